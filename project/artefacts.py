@@ -1,0 +1,165 @@
+"""What runs leave behind: score tables, result files, run bundles. Their schemas, and how they are written.
+
+Every writer writes to a temporary name and renames, so a file that exists is whole. Readers of any age can tell what
+they hold from `schema_version`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from project.data.splits import FOLDS, SPLITS
+from project.errors import DataError
+
+PolarsType = pl.DataType | type[pl.DataType]
+SCHEMA_VERSION = 1
+LIBRARIES = ("torch", "lightning", "transformers", "torch-geometric", "peft", "polars", "scikit-learn")
+
+SCORE_COLUMNS: dict[str, PolarsType] = {
+    "row_id": pl.Int64,
+    "request_id": pl.String,
+    "candidate_index": pl.Int64,
+    "user": pl.Int32,
+    "split": pl.Enum(SPLITS),
+    "fold": pl.Enum(FOLDS),
+    "label": pl.Int8,
+    "logit_0": pl.Float32,
+    "target_tokens": pl.Int64,
+    "stream_tokens": pl.Int64,
+}
+"""Columns of a score table before its heads: `logit_<layer>` Float32, one per exit layer. Rows of the logs have a
+row_id, candidates of requests a request_id and candidate_index; `logit_0` is counting's, empty without a prior."""
+
+
+def score_table(
+    columns: Mapping[str, Any], logits: np.ndarray[Any, Any], exit_layers: list[int]
+) -> pl.DataFrame:
+    """A score table; columns that are not given are empty.
+
+    Args:
+        columns: Column name -> (n,) values.
+        logits: (n, k) one column per exit layer.
+        exit_layers: The k layers.
+    """
+    n = len(logits)
+    head = [
+        pl.Series(name, columns[name]).cast(kind)
+        if name in columns
+        else pl.Series(name, [None] * n, dtype=kind)
+        for name, kind in SCORE_COLUMNS.items()
+    ]
+    heads = [pl.Series(f"logit_{k}", logits[:, j]).cast(pl.Float32) for j, k in enumerate(exit_layers)]
+    return pl.DataFrame([*head, *heads])
+
+
+def exit_layers_of(scores: pl.DataFrame) -> list[int]:
+    """Layers that a score table holds logits of, exit 0 left out."""
+    return [
+        int(c.removeprefix("logit_")) for c in scores.columns if c.startswith("logit_") and c != "logit_0"
+    ]
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary file beside `path`, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write JSON; NaN and infinity are refused, they are not JSON."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    return replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_table(path: Path, table: pl.DataFrame) -> Path:
+    """Write Parquet."""
+    return replace_file(path, lambda part: table.write_parquet(part))
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a result file of this schema version.
+
+    Raises:
+        DataError: If it is missing or of another version.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"{path} does not exist; expected a result file that fit, test or floors has written."
+        )
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            f"{path} has schema_version {content.get('schema_version')}; this version reads {SCHEMA_VERSION}. "
+            "Run the verb that wrote it again."
+        )
+    return content
+
+
+def result_head(verb: str, manifest: Mapping[str, Any], config: str | None, seed: int) -> dict[str, Any]:
+    """What every result file starts with.
+
+    Args:
+        verb: fit, validate, test, floors, benchmark.
+        manifest: The protocol's manifest.
+        config: Path of the configuration.
+        seed: The run's seed.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "verb": verb,
+        "version": own_version(),
+        "seed": seed,
+        "config": config,
+        "machine": machine(),
+        "protocol": dict(manifest),
+    }
+
+
+def own_version() -> str:
+    """This package's version."""
+    try:
+        return version("exitrec")
+    except PackageNotFoundError:  # run from a source folder
+        return "0+source"
+
+
+def machine() -> dict[str, Any]:
+    """Cores, device and library versions."""
+    cuda = torch.cuda.is_available()
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "devices": torch.cuda.device_count() if cuda else 0,
+        "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def run_folder(checkpoint: str | Path) -> Path:
+    """The run that a checkpoint belongs to: the folder above `checkpoints/`, else the checkpoint's own."""
+    path = Path(checkpoint).resolve()
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent

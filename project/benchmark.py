@@ -1,0 +1,151 @@
+"""Benchmark: speed as ratios, both sides measured in turns in one run, so that a slow minute hits both.
+
+Packing: training steps (forward and backward) of the trunk on packed windows, against transformers' own model on one
+padded prompt per (user, candidate) with the same visible history.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import AutoModel
+
+from project.artefacts import result_head, write_json
+from project.data.batches import TrainSampler
+from project.data.packing import Batch, pack
+from project.data.sources import resolve_model
+from project.data.streams import Streams
+from project.data.windows import Window
+from project.model.trunk import Trunk
+
+if TYPE_CHECKING:
+    from project.data.datamodule import InteractionData
+    from project.model.module import ExitRecommender
+
+ROUNDS = 3  # fewer pairs of measurements than this say nothing about spread
+
+
+@dataclass
+class _Side:
+    """Rates of one side, one a round."""
+
+    rates: list[float] = field(default_factory=list)
+
+    def measure(self, step: Callable[[], int]) -> None:
+        start = time.perf_counter()
+        targets = step()
+        self.rates.append(targets / (time.perf_counter() - start))
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.rates))
+
+
+def prompts_of(streams: Streams, stream: int, window: Window) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+    """One prompt for each target of a window: instruction, the segments it may see, itself up to the answer slot."""
+    positions = window.positions + streams.offsets[stream]
+    time = streams.timestamp[positions]
+    prompts = []
+    for p in range(window.first, window.last):
+        row = int(streams.offsets[stream]) + p
+        if not streams.target[row]:
+            continue
+        earlier = positions[time < streams.timestamp[row]]
+        own = streams.tokens[row][: streams.slots[row] + 1]
+        seen = streams.tokens.take(earlier).values
+        prompts.append(np.concatenate([streams.tokens[streams.instruction], seen, own]))
+    return prompts
+
+
+def _pointwise_batches(streams: Streams, sampler: TrainSampler, batch_tokens: int) -> Iterator[list[Any]]:
+    """Prompts of random targets, as many as fit into `batch_tokens` when padded to the longest."""
+    rng = np.random.default_rng(0)
+    for windows in cycle(sampler):
+        prompts = [p for s, w in windows for p in prompts_of(streams, s, w)]
+        rng.shuffle(prompts)
+        batch: list[Any] = []
+        for prompt in prompts:
+            if batch and max(len(prompt), *(len(p) for p in batch)) * (len(batch) + 1) > batch_tokens:
+                yield batch
+                batch = []
+            batch.append(prompt)
+
+
+def run_packing(
+    model: ExitRecommender, data: InteractionData, folder: Path, seconds: float
+) -> dict[str, Any]:
+    """Training targets a second, packed against one prompt per (user, candidate), base model only.
+
+    Args:
+        model: Names the backbone and its depth.
+        data: Prompts and window size.
+        folder: Run folder of the result file.
+        seconds: About how long to measure.
+    """
+    data.prepare_data()
+    streams = data.streams("train")
+    name = resolve_model(model.backbone)
+    trunk = Trunk.from_pretrained(name, num_layers=model.depth)
+    trunk.embed_tokens.requires_grad_(not model.freeze_embeddings)
+    base = AutoModel.from_pretrained(name, num_hidden_layers=model.depth, dtype=torch.float32)
+    base.embed_tokens.requires_grad_(not model.freeze_embeddings)
+    sampler = TrainSampler(streams, data.context_tokens, data.batch_tokens, data.seed, 0, 1)
+    packed_windows = cycle(sampler)
+    pointwise = _pointwise_batches(streams, sampler, data.batch_tokens)
+
+    sides = {"packed": _Side(), "pointwise": _Side()}
+    steps: dict[str, Callable[[], int]] = {
+        "packed": lambda: _packed_step(trunk, pack(streams, next(packed_windows))),
+        "pointwise": lambda: _pointwise_step(base, next(pointwise)),
+    }
+    for step in steps.values():
+        step()  # warm up
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(sides["packed"].rates) < ROUNDS:
+        for side, step in steps.items():
+            sides[side].measure(step)
+    ratios = np.array(sides["packed"].rates) / np.array(sides["pointwise"].rates)
+    result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
+    result["packing"] = {
+        "packed_targets_per_s": round(sides["packed"].median, 2),
+        "pointwise_targets_per_s": round(sides["pointwise"].median, 3),
+        "ratio": round(float(np.median(ratios)), 2),
+        "spread": [round(float(r), 2) for r in (ratios.min(), ratios.max())],
+        "rounds": len(ratios),
+        "layers": model.depth,
+        "context_tokens": data.context_tokens,
+        "batch_tokens": data.batch_tokens,
+    }
+    path = write_json(folder / "results" / "benchmark-packing.json", result)
+    packing = result["packing"]
+    Console().print(
+        f"training targets per second: packed {packing['packed_targets_per_s']}, one prompt per candidate "
+        f"{packing['pointwise_targets_per_s']}: x{packing['ratio']} (median of {packing['rounds']} rounds, "
+        f"{packing['spread'][0]} to {packing['spread'][1]})\nwritten: {path}"
+    )
+    return result
+
+
+def _packed_step(trunk: Trunk, batch: Batch) -> int:
+    state = trunk.run(trunk.embed(batch.tokens, batch.layout), 0, len(trunk.layers))
+    state.hidden.flatten(0, 1)[batch.slots].square().mean().backward()  # type: ignore[no-untyped-call]
+    trunk.zero_grad()
+    return len(batch.label)
+
+
+def _pointwise_step(base: Any, prompts: list[Any]) -> int:
+    lengths = torch.tensor([len(p) for p in prompts])
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(p) for p in prompts], batch_first=True)
+    mask = torch.arange(tokens.shape[1])[None] < lengths[:, None]
+    hidden = base(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    hidden[torch.arange(len(prompts)), lengths - 1].square().mean().backward()  # type: ignore[no-untyped-call]
+    base.zero_grad()
+    return len(prompts)

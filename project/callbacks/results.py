@@ -1,0 +1,128 @@
+"""ResultFiles: writes score tables and result files, and prints the table that a person waits for."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from project.artefacts import result_head, run_folder, write_json, write_table
+from project.evaluate import comparison
+from project.floors import fit_floors
+from project.tables import exits_table, stage_seconds_table
+
+if TYPE_CHECKING:
+    from project.data.datamodule import InteractionData
+    from project.model.module import ExitRecommender
+
+
+class ResultFiles(pl.Callback):
+    """Writes results/<verb>.json and scores/<split>.parquet into the run folder.
+
+    Args:
+        tag: Added to the names of result files, to keep several of one verb apart.
+        print_tables: Whether to print the table of exits and floors.
+    """
+
+    def __init__(self, tag: str | None = None, print_tables: bool = True) -> None:
+        self.tag, self.print_tables = tag, print_tables
+        self._started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of training."""
+        self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock of training; validation inside it has a clock of its own."""
+        seconds = _data(trainer).clock.seconds
+        seconds["train"] = time.perf_counter() - self._started - seconds.get("validate", 0.0)
+        if _scores(pl_module) is not None:
+            self._report(trainer, pl_module, "fit", "valid")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of validation."""
+        self._evaluation_started = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the scores of validation."""
+        if trainer.sanity_checking:
+            return
+        self._stop_clock(trainer, "validate")
+        self._write_scores(trainer, pl_module, "valid")
+        if trainer.state.fn == "validate":
+            self._report(trainer, pl_module, "validate", "valid")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of the test."""
+        self._evaluation_started = time.perf_counter()
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the scores and the result of the test."""
+        self._stop_clock(trainer, "test")
+        self._write_scores(trainer, pl_module, "test")
+        self._report(trainer, pl_module, "test", "test")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the scores of requests."""
+        self._write_scores(trainer, pl_module, "predict")
+
+    def _stop_clock(self, trainer: pl.Trainer, stage: str) -> None:
+        seconds = _data(trainer).clock.seconds
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - self._evaluation_started
+
+    @rank_zero_only
+    def _write_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        scores = _scores(pl_module)
+        assert scores is not None
+        name = f"{split}-{self.tag}" if self.tag and split == "predict" else split
+        path = write_table(_folder(trainer) / "scores" / f"{name}.parquet", scores)
+        if split == "predict" and self.print_tables:
+            Console().print(f"{len(scores)} candidates scored: {path}")
+
+    @rank_zero_only
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, verb: str, split: str) -> None:
+        data, module, folder = _data(trainer), cast("ExitRecommender", pl_module), _folder(trainer)
+        with data.clock.stage("floors"):
+            floors = fit_floors(
+                data.split.rows, data.evidence, ("valid", split) if split != "valid" else ("valid",)
+            )
+            chosen = int(module.chosen_exit)
+            assert module.scores is not None
+            content = comparison(module.scores, data.split, floors, split, chosen if chosen > 0 else None)
+        result = result_head(verb, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
+        result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
+        name = f"{verb}-{self.tag}" if self.tag else verb
+        path = write_json(folder / "results" / f"{name}.json", result)
+        _log_table(trainer, result, name)
+        if self.print_tables:
+            console = Console(width=120) if not Console().is_terminal else Console()
+            console.print(exits_table(result), stage_seconds_table(result), f"written: {path}")
+
+
+def _data(trainer: pl.Trainer) -> InteractionData:
+    return cast("InteractionData", trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def _scores(module: pl.LightningModule) -> Any:
+    return cast("ExitRecommender", module).scores
+
+
+def _folder(trainer: pl.Trainer) -> Path:
+    """The run of the checkpoint that was given, else of the logger."""
+    if trainer.ckpt_path is not None and trainer.state.fn != "fit":
+        return run_folder(trainer.ckpt_path)
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def _log_table(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
+    columns = ["auc", "log_loss", "brier", "ece"]
+    rows = [[f"exit {r['layer']}", *(r[c] for c in columns)] for r in result["exits"]]
+    rows += [[r["name"], *(r[c] for c in columns)] for r in result["floors"]]
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_table(f"{name}/exits", columns=["scores", *columns], data=rows)

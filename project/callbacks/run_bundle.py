@@ -1,0 +1,64 @@
+"""RunBundle: everything a trained run needs beside its checkpoint, in one folder of the run.
+
+`bundle/` holds the protocol's manifest, the items table, the tokenizer, evidence and retriever snapshots, and
+bundle.json, which names the base model and the logs by checksum.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from project.artefacts import SCHEMA_VERSION, own_version, write_json, write_table
+from project.retrieval.evidence import evidence_folder
+
+if TYPE_CHECKING:
+    from project.data.datamodule import InteractionData
+    from project.model.module import ExitRecommender
+
+
+class RunBundle(pl.Callback):
+    """Writes bundle/ into the run folder when training starts.
+
+    Args:
+        enabled: Whether to write it; predict from a moved run needs it.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the bundle."""
+        if not self.enabled or trainer.log_dir is None:
+            return
+        data = cast("InteractionData", trainer.datamodule)  # type: ignore[attr-defined]
+        module = cast("ExitRecommender", pl_module)
+        folder = Path(trainer.log_dir) / "bundle"
+        folder.mkdir(parents=True, exist_ok=True)
+        split = data.split
+        data.tokenizer.save_pretrained(folder / "tokenizer")
+        write_table(folder / "items.parquet", split.interactions.items)
+        write_json(folder / "protocol.json", split.manifest)
+        evidence = evidence_folder(split, data.retriever, data.block_rows, data.cache_dir)
+        shutil.copytree(evidence, folder / "evidence" / evidence.name, dirs_exist_ok=True)
+        write_json(
+            folder / "bundle.json",
+            {
+                "schema_version": SCHEMA_VERSION,
+                "version": own_version(),
+                "base_model": module.backbone,
+                "num_layers": module.depth,
+                "exit_layers": module.exit_layers,
+                "answers": module.answers,
+                "interactions": split.interactions.files,
+                "protocol": {"name": split.manifest["name"], "hash": split.hash},
+                "retriever": data.retriever.settings(),
+                "evidence": f"evidence/{evidence.name}",
+                "prompt": vars(data.prompt),
+            },
+        )

@@ -1,0 +1,165 @@
+"""Command line: Lightning's CLI with fixed model and data classes and three more verbs.
+
+Unusual here: the configuration is the truth. Lightning would let a checkpoint's hyper-parameters override the command
+line; here a checkpoint that does not fit the configuration is refused by the module instead.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from project.artefacts import run_folder
+from project.callbacks.results import ResultFiles
+from project.callbacks.run_bundle import RunBundle
+from project.data.datamodule import InteractionData
+from project.model.module import ExitRecommender
+
+
+class ProjectTrainer(Trainer):
+    """Lightning's Trainer with the verbs that need no training loop."""
+
+    def floors(
+        self,
+        model: ExitRecommender,
+        datamodule: InteractionData,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Score the counting baselines on validation and test; reads the data part of the configuration.
+
+        Args:
+            model: Not used: the same YAML serves every verb.
+            datamodule: Logs, protocol and evidence.
+            ckpt_path: A run's checkpoint, to write the result beside its other results.
+            weights_only: Not used.
+        """
+        from project.verbs import run_floors
+
+        run_floors(datamodule, self.run_folder(ckpt_path))
+
+    def benchmark(
+        self,
+        model: ExitRecommender,
+        datamodule: InteractionData,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        only: Literal["packing"] = "packing",
+        seconds: float = 60.0,
+    ) -> None:
+        """Measure speed as ratios, side by side in one run.
+
+        Args:
+            model: Its trunk is measured.
+            datamodule: Real prompts.
+            ckpt_path: A run's checkpoint, to write the result beside its other results.
+            weights_only: Not used.
+            only: What to measure. packing: training targets a second, packed against one prompt per candidate.
+            seconds: About how long to measure.
+        """
+        from project.benchmark import run_packing
+
+        run_packing(model, datamodule, self.run_folder(ckpt_path), seconds)
+
+    def run_folder(self, ckpt_path: str | None = None) -> Path:
+        """Where this run's files go: the checkpoint's run, else the logger's folder."""
+        if ckpt_path is not None:
+            return run_folder(ckpt_path)
+        return Path(self.log_dir or self.default_root_dir)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves config.yaml in the run folder, points `latest` at the run, and sends the configuration to W&B."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save for fit only: other verbs write into the run of their checkpoint."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called once, on rank 0."""
+        del pl_module, stage
+        assert trainer.log_dir is not None
+        run = Path(trainer.log_dir)
+        link = run.parent / "latest"
+        part = link.with_name(f".latest.{os.getpid()}")
+        part.unlink(missing_ok=True)
+        part.symlink_to(run.name, target_is_directory=True)
+        os.replace(part, link)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(_plain(self.config.as_dict()), allow_val_change=True)
+
+
+def _plain(value: Any) -> Any:
+    """Containers as they are, everything else that is not a number, text or truth value as text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+class ProjectCLI(LightningCLI):
+    """`python -m project VERB --config FILE [--config OVERLAY] [--key value]`."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            ExitRecommender,
+            InteractionData,
+            trainer_class=ProjectTrainer,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={"use_distributed_sampler": False},
+            # without allow_abbrev=False `--trainer.max_epoch` would pass silently
+            parser_kwargs={"prog": "python -m project", "allow_abbrev": False},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs, and ours."""
+        ours = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "floors": ours, "benchmark": ours}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Forced callbacks, each under its own key, and values that are said once."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/auc/deepest",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "epoch_{epoch}-step_{step}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.save_last": True,
+                "checkpoint.save_on_exception": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.add_lightning_class_args(ResultFiles, "results")
+        parser.add_lightning_class_args(RunBundle, "bundle")
+        parser.link_arguments("model.backbone", "data.tokenizer")
+        parser.link_arguments("data.prompt.answers", "model.answers")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do not let a checkpoint change the configuration; the module checks that they agree."""
+
+    def before_instantiate_classes(self) -> None:
+        """A verb that is given a checkpoint writes into that checkpoint's run: no new folder for it."""
+        config = self.config[self.subcommand]
+        if self.subcommand == "fit" or not config.get("ckpt_path"):
+            return
+        if isinstance(config.trainer.logger, list):
+            config.trainer.logger = [
+                x for x in config.trainer.logger if CSVLogger.__name__ not in x.class_path
+            ]
+        config.checkpoint.dirpath = str(run_folder(config.ckpt_path) / "checkpoints")
+        config.data.bundle = str(run_folder(config.ckpt_path) / "bundle")

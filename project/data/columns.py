@@ -1,0 +1,95 @@
+"""Typed columns out of a table as read: text, finite numbers, seconds, allowed values.
+
+Unusual: nothing is coerced silently. The first value that does not fit is reported with file, row (the data
+row, from 1), column (under its name in the file) and how many rows are like it.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import polars as pl
+
+from project.errors import DataError
+
+
+def nonempty_text(values: pl.Series, file: str, column: str) -> pl.Series:
+    """A column as text; an empty value is a `DataError`.
+
+    Args:
+        values: The column, under our name.
+        file: Name of the file, for the message.
+        column: The column's name in the file, for the message.
+    """
+    text = values.cast(pl.String)
+    empty = text.is_null() | (text.str.strip_chars() == "")
+    if empty.any():
+        rows = empty.arg_true()
+        raise DataError(
+            f"{file}, row {rows[0] + 1}: column {column} is empty ({len(rows):,} such rows); every row needs "
+            f"a {values.name}. Fill it in, or remove the row."
+        )
+    return text
+
+
+def plain_text(values: pl.Series, file: str) -> pl.Series:
+    """A column as text, null where it was; a list becomes "a, b", a nested type is a `DataError`."""
+    if isinstance(values.dtype, pl.List):
+        return values.cast(pl.List(pl.String)).list.join(", ")
+    if values.dtype.is_nested():
+        raise DataError(
+            f"{file}: column {values.name} has the type {values.dtype}; expected text, numbers or lists."
+        )
+    return values.cast(pl.String)
+
+
+def finite_number(values: pl.Series, file: str, column: str) -> pl.Series:
+    """A column as Float64; empty values, NaN, infinities and text are a `DataError`.
+
+    A column named timestamp may hold dates (by its type, or as ISO text, UTC where it names no zone): they
+    become seconds since 1970.
+    """
+    if values.dtype in (pl.Date, pl.Datetime):
+        moments = values.cast(pl.Datetime("us")) if values.dtype == pl.Date else values
+        numbers = moments.dt.epoch("us") / 1e6
+    elif values.dtype == pl.String:
+        numbers = values.str.strip_chars().cast(pl.Float64, strict=False)
+        if values.name == "timestamp":
+            numbers = _seconds(values, numbers)
+    else:
+        numbers = values.cast(pl.Float64, strict=False)
+    wrong = ~numbers.is_finite().fill_null(False)
+    if wrong.any():
+        rows = wrong.arg_true()
+        value = values[rows[0]]
+        found = "empty" if value is None else repr(value)
+        hint = " (seconds, or an ISO date such as 2024-05-17T09:30:00)" if values.name == "timestamp" else ""
+        raise DataError(
+            f"{file}, row {rows[0] + 1}: column {column} is {found}; expected a finite number{hint}. "
+            f"{len(rows):,} of {len(values):,} rows are like this; correct or remove them."
+        )
+    return numbers.cast(pl.Float64)
+
+
+def refuse(values: pl.Series, allowed: Sequence[float] | Sequence[str], file: str, column: str) -> None:
+    """Raise `DataError` at the first value that is neither null nor one of `allowed`."""
+    wrong = ~values.is_in(pl.Series(allowed, dtype=values.dtype).implode()).fill_null(True)
+    if wrong.any():
+        rows = wrong.arg_true()
+        raise DataError(
+            f"{file}, row {rows[0] + 1}: column {column} is {values[rows[0]]!r} ({len(rows):,} such rows); "
+            f"allowed are {', '.join(str(value) for value in allowed)}."
+        )
+
+
+def _seconds(values: pl.Series, numbers: pl.Series) -> pl.Series:
+    """Fill what is not a number with the seconds of ISO dates."""
+    dates = {}
+    for text in values.filter(numbers.is_null()).drop_nulls().unique():
+        try:
+            moment = datetime.fromisoformat(text.strip())
+        except ValueError:
+            continue
+        dates[text] = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    if not dates:
+        return numbers
+    return numbers.fill_null(values.replace_strict(dates, default=None, return_dtype=pl.Float64))

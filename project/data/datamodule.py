@@ -1,0 +1,187 @@
+"""DataModule: from logs to batches, with the retriever's evidence in between.
+
+Everything slow happens once, on one process, in `prepare_data` and is cached by content; `setup` reads the caches.
+All checks of the input are made here, before the first batch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import polars
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from project.data.batches import EvaluationSampler, PackedLoader, TrainSampler
+from project.data.interactions import build_interactions
+from project.data.packing import Batch
+from project.data.prompts import Prompt, PromptEncoder
+from project.data.readers import Logs
+from project.data.requests import Requests, read_requests, request_streams
+from project.data.sources import default_cache, resolve_model
+from project.data.splits import Protocol, SplitInteractions, apply_protocol
+from project.data.stages import StageClock
+from project.data.streams import Streams, build_streams
+from project.errors import ConfigError
+from project.retrieval import Retriever, evidence_tables, request_evidence
+from project.retrieval.cache import restore
+
+DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
+
+
+class InteractionData(pl.LightningDataModule):
+    """Interaction logs combined with retrieved neighbours, as packed prompts.
+
+    Args:
+        logs: Where interactions and items come from: a class of project.data.readers and its arguments.
+        retriever: Who is asked about a candidate: a class of project.retrieval and its arguments.
+        protocol: Label rule, split, minimum history and folds; its hash stands beside every number.
+        prompt: The wording of prompts.
+        tokenizer: Tokenizer of the backbone; set by model.backbone.
+        context_tokens: Capacity of a history window in tokens.
+        batch_tokens: Tokens of a batch on one process.
+        block_rows: The retriever is refitted every so many interactions (a nightly refit, counted in rows).
+        num_workers: Processes that prepare batches; 0 prepares them in the training process.
+        requests: JSONL or Parquet file of requests, for predict.
+        bundle: Folder of a run's bundle, whose evidence saves refitting the retriever; set by ckpt_path.
+        seed: Order and cuts of training windows; set by seed_everything.
+    """
+
+    def __init__(
+        self,
+        logs: Logs,
+        retriever: Retriever,
+        protocol: Protocol = DEFAULT_PROTOCOL,
+        prompt: Prompt = DEFAULT_PROMPT,
+        tokenizer: str = "smollm2-135m-instruct",
+        context_tokens: int = 1024,
+        batch_tokens: int = 4096,
+        block_rows: int = 10_000,
+        num_workers: int = 0,
+        requests: str | None = None,
+        bundle: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if context_tokens < 1 or batch_tokens < context_tokens:
+            raise ConfigError(
+                f"data.context_tokens is {context_tokens} and data.batch_tokens is {batch_tokens}: expected "
+                "1 <= context_tokens <= batch_tokens, since a batch holds at least one full window."
+            )
+        self.logs, self.retriever = logs, retriever
+        self.protocol, self.prompt = protocol, prompt
+        self.tokenizer_name = tokenizer
+        self.context_tokens, self.batch_tokens, self.block_rows = context_tokens, batch_tokens, block_rows
+        self.num_workers, self.requests_file, self.seed = num_workers, requests, seed
+        self.cache_dir, self.bundle = default_cache(), bundle
+        self.clock = StageClock()
+        self._split: SplitInteractions | None = None
+        self._evidence: dict[str, polars.DataFrame] | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._encoder: PromptEncoder | None = None
+        self._streams: dict[str, Streams] = {}
+        self.requests: Requests | None = None
+
+    @property
+    def split(self) -> SplitInteractions:
+        """The interactions with their split, fold and role."""
+        if self._split is None:
+            with self.clock.stage("read logs"):
+                self._split = apply_protocol(
+                    build_interactions(self.logs.read(), self.protocol), self.protocol
+                )
+        return self._split
+
+    @property
+    def evidence(self) -> dict[str, polars.DataFrame]:
+        """Evidence tables by split."""
+        if self._evidence is None:
+            split = self.split
+            with self.clock.stage("retrieve"):
+                if self.bundle is not None:
+                    restore(Path(self.bundle) / "evidence", self.cache_dir / "evidence")
+                self._evidence = evidence_tables(split, self.retriever, self.block_rows, self.cache_dir)
+        return self._evidence
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer."""
+        if self._tokenizer is None:
+            with self.clock.stage("fetch model"):
+                folder = resolve_model(self.tokenizer_name)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        return self._tokenizer
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """Makes segments of rows."""
+        if self._encoder is None:
+            self._encoder = PromptEncoder(self.tokenizer, self.prompt, self.split.interactions.items)
+        return self._encoder
+
+    def streams(self, split: str) -> Streams:
+        """All users' streams as of `split`, with its targets."""
+        if split not in self._streams:
+            evidence, encoder = self.evidence[split], self.encoder
+            with self.clock.stage("tokenise"):
+                self._streams[split] = build_streams(self.split.rows, evidence, split, encoder)
+        return self._streams[split]
+
+    def prepare_data(self) -> None:
+        """Download, read, split, retrieve: once on a machine; the results are cached."""
+        _ = self.evidence, self.encoder
+
+    def setup(self, stage: str) -> None:
+        """Tokenise what the stage needs.
+
+        Args:
+            stage: fit, validate, test or predict.
+        """
+        for split in {"fit": ("train", "valid"), "validate": ("valid",), "test": ("test",)}.get(stage, ()):
+            self.streams(split)
+        if stage == "predict":
+            self.requests = read_requests(self.requests_file, self.split.interactions)
+            encoder = PromptEncoder(self.tokenizer, self.prompt, self.requests.items)
+            self._streams["predict"] = request_streams(
+                self.requests, self.split, self.evidence["test"], encoder, self._ask_retriever
+            )
+
+    def _ask_retriever(self, rows: polars.DataFrame) -> polars.DataFrame:
+        """Evidence of rows that are not in the logs."""
+        columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
+        own = ~rows["candidate"].to_numpy()
+        return request_evidence(
+            self.split, self.retriever, self.block_rows, self.cache_dir, **columns, own=own
+        )
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _evaluation(self, split: str) -> PackedLoader:
+        streams = self.streams(split)
+        sampler = EvaluationSampler(streams, self.context_tokens, self.batch_tokens, *self._ranks())
+        return PackedLoader(streams, sampler, self.num_workers)
+
+    def train_dataloader(self) -> PackedLoader:
+        """Packed windows of all users, cut and shuffled anew each epoch."""
+        streams = self.streams("train")
+        rank, world = self._ranks()
+        sampler = TrainSampler(streams, self.context_tokens, self.batch_tokens, self.seed, rank, world)
+        return PackedLoader(streams, sampler, self.num_workers)
+
+    def val_dataloader(self) -> PackedLoader:
+        """Every validation target once."""
+        return self._evaluation("valid")
+
+    def test_dataloader(self) -> PackedLoader:
+        """Every test target once."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> PackedLoader:
+        """Every candidate of every request once."""
+        return self._evaluation("predict")
+
+    def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:  # type: ignore[no-untyped-def]
+        """Move a batch; tokens and layout go together."""
+        del dataloader_idx
+        return batch.to(device)

@@ -1,0 +1,190 @@
+"""Prompts: one interaction or candidate becomes one segment of token ids.
+
+A segment is `template + answer`. The template is split at its evidence fields; what stands between them (literal
+text and item attributes) is tokenised once per item, an evidence value once per distinct value, and a segment is the
+concatenation of those pieces. So a segment's ids are the same wherever it stands, and nothing is tokenised while
+training. The answer slot is the last token before the answer: a head reads its prediction there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from string import Formatter
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from project.data.ragged import IntArray, Ragged, join, total_lengths
+from project.errors import ConfigError
+
+UNKNOWN = "?"  # what the prompt says where nothing has been counted yet
+
+
+class Tokenizer(Protocol):
+    """The one call that is needed of a Hugging Face tokenizer."""
+
+    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]:
+        """Token ids of `text`."""
+        ...
+
+
+@dataclass
+class Prompt:
+    """The wording of prompts.
+
+    Args:
+        instruction: Stands once before every history. Never evicted, the same for everybody.
+        segment: Template of one interaction or candidate. Fields are columns of the items table (title and
+            attributes) and evidence: item_rate, user_rate, vote (shares of likes in tenths), likes, neighbours
+            (of the similar users), item_count, user_count (rounded down to 1, 2, 5, 10, 20, 50, ...).
+        answers: What follows a segment for a disliked and a liked item. Each must be a single token of the
+            tokenizer.
+    """
+
+    instruction: str = "Will this user like each movie? Liked in tenths by all, by similar users.\n"
+    segment: str = "{title} ({year}) all {item_rate} near {vote}:"
+    answers: list[str] = field(default_factory=lambda: [" no", " yes"])
+
+
+def _tenths(values: pl.Series) -> list[str]:
+    return [UNKNOWN if v is None else str(int(10 * v + 0.5)) for v in values.to_list()]
+
+
+def _round_down(values: pl.Series) -> list[str]:
+    """0, 1, 2, 5, 10, 20, 50, ...: counts as few distinct texts."""
+    steps = np.array([0, *(m * 10**e for e in range(8) for m in (1, 2, 5))])
+    return [str(steps[i]) for i in np.searchsorted(steps, values.to_numpy(), side="right") - 1]
+
+
+def _plain(values: pl.Series) -> list[str]:
+    return [str(v) for v in values.to_list()]
+
+
+EVIDENCE_FIELDS: dict[str, tuple[str, Callable[[pl.Series], list[str]]]] = {
+    "item_rate": ("item_rate", _tenths),
+    "user_rate": ("user_rate", _tenths),
+    "vote": ("vote", _tenths),
+    "item_count": ("item_count", _round_down),
+    "user_count": ("user_count", _round_down),
+    "neighbours": ("neighbour_count", _plain),
+    "likes": ("likes", _plain),
+}
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Token ids of n segments.
+
+    Attributes:
+        tokens: n ragged lists of token ids, the answer included where it is known.
+        slots: (n,) index of the answer slot inside each segment.
+    """
+
+    tokens: Ragged
+    slots: IntArray
+
+    @property
+    def lengths(self) -> IntArray:
+        """(n,) tokens of each segment, answer included."""
+        return self.tokens.lengths
+
+
+class PromptEncoder:
+    """Turns items, evidence and answers into segments.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        prompt: The wording.
+        items: The items table (design: `Interactions.items`), one row an item code.
+
+    Raises:
+        ConfigError: If the template is malformed, names a field that nobody knows, or an answer has no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Prompt, items: pl.DataFrame) -> None:
+        self._tokenizer = tokenizer
+        self._parts = _split_template(
+            prompt.segment, [c for c in items.columns if c not in ("item", "item_id")]
+        )
+        if len(prompt.answers) != 2 or not all(a.strip() for a in prompt.answers):
+            raise ConfigError(
+                f"data.prompt.answers is {prompt.answers!r}: expected two texts, for dislike and like, "
+                'for example [" no", " yes"].'
+            )
+        self.instruction: IntArray = np.array(self._ids(prompt.instruction), dtype=np.int64)
+        # index 0, 1: the answers; index 2 (label -1): unknown, no answer tokens
+        self._answers = Ragged.of([*(self._ids(a) for a in prompt.answers), []])
+        columns = items.to_dict(as_series=False)
+        self._static: dict[int, Ragged] = {}
+        for i, (kind, text) in enumerate(self._parts):
+            if kind == "static":
+                rows = ({c: v[k] for c, v in columns.items()} for k in range(len(items)))
+                self._static[i] = Ragged.of([self._ids(text.format(**row)) for row in rows])
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def encode(self, item: IntArray, evidence: pl.DataFrame, label: npt.NDArray[np.int8]) -> Segments:
+        """Encode n segments.
+
+        Args:
+            item: (n,) item codes.
+            evidence: n rows of the evidence table, in the same order.
+            label: (n,) 0, 1, or -1 where the answer is not known (a candidate).
+
+        Returns:
+            Segments of n rows.
+        """
+        if "likes" not in evidence.columns:
+            evidence = evidence.with_columns(likes=pl.col("answers").list.sum().fill_null(0))
+        parts = []
+        for i, (kind, name) in enumerate(self._parts):
+            if kind == "static":
+                parts.append(self._static[i].take(item))
+            else:
+                column, render = EVIDENCE_FIELDS[name]
+                parts.append(self._encode_values(render(evidence[column])))
+        before = total_lengths(parts)
+        answers = self._answers.take(np.where(label < 0, 2, label).astype(np.int64))
+        return Segments(join([*parts, answers]), before - 1)
+
+    def _encode_values(self, texts: list[str]) -> Ragged:
+        distinct, codes = np.unique(np.array(texts, dtype=object).astype(str), return_inverse=True)
+        return Ragged.of([self._ids(t) for t in distinct.tolist()]).take(codes.astype(np.int64))
+
+
+def _split_template(template: str, item_fields: Sequence[str]) -> list[tuple[str, str]]:
+    """("static", text with item fields) and ("evidence", name) pieces, in order; neighbouring static pieces merge."""
+    parts: list[tuple[str, str]] = []
+
+    def add_static(text: str) -> None:
+        if parts and parts[-1][0] == "static":
+            parts[-1] = ("static", parts[-1][1] + text)
+        elif text:
+            parts.append(("static", text))
+
+    try:
+        pieces = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(f"data.prompt.segment {template!r} is not a template: {error}.") from error
+    for literal, name, _, _ in pieces:
+        add_static(literal.replace("{", "{{").replace("}", "}}"))
+        if name is None:
+            continue
+        if name in item_fields:
+            add_static("{" + name + "}")
+        elif name in EVIDENCE_FIELDS:
+            parts.append(("evidence", name))
+        else:
+            raise ConfigError(
+                f"data.prompt.segment names the field {{{name}}}, which nobody knows. Item fields here: "
+                f"{', '.join(item_fields)}; evidence fields: {', '.join(EVIDENCE_FIELDS)}."
+            )
+    if not parts:
+        raise ConfigError(
+            "data.prompt.segment is empty: a segment needs at least one token before its answer."
+        )
+    return parts

@@ -1,0 +1,83 @@
+"""Ragged integer arrays: many token lists in one flat array and its offsets.
+
+Everything that is tokenised is tokenised once and kept like this, so that building a batch is concatenation and
+slicing of arrays. A part is a `Ragged` of n lists; `join` puts several parts of n lists side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """`n` integer lists: list i is `values[offsets[i]:offsets[i + 1]]`.
+
+    Attributes:
+        values: (total,) all lists one after the other.
+        offsets: (n + 1,) where each list starts; the last entry is `total`.
+    """
+
+    values: IntArray
+    offsets: IntArray
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int]]) -> Ragged:
+        """Build from Python lists."""
+        lengths = np.fromiter((len(x) for x in lists), dtype=np.int64, count=len(lists))
+        flat = np.fromiter((v for x in lists for v in x), dtype=np.int64, count=int(lengths.sum()))
+        return cls(flat, offsets_of(lengths))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> IntArray:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> IntArray:
+        """(n,) length of each list."""
+        return np.diff(self.offsets)
+
+    def take(self, index: IntArray) -> Ragged:
+        """Lists `index[0], index[1], ...`, repeats allowed."""
+        lengths = self.lengths[index]
+        starts = np.repeat(self.offsets[:-1][index], lengths)
+        return Ragged(self.values[starts + within(lengths)], offsets_of(lengths))
+
+
+def offsets_of(lengths: IntArray) -> IntArray:
+    """(n + 1,) exclusive running sum of `lengths` with the total at the end."""
+    out = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=out[1:])
+    return out
+
+
+def within(lengths: IntArray) -> IntArray:
+    """(total,) index of each element inside its own list: lengths 2, 3 give 0 1 0 1 2."""
+    total = int(lengths.sum())
+    return np.arange(total, dtype=np.int64) - np.repeat(offsets_of(lengths)[:-1], lengths)
+
+
+def total_lengths(parts: Sequence[Ragged]) -> IntArray:
+    """(n,) tokens of list i in all parts together."""
+    lengths: IntArray = np.stack([p.lengths for p in parts]).sum(axis=0)
+    return lengths
+
+
+def join(parts: Sequence[Ragged]) -> Ragged:
+    """List i of the result is part 0's list i, then part 1's list i, and so on."""
+    lengths = total_lengths(parts)
+    offsets = offsets_of(lengths)
+    values = np.empty(int(offsets[-1]), dtype=np.int64)
+    start = offsets[:-1].copy()
+    for part in parts:
+        values[np.repeat(start, part.lengths) + within(part.lengths)] = part.values
+        start += part.lengths
+    return Ragged(values, offsets)

@@ -1,0 +1,221 @@
+"""Requests: what predict and the engine score. One user, a time, and candidates.
+
+A request becomes a stream of its own: the user's rows strictly earlier than its time (or the history it brings),
+then its candidates as target-only rows. Its rows change nobody else's evidence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from project.data.interactions import Interactions
+from project.data.prompts import PromptEncoder
+from project.data.splits import SplitInteractions
+from project.data.streams import Streams, streams_of
+from project.errors import DataError
+
+EXAMPLE = '{"request_id": "r1", "user_id": "196", "time": 880000000, "candidates": ["242", "302"]}'
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request.
+
+    Attributes:
+        request_id: Name of the request in the output.
+        user_id: A user of the logs (an unknown one has an empty history), or None where `history` is given.
+        history: (item id, answer 0 or 1, time in seconds) in any order, instead of a user of the logs.
+        time: Seconds; only strictly earlier rows are read. None: after all rows of the logs.
+        candidates: Item ids to score.
+    """
+
+    request_id: str
+    user_id: str | None
+    history: tuple[tuple[str, int, float], ...]
+    time: float | None
+    candidates: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests and the catalogue they refer to.
+
+    Attributes:
+        requests: In the order of the file.
+        items: The items table, followed by items that only the requests know.
+        codes: Item id -> row of `items`.
+    """
+
+    requests: list[Request]
+    items: pl.DataFrame
+    codes: dict[str, int]
+
+    def table(self) -> pl.DataFrame:
+        """One row a candidate: request_id, candidate_index, item_id; its position is the candidate's row id."""
+        rows = [(r.request_id, k, c) for r in self.requests for k, c in enumerate(r.candidates)]
+        schema = {"request_id": pl.String, "candidate_index": pl.Int64, "item_id": pl.String}
+        return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+@dataclass
+class _Catalogue:
+    """Known items, and those that requests bring with a title of their own."""
+
+    items: pl.DataFrame
+    codes: dict[str, int]
+    added: list[dict[str, str]] = field(default_factory=list)
+
+    def item_id(self, value: Any, where: str) -> str:
+        """Id of a candidate or history item, given as an id or as an object with item_id and title."""
+        details = value if isinstance(value, dict) else {"item_id": value}
+        item_id = str(details.get("item_id"))
+        if item_id not in self.codes:
+            if not str(details.get("title") or "").strip():
+                raise DataError(
+                    f"{where}: item {item_id!r} is not in the items table and has no title. Add it to the items "
+                    'table, or give it as {"item_id": ..., "title": ...} with any attribute of the items table.'
+                )
+            columns = [c for c in self.items.columns if c not in ("item", "item_id")]
+            self.codes[item_id] = len(self.codes)
+            self.added.append({"item_id": item_id, **{c: str(details.get(c) or "") for c in columns}})
+        return item_id
+
+    def table(self) -> pl.DataFrame:
+        """Known items, then added ones."""
+        if not self.added:
+            return self.items
+        codes = range(len(self.items), len(self.items) + len(self.added))
+        new = pl.DataFrame(self.added).with_columns(item=pl.Series(codes, dtype=self.items.schema["item"]))
+        return pl.concat([self.items, new.select(self.items.columns)])
+
+
+def read_requests(file: str | None, interactions: Interactions) -> Requests:
+    """Read requests from JSONL or Parquet.
+
+    Args:
+        file: Path; one JSON object a line, or the same fields as Parquet columns.
+        interactions: The logs they refer to.
+
+    Raises:
+        DataError: Naming file and line, if the file is missing or empty or a request is not usable.
+    """
+    if file is None:
+        raise DataError(
+            f"predict needs data.requests, a JSONL or Parquet file with lines such as {EXAMPLE}; none was given."
+        )
+    known = interactions.items
+    catalogue = _Catalogue(known, dict(zip(known["item_id"].to_list(), known["item"].to_list(), strict=True)))
+    requests = [_request(record, where, catalogue) for where, record in _records(Path(file))]
+    if not requests:
+        raise DataError(f"{file} (data.requests) holds no request; expected lines such as {EXAMPLE}.")
+    return Requests(requests, catalogue.table(), catalogue.codes)
+
+
+def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not file.is_file():
+        raise DataError(f"{file} (data.requests) does not exist; expected a JSONL or Parquet file.")
+    if file.suffix == ".parquet":
+        for number, record in enumerate(pl.read_parquet(file).to_dicts(), start=1):
+            yield f"{file}, row {number}", record
+        return
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not a JSON object ({error}); expected {EXAMPLE}.") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: found {type(record).__name__}; expected an object such as {EXAMPLE}.")
+        yield where, record
+
+
+def _request(record: dict[str, Any], where: str, catalogue: _Catalogue) -> Request:
+    unknown = set(record) - {"request_id", "user_id", "history", "time", "candidates"}
+    if unknown or "candidates" not in record or record.get("request_id") is None:
+        raise DataError(
+            f"{where}: found the fields {', '.join(record)}; expected request_id, candidates, user_id or history, "
+            "and optionally time."
+        )
+    if (record.get("user_id") is None) == (record.get("history") is None):
+        raise DataError(f"{where}: expected either user_id or history, not both and not neither.")
+    candidates = record["candidates"]
+    if not isinstance(candidates, list) or not candidates:
+        raise DataError(f"{where}: candidates is {candidates!r}; expected a list of at least one item id.")
+    history = tuple(_history_row(row, where, catalogue) for row in record.get("history") or ())
+    time = record.get("time")
+    if time is not None and not isinstance(time, int | float):
+        raise DataError(f"{where}: time is {time!r}; expected seconds as a number.")
+    return Request(
+        request_id=str(record["request_id"]),
+        user_id=None if record.get("user_id") is None else str(record["user_id"]),
+        history=history,
+        time=None if time is None else float(time),
+        candidates=tuple(catalogue.item_id(c, where) for c in candidates),
+    )
+
+
+def _history_row(row: Any, where: str, catalogue: _Catalogue) -> tuple[str, int, float]:
+    if (
+        not isinstance(row, dict)
+        or row.get("answer") not in (0, 1)
+        or not isinstance(row.get("time"), int | float)
+    ):
+        raise DataError(
+            f'{where}: history holds {row!r}; expected {{"item_id": ..., "answer": 0 or 1, "time": seconds}}.'
+        )
+    return catalogue.item_id(row, where), int(row["answer"]), float(row["time"])
+
+
+def request_streams(
+    requests: Requests,
+    split: SplitInteractions,
+    evidence: pl.DataFrame,
+    encoder: PromptEncoder,
+    ask_retriever: Callable[[pl.DataFrame], pl.DataFrame],
+) -> Streams:
+    """One stream a request: what the user did strictly before its time, then its candidates.
+
+    Args:
+        requests: What is asked.
+        split: The logs; requests read all of them, as test does.
+        evidence: Evidence of the logs' rows (the table of test).
+        encoder: Made for `requests.items`.
+        ask_retriever: Gives the evidence, in order, of rows outside the logs (user, item, timestamp, label, candidate).
+    """
+    log = split.rows.select("user", "item", "row_id", "timestamp", "label").join(evidence, on="row_id")
+    users = dict(split.interactions.users.select("user_id", "user").iter_rows())
+    now = float(split.rows["timestamp"].max()) + 1  # type: ignore[arg-type]
+    known, fresh = [], []
+    row_id = 0
+    for stream, request in enumerate(requests.requests):
+        time = now if request.time is None else request.time
+        user = users.get(request.user_id or "", len(users) + stream)
+        if request.user_id is not None:
+            rows = log.filter((pl.col("user") == user) & (pl.col("timestamp") < time))
+            known.append(rows.with_columns(stream=pl.lit(stream, pl.Int64), candidate=pl.lit(False)))
+        for item, answer, at in request.history:
+            if at < time:
+                fresh.append((stream, user, requests.codes[item], -1, at, answer, False))
+        for item in request.candidates:
+            fresh.append((stream, user, requests.codes[item], row_id, time, -1, True))
+            row_id += 1
+    columns = ["stream", "user", "item", "row_id", "timestamp", "label", "candidate"]
+    new = pl.DataFrame(fresh, schema=columns, orient="row").with_columns(pl.col("timestamp").cast(pl.Float64))
+    counted = ask_retriever(new).drop("row_id")
+    new = pl.concat([new, counted], how="horizontal")
+    table = pl.concat([*(k.select(new.columns) for k in known), new], how="vertical_relaxed")
+    table = table.with_columns(user=pl.col("stream")).sort(
+        "stream", "candidate", "timestamp", maintain_order=True
+    )
+    candidate = table["candidate"].to_numpy()
+    label = table["label"].to_numpy().astype(np.int8)
+    return streams_of(table, label, candidate, ~candidate, encoder)

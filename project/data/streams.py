@@ -1,0 +1,121 @@
+"""Streams: every user's readable rows as of one split, in time order, with their token ids.
+
+A served request is a stream too: the user's history, then the candidates as rows that nobody may see. So training,
+evaluation and serving share one packing code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from project.data.prompts import PromptEncoder
+from project.data.ragged import IntArray, Ragged, offsets_of
+from project.data.windows import Window, evaluation_windows, time_groups, training_windows
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """s streams over n segments, one after the other.
+
+    Attributes:
+        offsets: (s + 1,) where each stream starts.
+        row_id: (n,) row of the log (or index of the candidate) that a segment is about.
+        timestamp: (n,) seconds, not decreasing inside a stream.
+        label: (n,) 0, 1, or -1 where unknown.
+        target: (n,) whether a head is to score the segment.
+        context: (n,) whether later segments may see it.
+        tokens: n + 1 ragged token lists; the last one is the instruction.
+        slots: (n,) index of the answer slot inside each segment.
+    """
+
+    offsets: IntArray
+    row_id: IntArray
+    timestamp: npt.NDArray[np.float64]
+    label: npt.NDArray[np.int8]
+    target: BoolArray
+    context: BoolArray
+    tokens: Ragged
+    slots: IntArray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def instruction(self) -> int:
+        """Index of the instruction in `tokens`."""
+        return len(self.row_id)
+
+    def evaluation(self, context_tokens: int) -> list[tuple[int, Window]]:
+        """(stream, window) pairs in which every target is scored exactly once."""
+        lengths, windows = self.tokens.lengths, list[tuple[int, Window]]()
+        for s in range(len(self)):
+            part = slice(self.offsets[s], self.offsets[s + 1])
+            if self.target[part].any():
+                groups = time_groups(self.timestamp[part])
+                found = evaluation_windows(lengths[part], groups, self.target[part], context_tokens)
+                windows.extend((s, w) for w in found)
+        return windows
+
+    def training(self, context_tokens: int, rng: np.random.Generator) -> list[tuple[int, Window]]:
+        """(stream, window) pairs of one epoch: cut back to back, the first cut at random; those with a target."""
+        lengths, windows = self.tokens.lengths, list[tuple[int, Window]]()
+        cuts = rng.integers(1, context_tokens + 1, size=len(self))
+        for s in range(len(self)):
+            start, stop = int(self.offsets[s]), int(self.offsets[s + 1])
+            for a, b in training_windows(lengths[start:stop], context_tokens, int(cuts[s])):
+                if self.target[start + a : start + b].any():
+                    windows.append((s, Window(a, a, a, b)))
+        return windows
+
+
+def build_streams(rows: pl.DataFrame, evidence: pl.DataFrame, split: str, encoder: PromptEncoder) -> Streams:
+    """Streams that hold the rows of all splits up to `split`, with the targets of `split`.
+
+    Args:
+        rows: `SplitInteractions.rows`.
+        evidence: The evidence table of `split`.
+        split: train, valid or test.
+        encoder: Makes token ids of rows.
+    """
+    joined = rows.join(evidence, on="row_id", how="inner", maintain_order="left", validate="1:1")
+    joined = joined.sort("user", "row_id")
+    label = joined["label"].to_numpy().astype(np.int8)
+    target = ((joined["split"] == split) & (joined["role"] == "target")).to_numpy()
+    return streams_of(joined, label, target, np.ones(len(joined), dtype=bool), encoder)
+
+
+def streams_of(
+    joined: pl.DataFrame,
+    label: npt.NDArray[np.int8],
+    target: BoolArray,
+    context: BoolArray,
+    encoder: PromptEncoder,
+) -> Streams:
+    """Streams of a table with columns user, item, row_id, timestamp and evidence, sorted by user, then time."""
+    users = joined["user"].to_numpy()
+    starts = np.flatnonzero(np.diff(users)) + 1 if len(users) else np.zeros(0, dtype=np.int64)
+    segments = encoder.encode(joined["item"].to_numpy().astype(np.int64), joined, label)
+    instruction = Ragged(encoder.instruction, offsets_of(np.array([len(encoder.instruction)])))
+    return Streams(
+        offsets=np.concatenate([[0], starts, [len(users)]]).astype(np.int64),
+        row_id=joined["row_id"].to_numpy().astype(np.int64),
+        timestamp=joined["timestamp"].to_numpy().astype(np.float64),
+        label=label,
+        target=target,
+        context=context,
+        tokens=_append(segments.tokens, instruction),
+        slots=segments.slots,
+    )
+
+
+def _append(lists: Ragged, last: Ragged) -> Ragged:
+    return Ragged(
+        np.concatenate([lists.values, last.values]),
+        np.concatenate([lists.offsets, lists.offsets[-1] + last.offsets[1:]]),
+    )

@@ -1,0 +1,25 @@
+"""Errors a user can act on.
+
+Every message names what was found, where (file, row, column or YAML key), what was expected and what fixes it.
+`python -m project` prints these without a traceback; everything else is a bug and keeps its traceback.
+"""
+
+
+class ProjectError(Exception):
+    """Base of all errors that are about input, not about this code."""
+
+
+class DataError(ProjectError):
+    """Logs, items, splits or requests are not usable as they are."""
+
+
+class ConfigError(ProjectError):
+    """A YAML key has a value that cannot work."""
+
+
+class SourceError(ProjectError):
+    """A known data set or model could not be fetched, or is not what its checksum says."""
+
+
+class CheckpointError(ProjectError):
+    """A checkpoint does not belong to the configuration it was given with."""

@@ -1,0 +1,100 @@
+"""From a score table to the numbers of a result file: per exit, beside the best floor, with intervals.
+
+The exit and the floor that are compared are both chosen on the `tune` fold of validation, never on the split that is
+reported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from project.artefacts import exit_layers_of
+from project.data.splits import SplitInteractions
+from project.floors import Floor, best_floor, floor_difference, floor_rows
+from project.metrics import UserBootstrap, auc, head_metrics
+
+DRAWS = 1000  # resamples of users behind every interval
+
+
+def exit_rows(
+    scores: pl.DataFrame, split: str, fold: str | None = None, draws: int = DRAWS
+) -> list[dict[str, Any]]:
+    """The `exits` list of a result file for one split, or one fold of validation.
+
+    Args:
+        scores: A score table.
+        split: valid or test.
+        fold: select or tune; None: the whole split.
+        draws: Resamples of users behind `auc_interval`; 0 leaves the interval out.
+    """
+    part = _part(scores, split, fold)
+    labels, users = part["label"].to_numpy(), part["user"].to_numpy()
+    bootstrap = UserBootstrap(users, draws) if draws else None
+    rows = []
+    for layer in exit_layers_of(scores):
+        logits = part[f"logit_{layer}"].to_numpy().astype(np.float64)
+        row = {"layer": layer, "split": split} | ({"fold": fold} if fold else {})
+        row |= head_metrics(logits, labels, users)
+        if bootstrap:
+            row["auc_interval"] = bootstrap.auc_interval(logits, labels)
+        rows.append(row)
+    return rows
+
+
+def choose_exit(scores: pl.DataFrame) -> int | None:
+    """The exit layer of highest AUC on the `tune` fold (the shallowest of equals); None where that is undefined."""
+    tune = _part(scores, "valid", "tune")
+    labels = tune["label"].to_numpy()
+    layers = exit_layers_of(scores)
+    values = {k: auc(tune[f"logit_{k}"].to_numpy().astype(np.float64), labels) for k in layers}
+    defined = {k: v for k, v in values.items() if v is not None}
+    return max(defined, key=lambda k: defined[k]) if defined else None
+
+
+def comparison(
+    scores: pl.DataFrame,
+    split: SplitInteractions,
+    floors: list[Floor],
+    reported: str,
+    chosen_exit: int | None,
+) -> dict[str, Any]:
+    """Everything a fit, validate or test result says about scores.
+
+    Args:
+        scores: A score table that holds the reported split.
+        split: The interactions it is about.
+        floors: Fitted floors.
+        reported: valid or test. Of validation the tune fold is shown; the certify fold is for certificates alone.
+        chosen_exit: The exit to compare with the best floor, see `choose_exit`.
+
+    Returns:
+        `exits`, `chosen_exit`, `floors`, `best_floor`, and `floor_difference`: the chosen exit minus the best floor
+        and minus `lr_rates`, each with its interval (paired, users resampled).
+    """
+    fold = "tune" if reported == "valid" else None
+    shown = [f for f in floor_rows(floors, split.rows) if f["split"] == reported and f.get("fold") == fold]
+    best = best_floor(floors, split.rows)
+    result: dict[str, Any] = {
+        "exits": exit_rows(scores, reported, fold),
+        "chosen_exit": chosen_exit,
+        "floors": shown,
+        "best_floor": best.name if best else None,
+    }
+    if chosen_exit is not None and best is not None:
+        part = _part(scores, reported, fold)
+        logits = part[f"logit_{chosen_exit}"].to_numpy().astype(np.float64)
+        rivals = [best, *(f for f in floors if f.name == "lr_rates" and f is not best)]
+        differences = [
+            {"layer": chosen_exit} | floor_difference(f, part["row_id"].to_numpy(), logits, split.rows)
+            for f in rivals
+        ]
+        result |= {"floor_difference": differences[0], "floor_differences": differences}
+    return result
+
+
+def _part(scores: pl.DataFrame, split: str, fold: str | None) -> pl.DataFrame:
+    part = scores.filter(pl.col("split") == split)
+    return part if fold is None else part.filter(pl.col("fold") == fold)

@@ -1,0 +1,271 @@
+"""What counting can do: the scores any recommender must beat before its own number means anything.
+
+Unusual here: floors read the prompt's own as-of evidence table (strictly earlier rows only), so none leaks;
+every floor emits logits, so it is judged on log loss and calibration too; all six are always made, also where
+the evidence has no neighbours (the vote is then one constant, AUC .5).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import ArrayLike, NDArray
+
+from project.errors import DataError
+from project.metrics import UserBootstrap, auc, head_metrics
+
+Floats = NDArray[np.float64]
+
+PRIOR_ROWS = 5.0
+"""A rate is mixed with so many rows at the train mean: best of 1, 2, 3, 5, 10, 20 on ML-100K's validation."""
+
+FEATURES = (
+    "item_log_odds",
+    "item_rows",
+    "user_log_odds",
+    "user_rows",
+    "vote_log_odds",
+    "neighbours",
+    "similarity",
+    "weighted_vote_log_odds",
+)
+"""Log-odds of shrunk rates, log(1 + count) of their rows, mean similarity (0 without neighbours)."""
+
+RATE_FEATURES = FEATURES[:4]
+SINGLE_FEATURE = {
+    "item_rate": "item_log_odds",
+    "user_rate": "user_log_odds",
+    "neighbour_vote": "vote_log_odds",
+}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """One floor's scores.
+
+    Args:
+        name: item_rate, user_rate, neighbour_vote, lr_rates, lr_evidence or gbdt_evidence.
+        scores: row_id Int64, split String, logit Float64; the targets of each scored split.
+    """
+
+    name: str
+    scores: pl.DataFrame
+
+    def logits(self, row_ids: ArrayLike) -> Floats:
+        """Logits of these rows in this order, shape (n,); DataError where a row was not scored."""
+        wanted = pl.DataFrame({"row_id": np.asarray(row_ids, dtype=np.int64)})
+        found = wanted.join(self.scores, on="row_id", how="left", maintain_order="left")["logit"]
+        if found.null_count():
+            raise DataError(
+                f"floor {self.name} has no score for {found.null_count()} of {found.len()} rows: "
+                "it was fitted under another protocol or for other splits"
+            )
+        return found.to_numpy().astype(np.float64)
+
+
+def fit_floors(
+    rows: pl.DataFrame,
+    evidence: Mapping[str, pl.DataFrame],
+    splits: Sequence[str] = ("valid", "test"),
+    seed: int = 0,
+) -> list[Floor]:
+    """Fit every floor on train targets and score the targets of `splits`.
+
+    Args:
+        rows: Rows of a split (row_id, user, label, split, role).
+        evidence: Evidence table of each split; train's is used for fitting only, so nothing later is seen.
+        splits: Splits to score. Leave test out while exploring.
+        seed: Seed of the gradient boosting.
+
+    Raises:
+        DataError: train targets lack a class, or evidence lacks a target's row.
+    """
+    labels = _targets(rows, "train")["label"].to_numpy()
+    if np.unique(labels).size < 2:
+        raise DataError(
+            f"floors need train targets of both classes, found {labels.size} targets, {int(labels.sum())} "
+            "positive: check data.protocol.label and data.protocol.minimum_history"
+        )
+    base = float(labels.mean())
+    train = _features(rows, evidence, "train", base)
+    features = {split: _features(rows, evidence, split, base) for split in splits}
+    logits = {
+        name: {s: x[:, FEATURES.index(f)] for s, x in features.items()} for name, f in SINGLE_FEATURE.items()
+    }
+    logits |= _learned_logits(train, labels, features, seed)
+    return [Floor(name, _score_table(rows, by_split)) for name, by_split in logits.items()]
+
+
+def floor_rows(
+    floors: Sequence[Floor], rows: pl.DataFrame, draws: int = 1000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The `floors` list of a result file: one entry per floor and split, and per comparable fold of valid.
+
+    The certify fold gets no entry of its own: it is for certificates only.
+
+    Args:
+        floors: From `fit_floors`.
+        rows: The same rows.
+        draws: Resamples of users behind `auc_interval`.
+        seed: Seed of the resampling.
+    """
+    parts: list[tuple[str, str | None]] = [
+        (split, None) for split in floors[0].scores["split"].unique(maintain_order=True)
+    ]
+    parts += [("valid", fold) for fold in ("select", "tune") if ("valid", None) in parts]
+    found = []
+    for split, fold in parts:
+        part = _targets(rows, split, fold)
+        labels, users = part["label"].to_numpy(), part["user"].to_numpy()
+        bootstrap = UserBootstrap(users, draws, seed)
+        for floor in floors:
+            logits = floor.logits(part["row_id"])
+            found.append(
+                {"name": floor.name, "split": split}
+                | ({"fold": fold} if fold else {})
+                | head_metrics(logits, labels, users)
+                | {"auc_interval": bootstrap.auc_interval(logits, labels)}
+            )
+    return found
+
+
+def best_floor(floors: Sequence[Floor], rows: pl.DataFrame) -> Floor | None:
+    """The floor of highest AUC on valid's tune fold (the first of equals), None where that is undefined."""
+    tune = _targets(rows, "valid", "tune")
+    labels = tune["label"].to_numpy()
+    scored = [(auc(floor.logits(tune["row_id"]), labels), floor) for floor in floors]
+    defined = [(value, floor) for value, floor in scored if value is not None]
+    return max(defined, key=lambda pair: pair[0])[1] if defined else None
+
+
+def floor_difference(
+    floor: Floor, row_ids: ArrayLike, logits: ArrayLike, rows: pl.DataFrame, draws: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """AUC of a head minus AUC of a floor on the same rows: {`floor`, `value`, `interval`}, users resampled.
+
+    Args:
+        floor: Usually the best floor.
+        row_ids: Shape (n,), the rows the head scored.
+        logits: Shape (n,), the head's logits.
+        rows: Rows of the split (row_id, user, label).
+        draws: Resamples of users.
+        seed: Seed of the resampling.
+    """
+    wanted = pl.DataFrame({"row_id": np.asarray(row_ids, dtype=np.int64)})
+    part = wanted.join(rows.select("row_id", "user", "label"), on="row_id", how="left", maintain_order="left")
+    bootstrap = UserBootstrap(part["user"].to_numpy(), draws, seed)
+    difference = bootstrap.difference_interval(logits, floor.logits(row_ids), part["label"].to_numpy())
+    return {"floor": floor.name} | difference
+
+
+def _targets(rows: pl.DataFrame, split: str, fold: str | None = None) -> pl.DataFrame:
+    chosen = (pl.col("role") == "target") & (pl.col("split") == split)
+    return rows.filter(chosen if fold is None else chosen & (pl.col("fold") == fold))
+
+
+def _features(rows: pl.DataFrame, evidence: Mapping[str, pl.DataFrame], split: str, base: float) -> Floats:
+    """Targets of a split -> (n, len(FEATURES)), from that split's own evidence table."""
+    targets = _targets(rows, split).select("row_id")
+    if split not in evidence:
+        raise DataError(f"floors need the evidence table of {split}, found {sorted(evidence)}")
+    table = targets.join(evidence[split], on="row_id", how="inner", maintain_order="left")
+    if table.height != targets.height:
+        raise DataError(
+            f"the evidence table of {split} has {table.height} rows for its {targets.height} targets, "
+            "expected one each: it was made under another protocol"
+        )
+    weights = _similarity_weights(table)
+    similarity = table["similarities"].list.mean().fill_null(0.0).to_numpy().astype(np.float64)
+    columns = [
+        *_rate_and_rows(table, "item_rate", "item_count", base),
+        *_rate_and_rows(table, "user_rate", "user_count", base),
+        *_rate_and_rows(table, "vote", "neighbour_count", base),
+        similarity,
+        _log_odds(weights["likes"].to_numpy(), weights["weight"].to_numpy(), base),
+    ]
+    return np.stack(columns, axis=1)
+
+
+def _rate_and_rows(table: pl.DataFrame, rate: str, count: str, base: float) -> tuple[Floats, Floats]:
+    rows = table[count].fill_null(0).to_numpy().astype(np.float64)
+    return _log_odds(table[rate].fill_null(0.0).to_numpy() * rows, rows, base), np.log1p(rows)
+
+
+def _log_odds(likes: NDArray[Any], rows: NDArray[Any], base: float) -> Floats:
+    """Log-odds of (likes + k base) / (rows + k): finite, and the train mean where there are no rows."""
+    liked = likes.astype(np.float64) + PRIOR_ROWS * base
+    disliked = rows.astype(np.float64) - likes + PRIOR_ROWS * (1.0 - base)
+    odds: Floats = np.log(liked) - np.log(disliked)
+    return odds
+
+
+def _similarity_weights(table: pl.DataFrame) -> pl.DataFrame:
+    """Sum of similarities (weight), the likers' part of it (likes), one row a target; below 0 counts as 0."""
+    weight = pl.col("similarities").clip(lower_bound=0.0).cast(pl.Float64)
+    pairs = table.select("row_id", "similarities", "answers").filter(pl.col("answers").list.len() > 0)
+    sums = (
+        pairs.explode("similarities", "answers")
+        .group_by("row_id")
+        .agg(weight=weight.sum(), likes=(weight * pl.col("answers")).sum())
+    )
+    found = table.select("row_id").join(sums, on="row_id", how="left", maintain_order="left")
+    return found.with_columns(pl.col("weight", "likes").fill_null(0.0))
+
+
+def _learned_logits(
+    train: Floats, labels: NDArray[Any], features: Mapping[str, Floats], seed: int
+) -> dict[str, dict[str, Floats]]:
+    from threadpoolctl import threadpool_limits  # no type information published
+
+    rates, everything = slice(len(RATE_FEATURES)), slice(len(FEATURES))
+    found = {}
+    # one thread: thousands of short parallel loops cost 30 s instead of 1 s where the other cores are busy
+    with threadpool_limits(1):
+        for name, model, columns in (
+            ("lr_rates", _logistic(), rates),
+            ("lr_evidence", _logistic(), everything),
+            ("gbdt_evidence", _boosting(seed), everything),
+        ):
+            model.fit(train[:, columns], labels)
+            found[name] = {split: _decide(model, x[:, columns]) for split, x in features.items()}
+    return found
+
+
+def _logistic() -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+
+
+def _boosting(seed: int) -> Any:
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    # iterations, rate and leaf size were chosen on ML-100K's validation; no early stopping, which would hold
+    # out rows at random although the log is ordered by time
+    return HistGradientBoostingClassifier(
+        max_leaf_nodes=15,
+        learning_rate=0.03,
+        max_iter=150,
+        min_samples_leaf=100,
+        l2_regularization=1.0,
+        early_stopping=False,
+        random_state=seed,
+    )
+
+
+def _decide(model: Any, features: Floats) -> Floats:
+    if not features.shape[0]:
+        return np.zeros(0)
+    return np.asarray(model.decision_function(features), dtype=np.float64)
+
+
+def _score_table(rows: pl.DataFrame, logits: Mapping[str, Floats]) -> pl.DataFrame:
+    parts = [
+        _targets(rows, split).select("row_id", pl.lit(split).alias("split"), pl.Series("logit", values))
+        for split, values in logits.items()
+    ]
+    return pl.concat(parts)

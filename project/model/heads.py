@@ -1,0 +1,96 @@
+"""Exit heads: from a hidden state at some depth to the logit of the answer.
+
+Unusual: a head starts as the language model's own answer, logit(yes) - logit(no), so training refines an
+opinion instead of learning one from nothing. Autocast is off in a head: bfloat16 has 128 steps between powers
+of two, and scores that tie cost AUC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from project.errors import ConfigError
+
+
+class ExitHead(nn.Module):
+    """Own norm, then one logit.
+
+    A norm of its own, because below the last layer hidden states have another scale than the final norm
+    expects.
+
+    Args:
+        norm: Final norm of the LM; copied.
+        direction: (H,) initial weights, see `Trunk.answer_direction`. The bias starts at 0.
+    """
+
+    def __init__(self, norm: nn.Module, direction: Tensor) -> None:
+        super().__init__()
+        self.norm = deepcopy(norm).float().requires_grad_(True)
+        self.linear = nn.Linear(direction.numel(), 1)
+        with torch.no_grad():
+            self.linear.weight.copy_(direction[None])
+            self.linear.bias.zero_()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits (n,) float32 of hidden states (n, H) at answer slots."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            normed = self.norm(hidden.to(self.linear.weight.dtype))
+            logits: Tensor = self.linear(normed).squeeze(-1).float()
+        return logits
+
+
+class Tokenizer(Protocol):
+    """What is needed of a Hugging Face tokenizer."""
+
+    name_or_path: str
+    unk_token_id: int | None
+
+    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]:
+        """Token ids of `text`."""
+        ...
+
+
+def answer_tokens(tokenizer: Tokenizer, answers: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Token ids of the answers no and yes: every spelling that is a single token.
+
+    Spellings are the text as it stands, then as given, lower case, capitalised and upper case, with and
+    without a leading space.
+
+    Args:
+        tokenizer: Tokenizer of the backbone.
+        answers: Texts for dislike and like.
+
+    Returns:
+        Ids of dislike, ids of like; the id of the text as it stands comes first, if it is one token.
+
+    Raises:
+        ConfigError: If an answer has no spelling of one token, or the two share one.
+    """
+    no, yes = (_single_tokens(tokenizer, answer) for answer in answers)
+    shared = sorted(set(no) & set(yes))
+    if shared:
+        raise ConfigError(
+            f"data.prompt.answers is {list(answers)!r}: both have the token {shared[0]} of the tokenizer "
+            f"{tokenizer.name_or_path!r}; expected two answers that differ by more than case and spaces."
+        )
+    return no, yes
+
+
+def _single_tokens(tokenizer: Tokenizer, answer: str) -> list[int]:
+    word = answer.strip()
+    cases = [word, word.lower(), word.capitalize(), word.upper()]
+    spellings = [answer, *(" " + case for case in cases), *cases]
+    ids = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in spellings]
+    single = [i[0] for i in ids if len(i) == 1 and i[0] != tokenizer.unk_token_id]
+    if not single:
+        raise ConfigError(
+            f"data.prompt.answers: the tokenizer {tokenizer.name_or_path!r} has no single token for "
+            f"{answer!r} (tried {', '.join(map(repr, dict.fromkeys(spellings)))}); "
+            "choose a shorter or more common word."
+        )
+    return list(dict.fromkeys(single))

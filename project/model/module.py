@@ -1,0 +1,245 @@
+"""LightningModule: an LLM trunk with a prediction head at several depths.
+
+Weights are loaded in `configure_model`, so a module is cheap to make and can be sharded. What is frozen is not in the
+checkpoint: it comes back from the base model, and loading asserts that nothing else is missing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import polars
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from project.data.datamodule import InteractionData
+from project.data.packing import Batch
+from project.data.sources import resolve_model
+from project.errors import CheckpointError, ConfigError
+from project.evaluate import choose_exit, exit_rows
+from project.model.heads import ExitHead, answer_tokens
+from project.model.lora import LoraSettings, add_lora, frozen_names
+from project.model.losses import LossSettings, exit_loss, exit_weights
+from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups
+from project.model.trunk import Trunk
+from project.scores import ScoreCollector, scores_of_candidates, scores_of_rows
+
+DEFAULT_LOSS, DEFAULT_OPTIM = LossSettings(), OptimSettings()
+LOGGED = ("auc", "log_loss", "brier", "ece")
+
+
+class ExitRecommender(pl.LightningModule):
+    """A decoder-only LLM cut at exit layers, each with a head that predicts the answer.
+
+    Args:
+        backbone: A known model (smollm2-135m-instruct), a folder with a Hugging Face model, or a name on its hub.
+            Families: Llama/SmolLM2, Qwen2, Qwen3, Mistral without a sliding window.
+        exit_layers: Depths that have a head, ascending; layer k means after k decoder layers. The last one is the full
+            depth.
+        num_layers: How many decoder layers of the backbone are used, the deepest exit's depth; default: just that.
+        loss: How the heads share the loss.
+        optim: Learning rates by depth, schedule and weight decay.
+        lora: Train adapters instead of the trunk's own weights.
+        freeze_embeddings: Keep the token embeddings as they are.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        answers: Texts of the answers dislike and like; set by data.prompt.answers.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        exit_layers: list[int],
+        num_layers: int | None = None,
+        loss: LossSettings = DEFAULT_LOSS,
+        optim: OptimSettings = DEFAULT_OPTIM,
+        lora: LoraSettings | None = None,
+        freeze_embeddings: bool = False,
+        gradient_checkpointing: bool = False,
+        answers: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        depth = num_layers if num_layers is not None else max(exit_layers, default=0)
+        if not exit_layers or sorted(set(exit_layers)) != exit_layers or exit_layers[0] < 1:
+            raise ConfigError(
+                f"model.exit_layers is {exit_layers}; expected at least one layer, ascending, each once, from 1 on."
+            )
+        if exit_layers[-1] != depth:
+            raise ConfigError(
+                f"model.exit_layers ends at {exit_layers[-1]}, but model.num_layers is {depth}; expected the same: an "
+                "exit beyond the trunk cannot be reached, and layers beyond the last exit would never be trained."
+            )
+        self.save_hyperparameters(
+            {"backbone": backbone, "exit_layers": exit_layers, "num_layers": num_layers}
+        )
+        self.backbone, self.exit_layers, self.depth = backbone, exit_layers, depth
+        self.loss, self.optim = loss, optim
+        self.lora, self.freeze_embeddings = lora, freeze_embeddings
+        self.gradient_checkpointing = gradient_checkpointing
+        self.answers = answers or [" no", " yes"]
+        self.trunk: Trunk | None = None
+        self.heads = nn.ModuleDict()
+        self.chosen_exit: Tensor
+        self.register_buffer(
+            "chosen_exit", torch.tensor(-1)
+        )  # by validation's tune fold; -1: not validated yet
+        self.collector = ScoreCollector(len(exit_layers))
+        self.scores: polars.DataFrame | None = None
+        self.strict_loading = (
+            False  # frozen weights are not in the checkpoint; on_load_checkpoint is stricter
+        )
+
+    @property
+    def data(self) -> InteractionData:
+        """The DataModule that this run was given."""
+        return cast(InteractionData, self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def configure_model(self) -> None:
+        """Load the trunk and make the heads; called once, before the first batch."""
+        if self.trunk is not None:
+            return
+        with self.data.clock.stage("load model"):
+            folder = resolve_model(self.backbone)
+            trunk = Trunk.from_pretrained(folder, num_layers=self.depth)
+            self.set_trunk(trunk, self.data.tokenizer)
+
+    def set_trunk(self, trunk: Trunk, tokenizer: Any) -> None:
+        """Use this trunk, with heads initialised from its language model head.
+
+        Args:
+            trunk: At least as deep as the last exit.
+            tokenizer: Resolves the answers' tokens.
+        """
+        no, yes = answer_tokens(tokenizer, self.answers)
+        direction = trunk.answer_direction(yes, no)
+        for layer in self.exit_layers:
+            self.heads[str(layer)] = ExitHead(trunk.final_norm, direction)
+        trunk.gradient_checkpointing = self.gradient_checkpointing
+        if self.lora is not None:
+            add_lora(trunk, self.lora)
+        trunk.release_lm_head()
+        if self.freeze_embeddings:
+            trunk.embed_tokens.requires_grad_(False)
+        self.trunk = trunk
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits of every exit.
+
+        Args:
+            batch: n targets.
+
+        Returns:
+            (n, exits) logits, in the order of `exit_layers`.
+        """
+        assert self.trunk is not None
+        state = self.trunk.embed(batch.tokens, batch.layout)
+        logits, start = [], 0
+        for layer in self.exit_layers:
+            state = self.trunk.run(state, start, layer)
+            logits.append(self.heads[str(layer)](state.hidden.flatten(0, 1)[batch.slots]))
+            start = layer
+        return torch.stack(logits, dim=1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Weighted log loss of all heads, normalised by the targets of all processes."""
+        logits = self(batch)
+        targets = torch.tensor(float(len(batch.label)), device=self.device)
+        world = self.trainer.world_size
+        if world > 1:
+            targets = self.trainer.strategy.reduce(targets, reduce_op="sum")
+        weights = exit_weights(self.loss, self.exit_layers, self.global_step).to(self.device)
+        # gradients are averaged over processes, the loss is a sum over their targets: hence the factor
+        loss, per_head = exit_loss(logits, batch.label, weights, targets / world)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        for layer, value in zip(self.exit_layers, per_head, strict=True):
+            self.log(f"train/log_loss/exit_{layer}", value)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect scores."""
+        self._collect(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect scores."""
+        self._collect(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect scores; they are written when all requests are done."""
+        self._collect(batch)
+
+    def _collect(self, batch: Batch) -> None:
+        self.collector.update(batch.row_id, batch.target_tokens, batch.stream_tokens, self(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log every head on the `select` fold; choose the exit on `tune`."""
+        scores = self._finish()
+        if self.trainer.sanity_checking:
+            return
+        self.scores = scores
+        self._log_heads(exit_rows(scores, "valid", "select", draws=0), "val")
+        chosen = choose_exit(scores)
+        self.chosen_exit.fill_(-1 if chosen is None else chosen)
+
+    def on_test_epoch_end(self) -> None:
+        """Log every head, exactly."""
+        self.scores = self._finish()
+        self._log_heads(exit_rows(self.scores, "test", draws=0), "test")
+
+    def on_predict_epoch_end(self) -> None:
+        """Keep the scores of all candidates."""
+        assert self.data.requests is not None
+        ids, logits = self.collector.compute()
+        self.collector.reset()
+        self.scores = scores_of_candidates(ids, logits, self.data.requests.table(), self.exit_layers)
+
+    def _finish(self) -> polars.DataFrame:
+        ids, logits = self.collector.compute()
+        self.collector.reset()
+        return scores_of_rows(ids, logits, self.data.split.rows, self.exit_layers)
+
+    def _log_heads(self, rows: list[dict[str, Any]], prefix: str) -> None:
+        for row in rows:
+            for name in LOGGED:
+                if row[name] is not None:
+                    # every process computed the same numbers from the gathered scores: nothing to reduce
+                    self.log(f"{prefix}/{name}/exit_{row['layer']}", row[name], rank_zero_only=False)
+        deepest = rows[-1]["auc"]
+        self.log(f"{prefix}/auc/deepest", float("nan") if deepest is None else deepest, prog_bar=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with learning rates by depth, warm-up and cosine decay."""
+        assert self.trunk is not None
+        groups = parameter_groups(self.trunk, self.heads, self.optim)
+        optimizer = torch.optim.AdamW(groups, betas=(self.optim.betas[0], self.optim.betas[1]), fused=True)
+        factor = cosine_with_warmup(int(self.trainer.estimated_stepping_batches), self.optim)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is frozen and name the base model that it comes back from."""
+        frozen = frozen_names(self)
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint["base_model"] = self.backbone
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was made for another model.
+
+        Raises:
+            CheckpointError: If exit layers, base model or parameters differ from this configuration.
+        """
+        saved = checkpoint.get("hyper_parameters", {})
+        for key, mine in (("exit_layers", self.exit_layers), ("backbone", self.backbone)):
+            if saved.get(key) != mine:
+                raise CheckpointError(
+                    f"the checkpoint was trained with model.{key} = {saved.get(key)}, the configuration says {mine}. "
+                    "Use the config.yaml beside the checkpoint's folder."
+                )
+        missing = set(self.state_dict()) - set(checkpoint["state_dict"]) - frozen_names(self)
+        surplus = set(checkpoint["state_dict"]) - set(self.state_dict())
+        if missing or surplus:
+            raise CheckpointError(
+                f"the checkpoint lacks {sorted(missing)[:3]} and has unknown {sorted(surplus)[:3]} "
+                f"({len(missing)} and {len(surplus)} in all): model.num_layers, model.lora or "
+                "model.freeze_embeddings differ from the run that made it. Use its config.yaml."
+            )

@@ -1,0 +1,101 @@
+"""Learning rates by depth (Zhou et al., ACL 2025: shallow layers learn faster) and their schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from project.model.trunk import Trunk
+
+
+@dataclass
+class OptimSettings:
+    """Learning rates by depth, schedule and weight decay of AdamW.
+
+    Layer l of L learns at learning_rate * (1 + depth_slope * (1 - l / L)), the embeddings at that of l = 0,
+    and a head at head_factor times the rate of the layer below it.
+
+    Args:
+        learning_rate: Peak learning rate of the deepest layer.
+        depth_slope: How much faster shallow layers learn; 0: all alike, 1: the embeddings at twice the rate.
+        head_factor: How much faster a head learns than the layer below it.
+        weight_decay: Decay of weight matrices; norms and biases have none.
+        warmup_share: Share of all steps in which the rates grow from 0 to their peak.
+        minimum_share: Share of the peak that is left at the last step.
+        betas: Decay of AdamW's running means of the gradient and of its square.
+    """
+
+    learning_rate: float = 2e-4
+    depth_slope: float = 0.0
+    head_factor: float = 5.0
+    weight_decay: float = 0.01
+    warmup_share: float = 0.05
+    minimum_share: float = 0.1
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+
+
+def depth_rate(settings: OptimSettings, layer: int, layers: int) -> float:
+    """Peak learning rate of layer `layer` (1 is the first, 0 the embeddings) of `layers`."""
+    return settings.learning_rate * (1 + settings.depth_slope * (1 - layer / layers))
+
+
+def parameter_groups(trunk: Trunk, heads: nn.ModuleDict, settings: OptimSettings) -> list[dict[str, Any]]:
+    """Groups for AdamW; every trainable parameter of trunk and heads is in exactly one.
+
+    Args:
+        trunk: The trunk; frozen parameters are left out.
+        heads: Exit heads by their layer, as text.
+        settings: Learning rates and weight decay.
+
+    Returns:
+        Dictionaries with params, lr, weight_decay and a readable name such as "layer_3/decay".
+    """
+    groups = []
+    for name, module, rate in _modules(trunk, heads, settings):
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        for suffix, decay, params in (
+            ("decay", settings.weight_decay, [p for p in trainable if p.ndim > 1]),
+            ("plain", 0.0, [p for p in trainable if p.ndim <= 1]),
+        ):
+            if params:
+                groups.append(
+                    {"name": f"{name}/{suffix}", "params": params, "lr": rate, "weight_decay": decay}
+                )
+    return groups
+
+
+def _modules(
+    trunk: Trunk, heads: nn.ModuleDict, settings: OptimSettings
+) -> Iterator[tuple[str, nn.Module, float]]:
+    depth = len(trunk.layers)
+    yield "embeddings", trunk.embed_tokens, depth_rate(settings, 0, depth)
+    for layer, module in enumerate(trunk.layers, start=1):
+        yield f"layer_{layer}", module, depth_rate(settings, layer, depth)
+    for key, head in heads.items():
+        yield f"head_{key}", head, settings.head_factor * depth_rate(settings, int(key), depth)
+
+
+def cosine_with_warmup(total_steps: int, settings: OptimSettings) -> Callable[[int], float]:
+    """Factor on every learning rate by step: linear warm-up to 1, then a half cosine down to `minimum_share`.
+
+    Args:
+        total_steps: Optimiser steps of the whole training.
+        settings: Shares of warm-up and minimum.
+
+    Returns:
+        A function of the step (0 is the first) for `LambdaLR`. The first step already moves.
+    """
+    warmup = round(settings.warmup_share * total_steps)
+    floor = settings.minimum_share
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor

@@ -1,0 +1,18 @@
+"""Evidence for a candidate: what similar users thought of it, strictly before the question."""
+
+from project.retrieval.base import Retriever
+from project.retrieval.controls import ItemKNN, NoRetriever, RandomRetriever
+from project.retrieval.evidence import evidence_tables, request_evidence
+from project.retrieval.lightgcn import LightGCN
+from project.retrieval.vectors import VectorRetriever
+
+__all__ = [
+    "ItemKNN",
+    "LightGCN",
+    "NoRetriever",
+    "RandomRetriever",
+    "Retriever",
+    "VectorRetriever",
+    "evidence_tables",
+    "request_evidence",
+]

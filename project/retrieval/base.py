@@ -1,0 +1,118 @@
+"""The one protocol every retriever fits: fitted once per time block, then asked for neighbours row by row.
+
+Unusual: a retriever never sees the log. It is handed edges that lie strictly before a block, then raters and
+a user's own rows strictly before each question, so it cannot leak the future even by mistake.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from project.errors import ConfigError
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+Snapshot = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Ratings strictly before a block, in time order; all arrays have shape (edges,)."""
+
+    user: IntArray
+    item: IntArray
+    label: IntArray
+
+
+class Raters(NamedTuple):
+    """Who rated a candidate strictly earlier, oldest first, each user's latest row; shape (raters,) each."""
+
+    row: IntArray
+    user: IntArray
+
+
+class Neighbours(NamedTuple):
+    """The rows a candidate's evidence consists of, most similar first; arrays of shape (at most N,)."""
+
+    row: IntArray
+    similarity: FloatArray
+
+
+NO_NEIGHBOURS = Neighbours(np.empty(0, np.int64), np.empty(0, np.float32))
+
+
+class Retriever(ABC):
+    """Finds rows that tell what similar users thought of a candidate.
+
+    The order of calls is `begin`, then `fit` once per block in time order (its result is stored), and for
+    reading `begin`, then per block `start_block` with what `fit` returned, `select` and `observe` in time
+    order. Items are codes 0..items.height-1; the code items.height stands for any item the log does not have.
+    A subclass keeps every constructor argument under its own name: they are part of the evidence cache's key.
+
+    Args:
+        neighbours: Most neighbours a candidate gets (N).
+        max_raters: Only the latest so many raters of a candidate are considered (R), which bounds the cost.
+    """
+
+    def __init__(self, neighbours: int = 10, max_raters: int = 2000) -> None:
+        for name, value in (("neighbours", neighbours), ("max_raters", max_raters)):
+            if value < 1:
+                raise ConfigError(
+                    f"data.retriever.init_args.{name} is {value}, expected 1 or more: set it to at least 1."
+                )
+        self.neighbours = neighbours
+        self.max_raters = max_raters
+
+    @abstractmethod
+    def begin(self, num_users: int, items: pl.DataFrame) -> None:
+        """Forget everything; make room for users 0..num_users-1 and the items of the log's item table."""
+
+    def fit(self, edges: Edges, block: int) -> Snapshot:
+        """Fit on the ratings before block `block` (1, 2, ...; block 0 has no past); the result is stored."""
+        return {}
+
+    def start_block(self, snapshot: Snapshot, block: int) -> None:  # noqa: B027  # optional
+        """Answer from this block's snapshot from now on; not called for block 0 or blocks without rows."""
+
+    @abstractmethod
+    def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
+        """Pick at most `neighbours` rows for a candidate item of a user, from what was observed so far.
+
+        Args:
+            user: code of the user who is asking.
+            item: code of the candidate.
+            timestamp: time of the question, seconds.
+            raters: who rated the candidate strictly earlier, the asking person left out.
+        """
+
+    def observe(self, row: int, user: int, item: int, label: int) -> None:  # noqa: B027  # optional
+        """Take in one row of a user's own past, once its time has passed."""
+
+    def settings(self) -> dict[str, Any]:
+        """Class path and constructor arguments: what makes two retrievers' answers equal."""
+        kind = type(self)
+        names = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+        return {
+            "class_path": f"{kind.__module__}.{kind.__qualname__}",
+            "init_args": {name: getattr(self, name) for name in names},
+        }
+
+
+def top(values: NDArray[np.floating[Any]], count: int) -> IntArray:
+    """Positions of the `count` largest values, largest first; equal values: the later position first.
+
+    Args:
+        values: shape (n,), no NaN.
+        count: how many, at least 1.
+    """
+    if values.size > count:
+        kept = np.flatnonzero(values >= np.partition(values, -count)[-count])[::-1]
+    else:
+        kept = np.arange(values.size - 1, -1, -1)
+    return kept[np.argsort(-values[kept], kind="stable")[:count]]

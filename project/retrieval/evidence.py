@@ -1,0 +1,182 @@
+"""The evidence table: what similar users, the item's raters and the user's past say about a row, before it.
+
+Columns: row_id; neighbours (row ids of the neighbours' own interactions with the candidate), similarities,
+answers (lists, most similar first); vote (mean answer, null without neighbours); neighbour_count; item_rate
+and item_count, user_rate and user_count (liked share and number of strictly earlier readable rows; a rate of
+nothing is null).
+
+Unusual: a row of split S reads rows of splits up to S, so there is a table per split. Where no row has a
+later split's row in its past (a split by time), the three coincide and are computed once.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from project.data.splits import SPLITS, SplitInteractions
+from project.errors import ConfigError, DataError
+from project.retrieval.base import IntArray, Retriever
+from project.retrieval.cache import cached_folder
+from project.retrieval.neighbours import BoolArray, WalkRows, walk
+from project.retrieval.snapshots import Snapshots, block_cuts, fit_snapshots
+
+
+def evidence_tables(
+    split: SplitInteractions, retriever: Retriever, block_rows: int, cache_dir: Path
+) -> dict[str, pl.DataFrame]:
+    """Evidence of every row with split <= S, for S = train, valid and test; cached.
+
+    Args:
+        split: the log under its protocol.
+        retriever: who picks neighbours.
+        block_rows: the retriever is refitted every so many rows, on the rows before.
+        cache_dir: folder the tables and the snapshots are kept in, under a hash of everything they depend on.
+
+    Returns:
+        One table for each of "train", "valid" and "test", in the order of the split's rows.
+    """
+    folder = evidence_folder(split, retriever, block_rows, cache_dir)
+    return {name: pl.read_parquet(folder / f"{name}.parquet") for name in SPLITS}
+
+
+def request_evidence(
+    split: SplitInteractions,
+    retriever: Retriever,
+    block_rows: int,
+    cache_dir: Path,
+    user: IntArray,
+    item: IntArray,
+    timestamp: NDArray[np.float64],
+    label: IntArray,
+    own: BoolArray,
+) -> pl.DataFrame:
+    """Evidence of rows outside the log, read as split "test": from the log and their own user's past.
+
+    A user code with `own` rows has exactly those as its past, also where the log knows that user; a user code
+    of the log without `own` rows has the log's. Either way that user's own ratings in the log are not
+    neighbours.
+
+    Args:
+        split: the log under its protocol.
+        retriever: who picks neighbours, with the settings the log's evidence was made with.
+        block_rows: as in `evidence_tables`.
+        cache_dir: as in `evidence_tables`; snapshots are read from here and fitted only where absent.
+        user: user codes, shape (rows,); codes the log does not have are unseen users.
+        item: item codes, shape (rows,); codes the log does not have are unseen items.
+        timestamp: seconds, shape (rows,).
+        label: 0, 1, or -1 for unknown, shape (rows,); own rows need a known label.
+        own: whether the row is the user's past (else a candidate), shape (rows,).
+
+    Returns:
+        The evidence table in the order given; row_id is -1 - position, also among neighbours.
+
+    Raises:
+        DataError: an own row without a label.
+    """
+    unlabelled = np.flatnonzero(own & (label < 0))
+    if unlabelled.size:
+        raise DataError(
+            f"request row {unlabelled[0]} is history (own) but its label is {label[unlabelled[0]]}: "
+            "expected 0 or 1; give every history row its answer, or make it a candidate"
+        )
+    snapshots = Snapshots.load(evidence_folder(split, retriever, block_rows, cache_dir) / "snapshots.npz")
+    log = split.rows.filter(pl.col("timestamp") < timestamp.max(initial=-np.inf))
+    extra = _request_rows(split, user, item, timestamp, label, own)
+    rows = _merged(WalkRows.from_log(log, query=False), extra)
+    items = split.interactions.items
+    table = walk(rows, retriever, items, snapshots.cuts, snapshots.fitted, "request evidence")
+    return table.sort("row_id", descending=True)
+
+
+def evidence_folder(split: SplitInteractions, retriever: Retriever, block_rows: int, cache_dir: Path) -> Path:
+    """Folder with train, valid and test.parquet and snapshots.npz; made where the cache does not have it.
+
+    Args:
+        split: the log under its protocol.
+        retriever: who picks neighbours.
+        block_rows: as in `evidence_tables`.
+        cache_dir: as in `evidence_tables`.
+
+    Raises:
+        ConfigError: block_rows is less than 1.
+    """
+    if block_rows < 1:
+        raise ConfigError(f"data.block_rows is {block_rows}, expected 1 or more: 10000 is the default")
+    content = {
+        "files": split.interactions.files,
+        "protocol": split.hash,
+        "retriever": retriever.settings(),
+        "block_rows": block_rows,
+    }
+    return cached_folder(cache_dir / "evidence", content, partial(_write, split, retriever, block_rows))
+
+
+def _write(split: SplitInteractions, retriever: Retriever, block_rows: int, folder: Path) -> None:
+    """Compute the tables of all splits; keep the snapshots of test, which is what requests read."""
+    code = split.rows["split"].cast(pl.String).replace_strict({name: k for k, name in enumerate(SPLITS)})
+    monotone = reads_all_earlier(split.rows["timestamp"].to_numpy(), code.to_numpy())
+    for k, name in reversed(list(enumerate(SPLITS))):
+        readable = split.rows.filter(code <= k)
+        if k == len(SPLITS) - 1 or not monotone:
+            table, snapshots = _table(split, readable, retriever, block_rows, name)
+            if k == len(SPLITS) - 1:
+                snapshots.save(folder / "snapshots.npz")
+        else:
+            table = table.filter(pl.col("row_id").is_in(readable["row_id"].implode()))
+        table.write_parquet(folder / f"{name}.parquet")
+
+
+def _table(
+    split: SplitInteractions, readable: pl.DataFrame, retriever: Retriever, block_rows: int, name: str
+) -> tuple[pl.DataFrame, Snapshots]:
+    log = split.interactions
+    cuts = block_cuts(readable["timestamp"].to_numpy(), block_rows)
+    snapshots = fit_snapshots(readable, retriever, log.users.height, log.items, cuts)
+    rows = WalkRows.from_log(readable)
+    return walk(rows, retriever, log.items, cuts, snapshots.fitted, f"evidence ({name})"), snapshots
+
+
+def reads_all_earlier(timestamp: NDArray[np.float64], split: IntArray) -> bool:
+    """Whether no row has a row of a later split strictly before it: then all splits' evidence coincides.
+
+    Args:
+        timestamp: seconds, ascending, shape (rows,).
+        split: 0 train, 1 valid, 2 test, shape (rows,).
+    """
+    latest_before = np.concatenate([[0], np.maximum.accumulate(split)])
+    return bool(np.all(latest_before[np.searchsorted(timestamp, timestamp, side="left")] <= split))
+
+
+def _request_rows(
+    split: SplitInteractions,
+    user: IntArray,
+    item: IntArray,
+    timestamp: NDArray[np.float64],
+    label: IntArray,
+    own: BoolArray,
+) -> WalkRows:
+    """Requests as rows to walk over; a user with a past of their own gets a code the log has not used."""
+    num_users, num_items = split.interactions.users.height, split.interactions.items.height
+    _, alias = np.unique(user, return_inverse=True)
+    fresh = np.isin(user, user[own]) | (user >= num_users)
+    return WalkRows(
+        row_id=-1 - np.arange(user.size),
+        user=np.where(fresh, num_users + alias, user),
+        person=user.astype(np.int64),
+        item=np.minimum(item, num_items).astype(np.int64),
+        timestamp=timestamp.astype(np.float64),
+        label=label.astype(np.int8),
+        query=np.ones(user.size, np.bool_),
+        rater=np.zeros(user.size, np.bool_),
+        own=own,
+    )
+
+
+def _merged(log: WalkRows, extra: WalkRows) -> WalkRows:
+    """Both in the order of a log: time, then person, then item."""
+    joined = {name: np.concatenate([vars(log)[name], vars(extra)[name]]) for name in vars(log)}
+    order = np.lexsort((joined["item"], joined["person"], joined["timestamp"]))
+    return WalkRows(**{name: array[order] for name, array in joined.items()})

@@ -1,0 +1,98 @@
+"""Retrievers that compare users by a vector made of their past items: LightGCN, and text encoders alike.
+
+Unusual: user vectors are not learned. They are sums over strictly earlier items, so a user first seen a
+minute ago has neighbours, and within a block every vector comes from that block's one item table: separately
+fitted tables live in unaligned spaces and are never compared.
+"""
+
+from abc import abstractmethod
+
+import numpy as np
+import polars as pl
+
+from project.retrieval.base import (
+    NO_NEIGHBOURS,
+    Edges,
+    FloatArray,
+    Neighbours,
+    Raters,
+    Retriever,
+    Snapshot,
+    top,
+)
+
+
+class VectorRetriever(Retriever):
+    """Cosine neighbours of running user vectors, v_u = sum over own earlier j of s_j * e_j / sqrt(degree_j).
+
+    s_j is 1 for a liked and `dislike_weight` for a disliked item, e_j the block's item vector, degree_j how
+    many rows before the block liked j (at least 1): LightGCN's own propagation to a user (He et al. 2020,
+    equation 3) without the user's degree, which cosine does not see.
+
+    Args:
+        neighbours: Most neighbours a candidate gets (N).
+        max_raters: Only the latest so many raters of a candidate are considered (R), which bounds the cost.
+        dislike_weight: Weight of a disliked item in a user's vector; a liked one has weight 1.
+    """
+
+    def __init__(self, neighbours: int = 10, max_raters: int = 2000, dislike_weight: float = -0.5) -> None:
+        super().__init__(neighbours, max_raters)
+        self.dislike_weight = dislike_weight
+
+    @abstractmethod
+    def item_table(self, edges: Edges, block: int) -> FloatArray:
+        """Item vectors, shape (items, d), from ratings before the block; zero rows for items without one."""
+
+    def begin(self, num_users: int, items: pl.DataFrame) -> None:
+        """Forget all users' pasts and vectors."""
+        self._num_users, self._items = num_users, items
+        self._weighted: FloatArray | None = None
+        self._past_users: list[int] = []
+        self._past_items: list[int] = []
+        self._past_weights: list[float] = []
+
+    def fit(self, edges: Edges, block: int) -> Snapshot:
+        """Fit this block's item table; stored as `weighted`, e_j / sqrt(degree_j), shape (items, d)."""
+        degree = np.bincount(edges.item[edges.label == 1], minlength=self._items.height)
+        table = self.item_table(edges, block)
+        return {"weighted": (table / np.sqrt(np.maximum(degree, 1))[:, None]).astype(np.float32)}
+
+    def start_block(self, snapshot: Snapshot, block: int) -> None:
+        """Recompute every user's vector from this block's item table."""
+        unknown_item = np.zeros((1, snapshot["weighted"].shape[1]), np.float32)
+        self._weighted = np.concatenate([snapshot["weighted"], unknown_item])
+        users = np.array(self._past_users, np.int64)
+        items = np.array(self._past_items, np.int64)
+        weights = np.array(self._past_weights, np.float32)
+        self._vectors = np.zeros((self._num_users, self._weighted.shape[1]), np.float32)
+        # in order of time, as observe adds: a vector does not depend on where a block starts
+        np.add.at(self._vectors, users, weights[:, None] * self._weighted[items])
+        self._inverse = inverse_norms(self._vectors)
+
+    def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
+        """The raters whose vectors have the largest cosine with the user's; zero vectors never match."""
+        if self._weighted is None or raters.user.size == 0 or self._inverse[user] == 0:
+            return NO_NEIGHBOURS
+        inverse = self._inverse[raters.user]
+        cosine = (self._vectors[raters.user] @ self._vectors[user]) * (inverse * self._inverse[user])
+        nearest = top(np.where(inverse > 0, cosine, -np.inf), self.neighbours)
+        nearest = nearest[inverse[nearest] > 0]
+        return Neighbours(raters.row[nearest], cosine[nearest])
+
+    def observe(self, row: int, user: int, item: int, label: int) -> None:
+        """Add one rated item to its user's vector."""
+        weight = 1.0 if label == 1 else self.dislike_weight
+        self._past_users.append(user)
+        self._past_items.append(item)
+        self._past_weights.append(weight)
+        if self._weighted is not None:
+            vector = self._vectors[user]
+            vector += np.float32(weight) * self._weighted[item]
+            self._inverse[user] = inverse_norms(vector)
+
+
+def inverse_norms(vectors: FloatArray) -> FloatArray:
+    """One over the Euclidean norm along the last axis, 0 where the vector is zero."""
+    norms = np.sqrt(np.asarray((vectors * vectors).sum(-1)))
+    inverse: FloatArray = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
+    return inverse

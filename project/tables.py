@@ -1,0 +1,154 @@
+"""Result files as tables: Markdown for README and reports, the same cells as rich tables for a terminal.
+
+Unusual here: pure functions, a result file's dictionary in and text out, so every quoted number comes from a
+file. Numbers below one lose their zero (.7423), what is undefined says so, and heads and floors stand in one
+table: a head is only worth its difference to the best floor.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+Result = Mapping[str, Any]
+
+UNDEFINED = "undefined"
+HEADER = ("scores", "AUC", "95 % interval", "log loss", "Brier", "ECE", "user-AUC", "n")
+STAGE_HEADER = ("stage", "seconds", "share")
+REPORTED_SPLIT = {"test": "test", "validate": "valid", "fit": "valid"}
+
+
+def render_exits(result: Result, split: str | None = None) -> str:
+    """Markdown: a row for every exit and floor, the difference to the best floor, protocol and counts.
+
+    Args:
+        result: A result file of `fit`, `validate`, `test` or `floors`; only `protocol` must be there.
+        split: Which rows; None takes test for `test` and valid for `validate` and `fit`, else all.
+    """
+    lines = [_markdown(HEADER, _score_rows(result, split))]
+    if difference := difference_line(result):
+        lines.append(difference)
+    lines.append(protocol_line(result))
+    return "\n\n".join(lines) + "\n"
+
+
+def exits_table(result: Result, split: str | None = None) -> Table:
+    """The table of `render_exits` for a terminal, difference and protocol below it. Arguments as there."""
+    caption = "\n".join(line for line in (difference_line(result), protocol_line(result)) if line)
+    return _terminal(HEADER, _score_rows(result, split), caption)
+
+
+def render_stage_seconds(result: Result) -> str:
+    """Markdown: where the seconds of a run went, longest first, with their sum.
+
+    Args:
+        result: A result file with `stage_seconds` {stage: seconds}.
+    """
+    return _markdown(STAGE_HEADER, _stage_rows(result)) + "\n"
+
+
+def stage_seconds_table(result: Result) -> Table:
+    """The table of `render_stage_seconds` for a terminal."""
+    return _terminal(STAGE_HEADER, _stage_rows(result), "")
+
+
+def difference_line(result: Result) -> str:
+    """The headline, "LLM exit 6 minus best floor (lr_evidence): +.0110 [...]"; empty without a difference."""
+    difference = result.get("floor_difference")
+    if not difference:
+        return ""
+    subject = f"LLM exit {difference['layer']} minus best floor ({difference['floor']})"
+    if difference["value"] is None:
+        return f"{subject}: {UNDEFINED}"
+    value, low_high = number(difference["value"], signed=True), interval(difference["interval"], signed=True)
+    return f"{subject}: AUC {value} {low_high} (paired, users resampled)"
+
+
+def protocol_line(result: Result) -> str:
+    """Protocol name, hash and targets of each split: tables of different hashes must not be compared."""
+    protocol = result["protocol"]
+    counts = ", ".join(f"{split} {count:,}" for split, count in protocol.get("counts", {}).items())
+    return f"Protocol {protocol['name']} (hash {protocol['hash']})" + (
+        f"; targets: {counts}" if counts else ""
+    )
+
+
+def number(value: float | None, digits: int = 4, signed: bool = False) -> str:
+    """.7423, 1.0312, -.0020, +.0110 where signed; "undefined" for None."""
+    if value is None:
+        return UNDEFINED
+    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    sign, digits_only = (text[0], text[1:]) if text[0] in "+-" else ("", text)
+    return sign + (digits_only[1:] if digits_only.startswith("0.") else digits_only)
+
+
+def interval(bounds: Sequence[float] | None, digits: int = 4, signed: bool = False) -> str:
+    """[.7156, .7627], or "undefined"."""
+    if bounds is None:
+        return UNDEFINED
+    return "[" + ", ".join(number(bound, digits, signed) for bound in bounds) + "]"
+
+
+def _score_rows(result: Result, split: str | None) -> list[list[str]]:
+    wanted = split or REPORTED_SPLIT.get(result.get("verb", ""))
+    heads = [
+        _cells(_head_name(row, result), row, wanted) for row in _of_split(result.get("exits", []), wanted)
+    ]
+    floors = [
+        _cells(_floor_name(row, result), row, wanted) for row in _of_split(result.get("floors", []), wanted)
+    ]
+    return heads + floors
+
+
+def _of_split(rows: Sequence[Result], split: str | None) -> list[Result]:
+    """Rows of a whole split: a fold of valid is no result of its own."""
+    return [row for row in rows if row.get("fold") is None and split in (None, row["split"])]
+
+
+def _head_name(row: Result, result: Result) -> str:
+    layer = row["layer"]
+    name = "exit 0 (counting)" if layer == 0 else f"exit {layer}"
+    return f"{name} (chosen)" if layer == result.get("chosen_exit") else name
+
+
+def _floor_name(row: Result, result: Result) -> str:
+    name = f"floor {row['name']}"
+    return f"{name} (best floor)" if row["name"] == result.get("best_floor") else name
+
+
+def _cells(name: str, row: Result, split: str | None) -> list[str]:
+    users = row.get("uauc")
+    return [
+        name if split else f"{name}, {row['split']}",
+        number(row.get("auc")),
+        interval(row.get("auc_interval")),
+        *(number(row.get(metric)) for metric in ("log_loss", "brier", "ece")),
+        number(users["value"] if users else None),
+        f"{row['n']:,}",
+    ]
+
+
+def _stage_rows(result: Result) -> list[list[str]]:
+    seconds: Mapping[str, float] = result.get("stage_seconds", {})
+    total = sum(seconds.values())
+    ordered = sorted(seconds.items(), key=lambda pair: -pair[1])
+    share = [f"{100 * value / total:.0f} %" if total else "" for _, value in ordered]
+    rows = [[stage, f"{value:,.1f}", part] for (stage, value), part in zip(ordered, share, strict=True)]
+    return [*rows, ["total", f"{total:,.1f}", ""]]
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def _terminal(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> Table:
+    table = Table(caption=Text(caption) if caption else None, caption_justify="left")
+    for index, title in enumerate(header):
+        table.add_column(title, justify="right" if index else "left")
+    for cells in rows:
+        marked = "(chosen)" in cells[0] or "(best floor)" in cells[0]
+        # Text: brackets of an interval are no style tags
+        table.add_row(*map(Text, cells), style="bold" if marked else None)
+    return table

@@ -1,0 +1,48 @@
+"""Verbs that need data but no training loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from project.artefacts import read_result, result_head, write_json
+from project.floors import best_floor, fit_floors, floor_rows
+from project.tables import exits_table, render_exits, render_stage_seconds
+
+if TYPE_CHECKING:
+    from project.data.datamodule import InteractionData
+
+
+def run_floors(data: InteractionData, folder: Path) -> dict[str, Any]:
+    """Score the counting baselines on validation and test and write results/floors.json.
+
+    Args:
+        data: Logs, protocol and evidence.
+        folder: Run folder of the result file.
+    """
+    split, evidence = data.split, data.evidence
+    with data.clock.stage("floors"):
+        floors = fit_floors(split.rows, evidence)
+        rows = floor_rows(floors, split.rows)
+        best = best_floor(floors, split.rows)
+    result = result_head("floors", split.manifest, str(folder / "config.yaml"), data.seed)
+    result |= {"floors": rows, "best_floor": best.name if best else None}
+    result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
+    path = write_json(folder / "results" / "floors.json", result)
+    Console(width=120).print(exits_table(result, "test"), f"written: {path}")
+    return result
+
+
+def print_tables(arguments: list[str]) -> None:
+    """Print result files as Markdown: `table FILE... [--stages]`.
+
+    Args:
+        arguments: Result files, and --stages for where the time went.
+    """
+    for name in (a for a in arguments if not a.startswith("--")):
+        result = read_result(Path(name))
+        print(f"### {result['verb']}\n\n{render_exits(result)}")
+        if "--stages" in arguments and "stage_seconds" in result:
+            print(render_stage_seconds(result))

@@ -1,0 +1,147 @@
+"""A tiny world: generated logs with structure, a two-layer random LLM and its tokenizer, all on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+
+WORDS = "movie about the sea a mountain two friends and one dog in winter night city river"
+
+
+def write_logs(folder: Path, users: int = 30, items: int = 20, rows: int = 500, seed: int = 0) -> Path:
+    """interactions.csv and items.csv: users like items whose taste has the sign of their own."""
+    rng = np.random.default_rng(seed)
+    taste_user, taste_item = rng.normal(size=users), rng.normal(size=items)
+    user, item = rng.integers(0, users, rows), rng.integers(0, items, rows)
+    score = taste_user[user] * taste_item[item] + 0.5 * rng.normal(size=rows)
+    frame = pl.DataFrame(
+        {
+            "user_id": [f"u{u}" for u in user],
+            "item_id": [f"i{i}" for i in item],
+            "timestamp": np.sort(rng.integers(0, rows // 2, rows)),  # many rows share a timestamp
+            "rating": np.clip(np.round(3.5 + 1.5 * score), 1, 5),
+        }
+    )
+    frame = frame.unique(["user_id", "item_id", "timestamp"], keep="first", maintain_order=True)
+    frame.write_csv(folder / "interactions.csv")
+    words = WORDS.split()
+    titles = [" ".join(rng.choice(words, size=3)) + f" {i}" for i in range(items)]
+    pl.DataFrame({"item_id": [f"i{i}" for i in range(items)], "title": titles, "year": ["1999"] * items}).write_csv(
+        folder / "items.csv"
+    )
+    return folder
+
+
+def write_model(folder: Path, layers: int = 3) -> Path:
+    """A random Llama with a byte-level tokenizer that knows " yes" and " no"."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(["all 7 near 3: yes", "all 2 near 9: no", WORDS] * 20, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a three-layer random model."""
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of generated logs."""
+    return write_logs(tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One evidence cache for all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny_config(tiny_model: Path, tiny_logs: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a YAML file for the tiny world; nested keys can be changed with `**{"data.logs": ...}`."""
+
+    def write(**changes: object) -> Path:
+        config: dict[str, object] = {
+            "seed_everything": 0,
+            "data": {
+                "logs": {
+                    "class_path": "project.data.readers.TableLogs",
+                    "init_args": {
+                        "interactions": str(tiny_logs / "interactions.csv"),
+                        "items": str(tiny_logs / "items.csv"),
+                    },
+                },
+                "retriever": "project.retrieval.ItemKNN",
+                "protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2]},
+                "context_tokens": 128,
+                "batch_tokens": 512,
+                "block_rows": 100,
+            },
+            "model": {"backbone": str(tiny_model), "exit_layers": [1, 3]},
+            "trainer": {
+                "max_epochs": 1,
+                "accelerator": "cpu",
+                "enable_progress_bar": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
+                "logger": [
+                    {
+                        "class_path": "lightning.pytorch.loggers.CSVLogger",
+                        "init_args": {"save_dir": str(tmp_path / "runs"), "name": "tiny"},
+                    }
+                ],
+            },
+        }
+        for key, value in changes.items():
+            *parents, last = key.split(".")
+            place = config
+            for name in parents:
+                place = place.setdefault(name, {})  # type: ignore[assignment]
+            place[last] = value
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> Callable[..., None]:
+    """Runs `python -m project ...` in this process."""
+    from project.__main__ import main
+
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+
+    def call(*arguments: object) -> None:
+        monkeypatch.setattr("sys.argv", ["project", *map(str, arguments)])
+        main()
+
+    return call

@@ -1,0 +1,87 @@
+from datetime import UTC, date, datetime, timedelta, timezone
+
+import polars as pl
+import pytest
+
+from project.data.columns import finite_number, nonempty_text, plain_text, refuse
+from project.errors import DataError
+
+MAY_2 = 86_400 * (365 + 31 + 28 + 31 + 30 + 1)  # seconds from 1970 to 1971-05-02
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1971-05-02",
+        "1971-05-02T00:00:00",
+        "1971-05-02T00:00:00Z",
+        "1971-05-02 02:00:00+02:00",
+        f" {MAY_2}.0 ",
+    ],
+)
+def test_timestamp_texts_of_one_moment_are_equal(text: str) -> None:
+    """A timestamp may be a number or an ISO date; without a zone it is UTC."""
+    assert finite_number(pl.Series("timestamp", [text]), "f", "c").to_list() == [MAY_2]
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        date(1971, 5, 2),
+        datetime(1971, 5, 2),
+        datetime(1971, 5, 2, tzinfo=UTC),
+        datetime(1971, 5, 2, 2, tzinfo=timezone(timedelta(hours=2))),
+    ],
+)
+def test_timestamp_types_of_one_moment_are_equal(moment: date) -> None:
+    """Typed date columns become the same seconds, whatever their zone."""
+    assert finite_number(pl.Series("timestamp", [moment]), "f", "c").to_list() == [MAY_2]
+
+
+def test_fractions_of_a_second_survive() -> None:
+    """Milliseconds are kept: they order interactions."""
+    assert finite_number(pl.Series("timestamp", ["1970-01-01T00:00:01.250"]), "f", "c").to_list() == [1.25]
+
+
+@pytest.mark.parametrize("value", ["four", "NaN", "inf", "-inf", None])
+@pytest.mark.parametrize("name", ["rating", "timestamp"])
+def test_what_is_not_a_finite_number_names_its_place(name: str, value: str | None) -> None:
+    """The message has file, data row from 1, the file's own column name, the value and how many there are."""
+    with pytest.raises(DataError) as caught:
+        finite_number(pl.Series(name, ["1", value, value]), "log.csv", "theirs")
+    message = str(caught.value)
+    assert message.startswith("log.csv, row 2: column theirs is ")
+    assert (repr(value) if value else "empty") in message
+    assert "2 of 3 rows" in message
+
+
+def test_a_date_is_not_a_rating() -> None:
+    """Only a timestamp may be an ISO date."""
+    with pytest.raises(DataError, match="'2024-01-01'"):
+        finite_number(pl.Series("rating", ["2024-01-01"]), "f", "c")
+
+
+@pytest.mark.parametrize("value", ["", "  ", None])
+def test_empty_text_is_refused(value: str | None) -> None:
+    """An id or title that is empty or blank is an error at its row."""
+    with pytest.raises(DataError, match=r"f, row 2: column c is empty \(1 such rows\)"):
+        nonempty_text(pl.Series("title", ["a", value]), "f", "c")
+
+
+def test_integer_ids_become_text() -> None:
+    """Typed integer ids read as their digits."""
+    assert nonempty_text(pl.Series("user_id", [7, 12]), "f", "c").to_list() == ["7", "12"]
+
+
+def test_lists_become_text_and_structs_are_refused() -> None:
+    """A list attribute is joined; a nested one is an error that names the column."""
+    assert plain_text(pl.Series("genres", [["Comedy", "Drama"], []]), "f").to_list() == ["Comedy, Drama", ""]
+    with pytest.raises(DataError, match="column genres has the type Struct"):
+        plain_text(pl.Series("genres", [{"a": 1}]), "f")
+
+
+def test_values_outside_the_allowed_ones_are_refused_and_null_is_not() -> None:
+    """The first wrong value is named with the allowed ones."""
+    refuse(pl.Series("split", ["a", None]), ["a"], "f", "c")
+    with pytest.raises(DataError, match=r"f, row 3: column c is 'x' \(2 such rows\); allowed are a, b\."):
+        refuse(pl.Series("split", ["a", None, "x", "y"]), ["a", "b"], "f", "c")

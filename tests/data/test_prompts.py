@@ -1,0 +1,75 @@
+import numpy as np
+import polars as pl
+import pytest
+
+from project.data.prompts import Prompt, PromptEncoder
+from project.errors import ConfigError
+
+ITEMS = pl.DataFrame({"item": [0, 1], "item_id": ["a", "b"], "title": ["Alien", "Brazil {1}"], "year": ["1979", ""]})
+EVIDENCE = pl.DataFrame(
+    {
+        "row_id": [0, 1],
+        "item_rate": [0.74, None],
+        "item_count": [37, 0],
+        "user_rate": [0.5, None],
+        "user_count": [2, 0],
+        "vote": [0.25, None],
+        "neighbour_count": [4, 0],
+        "answers": [[1, 0, 0, 0], []],
+    }
+)
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        assert not add_special_tokens
+        return [ord(c) for c in text]
+
+
+def texts(prompt: Prompt, label: list[int]) -> list[tuple[str, str]]:
+    """(whole segment, its part up to the answer slot)."""
+    encoder = PromptEncoder(Letters(), prompt, ITEMS)
+    segments = encoder.encode(np.array([0, 1]), EVIDENCE, np.array(label, dtype=np.int8))
+    rows = [segments.tokens[i].tolist() for i in range(2)]
+    return [
+        ("".join(map(chr, r)), "".join(map(chr, r[: s + 1]))) for r, s in zip(rows, segments.slots, strict=True)
+    ]
+
+
+def test_golden() -> None:
+    """.74 is 7 of ten, .25 is 3 (half up), nothing counted is "?"; the slot is the last token before the answer."""
+    prompt = Prompt(segment="{title} ({year}) all {item_rate} near {vote}:")
+    assert texts(prompt, [1, 0]) == [
+        ("Alien (1979) all 7 near 3: yes", "Alien (1979) all 7 near 3:"),
+        ("Brazil {1} () all ? near ?: no", "Brazil {1} () all ? near ?:"),
+    ]
+
+
+def test_counts_and_fields_in_any_place() -> None:
+    """37 rounds down to 20; likes and neighbours are plain counts; a template may start with evidence."""
+    prompt = Prompt(segment="{likes}/{neighbours} {item_count} {user_count} {user_rate} {title}?")
+    assert texts(prompt, [-1, -1])[0] == ("1/4 20 2 5 Alien?",) * 2
+
+
+def test_unknown_answer_adds_nothing() -> None:
+    """A candidate (label -1) ends at its answer slot."""
+    assert all(whole == before for whole, before in texts(Prompt(segment="{title}:"), [-1, -1]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (Prompt(segment="{title} {director}:"), ["{director}", "title, year", "item_rate"]),
+        (Prompt(segment="{title"), ["data.prompt.segment"]),
+        (Prompt(segment=""), ["data.prompt.segment", "empty"]),
+        (Prompt(answers=[" no"]), ["data.prompt.answers"]),
+        (Prompt(answers=[" no", " "]), ["data.prompt.answers"]),
+    ],
+)
+def test_bad_wording(prompt: Prompt, words: list[str]) -> None:
+    """A template that cannot be filled names its key, and the fields there are."""
+    with pytest.raises(ConfigError) as error:
+        PromptEncoder(Letters(), prompt, ITEMS)
+    assert all(word in str(error.value) for word in words)

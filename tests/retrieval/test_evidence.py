@@ -1,0 +1,184 @@
+"""Evidence tables by split: what each split may read, the cache, and requests answered like the log."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from project.errors import ConfigError, DataError
+from project.retrieval import (
+    LightGCN,
+    NoRetriever,
+    RandomRetriever,
+    Retriever,
+    evidence_tables,
+    request_evidence,
+)
+from project.retrieval.evidence import reads_all_earlier
+from project.retrieval.neighbours import WalkRows, walk
+from project.retrieval.snapshots import block_cuts, fit_snapshots
+
+SPLITS = ("train", "valid", "test")
+
+
+def by_time(rows: pl.DataFrame) -> np.ndarray:
+    time = rows["timestamp"].to_numpy()
+    return (time >= 40).astype(int) + (time >= 60)
+
+
+def at_random(rows: pl.DataFrame) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 3, rows.height)
+
+
+@pytest.mark.parametrize("assign", [by_time, at_random])
+def test_each_table_is_a_walk_over_the_readable_rows(
+    log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path, assign: Callable
+):
+    """The table of S is what a walk over rows of splits <= S alone gives, whether computed once or three times."""
+    rows = log_of(0)
+    codes = assign(rows)
+    split = split_of(rows, codes)
+    tables = evidence_tables(split, co_likes, 40, tmp_path)
+    items = split.interactions.items
+    for last, name in enumerate(SPLITS):
+        readable = rows.filter(pl.Series(codes) <= last)
+        cuts = block_cuts(readable["timestamp"].to_numpy(), 40)
+        fitted = fit_snapshots(readable, co_likes, 12, items, cuts).fitted
+        assert tables[name].equals(walk(WalkRows.from_log(readable), co_likes, items, cuts, fitted))
+
+
+def test_a_split_by_time_reads_all_earlier_rows():
+    """Equal seconds may straddle a cut; a train row strictly after a test row may not."""
+    time = np.array([1.0, 2, 2, 3])
+    assert reads_all_earlier(time, np.array([0, 1, 0, 2]))
+    assert not reads_all_earlier(time, np.array([0, 1, 0, 0]))
+    assert not reads_all_earlier(time, np.array([2, 1, 1, 1]))
+
+
+def test_a_split_by_time_is_fitted_once(
+    log_of: Callable, split_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Three tables cost one fit per block where they coincide, and none at all the second time."""
+    calls = []
+    fit = NoRetriever.fit
+    monkeypatch.setattr(
+        NoRetriever, "fit", lambda self, edges, block: calls.append(block) or fit(self, edges, block)
+    )
+    rows = log_of(0)
+    split = split_of(rows, by_time(rows))
+    first = evidence_tables(split, NoRetriever(), 40, tmp_path)
+    assert calls == list(range(1, len(block_cuts(rows["timestamp"].to_numpy(), 40)) + 1))
+    calls.clear()
+    second = evidence_tables(split, NoRetriever(), 40, tmp_path)
+    request_evidence(split, NoRetriever(), 40, tmp_path, *request(rows.head(1)))
+    assert calls == []
+    assert all(first[name].equals(second[name]) for name in SPLITS)
+
+
+def test_the_cache_knows_what_evidence_depends_on(log_of: Callable, split_of: Callable, tmp_path: Path):
+    """Other settings, block size or log make another folder; the same make none."""
+    rows = log_of(0)
+    split, other = (
+        split_of(table, by_time(table)) for table in (rows, rows.with_columns(label=1 - pl.col("label")))
+    )
+    for n in range(2):
+        for log, retriever, block_rows in (
+            (split, RandomRetriever(), 40),
+            (split, RandomRetriever(seed=1), 40),
+            (split, RandomRetriever(), 50),
+            (split, NoRetriever(), 40),
+            (other, RandomRetriever(), 40),
+        ):
+            evidence_tables(log, retriever, block_rows, tmp_path)
+        assert len(list((tmp_path / "evidence").iterdir())) == 5, n
+
+
+def request(rows: pl.DataFrame, user: int | None = None, own: bool = True) -> tuple[np.ndarray, ...]:
+    """Log rows as a request's rows: user, item, timestamp, label, own."""
+    users = rows["user"].to_numpy() if user is None else np.full(rows.height, user)
+    label = rows["label"].to_numpy() if own else np.full(rows.height, -1)
+    return users, rows["item"].to_numpy(), rows["timestamp"].to_numpy(), label, np.full(rows.height, own)
+
+
+COMPARED = pl.exclude("row_id")
+
+
+@pytest.mark.parametrize("assign", [by_time, at_random])
+@pytest.mark.parametrize("kind", ["co_likes", "lightgcn", "random", "none"])
+def test_a_users_own_history_as_a_request_is_answered_like_the_log(
+    log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path, assign: Callable, kind: str
+):
+    """Explicit history of users of the log, in any order, gives the evidence the log has for the same rows."""
+    retriever = {
+        "co_likes": co_likes,
+        "lightgcn": LightGCN(dim=4, epochs=1),
+        "random": RandomRetriever(),
+        "none": NoRetriever(),
+    }[kind]
+    rows = log_of(2)
+    split = split_of(rows, assign(rows))
+    log = evidence_tables(split, retriever, 40, tmp_path)["test"]
+    asked = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
+    found = request_evidence(split, retriever, 40, tmp_path, *request(asked))
+    expected = asked.select("row_id").join(log, on="row_id", maintain_order="left")
+    assert found["row_id"].to_list() == [-1 - position for position in range(asked.height)]
+    assert found.select(COMPARED).equals(expected.select(COMPARED))
+
+
+def test_candidates_without_history_use_the_logs_past(
+    log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path
+):
+    """A known user's candidate is answered from that user's log rows; its own label is not needed."""
+    rows = log_of(2)
+    split = split_of(rows, by_time(rows))
+    log = evidence_tables(split, co_likes, 40, tmp_path)["test"]
+    found = request_evidence(split, co_likes, 40, tmp_path, *request(rows, own=False))
+    assert found.select(COMPARED).equals(log.select(COMPARED))
+
+
+def test_requests_do_not_change_each_other(
+    log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path
+):
+    """Asking about one user's rows alone or among other users' gives the same evidence."""
+    rows = log_of(2)
+    split = split_of(rows, by_time(rows))
+    together = request_evidence(split, co_likes, 40, tmp_path, *request(rows))
+    for user in (1, 4):
+        mine = rows["user"] == user
+        alone = request_evidence(split, co_likes, 40, tmp_path, *request(rows.filter(mine)))
+        assert alone.select(COMPARED).equals(together.filter(mine).select(COMPARED))
+
+
+def test_unseen_users_and_items(log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path):
+    """A new user with history has neighbours; without, only rates; a new item has neither raters nor a vector."""
+    rows = log_of(2)
+    split = split_of(rows, by_time(rows))
+    late = float(rows["timestamp"].max()) + 10
+    user, item = np.array([90, 90, 90, 91]), np.array([0, 77, 1, 1])
+    time, label = np.array([late, late, late + 1, late + 1]), np.array([1, 0, -1, -1])
+    found = request_evidence(split, co_likes, 40, tmp_path, user, item, time, label, label >= 0).to_dicts()
+    assert found[1]["item_count"] == 0
+    assert found[2]["neighbour_count"] == 4
+    assert (found[2]["user_rate"], found[2]["user_count"]) == (0.5, 2)
+    assert (found[3]["neighbour_count"], found[3]["user_count"]) == (0, 0)
+    assert found[3]["item_count"] == found[2]["item_count"] == rows.filter(pl.col("item") == 1).height
+
+
+def test_history_without_an_answer_is_refused(log_of: Callable, split_of: Callable, tmp_path: Path):
+    """An own row needs a label; the error names the row."""
+    rows = log_of(0)
+    user, item, time, label, own = request(rows.head(3))
+    label = np.where(np.arange(3) == 1, -1, label)
+    with pytest.raises(DataError, match="request row 1 is history"):
+        request_evidence(
+            split_of(rows, by_time(rows)), NoRetriever(), 40, tmp_path, user, item, time, label, own
+        )
+
+
+def test_block_rows_below_one_is_refused(log_of: Callable, split_of: Callable, tmp_path: Path):
+    """The error names the YAML key."""
+    rows = log_of(0)
+    with pytest.raises(ConfigError, match=r"data\.block_rows is 0"):
+        evidence_tables(split_of(rows, by_time(rows)), NoRetriever(), 0, tmp_path)

@@ -1,0 +1,173 @@
+"""Canaries: no row can see itself, its second, its future or a later split, and a leak would be noticed."""
+
+from collections.abc import Callable
+
+import numpy as np
+import polars as pl
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from project.retrieval import ItemKNN, LightGCN, RandomRetriever, Retriever, VectorRetriever
+from project.retrieval.neighbours import WalkRows, walk
+from project.retrieval.snapshots import block_cuts, fit_snapshots
+
+Evidence = Callable[..., pl.DataFrame]
+CUTS = np.array([20.0, 45.0])
+
+
+def splits_of(rows: pl.DataFrame, kind: str, seed: int) -> np.ndarray:
+    """Split codes as each kind of protocol would assign them."""
+    time = rows["timestamp"].to_numpy()
+    if kind == "global_time":
+        return (time >= np.quantile(time, 0.6)).astype(int) + (time >= np.quantile(time, 0.8))
+    if kind == "random":
+        return np.random.default_rng(seed).integers(0, 3, rows.height)
+    share = (
+        rows.select(pl.col("timestamp").rank("ordinal").over("user") / pl.len().over("user"))
+        .to_series()
+        .to_numpy()
+    )
+    if kind == "user_time":
+        return (share > 0.6).astype(int) + (share > 0.8)
+    last = (
+        rows.select(pl.col("timestamp").rank("ordinal", descending=True).over("user")).to_series().to_numpy()
+    )
+    return (last <= 2).astype(int) + (last <= 1)
+
+
+KINDS = ["global_time", "user_time", "random", "leave_last"]
+
+
+@pytest.fixture(params=["co_likes", "lightgcn", "item_knn", "random"])
+def retriever(request: pytest.FixtureRequest, co_likes: VectorRetriever) -> Retriever:
+    return {
+        "co_likes": co_likes,
+        "lightgcn": LightGCN(neighbours=4, dim=4, epochs=1),
+        "item_knn": ItemKNN(neighbours=4),
+        "random": RandomRetriever(neighbours=4),
+    }[request.param]
+
+
+def until(table: pl.DataFrame, rows: pl.DataFrame, time: float) -> pl.DataFrame:
+    """Evidence of rows up to and including a second."""
+    return table.join(
+        rows.filter(pl.col("timestamp") <= time).select("row_id"), on="row_id", maintain_order="left"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_cannot_change_its_own_evidence(
+    log_of: Evidence, evidence_of: Evidence, retriever: Retriever, kind: str
+):
+    """Flipping or deleting a row changes no evidence up to its own second, and some later."""
+    changed = False
+    for seed in range(3):
+        rows = log_of(seed, rows=90).filter(pl.col("user") > 0)
+        readable = rows.filter(pl.Series(splits_of(rows, kind, seed)) <= 1 + seed % 2)
+        before = evidence_of(readable, retriever, CUTS)
+        for row in readable.sample(3, seed=seed).to_dicts():
+            here = pl.col("row_id") == row["row_id"]
+            flipped = readable.with_columns(label=pl.when(here).then(1 - pl.col("label")).otherwise("label"))
+            for after in (
+                evidence_of(flipped, retriever, CUTS),
+                evidence_of(readable, retriever, CUTS, (row["row_id"],)),
+            ):
+                time = row["timestamp"]
+                assert until(after, rows, time).equals(until(before, rows, time))
+                changed |= not after.equals(before)
+    assert changed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_neighbours_are_earlier_readable_rows_of_others_with_the_candidate(
+    log_of: Evidence, evidence_of: Evidence, co_likes: VectorRetriever, kind: str
+):
+    """A neighbour row is strictly earlier, of a split <= S, about the candidate, by someone else."""
+    rows = log_of(3)
+    codes = splits_of(rows, kind, 3)
+    for last in range(3):
+        readable = rows.filter(pl.Series(codes) <= last)
+        found = evidence_of(readable, co_likes, CUTS)
+        pairs = found.select("row_id", "neighbours", "answers").explode("neighbours", "answers").drop_nulls()
+        joined = pairs.join(rows, on="row_id").join(
+            readable, left_on="neighbours", right_on="row_id", suffix="_n"
+        )
+        assert joined.height == pairs.height > 0
+        assert (joined["timestamp_n"] < joined["timestamp"]).all()
+        assert (joined["item_n"] == joined["item"]).all()
+        assert (joined["user_n"] != joined["user"]).all()
+        assert (joined["label_n"] == joined["answers"]).all()
+
+
+def vote_auc(rows: pl.DataFrame, found: pl.DataFrame) -> float:
+    score = found.select(pl.coalesce("vote", "item_rate", 0.5)).to_series()
+    return float(roc_auc_score(rows["label"], score))
+
+
+def leaky_evidence(rows: pl.DataFrame, retriever: Retriever, users: int, items: pl.DataFrame) -> pl.DataFrame:
+    """Evidence with all rows, the row itself included, taken in before any question, and nobody dropped."""
+    log, shift = WalkRows.from_log(rows), float(rows["timestamp"].max()) + 1
+    no, yes = np.zeros(rows.height, np.bool_), np.ones(rows.height, np.bool_)
+    first = {**vars(log), "query": no}
+    then = {
+        **vars(log),
+        "timestamp": log.timestamp + shift,
+        "rater": no,
+        "own": no,
+        "query": yes,
+        "person": log.person * 0 - 1,
+    }
+    both = WalkRows(**{name: np.concatenate([first[name], then[name]]) for name in first})
+    cuts = np.array([shift])
+    snapshots = fit_snapshots(rows, retriever, users, items, cuts)
+    return walk(both, retriever, items, cuts, snapshots.fitted)
+
+
+def strict_evidence(
+    rows: pl.DataFrame, retriever: Retriever, users: int, items: pl.DataFrame
+) -> pl.DataFrame:
+    cuts = block_cuts(rows["timestamp"].to_numpy(), rows.height // 5)
+    snapshots = fit_snapshots(rows, retriever, users, items, cuts)
+    return walk(WalkRows.from_log(rows), retriever, items, cuts, snapshots.fitted)
+
+
+def test_a_leaky_graph_is_noticed_on_noise(log_of: Evidence, items_of: Evidence):
+    """Labels are coin flips: strict votes cannot know them (AUC .5), leaky ones do by more than .1."""
+    users, items = 40, 30
+    rows, retriever = log_of(0, 1500, users, items), LightGCN(neighbours=5, dim=16, epochs=2)
+    strict = vote_auc(rows, strict_evidence(rows, retriever, users, items_of(items)))
+    leaky = vote_auc(rows, leaky_evidence(rows, retriever, users, items_of(items)))
+    assert abs(strict - 0.5) < 0.05
+    assert leaky > strict + 0.1
+
+
+def test_strict_evidence_finds_structure(log_of: Evidence, items_of: Evidence):
+    """Two groups of users with opposite tastes: votes of similar users know what a candidate's rate cannot."""
+    users, items = 40, 30
+    rows = log_of(0, 3000, users, items).with_columns(
+        label=((pl.col("user") + pl.col("item")) % 2 == 0).cast(pl.Int8)
+    )
+    found = strict_evidence(rows, LightGCN(neighbours=5, dim=16, epochs=5), users, items_of(items))
+    late = rows["timestamp"].to_numpy() > 500
+    assert vote_auc(rows.filter(late), found.filter(late)) > 0.95
+    assert roc_auc_score(rows["label"], found["item_rate"].fill_null(0.5)) < 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_leaky_graph_is_noticed_on_movielens():
+    """On ML-100K by time strict votes know about .7 of the order of validation targets, leaky ones more by over .1."""
+    from project.data.interactions import build_interactions
+    from project.data.readers import MovieLens100K
+    from project.data.splits import Protocol, apply_protocol
+
+    protocol = Protocol(minimum_history=5)
+    split = apply_protocol(build_interactions(MovieLens100K().read(), protocol), protocol)
+    log, rows = split.interactions, split.rows.filter(pl.col("split").cast(pl.String) != "test")
+    targets = (rows["split"].cast(pl.String) == "valid") & (rows["role"].cast(pl.String) == "target")
+    auc = {}
+    for name, evidence in (("strict", strict_evidence), ("leaky", leaky_evidence)):
+        found = evidence(rows, LightGCN(epochs=2), log.users.height, log.items)
+        auc[name] = vote_auc(rows.filter(targets), found.filter(targets))
+    assert 0.65 < auc["strict"] < 0.75
+    assert auc["leaky"] > auc["strict"] + 0.1

@@ -1,0 +1,117 @@
+"""The verbs, end to end on a tiny world, and what they say when the input is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+
+from project.artefacts import SCORE_COLUMNS
+
+Run = Callable[..., None]
+Config = Callable[..., Path]
+
+
+def latest(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "tiny" / "latest"
+
+
+def result(folder: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "results" / f"{name}.json").read_text())
+    return content
+
+
+@pytest.mark.slow
+def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
+    """fit, test, validate, floors and predict, each from the saved config, leave the files the contract names."""
+    run("fit", "--config", tiny_config())
+    folder = latest(tmp_path)
+    given = ("--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
+
+    fit = result(folder, "fit")
+    assert [(row["layer"], row["split"], row["fold"]) for row in fit["exits"]] == [
+        (1, "valid", "tune"),
+        (3, "valid", "tune"),
+    ]
+    names = {"item_rate", "user_rate", "neighbour_vote", "lr_rates", "lr_evidence", "gbdt_evidence"}
+    assert {row["name"] for row in fit["floors"]} == names
+    assert {"read logs", "retrieve", "train", "validate"} <= set(fit["stage_seconds"])
+
+    run("test", *given)
+    test = result(folder, "test")
+    assert test["chosen_exit"] == fit["chosen_exit"] in (1, 3)
+    assert test["protocol"]["hash"] == fit["protocol"]["hash"]
+    counts = test["protocol"]["counts"]
+    assert all(row["n"] == counts["test"] and row["split"] == "test" for row in test["exits"] + test["floors"])
+    assert {d["floor"] for d in test["floor_differences"]} == {test["best_floor"], "lr_rates"}
+    scores = pl.read_parquet(folder / "scores" / "test.parquet")
+    assert scores.columns == [*SCORE_COLUMNS, "logit_1", "logit_3"]
+    assert len(scores) == counts["test"] == scores["row_id"].n_unique()
+
+    run("validate", *given)
+    assert result(folder, "validate")["exits"] == fit["exits"]
+    run("floors", *given)
+    floors = [{k: v for k, v in f.items()} for f in result(folder, "floors")["floors"] if f["split"] == "test"]
+    assert floors == test["floors"]
+    assert not (tmp_path / "runs" / "tiny" / "version_1").exists()
+
+    bundle = json.loads((folder / "bundle" / "bundle.json").read_text())
+    assert bundle["protocol"]["hash"] == test["protocol"]["hash"]
+    assert (folder / "bundle" / bundle["evidence"] / "test.parquet").is_file()
+
+
+@pytest.mark.slow
+def test_predict_equals_test(run: Run, tiny_config: Config, tmp_path: Path) -> None:
+    """A request at a test row's own time scores its item as `test` did, by user and by an explicit history; unseen
+    users and items have scores too, and a moved run needs no cache."""
+    run("fit", "--config", tiny_config())
+    folder = latest(tmp_path)
+    given = ("--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
+    run("test", *given)
+    scores = pl.read_parquet(folder / "scores" / "test.parquet").sort("row_id")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    files = config["data"]["logs"]["init_args"]
+    log = pl.read_csv(files["interactions"]).sort("timestamp")
+
+    from project.data.interactions import build_interactions
+    from project.data.readers import TableLogs
+    from project.data.splits import Protocol, apply_protocol
+
+    protocol = Protocol(**config["data"]["protocol"])
+    split = apply_protocol(build_interactions(TableLogs(files["interactions"], files["items"]).read(), protocol), protocol)
+    users, items = (dict(t.select(c, f"{c}_id").iter_rows()) for t, c in ((split.interactions.users, "user"), (split.interactions.items, "item")))
+    rows = split.rows[scores["row_id"]]
+    requests: list[dict[str, Any]] = []
+    for row in rows.iter_rows(named=True):
+        requests.append(
+            {"request_id": f"r{row['row_id']}", "user_id": users[row["user"]], "time": row["timestamp"],
+             "candidates": [items[row["item"]], "i0"]}
+        )  # fmt: skip
+    past = log.filter((pl.col("user_id") == requests[-1]["user_id"]) & (pl.col("timestamp") < requests[-1]["time"]))
+    history = [
+        {"item_id": i, "answer": int(r > 3), "time": t}
+        for i, r, t in past.select("item_id", "rating", "timestamp").iter_rows()
+    ]
+    fresh = {"item_id": "new", "title": "a dog at sea", "year": "2020"}
+    requests.append({"request_id": "new", "user_id": "nobody", "candidates": ["i1", fresh]})
+    requests.append(
+        {"request_id": "own", "history": history, "time": requests[-2]["time"], "candidates": requests[-2]["candidates"]}
+    )
+    path = tmp_path / "requests.jsonl"
+    path.write_text("\n".join(map(json.dumps, requests)))
+    run("predict", *given, "--data.requests", path)
+    predicted = pl.read_parquet(folder / "scores" / "predict.parquet")
+    assert len(predicted) == 2 * len(requests)
+    first = predicted.filter((pl.col("candidate_index") == 0) & pl.col("request_id").str.starts_with("r"))
+    for column in ("logit_1", "logit_3"):
+        assert np.abs(first[column].to_numpy() - scores[column].to_numpy()).max() < 1e-4
+    new = predicted.filter(pl.col("request_id") == "new")
+    assert new["item_id"].to_list() == ["i1", "new"]
+    assert new.select("logit_1", "logit_3").null_count().sum_horizontal().item() == 0

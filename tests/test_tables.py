@@ -1,0 +1,147 @@
+import copy
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from project.tables import (
+    difference_line,
+    exits_table,
+    interval,
+    number,
+    render_exits,
+    render_stage_seconds,
+    stage_seconds_table,
+)
+
+
+def metrics(auc, **more):
+    scores = {"auc": auc, "auc_interval": [0.7, 0.8], "log_loss": 0.59014, "brier": 0.2, "ece": 0.0123}
+    return scores | {"uauc": {"value": 0.65, "users": 144, "rows": 9401}, "n": 9453, "split": "test"} | more
+
+
+RESULT = {
+    "verb": "test",
+    "protocol": {
+        "name": "global_time-80-10-10-h5",
+        "hash": "f45a216bc7435a87",
+        "counts": {"train": 75599, "valid": 9447, "test": 9453},
+    },
+    "exits": [metrics(0.7434, layer=0), metrics(0.75, layer=4), metrics(0.75704, layer=6)],
+    "chosen_exit": 6,
+    "floors": [
+        metrics(0.7098, name="item_rate"),
+        metrics(0.7441, name="gbdt_evidence"),
+        metrics(0.6, name="gbdt_evidence", split="valid"),
+        metrics(0.5, name="gbdt_evidence", split="valid", fold="tune"),
+    ],
+    "best_floor": "gbdt_evidence",
+    "floor_difference": {"floor": "gbdt_evidence", "layer": 6, "value": 0.01294, "interval": [-0.002, 0.02]},
+    "stage_seconds": {"evidence": 25.0, "fit": 1150.0, "test": 75.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("value", "signed", "text"),
+    [
+        (0.7423, False, ".7423"),
+        (1.0, False, "1.0000"),
+        (0.99996, False, "1.0000"),
+        (0.011, True, "+.0110"),
+        (-0.002, True, "-.0020"),
+        (10.5, True, "+10.5000"),
+        (None, True, "undefined"),
+    ],
+)
+def test_number(value, signed, text):
+    """No leading zero, four digits, a sign where asked, a word for None."""
+    assert number(value, signed=signed) == text
+
+
+def test_interval():
+    """Both bounds in brackets; one word where undefined."""
+    assert interval([-0.002, 0.02], signed=True) == "[-.0020, +.0200]"
+    assert interval(None) == "undefined"
+
+
+class TestExits:
+    def test_golden(self):
+        """Heads, then floors of the reported split, marks, paired difference, protocol and counts."""
+        tail = " | [.7000, .8000] | .5901 | .2000 | .0123 | .6500 | 9,453 |"
+        assert render_exits(RESULT).splitlines() == [
+            "| scores | AUC | 95 % interval | log loss | Brier | ECE | user-AUC | n |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| exit 0 (counting) | .7434" + tail,
+            "| exit 4 | .7500" + tail,
+            "| exit 6 (chosen) | .7570" + tail,
+            "| floor item_rate | .7098" + tail,
+            "| floor gbdt_evidence (best floor) | .7441" + tail,
+            "",
+            "LLM exit 6 minus best floor (gbdt_evidence): AUC +.0129 [-.0020, +.0200] "
+            "(paired, users resampled)",
+            "",
+            "Protocol global_time-80-10-10-h5 (hash f45a216bc7435a87); "
+            "targets: train 75,599, valid 9,447, test 9,453",
+        ]
+
+    def test_same_from_a_file(self):
+        """Going through JSON changes nothing, and the input is left as it was."""
+        before = copy.deepcopy(RESULT)
+        assert render_exits(json.loads(json.dumps(RESULT))) == render_exits(RESULT)
+        assert before == RESULT
+
+    def test_undefined_is_said(self):
+        """None becomes the word, in a cell and in the headline; no None, nan or 0 is printed."""
+        empty = dict.fromkeys(("auc", "auc_interval", "log_loss", "brier", "ece"))
+        nobody = {"uauc": {"value": None, "users": 0, "rows": 0}}
+        undefined = {"floor": "item_rate", "layer": 6, "value": None, "interval": None}
+        result = RESULT | {"exits": [metrics(None, layer=6) | empty | nobody], "floor_difference": undefined}
+        cells = render_exits(result).splitlines()[2]
+        assert cells == "| exit 6 (chosen) |" + " undefined |" * 6 + " 9,453 |"
+        assert difference_line(result) == "LLM exit 6 minus best floor (item_rate): undefined"
+        assert "None" not in render_exits(result)
+
+    def test_without_heads(self):
+        """A `floors` file has no heads and no difference: every split is shown and named, folds are not."""
+        result = {key: RESULT[key] for key in ("protocol", "floors")} | {"verb": "floors"}
+        rows = render_exits(result).splitlines()
+        assert rows[2].startswith("| floor item_rate, test |")
+        assert rows[4].startswith("| floor gbdt_evidence, valid | .6000")
+        assert rows[5] == ""
+        assert "LLM" not in "".join(rows)
+
+    def test_validate_shows_validation(self):
+        """`validate` files show valid rows; an explicit split overrides the verb."""
+        assert "| .6000 |" in render_exits(RESULT | {"verb": "validate"})
+        assert "| .7441 |" not in render_exits(RESULT | {"verb": "validate"})
+        assert render_exits(RESULT | {"verb": "validate"}, split="test") == render_exits(RESULT)
+
+    def test_terminal(self):
+        """The terminal's table holds the same cells, brackets of intervals included."""
+        console = Console(width=200, file=io.StringIO())
+        console.print(exits_table(RESULT))
+        text = console.file.getvalue()
+        for line in render_exits(RESULT).splitlines():
+            for cell in line.strip("| ").split(" | "):
+                assert cell.startswith("---") or cell in text
+
+
+class TestStages:
+    def test_golden(self):
+        """Longest first, shares of 1,250 s: 92, 6 and 2 %, the sum below."""
+        assert render_stage_seconds(RESULT).splitlines()[2:] == [
+            "| fit | 1,150.0 | 92 % |",
+            "| test | 75.0 | 6 % |",
+            "| evidence | 25.0 | 2 % |",
+            "| total | 1,250.0 |  |",
+        ]
+
+    def test_nothing_measured(self):
+        """Without stages, or with zero seconds, there is a total of 0.0 and no division by zero."""
+        assert render_stage_seconds({}).splitlines()[2:] == ["| total | 0.0 |  |"]
+        assert "| fit | 0.0 |  |" in render_stage_seconds({"stage_seconds": {"fit": 0.0}})
+
+    def test_terminal(self):
+        """The terminal's table has a row a stage and the total."""
+        assert stage_seconds_table(RESULT).row_count == 4

@@ -1,0 +1,59 @@
+"""Builds small logs, splits, evidence and streams in memory, for tests that need the data's way without a CLI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from project.data.interactions import build_interactions
+from project.data.prompts import Prompt, PromptEncoder
+from project.data.readers import TableLogs
+from project.data.splits import Protocol, SplitInteractions, apply_protocol
+from project.data.streams import Streams, build_streams
+
+EMPTY_EVIDENCE = {
+    "neighbours": pl.List(pl.Int64),
+    "similarities": pl.List(pl.Float32),
+    "answers": pl.List(pl.Int8),
+}
+
+
+class Letters:
+    """A tokenizer whose tokens are characters, so that tests can read token ids as text."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Code points."""
+        assert not add_special_tokens
+        return [ord(c) for c in text]
+
+
+def text_of(tokens: np.ndarray) -> str:
+    """What `Letters` encoded."""
+    return "".join(map(chr, tokens.tolist()))
+
+
+def read_split(folder: Path, protocol: Protocol) -> SplitInteractions:
+    """The logs in `folder` under a protocol."""
+    logs = TableLogs(str(folder / "interactions.csv"), str(folder / "items.csv"))
+    return apply_protocol(build_interactions(logs.read(), protocol), protocol)
+
+
+def no_evidence(rows: pl.DataFrame) -> pl.DataFrame:
+    """An evidence table that knows nothing."""
+    n = len(rows)
+    lists = {name: pl.Series(name, [[]] * n, dtype=kind) for name, kind in EMPTY_EVIDENCE.items()}
+    counts = {c: pl.Series(c, [0] * n, dtype=pl.Int32) for c in ("neighbour_count", "item_count", "user_count")}
+    rates = {c: pl.Series(c, [None] * n, dtype=pl.Float32) for c in ("vote", "item_rate", "user_rate")}
+    return pl.DataFrame({"row_id": rows["row_id"], **lists, **counts, **rates})
+
+
+def streams_without_evidence(split: SplitInteractions, name: str, segment: str = "{title}:") -> Streams:
+    """Streams of one split whose prompts are titles and answers."""
+    encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment=segment), split.interactions.items)
+    order = ("train", "valid", "test").index(name)
+    rows = split.rows.filter(pl.col("split").to_physical() <= order)
+    return build_streams(rows, no_evidence(rows), name, encoder)
+
+
