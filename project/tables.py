@@ -17,6 +17,10 @@ UNDEFINED = "undefined"
 HEADER = ("scores", "AUC", "95 % interval", "log loss", "Brier", "ECE", "user-AUC", "n")
 STAGE_HEADER = ("stage", "seconds", "share")
 REPORTED_SPLIT = {"test": "test", "validate": "valid", "fit": "valid"}
+REPORTED_FOLD = {
+    "validate": "tune",
+    "fit": "tune",
+}  # select chose the checkpoint, certify is for certificates alone
 
 
 def render_exits(result: Result, split: str | None = None) -> str:
@@ -24,7 +28,7 @@ def render_exits(result: Result, split: str | None = None) -> str:
 
     Args:
         result: A result file of `fit`, `validate`, `test` or `floors`; only `protocol` must be there.
-        split: Which rows; None takes test for `test` and valid for `validate` and `fit`, else all.
+        split: Which rows; None takes test for `test`, the tune fold of valid for `validate` and `fit`, else all.
     """
     lines = [_markdown(HEADER, _score_rows(result, split))]
     if difference := difference_line(result):
@@ -92,18 +96,14 @@ def interval(bounds: Sequence[float] | None, digits: int = 4, signed: bool = Fal
 
 def _score_rows(result: Result, split: str | None) -> list[list[str]]:
     wanted = split or REPORTED_SPLIT.get(result.get("verb", ""))
-    heads = [
-        _cells(_head_name(row, result), row, wanted) for row in _of_split(result.get("exits", []), wanted)
+    fold = None if split else REPORTED_FOLD.get(result.get("verb", ""))
+    heads, floors = (
+        [row for row in result.get(key, []) if row.get("fold") == fold and wanted in (None, row["split"])]
+        for key in ("exits", "floors")
+    )
+    return [_cells(_head_name(row, result), row, wanted) for row in heads] + [
+        _cells(_floor_name(row, result), row, wanted) for row in floors
     ]
-    floors = [
-        _cells(_floor_name(row, result), row, wanted) for row in _of_split(result.get("floors", []), wanted)
-    ]
-    return heads + floors
-
-
-def _of_split(rows: Sequence[Result], split: str | None) -> list[Result]:
-    """Rows of a whole split: a fold of valid is no result of its own."""
-    return [row for row in rows if row.get("fold") is None and split in (None, row["split"])]
 
 
 def _head_name(row: Result, result: Result) -> str:

@@ -32,9 +32,9 @@ def write_logs(folder: Path, users: int = 30, items: int = 20, rows: int = 500, 
     frame.write_csv(folder / "interactions.csv")
     words = WORDS.split()
     titles = [" ".join(rng.choice(words, size=3)) + f" {i}" for i in range(items)]
-    pl.DataFrame({"item_id": [f"i{i}" for i in range(items)], "title": titles, "year": ["1999"] * items}).write_csv(
-        folder / "items.csv"
-    )
+    pl.DataFrame(
+        {"item_id": [f"i{i}" for i in range(items)], "title": titles, "year": ["1999"] * items}
+    ).write_csv(folder / "items.csv")
     return folder
 
 

@@ -49,7 +49,9 @@ def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
     assert test["chosen_exit"] == fit["chosen_exit"] in (1, 3)
     assert test["protocol"]["hash"] == fit["protocol"]["hash"]
     counts = test["protocol"]["counts"]
-    assert all(row["n"] == counts["test"] and row["split"] == "test" for row in test["exits"] + test["floors"])
+    assert all(
+        row["n"] == counts["test"] and row["split"] == "test" for row in test["exits"] + test["floors"]
+    )
     assert {d["floor"] for d in test["floor_differences"]} == {test["best_floor"], "lr_rates"}
     scores = pl.read_parquet(folder / "scores" / "test.parquet")
     assert scores.columns == [*SCORE_COLUMNS, "logit_1", "logit_3"]
@@ -58,7 +60,9 @@ def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
     run("validate", *given)
     assert result(folder, "validate")["exits"] == fit["exits"]
     run("floors", *given)
-    floors = [{k: v for k, v in f.items()} for f in result(folder, "floors")["floors"] if f["split"] == "test"]
+    floors = [
+        {k: v for k, v in f.items()} for f in result(folder, "floors")["floors"] if f["split"] == "test"
+    ]
     assert floors == test["floors"]
     assert not (tmp_path / "runs" / "tiny" / "version_1").exists()
 
@@ -85,8 +89,13 @@ def test_predict_equals_test(run: Run, tiny_config: Config, tmp_path: Path) -> N
     from project.data.splits import Protocol, apply_protocol
 
     protocol = Protocol(**config["data"]["protocol"])
-    split = apply_protocol(build_interactions(TableLogs(files["interactions"], files["items"]).read(), protocol), protocol)
-    users, items = (dict(t.select(c, f"{c}_id").iter_rows()) for t, c in ((split.interactions.users, "user"), (split.interactions.items, "item")))
+    split = apply_protocol(
+        build_interactions(TableLogs(files["interactions"], files["items"]).read(), protocol), protocol
+    )
+    users, items = (
+        dict(t.select(c, f"{c}_id").iter_rows())
+        for t, c in ((split.interactions.users, "user"), (split.interactions.items, "item"))
+    )
     rows = split.rows[scores["row_id"]]
     requests: list[dict[str, Any]] = []
     for row in rows.iter_rows(named=True):
@@ -94,7 +103,9 @@ def test_predict_equals_test(run: Run, tiny_config: Config, tmp_path: Path) -> N
             {"request_id": f"r{row['row_id']}", "user_id": users[row["user"]], "time": row["timestamp"],
              "candidates": [items[row["item"]], "i0"]}
         )  # fmt: skip
-    past = log.filter((pl.col("user_id") == requests[-1]["user_id"]) & (pl.col("timestamp") < requests[-1]["time"]))
+    past = log.filter(
+        (pl.col("user_id") == requests[-1]["user_id"]) & (pl.col("timestamp") < requests[-1]["time"])
+    )
     history = [
         {"item_id": i, "answer": int(r > 3), "time": t}
         for i, r, t in past.select("item_id", "rating", "timestamp").iter_rows()
@@ -102,7 +113,12 @@ def test_predict_equals_test(run: Run, tiny_config: Config, tmp_path: Path) -> N
     fresh = {"item_id": "new", "title": "a dog at sea", "year": "2020"}
     requests.append({"request_id": "new", "user_id": "nobody", "candidates": ["i1", fresh]})
     requests.append(
-        {"request_id": "own", "history": history, "time": requests[-2]["time"], "candidates": requests[-2]["candidates"]}
+        {
+            "request_id": "own",
+            "history": history,
+            "time": requests[-2]["time"],
+            "candidates": requests[-2]["candidates"],
+        }
     )
     path = tmp_path / "requests.jsonl"
     path.write_text("\n".join(map(json.dumps, requests)))

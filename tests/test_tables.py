@@ -112,8 +112,8 @@ class TestExits:
         assert "LLM" not in "".join(rows)
 
     def test_validate_shows_validation(self):
-        """`validate` files show valid rows; an explicit split overrides the verb."""
-        assert "| .6000 |" in render_exits(RESULT | {"verb": "validate"})
+        """`validate` files show the tune fold of valid; an explicit split overrides the verb."""
+        assert "| .5000 |" in render_exits(RESULT | {"verb": "validate"})
         assert "| .7441 |" not in render_exits(RESULT | {"verb": "validate"})
         assert render_exits(RESULT | {"verb": "validate"}, split="test") == render_exits(RESULT)
 

@@ -44,7 +44,9 @@ def no_evidence(rows: pl.DataFrame) -> pl.DataFrame:
     """An evidence table that knows nothing."""
     n = len(rows)
     lists = {name: pl.Series(name, [[]] * n, dtype=kind) for name, kind in EMPTY_EVIDENCE.items()}
-    counts = {c: pl.Series(c, [0] * n, dtype=pl.Int32) for c in ("neighbour_count", "item_count", "user_count")}
+    counts = {
+        c: pl.Series(c, [0] * n, dtype=pl.Int32) for c in ("neighbour_count", "item_count", "user_count")
+    }
     rates = {c: pl.Series(c, [None] * n, dtype=pl.Float32) for c in ("vote", "item_rate", "user_rate")}
     return pl.DataFrame({"row_id": rows["row_id"], **lists, **counts, **rates})
 
@@ -55,5 +57,3 @@ def streams_without_evidence(split: SplitInteractions, name: str, segment: str =
     order = ("train", "valid", "test").index(name)
     rows = split.rows.filter(pl.col("split").to_physical() <= order)
     return build_streams(rows, no_evidence(rows), name, encoder)
-
-

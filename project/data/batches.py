@@ -151,25 +151,25 @@ class PackedLoader:
     def __init__(
         self, streams: Streams, sampler: TrainSampler | EvaluationSampler, num_workers: int = 0
     ) -> None:
-        self.sampler = sampler  # Lightning tells it the epoch
+        self.batch_sampler = sampler  # Lightning looks here and tells it the epoch
         self._loader = DataLoader(_Packed(streams), batch_size=None, sampler=sampler, num_workers=num_workers)
         self._done = 0
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._done = getattr(self.sampler, "start", 0)
+        self._done = getattr(self.batch_sampler, "start", 0)
         for batch in self._loader:
             self._done += 1
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, and how many of its batches have been handed out on this rank (the same on all)."""
-        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._done}
+        return {"epoch": getattr(self.batch_sampler, "epoch", 0), "batches": self._done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch that the state was saved at."""
-        if isinstance(self.sampler, TrainSampler):
-            self.sampler.set_epoch(state["epoch"])
-            self.sampler.start = state["batches"]
+        if isinstance(self.batch_sampler, TrainSampler):
+            self.batch_sampler.set_epoch(state["epoch"])
+            self.batch_sampler.start = state["batches"]

@@ -164,12 +164,14 @@ class ExitRecommender(pl.LightningModule):
         """Collect scores."""
         self._collect(batch)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Collect scores; they are written when all requests are done."""
-        self._collect(batch)
+        return self._collect(batch)
 
-    def _collect(self, batch: Batch) -> None:
-        self.collector.update(batch.row_id, batch.target_tokens, batch.stream_tokens, self(batch))
+    def _collect(self, batch: Batch) -> Tensor:
+        logits: Tensor = self(batch)
+        self.collector.update(batch.row_id, batch.target_tokens, batch.stream_tokens, logits)
+        return logits
 
     def on_validation_epoch_end(self) -> None:
         """Log every head on the `select` fold; choose the exit on `tune`."""

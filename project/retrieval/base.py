@@ -60,7 +60,7 @@ class Retriever(ABC):
         max_raters: Only the latest so many raters of a candidate are considered (R), which bounds the cost.
     """
 
-    def __init__(self, neighbours: int = 10, max_raters: int = 2000) -> None:
+    def __init__(self, neighbours: int = 30, max_raters: int = 2000) -> None:
         for name, value in (("neighbours", neighbours), ("max_raters", max_raters)):
             if value < 1:
                 raise ConfigError(

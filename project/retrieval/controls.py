@@ -39,7 +39,7 @@ class RandomRetriever(Retriever):
         seed: Seed of the draw, which depends on seed, candidate and time alone.
     """
 
-    def __init__(self, neighbours: int = 10, max_raters: int = 2000, seed: int = 0) -> None:
+    def __init__(self, neighbours: int = 30, max_raters: int = 2000, seed: int = 0) -> None:
         super().__init__(neighbours, max_raters)
         self.seed = seed
 
@@ -64,7 +64,7 @@ class ItemKNN(Retriever):
         neighbours: Most neighbours a candidate gets (N).
     """
 
-    def __init__(self, neighbours: int = 10) -> None:
+    def __init__(self, neighbours: int = 30) -> None:
         super().__init__(neighbours)
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:

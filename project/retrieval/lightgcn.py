@@ -42,15 +42,15 @@ class LightGCN(VectorRetriever):
 
     def __init__(
         self,
-        neighbours: int = 10,
+        neighbours: int = 30,
         max_raters: int = 2000,
         dislike_weight: float = -0.5,
         dim: int = 64,
         layers: int = 3,
-        epochs: int = 5,
+        epochs: int = 10,
         batch_size: int = 4096,
         learning_rate: float = 0.01,
-        regularisation: float = 1e-4,
+        regularisation: float = 0.01,
         seed: int = 0,
     ) -> None:
         super().__init__(neighbours, max_raters, dislike_weight)

@@ -35,7 +35,7 @@ class VectorRetriever(Retriever):
         dislike_weight: Weight of a disliked item in a user's vector; a liked one has weight 1.
     """
 
-    def __init__(self, neighbours: int = 10, max_raters: int = 2000, dislike_weight: float = -0.5) -> None:
+    def __init__(self, neighbours: int = 30, max_raters: int = 2000, dislike_weight: float = -0.5) -> None:
         super().__init__(neighbours, max_raters)
         self.dislike_weight = dislike_weight
 

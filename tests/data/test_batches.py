@@ -34,7 +34,7 @@ def test_an_epoch_is_every_target_once(streams: Streams) -> None:
     """Over all batches of an epoch each train target stands exactly once; another epoch cuts and orders anew."""
     loader = train_loader(streams)
     first = rows(loader)
-    loader.sampler.set_epoch(1)
+    loader.batch_sampler.set_epoch(1)
     second = rows(loader)
     for epoch in (first, second):
         assert sorted(sum(epoch, [])) == sorted(streams.row_id[streams.target])
@@ -61,20 +61,20 @@ def test_batches_have_equal_tokens(streams: Streams) -> None:
 def test_goes_on_where_it_stopped(streams: Streams, workers: int) -> None:
     """State saved after k batches of epoch 1, loaded into a new loader: the rest of that epoch, then epoch 2 whole."""
     whole = train_loader(streams)
-    whole.sampler.set_epoch(1)
+    whole.batch_sampler.set_epoch(1)
     expected = rows(whole)
     stopped = train_loader(streams, workers=workers)
-    stopped.sampler.set_epoch(1)
+    stopped.batch_sampler.set_epoch(1)
     assert [b.row_id.tolist() for b in islice(stopped, 2)] == expected[:2]
     state = stopped.state_dict()
     assert state == {"epoch": 1, "batches": 2}
     resumed = train_loader(streams)
     resumed.load_state_dict(state)
-    resumed.sampler.set_epoch(1)  # as Lightning does
+    resumed.batch_sampler.set_epoch(1)  # as Lightning does
     assert rows(resumed) == expected[2:]
     assert resumed.state_dict() == {"epoch": 1, "batches": len(expected)}
-    resumed.sampler.set_epoch(2)
-    whole.sampler.set_epoch(2)
+    resumed.batch_sampler.set_epoch(2)
+    whole.batch_sampler.set_epoch(2)
     assert rows(resumed) == rows(whole)
 
 

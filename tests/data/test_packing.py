@@ -37,7 +37,9 @@ def test_each_target_sees_its_prompt(streams: Streams) -> None:
         batch = pack(streams, some)
         expected = [text_of(p) for s, w in some for p in prompts_of(streams, s, w)]
         assert [seen_text(batch, i) for i in range(len(batch.label))] == expected
-        assert batch.stream_tokens.tolist() == [len(e) - int(t) for e, t in zip(expected, batch.target_tokens)]
+        assert batch.stream_tokens.tolist() == [
+            len(e) - int(t) for e, t in zip(expected, batch.target_tokens)
+        ]
         checked += len(expected)
     assert checked == streams.target.sum()
 
@@ -77,7 +79,9 @@ def test_packed_equals_alone(streams: Streams) -> None:
             row = streams.offsets[s] + p
             if streams.target[row]:
                 alone = alone_batch(streams, s, w, p)
-                torch.testing.assert_close(hidden(alone)[0], together[int(streams.row_id[row])], atol=1e-4, rtol=0)
+                torch.testing.assert_close(
+                    hidden(alone)[0], together[int(streams.row_id[row])], atol=1e-4, rtol=0
+                )
 
 
 def alone_batch(streams: Streams, s: int, window: object, p: int) -> Batch:

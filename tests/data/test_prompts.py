@@ -5,7 +5,9 @@ import pytest
 from project.data.prompts import Prompt, PromptEncoder
 from project.errors import ConfigError
 
-ITEMS = pl.DataFrame({"item": [0, 1], "item_id": ["a", "b"], "title": ["Alien", "Brazil {1}"], "year": ["1979", ""]})
+ITEMS = pl.DataFrame(
+    {"item": [0, 1], "item_id": ["a", "b"], "title": ["Alien", "Brazil {1}"], "year": ["1979", ""]}
+)
 EVIDENCE = pl.DataFrame(
     {
         "row_id": [0, 1],
@@ -34,7 +36,8 @@ def texts(prompt: Prompt, label: list[int]) -> list[tuple[str, str]]:
     segments = encoder.encode(np.array([0, 1]), EVIDENCE, np.array(label, dtype=np.int8))
     rows = [segments.tokens[i].tolist() for i in range(2)]
     return [
-        ("".join(map(chr, r)), "".join(map(chr, r[: s + 1]))) for r, s in zip(rows, segments.slots, strict=True)
+        ("".join(map(chr, r)), "".join(map(chr, r[: s + 1])))
+        for r, s in zip(rows, segments.slots, strict=True)
     ]
 
 

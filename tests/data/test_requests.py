@@ -1,0 +1,76 @@
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+from world import read_split
+
+from project.data.requests import read_requests
+from project.data.splits import Protocol
+from project.errors import DataError
+
+
+def write(folder: Path, *records: object) -> str:
+    path = folder / "requests.jsonl"
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ("{", ["line 2", "JSON"]),
+        ([1], ["line 2", "list"]),
+        ({"request_id": "b", "user_id": "u1", "candidates": []}, ["line 2", "candidates"]),
+        ({"request_id": "b", "candidates": ["i1"]}, ["line 2", "user_id or history"]),
+        ({"request_id": "b", "user_id": "u1", "history": [], "candidates": ["i1"]}, ["line 2", "not both"]),
+        ({"request_id": "b", "user": "u1", "candidates": ["i1"]}, ["line 2", "user"]),
+        ({"request_id": "b", "user_id": "u1", "candidates": ["zzz"]}, ["line 2", "zzz", "title"]),
+        (
+            {"request_id": "b", "user_id": "u1", "time": "now", "candidates": ["i1"]},
+            ["line 2", "time", "now"],
+        ),
+        (
+            {"request_id": "b", "history": [{"item_id": "i1", "answer": 5, "time": 1}], "candidates": ["i1"]},
+            ["line 2", "history", "0 or 1"],
+        ),
+    ],
+)
+def test_bad_requests(record: object, words: list[str], tiny_logs: Path, tmp_path: Path) -> None:
+    """Each unusable request names file, line and what was expected."""
+    logs = read_split(tiny_logs, Protocol()).interactions
+    good = {"request_id": "a", "user_id": "u1", "candidates": ["i1"]}
+    with pytest.raises(DataError) as error:
+        read_requests(write(tmp_path, good, record), logs)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_no_requests(tiny_logs: Path, tmp_path: Path) -> None:
+    """No file, an absent file and an empty file are told apart."""
+    logs = read_split(tiny_logs, Protocol()).interactions
+    for file, word in (
+        (None, "data.requests"),
+        ("absent.jsonl", "does not exist"),
+        (write(tmp_path), "no request"),
+    ):
+        with pytest.raises(DataError, match=word):
+            read_requests(file, logs)
+
+
+def test_parquet_equals_jsonl(tiny_logs: Path, tmp_path: Path) -> None:
+    """The same requests from Parquet and JSONL are equal; a new item gets a code after the known ones."""
+    logs = read_split(tiny_logs, Protocol()).interactions
+    records = [
+        {"request_id": "a", "user_id": "u1", "time": 5.0, "candidates": ["i1", "i2"]},
+        {"request_id": "b", "user_id": "nobody", "time": None, "candidates": ["i3"]},
+    ]
+    pl.DataFrame(records).write_parquet(tmp_path / "requests.parquet")
+    parquet = read_requests(str(tmp_path / "requests.parquet"), logs)
+    assert parquet.requests == read_requests(write(tmp_path, *records), logs).requests
+    new = {"item_id": "fresh", "title": "a dog"}
+    more = read_requests(
+        write(tmp_path, {"request_id": "c", "user_id": "u1", "candidates": [new, "i1"]}), logs
+    )
+    assert more.codes["fresh"] == len(logs.items)
+    assert more.items["title"][-1] == "a dog"
+    assert more.table()["item_id"].to_list() == ["fresh", "i1"]

@@ -1,0 +1,134 @@
+"""Leak canaries on whole prompts: what a target's answer slot can read, under every split kind.
+
+Splits and block cuts are held fixed; the evidence itself has canaries of its own in tests/retrieval.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from world import Letters, read_split
+
+from project.benchmark import prompts_of
+from project.data.prompts import Prompt, PromptEncoder
+from project.data.splits import SPLITS, Protocol, SplitInteractions
+from project.data.streams import build_streams
+from project.retrieval import ItemKNN, LightGCN, Retriever
+from project.retrieval.neighbours import WalkRows, walk
+from project.retrieval.snapshots import block_cuts, fit_snapshots
+
+KINDS = ("global_time", "user_time", "random", "leave_last", "given")
+# every prompt says who its rows are: "<row>" stands for the item's title
+SEGMENT = (
+    "{title} all {item_rate} {item_count} user {user_rate} {user_count} near {likes}/{neighbours} {vote}:"
+)
+
+
+def split_of(kind: str, logs: Path) -> SplitInteractions:
+    if kind != "given":
+        return read_split(logs, Protocol(split=kind, minimum_history=1))  # type: ignore[arg-type]
+    from project.data.interactions import build_interactions
+    from project.data.readers import RawLogs, TableLogs
+    from project.data.splits import apply_protocol
+
+    protocol = Protocol(split="given")
+    raw = TableLogs(str(logs / "interactions.csv"), str(logs / "items.csv")).read()
+    names = np.random.default_rng(1).choice(
+        [*SPLITS, "history"], size=len(raw.interactions), p=[0.5, 0.2, 0.2, 0.1]
+    )
+    named = raw.interactions.with_columns(split=pl.Series(names))
+    return apply_protocol(build_interactions(RawLogs(named, raw.items, raw.files), protocol), protocol)
+
+
+def prompts(
+    split: SplitInteractions,
+    rows: pl.DataFrame,
+    name: str,
+    retriever: Retriever,
+    cuts: np.ndarray,
+    asked: int,
+) -> dict[int, str]:
+    """Prompt of every target of one split, by row id; row `asked` only asks, it is nobody's past."""
+    order = SPLITS.index(name)
+    rows = rows.filter(pl.col("split").to_physical() <= order)
+    log = WalkRows.from_log(rows)
+    inert = log.row_id == asked
+    log = WalkRows(**{**vars(log), "rater": log.rater & ~inert, "own": log.own & ~inert})
+    items = split.interactions.items
+    past = rows.filter(pl.col("row_id") != asked)
+    snapshots = fit_snapshots(past, retriever, split.interactions.users.height, items, cuts)
+    evidence = walk(log, retriever, items, cuts, snapshots.fitted)
+    encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment=SEGMENT), items)
+    streams = build_streams(rows, evidence, name, encoder)
+    found: dict[int, str] = {}
+    for s, w in streams.evaluation(400):
+        texts = prompts_of(streams, s, w)
+        ids = [
+            int(streams.row_id[streams.offsets[s] + p])
+            for p in range(w.first, w.last)
+            if streams.target[streams.offsets[s] + p]
+        ]
+        found |= {i: "".join(map(chr, t)) for i, t in zip(ids, texts, strict=True)}
+    return found
+
+
+def cuts_of(split: SplitInteractions, name: str) -> np.ndarray:
+    readable = split.rows.filter(pl.col("split").to_physical() <= SPLITS.index(name))
+    return block_cuts(readable["timestamp"].to_numpy(), 100)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("retriever", [ItemKNN(), LightGCN(dim=8, epochs=1)], ids=["item_knn", "lightgcn"])
+@pytest.mark.slow
+def test_a_row_cannot_change_its_own_prompt(kind: str, retriever: Retriever, tiny_logs: Path) -> None:
+    """Flipping a target's answer, or taking the row out of everybody's past, leaves its own prompt identical."""
+    split = split_of(kind, tiny_logs)
+    rng = np.random.default_rng(0)
+    for name in SPLITS:
+        cuts = cuts_of(split, name)
+        original = prompts(split, split.rows, name, retriever, cuts, asked=-1)
+        changed_elsewhere = 0
+        for row in rng.choice(list(original), size=3, replace=False).tolist():
+            flip = pl.when(pl.col("row_id") == row).then(1 - pl.col("label")).otherwise("label").cast(pl.Int8)
+            flipped = prompts(split, split.rows.with_columns(label=flip), name, retriever, cuts, asked=-1)
+            deleted = prompts(split, split.rows, name, retriever, cuts, asked=row)
+            assert flipped[row] == original[row]
+            assert deleted[row] == original[row]
+            changed_elsewhere += sum(flipped[r] != original[r] for r in original)
+        assert changed_elsewhere > 0  # the canary can sing: other prompts do read the flipped answer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_answer_of_the_present_the_future_or_a_later_split(kind: str, tiny_logs: Path) -> None:
+    """Every answered segment in a prompt is a strictly earlier row of a split up to the target's, of the same user."""
+    split = split_of(kind, tiny_logs)
+    rows = split.rows
+    titles = pl.DataFrame({"item": rows["item"], "title": [f"<{r}>" for r in rows["row_id"]]})
+    for name in SPLITS:
+        order = SPLITS.index(name)
+        readable = rows.filter(pl.col("split").to_physical() <= order)
+        # one item a row, so that a prompt names rows
+        items = pl.DataFrame(
+            {"item": rows["row_id"].cast(pl.Int32), "item_id": titles["title"], "title": titles["title"]}
+        )
+        encoder = PromptEncoder(Letters(), Prompt(segment="{title}:"), items)
+        from world import no_evidence
+
+        renamed = readable.with_columns(item=pl.col("row_id").cast(pl.Int32))
+        streams = build_streams(renamed, no_evidence(readable), name, encoder)
+        time, user, code = (rows[c].to_numpy() for c in ("timestamp", "user", "split"))
+        checked = 0
+        for s, w in streams.evaluation(300):
+            for text in ("".join(map(chr, t)) for t in prompts_of(streams, s, w)):
+                named = [int(i) for i in re.findall(r"<(\d+)>", text)]
+                target, past = named[-1], named[:-1]
+                assert text.endswith(":")
+                assert all(time[p] < time[target] and user[p] == user[target] for p in past)
+                assert all(SPLITS.index(code[p]) <= order for p in past)
+                checked += 1
+        expected = rows.filter((pl.col("split") == name) & (pl.col("role") == "target"))
+        assert checked == len(expected)
