@@ -159,7 +159,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def run_folder(checkpoint: str | Path) -> Path:
+def run_of_checkpoint(checkpoint: str | Path) -> Path:
     """The run that a checkpoint belongs to: the folder above `checkpoints/`, else the checkpoint's own."""
     path = Path(checkpoint).resolve()
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent

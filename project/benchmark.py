@@ -146,6 +146,6 @@ def _pointwise_step(base: Any, prompts: list[Any]) -> int:
     tokens = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(p) for p in prompts], batch_first=True)
     mask = torch.arange(tokens.shape[1])[None] < lengths[:, None]
     hidden = base(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
-    hidden[torch.arange(len(prompts)), lengths - 1].square().mean().backward()  # type: ignore[no-untyped-call]
+    hidden[torch.arange(len(prompts)), lengths - 1].square().mean().backward()
     base.zero_grad()
     return len(prompts)

@@ -7,7 +7,6 @@ line; here a checkpoint that does not fit the configuration is refused by the mo
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,9 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from project.artefacts import run_folder
+from project.artefacts import run_of_checkpoint
 from project.callbacks.results import ResultFiles
 from project.callbacks.run_bundle import RunBundle
+from project.callbacks.run_folder import run_folder
 from project.data.datamodule import InteractionData
 from project.model.module import ExitRecommender
 
@@ -42,7 +42,7 @@ class ProjectTrainer(Trainer):
         """
         from project.verbs import run_floors
 
-        run_floors(datamodule, self.run_folder(ckpt_path))
+        run_floors(datamodule, run_folder(self, ckpt_path))
 
     def benchmark(
         self,
@@ -65,13 +65,7 @@ class ProjectTrainer(Trainer):
         """
         from project.benchmark import run_packing
 
-        run_packing(model, datamodule, self.run_folder(ckpt_path), seconds)
-
-    def run_folder(self, ckpt_path: str | None = None) -> Path:
-        """Where this run's files go: the checkpoint's run, else the logger's folder."""
-        if ckpt_path is not None:
-            return run_folder(ckpt_path)
-        return Path(self.log_dir or self.default_root_dir)
+        run_packing(model, datamodule, run_folder(self, ckpt_path), seconds)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -85,8 +79,7 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called once, on rank 0."""
         del pl_module, stage
-        assert trainer.log_dir is not None
-        run = Path(trainer.log_dir)
+        run = run_folder(trainer)
         link = run.parent / "latest"
         part = link.with_name(f".latest.{os.getpid()}")
         part.unlink(missing_ok=True)
@@ -161,5 +154,6 @@ class ProjectCLI(LightningCLI):
             config.trainer.logger = [
                 x for x in config.trainer.logger if CSVLogger.__name__ not in x.class_path
             ]
-        config.checkpoint.dirpath = str(run_folder(config.ckpt_path) / "checkpoints")
-        config.data.bundle = str(run_folder(config.ckpt_path) / "bundle")
+        run = run_of_checkpoint(config.ckpt_path)
+        config.checkpoint.dirpath = str(run / "checkpoints")
+        config.data.bundle = str(run / "bundle")

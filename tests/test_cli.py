@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-import torch
 import yaml
 
 from project.artefacts import SCORE_COLUMNS
@@ -60,9 +59,7 @@ def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
     run("validate", *given)
     assert result(folder, "validate")["exits"] == fit["exits"]
     run("floors", *given)
-    floors = [
-        {k: v for k, v in f.items()} for f in result(folder, "floors")["floors"] if f["split"] == "test"
-    ]
+    floors = [f for f in result(folder, "floors")["floors"] if f["split"] == "test"]
     assert floors == test["floors"]
     assert not (tmp_path / "runs" / "tiny" / "version_1").exists()
 
@@ -73,8 +70,7 @@ def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_predict_equals_test(run: Run, tiny_config: Config, tmp_path: Path) -> None:
-    """A request at a test row's own time scores its item as `test` did, by user and by an explicit history; unseen
-    users and items have scores too, and a moved run needs no cache."""
+    """A request at a test row's own time scores its item as `test` did; unseen users and items have scores too."""
     run("fit", "--config", tiny_config())
     folder = latest(tmp_path)
     given = ("--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
@@ -11,7 +10,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from project.artefacts import result_head, run_folder, write_json, write_table
+from project.artefacts import result_head, write_json, write_table
+from project.callbacks.run_folder import current_run
 from project.evaluate import comparison
 from project.floors import fit_floors
 from project.tables import exits_table, stage_seconds_table
@@ -80,13 +80,13 @@ class ResultFiles(pl.Callback):
         scores = _scores(pl_module)
         assert scores is not None
         name = f"{split}-{self.tag}" if self.tag and split == "predict" else split
-        path = write_table(_folder(trainer) / "scores" / f"{name}.parquet", scores)
+        path = write_table(current_run(trainer) / "scores" / f"{name}.parquet", scores)
         if split == "predict" and self.print_tables:
             Console().print(f"{len(scores)} candidates scored: {path}")
 
     @rank_zero_only
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, verb: str, split: str) -> None:
-        data, module, folder = _data(trainer), cast("ExitRecommender", pl_module), _folder(trainer)
+        data, module, folder = _data(trainer), cast("ExitRecommender", pl_module), current_run(trainer)
         with data.clock.stage("floors"):
             floors = fit_floors(
                 data.split.rows, data.evidence, ("valid", split) if split != "valid" else ("valid",)
@@ -110,13 +110,6 @@ def _data(trainer: pl.Trainer) -> InteractionData:
 
 def _scores(module: pl.LightningModule) -> Any:
     return cast("ExitRecommender", module).scores
-
-
-def _folder(trainer: pl.Trainer) -> Path:
-    """The run of the checkpoint that was given, else of the logger."""
-    if trainer.ckpt_path is not None and trainer.state.fn != "fit":
-        return run_folder(trainer.ckpt_path)
-    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def _log_table(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:

@@ -7,13 +7,13 @@ bundle.json, which names the base model and the logs by checksum.
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from project.artefacts import SCHEMA_VERSION, own_version, write_json, write_table
+from project.callbacks.run_folder import run_folder
 from project.retrieval.evidence import evidence_folder
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ class RunBundle(pl.Callback):
     @rank_zero_only
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the bundle."""
-        if not self.enabled or trainer.log_dir is None:
+        if not self.enabled:
             return
         data = cast("InteractionData", trainer.datamodule)  # type: ignore[attr-defined]
         module = cast("ExitRecommender", pl_module)
-        folder = Path(trainer.log_dir) / "bundle"
+        folder = run_folder(trainer) / "bundle"
         folder.mkdir(parents=True, exist_ok=True)
         split = data.split
         data.tokenizer.save_pretrained(folder / "tokenizer")

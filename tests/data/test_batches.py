@@ -1,5 +1,7 @@
-from itertools import islice
+from collections.abc import Iterable
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,10 @@ def rows(loader: PackedLoader) -> list[list[int]]:
     return [batch.row_id.tolist() for batch in loader]
 
 
+def flat(lists: Iterable[list[Any]]) -> list[Any]:
+    return list(chain.from_iterable(lists))
+
+
 def train_loader(streams: Streams, rank: int = 0, world: int = 1, workers: int = 0) -> PackedLoader:
     return PackedLoader(streams, TrainSampler(streams, 200, 600, 0, rank, world), workers)
 
@@ -37,7 +43,7 @@ def test_an_epoch_is_every_target_once(streams: Streams) -> None:
     loader.batch_sampler.set_epoch(1)
     second = rows(loader)
     for epoch in (first, second):
-        assert sorted(sum(epoch, [])) == sorted(streams.row_id[streams.target])
+        assert sorted(flat(epoch)) == sorted(streams.row_id[streams.target])
         assert len(epoch) == len(loader)
     assert first != second
 
@@ -46,7 +52,7 @@ def test_ranks_share_an_epoch(streams: Streams) -> None:
     """Two ranks have equal step counts, no target twice, and none is left out."""
     parts = [rows(train_loader(streams, rank, 2)) for rank in range(2)]
     assert len(parts[0]) == len(parts[1])
-    assert sorted(sum(parts[0] + parts[1], [])) == sorted(streams.row_id[streams.target])
+    assert sorted(flat(parts[0] + parts[1])) == sorted(streams.row_id[streams.target])
 
 
 def test_batches_have_equal_tokens(streams: Streams) -> None:
@@ -83,9 +89,9 @@ def test_evaluation_deals_out_all_windows(streams: Streams) -> None:
     loaders = [PackedLoader(streams, EvaluationSampler(streams, 200, 600, rank, 3)) for rank in range(3)]
     scored = [rows(loader) for loader in loaders]
     assert len({len(r) for r in scored}) == 1
-    assert set(sum((sum(r, []) for r in scored), [])) == set(streams.row_id[streams.target])
+    assert set(flat(flat(r) for r in scored)) == set(streams.row_id[streams.target])
     alone = rows(PackedLoader(streams, EvaluationSampler(streams, 200, 600, 0, 1)))
-    assert sorted(sum(alone, [])) == sorted(streams.row_id[streams.target])
+    assert sorted(flat(alone)) == sorted(streams.row_id[streams.target])
 
 
 def test_share_out_never_leaves_a_batch_empty(streams: Streams) -> None:
@@ -96,4 +102,4 @@ def test_share_out_never_leaves_a_batch_empty(streams: Streams) -> None:
         assert len(batches) == count
         assert min(map(len, batches)) >= 1
         if count <= len(windows):
-            assert sum(batches, []) == windows
+            assert flat(batches) == windows

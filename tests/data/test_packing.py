@@ -38,7 +38,7 @@ def test_each_target_sees_its_prompt(streams: Streams) -> None:
         expected = [text_of(p) for s, w in some for p in prompts_of(streams, s, w)]
         assert [seen_text(batch, i) for i in range(len(batch.label))] == expected
         assert batch.stream_tokens.tolist() == [
-            len(e) - int(t) for e, t in zip(expected, batch.target_tokens)
+            len(e) - int(t) for e, t in zip(expected, batch.target_tokens, strict=True)
         ]
         checked += len(expected)
     assert checked == streams.target.sum()

@@ -1,0 +1,33 @@
+"""Where a run's files go, said without talking to other processes.
+
+`Trainer.log_dir` broadcasts, so code that only rank 0 runs would wait for ever on it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger
+
+from project.artefacts import run_of_checkpoint
+
+
+def run_folder(trainer: pl.Trainer, ckpt_path: str | Path | None = None) -> Path:
+    """The run of the checkpoint that a verb was given, else the folder of the CSV logger; safe on one process alone.
+
+    Args:
+        trainer: After it was made.
+        ckpt_path: A checkpoint, for a verb that continues or reads a run.
+    """
+    if ckpt_path is not None:
+        return run_of_checkpoint(ckpt_path)
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            return Path(logger.log_dir)
+    return Path(trainer.default_root_dir)
+
+
+def current_run(trainer: pl.Trainer) -> Path:
+    """`run_folder` of the verb that is running; a resumed fit has a folder of its own."""
+    return run_folder(trainer, None if trainer.state.fn == "fit" else trainer.ckpt_path)

@@ -1,0 +1,170 @@
+"""Several processes, interruptions and tracking, through the command line as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+import yaml
+
+OVERLAYS = Path(__file__).parents[1] / "configs" / "overlays"
+Config = Callable[..., Path]
+
+pytestmark = pytest.mark.slow
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "project", *map(str, arguments)]
+
+
+@pytest.fixture
+def environment(session_cache: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PROJECT_CACHE": str(session_cache),
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+    }
+
+
+@pytest.fixture
+def project(environment: dict[str, str]) -> Callable[..., str]:
+    """Runs a verb in a process of its own; it must succeed."""
+
+    def call(*arguments: object) -> str:
+        done = subprocess.run(
+            command(*arguments), env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return call
+
+
+def exits(folder: Path, verb: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / "results" / f"{verb}.json").read_text())["exits"]
+    return rows
+
+
+def test_two_processes(project: Callable[..., str], tiny_config: Config, tmp_path: Path) -> None:
+    """Two processes train; validate of their checkpoint gives the same metrics with two processes as with one."""
+    ddp = ("--config", OVERLAYS / "ddp.yaml")
+    project("fit", "--config", tiny_config(), *ddp)
+    folder = tmp_path / "runs" / "tiny" / "latest"
+    given = ("--ckpt_path", folder / "checkpoints" / "last.ckpt")
+    trained = exits(folder, "fit")
+    project("validate", "--config", tiny_config(), *given)
+    alone = exits(folder, "validate")
+    alone_scores = pl.read_parquet(folder / "scores" / "valid.parquet")
+    project("validate", "--config", tiny_config(), *ddp, *given)
+    together = exits(folder, "validate")
+    together_scores = pl.read_parquet(folder / "scores" / "valid.parquet")
+    assert [r["auc"] for r in together] == [r["auc"] for r in alone] == [r["auc"] for r in trained]
+    assert [r["n"] for r in together] == [r["n"] for r in alone]
+    assert together_scores["row_id"].to_list() == alone_scores["row_id"].to_list()
+    assert (together_scores["logit_3"] - alone_scores["logit_3"]).abs().max() < 1e-5
+
+
+def step_rows(folder: Path) -> list[int]:
+    """Steps that metrics.csv holds a training loss of."""
+    table = pl.read_csv(folder / "metrics.csv")
+    steps: list[int] = table.filter(pl.col("train/loss").is_not_null())["step"].to_list()
+    return steps
+
+
+def test_goes_on_after_sigterm(
+    project: Callable[..., str], environment: dict[str, str], tiny_config: Config, tmp_path: Path
+) -> None:
+    """A fit stopped by SIGTERM in the middle of an epoch goes on with the next batch and ends at the same weights."""
+    small = {"data.batch_tokens": 160, "data.context_tokens": 100, "trainer.max_epochs": 2}
+    config = tiny_config(**small)
+    project("fit", "--config", config)
+    whole = tmp_path / "runs" / "tiny" / "version_0"
+    expected = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
+
+    slow = {**environment, "SLOW_STEPS": "0.2"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_FIT, *command("fit", "--config", config)[3:]],
+        env=slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    stopped = tmp_path / "runs" / "tiny" / "version_1"
+    wait_for(lambda: (tmp_path / "step_5").exists() or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    checkpoints = list((stopped / "checkpoints").glob("*.ckpt"))
+    assert checkpoints, said
+    state = torch.load(checkpoints[0], weights_only=True)
+    assert 5 <= state["global_step"] < expected["global_step"]
+    assert state["global_step"] == state["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["batches"]
+
+    project("fit", "--config", config, "--ckpt_path", checkpoints[0])
+    resumed = torch.load(
+        tmp_path / "runs" / "tiny" / "version_2" / "checkpoints" / "last.ckpt", weights_only=True
+    )
+    assert resumed["global_step"] == expected["global_step"]
+    for name, weights in expected["state_dict"].items():
+        torch.testing.assert_close(resumed["state_dict"][name], weights, atol=1e-6, rtol=0)
+
+
+# a fit that leaves a mark at its fifth step and is slow enough to be met in the middle of its first epoch
+SLOW_FIT = """
+import sys, time
+from pathlib import Path
+import yaml
+from project.model.module import ExitRecommender
+
+step = ExitRecommender.training_step
+
+def slow(self, batch, batch_idx):
+    if self.global_step == 5:
+        config = Path(sys.argv[sys.argv.index("--config") + 1])
+        (config.parent / "step_5").touch()
+    if self.global_step >= 5:
+        time.sleep(0.5)
+    return step(self, batch, batch_idx)
+
+ExitRecommender.training_step = slow
+sys.argv[0] = "project"
+from project.__main__ import main
+main()
+"""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def test_wandb_offline(project: Callable[..., str], tiny_config: Config, tmp_path: Path) -> None:
+    """An offline W&B run folder holds the full configuration, the curves of every head, and the table."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    config = tiny_config()
+    overlay = yaml.safe_load((OVERLAYS / "wandb_offline.yaml").read_text())
+    overlay["trainer"]["logger+"][0]["init_args"]["save_dir"] = str(tmp_path)
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    project("fit", "--config", config, "--config", tmp_path / "overlay.yaml")
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    store, settings, keys = DataStore(), set(), set()
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        settings |= {u.key for u in record.config.update}
+        settings |= {u.key for u in record.run.config.update}
+        keys |= {i.key or "/".join(i.nested_key) for i in record.history.item}
+    assert {"model", "data", "trainer", "checkpoint"} <= settings
+    assert {"train/loss", "val/auc/exit_1", "val/auc/exit_3", "fit/exits"} <= keys
