@@ -171,5 +171,7 @@ class PackedLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch that the state was saved at."""
         if isinstance(self.batch_sampler, TrainSampler):
-            self.batch_sampler.set_epoch(state["epoch"])
-            self.batch_sampler.start = state["batches"]
+            epoch, batches = state["epoch"], state["batches"]
+            whole = batches >= len(self)  # saved at the end of an epoch: go on with the next one
+            self.batch_sampler.set_epoch(epoch + 1 if whole else epoch)
+            self.batch_sampler.start = 0 if whole else batches

@@ -162,12 +162,18 @@ class InteractionData(pl.LightningDataModule):
         sampler = EvaluationSampler(streams, self.context_tokens, self.batch_tokens, *self._ranks())
         return PackedLoader(streams, sampler, self.num_workers)
 
+    def _training(self) -> TrainSampler:
+        rank, world = self._ranks()
+        streams = self.streams("train")
+        return TrainSampler(streams, self.context_tokens, self.batch_tokens, self.seed, rank, world)
+
+    def train_batches(self) -> int:
+        """Batches of an epoch on this process; starts no loader."""
+        return len(self._training())
+
     def train_dataloader(self) -> PackedLoader:
         """Packed windows of all users, cut and shuffled anew each epoch."""
-        streams = self.streams("train")
-        rank, world = self._ranks()
-        sampler = TrainSampler(streams, self.context_tokens, self.batch_tokens, self.seed, rank, world)
-        return PackedLoader(streams, sampler, self.num_workers)
+        return PackedLoader(self.streams("train"), self._training(), self.num_workers)
 
     def val_dataloader(self) -> PackedLoader:
         """Every validation target once."""

@@ -22,7 +22,7 @@ from project.evaluate import choose_exit, exit_rows
 from project.model.heads import ExitHead, answer_tokens
 from project.model.lora import LoraSettings, add_lora, frozen_names
 from project.model.losses import LossSettings, exit_loss, exit_weights
-from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups
+from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups, planned_steps
 from project.model.trunk import Trunk
 from project.scores import ScoreCollector, scores_of_candidates, scores_of_rows
 
@@ -214,7 +214,8 @@ class ExitRecommender(pl.LightningModule):
         assert self.trunk is not None
         groups = parameter_groups(self.trunk, self.heads, self.optim)
         optimizer = torch.optim.AdamW(groups, betas=(self.optim.betas[0], self.optim.betas[1]), fused=True)
-        factor = cosine_with_warmup(int(self.trainer.estimated_stepping_batches), self.optim)
+        # not trainer.estimated_stepping_batches: it starts the loader before its checkpointed position is restored
+        factor = cosine_with_warmup(planned_steps(self.trainer, self.data.train_batches()), self.optim)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning.pytorch import Trainer
 from torch import nn
 
+from project.errors import ConfigError
 from project.model.trunk import Trunk
 
 
@@ -77,6 +79,30 @@ def _modules(
         yield f"layer_{layer}", module, depth_rate(settings, layer, depth)
     for key, head in heads.items():
         yield f"head_{key}", head, settings.head_factor * depth_rate(settings, int(key), depth)
+
+
+def planned_steps(trainer: Trainer, train_batches: int) -> int:
+    """Optimiser steps that a fit will take, from the trainer's limits.
+
+    Args:
+        trainer: Its max_epochs, max_steps, limit_train_batches and accumulate_grad_batches count.
+        train_batches: Batches of a whole epoch on one process.
+
+    Raises:
+        ConfigError: If neither max_epochs nor max_steps ends the training.
+    """
+    limit = trainer.limit_train_batches
+    batches = int(train_batches * limit) if isinstance(limit, float) else min(train_batches, limit or 0)
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    if epochs in (None, -1) and steps == -1:
+        raise ConfigError(
+            "trainer.max_epochs and trainer.max_steps are both without limit; expected one of them: the learning rate "
+            "falls along a cosine that has to end. Set trainer.max_epochs."
+        )
+    by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * max(1, epochs or 1)
+    if epochs in (None, -1):
+        return steps
+    return by_epochs if steps == -1 else min(by_epochs, steps)
 
 
 def cosine_with_warmup(total_steps: int, settings: OptimSettings) -> Callable[[int], float]:
