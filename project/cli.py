@@ -7,6 +7,7 @@ line; here a checkpoint that does not fit the configuration is refused by the mo
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,6 +20,7 @@ from project.callbacks.results import ResultFiles
 from project.callbacks.run_bundle import RunBundle
 from project.callbacks.run_folder import run_folder
 from project.data.datamodule import InteractionData
+from project.errors import CheckpointError
 from project.model.module import ExitRecommender
 
 
@@ -148,12 +150,20 @@ class ProjectCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """A verb that is given a checkpoint writes into that checkpoint's run: no new folder for it."""
         config = self.config[self.subcommand]
-        if self.subcommand == "fit" or not config.get("ckpt_path"):
+        if "verbose" in config:
+            config.verbose = False  # the result table says it all
+        checkpoint = config.get("ckpt_path")
+        if checkpoint and not Path(checkpoint).exists():
+            raise CheckpointError(
+                f"ckpt_path is {checkpoint}, which does not exist; expected a checkpoint file of a run, "
+                "for example runs/quickstart/latest/checkpoints/last.ckpt. `fit` writes one."
+            )
+        if self.subcommand == "fit" or not checkpoint:
             return
         if isinstance(config.trainer.logger, list):
             config.trainer.logger = [
                 x for x in config.trainer.logger if CSVLogger.__name__ not in x.class_path
             ]
-        run = run_of_checkpoint(config.ckpt_path)
+        run = run_of_checkpoint(checkpoint)
         config.checkpoint.dirpath = str(run / "checkpoints")
         config.data.bundle = str(run / "bundle")

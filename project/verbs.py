@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from project.artefacts import read_result, result_head, write_json
+from project.artefacts import read_result, replace_file, result_head, write_json
 from project.floors import best_floor, fit_floors, floor_rows
 from project.tables import exits_table, render_exits, render_stage_seconds
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData
+
+TABLE = re.compile(r"(?P<start><!-- table (?P<file>\S+) -->)\n.*?(?P<end><!-- end of table -->)", re.DOTALL)
 
 
 def run_floors(data: InteractionData, folder: Path) -> dict[str, Any]:
@@ -36,13 +39,33 @@ def run_floors(data: InteractionData, folder: Path) -> dict[str, Any]:
 
 
 def print_tables(arguments: list[str]) -> None:
-    """Print result files as Markdown: `table FILE... [--stages]`.
+    """`table FILE... [--stages]` prints result files as Markdown; `table --into README.md` renews a document's tables.
 
     Args:
-        arguments: Result files, and --stages for where the time went.
+        arguments: Result files, --stages for where the time went, --into and a document.
     """
+    if arguments[:1] == ["--into"]:
+        document = Path(*arguments[1:2])
+        text = fill_tables(document.read_text(encoding="utf-8"), document.parent)
+        replace_file(document, lambda part: part.write_text(text, encoding="utf-8"))
+        return
     for name in (a for a in arguments if not a.startswith("--")):
         result = read_result(Path(name))
         print(f"### {result['verb']}\n\n{render_exits(result)}")
         if "--stages" in arguments and "stage_seconds" in result:
             print(render_stage_seconds(result))
+
+
+def fill_tables(text: str, folder: Path) -> str:
+    """The document with every `<!-- table FILE -->...<!-- end of table -->` made anew from its result file.
+
+    Args:
+        text: Markdown.
+        folder: What the names of result files are relative to.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        result = read_result(folder / found["file"])
+        return f"{found['start']}\n{render_exits(result)}{found['end']}"
+
+    return TABLE.sub(block, text)

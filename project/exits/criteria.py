@@ -1,0 +1,209 @@
+"""Criteria: how safe is it that a row leaves at this head? Higher is safer, row by row.
+
+Unusual here: a criterion decides nothing; thresholds on its safety do (see `policies`). It is blind to the
+rest of the batch and to later heads, so an engine that runs rows in any company gets the same answer. In a
+binary task maximum probability, margin, entropy and the ratio of the two classes order rows alike: they are
+one criterion, `Ratio`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from project.errors import ConfigError, DataError
+from project.exits.outputs import HeadOutputs
+
+QUANTILES = 1001  # points of a frozen distribution: its error is below .001 in quantile
+
+
+class Criterion(ABC):
+    """Scores how safe it is that a row leaves at the last head of what it is shown."""
+
+    learns: ClassVar[bool] = False
+    """`fit` learns from how rows ended, so safety on the rows of the fit must be out-of-fold."""
+
+    first: int = 0
+    """Index of the first head where it can decide."""
+
+    _fitted: ClassVar[tuple[str, ...]] = ()  # names of the tensors that `fit` makes
+
+    def fit(self, outputs: HeadOutputs) -> None:  # noqa: B027  # most criteria have nothing to fit
+        """Fit on rows of `tune`, all K heads visible."""
+
+    @abstractmethod
+    def safety(self, outputs: HeadOutputs) -> Tensor:
+        """Safety of leaving at the last head shown.
+
+        Args:
+            outputs: n rows, heads 0..k (`outputs.until(k)`).
+
+        Returns:
+            (n,), higher is safer, -inf where it cannot decide.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """Fitted tensors, for a checkpoint."""
+        return {key: self._tensor(key) for key in self._fitted}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned; DataError where tensors are missing."""
+        missing = sorted(set(self._fitted) - set(state))
+        if missing:
+            raise DataError(
+                f"fitted state of the criterion {name(self)} lacks {missing}, found {sorted(state)}: it was "
+                "made by another criterion; run the verb calibrate again"
+            )
+        for key in self._fitted:
+            setattr(self, f"_{key}", state[key])
+
+    def _tensor(self, key: str) -> Tensor:
+        found: Tensor | None = getattr(self, f"_{key}", None)
+        if found is None:
+            raise ConfigError(
+                f"the criterion {name(self)} was not fitted, so it has no safety to give; run the verb calibrate"
+            )
+        return found
+
+    def _undecided(self, outputs: HeadOutputs) -> Tensor:
+        return torch.full_like(outputs.logits[:, -1], -torch.inf)
+
+
+class Ratio(Criterion):
+    """|calibrated logit|: the log of the ratio of the likelier to the less likely class."""
+
+    def safety(self, outputs: HeadOutputs) -> Tensor:
+        """(n,) |logit|."""
+        return outputs.logits[:, -1].abs()
+
+
+class Consistency(Criterion):
+    """Minus the largest |p_j - p_(j-1)| over the last heads: the score stopped moving.
+
+    Args:
+        heads: Number of last changes that count, at least 1; the first decision is at head number `heads`.
+    """
+
+    def __init__(self, heads: int = 1) -> None:
+        if heads < 1:
+            raise ConfigError(f"{type(self).__name__}: heads is {heads}, expected at least 1 change to look at")
+        self.heads = heads
+        self.first = heads
+
+    def safety(self, outputs: HeadOutputs) -> Tensor:
+        """(n,) in [-1, 0]; -inf before there were `heads` changes."""
+        if outputs.heads <= self.first:
+            return self._undecided(outputs)
+        return -outputs.probabilities[:, -self.heads - 1 :].diff(dim=1).abs().amax(dim=1)
+
+
+class RatioConsistency(Consistency):
+    """Confident and no longer moving: the smaller of the two quantiles among the tune rows at that head.
+
+    The rule of the paper, where both conditions must hold; quantiles put them on one scale.
+
+    Args:
+        heads: Number of last changes that count, at least 1; the first decision is at head number `heads`.
+    """
+
+    _fitted = ("ratio_quantiles", "consistency_quantiles")
+
+    def fit(self, outputs: HeadOutputs) -> None:
+        """Freeze both distributions at every head."""
+        if not outputs.logits.shape[0]:
+            raise DataError("ratio_consistency needs rows in the fold tune to take quantiles of, found none")
+        parts = [outputs.until(k) for k in range(outputs.heads)]
+        self._ratio_quantiles = torch.stack([_quantiles(Ratio().safety(part)) for part in parts])
+        self._consistency_quantiles = torch.stack([_quantiles(super(RatioConsistency, self).safety(p)) for p in parts])
+
+    def safety(self, outputs: HeadOutputs) -> Tensor:
+        """(n,) in [0, 1]; -inf before there were `heads` changes."""
+        if outputs.heads <= self.first:
+            return self._undecided(outputs)
+        head = outputs.heads - 1
+        ratio = _quantile_of(Ratio().safety(outputs), self._tensor("ratio_quantiles")[head])
+        consistency = _quantile_of(super().safety(outputs), self._tensor("consistency_quantiles")[head])
+        return torch.minimum(ratio, consistency)
+
+
+class DriftHead(Criterion):
+    """Minus the drift |p_last - p_k| that the head itself expects, read from its hidden state."""
+
+    def safety(self, outputs: HeadOutputs) -> Tensor:
+        """(n,) in [-1, 0]; -inf at a head that predicts no drift."""
+        return (-outputs.drift[:, -1]).nan_to_num(nan=-torch.inf)
+
+
+def name(criterion: Criterion) -> str:
+    """Its class in snake_case: the name in result files."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(criterion).__name__).lower()
+
+
+def safety_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
+    """Safety at every head, (n, K); at the last head, where everyone leaves, +inf."""
+    columns = [criterion.safety(outputs.until(k)) for k in range(outputs.heads - 1)]
+    return torch.stack([*columns, torch.full_like(outputs.logits[:, -1], torch.inf)], dim=1)
+
+
+def out_of_fold_safety(
+    make: Callable[[], Criterion], outputs: HeadOutputs, users: ArrayLike, folds: int = 2, seed: int = 0
+) -> Tensor:
+    """Safety of tune rows by criteria that saw no row of the same user: what thresholds may be fitted on.
+
+    Args:
+        make: Makes an unfitted criterion.
+        outputs: The n rows of tune.
+        users: (n,) integers or strings.
+        folds: Parts the users are cut into, in the order of a salted hash.
+        seed: Salt.
+
+    Returns:
+        (n, K), as `safety_table`.
+
+    Raises:
+        DataError: Fewer users than folds.
+    """
+    part = torch.from_numpy(_user_folds(users, folds, seed)).to(outputs.logits.device)
+    table = torch.empty_like(outputs.logits)
+    for fold in range(folds):
+        criterion = make()
+        criterion.fit(outputs.rows(part != fold))
+        table[part == fold] = safety_table(criterion, outputs.rows(part == fold))
+    return table
+
+
+def _user_folds(users: ArrayLike, folds: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    found, code = np.unique(np.asarray(users), return_inverse=True)
+    if found.size < folds:
+        raise DataError(
+            f"a criterion that learns is fitted on some users of the fold tune and scored on others: {found.size} "
+            f"users cannot make {folds} parts; use more data, or a criterion that does not learn"
+        )
+    digests = [hashlib.sha256(f"{seed}:{user}".encode()).digest() for user in found.tolist()]
+    place = np.empty(found.size, dtype=np.int64)
+    place[sorted(range(found.size), key=digests.__getitem__)] = np.arange(found.size)
+    return (place * folds // found.size)[code.reshape(-1)]
+
+
+def _quantiles(values: Tensor) -> Tensor:
+    ordered = values.sort().values
+    place = torch.linspace(0, values.numel() - 1, QUANTILES, dtype=torch.float64).round().long()
+    return ordered[place.to(values.device)]
+
+
+def _quantile_of(values: Tensor, grid: Tensor) -> Tensor:
+    """Where values (n,) stand in a frozen distribution, in [0, 1], linear between its points."""
+    grid = grid.to(values)
+    above = torch.searchsorted(grid, values.contiguous()).clamp(1, QUANTILES - 1)
+    low, high = grid[above - 1], grid[above]
+    part = ((values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)).clamp(0, 1)
+    return (above - 1 + part) / (QUANTILES - 1)
