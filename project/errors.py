@@ -23,3 +23,11 @@ class SourceError(ProjectError):
 
 class CheckpointError(ProjectError):
     """A checkpoint does not belong to the configuration it was given with."""
+
+
+class NotFittedError(ProjectError):
+    """A model is asked for scores before it was trained."""
+
+
+class NotCalibratedError(ProjectError):
+    """Exits are asked for before thresholds were calibrated."""

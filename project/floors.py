@@ -13,25 +13,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
+from project.counting import FEATURES, CountingPrior, counting_features, logistic_regression
 from project.errors import DataError
 from project.metrics import UserBootstrap, auc, head_metrics
 
 Floats = NDArray[np.float64]
-
-PRIOR_ROWS = 5.0
-"""A rate is mixed with so many rows at the train mean: best of 1, 2, 3, 5, 10, 20 on ML-100K's validation."""
-
-FEATURES = (
-    "item_log_odds",
-    "item_rows",
-    "user_log_odds",
-    "user_rows",
-    "vote_log_odds",
-    "neighbours",
-    "similarity",
-    "weighted_vote_log_odds",
-)
-"""Log-odds of shrunk rates, log(1 + count) of their rows, mean similarity (0 without neighbours)."""
 
 RATE_FEATURES = FEATURES[:4]
 SINGLE_FEATURE = {
@@ -94,7 +80,7 @@ def fit_floors(
     logits = {
         name: {s: x[:, FEATURES.index(f)] for s, x in features.items()} for name, f in SINGLE_FEATURE.items()
     }
-    logits |= _learned_logits(train, labels, features, seed)
+    logits |= _learned_logits(train, labels, features, base, seed)
     return [Floor(name, _score_table(rows, by_split)) for name, by_split in logits.items()]
 
 
@@ -176,46 +162,11 @@ def _features(rows: pl.DataFrame, evidence: Mapping[str, pl.DataFrame], split: s
             f"the evidence table of {split} has {table.height} rows for its {targets.height} targets, "
             "expected one each: it was made under another protocol"
         )
-    weights = _similarity_weights(table)
-    similarity = table["similarities"].list.mean().fill_null(0.0).to_numpy().astype(np.float64)
-    columns = [
-        *_rate_and_rows(table, "item_rate", "item_count", base),
-        *_rate_and_rows(table, "user_rate", "user_count", base),
-        *_rate_and_rows(table, "vote", "neighbour_count", base),
-        similarity,
-        _log_odds(weights["likes"].to_numpy(), weights["weight"].to_numpy(), base),
-    ]
-    return np.stack(columns, axis=1)
-
-
-def _rate_and_rows(table: pl.DataFrame, rate: str, count: str, base: float) -> tuple[Floats, Floats]:
-    rows = table[count].fill_null(0).to_numpy().astype(np.float64)
-    return _log_odds(table[rate].fill_null(0.0).to_numpy() * rows, rows, base), np.log1p(rows)
-
-
-def _log_odds(likes: NDArray[Any], rows: NDArray[Any], base: float) -> Floats:
-    """Log-odds of (likes + k base) / (rows + k): finite, and the train mean where there are no rows."""
-    liked = likes.astype(np.float64) + PRIOR_ROWS * base
-    disliked = rows.astype(np.float64) - likes + PRIOR_ROWS * (1.0 - base)
-    odds: Floats = np.log(liked) - np.log(disliked)
-    return odds
-
-
-def _similarity_weights(table: pl.DataFrame) -> pl.DataFrame:
-    """Sum of similarities (weight), the likers' part of it (likes), one row a target; below 0 counts as 0."""
-    weight = pl.col("similarities").clip(lower_bound=0.0).cast(pl.Float64)
-    pairs = table.select("row_id", "similarities", "answers").filter(pl.col("answers").list.len() > 0)
-    sums = (
-        pairs.explode("similarities", "answers")
-        .group_by("row_id")
-        .agg(weight=weight.sum(), likes=(weight * pl.col("answers")).sum())
-    )
-    found = table.select("row_id").join(sums, on="row_id", how="left", maintain_order="left")
-    return found.with_columns(pl.col("weight", "likes").fill_null(0.0))
+    return counting_features(table, base)
 
 
 def _learned_logits(
-    train: Floats, labels: NDArray[Any], features: Mapping[str, Floats], seed: int
+    train: Floats, labels: NDArray[Any], features: Mapping[str, Floats], base: float, seed: int
 ) -> dict[str, dict[str, Floats]]:
     from threadpoolctl import threadpool_limits  # no type information published
 
@@ -224,21 +175,14 @@ def _learned_logits(
     # one thread: thousands of short parallel loops cost 30 s instead of 1 s where the other cores are busy
     with threadpool_limits(1):
         for name, model, columns in (
-            ("lr_rates", _logistic(), rates),
-            ("lr_evidence", _logistic(), everything),
+            ("lr_rates", logistic_regression(), rates),
             ("gbdt_evidence", _boosting(seed), everything),
         ):
             model.fit(train[:, columns], labels)
             found[name] = {split: _decide(model, x[:, columns]) for split, x in features.items()}
-    return found
-
-
-def _logistic() -> Any:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        prior = CountingPrior.fit_features(train, labels, base)
+    evidence = {split: prior.of_features(x) for split, x in features.items()}
+    return {"lr_rates": found["lr_rates"], "lr_evidence": evidence, "gbdt_evidence": found["gbdt_evidence"]}
 
 
 def _boosting(seed: int) -> Any:

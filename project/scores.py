@@ -13,74 +13,82 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from project.artefacts import score_table
+from project.counting import Floats
 
 
 class ScoreCollector(Metric):
-    """Keeps (row id, target tokens, stream tokens, one logit per exit) of every scored row.
-
-    Args:
-        exits: Number of exits.
-    """
+    """Keeps (row id, target tokens, stream tokens, what the heads said) of every scored row."""
 
     full_state_update = False
     ids: list[Tensor]
-    logits: list[Tensor]
+    values: list[Tensor]
 
-    def __init__(self, exits: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.exits = exits
         self.add_state("ids", default=[], dist_reduce_fx="cat")
-        self.add_state("logits", default=[], dist_reduce_fx="cat")
+        self.add_state("values", default=[], dist_reduce_fx="cat")
 
-    def update(self, row_id: Tensor, target_tokens: Tensor, stream_tokens: Tensor, logits: Tensor) -> None:
+    def update(self, row_id: Tensor, target_tokens: Tensor, stream_tokens: Tensor, values: Tensor) -> None:
         """Add n rows.
 
         Args:
             row_id: (n,).
             target_tokens: (n,).
             stream_tokens: (n,).
-            logits: (n, exits).
+            values: (n, m) one column for each thing the heads say.
         """
         self.ids.append(torch.stack([row_id, target_tokens, stream_tokens], dim=1))
-        self.logits.append(logits.float())
+        self.values.append(values.float())
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Of all processes, by row id: (m, 3) ids and tokens, (m, exits) logits."""
-        ids, logits = dim_zero_cat(self.ids), dim_zero_cat(self.logits)
+        """Of all processes, by row id: (n, 3) ids and tokens, (n, m) values."""
+        ids, values = dim_zero_cat(self.ids), dim_zero_cat(self.values)
         _, first = np.unique(ids[:, 0].cpu().numpy(), return_index=True)
         index = torch.from_numpy(first).to(ids.device)
-        return ids[index], logits[index]
+        return ids[index], values[index]
 
 
-def scores_of_rows(ids: Tensor, logits: Tensor, rows: pl.DataFrame, exit_layers: list[int]) -> pl.DataFrame:
+def scores_of_rows(
+    ids: Tensor, values: Tensor, rows: pl.DataFrame, counting: Floats, exit_layers: list[int]
+) -> pl.DataFrame:
     """Score table of rows of the logs.
 
     Args:
-        ids: (m, 3) from `ScoreCollector.compute`.
-        logits: (m, k).
-        rows: `SplitInteractions.rows`, where row_id is the position.
+        ids: (n, 3) from `ScoreCollector.compute`.
+        values: (n, 2 k - 1) logits of all heads, then the expected drift of all but the last.
+        rows: The n rows of the log.
+        counting: (n,) logits of exit 0.
         exit_layers: The k layers.
     """
-    values = ids.cpu().numpy()
-    about = rows[values[:, 0]]
-    columns = {name: about[name] for name in ("row_id", "user", "split", "fold", "label")}
-    columns |= {"target_tokens": pl.Series(values[:, 1]), "stream_tokens": pl.Series(values[:, 2])}
-    return score_table(columns, logits.cpu().numpy(), exit_layers)
+    columns = {name: rows[name] for name in ("row_id", "user", "split", "fold", "label")}
+    return _table(columns, ids, values, counting, exit_layers)
 
 
 def scores_of_candidates(
-    ids: Tensor, logits: Tensor, candidates: pl.DataFrame, exit_layers: list[int]
+    ids: Tensor, values: Tensor, candidates: pl.DataFrame, counting: Floats, exit_layers: list[int]
 ) -> pl.DataFrame:
     """Score table of the candidates of requests, with their item ids.
 
     Args:
-        ids: (m, 3) from `ScoreCollector.compute`; the id is the position in `candidates`.
-        logits: (m, k).
+        ids: (n, 3) from `ScoreCollector.compute`; the id is the position in `candidates`.
+        values: (n, 2 k - 1) as in `scores_of_rows`.
         candidates: `Requests.table()`.
+        counting: (n,) logits of exit 0.
         exit_layers: The k layers.
     """
-    values = ids.cpu().numpy()
-    about = candidates[values[:, 0]]
+    about = candidates[ids[:, 0].cpu().numpy()]
     columns = {name: about[name] for name in ("request_id", "candidate_index")}
-    columns |= {"target_tokens": pl.Series(values[:, 1]), "stream_tokens": pl.Series(values[:, 2])}
-    return score_table(columns, logits.cpu().numpy(), exit_layers).insert_column(3, about["item_id"])
+    table = _table(columns, ids, values, counting, exit_layers)
+    return table.insert_column(3, about["item_id"])
+
+
+def _table(
+    columns: dict[str, pl.Series], ids: Tensor, values: Tensor, counting: Floats, exit_layers: list[int]
+) -> pl.DataFrame:
+    tokens, numbers, k = ids.cpu().numpy(), values.cpu().numpy(), len(exit_layers)
+    columns |= {
+        "target_tokens": pl.Series(tokens[:, 1]),
+        "stream_tokens": pl.Series(tokens[:, 2]),
+        "logit_0": pl.Series(counting),
+    }
+    return score_table(columns, numbers[:, :k], exit_layers, numbers[:, k:])

@@ -5,11 +5,10 @@ from sklearn.linear_model import LogisticRegression
 
 from project.data.splits import Protocol, apply_protocol
 from project.errors import DataError
+from project.counting import PRIOR_ROWS, counting_features
 from project.floors import (
     FEATURES,
-    PRIOR_ROWS,
     Floor,
-    _features,
     best_floor,
     fit_floors,
     floor_difference,
@@ -167,7 +166,7 @@ class TestFitFloors:
         rows, evidence = world()
         pairs = {"similarities": [[1.0, 0.0], [0.0, 1.0], [1.0, -0.5]], "answers": [[1, 0]] * 3}
         table = evidence["train"].head(3).drop(pairs).hstack(pl.DataFrame(pairs, schema=NO_LISTS))
-        features = _features(rows.head(3), {"train": table}, "train", 0.5)
+        features = counting_features(table, 0.5)
         high = np.log(3.5 / 2.5)  # (1 + 5 * .5) / (0 + 5 * .5)
         np.testing.assert_allclose(features[:, FEATURES.index("weighted_vote_log_odds")], [high, -high, high])
 

@@ -81,6 +81,9 @@ class InteractionData(pl.LightningDataModule):
         self._encoder: PromptEncoder | None = None
         self._streams: dict[str, Streams] = {}
         self.requests: Requests | None = None
+        self.candidate_evidence: polars.DataFrame | None = (
+            None  # one row a candidate, in the order of requests
+        )
 
     @property
     def split(self) -> SplitInteractions:
@@ -102,6 +105,18 @@ class InteractionData(pl.LightningDataModule):
                     restore(Path(self.bundle) / "evidence", self.cache_dir / "evidence")
                 self._evidence = evidence_tables(split, self.retriever, self.block_rows, self.cache_dir)
         return self._evidence
+
+    def targets(self, split: str) -> polars.DataFrame:
+        """The rows of a split that are scored."""
+        rows = self.split.rows
+        return rows.filter((polars.col("role") == "target") & (polars.col("split") == split))
+
+    def evidence_of(self, rows: polars.DataFrame) -> polars.DataFrame:
+        """Evidence of rows of one split, in their order, as that split reads it."""
+        splits = rows["split"].cast(polars.String).unique().to_list()
+        assert len(splits) <= 1, splits
+        table = self.evidence[splits[0] if splits else "train"]
+        return rows.select("row_id").join(table, on="row_id", how="left", maintain_order="left")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -150,9 +165,11 @@ class InteractionData(pl.LightningDataModule):
         """Evidence of rows that are not in the logs."""
         columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
         own = ~rows["candidate"].to_numpy()
-        return request_evidence(
+        table = request_evidence(
             self.split, self.retriever, self.block_rows, self.cache_dir, **columns, own=own
         )
+        self.candidate_evidence = table.filter(~own)
+        return table
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

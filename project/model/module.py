@@ -9,19 +9,21 @@ from __future__ import annotations
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
 import polars
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from project.counting import FEATURES, CountingPrior
 from project.data.datamodule import InteractionData
 from project.data.packing import Batch
 from project.data.sources import resolve_model
-from project.errors import CheckpointError, ConfigError
+from project.errors import CheckpointError, ConfigError, NotFittedError
 from project.evaluate import choose_exit, exit_rows
-from project.model.heads import ExitHead, answer_tokens
+from project.model.heads import ExitHead, HeadOutput, answer_tokens
 from project.model.lora import LoraSettings, add_lora, frozen_names
-from project.model.losses import LossSettings, exit_loss, exit_weights
+from project.model.losses import LossSettings, drift_loss, exit_loss, exit_weights
 from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups, planned_steps
 from project.model.trunk import Trunk
 from project.scores import ScoreCollector, scores_of_candidates, scores_of_rows
@@ -81,10 +83,13 @@ class ExitRecommender(pl.LightningModule):
         self.trunk: Trunk | None = None
         self.heads = nn.ModuleDict()
         self.chosen_exit: Tensor
+        self.prior: Tensor
         self.register_buffer(
             "chosen_exit", torch.tensor(-1)
         )  # by validation's tune fold; -1: not validated yet
-        self.collector = ScoreCollector(len(exit_layers))
+        # exit 0, fitted when training starts; NaN: not fitted yet
+        self.register_buffer("prior", torch.full((2 + len(FEATURES),), torch.nan))
+        self.collector = ScoreCollector()
         self.scores: polars.DataFrame | None = None
         self.strict_loading = (
             False  # frozen weights are not in the checkpoint; on_load_checkpoint is stricter
@@ -114,7 +119,7 @@ class ExitRecommender(pl.LightningModule):
         no, yes = answer_tokens(tokenizer, self.answers)
         direction = trunk.answer_direction(yes, no)
         for layer in self.exit_layers:
-            self.heads[str(layer)] = ExitHead(trunk.final_norm, direction)
+            self.heads[str(layer)] = ExitHead(trunk.final_norm, direction, last=layer == self.depth)
         trunk.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
             add_lora(trunk, self.lora)
@@ -123,27 +128,47 @@ class ExitRecommender(pl.LightningModule):
             trunk.embed_tokens.requires_grad_(False)
         self.trunk = trunk
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits of every exit.
+    def on_fit_start(self) -> None:
+        """Fit exit 0 on train targets; its weights are buffers, so they travel with the checkpoint."""
+        targets = self.data.targets("train")
+        prior = CountingPrior.fit(self.data.evidence_of(targets), targets["label"].to_numpy())
+        self.prior.copy_(torch.from_numpy(prior.to_array()))
+
+    def counting_prior(self) -> CountingPrior:
+        """Exit 0 as it was fitted.
+
+        Raises:
+            NotFittedError: If neither `fit` ran nor a checkpoint was loaded.
+        """
+        values = self.prior.cpu().numpy()
+        if np.isnan(values).any():
+            raise NotFittedError(
+                "this model has never been trained: its exit 0 has no weights. Give `--ckpt_path` a checkpoint of "
+                "a run, or make one with `python -m project fit --config ...`."
+            )
+        return CountingPrior.from_array(values)
+
+    def forward(self, batch: Batch) -> HeadOutput:
+        """Logits and drift of every exit.
 
         Args:
             batch: n targets.
 
         Returns:
-            (n, exits) logits, in the order of `exit_layers`.
+            Two (n, exits), in the order of `exit_layers`.
         """
         assert self.trunk is not None
         state = self.trunk.embed(batch.tokens, batch.layout)
-        logits, start = [], 0
+        outputs, start = list[HeadOutput](), 0
         for layer in self.exit_layers:
             state = self.trunk.run(state, start, layer)
-            logits.append(self.heads[str(layer)](state.hidden.flatten(0, 1)[batch.slots]))
+            outputs.append(self.heads[str(layer)](state.hidden.flatten(0, 1)[batch.slots]))
             start = layer
-        return torch.stack(logits, dim=1)
+        return HeadOutput(*(torch.stack(part, dim=1) for part in zip(*outputs, strict=True)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Weighted log loss of all heads, normalised by the targets of all processes."""
-        logits = self(batch)
+        """Weighted log loss of all heads, normalised by the targets of all processes, and the loss of their drift."""
+        logits, drift = self(batch)
         targets = torch.tensor(float(len(batch.label)), device=self.device)
         world = self.trainer.world_size
         if world > 1:
@@ -151,10 +176,12 @@ class ExitRecommender(pl.LightningModule):
         weights = exit_weights(self.loss, self.exit_layers, self.global_step).to(self.device)
         # gradients are averaged over processes, the loss is a sum over their targets: hence the factor
         loss, per_head = exit_loss(logits, batch.label, weights, targets / world)
+        drift_error = drift_loss(logits, drift, targets / world)
         self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/drift_loss", drift_error.detach())
         for layer, value in zip(self.exit_layers, per_head, strict=True):
             self.log(f"train/log_loss/exit_{layer}", value)
-        return loss
+        return loss + drift_error
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect scores."""
@@ -169,9 +196,10 @@ class ExitRecommender(pl.LightningModule):
         return self._collect(batch)
 
     def _collect(self, batch: Batch) -> Tensor:
-        logits: Tensor = self(batch)
-        self.collector.update(batch.row_id, batch.target_tokens, batch.stream_tokens, logits)
-        return logits
+        output: HeadOutput = self(batch)
+        values = torch.cat([output.logits, output.drift[:, :-1].sigmoid()], dim=1)
+        self.collector.update(batch.row_id, batch.target_tokens, batch.stream_tokens, values)
+        return output.logits
 
     def on_validation_epoch_end(self) -> None:
         """Log every head on the `select` fold; choose the exit on `tune`."""
@@ -191,14 +219,20 @@ class ExitRecommender(pl.LightningModule):
     def on_predict_epoch_end(self) -> None:
         """Keep the scores of all candidates."""
         assert self.data.requests is not None
-        ids, logits = self.collector.compute()
+        assert self.data.candidate_evidence is not None
+        ids, values = self.collector.compute()
         self.collector.reset()
-        self.scores = scores_of_candidates(ids, logits, self.data.requests.table(), self.exit_layers)
+        counting = self.counting_prior().logits(self.data.candidate_evidence)
+        self.scores = scores_of_candidates(
+            ids, values, self.data.requests.table(), counting, self.exit_layers
+        )
 
     def _finish(self) -> polars.DataFrame:
-        ids, logits = self.collector.compute()
+        ids, values = self.collector.compute()
         self.collector.reset()
-        return scores_of_rows(ids, logits, self.data.split.rows, self.exit_layers)
+        rows = self.data.split.rows[ids[:, 0].cpu().numpy()]
+        counting = self.counting_prior().logits(self.data.evidence_of(rows))
+        return scores_of_rows(ids, values, rows, counting, self.exit_layers)
 
     def _log_heads(self, rows: list[dict[str, Any]], prefix: str) -> None:
         for row in rows:

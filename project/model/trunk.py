@@ -176,13 +176,13 @@ def _quiet() -> Iterator[None]:
     """No report on the layers that are left out on purpose, no bar for a second of loading."""
     verbosity, bar = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
     library_logging.set_verbosity(logging.ERROR)
-    library_logging.disable_progress_bar()
+    library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         library_logging.set_verbosity(verbosity)
         if bar:
-            library_logging.enable_progress_bar()
+            library_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _cut(config: PretrainedConfig, num_layers: int | None) -> PretrainedConfig:
