@@ -1,0 +1,46 @@
+"""When a row may leave the trunk early: criteria, policies, calibration, cost, the path of thresholds.
+
+Certificates (`project.exits.certify`) and the command that puts all together are imported from their modules.
+"""
+
+from project.exits.calibration import Calibration, fit_calibration
+from project.exits.criteria import (
+    Consistency,
+    Criterion,
+    DriftHead,
+    Ratio,
+    RatioConsistency,
+    out_of_fold_safety,
+    safety_table,
+)
+from project.exits.learned import Learned
+from project.exits.neighbour_depth import NeighbourDepth
+from project.exits.outputs import HeadOutputs
+from project.exits.path import Path, Step, pick_budget, threshold_path
+from project.exits.policies import FixedDepth, Oracle, Policy, RandomExit, leave
+from project.exits.top_k import TopK
+
+__all__ = [
+    "Calibration",
+    "Consistency",
+    "Criterion",
+    "DriftHead",
+    "FixedDepth",
+    "HeadOutputs",
+    "Learned",
+    "NeighbourDepth",
+    "Oracle",
+    "Path",
+    "Policy",
+    "RandomExit",
+    "Ratio",
+    "RatioConsistency",
+    "Step",
+    "TopK",
+    "fit_calibration",
+    "leave",
+    "out_of_fold_safety",
+    "pick_budget",
+    "safety_table",
+    "threshold_path",
+]

@@ -15,8 +15,9 @@ from scipy.stats import binom
 
 Floats = NDArray[np.float64]
 
-BET_SHARE = 0.75
-"""Largest share of the capital that one loss of 1 may take (WSR's c): 3/4, so capital stays positive."""
+BET_SHARE = 0.9
+"""Largest share of the capital that one loss of 1 may take, so that capital stays positive (WSR's c, there 1/2 or
+3/4): .9 gave the lowest or an equal mean bound of .5, .75, .9 on eight kinds of losses, n = 80 to 4,000."""
 
 BISECTIONS = 40  # a bound is exact to 2 ** -40 of the range
 
@@ -161,9 +162,28 @@ def losses_needed(losses: ArrayLike, epsilon: float, delta: float) -> int | None
     where their mean is not below epsilon. Without losses the answer is for losses of 1/2 (signed: of 0).
     """
     x, count = np.unique(np.asarray(losses, dtype=np.float64), return_counts=True)
-    bets = np.linspace(0.0, largest_bet(epsilon), 201)[1:, None]
+    bets = _constant_bets(epsilon, 200)[:, None]
     rate = float((np.log1p(bets * (epsilon - x)) @ (count / count.sum())).max())
     return math.ceil(math.log(1 / delta) / rate) if rate > 1e-12 else None
+
+
+def averaged_growth(losses: ArrayLike, epsilon: float, counts: ArrayLike) -> float:
+    """Log of the average final capital under the best constant bet: what these pairings gain as a whole.
+
+    It grows about in proportion to the data, so log(1/delta) over it is how many times the data are needed.
+
+    Args:
+        losses: Shape (pairings, m), in [0, 1].
+        epsilon: In (0, 1).
+        counts: Shape (pairings,), pairs of each pairing, the rest padding.
+    """
+    x, real = np.asarray(losses, dtype=np.float64), np.asarray(counts)[:, None]
+    bets = [np.where(np.arange(x.shape[1]) < real, bet, 0.0) for bet in _constant_bets(epsilon, 20)]
+    return max(-math.log(float(_averaged_p(x, bet, epsilon))) for bet in bets)
+
+
+def _constant_bets(epsilon: float, size: int) -> Floats:
+    return largest_bet(epsilon) * np.arange(1, size + 1) / size
 
 
 def _best_capital_p(losses: ArrayLike, bets: Floats, mean: ArrayLike) -> Floats:

@@ -119,7 +119,7 @@ def _logistic(features: Floats, positive: Floats) -> list[float]:
 
 
 def _newton(design: Floats, positive: Floats, offset: Floats) -> Floats:
-    """argmin over w of the log loss of sigmoid(design @ w + offset), ridge on all but the last weight."""
+    """Minimise over w of the log loss of sigmoid(design @ w + offset), ridge on all but the last weight."""
     ridge = RIDGE * np.r_[np.ones(design.shape[1] - 1), 0.0]
 
     def loss(weights: Floats) -> float:

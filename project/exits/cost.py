@@ -56,7 +56,8 @@ def request_cost(
     if stream == "warm":
         return own
     deepest, shared = (
-        torch.zeros_like(own).scatter_reduce(0, code, values.to(own), "amax") for values in (layer, stream_tokens)
+        torch.zeros_like(own).scatter_reduce(0, code, values.to(own), "amax")
+        for values in (layer, stream_tokens)
     )
     return own + deepest * shared
 

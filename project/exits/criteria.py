@@ -9,10 +9,9 @@ one criterion, `Ratio`.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -95,7 +94,9 @@ class Consistency(Criterion):
 
     def __init__(self, heads: int = 1) -> None:
         if heads < 1:
-            raise ConfigError(f"{type(self).__name__}: heads is {heads}, expected at least 1 change to look at")
+            raise ConfigError(
+                f"{type(self).__name__}: heads is {heads}, expected at least 1 change to look at"
+            )
         self.heads = heads
         self.first = heads
 
@@ -123,7 +124,9 @@ class RatioConsistency(Consistency):
             raise DataError("ratio_consistency needs rows in the fold tune to take quantiles of, found none")
         parts = [outputs.until(k) for k in range(outputs.heads)]
         self._ratio_quantiles = torch.stack([_quantiles(Ratio().safety(part)) for part in parts])
-        self._consistency_quantiles = torch.stack([_quantiles(super(RatioConsistency, self).safety(p)) for p in parts])
+        self._consistency_quantiles = torch.stack(
+            [_quantiles(super(RatioConsistency, self).safety(p)) for p in parts]
+        )
 
     def safety(self, outputs: HeadOutputs) -> Tensor:
         """(n,) in [0, 1]; -inf before there were `heads` changes."""
@@ -140,7 +143,8 @@ class DriftHead(Criterion):
 
     def safety(self, outputs: HeadOutputs) -> Tensor:
         """(n,) in [-1, 0]; -inf at a head that predicts no drift."""
-        return (-outputs.drift[:, -1]).nan_to_num(nan=-torch.inf)
+        drift = outputs.drift[:, -1]
+        return torch.where(drift.isnan(), -torch.inf, -drift)
 
 
 def name(criterion: Criterion) -> str:

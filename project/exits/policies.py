@@ -64,7 +64,9 @@ class Policy:
         """
         head = outputs.heads - 1
         if outputs.layers != self.layers[: outputs.heads]:
-            raise ConfigError(f"the policy was made for exits at layers {self.layers}, found {outputs.layers}")
+            raise ConfigError(
+                f"the policy was made for exits at layers {self.layers}, found {outputs.layers}"
+            )
         if outputs.heads == len(self.layers):
             return torch.ones_like(outputs.logits[:, -1], dtype=torch.bool)
         safety = self.criterion.safety(outputs)

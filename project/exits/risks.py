@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from project.errors import ConfigError, DataError
-from project.metrics import PROBABILITY_FLOOR
+from project.metrics import PROBABILITY_FLOOR, row_log_loss
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
@@ -63,9 +63,11 @@ class Risk:
         for values in (adaptive, full):
             inside = (values >= PROBABILITY_FLOOR) & (values <= 1 - PROBABILITY_FLOOR)
             if not inside.all():
-                raise ValueError(f"{self.name} takes `probabilities` (clipped), found {values[~inside][0]:.4g}")
+                raise ValueError(
+                    f"{self.name} takes `probabilities` (clipped), found {values[~inside][0]:.4g}"
+                )
         if self.labelled and labels is None:
-            raise DataError(f"exits.risk: {self.name} needs labels, these rows have none; use score_drift")
+            raise DataError(f"exits.certificate.risk: {self.name} needs labels, these rows have none; use score_drift")
         truth = np.zeros_like(full) if labels is None else np.asarray(labels, dtype=np.float64)
         return np.clip(self.loss(adaptive, full, truth), self.low, self.high)
 
@@ -78,10 +80,6 @@ class Risk:
         return self.low + np.asarray(values, dtype=np.float64) * (self.high - self.low)
 
 
-def _log_loss(p: Floats, labels: Floats) -> Floats:
-    return -np.log(np.where(labels == 1, p, 1.0 - p))
-
-
 RISKS: dict[str, Risk] = {
     risk.name: risk
     for risk in (
@@ -92,12 +90,10 @@ RISKS: dict[str, Risk] = {
             "log_loss_gap",
             -LOG_ODDS,
             LOG_ODDS,
-            loss=lambda a, f, y: _log_loss(a, y) - _log_loss(f, y),
+            loss=lambda a, f, y: row_log_loss(a, y) - row_log_loss(f, y),
             labelled=True,
         ),
-        Risk(
-            "brier_gap", -WIDEST, WIDEST, loss=lambda a, f, y: (a - y) ** 2 - (f - y) ** 2, labelled=True
-        ),
+        Risk("brier_gap", -WIDEST, WIDEST, loss=lambda a, f, y: (a - y) ** 2 - (f - y) ** 2, labelled=True),
         Risk("auc_gap", -1.0, 1.0, over="pairs", labelled=True),
         Risk("overlap_loss", 0.0, 1.0, over="requests"),
     )
@@ -106,9 +102,9 @@ RISKS: dict[str, Risk] = {
 
 
 def find_risk(name: str) -> Risk:
-    """The risk of this name; ConfigError naming exits.risk where there is none."""
+    """The risk of this name; ConfigError naming exits.certificate.risk where there is none."""
     if name not in RISKS:
-        raise ConfigError(f"exits.risk: found {name!r}, expected one of {', '.join(RISKS)}")
+        raise ConfigError(f"exits.certificate.risk: found {name!r}, expected one of {', '.join(RISKS)}")
     return RISKS[name]
 
 
@@ -165,9 +161,7 @@ def row_pairings(labels: ArrayLike, pairings: int, seed: int) -> tuple[Ints, Int
     return drawn[0], drawn[1], np.full(pairings, m, dtype=np.intp)
 
 
-def user_pairings(
-    labels: ArrayLike, users: ArrayLike, pairings: int, seed: int
-) -> tuple[Ints, Ints, Ints]:
+def user_pairings(labels: ArrayLike, users: ArrayLike, pairings: int, seed: int) -> tuple[Ints, Ints, Ints]:
     """Random disjoint pairs of users: the first gives a random positive row, the second a random negative.
 
     Pairs of users where the first has no positive or the second no negative are left out. What is estimated
@@ -220,7 +214,10 @@ def auc_gap(
         (gap, standard error); the error is 0 where both order every pair alike.
     """
     truth = np.asarray(labels)
-    (f_positive, f_negative), (a_positive, a_negative) = _components(full, truth), _components(adaptive, truth)
+    (f_positive, f_negative), (a_positive, a_negative) = (
+        _components(full, truth),
+        _components(adaptive, truth),
+    )
     positive, negative = f_positive - a_positive, f_negative - a_negative
     gap, sizes = float(positive.mean()), (positive.size, negative.size)
     away = (positive - gap) / sizes[0], (negative - gap) / sizes[1]

@@ -1,0 +1,70 @@
+"""What a run wants of its exits: which criterion, at what price, with which promise. Fixed before `certify` is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from project.errors import ConfigError
+from project.exits.certifiers import CertificateSettings
+from project.exits.cost import Stream
+from project.exits.criteria import Consistency, Criterion, DriftHead, Ratio, RatioConsistency
+from project.exits.learned import Learned
+from project.exits.neighbour_depth import NeighbourDepth
+
+Prior = Literal["counting", "none"]
+Mode = Literal["budget", "risk"]
+
+
+def all_criteria() -> list[Criterion]:
+    """One of each criterion, unfitted."""
+    return [Ratio(), Consistency(), RatioConsistency(), Learned(), NeighbourDepth(), DriftHead()]
+
+
+@dataclass
+class ExitSettings:
+    """How exits are calibrated.
+
+    Args:
+        criterion: The criterion that decides; None takes the best of `compare` on `tune`.
+        compare: Criteria whose curves are drawn; None compares all there are.
+        prior: counting lets candidates leave before the first layer and enters every head's calibration; none does not.
+        mode: budget takes the fastest step within the budget on `tune`; risk takes the last certified step.
+        max_auc_drop: Budget: AUC on `tune` that may be lost against full depth.
+        max_cost: Budget: share of full depth's token-layers that may be spent; None sets no limit.
+        stream: Whether a request's history runs with it (cold) or is cached (warm): what a token costs.
+        certificate: What is promised, and how it is tested on the `certify` fold.
+    """
+
+    criterion: Criterion | None = None
+    compare: list[Criterion] | None = None
+    prior: Prior = "counting"
+    mode: Mode = "budget"
+    max_auc_drop: float | None = 0.002
+    max_cost: float | None = None
+    stream: Stream = "cold"
+    certificate: CertificateSettings = field(
+        # of the user-wise tests of an AUC gap, the only one with power at a few hundred users; says "asymptotic"
+        default_factory=lambda: CertificateSettings(risk="auc_gap", epsilon=0.02, certifier="delong")
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_auc_drop is None and self.max_cost is None:
+            raise ConfigError(
+                "exits.max_auc_drop and exits.max_cost are both null; expected at least one: without a limit the "
+                "fastest policy is no model at all. Set exits.max_auc_drop, for example to 0.002."
+            )
+        if self.max_auc_drop is not None and self.max_auc_drop < 0:
+            raise ConfigError(f"exits.max_auc_drop is {self.max_auc_drop}; expected 0 or more, or null.")
+        if self.max_cost is not None and not 0 < self.max_cost <= 1:
+            raise ConfigError(f"exits.max_cost is {self.max_cost}; expected a share above 0 and at most 1.")
+
+    def criteria(self) -> list[Criterion]:
+        """The criteria to compare, the deciding one first if it is set."""
+        compared = all_criteria() if self.compare is None else list(self.compare)
+        if self.criterion is None:
+            if not compared:
+                raise ConfigError("exits.compare is empty and exits.criterion null; expected at least one criterion.")
+            return compared
+        same = [c for c in compared if type(c) is not type(self.criterion)]
+        return [self.criterion, *same]

@@ -1,0 +1,157 @@
+"""Exits for ranking requests: a candidate leaves when it can no longer reach the list of the best k.
+
+Unusual here: what counts is order within a request, so margins are quantiles of how much candidates still
+move *against each other* (deviation from the last head, centred per request). No labels are needed: the full
+model's list is the truth. Ragged requests are padded into a rectangle once; there is no loop over requests.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from project.errors import ConfigError, DataError
+from project.exits.outputs import HeadOutputs
+
+
+class TopK:
+    """At every head, candidates further below the k-th best than the head's margin leave.
+
+    Args:
+        k: Length of the list.
+        margins: (K,) in calibrated logits, at least 0; +inf: nobody leaves there. The last head's is not used:
+            whoever gets there has run to the end.
+    """
+
+    def __init__(self, k: int, margins: Tensor) -> None:
+        if k < 1:
+            raise ConfigError(f"top_k: k is {k}, expected a list of at least 1 candidate")
+        if margins.ndim != 1 or not (margins >= 0).all():
+            raise ConfigError(
+                f"top_k: margins must be one number of at least 0 per exit, found {margins.tolist()}"
+            )
+        self.k, self.margins = k, margins
+
+    def stays(self, request: Tensor, scores: Tensor, head: int) -> Tensor:
+        """Which of the candidates still running stay after this head; what an engine calls at an exit.
+
+        At least k of each request do. Where fewer than k run, all do.
+
+        Args:
+            request: (m,) request id of each candidate still running.
+            scores: (m,) their calibrated logits at this head.
+            head: Index of the head.
+
+        Returns:
+            (m,) bool.
+        """
+        table, place = _padded(request, scores)
+        if table.shape[1] <= self.k or not scores.numel():
+            return torch.ones_like(scores, dtype=torch.bool)
+        worst = table.topk(self.k, dim=1).values[:, -1]
+        return scores >= worst[place[0]] - self.margins[head].to(scores)
+
+    def exits(self, request: Tensor, outputs: HeadOutputs) -> Tensor:
+        """Index of the head after which each of n candidates leaves, (n,) int64; in no order of requests."""
+        if self.margins.numel() != outputs.heads:
+            raise ConfigError(
+                f"top_k has {self.margins.numel()} margins, but there are {outputs.heads} exits"
+            )
+        running = torch.arange(outputs.logits.shape[0], device=outputs.logits.device)
+        exits = torch.full_like(running, outputs.heads - 1)
+        for head in range(outputs.heads - 1):
+            stays = self.stays(request[running], outputs.logits[running, head], head)
+            exits[running[~stays]] = head
+            running = running[stays]
+        return exits
+
+
+def fit_margins(request: Tensor, outputs: HeadOutputs, quantile: float) -> Tensor:
+    """Margins such that this share of candidates moves less until the last head, (K,).
+
+    Args:
+        request: (n,) request id of each candidate of `tune`.
+        outputs: Calibrated outputs of the n candidates.
+        quantile: In [0, 1]; 1 is the largest move seen.
+
+    Raises:
+        ConfigError: A quantile outside [0, 1].
+        DataError: No candidates.
+    """
+    if not 0 <= quantile <= 1:
+        raise ConfigError(f"top_k: the quantile of the margins is {quantile}, expected a share in [0, 1]")
+    if not request.numel():
+        raise DataError("top_k needs requests in the fold tune to fit margins on, found no candidate")
+    deviation = outputs.logits - outputs.logits[:, -1:]
+    _, code = torch.unique(request, return_inverse=True)
+    counts = torch.bincount(code).to(deviation)
+    sums = deviation.new_zeros(counts.numel(), outputs.heads).index_add_(0, code, deviation)
+    moves = (deviation - (sums / counts[:, None])[code]).abs().sort(dim=0).values
+    # torch.quantile refuses more than 2^24 elements
+    return moves[round(quantile * (moves.shape[0] - 1))]
+
+
+def list_scores(request: Tensor, outputs: HeadOutputs, exits: Tensor) -> Tensor:
+    """What a request's list is sorted by, (n,): the score each candidate left with, -inf for who left early.
+
+    Args:
+        request: (n,) request ids.
+        outputs: Outputs of the n candidates.
+        exits: (n,) from `TopK.exits`, or a static depth: early is before the request's deepest candidate.
+    """
+    _, code = torch.unique(request, return_inverse=True)
+    deepest = exits.new_zeros(exits.numel()).scatter_reduce(0, code, exits, "amax")
+    scores = outputs.logits.gather(1, exits[:, None]).squeeze(1)
+    return torch.where(exits == deepest[code], scores, -torch.inf)
+
+
+def overlap_at_k(request: Tensor, scores: Tensor, full: Tensor, k: int) -> Tensor:
+    """Share of the full model's best k that are in the list's best k, per request, (r,), by ascending id.
+
+    Args:
+        request: (n,) request ids.
+        scores: (n,) what the list is sorted by; -inf is out of it.
+        full: (n,) the full model's scores.
+        k: Length of the lists; a request of fewer candidates is divided by their number.
+    """
+    return _share(request, _listed(request, scores, k) & _listed(request, full, k), k)
+
+
+def precision_at_k(request: Tensor, scores: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Share of the list that was liked, per request, (r,), by ascending request id.
+
+    Args:
+        request: (n,) request ids.
+        scores: (n,) what the list is sorted by; -inf is out of it.
+        labels: (n,) 1 where liked; anything else (disliked, unknown) is not.
+        k: Length of the list; a request of fewer candidates is divided by their number.
+    """
+    return _share(request, _listed(request, scores, k) & (labels == 1), k)
+
+
+def _listed(request: Tensor, scores: Tensor, k: int) -> Tensor:
+    """(n,) bool, the best k of each request; ties go to the candidate that comes first."""
+    table, place = _padded(request, scores)
+    ordered = table.sort(dim=1, descending=True, stable=True)
+    listed = torch.zeros_like(table, dtype=torch.bool)
+    listed.scatter_(1, ordered.indices[:, :k], ordered.values[:, :k] > -torch.inf)
+    return listed[place]
+
+
+def _padded(request: Tensor, scores: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Scores as (requests, most candidates), -inf where there is none, and each candidate's (row, column)."""
+    _, row, counts = torch.unique(request, return_inverse=True, return_counts=True)
+    order = row.argsort(stable=True)
+    within = torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row[order]]
+    column = torch.empty_like(row)
+    column[order] = within
+    table = scores.new_full((counts.numel(), int(counts.max()) if counts.numel() else 0), -torch.inf)
+    table[row, column] = scores
+    return table, (row, column)
+
+
+def _share(request: Tensor, chosen: Tensor, k: int) -> Tensor:
+    _, code, counts = torch.unique(request, return_inverse=True, return_counts=True)
+    hits = torch.zeros(counts.numel(), dtype=torch.float64, device=code.device)
+    share: Tensor = hits.index_add_(0, code, chosen.double()) / counts.clamp(max=k)
+    return share
