@@ -10,6 +10,27 @@ import warnings
 QUIET_WARNINGS = (r"`isinstance\(treespec, LeafSpec\)`", "`torch.jit", ".*jsonargparse")
 
 
+def run(arguments: list[str]) -> None:
+    """The verb that the arguments begin with; those that need no model are light to start."""
+    match arguments:
+        case ["table", *rest]:
+            from project.verbs import print_tables
+
+            print_tables(rest)
+        case ["report", *rest]:
+            from project.report.document import run_report
+
+            run_report(rest)
+        case ["power", *rest]:
+            from project.exits.power import print_power_table
+
+            print_power_table(*map(int, rest))
+        case _:
+            from project.cli import ProjectCLI
+
+            ProjectCLI()
+
+
 def main() -> None:
     """Run one verb; what is wrong with the input is said in one line, without a traceback."""
     from project.errors import ProjectError
@@ -20,14 +41,7 @@ def main() -> None:
     advertising = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advertising.addFilter(lambda record: "litlogger" not in record.getMessage())
     try:
-        if sys.argv[1:2] == ["table"]:
-            from project.verbs import print_tables
-
-            print_tables(sys.argv[2:])
-        else:
-            from project.cli import ProjectCLI
-
-            ProjectCLI()
+        run(sys.argv[1:])
     except ProjectError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -95,9 +95,20 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     return replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def write_table(path: Path, table: pl.DataFrame) -> Path:
-    """Write Parquet."""
-    return replace_file(path, lambda part: table.write_parquet(part))
+def write_table(path: Path, table: pl.DataFrame, about: dict[str, str] | None = None) -> Path:
+    """Write Parquet.
+
+    Args:
+        path: The file.
+        table: Its rows.
+        about: Kept in the file's metadata, see `table_about`.
+    """
+    return replace_file(path, lambda part: table.write_parquet(part, metadata=about))
+
+
+def table_about(path: Path) -> dict[str, str]:
+    """What `write_table` was told about a table."""
+    return pl.read_parquet_metadata(path)
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Command line: Lightning's CLI with fixed model and data classes and three more verbs.
+"""Command line: Lightning's CLI with fixed model and data classes and more verbs.
 
 Unusual here: the configuration is the truth. Lightning would let a checkpoint's hyper-parameters override the command
 line; here a checkpoint that does not fit the configuration is refused by the module instead.
@@ -16,16 +16,42 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from project.artefacts import run_of_checkpoint
+from project.callbacks.exit_calibration import ExitCalibration
+from project.callbacks.exit_plots import ExitPlots
 from project.callbacks.results import ResultFiles
 from project.callbacks.run_bundle import RunBundle
 from project.callbacks.run_folder import run_folder
 from project.data.datamodule import InteractionData
 from project.errors import CheckpointError
 from project.model.module import ExitRecommender
+from project.rank_settings import RankSettings
+
+DEFAULT_RANKING = RankSettings()
 
 
 class ProjectTrainer(Trainer):
     """Lightning's Trainer with the verbs that need no training loop."""
+
+    def calibrate(
+        self,
+        model: ExitRecommender,
+        datamodule: InteractionData,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        rescore: bool = False,
+    ) -> None:
+        """Calibrate the exits of a trained checkpoint, without training, and write the plan into it.
+
+        Args:
+            model: The run's model.
+            datamodule: Logs whose validation is used.
+            ckpt_path: The run's checkpoint.
+            weights_only: Not used.
+            rescore: Score validation anew even where the run's score table fits.
+        """
+        from project.verbs import run_calibrate
+
+        run_calibrate(self, model, datamodule, ckpt_path, rescore)
 
     def floors(
         self,
@@ -68,6 +94,27 @@ class ProjectTrainer(Trainer):
         from project.benchmark import run_packing
 
         run_packing(model, datamodule, run_folder(self, ckpt_path), seconds)
+
+    def rank(
+        self,
+        model: ExitRecommender,
+        datamodule: InteractionData,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        ranking: RankSettings = DEFAULT_RANKING,
+    ) -> None:
+        """Judge ways to the best k of N candidates: overlap with full depth, depth, cost, precision.
+
+        Args:
+            model: The run's model.
+            datamodule: Logs, protocol and evidence that requests are made of.
+            ckpt_path: The run's checkpoint.
+            weights_only: Not used.
+            ranking: Requests, lists and promise.
+        """
+        from project.rank import run_rank
+
+        run_rank(self, model, datamodule, ckpt_path, run_folder(self, ckpt_path), ranking)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -122,7 +169,7 @@ class ProjectCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs, and ours."""
         ours = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "floors": ours, "benchmark": ours}
+        return {**LightningCLI.subcommands(), "calibrate": ours, "floors": ours, "benchmark": ours, "rank": ours}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Forced callbacks, each under its own key, and values that are said once."""
@@ -138,7 +185,9 @@ class ProjectCLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,
             }
         )
+        parser.add_lightning_class_args(ExitCalibration, "exits")
         parser.add_lightning_class_args(ResultFiles, "results")
+        parser.add_lightning_class_args(ExitPlots, "report")
         parser.add_lightning_class_args(RunBundle, "bundle")
         parser.link_arguments("model.backbone", "data.tokenizer")
         parser.link_arguments("data.prompt.answers", "model.answers")

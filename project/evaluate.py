@@ -14,7 +14,8 @@ import polars as pl
 from project.artefacts import exit_layers_of
 from project.data.splits import SplitInteractions
 from project.floors import Floor, best_floor, floor_difference, floor_rows
-from project.metrics import UserBootstrap, auc, head_metrics
+from project.bootstrap import UserBootstrap
+from project.metrics import auc, head_metrics
 
 DRAWS = 1000  # resamples of users behind every interval
 
@@ -34,7 +35,8 @@ def exit_rows(
     labels, users = part["label"].to_numpy(), part["user"].to_numpy()
     bootstrap = UserBootstrap(users, draws) if draws else None
     rows = []
-    for layer in exit_layers_of(scores):
+    counting = [0] if len(part) and not part["logit_0"].null_count() else []
+    for layer in [*counting, *exit_layers_of(scores)]:
         logits = part[f"logit_{layer}"].to_numpy().astype(np.float64)
         row = {"layer": layer, "split": split} | ({"fold": fold} if fold else {})
         row |= head_metrics(logits, labels, users)

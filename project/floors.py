@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from project.counting import FEATURES, CountingPrior, counting_features, logistic_regression
 from project.errors import DataError
-from project.metrics import UserBootstrap, auc, head_metrics
+from project.bootstrap import UserBootstrap
+from project.metrics import auc, head_metrics
 
 Floats = NDArray[np.float64]
 

@@ -1,9 +1,9 @@
-"""What a list of scores is worth: AUC, log loss, Brier, calibration error, user-AUCs and their intervals.
+"""What a list of scores is worth: AUC, log loss, Brier, calibration error, user-AUCs.
 
 Unusual here: every AUC is exact, ties count half; what is undefined (one class, no rows) is `None`, never 0,
-.5 or NaN; three user-AUCs carry three names because published "GAUC" numbers use all of them; intervals
-resample users, not rows, and a `UserBootstrap` reuses its draws, so differences are paired. AUCs take scores
-of any scale; log loss, Brier and ECE take probabilities, which `probabilities` makes of logits (clipped).
+.5 or NaN; three user-AUCs carry three names because published "GAUC" numbers use all of them; their intervals are
+made in bootstrap.py. AUCs take scores of any scale; log loss, Brier and ECE take probabilities, which
+`probabilities` makes of logits (clipped).
 """
 
 from dataclasses import asdict, dataclass
@@ -16,7 +16,6 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
 
 PROBABILITY_FLOOR = 1e-3  # emitted probabilities stay this far from 0 and 1: a row's log loss is at most 6.91
-CHUNK_ELEMENTS = 2_000_000  # rows times draws held at once by the bootstrap: 16 MB an array
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,11 @@ def auc(scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None) 
         labels: Shape (n,), 0 or 1.
         weights: Shape (n,), row weights >= 0; a pair weighs the product. None: every row 1.
     """
-    values, positive = _checked(scores, labels)
+    values, positive = checked(scores, labels)
     weight = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
     if weight.shape != values.shape or not np.all(weight >= 0):
         raise ValueError(f"weights must be {values.shape[0]} numbers >= 0, found shape {weight.shape}")
-    value = float(_Pairs(values, positive).weighted_auc(weight[None, :])[0])
+    value = float(Pairs(values, positive).weighted_auc(weight[None, :])[0])
     return None if np.isnan(value) else value
 
 
@@ -67,13 +66,13 @@ def log_loss(probability: ArrayLike, labels: ArrayLike) -> float | None:
         probability: Shape (n,), probabilities of label 1.
         labels: Shape (n,), 0 or 1.
     """
-    values, positive = _checked(probability, labels, probability=True)
-    return float(_row_log_loss(values, positive).mean()) if values.size else None
+    values, positive = checked(probability, labels, probability=True)
+    return float(row_log_loss(values, positive).mean()) if values.size else None
 
 
 def brier(probability: ArrayLike, labels: ArrayLike) -> float | None:
     """Mean squared distance of probability and label (Brier 1950, one column); arguments as in `log_loss`."""
-    values, positive = _checked(probability, labels, probability=True)
+    values, positive = checked(probability, labels, probability=True)
     return float(((values - positive) ** 2).mean()) if values.size else None
 
 
@@ -89,7 +88,7 @@ def ece(probability: ArrayLike, labels: ArrayLike, bins: int = 15) -> float | No
         labels: Shape (n,), 0 or 1.
         bins: Number of bins; fewer rows than bins make one bin a row.
     """
-    values, positive = _checked(probability, labels, probability=True)
+    values, positive = checked(probability, labels, probability=True)
     if not values.size:
         return None
     level, code, size = np.unique(values, return_inverse=True, return_counts=True)
@@ -140,76 +139,7 @@ def head_metrics(logits: ArrayLike, labels: ArrayLike, users: ArrayLike) -> dict
     }
 
 
-class UserBootstrap:
-    """Percentile intervals from resampled users (Efron 1979): all rows of a drawn user come along.
-
-    The draws are made once, so all intervals of one object rest on the same resampled users.
-
-    Args:
-        users: Shape (n,), the user of each row; every later score array has these rows in this order.
-        draws: Number of resamples.
-        seed: Seed of the draws.
-    """
-
-    def __init__(self, users: ArrayLike, draws: int = 1000, seed: int = 0) -> None:
-        found, code = np.unique(np.asarray(users), return_inverse=True)
-        self._user: Ints = code.reshape(-1)
-        count = max(found.size, 1)
-        drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=draws)
-        # (draws, users): how often each user was drawn
-        self._times = drawn[:, : found.size].astype(np.float32)
-
-    def auc_interval(self, scores: ArrayLike, labels: ArrayLike, level: float = 0.95) -> list[float] | None:
-        """[low, high] of the AUC, None where it is undefined; draws with one class are left out.
-
-        Args:
-            scores: Shape (n,).
-            labels: Shape (n,).
-            level: Coverage aimed at.
-        """
-        if auc(scores, labels) is None:
-            return None
-        return _percentiles(self._auc_draws(scores, labels), level)
-
-    def difference_interval(
-        self, scores_a: ArrayLike, scores_b: ArrayLike, labels: ArrayLike, level: float = 0.95
-    ) -> dict[str, Any]:
-        """AUC of a minus AUC of b: {`value`, `interval` [low, high]}, both None where undefined."""
-        value_a, value_b = auc(scores_a, labels), auc(scores_b, labels)
-        if value_a is None or value_b is None:
-            return {"value": None, "interval": None}
-        drawn = self._auc_draws(scores_a, labels) - self._auc_draws(scores_b, labels)
-        return {"value": value_a - value_b, "interval": _percentiles(drawn, level)}
-
-    def log_loss_difference_interval(
-        self, logits_a: ArrayLike, logits_b: ArrayLike, labels: ArrayLike, level: float = 0.95
-    ) -> dict[str, Any]:
-        """Log loss of a minus log loss of b, of clipped `probabilities`: {`value`, `interval`}."""
-        probability_a, positive = _checked(probabilities(logits_a), labels)
-        probability_b, _ = _checked(probabilities(logits_b), labels)
-        self._same_rows(probability_a)
-        if not probability_a.size:
-            return {"value": None, "interval": None}
-        gap = _row_log_loss(probability_a, positive) - _row_log_loss(probability_b, positive)
-        sums, rows = np.bincount(self._user, weights=gap), np.bincount(self._user)
-        drawn = (self._times @ sums) / (self._times @ rows)
-        return {"value": float(gap.mean()), "interval": _percentiles(drawn, level)}
-
-    def _auc_draws(self, scores: ArrayLike, labels: ArrayLike) -> Floats:
-        """Shape (draws,): AUC with rows weighing as often as their user was drawn, NaN where undefined."""
-        values, positive = _checked(scores, labels)
-        self._same_rows(values)
-        pairs = _Pairs(values, positive)
-        step = max(1, CHUNK_ELEMENTS // max(values.size, 1))
-        starts = range(0, self._times.shape[0], step)
-        return np.concatenate([pairs.weighted_auc(self._times[i : i + step][:, self._user]) for i in starts])
-
-    def _same_rows(self, values: Floats) -> None:
-        if values.size != self._user.size:
-            raise ValueError(f"the bootstrap was made for {self._user.size} rows, found {values.size} scores")
-
-
-class _Pairs:
+class Pairs:
     """Scores sorted once: where each positive stands among the negatives, ties as [first, last)."""
 
     def __init__(self, scores: Floats, positive: Floats) -> None:
@@ -233,7 +163,7 @@ class _Pairs:
 
 def _auc_by_user(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> tuple[Floats, Floats, Floats]:
     """AUC, rows and positives of each user with both classes, from the rank sum (Mann and Whitney 1947)."""
-    values, positive = _checked(scores, labels)
+    values, positive = checked(scores, labels)
     codes = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
     if codes.size != values.size:
         raise ValueError(f"{values.size} scores but {codes.size} users")
@@ -259,18 +189,11 @@ def _weighted_user_auc(values: Floats, rows: Floats, weights: Floats) -> UserAUC
     return UserAUC(value, int(values.size), int(rows.sum()))
 
 
-def _row_log_loss(probability: Floats, positive: Floats) -> Floats:
+def row_log_loss(probability: Floats, positive: Floats) -> Floats:
+    """Minus log probability of what happened, (n,); infinity for a certain mistake."""
     with np.errstate(divide="ignore"):  # infinity is the right answer for a certain mistake
         loss: Floats = -np.log(np.where(positive == 1, probability, 1.0 - probability))
     return loss
-
-
-def _percentiles(drawn: Floats, level: float) -> list[float] | None:
-    kept = drawn[~np.isnan(drawn)]
-    if not kept.size:
-        return None
-    low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
-    return [float(low), float(high)]
 
 
 def _scores(scores: ArrayLike) -> Floats:
@@ -283,7 +206,8 @@ def _scores(scores: ArrayLike) -> Floats:
     return values
 
 
-def _checked(scores: ArrayLike, labels: ArrayLike, probability: bool = False) -> tuple[Floats, Floats]:
+def checked(scores: ArrayLike, labels: ArrayLike, probability: bool = False) -> tuple[Floats, Floats]:
+    """Scores and labels as float64 (n,), or a ValueError that says what is wrong with them."""
     values, positive = _scores(scores), np.asarray(labels, dtype=np.float64)
     if positive.shape != values.shape:
         raise ValueError(f"{values.size} scores but labels of shape {positive.shape}")

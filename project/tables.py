@@ -30,16 +30,17 @@ def render_exits(result: Result, split: str | None = None) -> str:
         result: A result file of `fit`, `validate`, `test` or `floors`; only `protocol` must be there.
         split: Which rows; None takes test for `test`, the tune fold of valid for `validate` and `fit`, else all.
     """
-    lines = [_markdown(HEADER, _score_rows(result, split))]
-    if difference := difference_line(result):
-        lines.append(difference)
-    lines.append(protocol_line(result))
+    lines = [markdown_table(HEADER, _score_rows(result, split))]
+    lines += [
+        line for line in (difference_line(result), adaptive_line(result), protocol_line(result)) if line
+    ]
     return "\n\n".join(lines) + "\n"
 
 
 def exits_table(result: Result, split: str | None = None) -> Table:
     """The table of `render_exits` for a terminal, difference and protocol below it. Arguments as there."""
-    caption = "\n".join(line for line in (difference_line(result), protocol_line(result)) if line)
+    lines = (difference_line(result), adaptive_line(result), protocol_line(result))
+    caption = "\n".join(line for line in lines if line)
     return _terminal(HEADER, _score_rows(result, split), caption)
 
 
@@ -49,7 +50,7 @@ def render_stage_seconds(result: Result) -> str:
     Args:
         result: A result file with `stage_seconds` {stage: seconds}.
     """
-    return _markdown(STAGE_HEADER, _stage_rows(result)) + "\n"
+    return markdown_table(STAGE_HEADER, _stage_rows(result)) + "\n"
 
 
 def stage_seconds_table(result: Result) -> Table:
@@ -67,6 +68,29 @@ def difference_line(result: Result) -> str:
         return f"{subject}: {UNDEFINED}"
     value, low_high = number(difference["value"], signed=True), interval(difference["interval"], signed=True)
     return f"{subject}: AUC {value} {low_high} (paired, users resampled)"
+
+
+def adaptive_line(result: Result) -> str:
+    """What early exit did: AUC, drop, depth, speed-ups and the certificate; empty before calibration."""
+    adaptive = result.get("adaptive")
+    if not adaptive:
+        return ""
+    drop = (
+        f"{number(adaptive['auc_drop'], signed=True)} {interval(adaptive['auc_drop_interval'], signed=True)}"
+    )
+    saved, rival = adaptive["token_layer_speedup"], adaptive["speedup_over_rival"]["value"]
+    passed = result.get("certificate", {}).get("passed")
+    said = {True: "; certificate passed", False: "; certificate not passed"}.get(passed, "")
+    return (
+        f"Early exit by {adaptive['criterion']}: AUC {number(adaptive['auc'])}, drop {drop}, mean depth "
+        f"{adaptive['mean_depth']:.2f}, token-layer speed-up {times(saved)}, over the static exit "
+        f"{adaptive['rival']['layer']} {times(rival)}{said}"
+    )
+
+
+def times(value: float | None) -> str:
+    """x2.31, or "undefined" (nothing was spent)."""
+    return UNDEFINED if value is None else f"x{value:.2f}"
 
 
 def protocol_line(result: Result) -> str:
@@ -138,7 +162,8 @@ def _stage_rows(result: Result) -> list[list[str]]:
     return [*rows, ["total", f"{total:,.1f}", ""]]
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, first column left, others right."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 

@@ -6,14 +6,28 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
+import torch
+from lightning.pytorch import Trainer
 from rich.console import Console
 
-from project.artefacts import read_result, replace_file, result_head, write_json
+from project.artefacts import (
+    read_result,
+    replace_file,
+    result_head,
+    run_of_checkpoint,
+    table_about,
+    write_json,
+)
+from project.callbacks.exit_calibration import exit_calibration_of
+from project.errors import ConfigError
 from project.floors import best_floor, fit_floors, floor_rows
+from project.model.heads import heads_digest
 from project.tables import exits_table, render_exits, render_stage_seconds
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData
+    from project.model.module import ExitRecommender
 
 TABLE = re.compile(r"(?P<start><!-- table (?P<file>\S+) -->)\n.*?(?P<end><!-- end of table -->)", re.DOTALL)
 
@@ -35,6 +49,45 @@ def run_floors(data: InteractionData, folder: Path) -> dict[str, Any]:
     result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
     path = write_json(folder / "results" / "floors.json", result)
     Console(width=120).print(exits_table(result, "test"), f"written: {path}")
+    return result
+
+
+def run_calibrate(
+    trainer: Trainer, model: ExitRecommender, data: InteractionData, ckpt_path: str | None, rescore: bool
+) -> dict[str, Any]:
+    """Calibrate the exits of a trained checkpoint and write the plan into it.
+
+    Args:
+        trainer: Has the callback ExitCalibration.
+        model: The checkpoint's configuration.
+        data: Logs whose validation is used.
+        ckpt_path: The checkpoint.
+        rescore: Score validation anew even where the run's score table fits.
+
+    Raises:
+        ConfigError: Without a checkpoint.
+        CheckpointError: If the checkpoint has other exit layers than the configuration.
+    """
+    if ckpt_path is None:
+        raise ConfigError(
+            "calibrate needs --ckpt_path, a trained run's checkpoint; found none. `fit` writes one."
+        )
+    callback, folder = exit_calibration_of(trainer), run_of_checkpoint(ckpt_path)
+    table = folder / "scores" / "valid.parquet"
+    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    wanted = {"heads": heads_digest(checkpoint["state_dict"]), "protocol": data.split.hash}
+    known = table_about(table) if table.exists() else {}
+    if rescore or any(known.get(key) != value for key, value in wanted.items()):
+        trainer.validate(model, datamodule=data, ckpt_path=ckpt_path, verbose=False, weights_only=True)
+        scores = model.scores
+        assert scores is not None
+    else:
+        model.check_exit_layers(checkpoint)
+        model.prior.copy_(checkpoint["state_dict"]["prior"])
+        scores = pl.read_parquet(table)
+    result = callback.calibrate(trainer, model, data, scores, folder)
+    callback.write_into(Path(ckpt_path), model)
+    Console(width=120).print(result["certificate"]["words"], f"written: {ckpt_path}", sep="\n")
     return result
 
 

@@ -122,7 +122,7 @@ def test_predict_equals_test(run: Run, tiny_config: Config, tmp_path: Path) -> N
     predicted = pl.read_parquet(folder / "scores" / "predict.parquet")
     assert len(predicted) == 2 * len(requests)
     first = predicted.filter((pl.col("candidate_index") == 0) & pl.col("request_id").str.starts_with("r"))
-    for column in ("logit_1", "logit_3"):
+    for column in ("logit_0", "logit_1", "logit_3"):
         assert np.abs(first[column].to_numpy() - scores[column].to_numpy()).max() < 1e-4
     new = predicted.filter(pl.col("request_id") == "new")
     assert new["item_id"].to_list() == ["i1", "new"]

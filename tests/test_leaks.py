@@ -1,4 +1,4 @@
-"""Leak canaries on whole prompts: what a target's answer slot can read, under every split kind.
+"""Leak canaries on whole prompts, lists of similar users' likes included, under every split kind.
 
 Splits and block cuts are held fixed; the evidence itself has canaries of its own in tests/retrieval.
 """
@@ -51,8 +51,12 @@ def prompts(
     retriever: Retriever,
     cuts: np.ndarray,
     asked: int,
+    leak: bool = False,
 ) -> dict[int, str]:
-    """Prompt of every target of one split, by row id; row `asked` only asks, it is nobody's past."""
+    """Prompt of every target of one split, by row id; row `asked` only asks, it is nobody's past.
+
+    With `leak`, every list of similar users' likes stands one row of its user too early.
+    """
     order = SPLITS.index(name)
     rows = rows.filter(pl.col("split").to_physical() <= order)
     log = WalkRows.from_log(rows)
@@ -62,7 +66,12 @@ def prompts(
     past = rows.filter(pl.col("row_id") != asked)
     snapshots = fit_snapshots(past, retriever, split.interactions.users.height, items, cuts)
     evidence = walk(log, retriever, items, cuts, snapshots.fitted)
-    encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment=SEGMENT), items)
+    if leak:
+        users = rows.select("row_id", "user")
+        early = pl.col("similar_after").shift(-1).over("user")
+        evidence = evidence.join(users, on="row_id", maintain_order="left").with_columns(early).drop("user")
+    similar = "[{titles}]" if retriever.similar_every else None
+    encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment=SEGMENT, similar=similar), items)
     streams = build_streams(rows, evidence, name, encoder)
     found: dict[int, str] = {}
     for s, w in streams.evaluation(400):
@@ -81,16 +90,26 @@ def cuts_of(split: SplitInteractions, name: str) -> np.ndarray:
     return block_cuts(readable["timestamp"].to_numpy(), 100)
 
 
+def lists(prompt: str) -> list[str]:
+    return re.findall(r"\[.*?\]", prompt)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("retriever", [ItemKNN(), LightGCN(dim=8, epochs=1)], ids=["item_knn", "lightgcn"])
+@pytest.mark.parametrize(
+    "retriever",
+    [ItemKNN(), LightGCN(dim=8, epochs=1), LightGCN(dim=8, epochs=1, similar_every=2)],
+    ids=["item_knn", "lightgcn", "similar_users"],
+)
 @pytest.mark.slow
 def test_a_row_cannot_change_its_own_prompt(kind: str, retriever: Retriever, tiny_logs: Path) -> None:
     """Flipping a target's answer, or taking the row out of everybody's past, leaves its own prompt identical."""
     split = split_of(kind, tiny_logs)
     rng = np.random.default_rng(0)
+    lists_changed = 0
     for name in SPLITS:
         cuts = cuts_of(split, name)
         original = prompts(split, split.rows, name, retriever, cuts, asked=-1)
+        assert any("[" in text for text in original.values()) == (retriever.similar_every > 0)
         changed_elsewhere = 0
         for row in rng.choice(list(original), size=3, replace=False).tolist():
             flip = pl.when(pl.col("row_id") == row).then(1 - pl.col("label")).otherwise("label").cast(pl.Int8)
@@ -99,7 +118,23 @@ def test_a_row_cannot_change_its_own_prompt(kind: str, retriever: Retriever, tin
             assert flipped[row] == original[row]
             assert deleted[row] == original[row]
             changed_elsewhere += sum(flipped[r] != original[r] for r in original)
+            lists_changed += sum(lists(flipped[r]) != lists(original[r]) for r in original)
         assert changed_elsewhere > 0  # the canary can sing: other prompts do read the flipped answer
+    assert (lists_changed > 0) == (retriever.similar_every > 0)
+
+
+@pytest.mark.slow
+def test_a_list_that_stands_too_early_is_noticed(tiny_logs: Path) -> None:
+    """A list right before the row that dates it tells the answer: then flipping the row changes its own prompt."""
+    split, retriever = split_of("user_time", tiny_logs), LightGCN(dim=8, epochs=1, similar_every=2)
+    cuts = cuts_of(split, "train")
+    original = prompts(split, split.rows, "train", retriever, cuts, asked=-1, leak=True)
+    changed = 0
+    for row in list(original)[-40::5]:
+        flip = pl.when(pl.col("row_id") == row).then(1 - pl.col("label")).otherwise("label").cast(pl.Int8)
+        rows = split.rows.with_columns(label=flip)
+        changed += prompts(split, rows, "train", retriever, cuts, asked=-1, leak=True)[row] != original[row]
+    assert changed > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.metrics import log_loss as sklearn_log_loss
 
+from project.bootstrap import UserBootstrap
 from project.metrics import (
     UserAUC,
-    UserBootstrap,
     auc,
     brier,
     ece,
@@ -193,7 +193,7 @@ class TestUserBootstrap:
         """The interval is the same when draws are worked off one by one."""
         scores, labels, users = sample()
         whole = UserBootstrap(users, draws=50).auc_interval(scores, labels)
-        monkeypatch.setattr("project.metrics.CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr("project.bootstrap.CHUNK_ELEMENTS", 1)
         assert UserBootstrap(users, draws=50).auc_interval(scores, labels) == whole
 
     def test_difference_is_paired(self):
@@ -271,3 +271,10 @@ def test_monotone_scores_change_no_ranking_metric(n, seed):
     mapped = np.exp(scores / 2) * 3 - 7
     assert auc(mapped, labels) == auc(scores, labels)
     assert uauc(mapped, labels, users) == uauc(scores, labels, users)
+
+
+def test_ratio_interval():
+    """Users spend (4, 2), (2, 2): 6 / 4 = 1.5; resampled pairs give 2, 1.5 or 1, so the interval is [1, 2]."""
+    found = UserBootstrap([0, 1, 1], draws=500, seed=0).ratio_interval([4, 1, 1], [2, 1, 1])
+    assert found == {"value": 1.5, "interval": [1.0, 2.0]}
+    assert UserBootstrap([0]).ratio_interval([1], [0]) == {"value": None, "interval": None}

@@ -6,14 +6,18 @@ import time
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
+import polars
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
+from project.adaptive import PlannedRows
 from project.artefacts import result_head, write_json, write_table
-from project.callbacks.run_folder import current_run
+from project.callbacks.exit_calibration import exit_calibration_of, features_of
+from project.callbacks.run_folder import current_run, will_be_saved
 from project.evaluate import comparison
-from project.floors import fit_floors
+from project.floors import Floor, fit_floors, floor_difference
+from project.model.heads import heads_digest
 from project.tables import exits_table, stage_seconds_table
 
 if TYPE_CHECKING:
@@ -32,6 +36,7 @@ class ResultFiles(pl.Callback):
     def __init__(self, tag: str | None = None, print_tables: bool = True) -> None:
         self.tag, self.print_tables = tag, print_tables
         self._started = 0.0
+        self._scores: polars.DataFrame | None = None  # of the validation that the saved checkpoint comes from
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of training."""
@@ -41,8 +46,8 @@ class ResultFiles(pl.Callback):
         """Stop the clock of training; validation inside it has a clock of its own."""
         seconds = _data(trainer).clock.seconds
         seconds["train"] = time.perf_counter() - self._started - seconds.get("validate", 0.0)
-        if _scores(pl_module) is not None:
-            self._report(trainer, pl_module, "fit", "valid")
+        if self._scores is not None:
+            self._report(trainer, pl_module, self._scores, "fit", "valid")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of validation."""
@@ -53,9 +58,12 @@ class ResultFiles(pl.Callback):
         if trainer.sanity_checking:
             return
         self._stop_clock(trainer, "validate")
+        if trainer.state.fn == "fit" and not will_be_saved(trainer):
+            return
+        self._scores = _scores(pl_module)
         self._write_scores(trainer, pl_module, "valid")
         if trainer.state.fn == "validate":
-            self._report(trainer, pl_module, "validate", "valid")
+            self._report(trainer, pl_module, self._scores, "validate", "valid")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of the test."""
@@ -65,7 +73,7 @@ class ResultFiles(pl.Callback):
         """Write the scores and the result of the test."""
         self._stop_clock(trainer, "test")
         self._write_scores(trainer, pl_module, "test")
-        self._report(trainer, pl_module, "test", "test")
+        self._report(trainer, pl_module, _scores(pl_module), "test", "test")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the scores of requests."""
@@ -77,23 +85,30 @@ class ResultFiles(pl.Callback):
 
     @rank_zero_only
     def _write_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        scores = _scores(pl_module)
-        assert scores is not None
+        scores = _with_exits(trainer, cast("ExitRecommender", pl_module), _scores(pl_module))
         name = f"{split}-{self.tag}" if self.tag and split == "predict" else split
-        path = write_table(current_run(trainer) / "scores" / f"{name}.parquet", scores)
+        about = {"heads": heads_digest(pl_module.state_dict()), "protocol": _data(trainer).split.hash}
+        path = write_table(current_run(trainer) / "scores" / f"{name}.parquet", scores, about)
         if split == "predict" and self.print_tables:
             Console().print(f"{len(scores)} candidates scored: {path}")
 
     @rank_zero_only
-    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, verb: str, split: str) -> None:
+    def _report(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        scores: polars.DataFrame,
+        verb: str,
+        split: str,
+    ) -> None:
         data, module, folder = _data(trainer), cast("ExitRecommender", pl_module), current_run(trainer)
         with data.clock.stage("floors"):
             floors = fit_floors(
                 data.split.rows, data.evidence, ("valid", split) if split != "valid" else ("valid",)
             )
             chosen = int(module.chosen_exit)
-            assert module.scores is not None
-            content = comparison(module.scores, data.split, floors, split, chosen if chosen > 0 else None)
+            content = comparison(scores, data.split, floors, split, chosen if chosen > 0 else None)
+        content |= _adaptive(trainer, module, scores, content, floors)
         result = result_head(verb, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
         result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
         name = f"{verb}-{self.tag}" if self.tag else verb
@@ -108,8 +123,56 @@ def _data(trainer: pl.Trainer) -> InteractionData:
     return cast("InteractionData", trainer.datamodule)  # type: ignore[attr-defined]
 
 
-def _scores(module: pl.LightningModule) -> Any:
-    return cast("ExitRecommender", module).scores
+def _scores(module: pl.LightningModule) -> polars.DataFrame:
+    scores = cast("ExitRecommender", module).scores
+    assert scores is not None
+    return scores
+
+
+def _with_exits(trainer: pl.Trainer, module: ExitRecommender, scores: polars.DataFrame) -> polars.DataFrame:
+    """The score table with where each row leaves and the logit it leaves with, where there is a plan."""
+    calibration = exit_calibration_of(trainer)
+    if calibration.found is None:
+        return scores
+    plan = calibration.found.plan
+    layer, logit = plan.emitted(plan.outputs(scores, features_of(module, _data(trainer), scores)))
+    return scores.with_columns(
+        exit_layer=polars.Series(layer.numpy()).cast(polars.Int64),
+        adaptive_logit=polars.Series(logit.numpy()).cast(polars.Float32),
+    )
+
+
+def _adaptive(
+    trainer: pl.Trainer,
+    module: ExitRecommender,
+    scores: polars.DataFrame,
+    content: dict[str, Any],
+    floors: list[Floor],
+) -> dict[str, Any]:
+    """What the exit plan does to the reported rows, where there is a plan; completes the rows of `exits`."""
+    calibration, data, exits = exit_calibration_of(trainer), _data(trainer), content["exits"]
+    if calibration.found is None or not exits:
+        return {}
+    split, fold = exits[0]["split"], exits[0].get("fold")
+    part = scores.filter(
+        (polars.col("split") == split) & (polars.lit(fold is None) | (polars.col("fold") == fold))
+    )
+    features = features_of(module, data, part)
+    planned = PlannedRows(calibration.found.plan, part, features, calibration.stream)
+    shares = planned.exits()
+    for row in exits:
+        row |= shares.get(row["layer"], {})
+    risk = calibration.issued.get("risk")
+    summary = calibration.found.summary(part, features, calibration.stream, risk)
+    best = next((f for f in floors if f.name == content["best_floor"]), None)
+    if best is not None:
+        summary["floor_difference"] = floor_difference(
+            best, part["row_id"].to_numpy(), planned.logit, data.split.rows
+        )
+    return {
+        "adaptive": {"split": split, **({"fold": fold} if fold else {}), **summary},
+        "certificate": calibration.issued,
+    }
 
 
 def _log_table(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:

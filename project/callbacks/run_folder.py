@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from project.artefacts import run_of_checkpoint
@@ -26,6 +27,18 @@ def run_folder(trainer: pl.Trainer, ckpt_path: str | Path | None = None) -> Path
         if isinstance(logger, CSVLogger):
             return Path(logger.log_dir)
     return Path(trainer.default_root_dir)
+
+
+def will_be_saved(trainer: pl.Trainer) -> bool:
+    """Whether this validation's metric earns a checkpoint: what is not saved must not be what a result is about.
+
+    Args:
+        trainer: In the `on_validation_end` of fit; asked on all processes.
+    """
+    saver = trainer.checkpoint_callback
+    if not isinstance(saver, ModelCheckpoint) or saver.monitor is None:
+        return True
+    return saver.check_monitor_top_k(trainer, trainer.callback_metrics.get(saver.monitor))
 
 
 def current_run(trainer: pl.Trainer) -> Path:

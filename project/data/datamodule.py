@@ -68,6 +68,12 @@ class InteractionData(pl.LightningDataModule):
                 f"data.context_tokens is {context_tokens} and data.batch_tokens is {batch_tokens}: expected "
                 "1 <= context_tokens <= batch_tokens, since a batch holds at least one full window."
             )
+        if (prompt.similar is None) != (retriever.similar_every == 0):
+            raise ConfigError(
+                f"data.prompt.similar is {prompt.similar!r}, but the similar_every of data.retriever "
+                f"({type(retriever).__name__}) is {retriever.similar_every}: expected a template and a number above 0, "
+                "or null and 0. Only retrievers that compare users, such as LightGCN, can make lists for it."
+            )
         self.logs, self.retriever = logs, retriever
         self.protocol, self.prompt = protocol, prompt
         self.tokenizer_name = tokenizer
@@ -81,6 +87,7 @@ class InteractionData(pl.LightningDataModule):
         self._encoder: PromptEncoder | None = None
         self._streams: dict[str, Streams] = {}
         self.requests: Requests | None = None
+        self._given: Requests | None = None
         self.candidate_evidence: polars.DataFrame | None = (
             None  # one row a candidate, in the order of requests
         )
@@ -155,11 +162,15 @@ class InteractionData(pl.LightningDataModule):
         for split in {"fit": ("train", "valid"), "validate": ("valid",), "test": ("test",)}.get(stage, ()):
             self.streams(split)
         if stage == "predict":
-            self.requests = read_requests(self.requests_file, self.split.interactions)
+            self.requests = self._given or read_requests(self.requests_file, self.split.interactions)
             encoder = PromptEncoder(self.tokenizer, self.prompt, self.requests.items)
             self._streams["predict"] = request_streams(
                 self.requests, self.split, self.evidence["test"], encoder, self._ask_retriever
             )
+
+    def give_requests(self, requests: Requests) -> None:
+        """Score these at stage predict, instead of the file data.requests."""
+        self._given = requests
 
     def _ask_retriever(self, rows: polars.DataFrame) -> polars.DataFrame:
         """Evidence of rows that are not in the logs."""

@@ -4,6 +4,8 @@ A segment is `template + answer`. The template is split at its evidence fields; 
 text and item attributes) is tokenised once per item, an evidence value once per distinct value, and a segment is the
 concatenation of those pieces. So a segment's ids are the same wherever it stands, and nothing is tokenised while
 training. The answer slot is the last token before the answer: a head reads its prediction there.
+
+Lists of what similar users liked are segments of their own, without an answer; each distinct list is tokenised once.
 """
 
 from __future__ import annotations
@@ -42,11 +44,15 @@ class Prompt:
             (of the similar users), item_count, user_count (rounded down to 1, 2, 5, 10, 20, 50, ...).
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the
             tokenizer.
+        similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
+            prompts have none. How often there is one, and how long, says data.retriever.init_args: similar_every,
+            similar_users, similar_items.
     """
 
     instruction: str = "Will this user like each movie? Liked in tenths by all, by similar users.\n"
     segment: str = "{title} ({year}) all {item_rate} near {vote}:"
     answers: list[str] = field(default_factory=lambda: [" no", " yes"])
+    similar: str | None = None
 
 
 def _tenths(values: pl.Series) -> list[str]:
@@ -114,6 +120,10 @@ class PromptEncoder:
                 f"data.prompt.answers is {prompt.answers!r}: expected two texts, for dislike and like, "
                 'for example [" no", " yes"].'
             )
+        if prompt.similar is not None:
+            _check_similar(prompt.similar)
+        self.similar: str | None = prompt.similar
+        self._titles: list[str] = items["title"].to_list()
         self.instruction: IntArray = np.array(self._ids(prompt.instruction), dtype=np.int64)
         # index 0, 1: the answers; index 2 (label -1): unknown, no answer tokens
         self._answers = Ragged.of([*(self._ids(a) for a in prompt.answers), []])
@@ -151,9 +161,34 @@ class PromptEncoder:
         answers = self._answers.take(np.where(label < 0, 2, label).astype(np.int64))
         return Segments(join([*parts, answers]), before - 1)
 
+    def encode_similar(self, lists: Sequence[Sequence[int]]) -> Ragged:
+        """Token ids of lists of what similar users liked.
+
+        Args:
+            lists: n lists of item codes, the most liked first.
+
+        Returns:
+            n ragged lists.
+        """
+        assert self.similar is not None
+        titles = ("; ".join(self._titles[item] for item in items) for items in lists)
+        return self._encode_values([self.similar.format(titles=t) for t in titles])
+
     def _encode_values(self, texts: list[str]) -> Ragged:
         distinct, codes = np.unique(np.array(texts, dtype=object).astype(str), return_inverse=True)
         return Ragged.of([self._ids(t) for t in distinct.tolist()]).take(codes.astype(np.int64))
+
+
+def _check_similar(template: str) -> None:
+    try:
+        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ConfigError(f"data.prompt.similar {template!r} is not a template: {error}.") from error
+    if fields != ["titles"]:
+        raise ConfigError(
+            f"data.prompt.similar is {template!r}: expected a template with the one field {{titles}}, for example "
+            '"Similar users liked: {titles}\\n", or null for prompts without such lists.'
+        )
 
 
 def _split_template(template: str, item_fields: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """Requests: what predict and the engine score. One user, a time, and candidates.
 
 A request becomes a stream of its own: the user's rows strictly earlier than its time (or the history it brings),
-then its candidates as target-only rows. Its rows change nobody else's evidence.
+then its candidates as target-only rows. Its rows change nobody else's evidence. Lists of what similar users liked
+come with the history, so they do not depend on the candidates.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Request:
         request_id: Name of the request in the output.
         user_id: A user of the logs (an unknown one has an empty history), or None where `history` is given.
         history: (item id, answer 0 or 1, time in seconds) in any order, instead of a user of the logs.
-        time: Seconds; only strictly earlier rows are read. None: after all rows of the logs.
+        time: Seconds; only strictly earlier rows are read. None: after all rows of the logs and of `history`.
         candidates: Item ids to score.
     """
 
@@ -193,10 +194,11 @@ def request_streams(
     """
     log = split.rows.select("user", "item", "row_id", "timestamp", "label").join(evidence, on="row_id")
     users = dict(split.interactions.users.select("user_id", "user").iter_rows())
-    now = float(split.rows["timestamp"].max()) + 1  # type: ignore[arg-type]
+    end = float(split.rows["timestamp"].max())  # type: ignore[arg-type]
     known, fresh = [], []
     row_id = 0
     for stream, request in enumerate(requests.requests):
+        now = max([end, *(at for _, _, at in request.history)]) + 1
         time = now if request.time is None else request.time
         user = users.get(request.user_id or "", len(users) + stream)
         if request.user_id is not None:

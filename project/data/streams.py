@@ -2,6 +2,9 @@
 
 A served request is a stream too: the user's history, then the candidates as rows that nobody may see. So training,
 evaluation and serving share one packing code.
+
+Unusual: a stream may hold segments that are no row, lists of what similar users liked: context only, in a time group
+of their own right after the second they are dated by. No code behind this file knows of them.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ class Streams:
 
     Attributes:
         offsets: (s + 1,) where each stream starts.
-        row_id: (n,) row of the log (or index of the candidate) that a segment is about.
+        row_id: (n,) row of the log (or index of the candidate) that a segment is about; -1 where it is about none.
         timestamp: (n,) seconds, not decreasing inside a stream.
         label: (n,) 0, 1, or -1 where unknown.
         target: (n,) whether a head is to score the segment.
@@ -97,12 +100,16 @@ def streams_of(
     context: BoolArray,
     encoder: PromptEncoder,
 ) -> Streams:
-    """Streams of a table with columns user, item, row_id, timestamp and evidence, sorted by user, then time."""
+    """Streams of a table with columns user, item, row_id, timestamp and evidence, sorted by user, then time.
+
+    Where the wording has a template for what similar users liked, lists of it (`similar_after`, evidence too) become
+    segments of their own.
+    """
     users = joined["user"].to_numpy()
     starts = np.flatnonzero(np.diff(users)) + 1 if len(users) else np.zeros(0, dtype=np.int64)
     segments = encoder.encode(joined["item"].to_numpy().astype(np.int64), joined, label)
     instruction = Ragged(encoder.instruction, offsets_of(np.array([len(encoder.instruction)])))
-    return Streams(
+    streams = Streams(
         offsets=np.concatenate([[0], starts, [len(users)]]).astype(np.int64),
         row_id=joined["row_id"].to_numpy().astype(np.int64),
         timestamp=joined["timestamp"].to_numpy().astype(np.float64),
@@ -111,6 +118,37 @@ def streams_of(
         context=context,
         tokens=_append(segments.tokens, instruction),
         slots=segments.slots,
+    )
+    return streams if encoder.similar is None else _with_similar(streams, joined["similar_after"], encoder)
+
+
+def _with_similar(streams: Streams, lists: pl.Series, encoder: PromptEncoder) -> Streams:
+    """The streams with the lists of what similar users liked, each after the time group of its row.
+
+    Args:
+        streams: n segments.
+        lists: (n,) item codes or null, at most one list in a time group.
+        encoder: Makes token ids of lists.
+    """
+    rows = np.flatnonzero(lists.is_not_null().to_numpy())
+    if not len(rows):
+        return streams
+    new_group = np.diff(streams.timestamp, append=np.inf) != 0
+    new_group[streams.offsets[1:] - 1] = True
+    ends = np.flatnonzero(new_group) + 1
+    at = ends[np.searchsorted(ends, rows, side="right")]  # each list goes before this segment
+    tokens = encoder.encode_similar(lists.gather(rows).to_list())
+    order = np.insert(np.arange(len(new_group)), at, streams.instruction + 1 + np.arange(len(at)))
+    return Streams(
+        offsets=streams.offsets + np.searchsorted(at, streams.offsets, side="right"),
+        row_id=np.insert(streams.row_id, at, -1),
+        # the next double. A row of just that time would not see the list, of whichever code path: no leak, no skew
+        timestamp=np.insert(streams.timestamp, at, np.nextafter(streams.timestamp[rows], np.inf)),
+        label=np.insert(streams.label, at, -1),
+        target=np.insert(streams.target, at, False),
+        context=np.insert(streams.context, at, True),
+        tokens=_append(streams.tokens, tokens).take(np.append(order, streams.instruction)),
+        slots=np.insert(streams.slots, at, tokens.lengths - 1),
     )
 
 

@@ -17,10 +17,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from project.adaptive import PlannedRows
 from project.artefacts import exit_layers_of
 from project.errors import DataError
-from project.exits.calibration import Calibration, fit_calibration
+from project.exits.calibration import fit_calibration
 from project.exits.certify import Certificate, certify
 from project.exits.criteria import Criterion, name, out_of_fold_safety, safety_table
 from project.exits.ledger import CertificateLedger, scores_digest
@@ -34,16 +33,20 @@ from project.exits.simulate import control_curves, rival_depth
 
 @dataclass(frozen=True)
 class Calibrated:
-    """An exit plan and what results/calibrate.json says about it.
+    """Exit plans and what results/calibrate.json says about them.
 
     Attributes:
         plan: What the run uses from now on.
-        rival: Layer of the honest rival.
+        rival: Layer of its honest rival.
+        without: The same run without exit 0, at the budget's step: for comparison.
+        rival_without: Layer of its honest rival.
         document: Body of results/calibrate.json.
     """
 
     plan: ExitPlan
     rival: int
+    without: ExitPlan
+    rival_without: int
     document: dict[str, Any]
 
 
@@ -65,7 +68,7 @@ class _Tune:
         raw = raw_outputs(scores, features, exit_layers_of(scores), prior)
         self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, prior)
         self.outputs = HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence, raw.drift)
-        self.tokens = [torch.from_numpy(scores[f"{x}_tokens"].to_numpy().copy()) for x in ("target", "stream")]
+        self.tokens = _tokens(scores, "target"), _tokens(scores, "stream")
         self.curves = [self._curve(deepcopy(c)) for c in settings.criteria()]
         self.rival = self.outputs.layers[rival_depth(self.outputs.logits, self.labels)]
         self.best = self.curves[0] if settings.criterion is not None else max(self.curves, key=self._worth)
@@ -78,7 +81,12 @@ class _Tune:
         else:
             safety = safety_table(criterion, self.outputs)
         path = threshold_path(
-            safety, self.outputs.logits, self.labels, self.outputs.layers, *self.tokens, stream=self.settings.stream
+            safety,
+            self.outputs.logits,
+            self.labels,
+            self.outputs.layers,
+            *self.tokens,
+            stream=self.settings.stream,
         )
         step = pick_budget(path, self.settings.max_auc_drop, self.settings.max_cost)
         return _Curve(criterion, path, step)
@@ -93,6 +101,10 @@ class _Tune:
         thresholds = self.best.path.steps[step].thresholds
         policy = Policy(self.best.criterion, thresholds, self.outputs.layers)
         return ExitPlan(self.calibration, policy, self.prior)
+
+
+def _tokens(scores: pl.DataFrame, kind: str) -> Tensor:
+    return torch.from_numpy(scores[f"{kind}_tokens"].to_numpy().copy())
 
 
 def calibrate(
@@ -129,18 +141,13 @@ def calibrate(
     step = tune.best.step if settings.mode == "budget" else (certificate.path_step or 0)
     plan = tune.plan(step)
 
-    def summary(prior: _Tune, made: ExitPlan) -> dict[str, Any]:
-        rows = PlannedRows(made, table["tune"], features[fold["tune"]], settings.stream)
-        return {"split": "valid", "fold": "tune", "prior": prior.prior, **rows.summary(prior.rival)}
-
-    without = by_prior["none"]
+    none = by_prior["none"]
     document = _document(tune, settings, step) | {
         "certificate": certificate.to_dict() | {"words": certificate.in_words()},
         "ledger": ledger,
-        "adaptive": summary(tune, plan) | {"without_exit_0": summary(without, without.plan(without.best.step))},
         "priors": {key: _prior_row(value) for key, value in by_prior.items()},
     }
-    return Calibrated(plan, tune.rival, document)
+    return Calibrated(plan, tune.rival, none.plan(none.best.step), none.rival, document)
 
 
 def _check_folds(scores: pl.DataFrame) -> None:
@@ -205,7 +212,7 @@ def _document(tune: _Tune, settings: ExitSettings, step: int) -> dict[str, Any]:
         for curve in tune.curves
     ]
     rival = layers.index(tune.rival)
-    controls = control_curves(tune.outputs, tune.labels, *tune.tokens, stream=settings.stream)
+    controls = control_curves(tune.outputs, tune.labels, *tune.tokens, settings.stream)
     static = next(c for c in controls if c["name"] == "fixed_depth")["pareto"]
     return {
         "layers": list(layers),
@@ -222,7 +229,7 @@ def _document(tune: _Tune, settings: ExitSettings, step: int) -> dict[str, Any]:
 
 def _prior_row(tune: _Tune) -> dict[str, Any]:
     """What the comparison of priors needs: calibrated heads on tune, and what the best criterion reached."""
-    static = control_curves(tune.outputs, tune.labels, *tune.tokens, stream=tune.settings.stream, only="fixed_depth")
+    static = control_curves(tune.outputs, tune.labels, *tune.tokens, tune.settings.stream, "fixed_depth")
     plan = tune.plan(tune.best.step)
     layer, _ = plan.emitted(tune.outputs)
     return {
@@ -234,10 +241,7 @@ def _prior_row(tune: _Tune) -> dict[str, Any]:
     }
 
 
-def _by_layer(layers: tuple[int, ...], thresholds: Tensor) -> dict[str, float | None]:
-    """JSON knows no infinity: null where nobody leaves, and at the last exit, which takes everyone."""
-    values = thresholds.tolist()
-    return {str(k): v if np.isfinite(v) else None for k, v in zip(layers, values, strict=True)}
-
-
-__all__ = ["Calibrated", "Calibration", "calibrate"]
+def _by_layer(layers: tuple[int, ...], thresholds: Tensor) -> dict[str, float | str]:
+    """JSON knows no infinity: "never" where nobody leaves, "everyone" where nobody goes on."""
+    words = {np.inf: "never", -np.inf: "everyone"}
+    return {str(k): words.get(v, v) for k, v in zip(layers, thresholds.tolist(), strict=True)}

@@ -134,9 +134,10 @@ def _newton(design: Floats, positive: Floats, offset: Floats) -> Floats:
         curvature += np.diag(ridge + 1e-12)
         step = np.linalg.solve(curvature, gradient)
         size, before = 1.0, loss(weights)
-        while loss(weights - size * step) > before and size > 1e-8:
+        while loss(weights - size * step) > before and size > 1e-6:
             size /= 2
         weights = weights - size * step
-        if np.abs(gradient).max() < 1e-12:
+        # the loss still to gain is half of this; or rounding leaves no way down
+        if gradient @ step < 1e-20 or size <= 1e-6:
             break
     return weights

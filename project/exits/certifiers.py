@@ -14,7 +14,7 @@ from scipy.stats import norm
 
 from project.errors import ConfigError
 from project.exits import betting
-from project.exits.certificate.risks import Floats, Risk, auc_gap, find_risk, pair_losses, row_pairings, user_pairings
+from project.exits.risks import Floats, Risk, auc_gap, find_risk, pair_losses, row_pairings, user_pairings
 
 Unit = Literal["users", "rows", "requests"]
 CERTIFIERS = {"rows": ("wsr", "hoeffding_bentkus"), "pairs": ("averaged_e_values", "delong")}
@@ -53,8 +53,8 @@ class CertificateSettings:
         known = CERTIFIERS["pairs" if risk.over == "pairs" else "rows"]
         if not 0 < self.epsilon < risk.high:
             raise ConfigError(
-                f"exits.certificate.epsilon: found {self.epsilon}, expected a number above 0 and below {risk.high:.4g}, "
-                f"the largest {self.risk} there can be"
+                f"exits.certificate.epsilon: found {self.epsilon}, expected a number above 0 and below "
+                f"{risk.high:.4g}, the largest {self.risk} there can be"
             )
         if not 0 < self.delta <= 0.5:
             raise ConfigError(f"exits.certificate.delta: found {self.delta}, expected a number above 0 and at most 0.5")

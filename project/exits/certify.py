@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from project.errors import ConfigError, DataError
 from project.exits.certifiers import CertificateSettings, DeLongTest, MeanTest, PairTest, Test, Unit
-from project.exits.certificate.risks import Floats, find_risk, user_means
+from project.exits.risks import Floats, find_risk, user_means
 from project.metrics import probabilities
 
 

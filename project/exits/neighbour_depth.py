@@ -58,10 +58,15 @@ class NeighbourDepth(Criterion):
         still = (needed - layers[heads - 1]).clamp(min=0).to(outputs.logits)
         count = min(self.neighbours, seen.shape[0])
         parts = [
-            still[torch.cdist(chunk, seen).topk(count, dim=1, largest=False).indices].mean(dim=1)
+            still[_distance(chunk, seen).topk(count, dim=1, largest=False).indices].mean(dim=1)
             for chunk in torch.split(asked, CHUNK)
         ]
         return -torch.cat(parts)
+
+
+def _distance(asked: Tensor, seen: Tensor) -> Tensor:
+    # not by matrix product, whose rounding depends on how many rows are asked about
+    return torch.cdist(asked, seen, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def needed_head(outputs: HeadOutputs, tolerance: float) -> Tensor:

@@ -221,7 +221,8 @@ class _Search:
         exits = self._exits(ladders, place)
         cost, expected = self.measure(ladders, place)
         full, value = (auc(self._scores[self._rows, e], self._labels) for e in (-1, exits))
-        assert full is not None and value is not None  # both classes are there: threshold_path has looked
+        if full is None or value is None:
+            raise AssertionError("threshold_path has looked that both classes are there")
         return Step(
             thresholds=torch.tensor([*_chosen(ladders, place), -np.inf], dtype=torch.float64),
             cost=cost,

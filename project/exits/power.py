@@ -14,7 +14,7 @@ from rich.table import Table
 
 from project.exits import betting
 from project.exits.certify import last_that_passed
-from project.exits.certificate.risks import Floats
+from project.exits.risks import Floats
 
 EXITS = 12
 POPULATION = 40_000

@@ -64,7 +64,9 @@ class ExitSettings:
         compared = all_criteria() if self.compare is None else list(self.compare)
         if self.criterion is None:
             if not compared:
-                raise ConfigError("exits.compare is empty and exits.criterion null; expected at least one criterion.")
+                raise ConfigError(
+                    "exits.compare is empty and exits.criterion null; expected at least one criterion."
+                )
             return compared
         same = [c for c in compared if type(c) is not type(self.criterion)]
         return [self.criterion, *same]

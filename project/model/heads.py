@@ -8,8 +8,9 @@ has 128 steps between powers of two, and scores that tie cost AUC.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import NamedTuple, Protocol
 
@@ -66,6 +67,18 @@ class ExitHead(nn.Module):
                 return HeadOutput(logits, torch.full_like(logits, -torch.inf))
             # detached: what helps to foresee the last head must not bend what the head itself reads
             return HeadOutput(logits, self.drift(normed.detach()).squeeze(-1).float())
+
+
+def heads_digest(state: Mapping[str, Tensor]) -> str:
+    """16 hex digits that change with every training step: which heads made a score table.
+
+    Args:
+        state: State of a module; its tensors under `heads.` count.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(n for n in state if n.startswith("heads.")):
+        digest.update(name.encode() + state[name].detach().cpu().contiguous().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Tokenizer(Protocol):

@@ -6,6 +6,7 @@ checkpoint: it comes back from the base model, and loading asserts that nothing 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from project.data.packing import Batch
 from project.data.sources import resolve_model
 from project.errors import CheckpointError, ConfigError, NotFittedError
 from project.evaluate import choose_exit, exit_rows
+from project.exits.plan import ExitPlan
 from project.model.heads import ExitHead, HeadOutput, answer_tokens
 from project.model.lora import LoraSettings, add_lora, frozen_names
 from project.model.losses import LossSettings, drift_loss, exit_loss, exit_weights
@@ -84,11 +86,16 @@ class ExitRecommender(pl.LightningModule):
         self.heads = nn.ModuleDict()
         self.chosen_exit: Tensor
         self.prior: Tensor
+        self.exit_thresholds: Tensor
+        self.exit_calibration: Tensor
         self.register_buffer(
             "chosen_exit", torch.tensor(-1)
         )  # by validation's tune fold; -1: not validated yet
         # exit 0, fitted when training starts; NaN: not fitted yet
         self.register_buffer("prior", torch.full((2 + len(FEATURES),), torch.nan))
+        heads = 1 + len(exit_layers)  # exit 0 first; NaN: never calibrated
+        self.register_buffer("exit_thresholds", torch.full((heads,), torch.nan))
+        self.register_buffer("exit_calibration", torch.full((heads, 3), torch.nan))
         self.collector = ScoreCollector()
         self.scores: polars.DataFrame | None = None
         self.strict_loading = (
@@ -133,6 +140,18 @@ class ExitRecommender(pl.LightningModule):
         targets = self.data.targets("train")
         prior = CountingPrior.fit(self.data.evidence_of(targets), targets["label"].to_numpy())
         self.prior.copy_(torch.from_numpy(prior.to_array()))
+
+    def keep_exits(self, plan: ExitPlan) -> None:
+        """Keep thresholds and calibration of an exit plan as buffers; without a prior nobody leaves at exit 0.
+
+        Args:
+            plan: Made for this model's exit layers.
+        """
+        first = 0 if plan.prior else 1
+        self.exit_thresholds.fill_(torch.inf)
+        self.exit_calibration.fill_(torch.nan)
+        self.exit_thresholds[first:] = plan.policy.thresholds
+        self.exit_calibration[first:] = plan.calibration.values
 
     def counting_prior(self) -> CountingPrior:
         """Exit 0 as it was fitted.
@@ -265,13 +284,7 @@ class ExitRecommender(pl.LightningModule):
         Raises:
             CheckpointError: If exit layers, base model or parameters differ from this configuration.
         """
-        saved = checkpoint.get("hyper_parameters", {})
-        for key, mine in (("exit_layers", self.exit_layers), ("backbone", self.backbone)):
-            if saved.get(key) != mine:
-                raise CheckpointError(
-                    f"the checkpoint was trained with model.{key} = {saved.get(key)}, the configuration says {mine}. "
-                    "Use the config.yaml beside the checkpoint's folder."
-                )
+        self.check_exit_layers(checkpoint)
         missing = set(self.state_dict()) - set(checkpoint["state_dict"]) - frozen_names(self)
         surplus = set(checkpoint["state_dict"]) - set(self.state_dict())
         if missing or surplus:
@@ -280,3 +293,17 @@ class ExitRecommender(pl.LightningModule):
                 f"({len(missing)} and {len(surplus)} in all): model.num_layers, model.lora or "
                 "model.freeze_embeddings differ from the run that made it. Use its config.yaml."
             )
+
+    def check_exit_layers(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose exit layers or base model are not this configuration's.
+
+        Args:
+            checkpoint: A loaded checkpoint.
+        """
+        saved = checkpoint.get("hyper_parameters", {})
+        for key, mine in (("exit_layers", self.exit_layers), ("backbone", self.backbone)):
+            if saved.get(key) != mine:
+                raise CheckpointError(
+                    f"the checkpoint was trained with model.{key} = {saved.get(key)}, the configuration says {mine}. "
+                    "Use the config.yaml beside the checkpoint's folder."
+                )

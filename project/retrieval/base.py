@@ -44,7 +44,15 @@ class Neighbours(NamedTuple):
     similarity: FloatArray
 
 
+class SimilarUsers(NamedTuple):
+    """Users with their similarity to the one who asks, most similar first; arrays of shape (at most N,)."""
+
+    user: IntArray
+    similarity: FloatArray
+
+
 NO_NEIGHBOURS = Neighbours(np.empty(0, np.int64), np.empty(0, np.float32))
+NO_SIMILAR_USERS = SimilarUsers(np.empty(0, np.int64), np.empty(0, np.float32))
 
 
 class Retriever(ABC):
@@ -55,10 +63,18 @@ class Retriever(ABC):
     order. Items are codes 0..items.height-1; the code items.height stands for any item the log does not have.
     A subclass keeps every constructor argument under its own name: they are part of the evidence cache's key.
 
+    Attributes:
+        similar_every: A user's stream gets a list of what similar users liked after every so many of the user's
+            rows; 0 is never. Only retrievers that compare users can be asked, and take it as an argument.
+        similar_items: Most items on such a list.
+
     Args:
         neighbours: Most neighbours a candidate gets (N).
         max_raters: Only the latest so many raters of a candidate are considered (R), which bounds the cost.
     """
+
+    similar_every: int = 0
+    similar_items: int = 0
 
     def __init__(self, neighbours: int = 30, max_raters: int = 2000) -> None:
         for name, value in (("neighbours", neighbours), ("max_raters", max_raters)):
@@ -91,13 +107,27 @@ class Retriever(ABC):
             raters: who rated the candidate strictly earlier, the asking person left out.
         """
 
+    def most_similar(self, user: int, others: IntArray) -> SimilarUsers:
+        """The users most like `user` by what was observed so far; asked only where similar_every is above 0.
+
+        Args:
+            user: code of the user who is asking.
+            others: codes of the users whose ratings may be read, latest rating last, the asking person left out.
+        """
+        return NO_SIMILAR_USERS
+
     def observe(self, row: int, user: int, item: int, label: int) -> None:  # noqa: B027  # optional
         """Take in one row of a user's own past, once its time has passed."""
 
     def settings(self) -> dict[str, Any]:
-        """Class path and constructor arguments: what makes two retrievers' answers equal."""
+        """Class path and constructor arguments: what makes two retrievers' answers equal.
+
+        The arguments about lists of similar users' items are left out where no list is made: they change nothing.
+        """
         kind = type(self)
         names = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+        if not self.similar_every:
+            names = [name for name in names if not name.startswith("similar_")]
         return {
             "class_path": f"{kind.__module__}.{kind.__qualname__}",
             "init_args": {name: getattr(self, name) for name in names},

@@ -3,7 +3,9 @@
 Columns: row_id; neighbours (row ids of the neighbours' own interactions with the candidate), similarities,
 answers (lists, most similar first); vote (mean answer, null without neighbours); neighbour_count; item_rate
 and item_count, user_rate and user_count (liked share and number of strictly earlier readable rows; a rate of
-nothing is null).
+nothing is null). Where the retriever's similar_every is above 0 also similar_after: item codes that similar users
+liked, or null. It alone is dated just *after* the row's second and may tell the row's own answer: it is for the
+prompts of later rows (see `similar.py`).
 
 Unusual: a row of split S reads rows of splits up to S, so there is a table per split. Where no row has a
 later split's row in its past (a split by time), the three coincide and are computed once.
@@ -11,6 +13,7 @@ later split's row in its past (a split by time), the three coincide and are comp
 
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -117,7 +120,9 @@ def evidence_folder(split: SplitInteractions, retriever: Retriever, block_rows: 
 def _write(split: SplitInteractions, retriever: Retriever, block_rows: int, folder: Path) -> None:
     """Compute the tables of all splits; keep the snapshots of test, which is what requests read."""
     code = split.rows["split"].cast(pl.String).replace_strict({name: k for k, name in enumerate(SPLITS)})
-    monotone = reads_all_earlier(split.rows["timestamp"].to_numpy(), code.to_numpy())
+    monotone = reads_all_earlier(
+        split.rows["timestamp"].to_numpy(), code.to_numpy(), own_second=retriever.similar_every > 0
+    )
     for k, name in reversed(list(enumerate(SPLITS))):
         readable = split.rows.filter(code <= k)
         if k == len(SPLITS) - 1 or not monotone:
@@ -139,15 +144,17 @@ def _table(
     return walk(rows, retriever, log.items, cuts, snapshots.fitted, f"evidence ({name})"), snapshots
 
 
-def reads_all_earlier(timestamp: NDArray[np.float64], split: IntArray) -> bool:
+def reads_all_earlier(timestamp: NDArray[np.float64], split: IntArray, own_second: bool = False) -> bool:
     """Whether no row has a row of a later split strictly before it: then all splits' evidence coincides.
 
     Args:
         timestamp: seconds, ascending, shape (rows,).
         split: 0 train, 1 valid, 2 test, shape (rows,).
+        own_second: a row's own second counts too, as lists of what similar users liked read it.
     """
     latest_before = np.concatenate([[0], np.maximum.accumulate(split)])
-    return bool(np.all(latest_before[np.searchsorted(timestamp, timestamp, side="left")] <= split))
+    side: Literal["left", "right"] = "right" if own_second else "left"
+    return bool(np.all(latest_before[np.searchsorted(timestamp, timestamp, side=side)] <= split))
 
 
 def _request_rows(

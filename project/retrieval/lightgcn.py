@@ -31,6 +31,10 @@ class LightGCN(VectorRetriever):
         neighbours: Most neighbours a candidate gets (N).
         max_raters: Only the latest so many raters of a candidate are considered (R), which bounds the cost.
         dislike_weight: Weight of a disliked item in a user's vector; a liked one has weight 1.
+        similar_every: List what similar users liked after every so many rows of a user; 0 is never. The list
+            reaches prompts through data.prompt.similar.
+        similar_users: How many similar users such a list is made from, of the latest max_raters users.
+        similar_items: Most items on such a list.
         dim: Size of an embedding.
         layers: Propagation steps over the graph.
         epochs: Passes over the likes before a block, for each block; training goes on from the block before.
@@ -45,6 +49,9 @@ class LightGCN(VectorRetriever):
         neighbours: int = 30,
         max_raters: int = 2000,
         dislike_weight: float = -0.5,
+        similar_every: int = 0,
+        similar_users: int = 10,
+        similar_items: int = 5,
         dim: int = 64,
         layers: int = 3,
         epochs: int = 10,
@@ -53,7 +60,7 @@ class LightGCN(VectorRetriever):
         regularisation: float = 0.01,
         seed: int = 0,
     ) -> None:
-        super().__init__(neighbours, max_raters, dislike_weight)
+        super().__init__(neighbours, max_raters, dislike_weight, similar_every, similar_users, similar_items)
         self.dim = dim
         self.layers = layers
         self.epochs = epochs

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from project.retrieval.base import IntArray, Raters, Retriever, Snapshot
+from project.retrieval.similar import SimilarLikes
 
 BoolArray = NDArray[np.bool_]
 
@@ -87,6 +88,7 @@ def walk(
     """
     retriever.begin(int(rows.user.max(initial=-1)) + 1, items)
     past, answers = _Past(rows, retriever.max_raters), _Answers(rows, retriever.neighbours)
+    similar = SimilarLikes(retriever) if retriever.similar_every else None
     block_of = np.searchsorted(cuts, rows.timestamp, side="right")
     block = 0
     with Progress(transient=True) as progress:
@@ -101,7 +103,12 @@ def walk(
                 past.observe(row)
                 if rows.own[row]:
                     retriever.observe(row, int(rows.user[row]), int(rows.item[row]), int(rows.label[row]))
-    return answers.table()
+            if similar is not None:
+                _take_in(range(start, stop), rows, similar)
+    table = answers.table()
+    if similar is not None:
+        table = table.with_columns(similar_after=similar.column(np.flatnonzero(rows.query)))
+    return table
 
 
 def _spans(rows: WalkRows, block_of: NDArray[np.intp]) -> Iterator[tuple[int, int]]:
@@ -114,6 +121,17 @@ def _spans(rows: WalkRows, block_of: NDArray[np.intp]) -> Iterator[tuple[int, in
     needed = asked | np.concatenate([[True], asked[:-1]]) | new_block
     starts = new_group[needed].tolist()
     return zip(starts, [*starts[1:], rows.timestamp.size], strict=True)
+
+
+def _take_in(group: range, rows: WalkRows, similar: SimilarLikes) -> None:
+    """The rows of one second (or of several that nobody asks in)."""
+    for row in group:
+        user, person, item = int(rows.user[row]), int(rows.person[row]), int(rows.item[row])
+        if rows.rater[row]:
+            similar.read(person, item, int(rows.label[row]))
+        if rows.own[row]:
+            similar.own(row, user, person, item, bool(rows.query[row]))
+    similar.end_group()
 
 
 def _answer(row: int, rows: WalkRows, retriever: Retriever, past: "_Past", answers: "_Answers") -> None:

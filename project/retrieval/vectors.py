@@ -10,13 +10,17 @@ from abc import abstractmethod
 import numpy as np
 import polars as pl
 
+from project.errors import ConfigError
 from project.retrieval.base import (
     NO_NEIGHBOURS,
+    NO_SIMILAR_USERS,
     Edges,
     FloatArray,
+    IntArray,
     Neighbours,
     Raters,
     Retriever,
+    SimilarUsers,
     Snapshot,
     top,
 )
@@ -33,11 +37,36 @@ class VectorRetriever(Retriever):
         neighbours: Most neighbours a candidate gets (N).
         max_raters: Only the latest so many raters of a candidate are considered (R), which bounds the cost.
         dislike_weight: Weight of a disliked item in a user's vector; a liked one has weight 1.
+        similar_every: List what similar users liked after every so many rows of a user; 0 is never. The list
+            reaches prompts through data.prompt.similar.
+        similar_users: How many similar users such a list is made from, of the latest max_raters users.
+        similar_items: Most items on such a list.
     """
 
-    def __init__(self, neighbours: int = 30, max_raters: int = 2000, dislike_weight: float = -0.5) -> None:
+    def __init__(
+        self,
+        neighbours: int = 30,
+        max_raters: int = 2000,
+        dislike_weight: float = -0.5,
+        similar_every: int = 0,
+        similar_users: int = 10,
+        similar_items: int = 5,
+    ) -> None:
         super().__init__(neighbours, max_raters)
+        for name, value, least in (
+            ("similar_every", similar_every, 0),
+            ("similar_users", similar_users, 1),
+            ("similar_items", similar_items, 1),
+        ):
+            if value < least:
+                raise ConfigError(
+                    f"data.retriever.init_args.{name} is {value}, expected {least} or more. To have no lists of what "
+                    "similar users liked, set similar_every to 0."
+                )
         self.dislike_weight = dislike_weight
+        self.similar_every = similar_every
+        self.similar_users = similar_users
+        self.similar_items = similar_items
 
     @abstractmethod
     def item_table(self, edges: Edges, block: int) -> FloatArray:
@@ -78,6 +107,17 @@ class VectorRetriever(Retriever):
         nearest = top(np.where(inverse > 0, cosine, -np.inf), self.neighbours)
         nearest = nearest[inverse[nearest] > 0]
         return Neighbours(raters.row[nearest], cosine[nearest])
+
+    def most_similar(self, user: int, others: IntArray) -> SimilarUsers:
+        """Those with the largest positive cosine with the user's vector; equal cosines: the later rating first."""
+        if self._weighted is None or others.size == 0 or self._inverse[user] == 0:
+            return NO_SIMILAR_USERS
+        # not a matrix product: its last bits may change with the number of rows, and with them the order of ties
+        products = np.asarray((self._vectors[others] * self._vectors[user]).sum(-1))
+        cosine = products * (self._inverse[others] * self._inverse[user])
+        nearest = top(cosine, self.similar_users)
+        nearest = nearest[cosine[nearest] > 0]
+        return SimilarUsers(others[nearest], cosine[nearest])
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:
         """Add one rated item to its user's vector."""

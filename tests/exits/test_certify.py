@@ -10,7 +10,7 @@ from project.errors import ConfigError, DataError
 from project.exits.certifiers import CertificateSettings
 from project.exits.certify import certify, certify_losses, last_that_passed
 from project.exits.ledger import CertificateLedger, scores_digest
-from project.exits.certificate.risks import user_means
+from project.exits.risks import user_means
 
 DELTA = 0.1
 DRAWS = 1000

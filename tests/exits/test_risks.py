@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from project.bootstrap import UserBootstrap
 from project.errors import ConfigError, DataError
-from project.exits.certificate.risks import (
+from project.exits.risks import (
     RISKS,
     auc_gap,
     find_risk,

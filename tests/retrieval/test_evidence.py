@@ -28,15 +28,26 @@ def by_time(rows: pl.DataFrame) -> np.ndarray:
     return (time >= 40).astype(int) + (time >= 60)
 
 
+def inside_a_second(rows: pl.DataFrame) -> np.ndarray:
+    """By time too, but the first row of a later split shares its second with an earlier one."""
+    n = rows.height
+    cuts = np.flatnonzero(np.diff(rows["timestamp"].to_numpy()) == 0) + 1
+    first, second = (int(cuts[np.searchsorted(cuts, share * n)]) for share in (0.5, 0.75))
+    return np.digitize(np.arange(n), [first, second])
+
+
 def at_random(rows: pl.DataFrame) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 3, rows.height)
 
 
-@pytest.mark.parametrize("assign", [by_time, at_random])
+@pytest.mark.parametrize(
+    ("assign", "every"), [(by_time, 0), (at_random, 0), (by_time, 3), (inside_a_second, 3), (at_random, 3)]
+)
 def test_each_table_is_a_walk_over_the_readable_rows(
-    log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path, assign: Callable
+    log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path, assign: Callable, every: int
 ):
     """The table of S is what a walk over rows of splits <= S alone gives, whether computed once or three times."""
+    co_likes.similar_every = every
     rows = log_of(0)
     codes = assign(rows)
     split = split_of(rows, codes)
@@ -50,11 +61,13 @@ def test_each_table_is_a_walk_over_the_readable_rows(
 
 
 def test_a_split_by_time_reads_all_earlier_rows():
-    """Equal seconds may straddle a cut; a train row strictly after a test row may not."""
+    """Equal seconds may straddle a cut, unless their own second is read; a train row after a test row may not."""
     time = np.array([1.0, 2, 2, 3])
     assert reads_all_earlier(time, np.array([0, 1, 0, 2]))
     assert not reads_all_earlier(time, np.array([0, 1, 0, 0]))
     assert not reads_all_earlier(time, np.array([2, 1, 1, 1]))
+    assert reads_all_earlier(time, np.array([0, 1, 1, 2]), own_second=True)
+    assert not reads_all_earlier(time, np.array([0, 1, 0, 2]), own_second=True)
 
 
 def test_a_split_by_time_is_fitted_once(

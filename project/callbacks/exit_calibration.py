@@ -1,0 +1,198 @@
+"""ExitCalibration: turns the scores of validation into an exit plan, and keeps it with the checkpoint.
+
+Unusual here: the score table is gathered from all processes before this runs, so every process fits the same plan.
+In `fit` a plan that cannot be made is a warning, not the end of a training; whoever needs a plan later gets an error.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning.pytorch as pl
+import polars
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from project.adaptive import PlannedRows
+from project.artefacts import replace_file, result_head, write_json
+from project.callbacks.run_folder import current_run, will_be_saved
+from project.counting import counting_features
+from project.errors import NotCalibratedError, ProjectError
+from project.exits.calibrate import calibrate
+from project.exits.cost import Stream
+from project.exits.plan import ExitPlan, Floats
+from project.exits.settings import ExitSettings
+
+if TYPE_CHECKING:
+    from project.data.datamodule import InteractionData
+    from project.model.module import ExitRecommender
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The plan of a run, and the same run's without exit 0, each with the layer of its honest rival."""
+
+    plan: ExitPlan
+    rival: int
+    without: ExitPlan
+    rival_without: int
+
+    def summary(
+        self, scores: polars.DataFrame, features: Floats, stream: Stream, risk: str | None = None
+    ) -> dict[str, Any]:
+        """The `adaptive` part of a result file, for labelled rows of a score table; with the certified risk."""
+        rows = PlannedRows(self.plan, scores, features, stream)
+        without = PlannedRows(self.without, scores, features, stream).summary(self.rival_without)
+        measured = {} if risk is None else {"risk": rows.risk(risk)}
+        return {**rows.summary(self.rival), **measured, "without_exit_0": without}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "plan": self.plan.state(),
+            "rival": self.rival,
+            "without": self.without.state(),
+            "rival_without": self.rival_without,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Plans:
+        """From what `state` gave."""
+        plan, without = (ExitPlan.from_state(state[key]) for key in ("plan", "without"))
+        return cls(plan, state["rival"], without, state["rival_without"])
+
+
+@dataclass(eq=False)
+class ExitCalibration(ExitSettings, pl.Callback):
+    """Calibrates exits on the tune fold of every validation and certifies them on the certify fold.
+
+    Its arguments are the settings themselves, so that YAML says `exits.criterion`.
+    """
+
+    def __post_init__(self) -> None:
+        """Start without a plan."""
+        super().__post_init__()
+        self.found: Plans | None = None
+        self.issued: dict[str, Any] = {}  # the certificate as results/calibrate.json has it
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrate while training, where a checkpoint is going to be saved; validate only reports."""
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not will_be_saved(trainer):
+            return
+        module = cast("ExitRecommender", pl_module)
+        assert module.scores is not None
+        try:
+            self.calibrate(trainer, module, _data(trainer), module.scores, current_run(trainer))
+        except ProjectError as error:
+            rank_zero_warn(f"exits are not calibrated: {error}", category=UserWarning)
+
+    def calibrate(
+        self,
+        trainer: pl.Trainer,
+        module: ExitRecommender,
+        data: InteractionData,
+        scores: polars.DataFrame,
+        folder: Path,
+    ) -> dict[str, Any]:
+        """Make the plan of validation scores, keep it, log it and write results/calibrate.json.
+
+        Args:
+            trainer: Its loggers are told.
+            module: Gets thresholds and calibration as buffers.
+            data: Evidence and protocol of the scores.
+            scores: Score table of validation.
+            folder: The run.
+        """
+        with data.clock.stage("calibrate"):
+            features = features_of(module, data, scores)
+            found = calibrate(scores, features, self, data.split.hash, _previous(folder))
+        self.found = Plans(found.plan, found.rival, found.without, found.rival_without)
+        self.issued = found.document["certificate"]
+        module.keep_exits(found.plan)
+        head = result_head("calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed)
+        tune = (scores["fold"] == "tune").to_numpy()
+        adaptive = self.found.summary(scores.filter(tune), features[tune], self.stream)
+        result = head | found.document | {"adaptive": {"split": "valid", "fold": "tune", **adaptive}}
+        if trainer.is_global_zero:
+            write_json(folder / "results" / "calibrate.json", result)
+        self._log(trainer, scores, features)
+        return result
+
+    def require_plan(self) -> ExitPlan:
+        """The plan.
+
+        Raises:
+            NotCalibratedError: If there is none; names the command that makes one.
+        """
+        if self.found is None:
+            raise NotCalibratedError(
+                "this checkpoint has no calibrated exits. Run `python -m project calibrate --config RUN/config.yaml "
+                "--ckpt_path RUN/checkpoints/last.ckpt`."
+            )
+        return self.found.plan
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plans, rivals and certificate; empty before calibration."""
+        if self.found is None:
+            return {}
+        return {**self.found.state(), "certificate": json.dumps(self.issued)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        if state_dict:
+            self.found = Plans.from_state(state_dict)
+            self.issued = json.loads(state_dict["certificate"])
+
+    def write_into(self, checkpoint: Path, module: ExitRecommender) -> None:
+        """Replace the exit plan of a saved checkpoint, whole or not at all."""
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        content.setdefault("callbacks", {})[self.state_key] = self.state_dict()
+        for name in ("exit_thresholds", "exit_calibration"):
+            content["state_dict"][name] = getattr(module, name).cpu()
+        replace_file(checkpoint, lambda part: torch.save(content, part))
+
+    def _log(self, trainer: pl.Trainer, scores: polars.DataFrame, features: Floats) -> None:
+        """`val/exit/...` on the select fold, which calibration has not seen."""
+        assert self.found is not None
+        fold = (scores["fold"] == "select").to_numpy()
+        if not fold.any():
+            return
+        rows = PlannedRows(self.found.plan, scores.filter(fold), features[fold], self.stream, draws=2)
+        summary = rows.summary(self.found.rival)
+        values = {k: summary[k] for k in ("mean_depth", "token_layer_speedup", "auc", "auc_drop")}
+        values["certificate_bound"] = self.issued.get("bound")
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {f"val/exit/{k}": v for k, v in values.items() if v is not None}, trainer.global_step
+            )
+
+
+def exit_calibration_of(trainer: pl.Trainer) -> ExitCalibration:
+    """The callback of a trainer made by the command line, which always has one."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next(c for c in callbacks if isinstance(c, ExitCalibration))
+
+
+def features_of(module: ExitRecommender, data: InteractionData, scores: polars.DataFrame) -> Floats:
+    """Counting features (n, F) of the rows of a score table: of one split, or of the requests at hand."""
+    if scores["row_id"].null_count():
+        assert data.candidate_evidence is not None
+        evidence = data.candidate_evidence
+    else:
+        evidence = data.evidence_of(data.split.rows[scores["row_id"].to_numpy()])
+    return counting_features(evidence, module.counting_prior().base)
+
+
+def _data(trainer: pl.Trainer) -> InteractionData:
+    return cast("InteractionData", trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def _previous(folder: Path) -> dict[str, Any] | None:
+    path = folder / "results" / "calibrate.json"
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

@@ -1,0 +1,180 @@
+"""Verb `rank`: the best k of N. Scores ranking requests at every depth, fits margins on `tune`, reports on test.
+
+Unusual here: overlap with full depth's list needs no label, so its requests are filled up from the catalogue; precision
+and GAUC need labels, so they come from requests over what a user rated anyway. Both are scored in one predict.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import polars as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from project.artefacts import read_result, result_head, sha256_of, write_json, write_table
+from project.callbacks.results import ResultFiles
+from project.data.workloads import Workload, concatenate
+from project.errors import ConfigError, NotFittedError
+from project.exits.calibration import Calibration
+from project.exits.certify import certify_losses
+from project.exits.ledger import CertificateLedger
+from project.rank_settings import REPORTED, RankSettings
+from project.rank_table import rank_table
+from project.ranking import ScoredRequests, overlaps, policies, policy_row
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from project.data.datamodule import InteractionData
+    from project.model.module import ExitRecommender
+
+
+def run_rank(
+    trainer: Trainer,
+    model: ExitRecommender,
+    data: InteractionData,
+    checkpoint: str | Path | None,
+    folder: Path,
+    settings: RankSettings,
+) -> None:
+    """Score ranking requests with a trained run; write results/rank.json and scores/rank.parquet, print the table.
+
+    Args:
+        trainer: Runs predict.
+        model: The run's module; its calibration is used where it has one.
+        data: Logs, protocol and evidence.
+        checkpoint: The run's checkpoint.
+        folder: The run's folder.
+        settings: Requests, lists and promise.
+
+    Raises:
+        NotFittedError: No checkpoint.
+        ConfigError: A setting that cannot work, or a second certificate with other settings.
+    """
+    settings.check()
+    if checkpoint is None:
+        raise NotFittedError(
+            "rank scores requests with a trained run, but no --ckpt_path was given; for example "
+            "`--ckpt_path runs/quickstart/latest/checkpoints/last.ckpt`. `fit` writes one."
+        )
+    workloads = settings.workloads(data)
+    ledger = _ledger(settings, data, Path(checkpoint), folder / "results")
+    own = [c for c in trainer.callbacks if isinstance(c, ResultFiles)]  # type: ignore[attr-defined]
+    trainer.callbacks = [c for c in trainer.callbacks if c not in own]  # type: ignore[attr-defined]
+    both = concatenate(list(workloads.values()))
+    data.give_requests(both.requests)
+    with data.clock.stage("score"):
+        trainer.predict(model, datamodule=data, return_predictions=False, ckpt_path=checkpoint)
+    scores = labelled_scores(cast(pl.DataFrame, model.scores), both.table)
+    tag = f"-{own[0].tag}" if own and own[0].tag else ""
+    _report(scores, workloads, calibration_of(model), ledger, data, folder, settings, tag)
+
+
+def labelled_scores(scores: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
+    """The score table of candidates with what the workload knows: user, label and row_id, in the workload's order.
+
+    Args:
+        scores: Score table of all candidates.
+        table: `Workload.table` of the same requests.
+
+    Raises:
+        ConfigError: Candidates without a score, as trainer.limit_predict_batches leaves them.
+    """
+    known = ["user", "label", "row_id"]
+    keys = ["request_id", "candidate_index"]
+    joined = table.join(scores.drop(known), on=keys, how="inner", maintain_order="left")
+    if len(joined) < len(table):
+        raise ConfigError(
+            f"{len(joined):,} of {len(table):,} candidates were scored: remove trainer.limit_predict_batches and "
+            "trainer.fast_dev_run, ranking needs whole requests."
+        )
+    return joined.select(scores.columns)
+
+
+def calibration_of(model: ExitRecommender) -> Calibration | None:
+    """The calibration in the model's buffers; None where the run was never calibrated."""
+    values = getattr(model, "exit_calibration", torch.full((1, 3), torch.nan)).cpu()
+    known = ~values.isnan().any(dim=1)
+    if not known.any():
+        return None
+    layers = [layer for layer, there in zip([0, *model.exit_layers], known.tolist(), strict=True) if there]
+    return Calibration(tuple(layers), values[known].double())
+
+
+def rank_rows(parts: dict[str, ScoredRequests], settings: RankSettings) -> dict[str, Any]:
+    """`requests` and `certificate` of results/rank.json: fitted on tune, shown on tune and test.
+
+    Args:
+        parts: Scored requests by part, as `RankSettings.workloads` names them.
+        settings: Lists and promise.
+    """
+    rows, certificates = [], []
+    for k in settings.lists:
+        full, top_k, *others = policies(parts["catalogue/tune"], k, settings.overlap)
+        for part in REPORTED:
+            about = {"split": "test"} if part == "test" else {"split": "valid", "fold": part}
+            for policy in (full, top_k, *others):
+                row = policy_row(policy, full, parts[f"catalogue/{part}"], parts[f"labelled/{part}"], k)
+                rows.append(about | row | {"candidates": settings.candidates})
+        if settings.certify:
+            asked = parts["catalogue/certify"]
+            kept = overlaps(asked, top_k.decide(asked), full.decide(asked), k)
+            losses = np.stack([np.zeros_like(kept), 1.0 - kept])
+            found = certify_losses(losses, settings.certificate())
+            certificates.append({"k": k, "policy": "top_k"} | found.to_dict() | {"words": found.in_words()})
+    return {"requests": rows, "certificate": certificates}
+
+
+def _ledger(
+    settings: RankSettings, data: InteractionData, checkpoint: Path, results: Path
+) -> list[dict[str, Any]]:
+    """The ledger of certificates with this one, read before anything is scored; a second try is refused.
+
+    More requests or other candidates are a second try too, so the fold of a checkpoint is one entry whatever was drawn.
+    """
+    issued = [e for path in sorted(results.glob("rank*.json")) for e in read_result(path).get("ledger", [])]
+    if not settings.certify:
+        return issued
+    criterion = {"policy": "top_k", "seed": data.seed, **asdict(settings)}
+    del criterion["labelled_minimum"]  # no part in it
+    try:
+        return CertificateLedger({"ledger": issued}).admit(
+            settings.certificate(), criterion, "budget", data.split.hash, sha256_of(checkpoint)
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or set ranking.certify to 0, which makes no certificate.") from error
+
+
+@rank_zero_only
+def _report(
+    scores: pl.DataFrame,
+    workloads: dict[str, Workload],
+    calibration: Calibration | None,
+    ledger: list[dict[str, Any]],
+    data: InteractionData,
+    folder: Path,
+    settings: RankSettings,
+    tag: str,
+) -> None:
+    ends = np.cumsum([len(w.table) for w in workloads.values()])
+    parts = {
+        name: ScoredRequests.of(scores[int(end) - len(w.table) : int(end)], calibration)
+        for (name, w), end in zip(workloads.items(), ends, strict=True)
+    }
+    result = result_head("rank", data.split.manifest, str(folder / "config.yaml"), data.seed)
+    result |= {
+        "settings": asdict(settings),
+        "layers": list(parts["catalogue/test"].outputs.layers),
+        "calibrated": calibration is not None,
+        **rank_rows(parts, settings),
+        "ledger": ledger,
+        "stage_seconds": {k: round(v, 1) for k, v in data.clock.seconds.items()},
+    }
+    table = write_table(folder / "scores" / f"rank{tag}.parquet", scores)
+    path = write_json(folder / "results" / f"rank{tag}.json", result)
+    Console(width=130).print(rank_table(result), f"written: {path}, {table}")

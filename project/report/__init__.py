@@ -1,0 +1,1 @@
+"""The report of a run: result files in, text, tables and pictures out."""

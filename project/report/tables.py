@@ -1,0 +1,252 @@
+"""The report's tables in Markdown: exits with who leaves there, policies, AUC by cost, calibration, measured speed.
+
+Unusual here: a value that a result file does not hold is an en dash, one that is not defined says "undefined"; and
+what random and oracle are worth is read at the step whose cost is nearest to the chosen policy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from project.tables import UNDEFINED, interval, markdown_table, number, times
+
+Row = Mapping[str, Any]
+
+ABSENT = "–"
+COSTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+METRICS = ("log_loss", "brier", "ece")
+SETTINGS = ("candidates", "stream", "workload", "dtype")
+BENCHMARK_COLUMNS = {
+    "engine": "engine",
+    "policy": "policy",
+    "candidates": "candidates",
+    "stream": "stream",
+    "workload": "workload",
+    "dtype": "dtype",
+    "requests_per_s": "requests/s",
+    "p50_ms": "p50 ms",
+    "p95_ms": "p95 ms",
+    "mean_depth": "mean depth",
+    "measured_speedup": "speed-up measured",
+    "token_layer_speedup": "speed-up token-layers",
+    "efficiency": "efficiency",
+    "auc_drop": "AUC drop",
+}
+
+
+def rows_of(rows: Sequence[Row], split: str, fold: str | None) -> list[Row]:
+    """Rows of a result file's list that are about one split, or one fold of validation."""
+    return [row for row in rows if row["split"] == split and row.get("fold") == fold]
+
+
+def scores_table(result: Row, split: str, fold: str | None) -> str:
+    """A row for every exit, the adaptive score and every floor; who leaves where, once that is known.
+
+    Args:
+        result: `exits`, `floors` and maybe `adaptive`, `chosen_exit`, `best_floor`.
+        split: Which rows.
+        fold: Which rows.
+    """
+    exits = rows_of(result.get("exits", []), split, fold)
+    leaving = any("exit_share" in row for row in exits)
+    adaptive = result.get("adaptive") or {}
+    rows = [_score_cells(_exit_label(row, result), row) for row in exits]
+    if adaptive:
+        rows.append(_score_cells("adaptive", adaptive))
+        if without := adaptive.get("without_exit_0"):
+            rows.append(_score_cells("adaptive without exit 0", without))
+    for row in rows_of(result.get("floors", []), split, fold):
+        best = " (best floor)" if row["name"] == result.get("best_floor") else ""
+        rows.append(_score_cells(f"floor {row['name']}{best}", row))
+    header = ["scores", "AUC", "95 % interval", "log loss", "Brier", "ECE", "user-AUC", "n"]
+    header += ["share leaving", "AUC of those"]
+    width = len(header) if leaving else len(header) - 2
+    return markdown_table(header[:width], [cells[:width] for cells in rows])
+
+
+def policies_table(calibrate: Row) -> str:
+    """Every criterion at its chosen step, then the controls: each fixed depth, random and oracle at like cost."""
+    rows = []
+    cost = chosen_step(calibrate).get("cost", 1.0)
+    for policy in calibrate.get("policies", []):
+        step = step_of(policy)
+        marked = " (chosen)" if policy["criterion"] == calibrate.get("chosen") else ""
+        rows.append([policy["criterion"] + marked, policy.get("mode", ABSENT), *_step_cells(step)])
+    for control in calibrate.get("controls", []):
+        if control["name"] == "fixed_depth":
+            for step in control["pareto"]:
+                rows.append([f"fixed_depth {step.get('layer', '')}".strip(), "control", *_step_cells(step)])
+        elif control["pareto"]:
+            near = min(control["pareto"], key=lambda step: abs(step["cost"] - cost))
+            note = "upper bound" if control["name"] == "oracle" else "control"
+            rows.append([control["name"], note, *_step_cells(near)])
+    return markdown_table(
+        ("criterion", "mode", "cost", "mean depth", "token-layer speed-up", "AUC", "AUC drop"), rows
+    )
+
+
+def pareto_table(calibrate: Row) -> str:
+    """AUC that a cost of at most c buys: of each path the costliest step within c, no step picked by its AUC."""
+    paths = {p["criterion"]: p["pareto"] for p in calibrate.get("policies", [])}
+    paths |= {c["name"]: c["pareto"] for c in calibrate.get("controls", [])}
+    rows = []
+    for name, steps in paths.items():
+        cells = []
+        for cost in COSTS:
+            within = [step for step in steps if step["cost"] <= cost + 1e-9]
+            cells.append(number(max(within, key=lambda s: s["cost"])["auc"]) if within else ABSENT)
+        rows.append([name, *cells])
+    return markdown_table(("AUC at a cost of at most", *(number(c, 1) for c in COSTS)), rows)
+
+
+def calibration_table(policy: Row) -> str:
+    """The chosen policy's calibration and threshold of each exit.
+
+    Args:
+        policy: One of `policies`: `calibration` by layer {`logit`, `prior`, `offset`}, `thresholds` by layer (null:
+            always at the last exit, never before).
+    """
+    thresholds = policy.get("thresholds") or {}
+    calibration = policy.get("calibration") or {}
+    layers = sorted({int(k) for k in (*thresholds, *calibration)})
+    rows = []
+    for layer in layers:
+        terms = calibration.get(str(layer), {})
+        threshold = thresholds.get(str(layer))
+        rule = "always" if layer == layers[-1] else "never"
+        cells = [value_cell(terms, key, 3) for key in ("logit", "prior", "offset")]
+        rows.append([f"exit {layer}", *cells, rule if threshold is None else number(threshold)])
+    return markdown_table(
+        ("exit", "slope of its logit", "weight of exit 0", "offset", "leaves at safety from"), rows
+    )
+
+
+def effect_table(exits: Sequence[Row]) -> str:
+    """Each head before and after calibration, on the same rows.
+
+    Args:
+        exits: Rows with `auc`, `log_loss`, `brier`, `ece` of the raw logits, and the same under `calibrated`.
+    """
+    names = {"auc": "AUC", "log_loss": "log loss", "brier": "Brier", "ece": "ECE"}
+    header = ["exit"] + [f"{name} {kind}" for name in names.values() for kind in ("raw", "calibrated")]
+    rows = [
+        [f"exit {row['layer']}"]
+        + [value_cell(kind, key) for key in names for kind in (row, row.get("calibrated") or {})]
+        for row in exits
+    ]
+    return markdown_table(header, rows)
+
+
+def priors_table(priors: Mapping[str, Row]) -> str:
+    """Counting as exit 0 against none: what the best criterion reached, and the AUC of every calibrated exit.
+
+    Args:
+        priors: `priors` of a calibrate result: by name `criterion`, `chosen` step, `never_enter_trunk`, `exits`.
+    """
+    lines: dict[str, list[str]] = {}
+    for row in priors.values():
+        cost, depth, _, value, drop = _step_cells(row["chosen"])
+        cells = {
+            "best criterion": row["criterion"],
+            "its cost": cost,
+            "its mean depth": depth,
+            "its AUC": value,
+        }
+        cells |= {"its AUC drop": drop, "never enter the trunk": percent(row["never_enter_trunk"])}
+        for key, cell in cells.items():
+            lines.setdefault(key, []).append(cell)
+    for layer in sorted({step["layer"] for row in priors.values() for step in row["exits"]}):
+        by_prior = [{s["layer"]: s for s in row["exits"]}.get(layer, {}) for row in priors.values()]
+        lines[f"AUC of exit {layer} for every row"] = [value_cell(step, "auc") for step in by_prior]
+    return markdown_table(["prior", *priors], [[key, *cells] for key, cells in lines.items()])
+
+
+def benchmark_table(rows: Sequence[Row]) -> str:
+    """Measured speed, one line a row of a `benchmark` result, under what all rows share.
+
+    Columns that no row has are left out.
+    """
+    columns = [key for key in BENCHMARK_COLUMNS if any(row.get(key) is not None for row in rows)]
+    shared = [key for key in SETTINGS if key in columns and len({row.get(key) for row in rows}) == 1]
+    columns = [key for key in columns if key not in shared]
+    cells = [[_benchmark_cell(row, key) for key in columns] for row in rows]
+    table = markdown_table([BENCHMARK_COLUMNS[key] for key in columns], cells)
+    settings = ", ".join(f"{BENCHMARK_COLUMNS[key]} {rows[0][key]}" for key in shared)
+    return f"All rows: {settings}.\n\n{table}" if settings else table
+
+
+def step_of(policy: Row) -> Row:
+    """The step a policy was set to; empty where none was."""
+    index = policy.get("chosen_step")
+    return policy["pareto"][index] if index is not None else {}
+
+
+def chosen_policy(calibrate: Row) -> Row:
+    """The policy that is used; empty where there is none."""
+    found = (p for p in calibrate.get("policies", []) if p["criterion"] == calibrate.get("chosen"))
+    return next(found, {})
+
+
+def chosen_step(calibrate: Row) -> Row:
+    """The step that is used: `cost`, `mean_depth`, `auc`, `auc_drop`; empty where there is none."""
+    return step_of(chosen_policy(calibrate))
+
+
+def value_cell(row: Row, key: str, digits: int = 4, signed: bool = False) -> str:
+    """A number, "undefined" for null, an en dash where the row has no such key."""
+    return number(row[key], digits, signed) if key in row else ABSENT
+
+
+def plain(value: float) -> str:
+    """A setting as a person wrote it: .05, .0005, 2."""
+    return f"{value:g}".removeprefix("0") if 0 < value < 1 else f"{value:g}"
+
+
+def percent(value: float | None) -> str:
+    """A share, 85.4 %."""
+    return UNDEFINED if value is None else f"{100 * value:.1f} %"
+
+
+def _exit_label(row: Row, result: Row) -> str:
+    layer = row["layer"]
+    name = "exit 0 (counting)" if layer == 0 else f"exit {layer}"
+    return f"{name} (chosen)" if layer == result.get("chosen_exit") else name
+
+
+def _score_cells(name: str, row: Row) -> list[str]:
+    users = row.get("uauc")
+    return [
+        name,
+        value_cell(row, "auc"),
+        interval(row["auc_interval"]) if "auc_interval" in row else ABSENT,
+        *(value_cell(row, metric) for metric in METRICS),
+        number(users["value"]) if users else ABSENT,
+        f"{row['n']:,}" if "n" in row else ABSENT,
+        percent(row["exit_share"]) if "exit_share" in row else ABSENT,
+        value_cell(row, "auc_leaving"),
+    ]
+
+
+def _step_cells(step: Row) -> list[str]:
+    speedup = times(1 / step["cost"]) if step.get("cost") else ABSENT  # no layer runs at a cost of 0
+    return [
+        value_cell(step, "cost", 3),
+        value_cell(step, "mean_depth", 2),
+        speedup,
+        value_cell(step, "auc"),
+        value_cell(step, "auc_drop", signed=True),
+    ]
+
+
+def _benchmark_cell(row: Row, key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        return ABSENT
+    if key.endswith("speedup"):
+        return times(value)
+    if key == "auc_drop":
+        return number(value, signed=True)
+    if isinstance(value, float):
+        return number(value, 2) if key in ("efficiency", "mean_depth") else f"{value:,.1f}"
+    return str(value)

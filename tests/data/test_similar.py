@@ -1,0 +1,296 @@
+"""Lists of what similar users liked, as segments of streams: where they stand, who reads them, served as logged.
+
+Unusual here: what a prompt should be is put together from the log and the evidence table by plain loops.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from transformers import LlamaConfig
+from world import Letters, no_evidence, read_split, text_of
+
+from project.benchmark import prompts_of
+from project.data.datamodule import InteractionData
+from project.data.packing import Batch, pack
+from project.data.prompts import Prompt, PromptEncoder
+from project.data.readers import TableLogs
+from project.data.requests import Request, Requests, request_streams
+from project.data.splits import SPLITS, Protocol, SplitInteractions
+from project.data.streams import Streams, build_streams
+from project.data.windows import Window
+from project.errors import ConfigError
+from project.model.trunk import Trunk
+from project.retrieval import ItemKNN, LightGCN, Retriever, evidence_tables, request_evidence
+
+KINDS = ("global_time", "user_time", "random", "leave_last")
+BLOCK_ROWS = 100
+PROMPT = Prompt(instruction="I\n", segment="{title} {vote}:", similar="[{titles}]")
+RETRIEVER = LightGCN(dim=8, epochs=1, similar_every=3, similar_items=3)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def split(request: pytest.FixtureRequest, tiny_logs: Path) -> SplitInteractions:
+    return read_split(tiny_logs, Protocol(split=request.param, minimum_history=1))
+
+
+@pytest.fixture(scope="module")
+def evidence(split: SplitInteractions, session_cache: Path) -> dict[str, pl.DataFrame]:
+    return evidence_tables(split, RETRIEVER, BLOCK_ROWS, session_cache)
+
+
+@pytest.fixture(scope="module")
+def encoder(split: SplitInteractions) -> PromptEncoder:
+    return PromptEncoder(Letters(), PROMPT, split.interactions.items)
+
+
+def streams_of_split(
+    split: SplitInteractions, evidence: dict[str, pl.DataFrame], encoder: PromptEncoder, name: str = "test"
+) -> Streams:
+    rows = split.rows.filter(pl.col("split").to_physical() <= SPLITS.index(name))
+    return build_streams(rows, evidence[name], name, encoder)
+
+
+def all_texts(streams: Streams, context_tokens: int) -> dict[int, str]:
+    """Prompt of every target, by row id."""
+    found: dict[int, str] = {}
+    for s, w in streams.evaluation(context_tokens):
+        ids = streams.row_id[streams.offsets[s] + w.first : streams.offsets[s] + w.last]
+        scored = streams.target[streams.offsets[s] + w.first : streams.offsets[s] + w.last]
+        texts = map(text_of, prompts_of(streams, s, w))
+        found |= dict(zip(ids[scored].tolist(), texts, strict=True))
+    return found
+
+
+def seen(batch: Batch) -> dict[int, str]:
+    """What each answer slot of a batch can read, by the written-out rule."""
+    mask, tokens = batch.layout.dense_mask()[0], batch.tokens[0]
+    pairs = zip(batch.row_id.tolist(), batch.slots.tolist(), strict=True)
+    return {row: text_of(tokens[mask[slot]].numpy()) for row, slot in pairs}
+
+
+def expected_texts(split: SplitInteractions, table: pl.DataFrame, name: str) -> dict[int, str]:
+    """Instruction, strictly earlier rows with answers, after each second its list, and the row without its answer."""
+    titles = split.interactions.items["title"].to_list()
+    rows = split.rows.filter(pl.col("split").to_physical() <= SPLITS.index(name)).join(table, on="row_id")
+    found = {}
+    for user in rows.partition_by("user"):
+        for row in user.filter(pl.col("split") == name, pl.col("role") == "target").iter_rows(named=True):
+            text = "I\n"
+            for second in user.filter(pl.col("timestamp") < row["timestamp"]).partition_by(
+                "timestamp", maintain_order=True
+            ):
+                for past in second.iter_rows(named=True):
+                    text += plain(titles, past) + (" yes" if past["label"] else " no")
+                for items in second["similar_after"].drop_nulls().to_list():
+                    text += "[" + "; ".join(titles[item] for item in items) + "]"
+            found[row["row_id"]] = text + plain(titles, row)
+    return found
+
+
+def plain(titles: list[str], row: dict) -> str:
+    return f"{titles[row['item']]} {'?' if row['vote'] is None else int(10 * row['vote'] + 0.5)}:"
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_target_reads_the_lists_of_earlier_seconds(
+    split: SplitInteractions, evidence: dict[str, pl.DataFrame], encoder: PromptEncoder, name: str
+) -> None:
+    """Packed, each answer slot reads exactly what the log and the evidence say, and stream_tokens counts lists too."""
+    streams = streams_of_split(split, evidence, encoder, name)
+    expected = expected_texts(split, evidence[name], name)
+    batch = pack(streams, streams.evaluation(10**6)[:12])
+    texts = seen(batch)
+    assert texts == {row: expected[row] for row in texts}
+    own = dict(zip(batch.row_id.tolist(), batch.target_tokens.tolist(), strict=True))
+    read = dict(zip(batch.row_id.tolist(), batch.stream_tokens.tolist(), strict=True))
+    assert read == {row: len(text) - own[row] for row, text in texts.items()}
+    assert any("[" in text for text in texts.values())
+    assert all_texts(streams, 10**6) == expected
+
+
+def test_lists_are_context_of_their_own(
+    split: SplitInteractions, evidence: dict[str, pl.DataFrame], encoder: PromptEncoder
+) -> None:
+    """Without its lists a stream is what it is without the template; a list has a time group of its own, and no row."""
+    streams = streams_of_split(split, evidence, encoder)
+    bare = PromptEncoder(Letters(), Prompt(PROMPT.instruction, PROMPT.segment), split.interactions.items)
+    without = streams_of_split(split, {"test": evidence["test"].drop("similar_after")}, bare)
+    lists = streams.row_id < 0
+    assert lists.sum() == evidence["test"]["similar_after"].drop_nulls().len() > 20
+    for name in ("row_id", "timestamp", "label", "target", "context", "slots"):
+        assert np.array_equal(getattr(streams, name)[~lists], getattr(without, name))
+    rows = np.append(np.flatnonzero(~lists), streams.instruction)
+    assert np.array_equal(streams.tokens.take(rows).values, without.tokens.values)
+    users = split.rows.sort("user", "row_id")["user"].to_numpy()
+    stream = np.repeat(np.arange(len(streams)), np.diff(streams.offsets))
+    assert np.array_equal(stream[~lists], np.unique(users, return_inverse=True)[1])
+    assert not streams.target[lists].any()
+    assert streams.context[lists].all()
+    assert (streams.label[lists] == -1).all()
+    for at in np.flatnonzero(lists).tolist():
+        assert streams.timestamp[at - 1] < streams.timestamp[at]
+        assert stream[at - 1] == stream[at]
+        if at + 1 < len(stream) and stream[at + 1] == stream[at]:
+            assert streams.timestamp[at] < streams.timestamp[at + 1]
+
+
+def test_training_windows_score_rows_alone(
+    split: SplitInteractions, evidence: dict[str, pl.DataFrame], encoder: PromptEncoder
+) -> None:
+    """An epoch scores every train target once and no list, wherever windows are cut, also right before a list."""
+    streams = streams_of_split(split, evidence, encoder, "train")
+    targets = np.sort(streams.row_id[streams.target]).tolist()
+    first = set()
+    for seed in range(5):
+        windows = streams.training(150, np.random.default_rng(seed))
+        first |= {int(streams.row_id[streams.offsets[s] + w.first]) for s, w in windows}
+        assert sorted(pack(streams, windows).row_id.tolist()) == targets
+    assert -1 in first
+
+
+def requests_at(split: SplitInteractions, rows: pl.DataFrame, candidates: list[list[int]]) -> Requests:
+    """One request a row, of its user, at its own time."""
+    users, items = split.interactions.users, split.interactions.items
+    names, ids = users["user_id"].to_list(), items["item_id"].to_list()
+    pairs = zip(rows["user"].to_list(), rows["timestamp"].to_list(), candidates, strict=True)
+    asked = [
+        Request(f"r{k}", names[user], (), time, tuple(ids[item] for item in some))
+        for k, (user, time, some) in enumerate(pairs)
+    ]
+    return Requests(asked, items, dict(zip(ids, items["item"].to_list(), strict=True)))
+
+
+def serve(
+    split: SplitInteractions, table: pl.DataFrame, encoder: PromptEncoder, requests: Requests, cache: Path
+) -> Streams:
+    def ask(rows: pl.DataFrame) -> pl.DataFrame:
+        columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
+        return request_evidence(
+            split, RETRIEVER, BLOCK_ROWS, cache, **columns, own=~rows["candidate"].to_numpy()
+        )
+
+    return request_streams(requests, split, table, encoder, ask)
+
+
+def hidden(batch: Batch) -> dict[int, torch.Tensor]:
+    """Last hidden state of each target, of a random trunk whose attention is far from uniform."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    trunk = Trunk.from_config(config).eval()
+    with torch.no_grad():
+        state = trunk.run(trunk.embed(batch.tokens, batch.layout), 0, 2).hidden[0, batch.slots]
+    return dict(zip(batch.row_id.tolist(), state, strict=True))
+
+
+def test_a_request_reads_what_the_log_row_read(
+    split: SplitInteractions, evidence: dict[str, pl.DataFrame], encoder: PromptEncoder, session_cache: Path
+) -> None:
+    """At a test row's own time its item has the row's prompt, numbers and hidden state, whatever else is asked."""
+    streams = streams_of_split(split, evidence, encoder)
+    logged = all_texts(streams, 250)
+    rows = split.rows.filter(pl.col("row_id").is_in(list(logged)))
+    other = (rows["item"].to_numpy() + 7) % split.interactions.items.height
+    last = [[int(b), int(b), int(a)] for a, b in zip(rows["item"], other, strict=True)]
+    served = serve(split, evidence["test"], encoder, requests_at(split, rows, last), session_cache)
+    texts = all_texts(served, 250)
+    ids = rows["row_id"].to_list()
+    assert [texts[3 * k + 2] for k in range(len(ids))] == [logged[row] for row in ids]
+    alone = serve(
+        split, evidence["test"], encoder, requests_at(split, rows, [x[2:] for x in last]), session_cache
+    )
+    assert all_texts(alone, 250) == {k: logged[row] for k, row in enumerate(ids)}
+    assert sum("[" in text for text in texts.values()) > len(ids)
+
+    from_log, batch = pack(streams, streams.evaluation(250)), pack(served, served.evaluation(250))
+    expected, found = hidden(from_log), hidden(batch)
+    read = [dict(zip(b.row_id.tolist(), b.stream_tokens.tolist(), strict=True)) for b in (from_log, batch)]
+    for k, row in enumerate(ids):
+        torch.testing.assert_close(found[3 * k + 2], expected[row], atol=1e-4, rtol=0)
+        assert read[1][3 * k] == read[1][3 * k + 2] == read[0][row]
+
+
+def test_a_history_is_served_with_its_lists(
+    split: SplitInteractions, evidence: dict[str, pl.DataFrame], encoder: PromptEncoder, session_cache: Path
+) -> None:
+    """A history that a request brings gets lists of its own, wherever its rows stand in the request's second."""
+    items = split.interactions.items["item_id"].to_list()
+    end = float(split.rows["timestamp"].max())  # type: ignore[arg-type]
+    history = tuple((items[k], 1, end + k // 2) for k in range(6))
+    codes = {item: k for k, item in enumerate(items)}
+    asked = [
+        Request(f"r{k}", None, rows, None, (items[9],)) for k, rows in enumerate((history, history[::-1]))
+    ]
+    streams = serve(
+        split, evidence["test"], encoder, Requests(asked, split.interactions.items, codes), session_cache
+    )
+    first, second = (text.replace("]", "[").split("[") for text in all_texts(streams, 10**6).values())
+    # rows 3 (the second of end + 1) and 6 (of end + 2) complete three rows, so lists follow four rows and six
+    assert [part.count(":") for part in first] == [4, 0, 2, 0, 1]
+    assert first[1::2] == second[1::2]
+    assert not set("; ".join(first[1::2]).split("; ")) & set(split.interactions.items["title"].to_list()[:6])
+
+
+def golden() -> Streams:
+    """Two users; lists after the rows 0 and 1, which share a second, and after the last row of user 1."""
+    items = pl.DataFrame({"item": [0, 1], "item_id": ["a", "b"], "title": ["A", "{B}"]})
+    rows = pl.DataFrame(
+        {
+            "row_id": [0, 1, 2, 3],
+            "user": [0, 0, 0, 1],
+            "item": [0, 1, 0, 1],
+            "timestamp": [5.0, 5.0, 6.0, 7.0],
+            "label": [1, 0, 1, 1],
+            "split": ["train"] * 4,
+            "role": ["target"] * 4,
+        }
+    )
+    lists = pl.Series([[1, 0], None, None, [0]], dtype=pl.List(pl.Int32))
+    prompt = Prompt(instruction="I", segment="{title}:", similar="<{titles}>")
+    evidence = no_evidence(rows).with_columns(similar_after=lists)
+    return build_streams(rows, evidence, "train", PromptEncoder(Letters(), prompt, items))
+
+
+def test_golden() -> None:
+    """A list follows its whole second, whichever row of it it is stored with; braces in titles stay as they are."""
+    streams = golden()
+    texts = [text_of(streams.tokens[k]) for k in range(len(streams.row_id) + 1)]
+    assert texts == ["A: yes", "{B}: no", "<{B}; A>", "A: yes", "{B}: yes", "<A>", "I"]
+    assert streams.row_id.tolist() == [0, 1, -1, 2, 3, -1]
+    assert streams.offsets.tolist() == [0, 4, 6]
+    assert seen(pack(streams, [(0, Window(0, 0, 0, 4)), (1, Window(0, 0, 0, 2))])) == {
+        0: "IA:", 1: "I{B}:", 2: "IA: yes{B}: no<{B}; A>A:", 3: "I{B}:",
+    }  # fmt: skip
+
+
+def test_positions_after_a_list() -> None:
+    """I 1, rows 0 and 1 start at 1, the list after both (6 + 7), row 2 after its 8 characters: 0, 1, 1, 14, 22."""
+    layout = pack(golden(), [(0, Window(0, 0, 0, 4))]).layout
+    starts = [int(layout.position[layout.segment == k].min()) for k in range(5)]
+    assert starts == [0, 1, 1, 14, 22]
+
+
+@pytest.mark.parametrize("template", ["Similar users liked", "{titles} {titles}", "{title}", "{titles", "{}"])
+def test_bad_templates(template: str) -> None:
+    """A template without the one field {titles} is refused under its key."""
+    items = pl.DataFrame({"item": [0], "item_id": ["a"], "title": ["A"]})
+    with pytest.raises(ConfigError, match=r"data\.prompt\.similar"):
+        PromptEncoder(Letters(), Prompt(segment="{title}:", similar=template), items)
+
+
+@pytest.mark.parametrize(
+    ("retriever", "similar"),
+    [(LightGCN(), "{titles}"), (ItemKNN(), "{titles}"), (LightGCN(similar_every=5), None)],
+)
+def test_wording_and_retriever_must_agree(retriever: Retriever, similar: str | None, tiny_logs: Path) -> None:
+    """A template without lists and lists without a template are refused, with both keys named."""
+    logs = TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv"))
+    with pytest.raises(ConfigError, match=r"data\.prompt\.similar .* similar_every of data\.retriever"):
+        InteractionData(logs, retriever, prompt=Prompt(similar=similar))

@@ -1,0 +1,149 @@
+"""Workloads drawn from a generated log: what a request may ask, read and know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+from world import read_split
+
+from project.data.splits import Protocol, SplitInteractions
+from project.data.workloads import SCHEMA, Workload, catalogue_requests, concatenate, labelled_requests
+from project.errors import ConfigError, DataError
+
+SHARES = [0.6, 0.2, 0.2]
+
+
+@pytest.fixture(scope="module")
+def split(tiny_logs: Path) -> SplitInteractions:
+    """The generated log, cut by time."""
+    return read_split(tiny_logs, Protocol(minimum_history=1, shares=SHARES))
+
+
+def log_of(split: SplitInteractions) -> pl.DataFrame:
+    """Rows with the ids that requests are written in."""
+    return split.rows.join(split.interactions.users, on="user").join(
+        split.interactions.items.select("item", "item_id"), on="item"
+    )
+
+
+def rated_before(log: pl.DataFrame, user_id: str | None, time: float | None) -> set[str]:
+    mine = log.filter((pl.col("user_id") == user_id) & (pl.col("timestamp") < time))
+    return set(mine["item_id"])
+
+
+def as_asked(workload: Workload) -> pl.DataFrame:
+    """The label table with item ids, joined by position as the scores will be."""
+    assert dict(workload.table.schema) == SCHEMA
+    joined = workload.requests.table().join(workload.table, on=["request_id", "candidate_index"], how="left")
+    assert len(joined) == len(workload.table)
+    return joined
+
+
+@pytest.mark.parametrize("part", ["test", "tune", "certify"])
+def test_catalogue_requests(split: SplitInteractions, part: str) -> None:
+    """Each is a target of the part at its own time, among distinct items that the user has not rated before."""
+    workload, log = catalogue_requests(split, part, 25, 6, seed=3), log_of(split)
+    known = as_asked(workload).drop_nulls("row_id").join(log, on="row_id", suffix="_log")
+    assert len(known) == known["row_id"].n_unique() == len(workload.requests.requests) == 25
+    assert set(known["role"]) == {"target"}
+    assert set(known["split"] if part == "test" else known["fold"]) == {part}
+    for column in ("item_id", "label", "user"):
+        assert known[column].to_list() == known[f"{column}_log"].to_list()
+    about = {r["request_id"]: r for r in known.iter_rows(named=True)}
+    for request in workload.requests.requests:
+        target = about[request.request_id]
+        assert (request.user_id, request.time) == (target["user_id"], target["timestamp"])
+        assert request.history == ()
+        assert len(set(request.candidates)) == len(request.candidates) == 6
+        others = set(request.candidates) - {target["item_id"]}
+        assert not others & rated_before(log, request.user_id, request.time)
+
+
+def test_a_full_request_is_everything_unrated(split: SplitInteractions) -> None:
+    """Asked for more candidates than there are: all items but those rated strictly earlier, and the target."""
+    workload, log = catalogue_requests(split, "test", 10, 1000, seed=0), log_of(split)
+    everything = set(split.interactions.items["item_id"])
+    targets = dict(as_asked(workload).drop_nulls("row_id").select("request_id", "item_id").iter_rows())
+    lengths = set()
+    for request in workload.requests.requests:
+        free = everything - rated_before(log, request.user_id, request.time)
+        assert set(request.candidates) == free | {targets[request.request_id]}
+        lengths.add(len(request.candidates))
+    assert min(lengths) < len(everything)  # somebody had rated something
+
+
+def test_the_sample_is_seeded_and_nested(split: SplitInteractions) -> None:
+    """The same seed gives the same requests, another seed others; 10 requests are among 30, candidates and all."""
+    ten, thirty = (catalogue_requests(split, "test", n, 6, seed=1).requests.requests for n in (10, 30))
+    assert ten == catalogue_requests(split, "test", 10, 6, seed=1).requests.requests
+    assert set(ten) < set(thirty)
+    other = catalogue_requests(split, "test", 30, 6, seed=2).requests.requests
+    assert {r.request_id for r in other} != {r.request_id for r in thirty}
+    same = {r.request_id: r for r in thirty}
+    both = [r for r in other if r.request_id in same]
+    assert both
+    assert all(r.candidates != same[r.request_id].candidates for r in both)
+
+
+def test_the_target_stands_anywhere(split: SplitInteractions) -> None:
+    """Over all test targets, each of four places holds the target in 15 to 35 % of requests."""
+    table = catalogue_requests(split, "test", 10_000, 4, seed=0).table
+    found = table.drop_nulls("row_id")
+    assert len(found) == split.manifest["counts"]["test"]
+    shares = found["candidate_index"].value_counts(normalize=True).sort("candidate_index")
+    assert shares["candidate_index"].to_list() == [0, 1, 2, 3]
+    assert shares["proportion"].is_between(0.15, 0.35).all()
+
+
+def test_labelled_requests(split: SplitInteractions) -> None:
+    """One a user with enough targets, at the time of the first, over the first of them; every label is the log's."""
+    log = log_of(split)
+    workload = labelled_requests(split, "test", candidates=4, minimum=3)
+    targets = log.filter((pl.col("split") == "test") & (pl.col("role") == "target")).sort("row_id")
+    targets = targets.unique(["user", "item"], keep="first", maintain_order=True)
+    by_user = {user: rows for (user,), rows in targets.group_by("user_id") if len(rows) >= 3}
+    assert 1 < len(by_user) < targets["user"].n_unique()
+    assert max(map(len, by_user.values())) > 4
+    assert {r.user_id for r in workload.requests.requests} == set(by_user)
+    asked = as_asked(workload)
+    for request in workload.requests.requests:
+        rows = by_user[str(request.user_id)].head(4)
+        mine = asked.filter(pl.col("request_id") == request.request_id)
+        assert request.time == rows["timestamp"].min()
+        for column in ("item_id", "label", "row_id", "user"):
+            assert mine[column].to_list() == rows[column].to_list()
+
+
+def test_concatenation_keeps_order(split: SplitInteractions) -> None:
+    """Two workloads as one: requests, table and catalogue one after the other."""
+    one, two = labelled_requests(split, "tune", 5, 2), catalogue_requests(split, "test", 5, 5, seed=0)
+    both = concatenate([one, two])
+    assert both.requests.requests == one.requests.requests + two.requests.requests
+    assert both.table["request_id"].to_list() == both.requests.table()["request_id"].to_list()
+    assert both.requests.codes == one.requests.codes
+
+
+@pytest.mark.parametrize("kind", ["user_time", "random", "leave_last"])
+def test_folds_may_not_read_test(kind: str, tiny_logs: Path) -> None:
+    """Where test rows lie before validation's, requests of a fold are refused and those of test are not."""
+    protocol = Protocol(split=kind, minimum_history=1, shares=SHARES)  # type: ignore[arg-type]
+    split = read_split(tiny_logs, protocol)
+    for make in (
+        lambda part: catalogue_requests(split, part, 5, 5, 0),
+        lambda part: labelled_requests(split, part, 5, 1),
+    ):
+        with pytest.raises(ConfigError, match=f"data.protocol.split is {kind}.*global_time"):
+            make("tune")
+        assert make("test").requests.requests
+
+
+def test_bad_arguments(split: SplitInteractions) -> None:
+    """Train has no requests; counts below one and users that nobody is are said."""
+    with pytest.raises(ConfigError, match=r"'train'.*tune, certify, test"):
+        catalogue_requests(split, "train", 5, 5, 0)
+    with pytest.raises(ConfigError, match="0 requests of 5"):
+        catalogue_requests(split, "test", 0, 5, 0)
+    with pytest.raises(DataError, match=r"no user has 999 rated items.*the most is"):
+        labelled_requests(split, "test", 5, 999)

@@ -1,0 +1,164 @@
+"""A run folder as a trained, calibrated, tested and benchmarked run would leave it, generated in memory.
+
+Unusual here: scores are simulated (deeper heads see the truth with less noise), every number of the result files is
+computed from them by project.metrics, so tables and pictures look like a real run's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from example_scores import Example, terms
+
+from project.artefacts import result_head, write_json, write_table
+from project.bootstrap import UserBootstrap
+
+MANIFEST = {
+    "name": "global_time-80-10-10-h5",
+    "hash": "f45a216bc7435a87",
+    "counts": {"train": 75599, "valid": 9447, "test": 9453},
+    "folds": {
+        "select": {"targets": 1281, "users": 32, "positives": 684},
+        "tune": {"targets": 3943, "users": 87, "positives": 2261},
+        "certify": {"targets": 4223, "users": 78, "positives": 2422},
+    },
+    "cold_user_share": {"valid": 0.8384, "test": 0.8538},
+    "cold_item_share": {"valid": 0.0055, "test": 0.0149},
+}
+CERTIFICATE = {
+    "risk": "score_drift",
+    "epsilon": 0.05,
+    "delta": 0.1,
+    "n": 78,
+    "unit": "users",
+    "kind": "finite-sample",
+    "certifier": "wsr",
+    "bound": 0.0712,
+    "estimate": 0.0311,
+    "path_step": None,
+    "passed": False,
+    "rows_needed": 210,
+}
+
+
+def results(
+    rows: int = 900, layers: tuple[int, ...] = (0, 2, 4, 6), chosen: str = "consistency", seed: int = 0
+) -> tuple[dict[str, dict[str, Any]], dict[str, pl.DataFrame]]:
+    """Result files by name, and score tables by split, of one run.
+
+    Args:
+        rows: Rows of test; the tune fold has half of them.
+        layers: Heads, exit 0 first.
+        chosen: The criterion of the policy.
+        seed: Seed of the scores.
+    """
+    tune, test = Example("valid", rows // 2, layers, seed), Example("test", rows, layers, seed + 1)
+    names = ("ratio", "consistency", "ratio_consistency", "learned", "neighbour_depth", "drift_head")
+    policies, thresholds = [], {}
+    for name in names:
+        path, levels = tune.pareto(name)
+        allowed = [i for i, step in enumerate(path) if step["auc_drop"] <= 0.002]
+        step = max(allowed, key=lambda i: -path[i]["cost"])
+        thresholds[name] = levels[step]
+        limits = {str(k): None if np.isinf(levels[step]) else float(levels[step]) for k in layers}
+        calibration = {str(k): terms(k) for k in layers}
+        policies.append(
+            {
+                "criterion": name,
+                "mode": "budget",
+                "thresholds": limits | {str(layers[-1]): None},
+                "calibration": calibration,
+                "pareto": path,
+                "chosen_step": step,
+            }
+        )
+    fixed = [tune.step(np.full(len(tune.label), k)) | {"layer": layer} for k, layer in enumerate(layers)]
+    controls = [{"name": "fixed_depth", "pareto": fixed}]
+    controls += [{"name": name, "pareto": tune.pareto(name)[0]} for name in ("random", "oracle")]
+    left = {x.split: x.leave(chosen, thresholds[chosen]) for x in (tune, test)}
+    best = max(step["auc"] for step in fixed)
+    rival = next(step for step in fixed if step["auc"] >= best - 0.002)
+    floors = {"valid": tune.floors("tune"), "test": test.floors(None)}
+    head = {
+        verb: result_head(verb, MANIFEST, "runs/quickstart/version_0/config.yaml", 0)
+        for verb in ("fit", "test", "calibrate", "benchmark")
+    }
+    difference = UserBootstrap(test.user, 200).difference_interval(test.logits[:, -1], test.floor, test.label)
+
+    def adaptive(example: Example) -> dict[str, Any]:
+        found = example.adaptive(left[example.split], rival["layer"])
+        return found | {"without_exit_0": dict(found)}
+
+    point = tune.step(left["valid"])
+    prior = {
+        "exits": fixed,
+        "criterion": chosen,
+        "chosen": point,
+        "never_enter_trunk": 0.173,
+        "rival": rival["layer"],
+    }
+    files: dict[str, dict[str, Any]] = {
+        "fit": head["fit"]
+        | {"exits": tune.exits(None, "tune"), "chosen_exit": layers[-1], "floors": floors["valid"]}
+        | {
+            "best_floor": "gbdt_evidence",
+            "stage_seconds": {"evidence": 25.0, "train": 1150.2, "validate": 75.1},
+        },
+        "calibrate": head["calibrate"]
+        | {"layers": list(layers), "prior": "counting", "policies": policies, "controls": controls}
+        | {
+            "chosen": chosen,
+            "mode": "budget",
+            "budget": {"max_auc_drop": 0.002, "max_cost": None},
+            "certificate": dict(CERTIFICATE),
+        }
+        | {"rival": {"layer": rival["layer"], "auc": rival["auc"], "cost": rival["cost"]}}
+        | {"adaptive": adaptive(tune) | {"fold": "tune"}, "stream": "cold"}
+        | {"priors": {"counting": prior, "none": prior | {"exits": fixed[1:], "never_enter_trunk": 0.0}}},
+        "test": head["test"]
+        | {"exits": test.exits(left["test"], None), "chosen_exit": layers[-1], "floors": floors["test"]}
+        | {"best_floor": "gbdt_evidence", "stage_seconds": {"test": 80.3, "floors": 6.0}}
+        | {"floor_difference": {"layer": layers[-1], "floor": "gbdt_evidence"} | difference}
+        | {"adaptive": adaptive(test)},
+        "benchmark": head["benchmark"] | {"rows": benchmark_rows(layers[-1])},
+    }
+    return files, {"valid": tune.table(left["valid"]), "test": test.table(left["test"])}
+
+
+def benchmark_rows(depth: int) -> list[dict[str, Any]]:
+    """The `rows` of a benchmark result."""
+    common = {"candidates": 64, "stream": "cold", "workload": "logged", "dtype": "float32"}
+    full = {
+        "engine": f"fixed_depth_{depth}",
+        "policy": None,
+        "requests_per_s": 2.1,
+        "p50_ms": 470.0,
+        "p95_ms": 610.0,
+    }
+    early = {
+        "engine": "early_exit",
+        "policy": "consistency",
+        "requests_per_s": 3.9,
+        "p50_ms": 251.0,
+        "p95_ms": 402.0,
+    }
+    saved = {
+        "measured_speedup": 1.86,
+        "token_layer_speedup": 1.92,
+        "efficiency": 0.97,
+        "auc_drop": 0.0011,
+        "mean_depth": 3.1,
+    }
+    return [common | full | {"measured_speedup": 1.0, "mean_depth": float(depth)}, common | early | saved]
+
+
+def write_run(folder: Path, files: dict[str, dict[str, Any]], scores: dict[str, pl.DataFrame]) -> Path:
+    """Write results and score tables into a run folder."""
+    for name, content in files.items():
+        write_json(folder / "results" / f"{name}.json", content)
+    for name, table in scores.items():
+        write_table(folder / "scores" / f"{name}.parquet", table)
+    return folder

@@ -1,0 +1,224 @@
+import numpy as np
+import pytest
+import torch
+
+from project.errors import ConfigError, DataError
+from project.exits.calibration import fit_calibration
+from project.exits.criteria import (
+    Consistency,
+    DriftHead,
+    Ratio,
+    RatioConsistency,
+    name,
+    out_of_fold_safety,
+    safety_table,
+)
+from project.exits.learned import Learned
+from project.exits.neighbour_depth import NeighbourDepth, needed_head
+from project.exits.outputs import HeadOutputs
+
+
+def logit(p):
+    return torch.logit(torch.tensor(p, dtype=torch.float64))
+
+
+class TestEveryCriterion:
+    def test_is_blind_to_the_batch(self, make_criterion, outputs):
+        """Safety of a row is the same alone, in another order and beside other rows, at every head."""
+        criterion = make_criterion()
+        criterion.fit(outputs)
+        table = safety_table(criterion, outputs)
+        index = torch.randperm(600, generator=torch.Generator().manual_seed(1))[:301]
+        torch.testing.assert_close(
+            safety_table(criterion, outputs.rows(index)), table[index], atol=1e-9, rtol=1e-9
+        )
+        alone = safety_table(criterion, outputs.rows(index[:1]))
+        torch.testing.assert_close(alone, table[index[:1]], atol=1e-9, rtol=1e-9)
+
+    def test_reads_no_later_head(self, make_criterion, outputs):
+        """Scrambling heads behind k (logits and drift) changes no safety at k: not even the fit can leak it."""
+        criterion = make_criterion()
+        criterion.fit(outputs)
+        table = safety_table(criterion, outputs)
+        for k in range(outputs.heads - 1):
+            logits, drift = outputs.logits.clone(), outputs.drift.clone()
+            logits[:, k + 1 :] = 7.0
+            drift[:, k + 1 :] = torch.nan
+            changed = HeadOutputs.of(outputs.layers, logits, outputs.evidence, drift)
+            assert torch.equal(safety_table(criterion, changed)[:, k], table[:, k])
+
+    def test_state_round_trip(self, make_criterion, outputs, tmp_path):
+        """Fitted state survives a checkpoint read with weights_only, and gives the same safety."""
+        criterion, fresh = make_criterion(), make_criterion()
+        criterion.fit(outputs)
+        torch.save(criterion.state(), tmp_path / "state.pt")
+        fresh.load(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert torch.equal(safety_table(fresh, outputs), safety_table(criterion, outputs))
+
+    def test_decides_from_its_first_head_on(self, make_criterion, outputs):
+        """Before `first` safety is -inf for all, from then on finite for all; the last column is +inf."""
+        criterion = make_criterion()
+        criterion.fit(outputs)
+        table = safety_table(criterion, outputs)
+        assert (table[:, : criterion.first] == -torch.inf).all()
+        assert table[:, criterion.first : -1].isfinite().all()
+        assert (table[:, -1] == torch.inf).all()
+
+    def test_float32_and_double_agree(self, make_criterion, outputs):
+        """A policy fitted in double decides on float32 logits, as an engine has them, by the same safety."""
+        criterion = make_criterion()
+        criterion.fit(outputs)
+        single = HeadOutputs(
+            outputs.layers, outputs.logits.float(), outputs.evidence.float(), outputs.drift.float()
+        )
+        found = safety_table(criterion, single)
+        assert found.dtype == torch.float32
+        difference = (found - safety_table(criterion, outputs))[:, criterion.first : -1].abs()
+        # a quantile moves by one of 1,000 steps, and a neighbour at equal distance may change places
+        assert difference.quantile(0.99) < 2e-3
+
+    def test_safer_rows_drift_less(self, make_criterion, outputs, tune):
+        """The safer half of new rows at a head moves less from there to the last head than the other half."""
+        criterion = make_criterion()
+        criterion.fit(tune.calibrated())
+        safety = safety_table(criterion, outputs)[:, 2]
+        drift = (outputs.probabilities[:, 2] - outputs.probabilities[:, -1]).abs()
+        safe = safety > safety.median()
+        assert drift[safe].mean() < 0.9 * drift[~safe].mean()
+
+
+class TestSimple:
+    def test_golden(self):
+        """Probabilities .5, .6, .9: last change .3, largest of the last two .3; then .6, .9, .8: .1 and .3."""
+        heads = HeadOutputs.of((2, 4, 6), logit([[0.5, 0.6, 0.9], [0.6, 0.9, 0.8]]))
+        torch.testing.assert_close(
+            Consistency().safety(heads), torch.tensor([-0.3, -0.1], dtype=torch.float64)
+        )
+        torch.testing.assert_close(
+            Consistency(2).safety(heads), torch.tensor([-0.3, -0.3], dtype=torch.float64)
+        )
+        torch.testing.assert_close(Ratio().safety(heads), logit([0.9, 0.8]))
+
+    def test_ratio_consistency_is_the_smaller_quantile(self, outputs):
+        """At a head, its safety is min(share of tune rows less confident, share that moved more), to 1/1000."""
+        criterion = RatioConsistency()
+        criterion.fit(outputs)
+        part = outputs.until(3)
+        ratio, consistency = Ratio().safety(part), Consistency().safety(part)
+        ranks = [x.argsort().argsort().double() / (len(x) - 1) for x in (ratio, consistency)]
+        torch.testing.assert_close(criterion.safety(part), torch.minimum(*ranks), atol=2e-3, rtol=0)
+
+    def test_drift_head_without_a_prediction_never_leaves(self):
+        """NaN drift is -inf safety; a predicted drift of .2 is safety -.2."""
+        heads = HeadOutputs.of((2, 4), torch.zeros(2, 2), drift=torch.tensor([[0.2, 0.0], [torch.nan, 0.0]]))
+        assert DriftHead().safety(heads.until(0)).tolist() == pytest.approx([-0.2, -torch.inf])
+
+    def test_names(self):
+        """The name in result files is the class in snake_case."""
+        assert [name(c) for c in (Ratio(), RatioConsistency(), NeighbourDepth())] == [
+            "ratio",
+            "ratio_consistency",
+            "neighbour_depth",
+        ]
+
+
+class TestLearning:
+    def test_predicts_the_drift_of_new_rows(self, tune, fresh):
+        """On rows of another draw the predicted drift is right in the mean and closer than any constant."""
+        calibration = fit_calibration(tune.raw, tune.labels, tune.layers, prior=True)
+        criterion = Learned()
+        criterion.fit(tune.outputs(calibration))
+        other = fresh.outputs(calibration)
+        for k in (0, 3):
+            drift = (other.probabilities[:, k] - other.probabilities[:, -1]).abs()
+            predicted = -criterion.safety(other.until(k))
+            assert predicted.mean() == pytest.approx(float(drift.mean()), rel=0.1)
+            assert (predicted - drift).square().mean() < 0.92 * drift.var()
+
+    def test_fits_where_autograd_is_off(self, outputs):
+        """A validation loop runs under inference_mode; what is fitted there still goes into a checkpoint."""
+        with torch.inference_mode():
+            inside = Learned()
+            inside.fit(outputs)
+        outside = Learned()
+        outside.fit(outputs)
+        assert torch.equal(inside.safety(outputs.until(2)), outside.safety(outputs.until(2)))
+
+    def test_needed_head_golden(self):
+        """Drift .3, .01, .3, 0 needs head 3 (near by chance at 1); .3, .01, .02, 0 needs head 1; 0 throughout: 0."""
+        heads = HeadOutputs.of(
+            (0, 2, 4, 6), logit([[0.2, 0.49, 0.8, 0.5], [0.2, 0.49, 0.52, 0.5], [0.5] * 4])
+        )
+        assert needed_head(heads, 0.0201).tolist() == [3, 1, 0]
+
+    def test_neighbour_depth_golden(self):
+        """Two tune rows at logit 1 needed layers 2 and 4, far ones 0: from layer 0 on a row at 1 needs (2 + 4) / 2."""
+        logits = torch.tensor(
+            [[1.0, 3.0, 3.0], [1.0, 1.0, 3.0], [-5.0, -5.0, -5.0], [-5.0, -5.0, -5.0]]
+        ).double()
+        criterion = NeighbourDepth(neighbours=2)
+        criterion.fit(HeadOutputs.of((0, 2, 4), logits))
+        asked = HeadOutputs.of((0,), torch.tensor([[1.0], [-5.0]]).double())
+        assert criterion.safety(asked).tolist() == [-3.0, 0.0]
+
+    def test_out_of_fold_sees_no_row_of_the_user(self, world, outputs):
+        """Changing how one user's rows end changes no out-of-fold safety of any user in its own half."""
+        table = out_of_fold_safety(Learned, outputs, world.users)
+        mine = world.users == 3
+        logits = outputs.logits.clone()
+        logits[mine, -1] = -logits[mine, -1]
+        changed = HeadOutputs.of(outputs.layers, logits, outputs.evidence, outputs.drift)
+        again = out_of_fold_safety(Learned, changed, world.users)
+        same = torch.isclose(again[:, 0], table[:, 0], atol=1e-12)
+        assert same[mine].all()
+        halves = {bool(same[world.users == u].all()) for u in range(80)}
+        assert halves == {True, False}
+        assert 0.3 < same.double().mean() < 0.7
+
+    def test_folds_do_not_follow_row_order(self, world, outputs):
+        """Out-of-fold safety follows the rows when they are shuffled: the split is by user hash alone."""
+        index = torch.randperm(600, generator=torch.Generator().manual_seed(2))
+        names = np.array([f"u{u}" for u in world.users.tolist()])
+        table = out_of_fold_safety(Learned, outputs, names)
+        again = out_of_fold_safety(Learned, outputs.rows(index), names[index.numpy()])
+        torch.testing.assert_close(again, table[index], atol=1e-8, rtol=1e-8)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("make", "word"),
+        [
+            (lambda: Consistency(0), "heads is 0"),
+            (lambda: Learned(ridge=0.0), "ridge is 0"),
+            (lambda: NeighbourDepth(neighbours=0), "neighbours is 0"),
+            (lambda: NeighbourDepth(tolerance=2.0), r"tolerance is 2\.0"),
+        ],
+    )
+    def test_arguments(self, make, word):
+        """A constructor argument out of range is named with its value."""
+        with pytest.raises(ConfigError, match=word):
+            make()
+
+    @pytest.mark.parametrize("make", [Learned, NeighbourDepth, RatioConsistency])
+    def test_not_fitted(self, make, outputs):
+        """Safety before fitting is an error that names the verb, and a foreign state one that names what lacks."""
+        with pytest.raises(ConfigError, match=r"was not fitted.*calibrate"):
+            make().safety(outputs.until(2))
+        with pytest.raises(DataError, match="lacks"):
+            make().load({"other": torch.zeros(1)})
+        with pytest.raises(DataError, match="tune"):
+            make().fit(outputs.rows(torch.arange(0)))
+
+    def test_one_user_cannot_be_split(self, outputs):
+        """Out-of-fold needs two users."""
+        with pytest.raises(DataError, match="1 users cannot make 2 parts"):
+            out_of_fold_safety(Learned, outputs, np.zeros(600))
+
+    def test_shapes(self):
+        """Layers must ascend and fit the logits; evidence must have the rows."""
+        with pytest.raises(ValueError, match="ascend"):
+            HeadOutputs.of((4, 2), torch.zeros(3, 2))
+        with pytest.raises(ValueError, match="3 layers"):
+            HeadOutputs.of((2, 4, 6), torch.zeros(3, 2))
+        with pytest.raises(ValueError, match="evidence"):
+            HeadOutputs.of((2, 4), torch.zeros(3, 2), torch.zeros(2, 1))

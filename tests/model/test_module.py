@@ -1,0 +1,271 @@
+"""ExitRecommender without a Trainer: scores of packed batches, the loss over processes, checkpoints.
+
+Unusual here: prompts are characters (`world.Letters`), weights are random and ten times the usual size, so that
+attention is far from uniform and an answer that leaks moves the logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from world import Letters, read_split, streams_without_evidence
+
+from project.benchmark import prompts_of
+from project.data.packing import Batch, pack
+from project.data.splits import Protocol
+from project.data.streams import Streams
+from project.data.windows import Window
+from project.errors import CheckpointError, ConfigError, NotFittedError
+from project.model.lora import LoraSettings
+from project.model.losses import LossSettings
+from project.model.module import ExitRecommender
+from project.model.trunk import Trunk
+
+Make = Callable[..., ExitRecommender]
+EXITS = [1, 3]
+
+
+class Answers(Letters):
+    """Letters, with what the heads want to know of a tokenizer."""
+
+    name_or_path = "letters"
+    unk_token_id = None
+
+
+@pytest.fixture(scope="module")
+def streams(tiny_logs: Path) -> Streams:
+    """Test targets with all readable rows; every 25 instants are made one, so that many rows tie."""
+    found = streams_without_evidence(read_split(tiny_logs, Protocol(minimum_history=1)), "test")
+    return replace(found, timestamp=found.timestamp // 25)
+
+
+@pytest.fixture
+def make(tiny_config: Callable[..., Any]) -> Make:
+    """Makes a module over a three-layer random trunk, the same weights every time; without dropout."""
+
+    def module(exit_layers: list[int] = EXITS, **settings: Any) -> ExitRecommender:
+        torch.manual_seed(0)
+        made = ExitRecommender("letters", exit_layers, answers=["n", "y"], **settings)
+        trunk = Trunk.from_config(tiny_config(vocab_size=256), num_layers=exit_layers[-1])
+        made.set_trunk(trunk, Answers())
+        with torch.no_grad():
+            for name, weights in made.heads.named_parameters():
+                if name.endswith("drift.weight"):  # as made, every drift is one constant
+                    weights.normal_()
+        made.train(False)
+        return made
+
+    return module
+
+
+def scored(module: ExitRecommender, batch: Batch) -> Tensor:
+    """(n, 2 K - 1) logits of all exits, and the drift of all but the last; without gradients."""
+    with torch.no_grad():
+        logits, drift = module(batch)
+    assert torch.isneginf(drift[:, -1]).all()  # the last head is the last word
+    return torch.cat([logits, drift[:, :-1]], dim=1)
+
+
+def targets(streams: Streams, stream: int, window: Window) -> list[int]:
+    """Stream positions of a window's targets."""
+    first = int(streams.offsets[stream])
+    return [p for p in range(window.first, window.last) if streams.target[first + p]]
+
+
+def alone(streams: Streams, stream: int, window: Window, position: int) -> Batch:
+    """One target and the strictly earlier rows of its window, in a batch of their own."""
+    time = streams.timestamp[streams.offsets[stream] : streams.offsets[stream + 1]]
+    earlier = [p for p in window.positions.tolist() if time[p] < time[position]]
+    stop = earlier[-1] + 1 if earlier else window.start
+    return pack(streams, [(stream, Window(window.start, stop, position, position + 1))])
+
+
+def test_packed_equals_alone(make: Make, streams: Streams) -> None:
+    """Every exit says the same of a target packed among other users and ties as in a batch of its own."""
+    module, windows = make(), streams.evaluation(300)[:6]
+    assert len({s for s, _ in windows}) == 6
+    packed = scored(module, pack(streams, windows))
+    each = [scored(module, alone(streams, s, w, p)) for s, w in windows for p in targets(streams, s, w)]
+    torch.testing.assert_close(packed, torch.cat(each), atol=1e-4, rtol=0)
+    assert packed.std(dim=0).min() > 0.1  # the weights tell prompts apart: equality says something
+
+
+def test_the_unseen_changes_nothing(make: Make, streams: Streams) -> None:
+    """Other users' tokens, tied rows, later rows and the own answer can all change: the target's logits do not."""
+    module = make()
+    batch = pack(streams, streams.evaluation(300)[:12])
+    layout, tied_targets = batch.layout, 0
+    visible = layout.dense_mask()[0]
+    before = scored(module, batch)
+    for i, slot in enumerate(batch.slots.tolist()):
+        changed = torch.where(visible[slot], batch.tokens, (batch.tokens + 1) % 256)
+        after = scored(module, replace(batch, tokens=changed))
+        torch.testing.assert_close(after[i], before[i], atol=1e-5, rtol=0)
+        group = (layout.sequence == layout.sequence[0, slot]) & (layout.group == layout.group[0, slot])
+        tied_targets += int(group.sum() > (layout.segment == layout.segment[0, slot]).sum())
+    assert tied_targets > 10
+
+
+def test_untrained_module_is_the_language_model(
+    make: Make, tiny_config: Callable[..., Any], streams: Streams, tmp_path: Path
+) -> None:
+    """Without ties, before training: the deepest exit is transformers' own logit(y) - logit(n) of the plain prompt.
+
+    The heads' tokens are y and Y, n and N, one character each: means over two.
+    """
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(tiny_config(vocab_size=256))
+    model.save_pretrained(tmp_path)
+    module = ExitRecommender("letters", EXITS, answers=["n", "y"])
+    module.set_trunk(Trunk.from_pretrained(tmp_path), Answers())
+    untied = replace(streams, timestamp=np.arange(len(streams.row_id), dtype=np.float64))
+    windows = untied.evaluation(300)[:4]
+    found = scored(module, pack(untied, windows))[:, len(EXITS) - 1]
+    with torch.no_grad():
+        last = [
+            model(torch.from_numpy(prompt)[None]).logits[0, -1]
+            for s, w in windows
+            for prompt in prompts_of(untied, s, w)
+        ]
+    expected = [x[[ord("y"), ord("Y")]].mean() - x[[ord("n"), ord("N")]].mean() for x in last]
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=0)
+
+
+def trained_by(module: ExitRecommender, batches: list[Batch], targets: int) -> dict[str, Tensor]:
+    """Gradients after one step of len(batches) processes, averaged over them as DDP does."""
+    world = len(batches)
+    trainer: Any = SimpleNamespace(
+        world_size=world,
+        global_step=0,
+        strategy=SimpleNamespace(reduce=lambda value, reduce_op: torch.tensor(float(targets))),
+    )
+    module.trainer = trainer
+    module.log = lambda *arguments, **settings: None  # type: ignore[method-assign]
+    module.zero_grad()
+    for batch in batches:
+        (module.training_step(batch, 0) / world).backward()  # type: ignore[no-untyped-call]
+    return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def test_two_processes_train_as_one(make: Make, streams: Streams) -> None:
+    """Uneven halves of a batch on two processes, averaged, give the gradient of the whole batch on one."""
+    module = make(loss=LossSettings(weights="linear"))
+    windows = streams.evaluation(300)[:6]
+    parts = [pack(streams, windows[:1]), pack(streams, windows[1:])]
+    whole = pack(streams, windows)
+    sizes = [len(p.label) for p in parts]
+    assert sizes[0] != sizes[1]
+    together = trained_by(module, parts, sum(sizes))
+    expected = trained_by(module, [whole], sum(sizes))
+    assert together.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(together[name], gradient, atol=1e-5, rtol=1e-4)
+    # normalised by each process's own targets instead, the gradient would be another
+    naive = [trained_by(module, [p], len(p.label)) for p in parts]
+    head = "heads.3.linear.weight"
+    assert not torch.allclose((naive[0][head] + naive[1][head]) / 2, expected[head], rtol=1e-3)
+
+
+def saved(module: ExitRecommender, folder: Path) -> dict[str, Any]:
+    """The parts of a Lightning checkpoint that are the module's, through a file and back."""
+    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, folder / "a.ckpt")
+    loaded: dict[str, Any] = torch.load(folder / "a.ckpt", weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [
+        ({}, {"trunk.final_norm.weight"}),
+        ({"freeze_embeddings": True}, {"trunk.final_norm.weight", "trunk.embed_tokens.weight"}),
+        ({"lora": LoraSettings(rank=2)}, None),
+    ],
+    ids=["full", "frozen embeddings", "lora"],
+)
+def test_checkpoint_comes_back(
+    make: Make, streams: Streams, tmp_path: Path, settings: dict[str, Any], left_out: set[str] | None
+) -> None:
+    """Trained weights, the chosen exit and exit 0 come back from a checkpoint that holds nothing frozen."""
+    module, batch = make(**settings), pack(streams, streams.evaluation(300)[:3])
+    untrained = scored(module, batch)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    module.chosen_exit.fill_(3)
+    module.prior.copy_(torch.arange(len(module.prior)))
+    expected = scored(module, batch)
+    checkpoint = saved(module, tmp_path)
+    frozen = set(module.state_dict()) - set(checkpoint["state_dict"])
+    if left_out is None:  # LoRA: adapters and heads alone
+        kept = {n for n in checkpoint["state_dict"] if "lora" not in n and not n.startswith("heads.")}
+        assert {"chosen_exit", "prior"} <= kept == {n for n, _ in module.named_buffers()} & kept
+    else:
+        assert frozen == left_out
+    other = make(**settings)
+    other.on_load_checkpoint(checkpoint)
+    other.load_state_dict(checkpoint["state_dict"], strict=other.strict_loading)
+    assert torch.equal(scored(other, batch), expected)
+    assert int(other.chosen_exit) == 3
+    assert other.counting_prior().to_array().tolist() == list(range(len(other.prior)))
+    assert not torch.allclose(untrained, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"exit_layers": [2, 3]}, ["model.exit_layers", "[1, 3]", "[2, 3]", "config.yaml"]),
+        ({"exit_layers": [1, 2, 3]}, ["model.exit_layers", "[1, 3]", "[1, 2, 3]"]),
+        ({"lora": LoraSettings(rank=2)}, ["model.lora", "config.yaml"]),
+    ],
+    ids=["other exits", "more exits", "lora"],
+)
+def test_refuses_another_models_checkpoint(
+    make: Make, tmp_path: Path, change: dict[str, Any], words: list[str]
+) -> None:
+    """A checkpoint of other exits or trained in another way is refused; the message names the key and both values."""
+    checkpoint = saved(make(), tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        make(**change).on_load_checkpoint(checkpoint)
+    missing = [w for w in words if w not in str(error.value)]
+    assert not missing, error.value
+
+
+def test_refuses_a_checkpoint_without_what_is_trained(make: Make, tmp_path: Path) -> None:
+    """Embeddings frozen then and trained now are missing: refused, not filled with the base model's in silence."""
+    checkpoint = saved(make(freeze_embeddings=True), tmp_path)
+    with pytest.raises(CheckpointError, match=r"trunk\.embed_tokens\.weight.*model\.freeze_embeddings"):
+        make().on_load_checkpoint(checkpoint)
+
+
+def test_refuses_another_backbone(make: Make, tmp_path: Path) -> None:
+    """A checkpoint of another base model is refused although all shapes fit; both are named."""
+    checkpoint = saved(make(), tmp_path)
+    checkpoint["hyper_parameters"]["backbone"] = "numbers"
+    with pytest.raises(CheckpointError, match=r"model\.backbone = numbers, .* letters"):
+        make().on_load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("layers", [[], [0, 2], [3, 1], [1, 1, 3]])
+def test_refuses_exit_layers(layers: list[int]) -> None:
+    """No exit, exit 0, descending and repeated exits are refused before any weights are loaded."""
+    with pytest.raises(ConfigError, match=r"model\.exit_layers is .*ascending, each once, from 1 on"):
+        ExitRecommender("letters", layers)
+
+
+def test_refuses_to_score_untrained(make: Make) -> None:
+    """A model that was never trained has no exit 0: asking for it says what to give or to run."""
+    with pytest.raises(NotFittedError, match=r"never been trained.*--ckpt_path.*project fit"):
+        make().counting_prior()

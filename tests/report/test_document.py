@@ -1,0 +1,264 @@
+import base64
+import copy
+import re
+
+import polars as pl
+import pytest
+from example_run import results, write_run
+from example_scores import Example
+from matplotlib.figure import Figure
+
+from project.errors import DataError
+from project.metrics import probabilities
+from project.report.document import run_report, write_report
+from project.report.figures import reliability_scores
+from project.report.html import render_html
+from project.report.run import read_run
+from project.tables import number
+
+
+@pytest.fixture(scope="module")
+def example():
+    return results(400)
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch):
+    """Figures are made in no time, for tests of the text."""
+    for name in ("pareto", "exit_share", "reliability", "depth"):
+        monkeypatch.setattr(f"project.report.figures.{name}_figure", lambda *_, **__: Figure((1, 1)))
+
+
+@pytest.fixture
+def run(example, tmp_path):
+    """Writes the example run without some parts, or with some changed, and gives back its report's text."""
+
+    def make(drop=(), keep=None, edit=None):
+        files, scores = copy.deepcopy(example[0]), dict(example[1])
+        if edit:
+            edit(files)
+        files = {k: v for k, v in files.items() if k not in drop and (keep is None or k in keep)}
+        write_run(tmp_path / "run", files, {k: v for k, v in scores.items() if f"scores/{k}" not in drop})
+        return write_report(tmp_path / "run").with_suffix(".md").read_text()
+
+    return make
+
+
+class TestWhole:
+    @pytest.mark.usefixtures("blank_pictures")
+    def test_order_and_numbers(self, run, example):
+        """Every part in its order, the headline first, and the numbers are those of the result files."""
+        text = run()
+        titles = re.findall("^#+ (.*)$", text, re.MULTILINE)
+        assert [title.split(":")[0] for title in titles] == [
+            "Report",
+            "What early exit saved and cost",
+            "Certificate",
+            "Exits and floors",
+            "Policies",
+            "Calibration",
+            "Measured speed",
+            "Protocol",
+            "Where the time went",
+            "Machine",
+            "Reproduce",
+        ]
+        test = example[0]["test"]
+        assert text.splitlines()[2].startswith("**On test, LLM exit 6 is ")
+        adaptive, last = test["adaptive"], test["exits"][-1]
+        assert f"Mean depth {number(adaptive['mean_depth'], 2)} of 6 layers" in text
+        assert f"| exit 6 (chosen) | {number(last['auc'])} | [{number(last['auc_interval'][0])}, " in text
+        assert f" | {100 * last['exit_share']:.1f} % | {number(last['auc_leaving'])} |" in text
+        assert "| floor gbdt_evidence (best floor) |" in text
+        assert "f45a216bc7435a87" in text
+        assert "python -m project test --config" in text
+        assert "None" not in text
+        assert not re.search(r"\bnan\b", text)
+
+    def test_html_needs_nothing_else(self, run, tmp_path):
+        """Pictures are embedded byte for byte, nothing is linked, and no half-written file is left."""
+        run()
+        folder = tmp_path / "run" / "report"
+        page = (folder / "report.html").read_text()
+        sources = re.findall('src="([^"]*)"', page)
+        pictures = {path.read_bytes() for path in folder.glob("*.png")}
+        assert len(pictures) == 4
+        prefix = "data:image/png;base64,"
+        assert {base64.b64decode(s.removeprefix(prefix)) for s in sources if s.startswith(prefix)} == pictures
+        assert len(sources) == 4
+        assert not re.search(r"https?://|href=|<script|@import|url\(", page)
+        assert sorted(p.name for p in folder.iterdir() if p.suffix != ".png") == ["report.html", "report.md"]
+
+    def test_same_twice(self, run, tmp_path):
+        """The same results make the same bytes: no clock, no counter, no order of a set."""
+        run()
+        first = {path.name: path.read_bytes() for path in (tmp_path / "run" / "report").iterdir()}
+        write_report(tmp_path / "run")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "report").iterdir()} == first
+
+    def test_one_class(self, run):
+        """AUCs that are undefined stay words through tables, sentences and pictures."""
+
+        def edit(files):
+            undefined = {"auc": None, "auc_interval": None, "auc_leaving": None}
+            for row in files["test"]["exits"] + files["test"]["floors"]:
+                row.update(undefined)
+                row.get("calibrated", {}).update({"auc": None})
+            for adaptive in (files["test"]["adaptive"], files["test"]["adaptive"]["without_exit_0"]):
+                adaptive |= undefined | {"auc_drop": None, "auc_drop_interval": None}
+                for static in ("rival", "equal_cost"):
+                    adaptive[static] = {"layer": 4, "auc": None, "auc_gain": None, "auc_gain_interval": None}
+            files["test"]["floor_difference"] |= {"value": None, "interval": None}
+
+        text = run(edit=edit)
+        assert "LLM exit 6 against the best floor (gbdt_evidence) is undefined: a class is missing" in text
+        assert "AUC drop against full depth: undefined." in text
+        assert "is not decided" in text
+        assert "None" not in text
+
+    @pytest.mark.usefixtures("blank_pictures")
+    def test_verb(self, run, tmp_path, capsys):
+        """The verb takes one folder and says what it wrote."""
+        run()
+        path = run_report([str(tmp_path / "run")])
+        assert f"written: {path}" in capsys.readouterr().out
+        with pytest.raises(DataError, match="one run folder"):
+            run_report([])
+
+
+@pytest.mark.usefixtures("blank_pictures")
+class TestMissing:
+    @pytest.mark.parametrize(
+        ("drop", "said"),
+        [
+            (
+                ["calibrate"],
+                "Not calibrated yet: no row leaves early. Make it: `python -m project calibrate --config",
+            ),
+            (["test", "scores/test"], "Test was not read. Make it: `python -m project test --config"),
+            (["benchmark"], "Early exit was not timed. Make it: `python -m project benchmark --config"),
+            (["scores/test"], "scores/test.parquet is missing. Make it: `python -m project test --config"),
+            (["fit"], "# Report"),
+        ],
+    )
+    def test_one_line_with_the_command(self, run, drop, said):
+        """Whatever is missing is said once, with the command that makes it; the rest of the report stands."""
+        text = run(drop)
+        assert text.count(said) == 1
+        assert "## Reproduce" in text
+
+    @pytest.mark.parametrize("verb", ["fit", "calibrate", "test", "benchmark"])
+    def test_one_file_is_enough(self, run, verb):
+        """Any single result file makes a report."""
+        assert "## Protocol" in run(keep=[verb])
+
+    def test_validation_without_test(self, run, example):
+        """Without test the tune fold of validation is shown, who leaves where included, never another fold."""
+
+        def edit(files):
+            for fold in ("select", "certify", None):
+                row = files["fit"]["exits"][0] | {"fold": fold, "auc": 0.1111, "layer": 99}
+                files["fit"]["exits"].append(row)
+
+        text = run(["test"], edit=edit)
+        assert "Of the tune fold of validation:" in text
+        assert ".1111" not in text
+        share = example[0]["calibrate"]["adaptive"]["exit_shares"]["2"]
+        assert f"| {100 * share:.1f} % | – |" in text
+
+    def test_tested_before_calibration(self, run):
+        """A test without adaptive scores says which verb writes them."""
+        text = run(edit=lambda files: files["test"].pop("adaptive"))
+        assert "No adaptive scores of test" in text
+        assert "`python -m project test --config" in text
+
+    def test_old_pictures_go(self, run, tmp_path):
+        """A picture that is not drawn any more does not stay behind from the last report."""
+        run()
+        (tmp_path / "run" / "results" / "calibrate.json").unlink()
+        run(["calibrate"], edit=lambda files: [row.pop("exit_share") for row in files["test"]["exits"]])
+        assert {p.name for p in (tmp_path / "run" / "report").glob("*.png")} == {
+            "depth.png",
+            "reliability.png",
+        }
+
+
+@pytest.mark.usefixtures("blank_pictures")
+class TestInput:
+    def test_no_results(self, tmp_path):
+        """An empty folder is one error that names the folder and what makes results."""
+        with pytest.raises(DataError, match=r"holds no result files.*python -m project fit"):
+            write_report(tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 1}', '{"schema_version": 0}'])
+    def test_broken_file(self, run, tmp_path, content):
+        """A file that is no result of this version is named."""
+        run()
+        (tmp_path / "run" / "results" / "test.json").write_text(content)
+        with pytest.raises(DataError, match=r"test\.json"):
+            write_report(tmp_path / "run")
+
+    def test_other_protocol_is_left_out(self, run):
+        """Results of two protocols are never mixed: the other's file is named, its numbers do not appear."""
+
+        def edit(files):
+            files["test"]["protocol"] = files["test"]["protocol"] | {"hash": "other"}
+            files["test"]["floor_difference"]["value"] = 0.4321
+
+        text = run(edit=edit)
+        assert "Left out: results/test.json is of protocol hash other, this run of f45a216bc7435a87." in text
+        assert ".4321" not in text
+        assert "Of the tune fold" in text
+
+    def test_tagged_results(self, run):
+        """The result without a tag is the run's; a second one is named, not mixed in."""
+        text = run(edit=lambda files: files.update({"test-a": files["test"] | {"chosen_exit": 2}}))
+        assert "exit 6 (chosen)" in text
+        assert "Not shown: results/test-a.json (a second result of `test`)." in text
+
+    def test_scores_of_another_run(self, run, example, tmp_path):
+        """A score table with another number of rows than the result has makes no diagram."""
+        run()
+        example[1]["test"].head(50).write_parquet(tmp_path / "run" / "scores" / "test.parquet")
+        text = write_report(tmp_path / "run").with_suffix(".md").read_text()
+        assert "scores/test.parquet holds 50 rows, the result 400" in text
+        assert "reliability.png" not in text
+
+    def test_nan_scores(self, run, example, tmp_path):
+        """NaN logits are named with file and column."""
+        run()
+        table = example[1]["test"].with_columns(logit_4=pl.lit(float("nan"), pl.Float32))
+        table.write_parquet(tmp_path / "run" / "scores" / "test.parquet")
+        with pytest.raises(DataError, match=r"scores/test\.parquet: logit_4"):
+            write_report(tmp_path / "run")
+
+    def test_markup_is_text(self):
+        """Names from files cannot bring HTML into the page."""
+        page = render_html("| <script>x</script> |\n| --- |\n", "<b>", {})
+        assert "<script>" not in page
+        assert "<b>" not in page
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_best_floor_of_the_same_rows(run, tmp_path, example):
+    """The floor line of the Pareto picture is the tune fold's, that of the depth picture is test's."""
+    run()
+    best = {
+        verb: next(row["auc"] for row in example[0][verb]["floors"] if row["name"] == "gbdt_evidence")
+        for verb in ("fit", "test")
+    }
+    read = read_run(tmp_path / "run")
+    assert read.floor("valid", "tune") == ("gbdt_evidence", best["fit"])
+    assert read.floor("test", None) == ("gbdt_evidence", best["test"])
+    assert read.floor("valid", "select") is None
+
+
+def test_calibrated_reliability():
+    """Panels show a * logit_k + b * logit_0 + c; a head without terms keeps its logit."""
+    table = Example("test", 90, (0, 2, 4), 0).table()
+    scores = reliability_scores(table, [0, 2, 4], {"4": {"logit": 2.0, "prior": 0.5, "offset": 0.1}})
+    zero, two, four = (table[f"logit_{k}"].to_numpy().astype(float) for k in (0, 2, 4))
+    assert list(scores) == ["exit 0", "exit 2", "exit 4"]
+    assert scores["exit 2"][0] == pytest.approx(probabilities(two))
+    assert scores["exit 4"][0] == pytest.approx(probabilities(2 * four + 0.5 * zero + 0.1))

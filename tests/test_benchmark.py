@@ -1,0 +1,127 @@
+"""The packing benchmark compares equals: both sides read the same tokens for the same targets, and what it writes.
+
+Training windows are what it measures; tests/data/test_packing.py has the same for evaluation windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel
+
+from project import benchmark
+from project.artefacts import read_result
+from project.benchmark import prompts_of, run_packing
+from project.data.batches import TrainSampler
+from project.data.datamodule import InteractionData
+from project.data.packing import Batch, pack
+from project.data.protocol import Protocol
+from project.data.readers import TableLogs
+from project.data.streams import Streams
+from project.model.module import ExitRecommender
+from project.retrieval import ItemKNN
+
+CONTEXT_TOKENS, BATCH_TOKENS = 128, 512
+
+
+@pytest.fixture
+def data(
+    tiny_logs: Path, tiny_model: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> InteractionData:
+    """The tiny world with real evidence and the tiny model's tokenizer."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    return InteractionData(
+        TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv")),
+        ItemKNN(),
+        Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2]),
+        tokenizer=str(tiny_model),
+        context_tokens=CONTEXT_TOKENS,
+        batch_tokens=BATCH_TOKENS,
+        block_rows=100,
+    )
+
+
+def training(data: InteractionData) -> tuple[Streams, TrainSampler]:
+    streams = data.streams("train")
+    return streams, TrainSampler(streams, CONTEXT_TOKENS, BATCH_TOKENS, data.seed, 0, 1)
+
+
+def seen_ids(batch: Batch) -> list[list[int]]:
+    """Token ids that each target's answer slot can read, by the written-out rule."""
+    mask = batch.layout.dense_mask()[0]
+    return [batch.tokens[0, mask[slot]].tolist() for slot in batch.slots]
+
+
+def test_prompts_are_what_packed_targets_see(data: InteractionData) -> None:
+    """Over an epoch of training windows: one prompt a target, the token ids its slot reads, tied rows left out."""
+    streams, sampler = training(data)
+    targets = left_out = 0
+    for windows in sampler:
+        batch = pack(streams, windows)
+        prompts = [p.tolist() for s, w in windows for p in prompts_of(streams, s, w)]
+        assert prompts == seen_ids(batch)
+        targets += len(prompts)
+        for s, w in windows:
+            time = streams.timestamp[streams.offsets[s] + w.positions]
+            left_out += len(time) - len(np.unique(time))
+    assert targets == streams.target.sum() == data.split.manifest["counts"]["train"]
+    assert left_out > 0  # rows that tie with another row of their window
+
+
+def test_pointwise_batches_are_those_prompts(data: InteractionData) -> None:
+    """Batches of the rival hold prompts of training targets, each padded batch within the token budget."""
+    streams, sampler = training(data)
+    prompts = {
+        tuple(p.tolist()) for windows in sampler for s, w in windows for p in prompts_of(streams, s, w)
+    }
+    batches = list(islice(benchmark._pointwise_batches(streams, sampler, BATCH_TOKENS), 20))
+    for batch in batches:
+        assert max(map(len, batch)) * len(batch) <= BATCH_TOKENS
+        assert {tuple(p.tolist()) for p in batch} <= prompts
+    assert sum(map(len, batches)) / 20 > 2  # several prompts share a batch
+
+
+def test_pointwise_reads_the_last_token(tiny_model: Path) -> None:
+    """A padded batch's gradient is the mean of its prompts' gradients: padding is neither read nor scored."""
+    base = AutoModel.from_pretrained(tiny_model)
+    prompts = [np.arange(5, 5 + n, dtype=np.int64) for n in (3, 8, 5)]
+    found = []
+    base.zero_grad = lambda: None  # keep what the step computed
+    for batches in ([prompts], [[p] for p in prompts]):
+        base.layers[0].mlp.up_proj.weight.grad = None
+        assert sum(benchmark._pointwise_step(base, batch) for batch in batches) == 3
+        found.append(base.layers[0].mlp.up_proj.weight.grad / len(batches))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
+
+
+def test_run_packing(
+    data: InteractionData, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The result file holds both rates, the median of the rounds' ratios and their spread, and says it in a line."""
+    model = ExitRecommender(str(tiny_model), [1, 3])
+    result = run_packing(model, data, tmp_path, seconds=0.0)
+    assert read_result(tmp_path / "results" / "benchmark-packing.json") == result
+    assert result["verb"] == "benchmark"
+    assert result["protocol"]["hash"] == data.split.hash
+    packing = result["packing"]
+    assert packing["rounds"] >= benchmark.ROUNDS
+    low, high = packing["spread"]
+    assert 0 < low <= packing["ratio"] <= high
+    assert min(packing["packed_targets_per_s"], packing["pointwise_targets_per_s"]) > 0
+    assert (packing["layers"], packing["context_tokens"]) == (3, CONTEXT_TOKENS)
+    assert f"x{packing['ratio']} (median of {packing['rounds']} rounds" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_verb(run: Callable[..., None], tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    """`benchmark --only packing` writes its file into a run folder of its own."""
+    run("benchmark", "--config", tiny_config(), "--only", "packing", "--seconds", 0.1)
+    (file,) = (tmp_path / "runs").rglob("benchmark-packing.json")
+    assert file.parent.name == "results"
+    assert read_result(file)["packing"]["ratio"] > 0

@@ -1,0 +1,277 @@
+"""Ranking requests: golden numbers on hand-made score tables, and the verb on a tiny world."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from project.artefacts import score_table
+from project.errors import ConfigError
+from project.exits.calibration import Calibration
+from project.exits.criteria import Consistency
+from project.rank import labelled_scores, rank_rows
+from project.rank_settings import RankSettings
+from project.rank_table import render_rank
+from project.ranking import (
+    ScoredRequests,
+    by_row,
+    costs,
+    fastest,
+    fixed_depth,
+    overlaps,
+    policies,
+    policy_row,
+)
+
+
+def table(
+    requests: list[str], logits: dict[int, list[float]], labels: list[int | None] | None = None
+) -> pl.DataFrame:
+    """Score table of candidates; two tokens each after a stream of ten; user u<number of the request>."""
+    n = len(requests)
+    names = list(dict.fromkeys(requests))
+    columns = {
+        "request_id": requests,
+        "candidate_index": [requests[:i].count(r) for i, r in enumerate(requests)],
+        "user": [names.index(r) for r in requests],
+        "label": labels or [None] * n,
+        "target_tokens": [2] * n,
+        "stream_tokens": [10] * n,
+        "logit_0": np.array(logits[0], dtype=np.float64),
+    }
+    layers = [k for k in logits if k]
+    return score_table(columns, np.array([logits[k] for k in layers]).T, layers)
+
+
+GOLDEN = table(
+    ["a"] * 4 + ["b"] * 3,
+    {
+        0: [4, 3, 2, 1, 0, 0, 9],
+        2: [4, 1, 2, 3, 5, 6, 8],
+        6: [1, 2, 4, 3, 7, 6, 5],
+    },
+    [0, 1, 1, 0, 1, 0, 0],
+)
+"""Best 2 at layer 0: a {0, 1}, b {2, 0}; at layer 2: a {0, 3}, b {2, 1}; at layer 6: a {2, 3}, b {0, 1}."""
+
+
+def test_golden_static_models() -> None:
+    """Overlap@2 at layer 0: a 0/2, b 1/2, mean .25; at layer 2: a 1/2, b 1/2, mean .5. Precision@2 by labels.
+
+    Layer 0: a holds labels 0, 1 and b 0, 1, mean .5; layer 2: a 0, 0, b 0, 0, mean 0; layer 6: a 1, 0, b 1, 0: .5.
+    GAUC at layer 6: a beats 2 of 4 pairs with 4 > 1, 3 and 2 > 1 (3 of 4), b both: (4 * .75 + 3 * 1) / 7 = 6 / 7.
+    Cost at layer 2 of 6: every token runs a third of the layers, cold and warm.
+    """
+    asked = ScoredRequests.of(GOLDEN)
+    assert asked.outputs.layers == (0, 2, 6)
+    full = fixed_depth(asked.outputs.layers, 2)
+    at = [policy_row(fixed_depth(asked.outputs.layers, j), full, asked, asked, 2) for j in range(3)]
+    assert [row["policy"] for row in at] == ["fixed_depth_0", "fixed_depth_2", "full_depth"]
+    assert [row["overlap"] for row in at] == [0.25, 0.5, 1.0]
+    assert [row["precision"] for row in at] == [0.5, 0.0, 0.5]
+    assert at[2]["gauc"] == pytest.approx(6 / 7)
+    assert [row["mean_depth"] for row in at] == [0, 2, 6]
+    for key in ("depth_share", "cost_cold", "cost_warm"):
+        assert [row[key] for row in at] == pytest.approx([0, 1 / 3, 1])
+    assert at[0]["overlap_interval"] == [0.0, 0.5]
+    assert (at[0]["n_requests"], at[0]["n_labelled"]) == (2, 2)
+
+
+def test_golden_row_policy() -> None:
+    """`consistency` leaves at layer 2 where the probability moved less than .05, else goes to layer 6.
+
+    |sigmoid change|: a0 4 -> 4: 0, leaves; a1 .95 -> .73: stays; a2 2 -> 2: 0, leaves; a3 .73 -> .95: stays;
+    b0, b1 .5 -> .99: stay; b2 .9999 -> .9997: leaves. Emitted: a 4, 2, 2, 3 -> best 2 {0, 3}: 1 of full depth's {2, 3};
+    b 7, 6, 8 -> {0, 2}: 1 of {0, 1}.
+    Cost warm: a 2 * (2 + 6 + 2 + 6) = 32, b 2 * (6 + 6 + 2) = 28; cold: both streams run to layer 6: + 60 each.
+    """
+    asked = ScoredRequests.of(GOLDEN)
+    full = fixed_depth(asked.outputs.layers, 2).decide(asked)
+    ranking = by_row(Consistency(), -0.05).decide(asked)
+    assert ranking.exits.tolist() == [1, 2, 1, 2, 2, 2, 1]
+    assert ranking.keys.tolist() == [4, 2, 2, 3, 7, 6, 8]
+    assert overlaps(asked, ranking, full, 2).tolist() == [0.5, 0.5]
+    assert costs(asked, ranking, "warm").tolist() == [32, 28]
+    assert costs(asked, ranking, "cold").tolist() == [92, 88]
+
+
+def test_calibration_enters() -> None:
+    """Slopes leave a head's list alone; exit 0's logit does not: -logit + 2 logit_0 reverses layer 6's list of a."""
+    values = torch.tensor([[1.0, 0, 0], [2.0, 0, 5.0], [0.001, 2.0, 0]], dtype=torch.float64)
+    plain, made = (ScoredRequests.of(GOLDEN, c) for c in (None, Calibration((0, 2, 6), values)))
+    whole = fixed_depth((0, 2, 6), 2)
+    shallow = fixed_depth((0, 2, 6), 1)
+    assert made.outputs.logits[:, 1].tolist() == (2 * plain.outputs.logits[:, 1] + 5).tolist()
+    # both read exit 0's order now, so layer 6's list is layer 0's
+    assert overlaps(made, whole.decide(made), fixed_depth((0, 2, 6), 0).decide(made), 2).tolist() == [1, 1]
+    assert overlaps(made, shallow.decide(made), shallow.decide(plain), 2).tolist() == [1, 1]
+    without = ScoredRequests.of(GOLDEN, Calibration((2, 6), values[1:] * torch.tensor([1.0, 0, 1])))
+    assert without.outputs.layers == (2, 6)
+
+
+def drifting(requests: int, candidates: int, seed: int, noise: float = 0.3) -> pl.DataFrame:
+    """Scores of layers 0, 2, 4, 6 whose distance from the last head shrinks with depth; labels follow the last."""
+    rng = np.random.default_rng(seed)
+    n = requests * candidates
+    last = rng.normal(size=n)
+    logits = {k: (last + noise * (6 - k) * rng.normal(size=n)).tolist() for k in (0, 2, 4)} | {
+        6: last.tolist()
+    }
+    labels = (rng.random(n) < 1 / (1 + np.exp(-2 * last))).astype(int).tolist()
+    return table([f"r{i // candidates}" for i in range(n)], logits, labels)
+
+
+def test_top_k_keeps_its_overlap() -> None:
+    """On noise that shrinks with depth `top_k` keeps its overlap on tune, nearly so on other requests, at less cost.
+
+    Every request's list is whole: at least k candidates stay, and each of them stands above all who left.
+    """
+    tune, test = (ScoredRequests.of(drifting(60, 40, seed)) for seed in (0, 1))
+    for k in (3, 8):
+        full, top_k, *others = policies(tune, k, 0.97)
+        assert (full.name, top_k.name) == ("full_depth", "top_k")
+        assert {p.name for p in others} >= {"consistency", "ratio", "fixed_depth_0", "fixed_depth_4"}
+        kept = overlaps(tune, top_k.decide(tune), full.decide(tune), k).mean()
+        assert 0.97 <= kept < 1
+        row = policy_row(top_k, full, test, test, k)
+        assert row["overlap"] > 0.93
+        assert row["depth_share"] < 0.9
+        assert row["cost_cold"] > row["cost_warm"]
+        ranking = top_k.decide(test)
+        keys, stayed = ranking.keys.numpy(), (ranking.exits == 3).numpy()
+        for request in range(60):
+            mine = test.request.numpy() == request
+            assert stayed[mine].sum() >= k  # the list is whole
+            assert keys[mine & stayed].min() > keys[mine & ~stayed].max(initial=-np.inf)
+
+
+def test_the_fastest_that_is_enough() -> None:
+    """Of static depths whose overlaps@2 are .25, .5 and 1: 0 asks for layer 0, .3 for layer 2, .6 for full depth."""
+    asked = ScoredRequests.of(GOLDEN)
+    path = [fixed_depth((0, 2, 6), index) for index in (1, 0)]
+    full = fixed_depth((0, 2, 6), 2)
+    found = [fastest(path, full, asked, 2, overlap) for overlap in (0.1, 0.3, 0.6)]
+    assert [costs(asked, p.decide(asked), "warm").sum().item() for p in found] == [0, 28, 84]
+
+
+def test_rows_and_certificate() -> None:
+    """Rows for tune and test of every list; a certificate's estimate is top_k's own loss on the certify requests."""
+    made = {name: ScoredRequests.of(drifting(50, 30, seed)) for seed, name in enumerate(
+        ("catalogue/tune", "labelled/tune", "catalogue/test", "labelled/test"))}  # fmt: skip
+    made["catalogue/certify"] = ScoredRequests.of(drifting(400, 30, 9))
+    settings = RankSettings(lists=[3, 5], candidates=30, epsilon=0.1)
+    result = rank_rows(made, settings)
+    shown = [(r["split"], r.get("fold"), r["k"]) for r in result["requests"] if r["policy"] == "top_k"]
+    assert shown == [("valid", "tune", 3), ("test", None, 3), ("valid", "tune", 5), ("test", None, 5)]
+    for k, certificate in zip((3, 5), result["certificate"], strict=True):
+        full, top_k, *_ = policies(made["catalogue/tune"], k, settings.overlap)
+        asked = made["catalogue/certify"]
+        loss = 1 - overlaps(asked, top_k.decide(asked), full.decide(asked), k).mean()
+        assert certificate["estimate"] == pytest.approx(loss)
+        assert certificate["passed"]
+        assert (certificate["k"], certificate["n"], certificate["unit"]) == (k, 400, "requests")
+        assert certificate["delta"] == 0.05  # .1 shared out among two lists
+        assert loss < certificate["bound"] <= 0.1
+
+
+def test_scores_meet_their_labels() -> None:
+    """Scores in any order are put in the workload's, each with its own label; unscored candidates are an error."""
+    known = pl.DataFrame(
+        {"request_id": ["a", "a", "b"], "candidate_index": [0, 1, 0], "user": [7, 7, 8], "label": [None, 1, 0],
+         "row_id": [None, 30, 40]},
+        schema_overrides={"label": pl.Int8},
+    )  # fmt: skip
+    scores = table(["b", "a", "a"], {0: [3.0, 1.0, 2.0], 2: [3.0, 1.0, 2.0]})
+    joined = labelled_scores(scores, known)
+    assert joined.columns == scores.columns
+    assert joined.select("request_id", "user", "label", "row_id", "logit_2").rows() == [
+        ("a", 7, None, None, 1.0),
+        ("a", 7, 1, 30, 2.0),
+        ("b", 8, 0, 40, 3.0),
+    ]
+    with pytest.raises(ConfigError, match=r"2 of 3 candidates.*limit_predict_batches"):
+        labelled_scores(scores[:2], known)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lists": []}, "ranking.lists"),
+        ({"lists": [5, 5]}, "ranking.lists"),
+        ({"candidates": 10}, "ranking.candidates is 10; expected at least 11"),
+        ({"labelled_minimum": 3}, "ranking.labelled_minimum"),
+        ({"requests": 0}, "ranking.requests"),
+        ({"overlap": 1.5}, "ranking.overlap"),
+        ({"epsilon": 2.0}, "ranking.epsilon"),
+        ({"delta": 0.0}, "ranking.delta"),
+    ],
+)
+def test_bad_settings(change: dict[str, Any], words: str) -> None:
+    """Every value that cannot work names its key."""
+    with pytest.raises(ConfigError, match=words):
+        RankSettings(**change).check()
+
+
+@pytest.mark.slow
+def test_the_verb(
+    run: Callable[..., None],
+    tiny_config: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """fit, test, rank: a target scores as `test` scored it; a second promise on the same fold is refused."""
+    run("fit", "--config", tiny_config())
+    folder = tmp_path / "runs" / "tiny" / "latest"
+    given = ("--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
+    run("test", *given)
+    small = {"requests": 12, "certify": 8, "candidates": 7, "lists": "[2,4]", "labelled_minimum": 5}
+    options = [x for key, value in small.items() for x in (f"--ranking.{key}", value)]
+    capsys.readouterr()
+    run("rank", *given, *options)
+    assert "top_k" in capsys.readouterr().out
+
+    result = json.loads((folder / "results" / "rank.json").read_text())
+    assert result["verb"] == "rank"
+    assert result["layers"] == [0, 1, 3]
+    assert {(r["n_requests"], r["candidates"]) for r in result["requests"]} == {(12, 7)}
+    for row in result["requests"]:
+        if row["policy"] == "full_depth":
+            assert row["overlap"] == row["depth_share"] == row["cost_cold"] == row["cost_warm"] == 1
+        assert 0 <= row["precision"] <= 1
+    assert [c["k"] for c in result["certificate"]] == [2, 4]
+    assert all(c["n"] == 8 for c in result["certificate"])
+    for split in ("test", "valid"):
+        assert render_rank(result, split).count("| top_k |") == 2
+
+    scores, test = (pl.read_parquet(folder / "scores" / f"{name}.parquet") for name in ("rank", "test"))
+    assert [c for c in scores.columns if c != "item_id"] == test.columns
+    asked = scores.filter(pl.col("request_id").str.starts_with("catalogue/test/")).drop_nulls("row_id")
+    assert len(asked) == 12
+    both = asked.join(test, on="row_id", suffix="_test", validate="1:1")
+    assert both["label"].to_list() == both["label_test"].to_list()
+    for column in ("logit_0", "logit_1", "logit_3"):
+        assert np.abs(both[column].to_numpy() - both[f"{column}_test"].to_numpy()).max() < 1e-4
+    labelled = scores.filter(pl.col("request_id").str.starts_with("labelled/"))
+    assert labelled["label"].null_count() == 0
+
+    run("rank", *given, *options)
+    again = json.loads((folder / "results" / "rank.json").read_text())
+    assert again["requests"] == result["requests"]
+    assert len(again["ledger"]) == 1
+    with pytest.raises(SystemExit):
+        run("rank", *given, *options, "--ranking.epsilon", 0.2)
+    said = capsys.readouterr().err
+    assert all(words in said for words in ("asking twice voids delta", "0.2", "ranking.certify to 0"))
+    run("rank", *given, *options, "--ranking.epsilon", 0.2, "--ranking.certify", 0)
+    without = json.loads((folder / "results" / "rank.json").read_text())
+    assert (without["certificate"], without["ledger"]) == ([], again["ledger"])
+    with pytest.raises(SystemExit):
+        run("rank", "--config", folder / "config.yaml")
+    assert "--ckpt_path" in capsys.readouterr().err
