@@ -12,9 +12,9 @@ import numpy as np
 import polars as pl
 
 from project.artefacts import exit_layers_of
+from project.bootstrap import UserBootstrap
 from project.data.splits import SplitInteractions
 from project.floors import Floor, best_floor, floor_difference, floor_rows
-from project.bootstrap import UserBootstrap
 from project.metrics import auc, head_metrics
 
 DRAWS = 1000  # resamples of users behind every interval
@@ -31,7 +31,7 @@ def exit_rows(
         fold: select or tune; None: the whole split.
         draws: Resamples of users behind `auc_interval`; 0 leaves the interval out.
     """
-    part = _part(scores, split, fold)
+    part = part_of(scores, split, fold)
     labels, users = part["label"].to_numpy(), part["user"].to_numpy()
     bootstrap = UserBootstrap(users, draws) if draws else None
     rows = []
@@ -48,7 +48,7 @@ def exit_rows(
 
 def choose_exit(scores: pl.DataFrame) -> int | None:
     """The exit layer of highest AUC on the `tune` fold (the shallowest of equals); None where that is undefined."""
-    tune = _part(scores, "valid", "tune")
+    tune = part_of(scores, "valid", "tune")
     labels = tune["label"].to_numpy()
     layers = exit_layers_of(scores)
     values = {k: auc(tune[f"logit_{k}"].to_numpy().astype(np.float64), labels) for k in layers}
@@ -86,7 +86,7 @@ def comparison(
         "best_floor": best.name if best else None,
     }
     if chosen_exit is not None and best is not None:
-        part = _part(scores, reported, fold)
+        part = part_of(scores, reported, fold)
         logits = part[f"logit_{chosen_exit}"].to_numpy().astype(np.float64)
         rivals = [best, *(f for f in floors if f.name == "lr_rates" and f is not best)]
         differences = [
@@ -97,6 +97,7 @@ def comparison(
     return result
 
 
-def _part(scores: pl.DataFrame, split: str, fold: str | None) -> pl.DataFrame:
+def part_of(scores: pl.DataFrame, split: str, fold: str | None) -> pl.DataFrame:
+    """Rows of one split, or of one fold of validation, of a score table."""
     part = scores.filter(pl.col("split") == split)
     return part if fold is None else part.filter(pl.col("fold") == fold)

@@ -86,8 +86,9 @@ def run_calibrate(
         model.prior.copy_(checkpoint["state_dict"]["prior"])
         scores = pl.read_parquet(table)
     result = callback.calibrate(trainer, model, data, scores, folder)
-    callback.write_into(Path(ckpt_path), model)
-    Console(width=120).print(result["certificate"]["words"], f"written: {ckpt_path}", sep="\n")
+    if trainer.is_global_zero:
+        callback.write_into(Path(ckpt_path), model)
+        Console(width=120).print(result["certificate"]["words"], f"written: {ckpt_path}", sep="\n")
     return result
 
 

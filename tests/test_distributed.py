@@ -57,6 +57,17 @@ def exits(folder: Path, verb: str) -> list[dict[str, Any]]:
     return rows
 
 
+def plan(folder: Path) -> list[float]:
+    """Thresholds and calibration of every criterion, as numbers."""
+    policies = json.loads((folder / "results" / "calibrate.json").read_text())["policies"]
+    words = {"never": 1e9, "everyone": -1e9}
+    found: list[float] = []
+    for policy in policies:
+        found += [words.get(t, t) for t in policy["thresholds"].values()]
+        found += [v for row in policy["calibration"].values() for v in row.values()]
+    return found
+
+
 def test_two_processes(project: Callable[..., str], tiny_config: Config, tmp_path: Path) -> None:
     """Two processes train; validate of their checkpoint gives the same metrics with two processes as with one."""
     ddp = ("--config", OVERLAYS / "ddp.yaml")
@@ -74,6 +85,11 @@ def test_two_processes(project: Callable[..., str], tiny_config: Config, tmp_pat
     assert [r["n"] for r in together] == [r["n"] for r in alone]
     assert together_scores["row_id"].to_list() == alone_scores["row_id"].to_list()
     assert (together_scores["logit_3"] - alone_scores["logit_3"]).abs().max() < 1e-5
+    fitted = plan(folder)
+    project("calibrate", "--config", tiny_config(), *given, "--rescore", "true")
+    assert plan(folder) == pytest.approx(fitted, abs=1e-4)
+    project("calibrate", "--config", tiny_config(), *ddp, *given, "--rescore", "true")
+    assert plan(folder) == pytest.approx(fitted, abs=1e-4)
 
 
 def test_goes_on_after_sigterm(

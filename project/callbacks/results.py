@@ -15,7 +15,7 @@ from project.adaptive import PlannedRows
 from project.artefacts import result_head, write_json, write_table
 from project.callbacks.exit_calibration import exit_calibration_of, features_of
 from project.callbacks.run_folder import current_run, will_be_saved
-from project.evaluate import comparison
+from project.evaluate import comparison, part_of
 from project.floors import Floor, fit_floors, floor_difference
 from project.model.heads import heads_digest
 from project.tables import exits_table, stage_seconds_table
@@ -154,9 +154,7 @@ def _adaptive(
     if calibration.found is None or not exits:
         return {}
     split, fold = exits[0]["split"], exits[0].get("fold")
-    part = scores.filter(
-        (polars.col("split") == split) & (polars.lit(fold is None) | (polars.col("fold") == fold))
-    )
+    part = part_of(scores, split, fold)
     features = features_of(module, data, part)
     planned = PlannedRows(calibration.found.plan, part, features, calibration.stream)
     shares = planned.exits()

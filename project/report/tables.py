@@ -104,8 +104,8 @@ def calibration_table(policy: Row) -> str:
     """The chosen policy's calibration and threshold of each exit.
 
     Args:
-        policy: One of `policies`: `calibration` by layer {`logit`, `prior`, `offset`}, `thresholds` by layer (null:
-            always at the last exit, never before).
+        policy: One of `policies`: `calibration` by layer {`logit`, `prior`, `offset`}, `thresholds` by layer (a
+            number, "never" or "everyone").
     """
     thresholds = policy.get("thresholds") or {}
     calibration = policy.get("calibration") or {}
@@ -114,9 +114,9 @@ def calibration_table(policy: Row) -> str:
     for layer in layers:
         terms = calibration.get(str(layer), {})
         threshold = thresholds.get(str(layer))
-        rule = "always" if layer == layers[-1] else "never"
         cells = [value_cell(terms, key, 3) for key in ("logit", "prior", "offset")]
-        rows.append([f"exit {layer}", *cells, rule if threshold is None else number(threshold)])
+        rule = threshold if threshold is None or isinstance(threshold, str) else number(threshold)
+        rows.append([f"exit {layer}", *cells, rule or ABSENT])
     return markdown_table(
         ("exit", "slope of its logit", "weight of exit 0", "offset", "leaves at safety from"), rows
     )

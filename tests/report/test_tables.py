@@ -34,14 +34,14 @@ def test_policies():
 
 
 def test_calibration():
-    """A null threshold is "never", at the last exit "always"; exits come by number, not by text."""
+    """A threshold is a number or a word; exits come by number, not by text."""
     terms = {"logit": 1.25, "prior": 0.5, "offset": -0.1}
-    thresholds = {"10": None, "2": None, "4": -0.02}
+    thresholds = {"10": "everyone", "2": "never", "4": -0.02}
     table = calibration_table({"thresholds": thresholds, "calibration": {"2": terms}}).splitlines()
     assert table[2:] == [
         "| exit 2 | 1.250 | .500 | -.100 | never |",
         "| exit 4 | – | – | – | -.0200 |",
-        "| exit 10 | – | – | – | always |",
+        "| exit 10 | – | – | – | everyone |",
     ]
 
 

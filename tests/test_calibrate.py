@@ -1,0 +1,124 @@
+"""Calibration of a whole run, through the command line as a user would."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from project.counting import CountingPrior, counting_features
+from project.exits.plan import ExitPlan
+
+Run = Callable[..., None]
+Config = Callable[..., Path]
+
+pytestmark = pytest.mark.slow
+
+
+def result(folder: Path, verb: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "results" / f"{verb}.json").read_text())
+    return content
+
+
+@pytest.fixture
+def fitted(run: Run, tiny_config: Config, tmp_path: Path) -> Path:
+    """Folder of a tiny trained run."""
+    run("fit", "--config", tiny_config())
+    return (tmp_path / "runs" / "tiny" / "latest").resolve()
+
+
+def given(folder: Path) -> tuple[object, ...]:
+    return ("--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    found: dict[str, Any] = content["callbacks"]["ExitCalibration"]
+    return found
+
+
+def test_calibrate_again_is_the_same(run: Run, fitted: Path) -> None:
+    """From the run's own config and checkpoint the verb gives what the callback gave, from the score table or anew."""
+    before, policies = state_of(fitted), result(fitted, "calibrate")["policies"]
+    run("calibrate", *given(fitted))
+    assert result(fitted, "calibrate")["policies"] == policies
+    torch.testing.assert_close(state_of(fitted)["plan"]["thresholds"], before["plan"]["thresholds"])
+    run("calibrate", *given(fitted), "--rescore", "true")
+    assert result(fitted, "calibrate")["policies"] == policies
+    buffers = torch.load(fitted / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    torch.testing.assert_close(buffers["exit_thresholds"].double(), before["plan"]["thresholds"])
+
+
+def test_simulated_equals_heads(run: Run, fitted: Path) -> None:
+    """On test, every row's reported exit is what its heads say one by one, and the result file adds them up right."""
+    run("test", *given(fitted))
+    scores, adaptive = pl.read_parquet(fitted / "scores" / "test.parquet"), result(fitted, "test")["adaptive"]
+    plan = ExitPlan.from_state(state_of(fitted)["plan"])
+    prior = torch.load(fitted / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["prior"]
+    base = CountingPrior.from_array(prior.numpy()).base
+    (evidence,) = (fitted / "bundle" / "evidence").glob("*/test.parquet")
+    rows = scores.select("row_id").join(
+        pl.read_parquet(evidence), on="row_id", how="left", maintain_order="left"
+    )
+    outputs = plan.outputs(scores, counting_features(rows, base))
+    for row in range(len(scores)):
+        alone = outputs.rows(torch.tensor([row]))
+        head = next(k for k in range(len(plan.layers)) if plan.policy.leaves(alone.until(k)))
+        assert scores["exit_layer"][row] == plan.layers[head]
+        assert scores["adaptive_logit"][row] == pytest.approx(float(alone.logits[0, head]), abs=1e-5)
+    assert adaptive["mean_depth"] == pytest.approx(scores["exit_layer"].mean())
+    tokens = (scores["target_tokens"] + scores["stream_tokens"]).to_numpy()
+    spent = float((scores["exit_layer"].to_numpy() * tokens).sum())
+    assert spent == 0 or adaptive["token_layer_speedup"] == pytest.approx(3 * tokens.sum() / spent)
+    shares = {row["layer"]: row["exit_share"] for row in result(fitted, "test")["exits"]}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert np.isclose(shares[3], (scores["exit_layer"] == 3).mean())
+
+
+def test_report_is_written(run: Run, fitted: Path) -> None:
+    """Fit leaves a report with its pictures; the verb writes it again."""
+    page = fitted / "report" / "report.html"
+    assert {"pareto.png", "report.md", "report.html"} <= {p.name for p in page.parent.iterdir()}
+    page.unlink()
+    run("report", fitted)
+    assert "data:image/png;base64" in page.read_text()
+
+
+def test_second_certificate_is_refused(run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another epsilon on the same certify fold voids delta: refused, and the first certificate stays."""
+    issued = result(fitted, "calibrate")["certificate"]
+    with pytest.raises(SystemExit):
+        run("calibrate", *given(fitted), "--exits.certificate.epsilon", "0.1")
+    said = capsys.readouterr().err
+    assert "epsilon" in said
+    assert "voids delta" in said
+    assert result(fitted, "calibrate")["certificate"] == issued
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--exits.certificate.epsilon", "7"), ("epsilon", "expected")),
+        (("--exits.certificate.delta", "0"), ("delta", "expected")),
+        (("--exits.max_auc_drop", "null"), ("max_auc_drop", "max_cost")),
+        (("--exits.max_cost", "3"), ("max_cost", "3")),
+    ],
+)
+def test_bad_settings(
+    run: Run,
+    tiny_config: Config,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    """A promise that cannot be kept is refused before anything runs."""
+    with pytest.raises(SystemExit):
+        run("fit", "--config", tiny_config(), *arguments)
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
