@@ -69,7 +69,7 @@ def results(
             {
                 "criterion": name,
                 "mode": "budget",
-                "thresholds": limits | {str(layers[-1]): None},
+                "thresholds": limits | {str(layers[-1]): "everyone"},
                 "calibration": calibration,
                 "pareto": path,
                 "chosen_step": step,

@@ -99,6 +99,19 @@ def threshold_path(
     Raises:
         DataError: One class, or safety that is NaN.
     """
+    _check(safety, labels, layers)
+    search = _Search(
+        safety.detach().double().cpu().numpy(),
+        scores.detach().double().cpu().numpy(),
+        np.asarray(labels, dtype=np.float64),
+        np.asarray(layers, dtype=np.float64),
+        row_tokens(target_tokens, stream_tokens, stream).double().cpu().numpy(),
+    )
+    ladders = [search.ladder(head, steps) for head in range(len(layers) - 1)]
+    return _pruned([*search.greedy(ladders), *search.static(ladders)])
+
+
+def _check(safety: Tensor, labels: ArrayLike, layers: Sequence[int]) -> None:
     if safety.isnan().any():
         head = int(safety.isnan().any(dim=0).int().argmax())
         raise DataError(
@@ -110,15 +123,6 @@ def threshold_path(
             "thresholds need both classes in the fold tune, found one: use more validation data or another "
             "data.protocol.label"
         )
-    search = _Search(
-        safety.detach().double().cpu().numpy(),
-        scores.detach().double().cpu().numpy(),
-        np.asarray(labels, dtype=np.float64),
-        np.asarray(layers, dtype=np.float64),
-        row_tokens(target_tokens, stream_tokens, stream).double().cpu().numpy(),
-    )
-    ladders = [search.ladder(head, steps) for head in range(len(layers) - 1)]
-    return _pruned([*search.greedy(ladders), *search.static(ladders)])
 
 
 def pick_budget(path: Path, max_auc_drop: float | None = None, max_cost: float | None = None) -> int:
