@@ -57,7 +57,9 @@ class CertificateSettings:
                 f"{risk.high:.4g}, the largest {self.risk} there can be"
             )
         if not 0 < self.delta <= 0.5:
-            raise ConfigError(f"exits.certificate.delta: found {self.delta}, expected a number above 0 and at most 0.5")
+            raise ConfigError(
+                f"exits.certificate.delta: found {self.delta}, expected a number above 0 and at most 0.5"
+            )
         if self.unit not in UNITS[risk.over]:
             raise ConfigError(
                 f"exits.certificate.unit: found {self.unit!r}, expected {' or '.join(UNITS[risk.over])} for {self.risk}"

@@ -124,7 +124,9 @@ def certify(
     """
     risk = find_risk(settings.risk)
     if risk.over == "requests":
-        raise ConfigError(f"exits.certificate.risk: {risk.name} is a risk of ranking requests, not of score requests")
+        raise ConfigError(
+            f"exits.certificate.risk: {risk.name} is a risk of ranking requests, not of score requests"
+        )
     scores, last = np.asarray(path, dtype=np.float64), np.asarray(full, dtype=np.float64)
     owners = np.asarray(users)
     _check_path(scores, last, owners)
@@ -134,7 +136,9 @@ def certify(
         )
         return certify_losses(user_means(losses, owners) if settings.unit == "users" else losses, settings)
     if labels is None or min(np.sum(np.asarray(labels) == c) for c in (0, 1)) < 2:
-        raise DataError("exits.certificate.risk: auc_gap needs two positives and two negatives in the certify fold")
+        raise DataError(
+            "exits.certificate.risk: auc_gap needs two positives and two negatives in the certify fold"
+        )
     truth = np.asarray(labels)
     n = int(np.unique(owners).size) if settings.unit == "users" else last.size
     test: Test = (DeLongTest if settings.certifier == "delong" else PairTest)(

@@ -57,8 +57,10 @@ class CertificateLedger:
                 continue
             changed = [key for key, value in new.items() if record["settings"].get(key) != value]
             if changed:
+                where = {"criterion": "exits", "mode": "exits"}
                 was = ", ".join(
-                    f"exits.{key} {record['settings'].get(key)!r} -> {new[key]!r}" for key in changed
+                    f"{where.get(key, 'exits.certificate')}.{key} {record['settings'].get(key)!r} -> {new[key]!r}"
+                    for key in changed
                 )
                 raise ConfigError(
                     f"a certificate was already issued on this certify fold with other settings ({was}): asking "

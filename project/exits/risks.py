@@ -67,7 +67,9 @@ class Risk:
                     f"{self.name} takes `probabilities` (clipped), found {values[~inside][0]:.4g}"
                 )
         if self.labelled and labels is None:
-            raise DataError(f"exits.certificate.risk: {self.name} needs labels, these rows have none; use score_drift")
+            raise DataError(
+                f"exits.certificate.risk: {self.name} needs labels, these rows have none; use score_drift"
+            )
         truth = np.zeros_like(full) if labels is None else np.asarray(labels, dtype=np.float64)
         return np.clip(self.loss(adaptive, full, truth), self.low, self.high)
 
