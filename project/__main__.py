@@ -7,7 +7,12 @@ import sys
 import warnings
 
 # of libraries among themselves: nothing a user could act on
-QUIET_WARNINGS = (r"`isinstance\(treespec, LeafSpec\)`", "`torch.jit", ".*jsonargparse", "The dirpath has changed")
+QUIET_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)`",
+    "`torch.jit",
+    ".*jsonargparse",
+    "The dirpath has changed",
+)
 
 
 def run(arguments: list[str]) -> None:

@@ -40,7 +40,8 @@ SCORE_COLUMNS: dict[str, PolarsType] = {
 }
 """Columns of a score table before its heads: `logit_<layer>` Float32, one per exit layer. Rows of the logs have a
 row_id, candidates of requests a request_id and candidate_index; `logit_0` is counting's. `drift_<layer>` Float32 is the
-|p_last - p_here| that a head expects, for every exit layer but the last."""
+|p_last - p_here| that a head expects, for every exit layer but the last. Scored under an exit plan, a table ends in
+`exit_layer` Int64 and `adaptive_logit` Float32, where a row leaves and the calibrated logit it leaves with."""
 
 
 def score_table(
@@ -121,7 +122,10 @@ def read_result(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path} does not exist; expected a result file that fit, test or floors has written."
         )
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not a result file: {error}. Run the verb that wrote it again.") from error
     if content.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
             f"{path} has schema_version {content.get('schema_version')}; this version reads {SCHEMA_VERSION}. "

@@ -68,10 +68,10 @@ def prompts_of(streams: Streams, stream: int, window: Window) -> list[np.ndarray
 def _pointwise_batches(streams: Streams, sampler: TrainSampler, batch_tokens: int) -> Iterator[list[Any]]:
     """Prompts of random targets, as many as fit into `batch_tokens` when padded to the longest."""
     rng = np.random.default_rng(0)
+    batch: list[Any] = []  # goes on over windows: those of a small log do not fill one
     for windows in cycle(sampler):
         prompts = [p for s, w in windows for p in prompts_of(streams, s, w)]
         rng.shuffle(prompts)
-        batch: list[Any] = []
         for prompt in prompts:
             if batch and max(len(prompt), *(len(p) for p in batch)) * (len(batch) + 1) > batch_tokens:
                 yield batch

@@ -169,7 +169,13 @@ class ProjectCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs, and ours."""
         ours = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "calibrate": ours, "floors": ours, "benchmark": ours, "rank": ours}
+        return {
+            **LightningCLI.subcommands(),
+            "calibrate": ours,
+            "floors": ours,
+            "benchmark": ours,
+            "rank": ours,
+        }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Forced callbacks, each under its own key, and values that are said once."""

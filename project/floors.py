@@ -13,9 +13,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
+from project.bootstrap import UserBootstrap
 from project.counting import FEATURES, CountingPrior, counting_features, logistic_regression
 from project.errors import DataError
-from project.bootstrap import UserBootstrap
 from project.metrics import auc, head_metrics
 
 Floats = NDArray[np.float64]

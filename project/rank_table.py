@@ -11,8 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from project.tables import markdown_table
-from project.tables import interval, number, protocol_line
+from project.tables import interval, markdown_table, number, protocol_line
 
 Result = Mapping[str, Any]
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# before torch starts: tiny matrices on many threads cost more than they give, most of all beside other processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +66,7 @@ def write_model(folder: Path, layers: int = 3) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
+        initializer_range=0.2,  # the default's 0.02 makes a model that hardly reads its context
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

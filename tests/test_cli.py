@@ -36,6 +36,7 @@ def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
 
     fit = result(folder, "fit")
     assert [(row["layer"], row["split"], row["fold"]) for row in fit["exits"]] == [
+        (0, "valid", "tune"),
         (1, "valid", "tune"),
         (3, "valid", "tune"),
     ]
@@ -53,7 +54,7 @@ def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
     )
     assert {d["floor"] for d in test["floor_differences"]} == {test["best_floor"], "lr_rates"}
     scores = pl.read_parquet(folder / "scores" / "test.parquet")
-    assert scores.columns == [*SCORE_COLUMNS, "logit_1", "logit_3", "drift_1"]
+    assert scores.columns == [*SCORE_COLUMNS, "logit_1", "logit_3", "drift_1", "exit_layer", "adaptive_logit"]
     assert len(scores) == counts["test"] == scores["row_id"].n_unique()
 
     run("validate", *given)

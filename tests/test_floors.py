@@ -3,9 +3,9 @@ import polars as pl
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from project.counting import PRIOR_ROWS, counting_features
 from project.data.splits import Protocol, apply_protocol
 from project.errors import DataError
-from project.counting import PRIOR_ROWS, counting_features
 from project.floors import (
     FEATURES,
     Floor,
@@ -163,7 +163,7 @@ class TestFitFloors:
 
     def test_similarity_weighs_votes(self):
         """A liker of similarity 1 against a disliker of 0 beats the reverse; below 0 counts as 0."""
-        rows, evidence = world()
+        _, evidence = world()
         pairs = {"similarities": [[1.0, 0.0], [0.0, 1.0], [1.0, -0.5]], "answers": [[1, 0]] * 3}
         table = evidence["train"].head(3).drop(pairs).hstack(pl.DataFrame(pairs, schema=NO_LISTS))
         features = counting_features(table, 0.5)

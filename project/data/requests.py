@@ -8,6 +8,7 @@ come with the history, so they do not depend on the candidates.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,9 @@ class _Catalogue:
     def item_id(self, value: Any, where: str) -> str:
         """Id of a candidate or history item, given as an id or as an object with item_id and title."""
         details = value if isinstance(value, dict) else {"item_id": value}
-        item_id = str(details.get("item_id"))
+        if details.get("item_id") is None:
+            raise DataError(f"{where}: found an item {value!r} without item_id; expected {EXAMPLE}.")
+        item_id = str(details["item_id"])
         if item_id not in self.codes:
             if not str(details.get("title") or "").strip():
                 raise DataError(
@@ -123,7 +126,11 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not file.is_file():
         raise DataError(f"{file} (data.requests) does not exist; expected a JSONL or Parquet file.")
     if file.suffix == ".parquet":
-        for number, record in enumerate(pl.read_parquet(file).to_dicts(), start=1):
+        try:
+            table = pl.read_parquet(file)
+        except pl.exceptions.PolarsError as error:
+            raise DataError(f"{file} (data.requests) cannot be read as Parquet: {error}") from error
+        for number, record in enumerate(table.to_dicts(), start=1):
             yield f"{file}, row {number}", record
         return
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
@@ -151,25 +158,27 @@ def _request(record: dict[str, Any], where: str, catalogue: _Catalogue) -> Reque
     candidates = record["candidates"]
     if not isinstance(candidates, list) or not candidates:
         raise DataError(f"{where}: candidates is {candidates!r}; expected a list of at least one item id.")
-    history = tuple(_history_row(row, where, catalogue) for row in record.get("history") or ())
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"{where}: history is {history!r}; expected a list of past answers.")
     time = record.get("time")
-    if time is not None and not isinstance(time, int | float):
+    if time is not None and not _is_time(time):
         raise DataError(f"{where}: time is {time!r}; expected seconds as a number.")
     return Request(
         request_id=str(record["request_id"]),
         user_id=None if record.get("user_id") is None else str(record["user_id"]),
-        history=history,
+        history=tuple(_history_row(row, where, catalogue) for row in history),
         time=None if time is None else float(time),
         candidates=tuple(catalogue.item_id(c, where) for c in candidates),
     )
 
 
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _history_row(row: Any, where: str, catalogue: _Catalogue) -> tuple[str, int, float]:
-    if (
-        not isinstance(row, dict)
-        or row.get("answer") not in (0, 1)
-        or not isinstance(row.get("time"), int | float)
-    ):
+    if not isinstance(row, dict) or row.get("answer") not in (0, 1) or not _is_time(row.get("time")):
         raise DataError(
             f'{where}: history holds {row!r}; expected {{"item_id": ..., "answer": 0 or 1, "time": seconds}}.'
         )

@@ -9,20 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-import lightning.pytorch as pl
-import numpy as np
 import polars
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from project.counting import FEATURES, CountingPrior
+from project.counting import CountingPrior
 from project.data.datamodule import InteractionData
 from project.data.packing import Batch
 from project.data.sources import resolve_model
-from project.errors import CheckpointError, ConfigError, NotFittedError
+from project.errors import CheckpointError, ConfigError
 from project.evaluate import choose_exit, exit_rows
-from project.exits.plan import ExitPlan
+from project.model.exit_buffers import ExitBuffers
 from project.model.heads import ExitHead, HeadOutput, answer_tokens
 from project.model.lora import LoraSettings, add_lora, frozen_names
 from project.model.losses import LossSettings, drift_loss, exit_loss, exit_weights
@@ -34,7 +32,7 @@ DEFAULT_LOSS, DEFAULT_OPTIM = LossSettings(), OptimSettings()
 LOGGED = ("auc", "log_loss", "brier", "ece")
 
 
-class ExitRecommender(pl.LightningModule):
+class ExitRecommender(ExitBuffers):
     """A decoder-only LLM cut at exit layers, each with a head that predicts the answer.
 
     Args:
@@ -63,7 +61,7 @@ class ExitRecommender(pl.LightningModule):
         gradient_checkpointing: bool = False,
         answers: list[str] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(heads=1 + len(exit_layers))
         depth = num_layers if num_layers is not None else max(exit_layers, default=0)
         if not exit_layers or sorted(set(exit_layers)) != exit_layers or exit_layers[0] < 1:
             raise ConfigError(
@@ -84,18 +82,6 @@ class ExitRecommender(pl.LightningModule):
         self.answers = answers or [" no", " yes"]
         self.trunk: Trunk | None = None
         self.heads = nn.ModuleDict()
-        self.chosen_exit: Tensor
-        self.prior: Tensor
-        self.exit_thresholds: Tensor
-        self.exit_calibration: Tensor
-        self.register_buffer(
-            "chosen_exit", torch.tensor(-1)
-        )  # by validation's tune fold; -1: not validated yet
-        # exit 0, fitted when training starts; NaN: not fitted yet
-        self.register_buffer("prior", torch.full((2 + len(FEATURES),), torch.nan))
-        heads = 1 + len(exit_layers)  # exit 0 first; NaN: never calibrated
-        self.register_buffer("exit_thresholds", torch.full((heads,), torch.nan))
-        self.register_buffer("exit_calibration", torch.full((heads, 3), torch.nan))
         self.collector = ScoreCollector()
         self.scores: polars.DataFrame | None = None
         self.strict_loading = (
@@ -140,32 +126,6 @@ class ExitRecommender(pl.LightningModule):
         targets = self.data.targets("train")
         prior = CountingPrior.fit(self.data.evidence_of(targets), targets["label"].to_numpy())
         self.prior.copy_(torch.from_numpy(prior.to_array()))
-
-    def keep_exits(self, plan: ExitPlan) -> None:
-        """Keep thresholds and calibration of an exit plan as buffers; without a prior nobody leaves at exit 0.
-
-        Args:
-            plan: Made for this model's exit layers.
-        """
-        first = 0 if plan.prior else 1
-        self.exit_thresholds.fill_(torch.inf)
-        self.exit_calibration.fill_(torch.nan)
-        self.exit_thresholds[first:] = plan.policy.thresholds
-        self.exit_calibration[first:] = plan.calibration.values
-
-    def counting_prior(self) -> CountingPrior:
-        """Exit 0 as it was fitted.
-
-        Raises:
-            NotFittedError: If neither `fit` ran nor a checkpoint was loaded.
-        """
-        values = self.prior.cpu().numpy()
-        if np.isnan(values).any():
-            raise NotFittedError(
-                "this model has never been trained: its exit 0 has no weights. Give `--ckpt_path` a checkpoint of "
-                "a run, or make one with `python -m project fit --config ...`."
-            )
-        return CountingPrior.from_array(values)
 
     def forward(self, batch: Batch) -> HeadOutput:
         """Logits and drift of every exit.

@@ -22,6 +22,13 @@ def write(folder: Path, *records: object) -> str:
         ("{", ["line 2", "JSON"]),
         ([1], ["line 2", "list"]),
         ({"request_id": "b", "user_id": "u1", "candidates": []}, ["line 2", "candidates"]),
+        ({"request_id": "b", "user_id": "u1", "candidates": [{"title": "x"}]}, ["line 2", "item_id"]),
+        ({"request_id": "b", "user_id": "u1", "candidates": [None]}, ["line 2", "item_id"]),
+        ({"request_id": "b", "history": 5, "candidates": ["i1"]}, ["line 2", "history", "list"]),
+        (
+            {"request_id": "b", "user_id": "u1", "time": float("nan"), "candidates": ["i1"]},
+            ["line 2", "time", "nan"],
+        ),
         ({"request_id": "b", "candidates": ["i1"]}, ["line 2", "user_id or history"]),
         ({"request_id": "b", "user_id": "u1", "history": [], "candidates": ["i1"]}, ["line 2", "not both"]),
         ({"request_id": "b", "user": "u1", "candidates": ["i1"]}, ["line 2", "user"]),
@@ -55,6 +62,13 @@ def test_no_requests(tiny_logs: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=word):
             read_requests(file, logs)
+
+
+def test_unreadable_parquet(tiny_logs: Path, tmp_path: Path) -> None:
+    """A Parquet file that is none is named."""
+    (tmp_path / "requests.parquet").write_text("no")
+    with pytest.raises(DataError, match=r"requests\.parquet \(data\.requests\) cannot be read"):
+        read_requests(str(tmp_path / "requests.parquet"), read_split(tiny_logs, Protocol()).interactions)
 
 
 def test_parquet_equals_jsonl(tiny_logs: Path, tmp_path: Path) -> None:

@@ -144,7 +144,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"epsilon": 0.0}, "exits.certificate.epsilon: found 0.0, expected a number above 0 and below 0.998"),
+            (
+                {"epsilon": 0.0},
+                "exits.certificate.epsilon: found 0.0, expected a number above 0 and below 0.998",
+            ),
             ({"epsilon": 1.0, "risk": "auc_gap"}, "exits.certificate.epsilon: found 1.0, .* below 1"),
             ({"epsilon": float("nan")}, "exits.certificate.epsilon: found nan"),
             ({"delta": 0.0}, "exits.certificate.delta: found 0.0, expected a number above 0 and at most 0.5"),
@@ -155,7 +158,10 @@ class TestBadInput:
                 {"risk": "auc_gap", "certifier": "wsr"},
                 "exits.certificate.certifier: found 'wsr', expected averaged_e_values",
             ),
-            ({"certifier": "delong"}, "exits.certificate.certifier: found 'delong', expected wsr or hoeffding_bentkus"),
+            (
+                {"certifier": "delong"},
+                "exits.certificate.certifier: found 'delong', expected wsr or hoeffding_bentkus",
+            ),
             ({"pairings": 0}, "exits.certificate.pairings: found 0"),
         ],
     )

@@ -63,7 +63,9 @@ class TestLosses:
 
     def test_refusals(self):
         """Unknown risks name the key; missing labels and logits in place of probabilities are errors."""
-        with pytest.raises(ConfigError, match=r"exits.certificate.risk: found 'auc', expected one of score_drift"):
+        with pytest.raises(
+            ConfigError, match=r"exits.certificate.risk: found 'auc', expected one of score_drift"
+        ):
             find_risk("auc")
         with pytest.raises(DataError, match="log_loss_gap needs labels"):
             RISKS["log_loss_gap"].losses([0.5], [0.5])

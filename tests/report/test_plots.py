@@ -8,7 +8,6 @@ from example_run import results
 from matplotlib.colors import to_hex
 
 from project.metrics import ece
-from project.report.style import COLOURS, OTHER_COLOURS, colour_of, png
 from project.report.plots import (
     depth_figure,
     exit_share_figure,
@@ -16,6 +15,7 @@ from project.report.plots import (
     reliability_bins,
     reliability_figure,
 )
+from project.report.style import COLOURS, OTHER_COLOURS, colour_of, png
 
 
 @cache

@@ -1,0 +1,249 @@
+"""The user's own log, in the user's own columns, through the main job from YAML alone.
+
+A music shop's log: other column names, ISO dates, 0/1 answers, a split column with history rows, items with attributes
+of their own. The same log as CSV with a split column, as one CSV per split and as Parquet must train the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+
+from project.data.datamodule import InteractionData
+from project.data.prompts import Prompt
+from project.data.protocol import Protocol
+from project.data.readers import GIVEN_SPLITS, TableLogs
+from project.retrieval import ItemKNN
+
+Run = Callable[..., None]
+ROWS, USERS, ITEMS = 400, 25, 15
+START = datetime(2024, 5, 17, 9, 30, tzinfo=UTC)
+COLUMNS = {"user_id": "customer", "item_id": "song", "timestamp": "heard_at", "label": "liked"}
+ITEM_COLUMNS = {"item_id": "song", "title": "name"}
+FORMS = ("csv", "files", "parquet")
+PROMPT: dict[str, Any] = {
+    "instruction": "Songs and answers.\n",
+    "segment": "{title} by {artist} all {item_rate} near {vote}:",
+}
+
+
+def listened() -> pl.DataFrame:
+    """Rows in time order under the shop's names; `row` is the position. Taste decides, so both answers are common."""
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(0, USERS, ROWS), rng.integers(0, ITEMS, ROWS)
+    liked = rng.normal(size=USERS)[user] * rng.normal(size=ITEMS)[item] + 0.5 * rng.normal(size=ROWS) > 0
+    minutes = np.sort(rng.integers(0, ROWS // 2, ROWS))  # ties
+    part = np.searchsorted([100, 280, 340], np.arange(ROWS), side="right")
+    split = np.array(GIVEN_SPLITS)[part]
+    late = rng.choice(np.arange(100, 280), 15, replace=False)
+    split[late] = "history"  # past that lies among training rows
+    table = pl.DataFrame(
+        {
+            "heard_at": [START + timedelta(minutes=int(m)) for m in minutes],
+            "customer": [f"c-{u}" for u in user],
+            "song": [f"s-{i}" for i in item],
+            "liked": liked.astype(int),
+            "part": split,
+            "device": "phone",  # a column nobody asked for
+        }
+    )
+    return table.unique(["heard_at", "customer", "song"], keep="first", maintain_order=True)
+
+
+def songs() -> pl.DataFrame:
+    words = ["Sea", "Road", "Night", "River", "Dog"]
+    return pl.DataFrame(
+        {
+            "song": [f"s-{i}" for i in range(ITEMS)],
+            "name": [f"{words[i % 5]} {i}" for i in range(ITEMS)],
+            "artist": [f"Band {i % 4}" for i in range(ITEMS)],
+        }
+    )
+
+
+def as_text(table: pl.DataFrame) -> pl.DataFrame:
+    return table.with_columns(pl.col("heard_at").dt.strftime("%Y-%m-%dT%H:%M:%S"))
+
+
+def write_logs(folder: Path, form: str) -> dict[str, Any]:
+    """The shop's files; returns data.logs.init_args."""
+    table, columns = listened(), dict(COLUMNS)
+    songs().write_csv(folder / "songs.csv")
+    arguments: dict[str, Any] = {"items": str(folder / "songs.csv"), "item_columns": ITEM_COLUMNS}
+    if form == "files":
+        names = {split: str(folder / f"{split}.csv") for split in GIVEN_SPLITS}
+        for split, name in names.items():
+            as_text(table.filter(pl.col("part") == split).drop("part")).write_csv(name)
+        return arguments | {"interactions": names, "columns": columns}
+    columns["split"] = "part"
+    path = folder / f"log.{form}"
+    if form == "csv":
+        as_text(table).write_csv(path)
+    else:
+        table.write_parquet(path)
+        songs().write_parquet(folder / "songs.parquet")
+        arguments["items"] = str(folder / "songs.parquet")
+    return arguments | {"interactions": str(path), "columns": columns}
+
+
+def write_config(folder: Path, form: str, model: Path) -> Path:
+    """All that a user writes."""
+    config = {
+        "seed_everything": 0,
+        "data": {
+            "logs": {"class_path": "project.data.readers.TableLogs", "init_args": write_logs(folder, form)},
+            "retriever": "project.retrieval.ItemKNN",
+            "protocol": {"split": "given", "label": None},
+            "prompt": PROMPT,
+            "context_tokens": 160,
+            "batch_tokens": 800,
+            "block_rows": 100,
+        },
+        "model": {"backbone": str(model), "exit_layers": [1, 3]},
+        "trainer": {
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "logger": [
+                {
+                    "class_path": "lightning.pytorch.loggers.CSVLogger",
+                    "init_args": {"save_dir": str(folder), "name": "runs"},
+                }
+            ],
+        },
+    }
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tiny_model: Path, session_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Fits and tests a form of the log, once each; returns the run folder."""
+    from project.__main__ import main
+
+    done: dict[str, Path] = {}
+
+    def folder_of(form: str) -> Path:
+        if form not in done:
+            folder = tmp_path_factory.mktemp(form)
+            config, run = write_config(folder, form, tiny_model), folder / "runs" / "version_0"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("PROJECT_CACHE", str(session_cache))
+                for verb in (["fit"], ["test", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]):
+                    patch.setattr("sys.argv", ["project", verb[0], "--config", str(config), *verb[1:]])
+                    main()
+            done[form] = run
+        return done[form]
+
+    return folder_of
+
+
+def read_data(folder: Path, form: str, model: Path) -> InteractionData:
+    """The DataModule of the YAML, without a run."""
+    return InteractionData(
+        TableLogs(**write_logs(folder, form)),
+        ItemKNN(),
+        Protocol(split="given", label=None),
+        Prompt(**PROMPT),
+        tokenizer=str(model),
+        block_rows=100,
+    )
+
+
+@pytest.mark.slow
+def test_fit_and_test(runs: Callable[[str], Path]) -> None:
+    """Both verbs write their results; targets are exactly the rows that the log calls valid and test."""
+    run, table = runs("csv"), listened()
+    parts = dict(table.group_by("part").len().iter_rows())
+    for verb, split in (("fit", "valid"), ("test", "test")):
+        result = json.loads((run / "results" / f"{verb}.json").read_text())
+        assert result["protocol"]["name"] == "given"
+        assert result["protocol"]["counts"] == {s: parts[s] for s in ("train", "valid", "test")}
+        assert result["protocol"]["context"] == {"train": parts["history"], "valid": 0, "test": 0}
+        scores = pl.read_parquet(run / "scores" / f"{split}.parquet")
+        assert len(scores) == parts[split]
+        assert scores["label"].sum() == table.filter(pl.col("part") == split)["liked"].sum()
+        assert all(row["auc"] is not None for row in result["exits"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_every_form_trains_the_same(form: str, runs: Callable[[str], Path]) -> None:
+    """One file per split, and Parquet with typed dates, give the very scores that the CSV gives."""
+    for name in ("valid", "test"):
+        expected = pl.read_parquet(runs("csv") / "scores" / f"{name}.parquet")
+        found = pl.read_parquet(runs(form) / "scores" / f"{name}.parquet")
+        logits = ["logit_0", "logit_1", "logit_3", "drift_1"]
+        assert found.drop(logits).equals(expected.drop(logits))
+        gaps = (found.select(logits) - expected.select(logits)).to_numpy()
+        assert np.abs(gaps).max() < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_history_is_context_and_never_a_target(
+    form: str, tmp_path: Path, tiny_model: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No history row is scored in any split; later rows of its user read it, its answer included, and count it."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    data = read_data(tmp_path, form, tiny_model)
+    rows, given = data.split.rows, data.split.interactions.rows["given_split"]
+    history = rows.filter(given == "history")["row_id"].to_numpy()
+    assert len(history) > 100
+    assert set(rows.filter(given == "history")["role"]) == {"context"}
+    for name in ("train", "valid", "test"):
+        streams = data.streams(name)
+        inside = np.isin(streams.row_id, history)
+        assert inside.sum() == len(history)
+        assert not streams.target[inside].any()
+        assert streams.context[inside].all()
+        assert (streams.tokens.lengths[:-1][inside] == streams.slots[inside] + 2).all()  # the answer is there
+    own = rows.filter(pl.col("user") == 0, given.is_in(["history", "train"]).to_list())
+    last = own.filter(pl.col("role") == "target").tail(1)
+    earlier = own.filter(pl.col("timestamp") < last["timestamp"].item())
+    assert "context" in earlier["role"]
+    counted = data.evidence["train"].filter(pl.col("row_id") == last["row_id"].item())
+    assert counted["user_count"].item() == len(earlier)
+    assert counted["user_rate"].item() == pytest.approx(earlier["label"].mean())
+
+
+def test_dates_are_seconds(tmp_path: Path) -> None:
+    """Text and typed dates become the same seconds; 2024-05-17T09:30 UTC is 1,715,938,200."""
+    for form in FORMS:
+        (folder := tmp_path / form).mkdir()
+        times = TableLogs(**write_logs(folder, form)).read().interactions["timestamp"]
+        expected = START.timestamp() + 60 * (listened()["heard_at"] - START).dt.total_minutes()
+        assert sorted(times) == sorted(expected.to_list())
+    assert START.timestamp() == 1_715_938_200
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (pl.lit("holdout"), ["row 1", "part", "holdout", "history, train, valid, test"]),
+        (pl.lit(None, pl.String), ["data.protocol.split", "name no split", "columns.split"]),
+    ],
+    ids=["unknown split", "no split"],
+)
+def test_bad_split_column(
+    change: pl.Expr, words: list[str], run: Run, tmp_path: Path, tiny_model: Path, capsys: Any
+) -> None:
+    """A value that is no split names row, the user's own column and what is allowed; so does an empty one."""
+    config = write_config(tmp_path, "csv", tiny_model)
+    as_text(listened().with_columns(part=change)).write_csv(tmp_path / "log.csv")
+    with pytest.raises(SystemExit):
+        run("floors", "--config", config)
+    said = capsys.readouterr().err
+    assert all(w in said for w in words), said

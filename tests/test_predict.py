@@ -1,0 +1,267 @@
+"""The predict verb end to end: requests of known, unseen and anonymous users, of unseen items, as JSONL and Parquet.
+
+Unusual here: one tiny fit serves all tests; its model has large weights, so that what is read moves the score; its
+retriever is item_knn, whose neighbours are the user's own rows: a history that a request brings must then score as
+the same rows of the log do.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+
+from project.data.packing import Batch
+from project.model.module import ExitRecommender
+
+Record = dict[str, Any]
+Predict = Callable[..., pl.DataFrame]
+LOGITS = ["logit_0", "logit_1", "logit_3"]
+FRESH = {"item_id": "new", "title": "a dog at sea", "year": "2020"}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def sharp_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with layers ten times as large: attention is far from uniform."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("sharp") / "model"
+    shutil.copytree(tiny_model, folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for name, weights in model.named_parameters():
+        if "proj" in name:
+            weights.data.mul_(10)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(
+    sharp_model: Path, tiny_logs: Path, session_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Run folder of one tiny fit."""
+    from project.__main__ import main
+
+    folder = tmp_path_factory.mktemp("fitted")
+    csv = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(folder), "name": ""},
+    }
+    files = {name: str(tiny_logs / f"{name}.csv") for name in ("interactions", "items")}
+    config = {
+        "data": {
+            "logs": {"class_path": "project.data.readers.TableLogs", "init_args": files},
+            "retriever": "project.retrieval.ItemKNN",
+            "protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2]},
+            "context_tokens": 256,
+            "batch_tokens": 1024,
+            "block_rows": 100,
+        },
+        "model": {"backbone": str(sharp_model), "exit_layers": [1, 3]},
+        "trainer": {
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "logger": [csv],
+        },
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROJECT_CACHE", str(session_cache))
+        patch.setattr("sys.argv", ["project", "fit", "--config", str(folder / "tiny.yaml")])
+        main()
+    return folder / "version_0"
+
+
+@pytest.fixture
+def predict(fitted: Path, run: Callable[..., None], tmp_path: Path) -> Predict:
+    """Writes requests as JSONL (or Parquet), runs the verb, returns the score table."""
+
+    def scores(records: list[Record], kind: str = "jsonl") -> pl.DataFrame:
+        path = tmp_path / f"requests.{kind}"
+        if kind == "jsonl":
+            path.write_text("\n".join(map(json.dumps, records)))
+        else:
+            pl.DataFrame(records).write_parquet(path)
+        checkpoint = fitted / "checkpoints" / "last.ckpt"
+        given = ("--config", fitted / "config.yaml", "--ckpt_path", checkpoint)
+        run("predict", *given, "--data.requests", path, "--results.tag", path.stem)
+        return pl.read_parquet(fitted / "scores" / f"predict-{path.stem}.parquet")
+
+    return scores
+
+
+@pytest.fixture(scope="module")
+def log(tiny_logs: Path) -> pl.DataFrame:
+    """The log in time order, and the user with most rows as `busy`."""
+    return pl.read_csv(tiny_logs / "interactions.csv").sort("timestamp")
+
+
+def history_of(log: pl.DataFrame, user: str, before: float) -> list[Record]:
+    past = log.filter((pl.col("user_id") == user) & (pl.col("timestamp") < before))
+    rows = past.select("item_id", "rating", "timestamp").iter_rows()
+    return [{"item_id": item, "answer": int(rating > 3), "time": float(time)} for item, rating, time in rows]
+
+
+def request(name: str, candidates: list[Any], **about: Any) -> Record:
+    return {"request_id": name, "candidates": candidates} | about
+
+
+def logits(scores: pl.DataFrame, name: str) -> np.ndarray:
+    """Shape (candidates, exits)."""
+    return scores.filter(pl.col("request_id") == name).select(LOGITS).to_numpy()
+
+
+def test_everybody_is_scored(predict: Predict, log: pl.DataFrame) -> None:
+    """One row a candidate in the order asked: a known user, one never seen, one without a name, one without a past."""
+    candidates = ["i3", FRESH, "i0"]
+    records = [
+        request("known", candidates, user_id="u1", time=200.0),
+        request("unseen", candidates, user_id="nobody"),
+        request("anonymous", candidates, history=history_of(log, "u1", 200.0), time=200.0),
+        request("newcomer", candidates, history=[]),
+        request("new past", ["i3"], history=[FRESH | {"answer": 1, "time": 10.0}]),
+    ]
+    scores = predict(records)
+    asked = [
+        (r["request_id"], k, c if isinstance(c, str) else c["item_id"])
+        for r in records
+        for k, c in enumerate(r["candidates"])
+    ]
+    assert scores.select("request_id", "candidate_index", "item_id").rows() == asked
+    assert np.isfinite(scores.select(LOGITS).to_numpy()).all()
+    assert scores["label"].null_count() == scores["row_id"].null_count() == len(scores)
+    read = dict(scores.group_by("request_id").agg(pl.col("stream_tokens").first()).iter_rows())
+    assert read["unseen"] == read["newcomer"] < read["new past"] < read["known"] == read["anonymous"]
+    np.testing.assert_allclose(logits(scores, "unseen"), logits(scores, "newcomer"), atol=1e-5)
+
+
+def test_a_history_scores_as_the_log_does(predict: Predict, log: pl.DataFrame) -> None:
+    """Users of the log by name, and by their rows in any order: the same logits to 1e-4, the answers being read."""
+    users = log["user_id"].unique().sort().to_list()[:6]
+    records = []
+    for user in users:
+        past = history_of(log, user, 220.0)
+        turned = [row | {"answer": 1 - row["answer"]} for row in past]
+        records += [
+            request(f"{user} named", ["i1", "i2"], user_id=user, time=220.0),
+            request(f"{user} told", ["i1", "i2"], history=past[::-1], time=220.0),
+            request(f"{user} other", ["i1", "i2"], history=turned, time=220.0),
+        ]
+    scores = predict(records)
+    named, told, other = (
+        np.stack([logits(scores, f"{user} {how}") for user in users]) for how in ("named", "told", "other")
+    )
+    np.testing.assert_allclose(told, named, atol=1e-4)
+    assert np.abs(other - named).max(axis=(0, 1)).min() > 0.05  # at both exits
+
+
+def test_time_travels(predict: Predict, log: pl.DataFrame) -> None:
+    """Rows at and after the request's time are not read, of the log or of a history."""
+    past = history_of(log, "u1", 150.0)
+    later = [{"item_id": "i2", "answer": 1, "time": 150.0}, {"item_id": "i4", "answer": 0, "time": 180.0}]
+    scores = predict(
+        [
+            request("plain", ["i1"], history=past, time=150.0),
+            request("with the future", ["i1"], history=past + later, time=150.0),
+            request("named", ["i1"], user_id="u1", time=150.0),
+            request("named, later", ["i1"], user_id="u1", time=240.0),
+        ]
+    )
+    assert np.array_equal(logits(scores, "plain"), logits(scores, "with the future"))
+    read = dict(scores.select("request_id", "stream_tokens").iter_rows())
+    assert read["named"] == read["plain"] < read["named, later"]
+
+
+def test_candidates_do_not_see_each_other(predict: Predict) -> None:
+    """An item scores the same alone, among twenty, twice in one request, and beside other requests."""
+    everything = [f"i{k}" for k in range(20)]
+    scores = predict(
+        [
+            request("many", [*everything, "i7"], user_id="u1", time=200.0),
+            request("one", ["i7"], user_id="u1", time=200.0),
+        ]
+    )
+    many = logits(scores, "many")
+    np.testing.assert_allclose(many[7], many[20], atol=1e-5)
+    np.testing.assert_allclose(many[7], logits(scores, "one")[0], atol=1e-4)
+    assert np.ptp(many, axis=0).min() > 0.05
+
+
+def test_parquet(predict: Predict, log: pl.DataFrame) -> None:
+    """Parquet with typed, nullable columns scores as the same requests in JSONL."""
+    plain = [{"item_id": c, "title": None, "year": None} for c in ("i3", "i0")]
+    records = [
+        request("a", [*plain, FRESH], user_id="u1", history=None, time=200.0),
+        request("b", plain, user_id=None, history=history_of(log, "u2", 200.0), time=None),
+        request("c", plain, user_id="nobody", history=None, time=None),
+    ]
+    expected = predict(records)
+    found = predict(records, "parquet")
+    said = [*LOGITS, "drift_1"]
+    assert found.drop(said).equals(expected.drop(said))
+    np.testing.assert_allclose(found.select(said).to_numpy(), expected.select(said).to_numpy(), atol=1e-5)
+
+
+def test_without_a_time_the_whole_log_is_read(predict: Predict, log: pl.DataFrame) -> None:
+    """No time means after all rows of the log."""
+    end = float(log["timestamp"].max())  # type: ignore[arg-type]
+    scores = predict(
+        [
+            request("now", ["i1"], user_id="u1"),
+            request("later", ["i1"], user_id="u1", time=end + 1e6),
+        ]
+    )
+    np.testing.assert_allclose(logits(scores, "now"), logits(scores, "later"), atol=1e-5)
+
+
+def test_without_a_time_the_whole_history_is_read(predict: Predict, log: pl.DataFrame) -> None:
+    """The log ends yesterday, the question is about today's sitting: a history later than the log is not dropped."""
+    end = float(log["timestamp"].max())  # type: ignore[arg-type]
+    today = [{"item_id": f"i{k}", "answer": k % 2, "time": end + 1000.0 + k} for k in range(5)]
+    scores = predict(
+        [
+            request("today", ["i1"], history=today),
+            request("told when", ["i1"], history=today, time=end + 2000.0),
+        ]
+    )
+    assert scores["stream_tokens"][0] == scores["stream_tokens"][1]
+    np.testing.assert_allclose(logits(scores, "today"), logits(scores, "told when"), atol=1e-5)
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_an_untrained_model_is_refused_before_the_first_batch(
+    verb: str,
+    fitted: Path,
+    run: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A verb that scores says that it needs a checkpoint before it computes for minutes, not after."""
+    path = tmp_path / "requests.jsonl"
+    path.write_text(json.dumps(request("a", ["i1"], user_id="u1")))
+    batches, collect = list[Batch](), ExitRecommender._collect
+
+    def counted(self: ExitRecommender, batch: Batch) -> Any:
+        batches.append(batch)
+        return collect(self, batch)
+
+    monkeypatch.setattr(ExitRecommender, "_collect", counted)
+    with pytest.raises(SystemExit):
+        run(verb, "--config", fitted / "config.yaml", "--data.requests", path, "--trainer.logger", "false")
+    said = capsys.readouterr().err
+    assert "NotFittedError" in said
+    assert "--ckpt_path" in said
+    assert len(batches) == 0
