@@ -1,0 +1,163 @@
+"""From a score table to a plan: which fold decides what, what is refused, and both modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from project.artefacts import score_table
+from project.errors import ConfigError, DataError
+from project.exits.calibrate import calibrate
+from project.exits.certifiers import CertificateSettings
+from project.exits.criteria import Consistency, Ratio
+from project.exits.plan import ExitPlan
+from project.exits.settings import ExitSettings
+
+ROWS = 900
+FEATURES = np.random.default_rng(5).normal(size=(ROWS, 3))
+
+
+@pytest.fixture(scope="module")
+def scores(new_world: Callable[..., Any]) -> pl.DataFrame:
+    """A validation score table: users 0 to 19 select, 20 to 49 tune, 50 to 79 certify."""
+    world = new_world(ROWS, seed=4)
+    user = world.users.numpy()
+    fold = np.select([user < 20, user < 50], ["select", "tune"], "certify")
+    columns = {
+        "row_id": np.arange(ROWS),
+        "user": user,
+        "split": ["valid"] * ROWS,
+        "fold": fold,
+        "label": world.labels.numpy(),
+        "target_tokens": world.target_tokens.numpy(),
+        "stream_tokens": world.stream_tokens.numpy(),
+        "logit_0": world.raw[:, 0].numpy(),
+    }
+    return score_table(
+        columns, world.raw[:, 1:].numpy(), list(world.layers[1:]), world.drift[:, 1:-1].numpy()
+    )
+
+
+def settings(**changes: Any) -> ExitSettings:
+    return ExitSettings(**{"compare": [Ratio(), Consistency()], **changes})
+
+
+def thresholds(plan: ExitPlan) -> list[float]:
+    return [float(t) for t in plan.policy.thresholds]
+
+
+def with_fold(scores: pl.DataFrame, fold: str, **changes: pl.Expr) -> pl.DataFrame:
+    """Columns changed on one fold only."""
+    here = pl.col("fold") == fold
+    return scores.with_columns(
+        **{name: pl.when(here).then(value).otherwise(pl.col(name)) for name, value in changes.items()}
+    )
+
+
+def test_only_tune_decides(scores: pl.DataFrame) -> None:
+    """Turning every label of select and certify round changes neither calibration nor thresholds; of tune it does."""
+    before = calibrate(scores, FEATURES, settings(), "hash")
+    turned = {"label": (1 - pl.col("label")).cast(pl.Int8)}
+    for fold in ("select", "certify"):
+        after = calibrate(with_fold(scores, fold, **turned), FEATURES, settings(), "hash")
+        assert thresholds(after.plan) == thresholds(before.plan)
+        torch.testing.assert_close(after.plan.calibration.values, before.plan.calibration.values)
+        assert after.rival == before.rival
+    after = calibrate(with_fold(scores, "tune", **turned), FEATURES, settings(), "hash")
+    assert not torch.allclose(after.plan.calibration.values, before.plan.calibration.values)
+
+
+def test_budget_and_priors(scores: pl.DataFrame) -> None:
+    """The chosen step keeps the budget on tune; without a prior the plan does not know exit 0; both are reported."""
+    found = calibrate(scores, FEATURES, settings(max_auc_drop=0.003), "hash")
+    policy = next(p for p in found.document["policies"] if p["criterion"] == found.document["chosen"])
+    point = policy["pareto"][policy["chosen_step"]]
+    assert point["auc_drop"] <= 0.003
+    assert policy["pareto"][0]["cost"] == pytest.approx(1.0)  # step 0: nobody leaves early
+    assert found.plan.layers[0] == 0
+    assert found.without.layers[0] == 2
+    assert set(found.document["priors"]) == {"counting", "none"}
+    assert found.document["certificate"]["unit"] == "users"
+    assert found.document["certificate"]["n"] == 30
+    none = calibrate(scores, FEATURES, settings(max_auc_drop=0.003, prior="none"), "hash")
+    assert thresholds(none.plan) == thresholds(found.without)
+
+
+def test_named_criterion_decides(scores: pl.DataFrame) -> None:
+    """A criterion in the settings decides, whatever the others reach; its class is compared once."""
+    found = calibrate(scores, FEATURES, settings(criterion=Consistency(2)), "hash")
+    names = [p["criterion"] for p in found.document["policies"]]
+    assert found.document["chosen"] == "consistency"
+    assert sorted(names) == ["consistency", "ratio"]
+    assert found.document["policies"][0]["settings"]["init_args"] == {"heads": 2}
+
+
+def test_risk_mode(scores: pl.DataFrame) -> None:
+    """Risk mode takes the last certified step; where nothing passes it runs full depth and says what it takes."""
+    loose = CertificateSettings(risk="score_drift", epsilon=0.4)
+    found = calibrate(scores, FEATURES, settings(mode="risk", certificate=loose), "hash")
+    certificate, policy = found.document["certificate"], found.document["policies"][0]
+    best = next(p for p in found.document["policies"] if p["criterion"] == found.document["chosen"])
+    assert certificate["passed"]
+    assert best["chosen_step"] == certificate["path_step"] > 0
+    strict = CertificateSettings(risk="score_drift", epsilon=1e-4)
+    none = calibrate(scores, FEATURES, settings(mode="risk", certificate=strict), "hash")
+    certificate = none.document["certificate"]
+    assert not certificate["passed"]
+    assert certificate["path_step"] is None
+    assert all(t == np.inf for t in thresholds(none.plan)[:-1])  # full depth for everybody
+    assert "needed" in certificate["words"] or "more data would not cure" in certificate["words"]
+    assert policy["mode"] == "risk"
+
+
+def test_too_few_to_certify(scores: pl.DataFrame) -> None:
+    """Two users cannot certify an AUC gap by users: not passed, and about how many users it takes."""
+    kept = (pl.col("fold") != "certify") | pl.col("user").is_in([50, 51])
+    mask = scores.select(kept).to_series().to_numpy()
+    promise = CertificateSettings(risk="auc_gap", epsilon=0.02, certifier="averaged_e_values")
+    certificate = calibrate(
+        scores.filter(mask), FEATURES[mask], settings(certificate=promise), "hash"
+    ).document["certificate"]
+    assert not certificate["passed"]
+    assert certificate["n"] == 2
+    assert certificate["rows_needed"] is None or certificate["rows_needed"] > 100
+
+
+def test_second_certificate(scores: pl.DataFrame) -> None:
+    """The same promise may be computed again, another one on the same fold is refused."""
+    first = calibrate(scores, FEATURES, settings(), "hash").document
+    again = calibrate(scores, FEATURES, settings(), "hash", first).document
+    assert again["certificate"] == first["certificate"]
+    assert len(again["ledger"]) == 1
+    with pytest.raises(ConfigError, match="voids delta"):
+        calibrate(scores, FEATURES, settings(max_auc_drop=0.01, mode="risk"), "hash", first)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"user": pl.lit(20, pl.Int32)}, "more than one fold"),
+        ({"label": pl.lit(1, pl.Int8)}, "both classes"),
+        ({"logit_4": pl.lit(float("nan"), pl.Float32)}, "layer 4"),
+        ({f"logit_{k}": pl.lit(0.5, pl.Float32) for k in (0, 2, 4, 6, 8, 10, 12)}, "same logit"),
+        ({f"logit_{k}": pl.col("logit_2") for k in (0, 2, 4, 6, 8, 10, 12)}, "all equal"),
+    ],
+    ids=["shared user", "one class", "NaN", "constant", "equal heads"],
+)
+def test_unusable_scores(scores: pl.DataFrame, change: dict[str, pl.Expr], words: str) -> None:
+    """What cannot be calibrated is refused, and the message says where."""
+    fold = "certify" if "user" in change else "tune"
+    with pytest.raises(DataError, match=words):
+        calibrate(with_fold(scores, fold, **change), FEATURES, settings(), "hash")
+
+
+def test_empty_fold(scores: pl.DataFrame) -> None:
+    """Without users in tune there is nothing to calibrate on."""
+    mask = (scores["fold"] != "tune").to_numpy()
+    with pytest.raises(DataError, match="fold tune"):
+        calibrate(scores.filter(mask), FEATURES[mask], settings(), "hash")

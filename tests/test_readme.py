@@ -1,0 +1,72 @@
+"""README says nothing that is not so: its example is read, its tables come from result files, its paths exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+
+from project.data.interactions import build_interactions
+from project.data.readers import TableLogs
+from project.data.splits import Protocol, apply_protocol
+from project.verbs import fill_tables
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def block(language: str, first: str) -> str:
+    """The fenced block of a language that begins with `first`."""
+    found = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return next(text for text in found if text.startswith(first))
+
+
+def test_own_logs_in_ten_rows(tmp_path: Path) -> None:
+    """The ten rows: one of history; of the others those with a past are targets: 3 train, 2 valid, 2 test."""
+    (tmp_path / "logs.csv").write_text(block("", "member,product"))
+    names = pl.DataFrame({"product": ["p1", "p2", "p3", "p4"], "name": ["One", "Two", "Three", "Four"]})
+    names.write_csv(tmp_path / "products.csv")
+    data = yaml.safe_load(block("yaml", "data:"))["data"]
+    files = {key: str(tmp_path / data["logs"]["init_args"].pop(key)) for key in ("interactions", "items")}
+    protocol = Protocol(**data["protocol"])
+    logs = TableLogs(**files, **data["logs"]["init_args"])
+    split = apply_protocol(build_interactions(logs.read(), protocol), protocol)
+    assert len(split.rows) == 10
+    assert split.manifest["counts"] == {"train": 3, "valid": 2, "test": 2}
+
+
+def test_tables_are_from_result_files() -> None:
+    """Every table between markers is what its result file renders to."""
+    assert "<!-- table results/quickstart/test.json -->" in README
+    assert fill_tables(README, ROOT) == README
+
+
+def test_paths_exist() -> None:
+    """The annotated tree, configurations and pictures that README names are there."""
+    tree = block("", "project/\n").splitlines()
+    inside, named = "", []
+    for line in tree:
+        name = line.split()[0]
+        if not line.startswith(" "):
+            inside = name if name.endswith("/") else ""
+            named.append(name)
+        else:
+            named.append(inside + name)
+    named += re.findall(r"\]\((results/[^)]+)\)", README)
+    named += re.findall(r"configs/\S+?\.yaml", README)
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_commands_are_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every `python -m project VERB` of README and CONTRIBUTING is a verb."""
+    from project.cli import ProjectCLI
+
+    text = README + (ROOT / "CONTRIBUTING.md").read_text()
+    known = {*ProjectCLI.subcommands(), "table", "report", "power"}
+    used = set(re.findall(r"python -m project (\w+)", text))
+    assert used <= known, used - known
+    assert {"fit", "test", "floors", "calibrate", "report"} <= used
