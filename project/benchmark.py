@@ -112,14 +112,8 @@ def run_packing(
     while time.perf_counter() - start < seconds or len(sides["packed"].rates) < ROUNDS:
         for side, step in steps.items():
             sides[side].measure(step)
-    ratios = np.array(sides["packed"].rates) / np.array(sides["pointwise"].rates)
     result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
-    result["packing"] = {
-        "packed_targets_per_s": round(sides["packed"].median, 2),
-        "pointwise_targets_per_s": round(sides["pointwise"].median, 3),
-        "ratio": round(float(np.median(ratios)), 2),
-        "spread": [round(float(r), 2) for r in (ratios.min(), ratios.max())],
-        "rounds": len(ratios),
+    result["packing"] = _figures(sides["packed"], sides["pointwise"]) | {
         "layers": model.depth,
         "context_tokens": data.context_tokens,
         "batch_tokens": data.batch_tokens,
@@ -132,6 +126,17 @@ def run_packing(
         f"{packing['spread'][0]} to {packing['spread'][1]})\nwritten: {path}"
     )
     return result
+
+
+def _figures(packed: _Side, pointwise: _Side) -> dict[str, Any]:
+    ratios = np.array(packed.rates) / np.array(pointwise.rates)
+    return {
+        "packed_targets_per_s": round(packed.median, 2),
+        "pointwise_targets_per_s": round(pointwise.median, 3),
+        "ratio": round(float(np.median(ratios)), 2),
+        "spread": [round(float(r), 2) for r in (ratios.min(), ratios.max())],
+        "rounds": len(ratios),
+    }
 
 
 def _packed_step(trunk: Trunk, batch: Batch) -> int:
