@@ -148,10 +148,16 @@ def result_head(verb: str, manifest: Mapping[str, Any], config: str | None, seed
         "verb": verb,
         "version": own_version(),
         "seed": seed,
-        "config": config,
+        "config": config and _relative(config),
         "machine": machine(),
         "protocol": dict(manifest),
     }
+
+
+def _relative(path: str) -> str:
+    """As seen from here, if it lies below: result files travel, home folders do not."""
+    found = os.path.relpath(path)
+    return path if found.startswith("..") else found
 
 
 def own_version() -> str:

@@ -32,14 +32,14 @@ def render_exits(result: Result, split: str | None = None) -> str:
     """
     lines = [markdown_table(HEADER, _score_rows(result, split))]
     lines += [
-        line for line in (difference_line(result), adaptive_line(result), protocol_line(result)) if line
+        line for line in (*difference_lines(result), adaptive_line(result), protocol_line(result)) if line
     ]
     return "\n\n".join(lines) + "\n"
 
 
 def exits_table(result: Result, split: str | None = None) -> Table:
     """The table of `render_exits` for a terminal, difference and protocol below it. Arguments as there."""
-    lines = (difference_line(result), adaptive_line(result), protocol_line(result))
+    lines = (*difference_lines(result), adaptive_line(result), protocol_line(result))
     caption = "\n".join(line for line in lines if line)
     return _terminal(HEADER, _score_rows(result, split), caption)
 
@@ -58,12 +58,21 @@ def stage_seconds_table(result: Result) -> Table:
     return _terminal(STAGE_HEADER, _stage_rows(result), "")
 
 
-def difference_line(result: Result) -> str:
-    """The headline, "LLM exit 6 minus best floor (lr_evidence): +.0110 [...]"; empty without a difference."""
-    difference = result.get("floor_difference")
-    if not difference:
-        return ""
-    subject = f"LLM exit {difference['layer']} minus best floor ({difference['floor']})"
+def difference_lines(result: Result) -> list[str]:
+    """The headline, "LLM exit 6 minus best floor (lr_evidence): +.0110 [...]", then other floors worth naming."""
+    known = result.get("floor_differences") or [result.get("floor_difference")]
+    return [difference_line(d, best=d["floor"] == result.get("best_floor", d["floor"])) for d in known if d]
+
+
+def difference_line(difference: Result, best: bool = True) -> str:
+    """One of `difference_lines`.
+
+    Args:
+        difference: {`layer`, `floor`, `value`, `interval`}.
+        best: Whether the floor is the best one.
+    """
+    kind = "best floor" if best else "floor"
+    subject = f"LLM exit {difference['layer']} minus {kind} ({difference['floor']})"
     if difference["value"] is None:
         return f"{subject}: {UNDEFINED}"
     value, low_high = number(difference["value"], signed=True), interval(difference["interval"], signed=True)

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from project.tables import (
-    difference_line,
+    difference_lines,
     exits_table,
     interval,
     number,
@@ -99,7 +99,7 @@ class TestExits:
         result = RESULT | {"exits": [metrics(None, layer=6) | empty | nobody], "floor_difference": undefined}
         cells = render_exits(result).splitlines()[2]
         assert cells == "| exit 6 (chosen) |" + " undefined |" * 6 + " 9,453 |"
-        assert difference_line(result) == "LLM exit 6 minus best floor (item_rate): undefined"
+        assert difference_lines(result) == ["LLM exit 6 minus best floor (item_rate): undefined"]
         assert "None" not in render_exits(result)
 
     def test_without_heads(self):

@@ -32,7 +32,7 @@ from project.report.tables import (
     rows_of,
     scores_table,
 )
-from project.tables import number, protocol_line, render_stage_seconds
+from project.tables import difference_lines, number, protocol_line, render_stage_seconds
 
 UNCALIBRATED = "None before the calibration, see above."
 USAGE = "python -m project report RUN_FOLDER"
@@ -180,7 +180,7 @@ def _exits(run: Run) -> list[str]:
     exits = rows_of(run.reported.get("exits", []), run.split, run.fold)
     kinds = ", exits before calibration, the adaptive score after it" if run.reported.get("adaptive") else ""
     note = f"Of {run.rows}{kinds if exits else ''}:"
-    return [note, scores_table(run.reported, run.split, run.fold), *words.all_differences(run.reported)]
+    return [note, scores_table(run.reported, run.split, run.fold), *difference_lines(run.reported)]
 
 
 def _policies(run: Run) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from project.report.tables import plain
-from project.tables import UNDEFINED, difference_line, interval, number, times
+from project.tables import UNDEFINED, interval, number, times
 
 Row = Mapping[str, Any]
 Ratio = tuple[float, Sequence[float] | None]
@@ -51,12 +51,6 @@ def against_floor(subject: str, floor: str, difference: Row) -> str:
         verb = "is better than" if value > 0 else "is worse than"
     numbers = f"AUC {number(value, signed=True)} {interval(bounds, signed=True)}"
     return f"{subject} {verb} the best floor ({floor}): {numbers} (paired, users resampled)"
-
-
-def all_differences(result: Row) -> list[str]:
-    """The chosen exit against the best floor and against `lr_rates`, a line each as in the terminal's table."""
-    found = result.get("floor_differences") or [result.get("floor_difference")]
-    return [difference_line({"floor_difference": difference}) for difference in found if difference]
 
 
 def savings(adaptive: Row, depth: int) -> list[str]:
