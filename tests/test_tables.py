@@ -95,12 +95,21 @@ class TestExits:
         """None becomes the word, in a cell and in the headline; no None, nan or 0 is printed."""
         empty = dict.fromkeys(("auc", "auc_interval", "log_loss", "brier", "ece"))
         nobody = {"uauc": {"value": None, "users": 0, "rows": 0}}
-        undefined = {"floor": "item_rate", "layer": 6, "value": None, "interval": None}
+        undefined = {"floor": "gbdt_evidence", "layer": 6, "value": None, "interval": None}
         result = RESULT | {"exits": [metrics(None, layer=6) | empty | nobody], "floor_difference": undefined}
         cells = render_exits(result).splitlines()[2]
         assert cells == "| exit 6 (chosen) |" + " undefined |" * 6 + " 9,453 |"
-        assert difference_lines(result) == ["LLM exit 6 minus best floor (item_rate): undefined"]
+        assert difference_lines(result) == ["LLM exit 6 minus best floor (gbdt_evidence): undefined"]
         assert "None" not in render_exits(result)
+
+    def test_other_floors_are_named(self):
+        """Below the best floor's line stands one for every other floor that was compared, without that title."""
+        more = RESULT["floor_difference"] | {"floor": "lr_rates", "value": 0.02, "interval": [0.01, 0.03]}
+        result = RESULT | {"floor_differences": [RESULT["floor_difference"], more]}
+        assert difference_lines(result) == [
+            "LLM exit 6 minus best floor (gbdt_evidence): AUC +.0129 [-.0020, +.0200] (paired, users resampled)",
+            "LLM exit 6 minus floor (lr_rates): AUC +.0200 [+.0100, +.0300] (paired, users resampled)",
+        ]
 
     def test_without_heads(self):
         """A `floors` file has no heads and no difference: every split is shown and named, folds are not."""
