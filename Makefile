@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart/latest
 
-.PHONY: demo check test install benchmark
+.PHONY: demo check test install docs benchmark
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; make PYTHON=python3.12 ..."'
 	$(PYTHON) -m venv $(VENV)
-	start=$$(date +%s); $(BIN)/python -m pip install -e '.[dev]' && echo $$(( $$(date +%s) - start )) > $@
+	start=$$(date +%s); $(BIN)/python -m pip install -e '.[dev,docs]' && echo $$(( $$(date +%s) - start )) > $@
 
 demo: install
 	$(BIN)/python -m project fit --config configs/quickstart.yaml
@@ -26,6 +26,9 @@ check: install
 
 test: install
 	$(BIN)/python -m pytest
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 benchmark: install
 	$(BIN)/python -m project benchmark --config $(RUN)/config.yaml --ckpt_path $(RUN)/checkpoints/last.ckpt

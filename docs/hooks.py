@@ -1,0 +1,67 @@
+"""MkDocs hooks: README becomes the first page, every module of `project` a reference page.
+
+Unusual here: these pages exist only while the site is built, so they cannot fall behind. Angle brackets in docstrings
+(`logit_<layer>`) are text, not HTML, so inline HTML is switched off for the whole site.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from markdown import Extension, Markdown
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
+
+
+class AngleBracketsAreText(Extension):
+    """Leaves `<layer>` in a sentence readable instead of passing it on as an unknown HTML element."""
+
+    def extendMarkdown(self, md: Markdown) -> None:  # Markdown's name
+        """Take the inline pattern for HTML away."""
+        md.inlinePatterns.deregister("html")
+
+
+def modules() -> list[str]:
+    """Dotted names of all modules; an empty `__init__` is none."""
+    found = []
+    for path in sorted((ROOT / "project").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        if path.read_text(encoding="utf-8").strip():
+            found.append(".".join(parts))
+    return found
+
+
+def pages() -> dict[str, str]:
+    """Reference page -> the module it is about."""
+    return {f"reference/{name.replace('.', '/')}.md": name for name in modules()}
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add the reference to the navigation, one section a package."""
+    sections: dict[str, list[dict[str, str]]] = {}
+    for page, name in pages().items():
+        parts = name.split(".")
+        package = (ROOT / Path(*parts)).is_dir()
+        section = ".".join(parts if package else parts[:-1])
+        sections.setdefault(section, []).append({"about" if package else parts[-1]: page})
+    config.nav.append({"Reference": [{section: sections[section]} for section in sorted(sections)]})
+    config.markdown_extensions.append(AngleBracketsAreText())
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add README with its pictures, and the reference."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "index.md", content=readme))
+    for name in PICTURE.findall(readme):
+        if (ROOT / name).is_file():  # a missing one is a broken link, which --strict reports
+            files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    for page, name in pages().items():
+        files.append(File.generated(config, page, content=f"::: {name}\n"))
+    return files

@@ -1,0 +1,131 @@
+"""The notebooks run from top to bottom, print no warning, and are stored without outputs.
+
+Unusual here: a notebook runs in a process of its own with its own Jupyter folders. Jupyter's sockets and event loops
+warn among themselves, which is none of this project's business, so pytest's ledger stays as it is; what a reader would
+see in the notebook is looked at instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+EXECUTE = """
+import sys
+import nbformat
+from nbclient import NotebookClient
+source, target, folder = sys.argv[1:]
+book = nbformat.read(source, as_version=4)
+NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+nbformat.write(book, target)
+"""
+
+Outputs = list[dict[str, Any]]
+
+
+def execute(name: str, folder: Path, **environment: object) -> Outputs:
+    """Outputs of all cells of a notebook that ran in a folder; fails with the cell's traceback where one raises."""
+    places = {key: str(folder / key) for key in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    given = {key: str(value) for key, value in environment.items()}
+    done = folder / name
+    result = subprocess.run(
+        [sys.executable, "-c", EXECUTE, ROOT / "notebooks" / name, done, folder],
+        env={**os.environ, **places, "TMPDIR": str(folder), **given},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    cells = [cell for cell in json.loads(done.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in cells)
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    complaints = ["".join(o["text"]) for o in outputs if o.get("name") == "stderr"]
+    assert not complaints
+    return outputs
+
+
+def printed(outputs: Outputs) -> str:
+    """All that was printed or shown as Markdown."""
+    return "\n".join(
+        "".join(o.get("text", [])) + "".join(o.get("data", {}).get("text/markdown", [])) for o in outputs
+    )
+
+
+def pictures(outputs: Outputs) -> int:
+    """How many pictures were drawn."""
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_there_are_notebooks() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_without_outputs(path: Path) -> None:
+    """No outputs, no execution counts, and a text before every cell of code."""
+    cells = json.loads(path.read_text())["cells"]
+    for before, cell in zip([None, *cells], cells, strict=False):
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+            assert before is not None
+            assert before["cell_type"] == "markdown"
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_logs_to_prompt(tmp_path: Path, tiny_model: Path) -> None:
+    """On the real logs, with the tiny model's tokenizer: the last line printed ends before the answer."""
+    outputs = execute("01_logs_to_prompt.ipynb", tmp_path, EXITREC_MODEL=tiny_model)
+    text = printed(outputs).rstrip()
+    assert "global_time-80-10-10-h5" in text
+    assert text.endswith(":")
+    answered = [line for line in text.splitlines() if line.endswith((": no", ": yes"))]
+    assert answered  # what the candidate sees of the past
+
+
+@pytest.mark.slow
+def test_exits_of_a_run(
+    tmp_path: Path, tiny_config: Callable[..., Path], session_cache: Path, run: Callable[..., None]
+) -> None:
+    """Given a calibrated run with exits 1 and 3 it trains nothing, and both pictures are drawn."""
+    run("fit", "--config", tiny_config())
+    given = tmp_path / "runs" / "tiny" / "latest"
+    outputs = execute("02_exits.ipynb", tmp_path, PROJECT_CACHE=session_cache, EXITREC_RUN=given)
+    text = printed(outputs)
+    assert "training" not in text
+    assert "exit  3: leave where safety >= -inf" in text
+    assert "fixed depth at that cost" in text
+    assert pictures(outputs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_exits_without_a_run(tmp_path: Path, tiny_model: Path) -> None:
+    """It says that it trains a small run and shows that one, with exits 1 and 2."""
+    outputs = execute("02_exits.ipynb", tmp_path, EXITREC_RUN=tmp_path / "none", EXITREC_MODEL=tiny_model)
+    text = printed(outputs)
+    assert "training a small one" in text
+    assert "exit  2: leave where safety >= -inf" in text
+    assert pictures(outputs) == 2
+
+
+@pytest.mark.slow
+def test_your_own_csv(tmp_path: Path, tiny_model: Path, session_cache: Path) -> None:
+    """140 of the 600 rows are test and scored; the mistake is explained by its column; no terminal codes."""
+    outputs = execute(
+        "03_your_own_csv.ipynb", tmp_path, PROJECT_CACHE=session_cache, EXITREC_MODEL=tiny_model
+    )
+    text = printed(outputs)
+    assert "no column customer (our user_id)" in text
+    assert "'test': 140" in text
+    assert "| exit 2" in text
+    assert "\x1b" not in text
