@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import polars as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
@@ -98,7 +97,7 @@ def labelled_scores(scores: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
 
 def calibration_of(model: ExitRecommender) -> Calibration | None:
     """The calibration in the model's buffers; None where the run was never calibrated."""
-    values = getattr(model, "exit_calibration", torch.full((1, 3), torch.nan)).cpu()
+    values = model.exit_calibration.cpu()
     known = ~values.isnan().any(dim=1)
     if not known.any():
         return None

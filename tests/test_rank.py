@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 
-from project.artefacts import score_table
+from project.artefacts import SCORE_COLUMNS, score_table
 from project.errors import ConfigError
 from project.exits.calibration import Calibration
 from project.exits.criteria import Consistency
@@ -239,7 +239,7 @@ def test_the_verb(
 
     result = json.loads((folder / "results" / "rank.json").read_text())
     assert result["verb"] == "rank"
-    assert result["layers"] == [0, 1, 3]
+    assert (result["layers"], result["calibrated"]) == ([0, 1, 3], True)
     assert {(r["n_requests"], r["candidates"]) for r in result["requests"]} == {(12, 7)}
     for row in result["requests"]:
         if row["policy"] == "full_depth":
@@ -251,7 +251,7 @@ def test_the_verb(
         assert render_rank(result, split).count("| top_k |") == 2
 
     scores, test = (pl.read_parquet(folder / "scores" / f"{name}.parquet") for name in ("rank", "test"))
-    assert [c for c in scores.columns if c != "item_id"] == test.columns
+    assert set(SCORE_COLUMNS) | {"item_id", "logit_1", "logit_3", "drift_1"} <= set(scores.columns)
     asked = scores.filter(pl.col("request_id").str.starts_with("catalogue/test/")).drop_nulls("row_id")
     assert len(asked) == 12
     both = asked.join(test, on="row_id", suffix="_test", validate="1:1")
