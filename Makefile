@@ -31,4 +31,4 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 benchmark: install
-	$(BIN)/python -m project benchmark --config $(RUN)/config.yaml --ckpt_path $(RUN)/checkpoints/last.ckpt
+	$(BIN)/python -m project benchmark --config $(RUN)/config.yaml --ckpt_path $(RUN)/checkpoints/last.ckpt --only engine --seconds 300

@@ -24,7 +24,7 @@ from project.callbacks.run_folder import run_folder
 from project.data.datamodule import InteractionData
 from project.errors import CheckpointError
 from project.model.module import ExitRecommender
-from project.rank_settings import RankSettings
+from project.ranking.settings import RankSettings
 
 DEFAULT_RANKING = RankSettings()
 
@@ -78,7 +78,7 @@ class ProjectTrainer(Trainer):
         datamodule: InteractionData,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
-        only: Literal["packing"] = "packing",
+        only: Literal["packing", "engine"] = "packing",
         seconds: float = 60.0,
     ) -> None:
         """Measure speed as ratios, side by side in one run.
@@ -86,14 +86,54 @@ class ProjectTrainer(Trainer):
         Args:
             model: Its trunk is measured.
             datamodule: Real prompts.
-            ckpt_path: A run's checkpoint, to write the result beside its other results.
+            ckpt_path: A run's checkpoint, to write the result beside its other results; engine needs a calibrated one.
             weights_only: Not used.
-            only: What to measure. packing: training targets a second, packed against one prompt per candidate.
+            only: What to measure. packing: training targets a second, packed against one prompt per candidate; engine:
+                requests a second at full depth, static depths and early exit.
             seconds: About how long to measure.
         """
-        from project.benchmark import run_packing
+        from project.benchmark.packing import run_packing
+        from project.benchmark.requests import run_engine
 
-        run_packing(model, datamodule, run_folder(self, ckpt_path), seconds)
+        folder = run_folder(self, ckpt_path)
+        if only == "engine":
+            model.to(self.strategy.root_device)
+            run_engine(model, datamodule, ckpt_path, folder, seconds)
+        else:
+            run_packing(model, datamodule, folder, seconds)
+
+    def predict(  # type: ignore[override]  # Lightning's, with a choice of engine
+        self,
+        model: ExitRecommender | None = None,
+        dataloaders: Any = None,
+        datamodule: InteractionData | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        engine: Literal["packed", "early_exit"] = "packed",
+    ) -> Any:
+        """Score the requests of data.requests.
+
+        Args:
+            model: The run's model.
+            dataloaders: Not used.
+            datamodule: Logs and requests.
+            return_predictions: Not used.
+            ckpt_path: The run's checkpoint.
+            weights_only: Not used.
+            engine: packed runs every candidate through all layers and writes every head's score; early_exit lets
+                candidates leave where the run's exit plan says so and writes the score they left with.
+        """
+        if engine == "packed":
+            return super().predict(
+                model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only=weights_only
+            )
+        from project.engine.verb import run_early_exit
+
+        assert model is not None
+        assert datamodule is not None
+        run_early_exit(self, model, datamodule, ckpt_path)
+        return None
 
     def rank(
         self,
@@ -112,7 +152,7 @@ class ProjectTrainer(Trainer):
             weights_only: Not used.
             ranking: Requests, lists and promise.
         """
-        from project.rank import run_rank
+        from project.ranking.verb import run_rank
 
         run_rank(self, model, datamodule, ckpt_path, run_folder(self, ckpt_path), ranking)
 

@@ -23,6 +23,7 @@ from project.callbacks.exit_calibration import exit_calibration_of
 from project.errors import ConfigError
 from project.floors import best_floor, fit_floors, floor_rows
 from project.model.heads import heads_digest
+from project.ranking.table import render_rank
 from project.tables import exits_table, render_exits, render_stage_seconds
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def print_tables(arguments: list[str]) -> None:
         return
     for name in (a for a in arguments if not a.startswith("--")):
         result = read_result(Path(name))
-        print(f"### {result['verb']}\n\n{render_exits(result)}")
+        print(f"### {result['verb']}\n\n{_rendered(result)}")
         if "--stages" in arguments and "stage_seconds" in result:
             print(render_stage_seconds(result))
 
@@ -120,6 +121,10 @@ def fill_tables(text: str, folder: Path) -> str:
 
     def block(found: re.Match[str]) -> str:
         result = read_result(folder / found["file"])
-        return f"{found['start']}\n{render_exits(result)}{found['end']}"
+        return f"{found['start']}\n{_rendered(result)}{found['end']}"
 
     return TABLE.sub(block, text)
+
+
+def _rendered(result: dict[str, Any]) -> str:
+    return render_rank(result) if result["verb"] == "rank" else render_exits(result)

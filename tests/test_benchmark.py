@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from project import benchmark
 from project.artefacts import read_result
-from project.benchmark import prompts_of, run_packing
+from project.benchmark import packing as benchmark
+from project.benchmark.packing import prompts_of, run_packing
 from project.data.batches import TrainSampler
 from project.data.datamodule import InteractionData
 from project.data.packing import Batch, pack

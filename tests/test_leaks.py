@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 from world import Letters, read_split
 
-from project.benchmark import prompts_of
+from project.benchmark.packing import prompts_of
 from project.data.prompts import Prompt, PromptEncoder
 from project.data.splits import SPLITS, Protocol, SplitInteractions
 from project.data.streams import build_streams

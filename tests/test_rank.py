@@ -16,10 +16,7 @@ from project.artefacts import SCORE_COLUMNS, score_table
 from project.errors import ConfigError
 from project.exits.calibration import Calibration
 from project.exits.criteria import Consistency
-from project.rank import labelled_scores, rank_rows
-from project.rank_settings import RankSettings
-from project.rank_table import render_rank
-from project.ranking import (
+from project.ranking.judge import (
     ScoredRequests,
     by_row,
     costs,
@@ -29,6 +26,9 @@ from project.ranking import (
     policies,
     policy_row,
 )
+from project.ranking.settings import RankSettings
+from project.ranking.table import render_rank
+from project.ranking.verb import labelled_scores, rank_rows
 
 
 def table(

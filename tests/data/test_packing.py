@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig
 from world import read_split, streams_without_evidence, text_of
 
-from project.benchmark import prompts_of
+from project.benchmark.packing import prompts_of
 from project.data.packing import Batch, pack
 from project.data.splits import Protocol
 from project.data.streams import Streams

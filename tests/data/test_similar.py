@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 from world import Letters, no_evidence, read_split, text_of
 
-from project.benchmark import prompts_of
+from project.benchmark.packing import prompts_of
 from project.data.datamodule import InteractionData
 from project.data.packing import Batch, pack
 from project.data.prompts import Prompt, PromptEncoder

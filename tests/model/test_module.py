@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from world import Letters, read_split, streams_without_evidence
 
-from project.benchmark import prompts_of
+from project.benchmark.packing import prompts_of
 from project.data.packing import Batch, pack
 from project.data.splits import Protocol
 from project.data.streams import Streams

@@ -22,9 +22,9 @@ from project.errors import ConfigError, NotFittedError
 from project.exits.calibration import Calibration
 from project.exits.certify import certify_losses
 from project.exits.ledger import CertificateLedger
-from project.rank_settings import REPORTED, RankSettings
-from project.rank_table import rank_table
-from project.ranking import ScoredRequests, overlaps, policies, policy_row
+from project.ranking.judge import ScoredRequests, overlaps, policies, policy_row
+from project.ranking.settings import REPORTED, RankSettings
+from project.ranking.table import rank_table
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -1,0 +1,208 @@
+"""Serving attention: stream queries over the stream, candidate queries over the stream and themselves.
+
+Unusual here: no mask and no copy of keys for candidates. Everything a candidate sees of the stream it sees whole, so
+all candidates of a request are one long unmasked query over the stream's keys; what they see of themselves is one
+small causal call over all candidates of the batch, padded; the two softmaxes are joined by their log-sum-exps, as
+FlashAttention (Dao et al. 2022) joins blocks. Shapes: T tokens in a row, streams first; heads and dim as the trunk's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from project.data.ragged import within
+from project.engine.prepared import StreamTokens
+from project.engine.survivors import Row
+from project.layout import Tokens, visible
+
+BLOCK = 256  # stream queries in one call: masks stay small, and keys behind the block are not read
+
+Span = tuple[int, int]
+
+
+class Keys(Protocol):
+    """Keys and values of a stream that are kept between requests."""
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep new tokens' (1, heads, F, dim) each; returns all tokens' (1, heads, P + F, dim) each."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class StreamBlock:
+    """Queries of a stream and the keys in front of them.
+
+    Attributes:
+        queries: Range among the tokens that run.
+        keys: Number of leading keys of the stream that some of them see.
+        mask: (queries, keys), added to the scores.
+    """
+
+    queries: Span
+    keys: int
+    mask: Tensor
+
+
+def stream_blocks(
+    stream: StreamTokens, first: int, stop: int, device: torch.device, dtype: torch.dtype
+) -> list[StreamBlock]:
+    """The visibility rule among the tokens of a stream, for queries [first, stop).
+
+    Args:
+        stream: S tokens.
+        first: Tokens before this have their keys in a cache and ask nothing.
+        stop: End of the queries.
+        device: Of the masks.
+        dtype: Of the masks.
+    """
+    index = np.arange(len(stream))
+    tokens = Tokens(
+        index, np.zeros_like(index), stream.segment, stream.group, np.ones(len(stream), dtype=bool)
+    )
+    count = -(-(stop - first) // BLOCK)
+    edges = np.linspace(first, stop, count + 1).round().astype(int).tolist() if count else [first]
+    blocks = []
+    for a, b in pairwise(edges):
+        seen = visible(tokens.at(slice(a, b), None), tokens.at(None, slice(0, b)))
+        mask = torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf))).to(device, dtype)
+        blocks.append(StreamBlock((a - first, b - first), b, mask))
+    return blocks
+
+
+class Structure:
+    """A row of tokens as attention needs it; stands where the trunk expects a layout.
+
+    Args:
+        row: Who stands where.
+        position: (1, T) positions for rotary embeddings.
+        blocks: Per live request, its stream's blocks.
+        keys: Per live request, its cached keys and values; None: the stream runs whole.
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        position: Tensor,
+        blocks: Sequence[list[StreamBlock]],
+        keys: Sequence[Keys | None],
+    ) -> None:
+        self.position = position
+        self._blocks, self._keys = blocks, keys
+        edges = row.streams.tolist()
+        self._streams: list[Span] = list(pairwise(edges))
+        self._candidates = row.candidates_of()
+        self._first = edges[-1]
+        device = position.device
+        widest = int(row.own.max()) if len(row.own) else 0
+        starts = row.starts[:-1] - self._first
+        padded = np.minimum(starts[:, None] + np.arange(widest), row.own.sum() - 1)
+        self._padded = torch.from_numpy(padded).to(device, non_blocking=True)
+        places = np.repeat(np.arange(len(row.own)) * widest, row.own) + within(row.own)
+        self._places = torch.from_numpy(places).to(device, non_blocking=True)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of all tokens of the row.
+
+        Args:
+            layer: Index of the layer, for cached keys.
+            query: (1, heads, T, dim), rotary embedding applied.
+            key: (1, key-value heads, T, dim), rotary embedding applied.
+            value: (1, key-value heads, T, dim).
+            scale: Factor on the dot products.
+
+        Returns:
+            (1, T, heads, dim).
+        """
+        _, heads, tokens, dim = query.shape
+        out = query.new_empty(tokens, heads, dim)
+        shared, weights = list[Tensor](), list[Tensor]()
+        for (a, b), blocks, cached, (c, d) in zip(
+            self._streams, self._blocks, self._keys, self._candidates, strict=True
+        ):
+            k, v = key[:, :, a:b], value[:, :, a:b]
+            if cached is not None:
+                k, v = cached.append(layer, k, v)
+            for block in blocks:
+                s, e = a + block.queries[0], a + block.queries[1]
+                seen = k[:, :, : block.keys], v[:, :, : block.keys]
+                out[s:e] = _masked(query[:, :, s:e], *seen, block.mask, scale)[0].transpose(0, 1)
+            found, lse = attend_with_lse(query[:, :, c:d], k, v, scale, causal=False)
+            shared.append(found[0].transpose(0, 1))
+            weights.append(lse[0].transpose(0, 1))
+        q, k, v = (x[:, :, self._first :] for x in (query, key, value))
+        own, lse = self._own(q, k, v, scale)
+        share = torch.sigmoid(_joined(weights) - lse).to(out.dtype)[..., None]
+        torch.lerp(own, _joined(shared), share, out=out[self._first :])
+        return out[None]
+
+    def _own(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """What candidates see of themselves, (tokens, heads, dim), and its log-sum-exp, (tokens, heads).
+
+        Padding stands behind a candidate's tokens, so causality hides it.
+        """
+        q, k, v = (x[0].transpose(0, 1)[self._padded].transpose(1, 2) for x in (query, key, value))
+        out, lse = attend_with_lse(q, k, v, scale, causal=True)
+        flat = out.transpose(1, 2).flatten(0, 1).index_select(0, self._places)
+        return flat, lse.transpose(1, 2).flatten(0, 1).index_select(0, self._places)
+
+
+def attend_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention without a mask, and the log-sum-exp of its scores.
+
+    The kernels behind torch's scaled_dot_product_attention, asked directly: the public function drops the second.
+
+    Args:
+        query: (B, heads, Q, dim).
+        key: (B, key-value heads, K, dim).
+        value: (B, key-value heads, K, dim).
+        scale: Factor on the dot products.
+        causal: Query i sees keys up to i.
+
+    Returns:
+        (B, heads, Q, dim) and (B, heads, Q) float32; zeros and minus infinity where there is no key.
+    """
+    if key.shape[2] == 0:
+        return torch.zeros_like(query), torch.full_like(query[..., 0], -torch.inf, dtype=torch.float32)
+    if query.device.type == "cpu":
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, scale=scale
+        )
+        return found[0], found[1]
+    key, value = _repeated(query, key), _repeated(query, value)
+    if query.device.type == "cuda":
+        found = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scale
+        )
+        return found[0], found[1][..., : query.shape[2]]
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    lse = scores.logsumexp(dim=-1)
+    return (scores - lse[..., None]).exp().to(value.dtype) @ value, lse
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.device.type != "cpu":  # with a mask, CUDA has no fused kernel for grouped queries
+        key, value, grouped = _repeated(query, key), _repeated(query, value), False
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def _repeated(query: Tensor, key: Tensor) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, dim=1) if groups > 1 else key
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

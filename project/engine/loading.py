@@ -1,0 +1,66 @@
+"""From a run's checkpoint to an engine: weights, exit plan, and requests with their evidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from project.callbacks.exit_calibration import ExitCalibration, Plans
+from project.counting import counting_features
+from project.data.requests import Requests
+from project.data.sources import resolve_model
+from project.engine.prepared import PreparedRequest, prepare
+from project.model.trunk import Trunk
+
+if TYPE_CHECKING:
+    from project.data.datamodule import InteractionData
+    from project.model.module import ExitRecommender
+
+
+def load_run(model: ExitRecommender, tokenizer: Any, checkpoint: str | Path) -> Plans:
+    """Give a module the weights of a calibrated run; returns its exit plans.
+
+    Args:
+        model: Made from the run's configuration; gets its trunk here if it has none.
+        tokenizer: Of the backbone.
+        checkpoint: The run's checkpoint.
+
+    Raises:
+        CheckpointError: The checkpoint was made for another configuration.
+        NotCalibratedError: It has no exit plan.
+    """
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if model.trunk is None:
+        trunk = Trunk.from_pretrained(resolve_model(model.backbone), num_layers=model.depth)
+        model.set_trunk(trunk, tokenizer)
+    model.on_load_checkpoint(content)
+    model.load_state_dict(content["state_dict"], strict=False)  # on_load_checkpoint was stricter
+    calibration = ExitCalibration()
+    calibration.load_state_dict(content["callbacks"].get(calibration.state_key, {}))
+    calibration.require_plan()
+    assert calibration.found is not None
+    return calibration.found
+
+
+def prepare_requests(
+    model: ExitRecommender, data: InteractionData, requests: Requests | None = None
+) -> list[PreparedRequest]:
+    """Histories, evidence, exit 0 and token ids of requests, in their order.
+
+    Args:
+        model: Its exit 0.
+        data: The logs that requests refer to.
+        requests: What is asked; None reads the file data.requests.
+    """
+    if requests is not None:
+        data.give_requests(requests)
+    data.setup("predict")
+    assert data.requests is not None
+    assert data.candidate_evidence is not None
+    prior = model.counting_prior()
+    features = counting_features(data.candidate_evidence, prior.base)
+    return prepare(
+        data.streams("predict"), data.requests, data.context_tokens, features, prior.of_features(features)
+    )

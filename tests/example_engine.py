@@ -1,0 +1,174 @@
+"""A tiny random model with four exits, random requests, and what each candidate scores all by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers import LlamaConfig
+
+from project.data.ragged import Ragged
+from project.engine import PreparedRequest, StreamTokens
+from project.exits.calibration import Calibration
+from project.exits.criteria import Criterion
+from project.exits.outputs import HeadOutputs
+from project.exits.plan import ExitPlan
+from project.exits.policies import Policy
+from project.layout import Layout
+from project.model.module import ExitRecommender
+from project.model.trunk import Trunk
+
+LAYERS, EXITS, VOCABULARY, FEATURES = 5, [1, 2, 3, 5], 64, 3
+
+
+class _Answers:
+    """A tokenizer that knows two words."""
+
+    name_or_path, unk_token_id = "two words", None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [{"no": 1, "yes": 2}.get(text.strip().lower(), 3)]
+
+
+@dataclass
+class World:
+    """A module, requests and the raw outputs of every candidate at every head, computed one by one.
+
+    `outputs[i]` has exit 0 first; logits as a score table keeps them: float32 numbers in float64.
+    """
+
+    module: ExitRecommender
+    requests: list[PreparedRequest]
+    outputs: list[HeadOutputs]
+
+    def plan(self, criterion: Criterion, quantile: float, prior: bool = True) -> ExitPlan:
+        """A plan whose thresholds let this share of all candidates leave at each exit they reach."""
+        layers = (0, *EXITS) if prior else tuple(EXITS)
+        slopes = torch.linspace(1.2, 0.8, len(layers), dtype=torch.float64)
+        values = torch.stack([slopes, 0.3 * slopes * prior, slopes - 1], dim=1)
+        values[0, 1] = 0
+        calibration = Calibration(layers, values)
+        first = 0 if prior else 1
+        together = HeadOutputs(
+            layers,
+            calibration.apply(torch.cat([o.logits for o in self.outputs])[:, first:]),
+            torch.cat([o.evidence for o in self.outputs]),
+            torch.cat([o.drift for o in self.outputs])[:, first:],
+        )
+        # on other rows, as in life: quantiles jump at the very rows that they were taken of
+        noise = torch.randn(together.logits.shape, generator=torch.Generator().manual_seed(0)).double()
+        criterion.fit(replace(together, logits=together.logits + 0.1 * noise))
+        thresholds = []
+        for head in range(len(layers) - 1):
+            safety = criterion.safety(together.until(head))
+            finite = safety[safety.isfinite()]
+            thresholds.append(_between(finite, quantile) if len(finite) else torch.inf)
+        policy = Policy(criterion, torch.tensor([*thresholds, -torch.inf], dtype=torch.float64), layers)
+        return ExitPlan(calibration, policy, prior)
+
+    def calibrated(self, plan: ExitPlan, request: int) -> HeadOutputs:
+        """Calibrated outputs of one request's candidates."""
+        raw, first = self.outputs[request], 0 if plan.prior else 1
+        return plan.calibrated(
+            HeadOutputs(raw.layers[first:], raw.logits[:, first:], raw.evidence, raw.drift[:, first:])
+        )
+
+
+def _between(safety: torch.Tensor, share: float) -> float:
+    """A threshold in the middle of the widest gap near a quantile: at a row's own safety it would be a coin toss."""
+    ordered = safety.sort(descending=True).values
+    k = min(max(round(share * len(ordered)), 3), len(ordered) - 3)
+    gaps = ordered[k - 3 : k + 2] - ordered[k - 2 : k + 3]
+    best = k - 3 + int(gaps.argmax())
+    return float((ordered[best] + ordered[best + 1]) / 2)
+
+
+def random_request(rng: np.random.Generator, name: str, segments: int, candidates: int) -> PreparedRequest:
+    """A stream of tied and untied segments after an instruction, candidates of 1 to 6 tokens."""
+    lengths = rng.integers(1, 7, 1 + segments)
+    group = np.concatenate([[0], 1 + np.cumsum(rng.random(segments) < 0.6)])[: 1 + segments]
+    group -= np.concatenate([[0], np.full(segments, group[1] - 1 if segments else 0)])
+    lists = Ragged.of([rng.integers(0, VOCABULARY, n).tolist() for n in lengths])
+    own = Ragged.of([rng.integers(0, VOCABULARY, n).tolist() for n in rng.integers(1, 7, candidates)])
+    return PreparedRequest(
+        name,
+        StreamTokens.of(lists, group.astype(np.int64)),
+        own,
+        rng.normal(size=candidates).astype(np.float32).astype(np.float64),
+        rng.normal(size=(candidates, FEATURES)),
+        name,
+    )
+
+
+def subset(request: PreparedRequest, index: np.ndarray) -> PreparedRequest:
+    """The same request with only these candidates, in this order."""
+    return replace(
+        request,
+        candidates=request.candidates.take(index),
+        prior=request.prior[index],
+        evidence=request.evidence[index],
+    )
+
+
+def alone(
+    module: ExitRecommender, request: PreparedRequest, candidate: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and drift of one candidate at every exit by the trunk's own layout and attention: no engine code."""
+    stream, own = request.stream, request.candidates[candidate]
+    s, n = len(stream), len(own)
+
+    def row(shared: np.ndarray, mine: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([shared, mine]))[None]
+
+    layout = Layout.build(
+        sequence=torch.zeros(1, s + n, dtype=torch.int64),
+        segment=row(stream.segment, np.full(n, 10_000)),
+        group=row(stream.group, np.full(n, 10_000)),
+        context=row(np.ones(s, dtype=bool), np.zeros(n, dtype=bool)),
+        position=row(stream.position, s + np.arange(n)),
+    )
+    assert module.trunk is not None
+    state, start, said = module.trunk.embed(row(stream.tokens, own), layout), 0, []
+    for layer in module.exit_layers:
+        state, start = module.trunk.run(state, start, layer), layer
+        said.append(module.heads[str(layer)](state.hidden[0, -1:]))
+    drift = torch.cat([h.drift for h in said]).sigmoid()
+    drift[-1] = torch.nan
+    return torch.cat([h.logits for h in said]), drift
+
+
+def raw_outputs(module: ExitRecommender, request: PreparedRequest) -> HeadOutputs:
+    """All candidates of a request, one by one."""
+    found = [alone(module, request, c) for c in range(len(request))]
+    empty = torch.zeros(0, len(EXITS))
+    logits, drift = (torch.stack([f[i] for f in found]) if found else empty for i in (0, 1))
+    prior = torch.from_numpy(request.prior)[:, None]
+    return HeadOutputs(
+        (0, *EXITS),
+        torch.cat([prior, logits.double()], dim=1),
+        torch.from_numpy(request.evidence),
+        torch.cat([torch.full_like(prior, torch.nan), drift.double()], dim=1),
+    )
+
+
+def make_module(seed: int = 0) -> ExitRecommender:
+    """Five layers whose attention is far from uniform, heads that differ, drift that varies."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    )
+    module = ExitRecommender("none", EXITS)
+    module.set_trunk(Trunk.from_config(config), _Answers())
+    for head in module.heads.values():
+        for linear in (head.linear, head.drift):
+            if linear is not None:
+                torch.nn.init.normal_(linear.weight, std=0.2)
+    return module.eval()
