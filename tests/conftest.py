@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from world import tiny_settings
 
 WORDS = "movie about the sea a mountain two friends and one dog in winter night city river"
 
@@ -95,37 +96,7 @@ def tiny_config(tiny_model: Path, tiny_logs: Path, tmp_path: Path) -> Callable[.
     """Writes a YAML file for the tiny world; nested keys can be changed with `**{"data.logs": ...}`."""
 
     def write(**changes: object) -> Path:
-        config: dict[str, object] = {
-            "seed_everything": 0,
-            "data": {
-                "logs": {
-                    "class_path": "project.data.readers.TableLogs",
-                    "init_args": {
-                        "interactions": str(tiny_logs / "interactions.csv"),
-                        "items": str(tiny_logs / "items.csv"),
-                    },
-                },
-                "retriever": "project.retrieval.ItemKNN",
-                "protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2]},
-                "context_tokens": 128,
-                "batch_tokens": 512,
-                "block_rows": 100,
-            },
-            "model": {"backbone": str(tiny_model), "exit_layers": [1, 3]},
-            "trainer": {
-                "max_epochs": 1,
-                "accelerator": "cpu",
-                "enable_progress_bar": False,
-                "num_sanity_val_steps": 0,
-                "log_every_n_steps": 1,
-                "logger": [
-                    {
-                        "class_path": "lightning.pytorch.loggers.CSVLogger",
-                        "init_args": {"save_dir": str(tmp_path / "runs"), "name": "tiny"},
-                    }
-                ],
-            },
-        }
+        config: dict[str, object] = tiny_settings(tiny_logs, tiny_model, tmp_path / "runs")
         for key, value in changes.items():
             *parents, last = key.split(".")
             place = config

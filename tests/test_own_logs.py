@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
+from world import tiny_settings
 
 from project.data.datamodule import InteractionData
 from project.data.prompts import Prompt
@@ -96,31 +97,13 @@ def write_logs(folder: Path, form: str) -> dict[str, Any]:
 
 def write_config(folder: Path, form: str, model: Path) -> Path:
     """All that a user writes."""
-    config = {
-        "seed_everything": 0,
-        "data": {
-            "logs": {"class_path": "project.data.readers.TableLogs", "init_args": write_logs(folder, form)},
-            "retriever": "project.retrieval.ItemKNN",
-            "protocol": {"split": "given", "label": None},
-            "prompt": PROMPT,
-            "context_tokens": 160,
-            "batch_tokens": 800,
-            "block_rows": 100,
-        },
-        "model": {"backbone": str(model), "exit_layers": [1, 3]},
-        "trainer": {
-            "max_epochs": 1,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "logger": [
-                {
-                    "class_path": "lightning.pytorch.loggers.CSVLogger",
-                    "init_args": {"save_dir": str(folder), "name": "runs"},
-                }
-            ],
-        },
+    config = tiny_settings(folder, model, folder, name="runs")
+    config["data"] |= {
+        "logs": {"class_path": "project.data.readers.TableLogs", "init_args": write_logs(folder, form)},
+        "protocol": {"split": "given", "label": None},
+        "prompt": PROMPT,
+        "context_tokens": 160,
+        "batch_tokens": 800,
     }
     path = folder / "own.yaml"
     path.write_text(yaml.safe_dump(config))

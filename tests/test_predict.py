@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
+from world import tiny_settings
 
 from project.data.packing import Batch
 from project.model.module import ExitRecommender
@@ -52,30 +53,8 @@ def fitted(
     from project.__main__ import main
 
     folder = tmp_path_factory.mktemp("fitted")
-    csv = {
-        "class_path": "lightning.pytorch.loggers.CSVLogger",
-        "init_args": {"save_dir": str(folder), "name": ""},
-    }
-    files = {name: str(tiny_logs / f"{name}.csv") for name in ("interactions", "items")}
-    config = {
-        "data": {
-            "logs": {"class_path": "project.data.readers.TableLogs", "init_args": files},
-            "retriever": "project.retrieval.ItemKNN",
-            "protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2]},
-            "context_tokens": 256,
-            "batch_tokens": 1024,
-            "block_rows": 100,
-        },
-        "model": {"backbone": str(sharp_model), "exit_layers": [1, 3]},
-        "trainer": {
-            "max_epochs": 1,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "logger": [csv],
-        },
-    }
+    config = tiny_settings(tiny_logs, sharp_model, folder, name="")
+    config["data"] |= {"context_tokens": 256, "batch_tokens": 1024}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROJECT_CACHE", str(session_cache))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -57,3 +58,39 @@ def streams_without_evidence(split: SplitInteractions, name: str, segment: str =
     order = ("train", "valid", "test").index(name)
     rows = split.rows.filter(pl.col("split").to_physical() <= order)
     return build_streams(rows, no_evidence(rows), name, encoder)
+
+
+def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> dict[str, Any]:
+    """A configuration of the tiny world, as YAML would say it; to be changed by whoever asks.
+
+    Args:
+        logs: Folder with interactions.csv and items.csv.
+        model: Folder of a model with three layers or more.
+        runs: Where runs go.
+        name: Folder of the runs below that.
+    """
+    files = {kind: str(logs / f"{kind}.csv") for kind in ("interactions", "items")}
+    csv = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(runs), "name": name},
+    }
+    return {
+        "seed_everything": 0,
+        "data": {
+            "logs": {"class_path": "project.data.readers.TableLogs", "init_args": files},
+            "retriever": "project.retrieval.ItemKNN",
+            "protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2]},
+            "context_tokens": 128,
+            "batch_tokens": 512,
+            "block_rows": 100,
+        },
+        "model": {"backbone": str(model), "exit_layers": [1, 3]},
+        "trainer": {
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "logger": [csv],
+        },
+    }

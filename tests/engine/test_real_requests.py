@@ -17,6 +17,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from world import tiny_settings
 
 from project.artefacts import read_result
 
@@ -40,31 +41,10 @@ def fitted(
         if "proj" in name:
             weights.data.mul_(10)
     model.save_pretrained(sharp)
-    csv = {
-        "class_path": "lightning.pytorch.loggers.CSVLogger",
-        "init_args": {"save_dir": str(folder), "name": ""},
-    }
-    files = {name: str(tiny_logs / f"{name}.csv") for name in ("interactions", "items")}
-    config = {
-        "data": {
-            "logs": {"class_path": "project.data.readers.TableLogs", "init_args": files},
-            "retriever": "project.retrieval.ItemKNN",
-            "protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2]},
-            "context_tokens": 256,
-            "batch_tokens": 1024,
-            "block_rows": 100,
-        },
-        "model": {"backbone": str(sharp), "exit_layers": [1, 2, 3]},
-        "exits": {"criterion": "project.exits.criteria.Ratio"},
-        "trainer": {
-            "max_epochs": 1,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "logger": [csv],
-        },
-    }
+    config = tiny_settings(tiny_logs, sharp, folder, name="")
+    config["data"] |= {"context_tokens": 256, "batch_tokens": 1024}
+    config["model"]["exit_layers"] = [1, 2, 3]
+    config["exits"] = {"criterion": "project.exits.criteria.Ratio"}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROJECT_CACHE", str(session_cache))
