@@ -33,7 +33,7 @@ class Floor:
     """One floor's scores.
 
     Args:
-        name: item_rate, user_rate, neighbour_vote, lr_rates, lr_evidence or gbdt_evidence.
+        name: item_rate, user_rate, neighbour_vote, lr_rates, lr_evidence, gbdt_evidence, or one of `more_floors`.
         scores: row_id Int64, split String, logit Float64; the targets of each scored split.
     """
 
@@ -69,20 +69,15 @@ def fit_floors(
     Raises:
         DataError: train targets lack a class, or evidence lacks a target's row.
     """
-    labels = _targets(rows, "train")["label"].to_numpy()
-    if np.unique(labels).size < 2:
-        raise DataError(
-            f"floors need train targets of both classes, found {labels.size} targets, {int(labels.sum())} "
-            "positive: check data.protocol.label and data.protocol.minimum_history"
-        )
+    labels = train_labels(rows)
     base = float(labels.mean())
-    train = _features(rows, evidence, "train", base)
-    features = {split: _features(rows, evidence, split, base) for split in splits}
+    train = evidence_features(rows, evidence, "train", base)
+    features = {split: evidence_features(rows, evidence, split, base) for split in splits}
     logits = {
         name: {s: x[:, FEATURES.index(f)] for s, x in features.items()} for name, f in SINGLE_FEATURE.items()
     }
     logits |= _learned_logits(train, labels, features, base, seed)
-    return [Floor(name, _score_table(rows, by_split)) for name, by_split in logits.items()]
+    return [Floor(name, floor_scores(rows, by_split)) for name, by_split in logits.items()]
 
 
 def floor_rows(
@@ -104,7 +99,7 @@ def floor_rows(
     parts += [("valid", fold) for fold in ("select", "tune") if ("valid", None) in parts]
     found = []
     for split, fold in parts:
-        part = _targets(rows, split, fold)
+        part = targets_of(rows, split, fold)
         labels, users = part["label"].to_numpy(), part["user"].to_numpy()
         bootstrap = UserBootstrap(users, draws, seed)
         for floor in floors:
@@ -120,7 +115,7 @@ def floor_rows(
 
 def best_floor(floors: Sequence[Floor], rows: pl.DataFrame) -> Floor | None:
     """The floor of highest AUC on valid's tune fold (the first of equals), None where that is undefined."""
-    tune = _targets(rows, "valid", "tune")
+    tune = targets_of(rows, "valid", "tune")
     labels = tune["label"].to_numpy()
     scored = [(auc(floor.logits(tune["row_id"]), labels), floor) for floor in floors]
     defined = [(value, floor) for value, floor in scored if value is not None]
@@ -147,14 +142,38 @@ def floor_difference(
     return {"floor": floor.name} | difference
 
 
-def _targets(rows: pl.DataFrame, split: str, fold: str | None = None) -> pl.DataFrame:
+def targets_of(rows: pl.DataFrame, split: str, fold: str | None = None) -> pl.DataFrame:
+    """Targets of a split, or of one fold of validation, in the order of `rows`."""
     chosen = (pl.col("role") == "target") & (pl.col("split") == split)
     return rows.filter(chosen if fold is None else chosen & (pl.col("fold") == fold))
 
 
-def _features(rows: pl.DataFrame, evidence: Mapping[str, pl.DataFrame], split: str, base: float) -> Floats:
-    """Targets of a split -> (n, len(FEATURES)), from that split's own evidence table."""
-    targets = _targets(rows, split).select("row_id")
+def train_labels(rows: pl.DataFrame) -> NDArray[Any]:
+    """Labels (n,) of train's targets; DataError where a class is missing."""
+    labels = targets_of(rows, "train")["label"].to_numpy()
+    if np.unique(labels).size < 2:
+        raise DataError(
+            f"floors need train targets of both classes, found {labels.size} targets, {int(labels.sum())} "
+            "positive: check data.protocol.label and data.protocol.minimum_history"
+        )
+    return labels
+
+
+def evidence_features(
+    rows: pl.DataFrame, evidence: Mapping[str, pl.DataFrame], split: str, base: float
+) -> Floats:
+    """Counting features (n, len(FEATURES)) of a split's targets, from that split's own evidence table.
+
+    Args:
+        rows: Rows of a split.
+        evidence: Evidence table of each split.
+        split: train, valid or test.
+        base: Share of likes among train targets.
+
+    Raises:
+        DataError: No table of the split, or one that lacks a target.
+    """
+    targets = targets_of(rows, split).select("row_id")
     if split not in evidence:
         raise DataError(f"floors need the evidence table of {split}, found {sorted(evidence)}")
     table = targets.join(evidence[split], on="row_id", how="inner", maintain_order="left")
@@ -208,9 +227,15 @@ def _decide(model: Any, features: Floats) -> Floats:
     return np.asarray(model.decision_function(features), dtype=np.float64)
 
 
-def _score_table(rows: pl.DataFrame, logits: Mapping[str, Floats]) -> pl.DataFrame:
+def floor_scores(rows: pl.DataFrame, logits: Mapping[str, Floats]) -> pl.DataFrame:
+    """The `scores` of a Floor.
+
+    Args:
+        rows: Rows of a split.
+        logits: Split -> (n,) of its targets, in the order of `rows`.
+    """
     parts = [
-        _targets(rows, split).select("row_id", pl.lit(split).alias("split"), pl.Series("logit", values))
+        targets_of(rows, split).select("row_id", pl.lit(split).alias("split"), pl.Series("logit", values))
         for split, values in logits.items()
     ]
     return pl.concat(parts)

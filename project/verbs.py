@@ -23,7 +23,9 @@ from project.callbacks.exit_calibration import exit_calibration_of
 from project.errors import ConfigError
 from project.floors import best_floor, fit_floors, floor_rows
 from project.model.heads import heads_digest
+from project.more_floors import GraphSource, more_floors
 from project.ranking.table import render_rank
+from project.slices import floor_scores_of, slice_rows
 from project.tables import exits_table, render_exits, render_stage_seconds
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ TABLE = re.compile(r"(?P<start><!-- table (?P<file>\S+) -->)\n.*?(?P<end><!-- en
 
 
 def run_floors(data: InteractionData, folder: Path) -> dict[str, Any]:
-    """Score the counting baselines on validation and test and write results/floors.json.
+    """Score all floors on validation and test, also those that are too slow for fit, and write results/floors.json.
 
     Args:
         data: Logs, protocol and evidence.
@@ -43,10 +45,17 @@ def run_floors(data: InteractionData, folder: Path) -> dict[str, Any]:
     split, evidence = data.split, data.evidence
     with data.clock.stage("floors"):
         floors = fit_floors(split.rows, evidence)
+        source = GraphSource(data.retriever, data.block_rows, data.cache_dir)
+        floors += more_floors(split, evidence, source, seed=data.seed)
         rows = floor_rows(floors, split.rows)
         best = best_floor(floors, split.rows)
+        slices = [
+            found
+            for part in (("valid", "tune"), ("test", None))
+            for found in slice_rows(split.rows, floor_scores_of(floors, split.rows, *part), *part)
+        ]
     result = result_head("floors", split.manifest, str(folder / "config.yaml"), data.seed)
-    result |= {"floors": rows, "best_floor": best.name if best else None}
+    result |= {"floors": rows, "best_floor": best.name if best else None, "slices": slices}
     result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
     path = write_json(folder / "results" / "floors.json", result)
     Console(width=120).print(exits_table(result, "test"), f"written: {path}")

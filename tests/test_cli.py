@@ -61,7 +61,7 @@ def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
     assert result(folder, "validate")["exits"] == fit["exits"]
     run("floors", *given)
     floors = [f for f in result(folder, "floors")["floors"] if f["split"] == "test"]
-    assert floors == test["floors"]
+    assert floors[: len(test["floors"])] == test["floors"]  # the verb appends slower ones
     assert not (tmp_path / "runs" / "tiny" / "version_1").exists()
 
     bundle = json.loads((folder / "bundle" / "bundle.json").read_text())

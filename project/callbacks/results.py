@@ -18,6 +18,7 @@ from project.callbacks.run_folder import current_run, will_be_saved
 from project.evaluate import comparison, part_of
 from project.floors import Floor, fit_floors, floor_difference
 from project.model.heads import heads_digest
+from project.slices import exit_scores_of, floor_scores_of, slice_rows
 from project.tables import exits_table, stage_seconds_table
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class ResultFiles(pl.Callback):
             )
             chosen = int(module.chosen_exit)
             content = comparison(scores, data.split, floors, split, chosen if chosen > 0 else None)
+            content["slices"] = _slices(scores, data.split.rows, floors, content["exits"])
         content |= _adaptive(trainer, module, scores, content, floors)
         result = result_head(verb, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
         result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
@@ -171,6 +173,17 @@ def _adaptive(
         "adaptive": {"split": split, **({"fold": fold} if fold else {}), **summary},
         "certificate": calibration.issued,
     }
+
+
+def _slices(
+    scores: polars.DataFrame, rows: polars.DataFrame, floors: list[Floor], exits: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Slices of the reported rows, for the exits and then the floors."""
+    if not exits:
+        return []
+    part = exits[0]["split"], exits[0].get("fold")
+    judged = exit_scores_of(scores, rows, [e["layer"] for e in exits], *part)
+    return slice_rows(rows, judged + floor_scores_of(floors, rows, *part), *part)
 
 
 def _log_table(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
