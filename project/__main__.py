@@ -26,6 +26,10 @@ def run(arguments: list[str]) -> None:
             from project.report.document import run_report
 
             run_report(rest)
+        case ["export", *rest]:
+            from project.export import run_export
+
+            run_export(rest)
         case ["power", *rest]:
             from project.exits.power import print_power_table
 

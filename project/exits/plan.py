@@ -119,7 +119,10 @@ def specification(criterion: Criterion) -> dict[str, Any]:
 
 def _criterion(spec: Mapping[str, Any]) -> Criterion:
     module, _, kind = str(spec["class_path"]).rpartition(".")
-    found = getattr(importlib.import_module(module), kind, None)
+    try:
+        found = getattr(importlib.import_module(module), kind, None)
+    except ImportError:
+        found = None
     if not (isinstance(found, type) and issubclass(found, Criterion)):
         raise ConfigError(
             f"the checkpoint's exit criterion is {spec['class_path']!r}, which is no Criterion that can be imported; "

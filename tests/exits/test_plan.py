@@ -69,7 +69,8 @@ def test_foreign_criterion_is_refused(world: Any) -> None:
     broken = {
         "layers": list(world.layers), "prior": True, "calibration": calibration.values,
         "thresholds": state.thresholds, "fitted": {},
-        "criterion": {"class_path": "pathlib.Path", "init_args": {}},
     }  # fmt: skip
-    with pytest.raises(ConfigError, match=r"pathlib\.Path"):
-        ExitPlan.from_state(broken)
+    for path in ("pathlib.Path", "a_package_that_is_not_here.Mine"):
+        broken["criterion"] = {"class_path": path, "init_args": {}}
+        with pytest.raises(ConfigError, match=path):
+            ExitPlan.from_state(broken)

@@ -1,0 +1,258 @@
+"""Verb `export RUN FOLDER`: a calibrated run as a Hugging Face folder, and the one line that loads it again.
+
+The folder is a headless model for `AutoModel.from_pretrained` (config.json, model.safetensors, tokenizer) with
+heads.safetensors, exit_policy.json and a model card beside it. Nothing in it is pickled.
+
+Unusual here: adapters are merged into the weights, so who loads the folder needs no peft; and the plan is JSON, where
+a tensor says its type and an infinite threshold is a word, for infinity is not JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml  # type: ignore[import-untyped]  # the package types-PyYAML would bring them
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from project.artefacts import SCHEMA_VERSION, own_version, write_json
+from project.counting import FEATURES, CountingPrior
+from project.engine.loading import load_run
+from project.errors import DataError
+from project.exits.plan import ExitPlan
+from project.model.attention import SEGMENTS
+from project.model.heads import ExitHead
+from project.model.lora import LoraSettings
+from project.model.module import ExitRecommender
+from project.model.trunk import Trunk
+from project.model_card import render_card
+from project.report.run import read_run
+
+USAGE = "python -m project export RUN_FOLDER NEW_FOLDER"
+NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/last.ckpt")
+POLICY, HEADS = "exit_policy.json", "heads.safetensors"
+_AUTO: Any = AutoModel  # its constructors are not typed
+
+
+class Exported(NamedTuple):
+    """What is not Hugging Face's in an exported folder, on the CPU, in eval mode.
+
+    Attributes:
+        trunk: Token embeddings and decoder layers.
+        heads: `ExitHead` by layer, keys as text.
+        plan: Calibration, criterion and thresholds. Where `plan.prior`, head 0 is `exported_prior(folder)`.
+    """
+
+    trunk: Trunk
+    heads: nn.ModuleDict
+    plan: ExitPlan
+
+
+def run_export(arguments: Sequence[str]) -> Path:
+    """The verb: export a run and say where to.
+
+    Args:
+        arguments: A run folder, such as runs/quickstart/latest, and a folder that does not exist yet or is empty.
+
+    Raises:
+        DataError: Not two arguments, or as in `export`.
+    """
+    if len(arguments) != 2 or any(a.startswith("-") for a in arguments):
+        raise DataError(f"export takes a run folder and a new one, found {list(arguments)}. Usage: {USAGE}")
+    folder = export(*map(Path, arguments))
+    print(f"written: {folder}")
+    return folder
+
+
+def export(run: Path, folder: Path) -> Path:
+    """Write a calibrated run's last checkpoint as a Hugging Face folder; whole or not at all.
+
+    Args:
+        run: Run folder.
+        folder: Does not exist yet, or is empty.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        DataError: The run lacks a file, or `folder` holds something.
+        CheckpointError: The checkpoint is not of the run's config.yaml.
+        NotCalibratedError: It has no exit plan.
+    """
+    missing = [name for name in NEEDED if not (run / name).exists()]
+    if missing:
+        raise DataError(
+            f"{run} lacks {', '.join(missing)}; expected the folder of a run that `fit` wrote, such as "
+            "runs/quickstart/latest, with its bundle (callback RunBundle)."
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(
+            f"{folder} already holds something; expected a new or an empty folder. Choose another name."
+        )
+    bundle = json.loads((run / "bundle" / "bundle.json").read_text(encoding="utf-8"))
+    results = read_run(run)
+    module, plan = _load(run, bundle)
+    policy = _policy(bundle, plan, module.counting_prior())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        part = Path(scratch) / folder.name
+        shutil.copytree(run / "bundle" / "tokenizer", part)
+        assert module.trunk is not None
+        _save_trunk(module.trunk, part)
+        save_file({k: v.contiguous() for k, v in module.heads.state_dict().items()}, part / HEADS)
+        write_json(part / POLICY, policy)
+        card = render_card(results, bundle, module.trunk.config.model_type, plan.criterion)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        os.replace(part, folder)
+    return folder
+
+
+def load_exported(folder: str | Path) -> Exported:
+    """Trunk, heads and exit plan of a folder that `export` wrote.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        DataError: A file is missing, of another version, or lacks weights.
+    """
+    policy = _read_policy(Path(folder))
+    model, info = _AUTO.from_pretrained(
+        folder, attn_implementation=SEGMENTS, dtype=torch.float32, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise DataError(
+            f"{folder} lacks {len(info['missing_keys'])} weights of the trunk, among them "
+            f"{sorted(info['missing_keys'])[:3]}; the copy is not complete. Copy or export it again."
+        )
+    headless = SimpleNamespace(weight=torch.empty(0))  # heads are loaded, not made of the language model's
+    trunk = Trunk(SimpleNamespace(config=model.config, model=model, lm_head=headless))
+    trunk.release_lm_head()
+    direction = torch.zeros(model.config.hidden_size)
+    *_, last = policy["exit_layers"]
+    heads = nn.ModuleDict(
+        {str(k): ExitHead(trunk.final_norm, direction, last=k == last) for k in policy["exit_layers"]}
+    )
+    heads.load_state_dict(load_file(Path(folder) / HEADS))
+    return Exported(trunk.eval(), heads.eval(), ExitPlan.from_state(from_json(policy["plan"])))
+
+
+def exported_prior(folder: str | Path) -> CountingPrior:
+    """Exit 0 of a folder that `export` wrote: logits from counting features, before the trunk runs.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        DataError: It has no exit policy of this version, or its features are not `counting.FEATURES`.
+    """
+    known = _read_policy(Path(folder))["counting_prior"]
+    if tuple(known["weights"]) != FEATURES:
+        raise DataError(
+            f"{Path(folder) / POLICY}: exit 0 weighs the features {list(known['weights'])}; this version counts "
+            f"{list(FEATURES)}. Use the version that wrote it, or export the run again."
+        )
+    return CountingPrior(known["base"], known["offset"], np.array(list(known["weights"].values())))
+
+
+def to_json(value: Any) -> Any:
+    """A plan's state as plain JSON; float64 and float32 come back bit by bit.
+
+    Args:
+        value: Tensors, numbers, text, and lists and dictionaries of them.
+    """
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        return {"tensor": kind, "shape": list(value.shape), "values": to_json(value.flatten().tolist())}
+    if isinstance(value, Mapping):
+        return {key: to_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(part) for part in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return {"number": str(value)}
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """What `to_json` was given, tuples as lists."""
+    if isinstance(value, list):
+        return [from_json(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"number"}:
+        return float(value["number"])
+    if value.keys() == {"tensor", "shape", "values"}:
+        values, kind = from_json(value["values"]), getattr(torch, value["tensor"])
+        return torch.tensor(values, dtype=kind).reshape(value["shape"])
+    return {key: from_json(part) for key, part in value.items()}
+
+
+def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, ExitPlan]:
+    """The run's module with the weights of its last checkpoint, adapters merged, and its plan."""
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
+    lora = settings.get("lora")
+    module = ExitRecommender(
+        bundle["base_model"],
+        bundle["exit_layers"],
+        bundle["num_layers"],
+        lora=LoraSettings(**lora) if lora else None,
+        freeze_embeddings=settings.get("freeze_embeddings", False),
+        answers=bundle["answers"],
+    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(run / "bundle" / "tokenizer")
+    plan = load_run(module, tokenizer, run / "checkpoints" / "last.ckpt").plan
+    return module.eval(), plan
+
+
+def _save_trunk(trunk: Trunk, folder: Path) -> None:
+    """config.json and model.safetensors of a headless model, its adapters merged in place."""
+    for layer in list(trunk.modules()):
+        if hasattr(layer, "base_layer"):
+            layer.merge()  # type: ignore[operator]  # peft's
+    state = {
+        name.replace(".base_layer.", ".").replace("final_norm.", "norm."): weights
+        for name, weights in trunk.state_dict().items()
+        if ".lora_" not in name
+    }
+    with torch.device("meta"):  # only its names: the weights are the trunk's
+        model = _AUTO.from_config(deepcopy(trunk.config), attn_implementation="sdpa")
+    model.load_state_dict(state, assign=True)
+    model.save_pretrained(folder)
+
+
+def _policy(bundle: Mapping[str, Any], plan: ExitPlan, prior: CountingPrior) -> dict[str, Any]:
+    weights = dict(zip(FEATURES, prior.weights.tolist(), strict=True))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "version": own_version(),
+        "exit_layers": bundle["exit_layers"],
+        "answers": bundle["answers"],
+        "prompt": bundle["prompt"],
+        "protocol": bundle["protocol"],
+        "counting_prior": {"base": prior.base, "offset": prior.offset, "weights": weights},
+        "plan": to_json(plan.state()),
+    }
+
+
+def _read_policy(folder: Path) -> dict[str, Any]:
+    path = folder / POLICY
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; expected a folder that `{USAGE}` wrote.")
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            f"{path} has schema_version {content.get('schema_version')}; this version reads {SCHEMA_VERSION}. "
+            "Export the run again."
+        )
+    return content

@@ -1,0 +1,165 @@
+"""CONTRIBUTING's worked examples work: its Python becomes a package of one's own, its YAML is given to `fit`.
+
+Unusual here: nothing of the examples is repeated. What is tested is the text of the document, block by block, as
+somebody would who copied all of it into my_package.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+
+from project.data.datamodule import InteractionData
+from project.data.readers import TableLogs
+from project.data.splits import Protocol
+from project.errors import DataError
+from project.exits.criteria import Ratio
+from project.exits.outputs import HeadOutputs
+from project.exits.plan import ExitPlan
+from project.retrieval import NoRetriever
+from project.retrieval.base import Raters
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+PROTOCOL = Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2])
+Run = Callable[..., None]
+Config = Callable[..., Path]
+
+
+def settings(word: str) -> dict[str, Any]:
+    """The block of YAML with this word."""
+    (found,) = (body for language, body in BLOCKS if language == "yaml" and word in body)
+    content: dict[str, Any] = yaml.safe_load(found)
+    return content
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """my_package.py: every block of Python, one after the other."""
+    (tmp_path / "my_package.py").write_text("\n".join(b for language, b in BLOCKS if language == "python"))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("my_package")
+    del sys.modules["my_package"]
+
+
+@pytest.fixture
+def json_logs(tiny_logs: Path, tmp_path: Path) -> dict[str, str]:
+    """The tiny log as the example's JSON lines; returns data.logs.init_args."""
+    events = pl.read_csv(tiny_logs / "interactions.csv")
+    renamed = events.rename({"user_id": "who", "item_id": "what", "timestamp": "at", "rating": "stars"})
+    renamed.write_ndjson(tmp_path / "events.jsonl")
+    items = pl.read_csv(tiny_logs / "items.csv").select(what="item_id", name="title")
+    items.write_ndjson(tmp_path / "items.jsonl")
+    return {"events": str(tmp_path / "events.jsonl"), "items": str(tmp_path / "items.jsonl")}
+
+
+def test_every_block_is_known() -> None:
+    """Commands are the Makefile's or are verbs; each class in Python is named by a block of YAML, and the reverse."""
+    from project.cli import ProjectCLI
+
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = [line.split("#")[0].split() for kind, body in BLOCKS if not kind for line in body.splitlines()]
+    assert len(commands) == 3
+    assert all(line[0] == "make" and set(line[1:]) <= targets for line in commands)
+    assert set(re.findall(r"python -m project (\w+)", TEXT)) <= set(ProjectCLI.subcommands())
+    assert all(
+        (ROOT / path).exists() for path in re.findall(r"`((?:project/|\.ci/|\.github/)[\w./]+)`", TEXT)
+    )
+    defined = {
+        name for kind, body in BLOCKS if kind == "python" for name in re.findall(r"^class (\w+)", body, re.M)
+    }
+    named = {
+        name for kind, body in BLOCKS if kind == "yaml" for name in re.findall(r"my_package\.(\w+)", body)
+    }
+    assert defined == named == {"Margin", "LatestRaters", "JsonLogs"}
+
+
+def test_criterion(package: ModuleType) -> None:
+    """|p - 1/2| grows with |logit|, so Margin orders rows as Ratio does; at p = 1/2 and p = 3/4 it is 0 and 1/4."""
+    logits = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits[:2, 1] = torch.tensor([1.0, 3.0], dtype=torch.float64).log()
+    outputs = HeadOutputs.of(
+        [1, 3], logits, torch.zeros(50, 1, dtype=torch.float64), torch.zeros_like(logits)
+    )
+    safety = package.Margin().safety(outputs)
+    assert safety[:2].tolist() == pytest.approx([0, 0.25])
+    assert torch.equal(safety.argsort(), Ratio().safety(outputs).argsort())
+
+
+def test_retriever(package: ModuleType) -> None:
+    """Of raters 3, 8, 9 (oldest first) two neighbours are 9, 8; its arguments are its key."""
+    retriever = package.LatestRaters(neighbours=2)
+    raters = Raters(np.array([3, 8, 9]), np.array([0, 1, 2]))
+    assert retriever.select(5, 0, 1.0, raters).row.tolist() == [9, 8]
+    assert retriever.select(5, 0, 1.0, Raters(raters.row[:1], raters.user[:1])).row.tolist() == [3]
+    assert retriever.settings()["init_args"] == {"neighbours": 2, "max_raters": 2000}
+
+
+def test_data_set(
+    package: ModuleType,
+    json_logs: dict[str, str],
+    tiny_logs: Path,
+    tiny_model: Path,
+    session_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """JSON lines give the DataModule the very rows, splits and labels that the same log gives as CSV."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    table = TableLogs(*(str(tiny_logs / name) for name in ("interactions.csv", "items.csv")))
+
+    def data(logs: Any) -> InteractionData:
+        return InteractionData(logs, NoRetriever(), PROTOCOL, tokenizer=str(tiny_model))
+
+    found, expected = (data(logs).split for logs in (package.JsonLogs(**json_logs), table))
+    assert found.rows.equals(expected.rows)
+    assert found.manifest["counts"] == expected.manifest["counts"]
+    assert set(found.interactions.files) == {"events.jsonl", "items.jsonl"}
+    assert data(package.JsonLogs(**json_logs)).targets("test").height > 0
+
+
+def test_data_set_explains_a_mistake(package: ModuleType, json_logs: dict[str, str]) -> None:
+    """An event of an item that is not listed names file, line and item."""
+    with open(json_logs["events"], "a") as file:
+        file.write('{"who": "u1", "what": "i999", "at": 1, "stars": 4}\n')
+    line = len(Path(json_logs["events"]).read_text().splitlines())
+    with pytest.raises(DataError, match=rf"events\.jsonl, line {line}: item 'i999' .*items\.jsonl"):
+        package.JsonLogs(**json_logs).read()
+
+
+@pytest.mark.slow
+def test_fit_with_all_three(
+    run: Run, package: ModuleType, json_logs: dict[str, str], tiny_config: Config, tmp_path: Path
+) -> None:
+    """The document's YAML trains: Margin decides and comes back from the checkpoint, the bundle names the retriever."""
+    logs = settings("JsonLogs")
+    logs["data"]["logs"]["init_args"] = json_logs
+    wording = {"segment": "{title} all {item_rate} near {vote}:"}  # this log knows no year
+    words = {"criterion": settings("Margin"), "retriever": settings("LatestRaters"), "logs": logs}
+    overlays = []
+    for name, content in words.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        overlays += ["--config", tmp_path / f"{name}.yaml"]
+    base = tiny_config(**{"data.prompt": wording})
+    run("fit", "--config", base, *overlays)
+
+    folder = tmp_path / "runs" / "tiny" / "latest"
+    assert json.loads((folder / "results" / "calibrate.json").read_text())["chosen"] == "margin"
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    plan = ExitPlan.from_state(checkpoint["callbacks"]["ExitCalibration"]["plan"])
+    assert isinstance(plan.policy.criterion, package.Margin)
+    retriever = json.loads((folder / "bundle" / "bundle.json").read_text())["retriever"]
+    assert retriever["class_path"] == "my_package.LatestRaters"
+    assert retriever["init_args"]["neighbours"] == 5

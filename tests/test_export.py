@@ -1,0 +1,221 @@
+"""An exported run is the run: the same logits, the same exits, in a folder that names no place of this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from example_run import results, write_run
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from project.counting import FEATURES
+from project.engine.loading import load_run
+from project.errors import CheckpointError, DataError, NotCalibratedError
+from project.exits.calibration import Calibration
+from project.exits.criteria import Criterion
+from project.exits.outputs import HeadOutputs
+from project.exits.plan import ExitPlan
+from project.exits.policies import Policy
+from project.exits.settings import all_criteria
+from project.export import export, exported_prior, from_json, load_exported, run_export, to_json
+from project.layout import Layout
+from project.model.lora import LoraSettings
+from project.model.module import ExitRecommender
+from project.model.trunk import Trunk
+from project.model_card import render_card
+from project.report.run import read_run
+
+Run = Callable[..., None]
+Config = Callable[..., Path]
+LORA = {"rank": 4, "alpha": 64.0}  # loud, so that leaving it out would show
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "frozen embeddings": {"model.freeze_embeddings": True},
+    "lora": {"model.lora": LORA, "model.optim": {"learning_rate": 0.01}},
+}
+
+
+def causal(tokens: Tensor) -> Layout:
+    """Every token a segment that sees all before it: what a plain causal model does with (B, T) tokens."""
+    index = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return Layout.build(torch.zeros_like(index), index, index, index >= 0, index)
+
+
+@torch.no_grad()
+def states(trunk: Trunk, tokens: Tensor, layers: list[int]) -> list[Tensor]:
+    """Hidden states (B, T, H) after each of these layers."""
+    state, start, found = trunk.embed(tokens, causal(tokens)), 0, []
+    for layer in layers:
+        state, start = trunk.run(state, start, layer), layer
+        found.append(state.hidden)
+    return found
+
+
+def original(folder: Path, model: Path, changes: dict[str, Any]) -> tuple[ExitRecommender, ExitPlan]:
+    """Module and plan of a run as the engine loads them, adapters beside the weights."""
+    lora = LoraSettings(**LORA) if "model.lora" in changes else None
+    frozen = "model.freeze_embeddings" in changes
+    module = ExitRecommender(str(model), [1, 2], lora=lora, freeze_embeddings=frozen)
+    plans = load_run(module, AutoTokenizer.from_pretrained(model), folder / "checkpoints" / "last.ckpt")
+    return module.eval(), plans.plan
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip(kind: str, run: Run, tiny_config: Config, tiny_model: Path, tmp_path: Path) -> None:
+    """Two of three layers, trained and exported: hidden states, heads, exits, exit 0 and tokens are the run's.
+
+    To 1e-6. Where adapters were added to the weights, to 3e-6 of the largest state: W x + B A x and (W + B A) x are
+    each that far from the sum in float64.
+    """
+    run("fit", "--config", tiny_config(**{"model.exit_layers": [1, 2]}, **KINDS[kind]))
+    folder, target = tmp_path / "runs" / "tiny" / "latest", tmp_path / "new" / "exported"
+    run("export", folder, target)
+    module, plan = original(folder, tiny_model, KINDS[kind])
+    trunk, heads, loaded_plan = load_exported(target)
+    tokens = torch.randint(0, 400, (2, 30), generator=torch.Generator().manual_seed(0))
+    assert module.trunk is not None
+    expected, found = (states(t, tokens, [1, 2]) for t in (module.trunk, trunk))
+    exact = {"atol": 3e-6 * float(expected[-1].abs().max()) if kind == "lora" else 1e-6, "rtol": 0}
+    for layer, before, after in zip("12", expected, found, strict=True):
+        torch.testing.assert_close(after, before, **exact)
+        said, says = (h[layer](s[:, -1]) for h, s in ((module.heads, before), (heads, after)))
+        torch.testing.assert_close(says, said, **exact)
+
+    plain = AutoModel.from_pretrained(target)(tokens, output_hidden_states=True)
+    assert len(plain.hidden_states) == 1 + 2
+    torch.testing.assert_close(plain.hidden_states[1], expected[0], **exact)
+    torch.testing.assert_close(plain.last_hidden_state, module.trunk.final_norm(expected[1]), **exact)
+    base = Trunk.from_pretrained(tiny_model, num_layers=2)
+    assert (
+        states(base, tokens, [2])[0] - expected[1]
+    ).abs().max() > 1e-3  # trained, and that is what was exported
+
+    assert json.dumps(to_json(loaded_plan.state())) == json.dumps(to_json(plan.state()))
+    assert exported_prior(target).to_array() == pytest.approx(module.prior.numpy(), abs=0)
+    text = "all 7 near 3: yes"
+    assert AutoTokenizer.from_pretrained(target).encode(text) == AutoTokenizer.from_pretrained(
+        tiny_model
+    ).encode(text)
+    for path in target.iterdir():
+        assert str(tmp_path.parent).encode() not in path.read_bytes(), path
+    assert {p.name for p in target.parent.iterdir()} == {"exported"}
+
+
+@pytest.mark.slow
+def test_refusals_of_a_run(run: Run, tiny_config: Config, tmp_path: Path) -> None:
+    """A folder that holds something, a config.yaml of another model, a checkpoint without a plan: refused."""
+    run("fit", "--config", tiny_config())
+    folder, target = (tmp_path / "runs" / "tiny" / "latest").resolve(), tmp_path / "exported"
+    with pytest.raises(DataError, match="already holds something"):
+        export(folder, folder)
+    config = folder / "config.yaml"
+    saved = config.read_text()
+    settings = yaml.safe_load(saved)
+    config.write_text(yaml.safe_dump(settings | {"model": settings["model"] | {"lora": LORA}}))
+    with pytest.raises(CheckpointError, match=r"model\.lora"):
+        export(folder, target)
+    config.write_text(saved)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    del content["callbacks"]["ExitCalibration"]
+    torch.save(content, checkpoint)
+    with pytest.raises(NotCalibratedError, match="calibrate"):
+        export(folder, target)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("criterion", all_criteria(), ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("prior", [True, False], ids=["prior", "no prior"])
+def test_a_plan_survives_json(criterion: Criterion, prior: bool) -> None:
+    """From strict JSON, infinite thresholds included, every criterion lets every row leave where it did before."""
+    layers = (0, 1, 2, 4) if prior else (1, 2, 4)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    drift = random(200, len(layers)).sigmoid()
+    raw = HeadOutputs.of(layers, random(200, len(layers)), random(200, len(FEATURES)), drift)
+    calibration = Calibration(layers, random(len(layers), 3).abs())
+    outputs = HeadOutputs(layers, calibration.apply(raw.logits), raw.evidence, raw.drift)
+    criterion.fit(outputs)
+    inner = [criterion.safety(outputs.until(k)) for k in range(1, len(layers) - 1)]
+    limits = [torch.inf, *(float(s.nanquantile(0.6)) for s in inner), -torch.inf]
+    plan = ExitPlan(calibration, Policy(criterion, torch.tensor(limits, dtype=torch.float64), layers), prior)
+
+    text = json.dumps(to_json(plan.state()), allow_nan=False)
+    back = ExitPlan.from_state(from_json(json.loads(text)))
+    for before, after in zip(plan.emitted(outputs), back.emitted(back.calibrated(raw)), strict=True):
+        assert torch.equal(before, after)
+    assert json.dumps(to_json(back.state())) == text
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 3)])
+def test_tensors_keep_type_and_shape(kind: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Scalars and empty tensors too."""
+    value = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(kind)
+    back = from_json(json.loads(json.dumps(to_json({"a": [value]}))))["a"][0]
+    assert back.dtype == kind
+    assert torch.equal(back, value)
+
+
+@pytest.mark.parametrize("arguments", [[], ["run"], ["run", "folder", "more"], ["--run", "folder"]])
+def test_arguments(arguments: list[str]) -> None:
+    """Anything but two folders is answered with the usage."""
+    with pytest.raises(DataError, match="Usage: python -m project export RUN_FOLDER NEW_FOLDER"):
+        run_export(arguments)
+
+
+def test_not_a_run_and_not_exported(tmp_path: Path) -> None:
+    """What is missing is named: of a run its files, of an exported folder its policy; another version is refused."""
+    with pytest.raises(DataError, match=r"lacks config\.yaml, bundle/bundle\.json, .*last\.ckpt"):
+        export(tmp_path, tmp_path / "new")
+    with pytest.raises(DataError, match=r"exit_policy\.json does not exist.*project export"):
+        load_exported(tmp_path)
+    (tmp_path / "exit_policy.json").write_text('{"schema_version": 0}')
+    with pytest.raises(DataError, match="schema_version 0"):
+        load_exported(tmp_path)
+
+
+BUNDLE = {
+    "base_model": "smollm2-135m-instruct",
+    "num_layers": 6,
+    "exit_layers": [2, 4, 6],
+    "answers": [" no", " yes"],
+    "interactions": {"/home/somebody/log.csv": "ab12"},
+    "retriever": {"class_path": "project.retrieval.LightGCN"},
+}
+
+
+@pytest.mark.parametrize("base", ["smollm2-135m-instruct", "org/model", "/home/somebody/model"])
+def test_card(base: str, tmp_path: Path) -> None:
+    """Its numbers are the test result's, front matter parses, licence and certificate are said, no path is."""
+    files, scores = results()
+    run = read_run(write_run(tmp_path / "quickstart" / "version_0", files, scores))
+    card = render_card(run, BUNDLE | {"base_model": base}, "llama", "consistency")
+    about = yaml.safe_load(card.split("---\n")[1])
+    assert about.get("base_model") == ("org/model" if base == "org/model" else None)
+    deepest = files["test"]["exits"][-1]
+    assert f"{deepest['auc']:.4f}".removeprefix("0") in card
+    assert files["test"]["protocol"]["hash"] in card
+    assert "**Not passed**" in card
+    assert ("Apache-2.0" in card) == (base == "smollm2-135m-instruct")
+    assert "somebody" not in card
+    assert str(tmp_path) not in card
+    assert "load_exported(folder)" in card
+
+
+def test_card_before_test(tmp_path: Path) -> None:
+    """Without a test result the card says that its numbers are of the rows that calibration saw."""
+    files, scores = results()
+    del files["test"]
+    run = read_run(write_run(tmp_path / "run", files, {"valid": scores["valid"]}))
+    assert "Test was not read" in render_card(run, BUNDLE, "llama", "consistency")
