@@ -195,3 +195,5 @@ def test_wandb_offline(project: Callable[..., str], tiny_config: Config, tmp_pat
     (table,) = folder.glob("files/media/table/fit/*.table.json")
     rows = {row[0] for row in json.loads(table.read_text())["data"]}
     assert {"exit 1", "exit 3", "lr_rates", "gbdt_evidence"} <= rows
+    assert "val/exit/mean_depth" in keys
+    assert list(folder.glob("files/media/images/report/pareto_*.png"))
