@@ -70,6 +70,21 @@ def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:exits are not calibrated")  # rightly: these few rows cannot
+@pytest.mark.parametrize("limits", [{"trainer.limit_val_batches": 2}, {"trainer.fast_dev_run": True}])
+def test_limited_batches(
+    run: Run, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, Any]
+) -> None:
+    """A trial with a few batches runs to its end, results included, although not every row was scored."""
+    monkeypatch.chdir(tmp_path)  # fast_dev_run has no logger and writes where it is started
+    run("fit", "--config", tiny_config(**limits))
+    (file,) = tmp_path.rglob("results/fit.json")
+    rows = json.loads(file.read_text())
+    assert rows["slices"]
+    assert rows["exits"][0]["n"] < rows["floors"][0]["n"]
+
+
+@pytest.mark.slow
 def test_predict_equals_test(run: Run, tiny_config: Config, tmp_path: Path) -> None:
     """A request at a test row's own time scores its item as `test` did; unseen users and items have scores too."""
     run("fit", "--config", tiny_config())

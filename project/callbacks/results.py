@@ -178,10 +178,12 @@ def _adaptive(
 def _slices(
     scores: polars.DataFrame, rows: polars.DataFrame, floors: list[Floor], exits: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Slices of the reported rows, for the exits and then the floors."""
+    """Slices of the reported rows, for the exits and then the floors; with limited batches, of what was scored."""
     if not exits:
         return []
     part = exits[0]["split"], exits[0].get("fold")
+    scored = polars.col("row_id").is_in(scores["row_id"].implode())
+    rows = rows.filter((polars.col("split") != part[0]) | scored)
     judged = exit_scores_of(scores, rows, [e["layer"] for e in exits], *part)
     return slice_rows(rows, judged + floor_scores_of(floors, rows, *part), *part)
 
