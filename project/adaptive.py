@@ -37,6 +37,7 @@ class PlannedRows:
     def __init__(
         self, plan: ExitPlan, scores: pl.DataFrame, features: Floats, stream: Stream, draws: int = 1000
     ) -> None:
+        self._scores, self._features, self._draws = scores, features, draws
         outputs = plan.outputs(scores, features)
         layer, logit = plan.emitted(outputs)
         self.plan = plan
@@ -49,6 +50,10 @@ class PlannedRows:
         )
         self._stream = stream
         self._bootstrap = UserBootstrap(self.users, draws)
+
+    def under(self, plan: ExitPlan) -> PlannedRows:
+        """The same rows under another plan."""
+        return PlannedRows(plan, self._scores, self._features, self._stream, self._draws)
 
     def cost(self, layer: NDArray[np.int64]) -> Floats:
         """Token-layers (n,) where each row leaves at `layer` (n,)."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
+from project.callbacks.exit_calibration import ExitCalibration
 from project.counting import CountingPrior, counting_features
+from project.errors import DataError
 from project.exits.plan import ExitPlan
+from project.model.module import ExitRecommender
 
 Run = Callable[..., None]
 Config = Callable[..., Path]
@@ -122,3 +126,25 @@ def test_bad_settings(
         run("fit", "--config", tiny_config(), *arguments)
     said = capsys.readouterr().err
     assert all(word in said for word in words), said
+
+
+def test_failed_calibration_leaves_no_stale_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a later validation cannot be calibrated, the plan of an earlier one does not go into its checkpoint."""
+    module = ExitRecommender("unused", [1, 3])
+    module.scores = pl.DataFrame()
+    module.exit_thresholds.fill_(0.0)
+    callback = ExitCalibration()
+    callback.found, callback.issued = cast(Any, "the plan of epoch 0"), {"passed": True}
+
+    def fails(*_: object) -> None:
+        raise DataError("one class")
+
+    monkeypatch.setattr(callback, "calibrate", fails)
+    trainer = SimpleNamespace(
+        sanity_checking=False, state=SimpleNamespace(fn="fit"), checkpoint_callback=None, datamodule=None,
+        loggers=[], default_root_dir=str(tmp_path),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="not calibrated: one class"):
+        callback.on_validation_end(cast(Any, trainer), module)
+    assert callback.state_dict() == {}
+    assert module.exit_thresholds.isnan().all()

@@ -18,11 +18,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from project.adaptive import PlannedRows
 from project.artefacts import replace_file, result_head, write_json
-from project.callbacks.run_folder import current_run, will_be_saved
+from project.callbacks.run_folder import current_run, data_of, will_be_saved
 from project.counting import counting_features
 from project.errors import NotCalibratedError, ProjectError
 from project.exits.calibrate import calibrate
-from project.exits.cost import Stream
 from project.exits.plan import ExitPlan, Floats
 from project.exits.settings import ExitSettings
 
@@ -40,13 +39,15 @@ class Plans:
     without: ExitPlan
     rival_without: int
 
-    def summary(
-        self, scores: polars.DataFrame, features: Floats, stream: Stream, risk: str | None = None
-    ) -> dict[str, Any]:
-        """The `adaptive` part of a result file, for labelled rows of a score table; with the certified risk."""
-        rows = PlannedRows(self.plan, scores, features, stream)
-        without = PlannedRows(self.without, scores, features, stream).summary(self.rival_without)
+    def summary(self, rows: PlannedRows, risk: str | None = None) -> dict[str, Any]:
+        """The `adaptive` part of a result file.
+
+        Args:
+            rows: Labelled rows under `plan`.
+            risk: Name of the certified risk, to be measured on them.
+        """
         measured = {} if risk is None else {"risk": rows.risk(risk)}
+        without = rows.under(self.without).summary(self.rival_without)
         return {**rows.summary(self.rival), **measured, "without_exit_0": without}
 
     def state(self) -> dict[str, Any]:
@@ -85,8 +86,11 @@ class ExitCalibration(ExitSettings, pl.Callback):
         module = cast("ExitRecommender", pl_module)
         assert module.scores is not None
         try:
-            self.calibrate(trainer, module, _data(trainer), module.scores, current_run(trainer))
+            self.calibrate(trainer, module, data_of(trainer), module.scores, current_run(trainer))
         except ProjectError as error:
+            # the plan of an earlier validation is not this checkpoint's
+            self.found, self.issued = None, {}
+            module.forget_exits()
             rank_zero_warn(f"exits are not calibrated: {error}", category=UserWarning)
 
     def calibrate(
@@ -114,7 +118,8 @@ class ExitCalibration(ExitSettings, pl.Callback):
         module.keep_exits(found.plan)
         head = result_head("calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed)
         tune = (scores["fold"] == "tune").to_numpy()
-        adaptive = self.found.summary(scores.filter(tune), features[tune], self.stream)
+        rows = PlannedRows(found.plan, scores.filter(tune), features[tune], self.stream)
+        adaptive = self.found.summary(rows)
         result = head | found.document | {"adaptive": {"split": "valid", "fold": "tune", **adaptive}}
         if trainer.is_global_zero:
             write_json(folder / "results" / "calibrate.json", result)
@@ -184,10 +189,6 @@ def features_of(module: ExitRecommender, data: InteractionData, scores: polars.D
     else:
         evidence = data.evidence_of(data.split.rows[scores["row_id"].to_numpy()])
     return counting_features(evidence, module.counting_prior().base)
-
-
-def _data(trainer: pl.Trainer) -> InteractionData:
-    return cast("InteractionData", trainer.datamodule)  # type: ignore[attr-defined]
 
 
 def _previous(folder: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from project.adaptive import PlannedRows
 from project.artefacts import result_head, write_json, write_table
 from project.callbacks.exit_calibration import exit_calibration_of, features_of
-from project.callbacks.run_folder import current_run, will_be_saved
+from project.callbacks.run_folder import current_run, data_of, will_be_saved
 from project.evaluate import comparison, part_of
 from project.floors import Floor, fit_floors, floor_difference
 from project.model.heads import heads_digest
@@ -22,7 +22,6 @@ from project.slices import exit_scores_of, floor_scores_of, slice_rows
 from project.tables import exits_table, stage_seconds_table
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 
@@ -45,7 +44,7 @@ class ResultFiles(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock of training; validation inside it has a clock of its own."""
-        seconds = _data(trainer).clock.seconds
+        seconds = data_of(trainer).clock.seconds
         seconds["train"] = time.perf_counter() - self._started - seconds.get("validate", 0.0)
         if self._scores is not None:
             self._report(trainer, pl_module, self._scores, "fit", "valid")
@@ -81,14 +80,14 @@ class ResultFiles(pl.Callback):
         self._write_scores(trainer, pl_module, "predict")
 
     def _stop_clock(self, trainer: pl.Trainer, stage: str) -> None:
-        seconds = _data(trainer).clock.seconds
+        seconds = data_of(trainer).clock.seconds
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - self._evaluation_started
 
     @rank_zero_only
     def _write_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
         scores = _with_exits(trainer, cast("ExitRecommender", pl_module), _scores(pl_module))
         name = f"{split}-{self.tag}" if self.tag and split == "predict" else split
-        about = {"heads": heads_digest(pl_module.state_dict()), "protocol": _data(trainer).split.hash}
+        about = {"heads": heads_digest(pl_module.state_dict()), "protocol": data_of(trainer).split.hash}
         path = write_table(current_run(trainer) / "scores" / f"{name}.parquet", scores, about)
         if split == "predict" and self.print_tables:
             Console().print(f"{len(scores)} candidates scored: {path}")
@@ -102,7 +101,7 @@ class ResultFiles(pl.Callback):
         verb: str,
         split: str,
     ) -> None:
-        data, module, folder = _data(trainer), cast("ExitRecommender", pl_module), current_run(trainer)
+        data, module, folder = data_of(trainer), cast("ExitRecommender", pl_module), current_run(trainer)
         with data.clock.stage("floors"):
             floors = fit_floors(
                 data.split.rows, data.evidence, ("valid", split) if split != "valid" else ("valid",)
@@ -121,10 +120,6 @@ class ResultFiles(pl.Callback):
             console.print(exits_table(result), stage_seconds_table(result), f"written: {path}")
 
 
-def _data(trainer: pl.Trainer) -> InteractionData:
-    return cast("InteractionData", trainer.datamodule)  # type: ignore[attr-defined]
-
-
 def _scores(module: pl.LightningModule) -> polars.DataFrame:
     scores = cast("ExitRecommender", module).scores
     assert scores is not None
@@ -137,7 +132,7 @@ def _with_exits(trainer: pl.Trainer, module: ExitRecommender, scores: polars.Dat
     if calibration.found is None:
         return scores
     plan = calibration.found.plan
-    layer, logit = plan.emitted(plan.outputs(scores, features_of(module, _data(trainer), scores)))
+    layer, logit = plan.emitted(plan.outputs(scores, features_of(module, data_of(trainer), scores)))
     return scores.with_columns(
         exit_layer=polars.Series(layer.numpy()).cast(polars.Int64),
         adaptive_logit=polars.Series(logit.numpy()).cast(polars.Float32),
@@ -152,7 +147,7 @@ def _adaptive(
     floors: list[Floor],
 ) -> dict[str, Any]:
     """What the exit plan does to the reported rows, where there is a plan; completes the rows of `exits`."""
-    calibration, data, exits = exit_calibration_of(trainer), _data(trainer), content["exits"]
+    calibration, data, exits = exit_calibration_of(trainer), data_of(trainer), content["exits"]
     if calibration.found is None or not exits:
         return {}
     split, fold = exits[0]["split"], exits[0].get("fold")
@@ -163,7 +158,7 @@ def _adaptive(
     for row in exits:
         row |= shares.get(row["layer"], {})
     risk = calibration.issued.get("risk")
-    summary = calibration.found.summary(part, features, calibration.stream, risk)
+    summary = calibration.found.summary(planned, risk)
     best = next((f for f in floors if f.name == content["best_floor"]), None)
     if best is not None:
         summary["floor_difference"] = floor_difference(

@@ -13,11 +13,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from project.artefacts import SCHEMA_VERSION, own_version, write_json, write_table
-from project.callbacks.run_folder import run_folder
+from project.callbacks.run_folder import data_of, run_folder
 from project.retrieval.evidence import evidence_folder
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 
@@ -36,7 +35,7 @@ class RunBundle(pl.Callback):
         """Write the bundle."""
         if not self.enabled:
             return
-        data = cast("InteractionData", trainer.datamodule)  # type: ignore[attr-defined]
+        data = data_of(trainer)
         module = cast("ExitRecommender", pl_module)
         folder = run_folder(trainer) / "bundle"
         folder.mkdir(parents=True, exist_ok=True)

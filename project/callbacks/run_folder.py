@@ -1,4 +1,4 @@
-"""Where a run's files go, said without talking to other processes.
+"""Where a run's files go and what it reads, said without talking to other processes.
 
 `Trainer.log_dir` broadcasts, so code that only rank 0 runs would wait for ever on it.
 """
@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from project.artefacts import run_of_checkpoint
+
+if TYPE_CHECKING:
+    from project.data.datamodule import InteractionData
 
 
 def run_folder(trainer: pl.Trainer, ckpt_path: str | Path | None = None) -> Path:
@@ -44,3 +48,8 @@ def will_be_saved(trainer: pl.Trainer) -> bool:
 def current_run(trainer: pl.Trainer) -> Path:
     """`run_folder` of the verb that is running; a resumed fit has a folder of its own."""
     return run_folder(trainer, None if trainer.state.fn == "fit" else trainer.ckpt_path)
+
+
+def data_of(trainer: pl.Trainer) -> InteractionData:
+    """The DataModule of the verb that is running."""
+    return cast("InteractionData", trainer.datamodule)  # type: ignore[attr-defined]

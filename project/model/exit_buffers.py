@@ -49,6 +49,11 @@ class ExitBuffers(pl.LightningModule):
         self.exit_thresholds[first:] = plan.policy.thresholds
         self.exit_calibration[first:] = plan.calibration.values
 
+    def forget_exits(self) -> None:
+        """Thresholds and calibration as if never calibrated."""
+        self.exit_thresholds.fill_(torch.nan)
+        self.exit_calibration.fill_(torch.nan)
+
     def on_validation_start(self) -> None:
         """Refuse to score a model that was never trained, before the first batch."""
         self.counting_prior()
