@@ -26,6 +26,10 @@ def run(arguments: list[str]) -> None:
             from project.report.document import run_report
 
             run_report(rest)
+        case ["ablate", *rest]:
+            from project.ablations.verb import run_ablate
+
+            run_ablate(rest)
         case ["export", *rest]:
             from project.export import run_export
 

@@ -16,17 +16,19 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from project.artefacts import run_of_checkpoint
-from project.callbacks.exit_calibration import ExitCalibration
+from project.callbacks.exit_calibration import ExitCalibration, exit_calibration_of
 from project.callbacks.exit_plots import ExitPlots
 from project.callbacks.results import ResultFiles
 from project.callbacks.run_bundle import RunBundle
 from project.callbacks.run_folder import run_folder
+from project.callbacks.wandb_artifacts import WandbArtifacts
 from project.data.datamodule import InteractionData
-from project.errors import CheckpointError
+from project.errors import CheckpointError, ConfigError
 from project.model.module import ExitRecommender
 from project.ranking.settings import RankSettings
 
 DEFAULT_RANKING = RankSettings()
+DEFAULT_SIZES = [1, 8, 64, 256]
 
 
 class ProjectTrainer(Trainer):
@@ -59,6 +61,7 @@ class ProjectTrainer(Trainer):
         datamodule: InteractionData,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
+        peers: bool = False,
     ) -> None:
         """Score the counting baselines on validation and test; reads the data part of the configuration.
 
@@ -67,10 +70,11 @@ class ProjectTrainer(Trainer):
             datamodule: Logs, protocol and evidence.
             ckpt_path: A run's checkpoint, to write the result beside its other results.
             weights_only: Not used.
+            peers: Also train and score DeepFM, DCN-v2 and DIN; needs the extra `peers`.
         """
         from project.verbs import run_floors
 
-        run_floors(datamodule, run_folder(self, ckpt_path))
+        run_floors(datamodule, run_folder(self, ckpt_path), peers)
 
     def benchmark(
         self,
@@ -78,8 +82,9 @@ class ProjectTrainer(Trainer):
         datamodule: InteractionData,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
-        only: Literal["packing", "engine"] = "packing",
+        only: Literal["packing", "engine", "retrieval"] = "packing",
         seconds: float = 60.0,
+        sizes: list[int] = DEFAULT_SIZES,
     ) -> None:
         """Measure speed as ratios, side by side in one run.
 
@@ -89,18 +94,54 @@ class ProjectTrainer(Trainer):
             ckpt_path: A run's checkpoint, to write the result beside its other results; engine needs a calibrated one.
             weights_only: Not used.
             only: What to measure. packing: training targets a second, packed against one prompt per candidate; engine:
-                requests a second at full depth, static depths and early exit.
+                requests a second by transformers, at full depth, static depths and early exit; retrieval: what finding
+                similar users costs, by graph, by text encoder and by LLM.
             seconds: About how long to measure.
+            sizes: Candidates of the engine's requests.
         """
         from project.benchmark.packing import run_packing
         from project.benchmark.requests import run_engine
+        from project.benchmark.retrieval import run_retrieval
 
         folder = run_folder(self, ckpt_path)
         if only == "engine":
             model.to(self.strategy.root_device)
-            run_engine(model, datamodule, ckpt_path, folder, seconds)
+            settings = exit_calibration_of(self)
+            run_engine(model, datamodule, ckpt_path, folder, settings, seconds, sizes)
+        elif only == "retrieval":
+            run_retrieval(datamodule, folder, seconds)
         else:
             run_packing(model, datamodule, folder, seconds)
+
+    def test(  # type: ignore[override]  # Lightning's, with a choice of weights
+        self,
+        model: ExitRecommender | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: InteractionData | None = None,
+        weights_only: bool | None = None,
+        int8: bool = False,
+    ) -> Any:
+        """Score the test split, every head and the exit plan, beside the floors.
+
+        Args:
+            model: The run's model.
+            dataloaders: Not used.
+            ckpt_path: The run's checkpoint.
+            verbose: Not used: the table says it all.
+            datamodule: Logs and protocol.
+            weights_only: Not used.
+            int8: Round the trunk's weights to int8 first (on a CPU); results get the tag int8 where they have none.
+        """
+        if int8:
+            from project.callbacks.int8_trunk import Int8Trunk
+
+            callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
+            results = next(c for c in callbacks if isinstance(c, ResultFiles))
+            results.tag = results.tag or "int8"
+            callbacks.append(Int8Trunk())
+        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only=weights_only)
 
     def predict(  # type: ignore[override]  # Lightning's, with a choice of engine
         self,
@@ -111,6 +152,7 @@ class ProjectTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
         engine: Literal["packed", "early_exit"] = "packed",
+        int8: bool = False,
     ) -> Any:
         """Score the requests of data.requests.
 
@@ -123,8 +165,13 @@ class ProjectTrainer(Trainer):
             weights_only: Not used.
             engine: packed runs every candidate through all layers and writes every head's score; early_exit lets
                 candidates leave where the run's exit plan says so and writes the score they left with.
+            int8: Round the trunk's weights to int8 first; for engine early_exit on a CPU.
         """
         if engine == "packed":
+            if int8:
+                raise ConfigError(
+                    "predict --int8 true was asked of --engine packed; add --engine early_exit."
+                )
             return super().predict(
                 model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only=weights_only
             )
@@ -132,7 +179,7 @@ class ProjectTrainer(Trainer):
 
         assert model is not None
         assert datamodule is not None
-        run_early_exit(self, model, datamodule, ckpt_path)
+        run_early_exit(self, model, datamodule, ckpt_path, int8)
         return None
 
     def rank(
@@ -235,6 +282,7 @@ class ProjectCLI(LightningCLI):
         parser.add_lightning_class_args(ResultFiles, "results")
         parser.add_lightning_class_args(ExitPlots, "report")
         parser.add_lightning_class_args(RunBundle, "bundle")
+        parser.add_lightning_class_args(WandbArtifacts, "artifacts")
         parser.link_arguments("model.backbone", "data.tokenizer")
         parser.link_arguments("data.prompt.answers", "model.answers")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)

@@ -33,12 +33,15 @@ class Floor:
     """One floor's scores.
 
     Args:
-        name: item_rate, user_rate, neighbour_vote, lr_rates, lr_evidence, gbdt_evidence, or one of `more_floors`.
+        name: item_rate, user_rate, neighbour_vote, lr_rates, lr_evidence, gbdt_evidence, one of `more_floors`
+            or of `peers`.
         scores: row_id Int64, split String, logit Float64; the targets of each scored split.
+        chosen: What was chosen for it on tune, where something was.
     """
 
     name: str
     scores: pl.DataFrame
+    chosen: Mapping[str, Any] | None = None
 
     def logits(self, row_ids: ArrayLike) -> Floats:
         """Logits of these rows in this order, shape (n,); DataError where a row was not scored."""
@@ -109,6 +112,7 @@ def floor_rows(
                 | ({"fold": fold} if fold else {})
                 | head_metrics(logits, labels, users)
                 | {"auc_interval": bootstrap.auc_interval(logits, labels)}
+                | ({"chosen": dict(floor.chosen)} if floor.chosen else {})
             )
     return found
 

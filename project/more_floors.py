@@ -128,7 +128,7 @@ def last_answers(rows: pl.DataFrame, split: str, base: float, last: int = LAST_R
     Returns:
         Logits (n,), in the order of the targets.
     """
-    readable, earlier = _readable(rows, split)
+    readable, earlier = readable_rows(rows, split)
     label = readable["label"].to_numpy().astype(np.int64)
     liked, read = np.zeros((2, label.size))
     for own in _rows_by_user(readable["user"].to_numpy()):
@@ -156,7 +156,7 @@ def dots(split: SplitInteractions, snapshots: Snapshots, dislike_weight: float, 
     Returns:
         row_id and dot, Float64: 0 where the user has no earlier row, the item no vector, or before the first block.
     """
-    table, earlier = _readable(split.rows, name)
+    table, earlier = readable_rows(split.rows, name)
     user, item, label = (table[c].to_numpy().astype(np.int64) for c in ("user", "item", "label"))
     weight = np.where(label == 1, 1.0, dislike_weight)[:, None]
     block_of = np.searchsorted(snapshots.cuts, table["timestamp"].to_numpy(), side="right")
@@ -175,7 +175,7 @@ def dots(split: SplitInteractions, snapshots: Snapshots, dislike_weight: float, 
     return pl.DataFrame({"row_id": table["row_id"], "dot": dot / np.sqrt(np.maximum(earlier, 1))})
 
 
-def _readable(rows: pl.DataFrame, split: str) -> tuple[pl.DataFrame, Ints]:
+def readable_rows(rows: pl.DataFrame, split: str) -> tuple[pl.DataFrame, Ints]:
     """Rows of splits up to `split`, and how many of them each row's user has strictly earlier, (rows,)."""
     later = SPLITS[SPLITS.index(split) + 1 :]
     readable = rows.filter(~pl.col("split").cast(pl.String).is_in(later))
@@ -224,7 +224,7 @@ def _graph_logits(split: SplitInteractions, source: GraphSource, splits: Sequenc
 def _write_snapshots(
     split: SplitInteractions, retriever: Retriever, block_rows: int, name: str, folder: Path
 ) -> None:
-    readable, _ = _readable(split.rows, name)
+    readable, _ = readable_rows(split.rows, name)
     log = split.interactions
     cuts = block_cuts(readable["timestamp"].to_numpy(), block_rows)
     fit_snapshots(readable, retriever, log.users.height, log.items, cuts).save(folder / "snapshots.npz")

@@ -82,6 +82,18 @@ def scores_of_candidates(
     return table.insert_column(3, about["item_id"])
 
 
+def labelled_scores(scores: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
+    """The score table of candidates with what a workload knows: user, label and row_id, in the workload's order.
+
+    Args:
+        scores: Score table of all candidates.
+        table: `Workload.table` of the same requests.
+    """
+    known, keys = ["user", "label", "row_id"], ["request_id", "candidate_index"]
+    joined = table.join(scores.drop(known), on=keys, how="left", maintain_order="left", validate="1:1")
+    return joined.select(scores.columns)
+
+
 def _table(
     columns: dict[str, pl.Series], ids: Tensor, values: Tensor, counting: Floats, exit_layers: list[int]
 ) -> pl.DataFrame:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 
+from project.ablations.table import render_ablation
 from project.artefacts import (
     read_result,
     replace_file,
@@ -19,11 +20,14 @@ from project.artefacts import (
     table_about,
     write_json,
 )
+from project.benchmark.table import render_benchmark
 from project.callbacks.exit_calibration import exit_calibration_of
+from project.engine.loading import load_weights
 from project.errors import ConfigError
-from project.floors import best_floor, fit_floors, floor_rows
+from project.floors import Floor, best_floor, fit_floors, floor_rows
 from project.model.heads import heads_digest
 from project.more_floors import GraphSource, more_floors
+from project.peers import LEFT_OUT, peer_floors, peers_installed
 from project.ranking.table import render_rank
 from project.slices import floor_scores_of, slice_rows
 from project.tables import exits_table, render_exits, render_stage_seconds
@@ -35,18 +39,25 @@ if TYPE_CHECKING:
 TABLE = re.compile(r"(?P<start><!-- table (?P<file>\S+) -->)\n.*?(?P<end><!-- end of table -->)", re.DOTALL)
 
 
-def run_floors(data: InteractionData, folder: Path) -> dict[str, Any]:
+def run_floors(data: InteractionData, folder: Path, peers: bool = False) -> dict[str, Any]:
     """Score all floors on validation and test, also those that are too slow for fit, and write results/floors.json.
 
     Args:
         data: Logs, protocol and evidence.
         folder: Run folder of the result file.
+        peers: Also train and score the networks of `project.peers`, where the extra is installed.
     """
+    if peers and not peers_installed():
+        print(LEFT_OUT)
     split, evidence = data.split, data.evidence
+    networks: list[Floor] = []
+    if peers and peers_installed():
+        with data.clock.stage("peers"):
+            networks = peer_floors(split, evidence, seed=data.seed)
     with data.clock.stage("floors"):
         floors = fit_floors(split.rows, evidence)
         source = GraphSource(data.retriever, data.block_rows, data.cache_dir)
-        floors += more_floors(split, evidence, source, seed=data.seed)
+        floors += [*more_floors(split, evidence, source, seed=data.seed), *networks]
         rows = floor_rows(floors, split.rows)
         best = best_floor(floors, split.rows)
         slices = [
@@ -95,10 +106,15 @@ def run_calibrate(
         model.check_exit_layers(checkpoint)
         model.prior.copy_(checkpoint["state_dict"]["prior"])
         scores = pl.read_parquet(table)
+    if callback.candidates > 1:  # requests are scored with the run's weights
+        if model.trunk is None:
+            load_weights(model, data.tokenizer, ckpt_path)
+        model.to(trainer.strategy.root_device)
     result = callback.calibrate(trainer, model, data, scores, folder)
     if trainer.is_global_zero:
         callback.write_into(Path(ckpt_path), model)
-        Console(width=120).print(result["certificate"]["words"], f"written: {ckpt_path}", sep="\n")
+        said = [result["certificate"]["words"], (result["certified"] or {}).get("words")]
+        Console(width=120).print(*filter(None, said), f"written: {ckpt_path}", sep="\n")
     return result
 
 
@@ -136,4 +152,7 @@ def fill_tables(text: str, folder: Path) -> str:
 
 
 def _rendered(result: dict[str, Any]) -> str:
-    return render_rank(result) if result["verb"] == "rank" else render_exits(result)
+    if "rows" in result and result["verb"] == "benchmark":
+        return render_benchmark(result)
+    renderers = {"rank": render_rank, "ablate": render_ablation}
+    return renderers.get(result["verb"], render_exits)(result)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from project.data.ragged import Ragged
 from project.engine import PreparedRequest, StreamTokens
@@ -152,10 +152,13 @@ def raw_outputs(module: ExitRecommender, request: PreparedRequest) -> HeadOutput
     )
 
 
-def make_module(seed: int = 0) -> ExitRecommender:
+FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
+
+
+def make_module(seed: int = 0, family: str = "llama") -> ExitRecommender:
     """Five layers whose attention is far from uniform, heads that differ, drift that varies."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = FAMILIES[family](
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -163,6 +166,7 @@ def make_module(seed: int = 0) -> ExitRecommender:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        sliding_window=None,
         initializer_range=0.2,
     )
     module = ExitRecommender("none", EXITS)

@@ -112,6 +112,7 @@ def test_second_certificate_is_refused(run: Run, fitted: Path, capsys: pytest.Ca
         (("--exits.certificate.delta", "0"), ("delta", "expected")),
         (("--exits.max_auc_drop", "null"), ("max_auc_drop", "max_cost")),
         (("--exits.max_cost", "3"), ("max_cost", "3")),
+        (("--exits.candidates", "0"), ("exits.candidates is 0", "1 or more")),
     ],
 )
 def test_bad_settings(
@@ -126,6 +127,38 @@ def test_bad_settings(
         run("fit", "--config", tiny_config(), *arguments)
     said = capsys.readouterr().err
     assert all(word in said for word in words), said
+
+
+def test_thresholds_for_requests(run: Run, tiny_config: Config, tmp_path: Path) -> None:
+    """exits.candidates above 1: fit prices exits on so many requests, the verb does the same, from scores or anew."""
+    changes = {"exits.candidates": 4, "exits.requests": 9, "trainer.max_epochs": 2}
+    run("fit", "--config", tiny_config(**changes))
+    folder = (tmp_path / "runs" / "tiny" / "latest").resolve()
+    made = result(folder, "calibrate")
+    assert (made["candidates"], made["requests"]) == (4, 9)
+    for more in ((), ("--rescore", "true")):
+        run("calibrate", *given(folder), *more)
+        again = result(folder, "calibrate")
+        for before, after in zip(made["policies"], again["policies"], strict=True):
+            assert [p["cost"] for p in after["pareto"]] == pytest.approx(
+                [p["cost"] for p in before["pareto"]], abs=1e-3
+            )
+    run("calibrate", *given(folder), "--exits.candidates", "1")
+    alone = result(folder, "calibrate")
+    assert (alone["candidates"], alone["requests"]) == (1, None)
+    assert alone["policies"] != made["policies"]
+
+
+def test_requests_of_tune_need_a_split_by_time(
+    run: Run, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under user_time test rows lie before requests of tune: refused before anything is trained, with the way out."""
+    with pytest.raises(SystemExit):
+        run("fit", "--config", tiny_config(**{"exits.candidates": 4, "data.protocol.split": "user_time"}))
+    said = capsys.readouterr().err
+    assert "exits.candidates is 4" in said
+    assert "set exits.candidates to 1" in said
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_failed_calibration_leaves_no_stale_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

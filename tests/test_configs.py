@@ -17,12 +17,14 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 
 from project.callbacks.results import ResultFiles
 from project.callbacks.run_bundle import RunBundle
 from project.cli import ProjectTrainer
 from project.data.datamodule import InteractionData
 from project.model.module import ExitRecommender
+from project.model.sharding import FullyShardedStrategy
 from project.retrieval import NoRetriever
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -77,7 +79,7 @@ def leaves(config: Any, at: str = "") -> dict[str, Any]:
 def test_there_are_recipes() -> None:
     """The recipes and overlays that the README names are among those tested here."""
     assert "quickstart" in map(by_name, RECIPES)
-    assert {"wandb_offline", "wandb", "ddp", "lora", "no_retrieval"} <= set(map(by_name, OVERLAYS))
+    assert {"wandb_offline", "wandb", "ddp", "fsdp", "lora", "no_retrieval"} <= set(map(by_name, OVERLAYS))
 
 
 @pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=by_name)
@@ -120,8 +122,11 @@ def test_overlays_change_what_they_say(
 
 
 @pytest.mark.slow
-def test_overlays_make_what_they_promise(made: Callable[..., Any], tiny_config: Config) -> None:
-    """Adapters; no neighbours; a W&B logger after the CSV one, offline or not; two processes."""
+def test_overlays_make_what_they_promise(
+    made: Callable[..., Any], tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters; no neighbours; a W&B logger after the CSV one, offline or not; two processes, in two ways."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     overlays = {p.stem: p for p in OVERLAYS}
     assert made(*given(tiny_config(), overlays["lora"]))[1].lora.rank == 16
     assert isinstance(made(*given(tiny_config(), overlays["no_retrieval"]))[2].retriever, NoRetriever)
@@ -130,7 +135,10 @@ def test_overlays_make_what_they_promise(made: Callable[..., Any], tiny_config: 
         assert isinstance(csv, CSVLogger)
         assert isinstance(wandb, WandbLogger)
         assert wandb._offline == offline
-    assert made(*given(tiny_config(), overlays["ddp"]))[0].world_size == 2
+    for name, strategy in (("ddp", DDPStrategy), ("fsdp", FullyShardedStrategy)):
+        trainer = made(*given(tiny_config(), overlays[name]))[0]
+        assert trainer.world_size == 2
+        assert type(trainer.strategy) is strategy
 
 
 def test_values_are_said_once(made: Callable[..., Any], tiny_config: Config, tiny_model: Path) -> None:

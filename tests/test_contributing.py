@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,11 +74,13 @@ def test_every_block_is_known() -> None:
 
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     commands = [line.split("#")[0].split() for kind, body in BLOCKS if not kind for line in body.splitlines()]
-    assert len(commands) == 3
-    assert all(line[0] == "make" and set(line[1:]) <= targets for line in commands)
+    assert len(commands) == 4
+    makes = [line for line in commands if line[0] == "make"]
+    assert all(set(line[1:]) <= targets for line in makes)
+    assert [line[:3] for line in commands if line not in makes] == [["python", "-m", "pytest"]]
     assert set(re.findall(r"python -m project (\w+)", TEXT)) <= set(ProjectCLI.subcommands())
     assert all(
-        (ROOT / path).exists() for path in re.findall(r"`((?:project/|\.ci/|\.github/)[\w./]+)`", TEXT)
+        (ROOT / path).exists() for path in re.findall(r"`((?:project/|tests/|\.ci/|\.github/)[\w./]+)`", TEXT)
     )
     defined = {
         name for kind, body in BLOCKS if kind == "python" for name in re.findall(r"^class (\w+)", body, re.M)
@@ -163,3 +167,30 @@ def test_fit_with_all_three(
     retriever = json.loads((folder / "bundle" / "bundle.json").read_text())["retriever"]
     assert retriever["class_path"] == "my_package.LatestRaters"
     assert retriever["init_args"]["neighbours"] == 5
+
+
+def changed(tree: Path, diff: str) -> None:
+    """Make a document's changes: lines with a minus become the lines with a plus; their place must be the only one."""
+    for part in diff.split("--- ")[1:]:
+        name, _, body = part.partition("\n")
+        lines = body.splitlines()
+        old, new = ("\n".join(line[1:] for line in lines if line[0] in kind) for kind in (" -", " +"))
+        text = (tree / name).read_text()
+        assert text.count(old) == 1, (name, old)
+        (tree / name).write_text(text.replace(old, new))
+
+
+@pytest.mark.slow
+def test_model_family(tmp_path: Path) -> None:
+    """A copy of this tree with the document's changes passes the document's command, which chooses the new family."""
+    for folder in ("project", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (diff,) = (body for kind, body in BLOCKS if kind == "diff")
+    (command,) = (body.split() for kind, body in BLOCKS if not kind and "pytest" in body)
+    changed(tmp_path, diff)
+    done = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    passed = re.search(r"(\d+) passed, \d+ deselected", done.stdout)
+    assert passed, done.stdout[-1000:]
+    assert int(passed[1]) >= 3

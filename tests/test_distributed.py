@@ -92,6 +92,65 @@ def test_two_processes(project: Callable[..., str], tiny_config: Config, tmp_pat
     assert plan(folder) == pytest.approx(fitted, abs=1e-4)
 
 
+def checkpoint(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return content
+
+
+def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Weights, optimizer's state and its groups of two checkpoints are the same, under the same names and numbers."""
+    assert one["global_step"] == other["global_step"]
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for name, weights in one["state_dict"].items():
+        torch.testing.assert_close(other["state_dict"][name], weights, atol=1e-5, rtol=0, equal_nan=True)
+    ((mine, yours),) = zip(one["optimizer_states"], other["optimizer_states"], strict=True)
+    assert yours["param_groups"] == mine["param_groups"]
+    assert yours["state"].keys() == mine["state"].keys()
+    for number, state in mine["state"].items():
+        for key, value in state.items():
+            torch.testing.assert_close(yours["state"][number][key], value, atol=1e-5, rtol=1e-4)
+
+
+two_gpus = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="two GPUs are not here: sharded training is untested on them"
+)
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=two_gpus)])
+@pytest.mark.parametrize(
+    "model", [{"freeze_embeddings": True}, {"lora": {"rank": 2, "alpha": 4.0}}], ids=" ".join
+)
+def test_sharded_training(
+    project: Callable[..., str], tiny_config: Config, tmp_path: Path, model: dict[str, Any], accelerator: str
+) -> None:
+    """A model cut over two processes ends as two whole copies do; one process validates its checkpoint alike.
+
+    Weights, the optimizer's state and its numbering are those of data-parallel training, so going on from the
+    checkpoint does not depend on who wrote it.
+    """
+    changes = {f"model.{key}": value for key, value in model.items()}
+    config = tiny_config(**changes, **{"trainer.gradient_clip_val": 0.5})
+    runs = tmp_path / "runs" / "tiny"
+    device = ("--trainer.accelerator", accelerator)
+    backend = () if accelerator == "cpu" else ("--trainer.strategy.init_args.process_group_backend", "nccl")
+    project("fit", "--config", config, "--config", OVERLAYS / "ddp.yaml", *device, *backend)
+    project("fit", "--config", config, "--config", OVERLAYS / "fsdp.yaml", *device)
+    copies, sharded = (checkpoint(runs / f"version_{k}") for k in (0, 1))
+    assert_same_training(copies, sharded)
+    project("validate", "--config", config, "--ckpt_path", runs / "version_1" / "checkpoints" / "last.ckpt")
+    assert exits(runs / "version_1", "validate") == exits(runs / "version_1", "fit")
+
+
+def test_sharded_training_goes_on(project: Callable[..., str], tiny_config: Config, tmp_path: Path) -> None:
+    """The second of two epochs, cut over two processes, from a checkpoint of two whole copies, ends as theirs does."""
+    config = tiny_config(**{"trainer.max_epochs": 2, "checkpoint": {"save_top_k": -1}})
+    runs = tmp_path / "runs" / "tiny"
+    project("fit", "--config", config, "--config", OVERLAYS / "ddp.yaml")
+    (first,) = (runs / "version_0" / "checkpoints").glob("epoch_0-*.ckpt")
+    project("fit", "--config", config, "--config", OVERLAYS / "fsdp.yaml", "--ckpt_path", first)
+    assert_same_training(*(checkpoint(runs / f"version_{k}") for k in (0, 1)))
+
+
 def test_goes_on_after_sigterm(
     project: Callable[..., str], environment: dict[str, str], tiny_config: Config, tmp_path: Path
 ) -> None:
@@ -178,17 +237,19 @@ def records(file: Path) -> Iterator[Any]:
 
 
 def test_wandb_offline(project: Callable[..., str], tiny_config: Config, tmp_path: Path) -> None:
-    """An offline W&B run folder holds the full configuration, the curves of every head, and the table."""
+    """An offline W&B run folder holds configuration, curves of every head, tables, pictures, and the artifacts."""
     config = tiny_config()
     overlay = yaml.safe_load((OVERLAYS / "wandb_offline.yaml").read_text())
     overlay["trainer"]["logger+"][0]["init_args"]["save_dir"] = str(tmp_path)
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     project("fit", "--config", config, "--config", tmp_path / "overlay.yaml")
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    settings, keys = dict[str, Any](), set()
+    settings, keys, artifacts = dict[str, Any](), set(), dict[str, Any]()
     for record in records(next(folder.glob("*.wandb"))):
         settings |= {u.key: json.loads(u.value_json) for u in record.config.update}
         keys |= {i.key or "/".join(i.nested_key) for i in record.history.item}
+        if record.WhichOneof("record_type") == "artifact":
+            artifacts[record.artifact.type] = record.artifact
     assert {"model", "data", "trainer", "checkpoint"} <= settings.keys()
     assert settings["data"]["context_tokens"] == 128
     assert {"train/loss", "val/auc/exit_1", "val/auc/exit_3", "fit/exits/_type"} <= keys
@@ -197,3 +258,10 @@ def test_wandb_offline(project: Callable[..., str], tiny_config: Config, tmp_pat
     assert {"exit 1", "exit 3", "lr_rates", "gbdt_evidence"} <= rows
     assert "val/exit/mean_depth" in keys
     assert list(folder.glob("files/media/images/report/pareto_*.png"))
+    assert {"model", "report"} <= artifacts.keys()  # W&B makes one of each table, too
+    assert set(artifacts["model"].aliases) == {"best", "latest"}
+    held = {kind: {e.path: Path(e.local_path) for e in a.manifest.contents} for kind, a in artifacts.items()}
+    assert held["model"].keys() == {"model.ckpt"}
+    state = torch.load(held["model"]["model.ckpt"], weights_only=True)
+    assert state["global_step"] == checkpoint(tmp_path / "runs" / "tiny" / "latest")["global_step"]
+    assert {"report/report.html", "report/report.md", "results/fit.json"} <= held["report"].keys()

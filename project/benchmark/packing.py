@@ -58,7 +58,7 @@ def prompts_of(streams: Streams, stream: int, window: Window) -> list[np.ndarray
         row = int(streams.offsets[stream]) + p
         if not streams.target[row]:
             continue
-        earlier = positions[time < streams.timestamp[row]]
+        earlier = positions[(time < streams.timestamp[row]) & streams.context[positions]]
         own = streams.tokens[row][: streams.slots[row] + 1]
         seen = streams.tokens.take(earlier).values
         prompts.append(np.concatenate([streams.tokens[streams.instruction], seen, own]))

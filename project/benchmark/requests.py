@@ -1,4 +1,4 @@
-"""Benchmark of the engine: packed full depth, static depths and early exit, side by side on requests of the test split.
+"""Benchmark of the engine: transformers, full depth, static depths and early exit, side by side on real requests.
 
 Unusual here: every request is scored by all sides in turn before the next one, the order of the sides rotates, and all
 ratios are of medians over rounds, so a busy minute hits everyone. Efficiency is the trunk's time ratio over its
@@ -15,38 +15,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-import torch
-from numpy.typing import NDArray
 from rich.console import Console
 
 from project.artefacts import result_head, write_json
-from project.benchmark.rows import Side, benchmark_table, matmul_gflops, side_row
-from project.callbacks.exit_calibration import Plans, features_of
+from project.benchmark.asked import AskedRequests
+from project.benchmark.cases import Case, cases
+from project.benchmark.policies import Bench
+from project.benchmark.rows import matmul_gflops, side_row
+from project.benchmark.sides import Unit, run_rounds
+from project.benchmark.table import benchmark_table
+from project.benchmark.worth import RunWorth
 from project.data.workloads import catalogue_requests
-from project.engine.decisions import RowExits, static_exits
-from project.engine.engine import Engine
 from project.engine.loading import load_run, prepare_requests
-from project.engine.prepared import PreparedRequest
 from project.engine.stream_cache import StreamCache
 from project.errors import NotFittedError
-from project.exits.outputs import HeadOutputs
-from project.exits.plan import ExitPlan
-from project.exits.policies import Policy
-from project.metrics import auc
+from project.exits.settings import ExitSettings
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
-Floats = NDArray[np.float64]
-
-REQUESTS = {1: 48, 8: 24, 64: 8, 256: 4}
-"""Candidates of a request -> most requests in the sample."""
 ROUNDS = 3  # fewer say nothing about spread
-FEWEST = 4  # requests: fewer are not a sample
-SIDES = 5  # about as many full depths as one request costs on all sides
-SAVED = 2.0  # token-layers that the policy saves at which efficiency is quoted
-SHARES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+FEWEST = 4  # units: fewer are not a sample
 
 
 def run_engine(
@@ -54,6 +44,7 @@ def run_engine(
     data: InteractionData,
     checkpoint: str | Path | None,
     folder: Path,
+    settings: ExitSettings,
     seconds: float,
     sizes: Sequence[int] = (1, 8, 64, 256),
 ) -> dict[str, Any]:
@@ -64,7 +55,8 @@ def run_engine(
         data: Real requests.
         checkpoint: A calibrated run's checkpoint.
         folder: Run folder of the result file.
-        seconds: About how long to measure.
+        settings: The run's budget, which also chooses the plans of other workloads.
+        seconds: About how long to measure; making plans and scoring requests for them comes on top.
         sizes: Candidates of a request.
 
     Raises:
@@ -76,179 +68,78 @@ def run_engine(
         )
     data.prepare_data()
     plans = load_run(model, data.tokenizer, checkpoint)
-    worth = _Worth(model, data, folder)
-    rows = list[dict[str, Any]]()
-    for size in sizes:
-        workload = catalogue_requests(data.split, "test", REQUESTS.get(size, 8), size, data.seed)
-        start = time.perf_counter()
-        requests = prepare_requests(model, data, workload.requests)
-        # every request has a stream of its own, whoever it is of: warm is warm
-        requests = [replace(r, user=r.request_id) for r in requests]
-        prepare_ms = (time.perf_counter() - start) / len(requests) * 1e3
-        for stream in ("cold", "warm"):
-            share = seconds / len(sizes) / 2
-            for row in measure(model, plans, worth, requests, stream, share):
-                rows.append({"candidates": size, **row, "prepare_ms": round(prepare_ms, 1)})
-    result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
-    result["rows"] = rows
-    path = write_json(folder / "results" / "benchmark.json", result)
-    Console(width=150).print(benchmark_table(rows), f"written: {path}")
-    return result
+    worth = RunWorth(model, data, folder, plans, settings)
+    asked = AskedRequests(model, data, folder, plans.plan.calibration)
+    bench = Bench(model, worth, asked, model.device)
+    tested = data.split.rows.filter((pl.col("split") == "test") & (pl.col("role") == "target"))
+    longest = int(tested["hist"].max() or 0)  # type: ignore[arg-type]
+    wanted, rows = [c for c in cases(sizes) if (c.history or 0) <= longest], list[dict[str, Any]]()
+    for case in wanted:
+        units, prepare_ms = sample(model, data, case)
+        rows += [
+            {**case.row(), **row} for row in measure(bench, case, units, prepare_ms, seconds / len(wanted))
+        ]
+        # what is measured stays measured, whatever happens to the next workload
+        result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
+        path = write_json(folder / "results" / "benchmark.json", result | {"rows": rows})
+    Console(width=190).print(benchmark_table(rows), f"written: {path}")
+    return result | {"rows": rows}
+
+
+def sample(model: ExitRecommender, data: InteractionData, case: Case) -> tuple[list[Unit], float]:
+    """Requests of a workload as units of one call each, and the milliseconds that preparing a request took.
+
+    Args:
+        model: Its exit 0.
+        data: Real logs.
+        case: The workload.
+    """
+    drawn = catalogue_requests(data.split, "test", case.requests, case.candidates, data.seed, case.history)
+    start = time.perf_counter()
+    prepared = prepare_requests(model, data, drawn.requests)
+    spent = (time.perf_counter() - start) / len(prepared) * 1e3
+    # every request has a stream of its own, whoever it is of: warm is warm
+    prepared = [replace(r, user=r.request_id) for r in prepared]
+    whole = len(prepared) - len(prepared) % case.at_once or len(prepared)
+    return [prepared[i : i + case.at_once] for i in range(0, whole, case.at_once)], round(spent, 2)
 
 
 def measure(
-    model: ExitRecommender,
-    plans: Plans,
-    worth: _Worth,
-    requests: list[PreparedRequest],
-    stream: str,
-    seconds: float,
+    bench: Bench, case: Case, units: list[Unit], prepare_ms: float, seconds: float
 ) -> list[dict[str, Any]]:
     """Rows of one workload.
 
     Args:
-        model: The run.
-        plans: Its exit plans.
-        worth: Knows the AUC of plans.
-        requests: The sample.
-        stream: cold, or warm: all streams' keys and values are cached at full depth before the clock starts.
+        bench: The run.
+        case: The workload.
+        units: Its sample.
+        prepare_ms: What a request needs before it can be scored.
         seconds: About how long to measure.
     """
-    cache = StreamCache(capacity=10**9) if stream == "warm" else None
-    full = Engine(model, static_exits(plans.plan, model.depth), cache)
-    full.score(requests[:1])  # warm up
-    requests = _affordable(full, requests, seconds)
-    full.score(requests)  # fills the cache
-    sides = _sides(model, plans, worth, requests, cache)
-    ceiling, start, rounds = list[float](), time.perf_counter(), 0
-    while rounds < ROUNDS or time.perf_counter() - start < seconds:
-        _round(sides, requests, rounds, ceiling, model)
-        rounds += 1
-    found = [side_row(side, sides[0], requests, model, float(np.median(ceiling))) for side in sides]
-    return [{**row, "stream": stream} for row in found]
-
-
-def _affordable(full: Engine, requests: list[PreparedRequest], seconds: float) -> list[PreparedRequest]:
-    """As many requests as all sides can score `ROUNDS` times in the time there is; at least `FEWEST`."""
-    spent = 0.0
-    for count, request in enumerate(requests, start=1):
-        start = time.perf_counter()
-        full.score([request])
-        spent += time.perf_counter() - start
-        if spent * SIDES * ROUNDS > seconds and count >= FEWEST:
-            return requests[:count]
-    return requests
-
-
-def _sides(
-    model: ExitRecommender,
-    plans: Plans,
-    worth: _Worth,
-    requests: list[PreparedRequest],
-    cache: StreamCache | None,
-) -> list[Side]:
-    def side(engine: str, policy: str, decision: RowExits, value: float | None) -> Side:
-        return Side(engine, policy, Engine(model, decision, cache), value)
-
-    plan, full = plans.plan, model.depth
-    sides = [side("packed", "full depth", static_exits(plan, full), worth.static(plan, full))]
-    for layer in model.exit_layers[:-1]:
-        decision = static_exits(plan, layer)
-        sides.append(side(f"fixed_depth_{layer}", "static", decision, worth.static(plan, layer)))
-    budget = {"budget": plan, "budget without exit 0": plans.without}
-    for name, one in {**budget, **_faster(model, plan, worth, requests, cache, sides[0])}.items():
-        sides.append(side("early_exit", f"{name}: {one.criterion}", RowExits(one), worth.adaptive(one)))
-    return sides
-
-
-def _faster(
-    model: ExitRecommender,
-    plan: ExitPlan,
-    worth: _Worth,
-    requests: list[PreparedRequest],
-    cache: StreamCache | None,
-    full: Side,
-) -> dict[str, ExitPlan]:
-    """The same criterion, pushed until it saves x2 token-layers on these requests: where efficiency is quoted."""
-    spent = sum(full.score(r)[1].token_layers for r in requests)
-    for share in SHARES:
-        pushed = worth.pushed(plan, share)
-        if pushed is None:
-            return {}
-        scores = Engine(model, RowExits(pushed), cache).score(requests)
-        if 0 < scores.token_layers * SAVED <= spent:
-            return {f"{share:.0%} leave at each exit": pushed}
-    return {}
-
-
-def _round(
-    sides: list[Side],
-    requests: list[PreparedRequest],
-    number: int,
-    ceiling: list[float],
-    model: ExitRecommender,
-) -> None:
-    for side in sides:
-        side.wall.append([])
-        side.trunk.append([])
-        side.scored = []
-    for k, request in enumerate(requests):
-        turn = (number + k) % len(sides)
-        for side in sides[turn:] + sides[:turn]:
-            wall, scores = side.score(request)
-            side.wall[-1].append(wall)
-            side.trunk[-1].append(scores.seconds["trunk"])
-            side.scored += scores.requests
-        ceiling.append(matmul_gflops(model))
-
-
-class _Worth:
-    """AUC of plans on all test rows, from the run's score tables; None where `test` has not run.
-
-    Candidates do not see each other, so a row scores in a request what it scores in the test.
-    """
-
-    def __init__(self, model: ExitRecommender, data: InteractionData, folder: Path) -> None:
-        self._tables: dict[str, tuple[pl.DataFrame, Floats]] = {}
-        for split in ("valid", "test"):
-            path = folder / "scores" / f"{split}.parquet"
-            if path.is_file():
-                scores = pl.read_parquet(path)
-                if split == "valid":
-                    scores = scores.filter(pl.col("fold") == "tune")
-                self._tables[split] = scores, features_of(model, data, scores)
-
-    def static(self, plan: ExitPlan, layer: int) -> float | None:
-        """Of one calibrated head."""
-        if "test" not in self._tables:
-            return None
-        scores, features = self._tables["test"]
-        logits = plan.outputs(scores, features).logits[:, plan.layers.index(layer)]
-        return auc(logits.numpy(), scores["label"].to_numpy())
-
-    def adaptive(self, plan: ExitPlan) -> float | None:
-        """Of a plan."""
-        if "test" not in self._tables:
-            return None
-        scores, features = self._tables["test"]
-        _, logits = plan.emitted(plan.outputs(scores, features))
-        return auc(logits.numpy(), scores["label"].to_numpy())
-
-    def pushed(self, plan: ExitPlan, share: float) -> ExitPlan | None:
-        """The plan with thresholds at which this share of the tune rows that reach an exit leave there."""
-        if "valid" not in self._tables:
-            return None
-        outputs = plan.outputs(*self._tables["valid"])
-        thresholds, running = list[float](), torch.arange(outputs.logits.shape[0])
-        for head in range(outputs.heads - 1):
-            safety = plan.policy.criterion.safety(_shown(outputs, running, head))
-            known = safety[safety.isfinite()]
-            limit = float(known.quantile(1 - share)) if len(known) else torch.inf
-            thresholds.append(limit)
-            running = running[safety < limit]
-        values = torch.tensor([*thresholds, -torch.inf], dtype=torch.float64)
-        return replace(plan, policy=Policy(plan.policy.criterion, values, plan.layers))
-
-
-def _shown(outputs: HeadOutputs, rows: torch.Tensor, head: int) -> HeadOutputs:
-    return outputs.rows(rows).until(head)
+    cache = StreamCache(capacity=10**9) if case.stream == "warm" else None
+    full = bench.full(cache)
+    full.runs.score(units[0])  # warm up
+    start = time.perf_counter()
+    for unit in units:
+        full.runs.score(unit)  # fills the cache
+    once = (time.perf_counter() - start) / len(units)
+    sides = bench.sides(case, units, cache)
+    most = int(seconds / (once * len(sides) * ROUNDS)) if once > 0 else len(units)
+    units = units[: max(FEWEST, most)]
+    for side in (s for s in sides[1:] if s.rounds is None):
+        own = case.stream == "warm" and (side.dtype == "int8" or side.engine == "shared_prefix")
+        for unit in (
+            units[: side.most] if own else units[:1]
+        ):  # warm up; who has streams of its own keeps them all now
+            side.runs.score(unit)
+    ceiling, start, number = list[float](), time.perf_counter(), 0
+    while number < ROUNDS or time.perf_counter() - start < seconds:
+        run_rounds(sides, units, number)
+        ceiling += [matmul_gflops(bench.model) for _ in units]
+        number += 1
+    # where full depth is its own rival, or counting is, there is no static side of that name
+    named = f"fixed_depth_{bench.worth.rival}"
+    rival = next((side for side in sides if side.engine == named), sides[0])
+    limit = float(np.median(ceiling))
+    found = [side_row(side, sides[0], rival, units, bench.model, limit, prepare_ms) for side in sides]
+    return [{**row, "rival": side is rival} for row, side in zip(found, sides, strict=True)]

@@ -1,65 +1,38 @@
-"""Rows of the engine's benchmark: what each side needed, as numbers of a result file and as a table.
+"""Rows of the engine's benchmark: what each side needed, as numbers of a result file.
 
-Unusual here: a request's time is the median of its rounds, and ratios are of sums of such medians; the spread beside
-them is of whole rounds, so it is wider. Only FLOPs that the exits need count as achieved.
+Unusual here: a unit's time is the median of its rounds, and ratios are of sums of such medians, with an interval from
+resampling requests; the spread beside them is of whole rounds, so it is wider. Only FLOPs that the exits need count as
+achieved.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.table import Table
 
-from project.engine.engine import Engine
+from project.benchmark.sides import Side, Unit
 from project.engine.prepared import PreparedRequest
-from project.engine.scored import Scored, Scores
+from project.engine.scored import Scored
 
 if TYPE_CHECKING:
     from project.model.module import ExitRecommender
 
 Floats = NDArray[np.float64]
 
-
-@dataclass
-class Side:
-    """One engine, and what it needed: a row of seconds a round, a column a request."""
-
-    engine: str
-    policy: str
-    runs: Engine
-    auc: float | None = None
-    wall: list[list[float]] = field(default_factory=list)
-    trunk: list[list[float]] = field(default_factory=list)
-    scored: list[Scored] = field(default_factory=list)
-
-    def score(self, request: PreparedRequest) -> tuple[float, Scores]:
-        """Seconds and scores of one request."""
-        start = time.perf_counter()
-        scores = self.runs.score([request])
-        return time.perf_counter() - start, scores
-
-    def typical(self, which: str) -> float:
-        """Seconds of all requests, each the median of its rounds; `which` is wall or trunk."""
-        return float(np.median(np.array(getattr(self, which)), axis=0).sum())
-
-    def totals(self, which: str) -> Floats:
-        """(rounds,) seconds of all requests."""
-        found: Floats = np.array(getattr(self, which)).sum(axis=1)
-        return found
-
-    @property
-    def token_layers(self) -> int:
-        """Of all requests."""
-        return sum(s.token_layers for s in self.scored)
+DRAWS = 2000  # resamples of requests behind an interval
 
 
 def matmul_gflops(model: ExitRecommender, tokens: int = 1024) -> float:
-    """GFLOP/s of one matrix product of the trunk's widest layer, the ceiling of this minute."""
+    """GFLOP/s of one matrix product of the trunk's widest layer: the ceiling of this minute.
+
+    Args:
+        model: The run.
+        tokens: Rows of the product. Few rows are bound by reading the weights, many by arithmetic.
+    """
     assert model.trunk is not None
     named = model.trunk.named_parameters()
     weight = next(p for n, p in named if n.endswith("up_proj.weight"))
@@ -90,89 +63,81 @@ def useful_flops(scored: Scored, request: PreparedRequest, model: ExitRecommende
     return flops
 
 
+def ratio_interval(slow: Floats, fast: Floats, seed: int = 0) -> dict[str, Any]:
+    """How many times faster, {`value`, `interval`}: a ratio of sums, 95 % by resampling units, paired.
+
+    Args:
+        slow: (units,) seconds.
+        fast: (units,) seconds of the same units.
+        seed: Of the resamples.
+    """
+    drawn = np.random.default_rng(seed).integers(0, len(slow), (DRAWS, len(slow)))
+    ratios = slow[drawn].sum(axis=1) / fast[drawn].sum(axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return {"value": float(slow.sum() / fast.sum()), "interval": [float(low), float(high)]}
+
+
 def side_row(
-    side: Side, full: Side, requests: list[PreparedRequest], model: ExitRecommender, ceiling: float
+    side: Side,
+    full: Side,
+    rival: Side,
+    units: list[Unit],
+    model: ExitRecommender,
+    ceiling: float,
+    prepare_ms: float,
 ) -> dict[str, Any]:
     """One row of a result file.
 
     Args:
         side: What is described.
         full: Packed full depth of the same run.
-        requests: The sample.
+        rival: The honest rival of the same run.
+        units: The sample.
         model: The run.
         ceiling: GFLOP/s of a matrix product, measured in the same run.
+        prepare_ms: What a request needs before it can be scored: history, evidence, exit 0 and token ids.
     """
+    n = side.units
+    asked = [request for unit in units[:n] for request in unit]
     wall, each = side.typical("wall"), np.array(side.wall).ravel() * 1e3
-    saved = full.token_layers / side.token_layers if side.token_layers else None
-    trunk = full.typical("trunk") / side.typical("trunk")
-    ratios = full.totals("trunk") / side.totals("trunk")
-    rates = len(requests) / side.totals("wall")
-    flops = sum(useful_flops(s, r, model) for s, r in zip(_first(side, requests), requests, strict=True))
+    spent = side.token_layers()
+    saved = full.token_layers(len(asked)) / spent if spent else None
+    trunk = float(full.typical("trunk", n).sum() / side.typical("trunk").sum())
+    rounds = len(side.wall)
+    ratios = full.totals("trunk", n)[:rounds] / side.totals("trunk")
+    rates = len(asked) / side.totals("wall")
+    found = {s.request_id: s for s in side.scored}
+    flops = sum(useful_flops(found[r.request_id], r, model) for r in asked)
     depths = np.concatenate([s.exit_layers for s in side.scored])
-    row: dict[str, Any] = {
+    whole, whole_full = (
+        prepare_ms * len(asked) / 1e3 + float(t.sum()) for t in (wall, full.typical("wall", n))
+    )
+    return {
         "engine": side.engine,
         "policy": side.policy,
-        "workload": "catalogue, history as logged",
-        "requests": len(requests),
-        "rounds": len(side.wall),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "requests_per_s": len(requests) / wall,
-        "candidates_per_s": len(depths) / wall,
+        "requests": len(asked),
+        "at_once": len(units[0]),
+        "rounds": rounds,
+        "dtype": side.dtype or str(next(model.parameters()).dtype).removeprefix("torch."),
+        "requests_per_s": len(asked) / float(wall.sum()),
+        "candidates_per_s": len(depths) / float(wall.sum()),
         "spread": [float(rates.min()), float(rates.max())],
         **{f"p{p}_ms": float(np.percentile(each, p)) for p in (50, 95, 99)},
-        "auc": side.auc,
-        "auc_drop": None if side.auc is None or full.auc is None else full.auc - side.auc,
+        "auc": None,
+        "auc_drop": None,
+        **side.worth,
         "mean_depth": float(depths.mean()),
-        "token_layers": side.token_layers,
-        "measured_speedup": full.typical("wall") / wall,
+        "token_layers": spent,
+        "measured_speedup": float(full.typical("wall", n).sum() / wall.sum()),
+        "measured_speedup_interval": ratio_interval(full.typical("wall", n), wall)["interval"],
+        "speedup_over_rival": ratio_interval(rival.typical("wall", n), wall),
+        "prepare_ms": prepare_ms,
+        "request_ms": whole / len(asked) * 1e3,
+        "request_speedup": whole_full / whole,
         "trunk_speedup": trunk,
         "token_layer_speedup": saved,
         "efficiency": trunk / saved if saved else None,
         "efficiency_spread": [float(r) / saved for r in (ratios.min(), ratios.max())] if saved else None,
-        "gflops": flops / side.typical("trunk") / 1e9,
+        "gflops": flops / float(side.typical("trunk").sum()) / 1e9,
         "gflops_ceiling": ceiling,
     }
-    return row
-
-
-def _first(side: Side, requests: list[PreparedRequest]) -> list[Scored]:
-    found = {s.request_id: s for s in side.scored}
-    return [found[r.request_id] for r in requests]
-
-
-def benchmark_table(rows: list[dict[str, Any]]) -> Table:
-    """What a person waits for.
-
-    Args:
-        rows: Of a result file.
-    """
-    table = Table(title="requests of the test split, one at a time")
-    names = (
-        "N",
-        "stream",
-        "engine",
-        "requests/s",
-        "p50 ms",
-        "AUC",
-        "depth",
-        "token-layers",
-        "measured",
-        "efficiency",
-    )
-    for name in (*names, "GFLOP/s"):
-        table.add_column(name, justify="left" if name in ("stream", "engine") else "right")
-    for r in rows:
-        table.add_row(
-            str(r["candidates"]),
-            r["stream"],
-            r["engine"] if r["engine"] != "early_exit" else f"early_exit, {r['policy']}",
-            f"{r['requests_per_s']:.2f}",
-            f"{r['p50_ms']:.0f}",
-            "" if r["auc"] is None else f"{r['auc']:.4f}",
-            f"{r['mean_depth']:.2f}",
-            "" if r["token_layer_speedup"] is None else f"x{r['token_layer_speedup']:.2f}",
-            f"x{r['measured_speedup']:.2f}",
-            "" if r["efficiency"] is None else f"{r['efficiency']:.2f}",
-            f"{r['gflops']:.0f} of {r['gflops_ceiling']:.0f}",
-        )
-    return table

@@ -83,11 +83,15 @@ class ResultFiles(pl.Callback):
         seconds = data_of(trainer).clock.seconds
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - self._evaluation_started
 
-    @rank_zero_only
     def _write_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        scores = _with_exits(trainer, cast("ExitRecommender", pl_module), _scores(pl_module))
-        name = f"{split}-{self.tag}" if self.tag and split == "predict" else split
+        # on every process: where heads are sharded, their digest is asked of all
         about = {"heads": heads_digest(pl_module.state_dict()), "protocol": data_of(trainer).split.hash}
+        if not trainer.is_global_zero:
+            return
+        scores = _with_exits(trainer, cast("ExitRecommender", pl_module), _scores(pl_module))
+        name = (
+            f"{split}-{self.tag}" if self.tag and split != "valid" else split
+        )  # calibrate reads valid by its name
         path = write_table(current_run(trainer) / "scores" / f"{name}.parquet", scores, about)
         if split == "predict" and self.print_tables:
             Console().print(f"{len(scores)} candidates scored: {path}")
@@ -184,9 +188,10 @@ def _slices(
 
 
 def _log_table(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
-    columns = ["auc", "log_loss", "brier", "ece"]
-    rows = [[f"exit {r['layer']}", *(r[c] for c in columns)] for r in result["exits"]]
-    rows += [[r["name"], *(r[c] for c in columns)] for r in result["floors"]]
+    # the last two: under the exit plan, if there is one
+    columns = ["auc", "log_loss", "brier", "ece", "exit_share", "auc_leaving"]
+    rows = [[f"exit {r['layer']}", *map(r.get, columns)] for r in result["exits"]]
+    rows += [[r["name"], *map(r.get, columns)] for r in result["floors"]]
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_table(f"{name}/exits", columns=["scores", *columns], data=rows)

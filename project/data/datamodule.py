@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import polars
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from project.data.batches import EvaluationSampler, PackedLoader, TrainSampler
@@ -163,6 +164,10 @@ class InteractionData(pl.LightningDataModule):
             self.streams(split)
         if stage == "predict":
             self.requests = self._given or read_requests(self.requests_file, self.split.interactions)
+            for refused in self.requests.refused:
+                rank_zero_warn(
+                    f"request {refused.request_id!r} is not scored: {refused.error}", category=UserWarning
+                )
             encoder = PromptEncoder(self.tokenizer, self.prompt, self.requests.items)
             self._streams["predict"] = request_streams(
                 self.requests, self.split, self.evidence["test"], encoder, self._ask_retriever

@@ -50,14 +50,19 @@ class Batch:
 def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     """Put windows side by side in one row, the instruction before each.
 
-    Positions: all segments of a time group start at the same position; the next group starts after the sum of their
-    lengths.
+    Positions: all segments of a time group start at the same position; the next group starts after the sum of the
+    lengths of those that later groups may see. Of a window's context what nobody may see is left out.
 
     Args:
         streams: Where the segments come from.
         windows: (stream, window) pairs; each becomes a sequence of its own.
     """
-    positions = [w.positions + streams.offsets[s] for s, w in windows]
+    positions, behind = [], []  # segments of each window, and how many of them are context alone
+    for s, w in windows:
+        part = np.arange(w.start, w.stop) + streams.offsets[s]
+        part = part[streams.context[part]]
+        behind.append(len(part))
+        positions.append(np.concatenate([part, np.arange(w.first, w.last) + streams.offsets[s]]))
     counts = np.array([len(p) + 1 for p in positions])
     starts = offsets_of(counts)[:-1]
     index = np.concatenate([part for p in positions for part in ([streams.instruction], p)]).astype(np.int64)
@@ -65,9 +70,10 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     real = np.ones(len(index), dtype=bool)
     real[starts] = False  # the instructions
     scored = np.zeros(len(index), dtype=bool)
-    for (_, w), begin in zip(windows, starts, strict=True):
-        scored[begin + 1 + w.stop - w.start : begin + 1 + w.stop - w.start + w.last - w.first] = True
+    for count, begin, past in zip(counts, starts, behind, strict=True):
+        scored[begin + 1 + past : begin + count] = True
     row = np.where(real, index, 0)
+    context = ~real | streams.context[row]
     scored &= streams.target[row]
 
     time = np.where(real, streams.timestamp[row], -np.inf)
@@ -77,7 +83,7 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     group = run - run[starts][sequence]
     lists = streams.tokens.take(index)
     lengths = lists.lengths
-    run_start = offsets_of(np.bincount(run, weights=lengths).astype(np.int64))[:-1]
+    run_start = offsets_of(np.bincount(run, weights=lengths * context).astype(np.int64))[:-1]
     group_start = run_start[run] - run_start[run[starts]][sequence]
 
     inside = within(lengths)
@@ -87,7 +93,7 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
         sequence=_row(sequence[segment]),
         segment=_row(segment),
         group=_row(group[segment]),
-        context=_row((~real | streams.context[row])[segment]),
+        context=_row(context[segment]),
         position=_row(group_start[segment] + inside),
     )
     return Batch(

@@ -13,16 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from project.data.anonymous import anonymous_titles
 from project.data.ragged import IntArray, Ragged, join, total_lengths
 from project.errors import ConfigError
 
-UNKNOWN = "?"  # what the prompt says where nothing has been counted yet
+UNKNOWN = "?"  # what the prompt says where nothing has been counted yet, or where evidence is not told
+
+Told = Literal["both", "history", "candidates", "none"]
 
 
 class Tokenizer(Protocol):
@@ -47,12 +50,19 @@ class Prompt:
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
             prompts have none. How often there is one, and how long, says data.retriever.init_args: similar_every,
             similar_users, similar_items.
+        anonymise_titles: Titles become "item 483920", in segments and lists: the number says nothing and is the same in
+            every run. A control for what the LLM has memorised; other columns (year, genres) stay as they are.
+        evidence: Which segments tell their evidence: history, candidates, both or none; elsewhere its fields say "?".
+            With history or candidates alone every training target is read twice, as candidate and as history, so an
+            epoch has about twice the tokens. Lists of what similar users liked, exit 0 and the floors are not touched.
     """
 
     instruction: str = "Will this user like each movie? Liked in tenths by all, by similar users.\n"
     segment: str = "{title} ({year}) all {item_rate} near {vote}:"
     answers: list[str] = field(default_factory=lambda: [" no", " yes"])
     similar: str | None = None
+    anonymise_titles: bool = False
+    evidence: Told = "both"
 
 
 def _tenths(values: pl.Series) -> list[str]:
@@ -123,6 +133,9 @@ class PromptEncoder:
         if prompt.similar is not None:
             _check_similar(prompt.similar)
         self.similar: str | None = prompt.similar
+        self.told: Told = prompt.evidence
+        if prompt.anonymise_titles:
+            items = items.with_columns(title=pl.Series(anonymous_titles(items["item_id"].to_list())))
         self._titles: list[str] = items["title"].to_list()
         self.instruction: IntArray = np.array(self._ids(prompt.instruction), dtype=np.int64)
         # index 0, 1: the answers; index 2 (label -1): unknown, no answer tokens
@@ -137,13 +150,20 @@ class PromptEncoder:
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False) if text else []
 
-    def encode(self, item: IntArray, evidence: pl.DataFrame, label: npt.NDArray[np.int8]) -> Segments:
+    def encode(
+        self,
+        item: IntArray,
+        evidence: pl.DataFrame,
+        label: npt.NDArray[np.int8],
+        told: npt.NDArray[np.bool_] | None = None,
+    ) -> Segments:
         """Encode n segments.
 
         Args:
             item: (n,) item codes.
             evidence: n rows of the evidence table, in the same order.
             label: (n,) 0, 1, or -1 where the answer is not known (a candidate).
+            told: (n,) whether a segment tells its evidence; None: all do.
 
         Returns:
             Segments of n rows.
@@ -156,7 +176,10 @@ class PromptEncoder:
                 parts.append(self._static[i].take(item))
             else:
                 column, render = EVIDENCE_FIELDS[name]
-                parts.append(self._encode_values(render(evidence[column])))
+                texts = render(evidence[column])
+                if told is not None:
+                    texts = [t if known else UNKNOWN for t, known in zip(texts, told.tolist(), strict=True)]
+                parts.append(self._encode_values(texts))
         before = total_lengths(parts)
         answers = self._answers.take(np.where(label < 0, 2, label).astype(np.int64))
         return Segments(join([*parts, answers]), before - 1)

@@ -46,6 +46,23 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A request that cannot be scored, and costs the others nothing.
+
+    Attributes:
+        place: Where it stood among all requests, from 0.
+        request_id: Its name.
+        candidates: What it asked for, as text; may be empty.
+        error: Where it was found, why it cannot be scored, and what would help.
+    """
+
+    place: int
+    request_id: str
+    candidates: tuple[str, ...]
+    error: str
+
+
+@dataclass(frozen=True)
 class Requests:
     """Requests and the catalogue they refer to.
 
@@ -53,17 +70,23 @@ class Requests:
         requests: In the order of the file.
         items: The items table, followed by items that only the requests know.
         codes: Item id -> row of `items`.
+        refused: Requests of the same file that name unknown items or no candidate.
     """
 
     requests: list[Request]
     items: pl.DataFrame
     codes: dict[str, int]
+    refused: tuple[Refused, ...] = ()
 
     def table(self) -> pl.DataFrame:
         """One row a candidate: request_id, candidate_index, item_id; its position is the candidate's row id."""
         rows = [(r.request_id, k, c) for r in self.requests for k, c in enumerate(r.candidates)]
         schema = {"request_id": pl.String, "candidate_index": pl.Int64, "item_id": pl.String}
         return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+class _Refusal(DataError):
+    """One request asks for what is not there; its file is in order."""
 
 
 @dataclass
@@ -82,7 +105,7 @@ class _Catalogue:
         item_id = str(details["item_id"])
         if item_id not in self.codes:
             if not str(details.get("title") or "").strip():
-                raise DataError(
+                raise _Refusal(
                     f"{where}: item {item_id!r} is not in the items table and has no title. Add it to the items "
                     'table, or give it as {"item_id": ..., "title": ...} with any attribute of the items table.'
                 )
@@ -107,8 +130,12 @@ def read_requests(file: str | None, interactions: Interactions) -> Requests:
         file: Path; one JSON object a line, or the same fields as Parquet columns.
         interactions: The logs they refer to.
 
+    Returns:
+        What can be scored. A request without a candidate, or with an item that is neither known nor has a title, is
+        in `refused`.
+
     Raises:
-        DataError: Naming file and line, if the file is missing or empty or a request is not usable.
+        DataError: Naming file and line: the file is missing or empty, a line is no request, or all are refused.
     """
     if file is None:
         raise DataError(
@@ -116,10 +143,20 @@ def read_requests(file: str | None, interactions: Interactions) -> Requests:
         )
     known = interactions.items
     catalogue = _Catalogue(known, dict(zip(known["item_id"].to_list(), known["item"].to_list(), strict=True)))
-    requests = [_request(record, where, catalogue) for where, record in _records(Path(file))]
+    requests, refused = list[Request](), list[Refused]()
+    for place, (where, record) in enumerate(_records(Path(file))):
+        try:
+            requests.append(_request(record, where, catalogue))
+        except _Refusal as error:
+            asked = (c.get("item_id") if isinstance(c, dict) else c for c in record["candidates"])
+            refused.append(Refused(place, str(record["request_id"]), tuple(map(str, asked)), str(error)))
     if not requests:
-        raise DataError(f"{file} (data.requests) holds no request; expected lines such as {EXAMPLE}.")
-    return Requests(requests, catalogue.table(), catalogue.codes)
+        raise DataError(
+            f"{refused[0].error} None of the {len(refused)} requests of {file} (data.requests) can be scored."
+            if refused
+            else f"{file} (data.requests) holds no request; expected lines such as {EXAMPLE}."
+        )
+    return Requests(requests, catalogue.table(), catalogue.codes, tuple(refused))
 
 
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -156,8 +193,10 @@ def _request(record: dict[str, Any], where: str, catalogue: _Catalogue) -> Reque
     if (record.get("user_id") is None) == (record.get("history") is None):
         raise DataError(f"{where}: expected either user_id or history, not both and not neither.")
     candidates = record["candidates"]
-    if not isinstance(candidates, list) or not candidates:
+    if not isinstance(candidates, list):
         raise DataError(f"{where}: candidates is {candidates!r}; expected a list of at least one item id.")
+    if not candidates:
+        raise _Refusal(f"{where}: candidates is empty; expected a list of at least one item id.")
     history = record.get("history") or []
     if not isinstance(history, list):
         raise DataError(f"{where}: history is {history!r}; expected a list of past answers.")

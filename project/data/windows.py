@@ -72,7 +72,11 @@ def context_starts(lengths: IntArray, groups: IntArray, context_tokens: int) -> 
 
 
 def evaluation_windows(
-    lengths: IntArray, groups: IntArray, target: npt.NDArray[np.bool_], context_tokens: int
+    lengths: IntArray,
+    groups: IntArray,
+    target: npt.NDArray[np.bool_],
+    context_tokens: int,
+    context: npt.NDArray[np.bool_] | None = None,
 ) -> Iterator[Window]:
     """Windows in which every target of the stream is scored exactly once.
 
@@ -84,9 +88,12 @@ def evaluation_windows(
         groups: (g + 1,) positions where time groups start.
         target: (n,) whether a position is to be scored.
         context_tokens: Capacity of the window in tokens.
+        context: (n,) whether later rows may see a position: what may not be seen fills no window. None: all may.
     """
     offsets = offsets_of(lengths)
-    starts = context_starts(lengths, groups, context_tokens)[:-1]
+    seen = lengths if context is None else np.where(context, lengths, 0)
+    seen_offsets = offsets_of(seen)
+    starts = context_starts(seen, groups, context_tokens)[:-1]
     room = int(context_tokens * (1 + ROOM))
     edges = (np.flatnonzero(np.diff(starts)) + 1).tolist()
     for group, after in zip([0, *edges], [*edges, len(starts)], strict=True):
@@ -95,14 +102,14 @@ def evaluation_windows(
         if not len(wanted):
             continue
         end = first + int(wanted[-1]) + 1
-        context = first  # where the context of the rows from `first` on stops
+        stop = first  # where the context of the rows from `first` on ends
         while first < end:
-            spent = offsets[context] - offsets[start]
+            spent = seen_offsets[stop] - seen_offsets[start]
             last = int(np.searchsorted(offsets, offsets[first] + room - spent, side="right")) - 1
             last = min(end, max(last, first + 1))
             if target[first:last].any():
-                yield Window(start, context, first, last)
-            first, context = last, min(last, int(groups[after - 1]))
+                yield Window(start, stop, first, last)
+            first, stop = last, min(last, int(groups[after - 1]))
 
 
 def training_windows(lengths: IntArray, context_tokens: int, first_cut: int) -> list[tuple[int, int]]:

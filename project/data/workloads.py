@@ -28,6 +28,10 @@ SCHEMA: dict[str, type[pl.DataType]] = {
 }
 Candidate = tuple[str, int | None, int | None]
 """Item id, label and row id; None where the candidate has no label."""
+History = tuple[tuple[str, int, float], ...]
+"""(item id, answer, time) of rows that a request brings along."""
+Asked = tuple[str, Any, float, list[Candidate], History | None]
+"""Request id, user code, time, candidates, and the history; None: the user's, from the log."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Workload:
 
 
 def catalogue_requests(
-    split: SplitInteractions, part: str, count: int, candidates: int, seed: int
+    split: SplitInteractions, part: str, count: int, candidates: int, seed: int, history: int | None = None
 ) -> Workload:
     """Requests of sampled targets, each at its own time, filled up with items from the catalogue.
 
@@ -59,30 +63,47 @@ def catalogue_requests(
         count: Requests; all targets of the part where it has fewer.
         candidates: Candidates of a request, the target included.
         seed: Seed of the sample.
+        history: Requests bring a history of their own, the user's latest so many rows that are strictly earlier, and
+            targets with fewer are not asked; None: the log's, as long as it is.
 
     Raises:
         ConfigError: An unknown part, fewer than one request or candidate, or a fold that may not read all its past.
-        DataError: The part has no target.
+        DataError: The part has no target, or none with so long a history.
     """
     if count < 1 or candidates < 1:
         raise ConfigError(f"found {count} requests of {candidates} candidates; expected 1 or more of both")
     targets = _targets(split, part)
+    if history is not None:
+        targets = targets.filter(pl.col("hist") >= history)
+        if targets.is_empty():
+            raise DataError(
+                f"no target of {part} has {history} strictly earlier rows of its user; ask for fewer."
+            )
     drawn = np.sort(np.random.default_rng(seed).permutation(targets.height)[:count])
     past = split.rows.filter(pl.col("user").is_in(targets["user"].unique().implode()))
-    rated = {user: rows for (user,), rows in past.select("user", "item", "timestamp").group_by("user")}
+    rated = {user: rows for (user,), rows in past.group_by("user", maintain_order=True)}
     ids = split.interactions.items["item_id"].to_list()
     asked = []
     for row in targets[drawn].iter_rows(named=True):
         rng = np.random.default_rng([seed, row["row_id"]])
-        earlier = rated[row["user"]].filter(pl.col("timestamp") < row["timestamp"])["item"].to_numpy()
+        earlier = rated[row["user"]].filter(pl.col("timestamp") < row["timestamp"])
         free = np.ones(len(ids), dtype=bool)
-        free[earlier], free[row["item"]] = False, False
+        free[earlier["item"].to_numpy()], free[row["item"]] = False, False
         others = rng.permutation(np.flatnonzero(free))[: candidates - 1]
         listed: list[Candidate] = [(ids[item], None, None) for item in others]
         place = int(rng.integers(len(listed) + 1))
         listed.insert(place, (ids[row["item"]], row["label"], row["row_id"]))
-        asked.append((f"catalogue/{part}/{row['row_id']}", row["user"], row["timestamp"], listed))
+        own = None if history is None else _brought(earlier.tail(history), ids)
+        asked.append((f"catalogue/{part}/{row['row_id']}", row["user"], row["timestamp"], listed, own))
     return _workload(split, asked)
+
+
+def _brought(rows: pl.DataFrame, ids: list[str]) -> History:
+    """Rows of the log, in time order, as the history of a request."""
+    return tuple(
+        (ids[i], label, float(time))
+        for i, label, time in rows.select("item", "label", "timestamp").iter_rows()
+    )
 
 
 def labelled_requests(split: SplitInteractions, part: str, candidates: int, minimum: int) -> Workload:
@@ -108,7 +129,7 @@ def labelled_requests(split: SplitInteractions, part: str, candidates: int, mini
             shown = rows.head(candidates).select("item", "label", "row_id").iter_rows()
             listed: list[Candidate] = [(ids[item], label, row) for item, label, row in shown]
             user = int(rows["user"][0])
-            asked.append((f"labelled/{part}/{user}", user, rows["timestamp"][0], listed))
+            asked.append((f"labelled/{part}/{user}", user, rows["timestamp"][0], listed, None))
     if not asked:
         most = int(targets.group_by("user").len()["len"].max())  # type: ignore[arg-type]
         raise DataError(
@@ -127,15 +148,16 @@ def concatenate(workloads: Sequence[Workload]) -> Workload:
     )
 
 
-def _workload(split: SplitInteractions, asked: Sequence[tuple[str, Any, float, list[Candidate]]]) -> Workload:
-    """Args: the log; (request id, user code, time, candidates) of every request."""
+def _workload(split: SplitInteractions, asked: Sequence[Asked]) -> Workload:
+    """Args: the log; what is asked."""
     log = split.interactions
     user_ids = dict(log.users.select("user", "user_id").iter_rows())
     codes = dict(log.items.select("item_id", "item").iter_rows())
     requests, rows = [], []
-    for request_id, user, time, listed in asked:
+    for request_id, user, time, listed, history in asked:
         items = tuple(item for item, _, _ in listed)
-        requests.append(Request(request_id, user_ids[user], (), float(time), items))
+        owner = user_ids[user] if history is None else None
+        requests.append(Request(request_id, owner, history or (), float(time), items))
         rows += [(request_id, k, user, label, row) for k, (_, label, row) in enumerate(listed)]
     return Workload(Requests(requests, log.items, codes), pl.DataFrame(rows, schema=SCHEMA, orient="row"))
 

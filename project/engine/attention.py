@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from project.data.ragged import within
@@ -32,7 +33,11 @@ class Keys(Protocol):
     """Keys and values of a stream that are kept between requests."""
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep new tokens' (1, heads, F, dim) each; returns all tokens' (1, heads, P + F, dim) each."""
+        """Keep (1, heads, F, dim) each of tokens that run the layer; returns all tokens' (1, heads, P + F, dim)."""
+        ...
+
+    def ahead(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of tokens that stand in front of the layer, and may or may not run it."""
         ...
 
 
@@ -82,31 +87,37 @@ class Structure:
 
     Args:
         row: Who stands where.
-        position: (1, T) positions for rotary embeddings.
+        device: Where the tokens are.
         blocks: Per live request, its stream's blocks.
         keys: Per live request, its cached keys and values; None: the stream runs whole.
+
+    Attributes:
+        slots: (m,) where the candidates' answer slots stand.
     """
 
     def __init__(
         self,
         row: Row,
-        position: Tensor,
+        device: torch.device,
         blocks: Sequence[list[StreamBlock]],
         keys: Sequence[Keys | None],
     ) -> None:
-        self.position = position
-        self._blocks, self._keys = blocks, keys
-        edges = row.streams.tolist()
+        self._device, self._blocks, self._keys = device, blocks, keys
+        edges, starts, own = row.streams.tolist(), row.starts, row.own
         self._streams: list[Span] = list(pairwise(edges))
-        self._candidates = row.candidates_of()
+        self._members = row.members()
+        self._candidates: list[Span] = [(int(starts[c]), int(starts[d])) for c, d in self._members]
         self._first = edges[-1]
-        device = position.device
-        widest = int(row.own.max()) if len(row.own) else 0
-        starts = row.starts[:-1] - self._first
-        padded = np.minimum(starts[:, None] + np.arange(widest), row.own.sum() - 1)
-        self._padded = torch.from_numpy(padded).to(device, non_blocking=True)
-        places = np.repeat(np.arange(len(row.own)) * widest, row.own) + within(row.own)
-        self._places = torch.from_numpy(places).to(device, non_blocking=True)
+        self.slots = self._on_device(row.slots)
+        self._widest = int(own.max())
+        self._even = bool((own == self._widest).all())
+        if not self._even:
+            padded = np.minimum(
+                starts[:-1, None] - self._first + np.arange(self._widest), starts[-1] - self._first - 1
+            )
+            places = np.repeat(np.arange(len(own)) * self._widest, own) + within(own)
+            self._padded, self._places = self._on_device(padded.ravel()), self._on_device(places)
+            self._beyond = self._on_device(np.arange(self._widest) >= own[:, None])[:, None, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of all tokens of the row.
@@ -123,35 +134,87 @@ class Structure:
         """
         _, heads, tokens, dim = query.shape
         out = query.new_empty(tokens, heads, dim)
-        shared, weights = list[Tensor](), list[Tensor]()
-        for (a, b), blocks, cached, (c, d) in zip(
-            self._streams, self._blocks, self._keys, self._candidates, strict=True
-        ):
-            k, v = key[:, :, a:b], value[:, :, a:b]
-            if cached is not None:
-                k, v = cached.append(layer, k, v)
+        pairs = self._stream_keys(layer, key, value, ahead=False)
+        for (a, _), blocks, (k, v) in zip(self._streams, self._blocks, pairs, strict=True):
             for block in blocks:
                 s, e = a + block.queries[0], a + block.queries[1]
                 seen = k[:, :, : block.keys], v[:, :, : block.keys]
                 out[s:e] = _masked(query[:, :, s:e], *seen, block.mask, scale)[0].transpose(0, 1)
-            found, lse = attend_with_lse(query[:, :, c:d], k, v, scale, causal=False)
-            shared.append(found[0].transpose(0, 1))
-            weights.append(lse[0].transpose(0, 1))
-        q, k, v = (x[:, :, self._first :] for x in (query, key, value))
-        own, lse = self._own(q, k, v, scale)
-        share = torch.sigmoid(_joined(weights) - lse).to(out.dtype)[..., None]
-        torch.lerp(own, _joined(shared), share, out=out[self._first :])
+        shared, weight = _shared(query, self._candidates, pairs, scale)
+        own, lse = self._own(query, key, value, scale)
+        share = torch.sigmoid(weight - lse).to(out.dtype)[..., None]
+        torch.lerp(own, shared, share, out=out[self._first :])
         return out[None]
+
+    def attend_answers(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of the answer slots alone, the last tokens of their candidates: they see all of them.
+
+        Args:
+            layer: Index of the layer, for cached keys.
+            query: (m, heads, dim) of the slots, rotary embedding applied.
+            key: (1, key-value heads, T, dim) of all tokens, rotary embedding applied.
+            value: (1, key-value heads, T, dim) of all tokens.
+            scale: Factor on the dot products.
+
+        Returns:
+            (m, heads, dim).
+        """
+        pairs = self._stream_keys(layer, key, value, ahead=True)
+        shared, weight = _shared(query.transpose(0, 1)[None], self._members, pairs, scale)
+        k, v = self._apart(key), self._apart(value)
+        grouped = query.reshape(len(query), k.shape[2], -1, query.shape[-1])
+        scores = (grouped @ k.permute(0, 2, 3, 1)).float() * scale
+        if not self._even:
+            scores = scores.masked_fill(self._beyond, -torch.inf)
+        lse = scores.logsumexp(dim=-1, keepdim=True)
+        own = ((scores - lse).exp().to(v.dtype) @ v.transpose(1, 2)).flatten(1, 2)
+        share = torch.sigmoid(weight - lse.flatten(1)).to(own.dtype)[..., None]
+        return torch.lerp(own, shared, share)
+
+    def _stream_keys(
+        self, layer: int, key: Tensor, value: Tensor, ahead: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Per request, keys and values of its whole stream."""
+        pairs = []
+        for (a, b), cached in zip(self._streams, self._keys, strict=True):
+            pair = key[:, :, a:b], value[:, :, a:b]
+            if cached is not None:
+                pair = cached.ahead(layer, *pair) if ahead else cached.append(layer, *pair)
+            pairs.append(pair)
+        return pairs
 
     def _own(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """What candidates see of themselves, (tokens, heads, dim), and its log-sum-exp, (tokens, heads).
 
         Padding stands behind a candidate's tokens, so causality hides it.
         """
-        q, k, v = (x[0].transpose(0, 1)[self._padded].transpose(1, 2) for x in (query, key, value))
-        out, lse = attend_with_lse(q, k, v, scale, causal=True)
-        flat = out.transpose(1, 2).flatten(0, 1).index_select(0, self._places)
-        return flat, lse.transpose(1, 2).flatten(0, 1).index_select(0, self._places)
+        q, k, v = (self._apart(x).transpose(1, 2) for x in (query, key, value))
+        out, lse = (x.transpose(1, 2).flatten(0, 1) for x in attend_with_lse(q, k, v, scale, causal=True))
+        if self._even:
+            return out, lse
+        return out.index_select(0, self._places), lse.index_select(0, self._places)
+
+    def _apart(self, x: Tensor) -> Tensor:
+        """Candidates of (1, heads, T, dim) one by one, (m, longest, heads, dim), padded."""
+        own = x[0].transpose(0, 1)[self._first :]
+        if not self._even:
+            own = own.index_select(0, self._padded)
+        return own.reshape(-1, self._widest, *own.shape[1:])
+
+    def _on_device(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _shared(
+    query: Tensor, spans: Sequence[Span], pairs: Sequence[tuple[Tensor, Tensor]], scale: float
+) -> tuple[Tensor, Tensor]:
+    """What the queries of each span see of their request's stream, (queries, heads, dim), and its log-sum-exp."""
+    found = [
+        attend_with_lse(query[:, :, c:d], k, v, scale, causal=False)
+        for (c, d), (k, v) in zip(spans, pairs, strict=True)
+    ]
+    outs, weights = ([x[0].transpose(0, 1) for x in part] for part in zip(*found, strict=True))
+    return _joined(outs), _joined(weights)
 
 
 def attend_with_lse(

@@ -14,9 +14,13 @@ import torch
 
 from project.engine.batch import EngineBatch
 from project.engine.decisions import Decision
+from project.engine.parts import Parts
 from project.engine.prepared import PreparedRequest
+from project.engine.reading import tokens_worth_reading
+from project.engine.rotary import RotaryTable
 from project.engine.scored import Scored, Scores
 from project.engine.stream_cache import StreamCache
+from project.engine.weights import lay_out
 from project.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,13 +30,16 @@ if TYPE_CHECKING:
 class Engine:
     """Scores prepared requests with a module whose exits somebody decides about.
 
-    The module is put into eval mode. Use one engine from one thread at a time.
+    The module is put into eval mode, and on a CPU its weights are laid out anew (`lay_out`). Use one engine from one
+    thread at a time.
 
     Args:
         module: With its trunk and heads.
         decision: Who leaves where.
         cache: Keeps users' streams between requests; None runs every stream anew.
         batch_tokens: Tokens of a batch at most; one request may be more.
+        read_tokens: Where candidates may leave and so many tokens run, the exit's layer is read at answer positions
+            before it runs whole; None measures from how many on that pays. Moves scores by rounding only.
 
     Raises:
         ConfigError: The decision is about exits that the module does not have.
@@ -44,6 +51,7 @@ class Engine:
         decision: Decision,
         cache: StreamCache | None = None,
         batch_tokens: int = 16_384,
+        read_tokens: float | None = None,
     ) -> None:
         assert module.trunk is not None
         unknown = set(decision.layers) - {0, *module.exit_layers}
@@ -52,14 +60,14 @@ class Engine:
                 f"the exits to decide about are at layers {decision.layers}, but the model has {module.exit_layers}; "
                 "run the verb calibrate with this checkpoint"
             )
-        self.trunk, self.heads = module.trunk.eval(), module.heads.eval()
-        self.decision, self.cache, self.batch_tokens = decision, cache, batch_tokens
-        depths = [k for k in decision.layers if k > 0]
-        if cache is not None:  # tokens wait at exits: every stage must stop at all of them
-            depths = [k for k in module.exit_layers if depths and k <= depths[-1]]
-        self._stages = list(zip([0, *depths[:-1]], depths, strict=True)) if depths else []
-        weight = module.trunk.embed_tokens.weight
-        self.device, self._vocabulary = weight.device, weight.shape[0]
+        self.cache, self.batch_tokens = cache, batch_tokens
+        lay_out(module.trunk.layers)
+        if read_tokens is None:
+            open_heads = [h for h, k in enumerate(decision.layers) if k > 0 and decision.known(h) is None]
+            read_tokens = tokens_worth_reading(module.trunk) if open_heads else 0
+        trunk, heads = module.trunk.eval(), module.heads.eval()
+        self._parts = Parts(trunk, heads, decision, cache, RotaryTable(trunk), read_tokens)
+        self._vocabulary = module.trunk.embed_tokens.weight.shape[0]
 
     @torch.inference_mode()
     def score(self, requests: Sequence[PreparedRequest]) -> Scores:
@@ -79,8 +87,8 @@ class Engine:
                 found[i] = Scored(request.request_id, *nothing, error=error)
         scores = Scores([])
         for members in self._batches(requests, usable):
-            batch = EngineBatch(self, [requests[i] for i in members], scores)
-            found.update(zip(members, batch.run(self._stages), strict=True))
+            batch = EngineBatch(self._parts, [requests[i] for i in members], scores)
+            found.update(zip(members, batch.run(), strict=True))
         scores.requests = [found[i] for i in range(len(requests))]
         return scores
 

@@ -31,17 +31,27 @@ def load_run(model: ExitRecommender, tokenizer: Any, checkpoint: str | Path) -> 
         CheckpointError: The checkpoint was made for another configuration.
         NotCalibratedError: It has no exit plan.
     """
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if model.trunk is None:
-        trunk = Trunk.from_pretrained(resolve_model(model.backbone), num_layers=model.depth)
-        model.set_trunk(trunk, tokenizer)
-    model.on_load_checkpoint(content)
-    model.load_state_dict(content["state_dict"], strict=False)  # on_load_checkpoint was stricter
+    content = load_weights(model, tokenizer, checkpoint)
     calibration = ExitCalibration()
     calibration.load_state_dict(content["callbacks"].get(calibration.state_key, {}))
     calibration.require_plan()
     assert calibration.found is not None
     return calibration.found
+
+
+def load_weights(model: ExitRecommender, tokenizer: Any, checkpoint: str | Path) -> dict[str, Any]:
+    """Give a module the weights of a run, calibrated or not; returns the checkpoint. Arguments as in `load_run`.
+
+    Raises:
+        CheckpointError: The checkpoint was made for another configuration.
+    """
+    content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if model.trunk is None:
+        trunk = Trunk.from_pretrained(resolve_model(model.backbone), num_layers=model.depth)
+        model.set_trunk(trunk, tokenizer)
+    model.on_load_checkpoint(content)
+    model.load_state_dict(content["state_dict"], strict=False)  # on_load_checkpoint was stricter
+    return content
 
 
 def prepare_requests(

@@ -7,6 +7,7 @@ device is only told which tokens to keep. The row holds the streams of all live 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,10 +68,9 @@ class Row:
         """(m,) where each candidate's answer slot stands: at its last token."""
         return self.starts[1:] - 1
 
-    def candidates_of(self) -> list[tuple[int, int]]:
-        """Per live request, the range of tokens of its candidates."""
-        edges = self.starts[offsets_of(np.bincount(self.owner, minlength=len(self.requests)))]
-        return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+    def members(self) -> list[tuple[int, int]]:
+        """Per live request, the range of its candidates among the m."""
+        return list(pairwise(offsets_of(np.bincount(self.owner, minlength=len(self.requests))).tolist()))
 
     def tokens_of(self) -> IntArray:
         """(r,) tokens of each live request, its stream's included."""

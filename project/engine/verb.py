@@ -14,6 +14,7 @@ from project.artefacts import run_of_checkpoint, write_table
 from project.callbacks.results import ResultFiles
 from project.engine.decisions import RowExits
 from project.engine.engine import Engine
+from project.engine.int8 import quantised
 from project.engine.loading import load_run, prepare_requests
 from project.engine.scored import Scores
 from project.engine.stream_cache import StreamCache
@@ -24,11 +25,16 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from project.data.datamodule import InteractionData
+    from project.data.requests import Requests
     from project.model.module import ExitRecommender
 
 
 def run_early_exit(
-    trainer: Trainer, model: ExitRecommender, data: InteractionData, checkpoint: str | Path | None
+    trainer: Trainer,
+    model: ExitRecommender,
+    data: InteractionData,
+    checkpoint: str | Path | None,
+    int8: bool = False,
 ) -> Path:
     """Score data.requests with the engine and the run's exit plan; write scores/predict-early_exit.parquet.
 
@@ -37,9 +43,11 @@ def run_early_exit(
         model: Made from the run's configuration.
         data: Logs and requests.
         checkpoint: The run's checkpoint.
+        int8: Round the trunk's weights to int8 first.
 
     Raises:
         NotFittedError: No checkpoint.
+        ConfigError: int8 for a trunk that is not float32 on a CPU.
     """
     if checkpoint is None:
         raise NotFittedError(
@@ -51,9 +59,10 @@ def run_early_exit(
     device = trainer.strategy.root_device
     model.to(device)
     prepared = prepare_requests(model, data)
-    scores = Engine(model, RowExits(plans.plan, device), StreamCache()).score(prepared)
+    served = quantised(model) if int8 else model
+    scores = Engine(served, RowExits(plans.plan, device), StreamCache()).score(prepared)
     assert data.requests is not None
-    table = early_exit_table(scores, data.requests.table())
+    table = early_exit_table(scores, data.requests)
     about = {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     tags = [c.tag for c in callbacks if isinstance(c, ResultFiles) and c.tag]
@@ -67,20 +76,30 @@ def run_early_exit(
     return path
 
 
-def early_exit_table(scores: Scores, candidates: pl.DataFrame) -> pl.DataFrame:
-    """One row a candidate, in the order of the requests.
+def early_exit_table(scores: Scores, requests: Requests) -> pl.DataFrame:
+    """One row a candidate, in the order of the requests; one row for a refused request that has no candidate.
 
     Args:
-        scores: Of all requests.
-        candidates: `Requests.table()`.
+        scores: Of all requests that were not refused.
+        requests: What was asked.
 
     Returns:
-        request_id, candidate_index, item_id, exit_layer, adaptive_logit, probability, error.
+        request_id, candidate_index, item_id, exit_layer, adaptive_logit, probability, error. What could not be scored
+        has NaN, exit layer -1 and an error.
     """
-    found = scores.requests
-    return candidates.with_columns(
+    found, refused = scores.requests, requests.refused
+    places = np.setdiff1d(np.arange(len(found) + len(refused)), [r.place for r in refused])
+    scored = requests.table().with_columns(
         exit_layer=pl.Series(np.concatenate([r.exit_layers for r in found]), dtype=pl.Int64),
         adaptive_logit=pl.Series(np.concatenate([r.logits for r in found])).cast(pl.Float32),
         probability=pl.Series(np.concatenate([r.probabilities for r in found])).cast(pl.Float32),
         error=pl.Series([r.error for r in found for _ in r.logits], dtype=pl.String),
+        place=pl.Series(np.repeat(places, [len(r.logits) for r in found])),
     )
+    rows = [
+        (r.request_id, index, item, -1, np.nan, np.nan, r.error, r.place)
+        for r in refused
+        for index, item in (enumerate(r.candidates) if r.candidates else [(None, None)])
+    ]
+    table = pl.concat([scored, pl.DataFrame(rows, schema=scored.schema, orient="row")])
+    return table.sort("place", maintain_order=True).drop("place")

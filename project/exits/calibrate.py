@@ -2,33 +2,28 @@
 
 Unusual here: `tune` decides everything (calibration, criterion, thresholds, the honest rival), `certify` is read once
 for the certificate, and `select` is not read at all. Both priors are always compared on `tune`; the settings say which
-one is used.
+one is used. A budget's policy is tested first; while tests pass, faster steps of its path follow in order, and the last
+that passes is the certified policy: one sequence, one delta (Learn-then-Test, Angelopoulos et al. 2021).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
 from torch import Tensor
 
-from project.artefacts import exit_layers_of
-from project.errors import DataError
-from project.exits.calibration import fit_calibration
+from project.exits.budget import AskedScores, TuneFold, check_folds
 from project.exits.certify import Certificate, certify
-from project.exits.criteria import Criterion, name, out_of_fold_safety, safety_table
+from project.exits.criteria import name, safety_table
 from project.exits.ledger import CertificateLedger, scores_digest
-from project.exits.outputs import HeadOutputs
-from project.exits.path import Path, pick_budget, threshold_path
-from project.exits.plan import ExitPlan, Floats, raw_outputs, specification
-from project.exits.policies import Policy
+from project.exits.plan import ExitPlan, Floats, specification
+from project.exits.policies import leave
 from project.exits.settings import ExitSettings
-from project.exits.simulate import control_curves, rival_depth
+from project.exits.simulate import control_curves
 
 
 @dataclass(frozen=True)
@@ -40,6 +35,7 @@ class Calibrated:
         rival: Layer of its honest rival.
         without: The same run without exit 0, at the budget's step: for comparison.
         rival_without: Layer of its honest rival.
+        certified: The fastest policy that the sequence of tests reached; None where its first test failed.
         document: Body of results/calibrate.json.
     """
 
@@ -47,64 +43,8 @@ class Calibrated:
     rival: int
     without: ExitPlan
     rival_without: int
+    certified: ExitPlan | None
     document: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Curve:
-    """One criterion, fitted on tune, with its path and the step that the budget chose."""
-
-    criterion: Criterion
-    path: Path
-    step: int
-
-
-class _Tune:
-    """The tune fold under one prior: calibrated outputs and every criterion's curve."""
-
-    def __init__(self, scores: pl.DataFrame, features: Floats, settings: ExitSettings, prior: bool) -> None:
-        self.settings, self.prior = settings, prior
-        self.labels, self.users = scores["label"].to_numpy(), scores["user"].to_numpy()
-        raw = raw_outputs(scores, features, exit_layers_of(scores), prior)
-        self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, prior)
-        self.outputs = HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence, raw.drift)
-        self.tokens = _tokens(scores, "target"), _tokens(scores, "stream")
-        self.curves = [self._curve(deepcopy(c)) for c in settings.criteria()]
-        self.rival = self.outputs.layers[rival_depth(self.outputs.logits, self.labels)]
-        self.best = self.curves[0] if settings.criterion is not None else max(self.curves, key=self._worth)
-
-    def _curve(self, criterion: Criterion) -> _Curve:
-        fresh = deepcopy(criterion)
-        criterion.fit(self.outputs)
-        if criterion.learns:
-            safety = out_of_fold_safety(lambda: deepcopy(fresh), self.outputs, self.users)
-        else:
-            safety = safety_table(criterion, self.outputs)
-        path = threshold_path(
-            safety,
-            self.outputs.logits,
-            self.labels,
-            self.outputs.layers,
-            *self.tokens,
-            stream=self.settings.stream,
-        )
-        step = pick_budget(path, self.settings.max_auc_drop, self.settings.max_cost)
-        return _Curve(criterion, path, step)
-
-    def _worth(self, curve: _Curve) -> tuple[float, float]:
-        """Cheaper is better where an AUC drop is the budget, a higher AUC where the cost is."""
-        point = curve.path.steps[curve.step]
-        return (point.auc, -point.cost) if self.settings.max_auc_drop is None else (-point.cost, point.auc)
-
-    def plan(self, step: int) -> ExitPlan:
-        """The best criterion at one step of its path."""
-        thresholds = self.best.path.steps[step].thresholds
-        policy = Policy(self.best.criterion, thresholds, self.outputs.layers)
-        return ExitPlan(self.calibration, policy, self.prior)
-
-
-def _tokens(scores: pl.DataFrame, kind: str) -> Tensor:
-    return torch.from_numpy(scores[f"{kind}_tokens"].to_numpy().copy())
 
 
 def calibrate(
@@ -113,6 +53,7 @@ def calibrate(
     settings: ExitSettings,
     protocol_hash: str,
     previous: Mapping[str, Any] | None = None,
+    asked: AskedScores | None = None,
 ) -> Calibrated:
     """Make the exit plan of a run.
 
@@ -122,82 +63,109 @@ def calibrate(
         settings: What is wanted.
         protocol_hash: Whose folds these are.
         previous: The run's results/calibrate.json, whose certificates must not be tried again.
+        asked: Candidates of requests of the fold tune that thresholds are priced on; None prices them on its rows.
 
     Raises:
         DataError: A fold is empty, one class, NaN logits, heads that are all equal, users in two folds.
         ConfigError: A second certificate on the same fold.
     """
-    _check_folds(scores)
+    check_folds(scores, ("tune", "certify"))
     fold = {f: (scores["fold"] == f).to_numpy() for f in ("tune", "certify")}
     table = {f: scores.filter(chosen) for f, chosen in fold.items()}
     by_prior = {
-        prior: _Tune(table["tune"], features[fold["tune"]], settings, prior == "counting")
+        prior: TuneFold(table["tune"], features[fold["tune"]], settings, prior == "counting", asked)
         for prior in ("counting", "none")
     }
     tune = by_prior[settings.prior]
-    certificate, ledger = _certificate(
+    certificate, further, ledger = _certificates(
         tune, table["certify"], features[fold["certify"]], settings, protocol_hash, previous
     )
     step = tune.best.step if settings.mode == "budget" else (certificate.path_step or 0)
-    plan = tune.plan(step)
+    last = _certified_step(tune, certificate, further, settings)
 
     none = by_prior["none"]
     document = _document(tune, settings, step) | {
+        "candidates": settings.candidates if asked is not None else 1,
+        "requests": None if asked is None else asked.requests,
         "certificate": certificate.to_dict() | {"words": certificate.in_words()},
+        "certified": None if last is None else _certified(tune, last, step, further, settings),
         "ledger": ledger,
         "priors": {key: _prior_row(value) for key, value in by_prior.items()},
     }
-    return Calibrated(plan, tune.rival, none.plan(none.best.step), none.rival, document)
+    return Calibrated(
+        plan=tune.plan(step),
+        rival=tune.rival,
+        without=none.plan(none.best.step),
+        rival_without=none.rival,
+        certified=None if last is None else tune.plan(last),
+        document=document,
+    )
 
 
-def _check_folds(scores: pl.DataFrame) -> None:
-    owners = scores.drop_nulls("fold").group_by("user").agg(pl.col("fold").n_unique())
-    shared = owners.filter(pl.col("fold") > 1)
-    if len(shared):
-        raise DataError(
-            f"{len(shared)} users of validation stand in more than one fold (user code {shared['user'][0]}); expected "
-            "each in one: what chose the checkpoint must not calibrate or certify. Run `validate` again."
-        )
-    counts = {f: int((scores["fold"] == f).sum()) for f in ("tune", "certify")}
-    empty = [f for f, count in counts.items() if not count]
-    if empty:
-        raise DataError(
-            f"the fold {empty[0]} of validation has no rows; expected users in every fold. "
-            "Use more validation data, or raise its share in data.protocol.fold_shares."
-        )
-
-
-def _certificate(
-    tune: _Tune,
+def _certificates(
+    tune: TuneFold,
     certify_rows: pl.DataFrame,
     features: Floats,
     settings: ExitSettings,
     protocol_hash: str,
     previous: Mapping[str, Any] | None,
-) -> tuple[Certificate, list[dict[str, Any]]]:
-    """One certificate: of the chosen step in budget mode, of the last step that passes in risk mode."""
-    last = len(tune.best.path.steps) - 1
-    steps = [tune.best.step] if settings.mode == "budget" else list(range(1, last + 1))
-    plan = tune.plan(0)
-    outputs = plan.outputs(certify_rows, features)
-    emitted = [_emitted(tune.plan(k), outputs) for k in [0, *(s for s in steps if s > 0)]]
-    users = certify_rows["user"].to_numpy()
+) -> tuple[Certificate, Certificate, list[dict[str, Any]]]:
+    """Of the budget's step alone and of the sequence that begins with it; in risk mode both are of the whole path."""
+    outputs = tune.plan(0).outputs(certify_rows, features)
+    safety = safety_table(tune.best.criterion, outputs)
+    path = np.stack([_emitted(outputs.logits, safety, tune, k) for k in _sequence(tune, settings)])
+    users, labels = certify_rows["user"].to_numpy(), certify_rows["label"].to_numpy()
     digest = scores_digest(certify_rows["row_id"].to_numpy(), users, outputs.logits.numpy())
     ledger = CertificateLedger(previous).admit(
         settings.certificate, specification(tune.best.criterion), settings.mode, protocol_hash, digest
     )
-    found = certify(
-        np.stack(emitted), emitted[0], certify_rows["label"].to_numpy(), users, settings.certificate
+    first = len(path) if settings.mode == "risk" else 1 + (tune.best.step > 0)
+    own, further = (
+        certify(part, path[0], labels, users, settings.certificate) for part in (path[:first], path)
     )
-    return found, ledger
+    return own, further, ledger
 
 
-def _emitted(plan: ExitPlan, outputs: HeadOutputs) -> Floats:
-    logits: Tensor = plan.emitted(outputs)[1]
-    return logits.double().numpy()
+def _sequence(tune: TuneFold, settings: ExitSettings) -> list[int]:
+    """Steps of the path in the order they are tested, after full depth, which takes no test."""
+    first = tune.best.step if settings.mode == "budget" else 1
+    return [0, *range(max(first, 1), len(tune.best.path))]
 
 
-def _document(tune: _Tune, settings: ExitSettings, step: int) -> dict[str, Any]:
+def _emitted(logits: Tensor, safety: Tensor, tune: TuneFold, step: int) -> Floats:
+    exits = leave(safety, tune.best.path.steps[step].thresholds)
+    emitted: Floats = logits.gather(1, exits[:, None]).squeeze(1).double().numpy()
+    return emitted
+
+
+def _certified_step(
+    tune: TuneFold, own: Certificate, further: Certificate, settings: ExitSettings
+) -> int | None:
+    """The last step that passed; None where a budget's own test failed. Full depth needs no test."""
+    if settings.mode == "budget" and not own.passed:
+        return None
+    return _sequence(tune, settings)[further.path_step or 0]
+
+
+def _certified(
+    tune: TuneFold, last: int, step: int, further: Certificate, settings: ExitSettings
+) -> dict[str, Any]:
+    """`certified` of results/calibrate.json: the policy as measured on tune, and what may be said of it."""
+    if settings.mode == "risk":
+        words = "Risk mode: the certified policy is the policy in use."
+    elif last == step:
+        words = "The certified policy is the budget policy: no faster step of its path passed."
+    else:
+        words = (
+            f"Tested after the budget policy, in the order of the path and at the same delta: the certified policy is "
+            f"step {last}, {last - step} faster than the budget's. {further.in_words()}"
+        )
+    found = tune.best.path.steps[last]
+    thresholds = _by_layer(tune.outputs.layers, found.thresholds)
+    return {"path_step": last, **found.point(), "thresholds": thresholds, "words": words}
+
+
+def _document(tune: TuneFold, settings: ExitSettings, step: int) -> dict[str, Any]:
     layers = tune.outputs.layers
     policies = [
         {
@@ -212,7 +180,7 @@ def _document(tune: _Tune, settings: ExitSettings, step: int) -> dict[str, Any]:
         for curve in tune.curves
     ]
     rival = layers.index(tune.rival)
-    controls = control_curves(tune.outputs, tune.labels, *tune.tokens, settings.stream)
+    controls = control_curves(tune.outputs, tune.labels, *tune.tokens, settings.stream, asked=tune.asked)
     static = next(c for c in controls if c["name"] == "fixed_depth")["pareto"]
     return {
         "layers": list(layers),
@@ -227,7 +195,7 @@ def _document(tune: _Tune, settings: ExitSettings, step: int) -> dict[str, Any]:
     }
 
 
-def _prior_row(tune: _Tune) -> dict[str, Any]:
+def _prior_row(tune: TuneFold) -> dict[str, Any]:
     """What the comparison of priors needs: calibrated heads on tune, and what the best criterion reached."""
     static = control_curves(tune.outputs, tune.labels, *tune.tokens, tune.settings.stream, "fixed_depth")
     plan = tune.plan(tune.best.step)

@@ -1,9 +1,8 @@
 """From nobody leaves early to everybody leaves at once: a one-parameter path of thresholds, fitted on `tune`.
 
-Unusual here: AUC along the path is judged without drawing on single labels. Each row counts as positive with
-the probability that a *teacher* gives it: the last head, corrected by earlier heads as far as labels insist.
-Label noise is then gone from the search. Greedy on raw AUC follows that noise and loses on fresh rows, and
-judging by the last head alone loses where heads err independently (both shown in tests/exits/test_path.py).
+Unusual here: what is saved is counted in the currency of real requests where there are any. A shared stream runs until
+the last candidate of its request has left, so thresholds that pay for requests of one candidate leave most of the work
+of a request of 64 where it was; given the candidates of such requests, the search pays for these.
 """
 
 from __future__ import annotations
@@ -13,20 +12,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from project.errors import ConfigError, DataError
 from project.exits.cost import Stream, row_tokens
-from project.metrics import auc, probabilities
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-JUMPS = (1, 2, 4)  # how many shares a head may move at once; greedy by single shares gets stuck
-TEACHER_DEVIATION = 0.2
-"""Prior deviation of the weight of an earlier head in the teacher: 0 is the last head alone."""
-FREE = 1e-7  # AUC losses below this are no loss, and the larger saving wins
+from project.exits.search import (
+    FAR_JUMPS,
+    Bill,
+    Floats,
+    Judge,
+    Member,
+    Search,
+    request_bill,
+    request_ladder,
+    row_bill,
+    row_ladder,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +37,13 @@ class Step:
 
     Attributes:
         thresholds: (K,) float64, last one -inf.
-        cost: Token-layers relative to full depth, in [0, 1].
-        mean_depth: Mean layer at which rows leave.
+        cost: Token-layers relative to full depth, in [0, 1]: of the candidates asked for, else of the rows.
+        mean_depth: Mean layer at which these candidates, or rows, leave.
         auc: AUC by labels.
         auc_drop: AUC of full depth minus `auc`.
         expected_auc: AUC if labels were drawn from the teacher's probabilities; it falls from step to step, but
-            for the first step: leaving early can be better than full depth.
+            for the first step: leaving early can be better than full depth. Where candidates are asked for, the
+            worse of the changes of `auc` and of this falls instead.
     """
 
     thresholds: Tensor
@@ -68,6 +71,23 @@ class Path:
         return self.steps[index]
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Candidates of real requests: what a policy is paid for. They need no labels.
+
+    Attributes:
+        safety: (m, K) safety of the candidates.
+        request: (m,) request of each, any integers.
+        target_tokens: (m,) tokens of a candidate's own.
+        stream_tokens: (m,) tokens of its request's stream.
+    """
+
+    safety: Tensor
+    request: Tensor
+    target_tokens: Tensor
+    stream_tokens: Tensor
+
+
 def threshold_path(
     safety: Tensor,
     scores: Tensor,
@@ -77,11 +97,17 @@ def threshold_path(
     stream_tokens: Tensor,
     stream: Stream = "cold",
     steps: int = 20,
+    asked: Asked | None = None,
 ) -> Path:
     """Greedy by cost saved per expected AUC lost, then pruned to what nothing cheaper and better dominates.
 
     A move opens one head further: to one of its next shares of safest rows, or to everybody. Rows of one move
     only ever leave earlier. "Everyone leaves at k" competes for every k at which the criterion can decide.
+
+    With `asked` the cost is that of whole requests (`request_cost`). Heads then also open to what lets a share of the
+    requests go as a whole, and "everyone leaves at k" is added to every member found: nothing else stops a cold
+    stream for certain. Members of the path of one-candidate requests compete too, and what is pruned is judged as
+    `pick_budget` judges it, so that path's pick is never cheaper at the same budget.
 
     Args:
         safety: (n, K) safety of the rows of `tune`, out-of-fold where the criterion learns.
@@ -92,6 +118,7 @@ def threshold_path(
         stream_tokens: (n,) tokens of its stream.
         stream: Whether the stream's tokens are paid for ("cold").
         steps: Shares per head; they are denser where few rows leave.
+        asked: Candidates that are paid for instead of the rows; None pays for the rows as requests of one candidate.
 
     Returns:
         Steps of falling cost, the first of which is full depth (nobody leaves early).
@@ -100,15 +127,33 @@ def threshold_path(
         DataError: One class, or safety that is NaN.
     """
     _check(safety, labels, layers)
-    search = _Search(
-        safety.detach().double().cpu().numpy(),
-        scores.detach().double().cpu().numpy(),
-        np.asarray(labels, dtype=np.float64),
-        np.asarray(layers, dtype=np.float64),
-        row_tokens(target_tokens, stream_tokens, stream).double().cpu().numpy(),
-    )
-    ladders = [search.ladder(head, steps) for head in range(len(layers) - 1)]
-    return _pruned([*search.greedy(ladders), *search.static(ladders)])
+    known, depths = _numbers(safety), np.asarray(layers, dtype=np.float64)
+    judge = Judge(known, _numbers(scores), np.asarray(labels, dtype=np.float64))
+    bill = row_bill(known, depths, _numbers(row_tokens(target_tokens, stream_tokens, stream)))
+    ladders = [row_ladder(known[:, head], steps) for head in range(len(layers) - 1)]
+    search = Search(judge, bill)
+    members = [*search.greedy(ladders), *search.static(ladders)]
+    if asked is None:
+        return _pruned(members, judge, depths)
+    _check(asked.safety, labels, layers)
+    bill, request = _request_bill(asked, depths, stream), asked.request.cpu().numpy()
+    search = Search(judge, bill)
+    wider = [
+        request_ladder(ladder, bill.safety[:, head], request, steps) for head, ladder in enumerate(ladders)
+    ]
+    members = [*search.greedy(wider, FAR_JUMPS), *(search.member(m.thresholds) for m in members)]
+    return _pruned([*members, *search.capped(members, ladders)], judge, depths, as_budgets_do=True)
+
+
+def _numbers(values: Tensor) -> Floats:
+    found: Floats = values.detach().double().cpu().numpy()
+    return found
+
+
+def _request_bill(asked: Asked, layers: Floats, stream: Stream) -> Bill:
+    shared = _numbers(asked.stream_tokens) * (stream == "cold")
+    request = asked.request.cpu().numpy()
+    return request_bill(_numbers(asked.safety), layers, request, _numbers(asked.target_tokens), shared)
 
 
 def _check(safety: Tensor, labels: ArrayLike, layers: Sequence[int]) -> None:
@@ -163,118 +208,31 @@ def pick_budget(path: Path, max_auc_drop: float | None = None, max_cost: float |
     return kept[0] if max_auc_drop is None else kept[-1]
 
 
-class _Search:
-    """Rows of `tune` as arrays, and what a vector of thresholds does to them."""
+def _pruned(members: list[Member], judge: Judge, layers: Floats, as_budgets_do: bool = False) -> Path:
+    """Full depth, then by falling cost what loses less AUC than everything cheaper.
 
-    def __init__(
-        self, safety: Floats, scores: Floats, labels: Floats, layers: Floats, tokens: Floats
-    ) -> None:
-        self._safety, self._scores, self._labels, self._layers = safety, scores, labels, layers
-        self._rows: Ints = np.arange(scores.shape[0])
-        full = tokens.sum() * layers[-1]
-        self._price = tokens[:, None] * layers / (full if full > 0 else 1.0)
-        self._positive = _teacher(scores, labels)
-
-    def ladder(self, head: int, steps: int) -> list[float]:
-        """Thresholds of a head: +inf, then such that a rising share of all rows is safe, at last -inf."""
-        ordered = np.sort(self._safety[:, head])[::-1]
-        ordered = ordered[ordered > -np.inf]
-        if not ordered.size:
-            return [np.inf]  # the criterion cannot decide here
-        last = np.round(self._rows.size * (np.arange(1, steps) / steps) ** 1.5).astype(np.int64)
-        last = last[(last > 0) & (last < ordered.size)]
-        middle = (ordered[last - 1] + ordered[last]) / 2
-        return [np.inf, *np.unique(middle)[::-1].tolist(), -np.inf]
-
-    def greedy(self, ladders: list[list[float]]) -> list[Step]:
-        place = [0] * len(ladders)
-        step = self.step(ladders, place)
-        found = [step]
-        while True:
-            moves = [
-                (head, rung)
-                for head, ladder in enumerate(ladders)
-                for rung in {*(place[head] + jump for jump in JUMPS), len(ladder) - 1}
-                if place[head] < rung < len(ladder)
-            ]
-            tried = [self.measure(ladders, [*place[:h], rung, *place[h + 1 :]]) for h, rung in moves]
-            rates = [(step.cost - c) / max(step.expected_auc - a, FREE) for c, a in tried]
-            best = int(np.argmax(rates)) if rates else 0
-            # a head that no row reaches saves nothing: such moves end the search, nothing is left to save
-            if not rates or rates[best] <= 0:
-                return found
-            place[moves[best][0]] = moves[best][1]
-            step = self.step(ladders, place)
-            found.append(step)
-
-    def static(self, ladders: list[list[float]]) -> list[Step]:
-        """Everyone leaves at k, for every k at which the criterion can decide."""
-        places = [
-            [len(ladder) - 1 if head == k else 0 for head in range(len(ladders))]
-            for k, ladder in enumerate(ladders)
-        ]
-        return [self.step(ladders, place) for k, place in enumerate(places) if len(ladders[k]) > 1]
-
-    def measure(self, ladders: list[list[float]], place: list[int]) -> tuple[float, float]:
-        """Cost and expected AUC."""
-        exits = self._exits(ladders, place)
-        scores = self._scores[self._rows, exits]
-        return float(self._price[self._rows, exits].sum()), self._expected_auc(scores)
-
-    def step(self, ladders: list[list[float]], place: list[int]) -> Step:
-        exits = self._exits(ladders, place)
-        cost, expected = self.measure(ladders, place)
-        full, value = (auc(self._scores[self._rows, e], self._labels) for e in (-1, exits))
-        if full is None or value is None:
-            raise AssertionError("threshold_path has looked that both classes are there")
-        return Step(
-            thresholds=torch.tensor([*_chosen(ladders, place), -np.inf], dtype=torch.float64),
-            cost=cost,
-            mean_depth=float(self._layers[exits].mean()),
-            auc=value,
-            auc_drop=full - value,
-            expected_auc=expected,
-        )
-
-    def _exits(self, ladders: list[list[float]], place: list[int]) -> Ints:
-        leaves = self._safety >= np.array([*_chosen(ladders, place), -np.inf])
-        exits: Ints = leaves.argmax(axis=1)
-        return exits
-
-    def _expected_auc(self, scores: Floats) -> float:
-        """Share of pairs in order where row i is positive with probability q_i, ties in order of rows."""
-        positive = self._positive[scores.argsort(kind="stable")]
-        negative = 1.0 - positive
-        below = negative.cumsum() - negative  # a row makes no pair with itself
-        pairs = positive.sum() * negative.sum() - positive @ negative
-        return float(positive @ below / pairs)
-
-
-def _chosen(ladders: list[list[float]], place: list[int]) -> list[float]:
-    return [ladder[rung] for ladder, rung in zip(ladders, place, strict=True)]
-
-
-def _pruned(members: list[Step]) -> Path:
-    """Full depth, then by falling cost what has more expected AUC than everything cheaper."""
-    full = members[0]
-    kept: list[Step] = []
-    for step in sorted(members[1:], key=lambda step: (step.cost, -step.expected_auc)):
-        if step.cost < full.cost and (not kept or step.expected_auc > kept[-1].expected_auc):
-            kept.append(step)
-    return Path((full, *reversed(kept)))
-
-
-def _teacher(scores: Floats, labels: Floats) -> Floats:
-    """P(label = 1) from all heads: logit_K + sum of w_k (logit_k - logit_K), w_k ~ N(0, .2^2), Newton.
-
-    Where the last head says all there is to say, w stays near 0; where heads err independently, their mean is
-    the better judge, and judging by the last head alone would call every other opinion an error.
+    Args:
+        members: The first is full depth.
+        judge: Of the rows.
+        layers: (K,).
+        as_budgets_do: The loss is the larger of the losses of AUC by labels and of expected AUC, not the latter alone.
     """
-    design = scores[:, :-1] - scores[:, -1:]
-    ridge = np.eye(design.shape[1]) / TEACHER_DEVIATION**2
-    weights = np.zeros(design.shape[1])
-    for _ in range(8):
-        chance = probabilities(scores[:, -1] + design @ weights)
-        gradient = design.T @ (chance - labels) + ridge @ weights
-        weights -= np.linalg.solve((design.T * (chance * (1 - chance))) @ design + ridge, gradient)
-    return probabilities(scores[:, -1] + design @ weights)
+    full = members[0]
+    best = judge.auc(full.exits)
+
+    def step(member: Member, value: float) -> Step:
+        thresholds = torch.from_numpy(np.append(member.thresholds, -np.inf))
+        depth = float(layers[member.paid].mean())
+        return Step(thresholds, member.cost, depth, value, best - value, member.expected_auc)
+
+    kept, least = list[Step](), np.inf
+    for member in sorted(members[1:], key=lambda m: (m.cost, -m.expected_auc)):
+        loss = full.expected_auc - member.expected_auc
+        if member.cost >= full.cost or loss >= least:
+            continue
+        value = judge.auc(member.exits)
+        loss = max(loss, best - value) if as_budgets_do else loss
+        if loss < least:
+            kept.append(step(member, value))
+            least = loss
+    return Path((step(full, best), *reversed(kept)))

@@ -33,6 +33,9 @@ class ExitSettings:
         max_auc_drop: Budget: AUC on `tune` that may be lost against full depth.
         max_cost: Budget: share of full depth's token-layers that may be spent; None sets no limit.
         stream: Whether a request's history runs with it (cold) or is cached (warm): what a token costs.
+        candidates: Candidates of the requests that thresholds are optimised for; 1 takes the labelled rows as they
+            are, more scores catalogue requests of the fold tune for it (needs a split by time).
+        requests: Number of these requests, where candidates is above 1.
         certificate: What is promised, and how it is tested on the `certify` fold.
     """
 
@@ -43,6 +46,8 @@ class ExitSettings:
     max_auc_drop: float | None = 0.002
     max_cost: float | None = None
     stream: Stream = "cold"
+    candidates: int = 1
+    requests: int = 64
     certificate: CertificateSettings = field(
         # of the user-wise tests of an AUC gap, the only one with power at a few hundred users; says "asymptotic"
         default_factory=lambda: CertificateSettings(risk="auc_gap", epsilon=0.02, certifier="delong")
@@ -58,6 +63,9 @@ class ExitSettings:
             raise ConfigError(f"exits.max_auc_drop is {self.max_auc_drop}; expected 0 or more, or null.")
         if self.max_cost is not None and not 0 < self.max_cost <= 1:
             raise ConfigError(f"exits.max_cost is {self.max_cost}; expected a share above 0 and at most 1.")
+        for key, value in (("candidates", self.candidates), ("requests", self.requests)):
+            if value < 1:
+                raise ConfigError(f"exits.{key} is {value}; expected 1 or more.")
 
     def criteria(self) -> list[Criterion]:
         """The criteria to compare, the deciding one first if it is set."""

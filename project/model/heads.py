@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from project.errors import ConfigError
 
@@ -73,11 +74,13 @@ def heads_digest(state: Mapping[str, Tensor]) -> str:
     """16 hex digits that change with every training step: which heads made a score table.
 
     Args:
-        state: State of a module; its tensors under `heads.` count.
+        state: State of a module; its tensors under `heads.` count. If they are sharded, all processes must ask.
     """
     digest = hashlib.sha256()
     for name in sorted(n for n in state if n.startswith("heads.")):
-        digest.update(name.encode() + state[name].detach().cpu().contiguous().float().numpy().tobytes())
+        weights = state[name].detach()
+        whole = weights.full_tensor() if isinstance(weights, DTensor) else weights
+        digest.update(name.encode() + whole.cpu().contiguous().float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

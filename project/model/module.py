@@ -7,6 +7,7 @@ checkpoint: it comes back from the base model, and loading asserts that nothing 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import polars
@@ -20,11 +21,14 @@ from project.data.packing import Batch
 from project.data.sources import resolve_model
 from project.errors import CheckpointError, ConfigError
 from project.evaluate import choose_exit, exit_rows
+from project.model.equilibrium import equilibrium_branch
 from project.model.exit_buffers import ExitBuffers
 from project.model.heads import ExitHead, HeadOutput, answer_tokens
+from project.model.layer_dropout import check_layer_dropout, run_stage, skipped_layers
 from project.model.lora import LoraSettings, add_lora, frozen_names
-from project.model.losses import LossSettings, drift_loss, exit_loss, exit_weights
+from project.model.losses import LossSettings, drift_loss, exit_loss, exit_weights, extra_losses
 from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups, planned_steps
+from project.model.sharding import set_sharded_trunk, shared_mesh
 from project.model.trunk import Trunk
 from project.scores import ScoreCollector, scores_of_candidates, scores_of_rows
 
@@ -46,6 +50,8 @@ class ExitRecommender(ExitBuffers):
         lora: Train adapters instead of the trunk's own weights.
         freeze_embeddings: Keep the token embeddings as they are.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        layer_dropout: Chance of the last layer to be left out in a training step; 0: none ever is. Falls to 0 at the
+            first layer (LayerSkip), so that shallow heads do not count on what deep layers correct.
         answers: Texts of the answers dislike and like; set by data.prompt.answers.
     """
 
@@ -59,6 +65,7 @@ class ExitRecommender(ExitBuffers):
         lora: LoraSettings | None = None,
         freeze_embeddings: bool = False,
         gradient_checkpointing: bool = False,
+        layer_dropout: float = 0.0,
         answers: list[str] | None = None,
     ) -> None:
         super().__init__(heads=1 + len(exit_layers))
@@ -78,7 +85,8 @@ class ExitRecommender(ExitBuffers):
         self.backbone, self.exit_layers, self.depth = backbone, exit_layers, depth
         self.loss, self.optim = loss, optim
         self.lora, self.freeze_embeddings = lora, freeze_embeddings
-        self.gradient_checkpointing = gradient_checkpointing
+        check_layer_dropout(layer_dropout)
+        self.gradient_checkpointing, self.layer_dropout = gradient_checkpointing, layer_dropout
         self.answers = answers or [" no", " yes"]
         self.trunk: Trunk | None = None
         self.heads = nn.ModuleDict()
@@ -99,6 +107,10 @@ class ExitRecommender(ExitBuffers):
             return
         with self.data.clock.stage("load model"):
             folder = resolve_model(self.backbone)
+            mesh = shared_mesh(self.trainer.strategy)
+            if mesh is not None:
+                set_sharded_trunk(self, folder, self.data.tokenizer, mesh)
+                return
             trunk = Trunk.from_pretrained(folder, num_layers=self.depth)
             self.set_trunk(trunk, self.data.tokenizer)
 
@@ -127,11 +139,12 @@ class ExitRecommender(ExitBuffers):
         prior = CountingPrior.fit(self.data.evidence_of(targets), targets["label"].to_numpy())
         self.prior.copy_(torch.from_numpy(prior.to_array()))
 
-    def forward(self, batch: Batch) -> HeadOutput:
+    def forward(self, batch: Batch, skipped: frozenset[int] = frozenset()) -> HeadOutput:
         """Logits and drift of every exit.
 
         Args:
             batch: n targets.
+            skipped: Layers, from 0, that are left out, see `layer_dropout`.
 
         Returns:
             Two (n, exits), in the order of `exit_layers`.
@@ -139,15 +152,23 @@ class ExitRecommender(ExitBuffers):
         assert self.trunk is not None
         state = self.trunk.embed(batch.tokens, batch.layout)
         outputs, start = list[HeadOutput](), 0
-        for layer in self.exit_layers:
-            state = self.trunk.run(state, start, layer)
-            outputs.append(self.heads[str(layer)](state.hidden.flatten(0, 1)[batch.slots]))
+        for head, layer in enumerate(self.exit_layers):
+            state = run_stage(self.trunk, state, start, layer, skipped)
+            hidden = state.hidden
+            if self.loss.gradient_equilibrium and torch.is_grad_enabled():
+                hidden, onward = equilibrium_branch(hidden, head, len(self.exit_layers))
+                state = replace(state, hidden=onward)
+            outputs.append(self.heads[str(layer)](hidden.flatten(0, 1)[batch.slots]))
             start = layer
         return HeadOutput(*(torch.stack(part, dim=1) for part in zip(*outputs, strict=True)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Weighted log loss of all heads, normalised by the targets of all processes, and the loss of their drift."""
-        logits, drift = self(batch)
+        """Weighted log loss of all heads, normalised by the targets of all processes; their drift's loss; extras."""
+        skipped = frozenset[int]()
+        if self.layer_dropout > 0:
+            epoch = self.trainer.current_epoch
+            skipped = skipped_layers(self.layer_dropout, self.depth, self.data.seed, epoch, batch_idx)
+        logits, drift = self(batch, skipped)
         targets = torch.tensor(float(len(batch.label)), device=self.device)
         world = self.trainer.world_size
         if world > 1:
@@ -160,7 +181,13 @@ class ExitRecommender(ExitBuffers):
         self.log("train/drift_loss", drift_error.detach())
         for layer, value in zip(self.exit_layers, per_head, strict=True):
             self.log(f"train/log_loss/exit_{layer}", value)
-        return loss + drift_error
+        total: Tensor = loss + drift_error
+        windows = batch.layout.sequence.flatten()[batch.slots]
+        extras = extra_losses(self.loss, logits, batch.label, windows, weights, targets / world)
+        for name, extra in extras.items():
+            self.log(f"train/{name}", extra.detach())
+            total = total + extra
+        return total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect scores."""

@@ -227,7 +227,7 @@ def costs(asked: ScoredRequests, ranking: Ranking, stream: Stream) -> Tensor:
 
 
 def policy_row(
-    policy: RankPolicy, full: RankPolicy, catalogue: ScoredRequests, labelled: ScoredRequests, k: int
+    policy: RankPolicy, full: RankPolicy, catalogue: ScoredRequests, labelled: ScoredRequests | None, k: int
 ) -> dict[str, Any]:
     """One policy's row of `requests` in results/rank.json.
 
@@ -235,7 +235,7 @@ def policy_row(
         policy: Who is judged.
         full: Full depth.
         catalogue: Requests for overlap, depth and cost, which need no labels.
-        labelled: Requests whose candidates all have labels, for precision@k and GAUC.
+        labelled: Requests whose candidates all have labels, for precision@k and GAUC; None: there are none.
         k: Length of the list.
 
     Returns:
@@ -253,8 +253,6 @@ def policy_row(
         )
         for stream in ("cold", "warm")
     }
-    judged = policy.decide(labelled)
-    precision = precision_at_k(labelled.request, judged.keys, torch.from_numpy(labelled.label), k)
     return {
         "policy": policy.name,
         "parameter": policy.parameter,
@@ -264,11 +262,19 @@ def policy_row(
         "mean_depth": depth,
         "depth_share": depth / catalogue.outputs.layers[-1],
         **cost,
-        "precision": float(precision.double().mean()),
-        "gauc": gauc_impressions(judged.keys.numpy(), labelled.label, labelled.request.numpy()).value,
+        **_by_labels(policy, labelled, k),
         "n_requests": len(catalogue.user),
-        "n_labelled": len(labelled.user),
+        "n_labelled": 0 if labelled is None else len(labelled.user),
     }
+
+
+def _by_labels(policy: RankPolicy, labelled: ScoredRequests | None, k: int) -> dict[str, float | None]:
+    if labelled is None:
+        return {"precision": None, "gauc": None}
+    judged = policy.decide(labelled)
+    precision = precision_at_k(labelled.request, judged.keys, torch.from_numpy(labelled.label), k)
+    gauc = gauc_impressions(judged.keys.numpy(), labelled.label, labelled.request.numpy()).value
+    return {"precision": float(precision.double().mean()), "gauc": gauc}
 
 
 def _emitted(asked: ScoredRequests, exits: Tensor) -> Ranking:

@@ -1,14 +1,15 @@
 """Verb `rank`: the best k of N. Scores ranking requests at every depth, fits margins on `tune`, reports on test.
 
 Unusual here: overlap with full depth's list needs no label, so its requests are filled up from the catalogue; precision
-and GAUC need labels, so they come from requests over what a user rated anyway. Both are scored in one predict.
+and GAUC need labels, so they come from requests over what a user rated anyway. Both are scored by the engine at full
+depth, on one process, whose attention reads a request's stream once for all its candidates.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -18,6 +19,8 @@ from rich.console import Console
 from project.artefacts import read_result, result_head, sha256_of, write_json, write_table
 from project.callbacks.results import ResultFiles
 from project.data.workloads import Workload, concatenate
+from project.engine.every_head import score_every_head
+from project.engine.loading import load_weights, prepare_requests
 from project.errors import ConfigError, NotFittedError
 from project.exits.calibration import Calibration
 from project.exits.certify import certify_losses
@@ -25,6 +28,7 @@ from project.exits.ledger import CertificateLedger
 from project.ranking.judge import ScoredRequests, overlaps, policies, policy_row
 from project.ranking.settings import REPORTED, RankSettings
 from project.ranking.table import rank_table
+from project.scores import labelled_scores
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -44,7 +48,7 @@ def run_rank(
     """Score ranking requests with a trained run; write results/rank.json and scores/rank.parquet, print the table.
 
     Args:
-        trainer: Runs predict.
+        trainer: Says where to run, and the tag of result files.
         model: The run's module; its calibration is used where it has one.
         data: Logs, protocol and evidence.
         checkpoint: The run's checkpoint.
@@ -63,36 +67,17 @@ def run_rank(
         )
     workloads = settings.workloads(data)
     ledger = _ledger(settings, data, Path(checkpoint), folder / "results")
-    own = [c for c in trainer.callbacks if isinstance(c, ResultFiles)]  # type: ignore[attr-defined]
-    trainer.callbacks = [c for c in trainer.callbacks if c not in own]  # type: ignore[attr-defined]
+    data.prepare_data()
+    load_weights(model, data.tokenizer, checkpoint)
+    model.to(trainer.strategy.root_device)
     both = concatenate(list(workloads.values()))
-    data.give_requests(both.requests)
     with data.clock.stage("score"):
-        trainer.predict(model, datamodule=data, return_predictions=False, ckpt_path=checkpoint)
-    scores = labelled_scores(cast(pl.DataFrame, model.scores), both.table)
-    tag = f"-{own[0].tag}" if own and own[0].tag else ""
+        prepared = prepare_requests(model, data, both.requests)
+        scored = score_every_head(model, prepared, candidates=both.requests.table())
+    scores = labelled_scores(scored, both.table)
+    tags = [c.tag for c in trainer.callbacks if isinstance(c, ResultFiles) and c.tag]  # type: ignore[attr-defined]
+    tag = "".join(f"-{tag}" for tag in tags[:1])
     _report(scores, workloads, calibration_of(model), ledger, data, folder, settings, tag)
-
-
-def labelled_scores(scores: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
-    """The score table of candidates with what the workload knows: user, label and row_id, in the workload's order.
-
-    Args:
-        scores: Score table of all candidates.
-        table: `Workload.table` of the same requests.
-
-    Raises:
-        ConfigError: Candidates without a score, as trainer.limit_predict_batches leaves them.
-    """
-    known = ["user", "label", "row_id"]
-    keys = ["request_id", "candidate_index"]
-    joined = table.join(scores.drop(known), on=keys, how="inner", maintain_order="left")
-    if len(joined) < len(table):
-        raise ConfigError(
-            f"{len(joined):,} of {len(table):,} candidates were scored: remove trainer.limit_predict_batches and "
-            "trainer.fast_dev_run, ranking needs whole requests."
-        )
-    return joined.select(scores.columns)
 
 
 def calibration_of(model: ExitRecommender) -> Calibration | None:

@@ -31,6 +31,7 @@ from project.report.tables import (
     priors_table,
     rows_of,
     scores_table,
+    slices_table,
 )
 from project.tables import difference_lines, number, protocol_line, render_stage_seconds
 
@@ -96,6 +97,7 @@ def render_markdown(run: Run, drawn: dict[str, Picture]) -> str:
         "## What early exit saved and cost": _savings(run),
         "## Certificate": _certificate(run),
         "## Exits and floors": [*_exits(run), *map(_image, (drawn["depth"], drawn["exit_share"]))],
+        "## Slices": _slices(run),
         "## Policies": [_image(drawn["pareto"]), *_policies(run)],
         "## Calibration": [*_calibration(run), _image(drawn["reliability"])],
         "## Measured speed": _speed(run),
@@ -171,6 +173,8 @@ def _certificate(run: Run) -> list[str]:
     if not certificate:
         return ["Nothing is certified: there is no certificate. " + ("" if run.calibrate else UNCALIBRATED)]
     lines = words.certificate_words(certificate, run.calibrate.get("mode", "budget"))
+    if certified := run.calibrate.get("certified"):
+        lines.append(words.certified_words(certified))
     if run.split == "test":
         lines.append(words.risk_on_test(certificate, (run.reported.get("adaptive") or {}).get("risk")))
     return [" ".join(lines)]
@@ -181,6 +185,18 @@ def _exits(run: Run) -> list[str]:
     kinds = ", exits before calibration, the adaptive score after it" if run.reported.get("adaptive") else ""
     note = f"Of {run.rows}{kinds if exits else ''}:"
     return [note, scores_table(run.reported, run.split, run.fold), *difference_lines(run.reported)]
+
+
+def _slices(run: Run) -> list[str]:
+    table = slices_table(run.reported, run.split, run.fold)
+    if not table:
+        verb = "test" if run.split == "test" else "validate"
+        return [run.missing(f"No result has slices of {run.rows}.", verb)]
+    note = (
+        f"AUC of parts of {run.rows}, exits before calibration. A user is warm who has a target in train; history "
+        "counts a user's strictly earlier rows. Exits and floors compare along a line; between lines rows differ."
+    )
+    return [note, table]
 
 
 def _policies(run: Run) -> list[str]:

@@ -1,4 +1,4 @@
-"""The report's tables in Markdown: exits with who leaves there, policies, AUC by cost, calibration, measured speed.
+"""The report's tables in Markdown: exits with who leaves there, slices, policies, AUC by cost, calibration, speed.
 
 Unusual here: a value that a result file does not hold is an en dash, one that is not defined says "undefined"; and
 what random and oracle are worth is read at the step whose cost is nearest to the chosen policy's.
@@ -16,22 +16,27 @@ Row = Mapping[str, Any]
 ABSENT = "–"
 COSTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 METRICS = ("log_loss", "brier", "ece")
-SETTINGS = ("candidates", "stream", "workload", "dtype")
+SETTINGS = ("candidates", "at_once", "stream", "workload", "dtype")
 BENCHMARK_COLUMNS = {
     "engine": "engine",
     "policy": "policy",
     "candidates": "candidates",
+    "at_once": "requests at once",
     "stream": "stream",
     "workload": "workload",
     "dtype": "dtype",
     "requests_per_s": "requests/s",
     "p50_ms": "p50 ms",
     "p95_ms": "p95 ms",
+    "p99_ms": "p99 ms",
+    "request_ms": "ms a request, evidence and all",
     "mean_depth": "mean depth",
     "measured_speedup": "speed-up measured",
     "token_layer_speedup": "speed-up token-layers",
     "efficiency": "efficiency",
+    "auc": "AUC",
     "auc_drop": "AUC drop",
+    "overlap": "overlap with full depth's list",
 }
 
 
@@ -63,6 +68,49 @@ def scores_table(result: Row, split: str, fold: str | None) -> str:
     header += ["share leaving", "AUC of those"]
     width = len(header) if leaving else len(header) - 2
     return markdown_table(header[:width], [cells[:width] for cells in rows])
+
+
+def slices_table(result: Row, split: str, fold: str | None) -> str:
+    """AUC of every exit and of the best floor by slice; of every floor where there are no exits. "" without slices.
+
+    Args:
+        result: `slices`, each with `name`, `split`, maybe `fold`, `n`, `users` and `rows`; maybe `chosen_exit`, whose
+            interval stands beside it, and `best_floor`.
+        split: Which rows.
+        fold: Which rows.
+    """
+    slices = rows_of(result.get("slices", []), split, fold)
+    if not slices:
+        return ""
+    exits = [row["layer"] for row in slices[0]["rows"] if "layer" in row]
+    floors = [row["name"] for row in slices[0]["rows"] if "name" in row]
+    chosen = result.get("chosen_exit")
+    columns = [("layer", layer) for layer in exits]
+    columns += [("name", name) for name in floors if not exits or name == result.get("best_floor")]
+    header = ["slice", "n", "users"]
+    for key, who in columns:
+        header.append(_exit_label({"layer": who}, result) if key == "layer" else f"floor {who}")
+        header += ["95 % interval"] * (key == "layer" and who == chosen)
+    lines = []
+    for part in slices:
+        cells = [slice_words(part["name"]), f"{part['n']:,}", f"{part['users']:,}"]
+        for key, who in columns:
+            row: Row = next((row for row in part["rows"] if row.get(key) == who), {})
+            cells.append(value_cell(row, "auc"))
+            if key == "layer" and who == chosen:
+                cells.append(interval(row["auc_interval"]) if "auc_interval" in row else ABSENT)
+        lines.append(cells)
+    return markdown_table(header, lines)
+
+
+def slice_words(name: str) -> str:
+    """A slice's name as text: history_20_99 is "history 20 to 99", history_100_plus "history 100 and more"."""
+    first, *rest = name.split("_")
+    if rest[-1:] == ["plus"]:
+        return f"{first} {rest[0]} and more"
+    if rest and all(part.isdigit() for part in rest):
+        return f"{first} {' to '.join(rest)}"
+    return name.replace("_", " ")
 
 
 def policies_table(calibrate: Row) -> str:
@@ -245,6 +293,8 @@ def _benchmark_cell(row: Row, key: str) -> str:
         return ABSENT
     if key.endswith("speedup"):
         return times(value)
+    if key in ("auc", "overlap"):
+        return number(value)
     if key == "auc_drop":
         return number(value, signed=True)
     if isinstance(value, float):

@@ -145,6 +145,19 @@ def certificate_words(certificate: Row, mode: str) -> list[str]:
     return lines
 
 
+def certified_words(certified: Row) -> str:
+    """The fastest policy that the sequence of tests reached: what may be said of it, and what it did on `tune`.
+
+    Args:
+        certified: Of a `calibrate` result: `words`, `cost`, `auc_drop`.
+    """
+    drop = number(certified["auc_drop"], signed=True)
+    return (
+        f"{certified['words']} On tune that policy costs {number(certified['cost'], 3)} of full depth's token-layers "
+        f"at an AUC drop of {drop}."
+    )
+
+
 def risk_on_test(certificate: Row, risk: Row | None) -> str:
     """The certified risk as measured on test, against epsilon.
 

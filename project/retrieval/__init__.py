@@ -4,14 +4,18 @@ from project.retrieval.base import Retriever
 from project.retrieval.controls import ItemKNN, NoRetriever, RandomRetriever
 from project.retrieval.evidence import evidence_tables, request_evidence
 from project.retrieval.lightgcn import LightGCN
+from project.retrieval.llm import LLMEmbedding
+from project.retrieval.text import TextEncoder
 from project.retrieval.vectors import VectorRetriever
 
 __all__ = [
     "ItemKNN",
+    "LLMEmbedding",
     "LightGCN",
     "NoRetriever",
     "RandomRetriever",
     "Retriever",
+    "TextEncoder",
     "VectorRetriever",
     "evidence_tables",
     "request_evidence",

@@ -100,10 +100,28 @@ class VectorRetriever(Retriever):
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
         """The raters whose vectors have the largest cosine with the user's; zero vectors never match."""
-        if self._weighted is None or raters.user.size == 0 or self._inverse[user] == 0:
+        if self._weighted is None:
+            return NO_NEIGHBOURS
+        return self.nearest(self._vectors[user], self._inverse[user], raters)
+
+    def history_vector(self, item: IntArray, label: IntArray) -> FloatArray:
+        """The vector, shape (d,), that a user with this past would have in this block; not called in block 0.
+
+        Args:
+            item: codes of the rated items, shape (rows,).
+            label: 0 or 1, shape (rows,).
+        """
+        assert self._weighted is not None
+        weights = np.where(label == 1, np.float32(1), np.float32(self.dislike_weight))
+        vector: FloatArray = weights @ self._weighted[item]
+        return vector
+
+    def nearest(self, vector: FloatArray, inverse_norm: FloatArray, raters: Raters) -> Neighbours:
+        """What `select` picks for a vector of this block, shape (d,), and its `inverse_norms`, a scalar."""
+        if raters.user.size == 0 or inverse_norm == 0:
             return NO_NEIGHBOURS
         inverse = self._inverse[raters.user]
-        cosine = (self._vectors[raters.user] @ self._vectors[user]) * (inverse * self._inverse[user])
+        cosine = (self._vectors[raters.user] @ vector) * (inverse * inverse_norm)
         nearest = top(np.where(inverse > 0, cosine, -np.inf), self.neighbours)
         nearest = nearest[inverse[nearest] > 0]
         return Neighbours(raters.row[nearest], cosine[nearest])

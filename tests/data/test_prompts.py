@@ -2,6 +2,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from project.data.anonymous import anonymous_titles
 from project.data.prompts import Prompt, PromptEncoder
 from project.errors import ConfigError
 
@@ -76,3 +77,22 @@ def test_bad_wording(prompt: Prompt, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         PromptEncoder(Letters(), prompt, ITEMS)
     assert all(word in str(error.value) for word in words)
+
+
+def test_evidence_is_not_told() -> None:
+    """Where evidence is not told its fields say "?", whatever is known; attributes stay."""
+    encoder = PromptEncoder(Letters(), Prompt(segment="{title} ({year}) all {item_rate} near {vote}:"), ITEMS)
+    segments = encoder.encode(
+        np.array([0, 0]), EVIDENCE[[0, 0]], np.array([1, 1], dtype=np.int8), np.array([True, False])
+    )
+    found = ["".join(map(chr, segments.tokens[i].tolist())) for i in range(2)]
+    assert found == ["Alien (1979) all 7 near 3: yes", "Alien (1979) all ? near ?: yes"]
+
+
+def test_anonymous_titles() -> None:
+    """No title is left in segments and lists; the item's other columns are."""
+    prompt = Prompt(segment="{title} ({year}):", similar="S {titles}", anonymise_titles=True)
+    names = anonymous_titles(["a", "b"])
+    assert [whole for whole, _ in texts(prompt, [1, 0])] == [f"{names[0]} (1979): yes", f"{names[1]} (): no"]
+    lists = PromptEncoder(Letters(), prompt, ITEMS).encode_similar([[1, 0]])
+    assert "".join(map(chr, lists[0].tolist())) == f"S {names[1]}; {names[0]}"

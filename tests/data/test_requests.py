@@ -21,7 +21,7 @@ def write(folder: Path, *records: object) -> str:
     [
         ("{", ["line 2", "JSON"]),
         ([1], ["line 2", "list"]),
-        ({"request_id": "b", "user_id": "u1", "candidates": []}, ["line 2", "candidates"]),
+        ({"request_id": "b", "user_id": "u1", "candidates": "i1"}, ["line 2", "candidates", "list"]),
         ({"request_id": "b", "user_id": "u1", "candidates": [{"title": "x"}]}, ["line 2", "item_id"]),
         ({"request_id": "b", "user_id": "u1", "candidates": [None]}, ["line 2", "item_id"]),
         ({"request_id": "b", "history": 5, "candidates": ["i1"]}, ["line 2", "history", "list"]),
@@ -32,7 +32,6 @@ def write(folder: Path, *records: object) -> str:
         ({"request_id": "b", "candidates": ["i1"]}, ["line 2", "user_id or history"]),
         ({"request_id": "b", "user_id": "u1", "history": [], "candidates": ["i1"]}, ["line 2", "not both"]),
         ({"request_id": "b", "user": "u1", "candidates": ["i1"]}, ["line 2", "user"]),
-        ({"request_id": "b", "user_id": "u1", "candidates": ["zzz"]}, ["line 2", "zzz", "title"]),
         (
             {"request_id": "b", "user_id": "u1", "time": "now", "candidates": ["i1"]},
             ["line 2", "time", "now"],
@@ -44,12 +43,45 @@ def write(folder: Path, *records: object) -> str:
     ],
 )
 def test_bad_requests(record: object, words: list[str], tiny_logs: Path, tmp_path: Path) -> None:
-    """Each unusable request names file, line and what was expected."""
+    """A line that is no request stops the file: file, line and what was expected."""
     logs = read_split(tiny_logs, Protocol()).interactions
     good = {"request_id": "a", "user_id": "u1", "candidates": ["i1"]}
     with pytest.raises(DataError) as error:
         read_requests(write(tmp_path, good, record), logs)
     assert all(word in str(error.value) for word in words), error.value
+
+
+UNKNOWN = {"item_id": "zzz", "answer": 1, "time": 1}
+REFUSED = [
+    ({"user_id": "u1", "candidates": []}, "candidates is empty"),
+    ({"user_id": "u1", "candidates": ["i1", "zzz"]}, "'zzz' is not in the items table"),
+    ({"history": [UNKNOWN], "candidates": ["i1"]}, "'zzz' is not in the items table"),
+]
+
+
+@pytest.mark.parametrize(("record", "words"), REFUSED)
+def test_a_request_for_what_is_not_there_is_refused_alone(
+    record: dict[str, object], words: str, tiny_logs: Path, tmp_path: Path
+) -> None:
+    """Its place, name, candidates and error are kept, the requests around it are read as without it."""
+    logs = read_split(tiny_logs, Protocol()).interactions
+    a, c = ({"request_id": name, "user_id": "u1", "candidates": ["i1", "i1"]} for name in "ac")
+    found = read_requests(write(tmp_path, a, {"request_id": "b", **record}, c), logs)
+    plain = read_requests(write(tmp_path, a, c), logs)
+    assert (found.requests, found.codes) == (plain.requests, plain.codes)
+    assert found.items.equals(plain.items)
+    (refused,) = found.refused
+    assert (refused.place, refused.request_id, refused.candidates) == (1, "b", tuple(record["candidates"]))  # type: ignore[arg-type]
+    assert words in refused.error
+    assert "line 2" in refused.error
+
+
+def test_a_file_of_refused_requests_stops(tiny_logs: Path, tmp_path: Path) -> None:
+    """Nothing to score is an error: the first refusal, and how many there were."""
+    logs = read_split(tiny_logs, Protocol()).interactions
+    records = [{"request_id": "b", **record} for record, _ in REFUSED]
+    with pytest.raises(DataError, match=r"line 1: candidates is empty.*None of the 3 requests"):
+        read_requests(write(tmp_path, *records), logs)
 
 
 def test_no_requests(tiny_logs: Path, tmp_path: Path) -> None:

@@ -61,6 +61,29 @@ def test_catalogue_requests(split: SplitInteractions, part: str) -> None:
         assert not others & rated_before(log, request.user_id, request.time)
 
 
+def test_a_history_of_fixed_length(split: SplitInteractions) -> None:
+    """Requests bring the user's latest 11 strictly earlier rows, as anybody's; shorter ones are not asked."""
+    workload, log = catalogue_requests(split, "test", 1000, 4, seed=3, history=11), log_of(split)
+    targets = log.filter((pl.col("split") == "test") & (pl.col("role") == "target"))
+    assert len(workload.requests.requests) == len(targets.filter(pl.col("hist") >= 11)) < len(targets)
+    about = {
+        r["request_id"]: r
+        for r in as_asked(workload).drop_nulls("row_id").join(log, on="row_id").iter_rows(named=True)
+    }
+    for request in workload.requests.requests:
+        target = about[request.request_id]
+        mine = log.filter(
+            (pl.col("user_id") == target["user_id"]) & (pl.col("timestamp") < target["timestamp"])
+        )
+        assert request.user_id is None
+        assert list(request.history) == list(
+            mine.tail(11).select("item_id", "label", "timestamp").iter_rows()
+        )
+        assert not (set(request.candidates) - {target["item_id"]}) & set(mine["item_id"])
+    with pytest.raises(DataError, match="no target of test has 10000 strictly earlier rows"):
+        catalogue_requests(split, "test", 1, 4, seed=3, history=10_000)
+
+
 def test_a_full_request_is_everything_unrated(split: SplitInteractions) -> None:
     """Asked for more candidates than there are: all items but those rated strictly earlier, and the target."""
     workload, log = catalogue_requests(split, "test", 10, 1000, seed=0), log_of(split)

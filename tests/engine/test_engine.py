@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from project.data.ragged import Ragged
 from project.engine import Engine, ListExits, RowExits, Scores, StreamCache
+from project.engine.answers import answers_of_layer
 from project.engine.batch import EngineBatch
 from project.engine.decisions import static_exits
 from project.errors import ConfigError
@@ -83,7 +84,8 @@ def test_company_changes_nothing(world: World, data: Any) -> None:
     plan = world.plan(data.draw(st.sampled_from(CRITERIA)), data.draw(st.sampled_from([0.2, 0.5, 0.8])))
     cache = data.draw(st.sampled_from([None, StreamCache()]))
     size = data.draw(st.sampled_from([1, 60, 200, 10_000]))
-    engine = Engine(world.module, RowExits(plan), cache, batch_tokens=size)
+    read = data.draw(st.sampled_from([0, 50, 10_000]))
+    engine = Engine(world.module, RowExits(plan), cache, batch_tokens=size, read_tokens=read)
     scores = engine.score([subset(world.requests[i], index) for i, index in members])
     assert check(plan, world, members, scores) <= 2
 
@@ -93,7 +95,8 @@ def test_without_exits_it_is_the_plain_forward_bit_for_bit(
 ) -> None:
     """Thresholds of infinity: heads at every exit, nobody leaves, and the last logits are those of one run 0..L.
 
-    Same shapes, same kernels, so equality is exact; that both are right is said by the tests above.
+    The last layer for answer positions alone, as a static model reads it. Same shapes, same kernels, so equality is
+    exact; that both are right is said by the tests above.
     """
     plan = world.plan(Ratio(), 0.4)
     thresholds = torch.full_like(plan.policy.thresholds, torch.inf)
@@ -110,7 +113,8 @@ def test_without_exits_it_is_the_plain_forward_bit_for_bit(
     trunk = world.module.trunk
     assert trunk is not None
     with torch.inference_mode():
-        hidden = trunk.run(state, 0, EXITS[-1]).hidden[0, torch.from_numpy(batch.row.slots)]
+        state = trunk.run(state, 0, EXITS[-1] - 1)
+        hidden = answers_of_layer(trunk.layers[EXITS[-1] - 1], state, batch.structure)
         logits = world.module.heads[str(EXITS[-1])](hidden).logits.double()
         prior = torch.from_numpy(np.concatenate([r.prior for r in world.requests]))
         plain = plan.calibration.apply(torch.stack([prior, prior, prior, prior, logits], dim=1))[:, -1]
@@ -133,14 +137,15 @@ def test_static_depth_is_that_head_for_everyone(world: World, layer: int) -> Non
     assert scores.syncs == 1
 
 
+@pytest.mark.parametrize("read", [0, 10_000], ids=["read", "whole"])
 @pytest.mark.parametrize("prior", [True, False], ids=["exit_0", "no_prior"])
-def test_counter_is_the_reported_cost(world: World, prior: bool) -> None:
+def test_counter_is_the_reported_cost(world: World, prior: bool, read: int) -> None:
     """Token-layers that ran = `exits.cost.request_cost` of the exit layers, cold, and warm with all streams cached."""
     plan = world.plan(Ratio(), 0.4, prior)
     cache = StreamCache()
-    cold = Engine(world.module, RowExits(plan)).score(world.requests)
+    cold = Engine(world.module, RowExits(plan), read_tokens=read).score(world.requests)
     Engine(world.module, static_exits(plan, EXITS[-1]), cache).score(world.requests)
-    warm = Engine(world.module, RowExits(plan), cache).score(world.requests)
+    warm = Engine(world.module, RowExits(plan), cache, read_tokens=read).score(world.requests)
     request = torch.cat([torch.full((len(r),), i) for i, r in enumerate(world.requests)])
     own = torch.from_numpy(np.concatenate([r.candidates.lengths for r in world.requests]))
     shared = torch.tensor([len(world.requests[i].stream) for i in request.tolist()])

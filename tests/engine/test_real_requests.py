@@ -116,6 +116,69 @@ def test_predict_leaves_where_the_packed_scores_say(
     assert packed["logit_3"].std() > 0.05  # what is read moves the score  # type: ignore[operator]
 
 
+@pytest.mark.filterwarnings("ignore:request .* is not scored")
+def test_bad_requests_have_rows_of_their_own(fitted: Path, run: Callable[..., None], tmp_path: Path) -> None:
+    """Unknown items, in candidates or history, and no candidate: an error each; others score as without them."""
+    good = write_requests(tmp_path / "good.jsonl").read_text().splitlines()
+    bad = [
+        {"request_id": "unknown", "user_id": "u1", "candidates": ["i3", "zzz"]},
+        {"request_id": "nothing", "user_id": "u1", "candidates": []},
+        {"request_id": "past", "history": [{"item_id": "zzz", "answer": 1, "time": 5}], "candidates": ["i3"]},
+    ]
+    lines = [json.dumps(bad[0]), *good[:2], *map(json.dumps, bad[1:]), *good[2:]]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(lines))
+    found = []
+    for name in ("good", "mixed"):
+        run(
+            "predict", *given(fitted), "--data.requests", tmp_path / f"{name}.jsonl", "--engine", "early_exit"
+        )
+        found.append(pl.read_parquet(fitted / "scores" / "predict-early_exit.parquet"))
+    plain, mixed = found
+    scored = mixed.filter(pl.col("error").is_null())
+    assert scored.drop("adaptive_logit", "probability").equals(plain.drop("adaptive_logit", "probability"))
+    np.testing.assert_allclose(scored["adaptive_logit"], plain["adaptive_logit"], atol=1e-5)
+    failed = mixed.filter(pl.col("error").is_not_null())
+    assert failed.select("request_id", "candidate_index", "item_id").rows() == [
+        ("unknown", 0, "i3"),
+        ("unknown", 1, "zzz"),
+        ("nothing", None, None),
+        ("past", 0, "i3"),
+    ]
+    assert failed["exit_layer"].to_list() == [-1] * 4
+    assert failed["adaptive_logit"].is_nan().all()
+    assert mixed["request_id"].unique(maintain_order=True).to_list()[:5] == [
+        "unknown",
+        "known",
+        "again",
+        "nothing",
+        "past",
+    ]
+    run("predict", *given(fitted), "--data.requests", tmp_path / "mixed.jsonl")
+    assert len(pl.read_parquet(fitted / "scores" / "predict.parquet")) == len(plain)
+
+
+def test_predict_with_int8_weights(
+    fitted: Path, run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same rows with logits that moved, but little against their spread; for the packed engine it is refused."""
+    requests = write_requests(tmp_path / "requests.jsonl")
+    asked = ["predict", *given(fitted), "--data.requests", requests]
+    found = []
+    for int8 in ("false", "true"):
+        run(*asked, "--engine", "early_exit", "--int8", int8)
+        found.append(pl.read_parquet(fitted / "scores" / "predict-early_exit.parquet"))
+    exact, rounded = found
+    keys = ["request_id", "candidate_index", "item_id", "error"]
+    assert exact.select(keys).equals(rounded.select(keys))
+    same = (exact["exit_layer"] == rounded["exit_layer"]).to_numpy()
+    assert same.mean() > 0.8
+    a, b = (table["adaptive_logit"].to_numpy()[same] for table in found)
+    assert 0 < np.sqrt(np.mean((a - b) ** 2)) < 0.25 * a.std()
+    with pytest.raises(SystemExit):
+        run(*asked, "--int8", "true")
+    assert "add --engine early_exit" in capsys.readouterr().err
+
+
 def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., None]) -> None:
     """Packed, each static depth and early exit, cold and warm; ratios are against packed, which is 1 by definition."""
     run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1")
@@ -124,7 +187,7 @@ def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., 
         (n, s) for n in (1, 8, 64, 256) for s in ("cold", "warm")
     }
     for row in rows:
-        if row["engine"] == "packed":
+        if row["engine"] == "packed" and row["dtype"] == "float32":
             assert (row["measured_speedup"], row["token_layer_speedup"], row["efficiency"]) == (1, 1, 1)
             assert row["auc_drop"] == 0
         if row["engine"] == "fixed_depth_1":

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from example_engine import EXITS, World, random_request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,8 @@ from project.data.ragged import Ragged
 from project.engine import Engine, PreparedRequest, RowExits, StreamCache, StreamTokens
 from project.engine.decisions import static_exits
 from project.exits.criteria import Ratio
+from project.exits.plan import ExitPlan
+from project.exits.policies import Policy
 
 
 def history(first: int, stop: int, tied: int = 0) -> StreamTokens:
@@ -29,6 +32,13 @@ def history(first: int, stop: int, tied: int = 0) -> StreamTokens:
 def asked(stream: StreamTokens, seed: int = 3, candidates: int = 6) -> PreparedRequest:
     """Random candidates behind a stream, of one and the same user."""
     return replace(random_request(np.random.default_rng(seed), "x", 0, candidates), stream=stream, user="u")
+
+
+def never(world: World) -> ExitPlan:
+    """Heads at every exit, and nobody leaves before the last."""
+    plan = world.plan(Ratio(), 0.4)
+    thresholds = torch.tensor([torch.inf] * (len(plan.layers) - 1) + [-torch.inf], dtype=torch.float64)
+    return replace(plan, policy=Policy(Ratio(), thresholds, plan.layers))
 
 
 def tokens_run(world: World, cache: StreamCache | None, request: PreparedRequest) -> tuple[np.ndarray, int]:
@@ -77,12 +87,12 @@ def test_a_row_of_the_last_second_joins_its_group(world: World) -> None:
 def test_a_stream_is_deepened_only_when_needed(world: World) -> None:
     """A shallow request runs the stream to its own depth; a deeper one adds the missing layers, not more.
 
-    Layers 0..1 of the stream by the first request (static depth 2), 2..4 by the second (depth 5), none by the third.
+    A layer of the stream by the first request (static depth 1), none by the same again, one more at depth 2, then 3.
     """
     plan, cache = world.plan(Ratio(), 0.4), StreamCache()
     request = asked(history(0, 9))
     own, shared = len(request.candidates.values), len(request.stream)
-    for layer, stream_layers in ((2, 2), (5, 3), (5, 0), (3, 0)):
+    for layer, stream_layers in ((1, 1), (1, 0), (2, 1), (2, 0), (5, 3), (5, 0), (3, 0)):
         scored = Engine(world.module, static_exits(plan, layer), cache).score([request]).requests[0]
         plain = Engine(world.module, static_exits(plan, layer)).score([request]).requests[0]
         np.testing.assert_allclose(scored.logits, plain.logits, atol=1e-5)
@@ -103,7 +113,11 @@ def test_requests_of_one_call_share_their_users_stream(world: World) -> None:
 @given(
     steps=st.lists(
         st.tuples(
-            st.integers(0, 12), st.integers(1, 14), st.integers(0, 3), st.sampled_from([0.2, 0.5, 0.8, 1.0])
+            st.integers(0, 12),
+            st.integers(1, 14),
+            st.integers(0, 3),
+            st.sampled_from([0.2, 0.5, 0.8, 1.0, None]),
+            st.sampled_from([0, 10_000]),
         ),
         min_size=1,
         max_size=6,
@@ -111,21 +125,25 @@ def test_requests_of_one_call_share_their_users_stream(world: World) -> None:
     together=st.booleans(),
 )
 def test_any_sequence_of_requests_scores_as_cold(
-    world: World, steps: list[tuple[int, int, int, float]], together: bool
+    world: World, steps: list[tuple[int, int, int, float | None, int]], together: bool
 ) -> None:
-    """Histories grow, shrink, move and tie, candidates leave early or late, alone or in one call: cold == cached."""
-    cache, requests, policies = StreamCache(), [], []
-    for k, (first, length, tied, share) in enumerate(steps):
+    """Histories grow, shrink, move and tie; candidates leave early, late or never, alone or together: cold == cached.
+
+    Exits read a layer first or run it whole, in any order, so streams wait at all depths.
+    """
+    cache, requests, policies, reads = StreamCache(), [], [], []
+    for k, (first, length, tied, share, read) in enumerate(steps):
+        reads.append(read)
         stop = min(first + length, 40)
         requests.append(asked(history(first, stop, min(tied, stop - first)), seed=k, candidates=1 + k))
-        policies.append(RowExits(world.plan(Ratio(), share)))
+        policies.append(RowExits(never(world) if share is None else world.plan(Ratio(), share)))
     if together:
         policies = policies[:1] * len(policies)
-        warm = Engine(world.module, policies[0], cache).score(requests).requests
+        warm = Engine(world.module, policies[0], cache, read_tokens=reads[0]).score(requests).requests
     else:
         warm = [
-            Engine(world.module, p, cache).score([r]).requests[0]
-            for p, r in zip(policies, requests, strict=True)
+            Engine(world.module, p, cache, read_tokens=read).score([r]).requests[0]
+            for p, r, read in zip(policies, requests, reads, strict=True)
         ]
     for policy, request, scored in zip(policies, requests, warm, strict=True):
         cold = Engine(world.module, policy).score([request]).requests[0]

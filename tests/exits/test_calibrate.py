@@ -10,12 +10,17 @@ import polars as pl
 import pytest
 import torch
 
+from project.adaptive import PlannedRows
 from project.artefacts import score_table
+from project.callbacks.exit_calibration import Plans
 from project.errors import ConfigError, DataError
+from project.exits.budget import TuneFold
 from project.exits.calibrate import calibrate
 from project.exits.certifiers import CertificateSettings
+from project.exits.certify import Certificate, certify
 from project.exits.criteria import Consistency, Ratio
 from project.exits.plan import ExitPlan
+from project.exits.policies import Policy
 from project.exits.settings import ExitSettings
 
 ROWS = 900
@@ -113,6 +118,80 @@ def test_risk_mode(scores: pl.DataFrame) -> None:
     assert all(t == np.inf for t in thresholds(none.plan)[:-1])  # full depth for everybody
     assert "needed" in certificate["words"] or "more data would not cure" in certificate["words"]
     assert policy["mode"] == "risk"
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [
+        CertificateSettings(risk="auc_gap", epsilon=0.02, certifier="delong"),
+        CertificateSettings(risk="score_drift", epsilon=0.2),
+    ],
+    ids=["to a failure", "to the end"],
+)
+def test_certified_goes_on_from_the_budget(scores: pl.DataFrame, promise: CertificateSettings) -> None:
+    """Every step from the budget's to the certified one passes, the next fails, each tested alone.
+
+    The certificate is that of the budget's policy, whatever comes after it.
+    """
+    found = calibrate(scores, FEATURES, settings(criterion=Ratio(), certificate=promise), "hash")
+    policy, certified = found.document["policies"][0], found.document["certified"]
+    budget = policy["chosen_step"]
+    fold = (scores["fold"] == "certify").to_numpy()
+    rows = scores.filter(fold)
+    outputs = found.plan.outputs(rows, FEATURES[fold])
+    tune = (scores["fold"] == "tune").to_numpy()
+    path = TuneFold(scores.filter(tune), FEATURES[tune], settings(criterion=Ratio()), True).curves[0].path
+
+    def alone(step: int) -> Certificate:
+        exits = Policy(Ratio(), path[step].thresholds, found.plan.layers).exits(outputs)
+        emitted = outputs.logits.gather(1, exits[:, None])[:, 0]
+        full = outputs.logits[:, -1]
+        return certify(torch.stack([full, emitted]), full, rows["label"], rows["user"], promise)
+
+    assert found.document["certificate"] == alone(budget).to_dict() | {"words": alone(budget).in_words()}
+    last = certified["path_step"]
+    assert last > budget > 0
+    assert all(alone(step).passed for step in range(budget, last + 1))
+    assert (last == len(path) - 1) is (promise.risk == "score_drift")
+    assert last == len(path) - 1 or not alone(last + 1).passed
+    assert found.certified is not None
+    assert thresholds(found.certified) == path[last].thresholds.tolist()
+    assert {k: certified[k] for k in path[last].point()} == path[last].point()
+    assert certified["cost"] < path[budget].cost
+    assert f"step {last}, {last - budget} faster than the budget's" in certified["words"]
+
+
+def test_nothing_is_certified_behind_a_failed_budget(scores: pl.DataFrame) -> None:
+    """A promise that the budget's policy cannot keep: no policy is certified. In risk mode it is the plan itself."""
+    strict = CertificateSettings(risk="score_drift", epsilon=1e-4)
+    found = calibrate(scores, FEATURES, settings(certificate=strict), "hash")
+    assert not found.document["certificate"]["passed"]
+    assert found.certified is found.document["certified"] is None
+    loose = CertificateSettings(risk="score_drift", epsilon=0.4)
+    risk = calibrate(scores, FEATURES, settings(mode="risk", certificate=loose), "hash")
+    assert risk.certified is not None
+    assert thresholds(risk.certified) == thresholds(risk.plan)
+    assert risk.document["certified"]["path_step"] == risk.document["certificate"]["path_step"]
+
+
+def test_plans_travel_with_a_checkpoint(scores: pl.DataFrame) -> None:
+    """State and back keeps all plans; a checkpoint from before there were certified plans loads without one."""
+    loose = CertificateSettings(risk="score_drift", epsilon=0.4)
+    found = calibrate(scores, FEATURES, settings(certificate=loose), "hash")
+    plans = Plans(found.plan, found.rival, found.without, found.rival_without, found.certified)
+    again = Plans.from_state(plans.state())
+    assert again.certified is not None
+    assert found.certified is not None
+    assert thresholds(again.certified) == thresholds(found.certified)
+    old = plans.state()
+    del old["certified"]
+    assert Plans.from_state(old).certified is None
+    assert thresholds(Plans.from_state(old).plan) == thresholds(found.plan)
+    rows = PlannedRows(plans.plan, scores, FEATURES, "cold", draws=2)
+    summary = plans.summary(rows, "score_drift")
+    assert set(summary["certified"]) == set(summary["without_exit_0"]) | {"risk"}
+    assert summary["certified"]["mean_depth"] < summary["mean_depth"]
+    assert Plans.from_state(old).summary(rows)["certified"] is None
 
 
 def test_too_few_to_certify(scores: pl.DataFrame) -> None:

@@ -256,6 +256,26 @@ class TestPromises:
         assert broken["rows"] > 2 * DELTA
         assert (np.array(steps["users"]) >= 1).mean() > 0.5
 
+    @pytest.mark.parametrize("certifier", ["wsr", "hoeffding_bentkus"])
+    def test_sequence_behind_a_budget(self, certifier):
+        """The budget's policy (risk .01), then faster ones of .025, .055, .08, .12; epsilon .05; harm is nested.
+
+        Tested in order at one delta, the last that passes breaks the promise in at most delta of draws, while it is
+        faster than the budget's policy in half of them. The budget's own verdict is the one it has when tested alone.
+        """
+        rng = np.random.default_rng(3)
+        risks = np.array([0.01, 0.025, 0.055, 0.08, 0.12])
+        settings = CertificateSettings("overlap_loss", 0.05, DELTA, "requests", certifier)
+        last = []
+        for _ in range(DRAWS):
+            harmed = rng.random(300)
+            losses = np.concatenate([np.zeros((1, 300)), harmed < risks[:, None]])
+            own, further = certify_losses(losses[:2], settings), certify_losses(losses, settings)
+            assert own.passed == further.passed
+            last.append(further.path_step or 0)
+        assert (np.array(last) >= 3).mean() <= LIMIT
+        assert (np.array(last) >= 2).mean() > 0.5
+
     @pytest.mark.parametrize(
         ("certifier", "unit", "users", "rows"),
         [

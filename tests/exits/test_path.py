@@ -5,13 +5,19 @@ import pytest
 import torch
 
 from project.errors import ConfigError, DataError
-from project.exits import path as path_module
+from project.exits import search as search_module
 from project.exits.calibration import fit_calibration
 from project.exits.criteria import Consistency, DriftHead, Ratio, out_of_fold_safety, safety_table
 from project.exits.learned import Learned
-from project.exits.path import pick_budget, threshold_path
+from project.exits.path import Asked, pick_budget, threshold_path
 from project.exits.policies import leave
-from project.exits.simulate import ScoredRows, control_curves, cost_matched_auc, path_curve
+from project.exits.simulate import (
+    AskedCandidates,
+    ScoredRows,
+    control_curves,
+    cost_matched_auc,
+    path_curve,
+)
 
 CONSISTENCY, RATIO, DRIFT_HEAD = Consistency(), Ratio(), DriftHead()
 COSTS = (0.2, 0.3, 0.45, 0.6)
@@ -105,6 +111,93 @@ class TestPath:
             threshold_path(safety, outputs.logits, tune.labels, *rest)
 
 
+@pytest.fixture(scope="module")
+def rows(new_world):
+    """400 labelled rows with their outputs and safety, and 320 candidates under the same calibration."""
+    world, other = new_world(400, seed=1), new_world(320, seed=7)
+    outputs = world.calibrated()
+    asked = other.outputs(fit_calibration(world.raw, world.labels, world.layers, prior=True))
+    return world, outputs, safety_table(DRIFT_HEAD, outputs), asked, safety_table(DRIFT_HEAD, asked)
+
+
+class TestAsked:
+    """What is paid for are candidates of real requests; what is judged are labelled rows."""
+
+    N = 16
+
+    def path(self, rows, asked=None, stream="cold"):
+        world, outputs, safety, _, _ = rows
+        return threshold_path(
+            safety, outputs.logits, world.labels, world.layers, *world.tokens, stream, steps=8, asked=asked
+        )
+
+    def asked(self, rows, own=20, shared=700):
+        """320 candidates in requests of N, in no order."""
+        order = torch.randperm(320, generator=torch.Generator().manual_seed(0))
+        tokens = [torch.full((320,), value) for value in (own, shared)]
+        return Asked(rows[4][order], (torch.arange(320) // self.N)[order], *tokens), rows[3].rows(order)
+
+    @pytest.mark.parametrize("stream", ["cold", "warm"])
+    def test_one_candidate_costs_what_the_row_costs(self, rows, stream):
+        """Rows asked for one by one: every step costs what a simulation of one-candidate requests of the rows costs."""
+        world, outputs, safety, _, _ = rows
+        path = self.path(rows, Asked(safety, torch.arange(400), *world.tokens), stream)
+        found = path_curve(ScoredRows(outputs, world.labels, *world.tokens, stream), safety, path)
+        for step, simulated in zip(path.steps, found, strict=True):
+            assert step.point() == pytest.approx(simulated, abs=1e-9)
+
+    @pytest.mark.parametrize("stream", ["cold", "warm"])
+    def test_steps_cost_what_requests_cost(self, rows, stream):
+        """`request_cost` of the candidates' exits, relative to full depth; AUC is that of the labelled rows."""
+        world, outputs, safety, _, _ = rows
+        asked, candidates = self.asked(rows)
+        path = self.path(rows, asked, stream)
+        paid = AskedCandidates(candidates, asked.request, asked.target_tokens, asked.stream_tokens)
+        judged = ScoredRows(outputs, world.labels, *world.tokens, stream, paid)
+        found = path_curve(judged, safety, path, asked.safety)
+        assert len(path) > 5
+        assert path[0].cost == pytest.approx(1)
+        for step, simulated in zip(path.steps, found, strict=True):
+            assert step.point() == pytest.approx(simulated, abs=1e-9)
+
+    def test_warm_stream_is_mean_depth(self, rows):
+        """Equal tokens and a cached stream: the cost of every step is the candidates' mean depth over 12."""
+        path = self.path(rows, self.asked(rows)[0], "warm")
+        assert [s.cost for s in path.steps] == pytest.approx([s.mean_depth / 12 for s in path.steps])
+
+    @pytest.mark.parametrize("budget", [0.003, 0.01])
+    def test_huge_stream_makes_a_static_cap(self, rows, budget):
+        """A stream of a million tokens to 1: the plan sends everyone out at a head before the last, and costs that."""
+        path = self.path(rows, self.asked(rows, own=1, shared=1_000_000)[0])
+        step = path[pick_budget(path, max_auc_drop=budget)]
+        cap = step.thresholds.tolist().index(-torch.inf)
+        assert cap < 6
+        assert rows[0].layers[cap] / 12 - 0.05 < step.cost <= rows[0].layers[cap] / 12 + 1e-6
+
+    @pytest.mark.parametrize(("own", "shared"), [(20, 700), (20, 20), (1, 100_000)])
+    def test_never_worse_than_the_path_of_single_candidates(self, rows, own, shared):
+        """At every budget the plan costs these requests no more than that of `asked=None`; at some it costs less."""
+        asked, candidates = self.asked(rows, own, shared)
+        paid = AskedCandidates(candidates, asked.request, asked.target_tokens, asked.stream_tokens)
+        path, old = self.path(rows, asked), self.path(rows)
+        saved = []
+        for budget in (0.0, 0.001, 0.002, 0.005, 0.01, 0.03):
+            step = path[pick_budget(path, max_auc_drop=budget)]
+            before = old[pick_budget(old, max_auc_drop=budget)]
+            depth = torch.tensor(rows[0].layers)[leave(asked.safety, before.thresholds)]
+            spent, full = (paid.token_layers(d, "cold").sum() for d in (depth, torch.full_like(depth, 12)))
+            saved.append(float(spent) / float(full) - step.cost)
+        assert min(saved) >= -1e-9
+        assert max(saved) > 0.01
+
+    def test_refuses_nan(self, rows):
+        """NaN safety of a candidate names the exit."""
+        asked, _ = self.asked(rows)
+        asked.safety[5, 2] = torch.nan
+        with pytest.raises(DataError, match="NaN at the exit at layer 4"):
+            self.path(rows, asked)
+
+
 class TestBudget:
     def test_auc_budget(self, tune):
         """The fastest step whose AUC by labels and expected AUC both keep the budget; 0 never gives a worse AUC."""
@@ -171,7 +264,7 @@ class TestOnFreshRows:
     @pytest.mark.parametrize(("own_noise", "reference"), [(0.05, "labels"), (0.35, "last head")])
     def test_teacher(self, new_world, monkeypatch, own_noise, reference):
         """Mean true AUC over 4 draws and 4 costs: the teacher beats raw labels, and the last head where it is noisy."""
-        teacher = path_module._teacher
+        teacher = search_module._teacher
         judges = {
             "teacher": teacher,
             "labels": lambda scores, labels: labels,
@@ -184,7 +277,7 @@ class TestOnFreshRows:
             )
             calibration = fit_calibration(world.raw, world.labels, world.layers, prior=True)
             for judge, values in found.items():
-                monkeypatch.setattr(path_module, "_teacher", judges[judge])
+                monkeypatch.setattr(search_module, "_teacher", judges[judge])
                 _, _, path = fit.__wrapped__(DRIFT_HEAD, world)
                 values.append(true_aucs(path, DRIFT_HEAD, other, other.outputs(calibration)).mean())
         assert np.mean(found["teacher"]) > np.mean(found[reference]) + 1e-4
@@ -192,7 +285,7 @@ class TestOnFreshRows:
 
 def _expected_auc(scores, outputs, world):
     """Expected AUC of scores under the path's teacher, pair by pair, without a row's pair with itself."""
-    positive = torch.from_numpy(path_module._teacher(outputs.logits.numpy(), world.labels.double().numpy()))
+    positive = torch.from_numpy(search_module._teacher(outputs.logits.numpy(), world.labels.double().numpy()))
     pairs = positive[:, None] * (1 - positive)
     pairs.fill_diagonal_(0)
     return float((pairs * (scores[:, None] > scores)).sum() / pairs.sum())

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from project.errors import ConfigError
 from project.layout import Layout
-from project.model.trunk import Trunk
+from project.model.trunk import FAMILIES, Trunk
 
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
 PARTS = ("sequence", "segment", "group", "context", "position")
 Make = Callable[..., Any]
 

@@ -55,6 +55,7 @@ class TestWhole:
             "What early exit saved and cost",
             "Certificate",
             "Exits and floors",
+            "Slices",
             "Policies",
             "Calibration",
             "Measured speed",
@@ -74,6 +75,27 @@ class TestWhole:
         assert "python -m project test --config" in text
         assert "None" not in text
         assert not re.search(r"\bnan\b", text)
+
+    @pytest.mark.usefixtures("blank_pictures")
+    def test_slices(self, run):
+        """Slices of the reported rows alone are shown; a result from before there were slices says how to get them."""
+
+        def edit(files):
+            for name, fold, value in (("test", None, 0.7123), ("fit", "tune", 0.1111)):
+                row = {"auc": value, "auc_interval": [0.7, 0.8]}
+                part = {
+                    "name": "cold_users",
+                    "split": "test" if name == "test" else "valid",
+                    "n": 90,
+                    "users": 4,
+                }
+                rows = [{"layer": 6, **row}, {"name": "gbdt_evidence", **row}]
+                files[name]["slices"] = [part | ({"fold": fold} if fold else {}) | {"rows": rows}]
+
+        text = run(edit=edit)
+        assert "| cold users | 90 | 4 | .7123 | [.7000, .8000] | .7123 |" in text
+        assert ".1111" not in text
+        assert "No result has slices of test. Make it: `python -m project test --config" in run()
 
     def test_html_needs_nothing_else(self, run, tmp_path):
         """Pictures are embedded byte for byte, nothing is linked, and no half-written file is left."""

@@ -4,6 +4,7 @@ from project.report.tables import (
     effect_table,
     policies_table,
     priors_table,
+    slices_table,
 )
 
 
@@ -88,3 +89,47 @@ def test_benchmark():
         "| packed | 1,470.0 |",
         "| early_exit | – |",
     ]
+
+
+def test_slices():
+    """A line a slice: every exit, the chosen one with its interval, of the floors the best; empty is "undefined"."""
+
+    def row(value, **who):
+        return who | {"auc": value, "auc_interval": value and [value - 0.01, value + 0.01]}
+
+    def part(name, n, values):
+        who = [{"layer": 0}, {"layer": 6}, {"name": "item_rate"}, {"name": "lr_rates"}]
+        rows = [row(value, **w) for value, w in zip(values, who, strict=True)]
+        return {
+            "name": name,
+            "split": "valid",
+            "fold": "tune",
+            "n": n,
+            "users": 2,
+            "positives": 1,
+            "rows": rows,
+        }
+
+    slices = [
+        part("warm_users", 1200, [0.7, 0.75, 0.6, 0.71]),
+        part("history_20_99", 40, [0.6, 0.65, 0.5, 0.61]),
+        part("history_100_plus", 0, [None] * 4),
+    ]
+    result = {"slices": slices, "chosen_exit": 6, "best_floor": "lr_rates"}
+    assert slices_table(result, "valid", "tune").splitlines() == [
+        "| slice | n | users | exit 0 (counting) | exit 6 (chosen) | 95 % interval | floor lr_rates |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| warm users | 1,200 | 2 | .7000 | .7500 | [.7400, .7600] | .7100 |",
+        "| history 20 to 99 | 40 | 2 | .6000 | .6500 | [.6400, .6600] | .6100 |",
+        "| history 100 and more | 0 | 2 | undefined | undefined | undefined | undefined |",
+    ]
+    assert slices_table(result, "test", None) == ""
+
+
+def test_slices_of_floors_alone():
+    """Without exits, as the verb floors writes it, every floor is a column."""
+    rows = [{"name": name, "auc": 0.7, "auc_interval": [0.6, 0.8]} for name in ("item_rate", "lr_rates")]
+    part = {"name": "cold_users", "split": "test", "n": 9, "users": 3, "positives": 1, "rows": rows}
+    table = slices_table({"slices": [part], "best_floor": "lr_rates"}, "test", None).splitlines()
+    assert table[0] == "| slice | n | users | floor item_rate | floor lr_rates |"
+    assert table[2] == "| cold users | 9 | 3 | .7000 | .7000 |"

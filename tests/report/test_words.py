@@ -1,7 +1,14 @@
 import pytest
 from example_run import CERTIFICATE
 
-from project.report.words import certificate_words, headline, risk_on_test, savings, verdict
+from project.report.words import (
+    certificate_words,
+    certified_words,
+    headline,
+    risk_on_test,
+    savings,
+    verdict,
+)
 from project.tables import number
 
 
@@ -122,6 +129,14 @@ class TestCertificate:
         assert "delong, asymptotic: it holds for large n" in delong
         assert "finite-sample" not in delong
         assert "No exit certified" in certificate_words(self.PASSED | {"path_step": 0}, "risk")[0]
+
+    def test_certified(self):
+        """What was tested after the budget's policy, and that its numbers are of tune."""
+        found = {"words": "The certified policy is step 9, 2 faster.", "cost": 0.3125, "auc_drop": 0.0021}
+        assert certified_words(found) == (
+            "The certified policy is step 9, 2 faster. On tune that policy costs .312 of full depth's token-layers at "
+            "an AUC drop of +.0021."
+        )
 
     @pytest.mark.parametrize(("value", "word"), [(0.03, "within epsilon .05"), (0.06, "above epsilon .05")])
     def test_test_risk(self, value, word):

@@ -8,7 +8,15 @@ import pytest
 from jsonargparse import ArgumentParser
 from sklearn.metrics.pairwise import cosine_similarity
 
-from project.retrieval import ItemKNN, LightGCN, NoRetriever, RandomRetriever, Retriever
+from project.retrieval import (
+    ItemKNN,
+    LightGCN,
+    LLMEmbedding,
+    NoRetriever,
+    RandomRetriever,
+    Retriever,
+    TextEncoder,
+)
 from project.retrieval.base import Raters
 
 CUTS = np.array([20.0, 45.0])
@@ -70,7 +78,7 @@ def test_item_knn_equals_scikit_learn(log_of: Callable, evidence_of: Callable):
         assert got["answers"] == [label for _, _, label in expected]
 
 
-@pytest.mark.parametrize("kind", [LightGCN, ItemKNN, RandomRetriever, NoRetriever])
+@pytest.mark.parametrize("kind", [LightGCN, TextEncoder, LLMEmbedding, ItemKNN, RandomRetriever, NoRetriever])
 def test_yaml_chooses_a_retriever_by_class_path(kind: type[Retriever]):
     """Each retriever is one class path for jsonargparse, and its settings give the constructor's arguments back."""
     parser = ArgumentParser(exit_on_error=False)

@@ -1,13 +1,22 @@
 """Canaries: no row can see itself, its second, its future or a later split, and a leak would be noticed."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from project.retrieval import ItemKNN, LightGCN, RandomRetriever, Retriever, VectorRetriever
+from project.retrieval import (
+    ItemKNN,
+    LightGCN,
+    LLMEmbedding,
+    RandomRetriever,
+    Retriever,
+    TextEncoder,
+    VectorRetriever,
+)
 from project.retrieval.neighbours import WalkRows, walk
 from project.retrieval.snapshots import block_cuts, fit_snapshots
 
@@ -38,14 +47,25 @@ def splits_of(rows: pl.DataFrame, kind: str, seed: int) -> np.ndarray:
 KINDS = ["global_time", "user_time", "random", "leave_last"]
 
 
-@pytest.fixture(params=["co_likes", "lightgcn", "item_knn", "random"])
-def retriever(request: pytest.FixtureRequest, co_likes: VectorRetriever) -> Retriever:
-    return {
+@pytest.fixture(params=["co_likes", "lightgcn", "item_knn", "random", "text", "llm"])
+def retriever(
+    request: pytest.FixtureRequest,
+    co_likes: VectorRetriever,
+    tiny_encoder: Path,
+    tiny_model: Path,
+    session_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Retriever:
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    found: Retriever = {
         "co_likes": co_likes,
         "lightgcn": LightGCN(neighbours=4, dim=4, epochs=1),
         "item_knn": ItemKNN(neighbours=4),
         "random": RandomRetriever(neighbours=4),
+        "text": TextEncoder(neighbours=4, encoder=str(tiny_encoder)),
+        "llm": LLMEmbedding(neighbours=4, backbone=str(tiny_model), num_layers=1),
     }[request.param]
+    return found
 
 
 def until(table: pl.DataFrame, rows: pl.DataFrame, time: float) -> pl.DataFrame:

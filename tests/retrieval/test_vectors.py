@@ -7,6 +7,8 @@ import polars as pl
 import pytest
 
 from project.retrieval import VectorRetriever
+from project.retrieval.base import Edges, Raters
+from project.retrieval.vectors import inverse_norms
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -53,6 +55,25 @@ def brute_force(
     ]
     # rounded: mathematically equal cosines are ordered by later row
     return sorted(cosines, key=lambda pair: (-round(pair[1], 6), -pair[0]))[: retriever.neighbours]
+
+
+def test_a_history_given_at_once_is_the_one_observed(
+    log_of: Callable[..., pl.DataFrame], items_of: Callable[..., pl.DataFrame], co_likes: VectorRetriever
+):
+    """history_vector, then nearest, finds what select finds for a user who was observed row by row."""
+    rows = log_of(2)
+    user, item, label = (rows[name].to_numpy().astype(np.int64) for name in ("user", "item", "label"))
+    co_likes.begin(12, items_of())
+    co_likes.start_block(co_likes.fit(Edges(user, item, label), 1), 1)
+    for row, edge in enumerate(zip(user.tolist(), item.tolist(), label.tolist(), strict=True)):
+        co_likes.observe(row, *edge)
+    raters, own = Raters(np.arange(11) + 100, np.arange(1, 12)), user == 0
+    assert own.sum() > 3
+    vector = co_likes.history_vector(item[own], label[own])
+    found = co_likes.nearest(vector, inverse_norms(vector), raters)
+    expected = co_likes.select(0, 0, 1.0, raters)
+    assert found.row.tolist() == expected.row.tolist()
+    assert found.similarity == pytest.approx(expected.similarity, abs=1e-6)
 
 
 def test_a_dislike_weight_of_zero_leaves_only_likes(

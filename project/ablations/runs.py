@@ -1,0 +1,102 @@
+"""Trains the variants of an ablation list, each by `python -m project fit` in a process of its own.
+
+Unusual here: nothing is overwritten. Every attempt is a new version_<k> of the variant's folder; one that ended well
+gets `ablation.json`, its definition, and is taken again instead of being trained a second time, also by other lists.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]  # as in project.export
+
+from project.ablations.settings import Variant
+from project.artefacts import replace_file, write_json
+
+FINISHED = "ablation.json"
+ERROR = re.compile(r"error:|\w+Error\b")
+NEEDED = ("results/fit.json", "scores/valid.parquet")
+
+
+class FitFailed(Exception):
+    """A variant's training ended with an error; the text is its last words."""
+
+
+def finished_run(variant: Variant, folder: Path) -> Path | None:
+    """A run of just this definition that ended well, the variant's own newest first; None where there is none.
+
+    Args:
+        variant: What is looked for.
+        folder: runs/ablation-<list>/<name>; folders of other lists beside it count too.
+    """
+    definition = variant.definition()
+    found = sorted(folder.parent.parent.glob(f"ablation-*/*/version_*/{FINISHED}"), key=_age)
+    runs = [path.parent for path in found if json.loads(path.read_text(encoding="utf-8")) == definition]
+    whole = [run for run in runs if is_whole(run)]
+    own = [run for run in whole if run.parent == folder]
+    return [None, *whole, *own][-1]
+
+
+def is_whole(run: Path) -> bool:
+    """Whether a run left all that a table needs."""
+    return all((run / name).is_file() for name in NEEDED)
+
+
+def fit(variant: Variant, folder: Path) -> Path:
+    """Train a variant; its output goes to fit.log.
+
+    Args:
+        variant: What to train.
+        folder: runs/ablation-<list>/<name>.
+
+    Returns:
+        The run's folder, folder/version_<k>.
+
+    Raises:
+        FitFailed: With the error that the process ended with.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    overlay = replace_file(folder / "variant.yaml", lambda part: part.write_text(_overlay(variant, folder)))
+    configs = [word for path in (*variant.configs, overlay) for word in ("--config", str(path))]
+    log = folder / "fit.log"
+    with log.open("w", encoding="utf-8") as output:
+        command = [sys.executable, "-m", "project", "fit", *configs]
+        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+    if status:
+        raise FitFailed(f"{_last_words(log.read_text(encoding='utf-8'))} (exit status {status}; {log})")
+    run = folder / (folder / "latest").resolve().name
+    if not is_whole(run):
+        raise FitFailed(f"{run} lacks one of {', '.join(NEEDED)}: was validation switched off? ({log})")
+    write_json(run / FINISHED, variant.definition())
+    return run
+
+
+def _overlay(variant: Variant, folder: Path) -> str:
+    """YAML of the overrides, and of where the run goes."""
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(folder.parent), "name": folder.name},
+    }
+    content: dict[str, Any] = dict(variant.overrides)
+    content["trainer"] = {**content.get("trainer", {}), "logger": [logger]}
+    # of many runs' checkpoints, one each is enough
+    content["checkpoint"] = {"save_last": "link", **content.get("checkpoint", {})}
+    head = "# Written by `ablate`: the overrides of this variant, the last --config of its fit.\n"
+    text: str = yaml.safe_dump(content, sort_keys=False)
+    return head + text
+
+
+def _last_words(output: str) -> str:
+    """What a process ended with: from its last line that begins as an error does, or its last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [i for i, line in enumerate(lines) if ERROR.match(line)]
+    return " ".join(lines[errors[-1] if errors else -1 :])[:400] or "no output"
+
+
+def _age(path: Path) -> tuple[float, str]:
+    return path.stat().st_mtime, str(path)

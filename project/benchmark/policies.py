@@ -1,0 +1,153 @@
+"""The sides of a workload: transformers, full depth, static depths, early exit by several plans, lists of the best k.
+
+Unusual here: a plan is made for its workload. A request of 64 candidates runs its stream until the last one has left,
+so thresholds that were right for one candidate are not right for 64; both are timed, and what the difference won is a
+row beside a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from project.benchmark.asked import AskedRequests
+from project.benchmark.cases import Case
+from project.benchmark.plain import Pointwise, SharedPrefix
+from project.benchmark.sides import Runner, Side, Unit
+from project.benchmark.worth import INT8, RunWorth
+from project.engine.decisions import Decision, ListExits, RowExits, static_exits
+from project.engine.engine import Engine
+from project.engine.int8 import quantised
+from project.engine.stream_cache import StreamCache
+from project.exits.criteria import RatioConsistency
+from project.exits.plan import ExitPlan
+
+if TYPE_CHECKING:
+    from project.model.module import ExitRecommender
+
+LISTS = (5, 10)  # the best k that ranking requests want
+OVERLAP = 0.97  # least overlap@k on tune of the margins that are taken
+SAVED = 2.0  # token-layers that the policy saves at which efficiency is quoted
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+SLOW = {"most": 2, "rounds": 2}  # one prompt per candidate is measured on so few units, in so few rounds
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all workloads of a run share.
+
+    Attributes:
+        model: The run.
+        worth: Plans and AUCs.
+        asked: Requests of tune and test, scored at every depth.
+        device: Where it runs.
+    """
+
+    model: ExitRecommender
+    worth: RunWorth
+    asked: AskedRequests
+    device: torch.device
+
+    def full(self, cache: StreamCache | None) -> Side:
+        """Packed full depth: what every speed-up is over."""
+        model, worth = self.model, self.worth
+        decision = static_exits(worth.plans.plan, model.depth, self.device)
+        return Side("packed", "full depth", Engine(model, decision, cache), worth.static(model.depth))
+
+    def sides(self, case: Case, units: list[Unit], cache: StreamCache | None) -> list[Side]:
+        """All sides, packed full depth first.
+
+        Args:
+            case: The workload.
+            units: Its sample.
+            cache: Streams; None where they are cold.
+        """
+        full = self.full(cache)
+        early = list(self._early(case, units, cache, full))
+        others = [
+            *self._static(case, cache),
+            *early,
+            *self._int8(case),
+            *self._lists(case, cache),
+            *self._plain(case),
+        ]
+        return [full, *others]
+
+    def _engine(self, decision: Decision, cache: StreamCache | None) -> Engine:
+        return Engine(self.model, decision, cache)
+
+    def _static(self, case: Case, cache: StreamCache | None) -> Iterator[Side]:
+        plan = self.worth.plans.plan
+        layers = [k for k in self.model.exit_layers[:-1] if not case.short or k == self.worth.rival]
+        for layer in layers:
+            runs = self._engine(static_exits(plan, layer, self.device), cache)
+            yield Side(f"fixed_depth_{layer}", "static", runs, self.worth.static(layer))
+
+    def _early(self, case: Case, units: list[Unit], cache: StreamCache | None, full: Side) -> Iterator[Side]:
+        for name, plan in self._plans(case).items():
+            runs = self._engine(RowExits(plan, self.device), cache)
+            yield Side("early_exit", f"{name}: {plan.criterion}", runs, self.worth.adaptive(plan))
+        if case.history is None and case.at_once == 1:
+            yield from self._faster(units, cache, full)
+
+    def _plans(self, case: Case) -> dict[str, ExitPlan]:
+        """The run's own plan and others that its budget chooses, by name."""
+        worth, plans = self.worth, self.worth.plans
+        found: dict[str, ExitPlan | None] = {"budget": plans.plan}
+        if case.history is None and case.at_once == 1:
+            asked = self.asked.features_of("tune", case.candidates)
+            found["budget, cost of this request"] = worth.budget(case.stream, asked)
+        if not case.short:
+            found["budget, cost mean depth"] = worth.budget("cold", by_depth=True)
+            found["budget without exit 0"] = plans.without
+            found["budget, the paper's rule"] = worth.budget("cold", criterion=RatioConsistency())
+            found["certified"] = plans.certified
+        return {name: plan for name, plan in found.items() if plan is not None}
+
+    def _faster(self, units: list[Unit], cache: StreamCache | None, full: Side) -> Iterator[Side]:
+        """The run's criterion, pushed until it saves x2 token-layers on these requests: where efficiency is quoted."""
+        requests = [request for unit in units for request in unit]
+        spent = full.runs.score(requests).token_layers
+        for share in SHARES:
+            pushed = self.worth.pushed(self.worth.plans.plan, share)
+            if pushed is None:
+                return
+            engine = self._engine(RowExits(pushed, self.device), cache)
+            if 0 < engine.score(requests).token_layers * SAVED <= spent:
+                name = f"{share:.0%} leave at each exit: {pushed.criterion}"
+                yield Side("early_exit", name, engine, self.worth.adaptive(pushed))
+                return
+
+    def _int8(self, case: Case) -> Iterator[Side]:
+        """Full depth and the budget with int8 weights, on a CPU; their streams' keys are of their own."""
+        float32 = next(self.model.parameters()).dtype == torch.float32
+        if self.device.type != "cpu" or not float32 or case.short:
+            return
+        module, plan, worth = quantised(self.model), self.worth.plans.plan, self.worth
+        kept = None if case.stream == "cold" else StreamCache(capacity=10**9)
+        full = Engine(module, static_exits(plan, self.model.depth, self.device), kept)
+        yield Side("packed", "full depth", full, worth.static(self.model.depth, INT8), dtype="int8")
+        early = Engine(module, RowExits(plan, self.device), kept)
+        yield Side("early_exit", f"budget: {plan.criterion}", early, worth.int8(plan), dtype="int8")
+
+    def _lists(self, case: Case, cache: StreamCache | None) -> Iterator[Side]:
+        if case.history is not None or case.at_once > 1:
+            return
+        for k in LISTS:
+            if case.candidates > 4 * k and (found := self.asked.best(k, case.candidates, OVERLAP)):
+                policy, worth = found
+                decision = ListExits(policy, self.worth.plans.plan.calibration)
+                yield Side("top_k", f"best {k}", self._engine(decision, cache), worth)
+
+    def _plain(self, case: Case) -> Iterator[Side]:
+        if self.model.lora is not None:
+            return  # transformers' own class has no adapters
+        for name in case.plain:
+            if name == "pointwise":
+                yield Side(name, "full depth", Pointwise(self.model), **SLOW)  # type: ignore[arg-type]
+            else:
+                runs: Runner = SharedPrefix(self.model, warm=case.stream == "warm")
+                yield Side(name, "full depth", runs, most=4)

@@ -1,0 +1,157 @@
+"""Training with a model that is cut over processes: FSDP2, each decoder layer a unit of its own.
+
+Unusual here: a checkpoint is the one file that one process alone would have written, the optimizer's state included,
+and any checkpoint can be loaded, so how many processes trained is nobody's business later. Lightning's own loading
+takes an optimizer's state for one in the order of the model's parameters; ours is in the order of its groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+from transformers import AutoConfig
+
+from project.errors import ConfigError
+from project.model.trunk import Trunk
+
+if TYPE_CHECKING:
+    from project.model.module import ExitRecommender
+
+# rank 0 has everything, the others what they are sent
+WHOLE = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """Parameters, gradients and optimizer state are cut over all processes (FSDP2); checkpoints are single files.
+
+    Args:
+        process_group_backend: gloo or nccl; default: what the accelerator needs.
+    """
+
+    def __init__(self, process_group_backend: str | None = None) -> None:
+        super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Restored after the model, as with one process."""
+        return True
+
+    def setup_environment(self) -> None:
+        """All processes share the data; none shares a layer's computation."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The file as it is, read where it is needed; nothing is loaded before the module has judged it."""
+        path = self.broadcast(str(checkpoint_path))
+        content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        return content
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Every process gets its part; what the checkpoint lacks stays, the module has judged that."""
+        del strict
+        assert self.model is not None
+        set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=WHOLE)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Every process gets its part."""
+        assert self.model is not None
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            names = self._names(optimizer)
+            named = _relabelled(state, dict(enumerate(names)))
+            set_optimizer_state_dict(self.model, optimizer, named, options=WHOLE)
+            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                # as they were: on its way to the other processes a tuple became a list
+                group.update({key: value for key, value in saved.items() if key != "params"})
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Whole, on rank 0, as `optimizer.state_dict()` of one process; empty on the others."""
+        assert self.model is not None
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        named = get_optimizer_state_dict(self.model, optimizer, options=options)
+        numbers = {name: k for k, name in enumerate(self._names(optimizer))}
+        return _relabelled(named, numbers) if named else {}
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """Names of an optimizer's parameters, in its order."""
+        assert self.model is not None
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [names[p] for group in optimizer.param_groups for p in group["params"]]
+
+
+def shared_mesh(strategy: Strategy) -> DeviceMesh | None:
+    """The processes that share one model, as a mesh of one dimension; None where each process has its own.
+
+    Args:
+        strategy: The trainer's, after its environment was set up.
+
+    Raises:
+        ConfigError: If it cuts the model in another way than `FullyShardedStrategy`.
+    """
+    if isinstance(strategy, FullyShardedStrategy):
+        return strategy.device_mesh["data_parallel"]
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise ConfigError(
+            f"trainer.strategy is {type(strategy).__name__}, whose parts of parameters have no shapes or whose "
+            "processes share a layer's computation: neither is supported. Use "
+            "project.model.sharding.FullyShardedStrategy, as configs/overlays/fsdp.yaml does."
+        )
+    return None
+
+
+def _relabelled(state: Mapping[str, Any], labels: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with other keys for its parameters: torch.optim numbers them, FSDP names them."""
+    groups = [group | {"params": [labels[p] for p in group["params"]]} for group in state["param_groups"]]
+    return {"state": {labels[p]: dict(v) for p, v in state["state"].items()}, "param_groups": groups}
+
+
+def set_sharded_trunk(module: ExitRecommender, folder: str, tokenizer: Any, mesh: DeviceMesh) -> None:
+    """What `set_trunk` does, on all processes of a mesh; each keeps its part of every parameter.
+
+    Only rank 0 reads the weights and holds the whole model, once; the others start without memory ("meta") and are sent
+    their parts.
+
+    Args:
+        module: Gets trunk and heads.
+        folder: Folder or name of the model that the trunk comes from.
+        tokenizer: Resolves the answers' tokens.
+        mesh: One dimension, as many processes as share the model.
+    """
+    reads = mesh.get_rank() == 0
+    if reads:
+        module.set_trunk(Trunk.from_pretrained(folder, num_layers=module.depth), tokenizer)
+    else:
+        config = AutoConfig.from_pretrained(folder)
+        config.dtype = torch.float32  # as from_pretrained
+        with torch.device("meta"):
+            module.set_trunk(Trunk.from_config(config, num_layers=module.depth), tokenizer)
+    assert module.trunk is not None
+    whole = module.state_dict() if reads else {}
+    for layer in module.trunk.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    if not reads:
+        device = torch.device(mesh.device_type)
+        module.trunk.to_empty(device=device)
+        module.heads.to_empty(device=device)
+        # its tables are computed, not stored
+        module.trunk.rotary_emb = type(module.trunk.rotary_emb)(module.trunk.config).to(device)
+    set_model_state_dict(module, whole, options=WHOLE)

@@ -1,0 +1,50 @@
+"""An LLM's hidden states of what is known of an item: the recommender's own backbone, untrained, as retriever."""
+
+from project.retrieval.encoder import MeanPooling
+from project.retrieval.item_text import ItemTextRetriever
+
+
+class LLMEmbedding(ItemTextRetriever):
+    """Similar users by what their items are about, in the last hidden states of a causal LM as it was published.
+
+    Args:
+        neighbours: Most neighbours a candidate gets (N).
+        max_raters: Only the latest so many raters of a candidate are considered (R), which bounds the cost.
+        dislike_weight: Weight of a disliked item in a user's vector; a liked one has weight 1.
+        similar_every: List what similar users liked after every so many rows of a user; 0 is never. The list
+            reaches prompts through data.prompt.similar.
+        similar_users: How many similar users such a list is made from, of the latest max_raters users.
+        similar_items: Most items on such a list.
+        template: Text of an item, fields are columns of the items table, such as {title}; null: the title and
+            everything else that is known of the item, separated by commas.
+        max_tokens: A text is cut after so many tokens.
+        backbone: smollm2-135m-instruct (fetched from the package index), a folder, or a name on the Hugging Face hub.
+        num_layers: Use only the first so many layers; null is all of them.
+    """
+
+    def __init__(
+        self,
+        neighbours: int = 30,
+        max_raters: int = 2000,
+        dislike_weight: float = -0.5,
+        similar_every: int = 0,
+        similar_users: int = 10,
+        similar_items: int = 5,
+        template: str | None = None,
+        max_tokens: int = 256,
+        backbone: str = "smollm2-135m-instruct",
+        num_layers: int | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.num_layers = num_layers
+        super().__init__(
+            neighbours,
+            max_raters,
+            dislike_weight,
+            similar_every,
+            similar_users,
+            similar_items,
+            template,
+            max_tokens,
+            MeanPooling(backbone, max_tokens, num_layers, key="backbone"),
+        )

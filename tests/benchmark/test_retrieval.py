@@ -1,0 +1,163 @@
+"""The retrieval benchmark asks equals: the same requests, past and raters for all sides, and what it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from project.artefacts import read_result
+from project.benchmark.retrieval import FEWEST, rivals_of, run_retrieval, vote_worth
+from project.benchmark.retrieval_sides import ROUNDS, InTurns, Side, sides_of
+from project.data.datamodule import InteractionData
+from project.data.protocol import Protocol
+from project.data.readers import TableLogs
+from project.errors import DataError
+from project.floors import fit_floors, floor_rows
+from project.retrieval import ItemKNN, LightGCN, LLMEmbedding, TextEncoder, VectorRetriever
+from project.retrieval.base import FloatArray, IntArray
+from project.retrieval.neighbours import WalkRows, walk
+
+BLOCK_ROWS = 100
+
+
+@pytest.fixture
+def data(
+    tiny_logs: Path, tiny_model: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> InteractionData:
+    """The tiny world."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    return InteractionData(
+        TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv")),
+        LightGCN(neighbours=3, dim=4, epochs=1),
+        Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2]),
+        tokenizer=str(tiny_model),
+        block_rows=BLOCK_ROWS,
+    )
+
+
+@pytest.fixture
+def retrievers(data: InteractionData, tiny_model: Path) -> dict[str, VectorRetriever]:
+    assert isinstance(data.retriever, LightGCN)
+    return {
+        "lightgcn": data.retriever,
+        "text": TextEncoder(neighbours=3, encoder=str(tiny_model)),
+        "llm": LLMEmbedding(neighbours=3, backbone=str(tiny_model), num_layers=1),
+    }
+
+
+class Recorder(Side):
+    """Keeps the histories it was asked with, and compares their sums with the vectors of users observed row by row."""
+
+    def query(self, item: IntArray, label: IntArray) -> FloatArray:
+        self.asked = [*getattr(self, "asked", []), (item.tolist(), label.tolist())]
+        return super().query(item, label)
+
+
+def test_result(
+    data: InteractionData,
+    retrievers: dict[str, VectorRetriever],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A row for each retriever's sums, LightGCN's first with ratio 1, and one for each that can encode the query."""
+    result = run_retrieval(data, tmp_path, seconds=0.0, retrievers=retrievers)
+    assert read_result(tmp_path / "results" / "benchmark-retrieval.json") == result
+    assert result["protocol"]["hash"] == data.split.hash
+    rows = result["retrieval"]
+    assert [(row["retriever"], row["cached"]) for row in rows] == [
+        ("lightgcn", True),
+        ("text", True),
+        ("llm", True),
+        ("text", False),
+        ("llm", False),
+    ]
+    assert rows[0]["ratio_to_lightgcn"] == rows[0]["total_ratio_to_lightgcn"] == 1
+    assert rows[0]["vote_auc_above_lightgcn"] == {"value": 0, "interval": [0, 0]}
+    for row in rows:
+        low, high = row["spread"]
+        assert 0 < row["vector_ms"] < row["ms_per_request"]
+        assert low <= row["ms_per_request"] <= high
+        assert row["ratio_spread"][0] <= row["ratio_to_lightgcn"] <= row["ratio_spread"][1]
+        assert row["cpu_ratio_to_lightgcn"] > 0
+        assert (row["requests"], row["rounds"]) == (FEWEST, ROUNDS)
+    assert "history encoded" in " ".join(capsys.readouterr().out.split())
+
+
+def test_worth_is_the_floor_of_the_same_evidence(
+    data: InteractionData, retrievers: dict[str, VectorRetriever]
+) -> None:
+    """vote_auc is the AUC that `floors` gives to neighbour_vote on test, where that retriever is the data's."""
+    worth = vote_worth(data, retrievers)
+    floors = fit_floors(data.split.rows, data.evidence)
+    (floor,) = (
+        row
+        for row in floor_rows(floors, data.split.rows, seed=data.seed)
+        if (row["name"], row["split"]) == ("neighbour_vote", "test")
+    )
+    assert worth["lightgcn"]["vote_auc"] == floor["auc"]
+    assert worth["lightgcn"]["vote_auc_interval"] == floor["auc_interval"]
+    assert worth["text"]["vote_auc"] != worth["llm"]["vote_auc"]
+    gap = worth["text"]["vote_auc_above_lightgcn"]["value"]
+    assert gap == pytest.approx(worth["text"]["vote_auc"] - worth["lightgcn"]["vote_auc"])
+
+
+def test_all_sides_get_the_strictly_earlier_past(
+    data: InteractionData, retrievers: dict[str, VectorRetriever]
+) -> None:
+    """Every asked row reaches every side ROUNDS times, with its user's rows of earlier seconds, oldest first."""
+    sides: list[Side] = [Recorder(name, retriever) for name, retriever in retrievers.items()]
+    rows, items = data.split.rows, data.split.interactions.items
+    asked = rows.filter(pl.col("split").cast(pl.String) == "test", pl.col("hist") > 0).head(5)
+    turns = InTurns(retrievers, sides, rows["label"].to_numpy().astype(np.int64))
+    query = rows["row_id"].is_in(asked["row_id"].implode()).to_numpy()
+    log = WalkRows(**{**vars(WalkRows.from_log(rows)), "query": query})
+    table = {name: np.ones((items.height, 3), np.float32) for name in retrievers}
+    walk(log, turns, items, np.array([rows["timestamp"][0] + 1]), [table])
+    expected = []
+    for row in asked.to_dicts():
+        past = rows.filter(pl.col("user") == row["user"], pl.col("timestamp") < row["timestamp"])
+        expected += [(past["item"].to_list(), past["label"].to_list())] * ROUNDS
+    for side in sides:
+        assert side.asked == expected  # type: ignore[attr-defined]
+        assert [len(seconds) for seconds in (*side.vector, *side.total)] == [5] * 2 * ROUNDS
+
+
+def test_the_text_is_encoded(data: InteractionData, retrievers: dict[str, VectorRetriever]) -> None:
+    """The encoding side's query is the encoding of the history's words, the summing side's is not."""
+    summing, encoding = (side for side in sides_of({"text": retrievers["text"]}))
+    items = data.split.interactions.items
+    item, label = np.array([3, 5]), np.array([1, 0])
+    retrievers["text"].begin(1, items)
+    retrievers["text"].start_block({"weighted": np.ones((items.height, 32), np.float32)}, 1)
+    text = f"liked: {items['title'][3]}. disliked: {items['title'][5]}."
+    expected = retrievers["text"].reader.encode([text])[0]  # type: ignore[attr-defined]
+    assert encoding.query(item, label) == pytest.approx(expected, abs=1e-6)
+    assert summing.query(item, label).tolist() == [0.5] * 32  # 1 - .5, in every dimension
+
+
+def test_rivals_are_asked_alike(data: InteractionData) -> None:
+    """The configured LightGCN, and rivals with as many neighbours and raters; another retriever makes way for one."""
+    data.retriever = LightGCN(neighbours=7, max_raters=50, dislike_weight=-0.1)
+    rivals = rivals_of(data)
+    assert rivals["lightgcn"] is data.retriever
+    assert isinstance(rivals["llm"], LLMEmbedding)
+    assert rivals["llm"].backbone == data.tokenizer_name
+    for rival in rivals.values():
+        assert (rival.neighbours, rival.max_raters, rival.dislike_weight) == (7, 50, -0.1)
+    data.retriever = ItemKNN(neighbours=9)
+    assert rivals_of(data)["lightgcn"].settings() == LightGCN(neighbours=9).settings()
+
+
+def test_nobody_to_ask(data: InteractionData, retrievers: dict[str, VectorRetriever], tmp_path: Path) -> None:
+    """With blocks longer than the log no retriever was ever fitted: the key, what was found, what is expected."""
+    data.block_rows = 100_000
+    with pytest.raises(DataError, match=r"data\.block_rows is 100000 for \d+ rows; expected less"):
+        run_retrieval(data, tmp_path, seconds=0.0, retrievers=retrievers)
+
+
+def test_one_interruption_does_not_count() -> None:
+    """A round's figure is its median request in milliseconds: of 1, 2 and 900 s that is 2,000; rounds stay apart."""
+    assert Side.milliseconds([[1.0, 900.0, 2.0], [3.0, 3.0, 3.0]]).tolist() == [2000, 3000]
