@@ -44,6 +44,17 @@ def test_tables_are_from_result_files() -> None:
     assert fill_tables(README, ROOT) == README
 
 
+def test_tree_is_complete() -> None:
+    """Every package of `project/` is in the annotated tree, and every folder of the repository that is not hidden."""
+    tree = block("", "project/\n").splitlines()
+    inside = {line.split()[0] for line in tree if line.startswith(" ") and line.split()[0].endswith("/")}
+    assert inside == {f"{p.parent.name}/" for p in (ROOT / "project").glob("*/__init__.py")}
+    top = {line.split()[0] for line in tree if not line.startswith(" ")}
+    assert top == {"project/", "configs/", "notebooks/", "docs/", "tests/", "results/"}
+    assert "`leave` in `project/exits/policies.py`" in README
+    assert (ROOT / "project/exits/policies.py").read_text().count("\ndef leave(") == 1
+
+
 def test_paths_exist() -> None:
     """The annotated tree, configurations and pictures that README names are there."""
     tree = block("", "project/\n").splitlines()

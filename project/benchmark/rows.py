@@ -44,7 +44,10 @@ def matmul_gflops(model: ExitRecommender, tokens: int = 1024) -> float:
 
 
 def useful_flops(scored: Scored, request: PreparedRequest, model: ExitRecommender) -> float:
-    """FLOPs that a request's exits need: linear layers of all token-layers, and the scores that queries may see.
+    """FLOPs that a request's exits need: linear layers, and the scores that queries may see.
+
+    At the layer where a candidate leaves, its tokens owe keys and values alone and its answer slot the rest; the same
+    holds for the stream at the request's deepest exit.
 
     Args:
         scored: Its exits and token-layers.
@@ -53,13 +56,23 @@ def useful_flops(scored: Scored, request: PreparedRequest, model: ExitRecommende
     """
     assert model.trunk is not None
     config, layer = model.trunk.config, model.trunk.layers[0]
-    linear = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+    sizes = {name: p.numel() for name, p in layer.named_parameters() if p.ndim == 2}
+    whole, owed = (
+        sum(sizes.values()),
+        sum(n for name, n in sizes.items() if "k_proj" in name or "v_proj" in name),
+    )
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     s, own, depth = len(request.stream), request.candidates.lengths, scored.exit_layers
-    seen = float((depth * (own * s + own * (own + 1) / 2)).sum())
+    entered = own[depth > 0]
+    before = np.maximum(depth - 1, 0)
+    tokens, read = float((before * own).sum()), float(entered.sum())
+    seen = float((before * (own * s + own * (own + 1) / 2) + (depth > 0) * (s + own)).sum())
     if scored.token_layers > (depth * own).sum():  # the stream ran
-        seen += float(depth.max()) * s * (s + 1) / 2
-    flops: float = 2.0 * linear * scored.token_layers + 4.0 * config.num_attention_heads * width * seen
+        deepest = float(depth.max()) - 1
+        tokens, read = tokens + deepest * s, read + s
+        seen += deepest * s * (s + 1) / 2
+    linear = whole * tokens + owed * read + (whole - owed) * len(entered)
+    flops: float = 2.0 * linear + 4.0 * config.num_attention_heads * width * seen
     return flops
 
 

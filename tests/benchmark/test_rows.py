@@ -10,7 +10,7 @@ from example_engine import make_module, random_request
 
 from project.benchmark import sides as sides_module
 from project.benchmark.cases import Case, cases
-from project.benchmark.rows import ratio_interval, side_row
+from project.benchmark.rows import ratio_interval, side_row, useful_flops
 from project.benchmark.sides import Side, Unit, run_rounds
 from project.benchmark.table import HEADER, benchmark_table, render_benchmark, render_rows
 from project.engine import PreparedRequest, Scored, Scores
@@ -101,6 +101,22 @@ def test_row(clock: Clock) -> None:
     low, high = row["spread"]
     assert (low, high) == pytest.approx((2 / 7, 2 / 3))  # rounds of 3, 7 and 3 s
     assert side_row(slow, full, rival, asked, module, 100.0, 0.0)["measured_speedup"] == pytest.approx(2 / 8)
+
+
+def test_useful_flops() -> None:
+    """By hand, exits at layers 0, 1 and 3 of three candidates of o tokens after a stream of s tokens that ran.
+
+    Whole layers: the third candidate two, the stream two. Keys and values alone: two candidates and the stream, once.
+    The rest of a layer: two answer slots. A query sees the stream and itself; 4 heads of width 8.
+    """
+    module = make_module()
+    request = random_request(np.random.default_rng(0), "r", 3, 3)
+    s, o = len(request.stream), request.candidates.lengths.astype(float)
+    scored = Scored("r", np.zeros(3), np.array([0, 1, 3]), int(o[1] + 3 * o[2] + 3 * s))
+    whole, owed = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48, 2 * 32 * 16
+    linear = whole * (2 * o[2] + 2 * s) + owed * (o[1] + o[2] + s) + (whole - owed) * 2
+    seen = 2 * (o[2] * s + o[2] * (o[2] + 1) / 2) + (s + o[1]) + (s + o[2]) + 2 * s * (s + 1) / 2
+    assert useful_flops(scored, request, module) == pytest.approx(2 * linear + 4 * 4 * 8 * seen)
 
 
 def test_ratio_interval() -> None:
