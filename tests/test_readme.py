@@ -77,7 +77,7 @@ def test_commands_are_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     from project.cli import ProjectCLI
 
     text = README + (ROOT / "CONTRIBUTING.md").read_text()
-    known = {*ProjectCLI.subcommands(), "table", "report", "power", "export"}
+    known = {*ProjectCLI.subcommands(), "table", "report", "power", "export", "ablate"}
     used = set(re.findall(r"python -m project (\w+)", text))
     assert used <= known, used - known
     assert {"fit", "test", "floors", "calibrate", "report"} <= used
