@@ -71,7 +71,7 @@ def test_values_arrive(
         for key, value in point.items():
             assert at(config, key) == (yaml.safe_load(value) if isinstance(value, str) else value)
         assert max(config["model"]["exit_layers"]) == 6
-        assert config["trainer"]["logger"][-1]["class_path"].endswith("WandbLogger")
+        assert config["trainer"]["logger"][-1]["class_path"] == "project.tracking.Tracking"
 
 
 @pytest.mark.slow
