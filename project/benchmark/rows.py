@@ -110,27 +110,18 @@ def side_row(
         ceiling: GFLOP/s of a matrix product, measured in the same run.
         prepare_ms: What a request needs before it can be scored: history, evidence, exit 0 and token ids.
     """
-    n = side.units
-    asked = [request for unit in units[:n] for request in unit]
+    asked = [request for unit in units[: side.units] for request in unit]
     wall, each = side.typical("wall"), np.array(side.wall).ravel() * 1e3
-    spent = side.token_layers()
-    saved = full.token_layers(len(asked)) / spent if spent else None
-    trunk = float(full.typical("trunk", n).sum() / side.typical("trunk").sum())
-    rounds = len(side.wall)
-    ratios = full.totals("trunk", n)[:rounds] / side.totals("trunk")
     rates = len(asked) / side.totals("wall")
     found = {s.request_id: s for s in side.scored}
     flops = sum(useful_flops(found[r.request_id], r, model) for r in asked)
     depths = np.concatenate([s.exit_layers for s in side.scored])
-    whole, whole_full = (
-        prepare_ms * len(asked) / 1e3 + float(t.sum()) for t in (wall, full.typical("wall", n))
-    )
     return {
         "engine": side.engine,
         "policy": side.policy,
         "requests": len(asked),
         "at_once": len(units[0]),
-        "rounds": rounds,
+        "rounds": len(side.wall),
         "dtype": side.dtype or str(next(model.parameters()).dtype).removeprefix("torch."),
         "requests_per_s": len(asked) / float(wall.sum()),
         "candidates_per_s": len(depths) / float(wall.sum()),
@@ -140,17 +131,32 @@ def side_row(
         "auc_drop": None,
         **side.worth,
         "mean_depth": float(depths.mean()),
-        "token_layers": spent,
-        "measured_speedup": float(full.typical("wall", n).sum() / wall.sum()),
-        "measured_speedup_interval": ratio_interval(full.typical("wall", n), wall)["interval"],
+        "token_layers": side.token_layers(),
+        **_ratios(side, full, rival, len(asked), prepare_ms),
+        "gflops": flops / float(side.typical("trunk").sum()) / 1e9,
+        "gflops_ceiling": ceiling,
+    }
+
+
+def _ratios(side: Side, full: Side, rival: Side, requests: int, prepare_ms: float) -> dict[str, Any]:
+    """A side against full depth and the rival, on the requests that it scored itself."""
+    n, wall = side.units, side.typical("wall")
+    whole = full.typical("wall", n)
+    mine, theirs = (prepare_ms * requests / 1e3 + float(seconds.sum()) for seconds in (wall, whole))
+    spent = side.token_layers()
+    saved = full.token_layers(requests) / spent if spent else None
+    trunk = float(full.typical("trunk", n).sum() / side.typical("trunk").sum())
+    rounds = full.totals("trunk", n)[: len(side.wall)] / side.totals("trunk")
+    measured = ratio_interval(whole, wall)
+    return {
+        "measured_speedup": measured["value"],
+        "measured_speedup_interval": measured["interval"],
         "speedup_over_rival": ratio_interval(rival.typical("wall", n), wall),
         "prepare_ms": prepare_ms,
-        "request_ms": whole / len(asked) * 1e3,
-        "request_speedup": whole_full / whole,
+        "request_ms": mine / requests * 1e3,
+        "request_speedup": theirs / mine,
         "trunk_speedup": trunk,
         "token_layer_speedup": saved,
         "efficiency": trunk / saved if saved else None,
-        "efficiency_spread": [float(r) / saved for r in (ratios.min(), ratios.max())] if saved else None,
-        "gflops": flops / float(side.typical("trunk").sum()) / 1e9,
-        "gflops_ceiling": ceiling,
+        "efficiency_spread": [float(r) / saved for r in (rounds.min(), rounds.max())] if saved else None,
     }

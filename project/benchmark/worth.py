@@ -6,6 +6,7 @@ test; and plans for other workloads are made on `tune`, as calibration makes the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from project.model.module import ExitRecommender
 
 Worth = dict[str, Any]
+Scored = tuple[pl.DataFrame, Floats]
 
 INT8 = "test-int8"  # the score table that `test --int8 true` writes
 
@@ -54,7 +56,7 @@ class RunWorth:
     ) -> None:
         self.plans, self.rival = plans, plans.rival
         self._settings = {f.name: getattr(settings, f.name) for f in fields(ExitSettings)}
-        self._tables: dict[str, tuple[pl.DataFrame, Floats]] = {}
+        self._tables: dict[str, Scored] = {}
         self._known: dict[object, Worth] = {}
         self._made: dict[object, ExitPlan] = {}
         for name in ("valid", "test", INT8):
@@ -65,7 +67,11 @@ class RunWorth:
                     scores = scores.filter(pl.col("fold") == "tune")
                 self._tables[name] = scores, features_of(model, data, scores)
         if "test" in self._tables:
-            self._bootstrap = UserBootstrap(self._tables["test"][0]["user"].to_numpy())
+            tested = self._tables["test"][0]
+            self._labels, self._bootstrap = (
+                tested["label"].to_numpy(),
+                UserBootstrap(tested["user"].to_numpy()),
+            )
 
     def static(self, layer: int, table: str = "test") -> Worth:
         """Of one calibrated head: auc and auc_drop with its interval.
@@ -74,62 +80,49 @@ class RunWorth:
             layer: Its layer.
             table: Which scores: test, or those of int8 weights; the drop is from full depth of test.
         """
-        if not {"test", table} <= self._tables.keys():
-            return {}
-        logits, labels = self._calibrated(table)
-        return self._drop(logits[:, self.plans.plan.layers.index(layer)], labels)
+        plan = self.plans.plan
+
+        def judge() -> Worth:
+            logits = _calibrated(plan, self._tables[table])
+            return self._drop(plan, logits[:, plan.layers.index(layer)])
+
+        return self._once((layer, table), table, judge)
 
     def int8(self, plan: ExitPlan) -> Worth:
         """Of a plan with int8 weights; the drop is from full depth in floating point."""
-        if not {"test", INT8} <= self._tables.keys():
-            return {}
-        _, labels = self._calibrated(INT8)
-        _, emitted = plan.emitted(plan.outputs(*self._tables[INT8]))
-        return self._drop(emitted.double().numpy(), labels)
-
-    def _calibrated(self, table: str) -> tuple[Floats, Any]:
-        scores, features = self._tables[table]
-        logits = self.plans.plan.outputs(scores, features).logits.double().numpy()
-        return logits, scores["label"].to_numpy()
-
-    def _drop(self, mine: Floats, labels: Any) -> Worth:
-        full = self._calibrated("test")[0][:, -1]
-        drop = self._bootstrap.difference_interval(full, mine, labels)
-        return {"auc": auc(mine, labels), "auc_drop": drop["value"], "auc_drop_interval": drop["interval"]}
+        return self._once(
+            (_key(plan), INT8), INT8, lambda: self._drop(plan, _emitted(plan, self._tables[INT8]))
+        )
 
     def adaptive(self, plan: ExitPlan) -> Worth:
         """Of a plan: auc, auc_drop, and its gain over the honest rival, with intervals."""
-        if "test" not in self._tables:
+        return self._once((_key(plan), "test"), "test", lambda: self._judged(plan))
+
+    def _once(self, key: object, table: str, judge: Callable[[], Worth]) -> Worth:
+        """What `judge` says, asked once whatever the number of workloads; nothing where scores are missing."""
+        if not {"test", table} <= self._tables.keys():
             return {}
-        key = plan.criterion, plan.prior, tuple(plan.policy.thresholds.tolist())
         if key not in self._known:
-            self._known[key] = self._judged(plan)
+            self._known[key] = judge()
         return self._known[key]
+
+    def _drop(self, plan: ExitPlan, mine: Floats) -> Worth:
+        """Of scores of all test rows: auc, and auc_drop from full depth as the plan calibrates it."""
+        full, labels = _calibrated(plan, self._tables["test"])[:, -1], self._labels
+        drop = self._bootstrap.difference_interval(full, mine, labels)
+        return {"auc": auc(mine, labels), "auc_drop": drop["value"], "auc_drop_interval": drop["interval"]}
 
     def _judged(self, plan: ExitPlan) -> Worth:
         rival = self.rival if plan.prior else self.plans.rival_without
-        outputs = plan.outputs(*self._tables["test"])
-        emitted = plan.emitted(outputs)[1].double().numpy()
-        calibrated = outputs.logits.double().numpy()
-        labels = self._tables["test"][0]["label"].to_numpy()
-        drop, gain = (
-            self._bootstrap.difference_interval(*pair, labels)
-            for pair in (
-                (calibrated[:, -1], emitted),
-                (emitted, calibrated[:, plan.layers.index(rival)]),
-            )
-        )
-        return {
-            "auc": auc(emitted, labels),
-            "auc_drop": drop["value"],
-            "auc_drop_interval": drop["interval"],
-            "auc_gain_over_rival": {"layer": rival, **gain},
-        }
+        emitted = _emitted(plan, self._tables["test"])
+        theirs = _calibrated(plan, self._tables["test"])[:, plan.layers.index(rival)]
+        gain = self._bootstrap.difference_interval(emitted, theirs, self._labels)
+        return self._drop(plan, emitted) | {"auc_gain_over_rival": {"layer": rival, **gain}}
 
     def budget(
         self,
         stream: Stream,
-        asked: tuple[pl.DataFrame, Floats] | None = None,
+        asked: Scored | None = None,
         by_depth: bool = False,
         criterion: Criterion | None = None,
     ) -> ExitPlan | None:
@@ -171,3 +164,16 @@ class RunWorth:
 
 def _shown(outputs: HeadOutputs, rows: torch.Tensor, head: int) -> HeadOutputs:
     return outputs.rows(rows).until(head)
+
+
+def _key(plan: ExitPlan) -> object:
+    return plan.criterion, plan.prior, tuple(plan.policy.thresholds.tolist())
+
+
+def _calibrated(plan: ExitPlan, rows: Scored) -> Floats:
+    return plan.outputs(*rows).logits.double().numpy()
+
+
+def _emitted(plan: ExitPlan, rows: Scored) -> Floats:
+    found: Floats = plan.emitted(plan.outputs(*rows))[1].double().numpy()
+    return found

@@ -94,6 +94,10 @@ class ListExits:
     Args:
         top_k: Length and margins.
         calibration: Of the heads that the margins were fitted on.
+
+    Attributes:
+        layers: (K,) layers of the heads.
+        calibration: Per head.
     """
 
     def __init__(self, top_k: TopK, calibration: Calibration) -> None:
@@ -102,18 +106,8 @@ class ListExits:
                 f"top_k has {top_k.margins.numel()} margins, but there are exits at layers {calibration.layers}"
             )
         self.top_k = top_k
-        self._calibration = calibration
+        self.layers, self.calibration = calibration.layers, calibration
         self._margins: list[float] = top_k.margins.tolist()
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """(K,) layers of the heads."""
-        return self._calibration.layers
-
-    @property
-    def calibration(self) -> Calibration:
-        """Per head."""
-        return self._calibration
 
     def known(self, head: int) -> bool | None:
         """Nobody leaves where the margin is infinite."""

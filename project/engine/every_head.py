@@ -32,23 +32,16 @@ class EveryHead:
         exit_layers: The k layers that have a head; exit 0 is not asked.
 
     Attributes:
+        layers: (k,) layers of the heads.
+        calibration: The identity.
         heard: Outputs of the candidates of every batch, in the order they were asked.
     """
 
     def __init__(self, exit_layers: Sequence[int]) -> None:
         identity = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).repeat(len(exit_layers), 1)
-        self._calibration = Calibration(tuple(exit_layers), identity)
+        self.layers = tuple(exit_layers)
+        self.calibration = Calibration(self.layers, identity)
         self.heard: list[HeadOutputs] = []
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """(k,) layers of the heads."""
-        return self._calibration.layers
-
-    @property
-    def calibration(self) -> Calibration:
-        """The identity."""
-        return self._calibration
 
     def known(self, head: int) -> bool | None:
         """Nobody leaves before the last head, which wants to be asked: it hears the outputs."""

@@ -7,9 +7,7 @@ heads to copy, the LM head's weights only for their first direction.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.utils import logging as library_logging
 
 from project.errors import ConfigError
 from project.layout import Layout
 from project.model.attention import SEGMENTS
+from project.quiet import quiet_loading
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 # "dynamic" and "longrope" turn by the longest position of the batch: logits would depend on what is packed
@@ -114,7 +112,7 @@ class Trunk(nn.Module):
                 f"model.backbone is {str(name)!r}, which cannot be read as a Hugging Face model: {error}"
             ) from error
         cut = _cut(config, num_layers)
-        with _quiet():
+        with quiet_loading():
             model, info = _AUTO.from_pretrained(
                 name, config=cut, dtype=dtype, attn_implementation=SEGMENTS, output_loading_info=True
             )
@@ -169,20 +167,6 @@ class Trunk(nn.Module):
             step = partial(layer, position_embeddings=state.position_embeddings, layout=state.layout)
             hidden = checkpoint(step, hidden, use_reentrant=False) if recompute else step(hidden)
         return replace(state, hidden=hidden)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No report on the layers that are left out on purpose, no bar for a second of loading."""
-    verbosity, bar = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
-    library_logging.set_verbosity(logging.ERROR)
-    library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        library_logging.set_verbosity(verbosity)
-        if bar:
-            library_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _cut(config: PretrainedConfig, num_layers: int | None) -> PretrainedConfig:

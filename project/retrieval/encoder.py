@@ -5,9 +5,7 @@ causal LMs. It is read from disk only when the first text comes: who finds vecto
 """
 
 import hashlib
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,11 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import logging as library_logging
 
 from project.artefacts import sha256_of
 from project.data.sources import SOURCES, resolve_model
 from project.errors import ConfigError
+from project.quiet import quiet_loading
 from project.retrieval.base import FloatArray
 
 BATCH_TEXTS = 64
@@ -115,7 +113,7 @@ class MeanPooling:
         if self.num_layers is not None:
             config.num_hidden_layers = self.num_layers
         config.use_cache = False
-        with _quiet():
+        with quiet_loading():
             model, info = _AUTO.from_pretrained(
                 name, config=config, dtype=torch.float32, output_loading_info=True
             )
@@ -150,17 +148,3 @@ def mean_of_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
     """
     there = mask[..., None].to(hidden.dtype)
     return (hidden * there).sum(1) / there.sum(1)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No report on layers and heads that are left out on purpose, no bar for a second of loading."""
-    verbosity, bar = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
-    library_logging.set_verbosity(logging.ERROR)
-    library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        library_logging.set_verbosity(verbosity)
-        if bar:
-            library_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
