@@ -27,28 +27,33 @@ FEATURES = (
     "neighbours",
     "similarity",
     "weighted_vote_log_odds",
+    "taste_log_odds",
 )
-"""Log-odds of shrunk rates, log(1 + count) of their rows, mean similarity (0 without neighbours)."""
+"""Log-odds of shrunk rates, log(1 + count) of their rows, mean similarity (0 without neighbours), log-odds of taste."""
+
+SUREST = 1e-4  # a taste closer to 0 or 1 counts as this close
 
 
 def counting_features(evidence: pl.DataFrame, base: float) -> Floats:
     """Rows of an evidence table as numbers.
 
     Args:
-        evidence: n rows of an evidence table.
+        evidence: n rows of an evidence table, with or without the column taste.
         base: Share of likes among train targets, to which rates of few rows shrink.
 
     Returns:
-        (n, len(FEATURES)), finite.
+        (n, len(FEATURES)), finite. Where there is no taste, it is a factorisation's biases alone: rates summed.
     """
     weights = _similarity_weights(evidence)
     similarity = evidence["similarities"].list.mean().fill_null(0.0).to_numpy().astype(np.float64)
+    item, user = (_rate_and_rows(evidence, f"{of}_rate", f"{of}_count", base) for of in ("item", "user"))
     columns = [
-        *_rate_and_rows(evidence, "item_rate", "item_count", base),
-        *_rate_and_rows(evidence, "user_rate", "user_count", base),
+        *item,
+        *user,
         *_rate_and_rows(evidence, "vote", "neighbour_count", base),
         similarity,
         _log_odds(weights["likes"].to_numpy(), weights["weight"].to_numpy(), base),
+        _taste(evidence, item[0] + user[0] - np.log(base / (1.0 - base))),
     ]
     return np.stack(columns, axis=1)
 
@@ -134,6 +139,15 @@ def _log_odds(likes: NDArray[Any], rows: NDArray[Any], base: float) -> Floats:
     disliked = rows.astype(np.float64) - likes + PRIOR_ROWS * (1.0 - base)
     odds: Floats = np.log(liked) - np.log(disliked)
     return odds
+
+
+def _taste(evidence: pl.DataFrame, otherwise: Floats) -> Floats:
+    """Log-odds of the column taste; `otherwise` where it is absent or null."""
+    if "taste" not in evidence.columns:
+        return otherwise
+    found = evidence["taste"].cast(pl.Float64)
+    chance = found.fill_null(0.5).clip(SUREST, 1.0 - SUREST).to_numpy()
+    return np.where(found.is_null().to_numpy(), otherwise, np.log(chance / (1.0 - chance)))
 
 
 def _similarity_weights(table: pl.DataFrame) -> pl.DataFrame:

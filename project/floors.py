@@ -1,8 +1,8 @@
 """What counting can do: the scores any recommender must beat before its own number means anything.
 
 Unusual here: floors read the prompt's own as-of evidence table (strictly earlier rows only), so none leaks;
-every floor emits logits, so it is judged on log loss and calibration too; all six are always made, also where
-the evidence has no neighbours (the vote is then one constant, AUC .5).
+every floor emits logits, so it is judged on log loss and calibration too; six are always made, also where
+the evidence has no neighbours (the vote is then one constant, AUC .5), and mf_fold_in where it has a taste.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,7 @@ SINGLE_FEATURE = {
     "user_rate": "user_log_odds",
     "neighbour_vote": "vote_log_odds",
 }
+TASTE_FEATURE = {"mf_fold_in": "taste_log_odds"}
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Floor:
     """One floor's scores.
 
     Args:
-        name: item_rate, user_rate, neighbour_vote, lr_rates, lr_evidence, gbdt_evidence, one of `more_floors`
-            or of `peers`.
+        name: item_rate, user_rate, neighbour_vote, mf_fold_in, lr_rates, lr_evidence, gbdt_evidence, one of
+            `more_floors` or of `peers`.
         scores: row_id Int64, split String, logit Float64; the targets of each scored split.
         chosen: What was chosen for it on tune, where something was.
     """
@@ -76,9 +77,8 @@ def fit_floors(
     base = float(labels.mean())
     train = evidence_features(rows, evidence, "train", base)
     features = {split: evidence_features(rows, evidence, split, base) for split in splits}
-    logits = {
-        name: {s: x[:, FEATURES.index(f)] for s, x in features.items()} for name, f in SINGLE_FEATURE.items()
-    }
+    singles = SINGLE_FEATURE | (TASTE_FEATURE if "taste" in evidence["train"].columns else {})
+    logits = {name: {s: x[:, FEATURES.index(f)] for s, x in features.items()} for name, f in singles.items()}
     logits |= _learned_logits(train, labels, features, base, seed)
     return [Floor(name, floor_scores(rows, by_split)) for name, by_split in logits.items()]
 

@@ -22,7 +22,8 @@ from project.floors import Floats, Floor, evidence_features, floor_scores, targe
 from project.retrieval import LightGCN
 from project.retrieval.base import Retriever
 from project.retrieval.cache import cached_folder
-from project.retrieval.evidence import evidence_folder, reads_all_earlier
+from project.retrieval.evidence import evidence_folder
+from project.retrieval.readable import reads_all_earlier
 from project.retrieval.snapshots import Snapshots, block_cuts, fit_snapshots
 
 LAST_ROWS = 10

@@ -7,6 +7,7 @@ bundle.json, which names the base model and the logs by checksum.
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from project.artefacts import SCHEMA_VERSION, own_version, write_json, write_table
 from project.callbacks.run_folder import data_of, run_folder
 from project.retrieval.evidence import evidence_folder
+from project.retrieval.taste import taste_folder
 
 if TYPE_CHECKING:
     from project.model.module import ExitRecommender
@@ -45,6 +47,9 @@ class RunBundle(pl.Callback):
         write_json(folder / "protocol.json", split.manifest)
         evidence = evidence_folder(split, data.retriever, data.block_rows, data.cache_dir)
         shutil.copytree(evidence, folder / "evidence" / evidence.name, dirs_exist_ok=True)
+        if data.taste is not None:
+            taste = taste_folder(split, data.taste, data.block_rows, data.cache_dir)
+            shutil.copytree(taste, folder / "taste" / taste.name, dirs_exist_ok=True)
         write_json(
             folder / "bundle.json",
             {
@@ -58,6 +63,7 @@ class RunBundle(pl.Callback):
                 "protocol": {"name": split.manifest["name"], "hash": split.hash},
                 "retriever": data.retriever.settings(),
                 "evidence": f"evidence/{evidence.name}",
+                "taste": None if data.taste is None else asdict(data.taste),
                 "prompt": vars(data.prompt),
             },
         )

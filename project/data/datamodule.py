@@ -24,7 +24,7 @@ from project.data.splits import Protocol, SplitInteractions, apply_protocol
 from project.data.stages import StageClock
 from project.data.streams import Streams, build_streams
 from project.errors import ConfigError
-from project.retrieval import Retriever, evidence_tables, request_evidence
+from project.retrieval import Retriever, Taste, evidence_tables, request_evidence
 from project.retrieval.cache import restore
 
 DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
@@ -41,7 +41,9 @@ class InteractionData(pl.LightningDataModule):
         tokenizer: Tokenizer of the backbone; set by model.backbone.
         context_tokens: Capacity of a history window in tokens.
         batch_tokens: Tokens of a batch on one process.
-        block_rows: The retriever is refitted every so many interactions (a nightly refit, counted in rows).
+        block_rows: Retriever and factorisation are refitted every so many interactions (a nightly refit, in rows).
+        taste: Matrix factorisation behind the evidence `taste`, the chance of a like by the user's own earlier answers,
+            for prompts, exit 0 and floors; null leaves it out.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         requests: JSONL or Parquet file of requests, for predict.
         bundle: Folder of a run's bundle, whose evidence saves refitting the retriever; set by ckpt_path.
@@ -58,6 +60,7 @@ class InteractionData(pl.LightningDataModule):
         context_tokens: int = 1024,
         batch_tokens: int = 4096,
         block_rows: int = 10_000,
+        taste: Taste | None = None,
         num_workers: int = 0,
         requests: str | None = None,
         bundle: str | None = None,
@@ -75,7 +78,12 @@ class InteractionData(pl.LightningDataModule):
                 f"({type(retriever).__name__}) is {retriever.similar_every}: expected a template and a number above 0, "
                 "or null and 0. Only retrievers that compare users, such as LightGCN, can make lists for it."
             )
-        self.logs, self.retriever = logs, retriever
+        if taste is None and "{taste}" in prompt.segment:
+            raise ConfigError(
+                f"data.prompt.segment {prompt.segment!r} tells {{taste}}, but data.taste is null: expected a "
+                "factorisation behind it, for example data.taste: {dim: 8}; or leave the field out."
+            )
+        self.logs, self.retriever, self.taste = logs, retriever, taste
         self.protocol, self.prompt = protocol, prompt
         self.tokenizer_name = tokenizer
         self.context_tokens, self.batch_tokens, self.block_rows = context_tokens, batch_tokens, block_rows
@@ -110,8 +118,11 @@ class InteractionData(pl.LightningDataModule):
             split = self.split
             with self.clock.stage("retrieve"):
                 if self.bundle is not None:
-                    restore(Path(self.bundle) / "evidence", self.cache_dir / "evidence")
-                self._evidence = evidence_tables(split, self.retriever, self.block_rows, self.cache_dir)
+                    for name in ("evidence", "taste"):
+                        restore(Path(self.bundle) / name, self.cache_dir / name)
+                self._evidence = evidence_tables(
+                    split, self.retriever, self.block_rows, self.cache_dir, self.taste
+                )
         return self._evidence
 
     def targets(self, split: str) -> polars.DataFrame:
@@ -182,7 +193,7 @@ class InteractionData(pl.LightningDataModule):
         columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
         own = ~rows["candidate"].to_numpy()
         table = request_evidence(
-            self.split, self.retriever, self.block_rows, self.cache_dir, **columns, own=own
+            self.split, self.retriever, self.block_rows, self.cache_dir, **columns, own=own, taste=self.taste
         )
         self.candidate_evidence = table.filter(~own)
         return table

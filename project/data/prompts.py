@@ -43,8 +43,9 @@ class Prompt:
     Args:
         instruction: Stands once before every history. Never evicted, the same for everybody.
         segment: Template of one interaction or candidate. Fields are columns of the items table (title and
-            attributes) and evidence: item_rate, user_rate, vote (shares of likes in tenths), likes, neighbours
-            (of the similar users), item_count, user_count (rounded down to 1, 2, 5, 10, 20, 50, ...).
+            attributes) and evidence: item_rate, user_rate, vote (shares of likes in tenths), taste (chance of a like
+            in tenths, see data.taste), likes, neighbours (of the similar users), item_count, user_count (rounded down
+            to 1, 2, 5, 10, 20, 50, ...).
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the
             tokenizer.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
@@ -83,6 +84,7 @@ EVIDENCE_FIELDS: dict[str, tuple[str, Callable[[pl.Series], list[str]]]] = {
     "item_rate": ("item_rate", _tenths),
     "user_rate": ("user_rate", _tenths),
     "vote": ("vote", _tenths),
+    "taste": ("taste", _tenths),
     "item_count": ("item_count", _round_down),
     "user_count": ("user_count", _round_down),
     "neighbours": ("neighbour_count", _plain),

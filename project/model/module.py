@@ -253,7 +253,9 @@ class ExitRecommender(ExitBuffers):
         """AdamW with learning rates by depth, warm-up and cosine decay."""
         assert self.trunk is not None
         groups = parameter_groups(self.trunk, self.heads, self.optim)
-        optimizer = torch.optim.AdamW(groups, betas=(self.optim.betas[0], self.optim.betas[1]), fused=True)
+        # Lightning clips no gradients of a fused optimizer under mixed precision, also where nothing is scaled
+        fused = "mixed" not in str(self.trainer.precision)
+        optimizer = torch.optim.AdamW(groups, betas=(self.optim.betas[0], self.optim.betas[1]), fused=fused)
         # not trainer.estimated_stepping_batches: it starts the loader before its checkpointed position is restored
         factor = cosine_with_warmup(planned_steps(self.trainer, self.data.train_batches()), self.optim)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -5,6 +5,7 @@ from project.retrieval.controls import ItemKNN, NoRetriever, RandomRetriever
 from project.retrieval.evidence import evidence_tables, request_evidence
 from project.retrieval.lightgcn import LightGCN
 from project.retrieval.llm import LLMEmbedding
+from project.retrieval.taste import Taste
 from project.retrieval.text import TextEncoder
 from project.retrieval.vectors import VectorRetriever
 
@@ -15,6 +16,7 @@ __all__ = [
     "NoRetriever",
     "RandomRetriever",
     "Retriever",
+    "Taste",
     "TextEncoder",
     "VectorRetriever",
     "evidence_tables",

@@ -42,10 +42,10 @@ def restore(source: Path, target: Path) -> None:
     """Copy the content folders that `target` lacks, as from a run's bundle to the cache.
 
     Args:
-        source: folder of content folders.
+        source: folder of content folders; absent: there is nothing to copy.
         target: folder of content folders, made where absent.
     """
-    for folder in sorted(path for path in source.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in source.glob("*") if path.is_dir()):
         _make_whole(target / folder.name, partial(shutil.copytree, folder, dirs_exist_ok=True))
 
 

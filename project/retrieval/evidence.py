@@ -5,7 +5,8 @@ answers (lists, most similar first); vote (mean answer, null without neighbours)
 and item_count, user_rate and user_count (liked share and number of strictly earlier readable rows; a rate of
 nothing is null). Where the retriever's similar_every is above 0 also similar_after: item codes that similar users
 liked, or null. It alone is dated just *after* the row's second and may tell the row's own answer: it is for the
-prompts of later rows (see `similar.py`).
+prompts of later rows (see `similar.py`). Where a factorisation is asked for also taste (see `taste.py`), null before
+its first block.
 
 Unusual: a row of split S reads rows of splits up to S, so there is a table per split. Where no row has a
 later split's row in its past (a split by time), the three coincide and are computed once.
@@ -13,7 +14,6 @@ later split's row in its past (a split by time), the three coincide and are comp
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -24,11 +24,17 @@ from project.errors import ConfigError, DataError
 from project.retrieval.base import IntArray, Retriever
 from project.retrieval.cache import cached_folder
 from project.retrieval.neighbours import BoolArray, WalkRows, walk
+from project.retrieval.readable import tables_by_split
 from project.retrieval.snapshots import Snapshots, block_cuts, fit_snapshots
+from project.retrieval.taste import Taste, taste_of_requests, taste_tables
 
 
 def evidence_tables(
-    split: SplitInteractions, retriever: Retriever, block_rows: int, cache_dir: Path
+    split: SplitInteractions,
+    retriever: Retriever,
+    block_rows: int,
+    cache_dir: Path,
+    taste: Taste | None = None,
 ) -> dict[str, pl.DataFrame]:
     """Evidence of every row with split <= S, for S = train, valid and test; cached.
 
@@ -37,12 +43,20 @@ def evidence_tables(
         retriever: who picks neighbours.
         block_rows: the retriever is refitted every so many rows, on the rows before.
         cache_dir: folder the tables and the snapshots are kept in, under a hash of everything they depend on.
+        taste: the factorisation of the column taste; None leaves it out.
 
     Returns:
         One table for each of "train", "valid" and "test", in the order of the split's rows.
     """
     folder = evidence_folder(split, retriever, block_rows, cache_dir)
-    return {name: pl.read_parquet(folder / f"{name}.parquet") for name in SPLITS}
+    tables = {name: pl.read_parquet(folder / f"{name}.parquet") for name in SPLITS}
+    if taste is None:
+        return tables
+    tastes = taste_tables(split, taste, block_rows, cache_dir)
+    return {
+        name: table.join(tastes[name], on="row_id", how="left", maintain_order="left", validate="1:1")
+        for name, table in tables.items()
+    }
 
 
 def request_evidence(
@@ -55,6 +69,7 @@ def request_evidence(
     timestamp: NDArray[np.float64],
     label: IntArray,
     own: BoolArray,
+    taste: Taste | None = None,
 ) -> pl.DataFrame:
     """Evidence of rows outside the log, read as split "test": from the log and their own user's past.
 
@@ -72,6 +87,7 @@ def request_evidence(
         timestamp: seconds, shape (rows,).
         label: 0, 1, or -1 for unknown, shape (rows,); own rows need a known label.
         own: whether the row is the user's past (else a candidate), shape (rows,).
+        taste: as in `evidence_tables`.
 
     Returns:
         The evidence table in the order given; row_id is -1 - position, also among neighbours.
@@ -91,6 +107,8 @@ def request_evidence(
     rows = _merged(WalkRows.from_log(log, query=False), extra)
     items = split.interactions.items
     table = walk(rows, retriever, items, snapshots.cuts, snapshots.fitted, "request evidence")
+    if taste is not None:
+        table = table.with_columns(taste_of_requests(rows, split, taste, block_rows, cache_dir))
     return table.sort("row_id", descending=True)
 
 
@@ -119,18 +137,14 @@ def evidence_folder(split: SplitInteractions, retriever: Retriever, block_rows: 
 
 def _write(split: SplitInteractions, retriever: Retriever, block_rows: int, folder: Path) -> None:
     """Compute the tables of all splits; keep the snapshots of test, which is what requests read."""
-    code = split.rows["split"].cast(pl.String).replace_strict({name: k for k, name in enumerate(SPLITS)})
-    monotone = reads_all_earlier(
-        split.rows["timestamp"].to_numpy(), code.to_numpy(), own_second=retriever.similar_every > 0
-    )
-    for k, name in reversed(list(enumerate(SPLITS))):
-        readable = split.rows.filter(code <= k)
-        if k == len(SPLITS) - 1 or not monotone:
-            table, snapshots = _table(split, readable, retriever, block_rows, name)
-            if k == len(SPLITS) - 1:
-                snapshots.save(folder / "snapshots.npz")
-        else:
-            table = table.filter(pl.col("row_id").is_in(readable["row_id"].implode()))
+
+    def make(readable: pl.DataFrame, name: str) -> pl.DataFrame:
+        table, snapshots = _table(split, readable, retriever, block_rows, name)
+        if name == SPLITS[-1]:
+            snapshots.save(folder / "snapshots.npz")
+        return table
+
+    for name, table in tables_by_split(split, make, own_second=retriever.similar_every > 0):
         table.write_parquet(folder / f"{name}.parquet")
 
 
@@ -142,19 +156,6 @@ def _table(
     snapshots = fit_snapshots(readable, retriever, log.users.height, log.items, cuts)
     rows = WalkRows.from_log(readable)
     return walk(rows, retriever, log.items, cuts, snapshots.fitted, f"evidence ({name})"), snapshots
-
-
-def reads_all_earlier(timestamp: NDArray[np.float64], split: IntArray, own_second: bool = False) -> bool:
-    """Whether no row has a row of a later split strictly before it: then all splits' evidence coincides.
-
-    Args:
-        timestamp: seconds, ascending, shape (rows,).
-        split: 0 train, 1 valid, 2 test, shape (rows,).
-        own_second: a row's own second counts too, as lists of what similar users liked read it.
-    """
-    latest_before = np.concatenate([[0], np.maximum.accumulate(split)])
-    side: Literal["left", "right"] = "right" if own_second else "left"
-    return bool(np.all(latest_before[np.searchsorted(timestamp, timestamp, side=side)] <= split))
 
 
 def _request_rows(

@@ -16,8 +16,8 @@ from project.retrieval import (
     evidence_tables,
     request_evidence,
 )
-from project.retrieval.evidence import reads_all_earlier
 from project.retrieval.neighbours import WalkRows, walk
+from project.retrieval.readable import reads_all_earlier
 from project.retrieval.snapshots import block_cuts, fit_snapshots
 
 SPLITS = ("train", "valid", "test")
