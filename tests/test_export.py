@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from project.counting import FEATURES
 from project.engine.loading import load_run
+from project.engine.weights import lay_out
 from project.errors import CheckpointError, DataError, NotCalibratedError
 from project.exits.calibration import Calibration
 from project.exits.criteria import Criterion
@@ -23,7 +24,7 @@ from project.exits.outputs import HeadOutputs
 from project.exits.plan import ExitPlan
 from project.exits.policies import Policy
 from project.exits.settings import all_criteria
-from project.export import export, exported_prior, from_json, load_exported, run_export, to_json
+from project.export import _save_trunk, export, exported_prior, from_json, load_exported, run_export, to_json
 from project.layout import Layout
 from project.model.lora import LoraSettings
 from project.model.module import ExitRecommender
@@ -37,6 +38,7 @@ LORA = {"rank": 4, "alpha": 64.0}  # loud, so that leaving it out would show
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "frozen embeddings": {"model.freeze_embeddings": True},
+    "residual": {"model.residual": True},
     "lora": {"model.lora": LORA, "model.optim": {"learning_rate": 0.01}},
 }
 
@@ -61,7 +63,8 @@ def original(folder: Path, model: Path, changes: dict[str, Any]) -> tuple[ExitRe
     """Module and plan of a run as the engine loads them, adapters beside the weights."""
     lora = LoraSettings(**LORA) if "model.lora" in changes else None
     frozen = "model.freeze_embeddings" in changes
-    module = ExitRecommender(str(model), [1, 2], lora=lora, freeze_embeddings=frozen)
+    residual = "model.residual" in changes
+    module = ExitRecommender(str(model), [1, 2], lora=lora, freeze_embeddings=frozen, residual=residual)
     plans = load_run(module, AutoTokenizer.from_pretrained(model), folder / "checkpoints" / "last.ckpt")
     return module.eval(), plans.plan
 
@@ -78,7 +81,8 @@ def test_round_trip(kind: str, run: Run, tiny_config: Config, tiny_model: Path, 
     folder, target = tmp_path / "runs" / "tiny" / "latest", tmp_path / "new" / "exported"
     run("export", folder, target)
     module, plan = original(folder, tiny_model, KINDS[kind])
-    trunk, heads, loaded_plan = load_exported(target)
+    trunk, heads, loaded_plan, residual = load_exported(target)
+    assert residual is module.residual
     tokens = torch.randint(0, 400, (2, 30), generator=torch.Generator().manual_seed(0))
     assert module.trunk is not None
     expected, found = (states(t, tokens, [1, 2]) for t in (module.trunk, trunk))
@@ -106,6 +110,18 @@ def test_round_trip(kind: str, run: Run, tiny_config: Config, tiny_model: Path, 
     for path in target.iterdir():
         assert str(tmp_path.parent).encode() not in path.read_bytes(), path
     assert {p.name for p in target.parent.iterdir()} == {"exported"}
+
+
+def test_a_module_that_an_engine_used(tiny_model: Path, tmp_path: Path) -> None:
+    """Weights that an engine laid out by input are written as they read: number for number."""
+    trunk = Trunk.from_pretrained(tiny_model, num_layers=2)
+    before = {name: value.clone() for name, value in trunk.state_dict().items()}
+    lay_out(trunk.layers)
+    assert not all(value.is_contiguous() for value in trunk.state_dict().values())
+    _save_trunk(trunk, tmp_path)
+    found = AutoModel.from_pretrained(tmp_path).state_dict()
+    for name, value in before.items():
+        assert torch.equal(found[name.replace("final_norm.", "norm.")], value), name
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from project.errors import DataError
 from project.exits.calibration import fit_calibration
 from project.exits.criteria import Criterion, FoldCriteria, safety_table
 from project.exits.outputs import HeadOutputs
-from project.exits.path import Path, pick_budget, threshold_path
+from project.exits.path import Path, drop_bounds, pick_budget, threshold_path
 from project.exits.plan import ExitPlan, Floats, raw_outputs
 from project.exits.policies import Policy
 from project.exits.settings import ExitSettings
@@ -130,7 +130,10 @@ class TuneFold:
             stream=self.settings.stream,
             asked=None if self.asked is None or paid is None else self.asked.with_safety(paid),
         )
-        step = pick_budget(path, self.settings.max_auc_drop, self.settings.max_cost)
+        bounds, doubt = None, self.settings.budget_doubt
+        if doubt < 0.5 and self.settings.max_auc_drop is not None:
+            bounds = drop_bounds(path, safety, self.outputs.logits, self.labels, self.users, doubt)
+        step = pick_budget(path, self.settings.max_auc_drop, self.settings.max_cost, bounds)
         return Curve(criterion, path, step)
 
     def _safety(self, criterion: Criterion, fresh: Criterion) -> tuple[Tensor, Tensor | None]:

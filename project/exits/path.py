@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from scipy.stats import norm
 from torch import Tensor
 
 from project.errors import ConfigError, DataError
 from project.exits.cost import Stream, row_tokens
+from project.exits.policies import leave
+from project.exits.risks import auc_gap
 from project.exits.search import (
     FAR_JUMPS,
     Bill,
@@ -170,7 +173,12 @@ def _check(safety: Tensor, labels: ArrayLike, layers: Sequence[int]) -> None:
         )
 
 
-def pick_budget(path: Path, max_auc_drop: float | None = None, max_cost: float | None = None) -> int:
+def pick_budget(
+    path: Path,
+    max_auc_drop: float | None = None,
+    max_cost: float | None = None,
+    bounds: Sequence[float] | None = None,
+) -> int:
     """Index of the step to use: the fastest that keeps the AUC, or the best that keeps the cost.
 
     Args:
@@ -179,6 +187,7 @@ def pick_budget(path: Path, max_auc_drop: float | None = None, max_cost: float |
             must both keep it. By labels alone the fastest step is the one with the luckiest labels.
         max_cost: Largest share of full depth's token-layers, in (0, 1]. With `max_auc_drop` too, the fastest step
             that keeps both; alone, the first step that costs no more, as AUC falls along the path.
+        bounds: Upper bound of each step's drop, see `drop_bounds`: it must keep `max_auc_drop` too.
 
     Raises:
         ConfigError: No budget, one out of range, or one that no step keeps.
@@ -197,7 +206,12 @@ def pick_budget(path: Path, max_auc_drop: float | None = None, max_cost: float |
         if (max_cost is None or step.cost <= max_cost)
         and (
             max_auc_drop is None
-            or max(step.auc_drop, path[0].expected_auc - step.expected_auc) <= max_auc_drop
+            or max(
+                step.auc_drop,
+                path[0].expected_auc - step.expected_auc,
+                -np.inf if bounds is None else bounds[i],
+            )
+            <= max_auc_drop
         )
     ]
     if not kept:
@@ -206,6 +220,30 @@ def pick_budget(path: Path, max_auc_drop: float | None = None, max_cost: float |
             f"{path[-1].cost:.3f} of full depth and drops {path[-1].auc_drop:.4f} of AUC; raise one of them"
         )
     return kept[0] if max_auc_drop is None else kept[-1]
+
+
+def drop_bounds(
+    path: Path, safety: Tensor, scores: Tensor, labels: ArrayLike, users: ArrayLike, doubt: float
+) -> list[float]:
+    """Upper bound of each step's AUC drop: estimate and so many standard errors, users as units (`auc_gap`).
+
+    It bounds one step. The fastest of many that keep a budget is still a little luckier than it will be.
+
+    Args:
+        path: From `threshold_path`.
+        safety: (n, K) that the path was made with.
+        scores: (n, K) calibrated logits.
+        labels: (n,) 0 or 1, both at least twice.
+        users: (n,).
+        doubt: Chance that a drop is above its bound, normal approximation.
+    """
+    rows, full, z = torch.arange(len(scores)), scores[:, -1], float(norm.ppf(1.0 - doubt))
+    bounds = []
+    for step in path.steps:
+        adaptive = scores[rows, leave(safety, step.thresholds)]
+        gap, error = auc_gap(adaptive.numpy(), full.numpy(), labels, users)
+        bounds.append(gap + z * error)
+    return bounds
 
 
 def _pruned(members: list[Member], judge: Judge, layers: Floats, as_budgets_do: bool = False) -> Path:

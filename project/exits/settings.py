@@ -31,6 +31,8 @@ class ExitSettings:
         prior: counting lets candidates leave before the first layer and enters every head's calibration; none does not.
         mode: budget takes the fastest step within the budget on `tune`; risk takes the last certified step.
         max_auc_drop: Budget: AUC on `tune` that may be lost against full depth.
+        budget_doubt: Budget: chance that the drop is above max_auc_drop after all, users of `tune` as a sample. 0.5
+            takes the estimate on `tune` as it is; less asks for an upper bound below the budget, and is slower.
         max_cost: Budget: share of full depth's token-layers that may be spent; None sets no limit.
         stream: Whether a request's history runs with it (cold) or is cached (warm): what a token costs.
         candidates: Candidates of the requests that thresholds are optimised for; 1 takes the labelled rows as they
@@ -44,6 +46,7 @@ class ExitSettings:
     prior: Prior = "counting"
     mode: Mode = "budget"
     max_auc_drop: float | None = 0.002
+    budget_doubt: float = 0.5
     max_cost: float | None = None
     stream: Stream = "cold"
     candidates: int = 1
@@ -61,6 +64,10 @@ class ExitSettings:
             )
         if self.max_auc_drop is not None and self.max_auc_drop < 0:
             raise ConfigError(f"exits.max_auc_drop is {self.max_auc_drop}; expected 0 or more, or null.")
+        if not 0 < self.budget_doubt <= 0.5:
+            raise ConfigError(
+                f"exits.budget_doubt is {self.budget_doubt}; expected a chance above 0 and at most 0.5."
+            )
         if self.max_cost is not None and not 0 < self.max_cost <= 1:
             raise ConfigError(f"exits.max_cost is {self.max_cost}; expected a share above 0 and at most 1.")
         for key, value in (("candidates", self.candidates), ("requests", self.requests)):
