@@ -52,13 +52,11 @@ class Exported(NamedTuple):
         trunk: Token embeddings and decoder layers.
         heads: `ExitHead` by layer, keys as text.
         plan: Calibration, criterion and thresholds. Where `plan.prior`, head 0 is `exported_prior(folder)`.
-        residual: Whether the logits of `exported_prior(folder)` are to be added to every head's.
     """
 
     trunk: Trunk
     heads: nn.ModuleDict
     plan: ExitPlan
-    residual: bool
 
 
 def run_export(arguments: Sequence[str]) -> Path:
@@ -105,7 +103,7 @@ def export(run: Path, folder: Path) -> Path:
     bundle = json.loads((run / "bundle" / "bundle.json").read_text(encoding="utf-8"))
     results = read_run(run)
     module, plan = _load(run, bundle)
-    policy = _policy(bundle, plan, module)
+    policy = _policy(bundle, plan, module.counting_prior())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         part = Path(scratch) / folder.name
@@ -147,8 +145,7 @@ def load_exported(folder: str | Path) -> Exported:
         {str(k): ExitHead(trunk.final_norm, direction, last=k == last) for k in policy["exit_layers"]}
     )
     heads.load_state_dict(load_file(Path(folder) / HEADS))
-    plan = ExitPlan.from_state(from_json(policy["plan"]))
-    return Exported(trunk.eval(), heads.eval(), plan, policy["residual"])
+    return Exported(trunk.eval(), heads.eval(), ExitPlan.from_state(from_json(policy["plan"])))
 
 
 def exported_prior(folder: str | Path) -> CountingPrior:
@@ -211,7 +208,6 @@ def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, ExitPl
         bundle["num_layers"],
         lora=LoraSettings(**lora) if lora else None,
         freeze_embeddings=settings.get("freeze_embeddings", False),
-        residual=settings.get("residual", False),
         answers=bundle["answers"],
     )
     tokenizer: Any = AutoTokenizer.from_pretrained(run / "bundle" / "tokenizer")
@@ -235,8 +231,7 @@ def _save_trunk(trunk: Trunk, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _policy(bundle: Mapping[str, Any], plan: ExitPlan, module: ExitRecommender) -> dict[str, Any]:
-    prior = module.counting_prior()
+def _policy(bundle: Mapping[str, Any], plan: ExitPlan, prior: CountingPrior) -> dict[str, Any]:
     weights = dict(zip(FEATURES, prior.weights.tolist(), strict=True))
     return {
         "schema_version": SCHEMA_VERSION,
@@ -245,7 +240,6 @@ def _policy(bundle: Mapping[str, Any], plan: ExitPlan, module: ExitRecommender) 
         "answers": bundle["answers"],
         "prompt": bundle["prompt"],
         "protocol": bundle["protocol"],
-        "residual": module.residual,
         "counting_prior": {"base": prior.base, "offset": prior.offset, "weights": weights},
         "plan": to_json(plan.state()),
     }

@@ -146,7 +146,7 @@ def raw_outputs(module: ExitRecommender, request: PreparedRequest) -> HeadOutput
     prior = torch.from_numpy(request.prior)[:, None]
     return HeadOutputs(
         (0, *EXITS),
-        torch.cat([prior, logits.double() + prior * module.residual], dim=1),
+        torch.cat([prior, logits.double()], dim=1),
         torch.from_numpy(request.evidence),
         torch.cat([torch.full_like(prior, torch.nan), drift.double()], dim=1),
     )

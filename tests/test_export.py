@@ -38,7 +38,6 @@ LORA = {"rank": 4, "alpha": 64.0}  # loud, so that leaving it out would show
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "frozen embeddings": {"model.freeze_embeddings": True},
-    "residual": {"model.residual": True},
     "lora": {"model.lora": LORA, "model.optim": {"learning_rate": 0.01}},
 }
 
@@ -63,8 +62,7 @@ def original(folder: Path, model: Path, changes: dict[str, Any]) -> tuple[ExitRe
     """Module and plan of a run as the engine loads them, adapters beside the weights."""
     lora = LoraSettings(**LORA) if "model.lora" in changes else None
     frozen = "model.freeze_embeddings" in changes
-    residual = "model.residual" in changes
-    module = ExitRecommender(str(model), [1, 2], lora=lora, freeze_embeddings=frozen, residual=residual)
+    module = ExitRecommender(str(model), [1, 2], lora=lora, freeze_embeddings=frozen)
     plans = load_run(module, AutoTokenizer.from_pretrained(model), folder / "checkpoints" / "last.ckpt")
     return module.eval(), plans.plan
 
@@ -81,8 +79,7 @@ def test_round_trip(kind: str, run: Run, tiny_config: Config, tiny_model: Path, 
     folder, target = tmp_path / "runs" / "tiny" / "latest", tmp_path / "new" / "exported"
     run("export", folder, target)
     module, plan = original(folder, tiny_model, KINDS[kind])
-    trunk, heads, loaded_plan, residual = load_exported(target)
-    assert residual is module.residual
+    trunk, heads, loaded_plan = load_exported(target)
     tokens = torch.randint(0, 400, (2, 30), generator=torch.Generator().manual_seed(0))
     assert module.trunk is not None
     expected, found = (states(t, tokens, [1, 2]) for t in (module.trunk, trunk))

@@ -1,8 +1,8 @@
 """The predict verb end to end: requests of known, unseen and anonymous users, of unseen items, as JSONL and Parquet.
 
 Unusual here: one tiny fit serves all tests; its model has large weights, so that what is read moves the score; its
-retriever is item_knn, whose neighbours are the user's own rows, its prompt tells their taste, and its heads add to exit
-0: a history that a request brings must then score as the same rows of the log do.
+retriever is item_knn, whose neighbours are the user's own rows, and its prompt tells their taste: a history that a
+request brings must then score as the same rows of the log do.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ def fitted(
     config = tiny_settings(tiny_logs, sharp_model, folder, name="")
     config["data"] |= {"context_tokens": 256, "batch_tokens": 1024, "taste": {"dim": 2}}
     config["data"]["prompt"] = {"segment": "{title} ({year}) all {item_rate} near {vote} taste {taste}:"}
-    config["model"]["residual"] = True
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROJECT_CACHE", str(session_cache))

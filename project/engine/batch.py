@@ -51,7 +51,7 @@ class EngineBatch:
         self.owner = self._upload(self.request)
         self.index = self._upload(self.alive)
         evidence = self._upload(np.concatenate([r.evidence for r in requests]))
-        self.prior = prior = self._upload(np.concatenate([r.prior for r in requests]))[:, None]
+        prior = self._upload(np.concatenate([r.prior for r in requests]))[:, None]
         first = prior if parts.decision.layers[0] == 0 else prior[:, :0]
         self.logits, self.drift, self.evidence = first, torch.full_like(first, torch.nan), evidence
         self.emitted = torch.full_like(prior[:, 0], torch.nan)
@@ -152,7 +152,7 @@ class EngineBatch:
         self.alive = self.alive[stays]
         if not stays.all() and len(self.alive):
             kept = self._upload(np.flatnonzero(stays))
-            names = "owner", "index", "prior", "logits", "drift", "evidence"
+            names = "owner", "index", "logits", "drift", "evidence"
             for name in names:
                 setattr(self, name, getattr(self, name).index_select(0, kept))
         return stays
@@ -160,8 +160,7 @@ class EngineBatch:
     def _speak(self, layer: int, answers: Tensor) -> None:
         """The head of a layer on answer positions (m, H): one more column of logits and drift."""
         said = self.parts.heads[str(layer)](answers)
-        logits = said.logits.double()[:, None] + (self.prior if self.parts.residual else 0.0)
-        self.logits = torch.cat([self.logits, logits], dim=1)
+        self.logits = torch.cat([self.logits, said.logits.double()[:, None]], dim=1)
         drift = said.drift.sigmoid().double()
         if layer == max(int(k) for k in self.parts.heads):  # the last word expects no drift
             drift = torch.full_like(drift, torch.nan)

@@ -66,7 +66,7 @@ class Engine:
             open_heads = [h for h, k in enumerate(decision.layers) if k > 0 and decision.known(h) is None]
             read_tokens = tokens_worth_reading(module.trunk) if open_heads else 0
         trunk, heads = module.trunk.eval(), module.heads.eval()
-        self._parts = Parts(trunk, heads, decision, cache, RotaryTable(trunk), read_tokens, module.residual)
+        self._parts = Parts(trunk, heads, decision, cache, RotaryTable(trunk), read_tokens)
         self._vocabulary = module.trunk.embed_tokens.weight.shape[0]
 
     @torch.inference_mode()

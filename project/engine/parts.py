@@ -24,7 +24,6 @@ class Parts:
         cache: Users' streams; None: every stream runs anew.
         rotary: Of the trunk.
         read_tokens: Tokens of a row from which the layer of an exit is read before it runs whole.
-        residual: Whether heads add to exit 0's logit.
     """
 
     trunk: Trunk
@@ -33,7 +32,6 @@ class Parts:
     cache: StreamCache | None
     rotary: RotaryTable
     read_tokens: float
-    residual: bool
 
     @property
     def device(self) -> torch.device:

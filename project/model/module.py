@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
 import polars
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -53,7 +52,6 @@ class ExitRecommender(ExitBuffers):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         layer_dropout: Chance of the last layer to be left out in a training step; 0: none ever is. Falls to 0 at the
             first layer (LayerSkip), so that shallow heads do not count on what deep layers correct.
-        residual: Heads add to exit 0's logit, so the LLM learns what counting does not know, and starts at nothing.
         answers: Texts of the answers dislike and like; set by data.prompt.answers.
     """
 
@@ -68,7 +66,6 @@ class ExitRecommender(ExitBuffers):
         freeze_embeddings: bool = False,
         gradient_checkpointing: bool = False,
         layer_dropout: float = 0.0,
-        residual: bool = False,
         answers: list[str] | None = None,
     ) -> None:
         super().__init__(heads=1 + len(exit_layers))
@@ -83,15 +80,13 @@ class ExitRecommender(ExitBuffers):
                 "exit beyond the trunk cannot be reached, and layers beyond the last exit would never be trained."
             )
         self.save_hyperparameters(
-            {"backbone": backbone, "exit_layers": exit_layers, "num_layers": num_layers, "residual": residual}
+            {"backbone": backbone, "exit_layers": exit_layers, "num_layers": num_layers}
         )
         self.backbone, self.exit_layers, self.depth = backbone, exit_layers, depth
         self.loss, self.optim = loss, optim
         self.lora, self.freeze_embeddings = lora, freeze_embeddings
         check_layer_dropout(layer_dropout)
         self.gradient_checkpointing, self.layer_dropout = gradient_checkpointing, layer_dropout
-        self.residual = residual
-        self._known = dict[str, Tensor]()
         self.answers = answers or [" no", " yes"]
         self.trunk: Trunk | None = None
         self.heads = nn.ModuleDict()
@@ -127,7 +122,7 @@ class ExitRecommender(ExitBuffers):
             tokenizer: Resolves the answers' tokens.
         """
         no, yes = answer_tokens(tokenizer, self.answers)
-        direction = trunk.answer_direction(yes, no) * (not self.residual)
+        direction = trunk.answer_direction(yes, no)
         for layer in self.exit_layers:
             self.heads[str(layer)] = ExitHead(trunk.final_norm, direction, last=layer == self.depth)
         trunk.gradient_checkpointing = self.gradient_checkpointing
@@ -143,32 +138,6 @@ class ExitRecommender(ExitBuffers):
         targets = self.data.targets("train")
         prior = CountingPrior.fit(self.data.evidence_of(targets), targets["label"].to_numpy())
         self.prior.copy_(torch.from_numpy(prior.to_array()))
-        self._known.clear()
-
-    def on_validation_start(self) -> None:
-        """Exit 0 may be another one than last time."""
-        self._known.clear()
-
-    on_test_start = on_predict_start = on_validation_start
-
-    def with_prior(self, logits: Tensor, split: str, rows: Tensor) -> Tensor:
-        """What heads say, with exit 0's logit added where they are residual.
-
-        Args:
-            logits: (n, K) of the heads.
-            split: Whose evidence the rows read: train, valid, test or predict.
-            rows: (n,) row ids; for predict indices of candidates.
-        """
-        if not self.residual:
-            return logits
-        if split not in self._known:
-            table = self.data.candidate_evidence if split == "predict" else self.data.evidence[split]
-            assert table is not None
-            index = np.arange(len(table)) if split == "predict" else table["row_id"].to_numpy()
-            known = np.full(int(index.max(initial=-1)) + 1, np.nan, dtype=np.float32)
-            known[index] = self.counting_prior().logits(table)
-            self._known[split] = torch.from_numpy(known).to(logits.device)
-        return logits + self._known[split][rows][:, None]
 
     def forward(self, batch: Batch, skipped: frozenset[int] = frozenset()) -> HeadOutput:
         """Logits and drift of every exit.
@@ -200,7 +169,6 @@ class ExitRecommender(ExitBuffers):
             epoch = self.trainer.current_epoch
             skipped = skipped_layers(self.layer_dropout, self.depth, self.data.seed, epoch, batch_idx)
         logits, drift = self(batch, skipped)
-        logits = self.with_prior(logits, "train", batch.row_id)
         targets = torch.tensor(float(len(batch.label)), device=self.device)
         world = self.trainer.world_size
         if world > 1:
@@ -223,22 +191,21 @@ class ExitRecommender(ExitBuffers):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect scores."""
-        self._collect(batch, "valid")
+        self._collect(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect scores."""
-        self._collect(batch, "test")
+        self._collect(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Collect scores; they are written when all requests are done."""
-        return self._collect(batch, "predict")
+        return self._collect(batch)
 
-    def _collect(self, batch: Batch, split: str) -> Tensor:
+    def _collect(self, batch: Batch) -> Tensor:
         output: HeadOutput = self(batch)
-        logits = self.with_prior(output.logits, split, batch.row_id)
-        values = torch.cat([logits, output.drift[:, :-1].sigmoid()], dim=1)
+        values = torch.cat([output.logits, output.drift[:, :-1].sigmoid()], dim=1)
         self.collector.update(batch.row_id, batch.target_tokens, batch.stream_tokens, values)
-        return logits
+        return output.logits
 
     def on_validation_epoch_end(self) -> None:
         """Log every head on the `select` fold; choose the exit on `tune`."""
@@ -323,8 +290,7 @@ class ExitRecommender(ExitBuffers):
             checkpoint: A loaded checkpoint.
         """
         saved = checkpoint.get("hyper_parameters", {})
-        wanted = {"exit_layers": self.exit_layers, "backbone": self.backbone, "residual": self.residual}
-        for key, mine in wanted.items():
+        for key, mine in (("exit_layers", self.exit_layers), ("backbone", self.backbone)):
             if saved.get(key) != mine:
                 raise CheckpointError(
                     f"the checkpoint was trained with model.{key} = {saved.get(key)}, the configuration says {mine}. "

@@ -7,7 +7,6 @@ policy are all compared with code that knows nothing of the engine.
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -70,22 +69,6 @@ def test_engine_does_what_the_simulation_says(
     everyone = [(i, np.arange(len(r))) for i, r in enumerate(world.requests)]
     assert check(plan, world, everyone, scores) <= 1
     assert len(np.unique(np.concatenate([r.exit_layers for r in scores.requests]))) >= 3
-
-
-@pytest.mark.parametrize("prior", [True, False], ids=["exit_0", "no_prior"])
-def test_residual_heads_add_to_exit_0(world: World, prior: bool) -> None:
-    """Every head's logit is what it said before plus exit 0's, before calibration, whoever has left by then."""
-    module = copy(world.module)
-    module.residual = True
-    with torch.no_grad():
-        one_by_one = [raw_outputs(module, r) for r in world.requests[:4]]
-    for request, before, after in zip(world.requests, world.outputs, one_by_one, strict=False):
-        added = torch.from_numpy(request.prior)[:, None].expand(-1, len(EXITS))
-        torch.testing.assert_close(after.logits[:, 1:] - before.logits[:, 1:], added, atol=1e-5, rtol=0)
-    adding = World(module, world.requests[:4], one_by_one)
-    plan = adding.plan(Ratio(), 0.4, prior)
-    scores = Engine(module, RowExits(plan)).score(adding.requests)
-    assert check(plan, adding, [(i, np.arange(len(r))) for i, r in enumerate(adding.requests)], scores) <= 1
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

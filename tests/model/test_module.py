@@ -98,20 +98,6 @@ def test_packed_equals_alone(make: Make, streams: Streams) -> None:
     assert packed.std(dim=0).min() > 0.1  # the weights tell prompts apart: equality says something
 
 
-def test_residual_heads_start_at_exit_0(make: Make, tiny_config: Callable[..., Any]) -> None:
-    """Before training every head adds nothing: with exit 0 -0.5, 0, 2 of rows 7, 3, 4 they say just that."""
-    module = make(residual=True)
-    assert all(head.linear.weight.abs().max() == 0 for head in module.heads.values())  # type: ignore[union-attr]
-    module._known["valid"] = torch.tensor(
-        [torch.nan, torch.nan, torch.nan, 0.0, 2.0, torch.nan, torch.nan, -0.5]
-    )
-    said = module.with_prior(torch.zeros(3, 2), "valid", torch.tensor([7, 3, 4]))
-    torch.testing.assert_close(said, torch.tensor([[-0.5, -0.5], [0.0, 0.0], [2.0, 2.0]]))
-    assert torch.equal(
-        make().with_prior(said, "valid", torch.tensor([0, 1, 2])), said
-    )  # not residual: as it is
-
-
 def test_the_unseen_changes_nothing(make: Make, streams: Streams) -> None:
     """Other users' tokens, tied rows, later rows and the own answer can all change: the target's logits do not."""
     module = make()
