@@ -1,8 +1,10 @@
 """Intervals by resampling users: rows of one user are alike, so rows resampled alone would look too certain.
 
-Unusual here: a `UserBootstrap` reuses its draws, so differences of scores on the same rows are paired.
+Unusual here: a `UserBootstrap` reuses its draws, so differences of scores on the same rows are paired; and it remembers
+the AUCs of scores it has seen, so that one floor is resampled once, whatever the number of heads it is compared with.
 """
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ class UserBootstrap:
         drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=draws)
         # (draws, users): how often each user was drawn
         self._times = drawn[:, : found.size].astype(np.float32)
+        self._known: dict[bytes, Floats] = {}  # digest of scores and labels -> their AUC in every draw
 
     def auc_interval(self, scores: ArrayLike, labels: ArrayLike, level: float = 0.95) -> list[float] | None:
         """[low, high] of the AUC, None where it is undefined; draws with one class are left out.
@@ -91,10 +94,17 @@ class UserBootstrap:
         """Shape (draws,): AUC with rows weighing as often as their user was drawn, NaN where undefined."""
         values, positive = checked(scores, labels)
         self._same_rows(values)
-        pairs = Pairs(values, positive)
-        step = max(1, CHUNK_ELEMENTS // max(values.size, 1))
-        starts = range(0, self._times.shape[0], step)
-        return np.concatenate([pairs.weighted_auc(self._times[i : i + step][:, self._user]) for i in starts])
+        digest = hashlib.sha256(values.tobytes() + positive.tobytes()).digest()
+        if digest not in self._known:
+            pairs = Pairs(values, positive)
+            step = max(1, CHUNK_ELEMENTS // max(values.size, 1))
+            self._known[digest] = np.concatenate(
+                [
+                    pairs.weighted_auc(self._times[i : i + step][:, self._user])
+                    for i in range(0, self._times.shape[0], step)
+                ]
+            )
+        return self._known[digest]
 
     def _same_rows(self, values: Floats) -> None:
         if values.size != self._user.size:

@@ -21,8 +21,10 @@ from project.callbacks.exit_plots import ExitPlots
 from project.callbacks.results import ResultFiles
 from project.callbacks.run_bundle import RunBundle
 from project.callbacks.run_folder import run_folder
+from project.callbacks.trunk_weights import TrunkWeights
 from project.callbacks.wandb_artifacts import WandbArtifacts
 from project.data.datamodule import InteractionData
+from project.engine.trunk_weights import Weights
 from project.errors import CheckpointError, ConfigError
 from project.model.module import ExitRecommender
 from project.ranking.settings import RankSettings
@@ -121,7 +123,7 @@ class ProjectTrainer(Trainer):
         verbose: bool = True,
         datamodule: InteractionData | None = None,
         weights_only: bool | None = None,
-        int8: bool = False,
+        weights: Weights | None = None,
     ) -> Any:
         """Score the test split, every head and the exit plan, beside the floors.
 
@@ -132,15 +134,14 @@ class ProjectTrainer(Trainer):
             verbose: Not used: the table says it all.
             datamodule: Logs and protocol.
             weights_only: Not used.
-            int8: Round the trunk's weights to int8 first (on a CPU); results get the tag int8 where they have none.
+            weights: Convert the trunk's weights to this type first (int8 on a CPU only), whatever trainer.precision is;
+                results get it as their tag where they have none. Default: score with the run's own.
         """
-        if int8:
-            from project.callbacks.int8_trunk import Int8Trunk
-
+        if weights is not None:
             callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
             results = next(c for c in callbacks if isinstance(c, ResultFiles))
-            results.tag = results.tag or "int8"
-            callbacks.append(Int8Trunk())
+            results.tag = results.tag or weights
+            callbacks.append(TrunkWeights(weights))
         return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only=weights_only)
 
     def predict(  # type: ignore[override]  # Lightning's, with a choice of engine
@@ -152,7 +153,7 @@ class ProjectTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
         engine: Literal["packed", "early_exit"] = "packed",
-        int8: bool = False,
+        weights: Weights | None = None,
     ) -> Any:
         """Score the requests of data.requests.
 
@@ -165,12 +166,13 @@ class ProjectTrainer(Trainer):
             weights_only: Not used.
             engine: packed runs every candidate through all layers and writes every head's score; early_exit lets
                 candidates leave where the run's exit plan says so and writes the score they left with.
-            int8: Round the trunk's weights to int8 first; for engine early_exit on a CPU.
+            weights: Convert the trunk's weights to this type first (int8 on a CPU only); for engine early_exit.
+                Default: score with the run's own.
         """
         if engine == "packed":
-            if int8:
+            if weights is not None:
                 raise ConfigError(
-                    "predict --int8 true was asked of --engine packed; add --engine early_exit."
+                    f"predict --weights {weights} was asked of --engine packed; add --engine early_exit."
                 )
             return super().predict(
                 model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only=weights_only
@@ -179,7 +181,7 @@ class ProjectTrainer(Trainer):
 
         assert model is not None
         assert datamodule is not None
-        run_early_exit(self, model, datamodule, ckpt_path, int8)
+        run_early_exit(self, model, datamodule, ckpt_path, weights)
         return None
 
     def rank(

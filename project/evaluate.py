@@ -1,21 +1,26 @@
 """From a score table to the numbers of a result file: per exit, beside the best floor, with intervals.
 
 The exit and the floor that are compared are both chosen on the `tune` fold of validation, never on the split that is
-reported.
+reported. Every exit is compared, not the chosen one alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
+from project.against_floor import AgainstFloor
 from project.artefacts import exit_layers_of
 from project.bootstrap import UserBootstrap
 from project.data.splits import SplitInteractions
-from project.floors import Floor, best_floor, floor_difference, floor_rows
+from project.floors import Floor, best_floor, floor_rows
 from project.metrics import auc, head_metrics
+
+Floats = NDArray[np.float64]
 
 DRAWS = 1000  # resamples of users behind every interval
 
@@ -68,33 +73,60 @@ def comparison(
     Args:
         scores: A score table that holds the reported split.
         split: The interactions it is about.
-        floors: Fitted floors.
+        floors: Fitted floors, and kept ones.
         reported: valid or test. Of validation the tune fold is shown; the certify fold is for certificates alone.
         chosen_exit: The exit to compare with the best floor, see `choose_exit`.
 
     Returns:
-        `exits`, `chosen_exit`, `floors`, `best_floor`, and `floor_difference`: the chosen exit minus the best floor
-        and minus `lr_rates`, each with its interval (paired, users resampled).
+        `exits`, each minus the best floor under `floor_difference` (see `AgainstFloor.difference`), `chosen_exit`,
+        `floors`, `best_floor`, and `floor_difference`, that of the chosen exit; `floor_differences` has it and the
+        one to `lr_rates`. All paired, users resampled.
     """
     fold = "tune" if reported == "valid" else None
-    shown = [f for f in floor_rows(floors, split.rows) if f["split"] == reported and f.get("fold") == fold]
     best = best_floor(floors, split.rows)
+    exits = exit_rows(scores, reported, fold)
     result: dict[str, Any] = {
-        "exits": exit_rows(scores, reported, fold),
+        "exits": exits,
         "chosen_exit": chosen_exit,
-        "floors": shown,
+        "floors": floor_rows(floors, split.rows, parts=[(reported, fold)]),
         "best_floor": best.name if best else None,
     }
-    if chosen_exit is not None and best is not None:
-        part = part_of(scores, reported, fold)
-        logits = part[f"logit_{chosen_exit}"].to_numpy().astype(np.float64)
-        rivals = [best, *(f for f in floors if f.name == "lr_rates" and f is not best)]
-        differences = [
-            {"layer": chosen_exit} | floor_difference(f, part["row_id"].to_numpy(), logits, split.rows)
-            for f in rivals
-        ]
+    if best is None:
+        return result
+    part = part_of(scores, reported, fold)
+    logits = {row["layer"]: part[f"logit_{row['layer']}"].to_numpy().astype(np.float64) for row in exits}
+    rivals = [best, *(f for f in floors if f.name == "lr_rates" and f is not best)]
+    against = [AgainstFloor(rival, part["row_id"].to_numpy(), split.rows, DRAWS) for rival in rivals]
+    for row in exits:
+        row["floor_difference"] = against[0].difference(logits[row["layer"]])
+    if chosen_exit is not None:
+        differences = [{"layer": chosen_exit} | a.difference(logits[chosen_exit]) for a in against]
         result |= {"floor_difference": differences[0], "floor_differences": differences}
     return result
+
+
+def prior_rows(heads: Mapping[str, Floats], against: AgainstFloor) -> dict[str, Any]:
+    """One exit with counting in its calibration and without: what the exit itself adds, and what counting adds to it.
+
+    Args:
+        heads: Prior (counting, none) -> (n,) calibrated logits of the exit, on the rows of `against`.
+        against: The best floor on these rows.
+
+    Returns:
+        By prior the metrics, `auc_interval` and `floor_difference`; where there are both, `difference`, counting minus
+        none: {`value`, `interval`, `log_loss` {`value`, `interval`}}.
+    """
+    draws, labels = against.bootstrap, against.labels
+    found: dict[str, Any] = {
+        prior: head_metrics(logits, labels, against.users)
+        | {"auc_interval": draws.auc_interval(logits, labels), "floor_difference": against.difference(logits)}
+        for prior, logits in heads.items()
+    }
+    if {"counting", "none"} <= heads.keys():
+        pair = heads["counting"], heads["none"]
+        found["difference"] = draws.difference_interval(*pair, labels)
+        found["difference"]["log_loss"] = draws.log_loss_difference_interval(*pair, labels)
+    return found
 
 
 def part_of(scores: pl.DataFrame, split: str, fold: str | None) -> pl.DataFrame:

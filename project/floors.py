@@ -1,8 +1,9 @@
 """What counting can do: the scores any recommender must beat before its own number means anything.
 
 Unusual here: floors read the prompt's own as-of evidence table (strictly earlier rows only), so none leaks;
-every floor emits logits, so it is judged on log loss and calibration too; six are always made, also where
-the evidence has no neighbours (the vote is then one constant, AUC .5), and mf_fold_in where it has a taste.
+every floor emits logits, so it is judged on log loss and calibration too, as it is and after an offset and a
+slope; six are always made, also where the evidence has no neighbours (the vote is then one constant, AUC .5),
+and mf_fold_in where it has a taste.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 from project.bootstrap import UserBootstrap
 from project.counting import FEATURES, CountingPrior, counting_features, logistic_regression
 from project.errors import DataError
+from project.floor_calibration import FloorCalibration
 from project.metrics import auc, head_metrics
 
 Floats = NDArray[np.float64]
+Part = tuple[str, str | None]  # a split, and one of valid's folds or None for the whole
 
 RATE_FEATURES = FEATURES[:4]
 SINGLE_FEATURE = {
@@ -55,6 +58,11 @@ class Floor:
             )
         return found.to_numpy().astype(np.float64)
 
+    def calibration(self, rows: pl.DataFrame) -> FloorCalibration | None:
+        """Offset and slope by the targets of valid's fold `select`; None where a class is missing there."""
+        select = targets_of(rows, "valid", "select")
+        return FloorCalibration.fit(self.logits(select["row_id"]), select["label"].to_numpy())
+
 
 def fit_floors(
     rows: pl.DataFrame,
@@ -84,37 +92,47 @@ def fit_floors(
 
 
 def floor_rows(
-    floors: Sequence[Floor], rows: pl.DataFrame, draws: int = 1000, seed: int = 0
+    floors: Sequence[Floor],
+    rows: pl.DataFrame,
+    draws: int = 1000,
+    seed: int = 0,
+    parts: Sequence[Part] | None = None,
 ) -> list[dict[str, Any]]:
-    """The `floors` list of a result file: one entry per floor and split, and per comparable fold of valid.
-
-    The certify fold gets no entry of its own: it is for certificates only.
+    """The `floors` list of a result file: one entry per floor and part.
 
     Args:
         floors: From `fit_floors`.
         rows: The same rows.
         draws: Resamples of users behind `auc_interval`.
         seed: Seed of the resampling.
+        parts: Splits and folds of valid; None: every scored split, then valid's folds select and tune (the certify
+            fold gets no entry of its own: it is for certificates only).
+
+    Returns:
+        Metrics of the logits, and of the calibrated ones under `calibrated` where that was fitted on other rows.
     """
-    parts: list[tuple[str, str | None]] = [
-        (split, None) for split in floors[0].scores["split"].unique(maintain_order=True)
-    ]
-    parts += [("valid", fold) for fold in ("select", "tune") if ("valid", None) in parts]
+    calibrations = [floor.calibration(rows) for floor in floors]
     found = []
-    for split, fold in parts:
+    for split, fold in _comparable(floors) if parts is None else parts:
         part = targets_of(rows, split, fold)
         labels, users = part["label"].to_numpy(), part["user"].to_numpy()
         bootstrap = UserBootstrap(users, draws, seed)
-        for floor in floors:
+        for floor, calibration in zip(floors, calibrations, strict=True):
             logits = floor.logits(part["row_id"])
-            found.append(
-                {"name": floor.name, "split": split}
-                | ({"fold": fold} if fold else {})
-                | head_metrics(logits, labels, users)
-                | {"auc_interval": bootstrap.auc_interval(logits, labels)}
-                | ({"chosen": dict(floor.chosen)} if floor.chosen else {})
-            )
+            row: dict[str, Any] = {"name": floor.name, "split": split} | ({"fold": fold} if fold else {})
+            row |= head_metrics(logits, labels, users)
+            row["auc_interval"] = bootstrap.auc_interval(logits, labels)
+            if calibration is not None and fold != "select":
+                row["calibrated"] = calibration.judged(logits, labels)
+            found.append(row | ({"chosen": dict(floor.chosen)} if floor.chosen else {}))
     return found
+
+
+def _comparable(floors: Sequence[Floor]) -> list[Part]:
+    splits = floors[0].scores["split"].unique(maintain_order=True).to_list()
+    return [(split, None) for split in splits] + [
+        ("valid", fold) for fold in ("select", "tune") if "valid" in splits
+    ]
 
 
 def best_floor(floors: Sequence[Floor], rows: pl.DataFrame) -> Floor | None:
@@ -124,26 +142,6 @@ def best_floor(floors: Sequence[Floor], rows: pl.DataFrame) -> Floor | None:
     scored = [(auc(floor.logits(tune["row_id"]), labels), floor) for floor in floors]
     defined = [(value, floor) for value, floor in scored if value is not None]
     return max(defined, key=lambda pair: pair[0])[1] if defined else None
-
-
-def floor_difference(
-    floor: Floor, row_ids: ArrayLike, logits: ArrayLike, rows: pl.DataFrame, draws: int = 1000, seed: int = 0
-) -> dict[str, Any]:
-    """AUC of a head minus AUC of a floor on the same rows: {`floor`, `value`, `interval`}, users resampled.
-
-    Args:
-        floor: Usually the best floor.
-        row_ids: Shape (n,), the rows the head scored.
-        logits: Shape (n,), the head's logits.
-        rows: Rows of the split (row_id, user, label).
-        draws: Resamples of users.
-        seed: Seed of the resampling.
-    """
-    wanted = pl.DataFrame({"row_id": np.asarray(row_ids, dtype=np.int64)})
-    part = wanted.join(rows.select("row_id", "user", "label"), on="row_id", how="left", maintain_order="left")
-    bootstrap = UserBootstrap(part["user"].to_numpy(), draws, seed)
-    difference = bootstrap.difference_interval(logits, floor.logits(row_ids), part["label"].to_numpy())
-    return {"floor": floor.name} | difference
 
 
 def targets_of(rows: pl.DataFrame, split: str, fold: str | None = None) -> pl.DataFrame:

@@ -14,7 +14,7 @@ from project.artefacts import own_version
 from project.data.sources import SOURCES
 from project.report import words
 from project.report.run import Run
-from project.report.tables import scores_table
+from project.report.scores import scores_table
 from project.tables import protocol_line
 
 LOADING = """\

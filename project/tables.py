@@ -11,10 +11,13 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from project.peers import PEERS
+
 Result = Mapping[str, Any]
 
 UNDEFINED = "undefined"
 HEADER = ("scores", "AUC", "95 % interval", "log loss", "Brier", "ECE", "user-AUC", "n")
+MINUS, CALIBRATED = "minus best floor", "calibrated log loss"  # shown where a row has them
 STAGE_HEADER = ("stage", "seconds", "share")
 REPORTED_SPLIT = {"test": "test", "validate": "valid", "fit": "valid"}
 REPORTED_FOLD = {
@@ -30,7 +33,7 @@ def render_exits(result: Result, split: str | None = None) -> str:
         result: A result file of `fit`, `validate`, `test` or `floors`; only `protocol` must be there.
         split: Which rows; None takes test for `test`, the tune fold of valid for `validate` and `fit`, else all.
     """
-    lines = [markdown_table(HEADER, _score_rows(result, split))]
+    lines = [markdown_table(*_scores(result, split, (MINUS, CALIBRATED)))]
     lines += [
         line for line in (*difference_lines(result), adaptive_line(result), protocol_line(result)) if line
     ]
@@ -38,10 +41,16 @@ def render_exits(result: Result, split: str | None = None) -> str:
 
 
 def exits_table(result: Result, split: str | None = None) -> Table:
-    """The table of `render_exits` for a terminal, difference and protocol below it. Arguments as there."""
-    lines = (*difference_lines(result), adaptive_line(result), protocol_line(result))
+    """The table of `render_exits` for a terminal, differences and protocol below it. Arguments as there.
+
+    120 columns hold one more: the difference to the best floor, without its interval, or else the calibrated log loss.
+    """
+    lines = (*difference_lines(result), adaptive_line(result), kept_line(result), protocol_line(result))
     caption = "\n".join(line for line in lines if line)
-    return _terminal(HEADER, _score_rows(result, split), caption)
+    more = MINUS if any("floor_difference" in row for row in result.get("exits", [])) else CALIBRATED
+    header, rows = _scores(result, split, (more,), intervals=False)
+    broken = [title if title in HEADER else title.replace(" ", "\n", 1) for title in header]
+    return _terminal(broken, rows, caption)
 
 
 def render_stage_seconds(result: Result) -> str:
@@ -68,15 +77,28 @@ def difference_line(difference: Result, best: bool = True) -> str:
     """One of `difference_lines`.
 
     Args:
-        difference: {`layer`, `floor`, `value`, `interval`}.
+        difference: {`layer`, `floor`, `value`, `interval`, maybe `log_loss` {`value`, `interval`}}.
         best: Whether the floor is the best one.
     """
     kind = "best floor" if best else "floor"
     subject = f"LLM exit {difference['layer']} minus {kind} ({difference['floor']})"
     if difference["value"] is None:
         return f"{subject}: {UNDEFINED}"
-    value, low_high = number(difference["value"], signed=True), interval(difference["interval"], signed=True)
-    return f"{subject}: AUC {value} {low_high} (paired, users resampled)"
+    less = difference.get("log_loss")
+    log_loss = f", log loss {difference_cell(less)}" if less else ""
+    return f"{subject}: AUC {difference_cell(difference)}{log_loss} (paired, users resampled)"
+
+
+def kept_line(result: Result) -> str:
+    """Which floors the verb `floors` had made before, and the command that makes more where networks lack."""
+    if "kept_floors" not in result:
+        return ""
+    kept = result["kept_floors"]
+    said = f"Floors kept from before: {', '.join(kept)}." if kept else "No floors kept from before."
+    if PEERS.keys() <= set(kept):
+        return said
+    config = f" --config {result['config']}" if result.get("config") else ""
+    return f"{said} `python -m project floors{config} --peers true` adds more."
 
 
 def adaptive_line(result: Result) -> str:
@@ -88,12 +110,16 @@ def adaptive_line(result: Result) -> str:
         f"{number(adaptive['auc_drop'], signed=True)} {interval(adaptive['auc_drop_interval'], signed=True)}"
     )
     saved, rival = adaptive["token_layer_speedup"], adaptive["speedup_over_rival"]["value"]
+    cost = (
+        f"token-layer speed-up {times(saved)}, over the static exit {adaptive['rival']['layer']} {times(rival)}"
+        if adaptive["mean_depth"] > 0
+        else "no layer runs: everyone leaves at counting"
+    )
     passed = result.get("certificate", {}).get("passed")
     said = {True: "; certificate passed", False: "; certificate not passed"}.get(passed, "")
     return (
         f"Early exit by {adaptive['criterion']}: AUC {number(adaptive['auc'])}, drop {drop}, mean depth "
-        f"{adaptive['mean_depth']:.2f}, token-layer speed-up {times(saved)}, over the static exit "
-        f"{adaptive['rival']['layer']} {times(rival)}{said}"
+        f"{adaptive['mean_depth']:.2f}, {cost}{said}"
     )
 
 
@@ -120,6 +146,12 @@ def number(value: float | None, digits: int = 4, signed: bool = False) -> str:
     return sign + (digits_only[1:] if digits_only.startswith("0.") else digits_only)
 
 
+def difference_cell(difference: Result) -> str:
+    """A difference with its interval, +.0110 [-.0020, +.0200]."""
+    value, bounds = difference["value"], difference["interval"]
+    return UNDEFINED if value is None else f"{number(value, signed=True)} {interval(bounds, signed=True)}"
+
+
 def interval(bounds: Sequence[float] | None, digits: int = 4, signed: bool = False) -> str:
     """[.7156, .7627], or "undefined"."""
     if bounds is None:
@@ -127,16 +159,36 @@ def interval(bounds: Sequence[float] | None, digits: int = 4, signed: bool = Fal
     return "[" + ", ".join(number(bound, digits, signed) for bound in bounds) + "]"
 
 
-def _score_rows(result: Result, split: str | None) -> list[list[str]]:
+def _scores(
+    result: Result, split: str | None, more: Sequence[str], intervals: bool = True
+) -> tuple[list[str], list[list[str]]]:
+    """Header and cells, with those columns of `more` that there is something to say in."""
     wanted = split or REPORTED_SPLIT.get(result.get("verb", ""))
     fold = None if split else REPORTED_FOLD.get(result.get("verb", ""))
     heads, floors = (
         [row for row in result.get(key, []) if row.get("fold") == fold and wanted in (None, row["split"])]
         for key in ("exits", "floors")
     )
-    return [_cells(_head_name(row, result), row, wanted) for row in heads] + [
-        _cells(_floor_name(row, result), row, wanted) for row in floors
-    ]
+    cells = [_cells(_head_name(row, result), row, wanted) for row in heads]
+    cells += [_cells(_floor_name(row, result), row, wanted) for row in floors]
+    # a result from before floors were calibrated has only exits to say it of
+    here = {
+        MINUS: any("floor_difference" in r for r in heads),
+        CALIBRATED: any("calibrated" in r for r in floors),
+    }
+    known = [name for name in more if here[name]]
+    for line, row in zip(cells, (*heads, *floors), strict=True):
+        line += [_more_cell(name, row, intervals) for name in known]
+    return [*HEADER, *known], cells
+
+
+def _more_cell(name: str, row: Result, intervals: bool) -> str:
+    if name == MINUS and "floor_difference" in row:
+        difference = row["floor_difference"]
+        return difference_cell(difference) if intervals else number(difference["value"], signed=True)
+    if name == CALIBRATED and "calibrated" in row:
+        return number(row["calibrated"]["log_loss"])
+    return ""
 
 
 def _head_name(row: Result, result: Result) -> str:

@@ -24,10 +24,10 @@ from project.benchmark.table import render_benchmark
 from project.callbacks.exit_calibration import exit_calibration_of
 from project.engine.loading import load_weights
 from project.errors import ConfigError
-from project.floors import Floor, best_floor, fit_floors, floor_rows
+from project.floors import best_floor, fit_floors, floor_rows
+from project.kept_floors import KeptFloors
 from project.model.heads import heads_digest
-from project.more_floors import GraphSource, more_floors
-from project.peers import LEFT_OUT, peer_floors, peers_installed
+from project.peers import LEFT_OUT, peers_installed
 from project.ranking.table import render_rank
 from project.slices import floor_scores_of, slice_rows
 from project.tables import exits_table, render_exits, render_stage_seconds
@@ -42,22 +42,23 @@ TABLE = re.compile(r"(?P<start><!-- table (?P<file>\S+) -->)\n.*?(?P<end><!-- en
 def run_floors(data: InteractionData, folder: Path, peers: bool = False) -> dict[str, Any]:
     """Score all floors on validation and test, also those that are too slow for fit, and write results/floors.json.
 
+    The slower ones are kept: under the same hash they are not made again, and fit, validate and test find them.
+
     Args:
         data: Logs, protocol and evidence.
         folder: Run folder of the result file.
-        peers: Also train and score the networks of `project.peers`, where the extra is installed.
+        peers: Also train and score the networks of `project.peers`, where the extra is installed; those that were
+            trained before are shown without asking.
     """
     if peers and not peers_installed():
         print(LEFT_OUT)
-    split, evidence = data.split, data.evidence
-    networks: list[Floor] = []
+    split, kept = data.split, KeptFloors.of(data)
+    networks = kept.find(kinds=("peers",))
     if peers and peers_installed():
         with data.clock.stage("peers"):
-            networks = peer_floors(split, evidence, seed=data.seed)
+            networks = kept.make("peers")
     with data.clock.stage("floors"):
-        floors = fit_floors(split.rows, evidence)
-        source = GraphSource(data.retriever, data.block_rows, data.cache_dir)
-        floors += [*more_floors(split, evidence, source, seed=data.seed), *networks]
+        floors = [*fit_floors(split.rows, data.evidence), *kept.make("more"), *networks]
         rows = floor_rows(floors, split.rows)
         best = best_floor(floors, split.rows)
         slices = [
@@ -152,7 +153,5 @@ def fill_tables(text: str, folder: Path) -> str:
 
 
 def _rendered(result: dict[str, Any]) -> str:
-    if "rows" in result and result["verb"] == "benchmark":
-        return render_benchmark(result)
-    renderers = {"rank": render_rank, "ablate": render_ablation}
+    renderers = {"benchmark": render_benchmark, "rank": render_rank, "ablate": render_ablation}
     return renderers.get(result["verb"], render_exits)(result)

@@ -30,14 +30,18 @@ def commands(path: Path) -> list[str]:
     return [step["run"] for job in jobs(path).values() for step in job["steps"] if "run" in step]
 
 
+def extras(text: str) -> set[str]:
+    """Extras that commands install."""
+    return {name for found in re.findall(r"-e '\.\[([\w,]+)\]'", text) for name in found.split(",")}
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
 def test_commands_exist(path: Path) -> None:
     """Make's targets are in the Makefile, named tests and extras are there, every job has an end in time."""
     text = "\n".join(commands(path))
     assert set(re.findall(r"\bmake (\w+)", text)) <= TARGETS
-    assert all((ROOT / name).is_file() for name in re.findall(r"\btests/\w+\.py", text))
-    extras = {e for found in re.findall(r"-e '\.\[([\w,]+)\]'", text) for e in found.split(",")}
-    assert extras <= set(PROJECT["optional-dependencies"])
+    assert all((ROOT / name).exists() for name in re.findall(r"\btests/[\w/.]+", text))
+    assert extras(text) <= set(PROJECT["optional-dependencies"])
     assert all(job["timeout-minutes"] <= 60 for job in jobs(path).values())
     caches = [
         s["with"]["key"] for job in jobs(path).values() for s in job["steps"] if "cache@" in s.get("uses", "")
@@ -56,6 +60,13 @@ def test_pythons() -> None:
     )
     assert lowest == pythons[0]
     assert {"lowest", "notebooks", "docs"} <= set(found)
+
+
+def test_every_extra_is_tested() -> None:
+    """Tests that need an extra skip without it: some job installs each, by itself or by `make install`."""
+    text = "\n".join(commands(ROOT / ".github" / "workflows" / "ci.yml"))
+    assert "make install" in text
+    assert extras(text + (ROOT / "Makefile").read_text()) == set(PROJECT["optional-dependencies"])
 
 
 def test_every_dependency_has_a_lowest_version() -> None:

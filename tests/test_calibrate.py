@@ -129,8 +129,13 @@ def test_bad_settings(
     assert all(word in said for word in words), said
 
 
-def test_thresholds_for_requests(run: Run, tiny_config: Config, tmp_path: Path) -> None:
-    """exits.candidates above 1: fit prices exits on so many requests, the verb does the same, from scores or anew."""
+def test_thresholds_for_requests(
+    run: Run, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """exits.candidates above 1: fit prices exits on so many requests, the verb does the same, from scores or anew.
+
+    Another number chooses another policy, so on a fold that was certified it is refused.
+    """
     changes = {"exits.candidates": 4, "exits.requests": 9, "trainer.max_epochs": 2}
     run("fit", "--config", tiny_config(**changes))
     folder = (tmp_path / "runs" / "tiny" / "latest").resolve()
@@ -143,6 +148,10 @@ def test_thresholds_for_requests(run: Run, tiny_config: Config, tmp_path: Path) 
             assert [p["cost"] for p in after["pareto"]] == pytest.approx(
                 [p["cost"] for p in before["pareto"]], abs=1e-3
             )
+    with pytest.raises(SystemExit):
+        run("calibrate", *given(folder), "--exits.candidates", "1")
+    assert "exits.candidates 4 -> 1" in capsys.readouterr().err
+    (folder / "results" / "calibrate.json").unlink()  # as if nothing had been asked
     run("calibrate", *given(folder), "--exits.candidates", "1")
     alone = result(folder, "calibrate")
     assert (alone["candidates"], alone["requests"]) == (1, None)

@@ -13,9 +13,10 @@ import numpy as np
 import polars as pl
 import pytest
 
+from project.against_floor import AgainstFloor
 from project.artefacts import score_table
 from project.data.splits import FOLDS, ROLES, SPLITS
-from project.evaluate import choose_exit, comparison, exit_rows
+from project.evaluate import choose_exit, comparison, exit_rows, prior_rows
 from project.floors import Floor
 
 PARTS = [("valid", "select"), ("valid", "tune"), ("valid", "certify"), ("test", None)]
@@ -87,6 +88,11 @@ def flipped(rows: pl.DataFrame, *parts: str) -> pl.DataFrame:
     return rows.with_columns(label=pl.when(inside).then(1 - pl.col("label")).otherwise("label").cast(pl.Int8))
 
 
+def without_log_loss(found: dict[str, Any]) -> dict[str, Any]:
+    """A difference in AUC alone."""
+    return {key: value for key, value in found.items() if key != "log_loss"}
+
+
 def test_exit_is_chosen_on_tune() -> None:
     """The exit that is best on tune is chosen though another is perfect everywhere else, and whatever happens there."""
     exits = {1: everywhere(PERFECT, tune=BAD), 2: everywhere(BAD, tune=GOOD)}
@@ -136,7 +142,7 @@ def test_differences() -> None:
     result = compared({1: everywhere(BAD), 4: everywhere(GOOD)}, FLOORS, "test", 4)
     assert result["best_floor"] == "gbdt_evidence"
     assert result["chosen_exit"] == 4
-    assert result["floor_differences"] == [
+    assert list(map(without_log_loss, result["floor_differences"])) == [
         {"layer": 4, "floor": "gbdt_evidence", "value": 0.25, "interval": [0.25, 0.25]},
         {"layer": 4, "floor": "lr_rates", "value": 0.5, "interval": [0.5, 0.5]},
     ]
@@ -150,6 +156,49 @@ def test_differences() -> None:
     ]
 
 
+def test_every_exit_is_compared() -> None:
+    """Exits of AUC 1/4, 3/4 and 1 minus the best floor's 1/2, each in its own row; the chosen one's is the headline."""
+    result = compared({1: everywhere(BAD), 4: everywhere(GOOD), 9: everywhere(PERFECT)}, FLOORS, "test", 4)
+    found = [row["floor_difference"] for row in result["exits"]]
+    assert [(d["floor"], d["value"], d["interval"]) for d in found] == [
+        ("gbdt_evidence", -0.25, [-0.25, -0.25]),
+        ("gbdt_evidence", 0.25, [0.25, 0.25]),
+        ("gbdt_evidence", 0.5, [0.5, 0.5]),
+    ]
+    assert {"layer": 4, **found[1]} == result["floor_difference"]
+
+
+def test_log_loss_difference() -> None:
+    """The floor takes its offset from select: constant 1 there, half of them liked, so 1 is taken off.
+
+    On test its logits 1, 3, 2, 4 become 0, 2, 1, 3 and cost log 2, log(1 + e^-2), log(1 + e), log(1 + e^3); the exit's
+    4, 2, 3, 1 cost log(1 + e^-4), log(1 + e^-2), log(1 + e^3), log(1 + e): only the first differs, by its log 2.
+    """
+    result = compared({4: everywhere(GOOD)}, FLOORS, "test", 4)
+    found = result["floor_differences"][1]["log_loss"]
+    expected = (np.log1p(np.exp(-4.0)) - np.log(2.0)) / 4
+    assert found["value"] == pytest.approx(expected)
+    assert found["interval"] == pytest.approx([expected, expected])
+    calibrated = next(row for row in result["floors"] if row["name"] == "lr_rates")["calibrated"]
+    assert (calibrated["slope"], calibrated["offset"]) == (1.0, pytest.approx(-1.0))
+    costs = np.log1p(np.exp([0.0, -2.0, 1.0, 3.0]))
+    assert calibrated["log_loss"] == pytest.approx(costs.mean())
+
+
+def test_prior_rows() -> None:
+    """With counting the exit ranks 1, without 3/4: a difference of 1/4; the floor has 1/2, so 1/2 and 1/4 over it."""
+    test = TARGETS.filter(pl.col("split") == "test")
+    against = AgainstFloor(FLOORS[2], test["row_id"].to_numpy(), ROWS)
+    heads = {"counting": np.array(PERFECT * USERS), "none": np.array(GOOD * USERS)}
+    found = prior_rows(heads, against)
+    assert [found[prior]["auc"] for prior in heads] == [1.0, 0.75]
+    assert [found[prior]["floor_difference"]["value"] for prior in heads] == [0.5, 0.25]
+    assert without_log_loss(found["difference"]) == {"value": 0.25, "interval": [0.25, 0.25]}
+    swapped = np.log1p(np.exp([-3.0, 2.0])).sum() - np.log1p(np.exp([-2.0, 3.0])).sum()
+    assert found["difference"]["log_loss"]["value"] == pytest.approx(swapped / 4)
+    assert "difference" not in prior_rows({"none": heads["none"]}, against)
+
+
 def test_differences_of_validation_are_of_tune() -> None:
     """Of validation the tune fold alone is compared and shown: 3/4 - 3/4 = 0 and 3/4 - 1/2 = 1/4."""
     result = compared({4: everywhere(PERFECT, tune=GOOD)}, FLOORS, "valid", 4)
@@ -159,11 +208,25 @@ def test_differences_of_validation_are_of_tune() -> None:
 
 
 def test_certify_and_select_are_not_read() -> None:
-    """Answers of certify, select and test can be turned round: what is said of validation stays, word for word."""
+    """Answers of certify and test can be turned round: what is said of validation stays, word for word.
+
+    Those of select decide the floors' calibration, and so log losses after it, but nothing else.
+    """
     exits = {1: everywhere(PERFECT, tune=FAIR), 4: everywhere(BAD, tune=GOOD)}
     expected = compared(exits, FLOORS, "valid", 4)
-    assert compared(exits, FLOORS, "valid", 4, flipped(ROWS, "certify", "select", "test")) == expected
+    assert compared(exits, FLOORS, "valid", 4, flipped(ROWS, "certify", "test")) == expected
     assert compared(exits, FLOORS, "valid", 4, flipped(ROWS, "tune")) != expected
+    select = compared(exits, FLOORS, "valid", 4, flipped(ROWS, "select"))
+    assert select != expected
+    for result in (select, expected):
+        for row in result["floors"]:
+            del row["calibrated"]
+        for difference in (
+            *(row["floor_difference"] for row in result["exits"]),
+            *result["floor_differences"],
+        ):
+            difference.pop("log_loss", None)
+    assert select == expected
 
 
 def test_best_floor_is_chosen_on_tune() -> None:
@@ -177,16 +240,15 @@ def test_lr_rates_is_compared_once() -> None:
     """Where lr_rates is the best floor there is one difference, not two."""
     floors = [floor("item_rate", everywhere(COIN)), floor("lr_rates", everywhere(GOOD))]
     result = compared({4: everywhere(PERFECT)}, floors, "test", 4)
-    assert result["floor_differences"] == [
-        {"layer": 4, "floor": "lr_rates", "value": 0.25, "interval": [0.25, 0.25]}
-    ]
+    assert [(d["floor"], d["value"]) for d in result["floor_differences"]] == [("lr_rates", 0.25)]
 
 
 def test_nothing_chosen_nothing_compared() -> None:
-    """Without a chosen exit the table still stands, without a difference."""
+    """Without a chosen exit the table still stands, without a headline; its exits are compared all the same."""
     result = compared({4: everywhere(GOOD)}, FLOORS, "test", None)
     assert result["chosen_exit"] is None
     assert "floor_difference" not in result
+    assert result["exits"][0]["floor_difference"]["value"] == 0.25
     assert len(result["exits"]) == 1
     assert len(result["floors"]) == 3
 
@@ -196,4 +258,8 @@ def test_rows_are_matched_by_row_id() -> None:
     exits = {4: everywhere(GOOD)}
     scores, split = table(exits).sample(fraction=1.0, shuffle=True, seed=0), SimpleNamespace(rows=ROWS)
     shuffled: dict[str, Any] = comparison(scores, split, FLOORS, "test", 4)  # type: ignore[arg-type]
-    assert shuffled["floor_differences"] == compared(exits, FLOORS, "test", 4)["floor_differences"]
+    for found, ordered in zip(
+        shuffled["floor_differences"], compared(exits, FLOORS, "test", 4)["floor_differences"], strict=True
+    ):
+        assert without_log_loss(found) == without_log_loss(ordered)
+        assert found["log_loss"]["value"] == pytest.approx(ordered["log_loss"]["value"])

@@ -267,7 +267,10 @@ def test_the_verb(
     with pytest.raises(SystemExit):
         run("rank", *given, *options, "--ranking.epsilon", 0.2)
     said = capsys.readouterr().err
-    assert all(words in said for words in ("asking twice voids delta", "0.2", "ranking.certify to 0"))
+    assert all(
+        words in said
+        for words in ("asking twice voids delta", "ranking.epsilon 0.05 -> 0.2", "ranking.certify to 0")
+    )
     run("rank", *given, *options, "--ranking.epsilon", 0.2, "--ranking.certify", 0)
     without = json.loads((folder / "results" / "rank.json").read_text())
     assert (without["certificate"], without["ledger"]) == ([], again["ledger"])

@@ -9,6 +9,7 @@ from project.tables import (
     difference_lines,
     exits_table,
     interval,
+    kept_line,
     number,
     render_exits,
     render_stage_seconds,
@@ -110,6 +111,65 @@ class TestExits:
             "LLM exit 6 minus best floor (gbdt_evidence): AUC +.0129 [-.0020, +.0200] (paired, users resampled)",
             "LLM exit 6 minus floor (lr_rates): AUC +.0200 [+.0100, +.0300] (paired, users resampled)",
         ]
+
+    def test_every_exit_minus_the_best_floor(self):
+        """A column says what each exit is over the best floor; in the terminal, which is narrow, without interval."""
+        gap = {"floor": "gbdt_evidence", "value": 0.0059, "interval": [-0.001, 0.012]}
+        result = RESULT | {"exits": [metrics(0.75, layer=4, floor_difference=gap)]}
+        lines = render_exits(result).splitlines()
+        assert lines[0].endswith(" n | minus best floor |")
+        assert lines[2].endswith(" 9,453 | +.0059 [-.0010, +.0120] |")
+        assert lines[3].endswith(" 9,453 |  |")
+        table = exits_table(result)
+        assert next(iter(table.columns[-1].cells)).plain == "+.0059"
+
+    def test_fits_a_terminal(self):
+        """120 columns hold a row a line, the longest name and a count of five digits included."""
+        gap = {"floor": "gbdt_evidence", "value": 0.0059, "interval": [-0.001, 0.012]}
+        long = metrics(0.75, name="gbdt_evidence", calibrated={"log_loss": 0.58})
+        for exits in ([metrics(0.75, layer=4, floor_difference=gap)], []):
+            console = Console(width=120, file=io.StringIO())
+            console.print(exits_table(RESULT | {"exits": exits, "floors": [long]}))
+            lines = console.file.getvalue().splitlines()
+            assert any("floor gbdt_evidence (best floor)" in line and "9,453" in line for line in lines)
+
+    def test_calibrated_log_loss_of_floors(self):
+        """Where floors have one it is a column of its own, .5800 beside the raw .5901."""
+        floors = [metrics(0.7, name="din", calibrated={"log_loss": 0.58})]
+        lines = render_exits(RESULT | {"floors": floors}).splitlines()
+        assert lines[0].endswith(" n | calibrated log loss |")
+        assert lines[-5].startswith("| floor din")
+        assert lines[-5].endswith(" .5800 |")
+
+    def test_log_loss_in_the_headline(self):
+        """The log loss stands beside the AUC where a file has it."""
+        less = {"value": -0.004, "interval": [-0.006, -0.001]}
+        result = RESULT | {"floor_difference": RESULT["floor_difference"] | {"log_loss": less}}
+        assert difference_lines(result) == [
+            "LLM exit 6 minus best floor (gbdt_evidence): AUC +.0129 [-.0020, +.0200], log loss "
+            "-.0040 [-.0060, -.0010] (paired, users resampled)"
+        ]
+
+    @pytest.mark.parametrize(
+        ("kept", "said"),
+        [
+            (
+                [],
+                "No floors kept from before. `python -m project floors --config c.yaml --peers true` adds more.",
+            ),
+            (
+                ["mf"],
+                "Floors kept from before: mf. `python -m project floors --config c.yaml --peers true` adds more.",
+            ),
+            (["mf", "deepfm", "dcn_v2", "din"], "Floors kept from before: mf, deepfm, dcn_v2, din."),
+        ],
+    )
+    def test_kept_floors(self, kept, said):
+        """One line for the terminal; none for a file that does not say."""
+        result = RESULT | {"config": "c.yaml", "kept_floors": kept}
+        assert kept_line(result) == said
+        assert kept_line(RESULT) == ""
+        assert said in str(exits_table(result).caption)
 
     def test_without_heads(self):
         """A `floors` file has no heads and no difference: every split is shown and named, folds are not."""

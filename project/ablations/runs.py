@@ -2,16 +2,19 @@
 
 Unusual here: nothing is overwritten. Every attempt is a new version_<k> of the variant's folder; one that ended well
 gets `ablation.json`, its definition, and is taken again instead of being trained a second time, also by other lists.
+Whoever ends `ablate` ends the training too.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]  # as in project.export
 
@@ -66,7 +69,7 @@ def fit(variant: Variant, folder: Path) -> Path:
     log = folder / "fit.log"
     with log.open("w", encoding="utf-8") as output:
         command = [sys.executable, "-m", "project", "fit", *configs]
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        status = exit_status(command, output)
     if status:
         raise FitFailed(f"{_last_words(log.read_text(encoding='utf-8'))} (exit status {status}; {log})")
     run = folder / (folder / "latest").resolve().name
@@ -74,6 +77,32 @@ def fit(variant: Variant, folder: Path) -> Path:
         raise FitFailed(f"{run} lacks one of {', '.join(NEEDED)}: was validation switched off? ({log})")
     write_json(run / FINISHED, variant.definition())
     return run
+
+
+def exit_status(command: Sequence[str], output: IO[str]) -> int:
+    """Run a command to its end; SIGTERM or Ctrl-C here ends it as well, and is passed on once it has ended.
+
+    Args:
+        command: Program and arguments.
+        output: Takes what it prints.
+
+    Raises:
+        SystemExit: With status 143, on SIGTERM.
+    """
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as child:
+            try:
+                return child.wait()
+            except BaseException:
+                child.terminate()  # a training ends after its batch; leaving `with` waits for that
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _overlay(variant: Variant, folder: Path) -> str:

@@ -8,7 +8,7 @@ row beside a row.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,11 +17,11 @@ from project.benchmark.asked import AskedRequests
 from project.benchmark.cases import Case
 from project.benchmark.plain import Pointwise, SharedPrefix
 from project.benchmark.sides import Runner, Side, Unit
-from project.benchmark.worth import INT8, RunWorth
+from project.benchmark.worth import OTHERS, RunWorth, scores_name
 from project.engine.decisions import Decision, ListExits, RowExits, static_exits
 from project.engine.engine import Engine
-from project.engine.int8 import quantised
 from project.engine.stream_cache import StreamCache
+from project.engine.trunk_weights import Weights, with_weights
 from project.exits.criteria import RatioConsistency
 from project.exits.plan import ExitPlan
 
@@ -50,6 +50,31 @@ class Bench:
     worth: RunWorth
     asked: AskedRequests
     device: torch.device
+    _converted: dict[Weights, ExitRecommender] = field(default_factory=dict, init=False)
+
+    def module(self, weights: Weights | None) -> ExitRecommender:
+        """The run with weights of this type, converted once; None: as it is."""
+        if weights is None:
+            return self.model
+        if weights not in self._converted:
+            self._converted[weights] = with_weights(self.model, weights)
+        return self._converted[weights]
+
+    def other_weights(self) -> list[Weights]:
+        """Types of weights besides the run's own that this device can run."""
+        assert self.model.trunk is not None
+        if self.model.trunk.embed_tokens.weight.dtype != torch.float32:
+            return []
+        return [weights for weights in OTHERS if weights != "int8" or self.device.type == "cpu"]
+
+    def hints(self) -> list[str]:
+        """What to do for rows that will be missing, because nobody knows what their scores are worth."""
+        return [
+            f"no {weights} rows: {self.asked.folder}/scores/{scores_name(weights)}.parquet is missing; `python -m "
+            f"project test --weights {weights}` with this run's --config and --ckpt_path writes it."
+            for weights in self.other_weights()
+            if not self.worth.knows(weights)
+        ]
 
     def full(self, cache: StreamCache | None) -> Side:
         """Packed full depth: what every speed-up is over."""
@@ -70,7 +95,7 @@ class Bench:
         others = [
             *self._static(case, cache),
             *early,
-            *self._int8(case),
+            *self._reweighted(case),
             *self._lists(case, cache),
             *self._plain(case),
         ]
@@ -121,17 +146,20 @@ class Bench:
                 yield Side("early_exit", name, engine, self.worth.adaptive(pushed))
                 return
 
-    def _int8(self, case: Case) -> Iterator[Side]:
-        """Full depth and the budget with int8 weights, on a CPU; their streams' keys are of their own."""
-        float32 = next(self.model.parameters()).dtype == torch.float32
-        if self.device.type != "cpu" or not float32 or case.short:
+    def _reweighted(self, case: Case) -> Iterator[Side]:
+        """Full depth and the budget with weights of other types; their streams' keys are of their own."""
+        if case.short:
             return
-        module, plan, worth = quantised(self.model), self.worth.plans.plan, self.worth
-        kept = None if case.stream == "cold" else StreamCache(capacity=10**9)
-        full = Engine(module, static_exits(plan, self.model.depth, self.device), kept)
-        yield Side("packed", "full depth", full, worth.static(self.model.depth, INT8), dtype="int8")
-        early = Engine(module, RowExits(plan, self.device), kept)
-        yield Side("early_exit", f"budget: {plan.criterion}", early, worth.int8(plan), dtype="int8")
+        plan, worth = self.worth.plans.plan, self.worth
+        for weights in filter(worth.knows, self.other_weights()):
+            module = self.module(weights)
+            kept = None if case.stream == "cold" else StreamCache(capacity=10**9)
+            full = Engine(module, static_exits(plan, self.model.depth, self.device), kept)
+            known = worth.static(self.model.depth, weights)
+            yield Side("packed", "full depth", full, known, weights=weights)
+            early = Engine(module, RowExits(plan, self.device), kept)
+            known = worth.adaptive(plan, weights)
+            yield Side("early_exit", f"budget: {plan.criterion}", early, known, weights=weights)
 
     def _lists(self, case: Case, cache: StreamCache | None) -> Iterator[Side]:
         if case.history is not None or case.at_once > 1:

@@ -21,13 +21,14 @@ from project.artefacts import result_head, write_json
 from project.benchmark.asked import AskedRequests
 from project.benchmark.cases import Case, cases
 from project.benchmark.policies import Bench
-from project.benchmark.rows import matmul_gflops, side_row
-from project.benchmark.sides import Unit, run_rounds
+from project.benchmark.rows import Against, matmul_gflops, side_row
+from project.benchmark.sides import Side, Unit, run_rounds
 from project.benchmark.table import benchmark_table
 from project.benchmark.worth import RunWorth
 from project.data.workloads import catalogue_requests
 from project.engine.loading import load_run, prepare_requests
 from project.engine.stream_cache import StreamCache
+from project.engine.trunk_weights import Weights
 from project.errors import NotFittedError
 from project.exits.settings import ExitSettings
 
@@ -71,6 +72,8 @@ def run_engine(
     worth = RunWorth(model, data, folder, plans, settings)
     asked = AskedRequests(model, data, folder, plans.plan.calibration)
     bench = Bench(model, worth, asked, model.device)
+    for hint in bench.hints():
+        Console().print(hint)
     tested = data.split.rows.filter((pl.col("split") == "test") & (pl.col("role") == "target"))
     longest = int(tested["hist"].max() or 0)  # type: ignore[arg-type]
     wanted, rows = [c for c in cases(sizes) if (c.history or 0) <= longest], list[dict[str, Any]]()
@@ -127,19 +130,32 @@ def measure(
     most = int(seconds / (once * len(sides) * ROUNDS)) if once > 0 else len(units)
     units = units[: max(FEWEST, most)]
     for side in (s for s in sides[1:] if s.rounds is None):
-        own = case.stream == "warm" and (side.dtype == "int8" or side.engine == "shared_prefix")
+        own = case.stream == "warm" and (side.weights is not None or side.engine == "shared_prefix")
         for unit in (
             units[: side.most] if own else units[:1]
         ):  # warm up; who has streams of its own keeps them all now
             side.runs.score(unit)
-    ceiling, start, number = list[float](), time.perf_counter(), 0
+    ceilings, start, number = {side.weights: list[float]() for side in sides}, time.perf_counter(), 0
     while number < ROUNDS or time.perf_counter() - start < seconds:
         run_rounds(sides, units, number)
-        ceiling += [matmul_gflops(bench.model) for _ in units]
+        for weights, each in ceilings.items():
+            each += [matmul_gflops(bench.module(weights)) for _ in units]
         number += 1
+    return _rows(bench, sides, units, {w: float(np.median(each)) for w, each in ceilings.items()}, prepare_ms)
+
+
+def _rows(
+    bench: Bench,
+    sides: list[Side],
+    units: list[Unit],
+    ceilings: dict[Weights | None, float],
+    prepare_ms: float,
+) -> list[dict[str, Any]]:
+    """A row a side, each with its full depth, the rival and the ceiling of its weights."""
     # where full depth is its own rival, or counting is, there is no static side of that name
     named = f"fixed_depth_{bench.worth.rival}"
     rival = next((side for side in sides if side.engine == named), sides[0])
-    limit = float(np.median(ceiling))
-    found = [side_row(side, sides[0], rival, units, bench.model, limit, prepare_ms) for side in sides]
-    return [{**row, "rival": side is rival} for row, side in zip(found, sides, strict=True)]
+    full = {side.weights: side for side in sides if side.engine == "packed"}
+    against = {w: Against(full[None], full[w], rival, ceiling) for w, ceiling in ceilings.items()}
+    rows = [side_row(side, against[side.weights], units, bench.model, prepare_ms) for side in sides]
+    return [{**row, "rival": side is rival} for row, side in zip(rows, sides, strict=True)]

@@ -8,6 +8,7 @@ achieved.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,21 +27,41 @@ Floats = NDArray[np.float64]
 DRAWS = 2000  # resamples of requests behind an interval
 
 
+@dataclass(frozen=True)
+class Against:
+    """What a side is compared with, all measured in the same run.
+
+    Attributes:
+        full: Packed full depth with the run's own weights, which speed is compared with.
+        same: Packed full depth with weights of the side's own type, which efficiency is over.
+        rival: The honest rival.
+        ceiling: GFLOP/s of a matrix product with weights of the side's own type.
+    """
+
+    full: Side
+    same: Side
+    rival: Side
+    ceiling: float
+
+
 def matmul_gflops(model: ExitRecommender, tokens: int = 1024) -> float:
-    """GFLOP/s of one matrix product of the trunk's widest layer: the ceiling of this minute.
+    """GFLOP/s of the trunk's widest linear layer, alone: the ceiling of this minute, of the type its weights have.
+
+    With int8 weights it scales its activations as well, which no forward pass can leave out.
 
     Args:
-        model: The run.
+        model: The run, with the weights that the ceiling is for.
         tokens: Rows of the product. Few rows are bound by reading the weights, many by arithmetic.
     """
     assert model.trunk is not None
-    named = model.trunk.named_parameters()
-    weight = next(p for n, p in named if n.endswith("up_proj.weight"))
-    x = torch.ones(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    layer: Any = next(part for name, part in model.trunk.named_modules() if name.endswith("up_proj"))
+    layer = getattr(layer, "base_layer", layer)  # without adapters
+    like = model.trunk.embed_tokens.weight
+    x = torch.ones(tokens, layer.in_features, dtype=like.dtype, device=like.device)
     start = time.perf_counter()
     with torch.inference_mode():
-        float((x @ weight.T)[0, 0])  # waits for the device
-    return float(2e-9 * tokens * weight.numel()) / (time.perf_counter() - start)
+        float(layer(x)[0, 0])  # waits for the device
+    return float(2e-9 * tokens * layer.in_features * layer.out_features) / (time.perf_counter() - start)
 
 
 def useful_flops(scored: Scored, request: PreparedRequest, model: ExitRecommender) -> float:
@@ -92,24 +113,22 @@ def ratio_interval(slow: Floats, fast: Floats, seed: int = 0) -> dict[str, Any]:
 
 def side_row(
     side: Side,
-    full: Side,
-    rival: Side,
+    against: Against,
     units: list[Unit],
     model: ExitRecommender,
-    ceiling: float,
     prepare_ms: float,
 ) -> dict[str, Any]:
     """One row of a result file.
 
     Args:
         side: What is described.
-        full: Packed full depth of the same run.
-        rival: The honest rival of the same run.
+        against: What it is compared with.
         units: The sample.
         model: The run.
-        ceiling: GFLOP/s of a matrix product, measured in the same run.
         prepare_ms: What a request needs before it can be scored: history, evidence, exit 0 and token ids.
     """
+    assert model.trunk is not None
+    own = str(model.trunk.embed_tokens.weight.dtype).removeprefix("torch.")
     asked = [request for unit in units[: side.units] for request in unit]
     wall, each = side.typical("wall"), np.array(side.wall).ravel() * 1e3
     rates = len(asked) / side.totals("wall")
@@ -122,7 +141,7 @@ def side_row(
         "requests": len(asked),
         "at_once": len(units[0]),
         "rounds": len(side.wall),
-        "dtype": side.dtype or str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": side.weights or own,
         "requests_per_s": len(asked) / float(wall.sum()),
         "candidates_per_s": len(depths) / float(wall.sum()),
         "spread": [float(rates.min()), float(rates.max())],
@@ -132,31 +151,39 @@ def side_row(
         **side.worth,
         "mean_depth": float(depths.mean()),
         "token_layers": side.token_layers(),
-        **_ratios(side, full, rival, len(asked), prepare_ms),
+        **_ratios(side, against, len(asked), prepare_ms),
         "gflops": flops / float(side.typical("trunk").sum()) / 1e9,
-        "gflops_ceiling": ceiling,
+        "gflops_ceiling": against.ceiling,
     }
 
 
-def _ratios(side: Side, full: Side, rival: Side, requests: int, prepare_ms: float) -> dict[str, Any]:
+def _ratios(side: Side, against: Against, requests: int, prepare_ms: float) -> dict[str, Any]:
     """A side against full depth and the rival, on the requests that it scored itself."""
-    n, wall = side.units, side.typical("wall")
+    n, wall, trunk, full = side.units, side.typical("wall"), side.typical("trunk"), against.full
     whole = full.typical("wall", n)
     mine, theirs = (prepare_ms * requests / 1e3 + float(seconds.sum()) for seconds in (wall, whole))
     spent = side.token_layers()
     saved = full.token_layers(requests) / spent if spent else None
-    trunk = float(full.typical("trunk", n).sum() / side.typical("trunk").sum())
-    rounds = full.totals("trunk", n)[: len(side.wall)] / side.totals("trunk")
     measured = ratio_interval(whole, wall)
     return {
         "measured_speedup": measured["value"],
         "measured_speedup_interval": measured["interval"],
-        "speedup_over_rival": ratio_interval(rival.typical("wall", n), wall),
+        "speedup_over_rival": ratio_interval(against.rival.typical("wall", n), wall),
         "prepare_ms": prepare_ms,
         "request_ms": mine / requests * 1e3,
         "request_speedup": theirs / mine,
-        "trunk_speedup": trunk,
+        "trunk_speedup": float(full.typical("trunk", n).sum() / trunk.sum()),
         "token_layer_speedup": saved,
-        "efficiency": trunk / saved if saved else None,
-        "efficiency_spread": [float(r) / saved for r in (rounds.min(), rounds.max())] if saved else None,
+        **_efficiency(side, against.same, saved),
     }
+
+
+def _efficiency(side: Side, same: Side, saved: float | None) -> dict[str, Any]:
+    """Trunk time saved over token-layers saved: what other weights win is not what leaving early won."""
+    if not saved:
+        return {"efficiency": None, "efficiency_spread": None}
+    n = side.units
+    typical = float(same.typical("trunk", n).sum() / side.typical("trunk").sum())
+    rounds = same.totals("trunk", n)[: len(side.wall)] / side.totals("trunk")
+    spread = [float(ratio) / saved for ratio in (rounds.min(), rounds.max())]
+    return {"efficiency": typical / saved, "efficiency_spread": spread}

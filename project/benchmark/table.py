@@ -1,6 +1,7 @@
-"""results/benchmark.json as tables, Markdown and terminal: how fast, at which loss, against whom.
+"""results/benchmark*.json as tables, Markdown and terminal: how fast, at which loss, against whom.
 
-Unusual here: pure functions of the result file, so every quoted number comes from a file.
+Unusual here: pure functions of the result file, so every quoted number comes from a file. Which of the three kinds of
+benchmark it holds is read from its keys.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ HEADER = (
     "N", "stream", "engine", "requests/s", "p50 ms", "p95 ms", "AUC or overlap", "depth", "token-layers", "measured",
     "95 % interval", "over rival", "efficiency", "GFLOP/s",
 )  # fmt: skip
+RETRIEVAL_HEADER = ("retriever", "query", "ms a request", "over LightGCN", "vote AUC", "95 % interval")
+PACKING_HEADER = ("training", "targets/s")
 SHORT = {"pointwise": "transformers, a prompt per candidate", "shared_prefix": "transformers, history shared"}
 
 
@@ -32,17 +35,72 @@ ASIDE = (
 
 
 def render_benchmark(result: Result) -> str:
-    """Markdown for a README: requests of 64 candidates, one at a time, the rival alone of all static depths.
+    """Markdown of any result file of `benchmark`, for a README.
 
     Args:
-        result: A result file of `benchmark`, with requests of that size or of one size only.
+        result: With `rows` (the engine), `retrieval` or `packing`.
+    """
+    renderers = {"retrieval": render_retrieval, "packing": render_packing}
+    render = next((renderers[kind] for kind in renderers if kind in result), render_engine)
+    return "\n\n".join([render(result), protocol_line(result)]) + "\n"
+
+
+def render_engine(result: Result) -> str:
+    """Markdown: requests of 64 candidates, one at a time, the rival alone of all static depths.
+
+    Args:
+        result: With requests of that size or of one size only.
     """
     sizes = {row["candidates"] for row in result["rows"]}
     size = HEADLINE if HEADLINE in sizes else max(sizes)
     rows = [
         row for row in result["rows"] if row["candidates"] == size and row["at_once"] == 1 and _leads(row)
     ]
-    return "\n\n".join([render_rows(rows), protocol_line(result)]) + "\n"
+    return render_rows(rows)
+
+
+def render_retrieval(result: Result) -> str:
+    """Markdown: what finding similar users costs a request, and what their vote is worth.
+
+    Args:
+        result: Its `retrieval` has a row a side.
+    """
+    rows = result["retrieval"]
+    cells = [
+        [
+            row["retriever"],
+            "item vectors summed" if row["cached"] else "history encoded",
+            number(row["ms_per_request"], 3),
+            times(row["total_ratio_to_lightgcn"]),
+            number(row["vote_auc"]),
+            interval(row["vote_auc_interval"]),
+        ]
+        for row in rows
+    ]
+    about = (
+        f"Timed on {rows[0]['requests']} requests of the test split for one candidate, {rows[0]['history_rows']:.0f} "
+        "earlier rows on average, sides in turn: the query's vector, the nearest raters and their vote. Vote AUC: of "
+        "that vote alone, on all test rows (users resampled); a query that encodes the history has its retriever's."
+    )
+    return "\n\n".join([markdown_table(RETRIEVAL_HEADER, cells), about])
+
+
+def render_packing(result: Result) -> str:
+    """Markdown: training targets a second, packed against one prompt per candidate.
+
+    Args:
+        result: Its `packing` has both rates.
+    """
+    packing = result["packing"]
+    cells = [
+        ["packed", f"{packing['packed_targets_per_s']:.1f}"],
+        ["one prompt per candidate", f"{packing['pointwise_targets_per_s']:.1f}"],
+    ]
+    about = (
+        f"{times(packing['ratio'])}, median of {packing['rounds']} rounds ({interval(packing['spread'], 2)}), "
+        f"{packing['layers']} layers, windows of {packing['context_tokens']:,} tokens."
+    )
+    return "\n\n".join([markdown_table(PACKING_HEADER, cells), about])
 
 
 def render_rows(rows: Sequence[Row]) -> str:
@@ -124,4 +182,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         "tune; efficiency: time saved in the trunk over token-layers saved; N: candidates of a request; stream: the "
         "history's keys and values are cached (warm) or not (cold)."
     )
+    if any(r["dtype"] == "bfloat16" for r in rows):
+        about += (
+            " Rows with weights of another type: efficiency is over full depth with the same weights, and GFLOP/s has "
+            "these weights' own ceiling."
+        )
     return [about]

@@ -16,6 +16,7 @@ import torch
 
 from project.bootstrap import UserBootstrap
 from project.callbacks.exit_calibration import Plans, features_of
+from project.engine.trunk_weights import Weights
 from project.exits.budget import budget_plan
 from project.exits.cost import Stream
 from project.exits.criteria import Criterion
@@ -32,7 +33,12 @@ if TYPE_CHECKING:
 Worth = dict[str, Any]
 Scored = tuple[pl.DataFrame, Floats]
 
-INT8 = "test-int8"  # the score table that `test --int8 true` writes
+OTHERS: tuple[Weights, ...] = ("bfloat16", "int8")  # that a float32 run may be served with
+
+
+def scores_name(weights: Weights | None) -> str:
+    """Name of the score table that `test` writes, with --weights or without."""
+    return "test" if weights is None else f"test-{weights}"
 
 
 class RunWorth:
@@ -59,7 +65,7 @@ class RunWorth:
         self._tables: dict[str, Scored] = {}
         self._known: dict[object, Worth] = {}
         self._made: dict[object, ExitPlan] = {}
-        for name in ("valid", "test", INT8):
+        for name in ("valid", *map(scores_name, (None, *OTHERS))):
             path = folder / "scores" / f"{name}.parquet"
             if path.is_file():
                 scores = pl.read_parquet(path)
@@ -73,34 +79,37 @@ class RunWorth:
                 UserBootstrap(tested["user"].to_numpy()),
             )
 
-    def static(self, layer: int, table: str = "test") -> Worth:
+    def knows(self, weights: Weights | None) -> bool:
+        """Whether the test rows were scored with weights of this type; None: the run's own."""
+        return {"test", scores_name(weights)} <= self._tables.keys()
+
+    def static(self, layer: int, weights: Weights | None = None) -> Worth:
         """Of one calibrated head: auc and auc_drop with its interval.
 
         Args:
             layer: Its layer.
-            table: Which scores: test, or those of int8 weights; the drop is from full depth of test.
+            weights: Type of the weights that scored; None: the run's own, whose full depth the drop is from.
         """
         plan = self.plans.plan
 
         def judge() -> Worth:
-            logits = _calibrated(plan, self._tables[table])
+            logits = _calibrated(plan, self._tables[scores_name(weights)])
             return self._drop(plan, logits[:, plan.layers.index(layer)])
 
-        return self._once((layer, table), table, judge)
+        return self._once((layer, weights), weights, judge)
 
-    def int8(self, plan: ExitPlan) -> Worth:
-        """Of a plan with int8 weights; the drop is from full depth in floating point."""
-        return self._once(
-            (_key(plan), INT8), INT8, lambda: self._drop(plan, _emitted(plan, self._tables[INT8]))
-        )
+    def adaptive(self, plan: ExitPlan, weights: Weights | None = None) -> Worth:
+        """Of a plan: auc, auc_drop, and its gain over the honest rival, with intervals.
 
-    def adaptive(self, plan: ExitPlan) -> Worth:
-        """Of a plan: auc, auc_drop, and its gain over the honest rival, with intervals."""
-        return self._once((_key(plan), "test"), "test", lambda: self._judged(plan))
+        Args:
+            plan: Who leaves where.
+            weights: Type of the weights that scored; None: the run's own, as full depth and rival always are.
+        """
+        return self._once((_key(plan), weights), weights, lambda: self._judged(plan, weights))
 
-    def _once(self, key: object, table: str, judge: Callable[[], Worth]) -> Worth:
+    def _once(self, key: object, weights: Weights | None, judge: Callable[[], Worth]) -> Worth:
         """What `judge` says, asked once whatever the number of workloads; nothing where scores are missing."""
-        if not {"test", table} <= self._tables.keys():
+        if not self.knows(weights):
             return {}
         if key not in self._known:
             self._known[key] = judge()
@@ -112,9 +121,9 @@ class RunWorth:
         drop = self._bootstrap.difference_interval(full, mine, labels)
         return {"auc": auc(mine, labels), "auc_drop": drop["value"], "auc_drop_interval": drop["interval"]}
 
-    def _judged(self, plan: ExitPlan) -> Worth:
+    def _judged(self, plan: ExitPlan, weights: Weights | None) -> Worth:
         rival = self.rival if plan.prior else self.plans.rival_without
-        emitted = _emitted(plan, self._tables["test"])
+        emitted = _emitted(plan, self._tables[scores_name(weights)])
         theirs = _calibrated(plan, self._tables["test"])[:, plan.layers.index(rival)]
         gain = self._bootstrap.difference_interval(emitted, theirs, self._labels)
         return self._drop(plan, emitted) | {"auc_gain_over_rival": {"layer": rival, **gain}}

@@ -1,4 +1,8 @@
-"""ResultFiles: writes score tables and result files, and prints the table that a person waits for."""
+"""ResultFiles: writes score tables and result files, and prints the table that a person waits for.
+
+Unusual here: beside the floors that are made on the spot stand those that the verb `floors` has made before for just
+these data (see project.kept_floors), so a result may have another best floor once `floors --peers true` has run.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from project.adaptive import PlannedRows
+from project.against_floor import AgainstFloor
 from project.artefacts import result_head, write_json, write_table
 from project.callbacks.exit_calibration import exit_calibration_of, features_of
 from project.callbacks.run_folder import current_run, data_of, will_be_saved
-from project.evaluate import comparison, part_of
-from project.floors import Floor, fit_floors, floor_difference
+from project.evaluate import comparison, part_of, prior_rows
+from project.floors import Floor, fit_floors
+from project.kept_floors import KeptFloors
 from project.model.heads import heads_digest
 from project.slices import exit_scores_of, floor_scores_of, slice_rows
 from project.tables import exits_table, stage_seconds_table
@@ -107,11 +113,12 @@ class ResultFiles(pl.Callback):
     ) -> None:
         data, module, folder = data_of(trainer), cast("ExitRecommender", pl_module), current_run(trainer)
         with data.clock.stage("floors"):
-            floors = fit_floors(
-                data.split.rows, data.evidence, ("valid", split) if split != "valid" else ("valid",)
-            )
+            read = ("valid", split) if split != "valid" else ("valid",)
+            kept = KeptFloors.of(data).find(read)
+            floors = [*fit_floors(data.split.rows, data.evidence, read), *kept]
             chosen = int(module.chosen_exit)
             content = comparison(scores, data.split, floors, split, chosen if chosen > 0 else None)
+            content["kept_floors"] = [floor.name for floor in kept]
             content["slices"] = _slices(scores, data.split.rows, floors, content["exits"])
         content |= _adaptive(trainer, module, scores, content, floors)
         result = result_head(verb, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
@@ -163,15 +170,28 @@ def _adaptive(
         row |= shares.get(row["layer"], {})
     risk = calibration.issued.get("risk")
     summary = calibration.found.summary(planned, risk)
+    found: dict[str, Any] = {}
     best = next((f for f in floors if f.name == content["best_floor"]), None)
     if best is not None:
-        summary["floor_difference"] = floor_difference(
-            best, part["row_id"].to_numpy(), planned.logit, data.split.rows
-        )
+        against = AgainstFloor(best, part["row_id"].to_numpy(), data.split.rows)
+        summary["floor_difference"] = against.difference(planned.logit)
+        if content["chosen_exit"] is not None:
+            plans = [planned, planned.under(calibration.found.without)]
+            found["chosen_exit_by_prior"] = _by_prior(content["chosen_exit"], plans, against)
     return {
         "adaptive": {"split": split, **({"fold": fold} if fold else {}), **summary},
         "certificate": calibration.issued,
+        **found,
     }
+
+
+def _by_prior(layer: int, plans: list[PlannedRows], against: AgainstFloor) -> dict[str, Any]:
+    """The chosen exit under plans with counting and without; one plan where a run has no prior."""
+    heads = {
+        "counting" if rows.plan.prior else "none": rows.calibrated[:, rows.plan.layers.index(layer)]
+        for rows in plans
+    }
+    return {"layer": layer, **prior_rows(heads, against)}
 
 
 def _slices(

@@ -1,4 +1,4 @@
-"""The trunk with int8 weights, for CPUs: another lever beside exits.
+"""A linear layer with int8 weights, for CPUs.
 
 Unusual here: activations are scaled token by token, not by the range of whatever happens to be in the batch, so a
 score still does not depend on its company, nor on who left before. torch's dynamic kernel measures one range per call;
@@ -7,19 +7,10 @@ every call therefore holds one row more, from -1 to 1, and all other rows are di
 
 from __future__ import annotations
 
-import copy
 import warnings
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
-
-from project.errors import ConfigError
-
-if TYPE_CHECKING:
-    from project.model.module import ExitRecommender
-
-Kind = TypeVar("Kind", bound=nn.Module)
 
 LEVELS = 127
 SMALLEST = 1e-12  # a token of zeros is divided by this
@@ -71,48 +62,5 @@ class Int8Linear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
 
-def quantised(module: ExitRecommender) -> ExitRecommender:
-    """A module whose trunk has int8 linear layers; `Engine(quantised(module), ...)` is an int8 engine.
-
-    Embeddings, norms and heads are shared with the module given, which stays as it is.
-
-    Args:
-        module: With its trunk, float32 on a CPU.
-
-    Raises:
-        ConfigError: The trunk is elsewhere or of another type.
-    """
-    assert module.trunk is not None
-    weight = module.trunk.embed_tokens.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        raise ConfigError(
-            f"int8 is for a float32 trunk on a CPU; found {str(weight.dtype).removeprefix('torch.')} on "
-            f"{weight.device}. Add --trainer.accelerator cpu, or leave int8 out."
-        )
-    found = _copied(module)
-    found.trunk = _replaced(module.trunk)
-    return found
-
-
 def _engines() -> list[str]:
     return list(torch.backends.quantized.supported_engines)
-
-
-def _copied(module: Kind) -> Kind:
-    """A module with a list of children of its own, which are those of the other."""
-    found = copy.copy(module)
-    found._modules = dict(module._modules)
-    return found
-
-
-def _replaced(module: Kind) -> Kind:
-    """With int8 layers; what holds no linear layer is the module itself."""
-    if not any(type(part) is nn.Linear for part in module.modules()):
-        return module
-    found = _copied(module)
-    for name, child in found._modules.items():
-        if type(child) is nn.Linear:
-            found._modules[name] = Int8Linear(child)
-        elif child is not None:
-            found._modules[name] = _replaced(child)
-    return found

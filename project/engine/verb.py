@@ -14,10 +14,10 @@ from project.artefacts import run_of_checkpoint, write_table
 from project.callbacks.results import ResultFiles
 from project.engine.decisions import RowExits
 from project.engine.engine import Engine
-from project.engine.int8 import quantised
 from project.engine.loading import load_run, prepare_requests
 from project.engine.scored import Scores
 from project.engine.stream_cache import StreamCache
+from project.engine.trunk_weights import Weights, with_weights
 from project.errors import NotFittedError
 from project.model.heads import heads_digest
 
@@ -34,7 +34,7 @@ def run_early_exit(
     model: ExitRecommender,
     data: InteractionData,
     checkpoint: str | Path | None,
-    int8: bool = False,
+    weights: Weights | None = None,
 ) -> Path:
     """Score data.requests with the engine and the run's exit plan; write scores/predict-early_exit.parquet.
 
@@ -43,7 +43,7 @@ def run_early_exit(
         model: Made from the run's configuration.
         data: Logs and requests.
         checkpoint: The run's checkpoint.
-        int8: Round the trunk's weights to int8 first.
+        weights: Type of the trunk's weights; None: the run's own.
 
     Raises:
         NotFittedError: No checkpoint.
@@ -59,7 +59,7 @@ def run_early_exit(
     device = trainer.strategy.root_device
     model.to(device)
     prepared = prepare_requests(model, data)
-    served = quantised(model) if int8 else model
+    served = with_weights(model, weights)
     scores = Engine(served, RowExits(plans.plan, device), StreamCache()).score(prepared)
     assert data.requests is not None
     table = early_exit_table(scores, data.requests)

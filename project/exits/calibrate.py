@@ -19,7 +19,7 @@ from torch import Tensor
 from project.exits.budget import AskedScores, TuneFold, check_folds
 from project.exits.certify import Certificate, certify
 from project.exits.criteria import name, safety_table
-from project.exits.ledger import CertificateLedger, scores_digest
+from project.exits.ledger import CertificateLedger, asked_of_fold
 from project.exits.plan import ExitPlan, Floats, specification
 from project.exits.policies import leave
 from project.exits.settings import ExitSettings
@@ -69,6 +69,7 @@ def calibrate(
         DataError: A fold is empty, one class, NaN logits, heads that are all equal, users in two folds.
         ConfigError: A second certificate on the same fold.
     """
+    ledger = CertificateLedger(previous).admit(asked_of_fold(settings), protocol_hash)
     check_folds(scores, ("tune", "certify"))
     fold = {f: (scores["fold"] == f).to_numpy() for f in ("tune", "certify")}
     table = {f: scores.filter(chosen) for f, chosen in fold.items()}
@@ -77,9 +78,7 @@ def calibrate(
         for prior in ("counting", "none")
     }
     tune = by_prior[settings.prior]
-    certificate, further, ledger = _certificates(
-        tune, table["certify"], features[fold["certify"]], settings, protocol_hash, previous
-    )
+    certificate, further = _certificates(tune, table["certify"], features[fold["certify"]], settings)
     step = tune.best.step if settings.mode == "budget" else (certificate.path_step or 0)
     last = _certified_step(tune, certificate, further, settings)
 
@@ -103,27 +102,18 @@ def calibrate(
 
 
 def _certificates(
-    tune: TuneFold,
-    certify_rows: pl.DataFrame,
-    features: Floats,
-    settings: ExitSettings,
-    protocol_hash: str,
-    previous: Mapping[str, Any] | None,
-) -> tuple[Certificate, Certificate, list[dict[str, Any]]]:
+    tune: TuneFold, certify_rows: pl.DataFrame, features: Floats, settings: ExitSettings
+) -> tuple[Certificate, Certificate]:
     """Of the budget's step alone and of the sequence that begins with it; in risk mode both are of the whole path."""
     outputs = tune.plan(0).outputs(certify_rows, features)
     safety = safety_table(tune.best.criterion, outputs)
     path = np.stack([_emitted(outputs.logits, safety, tune, k) for k in _sequence(tune, settings)])
     users, labels = certify_rows["user"].to_numpy(), certify_rows["label"].to_numpy()
-    digest = scores_digest(certify_rows["row_id"].to_numpy(), users, outputs.logits.numpy())
-    ledger = CertificateLedger(previous).admit(
-        settings.certificate, specification(tune.best.criterion), settings.mode, protocol_hash, digest
-    )
     first = len(path) if settings.mode == "risk" else 1 + (tune.best.step > 0)
     own, further = (
         certify(part, path[0], labels, users, settings.certificate) for part in (path[:first], path)
     )
-    return own, further, ledger
+    return own, further
 
 
 def _sequence(tune: TuneFold, settings: ExitSettings) -> list[int]:

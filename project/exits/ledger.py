@@ -1,29 +1,42 @@
-"""One certificate a fold: trying several settings on the same scores voids delta, so the second is refused.
+"""One certificate a fold: trying several settings on it voids delta, so the second is refused.
 
-Unusual here: nothing is read or written. The ledger is a list in the run's own results/calibrate.json, handed in
-as it is and handed back with the new entry.
+Unusual here: nothing is read or written. The ledger is a list in the run's own result file, handed in as it is and
+handed back with the new entry. A fold is known by its protocol, not by its scores: with other weights of the run, or
+scored once more, it has been read all the same.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from project.errors import ConfigError
-from project.exits.certifiers import CertificateSettings
+from project.exits.criteria import Criterion, name
+from project.exits.plan import specification
+from project.exits.settings import ExitSettings
 
 
-def scores_digest(*columns: ArrayLike) -> str:
-    """SHA-256 of what a certificate was computed on: the fold's row ids, labels, users and the heads' logits."""
-    digest = hashlib.sha256()
-    for column in columns:
-        values = np.ascontiguousarray(column)
-        values = values.astype(str) if values.dtype == object else values  # not the pointers
-        digest.update(f"{values.dtype}{values.shape}".encode() + values.tobytes())
-    return digest.hexdigest()
+def asked_of_fold(settings: ExitSettings) -> dict[str, Any]:
+    """By YAML key, what is promised and what decides which policies are tested for it, in which order.
+
+    Budget, prior and the requests that thresholds are priced on choose these policies on `tune`: with others, another
+    policy asks the same fold. What has no part in the choice is left out.
+
+    Args:
+        settings: A run's.
+    """
+    compared = settings.criteria() if settings.criterion is None else [settings.criterion]
+    found: dict[str, Any] = {
+        "criterion": [_in_short(criterion) for criterion in compared],
+        **{key: getattr(settings, key) for key in ("mode", "prior", "stream", "candidates")},
+    }
+    if (
+        settings.mode == "budget" or len(compared) > 1
+    ):  # risk walks the whole path of a criterion that is given
+        found |= {key: getattr(settings, key) for key in ("max_auc_drop", "budget_doubt", "max_cost")}
+    if settings.candidates > 1:
+        found["requests"] = settings.requests
+    found |= {f"certificate.{key}": value for key, value in asdict(settings.certificate).items()}
+    return {f"exits.{key}": value for key, value in found.items()}
 
 
 class CertificateLedger:
@@ -36,36 +49,36 @@ class CertificateLedger:
     def __init__(self, previous: Mapping[str, Any] | None) -> None:
         self._issued: Sequence[Mapping[str, Any]] = (previous or {}).get("ledger", [])
 
-    def admit(
-        self, settings: CertificateSettings, criterion: Any, mode: str, protocol_hash: str, scores: str
-    ) -> list[dict[str, Any]]:
+    def admit(self, settings: Mapping[str, Any], protocol_hash: str) -> list[dict[str, Any]]:
         """The ledger to write into the new result file; the identical certificate is recorded once.
 
         Args:
-            settings: What is promised; seed and pairings count, a lucky order is a second try too.
-            criterion: Name of the criterion, or its JSON configuration.
-            mode: budget or risk.
+            settings: All that decides what is tested, by YAML key; a seed counts, a lucky order is a second try too.
+                Keys that an issued certificate does not have are not held against it.
             protocol_hash: Hash of the protocol whose `certify` fold is read.
-            scores: `scores_digest` of that fold.
 
         Raises:
-            ConfigError: A certificate with other settings was issued on the same scores.
+            ConfigError: A certificate with other settings was issued on the fold.
         """
-        new = {**asdict(settings), "criterion": criterion, "mode": mode}
-        for record in self._issued:
-            if (record["protocol_hash"], record["scores"]) != (protocol_hash, scores):
+        new = {"protocol_hash": protocol_hash, "settings": dict(settings)}
+        ledger: list[dict[str, Any]] = []
+        for record in (*self._issued, new):
+            if record not in ledger:
+                ledger.append(dict(record))
+            if record["protocol_hash"] != protocol_hash:
                 continue
-            changed = [key for key, value in new.items() if record["settings"].get(key) != value]
+            was = record["settings"]
+            changed = [k for k, value in settings.items() if k in was and was[k] != value]
             if changed:
-                where = {"criterion": "exits", "mode": "exits"}
-                was = ", ".join(
-                    f"{where.get(key, 'exits.certificate')}.{key} {record['settings'].get(key)!r} -> {new[key]!r}"
-                    for key in changed
-                )
+                said = ", ".join(f"{key} {was[key]!r} -> {settings[key]!r}" for key in changed)
                 raise ConfigError(
-                    f"a certificate was already issued on this certify fold with other settings ({was}): asking "
-                    "twice voids delta. Keep the settings, or train a new run and fix them before it is read"
+                    f"a certificate was already issued on this certify fold with other settings ({said}): asking "
+                    "twice voids delta. Keep the settings, or train a new run and fix them before the fold is read"
                 )
-            return [dict(known) for known in self._issued]
-        entry = {"protocol_hash": protocol_hash, "scores": scores, "settings": new}
-        return [*(dict(known) for known in self._issued), entry]
+        return ledger
+
+
+def _in_short(criterion: Criterion) -> str:
+    """Such as consistency(heads=2)."""
+    arguments = specification(criterion)["init_args"]
+    return f"{name(criterion)}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"

@@ -18,8 +18,8 @@ from torch import Tensor
 from project.errors import DataError
 from project.exits.cost import Stream, mean_depth, request_cost, row_cost
 from project.exits.outputs import HeadOutputs
-from project.exits.path import Asked, Path
-from project.exits.policies import FixedDepth, Oracle, RandomExit, leave
+from project.exits.path import Asked
+from project.exits.policies import FixedDepth, Oracle, RandomExit
 from project.metrics import auc
 
 ORACLE_TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 1.0)
@@ -128,27 +128,6 @@ def curve(rows: ScoredRows, policies: Iterable[Leaves]) -> list[dict[str, Any]]:
     return [
         point(rows, policy.exits(rows.outputs), None if asked is None else policy.exits(asked.outputs))
         for policy in policies
-    ]
-
-
-def path_curve(
-    rows: ScoredRows, safety: Tensor, path: Path, paid_safety: Tensor | None = None
-) -> list[dict[str, Any]]:
-    """Points of every step of a path; the same as `curve` of its policies, with safety computed once.
-
-    Args:
-        rows: Any n rows, of tune or of another fold.
-        safety: (n, K) safety of these rows (`safety_table`; out-of-fold on the rows of the fit).
-        path: From `threshold_path`.
-        paid_safety: (m, K) safety of the candidates that are paid for, where there are any.
-    """
-    return [
-        point(
-            rows,
-            leave(safety, step.thresholds),
-            None if paid_safety is None else leave(paid_safety, step.thresholds),
-        )
-        for step in path.steps
     ]
 
 

@@ -91,20 +91,6 @@ def fit_margins(request: Tensor, outputs: HeadOutputs, quantile: float) -> Tenso
     return moves[round(quantile * (moves.shape[0] - 1))]
 
 
-def list_scores(request: Tensor, outputs: HeadOutputs, exits: Tensor) -> Tensor:
-    """What a request's list is sorted by, (n,): the score each candidate left with, -inf for who left early.
-
-    Args:
-        request: (n,) request ids.
-        outputs: Outputs of the n candidates.
-        exits: (n,) from `TopK.exits`, or a static depth: early is before the request's deepest candidate.
-    """
-    _, code = torch.unique(request, return_inverse=True)
-    deepest = exits.new_zeros(exits.numel()).scatter_reduce(0, code, exits, "amax")
-    scores = outputs.logits.gather(1, exits[:, None]).squeeze(1)
-    return torch.where(exits == deepest[code], scores, -torch.inf)
-
-
 def overlap_at_k(request: Tensor, scores: Tensor, full: Tensor, k: int) -> Tensor:
     """Share of the full model's best k that are in the list's best k, per request, (r,), by ascending id.
 

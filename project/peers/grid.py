@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import torch
@@ -20,6 +21,8 @@ from torch import nn
 from project.errors import DataError
 from project.floors import Floor, floor_scores, targets_of
 from project.metrics import auc
+from project.peers import features as reading
+from project.peers import networks, training
 from project.peers.features import PeerFeatures, Table
 from project.peers.networks import dcn_v2, deepfm, din
 from project.peers.training import Labelled, score, train
@@ -32,6 +35,7 @@ PEERS: dict[str, Callable[[PeerFeatures, int], nn.Module]] = {
     "dcn_v2": dcn_v2,
     "din": din,
 }
+LIBRARY = "torch-rechub"
 LEFT_OUT = (
     "DeepFM, DCN-v2 and DIN are left out: torch-rechub is not installed (pip install 'exitrec[peers]' or, "
     "from a checkout, pip install -e '.[peers]')."
@@ -57,6 +61,25 @@ GRID = tuple(GridPoint(*point) for point in product((8, 16), (1e-4, 1e-3)))
 def peers_installed() -> bool:
     """Whether the extra `peers` is here."""
     return find_spec("torch_rechub") is not None
+
+
+def peer_settings(library: str | None = None) -> dict[str, Any]:
+    """Everything about the networks that their scores depend on, JSON-able.
+
+    Args:
+        library: Version of torch-rechub; None: the installed one.
+    """
+    constants = {
+        reading: ("BINS", "HISTORY_ROWS", "ATTRIBUTE_WORDS"),
+        networks: ("LAYERS", "CROSSES", "ATTENTION_LAYERS"),
+        training: ("BATCH_ROWS", "LEARNING_RATE", "EPOCHS", "PATIENCE", "HIDDEN_SHARE"),
+    }
+    return {
+        LIBRARY: library or version(LIBRARY),
+        "networks": list(PEERS),
+        "grid": [asdict(point) for point in GRID],
+        **{name.lower(): getattr(module, name) for module, names in constants.items() for name in names},
+    }
 
 
 def peer_floors(

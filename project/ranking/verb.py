@@ -16,7 +16,7 @@ import polars as pl
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from project.artefacts import read_result, result_head, sha256_of, write_json, write_table
+from project.artefacts import read_result, result_head, write_json, write_table
 from project.callbacks.results import ResultFiles
 from project.data.workloads import Workload, concatenate
 from project.engine.every_head import score_every_head
@@ -66,7 +66,7 @@ def run_rank(
             "`--ckpt_path runs/quickstart/latest/checkpoints/last.ckpt`. `fit` writes one."
         )
     workloads = settings.workloads(data)
-    ledger = _ledger(settings, data, Path(checkpoint), folder / "results")
+    ledger = _ledger(settings, data, folder / "results")
     data.prepare_data()
     load_weights(model, data.tokenizer, checkpoint)
     model.to(trainer.strategy.root_device)
@@ -114,21 +114,18 @@ def rank_rows(parts: dict[str, ScoredRequests], settings: RankSettings) -> dict[
     return {"requests": rows, "certificate": certificates}
 
 
-def _ledger(
-    settings: RankSettings, data: InteractionData, checkpoint: Path, results: Path
-) -> list[dict[str, Any]]:
+def _ledger(settings: RankSettings, data: InteractionData, results: Path) -> list[dict[str, Any]]:
     """The ledger of certificates with this one, read before anything is scored; a second try is refused.
 
-    More requests or other candidates are a second try too, so the fold of a checkpoint is one entry whatever was drawn.
+    More requests or other candidates are a second try too, and so is another seed, which draws others.
     """
     issued = [e for path in sorted(results.glob("rank*.json")) for e in read_result(path).get("ledger", [])]
     if not settings.certify:
         return issued
-    criterion = {"policy": "top_k", "seed": data.seed, **asdict(settings)}
-    del criterion["labelled_minimum"]  # no part in it
+    asked = {f"ranking.{key}": value for key, value in asdict(settings).items() if key != "labelled_minimum"}
     try:
         return CertificateLedger({"ledger": issued}).admit(
-            settings.certificate(), criterion, "budget", data.split.hash, sha256_of(checkpoint)
+            asked | {"seed_everything": data.seed}, data.split.hash
         )
     except ConfigError as error:
         raise ConfigError(f"{error}; or set ranking.certify to 0, which makes no certificate.") from error

@@ -18,6 +18,7 @@ from project.report import words
 from project.report.figures import Picture, pictures
 from project.report.html import render_html
 from project.report.run import Run, read_run
+from project.report.scores import calibrated_line, prior_line, scores_table
 from project.report.style import png
 from project.report.tables import (
     benchmark_table,
@@ -30,10 +31,9 @@ from project.report.tables import (
     policies_table,
     priors_table,
     rows_of,
-    scores_table,
     slices_table,
 )
-from project.tables import difference_lines, number, protocol_line, render_stage_seconds
+from project.tables import difference_lines, kept_line, number, protocol_line, render_stage_seconds
 
 UNCALIBRATED = "None before the calibration, see above."
 USAGE = "python -m project report RUN_FOLDER"
@@ -184,7 +184,9 @@ def _exits(run: Run) -> list[str]:
     exits = rows_of(run.reported.get("exits", []), run.split, run.fold)
     kinds = ", exits before calibration, the adaptive score after it" if run.reported.get("adaptive") else ""
     note = f"Of {run.rows}{kinds if exits else ''}:"
-    return [note, scores_table(run.reported, run.split, run.fold), *difference_lines(run.reported)]
+    said = (prior_line, calibrated_line, kept_line)
+    lines = [*difference_lines(run.reported), *(line(run.reported) for line in said)]
+    return [note, scores_table(run.reported, run.split, run.fold), *filter(None, lines)]
 
 
 def _slices(run: Run) -> list[str]:

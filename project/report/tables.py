@@ -1,4 +1,4 @@
-"""The report's tables in Markdown: exits with who leaves there, slices, policies, AUC by cost, calibration, speed.
+"""The report's tables in Markdown, but that of scores: slices, policies, AUC by cost, calibration, speed.
 
 Unusual here: a value that a result file does not hold is an en dash, one that is not defined says "undefined"; and
 what random and oracle are worth is read at the step whose cost is nearest to the chosen policy's.
@@ -15,7 +15,6 @@ Row = Mapping[str, Any]
 
 ABSENT = "–"
 COSTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-METRICS = ("log_loss", "brier", "ece")
 SETTINGS = ("candidates", "at_once", "stream", "workload", "dtype")
 BENCHMARK_COLUMNS = {
     "engine": "engine",
@@ -45,29 +44,11 @@ def rows_of(rows: Sequence[Row], split: str, fold: str | None) -> list[Row]:
     return [row for row in rows if row["split"] == split and row.get("fold") == fold]
 
 
-def scores_table(result: Row, split: str, fold: str | None) -> str:
-    """A row for every exit, the adaptive score and every floor; who leaves where, once that is known.
-
-    Args:
-        result: `exits`, `floors` and maybe `adaptive`, `chosen_exit`, `best_floor`.
-        split: Which rows.
-        fold: Which rows.
-    """
-    exits = rows_of(result.get("exits", []), split, fold)
-    leaving = any("exit_share" in row for row in exits)
-    adaptive = result.get("adaptive") or {}
-    rows = [_score_cells(_exit_label(row, result), row) for row in exits]
-    if adaptive:
-        rows.append(_score_cells("adaptive", adaptive))
-        if without := adaptive.get("without_exit_0"):
-            rows.append(_score_cells("adaptive without exit 0", without))
-    for row in rows_of(result.get("floors", []), split, fold):
-        best = " (best floor)" if row["name"] == result.get("best_floor") else ""
-        rows.append(_score_cells(f"floor {row['name']}{best}", row))
-    header = ["scores", "AUC", "95 % interval", "log loss", "Brier", "ECE", "user-AUC", "n"]
-    header += ["share leaving", "AUC of those"]
-    width = len(header) if leaving else len(header) - 2
-    return markdown_table(header[:width], [cells[:width] for cells in rows])
+def exit_label(row: Row, result: Row) -> str:
+    """An exit's name, with what is special about it."""
+    layer = row["layer"]
+    name = "exit 0 (counting)" if layer == 0 else f"exit {layer}"
+    return f"{name} (chosen)" if layer == result.get("chosen_exit") else name
 
 
 def slices_table(result: Row, split: str, fold: str | None) -> str:
@@ -89,7 +70,7 @@ def slices_table(result: Row, split: str, fold: str | None) -> str:
     columns += [("name", name) for name in floors if not exits or name == result.get("best_floor")]
     header = ["slice", "n", "users"]
     for key, who in columns:
-        header.append(_exit_label({"layer": who}, result) if key == "layer" else f"floor {who}")
+        header.append(exit_label({"layer": who}, result) if key == "layer" else f"floor {who}")
         header += ["95 % interval"] * (key == "layer" and who == chosen)
     lines = []
     for part in slices:
@@ -254,26 +235,6 @@ def plain(value: float) -> str:
 def percent(value: float | None) -> str:
     """A share, 85.4 %."""
     return UNDEFINED if value is None else f"{100 * value:.1f} %"
-
-
-def _exit_label(row: Row, result: Row) -> str:
-    layer = row["layer"]
-    name = "exit 0 (counting)" if layer == 0 else f"exit {layer}"
-    return f"{name} (chosen)" if layer == result.get("chosen_exit") else name
-
-
-def _score_cells(name: str, row: Row) -> list[str]:
-    users = row.get("uauc")
-    return [
-        name,
-        value_cell(row, "auc"),
-        interval(row["auc_interval"]) if "auc_interval" in row else ABSENT,
-        *(value_cell(row, metric) for metric in METRICS),
-        number(users["value"]) if users else ABSENT,
-        f"{row['n']:,}" if "n" in row else ABSENT,
-        percent(row["exit_share"]) if "exit_share" in row else ABSENT,
-        value_cell(row, "auc_leaving"),
-    ]
 
 
 def _step_cells(step: Row) -> list[str]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import yaml
 from example_variant import write_variant
 
 from project.ablations import runs, verb
-from project.ablations.runs import FINISHED, FitFailed
+from project.ablations.runs import FINISHED, FitFailed, exit_status
 from project.ablations.settings import Variant
 from project.artefacts import write_json
 
@@ -140,14 +142,13 @@ def test_an_unfinished_run_is_not_taken(trainer: Trainer) -> None:
 def test_a_process_that_fails(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a failed process says last is the error, its output is in fit.log, and no run counts as finished."""
     script = "import sys; print('a'); print('ConfigError: model.x'); print('  is 3'); sys.exit(2)"
-    real = subprocess.run
 
-    def start(command: list[str], **settings: Any) -> Any:
+    def start(command: list[str], output: IO[str]) -> int:
         assert command[1:4] == ["-m", "project", "fit"]
         assert command[-1] == "runs/ablation-losses/linear/variant.yaml"
-        return real([sys.executable, "-c", script], **settings)
+        return exit_status([sys.executable, "-c", script], output)
 
-    monkeypatch.setattr(runs.subprocess, "run", start)
+    monkeypatch.setattr(runs, "exit_status", start)
     variant = Variant("linear", (Path("base.yaml"),), {"trainer": {"limit_train_batches": 5}})
     folder = Path("runs/ablation-losses/linear")
     with pytest.raises(FitFailed, match=r"^ConfigError: model\.x is 3 \(exit status 2; .*fit\.log\)"):
@@ -156,6 +157,33 @@ def test_a_process_that_fails(trainer: Trainer, monkeypatch: pytest.MonkeyPatch)
     assert said["trainer"]["limit_train_batches"] == 5
     assert said["trainer"]["logger"][0]["init_args"] == {"save_dir": "runs/ablation-losses", "name": "linear"}
     assert runs.finished_run(variant, folder) is None
+
+
+def test_sigterm_ends_the_training(tmp_path: Path) -> None:
+    """A child that sleeps is ended and waited for; then the signal goes on, as status 143, to whoever handled it."""
+    log = tmp_path / "fit.log"
+    script = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+
+    def signal_when_started() -> None:
+        while not log.read_text().endswith("\n"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def not_handled(*_: object) -> None:
+        raise AssertionError("exit_status did not handle SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, not_handled)
+    try:
+        with log.open("w") as output:
+            threading.Thread(target=signal_when_started, daemon=True).start()
+            with pytest.raises(SystemExit) as stopped:
+                exit_status([sys.executable, "-c", script], output)
+        assert signal.getsignal(signal.SIGTERM) is not_handled
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
 
 
 @pytest.mark.slow

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from example_engine import make_module, random_request
 
+from project.benchmark import rows as rows_module
 from project.benchmark import sides as sides_module
 from project.benchmark.cases import Case, cases
-from project.benchmark.rows import ratio_interval, side_row, useful_flops
+from project.benchmark.rows import Against, matmul_gflops, ratio_interval, side_row, useful_flops
 from project.benchmark.sides import Side, Unit, run_rounds
-from project.benchmark.table import HEADER, benchmark_table, render_benchmark, render_rows
+from project.benchmark.table import (
+    HEADER,
+    PACKING_HEADER,
+    RETRIEVAL_HEADER,
+    benchmark_table,
+    render_benchmark,
+    render_rows,
+)
 from project.engine import PreparedRequest, Scored, Scores
+from project.engine.trunk_weights import Weights, with_weights
+from project.verbs import print_tables
 
 
 class Clock:
@@ -87,7 +99,8 @@ def test_row(clock: Clock) -> None:
     slow = Side("pointwise", "", Scripted(clock, [8], 5, 300, []), most=1, rounds=1)
     for number in range(3):
         run_rounds([full, rival, early, slow], asked, number)
-    row = side_row(early, full, rival, asked, module, ceiling=100.0, prepare_ms=500.0)
+    against = Against(full, full, rival, ceiling=100.0)
+    row = side_row(early, against, asked, module, prepare_ms=500.0)
     assert row["requests_per_s"] == pytest.approx(2 / 3)
     assert row["candidates_per_s"] == pytest.approx(2)
     assert row["measured_speedup"] == pytest.approx(2)
@@ -100,7 +113,44 @@ def test_row(clock: Clock) -> None:
     assert row["request_speedup"] == pytest.approx(7 / 4)
     low, high = row["spread"]
     assert (low, high) == pytest.approx((2 / 7, 2 / 3))  # rounds of 3, 7 and 3 s
-    assert side_row(slow, full, rival, asked, module, 100.0, 0.0)["measured_speedup"] == pytest.approx(2 / 8)
+    assert (row["dtype"], row["gflops_ceiling"]) == ("float32", 100)
+    assert side_row(slow, against, asked, module, 0.0)["measured_speedup"] == pytest.approx(2 / 8)
+
+
+def test_other_weights_win_speed_not_efficiency(clock: Clock) -> None:
+    """Full depth takes 4 s, 1 s in bfloat16; leaving early there .4 s for a quarter of the token-layers.
+
+    Speed and the rival are the run's own: x4 and x10. Efficiency is over the same weights: 1, and 1 / .4 / 4 = .625.
+    """
+    asked, module = units(1), make_module()
+    full = Side("packed", "", Scripted(clock, [4], 5, 100, []))
+    half = Side("packed", "", Scripted(clock, [1], 5, 100, []), weights="bfloat16")
+    early = Side("early_exit", "p", Scripted(clock, [0.4], 1, 25, []), weights="bfloat16")
+    run_rounds([full, half, early], asked, 0)
+    against = Against(full, half, full, ceiling=700.0)
+    rows = [side_row(side, against, asked, module, 0.0) for side in (half, early)]
+    assert [row["measured_speedup"] for row in rows] == pytest.approx([4, 10])
+    assert [row["speedup_over_rival"]["value"] for row in rows] == pytest.approx([4, 10])
+    assert [row["trunk_speedup"] for row in rows] == pytest.approx([4, 10])
+    assert [row["efficiency"] for row in rows] == pytest.approx([1, 0.625])
+    assert rows[1]["efficiency_spread"] == pytest.approx([0.625, 0.625])
+    assert [(row["dtype"], row["gflops_ceiling"]) for row in rows] == [("bfloat16", 700)] * 2
+
+
+@pytest.mark.parametrize("weights", [None, "bfloat16", "int8"])
+def test_a_ceiling_is_of_the_weights_it_is_for(
+    weights: Weights | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ticks around one product of 10 tokens, 32 x 48 weights: 2 * 10 * 32 * 48 FLOPs in 1 s, by these weights."""
+    module = with_weights(make_module(), weights)
+    assert module.trunk is not None
+    asked: list[torch.dtype] = []
+    for layer in module.trunk.layers:
+        layer.mlp.up_proj.register_forward_pre_hook(lambda _, given: asked.append(given[0].dtype))
+    ticks = iter([5.0, 6.0])
+    monkeypatch.setattr(rows_module.time, "perf_counter", lambda: next(ticks))
+    assert matmul_gflops(module, tokens=10) == pytest.approx(2 * 10 * 32 * 48 / 1e9)
+    assert asked == [torch.bfloat16 if weights == "bfloat16" else torch.float32]
 
 
 def test_useful_flops() -> None:
@@ -142,6 +192,9 @@ def test_cases() -> None:
     assert all("pointwise" not in c.plain for c in found if c.candidates >= 64 and c.history is None)
 
 
+PROTOCOL = {"protocol": {"name": "p", "hash": "h", "counts": {}}}
+
+
 def row(**changes: object) -> dict[str, object]:
     base: dict[str, object] = {
         "engine": "early_exit", "policy": "budget: learned", "candidates": 64, "stream": "cold", "history": None,
@@ -162,10 +215,12 @@ def test_tables() -> None:
         row(),
         row(engine="top_k", policy="best 10", overlap=0.968, precision=0.78, stream="warm"),
         row(history=50, at_once=8),
+        row(engine="packed", dtype="bfloat16"),
+        row(dtype="int8"),
     ]
     lines = render_rows(rows).splitlines()
     assert lines[0].count("|") == len(HEADER) + 1
-    names = [line.split("|")[3].strip() for line in lines[2:8]]
+    names = [line.split("|")[3].strip() for line in lines[2:10]]
     assert names == [
         "packed, full depth",
         "transformers, a prompt per candidate",
@@ -173,6 +228,8 @@ def test_tables() -> None:
         "early_exit, budget: learned",
         "top_k, best 10",
         "early_exit, budget: learned",
+        "packed, full depth, bfloat16",
+        "early_exit, budget: learned, int8",
     ]
     assert lines[5] == (
         "| 64 | cold | early_exit, budget: learned | .50 | 2000 | 2500 | .7601 | 3.13 | x2.00 | x1.90 | [1.80, 2.04] | "
@@ -180,8 +237,10 @@ def test_tables() -> None:
     )
     assert ".968 overlap, .780 precision" in lines[6]
     assert lines[7].startswith("| 64, 8 requests at once | cold, 50 items |")
-    assert "8 of 64 candidates" in lines[9]
-    assert benchmark_table(rows).row_count == 6
+    assert "8 of 64 candidates" in lines[11]
+    assert "efficiency is over full depth with the same weights" in lines[11]
+    assert benchmark_table(rows).row_count == 8
+    assert "same weights" not in render_rows(rows[:6])
 
 
 def test_a_short_table() -> None:
@@ -198,7 +257,54 @@ def test_a_short_table() -> None:
         row(policy="budget without exit 0: learned"),
         row(policy="90% leave at each exit: learned"),
     ]
-    result = {"rows": [*hidden, *shown], "protocol": {"name": "p", "hash": "h", "counts": {}}}
+    result = {"rows": [*hidden, *shown]} | PROTOCOL
     assert render_benchmark(result) == render_rows(shown) + "\n\nProtocol p (hash h)\n"
     only = {**result, "rows": [row(candidates=8)]}
     assert render_benchmark(only).startswith(render_rows(only["rows"]))
+
+
+def test_retrieval_table() -> None:
+    """A row a side of `benchmark --only retrieval`: who, from what, how fast, and what its vote is worth."""
+    side = {
+        "retriever": "lightgcn", "cached": True, "ms_per_request": 0.1029, "total_ratio_to_lightgcn": 1.0,
+        "vote_auc": 0.74001, "vote_auc_interval": [0.72, 0.7587], "requests": 37, "history_rows": 99.35,
+    }  # fmt: skip
+    text = side | {
+        "retriever": "text",
+        "cached": False,
+        "ms_per_request": 35.1037,
+        "total_ratio_to_lightgcn": 333.53,
+    }
+    result = {"verb": "benchmark", "retrieval": [side, text | {"vote_auc": None, "vote_auc_interval": None}]}
+    lines = render_benchmark(result | PROTOCOL).splitlines()
+    assert lines[:4] == [
+        "| retriever | query | ms a request | over LightGCN | vote AUC | 95 % interval |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| lightgcn | item vectors summed | .103 | x1.00 | .7400 | [.7200, .7587] |",
+        "| text | history encoded | 35.104 | x333.53 | undefined | undefined |",
+    ]
+    assert lines[5].startswith("Timed on 37 requests of the test split for one candidate, 99 earlier rows")
+    assert lines[7:] == ["Protocol p (hash h)"]
+
+
+def test_packing_table() -> None:
+    """Both rates of `benchmark --only packing`, their ratio and its spread."""
+    packing = {
+        "packed_targets_per_s": 49.71, "pointwise_targets_per_s": 1.164, "ratio": 43.5, "spread": [31.94, 52.74],
+        "rounds": 8, "layers": 6, "context_tokens": 1024,
+    }  # fmt: skip
+    lines = render_benchmark({"verb": "benchmark", "packing": packing} | PROTOCOL).splitlines()
+    assert lines[2:4] == ["| packed | 49.7 |", "| one prompt per candidate | 1.2 |"]
+    assert lines[5] == "x43.50, median of 8 rounds ([31.94, 52.74]), 6 layers, windows of 1,024 tokens."
+
+
+def test_kept_benchmarks_render(capsys: pytest.CaptureFixture[str]) -> None:
+    """`table` prints the kept results of all three kinds, none as the table of exits."""
+    results = Path(__file__).parents[2] / "results"
+    names = ("ml100k/benchmark.json", "ml100k/benchmark-retrieval.json", "quickstart/benchmark-packing.json")
+    print_tables([str(results / name) for name in names])
+    shown = capsys.readouterr().out
+    assert shown.count("### benchmark") == 3
+    assert "| scores | AUC |" not in shown
+    for header in (HEADER, RETRIEVAL_HEADER, PACKING_HEADER):
+        assert "| " + " | ".join(header) + " |" in shown

@@ -208,13 +208,25 @@ def test_too_few_to_certify(scores: pl.DataFrame) -> None:
 
 
 def test_second_certificate(scores: pl.DataFrame) -> None:
-    """The same promise may be computed again, another one on the same fold is refused."""
+    """The same may be computed again; another promise, budget or prior on the same fold is refused.
+
+    Scored a second time, a little differently, it is the same fold.
+    """
     first = calibrate(scores, FEATURES, settings(), "hash").document
     again = calibrate(scores, FEATURES, settings(), "hash", first).document
     assert again["certificate"] == first["certificate"]
     assert len(again["ledger"]) == 1
-    with pytest.raises(ConfigError, match="voids delta"):
-        calibrate(scores, FEATURES, settings(max_auc_drop=0.01, mode="risk"), "hash", first)
+    rescored = with_fold(scores, "certify", logit_2=pl.col("logit_2") + 1e-6)
+    for change, words in (
+        ({"mode": "risk"}, "exits.mode 'budget' -> 'risk'"),
+        ({"max_auc_drop": 0.01}, r"exits.max_auc_drop 0\.002 -> 0\.01"),
+        ({"prior": "none"}, "exits.prior"),
+    ):
+        for table in (scores, rescored):
+            with pytest.raises(ConfigError, match=words):
+                calibrate(table, FEATURES, settings(**change), "hash", first)
+    other = calibrate(scores, FEATURES, settings(max_auc_drop=0.01), "other protocol", first).document
+    assert len(other["ledger"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Certificates: the walk along the path, bad input, promises kept at the border, one certificate a fold."""
 
 import json
-import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +9,10 @@ import pytest
 from project.errors import ConfigError, DataError
 from project.exits.certifiers import CertificateSettings
 from project.exits.certify import certify, certify_losses, last_that_passed
-from project.exits.ledger import CertificateLedger, scores_digest
+from project.exits.criteria import Consistency, Ratio
+from project.exits.ledger import CertificateLedger, asked_of_fold
 from project.exits.risks import user_means
+from project.exits.settings import ExitSettings
 
 DELTA = 0.1
 DRAWS = 1000
@@ -115,8 +117,8 @@ class TestWalk:
             ("auc_gap", "users", "delong"),
         ],
     )
-    def test_a_path_of_sixty_steps_is_quick(self, risk, unit, certifier):
-        """Every certifier walks 60 steps of 4,000 rows in < 2 s of processor time, and returns one between.
+    def test_a_path_of_sixty_steps(self, risk, unit, certifier):
+        """Every certifier walks 60 steps of 4,000 rows and returns one between.
 
         Nearly unchanged scores pass, noise as large as the scores does not. (80 users are too few for betting.)
         """
@@ -126,9 +128,7 @@ class TestWalk:
         noise = rng.normal(size=4000)
         path = np.stack([full + noise * k / 20 for k in range(60)])
         settings = CertificateSettings(risk, 0.05, DELTA, unit, certifier)
-        start = time.process_time()
         found = certify(path, full, labels, users, settings)
-        assert time.process_time() - start < 2
         assert found.kind == ("asymptotic" if certifier == "delong" else "finite-sample")
         if (risk, unit, certifier) == ("auc_gap", "users", "averaged_e_values"):
             assert not found.passed
@@ -190,121 +190,71 @@ class TestBadInput:
 
 
 class TestLedger:
-    def test_a_second_certificate_is_refused(self):
-        """The identical one may be computed again; another epsilon, criterion or seed on the same scores may not.
+    SETTINGS = ExitSettings()
 
-        Other scores or another protocol are another fold. The file is JSON in between.
-        """
-        scores = scores_digest(np.arange(5), np.array(["a", "b"], dtype=object))
-        first = CertificateLedger(None).admit(CertificateSettings(), "consistency", "risk", "p1", scores)
-        previous = json.loads(json.dumps({"ledger": first}))
-        ledger = CertificateLedger(previous)
-        assert ledger.admit(CertificateSettings(), "consistency", "risk", "p1", scores) == first
-        for settings, criterion in (
-            (CertificateSettings(epsilon=0.1), "consistency"),
-            (CertificateSettings(), "ratio"),
-            (CertificateSettings(seed=1), "consistency"),
-        ):
-            with pytest.raises(ConfigError, match=r"already issued .* voids delta"):
-                ledger.admit(settings, criterion, "risk", "p1", scores)
-        with pytest.raises(ConfigError, match=r"exits.certificate.epsilon 0.05 -> 0.1"):
-            ledger.admit(CertificateSettings(epsilon=0.1), "consistency", "risk", "p1", scores)
-        other = scores_digest(np.arange(5), np.array(["a", "c"], dtype=object))
-        for protocol, digest in (("p2", scores), ("p1", other)):
-            kept = ledger.admit(CertificateSettings(epsilon=0.1), "ratio", "risk", protocol, digest)
-            assert len(kept) == 2
-            assert kept[0] == first[0]
+    def ledger(self):
+        """After one certificate of default settings; the file is JSON in between."""
+        first = CertificateLedger(None).admit(asked_of_fold(self.SETTINGS), "p1")
+        return first, CertificateLedger(json.loads(json.dumps({"ledger": first})))
 
-    def test_digest_sees_values_order_and_type(self):
-        """One changed bit, a swapped row or another column order gives another digest; a copy does not."""
-        a, b = np.arange(4.0), np.array([0, 1, 1, 0])
-        changed = a.copy()
-        changed[2] = np.nextafter(2, 3)
-        seen = [scores_digest(*x) for x in ((a, b), (changed, b), (a[::-1], b), (b, a), (a.reshape(2, 2), b))]
-        assert len(set(seen)) == 5
-        assert scores_digest(a.copy(), list(b)) == seen[0]
-
-
-@pytest.mark.slow
-class TestPromises:
-    """1,000 draws a certifier; a violation is a returned step whose true risk is at epsilon or above."""
-
-    @pytest.mark.parametrize("certifier", ["wsr", "hoeffding_bentkus"])
-    def test_users_with_correlated_rows(self, certifier):
-        """Steps of true risk 0, .02, .05, .08 at epsilon .05, heavy tails, all rows of a user alike.
-
-        As users the promise is kept and the safe step passes often; as rows (a hundredth of the truth's
-        independence) it is broken several times too often: the unit matters.
-        """
-        rng = np.random.default_rng(0)
-        users, rows = 400, 20
-        owner = np.repeat(np.arange(users), rows)
-        steps = {"users": [], "rows": []}
-        for _ in range(DRAWS):
-            size = rng.random(users)
-            harm = [
-                np.where(size < mean / 2, 1.0, rng.random(users) * mean / (1 - mean / 2))
-                for mean in (0.02, 0.05, 0.08)
-            ]
-            losses = np.stack([np.zeros(users), *harm])
-            for unit, found in steps.items():
-                values = losses[:, owner] if unit == "rows" else user_means(losses[:, owner], owner)
-                settings = CertificateSettings("overlap_loss", 0.05, DELTA, "requests", certifier)
-                found.append(certify_losses(values, settings).path_step or 0)
-        broken = {unit: (np.array(found) >= 2).mean() for unit, found in steps.items()}
-        assert broken["users"] <= LIMIT
-        assert broken["rows"] > 2 * DELTA
-        assert (np.array(steps["users"]) >= 1).mean() > 0.5
-
-    @pytest.mark.parametrize("certifier", ["wsr", "hoeffding_bentkus"])
-    def test_sequence_behind_a_budget(self, certifier):
-        """The budget's policy (risk .01), then faster ones of .025, .055, .08, .12; epsilon .05; harm is nested.
-
-        Tested in order at one delta, the last that passes breaks the promise in at most delta of draws, while it is
-        faster than the budget's policy in half of them. The budget's own verdict is the one it has when tested alone.
-        """
-        rng = np.random.default_rng(3)
-        risks = np.array([0.01, 0.025, 0.055, 0.08, 0.12])
-        settings = CertificateSettings("overlap_loss", 0.05, DELTA, "requests", certifier)
-        last = []
-        for _ in range(DRAWS):
-            harmed = rng.random(300)
-            losses = np.concatenate([np.zeros((1, 300)), harmed < risks[:, None]])
-            own, further = certify_losses(losses[:2], settings), certify_losses(losses, settings)
-            assert own.passed == further.passed
-            last.append(further.path_step or 0)
-        assert (np.array(last) >= 3).mean() <= LIMIT
-        assert (np.array(last) >= 2).mean() > 0.5
+    def test_the_same_is_recorded_once(self):
+        """The identical certificate may be computed again; another protocol is another fold."""
+        first, ledger = self.ledger()
+        assert ledger.admit(asked_of_fold(ExitSettings()), "p1") == first
+        other = ledger.admit(asked_of_fold(ExitSettings(max_auc_drop=0.01)), "p2")
+        assert [record["protocol_hash"] for record in other] == ["p1", "p2"]
+        assert other[0] == first[0]
 
     @pytest.mark.parametrize(
-        ("certifier", "unit", "users", "rows"),
+        "change",
         [
-            ("averaged_e_values", "rows", 600, 1),
-            ("averaged_e_values", "users", 150, 6),
-            ("delong", "rows", 600, 1),
-            ("delong", "users", 200, 6),
+            {"criterion": Ratio()},
+            {"compare": [Ratio()]},
+            {"compare": [Ratio(), Consistency(2)]},
+            {"prior": "none"},
+            {"mode": "risk"},
+            {"max_auc_drop": 0.01},
+            {"max_cost": 0.5},
+            {"stream": "warm"},
+            {"candidates": 64},
         ],
+        ids=str,
     )
-    def test_auc_gap_at_the_border(self, certifier, unit, users, rows):
-        """The true gap is exactly epsilon = .1: passes in at most delta + 3 standard errors of 1,000 draws."""
-        rng = np.random.default_rng(1)
-        settings = CertificateSettings("auc_gap", 0.1, DELTA, unit, certifier)
-        passed = 0
-        for _ in range(DRAWS):
-            full, adaptive, labels, user = failing_rows(rng, users, rows, 0.15, 0.1)
-            passed += certify([full, adaptive], full, labels, user, settings).passed
-        assert passed / DRAWS <= LIMIT
+    def test_what_chooses_the_tested_policy_counts(self, change):
+        """Every setting that may send another policy to the fold is another try; the message names its key."""
+        _, ledger = self.ledger()
+        key = "criterion" if "compare" in change else next(iter(change))
+        with pytest.raises(ConfigError, match=rf"already issued .*exits\.{key} .* -> .*voids delta"):
+            ledger.admit(asked_of_fold(ExitSettings(**change)), "p1")
 
     @pytest.mark.parametrize(
-        ("certifier", "unit"),
-        [("averaged_e_values", "rows"), ("averaged_e_values", "users"), ("delong", "users")],
+        ("change", "words"),
+        [
+            ({"epsilon": 0.1}, r"epsilon 0\.02 -> 0\.1"),
+            ({"seed": 1}, "seed 0 -> 1"),
+            ({"delta": 0.2}, "delta"),
+        ],
+        ids=str,
     )
-    def test_auc_gap_has_power(self, certifier, unit):
-        """The same certifiers at a true gap of 0 and epsilon .1 pass in more than half of 50 draws of 400 users."""
-        rng = np.random.default_rng(2)
-        settings = CertificateSettings("auc_gap", 0.1, DELTA, unit, certifier)
-        passed = 0
-        for _ in range(50):
-            full, adaptive, labels, user = failing_rows(rng, 400, 6, 0.1, 0.0)
-            passed += certify([full, adaptive], full, labels, user, settings).passed
-        assert passed > 25
+    def test_the_promise_counts(self, change, words):
+        """Another epsilon, delta or order of the units is another try."""
+        _, ledger = self.ledger()
+        promise = replace(self.SETTINGS.certificate, **change)
+        with pytest.raises(ConfigError, match=rf"exits\.certificate\.{words}"):
+            ledger.admit(asked_of_fold(ExitSettings(certificate=promise)), "p1")
+
+    def test_what_has_no_part_does_not_count(self):
+        """Requests where none are scored, criteria that are only drawn, a budget where nothing is chosen by it."""
+        one = {"criterion": Ratio(), "mode": "risk"}
+        same = {**one, "compare": [Consistency()], "requests": 9, "max_auc_drop": 0.5, "max_cost": 0.5}
+        assert asked_of_fold(ExitSettings(**one)) == asked_of_fold(ExitSettings(**same))
+        several = {"compare": [Ratio(), Consistency()], "mode": "risk"}  # the budget chooses among them
+        assert asked_of_fold(ExitSettings(**several)) != asked_of_fold(ExitSettings(**several, max_cost=0.5))
+        asked = {"candidates": 64}
+        assert asked_of_fold(ExitSettings(**asked)) != asked_of_fold(ExitSettings(**asked, requests=9))
+
+    def test_setting_of_a_later_version(self):
+        """A key that an issued certificate does not have cannot have changed."""
+        first, ledger = self.ledger()
+        later = {**asked_of_fold(self.SETTINGS), "exits.later": 1}
+        assert len(ledger.admit(later, "p1")) == len(first) + 1

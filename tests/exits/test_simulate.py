@@ -4,17 +4,14 @@ import pytest
 import torch
 
 from project.errors import DataError
-from project.exits.criteria import Consistency, safety_table
 from project.exits.outputs import HeadOutputs
-from project.exits.path import threshold_path
-from project.exits.policies import FixedDepth, Policy
+from project.exits.policies import FixedDepth
 from project.exits.simulate import (
     AskedCandidates,
     ScoredRows,
     control_curves,
     cost_matched_auc,
     curve,
-    path_curve,
     point,
     rival_depth,
 )
@@ -42,15 +39,6 @@ def test_golden():
         {"cost": pytest.approx(2 / 3), "mean_depth": 3.0, "auc": 1.0, "auc_drop": 0.0}
     ]
     assert curve(rows, [FixedDepth(0)]) == [{"cost": 0.5, "mean_depth": 2.0, "auc": 0.75, "auc_drop": 0.25}]
-
-
-def test_path_curve_is_the_curve_of_its_policies(world, outputs):
-    """A path's curve equals that of its policies asked head by head, as an engine would."""
-    safety = safety_table(Consistency(), outputs)
-    path = threshold_path(safety, outputs.logits, world.labels, world.layers, *world.tokens, steps=5)
-    rows = ScoredRows(outputs, world.labels, *world.tokens)
-    policies = [Policy(Consistency(), step.thresholds, world.layers) for step in path.steps]
-    assert path_curve(rows, safety, path) == curve(rows, policies)
 
 
 def test_controls(world, outputs):

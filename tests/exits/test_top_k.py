@@ -4,7 +4,7 @@ import torch
 from project.errors import ConfigError, DataError
 from project.exits.outputs import HeadOutputs
 from project.exits.policies import FixedDepth
-from project.exits.top_k import TopK, fit_margins, list_scores, overlap_at_k, precision_at_k
+from project.exits.top_k import TopK, fit_margins, overlap_at_k, precision_at_k
 
 
 def ragged(requests=60, seed=0, most=64):
@@ -20,7 +20,10 @@ def ragged(requests=60, seed=0, most=64):
 
 
 def overlap(request, outputs, exits, k):
-    return overlap_at_k(request, list_scores(request, outputs, exits), outputs.logits[:, -1], k)
+    """Overlap@k of the list that `rank` makes: who stays longer stands above who left, then by score."""
+    scores = outputs.logits.gather(1, exits[:, None]).squeeze(1)
+    reach = 1 + outputs.logits.max() - outputs.logits.min()
+    return overlap_at_k(request, scores + reach * exits, outputs.logits[:, -1], k)
 
 
 class TestPolicy:
@@ -137,16 +140,9 @@ class TestLists:
         request, labels = torch.tensor([8, 3, 3, 3]), torch.tensor([0, 1, -1, 1])
         assert precision_at_k(request, torch.tensor([0.0, 1, 2, 3]), labels, 2).tolist() == [0.5, 0.0]
 
-    def test_who_left_is_out_of_the_list(self):
-        """A candidate that left early is no member, however high its last score; ties go to the first."""
-        request = torch.zeros(4, dtype=torch.long)
-        outputs = HeadOutputs.of((2, 4), torch.tensor([[9.0, 9.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]))
-        scores = list_scores(request, outputs, torch.tensor([0, 1, 1, 1]))
-        assert scores.tolist() == [-torch.inf, 1.0, 1.0, 1.0]
-        assert precision_at_k(request, scores, torch.tensor([1, 1, 0, 0]), 1).tolist() == [1.0]
-
-    def test_static_depth_lists_by_its_own_head(self):
-        """Where everybody leaves at one head, that head makes the list."""
-        request, outputs = ragged(10)
-        exits = FixedDepth(1).exits(outputs)
-        assert torch.equal(list_scores(request, outputs, exits), outputs.logits[:, 1])
+    def test_ties_and_infinity(self):
+        """Ties go to the first; a score of minus infinity is no member, even of a list that is not full."""
+        request, labels = torch.zeros(4, dtype=torch.long), torch.tensor([1, 1, 0, 0])
+        scores = torch.tensor([-torch.inf, 1.0, 1.0, 1.0])
+        assert precision_at_k(request, scores, labels, 1).tolist() == [1.0]
+        assert precision_at_k(request, scores, labels, 4).tolist() == [0.25]

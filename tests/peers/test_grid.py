@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
+from project import kept_floors, verbs
 from project.data.datamodule import InteractionData
 from project.errors import DataError
-from project.floors import best_floor, floor_rows
+from project.floors import Floor, best_floor, floor_rows, floor_scores
 from project.metrics import auc
 from project.peers import grid, peer_floors, peers_installed
 from project.peers.features import PADDING, PeerFeatures
@@ -28,9 +30,9 @@ needs_extra = pytest.mark.skipif(not peers_installed(), reason="needs the extra 
 
 
 @pytest.fixture
-def data(tiny_config, session_cache, monkeypatch):
-    """The tiny world's data, without the CLI."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+def data(tiny_config, tmp_path, monkeypatch):
+    """The tiny world's data, without the CLI; floors that other tests may have kept are out of reach."""
+    monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "cache"))
     parser = ArgumentParser()
     parser.add_class_arguments(InteractionData, "data")
     settings = {"data": yaml.safe_load(tiny_config().read_text())["data"]}
@@ -52,6 +54,39 @@ class TestWithoutTheExtra:
         """Whether the extra is there or not, floors without --peers do not mention them."""
         run_floors(data, tmp_path)
         assert "DeepFM" not in capsys.readouterr().out
+
+
+def test_kept_networks_are_shown_unasked(data, tmp_path, monkeypatch):
+    """Networks that `floors --peers true` has trained stand in the next `floors` too, and compete for the best."""
+    oracle = floor_scores(
+        data.split.rows, {s: data.targets(s)["label"].to_numpy() - 0.5 for s in ("valid", "test")}
+    )
+    trained = []
+
+    def train(*arguments, **settings):
+        trained.append(arguments)
+        return [Floor("din", oracle, {"embedding": 8})]
+
+    monkeypatch.setattr(kept_floors, "peer_floors", train)
+    for module in (kept_floors, verbs):
+        monkeypatch.setattr(module, "peers_installed", lambda: True)
+    monkeypatch.setattr(grid, "version", lambda name: "1.0")
+    assert "din" not in {row["name"] for row in run_floors(data, tmp_path)["floors"]}
+    assert trained == []
+    asked, unasked = run_floors(data, tmp_path, peers=True), run_floors(data, tmp_path)
+    assert len(trained) == 1
+    assert asked["floors"] == unasked["floors"]
+    assert asked["best_floor"] == "din"
+    assert {row["auc"] for row in asked["floors"] if row["name"] == "din"} == {1.0}
+
+
+def test_settings_are_plain(monkeypatch):
+    """What kept networks are found by can be written as JSON and says every setting, the library's version too."""
+    monkeypatch.setattr(grid, "version", lambda name: f"{name} 1.0")
+    settings = json.loads(json.dumps(grid.peer_settings()))
+    assert settings["torch-rechub"] == "torch-rechub 1.0"
+    assert settings["grid"] == [asdict(point) for point in GRID]
+    assert (settings["epochs"], settings["crosses"], settings["history_rows"]) == (10, 2, 20)
 
 
 def test_the_grid_is_small():
