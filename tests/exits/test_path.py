@@ -236,7 +236,7 @@ class TestBudget:
     def test_doubt_keeps_the_budget_on_fresh_rows(self, new_world, fresh):
         """16 small worlds: an estimate on tune breaks the budget in 6 of them, a doubt of .1 in none.
 
-        .1 bounds one step; that the fastest of many is picked is what it does not pay for, so 2 of 16 would be let pass.
+        .1 bounds one step; that the fastest of many is picked is what it does not pay for, so 2 of 16 may pass.
         """
         broken = {0.5: 0, 0.1: 0}
         for seed in range(16):
