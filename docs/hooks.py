@@ -1,4 +1,4 @@
-"""MkDocs hooks: README becomes the first page, every module of `project` a reference page.
+"""MkDocs hooks: README becomes the first page, results/README the page of measurements, every module a reference page.
 
 Unusual here: these pages exist only while the site is built, so they cannot fall behind. Angle brackets in docstrings
 (`logit_<layer>`) are text, not HTML, so inline HTML is switched off for the whole site.
@@ -14,6 +14,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = {"README.md": "index.md", "results/README.md": "measured/index.md"}  # file -> page
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 
 
@@ -56,12 +57,17 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add README with its pictures, and the reference."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    files.append(File.generated(config, "index.md", content=readme))
-    for name in PICTURE.findall(readme):
-        if (ROOT / name).is_file():  # a missing one is a broken link, which --strict reports
-            files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    """Add README and results/README with their pictures, and the reference."""
+    for source, page in DOCUMENTS.items():
+        document = ROOT / source
+        text = document.read_text(encoding="utf-8")
+        for other, address in DOCUMENTS.items():  # links between them
+            text = text.replace(f"]({other})", f"]({address})")
+        files.append(File.generated(config, page, content=text))
+        for name in PICTURE.findall(text):
+            if (document.parent / name).is_file():  # a missing one is a broken link, which --strict reports
+                picture = str(Path(page).parent / name)
+                files.append(File.generated(config, picture, abs_src_path=str(document.parent / name)))
     for page, name in pages().items():
         files.append(File.generated(config, page, content=f"::: {name}\n"))
     return files

@@ -15,7 +15,13 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 from world import tiny_settings
+
+settings.register_profile(
+    "untimed", deadline=None
+)  # how long an example takes depends on what else the machine does
+settings.load_profile("untimed")
 
 WORDS = "movie about the sea a mountain two friends and one dog in winter night city river"
 

@@ -48,6 +48,9 @@ def test_site_builds_strictly(tmp_path: Path) -> None:
     first = text(tmp_path / "index.html")
     assert "Bring your own logs" in first
     assert "results/quickstart/pareto.png" in first
+    assert (tmp_path / "results/quickstart/pareto.png").is_file()
+    assert "exit 30" in text(tmp_path / "measured/index.html")
+    assert (tmp_path / "measured/whole_trunk/depth.png").is_file()
     for module in MODULES:
         parts = module.relative_to(ROOT).with_suffix("").parts
         folder = tmp_path.joinpath("reference", *(part for part in parts if part != "__init__"))

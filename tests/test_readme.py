@@ -12,7 +12,7 @@ import yaml
 from project.data.interactions import build_interactions
 from project.data.readers import TableLogs
 from project.data.splits import Protocol, apply_protocol
-from project.verbs import fill_tables
+from project.verbs import TABLE, fill_tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -39,9 +39,21 @@ def test_own_logs_in_ten_rows(tmp_path: Path) -> None:
 
 
 def test_tables_are_from_result_files() -> None:
-    """Every table between markers is what its result file renders to."""
+    """Every table between markers is what its result file renders to, and no other tables have numbers."""
     assert "<!-- table results/quickstart/test.json -->" in README
-    assert fill_tables(README, ROOT) == README
+    for document in (ROOT / "README.md", ROOT / "results" / "README.md"):
+        text = document.read_text()
+        assert fill_tables(text, document.parent) == text
+        assert not re.search(r"^\|.*\d", TABLE.sub("", text), re.MULTILINE), document
+
+
+def test_every_result_file_is_said_something_about() -> None:
+    """No JSON file or picture in results/ that neither README nor results/README names."""
+    results = ROOT / "results"
+    named = set(re.findall(r"results/(\S+?\.(?:json|png))", README))
+    named |= set(re.findall(r"[\w/-]+\.(?:json|png)", (results / "README.md").read_text()))
+    kept = {str(p.relative_to(results)) for p in results.rglob("*.*") if p.suffix in (".json", ".png")}
+    assert kept == named
 
 
 def test_tree_is_complete() -> None:
@@ -73,10 +85,12 @@ def test_paths_exist() -> None:
 
 
 def test_commands_are_verbs(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every `python -m project VERB` of README and CONTRIBUTING is a verb."""
+    """Every `python -m project VERB` of README, CONTRIBUTING and results/README is a verb."""
     from project.cli import ProjectCLI
 
-    text = README + (ROOT / "CONTRIBUTING.md").read_text()
+    text = "".join(
+        (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "results/README.md")
+    )
     known = {*ProjectCLI.subcommands(), "table", "report", "power", "export", "ablate"}
     used = set(re.findall(r"python -m project (\w+)", text))
     assert used <= known, used - known

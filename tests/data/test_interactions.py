@@ -122,7 +122,7 @@ def test_nothing_left_is_an_error(make_logs: MakeLogs) -> None:
         build_interactions(make_logs([("1", "a", 1.0, 5.0)]), Protocol(drop_ratings=[5]))
 
 
-@settings(derandomize=True, deadline=None)  # the first call warms polars up
+@settings(derandomize=True)
 @given(st.permutations(range(12)))
 def test_order_of_the_file_does_not_matter(order: list[int]) -> None:
     """Without duplicates the table is a function of the set of rows."""

@@ -240,7 +240,7 @@ def test_file_names_do_not_enter_the_hash() -> None:
     assert apply_protocol(moved, Protocol()).hash == apply_protocol(log, Protocol()).hash
 
 
-@settings(derandomize=True, deadline=None)  # the first call warms polars up
+@settings(derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), min_size=1, max_size=60), st.integers(0, 3))
 def test_global_time_is_monotone_in_time(log: list[tuple[int, int]], minimum: int) -> None:
     """Every row of a split is strictly earlier than every row of the next one; roles follow history."""

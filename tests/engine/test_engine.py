@@ -71,7 +71,7 @@ def test_engine_does_what_the_simulation_says(
     assert len(np.unique(np.concatenate([r.exit_layers for r in scores.requests]))) >= 3
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_company_changes_nothing(world: World, data: Any) -> None:
     """Any requests, in any order, with any of their candidates in any order, in batches of any size, cached or not."""

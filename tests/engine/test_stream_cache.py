@@ -109,7 +109,7 @@ def test_requests_of_one_call_share_their_users_stream(world: World) -> None:
     np.testing.assert_allclose(first.logits, second.logits, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=st.lists(
         st.tuples(
