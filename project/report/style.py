@@ -11,7 +11,7 @@ import zlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import Formatter, MaxNLocator
 
 COLOURS = {
     "consistency": "#0072B2",
@@ -53,7 +53,7 @@ def new_axes(xlabel: str, ylabel: str, height: float) -> Axes:
     axes = figure.add_axes((0.105, low, 0.875, 1 - low - 0.3 / height))
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_major_formatter(ShortNumbers())
     axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     return dress(axes)
 
@@ -82,9 +82,18 @@ def finished(axes: Axes) -> Figure:
     return figure
 
 
-def short(value: float) -> str:
+def short(value: float, digits: int = 3) -> str:
     """.754 and 1.000: three digits, no leading zero."""
-    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
+    return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"
+
+
+class ShortNumbers(Formatter):
+    """`short`, with as many digits as it takes to tell the ticks apart."""
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        """The label of one tick."""
+        digits = next((d for d in (3, 4, 5) if len({short(t, d) for t in self.locs}) == len(self.locs)), 6)
+        return short(value, digits)
 
 
 def exit_name(layer: int, name: str = "exit {}") -> str:

@@ -92,6 +92,8 @@ def verdict(adaptive: Row) -> str:
     )  # nobody enters the trunk: cheaper than anything, by no finite ratio
     if gain is None or not (ratio or free):
         return "Who wins, adaptive or static, is not decided: a number is missing or undefined."
+    if free and rival["layer"] == 0:
+        return "Counting alone is within the budget: everyone leaves at exit 0, and the LLM need not run."
     open_question = bounds is not None and bounds[0] <= 0 <= bounds[1]
     faster = free or (ratio is not None and (ratio[1][0] if ratio[1] else ratio[0]) > 1)
     model = f"the static model of exit {rival['layer']}"

@@ -15,7 +15,7 @@ from project.report.plots import (
     reliability_bins,
     reliability_figure,
 )
-from project.report.style import COLOURS, OTHER_COLOURS, colour_of, png
+from project.report.style import COLOURS, OTHER_COLOURS, colour_of, new_axes, png
 
 
 @cache
@@ -33,6 +33,18 @@ def texts(figure):
 
 def lines_by_colour(figure, colour):
     return [line for line in axes_of(figure).lines if to_hex(line.get_color()) == colour.lower()]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "first"), [(0.7, 0.78, ".680"), (0.7615, 0.7632, ".7610"), (0.76201, 0.76214, ".76200")]
+)
+def test_ticks_can_be_told_apart(low, high, first):
+    """Three digits, and more where two ticks would read the same."""
+    axes = new_axes("x", "y", 4.0)
+    axes.plot([0, 1], [low, high])
+    ticks = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert ticks[0] == first
+    assert len(set(ticks)) == len(ticks)
 
 
 class TestReliabilityBins:

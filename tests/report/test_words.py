@@ -72,6 +72,15 @@ class TestVerdict:
         """A win takes both: a cost surely lower, and an AUC that is not lower."""
         assert said in verdict({"rival": rival, "speedup_over_rival": ratio})
 
+    def test_counting_is_the_plan(self):
+        """A plan that is its own rival, exit 0 for everyone, is no win: the LLM need not run."""
+        rival = against(0.0, [0.0, 0.0], layer=0)
+        said = verdict({"rival": rival, "equal_cost": rival, "speedup_over_rival": None, "mean_depth": 0.0})
+        assert (
+            said
+            == "Counting alone is within the budget: everyone leaves at exit 0, and the LLM need not run."
+        )
+
     def test_nobody_enters_the_trunk(self):
         """Everyone leaves at exit 0: no finite ratio, yet cheaper than any static model."""
         adaptive = {"rival": against(-0.01), "speedup_over_rival": {"value": None}, "mean_depth": 0.0}
