@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Iterable
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import Formatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 COLOURS = {
     "consistency": "#0072B2",
@@ -53,7 +54,7 @@ def new_axes(xlabel: str, ylabel: str, height: float) -> Axes:
     axes = figure.add_axes((0.105, low, 0.875, 1 - low - 0.3 / height))
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
-    axes.yaxis.set_major_formatter(ShortNumbers())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value, axes.get_yticks())))
     axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     return dress(axes)
 
@@ -87,13 +88,11 @@ def short(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"
 
 
-class ShortNumbers(Formatter):
-    """`short`, with as many digits as it takes to tell the ticks apart."""
-
-    def __call__(self, value: float, pos: int | None = None) -> str:
-        """The label of one tick."""
-        digits = next((d for d in (3, 4, 5) if len({short(t, d) for t in self.locs}) == len(self.locs)), 6)
-        return short(value, digits)
+def tick(value: float, ticks: Iterable[float]) -> str:
+    """`short`, with as many digits as it takes to tell all ticks apart."""
+    known = [float(other) for other in ticks]
+    digits = next((d for d in (3, 4, 5) if len({short(t, d) for t in known}) == len(known)), 6)
+    return short(value, digits)
 
 
 def exit_name(layer: int, name: str = "exit {}") -> str:
