@@ -167,7 +167,7 @@ class TestFitFloors:
         """A liker of similarity 1 against a disliker of 0 beats the reverse; below 0 counts as 0."""
         _, evidence = world()
         pairs = {"similarities": [[1.0, 0.0], [0.0, 1.0], [1.0, -0.5]], "answers": [[1, 0]] * 3}
-        table = evidence["train"].head(3).drop(pairs).hstack(pl.DataFrame(pairs, schema=NO_LISTS))
+        table = evidence["train"].head(3).drop(*pairs).hstack(pl.DataFrame(pairs, schema=NO_LISTS))
         features = counting_features(table, 0.5)
         high = np.log(3.5 / 2.5)  # (1 + 5 * .5) / (0 + 5 * .5)
         np.testing.assert_allclose(features[:, FEATURES.index("weighted_vote_log_odds")], [high, -high, high])

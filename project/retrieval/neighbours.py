@@ -226,8 +226,11 @@ class _Answers:
                 "user_count": user_count,
             }
         )
-        padded = pl.col("neighbours", "similarities", "answers").arr.to_list()
-        lists = padded.list.head(pl.col("neighbour_count"))
+        kinds = {"neighbours": pl.Int64, "similarities": pl.Float32, "answers": pl.Int8}
+        lists = [  # the type is said because older polars forgets it where there are no rows
+            pl.col(name).arr.to_list().list.head(pl.col("neighbour_count")).cast(pl.List(kind))
+            for name, kind in kinds.items()
+        ]
         return frame.with_columns(lists).select(
             "row_id",
             "neighbours",
