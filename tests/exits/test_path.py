@@ -234,7 +234,7 @@ class TestBudget:
         assert 0 < chosen < pick_budget(path, max_auc_drop=0.002)
 
     def test_doubt_keeps_the_budget_on_fresh_rows(self, new_world, fresh):
-        """16 small worlds: an estimate on tune breaks the budget in 6 of them, a doubt of .1 in none.
+        """16 small worlds: an estimate on tune breaks the budget in 7 of them, a doubt of .1 in none.
 
         .1 bounds one step; that the fastest of many is picked is what it does not pay for, so 2 of 16 may pass.
         """
