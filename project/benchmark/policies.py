@@ -50,12 +50,10 @@ class Bench:
     worth: RunWorth
     asked: AskedRequests
     device: torch.device
-    _converted: dict[Weights, ExitRecommender] = field(default_factory=dict, init=False)
+    _converted: dict[Weights | None, ExitRecommender] = field(default_factory=dict, init=False)
 
     def module(self, weights: Weights | None) -> ExitRecommender:
         """The run with weights of this type, converted once; None: as it is."""
-        if weights is None:
-            return self.model
         if weights not in self._converted:
             self._converted[weights] = with_weights(self.model, weights)
         return self._converted[weights]
