@@ -78,9 +78,10 @@ class InteractionData(pl.LightningDataModule):
                 f"({type(retriever).__name__}) is {retriever.similar_every}: expected a template and a number above 0, "
                 "or null and 0. Only retrievers that compare users, such as LightGCN, can make lists for it."
             )
-        if taste is None and "{taste}" in prompt.segment:
+        told = [name for name in ("{taste}", "{taste_percent}") if name in prompt.segment]
+        if taste is None and told:
             raise ConfigError(
-                f"data.prompt.segment {prompt.segment!r} tells {{taste}}, but data.taste is null: expected a "
+                f"data.prompt.segment {prompt.segment!r} tells {told[0]}, but data.taste is null: expected a "
                 "factorisation behind it, for example data.taste: {dim: 8}; or leave the field out."
             )
         self.logs, self.retriever, self.taste = logs, retriever, taste

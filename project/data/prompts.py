@@ -44,8 +44,9 @@ class Prompt:
         instruction: Stands once before every history. Never evicted, the same for everybody.
         segment: Template of one interaction or candidate. Fields are columns of the items table (title and
             attributes) and evidence: item_rate, user_rate, vote (shares of likes in tenths), taste (chance of a like
-            in tenths, see data.taste), likes, neighbours (of the similar users), item_count, user_count (rounded down
-            to 1, 2, 5, 10, 20, 50, ...).
+            in tenths, see data.taste), the same four in percent as item_percent, user_percent, vote_percent,
+            taste_percent, likes, neighbours (of the similar users), item_count, user_count (rounded down to 1, 2, 5,
+            10, 20, 50, ...).
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the
             tokenizer.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
@@ -70,6 +71,11 @@ def _tenths(values: pl.Series) -> list[str]:
     return [UNKNOWN if v is None else str(int(10 * v + 0.5)) for v in values.to_list()]
 
 
+def _percent(values: pl.Series) -> list[str]:
+    """Two digits always, 00 to 99, so that every segment of a wording is equally long."""
+    return [UNKNOWN if v is None else f"{min(int(100 * v + 0.5), 99):02d}" for v in values.to_list()]
+
+
 def _round_down(values: pl.Series) -> list[str]:
     """0, 1, 2, 5, 10, 20, 50, ...: counts as few distinct texts."""
     steps = np.array([0, *(m * 10**e for e in range(8) for m in (1, 2, 5))])
@@ -85,6 +91,10 @@ EVIDENCE_FIELDS: dict[str, tuple[str, Callable[[pl.Series], list[str]]]] = {
     "user_rate": ("user_rate", _tenths),
     "vote": ("vote", _tenths),
     "taste": ("taste", _tenths),
+    "item_percent": ("item_rate", _percent),
+    "user_percent": ("user_rate", _percent),
+    "vote_percent": ("vote", _percent),
+    "taste_percent": ("taste", _percent),
     "item_count": ("item_count", _round_down),
     "user_count": ("user_count", _round_down),
     "neighbours": ("neighbour_count", _plain),

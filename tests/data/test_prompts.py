@@ -57,6 +57,17 @@ def test_counts_and_fields_in_any_place() -> None:
     assert texts(prompt, [-1, -1])[0] == ("1/4 20 2 5 Alien?",) * 2
 
 
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, "00"), (0.045, "05"), (0.74, "74"), (0.999, "99"), (1.0, "99")]
+)
+def test_percent_is_two_digits(share: float, text: str) -> None:
+    """.045 is 5 percent (half up), written 05; certainty is written 99."""
+    evidence = EVIDENCE.with_columns(item_rate=pl.Series([share, None]))
+    encoder = PromptEncoder(Letters(), Prompt(segment="{item_percent}"), ITEMS)
+    segments = encoder.encode(np.array([0, 1]), evidence, np.array([-1, -1], dtype=np.int8))
+    assert ["".join(map(chr, segments.tokens[i])) for i in range(2)] == [text, "?"]
+
+
 def test_unknown_answer_adds_nothing() -> None:
     """A candidate (label -1) ends at its answer slot."""
     assert all(whole == before for whole, before in texts(Prompt(segment="{title}:"), [-1, -1]))
