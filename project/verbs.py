@@ -25,6 +25,7 @@ from project.callbacks.exit_calibration import exit_calibration_of
 from project.engine.loading import load_weights
 from project.errors import ConfigError
 from project.floors import best_floor, fit_floors, floor_rows
+from project.headlines import render_headlines
 from project.kept_floors import KeptFloors
 from project.model.heads import heads_digest
 from project.peers import LEFT_OUT, peers_installed
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from project.data.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
-TABLE = re.compile(r"(?P<start><!-- table (?P<file>\S+) -->)\n.*?(?P<end><!-- end of table -->)", re.DOTALL)
+TABLE = re.compile(
+    r"(?P<start><!-- table (?P<files>\S+(?: \S+)*?) -->)\n.*?(?P<end><!-- end of table -->)", re.DOTALL
+)
 
 
 def run_floors(data: InteractionData, folder: Path, peers: bool = False) -> dict[str, Any]:
@@ -120,17 +123,23 @@ def run_calibrate(
 
 
 def print_tables(arguments: list[str]) -> None:
-    """`table FILE... [--stages]` prints result files as Markdown; `table --into README.md` renews a document's tables.
+    """`table FILE... [--stages]` prints result files as Markdown, each a table; `--beside` makes one table of them.
+
+    `table --into README.md` renews a document's tables.
 
     Args:
-        arguments: Result files, --stages for where the time went, --into and a document.
+        arguments: Result files, --stages for where the time went, --beside for a row a file; or --into and a document.
     """
     if arguments[:1] == ["--into"]:
         document = Path(*arguments[1:2])
         text = fill_tables(document.read_text(encoding="utf-8"), document.parent)
         replace_file(document, lambda part: part.write_text(text, encoding="utf-8"))
         return
-    for name in (a for a in arguments if not a.startswith("--")):
+    names = [a for a in arguments if not a.startswith("--")]
+    if "--beside" in arguments:
+        print(render_headlines({name: read_result(Path(name)) for name in names}))
+        return
+    for name in names:
         result = read_result(Path(name))
         print(f"### {result['verb']}\n\n{_rendered(result)}")
         if "--stages" in arguments and "stage_seconds" in result:
@@ -140,14 +149,17 @@ def print_tables(arguments: list[str]) -> None:
 def fill_tables(text: str, folder: Path) -> str:
     """The document with every `<!-- table FILE -->...<!-- end of table -->` made anew from its result file.
 
+    Where a marker names several files, they stand beside each other, a row each.
+
     Args:
         text: Markdown.
         folder: What the names of result files are relative to.
     """
 
     def block(found: re.Match[str]) -> str:
-        result = read_result(folder / found["file"])
-        return f"{found['start']}\n{_rendered(result)}{found['end']}"
+        results = {name: read_result(folder / name) for name in found["files"].split()}
+        text = _rendered(*results.values()) if len(results) == 1 else render_headlines(results)
+        return f"{found['start']}\n{text}{found['end']}"
 
     return TABLE.sub(block, text)
 
