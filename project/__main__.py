@@ -30,6 +30,10 @@ def run(arguments: list[str]) -> None:
             from project.ablations.verb import run_ablate
 
             run_ablate(rest)
+        case ["compare", *rest]:
+            from project.compare import run_compare
+
+            run_compare(rest)
         case ["export", *rest]:
             from project.export import run_export
 

@@ -22,6 +22,7 @@ from project.artefacts import (
 )
 from project.benchmark.table import render_benchmark
 from project.callbacks.exit_calibration import exit_calibration_of
+from project.compare import render_comparison
 from project.engine.loading import load_weights
 from project.errors import ConfigError
 from project.floors import best_floor, fit_floors, floor_rows
@@ -165,5 +166,10 @@ def fill_tables(text: str, folder: Path) -> str:
 
 
 def _rendered(result: dict[str, Any]) -> str:
-    renderers = {"benchmark": render_benchmark, "rank": render_rank, "ablate": render_ablation}
+    renderers = {
+        "benchmark": render_benchmark,
+        "rank": render_rank,
+        "ablate": render_ablation,
+        "compare": render_comparison,
+    }
     return renderers.get(result["verb"], render_exits)(result)

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from project.ablations.judge import Heads, judge, read_heads
+from project.ablations.judge import judge
 from project.ablations.runs import FitFailed, finished_run, fit
 from project.ablations.settings import AblationList, Variant, read_list
 from project.ablations.table import render_ablation
 from project.artefacts import read_result, replace_file, result_head, write_json
+from project.paired import Heads, read_heads
 
 
 def run_ablate(arguments: Sequence[str]) -> None:

@@ -59,8 +59,8 @@ class Prompt:
             epoch has about twice the tokens. Lists of what similar users liked, exit 0 and the floors are not touched.
     """
 
-    instruction: str = "Will this user like each movie? Liked in tenths by all, by similar users.\n"
-    segment: str = "{title} ({year}) all {item_rate} near {vote}:"
+    instruction: str = "Will this user like each? Liked in percent: by all, by similar users.\n"
+    segment: str = "{title} all{item_percent} near{vote_percent}:"
     answers: list[str] = field(default_factory=lambda: [" no", " yes"])
     similar: str | None = None
     anonymise_titles: bool = False
@@ -72,7 +72,7 @@ def _tenths(values: pl.Series) -> list[str]:
 
 
 def _percent(values: pl.Series) -> list[str]:
-    """Two digits always, 00 to 99, so that every segment of a wording is equally long."""
+    """Always two digits, 00 to 99: whatever is known is equally long."""
     return [UNKNOWN if v is None else f"{min(int(100 * v + 0.5), 99):02d}" for v in values.to_list()]
 
 

@@ -7,8 +7,9 @@ import polars as pl
 import pytest
 from example_variant import tune_rows, write_variant
 
-from project.ablations.judge import judge, read_heads
+from project.ablations.judge import judge
 from project.metrics import auc
+from project.paired import read_heads
 
 
 @pytest.fixture
