@@ -17,6 +17,7 @@ Result = Mapping[str, Any]
 
 HEADER = (
     "result",
+    "configuration",
     "seed",
     "protocol",
     "exit",
@@ -62,7 +63,8 @@ def _cells(name: str, result: Result) -> list[str]:
     adaptive = result.get("adaptive")
     return [
         name,
-        str(result.get("seed", "")),
+        result["config"],
+        str(result["seed"]),
         result["protocol"]["hash"],
         str(chosen["layer"]),
         number(chosen["auc"]),

@@ -24,6 +24,7 @@ def result(gain: float, seed: int = 0, digest: str = "aaaa", name: str = "global
     return {
         "schema_version": 1,
         "verb": "test",
+        "config": "runs/a/version_0/config.yaml",
         "seed": seed,
         "protocol": {"name": name, "hash": digest},
         "exits": [{"layer": 0, "auc": 0.7}, {"layer": 6, "auc": 0.7 + gain}],
@@ -43,6 +44,7 @@ def test_a_row_a_result() -> None:
     cells = [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")]
     assert cells == [
         "a/test.json",
+        "runs/a/version_0/config.yaml",
         "0",
         "aaaa",
         "6",
@@ -108,6 +110,6 @@ def test_markers_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     filled = fill_tables(text, tmp_path)
     print_tables(["--beside", *(str(tmp_path / f"test-{k}.json") for k in (0, 1))])
     printed = capsys.readouterr().out
-    assert "| test-1.json | 1 | aaaa |" in filled
+    assert "| test-1.json | runs/a/version_0/config.yaml | 1 | aaaa |" in filled
     assert "seeds 0, 1" in filled
     assert printed.replace(str(tmp_path) + "/", "").splitlines()[3] == filled.splitlines()[4]
