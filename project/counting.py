@@ -28,8 +28,10 @@ FEATURES = (
     "similarity",
     "weighted_vote_log_odds",
     "taste_log_odds",
+    "alike_log_odds",
 )
-"""Log-odds of shrunk rates, log(1 + count) of their rows, mean similarity (0 without neighbours), log-odds of taste."""
+"""Log-odds of shrunk rates, log(1 + count) of their rows, mean similarity (0 without neighbours), log-odds of taste
+and of the user's own answers on items alike, shrunk as if their similarities were rows."""
 
 SUREST = 1e-4  # a taste closer to 0 or 1 counts as this close
 
@@ -38,11 +40,12 @@ def counting_features(evidence: pl.DataFrame, base: float) -> Floats:
     """Rows of an evidence table as numbers.
 
     Args:
-        evidence: n rows of an evidence table, with or without the column taste.
+        evidence: n rows of an evidence table, with or without the columns taste and alike.
         base: Share of likes among train targets, to which rates of few rows shrink.
 
     Returns:
-        (n, len(FEATURES)), finite. Where there is no taste, it is a factorisation's biases alone: rates summed.
+        (n, len(FEATURES)), finite. Where there is no taste, it is a factorisation's biases alone: rates summed; where
+        nothing is alike, the train mean.
     """
     weights = _similarity_weights(evidence)
     similarity = evidence["similarities"].list.mean().fill_null(0.0).to_numpy().astype(np.float64)
@@ -54,6 +57,7 @@ def counting_features(evidence: pl.DataFrame, base: float) -> Floats:
         similarity,
         _log_odds(weights["likes"].to_numpy(), weights["weight"].to_numpy(), base),
         _taste(evidence, item[0] + user[0] - np.log(base / (1.0 - base))),
+        _alike(evidence, base),
     ]
     return np.stack(columns, axis=1)
 
@@ -148,6 +152,14 @@ def _taste(evidence: pl.DataFrame, otherwise: Floats) -> Floats:
     found = evidence["taste"].cast(pl.Float64)
     chance = found.fill_null(0.5).clip(SUREST, 1.0 - SUREST).to_numpy()
     return np.where(found.is_null().to_numpy(), otherwise, np.log(chance / (1.0 - chance)))
+
+
+def _alike(evidence: pl.DataFrame, base: float) -> Floats:
+    """Log-odds of the column alike, shrunk to the train mean; that mean where the column is absent."""
+    if "alike" not in evidence.columns:
+        return _log_odds(np.zeros(len(evidence)), np.zeros(len(evidence)), base)
+    weight = evidence["alike_weight"].to_numpy().astype(np.float64)
+    return _log_odds(evidence["alike"].fill_null(0.0).to_numpy() * weight, weight, base)
 
 
 def _similarity_weights(table: pl.DataFrame) -> pl.DataFrame:

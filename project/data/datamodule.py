@@ -84,6 +84,13 @@ class InteractionData(pl.LightningDataModule):
                 f"data.prompt.segment {prompt.segment!r} tells {told[0]}, but data.taste is null: expected a "
                 "factorisation behind it, for example data.taste: {dim: 8}; or leave the field out."
             )
+        told = [name for name in ("{alike}", "{alike_percent}") if name in prompt.segment]
+        if retriever.alike_items == 0 and told:
+            raise ConfigError(
+                f"data.prompt.segment {prompt.segment!r} tells {told[0]}, but the alike_items of data.retriever "
+                f"({type(retriever).__name__}) is 0: expected a number of items, for example 30, of a retriever that "
+                "compares them, such as LightGCN; or leave the field out."
+            )
         self.logs, self.retriever, self.taste = logs, retriever, taste
         self.protocol, self.prompt = protocol, prompt
         self.tokenizer_name = tokenizer

@@ -44,8 +44,9 @@ class Prompt:
         instruction: Stands once before every history. Never evicted, the same for everybody.
         segment: Template of one interaction or candidate. Fields are columns of the items table (title and
             attributes) and evidence: item_rate, user_rate, vote (shares of likes in tenths), taste (chance of a like
-            in tenths, see data.taste), the same four in percent as item_percent, user_percent, vote_percent,
-            taste_percent, likes, neighbours (of the similar users), item_count, user_count (rounded down to 1, 2, 5,
+            in tenths, see data.taste), alike (the user's own answers on items alike, in tenths, see alike_items of
+            data.retriever), the same five in percent as item_percent, user_percent, vote_percent, taste_percent,
+            alike_percent, likes, neighbours (of the similar users), item_count, user_count (rounded down to 1, 2, 5,
             10, 20, 50, ...).
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the
             tokenizer.
@@ -91,10 +92,12 @@ EVIDENCE_FIELDS: dict[str, tuple[str, Callable[[pl.Series], list[str]]]] = {
     "user_rate": ("user_rate", _tenths),
     "vote": ("vote", _tenths),
     "taste": ("taste", _tenths),
+    "alike": ("alike", _tenths),
     "item_percent": ("item_rate", _percent),
     "user_percent": ("user_rate", _percent),
     "vote_percent": ("vote", _percent),
     "taste_percent": ("taste", _percent),
+    "alike_percent": ("alike", _percent),
     "item_count": ("item_count", _round_down),
     "user_count": ("user_count", _round_down),
     "neighbours": ("neighbour_count", _plain),

@@ -63,9 +63,9 @@ class Learned(Criterion):
         return -(_basis(_features(outputs, center.numel()), center, scale) @ weight + offset)
 
     def _fit_head(self, features: Tensor, drift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        center, scale = features.mean(dim=0), _inverse_spread(features)
+        center, scale = features.mean(dim=0), inverse_spread(features)
         basis = _basis(features, center, scale)
-        mean, basis_scale = basis.mean(dim=0), _inverse_spread(basis)
+        mean, basis_scale = basis.mean(dim=0), inverse_spread(basis)
         design = (basis - mean) * basis_scale
         penalty = self.ridge * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
         weight = (
@@ -97,7 +97,7 @@ def _basis(features: Tensor, center: Tensor, scale: Tensor) -> Tensor:
     return torch.cat([x, x[:, first] * x[:, second]], dim=1)
 
 
-def _inverse_spread(values: Tensor) -> Tensor:
+def inverse_spread(values: Tensor) -> Tensor:
     """1 / standard deviation of each column, 0 for a constant one."""
     spread = values.std(dim=0)
     varies = spread > 1e-6 * (1 + values.mean(dim=0).abs())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from project.errors import ConfigError, DataError
 from project.exits.criteria import Criterion
+from project.exits.learned import inverse_spread
 from project.exits.outputs import HeadOutputs
 
 CHUNK = 1024  # rows whose distances are held at once
@@ -45,8 +46,7 @@ class NeighbourDepth(Criterion):
         self._layers = torch.tensor(outputs.layers, device=outputs.logits.device)
         self._needed = self._layers[needed_head(outputs, self.tolerance)]
         self._logits, self._evidence = outputs.logits.clone(), outputs.evidence.clone()
-        spread = torch.cat([outputs.evidence, outputs.logits], dim=1).std(dim=0)
-        self._scale = torch.where(spread > 0, 1 / torch.where(spread > 0, spread, 1.0), 0.0)
+        self._scale = inverse_spread(torch.cat([outputs.evidence, outputs.logits], dim=1))
 
     def safety(self, outputs: HeadOutputs) -> Tensor:
         """(n,) minus the mean number of layers still needed, at most 0."""

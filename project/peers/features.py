@@ -76,11 +76,12 @@ class PeerFeatures:
         numbers = evidence_features(rows, evidence, "train", base)
         train = targets_of(rows, "train")
         known = {name: np.unique(train[name].to_numpy().astype(np.int64)) for name in IDS}
-        scale = numbers.std(axis=0)
+        # a constant's deviation may come out as a rounding error
+        scale = np.where(np.ptp(numbers, axis=0) > 0, numbers.std(axis=0), 1.0)
         shares = np.linspace(0, 1, BINS + 1)[1:-1]
         edges = [np.unique(np.quantile(column, shares)) for column in numbers.T]
         words = _attribute_words(items, known["item"])
-        return cls(base, known, words, edges, numbers.mean(axis=0), np.where(scale > 0, scale, 1.0))
+        return cls(base, known, words, edges, numbers.mean(axis=0), scale)
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -51,6 +51,14 @@ class SimilarUsers(NamedTuple):
     similarity: FloatArray
 
 
+class Alike(NamedTuple):
+    """A user's own answers on items like a candidate, each counted by its similarity: of `weight`, `likes` is liked."""
+
+    likes: float
+    weight: float
+
+
+NOTHING_ALIKE = Alike(0.0, 0.0)
 NO_NEIGHBOURS = Neighbours(np.empty(0, np.int64), np.empty(0, np.float32))
 NO_SIMILAR_USERS = SimilarUsers(np.empty(0, np.int64), np.empty(0, np.float32))
 
@@ -67,6 +75,8 @@ class Retriever(ABC):
         similar_every: A user's stream gets a list of what similar users liked after every so many of the user's
             rows; 0 is never. Only retrievers that compare users can be asked, and take it as an argument.
         similar_items: Most items on such a list.
+        alike_items: A candidate is also compared with so many items of the user's own past; 0 is with none. Only
+            retrievers that compare items can be asked, and take it as an argument.
 
     Args:
         neighbours: Most neighbours a candidate gets (N).
@@ -75,6 +85,7 @@ class Retriever(ABC):
 
     similar_every: int = 0
     similar_items: int = 0
+    alike_items: int = 0
 
     def __init__(self, neighbours: int = 30, max_raters: int = 2000) -> None:
         for name, value in (("neighbours", neighbours), ("max_raters", max_raters)):
@@ -116,18 +127,30 @@ class Retriever(ABC):
         """
         return NO_SIMILAR_USERS
 
+    def alike(self, user: int, item: int) -> Alike:
+        """The user's own answers on the items most like a candidate; asked only where alike_items is above 0.
+
+        Args:
+            user: code of the user who is asking.
+            item: code of the candidate.
+        """
+        return NOTHING_ALIKE
+
     def observe(self, row: int, user: int, item: int, label: int) -> None:  # noqa: B027  # optional
         """Take in one row of a user's own past, once its time has passed."""
 
     def settings(self) -> dict[str, Any]:
         """Class path and constructor arguments: what makes two retrievers' answers equal.
 
-        The arguments about lists of similar users' items are left out where no list is made: they change nothing.
+        The arguments about lists of similar users' items, and about own items, are left out where there are none: they
+        change nothing.
         """
         kind = type(self)
         names = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
         if not self.similar_every:
             names = [name for name in names if not name.startswith("similar_")]
+        if not self.alike_items:
+            names = [name for name in names if name != "alike_items"]
         return {
             "class_path": f"{kind.__module__}.{kind.__qualname__}",
             "init_args": {name: getattr(self, name) for name in names},

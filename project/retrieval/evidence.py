@@ -3,7 +3,9 @@
 Columns: row_id; neighbours (row ids of the neighbours' own interactions with the candidate), similarities,
 answers (lists, most similar first); vote (mean answer, null without neighbours); neighbour_count; item_rate
 and item_count, user_rate and user_count (liked share and number of strictly earlier readable rows; a rate of
-nothing is null). Where the retriever's similar_every is above 0 also similar_after: item codes that similar users
+nothing is null). Where the retriever's alike_items is above 0 also alike, the user's own answers on the earlier items
+most like the candidate, averaged by similarity (null without any), and alike_weight, the sum of these similarities.
+Where the retriever's similar_every is above 0 also similar_after: item codes that similar users
 liked, or null. It alone is dated just *after* the row's second and may tell the row's own answer: it is for the
 prompts of later rows (see `similar.py`). Where a factorisation is asked for also taste (see `taste.py`), null before
 its first block.

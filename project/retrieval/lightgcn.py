@@ -35,6 +35,8 @@ class LightGCN(VectorRetriever):
             reaches prompts through data.prompt.similar.
         similar_users: How many similar users such a list is made from, of the latest max_raters users.
         similar_items: Most items on such a list.
+        alike_items: Evidence also holds the user's own answers on so many earlier items, those whose vectors are most
+            like the candidate's (alike and alike_percent of prompts, and a feature of counting); 0 leaves it out.
         dim: Size of an embedding.
         layers: Propagation steps over the graph.
         epochs: Passes over the likes before a block, for each block; training goes on from the block before.
@@ -52,6 +54,7 @@ class LightGCN(VectorRetriever):
         similar_every: int = 0,
         similar_users: int = 10,
         similar_items: int = 5,
+        alike_items: int = 0,
         dim: int = 64,
         layers: int = 3,
         epochs: int = 10,
@@ -60,7 +63,8 @@ class LightGCN(VectorRetriever):
         regularisation: float = 0.01,
         seed: int = 0,
     ) -> None:
-        super().__init__(neighbours, max_raters, dislike_weight, similar_every, similar_users, similar_items)
+        lists = similar_every, similar_users, similar_items
+        super().__init__(neighbours, max_raters, dislike_weight, *lists, alike_items)
         self.dim = dim
         self.layers = layers
         self.epochs = epochs

@@ -87,7 +87,7 @@ def walk(
         The evidence table (see `evidence.py`), one row per asking row, in the order of `rows`.
     """
     retriever.begin(int(rows.user.max(initial=-1)) + 1, items)
-    past, answers = _Past(rows, retriever.max_raters), _Answers(rows, retriever.neighbours)
+    past, answers = _Past(rows, retriever.max_raters), _Answers(rows, retriever)
     similar = SimilarLikes(retriever) if retriever.similar_every else None
     block_of = np.searchsorted(cuts, rows.timestamp, side="right")
     block = 0
@@ -142,6 +142,8 @@ def _answer(row: int, rows: WalkRows, retriever: Retriever, past: "_Past", answe
     answers.count[row] = count
     answers.row[row, :count] = found.row
     answers.similarity[row, :count] = found.similarity
+    if answers.alike is not None:
+        answers.alike[row] = retriever.alike(user, item)
     answers.rates[row, :2] = past.item_likes[item], past.item_count[item]
     answers.rates[row, 2:] = past.user_likes[user], past.user_count[user]
 
@@ -201,16 +203,17 @@ class _Past:
 class _Answers:
     """Room for everything a walk finds, and the evidence table made from it."""
 
-    def __init__(self, rows: WalkRows, neighbours: int) -> None:
-        size = rows.row_id.size
+    def __init__(self, rows: WalkRows, retriever: Retriever) -> None:
+        size, neighbours = rows.row_id.size, retriever.neighbours
         self._rows = rows
         self.count = np.zeros(size, np.int32)
         self.row = np.zeros((size, neighbours), np.int64)
         self.similarity = np.zeros((size, neighbours), np.float32)
         self.rates = np.zeros((size, 4), np.int32)
+        self.alike = np.zeros((size, 2), np.float32) if retriever.alike_items else None
 
     def table(self) -> pl.DataFrame:
-        """Evidence of the rows that asked; a rate or vote that rests on nothing is null."""
+        """Evidence of the rows that asked; a share that rests on nothing is null."""
         asked = self._rows.query
         row, (item_likes, item_count, user_likes, user_count) = self.row[asked], self.rates[asked].T
         frame = pl.DataFrame(
@@ -231,7 +234,7 @@ class _Answers:
             pl.col(name).arr.to_list().list.head(pl.col("neighbour_count")).cast(pl.List(kind))
             for name, kind in kinds.items()
         ]
-        return frame.with_columns(lists).select(
+        table = frame.with_columns(lists).select(
             "row_id",
             "neighbours",
             "similarities",
@@ -243,6 +246,12 @@ class _Answers:
             user_rate=_rate("user_likes", "user_count"),
             user_count="user_count",
         )
+        if self.alike is None:
+            return table
+        likes, weight = self.alike[asked].T
+        columns = table.with_columns(alike=pl.Series(likes), alike_weight=pl.Series(weight))
+        share = pl.when(pl.col("alike_weight") > 0).then(pl.col("alike") / pl.col("alike_weight"))
+        return columns.with_columns(alike=share.cast(pl.Float32))
 
 
 def _rate(likes: str, count: str) -> pl.Expr:

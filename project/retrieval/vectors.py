@@ -14,6 +14,8 @@ from project.errors import ConfigError
 from project.retrieval.base import (
     NO_NEIGHBOURS,
     NO_SIMILAR_USERS,
+    NOTHING_ALIKE,
+    Alike,
     Edges,
     FloatArray,
     IntArray,
@@ -41,6 +43,8 @@ class VectorRetriever(Retriever):
             reaches prompts through data.prompt.similar.
         similar_users: How many similar users such a list is made from, of the latest max_raters users.
         similar_items: Most items on such a list.
+        alike_items: Evidence also holds the user's own answers on so many earlier items, those whose vectors are most
+            like the candidate's (alike and alike_percent of prompts, and a feature of counting); 0 leaves it out.
     """
 
     def __init__(
@@ -51,22 +55,25 @@ class VectorRetriever(Retriever):
         similar_every: int = 0,
         similar_users: int = 10,
         similar_items: int = 5,
+        alike_items: int = 0,
     ) -> None:
         super().__init__(neighbours, max_raters)
         for name, value, least in (
             ("similar_every", similar_every, 0),
             ("similar_users", similar_users, 1),
             ("similar_items", similar_items, 1),
+            ("alike_items", alike_items, 0),
         ):
             if value < least:
                 raise ConfigError(
                     f"data.retriever.init_args.{name} is {value}, expected {least} or more. To have no lists of what "
-                    "similar users liked, set similar_every to 0."
+                    "similar users liked, set similar_every to 0; to leave out the user's own items, alike_items."
                 )
         self.dislike_weight = dislike_weight
         self.similar_every = similar_every
         self.similar_users = similar_users
         self.similar_items = similar_items
+        self.alike_items = alike_items
 
     @abstractmethod
     def item_table(self, edges: Edges, block: int) -> FloatArray:
@@ -79,6 +86,7 @@ class VectorRetriever(Retriever):
         self._past_users: list[int] = []
         self._past_items: list[int] = []
         self._past_weights: list[float] = []
+        self._own: dict[int, tuple[list[int], list[int]]] = {}  # items and answers, for `alike`
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
         """Fit this block's item table; stored as `weighted`, e_j / sqrt(degree_j), shape (items, d)."""
@@ -90,6 +98,7 @@ class VectorRetriever(Retriever):
         """Recompute every user's vector from this block's item table."""
         unknown_item = np.zeros((1, snapshot["weighted"].shape[1]), np.float32)
         self._weighted = np.concatenate([snapshot["weighted"], unknown_item])
+        self._directions = self._weighted * inverse_norms(self._weighted)[:, None]
         users = np.array(self._past_users, np.int64)
         items = np.array(self._past_items, np.int64)
         weights = np.array(self._past_weights, np.float32)
@@ -137,8 +146,23 @@ class VectorRetriever(Retriever):
         nearest = nearest[cosine[nearest] > 0]
         return SimilarUsers(others[nearest], cosine[nearest])
 
+    def alike(self, user: int, item: int) -> Alike:
+        """Answers weighted by the cosine of their items' vectors with the candidate's, if it is one of the largest."""
+        own = self._own.get(user)
+        if self._weighted is None or own is None:
+            return NOTHING_ALIKE
+        # not a matrix product, as in most_similar
+        cosine = np.asarray((self._directions[own[0]] * self._directions[item]).sum(-1))
+        nearest = top(cosine, self.alike_items)
+        weights = np.maximum(cosine[nearest], 0).astype(np.float64)
+        return Alike(float(weights @ np.array(own[1], np.float64)[nearest]), float(weights.sum()))
+
     def observe(self, row: int, user: int, item: int, label: int) -> None:
         """Add one rated item to its user's vector."""
+        if self.alike_items:
+            items, answers = self._own.setdefault(user, ([], []))
+            items.append(item)
+            answers.append(label)
         weight = 1.0 if label == 1 else self.dislike_weight
         self._past_users.append(user)
         self._past_items.append(item)

@@ -1,0 +1,176 @@
+"""The user's own answers on items like the candidate: by definition, without leaks, the same for requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from project.counting import FEATURES, counting_features
+from project.data.datamodule import InteractionData
+from project.data.prompts import Prompt
+from project.data.readers import TableLogs
+from project.errors import ConfigError
+from project.retrieval import ItemKNN, LightGCN, VectorRetriever
+from project.retrieval.evidence import evidence_tables, request_evidence
+
+CUTS = np.array([20.0, 45.0])
+ALIKE = ["alike", "alike_weight"]
+Evidence = Callable[..., pl.DataFrame]
+
+
+@pytest.fixture
+def comparing(co_likes: VectorRetriever) -> VectorRetriever:
+    co_likes.alike_items = 3
+    return co_likes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_to_the_definition(
+    log_of: Evidence, evidence_of: Evidence, comparing: VectorRetriever, seed: int
+) -> None:
+    """The three own earlier rows of largest positive cosine (ties: the later), each answer weighted by its cosine."""
+    rows = log_of(seed)
+    found = evidence_of(rows, comparing, CUTS)
+    answered = 0
+    for row, got in zip(rows.to_dicts(), found.to_dicts(), strict=True):
+        starts = CUTS[row["timestamp"] >= CUTS]
+        past = rows.filter(
+            (pl.col("timestamp") < row["timestamp"]) & (pl.col("user") == row["user"])
+        ).to_dicts()
+        pairs: list[tuple[float, int]] = []
+        if starts.size and past:
+            likes = np.zeros((12, 9))
+            for edge in rows.filter(pl.col("timestamp") < starts[-1]).to_dicts():
+                likes[edge["user"], edge["item"]] += edge["label"]
+            table = likes.T @ likes
+            norms = np.maximum(np.linalg.norm(table, axis=1), 1e-9)
+            unit = table / norms[:, None]
+            pairs = [(float(unit[own["item"]] @ unit[row["item"]]), own["label"]) for own in past]
+            order = sorted(range(len(pairs)), key=lambda k: (-round(pairs[k][0], 6), -k))
+            pairs = [pairs[k] for k in order[:3] if pairs[k][0] > 0]
+        weight = sum(cosine for cosine, _ in pairs)
+        assert got["alike_weight"] == pytest.approx(weight, abs=1e-5)
+        if weight:
+            answered += 1
+            assert got["alike"] == pytest.approx(sum(c * a for c, a in pairs) / weight, abs=1e-5)
+        else:
+            assert got["alike"] is None
+    assert answered > 50
+
+
+def test_a_row_cannot_change_what_it_reads(
+    log_of: Evidence, evidence_of: Evidence, comparing: VectorRetriever
+) -> None:
+    """Flipping or deleting a row changes nothing up to its own second, and the same user's later rows do change."""
+    changed = 0
+    for seed in range(3):
+        rows = log_of(seed, rows=90)
+        before = evidence_of(rows, comparing, CUTS)
+        for row in rows.sample(6, seed=seed).to_dicts():
+            here = pl.col("row_id") == row["row_id"]
+            flipped = rows.with_columns(label=pl.when(here).then(1 - pl.col("label")).otherwise("label"))
+            earlier = rows["timestamp"] <= row["timestamp"]
+            for after in (
+                evidence_of(flipped, comparing, CUTS),
+                evidence_of(rows, comparing, CUTS, (row["row_id"],)),
+            ):
+                assert after.filter(earlier).select(ALIKE).equals(before.filter(earlier).select(ALIKE))
+                changed += not after.select(ALIKE).equals(before.select(ALIKE))
+    assert changed > 10
+
+
+def test_others_answers_are_not_read(
+    log_of: Evidence, evidence_of: Evidence, comparing: VectorRetriever
+) -> None:
+    """In the block before whose start nobody else changed, flipping another user's later rows changes no own answer."""
+    rows = log_of(1)
+    others = (pl.col("user") != 3) & (pl.col("timestamp") >= CUTS[1])
+    flipped = rows.with_columns(label=pl.when(others).then(1 - pl.col("label")).otherwise("label"))
+    mine = rows["user"] == 3
+    before, after = (evidence_of(table, comparing, CUTS).filter(mine) for table in (rows, flipped))
+    assert before.select(ALIKE).equals(after.select(ALIKE))
+
+
+def test_requests_are_answered_like_the_log(
+    log_of: Evidence, split_of: Evidence, comparing: VectorRetriever, tmp_path: Path
+) -> None:
+    """A user's own history as a request gives what the log has for the same rows, bit for bit."""
+    rows = log_of(2)
+    split = split_of(rows, (np.arange(rows.height) * 3) // rows.height)
+    log = evidence_tables(split, comparing, 40, tmp_path)["test"]
+    asked = rows.filter(pl.col("user").is_in([1, 4])).sample(fraction=1, shuffle=True, seed=0)
+    columns = (asked[name].to_numpy() for name in ("user", "item", "timestamp", "label"))
+    user, item, timestamp, label = columns
+    found = request_evidence(
+        split,
+        comparing,
+        40,
+        tmp_path,
+        user.astype(np.int64),
+        item.astype(np.int64),
+        timestamp,
+        label.astype(np.int64),
+        np.ones(asked.height, np.bool_),
+    )
+    expected = asked.select("row_id").join(log, on="row_id", maintain_order="left")
+    assert found.select(ALIKE).equals(expected.select(ALIKE))
+    assert expected["alike"].drop_nulls().len() > 5
+
+
+def test_the_column_is_there_only_when_asked_for(
+    log_of: Evidence, split_of: Evidence, co_likes: VectorRetriever, tmp_path: Path
+) -> None:
+    """Off is as it was: no column, the same cache folder; on is another folder."""
+    rows = log_of(0)
+    split = split_of(rows, (np.arange(rows.height) * 3) // rows.height)
+    off = evidence_tables(split, LightGCN(dim=4, epochs=1), 40, tmp_path)["test"]
+    on = evidence_tables(split, LightGCN(dim=4, epochs=1, alike_items=5), 40, tmp_path)["test"]
+    assert set(on.columns) - set(off.columns) == set(ALIKE)
+    assert on.select(off.columns).equals(off)
+    assert "alike_items" not in LightGCN().settings()["init_args"]
+    assert LightGCN(alike_items=5).settings()["init_args"]["alike_items"] == 5
+
+
+def test_the_feature_of_counting() -> None:
+    """.75 of weight 4 at base .5: log((3 + 2.5) / (1 + 2.5)); nothing alike, or no column: 0."""
+    table = pl.DataFrame(
+        {
+            "row_id": [0, 1],
+            "item_rate": [0.5, 0.5],
+            "item_count": [2, 2],
+            "user_rate": [0.5, 0.5],
+            "user_count": [2, 2],
+            "vote": [None, None],
+            "neighbour_count": [0, 0],
+            "similarities": [[], []],
+            "answers": [[], []],
+            "alike": [0.75, None],
+            "alike_weight": [4.0, 0.0],
+        },
+        schema_overrides={
+            "vote": pl.Float32,
+            "similarities": pl.List(pl.Float32),
+            "answers": pl.List(pl.Int8),
+        },
+    )
+    at = FEATURES.index("alike_log_odds")
+    np.testing.assert_allclose(counting_features(table, 0.5)[:, at], [np.log(5.5 / 3.5), 0], atol=1e-6)
+    np.testing.assert_allclose(counting_features(table.drop(ALIKE), 0.5)[:, at], [0, 0], atol=1e-12)
+
+
+def test_a_prompt_that_tells_it_needs_it(tmp_path: Path) -> None:
+    """The error names both keys and the way out, before anything is read; a number below 0 is refused."""
+    logs = TableLogs(str(tmp_path / "logs.csv"), str(tmp_path / "items.csv"))
+    prompt = Prompt(segment="{title} alike{alike_percent}:")
+    for retriever in (LightGCN(), ItemKNN()):
+        with pytest.raises(
+            ConfigError, match=r"tells \{alike_percent\}, but the alike_items of data\.retriever"
+        ):
+            InteractionData(logs, retriever=retriever, prompt=prompt)
+    InteractionData(logs, retriever=LightGCN(alike_items=30), prompt=prompt)
+    with pytest.raises(ConfigError, match=r"alike_items is -1, expected 0 or more"):
+        LightGCN(alike_items=-1)
