@@ -159,7 +159,8 @@ def test_time_travels(predict: Predict, log: pl.DataFrame) -> None:
             request("named, later", ["i1"], user_id="u1", time=240.0),
         ]
     )
-    assert np.array_equal(logits(scores, "plain"), logits(scores, "with the future"))
+    # what is read moves a score by .05; places in one batch differ by a rounding
+    np.testing.assert_allclose(logits(scores, "plain"), logits(scores, "with the future"), atol=1e-5)
     read = dict(scores.select("request_id", "stream_tokens").iter_rows())
     assert read["named"] == read["plain"] < read["named, later"]
 
