@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from project.artefacts import read_result
-from project.paired import SHOWN, Heads, head_difference, read_heads
+from project.paired import Heads, head_difference, read_heads
 
 
 def judge(run: Path, base: Heads | None) -> dict[str, Any]:
@@ -30,9 +30,8 @@ def judge(run: Path, base: Heads | None) -> dict[str, Any]:
     for row in fit["exits"]:
         if row["layer"] == 0 or row.get("fold") != "tune":
             continue
-        layer, found = row["layer"], {key: row[key] for key in ("layer", "n", *SHOWN)}
-        metrics = heads.metrics(layer)
-        found |= {key: metrics[key] for key in ("calibrated",) if key in metrics}
+        layer = row["layer"]
+        found = {"layer": layer, "n": row["n"]} | heads.metrics(layer)
         exits.append(found | (head_difference(heads, layer, base) if base else {}))
     return {
         "protocol_hash": fit["protocol"]["hash"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from project.tables import UNDEFINED, interval, markdown_table, number, protocol_line, times
+from project.tables import difference_cell, markdown_table, number, protocol_line, times
 
 Result = Mapping[str, Any]
 
@@ -56,11 +56,7 @@ def _variant_rows(row: Result) -> list[list[str]]:
 
 
 def _difference(found: Result | None) -> str:
-    if not found:
-        return ABSENT
-    if found["value"] is None:
-        return UNDEFINED
-    return f"{number(found['value'], signed=True)} {interval(found['interval'], signed=True)}"
+    return difference_cell(found) if found else ABSENT
 
 
 def _early_exit(row: Result) -> str:
