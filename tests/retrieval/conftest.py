@@ -99,6 +99,24 @@ def evidence_of() -> Callable[..., pl.DataFrame]:
 
 
 @pytest.fixture
+def without_neighbours() -> pl.DataFrame:
+    """Two rows of an evidence table: an item liked 3 of 4 times, a user who liked 1 of 2, nobody asked."""
+    columns = {
+        "row_id": [0, 1],
+        "item_rate": [0.75, 0.75],
+        "item_count": [4, 4],
+        "user_rate": [0.5, 0.5],
+        "user_count": [2, 2],
+        "vote": [None, None],
+        "neighbour_count": [0, 0],
+        "similarities": [[], []],
+        "answers": [[], []],
+    }
+    lists = {"similarities": pl.List(pl.Float32), "answers": pl.List(pl.Int8)}
+    return pl.DataFrame(columns, schema_overrides={"vote": pl.Float32, **lists})
+
+
+@pytest.fixture
 def co_likes() -> CoLikes:
     return CoLikes(neighbours=4)
 

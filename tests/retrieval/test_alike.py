@@ -135,28 +135,9 @@ def test_the_column_is_there_only_when_asked_for(
     assert LightGCN(alike_items=5).settings()["init_args"]["alike_items"] == 5
 
 
-def test_the_feature_of_counting() -> None:
+def test_the_feature_of_counting(without_neighbours: pl.DataFrame) -> None:
     """.75 of weight 4 at base .5: log((3 + 2.5) / (1 + 2.5)); nothing alike, or no column: 0."""
-    table = pl.DataFrame(
-        {
-            "row_id": [0, 1],
-            "item_rate": [0.5, 0.5],
-            "item_count": [2, 2],
-            "user_rate": [0.5, 0.5],
-            "user_count": [2, 2],
-            "vote": [None, None],
-            "neighbour_count": [0, 0],
-            "similarities": [[], []],
-            "answers": [[], []],
-            "alike": [0.75, None],
-            "alike_weight": [4.0, 0.0],
-        },
-        schema_overrides={
-            "vote": pl.Float32,
-            "similarities": pl.List(pl.Float32),
-            "answers": pl.List(pl.Int8),
-        },
-    )
+    table = without_neighbours.with_columns(alike=pl.Series([0.75, None]), alike_weight=pl.Series([4.0, 0.0]))
     at = FEATURES.index("alike_log_odds")
     np.testing.assert_allclose(counting_features(table, 0.5)[:, at], [np.log(5.5 / 3.5), 0], atol=1e-6)
     np.testing.assert_allclose(counting_features(table.drop(ALIKE), 0.5)[:, at], [0, 0], atol=1e-12)

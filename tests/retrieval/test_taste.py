@@ -105,28 +105,9 @@ def test_each_split_reads_its_own_rows(log_of: Callable, split_of: Callable, tmp
     np.testing.assert_allclose(table["taste"].to_numpy(), alone.astype(np.float32), atol=1e-7)
 
 
-def test_the_feature_is_its_log_odds_and_without_one_the_rates_summed():
+def test_the_feature_is_its_log_odds_and_without_one_the_rates_summed(without_neighbours: pl.DataFrame):
     """log(.8 / .2); and for item rate 3/4 of 4, user rate 1/2 of 2, base .5: log(5.5 / 3.5) + log(3.5 / 3.5) - 0."""
-    table = pl.DataFrame(
-        {
-            "row_id": [0, 1],
-            "item_rate": [0.75, 0.75],
-            "item_count": [4, 4],
-            "user_rate": [0.5, 0.5],
-            "user_count": [2, 2],
-            "vote": [None, None],
-            "neighbour_count": [0, 0],
-            "similarities": [[], []],
-            "answers": [[], []],
-            "taste": [0.8, None],
-        },
-        schema_overrides={
-            "vote": pl.Float32,
-            "similarities": pl.List(pl.Float32),
-            "answers": pl.List(pl.Int8),
-            "taste": pl.Float32,
-        },
-    )
+    table = without_neighbours.with_columns(taste=pl.Series([0.8, None], dtype=pl.Float32))
     at = FEATURES.index("taste_log_odds")
     found = counting_features(table, 0.5)[:, at]
     np.testing.assert_allclose(found, [np.log(4), np.log(5.5 / 3.5)], atol=1e-6)
