@@ -24,6 +24,7 @@ from project.callbacks.run_folder import run_folder
 from project.callbacks.trunk_weights import TrunkWeights
 from project.callbacks.wandb_artifacts import WandbArtifacts
 from project.data.datamodule import InteractionData
+from project.data.prompts import tells_numbers
 from project.engine.trunk_weights import Weights
 from project.errors import CheckpointError, ConfigError
 from project.model.module import ExitRecommender
@@ -287,6 +288,7 @@ class ProjectCLI(LightningCLI):
         parser.add_lightning_class_args(WandbArtifacts, "artifacts")
         parser.link_arguments("model.backbone", "data.tokenizer")
         parser.link_arguments("data.prompt.answers", "model.answers")
+        parser.link_arguments("data.prompt.segment", "model.numbers", compute_fn=tells_numbers)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def _parse_ckpt_path(self) -> None:

@@ -1,7 +1,8 @@
 """Verb `export RUN FOLDER`: a calibrated run as a Hugging Face folder, and the one line that loads it again.
 
 The folder is a headless model for `AutoModel.from_pretrained` (config.json, model.safetensors, tokenizer) with
-heads.safetensors, exit_policy.json and a model card beside it. Nothing in it is pickled.
+heads.safetensors, exit_policy.json and a model card beside it, and with numbers.safetensors where prompts hold
+numbers (project.data.numbers), which the model alone does not know. Nothing in it is pickled.
 
 Unusual here: adapters are merged into the weights, so who loads the folder needs no peft; and the plan is JSON, where
 a tensor says its type and an infinite threshold is a word, for infinity is not JSON.
@@ -28,6 +29,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from project.artefacts import SCHEMA_VERSION, own_version, write_json
 from project.counting import FEATURES, CountingPrior
+from project.data.prompts import tells_numbers
 from project.engine.loading import load_run
 from project.errors import DataError
 from project.exits.plan import ExitPlan
@@ -41,7 +43,8 @@ from project.report.run import read_run
 
 USAGE = "python -m project export RUN_FOLDER NEW_FOLDER"
 NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/last.ckpt")
-POLICY, HEADS = "exit_policy.json", "heads.safetensors"
+POLICY, HEADS, NUMBERS = "exit_policy.json", "heads.safetensors", "numbers.safetensors"
+NUMBERS_KEY = "embed_tokens.numbers"  # in a trunk's state
 _AUTO: Any = AutoModel  # its constructors are not typed
 
 
@@ -111,6 +114,8 @@ def export(run: Path, folder: Path) -> Path:
         assert module.trunk is not None
         _save_trunk(module.trunk, part)
         save_file({k: v.contiguous() for k, v in module.heads.state_dict().items()}, part / HEADS)
+        if module.numbers:
+            save_file({"numbers": module.trunk.state_dict()[NUMBERS_KEY]}, part / NUMBERS)
         write_json(part / POLICY, policy)
         card = render_card(results, bundle, module.trunk.config.model_type, plan.criterion)
         (part / "README.md").write_text(card, encoding="utf-8")
@@ -139,6 +144,9 @@ def load_exported(folder: str | Path) -> Exported:
     headless = SimpleNamespace(weight=torch.empty(0))  # heads are loaded, not made of the language model's
     trunk = Trunk(SimpleNamespace(config=model.config, model=model, lm_head=headless))
     trunk.release_lm_head()
+    if tells_numbers(policy["prompt"]["segment"]):
+        trunk.learn_numbers()
+        trunk.load_state_dict({NUMBERS_KEY: load_file(Path(folder) / NUMBERS)["numbers"]}, strict=False)
     direction = torch.zeros(model.config.hidden_size)
     *_, last = policy["exit_layers"]
     heads = nn.ModuleDict(
@@ -209,6 +217,7 @@ def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, ExitPl
         lora=LoraSettings(**lora) if lora else None,
         freeze_embeddings=settings.get("freeze_embeddings", False),
         answers=bundle["answers"],
+        numbers=tells_numbers(bundle["prompt"]["segment"]),
     )
     tokenizer: Any = AutoTokenizer.from_pretrained(run / "bundle" / "tokenizer")
     plan = load_run(module, tokenizer, run / "checkpoints" / "last.ckpt").plan
@@ -223,7 +232,7 @@ def _save_trunk(trunk: Trunk, folder: Path) -> None:
     state = {
         name.replace(".base_layer.", ".").replace("final_norm.", "norm."): weights
         for name, weights in trunk.state_dict().items()
-        if ".lora_" not in name
+        if ".lora_" not in name and name != NUMBERS_KEY
     }
     with torch.device("meta"):  # only its names: the weights are the trunk's
         model = _AUTO.from_config(deepcopy(trunk.config), attn_implementation="sdpa")

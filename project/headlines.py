@@ -100,10 +100,17 @@ def _spreads(results: Mapping[str, Result]) -> list[str]:
 def _spread(folder: str, results: Sequence[Result]) -> str:
     seeds = ", ".join(str(result["seed"]) for result in results)
     alone = [result["floor_difference"]["value"] for result in results]
-    counted = [result["chosen_exit_by_prior"]["counting"]["floor_difference"]["value"] for result in results]
-    said = [
+    said = f"{folder}, seeds {seeds}: minus the best floor {_range_of(alone)}"
+    if all("counting" in (result.get("chosen_exit_by_prior") or {}) for result in results):
+        counted = [
+            result["chosen_exit_by_prior"]["counting"]["floor_difference"]["value"] for result in results
+        ]
+        said += f"; with counting {_range_of(counted)}"
+    return said + "."
+
+
+def _range_of(values: Sequence[float]) -> str:
+    return (
         f"{number(mean(values), signed=True)} on average, {number(min(values), signed=True)} to "
         f"{number(max(values), signed=True)}, standard deviation {number(stdev(values))}"
-        for values in (alone, counted)
-    ]
-    return f"{folder}, seeds {seeds}: minus the best floor {said[0]}; with counting {said[1]}."
+    )

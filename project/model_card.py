@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from project.artefacts import own_version
+from project.data.prompts import tells_numbers
 from project.data.sources import SOURCES
 from project.report import words
 from project.report.run import Run
@@ -79,6 +80,12 @@ def _opening(bundle: Mapping[str, Any], base: str, criterion: str) -> str:
         f"retrieved evidence whether a user likes a candidate ({yes}) or not ({no}), with prediction heads after "
         f"layers {exits} and a calibrated exit policy (`{criterion}`). Written by exitrec {own_version()}, which "
         "has the prompts, the retrieval and the early-exit engine."
+        + (
+            " Evidence in prompts is learned tokens with ids below zero, which `load_exported` knows and the model "
+            "alone does not."
+            if tells_numbers(bundle["prompt"]["segment"])
+            else ""
+        )
     )
 
 

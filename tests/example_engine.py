@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from project.data.numbers import LOWEST_ID
 from project.data.ragged import Ragged
 from project.engine import PreparedRequest, StreamTokens
 from project.exits.calibration import Calibration
@@ -85,12 +86,12 @@ def _between(safety: torch.Tensor, share: float) -> float:
 
 
 def random_request(rng: np.random.Generator, name: str, segments: int, candidates: int) -> PreparedRequest:
-    """A stream of tied and untied segments after an instruction, candidates of 1 to 6 tokens."""
+    """A stream of tied and untied segments after an instruction, candidates of 1 to 6 tokens, numbers among them."""
     lengths = rng.integers(1, 7, 1 + segments)
     group = np.concatenate([[0], 1 + np.cumsum(rng.random(segments) < 0.6)])[: 1 + segments]
     group -= np.concatenate([[0], np.full(segments, group[1] - 1 if segments else 0)])
-    lists = Ragged.of([rng.integers(0, VOCABULARY, n).tolist() for n in lengths])
-    own = Ragged.of([rng.integers(0, VOCABULARY, n).tolist() for n in rng.integers(1, 7, candidates)])
+    lists = Ragged.of([_tokens(rng, n) for n in lengths])
+    own = Ragged.of([_tokens(rng, n) for n in rng.integers(1, 7, candidates)])
     return PreparedRequest(
         name,
         StreamTokens.of(lists, group.astype(np.int64)),
@@ -99,6 +100,12 @@ def random_request(rng: np.random.Generator, name: str, segments: int, candidate
         rng.normal(size=(candidates, FEATURES)),
         name,
     )
+
+
+def _tokens(rng: np.random.Generator, n: int) -> list[int]:
+    """Words, and every fourth token or so a number, whose id is below zero."""
+    found = rng.integers(-VOCABULARY // 3, VOCABULARY, n)
+    return np.where(found < 0, found * (LOWEST_ID // (-VOCABULARY // 3)), found).tolist()
 
 
 def subset(request: PreparedRequest, index: np.ndarray) -> PreparedRequest:
@@ -169,7 +176,7 @@ def make_module(seed: int = 0, family: str = "llama") -> ExitRecommender:
         sliding_window=None,
         initializer_range=0.2,
     )
-    module = ExitRecommender("none", EXITS)
+    module = ExitRecommender("none", EXITS, numbers=True)
     module.set_trunk(Trunk.from_config(config), _Answers())
     for head in module.heads.values():
         for linear in (head.linear, head.drift):

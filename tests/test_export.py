@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from project.counting import FEATURES
+from project.data.numbers import LOWEST_ID
 from project.engine.loading import load_run
 from project.engine.weights import lay_out
 from project.errors import CheckpointError, DataError, NotCalibratedError
@@ -62,7 +63,7 @@ def original(folder: Path, model: Path, changes: dict[str, Any]) -> tuple[ExitRe
     """Module and plan of a run as the engine loads them, adapters beside the weights."""
     lora = LoraSettings(**LORA) if "model.lora" in changes else None
     frozen = "model.freeze_embeddings" in changes
-    module = ExitRecommender(str(model), [1, 2], lora=lora, freeze_embeddings=frozen)
+    module = ExitRecommender(str(model), [1, 2], lora=lora, freeze_embeddings=frozen, numbers=True)
     plans = load_run(module, AutoTokenizer.from_pretrained(model), folder / "checkpoints" / "last.ckpt")
     return module.eval(), plans.plan
 
@@ -82,6 +83,8 @@ def test_round_trip(kind: str, run: Run, tiny_config: Config, tiny_model: Path, 
     trunk, heads, loaded_plan = load_exported(target)
     tokens = torch.randint(0, 400, (2, 30), generator=torch.Generator().manual_seed(0))
     assert module.trunk is not None
+    numbers = torch.arange(LOWEST_ID, LOWEST_ID + 30)[None]  # ids that transformers' own model does not know
+    assert torch.equal(trunk.embed_tokens(numbers), module.trunk.embed_tokens(numbers))
     expected, found = (states(t, tokens, [1, 2]) for t in (module.trunk, trunk))
     exact = {"atol": 3e-6 * float(expected[-1].abs().max()) if kind == "lora" else 1e-6, "rtol": 0}
     for layer, before, after in zip("12", expected, found, strict=True):
@@ -205,6 +208,7 @@ BUNDLE = {
     "answers": [" no", " yes"],
     "interactions": {"/home/somebody/log.csv": "ab12"},
     "retriever": {"class_path": "project.retrieval.LightGCN"},
+    "prompt": {"segment": "{title}{vote_number}"},
 }
 
 
@@ -231,4 +235,8 @@ def test_card_before_test(tmp_path: Path) -> None:
     files, scores = results()
     del files["test"]
     run = read_run(write_run(tmp_path / "run", files, {"valid": scores["valid"]}))
-    assert "Test was not read" in render_card(run, BUNDLE, "llama", "consistency")
+    card = render_card(run, BUNDLE, "llama", "consistency")
+    assert "Test was not read" in card
+    assert "ids below zero" in card
+    words = {"prompt": {"segment": "{title} near{vote_percent}:"}}
+    assert "ids below zero" not in render_card(run, BUNDLE | words, "llama", "consistency")

@@ -55,7 +55,9 @@ def fitted(
     folder = tmp_path_factory.mktemp("fitted")
     config = tiny_settings(tiny_logs, sharp_model, folder, name="")
     config["data"] |= {"context_tokens": 768, "batch_tokens": 1024, "taste": {"dim": 2}}
-    config["data"]["prompt"] = {"segment": "{title} ({year}) all {item_rate} near {vote} taste {taste}:"}
+    config["data"]["prompt"] = {
+        "segment": "{title} ({year}) all {item_rate} near {vote} taste {taste}{taste_number}:"
+    }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROJECT_CACHE", str(session_cache))

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from project.data.batches import EvaluationSampler, PackedLoader, TrainSampler
 from project.data.interactions import build_interactions
 from project.data.packing import Batch
-from project.data.prompts import Prompt, PromptEncoder
+from project.data.prompts import Prompt, PromptEncoder, field_telling
 from project.data.readers import Logs
 from project.data.requests import Requests, read_requests, request_streams
 from project.data.sources import default_cache, resolve_model
@@ -26,6 +26,7 @@ from project.data.streams import Streams, build_streams
 from project.errors import ConfigError
 from project.retrieval import Retriever, Taste, evidence_tables, request_evidence
 from project.retrieval.cache import restore
+from project.retrieval.vectors import VectorRetriever
 
 DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
 
@@ -78,19 +79,21 @@ class InteractionData(pl.LightningDataModule):
                 f"({type(retriever).__name__}) is {retriever.similar_every}: expected a template and a number above 0, "
                 "or null and 0. Only retrievers that compare users, such as LightGCN, can make lists for it."
             )
-        told = [name for name in ("{taste}", "{taste_percent}") if name in prompt.segment]
-        if taste is None and told:
-            raise ConfigError(
-                f"data.prompt.segment {prompt.segment!r} tells {told[0]}, but data.taste is null: expected a "
-                "factorisation behind it, for example data.taste: {dim: 8}; or leave the field out."
-            )
-        told = [name for name in ("{alike}", "{alike_percent}") if name in prompt.segment]
-        if retriever.alike_items == 0 and told:
-            raise ConfigError(
-                f"data.prompt.segment {prompt.segment!r} tells {told[0]}, but the alike_items of data.retriever "
-                f"({type(retriever).__name__}) is 0: expected a number of items, for example 30, of a retriever that "
-                "compares them, such as LightGCN; or leave the field out."
-            )
+        missing = {
+            "taste": taste is None
+            and "data.taste is null: expected a factorisation behind it, for example data.taste: {dim: 8}",
+            # who compares no items says "not known" instead, as NoRetriever does of votes
+            "alike": isinstance(retriever, VectorRetriever)
+            and retriever.alike_items == 0
+            and f"the alike_items of data.retriever ({type(retriever).__name__}) is 0: expected a number of items, "
+            "for example 30",
+        }
+        for column, problem in missing.items():
+            field = field_telling(prompt, column)
+            if problem and field is not None:
+                raise ConfigError(
+                    f"data.prompt.segment {prompt.segment!r} tells {field}, but {problem}; or leave the field out."
+                )
         self.logs, self.retriever, self.taste = logs, retriever, taste
         self.protocol, self.prompt = protocol, prompt
         self.tokenizer_name = tokenizer

@@ -3,7 +3,8 @@
 A segment is `template + answer`. The template is split at its evidence fields; what stands between them (literal
 text and item attributes) is tokenised once per item, an evidence value once per distinct value, and a segment is the
 concatenation of those pieces. So a segment's ids are the same wherever it stands, and nothing is tokenised while
-training. The answer slot is the last token before the answer: a head reads its prediction there.
+training. Evidence that is told as a number is one id below zero (project.data.numbers). The answer slot is the last
+token before the answer: a head reads its prediction there.
 
 Lists of what similar users liked are segments of their own, without an answer; each distinct list is tokenised once.
 """
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import polars as pl
 
 from project.data.anonymous import anonymous_titles
+from project.data.numbers import NUMBERS, number_ids
 from project.data.ragged import IntArray, Ragged, join, total_lengths
 from project.errors import ConfigError
 
@@ -46,7 +48,9 @@ class Prompt:
             attributes) and evidence: item_rate, user_rate, vote (shares of likes in tenths), taste (chance of a like
             in tenths, see data.taste), alike (the user's own answers on items alike, in tenths, see alike_items of
             data.retriever), the same five in percent as item_percent, user_percent, vote_percent, taste_percent,
-            alike_percent, likes, neighbours (of the similar users), item_count, user_count (rounded down to 1, 2, 5,
+            alike_percent, the same as learned tokens instead of text, one token each, in log-odds, shrunk where rows
+            are few, as item_number, user_number, vote_number (weighted by similarity), taste_number, alike_number,
+            likes, neighbours (of the similar users), item_count, user_count (rounded down to 1, 2, 5,
             10, 20, 50, ...).
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the
             tokenizer.
@@ -103,6 +107,18 @@ EVIDENCE_FIELDS: dict[str, tuple[str, Callable[[pl.Series], list[str]]]] = {
     "neighbours": ("neighbour_count", _plain),
     "likes": ("likes", _plain),
 }
+
+
+def field_telling(prompt: Prompt, column: str) -> str | None:
+    """A field of the segment, in braces, that tells this column of the evidence; None where none does."""
+    fields = [name for name, (told, _) in EVIDENCE_FIELDS.items() if told == column]
+    braced = ("{" + name + "}" for name in [*fields, f"{column}_number"])
+    return next((field for field in braced if field in prompt.segment), None)
+
+
+def tells_numbers(segment: str) -> bool:
+    """Whether a template of segments has a field that is a learned token (see `project.data.numbers`)."""
+    return any("{" + name + "}" in segment for name in NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -185,13 +201,17 @@ class PromptEncoder:
         """
         if "likes" not in evidence.columns:
             evidence = evidence.with_columns(likes=pl.col("answers").list.sum().fill_null(0))
+        numbers = number_ids(evidence) if any(kind == "number" for kind, _ in self._parts) else {}
         parts = []
         for i, (kind, name) in enumerate(self._parts):
             if kind == "static":
                 parts.append(self._static[i].take(item))
+            elif kind == "number":
+                parts.append(self._number(numbers[name], told))
             else:
                 column, render = EVIDENCE_FIELDS[name]
-                texts = render(evidence[column])
+                known = column in evidence.columns  # alike is there with retrievers that compare items
+                texts = render(evidence[column]) if known else [UNKNOWN] * len(evidence)
                 if told is not None:
                     texts = [t if known else UNKNOWN for t, known in zip(texts, told.tolist(), strict=True)]
                 parts.append(self._encode_values(texts))
@@ -212,6 +232,15 @@ class PromptEncoder:
         titles = ("; ".join(self._titles[item] for item in items) for items in lists)
         return self._encode_values([self.similar.format(titles=t) for t in titles])
 
+    def _number(self, ids: IntArray, told: npt.NDArray[np.bool_] | None) -> Ragged:
+        """One token each; what says that nothing is known where it is not told."""
+        n = len(ids)
+        found = Ragged(ids, np.arange(n + 1))
+        if told is None or told.all():
+            return found
+        both = Ragged.of([*ids[:, None].tolist(), self._ids(UNKNOWN)])
+        return both.take(np.where(told, np.arange(n), n))
+
     def _encode_values(self, texts: list[str]) -> Ragged:
         distinct, codes = np.unique(np.array(texts, dtype=object).astype(str), return_inverse=True)
         return Ragged.of([self._ids(t) for t in distinct.tolist()]).take(codes.astype(np.int64))
@@ -230,7 +259,7 @@ def _check_similar(template: str) -> None:
 
 
 def _split_template(template: str, item_fields: Sequence[str]) -> list[tuple[str, str]]:
-    """("static", text with item fields) and ("evidence", name) pieces, in order; neighbouring static pieces merge."""
+    """("static", text with item fields), ("evidence", name) and ("number", name) pieces; static neighbours merge."""
     parts: list[tuple[str, str]] = []
 
     def add_static(text: str) -> None:
@@ -251,10 +280,12 @@ def _split_template(template: str, item_fields: Sequence[str]) -> list[tuple[str
             add_static("{" + name + "}")
         elif name in EVIDENCE_FIELDS:
             parts.append(("evidence", name))
+        elif name in NUMBERS:
+            parts.append(("number", name))
         else:
             raise ConfigError(
                 f"data.prompt.segment names the field {{{name}}}, which nobody knows. Item fields here: "
-                f"{', '.join(item_fields)}; evidence fields: {', '.join(EVIDENCE_FIELDS)}."
+                f"{', '.join(item_fields)}; evidence fields: {', '.join([*EVIDENCE_FIELDS, *NUMBERS])}."
             )
     if not parts:
         raise ConfigError(

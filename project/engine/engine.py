@@ -67,7 +67,7 @@ class Engine:
             read_tokens = tokens_worth_reading(module.trunk) if open_heads else 0
         trunk, heads = module.trunk.eval(), module.heads.eval()
         self._parts = Parts(trunk, heads, decision, cache, RotaryTable(trunk), read_tokens)
-        self._vocabulary = module.trunk.embed_tokens.weight.shape[0]
+        self._vocabulary = module.trunk.vocabulary
 
     @torch.inference_mode()
     def score(self, requests: Sequence[PreparedRequest]) -> Scores:

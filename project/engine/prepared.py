@@ -90,11 +90,11 @@ class PreparedRequest:
     def __len__(self) -> int:
         return len(self.candidates)
 
-    def trouble(self, vocabulary: int) -> str | None:
+    def trouble(self, vocabulary: range) -> str | None:
         """Why this request cannot be scored; None where it can.
 
         Args:
-            vocabulary: Number of token ids that the trunk knows.
+            vocabulary: Token ids that the trunk knows.
         """
         n, tokens = len(self), np.concatenate([self.stream.tokens, self.candidates.values])
         if self.prior.shape != (n,) or self.evidence.ndim != 2 or len(self.evidence) != n:
@@ -105,8 +105,11 @@ class PreparedRequest:
             return "exit 0 or evidence holds NaN or infinity; expected finite numbers"
         if n and not self.candidates.lengths.all():
             return f"candidate {int(self.candidates.lengths.argmin())} has no token; expected at least one"
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocabulary:
-            return f"token ids from {tokens.min()} to {tokens.max()}; the trunk knows 0 to {vocabulary - 1}"
+        if len(tokens) and not vocabulary.start <= tokens.min() <= tokens.max() < vocabulary.stop:
+            return (
+                f"token ids from {tokens.min()} to {tokens.max()}; the trunk knows {vocabulary.start} to "
+                f"{vocabulary.stop - 1}"
+            )
         return None
 
 

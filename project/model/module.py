@@ -53,6 +53,7 @@ class ExitRecommender(ExitBuffers):
         layer_dropout: Chance of the last layer to be left out in a training step; 0: none ever is. Falls to 0 at the
             first layer (LayerSkip), so that shallow heads do not count on what deep layers correct.
         answers: Texts of the answers dislike and like; set by data.prompt.answers.
+        numbers: Learn tokens for numbers in prompts; set by data.prompt.segment.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class ExitRecommender(ExitBuffers):
         gradient_checkpointing: bool = False,
         layer_dropout: float = 0.0,
         answers: list[str] | None = None,
+        numbers: bool = False,
     ) -> None:
         super().__init__(heads=1 + len(exit_layers))
         depth = num_layers if num_layers is not None else max(exit_layers, default=0)
@@ -87,7 +89,7 @@ class ExitRecommender(ExitBuffers):
         self.lora, self.freeze_embeddings = lora, freeze_embeddings
         check_layer_dropout(layer_dropout)
         self.gradient_checkpointing, self.layer_dropout = gradient_checkpointing, layer_dropout
-        self.answers = answers or [" no", " yes"]
+        self.answers, self.numbers = answers or [" no", " yes"], numbers
         self.trunk: Trunk | None = None
         self.heads = nn.ModuleDict()
         self.collector = ScoreCollector()
@@ -131,6 +133,8 @@ class ExitRecommender(ExitBuffers):
         trunk.release_lm_head()
         if self.freeze_embeddings:
             trunk.embed_tokens.requires_grad_(False)
+        if self.numbers:  # last: they are trained whatever is frozen
+            trunk.learn_numbers()
         self.trunk = trunk
 
     def on_fit_start(self) -> None:
@@ -279,8 +283,9 @@ class ExitRecommender(ExitBuffers):
         if missing or surplus:
             raise CheckpointError(
                 f"the checkpoint lacks {sorted(missing)[:3]} and has unknown {sorted(surplus)[:3]} "
-                f"({len(missing)} and {len(surplus)} in all): model.num_layers, model.lora or "
-                "model.freeze_embeddings differ from the run that made it. Use its config.yaml."
+                f"({len(missing)} and {len(surplus)} in all): model.num_layers, model.lora, "
+                "model.freeze_embeddings or the numbers of data.prompt.segment differ from the run that made it. "
+                "Use its config.yaml."
             )
 
     def check_exit_layers(self, checkpoint: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from project.errors import ConfigError
+from project.model.numbers import NumberEmbedding
 from project.model.trunk import Trunk
 
 
@@ -19,7 +20,7 @@ class OptimSettings:
     """Learning rates by depth, schedule and weight decay of AdamW.
 
     Layer l of L learns at learning_rate * (1 + depth_slope * (1 - l / L)), the embeddings at that of l = 0,
-    and a head at head_factor times the rate of the layer below it.
+    a head at head_factor times the rate of the layer below it, numbers in prompts at head_factor times that of l = 0.
 
     Args:
         learning_rate: Peak learning rate of the deepest layer.
@@ -57,8 +58,8 @@ def parameter_groups(trunk: Trunk, heads: nn.ModuleDict, settings: OptimSettings
         Dictionaries with params, lr, weight_decay and a readable name such as "layer_3/decay".
     """
     groups = []
-    for name, module, rate in _modules(trunk, heads, settings):
-        trainable = [p for p in module.parameters() if p.requires_grad]
+    for name, parameters, rate in _parts(trunk, heads, settings):
+        trainable = [p for p in parameters if p.requires_grad]
         for suffix, decay, params in (
             ("decay", settings.weight_decay, [p for p in trainable if p.ndim > 1]),
             ("plain", 0.0, [p for p in trainable if p.ndim <= 1]),
@@ -70,15 +71,17 @@ def parameter_groups(trunk: Trunk, heads: nn.ModuleDict, settings: OptimSettings
     return groups
 
 
-def _modules(
+def _parts(
     trunk: Trunk, heads: nn.ModuleDict, settings: OptimSettings
-) -> Iterator[tuple[str, nn.Module, float]]:
-    depth = len(trunk.layers)
-    yield "embeddings", trunk.embed_tokens, depth_rate(settings, 0, depth)
+) -> Iterator[tuple[str, Iterable[nn.Parameter], float]]:
+    depth, words = len(trunk.layers), trunk.embed_tokens
+    yield "embeddings", [words.weight], depth_rate(settings, 0, depth)
+    if isinstance(words, NumberEmbedding):
+        yield "numbers", [words.numbers], settings.head_factor * depth_rate(settings, 0, depth)
     for layer, module in enumerate(trunk.layers, start=1):
-        yield f"layer_{layer}", module, depth_rate(settings, layer, depth)
+        yield f"layer_{layer}", module.parameters(), depth_rate(settings, layer, depth)
     for key, head in heads.items():
-        yield f"head_{key}", head, settings.head_factor * depth_rate(settings, int(key), depth)
+        yield f"head_{key}", head.parameters(), settings.head_factor * depth_rate(settings, int(key), depth)
 
 
 def planned_steps(trainer: Trainer, train_batches: int) -> int:

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from project.data.numbers import LOWEST_ID
 from project.errors import ConfigError
 from project.layout import Layout
 from project.model.attention import SEGMENTS
+from project.model.numbers import NumberEmbedding
 from project.quiet import quiet_loading
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -124,6 +126,13 @@ class Trunk(nn.Module):
             )
         return cls(model)
 
+    @property
+    def vocabulary(self) -> range:
+        """Token ids that it knows."""
+        words = self.embed_tokens
+        first = LOWEST_ID if isinstance(words, NumberEmbedding) else 0
+        return range(first, words.weight.shape[0])
+
     def answer_direction(self, yes_ids: Sequence[int], no_ids: Sequence[int]) -> Tensor:
         """Mean of the LM head's rows for yes minus their mean for no.
 
@@ -139,6 +148,10 @@ class Trunk(nn.Module):
         rows = self._lm_head[0].detach()
         return rows[list(yes_ids)].float().mean(0) - rows[list(no_ids)].float().mean(0)
 
+    def learn_numbers(self) -> None:
+        """Embed ids below zero, too: numbers in prompts, which the LM does not know yet."""
+        self.embed_tokens = NumberEmbedding(self.embed_tokens)
+
     def release_lm_head(self) -> None:
         """Let go of the LM head's weights; `answer_direction` cannot be called after this."""
         self._lm_head.clear()
@@ -147,7 +160,7 @@ class Trunk(nn.Module):
         """State before the first layer.
 
         Args:
-            tokens: (B, T) token ids.
+            tokens: (B, T) token ids; below zero, numbers, after `learn_numbers` alone.
             layout: Their structure, on the same device, with its blocks planned.
         """
         hidden = self.embed_tokens(tokens)

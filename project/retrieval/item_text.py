@@ -33,6 +33,8 @@ class ItemTextRetriever(VectorRetriever):
         similar_every: List what similar users liked after every so many rows of a user; 0 is never.
         similar_users: How many similar users such a list is made from, of the latest max_raters users.
         similar_items: Most items on such a list.
+        alike_items: Evidence also holds the user's own answers on so many earlier items, those whose vectors are most
+            like the candidate's; 0 leaves it out.
         template: Text of an item, fields are columns of the items table, such as {title}; null: the title and
             everything else that is known of the item, separated by commas.
         max_tokens: A text is cut after so many tokens.
@@ -48,11 +50,13 @@ class ItemTextRetriever(VectorRetriever):
         similar_every: int,
         similar_users: int,
         similar_items: int,
+        alike_items: int,
         template: str | None,
         max_tokens: int,
         reader: MeanPooling,
     ) -> None:
-        super().__init__(neighbours, max_raters, dislike_weight, similar_every, similar_users, similar_items)
+        lists = similar_every, similar_users, similar_items
+        super().__init__(neighbours, max_raters, dislike_weight, *lists, alike_items)
         self.template = template
         self.max_tokens = max_tokens
         self.reader = reader

@@ -15,6 +15,8 @@ class LLMEmbedding(ItemTextRetriever):
             reaches prompts through data.prompt.similar.
         similar_users: How many similar users such a list is made from, of the latest max_raters users.
         similar_items: Most items on such a list.
+        alike_items: Evidence also holds the user's own answers on so many earlier items, those whose vectors are most
+            like the candidate's; 0 leaves it out.
         template: Text of an item, fields are columns of the items table, such as {title}; null: the title and
             everything else that is known of the item, separated by commas.
         max_tokens: A text is cut after so many tokens.
@@ -30,6 +32,7 @@ class LLMEmbedding(ItemTextRetriever):
         similar_every: int = 0,
         similar_users: int = 10,
         similar_items: int = 5,
+        alike_items: int = 0,
         template: str | None = None,
         max_tokens: int = 256,
         backbone: str = "smollm2-135m-instruct",
@@ -44,6 +47,7 @@ class LLMEmbedding(ItemTextRetriever):
             similar_every,
             similar_users,
             similar_items,
+            alike_items,
             template,
             max_tokens,
             MeanPooling(backbone, max_tokens, num_layers, key="backbone"),

@@ -44,7 +44,7 @@ class VectorRetriever(Retriever):
         similar_users: How many similar users such a list is made from, of the latest max_raters users.
         similar_items: Most items on such a list.
         alike_items: Evidence also holds the user's own answers on so many earlier items, those whose vectors are most
-            like the candidate's (alike and alike_percent of prompts, and a feature of counting); 0 leaves it out.
+            like the candidate's (alike, in three ways, of prompts, and a feature of counting); 0 leaves it out.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from project.model.heads import ExitHead
-from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups
+from project.model.optim import OptimSettings, cosine_with_warmup, depth_rate, parameter_groups
 from project.model.trunk import Trunk
 
 SETTINGS = OptimSettings(learning_rate=1e-3, depth_slope=0.6, head_factor=5.0, weight_decay=0.1)
@@ -38,11 +38,14 @@ def test_each_parameter_once(model: tuple[Trunk, nn.ModuleDict]) -> None:
     """Every trainable parameter of trunk and heads is in exactly one group; frozen ones are in none."""
     trunk, heads = model
     trunk.embed_tokens.requires_grad_(False)
+    trunk.learn_numbers()
     groups = parameter_groups(trunk, heads, SETTINGS)
     found = [p.data_ptr() for g in groups for p in g["params"]]
     expected = [p.data_ptr() for m in (trunk, heads) for p in m.parameters() if p.requires_grad]
     assert sorted(found) == sorted(expected)
     assert not any(g["name"].startswith("embeddings") for g in groups)
+    rates = {g["name"].split("/")[0]: g["lr"] for g in groups}
+    assert rates["numbers"] == pytest.approx(SETTINGS.head_factor * depth_rate(SETTINGS, 0, 3))
     torch.optim.AdamW(groups)
 
 

@@ -147,11 +147,11 @@ def test_a_prompt_that_tells_it_needs_it(tmp_path: Path) -> None:
     """The error names both keys and the way out, before anything is read; a number below 0 is refused."""
     logs = TableLogs(str(tmp_path / "logs.csv"), str(tmp_path / "items.csv"))
     prompt = Prompt(segment="{title} alike{alike_percent}:")
-    for retriever in (LightGCN(), ItemKNN()):
-        with pytest.raises(
-            ConfigError, match=r"tells \{alike_percent\}, but the alike_items of data\.retriever"
-        ):
-            InteractionData(logs, retriever=retriever, prompt=prompt)
-    InteractionData(logs, retriever=LightGCN(alike_items=30), prompt=prompt)
+    with pytest.raises(ConfigError, match=r"tells \{alike_percent\}, but the alike_items of data\.retriever"):
+        InteractionData(logs, retriever=LightGCN(), prompt=prompt)
+    for retriever in (LightGCN(alike_items=30), ItemKNN()):  # the latter compares no items, and says "?"
+        InteractionData(logs, retriever=retriever, prompt=prompt)
+    with pytest.raises(ConfigError, match=r"tells \{taste_number\}, but data\.taste is null"):
+        InteractionData(logs, retriever=ItemKNN(), prompt=Prompt(segment="{title}{taste_number}:"))
     with pytest.raises(ConfigError, match=r"alike_items is -1, expected 0 or more"):
         LightGCN(alike_items=-1)
