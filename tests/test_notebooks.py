@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,8 +88,8 @@ def test_logs_to_prompt(tmp_path: Path, tiny_model: Path) -> None:
     outputs = execute("01_logs_to_prompt.ipynb", tmp_path, EXITREC_MODEL=tiny_model)
     text = printed(outputs).rstrip()
     assert "global_time-80-10-10-h5" in text
-    assert text.endswith(":")
-    answered = [line for line in text.splitlines() if line.endswith((": no", ": yes"))]
+    assert re.search(r"\[taste [+-]\d\.\d\d\]$", text)
+    answered = [line for line in text.splitlines() if line.endswith(("] no", "] yes"))]
     assert answered  # what the candidate sees of the past
 
 

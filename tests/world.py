@@ -14,6 +14,7 @@ from project.data.readers import TableLogs
 from project.data.splits import Protocol, SplitInteractions, apply_protocol
 from project.data.streams import Streams, build_streams
 
+SEGMENT = "{title} all{item_percent} near{vote_number}:"  # text, and a number that is a token of its own
 EMPTY_EVIDENCE = {
     "neighbours": pl.List(pl.Int64),
     "similarities": pl.List(pl.Float32),
@@ -80,8 +81,7 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
             "logs": {"class_path": "project.data.readers.TableLogs", "init_args": files},
             "retriever": "project.retrieval.ItemKNN",
             "protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2]},
-            # text, and a number that is a token of its own
-            "prompt": {"segment": "{title} all{item_percent} near{vote_number}:"},
+            "prompt": {"segment": SEGMENT},
             "context_tokens": 128,
             "batch_tokens": 512,
             "block_rows": 100,

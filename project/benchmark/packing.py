@@ -24,6 +24,7 @@ from project.data.packing import Batch, pack
 from project.data.sources import resolve_model
 from project.data.streams import Streams
 from project.data.windows import Window
+from project.model.numbers import NumberEmbedding
 from project.model.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -97,6 +98,9 @@ def run_packing(
     trunk.embed_tokens.requires_grad_(not model.freeze_embeddings)
     base = AutoModel.from_pretrained(name, num_hidden_layers=model.depth, dtype=torch.float32)
     base.embed_tokens.requires_grad_(not model.freeze_embeddings)
+    if model.numbers:
+        trunk.learn_numbers()
+        base.embed_tokens = NumberEmbedding(base.embed_tokens)
     sampler = TrainSampler(streams, data.context_tokens, data.batch_tokens, data.seed, 0, 1)
     packed_windows = cycle(sampler)
     pointwise = _pointwise_batches(streams, sampler, data.batch_tokens)

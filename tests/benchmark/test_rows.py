@@ -301,7 +301,11 @@ def test_packing_table() -> None:
 def test_kept_benchmarks_render(capsys: pytest.CaptureFixture[str]) -> None:
     """`table` prints the kept results of all three kinds, none as the table of exits."""
     results = Path(__file__).parents[2] / "results"
-    names = ("whole_trunk/benchmark.json", "retrieval/benchmark.json", "quickstart/benchmark-packing.json")
+    names = (
+        "whole_trunk_worded/benchmark.json",
+        "retrieval/benchmark.json",
+        "quickstart/benchmark-packing.json",
+    )
     print_tables([str(results / name) for name in names])
     shown = capsys.readouterr().out
     assert shown.count("### benchmark") == 3

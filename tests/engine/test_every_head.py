@@ -13,8 +13,9 @@ import pytest
 import torch
 import yaml
 from example_engine import EXITS, World, subset
-from world import tiny_settings
+from world import SEGMENT, tiny_settings
 
+from project.data.prompts import Prompt
 from project.data.protocol import Protocol
 from project.data.readers import TableLogs
 from project.engine.every_head import score_every_head
@@ -86,13 +87,14 @@ def test_it_is_the_table_of_predict(
         TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv")),
         ItemKNN(),
         Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2]),
+        Prompt(segment=SEGMENT),
         tokenizer=str(tiny_model),
         context_tokens=256,
         batch_tokens=1024,
         block_rows=100,
         requests=str(asked),
     )
-    model = ExitRecommender(str(tiny_model), [1, 3])
+    model = ExitRecommender(str(tiny_model), [1, 3], numbers=True)
     load_weights(model, data.tokenizer, checkpoint)
     prepared = prepare_requests(model, data)
     assert data.requests is not None
