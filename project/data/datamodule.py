@@ -79,21 +79,7 @@ class InteractionData(pl.LightningDataModule):
                 f"({type(retriever).__name__}) is {retriever.similar_every}: expected a template and a number above 0, "
                 "or null and 0. Only retrievers that compare users, such as LightGCN, can make lists for it."
             )
-        missing = {
-            "taste": taste is None
-            and "data.taste is null: expected a factorisation behind it, for example data.taste: {dim: 8}",
-            # who compares no items says "not known" instead, as NoRetriever does of votes
-            "alike": isinstance(retriever, VectorRetriever)
-            and retriever.alike_items == 0
-            and f"the alike_items of data.retriever ({type(retriever).__name__}) is 0: expected a number of items, "
-            "for example 30",
-        }
-        for column, problem in missing.items():
-            field = field_telling(prompt, column)
-            if problem and field is not None:
-                raise ConfigError(
-                    f"data.prompt.segment {prompt.segment!r} tells {field}, but {problem}; or leave the field out."
-                )
+        _check_told(prompt, retriever, taste)
         self.logs, self.retriever, self.taste = logs, retriever, taste
         self.protocol, self.prompt = protocol, prompt
         self.tokenizer_name = tokenizer
@@ -246,3 +232,24 @@ class InteractionData(pl.LightningDataModule):
         """Move a batch; tokens and layout go together."""
         del dataloader_idx
         return batch.to(device)
+
+
+def _check_told(prompt: Prompt, retriever: Retriever, taste: Taste | None) -> None:
+    """Refuse a prompt that tells what nobody was asked to find out."""
+    needs: dict[str, str] = {}  # column of the evidence -> what is wrong
+    if taste is None:
+        needs["taste"] = (
+            "data.taste is null: expected a factorisation behind it, for example data.taste: {dim: 8}"
+        )
+    # who compares no items says "not known" instead, as NoRetriever does of votes
+    if isinstance(retriever, VectorRetriever) and retriever.alike_items == 0:
+        needs["alike"] = (
+            f"the alike_items of data.retriever ({type(retriever).__name__}) is 0: expected a number of items, "
+            "for example 30"
+        )
+    for column, problem in needs.items():
+        field = field_telling(prompt, column)
+        if field is not None:
+            raise ConfigError(
+                f"data.prompt.segment {prompt.segment!r} tells {field}, but {problem}; or leave the field out."
+            )

@@ -210,8 +210,8 @@ class PromptEncoder:
                 parts.append(self._number(numbers[name], told))
             else:
                 column, render = EVIDENCE_FIELDS[name]
-                known = column in evidence.columns  # alike is there with retrievers that compare items
-                texts = render(evidence[column]) if known else [UNKNOWN] * len(evidence)
+                found = column in evidence.columns  # alike is there with retrievers that compare items
+                texts = render(evidence[column]) if found else [UNKNOWN] * len(evidence)
                 if told is not None:
                     texts = [t if known else UNKNOWN for t, known in zip(texts, told.tolist(), strict=True)]
                 parts.append(self._encode_values(texts))

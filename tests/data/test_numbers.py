@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
+from world import Letters
 
 from project.counting import FEATURES, counting_features
 from project.data.numbers import LOWEST_ID, NUMBERS, SPAN, STEPS_A_UNIT, number_ids, read_number_ids, readable
@@ -132,10 +133,3 @@ def test_who_tells_numbers() -> None:
     """Only a template with such a field makes a model learn tokens for them."""
     assert tells_numbers("{title}{vote_number}:")
     assert not tells_numbers("{title} all{item_percent}:")
-
-
-class Letters:
-    """A tokenizer whose tokens are characters."""
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(c) for c in text]
