@@ -28,7 +28,7 @@ HEADER = (
 
 
 def run_compare(arguments: Sequence[str]) -> None:
-    """The verb: writes RUN/results/compare.json and prints it as Markdown.
+    """The verb: writes RUN/results/compare-PART.json and prints it as Markdown.
 
     Args:
         arguments: RUN, BASE, and maybe --part test.
@@ -42,7 +42,7 @@ def run_compare(arguments: Sequence[str]) -> None:
     parser.add_argument("--part", choices=("tune", "test"), default="tune", help="rows that are compared")
     given = parser.parse_args(arguments)
     result = compare(given.run, given.base, given.part)
-    path = write_json(given.run / "results" / "compare.json", result)
+    path = write_json(given.run / "results" / f"compare-{given.part}.json", result)
     print(f"{render_comparison(result)}\nwritten: {path}")
 
 

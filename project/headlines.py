@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from project.errors import ConfigError
-from project.tables import difference_cell, markdown_table, number, times
+from project.tables import difference_cell, fewer_layers, markdown_table, number
 
 Result = Mapping[str, Any]
 
@@ -75,12 +75,8 @@ def _cells(name: str, result: Result) -> list[str]:
         result["best_floor"],
         number(adaptive["auc"]) if adaptive else "",
         number(adaptive["auc_drop"], signed=True) if adaptive else "",
-        _saved(adaptive) if adaptive else "",
+        fewer_layers(adaptive) if adaptive else "",
     ]
-
-
-def _saved(adaptive: Result) -> str:
-    return times(adaptive["token_layer_speedup"]) if adaptive["mean_depth"] > 0 else "no layer runs"
 
 
 def _chosen(result: Result) -> Result:

@@ -128,6 +128,15 @@ def times(value: float | None) -> str:
     return UNDEFINED if value is None else f"x{value:.2f}"
 
 
+def fewer_layers(row: Mapping[str, Any]) -> str:
+    """What leaving early saves in token-layers, in words where the trunk never runs.
+
+    Args:
+        row: `token_layer_speedup` and `mean_depth` of a policy.
+    """
+    return times(row["token_layer_speedup"]) if row["mean_depth"] > 0 else "no layer runs"
+
+
 def protocol_line(result: Result) -> str:
     """Protocol name, hash and targets of each split: tables of different hashes must not be compared."""
     protocol = result["protocol"]

@@ -63,7 +63,7 @@ def test_test_rows_are_calibrated_on_tune(base: Path, better: Path) -> None:
 def test_command_line(base: Path, better: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The verb prints what it writes; a run against itself differs by nothing."""
     run_compare([str(better), str(better), "--part", "test"])
-    result = read_result(better / "results" / "compare.json")
+    result = read_result(better / "results" / "compare-test.json")
     assert render_comparison(result) in capsys.readouterr().out
     assert all(row["difference"]["auc"]["value"] == 0 for row in result["exits"])
     assert "on test (90 rows)" in render_comparison(result)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from project.tables import difference_cell, markdown_table, number, protocol_line, times
+from project.tables import difference_cell, fewer_layers, markdown_table, number, protocol_line
 
 Result = Mapping[str, Any]
 
@@ -63,8 +63,7 @@ def _early_exit(row: Result) -> str:
     found = row.get("early_exit")
     if not found:
         return ABSENT
-    speed = times(found["token_layer_speedup"]) if found["mean_depth"] else "no layer runs"
-    return f"{speed} at {number(found['auc'])}"
+    return f"{fewer_layers(found)} at {number(found['auc'])}"
 
 
 def _notes(result: Result) -> list[str]:
