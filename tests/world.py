@@ -14,7 +14,7 @@ from project.data.readers import TableLogs
 from project.data.splits import Protocol, SplitInteractions, apply_protocol
 from project.data.streams import Streams, build_streams
 
-SEGMENT = "{title} all{item_percent} near{vote_number}:"  # text, and a number that is a token of its own
+SEGMENT = "{title} all{item_percent} near{vote_number+item_count_number}:"  # text, and numbers in a token of their own
 EMPTY_EVIDENCE = {
     "neighbours": pl.List(pl.Int64),
     "similarities": pl.List(pl.Float32),

@@ -18,8 +18,8 @@ Result = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 HEADER = (
-    "N", "stream", "engine", "requests/s", "p50 ms", "p95 ms", "AUC or overlap", "depth", "token-layers", "measured",
-    "95 % interval", "over rival", "efficiency", "GFLOP/s",
+    "N", "stream", "engine", "requests/s", "p50 ms", "p95 ms", "p99 ms", "AUC or overlap", "depth", "token-layers",
+    "measured", "95 % interval", "over rival", "efficiency", "GFLOP/s",
 )  # fmt: skip
 RETRIEVAL_HEADER = ("retriever", "query", "ms a request", "over LightGCN", "vote AUC", "95 % interval")
 PACKING_HEADER = ("training", "targets/s")
@@ -140,7 +140,7 @@ def _cells(row: Row) -> list[str]:
         row["stream"] + ("" if row["history"] is None else f", {row['history']} items"),
         _name(row),
         number(row["requests_per_s"], 2),
-        *(number(row[key], 0) for key in ("p50_ms", "p95_ms")),
+        *(number(row[key], 0) for key in ("p50_ms", "p95_ms", "p99_ms")),
         _worth(row),
         number(row["mean_depth"], 2),
         "" if row["token_layer_speedup"] is None else times(row["token_layer_speedup"]),

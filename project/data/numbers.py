@@ -1,82 +1,116 @@
-"""Numbers in prompts: evidence that is not worded, but stands in a segment as one token of its own.
+"""Numbers in prompts: evidence that is not worded, but stands in a segment as a token of its own.
 
-Unusual here: the id of such a token is below zero. It says which evidence and how much of it, in log-odds, so whoever
-handles token ids (packing, stream cache, engine) need not know that there are numbers; the one who turns ids into
-vectors is `project.model.numbers`. Log-odds are shrunk to even odds where rows are few, so nothing is fitted for them.
+Unusual here: the id of such a token is below zero. It says which evidence and how much of it, so whoever handles token
+ids (packing, stream cache, engine) need not know that there are numbers; the one who turns ids into vectors is
+`project.model.numbers`. One token can tell several numbers: a byte of its id is one number's, and the id of all is the
+sum of theirs. Rates are log-odds shrunk to even odds where rows are few, so nothing is fitted for them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import polars as pl
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from project.counting import FEATURES, counting_features
 from project.data.ragged import IntArray
 
+
+class Number(NamedTuple):
+    """What a prompt field tells: a counting feature less a constant, so that usual values lie around 0."""
+
+    feature: str
+    zero: float = 0.0
+
+
+FEW_ROWS = 3.0  # log(1 + count) of 19 rows
 NUMBERS = {
-    "item_number": "item_log_odds",
-    "user_number": "user_log_odds",
-    "vote_number": "weighted_vote_log_odds",
-    "taste_number": "taste_log_odds",
-    "alike_number": "alike_log_odds",
+    "item_number": Number("item_log_odds"),
+    "user_number": Number("user_log_odds"),
+    "vote_number": Number("weighted_vote_log_odds"),
+    "taste_number": Number("taste_log_odds"),
+    "alike_number": Number("alike_log_odds"),
+    "item_count_number": Number("item_rows", FEW_ROWS),
+    "user_count_number": Number("user_rows", FEW_ROWS),
 }
-"""Prompt field -> counting feature. The order is part of every trained model: a new one goes to the end."""
+"""Prompt field -> number. The order is part of every trained model; there are bytes for seven."""
 
 EVEN = 0.5
 STEPS_A_UNIT = 20  # a number is rounded to .05
-SPAN = 6  # and to log-odds from -6 to 6
+SPAN = 6  # and to values from -6 to 6
 STEPS = 2 * SPAN * STEPS_A_UNIT + 1
-LOWEST_ID = -len(NUMBERS) * STEPS
+BYTE = 256  # 0: not told; 1 to STEPS: the step
+LOWEST_ID = -sum(STEPS * BYTE**kind for kind in range(len(NUMBERS)))
+TOGETHER = "+"
 
 
-def number_ids(evidence: pl.DataFrame) -> dict[str, IntArray]:
-    """Token ids of all numbers.
+def fields_together(name: str) -> list[str] | None:
+    """Fields that a template's field tells in one token, such as item_number+taste_number; None where it tells others.
+
+    Args:
+        name: Without braces.
+    """
+    fields = name.split(TOGETHER)
+    return fields if NUMBERS.keys() >= set(fields) and len(set(fields)) == len(fields) else None
+
+
+def number_ids(evidence: pl.DataFrame, fields: Sequence[str]) -> IntArray:
+    """Ids of tokens that tell some numbers of each row.
 
     Args:
         evidence: n rows of an evidence table.
+        fields: Of `NUMBERS`, each once.
 
     Returns:
-        Prompt field -> (n,) ids from `LOWEST_ID` to -1.
+        (n,) from `LOWEST_ID` to -1.
     """
     rows = evidence.with_columns(row_id=pl.int_range(pl.len(), dtype=pl.Int64))  # a row may stand twice
     features = counting_features(rows, EVEN)
-    found = {}
-    for kind, (field, feature) in enumerate(NUMBERS.items()):
-        value = features[:, FEATURES.index(feature)].clip(-SPAN, SPAN)
+    ids = np.zeros(len(rows), dtype=np.int64)
+    for field in fields:
+        feature, zero = NUMBERS[field]
+        value = (features[:, FEATURES.index(feature)] - zero).clip(-SPAN, SPAN)
         step = np.rint((value + SPAN) * STEPS_A_UNIT).astype(np.int64)
-        found[field] = -1 - (kind * STEPS + step)
-    return found
+        ids -= (1 + step) * BYTE ** list(NUMBERS).index(field)
+    return ids
 
 
 def read_number_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
     """What ids say, the inverse of `number_ids`.
 
     Args:
-        ids: Of any shape; what is not below zero reads as the first number's lowest value.
+        ids: (...); those of words tell no number.
 
     Returns:
-        Two of the same shape: which of `NUMBERS`, and its log-odds (float32).
+        Two (..., len(NUMBERS)): whether a number is told, and its value (float32; arbitrary where it is not).
     """
-    code = (-1 - ids).clamp(min=0)
-    return code // STEPS, (code % STEPS).float() / STEPS_A_UNIT - SPAN
+    shifts = 8 * torch.arange(len(NUMBERS), device=ids.device)
+    digits = ((-ids).clamp(min=0)[..., None] >> shifts) & (BYTE - 1)
+    return digits > 0, (digits - 1).float() / STEPS_A_UNIT - SPAN
 
 
 def readable(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Token ids as text, numbers as [taste +0.85].
+    """Token ids as text, numbers as [item +0.85 taste -0.10].
 
     Args:
         ids: (T,) of a prompt.
         tokenizer: Knows the words.
     """
-    names, pieces, words = list(NUMBERS), list[str](), list[int]()
+    names = [name.removesuffix("_number") for name in NUMBERS]
+    pieces, words = list[str](), list[int]()
     for token in ids:
         if token >= 0:
             words.append(int(token))
             continue
-        kind, value = read_number_ids(token)
-        name = names[int(kind)].removesuffix("_number")
-        pieces += [str(tokenizer.decode(words)), f"[{name} {value:+.2f}]"]
+        told, values = (found.tolist() for found in read_number_ids(token))
+        said = [
+            f"{name} {value:+.2f}" for name, value, known in zip(names, values, told, strict=True) if known
+        ]
+        pieces += [str(tokenizer.decode(words)), f"[{' '.join(said)}]"]
         words = []
     return "".join([*pieces, str(tokenizer.decode(words))])

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import polars as pl
 
 from project.data.anonymous import anonymous_titles
-from project.data.numbers import NUMBERS, number_ids
+from project.data.numbers import NUMBERS, TOGETHER, fields_together, number_ids
 from project.data.ragged import IntArray, Ragged, join, total_lengths
 from project.errors import ConfigError
 
@@ -50,8 +50,9 @@ class Prompt:
             data.retriever), the same five in percent as item_percent, user_percent, vote_percent, taste_percent,
             alike_percent, the same as learned tokens instead of text, one token each, in log-odds, shrunk where rows
             are few, as item_number, user_number, vote_number (weighted by similarity), taste_number, alike_number,
-            likes, neighbours (of the similar users), item_count, user_count (rounded down to 1, 2, 5,
-            10, 20, 50, ...).
+            and logarithms of counts as item_count_number, user_count_number; several of these in one token as
+            {item_number+taste_number}; likes, neighbours (of the similar users), item_count, user_count (rounded down
+            to 1, 2, 5, 10, 20, 50, ...).
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the
             tokenizer.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
@@ -112,13 +113,21 @@ EVIDENCE_FIELDS: dict[str, tuple[str, Callable[[pl.Series], list[str]]]] = {
 def field_telling(prompt: Prompt, column: str) -> str | None:
     """A field of the segment, in braces, that tells this column of the evidence; None where none does."""
     fields = [name for name, (told, _) in EVIDENCE_FIELDS.items() if told == column]
-    braced = ("{" + name + "}" for name in [*fields, f"{column}_number"])
-    return next((field for field in braced if field in prompt.segment), None)
+    named = {part: name for name in _field_names(prompt.segment) for part in name.split(TOGETHER)}
+    return next(("{" + named[field] + "}" for field in [*fields, f"{column}_number"] if field in named), None)
 
 
 def tells_numbers(segment: str) -> bool:
     """Whether a template of segments has a field that is a learned token (see `project.data.numbers`)."""
-    return any("{" + name + "}" in segment for name in NUMBERS)
+    return any(fields_together(name) for name in _field_names(segment))
+
+
+def _field_names(template: str) -> list[str]:
+    """Fields of a template, none of one that is malformed."""
+    try:
+        return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError:
+        return []
 
 
 @dataclass(frozen=True)
@@ -201,13 +210,12 @@ class PromptEncoder:
         """
         if "likes" not in evidence.columns:
             evidence = evidence.with_columns(likes=pl.col("answers").list.sum().fill_null(0))
-        numbers = number_ids(evidence) if any(kind == "number" for kind, _ in self._parts) else {}
         parts = []
         for i, (kind, name) in enumerate(self._parts):
             if kind == "static":
                 parts.append(self._static[i].take(item))
             elif kind == "number":
-                parts.append(self._number(numbers[name], told))
+                parts.append(self._number(number_ids(evidence, name.split(TOGETHER)), told))
             else:
                 column, render = EVIDENCE_FIELDS[name]
                 found = column in evidence.columns  # alike is there with retrievers that compare items
@@ -280,12 +288,13 @@ def _split_template(template: str, item_fields: Sequence[str]) -> list[tuple[str
             add_static("{" + name + "}")
         elif name in EVIDENCE_FIELDS:
             parts.append(("evidence", name))
-        elif name in NUMBERS:
+        elif fields_together(name):
             parts.append(("number", name))
         else:
             raise ConfigError(
                 f"data.prompt.segment names the field {{{name}}}, which nobody knows. Item fields here: "
-                f"{', '.join(item_fields)}; evidence fields: {', '.join([*EVIDENCE_FIELDS, *NUMBERS])}."
+                f"{', '.join(item_fields)}; evidence fields: {', '.join([*EVIDENCE_FIELDS, *NUMBERS])}; several "
+                "numbers in one token, each once, as {item_number+taste_number}."
             )
     if not parts:
         raise ConfigError(

@@ -1,9 +1,10 @@
 """Token embeddings that also know numbers: ids below zero, see `project.data.numbers`.
 
-Unusual here: an id is no row of a table. Every kind of evidence has a few trained vectors, one at some log-odds each,
+Unusual here: an id is no row of a table. Every kind of evidence has a few trained vectors, one at some values each,
 and a number's vector lies on the line between the two nearest: 0.70 and 0.75 mean nearly the same from the first step
-on, and what a value means is learned from all values around it. CoLLM (arXiv 2310.19488) puts collaborative
-information into an LLM's input like this; here it is numbers that are counted, not trained vectors of users and items.
+on, and what a value means is learned from all values around it. A token that tells several numbers is the sum of their
+vectors, a generalised additive model's input. CoLLM (arXiv 2310.19488) puts collaborative information into an LLM's
+input like this; here it is numbers that are counted, not trained vectors of users and items.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from project.data.numbers import NUMBERS, read_number_ids
 
-FIRST_KNOT, LAST_KNOT = -4.0, 4.0  # log-odds beyond are those
+FIRST_KNOT, LAST_KNOT = -4.0, 4.0  # values beyond are those
 KNOTS = 9  # one at every whole number
 
 
@@ -53,9 +54,10 @@ class NumberEmbedding(nn.Embedding):
         Returns:
             (..., H).
         """
-        kind, value = read_number_ids(ids)
-        place = (value.clamp(FIRST_KNOT, LAST_KNOT) - FIRST_KNOT) * ((KNOTS - 1) / (LAST_KNOT - FIRST_KNOT))
-        below = place.long().clamp(max=KNOTS - 2)
-        share = (place - below)[..., None].to(self.numbers.dtype)
-        numbers = torch.lerp(self.numbers[kind, below], self.numbers[kind, below + 1], share)
-        return torch.where((ids < 0)[..., None], numbers, super().forward(ids.clamp(min=0)))
+        told, values = read_number_ids(ids)
+        place = (values.clamp(FIRST_KNOT, LAST_KNOT) - FIRST_KNOT) * ((KNOTS - 1) / (LAST_KNOT - FIRST_KNOT))
+        knots = torch.arange(KNOTS, device=ids.device)
+        shares = (1 - (place[..., None] - knots).abs()).clamp(min=0) * told[..., None]
+        numbers = shares.flatten(-2).to(self.numbers.dtype) @ self.numbers.flatten(0, 1)
+        words = super().forward(ids.clamp(min=0))
+        return torch.where((ids < 0)[..., None], numbers.to(words.dtype), words)

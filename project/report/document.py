@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from project.artefacts import replace_file
+from project.benchmark.table import render_rows
 from project.errors import DataError
 from project.report import words
 from project.report.figures import Picture, pictures
@@ -21,7 +22,6 @@ from project.report.run import Run, read_run
 from project.report.scores import calibrated_line, prior_line, scores_table
 from project.report.style import png
 from project.report.tables import (
-    benchmark_table,
     calibration_table,
     chosen_policy,
     effect_table,
@@ -229,7 +229,7 @@ def _calibration(run: Run) -> list[str]:
 def _speed(run: Run) -> list[str]:
     parts = []
     if run.benchmark_rows:
-        parts.append(benchmark_table(run.benchmark_rows))
+        parts.append(render_rows(run.benchmark_rows))
     else:
         parts.append(run.missing("Early exit was not timed.", "benchmark"))
     for packing in (b["packing"] for b in run.benchmarks if "packing" in b):

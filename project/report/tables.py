@@ -15,28 +15,6 @@ Row = Mapping[str, Any]
 
 ABSENT = "–"
 COSTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-SETTINGS = ("candidates", "at_once", "stream", "workload", "dtype")
-BENCHMARK_COLUMNS = {
-    "engine": "engine",
-    "policy": "policy",
-    "candidates": "candidates",
-    "at_once": "requests at once",
-    "stream": "stream",
-    "workload": "workload",
-    "dtype": "dtype",
-    "requests_per_s": "requests/s",
-    "p50_ms": "p50 ms",
-    "p95_ms": "p95 ms",
-    "p99_ms": "p99 ms",
-    "request_ms": "ms a request, evidence and all",
-    "mean_depth": "mean depth",
-    "measured_speedup": "speed-up measured",
-    "token_layer_speedup": "speed-up token-layers",
-    "efficiency": "efficiency",
-    "auc": "AUC",
-    "auc_drop": "AUC drop",
-    "overlap": "overlap with full depth's list",
-}
 
 
 def rows_of(rows: Sequence[Row], split: str, fold: str | None) -> list[Row]:
@@ -191,20 +169,6 @@ def priors_table(priors: Mapping[str, Row]) -> str:
     return markdown_table(["prior", *priors], [[key, *cells] for key, cells in lines.items()])
 
 
-def benchmark_table(rows: Sequence[Row]) -> str:
-    """Measured speed, one line a row of a `benchmark` result, under what all rows share.
-
-    Columns that no row has are left out.
-    """
-    columns = [key for key in BENCHMARK_COLUMNS if any(row.get(key) is not None for row in rows)]
-    shared = [key for key in SETTINGS if key in columns and len({row.get(key) for row in rows}) == 1]
-    columns = [key for key in columns if key not in shared]
-    cells = [[_benchmark_cell(row, key) for key in columns] for row in rows]
-    table = markdown_table([BENCHMARK_COLUMNS[key] for key in columns], cells)
-    settings = ", ".join(f"{BENCHMARK_COLUMNS[key]} {rows[0][key]}" for key in shared)
-    return f"All rows: {settings}.\n\n{table}" if settings else table
-
-
 def step_of(policy: Row) -> Row:
     """The step a policy was set to; empty where none was."""
     index = policy.get("chosen_step")
@@ -246,18 +210,3 @@ def _step_cells(step: Row) -> list[str]:
         value_cell(step, "auc"),
         value_cell(step, "auc_drop", signed=True),
     ]
-
-
-def _benchmark_cell(row: Row, key: str) -> str:
-    value = row.get(key)
-    if value is None:
-        return ABSENT
-    if key.endswith("speedup"):
-        return times(value)
-    if key in ("auc", "overlap"):
-        return number(value)
-    if key == "auc_drop":
-        return number(value, signed=True)
-    if isinstance(value, float):
-        return number(value, 2) if key in ("efficiency", "mean_depth") else f"{value:,.1f}"
-    return str(value)

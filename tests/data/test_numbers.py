@@ -13,9 +13,19 @@ from transformers import PreTrainedTokenizerBase
 from world import Letters
 
 from project.counting import FEATURES, counting_features
-from project.data.numbers import LOWEST_ID, NUMBERS, SPAN, STEPS_A_UNIT, number_ids, read_number_ids, readable
+from project.data.numbers import (
+    LOWEST_ID,
+    NUMBERS,
+    SPAN,
+    STEPS_A_UNIT,
+    fields_together,
+    number_ids,
+    read_number_ids,
+    readable,
+)
 from project.data.prompts import EVIDENCE_FIELDS, Prompt, PromptEncoder, field_telling, tells_numbers
 from project.data.ragged import Ragged
+from project.errors import ConfigError
 
 ITEMS = pl.DataFrame({"item": [0, 1], "item_id": ["a", "b"], "title": ["Alien", "Brazil"]})
 
@@ -59,49 +69,83 @@ def evidence(n: int = 2, seed: int = 0) -> pl.DataFrame:
 
 
 def test_golden() -> None:
-    """15 of 20 and five more at even odds: log(17.5 / 7.5) = .847, rounded .85, the 137th of .05 from -6 on."""
+    """15 of 20 and five more at even odds: log(17.5 / 7.5) = .847, rounded .85, the 137th of .05 from -6 on.
+
+    The count is three bytes further: log(1 + 20) - 3 = .045, rounded .05, the 121st.
+    """
     assert math.isclose(math.log(17.5 / 7.5), 0.8473, abs_tol=1e-4)
-    assert number_ids(evidence())["item_number"][0] == -1 - 137
+    assert math.isclose(math.log(21) - 3, 0.0445, abs_tol=1e-4)
+    assert number_ids(evidence(), ["item_number"])[0] == -138
+    assert number_ids(evidence(), ["item_count_number"])[0] == -122 * 256**5
+    assert number_ids(evidence(), ["item_count_number", "item_number"])[0] == -138 - 122 * 256**5
 
 
 def test_nothing_known_is_even_odds() -> None:
-    """A row without evidence reads as 0 in every number."""
-    for field, ids in number_ids(evidence()).items():
-        assert read_number_ids(torch.tensor(ids[-1:]))[1].item() == 0.0, field
+    """A row without evidence reads as 0 in every rate, and as no rows in every count."""
+    told, values = read_number_ids(torch.tensor(number_ids(evidence(), list(NUMBERS))[-1:]))
+    assert told.all()
+    assert values[0].tolist() == [-3.0 if "count" in field else 0.0 for field in NUMBERS]
 
 
-def test_ids_say_kind_and_value() -> None:
-    """Read back, an id is its field and the counting feature, to half a step, within the span."""
+@pytest.mark.parametrize("fields", [*([field] for field in NUMBERS), [*NUMBERS], [*NUMBERS][::-2]])
+def test_ids_say_fields_and_values(fields: list[str]) -> None:
+    """Read back, an id is its fields and their counting features, to half a step, within the span; nothing else."""
     table = evidence(300)
-    features = counting_features(table, 0.5)
-    for kind, (field, ids) in enumerate(number_ids(table).items()):
-        assert ids.min() >= LOWEST_ID
-        assert ids.max() < 0
-        kinds, values = read_number_ids(torch.from_numpy(ids))
-        assert kinds.unique().tolist() == [kind] == [list(NUMBERS).index(field)]
-        expected = features[:, FEATURES.index(NUMBERS[field])].clip(-SPAN, SPAN)
-        np.testing.assert_allclose(values.numpy(), expected, atol=0.5 / STEPS_A_UNIT + 1e-5)
+    features, ids = counting_features(table, 0.5), number_ids(table, fields)
+    assert LOWEST_ID <= ids.min() <= ids.max() < 0
+    told, values = read_number_ids(torch.from_numpy(ids))
+    for kind, (field, (feature, zero)) in enumerate(NUMBERS.items()):
+        assert told[:, kind].all() if field in fields else not told[:, kind].any()
+        if field in fields:
+            expected = (features[:, FEATURES.index(feature)] - zero).clip(-SPAN, SPAN)
+            np.testing.assert_allclose(values[:, kind].numpy(), expected, atol=0.5 / STEPS_A_UNIT + 1e-5)
+
+
+def test_words_tell_no_number() -> None:
+    """Whatever the word."""
+    told, _ = read_number_ids(torch.tensor([[0, 1], [255, 49151]]))
+    assert told.shape == (2, 2, len(NUMBERS))
+    assert not told.any()
+
+
+def test_seven_bytes() -> None:
+    """All numbers of one token fit into an id of 64 bits."""
+    assert len(NUMBERS) <= 7
+    assert np.iinfo(np.int64).min < LOWEST_ID
 
 
 def test_a_row_that_stands_twice() -> None:
     """Rows of one row_id, as history and candidate or outside the logs, keep their own numbers."""
     table = evidence(20)
-    alone, same = number_ids(table), number_ids(table.with_columns(row_id=pl.lit(-1, pl.Int64)))
-    assert all((alone[field] == same[field]).all() for field in NUMBERS)
+    alone, same = (
+        number_ids(rows, list(NUMBERS)) for rows in (table, table.with_columns(row_id=pl.lit(-1, pl.Int64)))
+    )
+    assert (alone == same).all()
 
 
-def test_segments_hold_one_token_a_number() -> None:
-    """Text is tokenised, a number is one id; where evidence is not told, it says what "?" says."""
-    encoder = PromptEncoder(Letters(), Prompt(segment="{title} {taste_number}{item_number}:"), ITEMS)
+def test_segments_hold_one_token_a_field() -> None:
+    """Text is tokenised, a field of numbers is one id; where evidence is not told, it says what "?" says."""
+    prompt = Prompt(segment="{title} {taste_number}{item_number+user_number}:")
+    encoder = PromptEncoder(Letters(), prompt, ITEMS)
     table = evidence()
-    ids, label = number_ids(table), np.array([1, -1], dtype=np.int8)
+    taste, rates = (
+        number_ids(table, fields) for fields in (["taste_number"], ["item_number", "user_number"])
+    )
+    label = np.array([1, -1], dtype=np.int8)
     found = encoder.encode(np.array([0, 1]), table, label, np.array([True, False])).tokens
-    told = [*map(ord, "Alien "), ids["taste_number"][0], ids["item_number"][0], *map(ord, ": yes")]
-    assert found[0].tolist() == told
+    assert found[0].tolist() == [*map(ord, "Alien "), taste[0], rates[0], *map(ord, ": yes")]
     assert found[1].tolist() == [*map(ord, "Brazil ??:")]
     everywhere = encoder.encode(np.array([0, 1]), table, label).tokens
     assert isinstance(everywhere, Ragged)
-    assert everywhere[1].tolist()[-3:-1] == [ids["taste_number"][1], ids["item_number"][1]]
+    assert everywhere[1].tolist()[-3:-1] == [taste[1], rates[1]]
+
+
+@pytest.mark.parametrize("name", ["item_number+year", "item_number+item_number", "item_number+"])
+def test_what_cannot_be_one_token(name: str) -> None:
+    """Text beside a number, a number twice or none: the template is refused, with an example of what can be."""
+    assert fields_together(name) is None
+    with pytest.raises(ConfigError, match=r"nobody knows\..*each once, as \{item_number\+taste_number\}"):
+        PromptEncoder(Letters(), Prompt(segment="{title}{" + name + "}:"), ITEMS)
 
 
 @pytest.mark.parametrize("column", ["taste", "alike"])
@@ -110,6 +154,8 @@ def test_which_field_tells_a_column(column: str) -> None:
     fields = [name for name, (told, _) in EVIDENCE_FIELDS.items() if told == column]
     for field in [*fields, f"{column}_number"]:
         assert field_telling(Prompt(segment="{title}{" + field + "}:"), column) == "{" + field + "}"
+    both = "{item_number+" + column + "_number}"
+    assert field_telling(Prompt(segment="{title}" + both + ":"), column) == both
     assert field_telling(Prompt(segment="{title}{item_number}:"), column) is None
 
 
@@ -123,13 +169,16 @@ def test_back_to_text() -> None:
         def decode(self, token_ids: Any, *_: Any, **__: Any) -> str:
             return "".join(map(chr, token_ids))
 
-    item, taste = (number_ids(evidence())[f"{name}_number"][0] for name in ("item", "taste"))
-    value = float(read_number_ids(torch.tensor(taste))[1])
-    ids = torch.tensor([*map(ord, "Alien"), item, taste, *map(ord, ": yes")])
-    assert readable(ids, Decoder()) == f"Alien[item +0.85][taste {value:+.2f}]: yes"
+    item, both = (
+        number_ids(evidence(), fields)[0]
+        for fields in (["item_number"], ["item_count_number", "item_number"])
+    )
+    ids = torch.tensor([*map(ord, "Alien"), item, both, *map(ord, ": yes")])
+    assert readable(ids, Decoder()) == "Alien[item +0.85][item +0.85 item_count +0.05]: yes"
 
 
 def test_who_tells_numbers() -> None:
     """Only a template with such a field makes a model learn tokens for them."""
     assert tells_numbers("{title}{vote_number}:")
+    assert tells_numbers("{title}{vote_number+item_number}:")
     assert not tells_numbers("{title} all{item_percent}:")

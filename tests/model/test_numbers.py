@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from project.data.numbers import LOWEST_ID, NUMBERS, SPAN, STEPS, STEPS_A_UNIT
+from project.data.numbers import BYTE, LOWEST_ID, NUMBERS, SPAN, STEPS, STEPS_A_UNIT
 from project.model.numbers import FIRST_KNOT, KNOTS, LAST_KNOT, NumberEmbedding
 
 
@@ -19,7 +19,7 @@ def embedding() -> NumberEmbedding:
 
 def an_id(kind: int, value: float) -> int:
     """Of a number, by the definition in project.data.numbers."""
-    return -1 - (kind * STEPS + round((value + SPAN) * STEPS_A_UNIT))
+    return -(1 + round((value + SPAN) * STEPS_A_UNIT)) * BYTE**kind
 
 
 def test_words_keep_their_vectors() -> None:
@@ -46,14 +46,24 @@ def test_knots_and_lines(kind: int, embedding: NumberEmbedding) -> None:
             assert torch.allclose(embedding(torch.tensor(an_id(kind, value + 0.25))), line, atol=1e-5)
     for value, knot in ((-SPAN, 0), (SPAN, -1)):
         assert abs(value) > max(-FIRST_KNOT, LAST_KNOT)
-        assert torch.equal(embedding(torch.tensor(an_id(kind, value))), knots[knot])
+        assert torch.allclose(embedding(torch.tensor(an_id(kind, value))), knots[knot], atol=1e-6)
 
 
-def test_all_ids_have_vectors(embedding: NumberEmbedding) -> None:
-    """The lowest is the last kind's highest value."""
-    ids = torch.arange(LOWEST_ID, 20)
-    assert embedding(ids).shape == (len(ids), 8)
-    assert torch.equal(embedding(torch.tensor(LOWEST_ID)), embedding.numbers[-1, -1])
+def test_several_numbers_are_summed(embedding: NumberEmbedding) -> None:
+    """The id of all numbers is the sum of theirs, its vector the sum of theirs; the lowest has every highest value."""
+    ids = [an_id(0, -1.3), an_id(2, 0.0), an_id(len(NUMBERS) - 1, 5.0)]
+    apart = embedding(torch.tensor(ids)).sum(0)
+    torch.testing.assert_close(embedding(torch.tensor(sum(ids))), apart)
+    torch.testing.assert_close(embedding(torch.tensor(LOWEST_ID)), embedding.numbers[:, -1].sum(0))
+
+
+def test_all_steps_have_vectors(embedding: NumberEmbedding) -> None:
+    """Of the last number, and none beyond the last step."""
+    ids = -torch.arange(1, STEPS + 1) * BYTE ** (len(NUMBERS) - 1)
+    found = embedding(ids)
+    assert found.isfinite().all()
+    assert torch.equal(found[0], embedding.numbers[-1, 0])
+    assert torch.equal(found[-1], embedding.numbers[-1, -1])
 
 
 def test_gradients_reach_what_was_read(embedding: NumberEmbedding) -> None:

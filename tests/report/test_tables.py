@@ -1,5 +1,4 @@
 from project.report.tables import (
-    benchmark_table,
     calibration_table,
     effect_table,
     policies_table,
@@ -73,22 +72,6 @@ def test_effect():
     assert table.splitlines()[2] == (
         "| exit 2 | .7000 | .7100 | .6000 | .5900 | .2000 | .1900 | .0500 | .0100 |"
     )
-
-
-def test_benchmark():
-    """What all rows share stands above the table; columns nobody has are left out."""
-    rows = [
-        {"engine": "packed", "stream": "cold", "p50_ms": 1470.0},
-        {"engine": "early_exit", "stream": "cold"},
-    ]
-    assert benchmark_table(rows).splitlines() == [
-        "All rows: stream cold.",
-        "",
-        "| engine | p50 ms |",
-        "| --- | ---: |",
-        "| packed | 1,470.0 |",
-        "| early_exit | – |",
-    ]
 
 
 def test_slices():
