@@ -47,11 +47,11 @@ class RandomRetriever(Retriever):
         """Nothing to forget."""
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
-        """Draw raters without replacement; their similarity is given as 0."""
+        """Draw raters without replacement; all are equally similar, 1, so that votes weighted by it are plain votes."""
         random = np.random.default_rng((self.seed, item, int(np.float64(timestamp).view(np.uint64))))
         count = min(self.neighbours, raters.row.size)
         chosen = random.choice(raters.row, count, replace=False)
-        return Neighbours(chosen, np.zeros(count, np.float32))
+        return Neighbours(chosen, np.ones(count, np.float32))
 
 
 class ItemKNN(Retriever):

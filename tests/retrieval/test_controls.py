@@ -8,6 +8,7 @@ import pytest
 from jsonargparse import ArgumentParser
 from sklearn.metrics.pairwise import cosine_similarity
 
+from project.counting import FEATURES, counting_features
 from project.retrieval import (
     ItemKNN,
     LightGCN,
@@ -43,6 +44,15 @@ def test_random_draws_distinct_raters_the_same_each_time():
     assert sorted(RandomRetriever(neighbours=50).select(0, 3, 7.0, raters).row.tolist()) == list(
         range(100, 120)
     )
+
+
+def test_random_raters_weigh_alike(log_of: Callable, evidence_of: Callable):
+    """The vote that is weighted by similarity, which prompts tell as a number, is the plain vote, not even odds."""
+    rows = log_of(0)
+    found = evidence_of(rows, RandomRetriever(neighbours=5), CUTS)
+    features = dict(zip(FEATURES, counting_features(found, 0.5).T, strict=True))
+    assert found["neighbour_count"].sum() > 0
+    np.testing.assert_allclose(features["weighted_vote_log_odds"], features["vote_log_odds"], atol=1e-6)
 
 
 def test_random_is_uniform():
