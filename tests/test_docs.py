@@ -47,8 +47,8 @@ def test_site_builds_strictly(tmp_path: Path) -> None:
     assert "WARNING" not in done.stderr
     first = text(tmp_path / "index.html")
     assert "Bring your own logs" in first
-    assert "results/whole_trunk_worded/pareto.png" in first
-    assert (tmp_path / "results/whole_trunk_worded/pareto.png").is_file()
+    assert "results/whole_trunk_alone/pareto.png" in first
+    assert (tmp_path / "results/whole_trunk_alone/pareto.png").is_file()
     assert "exit 30" in text(tmp_path / "measured/index.html")
     assert (tmp_path / "measured/whole_trunk/depth.png").is_file()
     for module in MODULES:
