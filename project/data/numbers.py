@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from project.counting import FEATURES, counting_features
+from project.counting import FEATURES, Floats, counting_features
 from project.data.ragged import IntArray
 
 
@@ -59,19 +59,30 @@ def fields_together(name: str) -> list[str] | None:
     return fields if NUMBERS.keys() >= set(fields) and len(set(fields)) == len(fields) else None
 
 
-def number_ids(evidence: pl.DataFrame, fields: Sequence[str]) -> IntArray:
-    """Ids of tokens that tell some numbers of each row.
+def number_features(evidence: pl.DataFrame) -> Floats:
+    """Counting features behind numbers, once for all tokens of a row.
 
     Args:
         evidence: n rows of an evidence table.
+
+    Returns:
+        (n, len(FEATURES)).
+    """
+    rows = evidence.with_columns(row_id=pl.int_range(pl.len(), dtype=pl.Int64))  # a row may stand twice
+    return counting_features(rows, EVEN)
+
+
+def number_ids(features: Floats, fields: Sequence[str]) -> IntArray:
+    """Ids of tokens that tell some numbers of each row.
+
+    Args:
+        features: (n, len(FEATURES)) of `number_features`.
         fields: Of `NUMBERS`, each once.
 
     Returns:
         (n,) from `LOWEST_ID` to -1.
     """
-    rows = evidence.with_columns(row_id=pl.int_range(pl.len(), dtype=pl.Int64))  # a row may stand twice
-    features = counting_features(rows, EVEN)
-    ids = np.zeros(len(rows), dtype=np.int64)
+    ids = np.zeros(len(features), dtype=np.int64)
     for field in fields:
         feature, zero = NUMBERS[field]
         value = (features[:, FEATURES.index(feature)] - zero).clip(-SPAN, SPAN)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import polars as pl
 
 from project.data.anonymous import anonymous_titles
-from project.data.numbers import NUMBERS, TOGETHER, fields_together, number_ids
+from project.data.numbers import NUMBERS, TOGETHER, fields_together, number_features, number_ids
 from project.data.ragged import IntArray, Ragged, join, total_lengths
 from project.errors import ConfigError
 
@@ -210,12 +210,13 @@ class PromptEncoder:
         """
         if "likes" not in evidence.columns:
             evidence = evidence.with_columns(likes=pl.col("answers").list.sum().fill_null(0))
+        features = number_features(evidence) if any(kind == "number" for kind, _ in self._parts) else None
         parts = []
         for i, (kind, name) in enumerate(self._parts):
             if kind == "static":
                 parts.append(self._static[i].take(item))
-            elif kind == "number":
-                parts.append(self._number(number_ids(evidence, name.split(TOGETHER)), told))
+            elif features is not None and kind == "number":
+                parts.append(self._number(number_ids(features, name.split(TOGETHER)), told))
             else:
                 column, render = EVIDENCE_FIELDS[name]
                 found = column in evidence.columns  # alike is there with retrievers that compare items

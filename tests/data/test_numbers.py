@@ -19,6 +19,7 @@ from project.data.numbers import (
     SPAN,
     STEPS_A_UNIT,
     fields_together,
+    number_features,
     number_ids,
     read_number_ids,
     readable,
@@ -68,6 +69,10 @@ def evidence(n: int = 2, seed: int = 0) -> pl.DataFrame:
     )
 
 
+def ids_of(table: pl.DataFrame, fields: list[str]) -> np.ndarray:
+    return number_ids(number_features(table), fields)
+
+
 def test_golden() -> None:
     """15 of 20 and five more at even odds: log(17.5 / 7.5) = .847, rounded .85, the 137th of .05 from -6 on.
 
@@ -75,14 +80,14 @@ def test_golden() -> None:
     """
     assert math.isclose(math.log(17.5 / 7.5), 0.8473, abs_tol=1e-4)
     assert math.isclose(math.log(21) - 3, 0.0445, abs_tol=1e-4)
-    assert number_ids(evidence(), ["item_number"])[0] == -138
-    assert number_ids(evidence(), ["item_count_number"])[0] == -122 * 256**5
-    assert number_ids(evidence(), ["item_count_number", "item_number"])[0] == -138 - 122 * 256**5
+    assert ids_of(evidence(), ["item_number"])[0] == -138
+    assert ids_of(evidence(), ["item_count_number"])[0] == -122 * 256**5
+    assert ids_of(evidence(), ["item_count_number", "item_number"])[0] == -138 - 122 * 256**5
 
 
 def test_nothing_known_is_even_odds() -> None:
     """A row without evidence reads as 0 in every rate, and as no rows in every count."""
-    told, values = read_number_ids(torch.tensor(number_ids(evidence(), list(NUMBERS))[-1:]))
+    told, values = read_number_ids(torch.tensor(ids_of(evidence(), list(NUMBERS))[-1:]))
     assert told.all()
     assert values[0].tolist() == [-3.0 if "count" in field else 0.0 for field in NUMBERS]
 
@@ -91,7 +96,7 @@ def test_nothing_known_is_even_odds() -> None:
 def test_ids_say_fields_and_values(fields: list[str]) -> None:
     """Read back, an id is its fields and their counting features, to half a step, within the span; nothing else."""
     table = evidence(300)
-    features, ids = counting_features(table, 0.5), number_ids(table, fields)
+    features, ids = counting_features(table, 0.5), ids_of(table, fields)
     assert LOWEST_ID <= ids.min() <= ids.max() < 0
     told, values = read_number_ids(torch.from_numpy(ids))
     for kind, (field, (feature, zero)) in enumerate(NUMBERS.items()):
@@ -118,7 +123,7 @@ def test_a_row_that_stands_twice() -> None:
     """Rows of one row_id, as history and candidate or outside the logs, keep their own numbers."""
     table = evidence(20)
     alone, same = (
-        number_ids(rows, list(NUMBERS)) for rows in (table, table.with_columns(row_id=pl.lit(-1, pl.Int64)))
+        ids_of(rows, list(NUMBERS)) for rows in (table, table.with_columns(row_id=pl.lit(-1, pl.Int64)))
     )
     assert (alone == same).all()
 
@@ -128,9 +133,7 @@ def test_segments_hold_one_token_a_field() -> None:
     prompt = Prompt(segment="{title} {taste_number}{item_number+user_number}:")
     encoder = PromptEncoder(Letters(), prompt, ITEMS)
     table = evidence()
-    taste, rates = (
-        number_ids(table, fields) for fields in (["taste_number"], ["item_number", "user_number"])
-    )
+    taste, rates = (ids_of(table, fields) for fields in (["taste_number"], ["item_number", "user_number"]))
     label = np.array([1, -1], dtype=np.int8)
     found = encoder.encode(np.array([0, 1]), table, label, np.array([True, False])).tokens
     assert found[0].tolist() == [*map(ord, "Alien "), taste[0], rates[0], *map(ord, ": yes")]
@@ -170,8 +173,7 @@ def test_back_to_text() -> None:
             return "".join(map(chr, token_ids))
 
     item, both = (
-        number_ids(evidence(), fields)[0]
-        for fields in (["item_number"], ["item_count_number", "item_number"])
+        ids_of(evidence(), fields)[0] for fields in (["item_number"], ["item_count_number", "item_number"])
     )
     ids = torch.tensor([*map(ord, "Alien"), item, both, *map(ord, ": yes")])
     assert readable(ids, Decoder()) == "Alien[item +0.85][item +0.85 item_count +0.05]: yes"
