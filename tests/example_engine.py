@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from project.data.numbers import LOWEST_ID
+from project.data.numbers import BYTE, NUMBERS
 from project.data.ragged import Ragged
 from project.engine import PreparedRequest, StreamTokens
 from project.exits.calibration import Calibration
@@ -105,7 +105,8 @@ def random_request(rng: np.random.Generator, name: str, segments: int, candidate
 def _tokens(rng: np.random.Generator, n: int) -> list[int]:
     """Words, and every fourth token or so a number, whose id is below zero."""
     found = rng.integers(-VOCABULARY // 3, VOCABULARY, n)
-    return np.where(found < 0, found * (LOWEST_ID // (-VOCABULARY // 3)), found).tolist()
+    number, step = -found % len(NUMBERS), -found * 10
+    return np.where(found < 0, -step * BYTE**number, found).tolist()
 
 
 def subset(request: PreparedRequest, index: np.ndarray) -> PreparedRequest:

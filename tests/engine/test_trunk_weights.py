@@ -76,13 +76,13 @@ def looped(world: World, plan: ExitPlan) -> tuple[np.ndarray, np.ndarray, np.nda
 @pytest.mark.parametrize("read", [0, 10_000], ids=["read", "whole"])
 @pytest.mark.parametrize("cached", [False, True], ids=["cold", "cached"])
 def test_bfloat16_engine_does_what_its_loop_says(half: World, cached: bool, read: int) -> None:
-    """Exits of the bfloat16 loop, but for rows within .05 of a threshold (4 of 51); logits to .2, typically to .04."""
+    """Exits of the bfloat16 loop, but for rows within .05 of a threshold (1 of 51); logits to .2, typically to .04."""
     plan = half.plan(Ratio(), 0.4)
     cache = StreamCache() if cached else None
     scores = Engine(half.module, RowExits(plan), cache, read_tokens=read).score(half.requests)
     layer, logit, nearest = looped(half, plan)
     near = nearest < MARGIN
-    assert near.sum() <= 4
+    assert near.sum() <= 3
     np.testing.assert_array_equal(together(scores, "exit_layers")[~near], layer[~near])
     off = (together(scores, "logits") - logit)[~near]
     assert np.abs(off).max() < FURTHEST
