@@ -17,7 +17,6 @@ from transformers import AutoModel, AutoTokenizer
 from project.counting import FEATURES
 from project.data.numbers import LOWEST_ID
 from project.engine.loading import load_run
-from project.engine.weights import lay_out
 from project.errors import CheckpointError, DataError, NotCalibratedError
 from project.exits.calibration import Calibration
 from project.exits.criteria import Criterion
@@ -25,7 +24,7 @@ from project.exits.outputs import HeadOutputs
 from project.exits.plan import ExitPlan
 from project.exits.policies import Policy
 from project.exits.settings import all_criteria
-from project.export import _save_trunk, export, exported_prior, from_json, load_exported, run_export, to_json
+from project.export import export, exported_prior, from_json, load_exported, run_export, to_json
 from project.layout import Layout
 from project.model.lora import LoraSettings
 from project.model.module import ExitRecommender
@@ -110,18 +109,6 @@ def test_round_trip(kind: str, run: Run, tiny_config: Config, tiny_model: Path, 
     for path in target.iterdir():
         assert str(tmp_path.parent).encode() not in path.read_bytes(), path
     assert {p.name for p in target.parent.iterdir()} == {"exported"}
-
-
-def test_a_module_that_an_engine_used(tiny_model: Path, tmp_path: Path) -> None:
-    """Weights that an engine laid out by input are written as they read: number for number."""
-    trunk = Trunk.from_pretrained(tiny_model, num_layers=2)
-    before = {name: value.clone() for name, value in trunk.state_dict().items()}
-    lay_out(trunk.layers)
-    assert not all(value.is_contiguous() for value in trunk.state_dict().values())
-    _save_trunk(trunk, tmp_path)
-    found = AutoModel.from_pretrained(tmp_path).state_dict()
-    for name, value in before.items():
-        assert torch.equal(found[name.replace("final_norm.", "norm.")], value), name
 
 
 @pytest.mark.slow

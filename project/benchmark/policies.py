@@ -18,8 +18,10 @@ from project.benchmark.cases import Case
 from project.benchmark.plain import Pointwise, SharedPrefix
 from project.benchmark.sides import Runner, Side, Unit
 from project.benchmark.worth import OTHERS, RunWorth, scores_name
+from project.engine.copies import copied
 from project.engine.decisions import Decision, ListExits, RowExits, static_exits
 from project.engine.engine import Engine
+from project.engine.packed import packed
 from project.engine.stream_cache import StreamCache
 from project.engine.trunk_weights import Weights, with_weights
 from project.exits.criteria import RatioConsistency
@@ -50,13 +52,16 @@ class Bench:
     worth: RunWorth
     asked: AskedRequests
     device: torch.device
-    _converted: dict[Weights | None, ExitRecommender] = field(default_factory=dict, init=False)
+    _served: dict[Weights | None, ExitRecommender] = field(default_factory=dict, init=False)
 
     def module(self, weights: Weights | None) -> ExitRecommender:
-        """The run with weights of this type, converted once; None: as it is."""
-        if weights not in self._converted:
-            self._converted[weights] = with_weights(self.model, weights)
-        return self._converted[weights]
+        """The run with weights of this type, converted and packed once for all engines; None: its own type."""
+        if weights not in self._served:
+            found = copied(with_weights(self.model, weights))
+            assert found.trunk is not None
+            found.trunk = packed(found.trunk.eval())
+            self._served[weights] = found
+        return self._served[weights]
 
     def other_weights(self) -> list[Weights]:
         """Types of weights besides the run's own that this device can run."""
@@ -76,9 +81,9 @@ class Bench:
 
     def full(self, cache: StreamCache | None) -> Side:
         """Packed full depth: what every speed-up is over."""
-        model, worth = self.model, self.worth
-        decision = static_exits(worth.plans.plan, model.depth, self.device)
-        return Side("packed", "full depth", Engine(model, decision, cache), worth.static(model.depth))
+        worth, depth = self.worth, self.model.depth
+        runs = self._engine(static_exits(worth.plans.plan, depth, self.device), cache)
+        return Side("packed", "full depth", runs, worth.static(depth))
 
     def sides(self, case: Case, units: list[Unit], cache: StreamCache | None) -> list[Side]:
         """All sides, packed full depth first.
@@ -100,7 +105,7 @@ class Bench:
         return [full, *others]
 
     def _engine(self, decision: Decision, cache: StreamCache | None) -> Engine:
-        return Engine(self.model, decision, cache)
+        return Engine(self.module(None), decision, cache)
 
     def _static(self, case: Case, cache: StreamCache | None) -> Iterator[Side]:
         plan = self.worth.plans.plan

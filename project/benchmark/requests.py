@@ -13,15 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 from rich.console import Console
 
 from project.artefacts import result_head, write_json
 from project.benchmark.asked import AskedRequests
 from project.benchmark.cases import Case, cases
+from project.benchmark.limits import Limits
 from project.benchmark.policies import Bench
-from project.benchmark.rows import Against, matmul_gflops, side_row
+from project.benchmark.rows import Against, side_row
 from project.benchmark.sides import Side, Unit, run_rounds
 from project.benchmark.table import benchmark_table
 from project.benchmark.worth import RunWorth
@@ -135,27 +135,27 @@ def measure(
             units[: side.most] if own else units[:1]
         ):  # warm up; who has streams of its own keeps them all now
             side.runs.score(unit)
-    ceilings, start, number = {side.weights: list[float]() for side in sides}, time.perf_counter(), 0
+    limits, start, number = {side.weights: list[Limits]() for side in sides}, time.perf_counter(), 0
     while number < ROUNDS or time.perf_counter() - start < seconds:
         run_rounds(sides, units, number)
-        for weights, each in ceilings.items():
-            each += [matmul_gflops(bench.module(weights)) for _ in units]
+        for weights, each in limits.items():
+            each += [Limits.measure(bench.module(weights)) for _ in units]
         number += 1
-    return _rows(bench, sides, units, {w: float(np.median(each)) for w, each in ceilings.items()}, prepare_ms)
+    return _rows(bench, sides, units, {w: Limits.median(each) for w, each in limits.items()}, prepare_ms)
 
 
 def _rows(
     bench: Bench,
     sides: list[Side],
     units: list[Unit],
-    ceilings: dict[Weights | None, float],
+    limits: dict[Weights | None, Limits],
     prepare_ms: float,
 ) -> list[dict[str, Any]]:
-    """A row a side, each with its full depth, the rival and the ceiling of its weights."""
+    """A row a side, each with its full depth, the rival and the limits of its weights."""
     # where full depth is its own rival, or counting is, there is no static side of that name
     named = f"fixed_depth_{bench.worth.rival}"
     rival = next((side for side in sides if side.engine == named), sides[0])
     full = {side.weights: side for side in sides if side.engine == "packed"}
-    against = {w: Against(full[None], full[w], rival, ceiling) for w, ceiling in ceilings.items()}
+    against = {w: Against(full[None], full[w], rival, allowed) for w, allowed in limits.items()}
     rows = [side_row(side, against[side.weights], units, bench.model, prepare_ms) for side in sides]
     return [{**row, "rival": side is rival} for row, side in zip(rows, sides, strict=True)]

@@ -7,17 +7,14 @@ achieved.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from project.benchmark.limits import Limits, useful_flops
 from project.benchmark.sides import Side, Unit
-from project.engine.prepared import PreparedRequest
-from project.engine.scored import Scored
 
 if TYPE_CHECKING:
     from project.model.module import ExitRecommender
@@ -35,66 +32,13 @@ class Against:
         full: Packed full depth with the run's own weights, which speed is compared with.
         same: Packed full depth with weights of the side's own type, which efficiency is over.
         rival: The honest rival.
-        ceiling: GFLOP/s of a matrix product with weights of the side's own type.
+        limits: What the machine allows with weights of the side's own type.
     """
 
     full: Side
     same: Side
     rival: Side
-    ceiling: float
-
-
-def matmul_gflops(model: ExitRecommender, tokens: int = 1024) -> float:
-    """GFLOP/s of the trunk's widest linear layer, alone: the ceiling of this minute, of the type its weights have.
-
-    With int8 weights it scales its activations as well, which no forward pass can leave out.
-
-    Args:
-        model: The run, with the weights that the ceiling is for.
-        tokens: Rows of the product. Few rows are bound by reading the weights, many by arithmetic.
-    """
-    assert model.trunk is not None
-    layer: Any = next(part for name, part in model.trunk.named_modules() if name.endswith("up_proj"))
-    layer = getattr(layer, "base_layer", layer)  # without adapters
-    like = model.trunk.embed_tokens.weight
-    x = torch.ones(tokens, layer.in_features, dtype=like.dtype, device=like.device)
-    start = time.perf_counter()
-    with torch.inference_mode():
-        float(layer(x)[0, 0])  # waits for the device
-    return float(2e-9 * tokens * layer.in_features * layer.out_features) / (time.perf_counter() - start)
-
-
-def useful_flops(scored: Scored, request: PreparedRequest, model: ExitRecommender) -> float:
-    """FLOPs that a request's exits need: linear layers, and the scores that queries may see.
-
-    At the layer where a candidate leaves, its tokens owe keys and values alone and its answer slot the rest; the same
-    holds for the stream at the request's deepest exit.
-
-    Args:
-        scored: Its exits and token-layers.
-        request: Its tokens.
-        model: Its trunk.
-    """
-    assert model.trunk is not None
-    config, layer = model.trunk.config, model.trunk.layers[0]
-    sizes = {name: p.numel() for name, p in layer.named_parameters() if p.ndim == 2}
-    whole, owed = (
-        sum(sizes.values()),
-        sum(n for name, n in sizes.items() if "k_proj" in name or "v_proj" in name),
-    )
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    s, own, depth = len(request.stream), request.candidates.lengths, scored.exit_layers
-    entered = own[depth > 0]
-    before = np.maximum(depth - 1, 0)
-    tokens, read = float((before * own).sum()), float(entered.sum())
-    seen = float((before * (own * s + own * (own + 1) / 2) + (depth > 0) * (s + own)).sum())
-    if scored.token_layers > (depth * own).sum():  # the stream ran
-        deepest = float(depth.max()) - 1
-        tokens, read = tokens + deepest * s, read + s
-        seen += deepest * s * (s + 1) / 2
-    linear = whole * tokens + owed * read + (whole - owed) * len(entered)
-    flops: float = 2.0 * linear + 4.0 * config.num_attention_heads * width * seen
-    return flops
+    limits: Limits
 
 
 def ratio_interval(slow: Floats, fast: Floats, seed: int = 0) -> dict[str, Any]:
@@ -132,8 +76,8 @@ def side_row(
     asked = [request for unit in units[: side.units] for request in unit]
     wall, each = side.typical("wall"), np.array(side.wall).ravel() * 1e3
     rates = len(asked) / side.totals("wall")
-    found = {s.request_id: s for s in side.scored}
-    flops = sum(useful_flops(found[r.request_id], r, model) for r in asked)
+    flops = _flops(side, units, model)
+    useful = sum(float(own.sum()) for unit in flops for own in unit)
     depths = np.concatenate([s.exit_layers for s in side.scored])
     return {
         "engine": side.engine,
@@ -152,8 +96,31 @@ def side_row(
         "mean_depth": float(depths.mean()),
         "token_layers": side.token_layers(),
         **_ratios(side, against, len(asked), prepare_ms),
-        "gflops": flops / float(side.typical("trunk").sum()) / 1e9,
-        "gflops_ceiling": against.ceiling,
+        **_limits(side, against, flops, _flops(against.same, units, model)),
+        "gflops": useful / float(side.typical("trunk").sum()) / 1e9,
+    }
+
+
+def _flops(side: Side, units: list[Unit], model: ExitRecommender) -> list[list[Floats]]:
+    """Per unit that a side scored, per request: useful FLOPs by layer."""
+    found = {s.request_id: s for s in side.scored}
+    return [[useful_flops(found[r.request_id], r, model) for r in unit] for unit in units[: side.units]]
+
+
+def _limits(
+    side: Side, against: Against, flops: list[list[Floats]], same: list[list[Floats]]
+) -> dict[str, Any]:
+    """How near a side's trunk comes to what the machine allows, and the efficiency that it would have there."""
+    limits, spent = against.limits, side.token_layers()
+    least = sum(map(limits.least_seconds, flops))
+    whole = sum(map(limits.least_seconds, same[: side.units]))
+    asked = sum(map(len, flops))
+    saved = against.full.token_layers(asked) / spent if spent else None
+    return {
+        "of_limit": least / float(side.typical("trunk").sum()),
+        "efficiency_at_limit": whole / least / saved if saved and least else None,
+        "gflops_ceiling": limits.gflops,
+        "gbytes_ceiling": limits.gbytes,
     }
 
 

@@ -209,12 +209,17 @@ def _shared(
     query: Tensor, spans: Sequence[Span], pairs: Sequence[tuple[Tensor, Tensor]], scale: float
 ) -> tuple[Tensor, Tensor]:
     """What the queries of each span see of their request's stream, (queries, heads, dim), and its log-sum-exp."""
-    found = [
-        attend_with_lse(query[:, :, c:d], k, v, scale, causal=False)
-        for (c, d), (k, v) in zip(spans, pairs, strict=True)
-    ]
+    found = [_unmasked(query[:, :, c:d], k, v, scale) for (c, d), (k, v) in zip(spans, pairs, strict=True)]
     outs, weights = ([x[0].transpose(0, 1) for x in part] for part in zip(*found, strict=True))
     return _joined(outs), _joined(weights)
+
+
+def _unmasked(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`attend_with_lse` where every query sees every key: query heads of one key head are more rows of one product."""
+    heads, queries, dim = query.shape[1:]
+    rows = query.reshape(1, key.shape[1], -1, dim)
+    out, lse = attend_with_lse(rows, key, value, scale, causal=False)
+    return out.reshape(1, heads, queries, dim), lse.reshape(1, heads, queries)
 
 
 def attend_with_lse(

@@ -14,13 +14,13 @@ import torch
 
 from project.engine.batch import EngineBatch
 from project.engine.decisions import Decision
+from project.engine.packed import packed
 from project.engine.parts import Parts
 from project.engine.prepared import PreparedRequest
 from project.engine.reading import tokens_worth_reading
 from project.engine.rotary import RotaryTable
 from project.engine.scored import Scored, Scores
 from project.engine.stream_cache import StreamCache
-from project.engine.weights import lay_out
 from project.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class Engine:
     """Scores prepared requests with a module whose exits somebody decides about.
 
-    The module is put into eval mode, and on a CPU its weights are laid out anew (`lay_out`). Use one engine from one
+    The module is put into eval mode. On a CPU the engine packs the trunk's weights (`packed`), which is a second copy
+    of them; engines share it if each is given the same module whose trunk is packed already. Use one engine from one
     thread at a time.
 
     Args:
@@ -61,13 +62,12 @@ class Engine:
                 "run the verb calibrate with this checkpoint"
             )
         self.cache, self.batch_tokens = cache, batch_tokens
-        lay_out(module.trunk.layers)
+        trunk, heads = packed(module.trunk.eval()), module.heads.eval()
         if read_tokens is None:
             open_heads = [h for h, k in enumerate(decision.layers) if k > 0 and decision.known(h) is None]
-            read_tokens = tokens_worth_reading(module.trunk) if open_heads else 0
-        trunk, heads = module.trunk.eval(), module.heads.eval()
+            read_tokens = tokens_worth_reading(trunk) if open_heads else 0
         self._parts = Parts(trunk, heads, decision, cache, RotaryTable(trunk), read_tokens)
-        self._vocabulary = module.trunk.vocabulary
+        self._vocabulary = trunk.vocabulary
 
     @torch.inference_mode()
     def score(self, requests: Sequence[PreparedRequest]) -> Scores:

@@ -6,13 +6,13 @@ made of bfloat16 ones are a radian off after a thousand tokens; heads stay float
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from project.engine.copies import copied, with_linears
 from project.engine.int8 import Int8Linear
 from project.errors import ConfigError
 
@@ -30,7 +30,7 @@ def with_weights(module: ExitRecommender, weights: Weights | None) -> ExitRecomm
     The module given stays as it is; its heads, and what holds nothing to convert, are shared.
 
     Args:
-        module: With its trunk.
+        module: With its trunk, which is packed afterwards if at all (`project.engine.packed`).
         weights: Their type. bfloat16 is for embeddings, linear layers and norms, and hidden states follow; int8 is for
             linear layers alone. None, or the type they have: the module itself.
 
@@ -52,16 +52,13 @@ def with_weights(module: ExitRecommender, weights: Weights | None) -> ExitRecomm
             f"int8 is for a float32 trunk on a CPU; found {name} on {own.device}. Add --trainer.accelerator cpu, or "
             "leave int8 out."
         )
-    found = _copied(module)
+    found = copied(module)
     trunk = module.trunk
-    found.trunk = _rounded(trunk) if weights == "int8" else _converted(trunk, getattr(torch, str(weights)))
-    return found
-
-
-def _copied(module: Kind) -> Kind:
-    """A module with a list of children of its own, which are those of the other."""
-    found = copy.copy(module)
-    found._modules = dict(module._modules)
+    found.trunk = (
+        with_linears(trunk, Int8Linear)
+        if weights == "int8"
+        else _converted(trunk, getattr(torch, str(weights)))
+    )
     return found
 
 
@@ -69,24 +66,11 @@ def _converted(module: Kind, dtype: torch.dtype) -> Kind:
     """With parameters of this type; what holds no parameter is the module itself."""
     if next(module.parameters(), None) is None:
         return module
-    found = _copied(module)
+    found = copied(module)
     found._parameters = {
         name: None if own is None else nn.Parameter(own.detach().to(dtype), requires_grad=False)
         for name, own in module._parameters.items()
     }
     for name, child in module._modules.items():
         found._modules[name] = None if child is None else _converted(child, dtype)
-    return found
-
-
-def _rounded(module: Kind) -> Kind:
-    """With int8 layers; what holds no linear layer is the module itself."""
-    if not any(type(part) is nn.Linear for part in module.modules()):
-        return module
-    found = _copied(module)
-    for name, child in found._modules.items():
-        if type(child) is nn.Linear:
-            found._modules[name] = Int8Linear(child)
-        elif child is not None:
-            found._modules[name] = _rounded(child)
     return found

@@ -107,11 +107,11 @@ def test_without_exits_it_is_the_plain_forward_bit_for_bit(
     monkeypatch.setattr(
         EngineBatch, "_embed", lambda self: states.append((self, embed(self))) or states[-1][1]
     )
-    scores = Engine(world.module, RowExits(never)).score(world.requests)
+    engine = Engine(world.module, RowExits(never))
+    scores = engine.score(world.requests)
     assert scores.syncs == 1  # the results
     batch, state = states[0]
-    trunk = world.module.trunk
-    assert trunk is not None
+    trunk = engine._parts.trunk
     with torch.inference_mode():
         state = trunk.run(state, 0, EXITS[-1] - 1)
         hidden = answers_of_layer(trunk.layers[EXITS[-1] - 1], state, batch.structure)

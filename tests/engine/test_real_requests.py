@@ -257,4 +257,6 @@ def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., 
         if row["engine"] == "fixed_depth_1":
             assert row["token_layer_speedup"] == pytest.approx(3)
         assert row["gflops"] is None or row["gflops"] < 2 * row["gflops_ceiling"]
+        assert row["gbytes_ceiling"] > 0
+        assert 0 <= row["of_limit"] < 2
     assert sum(r["engine"] == "early_exit" for r in rows) >= 2 * 8
