@@ -23,3 +23,15 @@ def test_break_even(monkeypatch: pytest.MonkeyPatch, short: float, long: float, 
     assert trunk is not None
     monkeypatch.setattr(reading, "_seconds", lambda _, tokens: {8: short, 128: long}[tokens])
     assert reading.tokens_worth_reading(trunk) == pytest.approx(expected, abs=1e-9)
+
+
+def test_layers_are_timed_as_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four layers of the trunk, whole, with the tokens of one candidate: all that few tokens cost is in it."""
+    trunk = make_module().trunk
+    assert trunk is not None
+    asked: list[tuple[int, int]] = []
+    for number, layer in enumerate(trunk.layers):
+        layer.register_forward_hook(lambda _, given, __, k=number: asked.append((k, given[0].shape[1])))
+    reading.tokens_worth_reading(trunk)
+    passes = [8] + [8] * reading.PASSES + [128] * reading.PASSES  # the first one warms up
+    assert asked == [(layer, tokens) for tokens in passes for layer in range(4)]
