@@ -118,7 +118,8 @@ def _limits(
     saved = against.full.token_layers(asked) / spent if spent else None
     return {
         "of_limit": least / float(side.typical("trunk").sum()),
-        "efficiency_at_limit": whole / least / saved if saved and least else None,
+        # who runs more tokens than packed full depth does not need them
+        "efficiency_at_limit": whole / least / saved if saved and saved >= 1 and least else None,
         "gflops_ceiling": limits.gflops,
         "gbytes_ceiling": limits.gbytes,
     }

@@ -157,7 +157,7 @@ def _efficiency(row: Row) -> str:
     """With what the machine would allow beside it, where the file knows that."""
     if row["efficiency"] is None:
         return ""
-    most = row.get("efficiency_at_limit")
+    most = row.get("efficiency_at_limit") if row["token_layer_speedup"] >= 1 else None
     return number(row["efficiency"], 2) + ("" if most is None else f" of {number(most, 2)}")
 
 

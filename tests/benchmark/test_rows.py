@@ -129,6 +129,30 @@ def test_how_near_to_the_limit(clock: Clock) -> None:
     assert (whole["of_limit"], whole["efficiency_at_limit"]) == (pytest.approx(5 / 9), 1)
     assert (row["of_limit"], row["efficiency_at_limit"]) == (pytest.approx(1 / 3.6), pytest.approx(0.5))
     assert (row["gflops_ceiling"], row["gbytes_ceiling"]) == (1e6, 1.0)
+    repeated = Side("pointwise", "", Scripted(clock, [90], 5, 3000, []))
+    run_rounds([repeated], asked, 0)
+    row = side_row(repeated, against, asked, module, 0.0)
+    assert (row["of_limit"], row["efficiency_at_limit"]) == (pytest.approx(5 / 81), None)
+
+
+def test_a_plan_that_lets_nobody_in(clock: Clock) -> None:
+    """Everyone leaves at exit 0: no layer runs, so nothing can be said per token-layer; the clock still counts."""
+    asked, module = units(1), make_module()
+    full = Side("packed", "", Scripted(clock, [10], 5, 100, []))
+    early = Side("early_exit", "p", Scripted(clock, [0.1], 0, 0, []))
+    run_rounds([full, early], asked, 0)
+    row = side_row(early, Against(full, full, full, Limits(1.0, 1.0, 1.0)), asked, module, 0.0)
+    assert row["measured_speedup"] == pytest.approx(100)
+    assert (row["token_layer_speedup"], row["efficiency"], row["efficiency_at_limit"]) == (None, None, None)
+    assert (row["mean_depth"], row["gflops"], row["of_limit"]) == (0, 0, 0)
+    shown = {
+        "candidates": 64,
+        "stream": "cold",
+        "history": None,
+        "rival": False,
+        "speedup_over_rival": {"value": 1.0},
+    }
+    assert "| x100.00 | [100.00, 100.00] | x1.00 |  | 0 of 1 | .00 |" in render_rows([row | shown])
 
 
 def test_other_weights_win_speed_not_efficiency(clock: Clock) -> None:
@@ -220,6 +244,8 @@ def test_tables() -> None:
     assert ".968 overlap, .780 precision" in lines[6]
     limited = render_rows([row(of_limit=0.812, efficiency_at_limit=0.97)]).splitlines()
     assert limited[2].endswith("| .95 of .97 | 150 of 200 | .81 |")
+    more = render_rows([row(of_limit=0.02, efficiency_at_limit=29.9, token_layer_speedup=0.03)])
+    assert "| .95 | 150 of 200 | .02 |" in more
     assert "whichever is longer" in limited[4]
     assert lines[7].startswith("| 64, 8 requests at once | cold, 50 items |")
     assert "8 of 64 candidates" in lines[11]
