@@ -17,6 +17,7 @@ from project.exits.outputs import HeadOutputs
 from project.exits.plan import ExitPlan
 from project.exits.policies import Policy
 from project.layout import Layout
+from project.model.lora import LoraSettings, add_lora
 from project.model.module import ExitRecommender
 from project.model.trunk import Trunk
 
@@ -183,4 +184,15 @@ def make_module(seed: int = 0, family: str = "llama") -> ExitRecommender:
         for linear in (head.linear, head.drift):
             if linear is not None:
                 torch.nn.init.normal_(linear.weight, std=0.2)
+    return module.eval()
+
+
+def make_adapted(std: float) -> ExitRecommender:
+    """The same with LoRA adapters of rank 2 that say something: their second factor has this spread."""
+    module = make_module()
+    assert module.trunk is not None
+    add_lora(module.trunk, LoraSettings(rank=2))
+    for name, weights in module.trunk.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=std)
     return module.eval()

@@ -96,7 +96,7 @@ def side_row(
         "mean_depth": float(depths.mean()),
         "token_layers": side.token_layers(),
         **_ratios(side, against, len(asked), prepare_ms),
-        **_limits(side, against, flops, _flops(against.same, units, model)),
+        **_limits(side, against, flops, _flops(against.same, units[: side.units], model)),
         "gflops": useful / float(side.typical("trunk").sum()) / 1e9,
     }
 
@@ -111,11 +111,8 @@ def _limits(
     side: Side, against: Against, flops: list[list[Floats]], same: list[list[Floats]]
 ) -> dict[str, Any]:
     """How near a side's trunk comes to what the machine allows, and the efficiency that it would have there."""
-    limits, spent = against.limits, side.token_layers()
-    least = sum(map(limits.least_seconds, flops))
-    whole = sum(map(limits.least_seconds, same[: side.units]))
-    asked = sum(map(len, flops))
-    saved = against.full.token_layers(asked) / spent if spent else None
+    limits, saved = against.limits, _saved(side, against.full)
+    least, whole = (sum(map(limits.least_seconds, each)) for each in (flops, same))
     return {
         "of_limit": least / float(side.typical("trunk").sum()),
         # who runs more tokens than packed full depth does not need them
@@ -130,8 +127,7 @@ def _ratios(side: Side, against: Against, requests: int, prepare_ms: float) -> d
     n, wall, trunk, full = side.units, side.typical("wall"), side.typical("trunk"), against.full
     whole = full.typical("wall", n)
     mine, theirs = (prepare_ms * requests / 1e3 + float(seconds.sum()) for seconds in (wall, whole))
-    spent = side.token_layers()
-    saved = full.token_layers(requests) / spent if spent else None
+    saved = _saved(side, full)
     measured = ratio_interval(whole, wall)
     return {
         "measured_speedup": measured["value"],
@@ -144,6 +140,12 @@ def _ratios(side: Side, against: Against, requests: int, prepare_ms: float) -> d
         "token_layer_speedup": saved,
         **_efficiency(side, against.same, saved),
     }
+
+
+def _saved(side: Side, full: Side) -> float | None:
+    """Token-layers of full depth over a side's, on the requests that it scored; None where it ran none."""
+    spent = side.token_layers()
+    return full.token_layers(len(side.scored)) / spent if spent else None
 
 
 def _efficiency(side: Side, same: Side, saved: float | None) -> dict[str, Any]:

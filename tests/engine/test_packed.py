@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from example_engine import FAMILIES, World, make_module
+from example_engine import FAMILIES, World, make_adapted, make_module
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
@@ -15,7 +15,6 @@ from project.engine.copies import copied, with_linears
 from project.engine.decisions import static_exits
 from project.engine.packed import PackedLinear, packed
 from project.exits.criteria import Ratio
-from project.model.lora import LoraSettings, add_lora
 
 
 def linears(module: nn.Module) -> list[nn.Linear]:
@@ -74,13 +73,8 @@ def test_an_engine_leaves_its_module_alone(world: World) -> None:
 @torch.inference_mode()
 def test_adapters_are_packed_too() -> None:
     """LoRA's base layers and adapters: the same output to rounding."""
-    module = make_module()
+    module = make_adapted(std=0.1)
     assert module.trunk is not None
-    add_lora(module.trunk, LoraSettings(rank=2))
-    for name, value in module.trunk.named_parameters():
-        if "lora_B" in name:
-            value.normal_(std=0.1)
-    module.eval()
     found = packed(module.trunk)
     assert {type(part) for part in linears(found)} == {PackedLinear}
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))

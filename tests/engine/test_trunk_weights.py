@@ -12,7 +12,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from example_engine import EXITS, FAMILIES, World, alone, make_module, random_request, raw_outputs, subset
+from example_engine import (
+    EXITS,
+    FAMILIES,
+    World,
+    alone,
+    make_adapted,
+    make_module,
+    random_request,
+    raw_outputs,
+    subset,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
@@ -25,7 +35,6 @@ from project.engine.trunk_weights import Weights, with_weights
 from project.errors import ConfigError
 from project.exits.criteria import Consistency, Criterion, Ratio, RatioConsistency
 from project.exits.plan import ExitPlan
-from project.model.lora import LoraSettings, add_lora
 from project.model.module import ExitRecommender
 
 MARGIN = 0.05  # of a threshold: bfloat16's rounding may decide (calibrated logits have a spread of about 1)
@@ -252,13 +261,8 @@ def test_company_hardly_matters(world: World, weights: Weights) -> None:
 
 def test_adapters_are_converted_too() -> None:
     """A trunk with LoRA adapters scores in bfloat16 as in float32, to rounding; no parameter is left behind."""
-    module = make_module()
-    assert module.trunk is not None
-    add_lora(module.trunk, LoraSettings(rank=2))
-    for name, weights in module.trunk.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(weights, std=0.02)
-    found = with_weights(module.eval(), "bfloat16")
+    module = make_adapted(std=0.02)
+    found = with_weights(module, "bfloat16")
     assert found.trunk is not None
     assert {p.dtype for p in found.trunk.parameters()} == {torch.bfloat16}
     request = random_request(np.random.default_rng(0), "r", 5, 8)
