@@ -24,7 +24,7 @@ from project.callbacks.run_folder import run_folder
 from project.callbacks.trunk_weights import TrunkWeights
 from project.callbacks.wandb_artifacts import WandbArtifacts
 from project.data.datamodule import InteractionData
-from project.data.prompts import tells_numbers
+from project.data.template import tells_numbers
 from project.engine.trunk_weights import Weights
 from project.errors import CheckpointError, ConfigError
 from project.model.module import ExitRecommender

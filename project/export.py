@@ -29,7 +29,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from project.artefacts import SCHEMA_VERSION, own_version, write_json
 from project.counting import FEATURES, CountingPrior
-from project.data.prompts import tells_numbers
+from project.data.template import tells_numbers
 from project.engine.loading import load_run
 from project.errors import DataError
 from project.exits.plan import ExitPlan

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from project.artefacts import own_version
-from project.data.prompts import tells_numbers
 from project.data.sources import SOURCES
+from project.data.template import tells_numbers
 from project.report import words
 from project.report.run import Run
 from project.report.scores import scores_table

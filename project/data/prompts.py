@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from string import Formatter
 from typing import Literal, Protocol
 
 import numpy as np
@@ -21,8 +20,9 @@ import numpy.typing as npt
 import polars as pl
 
 from project.data.anonymous import anonymous_titles
-from project.data.numbers import NUMBERS, TOGETHER, fields_together, number_features, number_ids
+from project.data.numbers import TOGETHER, number_features, number_ids
 from project.data.ragged import IntArray, Ragged, join, total_lengths
+from project.data.template import check_similar, field_names, split_template
 from project.errors import ConfigError
 
 UNKNOWN = "?"  # what the prompt says where nothing has been counted yet, or where evidence is not told
@@ -113,21 +113,8 @@ EVIDENCE_FIELDS: dict[str, tuple[str, Callable[[pl.Series], list[str]]]] = {
 def field_telling(prompt: Prompt, column: str) -> str | None:
     """A field of the segment, in braces, that tells this column of the evidence; None where none does."""
     fields = [name for name, (told, _) in EVIDENCE_FIELDS.items() if told == column]
-    named = {part: name for name in _field_names(prompt.segment) for part in name.split(TOGETHER)}
+    named = {part: name for name in field_names(prompt.segment) for part in name.split(TOGETHER)}
     return next(("{" + named[field] + "}" for field in [*fields, f"{column}_number"] if field in named), None)
-
-
-def tells_numbers(segment: str) -> bool:
-    """Whether a template of segments has a field that is a learned token (see `project.data.numbers`)."""
-    return any(fields_together(name) for name in _field_names(segment))
-
-
-def _field_names(template: str) -> list[str]:
-    """Fields of a template, none of one that is malformed."""
-    try:
-        return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-    except ValueError:
-        return []
 
 
 @dataclass(frozen=True)
@@ -162,16 +149,15 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Prompt, items: pl.DataFrame) -> None:
         self._tokenizer = tokenizer
-        self._parts = _split_template(
-            prompt.segment, [c for c in items.columns if c not in ("item", "item_id")]
-        )
+        item_fields = [c for c in items.columns if c not in ("item", "item_id")]
+        self._parts = split_template(prompt.segment, item_fields, EVIDENCE_FIELDS)
         if len(prompt.answers) != 2 or not all(a.strip() for a in prompt.answers):
             raise ConfigError(
                 f"data.prompt.answers is {prompt.answers!r}: expected two texts, for dislike and like, "
                 'for example [" no", " yes"].'
             )
         if prompt.similar is not None:
-            _check_similar(prompt.similar)
+            check_similar(prompt.similar)
         self.similar: str | None = prompt.similar
         self.told: Told = prompt.evidence
         if prompt.anonymise_titles:
@@ -253,52 +239,3 @@ class PromptEncoder:
     def _encode_values(self, texts: list[str]) -> Ragged:
         distinct, codes = np.unique(np.array(texts, dtype=object).astype(str), return_inverse=True)
         return Ragged.of([self._ids(t) for t in distinct.tolist()]).take(codes.astype(np.int64))
-
-
-def _check_similar(template: str) -> None:
-    try:
-        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise ConfigError(f"data.prompt.similar {template!r} is not a template: {error}.") from error
-    if fields != ["titles"]:
-        raise ConfigError(
-            f"data.prompt.similar is {template!r}: expected a template with the one field {{titles}}, for example "
-            '"Similar users liked: {titles}\\n", or null for prompts without such lists.'
-        )
-
-
-def _split_template(template: str, item_fields: Sequence[str]) -> list[tuple[str, str]]:
-    """("static", text with item fields), ("evidence", name) and ("number", name) pieces; static neighbours merge."""
-    parts: list[tuple[str, str]] = []
-
-    def add_static(text: str) -> None:
-        if parts and parts[-1][0] == "static":
-            parts[-1] = ("static", parts[-1][1] + text)
-        elif text:
-            parts.append(("static", text))
-
-    try:
-        pieces = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ConfigError(f"data.prompt.segment {template!r} is not a template: {error}.") from error
-    for literal, name, _, _ in pieces:
-        add_static(literal.replace("{", "{{").replace("}", "}}"))
-        if name is None:
-            continue
-        if name in item_fields:
-            add_static("{" + name + "}")
-        elif name in EVIDENCE_FIELDS:
-            parts.append(("evidence", name))
-        elif fields_together(name):
-            parts.append(("number", name))
-        else:
-            raise ConfigError(
-                f"data.prompt.segment names the field {{{name}}}, which nobody knows. Item fields here: "
-                f"{', '.join(item_fields)}; evidence fields: {', '.join([*EVIDENCE_FIELDS, *NUMBERS])}; several "
-                "numbers in one token, each once, as {item_number+taste_number}."
-            )
-    if not parts:
-        raise ConfigError(
-            "data.prompt.segment is empty: a segment needs at least one token before its answer."
-        )
-    return parts

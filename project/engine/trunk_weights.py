@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from project.engine.copies import copied, with_linears
 from project.engine.int8 import Int8Linear
+from project.engine.packed import PackedLinear
 from project.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def with_weights(module: ExitRecommender, weights: Weights | None) -> ExitRecomm
     The module given stays as it is; its heads, and what holds nothing to convert, are shared.
 
     Args:
-        module: With its trunk, which is packed afterwards if at all (`project.engine.packed`).
+        module: With its trunk, not packed yet (`project.engine.packed`): packed products would stay as they are.
         weights: Their type. bfloat16 is for embeddings, linear layers and norms, and hidden states follow; int8 is for
             linear layers alone. None, or the type they have: the module itself.
 
@@ -42,6 +43,7 @@ def with_weights(module: ExitRecommender, weights: Weights | None) -> ExitRecomm
     name = str(own.dtype).removeprefix("torch.")
     if weights in (None, name):
         return module
+    assert not any(isinstance(part, PackedLinear) for part in module.trunk.modules()), "pack afterwards"
     if isinstance(own, DTensor):
         raise ConfigError(
             f"--weights {weights} was asked of a trunk that is cut over {own.device_mesh.size()} processes; expected "

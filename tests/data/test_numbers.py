@@ -24,8 +24,9 @@ from project.data.numbers import (
     read_number_ids,
     readable,
 )
-from project.data.prompts import EVIDENCE_FIELDS, Prompt, PromptEncoder, field_telling, tells_numbers
+from project.data.prompts import EVIDENCE_FIELDS, Prompt, PromptEncoder, field_telling
 from project.data.ragged import Ragged
+from project.data.template import tells_numbers
 from project.errors import ConfigError
 
 ITEMS = pl.DataFrame({"item": [0, 1], "item_id": ["a", "b"], "title": ["Alien", "Brazil"]})

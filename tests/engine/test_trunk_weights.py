@@ -30,6 +30,7 @@ from torch.distributed.tensor import distribute_tensor
 from project.engine import Engine, PreparedRequest, RowExits, Scores, StreamCache
 from project.engine.decisions import static_exits
 from project.engine.int8 import Int8Linear
+from project.engine.packed import packed
 from project.engine.rotary import RotaryTable
 from project.engine.trunk_weights import Weights, with_weights
 from project.errors import ConfigError
@@ -205,6 +206,16 @@ def test_the_module_given_stays_as_it_is(weights: Weights) -> None:
     assert {name: type(part) for name, part in module.named_modules()} == kinds
     assert found.heads is module.heads
     assert found.trunk is not module.trunk
+
+
+def test_a_packed_trunk_is_not_converted() -> None:
+    """Its products would stay as they were packed; asked for the type they have, it is what it was."""
+    module = make_module()
+    assert module.trunk is not None
+    module.trunk = packed(module.trunk)
+    assert with_weights(module, "float32") is module
+    with pytest.raises(AssertionError, match="pack afterwards"):
+        with_weights(module, "bfloat16")
 
 
 def test_bfloat16_halves_the_trunk() -> None:
