@@ -17,7 +17,7 @@ from project.artefacts import table_about, write_table
 from project.benchmark.cases import TUNED
 from project.data.workloads import Workload, catalogue_requests, labelled_requests
 from project.engine.every_head import score_every_head
-from project.engine.loading import prepare_requests
+from project.engine.prepared import prepare_requests
 from project.errors import DataError
 from project.exits.calibration import Calibration
 from project.exits.plan import Floats

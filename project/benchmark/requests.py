@@ -26,7 +26,8 @@ from project.benchmark.sides import Side, Unit, run_rounds
 from project.benchmark.table import benchmark_table
 from project.benchmark.worth import RunWorth
 from project.data.workloads import catalogue_requests
-from project.engine.loading import load_run, prepare_requests
+from project.engine.loading import load_run
+from project.engine.prepared import prepare_requests
 from project.engine.stream_cache import StreamCache
 from project.engine.trunk_weights import Weights
 from project.errors import NotFittedError

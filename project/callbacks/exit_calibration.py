@@ -23,6 +23,8 @@ from project.artefacts import replace_file, result_head, write_json
 from project.callbacks.run_folder import current_run, data_of, will_be_saved
 from project.counting import counting_features
 from project.data.workloads import Workload, catalogue_requests
+from project.engine.every_head import score_every_head
+from project.engine.prepared import PreparedRequest, prepare_requests
 from project.errors import ConfigError, NotCalibratedError, ProjectError
 from project.exits.budget import AskedScores
 from project.exits.calibrate import calibrate
@@ -32,7 +34,6 @@ from project.scores import labelled_scores
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData
-    from project.engine.prepared import PreparedRequest
     from project.model.module import ExitRecommender
 
 
@@ -208,9 +209,6 @@ class ExitCalibration(ExitSettings, pl.Callback):
 
     def _asked(self, module: ExitRecommender, data: InteractionData) -> AskedScores:
         """Scores of these requests' candidates by every head, under the module's weights."""
-        from project.engine.every_head import score_every_head
-        from project.engine.loading import prepare_requests  # which imports this file
-
         workload = self._tune_requests(data)
         if not self._prepared:
             self._prepared = prepare_requests(module, data, workload.requests)

@@ -1,4 +1,4 @@
-"""From a run's checkpoint to an engine: weights, exit plan, and requests with their evidence."""
+"""From a run's checkpoint to an engine: weights and exit plan."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from project.callbacks.exit_calibration import ExitCalibration, Plans
-from project.counting import counting_features
-from project.data.requests import Requests
 from project.data.sources import resolve_model
-from project.engine.prepared import PreparedRequest, prepare
 from project.model.trunk import Trunk
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 
@@ -52,25 +48,3 @@ def load_weights(model: ExitRecommender, tokenizer: Any, checkpoint: str | Path)
     model.on_load_checkpoint(content)
     model.load_state_dict(content["state_dict"], strict=False)  # on_load_checkpoint was stricter
     return content
-
-
-def prepare_requests(
-    model: ExitRecommender, data: InteractionData, requests: Requests | None = None
-) -> list[PreparedRequest]:
-    """Histories, evidence, exit 0 and token ids of requests, in their order.
-
-    Args:
-        model: Its exit 0.
-        data: The logs that requests refer to.
-        requests: What is asked; None reads the file data.requests.
-    """
-    if requests is not None:
-        data.give_requests(requests)
-    data.setup("predict")
-    assert data.requests is not None
-    assert data.candidate_evidence is not None
-    prior = model.counting_prior()
-    features = counting_features(data.candidate_evidence, prior.base)
-    return prepare(
-        data.streams("predict"), data.requests, data.context_tokens, features, prior.of_features(features)
-    )

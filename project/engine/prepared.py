@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from project.counting import counting_features
 from project.data.ragged import IntArray, Ragged, offsets_of, within
 from project.data.requests import Requests
 from project.data.streams import Streams
 from project.data.windows import context_starts, time_groups
+
+if TYPE_CHECKING:
+    from project.data.datamodule import InteractionData
+    from project.model.module import ExitRecommender
 
 Floats = NDArray[np.float64]
 
@@ -111,6 +117,28 @@ class PreparedRequest:
                 f"{vocabulary.stop - 1}"
             )
         return None
+
+
+def prepare_requests(
+    model: ExitRecommender, data: InteractionData, requests: Requests | None = None
+) -> list[PreparedRequest]:
+    """Histories, evidence, exit 0 and token ids of requests, in their order.
+
+    Args:
+        model: Its exit 0.
+        data: The logs that requests refer to.
+        requests: What is asked; None reads the file data.requests.
+    """
+    if requests is not None:
+        data.give_requests(requests)
+    data.setup("predict")
+    assert data.requests is not None
+    assert data.candidate_evidence is not None
+    prior = model.counting_prior()
+    features = counting_features(data.candidate_evidence, prior.base)
+    return prepare(
+        data.streams("predict"), data.requests, data.context_tokens, features, prior.of_features(features)
+    )
 
 
 def prepare(

@@ -14,7 +14,8 @@ from project.artefacts import run_of_checkpoint, write_table
 from project.callbacks.results import ResultFiles
 from project.engine.decisions import RowExits
 from project.engine.engine import Engine
-from project.engine.loading import load_run, prepare_requests
+from project.engine.loading import load_run
+from project.engine.prepared import prepare_requests
 from project.engine.scored import Scores
 from project.engine.stream_cache import StreamCache
 from project.engine.trunk_weights import Weights, with_weights

@@ -20,7 +20,8 @@ from project.artefacts import read_result, result_head, write_json, write_table
 from project.callbacks.results import ResultFiles
 from project.data.workloads import Workload, concatenate
 from project.engine.every_head import score_every_head
-from project.engine.loading import load_weights, prepare_requests
+from project.engine.loading import load_weights
+from project.engine.prepared import prepare_requests
 from project.errors import ConfigError, NotFittedError
 from project.exits.calibration import Calibration
 from project.exits.certify import certify_losses
