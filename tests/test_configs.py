@@ -21,11 +21,11 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from project.callbacks.results import ResultFiles
 from project.callbacks.run_bundle import RunBundle
-from project.cli import ProjectTrainer
 from project.data.datamodule import InteractionData
 from project.model.module import ExitRecommender
 from project.model.sharding import FullyShardedStrategy
 from project.retrieval import NoRetriever
+from project.trainer import ProjectTrainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))

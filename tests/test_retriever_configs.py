@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from project.cli import ProjectTrainer
 from project.retrieval import ItemKNN, LLMEmbedding, NoRetriever, RandomRetriever, Retriever, TextEncoder
+from project.trainer import ProjectTrainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
