@@ -1,7 +1,7 @@
 """Counting: what a candidate's evidence says in a few numbers, and a logistic regression on them, which is exit 0.
 
 Unusual here: these numbers exist before the first layer of the LLM runs and cost microseconds. The same regression is
-the floor `lr_evidence` and the prior of a calibrated run (design.md, Decision 4), so the two cannot drift apart.
+the floor `lr_evidence` and the prior of a calibrated run, so the two cannot drift apart.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Tokens(NamedTuple):
 
 
 def visible(q: Tokens, k: Tokens) -> Any:
-    """The one visibility rule (design.md, Decision 1): may query token `q` read key token `k`?
+    """The one visibility rule: may query token `q` read key token `k`?
 
     Args:
         q: Query tokens, of any shape.

@@ -1,7 +1,7 @@
 """RunBundle: everything a trained run needs beside its checkpoint, in one folder of the run.
 
-`bundle/` holds the protocol's manifest, the items table, the tokenizer, evidence and retriever snapshots, and
-bundle.json, which names the base model and the logs by checksum.
+`bundle/` holds the protocol's manifest, the items table, the tokenizer, evidence and snapshots of retriever and
+factorisation, and bundle.json, which names the base model and the logs by checksum.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class PromptEncoder:
     Args:
         tokenizer: A Hugging Face tokenizer.
         prompt: The wording.
-        items: The items table (design: `Interactions.items`), one row an item code.
+        items: The items table (`Interactions.items`), one row an item code.
 
     Raises:
         ConfigError: If the template is malformed, names a field that nobody knows, or an answer has no text.
