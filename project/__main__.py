@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> None:
         case ["power", *rest]:
             from project.exits.power import print_power_table
 
-            print_power_table(*map(int, rest))
+            print_power_table(rest)
         case _:
             from project.cli import ProjectCLI
 

@@ -101,17 +101,20 @@ class PlannedRows:
             "equal_cost": self._against(self._static_of_cost(float(spent.sum()))),
         }
 
-    def risk(self, name: str) -> dict[str, Any]:
+    def risk(self, name: str, unit: str) -> dict[str, Any]:
         """The certified risk on these rows: {`risk`, `value`, `interval`}; a report, not a guarantee.
 
         Args:
             name: A risk of project.exits.risks that score requests have.
+            unit: Of the certificate; of users the risk is a mean over users, each counting once.
         """
         risk, full = find_risk(name), self._head(self.plan.layers[-1])
         if risk.over == "pairs":
             return {"risk": name, **self._bootstrap.difference_interval(full, self.logit, self.labels)}
         losses = risk.losses(probabilities(self.logit), probabilities(full), self.labels)
-        return {"risk": name, **self._bootstrap.ratio_interval(losses, np.ones_like(losses))}
+        _, user, rows = np.unique(self.users, return_inverse=True, return_counts=True)
+        weights = 1 / rows[user] if unit == "users" else np.ones_like(losses)
+        return {"risk": name, **self._bootstrap.ratio_interval(losses * weights, weights)}
 
     def _head(self, layer: int) -> Floats:
         return self.calibrated[:, self.plan.layers.index(layer)]

@@ -1,7 +1,7 @@
 """Biased logistic matrix factorisation: who likes what, from the ids of user and item alone.
 
 Unusual here: it knows no time. The floor `mf` fits it once on all rows of train, so a user first seen after train is
-scored by the item's bias alone; `project.retrieval.taste` fits it block by block on earlier rows and folds new users in.
+scored by the item's bias alone; `project.retrieval.taste` fits it on the rows before each block and folds users in.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from project.artefacts import exit_layers_of
+from project.artefacts import exit_layers_of, table_about
 from project.bootstrap import UserBootstrap
 from project.errors import DataError
 from project.evaluate import part_of
@@ -69,8 +69,10 @@ def read_heads(run: Path, part: Part = "tune") -> Heads:
         part: Rows: validation's tune fold, or test.
 
     Raises:
-        DataError: The run has no such score table.
+        DataError: The run has no such score table, or different checkpoints scored validation and test.
     """
+    if part == "test":
+        _check_heads(run)
     tune = _scores(run, "valid", "fit").filter(pl.col("fold") == "tune")
     scores = tune if part == "tune" else part_of(_scores(run, "test", "test"), "test", None)
     scores = scores.sort("row_id")
@@ -124,6 +126,16 @@ def _scores(run: Path, split: str, verb: str) -> pl.DataFrame:
     if not path.is_file():
         raise DataError(f"{path} does not exist; expected the folder of a run that `{verb}` has scored.")
     return pl.read_parquet(path)
+
+
+def _check_heads(run: Path) -> None:
+    paths = [run / "scores" / f"{split}.parquet" for split in ("valid", "test")]
+    made = {table_about(path).get("heads") for path in paths if path.is_file()} - {None}
+    if len(made) > 1:
+        raise DataError(
+            f"{paths[0]} and {paths[1]} are of different checkpoints; test's scores are calibrated on validation's. "
+            "Run `validate` and `test` with the same --ckpt_path."
+        )
 
 
 def _logits(scores: pl.DataFrame, layers: list[int]) -> torch.Tensor:

@@ -99,9 +99,8 @@ class ProjectTrainer(Trainer):
 
         folder = run_folder(self, ckpt_path)
         if only == "engine":
-            model.to(self.strategy.root_device)
-            settings = exit_calibration_of(self)
-            run_engine(model, datamodule, ckpt_path, folder, settings, seconds, sizes)
+            settings, device = exit_calibration_of(self), self.strategy.root_device
+            run_engine(model, datamodule, ckpt_path, folder, settings, device, seconds, sizes)
         elif only == "retrieval":
             run_retrieval(datamodule, folder, seconds)
         else:

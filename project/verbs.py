@@ -133,10 +133,16 @@ def print_tables(arguments: list[str]) -> None:
     """
     if arguments[:1] == ["--into"]:
         document = Path(*arguments[1:2])
+        if not document.is_file():
+            raise ConfigError(
+                f"table --into needs a Markdown file to renew; found {' '.join(arguments[1:]) or 'none'}."
+            )
         text = fill_tables(document.read_text(encoding="utf-8"), document.parent)
         replace_file(document, lambda part: part.write_text(text, encoding="utf-8"))
         return
     names = [a for a in arguments if not a.startswith("--")]
+    if unknown := set(arguments) - {*names, "--stages", "--beside"}:
+        raise ConfigError(f"table knows --stages, --beside and --into; found {' '.join(sorted(unknown))}.")
     if "--beside" in arguments:
         print(render_headlines({name: read_result(Path(name)) for name in names}))
         return

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from example_variant import tune_rows, write_variant
 
-from project.artefacts import read_result
+from project.artefacts import read_result, write_table
 from project.compare import compare, render_comparison, run_compare
 from project.errors import DataError
 from project.metrics import auc
@@ -58,6 +58,16 @@ def test_test_rows_are_calibrated_on_tune(base: Path, better: Path) -> None:
         after = read_heads(better, "test")
         assert (after.calibrated[4] != before.calibrated[4]).any() == changes
         kept.write_parquet(path)
+
+
+def test_test_and_validation_are_of_one_checkpoint(base: Path) -> None:
+    """Tables that name different heads are refused for test; tune needs validation's alone."""
+    for split, heads in (("valid", "1234"), ("test", "5678")):
+        path = base / "scores" / f"{split}.parquet"
+        write_table(path, pl.read_parquet(path), {"heads": heads, "protocol": "same"})
+    with pytest.raises(DataError, match=r"are of different checkpoints.*same --ckpt_path"):
+        read_heads(base, "test")
+    assert len(read_heads(base, "tune").labels) == 30
 
 
 def test_command_line(base: Path, better: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,3 +113,18 @@ def test_markers_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "| test-1.json | runs/a/version_0/config.yaml | 1 | aaaa |" in filled
     assert "seeds 0, 1" in filled
     assert printed.replace(str(tmp_path) + "/", "").splitlines()[3] == filled.splitlines()[4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--into"], "needs a Markdown file to renew; found none"),
+        (["--into", "nosuch.md"], "found nosuch.md"),
+        (["--stagess", "test.json"], "table knows --stages, --beside and --into; found --stagess"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments: list[str], words: str) -> None:
+    """What `table` cannot do is said in one line."""
+    with pytest.raises(ConfigError, match=words):
+        print_tables(arguments)

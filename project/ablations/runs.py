@@ -66,7 +66,7 @@ def fit(variant: Variant, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     overlay = replace_file(folder / "variant.yaml", lambda part: part.write_text(_overlay(variant, folder)))
     configs = [word for path in (*variant.configs, overlay) for word in ("--config", str(path))]
-    log = folder / "fit.log"
+    log, definition = folder / "fit.log", variant.definition()
     with log.open("w", encoding="utf-8") as output:
         command = [sys.executable, "-m", "project", "fit", *configs]
         status = exit_status(command, output)
@@ -75,7 +75,11 @@ def fit(variant: Variant, folder: Path) -> Path:
     run = folder / (folder / "latest").resolve().name
     if not is_whole(run):
         raise FitFailed(f"{run} lacks one of {', '.join(NEEDED)}: was validation switched off? ({log})")
-    write_json(run / FINISHED, variant.definition())
+    if variant.definition() != definition:
+        raise FitFailed(
+            f"a file that defines {folder.name} was changed while it trained; train it again ({run})"
+        )
+    write_json(run / FINISHED, definition)
     return run
 
 

@@ -7,6 +7,7 @@ does not score them again.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from project.benchmark.cases import TUNED
 from project.data.workloads import Workload, catalogue_requests, labelled_requests
 from project.engine.every_head import score_every_head
 from project.engine.prepared import prepare_requests
-from project.errors import DataError
+from project.errors import ConfigError, DataError
 from project.exits.calibration import Calibration
 from project.exits.plan import Floats
 from project.exits.top_k import TopK, fit_margins
@@ -49,6 +50,15 @@ class AskedRequests:
     data: InteractionData
     folder: Path
     calibration: Calibration
+
+    @cached_property
+    def no_tune(self) -> str | None:
+        """Why the fold tune has no requests; None where it has."""
+        try:
+            catalogue_requests(self.data.split, "tune", 1, 2, self.data.seed)
+        except ConfigError as error:
+            return str(error)
+        return None
 
     def features_of(self, part: str, candidates: int) -> tuple[pl.DataFrame, Floats] | None:
         """Score table and counting features of a part's catalogue requests; None for requests of one candidate.

@@ -72,12 +72,15 @@ class Bench:
 
     def hints(self) -> list[str]:
         """What to do for rows that will be missing, because nobody knows what their scores are worth."""
-        return [
+        found = [
             f"no {weights} rows: {self.asked.folder}/scores/{scores_name(weights)}.parquet is missing; `python -m "
             f"project test --weights {weights}` with this run's --config and --ckpt_path writes it."
             for weights in self.other_weights()
             if not self.worth.knows(weights)
         ]
+        if self.asked.no_tune:
+            found.append(f"no rows for the cost of these requests, and no lists: {self.asked.no_tune}")
+        return found
 
     def full(self, cache: StreamCache | None) -> Side:
         """Packed full depth: what every speed-up is over."""
@@ -125,7 +128,7 @@ class Bench:
         """The run's own plan and others that its budget chooses, by name."""
         worth, plans = self.worth, self.worth.plans
         found: dict[str, ExitPlan | None] = {"budget": plans.plan}
-        if case.history is None and case.at_once == 1:
+        if case.history is None and case.at_once == 1 and (case.candidates == 1 or not self.asked.no_tune):
             asked = self.asked.features_of("tune", case.candidates)
             found["budget, cost of this request"] = worth.budget(case.stream, asked)
         if not case.short:
@@ -165,7 +168,7 @@ class Bench:
             yield Side("early_exit", f"budget: {plan.criterion}", early, known, weights=weights)
 
     def _lists(self, case: Case, cache: StreamCache | None) -> Iterator[Side]:
-        if case.history is not None or case.at_once > 1:
+        if case.history is not None or case.at_once > 1 or self.asked.no_tune:
             return
         for k in LISTS:
             if case.candidates > 4 * k and (found := self.asked.best(k, case.candidates, OVERLAP)):

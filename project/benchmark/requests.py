@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import torch
 from rich.console import Console
 
 from project.artefacts import result_head, write_json
@@ -30,7 +31,7 @@ from project.engine.loading import load_run
 from project.engine.prepared import prepare_requests
 from project.engine.stream_cache import StreamCache
 from project.engine.trunk_weights import Weights
-from project.errors import NotFittedError
+from project.errors import ConfigError, NotFittedError
 from project.exits.settings import ExitSettings
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ def run_engine(
     checkpoint: str | Path | None,
     folder: Path,
     settings: ExitSettings,
+    device: torch.device,
     seconds: float,
-    sizes: Sequence[int] = (1, 8, 64, 256),
+    sizes: Sequence[int],
 ) -> dict[str, Any]:
     """Measure and write results/benchmark.json.
 
@@ -58,26 +60,30 @@ def run_engine(
         checkpoint: A calibrated run's checkpoint.
         folder: Run folder of the result file.
         settings: The run's budget, which also chooses the plans of other workloads.
+        device: Where everything runs.
         seconds: About how long to measure; making plans and scoring requests for them comes on top.
         sizes: Candidates of a request.
 
     Raises:
         NotFittedError: No checkpoint.
+        ConfigError: No size, or none that the catalogue has items for.
     """
     if checkpoint is None:
         raise NotFittedError(
             "benchmark --only engine needs --ckpt_path, a calibrated run's checkpoint; found none. `fit` writes one."
         )
     data.prepare_data()
+    kept = _filled(sizes, data.split.interactions.items.height)
     plans = load_run(model, data.tokenizer, checkpoint)
+    model.to(device)  # not before: the trunk was just made
     worth = RunWorth(model, data, folder, plans, settings)
     asked = AskedRequests(model, data, folder, plans.plan.calibration)
-    bench = Bench(model, worth, asked, model.device)
+    bench = Bench(model, worth, asked, device)
     for hint in bench.hints():
         Console().print(hint)
     tested = data.split.rows.filter((pl.col("split") == "test") & (pl.col("role") == "target"))
     longest = int(tested["hist"].max() or 0)  # type: ignore[arg-type]
-    wanted, rows = [c for c in cases(sizes) if (c.history or 0) <= longest], list[dict[str, Any]]()
+    wanted, rows = [c for c in cases(kept) if (c.history or 0) <= longest], list[dict[str, Any]]()
     for case in wanted:
         units, prepare_ms = sample(model, data, case)
         rows += [
@@ -88,6 +94,19 @@ def run_engine(
         path = write_json(folder / "results" / "benchmark.json", result | {"rows": rows})
     Console(width=190).print(benchmark_table(rows), f"written: {path}")
     return result | {"rows": rows}
+
+
+def _filled(sizes: Sequence[int], items: int) -> list[int]:
+    """The sizes that a catalogue of so many items can fill; says which it cannot."""
+    kept = [size for size in sizes if 1 <= size <= items]
+    if not kept:
+        raise ConfigError(
+            f"--sizes is {list(sizes)}: expected candidates of a request, from 1 to {items} (all items)."
+        )
+    if len(kept) < len(sizes):
+        left_out = ", ".join(str(size) for size in sizes if size not in kept)
+        Console().print(f"no requests of {left_out} candidates: the catalogue has {items} items.")
+    return kept
 
 
 def sample(model: ExitRecommender, data: InteractionData, case: Case) -> tuple[list[Unit], float]:
@@ -153,9 +172,8 @@ def _rows(
     prepare_ms: float,
 ) -> list[dict[str, Any]]:
     """A row a side, each with its full depth, the rival and the limits of its weights."""
-    # where full depth is its own rival, or counting is, there is no static side of that name
-    named = f"fixed_depth_{bench.worth.rival}"
-    rival = next((side for side in sides if side.engine == named), sides[0])
+    named = "packed" if bench.worth.rival == bench.model.depth else f"fixed_depth_{bench.worth.rival}"
+    rival = next((side for side in sides if side.engine == named), None)
     full = {side.weights: side for side in sides if side.engine == "packed"}
     against = {w: Against(full[None], full[w], rival, allowed) for w, allowed in limits.items()}
     rows = [side_row(side, against[side.weights], units, bench.model, prepare_ms) for side in sides]

@@ -31,13 +31,13 @@ class Against:
     Attributes:
         full: Packed full depth with the run's own weights, which speed is compared with.
         same: Packed full depth with weights of the side's own type, which efficiency is over.
-        rival: The honest rival.
+        rival: The honest rival; None where it is counting, which runs no layer.
         limits: What the machine allows with weights of the side's own type.
     """
 
     full: Side
     same: Side
-    rival: Side
+    rival: Side | None
     limits: Limits
 
 
@@ -132,7 +132,9 @@ def _ratios(side: Side, against: Against, requests: int, prepare_ms: float) -> d
     return {
         "measured_speedup": measured["value"],
         "measured_speedup_interval": measured["interval"],
-        "speedup_over_rival": ratio_interval(against.rival.typical("wall", n), wall),
+        "speedup_over_rival": {"value": None, "interval": None}
+        if against.rival is None
+        else ratio_interval(against.rival.typical("wall", n), wall),
         "prepare_ms": prepare_ms,
         "request_ms": mine / requests * 1e3,
         "request_speedup": theirs / mine,

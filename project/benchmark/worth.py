@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import torch
 
+from project.artefacts import table_about
 from project.bootstrap import UserBootstrap
 from project.callbacks.exit_calibration import Plans, features_of
 from project.engine.trunk_weights import Weights
@@ -25,6 +26,7 @@ from project.exits.plan import ExitPlan, Floats
 from project.exits.policies import Policy
 from project.exits.settings import ExitSettings
 from project.metrics import auc
+from project.model.heads import heads_digest
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData
@@ -65,9 +67,10 @@ class RunWorth:
         self._tables: dict[str, Scored] = {}
         self._known: dict[object, Worth] = {}
         self._made: dict[object, ExitPlan] = {}
+        made = heads_digest(model.state_dict())
         for name in ("valid", *map(scores_name, (None, *OTHERS))):
             path = folder / "scores" / f"{name}.parquet"
-            if path.is_file():
+            if path.is_file() and table_about(path).get("heads", made) == made:  # not another checkpoint's
                 scores = pl.read_parquet(path)
                 if name == "valid":
                     scores = scores.filter(pl.col("fold") == "tune")

@@ -56,16 +56,16 @@ class Plans:
     rival_without: int
     certified: ExitPlan | None = None
 
-    def summary(self, rows: PlannedRows, risk: str | None = None) -> dict[str, Any]:
+    def summary(self, rows: PlannedRows, promise: tuple[str, str] | None = None) -> dict[str, Any]:
         """The `adaptive` part of a result file.
 
         Args:
             rows: Labelled rows under `plan`.
-            risk: Name of the certified risk, to be measured on them.
+            promise: Name and unit of the certified risk, to be measured on them.
         """
 
         def measured(rows: PlannedRows, rival: int) -> dict[str, Any]:
-            return {**rows.summary(rival), **({} if risk is None else {"risk": rows.risk(risk)})}
+            return {**rows.summary(rival), **({} if promise is None else {"risk": rows.risk(*promise)})}
 
         certified = None if self.certified is None else measured(rows.under(self.certified), self.rival)
         without = rows.under(self.without).summary(self.rival_without)
@@ -214,7 +214,7 @@ class ExitCalibration(ExitSettings, pl.Callback):
             self._prepared = prepare_requests(module, data, workload.requests)
         scores = score_every_head(module, self._prepared, candidates=workload.requests.table())
         features = np.concatenate([r.evidence for r in self._prepared])
-        return AskedScores(labelled_scores(scores, workload.table), features)
+        return AskedScores(labelled_scores(scores, workload.table), features, data.seed)
 
     def _log(self, trainer: pl.Trainer, scores: polars.DataFrame, features: Floats) -> None:
         """`val/exit/...` on the select fold, which calibration has not seen."""

@@ -168,8 +168,9 @@ def _adaptive(
     shares = planned.exits()
     for row in exits:
         row |= shares.get(row["layer"], {})
-    risk = calibration.issued.get("risk")
-    summary = calibration.found.summary(planned, risk)
+    issued = calibration.issued
+    promise = (issued["risk"], issued["unit"]) if "risk" in issued else None
+    summary = calibration.found.summary(planned, promise)
     found: dict[str, Any] = {}
     best = next((f for f in floors if f.name == content["best_floor"]), None)
     if best is not None:

@@ -170,7 +170,7 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, record in enumerate(table.to_dicts(), start=1):
             yield f"{file}, row {number}", record
         return
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"

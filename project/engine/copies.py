@@ -7,7 +7,7 @@ run can be served as it is, packed, in bfloat16 and in int8 at once, each for th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from torch import nn
@@ -22,19 +22,22 @@ def copied(module: Kind) -> Kind:
     return found
 
 
-def with_linears(module: Kind, make: Callable[[nn.Linear], nn.Module]) -> Kind:
+def with_linears(module: Kind, make: Callable[[nn.Linear], nn.Module], leave: Collection[str] = ()) -> Kind:
     """A module with other linear layers; what holds none is the module itself.
 
     Args:
         module: Stays as it is.
         make: Says what stands for a plain `nn.Linear`; layers of its subclasses stay.
+        leave: Names of children that stay, with all that they hold.
     """
     if not any(type(part) is nn.Linear for part in module.modules()):
         return module
     found = copied(module)
     for name, child in found._modules.items():
+        if name in leave:
+            continue
         if type(child) is nn.Linear:
             found._modules[name] = make(child)
         elif child is not None:
-            found._modules[name] = with_linears(child, make)
+            found._modules[name] = with_linears(child, make, leave)
     return found

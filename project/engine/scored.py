@@ -33,8 +33,8 @@ class Scored:
 
     @property
     def probabilities(self) -> Floats:
-        """(n,) clipped to [.001, .999]."""
-        found: Floats = probabilities(self.logits)
+        """(n,) clipped to [.001, .999]; NaN where the request could not be scored."""
+        found: Floats = self.logits if self.error is not None else probabilities(self.logits)
         return found
 
 

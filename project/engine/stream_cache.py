@@ -147,7 +147,3 @@ class StreamCache:
         self._kept[user] = stream
         while sum(len(s.stream) for s in self._kept.values()) > self.capacity:
             self._kept.popitem(last=False)
-
-    def clear(self) -> None:
-        """Forget everyone."""
-        self._kept.clear()

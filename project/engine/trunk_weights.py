@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", bound=nn.Module)
 
 Weights = Literal["float32", "bfloat16", "int8"]
+ADAPTERS = "lora_A", "lora_B"  # peft reads their weights' type, and they are small
 
 
 def with_weights(module: ExitRecommender, weights: Weights | None) -> ExitRecommender:
@@ -33,7 +34,7 @@ def with_weights(module: ExitRecommender, weights: Weights | None) -> ExitRecomm
     Args:
         module: With its trunk, not packed yet (`project.engine.packed`): packed products would stay as they are.
         weights: Their type. bfloat16 is for embeddings, linear layers and norms, and hidden states follow; int8 is for
-            linear layers alone. None, or the type they have: the module itself.
+            linear layers alone, adapters excepted. None, or the type they have: the module itself.
 
     Raises:
         ConfigError: int8 for a trunk that is not float32 on a CPU; another type for one that is cut over processes.
@@ -57,7 +58,7 @@ def with_weights(module: ExitRecommender, weights: Weights | None) -> ExitRecomm
     found = copied(module)
     trunk = module.trunk
     found.trunk = (
-        with_linears(trunk, Int8Linear)
+        with_linears(trunk, Int8Linear, leave=ADAPTERS)
         if weights == "int8"
         else _converted(trunk, getattr(torch, str(weights)))
     )

@@ -35,10 +35,12 @@ class AskedScores:
         scores: Score table of m candidates, as `score_every_head` makes it. Where its column `user` is filled in, a
             criterion that learns scores every candidate by a fit that saw no row of its user.
         features: (m, F) their counting features.
+        seed: The run's, which drew the requests.
     """
 
     scores: pl.DataFrame
     features: Floats
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not len(self.scores) or len(self.scores) != len(self.features):

@@ -69,7 +69,8 @@ def calibrate(
         DataError: A fold is empty, one class, NaN logits, heads that are all equal, users in two folds.
         ConfigError: A second certificate on the same fold.
     """
-    ledger = CertificateLedger(previous).admit(asked_of_fold(settings), protocol_hash)
+    decisive = asked_of_fold(settings) | ({} if asked is None else {"seed_everything": asked.seed})
+    ledger = CertificateLedger(previous).admit(decisive, protocol_hash)
     check_folds(scores, ("tune", "certify"))
     fold = {f: (scores["fold"] == f).to_numpy() for f in ("tune", "certify")}
     table = {f: scores.filter(chosen) for f, chosen in fold.items()}

@@ -62,12 +62,6 @@ def request_cost(
     return own + deepest * shared
 
 
-def speedup(full: Tensor, policy: Tensor) -> float:
-    """Token-layers at full depth over the policy's, both summed; inf where the policy runs none."""
-    spent = float(policy.sum())
-    return float(full.sum()) / spent if spent else float("inf")
-
-
 def mean_depth(layer: Tensor) -> float:
     """Mean layer at which candidates leave: to be reported, never called a speed-up; 0 without rows."""
     return float(layer.double().mean()) if layer.numel() else 0.0

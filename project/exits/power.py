@@ -5,13 +5,14 @@ known exactly and "broken" is a fact, not an estimate. `naive` takes the fastest
 is within epsilon, as picking on validation does; `clipped` is Learn-then-Test on losses cut at 0 (Hoeffding-Bentkus).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from project.errors import ConfigError
 from project.exits import betting
 from project.exits.certify import last_that_passed
 from project.exits.risks import Floats
@@ -97,8 +98,11 @@ def power_table(draws: int = 1000, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def print_power_table(draws: int = 1000) -> None:
-    """Print `power_table`; 1,000 draws take about ten seconds."""
+def print_power_table(arguments: Sequence[str]) -> None:
+    """`power [DRAWS]` prints `power_table`; 1,000 draws, the default, take about ten seconds."""
+    if len(arguments) > 1 or not all(a.isdecimal() and int(a) > 0 for a in arguments):
+        raise ConfigError(f"power takes the number of draws, 1 or more; found {' '.join(arguments)}.")
+    draws = int(arguments[0]) if arguments else 1000
     table = Table(title=f"n = {ROWS:,}, epsilon {EPSILON}, delta {DELTA}, {draws:,} draws")
     for column in ("certifier", "promise broken", "speed-up (layers)", "share of naive"):
         table.add_column(column, justify="left" if column == "certifier" else "right")

@@ -18,7 +18,7 @@ from example_variant import write_variant
 
 from project.ablations import runs, verb
 from project.ablations.runs import FINISHED, FitFailed, exit_status
-from project.ablations.settings import Variant
+from project.ablations.settings import Variant, read_list
 from project.artefacts import write_json
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +157,22 @@ def test_a_process_that_fails(trainer: Trainer, monkeypatch: pytest.MonkeyPatch)
     assert said["trainer"]["limit_train_batches"] == 5
     assert said["trainer"]["logger"][0]["init_args"] == {"save_dir": "runs/ablation-losses", "name": "linear"}
     assert runs.finished_run(variant, folder) is None
+
+
+def test_a_file_that_changes_meanwhile(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is marked with what it was started with; where its files say something else in the end, it is no row."""
+
+    def start(command: list[str], output: IO[str]) -> int:
+        write_variant(Path("runs/ablation-losses/linear/version_0"))
+        Path("runs/ablation-losses/linear/latest").symlink_to("version_0")
+        Path("base.yaml").write_text("trainer: {max_epochs: 2}\n")
+        return 0
+
+    monkeypatch.setattr(runs, "exit_status", start)
+    variant = read_list(Path("losses.yaml")).variants[1]
+    with pytest.raises(FitFailed, match="a file that defines linear was changed while it trained"):
+        runs.fit(variant, Path("runs/ablation-losses/linear"))
+    assert not Path("runs/ablation-losses/linear/version_0", FINISHED).exists()
 
 
 def test_sigterm_ends_the_training(tmp_path: Path) -> None:

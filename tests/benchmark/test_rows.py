@@ -113,6 +113,9 @@ def test_row(clock: Clock) -> None:
     assert (low, high) == pytest.approx((2 / 7, 2 / 3))  # rounds of 3, 7 and 3 s
     assert (row["dtype"], row["gflops_ceiling"]) == ("float32", 100)
     assert side_row(slow, against, asked, module, 0.0)["measured_speedup"] == pytest.approx(2 / 8)
+    counting = Against(full, full, None, Limits(100.0, 10.0, 1.0))
+    unrivalled = side_row(early, counting, asked, module, prepare_ms=500.0)["speedup_over_rival"]
+    assert unrivalled == {"value": None, "interval": None}  # counting runs no layer
 
 
 def test_how_near_to_the_limit(clock: Clock) -> None:

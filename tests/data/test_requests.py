@@ -103,6 +103,15 @@ def test_unreadable_parquet(tiny_logs: Path, tmp_path: Path) -> None:
         read_requests(str(tmp_path / "requests.parquet"), read_split(tiny_logs, Protocol()).interactions)
 
 
+def test_a_line_ends_at_its_newline_only(tiny_logs: Path, tmp_path: Path) -> None:
+    """What Unicode calls a line's end may stand in a text, as JSON allows; a file may come from Windows."""
+    record = {"request_id": "a\u2028b\x85c", "user_id": "u1", "candidates": ["i1"]}
+    file = tmp_path / "requests.jsonl"
+    file.write_bytes((json.dumps(record, ensure_ascii=False) + "\r\n").encode())
+    found = read_requests(str(file), read_split(tiny_logs, Protocol()).interactions)
+    assert [r.request_id for r in found.requests] == ["a\u2028b\x85c"]
+
+
 def test_parquet_equals_jsonl(tiny_logs: Path, tmp_path: Path) -> None:
     """The same requests from Parquet and JSONL are equal; a new item gets a code after the known ones."""
     logs = read_split(tiny_logs, Protocol()).interactions

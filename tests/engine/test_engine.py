@@ -201,6 +201,7 @@ def test_unusable_requests_cost_the_others_nothing(world: World) -> None:
     assert "no token" in str(texts[4])
     assert "exit 0 of shape (1,)" in str(texts[5])
     assert all(np.isnan(scores.requests[i].logits).all() for i in (2, 3, 4, 5))
+    assert all(np.isnan(scores.requests[i].probabilities).all() for i in (2, 3, 4, 5))
     with torch.no_grad():
         layer, logit = plan.emitted(plan.calibrated(raw_outputs(world.module, bare)))
     np.testing.assert_array_equal(scores.requests[7].exit_layers, layer.numpy())

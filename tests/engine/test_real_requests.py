@@ -248,8 +248,8 @@ def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., 
     run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1")
     rows = read_result(fitted / "results" / "benchmark.json")["rows"]
     assert {(r["candidates"], r["stream"]) for r in rows} == {
-        (n, s) for n in (1, 8, 64, 256) for s in ("cold", "warm")
-    }
+        (n, s) for n in (1, 8) for s in ("cold", "warm")
+    }  # there are 20 items
     for row in rows:
         if row["engine"] == "packed" and row["dtype"] == "float32":
             assert (row["measured_speedup"], row["token_layer_speedup"], row["efficiency"]) == (1, 1, 1)

@@ -270,12 +270,20 @@ def test_company_hardly_matters(world: World, weights: Weights) -> None:
     np.testing.assert_allclose(few, whole.requests[2].logits[[5, 3]], atol=0.1 * spread)
 
 
-def test_adapters_are_converted_too() -> None:
-    """A trunk with LoRA adapters scores in bfloat16 as in float32, to rounding; no parameter is left behind."""
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_a_trunk_with_adapters(weights: Weights) -> None:
+    """With LoRA it scores as in float32, to rounding; in bfloat16 no parameter is left behind, in int8 adapters are."""
     module = make_adapted(std=0.02)
-    found = with_weights(module, "bfloat16")
+    found = with_weights(module, weights)
     assert found.trunk is not None
-    assert {p.dtype for p in found.trunk.parameters()} == {torch.bfloat16}
+    if weights == "bfloat16":
+        assert {p.dtype for p in found.trunk.parameters()} == {torch.bfloat16}
+    else:
+        kinds = {name: type(part) for name, part in found.trunk.named_modules()}
+        left = [name for name, kind in kinds.items() if kind is torch.nn.Linear]
+        assert left
+        assert all(".lora_" in name for name in left)
+        assert Int8Linear in kinds.values()
     request = random_request(np.random.default_rng(0), "r", 5, 8)
     with torch.no_grad():
         exact, rounded = (raw_outputs(m, request) for m in (module, found))

@@ -92,6 +92,16 @@ def test_it_is_what_calibrate_chooses(valid: Any, asked: Any) -> None:
     assert thresholds(budget_plan(turned, valid[1], settings(), *asked)) == thresholds(plan)
 
 
+def test_other_requests_are_another_try(valid: Any, asked: Any) -> None:
+    """A seed draws the requests that thresholds are priced on, so with another one the same fold is asked again."""
+    wanted = settings(candidates=8)
+    first = calibrate(*valid, wanted, "hash", asked=budget.AskedScores(*asked, seed=0)).document
+    again = calibrate(*valid, wanted, "hash", first, budget.AskedScores(*asked, seed=0)).document
+    assert again["ledger"] == first["ledger"]
+    with pytest.raises(ConfigError, match=r"seed_everything 0 -> 1.*voids delta"):
+        calibrate(*valid, wanted, "hash", first, budget.AskedScores(*asked, seed=1))
+
+
 def test_every_price_has_its_plan(valid: Any, asked: Any) -> None:
     """The plan of a price is never dearer by that price than the plans of the other prices.
 

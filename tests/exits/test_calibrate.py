@@ -22,6 +22,7 @@ from project.exits.criteria import Consistency, Ratio
 from project.exits.plan import ExitPlan
 from project.exits.policies import Policy
 from project.exits.settings import ExitSettings
+from project.metrics import probabilities
 
 ROWS = 900
 FEATURES = np.random.default_rng(5).normal(size=(ROWS, 3))
@@ -188,10 +189,28 @@ def test_plans_travel_with_a_checkpoint(scores: pl.DataFrame) -> None:
     assert Plans.from_state(old).certified is None
     assert thresholds(Plans.from_state(old).plan) == thresholds(found.plan)
     rows = PlannedRows(plans.plan, scores, FEATURES, "cold", draws=2)
-    summary = plans.summary(rows, "score_drift")
+    summary = plans.summary(rows, ("score_drift", "users"))
     assert set(summary["certified"]) == set(summary["without_exit_0"]) | {"risk"}
     assert summary["certified"]["mean_depth"] < summary["mean_depth"]
     assert Plans.from_state(old).summary(rows)["certified"] is None
+
+
+def test_the_risk_is_of_the_certificates_unit(scores: pl.DataFrame) -> None:
+    """Of users: the mean over users of their rows' means; of rows: over rows. Users have uneven rows here."""
+    loose = CertificateSettings(risk="score_drift", epsilon=0.4)
+    plan = calibrate(scores, FEATURES, settings(certificate=loose), "hash").certified
+    assert plan is not None
+    first = scores["user"] == scores["user"][0]
+    uneven = np.flatnonzero((first | (scores["row_id"] % 3 == 0)).to_numpy())
+    rows = PlannedRows(plan, scores[uneven], FEATURES[uneven], "cold", draws=20)
+    full = rows.calibrated[:, -1]
+    losses = np.abs(probabilities(rows.logit) - probabilities(full))
+    by_user = [losses[rows.users == user].mean() for user in np.unique(rows.users)]
+    assert rows.risk("score_drift", "rows")["value"] == pytest.approx(losses.mean())
+    found = rows.risk("score_drift", "users")
+    assert found["value"] == pytest.approx(np.mean(by_user))
+    assert found["value"] != pytest.approx(losses.mean(), rel=1e-3)
+    assert found["interval"][0] < found["value"] < found["interval"][1]
 
 
 def test_too_few_to_certify(scores: pl.DataFrame) -> None:

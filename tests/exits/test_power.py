@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from project.errors import ConfigError
 from project.exits.power import EPSILON, EXITS, exit_table, power_table, print_power_table, threshold_steps
 
 
@@ -39,7 +40,14 @@ def test_wsr_keeps_the_promise_and_the_speed():
 
 def test_printed(capsys):
     """The command's table names every certifier."""
-    print_power_table(draws=3)
+    print_power_table(["3"])
     text = capsys.readouterr().out
     for name in ("naive", "wsr", "hoeffding_bentkus", "clipped", "n = 1,000"):
         assert name in text
+
+
+@pytest.mark.parametrize("arguments", [["x"], ["0"], ["-1"], ["3", "4"]], ids=str)
+def test_bad_draws(arguments):
+    """What is no number of draws is said in one line."""
+    with pytest.raises(ConfigError, match=f"number of draws, 1 or more; found {' '.join(arguments)}"):
+        print_power_table(arguments)
