@@ -7,6 +7,7 @@ its layer, the price that the field optimises, kept for comparison.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from project.errors import DataError
 from project.exits.calibration import fit_calibration
 from project.exits.criteria import Criterion, FoldCriteria, safety_table
 from project.exits.outputs import HeadOutputs
-from project.exits.path import Path, drop_bounds, pick_budget, threshold_path
+from project.exits.path import BudgetNotKept, Path, drop_bounds, pick_budget, threshold_path
 from project.exits.plan import ExitPlan, Floats, raw_outputs
 from project.exits.policies import Policy
 from project.exits.settings import ExitSettings
@@ -74,7 +75,12 @@ class TuneFold:
         prior: Whether exit 0 is a head.
         asked: Candidates that are paid for; None pays for the rows.
         by_depth: Every candidate costs its layer, whatever its tokens.
-        criterion: The one criterion that is considered; None: those of the settings.
+        criterion: The one criterion that is considered; None: those of the settings. One that cannot keep the budget is
+            no curve.
+        shown: For comparison only: where nobody keeps the budget, everyone's fastest step.
+
+    Raises:
+        BudgetNotKept: Nobody keeps the budget.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class TuneFold:
         asked: AskedScores | None = None,
         by_depth: bool = False,
         criterion: Criterion | None = None,
+        shown: bool = False,
     ) -> None:
         self.settings, self.prior = settings, prior
         self.labels, self.users = scores["label"].to_numpy(), scores["user"].to_numpy()
@@ -105,7 +112,7 @@ class TuneFold:
             if not asked.scores["user"].null_count():
                 self._asked_users = asked.scores["user"].to_numpy()
         criteria = settings.criteria() if criterion is None else [criterion]
-        self.curves = [self._curve(deepcopy(c)) for c in criteria]
+        self.curves = self._curves(criteria, shown)
         self.rival = self.outputs.layers[rival_depth(self.outputs.logits, self.labels)]
         forced = criterion is not None or settings.criterion is not None
         self.best = self.curves[0] if forced else max(self.curves, key=self._worth)
@@ -119,7 +126,20 @@ class TuneFold:
     def _calibrated(self, raw: HeadOutputs) -> HeadOutputs:
         return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence, raw.drift)
 
-    def _curve(self, criterion: Criterion) -> Curve:
+    def _curves(self, criteria: Sequence[Criterion], shown: bool) -> list[Curve]:
+        found, reason = list[Curve](), None
+        for criterion in criteria:
+            try:
+                found.append(self._curve(deepcopy(criterion)))
+            except BudgetNotKept as error:
+                reason = error
+        if reason is not None and not found:
+            if not shown:
+                raise reason
+            found = [self._curve(deepcopy(criterion), fastest=True) for criterion in criteria]
+        return found
+
+    def _curve(self, criterion: Criterion, fastest: bool = False) -> Curve:
         fresh = deepcopy(criterion)
         criterion.fit(self.outputs)
         safety, paid = self._safety(criterion, fresh)
@@ -132,6 +152,8 @@ class TuneFold:
             stream=self.settings.stream,
             asked=None if self.asked is None or paid is None else self.asked.with_safety(paid),
         )
+        if fastest:
+            return Curve(criterion, path, len(path.steps) - 1)
         bounds, doubt = None, self.settings.budget_doubt
         if doubt < 0.5 and self.settings.max_auc_drop is not None:
             bounds = drop_bounds(path, safety, self.outputs.logits, self.labels, self.users, doubt)

@@ -75,7 +75,14 @@ def calibrate(
     fold = {f: (scores["fold"] == f).to_numpy() for f in ("tune", "certify")}
     table = {f: scores.filter(chosen) for f, chosen in fold.items()}
     by_prior = {
-        prior: TuneFold(table["tune"], features[fold["tune"]], settings, prior == "counting", asked)
+        prior: TuneFold(
+            table["tune"],
+            features[fold["tune"]],
+            settings,
+            prior == "counting",
+            asked,
+            shown=prior != settings.prior,
+        )
         for prior in ("counting", "none")
     }
     tune = by_prior[settings.prior]

@@ -173,6 +173,10 @@ def _check(safety: Tensor, labels: ArrayLike, layers: Sequence[int]) -> None:
         )
 
 
+class BudgetNotKept(ConfigError):
+    """No step of a path keeps the budget."""
+
+
 def pick_budget(
     path: Path,
     max_auc_drop: float | None = None,
@@ -190,7 +194,8 @@ def pick_budget(
         bounds: Upper bound of each step's drop, see `drop_bounds`: it must keep `max_auc_drop` too.
 
     Raises:
-        ConfigError: No budget, one out of range, or one that no step keeps.
+        ConfigError: No budget, or one out of range.
+        BudgetNotKept: One that no step keeps.
     """
     if max_auc_drop is None and max_cost is None:
         raise ConfigError(
@@ -215,7 +220,7 @@ def pick_budget(
         )
     ]
     if not kept:
-        raise ConfigError(
+        raise BudgetNotKept(
             f"no exit policy keeps exits.max_cost {max_cost} and exits.max_auc_drop {max_auc_drop}: the fastest costs "
             f"{path[-1].cost:.3f} of full depth and drops {path[-1].auc_drop:.4f} of AUC; raise one of them"
         )

@@ -145,6 +145,24 @@ def test_learned_safety_of_candidates_is_out_of_sample(
     assert seen[2:] == [tune]
 
 
+def test_who_cannot_keep_the_budget_is_left_out(valid: Any) -> None:
+    """A cost that one criterion keeps is enough, also where without exit 0 nobody does; who decides must keep it.
+
+    Layer 2 of 12 with the stream is a sixth of full depth at least, so a cost of .1 takes exit 0; consistency needs two
+    heads that agree.
+    """
+    tight = {"max_cost": 0.1, "max_auc_drop": 0.5}
+    both = settings(compare=[Ratio(), Consistency()], **tight)
+    found = calibrate(*valid, both, "hash")
+    assert thresholds(found.plan) == thresholds(budget_plan(*valid, settings(compare=[Ratio()], **tight)))
+    assert [policy["criterion"] for policy in found.document["policies"]] == ["ratio"]
+    assert found.document["priors"]["counting"]["chosen"]["cost"] <= 0.1
+    fastest = found.document["priors"]["none"]["chosen"]
+    assert fastest["cost"] > 0.1
+    with pytest.raises(ConfigError, match=r"keeps exits\.max_cost"):
+        calibrate(*valid, settings(compare=[Consistency()], **tight), "hash")
+
+
 def test_what_cannot_be_priced(valid: Any, asked: Any) -> None:
     """No rows of tune, features without scores, features of other rows, no candidate, a budget out of reach."""
     scores, features = valid
