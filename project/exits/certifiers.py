@@ -16,10 +16,10 @@ from project.errors import ConfigError
 from project.exits import betting
 from project.exits.risks import Floats, Risk, auc_gap, find_risk, pair_losses, row_pairings, user_pairings
 
-Unit = Literal["users", "rows", "requests"]
+Unit = Literal["users", "rows"]
 CERTIFIERS = {"rows": ("wsr", "hoeffding_bentkus"), "pairs": ("averaged_e_values", "delong")}
 """Certifiers by what the losses are of, the default first; losses of requests take those of rows."""
-UNITS = {"rows": ("users", "rows"), "pairs": ("users", "rows"), "requests": ("requests",)}
+UNITS = {"rows": ("users", "rows"), "pairs": ("users", "rows"), "requests": ("users",)}
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class CertificateSettings:
         risk: score_drift, score_drift_squared, disagreement, log_loss_gap, brier_gap, auc_gap or overlap_loss.
         epsilon: Largest risk allowed, above 0 and below the risk's highest value.
         delta: Chance that the promise may be broken, above 0 and at most 0.5.
-        unit: users (each user one loss: the safe one), rows (assumes independent rows) or, for overlap_loss,
-            requests.
+        unit: users (each user one loss: the safe one) or rows (assumes independent rows; not for overlap_loss).
         certifier: wsr or hoeffding_bentkus; averaged_e_values or delong (asymptotic) for auc_gap. None: the first.
         pairings: Random pairings that averaged_e_values averages over.
         seed: Seed of the order of the units and of the pairings.

@@ -64,7 +64,7 @@ class Certificate:
 
     def in_words(self) -> str:
         """One or two sentences for a report."""
-        units = f"{self.n:,} {self.unit}" + ("" if self.unit == "users" else ", assumed independent")
+        units = f"{self.n:,} {self.unit}" + (", assumed independent" if self.unit == "rows" else "")
         basis = f"{units}; {self.certifier}, {self.kind}"
         estimate = "unknown" if self.estimate is None else f"{self.estimate:.4g}"
         if self.path_step == 0:

@@ -26,10 +26,11 @@ class RankSettings:
     Args:
         requests: Catalogue requests of the tune fold, and as many of test.
         candidates: Candidates of a request.
-        certify: Catalogue requests of the certify fold behind the certificate; 0 makes none.
+        certify: Catalogue requests of the certify fold behind the certificate, whose users are counted, not the
+            requests: those of one user are alike; 0 makes none.
         lists: Lengths k of the list that is wanted.
         overlap: Least mean overlap@k with full depth on `tune` of the policies that are chosen.
-        epsilon: Certificate: largest mean loss of overlap.
+        epsilon: Certificate: largest loss of overlap, as a mean over users, each counting once.
         delta: Certificate: chance that any of its promises, one for each k, may be broken.
         labelled_minimum: Users with so many rated items in a part are asked about these, for precision and GAUC.
     """
@@ -69,7 +70,7 @@ class RankSettings:
     def certificate(self) -> CertificateSettings:
         """What is promised of each list: delta is shared out among them, so that all promises hold together."""
         return CertificateSettings(
-            risk="overlap_loss", epsilon=self.epsilon, delta=self.delta / len(self.lists), unit="requests"
+            risk="overlap_loss", epsilon=self.epsilon, delta=self.delta / len(self.lists)
         )
 
     def workloads(self, data: InteractionData) -> dict[str, Workload]:

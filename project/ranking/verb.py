@@ -26,6 +26,7 @@ from project.errors import ConfigError, NotFittedError
 from project.exits.calibration import Calibration
 from project.exits.certify import certify_losses
 from project.exits.ledger import CertificateLedger
+from project.exits.risks import user_means
 from project.ranking.judge import ScoredRequests, overlaps, policies, policy_row
 from project.ranking.settings import REPORTED, RankSettings
 from project.ranking.table import rank_table
@@ -109,7 +110,7 @@ def rank_rows(parts: dict[str, ScoredRequests], settings: RankSettings) -> dict[
         if settings.certify:
             asked = parts["catalogue/certify"]
             kept = overlaps(asked, top_k.decide(asked), full.decide(asked), k)
-            losses = np.stack([np.zeros_like(kept), 1.0 - kept])
+            losses = user_means(np.stack([np.zeros_like(kept), 1.0 - kept]), asked.user)
             found = certify_losses(losses, settings.certificate())
             certificates.append({"k": k, "policy": "top_k"} | found.to_dict() | {"words": found.in_words()})
     return {"requests": rows, "certificate": certificates}

@@ -66,7 +66,7 @@ class TestWalk:
         """800 losses of 0 before 200 of 1, mean .2: read in this order capital would soar first; shuffled it fails."""
         losses = np.zeros((2, 1000))
         losses[1, 800:] = 1
-        assert not certify_losses(losses, CertificateSettings("overlap_loss", unit="requests")).passed
+        assert not certify_losses(losses, CertificateSettings("overlap_loss")).passed
 
     def test_nothing_passes(self):
         """Ten users cannot show .05: no step, and the need of losses of 0.01 is said; with as many it passes."""
@@ -186,7 +186,7 @@ class TestBadInput:
         with pytest.raises(DataError, match="step 0"):
             certify_losses([[0.0, 0.1]], settings)
         with pytest.raises(ConfigError, match="overlap_loss is a risk of ranking requests"):
-            certify([full], full, None, users, CertificateSettings("overlap_loss", unit="requests"))
+            certify([full], full, None, users, CertificateSettings("overlap_loss"))
 
 
 class TestLedger:
