@@ -36,6 +36,7 @@ from project.exits.settings import ExitSettings
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData
+    from project.data.splits import SplitInteractions
     from project.model.module import ExitRecommender
 
 ROUNDS = 3  # fewer say nothing about spread
@@ -73,7 +74,7 @@ def run_engine(
             "benchmark --only engine needs --ckpt_path, a calibrated run's checkpoint; found none. `fit` writes one."
         )
     data.prepare_data()
-    kept = _filled(sizes, data.split.interactions.items.height)
+    wanted = _possible(sizes, data.split)
     plans = load_run(model, data.tokenizer, checkpoint)
     model.to(device)  # not before: the trunk was just made
     worth = RunWorth(model, data, folder, plans, settings)
@@ -81,9 +82,7 @@ def run_engine(
     bench = Bench(model, worth, asked, device)
     for hint in bench.hints():
         Console().print(hint)
-    tested = data.split.rows.filter((pl.col("split") == "test") & (pl.col("role") == "target"))
-    longest = int(tested["hist"].max() or 0)  # type: ignore[arg-type]
-    wanted, rows = [c for c in cases(kept) if (c.history or 0) <= longest], list[dict[str, Any]]()
+    rows = list[dict[str, Any]]()
     for case in wanted:
         units, prepare_ms = sample(model, data, case)
         rows += [
@@ -96,8 +95,9 @@ def run_engine(
     return result | {"rows": rows}
 
 
-def _filled(sizes: Sequence[int], items: int) -> list[int]:
-    """The sizes that a catalogue of so many items can fill; says which it cannot."""
+def _possible(sizes: Sequence[int], split: SplitInteractions) -> list[Case]:
+    """The workloads that catalogue and histories of test can fill; says which sizes they cannot."""
+    items = split.interactions.items.height
     kept = [size for size in sizes if 1 <= size <= items]
     if not kept:
         raise ConfigError(
@@ -106,7 +106,9 @@ def _filled(sizes: Sequence[int], items: int) -> list[int]:
     if len(kept) < len(sizes):
         left_out = ", ".join(str(size) for size in sizes if size not in kept)
         Console().print(f"no requests of {left_out} candidates: the catalogue has {items} items.")
-    return kept
+    tested = split.rows.filter((pl.col("split") == "test") & (pl.col("role") == "target"))
+    longest = int(tested["hist"].max() or 0)  # type: ignore[arg-type]
+    return [case for case in cases(kept) if (case.history or 0) <= longest]
 
 
 def sample(model: ExitRecommender, data: InteractionData, case: Case) -> tuple[list[Unit], float]:

@@ -127,19 +127,23 @@ class TuneFold:
         return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence, raw.drift)
 
     def _curves(self, criteria: Sequence[Criterion], shown: bool) -> list[Curve]:
-        found, reason = list[Curve](), None
-        for criterion in criteria:
+        paths = [self._path(deepcopy(criterion)) for criterion in criteria]
+        kept, reason = list[Curve](), None
+        for criterion, path, bounds in paths:
             try:
-                found.append(self._curve(deepcopy(criterion)))
+                step = pick_budget(path, self.settings.max_auc_drop, self.settings.max_cost, bounds)
             except BudgetNotKept as error:
                 reason = error
-        if reason is not None and not found:
-            if not shown:
-                raise reason
-            found = [self._curve(deepcopy(criterion), fastest=True) for criterion in criteria]
-        return found
+            else:
+                kept.append(Curve(criterion, path, step))
+        if reason is None or kept:
+            return kept
+        if not shown:
+            raise reason
+        return [Curve(criterion, path, len(path.steps) - 1) for criterion, path, _ in paths]
 
-    def _curve(self, criterion: Criterion, fastest: bool = False) -> Curve:
+    def _path(self, criterion: Criterion) -> tuple[Criterion, Path, list[float] | None]:
+        """The criterion, fitted; its path; and an upper bound of each step's drop where the budget asks for one."""
         fresh = deepcopy(criterion)
         criterion.fit(self.outputs)
         safety, paid = self._safety(criterion, fresh)
@@ -152,13 +156,10 @@ class TuneFold:
             stream=self.settings.stream,
             asked=None if self.asked is None or paid is None else self.asked.with_safety(paid),
         )
-        if fastest:
-            return Curve(criterion, path, len(path.steps) - 1)
         bounds, doubt = None, self.settings.budget_doubt
         if doubt < 0.5 and self.settings.max_auc_drop is not None:
             bounds = drop_bounds(path, safety, self.outputs.logits, self.labels, self.users, doubt)
-        step = pick_budget(path, self.settings.max_auc_drop, self.settings.max_cost, bounds)
-        return Curve(criterion, path, step)
+        return criterion, path, bounds
 
     def _safety(self, criterion: Criterion, fresh: Criterion) -> tuple[Tensor, Tensor | None]:
         """Of the rows and of the candidates asked for, out of sample where the criterion learns.

@@ -74,15 +74,9 @@ def calibrate(
     check_folds(scores, ("tune", "certify"))
     fold = {f: (scores["fold"] == f).to_numpy() for f in ("tune", "certify")}
     table = {f: scores.filter(chosen) for f, chosen in fold.items()}
+    on_tune = table["tune"], features[fold["tune"]]
     by_prior = {
-        prior: TuneFold(
-            table["tune"],
-            features[fold["tune"]],
-            settings,
-            prior == "counting",
-            asked,
-            shown=prior != settings.prior,
-        )
+        prior: TuneFold(*on_tune, settings, prior == "counting", asked, shown=prior != settings.prior)
         for prior in ("counting", "none")
     }
     tune = by_prior[settings.prior]

@@ -23,7 +23,8 @@ class Reached(Exception):
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Arguments of `run_engine` for a catalogue of 20 items; it ends where measuring would begin."""
     model, items = nn.Module(), pl.DataFrame({"item": range(20)})
-    split = SimpleNamespace(interactions=SimpleNamespace(items=items))
+    rows = pl.DataFrame({"split": ["test"], "role": ["target"], "hist": [3]})
+    split = SimpleNamespace(interactions=SimpleNamespace(items=items), rows=rows)
 
     def load(model: nn.Module, *_: object) -> object:
         model.trunk = nn.Linear(2, 2)

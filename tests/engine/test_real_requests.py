@@ -260,3 +260,19 @@ def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., 
         assert row["gbytes_ceiling"] > 0
         assert 0 <= row["of_limit"] < 2
     assert sum(r["engine"] == "early_exit" for r in rows) >= 2 * 8
+
+
+def test_benchmark_times_lists(
+    fitted: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best one of eight, cold and warm: a list is as good as its overlap, and costs no more than full depth."""
+    monkeypatch.setattr("project.benchmark.policies.LISTS", (1,))
+    monkeypatch.setattr("project.benchmark.policies.OVERLAP", 0.0)
+    run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1", "--sizes", "[8]")
+    rows = read_result(fitted / "results" / "benchmark.json")["rows"]
+    lists = [row for row in rows if row["engine"] == "top_k"]
+    assert [(row["policy"], row["stream"]) for row in lists] == [("best 1", "cold"), ("best 1", "warm")]
+    for row in lists:
+        assert 0 <= row["overlap"] <= 1
+        assert row["auc"] is None
+        assert row["token_layer_speedup"] >= 1
