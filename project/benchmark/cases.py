@@ -33,9 +33,14 @@ class Case:
     plain: tuple[str, ...] = ()
 
     @property
+    def usual(self) -> bool:
+        """History as logged, requests one by one: where they get plans and lists of their own."""
+        return self.history is None and self.at_once == 1
+
+    @property
     def short(self) -> bool:
         """Whether only the sides that matter most are timed: the others say nothing new here, or take too long."""
-        return self.history is not None or self.at_once > 1 or self.candidates > 64
+        return not self.usual or self.candidates > 64
 
     @property
     def requests(self) -> int:

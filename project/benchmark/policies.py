@@ -121,14 +121,14 @@ class Bench:
         for name, plan in self._plans(case).items():
             runs = self._engine(RowExits(plan, self.device), cache)
             yield Side("early_exit", f"{name}: {plan.criterion}", runs, self.worth.adaptive(plan))
-        if case.history is None and case.at_once == 1:
+        if case.usual:
             yield from self._faster(units, cache, full)
 
     def _plans(self, case: Case) -> dict[str, ExitPlan]:
         """The run's own plan and others that its budget chooses, by name."""
         worth, plans = self.worth, self.worth.plans
         found: dict[str, ExitPlan | None] = {"budget": plans.plan}
-        if case.history is None and case.at_once == 1 and (case.candidates == 1 or not self.asked.no_tune):
+        if case.usual and (case.candidates == 1 or not self.asked.no_tune):
             asked = self.asked.features_of("tune", case.candidates)
             found["budget, cost of this request"] = worth.budget(case.stream, asked)
         if not case.short:
@@ -168,7 +168,7 @@ class Bench:
             yield Side("early_exit", f"budget: {plan.criterion}", early, known, weights=weights)
 
     def _lists(self, case: Case, cache: StreamCache | None) -> Iterator[Side]:
-        if case.history is not None or case.at_once > 1 or self.asked.no_tune:
+        if not case.usual or self.asked.no_tune:
             return
         for k in LISTS:
             if case.candidates > 4 * k and (found := self.asked.best(k, case.candidates, OVERLAP)):
