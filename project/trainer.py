@@ -104,7 +104,7 @@ class ProjectTrainer(Trainer):
         elif only == "retrieval":
             run_retrieval(datamodule, folder, seconds)
         else:
-            run_packing(model, datamodule, folder, seconds)
+            run_packing(model, datamodule, folder, seconds, self.strategy.root_device)
 
     def test(  # type: ignore[override]  # Lightning's, with a choice of weights
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,24 @@ def test_rows_and_certificate() -> None:
         assert loss < certificate["bound"] <= 0.1
 
 
+def test_how_many_were_asked_about() -> None:
+    """Rows and notes say how many candidates requests had, which a small catalogue may make fewer than were wanted."""
+    made = {f"{kind}/{part}": ScoredRequests.of(drifting(50, 30, 0)) for kind in ("catalogue", "labelled")
+            for part in ("tune", "test")}  # fmt: skip
+    short = ScoredRequests.of(drifting(50, 30, 0).slice(12))  # the first request has 18 of its 30
+    settings = RankSettings(lists=[3], candidates=64, certify=0)
+    result = rank_rows(made | {"catalogue/test": short}, settings)
+    found = {r["split"]: r["candidates"] for r in result["requests"]}
+    assert found == {"valid": [30, 30], "test": [18, 30]}
+    shown = result | {
+        "settings": asdict(settings),
+        "calibrated": False,
+        "protocol": {"name": "p", "hash": "h"},
+    }
+    assert "50 requests of 18 to 30 catalogue candidates" in render_rank(shown, "test")
+    assert "50 requests of 30 catalogue candidates" in render_rank(shown, "valid")
+
+
 def test_a_user_counts_once() -> None:
     """400 requests of 8 users are 8 users, whose mean losses say too little; the estimate is their mean."""
     made = {name: ScoredRequests.of(drifting(50, 30, seed)) for seed, name in enumerate(
@@ -257,7 +275,7 @@ def test_the_verb(
     result = json.loads((folder / "results" / "rank.json").read_text())
     assert result["verb"] == "rank"
     assert (result["layers"], result["calibrated"]) == ([0, 1, 3], True)
-    assert {(r["n_requests"], r["candidates"]) for r in result["requests"]} == {(12, 7)}
+    assert {(r["n_requests"], *r["candidates"]) for r in result["requests"]} == {(12, 7, 7)}
     for row in result["requests"]:
         if row["policy"] == "full_depth":
             assert row["overlap"] == row["depth_share"] == row["cost_cold"] == row["cost_warm"] == 1

@@ -2,6 +2,8 @@
 
 Packing: training steps (forward and backward) of the trunk on packed windows, against transformers' own model on one
 padded prompt per (user, candidate) with the same visible history.
+
+Unusual here: windows and prompts are made on the host as a loader would, inside the clock on both sides.
 """
 
 from __future__ import annotations
@@ -40,9 +42,13 @@ class _Side:
 
     rates: list[float] = field(default_factory=list)
 
-    def measure(self, step: Callable[[], int]) -> None:
+    def measure(self, step: Callable[[], int], device: torch.device) -> None:
         start = time.perf_counter()
         targets = step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(
+                device
+            )  # a step is done when the device is, not when the host has asked for it
         self.rates.append(targets / (time.perf_counter() - start))
 
     @property
@@ -81,7 +87,11 @@ def _pointwise_batches(streams: Streams, sampler: TrainSampler, batch_tokens: in
 
 
 def run_packing(
-    model: ExitRecommender, data: InteractionData, folder: Path, seconds: float
+    model: ExitRecommender,
+    data: InteractionData,
+    folder: Path,
+    seconds: float,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Training targets a second, packed against one prompt per (user, candidate), base model only.
 
@@ -90,7 +100,9 @@ def run_packing(
         data: Prompts and window size.
         folder: Run folder of the result file.
         seconds: About how long to measure.
+        device: Where both sides run.
     """
+    device = torch.device(device)
     data.prepare_data()
     streams = data.streams("train")
     name = resolve_model(model.backbone)
@@ -101,13 +113,15 @@ def run_packing(
     if model.numbers:
         trunk.learn_numbers()
         base.embed_tokens = NumberEmbedding(base.embed_tokens)
+    trunk.to(device)
+    base.to(device)
     sampler = TrainSampler(streams, data.context_tokens, data.batch_tokens, data.seed, 0, 1)
     packed_windows = cycle(sampler)
     pointwise = _pointwise_batches(streams, sampler, data.batch_tokens)
 
     sides = {"packed": _Side(), "pointwise": _Side()}
     steps: dict[str, Callable[[], int]] = {
-        "packed": lambda: _packed_step(trunk, pack(streams, next(packed_windows))),
+        "packed": lambda: _packed_step(trunk, pack(streams, next(packed_windows)).to(device)),
         "pointwise": lambda: _pointwise_step(base, next(pointwise)),
     }
     for step in steps.values():
@@ -115,7 +129,7 @@ def run_packing(
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(sides["packed"].rates) < ROUNDS:
         for side, step in steps.items():
-            sides[side].measure(step)
+            sides[side].measure(step, device)
     result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
     result["packing"] = _figures(sides["packed"], sides["pointwise"]) | {
         "layers": model.depth,
@@ -153,8 +167,9 @@ def _packed_step(trunk: Trunk, batch: Batch) -> int:
 def _pointwise_step(base: Any, prompts: list[Any]) -> int:
     lengths = torch.tensor([len(p) for p in prompts])
     tokens = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(p) for p in prompts], batch_first=True)
-    mask = torch.arange(tokens.shape[1])[None] < lengths[:, None]
-    hidden = base(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    mask = (torch.arange(tokens.shape[1])[None] < lengths[:, None]).long()
+    read = {"input_ids": tokens.to(base.device), "attention_mask": mask.to(base.device)}
+    hidden = base(**read, use_cache=False).last_hidden_state
     hidden[torch.arange(len(prompts)), lengths - 1].square().mean().backward()
     base.zero_grad()
     return len(prompts)

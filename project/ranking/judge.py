@@ -239,12 +239,13 @@ def policy_row(
         k: Length of the list.
 
     Returns:
-        policy, parameter, k, overlap and its interval (users resampled), mean_depth in layers and as a share of full
+        policy, parameter, k, candidates (fewest and most of a request: a small catalogue cannot fill them all), overlap
+        and its interval (users resampled), mean_depth in layers and as a share of full
         depth, cost_cold and cost_warm as shares of full depth's token-layers, precision, gauc (mean AUC inside a
         request, weighted by its candidates), n_requests, n_labelled.
     """
     ranking, whole = policy.decide(catalogue), full.decide(catalogue)
-    overlap = overlaps(catalogue, ranking, whole, k)
+    overlap, counts = overlaps(catalogue, ranking, whole, k), torch.bincount(catalogue.request)
     interval = UserBootstrap(catalogue.user, DRAWS).ratio_interval(overlap, np.ones_like(overlap))["interval"]
     depth = float(torch.tensor(catalogue.outputs.layers)[ranking.exits].double().mean())
     cost = {
@@ -257,6 +258,7 @@ def policy_row(
         "policy": policy.name,
         "parameter": policy.parameter,
         "k": k,
+        "candidates": [int(counts.min()), int(counts.max())],
         "overlap": float(overlap.mean()),
         "overlap_interval": interval,
         "mean_depth": depth,

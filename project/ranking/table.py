@@ -62,8 +62,10 @@ def _notes(result: Result, split: str) -> list[str]:
     first, settings = shown[0], result["settings"]
     scores = "calibrated" if result["calibrated"] else "uncalibrated"
     fold = "" if split == "test" else f", fold {first['fold']}"
+    fewest, most = first["candidates"]
+    candidates = str(most) if fewest == most else f"{fewest} to {most}"
     return [
-        f"{split}{fold}: {first['n_requests']} requests of {first['candidates']} catalogue candidates for overlap, "
+        f"{split}{fold}: {first['n_requests']} requests of {candidates} catalogue candidates for overlap, "
         f"depth and cost (token-layers as a share of full depth's); {first['n_labelled']} requests over rated items "
         f"for precision and GAUC; {scores} scores. Policies with a parameter are the fastest whose overlap on tune is "
         f">= {settings['overlap']:g}.",

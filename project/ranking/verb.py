@@ -106,7 +106,7 @@ def rank_rows(parts: dict[str, ScoredRequests], settings: RankSettings) -> dict[
             about = {"split": "test"} if part == "test" else {"split": "valid", "fold": part}
             for policy in (full, top_k, *others):
                 row = policy_row(policy, full, parts[f"catalogue/{part}"], parts[f"labelled/{part}"], k)
-                rows.append(about | row | {"candidates": settings.candidates})
+                rows.append(about | row)
         if settings.certify:
             asked = parts["catalogue/certify"]
             kept = overlaps(asked, top_k.decide(asked), full.decide(asked), k)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from project.data.protocol import Protocol
 from project.data.readers import TableLogs
 from project.data.streams import Streams
 from project.model.module import ExitRecommender
+from project.model.trunk import Trunk
 from project.retrieval import ItemKNN
 
 CONTEXT_TOKENS, BATCH_TOKENS = 128, 512
@@ -117,6 +119,26 @@ def test_run_packing(
     assert f"x{packing['ratio']} (median of {packing['rounds']} rounds" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_both_sides_run_on_the_device(
+    data: InteractionData, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trunk, rival and windows are where the benchmark was told to run; "meta" stands in for a GPU."""
+    seen = set[str]()
+
+    def packed_step(trunk: Trunk, batch: Batch) -> int:
+        seen.update(t.device.type for t in [*trunk.parameters(), batch.tokens, batch.slots])
+        return len(batch.label)
+
+    def pointwise_step(base: Any, prompts: list[Any]) -> int:
+        seen.update(p.device.type for p in base.parameters())
+        return len(prompts)
+
+    monkeypatch.setattr(benchmark, "_packed_step", packed_step)
+    monkeypatch.setattr(benchmark, "_pointwise_step", pointwise_step)
+    run_packing(ExitRecommender(str(tiny_model), [1, 3]), data, tmp_path, seconds=0.0, device="meta")
+    assert seen == {"meta"}
 
 
 def test_verb(run: Callable[..., None], tiny_config: Callable[..., Path], tmp_path: Path) -> None:
