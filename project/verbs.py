@@ -28,6 +28,7 @@ from project.errors import ConfigError
 from project.floors import best_floor, fit_floors, floor_rows
 from project.headlines import render_headlines
 from project.kept_floors import KeptFloors
+from project.model.checkpoint import check_origin
 from project.model.heads import heads_digest
 from project.peers import LEFT_OUT, peers_installed
 from project.ranking.table import render_rank
@@ -108,7 +109,7 @@ def run_calibrate(
         scores = model.scores
         assert scores is not None
     else:
-        model.check_exit_layers(checkpoint)
+        check_origin(checkpoint, model.exit_layers, model.backbone)
         model.prior.copy_(checkpoint["state_dict"]["prior"])
         scores = pl.read_parquet(table)
     if callback.candidates > 1:  # requests are scored with the run's weights

@@ -6,7 +6,6 @@ checkpoint: it comes back from the base model, and loading asserts that nothing 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -19,13 +18,14 @@ from project.counting import CountingPrior
 from project.data.datamodule import InteractionData
 from project.data.packing import Batch
 from project.data.sources import resolve_model
-from project.errors import CheckpointError, ConfigError
+from project.errors import ConfigError
 from project.evaluate import choose_exit, exit_rows
+from project.model.checkpoint import check_origin, check_parameters, leave_out_frozen
 from project.model.equilibrium import equilibrium_branch
 from project.model.exit_buffers import ExitBuffers
 from project.model.heads import ExitHead, HeadOutput, answer_tokens
 from project.model.layer_dropout import check_layer_dropout, run_stage, skipped_layers
-from project.model.lora import LoraSettings, add_lora, frozen_names
+from project.model.lora import LoraSettings, add_lora
 from project.model.losses import LossSettings, drift_loss, exit_loss, exit_weights, extra_losses
 from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups, planned_steps
 from project.model.sharding import set_sharded_trunk, shared_mesh
@@ -267,8 +267,7 @@ class ExitRecommender(ExitBuffers):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen and name the base model that it comes back from."""
-        frozen = frozen_names(self)
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        leave_out_frozen(self, checkpoint)
         checkpoint["base_model"] = self.backbone
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -277,27 +276,5 @@ class ExitRecommender(ExitBuffers):
         Raises:
             CheckpointError: If exit layers, base model or parameters differ from this configuration.
         """
-        self.check_exit_layers(checkpoint)
-        missing = set(self.state_dict()) - set(checkpoint["state_dict"]) - frozen_names(self)
-        surplus = set(checkpoint["state_dict"]) - set(self.state_dict())
-        if missing or surplus:
-            raise CheckpointError(
-                f"the checkpoint lacks {sorted(missing)[:3]} and has unknown {sorted(surplus)[:3]} "
-                f"({len(missing)} and {len(surplus)} in all): model.num_layers, model.lora, "
-                "model.freeze_embeddings or the numbers of data.prompt.segment differ from the run that made it. "
-                "Use its config.yaml."
-            )
-
-    def check_exit_layers(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint whose exit layers or base model are not this configuration's.
-
-        Args:
-            checkpoint: A loaded checkpoint.
-        """
-        saved = checkpoint.get("hyper_parameters", {})
-        for key, mine in (("exit_layers", self.exit_layers), ("backbone", self.backbone)):
-            if saved.get(key) != mine:
-                raise CheckpointError(
-                    f"the checkpoint was trained with model.{key} = {saved.get(key)}, the configuration says {mine}. "
-                    "Use the config.yaml beside the checkpoint's folder."
-                )
+        check_origin(checkpoint, self.exit_layers, self.backbone)
+        check_parameters(self, checkpoint)
