@@ -17,6 +17,7 @@ Result = Mapping[str, Any]
 
 UNDEFINED = "undefined"
 HEADER = ("scores", "AUC", "95 % interval", "log loss", "Brier", "ECE", "user-AUC", "n")
+BRIEF = ("scores", "AUC", "95 % interval", "log loss", "user-AUC")  # of HEADER, in a table for the first page
 MINUS, CALIBRATED = "minus best floor", "calibrated log loss"  # shown where a row has them
 STAGE_HEADER = ("stage", "seconds", "share")
 REPORTED_SPLIT = {"test": "test", "validate": "valid", "fit": "valid"}
@@ -26,14 +27,21 @@ REPORTED_FOLD = {
 }  # select chose the checkpoint, certify is for certificates alone
 
 
-def render_exits(result: Result, split: str | None = None) -> str:
+def render_exits(result: Result, split: str | None = None, brief: bool = False) -> str:
     """Markdown: a row for every exit and floor, the difference to the best floor, protocol and counts.
 
     Args:
         result: A result file of `fit`, `validate`, `test` or `floors`; only `protocol` must be there.
         split: Which rows; None takes test for `test`, the tune fold of valid for `validate` and `fit`, else all.
+        brief: Of the floors only those that the lines below compare with, and fewer columns.
     """
-    lines = [markdown_table(*_scores(result, split, (MINUS, CALIBRATED)))]
+    header, rows = (
+        _scores(_brief(result), split, (MINUS,)) if brief else _scores(result, split, (MINUS, CALIBRATED))
+    )
+    if brief:
+        shown = [k for k, name in enumerate(header) if name in (*BRIEF, MINUS)]
+        header, *rows = ([cells[k] for k in shown] for cells in (header, *rows))
+    lines = [markdown_table(header, rows)]
     lines += [
         line for line in (*difference_lines(result), adaptive_line(result), protocol_line(result)) if line
     ]
@@ -166,6 +174,12 @@ def interval(bounds: Sequence[float] | None, digits: int = 4, signed: bool = Fal
     if bounds is None:
         return UNDEFINED
     return "[" + ", ".join(number(bound, digits, signed) for bound in bounds) + "]"
+
+
+def _brief(result: Result) -> Result:
+    """The result with the best floor and those that `difference_lines` names."""
+    named = {d["floor"] for d in result.get("floor_differences", [])} | {result.get("best_floor")}
+    return {**result, "floors": [row for row in result.get("floors", []) if row["name"] in named]}
 
 
 def _scores(

@@ -125,12 +125,13 @@ def run_calibrate(
 
 
 def print_tables(arguments: list[str]) -> None:
-    """`table FILE... [--stages]` prints result files as Markdown, each a table; `--beside` makes one table of them.
+    """`table FILE... [--brief] [--stages]` prints result files as Markdown, each a table; `--beside` makes one of them.
 
     `table --into README.md` renews a document's tables.
 
     Args:
-        arguments: Result files, --stages for where the time went, --beside for a row a file; or --into and a document.
+        arguments: Result files, --brief for the floors that matter most, --stages for where the time went, --beside
+            for a row a file; or --into and a document.
     """
     if arguments[:1] == ["--into"]:
         document = Path(*arguments[1:2])
@@ -142,14 +143,16 @@ def print_tables(arguments: list[str]) -> None:
         replace_file(document, lambda part: part.write_text(text, encoding="utf-8"))
         return
     names = [a for a in arguments if not a.startswith("--")]
-    if unknown := set(arguments) - {*names, "--stages", "--beside"}:
-        raise ConfigError(f"table knows --stages, --beside and --into; found {' '.join(sorted(unknown))}.")
+    if unknown := set(arguments) - {*names, "--brief", "--stages", "--beside"}:
+        raise ConfigError(
+            f"table knows --brief, --stages, --beside and --into; found {' '.join(sorted(unknown))}."
+        )
     if "--beside" in arguments:
         print(render_headlines({name: read_result(Path(name)) for name in names}))
         return
     for name in names:
         result = read_result(Path(name))
-        print(f"### {result['verb']}\n\n{_rendered(result)}")
+        print(f"### {result['verb']}\n\n{_rendered(result, '--brief' in arguments)}")
         if "--stages" in arguments and "stage_seconds" in result:
             print(render_stage_seconds(result))
 
@@ -157,7 +160,8 @@ def print_tables(arguments: list[str]) -> None:
 def fill_tables(text: str, folder: Path) -> str:
     """The document with every `<!-- table FILE -->...<!-- end of table -->` made anew from its result file.
 
-    Where a marker names several files, they stand beside each other, a row each.
+    Where a marker names several files, they stand beside each other, a row each; --brief before the file's name is as
+    in `print_tables`.
 
     Args:
         text: Markdown.
@@ -165,18 +169,22 @@ def fill_tables(text: str, folder: Path) -> str:
     """
 
     def block(found: re.Match[str]) -> str:
-        results = {name: read_result(folder / name) for name in found["files"].split()}
-        text = _rendered(*results.values()) if len(results) == 1 else render_headlines(results)
+        names = found["files"].split()
+        results = {name: read_result(folder / name) for name in names if name != "--brief"}
+        first, *more = results.values()
+        text = render_headlines(results) if more else _rendered(first, "--brief" in names)
         return f"{found['start']}\n{text}{found['end']}"
 
     return TABLE.sub(block, text)
 
 
-def _rendered(result: dict[str, Any]) -> str:
+def _rendered(result: dict[str, Any], brief: bool = False) -> str:
     renderers = {
         "benchmark": render_benchmark,
         "rank": render_rank,
         "ablate": render_ablation,
         "compare": render_comparison,
     }
-    return renderers.get(result["verb"], render_exits)(result)
+    if result["verb"] in renderers:
+        return renderers[result["verb"]](result)
+    return render_exits(result, brief=brief)

@@ -120,7 +120,7 @@ def test_markers_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (["--into"], "needs a Markdown file to renew; found none"),
         (["--into", "nosuch.md"], "found nosuch.md"),
-        (["--stagess", "test.json"], "table knows --stages, --beside and --into; found --stagess"),
+        (["--stagess", "test.json"], "table knows --brief, --stages, --beside and --into; found --stagess"),
     ],
     ids=str,
 )

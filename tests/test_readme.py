@@ -40,7 +40,7 @@ def test_own_logs_in_ten_rows(tmp_path: Path) -> None:
 
 def test_tables_are_from_result_files() -> None:
     """Every table between markers is what its result file renders to, and no other tables have numbers."""
-    assert "<!-- table results/quickstart/test.json -->" in README
+    assert "<!-- table --brief results/quickstart/test.json -->" in README
     for document in (ROOT / "README.md", ROOT / "results" / "README.md"):
         text = document.read_text()
         assert fill_tables(text, document.parent) == text

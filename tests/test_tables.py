@@ -5,6 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
+from project.artefacts import SCHEMA_VERSION
 from project.tables import (
     difference_lines,
     exits_table,
@@ -15,6 +16,7 @@ from project.tables import (
     render_stage_seconds,
     stage_seconds_table,
 )
+from project.verbs import fill_tables, print_tables
 
 
 def metrics(auc, **more):
@@ -85,6 +87,35 @@ class TestExits:
             "Protocol global_time-80-10-10-h5 (hash f45a216bc7435a87); "
             "targets: train 75,599, valid 9,447, test 9,453",
         ]
+
+    def test_brief(self):
+        """All heads, of the floors the best one and those named below the table, and fewer columns."""
+        gap = {"floor": "gbdt_evidence", "value": 0.0059, "interval": [-0.001, 0.012]}
+        more = RESULT["floor_difference"] | {"floor": "lr_rates", "value": 0.02, "interval": [0.01, 0.03]}
+        result = RESULT | {
+            "exits": [metrics(0.75, layer=4, floor_difference=gap)],
+            "floors": [*RESULT["floors"], metrics(0.74, name="lr_rates", calibrated={"log_loss": 0.58})],
+            "floor_differences": [RESULT["floor_difference"], more],
+        }
+        tail = " | [.7000, .8000] | .5901 | .6500 |"
+        table, *below = render_exits(result, brief=True).split("\n\n")
+        assert table.splitlines() == [
+            "| scores | AUC | 95 % interval | log loss | user-AUC | minus best floor |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            f"| exit 4 | .7500{tail} +.0059 [-.0010, +.0120] |",
+            f"| floor gbdt_evidence (best floor) | .7441{tail}  |",
+            f"| floor lr_rates | .7400{tail}  |",
+        ]
+        assert below == render_exits(result).split("\n\n")[1:]
+
+    def test_brief_marker(self, tmp_path, capsys):
+        """A marker with --brief and `table --brief` give the short table of one file."""
+        (tmp_path / "test.json").write_text(json.dumps(RESULT | {"schema_version": SCHEMA_VERSION}))
+        short = render_exits(RESULT, brief=True)
+        marked = "<!-- table --brief test.json -->\n{}<!-- end of table -->"
+        assert fill_tables(marked.format("old\n"), tmp_path) == marked.format(short)
+        print_tables(["--brief", str(tmp_path / "test.json")])
+        assert capsys.readouterr().out == f"### test\n\n{short}\n"
 
     def test_same_from_a_file(self):
         """Going through JSON changes nothing, and the input is left as it was."""
