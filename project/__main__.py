@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> None:
 
             run_ablate(rest)
         case ["compare", *rest]:
-            from project.compare import run_compare
+            from project.evaluation.compare import run_compare
 
             run_compare(rest)
         case ["export", *rest]:

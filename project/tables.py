@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from project.peers import PEERS
+from project.floors.peers import PEERS
 
 Result = Mapping[str, Any]
 

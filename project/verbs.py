@@ -22,17 +22,17 @@ from project.artefacts import (
 )
 from project.benchmark.table import render_benchmark
 from project.callbacks.exit_calibration import exit_calibration_of
-from project.compare import render_comparison
 from project.engine.loading import load_weights
 from project.errors import ConfigError
-from project.floors import best_floor, fit_floors, floor_rows
+from project.evaluation.compare import render_comparison
+from project.evaluation.slices import floor_scores_of, slice_rows
+from project.floors.kept import KeptFloors
+from project.floors.peers import LEFT_OUT, peers_installed
+from project.floors.quick import best_floor, fit_floors, floor_rows
 from project.headlines import render_headlines
-from project.kept_floors import KeptFloors
 from project.model.checkpoint import check_origin
 from project.model.heads import heads_digest
-from project.peers import LEFT_OUT, peers_installed
 from project.ranking.table import render_rank
-from project.slices import floor_scores_of, slice_rows
 from project.tables import exits_table, render_exits, render_stage_seconds
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def run_floors(data: InteractionData, folder: Path, peers: bool = False) -> dict
     Args:
         data: Logs, protocol and evidence.
         folder: Run folder of the result file.
-        peers: Also train and score the networks of `project.peers`, where the extra is installed; those that were
-            trained before are shown without asking.
+        peers: Also train and score the networks of `project.floors.peers`, where the extra is installed; those that
+            were trained before are shown without asking.
     """
     if peers and not peers_installed():
         print(LEFT_OUT)

@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 
 from project.artefacts import score_table
-from project.bootstrap import UserBootstrap
-from project.metrics import auc, head_metrics, probabilities
+from project.evaluation.bootstrap import UserBootstrap
+from project.evaluation.metrics import auc, head_metrics, probabilities
 
 
 def terms(layer: int) -> dict[str, float]:

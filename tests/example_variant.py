@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from project.artefacts import result_head, score_table, write_json, write_table
-from project.evaluate import exit_rows
+from project.evaluation.exits import exit_rows
 
 MANIFEST = {
     "name": "global_time",

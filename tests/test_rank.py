@@ -15,6 +15,7 @@ import torch
 
 from project.artefacts import SCORE_COLUMNS, score_table
 from project.errors import ConfigError
+from project.evaluation.scores import labelled_scores
 from project.exits.calibration import Calibration
 from project.exits.criteria import Consistency
 from project.ranking.judge import (
@@ -30,7 +31,6 @@ from project.ranking.judge import (
 from project.ranking.settings import RankSettings
 from project.ranking.table import render_rank
 from project.ranking.verb import rank_rows
-from project.scores import labelled_scores
 
 
 def table(

@@ -1,6 +1,6 @@
 """What a variant is worth on the tune fold of validation, and how far that is from the base, on the same rows.
 
-Unusual here: test is never read; `compare` does that, for two runs that are frozen (project.compare).
+Unusual here: test is never read; `compare` does that, for two runs that are frozen (project.evaluation.compare).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from project.artefacts import read_result
-from project.paired import Heads, head_difference, read_heads
+from project.evaluation.paired import Heads, head_difference, read_heads
 
 
 def judge(run: Path, base: Heads | None) -> dict[str, Any]:
@@ -22,7 +22,8 @@ def judge(run: Path, base: Heads | None) -> dict[str, Any]:
     Returns:
         `protocol_hash`, `config` and `result` (paths), `seconds` {`train`, `all`}; `exits` [{`layer`, `n`, `auc`,
         `log_loss`, `calibrated` {`auc`, `log_loss`}}], each with `against` and `difference` where there is one (see
-        `project.paired.head_difference`); and `early_exit`, what the run's own exit plan does, where it is calibrated.
+        `project.evaluation.paired.head_difference`); and `early_exit`, what the run's own exit plan does, where it is
+        calibrated.
     """
     fit = read_result(run / "results" / "fit.json")
     heads, seconds = read_heads(run), fit["stage_seconds"]

@@ -16,7 +16,7 @@ from project.ablations.runs import FitFailed, finished_run, fit
 from project.ablations.settings import AblationList, Variant, read_list
 from project.ablations.table import render_ablation
 from project.artefacts import read_result, replace_file, result_head, write_json
-from project.paired import Heads, read_heads
+from project.evaluation.paired import Heads, read_heads
 
 
 def run_ablate(arguments: Sequence[str]) -> None:

@@ -20,12 +20,12 @@ from project.data.workloads import Workload, catalogue_requests, labelled_reques
 from project.engine.every_head import score_every_head
 from project.engine.prepared import prepare_requests
 from project.errors import ConfigError, DataError
+from project.evaluation.scores import labelled_scores
 from project.exits.calibration import Calibration
 from project.exits.plan import Floats
 from project.exits.top_k import TopK, fit_margins
 from project.model.heads import heads_digest
 from project.ranking.judge import LEVELS, ScoredRequests, by_margin, fastest, fixed_depth, policy_row
-from project.scores import labelled_scores
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData

@@ -22,11 +22,11 @@ from rich.table import Table
 
 from project.artefacts import result_head, write_json
 from project.benchmark.retrieval_sides import ROUNDS, InTurns, Side, merged, sides_of
-from project.bootstrap import UserBootstrap
 from project.counting import FEATURES
 from project.errors import DataError
-from project.floors import SINGLE_FEATURE, evidence_features, targets_of, train_labels
-from project.metrics import Floats, auc
+from project.evaluation.bootstrap import UserBootstrap
+from project.evaluation.metrics import Floats, auc
+from project.floors.quick import SINGLE_FEATURE, evidence_features, targets_of, train_labels
 from project.retrieval import LightGCN, LLMEmbedding, TextEncoder, VectorRetriever, evidence_tables
 from project.retrieval.evidence import evidence_folder
 from project.retrieval.neighbours import WalkRows, walk

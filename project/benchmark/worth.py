@@ -15,9 +15,10 @@ import polars as pl
 import torch
 
 from project.artefacts import table_about
-from project.bootstrap import UserBootstrap
 from project.callbacks.exit_calibration import Plans, features_of
 from project.engine.trunk_weights import Weights
+from project.evaluation.bootstrap import UserBootstrap
+from project.evaluation.metrics import auc
 from project.exits.budget import budget_plan
 from project.exits.cost import Stream
 from project.exits.criteria import Criterion
@@ -25,7 +26,6 @@ from project.exits.outputs import HeadOutputs
 from project.exits.plan import ExitPlan, Floats
 from project.exits.policies import Policy
 from project.exits.settings import ExitSettings
-from project.metrics import auc
 from project.model.heads import heads_digest
 
 if TYPE_CHECKING:

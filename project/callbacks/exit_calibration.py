@@ -18,7 +18,6 @@ import polars
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from project.adaptive import PlannedRows
 from project.artefacts import replace_file, result_head, write_json
 from project.callbacks.run_folder import current_run, data_of, will_be_saved
 from project.counting import counting_features
@@ -26,11 +25,12 @@ from project.data.workloads import Workload, catalogue_requests
 from project.engine.every_head import score_every_head
 from project.engine.prepared import PreparedRequest, prepare_requests
 from project.errors import ConfigError, NotCalibratedError, ProjectError
+from project.evaluation.adaptive import PlannedRows
+from project.evaluation.scores import labelled_scores
 from project.exits.budget import AskedScores
 from project.exits.calibrate import calibrate
 from project.exits.plan import ExitPlan, Floats
 from project.exits.settings import ExitSettings
-from project.scores import labelled_scores
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData

@@ -1,7 +1,7 @@
 """ResultFiles: writes score tables and result files, and prints the table that a person waits for.
 
 Unusual here: beside the floors that are made on the spot stand those that the verb `floors` has made before for just
-these data (see project.kept_floors), so a result may have another best floor once `floors --peers true` has run.
+these data (see project.floors.kept), so a result may have another best floor once `floors --peers true` has run.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from project.adaptive import PlannedRows
-from project.against_floor import AgainstFloor
 from project.artefacts import result_head, write_json, write_table
 from project.callbacks.exit_calibration import exit_calibration_of, features_of
 from project.callbacks.run_folder import current_run, data_of, will_be_saved
-from project.evaluate import comparison, part_of, prior_rows
-from project.floors import Floor, fit_floors
-from project.kept_floors import KeptFloors
+from project.evaluation.adaptive import PlannedRows
+from project.evaluation.exits import comparison, part_of, prior_rows
+from project.evaluation.slices import exit_scores_of, floor_scores_of, slice_rows
+from project.floors.against import AgainstFloor
+from project.floors.kept import KeptFloors
+from project.floors.quick import Floor, fit_floors
 from project.model.heads import heads_digest
-from project.slices import exit_scores_of, floor_scores_of, slice_rows
 from project.tables import exits_table, stage_seconds_table
 
 if TYPE_CHECKING:

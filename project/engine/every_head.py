@@ -17,9 +17,9 @@ from torch import Tensor
 from project.engine.engine import Engine
 from project.engine.prepared import PreparedRequest
 from project.errors import DataError
+from project.evaluation.scores import scores_of_candidates
 from project.exits.calibration import Calibration
 from project.exits.outputs import HeadOutputs
-from project.scores import scores_of_candidates
 
 if TYPE_CHECKING:
     from project.model.module import ExitRecommender

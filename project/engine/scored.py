@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from project.data.ragged import IntArray
-from project.metrics import probabilities
+from project.evaluation.metrics import probabilities
 
 Floats = NDArray[np.float64]
 

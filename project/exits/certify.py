@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from project.errors import ConfigError, DataError
+from project.evaluation.metrics import probabilities
 from project.exits.certifiers import CertificateSettings, DeLongTest, MeanTest, PairTest, Test, Unit
 from project.exits.risks import Floats, find_risk, user_means
-from project.metrics import probabilities
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from project.metrics import PROBABILITY_FLOOR
+from project.evaluation.metrics import PROBABILITY_FLOOR
 
 
 @dataclass(frozen=True, eq=False)

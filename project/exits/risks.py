@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from project.errors import ConfigError, DataError
-from project.metrics import PROBABILITY_FLOOR, row_log_loss
+from project.evaluation.metrics import PROBABILITY_FLOOR, row_log_loss
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]

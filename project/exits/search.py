@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from project.metrics import auc, probabilities
+from project.evaluation.metrics import auc, probabilities
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

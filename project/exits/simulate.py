@@ -16,11 +16,11 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from project.errors import DataError
+from project.evaluation.metrics import auc
 from project.exits.cost import Stream, mean_depth, request_cost, row_cost
 from project.exits.outputs import HeadOutputs
 from project.exits.path import Asked
 from project.exits.policies import FixedDepth, Oracle, RandomExit
-from project.metrics import auc
 
 ORACLE_TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 1.0)
 RANDOM_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)

@@ -19,7 +19,8 @@ from project.data.datamodule import InteractionData
 from project.data.packing import Batch
 from project.data.sources import resolve_model
 from project.errors import ConfigError
-from project.evaluate import choose_exit, exit_rows
+from project.evaluation.exits import choose_exit, exit_rows
+from project.evaluation.scores import ScoreCollector, scores_of_candidates, scores_of_rows
 from project.model.checkpoint import check_origin, check_parameters, leave_out_frozen
 from project.model.equilibrium import equilibrium_branch
 from project.model.exit_buffers import ExitBuffers
@@ -30,7 +31,6 @@ from project.model.losses import LossSettings, drift_loss, exit_loss, exit_weigh
 from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups, planned_steps
 from project.model.sharding import set_sharded_trunk, shared_mesh
 from project.model.trunk import Trunk
-from project.scores import ScoreCollector, scores_of_candidates, scores_of_rows
 
 DEFAULT_LOSS, DEFAULT_OPTIM = LossSettings(), OptimSettings()
 LOGGED = ("auc", "log_loss", "brier", "ece")

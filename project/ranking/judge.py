@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from project.artefacts import exit_layers_of
-from project.bootstrap import UserBootstrap
+from project.evaluation.bootstrap import UserBootstrap
+from project.evaluation.metrics import gauc_impressions
 from project.exits.calibration import Calibration
 from project.exits.cost import Stream, request_cost
 from project.exits.criteria import (
@@ -33,7 +34,6 @@ from project.exits.outputs import HeadOutputs
 from project.exits.plan import raw_outputs
 from project.exits.policies import leave
 from project.exits.top_k import TopK, fit_margins, overlap_at_k, precision_at_k
-from project.metrics import gauc_impressions
 
 Floats = NDArray[np.float64]
 

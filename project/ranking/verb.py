@@ -23,6 +23,7 @@ from project.engine.every_head import score_every_head
 from project.engine.loading import load_weights
 from project.engine.prepared import prepare_requests
 from project.errors import ConfigError, NotFittedError
+from project.evaluation.scores import labelled_scores
 from project.exits.calibration import Calibration
 from project.exits.certify import certify_losses
 from project.exits.ledger import CertificateLedger
@@ -30,7 +31,6 @@ from project.exits.risks import user_means
 from project.ranking.judge import ScoredRequests, overlaps, policies, policy_row
 from project.ranking.settings import REPORTED, RankSettings
 from project.ranking.table import rank_table
-from project.scores import labelled_scores
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

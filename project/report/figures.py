@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from project.artefacts import exit_layers_of
 from project.errors import DataError
-from project.metrics import probabilities
+from project.evaluation.metrics import probabilities
 from project.report.plots import Floats, depth_figure, exit_share_figure, pareto_figure, reliability_figure
 from project.report.run import Run
 from project.report.tables import chosen_policy, rows_of

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from project.metrics import ece
+from project.evaluation.metrics import ece
 from project.report.line_labels import Labels
 from project.report.style import (
     CALIBRATED,

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from project.data.splits import SPLITS, SplitInteractions
 from project.errors import ConfigError
-from project.factorisation import Factorisation, Floats
 from project.retrieval.base import IntArray, Snapshot
 from project.retrieval.cache import cached_folder
+from project.retrieval.factorisation import Factorisation, Floats
 from project.retrieval.neighbours import WalkRows
 from project.retrieval.readable import tables_by_split
 from project.retrieval.snapshots import Snapshots, block_cuts

@@ -8,8 +8,8 @@ import pytest
 from example_variant import tune_rows, write_variant
 
 from project.ablations.judge import judge
-from project.metrics import auc
-from project.paired import read_heads
+from project.evaluation.metrics import auc
+from project.evaluation.paired import read_heads
 
 
 @pytest.fixture

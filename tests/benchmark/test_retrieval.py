@@ -15,7 +15,7 @@ from project.data.datamodule import InteractionData
 from project.data.protocol import Protocol
 from project.data.readers import TableLogs
 from project.errors import DataError
-from project.floors import fit_floors, floor_rows
+from project.floors.quick import fit_floors, floor_rows
 from project.retrieval import ItemKNN, LightGCN, LLMEmbedding, TextEncoder, VectorRetriever
 from project.retrieval.base import FloatArray, IntArray
 from project.retrieval.neighbours import WalkRows, walk

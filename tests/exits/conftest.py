@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from project.evaluation.metrics import auc
 from project.exits.calibration import Calibration, fit_calibration
 from project.exits.criteria import Consistency, Criterion, DriftHead, Ratio, RatioConsistency
 from project.exits.learned import Learned
 from project.exits.neighbour_depth import NeighbourDepth
 from project.exits.outputs import HeadOutputs
-from project.metrics import auc
 
 LAYERS = (0, 2, 4, 6, 8, 10, 12)
 

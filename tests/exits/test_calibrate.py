@@ -10,10 +10,11 @@ import polars as pl
 import pytest
 import torch
 
-from project.adaptive import PlannedRows
 from project.artefacts import score_table
 from project.callbacks.exit_calibration import Plans
 from project.errors import ConfigError, DataError
+from project.evaluation.adaptive import PlannedRows
+from project.evaluation.metrics import probabilities
 from project.exits.budget import TuneFold
 from project.exits.calibrate import calibrate
 from project.exits.certifiers import CertificateSettings
@@ -22,7 +23,6 @@ from project.exits.criteria import Consistency, Ratio
 from project.exits.plan import ExitPlan
 from project.exits.policies import Policy
 from project.exits.settings import ExitSettings
-from project.metrics import probabilities
 
 ROWS = 900
 FEATURES = np.random.default_rng(5).normal(size=(ROWS, 3))

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from project.bootstrap import UserBootstrap
 from project.errors import ConfigError, DataError
+from project.evaluation.bootstrap import UserBootstrap
+from project.evaluation.metrics import auc
 from project.exits.risks import (
     RISKS,
     auc_gap,
@@ -16,7 +17,6 @@ from project.exits.risks import (
     user_means,
     user_pairings,
 )
-from project.metrics import auc
 
 PROBABILITY = st.floats(0.001, 0.999)
 

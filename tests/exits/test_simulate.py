@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from project.errors import DataError
+from project.evaluation.metrics import auc
 from project.exits.outputs import HeadOutputs
 from project.exits.policies import FixedDepth
 from project.exits.simulate import (
@@ -15,7 +16,6 @@ from project.exits.simulate import (
     point,
     rival_depth,
 )
-from project.metrics import auc
 
 
 def small():

@@ -9,7 +9,7 @@ from example_scores import Example
 from matplotlib.figure import Figure
 
 from project.errors import DataError
-from project.metrics import probabilities
+from project.evaluation.metrics import probabilities
 from project.report.document import run_report, write_report
 from project.report.figures import reliability_scores
 from project.report.html import render_html

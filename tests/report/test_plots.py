@@ -7,7 +7,7 @@ import pytest
 from example_run import results
 from matplotlib.colors import to_hex
 
-from project.metrics import ece
+from project.evaluation.metrics import ece
 from project.report.plots import (
     depth_figure,
     exit_share_figure,

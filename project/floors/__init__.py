@@ -1,0 +1,1 @@
+"""Floors: what counting and ordinary recommenders can do, on the same rows and strictly earlier features."""

@@ -1,0 +1,243 @@
+"""What counting can do: the scores any recommender must beat before its own number means anything.
+
+Unusual here: floors read the prompt's own as-of evidence table (strictly earlier rows only), so none leaks;
+every floor emits logits, so it is judged on log loss and calibration too, as it is and after an offset and a
+slope; six are always made, also where the evidence has no neighbours (the vote is then one constant, AUC .5),
+and mf_fold_in where it has a taste.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import ArrayLike, NDArray
+
+from project.counting import FEATURES, CountingPrior, counting_features, logistic_regression
+from project.errors import DataError
+from project.evaluation.bootstrap import UserBootstrap
+from project.evaluation.metrics import auc, head_metrics
+from project.floors.calibration import FloorCalibration
+
+Floats = NDArray[np.float64]
+Part = tuple[str, str | None]  # a split, and one of valid's folds or None for the whole
+
+RATE_FEATURES = FEATURES[:4]
+SINGLE_FEATURE = {
+    "item_rate": "item_log_odds",
+    "user_rate": "user_log_odds",
+    "neighbour_vote": "vote_log_odds",
+}
+TASTE_FEATURE = {"mf_fold_in": "taste_log_odds"}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """One floor's scores.
+
+    Args:
+        name: item_rate, user_rate, neighbour_vote, mf_fold_in, lr_rates, lr_evidence, gbdt_evidence, one of
+            `more_floors` or of `peers`.
+        scores: row_id Int64, split String, logit Float64; the targets of each scored split.
+        chosen: What was chosen for it on tune, where something was.
+    """
+
+    name: str
+    scores: pl.DataFrame
+    chosen: Mapping[str, Any] | None = None
+
+    def logits(self, row_ids: ArrayLike) -> Floats:
+        """Logits of these rows in this order, shape (n,); DataError where a row was not scored."""
+        wanted = pl.DataFrame({"row_id": np.asarray(row_ids, dtype=np.int64)})
+        found = wanted.join(self.scores, on="row_id", how="left", maintain_order="left")["logit"]
+        if found.null_count():
+            raise DataError(
+                f"floor {self.name} has no score for {found.null_count()} of {found.len()} rows: "
+                "it was fitted under another protocol or for other splits"
+            )
+        return found.to_numpy().astype(np.float64)
+
+    def calibration(self, rows: pl.DataFrame) -> FloorCalibration | None:
+        """Offset and slope by the targets of valid's fold `select`; None where a class is missing there."""
+        select = targets_of(rows, "valid", "select")
+        return FloorCalibration.fit(self.logits(select["row_id"]), select["label"].to_numpy())
+
+
+def fit_floors(
+    rows: pl.DataFrame,
+    evidence: Mapping[str, pl.DataFrame],
+    splits: Sequence[str] = ("valid", "test"),
+    seed: int = 0,
+) -> list[Floor]:
+    """Fit every floor on train targets and score the targets of `splits`.
+
+    Args:
+        rows: Rows of a split (row_id, user, label, split, role).
+        evidence: Evidence table of each split; train's is used for fitting only, so nothing later is seen.
+        splits: Splits to score. Leave test out while exploring.
+        seed: Seed of the gradient boosting.
+
+    Raises:
+        DataError: train targets lack a class, or evidence lacks a target's row.
+    """
+    labels = train_labels(rows)
+    base = float(labels.mean())
+    train = evidence_features(rows, evidence, "train", base)
+    features = {split: evidence_features(rows, evidence, split, base) for split in splits}
+    singles = SINGLE_FEATURE | (TASTE_FEATURE if "taste" in evidence["train"].columns else {})
+    logits = {name: {s: x[:, FEATURES.index(f)] for s, x in features.items()} for name, f in singles.items()}
+    logits |= _learned_logits(train, labels, features, base, seed)
+    return [Floor(name, floor_scores(rows, by_split)) for name, by_split in logits.items()]
+
+
+def floor_rows(
+    floors: Sequence[Floor],
+    rows: pl.DataFrame,
+    draws: int = 1000,
+    seed: int = 0,
+    parts: Sequence[Part] | None = None,
+) -> list[dict[str, Any]]:
+    """The `floors` list of a result file: one entry per floor and part.
+
+    Args:
+        floors: From `fit_floors`.
+        rows: The same rows.
+        draws: Resamples of users behind `auc_interval`.
+        seed: Seed of the resampling.
+        parts: Splits and folds of valid; None: every scored split, then valid's folds select and tune (the certify
+            fold gets no entry of its own: it is for certificates only).
+
+    Returns:
+        Metrics of the logits, and of the calibrated ones under `calibrated` where that was fitted on other rows.
+    """
+    calibrations = [floor.calibration(rows) for floor in floors]
+    found = []
+    for split, fold in _comparable(floors) if parts is None else parts:
+        part = targets_of(rows, split, fold)
+        labels, users = part["label"].to_numpy(), part["user"].to_numpy()
+        bootstrap = UserBootstrap(users, draws, seed)
+        for floor, calibration in zip(floors, calibrations, strict=True):
+            logits = floor.logits(part["row_id"])
+            row: dict[str, Any] = {"name": floor.name, "split": split} | ({"fold": fold} if fold else {})
+            row |= head_metrics(logits, labels, users)
+            row["auc_interval"] = bootstrap.auc_interval(logits, labels)
+            if calibration is not None and fold != "select":
+                row["calibrated"] = calibration.judged(logits, labels)
+            found.append(row | ({"chosen": dict(floor.chosen)} if floor.chosen else {}))
+    return found
+
+
+def _comparable(floors: Sequence[Floor]) -> list[Part]:
+    splits = floors[0].scores["split"].unique(maintain_order=True).to_list()
+    return [(split, None) for split in splits] + [
+        ("valid", fold) for fold in ("select", "tune") if "valid" in splits
+    ]
+
+
+def best_floor(floors: Sequence[Floor], rows: pl.DataFrame) -> Floor | None:
+    """The floor of highest AUC on valid's tune fold (the first of equals), None where that is undefined."""
+    tune = targets_of(rows, "valid", "tune")
+    labels = tune["label"].to_numpy()
+    scored = [(auc(floor.logits(tune["row_id"]), labels), floor) for floor in floors]
+    defined = [(value, floor) for value, floor in scored if value is not None]
+    return max(defined, key=lambda pair: pair[0])[1] if defined else None
+
+
+def targets_of(rows: pl.DataFrame, split: str, fold: str | None = None) -> pl.DataFrame:
+    """Targets of a split, or of one fold of validation, in the order of `rows`."""
+    chosen = (pl.col("role") == "target") & (pl.col("split") == split)
+    return rows.filter(chosen if fold is None else chosen & (pl.col("fold") == fold))
+
+
+def train_labels(rows: pl.DataFrame) -> NDArray[Any]:
+    """Labels (n,) of train's targets; DataError where a class is missing."""
+    labels = targets_of(rows, "train")["label"].to_numpy()
+    if np.unique(labels).size < 2:
+        raise DataError(
+            f"floors need train targets of both classes, found {labels.size} targets, {int(labels.sum())} "
+            "positive: check data.protocol.label and data.protocol.minimum_history"
+        )
+    return labels
+
+
+def evidence_features(
+    rows: pl.DataFrame, evidence: Mapping[str, pl.DataFrame], split: str, base: float
+) -> Floats:
+    """Counting features (n, len(FEATURES)) of a split's targets, from that split's own evidence table.
+
+    Args:
+        rows: Rows of a split.
+        evidence: Evidence table of each split.
+        split: train, valid or test.
+        base: Share of likes among train targets.
+
+    Raises:
+        DataError: No table of the split, or one that lacks a target.
+    """
+    targets = targets_of(rows, split).select("row_id")
+    if split not in evidence:
+        raise DataError(f"floors need the evidence table of {split}, found {sorted(evidence)}")
+    table = targets.join(evidence[split], on="row_id", how="inner", maintain_order="left")
+    if table.height != targets.height:
+        raise DataError(
+            f"the evidence table of {split} has {table.height} rows for its {targets.height} targets, "
+            "expected one each: it was made under another protocol"
+        )
+    return counting_features(table, base)
+
+
+def _learned_logits(
+    train: Floats, labels: NDArray[Any], features: Mapping[str, Floats], base: float, seed: int
+) -> dict[str, dict[str, Floats]]:
+    from threadpoolctl import threadpool_limits  # no type information published
+
+    rates, everything = slice(len(RATE_FEATURES)), slice(len(FEATURES))
+    found = {}
+    # one thread: thousands of short parallel loops cost 30 s instead of 1 s where the other cores are busy
+    with threadpool_limits(1):
+        for name, model, columns in (
+            ("lr_rates", logistic_regression(), rates),
+            ("gbdt_evidence", _boosting(seed), everything),
+        ):
+            model.fit(train[:, columns], labels)
+            found[name] = {split: _decide(model, x[:, columns]) for split, x in features.items()}
+        prior = CountingPrior.fit_features(train, labels, base)
+    evidence = {split: prior.of_features(x) for split, x in features.items()}
+    return {"lr_rates": found["lr_rates"], "lr_evidence": evidence, "gbdt_evidence": found["gbdt_evidence"]}
+
+
+def _boosting(seed: int) -> Any:
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    # iterations, rate and leaf size were chosen on ML-100K's validation; no early stopping, which would hold
+    # out rows at random although the log is ordered by time
+    return HistGradientBoostingClassifier(
+        max_leaf_nodes=15,
+        learning_rate=0.03,
+        max_iter=150,
+        min_samples_leaf=100,
+        l2_regularization=1.0,
+        early_stopping=False,
+        random_state=seed,
+    )
+
+
+def _decide(model: Any, features: Floats) -> Floats:
+    if not features.shape[0]:
+        return np.zeros(0)
+    return np.asarray(model.decision_function(features), dtype=np.float64)
+
+
+def floor_scores(rows: pl.DataFrame, logits: Mapping[str, Floats]) -> pl.DataFrame:
+    """The `scores` of a Floor.
+
+    Args:
+        rows: Rows of a split.
+        logits: Split -> (n,) of its targets, in the order of `rows`.
+    """
+    parts = [
+        targets_of(rows, split).select("row_id", pl.lit(split).alias("split"), pl.Series("logit", values))
+        for split, values in logits.items()
+    ]
+    return pl.concat(parts)

@@ -1,0 +1,265 @@
+"""What a result file says of a score table, on a hand-made one: what is chosen where, and the differences' arithmetic.
+
+Every user has the same four rows in each part (each fold of validation, and test): labels 1, 1, 0, 0 and the
+same scores. So an AUC counts 4 pairs, and resampling users cannot move it: every interval has no width.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from project.artefacts import score_table
+from project.data.splits import FOLDS, ROLES, SPLITS
+from project.evaluation.exits import choose_exit, comparison, exit_rows, prior_rows
+from project.floors.against import AgainstFloor
+from project.floors.quick import Floor
+
+PARTS = [("valid", "select"), ("valid", "tune"), ("valid", "certify"), ("test", None)]
+USERS = 3  # of each part
+LABELS = [1, 1, 0, 0]
+# scores of the four rows and their AUC: pairs in the right order of 4, ties half
+PERFECT = [4.0, 3.0, 2.0, 1.0]  # 1
+GOOD = [4.0, 2.0, 3.0, 1.0]  # 3/4
+FAIR = [2.0, 2.0, 2.0, 1.0]  # 1 + 1 + 1/2 + 1/2 = 3/4, by ties
+COIN = [1.0, 1.0, 1.0, 1.0]  # 1/2
+BAD = [1.0, 3.0, 2.0, 4.0]  # 1/4
+Scores = dict[
+    str, list[float]
+]  # part ("select", "tune", "certify" or "test") -> scores of a user's four rows
+
+
+def everywhere(scores: list[float], **but: list[float]) -> Scores:
+    return {"select": scores, "tune": scores, "certify": scores, "test": scores} | but
+
+
+def split_rows() -> pl.DataFrame:
+    """Targets of all parts, and one context row first, so that a row id is not a position among the targets."""
+    rows: list[dict[str, Any]] = [
+        {"row_id": 0, "user": 0, "label": 1, "split": "train", "fold": None, "role": "context"}
+    ]
+    for k, (split, fold) in enumerate(PARTS):
+        for user in range(USERS):
+            for label in LABELS:
+                about = {"user": k * USERS + user, "label": label, "split": split, "fold": fold}
+                rows.append({"row_id": len(rows)} | about | {"role": "target"})
+    kinds = {"split": pl.Enum(SPLITS), "fold": pl.Enum(FOLDS), "role": pl.Enum(ROLES)}
+    return pl.DataFrame(rows, schema_overrides=kinds)
+
+
+ROWS = split_rows()
+TARGETS = ROWS.filter(pl.col("role") == "target")
+
+
+def spread(scores: Scores) -> np.ndarray:
+    """A score for every target, in their order."""
+    return np.concatenate([scores[fold or split] * USERS for split, fold in PARTS])
+
+
+def table(exits: dict[int, Scores], rows: pl.DataFrame = TARGETS) -> pl.DataFrame:
+    columns = {c: rows[c] for c in ("row_id", "user", "split", "fold", "label")}
+    return score_table(columns, np.stack([spread(s) for s in exits.values()], axis=1), list(exits))
+
+
+def floor(name: str, scores: Scores) -> Floor:
+    columns = TARGETS.select("row_id", pl.col("split").cast(pl.String))
+    return Floor(name, columns.with_columns(logit=pl.Series(spread(scores))))
+
+
+def compared(
+    exits: dict[int, Scores],
+    floors: list[Floor],
+    reported: str,
+    chosen: int | None,
+    rows: pl.DataFrame = ROWS,
+) -> dict[str, Any]:
+    split: Any = SimpleNamespace(rows=rows)
+    scores = table(exits, rows.filter(pl.col("role") == "target"))
+    return comparison(scores, split, floors, reported, chosen)
+
+
+def flipped(rows: pl.DataFrame, *parts: str) -> pl.DataFrame:
+    """The rows with the answers of some parts turned round."""
+    inside = pl.col("fold").cast(pl.String).fill_null(pl.col("split").cast(pl.String)).is_in(parts)
+    return rows.with_columns(label=pl.when(inside).then(1 - pl.col("label")).otherwise("label").cast(pl.Int8))
+
+
+def without_log_loss(found: dict[str, Any]) -> dict[str, Any]:
+    """A difference in AUC alone."""
+    return {key: value for key, value in found.items() if key != "log_loss"}
+
+
+def test_exit_is_chosen_on_tune() -> None:
+    """The exit that is best on tune is chosen though another is perfect everywhere else, and whatever happens there."""
+    exits = {1: everywhere(PERFECT, tune=BAD), 2: everywhere(BAD, tune=GOOD)}
+    assert choose_exit(table(exits)) == 2
+    assert choose_exit(table(exits, flipped(TARGETS, "select", "certify", "test"))) == 2
+    assert choose_exit(table(exits, flipped(TARGETS, "tune"))) == 1
+
+
+def test_of_equal_exits_the_shallowest() -> None:
+    """Layers 2 and 9 are level at 3/4, by ranks and by ties: 2, the cheaper, is chosen."""
+    exits = {2: everywhere(GOOD), 9: everywhere(FAIR), 12: everywhere(COIN)}
+    assert choose_exit(table(exits)) == 2
+
+
+@pytest.mark.parametrize(
+    "keep", [pl.col("fold") != "tune", (pl.col("fold") != "tune") | (pl.col("label") == 1)]
+)
+def test_no_exit_without_both_classes(keep: pl.Expr) -> None:
+    """A tune fold without rows, or with one class, chooses nothing instead of the first exit."""
+    scores = table({1: everywhere(GOOD), 2: everywhere(BAD)})
+    assert choose_exit(scores.filter(keep.fill_null(True))) is None
+
+
+def test_exit_rows() -> None:
+    """One row an exit, in order of depth, of the asked part only: 3 users of 4 rows, AUC 3/4 and 1/4."""
+    scores = table({1: everywhere(COIN, tune=GOOD), 5: everywhere(COIN, tune=BAD)})
+    rows = exit_rows(scores, "valid", "tune")
+    assert [(r["layer"], r["split"], r["fold"], r["n"], r["auc"]) for r in rows] == [
+        (1, "valid", "tune", 12, 0.75),
+        (5, "valid", "tune", 12, 0.25),
+    ]
+    assert rows[0]["auc_interval"] == [0.75, 0.75]
+    assert rows[0]["uauc"] == {"value": 0.75, "users": 3, "rows": 12}
+    (whole, _) = exit_rows(scores, "valid", draws=0)
+    assert (whole["n"], "fold" in whole, "auc_interval" in whole) == (36, False, False)
+
+
+FLOORS = [
+    floor("item_rate", everywhere(COIN, test=PERFECT)),  # best on test, which must not matter
+    floor("lr_rates", everywhere(COIN, test=BAD)),
+    floor("gbdt_evidence", everywhere(FAIR, test=COIN)),  # best on tune
+]
+
+
+def test_differences() -> None:
+    """Test: the exit has AUC 3/4, the best floor by tune 1/2, lr_rates 1/4: differences 1/4 and 1/2, no width."""
+    result = compared({1: everywhere(BAD), 4: everywhere(GOOD)}, FLOORS, "test", 4)
+    assert result["best_floor"] == "gbdt_evidence"
+    assert result["chosen_exit"] == 4
+    assert list(map(without_log_loss, result["floor_differences"])) == [
+        {"layer": 4, "floor": "gbdt_evidence", "value": 0.25, "interval": [0.25, 0.25]},
+        {"layer": 4, "floor": "lr_rates", "value": 0.5, "interval": [0.5, 0.5]},
+    ]
+    assert result["floor_difference"] == result["floor_differences"][0]
+    assert [(r["layer"], r["auc"]) for r in result["exits"]] == [(1, 0.25), (4, 0.75)]
+    shown = [(f["name"], f["split"], f["n"], f["auc"]) for f in result["floors"]]
+    assert shown == [
+        ("item_rate", "test", 12, 1.0),
+        ("lr_rates", "test", 12, 0.25),
+        ("gbdt_evidence", "test", 12, 0.5),
+    ]
+
+
+def test_every_exit_is_compared() -> None:
+    """Exits of AUC 1/4, 3/4 and 1 minus the best floor's 1/2, each in its own row; the chosen one's is the headline."""
+    result = compared({1: everywhere(BAD), 4: everywhere(GOOD), 9: everywhere(PERFECT)}, FLOORS, "test", 4)
+    found = [row["floor_difference"] for row in result["exits"]]
+    assert [(d["floor"], d["value"], d["interval"]) for d in found] == [
+        ("gbdt_evidence", -0.25, [-0.25, -0.25]),
+        ("gbdt_evidence", 0.25, [0.25, 0.25]),
+        ("gbdt_evidence", 0.5, [0.5, 0.5]),
+    ]
+    assert {"layer": 4, **found[1]} == result["floor_difference"]
+
+
+def test_log_loss_difference() -> None:
+    """The floor takes its offset from select: constant 1 there, half of them liked, so 1 is taken off.
+
+    On test its logits 1, 3, 2, 4 become 0, 2, 1, 3 and cost log 2, log(1 + e^-2), log(1 + e), log(1 + e^3); the exit's
+    4, 2, 3, 1 cost log(1 + e^-4), log(1 + e^-2), log(1 + e^3), log(1 + e): only the first differs, by its log 2.
+    """
+    result = compared({4: everywhere(GOOD)}, FLOORS, "test", 4)
+    found = result["floor_differences"][1]["log_loss"]
+    expected = (np.log1p(np.exp(-4.0)) - np.log(2.0)) / 4
+    assert found["value"] == pytest.approx(expected)
+    assert found["interval"] == pytest.approx([expected, expected])
+    calibrated = next(row for row in result["floors"] if row["name"] == "lr_rates")["calibrated"]
+    assert (calibrated["slope"], calibrated["offset"]) == (1.0, pytest.approx(-1.0))
+    costs = np.log1p(np.exp([0.0, -2.0, 1.0, 3.0]))
+    assert calibrated["log_loss"] == pytest.approx(costs.mean())
+
+
+def test_prior_rows() -> None:
+    """With counting the exit ranks 1, without 3/4: a difference of 1/4; the floor has 1/2, so 1/2 and 1/4 over it."""
+    test = TARGETS.filter(pl.col("split") == "test")
+    against = AgainstFloor(FLOORS[2], test["row_id"].to_numpy(), ROWS)
+    heads = {"counting": np.array(PERFECT * USERS), "none": np.array(GOOD * USERS)}
+    found = prior_rows(heads, against)
+    assert [found[prior]["auc"] for prior in heads] == [1.0, 0.75]
+    assert [found[prior]["floor_difference"]["value"] for prior in heads] == [0.5, 0.25]
+    assert without_log_loss(found["difference"]) == {"value": 0.25, "interval": [0.25, 0.25]}
+    swapped = np.log1p(np.exp([-3.0, 2.0])).sum() - np.log1p(np.exp([-2.0, 3.0])).sum()
+    assert found["difference"]["log_loss"]["value"] == pytest.approx(swapped / 4)
+    assert "difference" not in prior_rows({"none": heads["none"]}, against)
+
+
+def test_differences_of_validation_are_of_tune() -> None:
+    """Of validation the tune fold alone is compared and shown: 3/4 - 3/4 = 0 and 3/4 - 1/2 = 1/4."""
+    result = compared({4: everywhere(PERFECT, tune=GOOD)}, FLOORS, "valid", 4)
+    assert [d["value"] for d in result["floor_differences"]] == [0.0, 0.25]
+    parts = [(r["split"], r["fold"], r["n"]) for r in result["exits"] + result["floors"]]
+    assert parts == [("valid", "tune", 12)] * 4
+
+
+def test_certify_and_select_are_not_read() -> None:
+    """Answers of certify and test can be turned round: what is said of validation stays, word for word.
+
+    Those of select decide the floors' calibration, and so log losses after it, but nothing else.
+    """
+    exits = {1: everywhere(PERFECT, tune=FAIR), 4: everywhere(BAD, tune=GOOD)}
+    expected = compared(exits, FLOORS, "valid", 4)
+    assert compared(exits, FLOORS, "valid", 4, flipped(ROWS, "certify", "test")) == expected
+    assert compared(exits, FLOORS, "valid", 4, flipped(ROWS, "tune")) != expected
+    select = compared(exits, FLOORS, "valid", 4, flipped(ROWS, "select"))
+    assert select != expected
+    for result in (select, expected):
+        for row in result["floors"]:
+            del row["calibrated"]
+        for difference in (
+            *(row["floor_difference"] for row in result["exits"]),
+            *result["floor_differences"],
+        ):
+            difference.pop("log_loss", None)
+    assert select == expected
+
+
+def test_best_floor_is_chosen_on_tune() -> None:
+    """What is best by tune stays best when the answers of test are turned round; its difference changes sign."""
+    result = compared({4: everywhere(GOOD)}, FLOORS, "test", 4, flipped(ROWS, "test", "certify", "select"))
+    assert result["best_floor"] == "gbdt_evidence"
+    assert result["floor_difference"]["value"] == -0.25
+
+
+def test_lr_rates_is_compared_once() -> None:
+    """Where lr_rates is the best floor there is one difference, not two."""
+    floors = [floor("item_rate", everywhere(COIN)), floor("lr_rates", everywhere(GOOD))]
+    result = compared({4: everywhere(PERFECT)}, floors, "test", 4)
+    assert [(d["floor"], d["value"]) for d in result["floor_differences"]] == [("lr_rates", 0.25)]
+
+
+def test_nothing_chosen_nothing_compared() -> None:
+    """Without a chosen exit the table still stands, without a headline; its exits are compared all the same."""
+    result = compared({4: everywhere(GOOD)}, FLOORS, "test", None)
+    assert result["chosen_exit"] is None
+    assert "floor_difference" not in result
+    assert result["exits"][0]["floor_difference"]["value"] == 0.25
+    assert len(result["exits"]) == 1
+    assert len(result["floors"]) == 3
+
+
+def test_rows_are_matched_by_row_id() -> None:
+    """A score table in another order says the same: floor and exit meet by row id, not by position."""
+    exits = {4: everywhere(GOOD)}
+    scores, split = table(exits).sample(fraction=1.0, shuffle=True, seed=0), SimpleNamespace(rows=ROWS)
+    shuffled: dict[str, Any] = comparison(scores, split, FLOORS, "test", 4)  # type: ignore[arg-type]
+    for found, ordered in zip(
+        shuffled["floor_differences"], compared(exits, FLOORS, "test", 4)["floor_differences"], strict=True
+    ):
+        assert without_log_loss(found) == without_log_loss(ordered)
+        assert found["log_loss"]["value"] == pytest.approx(ordered["log_loss"]["value"])

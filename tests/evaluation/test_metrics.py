@@ -1,0 +1,280 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.metrics import log_loss as sklearn_log_loss
+
+from project.evaluation.bootstrap import UserBootstrap
+from project.evaluation.metrics import (
+    UserAUC,
+    auc,
+    brier,
+    ece,
+    gauc_impressions,
+    gauc_positives,
+    head_metrics,
+    log_loss,
+    probabilities,
+    uauc,
+)
+
+
+def sample(n=500, users=20, seed=0, tie=1):
+    rng = np.random.default_rng(seed)
+    labels = (rng.random(n) < 0.4).astype(int)
+    return np.round(labels + 1.5 * rng.normal(size=n), tie), labels, rng.integers(0, users, n)
+
+
+class TestAUC:
+    def test_golden_with_ties(self):
+        """Positives .8, .5, negatives .5, .2: pairs 1 + 1 + .5 + 1 of 4 = .875."""
+        assert auc([0.8, 0.5, 0.5, 0.2], [1, 1, 0, 0]) == 0.875
+
+    @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40))
+    def test_equals_sklearn_and_mirrors(self, rows):
+        """Equal to scikit-learn under heavy ties; negated scores give 1 - AUC; None exactly for one class."""
+        scores, labels = (np.array(column) for column in zip(*rows, strict=True))
+        found = auc(scores, labels)
+        if labels.all() or not labels.any():
+            assert found is None
+        else:
+            assert found == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
+            assert auc(-scores, labels) == pytest.approx(1 - found, abs=1e-9)
+
+    @given(st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 3)), min_size=1, max_size=30))
+    def test_weights_are_repetitions(self, rows):
+        """Integer weights give the AUC of the rows physically repeated so often; weight 0 removes a row."""
+        scores, labels, times = (np.array(column) for column in zip(*rows, strict=True))
+        repeated = auc(np.repeat(scores, times), np.repeat(labels, times))
+        assert auc(scores, labels, times) == (
+            repeated if repeated is None else pytest.approx(repeated, abs=1e-12)
+        )
+
+    def test_refuses_what_is_no_score(self):
+        """NaN scores, labels that are not 0/1, wrong shapes and negative weights are errors, not numbers."""
+        with pytest.raises(ValueError, match="1 of 2 scores are NaN"):
+            auc([np.nan, 1.0], [0, 1])
+        with pytest.raises(ValueError, match=r"0 or 1, found \[0\.0, 5\.0\]"):
+            auc([0.0, 1.0], [0, 5])
+        with pytest.raises(ValueError, match="2 scores but labels of shape"):
+            auc([0.0, 1.0], [0, 1, 1])
+        with pytest.raises(ValueError, match="weights"):
+            auc([0.0, 1.0], [0, 1], [1.0, -1.0])
+
+
+class TestProbabilities:
+    def test_sigmoid_is_stable_and_clipped(self):
+        """Huge logits neither overflow nor leave [.001, .999]; inside, the plain sigmoid: log 3 -> .75."""
+        assert probabilities([-1e6, -np.inf, 0, np.log(3), 1e6]).tolist() == [0.001, 0.001, 0.5, 0.75, 0.999]
+
+    def test_log_loss_and_brier_golden(self):
+        """Hit with .75, miss with .5: (-ln .75 - ln .5) / 2 = .49041; (.0625 + .25) / 2 = .15625."""
+        assert log_loss([0.75, 0.5], [1, 0]) == pytest.approx(0.4904146, abs=1e-7)
+        assert brier([0.75, 0.5], [1, 0]) == 0.15625
+
+    def test_equal_sklearn(self):
+        """Log loss and Brier equal scikit-learn's to 1e-9 on the same probabilities."""
+        scores, labels, _ = sample()
+        p = probabilities(scores)
+        assert log_loss(p, labels) == pytest.approx(sklearn_log_loss(labels, p), abs=1e-9)
+        assert brier(p, labels) == pytest.approx(brier_score_loss(labels, p), abs=1e-9)
+
+    def test_one_class_has_a_log_loss(self):
+        """Log loss, Brier and ECE are defined on one class; only without rows are they None."""
+        assert log_loss([0.5], [1]) == pytest.approx(np.log(2))
+        assert (log_loss([], []), brier([], []), ece([], [])) == (None, None, None)
+
+    def test_logits_are_refused(self):
+        """A logit in a place for probabilities is an error."""
+        for metric in (log_loss, brier, ece):
+            with pytest.raises(ValueError, match="are these logits"):
+                metric([-1.5, 0.5], [0, 1])
+
+
+class TestECE:
+    def test_golden(self):
+        """Two bins of two: |.15 - .5| and |.7 - .5|, halves: .175 + .1 = .275."""
+        assert ece([0.1, 0.6, 0.8, 0.2], [0, 1, 0, 1], bins=2) == pytest.approx(0.275)
+
+    def test_ties_do_not_depend_on_row_order(self):
+        """A constant equal to the base rate is calibrated whatever the order of rows: ECE 0."""
+        assert ece([0.5] * 40, [0] * 20 + [1] * 20) == pytest.approx(0.0, abs=1e-12)
+        scores, labels, _ = sample()
+        order = np.random.default_rng(1).permutation(scores.size)
+        p = probabilities(scores)
+        assert ece(p[order], labels[order]) == pytest.approx(ece(p, labels), abs=1e-12)
+
+    def test_sees_miscalibration(self):
+        """True probabilities have a small ECE; doubled logits a large one."""
+        rng = np.random.default_rng(0)
+        logits = rng.normal(size=20_000)
+        labels = rng.random(20_000) < probabilities(logits)
+        assert ece(probabilities(logits), labels) < 0.015
+        assert ece(probabilities(2 * logits), labels) > 0.08
+
+
+class TestUserAUC:
+    def test_three_names_three_values(self):
+        """a: 1 (2 rows, 1 positive); b: 1/3 (4, 3); c: 0 (3, 2); d has one class and is left out.
+
+        Unweighted (1 + 1/3 + 0) / 3 = 4/9; by rows (2 + 4/3) / 9 = 10/27; by positives (1 + 1) / 6 = 1/3.
+        """
+        scores = [0.9, 0.1, 0.8, 0.7, 0.6, 0.5, 0.9, 0.1, 0.2, 0.3]
+        args = (scores, [1, 0, 1, 0, 1, 1, 0, 1, 1, 1], list("aabbbbcccd"))
+        assert uauc(*args) == UserAUC(pytest.approx(4 / 9), 3, 9)
+        assert gauc_impressions(*args) == UserAUC(pytest.approx(10 / 27), 3, 9)
+        assert gauc_positives(*args) == UserAUC(pytest.approx(1 / 3), 3, 9)
+
+    def test_equals_a_loop_over_users(self):
+        """The one-pass ranks equal scikit-learn's AUC user by user, ties included."""
+        scores, labels, users = sample(users=60, tie=0)
+        by_user = [
+            roc_auc_score(labels[users == u], scores[users == u])
+            for u in np.unique(users)
+            if 0 < labels[users == u].mean() < 1
+        ]
+        assert uauc(scores, labels, users).value == pytest.approx(np.mean(by_user), abs=1e-9)
+        assert uauc(scores, labels, users).users == len(by_user)
+
+    def test_user_constant_moves_pooled_auc_only(self):
+        """Adding a constant per user changes the pooled AUC and no user-AUC."""
+        scores, labels, users = sample()
+        shifted = scores + 3.0 * users
+        assert auc(shifted, labels) < auc(scores, labels) - 0.05
+        assert uauc(shifted, labels, users).value == pytest.approx(uauc(scores, labels, users).value)
+
+    def test_undefined(self):
+        """No user with both classes, or no rows: None with 0 users and rows."""
+        nobody = UserAUC(None, 0, 0)
+        assert uauc([1.0, 2.0], [0, 1], [0, 1]) == nobody
+        assert gauc_positives([], [], []) == nobody
+
+
+class TestHeadMetrics:
+    def test_keys_and_agreement(self):
+        """One call gives what the single functions give, under the result file's names."""
+        scores, labels, users = sample()
+        found = head_metrics(scores, labels, users)
+        assert list(found) == [
+            *("n", "auc", "log_loss", "brier", "ece", "uauc", "gauc_impressions", "gauc_positives")
+        ]
+        assert found["n"] == 500
+        assert found["auc"] == auc(scores, labels)
+        assert found["log_loss"] == log_loss(probabilities(scores), labels)
+        for name, metric in (
+            ("uauc", uauc),
+            ("gauc_impressions", gauc_impressions),
+            ("gauc_positives", gauc_positives),
+        ):
+            assert UserAUC(**found[name]) == metric(scores, labels, users)
+
+    def test_one_class_stays_none_and_does_not_spread(self):
+        """One class: AUCs None, the rest a number. No rows: all None."""
+        found = head_metrics([0.0, 1.0], [1, 1], [0, 1])
+        assert found["auc"] is None
+        assert found["uauc"] == {"value": None, "users": 0, "rows": 0}
+        assert found["log_loss"] > 0
+        empty = head_metrics([], [], [])
+        assert (empty["n"], empty["auc"], empty["log_loss"], empty["ece"]) == (0, None, None, None)
+
+
+class TestUserBootstrap:
+    def test_draws_are_repeated_users(self):
+        """Every draw equals the AUC of the drawn users' rows physically repeated."""
+        scores, labels, users = sample(n=60, users=6)
+        bootstrap = UserBootstrap(users, draws=20, seed=3)
+        for times, drawn in zip(bootstrap._times, bootstrap._auc_draws(scores, labels), strict=True):
+            assert times.sum() == 6
+            rows = np.repeat(np.arange(60), times[users].astype(int))
+            assert drawn == pytest.approx(roc_auc_score(labels[rows], scores[rows]), abs=1e-9)
+
+    def test_chunks_do_not_matter(self, monkeypatch):
+        """The interval is the same when draws are worked off one by one."""
+        scores, labels, users = sample()
+        whole = UserBootstrap(users, draws=50).auc_interval(scores, labels)
+        monkeypatch.setattr("project.evaluation.bootstrap.CHUNK_ELEMENTS", 1)
+        assert UserBootstrap(users, draws=50).auc_interval(scores, labels) == whole
+
+    def test_difference_is_paired(self):
+        """A model against itself has the interval [0, 0]; against noise, the AUCs' difference."""
+        scores, labels, users = sample()
+        bootstrap = UserBootstrap(users)
+        same = {"value": 0.0, "interval": [0.0, 0.0]}
+        assert bootstrap.difference_interval(scores, 2 * scores, labels) == same
+        noise = np.random.default_rng(9).normal(size=scores.size)
+        found = bootstrap.difference_interval(scores, noise, labels)
+        assert found["value"] == pytest.approx(auc(scores, labels) - auc(noise, labels))
+        assert 0 < found["interval"][0] < found["value"] < found["interval"][1]
+
+    def test_log_loss_difference(self):
+        """Equals the difference of clipped log losses; one interval endpoint per side of it."""
+        scores, labels, users = sample()
+        found = UserBootstrap(users).log_loss_difference_interval(scores, np.zeros(500), labels)
+        assert found["value"] == pytest.approx(log_loss(probabilities(scores), labels) - np.log(2))
+        assert found["interval"][0] < found["value"] < found["interval"][1]
+
+    def test_undefined(self):
+        """One class or no rows: None, no warning and no NaN."""
+        bootstrap = UserBootstrap([0, 0, 1])
+        assert bootstrap.auc_interval([1.0, 2.0, 3.0], [1, 1, 1]) is None
+        nothing = {"value": None, "interval": None}
+        assert bootstrap.difference_interval([1.0, 2, 3], [3.0, 2, 1], [0, 0, 0]) == nothing
+        assert UserBootstrap([]).log_loss_difference_interval([], [], []) == nothing
+        assert UserBootstrap([]).auc_interval([], []) is None
+
+    def test_one_class_draws_are_left_out(self):
+        """Two users of one class each: half of the draws are undefined, the others all have AUC 1."""
+        assert UserBootstrap([0, 1]).auc_interval([0.0, 1.0], [0, 1]) == [1.0, 1.0]
+
+    def test_users_not_rows(self):
+        """Copying every user's rows ten times adds no information: the interval keeps its width."""
+        scores, labels, users = sample()
+        once = UserBootstrap(users).auc_interval(scores, labels)
+        tenfold = UserBootstrap(np.tile(users, 10)).auc_interval(np.tile(scores, 10), np.tile(labels, 10))
+        assert tenfold == pytest.approx(once, abs=1e-9)
+
+    def test_rows_must_match(self):
+        """Scores of other rows than the bootstrap's are refused."""
+        with pytest.raises(ValueError, match="made for 3 rows, found 2"):
+            UserBootstrap([0, 0, 1]).auc_interval([1.0, 2.0], [0, 1])
+
+    def test_covers(self):
+        """In 100 samples of 40 users with a user effect, 95 % intervals hold the true AUC at least 88 times.
+
+        A row bootstrap on the same samples holds it fewer than 88 times (checked here too, so this can fail).
+        """
+        rng = np.random.default_rng(0)
+
+        def draw(users, rows):
+            person = np.repeat(np.arange(users), rows)
+            generosity = 2 * rng.normal(size=users)[person]
+            score = generosity + rng.normal(size=users * rows)
+            label = rng.random(score.size) < probabilities(2 * rng.normal(size=users)[person] + 0.5 * score)
+            return score, label, person
+
+        truth = auc(*draw(40_000, 10)[:2])
+        hits = {"users": 0, "rows": 0}
+        for seed in range(100):
+            scores, labels, person = draw(40, 10)
+            for unit, ids in (("users", person), ("rows", np.arange(person.size))):
+                low, high = UserBootstrap(ids, draws=200, seed=seed).auc_interval(scores, labels)
+                hits[unit] += low <= truth <= high
+        assert hits["users"] >= 88 > hits["rows"]
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 30), st.integers(0, 10_000))
+def test_monotone_scores_change_no_ranking_metric(n, seed):
+    """Any strictly increasing map of the scores leaves AUC and user-AUC as they are."""
+    scores, labels, users = sample(n=n, users=3, seed=seed)
+    mapped = np.exp(scores / 2) * 3 - 7
+    assert auc(mapped, labels) == auc(scores, labels)
+    assert uauc(mapped, labels, users) == uauc(scores, labels, users)
+
+
+def test_ratio_interval():
+    """Users spend (4, 2), (2, 2): 6 / 4 = 1.5; resampled pairs give 2, 1.5 or 1, so the interval is [1, 2]."""
+    found = UserBootstrap([0, 1, 1], draws=500, seed=0).ratio_interval([4, 1, 1], [2, 1, 1])
+    assert found == {"value": 1.5, "interval": [1.0, 2.0]}
+    assert UserBootstrap([0]).ratio_interval([1], [0]) == {"value": None, "interval": None}

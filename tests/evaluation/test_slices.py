@@ -1,0 +1,72 @@
+"""Slices of a hand-made split: which rows each holds, and that its metrics are those of its rows alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+from project.artefacts import score_table
+from project.evaluation.metrics import head_metrics
+from project.evaluation.slices import exit_scores_of, floor_scores_of, slice_masks, slice_rows
+from project.floors.quick import Floor
+
+HIST = [0, 19, 20, 99, 100, 5, 30, 200]
+LABEL = [1, 0, 1, 0, 1, 0, 1, 0]
+ROWS = pl.DataFrame(
+    {
+        "row_id": range(10),
+        "user": [1, 2, 1, 1, 1, 1, 1, 2, 2, 2],  # user 1 has a target in train, user 2 only a context row
+        "label": [1, 0, *LABEL],
+        "split": ["train", "train"] + ["test"] * 8,
+        "fold": pl.Series([None] * 10, dtype=pl.String),
+        "role": ["target", "context"] + ["target"] * 8,
+        "hist": [3, 3, *HIST],
+    }
+)
+LOGITS = np.array([3.0, 2.0, 1.0, 0.0, -1.0, 1.5, 0.5, -2.0])
+
+
+def test_masks_golden():
+    """Edges belong to the upper bucket; who has only context in train is cold; each family covers every row once."""
+    masks = {name: mask.to_list() for name, mask in slice_masks(ROWS, "test").items()}
+    held = {name: [h for h, inside in zip(HIST, mask, strict=True) if inside] for name, mask in masks.items()}
+    assert held == {
+        "warm_users": [0, 19, 20, 99, 100],
+        "cold_users": [5, 30, 200],
+        "history_0_19": [0, 19, 5],
+        "history_20_99": [20, 99, 30],
+        "history_100_plus": [100, 200],
+    }
+
+
+def test_metrics_are_those_of_the_rows():
+    """history_20_99 scores 1, 0, .5 on labels 1, 0, 1: AUC 1. Floors and exits stand side by side; empty says so."""
+    floor = Floor("lr_rates", pl.DataFrame({"row_id": range(2, 10), "split": ["test"] * 8, "logit": LOGITS}))
+    columns = {"row_id": list(range(9, 1, -1)), "split": ["test"] * 8}  # another order than the rows
+    exits = exit_scores_of(score_table(columns, LOGITS[::-1, None], [4]), ROWS, [4], "test")
+    found = slice_rows(ROWS, exits + floor_scores_of([floor], ROWS, "test"), "test", draws=20)
+    bucket = next(entry for entry in found if entry["name"] == "history_20_99")
+    assert {k: bucket[k] for k in ("split", "n", "users", "positives")} == {
+        "split": "test",
+        "n": 3,
+        "users": 2,
+        "positives": 2,
+    }
+    assert [row.get("layer", row.get("name")) for row in bucket["rows"]] == [4, "lr_rates"]
+    for row in bucket["rows"]:
+        assert row["auc"] == 1.0
+        assert row | head_metrics(LOGITS[[2, 3, 6]], [1, 0, 1], [1, 1, 2]) == row
+    assert found[4]["rows"][0]["auc"] == 1.0  # history_100_plus: -1 liked, -2 not
+    assert (
+        found[0]["rows"][0]["auc"] == 0.5
+    )  # warm_users: likes 3, 1, -1 above dislikes 2, 0: (2 + 1 + 0) / 6
+
+
+def test_empty_slice_is_undefined():
+    """Without cold users the entry stays, with n = 0 and undefined metrics."""
+    warm = ROWS.filter(pl.col("user") == 1)
+    found = slice_rows(warm, [({"name": "any"}, np.zeros(5))], "test", draws=5)
+    cold = next(entry for entry in found if entry["name"] == "cold_users")
+    assert cold["n"] == 0
+    assert cold["rows"][0]["auc"] is None
+    assert cold["rows"][0]["auc_interval"] is None
