@@ -14,6 +14,15 @@ QUIET_WARNINGS = (
     "The dirpath has changed",
 )
 
+OTHER_VERBS = {
+    "table": "print result files as Markdown tables",
+    "report": "one document of a run's results",
+    "ablate": "train a list of variants and compare them",
+    "compare": "two runs on the same rows",
+    "export": "a run as a Hugging Face folder",
+    "power": "what each certificate costs",
+}
+
 
 def run(arguments: list[str]) -> None:
     """The verb that the arguments begin with; those that need no model are light to start."""
@@ -45,7 +54,7 @@ def run(arguments: list[str]) -> None:
         case _:
             from project.cli import ProjectCLI
 
-            ProjectCLI()
+            ProjectCLI(OTHER_VERBS)
 
 
 def main() -> None:

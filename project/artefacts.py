@@ -116,16 +116,25 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read a result file of this schema version.
 
     Raises:
-        DataError: If it is missing or of another version.
+        DataError: If it is missing, something else, or of another version.
     """
+    if path.is_dir():
+        raise DataError(
+            f"{path} is a folder; expected a result file, such as {path / 'results' / 'test.json'} of a run."
+        )
     if not path.is_file():
         raise DataError(
             f"{path} does not exist; expected a result file that fit, test or floors has written."
         )
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not a result file: {error}. Run the verb that wrote it again.") from error
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path} is not a result file: it holds a {type(content).__name__}, expected an object with "
+            "schema_version and verb. Run the verb that wrote it again."
+        )
     if content.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
             f"{path} has schema_version {content.get('schema_version')}; this version reads {SCHEMA_VERSION}. "

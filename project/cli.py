@@ -6,7 +6,13 @@ line; here a checkpoint that does not fit the configuration is refused by the mo
 
 from __future__ import annotations
 
+import sys
+import zipfile
+from argparse import ArgumentError
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -19,6 +25,7 @@ from project.callbacks.results import ResultFiles
 from project.callbacks.run_bundle import RunBundle
 from project.callbacks.save_config import SaveConfig
 from project.callbacks.wandb_artifacts import WandbArtifacts
+from project.cli_errors import check_verb, one_line, project_error_in
 from project.data.datamodule import InteractionData
 from project.data.template import tells_numbers
 from project.errors import CheckpointError
@@ -27,9 +34,14 @@ from project.trainer import ProjectTrainer
 
 
 class ProjectCLI(LightningCLI):
-    """`python -m project VERB --config FILE [--config OVERLAY] [--key value]`."""
+    """`python -m project VERB --config FILE [--config OVERLAY] [--key value]`.
 
-    def __init__(self) -> None:
+    Args:
+        others: Verbs that need no configuration, and what each does; the help names them.
+    """
+
+    def __init__(self, others: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._others = others
         super().__init__(
             ExitRecommender,
             InteractionData,
@@ -39,8 +51,13 @@ class ProjectCLI(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             trainer_defaults={"use_distributed_sampler": False},
-            # without allow_abbrev=False `--trainer.max_epoch` would pass silently
-            parser_kwargs={"prog": "python -m project", "allow_abbrev": False},
+            parser_kwargs={
+                "prog": "python -m project",
+                "allow_abbrev": False,  # else `--trainer.max_epoch` would pass silently
+                "exit_on_error": False,  # else the usage, of 140 lines, hides what is wrong
+                "epilog": "Verbs without a configuration: "
+                + "; ".join(f"{name} ({what})" for name, what in others.items()),
+            },
         )
 
     @staticmethod
@@ -79,6 +96,26 @@ class ProjectCLI(LightningCLI):
         parser.link_arguments("data.prompt.segment", "model.numbers", compute_fn=tells_numbers)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """What is wrong is one error of ours."""
+        check_verb(sys.argv[1:], [*self.subcommands(), *self._others])
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            verb = next((name for name in sys.argv[1:] if name in self._subcommand_parsers), "fit")
+            keys = self._subcommand_parsers[verb].get_defaults().keys()
+            raise project_error_in(error) or one_line(str(error), sys.argv[1:], keys) from None
+
+    def instantiate_classes(self) -> None:
+        """An error of ours stays one where its type is one of several, as in `Taste | None`."""
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            ours = project_error_in(error)
+            if ours is None:
+                raise
+            raise ours from None
+
     def _parse_ckpt_path(self) -> None:
         """Do not let a checkpoint change the configuration; the module checks that they agree."""
 
@@ -88,12 +125,10 @@ class ProjectCLI(LightningCLI):
         if "verbose" in config:
             config.verbose = False  # the result table says it all
         checkpoint = config.get("ckpt_path")
-        if checkpoint and not Path(checkpoint).exists():
-            raise CheckpointError(
-                f"ckpt_path is {checkpoint}, which does not exist; expected a checkpoint file of a run, "
-                "for example runs/quickstart/latest/checkpoints/last.ckpt. `fit` writes one."
-            )
-        if self.subcommand == "fit" or not checkpoint:
+        if not checkpoint:
+            return
+        _check_file(Path(checkpoint))
+        if self.subcommand == "fit":
             return
         if isinstance(config.trainer.logger, list):
             config.trainer.logger = [
@@ -102,3 +137,23 @@ class ProjectCLI(LightningCLI):
         run = run_of_checkpoint(checkpoint)
         config.checkpoint.dirpath = str(run / "checkpoints")
         config.data.bundle = str(run / "bundle")
+
+
+def _check_file(checkpoint: Path) -> None:
+    """Refuse what is no checkpoint at all, in the words of a person who names a file."""
+    if checkpoint.is_file() and zipfile.is_zipfile(checkpoint):
+        return
+    last = checkpoint / "checkpoints" / "last.ckpt"
+    if not checkpoint.exists():
+        found, hint = "does not exist", "runs/quickstart/latest/checkpoints/last.ckpt. `fit` writes one."
+    elif checkpoint.is_dir():
+        found = "is a folder"
+        hint = f"{last if last.exists() else 'RUN/checkpoints/last.ckpt'}."
+    else:
+        found, hint = (
+            "is not a checkpoint, or not a whole one",
+            "runs/quickstart/latest/checkpoints/last.ckpt.",
+        )
+    raise CheckpointError(
+        f"ckpt_path is {checkpoint}, which {found}; expected a checkpoint file of a run, for example {hint}"
+    )

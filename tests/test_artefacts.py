@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,21 @@ def test_refuses_a_missing_result(tmp_path: Path) -> None:
     """A file that is not there is named, with the verbs that would write it."""
     with pytest.raises(DataError, match=r"absent\.json does not exist.*fit, test or floors"):
         read_result(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.mkdir(), r"is a folder.*results/test\.json"),
+        (lambda path: path.write_text("[1]"), "holds a list, expected an object"),
+        (lambda path: path.write_text("{"), "is not a result file"),
+    ],
+)
+def test_refuses_what_is_no_result(tmp_path: Path, make: Callable[[Path], object], words: str) -> None:
+    """A folder suggests a file in it; JSON that is something else says what it is."""
+    make(tmp_path / "a.json")
+    with pytest.raises(DataError, match=rf"a\.json.*{words}"):
+        read_result(tmp_path / "a.json")
 
 
 def test_run_of_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

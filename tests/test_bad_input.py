@@ -12,6 +12,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from project.engine.verb import _counted
+
 Run = Callable[..., None]
 Config = Callable[..., Path]
 
@@ -102,6 +104,9 @@ def test_unknown_key(fails: Callable[..., str], tiny_config: Config) -> None:
             {"data.prompt": {"segment": "{title} by {director}:"}},
             ["data.prompt.segment", "director", "title"],
         ),
+        ({"data.prompt": {"segment": "{title!r}:"}}, ["data.prompt.segment", "{title!r}", "{title:.40}"]),
+        ({"data.prompt": {"segment": "{title} {taste}:"}}, ["data.taste is null", "item_columns"]),
+        ({"data.context_tokens": 10}, ["data.context_tokens is 10", "20 of 20 items", "{title:.40}"]),
         ({"model.backbone": "/nowhere/model"}, ["/nowhere/model"]),
     ],
 )
@@ -110,7 +115,7 @@ def test_configuration(
 ) -> None:
     """A value that cannot work names its key before anything is trained."""
     said = fails("fit", "--config", tiny_config(**changes))
-    missing = [w for w in words if w not in said]
+    missing = [w for w in words if w not in said.replace("\n", " ")]
     assert not missing, said
 
 
@@ -126,6 +131,13 @@ def test_unsupported_family(
     said = fails("fit", "--config", tiny_config(**{"model.backbone": str(folder)}))
     assert "gpt2" in said
     assert "llama" in said
+
+
+def test_what_was_refused_is_not_counted_as_scored() -> None:
+    """`predict --engine early_exit` says how many candidates have a score, and how many requests have none."""
+    table = pl.DataFrame({"request_id": ["a", "a", "b", "c"], "error": [None, None, "no item", None]})
+    assert _counted(table) == "3 candidates of 2 requests scored (1 more refused, see the column error)"
+    assert _counted(table.filter(pl.col("error").is_null())) == "3 candidates of 2 requests scored"
 
 
 @pytest.mark.slow

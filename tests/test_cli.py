@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from project.artefacts import SCORE_COLUMNS
+from project.callbacks.run_folder import will_be_saved
 
 Run = Callable[..., None]
 Config = Callable[..., Path]
@@ -143,3 +148,42 @@ def test_predict_equals_test(run: Run, tiny_config: Config, tmp_path: Path) -> N
     new = predicted.filter(pl.col("request_id") == "new")
     assert new["item_id"].to_list() == ["i1", "new"]
     assert new.select("logit_1", "logit_3").null_count().sum_horizontal().item() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("run", r"run, which is a folder; .* run/checkpoints/last\.ckpt\."),
+        ("own.yaml", r"own\.yaml, which is not a checkpoint, or not a whole one"),
+        ("absent.ckpt", r"absent\.ckpt, which does not exist"),
+    ],
+)
+def test_ckpt_path_is_a_checkpoint(
+    run: Run,
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    words: str,
+) -> None:
+    """A run's folder suggests its last checkpoint; another file and none are named, before anything is made."""
+    config = tiny_config()
+    monkeypatch.chdir(tmp_path)
+    Path("run/checkpoints").mkdir(parents=True)
+    Path("run/checkpoints/last.ckpt").touch()
+    Path("own.yaml").write_text("model: {}\n")
+    with pytest.raises(SystemExit) as stopped:
+        run("test", "--config", config, "--ckpt_path", name)
+    assert stopped.value.code == 2
+    assert re.search(rf"CheckpointError: ckpt_path is {words}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("save_top_k", "expected"), [(0, True), (1, False), (-1, False)])
+def test_what_is_saved_without_a_best(tmp_path: Path, save_top_k: int, expected: bool) -> None:
+    """With save_top_k 0 no checkpoint is chosen by its metric: the latest weights are what results are about."""
+    saver = ModelCheckpoint(tmp_path, monitor="val/auc/deepest", mode="max", save_top_k=save_top_k)
+    trainer = Trainer(logger=False, callbacks=[saver], enable_progress_bar=False, enable_model_summary=False)
+    assert will_be_saved(trainer) is expected  # the metric is not there yet
+    trainer.callback_metrics["val/auc/deepest"] = torch.tensor(0.6)
+    assert will_be_saved(trainer)

@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from project.data.datamodule import InteractionData
+from project.data.interactions import build_interactions
 from project.data.readers import TableLogs
 from project.data.splits import Protocol
 from project.errors import DataError
@@ -139,8 +140,10 @@ def test_data_set_explains_a_mistake(package: ModuleType, json_logs: dict[str, s
     with open(json_logs["events"], "a") as file:
         file.write('{"who": "u1", "what": "i999", "at": 1, "stars": 4}\n')
     line = len(Path(json_logs["events"]).read_text().splitlines())
-    with pytest.raises(DataError, match=rf"events\.jsonl, line {line}: item 'i999' .*items\.jsonl"):
-        package.JsonLogs(**json_logs).read()
+    with pytest.raises(
+        DataError, match=rf"events\.jsonl, row {line}: item i999 is not in the reader's items"
+    ):
+        build_interactions(package.JsonLogs(**json_logs).read(), PROTOCOL)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from project.errors import ConfigError
+from project.errors import ConfigError, DataError
 from project.headlines import render_headlines
 from project.verbs import fill_tables, print_tables
 
@@ -120,6 +120,8 @@ def test_markers_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (["--into"], "needs a Markdown file to renew; found none"),
         (["--into", "nosuch.md"], "found nosuch.md"),
+        ([], r"table needs result files, such as .*test\.json.*found none"),
+        (["--beside"], "table needs result files"),
         (["--stagess", "test.json"], "table knows --brief, --stages, --beside and --into; found --stagess"),
     ],
     ids=str,
@@ -128,3 +130,14 @@ def test_bad_arguments(arguments: list[str], words: str) -> None:
     """What `table` cannot do is said in one line."""
     with pytest.raises(ConfigError, match=words):
         print_tables(arguments)
+
+
+def test_a_result_without_a_verb(tmp_path: Path) -> None:
+    """A file with nothing but a version names what it lacks, alone, beside others and in a document."""
+    path = tmp_path / "a.json"
+    path.write_text('{"schema_version": 1}')
+    for arguments in ([str(path)], ["--beside", str(path)]):
+        with pytest.raises(DataError, match=r"a\.json has no verb and no protocol"):
+            print_tables(arguments)
+    with pytest.raises(DataError, match=r"a\.json has no verb"):
+        fill_tables("<!-- table a.json -->\nold\n<!-- end of table -->", tmp_path)

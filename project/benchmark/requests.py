@@ -75,7 +75,7 @@ def run_engine(
         )
     data.prepare_data()
     wanted = _possible(sizes, data.split)
-    plans = load_run(model, data.tokenizer, checkpoint)
+    plans = load_run(model, data.tokenizer, checkpoint, data)
     model.to(device)  # not before: the trunk was just made
     worth = RunWorth(model, data, folder, plans, settings)
     asked = AskedRequests(model, data, folder, plans.plan.calibration)

@@ -20,7 +20,7 @@ def nonempty_text(values: pl.Series, file: str, column: str) -> pl.Series:
         file: Name of the file, for the message.
         column: The column's name in the file, for the message.
     """
-    text = values.cast(pl.String)
+    text = _worded(values, file, column)
     empty = text.is_null() | (text.str.strip_chars() == "")
     if empty.any():
         rows = empty.arg_true()
@@ -33,38 +33,60 @@ def nonempty_text(values: pl.Series, file: str, column: str) -> pl.Series:
 
 def plain_text(values: pl.Series, file: str) -> pl.Series:
     """A column as text, null where it was; a list becomes "a, b", a nested type is a `DataError`."""
-    if isinstance(values.dtype, pl.List):
+    if isinstance(values.dtype, pl.List) and not values.dtype.inner.is_nested():
         return values.cast(pl.List(pl.String)).list.join(", ")
     if values.dtype.is_nested():
         raise DataError(
             f"{file}: column {values.name} has the type {values.dtype}; expected text, numbers or lists."
         )
-    return values.cast(pl.String)
+    return _worded(values, file, values.name)
 
 
-def finite_number(values: pl.Series, file: str, column: str) -> pl.Series:
+def finite_number(values: pl.Series, file: str, column: str, optional: bool = False) -> pl.Series:
     """A column as Float64; empty values, NaN, infinities and text are a `DataError`.
 
     A column named timestamp may hold dates (by its type, or as ISO text, UTC where it names no zone): they
-    become seconds since 1970.
+    become seconds since 1970. One named label may say true and false.
+
+    Args:
+        values: The column, under our name.
+        file: Name of the file, for the message.
+        column: The column's name in the file, for the message.
+        optional: Empty values stay empty.
     """
-    if values.dtype in (pl.Date, pl.Datetime):
-        moments = values.cast(pl.Datetime("us")) if values.dtype == pl.Date else values
-        numbers = moments.dt.epoch("us") / 1e6
+    moments = values.dtype in (pl.Date, pl.Datetime) and values.name == "timestamp"
+    if not moments and (values.dtype.is_temporal() or values.dtype.is_nested() or values.dtype == pl.Binary):
+        raise DataError(
+            f"{file}: column {column} has the type {values.dtype}; expected numbers"
+            f"{' (seconds) or dates' if values.name == 'timestamp' else ''}. Convert it where it is written."
+        )
+    if values.dtype in (pl.Categorical, pl.Enum):
+        values = values.cast(pl.String)
+    if moments:
+        exact = values.cast(pl.Datetime("us")) if values.dtype == pl.Date else values
+        numbers = exact.dt.epoch("us") / 1e6
     elif values.dtype == pl.String:
         numbers = values.str.strip_chars().cast(pl.Float64, strict=False)
         if values.name == "timestamp":
             numbers = _seconds(values, numbers)
+        elif values.name == "label":
+            said = values.str.strip_chars().str.to_lowercase()
+            numbers = numbers.fill_null(said.replace_strict({"true": 1.0, "false": 0.0}, default=None))
     else:
         numbers = values.cast(pl.Float64, strict=False)
     wrong = ~numbers.is_finite().fill_null(False)
+    if optional:
+        wrong &= values.is_not_null()
     if wrong.any():
         rows = wrong.arg_true()
         value = values[rows[0]]
         found = "empty" if value is None else repr(value)
-        hint = " (seconds, or an ISO date such as 2024-05-17T09:30:00)" if values.name == "timestamp" else ""
+        expected = {
+            "timestamp": "a finite number (seconds, or an ISO date such as 2024-05-17T09:30:00)",
+            "label": "0 or 1, or true or false",
+        }.get(values.name, "a finite number")
         raise DataError(
-            f"{file}, row {rows[0] + 1}: column {column} is {found}; expected a finite number{hint}. "
+            f"{file}, row {rows[0] + 1}: column {column} is {found}; expected {expected}. "
             f"{len(rows):,} of {len(values):,} rows are like this; correct or remove them."
         )
     return numbers.cast(pl.Float64)
@@ -79,6 +101,20 @@ def refuse(values: pl.Series, allowed: Sequence[float] | Sequence[str], file: st
             f"{file}, row {rows[0] + 1}: column {column} is {values[rows[0]]!r} ({len(rows):,} such rows); "
             f"allowed are {', '.join(str(value) for value in allowed)}."
         )
+
+
+def _worded(values: pl.Series, file: str, column: str) -> pl.Series:
+    """A column of text, numbers, dates or categories as text."""
+    problem = f"has the type {values.dtype}"
+    if not values.dtype.is_nested():  # polars would word a struct
+        try:
+            return values.cast(pl.String)
+        except pl.exceptions.PolarsError:
+            problem = "has bytes that are no UTF-8 text"
+    raise DataError(
+        f"{file}: column {column} {problem}; expected text or numbers, one value a row. Convert it where it "
+        "is written."
+    )
 
 
 def _seconds(values: pl.Series, numbers: pl.Series) -> pl.Series:

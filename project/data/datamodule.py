@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from project.data.batches import EvaluationSampler, PackedLoader, TrainSampler
 from project.data.interactions import build_interactions
+from project.data.lengths import check_items, check_streams, without_long
 from project.data.packing import Batch
 from project.data.prompts import Prompt, PromptEncoder, field_telling
 from project.data.readers import Logs
@@ -40,7 +41,7 @@ class InteractionData(pl.LightningDataModule):
         protocol: Label rule, split, minimum history and folds; its hash stands beside every number.
         prompt: The wording of prompts.
         tokenizer: Tokenizer of the backbone; set by model.backbone.
-        context_tokens: Capacity of a history window in tokens.
+        context_tokens: Capacity of a history window in tokens. The instruction and any one segment must fit.
         batch_tokens: Tokens of a batch on one process.
         block_rows: Retriever and factorisation are refitted every so many interactions (a nightly refit, in rows).
         taste: Matrix factorisation behind the evidence `taste`, the chance of a like by the user's own earlier answers,
@@ -147,7 +148,9 @@ class InteractionData(pl.LightningDataModule):
     def encoder(self) -> PromptEncoder:
         """Makes segments of rows."""
         if self._encoder is None:
-            self._encoder = PromptEncoder(self.tokenizer, self.prompt, self.split.interactions.items)
+            items = self.split.interactions.items
+            self._encoder = PromptEncoder(self.tokenizer, self.prompt, items)
+            check_items(self._encoder, items, self.context_tokens)
         return self._encoder
 
     def streams(self, split: str) -> Streams:
@@ -155,12 +158,14 @@ class InteractionData(pl.LightningDataModule):
         if split not in self._streams:
             evidence, encoder = self.evidence[split], self.encoder
             with self.clock.stage("tokenise"):
-                self._streams[split] = build_streams(self.split.rows, evidence, split, encoder)
+                streams = build_streams(self.split.rows, evidence, split, encoder)
+            check_streams(streams, self.split, self.context_tokens)
+            self._streams[split] = streams
         return self._streams[split]
 
     def prepare_data(self) -> None:
         """Download, read, split, retrieve: once on a machine; the results are cached."""
-        _ = self.evidence, self.encoder
+        _ = self.encoder, self.evidence  # wording that cannot work is told before somebody waits for evidence
 
     def setup(self, stage: str) -> None:
         """Tokenise what the stage needs.
@@ -171,12 +176,13 @@ class InteractionData(pl.LightningDataModule):
         for split in {"fit": ("train", "valid"), "validate": ("valid",), "test": ("test",)}.get(stage, ()):
             self.streams(split)
         if stage == "predict":
-            self.requests = self._given or read_requests(self.requests_file, self.split.interactions)
+            asked = self._given or read_requests(self.requests_file, self.split.interactions)
+            encoder = PromptEncoder(self.tokenizer, self.prompt, asked.items)
+            self.requests = without_long(asked, encoder, self.context_tokens)
             for refused in self.requests.refused:
                 rank_zero_warn(
                     f"request {refused.request_id!r} is not scored: {refused.error}", category=UserWarning
                 )
-            encoder = PromptEncoder(self.tokenizer, self.prompt, self.requests.items)
             self._streams["predict"] = request_streams(
                 self.requests, self.split, self.evidence["test"], encoder, self._ask_retriever
             )
@@ -251,5 +257,6 @@ def _check_told(prompt: Prompt, retriever: Retriever, taste: Taste | None) -> No
         field = field_telling(prompt, column)
         if field is not None:
             raise ConfigError(
-                f"data.prompt.segment {prompt.segment!r} tells {field}, but {problem}; or leave the field out."
+                f"data.prompt.segment {prompt.segment!r} tells {field}, but {problem}; or leave the field out. "
+                "Evidence goes by these names: a column of your items needs another one (item_columns)."
             )

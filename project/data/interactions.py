@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from project.data.contract import checked
 from project.data.protocol import Protocol, label_expression
 from project.data.readers import RawLogs
 from project.errors import ConfigError, DataError
@@ -41,7 +42,7 @@ class Interactions:
 
 
 def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
-    """Apply the protocol's row rules (dropped ratings, labels, duplicates) and code users and items.
+    """Check what a reader returned, apply the protocol's row rules (dropped ratings, labels, duplicates), code ids.
 
     Ratings are dropped before duplicates are looked for, both in file order.
 
@@ -54,10 +55,12 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
 
     Raises:
         ConfigError: The label rule cannot be parsed, or `drop_ratings` is set for a log without ratings.
-        DataError: A rating or label that the protocol needs is missing, a row is a duplicate under
-            `duplicates: error`, no row is left, or all labels are equal.
+        DataError: The reader broke its contract, a rating or label that the protocol needs is missing, a row is
+            a duplicate under `duplicates: error`, no row is left, or all labels are equal.
     """
     label = label_expression(protocol.label)
+    raw = checked(raw)
+    _check_read(raw, protocol)
     kept = _drop_ratings(raw.interactions, protocol.drop_ratings)
     labelled = _with_label(kept, label, protocol.label)
     distinct = _without_duplicates(labelled, protocol.duplicates)
@@ -87,6 +90,15 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         duplicates=labelled.height - distinct.height,
         dropped=raw.interactions.height - kept.height,
     )
+
+
+def _check_read(raw: RawLogs, protocol: Protocol) -> None:
+    """Refuse a rating or label that could not be read, where the protocol needs it."""
+    if "label" in raw.unread and protocol.label is None:
+        raise DataError(f'{raw.unread["label"]} Or set data.protocol.label to a rule such as "rating > 3".')
+    if "rating" in raw.unread and (protocol.label is not None or protocol.drop_ratings):
+        fix = "Or use the log's 0/1 labels alone: data.protocol.label: null, drop_ratings: []."
+        raise DataError(f"{raw.unread['rating']} {fix}")
 
 
 def _drop_ratings(rows: pl.DataFrame, ratings: list[float]) -> pl.DataFrame:

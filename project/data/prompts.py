@@ -52,7 +52,7 @@ class Prompt:
             are few, as item_number, user_number, vote_number (weighted by similarity), taste_number, alike_number,
             and logarithms of counts as item_count_number, user_count_number; several of these in one token as
             {item_number+taste_number}; likes, neighbours (of the similar users), item_count, user_count (rounded down
-            to 1, 2, 5, 10, 20, 50, ...).
+            to 1, 2, 5, 10, 20, 50, ...). {title:.40} is at most 40 characters of a title, or of an attribute.
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the
             tokenizer.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
@@ -213,6 +213,13 @@ class PromptEncoder:
         before = total_lengths(parts)
         answers = self._answers.take(np.where(label < 0, 2, label).astype(np.int64))
         return Segments(join([*parts, answers]), before - 1)
+
+    def least_lengths(self) -> IntArray:
+        """(items,) tokens of an item's segment and its answer, at the least: one for each field of evidence."""
+        static = [part.lengths for part in self._static.values()]
+        fixed = len(self._parts) - len(static) + int(self._answers.lengths.max())
+        lengths: IntArray = np.sum([np.zeros(len(self._titles), dtype=np.int64), *static], axis=0) + fixed
+        return lengths
 
     def encode_similar(self, lists: Sequence[Sequence[int]]) -> Ragged:
         """Token ids of lists of what similar users liked.

@@ -7,17 +7,20 @@ name file, row, column and value.
 """
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import polars as pl
 
 from project.data.columns import finite_number, nonempty_text, plain_text, refuse
 from project.data.sources import fetch
+from project.data.tables import Files, parse_atomic, parse_table
 from project.errors import DataError
 
+MAPPING = "names of columns"  # among RawLogs.files
 GIVEN_SPLITS = ("history", "train", "valid", "test")
 RAW_SCHEMA = {
     "user_id": pl.String,
@@ -40,12 +43,16 @@ class RawLogs:
             `split` (one of `GIVEN_SPLITS`), null where the log does not have them; `source_file` and
             `source_row` (the data row in that file, from 1) are for messages.
         items: `item_id` (unique), `title`, then attributes; all String, "" = unknown.
-        files: File name -> SHA-256, in reading order.
+        files: File name -> SHA-256, in reading order, and under a name of its own a digest of whatever else decides
+            what is made of them: the protocol's hash and all caches rest on it.
+        unread: rating or label -> why it is null although the log has it. Only where the log has both, for a
+            protocol needs one; it is an error once the protocol needs this one.
     """
 
     interactions: pl.DataFrame
     items: pl.DataFrame
     files: dict[str, str]
+    unread: dict[str, str] = field(default_factory=dict)
 
 
 class Logs(ABC):
@@ -53,7 +60,9 @@ class Logs(ABC):
 
     @abstractmethod
     def read(self) -> RawLogs:
-        """Read and check the files.
+        """Read the files.
+
+        What it returns is checked by `project.data.contract.checked`, so a reader of your own need not.
 
         Raises:
             DataError: A file, row, column or value is not usable; the message says which and what fixes it.
@@ -99,13 +108,16 @@ class TableLogs(Logs):
 
     def read(self) -> RawLogs:
         """Read all files; see `Logs.read`."""
-        files = _Files()
-        parts = []
+        files = Files()
+        parts, unread = [], dict[str, str]()
         for split, name in self.parts.items():
-            table = files.table(Path(name), _parse_table)
-            parts.append(_interactions(table, name, self.columns, split))
-        items = _items(files.table(Path(self.items), _parse_table), self.items, self.item_columns)
-        return _checked(pl.concat(parts), items, self.items, files.sums)
+            table = files.table(Path(name), parse_table)
+            part, problems = _interactions(table, name, self.columns, split)
+            parts.append(part)
+            unread = problems | unread
+        items = _items(files.table(Path(self.items), parse_table), self.items, self.item_columns)
+        sums = files.sums | _mapping(self.columns, self.item_columns)
+        return _checked(RawLogs(pl.concat(parts), items, sums, unread), self.items)
 
 
 class RecBoleLogs(Logs):
@@ -133,11 +145,12 @@ class RecBoleLogs(Logs):
 
     def read(self) -> RawLogs:
         """Read both files; see `Logs.read`."""
-        files = _Files()
+        files = Files()
         inter, item = (self.folder / f"{self.name}.{kind}" for kind in ("inter", "item"))
-        interactions = _interactions(files.table(inter, _parse_atomic), inter.name, self.columns)
-        items = _items(files.table(item, _parse_atomic), item.name, self.item_columns)
-        return _checked(interactions, items, item.name, files.sums)
+        interactions, unread = _interactions(files.table(inter, parse_atomic), inter.name, self.columns)
+        items = _items(files.table(item, parse_atomic), item.name, self.item_columns)
+        sums = files.sums | _mapping(self.columns, self.item_columns)
+        return _checked(RawLogs(interactions, items, sums, unread), item.name)
 
 
 class MovieLens100K(RecBoleLogs):
@@ -154,44 +167,17 @@ class MovieLens100K(RecBoleLogs):
     def read(self) -> RawLogs:
         """Fetch the files where they are not yet here, and read them; see `Logs.read`."""
         self.folder = fetch("ml-100k")
-        return super().read()
+        raw = super().read()
+        # its mapping is always the same: the hash is that of the files alone
+        return replace(raw, files={name: found for name, found in raw.files.items() if name != MAPPING})
 
 
-class _Files:
-    """Reads files and keeps their checksums by name."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, str] = {}
-
-    def table(self, path: Path, parse: Callable[[Path], pl.DataFrame]) -> pl.DataFrame:
-        if not path.is_file():
-            raise DataError(f"File {path} does not exist (looked for it from {Path.cwd()}).")
-        try:
-            table = parse(path)
-        except pl.exceptions.NoDataError:
-            raise DataError(f"File {path} is empty; expected a header row and data.") from None
-        except pl.exceptions.PolarsError as error:
-            raise DataError(f"File {path} cannot be read as a table: {error}") from error
-        if table.is_empty():
-            raise DataError(f"File {path} has no data rows (columns: {', '.join(table.columns)}).")
-        with path.open("rb") as stream:
-            checksum = hashlib.file_digest(stream, "sha256").hexdigest()
-        self.sums[path.name if path.name not in self.sums else str(path)] = checksum
-        return table
-
-
-def _parse_table(path: Path) -> pl.DataFrame:
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        return pl.read_parquet(path)
-    if kind in (".csv", ".tsv"):
-        return pl.read_csv(path, separator="," if kind == ".csv" else "\t", infer_schema=False)
-    raise DataError(f"File {path} has the suffix {kind!r}; expected .csv, .tsv or .parquet.")
-
-
-def _parse_atomic(path: Path) -> pl.DataFrame:
-    table = pl.read_csv(path, separator="\t", infer_schema=False, quote_char=None)
-    return table.rename(lambda column: column.split(":")[0])
+def _mapping(columns: Mapping[str, str], item_columns: Mapping[str, str]) -> dict[str, str]:
+    """For `RawLogs.files`: the same file read by other columns is another log."""
+    if not columns and not item_columns:
+        return {}
+    text = json.dumps([dict(columns), dict(item_columns)], sort_keys=True)
+    return {MAPPING: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _renamed(
@@ -201,9 +187,10 @@ def _renamed(
     wanted = {name: name for name in needed} | dict(names)
     missing = [f"{theirs} (our {ours})" for ours, theirs in wanted.items() if theirs not in table.columns]
     if missing:
+        absent = next(ours for ours, theirs in wanted.items() if theirs not in table.columns)
         raise DataError(
             f"{file}: no column {', '.join(missing)}; there are {', '.join(table.columns)}. Name yours under "
-            f"data.logs.init_args.{key}, for example {key}: {{{needed[0]}: {table.columns[0]}}}."
+            f"data.logs.init_args.{key}, for example {key}: {{{absent}: <your column>}}."
         )
     used = {*wanted, *wanted.values()}  # their column is not read where another one is mapped to its name
     mapped = [pl.col(theirs).alias(ours) for ours, theirs in wanted.items()]
@@ -212,8 +199,15 @@ def _renamed(
 
 def _interactions(
     table: pl.DataFrame, file: str, columns: Mapping[str, str], split: str | None = None
-) -> pl.DataFrame:
-    """The columns of `RAW_SCHEMA`, checked; `split` is the whole file's where there is one file per split."""
+) -> tuple[pl.DataFrame, dict[str, str]]:
+    """The columns of `RAW_SCHEMA`, checked, and `RawLogs.unread`.
+
+    Args:
+        table: As read.
+        file: Its name, for messages.
+        columns: Our name -> theirs.
+        split: That of the whole file, where there is one file per split.
+    """
     allowed = ("user_id", "item_id", "timestamp", "rating", "label", "split")
     unknown = sorted(set(columns) - set(allowed))
     if unknown:
@@ -231,18 +225,32 @@ def _interactions(
         nonempty_text(table["user_id"], file, theirs["user_id"]),
         nonempty_text(table["item_id"], file, theirs["item_id"]),
     )
-    for name in ("timestamp", "rating", "label"):
-        if name in table.columns:
-            table = table.with_columns(finite_number(table[name], file, theirs[name]))
-        else:
-            table = table.with_columns(pl.lit(None, RAW_SCHEMA[name]).alias(name))
-    refuse(table["label"], [0, 1], file, theirs["label"])
+    table = table.with_columns(finite_number(table["timestamp"], file, theirs["timestamp"]))
+    there = [name for name in ("rating", "label") if name in table.columns]
+    unread = dict[str, str]()
+    for name in ("rating", "label"):
+        answers = pl.Series(name, [None] * table.height, RAW_SCHEMA[name])
+        try:
+            answers = _answers(table[name], file, theirs[name]) if name in there else answers
+        except DataError as error:
+            if len(there) == 1:
+                raise
+            unread[name] = str(error)
+        table = table.with_columns(answers)
     if split is not None or "split" not in table.columns:
         table = table.with_columns(pl.lit(split, pl.String).alias("split"))
     table = table.with_columns(pl.col("split").cast(pl.String))
     refuse(table["split"], GIVEN_SPLITS, file, theirs["split"])
-    located = table.with_row_index("source_row", offset=1).with_columns(source_file=pl.lit(file))
-    return located.select(pl.col(name).cast(kind) for name, kind in RAW_SCHEMA.items())
+    located = table.select(allowed).with_row_index("source_row", offset=1)  # the log may have such a column
+    located = located.with_columns(source_file=pl.lit(file))
+    return located.select(pl.col(name).cast(kind) for name, kind in RAW_SCHEMA.items()), unread
+
+
+def _answers(values: pl.Series, file: str, column: str) -> pl.Series:
+    numbers = finite_number(values, file, column)
+    if values.name == "label":
+        refuse(numbers, [0, 1], file, column)
+    return numbers
 
 
 def _items(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.DataFrame:
@@ -268,14 +276,12 @@ def _items(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
     return table.unique("item_id", keep="first", maintain_order=True).select("item_id", "title", *attributes)
 
 
-def _checked(
-    interactions: pl.DataFrame, items: pl.DataFrame, items_file: str, sums: dict[str, str]
-) -> RawLogs:
-    absent = interactions.filter(~pl.col("item_id").is_in(items["item_id"].implode()))
+def _checked(raw: RawLogs, items_file: str) -> RawLogs:
+    absent = raw.interactions.filter(~pl.col("item_id").is_in(raw.items["item_id"].implode()))
     if not absent.is_empty():
         raise DataError(
             f"{absent['source_file'][0]}, row {absent['source_row'][0]}: item {absent['item_id'][0]} is not "
             f"in {items_file} ({absent.height:,} rows, {absent['item_id'].n_unique():,} items). Add the "
             "items, or remove the rows."
         )
-    return RawLogs(interactions, items, sums)
+    return raw

@@ -135,7 +135,8 @@ def read_requests(file: str | None, interactions: Interactions) -> Requests:
         in `refused`.
 
     Raises:
-        DataError: Naming file and line: the file is missing or empty, a line is no request, or all are refused.
+        DataError: Naming file and line: the file is missing or empty, a line is no request or has the name of
+            another one, or all are refused.
     """
     if file is None:
         raise DataError(
@@ -143,8 +144,14 @@ def read_requests(file: str | None, interactions: Interactions) -> Requests:
         )
     known = interactions.items
     catalogue = _Catalogue(known, dict(zip(known["item_id"].to_list(), known["item"].to_list(), strict=True)))
-    requests, refused = list[Request](), list[Refused]()
+    requests, refused, places = list[Request](), list[Refused](), dict[str, str]()
     for place, (where, record) in enumerate(_records(Path(file))):
+        first = places.setdefault(str(record.get("request_id")), where)
+        if first != where and record.get("request_id") is not None:
+            raise DataError(
+                f"{where}: request_id {record['request_id']!r} is also that of {first.removeprefix(f'{file}, ')}; "
+                "expected a name of its own, since results are told apart by it."
+            )
         try:
             requests.append(_request(record, where, catalogue))
         except _Refusal as error:
@@ -170,7 +177,11 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, record in enumerate(table.to_dicts(), start=1):
             yield f"{file}, row {number}", record
         return
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} (data.requests) is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"

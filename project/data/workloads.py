@@ -134,7 +134,7 @@ def labelled_requests(split: SplitInteractions, part: str, candidates: int, mini
         most = int(targets.group_by("user").len()["len"].max())  # type: ignore[arg-type]
         raise DataError(
             f"no user has {minimum} rated items among the targets of {part} (the most is {most}): requests whose "
-            "candidates are all labelled need them. Lower the minimum."
+            "candidates are all labelled need them. Set ranking.labelled_minimum to at most that, or give more data."
         )
     return _workload(split, asked)
 

@@ -8,26 +8,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from project.callbacks.exit_calibration import ExitCalibration, Plans
+from project.data.identity import check_reads
 from project.data.sources import resolve_model
 from project.model.trunk import Trunk
 
 if TYPE_CHECKING:
+    from project.data.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 
-def load_run(model: ExitRecommender, tokenizer: Any, checkpoint: str | Path) -> Plans:
+def load_run(
+    model: ExitRecommender,
+    tokenizer: Any,
+    checkpoint: str | Path,
+    data: InteractionData | None = None,
+    judged: bool = True,
+) -> Plans:
     """Give a module the weights of a calibrated run; returns its exit plans.
 
     Args:
         model: Made from the run's configuration; gets its trunk here if it has none.
         tokenizer: Of the backbone.
         checkpoint: The run's checkpoint.
+        data: What will be scored, which must be what the run was trained to read; None: nothing will.
+        judged: Whether scores will be judged by the log's labels, see `check_reads`.
 
     Raises:
         CheckpointError: The checkpoint was made for another configuration.
         NotCalibratedError: It has no exit plan.
     """
-    content = load_weights(model, tokenizer, checkpoint)
+    content = load_weights(model, tokenizer, checkpoint, data, judged)
     calibration = ExitCalibration()
     calibration.load_state_dict(content["callbacks"].get(calibration.state_key, {}))
     calibration.require_plan()
@@ -35,13 +45,21 @@ def load_run(model: ExitRecommender, tokenizer: Any, checkpoint: str | Path) -> 
     return calibration.found
 
 
-def load_weights(model: ExitRecommender, tokenizer: Any, checkpoint: str | Path) -> dict[str, Any]:
+def load_weights(
+    model: ExitRecommender,
+    tokenizer: Any,
+    checkpoint: str | Path,
+    data: InteractionData | None = None,
+    judged: bool = True,
+) -> dict[str, Any]:
     """Give a module the weights of a run, calibrated or not; returns the checkpoint. Arguments as in `load_run`.
 
     Raises:
         CheckpointError: The checkpoint was made for another configuration.
     """
     content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if data is not None:
+        check_reads(content.get("reads"), data, judged)
     if model.trunk is None:
         trunk = Trunk.from_pretrained(resolve_model(model.backbone), num_layers=model.depth)
         model.set_trunk(trunk, tokenizer)

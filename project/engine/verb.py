@@ -56,7 +56,7 @@ def run_early_exit(
             "one."
         )
     data.prepare_data()
-    plans = load_run(model, data.tokenizer, checkpoint)
+    plans = load_run(model, data.tokenizer, checkpoint, data, judged=False)
     device = trainer.strategy.root_device
     model.to(device)
     prepared = prepare_requests(model, data)
@@ -70,11 +70,17 @@ def run_early_exit(
     name = "-".join(["predict-early_exit", *tags])
     path = write_table(run_of_checkpoint(checkpoint) / "scores" / f"{name}.parquet", table, about)
     full = plans.plan.layers[-1] * sum(len(r.stream) + len(r.candidates.values) for r in prepared)
-    Console().print(
-        f"{len(table)} candidates of {len(prepared)} requests scored with {scores.token_layers:,} token-layers of "
-        f"{full:,}: {path}"
-    )
+    Console().print(f"{_counted(table)} with {scores.token_layers:,} token-layers of {full:,}: {path}")
     return path
+
+
+def _counted(table: pl.DataFrame) -> str:
+    """How much of what was asked has a score."""
+    scored = table.filter(pl.col("error").is_null())
+    requests = scored["request_id"].n_unique()
+    refused = table["request_id"].n_unique() - requests
+    note = f" ({refused} more refused, see the column error)" if refused else ""
+    return f"{len(scored)} candidates of {requests} requests scored{note}"
 
 
 def early_exit_table(scores: Scores, requests: Requests) -> pl.DataFrame:

@@ -70,6 +70,11 @@ def compare(run: Path, base: Path, part: Part) -> dict[str, Any]:
         raise DataError(
             f"{run} and {base} have not scored the same rows of {part}: score all of them with both."
         )
+    if not np.array_equal(heads.labels, other.labels):
+        raise DataError(
+            f"{run} and {base} have scored the same rows of {part} under other labels: expected one "
+            "data.protocol.label. Score both again with the config.yaml of their runs."
+        )
     exits = []
     for layer in sorted(heads.raw):
         found = {"layer": layer, "n": len(heads.labels)} | heads.metrics(layer)

@@ -69,10 +69,10 @@ def read_heads(run: Path, part: Part = "tune") -> Heads:
         part: Rows: validation's tune fold, or test.
 
     Raises:
-        DataError: The run has no such score table, or different checkpoints scored validation and test.
+        DataError: The run has no such score table, or different checkpoints or protocols scored validation and test.
     """
     if part == "test":
-        _check_heads(run)
+        _check_tables(run)
     tune = _scores(run, "valid", "fit").filter(pl.col("fold") == "tune")
     scores = tune if part == "tune" else part_of(_scores(run, "test", "test"), "test", None)
     scores = scores.sort("row_id")
@@ -128,14 +128,15 @@ def _scores(run: Path, split: str, verb: str) -> pl.DataFrame:
     return pl.read_parquet(path)
 
 
-def _check_heads(run: Path) -> None:
+def _check_tables(run: Path) -> None:
     paths = [run / "scores" / f"{split}.parquet" for split in ("valid", "test")]
-    made = {table_about(path).get("heads") for path in paths if path.is_file()} - {None}
-    if len(made) > 1:
-        raise DataError(
-            f"{paths[0]} and {paths[1]} are of different checkpoints; test's scores are calibrated on validation's. "
-            "Run `validate` and `test` with the same --ckpt_path."
-        )
+    about = [table_about(path) for path in paths if path.is_file()]
+    for key, differ in (("heads", "checkpoints"), ("protocol", "protocols")):
+        if len({found[key] for found in about if key in found}) > 1:
+            raise DataError(
+                f"{paths[0]} and {paths[1]} are of different {differ}; test's scores are calibrated on validation's. "
+                "Run `validate` and `test` with the same --config and --ckpt_path."
+            )
 
 
 def _logits(scores: pl.DataFrame, layers: list[int]) -> torch.Tensor:

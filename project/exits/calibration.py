@@ -83,7 +83,7 @@ def _check(values: Floats, positive: Floats, layers: Sequence[int]) -> None:
         head = int(bad.any(axis=0).argmax())
         raise DataError(
             f"{int(bad[:, head].sum())} of {positive.size} logits of the exit at layer {layers[head]} are NaN or "
-            "infinite: the model diverged; train again with a lower model.learning_rate"
+            "infinite: the model diverged; train again with a lower model.optim.learning_rate"
         )
     if np.unique(positive).size < 2:
         raise DataError(

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from project.errors import ConfigError, DataError
+from project.exits.checks import checked
 from project.exits.outputs import HeadOutputs
 
 QUANTILES = 1001  # points of a frozen distribution: its error is below .001 in quantile
@@ -47,7 +48,7 @@ class Criterion(ABC):
             outputs: n rows, heads 0..k (`outputs.until(k)`).
 
         Returns:
-            (n,), higher is safer, -inf where it cannot decide.
+            (n,) torch tensor, higher is safer, -inf where it cannot decide; never NaN.
         """
 
     def state(self) -> dict[str, Tensor]:
@@ -153,8 +154,12 @@ def name(criterion: Criterion) -> str:
 
 
 def safety_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
-    """Safety at every head, (n, K); at the last head, where everyone leaves, +inf."""
-    columns = [criterion.safety(outputs.until(k)) for k in range(outputs.heads - 1)]
+    """Safety at every head, (n, K); at the last head, where everyone leaves, +inf.
+
+    Raises:
+        ConfigError: The criterion returns something else, see `checks.checked`.
+    """
+    columns = [checked(criterion, outputs.until(k)) for k in range(outputs.heads - 1)]
     return torch.stack([*columns, torch.full_like(outputs.logits[:, -1], torch.inf)], dim=1)
 
 

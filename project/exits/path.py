@@ -163,8 +163,9 @@ def _check(safety: Tensor, labels: ArrayLike, layers: Sequence[int]) -> None:
     if safety.isnan().any():
         head = int(safety.isnan().any(dim=0).int().argmax())
         raise DataError(
-            f"the criterion's safety is NaN at the exit at layer {layers[head]} on rows of the fold tune: its inputs "
-            "are NaN; train again with a lower model.learning_rate"
+            f"the criterion's safety is NaN at the exit at layer {layers[head]} on rows of the fold tune, expected a "
+            "number, or -inf where it cannot decide: its inputs are NaN, so train again with a lower "
+            "model.optim.learning_rate, or a criterion of your own makes it so"
         )
     if np.unique(np.asarray(labels)).size < 2:
         raise DataError(

@@ -7,6 +7,7 @@ from typing import Literal
 
 from project.errors import ConfigError
 from project.exits.certifiers import CertificateSettings
+from project.exits.checks import try_out
 from project.exits.cost import Stream
 from project.exits.criteria import Consistency, Criterion, DriftHead, Ratio, RatioConsistency
 from project.exits.learned import Learned
@@ -70,6 +71,8 @@ class ExitSettings:
             )
         if self.max_cost is not None and not 0 < self.max_cost <= 1:
             raise ConfigError(f"exits.max_cost is {self.max_cost}; expected a share above 0 and at most 1.")
+        for criterion in filter(None, [self.criterion, *(self.compare or [])]):
+            try_out(criterion, prior=self.prior == "counting")
         for key, value in (("candidates", self.candidates), ("requests", self.requests)):
             if value < 1:
                 raise ConfigError(f"exits.{key} is {value}; expected 1 or more.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -28,6 +29,17 @@ class LoraSettings:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
 
+    def __post_init__(self) -> None:
+        """Refuse what no adapter can have."""
+        if self.rank < 1:
+            raise ConfigError(
+                f"model.lora.rank is {self.rank}; expected 1 or more, or model.lora null for none."
+            )
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"model.lora.alpha is {self.alpha}; expected a number above 0.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.lora.dropout is {self.dropout}; expected a share from 0 to below 1.")
+
 
 def add_lora(trunk: Trunk, settings: LoraSettings) -> None:
     """Put adapters on the trunk's linear layers, in place, and freeze everything else in it.
@@ -35,10 +47,8 @@ def add_lora(trunk: Trunk, settings: LoraSettings) -> None:
     At first an adapter adds nothing: one of its two factors starts at zero.
 
     Raises:
-        ConfigError: If the rank is not positive or a target names no linear layer of the trunk.
+        ConfigError: If a target names no linear layer of the trunk.
     """
-    if settings.rank < 1:
-        raise ConfigError(f"model.lora.rank is {settings.rank}; expected 1 or more.")
     linear = sorted({n.split(".")[-1] for n, m in trunk.layers.named_modules() if isinstance(m, nn.Linear)})
     unknown = sorted(set(settings.target_modules) - set(linear))
     if unknown or not settings.target_modules:

@@ -6,6 +6,7 @@ counts once, by the mean over its partners), so processes with uneven batches ad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -39,7 +40,7 @@ class DistillSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        if self.weight < 0 or self.temperature <= 0:
+        if not (0 <= self.weight < math.inf and 0 < self.temperature < math.inf):
             raise ConfigError(
                 f"model.loss.distill has weight {self.weight} and temperature {self.temperature}; expected a weight of "
                 "0 or more and a temperature above 0, or null for no distillation."
@@ -70,7 +71,9 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        if self.pairwise < 0:
+        if self.warmup_steps < 0:
+            raise ConfigError(f"model.loss.warmup_steps is {self.warmup_steps}; expected 0 (none) or more.")
+        if not 0 <= self.pairwise < math.inf:
             raise ConfigError(f"model.loss.pairwise is {self.pairwise}; expected 0 (none) or more.")
 
 

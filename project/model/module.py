@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from project.counting import CountingPrior
 from project.data.datamodule import InteractionData
+from project.data.identity import check_reads, reads_of
 from project.data.packing import Batch
 from project.data.sources import resolve_model
 from project.errors import ConfigError
@@ -266,15 +267,20 @@ class ExitRecommender(ExitBuffers):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen and name the base model that it comes back from."""
+        """Leave out what is frozen, name the base model that it comes back from, and say what the run reads."""
         leave_out_frozen(self, checkpoint)
         checkpoint["base_model"] = self.backbone
+        if self._trainer is not None:
+            checkpoint["reads"] = reads_of(self.data)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was made for another model.
 
         Raises:
-            CheckpointError: If exit layers, base model or parameters differ from this configuration.
+            CheckpointError: If exit layers, base model or parameters differ from this configuration; where it will
+                score, also protocol, prompt and evidence.
         """
         check_origin(checkpoint, self.exit_layers, self.backbone)
         check_parameters(self, checkpoint)
+        if self._trainer is not None and self.trainer.state.fn != "fit":
+            check_reads(checkpoint.get("reads"), self.data, judged=self.trainer.state.fn != "predict")

@@ -40,6 +40,29 @@ class OptimSettings:
     minimum_share: float = 0.1
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot train."""
+        for name, least in (
+            ("learning_rate", 0),
+            ("head_factor", 0),
+            ("weight_decay", 0),
+            ("depth_slope", -1),
+        ):
+            value = getattr(self, name)
+            if not least <= value < math.inf:
+                why = ", so that no layer's rate is negative" if least < 0 else ""
+                raise ConfigError(
+                    f"model.optim.{name} is {value}; expected a number of {least} or more{why}."
+                )
+        for name in ("warmup_share", "minimum_share"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"model.optim.{name} is {value}; expected a share from 0 to 1.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(
+                f"model.optim.betas is {self.betas}; expected two numbers from 0 to below 1, such as [0.9, 0.999]."
+            )
+
 
 def depth_rate(settings: OptimSettings, layer: int, layers: int) -> float:
     """Peak learning rate of layer `layer` (1 is the first, 0 the embeddings) of `layers`."""

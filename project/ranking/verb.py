@@ -70,7 +70,7 @@ def run_rank(
     workloads = settings.workloads(data)
     ledger = _ledger(settings, data, folder / "results")
     data.prepare_data()
-    load_weights(model, data.tokenizer, checkpoint)
+    load_weights(model, data.tokenizer, checkpoint, data)
     model.to(trainer.strategy.root_device)
     both = concatenate(list(workloads.values()))
     with data.clock.stage("score"):

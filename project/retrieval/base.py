@@ -1,10 +1,10 @@
 """The one protocol every retriever fits: fitted once per time block, then asked for neighbours row by row.
 
 Unusual: a retriever never sees the log. It is handed edges that lie strictly before a block, then raters and
-a user's own rows strictly before each question, so it cannot leak the future even by mistake.
+a user's own rows strictly before each question, and a row of an answer that it was not handed is refused (see
+`checks.py`): it cannot leak the future even by mistake.
 """
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from project.errors import ConfigError
+from project.retrieval.source import argument_names, own_source
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -69,7 +70,8 @@ class Retriever(ABC):
     The order of calls is `begin`, then `fit` once per block in time order (its result is stored), and for
     reading `begin`, then per block `start_block` with what `fit` returned, `select` and `observe` in time
     order. Items are codes 0..items.height-1; the code items.height stands for any item the log does not have.
-    A subclass keeps every constructor argument under its own name: they are part of the evidence cache's key.
+    A subclass calls `super().__init__` and keeps every constructor argument under its own name: they are part of the
+    evidence cache's key. So is its source, if it is not of this package.
 
     Attributes:
         similar_every: A user's stream gets a list of what similar users liked after every so many of the user's
@@ -116,6 +118,9 @@ class Retriever(ABC):
             item: code of the candidate.
             timestamp: time of the question, seconds.
             raters: who rated the candidate strictly earlier, the asking person left out.
+
+        Returns:
+            Rows of `raters.row`, or rows that `observe` was told of this user; similarities are finite.
         """
 
     def most_similar(self, user: int, others: IntArray) -> SimilarUsers:
@@ -140,13 +145,13 @@ class Retriever(ABC):
         """Take in one row of a user's own past, once its time has passed."""
 
     def settings(self) -> dict[str, Any]:
-        """Class path and constructor arguments: what makes two retrievers' answers equal.
+        """Class path and constructor arguments, and the digest of a source of one's own: what makes answers equal.
 
         The arguments about lists of similar users' items, and about own items, are left out where there are none: they
         change nothing.
         """
         kind = type(self)
-        names = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+        names = argument_names(self)
         if not self.similar_every:
             names = [name for name in names if not name.startswith("similar_")]
         if not self.alike_items:
@@ -154,6 +159,7 @@ class Retriever(ABC):
         return {
             "class_path": f"{kind.__module__}.{kind.__qualname__}",
             "init_args": {name: getattr(self, name) for name in names},
+            **own_source(kind),
         }
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import polars as pl
 
+from project.errors import ConfigError
 from project.retrieval.base import (
     NO_NEIGHBOURS,
     Edges,
@@ -41,6 +42,8 @@ class RandomRetriever(Retriever):
 
     def __init__(self, neighbours: int = 30, max_raters: int = 2000, seed: int = 0) -> None:
         super().__init__(neighbours, max_raters)
+        if seed < 0:
+            raise ConfigError(f"data.retriever.init_args.seed is {seed}; expected 0 or more.")
         self.seed = seed
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:

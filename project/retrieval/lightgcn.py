@@ -5,6 +5,7 @@ numbers of a block come from (seed, block) alone, so nothing later in the log ca
 table.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from project.errors import ConfigError
 from project.retrieval.base import Edges, FloatArray
 from project.retrieval.graph import LikeGraph, like_graph
 from project.retrieval.vectors import VectorRetriever
@@ -65,6 +67,16 @@ class LightGCN(VectorRetriever):
     ) -> None:
         lists = similar_every, similar_users, similar_items
         super().__init__(neighbours, max_raters, dislike_weight, *lists, alike_items)
+        for name, value, fine, expected in (
+            ("dim", dim, dim >= 1, "1 or more"),
+            ("layers", layers, layers >= 0, "0 or more"),
+            ("epochs", epochs, epochs >= 0, "0 or more (0: vectors stay as they are drawn)"),
+            ("batch_size", batch_size, batch_size >= 1, "1 or more"),
+            ("learning_rate", learning_rate, 0 < learning_rate < math.inf, "a number above 0"),
+            ("regularisation", regularisation, 0 <= regularisation < math.inf, "0 or more"),
+        ):
+            if not fine:
+                raise ConfigError(f"data.retriever.init_args.{name} is {value}; expected {expected}.")
         self.dim = dim
         self.layers = layers
         self.epochs = epochs

@@ -14,10 +14,14 @@ import polars as pl
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from project.retrieval.base import IntArray, Raters, Retriever, Snapshot
+from project.retrieval.base import IntArray, Neighbours, Raters, Retriever, Snapshot
+from project.retrieval.checks import check_rows, check_shape
 from project.retrieval.similar import SimilarLikes
 
 BoolArray = NDArray[np.bool_]
+CHECKED_TOGETHER = (
+    4096  # answers; the first ones are checked sooner, a retriever may be slow and wrong from the start
+)
 
 
 @dataclass(frozen=True)
@@ -138,10 +142,7 @@ def _answer(row: int, rows: WalkRows, retriever: Retriever, past: "_Past", answe
     user, item = int(rows.user[row]), int(rows.item[row])
     raters = past.raters(item, int(rows.person[row]))
     found = retriever.select(user, item, float(rows.timestamp[row]), raters)
-    count = found.row.size
-    answers.count[row] = count
-    answers.row[row, :count] = found.row
-    answers.similarity[row, :count] = found.similarity
+    answers.take(row, found)
     if answers.alike is not None:
         answers.alike[row] = retriever.alike(user, item)
     answers.rates[row, :2] = past.item_likes[item], past.item_count[item]
@@ -205,15 +206,35 @@ class _Answers:
 
     def __init__(self, rows: WalkRows, retriever: Retriever) -> None:
         size, neighbours = rows.row_id.size, retriever.neighbours
-        self._rows = rows
+        self._rows, self._retriever = rows, retriever
+        self._unchecked, self._check_at = list[int](), 1
         self.count = np.zeros(size, np.int32)
         self.row = np.zeros((size, neighbours), np.int64)
         self.similarity = np.zeros((size, neighbours), np.float32)
         self.rates = np.zeros((size, 4), np.int32)
         self.alike = np.zeros((size, 2), np.float32) if retriever.alike_items else None
 
+    def take(self, row: int, found: Neighbours) -> None:
+        """Keep the answer to one row, if it is one that a retriever may give."""
+        check_shape(found, self._retriever)
+        count = found.row.size
+        self.count[row] = count
+        self.row[row, :count] = found.row
+        self.similarity[row, :count] = found.similarity
+        self._unchecked.append(row)
+        if len(self._unchecked) >= self._check_at:
+            self._check()
+
+    def _check(self) -> None:
+        at = np.array(self._unchecked, np.int64)
+        given = self.count[at], self.row[at], self.similarity[at]
+        check_rows(at, *given, self._rows, self._retriever)
+        self._check_at = min(2 * self._check_at, CHECKED_TOGETHER)
+        self._unchecked.clear()
+
     def table(self) -> pl.DataFrame:
         """Evidence of the rows that asked; a share that rests on nothing is null."""
+        self._check()
         asked = self._rows.query
         row, (item_likes, item_count, user_likes, user_count) = self.row[asked], self.rates[asked].T
         frame = pl.DataFrame(

@@ -5,6 +5,7 @@ anew, from the user's own rows strictly before it (fold-in). So it knows users t
 never staler than the last second, and a request is answered by the very code that made the training evidence.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -44,10 +45,14 @@ class Taste:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be fitted."""
-        if self.dim < 1 or self.iterations < 1 or min(self.bias_penalty, self.vector_penalty) <= 0:
-            raise ConfigError(
-                f"data.taste is {asdict(self)}: expected dim and iterations of 1 or more and penalties above 0."
-            )
+        for name, value in (("dim", self.dim), ("iterations", self.iterations)):
+            if value < 1:
+                raise ConfigError(
+                    f"data.taste.{name} is {value}; expected 1 or more, or data.taste null for none."
+                )
+        for name, penalty in (("bias_penalty", self.bias_penalty), ("vector_penalty", self.vector_penalty)):
+            if not 0 < penalty < math.inf:
+                raise ConfigError(f"data.taste.{name} is {penalty}; expected a number above 0.")
 
     def fit(self, rows: pl.DataFrame, num_items: int, cuts: Floats) -> Snapshots:
         """Factorise block after block, each time all rows strictly before it.

@@ -56,9 +56,51 @@ def test_what_is_not_a_finite_number_names_its_place(name: str, value: str | Non
 
 
 def test_a_date_is_not_a_rating() -> None:
-    """Only a timestamp may be an ISO date."""
+    """Only a timestamp may be an ISO date, or a typed one."""
     with pytest.raises(DataError, match="'2024-01-01'"):
         finite_number(pl.Series("rating", ["2024-01-01"]), "f", "c")
+    with pytest.raises(DataError, match="f: column c has the type Date; expected numbers"):
+        finite_number(pl.Series("rating", [date(2024, 1, 1)]), "f", "c")
+
+
+@pytest.mark.parametrize("kind", [pl.Categorical, pl.Enum(["4", "1971-05-02"])])
+def test_categories_are_read_as_their_text(kind: pl.DataType) -> None:
+    """A rating or timestamp that was stored as categories is what its words say."""
+    assert finite_number(pl.Series("rating", ["4"], kind), "f", "c").to_list() == [4]
+    assert finite_number(pl.Series("timestamp", ["4", "1971-05-02"], kind), "f", "c").to_list() == [4, MAY_2]
+
+
+def test_a_label_may_be_true_or_false() -> None:
+    """As text in any case, or typed; a rating may not."""
+    assert finite_number(pl.Series("label", ["True", " false", "1"]), "f", "c").to_list() == [1, 0, 1]
+    assert finite_number(pl.Series("label", [True, False]), "f", "c").to_list() == [1, 0]
+    with pytest.raises(DataError, match="column c is 'yes'; expected 0 or 1, or true or false"):
+        finite_number(pl.Series("label", ["1", "yes"]), "f", "c")
+    with pytest.raises(DataError, match="expected a finite number"):
+        finite_number(pl.Series("rating", ["true"]), "f", "c")
+
+
+def test_empty_values_stay_where_they_may() -> None:
+    """An optional number may be missing, not wrong; rows are still counted from the first."""
+    assert finite_number(pl.Series("rating", [None, 4]), "f", "c", optional=True).to_list() == [None, 4]
+    with pytest.raises(DataError, match=r"row 2: column c is 'x'.* 1 of 2 rows"):
+        finite_number(pl.Series("rating", [None, "x"]), "f", "c", optional=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (pl.Series("item_id", [["a"], ["b"]]), r"the type List\(String\)"),
+        (pl.Series("item_id", [{"a": 1}]), "the type Struct"),
+        (pl.Series("item_id", [b"\xff"]), "bytes that are no UTF-8 text"),
+    ],
+)
+def test_types_that_are_no_value_are_refused(values: pl.Series, words: str) -> None:
+    """One line instead of polars' own error, for text and for numbers."""
+    with pytest.raises(DataError, match=f"f: column c has {words}.*expected text or numbers"):
+        nonempty_text(values, "f", "c")
+    with pytest.raises(DataError, match=r"f: column c has the type .*; expected numbers"):
+        finite_number(values, "f", "c")
 
 
 @pytest.mark.parametrize("value", ["", "  ", None])
@@ -76,8 +118,9 @@ def test_integer_ids_become_text() -> None:
 def test_lists_become_text_and_structs_are_refused() -> None:
     """A list attribute is joined; a nested one is an error that names the column."""
     assert plain_text(pl.Series("genres", [["Comedy", "Drama"], []]), "f").to_list() == ["Comedy, Drama", ""]
-    with pytest.raises(DataError, match="column genres has the type Struct"):
-        plain_text(pl.Series("genres", [{"a": 1}]), "f")
+    for nested in ([{"a": 1}], [[["a"]]]):
+        with pytest.raises(DataError, match="column genres has the type"):
+            plain_text(pl.Series("genres", nested), "f")
 
 
 def test_values_outside_the_allowed_ones_are_refused_and_null_is_not() -> None:

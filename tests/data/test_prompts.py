@@ -68,6 +68,18 @@ def test_percent_is_two_digits(share: float, text: str) -> None:
     assert ["".join(map(chr, segments.tokens[i])) for i in range(2)] == [text, "?"]
 
 
+def test_titles_are_shortened() -> None:
+    """A length cuts titles and attributes; what is shorter stays."""
+    assert texts(Prompt(segment="{title:.6} {year:.2}:"), [-1, -1])[0][0] == "Alien 19:"
+    assert texts(Prompt(segment="{title:.6}:"), [-1, -1])[1][0] == "Brazil:"
+
+
+def test_least_lengths() -> None:
+    """Text of the item, one token for each field of evidence, and the longer answer."""
+    encoder = PromptEncoder(Letters(), Prompt(segment="{title} {item_rate}{vote_number}:"), ITEMS)
+    assert encoder.least_lengths().tolist() == [len("Alien ??: yes"), len("Brazil {1} ??: yes")]
+
+
 def test_unknown_answer_adds_nothing() -> None:
     """A candidate (label -1) ends at its answer slot."""
     assert all(whole == before for whole, before in texts(Prompt(segment="{title}:"), [-1, -1]))

@@ -40,6 +40,19 @@ def test_checksums_are_of_the_bytes_read(write: Write) -> None:
     assert list(read(write).files) == list(sums)
 
 
+def test_a_mapping_is_part_of_the_log(write: Write) -> None:
+    """The same bytes read by other columns have other `files`, so another hash and other caches."""
+    log = "user_id,item_id,shelf,timestamp,rating\nu1,1,2,10,5\nu1,2,1,20,2\n"
+    plain, shelf, same = (
+        read(write, log, columns=columns) for columns in ({}, {"item_id": "shelf"}, {"item_id": "shelf"})
+    )
+    assert plain.interactions["item_id"].to_list() != shelf.interactions["item_id"].to_list()
+    assert shelf.files == same.files
+    assert set(shelf.files.items()) > set(plain.files.items())
+    titled = read(write, log, "item_id,title,name\n1,A,B\n2,C,D\n", item_columns={"title": "name"})
+    assert titled.files["names of columns"] != shelf.files["names of columns"]
+
+
 def test_parquet_equals_csv(write: Write, tmp_path: Path) -> None:
     """The same log as typed Parquet reads the same."""
     raw = read(write)
@@ -135,19 +148,30 @@ def test_empty_file_is_an_error(write: Write, text: str, found: str) -> None:
         read(write, text)
 
 
-def test_other_suffix_and_ragged_rows_are_errors(write: Write) -> None:
+def test_other_suffix_is_an_error(write: Write) -> None:
     """A file that is no table says so with its name."""
     with pytest.raises(DataError, match=r"suffix '\.json'; expected \.csv, \.tsv or \.parquet"):
         TableLogs(write("log.json", "{}"), write("items.csv", ITEMS)).read()
-    with pytest.raises(DataError, match=r"log\.csv cannot be read as a table"):
-        read(write, LOG + "u1,1,30,5,6,7\n")
+
+
+@pytest.mark.parametrize(
+    ("row", "where"),
+    [("u1,1,30,5,6,7\n", "line 4 has 6 fields"), ('"u\n2",1,30,5\n\nu1,1,30,5,6\n', "line 7 has 5 fields")],
+)
+def test_a_row_that_is_too_long_is_located(write: Write, row: str, where: str) -> None:
+    """By its line, which an editor shows, with what helps: quotes around a text that holds a comma."""
+    with pytest.raises(
+        DataError, match=rf"log\.csv cannot be read as a table: {where}, but the header has 4.*double quotes"
+    ):
+        read(write, LOG + row)
 
 
 def test_bytes_that_are_no_text_are_an_error(write: Write, tmp_path: Path) -> None:
-    """A Latin-1 file is refused with its name."""
-    (tmp_path / "items.csv").write_bytes("item_id,title\n1,Misérables\n2,B\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"items\.csv cannot be read as a table"):
-        TableLogs(write("log.csv", LOG), str(tmp_path / "items.csv")).read()
+    """A Latin-1 or UTF-16 file is refused with its name."""
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "items.csv").write_bytes("item_id,title\n1,Misérables\n2,B\n".encode(encoding))
+        with pytest.raises(DataError, match=r"items\.csv cannot be read as a table: it is not UTF-8 text"):
+            TableLogs(write("log.csv", LOG), str(tmp_path / "items.csv")).read()
 
 
 @pytest.mark.parametrize("absent", ["user_id", "item_id", "timestamp"])
@@ -160,9 +184,10 @@ def test_missing_column_lists_what_is_there(write: Write, absent: str) -> None:
 
 
 def test_missing_title_names_item_columns(write: Write) -> None:
-    """For the item table the key is `item_columns`."""
+    """For the item table the key is `item_columns`; the example maps what is missing."""
     with pytest.raises(
-        DataError, match=r"no column title.*item_id, name.*data\.logs\.init_args\.item_columns"
+        DataError,
+        match=r"no column title.*item_id, name.*data\.logs\.init_args\.item_columns.*\{title: <your column>\}",
     ):
         read(write, items="item_id,name\n1,Alien\n")
 
@@ -195,6 +220,32 @@ def test_label_outside_0_and_1_is_located(write: Write) -> None:
     log = "user_id,item_id,timestamp,liked\nu1,1,10,1\nu1,2,20,2\n"
     with pytest.raises(DataError, match=r"log\.csv, row 2: column liked is 2\.0.*allowed are 0, 1"):
         read(write, log, columns={"label": "liked"})
+
+
+def test_labels_may_be_true_and_false(write: Write) -> None:
+    """As a CSV of pandas has them."""
+    log = "user_id,item_id,timestamp,label\nu1,1,10,True\nu1,2,20,False\n"
+    assert read(write, log).interactions["label"].to_list() == [1, 0]
+
+
+def test_of_rating_and_label_one_may_be_unreadable(write: Write) -> None:
+    """It is null, and why is kept for a protocol that needs it."""
+    raw = read(write, LOG.replace("rating", "rating,label").replace("5\n", "5,Sony\n").replace("2\n", "2,\n"))
+    assert raw.interactions.select("rating", "label").rows() == [(5, None), (2, None)]
+    assert list(raw.unread) == ["label"]
+    assert raw.unread["label"].endswith(
+        "log.csv, row 1: column label is 'Sony'; expected 0 or 1, or true or false. 2 of 2 rows are like this; "
+        "correct or remove them."
+    )
+
+
+def test_a_log_may_have_a_column_of_our_own_name(write: Write) -> None:
+    """source_row and source_file are ours, whatever the log has there."""
+    raw = read(
+        write, "source_row,source_file,user_id,item_id,timestamp,rating\n7,x,u1,1,10,5\n8,y,u1,2,20,2\n"
+    )
+    assert raw.interactions["source_row"].to_list() == [1, 2]
+    assert raw.interactions["source_file"][0].endswith("log.csv")
 
 
 def test_unknown_value_in_the_split_column_is_located(write: Write) -> None:

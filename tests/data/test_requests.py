@@ -30,6 +30,11 @@ def write(folder: Path, *records: object) -> str:
             ["line 2", "time", "nan"],
         ),
         ({"request_id": "b", "candidates": ["i1"]}, ["line 2", "user_id or history"]),
+        (
+            {"request_id": "a", "user_id": "u2", "candidates": ["i2"]},
+            ["line 2: request_id 'a' is also that of line 1"],
+        ),
+        ({"request_id": "a", "user_id": "u2", "candidates": []}, ["line 2: request_id 'a'"]),
         ({"request_id": "b", "user_id": "u1", "history": [], "candidates": ["i1"]}, ["line 2", "not both"]),
         ({"request_id": "b", "user": "u1", "candidates": ["i1"]}, ["line 2", "user"]),
         (
@@ -79,7 +84,7 @@ def test_a_request_for_what_is_not_there_is_refused_alone(
 def test_a_file_of_refused_requests_stops(tiny_logs: Path, tmp_path: Path) -> None:
     """Nothing to score is an error: the first refusal, and how many there were."""
     logs = read_split(tiny_logs, Protocol()).interactions
-    records = [{"request_id": "b", **record} for record, _ in REFUSED]
+    records = [{"request_id": str(number), **record} for number, (record, _) in enumerate(REFUSED)]
     with pytest.raises(DataError, match=r"line 1: candidates is empty.*None of the 3 requests"):
         read_requests(write(tmp_path, *records), logs)
 
@@ -101,6 +106,19 @@ def test_unreadable_parquet(tiny_logs: Path, tmp_path: Path) -> None:
     (tmp_path / "requests.parquet").write_text("no")
     with pytest.raises(DataError, match=r"requests\.parquet \(data\.requests\) cannot be read"):
         read_requests(str(tmp_path / "requests.parquet"), read_split(tiny_logs, Protocol()).interactions)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_requests_that_are_not_utf8(encoding: str, tiny_logs: Path, tmp_path: Path) -> None:
+    """Another encoding is named as what it is not; the mark that Windows puts before UTF-8 is none."""
+    logs = read_split(tiny_logs, Protocol()).interactions
+    line = json.dumps({"request_id": "é", "user_id": "u1", "candidates": ["i1"]}, ensure_ascii=False)
+    file = tmp_path / "requests.jsonl"
+    file.write_bytes(line.encode(encoding))
+    with pytest.raises(DataError, match=r"requests\.jsonl \(data\.requests\) is not UTF-8 text"):
+        read_requests(str(file), logs)
+    file.write_bytes(line.encode("utf-8-sig"))
+    assert [r.request_id for r in read_requests(str(file), logs).requests] == ["é"]
 
 
 def test_a_line_ends_at_its_newline_only(tiny_logs: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from project.data.template import field_names, split_template
+from project.errors import ConfigError
 
 ITEM_FIELDS = ["title", "year"]
 WORDED = ["item_rate", "vote"]
@@ -27,6 +28,7 @@ WORDED = ["item_rate", "vote"]
             "{item_number+vote_number}{{{title}}}",
             [("number", "item_number+vote_number"), ("static", "{{{title}}}")],
         ),
+        ("{title:.40} {vote}", [("static", "{title:.40} "), ("evidence", "vote")]),
     ],
 )
 def test_pieces(template: str, pieces: list[tuple[str, str]]) -> None:
@@ -38,3 +40,36 @@ def test_fields() -> None:
     """In order, as often as they stand there; a template that is malformed has none here."""
     assert field_names("{title} {vote}{title}") == ["title", "vote", "title"]
     assert field_names("{title") == []
+    assert field_names("{title:.40}{vote!r}") == ["title", "vote"]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (
+            "{title!r}",
+            r"has the field {title!r}; expected {title}, or {title:\.40} for at most 40 characters",
+        ),
+        *(
+            (f"{{title:{spec}}}", r"expected {title}, or {title:\.40}")
+            for spec in (".0", ">9", "9", "9.9", ".3s")
+        ),
+        ("{vote:.1}", r"has the field {vote:\.1}; expected {vote} alone"),
+        ("{item_number:.1}", "expected {item_number} alone"),
+        ("{a.b}", "field {a.b}, which nobody knows. Item fields here: title, year, taste, vote_number;"),
+        ("{x[1]}", "which nobody knows"),
+        ("{7}", "which nobody knows"),
+        ("{taste}", "evidence and also a column of your items.*item_columns: {my_taste: taste}"),
+        ("{vote_number}", "evidence and also a column of your items"),
+    ],
+)
+def test_fields_that_cannot_be_filled(template: str, words: str) -> None:
+    """Formats but a length, names that Python takes apart, and names that mean two things."""
+    fields = [*ITEM_FIELDS, "taste", "vote_number", "a.b", "x[1]", "7"]
+    with pytest.raises(ConfigError, match=words):
+        split_template(template, fields, [*WORDED, "taste"])
+
+
+def test_a_column_may_have_the_name_of_evidence_that_is_not_told() -> None:
+    """Only what the template names matters."""
+    assert split_template("{title}", ["title", "vote"], WORDED) == [("static", "{title}")]

@@ -168,5 +168,7 @@ def test_bad_arguments(split: SplitInteractions) -> None:
         catalogue_requests(split, "train", 5, 5, 0)
     with pytest.raises(ConfigError, match="0 requests of 5"):
         catalogue_requests(split, "test", 0, 5, 0)
-    with pytest.raises(DataError, match=r"no user has 999 rated items.*the most is"):
+    with pytest.raises(
+        DataError, match=r"no user has 999 rated items.*the most is.*Set ranking\.labelled_minimum"
+    ):
         labelled_requests(split, "test", 5, 999)

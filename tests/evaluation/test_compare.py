@@ -60,14 +60,26 @@ def test_test_rows_are_calibrated_on_tune(base: Path, better: Path) -> None:
         kept.write_parquet(path)
 
 
-def test_test_and_validation_are_of_one_checkpoint(base: Path) -> None:
-    """Tables that name different heads are refused for test; tune needs validation's alone."""
-    for split, heads in (("valid", "1234"), ("test", "5678")):
+@pytest.mark.parametrize(("key", "words"), [("heads", "checkpoints"), ("protocol", "protocols")])
+def test_test_and_validation_are_of_one_run(base: Path, key: str, words: str) -> None:
+    """Tables that name different heads or protocols are refused for test; tune needs validation's alone."""
+    for split in ("valid", "test"):
         path = base / "scores" / f"{split}.parquet"
-        write_table(path, pl.read_parquet(path), {"heads": heads, "protocol": "same"})
-    with pytest.raises(DataError, match=r"are of different checkpoints.*same --ckpt_path"):
+        write_table(path, pl.read_parquet(path), {"heads": "same", "protocol": "same"} | {key: split})
+    with pytest.raises(DataError, match=rf"are of different {words}.*same --config and --ckpt_path"):
         read_heads(base, "test")
     assert len(read_heads(base, "tune").labels) == 30
+
+
+def test_labels_are_the_same(base: Path, better: Path) -> None:
+    """A run whose rows were labelled by another rule is not compared, whatever hash its fit had."""
+    for split in ("valid", "test"):
+        path = better / "scores" / f"{split}.parquet"
+        scores = pl.read_parquet(path)
+        flipped = pl.when(pl.col("row_id") == 40).then(1 - pl.col("label")).otherwise(pl.col("label"))
+        scores.with_columns(label=flipped.cast(scores["label"].dtype)).write_parquet(path)
+    with pytest.raises(DataError, match=r"under other labels.*data\.protocol\.label"):
+        compare(better, base, "test")
 
 
 def test_command_line(base: Path, better: Path, capsys: pytest.CaptureFixture[str]) -> None:

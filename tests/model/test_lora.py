@@ -77,7 +77,8 @@ def test_refuses_unknown_layers(tiny_config: Make) -> None:
         add_lora(Trunk.from_config(tiny_config()), LoraSettings(target_modules=["c_attn"]))
 
 
-def test_refuses_no_rank(tiny_config: Make) -> None:
-    """A rank of zero names the key."""
-    with pytest.raises(ConfigError, match=r"model\.lora\.rank is 0"):
-        add_lora(Trunk.from_config(tiny_config()), LoraSettings(rank=0))
+@pytest.mark.parametrize(("name", "value"), [("rank", 0), ("alpha", -1.0), ("dropout", 2.0)])
+def test_refuses_settings(name: str, value: float) -> None:
+    """What no adapter can have names the key, before there is a model."""
+    with pytest.raises(ConfigError, match=rf"model\.lora\.{name} is {value}; expected"):
+        LoraSettings(**{name: value})

@@ -144,8 +144,10 @@ def test_extras_of_two_processes_add_up() -> None:
 
 
 def test_refuses_settings() -> None:
-    """A negative weight or a temperature of 0 names the key."""
+    """A negative weight or number of steps, or a temperature of 0, names the key."""
     with pytest.raises(ConfigError, match=r"model\.loss\.distill.*temperature 0"):
         DistillSettings(temperature=0)
     with pytest.raises(ConfigError, match=r"model\.loss\.pairwise is -1"):
         LossSettings(pairwise=-1)
+    with pytest.raises(ConfigError, match=r"model\.loss\.warmup_steps is -1"):
+        LossSettings(warmup_steps=-1)

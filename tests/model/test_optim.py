@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from project.errors import ConfigError
 from project.model.heads import ExitHead
 from project.model.optim import OptimSettings, cosine_with_warmup, depth_rate, parameter_groups
 from project.model.trunk import Trunk
@@ -69,3 +71,28 @@ def test_schedule_without_warm_up_or_steps() -> None:
     settings = OptimSettings(warmup_share=0.0)
     assert cosine_with_warmup(10, settings)(0) == 1.0
     assert cosine_with_warmup(0, settings)(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", -0.01),
+        ("learning_rate", float("nan")),
+        ("head_factor", -5.0),
+        ("weight_decay", -1.0),
+        ("depth_slope", -1.5),
+        ("warmup_share", 2.0),
+        ("minimum_share", -3.0),
+        ("betas", [0.9]),
+        ("betas", [0.9, 1.5]),
+    ],
+)
+def test_refuses_settings(name: str, value: Any) -> None:
+    """A number that cannot train names its key, before there is a model."""
+    with pytest.raises(ConfigError, match=rf"model\.optim\.{name} is {re.escape(str(value))}; expected"):
+        OptimSettings(**{name: value})
+
+
+def test_slowest_shallow_layers() -> None:
+    """Shallow layers may learn more slowly, at depth_slope -1 the embeddings not at all: 1 + -1 * (1 - 0 / 3) = 0."""
+    assert depth_rate(OptimSettings(depth_slope=-1.0), 0, 3) == 0

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 import torch
 
+from project.errors import ConfigError
 from project.retrieval import LightGCN
 from project.retrieval.base import Edges
 from project.retrieval.graph import like_graph
@@ -125,3 +126,21 @@ def test_zero_neighbours_is_refused(name: str):
 
     with pytest.raises(ConfigError, match=rf"data\.retriever\.init_args\.{name} is 0"):
         LightGCN(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dim", -1),
+        ("layers", -1),
+        ("epochs", -1),
+        ("batch_size", 0),
+        ("learning_rate", -1.0),
+        ("regularisation", float("nan")),
+    ],
+)
+def test_refuses_settings(name: str, value: float):
+    """A number that cannot train names its key; no epoch and no layer can."""
+    with pytest.raises(ConfigError, match=rf"data\.retriever\.init_args\.{name} is {value}; expected"):
+        LightGCN(**{name: value})
+    LightGCN(layers=0, epochs=0, regularisation=0.0)

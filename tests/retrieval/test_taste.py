@@ -115,7 +115,11 @@ def test_the_feature_is_its_log_odds_and_without_one_the_rates_summed(without_ne
     np.testing.assert_allclose(absent, np.log(5.5 / 3.5), atol=1e-6)
 
 
-def test_what_cannot_be_fitted_is_refused():
-    """The error names the YAML key."""
-    with pytest.raises(ConfigError, match=r"data\.taste is .*penalties above 0"):
-        Taste(vector_penalty=0.0)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dim", 0), ("dim", -3), ("iterations", 0), ("bias_penalty", -1.0), ("vector_penalty", 0.0)],
+)
+def test_what_cannot_be_fitted_is_refused(name: str, value: float):
+    """The error names the YAML key, the value and what was expected."""
+    with pytest.raises(ConfigError, match=rf"data\.taste\.{name} is {value}; expected"):
+        Taste(**{name: value})

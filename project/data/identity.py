@@ -1,0 +1,72 @@
+"""What a run reads: the protocol's rows, the prompt's wording, the evidence in it. A checkpoint keeps it.
+
+Unusual here: weights do not show what they were trained to read, so without this a checkpoint would score other
+prompts, or rows that it was trained on, and the result would stand in its run's folder as if it were its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from project.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from project.data.datamodule import InteractionData
+
+
+def reads_of(data: InteractionData) -> dict[str, Any]:
+    """What a checkpoint keeps: `protocol` (its hash), and by YAML key what the model reads beside the logs.
+
+    Args:
+        data: Of the run.
+    """
+    found = {
+        "protocol": data.split.hash,
+        "data.prompt": asdict(data.prompt),
+        "data.retriever": data.retriever.settings(),
+        "data.taste": None if data.taste is None else asdict(data.taste),
+    }
+    # only what JSON knows: a checkpoint holds no objects
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
+
+
+def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, judged: bool = True) -> None:
+    """Refuse to score with a checkpoint that was trained to read something else.
+
+    Args:
+        kept: Of the checkpoint; None: it is from before this was kept, and nothing is known.
+        data: What it would read now.
+        judged: Whether its scores will be judged by the log's labels; requests may come from a log that has grown.
+
+    Raises:
+        CheckpointError: Names the key that differs.
+    """
+    if kept is None:
+        return
+    now = reads_of(data)
+    for key in ("data.prompt", "data.retriever", "data.taste"):
+        if kept[key] != now[key]:
+            name, trained, given = _difference(key, kept[key], now[key])
+            raise CheckpointError(
+                f"{name} is {given!r}, but the checkpoint was trained with {trained!r}. Use the config.yaml beside the "
+                "checkpoint's folder, or train a run of its own."
+            )
+    if judged and kept["protocol"] != now["protocol"]:
+        raise CheckpointError(
+            f"the checkpoint was trained under the protocol hash {kept['protocol']}, this configuration gives "
+            f"{now['protocol']}: data.protocol, data.logs or their files differ, and rows that it was trained on could "
+            "be among those that are scored. Use the config.yaml beside the checkpoint's folder, or train a run of its "
+            "own."
+        )
+
+
+def _difference(key: str, trained: Any, given: Any) -> tuple[str, Any, Any]:
+    """The first entry that differs, as deep as both sides go."""
+    while isinstance(trained, dict) and isinstance(given, dict):
+        name = next(k for k in [*trained, *given] if trained.get(k) != given.get(k))
+        key, trained, given = f"{key}.{name}", trained.get(name), given.get(name)
+    return key, trained, given

@@ -1,0 +1,107 @@
+"""A checkpoint scores what it was trained to read: other prompts, evidence or rows are refused before any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from project.data.identity import check_reads, reads_of
+from project.data.prompts import Prompt
+from project.errors import CheckpointError
+from project.retrieval import ItemKNN, Taste
+
+
+def data(protocol: str = "aaaa", prompt: Prompt | None = None, **changes: Any) -> Any:
+    """What `reads_of` asks of a DataModule."""
+    return SimpleNamespace(
+        split=SimpleNamespace(hash=protocol),
+        prompt=prompt or Prompt(),
+        retriever=changes.get("retriever", ItemKNN(neighbours=7)),
+        taste=changes.get("taste", Taste(dim=4)),
+    )
+
+
+def test_what_is_kept() -> None:
+    """Hash of the protocol, and by key what the model reads beside the logs."""
+    kept = reads_of(data())
+    assert kept["protocol"] == "aaaa"
+    assert kept["data.prompt"] == asdict(Prompt())
+    assert kept["data.retriever"]["init_args"]["neighbours"] == 7
+    assert kept["data.taste"]["dim"] == 4
+    check_reads(kept, data())  # itself
+    check_reads(None, data())  # a checkpoint that kept nothing
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (
+            data(prompt=Prompt(segment="{title}:")),
+            r"data\.prompt\.segment is '\{title\}:', but .* trained with",
+        ),
+        (data(prompt=Prompt(answers=[" yes", " no"])), r"data\.prompt\.answers is \[' yes', ' no'\]"),
+        (
+            data(retriever=ItemKNN(neighbours=8)),
+            r"data\.retriever\.init_args\.neighbours is 8, but .* with 7",
+        ),
+        (data(taste=None), r"data\.taste is None, but the checkpoint was trained with \{'dim': 4"),
+    ],
+    ids=["segment", "answers", "retriever", "taste"],
+)
+def test_what_the_model_reads(other: Any, words: str) -> None:
+    """The key that differs is named, with both values, whoever scores."""
+    for judged in (True, False):
+        with pytest.raises(CheckpointError, match=words):
+            check_reads(reads_of(data()), other, judged)
+
+
+def test_rows() -> None:
+    """Another protocol may judge rows that were trained on; requests may come from a log that has grown."""
+    kept, grown = reads_of(data()), data(protocol="bbbb")
+    with pytest.raises(
+        CheckpointError, match=r"protocol hash aaaa, this configuration gives bbbb: data\.protocol"
+    ):
+        check_reads(kept, grown)
+    check_reads(kept, grown, judged=False)
+
+
+@pytest.mark.slow
+def test_verbs(
+    run: Callable[..., None],
+    tiny_config: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """test, calibrate, rank and both kinds of predict refuse, and leave the run's files as they were."""
+    run("fit", "--config", tiny_config())
+    folder = tmp_path / "runs" / "tiny" / "latest"
+    given = ("--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
+    run("test", *given)
+
+    def files() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in folder.rglob("*") if p.suffix in (".json", ".ckpt", ".parquet")}
+
+    before = files()
+    shares = ("--data.protocol.shares", "[0.2,0.2,0.6]")
+    answers = ("--data.prompt.answers", '[" yes"," no"]')
+    small = ("--ranking.requests", "5", "--ranking.certify", "0", "--ranking.lists", "[2]")
+    small = (*small, "--ranking.candidates", "5", "--ranking.labelled_minimum", "3")
+    asked = tmp_path / "requests.jsonl"
+    asked.write_text('{"request_id": "a", "user_id": "u1", "candidates": ["i1"]}\n')
+    for verb, change in (
+        (("test",), shares),
+        (("test",), answers),
+        (("calibrate",), shares),
+        (("rank", *small), answers),
+        (("predict", "--data.requests", asked), answers),
+        (("predict", "--engine", "early_exit", "--data.requests", asked), answers),
+    ):
+        with pytest.raises(SystemExit):
+            run(verb[0], *given, *verb[1:], *change)
+        assert "the checkpoint was trained" in capsys.readouterr().err, verb
+        assert files() == before, verb

@@ -1,0 +1,110 @@
+"""What cannot stand in a window: items and streams of the log stop a run, a request is refused alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from world import Letters, read_split, streams_without_evidence
+
+from project.data.datamodule import InteractionData
+from project.data.lengths import check_items, check_streams, without_long
+from project.data.prompts import Prompt, PromptEncoder
+from project.data.readers import TableLogs
+from project.data.requests import read_requests
+from project.data.splits import Protocol, SplitInteractions
+from project.errors import ConfigError, DataError
+from project.retrieval import NoRetriever
+
+PROMPT = Prompt(instruction="I\n", segment="{title}:")
+AROUND = len("I\n: yes")
+
+
+@pytest.fixture(scope="module")
+def split(tiny_logs: Path) -> SplitInteractions:
+    return read_split(tiny_logs, Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2]))
+
+
+def longest(items: pl.DataFrame) -> tuple[str, int]:
+    """Item id and tokens of the longest prompt of one item."""
+    item_id, title = max(items.select("item_id", "title").iter_rows(), key=lambda row: len(row[1]))
+    return item_id, len(title) + AROUND
+
+
+def test_items_fit_or_are_named(split: SplitInteractions) -> None:
+    """Just enough room is enough; a token less names the item, its tokens, the key and what helps."""
+    items = split.interactions.items
+    item_id, tokens = longest(items)
+    encoder = PromptEncoder(Letters(), PROMPT, items)
+    check_items(encoder, items, tokens)
+    with pytest.raises(
+        ConfigError,
+        match=rf"item '{item_id}' alone has {tokens} tokens .* data\.context_tokens is {tokens - 1} "
+        r"\(\d+ of 20 items.*{title:\.40}.*data\.context_tokens",
+    ):
+        check_items(encoder, items, tokens - 1)
+
+
+def test_streams_fit_or_are_named(split: SplitInteractions) -> None:
+    """The same of tokenised rows, evidence included; a list of what similar users liked has a fix of its own."""
+    streams = streams_without_evidence(split, "test", "{title} {vote}{vote}:")
+    lengths = streams.tokens.lengths[:-1]
+    place, tokens = int(lengths.argmax()), int(lengths.max()) + len("I\n")
+    item = split.rows["item"][int(streams.row_id[place])]
+    item_id = split.interactions.items["item_id"][item]
+    check_streams(streams, split, tokens)
+    with pytest.raises(ConfigError, match=rf"item '{item_id}' alone has {tokens} tokens"):
+        check_streams(streams, split, tokens - 1)
+    lists = replace(streams, row_id=np.full_like(streams.row_id, -1))
+    with pytest.raises(ConfigError, match=rf"A list .* has {tokens} tokens.*similar_items"):
+        check_streams(lists, split, tokens - 1)
+
+
+def test_a_request_with_a_long_title_is_refused_alone(split: SplitInteractions, tmp_path: Path) -> None:
+    """As candidate or in the history; who asks for items that fit is served. Nobody left is an error."""
+    new = {"item_id": "new", "title": "x" * 200}
+    records = [
+        {"request_id": "unknown", "user_id": "u1", "candidates": ["nowhere"]},
+        {"request_id": "long", "user_id": "u1", "candidates": ["i1", new]},
+        {"request_id": "fits", "user_id": "u1", "candidates": ["i1"]},
+        {"request_id": "past", "history": [{**new, "answer": 1, "time": 1}], "candidates": ["i1"]},
+    ]
+    file = tmp_path / "requests.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)))
+    requests = read_requests(str(file), split.interactions)
+    encoder = PromptEncoder(Letters(), PROMPT, requests.items)
+    found = without_long(requests, encoder, 100)
+    assert [r.request_id for r in found.requests] == ["fits"]
+    assert [(r.place, r.request_id) for r in found.refused] == [(0, "unknown"), (1, "long"), (3, "past")]
+    assert (
+        f"request 'long': The prompt of item 'new' alone has {200 + AROUND} tokens" in found.refused[1].error
+    )
+    assert without_long(requests, encoder, 200 + AROUND) is requests
+    file.write_text(json.dumps(records[1]))
+    alone = read_requests(str(file), split.interactions)
+    with pytest.raises(DataError, match="None of the 1 requests"):
+        without_long(alone, encoder, 100)
+
+
+def test_the_datamodule_asks_before_it_retrieves(
+    tiny_logs: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One long title stops a run before evidence is made; shortened in the template it does not."""
+    monkeypatch.setenv("PROJECT_CACHE", str(tmp_path))
+    items = pl.read_csv(tiny_logs / "items.csv")
+    long = pl.when(pl.col("item_id") == "i7").then(pl.lit("sea " * 4500)).otherwise("title")
+    items.with_columns(title=long).write_csv(tmp_path / "items.csv")
+
+    def data(segment: str) -> InteractionData:
+        logs = TableLogs(str(tiny_logs / "interactions.csv"), str(tmp_path / "items.csv"))
+        return InteractionData(logs, NoRetriever(), prompt=Prompt(segment=segment), tokenizer=str(tiny_model))
+
+    stopped = data("{title}:")
+    with pytest.raises(ConfigError, match=r"item 'i7' .* data\.context_tokens is 1,024 \(1 of 20 items"):
+        stopped.prepare_data()
+    assert stopped._evidence is None
+    data("{title:.40}:").setup("fit")
