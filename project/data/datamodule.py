@@ -74,6 +74,8 @@ class InteractionData(pl.LightningDataModule):
                 f"data.context_tokens is {context_tokens} and data.batch_tokens is {batch_tokens}: expected "
                 "1 <= context_tokens <= batch_tokens, since a batch holds at least one full window."
             )
+        if num_workers < 0:
+            raise ConfigError(f"data.num_workers is {num_workers}; expected 0 (none) or more.")
         if (prompt.similar is None) != (retriever.similar_every == 0):
             raise ConfigError(
                 f"data.prompt.similar is {prompt.similar!r}, but the similar_every of data.retriever "

@@ -68,6 +68,13 @@ class Protocol:
         """Raise `ConfigError` for a value that cannot work; needs no data, so it can run before logs."""
         _check_shares("shares", self.shares, SPLITS)
         _check_shares("fold_shares", self.fold_shares, FOLDS)
+        if min(self.fold_shares) == 0:
+            raise ConfigError(
+                f"data.protocol.fold_shares is {self.fold_shares}; expected a share above 0 for each of "
+                f"{', '.join(FOLDS)}: one chooses the checkpoint, one the exits, one certifies them."
+            )
+        if self.seed < 0:
+            raise ConfigError(f"data.protocol.seed is {self.seed}; expected 0 or more.")
         label_expression(self.label)
         if self.minimum_history < 0:
             raise ConfigError(

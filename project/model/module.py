@@ -113,9 +113,14 @@ class ExitRecommender(ExitBuffers):
             mesh = shared_mesh(self.trainer.strategy)
             if mesh is not None:
                 set_sharded_trunk(self, folder, self.data.tokenizer, mesh)
-                return
-            trunk = Trunk.from_pretrained(folder, num_layers=self.depth)
-            self.set_trunk(trunk, self.data.tokenizer)
+            else:
+                self.set_trunk(Trunk.from_pretrained(folder, num_layers=self.depth), self.data.tokenizer)
+        positions = self.trunk.config.max_position_embeddings  # type: ignore[attr-defined]  # it was just set
+        if self.data.context_tokens > positions:
+            raise ConfigError(
+                f"data.context_tokens is {self.data.context_tokens}, but {self.backbone} knows {positions} positions; "
+                f"expected at most {positions}."
+            )
 
     def set_trunk(self, trunk: Trunk, tokenizer: Any) -> None:
         """Use this trunk, with heads initialised from its language model head.

@@ -43,10 +43,20 @@ def test_shares_that_sum_to_one_only_in_decimal_pass() -> None:
     Protocol(shares=[0.7, 0.1, 0.2]).check()
 
 
-def test_negative_history_is_refused() -> None:
-    """minimum_history counts rows."""
-    with pytest.raises(ConfigError, match="minimum_history is -1"):
-        Protocol(minimum_history=-1).check()
+@pytest.mark.parametrize("fold_shares", [[0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
+def test_every_fold_is_needed(fold_shares: list[float]) -> None:
+    """A fold without users would be found out after training."""
+    with pytest.raises(
+        ConfigError, match=r"data\.protocol\.fold_shares is .*expected a share above 0 for each"
+    ):
+        Protocol(fold_shares=fold_shares).check()
+
+
+@pytest.mark.parametrize("key", ["minimum_history", "seed"])
+def test_negative_numbers_are_refused(key: str) -> None:
+    """minimum_history counts rows; NumPy knows no negative seed."""
+    with pytest.raises(ConfigError, match=rf"{key} is -1"):
+        Protocol(**{key: -1}).check()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
