@@ -28,8 +28,13 @@ UNKNOWN = re.compile(r"does not accept (?:option|nested key) '([^']+)'|unrecogni
 INSIDE = re.compile(r"class_path '([^']+)':\s*(?:Option|Key) '([^']+)' is not")
 KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)', re.DOTALL)
 EXPECTED = re.compile(r"Expected an? (?:<class '([^']+)'>|typing\.(Literal\[.*?\]))")
-NO_CLASS = re.compile(r"import path string: (\S+)|class_path '([^']+)':\s*(?:module .* has no|No module)")
-GIVEN = re.compile(r"(?:Given|Got) value: (.*)")
+GIVEN = re.compile(r"(?:Given|Got) value: (.*)|Expected a path but (\S+) either")
+NO_CLASS = re.compile(r"import path string: |No module named '([^']+)'|module '[^']+' has no attribute")
+SETTINGS = re.compile(r"Not a valid subclass of (\w+)")
+NOISE = re.compile(
+    r"Expected a path but|Does not validate against|Subtypes:|Errors:|Given value|Subclass types expect|"
+    r"a class path \(str|a dict |Problem with given class_path|$"
+)
 
 
 def project_error_in(error: BaseException) -> ProjectError | None:
@@ -80,25 +85,40 @@ def one_line(message: str, arguments: Sequence[str], keys: Iterable[str]) -> Con
         return ConfigError(" ".join(message.split()))
     key, why = found[1], found[2]
     if inside := INSIDE.search(why):
-        place = said.place(f"{key}.{inside[2]}") or said.place(f"{key}.init_args.{inside[2]}")
-        near = _near(inside[2], _arguments(inside[1]))
+        place, near = said.place(f"{key}.{inside[2]}"), _near(inside[2], _arguments(inside[1]))
         return ConfigError(f"{key}.{inside[2]}{place} is no argument of {inside[1]}{near}.")
-    if found := KEY.search(why):  # an attribute of one of several types
-        key, why = f"{key}.{found[1]}", found[2].partition("\n")[0]
-    given, place = GIVEN.search(why), said.place(key)
-    if key in CLASSES and (named := NO_CLASS.search(why)):
+    while found := KEY.search(why):  # an attribute, or one of several types
+        key, why = found[1] if found[1].startswith(f"{key}.") else f"{key}.{found[1]}", found[2]
+        why = why.partition("Expected a <class 'NoneType'>\n  Given")[0]  # what follows is about the whole
+    return ConfigError(_said_of(key, said.place(key), why, bool(said.files)))
+
+
+def _said_of(key: str, place: str, why: str, files: bool) -> str:
+    """What is wrong with the value of a key."""
+    given = GIVEN.search(why)
+    value = next(filter(None, given.groups()), "") if given else ""
+    lines = [line.strip().lstrip("- ") for line in why.splitlines()]
+    reasons = [line for line in lines if not NOISE.match(line)]
+    kinds = [found for line in reasons if (found := EXPECTED.match(line))]
+    others = [line for line in reasons if not EXPECTED.match(line)]
+    if value == "None" and not others:
+        hint = "" if files else ": give --config FILE, such as configs/quickstart.yaml"
+        return f"{key} is not set; expected {_words(kinds)}{hint}."
+    is_value = f"{key}{place} is {value}" if value else f"{key}{place}"
+    if not others:
+        return f"{is_value}; expected {_words(kinds)}."
+    text = "; ".join(others)
+    if key in CLASSES and (lacks := NO_CLASS.search(text)) and _is_of(lacks[1], value):
         known = ", ".join(_classes(*CLASSES[key]))
-        return ConfigError(
-            f"{key}{place} is {named[1] or named[2]}; expected a class: {known}, or one of your own."
-        )
-    kinds = [] if "Problem" in why else EXPECTED.findall(why)
-    if not given or not kinds:
-        return ConfigError(f"{key}{place}: {' '.join(why.split())}")
-    expected = " or ".join(dict.fromkeys(_words(kind or literal) for kind, literal in kinds))
-    if given[1] == "None":
-        hint = "" if said.files else ": give --config FILE, such as configs/quickstart.yaml"
-        return ConfigError(f"{key} is not set; expected {expected}{hint}.")
-    return ConfigError(f"{key}{place} is {given[1]}; expected {expected}.")
+        return f"{is_value}; expected a class: {known}, or one of your own."
+    if settings := SETTINGS.fullmatch(text):
+        return f"{is_value}; expected the keys of {settings[1]}{' or null' if kinds else ''}."
+    return f"{is_value}: {text}."
+
+
+def _is_of(module: str | None, path: str) -> bool:
+    """Whether it is the class path itself that cannot be found, and not something that its module imports."""
+    return module is None or f"{path}.".startswith(f"{module}.")
 
 
 class _Said:
@@ -120,9 +140,13 @@ class _Said:
 
     def place(self, key: str) -> str:
         """Where a key stands, in words; the command line goes before files, later files before earlier ones."""
-        if key in self._options:
+        *parents, last = key.split(".")
+        spellings = [key, ".".join([*parents, "init_args", last])]
+        if any(f"{one}.".startswith(f"{option}.") for one in spellings for option in self._options):
             return ""
-        found = [name for name, content in self.files.items() if _says(content, key)]
+        found = [
+            name for name, content in self.files.items() if any(_says(content, one) for one in spellings)
+        ]
         return f" in {found[-1]}" if found else ""
 
 
@@ -149,12 +173,20 @@ def _says(content: Any, key: str) -> bool:
     return key in content or (first in content and (not rest or _says(content[first], rest)))
 
 
-def _words(kind: str) -> str:
-    """A type as one says it."""
-    if kind.startswith("Literal"):
-        return kind.removeprefix("Literal[").removesuffix("]").replace("'", "").replace(", ", " or ")
-    names = {"NoneType": "null", "str": "text", "int": "a whole number", "float": "a number"}
-    return names.get(kind, "true or false" if kind == "bool" else kind)
+def _words(kinds: Iterable[re.Match[str]]) -> str:
+    """Types as one says them."""
+    names = {
+        "NoneType": "null", "str": "text", "int": "a whole number", "float": "a number", "bool": "true or false",
+        "dict": "keys and values", "list": "a list",
+    }  # fmt: skip
+    literal = (("Literal[", ""), ("]", ""), ("'", ""), (", ", " or "))
+    said = []
+    for kind in kinds:
+        word = names.get(kind[1], kind[1]) if kind[1] else kind[2]
+        for old, new in literal if kind[2] else ():
+            word = word.replace(old, new)
+        said.append(word)
+    return " or ".join(dict.fromkeys(said)) or "another value"
 
 
 def _near(word: str, words: Iterable[str]) -> str:
@@ -164,7 +196,10 @@ def _near(word: str, words: Iterable[str]) -> str:
 
 def _arguments(class_path: str) -> list[str]:
     module, _, name = class_path.rpartition(".")
-    return list(inspect.signature(getattr(import_module(module), name)).parameters)
+    try:
+        return list(inspect.signature(getattr(import_module(module), name)).parameters)
+    except (ImportError, AttributeError, TypeError, ValueError):  # a class inside a class, for example
+        return []
 
 
 def _classes(package: str, base: str) -> list[str]:

@@ -44,6 +44,27 @@ FILES = {
         "data:\n  retriever: knn\n",
         "data.retriever*is knn; expected a class*project.retrieval.ItemKNN",
     ),
+    "inside a class": (
+        "data:\n  retriever:\n    class_path: project.retrieval.ItemKNN\n    init_args: {neighbours: few}\n",
+        "data.retriever.neighbours in over.yaml is few; expected a whole number",
+    ),
+    "syntax": (
+        "exits:\n  criterion: broken.Mine\n",
+        "over.yaml is broken.Mine: invalid syntax (broken.py, line 1)",
+    ),
+    "dependency": (
+        "exits:\n  criterion: needy.Mine\n",
+        "over.yaml is needy.Mine: No module named 'nosuchlib'",
+    ),
+    "other class": ("exits:\n  criterion: pathlib.Path\n", "is pathlib.Path: *not*a subclass of Criterion"),
+    "no settings": (
+        "data:\n  taste: 3\n",
+        "data.taste in over.yaml is 3; expected the keys of Taste or null",
+    ),
+    "in a union": (
+        "data:\n  taste:\n    dim: x\n",
+        "data.taste.dim in over.yaml is x; expected a whole number.",
+    ),
     "tab": ("exits:\n\tmax_cost: 1\n", "over.yaml, line 2, column 1, is not YAML*Indent with spaces"),
     "list": ("- a\n", "over.yaml holds a list"),
     # unions of types bury these; they are this package's own
@@ -65,6 +86,9 @@ def test_a_file(
     base = tiny_config()
     monkeypatch.chdir(tmp_path)
     Path("over.yaml").write_text(text)
+    Path("broken.py").write_text("class Mine(:\n")
+    Path("needy.py").write_text("import nosuchlib\n")
+    monkeypatch.syspath_prepend(tmp_path)
     said = fails("fit", "--config", base, "--config", "over.yaml")
     at = 0
     for part in words.split("*"):
@@ -80,15 +104,16 @@ def test_a_file(
         ),
         (["--trainer.max_epochs", "x"], "trainer.max_epochs is x; expected a whole number or null"),
         (["--data.retriever.neighbour", "3"], "did you mean neighbours?"),
+        (["--data.retriever.neighbours", "few"], "data.retriever.neighbours is few; expected a whole number"),
+        (["--data.taste", "{dim: x}"], "data.taste.dim is x; expected a whole number"),
     ],
 )
 def test_the_command_line(
     fails: Callable[..., str], tiny_config: Config, given: list[str], words: str
 ) -> None:
     """A mistake on the command line blames no file, although the file says the key too."""
-    config = tiny_config(
-        **{"trainer.max_epochs": 1, "data.retriever": {"class_path": "project.retrieval.LightGCN"}}
-    )
+    retriever = {"class_path": "project.retrieval.LightGCN", "init_args": {"neighbours": 3}}
+    config = tiny_config(**{"trainer.max_epochs": 1, "data.retriever": retriever, "data.taste": {"dim": 2}})
     said = fails("fit", "--config", config, *given)
     assert words in said
     assert "config.yaml" not in said
