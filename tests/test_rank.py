@@ -199,6 +199,8 @@ def test_how_many_were_asked_about() -> None:
     }
     assert "50 requests of 18 to 30 catalogue candidates" in render_rank(shown, "test")
     assert "50 requests of 30 catalogue candidates" in render_rank(shown, "valid")
+    before = [row | {"candidates": 30} for row in result["requests"]]  # as files of before say it
+    assert "50 requests of 30 catalogue" in render_rank(shown | {"requests": before}, "test")
 
 
 def test_a_user_counts_once() -> None:

@@ -45,10 +45,9 @@ class _Side:
     def measure(self, step: Callable[[], int], device: torch.device) -> None:
         start = time.perf_counter()
         targets = step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(
-                device
-            )  # a step is done when the device is, not when the host has asked for it
+        # a step is done when the device is, not when the host has asked for it
+        if device.type in ("cuda", "mps", "xpu"):
+            getattr(torch, device.type).synchronize()
         self.rates.append(targets / (time.perf_counter() - start))
 
     @property

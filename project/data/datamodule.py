@@ -152,7 +152,10 @@ class InteractionData(pl.LightningDataModule):
         if self._encoder is None:
             items = self.split.interactions.items
             self._encoder = PromptEncoder(self.tokenizer, self.prompt, items)
-            check_items(self._encoder, items, self.context_tokens)
+            if (
+                self.requests_file is None and self._given is None
+            ):  # of requests those with a long item are refused
+                check_items(self._encoder, items, self.context_tokens)
         return self._encoder
 
     def streams(self, split: str) -> Streams:

@@ -23,10 +23,13 @@ def reads_of(data: InteractionData) -> dict[str, Any]:
     Args:
         data: Of the run.
     """
+    retriever = data.retriever.settings()
+    retriever.pop("source", None)  # of one's own code a comment may change
     found = {
         "protocol": data.split.hash,
         "data.prompt": asdict(data.prompt),
-        "data.retriever": data.retriever.settings(),
+        "data.retriever": retriever,
+        "data.block_rows": data.block_rows,
         "data.taste": None if data.taste is None else asdict(data.taste),
     }
     # only what JSON knows: a checkpoint holds no objects
@@ -48,9 +51,9 @@ def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, judged: b
     if kept is None:
         return
     now = reads_of(data)
-    for key in ("data.prompt", "data.retriever", "data.taste"):
-        if kept[key] != now[key]:
-            name, trained, given = _difference(key, kept[key], now[key])
+    for key in (key for key in now if key != "protocol"):
+        if differs := _difference(key, kept[key], now[key]):
+            name, trained, given = differs
             raise CheckpointError(
                 f"{name} is {given!r}, but the checkpoint was trained with {trained!r}. Use the config.yaml beside the "
                 "checkpoint's folder, or train a run of its own."
@@ -64,9 +67,9 @@ def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, judged: b
         )
 
 
-def _difference(key: str, trained: Any, given: Any) -> tuple[str, Any, Any]:
-    """The first entry that differs, as deep as both sides go."""
-    while isinstance(trained, dict) and isinstance(given, dict):
-        name = next(k for k in [*trained, *given] if trained.get(k) != given.get(k))
-        key, trained, given = f"{key}.{name}", trained.get(name), given.get(name)
-    return key, trained, given
+def _difference(key: str, trained: Any, given: Any) -> tuple[str, Any, Any] | None:
+    """The first entry that differs, with both values; what only one side knows came with another version."""
+    if isinstance(trained, dict) and isinstance(given, dict):
+        found = (_difference(f"{key}.{k}", trained[k], given[k]) for k in trained if k in given)
+        return next(filter(None, found), None)
+    return (key, trained, given) if trained != given else None

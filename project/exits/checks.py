@@ -32,7 +32,10 @@ def checked(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
     Raises:
         ConfigError: It is no tensor (n,), or NaN where the heads gave numbers.
     """
-    safety: object = criterion.safety(outputs)
+    return _check(criterion, outputs, criterion.safety(outputs))
+
+
+def _check(criterion: Criterion, outputs: HeadOutputs, safety: object) -> Tensor:
     n = outputs.logits.shape[0]
     if not isinstance(safety, Tensor):
         raise _refused(criterion, outputs, "None" if safety is None else f"a {_path(type(safety))}")
@@ -70,12 +73,11 @@ def try_out(criterion: Criterion, prior: bool) -> None:
         try:
             copy = deepcopy(criterion)
             copy.fit(outputs)
-            for head in range(outputs.heads - 1):
-                checked(copy, outputs.until(head))
-        except ConfigError:
-            raise
+            said = [copy.safety(outputs.until(head)) for head in range(outputs.heads - 1)]
         except Exception:  # on made-up rows: real ones may be better
             return
+    for head, safety in enumerate(said):
+        _check(criterion, outputs.until(head), safety)
 
 
 def _refused(criterion: Criterion, outputs: HeadOutputs, found: str) -> ConfigError:

@@ -282,10 +282,10 @@ class ExitRecommender(ExitBuffers):
         """Refuse a checkpoint that was made for another model.
 
         Raises:
-            CheckpointError: If exit layers, base model or parameters differ from this configuration; where it will
-                score, also protocol, prompt and evidence.
+            CheckpointError: If exit layers, base model or parameters, protocol, prompt or evidence differ from this
+                configuration. Training that goes on is no exception: rows of the old train could be the new test's.
         """
         check_origin(checkpoint, self.exit_layers, self.backbone)
         check_parameters(self, checkpoint)
-        if self._trainer is not None and self.trainer.state.fn != "fit":
+        if self._trainer is not None:
             check_reads(checkpoint.get("reads"), self.data, judged=self.trainer.state.fn != "predict")

@@ -62,7 +62,8 @@ def _notes(result: Result, split: str) -> list[str]:
     first, settings = shown[0], result["settings"]
     scores = "calibrated" if result["calibrated"] else "uncalibrated"
     fold = "" if split == "test" else f", fold {first['fold']}"
-    fewest, most = first["candidates"]
+    asked = first["candidates"]
+    fewest, most = asked if isinstance(asked, list) else (asked, asked)  # a number in files of before
     candidates = str(most) if fewest == most else f"{fewest} to {most}"
     return [
         f"{split}{fold}: {first['n_requests']} requests of {candidates} catalogue candidates for overlap, "

@@ -6,8 +6,10 @@ one before, while a retriever that somebody is writing is asked again after ever
 
 import hashlib
 import inspect
+import marshal
 import sys
 from pathlib import Path
+from types import FunctionType
 
 from project.errors import ConfigError
 
@@ -53,9 +55,16 @@ def _root(kind: type) -> str:
 
 
 def _source(kind: type) -> bytes:
-    """A class typed into a notebook has no file, only its own lines; one made by hand has not even those."""
+    """A class typed into a notebook has no file, only the lines of its methods, or what Python made of them."""
     try:
-        file = Path(inspect.getfile(kind))
-        return file.read_bytes() if file.is_file() else inspect.getsource(kind).encode()
+        return Path(inspect.getfile(kind)).read_bytes()
     except (OSError, TypeError):
-        return kind.__qualname__.encode()
+        methods = [(name, f) for name, f in vars(kind).items() if inspect.isfunction(f)]
+        return b"".join([kind.__qualname__.encode(), *(name.encode() + _lines(f) for name, f in methods)])
+
+
+def _lines(function: FunctionType) -> bytes:
+    try:
+        return inspect.getsource(function).encode()
+    except OSError:
+        return marshal.dumps(function.__code__)

@@ -99,12 +99,22 @@ def test_the_datamodule_asks_before_it_retrieves(
     long = pl.when(pl.col("item_id") == "i7").then(pl.lit("sea " * 4500)).otherwise("title")
     items.with_columns(title=long).write_csv(tmp_path / "items.csv")
 
-    def data(segment: str) -> InteractionData:
+    def data(segment: str, requests: str | None = None) -> InteractionData:
         logs = TableLogs(str(tiny_logs / "interactions.csv"), str(tmp_path / "items.csv"))
-        return InteractionData(logs, NoRetriever(), prompt=Prompt(segment=segment), tokenizer=str(tiny_model))
+        prompt = Prompt(segment=segment)
+        return InteractionData(
+            logs, NoRetriever(), prompt=prompt, tokenizer=str(tiny_model), requests=requests
+        )
 
     stopped = data("{title}:")
     with pytest.raises(ConfigError, match=r"item 'i7' .* data\.context_tokens is 1,024 \(1 of 20 items"):
         stopped.prepare_data()
     assert stopped._evidence is None
     data("{title:.40}:").setup("fit")
+    asked = tmp_path / "requests.jsonl"
+    asked.write_text('{"request_id": "a", "user_id": "u1", "candidates": ["i1"]}\n')
+    predicting = data("{title}:", str(asked))  # nobody asks about the long one
+    predicting.prepare_data()
+    predicting.setup("predict")
+    assert predicting.requests is not None
+    assert [r.request_id for r in predicting.requests.requests] == ["a"]

@@ -75,6 +75,18 @@ def test_a_base_in_another_file_counts(written: Write):
     assert keys[0] != keys[1]
 
 
+def test_a_class_without_a_file(written: Write):
+    """Typed into a notebook, a class counts by what its methods do: other code is another key, the same code is not."""
+
+    def typed(which: str) -> str:
+        names: dict[str, type[Retriever]] = {"__name__": "notebook"}
+        exec(SOURCE.format(which=which, init=KEEPS), names)
+        found: str = names["Mine"]().settings()["source"]
+        return found
+
+    assert typed("") == typed("") != typed("[::-1]")
+
+
 def test_keys_of_our_own_retrievers_stay():
     """No source in them: these are the keys that caches and published results have."""
     assert "source" not in LightGCN().settings()
