@@ -140,6 +140,12 @@ def read_result(path: Path) -> dict[str, Any]:
             f"{path} has schema_version {content.get('schema_version')}; this version reads {SCHEMA_VERSION}. "
             "Run the verb that wrote it again."
         )
+    known = {"verb": content.get("verb"), "protocol.hash": (content.get("protocol") or {}).get("hash")}
+    if lacking := [key for key, value in known.items() if not value]:
+        raise DataError(
+            f"{path} has no {' and no '.join(lacking)}; expected a result file that a verb has written. Run the verb "
+            "again."
+        )
     return content
 
 

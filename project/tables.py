@@ -35,9 +35,7 @@ def render_exits(result: Result, split: str | None = None, brief: bool = False) 
         split: Which rows; None takes test for `test`, the tune fold of valid for `validate` and `fit`, else all.
         brief: Of the floors only those that the lines below compare with, and fewer columns.
     """
-    header, rows = (
-        _scores(_brief(result), split, (MINUS,)) if brief else _scores(result, split, (MINUS, CALIBRATED))
-    )
+    header, rows = _scores(_brief(result) if brief else result, split, (MINUS, CALIBRATED))
     if brief:
         shown = [k for k, name in enumerate(header) if name in (*BRIEF, MINUS)]
         header, *rows = ([cells[k] for k in shown] for cells in (header, *rows))

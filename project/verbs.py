@@ -24,7 +24,7 @@ from project.benchmark.table import render_benchmark
 from project.callbacks.exit_calibration import exit_calibration_of
 from project.data.identity import check_reads
 from project.engine.loading import load_weights
-from project.errors import ConfigError, DataError
+from project.errors import ConfigError
 from project.evaluation.compare import render_comparison
 from project.evaluation.slices import floor_scores_of, slice_rows
 from project.floors.kept import KeptFloors
@@ -155,10 +155,10 @@ def print_tables(arguments: list[str]) -> None:
             "found none."
         )
     if "--beside" in arguments:
-        print(render_headlines({name: _shown(Path(name)) for name in names}))
+        print(render_headlines({name: read_result(Path(name)) for name in names}))
         return
     for name in names:
-        result = _shown(Path(name))
+        result = read_result(Path(name))
         print(f"### {result['verb']}\n\n{_rendered(result, '--brief' in arguments)}")
         if "--stages" in arguments and "stage_seconds" in result:
             print(render_stage_seconds(result))
@@ -177,24 +177,12 @@ def fill_tables(text: str, folder: Path) -> str:
 
     def block(found: re.Match[str]) -> str:
         names = found["files"].split()
-        results = {name: _shown(folder / name) for name in names if name != "--brief"}
+        results = {name: read_result(folder / name) for name in names if name != "--brief"}
         first, *more = results.values()
         text = render_headlines(results) if more else _rendered(first, "--brief" in names)
         return f"{found['start']}\n{text}{found['end']}"
 
     return TABLE.sub(block, text)
-
-
-def _shown(path: Path) -> dict[str, Any]:
-    """A result file that says what a table needs of it."""
-    result = read_result(path)
-    lacking = [key for key in ("verb", "protocol") if not result.get(key)]
-    if lacking:
-        raise DataError(
-            f"{path} has no {' and no '.join(lacking)}; expected a result file that a verb has written. Run the verb "
-            "again."
-        )
-    return result
 
 
 def _rendered(result: dict[str, Any], brief: bool = False) -> str:

@@ -128,3 +128,16 @@ def run(monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> Callable[..., N
         main()
 
     return call
+
+
+@pytest.fixture
+def fails(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a verb that must end with exit code 2; returns what it said."""
+
+    def call(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            run(*arguments)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    return call

@@ -20,19 +20,6 @@ Config = Callable[..., Path]
 LOGS = "data.logs.init_args.interactions"
 
 
-@pytest.fixture
-def fails(run: Run, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a verb that must end with exit code 2; returns what it said."""
-
-    def call(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as stopped:
-            run(*arguments)
-        assert stopped.value.code == 2
-        return capsys.readouterr().err
-
-    return call
-
-
 def log_with(folder: Path, logs: Path, change: Callable[[pl.DataFrame], pl.DataFrame]) -> str:
     path = folder / "changed.csv"
     change(pl.read_csv(logs / "interactions.csv")).write_csv(path)

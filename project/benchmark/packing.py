@@ -43,6 +43,7 @@ class _Side:
     rates: list[float] = field(default_factory=list)
 
     def measure(self, step: Callable[[], int], device: torch.device) -> None:
+        """Note the rate of one step on the device."""
         start = time.perf_counter()
         targets = step()
         # a step is done when the device is, not when the host has asked for it
@@ -52,6 +53,7 @@ class _Side:
 
     @property
     def median(self) -> float:
+        """Targets a second in a typical round."""
         return float(np.median(self.rates))
 
 
@@ -90,7 +92,7 @@ def run_packing(
     data: InteractionData,
     folder: Path,
     seconds: float,
-    device: torch.device | str = "cpu",
+    device: torch.device,
 ) -> dict[str, Any]:
     """Training targets a second, packed against one prompt per (user, candidate), base model only.
 
@@ -101,19 +103,9 @@ def run_packing(
         seconds: About how long to measure.
         device: Where both sides run.
     """
-    device = torch.device(device)
     data.prepare_data()
     streams = data.streams("train")
-    name = resolve_model(model.backbone)
-    trunk = Trunk.from_pretrained(name, num_layers=model.depth)
-    trunk.embed_tokens.requires_grad_(not model.freeze_embeddings)
-    base = AutoModel.from_pretrained(name, num_hidden_layers=model.depth, dtype=torch.float32)
-    base.embed_tokens.requires_grad_(not model.freeze_embeddings)
-    if model.numbers:
-        trunk.learn_numbers()
-        base.embed_tokens = NumberEmbedding(base.embed_tokens)
-    trunk.to(device)
-    base.to(device)
+    trunk, base = _both(model, device)
     sampler = TrainSampler(streams, data.context_tokens, data.batch_tokens, data.seed, 0, 1)
     packed_windows = cycle(sampler)
     pointwise = _pointwise_batches(streams, sampler, data.batch_tokens)
@@ -143,6 +135,19 @@ def run_packing(
         f"{packing['spread'][0]} to {packing['spread'][1]})\nwritten: {path}"
     )
     return result
+
+
+def _both(model: ExitRecommender, device: torch.device) -> tuple[Trunk, Any]:
+    """The trunk, and transformers' own model with the same weights, numbers and frozen parts."""
+    name = resolve_model(model.backbone)
+    trunk = Trunk.from_pretrained(name, num_layers=model.depth)
+    trunk.embed_tokens.requires_grad_(not model.freeze_embeddings)
+    base = AutoModel.from_pretrained(name, num_hidden_layers=model.depth, dtype=torch.float32)
+    base.embed_tokens.requires_grad_(not model.freeze_embeddings)
+    if model.numbers:
+        trunk.learn_numbers()
+        base.embed_tokens = NumberEmbedding(base.embed_tokens)
+    return trunk.to(device), base.to(device)
 
 
 def _figures(packed: _Side, pointwise: _Side) -> dict[str, Any]:

@@ -42,9 +42,8 @@ def will_be_saved(trainer: pl.Trainer) -> bool:
     saver = trainer.checkpoint_callback
     if not isinstance(saver, ModelCheckpoint) or saver.monitor is None:
         return True
-    if (
-        saver.save_top_k == 0
-    ):  # none is chosen by its metric: results are about the latest weights, as last.ckpt is
+    # with save_top_k 0 none is chosen by its metric: results are about the latest weights, as last.ckpt is
+    if saver.save_top_k == 0:
         return True
     return saver.check_monitor_top_k(trainer, trainer.callback_metrics.get(saver.monitor))
 

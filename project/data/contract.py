@@ -4,10 +4,12 @@ Unusual here: readers of this project have checked their files already and said 
 A reader of your own may leave all of it to this, and `source_file` and `source_row` empty.
 """
 
+from dataclasses import replace
+
 import polars as pl
 
 from project.data.columns import finite_number, nonempty_text, plain_text, refuse
-from project.data.readers import GIVEN_SPLITS, RAW_SCHEMA, RawLogs
+from project.data.readers import GIVEN_SPLITS, RAW_SCHEMA, RawLogs, refuse_unknown_items
 from project.errors import DataError
 
 _INTERACTIONS, _ITEMS = "the reader's interactions", "the reader's items"
@@ -30,15 +32,9 @@ def checked(raw: RawLogs) -> RawLogs:
         raise DataError(
             f"data.logs: read() returned {found}; expected RawLogs of two polars DataFrames. {_FIX}"
         )
-    interactions, items = _interactions(raw.interactions), _items(raw.items)
-    absent = interactions.filter(~pl.col("item_id").is_in(items["item_id"].implode()))
-    if not absent.is_empty():
-        raise DataError(
-            f"{absent['source_file'][0]}, row {absent['source_row'][0]}: item {absent['item_id'][0]} is not in "
-            f"{_ITEMS} ({absent.height:,} rows, {absent['item_id'].n_unique():,} items). Add the items, or leave out "
-            "the rows."
-        )
-    return RawLogs(interactions, items, raw.files, raw.unread)
+    typed = replace(raw, interactions=_interactions(raw.interactions), items=_items(raw.items))
+    refuse_unknown_items(typed, _ITEMS)
+    return typed
 
 
 def _interactions(table: pl.DataFrame) -> pl.DataFrame:

@@ -51,17 +51,18 @@ def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, judged: b
     if kept is None:
         return
     now = reads_of(data)
-    for key in (key for key in now if key != "protocol"):
+    protocol = now.pop("protocol")
+    for key in now:
         if differs := _difference(key, kept[key], now[key]):
             name, trained, given = differs
             raise CheckpointError(
                 f"{name} is {given!r}, but the checkpoint was trained with {trained!r}. Use the config.yaml beside the "
                 "checkpoint's folder, or train a run of its own."
             )
-    if judged and kept["protocol"] != now["protocol"]:
+    if judged and kept["protocol"] != protocol:
         raise CheckpointError(
             f"the checkpoint was trained under the protocol hash {kept['protocol']}, this configuration gives "
-            f"{now['protocol']}: data.protocol, data.logs or their files differ, and rows that it was trained on could "
+            f"{protocol}: data.protocol, data.logs or their files differ, and rows that it was trained on could "
             "be among those that are scored. Use the config.yaml beside the checkpoint's folder, or train a run of its "
             "own."
         )

@@ -116,8 +116,9 @@ class TableLogs(Logs):
             parts.append(part)
             unread = problems | unread
         items = _items(files.table(Path(self.items), parse_table), self.items, self.item_columns)
-        sums = files.sums | _mapping(self.columns, self.item_columns)
-        return _checked(RawLogs(pl.concat(parts), items, sums, unread), self.items)
+        raw = RawLogs(pl.concat(parts), items, files.sums, unread)
+        refuse_unknown_items(raw, self.items)
+        return _mapped(raw, self.columns, self.item_columns)
 
 
 class RecBoleLogs(Logs):
@@ -145,12 +146,16 @@ class RecBoleLogs(Logs):
 
     def read(self) -> RawLogs:
         """Read both files; see `Logs.read`."""
+        return _mapped(self._atomic(), self.columns, self.item_columns)
+
+    def _atomic(self) -> RawLogs:
         files = Files()
         inter, item = (self.folder / f"{self.name}.{kind}" for kind in ("inter", "item"))
         interactions, unread = _interactions(files.table(inter, parse_atomic), inter.name, self.columns)
         items = _items(files.table(item, parse_atomic), item.name, self.item_columns)
-        sums = files.sums | _mapping(self.columns, self.item_columns)
-        return _checked(RawLogs(interactions, items, sums, unread), item.name)
+        raw = RawLogs(interactions, items, files.sums, unread)
+        refuse_unknown_items(raw, item.name)
+        return raw
 
 
 class MovieLens100K(RecBoleLogs):
@@ -167,17 +172,15 @@ class MovieLens100K(RecBoleLogs):
     def read(self) -> RawLogs:
         """Fetch the files where they are not yet here, and read them; see `Logs.read`."""
         self.folder = fetch("ml-100k")
-        raw = super().read()
-        # its mapping is always the same: the hash is that of the files alone
-        return replace(raw, files={name: found for name, found in raw.files.items() if name != MAPPING})
+        return self._atomic()  # its mapping is always the same: the hash is that of the files alone
 
 
-def _mapping(columns: Mapping[str, str], item_columns: Mapping[str, str]) -> dict[str, str]:
-    """For `RawLogs.files`: the same file read by other columns is another log."""
+def _mapped(raw: RawLogs, columns: Mapping[str, str], item_columns: Mapping[str, str]) -> RawLogs:
+    """With the mapping among its `files`: the same file read by other columns is another log."""
     if not columns and not item_columns:
-        return {}
+        return raw
     text = json.dumps([dict(columns), dict(item_columns)], sort_keys=True)
-    return {MAPPING: hashlib.sha256(text.encode()).hexdigest()}
+    return replace(raw, files=raw.files | {MAPPING: hashlib.sha256(text.encode()).hexdigest()})
 
 
 def _renamed(
@@ -276,12 +279,17 @@ def _items(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
     return table.unique("item_id", keep="first", maintain_order=True).select("item_id", "title", *attributes)
 
 
-def _checked(raw: RawLogs, items_file: str) -> RawLogs:
+def refuse_unknown_items(raw: RawLogs, where: str) -> None:
+    """Raise `DataError` for an interaction whose item has no row.
+
+    Args:
+        raw: The log.
+        where: What its items are called in the message.
+    """
     absent = raw.interactions.filter(~pl.col("item_id").is_in(raw.items["item_id"].implode()))
     if not absent.is_empty():
         raise DataError(
             f"{absent['source_file'][0]}, row {absent['source_row'][0]}: item {absent['item_id'][0]} is not "
-            f"in {items_file} ({absent.height:,} rows, {absent['item_id'].n_unique():,} items). Add the "
+            f"in {where} ({absent.height:,} rows, {absent['item_id'].n_unique():,} items). Add the "
             "items, or remove the rows."
         )
-    return raw

@@ -6,7 +6,6 @@ never shown. A result whose protocol hash is not the run's is left out and named
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ def read_run(folder: Path) -> Run:
             f"{folder} holds no result files (results/*.json); expected the folder of a run, such as "
             "runs/quickstart/latest. `python -m project fit --config FILE` makes one."
         )
-    found = {path: _read(path) for path in files}
+    found = {path: read_result(path) for path in files}
     by_verb: dict[str, list[Path]] = {}
     for path, result in found.items():
         by_verb.setdefault(result["verb"], []).append(path)
@@ -124,16 +123,6 @@ def read_run(folder: Path) -> Run:
         if verb in first and path != first[verb] and found[path]["protocol"]["hash"] == protocol
     ]
     return Run(folder, results, benchmarks, notes, *_reported(results, known[0]))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        result = read_result(path)
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise DataError(f"{path} is not a result file ({error}). Run the verb that wrote it again.") from None
-    if "verb" not in result or "hash" not in result.get("protocol", {}):
-        raise DataError(f"{path} has no `verb` or no `protocol.hash`. Run the verb that wrote it again.")
-    return result
 
 
 def _reported(

@@ -19,9 +19,8 @@ from project.retrieval.checks import check_rows, check_shape
 from project.retrieval.similar import SimilarLikes
 
 BoolArray = NDArray[np.bool_]
-CHECKED_TOGETHER = (
-    4096  # answers; the first ones are checked sooner, a retriever may be slow and wrong from the start
-)
+# answers; the first ones are checked sooner, a retriever may be slow and wrong from the start
+CHECKED_TOGETHER = 4096
 
 
 @dataclass(frozen=True)

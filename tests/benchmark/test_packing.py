@@ -106,7 +106,7 @@ def test_run_packing(
 ) -> None:
     """The result file holds both rates, the median of the rounds' ratios and their spread, and says it in a line."""
     model = ExitRecommender(str(tiny_model), [1, 3])
-    result = run_packing(model, data, tmp_path, seconds=0.0)
+    result = run_packing(model, data, tmp_path, seconds=0.0, device=torch.device("cpu"))
     assert read_result(tmp_path / "results" / "benchmark-packing.json") == result
     assert result["verb"] == "benchmark"
     assert result["protocol"]["hash"] == data.split.hash
@@ -137,7 +137,9 @@ def test_both_sides_run_on_the_device(
 
     monkeypatch.setattr(benchmark, "_packed_step", packed_step)
     monkeypatch.setattr(benchmark, "_pointwise_step", pointwise_step)
-    run_packing(ExitRecommender(str(tiny_model), [1, 3]), data, tmp_path, seconds=0.0, device="meta")
+    run_packing(
+        ExitRecommender(str(tiny_model), [1, 3]), data, tmp_path, seconds=0.0, device=torch.device("meta")
+    )
     assert seen == {"meta"}
 
 
