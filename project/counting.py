@@ -29,9 +29,14 @@ FEATURES = (
     "weighted_vote_log_odds",
     "taste_log_odds",
     "alike_log_odds",
+    "text_log_odds",
+    "text_rows",
 )
 """Log-odds of shrunk rates, log(1 + count) of their rows, mean similarity (0 without neighbours), log-odds of taste
-and of the user's own answers on items alike, shrunk as if their similarities were rows."""
+and of the user's own answers on items alike, shrunk as if their similarities were rows; four times the text similarity
+(the slope of log-odds at 1/2), and log(1 + its weight)."""
+
+TEXT_FEATURES = FEATURES[-2:]
 
 SUREST = 1e-4  # a taste closer to 0 or 1 counts as this close
 
@@ -40,7 +45,7 @@ def counting_features(evidence: pl.DataFrame, base: float) -> Floats:
     """Rows of an evidence table as numbers.
 
     Args:
-        evidence: n rows of an evidence table, with or without the columns taste and alike.
+        evidence: n rows of an evidence table, with or without the columns taste, alike and text.
         base: Share of likes among train targets, to which rates of few rows shrink.
 
     Returns:
@@ -58,6 +63,7 @@ def counting_features(evidence: pl.DataFrame, base: float) -> Floats:
         _log_odds(weights["likes"].to_numpy(), weights["weight"].to_numpy(), base),
         _taste(evidence, item[0] + user[0] - np.log(base / (1.0 - base))),
         _alike(evidence, base),
+        *_text(evidence),
     ]
     return np.stack(columns, axis=1)
 
@@ -160,6 +166,14 @@ def _alike(evidence: pl.DataFrame, base: float) -> Floats:
         return _log_odds(np.zeros(len(evidence)), np.zeros(len(evidence)), base)
     weight = evidence["alike_weight"].to_numpy().astype(np.float64)
     return _log_odds(evidence["alike"].fill_null(0.0).to_numpy() * weight, weight, base)
+
+
+def _text(evidence: pl.DataFrame) -> tuple[Floats, Floats]:
+    """Text similarity as log-odds, and the log of its weight; 0 where the columns are absent."""
+    if "text" not in evidence.columns:
+        return np.zeros(len(evidence)), np.zeros(len(evidence))
+    similarity, weight = (evidence[name].fill_null(0.0).to_numpy() for name in ("text", "text_weight"))
+    return 4.0 * similarity.astype(np.float64), np.log1p(weight.astype(np.float64))
 
 
 def _similarity_weights(table: pl.DataFrame) -> pl.DataFrame:

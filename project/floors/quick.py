@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from project.counting import FEATURES, CountingPrior, counting_features, logistic_regression
+from project.counting import FEATURES, TEXT_FEATURES, CountingPrior, counting_features, logistic_regression
 from project.errors import DataError
 from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.metrics import auc, head_metrics
@@ -37,8 +37,8 @@ class Floor:
     """One floor's scores.
 
     Args:
-        name: item_rate, user_rate, neighbour_vote, mf_fold_in, lr_rates, lr_evidence, gbdt_evidence, one of
-            `more_floors` or of `peers`.
+        name: item_rate, user_rate, neighbour_vote, mf_fold_in, lr_rates, lr_evidence, gbdt_evidence, lr_text,
+            gbdt_text, one of `more_floors` or of `peers`.
         scores: row_id Int64, split String, logit Float64; the targets of each scored split.
         chosen: What was chosen for it on tune, where something was.
     """
@@ -192,19 +192,22 @@ def _learned_logits(
 ) -> dict[str, dict[str, Floats]]:
     from threadpoolctl import threadpool_limits  # no type information published
 
-    rates, everything = slice(len(RATE_FEATURES)), slice(len(FEATURES))
+    rates, untold = slice(len(RATE_FEATURES)), slice(len(FEATURES) - len(TEXT_FEATURES))
     found = {}
     # one thread: thousands of short parallel loops cost 30 s instead of 1 s where the other cores are busy
     with threadpool_limits(1):
         for name, model, columns in (
             ("lr_rates", logistic_regression(), rates),
-            ("gbdt_evidence", _boosting(seed), everything),
+            ("lr_evidence", logistic_regression(), untold),
+            ("gbdt_evidence", _boosting(seed), untold),
+            ("gbdt_text", _boosting(seed), slice(None)),
         ):
             model.fit(train[:, columns], labels)
             found[name] = {split: _decide(model, x[:, columns]) for split, x in features.items()}
         prior = CountingPrior.fit_features(train, labels, base)
-    evidence = {split: prior.of_features(x) for split, x in features.items()}
-    return {"lr_rates": found["lr_rates"], "lr_evidence": evidence, "gbdt_evidence": found["gbdt_evidence"]}
+    found["lr_text"] = {split: prior.of_features(x) for split, x in features.items()}
+    found["gbdt_text"] = found.pop("gbdt_text")  # of equals the simpler one is the best floor
+    return found
 
 
 def _boosting(seed: int) -> Any:

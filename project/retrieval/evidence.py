@@ -7,13 +7,15 @@ nothing is null). Where the retriever's alike_items is above 0 also alike, the u
 most like the candidate, averaged by similarity (null without any), and alike_weight, the sum of these similarities.
 Where the retriever's similar_every is above 0 also similar_after: item codes that similar users
 liked, or null. It alone is dated just *after* the row's second and may tell the row's own answer: it is for the
-prompts of later rows (see `similar.py`). Where a factorisation is asked for also taste (see `taste.py`), null before
+prompts of later rows (see `similar.py`). text and text_weight are the user's own answers on items of similar text (see
+`own_text.py`). Where a factorisation is asked for also taste (see `taste.py`), null before
 its first block.
 
 Unusual: a row of split S reads rows of splits up to S, so there is a table per split. Where no row has a
 later split's row in its past (a split by time), the three coincide and are computed once.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from project.errors import ConfigError, DataError
 from project.retrieval.base import IntArray, Retriever
 from project.retrieval.cache import cached_folder
 from project.retrieval.neighbours import BoolArray, WalkRows, walk
+from project.retrieval.own_text import item_vectors, text_similarity, text_tables
 from project.retrieval.readable import tables_by_split
 from project.retrieval.snapshots import Snapshots, block_cuts, fit_snapshots
 from project.retrieval.taste import Taste, taste_of_requests, taste_tables
@@ -52,13 +55,15 @@ def evidence_tables(
     """
     folder = evidence_folder(split, retriever, block_rows, cache_dir)
     tables = {name: pl.read_parquet(folder / f"{name}.parquet") for name in SPLITS}
-    if taste is None:
-        return tables
-    tastes = taste_tables(split, taste, block_rows, cache_dir)
-    return {
-        name: table.join(tastes[name], on="row_id", how="left", maintain_order="left", validate="1:1")
-        for name, table in tables.items()
-    }
+    added = [text_tables(split, cache_dir)]
+    if taste is not None:
+        added.append(taste_tables(split, taste, block_rows, cache_dir))
+    for more in added:
+        tables = {
+            name: table.join(more[name], on="row_id", how="left", maintain_order="left", validate="1:1")
+            for name, table in tables.items()
+        }
+    return tables
 
 
 def request_evidence(
@@ -72,6 +77,7 @@ def request_evidence(
     label: IntArray,
     own: BoolArray,
     taste: Taste | None = None,
+    catalogue: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
     """Evidence of rows outside the log, read as split "test": from the log and their own user's past.
 
@@ -90,6 +96,7 @@ def request_evidence(
         label: 0, 1, or -1 for unknown, shape (rows,); own rows need a known label.
         own: whether the row is the user's past (else a candidate), shape (rows,).
         taste: as in `evidence_tables`.
+        catalogue: items table that `item` counts in, where requests bring items of their own; None: the log's.
 
     Returns:
         The evidence table in the order given; row_id is -1 - position, also among neighbours.
@@ -111,6 +118,11 @@ def request_evidence(
     table = walk(rows, retriever, items, snapshots.cuts, snapshots.fitted, "request evidence")
     if taste is not None:
         table = table.with_columns(taste_of_requests(rows, split, taste, block_rows, cache_dir))
+    if catalogue is not None:  # an item the log does not have still has a text
+        extra = replace(extra, item=np.minimum(item, catalogue.height).astype(np.int64))
+        rows = _merged(WalkRows.from_log(log, query=False), extra)
+    texts = text_similarity(rows, item_vectors(items if catalogue is None else catalogue, items))
+    table = table.join(texts, on="row_id", how="left", maintain_order="left", validate="1:1")
     return table.sort("row_id", descending=True)
 
 

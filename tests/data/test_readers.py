@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from project.data import readers
-from project.data.readers import RAW_SCHEMA, MovieLens100K, RecBoleLogs, TableLogs
+from project.data.readers import RAW_SCHEMA, MovieLens100K, MovieLensLatestSmall, RecBoleLogs, TableLogs
 from project.errors import DataError
 
 Write = Callable[[str, str], str]
@@ -293,3 +293,22 @@ def test_real_ml100k() -> None:
     assert raw.items.height == 1682
     assert raw.items.columns == ["item_id", "title", "year", "genres"]
     assert sorted(raw.interactions["rating"].unique()) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.real
+def test_real_latest_small() -> None:
+    """671 users, 9,066 films, 100,004 ratings in halves; five films are called by their id, 17 have no genre."""
+    raw = MovieLensLatestSmall().read()
+    assert raw.interactions.height == 100_004
+    assert raw.interactions["user_id"].n_unique() == 671
+    assert raw.items.columns == ["item_id", "title", "year", "genres"]
+    assert raw.items.height == 9066
+    assert raw.items.filter(title=raw.items["item_id"]).height == 5
+    assert raw.items.filter(genres="").height == 17
+    assert raw.items.filter(item_id="1").row(0) == (
+        "1",
+        "Toy Story",
+        "1995",
+        "Adventure Animation Children Comedy Fantasy",
+    )
+    assert sorted(raw.interactions["rating"].unique()) == [k / 2 for k in range(1, 11)]

@@ -1,4 +1,7 @@
 import hashlib
+import lzma
+import os
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -131,7 +134,7 @@ def test_a_faster_process_wins(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
     """All keys are in the message."""
-    with pytest.raises(SourceError, match=r"'ml-1m'.*all-minilm-l6-v2, ml-100k, smollm2-135m-instruct"):
+    with pytest.raises(SourceError, match=r"'ml-1m'.*ml-100k, ml-latest-small, smollm2"):
         fetch("ml-1m", tmp_path)
 
 
@@ -172,7 +175,7 @@ def test_models_resolve_to_folders_or_hub_names(
             resolve_model(missing)
 
 
-@pytest.mark.parametrize("key", ["ml-100k", "smollm2-135m-instruct", "all-minilm-l6-v2"])
+@pytest.mark.parametrize("key", ["ml-100k", "ml-latest-small", "smollm2-135m-instruct", "all-minilm-l6-v2"])
 def test_registered_sources_are_complete(key: str) -> None:
     """Every shipped source pins a version and a SHA-256 and names its licence."""
     source = SOURCES[key]
@@ -188,3 +191,12 @@ def test_real_text_encoder_is_complete() -> None:
     folder = fetch("all-minilm-l6-v2")
     assert (folder / "model.safetensors").stat().st_size == 90_868_376
     assert {"config.json", "tokenizer.json", "1_Pooling"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("harmful", [os.system, eval])
+def test_a_pickle_with_another_name_runs_nothing(tmp_path: Path, harmful: object) -> None:
+    """The one pickle that is read may name numpy's arrays and pandas' containers; any other name ends it."""
+    (tmp_path / "movielens.pkl.compress").write_bytes(lzma.compress(pickle.dumps(harmful)))
+    with pytest.raises(pickle.UnpicklingError, match="not expected in this file"):
+        sources._convert_latest_small(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

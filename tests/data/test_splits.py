@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from project.data.interactions import Interactions, build_interactions
-from project.data.readers import MovieLens100K, RawLogs
+from project.data.readers import MovieLens100K, MovieLensLatestSmall, RawLogs
 from project.data.splits import FOLDS, SPLITS, Protocol, SplitInteractions, apply_protocol
 from project.errors import ConfigError, DataError
 
@@ -291,3 +291,11 @@ def test_real_shares(ml100k: RawLogs) -> None:
     assert sum(fold["users"] for fold in split.manifest["folds"].values()) == 197
     assert round(split.manifest["tie_share"], 3) == 0.758
     assert round(split.rows["label"].mean(), 3) == 0.554  # type: ignore[arg-type, call-overload]
+
+
+@pytest.mark.real
+def test_real_counts_of_latest_small() -> None:
+    """Acceptance counts of the demo's protocol."""
+    protocol = Protocol(minimum_history=5, label="rating > 3.5")
+    manifest = apply_protocol(build_interactions(MovieLensLatestSmall().read(), protocol), protocol).manifest
+    assert manifest["counts"] == {"train": 77_036, "valid": 9_629, "test": 9_630}

@@ -15,7 +15,16 @@ from project.floors.quick import (
     floor_rows,
 )
 
-NAMES = ["item_rate", "user_rate", "neighbour_vote", "lr_rates", "lr_evidence", "gbdt_evidence"]
+NAMES = [
+    "item_rate",
+    "user_rate",
+    "neighbour_vote",
+    "lr_rates",
+    "lr_evidence",
+    "gbdt_evidence",
+    "lr_text",
+    "gbdt_text",
+]
 SIZES = {"train": 600, "valid": 200, "test": 200}
 NO_LISTS = {"similarities": pl.List(pl.Float32), "answers": pl.List(pl.Int8)}
 
@@ -78,7 +87,7 @@ def split_auc(floor, rows, split="test"):
 
 class TestFitFloors:
     def test_scores_every_target_once(self, fitted):
-        """Six floors, each with one finite logit per target of valid and test, none for context rows."""
+        """Eight floors, each with one finite logit per target of valid and test, none for context rows."""
         rows, _, floors = fitted
         assert [floor.name for floor in floors] == NAMES
         targets = rows.filter(pl.col("role") == "target")
@@ -202,7 +211,7 @@ class TestFloorRows:
         ]
         tune = rows.filter((pl.col("fold") == "tune") & (pl.col("role") == "target"))
         metrics = head_metrics(floors[3].logits(tune["row_id"]), tune["label"], tune["user"])
-        row = found[-3]
+        row = found[-5]
         assert row | metrics == row
         low, high = row["auc_interval"]
         assert low < row["auc"] < high

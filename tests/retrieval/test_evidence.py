@@ -57,7 +57,8 @@ def test_each_table_is_a_walk_over_the_readable_rows(
         readable = rows.filter(pl.Series(codes) <= last)
         cuts = block_cuts(readable["timestamp"].to_numpy(), 40)
         fitted = fit_snapshots(readable, co_likes, 12, items, cuts).fitted
-        assert tables[name].equals(walk(WalkRows.from_log(readable), co_likes, items, cuts, fitted))
+        walked = walk(WalkRows.from_log(readable), co_likes, items, cuts, fitted)
+        assert tables[name].drop("text", "text_weight").equals(walked)
 
 
 def test_a_split_by_time_reads_all_earlier_rows():
