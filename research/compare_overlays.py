@@ -1,9 +1,9 @@
-"""Fit a base configuration and overlays on it, and compare each with the base, head by head, on validation's tune fold.
+"""Fit a base configuration and overlays on it, and compare each with the base on validation's tune fold.
 
-    python research/compare_overlays.py configs/quickstart.yaml configs/overlays/lora.yaml -- --trainer.limit_train_batches 60
+    python research/compare_overlays.py configs/quickstart.yaml OVERLAY... -- --trainer.limit_train_batches 60
 
-A variant of several files joins them by a plus: `bf16.yaml+lora.yaml`. What stands behind `--` goes to every fit. Each run
-is in runs/compare_overlays/NAME/latest, and holds its comparison in results/compare-tune.json.
+A variant of several files joins them by a plus: `bf16.yaml+lora.yaml`. What stands behind `--` goes to every fit. Each
+run is in runs/compare_overlays/NAME/latest, with its comparison in results/compare-tune.json.
 """
 
 from __future__ import annotations

@@ -21,15 +21,9 @@ def test_compare_overlays(tiny_config: Callable[..., Path], tmp_path: Path) -> N
     config = tiny_config()
     for name, text in (("same", "data: {num_workers: 0}"), ("seed", "seed_everything: 1"), ("none", "{}")):
         (tmp_path / f"{name}.yaml").write_text(text)
+    variants = [config, "same.yaml+none.yaml", "seed.yaml", "--", "--trainer.limit_train_batches", "2"]
     subprocess.run(
-        [
-            sys.executable,
-            ROOT / "research" / "compare_overlays.py",
-            config,
-            "same.yaml+none.yaml",
-            "seed.yaml",
-        ]
-        + ["--", "--trainer.limit_train_batches", "2"],
+        [sys.executable, ROOT / "research" / "compare_overlays.py", *variants],
         cwd=tmp_path,
         env=os.environ | {"PROJECT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
         check=True,
