@@ -17,7 +17,6 @@ QUIET_WARNINGS = (
 OTHER_VERBS = {
     "table": "print result files as Markdown tables",
     "report": "one document of a run's results",
-    "ablate": "train a list of variants and compare them",
     "compare": "two runs on the same rows",
     "export": "a run as a Hugging Face folder",
     "power": "what each certificate costs",
@@ -35,10 +34,6 @@ def run(arguments: list[str]) -> None:
             from project.report.document import run_report
 
             run_report(rest)
-        case ["ablate", *rest]:
-            from project.ablations.verb import run_ablate
-
-            run_ablate(rest)
         case ["compare", *rest]:
             from project.evaluation.compare import run_compare
 

@@ -12,12 +12,8 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 
 from project.callbacks.exit_calibration import exit_calibration_of
-from project.callbacks.results import ResultFiles
 from project.callbacks.run_folder import run_folder
-from project.callbacks.trunk_weights import TrunkWeights
 from project.data.datamodule import InteractionData
-from project.engine.trunk_weights import Weights
-from project.errors import ConfigError
 from project.model.module import ExitRecommender
 from project.ranking.settings import RankSettings
 
@@ -106,35 +102,6 @@ class ProjectTrainer(Trainer):
         else:
             run_packing(model, datamodule, folder, seconds, self.strategy.root_device)
 
-    def test(  # type: ignore[override]  # Lightning's, with a choice of weights
-        self,
-        model: ExitRecommender | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: InteractionData | None = None,
-        weights_only: bool | None = None,
-        weights: Weights | None = None,
-    ) -> Any:
-        """Score the test split, every head and the exit plan, beside the floors.
-
-        Args:
-            model: The run's model.
-            dataloaders: Not used.
-            ckpt_path: The run's checkpoint.
-            verbose: Not used: the table says it all.
-            datamodule: Logs and protocol.
-            weights_only: Not used.
-            weights: Convert the trunk's weights to this type first (int8 on a CPU only), whatever trainer.precision is;
-                results get it as their tag where they have none. Default: score with the run's own.
-        """
-        if weights is not None:
-            callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
-            results = next(c for c in callbacks if isinstance(c, ResultFiles))
-            results.tag = results.tag or weights
-            callbacks.append(TrunkWeights(weights))
-        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only=weights_only)
-
     def predict(  # type: ignore[override]  # Lightning's, with a choice of engine
         self,
         model: ExitRecommender | None = None,
@@ -144,7 +111,6 @@ class ProjectTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
         engine: Literal["packed", "early_exit"] = "packed",
-        weights: Weights | None = None,
     ) -> Any:
         """Score the requests of data.requests.
 
@@ -157,14 +123,8 @@ class ProjectTrainer(Trainer):
             weights_only: Not used.
             engine: packed runs every candidate through all layers and writes every head's score; early_exit lets
                 candidates leave where the run's exit plan says so and writes the score they left with.
-            weights: Convert the trunk's weights to this type first (int8 on a CPU only); for engine early_exit.
-                Default: score with the run's own.
         """
         if engine == "packed":
-            if weights is not None:
-                raise ConfigError(
-                    f"predict --weights {weights} was asked of --engine packed; add --engine early_exit."
-                )
             return super().predict(
                 model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only=weights_only
             )
@@ -172,7 +132,7 @@ class ProjectTrainer(Trainer):
 
         assert model is not None
         assert datamodule is not None
-        run_early_exit(self, model, datamodule, ckpt_path, weights)
+        run_early_exit(self, model, datamodule, ckpt_path)
         return None
 
     def rank(

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from project.ablations.table import render_ablation
 from project.artefacts import (
     read_result,
     replace_file,
@@ -189,7 +188,6 @@ def _rendered(result: dict[str, Any], brief: bool = False) -> str:
     renderers = {
         "benchmark": render_benchmark,
         "rank": render_rank,
-        "ablate": render_ablation,
         "compare": render_comparison,
     }
     if result["verb"] in renderers:

@@ -137,8 +137,8 @@ def test_help_names_every_verb(run: Run, capsys: pytest.CaptureFixture[str]) -> 
         run("--help")
     assert stopped.value.code == 0
     words = capsys.readouterr().out.replace("(", " ").split()
-    assert {"fit", "rank", "table", "report", "ablate", "compare", "export", "power"} <= set(words)
-    assert len(OTHER_VERBS) == 6
+    assert {"fit", "rank", "table", "report", "compare", "export", "power"} <= set(words)
+    assert len(OTHER_VERBS) == 5
 
 
 def test_unknown_words_come_through() -> None:

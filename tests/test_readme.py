@@ -62,7 +62,7 @@ def test_tree_is_complete() -> None:
     inside = {line.split()[0] for line in tree if line.startswith(" ") and line.split()[0].endswith("/")}
     assert inside == {f"{p.parent.name}/" for p in (ROOT / "project").glob("*/__init__.py")}
     top = {line.split()[0] for line in tree if not line.startswith(" ")}
-    assert top == {"project/", "configs/", "notebooks/", "docs/", "tests/", "results/"}
+    assert top == {"project/", "configs/", "notebooks/", "docs/", "tests/", "results/", "research/"}
     assert "`leave` in `project/exits/policies.py`" in README
     assert (ROOT / "project/exits/policies.py").read_text().count("\ndef leave(") == 1
 
@@ -91,7 +91,7 @@ def test_commands_are_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     text = "".join(
         (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "results/README.md")
     )
-    known = {*ProjectCLI.subcommands(), "table", "report", "power", "export", "ablate", "compare"}
+    known = {*ProjectCLI.subcommands(), "table", "report", "power", "export", "compare"}
     used = set(re.findall(r"python -m project (\w+)", text))
     assert used <= known, used - known
     assert {"fit", "test", "floors", "calibrate", "report"} <= used

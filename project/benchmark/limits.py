@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from project.engine.int8 import Int8Linear
 from project.engine.prepared import PreparedRequest
 from project.engine.scored import Scored
 
@@ -30,11 +29,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Limits:
-    """Ceilings of one type of weights, measured.
+    """Ceilings, measured.
 
     Attributes:
-        gflops: GFLOP/s of a matrix product of many rows. With int8 weights it scales its activations as well, which no
-            forward pass can leave out.
+        gflops: GFLOP/s of a matrix product of many rows.
         gbytes: GB/s at which the linear layers' weights are read for a single row.
         layer_bytes: Bytes of the linear layers' weights of one decoder layer.
     """
@@ -48,16 +46,16 @@ class Limits:
         """Of this moment, about as long as a small request.
 
         Args:
-            model: The run, with the weights that the limits are for.
+            model: The run.
             tokens: Rows of the product. Few rows are bound by reading the weights, many by arithmetic.
         """
         assert model.trunk is not None
         layers: Any = model.trunk.layers
-        own = [part for part in layers.modules() if isinstance(part, nn.Linear | Int8Linear)]
+        own = [part for part in layers.modules() if isinstance(part, nn.Linear)]
         widest: Any = next(part for name, part in layers.named_modules() if name.endswith("up_proj"))
         widest = getattr(widest, "base_layer", widest)  # without adapters
         like = model.trunk.embed_tokens.weight
-        size = sum(_bytes(part) for part in own)
+        size = sum(w.nbytes for part in own for w in part.parameters(recurse=False))
         flops = 2 * tokens * widest.in_features * widest.out_features
         reading = _seconds(own, 1, like)
         return cls(flops / _seconds([widest], tokens, like) / 1e9, size / reading / 1e9, size / len(layers))
@@ -116,12 +114,6 @@ def useful_flops(scored: Scored, request: PreparedRequest, model: ExitRecommende
     linear = whole * tokens + owed * read + (whole - owed) * slots
     flops: Floats = 2.0 * linear + 4.0 * config.num_attention_heads * width * seen
     return flops
-
-
-def _bytes(part: nn.Module) -> int:
-    if isinstance(part, Int8Linear):
-        return part.nbytes
-    return sum(own.numel() * own.element_size() for own in part.parameters(recurse=False))
 
 
 @torch.inference_mode()

@@ -8,7 +8,8 @@ row beside a row.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,13 +18,11 @@ from project.benchmark.asked import AskedRequests
 from project.benchmark.cases import Case
 from project.benchmark.plain import Pointwise, SharedPrefix
 from project.benchmark.sides import Runner, Side, Unit
-from project.benchmark.worth import OTHERS, RunWorth, scores_name
-from project.engine.copies import copied
+from project.benchmark.worth import RunWorth
 from project.engine.decisions import Decision, ListExits, RowExits, static_exits
 from project.engine.engine import Engine
-from project.engine.packed import packed
+from project.engine.packed import copied, packed
 from project.engine.stream_cache import StreamCache
-from project.engine.trunk_weights import Weights, with_weights
 from project.exits.criteria import RatioConsistency
 from project.exits.plan import ExitPlan
 
@@ -37,7 +36,7 @@ SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 SLOW = {"most": 2, "rounds": 2}  # one prompt per candidate is measured on so few units, in so few rounds
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bench:
     """What all workloads of a run share.
 
@@ -52,35 +51,20 @@ class Bench:
     worth: RunWorth
     asked: AskedRequests
     device: torch.device
-    _served: dict[Weights | None, ExitRecommender] = field(default_factory=dict, init=False)
 
-    def module(self, weights: Weights | None) -> ExitRecommender:
-        """The run with weights of this type, converted and packed once for all engines; None: its own type."""
-        if weights not in self._served:
-            found = copied(with_weights(self.model, weights))
-            assert found.trunk is not None
-            found.trunk = packed(found.trunk.eval())
-            self._served[weights] = found
-        return self._served[weights]
-
-    def other_weights(self) -> list[Weights]:
-        """Types of weights besides the run's own that this device can run."""
-        assert self.model.trunk is not None
-        if self.model.trunk.embed_tokens.weight.dtype != torch.float32:
-            return []
-        return [weights for weights in OTHERS if weights != "int8" or self.device.type == "cpu"]
+    @cached_property
+    def module(self) -> ExitRecommender:
+        """The run, packed once for all engines."""
+        found = copied(self.model)
+        assert found.trunk is not None
+        found.trunk = packed(found.trunk.eval())
+        return found
 
     def hints(self) -> list[str]:
         """What to do for rows that will be missing, because nobody knows what their scores are worth."""
-        found = [
-            f"no {weights} rows: {self.asked.folder}/scores/{scores_name(weights)}.parquet is missing; `python -m "
-            f"project test --weights {weights}` with this run's --config and --ckpt_path writes it."
-            for weights in self.other_weights()
-            if not self.worth.knows(weights)
-        ]
-        if self.asked.no_tune:
-            found.append(f"no rows for the cost of these requests, and no lists: {self.asked.no_tune}")
-        return found
+        if not self.asked.no_tune:
+            return []
+        return [f"no rows for the cost of these requests, and no lists: {self.asked.no_tune}"]
 
     def full(self, cache: StreamCache | None) -> Side:
         """Packed full depth: what every speed-up is over."""
@@ -101,14 +85,13 @@ class Bench:
         others = [
             *self._static(case, cache),
             *early,
-            *self._reweighted(case),
             *self._lists(case, cache),
             *self._plain(case),
         ]
         return [full, *others]
 
     def _engine(self, decision: Decision, cache: StreamCache | None) -> Engine:
-        return Engine(self.module(None), decision, cache)
+        return Engine(self.module, decision, cache)
 
     def _static(self, case: Case, cache: StreamCache | None) -> Iterator[Side]:
         plan = self.worth.plans.plan
@@ -151,21 +134,6 @@ class Bench:
                 name = f"{share:.0%} leave at each exit: {pushed.criterion}"
                 yield Side("early_exit", name, engine, self.worth.adaptive(pushed))
                 return
-
-    def _reweighted(self, case: Case) -> Iterator[Side]:
-        """Full depth and the budget with weights of other types; their streams' keys are of their own."""
-        if case.short:
-            return
-        plan, worth = self.worth.plans.plan, self.worth
-        for weights in filter(worth.knows, self.other_weights()):
-            module = self.module(weights)
-            kept = None if case.stream == "cold" else StreamCache(capacity=10**9)
-            full = Engine(module, static_exits(plan, self.model.depth, self.device), kept)
-            known = worth.static(self.model.depth, weights)
-            yield Side("packed", "full depth", full, known, weights=weights)
-            early = Engine(module, RowExits(plan, self.device), kept)
-            known = worth.adaptive(plan, weights)
-            yield Side("early_exit", f"budget: {plan.criterion}", early, known, weights=weights)
 
     def _lists(self, case: Case, cache: StreamCache | None) -> Iterator[Side]:
         if not case.usual or self.asked.no_tune:

@@ -30,7 +30,6 @@ from project.data.workloads import catalogue_requests
 from project.engine.loading import load_run
 from project.engine.prepared import prepare_requests
 from project.engine.stream_cache import StreamCache
-from project.engine.trunk_weights import Weights
 from project.errors import ConfigError, NotFittedError
 from project.exits.settings import ExitSettings
 
@@ -152,31 +151,29 @@ def measure(
     most = int(seconds / (once * len(sides) * ROUNDS)) if once > 0 else len(units)
     units = units[: max(FEWEST, most)]
     for side in (s for s in sides[1:] if s.rounds is None):
-        own = case.stream == "warm" and (side.weights is not None or side.engine == "shared_prefix")
+        own = case.stream == "warm" and side.engine == "shared_prefix"
         for unit in (
             units[: side.most] if own else units[:1]
         ):  # warm up; who has streams of its own keeps them all now
             side.runs.score(unit)
-    limits, start, number = {side.weights: list[Limits]() for side in sides}, time.perf_counter(), 0
+    limits, start, number = list[Limits](), time.perf_counter(), 0
     while number < ROUNDS or time.perf_counter() - start < seconds:
         run_rounds(sides, units, number)
-        for weights, each in limits.items():
-            each += [Limits.measure(bench.module(weights)) for _ in units]
+        limits += [Limits.measure(bench.module) for _ in units]
         number += 1
-    return _rows(bench, sides, units, {w: Limits.median(each) for w, each in limits.items()}, prepare_ms)
+    return _rows(bench, sides, units, Limits.median(limits), prepare_ms)
 
 
 def _rows(
     bench: Bench,
     sides: list[Side],
     units: list[Unit],
-    limits: dict[Weights | None, Limits],
+    limits: Limits,
     prepare_ms: float,
 ) -> list[dict[str, Any]]:
-    """A row a side, each with its full depth, the rival and the limits of its weights."""
+    """A row a side, beside full depth, the rival and the limits."""
     named = "packed" if bench.worth.rival == bench.model.depth else f"fixed_depth_{bench.worth.rival}"
     rival = next((side for side in sides if side.engine == named), None)
-    full = {side.weights: side for side in sides if side.engine == "packed"}
-    against = {w: Against(full[None], full[w], rival, allowed) for w, allowed in limits.items()}
-    rows = [side_row(side, against[side.weights], units, bench.model, prepare_ms) for side in sides]
+    against = Against(sides[0], rival, limits)
+    rows = [side_row(side, against, units, bench.model, prepare_ms) for side in sides]
     return [{**row, "rival": side is rival} for row, side in zip(rows, sides, strict=True)]

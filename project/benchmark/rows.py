@@ -29,14 +29,12 @@ class Against:
     """What a side is compared with, all measured in the same run.
 
     Attributes:
-        full: Packed full depth with the run's own weights, which speed is compared with.
-        same: Packed full depth with weights of the side's own type, which efficiency is over.
+        full: Packed full depth, which speed and efficiency are over.
         rival: The honest rival; None where it is counting, which runs no layer.
-        limits: What the machine allows with weights of the side's own type.
+        limits: What the machine allows.
     """
 
     full: Side
-    same: Side
     rival: Side | None
     limits: Limits
 
@@ -85,7 +83,7 @@ def side_row(
         "requests": len(asked),
         "at_once": len(units[0]),
         "rounds": len(side.wall),
-        "dtype": side.weights or own,
+        "dtype": own,
         "requests_per_s": len(asked) / float(wall.sum()),
         "candidates_per_s": len(depths) / float(wall.sum()),
         "spread": [float(rates.min()), float(rates.max())],
@@ -96,7 +94,7 @@ def side_row(
         "mean_depth": float(depths.mean()),
         "token_layers": side.token_layers(),
         **_ratios(side, against, len(asked), prepare_ms),
-        **_limits(side, against, flops, _flops(against.same, units[: side.units], model)),
+        **_limits(side, against, flops, _flops(against.full, units[: side.units], model)),
         "gflops": useful / float(side.typical("trunk").sum()) / 1e9,
     }
 
@@ -140,7 +138,7 @@ def _ratios(side: Side, against: Against, requests: int, prepare_ms: float) -> d
         "request_speedup": theirs / mine,
         "trunk_speedup": float(full.typical("trunk", n).sum() / trunk.sum()),
         "token_layer_speedup": saved,
-        **_efficiency(side, against.same, saved),
+        **_efficiency(side, full, saved),
     }
 
 
@@ -150,12 +148,12 @@ def _saved(side: Side, full: Side) -> float | None:
     return full.token_layers(len(side.scored)) / spent if spent else None
 
 
-def _efficiency(side: Side, same: Side, saved: float | None) -> dict[str, Any]:
-    """Trunk time saved over token-layers saved: what other weights win is not what leaving early won."""
+def _efficiency(side: Side, full: Side, saved: float | None) -> dict[str, Any]:
+    """Trunk time saved over token-layers saved."""
     if not saved:
         return {"efficiency": None, "efficiency_spread": None}
     n = side.units
-    typical = float(same.typical("trunk", n).sum() / side.typical("trunk").sum())
-    rounds = same.totals("trunk", n)[: len(side.wall)] / side.totals("trunk")
+    typical = float(full.typical("trunk", n).sum() / side.typical("trunk").sum())
+    rounds = full.totals("trunk", n)[: len(side.wall)] / side.totals("trunk")
     spread = [float(ratio) / saved for ratio in (rounds.min(), rounds.max())]
     return {"efficiency": typical / saved, "efficiency_spread": spread}

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from project.engine.prepared import PreparedRequest
 from project.engine.scored import Scored, Scores
-from project.engine.trunk_weights import Weights
 
 Floats = NDArray[np.float64]
 Unit = list[PreparedRequest]
@@ -42,7 +41,6 @@ class Side:
         worth: What is known of its scores: auc, auc_drop and so on; lists of the best k have overlap and precision.
         most: Units it is measured on, the first ones; None: all.
         rounds: Rounds it is measured in; None: all.
-        weights: Type of its weights; None: the run's own.
         wall: Seconds, a list a round, an entry a unit.
         trunk: The trunk's share of them.
         scored: What the last round scored.
@@ -54,7 +52,6 @@ class Side:
     worth: dict[str, Any] = field(default_factory=dict)
     most: int | None = None
     rounds: int | None = None
-    weights: Weights | None = None
     wall: list[list[float]] = field(default_factory=list)
     trunk: list[list[float]] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)

@@ -16,7 +16,6 @@ import torch
 
 from project.artefacts import table_about
 from project.callbacks.exit_calibration import Plans, features_of
-from project.engine.trunk_weights import Weights
 from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.metrics import auc
 from project.exits.budget import budget_plan
@@ -34,13 +33,6 @@ if TYPE_CHECKING:
 
 Worth = dict[str, Any]
 Scored = tuple[pl.DataFrame, Floats]
-
-OTHERS: tuple[Weights, ...] = ("bfloat16", "int8")  # that a float32 run may be served with
-
-
-def scores_name(weights: Weights | None) -> str:
-    """Name of the score table that `test` writes, with --weights or without."""
-    return "test" if weights is None else f"test-{weights}"
 
 
 class RunWorth:
@@ -68,7 +60,7 @@ class RunWorth:
         self._known: dict[object, Worth] = {}
         self._made: dict[object, ExitPlan] = {}
         made = heads_digest(model.state_dict())
-        for name in ("valid", *map(scores_name, (None, *OTHERS))):
+        for name in ("valid", "test"):
             path = folder / "scores" / f"{name}.parquet"
             if path.is_file() and table_about(path).get("heads", made) == made:  # not another checkpoint's
                 scores = pl.read_parquet(path)
@@ -82,37 +74,23 @@ class RunWorth:
                 UserBootstrap(tested["user"].to_numpy()),
             )
 
-    def knows(self, weights: Weights | None) -> bool:
-        """Whether the test rows were scored with weights of this type; None: the run's own."""
-        return {"test", scores_name(weights)} <= self._tables.keys()
-
-    def static(self, layer: int, weights: Weights | None = None) -> Worth:
-        """Of one calibrated head: auc and auc_drop with its interval.
-
-        Args:
-            layer: Its layer.
-            weights: Type of the weights that scored; None: the run's own, whose full depth the drop is from.
-        """
+    def static(self, layer: int) -> Worth:
+        """Of one calibrated head, by its layer: auc and auc_drop with its interval."""
         plan = self.plans.plan
 
         def judge() -> Worth:
-            logits = _calibrated(plan, self._tables[scores_name(weights)])
+            logits = _calibrated(plan, self._tables["test"])
             return self._drop(plan, logits[:, plan.layers.index(layer)])
 
-        return self._once((layer, weights), weights, judge)
+        return self._once(layer, judge)
 
-    def adaptive(self, plan: ExitPlan, weights: Weights | None = None) -> Worth:
-        """Of a plan: auc, auc_drop, and its gain over the honest rival, with intervals.
+    def adaptive(self, plan: ExitPlan) -> Worth:
+        """Of a plan: auc, auc_drop, and its gain over the honest rival, with intervals."""
+        return self._once(_key(plan), lambda: self._judged(plan))
 
-        Args:
-            plan: Who leaves where.
-            weights: Type of the weights that scored; None: the run's own, as full depth and rival always are.
-        """
-        return self._once((_key(plan), weights), weights, lambda: self._judged(plan, weights))
-
-    def _once(self, key: object, weights: Weights | None, judge: Callable[[], Worth]) -> Worth:
+    def _once(self, key: object, judge: Callable[[], Worth]) -> Worth:
         """What `judge` says, asked once whatever the number of workloads; nothing where scores are missing."""
-        if not self.knows(weights):
+        if "test" not in self._tables:
             return {}
         if key not in self._known:
             self._known[key] = judge()
@@ -124,9 +102,9 @@ class RunWorth:
         drop = self._bootstrap.difference_interval(full, mine, labels)
         return {"auc": auc(mine, labels), "auc_drop": drop["value"], "auc_drop_interval": drop["interval"]}
 
-    def _judged(self, plan: ExitPlan, weights: Weights | None) -> Worth:
+    def _judged(self, plan: ExitPlan) -> Worth:
         rival = self.rival if plan.prior else self.plans.rival_without
-        emitted = _emitted(plan, self._tables[scores_name(weights)])
+        emitted = _emitted(plan, self._tables["test"])
         theirs = _calibrated(plan, self._tables["test"])[:, plan.layers.index(rival)]
         gain = self._bootstrap.difference_interval(emitted, theirs, self._labels)
         return self._drop(plan, emitted) | {"auc_gain_over_rival": {"layer": rival, **gain}}

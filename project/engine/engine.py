@@ -17,7 +17,6 @@ from project.engine.decisions import Decision
 from project.engine.packed import packed
 from project.engine.parts import Parts
 from project.engine.prepared import PreparedRequest
-from project.engine.reading import tokens_worth_reading
 from project.engine.rotary import RotaryTable
 from project.engine.scored import Scored, Scores
 from project.engine.stream_cache import StreamCache
@@ -25,6 +24,13 @@ from project.errors import ConfigError
 
 if TYPE_CHECKING:
     from project.model.module import ExitRecommender
+
+
+# From so many tokens on, an exit's layer runs at answer positions first: who leaves saves the rest of the layer,
+# who stays pays its fixed part twice. If half of the candidates leave, break-even is that part, in tokens, over .39.
+# On a CPU, packed float32 layers of SmolLM2-135M: their weights take as long to read as 24 tokens to multiply (218
+# GFLOP/s, 18 GB/s in results/whole_trunk_alone/benchmark.json), so 62. Elsewhere launches decide; not measured.
+READ_TOKENS, READ_TOKENS_ELSEWHERE = 64, 4096
 
 
 class Engine:
@@ -40,7 +46,7 @@ class Engine:
         cache: Keeps users' streams between requests; None runs every stream anew.
         batch_tokens: Tokens of a batch at most; one request may be more.
         read_tokens: Where candidates may leave and so many tokens run, the exit's layer is read at answer positions
-            before it runs whole; None measures from how many on that pays. Moves scores by rounding only.
+            before it runs whole; None: 64 on a CPU, 4,096 elsewhere. Moves scores by rounding only.
 
     Raises:
         ConfigError: The decision is about exits that the module does not have.
@@ -64,8 +70,8 @@ class Engine:
         self.cache, self.batch_tokens = cache, batch_tokens
         trunk, heads = packed(module.trunk.eval()), module.heads.eval()
         if read_tokens is None:
-            open_heads = [h for h, k in enumerate(decision.layers) if k > 0 and decision.known(h) is None]
-            read_tokens = tokens_worth_reading(trunk) if open_heads else 0
+            on_cpu = trunk.embed_tokens.weight.device.type == "cpu"
+            read_tokens = READ_TOKENS if on_cpu else READ_TOKENS_ELSEWHERE
         self._parts = Parts(trunk, heads, decision, cache, RotaryTable(trunk), read_tokens)
         self._vocabulary = trunk.vocabulary
 

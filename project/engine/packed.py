@@ -1,19 +1,18 @@
 """Linear layers that read a packed copy of their weights, for CPUs.
 
-Unusual here: oneDNN is asked directly. torch hands it no float32 product, and a weight that is handed over anew would
-be reordered in every call; packed once, as torch's own compiler packs frozen weights, products of ten rows take a third
-to half of the time, of eighty rows two thirds, of a thousand nine tenths. It costs the memory of a second copy.
+oneDNN is asked directly. torch hands it no float32 product, and a weight that is handed over anew would be reordered in
+every call; packed once, as torch's own compiler packs frozen weights, products of ten rows take a third to half of the
+time, of eighty rows two thirds, of a thousand nine tenths. It costs the memory of a second copy.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-from project.engine.copies import with_linears
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -37,21 +36,32 @@ class PackedLinear(nn.Linear):
         return out
 
 
+def copied(module: Kind) -> Kind:
+    """A module with a list of children of its own, which are those of the other."""
+    found = copy.copy(module)
+    found._modules = dict(module._modules)
+    return found
+
+
 def packed(module: Kind) -> Kind:
     """A module whose linear layers are packed where that is possible; itself where none is, or all are already.
 
     Args:
         module: In eval mode. Stays as it is; its parameters are shared.
     """
-    return with_linears(module, lambda linear: PackedLinear(linear) if _packable(linear) else linear)
+    if not any(_packable(part) for part in module.modules()):
+        return module
+    found = copied(module)
+    for name, child in found._modules.items():
+        if isinstance(child, nn.Linear) and _packable(child):
+            found._modules[name] = PackedLinear(child)
+        elif child is not None:
+            found._modules[name] = packed(child)
+    return found
 
 
-def _packable(linear: nn.Linear) -> bool:
-    weight = linear.weight
-    onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if weight.device.type != "cpu" or isinstance(weight, DTensor) or not onednn:
+def _packable(part: nn.Module) -> bool:
+    if type(part) is not nn.Linear or isinstance(part.weight, DTensor):
         return False
-    if weight.dtype == torch.bfloat16:
-        supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return supported
-    return weight.dtype == torch.float32
+    onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return onednn and part.weight.device.type == "cpu" and part.weight.dtype == torch.float32

@@ -18,7 +18,6 @@ from project.engine.loading import load_run
 from project.engine.prepared import prepare_requests
 from project.engine.scored import Scores
 from project.engine.stream_cache import StreamCache
-from project.engine.trunk_weights import Weights, with_weights
 from project.errors import NotFittedError
 from project.model.heads import heads_digest
 
@@ -35,7 +34,6 @@ def run_early_exit(
     model: ExitRecommender,
     data: InteractionData,
     checkpoint: str | Path | None,
-    weights: Weights | None = None,
 ) -> Path:
     """Score data.requests with the engine and the run's exit plan; write scores/predict-early_exit.parquet.
 
@@ -44,11 +42,9 @@ def run_early_exit(
         model: Made from the run's configuration.
         data: Logs and requests.
         checkpoint: The run's checkpoint.
-        weights: Type of the trunk's weights; None: the run's own.
 
     Raises:
         NotFittedError: No checkpoint.
-        ConfigError: int8 for a trunk that is not float32 on a CPU.
     """
     if checkpoint is None:
         raise NotFittedError(
@@ -60,8 +56,7 @@ def run_early_exit(
     device = trainer.strategy.root_device
     model.to(device)
     prepared = prepare_requests(model, data)
-    served = with_weights(model, weights)
-    scores = Engine(served, RowExits(plans.plan, device), StreamCache()).score(prepared)
+    scores = Engine(model, RowExits(plans.plan, device), StreamCache()).score(prepared)
     assert data.requests is not None
     table = early_exit_table(scores, data.requests)
     about = {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}

@@ -6,7 +6,6 @@ checkpoint: it comes back from the base model, and loading asserts that nothing 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, cast
 
 import polars
@@ -23,17 +22,15 @@ from project.errors import ConfigError
 from project.evaluation.exits import choose_exit, exit_rows
 from project.evaluation.scores import ScoreCollector, scores_of_candidates, scores_of_rows
 from project.model.checkpoint import check_origin, check_parameters, leave_out_frozen
-from project.model.equilibrium import equilibrium_branch
 from project.model.exit_buffers import ExitBuffers
 from project.model.heads import ExitHead, HeadOutput, answer_tokens
-from project.model.layer_dropout import check_layer_dropout, run_stage, skipped_layers
 from project.model.lora import LoraSettings, add_lora
-from project.model.losses import LossSettings, drift_loss, exit_loss, exit_weights, extra_losses
+from project.model.losses import drift_loss, exit_loss
 from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups, planned_steps
 from project.model.sharding import set_sharded_trunk, shared_mesh
 from project.model.trunk import Trunk
 
-DEFAULT_LOSS, DEFAULT_OPTIM = LossSettings(), OptimSettings()
+DEFAULT_OPTIM = OptimSettings()
 LOGGED = ("auc", "log_loss", "brier", "ece")
 
 
@@ -46,13 +43,10 @@ class ExitRecommender(ExitBuffers):
         exit_layers: Depths that have a head, ascending; layer k means after k decoder layers. The last one is the full
             depth.
         num_layers: How many decoder layers of the backbone are used, the deepest exit's depth; default: just that.
-        loss: How the heads share the loss.
         optim: Learning rates by depth, schedule and weight decay.
         lora: Train adapters instead of the trunk's own weights.
         freeze_embeddings: Keep the token embeddings as they are.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        layer_dropout: Chance of the last layer to be left out in a training step; 0: none ever is. Falls to 0 at the
-            first layer (LayerSkip), so that shallow heads do not count on what deep layers correct.
         answers: Texts of the answers dislike and like; set by data.prompt.answers.
         numbers: Learn tokens for numbers in prompts; set by data.prompt.segment.
     """
@@ -62,12 +56,10 @@ class ExitRecommender(ExitBuffers):
         backbone: str,
         exit_layers: list[int],
         num_layers: int | None = None,
-        loss: LossSettings = DEFAULT_LOSS,
         optim: OptimSettings = DEFAULT_OPTIM,
         lora: LoraSettings | None = None,
         freeze_embeddings: bool = False,
         gradient_checkpointing: bool = False,
-        layer_dropout: float = 0.0,
         answers: list[str] | None = None,
         numbers: bool = False,
     ) -> None:
@@ -86,10 +78,8 @@ class ExitRecommender(ExitBuffers):
             {"backbone": backbone, "exit_layers": exit_layers, "num_layers": num_layers}
         )
         self.backbone, self.exit_layers, self.depth = backbone, exit_layers, depth
-        self.loss, self.optim = loss, optim
-        self.lora, self.freeze_embeddings = lora, freeze_embeddings
-        check_layer_dropout(layer_dropout)
-        self.gradient_checkpointing, self.layer_dropout = gradient_checkpointing, layer_dropout
+        self.optim, self.lora, self.freeze_embeddings = optim, lora, freeze_embeddings
+        self.gradient_checkpointing = gradient_checkpointing
         self.answers, self.numbers = answers or [" no", " yes"], numbers
         self.trunk: Trunk | None = None
         self.heads = nn.ModuleDict()
@@ -149,12 +139,11 @@ class ExitRecommender(ExitBuffers):
         prior = CountingPrior.fit(self.data.evidence_of(targets), targets["label"].to_numpy())
         self.prior.copy_(torch.from_numpy(prior.to_array()))
 
-    def forward(self, batch: Batch, skipped: frozenset[int] = frozenset()) -> HeadOutput:
+    def forward(self, batch: Batch) -> HeadOutput:
         """Logits and drift of every exit.
 
         Args:
             batch: n targets.
-            skipped: Layers, from 0, that are left out, see `layer_dropout`.
 
         Returns:
             Two (n, exits), in the order of `exit_layers`.
@@ -162,41 +151,27 @@ class ExitRecommender(ExitBuffers):
         assert self.trunk is not None
         state = self.trunk.embed(batch.tokens, batch.layout)
         outputs, start = list[HeadOutput](), 0
-        for head, layer in enumerate(self.exit_layers):
-            state = run_stage(self.trunk, state, start, layer, skipped)
-            hidden = state.hidden
-            if self.loss.gradient_equilibrium and torch.is_grad_enabled():
-                hidden, onward = equilibrium_branch(hidden, head, len(self.exit_layers))
-                state = replace(state, hidden=onward)
-            outputs.append(self.heads[str(layer)](hidden.flatten(0, 1)[batch.slots]))
+        for layer in self.exit_layers:
+            state = self.trunk.run(state, start, layer)
+            outputs.append(self.heads[str(layer)](state.hidden.flatten(0, 1)[batch.slots]))
             start = layer
         return HeadOutput(*(torch.stack(part, dim=1) for part in zip(*outputs, strict=True)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Weighted log loss of all heads, normalised by the targets of all processes; their drift's loss; extras."""
-        skipped = frozenset[int]()
-        if self.layer_dropout > 0:
-            epoch = self.trainer.current_epoch
-            skipped = skipped_layers(self.layer_dropout, self.depth, self.data.seed, epoch, batch_idx)
-        logits, drift = self(batch, skipped)
+        """Mean log loss of all heads, normalised by the targets of all processes; their drift's loss."""
+        logits, drift = self(batch)
         targets = torch.tensor(float(len(batch.label)), device=self.device)
         world = self.trainer.world_size
         if world > 1:
             targets = self.trainer.strategy.reduce(targets, reduce_op="sum")
-        weights = exit_weights(self.loss, self.exit_layers, self.global_step).to(self.device)
         # gradients are averaged over processes, the loss is a sum over their targets: hence the factor
-        loss, per_head = exit_loss(logits, batch.label, weights, targets / world)
+        loss, per_head = exit_loss(logits, batch.label, targets / world)
         drift_error = drift_loss(logits, drift, targets / world)
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/drift_loss", drift_error.detach())
         for layer, value in zip(self.exit_layers, per_head, strict=True):
             self.log(f"train/log_loss/exit_{layer}", value)
         total: Tensor = loss + drift_error
-        windows = batch.layout.sequence.flatten()[batch.slots]
-        extras = extra_losses(self.loss, logits, batch.label, windows, weights, targets / world)
-        for name, extra in extras.items():
-            self.log(f"train/{name}", extra.detach())
-            total = total + extra
         return total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -1,0 +1,167 @@
+"""Golden values of the tiny world: code that only moves or leaves does not change them.
+
+A change that moves one on purpose writes the new value, and its commit says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from example_engine import EXITS, make_module, random_request
+from world import SEGMENT, Letters, read_split
+
+from project.data.packing import Batch, pack
+from project.data.prompts import Prompt, PromptEncoder
+from project.data.splits import Protocol, SplitInteractions
+from project.data.streams import build_streams
+from project.engine import Engine, RowExits
+from project.exits.calibration import Calibration
+from project.exits.criteria import Ratio
+from project.exits.plan import ExitPlan
+from project.exits.policies import Policy
+from project.model.module import ExitRecommender
+from project.retrieval import ItemKNN, LightGCN
+from project.retrieval.evidence import evidence_tables
+from project.retrieval.taste import Taste
+
+BLOCK_ROWS = 100  # rows of a time block, for which retrievers are fitted anew
+EXACT = ("row_id", "neighbours", "answers", "neighbour_count", "item_count", "user_count")
+
+
+@pytest.fixture(scope="module")
+def split(tiny_logs: Path) -> SplitInteractions:
+    return read_split(tiny_logs, Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2]))
+
+
+@pytest.fixture(scope="module")
+def evidence(split: SplitInteractions, tmp_path_factory: pytest.TempPathFactory) -> dict[str, pl.DataFrame]:
+    """Item kNN's: counts and cosines, no training."""
+    return evidence_tables(split, ItemKNN(), BLOCK_ROWS, tmp_path_factory.mktemp("evidence"))
+
+
+@pytest.fixture(scope="module")
+def batch(split: SplitInteractions, evidence: dict[str, pl.DataFrame]) -> Batch:
+    """The first six test windows; a token is a letter, and a number."""
+    encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment=SEGMENT), split.interactions.items)
+    streams = build_streams(split.rows, evidence["test"], "test", encoder)
+    return pack(streams, streams.evaluation(300)[:6])
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """16 hex digits of SHA-256."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(np.ascontiguousarray(array.astype(np.int64)).tobytes())
+    return found.hexdigest()[:16]
+
+
+def exact_part(table: pl.DataFrame) -> str:
+    """Digest of what is counted, not computed: neighbours in their order, their answers, counts."""
+    arrays = []
+    for name in EXACT:
+        column = table[name]
+        if column.dtype == pl.List:
+            arrays.append(column.list.len().to_numpy())
+            column = column.list.explode(empty_as_null=False)
+        arrays.append(column.to_numpy())
+    return digest(*arrays)
+
+
+def means(table: pl.DataFrame, columns: list[str]) -> list[float]:
+    found = [table[c].explode() if table[c].dtype == pl.List else table[c] for c in columns]
+    return [float(c.cast(pl.Float64).mean()) for c in found]  # type: ignore[arg-type]
+
+
+def test_evidence(evidence: dict[str, pl.DataFrame]) -> None:
+    assert {name: exact_part(table) for name, table in evidence.items()} == {
+        "train": "e3b3b20dc8b69d46",
+        "valid": "45766563bbcbe25c",
+        "test": "30a89f41ee8686dd",
+    }
+    rates = ["similarities", "vote", "item_rate", "user_rate"]
+    assert means(evidence["test"], rates) == pytest.approx([0.368872, 0.486531, 0.508799, 0.495837], abs=1e-6)
+
+
+def test_evidence_of_learned_retrievers(split: SplitInteractions, tmp_path: Path) -> None:
+    """LightGCN and the factorisation, by means: their last bits are the processor's."""
+    found = evidence_tables(split, LightGCN(dim=8, alike_items=5), BLOCK_ROWS, tmp_path, Taste(dim=4))["test"]
+    assert means(found, ["neighbour_count", "similarities", "vote", "taste", "alike"]) == pytest.approx(
+        [9.08016, 0.029543, 0.495566, 0.490585, 0.461939], abs=1e-5
+    )
+
+
+def test_packed_batch(batch: Batch) -> None:
+    layout = batch.layout
+    arrays = [batch.tokens, layout.sequence, layout.segment, layout.group, layout.context, layout.position]
+    arrays += [batch.slots, batch.row_id, batch.label, batch.target_tokens, batch.stream_tokens]
+    assert batch.tokens.shape == (1, 1634)
+    assert [digest(a.numpy()) for a in arrays] == [
+        "dccb3ef8db53e2c9",
+        "8954ccd086544e49",
+        "7c58689505b3011f",
+        "e16150c7dbd05cbe",
+        "54a4ff59fd5ffb1d",
+        "cbbeb25779efc5b5",
+        "71027f2a72ac9ab8",
+        "de341cd5f667e776",
+        "2e944b459e918bdc",
+        "258d02480a7ac40c",
+        "071adc8d9693728e",
+    ]
+
+
+def seeded(module: ExitRecommender) -> ExitRecommender:
+    """Weights of the heads that do not depend on what else a head is made of."""
+    for layer, head in module.heads.items():
+        torch.nn.init.normal_(
+            head.linear.weight, std=0.2, generator=torch.Generator().manual_seed(int(layer))
+        )
+    return module
+
+
+def test_logits(batch: Batch) -> None:
+    module = seeded(make_module())
+    known = torch.where(batch.tokens < 0, batch.tokens, batch.tokens % 64)
+    batch = Batch(**{**vars(batch), "tokens": known})
+    with torch.no_grad():
+        logits = module(batch).logits[[0, -1], :3]
+    assert logits.flatten().tolist() == pytest.approx(
+        [-1.128242, 0.963467, -0.031552, -0.364643, 1.584675, -0.349067], abs=1e-5
+    )
+
+
+def test_engine() -> None:
+    """Seven candidates behind twelve segments leave at four depths: before the LLM, at 1, 3 and 5."""
+    request = random_request(np.random.default_rng(5), "golden", 12, 7)
+    layers = (0, *EXITS)
+    values = torch.tensor([[1.0, 0.0, 0.0]] + [[1.0, 0.3, -0.1]] * len(EXITS), dtype=torch.float64)
+    thresholds = torch.tensor([0.8, 0.8, 0.8, 0.8, -torch.inf], dtype=torch.float64)
+    plan = ExitPlan(Calibration(layers, values), Policy(Ratio(), thresholds, layers), prior=True)
+    (scored,) = Engine(seeded(make_module()), RowExits(plan)).score([request]).requests
+    assert scored.exit_layers.tolist() == [1, 0, 0, 3, 0, 5, 0]
+    assert scored.logits.tolist() == pytest.approx(
+        [-1.077874, -0.840473, 1.448731, 0.836206, 2.431732, -0.671568, 0.844993], abs=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_fit_and_test(run: Callable[..., None], tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    """AUC of every head and of the baselines that stay, from logs to test.json."""
+    run("fit", "--config", tiny_config(**{"data.block_rows": BLOCK_ROWS}))
+    folder = tmp_path / "runs" / "tiny" / "latest"
+    run("test", "--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
+    found: dict[str, Any] = json.loads((folder / "results" / "test.json").read_text())
+    assert {row["layer"]: row["auc"] for row in found["exits"]} == pytest.approx(
+        {0: 0.78136, 1: 0.42591, 3: 0.36500}, abs=1e-4
+    )
+    baselines = {row["name"]: row["auc"] for row in found["floors"] if row["split"] == "test"}
+    expected = {"item_rate": 0.5648, "neighbour_vote": 0.6868, "lr_evidence": 0.7814, "gbdt_evidence": 0.6027}
+    assert {name: baselines[name] for name in expected} == pytest.approx(expected, abs=1e-4)
