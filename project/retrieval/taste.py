@@ -78,8 +78,8 @@ class Taste:
         penalties = self.bias_penalty, self.vector_penalty
         found = Factorisation.fit(user, item, label, self.dim, *penalties, iterations=self.iterations)
         known += found.offset
-        known[found.items] += found.item_bias[:-1]
-        vectors[found.items, 1:] = found.item_vectors[:-1]
+        known[found.items] += found.item_bias
+        vectors[found.items, 1:] = found.item_vectors
         return {"known": known, "vectors": vectors}
 
     def chances(self, rows: WalkRows, snapshots: Snapshots) -> Floats:
