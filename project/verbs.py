@@ -73,6 +73,7 @@ def run_floors(data: InteractionData, folder: Path, peers: bool = False) -> dict
         ]
     result = result_head("floors", split.manifest, str(folder / "config.yaml"), data.seed)
     result |= {"floors": rows, "best_floor": best.name if best else None, "slices": slices}
+    result["warnings"] = data.warnings
     result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
     path = write_json(folder / "results" / "floors.json", result)
     Console(width=120).print(exits_table(result, "test"), f"written: {path}")

@@ -122,6 +122,7 @@ class ResultFiles(pl.Callback):
             content["slices"] = _slices(scores, data.split.rows, floors, content["exits"])
         content |= _adaptive(trainer, module, scores, content, floors)
         result = result_head(verb, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
+        result["warnings"] = data.warnings
         result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
         name = f"{verb}-{self.tag}" if self.tag else verb
         path = write_json(folder / "results" / f"{name}.json", result)

@@ -111,7 +111,7 @@ def flip(rows: pl.DataFrame, at: np.ndarray) -> pl.DataFrame:
 
 
 def evidence_of(split, folder):
-    return evidence_tables(split, ItemKNN(), 60, folder)
+    return evidence_tables(split, ItemKNN(), 5, folder)
 
 
 class TestCanaries:
@@ -351,7 +351,7 @@ def test_the_grid_is_small():
 def test_one_class_in_a_fold(build, draw, tmp_path, fold):
     """A fold that decides something needs both classes: said before any network is trained."""
     split = build(draw("by_time", 300))
-    evidence = evidence_tables(split, ItemKNN(), 100, tmp_path)
+    evidence = evidence_tables(split, ItemKNN(), 3, tmp_path)
     one = (pl.col("split") == "valid") & (pl.col("fold") == fold)
     rows = split.rows.with_columns(label=pl.when(one).then(1).otherwise(pl.col("label")).cast(pl.Int8))
     with pytest.raises(DataError, match=f"{fold} has \\d+ targets, \\d+ of them liked, expected both"):
@@ -364,7 +364,7 @@ class TestWithTheExtra:
     @pytest.fixture
     def world(self, build, draw, tmp_path):
         split = build(draw("by_time", 3000))
-        return split, evidence_tables(split, ItemKNN(), 1000, tmp_path)
+        return split, evidence_tables(split, ItemKNN(), 3, tmp_path)
 
     def test_planted_signal(self, world, monkeypatch):
         """Kind users and good items are found by all three: test AUC above .8, about that of knowing the chances.
