@@ -1,6 +1,7 @@
 """Time blocks and what a retriever fitted for each: cuts and a dictionary of arrays per block, in one npz.
 
-Blocks are shares of the log, so a retriever is fitted as often on a log of any length. Cuts depend on how many rows the log has and when they are, and on no label.
+Blocks are shares of the log, so a retriever is fitted as often on a log of any length. Cuts depend on how many rows
+the log has and when they are, and on no label.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,8 @@
 import hashlib
+import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -188,3 +190,14 @@ def test_real_text_encoder_is_complete() -> None:
     folder = fetch("all-minilm-l6-v2")
     assert (folder / "model.safetensors").stat().st_size == 90_868_376
     assert {"config.json", "tokenizer.json", "1_Pooling"} <= {path.name for path in folder.iterdir()}
+
+
+def test_scratch_of_a_killed_fetch_is_removed_after_a_day(cache: Path) -> None:
+    """Also where the source is there already; a folder that is younger may be another process's."""
+    folder = fetch("toy", cache)
+    old, young = (folder.parent / f".toy-{name}" for name in ("old", "young"))
+    for scratch in (old, young):
+        scratch.mkdir()
+    os.utime(old, (time.time() - 25 * 3600,) * 2)
+    assert fetch("toy", cache) == folder
+    assert set(folder.parent.iterdir()) == {folder, young}

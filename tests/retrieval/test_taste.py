@@ -27,8 +27,12 @@ def at_random(rows: pl.DataFrame) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 3, rows.height)
 
 
-def chances_of(rows: pl.DataFrame, taste: Taste = TASTE, num_items: int = 9) -> np.ndarray:
-    snapshots = taste.fit(rows, num_items, block_cuts(rows["timestamp"].to_numpy(), REFITS))
+def chances_of(
+    rows: pl.DataFrame, taste: Taste = TASTE, num_items: int = 9, log: pl.DataFrame | None = None
+) -> np.ndarray:
+    """Of rows of a log, which has the cuts of all its rows."""
+    time = (rows if log is None else log)["timestamp"].to_numpy()
+    snapshots = taste.fit(rows, num_items, block_cuts(time, REFITS))
     return taste.chances(WalkRows.from_log(rows), snapshots)
 
 
@@ -101,7 +105,7 @@ def test_each_split_reads_its_own_rows(log_of: Callable, split_of: Callable, tmp
     rows = log_of(4)
     split = split_of(rows, at_random(rows))
     table = evidence_tables(split, NoRetriever(), REFITS, tmp_path, TASTE)["train"]
-    alone = chances_of(rows.filter(pl.Series(at_random(rows) == 0)))
+    alone = chances_of(rows.filter(pl.Series(at_random(rows) == 0)), log=rows)
     np.testing.assert_allclose(table["taste"].to_numpy(), alone.astype(np.float32), atol=1e-7)
 
 
