@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from project.floors.peers import PEERS
+from project.floors.networks import NETWORKS
 
 Result = Mapping[str, Any]
 
@@ -101,7 +101,7 @@ def kept_line(result: Result) -> str:
         return ""
     kept = result["kept_floors"]
     said = f"Floors kept from before: {', '.join(kept)}." if kept else "No floors kept from before."
-    if PEERS.keys() <= set(kept):
+    if NETWORKS.keys() <= set(kept):
         return said
     config = f" --config {result['config']}" if result.get("config") else ""
     return f"{said} `python -m project floors{config} --peers true` adds more."

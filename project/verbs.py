@@ -26,8 +26,8 @@ from project.engine.loading import load_weights
 from project.errors import ConfigError
 from project.evaluation.compare import render_comparison
 from project.evaluation.slices import floor_scores_of, slice_rows
-from project.floors.kept import KeptFloors
-from project.floors.peers import LEFT_OUT, peers_installed
+from project.floors.kept import kept_networks, trained_networks
+from project.floors.networks import LEFT_OUT, networks_installed
 from project.floors.quick import best_floor, fit_floors, floor_rows
 from project.headlines import render_headlines
 from project.model.checkpoint import check_origin
@@ -45,25 +45,24 @@ TABLE = re.compile(
 
 
 def run_floors(data: InteractionData, folder: Path, peers: bool = False) -> dict[str, Any]:
-    """Score all floors on validation and test, also those that are too slow for fit, and write results/floors.json.
+    """Score all floors on validation and test, and write results/floors.json.
 
-    The slower ones are kept: under the same hash they are not made again, and fit, validate and test find them.
+    Networks are kept: under the same hash they are not trained again, and fit, validate and test find them.
 
     Args:
         data: Logs, protocol and evidence.
         folder: Run folder of the result file.
-        peers: Also train and score the networks of `project.floors.peers`, where the extra is installed; those that
+        peers: Also train and score the networks of `project.floors.networks`, where the extra is installed; those that
             were trained before are shown without asking.
     """
-    if peers and not peers_installed():
+    if peers and not networks_installed():
         print(LEFT_OUT)
-    split, kept = data.split, KeptFloors.of(data)
-    networks = kept.find(kinds=("peers",))
-    if peers and peers_installed():
+    split, networks = data.split, kept_networks(data)
+    if peers and networks_installed():
         with data.clock.stage("peers"):
-            networks = kept.make("peers")
+            networks = trained_networks(data)
     with data.clock.stage("floors"):
-        floors = [*fit_floors(split.rows, data.evidence), *kept.make("more"), *networks]
+        floors = [*fit_floors(split.rows, data.evidence), *networks]
         rows = floor_rows(floors, split.rows)
         best = best_floor(floors, split.rows)
         slices = [
@@ -73,6 +72,7 @@ def run_floors(data: InteractionData, folder: Path, peers: bool = False) -> dict
         ]
     result = result_head("floors", split.manifest, str(folder / "config.yaml"), data.seed)
     result |= {"floors": rows, "best_floor": best.name if best else None, "slices": slices}
+    result["warnings"] = data.warnings
     result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
     path = write_json(folder / "results" / "floors.json", result)
     Console(width=120).print(exits_table(result, "test"), f"written: {path}")

@@ -16,13 +16,14 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 from world import tiny_settings
 
 from project.data.datamodule import InteractionData
 from project.data.prompts import Prompt
 from project.data.protocol import Protocol
 from project.data.readers import GIVEN_SPLITS, TableLogs
-from project.retrieval import ItemKNN
+from project.retrieval import ItemKNN, LightGCN, NoRetriever, Taste
 
 Run = Callable[..., None]
 ROWS, USERS, ITEMS = 400, 25, 15
@@ -142,7 +143,8 @@ def read_data(folder: Path, form: str, model: Path) -> InteractionData:
         Protocol(split="given", label=None),
         Prompt(**PROMPT),
         tokenizer=str(model),
-        block_rows=100,
+        refits=5,
+        taste=None,
     )
 
 
@@ -230,3 +232,33 @@ def test_bad_split_column(
         run("floors", "--config", config)
     said = capsys.readouterr().err
     assert all(w in said for w in words), said
+
+
+def test_retriever_and_factorisation_may_be_left_out(tiny_config: Callable[..., Path]) -> None:
+    """Own YAML without them has LightGCN as it is and the factorisation of quickstart.yaml; null leaves that out."""
+    parser = ArgumentParser()
+    parser.add_class_arguments(InteractionData, "data")
+    settings = yaml.safe_load(tiny_config().read_text())["data"]
+    del settings["retriever"], settings["taste"]
+    data = parser.instantiate_classes(parser.parse_object({"data": settings})).data
+    assert data.retriever.settings() == LightGCN().settings()
+    assert data.taste == Taste(**yaml.safe_load(Path("configs/quickstart.yaml").read_text())["data"]["taste"])
+    chosen = settings | {"retriever": {"class_path": "project.retrieval.NoRetriever"}, "taste": None}
+    data = parser.instantiate_classes(parser.parse_object({"data": chosen})).data
+    assert data.retriever.settings() == NoRetriever().settings()
+    assert data.taste is None
+
+
+def test_a_dead_graph_is_a_warning_in_the_data(
+    tmp_path: Path, tiny_model: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one block LightGCN is never fitted: one line a split in the log and in what results read."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    files = write_logs(tmp_path, "csv")
+    data = InteractionData(
+        TableLogs(**files), protocol=Protocol(split="given", label=None), refits=1, taste=None
+    )
+    with pytest.warns(UserWarning, match="LightGCN was never fitted before the .* Raise data.refits") as said:
+        assert set(data.evidence) == {"train", "valid", "test"}
+    assert [str(warning.message) for warning in said] == data.warnings
+    assert len(data.warnings) == 3

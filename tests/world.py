@@ -84,7 +84,8 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
             "prompt": {"segment": SEGMENT},
             "context_tokens": 128,
             "batch_tokens": 512,
-            "block_rows": 100,
+            "refits": 5,
+            "taste": None,
         },
         "model": {"backbone": str(model), "exit_layers": [1, 3]},
         "trainer": {

@@ -100,7 +100,7 @@ def vote_worth(data: InteractionData, retrievers: Mapping[str, VectorRetriever])
     base = float(train_labels(rows).mean())
     votes = dict[str, Floats]()
     for name, retriever in retrievers.items():
-        tables = evidence_tables(data.split, retriever, data.block_rows, data.cache_dir)
+        tables = evidence_tables(data.split, retriever, data.refits, data.cache_dir)
         features = evidence_features(rows, tables, "test", base)
         votes[name] = features[:, FEATURES.index(SINGLE_FEATURE["neighbour_vote"])]
     test = targets_of(rows, "test")
@@ -116,7 +116,7 @@ def vote_worth(data: InteractionData, retrievers: Mapping[str, VectorRetriever])
 
 
 def _snapshots(data: InteractionData, retriever: VectorRetriever) -> Snapshots:
-    folder = evidence_folder(data.split, retriever, data.block_rows, data.cache_dir)
+    folder = evidence_folder(data.split, retriever, data.refits, data.cache_dir)
     return Snapshots.load(folder / "snapshots.npz")
 
 
@@ -127,7 +127,7 @@ def _sample(data: InteractionData, cuts: NDArray[np.float64], requests: int) -> 
     if targets.is_empty():
         raise DataError(
             f"benchmark --only retrieval found no test target whose user has earlier rows and before which a retriever "
-            f"was fitted: data.block_rows is {data.block_rows} for {data.split.rows.height} rows; expected less."
+            f"was fitted: data.refits is {data.refits} for {data.split.rows.height} rows; expected more."
         )
     return targets.sample(min(requests, targets.height), shuffle=True, seed=data.seed)
 

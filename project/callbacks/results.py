@@ -22,7 +22,7 @@ from project.evaluation.adaptive import PlannedRows
 from project.evaluation.exits import comparison, part_of, prior_rows
 from project.evaluation.slices import exit_scores_of, floor_scores_of, slice_rows
 from project.floors.against import AgainstFloor
-from project.floors.kept import KeptFloors
+from project.floors.kept import kept_networks
 from project.floors.quick import Floor, fit_floors
 from project.model.heads import heads_digest
 from project.tables import exits_table, stage_seconds_table
@@ -114,7 +114,7 @@ class ResultFiles(pl.Callback):
         data, module, folder = data_of(trainer), cast("ExitRecommender", pl_module), current_run(trainer)
         with data.clock.stage("floors"):
             read = ("valid", split) if split != "valid" else ("valid",)
-            kept = KeptFloors.of(data).find(read)
+            kept = kept_networks(data, read)
             floors = [*fit_floors(data.split.rows, data.evidence, read), *kept]
             chosen = int(module.chosen_exit)
             content = comparison(scores, data.split, floors, split, chosen if chosen > 0 else None)
@@ -122,6 +122,7 @@ class ResultFiles(pl.Callback):
             content["slices"] = _slices(scores, data.split.rows, floors, content["exits"])
         content |= _adaptive(trainer, module, scores, content, floors)
         result = result_head(verb, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
+        result["warnings"] = data.warnings
         result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
         name = f"{verb}-{self.tag}" if self.tag else verb
         path = write_json(folder / "results" / f"{name}.json", result)

@@ -45,10 +45,10 @@ class RunBundle(pl.Callback):
         data.tokenizer.save_pretrained(folder / "tokenizer")
         write_table(folder / "items.parquet", split.interactions.items)
         write_json(folder / "protocol.json", split.manifest)
-        evidence = evidence_folder(split, data.retriever, data.block_rows, data.cache_dir)
+        evidence = evidence_folder(split, data.retriever, data.refits, data.cache_dir)
         shutil.copytree(evidence, folder / "evidence" / evidence.name, dirs_exist_ok=True)
         if data.taste is not None:
-            taste = taste_folder(split, data.taste, data.block_rows, data.cache_dir)
+            taste = taste_folder(split, data.taste, data.refits, data.cache_dir)
             shutil.copytree(taste, folder / "taste" / taste.name, dirs_exist_ok=True)
         write_json(
             folder / "bundle.json",

@@ -25,11 +25,11 @@ from project.data.splits import Protocol, SplitInteractions, apply_protocol
 from project.data.stages import StageClock
 from project.data.streams import Streams, build_streams
 from project.errors import ConfigError
-from project.retrieval import Retriever, Taste, evidence_tables, request_evidence
+from project.retrieval import LightGCN, Retriever, Taste, evidence_tables, evidence_warnings, request_evidence
 from project.retrieval.cache import restore
 from project.retrieval.vectors import VectorRetriever
 
-DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
+DEFAULT_PROTOCOL, DEFAULT_PROMPT, DEFAULT_RETRIEVER, DEFAULT_TASTE = Protocol(), Prompt(), LightGCN(), Taste()
 
 
 class InteractionData(pl.LightningDataModule):
@@ -43,7 +43,8 @@ class InteractionData(pl.LightningDataModule):
         tokenizer: Tokenizer of the backbone; set by model.backbone.
         context_tokens: Capacity of a history window in tokens. The instruction and any one segment must fit.
         batch_tokens: Tokens of a batch on one process.
-        block_rows: Retriever and factorisation are refitted every so many interactions (a nightly refit, in rows).
+        refits: Equal shares of the log; retriever and factorisation are fitted before each but the first, on all rows
+            before it.
         taste: Matrix factorisation behind the evidence `taste`, the chance of a like by the user's own earlier answers,
             for prompts, exit 0 and floors; null leaves it out.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
@@ -55,14 +56,14 @@ class InteractionData(pl.LightningDataModule):
     def __init__(
         self,
         logs: Logs,
-        retriever: Retriever,
+        retriever: Retriever = DEFAULT_RETRIEVER,
         protocol: Protocol = DEFAULT_PROTOCOL,
         prompt: Prompt = DEFAULT_PROMPT,
         tokenizer: str = "smollm2-135m-instruct",
         context_tokens: int = 1024,
         batch_tokens: int = 4096,
-        block_rows: int = 10_000,
-        taste: Taste | None = None,
+        refits: int = 10,
+        taste: Taste | None = DEFAULT_TASTE,
         num_workers: int = 0,
         requests: str | None = None,
         bundle: str | None = None,
@@ -86,9 +87,10 @@ class InteractionData(pl.LightningDataModule):
         self.logs, self.retriever, self.taste = logs, retriever, taste
         self.protocol, self.prompt = protocol, prompt
         self.tokenizer_name = tokenizer
-        self.context_tokens, self.batch_tokens, self.block_rows = context_tokens, batch_tokens, block_rows
+        self.context_tokens, self.batch_tokens, self.refits = context_tokens, batch_tokens, refits
         self.num_workers, self.requests_file, self.seed = num_workers, requests, seed
         self.cache_dir, self.bundle = default_cache(), bundle
+        self.warnings: list[str] = []  # for the log and for results; known with the evidence
         self.clock = StageClock()
         self._split: SplitInteractions | None = None
         self._evidence: dict[str, polars.DataFrame] | None = None
@@ -121,8 +123,11 @@ class InteractionData(pl.LightningDataModule):
                     for name in ("evidence", "taste", "text"):
                         restore(Path(self.bundle) / name, self.cache_dir / name)
                 self._evidence = evidence_tables(
-                    split, self.retriever, self.block_rows, self.cache_dir, self.taste
+                    split, self.retriever, self.refits, self.cache_dir, self.taste
                 )
+            self.warnings = evidence_warnings(split, self._evidence, self.retriever, self.refits)
+            for line in self.warnings:
+                rank_zero_warn(line, category=UserWarning)
         return self._evidence
 
     def targets(self, split: str) -> polars.DataFrame:
@@ -203,7 +208,7 @@ class InteractionData(pl.LightningDataModule):
         table = request_evidence(
             self.split,
             self.retriever,
-            self.block_rows,
+            self.refits,
             self.cache_dir,
             **columns,
             own=own,

@@ -29,7 +29,7 @@ def reads_of(data: InteractionData) -> dict[str, Any]:
         "protocol": data.split.hash,
         "data.prompt": asdict(data.prompt),
         "data.retriever": retriever,
-        "data.block_rows": data.block_rows,
+        "data.refits": data.refits,
         "data.taste": None if data.taste is None else asdict(data.taste),
     }
     # only what JSON knows: a checkpoint holds no objects
@@ -50,6 +50,11 @@ def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, judged: b
     """
     if kept is None:
         return
+    if "data.block_rows" in kept:
+        raise CheckpointError(
+            f"the checkpoint's retriever was fitted every {kept['data.block_rows']} rows (data.block_rows of an "
+            f"earlier version); now it is fitted data.refits ({data.refits}) times. Train a run of its own."
+        )
     now = reads_of(data)
     protocol = now.pop("protocol")
     for key in now:

@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +190,7 @@ def fetch(key: str, cache_dir: Path | None = None) -> Path:
     source = SOURCES[key]
     cache = cache_dir or default_cache()
     target = cache / "sources" / f"{key}-{source.version}"
+    remove_orphans(target.parent)
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +205,18 @@ def fetch(key: str, cache_dir: Path | None = None) -> Path:
             if not target.is_dir():  # otherwise another process was faster, with the same files
                 raise
     return target
+
+
+def remove_orphans(parent: Path) -> None:
+    """Remove the unfinished folders that killed runs left in a folder of the cache, once they are a day old.
+
+    A younger one may be another process's, also of another machine. Unfinished are `.KEY-*` and `HASH.*.tmp`.
+    """
+    for pattern in (".*", "*.tmp"):
+        for folder in parent.glob(pattern):
+            with suppress(FileNotFoundError):  # another process was faster
+                if folder.is_dir() and time.time() - folder.stat().st_mtime > 86_400:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def resolve_model(name: str) -> str:

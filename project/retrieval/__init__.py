@@ -2,7 +2,7 @@
 
 from project.retrieval.base import Retriever
 from project.retrieval.controls import ItemKNN, NoRetriever, RandomRetriever
-from project.retrieval.evidence import evidence_tables, request_evidence
+from project.retrieval.evidence import evidence_tables, evidence_warnings, request_evidence
 from project.retrieval.lightgcn import LightGCN
 from project.retrieval.llm import LLMEmbedding
 from project.retrieval.taste import Taste
@@ -20,5 +20,6 @@ __all__ = [
     "TextEncoder",
     "VectorRetriever",
     "evidence_tables",
+    "evidence_warnings",
     "request_evidence",
 ]

@@ -103,7 +103,10 @@ class Retriever(ABC):
         """Forget everything; make room for users 0..num_users-1 and the items of the log's item table."""
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
-        """Fit on the ratings before block `block` (1, 2, ...; block 0 has no past); the result is stored."""
+        """Fit on the ratings before block `block` (1, 2, ...; block 0 has no past); the result is stored.
+
+        Ratings of later splits are left out, so there may be none.
+        """
         return {}
 
     def start_block(self, snapshot: Snapshot, block: int) -> None:  # noqa: B027  # optional

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from project.data.sources import remove_orphans
+
 FORMAT = 1  # raise it when the same settings would give other evidence or other files
 
 
@@ -50,6 +52,7 @@ def restore(source: Path, target: Path) -> None:
 
 
 def _make_whole(folder: Path, write: Callable[[Path], object]) -> None:
+    remove_orphans(folder.parent)
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)

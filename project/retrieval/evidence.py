@@ -15,6 +15,7 @@ Unusual: a row of split S reads rows of splits up to S, so there is a table per 
 later split's row in its past (a split by time), the three coincide and are computed once.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from project.data.splits import SPLITS, SplitInteractions
 from project.errors import ConfigError, DataError
 from project.retrieval.base import IntArray, Retriever
 from project.retrieval.cache import cached_folder
+from project.retrieval.controls import NoRetriever
 from project.retrieval.neighbours import BoolArray, WalkRows, walk
 from project.retrieval.own_text import item_vectors, text_similarity, text_tables
 from project.retrieval.readable import tables_by_split
@@ -37,7 +39,7 @@ from project.retrieval.taste import Taste, taste_of_requests, taste_tables
 def evidence_tables(
     split: SplitInteractions,
     retriever: Retriever,
-    block_rows: int,
+    refits: int,
     cache_dir: Path,
     taste: Taste | None = None,
 ) -> dict[str, pl.DataFrame]:
@@ -46,18 +48,18 @@ def evidence_tables(
     Args:
         split: the log under its protocol.
         retriever: who picks neighbours.
-        block_rows: the retriever is refitted every so many rows, on the rows before.
+        refits: the log is cut into so many shares; the retriever is fitted before each but the first.
         cache_dir: folder the tables and the snapshots are kept in, under a hash of everything they depend on.
         taste: the factorisation of the column taste; None leaves it out.
 
     Returns:
         One table for each of "train", "valid" and "test", in the order of the split's rows.
     """
-    folder = evidence_folder(split, retriever, block_rows, cache_dir)
+    folder = evidence_folder(split, retriever, refits, cache_dir)
     tables = {name: pl.read_parquet(folder / f"{name}.parquet") for name in SPLITS}
     added = [text_tables(split, cache_dir)]
     if taste is not None:
-        added.append(taste_tables(split, taste, block_rows, cache_dir))
+        added.append(taste_tables(split, taste, refits, cache_dir))
     for more in added:
         tables = {
             name: table.join(more[name], on="row_id", how="left", maintain_order="left", validate="1:1")
@@ -69,7 +71,7 @@ def evidence_tables(
 def request_evidence(
     split: SplitInteractions,
     retriever: Retriever,
-    block_rows: int,
+    refits: int,
     cache_dir: Path,
     user: IntArray,
     item: IntArray,
@@ -88,7 +90,7 @@ def request_evidence(
     Args:
         split: the log under its protocol.
         retriever: who picks neighbours, with the settings the log's evidence was made with.
-        block_rows: as in `evidence_tables`.
+        refits: as in `evidence_tables`.
         cache_dir: as in `evidence_tables`; snapshots are read from here and fitted only where absent.
         user: user codes, shape (rows,); codes the log does not have are unseen users.
         item: item codes, shape (rows,); codes the log does not have are unseen items.
@@ -110,14 +112,14 @@ def request_evidence(
             f"request row {unlabelled[0]} is history (own) but its label is {label[unlabelled[0]]}: "
             "expected 0 or 1; give every history row its answer, or make it a candidate"
         )
-    snapshots = Snapshots.load(evidence_folder(split, retriever, block_rows, cache_dir) / "snapshots.npz")
+    snapshots = Snapshots.load(evidence_folder(split, retriever, refits, cache_dir) / "snapshots.npz")
     log = split.rows.filter(pl.col("timestamp") < timestamp.max(initial=-np.inf))
     extra = _request_rows(split, user, item, timestamp, label, own)
     rows = _merged(WalkRows.from_log(log, query=False), extra)
     items = split.interactions.items
     table = walk(rows, retriever, items, snapshots.cuts, snapshots.fitted, "request evidence")
     if taste is not None:
-        table = table.with_columns(taste_of_requests(rows, split, taste, block_rows, cache_dir))
+        table = table.with_columns(taste_of_requests(rows, split, taste, refits, cache_dir))
     if catalogue is not None:  # an item the log does not have still has a text
         extra = replace(extra, item=np.minimum(item, catalogue.height).astype(np.int64))
         rows = _merged(WalkRows.from_log(log, query=False), extra)
@@ -126,50 +128,79 @@ def request_evidence(
     return table.sort("row_id", descending=True)
 
 
-def evidence_folder(split: SplitInteractions, retriever: Retriever, block_rows: int, cache_dir: Path) -> Path:
+def evidence_warnings(
+    split: SplitInteractions, evidence: Mapping[str, pl.DataFrame], retriever: Retriever, refits: int
+) -> list[str]:
+    """A line for every split whose targets a retriever was never fitted for, or whose features are all alike.
+
+    Args:
+        split: the log under its protocol.
+        evidence: from `evidence_tables`.
+        retriever: who picked neighbours; of NoRetriever no vote is expected.
+        refits: as in `evidence_tables`.
+    """
+    found, fits = [], type(retriever).fit is not Retriever.fit
+    cuts = block_cuts(split.rows["timestamp"].to_numpy(), refits)
+    names = ["alike", "taste", "item_rate", "user_rate"]
+    names += [] if isinstance(retriever, NoRetriever) else ["vote"]
+    for name, table in evidence.items():
+        targets = split.rows.filter((pl.col("role") == "target") & (pl.col("split") == name))
+        if targets.height < 2:
+            continue
+        if fits and not (targets["timestamp"] >= cuts.min(initial=np.inf)).any():
+            found.append(
+                f"{type(retriever).__name__} was never fitted before the {targets.height} targets of {name}: "
+                f"data.refits is {refits} for {split.rows.height} rows. Raise data.refits."
+            )
+            continue
+        read = table.filter(pl.col("row_id").is_in(targets["row_id"].implode()))
+        alike = [n for n in names if n in read.columns and read[n].drop_nulls().n_unique() < 2]
+        if alike:
+            found.append(
+                f"retrieved features tell nothing about the {targets.height} targets of {name}: {', '.join(alike)} has "
+                "one value or none. Check data.protocol.label and how many earlier rows users and items have, raise "
+                "data.refits, or leave the retriever out (project.retrieval.NoRetriever, data.taste: null)."
+            )
+    return found
+
+
+def evidence_folder(split: SplitInteractions, retriever: Retriever, refits: int, cache_dir: Path) -> Path:
     """Folder with train, valid and test.parquet and snapshots.npz; made where the cache does not have it.
 
     Args:
         split: the log under its protocol.
         retriever: who picks neighbours.
-        block_rows: as in `evidence_tables`.
+        refits: as in `evidence_tables`.
         cache_dir: as in `evidence_tables`.
 
     Raises:
-        ConfigError: block_rows is less than 1.
+        ConfigError: refits is less than 1.
     """
-    if block_rows < 1:
-        raise ConfigError(f"data.block_rows is {block_rows}, expected 1 or more: 10000 is the default")
+    if refits < 1:
+        raise ConfigError(f"data.refits is {refits}, expected 1 or more: 10 is the default")
     content = {
         "files": split.interactions.files,
         "protocol": split.hash,
         "retriever": retriever.settings(),
-        "block_rows": block_rows,
+        "refits": refits,
     }
-    return cached_folder(cache_dir / "evidence", content, partial(_write, split, retriever, block_rows))
+    return cached_folder(cache_dir / "evidence", content, partial(_write, split, retriever, refits))
 
 
-def _write(split: SplitInteractions, retriever: Retriever, block_rows: int, folder: Path) -> None:
+def _write(split: SplitInteractions, retriever: Retriever, refits: int, folder: Path) -> None:
     """Compute the tables of all splits; keep the snapshots of test, which is what requests read."""
+    log = split.interactions
+    cuts = block_cuts(split.rows["timestamp"].to_numpy(), refits)  # of the whole log, for every split
 
     def make(readable: pl.DataFrame, name: str) -> pl.DataFrame:
-        table, snapshots = _table(split, readable, retriever, block_rows, name)
+        snapshots = fit_snapshots(readable, retriever, log.users.height, log.items, cuts)
         if name == SPLITS[-1]:
             snapshots.save(folder / "snapshots.npz")
-        return table
+        rows = WalkRows.from_log(readable)
+        return walk(rows, retriever, log.items, cuts, snapshots.fitted, f"evidence ({name})")
 
     for name, table in tables_by_split(split, make, own_second=retriever.similar_every > 0):
         table.write_parquet(folder / f"{name}.parquet")
-
-
-def _table(
-    split: SplitInteractions, readable: pl.DataFrame, retriever: Retriever, block_rows: int, name: str
-) -> tuple[pl.DataFrame, Snapshots]:
-    log = split.interactions
-    cuts = block_cuts(readable["timestamp"].to_numpy(), block_rows)
-    snapshots = fit_snapshots(readable, retriever, log.users.height, log.items, cuts)
-    rows = WalkRows.from_log(readable)
-    return walk(rows, retriever, log.items, cuts, snapshots.fitted, f"evidence ({name})"), snapshots
 
 
 def _request_rows(

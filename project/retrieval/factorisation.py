@@ -1,7 +1,6 @@
 """Biased logistic matrix factorisation: who likes what, from the ids of user and item alone.
 
-Unusual here: it knows no time. The floor `mf` fits it once on all rows of train, so a user first seen after train is
-scored by the item's bias alone; `project.retrieval.taste` fits it on the rows before each block and folds users in.
+It knows no time: `project.retrieval.taste` fits it on the rows before each block and folds users in.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ class Factorisation:
         users: (users,) codes seen in fitting, ascending.
         items: (items,) likewise.
         offset: Log-odds of a like.
-        user_bias: (users + 1,); the last is 0 and stands for users not seen, as in the other arrays.
-        item_bias: (items + 1,).
-        user_vectors: (users + 1, dim).
-        item_vectors: (items + 1, dim).
+        user_bias: (users,).
+        item_bias: (items,).
+        user_vectors: (users, dim).
+        item_vectors: (items, dim).
     """
 
     users: Ints
@@ -65,17 +64,7 @@ class Factorisation:
         items, row_item = np.unique(np.asarray(item, dtype=np.int64), return_inverse=True)
         problem = _Problem(row_user, row_item, np.asarray(label, dtype=np.float64), dim)
         values = problem.solve((bias_penalty, vector_penalty), iterations, seed)
-        user_bias, item_bias, user_vectors, item_vectors = (
-            np.concatenate([part, np.zeros_like(part[:1])]) for part in problem.parts(values)
-        )
-        return cls(users, items, problem.offset, user_bias, item_bias, user_vectors, item_vectors)
-
-    def logits(self, user: ArrayLike, item: ArrayLike) -> Floats:
-        """Logits (n,) of codes (n,); a code not seen in fitting has bias and vector 0."""
-        u, i = _position(self.users, user), _position(self.items, item)
-        dot = np.einsum("nd,nd->n", self.user_vectors[u], self.item_vectors[i])
-        found: Floats = self.offset + self.user_bias[u] + self.item_bias[i] + dot
-        return found
+        return cls(users, items, problem.offset, *problem.parts(values))
 
 
 class _Problem:
@@ -128,11 +117,3 @@ class _Problem:
             (pairs.T @ user_vectors).ravel(),
         ]
         return float(loss), np.concatenate(gradient) + penalty * values
-
-
-def _position(known: Ints, codes: ArrayLike) -> NDArray[np.intp]:
-    """Where codes stand in `known` (ascending); its length for those that are not there."""
-    wanted = np.asarray(codes, dtype=np.int64)
-    found = np.searchsorted(known, wanted)
-    seen = known[np.minimum(found, known.size - 1)] == wanted
-    return np.where(seen, found, known.size)

@@ -48,3 +48,24 @@ def reads_all_earlier(timestamp: NDArray[np.float64], split: IntArray, own_secon
     latest_before = np.concatenate([[0], np.maximum.accumulate(split)])
     side: Literal["left", "right"] = "right" if own_second else "left"
     return bool(np.all(latest_before[np.searchsorted(timestamp, timestamp, side=side)] <= split))
+
+
+def own_earlier_rows(user: IntArray, timestamp: NDArray[np.float64]) -> tuple[IntArray, IntArray, IntArray]:
+    """The user's own strictly earlier rows, of every row: `order[start[k]:stop[k]]` for row k, oldest first.
+
+    Args:
+        user: user codes of rows in time order, shape (rows,).
+        timestamp: seconds, ascending, shape (rows,); rows of one second do not see each other.
+
+    Returns:
+        `order`, positions of rows grouped by user, and `start` and `stop`, where a row's past lies in it; (rows,) each.
+    """
+    order = np.argsort(user, kind="stable")
+    by_user, by_time = user[order], timestamp[order]
+    new_user = np.diff(by_user, prepend=-1) != 0
+    new_second = new_user | (np.diff(by_time, prepend=-np.inf) != 0)
+    position = np.arange(order.size)
+    start, stop = np.empty_like(order), np.empty_like(order)
+    start[order] = np.maximum.accumulate(np.where(new_user, position, 0))
+    stop[order] = np.maximum.accumulate(np.where(new_second, position, 0))
+    return order, start, stop

@@ -1,6 +1,7 @@
 """Time blocks and what a retriever fitted for each: cuts and a dictionary of arrays per block, in one npz.
 
-Unusual: a cut depends on no later row, so the blocks of a longer log begin with those of a shorter one.
+Blocks are shares of the log, so a retriever is fitted as often on a log of any length. Cuts depend on how many rows
+the log has and when they are, and on no label.
 """
 
 from dataclasses import dataclass
@@ -47,15 +48,17 @@ class Snapshots:
         return cls(cuts, [*fitted])
 
 
-def block_cuts(timestamp: NDArray[np.float64], block_rows: int) -> NDArray[np.float64]:
-    """First timestamps of blocks 1, 2, ...: those at positions block_rows, 2 * block_rows, ... of the log.
+def block_cuts(timestamp: NDArray[np.float64], refits: int) -> NDArray[np.float64]:
+    """First timestamps of blocks 1, 2, ...: those at positions k * rows / refits, rounded down, k = 1 .. refits - 1.
 
     Args:
-        timestamp: seconds, ascending, shape (rows,).
-        block_rows: rows a block; rows of one timestamp stay together, so a block may be larger or smaller.
+        timestamp: seconds, ascending, of all rows of the log, shape (rows,).
+        refits: blocks of the log, as far as rows of one timestamp, which stay together, allow.
     """
-    cuts = np.unique(timestamp[block_rows::block_rows])
-    return cuts[cuts > timestamp[0]] if timestamp.size else cuts
+    if not timestamp.size:
+        return np.empty(0)
+    cuts = np.unique(timestamp[np.arange(1, refits) * timestamp.size // refits])
+    return cuts[cuts > timestamp[0]]
 
 
 def fit_snapshots(

@@ -70,16 +70,14 @@ class Taste:
         """`known` (items + 1,): logit without the user; `vectors` (items + 1, 1 + dim): each with a 1 before it."""
         known, vectors = np.zeros(num_items + 1), np.zeros((num_items + 1, 1 + self.dim))
         vectors[:, 0] = 1.0
-        if (
-            label.min() == label.max()
-        ):  # nothing to tell apart yet: the log-odds of (likes + 1/2) / (rows + 1)
+        if np.unique(label).size < 2:  # nothing to tell apart yet: the log-odds of (likes + 1/2) / (rows + 1)
             likes = label.sum()
             return {"known": known + np.log((likes + 0.5) / (label.size - likes + 0.5)), "vectors": vectors}
         penalties = self.bias_penalty, self.vector_penalty
         found = Factorisation.fit(user, item, label, self.dim, *penalties, iterations=self.iterations)
         known += found.offset
-        known[found.items] += found.item_bias[:-1]
-        vectors[found.items, 1:] = found.item_vectors[:-1]
+        known[found.items] += found.item_bias
+        vectors[found.items, 1:] = found.item_vectors
         return {"known": known, "vectors": vectors}
 
     def chances(self, rows: WalkRows, snapshots: Snapshots) -> Floats:
@@ -137,22 +135,22 @@ class Taste:
 
 
 def taste_tables(
-    split: SplitInteractions, taste: Taste, block_rows: int, cache_dir: Path
+    split: SplitInteractions, taste: Taste, refits: int, cache_dir: Path
 ) -> dict[str, pl.DataFrame]:
     """row_id and taste (null before the first block) of every row with split <= S, for every split S; cached.
 
     Args:
         split: the log under its protocol.
         taste: what is factorised how.
-        block_rows: refitted every so many rows, on the rows before.
+        refits: as in `evidence_tables`.
         cache_dir: folder the tables and item vectors are kept in, under a hash of everything they depend on.
     """
-    folder = taste_folder(split, taste, block_rows, cache_dir)
+    folder = taste_folder(split, taste, refits, cache_dir)
     return {name: pl.read_parquet(folder / f"{name}.parquet") for name in SPLITS}
 
 
 def taste_of_requests(
-    rows: WalkRows, split: SplitInteractions, taste: Taste, block_rows: int, cache_dir: Path
+    rows: WalkRows, split: SplitInteractions, taste: Taste, refits: int, cache_dir: Path
 ) -> pl.Series:
     """Taste of the asking rows, read as split "test".
 
@@ -160,29 +158,29 @@ def taste_of_requests(
         rows: requests and whose past they ask with, in time order.
         split: the log under its protocol.
         taste: as in `taste_tables`.
-        block_rows: as in `taste_tables`.
+        refits: as in `taste_tables`.
         cache_dir: as in `taste_tables`.
     """
-    stored = Snapshots.load(taste_folder(split, taste, block_rows, cache_dir) / "snapshots.npz")
+    stored = Snapshots.load(taste_folder(split, taste, refits, cache_dir) / "snapshots.npz")
     return _column(taste.chances(rows, stored))
 
 
-def taste_folder(split: SplitInteractions, taste: Taste, block_rows: int, cache_dir: Path) -> Path:
+def taste_folder(split: SplitInteractions, taste: Taste, refits: int, cache_dir: Path) -> Path:
     """Folder with train, valid and test.parquet and snapshots.npz; made where the cache does not have it."""
     content = {
         "files": split.interactions.files,
         "protocol": split.hash,
         "taste": asdict(taste),
-        "block_rows": block_rows,
+        "refits": refits,
     }
-    return cached_folder(cache_dir / "taste", content, partial(_write, split, taste, block_rows))
+    return cached_folder(cache_dir / "taste", content, partial(_write, split, taste, refits))
 
 
-def _write(split: SplitInteractions, taste: Taste, block_rows: int, folder: Path) -> None:
+def _write(split: SplitInteractions, taste: Taste, refits: int, folder: Path) -> None:
     """Compute the tables of all splits; keep the item vectors of test, which is what requests read."""
+    cuts = block_cuts(split.rows["timestamp"].to_numpy(), refits)  # of the whole log, for every split
 
     def make(readable: pl.DataFrame, name: str) -> pl.DataFrame:
-        cuts = block_cuts(readable["timestamp"].to_numpy(), block_rows)
         snapshots = taste.fit(readable, split.interactions.items.height, cuts)
         if name == SPLITS[-1]:
             snapshots.save(folder / "snapshots.npz")

@@ -44,7 +44,8 @@ def data(
         tokenizer=str(tiny_model),
         context_tokens=CONTEXT_TOKENS,
         batch_tokens=BATCH_TOKENS,
-        block_rows=100,
+        refits=5,
+        taste=None,
     )
 
 

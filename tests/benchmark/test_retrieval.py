@@ -20,7 +20,7 @@ from project.retrieval import ItemKNN, LightGCN, LLMEmbedding, TextEncoder, Vect
 from project.retrieval.base import FloatArray, IntArray
 from project.retrieval.neighbours import WalkRows, walk
 
-BLOCK_ROWS = 100
+REFITS = 5
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def data(
         LightGCN(neighbours=3, dim=4, epochs=1),
         Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2]),
         tokenizer=str(tiny_model),
-        block_rows=BLOCK_ROWS,
+        refits=REFITS,
+        taste=None,
     )
 
 
@@ -152,9 +153,9 @@ def test_rivals_are_asked_alike(data: InteractionData) -> None:
 
 
 def test_nobody_to_ask(data: InteractionData, retrievers: dict[str, VectorRetriever], tmp_path: Path) -> None:
-    """With blocks longer than the log no retriever was ever fitted: the key, what was found, what is expected."""
-    data.block_rows = 100_000
-    with pytest.raises(DataError, match=r"data\.block_rows is 100000 for \d+ rows; expected less"):
+    """With one block no retriever was ever fitted: the key, what was found, what is expected."""
+    data.refits = 1
+    with pytest.raises(DataError, match=r"data\.refits is 1 for \d+ rows; expected more"):
         run_retrieval(data, tmp_path, seconds=0.0, retrievers=retrievers)
 
 

@@ -23,8 +23,17 @@ def data(protocol: str = "aaaa", prompt: Prompt | None = None, **changes: Any) -
         prompt=prompt or Prompt(),
         retriever=changes.get("retriever", ItemKNN(neighbours=7)),
         taste=changes.get("taste", Taste(dim=4)),
-        block_rows=changes.get("block_rows", 100),
+        refits=changes.get("refits", 10),
     )
+
+
+def test_a_checkpoint_of_rows_a_block() -> None:
+    """A retriever that was fitted every so many rows is not the one of now: both settings are named."""
+    kept = {k: v for k, v in reads_of(data()).items() if k != "data.refits"} | {"data.block_rows": 10_000}
+    with pytest.raises(
+        CheckpointError, match=r"every 10000 rows \(data\.block_rows.* data\.refits \(10\) times"
+    ):
+        check_reads(kept, data())
 
 
 def test_what_is_kept() -> None:
@@ -50,7 +59,7 @@ def test_what_is_kept() -> None:
             data(retriever=ItemKNN(neighbours=8)),
             r"data\.retriever\.init_args\.neighbours is 8, but .* with 7",
         ),
-        (data(block_rows=50), r"data\.block_rows is 50, but the checkpoint was trained with 100"),
+        (data(refits=5), r"data\.refits is 5, but the checkpoint was trained with 10"),
         (data(taste=None), r"data\.taste is None, but the checkpoint was trained with \{'dim': 4"),
     ],
     ids=["segment", "answers", "retriever", "blocks", "taste"],

@@ -28,7 +28,7 @@ from project.model.trunk import Trunk
 from project.retrieval import ItemKNN, LightGCN, Retriever, evidence_tables, request_evidence
 
 KINDS = ("global_time", "user_time", "random", "leave_last")
-BLOCK_ROWS = 100
+REFITS = 5
 PROMPT = Prompt(instruction="I\n", segment="{title} {vote}:", similar="[{titles}]")
 RETRIEVER = LightGCN(dim=8, epochs=1, similar_every=3, similar_items=3)
 
@@ -40,7 +40,7 @@ def split(request: pytest.FixtureRequest, tiny_logs: Path) -> SplitInteractions:
 
 @pytest.fixture(scope="module")
 def evidence(split: SplitInteractions, session_cache: Path) -> dict[str, pl.DataFrame]:
-    return evidence_tables(split, RETRIEVER, BLOCK_ROWS, session_cache)
+    return evidence_tables(split, RETRIEVER, REFITS, session_cache)
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +170,7 @@ def serve(
 ) -> Streams:
     def ask(rows: pl.DataFrame) -> pl.DataFrame:
         columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
-        return request_evidence(
-            split, RETRIEVER, BLOCK_ROWS, cache, **columns, own=~rows["candidate"].to_numpy()
-        )
+        return request_evidence(split, RETRIEVER, REFITS, cache, **columns, own=~rows["candidate"].to_numpy())
 
     return request_streams(requests, split, table, encoder, ask)
 

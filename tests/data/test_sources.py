@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -200,3 +201,14 @@ def test_a_pickle_with_another_name_runs_nothing(tmp_path: Path, harmful: object
     with pytest.raises(pickle.UnpicklingError, match="not expected in this file"):
         sources._convert_latest_small(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_scratch_of_a_killed_fetch_is_removed_after_a_day(cache: Path) -> None:
+    """Also where the source is there already; a folder that is younger may be another process's."""
+    folder = fetch("toy", cache)
+    old, young = (folder.parent / f".toy-{name}" for name in ("old", "young"))
+    for scratch in (old, young):
+        scratch.mkdir()
+    os.utime(old, (time.time() - 25 * 3600,) * 2)
+    assert fetch("toy", cache) == folder
+    assert set(folder.parent.iterdir()) == {folder, young}

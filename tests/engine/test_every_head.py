@@ -92,7 +92,8 @@ def test_it_is_the_table_of_predict(
         tokenizer=str(tiny_model),
         context_tokens=256,
         batch_tokens=1024,
-        block_rows=100,
+        refits=5,
+        taste=None,
         requests=str(asked),
     )
     model = ExitRecommender(str(tiny_model), [1, 3], numbers=True)

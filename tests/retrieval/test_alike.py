@@ -101,7 +101,7 @@ def test_requests_are_answered_like_the_log(
     """A user's own history as a request gives what the log has for the same rows, bit for bit."""
     rows = log_of(2)
     split = split_of(rows, (np.arange(rows.height) * 3) // rows.height)
-    log = evidence_tables(split, comparing, 40, tmp_path)["test"]
+    log = evidence_tables(split, comparing, 4, tmp_path)["test"]
     asked = rows.filter(pl.col("user").is_in([1, 4])).sample(fraction=1, shuffle=True, seed=0)
     columns = (asked[name].to_numpy() for name in ("user", "item", "timestamp", "label"))
     user, item, timestamp, label = columns
@@ -127,8 +127,8 @@ def test_the_column_is_there_only_when_asked_for(
     """Off is as it was: no column, the same cache folder; on is another folder."""
     rows = log_of(0)
     split = split_of(rows, (np.arange(rows.height) * 3) // rows.height)
-    off = evidence_tables(split, LightGCN(dim=4, epochs=1), 40, tmp_path)["test"]
-    on = evidence_tables(split, LightGCN(dim=4, epochs=1, alike_items=5), 40, tmp_path)["test"]
+    off = evidence_tables(split, LightGCN(dim=4, epochs=1), 4, tmp_path)["test"]
+    on = evidence_tables(split, LightGCN(dim=4, epochs=1, alike_items=5), 4, tmp_path)["test"]
     assert set(on.columns) - set(off.columns) == set(ALIKE)
     assert on.select(off.columns).equals(off)
     assert "alike_items" not in LightGCN().settings()["init_args"]

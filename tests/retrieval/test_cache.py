@@ -1,5 +1,7 @@
 """Content folders: whole or absent, found again, copied from a bundle."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,17 @@ def test_restore_copies_what_is_absent(tmp_path: Path):
     restore(tmp_path / "bundle", tmp_path / "cache")
     restore(tmp_path / "bundle", tmp_path / "cache")
     assert (tmp_path / "cache" / made.name / "x").read_text() == "1"
+
+
+def test_orphans_of_killed_runs_are_removed_after_a_day(tmp_path: Path):
+    """What a killed run left is removed by the next run that asks, found or not; the young may still be written."""
+    made = cached_folder(tmp_path, {"a": 1}, lambda folder: (folder / "x").write_text("1"))
+    old, young = tmp_path / f"{made.name}.old.tmp", tmp_path / f"{made.name}.young.tmp"
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "half").write_text("1")
+    yesterday = time.time() - 25 * 3600
+    for folder in (old, made):
+        os.utime(folder, (yesterday, yesterday))
+    assert cached_folder(tmp_path, {"a": 1}, pytest.fail) == made
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([made.name, young.name])

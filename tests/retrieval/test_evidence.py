@@ -9,13 +9,17 @@ import pytest
 
 from project.errors import ConfigError, DataError
 from project.retrieval import (
+    ItemKNN,
     LightGCN,
     NoRetriever,
     RandomRetriever,
     Retriever,
+    Taste,
     evidence_tables,
+    evidence_warnings,
     request_evidence,
 )
+from project.retrieval.base import Edges, Snapshot
 from project.retrieval.neighbours import WalkRows, walk
 from project.retrieval.readable import reads_all_earlier
 from project.retrieval.snapshots import block_cuts, fit_snapshots
@@ -51,11 +55,11 @@ def test_each_table_is_a_walk_over_the_readable_rows(
     rows = log_of(0)
     codes = assign(rows)
     split = split_of(rows, codes)
-    tables = evidence_tables(split, co_likes, 40, tmp_path)
+    tables = evidence_tables(split, co_likes, 4, tmp_path)
     items = split.interactions.items
     for last, name in enumerate(SPLITS):
         readable = rows.filter(pl.Series(codes) <= last)
-        cuts = block_cuts(readable["timestamp"].to_numpy(), 40)
+        cuts = block_cuts(rows["timestamp"].to_numpy(), 4)
         fitted = fit_snapshots(readable, co_likes, 12, items, cuts).fitted
         walked = walk(WalkRows.from_log(readable), co_likes, items, cuts, fitted)
         assert tables[name].drop("text", "text_weight").equals(walked)
@@ -82,30 +86,30 @@ def test_a_split_by_time_is_fitted_once(
     )
     rows = log_of(0)
     split = split_of(rows, by_time(rows))
-    first = evidence_tables(split, NoRetriever(), 40, tmp_path)
-    assert calls == list(range(1, len(block_cuts(rows["timestamp"].to_numpy(), 40)) + 1))
+    first = evidence_tables(split, NoRetriever(), 4, tmp_path)
+    assert calls == list(range(1, len(block_cuts(rows["timestamp"].to_numpy(), 4)) + 1))
     calls.clear()
-    second = evidence_tables(split, NoRetriever(), 40, tmp_path)
-    request_evidence(split, NoRetriever(), 40, tmp_path, *request(rows.head(1)))
+    second = evidence_tables(split, NoRetriever(), 4, tmp_path)
+    request_evidence(split, NoRetriever(), 4, tmp_path, *request(rows.head(1)))
     assert calls == []
     assert all(first[name].equals(second[name]) for name in SPLITS)
 
 
 def test_the_cache_knows_what_evidence_depends_on(log_of: Callable, split_of: Callable, tmp_path: Path):
-    """Other settings, block size or log make another folder; the same make none."""
+    """Other settings, number of refits or log make another folder; the same make none."""
     rows = log_of(0)
     split, other = (
         split_of(table, by_time(table)) for table in (rows, rows.with_columns(label=1 - pl.col("label")))
     )
     for n in range(2):
-        for log, retriever, block_rows in (
-            (split, RandomRetriever(), 40),
-            (split, RandomRetriever(seed=1), 40),
-            (split, RandomRetriever(), 50),
-            (split, NoRetriever(), 40),
-            (other, RandomRetriever(), 40),
+        for log, retriever, refits in (
+            (split, RandomRetriever(), 4),
+            (split, RandomRetriever(seed=1), 4),
+            (split, RandomRetriever(), 3),
+            (split, NoRetriever(), 4),
+            (other, RandomRetriever(), 4),
         ):
-            evidence_tables(log, retriever, block_rows, tmp_path)
+            evidence_tables(log, retriever, refits, tmp_path)
         assert len(list((tmp_path / "evidence").iterdir())) == 5, n
 
 
@@ -133,9 +137,9 @@ def test_a_users_own_history_as_a_request_is_answered_like_the_log(
     }[kind]
     rows = log_of(2)
     split = split_of(rows, assign(rows))
-    log = evidence_tables(split, retriever, 40, tmp_path)["test"]
+    log = evidence_tables(split, retriever, 4, tmp_path)["test"]
     asked = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
-    found = request_evidence(split, retriever, 40, tmp_path, *request(asked))
+    found = request_evidence(split, retriever, 4, tmp_path, *request(asked))
     expected = asked.select("row_id").join(log, on="row_id", maintain_order="left")
     assert found["row_id"].to_list() == [-1 - position for position in range(asked.height)]
     assert found.select(COMPARED).equals(expected.select(COMPARED))
@@ -147,8 +151,8 @@ def test_candidates_without_history_use_the_logs_past(
     """A known user's candidate is answered from that user's log rows; its own label is not needed."""
     rows = log_of(2)
     split = split_of(rows, by_time(rows))
-    log = evidence_tables(split, co_likes, 40, tmp_path)["test"]
-    found = request_evidence(split, co_likes, 40, tmp_path, *request(rows, own=False))
+    log = evidence_tables(split, co_likes, 4, tmp_path)["test"]
+    found = request_evidence(split, co_likes, 4, tmp_path, *request(rows, own=False))
     assert found.select(COMPARED).equals(log.select(COMPARED))
 
 
@@ -158,10 +162,10 @@ def test_requests_do_not_change_each_other(
     """Asking about one user's rows alone or among other users' gives the same evidence."""
     rows = log_of(2)
     split = split_of(rows, by_time(rows))
-    together = request_evidence(split, co_likes, 40, tmp_path, *request(rows))
+    together = request_evidence(split, co_likes, 4, tmp_path, *request(rows))
     for user in (1, 4):
         mine = rows["user"] == user
-        alone = request_evidence(split, co_likes, 40, tmp_path, *request(rows.filter(mine)))
+        alone = request_evidence(split, co_likes, 4, tmp_path, *request(rows.filter(mine)))
         assert alone.select(COMPARED).equals(together.filter(mine).select(COMPARED))
 
 
@@ -172,7 +176,7 @@ def test_unseen_users_and_items(log_of: Callable, split_of: Callable, co_likes: 
     late = float(rows["timestamp"].max()) + 10
     user, item = np.array([90, 90, 90, 91]), np.array([0, 77, 1, 1])
     time, label = np.array([late, late, late + 1, late + 1]), np.array([1, 0, -1, -1])
-    found = request_evidence(split, co_likes, 40, tmp_path, user, item, time, label, label >= 0).to_dicts()
+    found = request_evidence(split, co_likes, 4, tmp_path, user, item, time, label, label >= 0).to_dicts()
     assert found[1]["item_count"] == 0
     assert found[2]["neighbour_count"] == 4
     assert (found[2]["user_rate"], found[2]["user_count"]) == (0.5, 2)
@@ -187,12 +191,71 @@ def test_history_without_an_answer_is_refused(log_of: Callable, split_of: Callab
     label = np.where(np.arange(3) == 1, -1, label)
     with pytest.raises(DataError, match="request row 1 is history"):
         request_evidence(
-            split_of(rows, by_time(rows)), NoRetriever(), 40, tmp_path, user, item, time, label, own
+            split_of(rows, by_time(rows)), NoRetriever(), 4, tmp_path, user, item, time, label, own
         )
 
 
-def test_block_rows_below_one_is_refused(log_of: Callable, split_of: Callable, tmp_path: Path):
+def test_refits_below_one_is_refused(log_of: Callable, split_of: Callable, tmp_path: Path):
     """The error names the YAML key."""
     rows = log_of(0)
-    with pytest.raises(ConfigError, match=r"data\.block_rows is 0"):
+    with pytest.raises(ConfigError, match=r"data\.refits is 0"):
         evidence_tables(split_of(rows, by_time(rows)), NoRetriever(), 0, tmp_path)
+
+
+class Told(NoRetriever):
+    """Keeps what it was fitted on."""
+
+    def fit(self, edges: Edges, block: int) -> Snapshot:
+        self.fits = [*getattr(self, "fits", []), edges.user.size]
+        return {}
+
+
+def test_all_splits_have_the_whole_logs_cuts(log_of: Callable, split_of: Callable, tmp_path: Path):
+    """Train is every second row in time: its fits, made last, are at the log's quarters, not at its own.
+
+    So a block of train's fits holds half as many rows, all of them strictly before the log's cut.
+    """
+    rows = log_of(0)
+    codes = np.arange(rows.height) % 2
+    split, told = split_of(rows, codes), Told()
+    evidence_tables(split, told, 4, tmp_path, Taste(dim=2))
+    time = rows["timestamp"].to_numpy()
+    cuts = block_cuts(time, 4)
+    assert told.fits[-3:] == [int(((codes == 0) & (time < cut)).sum()) for cut in cuts]
+
+
+def test_a_split_without_early_rows(
+    log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path
+):
+    """Where all of train lies in the last third, what is fitted before the first cuts has seen no row: no error."""
+    rows = log_of(0)
+    codes = np.where(np.arange(rows.height) < rows.height * 2 // 3, 1, 0)
+    for retriever in (co_likes, ItemKNN(), LightGCN(dim=4, epochs=1)):
+        tables = evidence_tables(split_of(rows, codes), retriever, 10, tmp_path, Taste(dim=2))
+        assert tables["train"].height == (codes == 0).sum()
+
+
+class TestWarnings:
+    def test_a_retriever_that_was_never_fitted(self, log_of: Callable, split_of: Callable, tmp_path: Path):
+        """One block has no past: LightGCN was fitted for no split; with ten there is nothing to warn of."""
+        rows = log_of(0, 300)
+        split = split_of(rows, by_time(rows))
+        retriever = LightGCN(dim=4, epochs=1)
+        for refits, words in ((1, "LightGCN was never fitted before the"), (10, None)):
+            tables = evidence_tables(split, retriever, refits, tmp_path)
+            found = evidence_warnings(split, tables, retriever, refits)
+            assert len(found) == (3 if words else 0)
+            assert all(words in line and "Raise data.refits" in line for line in found)
+
+    def test_features_that_are_all_alike(self, log_of: Callable, split_of: Callable, tmp_path: Path):
+        """Nobody likes anything: rates are 0 or nothing, votes too where somebody is asked for them."""
+        rows = log_of(0).with_columns(label=pl.lit(0, pl.Int8))
+        split = split_of(rows, by_time(rows))
+        for retriever, names in (
+            (ItemKNN(), "item_rate, user_rate, vote"),
+            (NoRetriever(), "item_rate, user_rate"),
+        ):
+            tables = evidence_tables(split, retriever, 4, tmp_path)
+            found = evidence_warnings(split, tables, retriever, 4)
+            assert len(found) == 3
+            assert all(f": {names} has one value or none" in line for line in found)

@@ -146,7 +146,7 @@ def leaky_evidence(rows: pl.DataFrame, retriever: Retriever, users: int, items: 
 def strict_evidence(
     rows: pl.DataFrame, retriever: Retriever, users: int, items: pl.DataFrame
 ) -> pl.DataFrame:
-    cuts = block_cuts(rows["timestamp"].to_numpy(), rows.height // 5)
+    cuts = block_cuts(rows["timestamp"].to_numpy(), 5)
     snapshots = fit_snapshots(rows, retriever, users, items, cuts)
     return walk(WalkRows.from_log(rows), retriever, items, cuts, snapshots.fitted)
 

@@ -9,6 +9,7 @@ import pytest
 from project.retrieval import NoRetriever, VectorRetriever
 from project.retrieval.base import Edges, FloatArray, Neighbours, Raters, Retriever, top
 from project.retrieval.neighbours import WalkRows, walk
+from project.retrieval.readable import own_earlier_rows
 from project.retrieval.snapshots import fit_snapshots
 
 ROOT_HALF, ROOT_THIRD, ROOT_TWO_THIRDS = 0.5**0.5, (1 / 3) ** 0.5, (2 / 3) ** 0.5
@@ -185,3 +186,16 @@ def test_no_rows_give_an_empty_table():
             [],
         ).schema
     )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_own_earlier_rows_equal_the_slow_way(log_of: Callable, seed: int):
+    """Of every row: the rows of its user with a strictly smaller timestamp, in the log's order."""
+    rows = log_of(seed)
+    user, time = rows["user"].to_numpy(), rows["timestamp"].to_numpy()
+    order, start, stop = own_earlier_rows(user, time)
+    for k in range(rows.height):
+        assert (
+            order[start[k] : stop[k]].tolist()
+            == np.flatnonzero((user == user[k]) & (time < time[k])).tolist()
+        )

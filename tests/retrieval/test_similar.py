@@ -173,13 +173,13 @@ def test_a_history_has_the_lists_of_the_log(
     retriever = make(co_likes) if kind == "co_likes" else LightGCN(dim=4, epochs=1, **LISTS)
     rows = log_of(2)
     split = split_of(rows, np.digitize(rows["timestamp"].to_numpy(), [40, 60]))
-    log = evidence_tables(split, retriever, 40, tmp_path)["test"]
+    log = evidence_tables(split, retriever, 4, tmp_path)["test"]
     asked = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
     n = asked.height
     columns = (np.tile(asked[name].to_numpy(), 2) for name in ("user", "item"))
     late = np.append(asked["timestamp"].to_numpy(), np.full(n, 1e3))
     label = np.append(asked["label"].to_numpy(), np.full(n, -1))
-    found = request_evidence(split, retriever, 40, tmp_path, *columns, late, label, np.arange(2 * n) < n)
+    found = request_evidence(split, retriever, 4, tmp_path, *columns, late, label, np.arange(2 * n) < n)
     history, candidates = found["similar_after"].head(n), found["similar_after"].tail(n)
     joined = asked.join(
         rows.select("row_id").with_columns(log["similar_after"]), on="row_id", maintain_order="left"

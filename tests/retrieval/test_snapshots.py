@@ -8,23 +8,23 @@ import pytest
 from project.retrieval.snapshots import Snapshots, block_cuts
 
 
-def test_a_cut_is_the_timestamp_at_its_index():
-    """Positions 3 and 6 of 0, 0, 1, 1, 1, 2, 5, 6 hold 1 and 5."""
-    assert block_cuts(np.array([0.0, 0, 1, 1, 1, 2, 5, 6]), 3).tolist() == [1, 5]
+def test_a_cut_is_the_timestamp_at_its_share():
+    """Three blocks of 0, 0, 1, 1, 1, 2, 5, 6: positions 8 / 3 and 16 / 3, rounded down 2 and 5, hold 1 and 2."""
+    assert block_cuts(np.array([0.0, 0, 1, 1, 1, 2, 5, 6]), 3).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("rows", "first"), [(100_000, 10_000), (3_000, 300), (1_000_000, 100_000)])
+def test_a_log_of_any_length_is_cut_into_tenths(rows: int, first: int):
+    """ML-100K's 100,000 rows are cut at 10,000, 20,000, ..., 90,000; a short log too, and a long one as often."""
+    assert block_cuts(np.arange(float(rows)), 10).tolist() == list(range(first, rows, first))
 
 
 def test_one_long_second_makes_no_empty_block():
-    """Two cuts in one second are one cut, and the first second never is one."""
-    assert block_cuts(np.array([0.0, 0, 0, 1, 1, 1, 1, 2]), 2).tolist() == [1]
+    """Two cuts in one second are one cut, and the first second never is one; fewer rows than blocks are no error."""
+    assert block_cuts(np.array([0.0, 0, 0, 1, 1, 1, 1, 2]), 4).tolist() == [1]
     assert block_cuts(np.array([4.0]), 2).tolist() == []
-
-
-@pytest.mark.parametrize("rows", range(1, 60, 7))
-def test_a_longer_log_begins_with_the_same_cuts(rows: int):
-    """The cuts of the first rows are those of the whole log that lie in them."""
-    time = np.sort(np.random.default_rng(0).integers(0, 30, 60)).astype(float)
-    short, long = block_cuts(time[:rows], 5), block_cuts(time, 5)
-    assert long[: short.size].tolist() == short.tolist()
+    assert block_cuts(np.array([]), 2).tolist() == []
+    assert block_cuts(np.array([0.0, 1, 2]), 10).tolist() == [1, 2]
 
 
 def test_a_file_gives_back_what_was_saved(tmp_path: Path):

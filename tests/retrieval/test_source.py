@@ -56,7 +56,7 @@ def test_an_edited_retriever_is_asked_again(
     split = split_of(rows, np.zeros(rows.height, int))
 
     def neighbours(which: str) -> list[list[int]]:
-        tables = evidence_tables(split, written(which)(), 50, tmp_path / "cache")
+        tables = evidence_tables(split, written(which)(), 3, tmp_path / "cache")
         found: list[list[int]] = tables["train"]["neighbours"].to_list()
         return found
 
@@ -112,4 +112,4 @@ def test_what_must_be_kept(
     rows = log_of(0)
     split = split_of(rows, np.zeros(rows.height, int))
     with pytest.raises(ConfigError, match=rf"data\.retriever is Mine.*{words}"):
-        evidence_tables(split, written(init=init)(), 50, tmp_path)
+        evidence_tables(split, written(init=init)(), 3, tmp_path)

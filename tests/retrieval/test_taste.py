@@ -15,7 +15,7 @@ from project.retrieval.neighbours import WalkRows
 from project.retrieval.snapshots import block_cuts
 
 TASTE = Taste(dim=2, bias_penalty=1.0, vector_penalty=3.0, iterations=30)
-BLOCK_ROWS = 40
+REFITS = 4
 
 
 def by_time(rows: pl.DataFrame) -> np.ndarray:
@@ -27,8 +27,12 @@ def at_random(rows: pl.DataFrame) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 3, rows.height)
 
 
-def chances_of(rows: pl.DataFrame, taste: Taste = TASTE, num_items: int = 9) -> np.ndarray:
-    snapshots = taste.fit(rows, num_items, block_cuts(rows["timestamp"].to_numpy(), BLOCK_ROWS))
+def chances_of(
+    rows: pl.DataFrame, taste: Taste = TASTE, num_items: int = 9, log: pl.DataFrame | None = None
+) -> np.ndarray:
+    """Of rows of a log, which has the cuts of all its rows."""
+    time = (rows if log is None else log)["timestamp"].to_numpy()
+    snapshots = taste.fit(rows, num_items, block_cuts(time, REFITS))
     return taste.chances(WalkRows.from_log(rows), snapshots)
 
 
@@ -36,7 +40,7 @@ def test_it_is_the_penalised_optimum_over_the_users_earlier_rows(log_of: Callabl
     """Row by row equal to scipy's minimum of log loss plus penalty over just the strictly earlier own rows."""
     rows = log_of(3)
     time, user, item, label = (rows[c].to_numpy() for c in ("timestamp", "user", "item", "label"))
-    snapshots = TASTE.fit(rows, 9, block_cuts(time, BLOCK_ROWS))
+    snapshots = TASTE.fit(rows, 9, block_cuts(time, REFITS))
     found, penalty = chances_of(rows), np.array([1.0, 3.0, 3.0])
     checked = 0
     for row in np.flatnonzero(~np.isnan(found))[::7]:
@@ -73,7 +77,7 @@ def test_one_kind_of_answer_is_no_error_and_says_so(log_of: Callable):
     rows = log_of(0).with_columns(label=pl.lit(1, pl.Int8))
     found = chances_of(rows)
     time = rows["timestamp"].to_numpy()
-    assert np.array_equal(np.isnan(found), time < block_cuts(time, BLOCK_ROWS)[0])
+    assert np.array_equal(np.isnan(found), time < block_cuts(time, REFITS)[0])
     assert (found[~np.isnan(found)] > 0.5).all()
 
 
@@ -84,11 +88,11 @@ def test_requests_are_answered_like_the_log(
     """A user's own history as a request gives the taste that the log has for the same rows."""
     rows = log_of(2)
     split = split_of(rows, assign(rows))
-    log = evidence_tables(split, NoRetriever(), BLOCK_ROWS, tmp_path, TASTE)["test"]
+    log = evidence_tables(split, NoRetriever(), REFITS, tmp_path, TASTE)["test"]
     asked = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
     columns = [asked[name].to_numpy() for name in ("user", "item", "timestamp", "label")]
     found = request_evidence(
-        split, NoRetriever(), BLOCK_ROWS, tmp_path, *columns, own=np.ones(len(asked), dtype=bool), taste=TASTE
+        split, NoRetriever(), REFITS, tmp_path, *columns, own=np.ones(len(asked), dtype=bool), taste=TASTE
     )
     expected = asked.select("row_id").join(log, on="row_id", maintain_order="left")["taste"]
     assert expected.null_count() < len(expected)
@@ -100,8 +104,8 @@ def test_each_split_reads_its_own_rows(log_of: Callable, split_of: Callable, tmp
     """Under a split at random train's taste is that of a log of train rows alone."""
     rows = log_of(4)
     split = split_of(rows, at_random(rows))
-    table = evidence_tables(split, NoRetriever(), BLOCK_ROWS, tmp_path, TASTE)["train"]
-    alone = chances_of(rows.filter(pl.Series(at_random(rows) == 0)))
+    table = evidence_tables(split, NoRetriever(), REFITS, tmp_path, TASTE)["train"]
+    alone = chances_of(rows.filter(pl.Series(at_random(rows) == 0)), log=rows)
     np.testing.assert_allclose(table["taste"].to_numpy(), alone.astype(np.float32), atol=1e-7)
 
 
