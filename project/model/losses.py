@@ -185,21 +185,3 @@ def pairwise_loss(
             pairs = F.softplus(disliked[None] - liked[:, None])
             total = total + len(scores) * pairs.mean((0, 1))
     return (weights * total).sum() / global_targets
-
-
-def drift_loss(logits: Tensor, drift: Tensor, global_targets: Tensor | float) -> Tensor:
-    """Cross-entropy of every head's drift against |p_last - p_here|, whose mean it estimates; the mean over heads.
-
-    Gradients reach the drift outputs only.
-
-    Args:
-        logits: (n, K).
-        drift: (n, K) logits of the expected drift; the last column is not read.
-        global_targets: What the sum over targets is divided by.
-    """
-    if logits.shape[1] == 1:
-        return logits.new_zeros(())
-    p = logits.detach().sigmoid()
-    expected = (p[:, -1:] - p[:, :-1]).abs()
-    loss = F.binary_cross_entropy_with_logits(drift[:, :-1], expected, reduction="sum")
-    return loss / ((logits.shape[1] - 1) * global_targets)

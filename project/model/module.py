@@ -22,13 +22,13 @@ from project.data.sources import resolve_model
 from project.errors import ConfigError
 from project.evaluation.exits import choose_exit, exit_rows
 from project.evaluation.scores import ScoreCollector, scores_of_candidates, scores_of_rows
-from project.model.checkpoint import check_origin, check_parameters, leave_out_frozen
+from project.model.checkpoint import check_origin, check_parameters, drop_retired, leave_out_frozen
 from project.model.equilibrium import equilibrium_branch
 from project.model.exit_buffers import ExitBuffers
-from project.model.heads import ExitHead, HeadOutput, answer_tokens
+from project.model.heads import ExitHead, answer_tokens
 from project.model.layer_dropout import check_layer_dropout, run_stage, skipped_layers
 from project.model.lora import LoraSettings, add_lora
-from project.model.losses import LossSettings, drift_loss, exit_loss, exit_weights, extra_losses
+from project.model.losses import LossSettings, exit_loss, exit_weights, extra_losses
 from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups, planned_steps
 from project.model.sharding import set_sharded_trunk, shared_mesh
 from project.model.trunk import Trunk
@@ -132,7 +132,7 @@ class ExitRecommender(ExitBuffers):
         no, yes = answer_tokens(tokenizer, self.answers)
         direction = trunk.answer_direction(yes, no)
         for layer in self.exit_layers:
-            self.heads[str(layer)] = ExitHead(trunk.final_norm, direction, last=layer == self.depth)
+            self.heads[str(layer)] = ExitHead(trunk.final_norm, direction)
         trunk.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
             add_lora(trunk, self.lora)
@@ -149,19 +149,19 @@ class ExitRecommender(ExitBuffers):
         prior = CountingPrior.fit(self.data.evidence_of(targets), targets["label"].to_numpy())
         self.prior.copy_(torch.from_numpy(prior.to_array()))
 
-    def forward(self, batch: Batch, skipped: frozenset[int] = frozenset()) -> HeadOutput:
-        """Logits and drift of every exit.
+    def forward(self, batch: Batch, skipped: frozenset[int] = frozenset()) -> Tensor:
+        """Logits of every exit.
 
         Args:
             batch: n targets.
             skipped: Layers, from 0, that are left out, see `layer_dropout`.
 
         Returns:
-            Two (n, exits), in the order of `exit_layers`.
+            (n, exits), in the order of `exit_layers`.
         """
         assert self.trunk is not None
         state = self.trunk.embed(batch.tokens, batch.layout)
-        outputs, start = list[HeadOutput](), 0
+        outputs, start = list[Tensor](), 0
         for head, layer in enumerate(self.exit_layers):
             state = run_stage(self.trunk, state, start, layer, skipped)
             hidden = state.hidden
@@ -170,15 +170,15 @@ class ExitRecommender(ExitBuffers):
                 state = replace(state, hidden=onward)
             outputs.append(self.heads[str(layer)](hidden.flatten(0, 1)[batch.slots]))
             start = layer
-        return HeadOutput(*(torch.stack(part, dim=1) for part in zip(*outputs, strict=True)))
+        return torch.stack(outputs, dim=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Weighted log loss of all heads, normalised by the targets of all processes; their drift's loss; extras."""
+        """Weighted log loss of all heads, normalised by the targets of all processes; extras."""
         skipped = frozenset[int]()
         if self.layer_dropout > 0:
             epoch = self.trainer.current_epoch
             skipped = skipped_layers(self.layer_dropout, self.depth, self.data.seed, epoch, batch_idx)
-        logits, drift = self(batch, skipped)
+        logits: Tensor = self(batch, skipped)
         targets = torch.tensor(float(len(batch.label)), device=self.device)
         world = self.trainer.world_size
         if world > 1:
@@ -186,12 +186,10 @@ class ExitRecommender(ExitBuffers):
         weights = exit_weights(self.loss, self.exit_layers, self.global_step).to(self.device)
         # gradients are averaged over processes, the loss is a sum over their targets: hence the factor
         loss, per_head = exit_loss(logits, batch.label, weights, targets / world)
-        drift_error = drift_loss(logits, drift, targets / world)
         self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log("train/drift_loss", drift_error.detach())
         for layer, value in zip(self.exit_layers, per_head, strict=True):
             self.log(f"train/log_loss/exit_{layer}", value)
-        total: Tensor = loss + drift_error
+        total = loss
         windows = batch.layout.sequence.flatten()[batch.slots]
         extras = extra_losses(self.loss, logits, batch.label, windows, weights, targets / world)
         for name, extra in extras.items():
@@ -212,10 +210,9 @@ class ExitRecommender(ExitBuffers):
         return self._collect(batch)
 
     def _collect(self, batch: Batch) -> Tensor:
-        output: HeadOutput = self(batch)
-        values = torch.cat([output.logits, output.drift[:, :-1].sigmoid()], dim=1)
-        self.collector.update(batch.row_id, batch.target_tokens, batch.stream_tokens, values)
-        return output.logits
+        logits: Tensor = self(batch)
+        self.collector.update(batch.row_id, batch.target_tokens, batch.stream_tokens, logits)
+        return logits
 
     def on_validation_epoch_end(self) -> None:
         """Log every head on the `select` fold; choose the exit on `tune`."""
@@ -286,6 +283,7 @@ class ExitRecommender(ExitBuffers):
                 configuration. Training that goes on is no exception: rows of the old train could be the new test's.
         """
         check_origin(checkpoint, self.exit_layers, self.backbone)
+        drop_retired(checkpoint)
         check_parameters(self, checkpoint)
         if self._trainer is not None:
             check_reads(checkpoint.get("reads"), self.data, judged=self.trainer.state.fn != "predict")
