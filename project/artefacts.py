@@ -39,16 +39,12 @@ SCORE_COLUMNS: dict[str, PolarsType] = {
     "stream_tokens": pl.Int64,
 }
 """Columns of a score table before its heads: `logit_<layer>` Float32, one per exit layer. Rows of the logs have a
-row_id, candidates of requests a request_id and candidate_index; `logit_0` is counting's. `drift_<layer>` Float32 is the
-|p_last - p_here| that a head expects, for every exit layer but the last. Scored under an exit plan, a table ends in
-`exit_layer` Int64 and `adaptive_logit` Float32, where a row leaves and the calibrated logit it leaves with."""
+row_id, candidates of requests a request_id and candidate_index; `logit_0` is counting's. Scored under an exit plan, a
+table ends in `exit_layer` Int64 and `adaptive_logit` Float32, where a row leaves and the logit it leaves with."""
 
 
 def score_table(
-    columns: Mapping[str, Any],
-    logits: np.ndarray[Any, Any],
-    exit_layers: list[int],
-    drift: np.ndarray[Any, Any] | None = None,
+    columns: Mapping[str, Any], logits: np.ndarray[Any, Any], exit_layers: list[int]
 ) -> pl.DataFrame:
     """A score table; columns that are not given are empty.
 
@@ -56,7 +52,6 @@ def score_table(
         columns: Column name -> (n,) values.
         logits: (n, k) one column per exit layer.
         exit_layers: The k layers.
-        drift: (n, k - 1) the expected drift of every exit layer but the last; None leaves these columns out.
     """
     n = len(logits)
     head = [
@@ -66,9 +61,7 @@ def score_table(
         for name, kind in SCORE_COLUMNS.items()
     ]
     heads = [pl.Series(f"logit_{k}", logits[:, j]).cast(pl.Float32) for j, k in enumerate(exit_layers)]
-    below = exit_layers[:-1] if drift is not None else []
-    drifts = [pl.Series(f"drift_{k}", drift[:, j]).cast(pl.Float32) for j, k in enumerate(below)]  # type: ignore[index]
-    return pl.DataFrame([*head, *heads, *drifts])
+    return pl.DataFrame([*head, *heads])
 
 
 def exit_layers_of(scores: pl.DataFrame) -> list[int]:

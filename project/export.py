@@ -148,10 +148,7 @@ def load_exported(folder: str | Path) -> Exported:
         trunk.learn_numbers()
         trunk.load_state_dict({NUMBERS_KEY: load_file(Path(folder) / NUMBERS)["numbers"]}, strict=False)
     direction = torch.zeros(model.config.hidden_size)
-    *_, last = policy["exit_layers"]
-    heads = nn.ModuleDict(
-        {str(k): ExitHead(trunk.final_norm, direction, last=k == last) for k in policy["exit_layers"]}
-    )
+    heads = nn.ModuleDict({str(k): ExitHead(trunk.final_norm, direction) for k in policy["exit_layers"]})
     heads.load_state_dict(load_file(Path(folder) / HEADS))
     return Exported(trunk.eval(), heads.eval(), ExitPlan.from_state(from_json(policy["plan"])))
 

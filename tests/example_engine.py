@@ -56,7 +56,6 @@ class World:
             layers,
             calibration.apply(torch.cat([o.logits for o in self.outputs])[:, first:]),
             torch.cat([o.evidence for o in self.outputs]),
-            torch.cat([o.drift for o in self.outputs])[:, first:],
         )
         # on other rows, as in life: quantiles jump at the very rows that they were taken of
         noise = torch.randn(together.logits.shape, generator=torch.Generator().manual_seed(0)).double()
@@ -72,9 +71,7 @@ class World:
     def calibrated(self, plan: ExitPlan, request: int) -> HeadOutputs:
         """Calibrated outputs of one request's candidates."""
         raw, first = self.outputs[request], 0 if plan.prior else 1
-        return plan.calibrated(
-            HeadOutputs(raw.layers[first:], raw.logits[:, first:], raw.evidence, raw.drift[:, first:])
-        )
+        return plan.calibrated(HeadOutputs(raw.layers[first:], raw.logits[:, first:], raw.evidence))
 
 
 def _between(safety: torch.Tensor, share: float) -> float:
@@ -120,10 +117,8 @@ def subset(request: PreparedRequest, index: np.ndarray) -> PreparedRequest:
     )
 
 
-def alone(
-    module: ExitRecommender, request: PreparedRequest, candidate: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and drift of one candidate at every exit by the trunk's own layout and attention: no engine code."""
+def alone(module: ExitRecommender, request: PreparedRequest, candidate: int) -> torch.Tensor:
+    """Logits of one candidate at every exit by the trunk's own layout and attention: no engine code."""
     stream, own = request.stream, request.candidates[candidate]
     s, n = len(stream), len(own)
 
@@ -142,22 +137,18 @@ def alone(
     for layer in module.exit_layers:
         state, start = module.trunk.run(state, start, layer), layer
         said.append(module.heads[str(layer)](state.hidden[0, -1:]))
-    drift = torch.cat([h.drift for h in said]).sigmoid()
-    drift[-1] = torch.nan
-    return torch.cat([h.logits for h in said]), drift
+    return torch.cat(said)
 
 
 def raw_outputs(module: ExitRecommender, request: PreparedRequest) -> HeadOutputs:
     """All candidates of a request, one by one."""
     found = [alone(module, request, c) for c in range(len(request))]
-    empty = torch.zeros(0, len(EXITS))
-    logits, drift = (torch.stack([f[i] for f in found]) if found else empty for i in (0, 1))
+    logits = torch.stack(found) if found else torch.zeros(0, len(EXITS))
     prior = torch.from_numpy(request.prior)[:, None]
     return HeadOutputs(
         (0, *EXITS),
         torch.cat([prior, logits.double()], dim=1),
         torch.from_numpy(request.evidence),
-        torch.cat([torch.full_like(prior, torch.nan), drift.double()], dim=1),
     )
 
 
@@ -165,7 +156,7 @@ FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "m
 
 
 def make_module(seed: int = 0, family: str = "llama") -> ExitRecommender:
-    """Five layers whose attention is far from uniform, heads that differ, drift that varies."""
+    """Five layers whose attention is far from uniform, heads that differ."""
     torch.manual_seed(seed)
     config = FAMILIES[family](
         vocab_size=VOCABULARY,
@@ -181,9 +172,7 @@ def make_module(seed: int = 0, family: str = "llama") -> ExitRecommender:
     module = ExitRecommender("none", EXITS, numbers=True)
     module.set_trunk(Trunk.from_config(config), _Answers())
     for head in module.heads.values():
-        for linear in (head.linear, head.drift):
-            if linear is not None:
-                torch.nn.init.normal_(linear.weight, std=0.2)
+        torch.nn.init.normal_(head.linear.weight, std=0.2)
     return module.eval()
 
 

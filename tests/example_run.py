@@ -56,7 +56,7 @@ def results(
         seed: Seed of the scores.
     """
     tune, test = Example("valid", rows // 2, layers, seed), Example("test", rows, layers, seed + 1)
-    names = ("ratio", "consistency", "ratio_consistency", "learned", "neighbour_depth", "drift_head")
+    names = ("ratio", "consistency", "ratio_consistency", "learned")
     policies, thresholds = [], {}
     for name in names:
         path, levels = tune.pareto(name)

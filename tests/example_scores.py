@@ -70,8 +70,6 @@ class Example:
             "consistency": -gap,
             "ratio_consistency": np.where(np.isinf(gap), -9, np.minimum(2 * np.abs(p - 0.5), 1 - 5 * gap)),
             "learned": -drift - 0.11 * rng.random(p.shape),
-            "neighbour_depth": -drift - 0.2 * rng.random(p.shape),
-            "drift_head": -drift - 0.15 * rng.random(p.shape),
             "random": rng.random(p.shape),
             "oracle": -drift,
         }[criterion]

@@ -29,7 +29,7 @@ from project.errors import DataError
 
 
 def table() -> pl.DataFrame:
-    """Two rows of the logs, two exits, the shallower with its drift."""
+    """Two rows of the logs, two exits."""
     columns = {
         "row_id": [3, 8],
         "user": [0, 1],
@@ -37,20 +37,19 @@ def table() -> pl.DataFrame:
         "fold": ["tune", None],
         "label": [1, 0],
     }
-    return score_table(columns, np.array([[0.5, 1.0], [-0.25, 2.0]]), [2, 12], np.array([[0.125], [0.5]]))
+    return score_table(columns, np.array([[0.5, 1.0], [-0.25, 2.0]]), [2, 12])
 
 
 def test_score_table_schema() -> None:
-    """The contract's columns in order and type, a logit an exit, a drift each but the last; the rest is null."""
+    """The contract's columns in order and type, a logit an exit; the rest is null."""
     scores = table()
-    heads = dict.fromkeys(("logit_2", "logit_12", "drift_2"), pl.Float32)
+    heads = dict.fromkeys(("logit_2", "logit_12"), pl.Float32)
     assert list(scores.schema.items()) == list({**SCORE_COLUMNS, **heads}.items())
     assert scores["logit_12"].to_list() == [1.0, 2.0]
-    assert scores["drift_2"].to_list() == [0.125, 0.5]
     assert scores["fold"].to_list() == ["tune", None]
     empty = ("request_id", "candidate_index", "logit_0", "target_tokens", "stream_tokens")
     assert all(scores[name].is_null().all() for name in empty)
-    assert exit_layers_of(scores) == [2, 12]  # exit 0 is counting's, not a layer's; drifts are no exits
+    assert exit_layers_of(scores) == [2, 12]  # exit 0 is counting's, not a layer's
     assert score_table({}, np.zeros((1, 2)), [2, 12]).columns == [*SCORE_COLUMNS, "logit_2", "logit_12"]
 
 

@@ -59,7 +59,7 @@ def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
     )
     assert {d["floor"] for d in test["floor_differences"]} == {test["best_floor"], "lr_rates"}
     scores = pl.read_parquet(folder / "scores" / "test.parquet")
-    assert scores.columns == [*SCORE_COLUMNS, "logit_1", "logit_3", "drift_1", "exit_layer", "adaptive_logit"]
+    assert scores.columns == [*SCORE_COLUMNS, "logit_1", "logit_3", "exit_layer", "adaptive_logit"]
     assert len(scores) == counts["test"] == scores["row_id"].n_unique()
 
     run("validate", *given)

@@ -144,10 +144,9 @@ def test_a_plan_survives_json(criterion: Criterion, prior: bool) -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    drift = random(200, len(layers)).sigmoid()
-    raw = HeadOutputs.of(layers, random(200, len(layers)), random(200, len(FEATURES)), drift)
+    raw = HeadOutputs.of(layers, random(200, len(layers)), random(200, len(FEATURES)))
     calibration = Calibration(layers, random(len(layers), 3).abs())
-    outputs = HeadOutputs(layers, calibration.apply(raw.logits), raw.evidence, raw.drift)
+    outputs = HeadOutputs(layers, calibration.apply(raw.logits), raw.evidence)
     criterion.fit(outputs)
     inner = [criterion.safety(outputs.until(k)) for k in range(1, len(layers) - 1)]
     limits = [torch.inf, *(float(s.nanquantile(0.6)) for s in inner), -torch.inf]

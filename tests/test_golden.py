@@ -32,7 +32,7 @@ from project.retrieval import ItemKNN, LightGCN
 from project.retrieval.evidence import evidence_tables
 from project.retrieval.taste import Taste
 
-BLOCK_ROWS = 100  # rows of a time block, for which retrievers are fitted anew
+REFITS = 5
 EXACT = ("row_id", "neighbours", "answers", "neighbour_count", "item_count", "user_count")
 
 
@@ -44,7 +44,7 @@ def split(tiny_logs: Path) -> SplitInteractions:
 @pytest.fixture(scope="module")
 def evidence(split: SplitInteractions, tmp_path_factory: pytest.TempPathFactory) -> dict[str, pl.DataFrame]:
     """Item kNN's: counts and cosines, no training."""
-    return evidence_tables(split, ItemKNN(), BLOCK_ROWS, tmp_path_factory.mktemp("evidence"))
+    return evidence_tables(split, ItemKNN(), REFITS, tmp_path_factory.mktemp("evidence"))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_evidence(evidence: dict[str, pl.DataFrame]) -> None:
 
 def test_evidence_of_learned_retrievers(split: SplitInteractions, tmp_path: Path) -> None:
     """LightGCN and the factorisation, by means: their last bits are the processor's."""
-    found = evidence_tables(split, LightGCN(dim=8, alike_items=5), BLOCK_ROWS, tmp_path, Taste(dim=4))["test"]
+    found = evidence_tables(split, LightGCN(dim=8, alike_items=5), REFITS, tmp_path, Taste(dim=4))["test"]
     assert means(found, ["neighbour_count", "similarities", "vote", "taste", "alike"]) == pytest.approx(
         [9.08016, 0.029543, 0.495566, 0.490585, 0.461939], abs=1e-5
     )
@@ -155,7 +155,7 @@ def test_engine() -> None:
 @pytest.mark.slow
 def test_fit_and_test(run: Callable[..., None], tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     """AUC of every head and of the baselines that stay, from logs to test.json."""
-    run("fit", "--config", tiny_config(**{"data.block_rows": BLOCK_ROWS}))
+    run("fit", "--config", tiny_config(**{"data.refits": REFITS}))
     folder = tmp_path / "runs" / "tiny" / "latest"
     run("test", "--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
     found: dict[str, Any] = json.loads((folder / "results" / "test.json").read_text())

@@ -171,7 +171,7 @@ def test_every_form_trains_the_same(form: str, runs: Callable[[str], Path]) -> N
     for name in ("valid", "test"):
         expected = pl.read_parquet(runs("csv") / "scores" / f"{name}.parquet")
         found = pl.read_parquet(runs(form) / "scores" / f"{name}.parquet")
-        logits = ["logit_0", "logit_1", "logit_3", "drift_1"]
+        logits = ["logit_0", "logit_1", "logit_3"]
         assert found.drop(logits).equals(expected.drop(logits))
         gaps = (found.select(logits) - expected.select(logits)).to_numpy()
         assert np.abs(gaps).max() < 1e-5

@@ -287,7 +287,7 @@ def test_the_verb(
         assert render_rank(result, split).count("| top_k |") == 2
 
     scores, test = (pl.read_parquet(folder / "scores" / f"{name}.parquet") for name in ("rank", "test"))
-    assert set(SCORE_COLUMNS) | {"item_id", "logit_1", "logit_3", "drift_1"} <= set(scores.columns)
+    assert set(SCORE_COLUMNS) | {"item_id", "logit_1", "logit_3"} <= set(scores.columns)
     asked = scores.filter(pl.col("request_id").str.starts_with("catalogue/test/")).drop_nulls("row_id")
     assert len(asked) == 12
     both = asked.join(test, on="row_id", suffix="_test", validate="1:1")

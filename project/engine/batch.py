@@ -53,7 +53,7 @@ class EngineBatch:
         evidence = self._upload(np.concatenate([r.evidence for r in requests]))
         prior = self._upload(np.concatenate([r.prior for r in requests]))[:, None]
         first = prior if parts.decision.layers[0] == 0 else prior[:, :0]
-        self.logits, self.drift, self.evidence = first, torch.full_like(first, torch.nan), evidence
+        self.logits, self.evidence = first, evidence
         self.emitted = torch.full_like(prior[:, 0], torch.nan)
         self.row: Row
         self.structure: Structure  # of the row
@@ -143,7 +143,7 @@ class EngineBatch:
             leaves, stays = None, np.zeros(len(self.alive), dtype=bool)
             self.emitted[self.index] = logits[:, -1]
         else:
-            outputs = HeadOutputs(decision.layers[: head + 1], logits, self.evidence, self.drift)
+            outputs = HeadOutputs(decision.layers[: head + 1], logits, self.evidence)
             leaves = decision.leaves(self.owner, outputs)
             self.emitted[self.index] = torch.where(leaves, logits[:, -1], self.emitted[self.index])
             stays = ~leaves.cpu().numpy()  # the one wait for the device
@@ -152,19 +152,15 @@ class EngineBatch:
         self.alive = self.alive[stays]
         if not stays.all() and len(self.alive):
             kept = self._upload(np.flatnonzero(stays))
-            names = "owner", "index", "logits", "drift", "evidence"
+            names = "owner", "index", "logits", "evidence"
             for name in names:
                 setattr(self, name, getattr(self, name).index_select(0, kept))
         return stays
 
     def _speak(self, layer: int, answers: Tensor) -> None:
-        """The head of a layer on answer positions (m, H): one more column of logits and drift."""
+        """The head of a layer on answer positions (m, H): one more column of logits."""
         said = self.parts.heads[str(layer)](answers)
-        self.logits = torch.cat([self.logits, said.logits.double()[:, None]], dim=1)
-        drift = said.drift.sigmoid().double()
-        if layer == max(int(k) for k in self.parts.heads):  # the last word expects no drift
-            drift = torch.full_like(drift, torch.nan)
-        self.drift = torch.cat([self.drift, drift[:, None]], dim=1)
+        self.logits = torch.cat([self.logits, said.double()[:, None]], dim=1)
 
     def _pack(self) -> None:
         """The row at depth 0: streams, or what of them is not cached, and the candidates that are alive."""

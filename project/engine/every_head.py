@@ -1,4 +1,4 @@
-"""Every head's logit and drift for every candidate of prepared requests: the score table that thresholds are made of.
+"""Every head's logit for every candidate of prepared requests: the score table that thresholds are made of.
 
 Unusual here: it is the engine with a decision that lets nobody leave and listens at the last head. The table is the
 one that `predict` writes, without its dense attention: one stream serves all candidates of a request.
@@ -75,8 +75,8 @@ def score_every_head(
     failed = next((s for s in scores.requests if s.error is not None), None)
     if failed is not None:
         raise DataError(f"request {failed.request_id!r} cannot be scored: {failed.error}.")
-    nothing = torch.zeros(0, 2 * len(model.exit_layers) - 1)
-    said = [torch.cat([o.logits, o.drift[:, :-1]], dim=1).cpu() for o in decision.heard]
+    nothing = torch.zeros(0, len(model.exit_layers))
+    said = [o.logits.cpu() for o in decision.heard]
     counts = np.array([len(r) for r in requests], dtype=np.int64)
     own, stream, counting = (
         np.concatenate([np.zeros(0, dtype=kind), *parts])

@@ -55,7 +55,7 @@ def scores_of_rows(
 
     Args:
         ids: (n, 3) from `ScoreCollector.compute`.
-        values: (n, 2 k - 1) logits of all heads, then the expected drift of all but the last.
+        values: (n, k) logits of all heads.
         rows: The n rows of the log.
         counting: (n,) logits of exit 0.
         exit_layers: The k layers.
@@ -71,7 +71,7 @@ def scores_of_candidates(
 
     Args:
         ids: (n, 3) from `ScoreCollector.compute`; the id is the position in `candidates`.
-        values: (n, 2 k - 1) as in `scores_of_rows`.
+        values: (n, k) as in `scores_of_rows`.
         candidates: `Requests.table()`.
         counting: (n,) logits of exit 0.
         exit_layers: The k layers.
@@ -97,10 +97,10 @@ def labelled_scores(scores: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
 def _table(
     columns: dict[str, pl.Series], ids: Tensor, values: Tensor, counting: Floats, exit_layers: list[int]
 ) -> pl.DataFrame:
-    tokens, numbers, k = ids.cpu().numpy(), values.cpu().numpy(), len(exit_layers)
+    tokens = ids.cpu().numpy()
     columns |= {
         "target_tokens": pl.Series(tokens[:, 1]),
         "stream_tokens": pl.Series(tokens[:, 2]),
         "logit_0": pl.Series(counting),
     }
-    return score_table(columns, numbers[:, :k], exit_layers, numbers[:, k:])
+    return score_table(columns, values.cpu().numpy(), exit_layers)

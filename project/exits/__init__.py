@@ -7,14 +7,12 @@ from project.exits.calibration import Calibration, fit_calibration
 from project.exits.criteria import (
     Consistency,
     Criterion,
-    DriftHead,
     Ratio,
     RatioConsistency,
     out_of_fold_safety,
     safety_table,
 )
 from project.exits.learned import Learned
-from project.exits.neighbour_depth import NeighbourDepth
 from project.exits.outputs import HeadOutputs
 from project.exits.path import Asked, Path, Step, pick_budget, threshold_path
 from project.exits.policies import FixedDepth, Oracle, Policy, RandomExit, leave
@@ -25,11 +23,9 @@ __all__ = [
     "Calibration",
     "Consistency",
     "Criterion",
-    "DriftHead",
     "FixedDepth",
     "HeadOutputs",
     "Learned",
-    "NeighbourDepth",
     "Oracle",
     "Path",
     "Policy",

@@ -124,7 +124,7 @@ class TuneFold:
         return ExitPlan(self.calibration, policy, self.prior)
 
     def _calibrated(self, raw: HeadOutputs) -> HeadOutputs:
-        return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence, raw.drift)
+        return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence)
 
     def _curves(self, criteria: Sequence[Criterion], shown: bool) -> list[Curve]:
         paths = [self._path(deepcopy(criterion)) for criterion in criteria]

@@ -54,7 +54,7 @@ def try_out(criterion: Criterion, prior: bool) -> None:
 
     Args:
         criterion: Not fitted, and left so.
-        prior: Whether exit 0 is a head, which predicts no drift.
+        prior: Whether exit 0 is a head.
 
     Raises:
         ConfigError: As `checked`.
@@ -63,12 +63,8 @@ def try_out(criterion: Criterion, prior: bool) -> None:
         return
     made = torch.Generator().manual_seed(0)
     logits = torch.randn(ROWS, 3, generator=made, dtype=torch.float64)
-    drift = torch.rand(ROWS, 3, generator=made, dtype=torch.float64)
-    drift[:, 2] = torch.nan
-    if prior:
-        drift[:, 0] = torch.nan
     evidence = torch.randn(ROWS, len(FEATURES), generator=made, dtype=torch.float64)
-    outputs = HeadOutputs.of((0, 1, 2) if prior else (1, 2, 3), logits, evidence, drift)
+    outputs = HeadOutputs.of((0, 1, 2) if prior else (1, 2, 3), logits, evidence)
     with torch.random.fork_rng(devices=[]):
         try:
             copy = deepcopy(criterion)
@@ -84,7 +80,7 @@ def _refused(criterion: Criterion, outputs: HeadOutputs, found: str) -> ConfigEr
     asked = f"{outputs.logits.shape[0]} rows at the exit at layer {outputs.layers[-1]}"
     return ConfigError(
         f"the criterion {_path(type(criterion))}: asked about {asked}, its safety returned {found}; expected a torch "
-        "tensor of shape (rows,), higher is safer, -inf where it cannot decide (drift is NaN at exit 0)."
+        "tensor of shape (rows,), higher is safer, -inf where it cannot decide."
     )
 
 

@@ -139,15 +139,6 @@ class RatioConsistency(Consistency):
         return torch.minimum(ratio, consistency)
 
 
-class DriftHead(Criterion):
-    """Minus the drift |p_last - p_k| that the head itself expects, read from its hidden state."""
-
-    def safety(self, outputs: HeadOutputs) -> Tensor:
-        """(n,) in [-1, 0]; -inf at a head that predicts no drift."""
-        drift = outputs.drift[:, -1]
-        return torch.where(drift.isnan(), -torch.inf, -drift)
-
-
 def name(criterion: Criterion) -> str:
     """Its class in snake_case: the name in result files."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(criterion).__name__).lower()

@@ -3,7 +3,7 @@
 Unusual here: squares and products of a dozen features do what a small network or gradient boosting do on a
 few thousand rows (rank correlation with the true drift within .01 on the world of tests/exits/conftest.py),
 in closed form, in milliseconds and without a seed. What cannot be known yet (later heads) and what says
-nothing (constants, heads without drift) gets scale zero, so features need no mask.
+nothing (constants) gets scale zero, so features need no mask.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from project.exits.outputs import HeadOutputs
 
 SMALLEST_DRIFT = 1e-3  # probabilities are clipped at .001: smaller changes are not told apart
 LARGEST = 4.0  # standardised features are clipped here: squares of outliers would rule
-DERIVED = 5
+DERIVED = 4
 
 
 class Learned(Criterion):
     """Minus the predicted drift |p_last - p_k|, from the heads so far and the evidence.
 
     Features of head k: its logits and all earlier ones, |logit_k|, p_k (1 - p_k), log of the last and of the
-    largest change of probability, log of the head's own expected drift, the evidence numbers; standardised.
+    largest change of probability, the evidence numbers; standardised.
 
     Args:
         ridge: Penalty on the squared weights of the standardised basis, in rows: 100 counts as much as a
@@ -32,7 +32,7 @@ class Learned(Criterion):
     """
 
     learns = True
-    _fitted = ("center", "scale", "weight", "offset")
+    _fitted = ("center", "scale", "weight", "intercept")
 
     def __init__(self, ridge: float = 100.0) -> None:
         if not ridge > 0:
@@ -53,7 +53,7 @@ class Learned(Criterion):
         fitted = [
             self._fit_head(_features(outputs.until(k), width).double(), drift[:, k]) for k in range(heads - 1)
         ]
-        self._center, self._scale, self._weight, self._offset = map(torch.stack, zip(*fitted, strict=True))
+        self._center, self._scale, self._weight, self._intercept = map(torch.stack, zip(*fitted, strict=True))
 
     def safety(self, outputs: HeadOutputs) -> Tensor:
         """(n,), about [-1, 0]: a prediction may be off by being negative. Asked of all heads but the last."""
@@ -80,7 +80,6 @@ def _features(outputs: HeadOutputs, width: int) -> Tensor:
     now = probabilities[:, -1]
     changes = probabilities.diff(dim=1).abs() if outputs.heads > 1 else torch.zeros_like(probabilities)
     derived = [
-        outputs.drift[:, -1].nan_to_num(nan=0.0).clamp(min=SMALLEST_DRIFT).log(),
         outputs.logits[:, -1].abs(),
         now * (1 - now),
         (changes[:, -1] + SMALLEST_DRIFT).log(),

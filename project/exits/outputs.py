@@ -23,41 +23,26 @@ class HeadOutputs:
         layers: (K,) layer of each head, ascending; 0 is the prior, which runs before the trunk.
         logits: (n, K) calibrated logits, float32 or float64.
         evidence: (n, F) numbers known before the trunk runs (log counts, rates); F may be 0.
-        drift: (n, K) each head's own prediction of |p_last - p_k|, in [0, 1]; NaN where a head makes none.
     """
 
     layers: tuple[int, ...]
     logits: Tensor
     evidence: Tensor
-    drift: Tensor
 
     def __post_init__(self) -> None:
         n, heads = self.logits.shape
-        if len(self.layers) != heads or self.drift.shape != self.logits.shape:
-            raise ValueError(
-                f"{len(self.layers)} layers, but logits of shape {(n, heads)} and drift of shape "
-                f"{tuple(self.drift.shape)}"
-            )
+        if len(self.layers) != heads:
+            raise ValueError(f"{len(self.layers)} layers, but logits of shape {(n, heads)}")
         if self.evidence.ndim != 2 or self.evidence.shape[0] != n:
             raise ValueError(f"{n} rows of logits, but evidence of shape {tuple(self.evidence.shape)}")
         if any(a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)):
             raise ValueError(f"layers must ascend, found {self.layers}")
 
     @classmethod
-    def of(
-        cls,
-        layers: Sequence[int],
-        logits: Tensor,
-        evidence: Tensor | None = None,
-        drift: Tensor | None = None,
-    ) -> HeadOutputs:
-        """Fill in what is missing: no evidence is F = 0, no drift is NaN. Arguments as the attributes."""
-        return cls(
-            tuple(layers),
-            logits,
-            logits.new_zeros(logits.shape[0], 0) if evidence is None else evidence.to(logits),
-            torch.full_like(logits, torch.nan) if drift is None else drift.to(logits),
-        )
+    def of(cls, layers: Sequence[int], logits: Tensor, evidence: Tensor | None = None) -> HeadOutputs:
+        """The evidence in the type of the logits; None is F = 0. Arguments as the attributes."""
+        known = logits.new_zeros(logits.shape[0], 0) if evidence is None else evidence.to(logits)
+        return cls(tuple(layers), logits, known)
 
     @property
     def heads(self) -> int:
@@ -74,8 +59,8 @@ class HeadOutputs:
         if not 0 <= k < self.heads:
             raise ValueError(f"head {k} of {self.heads}")
         end = k + 1
-        return HeadOutputs(self.layers[:end], self.logits[:, :end], self.evidence, self.drift[:, :end])
+        return HeadOutputs(self.layers[:end], self.logits[:, :end], self.evidence)
 
     def rows(self, index: Tensor) -> HeadOutputs:
         """The rows of `index`: (m,) positions or a mask (n,)."""
-        return HeadOutputs(self.layers, self.logits[index], self.evidence[index], self.drift[index])
+        return HeadOutputs(self.layers, self.logits[index], self.evidence[index])

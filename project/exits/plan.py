@@ -32,18 +32,14 @@ def raw_outputs(scores: pl.DataFrame, features: Floats, exit_layers: list[int], 
     """What a score table says, before calibration.
 
     Args:
-        scores: n rows of a score table (logit_<layer>, and drift_<layer> where there is one).
+        scores: n rows of a score table (logit_<layer>).
         features: (n, F) counting features of the same rows.
         exit_layers: Layers of the heads, ascending.
         prior: Whether exit 0 is a head.
     """
     layers = [0, *exit_layers] if prior else list(exit_layers)
     logits = torch.from_numpy(scores.select(f"logit_{k}" for k in layers).cast(pl.Float64).to_numpy().copy())
-    drift = torch.full_like(logits, torch.nan)
-    for column, layer in enumerate(layers):
-        if f"drift_{layer}" in scores.columns:
-            drift[:, column] = torch.from_numpy(scores[f"drift_{layer}"].cast(pl.Float64).to_numpy().copy())
-    return HeadOutputs.of(layers, logits, torch.from_numpy(features), drift)
+    return HeadOutputs.of(layers, logits, torch.from_numpy(features))
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class ExitPlan:
 
     def calibrated(self, raw: HeadOutputs) -> HeadOutputs:
         """The same rows with calibrated logits; the first heads alone will do."""
-        return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence, raw.drift)
+        return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence)
 
     def emitted(self, outputs: HeadOutputs) -> tuple[Tensor, Tensor]:
         """Per row of calibrated outputs: the layer it leaves at, (n,) int64, and the logit it leaves with, (n,)."""

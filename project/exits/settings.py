@@ -9,9 +9,8 @@ from project.errors import ConfigError
 from project.exits.certifiers import CertificateSettings
 from project.exits.checks import try_out
 from project.exits.cost import Stream
-from project.exits.criteria import Consistency, Criterion, DriftHead, Ratio, RatioConsistency
+from project.exits.criteria import Consistency, Criterion, Ratio, RatioConsistency
 from project.exits.learned import Learned
-from project.exits.neighbour_depth import NeighbourDepth
 
 Prior = Literal["counting", "none"]
 Mode = Literal["budget", "risk"]
@@ -19,7 +18,7 @@ Mode = Literal["budget", "risk"]
 
 def all_criteria() -> list[Criterion]:
     """One of each criterion, unfitted."""
-    return [Ratio(), Consistency(), RatioConsistency(), Learned(), NeighbourDepth(), DriftHead()]
+    return [Ratio(), Consistency(), RatioConsistency(), Learned()]
 
 
 @dataclass

@@ -26,6 +26,16 @@ def leave_out_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
 
 
+def drop_retired(checkpoint: dict[str, Any]) -> None:
+    """Drop what older versions kept in `state_dict` and nothing reads, in place: a head's expected drift.
+
+    Args:
+        checkpoint: A loaded checkpoint.
+    """
+    known = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {k: v for k, v in known.items() if ".drift." not in k}
+
+
 def check_parameters(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that lacks what is trained here, or holds what is unknown here.
 

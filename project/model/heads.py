@@ -1,18 +1,16 @@
-"""Exit heads: from a hidden state at some depth to the logit of the answer, and to how far that is from the last word.
+"""Exit heads: from a hidden state at some depth to the logit of the answer.
 
-Unusual: a head starts as the language model's own answer, logit(yes) - logit(no), so training refines an
-opinion instead of learning one from nothing. A head below the last one has a second output, its drift: the distance
-|p_last - p_here| that it expects, read from the same state without touching it. Autocast is off in a head: bfloat16
+A head starts as the language model's own answer, logit(yes) - logit(no), so training refines an
+opinion instead of learning one from nothing. Autocast is off in a head: bfloat16
 has 128 steps between powers of two, and scores that tie cost AUC.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,23 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from project.errors import ConfigError
 
-EXPECTED_DRIFT = 0.1  # where a head's second output starts: the usual size of what it learns
-
-
-class HeadOutput(NamedTuple):
-    """What heads say about n targets: (n,) of one head, (n, K) of all.
-
-    Attributes:
-        logits: Logit of the answer like.
-        drift: Logit of the expected |p_last - p_here|; minus infinity at the last head, which is the last word.
-    """
-
-    logits: Tensor
-    drift: Tensor
-
 
 class ExitHead(nn.Module):
-    """Own norm, then one logit and the drift.
+    """Own norm, then one logit.
 
     A norm of its own, because below the last layer hidden states have another scale than the final norm
     expects.
@@ -44,30 +28,21 @@ class ExitHead(nn.Module):
     Args:
         norm: Final norm of the LM; copied.
         direction: (H,) initial weights, see `Trunk.answer_direction`. The bias starts at 0.
-        last: Whether this is the deepest head, which has no drift.
     """
 
-    def __init__(self, norm: nn.Module, direction: Tensor, last: bool = False) -> None:
+    def __init__(self, norm: nn.Module, direction: Tensor) -> None:
         super().__init__()
         self.norm = deepcopy(norm).float().requires_grad_(True)
         self.linear = nn.Linear(direction.numel(), 1)
         with torch.no_grad():
             self.linear.weight.copy_(direction[None])
             self.linear.bias.zero_()
-        self.drift = None if last else nn.Linear(direction.numel(), 1)
-        if self.drift is not None:
-            nn.init.zeros_(self.drift.weight)
-            nn.init.constant_(self.drift.bias, math.log(EXPECTED_DRIFT / (1 - EXPECTED_DRIFT)))
 
-    def forward(self, hidden: Tensor) -> HeadOutput:
-        """Two (n,) float32 of hidden states (n, H) at answer slots."""
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(n,) float32 logits of hidden states (n, H) at answer slots."""
         with torch.autocast(hidden.device.type, enabled=False):
-            normed = self.norm(hidden.to(self.linear.weight.dtype))
-            logits: Tensor = self.linear(normed).squeeze(-1).float()
-            if self.drift is None:
-                return HeadOutput(logits, torch.full_like(logits, -torch.inf))
-            # detached: what helps to foresee the last head must not bend what the head itself reads
-            return HeadOutput(logits, self.drift(normed.detach()).squeeze(-1).float())
+            logits: Tensor = self.linear(self.norm(hidden.to(self.linear.weight.dtype)))
+            return logits.squeeze(-1).float()
 
 
 def heads_digest(state: Mapping[str, Tensor]) -> str:

@@ -24,21 +24,3 @@ def exit_loss(logits: Tensor, labels: Tensor, global_targets: Tensor | float) ->
     expected = labels[:, None].expand_as(logits).to(logits.dtype)
     per_head = F.binary_cross_entropy_with_logits(logits, expected, reduction="none").sum(0) / global_targets
     return per_head.mean(), per_head.detach()
-
-
-def drift_loss(logits: Tensor, drift: Tensor, global_targets: Tensor | float) -> Tensor:
-    """Cross-entropy of every head's drift against |p_last - p_here|, whose mean it estimates; the mean over heads.
-
-    Gradients reach the drift outputs only.
-
-    Args:
-        logits: (n, K).
-        drift: (n, K) logits of the expected drift; the last column is not read.
-        global_targets: What the sum over targets is divided by.
-    """
-    if logits.shape[1] == 1:
-        return logits.new_zeros(())
-    p = logits.detach().sigmoid()
-    expected = (p[:, -1:] - p[:, :-1]).abs()
-    loss = F.binary_cross_entropy_with_logits(drift[:, :-1], expected, reduction="sum")
-    return loss / ((logits.shape[1] - 1) * global_targets)

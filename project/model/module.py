@@ -21,11 +21,11 @@ from project.data.sources import resolve_model
 from project.errors import ConfigError
 from project.evaluation.exits import choose_exit, exit_rows
 from project.evaluation.scores import ScoreCollector, scores_of_candidates, scores_of_rows
-from project.model.checkpoint import check_origin, check_parameters, leave_out_frozen
+from project.model.checkpoint import check_origin, check_parameters, drop_retired, leave_out_frozen
 from project.model.exit_buffers import ExitBuffers
-from project.model.heads import ExitHead, HeadOutput, answer_tokens
+from project.model.heads import ExitHead, answer_tokens
 from project.model.lora import LoraSettings, add_lora
-from project.model.losses import drift_loss, exit_loss
+from project.model.losses import exit_loss
 from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups, planned_steps
 from project.model.sharding import set_sharded_trunk, shared_mesh
 from project.model.trunk import Trunk
@@ -122,7 +122,7 @@ class ExitRecommender(ExitBuffers):
         no, yes = answer_tokens(tokenizer, self.answers)
         direction = trunk.answer_direction(yes, no)
         for layer in self.exit_layers:
-            self.heads[str(layer)] = ExitHead(trunk.final_norm, direction, last=layer == self.depth)
+            self.heads[str(layer)] = ExitHead(trunk.final_norm, direction)
         trunk.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
             add_lora(trunk, self.lora)
@@ -139,40 +139,37 @@ class ExitRecommender(ExitBuffers):
         prior = CountingPrior.fit(self.data.evidence_of(targets), targets["label"].to_numpy())
         self.prior.copy_(torch.from_numpy(prior.to_array()))
 
-    def forward(self, batch: Batch) -> HeadOutput:
-        """Logits and drift of every exit.
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits of every exit.
 
         Args:
             batch: n targets.
 
         Returns:
-            Two (n, exits), in the order of `exit_layers`.
+            (n, exits), in the order of `exit_layers`.
         """
         assert self.trunk is not None
         state = self.trunk.embed(batch.tokens, batch.layout)
-        outputs, start = list[HeadOutput](), 0
+        outputs, start = list[Tensor](), 0
         for layer in self.exit_layers:
             state = self.trunk.run(state, start, layer)
             outputs.append(self.heads[str(layer)](state.hidden.flatten(0, 1)[batch.slots]))
             start = layer
-        return HeadOutput(*(torch.stack(part, dim=1) for part in zip(*outputs, strict=True)))
+        return torch.stack(outputs, dim=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean log loss of all heads, normalised by the targets of all processes; their drift's loss."""
-        logits, drift = self(batch)
+        """Mean log loss of all heads, normalised by the targets of all processes."""
+        logits: Tensor = self(batch)
         targets = torch.tensor(float(len(batch.label)), device=self.device)
         world = self.trainer.world_size
         if world > 1:
             targets = self.trainer.strategy.reduce(targets, reduce_op="sum")
         # gradients are averaged over processes, the loss is a sum over their targets: hence the factor
         loss, per_head = exit_loss(logits, batch.label, targets / world)
-        drift_error = drift_loss(logits, drift, targets / world)
         self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log("train/drift_loss", drift_error.detach())
         for layer, value in zip(self.exit_layers, per_head, strict=True):
             self.log(f"train/log_loss/exit_{layer}", value)
-        total: Tensor = loss + drift_error
-        return total
+        return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect scores."""
@@ -187,10 +184,9 @@ class ExitRecommender(ExitBuffers):
         return self._collect(batch)
 
     def _collect(self, batch: Batch) -> Tensor:
-        output: HeadOutput = self(batch)
-        values = torch.cat([output.logits, output.drift[:, :-1].sigmoid()], dim=1)
-        self.collector.update(batch.row_id, batch.target_tokens, batch.stream_tokens, values)
-        return output.logits
+        logits: Tensor = self(batch)
+        self.collector.update(batch.row_id, batch.target_tokens, batch.stream_tokens, logits)
+        return logits
 
     def on_validation_epoch_end(self) -> None:
         """Log every head on the `select` fold; choose the exit on `tune`."""
@@ -261,6 +257,7 @@ class ExitRecommender(ExitBuffers):
                 configuration. Training that goes on is no exception: rows of the old train could be the new test's.
         """
         check_origin(checkpoint, self.exit_layers, self.backbone)
+        drop_retired(checkpoint)
         check_parameters(self, checkpoint)
         if self._trainer is not None:
             check_reads(checkpoint.get("reads"), self.data, judged=self.trainer.state.fn != "predict")

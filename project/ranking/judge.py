@@ -24,7 +24,6 @@ from project.exits.cost import Stream, request_cost
 from project.exits.criteria import (
     Consistency,
     Criterion,
-    DriftHead,
     Ratio,
     RatioConsistency,
     name,
@@ -87,7 +86,7 @@ class ScoredRequests:
         """From a score table of candidates.
 
         Args:
-            scores: Columns request_id, user, label (null where unknown), tokens, logits and drift; the candidates of
+            scores: Columns request_id, user, label (null where unknown), tokens and logits; the candidates of
                 a request in order.
             calibration: The run's; None: raw logits, and exit 0 is the first head.
         """
@@ -102,7 +101,7 @@ class ScoredRequests:
         return cls(
             torch.from_numpy(number),
             scores["user"].to_numpy()[starts],
-            HeadOutputs(raw.layers, logits, raw.evidence, raw.drift),
+            HeadOutputs(raw.layers, logits, raw.evidence),
             target,
             stream,
             scores["label"].fill_null(-1).to_numpy().astype(np.int8),
@@ -180,8 +179,6 @@ def policies(tune: ScoredRequests, k: int, overlap: float) -> list[RankPolicy]:
     margins = [by_margin(TopK(k, fit_margins(tune.request, tune.outputs, q)), q) for q in LEVELS]
     found = [full, fastest(margins, full, tune, k, overlap)]
     criteria: list[Criterion] = [Consistency(), Ratio(), RatioConsistency()]
-    if not tune.outputs.drift[:, :-1].isnan().all():
-        criteria.append(DriftHead())
     for criterion in criteria:
         criterion.fit(tune.outputs)
         safety = safety_table(criterion, tune.outputs)[:, :-1]

@@ -19,8 +19,6 @@ COLOURS = {
     "learned": "#D55E00",
     "ratio": "#E69F00",
     "ratio_consistency": "#CC79A7",
-    "neighbour_depth": "#009E73",
-    "drift_head": "#56B4E9",
     "fixed_depth": "#000000",
     "random": "#999999",
     "oracle": "#6A4C93",

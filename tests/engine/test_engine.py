@@ -24,13 +24,13 @@ from project.engine.batch import EngineBatch
 from project.engine.decisions import static_exits
 from project.errors import ConfigError
 from project.exits.cost import request_cost
-from project.exits.criteria import Consistency, Criterion, DriftHead, Ratio, RatioConsistency
+from project.exits.criteria import Consistency, Criterion, Ratio, RatioConsistency
 from project.exits.learned import Learned
 from project.exits.plan import ExitPlan
 from project.exits.policies import Policy
 from project.exits.top_k import TopK
 
-CRITERIA = [Ratio(), Consistency(), RatioConsistency(), Learned(), DriftHead()]
+CRITERIA = [Ratio(), Consistency(), RatioConsistency(), Learned()]
 NEAR = 1e-4  # of a threshold: rounding may decide
 
 

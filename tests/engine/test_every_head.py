@@ -25,13 +25,12 @@ from project.exits.plan import raw_outputs
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 16_384])
 def test_every_head_is_each_candidate_by_itself(world: World, batch_tokens: int) -> None:
-    """Logits and drift of every head to 1e-5, rows in the order asked, in batches of one request or of all."""
+    """Logits of every head to 1e-5, rows in the order asked, in batches of one request or of all."""
     scores = score_every_head(world.module, world.requests, batch_tokens)
     features = np.concatenate([r.evidence for r in world.requests])
     found = raw_outputs(scores, features, EXITS, prior=True)
-    for name in ("logits", "drift"):
-        expected = torch.cat([getattr(o, name) for o in world.outputs])
-        torch.testing.assert_close(getattr(found, name), expected, atol=1e-5, rtol=0, equal_nan=True)
+    expected = torch.cat([o.logits for o in world.outputs])
+    torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=0)
     asked = [(r.request_id, k) for r in world.requests for k in range(len(r))]
     assert scores.select("request_id", "candidate_index").rows() == asked
     tokens = [
@@ -103,8 +102,8 @@ def test_it_is_the_table_of_predict(
     scores = score_every_head(model, prepared, batch_tokens=300, candidates=data.requests.table())
     expected = expected.drop("exit_layer", "adaptive_logit")
     assert scores.schema == expected.schema
-    heads = [c for c in scores.columns if c.startswith(("logit_", "drift_"))]
-    assert heads == ["logit_0", "logit_1", "logit_3", "drift_1"]
+    heads = [c for c in scores.columns if c.startswith("logit_")]
+    assert heads == ["logit_0", "logit_1", "logit_3"]
     assert scores.drop(heads).equals(expected.drop(heads))
     np.testing.assert_allclose(scores.select(heads), expected.select(heads), atol=1e-4)
     assert scores["logit_3"].std() > 1e-3  # type: ignore[operator]

@@ -84,13 +84,13 @@ def computed(ids: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def test_scores_of_rows(tiny_logs: Path) -> None:
-    """A row's user, split, fold and label, its tokens, exit 0, the logits of exits 4 and 9 and exit 4's drift meet."""
+    """A row's user, split, fold and label, its tokens, exit 0, the logits of exits 4 and 9 meet."""
     rows = read_split(tiny_logs, Protocol(minimum_history=1)).rows
     chosen = rows.filter(pl.col("role") == "target").sample(50, seed=0).sort("row_id")
     row_id = chosen["row_id"]
     ids, values = computed(row_id.sample(50, seed=1, shuffle=True).to_list())
     scores = scores_of_rows(ids, values, chosen, row_id.to_numpy() / 2, [4, 9])
-    assert scores.columns == [*SCORE_COLUMNS, "logit_4", "logit_9", "drift_4"]
+    assert scores.columns == [*SCORE_COLUMNS, "logit_4", "logit_9"]
     for column in ("row_id", "user", "split", "fold", "label"):
         assert scores[column].to_list() == chosen[column].to_list()
     expected = {
@@ -99,7 +99,6 @@ def test_scores_of_rows(tiny_logs: Path) -> None:
         "logit_0": row_id / 2,
         "logit_4": row_id,
         "logit_9": -row_id,
-        "drift_4": 2 * row_id,
     }
     assert {c: scores[c].to_list() for c in expected} == {c: v.to_list() for c, v in expected.items()}
     assert scores["request_id"].null_count() == scores["candidate_index"].null_count() == 50
@@ -112,6 +111,10 @@ def test_scores_of_candidates() -> None:
     )
     scores = scores_of_candidates(*computed([2, 0, 1]), candidates, np.array([0.5, 1.5, 2.5]), [1, 2])
     assert scores.columns[:4] == ["row_id", "request_id", "candidate_index", "item_id"]
-    shown = scores.select("request_id", "candidate_index", "item_id", "logit_0", "logit_1", "drift_1").rows()
-    assert shown == [("b", 0, "x", 0.5, 0.0, 0.0), ("b", 1, "y", 1.5, 1.0, 2.0), ("a", 0, "x", 2.5, 2.0, 4.0)]
+    shown = scores.select("request_id", "candidate_index", "item_id", "logit_0", "logit_1", "logit_2").rows()
+    assert shown == [
+        ("b", 0, "x", 0.5, 0.0, -0.0),
+        ("b", 1, "y", 1.5, 1.0, -1.0),
+        ("a", 0, "x", 2.5, 2.0, -2.0),
+    ]
     assert scores["row_id"].null_count() == scores["label"].null_count() == 3

@@ -44,9 +44,7 @@ def scores(new_world: Callable[..., Any]) -> pl.DataFrame:
         "stream_tokens": world.stream_tokens.numpy(),
         "logit_0": world.raw[:, 0].numpy(),
     }
-    return score_table(
-        columns, world.raw[:, 1:].numpy(), list(world.layers[1:]), world.drift[:, 1:-1].numpy()
-    )
+    return score_table(columns, world.raw[:, 1:].numpy(), list(world.layers[1:]))
 
 
 def settings(**changes: Any) -> ExitSettings:

@@ -40,7 +40,7 @@ WRONG: dict[str, tuple[Callable[[HeadOutputs], Any], str]] = {
         r"returned a tensor \(\d+, 1\)",
     ),
     "one number": (lambda o: o.logits.mean(), r"returned a tensor \(\)"),
-    "NaN": (lambda o: -o.drift[:, -1] * torch.nan, "returned NaN for .* although the logits are numbers"),
+    "NaN": (lambda o: o.logits[:, -1] * torch.nan, "returned NaN for .* although the logits are numbers"),
 }
 
 
@@ -54,14 +54,6 @@ def test_a_wrong_safety_names_class_and_shape(outputs: HeadOutputs, made: Any, w
         ExitSettings(criterion=Mine(made))
     with pytest.raises(ConfigError, match=expected):
         ExitSettings(compare=[Learned(), Mine(made)])
-
-
-def test_drift_is_missing_only_at_exit_0() -> None:
-    """A criterion that reads drift as it is has no number at exit 0, and has one where there is no such exit."""
-    criterion = Mine(lambda o: -o.drift[:, -1])
-    with pytest.raises(ConfigError, match=r"at layer 0,.*drift is NaN at exit 0"):
-        ExitSettings(criterion=criterion)
-    ExitSettings(criterion=criterion, prior="none")
 
 
 def test_trying_out_leaves_no_trace() -> None:

@@ -6,7 +6,6 @@ from project.errors import ConfigError, DataError
 from project.exits.calibration import fit_calibration
 from project.exits.criteria import (
     Consistency,
-    DriftHead,
     Ratio,
     RatioConsistency,
     name,
@@ -14,7 +13,6 @@ from project.exits.criteria import (
     safety_table,
 )
 from project.exits.learned import Learned
-from project.exits.neighbour_depth import NeighbourDepth, needed_head
 from project.exits.outputs import HeadOutputs
 
 
@@ -36,15 +34,14 @@ class TestEveryCriterion:
         torch.testing.assert_close(alone, table[index[:1]], atol=1e-9, rtol=1e-9)
 
     def test_reads_no_later_head(self, make_criterion, outputs):
-        """Scrambling heads behind k (logits and drift) changes no safety at k: not even the fit can leak it."""
+        """Scrambling heads behind k changes no safety at k: not even the fit can leak it."""
         criterion = make_criterion()
         criterion.fit(outputs)
         table = safety_table(criterion, outputs)
         for k in range(outputs.heads - 1):
-            logits, drift = outputs.logits.clone(), outputs.drift.clone()
+            logits = outputs.logits.clone()
             logits[:, k + 1 :] = 7.0
-            drift[:, k + 1 :] = torch.nan
-            changed = HeadOutputs.of(outputs.layers, logits, outputs.evidence, drift)
+            changed = HeadOutputs.of(outputs.layers, logits, outputs.evidence)
             assert torch.equal(safety_table(criterion, changed)[:, k], table[:, k])
 
     def test_state_round_trip(self, make_criterion, outputs, tmp_path):
@@ -68,9 +65,7 @@ class TestEveryCriterion:
         """A policy fitted in double decides on float32 logits, as an engine has them, by the same safety."""
         criterion = make_criterion()
         criterion.fit(outputs)
-        single = HeadOutputs(
-            outputs.layers, outputs.logits.float(), outputs.evidence.float(), outputs.drift.float()
-        )
+        single = HeadOutputs(outputs.layers, outputs.logits.float(), outputs.evidence.float())
         found = safety_table(criterion, single)
         assert found.dtype == torch.float32
         difference = (found - safety_table(criterion, outputs))[:, criterion.first : -1].abs()
@@ -108,18 +103,9 @@ class TestSimple:
         ranks = [x.argsort().argsort().double() / (len(x) - 1) for x in (ratio, consistency)]
         torch.testing.assert_close(criterion.safety(part), torch.minimum(*ranks), atol=2e-3, rtol=0)
 
-    def test_drift_head_without_a_prediction_never_leaves(self):
-        """NaN drift is -inf safety; a predicted drift of .2 is safety -.2."""
-        heads = HeadOutputs.of((2, 4), torch.zeros(2, 2), drift=torch.tensor([[0.2, 0.0], [torch.nan, 0.0]]))
-        assert DriftHead().safety(heads.until(0)).tolist() == pytest.approx([-0.2, -torch.inf])
-
     def test_names(self):
         """The name in result files is the class in snake_case."""
-        assert [name(c) for c in (Ratio(), RatioConsistency(), NeighbourDepth())] == [
-            "ratio",
-            "ratio_consistency",
-            "neighbour_depth",
-        ]
+        assert [name(c) for c in (Ratio(), RatioConsistency())] == ["ratio", "ratio_consistency"]
 
 
 class TestLearning:
@@ -144,30 +130,13 @@ class TestLearning:
         outside.fit(outputs)
         assert torch.equal(inside.safety(outputs.until(2)), outside.safety(outputs.until(2)))
 
-    def test_needed_head_golden(self):
-        """Drift .3, .01, .3, 0 needs head 3 (near by chance at 1); .3, .01, .02, 0 needs head 1; 0 throughout: 0."""
-        heads = HeadOutputs.of(
-            (0, 2, 4, 6), logit([[0.2, 0.49, 0.8, 0.5], [0.2, 0.49, 0.52, 0.5], [0.5] * 4])
-        )
-        assert needed_head(heads, 0.0201).tolist() == [3, 1, 0]
-
-    def test_neighbour_depth_golden(self):
-        """Two tune rows at logit 1 needed layers 2 and 4, far ones 0: from layer 0 on a row at 1 needs (2 + 4) / 2."""
-        logits = torch.tensor(
-            [[1.0, 3.0, 3.0], [1.0, 1.0, 3.0], [-5.0, -5.0, -5.0], [-5.0, -5.0, -5.0]]
-        ).double()
-        criterion = NeighbourDepth(neighbours=2)
-        criterion.fit(HeadOutputs.of((0, 2, 4), logits))
-        asked = HeadOutputs.of((0,), torch.tensor([[1.0], [-5.0]]).double())
-        assert criterion.safety(asked).tolist() == [-3.0, 0.0]
-
     def test_out_of_fold_sees_no_row_of_the_user(self, world, outputs):
         """Changing how one user's rows end changes no out-of-fold safety of any user in its own half."""
         table = out_of_fold_safety(Learned, outputs, world.users)
         mine = world.users == 3
         logits = outputs.logits.clone()
         logits[mine, -1] = -logits[mine, -1]
-        changed = HeadOutputs.of(outputs.layers, logits, outputs.evidence, outputs.drift)
+        changed = HeadOutputs.of(outputs.layers, logits, outputs.evidence)
         again = out_of_fold_safety(Learned, changed, world.users)
         same = torch.isclose(again[:, 0], table[:, 0], atol=1e-12)
         assert same[mine].all()
@@ -190,8 +159,6 @@ class TestBadInput:
         [
             (lambda: Consistency(0), "heads is 0"),
             (lambda: Learned(ridge=0.0), "ridge is 0"),
-            (lambda: NeighbourDepth(neighbours=0), "neighbours is 0"),
-            (lambda: NeighbourDepth(tolerance=2.0), r"tolerance is 2\.0"),
         ],
     )
     def test_arguments(self, make, word):
@@ -199,7 +166,7 @@ class TestBadInput:
         with pytest.raises(ConfigError, match=word):
             make()
 
-    @pytest.mark.parametrize("make", [Learned, NeighbourDepth, RatioConsistency])
+    @pytest.mark.parametrize("make", [Learned, RatioConsistency])
     def test_not_fitted(self, make, outputs):
         """Safety before fitting is an error that names the verb, and a foreign state one that names what lacks."""
         with pytest.raises(ConfigError, match=r"was not fitted.*calibrate"):

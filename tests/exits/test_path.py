@@ -7,20 +7,19 @@ import torch
 from project.errors import ConfigError, DataError
 from project.exits import search as search_module
 from project.exits.calibration import fit_calibration
-from project.exits.criteria import Consistency, DriftHead, Ratio, out_of_fold_safety, safety_table
+from project.exits.criteria import Consistency, Ratio, out_of_fold_safety, safety_table
 from project.exits.learned import Learned
-from project.exits.path import Asked, drop_bounds, pick_budget, threshold_path
+from project.exits.path import drop_bounds, pick_budget, threshold_path
 from project.exits.policies import Policy, leave
 from project.exits.risks import auc_gap
 from project.exits.simulate import (
-    AskedCandidates,
     ScoredRows,
     control_curves,
     cost_matched_auc,
     curve,
 )
 
-CONSISTENCY, RATIO, DRIFT_HEAD = Consistency(), Ratio(), DriftHead()
+CONSISTENCY, RATIO, LEARNED = Consistency(), Ratio(), Learned()
 COSTS = (0.2, 0.3, 0.45, 0.6)
 
 
@@ -57,7 +56,7 @@ def true_aucs(path, criterion, world, outputs, costs=COSTS):
 
 
 class TestPath:
-    @pytest.mark.parametrize("criterion", [CONSISTENCY, RATIO, DRIFT_HEAD])
+    @pytest.mark.parametrize("criterion", [CONSISTENCY, RATIO, LEARNED])
     def test_is_a_one_parameter_path(self, tune, criterion):
         """Step 0 is full depth at cost 1; cost falls strictly, and expected AUC strictly after step 0."""
         _, _, path = fit(criterion, tune)
@@ -117,97 +116,10 @@ class TestPath:
             threshold_path(safety, outputs.logits, tune.labels, *rest)
 
 
-@pytest.fixture(scope="module")
-def rows(new_world):
-    """400 labelled rows with their outputs and safety, and 320 candidates under the same calibration."""
-    world, other = new_world(400, seed=1), new_world(320, seed=7)
-    outputs = world.calibrated()
-    asked = other.outputs(fit_calibration(world.raw, world.labels, world.layers, prior=True))
-    return world, outputs, safety_table(DRIFT_HEAD, outputs), asked, safety_table(DRIFT_HEAD, asked)
-
-
-class TestAsked:
-    """What is paid for are candidates of real requests; what is judged are labelled rows."""
-
-    N = 16
-
-    def path(self, rows, asked=None, stream="cold"):
-        world, outputs, safety, _, _ = rows
-        return threshold_path(
-            safety, outputs.logits, world.labels, world.layers, *world.tokens, stream, steps=8, asked=asked
-        )
-
-    def asked(self, rows, own=20, shared=700):
-        """320 candidates in requests of N, in no order."""
-        order = torch.randperm(320, generator=torch.Generator().manual_seed(0))
-        tokens = [torch.full((320,), value) for value in (own, shared)]
-        return Asked(rows[4][order], (torch.arange(320) // self.N)[order], *tokens), rows[3].rows(order)
-
-    @pytest.mark.parametrize("stream", ["cold", "warm"])
-    def test_one_candidate_costs_what_the_row_costs(self, rows, stream):
-        """Rows asked for one by one: every step costs what a simulation of one-candidate requests of the rows costs."""
-        world, outputs, safety, _, _ = rows
-        path = self.path(rows, Asked(safety, torch.arange(400), *world.tokens), stream)
-        found = simulated(ScoredRows(outputs, world.labels, *world.tokens, stream), DRIFT_HEAD, path)
-        for step, point in zip(path.steps, found, strict=True):
-            assert step.point() == pytest.approx(point, abs=1e-9)
-
-    @pytest.mark.parametrize("stream", ["cold", "warm"])
-    def test_steps_cost_what_requests_cost(self, rows, stream):
-        """`request_cost` of the candidates' exits, relative to full depth; AUC is that of the labelled rows."""
-        world, outputs, *_ = rows
-        asked, candidates = self.asked(rows)
-        path = self.path(rows, asked, stream)
-        paid = AskedCandidates(candidates, asked.request, asked.target_tokens, asked.stream_tokens)
-        judged = ScoredRows(outputs, world.labels, *world.tokens, stream, paid)
-        found = simulated(judged, DRIFT_HEAD, path)
-        assert len(path) > 5
-        assert path[0].cost == pytest.approx(1)
-        for step, point in zip(path.steps, found, strict=True):
-            assert step.point() == pytest.approx(point, abs=1e-9)
-
-    def test_warm_stream_is_mean_depth(self, rows):
-        """Equal tokens and a cached stream: the cost of every step is the candidates' mean depth over 12."""
-        path = self.path(rows, self.asked(rows)[0], "warm")
-        assert [s.cost for s in path.steps] == pytest.approx([s.mean_depth / 12 for s in path.steps])
-
-    @pytest.mark.parametrize("budget", [0.003, 0.01])
-    def test_huge_stream_makes_a_static_cap(self, rows, budget):
-        """A stream of a million tokens to 1: the plan sends everyone out at a head before the last, and costs that."""
-        path = self.path(rows, self.asked(rows, own=1, shared=1_000_000)[0])
-        step = path[pick_budget(path, max_auc_drop=budget)]
-        cap = step.thresholds.tolist().index(-torch.inf)
-        assert cap < 6
-        assert rows[0].layers[cap] / 12 - 0.05 < step.cost <= rows[0].layers[cap] / 12 + 1e-6
-
-    @pytest.mark.parametrize(("own", "shared"), [(20, 700), (20, 20), (1, 100_000)])
-    def test_never_worse_than_the_path_of_single_candidates(self, rows, own, shared):
-        """At every budget the plan costs these requests no more than that of `asked=None`; at some it costs less."""
-        asked, candidates = self.asked(rows, own, shared)
-        paid = AskedCandidates(candidates, asked.request, asked.target_tokens, asked.stream_tokens)
-        path, old = self.path(rows, asked), self.path(rows)
-        saved = []
-        for budget in (0.0, 0.001, 0.002, 0.005, 0.01, 0.03):
-            step = path[pick_budget(path, max_auc_drop=budget)]
-            before = old[pick_budget(old, max_auc_drop=budget)]
-            depth = torch.tensor(rows[0].layers)[leave(asked.safety, before.thresholds)]
-            spent, full = (paid.token_layers(d, "cold").sum() for d in (depth, torch.full_like(depth, 12)))
-            saved.append(float(spent) / float(full) - step.cost)
-        assert min(saved) >= -1e-9
-        assert max(saved) > 0.01
-
-    def test_refuses_nan(self, rows):
-        """NaN safety of a candidate names the exit."""
-        asked, _ = self.asked(rows)
-        asked.safety[5, 2] = torch.nan
-        with pytest.raises(DataError, match="NaN at the exit at layer 4"):
-            self.path(rows, asked)
-
-
 class TestBudget:
     def test_auc_budget(self, tune):
         """The fastest step whose AUC by labels and expected AUC both keep the budget; 0 never gives a worse AUC."""
-        _, _, path = fit(DRIFT_HEAD, tune)
+        _, _, path = fit(LEARNED, tune)
         chosen = pick_budget(path, max_auc_drop=0.002)
         assert path[chosen].auc_drop <= 0.002
         assert 0 < chosen < len(path) - 1
@@ -218,7 +130,7 @@ class TestBudget:
 
     def test_doubt_bounds_every_step(self, tune):
         """A step's bound is its drop plus z standard errors over users: z is 0 at one half, 1.2816 at one in ten."""
-        outputs, safety, path = fit(DRIFT_HEAD, tune)
+        outputs, safety, path = fit(LEARNED, tune)
         about = (path, safety, outputs.logits, tune.labels, tune.users)
         even, sure = (np.array(drop_bounds(*about, doubt)) for doubt in (0.5, 0.1))
         assert even == pytest.approx([step.auc_drop for step in path.steps], abs=1e-9)
@@ -243,7 +155,7 @@ class TestBudget:
             world = new_world(300, seed=100 + seed)
             calibration = fit_calibration(world.raw, world.labels, world.layers, prior=True)
             outputs, other = world.outputs(calibration), fresh.outputs(calibration)
-            safety, there = safety_table(DRIFT_HEAD, outputs), safety_table(DRIFT_HEAD, other)
+            safety, there = safety_table(LEARNED, outputs), safety_table(LEARNED, other)
             about = (safety, outputs.logits, world.labels)
             path = threshold_path(*about, world.layers, *world.tokens, steps=4)
             for doubt in broken:
@@ -256,7 +168,7 @@ class TestBudget:
 
     def test_cost_budget(self, tune):
         """The first step that costs at most the budget; with an AUC budget as well, the fastest that keeps both."""
-        _, _, path = fit(DRIFT_HEAD, tune)
+        _, _, path = fit(LEARNED, tune)
         chosen = pick_budget(path, max_cost=0.5)
         assert path[chosen].cost <= 0.5 < path[chosen - 1].cost
         assert pick_budget(path, max_auc_drop=0.002, max_cost=0.9) == pick_budget(path, max_auc_drop=0.002)
@@ -280,7 +192,7 @@ class TestOnFreshRows:
     """Fitted on one world, scored on another by the truth: what decides between methods."""
 
     def test_beats_the_static_model_of_equal_cost(self, tune, fresh):
-        """`learned` (evidence, no drift heads) has a third of the static models' AUC loss or less at cost .2 to .6."""
+        """`learned` has a third of the static models' AUC loss or less at cost .2 to .6."""
         calibration = fit_calibration(tune.raw, tune.labels, tune.layers, prior=True)
         outputs, other = tune.outputs(calibration), fresh.outputs(calibration)
         criterion = Learned()
@@ -322,8 +234,8 @@ class TestOnFreshRows:
             calibration = fit_calibration(world.raw, world.labels, world.layers, prior=True)
             for judge, values in found.items():
                 monkeypatch.setattr(search_module, "_teacher", judges[judge])
-                _, _, path = fit.__wrapped__(DRIFT_HEAD, world)
-                values.append(true_aucs(path, DRIFT_HEAD, other, other.outputs(calibration)).mean())
+                _, _, path = fit.__wrapped__(LEARNED, world)
+                values.append(true_aucs(path, LEARNED, other, other.outputs(calibration)).mean())
         assert np.mean(found["teacher"]) > np.mean(found[reference]) + 1e-4
 
 

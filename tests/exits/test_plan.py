@@ -12,20 +12,15 @@ import torch
 
 from project.errors import ConfigError
 from project.exits.calibration import fit_calibration
-from project.exits.criteria import Criterion
 from project.exits.learned import Learned
-from project.exits.neighbour_depth import NeighbourDepth
 from project.exits.plan import ExitPlan, specification
 from project.exits.policies import Policy
 
 
-@pytest.mark.parametrize(
-    "criterion", [Learned(), NeighbourDepth(neighbours=7)], ids=["learned", "neighbours"]
-)
-def test_state_round_trip(world: Any, criterion: Criterion) -> None:
+def test_state_round_trip(world: Any) -> None:
     """Saved the way a checkpoint is (weights only) and loaded, a plan sends every row to the same exit."""
     calibration = fit_calibration(world.raw, world.labels, world.layers, prior=True)
-    outputs = world.outputs(calibration)
+    outputs, criterion = world.outputs(calibration), Learned()
     criterion.fit(outputs)
     levels = criterion.safety(outputs.until(2)).quantile(torch.tensor(0.6, dtype=torch.float64))
     limits = torch.full((len(world.layers),), float(levels), dtype=torch.float64)

@@ -42,9 +42,7 @@ def test_starts_as_the_lm(tiny_config: Make, causal_layout: Make) -> None:
     with torch.no_grad():
         hidden = trunk.run(trunk.embed(tokens, layout), 0, 3).hidden[0]
         expected = model.lm_head(trunk.final_norm(hidden))
-        torch.testing.assert_close(
-            head(hidden).logits, expected[:, 7] - expected[:, 11], atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(head(hidden), expected[:, 7] - expected[:, 11], atol=1e-5, rtol=1e-5)
 
 
 def test_owns_its_norm(tiny_config: Make) -> None:
@@ -52,7 +50,7 @@ def test_owns_its_norm(tiny_config: Make) -> None:
     trunk = Trunk.from_config(tiny_config())
     heads = [ExitHead(trunk.final_norm, torch.ones(32)) for _ in range(2)]
     pointers = [p.data_ptr() for m in (*heads, trunk.final_norm) for p in m.parameters()]
-    assert len(pointers) == len(set(pointers)) == 2 * (1 + 2 + 2) + 1  # norm, logit, drift
+    assert len(pointers) == len(set(pointers)) == 2 * (1 + 2)  # norm, logit
     assert all(p.requires_grad for head in heads for p in head.parameters())
     assert not trunk.final_norm.weight.requires_grad
 
@@ -63,7 +61,7 @@ def test_logits_are_float32(dtype: torch.dtype) -> None:
     head = ExitHead(nn.LayerNorm(16, dtype=dtype), torch.linspace(-1, 1, 16))
     hidden = torch.randn(200, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        logits = head(hidden).logits
+        logits = head(hidden)
     assert logits.shape == (200,)
     assert logits.dtype == torch.float32
     assert len(logits.unique()) == 200
