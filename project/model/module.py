@@ -31,6 +31,7 @@ from project.model.sharding import set_sharded_trunk, shared_mesh
 from project.model.trunk import Trunk
 
 DEFAULT_OPTIM = OptimSettings()
+DEFAULT_EXITS = [2, 4, 6]
 LOGGED = ("auc", "log_loss", "brier", "ece")
 
 
@@ -53,12 +54,12 @@ class ExitRecommender(ExitBuffers):
 
     def __init__(
         self,
-        backbone: str,
-        exit_layers: list[int],
+        backbone: str = "smollm2-135m-instruct",
+        exit_layers: list[int] = DEFAULT_EXITS,
         num_layers: int | None = None,
         optim: OptimSettings = DEFAULT_OPTIM,
         lora: LoraSettings | None = None,
-        freeze_embeddings: bool = False,
+        freeze_embeddings: bool = True,
         gradient_checkpointing: bool = False,
         answers: list[str] | None = None,
         numbers: bool = False,
