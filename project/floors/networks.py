@@ -30,7 +30,7 @@ from project.errors import DataError
 from project.evaluation.metrics import auc
 from project.floors.quick import Floats, Floor, evidence_features, floor_scores, targets_of, train_labels
 from project.retrieval.lightgcn import one_thread
-from project.retrieval.readable import own_earlier_rows
+from project.retrieval.walk import own_earlier_rows
 
 if TYPE_CHECKING:
     from torch_rechub.basic.features import SequenceFeature, SparseFeature
