@@ -104,7 +104,7 @@ def kept_line(result: Result) -> str:
         return ""
     kept = result["kept_floors"]
     said = f"Floors kept from before: {', '.join(kept)}." if kept else "No floors kept from before."
-    if NETWORKS.keys() <= set(kept):
+    if set(NETWORKS) <= set(kept):
         return said
     config = f" --config {result['config']}" if result.get("config") else ""
     return f"{said} `python -m project floors{config} --peers true` adds more."
