@@ -39,11 +39,8 @@ def render_exits(result: Result, split: str | None = None, brief: bool = False) 
     if brief:
         shown = [k for k, name in enumerate(header) if name in (*BRIEF, MINUS)]
         header, *rows = ([cells[k] for k in shown] for cells in (header, *rows))
-    lines = [markdown_table(header, rows)]
-    lines += [
-        line for line in (*difference_lines(result), adaptive_line(result), protocol_line(result)) if line
-    ]
-    return "\n\n".join(lines) + "\n"
+    below = (*difference_lines(result), adaptive_line(result), *warning_lines(result), protocol_line(result))
+    return "\n\n".join([markdown_table(header, rows), *filter(None, below)]) + "\n"
 
 
 def exits_table(result: Result, split: str | None = None) -> Table:
@@ -51,7 +48,13 @@ def exits_table(result: Result, split: str | None = None) -> Table:
 
     120 columns hold one more: the difference to the best floor, without its interval, or else the calibrated log loss.
     """
-    lines = (*difference_lines(result), adaptive_line(result), kept_line(result), protocol_line(result))
+    lines = (
+        *difference_lines(result),
+        adaptive_line(result),
+        kept_line(result),
+        *warning_lines(result),
+        protocol_line(result),
+    )
     caption = "\n".join(line for line in lines if line)
     more = MINUS if any("floor_difference" in row for row in result.get("exits", [])) else CALIBRATED
     header, rows = _scores(result, split, (more,), intervals=False)
@@ -101,10 +104,15 @@ def kept_line(result: Result) -> str:
         return ""
     kept = result["kept_floors"]
     said = f"Floors kept from before: {', '.join(kept)}." if kept else "No floors kept from before."
-    if NETWORKS.keys() <= set(kept):
+    if set(NETWORKS) <= set(kept):
         return said
     config = f" --config {result['config']}" if result.get("config") else ""
     return f"{said} `python -m project floors{config} --peers true` adds more."
+
+
+def warning_lines(result: Result) -> list[str]:
+    """What was wrong with the retrieved features, a line each; none in most results."""
+    return [f"Warning: {line}" for line in result.get("warnings", [])]
 
 
 def adaptive_line(result: Result) -> str:

@@ -18,8 +18,7 @@ from project.data.prompts import Prompt, PromptEncoder
 from project.data.splits import SPLITS, Protocol, SplitInteractions
 from project.data.streams import build_streams
 from project.retrieval import ItemKNN, LightGCN, Retriever
-from project.retrieval.neighbours import WalkRows, walk
-from project.retrieval.snapshots import block_cuts, fit_snapshots
+from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
 
 KINDS = ("global_time", "user_time", "random", "leave_last", "given")
 # every prompt says who its rows are: "<row>" stands for the item's title

@@ -202,6 +202,12 @@ class TestExits:
         assert kept_line(RESULT) == ""
         assert said in str(exits_table(result).caption)
 
+    def test_warnings(self):
+        """What was wrong with the features stands below the scores, in Markdown and in the terminal."""
+        result = RESULT | {"warnings": ["LightGCN was never fitted."]}
+        assert "\n\nWarning: LightGCN was never fitted.\n\n" in render_exits(result)
+        assert "Warning: LightGCN was never fitted." in str(exits_table(result).caption)
+
     def test_without_heads(self):
         """A `floors` file has no heads and no difference: every split is shown and named, folds are not."""
         result = {key: RESULT[key] for key in ("protocol", "floors")} | {"verb": "floors"}

@@ -29,8 +29,7 @@ from project.evaluation.metrics import Floats, auc
 from project.floors.quick import SINGLE_FEATURE, evidence_features, targets_of, train_labels
 from project.retrieval import LightGCN, LLMEmbedding, TextEncoder, VectorRetriever, evidence_tables
 from project.retrieval.evidence import evidence_folder
-from project.retrieval.neighbours import WalkRows, walk
-from project.retrieval.snapshots import Snapshots
+from project.retrieval.walk import Snapshots, WalkRows, walk
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData

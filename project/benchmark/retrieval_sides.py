@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from project.retrieval import Retriever, VectorRetriever
 from project.retrieval.base import NO_NEIGHBOURS, FloatArray, IntArray, Neighbours, Raters, Snapshot
-from project.retrieval.item_text import ItemTextRetriever
-from project.retrieval.snapshots import Snapshots
-from project.retrieval.vectors import inverse_norms
+from project.retrieval.lightgcn import inverse_norms
+from project.retrieval.text import ItemTextRetriever
+from project.retrieval.walk import Snapshots
 
 ROUNDS = 3  # fewer say nothing about spread
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from project.artefacts import SCHEMA_VERSION, own_version, write_json, write_table
 from project.callbacks.run_folder import data_of, run_folder
 from project.retrieval.evidence import evidence_folder
-from project.retrieval.taste import taste_folder
+from project.retrieval.factorisation import taste_folder
 
 if TYPE_CHECKING:
     from project.model.module import ExitRecommender

@@ -26,8 +26,8 @@ from project.data.stages import StageClock
 from project.data.streams import Streams, build_streams
 from project.errors import ConfigError
 from project.retrieval import LightGCN, Retriever, Taste, evidence_tables, evidence_warnings, request_evidence
-from project.retrieval.cache import restore
-from project.retrieval.vectors import VectorRetriever
+from project.retrieval.lightgcn import VectorRetriever
+from project.retrieval.walk import restore
 
 DEFAULT_PROTOCOL, DEFAULT_PROMPT, DEFAULT_RETRIEVER, DEFAULT_TASTE = Protocol(), Prompt(), LightGCN(), Taste()
 

@@ -20,7 +20,7 @@ from project.counting import FEATURES
 from project.data.splits import SPLITS
 from project.floors.networks import network_floors, network_settings
 from project.floors.quick import Floor, evidence_features, train_labels
-from project.retrieval.cache import cached_folder, content_key
+from project.retrieval.walk import cached_folder, content_key
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData

@@ -11,11 +11,11 @@ fall in, since factorisation machines and DIN take categories alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -25,51 +25,40 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from project.counting import FEATURES
-from project.data.splits import SPLITS
+from project.data.splits import SPLITS, SplitInteractions
 from project.errors import DataError
 from project.evaluation.metrics import auc
 from project.floors.quick import Floats, Floor, evidence_features, floor_scores, targets_of, train_labels
 from project.retrieval.lightgcn import one_thread
-from project.retrieval.readable import own_earlier_rows
-
-if TYPE_CHECKING:
-    from torch_rechub.basic.features import SequenceFeature, SparseFeature
-
-    from project.data.splits import SplitInteractions
+from project.retrieval.walk import own_earlier_rows
 
 Ints = NDArray[np.int64]
 Table = dict[str, Tensor]
 
-PADDING, UNKNOWN, FIRST = 0, 1, 2
-"""Codes: no row (its vector is 0), an id that train targets do not have, the first known id."""
-
-BINS = 32
-HISTORY_ROWS = 20
-"""How many of the user's latest strictly earlier rows DIN sees."""
-
-ATTRIBUTE_WORDS = 8
-"""An attribute is read as its first so many words: three genres are three words, a year is one."""
-
+NETWORKS = ("deepfm", "dcn_v2", "din")
 IDS = ("user", "item")
 HISTORY = ("liked", "disliked")
 SCALED = "scaled"
+NO_ROW = -1  # item and answer of a place where the user has no earlier row
+PADDING, UNKNOWN, FIRST = (
+    0,
+    1,
+    2,
+)  # codes: no row (its vector is 0), an id train targets lack, the first known id
+
+BINS = 32
+HISTORY_ROWS = 20  # the user's latest strictly earlier rows, which DIN sees
+ATTRIBUTE_WORDS = 8  # an attribute is its first so many words: three genres are three words, a year is one
 LAYERS: dict[str, Any] = {"dims": [64, 32], "dropout": 0.2}
 CROSSES = 2
 ATTENTION_LAYERS = [16]
-
-
 BATCH_ROWS = 1024
 LEARNING_RATE = 1e-3
 EPOCHS = 10
-PATIENCE = 2
-"""Epochs without a better AUC on `select` before training ends; the best epoch's weights are kept."""
-
-HIDDEN_SHARE = 0.2
-"""Share of rows whose user, and of rows whose item, is hidden in a step."""
-
-
-NO_ROW = -1
-"""Item and answer of a place where the user has no earlier row."""
+PATIENCE = (
+    2  # epochs without a better AUC on `select` before training ends; the best epoch's weights are kept
+)
+HIDDEN_SHARE = 0.2  # of rows whose user, and of rows whose item, is hidden in a step
 
 LEFT_OUT = (
     "DeepFM, DCN-v2 and DIN are left out: torch-rechub is not installed (pip install 'exitrec[peers]' or, "
@@ -204,65 +193,44 @@ def earlier_rows(rows: pl.DataFrame, split: str, last: int) -> tuple[Ints, Ints]
     return np.where(there, item[found], NO_ROW), np.where(there, label[found], NO_ROW)
 
 
-def deepfm(features: NetworkFeatures, embedding: int) -> nn.Module:
-    """Guo et al. 2017, arXiv 1703.04247: a factorisation machine and a deep net on the same vectors.
+def build_network(name: str, features: NetworkFeatures, embedding: int) -> nn.Module:
+    """A network of torch-rechub on these fields.
+
+    * deepfm, Guo et al. 2017, arXiv 1703.04247: a factorisation machine and a deep net on the same vectors.
+    * dcn_v2, Wang et al. 2021, arXiv 2008.13535: cross layers with full matrices beside a deep net.
+    * din, Zhou et al. 2018, arXiv 1706.06978: the candidate attends to what the user liked and to what they disliked
+      apart, each with weights of its own, over its own item vectors. A place without a row holds the vector 0.
 
     Args:
+        name: One of NETWORKS.
         features: Fields and their numbers of codes.
         embedding: Size of a vector.
     """
-    from torch_rechub.models.ranking import DeepFM
+    from torch_rechub.basic.features import DenseFeature, SequenceFeature, SparseFeature
+    from torch_rechub.models.ranking import DIN, DCNv2, DeepFM
 
-    fields = _fields(features, embedding)
-    return _module(DeepFM([*fields, _scaled()], fields, LAYERS))
+    def sequence(field: str, size: int, **settings: Any) -> Any:
+        return SequenceFeature(field, size, embedding, padding_idx=PADDING, **settings)
 
-
-def dcn_v2(features: NetworkFeatures, embedding: int) -> nn.Module:
-    """Wang et al. 2021, arXiv 2008.13535: cross layers with full matrices beside a deep net. Arguments as `deepfm`."""
-    from torch_rechub.models.ranking import DCNv2
-
-    fields = [*_fields(features, embedding), _scaled()]
-    return _module(DCNv2(fields, CROSSES, LAYERS, use_low_rank_mixture=False))
-
-
-def din(features: NetworkFeatures, embedding: int) -> nn.Module:
-    """Zhou et al. 2018, arXiv 1706.06978: the candidate attends to the user's history. Arguments as `deepfm`."""
-    from torch_rechub.basic.features import SequenceFeature, SparseFeature
-    from torch_rechub.models.ranking import DIN
-
-    item, *others = _fields(features, embedding, first="item")
-    size = item.vocab_size
-    history = [
-        SequenceFeature(name, size, embedding, pooling="concat", shared_with="item", padding_idx=PADDING)
-        for name in HISTORY
-    ]
-    again = SparseFeature("item", size, embedding, padding_idx=PADDING)  # one target a history
-    return _module(DIN(others, history, [item, again], LAYERS, {"dims": ATTENTION_LAYERS}))
-
-
-def _fields(
-    features: NetworkFeatures, embedding: int, first: str = "user"
-) -> list[SparseFeature | SequenceFeature]:
-    from torch_rechub.basic.features import SequenceFeature, SparseFeature
-
-    names = sorted(features.sizes, key=lambda name: name != first)
-    padded = {name: None if name in FEATURES else PADDING for name in names}
-    return [
-        *(SparseFeature(n, features.sizes[n], embedding, padding_idx=padded[n]) for n in names),
+    first = "item" if name == "din" else "user"
+    sizes = dict(sorted(features.sizes.items(), key=lambda field: field[0] != first))
+    fields = [
         *(
-            SequenceFeature(name, size, embedding, pooling="mean", padding_idx=PADDING)
-            for name, size in features.word_sizes.items()
+            SparseFeature(n, k, embedding, padding_idx=None if n in FEATURES else PADDING)
+            for n, k in sizes.items()
         ),
+        *(sequence(n, k, pooling="mean") for n, k in features.word_sizes.items()),
     ]
-
-
-def _scaled() -> Any:
-    from torch_rechub.basic.features import DenseFeature
-
-    return DenseFeature(SCALED, embed_dim=len(FEATURES))
-
-
-def _module(network: Any) -> nn.Module:
+    scaled = DenseFeature(SCALED, embed_dim=len(FEATURES))
+    if name == "deepfm":
+        network: Any = DeepFM([*fields, scaled], fields, LAYERS)
+    elif name == "dcn_v2":
+        network = DCNv2([*fields, scaled], CROSSES, LAYERS, use_low_rank_mixture=False)
+    else:
+        size = sizes["item"]
+        history = [sequence(n, size, pooling="concat", shared_with="item") for n in HISTORY]
+        again = SparseFeature("item", size, embedding, padding_idx=PADDING)  # one target a history
+        network = DIN(fields[1:], history, [fields[0], again], LAYERS, {"dims": ATTENTION_LAYERS})
     assert isinstance(network, nn.Module)
     return network
 
@@ -342,13 +310,6 @@ def _one_epoch(
         optimizer.step()
 
 
-NETWORKS: dict[str, Callable[[NetworkFeatures, int], nn.Module]] = {
-    "deepfm": deepfm,
-    "dcn_v2": dcn_v2,
-    "din": din,
-}
-
-
 @dataclass(frozen=True)
 class GridPoint:
     """What is chosen on `tune`; everything else is fixed above.
@@ -410,12 +371,12 @@ def network_floors(
     select, tune = (_fold(rows, tables["valid"], fold) for fold in ("select", "tune"))
     found = []
     with Progress(transient=True) as progress:
-        for name, build in NETWORKS.items():
+        for name in NETWORKS:
             best, floor = -1.0, None
             for point in progress.track(grid, description=name):
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
-                    network = build(features, point.embedding)
+                    network = build_network(name, features, point.embedding)
                     epochs = train(network, fitted, select, point.weight_decay, seed)
                 value = auc(score(network, tune.table), tune.labels.numpy())
                 assert value is not None  # _fold has looked

@@ -33,7 +33,14 @@ from project.report.tables import (
     rows_of,
     slices_table,
 )
-from project.tables import difference_lines, kept_line, number, protocol_line, render_stage_seconds
+from project.tables import (
+    difference_lines,
+    kept_line,
+    number,
+    protocol_line,
+    render_stage_seconds,
+    warning_lines,
+)
 
 UNCALIBRATED = "None before the calibration, see above."
 USAGE = "python -m project report RUN_FOLDER"
@@ -112,6 +119,7 @@ def render_markdown(run: Run, drawn: dict[str, Picture]) -> str:
 def _opening(run: Run) -> list[str]:
     floor = run.floor(run.split, run.fold)
     lines = [f"**{words.headline(run.reported, run.rows, floor[1] if floor else None)}**", *run.notes]
+    lines += warning_lines(run.reported)
     if run.split != "test":
         lines.append(f"Numbers are of {run.rows}. " + run.missing("Test was not read.", "test"))
     return lines

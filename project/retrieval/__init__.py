@@ -3,11 +3,9 @@
 from project.retrieval.base import Retriever
 from project.retrieval.controls import ItemKNN, NoRetriever, RandomRetriever
 from project.retrieval.evidence import evidence_tables, evidence_warnings, request_evidence
-from project.retrieval.lightgcn import LightGCN
-from project.retrieval.llm import LLMEmbedding
-from project.retrieval.taste import Taste
-from project.retrieval.text import TextEncoder
-from project.retrieval.vectors import VectorRetriever
+from project.retrieval.factorisation import Taste
+from project.retrieval.lightgcn import LightGCN, VectorRetriever
+from project.retrieval.text import LLMEmbedding, TextEncoder
 
 __all__ = [
     "ItemKNN",

@@ -1,13 +1,22 @@
 """The one protocol every retriever fits: fitted once per time block, then asked for neighbours row by row.
 
-Unusual: a retriever never sees the log. It is handed edges that lie strictly before a block, then raters and
-a user's own rows strictly before each question, and a row of an answer that it was not handed is refused (see
-`checks.py`): it cannot leak the future even by mistake.
+A retriever never sees the log. It is handed edges that lie strictly before a block, then raters and a user's own rows
+strictly before each question, and a row of an answer that it was not handed is refused (`walk.check_rows`): it cannot
+leak the future even by mistake.
+
+Classes of this package have no digest in `settings`, `walk.FORMAT` stands for them. So a release finds the caches of
+the one before, while a retriever that somebody is writing is asked again after every change.
 """
 
+import hashlib
+import inspect
+import marshal
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +24,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from project.errors import ConfigError
-from project.retrieval.source import argument_names, own_source
 
+PACKAGE = __name__.split(".")[0]
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 Snapshot = Mapping[str, NDArray[Any]]
@@ -178,3 +187,57 @@ def top(values: NDArray[np.floating[Any]], count: int) -> IntArray:
     else:
         kept = np.arange(values.size - 1, -1, -1)
     return kept[np.argsort(-values[kept], kind="stable")[:count]]
+
+
+def argument_names(retriever: object) -> list[str]:
+    """Names of the constructor's arguments, each of which is an attribute.
+
+    Raises:
+        ConfigError: An argument is not kept, or the constructor of the base class was not called.
+    """
+    kind = type(retriever)
+    names = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+    for name in ("neighbours", "max_raters"):
+        if not hasattr(retriever, name):
+            raise ConfigError(
+                f"data.retriever is {kind.__name__}, which has no attribute {name}: its __init__ does not call that of "
+                "Retriever. Write super().__init__(neighbours, max_raters) as its first line."
+            )
+    lost = [name for name in names if not hasattr(retriever, name)]
+    if lost:
+        raise ConfigError(
+            f"data.retriever is {kind.__name__}, which does not keep its argument {lost[0]}: arguments are part of the "
+            f"evidence cache's key. Write self.{lost[0]} = {lost[0]} in its __init__."
+        )
+    return names
+
+
+def own_source(kind: type) -> dict[str, str]:
+    """The digest of the files that define a class and its bases outside this package; empty if there are none."""
+    foreign = [base for base in kind.__mro__ if _root(base) not in {PACKAGE, *sys.stdlib_module_names}]
+    if not foreign:
+        return {}
+    digest = hashlib.sha256()
+    for source in dict.fromkeys(_source(base) for base in foreign):
+        digest.update(source)
+    return {"source": digest.hexdigest()[:16]}
+
+
+def _root(kind: type) -> str:
+    return kind.__module__.split(".")[0]
+
+
+def _source(kind: type) -> bytes:
+    """A class typed into a notebook has no file, only the lines of its methods, or what Python made of them."""
+    try:
+        return Path(inspect.getfile(kind)).read_bytes()
+    except (OSError, TypeError):
+        methods = [(name, f) for name, f in vars(kind).items() if inspect.isfunction(f)]
+        return b"".join([kind.__qualname__.encode(), *(name.encode() + _lines(f) for name, f in methods)])
+
+
+def _lines(function: FunctionType) -> bytes:
+    try:
+        return inspect.getsource(function).encode()
+    except OSError:
+        return marshal.dumps(function.__code__)

@@ -7,12 +7,12 @@ nothing is null). Where the retriever's alike_items is above 0 also alike, the u
 most like the candidate, averaged by similarity (null without any), and alike_weight, the sum of these similarities.
 Where the retriever's similar_every is above 0 also similar_after: item codes that similar users
 liked, or null. It alone is dated just *after* the row's second and may tell the row's own answer: it is for the
-prompts of later rows (see `similar.py`). text and text_weight are the user's own answers on items of similar text (see
-`own_text.py`). Where a factorisation is asked for also taste (see `taste.py`), null before
+prompts of later rows (see `SimilarLikes`). text and text_weight are the user's own answers on items of similar text (see
+`own_text.py`). Where a factorisation is asked for also taste (see `Taste`), null before
 its first block.
 
-Unusual: a row of split S reads rows of splits up to S, so there is a table per split. Where no row has a
-later split's row in its past (a split by time), the three coincide and are computed once.
+A row of split S reads rows of splits up to S, so there is a table per split. Where no row has a later split's row in
+its past (a split by time), the three coincide and are computed once.
 """
 
 from collections.abc import Mapping
@@ -27,13 +27,19 @@ from numpy.typing import NDArray
 from project.data.splits import SPLITS, SplitInteractions
 from project.errors import ConfigError, DataError
 from project.retrieval.base import IntArray, Retriever
-from project.retrieval.cache import cached_folder
 from project.retrieval.controls import NoRetriever
-from project.retrieval.neighbours import BoolArray, WalkRows, walk
+from project.retrieval.factorisation import Taste, taste_of_requests, taste_tables
 from project.retrieval.own_text import item_vectors, text_similarity, text_tables
-from project.retrieval.readable import tables_by_split
-from project.retrieval.snapshots import Snapshots, block_cuts, fit_snapshots
-from project.retrieval.taste import Taste, taste_of_requests, taste_tables
+from project.retrieval.walk import (
+    BoolArray,
+    Snapshots,
+    WalkRows,
+    block_cuts,
+    cached_folder,
+    fit_snapshots,
+    tables_by_split,
+    walk,
+)
 
 
 def evidence_tables(

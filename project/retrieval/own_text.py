@@ -18,9 +18,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from project.data.splits import SPLITS, SplitInteractions
-from project.retrieval.cache import cached_folder
-from project.retrieval.neighbours import WalkRows
-from project.retrieval.readable import tables_by_split
+from project.retrieval.walk import WalkRows, cached_folder, tables_by_split
 
 SHRINK = 0.5  # so many squared similarities of nothing are added
 TOGETHER = 2**22  # entries of a block of similarities, which bounds the memory that long histories take

@@ -18,7 +18,7 @@ from project.errors import DataError
 from project.floors.quick import fit_floors, floor_rows
 from project.retrieval import ItemKNN, LightGCN, LLMEmbedding, TextEncoder, VectorRetriever
 from project.retrieval.base import FloatArray, IntArray
-from project.retrieval.neighbours import WalkRows, walk
+from project.retrieval.walk import WalkRows, walk
 
 REFITS = 5
 

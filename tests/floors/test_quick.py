@@ -272,7 +272,7 @@ def test_movielens_anchors():
     from project.data.interactions import build_interactions
     from project.data.readers import MovieLens100K
     from project.retrieval.controls import NoRetriever
-    from project.retrieval.neighbours import WalkRows, walk
+    from project.retrieval.walk import WalkRows, walk
 
     protocol = Protocol(minimum_history=5)
     split = apply_protocol(build_interactions(MovieLens100K().read(), protocol), protocol)

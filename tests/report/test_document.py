@@ -77,6 +77,16 @@ class TestWhole:
         assert not re.search(r"\bnan\b", text)
 
     @pytest.mark.usefixtures("blank_pictures")
+    def test_warnings_open_it(self, run):
+        """A retriever that tells nothing is said before the numbers it spoils."""
+
+        def edit(files):
+            files["test"]["warnings"] = ["LightGCN was never fitted."]
+
+        text = run(edit=edit)
+        assert text.index("Warning: LightGCN was never fitted.") < text.index("## What early exit")
+
+    @pytest.mark.usefixtures("blank_pictures")
     def test_slices(self, run):
         """Slices of the reported rows alone are shown; a result from before there were slices says how to get them."""
 

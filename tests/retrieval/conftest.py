@@ -12,8 +12,7 @@ from project.data.protocol import FOLDS, ROLES, SPLITS, Protocol
 from project.data.splits import SplitInteractions
 from project.retrieval import VectorRetriever
 from project.retrieval.base import Edges, FloatArray, Retriever
-from project.retrieval.neighbours import WalkRows, walk
-from project.retrieval.snapshots import fit_snapshots
+from project.retrieval.walk import WalkRows, fit_snapshots, walk
 
 NUM_USERS, NUM_ITEMS = 12, 9
 

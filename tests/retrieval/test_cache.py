@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from project.retrieval.cache import cached_folder, content_key, restore
+from project.retrieval.walk import cached_folder, content_key, restore
 
 
 def test_written_once_and_found_again(tmp_path: Path):

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from project.errors import ConfigError, SourceError
-from project.retrieval.encoder import MeanPooling, mean_of_tokens
+from project.retrieval.text import MeanPooling, mean_of_tokens
 
 TEXTS = ["sea", "a movie about the sea", "dog", "two friends and one dog in a winter night by the river"]
 

@@ -20,9 +20,7 @@ from project.retrieval import (
     request_evidence,
 )
 from project.retrieval.base import Edges, Snapshot
-from project.retrieval.neighbours import WalkRows, walk
-from project.retrieval.readable import reads_all_earlier
-from project.retrieval.snapshots import block_cuts, fit_snapshots
+from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, reads_all_earlier, walk
 
 SPLITS = ("train", "valid", "test")
 

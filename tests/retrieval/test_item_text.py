@@ -10,8 +10,7 @@ import pytest
 from project.errors import ConfigError
 from project.retrieval import LLMEmbedding, TextEncoder
 from project.retrieval.base import Edges, FloatArray
-from project.retrieval.encoder import MeanPooling
-from project.retrieval.item_text import encode_once, history_text, item_texts
+from project.retrieval.text import MeanPooling, encode_once, history_text, item_texts
 
 ITEMS = pl.DataFrame(
     {

@@ -17,8 +17,7 @@ from project.retrieval import (
     TextEncoder,
     VectorRetriever,
 )
-from project.retrieval.neighbours import WalkRows, walk
-from project.retrieval.snapshots import block_cuts, fit_snapshots
+from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
 
 Evidence = Callable[..., pl.DataFrame]
 CUTS = np.array([20.0, 45.0])

@@ -10,8 +10,8 @@ import torch
 from project.errors import ConfigError
 from project.retrieval import LightGCN
 from project.retrieval.base import Edges
-from project.retrieval.graph import like_graph
-from project.retrieval.snapshots import fit_snapshots
+from project.retrieval.lightgcn import like_graph
+from project.retrieval.walk import fit_snapshots
 
 EDGES = Edges(user=np.array([0, 0, 1, 2, 0]), item=np.array([0, 1, 1, 2, 0]), label=np.array([1, 1, 1, 0, 1]))
 

@@ -8,9 +8,7 @@ import pytest
 
 from project.retrieval import NoRetriever, VectorRetriever
 from project.retrieval.base import Edges, FloatArray, Neighbours, Raters, Retriever, top
-from project.retrieval.neighbours import WalkRows, walk
-from project.retrieval.readable import own_earlier_rows
-from project.retrieval.snapshots import fit_snapshots
+from project.retrieval.walk import WalkRows, fit_snapshots, own_earlier_rows, walk
 
 ROOT_HALF, ROOT_THIRD, ROOT_TWO_THIRDS = 0.5**0.5, (1 / 3) ** 0.5, (2 / 3) ** 0.5
 

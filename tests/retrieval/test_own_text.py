@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 
 from project.retrieval import own_text
-from project.retrieval.neighbours import WalkRows
 from project.retrieval.own_text import SHRINK, item_vectors, text_similarity
+from project.retrieval.walk import WalkRows
 
 ITEMS = pl.DataFrame(
     {

@@ -10,8 +10,7 @@ import pytest
 from project.errors import ConfigError
 from project.retrieval import LightGCN, VectorRetriever, evidence_tables, request_evidence
 from project.retrieval.base import Edges, FloatArray
-from project.retrieval.neighbours import WalkRows, walk
-from project.retrieval.snapshots import fit_snapshots
+from project.retrieval.walk import WalkRows, fit_snapshots, walk
 
 Evidence = Callable[..., pl.DataFrame]
 CUTS = np.array([20.0, 45.0])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from project.retrieval.snapshots import Snapshots, block_cuts
+from project.retrieval.walk import Snapshots, block_cuts
 
 
 def test_a_cut_is_the_timestamp_at_its_share():

@@ -10,7 +10,7 @@ import pytest
 
 from project.errors import ConfigError
 from project.retrieval import LightGCN, NoRetriever, RandomRetriever, Retriever, evidence_tables
-from project.retrieval.cache import content_key
+from project.retrieval.walk import content_key
 
 SOURCE = """
 import numpy as np

@@ -11,8 +11,7 @@ from scipy.optimize import minimize
 from project.counting import FEATURES, counting_features
 from project.errors import ConfigError
 from project.retrieval import NoRetriever, Taste, evidence_tables, request_evidence
-from project.retrieval.neighbours import WalkRows
-from project.retrieval.snapshots import block_cuts
+from project.retrieval.walk import WalkRows, block_cuts
 
 TASTE = Taste(dim=2, bias_penalty=1.0, vector_penalty=3.0, iterations=30)
 REFITS = 4

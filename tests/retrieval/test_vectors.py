@@ -8,7 +8,7 @@ import pytest
 
 from project.retrieval import VectorRetriever
 from project.retrieval.base import Edges, Raters
-from project.retrieval.vectors import inverse_norms
+from project.retrieval.lightgcn import inverse_norms
 
 
 @pytest.mark.parametrize("seed", range(5))
