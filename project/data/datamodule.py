@@ -10,14 +10,14 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import polars
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from project.data.batches import EvaluationSampler, PackedLoader, TrainSampler
 from project.data.interactions import build_interactions
 from project.data.lengths import check_items, check_streams, without_long
 from project.data.packing import Batch
-from project.data.prompts import Prompt, PromptEncoder, field_telling
+from project.data.prompts import Prompt, PromptEncoder, field_telling, item_columns, with_segment
 from project.data.readers import Logs
 from project.data.requests import Requests, read_requests, request_streams
 from project.data.sources import default_cache, resolve_model
@@ -84,7 +84,7 @@ class InteractionData(pl.LightningDataModule):
             )
         _check_told(prompt, retriever, taste)
         self.logs, self.retriever, self.taste = logs, retriever, taste
-        self.protocol, self.prompt = protocol, prompt
+        self.protocol, self._prompt = protocol, prompt
         self.tokenizer_name = tokenizer
         self.context_tokens, self.batch_tokens, self.block_rows = context_tokens, batch_tokens, block_rows
         self.num_workers, self.requests_file, self.seed = num_workers, requests, seed
@@ -147,11 +147,24 @@ class InteractionData(pl.LightningDataModule):
         return self._tokenizer
 
     @property
+    def prompt(self) -> Prompt:
+        """The wording of prompts, with the default segment where data.prompt.segment is null."""
+        if self._prompt.segment is None:
+            numbers = [] if self.taste is None else ["taste_number"]
+            self._prompt = with_segment(self._prompt, self.tokenizer, self.split.interactions.items, numbers)
+        return self._prompt
+
+    @property
     def encoder(self) -> PromptEncoder:
         """Makes segments of rows."""
         if self._encoder is None:
             items = self.split.interactions.items
             self._encoder = PromptEncoder(self.tokenizer, self.prompt, items)
+            shown, hidden = item_columns(self.prompt, items)
+            rank_zero_info(
+                f"Prompts show of each item: {', '.join(shown) or 'nothing'}"
+                + (f"; not shown: {', '.join(hidden)} (data.prompt.segment)" if hidden else "")
+            )
             if (
                 self.requests_file is None and self._given is None
             ):  # of requests those with a long item are refused

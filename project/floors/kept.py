@@ -143,7 +143,7 @@ class KeptFloors:
 
 def _read(folder: Path) -> list[Floor]:
     chosen = json.loads(table_about(folder / FILE)["chosen"])
-    scores = pl.read_parquet(folder / FILE)
+    scores = pl.read_parquet(folder / FILE, glob=False)
     return [
         Floor(name, scores.filter(pl.col("floor") == name).drop("floor"), chosen[name]) for name in chosen
     ]

@@ -51,7 +51,7 @@ def evidence_tables(
         One table for each of "train", "valid" and "test", in the order of the split's rows.
     """
     folder = evidence_folder(split, retriever, block_rows, cache_dir)
-    tables = {name: pl.read_parquet(folder / f"{name}.parquet") for name in SPLITS}
+    tables = {name: pl.read_parquet(folder / f"{name}.parquet", glob=False) for name in SPLITS}
     if taste is None:
         return tables
     tastes = taste_tables(split, taste, block_rows, cache_dir)

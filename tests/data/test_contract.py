@@ -65,7 +65,7 @@ def test_interactions(change: Change, words: str, make_logs: MakeLogs) -> None:
     """A column, value or row that breaks the contract is named with its place, by whoever builds interactions."""
     raw = make_logs(ROWS)
     with pytest.raises(DataError, match=words):
-        build_interactions(replace(raw, interactions=change(raw.interactions)), Protocol())
+        build_interactions(replace(raw, interactions=change(raw.interactions)), Protocol(label="rating > 3"))
 
 
 @pytest.mark.parametrize(

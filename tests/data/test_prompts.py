@@ -26,7 +26,9 @@ EVIDENCE = pl.DataFrame(
 class Letters:
     """A tokenizer whose tokens are characters."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> list[int]:
         assert not add_special_tokens
         return [ord(c) for c in text]
 

@@ -42,7 +42,7 @@ def write(folder: Path, *records: object) -> str:
             ["line 2", "time", "now"],
         ),
         (
-            {"request_id": "b", "history": [{"item_id": "i1", "answer": 5, "time": 1}], "candidates": ["i1"]},
+            {"request_id": "b", "history": [{"item_id": "i1", "label": 5, "time": 1}], "candidates": ["i1"]},
             ["line 2", "history", "0 or 1"],
         ),
     ],
@@ -56,7 +56,7 @@ def test_bad_requests(record: object, words: list[str], tiny_logs: Path, tmp_pat
     assert all(word in str(error.value) for word in words), error.value
 
 
-UNKNOWN = {"item_id": "zzz", "answer": 1, "time": 1}
+UNKNOWN = {"item_id": "zzz", "label": 1, "time": 1}
 REFUSED = [
     ({"user_id": "u1", "candidates": []}, "candidates is empty"),
     ({"user_id": "u1", "candidates": ["i1", "zzz"]}, "'zzz' is not in the items table"),
