@@ -11,7 +11,6 @@ import polars as pl
 
 from project.errors import DataError
 
-
 MILLISECONDS = 1e11  # as seconds the year 5138, as milliseconds 1973
 _DATE = (19_000_101, 21_001_231)  # as digits; as seconds August and September 1970
 

@@ -23,8 +23,8 @@ def checked(raw: RawLogs) -> RawLogs:
         raw: What a reader returned.
 
     Raises:
-        DataError: A table or column is missing, an id is empty, a value is not finite or not allowed, an item stands twice in
-            the items, or an interaction's item does not stand there.
+        DataError: A table or column is missing, an id is empty, a value is not finite or not allowed, an item stands
+            twice in the items, or an interaction's item does not stand there.
     """
     tables = [raw.interactions, raw.items] if isinstance(raw, RawLogs) else []
     if not tables or not all(isinstance(table, pl.DataFrame) for table in tables):

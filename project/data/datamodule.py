@@ -47,7 +47,9 @@ class InteractionData(pl.LightningDataModule):
         taste: Matrix factorisation behind the evidence `taste`, the chance of a like by the user's own earlier answers,
             for prompts, exit 0 and floors; null leaves it out.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
-        requests: JSONL or Parquet file of requests, for predict.
+        requests: JSONL or Parquet file of requests, for predict; a line is {"request_id": "r1", "user_id": "196",
+            "time": 880000000, "candidates": ["242", "302"]}, or, instead of a user of the log,
+            {"request_id": "r2", "history": [{"item_id": "242", "label": 1, "time": 880000000}], "candidates": ["302"]}.
         bundle: Folder of a run's bundle, whose evidence saves refitting the retriever; set by ckpt_path.
         seed: Order and cuts of training windows; set by seed_everything.
     """

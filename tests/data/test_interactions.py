@@ -84,7 +84,7 @@ def test_rule_without_ratings_and_labels_without_labels_name_the_key(make_logs: 
     ):
         build_interactions(labels, Protocol(label="rating > 3"))
     ratings = make_logs([("1", "a", 1.0, 5.0), ("1", "b", 2.0, 1.0)])
-    with pytest.raises(DataError, match=r"log\.csv, row 1: no label .*data\.protocol\.label is null"):
+    with pytest.raises(DataError, match=r'log\.csv, row 1: no label .*data\.protocol\.label: "rating > 3"'):
         build_interactions(ratings, Protocol(label=None))
 
 
@@ -115,7 +115,7 @@ def test_duplicates_are_an_error_that_names_the_rows(make_logs: MakeLogs) -> Non
     with pytest.raises(DataError) as caught:
         build_interactions(make_logs(DUPLICATED), Protocol(label="rating > 3"))
     assert "1 duplicate rows" in str(caught.value)
-    assert "user 1, item a, timestamp 1: log.csv row 1, log.csv row 3" in str(caught.value)
+    assert "user '1', item 'a', timestamp 1: log.csv row 1, log.csv row 3" in str(caught.value)
 
 
 @pytest.mark.parametrize(("policy", "rating"), [("first", 5.0), ("last", 2.0)])
@@ -163,3 +163,25 @@ def test_order_of_the_file_does_not_matter(order: list[int]) -> None:
         return build_interactions(RawLogs(full, items, {}), Protocol(label="rating > 3")).rows
 
     assert built([rows[i] for i in order]).equals(built(rows))
+
+
+def test_a_log_of_labels_needs_no_rule(make_logs: MakeLogs) -> None:
+    """The default protocol reads the log's own labels."""
+    raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0)], labels=[1, 0])
+    assert build_interactions(raw, Protocol()).rows["label"].to_list() == [1, 0]
+
+
+def test_clicks_alone_say_what_is_missing(make_logs: MakeLogs) -> None:
+    """Labels of 1 only: rows with label 0 are what helps."""
+    raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0)], labels=[1, 1])
+    with pytest.raises(DataError, match=r"All 2 labels are 1 .*Clicks alone need rows with label 0"):
+        build_interactions(raw, Protocol())
+
+
+def test_an_item_without_a_title_has_its_id(make_logs: MakeLogs) -> None:
+    """It is counted; blanks are no title."""
+    raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0), ("1", "c", 3.0, 0.0)], labels=[1, 0, 1])
+    items = raw.items.with_columns(title=pl.Series([None, "Brazil", "  "]))
+    built = build_interactions(replace(raw, items=items), Protocol())
+    assert built.items["title"].to_list() == ["a", "Brazil", "c"]
+    assert built.items_without_title == 2
