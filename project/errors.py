@@ -8,6 +8,10 @@ Every message names what was found, where (file, row, column or YAML key), what 
 class ProjectError(Exception):
     """Base of all errors that are about input, not about this code."""
 
+    def __str__(self) -> str:
+        """The message; control characters out of the input are escaped, so that they do not reach a terminal."""
+        return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in super().__str__())
+
 
 class DataError(ProjectError):
     """Logs, items, splits or requests are not usable as they are."""

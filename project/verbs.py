@@ -112,7 +112,7 @@ def run_calibrate(
         check_origin(checkpoint, model.exit_layers, model.backbone)
         check_reads(checkpoint.get("reads"), data)
         model.prior.copy_(checkpoint["state_dict"]["prior"])
-        scores = pl.read_parquet(table)
+        scores = pl.read_parquet(table, glob=False)
     if callback.candidates > 1:  # requests are scored with the run's weights
         if model.trunk is None:
             load_weights(model, data.tokenizer, ckpt_path, data)

@@ -29,7 +29,9 @@ class _Answers:
 
     name_or_path, unk_token_id = "two words", None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> list[int]:
         return [{"no": 1, "yes": 2}.get(text.strip().lower(), 3)]
 
 

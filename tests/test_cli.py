@@ -124,7 +124,7 @@ def test_predict_equals_test(run: Run, tiny_config: Config, tmp_path: Path) -> N
         (pl.col("user_id") == requests[-1]["user_id"]) & (pl.col("timestamp") < requests[-1]["time"])
     )
     history = [
-        {"item_id": i, "answer": int(r > 3), "time": t}
+        {"item_id": i, "label": int(r > 3), "time": t}
         for i, r, t in past.select("item_id", "rating", "timestamp").iter_rows()
     ]
     fresh = {"item_id": "new", "title": "a dog at sea", "year": "2020"}

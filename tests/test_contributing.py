@@ -37,7 +37,7 @@ from project.retrieval.base import Raters
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
-PROTOCOL = Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2])
+PROTOCOL = Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2], label="rating > 3")
 Run = Callable[..., None]
 Config = Callable[..., Path]
 

@@ -30,7 +30,7 @@ from project.exits.policies import Policy
 from project.model.module import ExitRecommender
 from project.retrieval import ItemKNN, LightGCN
 from project.retrieval.evidence import evidence_tables
-from project.retrieval.taste import Taste
+from project.retrieval.factorisation import Taste
 
 REFITS = 5
 EXACT = ("row_id", "neighbours", "answers", "neighbour_count", "item_count", "user_count")

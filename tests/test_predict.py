@@ -93,7 +93,7 @@ def log(tiny_logs: Path) -> pl.DataFrame:
 def history_of(log: pl.DataFrame, user: str, before: float) -> list[Record]:
     past = log.filter((pl.col("user_id") == user) & (pl.col("timestamp") < before))
     rows = past.select("item_id", "rating", "timestamp").iter_rows()
-    return [{"item_id": item, "answer": int(rating > 3), "time": float(time)} for item, rating, time in rows]
+    return [{"item_id": item, "label": int(rating > 3), "time": float(time)} for item, rating, time in rows]
 
 
 def request(name: str, candidates: list[Any], **about: Any) -> Record:
@@ -113,7 +113,7 @@ def test_everybody_is_scored(predict: Predict, log: pl.DataFrame) -> None:
         request("unseen", candidates, user_id="nobody"),
         request("anonymous", candidates, history=history_of(log, "u1", 200.0), time=200.0),
         request("newcomer", candidates, history=[]),
-        request("new past", ["i3"], history=[FRESH | {"answer": 1, "time": 10.0}]),
+        request("new past", ["i3"], history=[FRESH | {"label": 1, "time": 10.0}]),
     ]
     scores = predict(records)
     asked = [
@@ -135,7 +135,7 @@ def test_a_history_scores_as_the_log_does(predict: Predict, log: pl.DataFrame) -
     records = []
     for user in users:
         past = history_of(log, user, 220.0)
-        turned = [row | {"answer": 1 - row["answer"]} for row in past]
+        turned = [row | {"label": 1 - row["label"]} for row in past]
         records += [
             request(f"{user} named", ["i1", "i2"], user_id=user, time=220.0),
             request(f"{user} told", ["i1", "i2"], history=past[::-1], time=220.0),
@@ -152,7 +152,7 @@ def test_a_history_scores_as_the_log_does(predict: Predict, log: pl.DataFrame) -
 def test_time_travels(predict: Predict, log: pl.DataFrame) -> None:
     """Rows at and after the request's time are not read, of the log or of a history."""
     past = history_of(log, "u1", 150.0)
-    later = [{"item_id": "i2", "answer": 1, "time": 150.0}, {"item_id": "i4", "answer": 0, "time": 180.0}]
+    later = [{"item_id": "i2", "label": 1, "time": 150.0}, {"item_id": "i4", "label": 0, "time": 180.0}]
     scores = predict(
         [
             request("plain", ["i1"], history=past, time=150.0),
@@ -212,7 +212,7 @@ def test_without_a_time_the_whole_log_is_read(predict: Predict, log: pl.DataFram
 def test_without_a_time_the_whole_history_is_read(predict: Predict, log: pl.DataFrame) -> None:
     """The log ends yesterday, the question is about today's sitting: a history later than the log is not dropped."""
     end = float(log["timestamp"].max())  # type: ignore[arg-type]
-    today = [{"item_id": f"i{k}", "answer": k % 2, "time": end + 1000.0 + k} for k in range(5)]
+    today = [{"item_id": f"i{k}", "label": k % 2, "time": end + 1000.0 + k} for k in range(5)]
     scores = predict(
         [
             request("today", ["i1"], history=today),

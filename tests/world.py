@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ EMPTY_EVIDENCE = {
 class Letters:
     """A tokenizer whose tokens are characters, so that tests can read token ids as text."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> list[int]:
         """Code points."""
         assert not add_special_tokens
         return [ord(c) for c in text]
@@ -37,8 +40,9 @@ def text_of(tokens: np.ndarray) -> str:
 
 
 def read_split(folder: Path, protocol: Protocol) -> SplitInteractions:
-    """The logs in `folder` under a protocol."""
+    """The logs in `folder` under a protocol, with its labels from ratings."""
     logs = TableLogs(str(folder / "interactions.csv"), str(folder / "items.csv"))
+    protocol = replace(protocol, label="rating > 3")
     return apply_protocol(build_interactions(logs.read(), protocol), protocol)
 
 
@@ -80,7 +84,7 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
         "data": {
             "logs": {"class_path": "project.data.readers.TableLogs", "init_args": files},
             "retriever": "project.retrieval.ItemKNN",
-            "protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2]},
+            "protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2], "label": "rating > 3"},
             "prompt": {"segment": SEGMENT},
             "context_tokens": 128,
             "batch_tokens": 512,

@@ -116,7 +116,7 @@ class AskedRequests:
         }
         prepared = prepare_requests(self.model, self.data, workload.requests)
         if path.is_file() and about.items() <= table_about(path).items():
-            scores = pl.read_parquet(path)
+            scores = pl.read_parquet(path, glob=False)
         else:
             scores = labelled_scores(score_every_head(self.model, prepared), workload.table)
             write_table(path, scores, about)

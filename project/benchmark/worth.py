@@ -63,7 +63,7 @@ class RunWorth:
         for name in ("valid", "test"):
             path = folder / "scores" / f"{name}.parquet"
             if path.is_file() and table_about(path).get("heads", made) == made:  # not another checkpoint's
-                scores = pl.read_parquet(path)
+                scores = pl.read_parquet(path, glob=False)
                 if name == "valid":
                     scores = scores.filter(pl.col("fold") == "tune")
                 self._tables[name] = scores, features_of(model, data, scores)

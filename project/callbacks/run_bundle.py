@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from project.artefacts import SCHEMA_VERSION, own_version, write_json, write_table
 from project.callbacks.run_folder import data_of, run_folder
+from project.data.prompts import item_columns
 from project.retrieval.evidence import evidence_folder
 from project.retrieval.factorisation import taste_folder
 
@@ -65,5 +66,12 @@ class RunBundle(pl.Callback):
                 "evidence": f"evidence/{evidence.name}",
                 "taste": None if data.taste is None else asdict(data.taste),
                 "prompt": vars(data.prompt),
+                "item_columns": dict(
+                    zip(
+                        ("shown", "not_shown"),
+                        item_columns(data.prompt, split.interactions.items),
+                        strict=True,
+                    )
+                ),
             },
         )

@@ -11,17 +11,20 @@ import polars as pl
 
 from project.errors import DataError
 
+MILLISECONDS = 1e11  # as seconds the year 5138, as milliseconds 1973
+_DATE = (19_000_101, 21_001_231)  # as digits; as seconds August and September 1970
 
-def nonempty_text(values: pl.Series, file: str, column: str) -> pl.Series:
-    """A column as text; an empty value is a `DataError`.
+
+def ids(values: pl.Series, file: str, column: str) -> pl.Series:
+    """A column as text without blanks around it; an empty value is a `DataError`.
 
     Args:
         values: The column, under our name.
         file: Name of the file, for the message.
         column: The column's name in the file, for the message.
     """
-    text = _worded(values, file, column)
-    empty = text.is_null() | (text.str.strip_chars() == "")
+    text = _worded(values, file, column).str.strip_chars()
+    empty = text.is_null() | (text == "")
     if empty.any():
         rows = empty.arg_true()
         raise DataError(
@@ -40,6 +43,39 @@ def plain_text(values: pl.Series, file: str) -> pl.Series:
             f"{file}: column {values.name} has the type {values.dtype}; expected text, numbers or lists."
         )
     return _worded(values, file, values.name)
+
+
+def seconds(times: pl.Series, file: str, column: str) -> pl.Series:
+    """Times from `finite_number` as seconds since 1970; a column of milliseconds is divided by 1,000.
+
+    Args:
+        times: Float64 without nulls.
+        file: Name of the file, for the message.
+        column: The column's name in the file, for the message.
+
+    Raises:
+        DataError: Seconds and milliseconds in one column, or dates such as 20240517.
+    """
+    if times.is_empty():
+        return times
+    large = times.abs() >= MILLISECONDS
+    if large.any() and not large.all():
+        row, other = large.arg_true()[0], (~large).arg_true()[0]
+        raise DataError(
+            f"{file}: column {column} mixes seconds and milliseconds: row {other + 1} is {times[other]:.15g}, row "
+            f"{row + 1} is {times[row]:.15g} ({large.sum():,} of {len(times):,} rows are like this). Give all rows "
+            "the same unit."
+        )
+    month, day = times // 100 % 100, times % 100
+    if (
+        times.is_between(*_DATE) & month.is_between(1, 12) & day.is_between(1, 31) & (day == day.floor())
+    ).all():
+        text = f"{times[0]:.0f}"
+        raise DataError(
+            f"{file}: column {column} holds dates without dashes, such as {text} in row 1, which would be read as "
+            f"seconds. Write them as {text[:4]}-{text[4:6]}-{text[6:]}."
+        )
+    return times / 1000 if large.all() else times
 
 
 def finite_number(values: pl.Series, file: str, column: str, optional: bool = False) -> pl.Series:
@@ -108,13 +144,26 @@ def _worded(values: pl.Series, file: str, column: str) -> pl.Series:
     problem = f"has the type {values.dtype}"
     if not values.dtype.is_nested():  # polars would word a struct
         try:
-            return values.cast(pl.String)
+            text = values.cast(pl.String)
         except pl.exceptions.PolarsError:
             problem = "has bytes that are no UTF-8 text"
+        else:
+            return _one_line(text, file, column)
     raise DataError(
         f"{file}: column {column} {problem}; expected text or numbers, one value a row. Convert it where it "
         "is written."
     )
+
+
+def _one_line(text: pl.Series, file: str, column: str) -> pl.Series:
+    """The text; a line break inside a value is mostly a quote that pairs with one in another row."""
+    rows = text.str.strip_chars().str.contains("[\n\r]").arg_true()
+    if len(rows):
+        raise DataError(
+            f"{file}, row {rows[0] + 1}: column {column} holds a line break: {text[rows[0]][:60]!r} ({len(rows):,} "
+            "such rows). Close the quote that begins there and double quotes inside a text, or replace the line break."
+        )
+    return text
 
 
 def _seconds(values: pl.Series, numbers: pl.Series) -> pl.Series:

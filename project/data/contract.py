@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import polars as pl
 
-from project.data.columns import finite_number, nonempty_text, plain_text, refuse
+from project.data.columns import finite_number, ids, plain_text, refuse, seconds
 from project.data.readers import GIVEN_SPLITS, RAW_SCHEMA, RawLogs, refuse_unknown_items
 from project.errors import DataError
 
@@ -23,8 +23,8 @@ def checked(raw: RawLogs) -> RawLogs:
         raw: What a reader returned.
 
     Raises:
-        DataError: A table or column is missing, a value is empty, not finite or not allowed, an item stands twice in
-            the items, or an interaction's item does not stand there.
+        DataError: A table or column is missing, an id is empty, a value is not finite or not allowed, an item stands
+            twice in the items, or an interaction's item does not stand there.
     """
     tables = [raw.interactions, raw.items] if isinstance(raw, RawLogs) else []
     if not tables or not all(isinstance(table, pl.DataFrame) for table in tables):
@@ -41,9 +41,9 @@ def _interactions(table: pl.DataFrame) -> pl.DataFrame:
     _has(table, tuple(RAW_SCHEMA), _INTERACTIONS, " A column that the log does not have is null.")
     split = plain_text(table["split"], _INTERACTIONS)
     table = table.select(
-        nonempty_text(table["user_id"], _INTERACTIONS, "user_id"),
-        nonempty_text(table["item_id"], _INTERACTIONS, "item_id"),
-        finite_number(table["timestamp"], _INTERACTIONS, "timestamp"),
+        ids(table["user_id"], _INTERACTIONS, "user_id"),
+        ids(table["item_id"], _INTERACTIONS, "item_id"),
+        seconds(finite_number(table["timestamp"], _INTERACTIONS, "timestamp"), _INTERACTIONS, "timestamp"),
         *(finite_number(table[name], _INTERACTIONS, name, optional=True) for name in ("rating", "label")),
         split,
         plain_text(table["source_file"], _INTERACTIONS).fill_null(_INTERACTIONS),
@@ -62,12 +62,15 @@ def _items(table: pl.DataFrame) -> pl.DataFrame:
         raise DataError(
             f"{_ITEMS}: the attribute name item is used by the project. Give it another one. {_FIX}"
         )
-    table = table.with_columns(nonempty_text(table[name], _ITEMS, name) for name in ("item_id", "title"))
+    table = table.with_columns(ids(table["item_id"], _ITEMS, "item_id"))
     table = table.with_columns(plain_text(values, _ITEMS) for values in table).fill_null("")
+    table = table.with_columns(
+        title=pl.when(pl.col("title").str.strip_chars() == "").then("item_id").otherwise("title")
+    )
     twice = table.filter(pl.col("item_id").is_duplicated())
     if not twice.is_empty():
         raise DataError(
-            f"{_ITEMS}: item {twice['item_id'][0]} stands there more than once ({twice['item_id'].n_unique():,} such "
+            f"{_ITEMS}: item {twice['item_id'][0]!r} stands there more than once ({twice['item_id'].n_unique():,} such "
             f"items); expected one row an item. {_FIX}"
         )
     return table

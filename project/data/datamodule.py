@@ -10,14 +10,14 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import polars
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from project.data.batches import EvaluationSampler, PackedLoader, TrainSampler
 from project.data.interactions import build_interactions
 from project.data.lengths import check_items, check_streams, without_long
 from project.data.packing import Batch
-from project.data.prompts import Prompt, PromptEncoder, field_telling
+from project.data.prompts import Prompt, PromptEncoder, field_telling, item_columns, with_segment
 from project.data.readers import Logs
 from project.data.requests import Requests, read_requests, request_streams
 from project.data.sources import default_cache, resolve_model
@@ -48,7 +48,9 @@ class InteractionData(pl.LightningDataModule):
         taste: Matrix factorisation behind the evidence `taste`, the chance of a like by the user's own earlier answers,
             for prompts, exit 0 and floors; null leaves it out.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
-        requests: JSONL or Parquet file of requests, for predict.
+        requests: JSONL or Parquet file of requests, for predict; a line is {"request_id": "r1", "user_id": "196",
+            "time": 880000000, "candidates": ["242", "302"]}, or, instead of a user of the log,
+            {"request_id": "r2", "history": [{"item_id": "242", "label": 1, "time": 880000000}], "candidates": ["302"]}.
         bundle: Folder of a run's bundle, whose evidence saves refitting the retriever; set by ckpt_path.
         seed: Order and cuts of training windows; set by seed_everything.
     """
@@ -85,7 +87,7 @@ class InteractionData(pl.LightningDataModule):
             )
         _check_told(prompt, retriever, taste)
         self.logs, self.retriever, self.taste = logs, retriever, taste
-        self.protocol, self.prompt = protocol, prompt
+        self.protocol, self._prompt = protocol, prompt
         self.tokenizer_name = tokenizer
         self.context_tokens, self.batch_tokens, self.refits = context_tokens, batch_tokens, refits
         self.num_workers, self.requests_file, self.seed = num_workers, requests, seed
@@ -152,11 +154,24 @@ class InteractionData(pl.LightningDataModule):
         return self._tokenizer
 
     @property
+    def prompt(self) -> Prompt:
+        """The wording of prompts, with the default segment where data.prompt.segment is null."""
+        if self._prompt.segment is None:
+            numbers = [] if self.taste is None else ["taste_number"]
+            self._prompt = with_segment(self._prompt, self.tokenizer, self.split.interactions.items, numbers)
+        return self._prompt
+
+    @property
     def encoder(self) -> PromptEncoder:
         """Makes segments of rows."""
         if self._encoder is None:
             items = self.split.interactions.items
             self._encoder = PromptEncoder(self.tokenizer, self.prompt, items)
+            shown, hidden = item_columns(self.prompt, items)
+            rank_zero_info(
+                f"Prompts show of each item: {', '.join(shown) or 'nothing'}"
+                + (f"; not shown: {', '.join(hidden)} (data.prompt.segment)" if hidden else "")
+            )
             if (
                 self.requests_file is None and self._given is None
             ):  # of requests those with a long item are refused

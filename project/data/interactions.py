@@ -31,6 +31,7 @@ class Interactions:
         files: File name -> SHA-256 of what was read.
         duplicates: Rows removed because they repeat the (user, item, timestamp) of another row.
         dropped: Rows removed by the protocol's `drop_ratings`.
+        items_without_title: Items that have their id as title, since the log has none.
     """
 
     rows: pl.DataFrame
@@ -39,6 +40,7 @@ class Interactions:
     files: dict[str, str]
     duplicates: int = 0
     dropped: int = 0
+    items_without_title: int = 0
 
 
 def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
@@ -59,7 +61,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
             a duplicate under `duplicates: error`, no row is left, or all labels are equal.
     """
     label = label_expression(protocol.label)
-    raw = checked(raw)
+    given, raw = raw, checked(raw)
     _check_read(raw, protocol)
     kept = _drop_ratings(raw.interactions, protocol.drop_ratings)
     labelled = _with_label(kept, label, protocol.label)
@@ -89,6 +91,9 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         dict(raw.files),
         duplicates=labelled.height - distinct.height,
         dropped=raw.interactions.height - kept.height,
+        items_without_title=(
+            given.items["title"].cast(pl.String).fill_null("").str.strip_chars() == ""
+        ).sum(),
     )
 
 
@@ -120,11 +125,9 @@ def _with_label(rows: pl.DataFrame, label: pl.Expr, rule: str | None) -> pl.Data
     where = f"{missing['source_file'][0]}, row {missing['source_row'][0]}"
     if rule is None:
         raise DataError(
-            f"{where}: no label ({missing.height:,} of {rows.height:,} rows have none), but "
-            "data.protocol.label is "
-            "null, which reads the log's own 0/1 column. Set data.protocol.label to a rule such as \"rating "
-            '> 3", '
-            "or map the column under data.logs.init_args.columns.label."
+            f"{where}: no label ({missing.height:,} of {rows.height:,} rows have none), and no rule that makes one "
+            'of the rating. Say what a positive answer is, for example data.protocol.label: "rating > 3", or map the '
+            "log's 0/1 column under data.logs.init_args.columns.label."
         )
     raise DataError(
         f"{where}: no rating ({missing.height:,} of {rows.height:,} rows have none), but data.protocol.label "
@@ -147,7 +150,7 @@ def _without_duplicates(rows: pl.DataFrame, policy: str) -> pl.DataFrame:
         .head(_SHOWN)
     )
     shown = "; ".join(
-        f"user {user}, item {item}, timestamp {time:.15g}: {', '.join(places)}"
+        f"user {user!r}, item {item!r}, timestamp {time:.15g}: {', '.join(places)}"
         for user, item, time, places in groups.iter_rows()
     )
     raise DataError(
@@ -163,7 +166,8 @@ def _check_labels(rows: pl.DataFrame, rule: str | None) -> None:
         source = "the label column" if rule is None else f"data.protocol.label {rule!r}"
         raise DataError(
             f"All {rows.height:,} labels are {rows['label'][0]} ({source}): nothing can be learned or "
-            "ranked. Change the rule, or give a log with both liked and disliked items."
+            "ranked. Change the rule. Clicks alone need rows with label 0 too: what was shown and not clicked, or "
+            "negatives of your own."
         )
 
 

@@ -12,7 +12,7 @@ Lists of what similar users liked are segments of their own, without an answer; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -20,9 +20,9 @@ import numpy.typing as npt
 import polars as pl
 
 from project.data.anonymous import anonymous_titles
-from project.data.numbers import TOGETHER, number_features, number_ids
+from project.data.numbers import NUMBERS, TOGETHER, number_features, number_ids
 from project.data.ragged import IntArray, Ragged, join, total_lengths
-from project.data.template import check_similar, field_names, split_template
+from project.data.template import check_similar, default_segment, field_names, split_template
 from project.errors import ConfigError
 
 UNKNOWN = "?"  # what the prompt says where nothing has been counted yet, or where evidence is not told
@@ -33,7 +33,9 @@ Told = Literal["both", "history", "candidates", "none"]
 class Tokenizer(Protocol):
     """The one call that is needed of a Hugging Face tokenizer."""
 
-    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = ..., split_special_tokens: bool = ...
+    ) -> list[int]:
         """Token ids of `text`."""
         ...
 
@@ -44,7 +46,8 @@ class Prompt:
 
     Args:
         instruction: Stands once before every history. Never evicted, the same for everybody.
-        segment: Template of one interaction or candidate. Fields are columns of the items table (title and
+        segment: Template of one interaction or candidate. Null: title, the columns of the items whose texts are short,
+            and numbers of everything that is counted. Fields are columns of the items table (title and
             attributes) and evidence: item_rate, user_rate, vote (shares of likes in tenths), taste (chance of a like
             in tenths, see data.taste), alike (the user's own answers on items alike, in tenths, see alike_items of
             data.retriever), the same five in percent as item_percent, user_percent, vote_percent, taste_percent,
@@ -66,7 +69,7 @@ class Prompt:
     """
 
     instruction: str = "Will this user like each? Liked in percent: by all, by similar users.\n"
-    segment: str = "{title} all{item_percent} near{vote_percent}:"
+    segment: str | None = None
     answers: list[str] = field(default_factory=lambda: [" no", " yes"])
     similar: str | None = None
     anonymise_titles: bool = False
@@ -113,8 +116,46 @@ EVIDENCE_FIELDS: dict[str, tuple[str, Callable[[pl.Series], list[str]]]] = {
 def field_telling(prompt: Prompt, column: str) -> str | None:
     """A field of the segment, in braces, that tells this column of the evidence; None where none does."""
     fields = [name for name, (told, _) in EVIDENCE_FIELDS.items() if told == column]
-    named = {part: name for name in field_names(prompt.segment) for part in name.split(TOGETHER)}
+    named = {part: name for name in field_names(prompt.segment or "") for part in name.split(TOGETHER)}
     return next(("{" + named[field] + "}" for field in [*fields, f"{column}_number"] if field in named), None)
+
+
+SHORT = 12  # median tokens of a column that a prompt shows without being asked to
+ALWAYS_COUNTED = ("item_number", "user_number", "vote_number")
+
+
+def with_segment(
+    prompt: Prompt, tokenizer: Tokenizer, items: pl.DataFrame, numbers: Sequence[str] = ()
+) -> Prompt:
+    """The prompt with a segment: its own, or where it has none the title, short item columns and numbers.
+
+    Args:
+        prompt: The wording.
+        tokenizer: Measures columns.
+        items: The items table.
+        numbers: Of `NUMBERS`, those that this run has beside `ALWAYS_COUNTED`.
+    """
+    if prompt.segment is not None:
+        return prompt
+
+    def is_short(name: str) -> bool:
+        texts = items[name].filter(items[name] != "").unique(maintain_order=True).head(1000)
+        tokens = [len(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        return bool(tokens) and float(np.median(tokens)) <= SHORT
+
+    shown = [
+        name
+        for name in items.columns
+        if name == "title" or (name not in ("item", "item_id", *EVIDENCE_FIELDS, *NUMBERS) and is_short(name))
+    ]
+    return replace(prompt, segment=default_segment(shown, [*ALWAYS_COUNTED, *numbers]))
+
+
+def item_columns(prompt: Prompt, items: pl.DataFrame) -> tuple[list[str], list[str]]:
+    """Columns of the items that the segment shows, and those that it does not."""
+    fields = field_names(prompt.segment or "")
+    columns = [name for name in items.columns if name not in ("item", "item_id")]
+    return [name for name in columns if name in fields], [name for name in columns if name not in fields]
 
 
 @dataclass(frozen=True)
@@ -140,7 +181,7 @@ class PromptEncoder:
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        prompt: The wording.
+        prompt: The wording; without a segment it gets that of `with_segment`.
         items: The items table (`Interactions.items`), one row an item code.
 
     Raises:
@@ -150,7 +191,9 @@ class PromptEncoder:
     def __init__(self, tokenizer: Tokenizer, prompt: Prompt, items: pl.DataFrame) -> None:
         self._tokenizer = tokenizer
         item_fields = [c for c in items.columns if c not in ("item", "item_id")]
-        self._parts = split_template(prompt.segment, item_fields, EVIDENCE_FIELDS)
+        segment = with_segment(prompt, tokenizer, items).segment
+        assert segment is not None
+        self._parts = split_template(segment, item_fields, EVIDENCE_FIELDS)
         if len(prompt.answers) != 2 or not all(a.strip() for a in prompt.answers):
             raise ConfigError(
                 f"data.prompt.answers is {prompt.answers!r}: expected two texts, for dislike and like, "
@@ -163,9 +206,14 @@ class PromptEncoder:
         if prompt.anonymise_titles:
             items = items.with_columns(title=pl.Series(anonymous_titles(items["item_id"].to_list())))
         self._titles: list[str] = items["title"].to_list()
-        self.instruction: IntArray = np.array(self._ids(prompt.instruction), dtype=np.int64)
+        # of a tokenizer's control tokens, the author of the wording may mean one here; a title never does
+        instruction, *answers = (
+            tokenizer.encode(text, add_special_tokens=False) if text else []
+            for text in (prompt.instruction, *prompt.answers)
+        )
+        self.instruction: IntArray = np.array(instruction, dtype=np.int64)
         # index 0, 1: the answers; index 2 (label -1): unknown, no answer tokens
-        self._answers = Ragged.of([*(self._ids(a) for a in prompt.answers), []])
+        self._answers = Ragged.of([*answers, []])
         columns = items.to_dict(as_series=False)
         self._static: dict[int, Ragged] = {}
         for i, (kind, text) in enumerate(self._parts):
@@ -174,7 +222,10 @@ class PromptEncoder:
                 self._static[i] = Ragged.of([self._ids(text.format(**row)) for row in rows])
 
     def _ids(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False) if text else []
+        """Of a text that holds what items bring: no control tokens."""
+        if not text:
+            return []
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def encode(
         self,

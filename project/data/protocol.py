@@ -31,7 +31,7 @@ class Protocol:
         shares: Shares of train, valid and test (not used by leave_last and given).
         minimum_history: A row is a target only if its user has at least this many strictly earlier rows;
             others are context.
-        label: Rule for a positive answer, such as "rating > 3". Null: the log has a 0/1 label column.
+        label: Rule for a positive answer, such as "rating > 3". Null: the log's own 0/1 column label.
         drop_ratings: Rows with these ratings are removed before anything else.
         duplicates: What to do with rows that repeat a user, item and timestamp: error, or keep the first or
             last.
@@ -44,7 +44,7 @@ class Protocol:
     split: Literal["global_time", "user_time", "random", "leave_last", "given"] = "global_time"
     shares: list[float] = field(default_factory=lambda: [0.8, 0.1, 0.1])
     minimum_history: int = 0
-    label: str | None = "rating > 3"
+    label: str | None = None
     drop_ratings: list[float] = field(default_factory=list)
     duplicates: Literal["error", "first", "last"] = "error"
     seed: int = 0
@@ -73,8 +73,12 @@ class Protocol:
                 f"data.protocol.fold_shares is {self.fold_shares}; expected a share above 0 for each of "
                 f"{', '.join(FOLDS)}: one chooses the checkpoint, one the exits, one certifies them."
             )
-        if self.seed < 0:
-            raise ConfigError(f"data.protocol.seed is {self.seed}; expected 0 or more.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(
+                f"data.protocol.seed is {self.seed}; expected a whole number from 0 to 2^32 - 1."
+            )
+        if not all(map(math.isfinite, self.drop_ratings)):
+            raise ConfigError(f"data.protocol.drop_ratings is {self.drop_ratings}; expected finite numbers.")
         label_expression(self.label)
         if self.minimum_history < 0:
             raise ConfigError(
@@ -96,6 +100,8 @@ def label_expression(rule: str | None) -> pl.Expr:
         raise ConfigError(f"data.protocol.label: cannot read the rule {rule!r}. {fix}")
     try:
         number = float(match[3])
+        if not math.isfinite(number):
+            raise ValueError
     except ValueError:
         raise ConfigError(f"data.protocol.label: {match[3]!r} in {rule!r} is not a number. {fix}") from None
     rating = pl.col("rating")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import polars as pl
 
-from project.data.columns import finite_number, nonempty_text, plain_text, refuse
+from project.data.columns import finite_number, ids, plain_text, refuse, seconds
 from project.data.sources import fetch
 from project.data.tables import Files, parse_atomic, parse_table
 from project.errors import DataError
@@ -42,7 +42,8 @@ class RawLogs:
         interactions: Columns of `RAW_SCHEMA`: ids, `timestamp` (seconds), `rating`, `label` (0 or 1) and
             `split` (one of `GIVEN_SPLITS`), null where the log does not have them; `source_file` and
             `source_row` (the data row in that file, from 1) are for messages.
-        items: `item_id` (unique), `title`, then attributes; all String, "" = unknown.
+        items: `item_id` (unique), `title`, then attributes; all String, "" = unknown. An item without a title
+            gets its id as title (`project.data.contract.checked`).
         files: File name -> SHA-256, in reading order, and under a name of its own a digest of whatever else decides
             what is made of them: the protocol's hash and all caches rest on it.
         unread: rating or label -> why it is null although the log has it. Only where the log has both, for a
@@ -75,8 +76,8 @@ class TableLogs(Logs):
     Args:
         interactions: One file (.csv, .tsv or .parquet), or one file per split, such as {train: a.csv, valid:
             b.csv, test: c.csv}; a `history` file is past that is only ever context. Needs user_id, item_id,
-            timestamp (seconds, or dates in ISO format; without a zone they are UTC) and a rating or a 0/1
-            label.
+            timestamp (seconds or milliseconds since 1970, or dates in ISO format; without a zone they are UTC)
+            and a rating or a 0/1 label.
         items: Table of items with item_id and title; every other column is an attribute.
         columns: Our column name -> the name in your interactions, for user_id, item_id, timestamp, rating,
             label, split.
@@ -243,14 +244,16 @@ def _interactions(
     if not {"rating", "label"} & set(table.columns):
         raise DataError(
             f"{file}: no column rating and no column label; there are {', '.join(table.columns)}. Name yours "
-            "under data.logs.init_args.columns, for example columns: {rating: stars}."
+            "under data.logs.init_args.columns, for example columns: {rating: stars}. A log of clicks alone needs a "
+            "column label: 1, and rows with 0 for what was shown and not clicked, or for negatives of your own."
         )
     theirs = {ours: columns.get(ours, ours) for ours in allowed}
     table = table.with_columns(
-        nonempty_text(table["user_id"], file, theirs["user_id"]),
-        nonempty_text(table["item_id"], file, theirs["item_id"]),
+        ids(table["user_id"], file, theirs["user_id"]),
+        ids(table["item_id"], file, theirs["item_id"]),
     )
-    table = table.with_columns(finite_number(table["timestamp"], file, theirs["timestamp"]))
+    times = finite_number(table["timestamp"], file, theirs["timestamp"])
+    table = table.with_columns(seconds(times, file, theirs["timestamp"]))
     there = [name for name in ("rating", "label") if name in table.columns]
     unread = dict[str, str]()
     for name in ("rating", "label"):
@@ -285,17 +288,14 @@ def _items(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
             f"{file}: the attribute name item is used by the project. Map it to another name under "
             "data.logs.init_args.item_columns, for example item_columns: {kind: item}."
         )
-    table = table.with_columns(nonempty_text(table["item_id"], file, columns.get("item_id", "item_id")))
-    table = table.with_columns(
-        title=pl.col("title").cast(pl.String).replace("", None).fill_null(pl.col("item_id"))
-    )
+    table = table.with_columns(ids(table["item_id"], file, columns.get("item_id", "item_id")))
     table = table.with_columns(plain_text(table[name], file) for name in table.columns).fill_null("")
     titles = table.group_by("item_id", maintain_order=True).agg(pl.col("title").unique(maintain_order=True))
     twice = titles.filter(pl.col("title").list.len() > 1)
     if not twice.is_empty():
         shown = " and ".join(repr(title) for title in twice["title"][0])
         raise DataError(
-            f"{file}: item {twice['item_id'][0]} is listed with the titles {shown} ({twice.height:,} such "
+            f"{file}: item {twice['item_id'][0]!r} is listed with the titles {shown} ({twice.height:,} such "
             "items); keep one row per item."
         )
     attributes = [name for name in table.columns if name not in ("item_id", "title")]
@@ -312,7 +312,7 @@ def refuse_unknown_items(raw: RawLogs, where: str) -> None:
     absent = raw.interactions.filter(~pl.col("item_id").is_in(raw.items["item_id"].implode()))
     if not absent.is_empty():
         raise DataError(
-            f"{absent['source_file'][0]}, row {absent['source_row'][0]}: item {absent['item_id'][0]} is not "
+            f"{absent['source_file'][0]}, row {absent['source_row'][0]}: item {absent['item_id'][0]!r} is not "
             f"in {where} ({absent.height:,} rows, {absent['item_id'].n_unique():,} items). Add the "
             "items, or remove the rows."
         )

@@ -55,11 +55,11 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
         protocol: The rules.
 
     Returns:
-        The split log. Its manifest has `name`, `hash`, `fields`, `files`, `rows`, `counts` and `positives`
-        (targets by split), `context` (other rows by split), `folds` (targets, users and positives by fold),
+        The split log. Its manifest has `name`, `hash`, `fields`, `files`, `rows`, `times` (first and last, UTC), `counts`
+        and `positives` (targets by split), `context` (other rows by split), `folds` (targets, users and positives),
         `cold_user_share` and `cold_item_share` (share of valid and of test targets whose user or item has no
         train target), `tie_share` (rows that share user and timestamp with another), `duplicates` and
-        `dropped` (rows removed).
+        `dropped` (rows removed) and `items_without_title`.
 
     Raises:
         ConfigError: Shares that are negative or do not sum to 1, a negative minimum history, a bad label
@@ -222,6 +222,7 @@ def _manifest(
         "fields": asdict(protocol),
         "files": dict(interactions.files),
         "rows": rows.height,
+        "times": [str(np.datetime64(int(time), "s")) for time in rows["timestamp"].to_numpy()[[0, -1]]],
         "counts": {split: part.height for split, part in by_split.items()},
         "positives": {split: int(part["label"].sum()) for split, part in by_split.items()},
         "context": {
@@ -234,6 +235,7 @@ def _manifest(
         "tie_share": float(rows.select(pl.struct("user", "timestamp").is_duplicated().mean()).item()),
         "duplicates": interactions.duplicates,
         "dropped": interactions.dropped,
+        "items_without_title": interactions.items_without_title,
     }
 
 

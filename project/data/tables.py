@@ -7,6 +7,7 @@ row that is too long is looked for a second time, line by line, since the fast r
 import csv
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -50,7 +51,7 @@ def parse_table(path: Path) -> pl.DataFrame:
     """CSV, TSV or Parquet, by the file's suffix."""
     kind = path.suffix.lower()
     if kind == ".parquet":
-        return pl.read_parquet(path)
+        return pl.read_parquet(path, glob=False)
     if kind in (".csv", ".tsv"):
         return _text(path, "," if kind == ".csv" else "\t", '"')
     raise DataError(f"File {path} has the suffix {kind!r}; expected .csv, .tsv or .parquet.")
@@ -63,7 +64,16 @@ def parse_atomic(path: Path) -> pl.DataFrame:
 
 def _text(path: Path, separator: str, quote: str | None) -> pl.DataFrame:
     try:
-        return pl.read_csv(path, separator=separator, infer_schema=False, quote_char=quote)
+        read = partial(
+            pl.read_csv, path, separator=separator, infer_schema=False, quote_char=quote, glob=False
+        )
+        header = read(has_header=False, n_rows=1).row(0)  # polars renames the second of two equal columns
+        twice = [name for name in header if header.count(name) > 1]
+        if twice:
+            raise DataError(
+                f"File {path} has the column {twice[0]!r} more than once. Rename or remove all but one."
+            )
+        return read()
     except pl.exceptions.ComputeError as error:
         problem = str(error)
         if "utf-8" in problem:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from project.data.numbers import NUMBERS, fields_together
 from project.errors import ConfigError
 
-_AT_MOST = re.compile(r"\.[1-9]\d*")  # a format that shortens
+_AT_MOST = re.compile(r"\.[1-9]\d{0,5}")  # a format that shortens
 _NO_NAME = re.compile(r"\d*|.*[.\[\]].*")  # what Python would not look up as one word
 
 
@@ -31,9 +31,9 @@ class _Field(NamedTuple):
         return "{" + self.name + conversion + (f":{self.spec}" if self.spec else "") + "}"
 
 
-def tells_numbers(segment: str) -> bool:
-    """Whether a template of segments has a field that is a learned token (see `project.data.numbers`)."""
-    return any(fields_together(name) for name in field_names(segment))
+def tells_numbers(segment: str | None) -> bool:
+    """Whether a template of segments has a field that is a learned token (see `project.data.numbers`); None: it has."""
+    return segment is None or any(fields_together(name) for name in field_names(segment))
 
 
 def field_names(template: str) -> list[str]:
@@ -42,6 +42,17 @@ def field_names(template: str) -> list[str]:
         return [field.name for _, field in _parsed(template, "template") if field is not None]
     except ConfigError:
         return []
+
+
+def default_segment(columns: Sequence[str], numbers: Sequence[str]) -> str:
+    """A template of segments: item columns, then numbers in tokens of their own.
+
+    Args:
+        columns: Columns of the items table; those that a template cannot name are left out.
+        numbers: Of `project.data.numbers.NUMBERS`.
+    """
+    named = [name for name in columns if not _NO_NAME.fullmatch(name)]
+    return ", ".join(f"{{{name}}}" for name in named) + "".join(f"{{{name}}}" for name in numbers)
 
 
 def check_similar(template: str) -> None:

@@ -125,7 +125,7 @@ def _scores(run: Path, split: str, verb: str) -> pl.DataFrame:
     path = run / "scores" / f"{split}.parquet"
     if not path.is_file():
         raise DataError(f"{path} does not exist; expected the folder of a run that `{verb}` has scored.")
-    return pl.read_parquet(path)
+    return pl.read_parquet(path, glob=False)
 
 
 def _check_tables(run: Path) -> None:

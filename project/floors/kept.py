@@ -71,7 +71,7 @@ def _content(data: InteractionData) -> dict[str, Any]:
 
 def _read(folder: Path, splits: Sequence[str]) -> list[Floor]:
     chosen = json.loads(table_about(folder / FILE)["chosen"])
-    scores = pl.read_parquet(folder / FILE).filter(pl.col("split").is_in(list(splits)))
+    scores = pl.read_parquet(folder / FILE, glob=False).filter(pl.col("split").is_in(list(splits)))
     return [
         Floor(name, scores.filter(pl.col("floor") == name).drop("floor"), chosen[name]) for name in chosen
     ]

@@ -79,7 +79,7 @@ def _reliability(run: Run) -> Picture:
     if not path.is_file():
         text = run.missing(f"No reliability diagrams: scores/{path.name} is missing.", verb)
         return Picture("reliability", alt, text, None)
-    table = pl.read_parquet(path)
+    table = pl.read_parquet(path, glob=False)
     exits = rows_of(run.reported.get("exits", []), run.split, run.fold)
     reason = _unusable(table, run, exits)
     if reason:

@@ -62,7 +62,7 @@ def evidence_tables(
         One table for each of "train", "valid" and "test", in the order of the split's rows.
     """
     folder = evidence_folder(split, retriever, refits, cache_dir)
-    tables = {name: pl.read_parquet(folder / f"{name}.parquet") for name in SPLITS}
+    tables = {name: pl.read_parquet(folder / f"{name}.parquet", glob=False) for name in SPLITS}
     added = [text_tables(split, cache_dir)]
     if taste is not None:
         added.append(taste_tables(split, taste, refits, cache_dir))

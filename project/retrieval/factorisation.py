@@ -253,7 +253,7 @@ def taste_tables(
         cache_dir: folder the tables and item vectors are kept in, under a hash of everything they depend on.
     """
     folder = taste_folder(split, taste, refits, cache_dir)
-    return {name: pl.read_parquet(folder / f"{name}.parquet") for name in SPLITS}
+    return {name: pl.read_parquet(folder / f"{name}.parquet", glob=False) for name in SPLITS}
 
 
 def taste_of_requests(

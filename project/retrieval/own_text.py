@@ -32,7 +32,7 @@ def text_tables(split: SplitInteractions, cache_dir: Path) -> dict[str, pl.DataF
         cache_dir: folder the tables are kept in, under a hash of everything they depend on.
     """
     folder = text_folder(split, cache_dir)
-    return {name: pl.read_parquet(folder / f"{name}.parquet") for name in SPLITS}
+    return {name: pl.read_parquet(folder / f"{name}.parquet", glob=False) for name in SPLITS}
 
 
 def text_folder(split: SplitInteractions, cache_dir: Path) -> Path:

@@ -40,7 +40,7 @@ def data(
     return InteractionData(
         TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv")),
         ItemKNN(),
-        Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2]),
+        Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2], label="rating > 3"),
         tokenizer=str(tiny_model),
         context_tokens=CONTEXT_TOKENS,
         batch_tokens=BATCH_TOKENS,

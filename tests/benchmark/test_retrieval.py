@@ -32,7 +32,7 @@ def data(
     return InteractionData(
         TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv")),
         LightGCN(neighbours=3, dim=4, epochs=1),
-        Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2]),
+        Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2], label="rating > 3"),
         tokenizer=str(tiny_model),
         refits=REFITS,
         taste=None,

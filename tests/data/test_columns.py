@@ -3,7 +3,7 @@ from datetime import UTC, date, datetime, timedelta, timezone
 import polars as pl
 import pytest
 
-from project.data.columns import finite_number, nonempty_text, plain_text, refuse
+from project.data.columns import finite_number, ids, plain_text, refuse, seconds
 from project.errors import DataError
 
 MAY_2 = 86_400 * (365 + 31 + 28 + 31 + 30 + 1)  # seconds from 1970 to 1971-05-02
@@ -98,7 +98,7 @@ def test_empty_values_stay_where_they_may() -> None:
 def test_types_that_are_no_value_are_refused(values: pl.Series, words: str) -> None:
     """One line instead of polars' own error, for text and for numbers."""
     with pytest.raises(DataError, match=f"f: column c has {words}.*expected text or numbers"):
-        nonempty_text(values, "f", "c")
+        ids(values, "f", "c")
     with pytest.raises(DataError, match=r"f: column c has the type .*; expected numbers"):
         finite_number(values, "f", "c")
 
@@ -107,12 +107,12 @@ def test_types_that_are_no_value_are_refused(values: pl.Series, words: str) -> N
 def test_empty_text_is_refused(value: str | None) -> None:
     """An id or title that is empty or blank is an error at its row."""
     with pytest.raises(DataError, match=r"f, row 2: column c is empty \(1 such rows\)"):
-        nonempty_text(pl.Series("title", ["a", value]), "f", "c")
+        ids(pl.Series("title", ["a", value]), "f", "c")
 
 
 def test_integer_ids_become_text() -> None:
     """Typed integer ids read as their digits."""
-    assert nonempty_text(pl.Series("user_id", [7, 12]), "f", "c").to_list() == ["7", "12"]
+    assert ids(pl.Series("user_id", [7, 12]), "f", "c").to_list() == ["7", "12"]
 
 
 def test_lists_become_text_and_structs_are_refused() -> None:
@@ -128,3 +128,30 @@ def test_values_outside_the_allowed_ones_are_refused_and_null_is_not() -> None:
     refuse(pl.Series("split", ["a", None]), ["a"], "f", "c")
     with pytest.raises(DataError, match=r"f, row 3: column c is 'x' \(2 such rows\); allowed are a, b\."):
         refuse(pl.Series("split", ["a", None, "x", "y"]), ["a", "b"], "f", "c")
+
+
+NOW = 1_715_938_200.0
+
+
+def test_milliseconds_become_seconds() -> None:
+    """A whole column of them; as seconds it would lie after the year 5138."""
+    assert seconds(pl.Series([NOW * 1000, NOW * 1000 + 500]), "f", "c").to_list() == [NOW, NOW + 0.5]
+    assert seconds(pl.Series([0.0, NOW]), "f", "c").to_list() == [0.0, NOW]
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        (
+            [NOW, NOW + 1, NOW * 1000],
+            "f: column c mixes .* row 1 is 1715938200, row 3 is 1715938200000 \\(1 of 3",
+        ),
+        ([20_240_517.0, 20_231_231.0], "f: column c holds dates .* 20240517 in row 1.*2024-05-17"),
+    ],
+    ids=["two units", "dates"],
+)
+def test_times_that_are_no_seconds_are_refused(times: list[float], words: str) -> None:
+    """The rows are named; a number that could be a date among others is a number of seconds."""
+    with pytest.raises(DataError, match=words):
+        seconds(pl.Series(times), "f", "c")
+    assert seconds(pl.Series([20_240_517.0, 20_249_999.0]), "f", "c").to_list() == [20_240_517, 20_249_999]

@@ -19,7 +19,7 @@ def test_golden_table(make_logs: MakeLogs) -> None:
     raw = make_logs(
         [("10", "b", 2.0, 5.0), ("9", "b", 1.0, 3.0), ("9", "a", 2.0, 4.0), ("10", "a", 2.0, 1.0)]
     )
-    built = build_interactions(raw, Protocol())
+    built = build_interactions(raw, Protocol(label="rating > 3"))
     assert built.users.rows() == [(0, "9"), (1, "10")]
     assert built.items.rows() == [(0, "a", "Title a"), (1, "b", "Title b")]
     assert built.rows.rows() == [
@@ -43,19 +43,23 @@ def test_golden_table(make_logs: MakeLogs) -> None:
 def test_ids_that_are_not_all_integers_are_ordered_as_text(make_logs: MakeLogs) -> None:
     """One id with a letter, and "10" comes before "9"."""
     raw = make_logs([("10", "i", 1.0, 5.0), ("9", "i", 2.0, 1.0), ("x", "i", 3.0, 1.0)])
-    assert build_interactions(raw, Protocol()).users["user_id"].to_list() == ["10", "9", "x"]
+    assert build_interactions(raw, Protocol(label="rating > 3")).users["user_id"].to_list() == [
+        "10",
+        "9",
+        "x",
+    ]
 
 
 def test_ids_that_differ_only_as_text_stay_apart(make_logs: MakeLogs) -> None:
     """Users "7" and "07" are two."""
     raw = make_logs([("7", "i", 1.0, 5.0), ("07", "i", 1.0, 1.0)])
-    assert build_interactions(raw, Protocol()).users["user_id"].to_list() == ["07", "7"]
+    assert build_interactions(raw, Protocol(label="rating > 3")).users["user_id"].to_list() == ["07", "7"]
 
 
 def test_dropped_ratings_and_their_users_are_gone(make_logs: MakeLogs) -> None:
     """drop_ratings removes rows before anything else; the catalogue keeps every item."""
     raw = make_logs([("1", "a", 1.0, 5.0), ("2", "b", 2.0, 3.0), ("1", "c", 3.0, 1.0)])
-    built = build_interactions(raw, Protocol(drop_ratings=[3]))
+    built = build_interactions(raw, Protocol(drop_ratings=[3], label="rating > 3"))
     assert (built.rows.height, built.users.height, built.items.height, built.dropped) == (2, 1, 3, 1)
 
 
@@ -78,17 +82,17 @@ def test_rule_without_ratings_and_labels_without_labels_name_the_key(make_logs: 
     with pytest.raises(
         DataError, match=r"log\.csv, row 1: no rating \(2 of 2.*Set data\.protocol\.label: null"
     ):
-        build_interactions(labels, Protocol())
+        build_interactions(labels, Protocol(label="rating > 3"))
     ratings = make_logs([("1", "a", 1.0, 5.0), ("1", "b", 2.0, 1.0)])
-    with pytest.raises(DataError, match=r"log\.csv, row 1: no label .*data\.protocol\.label is null"):
+    with pytest.raises(DataError, match=r'log\.csv, row 1: no label .*data\.protocol\.label: "rating > 3"'):
         build_interactions(ratings, Protocol(label=None))
 
 
 @pytest.mark.parametrize(
     ("unread", "needing", "without"),
     [
-        ("label", Protocol(label=None), Protocol()),
-        ("rating", Protocol(), Protocol(label=None)),
+        ("label", Protocol(label=None), Protocol(label="rating > 3")),
+        ("rating", Protocol(label="rating > 3"), Protocol(label=None)),
         ("rating", Protocol(label=None, drop_ratings=[3]), Protocol(label=None)),
     ],
 )
@@ -109,15 +113,15 @@ DUPLICATED = [("1", "a", 1.0, 5.0), ("1", "b", 1.0, 1.0), ("1", "a", 1.0, 2.0), 
 def test_duplicates_are_an_error_that_names_the_rows(make_logs: MakeLogs) -> None:
     """Rows 1 and 3 repeat (user, item, timestamp); the same item at another time is none."""
     with pytest.raises(DataError) as caught:
-        build_interactions(make_logs(DUPLICATED), Protocol())
+        build_interactions(make_logs(DUPLICATED), Protocol(label="rating > 3"))
     assert "1 duplicate rows" in str(caught.value)
-    assert "user 1, item a, timestamp 1: log.csv row 1, log.csv row 3" in str(caught.value)
+    assert "user '1', item 'a', timestamp 1: log.csv row 1, log.csv row 3" in str(caught.value)
 
 
 @pytest.mark.parametrize(("policy", "rating"), [("first", 5.0), ("last", 2.0)])
 def test_duplicates_by_policy(make_logs: MakeLogs, policy: str, rating: float) -> None:
     """The first or last in file order stays, and the number removed is kept."""
-    built = build_interactions(make_logs(DUPLICATED), Protocol(duplicates=policy))  # type: ignore[arg-type]
+    built = build_interactions(make_logs(DUPLICATED), Protocol(duplicates=policy, label="rating > 3"))  # type: ignore[arg-type]
     assert built.rows.filter((pl.col("item") == 0) & (pl.col("timestamp") == 1))["rating"].to_list() == [
         rating
     ]
@@ -127,19 +131,21 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: str, rating: float) -
 def test_unknown_duplicate_policy_is_refused(make_logs: MakeLogs) -> None:
     """The allowed policies are listed."""
     with pytest.raises(ConfigError, match="use error, first or last"):
-        build_interactions(make_logs(DUPLICATED), Protocol(duplicates="both"))  # type: ignore[arg-type]
+        build_interactions(make_logs(DUPLICATED), Protocol(duplicates="both", label="rating > 3"))  # type: ignore[arg-type]
 
 
 def test_one_class_overall_is_an_error(make_logs: MakeLogs) -> None:
     """Nothing can be ranked where all labels are equal; the rule is named."""
     with pytest.raises(DataError, match=r"All 2 labels are 1 \(data\.protocol\.label 'rating > 3'\)"):
-        build_interactions(make_logs([("1", "a", 1.0, 5.0), ("1", "b", 2.0, 4.0)]), Protocol())
+        build_interactions(
+            make_logs([("1", "a", 1.0, 5.0), ("1", "b", 2.0, 4.0)]), Protocol(label="rating > 3")
+        )
 
 
 def test_nothing_left_is_an_error(make_logs: MakeLogs) -> None:
     """Dropping all ratings leaves no log."""
     with pytest.raises(DataError, match="No interaction is left"):
-        build_interactions(make_logs([("1", "a", 1.0, 5.0)]), Protocol(drop_ratings=[5]))
+        build_interactions(make_logs([("1", "a", 1.0, 5.0)]), Protocol(drop_ratings=[5], label="rating > 3"))
 
 
 @settings(derandomize=True)
@@ -154,6 +160,28 @@ def test_order_of_the_file_does_not_matter(order: list[int]) -> None:
             pl.lit(None, RAW_SCHEMA[name]).alias(name) for name in RAW_SCHEMA if name not in frame.columns
         )
         items = pl.DataFrame({"item_id": ["0", "1", "2", "3"], "title": ["a", "b", "c", "d"]})
-        return build_interactions(RawLogs(full, items, {}), Protocol()).rows
+        return build_interactions(RawLogs(full, items, {}), Protocol(label="rating > 3")).rows
 
     assert built([rows[i] for i in order]).equals(built(rows))
+
+
+def test_a_log_of_labels_needs_no_rule(make_logs: MakeLogs) -> None:
+    """The default protocol reads the log's own labels."""
+    raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0)], labels=[1, 0])
+    assert build_interactions(raw, Protocol()).rows["label"].to_list() == [1, 0]
+
+
+def test_clicks_alone_say_what_is_missing(make_logs: MakeLogs) -> None:
+    """Labels of 1 only: rows with label 0 are what helps."""
+    raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0)], labels=[1, 1])
+    with pytest.raises(DataError, match=r"All 2 labels are 1 .*Clicks alone need rows with label 0"):
+        build_interactions(raw, Protocol())
+
+
+def test_an_item_without_a_title_has_its_id(make_logs: MakeLogs) -> None:
+    """It is counted; blanks are no title."""
+    raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0), ("1", "c", 3.0, 0.0)], labels=[1, 0, 1])
+    items = raw.items.with_columns(title=pl.Series([None, "Brazil", "  "]))
+    built = build_interactions(replace(raw, items=items), Protocol())
+    assert built.items["title"].to_list() == ["a", "Brazil", "c"]
+    assert built.items_without_title == 2

@@ -71,7 +71,7 @@ def test_a_request_with_a_long_title_is_refused_alone(split: SplitInteractions, 
         {"request_id": "unknown", "user_id": "u1", "candidates": ["nowhere"]},
         {"request_id": "long", "user_id": "u1", "candidates": ["i1", new]},
         {"request_id": "fits", "user_id": "u1", "candidates": ["i1"]},
-        {"request_id": "past", "history": [{**new, "answer": 1, "time": 1}], "candidates": ["i1"]},
+        {"request_id": "past", "history": [{**new, "label": 1, "time": 1}], "candidates": ["i1"]},
     ]
     file = tmp_path / "requests.jsonl"
     file.write_text("\n".join(map(json.dumps, records)))

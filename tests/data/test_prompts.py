@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
+from transformers import AutoTokenizer
 
 from project.data.anonymous import anonymous_titles
-from project.data.prompts import Prompt, PromptEncoder
+from project.data.prompts import Prompt, PromptEncoder, item_columns, with_segment
+from project.data.template import tells_numbers
 from project.errors import ConfigError
 
 ITEMS = pl.DataFrame(
@@ -26,7 +30,9 @@ EVIDENCE = pl.DataFrame(
 class Letters:
     """A tokenizer whose tokens are characters."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> list[int]:
         assert not add_special_tokens
         return [ord(c) for c in text]
 
@@ -119,3 +125,31 @@ def test_anonymous_titles() -> None:
     assert [whole for whole, _ in texts(prompt, [1, 0])] == [f"{names[0]} (1979): yes", f"{names[1]} (): no"]
     lists = PromptEncoder(Letters(), prompt, ITEMS).encode_similar([[1, 0]])
     assert "".join(map(chr, lists[0].tolist())) == f"S {names[1]}; {names[0]}"
+
+
+def test_a_control_token_in_a_title_is_text(tiny_model: Path) -> None:
+    """A title, attribute or list holds no special token whatever it says; ids of other titles are as before."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    special = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    items = ITEMS.with_columns(title=pl.Series(["The <|im_end|>", "the sea"]))
+    prompt = Prompt("<|im_end|>", "{title} {year}:", similar="S {titles}")
+    encoder = PromptEncoder(tokenizer, prompt, items)
+    segments = encoder.encode(np.array([0, 1]), EVIDENCE, np.array([-1, -1], dtype=np.int8))
+    assert special not in segments.tokens.values
+    assert special not in encoder.encode_similar([[0]]).values
+    assert tokenizer.decode(segments.tokens[0]).startswith("The <|im_end|>")
+    assert segments.tokens[1].tolist() == tokenizer.encode("the sea :", add_special_tokens=False)
+    assert encoder.instruction.tolist() == [special]  # who writes the wording may mean one
+
+
+def test_the_default_segment_shows_short_columns_and_numbers() -> None:
+    """Title always, other columns up to a median of 12 tokens, no name of evidence, and numbers."""
+    columns = {"plot": ["x" * 13, ""], "year": ["1" * 12, "2" * 12], "vote": ["1", "2"], "a.b": ["1", "2"]}
+    items = pl.DataFrame({"item": [0, 1], "item_id": ["a", "b"], "title": ["t" * 50, "u" * 50], **columns})
+    found = with_segment(Prompt(), Letters(), items, ["taste_number"])
+    assert found.segment == "{title}, {year}{item_number}{user_number}{vote_number}{taste_number}"
+    assert item_columns(found, items) == (["title", "year"], ["plot", "vote", "a.b"])
+    assert with_segment(found, Letters(), items) is found
+    assert tells_numbers(None)
+    assert tells_numbers(found.segment)

@@ -52,6 +52,17 @@ def test_every_fold_is_needed(fold_shares: list[float]) -> None:
         Protocol(fold_shares=fold_shares).check()
 
 
+@pytest.mark.parametrize(
+    "protocol",
+    [Protocol(seed=2**32), Protocol(drop_ratings=[1.0, float("nan")]), Protocol(label="rating > nan")],
+    ids=["seed", "drop_ratings", "label"],
+)
+def test_numbers_that_are_none_are_refused(protocol: Protocol, request: pytest.FixtureRequest) -> None:
+    """The key is named."""
+    with pytest.raises(ConfigError, match=rf"data\.protocol\.{request.node.callspec.id}"):
+        protocol.check()
+
+
 @pytest.mark.parametrize("key", ["minimum_history", "seed"])
 def test_negative_numbers_are_refused(key: str) -> None:
     """minimum_history counts rows; NumPy knows no negative seed."""

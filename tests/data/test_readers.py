@@ -260,21 +260,62 @@ def test_unknown_value_in_the_split_column_is_located(write: Write) -> None:
 def test_item_absent_from_the_item_table_is_located(write: Write) -> None:
     """The first such row, and how many rows and items there are."""
     with pytest.raises(
-        DataError, match=r"log\.csv, row 3: item 9 is not in .*items\.csv \(3 rows, 2 items\)"
+        DataError, match=r"log\.csv, row 3: item '9' is not in .*items\.csv \(3 rows, 2 items\)"
     ):
         read(write, LOG + "u2,9,30,5\nu2,9,31,5\nu2,8,32,5\n")
 
 
-def test_item_with_an_empty_title_is_located(write: Write) -> None:
-    """A title is what the model reads: it cannot be empty."""
-    with pytest.raises(DataError, match=r"items\.csv, row 2: column title is empty"):
-        read(write, items="item_id,title\n1,Alien\n2,\n")
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_file_name_is_no_pattern(kind: str, tmp_path: Path) -> None:
+    """log[1] is not log1, which is what a shell would make of it; a folder may have such a name too."""
+    folder = tmp_path / "run[2]"
+    folder.mkdir()
+    for path, user in ((folder / f"log[1].{kind}", "right"), (folder / f"log1.{kind}", "wrong")):
+        table = pl.DataFrame({"user_id": [user], "item_id": ["1"], "timestamp": [10], "rating": [5]})
+        table.write_csv(path) if kind == "csv" else table.write_parquet(path)
+    (folder / "items.csv").write_text(ITEMS)
+    raw = TableLogs(str(folder / f"log[1].{kind}"), str(folder / "items.csv")).read()
+    assert raw.interactions["user_id"].to_list() == ["right"]
+
+
+@pytest.mark.parametrize("name", ["rating", "user_id"])
+def test_repeated_columns_are_refused(write: Write, name: str) -> None:
+    """Which of the two is meant nobody knows."""
+    with pytest.raises(DataError, match=rf"log\.csv has the column '{name}' more than once"):
+        read(write, f"user_id,item_id,timestamp,rating,{name}\nu1,1,10,5,3\n")
+
+
+def test_blanks_around_ids_are_no_part_of_them(write: Write) -> None:
+    """As a person writes a table: one user, and an item that the item table knows."""
+    raw = read(write, "user_id,item_id,timestamp,rating\nu3, 1,10,5\n u3 ,2,20,2\n")
+    assert raw.interactions["user_id"].to_list() == ["u3", "u3"]
+    assert raw.interactions["item_id"].to_list() == ["1", "2"]
+
+
+@pytest.mark.parametrize("column", ["title", "year"])
+def test_a_quote_that_is_not_closed_is_located(write: Write, column: str) -> None:
+    """It pairs with the next one, and the rows between would be swallowed."""
+    row = {"title": '2,"Brazil,1985\n3,Casablanca",1942\n', "year": '2,Brazil,"1985\n3,Casablanca,1942"\n'}[
+        column
+    ]
+    with pytest.raises(
+        DataError, match=rf"items\.csv, row 2: column {column} holds a line break.*Close the quote"
+    ):
+        read(write, items=f"item_id,title,year\n1,Alien,1979\n{row}")
+
+
+def test_control_characters_do_not_reach_the_terminal(write: Write) -> None:
+    """An id that holds a colour code is escaped in an error."""
+    with pytest.raises(DataError) as error:
+        read(write, LOG + "u2,\x1b[31m9,30,5\n")
+    assert "\x1b" not in str(error.value)
+    assert "\\x1b[31m9" in str(error.value)
 
 
 def test_item_listed_twice(write: Write) -> None:
     """With one title the first row stays; with two titles both are named."""
     assert read(write, items=ITEMS + "2,Brazil,1986\n").items.height == 2
-    with pytest.raises(DataError, match="item 2 is listed with the titles 'Brazil' and 'Brasil'"):
+    with pytest.raises(DataError, match="item '2' is listed with the titles 'Brazil' and 'Brasil'"):
         read(write, items=ITEMS + "2,Brasil,1985\n")
 
 

@@ -215,19 +215,21 @@ def test_manifest_counts() -> None:
 def test_hash_is_stable_and_sees_every_change() -> None:
     """Golden for the format; any other field, checksum or label makes another hash, a rerun does not."""
     log = coded([0] * 40, list(range(40)))
-    base = apply_protocol(log, Protocol()).hash
-    assert base == apply_protocol(log, Protocol()).hash == "c167403b4ad01fea"
+    base = apply_protocol(log, Protocol(label="rating > 3")).hash
+    assert base == apply_protocol(log, Protocol(label="rating > 3")).hash == "c167403b4ad01fea"
     flipped = (
         pl.when(pl.col("row_id") == 3).then(1 - pl.col("label")).otherwise(pl.col("label")).cast(pl.Int8)
     )
     others = [
-        apply_protocol(replace(log, files={"log.csv": "ab"}), Protocol()).hash,
-        apply_protocol(replace(log, rows=log.rows.with_columns(label=flipped)), Protocol()).hash,
-        apply_protocol(log, Protocol(name="mine")).hash,
-        apply_protocol(log, Protocol(minimum_history=1)).hash,
-        apply_protocol(log, Protocol(split="random")).hash,
-        apply_protocol(log, Protocol(split="random", seed=1)).hash,
-        apply_protocol(log, Protocol(fold_salt="x")).hash,
+        apply_protocol(replace(log, files={"log.csv": "ab"}), Protocol(label="rating > 3")).hash,
+        apply_protocol(
+            replace(log, rows=log.rows.with_columns(label=flipped)), Protocol(label="rating > 3")
+        ).hash,
+        apply_protocol(log, Protocol(name="mine", label="rating > 3")).hash,
+        apply_protocol(log, Protocol(minimum_history=1, label="rating > 3")).hash,
+        apply_protocol(log, Protocol(split="random", label="rating > 3")).hash,
+        apply_protocol(log, Protocol(split="random", seed=1, label="rating > 3")).hash,
+        apply_protocol(log, Protocol(fold_salt="x", label="rating > 3")).hash,
         apply_protocol(log, Protocol(label="rating > 4")).hash,
     ]
     assert len({base, *others}) == 1 + len(others)

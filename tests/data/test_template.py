@@ -52,7 +52,7 @@ def test_fields() -> None:
         ),
         *(
             (f"{{title:{spec}}}", r"expected {title}, or {title:\.40}")
-            for spec in (".0", ">9", "9", "9.9", ".3s")
+            for spec in (".0", ">9", "9", "9.9", ".3s", "." + 20 * "9")
         ),
         ("{vote:.1}", r"has the field {vote:\.1}; expected {vote} alone"),
         ("{item_number:.1}", "expected {item_number} alone"),

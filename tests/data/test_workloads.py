@@ -18,7 +18,7 @@ SHARES = [0.6, 0.2, 0.2]
 @pytest.fixture(scope="module")
 def split(tiny_logs: Path) -> SplitInteractions:
     """The generated log, cut by time."""
-    return read_split(tiny_logs, Protocol(minimum_history=1, shares=SHARES))
+    return read_split(tiny_logs, Protocol(minimum_history=1, shares=SHARES, label="rating > 3"))
 
 
 def log_of(split: SplitInteractions) -> pl.DataFrame:
@@ -151,7 +151,7 @@ def test_concatenation_keeps_order(split: SplitInteractions) -> None:
 @pytest.mark.parametrize("kind", ["user_time", "random", "leave_last"])
 def test_folds_may_not_read_test(kind: str, tiny_logs: Path) -> None:
     """Where test rows lie before validation's, requests of a fold are refused and those of test are not."""
-    protocol = Protocol(split=kind, minimum_history=1, shares=SHARES)  # type: ignore[arg-type]
+    protocol = Protocol(split=kind, minimum_history=1, shares=SHARES, label="rating > 3")  # type: ignore[arg-type]
     split = read_split(tiny_logs, protocol)
     for make in (
         lambda part: catalogue_requests(split, part, 5, 5, 0),

@@ -67,7 +67,7 @@ def test_it_is_the_table_of_predict(
     config["data"] |= {"context_tokens": 256, "batch_tokens": 1024}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     items = [f"i{k}" for k in range(20)]
-    tied = [{"item_id": f"i{k}", "answer": k % 2, "time": 5.0} for k in range(6)]
+    tied = [{"item_id": f"i{k}", "label": k % 2, "time": 5.0} for k in range(6)]
     records = [
         {"request_id": "known", "user_id": "u1", "time": 200.0, "candidates": ["i3", "i0", "i3"]},
         {"request_id": "again", "user_id": "u1", "time": 240.0, "candidates": ["i3", "i5"]},
@@ -86,7 +86,7 @@ def test_it_is_the_table_of_predict(
     data = InteractionData(
         TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv")),
         ItemKNN(),
-        Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2]),
+        Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2], label="rating > 3"),
         Prompt(segment=SEGMENT),
         tokenizer=str(tiny_model),
         context_tokens=256,

@@ -80,8 +80,8 @@ def given(run: Path) -> tuple[object, ...]:
 
 def write_requests(path: Path) -> Path:
     """Known, unseen and anonymous users, a history beyond the window, one candidate twice, more than fit a window."""
-    long = [{"item_id": f"i{k % 20}", "answer": k % 2, "time": 10.0 * k} for k in range(60)]
-    tied = [{"item_id": f"i{k}", "answer": 1, "time": 5.0} for k in range(6)]
+    long = [{"item_id": f"i{k % 20}", "label": k % 2, "time": 10.0 * k} for k in range(60)]
+    tied = [{"item_id": f"i{k}", "label": 1, "time": 5.0} for k in range(6)]
     items = [f"i{k}" for k in range(20)]
     records = [
         {"request_id": "known", "user_id": "u1", "time": 200.0, "candidates": ["i3", "i0", "i3"]},
@@ -123,7 +123,7 @@ def test_bad_requests_have_rows_of_their_own(fitted: Path, run: Callable[..., No
     bad = [
         {"request_id": "unknown", "user_id": "u1", "candidates": ["i3", "zzz"]},
         {"request_id": "nothing", "user_id": "u1", "candidates": []},
-        {"request_id": "past", "history": [{"item_id": "zzz", "answer": 1, "time": 5}], "candidates": ["i3"]},
+        {"request_id": "past", "history": [{"item_id": "zzz", "label": 1, "time": 5}], "candidates": ["i3"]},
     ]
     lines = [json.dumps(bad[0]), *good[:2], *map(json.dumps, bad[1:]), *good[2:]]
     (tmp_path / "mixed.jsonl").write_text("\n".join(lines))

@@ -274,7 +274,7 @@ def test_movielens_anchors():
     from project.retrieval.controls import NoRetriever
     from project.retrieval.walk import WalkRows, walk
 
-    protocol = Protocol(minimum_history=5)
+    protocol = Protocol(minimum_history=5, label="rating > 3")
     split = apply_protocol(build_interactions(MovieLens100K().read(), protocol), protocol)
     rows = split.rows
     log = walk(WalkRows.from_log(rows), NoRetriever(), split.interactions.items, np.empty(0), [])

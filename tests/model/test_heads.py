@@ -21,7 +21,9 @@ class Vocabulary:
     def __init__(self, *words: str) -> None:
         self.ids = {word: i for i, word in enumerate(words, start=1)}
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> list[int]:
         assert not add_special_tokens
         return [self.ids[text]] if text in self.ids else [0] * len(text)
 

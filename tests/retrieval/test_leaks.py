@@ -183,7 +183,7 @@ def test_a_leaky_graph_is_noticed_on_movielens():
     from project.data.readers import MovieLens100K
     from project.data.splits import Protocol, apply_protocol
 
-    protocol = Protocol(minimum_history=5)
+    protocol = Protocol(minimum_history=5, label="rating > 3")
     split = apply_protocol(build_interactions(MovieLens100K().read(), protocol), protocol)
     log, rows = split.interactions, split.rows.filter(pl.col("split").cast(pl.String) != "test")
     targets = (rows["split"].cast(pl.String) == "valid") & (rows["role"].cast(pl.String) == "target")

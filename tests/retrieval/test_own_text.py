@@ -35,7 +35,7 @@ def log(seed: int = 0, rows: int = 60) -> pl.DataFrame:
 
 
 def test_equals_its_formula_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """sum w (a - m) / (sum w + 1/2), w = cosine^2 over strictly earlier rows of the user, in blocks of any size."""
+    """Sum w (a - m) / (sum w + 1/2), w = cosine^2 over strictly earlier rows of the user, in blocks of any size."""
     rows, vectors = log(), item_vectors(ITEMS, ITEMS)
     cosine = (vectors @ vectors.T).toarray()
     assert np.allclose(np.diag(cosine), [1.0] * 6 + [0.0])
