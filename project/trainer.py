@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 from project.callbacks.exit_calibration import exit_calibration_of
 from project.callbacks.results import ResultFiles
-from project.callbacks.run_folder import run_folder
+from project.callbacks.run_folder import point_latest, run_folder
 from project.callbacks.trunk_weights import TrunkWeights
 from project.data.datamodule import InteractionData
 from project.engine.trunk_weights import Weights
@@ -27,6 +27,13 @@ DEFAULT_SIZES = [1, 8, 64, 256]
 
 class ProjectTrainer(Trainer):
     """Lightning's Trainer with the verbs that need no training loop."""
+
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """Save, and let `latest` name this run: it has a checkpoint now."""
+        super().save_checkpoint(filepath, weights_only, storage_options)
+        point_latest(self)
 
     def calibrate(
         self,

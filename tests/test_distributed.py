@@ -252,11 +252,11 @@ def test_wandb_offline(project: Callable[..., str], tiny_config: Config, tmp_pat
             artifacts[record.artifact.type] = record.artifact
     assert {"model", "data", "trainer", "checkpoint"} <= settings.keys()
     assert settings["data"]["context_tokens"] == 128
-    assert {"train/loss", "val/auc/exit_1", "val/auc/exit_3", "fit/exits/_type"} <= keys
+    assert {"train/loss", "select/auc/exit_1", "select/auc/exit_3", "fit/exits/_type"} <= keys
     (table,) = folder.glob("files/media/table/fit/*.table.json")
     rows = {row[0] for row in json.loads(table.read_text())["data"]}
     assert {"exit 1", "exit 3", "lr_rates", "gbdt_evidence"} <= rows
-    assert "val/exit/mean_depth" in keys
+    assert "select/exit/mean_depth" in keys
     assert list(folder.glob("files/media/images/report/pareto_*.png"))
     assert {"model", "report"} <= artifacts.keys()  # W&B makes one of each table, too
     assert set(artifacts["model"].aliases) == {"best", "latest"}
