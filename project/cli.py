@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # as in project.export
-from jsonargparse import Namespace
+from jsonargparse import dict_to_namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -84,13 +84,7 @@ class ProjectCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs, and ours."""
         ours = {"model", "datamodule"}
-        return {
-            **LightningCLI.subcommands(),
-            "calibrate": ours,
-            "floors": ours,
-            "benchmark": ours,
-            "rank": ours,
-        }
+        return LightningCLI.subcommands() | dict.fromkeys(("calibrate", "floors", "benchmark", "rank"), ours)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Forced callbacks, each under its own key, and values that are said once."""
@@ -164,7 +158,8 @@ class ProjectCLI(LightningCLI):
             for logger in csv:
                 logger.class_path = RUN_LOGGER
             name = Path(str(config.config[0])).stem if config.config else "run"
-            default = Namespace(class_path=RUN_LOGGER, init_args=Namespace(save_dir="runs", name=name))
+            where = {"save_dir": "runs", "name": name}
+            default = dict_to_namespace({"class_path": RUN_LOGGER, "init_args": where})
             config.trainer.logger = [*(csv or [default]), *(x for x in loggers if x not in csv)]
         if not config.get("ckpt_path"):
             return
