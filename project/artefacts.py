@@ -224,7 +224,9 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         ) from None
     except (RuntimeError, EOFError) as error:
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} is not a whole checkpoint ({reason}); expected one that `fit` wrote.") from None
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint ({reason}); expected one that `fit` wrote."
+        ) from None
     return content
 
 

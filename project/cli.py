@@ -12,6 +12,7 @@ import sys
 import zipfile
 from argparse import ArgumentError
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -40,11 +41,43 @@ from project.trainer import ProjectTrainer
 
 LARGEST_SEED = 2**32 - 1  # numpy's
 RUN_LOGGER = f"{RunLogger.__module__}.{RunLogger.__name__}"
-UNKNOWN = re.compile(r"(?:[oO]ption|[kK]ey) '([^']+)' is not|accept (?:option|nested key) '([^']+)'|: --([^\s=]+)")
+UNKNOWN = re.compile(
+    r"(?:[oO]ption|[kK]ey) '([^']+)' is not|accept (?:option|nested key) '([^']+)'|: --([^\s=]+)"
+)
 NO_REASON = re.compile(
     r"Parser key|Problem with given class_path|Expected a path but|Does not validate|Subtypes:|Errors:|Given value|"
     r"Subclass types|a class path|a dict |Expected a <class 'NoneType'>$|$"
 )
+
+
+class SectionHelp(LightningArgumentParser):
+    """`fit --help` names the sections of the configuration, `fit --help data` shows one, `fit --help all` shows all."""
+
+    def format_help(self, formatter: Any = None) -> str:
+        """Lightning's, cut to what was asked for."""
+        topic = next(
+            (word for flag, word in zip(sys.argv, sys.argv[1:], strict=False) if flag in ("-h", "--help")), ""
+        )
+        if not self.callback_keys or topic == "all":  # the parser of all verbs has no sections
+            return str(super().format_help(formatter))
+        whole, sections = self._action_groups, dict[str, str]()
+        self._action_groups, self.usage = [], f"{self.prog} --config FILE [--key value]"
+        for group in whole:
+            part = copy(group)
+            dotted = [a for a in group._group_actions if "." in a.dest]
+            for action in dotted:
+                sections.setdefault(action.dest.partition(".")[0], str(group.title))
+            rest = [a for a in group._group_actions if a not in dotted and a.dest not in sections]
+            part._group_actions = [a for a in dotted if a.dest.startswith(f"{topic}.")] if topic else rest
+            self._action_groups.append(part)
+        try:
+            said = str(super().format_help(formatter))
+        finally:
+            self._action_groups = whole
+        named = [f"  {name:12}{title.split(':')[0].split('. ')[0]}" for name, title in sections.items()]
+        return (
+            said if topic else "\n".join([said, "sections, each with --help SECTION (or all):", *named, ""])
+        )
 
 
 class ProjectCLI(LightningCLI):
@@ -60,6 +93,7 @@ class ProjectCLI(LightningCLI):
             ExitRecommender,
             InteractionData,
             trainer_class=ProjectTrainer,
+            parser_class=SectionHelp,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
@@ -201,7 +235,9 @@ class _EachKeyOnce(yaml.SafeLoader):  # type: ignore[misc]
         seen = set[str]()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
+                )
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
         return super().construct_mapping(node, deep)
 

@@ -44,10 +44,16 @@ FILES = {
     "syntax": ("exits:\n  criterion: broken.Mine\n", "exits.criterion: invalid syntax (broken.py, line 1)"),
     "dependency": ("exits:\n  criterion: needy.Mine\n", "exits.criterion: No module named 'nosuchlib'"),
     "other class": ("exits:\n  criterion: pathlib.Path\n", "exits.criterion: *not*a subclass of Criterion"),
-    "abstract": ("data:\n  retriever: half.Mine\n", "data.retriever: *half.Mine is abstract: it lacks select"),
+    "abstract": (
+        "data:\n  retriever: half.Mine\n",
+        "data.retriever: *half.Mine is abstract: it lacks select",
+    ),
     "seed": ("seed_everything: -1\n", "seed_everything is -1; expected 0 to 4294967295"),
     "huge seed": ("seed_everything: 4294967296\n", "seed_everything is 4294967296; expected 0 to 4294967295"),
-    "rate": ("model:\n  optim: {learning_rate: 1.0e+10}\n", "model.optim.learning_rate is 10000000000.0; *0 to 1"),
+    "rate": (
+        "model:\n  optim: {learning_rate: 1.0e+10}\n",
+        "model.optim.learning_rate is 10000000000.0; *0 to 1",
+    ),
     # unions of types bury these; they are this package's own
     "taste": ("data:\n  taste:\n    dim: 0\n", "ConfigError: data.taste.dim is 0; expected 1 or more"),
 }

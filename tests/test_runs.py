@@ -105,7 +105,11 @@ def test_parts_of_requests() -> None:
     parts = list(parts_of(asked, 3))
     assert [r for part in parts for r in part.requests] == asked.requests
     assert [[r.request_id for r in part.requests] for part in parts] == [["r0", "r1"], ["r3"], ["r4"]]
-    assert [[(r.place, r.request_id) for r in part.refused] for part in parts] == [[], [(0, "r2")], [(1, "r5")]]
+    assert [[(r.place, r.request_id) for r in part.refused] for part in parts] == [
+        [],
+        [(0, "r2")],
+        [(1, "r5")],
+    ]
 
 
 def test_early_exit_is_one_process() -> None:
@@ -137,7 +141,10 @@ def made(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
     ("logger", "kinds"),
     [
         (None, ["RunLogger"]),
-        ({"class_path": "project.tracking.Tracking", "init_args": {"project": "p"}}, ["RunLogger", "Tracking"]),
+        (
+            {"class_path": "project.tracking.Tracking", "init_args": {"project": "p"}},
+            ["RunLogger", "Tracking"],
+        ),
         (False, []),
     ],
 )
@@ -158,11 +165,23 @@ def test_own_yaml_needs_no_trainer(
     assert isinstance(trainer.strategy.checkpoint_io, WholeCheckpoints)
 
 
+def test_an_overlay_adds_a_logger_to_none(
+    made: Callable[..., Trainer], tiny_config: Config, tmp_path: Path
+) -> None:
+    """`logger+` of the shipped overlay over a YAML without loggers."""
+    overlay = Path(__file__).parents[1] / "configs" / "overlays" / "wandb_offline.yaml"
+    trainer = made("fit", "--config", tiny_config(trainer={"accelerator": "cpu"}), "--config", overlay)
+    assert [type(x).__name__ for x in trainer.loggers] == ["RunLogger", "Tracking"]
+
+
 def test_a_single_logger_is_a_list_of_one(
     made: Callable[..., Trainer], tiny_config: Config, tmp_path: Path
 ) -> None:
     """A verb that reads a checkpoint makes no run of its own, however the YAML says its logger."""
-    csv = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "own")}}
+    csv = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(tmp_path / "own")},
+    }
     checkpoint = tmp_path / "version_3" / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir(parents=True)
     torch.save({}, checkpoint)

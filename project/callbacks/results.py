@@ -237,4 +237,6 @@ def _log_result(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update({k: v for k, v in summary.items() if v is not None})
-            logger.log_table(f"{name}/{fold}/exits" if fold else f"{name}/exits", columns=["scores", *columns], data=rows)
+            logger.log_table(
+                f"{name}/{fold}/exits" if fold else f"{name}/exits", columns=["scores", *columns], data=rows
+            )

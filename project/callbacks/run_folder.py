@@ -64,13 +64,13 @@ class RunLogger(CSVLogger):
             status: Lightning's: success, failed.
         """
         super().finalize(status)
-        if status == "failed" and self._made is not None:
-            if {path.name for path in self._made.rglob("*") if path.is_file()} <= BEFORE_RESULTS:
-                shutil.rmtree(self._made, ignore_errors=True)
+        files = self._made.rglob("*") if self._made and status == "failed" else ()
+        if self._made and status == "failed" and {x.name for x in files if x.is_file()} <= BEFORE_RESULTS:
+            shutil.rmtree(self._made, ignore_errors=True)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's way to the disk: a checkpoint is written beside its target and renamed, and read without unpickling."""
+    """Lightning's way to the disk: a checkpoint is written beside its target, then renamed, and never unpickled."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None

@@ -12,7 +12,7 @@ from project.callbacks.run_folder import point_latest, run_folder
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves config.yaml in the run folder, points `latest` at a run with results, and sends the configuration to W&B."""
+    """Saves config.yaml in the run folder, points `latest` at a finished run, sends the configuration to W&B."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save for fit only: other verbs write into the run of their checkpoint."""

@@ -49,7 +49,9 @@ class OptimSettings:
             ("depth_slope", -1),
         ):
             value = getattr(self, name)
-            most = 1 if name == "learning_rate" else math.inf  # AdamW moves every weight by about this much a step
+            most = (
+                1 if name == "learning_rate" else math.inf
+            )  # AdamW moves every weight by about this much a step
             if not least <= value <= most or value == math.inf:
                 why = ", so that no layer's rate is negative" if least < 0 else ""
                 wanted = "a number from 0 to 1" if most == 1 else f"a number of {least} or more{why}"
