@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import platform
+import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +22,7 @@ import polars as pl
 import torch
 
 from project.data.splits import FOLDS, SPLITS
-from project.errors import DataError
+from project.errors import CheckpointError, DataError
 
 PolarsType = pl.DataType | type[pl.DataType]
 SCHEMA_VERSION = 1
@@ -193,6 +195,32 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """Tensors and plain values of a checkpoint, on the CPU; never anything that runs when it is read.
+
+    Args:
+        path: The file.
+        mmap: Read tensors when they are used.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or holds other objects.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path} holds a Python object ({found[1] if found else 'of an unknown kind'}), which could run code when "
+            "it is read; expected tensors, numbers, text, lists and dictionaries, as `fit` writes them."
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint ({reason}); expected one that `fit` wrote."
+        ) from None
+    return content
 
 
 def run_of_checkpoint(checkpoint: str | Path) -> Path:

@@ -1,36 +1,83 @@
 """Command line: Lightning's CLI with fixed model and data classes and more verbs (project.trainer).
 
-Unusual here: the configuration is the truth. Lightning would let a checkpoint's hyper-parameters override the command
-line; here a checkpoint that does not fit the configuration is refused by the module instead.
+The configuration is the truth. Lightning would let a checkpoint's hyper-parameters override the command line; here a
+checkpoint that does not fit the configuration is refused by the module instead.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 import zipfile
 from argparse import ArgumentError
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]  # as in project.export
+from jsonargparse import dict_to_namespace
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 
 from project.artefacts import run_of_checkpoint
 from project.callbacks.exit_calibration import ExitCalibration
 from project.callbacks.exit_plots import ExitPlots
 from project.callbacks.results import ResultFiles
 from project.callbacks.run_bundle import RunBundle
+from project.callbacks.run_folder import RunLogger, WholeCheckpoints
 from project.callbacks.save_config import SaveConfig
 from project.callbacks.wandb_artifacts import WandbArtifacts
-from project.cli_errors import check_verb, one_line, project_error_in
 from project.data.datamodule import InteractionData
 from project.data.template import tells_numbers
-from project.errors import CheckpointError
+from project.errors import CheckpointError, ConfigError, ProjectError
 from project.model.module import ExitRecommender
 from project.trainer import ProjectTrainer
+
+LARGEST_SEED = 2**32 - 1  # numpy's
+RUN_LOGGER = f"{RunLogger.__module__}.{RunLogger.__name__}"
+UNKNOWN = re.compile(
+    r"(?:[oO]ption|[kK]ey) '([^']+)' is not|accept (?:option|nested key) '([^']+)'|: --([^\s=]+)"
+)
+NO_REASON = re.compile(
+    r"Parser key|Problem with given class_path|Expected a path but|Does not validate|Subtypes:|Errors:|Given value|"
+    r"Subclass types|a class path|a dict |Expected a <class 'NoneType'>$|$"
+)
+
+
+class SectionHelp(LightningArgumentParser):
+    """`fit --help` names the sections of the configuration, `fit --help data` shows one, `fit --help all` shows all."""
+
+    def format_help(self, formatter: Any = None) -> str:
+        """Lightning's, cut to what was asked for."""
+        topic = next(
+            (word for flag, word in zip(sys.argv, sys.argv[1:], strict=False) if flag in ("-h", "--help")), ""
+        )
+        if not self.callback_keys or topic == "all":  # the parser of all verbs has no sections
+            return str(super().format_help(formatter))
+        whole, sections = self._action_groups, dict[str, str]()
+        self._action_groups, self.usage = [], f"{self.prog} --config FILE [--key value]"
+        for group in whole:
+            part = copy(group)
+            dotted = [a for a in group._group_actions if "." in a.dest]
+            for action in dotted:
+                sections.setdefault(action.dest.partition(".")[0], str(group.title))
+            rest = [a for a in group._group_actions if a not in dotted and a.dest not in sections]
+            part._group_actions = [a for a in dotted if a.dest.startswith(f"{topic}.")] if topic else rest
+            self._action_groups.append(part)
+        try:
+            said = str(super().format_help(formatter))
+        finally:
+            self._action_groups = whole
+        named = [f"  {name:12}{title.split(':')[0].split('. ')[0]}" for name, title in sections.items()]
+        return (
+            said if topic else "\n".join([said, "sections, each with --help SECTION (or all):", *named, ""])
+        )
 
 
 class ProjectCLI(LightningCLI):
@@ -46,11 +93,18 @@ class ProjectCLI(LightningCLI):
             ExitRecommender,
             InteractionData,
             trainer_class=ProjectTrainer,
+            parser_class=SectionHelp,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={"use_distributed_sampler": False},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "max_epochs": 1,
+                "gradient_clip_val": 1.0,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 5,
+            },
             parser_kwargs={
                 "prog": "python -m project",
                 "allow_abbrev": False,  # else `--trainer.max_epoch` would pass silently
@@ -64,20 +118,14 @@ class ProjectCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs, and ours."""
         ours = {"model", "datamodule"}
-        return {
-            **LightningCLI.subcommands(),
-            "calibrate": ours,
-            "floors": ours,
-            "benchmark": ours,
-            "rank": ours,
-        }
+        return LightningCLI.subcommands() | dict.fromkeys(("calibrate", "floors", "benchmark", "rank"), ours)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Forced callbacks, each under its own key, and values that are said once."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
-                "checkpoint.monitor": "val/auc/deepest",
+                "checkpoint.monitor": "select/auc/deepest",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "epoch_{epoch}-step_{step}",
                 "checkpoint.auto_insert_metric_name": False,
@@ -98,13 +146,20 @@ class ProjectCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """What is wrong is one error of ours."""
-        check_verb(sys.argv[1:], [*self.subcommands(), *self._others])
+        given = sys.argv[1:]
+        check_verb(given, [*self.subcommands(), *self._others])
+        for name, value in zip(given, [*given[1:], ""], strict=True):
+            if name in ("--config", "-c") or name.startswith("--config="):
+                check_yaml(Path(name.partition("=")[2] or value))
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            verb = next((name for name in sys.argv[1:] if name in self._subcommand_parsers), "fit")
+            verb = next((name for name in given if name in self._subcommand_parsers), "fit")
             keys = self._subcommand_parsers[verb].get_defaults().keys()
-            raise project_error_in(error) or one_line(str(error), sys.argv[1:], keys) from None
+            raise project_error_in(error) or one_line(str(error), keys) from None
+        seed = self.config[self.config.subcommand].seed_everything
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ConfigError(f"seed_everything is {seed}; expected 0 to {LARGEST_SEED}.")
 
     def instantiate_classes(self) -> None:
         """An error of ours stays one where its type is one of several, as in `Taste | None`."""
@@ -116,25 +171,39 @@ class ProjectCLI(LightningCLI):
                 raise
             raise ours from None
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Lightning's, with checkpoints that are written whole or not at all."""
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.strategy.checkpoint_io = WholeCheckpoints()
+        return trainer
+
     def _parse_ckpt_path(self) -> None:
         """Do not let a checkpoint change the configuration; the module checks that they agree."""
 
     def before_instantiate_classes(self) -> None:
-        """A verb that is given a checkpoint writes into that checkpoint's run: no new folder for it."""
+        """Loggers are a list that begins with the run's folder; a verb with a checkpoint uses the checkpoint's run."""
         config = self.config[self.subcommand]
         if "verbose" in config:
             config.verbose = False  # the result table says it all
-        checkpoint = config.get("ckpt_path")
-        if not checkpoint:
+        given = config.trainer.logger
+        if given is not False:
+            loggers = given if isinstance(given, list) else [] if given in (None, True) else [given]
+            csv = [x for x in loggers if x.class_path.rpartition(".")[2] in ("CSVLogger", "RunLogger")]
+            for logger in csv:
+                logger.class_path = RUN_LOGGER
+            name = Path(str(config.config[0])).stem if config.config else "run"
+            where = {"save_dir": "runs", "name": name}
+            default = dict_to_namespace({"class_path": RUN_LOGGER, "init_args": where})
+            config.trainer.logger = [*(csv or [default]), *(x for x in loggers if x not in csv)]
+        if not config.get("ckpt_path"):
             return
-        _check_file(Path(checkpoint))
+        _check_file(Path(config.ckpt_path))
+        config.ckpt_path = str(Path(config.ckpt_path).resolve())  # `latest` may name another run by then
         if self.subcommand == "fit":
             return
-        if isinstance(config.trainer.logger, list):
-            config.trainer.logger = [
-                x for x in config.trainer.logger if CSVLogger.__name__ not in x.class_path
-            ]
-        run = run_of_checkpoint(checkpoint)
+        if given is not False:
+            config.trainer.logger = [x for x in config.trainer.logger if x.class_path != RUN_LOGGER]
+        run = run_of_checkpoint(config.ckpt_path)
         config.checkpoint.dirpath = str(run / "checkpoints")
         config.data.bundle = str(run / "bundle")
 
@@ -157,3 +226,98 @@ def _check_file(checkpoint: Path) -> None:
     raise CheckpointError(
         f"ckpt_path is {checkpoint}, which {found}; expected a checkpoint file of a run, for example {hint}"
     )
+
+
+class _EachKeyOnce(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML says that a key stands once in a mapping; PyYAML lets the last one win."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
+
+
+def check_yaml(file: Path) -> None:
+    """Refuse a configuration that is no YAML, holds no keys and values, or has a key twice.
+
+    Raises:
+        ConfigError: It names file, line and column.
+    """
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)
+    except FileNotFoundError:
+        raise ConfigError(f"--config {file} does not exist; expected a YAML file.") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{file}{where}: {error.problem}; expected YAML.") from None
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds {type(content).__name__}; expected keys and values.")
+
+
+def check_verb(arguments: Sequence[str], verbs: Sequence[str]) -> None:
+    """Refuse a first word that is no verb.
+
+    Args:
+        arguments: Of the command line.
+        verbs: All there are.
+
+    Raises:
+        ConfigError: It names all verbs and the nearest.
+    """
+    if not arguments:
+        raise ConfigError(
+            f"python -m project needs a verb; expected one of {', '.join(verbs)}. Or try --help."
+        )
+    if not arguments[0].startswith("-") and arguments[0] not in verbs:
+        near = _near(arguments[0], verbs)
+        raise ConfigError(f"{arguments[0]} is no verb{near}; expected one of {', '.join(verbs)}.")
+
+
+def project_error_in(error: BaseException) -> ProjectError | None:
+    """The error of this package that another one was raised from: unions of types bury them."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ProjectError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def one_line(message: str, keys: Iterable[str]) -> ConfigError:
+    """The key and the reason, out of jsonargparse's many lines.
+
+    Args:
+        message: Its error.
+        keys: All keys that there are.
+    """
+    key = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
+    if found := UNKNOWN.search(message):
+        name = next(filter(None, found.groups()))
+        inside = re.search(r"class_path '([^']+)'", message)
+        near = _near(name, list(inspect.signature(_imported(inside[1])).parameters) if inside else list(keys))
+        return ConfigError(f"{f'{key}.' if key else ''}{name} is no key of the configuration{near}.")
+    lines = [line.strip().lstrip("- ") for line in message.splitlines()]
+    reason = "; ".join(line for line in lines if not NO_REASON.match(line)) or " ".join(lines)
+    if found := re.search(r"but (\S+) is abstract", reason):
+        reason += f": it lacks {', '.join(sorted(_imported(found[1]).__abstractmethods__))}"
+    if reason.endswith("Got value: None"):
+        reason += ". Is --config FILE missing, such as configs/quickstart.yaml?"
+    return ConfigError(f"{key}: {reason}" if key else reason)
+
+
+def _near(word: str, words: Sequence[str]) -> str:
+    found = get_close_matches(word, words, n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 
 from project.callbacks.exit_calibration import exit_calibration_of
-from project.callbacks.run_folder import run_folder
+from project.callbacks.run_folder import point_latest, run_folder
 from project.data.datamodule import InteractionData
 from project.model.module import ExitRecommender
 from project.ranking.settings import RankSettings
@@ -23,6 +23,13 @@ DEFAULT_SIZES = [1, 8, 64, 256]
 
 class ProjectTrainer(Trainer):
     """Lightning's Trainer with the verbs that need no training loop."""
+
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """Save, and let `latest` name this run: it has a checkpoint now."""
+        super().save_checkpoint(filepath, weights_only, storage_options)
+        point_latest(self)
 
     def calibrate(
         self,

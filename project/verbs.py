@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 
 from project.artefacts import (
+    read_checkpoint,
     read_result,
     replace_file,
     result_head,
@@ -101,7 +101,7 @@ def run_calibrate(
         )
     callback, folder = exit_calibration_of(trainer), run_of_checkpoint(ckpt_path)
     table = folder / "scores" / "valid.parquet"
-    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(ckpt_path)
     wanted = {"heads": heads_digest(checkpoint["state_dict"]), "protocol": data.split.hash}
     known = table_about(table) if table.exists() else {}
     if rescore or any(known.get(key) != value for key, value in wanted.items()):

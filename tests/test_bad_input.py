@@ -128,8 +128,10 @@ def test_unsupported_family(
 def test_what_was_refused_is_not_counted_as_scored() -> None:
     """`predict --engine early_exit` says how many candidates have a score, and how many requests have none."""
     table = pl.DataFrame({"request_id": ["a", "a", "b", "c"], "error": [None, None, "no item", None]})
-    assert _counted(table) == "3 candidates of 2 requests scored (1 more refused, see the column error)"
-    assert _counted(table.filter(pl.col("error").is_null())) == "3 candidates of 2 requests scored"
+    assert (
+        _counted(table.lazy()) == "3 candidates of 2 requests scored (1 more refused, see the column error)"
+    )
+    assert _counted(table.lazy().filter(pl.col("error").is_null())) == "3 candidates of 2 requests scored"
 
 
 @pytest.mark.slow

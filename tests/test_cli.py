@@ -182,8 +182,8 @@ def test_ckpt_path_is_a_checkpoint(
 @pytest.mark.parametrize(("save_top_k", "expected"), [(0, True), (1, False), (-1, False)])
 def test_what_is_saved_without_a_best(tmp_path: Path, save_top_k: int, expected: bool) -> None:
     """With save_top_k 0 no checkpoint is chosen by its metric: the latest weights are what results are about."""
-    saver = ModelCheckpoint(tmp_path, monitor="val/auc/deepest", mode="max", save_top_k=save_top_k)
+    saver = ModelCheckpoint(tmp_path, monitor="select/auc/deepest", mode="max", save_top_k=save_top_k)
     trainer = Trainer(logger=False, callbacks=[saver], enable_progress_bar=False, enable_model_summary=False)
     assert will_be_saved(trainer) is expected  # the metric is not there yet
-    trainer.callback_metrics["val/auc/deepest"] = torch.tensor(0.6)
+    trainer.callback_metrics["select/auc/deepest"] = torch.tensor(0.6)
     assert will_be_saved(trainer)

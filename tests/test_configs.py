@@ -94,7 +94,7 @@ def test_shipped_recipes(recipe: Path, overlay: Path | None, made: Callable[...,
     data.protocol.check()
     kinds = {type(c) for c in trainer.callbacks}
     assert {ModelCheckpoint, ResultFiles, RunBundle} <= kinds
-    assert trainer.checkpoint_callback.monitor == "val/auc/deepest"
+    assert trainer.checkpoint_callback.monitor == "select/auc/deepest"
     assert isinstance(trainer.loggers[0], CSVLogger)  # decides where a run's files go
 
 

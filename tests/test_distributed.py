@@ -245,18 +245,23 @@ def test_wandb_offline(project: Callable[..., str], tiny_config: Config, tmp_pat
     project("fit", "--config", config, "--config", tmp_path / "overlay.yaml")
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     settings, keys, artifacts = dict[str, Any](), set(), dict[str, Any]()
+    summary, names = set[str](), list[str]()
     for record in records(next(folder.glob("*.wandb"))):
         settings |= {u.key: json.loads(u.value_json) for u in record.config.update}
         keys |= {i.key or "/".join(i.nested_key) for i in record.history.item}
+        summary |= {i.key or "/".join(i.nested_key) for i in record.summary.update}
+        names += [record.run.display_name] if record.WhichOneof("record_type") == "run" else []
         if record.WhichOneof("record_type") == "artifact":
             artifacts[record.artifact.type] = record.artifact
     assert {"model", "data", "trainer", "checkpoint"} <= settings.keys()
     assert settings["data"]["context_tokens"] == 128
-    assert {"train/loss", "val/auc/exit_1", "val/auc/exit_3", "fit/exits/_type"} <= keys
-    (table,) = folder.glob("files/media/table/fit/*.table.json")
+    assert {"train/loss", "select/auc/exit_1", "select/auc/exit_3", "fit/tune/exits/_type"} <= keys
+    (table,) = folder.glob("files/media/table/fit/tune/*.table.json")
     rows = {row[0] for row in json.loads(table.read_text())["data"]}
     assert {"exit 1", "exit 3", "lr_rates", "gbdt_evidence"} <= rows
-    assert "val/exit/mean_depth" in keys
+    assert {"select/exit/mean_depth", "train/learning_rate", "train/targets_per_s"} <= keys
+    assert {"fit/minus_best_baseline", "fit/chosen_exit", "certificate/passed"} <= summary
+    assert names[-1] == "tiny/version_0"
     assert list(folder.glob("files/media/images/report/pareto_*.png"))
     assert {"model", "report"} <= artifacts.keys()  # W&B makes one of each table, too
     assert set(artifacts["model"].aliases) == {"best", "latest"}

@@ -18,7 +18,7 @@ import polars
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from project.artefacts import replace_file, result_head, write_json
+from project.artefacts import read_checkpoint, replace_file, result_head, write_json
 from project.callbacks.run_folder import current_run, data_of, will_be_saved
 from project.counting import counting_features
 from project.data.workloads import Workload, catalogue_requests
@@ -187,7 +187,7 @@ class ExitCalibration(ExitSettings, pl.Callback):
 
     def write_into(self, checkpoint: Path, module: ExitRecommender) -> None:
         """Replace the exit plan of a saved checkpoint, whole or not at all."""
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        content = read_checkpoint(checkpoint)
         content.setdefault("callbacks", {})[self.state_key] = self.state_dict()
         for name in ("exit_thresholds", "exit_calibration"):
             content["state_dict"][name] = getattr(module, name).cpu()
@@ -217,7 +217,7 @@ class ExitCalibration(ExitSettings, pl.Callback):
         return AskedScores(labelled_scores(scores, workload.table), features, data.seed)
 
     def _log(self, trainer: pl.Trainer, scores: polars.DataFrame, features: Floats) -> None:
-        """`val/exit/...` on the select fold, which calibration has not seen."""
+        """`select/exit/...` on the select fold, which calibration has not seen."""
         assert self.found is not None
         fold = (scores["fold"] == "select").to_numpy()
         if not fold.any():
@@ -228,7 +228,7 @@ class ExitCalibration(ExitSettings, pl.Callback):
         values["certificate_bound"] = self.issued.get("bound")
         for logger in trainer.loggers:
             logger.log_metrics(
-                {f"val/exit/{k}": v for k, v in values.items() if v is not None}, trainer.global_step
+                {f"select/exit/{k}": v for k, v in values.items() if v is not None}, trainer.global_step
             )
 
 

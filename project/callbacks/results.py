@@ -28,6 +28,7 @@ from project.model.heads import heads_digest
 from project.tables import exits_table, stage_seconds_table
 
 if TYPE_CHECKING:
+    from project.data.packing import Batch
     from project.model.module import ExitRecommender
 
 
@@ -46,7 +47,19 @@ class ResultFiles(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of training."""
-        self._started = time.perf_counter()
+        self._started = self._batch_ended = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Log the deepest layer's learning rate, and targets a second of all processes; validation is not in it."""
+        now = time.perf_counter()
+        rates = {group["name"].split("/")[0]: group["lr"] for group in trainer.optimizers[0].param_groups}
+        deepest = f"layer_{cast('ExitRecommender', pl_module).depth}"
+        self.log("train/learning_rate", rates.get(deepest, min(rates.values())))
+        targets = len(batch.label) * trainer.world_size
+        self.log("train/targets_per_s", targets / (now - self._batch_ended))
+        self._batch_ended = now
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock of training; validation inside it has a clock of its own."""
@@ -61,6 +74,7 @@ class ResultFiles(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the scores of validation."""
+        self._batch_ended = time.perf_counter()
         if trainer.sanity_checking:
             return
         self._stop_clock(trainer, "validate")
@@ -126,7 +140,7 @@ class ResultFiles(pl.Callback):
         result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
         name = f"{verb}-{self.tag}" if self.tag else verb
         path = write_json(folder / "results" / f"{name}.json", result)
-        _log_table(trainer, result, name)
+        _log_result(trainer, result, name)
         if self.print_tables:
             console = Console(width=120) if not Console().is_terminal else Console()
             console.print(exits_table(result), stage_seconds_table(result), f"written: {path}")
@@ -209,11 +223,21 @@ def _slices(
     return slice_rows(rows, judged + floor_scores_of(floors, rows, *part), *part)
 
 
-def _log_table(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
+def _log_result(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
+    """The table and the few numbers that runs are compared by, to W&B."""
+    summary = {
+        f"{name}/minus_best_baseline": (result.get("floor_difference") or {}).get("value"),
+        f"{name}/chosen_exit": result["chosen_exit"],
+        "certificate/passed": (result.get("certificate") or {}).get("passed"),
+    }
     # the last two: under the exit plan, if there is one
     columns = ["auc", "log_loss", "brier", "ece", "exit_share", "auc_leaving"]
+    fold = next((r["fold"] for r in result["exits"] if "fold" in r), None)
     rows = [[f"exit {r['layer']}", *map(r.get, columns)] for r in result["exits"]]
     rows += [[r["name"], *map(r.get, columns)] for r in result["floors"]]
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_table(f"{name}/exits", columns=["scores", *columns], data=rows)
+            logger.experiment.summary.update({k: v for k, v in summary.items() if v is not None})
+            logger.log_table(
+                f"{name}/{fold}/exits" if fold else f"{name}/exits", columns=["scores", *columns], data=rows
+            )

@@ -1,21 +1,90 @@
-"""Where a run's files go and what it reads, said without talking to other processes.
+"""A run's folder: who makes it, where a command's files go, and when `latest` names it.
 
 `Trainer.log_dir` broadcasts, so code that only rank 0 runs would wait for ever on it.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 
-from project.artefacts import run_of_checkpoint
+from project.artefacts import read_checkpoint, replace_file, run_of_checkpoint
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData
+
+
+BEFORE_RESULTS = {"config.yaml", "hparams.yaml"}  # what a run's folder holds before anything was computed
+
+
+class RunLogger(CSVLogger):
+    """Lightning's CSV logger, whose folder version_N is made the moment its number is chosen.
+
+    Two fits that start together get a folder each: `mkdir` succeeds once. A command that is refused before it computed
+    anything leaves none.
+
+    Args:
+        save_dir: Folder of all runs.
+        name: Folder of this configuration's runs below that; null: none.
+        version: Name or number of the run; default: the next free number.
+        prefix: Of the names of metrics.
+        flush_logs_every_n_steps: Steps between writes of metrics.csv.
+    """
+
+    _made: Path | None = None
+
+    def _get_next_version(self) -> int:
+        number: int = super()._get_next_version()
+        while rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # other processes are told, see SaveConfig
+            folder = Path(self.root_dir) / f"version_{number}"
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                self._made = folder
+                break
+        return number
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left, and remove the folder of a command that failed before it had anything.
+
+        Args:
+            status: Lightning's: success, failed.
+        """
+        super().finalize(status)
+        files = self._made.rglob("*") if self._made and status == "failed" else ()
+        if self._made and status == "failed" and {x.name for x in files if x.is_file()} <= BEFORE_RESULTS:
+            shutil.rmtree(self._made, ignore_errors=True)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's way to the disk: a checkpoint is written beside its target, then renamed, and never unpickled."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write all of it, or leave what is there."""
+        del storage_options
+        replace_file(Path(path), lambda part: torch.save(checkpoint, part))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """As `read_checkpoint`, whatever Lightning's callers ask for."""
+        del map_location, weights_only
+        return read_checkpoint(path)
 
 
 def run_folder(trainer: pl.Trainer, ckpt_path: str | Path | None = None) -> Path:
@@ -31,6 +100,18 @@ def run_folder(trainer: pl.Trainer, ckpt_path: str | Path | None = None) -> Path
         if isinstance(logger, CSVLogger):
             return Path(logger.log_dir)
     return Path(trainer.default_root_dir)
+
+
+def point_latest(trainer: pl.Trainer) -> None:
+    """Let the link `latest` name this fit's run; nothing where no logger makes run folders, or off rank 0."""
+    run = run_folder(trainer)
+    if not trainer.is_global_zero or run == Path(trainer.default_root_dir):
+        return
+    link = run.parent / "latest"
+    part = link.with_name(f".latest.{os.getpid()}")
+    part.unlink(missing_ok=True)
+    part.symlink_to(run.name, target_is_directory=True)
+    os.replace(part, link)
 
 
 def will_be_saved(trainer: pl.Trainer) -> bool:

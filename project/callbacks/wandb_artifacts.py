@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from project.artefacts import read_checkpoint
 from project.callbacks.run_folder import current_run
 
 PATTERNS = ("report/*.md", "report/*.html", "report/*.png", "results/*.json")
@@ -67,8 +67,7 @@ def aliased(trainer: pl.Trainer) -> list[tuple[Path, list[str]]]:
 
 
 def _step(checkpoint: str | Path) -> int:
-    content = torch.load(checkpoint, mmap=True, weights_only=True, map_location="cpu")
-    return int(content["global_step"])
+    return int(read_checkpoint(checkpoint, mmap=True)["global_step"])
 
 
 def _loggers(trainer: pl.Trainer) -> list[WandbLogger]:

@@ -91,7 +91,8 @@ class _FrameReader(pickle.Unpickler):
 
 def _convert_latest_small(members: Path, out: Path) -> None:
     """The pickled data frame as ratings.csv and movies.csv."""
-    frame = _FrameReader(lzma.open(members / "movielens.pkl.compress")).load()
+    with lzma.open(members / "movielens.pkl.compress") as stream:
+        frame = _FrameReader(stream).load()
     blocks, (names, _) = frame._mgr
     columns: dict[str, Any] = {}
     for values, places in blocks:

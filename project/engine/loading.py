@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from project.artefacts import read_checkpoint
 from project.callbacks.exit_calibration import ExitCalibration, Plans
 from project.data.identity import check_reads
 from project.data.sources import resolve_model
@@ -57,7 +56,7 @@ def load_weights(
     Raises:
         CheckpointError: The checkpoint was made for another configuration.
     """
-    content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    content = read_checkpoint(checkpoint)
     if data is not None:
         check_reads(content.get("reads"), data, judged)
     if model.trunk is None:

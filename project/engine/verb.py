@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,23 +13,28 @@ import polars as pl
 from lightning.pytorch import Callback
 from rich.console import Console
 
-from project.artefacts import run_of_checkpoint, write_table
+from project.artefacts import replace_file, run_of_checkpoint
 from project.callbacks.results import ResultFiles
+from project.data.lengths import without_long
+from project.data.prompts import PromptEncoder
+from project.data.requests import Refused, Request, Requests, read_requests
 from project.engine.decisions import RowExits
 from project.engine.engine import Engine
 from project.engine.loading import load_run
 from project.engine.prepared import prepare_requests
 from project.engine.scored import Scores
 from project.engine.stream_cache import StreamCache
-from project.errors import NotFittedError
+from project.errors import ConfigError, NotFittedError
 from project.model.heads import heads_digest
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from project.data.datamodule import InteractionData
-    from project.data.requests import Requests
     from project.model.module import ExitRecommender
+
+
+PART = 50_000  # candidates that are in memory at a time, 4.6 KB each
 
 
 def run_early_exit(
@@ -45,37 +53,85 @@ def run_early_exit(
 
     Raises:
         NotFittedError: No checkpoint.
+        ConfigError: More than one process.
     """
     if checkpoint is None:
         raise NotFittedError(
             "predict --engine early_exit needs --ckpt_path, a calibrated run's checkpoint; found none. `fit` makes "
             "one."
         )
+    if trainer.world_size > 1:
+        raise ConfigError(
+            f"predict --engine early_exit runs in one process, found {trainer.world_size}; expected trainer.devices 1. "
+            "Split data.requests into files, and run each with --results.tag of its own."
+        )
     data.prepare_data()
     plans = load_run(model, data.tokenizer, checkpoint, data, judged=False)
     device = trainer.strategy.root_device
     model.to(device)
-    prepared = prepare_requests(model, data)
-    scores = Engine(model, RowExits(plans.plan, device), StreamCache()).score(prepared)
-    assert data.requests is not None
-    table = early_exit_table(scores, data.requests)
+    asked = read_requests(data.requests_file, data.split.interactions)
+    asked = without_long(asked, PromptEncoder(data.tokenizer, data.prompt, asked.items), data.context_tokens)
+    engine = Engine(model, RowExits(plans.plan, device), StreamCache())
     about = {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     tags = [c.tag for c in callbacks if isinstance(c, ResultFiles) and c.tag]
     name = "-".join(["predict-early_exit", *tags])
-    path = write_table(run_of_checkpoint(checkpoint) / "scores" / f"{name}.parquet", table, about)
-    full = plans.plan.layers[-1] * sum(len(r.stream) + len(r.candidates.values) for r in prepared)
-    Console().print(f"{_counted(table)} with {scores.token_layers:,} token-layers of {full:,}: {path}")
+    path = run_of_checkpoint(checkpoint) / "scores" / f"{name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokens = layers = 0
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=path.parent) as folder:
+        files = list[Path]()
+        for part in parts_of(asked, PART):
+            prepared = prepare_requests(model, data, part) if part.requests else []
+            scores = engine.score(prepared)
+            tokens += sum(len(r.stream) + len(r.candidates.values) for r in prepared)
+            layers += scores.token_layers
+            files.append(Path(folder) / f"{len(files)}.parquet")
+            early_exit_table(scores, part).write_parquet(files[-1])
+        table = pl.scan_parquet(files)
+        replace_file(path, lambda file: table.sink_parquet(file, metadata=about))
+    counted = _counted(pl.scan_parquet(path))
+    Console().print(f"{counted} with {layers:,} token-layers of {plans.plan.layers[-1] * tokens:,}: {path}")
     return path
 
 
-def _counted(table: pl.DataFrame) -> str:
+def _counted(table: pl.LazyFrame) -> str:
     """How much of what was asked has a score."""
-    scored = table.filter(pl.col("error").is_null())
-    requests = scored["request_id"].n_unique()
-    refused = table["request_id"].n_unique() - requests
+    scored = pl.col("error").is_null()
+    counts = table.select(
+        scored.sum().alias("candidates"),
+        pl.col("request_id").filter(scored).n_unique().alias("requests"),
+        pl.col("request_id").n_unique().alias("all"),
+    ).collect()
+    candidates, requests, everything = counts.row(0)
+    refused = everything - requests
     note = f" ({refused} more refused, see the column error)" if refused else ""
-    return f"{len(scored)} candidates of {requests} requests scored{note}"
+    return f"{candidates} candidates of {requests} requests scored{note}"
+
+
+def parts_of(asked: Requests, candidates: int) -> Iterator[Requests]:
+    """The same requests, refused ones at their places, in parts of about so many candidates.
+
+    Args:
+        asked: What is asked.
+        candidates: A part ends at the request that reaches this number.
+    """
+    refused = {r.place: r for r in asked.refused}
+    usable = iter(asked.requests)
+    part, size = list[Request | Refused](), 0
+    for place in range(len(asked.requests) + len(refused)):
+        part.append(refused.get(place) or next(usable))
+        size += len(part[-1].candidates)
+        if size >= candidates:
+            yield _part(asked, part)
+            part, size = [], 0
+    if part:
+        yield _part(asked, part)
+
+
+def _part(asked: Requests, part: list[Request | Refused]) -> Requests:
+    refused = tuple(replace(r, place=k) for k, r in enumerate(part) if isinstance(r, Refused))
+    return replace(asked, requests=[r for r in part if isinstance(r, Request)], refused=refused)
 
 
 def early_exit_table(scores: Scores, requests: Requests) -> pl.DataFrame:
@@ -91,12 +147,13 @@ def early_exit_table(scores: Scores, requests: Requests) -> pl.DataFrame:
     """
     found, refused = scores.requests, requests.refused
     places = np.setdiff1d(np.arange(len(found) + len(refused)), [r.place for r in refused])
+    none = np.zeros(0)
     scored = requests.table().with_columns(
-        exit_layer=pl.Series(np.concatenate([r.exit_layers for r in found]), dtype=pl.Int64),
-        adaptive_logit=pl.Series(np.concatenate([r.logits for r in found])).cast(pl.Float32),
-        probability=pl.Series(np.concatenate([r.probabilities for r in found])).cast(pl.Float32),
+        exit_layer=pl.Series(np.concatenate([none, *(r.exit_layers for r in found)])).cast(pl.Int64),
+        adaptive_logit=pl.Series(np.concatenate([none, *(r.logits for r in found)])).cast(pl.Float32),
+        probability=pl.Series(np.concatenate([none, *(r.probabilities for r in found)])).cast(pl.Float32),
         error=pl.Series([r.error for r in found for _ in r.logits], dtype=pl.String),
-        place=pl.Series(np.repeat(places, [len(r.logits) for r in found])),
+        place=pl.Series(np.repeat(places, [len(r.logits) for r in found]), dtype=pl.Int64),
     )
     rows = [
         (r.request_id, index, item, -1, np.nan, np.nan, r.error, r.place)

@@ -195,7 +195,7 @@ class ExitRecommender(ExitBuffers):
         if self.trainer.sanity_checking:
             return
         self.scores = scores
-        self._log_heads(exit_rows(scores, "valid", "select", draws=0), "val")
+        self._log_heads(exit_rows(scores, "valid", "select", draws=0), "select")
         chosen = choose_exit(scores)
         self.chosen_exit.fill_(-1 if chosen is None else chosen)
 

@@ -49,11 +49,13 @@ class OptimSettings:
             ("depth_slope", -1),
         ):
             value = getattr(self, name)
-            if not least <= value < math.inf:
+            most = (
+                1 if name == "learning_rate" else math.inf
+            )  # AdamW moves every weight by about this much a step
+            if not least <= value <= most or value == math.inf:
                 why = ", so that no layer's rate is negative" if least < 0 else ""
-                raise ConfigError(
-                    f"model.optim.{name} is {value}; expected a number of {least} or more{why}."
-                )
+                wanted = "a number from 0 to 1" if most == 1 else f"a number of {least} or more{why}"
+                raise ConfigError(f"model.optim.{name} is {value}; expected {wanted}.")
         for name in ("warmup_share", "minimum_share"):
             value = getattr(self, name)
             if not 0 <= value <= 1:

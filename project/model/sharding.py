@@ -25,6 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 from transformers import AutoConfig
 
+from project.artefacts import read_checkpoint
 from project.errors import ConfigError
 from project.model.trunk import Trunk
 
@@ -60,8 +61,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     ) -> dict[str, Any]:
         """The file as it is, read where it is needed; nothing is loaded before the module has judged it."""
         path = self.broadcast(str(checkpoint_path))
-        content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-        return content
+        return read_checkpoint(path, mmap=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Every process gets its part; what the checkpoint lacks stays, the module has judged that."""

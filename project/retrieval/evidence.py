@@ -7,8 +7,8 @@ nothing is null). Where the retriever's alike_items is above 0 also alike, the u
 most like the candidate, averaged by similarity (null without any), and alike_weight, the sum of these similarities.
 Where the retriever's similar_every is above 0 also similar_after: item codes that similar users
 liked, or null. It alone is dated just *after* the row's second and may tell the row's own answer: it is for the
-prompts of later rows (see `SimilarLikes`). text and text_weight are the user's own answers on items of similar text (see
-`own_text.py`). Where a factorisation is asked for also taste (see `Taste`), null before
+prompts of later rows (see `SimilarLikes`). text and text_weight are the user's own answers on items of similar text
+(see `own_text.py`). Where a factorisation is asked for also taste (see `Taste`), null before
 its first block.
 
 A row of split S reads rows of splits up to S, so there is a table per split. Where no row has a later split's row in

@@ -1,7 +1,8 @@
 """Text similarity: what the user answered about earlier items whose text is like the candidate's.
 
 Item text is every column of the items table. Its vector is TF-IDF over words and character n-grams (Salton and Buckley
-1988). With w_j = cosine(candidate, j)^2 over the user's strictly earlier rows j, answers a_j and their mean m, the feature is
+1988). With w_j = cosine(candidate, j)^2 over the user's strictly earlier rows j, answers a_j and their mean m, the
+feature is
 
     text = sum_j w_j (a_j - m) / (sum_j w_j + 1/2)      text_weight = sum_j w_j
 
