@@ -14,9 +14,9 @@ from typing import Any
 from project.ablations.judge import judge
 from project.ablations.runs import FitFailed, finished_run, fit
 from project.ablations.settings import AblationList, Variant, read_list
-from project.ablations.table import render_ablation
 from project.artefacts import read_result, replace_file, result_head, write_json
 from project.evaluation.paired import Heads, read_heads
+from project.report.tables import render
 
 
 def run_ablate(arguments: Sequence[str]) -> None:
@@ -110,6 +110,6 @@ class AblationTable:
             "rows": self.rows,
         }
         path = write_json(Path("results") / f"ablation-{self.ablation.name}.json", result)
-        text = render_ablation(result)
+        text = render(result)
         replace_file(path.with_suffix(".md"), lambda part: part.write_text(text, encoding="utf-8"))
         return path
