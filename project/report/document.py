@@ -45,7 +45,7 @@ h1 + p { font-size: 1.1rem; padding: .8rem 1rem; background: #f1f5f9; border-lef
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .6rem; border-bottom: 1px solid #e6e6e6; white-space: nowrap; }
 th { border-bottom: 1.5px solid #888; font-weight: 600; vertical-align: bottom; white-space: normal; }
-th:first-child { text-align: left; } tbody tr:hover { background: #f7f9fb; }
+th:first-child { text-align: left; } td:nth-child(2) { white-space: normal; } tbody tr:hover { background: #f7f9fb; }
 img { max-width: min(100%, 52rem); height: auto; display: block; margin: 1.4rem 0 .2rem; }
 code { font: .86em ui-monospace, Menlo, Consolas, monospace; background: #f3f3f3; padding: .1em .3em; }
 pre { background: #f3f3f3; padding: .8rem 1rem; overflow-x: auto; } pre code { padding: 0; }

@@ -197,6 +197,8 @@ def plan_rows(plan: Row, exits: Sequence[Row], timed: Sequence[Row] = (), name: 
     clock = _clock(timed, "early_exit", plan["criterion"])
     cost = {"depth": plan["mean_depth"], "saved": plan["token_layer_speedup"], "clock": clock}
     found: list[Row] = [{"name": name, **_scores_of(plan), **cost}]
+    if plan["mean_depth"] == 0:  # the plan is exit 0
+        return found
     layers: dict[int, list[str]] = {}
     for key, of in (("rival", "accuracy"), ("equal_cost", "cost")):
         if plan.get(key):

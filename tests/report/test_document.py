@@ -60,7 +60,7 @@ class TestWhole:
         assert lines[0].startswith("# Report: ")
         assert lines[1].startswith("**D")
         assert lines[2] == "* Warning: no neighbours"
-        assert len(re.findall("^## ", text, re.MULTILINE)) == 9
+        assert len(re.findall("^## ", text, re.MULTILINE)) == 8
         test = example[0]["test"]
         adaptive, last = test["adaptive"], test["exits"][-1]
         assert f"runs {number(adaptive['mean_depth'], 2)} of 6 layers" in lines[1]
