@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> None:
     """The verb that the arguments begin with; those that need no model are light to start."""
     match arguments:
         case ["table", *rest]:
-            from project.verbs import print_tables
+            from project.report.tables import print_tables
 
             print_tables(rest)
         case ["report", *rest]:

@@ -13,10 +13,8 @@ from typing import Any
 from project.artefacts import own_version
 from project.data.sources import SOURCES
 from project.data.template import tells_numbers
-from project.report import words
 from project.report.run import Run
-from project.report.scores import scores_table
-from project.tables import protocol_line
+from project.report.tables import render
 
 LOADING = """\
 ```python
@@ -45,7 +43,6 @@ def render_card(run: Run, bundle: Mapping[str, Any], family: str, criterion: str
         f"# {run.name}": [_opening(bundle, base, criterion)],
         "## Load it": [LOADING],
         "## What it measured": _measured(run),
-        "## Certificate": [_certificate(run)],
         "## Data": [_data(run, bundle)],
         "## Limits": [_limits()],
         "## Licence": [_licence(bundle["base_model"], base)],
@@ -90,23 +87,14 @@ def _opening(bundle: Mapping[str, Any], base: str, criterion: str) -> str:
 
 
 def _measured(run: Run) -> list[str]:
-    adaptive, floor = run.reported.get("adaptive"), run.floor(run.split, run.fold)
-    parts = [f"**{words.headline(run.reported, run.rows, floor[1] if floor else None)}**"]
+    parts = [render(run.reported | {"certificate": _certificate(run)})]
     if run.split != "test":
         parts.append("Test was not read; the numbers are of the rows that calibration was fitted on.")
-    parts += [f"Of {run.rows}:", scores_table(run.reported, run.split, run.fold)]
-    if adaptive:
-        depth = max(run.calibrate.get("layers") or [row["layer"] for row in run.reported["exits"]])
-        parts.append(f"**{words.verdict(adaptive)}**")
-        parts.append("\n".join(f"* {line}" for line in words.savings(adaptive, depth) if line))
     return parts
 
 
-def _certificate(run: Run) -> str:
-    certificate = run.calibrate.get("certificate")
-    if not certificate:
-        return "Nothing is certified."
-    return " ".join(words.certificate_words(certificate, run.calibrate.get("mode", "budget")))
+def _certificate(run: Run) -> Any:
+    return run.reported.get("certificate") or run.calibrate.get("certificate")
 
 
 def _data(run: Run, bundle: Mapping[str, Any]) -> str:
@@ -114,9 +102,7 @@ def _data(run: Run, bundle: Mapping[str, Any]) -> str:
         f"* `{Path(name).name}`, SHA-256 {digest}" for name, digest in bundle["interactions"].items()
     )
     retriever = bundle["retriever"]["class_path"]
-    return (
-        f"{protocol_line(run.reported)}. Evidence by `{retriever}`. Logs, which are not included:\n\n{files}"
-    )
+    return f"Evidence by `{retriever}`. Logs, which are not included:\n\n{files}"
 
 
 def _limits() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,36 +11,26 @@ from rich.console import Console
 
 from project.artefacts import (
     read_checkpoint,
-    read_result,
-    replace_file,
     result_head,
     run_of_checkpoint,
     table_about,
     write_json,
 )
-from project.benchmark.table import render_benchmark
 from project.callbacks.exit_calibration import exit_calibration_of
 from project.data.identity import check_reads
 from project.engine.loading import load_weights
 from project.errors import ConfigError
-from project.evaluation.compare import render_comparison
 from project.evaluation.slices import floor_scores_of, slice_rows
 from project.floors.kept import kept_networks, trained_networks
 from project.floors.networks import LEFT_OUT, networks_installed
 from project.floors.quick import best_floor, fit_floors, floor_rows
-from project.headlines import render_headlines
 from project.model.checkpoint import check_origin
 from project.model.heads import heads_digest
-from project.ranking.table import render_rank
-from project.tables import exits_table, render_exits, render_stage_seconds
+from project.report.tables import render, shown
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData
     from project.model.module import ExitRecommender
-
-TABLE = re.compile(
-    r"(?P<start><!-- table (?P<files>\S+(?: \S+)*?) -->)\n.*?(?P<end><!-- end of table -->)", re.DOTALL
-)
 
 
 def run_floors(data: InteractionData, folder: Path, peers: bool = False) -> dict[str, Any]:
@@ -68,14 +57,16 @@ def run_floors(data: InteractionData, folder: Path, peers: bool = False) -> dict
         slices = [
             found
             for part in (("valid", "tune"), ("test", None))
-            for found in slice_rows(split.rows, floor_scores_of(floors, split.rows, *part), *part)
+            for found in slice_rows(
+                split.rows, data.evidence, floor_scores_of(floors, split.rows, *part), *part
+            )
         ]
     result = result_head("floors", split.manifest, str(folder / "config.yaml"), data.seed)
     result |= {"floors": rows, "best_floor": best.name if best else None, "slices": slices}
     result["warnings"] = data.warnings
     result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
     path = write_json(folder / "results" / "floors.json", result)
-    Console(width=120).print(exits_table(result, "test"), f"written: {path}")
+    Console(width=120).print(shown(render(result)), f"written: {path}")
     return result
 
 
@@ -123,73 +114,3 @@ def run_calibrate(
         said = [result["certificate"]["words"], (result["certified"] or {}).get("words")]
         Console(width=120).print(*filter(None, said), f"written: {ckpt_path}", sep="\n")
     return result
-
-
-def print_tables(arguments: list[str]) -> None:
-    """`table FILE... [--brief] [--stages]` prints result files as Markdown, each a table; `--beside` makes one of them.
-
-    `table --into README.md` renews a document's tables.
-
-    Args:
-        arguments: Result files, --brief for the floors that matter most, --stages for where the time went, --beside
-            for a row a file; or --into and a document.
-    """
-    if arguments[:1] == ["--into"]:
-        document = Path(*arguments[1:2])
-        if not document.is_file():
-            raise ConfigError(
-                f"table --into needs a Markdown file to renew; found {' '.join(arguments[1:]) or 'none'}."
-            )
-        text = fill_tables(document.read_text(encoding="utf-8"), document.parent)
-        replace_file(document, lambda part: part.write_text(text, encoding="utf-8"))
-        return
-    names = [a for a in arguments if not a.startswith("--")]
-    if unknown := set(arguments) - {*names, "--brief", "--stages", "--beside"}:
-        raise ConfigError(
-            f"table knows --brief, --stages, --beside and --into; found {' '.join(sorted(unknown))}."
-        )
-    if not names:
-        raise ConfigError(
-            "table needs result files, such as runs/quickstart/latest/results/test.json, or --into and a document; "
-            "found none."
-        )
-    if "--beside" in arguments:
-        print(render_headlines({name: read_result(Path(name)) for name in names}))
-        return
-    for name in names:
-        result = read_result(Path(name))
-        print(f"### {result['verb']}\n\n{_rendered(result, '--brief' in arguments)}")
-        if "--stages" in arguments and "stage_seconds" in result:
-            print(render_stage_seconds(result))
-
-
-def fill_tables(text: str, folder: Path) -> str:
-    """The document with every `<!-- table FILE -->...<!-- end of table -->` made anew from its result file.
-
-    Where a marker names several files, they stand beside each other, a row each; --brief before the file's name is as
-    in `print_tables`.
-
-    Args:
-        text: Markdown.
-        folder: What the names of result files are relative to.
-    """
-
-    def block(found: re.Match[str]) -> str:
-        names = found["files"].split()
-        results = {name: read_result(folder / name) for name in names if name != "--brief"}
-        first, *more = results.values()
-        text = render_headlines(results) if more else _rendered(first, "--brief" in names)
-        return f"{found['start']}\n{text}{found['end']}"
-
-    return TABLE.sub(block, text)
-
-
-def _rendered(result: dict[str, Any], brief: bool = False) -> str:
-    renderers = {
-        "benchmark": render_benchmark,
-        "rank": render_rank,
-        "compare": render_comparison,
-    }
-    if result["verb"] in renderers:
-        return renderers[result["verb"]](result)
-    return render_exits(result, brief=brief)

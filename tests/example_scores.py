@@ -159,6 +159,8 @@ class Example:
             "speedup_over_rival": bootstrap.ratio_interval(np.full(len(left), float(rival)), depth),
             "rival": against(rival),
             "equal_cost": against(max(k for k in self.layers if k <= depth.mean())),
+            "floor_difference": {"floor": "gbdt_evidence"}
+            | bootstrap.difference_interval(score, self.floor, self.label),
         }
 
     def table(self, left: np.ndarray[Any, Any] | None = None) -> pl.DataFrame:

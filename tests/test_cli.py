@@ -58,6 +58,9 @@ def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
         row["n"] == counts["test"] and row["split"] == "test" for row in test["exits"] + test["floors"]
     )
     assert {d["floor"] for d in test["floor_differences"]} == {test["best_floor"], "lr_rates"}
+    sizes = {part["name"]: part["n"] for part in test["slices"]}
+    assert sum(n for name, n in sizes.items() if name.startswith("item_")) == counts["test"]
+    assert all([row["mean_depth"] for row in part["rows"] if row.get("plan")] for part in test["slices"])
     scores = pl.read_parquet(folder / "scores" / "test.parquet")
     assert scores.columns == [*SCORE_COLUMNS, "logit_1", "logit_3", "exit_layer", "adaptive_logit"]
     assert len(scores) == counts["test"] == scores["row_id"].n_unique()

@@ -29,8 +29,8 @@ from project.ranking.judge import (
     policy_row,
 )
 from project.ranking.settings import RankSettings
-from project.ranking.table import render_rank
 from project.ranking.verb import rank_rows
+from project.report.tables import render
 
 
 def table(
@@ -197,10 +197,10 @@ def test_how_many_were_asked_about() -> None:
         "calibrated": False,
         "protocol": {"name": "p", "hash": "h"},
     }
-    assert "50 requests of 18 to 30 catalogue candidates" in render_rank(shown, "test")
-    assert "50 requests of 30 catalogue candidates" in render_rank(shown, "valid")
+    shown |= {"verb": "rank"}
+    assert "50 requests of test with 18 to 30 catalogue candidates" in render(shown)
     before = [row | {"candidates": 30} for row in result["requests"]]  # as files of before say it
-    assert "50 requests of 30 catalogue" in render_rank(shown | {"requests": before}, "test")
+    assert "50 requests of test with 30 catalogue candidates" in render(shown | {"requests": before})
 
 
 def test_a_user_counts_once() -> None:
@@ -283,8 +283,7 @@ def test_the_verb(
             assert row["overlap"] == row["depth_share"] == row["cost_cold"] == row["cost_warm"] == 1
         assert 0 <= row["precision"] <= 1
     assert [c["k"] for c in result["certificate"]] == [2, 4]
-    for split in ("test", "valid"):
-        assert render_rank(result, split).count("| top_k |") == 2
+    assert render(result).count("| top_k |") == 2
 
     scores, test = (pl.read_parquet(folder / "scores" / f"{name}.parquet") for name in ("rank", "test"))
     assert set(SCORE_COLUMNS) | {"item_id", "logit_1", "logit_3"} <= set(scores.columns)

@@ -12,7 +12,7 @@ import yaml
 from project.data.interactions import build_interactions
 from project.data.readers import TableLogs
 from project.data.splits import Protocol, apply_protocol
-from project.verbs import TABLE, fill_tables
+from project.report.tables import TABLE, fill_tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,7 +40,7 @@ def test_own_logs_in_ten_rows(tmp_path: Path) -> None:
 
 def test_tables_are_from_result_files() -> None:
     """Every table between markers is what its result file renders to, and no other tables have numbers."""
-    assert "<!-- table --brief results/quickstart/test.json -->" in README
+    assert "<!-- table results/quickstart/test.json -->" in README
     for document in (ROOT / "README.md", ROOT / "results" / "README.md"):
         text = document.read_text()
         assert fill_tables(text, document.parent) == text

@@ -24,7 +24,6 @@ from project.benchmark.limits import Limits
 from project.benchmark.policies import Bench
 from project.benchmark.rows import Against, side_row
 from project.benchmark.sides import Side, Unit, run_rounds
-from project.benchmark.table import benchmark_table
 from project.benchmark.worth import RunWorth
 from project.data.workloads import catalogue_requests
 from project.engine.loading import load_run
@@ -32,6 +31,7 @@ from project.engine.prepared import prepare_requests
 from project.engine.stream_cache import StreamCache
 from project.errors import ConfigError, NotFittedError
 from project.exits.settings import ExitSettings
+from project.report.tables import render, shown
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData
@@ -90,7 +90,7 @@ def run_engine(
         # what is measured stays measured, whatever happens to the next workload
         result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
         path = write_json(folder / "results" / "benchmark.json", result | {"rows": rows})
-    Console(width=190).print(benchmark_table(rows), f"written: {path}")
+    Console(width=190).print(shown(render(result | {"rows": rows})), f"written: {path}")
     return result | {"rows": rows}
 
 

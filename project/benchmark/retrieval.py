@@ -18,7 +18,6 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
 from project.artefacts import result_head, write_json
 from project.benchmark.retrieval_sides import ROUNDS, InTurns, Side, merged, sides_of
@@ -27,6 +26,7 @@ from project.errors import DataError
 from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.metrics import Floats, auc
 from project.floors.quick import SINGLE_FEATURE, evidence_features, targets_of, train_labels
+from project.report.tables import render, shown
 from project.retrieval import LightGCN, LLMEmbedding, TextEncoder, VectorRetriever, evidence_tables
 from project.retrieval.evidence import evidence_folder
 from project.retrieval.walk import Snapshots, WalkRows, walk
@@ -72,7 +72,7 @@ def run_retrieval(
     result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
     result["retrieval"] = [side_row(side, sides[0]) | worth[side.name] | about for side in sides]
     path = write_json(folder / "results" / "benchmark-retrieval.json", result)
-    Console(width=150).print(retrieval_table(result["retrieval"]), f"written: {path}")
+    Console(width=150).print(shown(render(result)), f"written: {path}")
     return result
 
 
@@ -161,44 +161,3 @@ def side_row(side: Side, reference: Side) -> dict[str, Any]:
         "cpu_ratio_to_lightgcn": float(np.median(cpu)),
         "total_ratio_to_lightgcn": float(np.median(totals)),
     }
-
-
-def retrieval_table(rows: list[dict[str, Any]]) -> Table:
-    """What a person waits for.
-
-    Args:
-        rows: Of a result file.
-    """
-    first = rows[0]
-    table = Table(
-        title=f"retrieval for one candidate: {first['requests']} requests of the test split with "
-        f"{first['history_rows']:.0f} earlier rows on average"
-    )
-    for name in ("retriever", "query"):
-        table.add_column(name)
-    for name in (
-        "vector ms",
-        "x lightgcn",
-        "x its CPU",
-        "and neighbours ms",
-        "x lightgcn",
-        "vote AUC",
-        "above lightgcn",
-    ):
-        table.add_column(name, justify="right")
-    for row in rows:
-        above = row["vote_auc_above_lightgcn"]
-        table.add_row(
-            row["retriever"],
-            "item vectors summed" if row["cached"] else "history encoded",
-            f"{row['vector_ms']:.4f}",
-            f"{row['ratio_to_lightgcn']:.1f}",
-            f"{row['cpu_ratio_to_lightgcn']:.1f}",
-            f"{row['ms_per_request']:.4f}",
-            f"{row['total_ratio_to_lightgcn']:.1f}",
-            "" if row["vote_auc"] is None else f"{row['vote_auc']:.4f}",
-            ""
-            if above["interval"] is None
-            else f"{above['value']:+.4f} ({above['interval'][0]:+.4f} to {above['interval'][1]:+.4f})",
-        )
-    return table

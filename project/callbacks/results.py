@@ -20,14 +20,15 @@ from project.callbacks.exit_calibration import exit_calibration_of, features_of
 from project.callbacks.run_folder import current_run, data_of, will_be_saved
 from project.evaluation.adaptive import PlannedRows
 from project.evaluation.exits import comparison, part_of, prior_rows
-from project.evaluation.slices import exit_scores_of, floor_scores_of, slice_rows
+from project.evaluation.slices import exit_scores_of, floor_scores_of, plan_scores_of, slice_rows
 from project.floors.against import AgainstFloor
 from project.floors.kept import kept_networks
 from project.floors.quick import Floor, fit_floors
 from project.model.heads import heads_digest
-from project.tables import exits_table, stage_seconds_table
+from project.report.tables import render, render_seconds, shown
 
 if TYPE_CHECKING:
+    from project.data.datamodule import InteractionData
     from project.data.packing import Batch
     from project.model.module import ExitRecommender
 
@@ -133,8 +134,11 @@ class ResultFiles(pl.Callback):
             chosen = int(module.chosen_exit)
             content = comparison(scores, data.split, floors, split, chosen if chosen > 0 else None)
             content["kept_floors"] = [floor.name for floor in kept]
-            content["slices"] = _slices(scores, data.split.rows, floors, content["exits"])
-        content |= _adaptive(trainer, module, scores, content, floors)
+        planned = _planned(trainer, module, scores, content)
+        if planned is not None:
+            content |= _adaptive(trainer, planned, scores, content, floors)
+        with data.clock.stage("slices"):
+            content["slices"] = _slices(scores, data, floors, content["exits"], planned)
         result = result_head(verb, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
         result["warnings"] = data.warnings
         result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
@@ -143,7 +147,9 @@ class ResultFiles(pl.Callback):
         _log_result(trainer, result, name)
         if self.print_tables:
             console = Console(width=120) if not Console().is_terminal else Console()
-            console.print(exits_table(result), stage_seconds_table(result), f"written: {path}")
+            console.print(
+                shown(render(result, path.parent)), shown(render_seconds(result)), f"written: {path}"
+            )
 
 
 def _scores(module: pl.LightningModule) -> polars.DataFrame:
@@ -165,21 +171,30 @@ def _with_exits(trainer: pl.Trainer, module: ExitRecommender, scores: polars.Dat
     )
 
 
+def _planned(
+    trainer: pl.Trainer, module: ExitRecommender, scores: polars.DataFrame, content: dict[str, Any]
+) -> PlannedRows | None:
+    """The reported rows under the exit plan, where there is one."""
+    calibration, exits = exit_calibration_of(trainer), content["exits"]
+    if calibration.found is None or not exits:
+        return None
+    part = part_of(scores, exits[0]["split"], exits[0].get("fold"))
+    features = features_of(module, data_of(trainer), part)
+    return PlannedRows(calibration.found.plan, part, features, calibration.stream)
+
+
 def _adaptive(
     trainer: pl.Trainer,
-    module: ExitRecommender,
+    planned: PlannedRows,
     scores: polars.DataFrame,
     content: dict[str, Any],
     floors: list[Floor],
 ) -> dict[str, Any]:
-    """What the exit plan does to the reported rows, where there is a plan; completes the rows of `exits`."""
+    """What the exit plan does to the reported rows; completes the rows of `exits`."""
     calibration, data, exits = exit_calibration_of(trainer), data_of(trainer), content["exits"]
-    if calibration.found is None or not exits:
-        return {}
+    assert calibration.found is not None
     split, fold = exits[0]["split"], exits[0].get("fold")
     part = part_of(scores, split, fold)
-    features = features_of(module, data, part)
-    planned = PlannedRows(calibration.found.plan, part, features, calibration.stream)
     shares = planned.exits()
     for row in exits:
         row |= shares.get(row["layer"], {})
@@ -211,16 +226,25 @@ def _by_prior(layer: int, plans: list[PlannedRows], against: AgainstFloor) -> di
 
 
 def _slices(
-    scores: polars.DataFrame, rows: polars.DataFrame, floors: list[Floor], exits: list[dict[str, Any]]
+    scores: polars.DataFrame,
+    data: InteractionData,
+    floors: list[Floor],
+    exits: list[dict[str, Any]],
+    planned: PlannedRows | None,
 ) -> list[dict[str, Any]]:
-    """Slices of the reported rows, for the exits and then the floors; with limited batches, of what was scored."""
+    """Slices of the reported rows, for exits, baselines and the plan; with limited batches, of what was scored."""
     if not exits:
         return []
     part = exits[0]["split"], exits[0].get("fold")
     scored = polars.col("row_id").is_in(scores["row_id"].implode())
-    rows = rows.filter((polars.col("split") != part[0]) | scored)
+    rows = data.split.rows.filter((polars.col("split") != part[0]) | scored)
     judged = exit_scores_of(scores, rows, [e["layer"] for e in exits], *part)
-    return slice_rows(rows, judged + floor_scores_of(floors, rows, *part), *part)
+    judged += floor_scores_of(floors, rows, *part)
+    depth = None
+    if planned is not None:
+        logits, depth = plan_scores_of(part_of(scores, *part), planned.logit, planned.layer, rows, *part)
+        judged.append(({"plan": True}, logits))
+    return slice_rows(rows, data.evidence, judged, *part, depth=depth)
 
 
 def _log_result(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:

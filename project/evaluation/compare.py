@@ -7,7 +7,7 @@ default against the control that has no neighbours; what is chosen is chosen on 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,7 @@ import numpy as np
 from project.artefacts import read_result, result_head, write_json
 from project.errors import DataError
 from project.evaluation.paired import Part, head_difference, read_heads
-from project.tables import difference_cell, markdown_table, number, protocol_line
-
-Result = Mapping[str, Any]
-
-ABSENT = "–"
-HEADER = (
-    "exit", "AUC", "base's", "AUC minus base", "with exit 0", "base's ", "with exit 0 minus base",
-    "log loss with exit 0 minus base",
-)  # fmt: skip
+from project.report.tables import render
 
 
 def run_compare(arguments: Sequence[str]) -> None:
@@ -43,7 +35,7 @@ def run_compare(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     result = compare(given.run, given.base, given.part)
     path = write_json(given.run / "results" / f"compare-{given.part}.json", result)
-    print(f"{render_comparison(result)}\nwritten: {path}")
+    print(f"{render(result)}\nwritten: {path}")
 
 
 def compare(run: Path, base: Path, part: Part) -> dict[str, Any]:
@@ -82,35 +74,3 @@ def compare(run: Path, base: Path, part: Part) -> dict[str, Any]:
         exits.append(found | against | ({"base": other.metrics(against["against"])} if against else {}))
     said = {"base": theirs["config"], "part": part, "exits": exits}
     return result_head("compare", mine["protocol"], mine["config"], mine["seed"]) | said
-
-
-def render_comparison(result: Result) -> str:
-    """Markdown: a line for every head.
-
-    Args:
-        result: Of `compare`.
-    """
-    rows = [[str(row["layer"]), *_cells(row)] for row in result["exits"]]
-    n = result["exits"][0]["n"]
-    where = "validation's tune fold" if result["part"] == "tune" else "test"
-    note = (
-        f"{result['config']} minus {result['base']} on {where} ({n:,} rows): paired, users resampled, 95 %. With exit "
-        "0: calibrated with counting on tune. The deepest exit stands against the deepest."
-    )
-    return "\n\n".join([markdown_table(HEADER, rows), note, protocol_line(result)]) + "\n"
-
-
-def _cells(row: Result) -> list[str]:
-    base, difference = row.get("base", {}), row.get("difference", {})
-    better, their_better = row.get("calibrated", {}), base.get("calibrated", {})
-    return [
-        number(row["auc"]),
-        number(base["auc"]) if base else ABSENT,
-        difference_cell(difference["auc"]) if "auc" in difference else ABSENT,
-        number(better["auc"]) if better else ABSENT,
-        number(their_better["auc"]) if their_better else ABSENT,
-        *(
-            difference_cell(difference[name]) if name in difference else ABSENT
-            for name in ("calibrated_auc", "calibrated_log_loss")
-        ),
-    ]

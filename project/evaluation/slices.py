@@ -1,7 +1,7 @@
-"""Slices: the same scores judged on parts of the rows, by how much was known of the user.
+"""Slices: the same scores on parts of the rows, by how much was known of the user and of the item.
 
-Unusual here: a slice is one entry with a row for each floor or exit, since only scores of the same rows compare; a
-slice without rows stays in the list, so that files of two protocols have the same entries.
+Only scores of the same rows compare, so a slice is one entry with a row for each baseline, exit and plan. A slice
+without rows stays in the list: files of two protocols have the same entries.
 """
 
 from __future__ import annotations
@@ -9,64 +9,80 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
+from numpy.typing import ArrayLike
 
 from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.metrics import head_metrics
 from project.floors.quick import Floats, Floor, targets_of
 
-HISTORY_EDGES = (0, 20, 100)
-"""First history length of each bucket: 0 to 19, 20 to 99, 100 and more strictly earlier rows of the user."""
+EDGES = {"history": (0, 5, 21), "item": (0, 1, 6, 21)}
+"""First value of each bucket: strictly earlier rows of the user (0 to 4, 5 to 20, more) and of the item."""
 
 SLICE_DRAWS = 200
 """Resamples of users behind the interval of a slice's AUC: fewer than for a whole split, there are many of them."""
 
 
-def slice_masks(rows: pl.DataFrame, split: str, fold: str | None = None) -> dict[str, pl.Series]:
-    """Which targets of a split each slice holds: warm_users, cold_users and the history buckets.
+def slice_masks(
+    rows: pl.DataFrame, evidence: Mapping[str, pl.DataFrame], split: str, fold: str | None = None
+) -> dict[str, pl.Series]:
+    """Which targets of a split each slice holds.
 
     Args:
-        rows: Rows of a split (user, split, fold, role, hist).
+        rows: Rows of a split (row_id, user, split, fold, role, hist).
+        evidence: Evidence tables by split (row_id, item_count: strictly earlier readable rows of the item).
         split: train, valid or test.
         fold: select or tune; None: the whole split.
 
     Returns:
-        Slice name -> Boolean (n,). A user is warm who has a target in train, as in the manifest's cold_user_share;
-        history is the protocol's `hist`, the user's strictly earlier rows.
+        Slice name (warm_users, cold_users, history_0_4, ..., item_21_plus) -> Boolean (n,). A user is warm who has a
+        target in train, as in the manifest's cold_user_share; history is the protocol's `hist`.
     """
     part = targets_of(rows, split, fold)
     warm = part["user"].is_in(targets_of(rows, "train")["user"].unique().implode())
     masks = {"warm_users": warm, "cold_users": ~warm}
-    for low, above in zip(HISTORY_EDGES, [*HISTORY_EDGES[1:], None], strict=True):
-        name = f"history_{low}_plus" if above is None else f"history_{low}_{above - 1}"
-        masks[name] = part["hist"] >= low if above is None else part["hist"].is_between(low, above - 1)
+    counts = evidence[split].select("row_id", "item_count")
+    with_counts = part.join(counts, on="row_id", how="left", maintain_order="left")
+    known = {"history": part["hist"], "item": with_counts["item_count"]}
+    for kind, edges in EDGES.items():
+        for low, above in zip(edges, [*edges[1:], None], strict=True):
+            if above is None:
+                masks[f"{kind}_{low}_plus"] = known[kind] >= low
+            else:
+                name = f"{kind}_{low}" if above == low + 1 else f"{kind}_{low}_{above - 1}"
+                masks[name] = known[kind].is_between(low, above - 1)
     return masks
 
 
 def slice_rows(
     rows: pl.DataFrame,
+    evidence: Mapping[str, pl.DataFrame],
     scores: Sequence[tuple[Mapping[str, Any], Floats]],
     split: str,
     fold: str | None = None,
     draws: int = SLICE_DRAWS,
+    depth: Floats | None = None,
 ) -> list[dict[str, Any]]:
     """The `slices` list of a result file for one split, or one fold of validation.
 
     Args:
         rows: Rows of a split.
-        scores: For each floor or exit what names it ({"name": ...} or {"layer": ...}) and its logits (n,) of the
-            targets of the split and fold, in the order of `rows`.
+        evidence: Evidence tables by split.
+        scores: For each baseline, exit or plan what names it ({"name": ...}, {"layer": ...} or {"plan": True}) and its
+            logits (n,) of the targets of the split and fold, in the order of `rows`.
         split: valid or test.
         fold: select or tune; None: the whole split.
         draws: Resamples of users behind `auc_interval`.
+        depth: Layers (n,) that the plan runs for each target.
 
     Returns:
         One entry a slice: `name`, `split`, `fold` where given, `n`, `users`, `positives` and `rows`, one for each of
-        `scores` with its metrics.
+        `scores` with its metrics; the plan's has `mean_depth`, None without rows.
     """
     part = targets_of(rows, split, fold)
     found = []
-    for name, mask in slice_masks(rows, split, fold).items():
+    for name, mask in slice_masks(rows, evidence, split, fold).items():
         inside, chosen = part.filter(mask), mask.to_numpy()
         labels, users = inside["label"].to_numpy(), inside["user"].to_numpy()
         bootstrap = UserBootstrap(users, draws)
@@ -82,6 +98,9 @@ def slice_rows(
                 for who, logits in scores
             ],
         }
+        if depth is not None:
+            run = float(np.mean(depth[chosen])) if chosen.any() else None
+            about["rows"] = [row | ({"mean_depth": run} if row.get("plan") else {}) for row in about["rows"]]
         found.append(about)
     return found
 
@@ -109,3 +128,28 @@ def exit_scores_of(
     ids = targets_of(rows, split, fold).select("row_id")
     ordered = ids.join(scores, on="row_id", how="left", maintain_order="left")
     return [({"layer": k}, ordered[f"logit_{k}"].cast(pl.Float64).to_numpy()) for k in layers]
+
+
+def plan_scores_of(
+    scores: pl.DataFrame,
+    logits: Floats,
+    layer: ArrayLike,
+    rows: pl.DataFrame,
+    split: str,
+    fold: str | None = None,
+) -> tuple[Floats, Floats]:
+    """A plan's logits and layers run, both (n,), in the order that `slice_rows` wants.
+
+    Args:
+        scores: The n rows that the plan decided on (row_id).
+        logits: (n,) emitted.
+        layer: (n,) where each row leaves.
+        rows: Rows of a split.
+        split: valid or test.
+        fold: select or tune; None: the whole split.
+    """
+    run = np.asarray(layer, np.float64)
+    decided = scores.select("row_id").with_columns(logit=pl.Series(logits), layer=pl.Series(run))
+    ids = targets_of(rows, split, fold).select("row_id")
+    ordered = ids.join(decided, on="row_id", how="left", maintain_order="left")
+    return ordered["logit"].to_numpy(), ordered["layer"].to_numpy()

@@ -30,7 +30,7 @@ from project.exits.ledger import CertificateLedger
 from project.exits.risks import user_means
 from project.ranking.judge import ScoredRequests, overlaps, policies, policy_row
 from project.ranking.settings import REPORTED, RankSettings
-from project.ranking.table import rank_table
+from project.report.tables import render, shown
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -160,4 +160,4 @@ def _report(
     }
     table = write_table(folder / "scores" / f"rank{tag}.parquet", scores)
     path = write_json(folder / "results" / f"rank{tag}.json", result)
-    Console(width=130).print(rank_table(result), f"written: {path}, {table}")
+    Console(width=130).print(shown(render(result)), f"written: {path}, {table}")

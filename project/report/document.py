@@ -1,53 +1,60 @@
-"""Verb `report RUN_FOLDER`: everything a run knows as report.md, a self-contained report.html, and pictures.
+"""`report RUN_FOLDER`: what a run's result files say, as report.md, a self-contained report.html, and pictures.
 
-Unusual here: the report computes no metric. Every number is read from results/*.json (the reliability diagrams from
-the score table), what is missing is said in one line with the command that makes it, and a result of another protocol
-than the run's is left out and named.
+No metric is computed here: result files in, one template (report.md.j2) and four pictures out. What is missing is
+said in one line with the command that makes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import html
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from project.artefacts import replace_file
-from project.benchmark.table import render_rows
-from project.errors import DataError
-from project.report import words
-from project.report.figures import Picture, pictures
-from project.report.html import render_html
-from project.report.run import Run, read_run
-from project.report.scores import calibrated_line, prior_line, scores_table
-from project.report.style import png
-from project.report.tables import (
-    calibration_table,
-    chosen_policy,
-    effect_table,
-    pareto_table,
-    percent,
-    plain,
-    policies_table,
-    priors_table,
-    rows_of,
-    slices_table,
-)
-from project.tables import (
-    difference_lines,
-    kept_line,
-    number,
-    protocol_line,
-    render_stage_seconds,
-    warning_lines,
-)
+import polars as pl
+from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
 
-UNCALIBRATED = "None before the calibration, see above."
+from project.artefacts import exit_layers_of, replace_file
+from project.errors import DataError
+from project.report.answer import decide
+from project.report.format import environment, tidy
+from project.report.plots import (
+    depth_figure,
+    exit_share_figure,
+    pareto_figure,
+    png,
+    reliability_figure,
+    reliability_scores,
+)
+from project.report.run import Run, read_run
+from project.report.tables import criteria_rows, plan_rows, rows_of, score_rows, slice_rows
+
+Row = Mapping[str, Any]
+
 USAGE = "python -m project report RUN_FOLDER"
+STYLE = """
+body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #222; background: #fff;
+       max-width: 68rem; margin: 2.5rem auto; padding: 0 1.25rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; margin: 0 0 .8rem; }
+h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .9rem; border-top: 1px solid #ddd; }
+h1 + p { font-size: 1.1rem; padding: .8rem 1rem; background: #f1f5f9; border-left: 4px solid #0072b2; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .28rem .6rem; border-bottom: 1px solid #e6e6e6; white-space: nowrap; }
+th { border-bottom: 1.5px solid #888; font-weight: 600; vertical-align: bottom; white-space: normal; }
+th:first-child { text-align: left; } td:nth-child(2) { white-space: normal; } tbody tr:hover { background: #f7f9fb; }
+img { max-width: min(100%, 52rem); height: auto; display: block; margin: 1.4rem 0 .2rem; }
+code { font: .86em ui-monospace, Menlo, Consolas, monospace; background: #f3f3f3; padding: .1em .3em; }
+pre { background: #f3f3f3; padding: .8rem 1rem; overflow-x: auto; } pre code { padding: 0; }
+@media print { body { margin: 0; max-width: none; } h2 { break-after: avoid; } table, img { break-inside: avoid; } }
+"""
 
 
 def run_report(arguments: Sequence[str]) -> Path:
-    """The verb: write the report of a run folder and say where it is.
+    """The command: write the report of a run folder and say where it is.
 
     Args:
         arguments: One run folder, such as runs/quickstart/latest.
@@ -75,14 +82,14 @@ def write_report(folder: Path) -> Path:
     drawn = pictures(run)
     target = folder / "report"
     images: dict[str, bytes] = {}
-    for name, picture in drawn.items():
+    for name, figure in drawn.items():
         path = target / f"{name}.png"
-        if picture.figure is None:
-            path.unlink(missing_ok=True)  # of an earlier report
-        else:
-            images[path.name] = png(picture.figure)
+        if isinstance(figure, Figure):
+            images[path.name] = png(figure)
             replace_file(path, partial(_fill, images[path.name]))
-    text = render_markdown(run, drawn)
+        else:
+            path.unlink(missing_ok=True)  # of an earlier report
+    text = render_report(run, drawn)
     replace_file(target / "report.md", partial(_fill, text.encode()))
     page = render_html(text, f"Report: {run.name}", images)
     return replace_file(target / "report.html", partial(_fill, page.encode()))
@@ -92,205 +99,99 @@ def _fill(content: bytes, path: Path) -> None:
     path.write_bytes(content)
 
 
-def render_markdown(run: Run, drawn: dict[str, Picture]) -> str:
-    """The report's text, pictures by file name.
+def render_report(run: Run, drawn: Mapping[str, Figure | str]) -> str:
+    """The report's Markdown, pictures by file name.
 
     Args:
         run: What was read.
         drawn: The pictures, or why there is none.
     """
-    sections = {
-        f"# Report: {run.name}": _opening(run),
-        "## What early exit saved and cost": _savings(run),
-        "## Certificate": _certificate(run),
-        "## Exits and floors": [*_exits(run), *map(_image, (drawn["depth"], drawn["exit_share"]))],
-        "## Slices": _slices(run),
-        "## Policies": [_image(drawn["pareto"]), *_policies(run)],
-        "## Calibration": [*_calibration(run), _image(drawn["reliability"])],
-        "## Measured speed": _speed(run),
-        "## Protocol": _protocol(run),
-        "## Where the time went": _stages(run),
-        "## Machine": [_machine(run.reported["machine"])],
-        "## Reproduce": _commands(run),
+    result = run.reported | {
+        "certificate": run.reported.get("certificate") or run.calibrate.get("certificate")
     }
-    return "\n\n".join(part for title, body in sections.items() for part in (title, *body) if part) + "\n"
+    result["warnings"] = list(dict.fromkeys(w for r in run.results.values() for w in r.get("warnings", [])))
+    exits = rows_of(result.get("exits", []), run.split, run.fold)
+    without = (result.get("adaptive") or {}).get("without_exit_0")
+    policies = run.calibrate.get("policies", [])
+    text = environment().get_template("report.md.j2").render(
+        run=run,
+        result=result,
+        exits=exits,
+        baselines=rows_of(result.get("floors", []), run.split, run.fold),
+        answer=decide(result),
+        rows=score_rows(result, run.split, run.fold, run.benchmark_rows),
+        slices=slice_rows(result, run.split, run.fold),
+        without=plan_rows(without, exits, name="plan without exit 0") if without else [],
+        criteria=criteria_rows(run.calibrate),
+        policy=next((p for p in policies if p["criterion"] == run.calibrate.get("chosen")), {}),
+        missing={name: made for name, made in drawn.items() if not isinstance(made, Figure)},
+    )  # fmt: skip
+    return tidy(text)
 
 
-def _opening(run: Run) -> list[str]:
-    floor = run.floor(run.split, run.fold)
-    lines = [f"**{words.headline(run.reported, run.rows, floor[1] if floor else None)}**", *run.notes]
-    lines += warning_lines(run.reported)
-    if run.split != "test":
-        lines.append(f"Numbers are of {run.rows}. " + run.missing("Test was not read.", "test"))
-    return lines
+def render_html(text: str, title: str, images: Mapping[str, bytes]) -> str:
+    """The page: pictures embedded, wide tables in a box of their own that scrolls, nothing fetched.
 
-
-def _savings(run: Run) -> list[str]:
-    if not run.calibrate:
-        return [run.missing("Not calibrated yet: no row leaves early.", "calibrate")]
-    adaptive = run.reported.get("adaptive")
-    if not adaptive:
-        return [
-            run.missing(f"No adaptive scores of {run.rows}: they are from before the calibration.", run.verb)
-        ]
-    exits = rows_of(run.reported.get("exits", []), run.split, run.fold)
-    depth = max(run.calibrate.get("layers") or [row["layer"] for row in exits] or [0])
-    bullets = [
-        _policy_line(run.calibrate),
-        *words.savings(adaptive, depth),
-        _measured_line(run),
-    ]
-    return [
-        f"**{words.verdict(adaptive)}**",
-        f"Of {run.rows}:",
-        "\n".join(f"* {line}" for line in bullets if line),
-    ]
-
-
-def _policy_line(calibrate: dict[str, Any]) -> str:
-    budget = calibrate.get("budget") or {}
-    limits = {"max_auc_drop": "AUC drop", "max_cost": "cost"}
-    within = ", ".join(
-        f"{name} <= {plain(budget[k])}" for k, name in limits.items() if budget.get(k) is not None
-    )
-    if calibrate.get("mode") != "budget":
-        return f"Policy: `{calibrate.get('chosen')}`, mode {calibrate.get('mode')}."
-    stream = f", stream {calibrate['stream']}" if "stream" in calibrate else ""
+    Args:
+        text: Markdown with tables; HTML in it is escaped.
+        title: Of the page.
+        images: File name, as the Markdown names it -> PNG bytes. Any other image is left out.
+    """
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = markdown.parse(text)
+    for token in tokens:
+        children = token.children or []
+        for child in children:
+            if child.type == "image" and (content := images.get(str(child.attrs["src"]))) is not None:
+                child.attrSet("src", f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}")
+        if token.type == "inline":
+            token.children = [
+                c for c in children if c.type != "image" or str(c.attrs["src"]).startswith("data:")
+            ]
+    body = str(markdown.renderer.render(tokens, markdown.options, {}))
+    body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     return (
-        f"Policy: `{calibrate.get('chosen')}`, mode budget{stream}: the step with {within} on the tune fold."
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
     )
 
 
-def _measured_line(run: Run) -> str:
-    rows = [row for row in run.benchmark_rows if row.get("engine") == "early_exit"]
-    speeds = [row["measured_speedup"] for row in rows if row.get("measured_speedup") is not None]
-    if not speeds:
-        return run.missing("No clock has confirmed these counts.", "benchmark")
-    gains = [row["efficiency"] for row in rows if row.get("efficiency") is not None]
-    efficiency = f", efficiency {_span(gains)}" if gains else ""
-    return f"Measured speed-up over the fastest full depth: x{_span(speeds)}{efficiency} (table below)."
-
-
-def _span(values: Sequence[float]) -> str:
-    low, high = number(min(values), 2), number(max(values), 2)
-    return low if low == high else f"{low} to {high}"
-
-
-def _certificate(run: Run) -> list[str]:
-    certificate = run.calibrate.get("certificate")
-    if not certificate:
-        return ["Nothing is certified: there is no certificate. " + ("" if run.calibrate else UNCALIBRATED)]
-    lines = words.certificate_words(certificate, run.calibrate.get("mode", "budget"))
-    if certified := run.calibrate.get("certified"):
-        lines.append(words.certified_words(certified))
-    if run.split == "test":
-        lines.append(words.risk_on_test(certificate, (run.reported.get("adaptive") or {}).get("risk")))
-    return [" ".join(lines)]
-
-
-def _exits(run: Run) -> list[str]:
+def pictures(run: Run) -> dict[str, Figure | str]:
+    """The four pictures by name; where one cannot be drawn, why not ("" where another line says so)."""
     exits = rows_of(run.reported.get("exits", []), run.split, run.fold)
-    kinds = ", exits before calibration, the adaptive score after it" if run.reported.get("adaptive") else ""
-    note = f"Of {run.rows}{kinds if exits else ''}:"
-    said = (prior_line, calibrated_line, kept_line)
-    lines = [*difference_lines(run.reported), *(line(run.reported) for line in said)]
-    return [note, scores_table(run.reported, run.split, run.fold), *filter(None, lines)]
+    plan = run.reported.get("adaptive")
+    found: dict[str, Figure | str] = {"depth": "", "exit_share": "", "pareto": "", "reliability": ""}
+    if exits:
+        found["depth"] = depth_figure(exits, run.floor(run.split, run.fold), plan, run.rows)
+    if any(row.get("exit_share") is not None for row in exits):
+        found["exit_share"] = exit_share_figure(exits, (plan or {}).get("mean_depth"))
+    if run.calibrate.get("policies"):
+        found["pareto"] = pareto_figure(run.calibrate, run.floor("valid", "tune"))
+    found["reliability"] = _reliability(run, exits)
+    return found
 
 
-def _slices(run: Run) -> list[str]:
-    table = slices_table(run.reported, run.split, run.fold)
-    if not table:
-        verb = "test" if run.split == "test" else "validate"
-        return [run.missing(f"No result has slices of {run.rows}.", verb)]
-    note = (
-        f"AUC of parts of {run.rows}, exits before calibration. A user is warm who has a target in train; history "
-        "counts a user's strictly earlier rows. Exits and floors compare along a line; between lines rows differ."
+def _reliability(run: Run, exits: Sequence[Row]) -> Figure | str:
+    path = run.folder / "scores" / f"{run.split}.parquet"
+    verb = "test" if run.split == "test" else "validate"
+    if not path.is_file():
+        return run.missing(f"No reliability diagrams: scores/{path.name} is missing.", verb)
+    table = pl.read_parquet(path, glob=False)
+    if lacking := [
+        c for c in ("split", "fold", "label", *(f"logit_{r['layer']}" for r in exits)) if c not in table
+    ]:
+        return run.missing(
+            f"No reliability diagrams: scores/{path.name} has no column {', '.join(lacking)}.", verb
+        )
+    part = table.filter(pl.col("split") == run.split)
+    part = part if run.fold is None else part.filter(pl.col("fold") == run.fold)
+    if not len(part) or any(row["n"] != len(part) for row in exits):
+        counts = f"{len(part):,} rows of {run.rows}, the result {max((r['n'] for r in exits), default=0):,}"
+        return run.missing(f"No reliability diagrams: scores/{path.name} holds {counts}.", verb)
+    chosen: Row = next(
+        (p for p in run.calibrate.get("policies", []) if p["criterion"] == run.calibrate.get("chosen")), {}
     )
-    return [note, table]
-
-
-def _policies(run: Run) -> list[str]:
-    if not run.calibrate:
-        return [UNCALIBRATED]
-    note = "On the tune fold, each criterion at the step its budget allows; random and oracle at like cost."
-    parts = [note, policies_table(run.calibrate), pareto_table(run.calibrate)]
-    if priors := run.calibrate.get("priors"):
-        parts += ["With and without counting as exit 0, on the tune fold:", priors_table(priors)]
-    return parts
-
-
-def _calibration(run: Run) -> list[str]:
-    policy = chosen_policy(run.calibrate)
-    if not policy:
-        return [UNCALIBRATED]
-    prior = run.calibrate.get("prior", "none")
-    exits = rows_of(run.reported.get("exits", []), run.split, run.fold)
-    parts = [
-        f"Policy `{policy['criterion']}`, prior {prior}; fitted on the tune fold.",
-        calibration_table(policy),
-    ]
-    if any("calibrated" in row for row in exits):
-        parts += [f"What it did, {run.rows}:", effect_table(exits)]
-    return parts
-
-
-def _speed(run: Run) -> list[str]:
-    parts = []
-    if run.benchmark_rows:
-        parts.append(render_rows(run.benchmark_rows))
-    else:
-        parts.append(run.missing("Early exit was not timed.", "benchmark"))
-    for packing in (b["packing"] for b in run.benchmarks if "packing" in b):
-        packed, pointwise = packing["packed_targets_per_s"], packing["pointwise_targets_per_s"]
-        parts.append(
-            f"Training, targets a second: packed {packed:,.1f}, one prompt per candidate {pointwise:,.2f}: "
-            f"x{packed / pointwise:.1f}."
-        )
-    others = {_machine(b["machine"]) for b in run.benchmarks} - {_machine(run.reported["machine"])}
-    return parts + [f"Timed on another machine: {text}" for text in sorted(others)]
-
-
-def _protocol(run: Run) -> list[str]:
-    protocol = run.reported["protocol"]
-    lines = [protocol_line(run.reported) + "."]
-    for key, name in (("cold_user_share", "users"), ("cold_item_share", "items")):
-        share = protocol.get(key)
-        shares = share if isinstance(share, dict) else {"test": share} if share is not None else {}
-        if shares:
-            parts = ", ".join(f"{split} {percent(value)}" for split, value in shares.items())
-            lines.append(f"Targets with {name} unseen in train: {parts}.")
-    folds = protocol.get("folds") or {}
-    if folds:
-        parts = "; ".join(
-            f"{name} {f['users']:,} users, {f['targets']:,} targets" for name, f in folds.items()
-        )
-        lines.append(f"Folds of validation: {parts}.")
-    return ["\n".join(f"* {line}" for line in lines)]
-
-
-def _stages(run: Run) -> list[str]:
-    timed = [result for result in run.results.values() if result.get("stage_seconds")]
-    if not timed:
-        return ["No result file of this run holds stage seconds."]
-    return [part for r in timed for part in (f"Verb `{r['verb']}`:", render_stage_seconds(r).rstrip())]
-
-
-def _machine(machine: dict[str, Any]) -> str:
-    hardware = f"{machine.get('device')}, cores {machine.get('cores')}, threads {machine.get('threads')}"
-    known = ("device", "cores", "threads", "devices")
-    versions = ", ".join(f"{name} {value}" for name, value in machine.items() if name not in known)
-    devices = f", devices {machine['devices']}" if machine.get("devices") else ""
-    return f"{hardware}{devices}; {versions}."
-
-
-def _commands(run: Run) -> list[str]:
-    verbs = [run.command(verb) for verb in ("fit", "calibrate", "test", "benchmark", "report")]
-    seed = run.reported.get("seed")
-    note = f"exitrec {run.reported.get('version')}, seed {seed}; config.yaml holds every setting of the run."
-    return [note, "```sh\n" + "\n".join(verbs) + "\n```"]
-
-
-def _image(picture: Picture) -> str:
-    if picture.figure is None:
-        return picture.caption
-    return f"![{picture.alt}]({picture.name}.png)\n\n*{picture.caption}*"
+    layers = [row["layer"] for row in exits] or exit_layers_of(table)
+    calibration = chosen.get("calibration") or {}
+    return reliability_figure(reliability_scores(part, layers, calibration, f"scores/{path.name}"))

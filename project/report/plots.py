@@ -1,78 +1,122 @@
 """The report's pictures: result-file dictionaries and arrays in, matplotlib figures out.
 
-Unusual here: figures are made from `matplotlib.figure.Figure` alone, pyplot and its global state are never touched, so
-a callback may draw inside training. Lines carry their names; there is no legend to look up.
+Figures are made from `matplotlib.figure.Figure` alone; pyplot's global state is never touched, so a callback may draw
+inside training.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from project.evaluation.metrics import ece
-from project.report.line_labels import Labels
-from project.report.style import (
-    CALIBRATED,
-    COLOURS,
-    DPI,
-    FLOOR_COLOUR,
-    INK,
-    colour_of,
-    dress,
-    exit_name,
-    finished,
-    new_axes,
-    short,
-    title,
-)
+from project.errors import DataError
+from project.evaluation.metrics import ece, probabilities
+from project.report.format import number
 
 Floats = NDArray[np.float64]
 Row = Mapping[str, Any]
 NamedAUC = tuple[str, float]
 
-BINS = 10
-LINE_NAMES = {
-    "oracle": "oracle (upper bound,\nnot a policy)",
-    "fixed_depth": "fixed_depth\n(layers in squares)",
-}
-LINE_STYLES = {"oracle": "--", "random": ":"}
+BINS = 15  # of equal mass, as in metrics.ece: tables and pictures show one number
+COLOURS = {
+    "consistency": "#0072B2", "learned": "#D55E00", "ratio": "#E69F00", "ratio_consistency": "#CC79A7",
+    "item_count": "#56B4E9",
+    "fixed_depth": "#000000", "random": "#999999", "oracle": "#6A4C93", "plan": "#009E73", "baseline": "#555555",
+}  # fmt: skip
+"""After Okabe and Ito (2008), told apart by colour-blind readers; other criteria get OTHER_COLOURS in turn."""
+OTHER_COLOURS = ("#882255", "#44AA99", "#999933", "#332288")
+CONTROLS = {"fixed_depth": "static exit (its depth)", "oracle": "oracle (upper bound)"}
+STYLES = {"oracle": "--", "random": ":", "fixed_depth": "s-"}
+DPI = 160
 
 
-def pareto_figure(calibrate: Row, floor: NamedAUC | None = None, rows: str = "tune fold") -> Figure:
-    """AUC against token-layers relative to full depth: every criterion, fixed depth, random, oracle, best floor.
+def png(figure: Figure) -> bytes:
+    """The figure as PNG, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None, rows: str = "tune fold") -> Figure:
+    """AUC against token-layers over full depth's: every criterion, static exits, random, oracle, plan, best baseline.
 
     Args:
         calibrate: A `calibrate` result: `policies`, `controls`, `chosen`; each `pareto` a list of steps with `cost`
             (0 where everyone leaves at exit 0, 1 at full depth) and `auc`.
-        floor: Name and AUC of the best floor on the same rows.
+        baseline: Name and AUC of the best baseline on the same rows.
         rows: What the AUC is of, for the axis.
     """
-    axes, labels = new_axes("token-layers / full depth  (left is cheaper)", f"AUC, {rows}", 4.9), Labels()
-    curves = {p["criterion"]: _path(p["pareto"]) for p in calibrate.get("policies", [])}
-    curves |= {c["name"]: _path(c["pareto"]) for c in calibrate.get("controls", [])}
-    curves = {name: path for name, path in curves.items() if len(path)}
-    for name, path in curves.items():
-        corners = _stairs(path) if name == "fixed_depth" else path
-        chosen, colour = name == calibrate.get("chosen"), colour_of(name)
-        axes.plot(
-            *corners.T, LINE_STYLES.get(name, "-"), color=colour, linewidth=2.6 if chosen else 1.5, zorder=3
+    axes = _axes("token-layers / full depth  (left is cheaper)", f"AUC, {rows}", 4.6)
+    curves = {p["criterion"]: p["pareto"] for p in calibrate.get("policies", [])}
+    curves |= {c["name"]: c["pareto"] for c in calibrate.get("controls", [])}
+    levels: list[float] = []
+    others = iter(OTHER_COLOURS * len(curves))
+    for name, steps in curves.items():
+        path = np.array(sorted((s["cost"], s["auc"]) for s in steps if s.get("auc") is not None)).reshape(
+            -1, 2
         )
-        labels.add(LINE_NAMES.get(name, name), corners[:, 0], corners[:, 1], colour)
-    axes.set_xlim(-0.02, 1.04)
-    axes.set_ylim(*_pareto_limits(curves, floor))
-    _fixed_marks(axes, calibrate, labels)
-    _chosen_mark(axes, calibrate, labels)
-    if floor:
-        _floor_line(axes, floor, labels)
-    labels.write(axes)
-    return finished(axes)
+        label, stairs = CONTROLS.get(name, name), "steps-post" if name == "fixed_depth" else "default"
+        axes.plot(*path.T, STYLES.get(name, "-"), color=COLOURS.get(name) or next(others), drawstyle=stairs, lw=1.6,
+                  ms=10, label=label)  # fmt: skip
+        for step in steps if name == "fixed_depth" else []:
+            if step["auc"] is not None:  # the square says its depth
+                axes.text(step["cost"], step["auc"], str(step.get("layer", "")), color="white", fontsize=7, ha="center",
+                          va="center_baseline", zorder=5)  # fmt: skip
+        levels += [] if name == "random" else path[:, 1].tolist()  # random may leave the picture
+    for policy in calibrate.get("policies", []):
+        step = policy["pareto"][policy["chosen_step"]] if policy.get("chosen_step") is not None else {}
+        if policy["criterion"] == calibrate.get("chosen") and step.get("auc") is not None:
+            label = f"plan: {policy['criterion']}, AUC {number(step['auc'])} at {number(step['cost'], 3)}"
+            axes.plot(
+                step["cost"], step["auc"], "o", ms=13, mfc="none", mec=COLOURS["plan"], mew=2.6, label=label
+            )
+    span = max(levels) - min(levels) if levels else 0.0
+    if levels and baseline and baseline[1] < min(levels) - span:
+        axes.plot([], [], " ", label=f"best baseline {baseline[0]} ({number(baseline[1])}): below")
+    elif baseline:
+        _baseline_line(axes, baseline)
+        levels.append(baseline[1])
+    if levels:
+        margin = 0.07 * (max(levels) - min(levels)) or 0.01
+        axes.set(xlim=(-0.02, 1.04), ylim=(min(levels) - margin, max(levels) + margin))
+    return _finished(axes)
+
+
+def depth_figure(
+    exits: Sequence[Row], baseline: NamedAUC | None = None, plan: Row | None = None, rows: str = "test"
+) -> Figure:
+    """AUC by depth with interval bars, the plan at its mean depth, and the best baseline as a line.
+
+    Args:
+        exits: Rows with `layer`, `auc`, `auc_interval` and maybe `calibrated.auc`; an undefined AUC is left out.
+        baseline: Name and AUC of the best baseline on the same rows.
+        plan: `auc`, `mean_depth` and maybe `auc_interval`.
+        rows: What the AUC is of, for the axis.
+    """
+    axes = _axes("layers run", f"AUC, {rows}", 3.9)
+    shown = [row for row in exits if row.get("auc") is not None]
+    layers = [row["layer"] for row in shown]
+    if shown:
+        _bars(axes, layers, shown, "o-", COLOURS["fixed_depth"], "static exit, as trained")
+    fitted = [(r["layer"], r["calibrated"]["auc"]) for r in shown if (r.get("calibrated") or {}).get("auc")]
+    if fitted:
+        path, label = np.array(fitted).T, "static exit, calibrated"
+        axes.plot(*path, "o--", color=COLOURS["consistency"], mfc="white", label=label)
+    if plan and plan.get("auc") is not None:
+        _bars(axes, [plan["mean_depth"]], [plan], "D", COLOURS["plan"], "plan, at its mean depth")
+    axes.set_xticks(layers)
+    if baseline:
+        _baseline_line(axes, baseline)
+    return _finished(axes)
 
 
 def exit_share_figure(exits: Sequence[Row], mean_depth: float | None = None) -> Figure:
@@ -82,21 +126,19 @@ def exit_share_figure(exits: Sequence[Row], mean_depth: float | None = None) -> 
         exits: Rows with `layer` and `exit_share` (rows without a share are left out).
         mean_depth: Mean layers run, for the title.
     """
+    axes = _axes("exit", "", 2.8)
     rows = [row for row in exits if row.get("exit_share") is not None]
-    axes = new_axes("", "", 3.0)
     shares = [row["exit_share"] for row in rows]
-    bars = axes.bar(
-        [exit_name(row["layer"]) for row in rows], shares, width=0.7, color=COLOURS["consistency"]
+    bars = axes.bar([str(row["layer"]) for row in rows], shares, width=0.7, color=COLOURS["consistency"])
+    axes.bar_label(
+        bars, ["< 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %" for share in shares], fontsize=9
     )
-    texts = ["< 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %" for share in shares]
-    axes.bar_label(bars, texts, padding=2, fontsize=9.5, color=INK)
     axes.set_ylim(0, 1.12 * max([*shares, 0.01]))
     axes.grid(visible=False)
     axes.yaxis.set_visible(False)  # the bars say their numbers
-    axes.spines["left"].set_visible(False)
     depth = f", mean depth {mean_depth:.2f} of {rows[-1]['layer']} layers" if mean_depth and rows else ""
-    title(axes, "share of rows that leave at each exit" + depth)
-    return finished(axes)
+    axes.set_title("share of rows that leave at each exit" + depth, loc="left", fontsize=9.5)
+    return _finished(axes)
 
 
 def reliability_bins(probability: ArrayLike, labels: ArrayLike, bins: int = BINS) -> Floats:
@@ -117,172 +159,126 @@ def reliability_bins(probability: ArrayLike, labels: ArrayLike, bins: int = BINS
     return np.array([(p.mean(), y.mean(), p.size) for p, y in cut if p.size]).reshape(-1, 3)
 
 
-def reliability_figure(scores: Mapping[str, tuple[ArrayLike, ArrayLike]], bins: int = BINS) -> Figure:
+def reliability_figure(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
     """Reliability diagrams side by side: observed share of positives against emitted probability, one panel each.
 
     Args:
-        scores: Panel title ("exit 4", "adaptive") -> (probabilities (n,), labels (n,)).
-        bins: Equal-mass bins.
+        scores: Panel title ("exit 4", "plan") -> (probabilities (n,), labels (n,)).
     """
     columns = min(4, max(1, len(scores)))
     lines = -(-max(1, len(scores)) // columns)
-    figure = Figure(figsize=(2.15 * columns + 0.5, 2.35 * lines + 0.4), dpi=DPI)
-    FigureCanvasAgg(figure)
+    figure = _figure(2.15 * columns + 0.5, 2.35 * lines + 0.4)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (name, (probability, labels)) in zip(panels, scores.items(), strict=False):
-        points, error = reliability_bins(probability, labels, bins), ece(probability, labels, bins)
-        colour = COLOURS["learned"] if name == "adaptive" else COLOURS["consistency"]
-        dress(axes).plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
-        axes.plot(points[:, 0], points[:, 1], "o-", color=colour, markersize=3.5, linewidth=1.2, zorder=3)
-        title(axes, f"{name}   ECE {'undefined' if error is None else short(error)}")
+        points = reliability_bins(probability, labels)
+        _dress(axes).plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
+        axes.plot(
+            points[:, 0],
+            points[:, 1],
+            "o-",
+            color=COLOURS["plan" if name == "plan" else "consistency"],
+            ms=3.5,
+        )
+        axes.set_title(f"{name}   ECE {number(ece(probability, labels, BINS))}", loc="left", fontsize=9.5)
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     for axes in panels[len(scores) :]:
         axes.set_visible(False)
-    figure.supxlabel("emitted probability", fontsize=10, color=INK)
-    figure.supylabel("observed share of positives", fontsize=10, color=INK)
-    figure.tight_layout(pad=0.6)
+    figure.supxlabel("emitted probability", fontsize=10)
+    figure.supylabel("observed share of positives", fontsize=10)
     return figure
 
 
-def depth_figure(
-    exits: Sequence[Row], floor: NamedAUC | None = None, adaptive: Row | None = None, rows: str = "test"
-) -> Figure:
-    """AUC by depth with interval bars, the adaptive score at its mean depth, and the best floor as a line.
+def reliability_scores(
+    rows: pl.DataFrame, layers: Sequence[int], calibration: Mapping[str, Mapping[str, float]], name: str
+) -> dict[str, tuple[Floats, Floats]]:
+    """Panels of `reliability_figure` from rows of a score table: "exit k" and maybe "plan".
 
     Args:
-        exits: Rows with `layer`, `auc`, `auc_interval` and maybe `calibrated.auc`; an undefined AUC is left out.
-        floor: Name and AUC of the best floor on the same rows.
-        adaptive: `auc`, `mean_depth` and maybe `auc_interval` of the adaptive score.
-        rows: What the AUC is of, for the axis.
+        rows: Of a score table; `adaptive_logit` (calibrated) is there once a plan ran.
+        layers: Exits to show.
+        calibration: By layer {`logit`, `prior`, `offset`}: score_k = logit * logit_k + prior * logit_0 + offset. A
+            layer that is not in it keeps its own logit.
+        name: The table's name in messages.
+
+    Raises:
+        DataError: NaN or infinite logits.
     """
-    axes, labels = new_axes("layers run", f"AUC, {rows}", 3.9), Labels()
-    shown = [row for row in exits if row.get("auc") is not None]
-    layers = [row["layer"] for row in shown]
-    if shown:
-        _bars(axes, layers, shown, COLOURS["fixed_depth"], "o-", labels)
-        labels.add("same depth for every row", layers, [r["auc"] for r in shown], COLOURS["fixed_depth"])
-    fitted = [(r["layer"], r["calibrated"]["auc"]) for r in shown if (r.get("calibrated") or {}).get("auc")]
-    if fitted:
-        x, y = np.array(fitted).T
-        axes.plot(
-            x, y, "o--", color=CALIBRATED, markerfacecolor="white", markersize=5.5, linewidth=1.2, zorder=3
-        )
-        labels.add("the same, calibrated", x, y, CALIBRATED)
-        labels.avoid += fitted
-    last = max(layers, default=1) or 1
-    axes.set_xlim(-0.06 * last, 1.06 * last)
-    axes.set_xticks(layers, [exit_name(k, "{}") for k in layers])
-    if adaptive and adaptive.get("auc") is not None and adaptive.get("mean_depth") is not None:
-        at = adaptive["mean_depth"]
-        _bars(axes, [at], [adaptive], COLOURS["learned"], "D", labels)
-        labels.add("adaptive", [at] * 2, [adaptive["auc"]] * 2, COLOURS["learned"])
-    axes.margins(y=0.12)
-    if floor:
-        axes.plot([0], [floor[1]], alpha=0)  # takes part in the limits
-    axes.set_ylim(axes.get_ylim())
-    if floor:
-        _floor_line(axes, floor, labels)
-    labels.write(axes)
-    return finished(axes)
+
+    def logits_of(column: str) -> Floats:
+        values = rows[column].to_numpy().astype(np.float64)
+        if not np.isfinite(values).all():
+            raise DataError(
+                f"{name}: {column} is empty, NaN or infinite in places: the model diverged or the file is broken."
+            )
+        return values
+
+    labels = rows["label"].to_numpy().astype(np.float64)
+    found = {}
+    for layer in layers:
+        logits = logits_of(f"logit_{layer}")
+        if terms := calibration.get(str(layer)):
+            prior = terms.get("prior", 0.0) if layer else 0.0
+            zero = prior * logits_of("logit_0") if prior else 0.0
+            logits = terms["logit"] * logits + zero + terms["offset"]
+        found[f"exit {layer}"] = (probabilities(logits), labels)
+    if "adaptive_logit" in rows.columns and rows["adaptive_logit"].null_count() == 0:
+        found["plan"] = (probabilities(logits_of("adaptive_logit")), labels)
+    return found
 
 
-def _path(steps: Sequence[Row]) -> Floats:
-    """(m, 2) cost and AUC by rising cost; steps of undefined AUC are left out."""
-    pairs = [(step["cost"], step["auc"]) for step in steps if step.get("auc") is not None]
-    return np.array(sorted(pairs), dtype=np.float64).reshape(-1, 2)
+def _bars(axes: Axes, x: Sequence[float], rows: Sequence[Row], style: str, colour: str, label: str) -> None:
+    """Points at `auc` with their `auc_interval` where there is one."""
+    values = np.array([row["auc"] for row in rows])
+    bounds = np.array([row.get("auc_interval") or (row["auc"], row["auc"]) for row in rows])
+    axes.errorbar(x, values, np.abs(bounds.T - values), fmt=style, color=colour, ms=5.5, lw=1.5, elinewidth=1.2,
+                  capsize=3, label=label)  # fmt: skip
 
 
-def _stairs(path: Floats) -> Floats:
-    """What a budget buys in fixed depths: level until the next depth is paid for."""
-    corners = np.repeat(path, 2, axis=0)[:-1]
-    corners[1::2, 0] = path[1:, 0]
-    return corners
+def _baseline_line(axes: Axes, baseline: NamedAUC) -> None:
+    label = f"best baseline {baseline[0]} ({number(baseline[1])})"
+    axes.axhline(baseline[1], color=COLOURS["baseline"], lw=1.2, linestyle=(0, (6, 3)), label=label)
 
 
-def _pareto_limits(curves: Mapping[str, Floats], floor: NamedAUC | None) -> tuple[float, float]:
-    """Fixed depths and criteria fill the picture; random may leave it, the floor too where it is far below."""
-    if not curves:
-        return (floor[1] - 0.01, floor[1] + 0.01) if floor else (0.0, 1.0)
-    top, low = max(c[:, 1].max() for c in curves.values()), min(c[:, 1].min() for c in curves.values())
-    if "fixed_depth" in curves:
-        static = curves["fixed_depth"][:, 1].min()
-        low = max(low, static - 0.5 * (top - static))
-    span = top - low or 0.01
-    if floor and low - span < floor[1]:
-        low, top = min(low, floor[1]), max(top, floor[1])
-    return float(low - 0.07 * span), float(top + 0.13 * span)
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
-def _floor_line(axes: Axes, floor: NamedAUC, labels: Labels) -> None:
-    name = f"best floor: {floor[0]} ({short(floor[1])})"
-    if not axes.get_ylim()[0] < floor[1] < axes.get_ylim()[1]:
-        axes.text(
-            0.99,
-            0.02,
-            f"{name}, below this picture",
-            transform=axes.transAxes,
-            ha="right",
-            fontsize=9,
-            color=FLOOR_COLOUR,
-        )
-        return
-    axes.axhline(floor[1], color=FLOOR_COLOUR, linewidth=1.2, linestyle=(0, (6, 3)), zorder=2)
-    labels.add(name, axes.get_xlim(), [floor[1]] * 2, FLOOR_COLOUR)
+def _axes(xlabel: str, ylabel: str, height: float) -> Axes:
+    """Axes of a new figure, 8 inches wide; tick labels have as many digits as it takes to tell them apart."""
+    axes = _dress(_figure(8.0, height).add_subplot())
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
 
-
-def _fixed_marks(axes: Axes, calibrate: Row, labels: Labels) -> None:
-    """Squares that say their depth."""
-    controls = [c for c in calibrate.get("controls", []) if c["name"] == "fixed_depth"]
-    for step in (s for c in controls for s in c["pareto"] if s.get("auc") is not None):
-        place = (step["cost"], step["auc"])
-        labels.avoid.append(place)
-        axes.plot(*place, "s", color=COLOURS["fixed_depth"], markersize=10, zorder=5)
-        axes.text(
-            *place,
-            str(step.get("layer", "")),
-            color="white",
-            fontsize=7,
-            ha="center",
-            va="center_baseline",
-            zorder=5,
+    def tick(value: float, _: int) -> str:
+        ticks = axes.get_yticks()
+        return number(
+            value, next((d for d in (3, 4, 5) if len({number(t, d) for t in ticks}) == len(ticks)), 6)
         )
 
-
-def _chosen_mark(axes: Axes, calibrate: Row, labels: Labels) -> None:
-    """A ring at the chosen policy's step, with its numbers."""
-    for policy in calibrate.get("policies", []):
-        index = policy.get("chosen_step")
-        step = policy["pareto"][index] if index is not None else {}
-        if policy["criterion"] != calibrate.get("chosen") or step.get("auc") is None:
-            continue
-        place, colour = (step["cost"], step["auc"]), colour_of(policy["criterion"])
-        axes.plot(*place, "o", ms=12, mfc="none", mec="white", mew=4.5, zorder=6)
-        axes.plot(*place, "o", ms=12, mfc="none", mec=colour, mew=2.4, zorder=6)
-        text = f"chosen: AUC {short(place[1])}\nat cost {short(place[0])}"
-        labels.add(text, [place[0]] * 2, [place[1]] * 2, colour)
-        labels.avoid.append(place)
+    axes.yaxis.set_major_formatter(FuncFormatter(tick))
+    return axes
 
 
-def _bars(
-    axes: Axes, x: Sequence[float], rows: Sequence[Row], colour: str, style: str, labels: Labels
-) -> None:
-    """Points at `auc` with their `auc_interval` where there is one; labels keep off the bars."""
-    values = np.array([row["auc"] for row in rows], dtype=np.float64)
-    bounds = np.array([row.get("auc_interval") or (row["auc"], row["auc"]) for row in rows], dtype=np.float64)
-    axes.errorbar(
-        x,
-        values,
-        yerr=np.abs(bounds.T - values),
-        fmt=style,
-        color=colour,
-        markersize=5.5,
-        linewidth=1.5,
-        elinewidth=1.2,
-        capsize=3,
-        zorder=3,
-    )
-    labels.avoid += [
-        (a, y) for a, (low, high) in zip(x, bounds, strict=True) for y in np.linspace(low, high, 25)
-    ]
+def _dress(axes: Axes) -> Axes:
+    """No box, a pale grid behind the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9, length=3)
+    axes.grid(color="#EBEBEB", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _finished(axes: Axes) -> Figure:
+    """The figure with its legend beside the axes; one without data says so."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        # outside: a legend inside covers lines. Names are data: no mathematics between two dollars.
+        texts = [label.replace("$", r"\$") for label in labels]
+        axes.legend(handles, texts, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8.5, frameon=False)
+    if not axes.has_data():
+        axes.text(0.5, 0.5, "undefined here", transform=axes.transAxes, ha="center")
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    return figure

@@ -1,6 +1,6 @@
 """A run folder as the report reads it: one result per verb, all of one protocol, and which rows are reported.
 
-Unusual here: the reported rows are test where test was read, else the tune fold of validation; select and certify are
+The reported rows are test where test was read, else the tune fold of validation; select and certify are
 never shown. A result whose protocol hash is not the run's is left out and named, since the two must not be compared.
 """
 
@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from project.artefacts import read_result
 from project.errors import DataError
+from project.report.format import code, escape
 
 VERBS = ("fit", "validate", "calibrate", "test", "floors")
 """In the order in which the run's protocol is taken from them."""
@@ -72,12 +75,12 @@ class Run:
         config = f"{base} --config {self.folder}/config.yaml"
         return config if verb == "fit" else f"{config} --ckpt_path {self.folder}/checkpoints/last.ckpt"
 
-    def missing(self, what: str, verb: str) -> str:
-        """A line that says what is missing and the command that makes it."""
-        return f"{what} Make it: `{self.command(verb)}`"
+    def missing(self, what: str, verb: str) -> Markup:
+        """A line of Markdown that says what is missing and the command that makes it."""
+        return Markup(f"{escape(what)} Make it: {code(self.command(verb))}")
 
     def floor(self, split: str, fold: str | None) -> tuple[str, float] | None:
-        """Name and AUC of the best floor on some rows, from whichever result has it."""
+        """Name and AUC of the best baseline on some rows, from whichever result has it."""
         for result in (self.reported, *self.results.values()):
             for row in result.get("floors", []):
                 same = (row["split"], row.get("fold")) == (split, fold)
@@ -134,11 +137,18 @@ def _reported(
     base = results.get("validate") or results.get("fit") or {}
     if calibrate := results.get("calibrate"):
         newer = {key: calibrate[key] for key in ("exits", "adaptive") if key in calibrate}
+        if _same_plan(base.get("adaptive"), newer.get("adaptive")):
+            newer["adaptive"] = base["adaptive"]  # which is compared with the best baseline, too
         return _with_shares(calibrate | base | newer), "valid", "tune"
     if base:
         return base, "valid", "tune"
     # counting alone: floors were scored on both splits, exploring shows validation
     return results.get("floors", other), "valid", "tune"
+
+
+def _same_plan(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    keys = ("criterion", "auc", "mean_depth")
+    return bool(one and other and all(one.get(key) == other.get(key) for key in keys))
 
 
 def _with_shares(result: dict[str, Any]) -> dict[str, Any]:

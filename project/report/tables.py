@@ -1,20 +1,150 @@
-"""The report's tables in Markdown, but that of scores: slices, policies, AUC by cost, calibration, speed.
+"""Result files as Markdown: `render` for any of them, and the rows of the table that the report and README share.
 
-Unusual here: a value that a result file does not hold is an en dash, one that is not defined says "undefined"; and
-what random and oracle are worth is read at the step whose cost is nearest to the chosen policy's.
+No metric is computed here. A speed-up of a static exit is full depth over its depth, since every row runs the same
+tokens; a plan's is the result file's.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-from project.tables import UNDEFINED, interval, markdown_table, number, times
+from rich.markdown import Markdown
 
+from project.artefacts import read_result, replace_file
+from project.errors import ConfigError
+from project.report.answer import decide
+from project.report.format import environment, tidy
+
+Result = Mapping[str, Any]
 Row = Mapping[str, Any]
 
-ABSENT = "–"
-COSTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+REPORTED = {
+    "test": ("test", None),
+    "floors": ("test", None),
+}  # every other command shows the tune fold of validation
+TABLE = re.compile(
+    r"(?P<start><!-- table (?P<files>\S+(?: \S+)*?) -->)\n.*?(?P<end><!-- end of table -->)", re.DOTALL
+)
+BESIDE = 64  # candidates of the timed requests that stand beside AUCs
+
+
+def render(result: Result, folder: Path | None = None) -> str:
+    """Markdown of a result file of any verb.
+
+    Args:
+        result: A result file.
+        folder: Where it lies: times of the plan are read from a benchmark.json of the same protocol there.
+    """
+    name = {"benchmark": "benchmark", "rank": "rank", "compare": "compare", "ablate": "ablate"}
+    made: Any = environment().get_template("tables.md.j2").module
+    if kind := name.get(result["verb"]):
+        return tidy(getattr(made, kind)(result))
+    split, fold = REPORTED.get(result["verb"], ("valid", "tune"))
+    parts = {
+        "rows": score_rows(result, split, fold, _timed(result, folder)),
+        "slices": [s for s in slice_rows(result, split, fold) if s["name"].startswith("item_")],
+        "rows_are": rows_in_words(split),
+    }
+    return tidy(made.scores(result, decide(result), parts))
+
+
+def render_beside(results: Mapping[str, Result]) -> str:
+    """Markdown: a row a run, and a line for runs of one folder and protocol that differ by seed.
+
+    Args:
+        results: Name, such as quickstart/test.json, -> result file of `test`.
+
+    Raises:
+        ConfigError: A result of another verb.
+    """
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for name, result in results.items():
+        if result["verb"] != "test" or not result.get("exits"):
+            raise ConfigError(f"{name} is a result of {result['verb']}: expected results/test.json of runs.")
+        groups.setdefault((name.rpartition("/")[0], result["protocol"]["hash"]), []).append(result)
+    several = {folder: rs for (folder, _), rs in groups.items() if len({r["seed"] for r in rs}) > 1}
+    spreads = [
+        {"folder": folder, "seeds": [r["seed"] for r in rs], "mean": mean(values), "sd": stdev(values)}
+        | {"range": [min(values), max(values)]}
+        for folder, rs in several.items()
+        for values in [[r["floor_difference"]["value"] for r in rs]]
+    ]
+    made: Any = environment().get_template("tables.md.j2").module
+    return tidy(made.beside(results, spreads))
+
+
+def render_seconds(result: Result) -> str:
+    """Markdown: where the seconds of a run went, longest first, with their sum."""
+    made: Any = environment().get_template("tables.md.j2").module
+    return tidy(made.seconds(result))
+
+
+def print_tables(arguments: list[str]) -> None:
+    """`table FILE... [--stages]` prints result files as Markdown, each a table; `--beside` makes one of several runs.
+
+    `table --into README.md` renews a document's tables.
+
+    Args:
+        arguments: Result files, --stages for where the time went, --beside for a row a file; or --into and a document.
+    """
+    if arguments[:1] == ["--into"]:
+        document = Path(*arguments[1:2])
+        if not document.is_file():
+            raise ConfigError(
+                f"table --into needs a Markdown file to renew; found {' '.join(arguments[1:]) or 'none'}."
+            )
+        text = fill_tables(document.read_text(encoding="utf-8"), document.parent)
+        replace_file(document, lambda part: part.write_text(text, encoding="utf-8"))
+        return
+    names = [a for a in arguments if not a.startswith("--")]
+    if unknown := set(arguments) - {*names, "--stages", "--beside"}:
+        raise ConfigError(f"table knows --stages, --beside and --into; found {' '.join(sorted(unknown))}.")
+    if not names:
+        raise ConfigError(
+            "table needs result files, such as runs/quickstart/latest/results/test.json, or --into and a document; "
+            "found none."
+        )
+    if "--beside" in arguments:
+        print(render_beside({name: read_result(Path(name)) for name in names}))
+        return
+    for path in map(Path, names):
+        result = read_result(path)
+        print(f"### {result['verb']}\n\n{render(result, path.parent)}")
+        if "--stages" in arguments and "stage_seconds" in result:
+            print(render_seconds(result))
+
+
+def fill_tables(text: str, folder: Path) -> str:
+    """The document with every `<!-- table FILE -->...<!-- end of table -->` made anew from its result file.
+
+    Where a marker names several files, they stand beside each other, a row each.
+
+    Args:
+        text: Markdown.
+        folder: What the names of result files are relative to.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        results = {name: read_result(folder / name) for name in found["files"].split()}
+        (name, first), *more = results.items()
+        text = render_beside(results) if more else render(first, (folder / name).parent)
+        return f"{found['start']}\n{text}{found['end']}"
+
+    return TABLE.sub(block, text)
+
+
+def shown(text: str) -> Markdown:
+    """Markdown for a terminal."""
+    return Markdown(text)
+
+
+def rows_in_words(split: str) -> str:
+    """What the numbers are of."""
+    return "test" if split == "test" else "the tune fold of validation"
 
 
 def rows_of(rows: Sequence[Row], split: str, fold: str | None) -> list[Row]:
@@ -22,191 +152,162 @@ def rows_of(rows: Sequence[Row], split: str, fold: str | None) -> list[Row]:
     return [row for row in rows if row["split"] == split and row.get("fold") == fold]
 
 
-def exit_label(row: Row, result: Row) -> str:
-    """An exit's name, with what is special about it."""
-    layer = row["layer"]
-    name = "exit 0 (counting)" if layer == 0 else f"exit {layer}"
-    return f"{name} (chosen)" if layer == result.get("chosen_exit") else name
-
-
-def slices_table(result: Row, split: str, fold: str | None) -> str:
-    """AUC of every exit and of the best floor by slice; of every floor where there are no exits. "" without slices.
+def score_rows(result: Result, split: str, fold: str | None, timed: Sequence[Row] = ()) -> list[Row]:
+    """The main table: best baseline, exits, plan, and the static exits that the plan has to beat.
 
     Args:
-        result: `slices`, each with `name`, `split`, maybe `fold`, `n`, `users` and `rows`; maybe `chosen_exit`, whose
-            interval stands beside it, and `best_floor`.
+        result: `exits`, `floors` and maybe `adaptive`.
         split: Which rows.
         fold: Which rows.
+        timed: `rows` of a benchmark result.
+
+    Returns:
+        Rows of `name`, `auc`, `interval`, `log_loss`, `gain` ({`value`, `interval`} over the best baseline), `depth`,
+        `saved` (token-layers of full depth over its own), `clock` (the same in seconds); None: no such number.
     """
-    slices = rows_of(result.get("slices", []), split, fold)
-    if not slices:
-        return ""
-    exits = [row["layer"] for row in slices[0]["rows"] if "layer" in row]
-    floors = [row["name"] for row in slices[0]["rows"] if "name" in row]
-    chosen = result.get("chosen_exit")
-    columns = [("layer", layer) for layer in exits]
-    columns += [("name", name) for name in floors if not exits or name == result.get("best_floor")]
-    header = ["slice", "n", "users"]
-    for key, who in columns:
-        header.append(exit_label({"layer": who}, result) if key == "layer" else f"floor {who}")
-        header += ["95 % interval"] * (key == "layer" and who == chosen)
-    lines = []
-    for part in slices:
-        cells = [slice_words(part["name"]), f"{part['n']:,}", f"{part['users']:,}"]
-        for key, who in columns:
-            row: Row = next((row for row in part["rows"] if row.get(key) == who), {})
-            cells.append(value_cell(row, "auc"))
-            if key == "layer" and who == chosen:
-                cells.append(interval(row["auc_interval"]) if "auc_interval" in row else ABSENT)
-        lines.append(cells)
-    return markdown_table(header, lines)
-
-
-def slice_words(name: str) -> str:
-    """A slice's name as text: history_20_99 is "history 20 to 99", history_100_plus "history 100 and more"."""
-    first, *rest = name.split("_")
-    if rest[-1:] == ["plus"]:
-        return f"{first} {rest[0]} and more"
-    if rest and all(part.isdigit() for part in rest):
-        return f"{first} {' to '.join(rest)}"
-    return name.replace("_", " ")
-
-
-def policies_table(calibrate: Row) -> str:
-    """Every criterion at its chosen step, then the controls: each fixed depth, random and oracle at like cost."""
-    rows = []
-    cost = chosen_step(calibrate).get("cost", 1.0)
-    for policy in calibrate.get("policies", []):
-        step = step_of(policy)
-        marked = " (chosen)" if policy["criterion"] == calibrate.get("chosen") else ""
-        rows.append([policy["criterion"] + marked, policy.get("mode", ABSENT), *_step_cells(step)])
-    for control in calibrate.get("controls", []):
-        if control["name"] == "fixed_depth":
-            for step in control["pareto"]:
-                rows.append([f"fixed_depth {step.get('layer', '')}".strip(), "control", *_step_cells(step)])
-        elif control["pareto"]:
-            near = min(control["pareto"], key=lambda step: abs(step["cost"] - cost))
-            note = "upper bound" if control["name"] == "oracle" else "control"
-            rows.append([control["name"], note, *_step_cells(near)])
-    return markdown_table(
-        ("criterion", "mode", "cost", "mean depth", "token-layer speed-up", "AUC", "AUC drop"), rows
-    )
-
-
-def pareto_table(calibrate: Row) -> str:
-    """AUC that a cost of at most c buys: of each path the costliest step within c, no step picked by its AUC."""
-    paths = {p["criterion"]: p["pareto"] for p in calibrate.get("policies", [])}
-    paths |= {c["name"]: c["pareto"] for c in calibrate.get("controls", [])}
-    rows = []
-    for name, steps in paths.items():
-        cells = []
-        for cost in COSTS:
-            within = [step for step in steps if step["cost"] <= cost + 1e-9]
-            cells.append(number(max(within, key=lambda s: s["cost"])["auc"]) if within else ABSENT)
-        rows.append([name, *cells])
-    return markdown_table(("AUC at a cost of at most", *(number(c, 1) for c in COSTS)), rows)
-
-
-def calibration_table(policy: Row) -> str:
-    """The chosen policy's calibration and threshold of each exit.
-
-    Args:
-        policy: One of `policies`: `calibration` by layer {`logit`, `prior`, `offset`}, `thresholds` by layer (a
-            number, "never" or "everyone").
-    """
-    thresholds = policy.get("thresholds") or {}
-    calibration = policy.get("calibration") or {}
-    layers = sorted({int(k) for k in (*thresholds, *calibration)})
-    rows = []
-    for layer in layers:
-        terms = calibration.get(str(layer), {})
-        threshold = thresholds.get(str(layer))
-        cells = [value_cell(terms, key, 3) for key in ("logit", "prior", "offset")]
-        rule = threshold if threshold is None or isinstance(threshold, str) else number(threshold)
-        rows.append([f"exit {layer}", *cells, rule or ABSENT])
-    return markdown_table(
-        ("exit", "slope of its logit", "weight of exit 0", "offset", "leaves at safety from"), rows
-    )
-
-
-def effect_table(exits: Sequence[Row]) -> str:
-    """Each head before and after calibration, on the same rows.
-
-    Args:
-        exits: Rows with `auc`, `log_loss`, `brier`, `ece` of the raw logits, and the same under `calibrated`.
-    """
-    names = {"auc": "AUC", "log_loss": "log loss", "brier": "Brier", "ece": "ECE"}
-    header = ["exit"] + [f"{name} {kind}" for name in names.values() for kind in ("raw", "calibrated")]
-    rows = [
-        [f"exit {row['layer']}"]
-        + [value_cell(kind, key) for key in names for kind in (row, row.get("calibrated") or {})]
-        for row in exits
+    exits = rows_of(result.get("exits", []), split, fold)
+    floors = rows_of(result.get("floors", []), split, fold)
+    best = [row for row in floors if row["name"] == result.get("best_floor") or not exits]
+    found: list[Row] = [
+        {"name": f"{'baseline' if not exits else 'best baseline'} {row['name']}", **_scores_of(row)}
+        for row in best
     ]
-    return markdown_table(header, rows)
+    deepest = max((row["layer"] for row in exits), default=0)
+    for row in exits:
+        k = row["layer"]
+        notes = [note for note, is_so in (("best static exit", k == result.get("chosen_exit")),
+                                          ("full depth", k == deepest)) if is_so]  # fmt: skip
+        name = f"exit {k}" + (f" ({', '.join(notes)})" if notes else "")
+        found.append({"name": name, **_scores_of(row), **_static_cost(k, deepest, timed)})
+    if plan := result.get("adaptive"):
+        found += plan_rows(plan, exits, timed)
+    return found
 
 
-def priors_table(priors: Mapping[str, Row]) -> str:
-    """Counting as exit 0 against none: what the best criterion reached, and the AUC of every calibrated exit.
+def plan_rows(plan: Row, exits: Sequence[Row], timed: Sequence[Row] = (), name: str = "plan") -> list[Row]:
+    """A plan, and below it the static exits of equal accuracy and of equal cost, calibrated by the same plan.
 
     Args:
-        priors: `priors` of a calibrate result: by name `criterion`, `chosen` step, `never_enter_trunk`, `exits`.
+        plan: `adaptive` of a result file, or what it has under `without_exit_0`.
+        exits: The exits on the same rows.
+        timed: `rows` of a benchmark result.
+        name: What the plan is called.
     """
-    lines: dict[str, list[str]] = {}
-    for row in priors.values():
-        cost, depth, _, value, drop = _step_cells(row["chosen"])
-        cells = {
-            "best criterion": row["criterion"],
-            "its cost": cost,
-            "its mean depth": depth,
-            "its AUC": value,
-        }
-        cells |= {"its AUC drop": drop, "never enter the trunk": percent(row["never_enter_trunk"])}
-        for key, cell in cells.items():
-            lines.setdefault(key, []).append(cell)
-    for layer in sorted({step["layer"] for row in priors.values() for step in row["exits"]}):
-        by_prior = [{s["layer"]: s for s in row["exits"]}.get(layer, {}) for row in priors.values()]
-        lines[f"AUC of exit {layer} for every row"] = [value_cell(step, "auc") for step in by_prior]
-    return markdown_table(["prior", *priors], [[key, *cells] for key, cells in lines.items()])
+    deepest = max(row["layer"] for row in exits)
+    clock = _clock(timed, "early_exit", plan["criterion"])
+    cost = {"depth": plan["mean_depth"], "saved": plan["token_layer_speedup"], "clock": clock}
+    found: list[Row] = [{"name": name, **_scores_of(plan), **cost}]
+    if plan["mean_depth"] == 0:  # the plan is exit 0
+        return found
+    layers: dict[int, list[str]] = {}
+    for key, of in (("rival", "accuracy"), ("equal_cost", "cost")):
+        if plan.get(key):
+            layers.setdefault(plan[key]["layer"], []).append(of)
+    for k, kinds in layers.items():
+        calibrated = next((row.get("calibrated") or {} for row in exits if row["layer"] == k), {})
+        auc = next(
+            plan[key]["auc"] for key in ("rival", "equal_cost") if (plan.get(key) or {}).get("layer") == k
+        )
+        scores = {"auc": auc, "interval": None, "log_loss": calibrated.get("log_loss"), "gain": None}
+        found.append(
+            {"name": f"exit {k}, of equal {' and '.join(kinds)}", **scores, **_static_cost(k, deepest, timed)}
+        )
+    return found
+
+
+def slice_rows(result: Result, split: str, fold: str | None) -> list[Row]:
+    """AUC by slice: `name`, `n`, `baseline`, `exit_0`, `deepest`, `plan`, and `depth`, the plan's mean depth there."""
+    found: list[Row] = []
+    for part in rows_of(result.get("slices", []), split, fold):
+        layers = {row["layer"]: row for row in part["rows"] if "layer" in row}
+        named = {row["name"]: row for row in part["rows"] if "name" in row}
+        plan: Row = next((row for row in part["rows"] if row.get("plan")), {})
+        found.append(
+            {
+                "name": part["name"],
+                "n": part["n"],
+                "baseline": named.get(result.get("best_floor")),
+                "exit_0": layers.get(0),
+                "deepest": layers[max(layers)] if max(layers, default=0) else None,
+                "plan": plan,
+                "depth": plan.get("mean_depth"),
+            }
+        )
+    return found
+
+
+def criteria_rows(calibrate: Result) -> list[Row]:
+    """Every criterion at the step that its budget allows, on tune, beside the shallowest static exit of no lower AUC.
+
+    Random and oracle stand at the step whose cost is nearest to the plan's.
+
+    Args:
+        calibrate: A `calibrate` result: `policies`, `controls`, `chosen`.
+
+    Returns:
+        Rows of `name`, `step` ({`cost`, `mean_depth`, `auc`, `auc_drop`}) and `static`, such a step of a static exit.
+    """
+    controls = {control["name"]: control["pareto"] for control in calibrate.get("controls", [])}
+    static = controls.pop("fixed_depth", [])
+    found, cost = [], 1.0
+    for policy in calibrate.get("policies", []):
+        step, used = step_of(policy), policy["criterion"] == calibrate.get("chosen")
+        cost = step.get("cost", 1.0) if used else cost
+        found.append({"name": policy["criterion"] + (" (the plan's)" if used else ""), "step": step})
+    near = {
+        name: min(steps, key=lambda s: abs(s["cost"] - cost)) for name, steps in controls.items() if steps
+    }
+    found += [{"name": f"{name} (control)", "step": step} for name, step in near.items()]
+
+    def as_accurate(auc: float | None) -> Row | None:
+        return next((s for s in static if auc is not None and s["auc"] is not None and s["auc"] >= auc), None)
+
+    return [{**row, "static": as_accurate(row["step"].get("auc"))} for row in found]
 
 
 def step_of(policy: Row) -> Row:
-    """The step a policy was set to; empty where none was."""
+    """The step that a criterion was set to; empty where none was."""
     index = policy.get("chosen_step")
     return policy["pareto"][index] if index is not None else {}
 
 
-def chosen_policy(calibrate: Row) -> Row:
-    """The policy that is used; empty where there is none."""
-    found = (p for p in calibrate.get("policies", []) if p["criterion"] == calibrate.get("chosen"))
-    return next(found, {})
+def _scores_of(row: Row) -> dict[str, Any]:
+    gain = row.get("floor_difference")
+    return {
+        "auc": row.get("auc"), "interval": row.get("auc_interval"), "log_loss": row.get("log_loss"), "gain": gain,
+        "depth": None, "saved": None, "clock": None,
+    }  # fmt: skip
 
 
-def chosen_step(calibrate: Row) -> Row:
-    """The step that is used: `cost`, `mean_depth`, `auc`, `auc_drop`; empty where there is none."""
-    return step_of(chosen_policy(calibrate))
+def _static_cost(layer: int, deepest: int, timed: Sequence[Row]) -> dict[str, Any]:
+    engine = "packed" if layer == deepest else f"fixed_depth_{layer}"
+    return {"depth": layer, "saved": deepest / layer if layer else None, "clock": _clock(timed, engine)}
 
 
-def value_cell(row: Row, key: str, digits: int = 4, signed: bool = False) -> str:
-    """A number, "undefined" for null, an en dash where the row has no such key."""
-    return number(row[key], digits, signed) if key in row else ABSENT
-
-
-def plain(value: float) -> str:
-    """A setting as a person wrote it: .05, .0005, 2."""
-    return f"{value:g}".removeprefix("0") if 0 < value < 1 else f"{value:g}"
-
-
-def percent(value: float | None) -> str:
-    """A share, 85.4 %."""
-    return UNDEFINED if value is None else f"{100 * value:.1f} %"
-
-
-def _step_cells(step: Row) -> list[str]:
-    speedup = times(1 / step["cost"]) if step.get("cost") else ABSENT  # no layer runs at a cost of 0
-    return [
-        value_cell(step, "cost", 3),
-        value_cell(step, "mean_depth", 2),
-        speedup,
-        value_cell(step, "auc"),
-        value_cell(step, "auc_drop", signed=True),
+def _clock(timed: Sequence[Row], engine: str, criterion: str | None = None) -> float | None:
+    """Seconds of full depth over this side's: one request of 64 candidates (else the most), history not cached."""
+    plain = [
+        r
+        for r in timed
+        if (r["at_once"], r["history"], r["dtype"], r["stream"]) == (1, None, "float32", "cold")
     ]
+    sizes = {row["candidates"] for row in plain}
+    size = BESIDE if BESIDE in sizes else max(sizes, default=0)
+    policies = (f"budget: {criterion}", f"risk: {criterion}")
+    found = (
+        row["measured_speedup"]
+        for row in plain
+        if row["candidates"] == size
+        and row["engine"] == engine
+        and (criterion is None or row["policy"] in policies)
+    )
+    return next(found, None)
+
+
+def _timed(result: Result, folder: Path | None) -> list[Row]:
+    path = None if folder is None else folder / "benchmark.json"
+    if path is None or not path.is_file():
+        return []
+    timed = read_result(path)
+    same = timed["protocol"]["hash"] == result["protocol"]["hash"]
+    return timed.get("rows", []) if same else []

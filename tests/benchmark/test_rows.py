@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,16 +13,8 @@ from project.benchmark.cases import Case, cases
 from project.benchmark.limits import Limits
 from project.benchmark.rows import Against, ratio_interval, side_row
 from project.benchmark.sides import Side, Unit, run_rounds
-from project.benchmark.table import (
-    HEADER,
-    PACKING_HEADER,
-    RETRIEVAL_HEADER,
-    benchmark_table,
-    render_benchmark,
-    render_rows,
-)
 from project.engine import PreparedRequest, Scored, Scores
-from project.verbs import print_tables
+from project.report.tables import render
 
 
 class Clock:
@@ -155,7 +146,8 @@ def test_a_plan_that_lets_nobody_in(clock: Clock) -> None:
         "rival": False,
         "speedup_over_rival": {"value": 1.0},
     }
-    assert "| x100.00 | [100.00, 100.00] | x1.00 |  | 0 of 1 | .00 |" in render_rows([row | shown])
+    result = {"verb": "benchmark", "protocol": {"name": "p", "hash": "h"}, "rows": [row | shown]}
+    assert "| .00 |  | x100.00 [x100.00, x100.00] | x1.00 |  |" in render(result)
 
 
 def test_ratio_interval() -> None:
@@ -179,130 +171,3 @@ def test_cases() -> None:
     ]
     assert [(c.candidates, c.at_once, c.requests) for c in found if c.at_once > 1] == [(1, 8, 48), (8, 8, 24)]
     assert all("pointwise" not in c.plain for c in found if c.candidates >= 64 and c.history is None)
-
-
-PROTOCOL = {"protocol": {"name": "p", "hash": "h", "counts": {}}}
-
-
-def row(**changes: object) -> dict[str, object]:
-    base: dict[str, object] = {
-        "engine": "early_exit", "policy": "budget: learned", "candidates": 64, "stream": "cold", "history": None,
-        "requests": 8, "at_once": 1, "requests_per_s": 0.5, "p50_ms": 1999.6, "p95_ms": 2500.0, "p99_ms": 2501.0,
-        "auc": 0.76012, "mean_depth": 3.126, "token_layer_speedup": 2.0, "measured_speedup": 1.9,
-        "measured_speedup_interval": [1.8, 2.04], "speedup_over_rival": {"value": 1.25}, "efficiency": 0.95,
-        "gflops": 150.4, "gflops_ceiling": 200.0, "rival": False, "dtype": "float32",
-    }  # fmt: skip
-    return base | changes
-
-
-def test_tables() -> None:
-    """One line a row; names say what a side is; lists show overlap and precision in place of an AUC."""
-    rows = [
-        row(engine="packed", requests=8),
-        row(engine="pointwise"),
-        row(engine="fixed_depth_4", rival=True),
-        row(),
-        row(engine="top_k", policy="best 10", overlap=0.968, precision=0.78, stream="warm"),
-        row(history=50, at_once=8),
-        row(engine="packed", dtype="bfloat16"),
-        row(dtype="int8"),
-    ]
-    lines = render_rows(rows).splitlines()
-    assert lines[0].count("|") == len(HEADER) + 1
-    names = [line.split("|")[3].strip() for line in lines[2:10]]
-    assert names == [
-        "packed, full depth",
-        "transformers, a prompt per candidate",
-        "static depth 4 (rival)",
-        "early_exit, budget: learned",
-        "top_k, best 10",
-        "early_exit, budget: learned",
-        "packed, full depth, bfloat16",
-        "early_exit, budget: learned, int8",
-    ]
-    assert lines[5] == (
-        "| 64 | cold | early_exit, budget: learned | .50 | 2000 | 2500 | 2501 | .7601 | 3.13 | x2.00 | x1.90 | "
-        "[1.80, 2.04] | x1.25 | .95 | 150 of 200 |  |"
-    )
-    assert ".968 overlap, .780 precision" in lines[6]
-    limited = render_rows([row(of_limit=0.812, efficiency_at_limit=0.97)]).splitlines()
-    assert limited[2].endswith("| .95 of .97 | 150 of 200 | .81 |")
-    more = render_rows([row(of_limit=0.02, efficiency_at_limit=29.9, token_layer_speedup=0.03)])
-    assert "| .95 | 150 of 200 | .02 |" in more
-    assert "whichever is longer" in limited[4]
-    assert lines[7].startswith("| 64, 8 requests at once | cold, 50 items |")
-    assert "8 of 64 candidates" in lines[11]
-    assert "efficiency is over full depth with the same weights" in lines[11]
-    assert benchmark_table(rows).row_count == 8
-    assert "same weights" not in render_rows(rows[:6])
-
-
-def test_a_short_table() -> None:
-    """64 candidates one at a time; of static depths the rival; no policy that answers a question of its own."""
-    shown = [
-        row(),
-        row(engine="fixed_depth_4", rival=True),
-        row(engine="top_k", policy="best 5", overlap=0.9, precision=1),
-    ]
-    hidden = [
-        row(candidates=8),
-        row(at_once=8),
-        row(engine="fixed_depth_2"),
-        row(policy="budget without exit 0: learned"),
-        row(policy="90% leave at each exit: learned"),
-    ]
-    result = {"rows": [*hidden, *shown]} | PROTOCOL
-    assert render_benchmark(result) == render_rows(shown) + "\n\nProtocol p (hash h)\n"
-    only = {**result, "rows": [row(candidates=8)]}
-    assert render_benchmark(only).startswith(render_rows(only["rows"]))
-
-
-def test_retrieval_table() -> None:
-    """A row a side of `benchmark --only retrieval`: who, from what, how fast, and what its vote is worth."""
-    side = {
-        "retriever": "lightgcn", "cached": True, "ms_per_request": 0.1029, "total_ratio_to_lightgcn": 1.0,
-        "vote_auc": 0.74001, "vote_auc_interval": [0.72, 0.7587], "requests": 37, "history_rows": 99.35,
-    }  # fmt: skip
-    text = side | {
-        "retriever": "text",
-        "cached": False,
-        "ms_per_request": 35.1037,
-        "total_ratio_to_lightgcn": 333.53,
-    }
-    result = {"verb": "benchmark", "retrieval": [side, text | {"vote_auc": None, "vote_auc_interval": None}]}
-    lines = render_benchmark(result | PROTOCOL).splitlines()
-    assert lines[:4] == [
-        "| retriever | query | ms a request | over LightGCN | vote AUC | 95 % interval |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| lightgcn | item vectors summed | .103 | x1.00 | .7400 | [.7200, .7587] |",
-        "| text | history encoded | 35.104 | x333.53 | undefined | undefined |",
-    ]
-    assert lines[5].startswith("Timed on 37 requests of the test split for one candidate, 99 earlier rows")
-    assert lines[7:] == ["Protocol p (hash h)"]
-
-
-def test_packing_table() -> None:
-    """Both rates of `benchmark --only packing`, their ratio and its spread."""
-    packing = {
-        "packed_targets_per_s": 49.71, "pointwise_targets_per_s": 1.164, "ratio": 43.5, "spread": [31.94, 52.74],
-        "rounds": 8, "layers": 6, "context_tokens": 1024,
-    }  # fmt: skip
-    lines = render_benchmark({"verb": "benchmark", "packing": packing} | PROTOCOL).splitlines()
-    assert lines[2:4] == ["| packed | 49.7 |", "| one prompt per candidate | 1.2 |"]
-    assert lines[5] == "x43.50, median of 8 rounds ([31.94, 52.74]), 6 layers, windows of 1,024 tokens."
-
-
-def test_kept_benchmarks_render(capsys: pytest.CaptureFixture[str]) -> None:
-    """`table` prints the kept results of all three kinds, none as the table of exits."""
-    results = Path(__file__).parents[2] / "results"
-    names = (
-        "whole_trunk_worded/benchmark.json",
-        "retrieval/benchmark.json",
-        "quickstart/benchmark-packing.json",
-    )
-    print_tables([str(results / name) for name in names])
-    shown = capsys.readouterr().out
-    assert shown.count("### benchmark") == 3
-    assert "| scores | AUC |" not in shown
-    for header in (HEADER, RETRIEVAL_HEADER, PACKING_HEADER):
-        assert "| " + " | ".join(header) + " |" in shown

@@ -10,9 +10,10 @@ from example_variant import tune_rows, write_variant
 
 from project.artefacts import read_result, write_table
 from project.errors import DataError
-from project.evaluation.compare import compare, render_comparison, run_compare
+from project.evaluation.compare import compare, run_compare
 from project.evaluation.metrics import auc
 from project.evaluation.paired import read_heads
+from project.report.tables import render
 
 
 def with_test(run: Path) -> Path:
@@ -86,9 +87,9 @@ def test_command_line(base: Path, better: Path, capsys: pytest.CaptureFixture[st
     """The verb prints what it writes; a run against itself differs by nothing."""
     run_compare([str(better), str(better), "--part", "test"])
     result = read_result(better / "results" / "compare-test.json")
-    assert render_comparison(result) in capsys.readouterr().out
+    assert render(result) in capsys.readouterr().out
     assert all(row["difference"]["auc"]["value"] == 0 for row in result["exits"])
-    assert "on test (90 rows)" in render_comparison(result)
+    assert "on test (90 rows)" in render(result)
 
 
 def test_what_does_not_compare(base: Path, tmp_path: Path) -> None:
@@ -112,6 +113,6 @@ def test_deepest_against_deepest(base: Path, tmp_path: Path) -> None:
     """Exits 2, 3, 6 against 2, 4: 6 stands against 4, 3 against nothing and has no cells of a base."""
     rows = compare(write_variant(tmp_path / "deep", layers=(2, 3, 6)), base, "tune")
     assert [row.get("against") for row in rows["exits"]] == [2, None, 4]
-    line = render_comparison(rows).splitlines()[3]
+    line = render(rows).splitlines()[3]
     assert line.startswith("| 3 | ")
     assert "| – | – |" in line

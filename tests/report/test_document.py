@@ -10,11 +10,10 @@ from matplotlib.figure import Figure
 
 from project.errors import DataError
 from project.evaluation.metrics import probabilities
-from project.report.document import run_report, write_report
-from project.report.figures import reliability_scores
-from project.report.html import render_html
+from project.report.document import pictures, render_html, run_report, write_report
+from project.report.format import number
+from project.report.plots import reliability_scores
 from project.report.run import read_run
-from project.tables import number
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def example():
 def blank_pictures(monkeypatch):
     """Figures are made in no time, for tests of the text."""
     for name in ("pareto", "exit_share", "reliability", "depth"):
-        monkeypatch.setattr(f"project.report.figures.{name}_figure", lambda *_, **__: Figure((1, 1)))
+        monkeypatch.setattr(f"project.report.document.{name}_figure", lambda *_, **__: Figure((1, 1)))
 
 
 @pytest.fixture
@@ -46,66 +45,65 @@ def run(example, tmp_path):
 
 class TestWhole:
     @pytest.mark.usefixtures("blank_pictures")
-    def test_order_and_numbers(self, run, example):
-        """Every part in its order, the headline first, and the numbers are those of the result files."""
-        text = run()
-        titles = re.findall("^#+ (.*)$", text, re.MULTILINE)
-        assert [title.split(":")[0] for title in titles] == [
-            "Report",
-            "What early exit saved and cost",
-            "Certificate",
-            "Exits and floors",
-            "Slices",
-            "Policies",
-            "Calibration",
-            "Measured speed",
-            "Protocol",
-            "Where the time went",
-            "Machine",
-            "Reproduce",
-        ]
+    def test_whole(self, run, example):
+        """The answer is the first line below the title; every section is there, and numbers are the files'."""
+
+        def edit(files):
+            for name, fold, value in (("test", None, 0.7123), ("fit", "tune", 0.1111)):
+                split = {"split": "test"} if name == "test" else {"split": "valid", "fold": fold}
+                rows = [{"layer": 6, "auc": value}, {"plan": True, "auc": value, "mean_depth": 2.5}]
+                files[name]["slices"] = [split | {"name": "item_0", "n": 90, "users": 4, "rows": rows}]
+            files["test"]["warnings"] = ["no neighbours"]
+
+        text = run(edit=edit)
+        lines = [line for line in text.splitlines() if line]
+        assert lines[0].startswith("# Report: ")
+        assert lines[1].startswith("**D")
+        assert lines[2] == "* Warning: no neighbours"
+        assert len(re.findall("^## ", text, re.MULTILINE)) == 8
         test = example[0]["test"]
-        assert text.splitlines()[2].startswith("**On test, LLM exit 6 is ")
         adaptive, last = test["adaptive"], test["exits"][-1]
-        assert f"Mean depth {number(adaptive['mean_depth'], 2)} of 6 layers" in text
-        assert f"| exit 6 (chosen) | {number(last['auc'])} | [{number(last['auc_interval'][0])}, " in text
-        assert f" | {100 * last['exit_share']:.1f} % | {number(last['auc_leaving'])} |" in text
-        assert "| floor gbdt_evidence (best floor) |" in text
-        assert "f45a216bc7435a87" in text
+        assert f"runs {number(adaptive['mean_depth'], 2)} of 6 layers" in lines[1]
+        assert f"| {100 * last['exit_share']:.1f} % | {number(last['auc_leaving'])} |" in text
+        assert f"| exit 6 | {number(last['auc'])} | {number(last['log_loss'])} |" in text
+        assert "| item rated 0 times before | 90 | – | – | .7123 | .7123 | 2.50 |" in text
+        assert ".1111" not in text
         assert "python -m project test --config" in text
         assert "None" not in text
         assert not re.search(r"\bnan\b", text)
 
-    @pytest.mark.usefixtures("blank_pictures")
-    def test_warnings_open_it(self, run):
-        """A retriever that tells nothing is said before the numbers it spoils."""
+    def test_one_ece(self, run, tmp_path, example):
+        """The picture's ECE of exit 4 is the table's "calibrated ECE": one number, of 15 equal-mass bins."""
+        run()
+        read = read_run(tmp_path / "run")
+        (figure,) = (f for name, f in pictures(read).items() if name == "reliability")
+        titles = [axes.get_title(loc="left") for axes in figure.axes]
+        (row,) = (row for row in example[0]["test"]["exits"] if row["layer"] == 4)
+        assert f"exit 4   ECE {number(row['calibrated']['ece'])}" in titles
+        text = (tmp_path / "run" / "report" / "report.md").read_text()
+        raw = " | ".join(number(row[key]) for key in ("auc", "log_loss", "brier", "ece"))
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| exit 4 | {raw}"))
+        assert line.split(" | ")[7] == number(row["calibrated"]["ece"])
+
+    def test_names_bring_nothing(self, run, tmp_path):
+        """A protocol's name that is an image and a tag makes neither, in no file: no request, no element."""
+        evil = "![x](http://evil) <script>alert(1)</script> [y](http://evil)"
 
         def edit(files):
-            files["test"]["warnings"] = ["LightGCN was never fitted."]
+            for content in files.values():
+                content["protocol"] = content["protocol"] | {"name": evil}
+                for row in content.get("floors", []):
+                    row["name"] = evil if row["name"] == "gbdt_evidence" else row["name"]
+                if "best_floor" in content:
+                    content["best_floor"] = evil
 
         text = run(edit=edit)
-        assert text.index("Warning: LightGCN was never fitted.") < text.index("## What early exit")
-
-    @pytest.mark.usefixtures("blank_pictures")
-    def test_slices(self, run):
-        """Slices of the reported rows alone are shown; a result from before there were slices says how to get them."""
-
-        def edit(files):
-            for name, fold, value in (("test", None, 0.7123), ("fit", "tune", 0.1111)):
-                row = {"auc": value, "auc_interval": [0.7, 0.8]}
-                part = {
-                    "name": "cold_users",
-                    "split": "test" if name == "test" else "valid",
-                    "n": 90,
-                    "users": 4,
-                }
-                rows = [{"layer": 6, **row}, {"name": "gbdt_evidence", **row}]
-                files[name]["slices"] = [part | ({"fold": fold} if fold else {}) | {"rows": rows}]
-
-        text = run(edit=edit)
-        assert "| cold users | 90 | 4 | .7123 | [.7000, .8000] | .7123 |" in text
-        assert ".1111" not in text
-        assert "No result has slices of test. Make it: `python -m project test --config" in run()
+        page = (tmp_path / "run" / "report" / "report.html").read_text()
+        assert "<script" not in text + page
+        assert "![x]" not in text
+        assert not re.search(r'(src|href)="(?!data:)', page)
+        assert page.count("<img ") == 4
+        assert "alert(1)" in page
 
     def test_html_needs_nothing_else(self, run, tmp_path):
         """Pictures are embedded byte for byte, nothing is linked, and no half-written file is left."""
@@ -142,10 +140,10 @@ class TestWhole:
                     adaptive[static] = {"layer": 4, "auc": None, "auc_gain": None, "auc_gain_interval": None}
             files["test"]["floor_difference"] |= {"value": None, "interval": None}
 
+            files["test"]["adaptive"]["floor_difference"] |= {"value": None, "interval": None}
+
         text = run(edit=edit)
-        assert "LLM exit 6 against the best floor (gbdt_evidence) is undefined: a class is missing" in text
-        assert "AUC drop against full depth: undefined." in text
-        assert "is not decided" in text
+        assert "**Nothing is decided:**" in text
         assert "None" not in text
 
     @pytest.mark.usefixtures("blank_pictures")
@@ -163,12 +161,9 @@ class TestMissing:
     @pytest.mark.parametrize(
         ("drop", "said"),
         [
-            (
-                ["calibrate"],
-                "Not calibrated yet: no row leaves early. Make it: `python -m project calibrate --config",
-            ),
-            (["test", "scores/test"], "Test was not read. Make it: `python -m project test --config"),
-            (["benchmark"], "Early exit was not timed. Make it: `python -m project benchmark --config"),
+            (["calibrate"], "no row leaves early. Make it: `python -m project calibrate --config"),
+            (["test", "scores/test"], "validation. Make it: `python -m project test --config"),
+            (["benchmark"], "was not timed. Make it: `python -m project benchmark --config"),
             (["scores/test"], "scores/test.parquet is missing. Make it: `python -m project test --config"),
             (["fit"], "# Report"),
         ],
@@ -193,7 +188,7 @@ class TestMissing:
                 files["fit"]["exits"].append(row)
 
         text = run(["test"], edit=edit)
-        assert "Of the tune fold of validation:" in text
+        assert "On the tune fold of validation" in text
         assert ".1111" not in text
         share = example[0]["calibrate"]["adaptive"]["exit_shares"]["2"]
         assert f"| {100 * share:.1f} % | – |" in text
@@ -201,7 +196,7 @@ class TestMissing:
     def test_tested_before_calibration(self, run):
         """A test without adaptive scores says which verb writes them."""
         text = run(edit=lambda files: files["test"].pop("adaptive"))
-        assert "No adaptive scores of test" in text
+        assert "The plan was not applied to test" in text
         assert "`python -m project test --config" in text
 
     def test_old_pictures_go(self, run, tmp_path):
@@ -241,13 +236,13 @@ class TestInput:
         text = run(edit=edit)
         assert "Left out: results/test.json is of protocol hash other, this run of f45a216bc7435a87." in text
         assert ".4321" not in text
-        assert "Of the tune fold" in text
+        assert "On the tune fold" in text
 
     def test_tagged_results(self, run):
         """The result without a tag is the run's; a second one is named, not mixed in."""
         text = run(edit=lambda files: files.update({"test-a": files["test"] | {"chosen_exit": 2}}))
-        assert "exit 6 (chosen)" in text
-        assert "Not shown: results/test-a.json (a second result of `test`)." in text
+        assert "exit 6 (best static exit" in text
+        assert "Not shown: results/test-a.json" in text
 
     def test_scores_of_another_run(self, run, example, tmp_path):
         """A score table with another number of rows than the result has makes no diagram."""
@@ -265,11 +260,12 @@ class TestInput:
         with pytest.raises(DataError, match=r"scores/test\.parquet: logit_4"):
             write_report(tmp_path / "run")
 
-    def test_markup_is_text(self):
-        """Names from files cannot bring HTML into the page."""
-        page = render_html("| <script>x</script> |\n| --- |\n", "<b>", {})
-        assert "<script>" not in page
+    def test_page_fetches_nothing(self):
+        """An image that is not one of the report's own is left out; wide tables have a box of their own."""
+        page = render_html("![a](http://evil/a.png)\n\n| <b> |\n| --- |\n| x |\n", "<b>", {})
+        assert "evil" not in page
         assert "<b>" not in page
+        assert '<div class="wide"><table>' in page
 
 
 @pytest.mark.usefixtures("blank_pictures")
@@ -289,7 +285,9 @@ def test_best_floor_of_the_same_rows(run, tmp_path, example):
 def test_calibrated_reliability():
     """Panels show a * logit_k + b * logit_0 + c; a head without terms keeps its logit."""
     table = Example("test", 90, (0, 2, 4), 0).table()
-    scores = reliability_scores(table, [0, 2, 4], {"4": {"logit": 2.0, "prior": 0.5, "offset": 0.1}})
+    scores = reliability_scores(
+        table, [0, 2, 4], {"4": {"logit": 2.0, "prior": 0.5, "offset": 0.1}}, "scores"
+    )
     zero, two, four = (table[f"logit_{k}"].to_numpy().astype(float) for k in (0, 2, 4))
     assert list(scores) == ["exit 0", "exit 2", "exit 4"]
     assert scores["exit 2"][0] == pytest.approx(probabilities(two))

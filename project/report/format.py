@@ -1,0 +1,107 @@
+"""Numbers and names as Markdown: .7423, [.7156, .7627], x2.31; what a file says is escaped, so that it stays text.
+
+Templates get their environment here. Every expression in a template passes through `escape` unless one of the
+functions below made it: names of protocols, baselines, runs and columns are data and bring no markup.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, Undefined
+from markupsafe import Markup
+
+UNDEFINED = Markup("undefined")
+ABSENT = Markup("–")
+ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def environment() -> Environment:
+    """The templates' environment: number formats as filters, everything else escaped."""
+    found = Environment(
+        loader=PackageLoader("project.report", ""),
+        autoescape=True,  # macros give Markup, which is not escaped twice
+        finalize=lambda value: value if isinstance(value, Markup) else escape(value),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=False,
+    )
+    formats = (code, count, difference, interval, number, paragraph, percent, times)
+    found.filters |= {made.__name__: _present(made) for made in formats}
+    return found
+
+
+def _present(made: Callable[..., Markup]) -> Callable[..., Markup]:
+    """A format that shows a dash for what a file does not hold."""
+    return lambda value, *more, **named: (
+        ABSENT if isinstance(value, Undefined) else made(value, *more, **named)
+    )
+
+
+def escape(value: object) -> Markup:
+    """Data as Markdown text: no emphasis, link, image, tag, table cell or line of its own."""
+    text = "".join(c if c.isprintable() else " " for c in str(value))
+    text = re.sub(r"[&<>]", lambda found: ENTITIES[found[0]], text)
+    text = re.sub(r"[\\`*\[\]|]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+    return Markup(re.sub(r"^(\s*)([#+=~-])", r"\1\\\2", text))
+
+
+def code(value: object) -> Markup:
+    """Data as a code span, where nothing but a backtick or a pipe could end it."""
+    text = "".join(c if c.isprintable() and c not in "`" else " " for c in str(value))
+    return Markup(f"`{text}`".replace("|", "\\|"))
+
+
+def number(value: float | None, digits: int = 4, signed: bool = False) -> Markup:
+    """.7423, 1.0312, -.0020, +.0110 where signed; "undefined" for None."""
+    if value is None:
+        return UNDEFINED
+    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    return Markup(re.sub(r"^([+-]?)0\.", r"\1.", text))
+
+
+def interval(bounds: Sequence[float] | None, digits: int = 4, signed: bool = False) -> Markup:
+    """[.7156, .7627], or "undefined"."""
+    if bounds is None:
+        return UNDEFINED
+    return Markup(f"[{', '.join(number(bound, digits, signed) for bound in bounds)}]")
+
+
+def difference(found: Mapping[str, Any] | None) -> Markup:
+    """A difference {`value`, `interval`}: +.0110 [-.0020, +.0200]; a dash where there is none."""
+    if found is None:
+        return ABSENT
+    value, bounds = found["value"], found.get("interval")
+    if value is None or bounds is None:
+        return number(value, signed=True)
+    return Markup(f"{number(value, signed=True)} {interval(bounds, signed=True)}")
+
+
+def times(found: float | Mapping[str, Any] | None) -> Markup:
+    """x2.31, with [x2.20, x2.41] where {`value`, `interval`} has one; "undefined" where nothing was spent."""
+    if not isinstance(found, Mapping):
+        return UNDEFINED if found is None else Markup(f"x{found:.2f}")
+    bounds = found.get("interval")
+    return Markup(times(found["value"]) + (f" [{', '.join(map(times, bounds))}]" if bounds else ""))
+
+
+def percent(value: float | None) -> Markup:
+    """A share, 85.4 %."""
+    return UNDEFINED if value is None else Markup(f"{100 * value:.1f} %")
+
+
+def count(value: float) -> Markup:
+    """9,453."""
+    return Markup(f"{value:,.0f}")
+
+
+def paragraph(text: str) -> Markup:
+    """Sentences of several template lines as one paragraph."""
+    return Markup(" ".join(text.split()))
+
+
+def tidy(text: str) -> str:
+    """Markdown of a template without the blank lines that its blocks leave."""
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
