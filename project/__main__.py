@@ -20,7 +20,6 @@ OTHER_VERBS = {
     "ablate": "train a list of variants and compare them",
     "compare": "two runs on the same rows",
     "export": "a run as a Hugging Face folder",
-    "power": "what each certificate costs",
 }
 
 
@@ -47,10 +46,6 @@ def run(arguments: list[str]) -> None:
             from project.export import run_export
 
             run_export(rest)
-        case ["power", *rest]:
-            from project.exits.power import print_power_table
-
-            print_power_table(rest)
         case _:
             from project.cli import ProjectCLI
 

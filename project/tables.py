@@ -121,7 +121,7 @@ def adaptive_line(result: Result) -> str:
         if adaptive["mean_depth"] > 0
         else "no layer runs: everyone leaves at counting"
     )
-    passed = result.get("certificate", {}).get("passed")
+    passed = (result.get("certificate") or {}).get("passed")
     said = {True: "; certificate passed", False: "; certificate not passed"}.get(passed, "")
     return (
         f"Early exit by {adaptive['criterion']}: AUC {number(adaptive['auc'])}, drop {drop}, mean depth "

@@ -137,7 +137,7 @@ def test_help_names_every_verb(run: Run, capsys: pytest.CaptureFixture[str]) -> 
         run("--help")
     assert stopped.value.code == 0
     words = capsys.readouterr().out.replace("(", " ").split()
-    assert {"fit", "rank", "table", "report", "ablate", "compare", "export", "power"} <= set(words)
+    assert {"fit", "rank", "table", "report", "ablate", "compare", "export"} <= set(words)
     assert len(OTHER_VERBS) == 6
 
 

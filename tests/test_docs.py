@@ -72,7 +72,7 @@ def test_names_exist(path: Path) -> None:
             assert hasattr(importlib.import_module(module), member), dotted
     for file in re.findall(r"(?:notebooks|configs)/(?:\w+/)?\w+\.\w+", words):
         assert (ROOT / file).is_file(), file
-    known = {*ProjectCLI.subcommands(), "table", "report", "power", "export"}
+    known = {*ProjectCLI.subcommands(), "table", "report", "export"}
     assert set(re.findall(r"python -m project (\w+)", words)) <= known
 
 

@@ -171,7 +171,7 @@ def _span(values: Sequence[float]) -> str:
 def _certificate(run: Run) -> list[str]:
     certificate = run.calibrate.get("certificate")
     if not certificate:
-        return ["Nothing is certified: there is no certificate. " + ("" if run.calibrate else UNCALIBRATED)]
+        return [run.calibrate.get("certificate_words", f"Nothing is certified. {UNCALIBRATED}")]
     lines = words.certificate_words(certificate, run.calibrate.get("mode", "budget"))
     if certified := run.calibrate.get("certified"):
         lines.append(words.certified_words(certified))

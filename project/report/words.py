@@ -121,21 +121,10 @@ def certificate_words(certificate: Row, mode: str) -> list[str]:
     """The certificate, a sentence each: passed or not, what for, on what, and what it does not say.
 
     Args:
-        certificate: `risk`, `epsilon`, `delta`, `n`, `unit`, `kind`, `bound`, `passed`, ..., as `calibrate` writes it.
+        certificate: `words`, `passed`, ..., as `calibrate` writes it.
         mode: budget (one test of the chosen policy) or risk (the last step of the path that passed).
     """
-    unit = UNIT_NAMES.get(certificate["unit"]) or str(certificate["unit"])
-    rows = " (assumes independent rows)" if unit == "rows" else ""
-    sure = f"confidence of {100 * (1 - certificate['delta']):g} % (delta {plain(certificate['delta'])})"
-    what = f"{certificate['risk']} <= {plain(certificate['epsilon'])} (epsilon) at a {sure}"
-    ground = f"n = {certificate['n']:,} {unit}{rows}; {_test_of(certificate)}"
-    if certificate["passed"] and certificate.get("path_step") == 0:
-        lines = [f"**No exit certified**: the path holds nothing but full depth ({ground})."]
-    elif certificate["passed"]:
-        lines = [f"**Passed**: {what}, against full depth; {ground}.{_measured(certificate)}"]
-    else:
-        lines = [f"**Not passed**: no exit is certified for {what}; {ground}.{_measured(certificate)}"]
-        lines.append(_needed(certificate, unit))
+    lines = [certificate["words"]]
     if mode == "budget":
         lines.append("Budget mode: one test of the one policy that was chosen, printed whatever it says.")
     else:
@@ -217,30 +206,3 @@ def _cost(adaptive: Row) -> str:
         return f"{text} (no interval was computed)."
     includes = "no loss is told apart from 0" if bounds[0] <= 0 <= bounds[1] else "the interval leaves 0 out"
     return f"{text} {interval(bounds, signed=True)}, positive is a loss; {includes}."
-
-
-def _test_of(certificate: Row) -> str:
-    asymptotic = certificate["kind"] == "asymptotic"
-    kind = "asymptotic: it holds for large n, not for this one" if asymptotic else certificate["kind"]
-    return ", ".join(filter(None, (certificate.get("certifier"), kind)))
-
-
-def _measured(certificate: Row) -> str:
-    """Bound and estimate; where nothing passed they are the first step's."""
-    names = {"estimate": "measured", "bound": "upper bound"}
-    found = [
-        f"{name} {number(certificate[key])}"
-        for key, name in names.items()
-        if certificate.get(key) is not None
-    ]
-    step = "This step" if certificate["passed"] else "The first step"
-    return f" {step}: {', '.join(found)}." if found else ""
-
-
-def _needed(certificate: Row, unit: str) -> str:
-    needed = certificate.get("rows_needed")
-    if needed is None:
-        return (
-            "The measured risk is not below epsilon, so more data would not help: allow more, or exit less."
-        )
-    return f"About {needed:,.0f} {unit} would be needed (an estimate from this fold)."
