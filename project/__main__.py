@@ -19,7 +19,6 @@ OTHER_VERBS = {
     "report": "one document of a run's results",
     "compare": "two runs on the same rows",
     "export": "a run as a Hugging Face folder",
-    "power": "what each certificate costs",
 }
 
 
@@ -42,10 +41,6 @@ def run(arguments: list[str]) -> None:
             from project.export import run_export
 
             run_export(rest)
-        case ["power", *rest]:
-            from project.exits.power import print_power_table
-
-            print_power_table(rest)
         case _:
             from project.cli import ProjectCLI
 

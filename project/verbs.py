@@ -111,6 +111,6 @@ def run_calibrate(
     result = callback.calibrate(trainer, model, data, scores, folder)
     if trainer.is_global_zero:
         callback.write_into(Path(ckpt_path), model)
-        said = [result["certificate"]["words"], (result["certified"] or {}).get("words")]
+        said = [result["certificate_words"], (result["certified"] or {}).get("words")]
         Console(width=120).print(*filter(None, said), f"written: {ckpt_path}", sep="\n")
     return result

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from project.exits.certifiers import CERTIFIERS
-from project.exits.criteria import name
 from project.exits.risks import RISKS
+
+from project.exits.criteria import name
 from project.exits.settings import ExitSettings, all_criteria
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def test_names_exist(path: Path) -> None:
             assert hasattr(importlib.import_module(module), member), dotted
     for file in re.findall(r"(?:notebooks|configs)/(?:\w+/)?\w+\.\w+", words):
         assert (ROOT / file).is_file(), file
-    known = {*ProjectCLI.subcommands(), "table", "report", "power", "export"}
+    known = {*ProjectCLI.subcommands(), "table", "report", "export"}
     assert set(re.findall(r"python -m project (\w+)", words)) <= known
 
 

@@ -91,7 +91,7 @@ def test_commands_are_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     text = "".join(
         (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "results/README.md")
     )
-    known = {*ProjectCLI.subcommands(), "table", "report", "power", "export", "compare"}
+    known = {*ProjectCLI.subcommands(), "table", "report", "export", "compare"}
     used = set(re.findall(r"python -m project (\w+)", text))
     assert used <= known, used - known
     assert {"fit", "test", "floors", "calibrate", "report"} <= used

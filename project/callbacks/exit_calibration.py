@@ -148,7 +148,7 @@ class ExitCalibration(ExitSettings, pl.Callback):
             features = features_of(module, data, scores)
             found = calibrate(scores, features, self, data.split.hash, _previous(folder), asked)
         self.found = Plans(found.plan, found.rival, found.without, found.rival_without, found.certified)
-        self.issued = found.document["certificate"]
+        self.issued = found.document["certificate"] or {}
         module.keep_exits(found.plan)
         head = result_head("calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed)
         tune = (scores["fold"] == "tune").to_numpy()

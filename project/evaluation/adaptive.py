@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.metrics import auc, head_metrics, probabilities
+from project.exits.certificate import row_losses
 from project.exits.cost import Stream, row_cost
 from project.exits.plan import ExitPlan
-from project.exits.risks import find_risk
 
 Floats = NDArray[np.float64]
 
@@ -105,15 +105,15 @@ class PlannedRows:
         """The certified risk on these rows: {`risk`, `value`, `interval`}; a report, not a guarantee.
 
         Args:
-            name: A risk of project.exits.risks that score requests have.
+            name: A risk of project.exits.certificate that score requests have; auc_gap is of the pooled rows here.
             unit: Of the certificate; of users the risk is a mean over users, each counting once.
         """
-        risk, full = find_risk(name), self._head(self.plan.layers[-1])
-        if risk.over == "pairs":
+        full = self._head(self.plan.layers[-1])
+        if name == "auc_gap":
             return {"risk": name, **self._bootstrap.difference_interval(full, self.logit, self.labels)}
-        losses = risk.losses(probabilities(self.logit), probabilities(full), self.labels)
+        losses = row_losses(name, probabilities(self.logit), probabilities(full), self.labels)
         _, user, rows = np.unique(self.users, return_inverse=True, return_counts=True)
-        weights = 1 / rows[user] if unit == "users" else np.ones_like(losses)
+        weights = np.ones_like(losses) if unit == "rows" else 1 / rows[user]
         return {"risk": name, **self._bootstrap.ratio_interval(losses * weights, weights)}
 
     def _head(self, layer: int) -> Floats:

@@ -1,6 +1,6 @@
 """When a row may leave the trunk early: criteria, policies, calibration, cost, the path of thresholds.
 
-Certificates (`project.exits.certify`) and the command that puts all together are imported from their modules.
+Certificates (`project.exits.certificate`) and the command that puts all together are imported from their modules.
 """
 
 from project.exits.calibration import Calibration, fit_calibration

@@ -9,17 +9,18 @@ that passes is the certified policy: one sequence, one delta (Learn-then-Test, A
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import polars as pl
 from torch import Tensor
 
+from project.errors import ConfigError
 from project.exits.budget import AskedScores, TuneFold, check_folds
-from project.exits.certify import Certificate, certify
+from project.exits.certificate import Certificate, CertificateSettings, certify
 from project.exits.criteria import name, safety_table
-from project.exits.ledger import CertificateLedger, asked_of_fold
+from project.exits.ledger import admit, asked_of_fold
 from project.exits.plan import ExitPlan, Floats, specification
 from project.exits.policies import leave
 from project.exits.settings import ExitSettings
@@ -35,7 +36,7 @@ class Calibrated:
         rival: Layer of its honest rival.
         without: The same run without exit 0, at the budget's step: for comparison.
         rival_without: Layer of its honest rival.
-        certified: The fastest policy that the sequence of tests reached; None where its first test failed.
+        certified: The fastest policy that passed in the sequence of tests; None: none did, or none was tested.
         document: Body of results/calibrate.json.
     """
 
@@ -67,10 +68,18 @@ def calibrate(
 
     Raises:
         DataError: A fold is empty, one class, NaN logits, heads that are all equal, users in two folds.
-        ConfigError: A second certificate on the same fold.
+        ConfigError: A second certificate on the same fold in risk mode, where it would be the plan.
     """
     decisive = asked_of_fold(settings) | ({} if asked is None else {"seed_everything": asked.seed})
-    ledger = CertificateLedger(previous).admit(decisive, protocol_hash)
+    issued = (previous or {}).get("ledger", [])
+    promise, ledger, why = settings.certificate, issued, "No certificate: exits.certificate is null."
+    if promise is not None:
+        try:
+            ledger = admit(issued, decisive, protocol_hash)
+        except ConfigError as error:
+            if settings.mode == "risk":
+                raise
+            promise, why = None, f"No certificate: {error}."
     check_folds(scores, ("tune", "certify"))
     fold = {f: (scores["fold"] == f).to_numpy() for f in ("tune", "certify")}
     table = {f: scores.filter(chosen) for f, chosen in fold.items()}
@@ -80,17 +89,27 @@ def calibrate(
         for prior in ("counting", "none")
     }
     tune = by_prior[settings.prior]
-    certificate, further = _certificates(tune, table["certify"], features[fold["certify"]], settings)
-    step = tune.best.step if settings.mode == "budget" else (certificate.path_step or 0)
-    last = _certified_step(tune, certificate, further, settings)
+    certificate = further = None
+    if promise is not None:
+        certificate, further = _certificates(
+            tune, table["certify"], features[fold["certify"]], settings, promise
+        )
+        why = certificate.in_words()
+    tested = further is not None and further.passed is not None
+    passed = None if further is None else further.path_step
+    step = tune.best.step if settings.mode == "budget" else (passed or 0)
+    last = None if passed is None else _sequence(tune, settings)[passed]
 
     none = by_prior["none"]
     document = _document(tune, settings, step) | {
         "candidates": settings.candidates if asked is not None else 1,
         "requests": None if asked is None else asked.requests,
-        "certificate": certificate.to_dict() | {"words": certificate.in_words()},
-        "certified": None if last is None else _certified(tune, last, step, further, settings),
-        "ledger": ledger,
+        "certificate": None if certificate is None else certificate.to_dict(),
+        "certificate_words": why,
+        "certified": None
+        if last is None or further is None
+        else _certified(tune, last, step, further, settings),
+        "ledger": ledger if tested else issued,
         "priors": {key: _prior_row(value) for key, value in by_prior.items()},
     }
     return Calibrated(
@@ -104,17 +123,31 @@ def calibrate(
 
 
 def _certificates(
-    tune: TuneFold, certify_rows: pl.DataFrame, features: Floats, settings: ExitSettings
+    tune: TuneFold,
+    certify_rows: pl.DataFrame,
+    features: Floats,
+    settings: ExitSettings,
+    promise: CertificateSettings,
 ) -> tuple[Certificate, Certificate]:
-    """Of the budget's step alone and of the sequence that begins with it; in risk mode both are of the whole path."""
+    """Of the budget's step alone and of the sequence that begins with it; in risk mode both are of the whole path.
+
+    The sequence ends before a step that runs no layer: leaving at exit 0 throughout is not early exit.
+    """
     outputs = tune.plan(0).outputs(certify_rows, features)
     safety = safety_table(tune.best.criterion, outputs)
-    path = np.stack([_emitted(outputs.logits, safety, tune, k) for k in _sequence(tune, settings)])
+    emitted, no_layer = list[Floats](), False
+    for step in _sequence(tune, settings):
+        exits = leave(safety, tune.best.path.steps[step].thresholds)
+        no_layer = outputs.layers[0] == 0 and not exits.any().item()
+        if no_layer:
+            break
+        emitted.append(outputs.logits.gather(1, exits[:, None]).squeeze(1).double().numpy())
+    path = np.stack(emitted)
     users, labels = certify_rows["user"].to_numpy(), certify_rows["label"].to_numpy()
     first = len(path) if settings.mode == "risk" else 1 + (tune.best.step > 0)
-    own, further = (
-        certify(part, path[0], labels, users, settings.certificate) for part in (path[:first], path)
-    )
+    own, further = (certify(part, path[0], labels, users, promise) for part in (path[:first], path))
+    if no_layer and len(path) == 1:
+        own = replace(own, reason="every row leaves at exit 0, so no layer runs")
     return own, further
 
 
@@ -122,21 +155,6 @@ def _sequence(tune: TuneFold, settings: ExitSettings) -> list[int]:
     """Steps of the path in the order they are tested, after full depth, which takes no test."""
     first = tune.best.step if settings.mode == "budget" else 1
     return [0, *range(max(first, 1), len(tune.best.path))]
-
-
-def _emitted(logits: Tensor, safety: Tensor, tune: TuneFold, step: int) -> Floats:
-    exits = leave(safety, tune.best.path.steps[step].thresholds)
-    emitted: Floats = logits.gather(1, exits[:, None]).squeeze(1).double().numpy()
-    return emitted
-
-
-def _certified_step(
-    tune: TuneFold, own: Certificate, further: Certificate, settings: ExitSettings
-) -> int | None:
-    """The last step that passed; None where a budget's own test failed. Full depth needs no test."""
-    if settings.mode == "budget" and not own.passed:
-        return None
-    return _sequence(tune, settings)[further.path_step or 0]
 
 
 def _certified(

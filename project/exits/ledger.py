@@ -1,8 +1,7 @@
 """One certificate a fold: trying several settings on it voids delta, so the second is refused.
 
-Unusual here: nothing is read or written. The ledger is a list in the run's own result file, handed in as it is and
-handed back with the new entry. A fold is known by its protocol, not by its scores: with other weights of the run, or
-scored once more, it has been read all the same.
+The ledger is a list in the run's own result file, handed in as it is and handed back with the new entry. A fold is known
+by its protocol, not by its scores: with other weights of the run, or scored once more, it has been read all the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,47 +34,41 @@ def asked_of_fold(settings: ExitSettings) -> dict[str, Any]:
         found |= {key: getattr(settings, key) for key in ("max_auc_drop", "budget_doubt", "max_cost")}
     if settings.candidates > 1:
         found["requests"] = settings.requests
-    found |= {f"certificate.{key}": value for key, value in asdict(settings.certificate).items()}
+    if settings.certificate is not None:
+        found |= {f"certificate.{key}": value for key, value in asdict(settings.certificate).items()}
     return {f"exits.{key}": value for key, value in found.items()}
 
 
-class CertificateLedger:
-    """Certificates that were issued, so that a fold is not asked twice (trying several voids delta).
+def admit(
+    issued: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], protocol_hash: str
+) -> list[dict[str, Any]]:
+    """The ledger with one more certificate; the identical one is recorded once.
 
     Args:
-        previous: The run's results/calibrate.json as it is, or None: its `ledger` is read.
+        issued: `ledger` of the run's result file.
+        settings: All that decides what is tested, by YAML key. Keys that an issued certificate does not have are not
+            held against it.
+        protocol_hash: Hash of the protocol whose `certify` fold is read.
+
+    Raises:
+        ConfigError: A certificate with other settings was issued on the fold.
     """
-
-    def __init__(self, previous: Mapping[str, Any] | None) -> None:
-        self._issued: Sequence[Mapping[str, Any]] = (previous or {}).get("ledger", [])
-
-    def admit(self, settings: Mapping[str, Any], protocol_hash: str) -> list[dict[str, Any]]:
-        """The ledger to write into the new result file; the identical certificate is recorded once.
-
-        Args:
-            settings: All that decides what is tested, by YAML key; a seed counts, a lucky order is a second try too.
-                Keys that an issued certificate does not have are not held against it.
-            protocol_hash: Hash of the protocol whose `certify` fold is read.
-
-        Raises:
-            ConfigError: A certificate with other settings was issued on the fold.
-        """
-        new = {"protocol_hash": protocol_hash, "settings": dict(settings)}
-        ledger: list[dict[str, Any]] = []
-        for record in (*self._issued, new):
-            if record not in ledger:
-                ledger.append(dict(record))
-            if record["protocol_hash"] != protocol_hash:
-                continue
-            was = record["settings"]
-            changed = [k for k, value in settings.items() if k in was and was[k] != value]
-            if changed:
-                said = ", ".join(f"{key} {was[key]!r} -> {settings[key]!r}" for key in changed)
-                raise ConfigError(
-                    f"a certificate was already issued on this certify fold with other settings ({said}): asking "
-                    "twice voids delta. Keep the settings, or train a new run and fix them before the fold is read"
-                )
-        return ledger
+    new = {"protocol_hash": protocol_hash, "settings": dict(settings)}
+    ledger: list[dict[str, Any]] = []
+    for record in (*issued, new):
+        if record not in ledger:
+            ledger.append(dict(record))
+        if record["protocol_hash"] != protocol_hash:
+            continue
+        was = record["settings"]
+        changed = [k for k, value in settings.items() if k in was and was[k] != value]
+        if changed:
+            said = ", ".join(f"{key} {was[key]!r} -> {settings[key]!r}" for key in changed)
+            raise ConfigError(
+                f"a certificate was already issued on this certify fold with other settings ({said}): asking twice "
+                "voids delta. Keep the settings, or train a new run and fix them before the fold is read"
+            )
+    return ledger
 
 
 def _in_short(criterion: Criterion) -> str:

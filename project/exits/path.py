@@ -17,9 +17,9 @@ from scipy.stats import norm
 from torch import Tensor
 
 from project.errors import ConfigError, DataError
+from project.evaluation.metrics import auc_gap
 from project.exits.cost import Stream, row_tokens
 from project.exits.policies import leave
-from project.exits.risks import auc_gap
 from project.exits.search import (
     FAR_JUMPS,
     Bill,

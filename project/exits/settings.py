@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from project.errors import ConfigError
-from project.exits.certifiers import CertificateSettings
+from project.exits.certificate import CertificateSettings
 from project.exits.checks import try_out
 from project.exits.cost import Stream
 from project.exits.criteria import Consistency, Criterion, Ratio, RatioConsistency
@@ -38,7 +38,7 @@ class ExitSettings:
         candidates: Candidates of the requests that thresholds are optimised for; 1 takes the labelled rows as they
             are, more scores catalogue requests of the fold tune for it (needs a split by time).
         requests: Number of these requests, where candidates is above 1.
-        certificate: What is promised, and how it is tested on the `certify` fold.
+        certificate: What is promised, and tested on the `certify` fold; None makes no certificate, so not in risk mode.
     """
 
     criterion: Criterion | None = None
@@ -51,16 +51,17 @@ class ExitSettings:
     stream: Stream = "cold"
     candidates: int = 1
     requests: int = 64
-    certificate: CertificateSettings = field(
-        # of the user-wise tests of an AUC gap, the only one with power at a few hundred users; says "asymptotic"
-        default_factory=lambda: CertificateSettings(risk="auc_gap", epsilon=0.02, certifier="delong")
-    )
+    certificate: CertificateSettings | None = field(default_factory=CertificateSettings)
 
     def __post_init__(self) -> None:
         if self.max_auc_drop is None and self.max_cost is None:
             raise ConfigError(
                 "exits.max_auc_drop and exits.max_cost are both null; expected at least one: without a limit the "
                 "fastest policy is no model at all. Set exits.max_auc_drop, for example to 0.002."
+            )
+        if self.mode == "risk" and self.certificate is None:
+            raise ConfigError(
+                "exits.certificate is null in mode risk, where it decides; set it, or mode to budget."
             )
         if self.max_auc_drop is not None and self.max_auc_drop < 0:
             raise ConfigError(f"exits.max_auc_drop is {self.max_auc_drop}; expected 0 or more, or null.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from project.data.workloads import Workload, catalogue_requests, labelled_requests
 from project.errors import ConfigError
-from project.exits.certifiers import CertificateSettings
+from project.exits.certificate import CertificateSettings
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData

@@ -25,9 +25,8 @@ from project.engine.prepared import prepare_requests
 from project.errors import ConfigError, NotFittedError
 from project.evaluation.scores import labelled_scores
 from project.exits.calibration import Calibration
-from project.exits.certify import certify_losses
-from project.exits.ledger import CertificateLedger
-from project.exits.risks import user_means
+from project.exits.certificate import certify_losses, user_means
+from project.exits.ledger import admit
 from project.ranking.judge import ScoredRequests, overlaps, policies, policy_row
 from project.ranking.settings import REPORTED, RankSettings
 from project.report.tables import render, shown
@@ -112,7 +111,7 @@ def rank_rows(parts: dict[str, ScoredRequests], settings: RankSettings) -> dict[
             kept = overlaps(asked, top_k.decide(asked), full.decide(asked), k)
             losses = user_means(np.stack([np.zeros_like(kept), 1.0 - kept]), asked.user)
             found = certify_losses(losses, settings.certificate())
-            certificates.append({"k": k, "policy": "top_k"} | found.to_dict() | {"words": found.in_words()})
+            certificates.append({"k": k, "policy": "top_k"} | found.to_dict())
     return {"requests": rows, "certificate": certificates}
 
 
@@ -126,9 +125,7 @@ def _ledger(settings: RankSettings, data: InteractionData, results: Path) -> lis
         return issued
     asked = {f"ranking.{key}": value for key, value in asdict(settings).items() if key != "labelled_minimum"}
     try:
-        return CertificateLedger({"ledger": issued}).admit(
-            asked | {"seed_everything": data.seed}, data.split.hash
-        )
+        return admit(issued, asked | {"seed_everything": data.seed}, data.split.hash)
     except ConfigError as error:
         raise ConfigError(f"{error}; or set ranking.certify to 0, which makes no certificate.") from error
 

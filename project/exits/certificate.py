@@ -1,0 +1,429 @@
+"""Certificates: with confidence 1 - delta the risk of a plan is at most epsilon, users being the units.
+
+1. Losses. Each user gives one loss, the mean over the user's rows; for the AUC gap each of n / 2 disjoint random pairs of
+   users gives one. Losses of different units are independent and lie in a known range, and nothing else is assumed.
+2. Bets. Capital is staked on "the mean loss is below epsilon", loss by loss (Waudby-Smith and Ramdas 2024, "Estimating means
+   of bounded random variables by betting"). Where the mean is epsilon or more, expected capital never exceeds 1.
+3. p-value. Of users, 1 / the largest capital ever held (Ville 1939). Of pairs, whose capital depends on who is paired with
+   whom, 1 / the average of the final capitals of many pairings: an average of e-values, however dependent, is an
+   e-value (Vovk and Wang 2021). Each passes more often than the other would.
+4. Walk. Steps of a path are tested from safe to fast until the first that fails; the answer is the last that passed
+   (fixed-sequence Learn-then-Test, Angelopoulos et al. 2021). Step 0, full depth, has risk 0 and takes no test.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import logsumexp
+from scipy.stats import rankdata
+
+from project.errors import ConfigError, DataError
+from project.evaluation.metrics import PROBABILITY_FLOOR, probabilities, row_log_loss
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.intp]
+
+WIDEST = 1.0 - 2 * PROBABILITY_FLOOR  # largest distance of two emitted probabilities
+LOG_ODDS = math.log((1 - PROBABILITY_FLOOR) / PROBABILITY_FLOOR)  # largest difference of two log losses
+RISKS = {
+    "auc_gap": (-1.0, 1.0),
+    "score_drift": (0.0, WIDEST),
+    "disagreement": (0.0, 1.0),
+    "log_loss_gap": (-LOG_ODDS, LOG_ODDS),
+    "brier_gap": (-WIDEST, WIDEST),
+    "overlap_loss": (0.0, 1.0),
+}
+"""Every risk and the range of its losses. `overlap_loss`, 1 - overlap@k, is of ranking requests: see `certify_losses`."""
+
+ROWS_OF_A_USER = (
+    32  # of each user so many random rows are paired: bounds the work, costs no power that was measured
+)
+PAIRINGS = 20  # random pairings of all users that capital is averaged over
+BET_SHARE = 0.99
+"""Largest share of the capital that one loss may take (WSR's c, there 1/2 or 3/4). At few users only bets near the limit
+can reach 1 / delta: .9 passes 65 %, .99 72 % of plans without a drop at 300 users."""
+PRIOR_WEIGHT, PRIOR_VARIANCE = 5, 0.0025
+"""Variance of the losses in [0, 1] before any was seen, counted as so many losses (WSR: one of 1/4, their maximum). Losses
+of early exits vary little, and a cautious first bet is capital not earned. Validity does not depend on either."""
+BISECTIONS = 40  # a bound is exact to 2 ** -40 of the range
+
+
+@dataclass(frozen=True)
+class CertificateSettings:
+    """What is promised, fixed before the `certify` fold is read.
+
+    Args:
+        risk: auc_gap, score_drift, disagreement, log_loss_gap or brier_gap.
+        epsilon: Largest risk allowed, above 0 and below the risk's highest value.
+        delta: Chance that the promise may be broken, above 0 and at most 0.5.
+
+    Raises:
+        ConfigError: A value that cannot work; names its key.
+    """
+
+    risk: str = "auc_gap"
+    epsilon: float = 0.02
+    delta: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.risk not in RISKS:
+            raise ConfigError(
+                f"exits.certificate.risk: found {self.risk!r}, expected one of {', '.join(RISKS)}"
+            )
+        if not 0 < self.epsilon < self.range[1]:
+            raise ConfigError(
+                f"exits.certificate.epsilon: found {self.epsilon}, expected a number above 0 and below "
+                f"{self.range[1]:.4g}, the largest {self.risk} there can be"
+            )
+        if not 0 < self.delta <= 0.5:
+            raise ConfigError(
+                f"exits.certificate.delta: found {self.delta}, expected a number above 0 and at most 0.5"
+            )
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest loss possible."""
+        return RISKS[self.risk]
+
+    @property
+    def users_of_a_loss(self) -> int:
+        """2 for the AUC gap, whose losses are of pairs of users; else 1."""
+        return 2 if self.risk == "auc_gap" else 1
+
+    @property
+    def estimand(self) -> str:
+        """What exactly is promised to be at most epsilon."""
+        if self.risk == "auc_gap":
+            return (
+                f"AUC gap between the rows of two random users (of each at most {ROWS_OF_A_USER} random rows)"
+            )
+        return f"mean {self.risk} over users, each counting once,"
+
+    def rescale(self, values: ArrayLike) -> Floats:
+        """The risk's range -> [0, 1]."""
+        low, high = self.range
+        return np.clip((np.asarray(values, dtype=np.float64) - low) / (high - low), 0.0, 1.0)
+
+    def restore(self, value: float) -> float:
+        """[0, 1] -> the risk's range."""
+        low, high = self.range
+        return low + float(value) * (high - low)
+
+    def users_needed(self, losses: ArrayLike = 0.0) -> int | None:
+        """About how many users with such losses pass: log(1 / delta) over the growth rate of the best constant bet.
+
+        Args:
+            losses: Any shape, in the risk's range, NaN ignored; 0: of a plan that is full depth itself. No test that
+                holds for every distribution of losses does with many fewer: where a share epsilon of users, or of
+                pairs, loses the maximum, fewer would show none of them with a chance above delta.
+
+        Returns:
+            None where the mean loss is not below epsilon, which more users would not cure.
+        """
+        x = self.rescale(np.ravel(losses))
+        x, epsilon = x[~np.isnan(x)], float(self.rescale(self.epsilon))
+        bets = _largest_bet(epsilon) * np.linspace(0.01, 1, 100)
+        rate = max(float(np.log1p(bet * (epsilon - x)).mean()) for bet in bets)
+        if rate <= 1e-12:
+            return None
+        return self.users_of_a_loss * math.ceil(math.log(1 / self.delta) / rate)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was promised and whether it holds.
+
+    Args:
+        risk: Name of the risk.
+        epsilon: Largest risk allowed.
+        delta: Chance that a step is returned whose risk is above epsilon.
+        n: Users it rests on.
+        estimand: What the promise is about, in words.
+        bound: Upper bound at level delta of the risk of the step that passed last, or of step 1 where none did. The
+            promise is epsilon: the bound is that step's alone and does not pay for the choice among steps.
+        estimate: The same step's mean loss.
+        path_step: Index on the path of the last step that passed; None: none did or none was tested.
+        passed: Whether a step passed; None: nothing was tested, so the fold has not been read.
+        users_needed: About how many users would do: before a test those of a plan without any loss, after a failure
+            those with losses such as step 1's; None: more users would not help, or it passed.
+        reason: Why there is nothing to test, where users are not the reason.
+        unit: Always "user".
+        kind: Always "finite-sample": it holds at this number of users, whatever the distribution of their losses.
+    """
+
+    risk: str
+    epsilon: float
+    delta: float
+    n: int
+    estimand: str
+    bound: float | None = None
+    estimate: float | None = None
+    path_step: int | None = None
+    passed: bool | None = None
+    users_needed: int | None = None
+    reason: str | None = None
+    unit: str = "user"
+    kind: str = "finite-sample"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values under the names above, and `words`: `certificate` of results/calibrate.json."""
+        return asdict(self) | {"words": self.in_words()}
+
+    def in_words(self) -> str:
+        """One sentence for a report."""
+        promise = f"the {self.estimand} is at most {self.epsilon:g} with {1 - self.delta:.0%} confidence"
+        if self.passed is None:
+            if self.users_needed is None:
+                return f"Nothing to certify: {self.reason}."
+            return (
+                f"Not enough users: {self.n:,} of about {self.users_needed:,}. So many are needed to show that {promise}, "
+                "even where early exits change no score."
+            )
+        basis = f"estimate {self.estimate:.4g}, bound {self.bound:.4g}; {self.n:,} users, {self.kind}"
+        if self.passed:
+            return f"Passed: {promise} ({basis})."
+        need = (
+            "the estimate is not below epsilon, which more users would not cure"
+            if self.users_needed is None
+            else f"about {self.users_needed:,} users with such losses would be needed"
+        )
+        return f"Not passed: it is not shown that {promise} ({basis}); {need}."
+
+
+def certify(
+    path: ArrayLike,
+    full: ArrayLike,
+    labels: ArrayLike | None,
+    users: ArrayLike,
+    settings: CertificateSettings,
+) -> Certificate:
+    """Certify a path of policies on the rows of the `certify` fold.
+
+    A single policy (mode budget) is the path [full depth, policy].
+
+    Args:
+        path: Shape (steps, n), calibrated logits that each step emits; step 0, nobody leaves, equals `full`.
+        full: Shape (n,), calibrated logits of the last head.
+        labels: Shape (n,), 0 or 1; None for risks that read none.
+        users: Shape (n,), the user of each row.
+        settings: What is promised.
+
+    Raises:
+        DataError: NaN logits, shapes that differ, step 0 is not full depth, labels missing or of one class.
+    """
+    scores, last = np.asarray(path, dtype=np.float64), np.asarray(full, dtype=np.float64)
+    owners = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
+    if scores.ndim != 2 or not len(scores) or scores.shape[1:] != last.shape or owners.shape != last.shape:
+        raise DataError(
+            f"certify: path {scores.shape}, full {last.shape}, users {owners.shape} do not fit together"
+        )
+    if np.isnan(scores).any() or not np.array_equal(scores[0], last):
+        raise DataError("certify: logits are NaN, or step 0 of the path is not full depth")
+    if settings.risk != "auc_gap":
+        losses = row_losses(
+            settings.risk, probabilities(scores.ravel()).reshape(scores.shape), probabilities(last), labels
+        )
+        return certify_losses(user_means(losses, owners), settings)
+    truth = np.asarray([] if labels is None else labels)
+    if np.unique(truth).size < 2:
+        raise DataError("exits.certificate.risk: auc_gap needs both classes in the certify fold")
+    pairs = UserPairs(truth, owners)
+    best = pairs.auc(last)
+    return _walk(lambda step: best - pairs.auc(scores[step]), len(scores), int(owners.max()) + 1, settings)
+
+
+def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> Certificate:
+    """Certify a path from one loss a user.
+
+    Args:
+        losses: Shape (steps, users), in the risk's range; step 0 (nobody leaves) all 0.
+        settings: What is promised.
+
+    Raises:
+        DataError: Losses outside the range, NaN, or not 0 at step 0.
+    """
+    values, (low, high) = np.asarray(losses, dtype=np.float64), settings.range
+    if values.ndim != 2 or not len(values) or np.any(values[0] != 0):
+        raise DataError(
+            f"a path is (steps, users) losses, 0 at step 0; found {values.shape}, {values[:1]} at step 0"
+        )
+    outside = ~((values >= low - 1e-9) & (values <= high + 1e-9))
+    if outside.any():
+        raise DataError(
+            f"{settings.risk}: {outside.sum()} losses outside [{low:.4g}, {high:.4g}], first {values[outside][0]}"
+        )
+    order = np.random.default_rng(0).permutation(values.shape[1])[None]  # bets must not follow time or label
+    return _walk(lambda step: values[step][order], len(values), values.shape[1], settings)
+
+
+def _walk(
+    losses_of: Callable[[int], Floats], steps: int, n: int, settings: CertificateSettings
+) -> Certificate:
+    found = Certificate(settings.risk, settings.epsilon, settings.delta, n, settings.estimand)
+    if steps == 1:
+        return replace(found, reason="the plan is full depth")
+    least = settings.users_needed()
+    if least is not None and n < least:
+        return replace(found, users_needed=least)
+    epsilon = float(settings.rescale(settings.epsilon))
+    last, shown = None, None
+    for step in range(1, steps):
+        losses = losses_of(step)
+        if shown is None:
+            shown = losses
+        if not p_value(settings.rescale(losses), epsilon, settings.delta) <= settings.delta:
+            break
+        last, shown = step, losses
+    assert shown is not None
+    return replace(
+        found,
+        bound=settings.restore(upper_bound(settings.rescale(shown), epsilon, settings.delta)),
+        estimate=float(np.nanmean(shown)),
+        path_step=last,
+        passed=last is not None,
+        users_needed=settings.users_needed(shown) if last is None else None,
+    )
+
+
+def p_value(losses: Floats, epsilon: float, delta: float) -> float:
+    """P-value of "the mean loss is epsilon or more", valid at every level.
+
+    Args:
+        losses: Shape (1, m) of users or (pairings, m) of pairs of users, in [0, 1], in random order; independent within
+            a line, NaN where there is none.
+        epsilon: In (0, 1).
+        delta: Level that the bets aim at.
+    """
+    return _p_of(losses, plug_in_bets(losses, epsilon, delta), epsilon)
+
+
+def upper_bound(losses: Floats, epsilon: float, delta: float) -> float:
+    """The least mean that the same bets reject at level delta, by bisection: at most epsilon where `p_value` <= delta."""
+    bets = plug_in_bets(losses, epsilon, delta)
+    low, high = max(0.0, 1.0 - 1.0 / _largest_bet(epsilon)), 1.0  # bets could lose everything below `low`
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _p_of(losses, bets, middle) <= delta else (middle, high)
+    return high
+
+
+def plug_in_bets(losses: Floats, epsilon: float, delta: float) -> Floats:
+    """Bet on each loss, made from the losses before it (WSR 2024, section 3.2).
+
+    bet_t = min(sqrt(2 log(1 / delta) / (m * variance_(t-1))), c / (1 - epsilon)), 0 where there is no loss; arguments as
+    in `p_value`, shape as losses.
+    """
+    real = ~np.isnan(losses)
+    x, t = np.where(real, losses, 0.0), np.cumsum(real, axis=-1)
+    mean = (PRIOR_WEIGHT * epsilon + np.cumsum(x, axis=-1)) / (PRIOR_WEIGHT + t)
+    spread = np.where(real, (x - mean) ** 2, 0.0)
+    before = np.cumsum(spread, axis=-1) - spread
+    variance = (PRIOR_WEIGHT * PRIOR_VARIANCE + before) / (PRIOR_WEIGHT + t - real)
+    bets = np.sqrt(2 * math.log(1 / delta) / (np.maximum(t[..., -1:], 1) * variance))
+    return np.where(real, np.minimum(bets, _largest_bet(epsilon)), 0.0)
+
+
+def _p_of(losses: Floats, bets: Floats, mean: float) -> float:
+    """Of the capital prod_t (1 + bet_t * (mean - loss_t)): 1 / its maximum, or 1 / the average of several; at most 1."""
+    gains = np.log1p(bets * (mean - np.where(np.isnan(losses), mean, losses)))
+    if len(gains) == 1:
+        return math.exp(-float(np.cumsum(gains).max(initial=0.0)))
+    return math.exp(-max(0.0, float(logsumexp(gains.sum(axis=-1))) - math.log(len(gains))))
+
+
+def _largest_bet(epsilon: float) -> float:
+    return BET_SHARE / (1.0 - epsilon)
+
+
+class UserPairs:
+    """Random disjoint pairs of users, `PAIRINGS` times, and the AUC between the rows of each pair.
+
+    Every user counts once, whatever the number of rows; rows of one user may depend on each other in any way.
+
+    Args:
+        labels: Shape (n,), 0 or 1.
+        users: Shape (n,), 0 to users - 1.
+    """
+
+    def __init__(self, labels: ArrayLike, users: Ints) -> None:
+        rng, count = np.random.default_rng(0), int(users.max()) + 1
+        mixed = rng.permutation(users.size)
+        mixed = mixed[np.argsort(users[mixed], kind="stable")]  # by user, each user's rows in random order
+        sizes = np.bincount(users, minlength=count)
+        place = np.arange(users.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        kept = place < ROWS_OF_A_USER
+        shape = count, int(min(ROWS_OF_A_USER, sizes.max()))
+        self._rows = np.full(shape, -1)  # of each user, -1 as padding
+        self._rows[users[mixed[kept]], place[kept]] = mixed[kept]
+        self._positive = np.append(np.asarray(labels).astype(np.int64), 0)[self._rows]
+        self._sizes = np.stack([self._positive.sum(1), (self._rows >= 0).sum(1) - self._positive.sum(1)])
+        orders = np.stack([rng.permutation(count)[: count // 2 * 2] for _ in range(PAIRINGS)])
+        self._pairs = orders.reshape(-1, 2)
+        self._block = max(1, 2**20 // shape[1] ** 2)  # pairs at once: a few megabytes
+
+    def auc(self, scores: ArrayLike) -> Floats:
+        """Share of the pairs of a positive row of one user and a negative row of the other that scores order right.
+
+        Args:
+            scores: Shape (n,), of any scale; ties count half.
+
+        Returns:
+            Shape (pairings, users // 2), in [0, 1]; NaN where two users have no such pair of rows.
+        """
+        ranks = np.append(rankdata(scores, method="dense"), np.nan).astype(np.float32)[self._rows]
+        found = [np.zeros(0)]
+        for at in range(0, len(self._pairs), self._block):
+            one, other = self._pairs[at : at + self._block].T
+            above = ranks[one][:, :, None] > ranks[other][:, None, :]  # padding is neither above nor below
+            below = ranks[one][:, :, None] < ranks[other][:, None, :]
+            sign = above.view(np.int8) - below.view(np.int8)
+            right = (self._positive[one] * sign.sum(2, dtype=np.int16)).sum(1)
+            right -= (self._positive[other] * sign.sum(1, dtype=np.int16)).sum(1)  # two positives cancel
+            (ups, downs), (other_ups, other_downs) = self._sizes[:, one], self._sizes[:, other]
+            pairs = ups * other_downs + downs * other_ups
+            found.append(0.5 + np.where(pairs > 0, right, np.nan) / (2 * np.maximum(pairs, 1)))
+        return np.concatenate(found).reshape(PAIRINGS, -1)
+
+
+def row_losses(risk: str, adaptive: Floats, full: Floats, labels: ArrayLike | None) -> Floats:
+    """Loss of each row beside full depth; 0 where both scores are equal.
+
+    Args:
+        risk: score_drift, disagreement, log_loss_gap or brier_gap.
+        adaptive: Shape (..., n), emitted probabilities (clipped to [.001, .999]).
+        full: Shape (n,), the full model's.
+        labels: Shape (n,), 0 or 1; None for risks that read none.
+
+    Raises:
+        ConfigError: A risk that is not of rows.
+        DataError: Labels are needed and missing.
+    """
+    if risk in ("log_loss_gap", "brier_gap") and labels is None:
+        raise DataError(f"exits.certificate.risk: {risk} needs labels, these rows have none; use score_drift")
+    y = np.asarray(full if labels is None else labels, dtype=np.float64)
+    match risk:
+        case "score_drift":
+            return np.abs(adaptive - full)
+        case "disagreement":
+            return ((adaptive >= 0.5) != (full >= 0.5)).astype(np.float64)
+        case "log_loss_gap":
+            return row_log_loss(adaptive, y) - row_log_loss(full, y)
+        case "brier_gap":
+            return (adaptive - y) ** 2 - (full - y) ** 2
+    raise ConfigError(f"exits.certificate.risk: {risk} is not a risk of the rows of score requests")
+
+
+def user_means(losses: ArrayLike, users: ArrayLike) -> Floats:
+    """One loss a user: the mean over the user's rows. Shape (..., n) -> (..., users)."""
+    values = np.asarray(losses, dtype=np.float64)
+    code = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
+    sizes = np.bincount(code)
+    if not sizes.size:
+        return np.zeros((*values.shape[:-1], 0))
+    starts = np.cumsum(sizes) - sizes
+    order = np.argsort(code, kind="stable")
+    return np.asarray(np.add.reduceat(values[..., order], starts, axis=-1) / sizes, dtype=np.float64)

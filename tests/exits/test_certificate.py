@@ -1,0 +1,380 @@
+"""Certificates: losses against hand arithmetic, bets, the walk along the path, promises kept at the border, the ledger."""
+
+import json
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from project.errors import ConfigError, DataError
+from project.evaluation.metrics import auc
+from project.exits.certificate import (
+    RISKS,
+    CertificateSettings,
+    UserPairs,
+    certify,
+    certify_losses,
+    p_value,
+    plug_in_bets,
+    row_losses,
+    upper_bound,
+    user_means,
+)
+from project.exits.criteria import Consistency, Ratio
+from project.exits.ledger import admit, asked_of_fold
+from project.exits.settings import ExitSettings
+
+DELTA = 0.1
+DRIFT = CertificateSettings("score_drift", 0.05)
+
+
+def limit(draws):
+    """Delta and three standard errors of a share: .1285 at 1,000 draws."""
+    return DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / draws)
+
+
+def heavy(rng, shape, mean):
+    """Rare losses of 1 (chance mean / 2) over many small ones that supply the other half of the mean."""
+    return np.where(rng.random(shape) < mean / 2, 1.0, rng.random(shape) * mean / (1 - mean / 2))
+
+
+def signed(rng, shape, mean):
+    """Signed losses in {-1, 0, 1} rescaled to [0, 1]: +1 more often than -1 by 2 * mean - 1."""
+    fate, up = rng.random(shape), 0.06 + (2 * mean - 1)
+    return np.where(fate < up, 1.0, np.where(fate > 0.94, 0.0, 0.5))
+
+
+class TestLosses:
+    def test_golden(self):
+        """Full .8 -> adaptive .5, label 1, and full .4 -> adaptive .6, label 0.
+
+        Drift .3, .2; .5 counts as yes, so only the second disagrees; log loss ln(.8/.5), ln(.6/.4); Brier
+        .25 - .04 = .21, .36 - .16 = .20.
+        """
+        full, adaptive, labels = np.array([0.8, 0.4]), np.array([0.5, 0.6]), [1, 0]
+        expected = {
+            "score_drift": [0.3, 0.2],
+            "disagreement": [0.0, 1.0],
+            "log_loss_gap": [np.log(1.6), np.log(1.5)],
+            "brier_gap": [0.21, 0.20],
+        }
+        for name, losses in expected.items():
+            assert row_losses(name, adaptive, full, labels) == pytest.approx(losses, abs=1e-12), name
+        with pytest.raises(DataError, match="log_loss_gap needs labels"):
+            row_losses("log_loss_gap", adaptive, full, None)
+
+    @given(st.floats(0.001, 0.999), st.floats(0.001, 0.999), st.integers(0, 1))
+    def test_ranges_hold_and_are_reached(self, adaptive, full, label):
+        """Every loss of rows lies in its range, and corners reach both ends."""
+        for risk in set(RISKS) - {"auc_gap", "overlap_loss"}:
+            low, high = RISKS[risk]
+            loss = row_losses(risk, np.array([adaptive]), np.array([full]), [label])[0]
+            assert low - 1e-12 <= loss <= high + 1e-12
+            corner = np.array([0.001, 0.999, 0.5])
+            ends = row_losses(risk, corner, corner[[1, 0, 2]], [1, 1, 1])
+            assert (ends.min(), ends.max()) == pytest.approx((low, high))
+
+    def test_user_means(self):
+        """Users b, a, b with losses 1, 2, 3: a 2, b 2; a second step 0, 0, 4: a 0, b 2. No rows: no users."""
+        assert user_means([[1, 2, 3], [0, 0, 4]], ["b", "a", "b"]).tolist() == [[2, 2], [0, 2]]
+        assert user_means(np.zeros((2, 0)), []).shape == (2, 0)
+
+    def test_auc_of_two_users_is_brute_force(self):
+        """Users of 3 and 50 rows with ties: every pairing's share is that of all cross pairs of at most 32 rows."""
+        rng = np.random.default_rng(0)
+        user = np.repeat([0, 1], [3, 30])
+        labels, scores = rng.integers(0, 2, 33), rng.integers(0, 5, 33).astype(float)
+        labels[:2] = [0, 1]
+        shares = [
+            (scores[i] > scores[j]) + (scores[i] == scores[j]) / 2
+            for i in np.flatnonzero(labels == 1)
+            for j in np.flatnonzero(labels == 0)
+            if user[i] != user[j]
+        ]
+        assert UserPairs(labels, user).auc(scores) == pytest.approx(np.mean(shares))
+
+    def test_pairs(self):
+        """Users of one row each: pairs of one class are NaN, the mean of the others is the pooled AUC (1e-2)."""
+        rng = np.random.default_rng(0)
+        labels = rng.integers(0, 2, 4000)
+        scores = labels + rng.normal(size=4000)
+        found = UserPairs(labels, np.arange(4000)).auc(scores)
+        assert found.shape == (20, 2000)
+        assert np.isnan(found).mean() == pytest.approx(0.5, abs=0.02)
+        assert np.nanmean(found) == pytest.approx(auc(scores, labels), abs=0.01)
+
+    def test_a_giant_user_counts_once(self):
+        """One of 1,001 users holds nearly all rows, all of them turned round: the gap stays below 1 / 200."""
+        user = np.r_[np.zeros(50_000, int), np.repeat(np.arange(1, 1001), 4)]
+        labels = np.tile([0, 1], len(user) // 2)
+        full = labels.astype(float)
+        adaptive = np.where(user == 0, -full, full)
+        pairs = UserPairs(labels, user)
+        gap = float(np.mean(pairs.auc(full) - pairs.auc(adaptive)))
+        assert 0 < gap < 0.005
+        assert auc(full, labels) - auc(adaptive, labels) > 0.9
+
+
+class TestBets:
+    def test_golden(self):
+        """Mean tested .2, first bet capped at .99 / .8 = 1.2375: a loss of 0 makes capital 1.2475, p = 1 / 1.2475.
+
+        A loss of 1 only loses, and the p-value's maximum includes the start, so p is 1.
+        """
+        assert p_value(np.array([[0.0]]), 0.2, DELTA) == pytest.approx(1 / 1.2475)
+        assert p_value(np.array([[1.0, 1.0]]), 0.2, DELTA) == 1
+
+    def test_pairings_are_averaged(self):
+        """Capitals 1.2475 and 1 - 1.2375 * .8 = .01 of two pairings: p = 2 / 1.2575."""
+        assert p_value(np.array([[0.0], [1.0]]), 0.2, DELTA) == pytest.approx(min(1, 2 / 1.2575))
+        assert p_value(np.array([[0.0], [0.0]]), 0.2, DELTA) == pytest.approx(1 / 1.2475)
+
+    @given(st.lists(st.floats(0, 1), min_size=2, max_size=30), st.data())
+    def test_bets_are_predictable_and_capital_positive(self, losses, data):
+        """Changing losses from t on leaves bets up to t as they were; the p-value is in (0, 1] for any losses."""
+        t = data.draw(st.integers(0, len(losses) - 1))
+        changed = [*losses[:t], *(1 - x for x in losses[t:])]
+        before, after = (plug_in_bets(np.array([x]), 0.05, DELTA)[0] for x in (losses, changed))
+        assert np.array_equal(before[: t + 1], after[: t + 1])
+        assert 0 < p_value(np.array([losses]), 0.05, DELTA) <= 1
+
+    def test_missing_losses_bet_nothing(self):
+        """Losses that are not there change nothing, wherever they stand."""
+        x = np.random.default_rng(0).random((3, 40)) * 0.1
+        holes = np.insert(x, [5, 20], np.nan, axis=1)
+        assert p_value(holes, 0.1, DELTA) == pytest.approx(p_value(x, 0.1, DELTA))
+
+    @pytest.mark.parametrize("lines", [1, 5])
+    def test_bound_below_epsilon_exactly_where_the_test_rejects(self, lines):
+        """For 60 samples the bound is at most epsilon where p <= delta, and never below the mean by much."""
+        rng, passed = np.random.default_rng(0), 0
+        for _ in range(60):
+            epsilon = rng.uniform(0.05, 0.5)
+            x = heavy(rng, (lines, 200), rng.random() * epsilon)
+            p, bound = p_value(x, epsilon, DELTA), upper_bound(x, epsilon, DELTA)
+            assert abs(bound - epsilon) < 1e-9 or (p <= DELTA) == (bound <= epsilon)
+            passed += p <= DELTA
+        assert 10 < passed < 50
+
+
+class TestWalk:
+    def test_returns_the_last_that_passed(self):
+        """Losses 0, .01, .02, .3, .01 of 500 users at epsilon .05: step 2, not the first that failed nor any behind."""
+        losses = np.repeat([[0.0], [0.01], [0.02], [0.3], [0.01]], 500, axis=1)
+        found = certify_losses(losses, DRIFT)
+        assert (found.path_step, found.passed, found.n) == (2, True, 500)
+        assert (found.unit, found.kind) == ("user", "finite-sample")
+        assert found.estimate == pytest.approx(0.02)
+        assert 0.02 < found.bound <= 0.05
+        assert found.users_needed is None
+
+    def test_sorted_users_do_not_fool_the_bets(self):
+        """800 losses of 0 before 200 of 1, mean .2: read in this order capital would soar first; shuffled it fails."""
+        losses = np.zeros((2, 1000))
+        losses[1, 800:] = 1
+        assert certify_losses(losses, CertificateSettings("overlap_loss", 0.05)).passed is False
+
+    def test_not_enough_users(self):
+        """Capital grows by 1 + .99 * .05 / (.998 - .05) at most: ln 10 / ln 1.0522 -> 45.2, so below 46 nothing is tested.
+
+        With 46 losses of 0 it passes; losses whose mean is not below epsilon do not pass with any number.
+        """
+        few = certify_losses(np.zeros((2, 45)), DRIFT)
+        assert (few.passed, few.path_step, few.bound, few.users_needed) == (None, None, None, 46)
+        assert "Not enough users: 45 of about 46" in few.in_words()
+        assert certify_losses(np.zeros((2, 46)), DRIFT).passed is True
+        hopeless = certify_losses(np.repeat([[0.0], [0.06]], 100, axis=1), DRIFT)
+        assert (hopeless.passed, hopeless.users_needed) == (False, None)
+        json.dumps([few.to_dict(), hopeless.to_dict()], allow_nan=False)
+
+    @pytest.mark.parametrize(("epsilon", "needed"), [(0.02, 232), (0.05, 92)])
+    def test_users_of_an_auc_gap(self, epsilon, needed):
+        """Pairs whose gap is 0: 2 * ceil(ln 10 / ln(1 + .99 * (epsilon / 2) / ((1 - epsilon) / 2))) users.
+
+        Where .02 of pairs lose all, a sample of 115 pairs shows none with a chance of .98 ** 115 = .098, just below
+        delta: no test that passes such samples does with fewer.
+        """
+        assert CertificateSettings("auc_gap", epsilon).users_needed() == needed
+        assert 0.98**114 < DELTA < 0.98**113
+
+    def test_as_many_as_said(self):
+        """Of plans that fail for want of users about half pass with as many users as the certificate names."""
+        rng, passed = np.random.default_rng(0), []
+        losses = heavy(rng, (2, 100), 0.03) * [[0], [0.99]]
+        needed = certify_losses(losses, DRIFT).users_needed
+        assert needed > 100
+        sample = DRIFT.users_needed(heavy(rng, 100_000, 0.03) * 0.99)
+        for _ in range(60):
+            passed.append(certify_losses(heavy(rng, (2, sample), 0.03) * [[0], [0.99]], DRIFT).passed)
+        assert 0.25 < np.mean(passed) < 0.85
+
+    def test_one_user_is_refused(self):
+        """One user, whose scores the plan does not change, has no spread: not "passed" but not enough users."""
+        full, labels = np.arange(40.0), np.tile([0, 1], 20)
+        found = certify(np.stack([full, full]), full, labels, np.zeros(40), CertificateSettings())
+        assert (found.n, found.passed, found.users_needed) == (1, None, 232)
+        assert "passed" not in found.in_words().lower()
+
+    def test_full_depth_takes_no_test(self):
+        """A path of step 0 alone: nothing to certify."""
+        found = certify_losses(np.zeros((1, 300)), DRIFT)
+        assert (found.passed, found.path_step) == (None, None)
+        assert found.in_words() == "Nothing to certify: the plan is full depth."
+
+    def test_users_count_once(self):
+        """The certificate of rows is that of the users' mean losses, whatever the number of rows."""
+        rng = np.random.default_rng(0)
+        users, full = rng.integers(0, 100, 3000), rng.normal(size=3000)
+        path = np.stack([full, full + 0.1 * rng.normal(size=3000)])
+        drift = np.abs(1 / (1 + np.exp(-path)) - 1 / (1 + np.exp(-full)))
+        found = certify(path, full, None, users, DRIFT)
+        assert found.n == 100
+        assert found.bound == pytest.approx(certify_losses(user_means(drift, users), DRIFT).bound, abs=1e-9)
+        assert found.estimate == pytest.approx(np.mean([drift[1][users == u].mean() for u in range(100)]))
+
+    @pytest.mark.parametrize("risk", ["auc_gap", "brier_gap"])
+    def test_a_path_of_noise(self, risk):
+        """400 users of 10 rows, noise from 0 to more than the scores: a step between first and last passes."""
+        rng = np.random.default_rng(0)
+        users, labels = np.repeat(np.arange(400), 10), rng.integers(0, 2, 4000)
+        full = labels + rng.normal(size=4000)
+        path = full + np.arange(12)[:, None] / 6 * rng.normal(size=4000)
+        found = certify(path, full, labels, users, CertificateSettings(risk, 0.05))
+        assert 0 < found.path_step < 11
+        assert found.estimate < found.bound <= 0.05
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"epsilon": 0.0}, "epsilon: found 0.0, expected a number above 0 and below 1"),
+            ({"epsilon": 0.998, "risk": "score_drift"}, "epsilon: found 0.998, .* below 0.998"),
+            ({"epsilon": float("nan")}, "epsilon: found nan"),
+            ({"delta": 0.0}, "delta: found 0.0, expected a number above 0 and at most 0.5"),
+            ({"delta": 0.6}, "delta: found 0.6"),
+            ({"risk": "auc"}, "risk: found 'auc', expected one of auc_gap"),
+        ],
+    )
+    def test_settings_name_their_key(self, values, message):
+        """Every value that cannot work is named by its key."""
+        with pytest.raises(ConfigError, match=r"exits\.certificate\." + message):
+            CertificateSettings(**values)
+
+    def test_risk_mode_needs_a_certificate(self):
+        """In mode risk the certificate is the plan, so null is refused; in mode budget it is a setting."""
+        assert ExitSettings(certificate=None).certificate is None
+        with pytest.raises(ConfigError, match=r"exits\.certificate is null in mode risk"):
+            ExitSettings(mode="risk", certificate=None)
+
+    def test_paths(self):
+        """NaN, shapes that differ, a step 0 that is not full depth, one class, losses outside the range."""
+        full, users = np.zeros(4), np.arange(4)
+        for path, labels, owners, message in (
+            ([full, [0, np.nan, 0, 0]], None, users, "NaN"),
+            ([full, full], None, users[:3], "do not fit together"),
+            ([full + 1], None, users, "not full depth"),
+            ([full], np.ones(4), users, "both classes"),
+        ):
+            settings = DRIFT if labels is None else CertificateSettings()
+            with pytest.raises(DataError, match=message):
+                certify(path, full, labels, owners, settings)
+        with pytest.raises(DataError, match=r"1 losses outside \[0, 0.998\]"):
+            certify_losses([[0.0, 0.0], [0.1, 1.2]], DRIFT)
+        with pytest.raises(DataError, match="0 at step 0"):
+            certify_losses([[0.0, 0.1]], DRIFT)
+        with pytest.raises(ConfigError, match="overlap_loss is not a risk of the rows"):
+            certify([full], full, None, users, CertificateSettings("overlap_loss"))
+
+
+@pytest.mark.slow
+class TestValidity:
+    @pytest.mark.parametrize(("draw", "mean"), [(heavy, 0.05), (signed, 0.525), (heavy, 0.01)])
+    def test_mean_at_the_border(self, draw, mean):
+        """True mean exactly epsilon, 1,000 draws of 300 losses: passes at most delta + 3 s.e.; at half of it often."""
+        rng = np.random.default_rng(1)
+        rates = [
+            np.mean([p_value(draw(rng, (1, 300), m), mean, DELTA) <= DELTA for _ in range(1000)])
+            for m in (mean, mean / 2 if draw is heavy else 0.5)
+        ]
+        assert rates[0] <= limit(1000)
+        assert rates[1] > rates[0]
+
+    @pytest.mark.parametrize(
+        "world", ["log-normal sizes", "equal sizes", "one giant user", "rare bad users"]
+    )
+    def test_auc_gap_at_the_border(self, world):
+        """Risk at epsilon: bets pass at most delta + 3 s.e. of 300 draws at 30, 80 and 300 users; without a drop
+        most of 300 users pass, and fewer users than 232 are told so.
+        """
+        study = runpy.run_path(str(Path(__file__).parents[2] / "research" / "certificates.py"))
+        strength, gap = study["strength_of"](world, 0.02, users=6000)
+        assert gap == pytest.approx(0.02, abs=0.001)
+        for users, draws in ((30, 1200), (80, 1200), (300, 300)):
+            found = study["rates"](world, users, strength, draws)
+            assert found["bets_alone"] <= limit(300)
+            assert found["not_enough_users"] == (users < 232)
+        assert study["rates"](world, 300, 0.0, 100)["passed"] > 0.5
+
+
+class TestLedger:
+    SETTINGS = ExitSettings()
+
+    def ledger(self):
+        """After one certificate of default settings, through JSON."""
+        return json.loads(json.dumps(admit([], asked_of_fold(self.SETTINGS), "p1")))
+
+    def test_the_same_is_recorded_once(self):
+        """The identical certificate may be computed again; another protocol is another fold."""
+        first = self.ledger()
+        assert admit(first, asked_of_fold(ExitSettings()), "p1") == first
+        other = admit(first, asked_of_fold(ExitSettings(max_auc_drop=0.01)), "p2")
+        assert [record["protocol_hash"] for record in other] == ["p1", "p2"]
+        assert other[0] == first[0]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"criterion": Ratio()},
+            {"compare": [Ratio()]},
+            {"compare": [Ratio(), Consistency(2)]},
+            {"prior": "none"},
+            {"mode": "risk"},
+            {"max_auc_drop": 0.01},
+            {"max_cost": 0.5},
+            {"stream": "warm"},
+            {"candidates": 64},
+        ],
+        ids=str,
+    )
+    def test_what_chooses_the_tested_policy_counts(self, change):
+        """Every setting that may send another policy to the fold is another try; the message names its key."""
+        key = "criterion" if "compare" in change else next(iter(change))
+        with pytest.raises(ConfigError, match=rf"already issued .*exits\.{key} .* -> .*voids delta"):
+            admit(self.ledger(), asked_of_fold(ExitSettings(**change)), "p1")
+
+    @pytest.mark.parametrize(("key", "value"), [("epsilon", 0.1), ("delta", 0.2), ("risk", "brier_gap")])
+    def test_the_promise_counts(self, key, value):
+        """Another risk, epsilon or delta is another try."""
+        promise = replace(CertificateSettings(), **{key: value})
+        with pytest.raises(ConfigError, match=rf"exits\.certificate\.{key} "):
+            admit(self.ledger(), asked_of_fold(ExitSettings(certificate=promise)), "p1")
+
+    def test_what_has_no_part_does_not_count(self):
+        """Requests where none are scored, criteria that are only drawn, a budget where nothing is chosen by it."""
+        one = {"criterion": Ratio(), "mode": "risk"}
+        same = {**one, "compare": [Consistency()], "requests": 9, "max_auc_drop": 0.5, "max_cost": 0.5}
+        assert asked_of_fold(ExitSettings(**one)) == asked_of_fold(ExitSettings(**same))
+        several = {"compare": [Ratio(), Consistency()], "mode": "risk"}  # the budget chooses among them
+        assert asked_of_fold(ExitSettings(**several)) != asked_of_fold(ExitSettings(**several, max_cost=0.5))
+        asked = {"candidates": 64}
+        assert asked_of_fold(ExitSettings(**asked)) != asked_of_fold(ExitSettings(**asked, requests=9))
+
+    def test_setting_of_a_later_version(self):
+        """A key that an issued certificate does not have cannot have changed."""
+        later = {**asked_of_fold(self.SETTINGS), "exits.later": 1}
+        assert len(admit(self.ledger(), later, "p1")) == 2
