@@ -57,9 +57,9 @@ class ResultFiles(pl.Callback):
         now = time.perf_counter()
         rates = {group["name"].split("/")[0]: group["lr"] for group in trainer.optimizers[0].param_groups}
         deepest = f"layer_{cast('ExitRecommender', pl_module).depth}"
-        self.log("train/learning_rate", rates.get(deepest, min(rates.values())))
+        pl_module.log("train/learning_rate", rates.get(deepest, min(rates.values())))
         targets = len(batch.label) * trainer.world_size
-        self.log("train/targets_per_s", targets / (now - self._batch_ended))
+        pl_module.log("train/targets_per_s", targets / (now - self._batch_ended))
         self._batch_ended = now
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
