@@ -23,7 +23,6 @@ from project.artefacts import (
 from project.benchmark.table import render_benchmark
 from project.callbacks.exit_calibration import exit_calibration_of
 from project.data.identity import check_reads
-from project.engine.loading import load_weights
 from project.errors import ConfigError
 from project.evaluation.compare import render_comparison
 from project.evaluation.slices import floor_scores_of, slice_rows
@@ -114,13 +113,9 @@ def run_calibrate(
         check_reads(checkpoint.get("reads"), data)
         model.prior.copy_(checkpoint["state_dict"]["prior"])
         scores = pl.read_parquet(table)
-    if callback.candidates > 1:  # requests are scored with the run's weights
-        if model.trunk is None:
-            load_weights(model, data.tokenizer, ckpt_path, data)
-        model.to(trainer.strategy.root_device)
     result = callback.calibrate(trainer, model, data, scores, folder)
     if trainer.is_global_zero:
-        callback.write_into(Path(ckpt_path), model)
+        callback.write_into(Path(ckpt_path))
         said = [result["certificate"]["words"], (result["certified"] or {}).get("words")]
         Console(width=120).print(*filter(None, said), f"written: {ckpt_path}", sep="\n")
     return result

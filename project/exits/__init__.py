@@ -14,12 +14,11 @@ from project.exits.criteria import (
 )
 from project.exits.learned import Learned
 from project.exits.outputs import HeadOutputs
-from project.exits.path import Asked, Path, Step, pick_budget, threshold_path
+from project.exits.path import Path, Step, pick_budget, threshold_path
 from project.exits.policies import FixedDepth, Oracle, Policy, RandomExit, leave
 from project.exits.top_k import TopK
 
 __all__ = [
-    "Asked",
     "Calibration",
     "Consistency",
     "Criterion",

@@ -1,17 +1,10 @@
-"""What a budget chooses on the tune fold: per-head calibration, every criterion's path, the best one's step.
-
-Unusual here: three prices for one choice. Requests of one candidate are the labelled rows themselves; real requests
-bring candidates without labels, which are paid for while labelled rows are judged; and by depth every candidate costs
-its layer, the price that the field optimises, kept for comparison.
-"""
+"""What a budget chooses on the tune fold: per-head calibration, every criterion's path, the best one's step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
-import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
@@ -19,50 +12,27 @@ from torch import Tensor
 from project.artefacts import exit_layers_of
 from project.errors import DataError
 from project.exits.calibration import fit_calibration
-from project.exits.criteria import Criterion, FoldCriteria, safety_table
+from project.exits.criteria import Criterion, out_of_fold_safety, safety_table
 from project.exits.outputs import HeadOutputs
-from project.exits.path import BudgetNotKept, Path, drop_bounds, pick_budget, threshold_path
+from project.exits.path import BudgetNotKept, Path, Step, drop_bounds, pick_budget, threshold_path
 from project.exits.plan import ExitPlan, Floats, raw_outputs
 from project.exits.policies import Policy
 from project.exits.settings import ExitSettings
-from project.exits.simulate import AskedCandidates, rival_depth
+from project.exits.simulate import rival_depth
 
 
 @dataclass(frozen=True, eq=False)
-class AskedScores:
-    """Scored candidates of requests of the fold tune.
-
-    Attributes:
-        scores: Score table of m candidates, as `score_every_head` makes it. Where its column `user` is filled in, a
-            criterion that learns scores every candidate by a fit that saw no row of its user.
-        features: (m, F) their counting features.
-        seed: The run's, which drew the requests.
-    """
-
-    scores: pl.DataFrame
-    features: Floats
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not len(self.scores) or len(self.scores) != len(self.features):
-            raise DataError(
-                f"thresholds were to be priced on {len(self.scores)} candidates of requests with {len(self.features)} "
-                "rows of features; expected the same number of both, and at least one"
-            )
-
-    @property
-    def requests(self) -> int:
-        """Number of requests."""
-        return int(self.scores["request_id"].n_unique())
-
-
-@dataclass(frozen=True)
 class Curve:
     """One criterion, fitted on tune, with its path and the step that the budget chose."""
 
     criterion: Criterion
     path: Path
     step: int
+
+    @property
+    def chosen(self) -> Step:
+        """The budget's step."""
+        return self.path[self.step]
 
 
 class TuneFold:
@@ -73,7 +43,6 @@ class TuneFold:
         features: (n, F) counting features of the same rows.
         settings: Budget and criteria.
         prior: Whether exit 0 is a head.
-        asked: Candidates that are paid for; None pays for the rows.
         by_depth: Every candidate costs its layer, whatever its tokens.
         criterion: The one criterion that is considered; None: those of the settings. One that cannot keep the budget is
             no curve.
@@ -89,47 +58,35 @@ class TuneFold:
         features: Floats,
         settings: ExitSettings,
         prior: bool,
-        asked: AskedScores | None = None,
         by_depth: bool = False,
         criterion: Criterion | None = None,
         shown: bool = False,
     ) -> None:
         self.settings, self.prior = settings, prior
         self.labels, self.users = scores["label"].to_numpy(), scores["user"].to_numpy()
-        layers = exit_layers_of(scores)
-        raw = raw_outputs(scores, features, layers, prior)
-        self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, prior)
-        self.outputs = self._calibrated(raw)
         self.tokens = _tokens(scores, by_depth)
-        self.asked: AskedCandidates | None = None
-        self._asked_users: np.ndarray[tuple[int], np.dtype[np.int64]] | None = None
-        if asked is not None:
-            outputs = self._calibrated(raw_outputs(asked.scores, asked.features, layers, prior))
-            request = asked.scores["request_id"].rank("dense").cast(pl.Int64).to_numpy()
-            self.asked = AskedCandidates(
-                outputs, torch.from_numpy(request.copy()), *_tokens(asked.scores, by_depth)
-            )
-            if not asked.scores["user"].null_count():
-                self._asked_users = asked.scores["user"].to_numpy()
-        criteria = settings.criteria() if criterion is None else [criterion]
-        self.curves = self._curves(criteria, shown)
+        # 1. calibrate every head
+        raw = raw_outputs(scores, features, exit_layers_of(scores), prior)
+        self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, prior)
+        self.outputs = HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence)
         self.rival = self.outputs.layers[rival_depth(self.outputs.logits, self.labels)]
+        # 2. every criterion's path, and the step that keeps the budget
+        criteria = settings.criteria() if criterion is None else [criterion]
+        self.curves = self._curves([deepcopy(criterion) for criterion in criteria], shown)
+        # 3. the best of them, or the one that is given
         forced = criterion is not None or settings.criterion is not None
         self.best = self.curves[0] if forced else max(self.curves, key=self._worth)
 
     def plan(self, step: int) -> ExitPlan:
         """The best criterion at one step of its path."""
-        thresholds = self.best.path.steps[step].thresholds
+        thresholds = self.best.path[step].thresholds
         policy = Policy(self.best.criterion, thresholds, self.outputs.layers)
         return ExitPlan(self.calibration, policy, self.prior)
 
-    def _calibrated(self, raw: HeadOutputs) -> HeadOutputs:
-        return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence)
-
-    def _curves(self, criteria: Sequence[Criterion], shown: bool) -> list[Curve]:
-        paths = [self._path(deepcopy(criterion)) for criterion in criteria]
+    def _curves(self, criteria: list[Criterion], shown: bool) -> list[Curve]:
+        paths = [self._path(criterion) for criterion in criteria]
         kept, reason = list[Curve](), None
-        for criterion, path, bounds in paths:
+        for criterion, (path, bounds) in zip(criteria, paths, strict=True):
             try:
                 step = pick_budget(path, self.settings.max_auc_drop, self.settings.max_cost, bounds)
             except BudgetNotKept as error:
@@ -140,47 +97,28 @@ class TuneFold:
             return kept
         if not shown:
             raise reason
-        return [Curve(criterion, path, len(path.steps) - 1) for criterion, path, _ in paths]
+        return [Curve(c, path, len(path) - 1) for c, (path, _) in zip(criteria, paths, strict=True)]
 
-    def _path(self, criterion: Criterion) -> tuple[Criterion, Path, list[float] | None]:
-        """The criterion, fitted; its path; and an upper bound of each step's drop where the budget asks for one."""
+    def _path(self, criterion: Criterion) -> tuple[Path, list[float] | None]:
+        """Fits the criterion; its path; and an upper bound of each step's drop where the budget asks for one."""
         fresh = deepcopy(criterion)
         criterion.fit(self.outputs)
-        safety, paid = self._safety(criterion, fresh)
-        path = threshold_path(
-            safety,
-            self.outputs.logits,
-            self.labels,
-            self.outputs.layers,
-            *self.tokens,
-            stream=self.settings.stream,
-            asked=None if self.asked is None or paid is None else self.asked.with_safety(paid),
+        # rows that a criterion learned from look surer to it than others will
+        safety = (
+            out_of_fold_safety(lambda: deepcopy(fresh), self.outputs, self.users)
+            if criterion.learns
+            else safety_table(criterion, self.outputs)
         )
-        bounds, doubt = None, self.settings.budget_doubt
-        if doubt < 0.5 and self.settings.max_auc_drop is not None:
-            bounds = drop_bounds(path, safety, self.outputs.logits, self.labels, self.users, doubt)
-        return criterion, path, bounds
-
-    def _safety(self, criterion: Criterion, fresh: Criterion) -> tuple[Tensor, Tensor | None]:
-        """Of the rows and of the candidates asked for, out of sample where the criterion learns.
-
-        Candidates of unknown users are scored by the criterion that saw all of tune. They have no labels, and it learns
-        from scores only, but rows of the same users among its fit make it look a little surer than it will be.
-        """
-        asked, users = None if self.asked is None else self.asked.outputs, self._asked_users
-        if not criterion.learns:
-            return safety_table(criterion, self.outputs), None if asked is None else safety_table(
-                criterion, asked
-            )
-        folds = FoldCriteria(lambda: deepcopy(fresh), self.outputs, self.users)
-        safety = folds.safety(self.outputs, self.users)
-        if asked is None:
-            return safety, None
-        return safety, safety_table(criterion, asked) if users is None else folds.safety(asked, users)
+        about = safety, self.outputs.logits, self.labels
+        path = threshold_path(*about, self.outputs.layers, *self.tokens, stream=self.settings.stream)
+        doubt = self.settings.budget_doubt
+        if doubt == 0.5 or self.settings.max_auc_drop is None:
+            return path, None
+        return path, drop_bounds(path, *about, self.users, doubt)
 
     def _worth(self, curve: Curve) -> tuple[float, float]:
         """Cheaper is better where an AUC drop is the budget, a higher AUC where the cost is."""
-        point = curve.path.steps[curve.step]
+        point = curve.chosen
         return (point.auc, -point.cost) if self.settings.max_auc_drop is None else (-point.cost, point.auc)
 
 
@@ -188,8 +126,6 @@ def budget_plan(
     scores: pl.DataFrame,
     features: Floats,
     settings: ExitSettings,
-    asked_scores: pl.DataFrame | None = None,
-    asked_features: Floats | None = None,
     by_depth: bool = False,
     criterion: Criterion | None = None,
 ) -> ExitPlan:
@@ -199,9 +135,6 @@ def budget_plan(
         scores: Score table of validation, with its folds.
         features: (n, F) counting features of the same rows.
         settings: Budget, criteria, prior, and whether the stream is paid for.
-        asked_scores: Score table of the candidates of requests of the fold tune (`score_every_head`): what is paid for.
-            None pays for the labelled rows, each a request of one candidate.
-        asked_features: (m, F) counting features of these candidates.
         by_depth: Pay for the mean layer at which candidates leave instead of token-layers.
         criterion: The criterion to use; None: the settings'.
 
@@ -210,14 +143,9 @@ def budget_plan(
         ConfigError: A budget that no step keeps.
     """
     check_folds(scores, ("tune",))
-    if (asked_scores is None) != (asked_features is None):
-        raise DataError("asked_scores and asked_features belong together: give both or neither")
-    asked = (
-        None if asked_scores is None or asked_features is None else AskedScores(asked_scores, asked_features)
-    )
     chosen = (scores["fold"] == "tune").fill_null(False).to_numpy()
     prior = settings.prior == "counting"
-    tune = TuneFold(scores.filter(chosen), features[chosen], settings, prior, asked, by_depth, criterion)
+    tune = TuneFold(scores.filter(chosen), features[chosen], settings, prior, by_depth, criterion)
     return tune.plan(tune.best.step)
 
 

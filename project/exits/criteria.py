@@ -172,45 +172,13 @@ def out_of_fold_safety(
     Raises:
         DataError: Fewer users than folds.
     """
-    return FoldCriteria(make, outputs, users, folds, seed).safety(outputs, users)
-
-
-class FoldCriteria:
-    """Criteria that were each fitted on some users of tune, so that every user has one that never saw it.
-
-    Arguments as in `out_of_fold_safety`.
-
-    Raises:
-        DataError: Fewer users than folds.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[], Criterion],
-        outputs: HeadOutputs,
-        users: ArrayLike,
-        folds: int = 2,
-        seed: int = 0,
-    ) -> None:
-        part = _user_folds(users, folds, seed)
-        self._part = dict(zip(np.asarray(users).tolist(), part.tolist(), strict=True))
-        self._criteria = [make() for _ in range(folds)]
-        for fold, criterion in enumerate(self._criteria):
-            criterion.fit(outputs.rows(torch.from_numpy(part != fold).to(outputs.logits.device)))
-
-    def safety(self, outputs: HeadOutputs, users: ArrayLike) -> Tensor:
-        """(m, K) safety of any rows, each by a criterion that saw no row of its user.
-
-        Args:
-            outputs: The m rows, of tune or of other requests.
-            users: (m,) as those of the fit; users that tune does not know are new to every criterion.
-        """
-        known = [self._part.get(user, 0) for user in np.asarray(users).tolist()]
-        part = torch.tensor(known, dtype=torch.int64, device=outputs.logits.device)
-        table = torch.empty_like(outputs.logits)
-        for fold, criterion in enumerate(self._criteria):
-            table[part == fold] = safety_table(criterion, outputs.rows(part == fold))
-        return table
+    part = torch.from_numpy(_user_folds(users, folds, seed)).to(outputs.logits.device)
+    table = torch.empty_like(outputs.logits)
+    for fold in range(folds):
+        criterion = make()
+        criterion.fit(outputs.rows(part != fold))
+        table[part == fold] = safety_table(criterion, outputs.rows(part == fold))
+    return table
 
 
 def _user_folds(users: ArrayLike, folds: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -1,9 +1,4 @@
-"""From nobody leaves early to everybody leaves at once: a one-parameter path of thresholds, fitted on `tune`.
-
-Unusual here: what is saved is counted in the currency of real requests where there are any. A shared stream runs until
-the last candidate of its request has left, so thresholds that pay for requests of one candidate leave most of the work
-of a request of 64 where it was; given the candidates of such requests, the search pays for these.
-"""
+"""From nobody leaves early to everybody leaves at once: a one-parameter path of thresholds, fitted on `tune`."""
 
 from __future__ import annotations
 
@@ -20,18 +15,7 @@ from project.errors import ConfigError, DataError
 from project.exits.cost import Stream, row_tokens
 from project.exits.policies import leave
 from project.exits.risks import auc_gap
-from project.exits.search import (
-    FAR_JUMPS,
-    Bill,
-    Floats,
-    Judge,
-    Member,
-    Search,
-    request_bill,
-    request_ladder,
-    row_bill,
-    row_ladder,
-)
+from project.exits.search import Floats, Member, Search, threshold_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +24,12 @@ class Step:
 
     Attributes:
         thresholds: (K,) float64, last one -inf.
-        cost: Token-layers relative to full depth, in [0, 1]: of the candidates asked for, else of the rows.
-        mean_depth: Mean layer at which these candidates, or rows, leave.
+        cost: Token-layers relative to full depth, in [0, 1].
+        mean_depth: Mean layer at which rows leave.
         auc: AUC by labels.
         auc_drop: AUC of full depth minus `auc`.
         expected_auc: AUC if labels were drawn from the teacher's probabilities; it falls from step to step, but
-            for the first step: leaving early can be better than full depth. Where candidates are asked for, the
-            worse of the changes of `auc` and of this falls instead.
+            for the first step: leaving early can be better than full depth.
     """
 
     thresholds: Tensor
@@ -61,34 +44,8 @@ class Step:
         return {"cost": self.cost, "mean_depth": self.mean_depth, "auc": self.auc, "auc_drop": self.auc_drop}
 
 
-@dataclass(frozen=True, eq=False)
-class Path:
-    """Steps of falling cost; the first is full depth, where nobody leaves early."""
-
-    steps: tuple[Step, ...]
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, index: int) -> Step:
-        return self.steps[index]
-
-
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """Candidates of real requests: what a policy is paid for. They need no labels.
-
-    Attributes:
-        safety: (m, K) safety of the candidates.
-        request: (m,) request of each, any integers.
-        target_tokens: (m,) tokens of a candidate's own.
-        stream_tokens: (m,) tokens of its request's stream.
-    """
-
-    safety: Tensor
-    request: Tensor
-    target_tokens: Tensor
-    stream_tokens: Tensor
+Path = tuple[Step, ...]
+"""Steps of falling cost; the first is full depth, where nobody leaves early."""
 
 
 def threshold_path(
@@ -100,17 +57,11 @@ def threshold_path(
     stream_tokens: Tensor,
     stream: Stream = "cold",
     steps: int = 20,
-    asked: Asked | None = None,
 ) -> Path:
     """Greedy by cost saved per expected AUC lost, then pruned to what nothing cheaper and better dominates.
 
     A move opens one head further: to one of its next shares of safest rows, or to everybody. Rows of one move
     only ever leave earlier. "Everyone leaves at k" competes for every k at which the criterion can decide.
-
-    With `asked` the cost is that of whole requests (`request_cost`). Heads then also open to what lets a share of the
-    requests go as a whole, and "everyone leaves at k" is added to every member found: nothing else stops a cold
-    stream for certain. Members of the path of one-candidate requests compete too, and what is pruned is judged as
-    `pick_budget` judges it, so that path's pick is never cheaper at the same budget.
 
     Args:
         safety: (n, K) safety of the rows of `tune`, out-of-fold where the criterion learns.
@@ -121,7 +72,6 @@ def threshold_path(
         stream_tokens: (n,) tokens of its stream.
         stream: Whether the stream's tokens are paid for ("cold").
         steps: Shares per head; they are denser where few rows leave.
-        asked: Candidates that are paid for instead of the rows; None pays for the rows as requests of one candidate.
 
     Returns:
         Steps of falling cost, the first of which is full depth (nobody leaves early).
@@ -130,33 +80,16 @@ def threshold_path(
         DataError: One class, or safety that is NaN.
     """
     _check(safety, labels, layers)
-    known, depths = _numbers(safety), np.asarray(layers, dtype=np.float64)
-    judge = Judge(known, _numbers(scores), np.asarray(labels, dtype=np.float64))
-    bill = row_bill(known, depths, _numbers(row_tokens(target_tokens, stream_tokens, stream)))
-    ladders = [row_ladder(known[:, head], steps) for head in range(len(layers) - 1)]
-    search = Search(judge, bill)
-    members = [*search.greedy(ladders), *search.static(ladders)]
-    if asked is None:
-        return _pruned(members, judge, depths)
-    _check(asked.safety, labels, layers)
-    bill, request = _request_bill(asked, depths, stream), asked.request.cpu().numpy()
-    search = Search(judge, bill)
-    wider = [
-        request_ladder(ladder, bill.safety[:, head], request, steps) for head, ladder in enumerate(ladders)
-    ]
-    members = [*search.greedy(wider, FAR_JUMPS), *(search.member(m.thresholds) for m in members)]
-    return _pruned([*members, *search.capped(members, ladders)], judge, depths, as_budgets_do=True)
+    depths, tokens = np.asarray(layers, dtype=np.float64), row_tokens(target_tokens, stream_tokens, stream)
+    known = safety.detach().double().cpu()
+    search = Search(known, _numbers(scores), np.asarray(labels, dtype=np.float64), depths, _numbers(tokens))
+    grids = [threshold_grid(known[:, head].numpy(), steps) for head in range(len(layers) - 1)]
+    return _pruned([*search.greedy(grids), *search.static(grids)], search, depths)
 
 
 def _numbers(values: Tensor) -> Floats:
     found: Floats = values.detach().double().cpu().numpy()
     return found
-
-
-def _request_bill(asked: Asked, layers: Floats, stream: Stream) -> Bill:
-    shared = _numbers(asked.stream_tokens) * (stream == "cold")
-    request = asked.request.cpu().numpy()
-    return request_bill(_numbers(asked.safety), layers, request, _numbers(asked.target_tokens), shared)
 
 
 def _check(safety: Tensor, labels: ArrayLike, layers: Sequence[int]) -> None:
@@ -208,7 +141,7 @@ def pick_budget(
         raise ConfigError(f"exits.max_cost is {max_cost}; expected a share of full depth above 0, at most 1")
     kept = [
         i
-        for i, step in enumerate(path.steps)
+        for i, step in enumerate(path)
         if (max_cost is None or step.cost <= max_cost)
         and (
             max_auc_drop is None
@@ -245,38 +178,25 @@ def drop_bounds(
     """
     rows, full, z = torch.arange(len(scores)), scores[:, -1], float(norm.ppf(1.0 - doubt))
     bounds = []
-    for step in path.steps:
+    for step in path:
         adaptive = scores[rows, leave(safety, step.thresholds)]
         gap, error = auc_gap(adaptive.numpy(), full.numpy(), labels, users)
         bounds.append(gap + z * error)
     return bounds
 
 
-def _pruned(members: list[Member], judge: Judge, layers: Floats, as_budgets_do: bool = False) -> Path:
-    """Full depth, then by falling cost what loses less AUC than everything cheaper.
-
-    Args:
-        members: The first is full depth.
-        judge: Of the rows.
-        layers: (K,).
-        as_budgets_do: The loss is the larger of the losses of AUC by labels and of expected AUC, not the latter alone.
-    """
+def _pruned(members: list[Member], search: Search, layers: Floats) -> Path:
+    """Full depth, the first member, then by falling cost what has more expected AUC than all that is cheaper."""
     full = members[0]
-    best = judge.auc(full.exits)
+    best = search.auc(full)
 
-    def step(member: Member, value: float) -> Step:
-        thresholds = torch.from_numpy(np.append(member.thresholds, -np.inf))
-        depth = float(layers[member.paid].mean())
-        return Step(thresholds, member.cost, depth, value, best - value, member.expected_auc)
+    def step(member: Member) -> Step:
+        value, depth = search.auc(member), float(layers[member.exits].mean())
+        return Step(member.thresholds, member.cost, depth, value, best - value, member.expected_auc)
 
-    kept, least = list[Step](), np.inf
+    kept, most = list[Step](), -np.inf
     for member in sorted(members[1:], key=lambda m: (m.cost, -m.expected_auc)):
-        loss = full.expected_auc - member.expected_auc
-        if member.cost >= full.cost or loss >= least:
-            continue
-        value = judge.auc(member.exits)
-        loss = max(loss, best - value) if as_budgets_do else loss
-        if loss < least:
-            kept.append(step(member, value))
-            least = loss
-    return Path((step(full, best), *reversed(kept)))
+        if member.cost < full.cost and member.expected_auc > most:
+            kept.append(step(member))
+            most = member.expected_auc
+    return (step(full), *reversed(kept))

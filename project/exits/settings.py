@@ -35,9 +35,6 @@ class ExitSettings:
             takes the estimate on `tune` as it is; less asks for an upper bound below the budget, and is slower.
         max_cost: Budget: share of full depth's token-layers that may be spent; None sets no limit.
         stream: Whether a request's history runs with it (cold) or is cached (warm): what a token costs.
-        candidates: Candidates of the requests that thresholds are optimised for; 1 takes the labelled rows as they
-            are, more scores catalogue requests of the fold tune for it (needs a split by time).
-        requests: Number of these requests, where candidates is above 1.
         certificate: What is promised, and how it is tested on the `certify` fold.
     """
 
@@ -49,8 +46,6 @@ class ExitSettings:
     budget_doubt: float = 0.5
     max_cost: float | None = None
     stream: Stream = "cold"
-    candidates: int = 1
-    requests: int = 64
     certificate: CertificateSettings = field(
         # of the user-wise tests of an AUC gap, the only one with power at a few hundred users; says "asymptotic"
         default_factory=lambda: CertificateSettings(risk="auc_gap", epsilon=0.02, certifier="delong")
@@ -72,9 +67,6 @@ class ExitSettings:
             raise ConfigError(f"exits.max_cost is {self.max_cost}; expected a share above 0 and at most 1.")
         for criterion in filter(None, [self.criterion, *(self.compare or [])]):
             try_out(criterion, prior=self.prior == "counting")
-        for key, value in (("candidates", self.candidates), ("requests", self.requests)):
-            if value < 1:
-                raise ConfigError(f"exits.{key} is {value}; expected 1 or more.")
 
     def criteria(self) -> list[Criterion]:
         """The criteria to compare, the deciding one first if it is set."""

@@ -1,3 +1,4 @@
+import itertools
 from functools import cache
 
 import numpy as np
@@ -38,7 +39,7 @@ def fit(criterion, world, stream="cold", steps=20):
 
 def simulated(rows, criterion, path):
     """Points of a path's policies on rows, every policy asked head by head, as an engine asks."""
-    return curve(rows, [Policy(criterion, step.thresholds, rows.outputs.layers) for step in path.steps])
+    return curve(rows, [Policy(criterion, step.thresholds, rows.outputs.layers) for step in path])
 
 
 def true_aucs(path, criterion, world, outputs, costs=COSTS):
@@ -47,7 +48,7 @@ def true_aucs(path, criterion, world, outputs, costs=COSTS):
     layers = torch.tensor(world.layers)
     safety = safety_table(criterion, outputs)
     points = []
-    for step in path.steps:
+    for step in path:
         exits = leave(safety, step.thresholds)
         cost = float((layers[exits] * tokens).sum() / (12 * tokens.sum()))
         points.append((cost, world.true_auc(outputs.logits.gather(1, exits[:, None])[:, 0])))
@@ -63,18 +64,16 @@ class TestPath:
         assert path[0].thresholds.tolist() == [torch.inf] * 6 + [-torch.inf]
         assert (path[0].cost, path[0].mean_depth, path[0].auc_drop) == (pytest.approx(1), 12, 0)
         assert len(path) > 20
-        assert all(a.cost > b.cost for a, b in zip(path.steps, path.steps[1:], strict=False))
-        assert all(
-            a.expected_auc > b.expected_auc for a, b in zip(path.steps[1:], path.steps[2:], strict=False)
-        )
-        assert all(step.thresholds[-1] == -torch.inf for step in path.steps)
+        assert all(a.cost > b.cost for a, b in itertools.pairwise(path))
+        assert all(a.expected_auc > b.expected_auc for a, b in itertools.pairwise(path))
+        assert all(step.thresholds[-1] == -torch.inf for step in path)
 
     @pytest.mark.parametrize("stream", ["cold", "warm"])
     def test_steps_say_what_the_policy_does(self, tune, stream):
         """Cost, mean depth, AUC and drop of every step are those of a simulation of its policy."""
         outputs, _, path = fit(CONSISTENCY, tune, stream, steps=8)
         found = simulated(ScoredRows(outputs, tune.labels, *tune.tokens, stream), CONSISTENCY, path)
-        for step, point in zip(path.steps, found, strict=True):
+        for step, point in zip(path, found, strict=True):
             assert step.point() == pytest.approx(point, abs=1e-9)
 
     @pytest.mark.parametrize("criterion", [CONSISTENCY, RATIO])
@@ -87,7 +86,7 @@ class TestPath:
             static = tune.layers[k] / 12
             expected = _expected_auc(outputs.logits[:, k], outputs, tune)
             assert torch.equal(leave(safety, limits), torch.full((1500,), k))
-            assert any(s.cost <= static + 1e-9 and s.expected_auc >= expected - 1e-9 for s in path.steps)
+            assert any(s.cost <= static + 1e-9 and s.expected_auc >= expected - 1e-9 for s in path)
 
     def test_ends_where_everyone_leaves_first(self, tune):
         """The fastest step costs what the first head that can decide costs: layer 2 of 12, or nothing at exit 0."""
@@ -101,7 +100,7 @@ class TestPath:
         safety = torch.stack([torch.arange(300) % 3, torch.zeros(300)], dim=1)
         tokens = torch.ones(300)
         path = threshold_path(safety, scores, scores[:, 1] > 0, (0, 4), tokens, tokens)
-        assert {round(step.cost, 6) for step in path.steps} <= {0.0, round(1 / 3, 6), round(2 / 3, 6), 1.0}
+        assert {round(step.cost, 6) for step in path} <= {0.0, round(1 / 3, 6), round(2 / 3, 6), 1.0}
         assert len(path) >= 2
 
     def test_refuses_what_it_cannot_judge(self, tune):
@@ -123,7 +122,7 @@ class TestBudget:
         chosen = pick_budget(path, max_auc_drop=0.002)
         assert path[chosen].auc_drop <= 0.002
         assert 0 < chosen < len(path) - 1
-        for faster in path.steps[chosen + 1 :]:
+        for faster in path[chosen + 1 :]:
             assert max(faster.auc_drop, path[0].expected_auc - faster.expected_auc) > 0.002
         assert path[pick_budget(path, max_auc_drop=0.0)].auc >= path[0].auc
         assert pick_budget(path, max_auc_drop=1.0) == len(path) - 1
@@ -133,9 +132,9 @@ class TestBudget:
         outputs, safety, path = fit(LEARNED, tune)
         about = (path, safety, outputs.logits, tune.labels, tune.users)
         even, sure = (np.array(drop_bounds(*about, doubt)) for doubt in (0.5, 0.1))
-        assert even == pytest.approx([step.auc_drop for step in path.steps], abs=1e-9)
+        assert even == pytest.approx([step.auc_drop for step in path], abs=1e-9)
         errors = []
-        for step in path.steps:
+        for step in path:
             adaptive = outputs.logits.gather(1, leave(safety, step.thresholds)[:, None])[:, 0]
             full = outputs.logits[:, -1]
             errors.append(auc_gap(adaptive.numpy(), full.numpy(), tune.labels, tune.users)[1])
