@@ -85,7 +85,9 @@ class ExitCalibration(ExitSettings, pl.Callback):
         head = result_head("calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed)
         tune = (scores["fold"] == "tune").to_numpy()
         rows = PlannedRows(plans.plan, scores.filter(tune), features[tune], self.stream)
-        adaptive = {"split": "valid", "fold": "tune", **adaptive_summary(plans, rows)}
+        adaptive = {"split": "valid", "fold": "tune", **adaptive_summary(plans, rows)} | plans.document[
+            "adaptive"
+        ]
         result = head | plans.document | {"adaptive": adaptive}
         if trainer.is_global_zero:
             write_json(folder / "results" / "calibrate.json", result)

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
 from project.artefacts import exit_layers_of
-from project.errors import DataError
+from project.errors import ConfigError, DataError
 from project.exits.calibration import fit_calibration
 from project.exits.criteria import Criterion, out_of_fold_safety, safety_table
 from project.exits.outputs import HeadOutputs
-from project.exits.path import BudgetNotKept, Path, Step, drop_bounds, pick_budget, threshold_path
+from project.exits.path import Path, Step, bound_margins, budget_steps, threshold_path, user_drops
 from project.exits.plan import ExitPlan, Floats, raw_outputs
 from project.exits.policies import Policy
+from project.exits.search import Ints
 from project.exits.settings import ExitSettings
 from project.exits.simulate import rival_depth
+
+DRAWS = 1000  # resamples of users behind the correction
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """One criterion, fitted on tune, with its path and the step that the budget chose."""
+    """One criterion, fitted on tune.
+
+    Attributes:
+        criterion: Fitted.
+        path: S steps.
+        step: The one that the budget chose.
+        drops: (S,) AUC drops by labels, as tune tells them.
+        influences: (S, U) of the users, see `user_drops`.
+    """
 
     criterion: Criterion
     path: Path
     step: int
+    drops: Floats
+    influences: Floats
 
     @property
     def chosen(self) -> Step:
@@ -49,7 +64,7 @@ class TuneFold:
         shown: For comparison only: where nobody keeps the budget, everyone's fastest step.
 
     Raises:
-        BudgetNotKept: Nobody keeps the budget.
+        ConfigError: Nobody keeps the budget.
     """
 
     def __init__(
@@ -71,11 +86,18 @@ class TuneFold:
         self.outputs = HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence)
         self.rival = self.outputs.layers[rival_depth(self.outputs.logits, self.labels)]
         # 2. every criterion's path, and the step that keeps the budget
+        self._forced = criterion is not None or settings.criterion is not None
         criteria = settings.criteria() if criterion is None else [criterion]
-        self.curves = self._curves([deepcopy(criterion) for criterion in criteria], shown)
+        self._paths = 1 if self._forced else len(criteria)
+        curves = [self._curve(deepcopy(criterion)) for criterion in criteria]
+        decide = curves[: self._paths]
+        self.curves = [curve for curve in curves if curve.step >= 0]
+        if all(curve.step < 0 for curve in decide):
+            if not shown:
+                raise self._not_kept(decide)
+            self.curves = [replace(curve, step=len(curve.path) - 1) for curve in curves]
         # 3. the best of them, or the one that is given
-        forced = criterion is not None or settings.criterion is not None
-        self.best = self.curves[0] if forced else max(self.curves, key=self._worth)
+        self.best = self.curves[0] if self._forced else max(self.curves, key=self._worth)
 
     def plan(self, step: int) -> ExitPlan:
         """The best criterion at one step of its path."""
@@ -83,24 +105,47 @@ class TuneFold:
         policy = Policy(self.best.criterion, thresholds, self.outputs.layers)
         return ExitPlan(self.calibration, policy, self.prior)
 
-    def _curves(self, criteria: list[Criterion], shown: bool) -> list[Curve]:
-        paths = [self._path(criterion) for criterion in criteria]
-        kept, reason = list[Curve](), None
-        for criterion, (path, bounds) in zip(criteria, paths, strict=True):
-            try:
-                step = pick_budget(path, self.settings.max_auc_drop, self.settings.max_cost, bounds)
-            except BudgetNotKept as error:
-                reason = error
-            else:
-                kept.append(Curve(criterion, path, step))
-        if reason is None or kept:
-            return kept
-        if not shown:
-            raise reason
-        return [Curve(c, path, len(path) - 1) for c, (path, _) in zip(criteria, paths, strict=True)]
+    def corrected(self) -> dict[str, Any]:
+        """AUC drop of the budget's policy, corrected for having been chosen on the users who tell it.
 
-    def _path(self, criterion: Criterion) -> tuple[Path, list[float] | None]:
-        """Fits the criterion; its path; and an upper bound of each step's drop where the budget asks for one."""
+        Where users are drawn anew and the choice among the same paths is made again, the chosen policy is told to lose
+        less than it does on the users at hand. That difference is taken off what tune tells.
+
+        Returns:
+            `auc_drop_corrected`, and `auc_drop_corrected_interval`, the basic bootstrap's 95 %.
+        """
+        users, told = self.best.influences.shape[1], float(self.best.drops[self.best.step])
+        times = np.random.default_rng(0).multinomial(users, np.full(users, 1 / users), size=DRAWS)
+        cost, loss, error = (np.full((len(self.curves), DRAWS), np.inf) for _ in range(3))
+        for row, curve in enumerate(self._contenders()):
+            drops = curve.drops + times @ curve.influences.T
+            step = self._steps(curve.path, drops, curve.influences)
+            kept = step >= 0
+            at = np.arange(DRAWS)[kept], step[kept]
+            cost[row, kept] = np.array([s.cost for s in curve.path])[step[kept]]
+            loss[row, kept] = drops[at]
+            error[row, kept] = drops[at] - curve.drops[step[kept]]
+        first, second = (loss, cost) if self.settings.max_auc_drop is None else (cost, loss)
+        best = np.lexsort((second, first), axis=0)[0]
+        errors = error[best, np.arange(DRAWS)]
+        errors = errors[np.isfinite(errors)]
+        low, high = np.quantile(errors, [0.025, 0.975])
+        return {
+            "auc_drop_corrected": told - float(errors.mean()),
+            "auc_drop_corrected_interval": [told - float(high), told - float(low)],
+        }
+
+    def _contenders(self) -> list[Curve]:
+        return [self.best] if self._forced else self.curves
+
+    def _steps(self, path: Path, drops: Floats, influences: Floats) -> Ints:
+        """(D,) the budget's step by each row of drops (D, S); -1 where none keeps it."""
+        # each of the paths that compete for the choice is walked at its share of alpha (Bonferroni)
+        margins = bound_margins(influences, self.settings.alpha / self._paths)
+        return budget_steps(path, drops + margins, self.settings.max_auc_drop, self.settings.max_cost)
+
+    def _curve(self, criterion: Criterion) -> Curve:
+        """Fits the criterion; its path and the budget's step, -1 where none keeps it."""
         fresh = deepcopy(criterion)
         criterion.fit(self.outputs)
         # rows that a criterion learned from look surer to it than others will
@@ -111,10 +156,17 @@ class TuneFold:
         )
         about = safety, self.outputs.logits, self.labels
         path = threshold_path(*about, self.outputs.layers, *self.tokens, stream=self.settings.stream)
-        doubt = self.settings.budget_doubt
-        if doubt == 0.5 or self.settings.max_auc_drop is None:
-            return path, None
-        return path, drop_bounds(path, *about, self.users, doubt)
+        drops, influences = user_drops(path, *about, self.users)
+        step = int(self._steps(path, drops[None], influences)[0])
+        return Curve(criterion, path, step, drops, influences)
+
+    def _not_kept(self, curves: list[Curve]) -> ConfigError:
+        fastest = min((curve.path[-1] for curve in curves), key=lambda step: step.cost)
+        return ConfigError(
+            f"no exit policy keeps exits.max_cost {self.settings.max_cost} and exits.max_auc_drop "
+            f"{self.settings.max_auc_drop}: the fastest costs {fastest.cost:.3f} of full depth and drops "
+            f"{fastest.auc_drop:.4f} of AUC; raise one of them"
+        )
 
     def _worth(self, curve: Curve) -> tuple[float, float]:
         """Cheaper is better where an AUC drop is the budget, a higher AUC where the cost is."""

@@ -70,6 +70,7 @@ def calibrate(
         "certified": None if last is None else _certified(tune, last, step, further, settings),
         "ledger": ledger,
         "priors": {key: _prior_row(value) for key, value in by_prior.items()},
+        "adaptive": tune.corrected() if settings.mode == "budget" else {},
     }
     return Plans(
         plan=tune.plan(step),

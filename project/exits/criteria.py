@@ -19,10 +19,12 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from project.counting import FEATURES
 from project.errors import ConfigError, DataError
 from project.exits.checks import checked
 from project.exits.outputs import HeadOutputs
 
+ITEM_ROWS = FEATURES.index("item_rows")
 QUANTILES = 1001  # points of a frozen distribution: its error is below .001 in quantile
 
 
@@ -137,6 +139,17 @@ class RatioConsistency(Consistency):
         ratio = _quantile_of(Ratio().safety(outputs), self._tensor("ratio_quantiles")[head])
         consistency = _quantile_of(super().safety(outputs), self._tensor("consistency_quantiles")[head])
         return torch.minimum(ratio, consistency)
+
+
+class ItemCount(Criterion):
+    """log(1 + number of the item's earlier rows): exit 0 knows an item that was seen often, a new one goes on.
+
+    Logits are not read: at every head a threshold says how many rows are enough.
+    """
+
+    def safety(self, outputs: HeadOutputs) -> Tensor:
+        """(n,) at least 0, the same at every head."""
+        return outputs.evidence[:, ITEM_ROWS]
 
 
 def name(criterion: Criterion) -> str:

@@ -32,7 +32,7 @@ def asked_of_fold(settings: ExitSettings) -> dict[str, Any]:
     if (
         settings.mode == "budget" or len(compared) > 1
     ):  # risk walks the whole path of a criterion that is given
-        found |= {key: getattr(settings, key) for key in ("max_auc_drop", "budget_doubt", "max_cost")}
+        found |= {key: getattr(settings, key) for key in ("max_auc_drop", "alpha", "max_cost")}
     found |= {f"certificate.{key}": value for key, value in asdict(settings.certificate).items()}
     return {f"exits.{key}": value for key, value in found.items()}
 

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike
-from scipy.stats import norm
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
+from scipy.stats import t as student
 from torch import Tensor
 
-from project.errors import ConfigError, DataError
+from project.errors import DataError
 from project.exits.cost import Stream, row_tokens
 from project.exits.policies import leave
-from project.exits.risks import auc_gap
-from project.exits.search import Floats, Member, Search, threshold_grid
+from project.exits.search import Floats, Ints, Member, Search, threshold_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,82 +106,94 @@ def _check(safety: Tensor, labels: ArrayLike, layers: Sequence[int]) -> None:
         )
 
 
-class BudgetNotKept(ConfigError):
-    """No step of a path keeps the budget."""
+def budget_steps(path: Path, drops: Floats, max_auc_drop: float | None, max_cost: float | None) -> Ints:
+    """The step that a budget chooses, for each of D opinions on what the steps lose; -1 where none keeps it.
 
-
-def pick_budget(
-    path: Path,
-    max_auc_drop: float | None = None,
-    max_cost: float | None = None,
-    bounds: Sequence[float] | None = None,
-) -> int:
-    """Index of the step to use: the fastest that keeps the AUC, or the best that keeps the cost.
+    With `max_auc_drop` the path is walked from its safe end, and the first step whose drop or expected drop is larger
+    ends the walk: a luckier one behind it does not count. The last step before must keep `max_cost`, if there is one.
+    With `max_cost` alone it is the first step that costs no more, as AUC falls along the path.
 
     Args:
         path: From `threshold_path`.
-        max_auc_drop: Largest drop from full depth on `tune`, at least 0; the AUC by labels and the expected AUC
-            must both keep it. By labels alone the fastest step is the one with the luckiest labels.
-        max_cost: Largest share of full depth's token-layers, in (0, 1]. With `max_auc_drop` too, the fastest step
-            that keeps both; alone, the first step that costs no more, as AUC falls along the path.
-        bounds: Upper bound of each step's drop, see `drop_bounds`: it must keep `max_auc_drop` too.
+        drops: (D, S) AUC drop of the S steps, or an upper bound of it.
+        max_auc_drop: Largest drop of AUC, at least 0.
+        max_cost: Largest share of full depth's token-layers.
 
-    Raises:
-        ConfigError: No budget, or one out of range.
-        BudgetNotKept: One that no step keeps.
+    Returns:
+        (D,).
     """
-    if max_auc_drop is None and max_cost is None:
-        raise ConfigError(
-            "exits.max_auc_drop and exits.max_cost are both null; set one, for example max_auc_drop: 0.002"
-        )
-    if max_auc_drop is not None and not max_auc_drop >= 0:
-        raise ConfigError(f"exits.max_auc_drop is {max_auc_drop}; expected a drop of AUC of 0 or more")
-    if max_cost is not None and not 0 < max_cost <= 1:
-        raise ConfigError(f"exits.max_cost is {max_cost}; expected a share of full depth above 0, at most 1")
-    kept = [
-        i
-        for i, step in enumerate(path)
-        if (max_cost is None or step.cost <= max_cost)
-        and (
-            max_auc_drop is None
-            or max(
-                step.auc_drop,
-                path[0].expected_auc - step.expected_auc,
-                -np.inf if bounds is None else bounds[i],
-            )
-            <= max_auc_drop
-        )
-    ]
-    if not kept:
-        raise BudgetNotKept(
-            f"no exit policy keeps exits.max_cost {max_cost} and exits.max_auc_drop {max_auc_drop}: the fastest costs "
-            f"{path[-1].cost:.3f} of full depth and drops {path[-1].auc_drop:.4f} of AUC; raise one of them"
-        )
-    return kept[0] if max_auc_drop is None else kept[-1]
+    cost = np.array([step.cost for step in path])
+    if max_auc_drop is None:
+        affordable = np.flatnonzero(cost <= max_cost)
+        return np.full(len(drops), affordable[0] if affordable.size else -1)
+    expected = path[0].expected_auc - np.array([step.expected_auc for step in path])
+    broken = np.maximum(drops, expected) > max_auc_drop
+    broken[:, 0] = False  # full depth loses nothing
+    last: Ints = np.where(broken.any(axis=1), broken.argmax(axis=1), len(path)) - 1
+    return last if max_cost is None else np.where(cost[last] <= max_cost, last, -1)
 
 
-def drop_bounds(
-    path: Path, safety: Tensor, scores: Tensor, labels: ArrayLike, users: ArrayLike, doubt: float
-) -> list[float]:
-    """Upper bound of each step's AUC drop: estimate and so many standard errors, users as units (`auc_gap`).
+def user_drops(
+    path: Path, safety: Tensor, scores: Tensor, labels: ArrayLike, users: ArrayLike
+) -> tuple[Floats, Floats]:
+    """AUC that each step loses against full depth, and every user's part in the error of that.
 
-    It bounds one step. The fastest of many that keep a budget is still a little luckier than it will be.
+    By structural components (DeLong et al. 1988) summed by user (Obuchowski 1997): in a sample where user u comes m_u
+    times, the drops are about drop + influence @ m.
 
     Args:
         path: From `threshold_path`.
         safety: (n, K) that the path was made with.
         scores: (n, K) calibrated logits.
-        labels: (n,) 0 or 1, both at least twice.
-        users: (n,).
-        doubt: Chance that a drop is above its bound, normal approximation.
+        labels: (n,) 0 or 1.
+        users: (n,), U of them.
+
+    Returns:
+        (S,) and (S, U); influences of a step sum to 0.
     """
-    rows, full, z = torch.arange(len(scores)), scores[:, -1], float(norm.ppf(1.0 - doubt))
-    bounds = []
+    positive, (_, user) = np.asarray(labels) == 1, np.unique(np.asarray(users), return_inverse=True)
+    full = _components(_numbers(scores[:, -1]), positive)
+    drops, influences = list[float](), list[Floats]()
     for step in path:
-        adaptive = scores[rows, leave(safety, step.thresholds)]
-        gap, error = auc_gap(adaptive.numpy(), full.numpy(), labels, users)
-        bounds.append(gap + z * error)
-    return bounds
+        adaptive = scores.gather(1, leave(safety, step.thresholds)[:, None]).squeeze(1)
+        lost = full - _components(_numbers(adaptive), positive)
+        drop = float(lost[positive].mean())
+        away = (lost - drop) / np.where(positive, positive.sum(), (~positive).sum())
+        drops.append(drop)
+        influences.append(np.bincount(user, weights=away).astype(np.float64))
+    return np.array(drops), np.stack(influences)
+
+
+def bound_margins(influences: Floats, alpha: float) -> Floats:
+    """What is added to the drops (S,) so that each is an upper bound but for a chance of alpha: t over users.
+
+    Few users who are badly served make losses skewed to the right, where t alone is too low: Johnson (1978, Modified t
+    tests and confidence intervals for asymmetrical populations) adds skewness (1 + 2 t^2) / (6 sqrt(U)) errors.
+
+    Args:
+        influences: (S, U) from `user_drops`.
+        alpha: In (0, .5].
+    """
+    users = influences.shape[1]
+    if users < 2:
+        return np.where((influences**2).sum(axis=1) > 0, np.inf, 0.0)
+    variance = (influences**2).mean(axis=1)
+    third = (influences**3).mean(axis=1)
+    skewness = np.divide(third, variance**1.5, out=np.zeros_like(third), where=variance > 0)
+    quantile = float(student.ppf(1.0 - alpha, users - 1))
+    errors = np.sqrt(variance * users * users / (users - 1))
+    margins: Floats = errors * (quantile + skewness * (1 + 2 * quantile**2) / (6 * np.sqrt(users)))
+    return margins
+
+
+def _components(scores: Floats, positive: NDArray[np.bool_]) -> Floats:
+    """(n,) of a positive the share of negatives below it, of a negative the share of positives above it, ties half."""
+    rank = rankdata(scores)
+    found: Floats = np.empty_like(rank)
+    for own, sign in ((positive, 1.0), (~positive, -1.0)):
+        below = (rank[own] - rankdata(scores[own])) / (~own).sum()
+        found[own] = below if sign > 0 else 1.0 - below
+    return found
 
 
 def _pruned(members: list[Member], search: Search, layers: Floats) -> Path:

@@ -71,7 +71,7 @@ class Policy:
             return torch.ones_like(outputs.logits[:, -1], dtype=torch.bool)
         safety = self.criterion.safety(outputs)
         here_or_later = torch.stack([safety, torch.full_like(safety, torch.inf)], dim=1)
-        return leave(here_or_later, self.thresholds[[head, -1]]) == 0
+        return leave(here_or_later, torch.stack([self.thresholds[head], self.thresholds[-1]])) == 0
 
     def exits(self, outputs: HeadOutputs) -> Tensor:
         """Index of the head at which each of n rows leaves, (n,) int64; all K heads shown."""

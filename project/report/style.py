@@ -19,6 +19,7 @@ COLOURS = {
     "learned": "#D55E00",
     "ratio": "#E69F00",
     "ratio_consistency": "#CC79A7",
+    "item_count": "#009E73",
     "fixed_depth": "#000000",
     "random": "#999999",
     "oracle": "#6A4C93",

@@ -47,7 +47,7 @@ def scores(new_world: Callable[..., Any]) -> pl.DataFrame:
 
 
 def settings(**changes: Any) -> ExitSettings:
-    return ExitSettings(**{"compare": [Ratio(), Consistency()], **changes})
+    return ExitSettings(**{"compare": [Ratio(), Consistency()], "alpha": 0.5, **changes})
 
 
 def thresholds(plan: ExitPlan) -> list[float]:
@@ -234,6 +234,7 @@ def test_second_certificate(scores: pl.DataFrame) -> None:
     rescored = with_fold(scores, "certify", logit_2=pl.col("logit_2") + 1e-6)
     for change, words in (
         ({"mode": "risk"}, "exits.mode 'budget' -> 'risk'"),
+        ({"alpha": 0.2}, r"exits.alpha 0\.5 -> 0\.2"),
         ({"max_auc_drop": 0.01}, r"exits.max_auc_drop 0\.002 -> 0\.01"),
         ({"prior": "none"}, "exits.prior"),
     ):
