@@ -18,7 +18,7 @@ from rich.console import Console
 from project.artefacts import result_head, write_json, write_table
 from project.callbacks.exit_calibration import exit_calibration_of, features_of
 from project.callbacks.run_folder import current_run, data_of, will_be_saved
-from project.evaluation.adaptive import PlannedRows
+from project.evaluation.adaptive import PlannedRows, adaptive_summary
 from project.evaluation.exits import comparison, part_of, prior_rows
 from project.evaluation.slices import exit_scores_of, floor_scores_of, plan_scores_of, slice_rows
 from project.floors.against import AgainstFloor
@@ -200,7 +200,7 @@ def _adaptive(
         row |= shares.get(row["layer"], {})
     issued = calibration.issued
     promise = (issued["risk"], issued["unit"]) if "risk" in issued else None
-    summary = calibration.found.summary(planned, promise)
+    summary = adaptive_summary(calibration.found, planned, promise)
     found: dict[str, Any] = {}
     best = next((f for f in floors if f.name == content["best_floor"]), None)
     if best is not None:

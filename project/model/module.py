@@ -64,7 +64,7 @@ class ExitRecommender(ExitBuffers):
         answers: list[str] | None = None,
         numbers: bool = False,
     ) -> None:
-        super().__init__(heads=1 + len(exit_layers))
+        super().__init__()
         depth = num_layers if num_layers is not None else max(exit_layers, default=0)
         if not exit_layers or sorted(set(exit_layers)) != exit_layers or exit_layers[0] < 1:
             raise ConfigError(

@@ -9,18 +9,17 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from project.exits.certifiers import CertificateSettings
+from project.exits.certify import Certificate, certify
 
 from project.artefacts import score_table
-from project.callbacks.exit_calibration import Plans
 from project.errors import ConfigError, DataError
-from project.evaluation.adaptive import PlannedRows
+from project.evaluation.adaptive import PlannedRows, adaptive_summary
 from project.evaluation.metrics import probabilities
 from project.exits.budget import TuneFold
 from project.exits.calibrate import calibrate
-from project.exits.certifiers import CertificateSettings
-from project.exits.certify import Certificate, certify
 from project.exits.criteria import Consistency, Ratio
-from project.exits.plan import ExitPlan
+from project.exits.plan import ExitPlan, Plans
 from project.exits.policies import Policy
 from project.exits.settings import ExitSettings
 
@@ -48,7 +47,7 @@ def scores(new_world: Callable[..., Any]) -> pl.DataFrame:
 
 
 def settings(**changes: Any) -> ExitSettings:
-    return ExitSettings(**{"compare": [Ratio(), Consistency()], **changes})
+    return ExitSettings(**{"compare": [Ratio(), Consistency()], "alpha": 0.5, **changes})
 
 
 def thresholds(plan: ExitPlan) -> list[float]:
@@ -176,8 +175,7 @@ def test_nothing_is_certified_behind_a_failed_budget(scores: pl.DataFrame) -> No
 def test_plans_travel_with_a_checkpoint(scores: pl.DataFrame) -> None:
     """State and back keeps all plans; a checkpoint from before there were certified plans loads without one."""
     loose = CertificateSettings(risk="score_drift", epsilon=0.4)
-    found = calibrate(scores, FEATURES, settings(certificate=loose), "hash")
-    plans = Plans(found.plan, found.rival, found.without, found.rival_without, found.certified)
+    plans = found = calibrate(scores, FEATURES, settings(certificate=loose), "hash")
     again = Plans.from_state(plans.state())
     assert again.certified is not None
     assert found.certified is not None
@@ -187,10 +185,10 @@ def test_plans_travel_with_a_checkpoint(scores: pl.DataFrame) -> None:
     assert Plans.from_state(old).certified is None
     assert thresholds(Plans.from_state(old).plan) == thresholds(found.plan)
     rows = PlannedRows(plans.plan, scores, FEATURES, "cold", draws=2)
-    summary = plans.summary(rows, ("score_drift", "users"))
+    summary = adaptive_summary(plans, rows, ("score_drift", "users"))
     assert set(summary["certified"]) == set(summary["without_exit_0"]) | {"risk"}
     assert summary["certified"]["mean_depth"] < summary["mean_depth"]
-    assert Plans.from_state(old).summary(rows)["certified"] is None
+    assert adaptive_summary(Plans.from_state(old), rows)["certified"] is None
 
 
 def test_the_risk_is_of_the_certificates_unit(scores: pl.DataFrame) -> None:
@@ -236,6 +234,7 @@ def test_second_certificate(scores: pl.DataFrame) -> None:
     rescored = with_fold(scores, "certify", logit_2=pl.col("logit_2") + 1e-6)
     for change, words in (
         ({"mode": "risk"}, "exits.mode 'budget' -> 'risk'"),
+        ({"alpha": 0.2}, r"exits.alpha 0\.5 -> 0\.2"),
         ({"max_auc_drop": 0.01}, r"exits.max_auc_drop 0\.002 -> 0\.01"),
         ({"prior": "none"}, "exits.prior"),
     ):
