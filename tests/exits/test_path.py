@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from project.errors import ConfigError, DataError
+from project.evaluation.metrics import auc_gap
 from project.exits import search as search_module
 from project.exits.calibration import fit_calibration
 from project.exits.criteria import Consistency, DriftHead, Ratio, out_of_fold_safety, safety_table
 from project.exits.learned import Learned
 from project.exits.path import Asked, drop_bounds, pick_budget, threshold_path
 from project.exits.policies import Policy, leave
-from project.exits.risks import auc_gap
 from project.exits.simulate import (
     AskedCandidates,
     ScoredRows,
