@@ -94,7 +94,7 @@ def test_report_is_written(run: Run, fitted: Path) -> None:
 
 
 def test_second_certificate_is_refused(run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another epsilon on the same certify fold voids delta: refused, and the first certificate stays."""
+    """Another epsilon on a certify fold that was tested: the plan is made anew, without a certificate."""
     issued = result(fitted, "calibrate")["certificate"]
     with pytest.raises(SystemExit):
         run("calibrate", *given(fitted), "--exits.certificate.epsilon", "0.1")

@@ -1,4 +1,4 @@
-"""Certificates: losses against hand arithmetic, bets, the walk along the path, promises kept at the border, the ledger."""
+"""Certificates: losses by hand arithmetic, bets, the walk along the path, promises kept at the border, the ledger."""
 
 import json
 import runpy
@@ -179,7 +179,7 @@ class TestWalk:
         assert certify_losses(losses, CertificateSettings("overlap_loss", 0.05)).passed is False
 
     def test_not_enough_users(self):
-        """Capital grows by 1 + .99 * .05 / (.998 - .05) at most: ln 10 / ln 1.0522 -> 45.2, so below 46 nothing is tested.
+        """Capital grows by 1 + .99 * .05 / (.998 - .05) at most: ln 10 / ln 1.0522 = 45.2, so of 45 nothing is tested.
 
         With 46 losses of 0 it passes; losses whose mean is not below epsilon do not pass with any number.
         """
@@ -304,12 +304,11 @@ class TestValidity:
         assert rates[0] <= limit(1000)
         assert rates[1] > rates[0]
 
-    @pytest.mark.parametrize(
-        "world", ["log-normal sizes", "equal sizes", "one giant user", "rare bad users"]
-    )
+    @pytest.mark.parametrize("world", ["log-normal sizes", "equal sizes", "one giant user", "rare bad users"])
     def test_auc_gap_at_the_border(self, world):
-        """Risk at epsilon: bets pass at most delta + 3 s.e. of 300 draws at 30, 80 and 300 users; without a drop
-        most of 300 users pass, and fewer users than 232 are told so.
+        """Risk at epsilon, 300 draws: bets pass at most delta + 3 standard errors at 30, 80 and 300 users.
+
+        Without a drop 300 users pass in most draws; fewer than 232 are told that they are too few.
         """
         study = runpy.run_path(str(Path(__file__).parents[2] / "research" / "certificates.py"))
         strength, gap = study["strength_of"](world, 0.02, users=6000)
