@@ -9,8 +9,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from project.exits.certifiers import CertificateSettings
-from project.exits.certify import Certificate, certify
 
 from project.artefacts import score_table
 from project.errors import ConfigError, DataError
