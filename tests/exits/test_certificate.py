@@ -346,7 +346,6 @@ class TestLedger:
             {"max_auc_drop": 0.01},
             {"max_cost": 0.5},
             {"stream": "warm"},
-            {"candidates": 64},
         ],
         ids=str,
     )
@@ -364,14 +363,12 @@ class TestLedger:
             admit(self.ledger(), asked_of_fold(ExitSettings(certificate=promise)), "p1")
 
     def test_what_has_no_part_does_not_count(self):
-        """Requests where none are scored, criteria that are only drawn, a budget where nothing is chosen by it."""
+        """Criteria that are only drawn, a budget where nothing is chosen by it."""
         one = {"criterion": Ratio(), "mode": "risk"}
-        same = {**one, "compare": [Consistency()], "requests": 9, "max_auc_drop": 0.5, "max_cost": 0.5}
+        same = {**one, "compare": [Consistency()], "max_auc_drop": 0.5, "max_cost": 0.5}
         assert asked_of_fold(ExitSettings(**one)) == asked_of_fold(ExitSettings(**same))
         several = {"compare": [Ratio(), Consistency()], "mode": "risk"}  # the budget chooses among them
         assert asked_of_fold(ExitSettings(**several)) != asked_of_fold(ExitSettings(**several, max_cost=0.5))
-        asked = {"candidates": 64}
-        assert asked_of_fold(ExitSettings(**asked)) != asked_of_fold(ExitSettings(**asked, requests=9))
 
     def test_setting_of_a_later_version(self):
         """A key that an issued certificate does not have cannot have changed."""
