@@ -92,7 +92,7 @@ def test_unknown_key(fails: Callable[..., str], tiny_config: Config) -> None:
             ["data.prompt.segment", "director", "title"],
         ),
         ({"data.prompt": {"segment": "{title!r}:"}}, ["data.prompt.segment", "{title!r}", "{title:.40}"]),
-        ({"data.prompt": {"segment": "{title} {taste}:"}}, ["data.taste is null", "item_columns"]),
+        ({"data.prompt": {"segment": "{title} {taste_percent}:"}}, ["data.taste is null", "item_columns"]),
         ({"data.context_tokens": 10}, ["data.context_tokens is 10", "20 of 20 items", "{title:.40}"]),
         (
             {"data.context_tokens": 8192, "data.batch_tokens": 8192},

@@ -165,7 +165,7 @@ def test_one_yaml_serves_every_verb(
 LABELLED = {
     "data.protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2], "label": None, "name": "given labels"},
     "data.protocol.duplicates": "first",
-    "data.prompt": {"instruction": 'One: "two"\n', "segment": "{title} all {item_rate}:"},
+    "data.prompt": {"instruction": 'One: "two"\n', "segment": "{title} all {item_percent}:"},
     "model.num_layers": None,
 }
 
