@@ -177,6 +177,15 @@ class ProjectCLI(LightningCLI):
         trainer.strategy.checkpoint_io = WholeCheckpoints()
         return trainer
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Lightning tells loggers of its own verbs that they failed; ours need telling, too."""
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            for logger in self.trainer.loggers:
+                logger.finalize("failed")
+            raise
+
     def _parse_ckpt_path(self) -> None:
         """Do not let a checkpoint change the configuration; the module checks that they agree."""
 

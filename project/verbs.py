@@ -18,7 +18,6 @@ from project.artefacts import (
 )
 from project.callbacks.exit_calibration import exit_calibration_of
 from project.data.identity import check_reads
-from project.engine.loading import load_weights
 from project.errors import ConfigError
 from project.evaluation.slices import floor_scores_of, slice_rows
 from project.floors.kept import kept_networks, trained_networks
@@ -104,13 +103,9 @@ def run_calibrate(
         check_reads(checkpoint.get("reads"), data)
         model.prior.copy_(checkpoint["state_dict"]["prior"])
         scores = pl.read_parquet(table, glob=False)
-    if callback.candidates > 1:  # requests are scored with the run's weights
-        if model.trunk is None:
-            load_weights(model, data.tokenizer, ckpt_path, data)
-        model.to(trainer.strategy.root_device)
     result = callback.calibrate(trainer, model, data, scores, folder)
     if trainer.is_global_zero:
-        callback.write_into(Path(ckpt_path), model)
+        callback.write_into(Path(ckpt_path))
         said = [result["certificate_words"], (result["certified"] or {}).get("words")]
         Console(width=120).print(*filter(None, said), f"written: {ckpt_path}", sep="\n")
     return result

@@ -45,9 +45,9 @@ WORLDS: dict[str, tuple[Callable[[np.random.Generator, int], Ints], float]] = {
 def draw(world: str, users: int, strength: float, rng: np.random.Generator) -> Users:
     """Full and adaptive scores, labels and user of each row.
 
-    A user's taste (standard deviation .7) and a row's own part (1.1) make the log-odds of the label. Both scores see them
-    through noise (.7, correlated .8), so they are equally good. Badly served users' adaptive scores are moreover off by
-    `strength` times a shift of the user and noise of the row; rare bad users' are turned round instead.
+    A user's taste (standard deviation .7) and a row's own part (1.1) make the log-odds of the label. Both scores see
+    them through noise (.7, correlated .8), so they are equally good. Badly served users' adaptive scores are moreover
+    off by `strength` times a shift of the user and noise of the row; rare bad users' are turned round instead.
     """
     sizes, bad_share = WORLDS[world]
     real = np.arange(WIDTH) < sizes(rng, users)[:, None]

@@ -61,9 +61,10 @@ def test_logs(
     assert not missing, said
 
 
-def test_missing_file(fails: Callable[..., str], tiny_config: Config) -> None:
-    """A log that is not there is named."""
+def test_missing_file(fails: Callable[..., str], tiny_config: Config, tmp_path: Path) -> None:
+    """A log that is not there is named, and no run's folder is left behind."""
     assert "absent.csv" in fails("floors", "--config", tiny_config(**{LOGS: "absent.csv"}))
+    assert not list(tmp_path.glob("runs/tiny/*"))
 
 
 def test_empty_split(fails: Callable[..., str], tiny_config: Config) -> None:

@@ -141,7 +141,7 @@ def test_data_set_explains_a_mistake(package: ModuleType, json_logs: dict[str, s
         file.write('{"who": "u1", "what": "i999", "at": 1, "stars": 4}\n')
     line = len(Path(json_logs["events"]).read_text().splitlines())
     with pytest.raises(
-        DataError, match=rf"events\.jsonl, row {line}: item i999 is not in the reader's items"
+        DataError, match=rf"events\.jsonl, row {line}: item 'i999' is not in the reader's items"
     ):
         build_interactions(package.JsonLogs(**json_logs).read(), PROTOCOL)
 

@@ -32,7 +32,7 @@ def split_of(kind: str, logs: Path) -> SplitInteractions:
     from project.data.readers import RawLogs, TableLogs
     from project.data.splits import apply_protocol
 
-    protocol = Protocol(split="given")
+    protocol = Protocol(split="given", label="rating > 3")
     raw = TableLogs(str(logs / "interactions.csv"), str(logs / "items.csv")).read()
     names = np.random.default_rng(1).choice(
         [*SPLITS, "history"], size=len(raw.interactions), p=[0.5, 0.2, 0.2, 0.1]

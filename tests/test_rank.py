@@ -178,7 +178,7 @@ def test_rows_and_certificate() -> None:
         loss = 1 - overlaps(asked, top_k.decide(asked), full.decide(asked), k).mean()
         assert certificate["estimate"] == pytest.approx(loss)
         assert certificate["passed"]
-        assert (certificate["k"], certificate["n"], certificate["unit"]) == (k, 400, "users")
+        assert (certificate["k"], certificate["n"], certificate["unit"]) == (k, 400, "user")
         assert certificate["delta"] == 0.05  # .1 shared out among two lists
         assert loss < certificate["bound"] <= 0.1
 
@@ -204,20 +204,24 @@ def test_how_many_were_asked_about() -> None:
 
 
 def test_a_user_counts_once() -> None:
-    """400 requests of 8 users are 8 users, whose mean losses say too little; the estimate is their mean."""
+    """400 requests of 60 users are 60 users, and the estimate is the mean of their means; of 8 users too few."""
     made = {name: ScoredRequests.of(drifting(50, 30, seed)) for seed, name in enumerate(
         ("catalogue/tune", "labelled/tune", "catalogue/test", "labelled/test"))}  # fmt: skip
     asked = ScoredRequests.of(drifting(400, 30, 9))
-    owners = np.random.default_rng(0).choice(8, 400, p=[0.3, 0.2, *[0.5 / 6] * 6])
-    made["catalogue/certify"] = replace(asked, user=owners)
+    owners = np.random.default_rng(0).choice(60, 400, p=[0.3, 0.2, *[0.5 / 58] * 58])
     settings = RankSettings(lists=[3], candidates=30, epsilon=0.1)
+    made["catalogue/certify"] = replace(asked, user=owners)
     (certificate,) = rank_rows(made, settings)["certificate"]
     full, top_k, *_ = policies(made["catalogue/tune"], 3, settings.overlap)
     loss = 1 - overlaps(asked, top_k.decide(asked), full.decide(asked), 3)
+    assert (certificate["n"], certificate["unit"]) == (60, "user")
     assert certificate["estimate"] == pytest.approx(
-        np.mean([loss[owners == user].mean() for user in range(8)])
+        np.mean([loss[owners == user].mean() for user in range(60)])
     )
-    assert (certificate["n"], certificate["unit"], certificate["passed"]) == (8, "users", False)
+    made["catalogue/certify"] = replace(asked, user=owners % 8)
+    (certificate,) = rank_rows(made, settings)["certificate"]
+    assert (certificate["n"], certificate["passed"]) == (8, None)
+    assert certificate["users_needed"] == 23  # ln 10 / ln(1 + .99 * .1 / .9) = 22.1
 
 
 def test_scores_meet_their_labels() -> None:

@@ -193,6 +193,7 @@ def test_a_single_logger_is_a_list_of_one(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:request 'none' is not scored")
 def test_latest_is_a_run_with_something(
     run: Run, fails: Callable[..., str], tiny_config: Config, tmp_path: Path
 ) -> None:

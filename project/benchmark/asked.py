@@ -1,4 +1,4 @@
-"""Requests of tune and test, scored at every depth: what thresholds for a workload and margins for a list are made on.
+"""Requests of tune and test, scored at every depth: what margins for a list are made on.
 
 Unusual here: scores are kept in the run folder with the checkpoint's digest, so a second benchmark of the same weights
 does not score them again.
@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 
 from project.artefacts import table_about, write_table
@@ -22,7 +21,6 @@ from project.engine.prepared import prepare_requests
 from project.errors import ConfigError, DataError
 from project.evaluation.scores import labelled_scores
 from project.exits.calibration import Calibration
-from project.exits.plan import Floats
 from project.exits.top_k import TopK, fit_margins
 from project.model.heads import heads_digest
 from project.ranking.judge import LEVELS, ScoredRequests, by_margin, fastest, fixed_depth, policy_row
@@ -60,19 +58,6 @@ class AskedRequests:
             return str(error)
         return None
 
-    def features_of(self, part: str, candidates: int) -> tuple[pl.DataFrame, Floats] | None:
-        """Score table and counting features of a part's catalogue requests; None for requests of one candidate.
-
-        Args:
-            part: tune or test.
-            candidates: Of a request.
-        """
-        count = TUNED.get(candidates, TUNED[64])
-        if candidates == 1:
-            return None
-        drawn = catalogue_requests(self.data.split, part, count, candidates, self.data.seed)
-        return self._scored(f"{part}-{candidates}", drawn)
-
     def best(self, k: int, candidates: int, overlap: float) -> tuple[TopK, dict[str, Any]] | None:
         """The list policy that is fastest on tune at this overlap, and what it is worth on test; None if none is.
 
@@ -94,9 +79,10 @@ class AskedRequests:
         return margins[chosen.parameter], worth | {"precision_full": whole["precision"]}
 
     def _ranked(self, part: str, candidates: int) -> ScoredRequests:
-        found = self.features_of(part, candidates)
-        assert found is not None
-        return ScoredRequests.of(found[0], self.calibration)
+        """A part's catalogue requests."""
+        count = TUNED.get(candidates, TUNED[64])
+        drawn = catalogue_requests(self.data.split, part, count, candidates, self.data.seed)
+        return ScoredRequests.of(self._scored(f"{part}-{candidates}", drawn), self.calibration)
 
     def _labelled(self) -> ScoredRequests | None:
         """Requests over what users rated anyway; None where nobody rated enough."""
@@ -104,9 +90,9 @@ class AskedRequests:
             drawn = labelled_requests(self.data.split, "test", LABELLED, LEAST_LABELLED)
         except DataError:
             return None
-        return ScoredRequests.of(self._scored("labelled-test", drawn)[0], self.calibration)
+        return ScoredRequests.of(self._scored("labelled-test", drawn), self.calibration)
 
-    def _scored(self, name: str, workload: Workload) -> tuple[pl.DataFrame, Floats]:
+    def _scored(self, name: str, workload: Workload) -> pl.DataFrame:
         path = self.folder / "scores" / f"benchmark-{name}.parquet"
         about = {
             "heads": heads_digest(self.model.state_dict()),
@@ -114,10 +100,9 @@ class AskedRequests:
             "requests": str(len(workload.requests.requests)),
             "seed": str(self.data.seed),
         }
-        prepared = prepare_requests(self.model, self.data, workload.requests)
         if path.is_file() and about.items() <= table_about(path).items():
-            scores = pl.read_parquet(path, glob=False)
-        else:
-            scores = labelled_scores(score_every_head(self.model, prepared), workload.table)
-            write_table(path, scores, about)
-        return scores, np.concatenate([request.evidence for request in prepared])
+            return pl.read_parquet(path, glob=False)
+        prepared = prepare_requests(self.model, self.data, workload.requests)
+        scores = labelled_scores(score_every_head(self.model, prepared), workload.table)
+        write_table(path, scores, about)
+        return scores

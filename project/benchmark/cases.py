@@ -9,8 +9,8 @@ from project.exits.cost import Stream
 
 REQUESTS = {1: 48, 8: 24, 64: 16, 256: 4}
 """Candidates of a request -> most requests in the timed sample."""
-TUNED = {1: 0, 8: 96, 64: 60, 256: 16}
-"""Candidates of a request -> requests of the fold tune that thresholds and margins are made on."""
+TUNED = {8: 96, 64: 60, 256: 16}
+"""Candidates of a request -> requests of the fold tune that margins are made on."""
 FIXED_HISTORY = 50
 
 

@@ -162,7 +162,7 @@ def _padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, T
 
 
 def _read(head: nn.Module, hidden: Tensor, last: Tensor) -> Tensor:
-    found: Tensor = head(hidden[torch.arange(len(last), device=hidden.device), last]).logits
+    found: Tensor = head(hidden[torch.arange(len(last), device=hidden.device), last])
     return found
 
 

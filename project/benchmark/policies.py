@@ -1,8 +1,7 @@
 """The sides of a workload: transformers, full depth, static depths, early exit by several plans, lists of the best k.
 
-Unusual here: a plan is made for its workload. A request of 64 candidates runs its stream until the last one has left,
-so thresholds that were right for one candidate are not right for 64; both are timed, and what the difference won is a
-row beside a row.
+A request of 64 candidates runs its stream until the last one has left, so thresholds that pay for mean depth alone are
+timed beside the run's own, which pay for token-layers of one candidate.
 """
 
 from __future__ import annotations
@@ -62,9 +61,7 @@ class Bench:
 
     def hints(self) -> list[str]:
         """What to do for rows that will be missing, because nobody knows what their scores are worth."""
-        if not self.asked.no_tune:
-            return []
-        return [f"no rows for the cost of these requests, and no lists: {self.asked.no_tune}"]
+        return [f"no lists: {self.asked.no_tune}"] if self.asked.no_tune else []
 
     def full(self, cache: StreamCache | None) -> Side:
         """Packed full depth: what every speed-up is over."""
@@ -111,9 +108,6 @@ class Bench:
         """The run's own plan and others that its budget chooses, by name."""
         worth, plans = self.worth, self.worth.plans
         found: dict[str, ExitPlan | None] = {"budget": plans.plan}
-        if case.usual and (case.candidates == 1 or not self.asked.no_tune):
-            asked = self.asked.features_of("tune", case.candidates)
-            found["budget, cost of this request"] = worth.budget(case.stream, asked)
         if not case.short:
             found["budget, cost mean depth"] = worth.budget("cold", by_depth=True)
             found["budget without exit 0"] = plans.without

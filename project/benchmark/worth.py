@@ -15,14 +15,14 @@ import polars as pl
 import torch
 
 from project.artefacts import table_about
-from project.callbacks.exit_calibration import Plans, features_of
+from project.callbacks.exit_calibration import features_of
 from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.metrics import auc
 from project.exits.budget import budget_plan
 from project.exits.cost import Stream
 from project.exits.criteria import Criterion
 from project.exits.outputs import HeadOutputs
-from project.exits.plan import ExitPlan, Floats
+from project.exits.plan import ExitPlan, Floats, Plans
 from project.exits.policies import Policy
 from project.exits.settings import ExitSettings
 from project.model.heads import heads_digest
@@ -110,30 +110,21 @@ class RunWorth:
         return self._drop(plan, emitted) | {"auc_gain_over_rival": {"layer": rival, **gain}}
 
     def budget(
-        self,
-        stream: Stream,
-        asked: Scored | None = None,
-        by_depth: bool = False,
-        criterion: Criterion | None = None,
+        self, stream: Stream, by_depth: bool = False, criterion: Criterion | None = None
     ) -> ExitPlan | None:
         """The plan that the run's budget chooses on `tune` at another price; None without validation's scores.
 
         Args:
             stream: Whether the stream's tokens are paid for.
-            asked: Scores and counting features of the candidates of real requests, which are the price.
             by_depth: The price is mean candidate depth.
             criterion: The only one that is tried.
         """
         if "valid" not in self._tables:
             return None
-        who = None if asked is None else (len(asked[0]), asked[0]["request_id"].n_unique())
-        key = stream, who, by_depth, type(criterion)
+        key = stream, by_depth, type(criterion)
         if key not in self._made:
             settings = ExitSettings(**{**self._settings, "stream": stream, "mode": "budget"})
-            scores, features = asked if asked is not None else (None, None)
-            self._made[key] = budget_plan(
-                *self._tables["valid"], settings, scores, features, by_depth=by_depth, criterion=criterion
-            )
+            self._made[key] = budget_plan(*self._tables["valid"], settings, by_depth, criterion)
         return self._made[key]
 
     def pushed(self, plan: ExitPlan, share: float) -> ExitPlan | None:

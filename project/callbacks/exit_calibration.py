@@ -1,8 +1,7 @@
 """ExitCalibration: turns the scores of validation into an exit plan, and keeps it with the checkpoint.
 
-Unusual here: the score table is gathered from all processes before this runs, so every process fits the same plan;
-requests that thresholds are priced on are few, and every process scores all of them. In `fit` a plan that cannot be
-made is a warning, not the end of a training; whoever needs a plan later gets an error.
+The score table is gathered from all processes before this runs, so every process fits the same plan. In `fit` a plan
+that cannot be made is a warning, not the end of a training; whoever needs a plan later gets an error.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
-import numpy as np
 import polars
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -21,15 +19,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from project.artefacts import read_checkpoint, replace_file, result_head, write_json
 from project.callbacks.run_folder import current_run, data_of, will_be_saved
 from project.counting import counting_features
-from project.data.workloads import Workload, catalogue_requests
-from project.engine.every_head import score_every_head
-from project.engine.prepared import PreparedRequest, prepare_requests
-from project.errors import ConfigError, NotCalibratedError, ProjectError
-from project.evaluation.adaptive import PlannedRows
-from project.evaluation.scores import labelled_scores
-from project.exits.budget import AskedScores
+from project.errors import NotCalibratedError, ProjectError
+from project.evaluation.adaptive import PlannedRows, adaptive_summary
 from project.exits.calibrate import calibrate
-from project.exits.plan import ExitPlan, Floats
+from project.exits.plan import ExitPlan, Floats, Plans
 from project.exits.settings import ExitSettings
 
 if TYPE_CHECKING:
@@ -37,57 +30,10 @@ if TYPE_CHECKING:
     from project.model.module import ExitRecommender
 
 
-@dataclass(frozen=True)
-class Plans:
-    """The plans of a run.
-
-    Attributes:
-        plan: In use.
-        rival: Layer of its honest rival.
-        without: The same run's without exit 0.
-        rival_without: Layer of that plan's rival.
-        certified: The fastest plan that the certificate reached; None where its first test failed, or in a checkpoint
-            of a version that did not look for one.
-    """
-
-    plan: ExitPlan
-    rival: int
-    without: ExitPlan
-    rival_without: int
-    certified: ExitPlan | None = None
-
-    def summary(self, rows: PlannedRows, promise: tuple[str, str] | None = None) -> dict[str, Any]:
-        """The `adaptive` part of a result file.
-
-        Args:
-            rows: Labelled rows under `plan`.
-            promise: Name and unit of the certified risk, to be measured on them.
-        """
-
-        def measured(rows: PlannedRows, rival: int) -> dict[str, Any]:
-            return {**rows.summary(rival), **({} if promise is None else {"risk": rows.risk(*promise)})}
-
-        certified = None if self.certified is None else measured(rows.under(self.certified), self.rival)
-        without = rows.under(self.without).summary(self.rival_without)
-        return {**measured(rows, self.rival), "without_exit_0": without, "certified": certified}
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {
-            "plan": self.plan.state(),
-            "rival": self.rival,
-            "without": self.without.state(),
-            "rival_without": self.rival_without,
-            "certified": None if self.certified is None else self.certified.state(),
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Plans:
-        """From what `state` gave."""
-        plan, without = (ExitPlan.from_state(state[key]) for key in ("plan", "without"))
-        known = state.get("certified")
-        certified = None if known is None else ExitPlan.from_state(known)
-        return cls(plan, state["rival"], without, state["rival_without"], certified)
+NOT_CALIBRATED = (
+    "this checkpoint has no calibrated exits. Run `python -m project calibrate --config RUN/config.yaml --ckpt_path "
+    "RUN/checkpoints/last.ckpt`."
+)
 
 
 @dataclass(eq=False)
@@ -101,16 +47,6 @@ class ExitCalibration(ExitSettings, pl.Callback):
         """Start without a plan."""
         super().__post_init__()
         self.found: Plans | None = None
-        self.issued: dict[str, Any] = {}  # the certificate as results/calibrate.json has it
-        self._workload: Workload | None = (
-            None  # requests of the fold tune, and what the engine needs of them:
-        )
-        self._prepared: list[PreparedRequest] = []  # they do not change while weights do
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse requests of the fold tune that cannot be made before anything is trained."""
-        if stage == "fit" and self.candidates > 1:
-            self._tune_requests(data_of(trainer))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Calibrate while training, where a checkpoint is going to be saved; validate only reports."""
@@ -122,8 +58,7 @@ class ExitCalibration(ExitSettings, pl.Callback):
             self.calibrate(trainer, module, data_of(trainer), module.scores, current_run(trainer))
         except ProjectError as error:
             # the plan of an earlier validation is not this checkpoint's
-            self.found, self.issued = None, {}
-            module.forget_exits()
+            self.found = None
             rank_zero_warn(f"exits are not calibrated: {error}", category=UserWarning)
 
     def calibrate(
@@ -138,23 +73,22 @@ class ExitCalibration(ExitSettings, pl.Callback):
 
         Args:
             trainer: Its loggers are told.
-            module: Gets thresholds and calibration as buffers; scores requests where exits.candidates is above 1.
+            module: Its exit 0 makes features of evidence.
             data: Evidence and protocol of the scores.
             scores: Score table of validation.
             folder: The run.
         """
         with data.clock.stage("calibrate"):
-            asked = None if self.candidates == 1 else self._asked(module, data)
             features = features_of(module, data, scores)
-            found = calibrate(scores, features, self, data.split.hash, _previous(folder), asked)
-        self.found = Plans(found.plan, found.rival, found.without, found.rival_without, found.certified)
-        self.issued = found.document["certificate"] or {}
-        module.keep_exits(found.plan)
+            plans = calibrate(scores, features, self, data.split.hash, _previous(folder))
+        self.found = plans
         head = result_head("calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed)
         tune = (scores["fold"] == "tune").to_numpy()
-        rows = PlannedRows(found.plan, scores.filter(tune), features[tune], self.stream)
-        adaptive = self.found.summary(rows)
-        result = head | found.document | {"adaptive": {"split": "valid", "fold": "tune", **adaptive}}
+        rows = PlannedRows(plans.plan, scores.filter(tune), features[tune], self.stream)
+        adaptive = {"split": "valid", "fold": "tune", **adaptive_summary(plans, rows)} | plans.document[
+            "adaptive"
+        ]
+        result = head | plans.document | {"adaptive": adaptive}
         if trainer.is_global_zero:
             write_json(folder / "results" / "calibrate.json", result)
         self._log(trainer, scores, features)
@@ -167,54 +101,28 @@ class ExitCalibration(ExitSettings, pl.Callback):
             NotCalibratedError: If there is none; names the command that makes one.
         """
         if self.found is None:
-            raise NotCalibratedError(
-                "this checkpoint has no calibrated exits. Run `python -m project calibrate --config RUN/config.yaml "
-                "--ckpt_path RUN/checkpoints/last.ckpt`."
-            )
+            raise NotCalibratedError(NOT_CALIBRATED)
         return self.found.plan
 
+    @property
+    def issued(self) -> dict[str, Any]:
+        """The certificate as results/calibrate.json has it; empty without a plan."""
+        return {} if self.found is None else self.found.document["certificate"] or {}
+
     def state_dict(self) -> dict[str, Any]:
-        """Plans, rivals and certificate; empty before calibration."""
-        if self.found is None:
-            return {}
-        return {**self.found.state(), "certificate": json.dumps(self.issued)}
+        """The plans; empty before calibration."""
+        return {} if self.found is None else self.found.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From a checkpoint."""
         if state_dict:
             self.found = Plans.from_state(state_dict)
-            self.issued = json.loads(state_dict["certificate"])
 
-    def write_into(self, checkpoint: Path, module: ExitRecommender) -> None:
-        """Replace the exit plan of a saved checkpoint, whole or not at all."""
+    def write_into(self, checkpoint: Path) -> None:
+        """Replace the exit plans of a saved checkpoint, whole or not at all."""
         content = read_checkpoint(checkpoint)
         content.setdefault("callbacks", {})[self.state_key] = self.state_dict()
-        for name in ("exit_thresholds", "exit_calibration"):
-            content["state_dict"][name] = getattr(module, name).cpu()
         replace_file(checkpoint, lambda part: torch.save(content, part))
-
-    def _tune_requests(self, data: InteractionData) -> Workload:
-        """The catalogue requests that thresholds are priced on."""
-        if self._workload is None:
-            try:
-                self._workload = catalogue_requests(
-                    data.split, "tune", self.requests, self.candidates, data.seed
-                )
-            except ConfigError as error:
-                raise ConfigError(
-                    f"exits.candidates is {self.candidates}, so thresholds are priced on requests of the fold tune; "
-                    f"they cannot be made: {error} Or set exits.candidates to 1."
-                ) from error
-        return self._workload
-
-    def _asked(self, module: ExitRecommender, data: InteractionData) -> AskedScores:
-        """Scores of these requests' candidates by every head, under the module's weights."""
-        workload = self._tune_requests(data)
-        if not self._prepared:
-            self._prepared = prepare_requests(module, data, workload.requests)
-        scores = score_every_head(module, self._prepared, candidates=workload.requests.table())
-        features = np.concatenate([r.evidence for r in self._prepared])
-        return AskedScores(labelled_scores(scores, workload.table), features, data.seed)
 
     def _log(self, trainer: pl.Trainer, scores: polars.DataFrame, features: Floats) -> None:
         """`select/exit/...` on the select fold, which calibration has not seen."""

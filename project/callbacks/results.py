@@ -18,7 +18,7 @@ from rich.console import Console
 from project.artefacts import result_head, write_json, write_table
 from project.callbacks.exit_calibration import exit_calibration_of, features_of
 from project.callbacks.run_folder import current_run, data_of, will_be_saved
-from project.evaluation.adaptive import PlannedRows
+from project.evaluation.adaptive import PlannedRows, adaptive_summary
 from project.evaluation.exits import comparison, part_of, prior_rows
 from project.evaluation.slices import exit_scores_of, floor_scores_of, plan_scores_of, slice_rows
 from project.floors.against import AgainstFloor
@@ -57,9 +57,9 @@ class ResultFiles(pl.Callback):
         now = time.perf_counter()
         rates = {group["name"].split("/")[0]: group["lr"] for group in trainer.optimizers[0].param_groups}
         deepest = f"layer_{cast('ExitRecommender', pl_module).depth}"
-        self.log("train/learning_rate", rates.get(deepest, min(rates.values())))
+        pl_module.log("train/learning_rate", rates.get(deepest, min(rates.values())))
         targets = len(batch.label) * trainer.world_size
-        self.log("train/targets_per_s", targets / (now - self._batch_ended))
+        pl_module.log("train/targets_per_s", targets / (now - self._batch_ended))
         self._batch_ended = now
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -200,7 +200,7 @@ def _adaptive(
         row |= shares.get(row["layer"], {})
     issued = calibration.issued
     promise = (issued["risk"], issued["unit"]) if "risk" in issued else None
-    summary = calibration.found.summary(planned, promise)
+    summary = adaptive_summary(calibration.found, planned, promise)
     found: dict[str, Any] = {}
     best = next((f for f in floors if f.name == content["best_floor"]), None)
     if best is not None:

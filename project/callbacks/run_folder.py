@@ -64,9 +64,9 @@ class RunLogger(CSVLogger):
             status: Lightning's: success, failed.
         """
         super().finalize(status)
-        files = self._made.rglob("*") if self._made and status == "failed" else ()
-        if self._made and status == "failed" and {x.name for x in files if x.is_file()} <= BEFORE_RESULTS:
-            shutil.rmtree(self._made, ignore_errors=True)
+        made = self._made if status == "failed" else None
+        if made and {path.name for path in made.rglob("*") if path.is_file()} <= BEFORE_RESULTS:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 class WholeCheckpoints(TorchCheckpointIO):

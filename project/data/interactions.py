@@ -91,9 +91,9 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         dict(raw.files),
         duplicates=labelled.height - distinct.height,
         dropped=raw.interactions.height - kept.height,
-        items_without_title=(
-            given.items["title"].cast(pl.String).fill_null("").str.strip_chars() == ""
-        ).sum(),
+        items_without_title=given.items.filter(
+            pl.col("title").cast(pl.String).fill_null("").str.strip_chars() == ""
+        ).height,
     )
 
 

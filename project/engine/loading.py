@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from project.artefacts import read_checkpoint
-from project.callbacks.exit_calibration import ExitCalibration, Plans
+from project.callbacks.exit_calibration import NOT_CALIBRATED, ExitCalibration
 from project.data.identity import check_reads
 from project.data.sources import resolve_model
+from project.errors import NotCalibratedError
+from project.exits.plan import Plans
 from project.model.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -36,11 +39,16 @@ def load_run(
         CheckpointError: The checkpoint was made for another configuration.
         NotCalibratedError: It has no exit plan.
     """
-    content = load_weights(model, tokenizer, checkpoint, data, judged)
+    plans = plans_of(load_weights(model, tokenizer, checkpoint, data, judged))
+    if plans is None:
+        raise NotCalibratedError(NOT_CALIBRATED)
+    return plans
+
+
+def plans_of(checkpoint: Mapping[str, Any]) -> Plans | None:
+    """The exit plans in a loaded checkpoint; None where the run was never calibrated."""
     calibration = ExitCalibration()
-    calibration.load_state_dict(content["callbacks"].get(calibration.state_key, {}))
-    calibration.require_plan()
-    assert calibration.found is not None
+    calibration.load_state_dict(checkpoint.get("callbacks", {}).get(calibration.state_key, {}))
     return calibration.found
 
 

@@ -18,7 +18,7 @@ from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.metrics import auc, head_metrics, probabilities
 from project.exits.certificate import row_losses
 from project.exits.cost import Stream, row_cost
-from project.exits.plan import ExitPlan
+from project.exits.plan import ExitPlan, Plans
 
 Floats = NDArray[np.float64]
 
@@ -78,7 +78,7 @@ class PlannedRows:
         return found
 
     def summary(self, rival: int) -> dict[str, Any]:
-        """The `adaptive` part of a result file.
+        """What a plan is worth on the rows.
 
         Args:
             rival: Layer of the honest rival, chosen on `tune`.
@@ -133,3 +133,22 @@ class PlannedRows:
             "auc_gain": gain["value"],
             "auc_gain_interval": gain["interval"],
         }
+
+
+def adaptive_summary(
+    plans: Plans, rows: PlannedRows, promise: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """The `adaptive` part of a result file.
+
+    Args:
+        plans: Of the run.
+        rows: Labelled rows under `plans.plan`.
+        promise: Name and unit of the certified risk, to be measured on them.
+    """
+
+    def measured(rows: PlannedRows) -> dict[str, Any]:
+        return rows.summary(plans.rival) | ({} if promise is None else {"risk": rows.risk(*promise)})
+
+    without = rows.under(plans.without).summary(plans.rival_without)
+    certified = None if plans.certified is None else measured(rows.under(plans.certified))
+    return measured(rows) | {"without_exit_0": without, "certified": certified}

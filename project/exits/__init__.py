@@ -7,6 +7,7 @@ from project.exits.calibration import Calibration, fit_calibration
 from project.exits.criteria import (
     Consistency,
     Criterion,
+    ItemCount,
     Ratio,
     RatioConsistency,
     out_of_fold_safety,
@@ -14,17 +15,17 @@ from project.exits.criteria import (
 )
 from project.exits.learned import Learned
 from project.exits.outputs import HeadOutputs
-from project.exits.path import Asked, Path, Step, pick_budget, threshold_path
+from project.exits.path import Path, Step, threshold_path
 from project.exits.policies import FixedDepth, Oracle, Policy, RandomExit, leave
 from project.exits.top_k import TopK
 
 __all__ = [
-    "Asked",
     "Calibration",
     "Consistency",
     "Criterion",
     "FixedDepth",
     "HeadOutputs",
+    "ItemCount",
     "Learned",
     "Oracle",
     "Path",
@@ -37,7 +38,6 @@ __all__ = [
     "fit_calibration",
     "leave",
     "out_of_fold_safety",
-    "pick_budget",
     "safety_table",
     "threshold_path",
 ]

@@ -1,15 +1,10 @@
-"""What a budget chooses on the tune fold: per-head calibration, every criterion's path, the best one's step.
-
-Unusual here: three prices for one choice. Requests of one candidate are the labelled rows themselves; real requests
-bring candidates without labels, which are paid for while labelled rows are judged; and by depth every candidate costs
-its layer, the price that the field optimises, kept for comparison.
-"""
+"""What a budget chooses on the tune fold: per-head calibration, every criterion's path, the best one's step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -17,52 +12,42 @@ import torch
 from torch import Tensor
 
 from project.artefacts import exit_layers_of
-from project.errors import DataError
+from project.errors import ConfigError, DataError
 from project.exits.calibration import fit_calibration
-from project.exits.criteria import Criterion, FoldCriteria, safety_table
+from project.exits.criteria import Criterion, out_of_fold_safety, safety_table
 from project.exits.outputs import HeadOutputs
-from project.exits.path import BudgetNotKept, Path, drop_bounds, pick_budget, threshold_path
+from project.exits.path import Path, Step, bound_margins, budget_steps, threshold_path, user_drops
 from project.exits.plan import ExitPlan, Floats, raw_outputs
 from project.exits.policies import Policy
+from project.exits.search import Ints
 from project.exits.settings import ExitSettings
-from project.exits.simulate import AskedCandidates, rival_depth
+from project.exits.simulate import rival_depth
+
+DRAWS = 1000  # resamples of users behind the correction
 
 
 @dataclass(frozen=True, eq=False)
-class AskedScores:
-    """Scored candidates of requests of the fold tune.
+class Curve:
+    """One criterion, fitted on tune.
 
     Attributes:
-        scores: Score table of m candidates, as `score_every_head` makes it. Where its column `user` is filled in, a
-            criterion that learns scores every candidate by a fit that saw no row of its user.
-        features: (m, F) their counting features.
-        seed: The run's, which drew the requests.
+        criterion: Fitted.
+        path: S steps.
+        step: The one that the budget chose.
+        drops: (S,) AUC drops by labels, as tune tells them.
+        influences: (S, U) of the users, see `user_drops`.
     """
-
-    scores: pl.DataFrame
-    features: Floats
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not len(self.scores) or len(self.scores) != len(self.features):
-            raise DataError(
-                f"thresholds were to be priced on {len(self.scores)} candidates of requests with {len(self.features)} "
-                "rows of features; expected the same number of both, and at least one"
-            )
-
-    @property
-    def requests(self) -> int:
-        """Number of requests."""
-        return int(self.scores["request_id"].n_unique())
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One criterion, fitted on tune, with its path and the step that the budget chose."""
 
     criterion: Criterion
     path: Path
     step: int
+    drops: Floats
+    influences: Floats
+
+    @property
+    def chosen(self) -> Step:
+        """The budget's step."""
+        return self.path[self.step]
 
 
 class TuneFold:
@@ -73,14 +58,13 @@ class TuneFold:
         features: (n, F) counting features of the same rows.
         settings: Budget and criteria.
         prior: Whether exit 0 is a head.
-        asked: Candidates that are paid for; None pays for the rows.
         by_depth: Every candidate costs its layer, whatever its tokens.
         criterion: The one criterion that is considered; None: those of the settings. One that cannot keep the budget is
             no curve.
         shown: For comparison only: where nobody keeps the budget, everyone's fastest step.
 
     Raises:
-        BudgetNotKept: Nobody keeps the budget.
+        ConfigError: Nobody keeps the budget.
     """
 
     def __init__(
@@ -89,98 +73,104 @@ class TuneFold:
         features: Floats,
         settings: ExitSettings,
         prior: bool,
-        asked: AskedScores | None = None,
         by_depth: bool = False,
         criterion: Criterion | None = None,
         shown: bool = False,
     ) -> None:
         self.settings, self.prior = settings, prior
         self.labels, self.users = scores["label"].to_numpy(), scores["user"].to_numpy()
-        layers = exit_layers_of(scores)
-        raw = raw_outputs(scores, features, layers, prior)
-        self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, prior)
-        self.outputs = self._calibrated(raw)
         self.tokens = _tokens(scores, by_depth)
-        self.asked: AskedCandidates | None = None
-        self._asked_users: np.ndarray[tuple[int], np.dtype[np.int64]] | None = None
-        if asked is not None:
-            outputs = self._calibrated(raw_outputs(asked.scores, asked.features, layers, prior))
-            request = asked.scores["request_id"].rank("dense").cast(pl.Int64).to_numpy()
-            self.asked = AskedCandidates(
-                outputs, torch.from_numpy(request.copy()), *_tokens(asked.scores, by_depth)
-            )
-            if not asked.scores["user"].null_count():
-                self._asked_users = asked.scores["user"].to_numpy()
-        criteria = settings.criteria() if criterion is None else [criterion]
-        self.curves = self._curves(criteria, shown)
+        # 1. calibrate every head
+        raw = raw_outputs(scores, features, exit_layers_of(scores), prior)
+        self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, prior)
+        self.outputs = HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence)
         self.rival = self.outputs.layers[rival_depth(self.outputs.logits, self.labels)]
-        forced = criterion is not None or settings.criterion is not None
-        self.best = self.curves[0] if forced else max(self.curves, key=self._worth)
+        # 2. every criterion's path, and the step that keeps the budget
+        self._forced = criterion is not None or settings.criterion is not None
+        criteria = settings.criteria() if criterion is None else [criterion]
+        self._paths = 1 if self._forced else len(criteria)
+        curves = [self._curve(deepcopy(criterion)) for criterion in criteria]
+        decide = curves[: self._paths]
+        self.curves = [curve for curve in curves if curve.step >= 0]
+        if all(curve.step < 0 for curve in decide):
+            if not shown:
+                raise self._not_kept(decide)
+            self.curves = [replace(curve, step=len(curve.path) - 1) for curve in curves]
+        # 3. the best of them, or the one that is given
+        self.best = self.curves[0] if self._forced else max(self.curves, key=self._worth)
 
     def plan(self, step: int) -> ExitPlan:
         """The best criterion at one step of its path."""
-        thresholds = self.best.path.steps[step].thresholds
+        thresholds = self.best.path[step].thresholds
         policy = Policy(self.best.criterion, thresholds, self.outputs.layers)
         return ExitPlan(self.calibration, policy, self.prior)
 
-    def _calibrated(self, raw: HeadOutputs) -> HeadOutputs:
-        return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence)
+    def corrected(self) -> dict[str, Any]:
+        """AUC drop of the budget's policy, corrected for having been chosen on the users who tell it.
 
-    def _curves(self, criteria: Sequence[Criterion], shown: bool) -> list[Curve]:
-        paths = [self._path(deepcopy(criterion)) for criterion in criteria]
-        kept, reason = list[Curve](), None
-        for criterion, path, bounds in paths:
-            try:
-                step = pick_budget(path, self.settings.max_auc_drop, self.settings.max_cost, bounds)
-            except BudgetNotKept as error:
-                reason = error
-            else:
-                kept.append(Curve(criterion, path, step))
-        if reason is None or kept:
-            return kept
-        if not shown:
-            raise reason
-        return [Curve(criterion, path, len(path.steps) - 1) for criterion, path, _ in paths]
+        Where users are drawn anew and the choice among the same paths is made again, the chosen policy is told to lose
+        less than it does on the users at hand. That difference is taken off what tune tells.
 
-    def _path(self, criterion: Criterion) -> tuple[Criterion, Path, list[float] | None]:
-        """The criterion, fitted; its path; and an upper bound of each step's drop where the budget asks for one."""
+        Returns:
+            `auc_drop_corrected`, and `auc_drop_corrected_interval`, the basic bootstrap's 95 %.
+        """
+        users, told = self.best.influences.shape[1], float(self.best.drops[self.best.step])
+        times = np.random.default_rng(0).multinomial(users, np.full(users, 1 / users), size=DRAWS)
+        cost, loss, error = (np.full((len(self.curves), DRAWS), np.inf) for _ in range(3))
+        for row, curve in enumerate(self._contenders()):
+            drops = curve.drops + times @ curve.influences.T
+            step = self._steps(curve.path, drops, curve.influences)
+            kept = step >= 0
+            at = np.arange(DRAWS)[kept], step[kept]
+            cost[row, kept] = np.array([s.cost for s in curve.path])[step[kept]]
+            loss[row, kept] = drops[at]
+            error[row, kept] = drops[at] - curve.drops[step[kept]]
+        first, second = (loss, cost) if self.settings.max_auc_drop is None else (cost, loss)
+        best = np.lexsort((second, first), axis=0)[0]
+        errors = error[best, np.arange(DRAWS)]
+        errors = errors[np.isfinite(errors)]
+        low, high = np.quantile(errors, [0.025, 0.975])
+        return {
+            "auc_drop_corrected": told - float(errors.mean()),
+            "auc_drop_corrected_interval": [told - float(high), told - float(low)],
+        }
+
+    def _contenders(self) -> list[Curve]:
+        return [self.best] if self._forced else self.curves
+
+    def _steps(self, path: Path, drops: Floats, influences: Floats) -> Ints:
+        """(D,) the budget's step by each row of drops (D, S); -1 where none keeps it."""
+        # each of the paths that compete for the choice is walked at its share of alpha (Bonferroni)
+        margins = bound_margins(influences, self.settings.alpha / self._paths)
+        return budget_steps(path, drops + margins, self.settings.max_auc_drop, self.settings.max_cost)
+
+    def _curve(self, criterion: Criterion) -> Curve:
+        """Fits the criterion; its path and the budget's step, -1 where none keeps it."""
         fresh = deepcopy(criterion)
         criterion.fit(self.outputs)
-        safety, paid = self._safety(criterion, fresh)
-        path = threshold_path(
-            safety,
-            self.outputs.logits,
-            self.labels,
-            self.outputs.layers,
-            *self.tokens,
-            stream=self.settings.stream,
-            asked=None if self.asked is None or paid is None else self.asked.with_safety(paid),
+        # rows that a criterion learned from look surer to it than others will
+        safety = (
+            out_of_fold_safety(lambda: deepcopy(fresh), self.outputs, self.users)
+            if criterion.learns
+            else safety_table(criterion, self.outputs)
         )
-        bounds, doubt = None, self.settings.budget_doubt
-        if doubt < 0.5 and self.settings.max_auc_drop is not None:
-            bounds = drop_bounds(path, safety, self.outputs.logits, self.labels, self.users, doubt)
-        return criterion, path, bounds
+        about = safety, self.outputs.logits, self.labels
+        path = threshold_path(*about, self.outputs.layers, *self.tokens, stream=self.settings.stream)
+        drops, influences = user_drops(path, *about, self.users)
+        step = int(self._steps(path, drops[None], influences)[0])
+        return Curve(criterion, path, step, drops, influences)
 
-    def _safety(self, criterion: Criterion, fresh: Criterion) -> tuple[Tensor, Tensor | None]:
-        """Of the rows and of the candidates asked for, out of sample where the criterion learns.
-
-        Candidates of unknown users are scored by the criterion that saw all of tune. They have no labels, and it learns
-        from scores only, but rows of the same users among its fit make it look a little surer than it will be.
-        """
-        asked, users = None if self.asked is None else self.asked.outputs, self._asked_users
-        if not criterion.learns:
-            return safety_table(criterion, self.outputs), None if asked is None else safety_table(
-                criterion, asked
-            )
-        folds = FoldCriteria(lambda: deepcopy(fresh), self.outputs, self.users)
-        safety = folds.safety(self.outputs, self.users)
-        if asked is None:
-            return safety, None
-        return safety, safety_table(criterion, asked) if users is None else folds.safety(asked, users)
+    def _not_kept(self, curves: list[Curve]) -> ConfigError:
+        fastest = min((curve.path[-1] for curve in curves), key=lambda step: step.cost)
+        return ConfigError(
+            f"no exit policy keeps exits.max_cost {self.settings.max_cost} and exits.max_auc_drop "
+            f"{self.settings.max_auc_drop}: the fastest costs {fastest.cost:.3f} of full depth and drops "
+            f"{fastest.auc_drop:.4f} of AUC; raise one of them"
+        )
 
     def _worth(self, curve: Curve) -> tuple[float, float]:
         """Cheaper is better where an AUC drop is the budget, a higher AUC where the cost is."""
-        point = curve.path.steps[curve.step]
+        point = curve.chosen
         return (point.auc, -point.cost) if self.settings.max_auc_drop is None else (-point.cost, point.auc)
 
 
@@ -188,8 +178,6 @@ def budget_plan(
     scores: pl.DataFrame,
     features: Floats,
     settings: ExitSettings,
-    asked_scores: pl.DataFrame | None = None,
-    asked_features: Floats | None = None,
     by_depth: bool = False,
     criterion: Criterion | None = None,
 ) -> ExitPlan:
@@ -199,9 +187,6 @@ def budget_plan(
         scores: Score table of validation, with its folds.
         features: (n, F) counting features of the same rows.
         settings: Budget, criteria, prior, and whether the stream is paid for.
-        asked_scores: Score table of the candidates of requests of the fold tune (`score_every_head`): what is paid for.
-            None pays for the labelled rows, each a request of one candidate.
-        asked_features: (m, F) counting features of these candidates.
         by_depth: Pay for the mean layer at which candidates leave instead of token-layers.
         criterion: The criterion to use; None: the settings'.
 
@@ -210,14 +195,9 @@ def budget_plan(
         ConfigError: A budget that no step keeps.
     """
     check_folds(scores, ("tune",))
-    if (asked_scores is None) != (asked_features is None):
-        raise DataError("asked_scores and asked_features belong together: give both or neither")
-    asked = (
-        None if asked_scores is None or asked_features is None else AskedScores(asked_scores, asked_features)
-    )
     chosen = (scores["fold"] == "tune").fill_null(False).to_numpy()
     prior = settings.prior == "counting"
-    tune = TuneFold(scores.filter(chosen), features[chosen], settings, prior, asked, by_depth, criterion)
+    tune = TuneFold(scores.filter(chosen), features[chosen], settings, prior, by_depth, criterion)
     return tune.plan(tune.best.step)
 
 

@@ -1,6 +1,6 @@
 """From the scores of validation to an exit plan: calibrate, draw every criterion's path, choose, certify.
 
-Unusual here: `tune` decides everything (calibration, criterion, thresholds, the honest rival), `certify` is read once
+`tune` decides everything (calibration, criterion, thresholds, the honest rival), `certify` is read once
 for the certificate, and `select` is not read at all. Both priors are always compared on `tune`; the settings say which
 one is used. A budget's policy is tested first; while tests pass, faster steps of its path follow in order, and the last
 that passes is the certified policy: one sequence, one delta (Learn-then-Test, Angelopoulos et al. 2021).
@@ -9,7 +9,7 @@ that passes is the certified policy: one sequence, one delta (Learn-then-Test, A
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,35 +17,14 @@ import polars as pl
 from torch import Tensor
 
 from project.errors import ConfigError
-from project.exits.budget import AskedScores, TuneFold, check_folds
+from project.exits.budget import TuneFold, check_folds
 from project.exits.certificate import Certificate, CertificateSettings, certify
 from project.exits.criteria import name, safety_table
 from project.exits.ledger import admit, asked_of_fold
-from project.exits.plan import ExitPlan, Floats, specification
+from project.exits.plan import Floats, Plans, specification
 from project.exits.policies import leave
 from project.exits.settings import ExitSettings
 from project.exits.simulate import control_curves
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """Exit plans and what results/calibrate.json says about them.
-
-    Attributes:
-        plan: What the run uses from now on.
-        rival: Layer of its honest rival.
-        without: The same run without exit 0, at the budget's step: for comparison.
-        rival_without: Layer of its honest rival.
-        certified: The fastest policy that passed in the sequence of tests; None: none did, or none was tested.
-        document: Body of results/calibrate.json.
-    """
-
-    plan: ExitPlan
-    rival: int
-    without: ExitPlan
-    rival_without: int
-    certified: ExitPlan | None
-    document: dict[str, Any]
 
 
 def calibrate(
@@ -54,9 +33,8 @@ def calibrate(
     settings: ExitSettings,
     protocol_hash: str,
     previous: Mapping[str, Any] | None = None,
-    asked: AskedScores | None = None,
-) -> Calibrated:
-    """Make the exit plan of a run.
+) -> Plans:
+    """Make the exit plans of a run.
 
     Args:
         scores: Score table of validation, with its folds.
@@ -64,18 +42,20 @@ def calibrate(
         settings: What is wanted.
         protocol_hash: Whose folds these are.
         previous: The run's results/calibrate.json, whose certificates must not be tried again.
-        asked: Candidates of requests of the fold tune that thresholds are priced on; None prices them on its rows.
+
+    Returns:
+        The plans, with the body of results/calibrate.json.
 
     Raises:
         DataError: A fold is empty, one class, NaN logits, heads that are all equal, users in two folds.
         ConfigError: A second certificate on the same fold in risk mode, where it would be the plan.
     """
-    decisive = asked_of_fold(settings) | ({} if asked is None else {"seed_everything": asked.seed})
+    # 1. whether the certify fold may be read: it answers one certificate
     issued = (previous or {}).get("ledger", [])
     promise, ledger, why = settings.certificate, issued, "No certificate: exits.certificate is null."
     if promise is not None:
         try:
-            ledger = admit(issued, decisive, protocol_hash)
+            ledger = admit(issued, asked_of_fold(settings), protocol_hash)
         except ConfigError as error:
             if settings.mode == "risk":
                 raise
@@ -83,27 +63,25 @@ def calibrate(
     check_folds(scores, ("tune", "certify"))
     fold = {f: (scores["fold"] == f).to_numpy() for f in ("tune", "certify")}
     table = {f: scores.filter(chosen) for f, chosen in fold.items()}
+    # 2. on tune, with exit 0 and without: calibration, every criterion's path, the budget's step
     on_tune = table["tune"], features[fold["tune"]]
     by_prior = {
-        prior: TuneFold(*on_tune, settings, prior == "counting", asked, shown=prior != settings.prior)
+        prior: TuneFold(*on_tune, settings, prior == "counting", shown=prior != settings.prior)
         for prior in ("counting", "none")
     }
-    tune = by_prior[settings.prior]
+    tune, none = by_prior[settings.prior], by_prior["none"]
+    # 3. on certify, once: the budget's policy, then faster steps until one fails
     certificate = further = None
     if promise is not None:
-        certificate, further = _certificates(
-            tune, table["certify"], features[fold["certify"]], settings, promise
-        )
+        on_certify = table["certify"], features[fold["certify"]]
+        certificate, further = _certificates(tune, *on_certify, settings, promise)
         why = certificate.in_words()
     tested = further is not None and further.passed is not None
     passed = None if further is None else further.path_step
     step = tune.best.step if settings.mode == "budget" else (passed or 0)
     last = None if passed is None else _sequence(tune, settings)[passed]
-
-    none = by_prior["none"]
+    # 4. what is kept, and what is told
     document = _document(tune, settings, step) | {
-        "candidates": settings.candidates if asked is not None else 1,
-        "requests": None if asked is None else asked.requests,
         "certificate": None if certificate is None else certificate.to_dict(),
         "certificate_words": why,
         "certified": None
@@ -111,8 +89,9 @@ def calibrate(
         else _certified(tune, last, step, further, settings),
         "ledger": ledger if tested else issued,
         "priors": {key: _prior_row(value) for key, value in by_prior.items()},
+        "adaptive": tune.corrected() if settings.mode == "budget" else {},
     }
-    return Calibrated(
+    return Plans(
         plan=tune.plan(step),
         rival=tune.rival,
         without=none.plan(none.best.step),
@@ -137,7 +116,7 @@ def _certificates(
     safety = safety_table(tune.best.criterion, outputs)
     emitted, no_layer = list[Floats](), False
     for step in _sequence(tune, settings):
-        exits = leave(safety, tune.best.path.steps[step].thresholds)
+        exits = leave(safety, tune.best.path[step].thresholds)
         no_layer = outputs.layers[0] == 0 and not exits.any().item()
         if no_layer:
             break
@@ -170,7 +149,7 @@ def _certified(
             f"Tested after the budget policy, in the order of the path and at the same delta: the certified policy is "
             f"step {last}, {last - step} faster than the budget's. {further.in_words()}"
         )
-    found = tune.best.path.steps[last]
+    found = tune.best.path[last]
     thresholds = _by_layer(tune.outputs.layers, found.thresholds)
     return {"path_step": last, **found.point(), "thresholds": thresholds, "words": words}
 
@@ -182,15 +161,15 @@ def _document(tune: TuneFold, settings: ExitSettings, step: int) -> dict[str, An
             "criterion": name(curve.criterion),
             "settings": specification(curve.criterion),
             "mode": settings.mode,
-            "thresholds": _by_layer(layers, curve.path.steps[curve.step].thresholds),
+            "thresholds": _by_layer(layers, curve.path[curve.step].thresholds),
             "calibration": tune.calibration.as_dict(),
-            "pareto": [s.point() for s in curve.path.steps],
+            "pareto": [s.point() for s in curve.path],
             "chosen_step": step if curve is tune.best else curve.step,
         }
         for curve in tune.curves
     ]
     rival = layers.index(tune.rival)
-    controls = control_curves(tune.outputs, tune.labels, *tune.tokens, settings.stream, asked=tune.asked)
+    controls = control_curves(tune.outputs, tune.labels, *tune.tokens, settings.stream)
     static = next(c for c in controls if c["name"] == "fixed_depth")["pareto"]
     return {
         "layers": list(layers),
@@ -213,7 +192,7 @@ def _prior_row(tune: TuneFold) -> dict[str, Any]:
     return {
         "exits": static[0]["pareto"],
         "criterion": name(tune.best.criterion),
-        "chosen": tune.best.path.steps[tune.best.step].point(),
+        "chosen": tune.best.path[tune.best.step].point(),
         "never_enter_trunk": float((layer == 0).double().mean()),
         "rival": tune.rival,
     }

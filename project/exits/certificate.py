@@ -1,11 +1,11 @@
 """Certificates: with confidence 1 - delta the risk of a plan is at most epsilon, users being the units.
 
-1. Losses. Each user gives one loss, the mean over the user's rows; for the AUC gap each of n / 2 disjoint random pairs of
-   users gives one. Losses of different units are independent and lie in a known range, and nothing else is assumed.
-2. Bets. Capital is staked on "the mean loss is below epsilon", loss by loss (Waudby-Smith and Ramdas 2024, "Estimating means
-   of bounded random variables by betting"). Where the mean is epsilon or more, expected capital never exceeds 1.
-3. p-value. Of users, 1 / the largest capital ever held (Ville 1939). Of pairs, whose capital depends on who is paired with
-   whom, 1 / the average of the final capitals of many pairings: an average of e-values, however dependent, is an
+1. Losses. Each user gives one loss, the mean over the user's rows; for the AUC gap each of n / 2 disjoint random pairs
+   of users gives one. Losses of different units are independent and lie in a known range; nothing else is assumed.
+2. Bets. Capital is staked on "the mean loss is below epsilon", loss by loss (Waudby-Smith and Ramdas 2024, "Estimating
+   means of bounded random variables by betting"). Where the mean is epsilon or more, its expectation is at most 1.
+3. p-value. Of users, 1 / the largest capital ever held (Ville 1939). Of pairs, whose capital depends on who is paired
+   with whom, 1 / the average of the final capitals of many pairings: an average of e-values, however dependent, is an
    e-value (Vovk and Wang 2021). Each passes more often than the other would.
 4. Walk. Steps of a path are tested from safe to fast until the first that fails; the answer is the last that passed
    (fixed-sequence Learn-then-Test, Angelopoulos et al. 2021). Step 0, full depth, has risk 0 and takes no test.
@@ -37,18 +37,18 @@ RISKS = {
     "brier_gap": (-WIDEST, WIDEST),
     "overlap_loss": (0.0, 1.0),
 }
-"""Every risk and the range of its losses. `overlap_loss`, 1 - overlap@k, is of ranking requests: see `certify_losses`."""
+"""Risks and the ranges of their losses. `overlap_loss`, 1 - overlap@k, is of ranking requests (`certify_losses`)."""
 
 ROWS_OF_A_USER = (
     32  # of each user so many random rows are paired: bounds the work, costs no power that was measured
 )
 PAIRINGS = 20  # random pairings of all users that capital is averaged over
 BET_SHARE = 0.99
-"""Largest share of the capital that one loss may take (WSR's c, there 1/2 or 3/4). At few users only bets near the limit
-can reach 1 / delta: .9 passes 65 %, .99 72 % of plans without a drop at 300 users."""
+"""Largest share of the capital that one loss may take (WSR's c, there 1/2 or 3/4). At few users only bets near the
+limit reach 1 / delta: of plans without a drop .9 passes 65 %, .99 72 % at 300 users."""
 PRIOR_WEIGHT, PRIOR_VARIANCE = 5, 0.0025
-"""Variance of the losses in [0, 1] before any was seen, counted as so many losses (WSR: one of 1/4, their maximum). Losses
-of early exits vary little, and a cautious first bet is capital not earned. Validity does not depend on either."""
+"""Variance of the losses in [0, 1] before any was seen, counted as so many losses (WSR: one of 1/4, their maximum).
+Losses of early exits vary little, and a cautious bet is capital not earned. Validity does not depend on either."""
 BISECTIONS = 40  # a bound is exact to 2 ** -40 of the range
 
 
@@ -180,8 +180,8 @@ class Certificate:
             if self.users_needed is None:
                 return f"Nothing to certify: {self.reason}."
             return (
-                f"Not enough users: {self.n:,} of about {self.users_needed:,}. So many are needed to show that {promise}, "
-                "even where early exits change no score."
+                f"Not enough users: {self.n:,} of about {self.users_needed:,}. So many are needed to show that "
+                f"{promise}, even where early exits change no score."
             )
         basis = f"estimate {self.estimate:.4g}, bound {self.bound:.4g}; {self.n:,} users, {self.kind}"
         if self.passed:
@@ -302,7 +302,7 @@ def p_value(losses: Floats, epsilon: float, delta: float) -> float:
 
 
 def upper_bound(losses: Floats, epsilon: float, delta: float) -> float:
-    """The least mean that the same bets reject at level delta, by bisection: at most epsilon where `p_value` <= delta."""
+    """The least mean that the same bets reject at level delta; at most epsilon where `p_value` is at most delta."""
     bets = plug_in_bets(losses, epsilon, delta)
     low, high = max(0.0, 1.0 - 1.0 / _largest_bet(epsilon)), 1.0  # bets could lose everything below `low`
     for _ in range(BISECTIONS):
@@ -314,8 +314,8 @@ def upper_bound(losses: Floats, epsilon: float, delta: float) -> float:
 def plug_in_bets(losses: Floats, epsilon: float, delta: float) -> Floats:
     """Bet on each loss, made from the losses before it (WSR 2024, section 3.2).
 
-    bet_t = min(sqrt(2 log(1 / delta) / (m * variance_(t-1))), c / (1 - epsilon)), 0 where there is no loss; arguments as
-    in `p_value`, shape as losses.
+    bet_t = min(sqrt(2 log(1 / delta) / (m * variance_(t-1))), c / (1 - epsilon)), 0 where there is no loss; arguments
+    as in `p_value`, shape as losses.
     """
     real = ~np.isnan(losses)
     x, t = np.where(real, losses, 0.0), np.cumsum(real, axis=-1)
@@ -328,7 +328,7 @@ def plug_in_bets(losses: Floats, epsilon: float, delta: float) -> Floats:
 
 
 def _p_of(losses: Floats, bets: Floats, mean: float) -> float:
-    """Of the capital prod_t (1 + bet_t * (mean - loss_t)): 1 / its maximum, or 1 / the average of several; at most 1."""
+    """1 / maximum of the capital prod_t (1 + bet_t * (mean - loss_t)), or 1 / average of several final ones; <= 1."""
     gains = np.log1p(bets * (mean - np.where(np.isnan(losses), mean, losses)))
     if len(gains) == 1:
         return math.exp(-float(np.cumsum(gains).max(initial=0.0)))

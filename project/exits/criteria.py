@@ -19,10 +19,12 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from project.counting import FEATURES
 from project.errors import ConfigError, DataError
 from project.exits.checks import checked
 from project.exits.outputs import HeadOutputs
 
+ITEM_ROWS = FEATURES.index("item_rows")
 QUANTILES = 1001  # points of a frozen distribution: its error is below .001 in quantile
 
 
@@ -139,6 +141,17 @@ class RatioConsistency(Consistency):
         return torch.minimum(ratio, consistency)
 
 
+class ItemCount(Criterion):
+    """log(1 + number of the item's earlier rows): exit 0 knows an item that was seen often, a new one goes on.
+
+    Logits are not read: at every head a threshold says how many rows are enough.
+    """
+
+    def safety(self, outputs: HeadOutputs) -> Tensor:
+        """(n,) at least 0, the same at every head."""
+        return outputs.evidence[:, ITEM_ROWS]
+
+
 def name(criterion: Criterion) -> str:
     """Its class in snake_case: the name in result files."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(criterion).__name__).lower()
@@ -172,45 +185,13 @@ def out_of_fold_safety(
     Raises:
         DataError: Fewer users than folds.
     """
-    return FoldCriteria(make, outputs, users, folds, seed).safety(outputs, users)
-
-
-class FoldCriteria:
-    """Criteria that were each fitted on some users of tune, so that every user has one that never saw it.
-
-    Arguments as in `out_of_fold_safety`.
-
-    Raises:
-        DataError: Fewer users than folds.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[], Criterion],
-        outputs: HeadOutputs,
-        users: ArrayLike,
-        folds: int = 2,
-        seed: int = 0,
-    ) -> None:
-        part = _user_folds(users, folds, seed)
-        self._part = dict(zip(np.asarray(users).tolist(), part.tolist(), strict=True))
-        self._criteria = [make() for _ in range(folds)]
-        for fold, criterion in enumerate(self._criteria):
-            criterion.fit(outputs.rows(torch.from_numpy(part != fold).to(outputs.logits.device)))
-
-    def safety(self, outputs: HeadOutputs, users: ArrayLike) -> Tensor:
-        """(m, K) safety of any rows, each by a criterion that saw no row of its user.
-
-        Args:
-            outputs: The m rows, of tune or of other requests.
-            users: (m,) as those of the fit; users that tune does not know are new to every criterion.
-        """
-        known = [self._part.get(user, 0) for user in np.asarray(users).tolist()]
-        part = torch.tensor(known, dtype=torch.int64, device=outputs.logits.device)
-        table = torch.empty_like(outputs.logits)
-        for fold, criterion in enumerate(self._criteria):
-            table[part == fold] = safety_table(criterion, outputs.rows(part == fold))
-        return table
+    part = torch.from_numpy(_user_folds(users, folds, seed)).to(outputs.logits.device)
+    table = torch.empty_like(outputs.logits)
+    for fold in range(folds):
+        criterion = make()
+        criterion.fit(outputs.rows(part != fold))
+        table[part == fold] = safety_table(criterion, outputs.rows(part == fold))
+    return table
 
 
 def _user_folds(users: ArrayLike, folds: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:

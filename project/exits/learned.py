@@ -8,6 +8,8 @@ nothing (constants) gets scale zero, so features need no mask.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ class Learned(Criterion):
     _fitted = ("center", "scale", "weight", "intercept")
 
     def __init__(self, ridge: float = 100.0) -> None:
-        if not ridge > 0:
+        if not 0 < ridge < math.inf:
             raise ConfigError(f"learned: ridge is {ridge}, expected a penalty above 0")
         self.ridge = ridge
 

@@ -1,7 +1,8 @@
 """One certificate a fold: trying several settings on it voids delta, so the second is refused.
 
-The ledger is a list in the run's own result file, handed in as it is and handed back with the new entry. A fold is known
-by its protocol, not by its scores: with other weights of the run, or scored once more, it has been read all the same.
+The ledger is a list in the run's own result file, handed in as it is and handed back with the new entry. A fold
+is known by its protocol, not by its scores: with other weights of the run, or scored once more, it has been read all
+the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,8 @@ from project.exits.settings import ExitSettings
 def asked_of_fold(settings: ExitSettings) -> dict[str, Any]:
     """By YAML key, what is promised and what decides which policies are tested for it, in which order.
 
-    Budget, prior and the requests that thresholds are priced on choose these policies on `tune`: with others, another
-    policy asks the same fold. What has no part in the choice is left out.
+    Budget and prior choose these policies on `tune`: with others, another policy asks the same fold. What has no part
+    in the choice is left out.
 
     Args:
         settings: A run's.
@@ -26,14 +27,12 @@ def asked_of_fold(settings: ExitSettings) -> dict[str, Any]:
     compared = settings.criteria() if settings.criterion is None else [settings.criterion]
     found: dict[str, Any] = {
         "criterion": [_in_short(criterion) for criterion in compared],
-        **{key: getattr(settings, key) for key in ("mode", "prior", "stream", "candidates")},
+        **{key: getattr(settings, key) for key in ("mode", "prior", "stream")},
     }
     if (
         settings.mode == "budget" or len(compared) > 1
     ):  # risk walks the whole path of a criterion that is given
-        found |= {key: getattr(settings, key) for key in ("max_auc_drop", "budget_doubt", "max_cost")}
-    if settings.candidates > 1:
-        found["requests"] = settings.requests
+        found |= {key: getattr(settings, key) for key in ("max_auc_drop", "alpha", "max_cost")}
     if settings.certificate is not None:
         found |= {f"certificate.{key}": value for key, value in asdict(settings.certificate).items()}
     return {f"exits.{key}": value for key, value in found.items()}

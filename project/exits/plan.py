@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,48 @@ class ExitPlan:
     def criterion(self) -> str:
         """Name of the criterion in result files."""
         return name(self.policy.criterion)
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The plans of a run, as its checkpoint keeps them.
+
+    Attributes:
+        plan: In use.
+        rival: Layer of its honest rival.
+        without: The same run's without exit 0, at the budget's step: for comparison.
+        rival_without: Layer of that plan's rival.
+        certified: The fastest plan that the certificate reached; None where its first test failed, or in a checkpoint
+            of a version that did not look for one.
+        document: Body of results/calibrate.json; from a checkpoint, its `certificate` alone.
+    """
+
+    plan: ExitPlan
+    rival: int
+    without: ExitPlan
+    rival_without: int
+    certified: ExitPlan | None = None
+    document: dict[str, Any] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "plan": self.plan.state(),
+            "rival": self.rival,
+            "without": self.without.state(),
+            "rival_without": self.rival_without,
+            "certified": None if self.certified is None else self.certified.state(),
+            "certificate": json.dumps(self.document.get("certificate", {})),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Plans:
+        """From what `state` gave."""
+        plan, without = (ExitPlan.from_state(state[key]) for key in ("plan", "without"))
+        known = state.get("certified")
+        certified = None if known is None else ExitPlan.from_state(known)
+        document = {"certificate": json.loads(state["certificate"])}
+        return cls(plan, state["rival"], without, state["rival_without"], certified, document)
 
 
 def specification(criterion: Criterion) -> dict[str, Any]:

@@ -70,7 +70,8 @@ class Policy:
         if outputs.heads == len(self.layers):
             return torch.ones_like(outputs.logits[:, -1], dtype=torch.bool)
         safety = self.criterion.safety(outputs)
-        return safety >= self.thresholds[head].to(safety)
+        here_or_later = torch.stack([safety, torch.full_like(safety, torch.inf)], dim=1)
+        return leave(here_or_later, torch.stack([self.thresholds[head], self.thresholds[-1]])) == 0
 
     def exits(self, outputs: HeadOutputs) -> Tensor:
         """Index of the head at which each of n rows leaves, (n,) int64; all K heads shown."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,7 +10,7 @@ from project.errors import ConfigError
 from project.exits.certificate import CertificateSettings
 from project.exits.checks import try_out
 from project.exits.cost import Stream
-from project.exits.criteria import Consistency, Criterion, Ratio, RatioConsistency
+from project.exits.criteria import Consistency, Criterion, ItemCount, Ratio, RatioConsistency
 from project.exits.learned import Learned
 
 Prior = Literal["counting", "none"]
@@ -18,7 +19,7 @@ Mode = Literal["budget", "risk"]
 
 def all_criteria() -> list[Criterion]:
     """One of each criterion, unfitted."""
-    return [Ratio(), Consistency(), RatioConsistency(), Learned()]
+    return [Ratio(), Consistency(), RatioConsistency(), Learned(), ItemCount()]
 
 
 @dataclass
@@ -31,13 +32,9 @@ class ExitSettings:
         prior: counting lets candidates leave before the first layer and enters every head's calibration; none does not.
         mode: budget takes the fastest step within the budget on `tune`; risk takes the last certified step.
         max_auc_drop: Budget: AUC on `tune` that may be lost against full depth.
-        budget_doubt: Budget: chance that the drop is above max_auc_drop after all, users of `tune` as a sample. 0.5
-            takes the estimate on `tune` as it is; less asks for an upper bound below the budget, and is slower.
+        alpha: Budget: chance that the AUC drop is above max_auc_drop after all, in (0, 0.5]; less is slower.
         max_cost: Budget: share of full depth's token-layers that may be spent; None sets no limit.
         stream: Whether a request's history runs with it (cold) or is cached (warm): what a token costs.
-        candidates: Candidates of the requests that thresholds are optimised for; 1 takes the labelled rows as they
-            are, more scores catalogue requests of the fold tune for it (needs a split by time).
-        requests: Number of these requests, where candidates is above 1.
         certificate: What is promised, and tested on the `certify` fold; None makes no certificate, so not in risk mode.
     """
 
@@ -46,11 +43,9 @@ class ExitSettings:
     prior: Prior = "counting"
     mode: Mode = "budget"
     max_auc_drop: float | None = 0.002
-    budget_doubt: float = 0.5
+    alpha: float = 0.1
     max_cost: float | None = None
     stream: Stream = "cold"
-    candidates: int = 1
-    requests: int = 64
     certificate: CertificateSettings | None = field(default_factory=CertificateSettings)
 
     def __post_init__(self) -> None:
@@ -63,19 +58,16 @@ class ExitSettings:
             raise ConfigError(
                 "exits.certificate is null in mode risk, where it decides; set it, or mode to budget."
             )
-        if self.max_auc_drop is not None and self.max_auc_drop < 0:
-            raise ConfigError(f"exits.max_auc_drop is {self.max_auc_drop}; expected 0 or more, or null.")
-        if not 0 < self.budget_doubt <= 0.5:
+        if self.max_auc_drop is not None and not 0 <= self.max_auc_drop < math.inf:
             raise ConfigError(
-                f"exits.budget_doubt is {self.budget_doubt}; expected a chance above 0 and at most 0.5."
+                f"exits.max_auc_drop is {self.max_auc_drop}; expected a number from 0 on, or null."
             )
+        if not 0 < self.alpha <= 0.5:
+            raise ConfigError(f"exits.alpha is {self.alpha}; expected a chance above 0 and at most 0.5.")
         if self.max_cost is not None and not 0 < self.max_cost <= 1:
             raise ConfigError(f"exits.max_cost is {self.max_cost}; expected a share above 0 and at most 1.")
         for criterion in filter(None, [self.criterion, *(self.compare or [])]):
             try_out(criterion, prior=self.prior == "counting")
-        for key, value in (("candidates", self.candidates), ("requests", self.requests)):
-            if value < 1:
-                raise ConfigError(f"exits.{key} is {value}; expected 1 or more.")
 
     def criteria(self) -> list[Criterion]:
         """The criteria to compare, the deciding one first if it is set."""

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from project.errors import DataError
 from project.evaluation.metrics import auc
-from project.exits.cost import Stream, mean_depth, request_cost, row_cost
+from project.exits.cost import Stream, mean_depth, row_cost
 from project.exits.outputs import HeadOutputs
-from project.exits.path import Asked
 from project.exits.policies import FixedDepth, Oracle, RandomExit
 
 ORACLE_TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 1.0)
@@ -36,31 +35,6 @@ class Leaves(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class AskedCandidates:
-    """m candidates of real requests, for what a policy costs; they need no labels.
-
-    Attributes:
-        outputs: Calibrated outputs of all K heads.
-        request: (m,) request of each, any integers.
-        target_tokens: (m,) tokens of a candidate's own.
-        stream_tokens: (m,) tokens of its request's stream.
-    """
-
-    outputs: HeadOutputs
-    request: Tensor
-    target_tokens: Tensor
-    stream_tokens: Tensor
-
-    def token_layers(self, depth: Tensor, stream: Stream) -> Tensor:
-        """(r,) what each request costs whose candidates leave at these layers (m,)."""
-        return request_cost(self.request, depth, self.target_tokens, self.stream_tokens, stream)
-
-    def with_safety(self, safety: Tensor) -> Asked:
-        """What `threshold_path` needs, given the candidates' (m, K) safety."""
-        return Asked(safety, self.request, self.target_tokens, self.stream_tokens)
-
-
-@dataclass(frozen=True, eq=False)
 class ScoredRows:
     """n rows with what it takes to judge a policy on them.
 
@@ -70,7 +44,6 @@ class ScoredRows:
         target_tokens: (n,) tokens of a row's own.
         stream_tokens: (n,) tokens of its stream.
         stream: Whether the stream is paid for ("cold").
-        asked: Candidates that are paid for instead of the rows; None: each row is a request of its own.
     """
 
     outputs: HeadOutputs
@@ -78,7 +51,6 @@ class ScoredRows:
     target_tokens: Tensor
     stream_tokens: Tensor
     stream: Stream = "cold"
-    asked: AskedCandidates | None = None
 
     def scores(self, exits: Tensor) -> Tensor:
         """(n,) the calibrated logit each row leaves with."""
@@ -93,30 +65,24 @@ class ScoredRows:
         return row_cost(self.depth(exits), self.target_tokens, self.stream_tokens, self.stream)
 
 
-def point(rows: ScoredRows, exits: Tensor, paid: Tensor | None = None) -> dict[str, Any]:
+def point(rows: ScoredRows, exits: Tensor) -> dict[str, Any]:
     """One point of a curve.
 
     Args:
         rows: The n rows.
         exits: (n,) index of the head at which each leaves.
-        paid: (m,) the same of the candidates that are paid for, where there are any.
 
     Returns:
         `cost` (token-layers relative to full depth), `mean_depth`, `auc` and `auc_drop` from full depth, the
         last two None where a class is missing.
     """
     last = torch.full_like(exits, rows.outputs.heads - 1)
-    if rows.asked is None or paid is None:
-        depth, full, spent = rows.depth(exits), rows.token_layers(last), rows.token_layers(exits)
-    else:
-        depth, deepest = rows.depth(paid), rows.depth(torch.full_like(paid, rows.outputs.heads - 1))
-        full, spent = (rows.asked.token_layers(d, rows.stream) for d in (deepest, depth))
-    whole = float(full.sum())
+    whole = float(rows.token_layers(last).sum())
     labels = np.asarray(rows.labels)
     best, value = (auc(rows.scores(e).cpu().numpy(), labels) for e in (last, exits))
     return {
-        "cost": float(spent.sum()) / whole if whole else 1.0,
-        "mean_depth": mean_depth(depth),
+        "cost": float(rows.token_layers(exits).sum()) / whole if whole else 1.0,
+        "mean_depth": mean_depth(rows.depth(exits)),
         "auc": value,
         "auc_drop": None if best is None or value is None else best - value,
     }
@@ -124,11 +90,7 @@ def point(rows: ScoredRows, exits: Tensor, paid: Tensor | None = None) -> dict[s
 
 def curve(rows: ScoredRows, policies: Iterable[Leaves]) -> list[dict[str, Any]]:
     """Points of policies or controls, in their order."""
-    asked = rows.asked
-    return [
-        point(rows, policy.exits(rows.outputs), None if asked is None else policy.exits(asked.outputs))
-        for policy in policies
-    ]
+    return [point(rows, policy.exits(rows.outputs)) for policy in policies]
 
 
 def control_curves(
@@ -138,7 +100,6 @@ def control_curves(
     stream_tokens: Tensor,
     stream: Stream = "cold",
     only: str | None = None,
-    asked: AskedCandidates | None = None,
 ) -> list[dict[str, Any]]:
     """Curves of the controls every policy is held against.
 
@@ -149,13 +110,12 @@ def control_curves(
         stream_tokens: (n,) tokens of its stream.
         stream: Whether the stream is paid for ("cold").
         only: Name of the one control wanted; None: all.
-        asked: Candidates that are paid for instead of the rows.
 
     Returns:
         {`name`, `pareto`} of `fixed_depth` (one point per head, shallow first, each with its `layer`), `random`
         (from nobody to everybody by lot) and `oracle` (from strict to lax).
     """
-    rows = ScoredRows(outputs, labels, target_tokens, stream_tokens, stream, asked)
+    rows = ScoredRows(outputs, labels, target_tokens, stream_tokens, stream)
     controls: dict[str, list[Leaves]] = {
         "fixed_depth": [FixedDepth(k) for k in range(outputs.heads)],
         "random": [RandomExit(share) for share in RANDOM_SHARES],

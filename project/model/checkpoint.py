@@ -6,6 +6,7 @@ is stricter: nothing that is trained may be missing, and nothing may be left ove
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,13 +28,14 @@ def leave_out_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def drop_retired(checkpoint: dict[str, Any]) -> None:
-    """Drop what older versions kept in `state_dict` and nothing reads, in place: a head's expected drift.
+    """Drop what older versions kept in `state_dict` and nothing reads, in place.
 
     Args:
         checkpoint: A loaded checkpoint.
     """
+    retired = re.compile(r"heads\.\d+\.drift\..*|exit_thresholds|exit_calibration")
     known = checkpoint["state_dict"]
-    checkpoint["state_dict"] = {k: v for k, v in known.items() if ".drift." not in k}
+    checkpoint["state_dict"] = {k: v for k, v in known.items() if not retired.fullmatch(k)}
 
 
 def check_parameters(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:

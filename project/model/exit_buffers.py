@@ -1,7 +1,7 @@
-"""What a trained model knows about exits beside its weights: exit 0, the compared exit, thresholds, calibration.
+"""What a trained model knows about exits beside its weights: exit 0 and the compared exit.
 
-Unusual here: all of it are buffers that start as NaN (or -1), so it travels with every checkpoint and cannot be
-mistaken for something that was fitted.
+Both are buffers that start as NaN or -1, so they travel with every checkpoint and cannot be mistaken for something that
+was fitted. The exit plan is the callback's (`ExitCalibration`).
 """
 
 from __future__ import annotations
@@ -13,46 +13,19 @@ from torch import Tensor
 
 from project.counting import FEATURES, CountingPrior
 from project.errors import NotFittedError
-from project.exits.plan import ExitPlan
 
 
 class ExitBuffers(pl.LightningModule):
-    """A LightningModule with the buffers of its exits.
+    """A LightningModule with the buffers of its exits."""
 
-    Args:
-        heads: Number of heads, exit 0 included.
-    """
-
-    def __init__(self, heads: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.chosen_exit: Tensor
         self.prior: Tensor
-        self.exit_thresholds: Tensor
-        self.exit_calibration: Tensor
         # the exit layer of the headline, by validation's tune fold; -1: not validated yet
         self.register_buffer("chosen_exit", torch.tensor(-1))
         # exit 0, fitted when training starts; NaN: not fitted yet
         self.register_buffer("prior", torch.full((2 + len(FEATURES),), torch.nan))
-        # exit 0 first; NaN: never calibrated
-        self.register_buffer("exit_thresholds", torch.full((heads,), torch.nan))
-        self.register_buffer("exit_calibration", torch.full((heads, 3), torch.nan))
-
-    def keep_exits(self, plan: ExitPlan) -> None:
-        """Keep thresholds and calibration of an exit plan as buffers; without a prior nobody leaves at exit 0.
-
-        Args:
-            plan: Made for this model's exit layers.
-        """
-        first = 0 if plan.prior else 1
-        self.exit_thresholds.fill_(torch.inf)
-        self.exit_calibration.fill_(torch.nan)
-        self.exit_thresholds[first:] = plan.policy.thresholds
-        self.exit_calibration[first:] = plan.calibration.values
-
-    def forget_exits(self) -> None:
-        """Thresholds and calibration as if never calibrated."""
-        self.exit_thresholds.fill_(torch.nan)
-        self.exit_calibration.fill_(torch.nan)
 
     def on_validation_start(self) -> None:
         """Refuse to score a model that was never trained, before the first batch."""

@@ -62,7 +62,7 @@ class ExitRecommender(ExitBuffers):
         answers: list[str] | None = None,
         numbers: bool = False,
     ) -> None:
-        super().__init__(heads=1 + len(exit_layers))
+        super().__init__()
         if not exit_layers or sorted(set(exit_layers)) != exit_layers or exit_layers[0] < 1:
             raise ConfigError(
                 f"model.exit_layers is {exit_layers}; expected at least one layer, ascending, each once, from 1 on."

@@ -20,7 +20,7 @@ from project.artefacts import read_result, result_head, write_json, write_table
 from project.callbacks.results import ResultFiles
 from project.data.workloads import Workload, concatenate
 from project.engine.every_head import score_every_head
-from project.engine.loading import load_weights
+from project.engine.loading import load_weights, plans_of
 from project.engine.prepared import prepare_requests
 from project.errors import ConfigError, NotFittedError
 from project.evaluation.scores import labelled_scores
@@ -69,7 +69,8 @@ def run_rank(
     workloads = settings.workloads(data)
     ledger = _ledger(settings, data, folder / "results")
     data.prepare_data()
-    load_weights(model, data.tokenizer, checkpoint, data)
+    content = load_weights(model, data.tokenizer, checkpoint, data)
+    plans = plans_of(content)
     model.to(trainer.strategy.root_device)
     both = concatenate(list(workloads.values()))
     with data.clock.stage("score"):
@@ -78,17 +79,16 @@ def run_rank(
     scores = labelled_scores(scored, both.table)
     tags = [c.tag for c in trainer.callbacks if isinstance(c, ResultFiles) and c.tag]  # type: ignore[attr-defined]
     tag = "".join(f"-{tag}" for tag in tags[:1])
-    _report(scores, workloads, calibration_of(model), ledger, data, folder, settings, tag)
-
-
-def calibration_of(model: ExitRecommender) -> Calibration | None:
-    """The calibration in the model's buffers; None where the run was never calibrated."""
-    values = model.exit_calibration.cpu()
-    known = ~values.isnan().any(dim=1)
-    if not known.any():
-        return None
-    layers = [layer for layer, there in zip([0, *model.exit_layers], known.tolist(), strict=True) if there]
-    return Calibration(tuple(layers), values[known].double())
+    _report(
+        scores,
+        workloads,
+        None if plans is None else plans.plan.calibration,
+        ledger,
+        data,
+        folder,
+        settings,
+        tag,
+    )
 
 
 def rank_rows(parts: dict[str, ScoredRequests], settings: RankSettings) -> dict[str, Any]:

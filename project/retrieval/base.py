@@ -175,6 +175,59 @@ class Retriever(ABC):
         }
 
 
+class OwnRows:
+    """One user's past by item: finds the rows on the items most similar to a candidate without looking at all rows.
+
+    Rows of one item are equally similar, and of equals the later come first, so the latest `count` of each item are
+    enough. A question costs the distinct items, not the rows.
+
+    Args:
+        count: Most rows that are asked for.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._place: dict[int, int] = {}
+        self._rows: list[list[tuple[int, int]]] = []
+        self._items = np.empty(4, np.int64)
+
+    @property
+    def items(self) -> IntArray:
+        """(distinct items,) in the order in which they came first."""
+        return self._items[: len(self._rows)]
+
+    def add(self, row: int, item: int, label: int) -> None:
+        """A row later than all before."""
+        place = self._place.setdefault(item, len(self._rows))
+        if place == len(self._rows):
+            if place == self._items.size:
+                self._items = np.concatenate([self._items, np.empty_like(self._items)])
+            self._items[place] = item
+            self._rows.append([])
+        rows = self._rows[place]
+        rows.append((row, label))
+        del rows[: -self._count]
+
+    def nearest(self, similarity: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
+        """The `count` most similar rows, most similar first, of equals the later: rows, labels and similarities.
+
+        Args:
+            similarity: (distinct items,) of `items`.
+        """
+        order = top(similarity, self._count)
+        enough = int(np.searchsorted(np.cumsum([len(self._rows[i]) for i in order]), self._count))
+        if enough < order.size:  # what is less similar than the item that fills the places has none
+            order = np.flatnonzero(similarity >= similarity[order[enough]])
+        found = [
+            (s, *row)
+            for i, s in zip(order.tolist(), similarity[order].tolist(), strict=True)
+            for row in self._rows[i]
+        ]
+        found = sorted(found, reverse=True)[: self._count]
+        rows, labels = (np.array([f[k] for f in found], np.int64) for k in (1, 2))
+        return rows, labels, np.array([f[0] for f in found], similarity.dtype)
+
+
 def top(values: NDArray[np.floating[Any]], count: int) -> IntArray:
     """Positions of the `count` largest values, largest first; equal values: the later position first.
 

@@ -10,10 +10,10 @@ from project.retrieval.base import (
     FloatArray,
     IntArray,
     Neighbours,
+    OwnRows,
     Raters,
     Retriever,
     Snapshot,
-    top,
 )
 
 
@@ -73,7 +73,7 @@ class ItemKNN(Retriever):
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts."""
         self._num_users, self._num_items = num_users, items.height
-        self._own: dict[int, tuple[list[int], list[int]]] = {}
+        self._own: dict[int, OwnRows] = {}
         self._likes: Likes | None = None
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
@@ -91,17 +91,14 @@ class ItemKNN(Retriever):
         own = self._own.get(user)
         if self._likes is None or own is None:
             return NO_NEIGHBOURS
-        similarity = self._likes.cosines(item)[own[0]]
-        nearest = top(similarity, self.neighbours)
-        nearest = nearest[similarity[nearest] > 0]
-        rows: IntArray = np.array(own[1], np.int64)[nearest]
-        return Neighbours(rows, similarity[nearest])
+        rows, _, similarity = own.nearest(self._likes.cosines(item)[own.items])
+        return Neighbours(rows[similarity > 0], similarity[similarity > 0])
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:
         """Remember one row of a user."""
-        items, rows = self._own.setdefault(user, ([], []))
-        items.append(item)
-        rows.append(row)
+        if user not in self._own:
+            self._own[user] = OwnRows(self.neighbours)
+        self._own[user].add(row, item, label)
 
 
 class Likes:

@@ -31,6 +31,7 @@ from project.retrieval.base import (
     FloatArray,
     IntArray,
     Neighbours,
+    OwnRows,
     Raters,
     Retriever,
     SimilarUsers,
@@ -102,7 +103,7 @@ class VectorRetriever(Retriever):
         self._past_users: list[int] = []
         self._past_items: list[int] = []
         self._past_weights: list[float] = []
-        self._own: dict[int, tuple[list[int], list[int]]] = {}  # items and answers, for `alike`
+        self._own: dict[int, OwnRows] = {}  # for `alike`
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
         """Fit this block's item table; stored as `weighted`, e_j / sqrt(degree_j), shape (items, d)."""
@@ -168,17 +169,16 @@ class VectorRetriever(Retriever):
         if self._weighted is None or own is None:
             return NOTHING_ALIKE
         # not a matrix product, as in most_similar
-        cosine = np.asarray((self._directions[own[0]] * self._directions[item]).sum(-1))
-        nearest = top(cosine, self.alike_items)
-        weights = np.maximum(cosine[nearest], 0).astype(np.float64)
-        return Alike(float(weights @ np.array(own[1], np.float64)[nearest]), float(weights.sum()))
+        _, answers, cosine = own.nearest((self._directions[own.items] * self._directions[item]).sum(-1))
+        weights = np.maximum(cosine, 0).astype(np.float64)
+        return Alike(float(weights @ answers.astype(np.float64)), float(weights.sum()))
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:
         """Add one rated item to its user's vector."""
         if self.alike_items:
-            items, answers = self._own.setdefault(user, ([], []))
-            items.append(item)
-            answers.append(label)
+            if user not in self._own:
+                self._own[user] = OwnRows(self.alike_items)
+            self._own[user].add(row, item, label)
         weight = 1.0 if label == 1 else self.dislike_weight
         self._past_users.append(user)
         self._past_items.append(item)

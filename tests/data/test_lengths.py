@@ -103,7 +103,12 @@ def test_the_datamodule_asks_before_it_retrieves(
         logs = TableLogs(str(tiny_logs / "interactions.csv"), str(tmp_path / "items.csv"))
         prompt = Prompt(segment=segment)
         return InteractionData(
-            logs, NoRetriever(), prompt=prompt, tokenizer=str(tiny_model), requests=requests
+            logs,
+            NoRetriever(),
+            Protocol(label="rating > 3"),
+            prompt=prompt,
+            tokenizer=str(tiny_model),
+            requests=requests,
         )
 
     stopped = data("{title}:")

@@ -270,10 +270,10 @@ def ml100k() -> RawLogs:
 @pytest.mark.parametrize(
     ("protocol", "counts"),
     [
-        (Protocol(minimum_history=5), (75_599, 9_447, 9_453)),
-        (Protocol(split="user_time"), (78_595, 9_906, 11_499)),
-        (Protocol(split="random"), (80_000, 10_000, 10_000)),
-        (Protocol(split="leave_last"), (98_114, 943, 943)),
+        (Protocol(minimum_history=5, label="rating > 3"), (75_599, 9_447, 9_453)),
+        (Protocol(split="user_time", label="rating > 3"), (78_595, 9_906, 11_499)),
+        (Protocol(split="random", label="rating > 3"), (80_000, 10_000, 10_000)),
+        (Protocol(split="leave_last", label="rating > 3"), (98_114, 943, 943)),
     ],
 )
 def test_real_counts(ml100k: RawLogs, protocol: Protocol, counts: tuple[int, int, int]) -> None:
@@ -287,7 +287,7 @@ def test_real_counts(ml100k: RawLogs, protocol: Protocol, counts: tuple[int, int
 @pytest.mark.real
 def test_real_shares(ml100k: RawLogs) -> None:
     """ML-100K by time: 85.4 % cold users in test, 197 validation users, 75.8 % ties, 55.4 % positive."""
-    protocol = Protocol(minimum_history=5)
+    protocol = Protocol(minimum_history=5, label="rating > 3")
     split = apply_protocol(build_interactions(ml100k, protocol), protocol)
     assert round(split.manifest["cold_user_share"]["test"], 3) == 0.854
     assert sum(fold["users"] for fold in split.manifest["folds"].values()) == 197

@@ -115,7 +115,7 @@ def test_without_exits_it_is_the_plain_forward_bit_for_bit(
     with torch.inference_mode():
         state = trunk.run(state, 0, EXITS[-1] - 1)
         hidden = answers_of_layer(trunk.layers[EXITS[-1] - 1], state, batch.structure)
-        logits = world.module.heads[str(EXITS[-1])](hidden).logits.double()
+        logits = world.module.heads[str(EXITS[-1])](hidden).double()
         prior = torch.from_numpy(np.concatenate([r.prior for r in world.requests]))
         plain = plan.calibration.apply(torch.stack([prior, prior, prior, prior, logits], dim=1))[:, -1]
     np.testing.assert_array_equal(np.concatenate([r.logits for r in scores.requests]), plain.numpy())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from project.evaluation.metrics import auc
 from project.exits.calibration import Calibration, fit_calibration
-from project.exits.criteria import Consistency, Criterion, Ratio, RatioConsistency
+from project.exits.criteria import Consistency, Criterion, ItemCount, Ratio, RatioConsistency
 from project.exits.learned import Learned
 from project.exits.outputs import HeadOutputs
 
@@ -22,6 +22,7 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
     "consistency_2": lambda: Consistency(2),
     "ratio_consistency": RatioConsistency,
     "learned": Learned,
+    "item_count": ItemCount,
 }
 
 

@@ -11,16 +11,14 @@ import pytest
 import torch
 
 from project.artefacts import score_table
-from project.callbacks.exit_calibration import Plans
 from project.errors import ConfigError, DataError
-from project.evaluation.adaptive import PlannedRows
+from project.evaluation.adaptive import PlannedRows, adaptive_summary
 from project.evaluation.metrics import probabilities
 from project.exits.budget import TuneFold
 from project.exits.calibrate import calibrate
-from project.exits.certifiers import CertificateSettings
-from project.exits.certify import Certificate, certify
+from project.exits.certificate import Certificate, CertificateSettings, certify
 from project.exits.criteria import Consistency, Ratio
-from project.exits.plan import ExitPlan
+from project.exits.plan import ExitPlan, Plans
 from project.exits.policies import Policy
 from project.exits.settings import ExitSettings
 
@@ -48,7 +46,7 @@ def scores(new_world: Callable[..., Any]) -> pl.DataFrame:
 
 
 def settings(**changes: Any) -> ExitSettings:
-    return ExitSettings(**{"compare": [Ratio(), Consistency()], **changes})
+    return ExitSettings(**{"compare": [Ratio(), Consistency()], "alpha": 0.5, **changes})
 
 
 def thresholds(plan: ExitPlan) -> list[float]:
@@ -86,7 +84,7 @@ def test_budget_and_priors(scores: pl.DataFrame) -> None:
     assert found.plan.layers[0] == 0
     assert found.without.layers[0] == 2
     assert set(found.document["priors"]) == {"counting", "none"}
-    assert found.document["certificate"]["unit"] == "users"
+    assert found.document["certificate"]["unit"] == "user"
     assert found.document["certificate"]["n"] == 30
     none = calibrate(scores, FEATURES, settings(max_auc_drop=0.003, prior="none"), "hash")
     assert thresholds(none.plan) == thresholds(found.without)
@@ -112,18 +110,18 @@ def test_risk_mode(scores: pl.DataFrame) -> None:
     strict = CertificateSettings(risk="score_drift", epsilon=1e-4)
     none = calibrate(scores, FEATURES, settings(mode="risk", certificate=strict), "hash")
     certificate = none.document["certificate"]
-    assert not certificate["passed"]
-    assert certificate["path_step"] is None
+    assert (certificate["passed"], certificate["path_step"]) == (None, None)
+    assert none.certified is None
     assert all(t == np.inf for t in thresholds(none.plan)[:-1])  # full depth for everybody
-    assert "needed" in certificate["words"] or "more data would not cure" in certificate["words"]
+    assert "Not enough users: 30 of about 2" in certificate["words"]  # ln 10 / ln(1 + .99e-4) = 23,000
     assert policy["mode"] == "risk"
 
 
 @pytest.mark.parametrize(
     "promise",
     [
-        CertificateSettings(risk="auc_gap", epsilon=0.02, certifier="delong"),
-        CertificateSettings(risk="score_drift", epsilon=0.2),
+        CertificateSettings(risk="score_drift", epsilon=0.1),
+        CertificateSettings(risk="score_drift", epsilon=0.4),
     ],
     ids=["to a failure", "to the end"],
 )
@@ -141,18 +139,22 @@ def test_certified_goes_on_from_the_budget(scores: pl.DataFrame, promise: Certif
     tune = (scores["fold"] == "tune").to_numpy()
     path = TuneFold(scores.filter(tune), FEATURES[tune], settings(criterion=Ratio()), True).curves[0].path
 
+    def exits_of(step: int) -> torch.Tensor:
+        return Policy(Ratio(), path[step].thresholds, found.plan.layers).exits(outputs)
+
     def alone(step: int) -> Certificate:
-        exits = Policy(Ratio(), path[step].thresholds, found.plan.layers).exits(outputs)
+        exits = exits_of(step)
         emitted = outputs.logits.gather(1, exits[:, None])[:, 0]
         full = outputs.logits[:, -1]
         return certify(torch.stack([full, emitted]), full, rows["label"], rows["user"], promise)
 
-    assert found.document["certificate"] == alone(budget).to_dict() | {"words": alone(budget).in_words()}
+    assert found.document["certificate"] == alone(budget).to_dict()
     last = certified["path_step"]
     assert last > budget > 0
     assert all(alone(step).passed for step in range(budget, last + 1))
-    assert (last == len(path) - 1) is (promise.risk == "score_drift")
-    assert last == len(path) - 1 or not alone(last + 1).passed
+    end = max(step for step in range(len(path)) if exits_of(step).any())  # behind it no layer runs
+    assert (last == end) is (promise.epsilon == 0.4)
+    assert last == end or not alone(last + 1).passed
     assert found.certified is not None
     assert thresholds(found.certified) == path[last].thresholds.tolist()
     assert {k: certified[k] for k in path[last].point()} == path[last].point()
@@ -176,8 +178,7 @@ def test_nothing_is_certified_behind_a_failed_budget(scores: pl.DataFrame) -> No
 def test_plans_travel_with_a_checkpoint(scores: pl.DataFrame) -> None:
     """State and back keeps all plans; a checkpoint from before there were certified plans loads without one."""
     loose = CertificateSettings(risk="score_drift", epsilon=0.4)
-    found = calibrate(scores, FEATURES, settings(certificate=loose), "hash")
-    plans = Plans(found.plan, found.rival, found.without, found.rival_without, found.certified)
+    plans = found = calibrate(scores, FEATURES, settings(certificate=loose), "hash")
     again = Plans.from_state(plans.state())
     assert again.certified is not None
     assert found.certified is not None
@@ -187,10 +188,10 @@ def test_plans_travel_with_a_checkpoint(scores: pl.DataFrame) -> None:
     assert Plans.from_state(old).certified is None
     assert thresholds(Plans.from_state(old).plan) == thresholds(found.plan)
     rows = PlannedRows(plans.plan, scores, FEATURES, "cold", draws=2)
-    summary = plans.summary(rows, ("score_drift", "users"))
+    summary = adaptive_summary(plans, rows, ("score_drift", "users"))
     assert set(summary["certified"]) == set(summary["without_exit_0"]) | {"risk"}
     assert summary["certified"]["mean_depth"] < summary["mean_depth"]
-    assert Plans.from_state(old).summary(rows)["certified"] is None
+    assert adaptive_summary(Plans.from_state(old), rows)["certified"] is None
 
 
 def test_the_risk_is_of_the_certificates_unit(scores: pl.DataFrame) -> None:
@@ -212,38 +213,68 @@ def test_the_risk_is_of_the_certificates_unit(scores: pl.DataFrame) -> None:
 
 
 def test_too_few_to_certify(scores: pl.DataFrame) -> None:
-    """Two users cannot certify an AUC gap by users: not passed, and about how many users it takes."""
+    """Two users cannot certify an AUC gap: neither passed nor failed, and the fold, unread, may be asked again."""
     kept = (pl.col("fold") != "certify") | pl.col("user").is_in([50, 51])
     mask = scores.select(kept).to_series().to_numpy()
-    promise = CertificateSettings(risk="auc_gap", epsilon=0.02, certifier="averaged_e_values")
-    certificate = calibrate(
-        scores.filter(mask), FEATURES[mask], settings(certificate=promise), "hash"
-    ).document["certificate"]
-    assert not certificate["passed"]
-    assert certificate["n"] == 2
-    assert certificate["rows_needed"] is None or certificate["rows_needed"] > 100
+    found = calibrate(scores.filter(mask), FEATURES[mask], settings(), "hash").document
+    certificate = found["certificate"]
+    assert (certificate["passed"], certificate["n"], certificate["users_needed"]) == (None, 2, 232)
+    assert (certificate["bound"], certificate["estimate"], found["ledger"]) == (None, None, [])
 
 
 def test_second_certificate(scores: pl.DataFrame) -> None:
-    """The same may be computed again; another promise, budget or prior on the same fold is refused.
+    """Another promise, budget, criterion or prior on the same fold gets its plan, but no certificate.
 
-    Scored a second time, a little differently, it is the same fold.
+    The same may be computed again, also from scores that differ a little. In risk mode the certificate is the plan,
+    so a second one is refused.
     """
-    first = calibrate(scores, FEATURES, settings(), "hash").document
-    again = calibrate(scores, FEATURES, settings(), "hash", first).document
+    loose = CertificateSettings(risk="score_drift", epsilon=0.4)
+    first = calibrate(scores, FEATURES, settings(certificate=loose), "hash").document
+    assert first["certificate"]["passed"]
+    again = calibrate(scores, FEATURES, settings(certificate=loose), "hash", first).document
     assert again["certificate"] == first["certificate"]
     assert len(again["ledger"]) == 1
     rescored = with_fold(scores, "certify", logit_2=pl.col("logit_2") + 1e-6)
     for change, words in (
-        ({"mode": "risk"}, "exits.mode 'budget' -> 'risk'"),
-        ({"max_auc_drop": 0.01}, r"exits.max_auc_drop 0\.002 -> 0\.01"),
+        ({"max_auc_drop": 0.01}, "exits.max_auc_drop 0.002 -> 0.01"),
+        ({"criterion": Ratio()}, "exits.criterion"),
         ({"prior": "none"}, "exits.prior"),
     ):
-        for table in (scores, rescored):
-            with pytest.raises(ConfigError, match=words):
-                calibrate(table, FEATURES, settings(**change), "hash", first)
-    other = calibrate(scores, FEATURES, settings(max_auc_drop=0.01), "other protocol", first).document
+        changed = settings(**{"certificate": loose, **change})
+        second = calibrate(rescored, FEATURES, changed, "hash", first)
+        assert second.document["certificate"] is second.certified is None
+        assert words in second.document["certificate_words"]
+        assert second.document["ledger"] == first["ledger"]
+        alone = calibrate(rescored, FEATURES, changed, "another protocol")
+        assert thresholds(second.plan) == thresholds(alone.plan)
+    with pytest.raises(ConfigError, match=r"exits\.mode 'budget' -> 'risk'"):
+        calibrate(scores, FEATURES, settings(mode="risk", certificate=loose), "hash", first)
+    other = calibrate(scores, FEATURES, settings(certificate=loose), "another protocol", first).document
     assert len(other["ledger"]) == 2
+
+
+def test_no_certificate(scores: pl.DataFrame) -> None:
+    """exits.certificate: null makes the same plan, reads no certify fold and says so; one may follow."""
+    loose = CertificateSettings(risk="score_drift", epsilon=0.4)
+    none = calibrate(scores, FEATURES, settings(certificate=None), "hash")
+    found = calibrate(scores, FEATURES, settings(certificate=loose), "hash", none.document)
+    assert thresholds(none.plan) == thresholds(found.plan)
+    assert none.document["certificate"] is none.certified is None
+    assert none.document["certificate_words"] == "No certificate: exits.certificate is null."
+    assert (none.document["ledger"], len(found.document["ledger"])) == ([], 1)
+
+
+def test_no_layer_is_no_early_exit(scores: pl.DataFrame) -> None:
+    """A plan whose every row leaves at exit 0 is neither passed nor failed, and no such step is certified."""
+    loose = CertificateSettings(risk="score_drift", epsilon=0.9)
+    all_leave = {"criterion": Ratio(), "max_auc_drop": None, "max_cost": 1e-9}
+    found = calibrate(scores, FEATURES, settings(certificate=loose, **all_leave), "hash")
+    assert thresholds(found.plan)[0] == -np.inf
+    certificate = found.document["certificate"]
+    assert (certificate["passed"], found.certified, found.document["ledger"]) == (None, None, [])
+    assert certificate["words"] == "Nothing to certify: every row leaves at exit 0, so no layer runs."
+    risk = calibrate(scores, FEATURES, settings(mode="risk", certificate=loose, criterion=Ratio()), "hash")
+    assert risk.document["certified"]["mean_depth"] > 0
 
 
 @pytest.mark.parametrize(

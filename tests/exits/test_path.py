@@ -1,17 +1,18 @@
+import itertools
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
 
-from project.errors import ConfigError, DataError
+from project.errors import DataError
+from project.evaluation.metrics import auc
 from project.exits import search as search_module
 from project.exits.calibration import fit_calibration
 from project.exits.criteria import Consistency, Ratio, out_of_fold_safety, safety_table
 from project.exits.learned import Learned
-from project.exits.path import drop_bounds, pick_budget, threshold_path
+from project.exits.path import Step, bound_margins, budget_steps, threshold_path, user_drops
 from project.exits.policies import Policy, leave
-from project.exits.risks import auc_gap
 from project.exits.simulate import (
     ScoredRows,
     control_curves,
@@ -38,7 +39,7 @@ def fit(criterion, world, stream="cold", steps=20):
 
 def simulated(rows, criterion, path):
     """Points of a path's policies on rows, every policy asked head by head, as an engine asks."""
-    return curve(rows, [Policy(criterion, step.thresholds, rows.outputs.layers) for step in path.steps])
+    return curve(rows, [Policy(criterion, step.thresholds, rows.outputs.layers) for step in path])
 
 
 def true_aucs(path, criterion, world, outputs, costs=COSTS):
@@ -47,7 +48,7 @@ def true_aucs(path, criterion, world, outputs, costs=COSTS):
     layers = torch.tensor(world.layers)
     safety = safety_table(criterion, outputs)
     points = []
-    for step in path.steps:
+    for step in path:
         exits = leave(safety, step.thresholds)
         cost = float((layers[exits] * tokens).sum() / (12 * tokens.sum()))
         points.append((cost, world.true_auc(outputs.logits.gather(1, exits[:, None])[:, 0])))
@@ -63,18 +64,16 @@ class TestPath:
         assert path[0].thresholds.tolist() == [torch.inf] * 6 + [-torch.inf]
         assert (path[0].cost, path[0].mean_depth, path[0].auc_drop) == (pytest.approx(1), 12, 0)
         assert len(path) > 20
-        assert all(a.cost > b.cost for a, b in zip(path.steps, path.steps[1:], strict=False))
-        assert all(
-            a.expected_auc > b.expected_auc for a, b in zip(path.steps[1:], path.steps[2:], strict=False)
-        )
-        assert all(step.thresholds[-1] == -torch.inf for step in path.steps)
+        assert all(a.cost > b.cost for a, b in itertools.pairwise(path))
+        assert all(a.expected_auc > b.expected_auc for a, b in itertools.pairwise(path))
+        assert all(step.thresholds[-1] == -torch.inf for step in path)
 
     @pytest.mark.parametrize("stream", ["cold", "warm"])
     def test_steps_say_what_the_policy_does(self, tune, stream):
         """Cost, mean depth, AUC and drop of every step are those of a simulation of its policy."""
         outputs, _, path = fit(CONSISTENCY, tune, stream, steps=8)
         found = simulated(ScoredRows(outputs, tune.labels, *tune.tokens, stream), CONSISTENCY, path)
-        for step, point in zip(path.steps, found, strict=True):
+        for step, point in zip(path, found, strict=True):
             assert step.point() == pytest.approx(point, abs=1e-9)
 
     @pytest.mark.parametrize("criterion", [CONSISTENCY, RATIO])
@@ -87,7 +86,7 @@ class TestPath:
             static = tune.layers[k] / 12
             expected = _expected_auc(outputs.logits[:, k], outputs, tune)
             assert torch.equal(leave(safety, limits), torch.full((1500,), k))
-            assert any(s.cost <= static + 1e-9 and s.expected_auc >= expected - 1e-9 for s in path.steps)
+            assert any(s.cost <= static + 1e-9 and s.expected_auc >= expected - 1e-9 for s in path)
 
     def test_ends_where_everyone_leaves_first(self, tune):
         """The fastest step costs what the first head that can decide costs: layer 2 of 12, or nothing at exit 0."""
@@ -101,7 +100,7 @@ class TestPath:
         safety = torch.stack([torch.arange(300) % 3, torch.zeros(300)], dim=1)
         tokens = torch.ones(300)
         path = threshold_path(safety, scores, scores[:, 1] > 0, (0, 4), tokens, tokens)
-        assert {round(step.cost, 6) for step in path.steps} <= {0.0, round(1 / 3, 6), round(2 / 3, 6), 1.0}
+        assert {round(step.cost, 6) for step in path} <= {0.0, round(1 / 3, 6), round(2 / 3, 6), 1.0}
         assert len(path) >= 2
 
     def test_refuses_what_it_cannot_judge(self, tune):
@@ -116,83 +115,52 @@ class TestPath:
             threshold_path(safety, outputs.logits, tune.labels, *rest)
 
 
+def steps(*about):
+    """A path of (cost, expected AUC)."""
+    return tuple(Step(torch.zeros(2), cost, 0.0, 0.7, 0.0, expected) for cost, expected in about)
+
+
 class TestBudget:
-    def test_auc_budget(self, tune):
-        """The fastest step whose AUC by labels and expected AUC both keep the budget; 0 never gives a worse AUC."""
-        _, _, path = fit(LEARNED, tune)
-        chosen = pick_budget(path, max_auc_drop=0.002)
-        assert path[chosen].auc_drop <= 0.002
-        assert 0 < chosen < len(path) - 1
-        for faster in path.steps[chosen + 1 :]:
-            assert max(faster.auc_drop, path[0].expected_auc - faster.expected_auc) > 0.002
-        assert path[pick_budget(path, max_auc_drop=0.0)].auc >= path[0].auc
-        assert pick_budget(path, max_auc_drop=1.0) == len(path) - 1
+    def test_the_walk_ends_at_the_first_step_that_breaks_it(self):
+        """Of .002, drops 0, .001, .003, .0015 choose step 1; 0, .001, .002, .0015 the last; expected AUC counts too."""
+        path = steps((1.0, 0.76), (0.8, 0.76), (0.6, 0.76), (0.4, 0.76))
+        drops = np.array([[0.0, 0.001, 0.003, 0.0015], [0.0, 0.001, 0.002, 0.0015], [9.0, 9.0, 0.0, 0.0]])
+        assert budget_steps(path, drops, 0.002, None).tolist() == [1, 3, 0]
+        assert budget_steps(path, drops, 0.002, 0.7).tolist() == [-1, 3, -1]  # with what else it may cost
+        assert budget_steps(path, drops, None, 0.7).tolist() == [2, 2, 2]
+        assert budget_steps(path, drops, None, 0.3).tolist() == [-1, -1, -1]
+        worse = steps((1.0, 0.76), (0.8, 0.759), (0.6, 0.757), (0.4, 0.756))
+        assert budget_steps(worse, drops * 0, 0.002, None).tolist() == [1, 1, 1]
 
-    def test_doubt_bounds_every_step(self, tune):
-        """A step's bound is its drop plus z standard errors over users: z is 0 at one half, 1.2816 at one in ten."""
+    def test_user_drops_say_what_more_of_a_user_does(self, tune):
+        """Drops are the steps' own; a user's influence is the slope of the drop in the weight of the user's rows."""
         outputs, safety, path = fit(LEARNED, tune)
-        about = (path, safety, outputs.logits, tune.labels, tune.users)
-        even, sure = (np.array(drop_bounds(*about, doubt)) for doubt in (0.5, 0.1))
-        assert even == pytest.approx([step.auc_drop for step in path.steps], abs=1e-9)
-        errors = []
-        for step in path.steps:
-            adaptive = outputs.logits.gather(1, leave(safety, step.thresholds)[:, None])[:, 0]
-            full = outputs.logits[:, -1]
-            errors.append(auc_gap(adaptive.numpy(), full.numpy(), tune.labels, tune.users)[1])
-        assert sure - even == pytest.approx(1.2815516 * np.array(errors), abs=1e-9)
-        assert errors[0] == 0
-        chosen = pick_budget(path, max_auc_drop=0.002, bounds=list(sure))
-        assert sure[chosen] <= 0.002
-        assert 0 < chosen < pick_budget(path, max_auc_drop=0.002)
+        drops, influences = user_drops(path, safety, outputs.logits, tune.labels, tune.users)
+        assert drops == pytest.approx([step.auc_drop for step in path], abs=1e-9)
+        assert influences.shape == (len(path), 80)
+        assert influences.sum(axis=1) == pytest.approx(0, abs=1e-12)
+        assert (influences[0] == 0).all()
+        adaptive = outputs.logits.gather(1, leave(safety, path[-1].thresholds)[:, None])[:, 0]
+        for user in (3, 40):
+            weights = 1 + 1e-5 * (tune.users == user).double()
+            full, less = (auc(x, tune.labels, weights) for x in (outputs.logits[:, -1], adaptive))
+            assert influences[-1, user] == pytest.approx((full - less - drops[-1]) / 1e-5, abs=1e-6)
 
-    def test_doubt_keeps_the_budget_on_fresh_rows(self, new_world, fresh):
-        """16 small worlds: an estimate on tune breaks the budget in 7 of them, a doubt of .1 in none.
+    def test_margins_golden(self):
+        """Four users, t(3) at .9 is 1.63774. Influences +-.001: error sqrt(1e-6 16 / 3), no skewness, .003782.
 
-        .1 bounds one step; that the fastest of many is picked is what it does not pay for, so 2 of 16 may pass.
+        Thrice -.001, and .003: error .004, skewness 6 / 3^1.5 = 1.1547: .004 (1.63774 + 1.1547 (1 + 2 1.63774^2) / 12).
         """
-        broken = {0.5: 0, 0.1: 0}
-        for seed in range(16):
-            world = new_world(300, seed=100 + seed)
-            calibration = fit_calibration(world.raw, world.labels, world.layers, prior=True)
-            outputs, other = world.outputs(calibration), fresh.outputs(calibration)
-            safety, there = safety_table(LEARNED, outputs), safety_table(LEARNED, other)
-            about = (safety, outputs.logits, world.labels)
-            path = threshold_path(*about, world.layers, *world.tokens, steps=4)
-            for doubt in broken:
-                bounds = drop_bounds(path, *about, world.users, doubt)
-                step = path[pick_budget(path, max_auc_drop=0.002, bounds=bounds)]
-                adaptive = other.logits.gather(1, leave(there, step.thresholds)[:, None])[:, 0]
-                broken[doubt] += fresh.true_auc(other.logits[:, -1]) - fresh.true_auc(adaptive) > 0.002
-        assert broken[0.1] <= 2
-        assert broken[0.5] >= 4
-
-    def test_cost_budget(self, tune):
-        """The first step that costs at most the budget; with an AUC budget as well, the fastest that keeps both."""
-        _, _, path = fit(LEARNED, tune)
-        chosen = pick_budget(path, max_cost=0.5)
-        assert path[chosen].cost <= 0.5 < path[chosen - 1].cost
-        assert pick_budget(path, max_auc_drop=0.002, max_cost=0.9) == pick_budget(path, max_auc_drop=0.002)
-
-    def test_impossible_budgets(self, tune):
-        """None, out of range, or kept by no step: errors that name the YAML key."""
-        _, _, path = fit(CONSISTENCY, tune)
-        for arguments, word in (
-            ({}, "max_auc_drop and exits.max_cost are both null"),
-            ({"max_auc_drop": -0.1}, "max_auc_drop is -0.1"),
-            ({"max_auc_drop": float("nan")}, "max_auc_drop is nan"),
-            ({"max_cost": 0.0}, "max_cost is 0.0"),
-            ({"max_cost": 0.1}, r"keeps exits.max_cost 0\.1.*costs 0\.167"),
-            ({"max_cost": 0.2, "max_auc_drop": 0.0}, "keeps exits.max_cost"),
-        ):
-            with pytest.raises(ConfigError, match=word):
-                pick_budget(path, **arguments)
+        influences = 0.001 * np.array([[-1, -1, 1, 1], [-1, -1, -1, 3], [0, 0, 0, 0]])
+        assert bound_margins(influences, 0.1) == pytest.approx([0.0037821, 0.0090005, 0.0], abs=2e-7)
+        assert bound_margins(np.array([[0.0], [0.1]]), 0.1).tolist() == [0.0, np.inf]  # one user says nothing
 
 
 class TestOnFreshRows:
     """Fitted on one world, scored on another by the truth: what decides between methods."""
 
     def test_beats_the_static_model_of_equal_cost(self, tune, fresh):
-        """`learned` has a third of the static models' AUC loss or less at cost .2 to .6."""
+        """`learned` loses less than static models at cost .2 to .6, and less than half of it from .45 on."""
         calibration = fit_calibration(tune.raw, tune.labels, tune.layers, prior=True)
         outputs, other = tune.outputs(calibration), fresh.outputs(calibration)
         criterion = Learned()
@@ -203,7 +171,8 @@ class TestOnFreshRows:
         static = [fresh.true_auc(other.logits[:, k]) for k in range(7)]
         loss = full - true_aucs(path, criterion, fresh, other)
         static_loss = full - np.interp(COSTS, np.array(tune.layers) / 12, static)
-        assert (loss < 0.5 * static_loss).all()
+        assert (loss < 0.9 * static_loss).all()
+        assert (loss[2:] < 0.5 * static_loss[2:]).all()
 
     def test_oracle_dominates_on_labels_too(self, fresh):
         """At every oracle point its AUC is above static and random exits of that cost, until all curves meet."""

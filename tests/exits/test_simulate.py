@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -8,12 +6,10 @@ from project.evaluation.metrics import auc
 from project.exits.outputs import HeadOutputs
 from project.exits.policies import FixedDepth
 from project.exits.simulate import (
-    AskedCandidates,
     ScoredRows,
     control_curves,
     cost_matched_auc,
     curve,
-    point,
     rival_depth,
 )
 
@@ -54,25 +50,6 @@ def test_controls(world, outputs):
     assert controls["oracle"][-1]["cost"] == 0
     only = control_curves(outputs, world.labels, *world.tokens, only="oracle")
     assert only == [{"name": "oracle", "pareto": controls["oracle"]}]
-
-
-def test_requests_are_paid_for():
-    """Two requests of two candidates, stream 10, own tokens 1, leave at layers 2, 4 | 2, 2 of 4; AUC is of the rows.
-
-    Cold (2 + 4 + 4 * 10) + (2 + 2 + 2 * 10) of 2 * (4 + 4 + 4 * 10): 70 / 96; warm 10 / 16.
-    """
-    rows = small()
-    asked = AskedCandidates(rows.outputs, torch.tensor([5, 5, 2, 2]), torch.ones(4), torch.full((4,), 10))
-    exits, paid = torch.tensor([1, 0, 1, 0]), torch.tensor([0, 1, 0, 0])
-    for stream, cost in (("cold", 70 / 96), ("warm", 10 / 16)):
-        judged = replace(rows, stream=stream, asked=asked)
-        assert point(judged, exits, paid) == {
-            "cost": pytest.approx(cost), "mean_depth": 2.5, "auc": 1.0, "auc_drop": 0.0
-        }  # fmt: skip
-    static = control_curves(
-        rows.outputs, rows.labels, rows.target_tokens, rows.stream_tokens, only="fixed_depth", asked=asked
-    )
-    assert [p["cost"] for p in static[0]["pareto"]] == [0.5, 1.0]
 
 
 def test_one_class_is_undefined(outputs, world):

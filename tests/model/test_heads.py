@@ -52,7 +52,7 @@ def test_owns_its_norm(tiny_config: Make) -> None:
     trunk = Trunk.from_config(tiny_config())
     heads = [ExitHead(trunk.final_norm, torch.ones(32)) for _ in range(2)]
     pointers = [p.data_ptr() for m in (*heads, trunk.final_norm) for p in m.parameters()]
-    assert len(pointers) == len(set(pointers)) == 2 * (1 + 2)  # norm, logit
+    assert len(pointers) == len(set(pointers)) == 2 * (1 + 2) + 1  # norm, logit; the trunk's norm
     assert all(p.requires_grad for head in heads for p in head.parameters())
     assert not trunk.final_norm.weight.requires_grad
 

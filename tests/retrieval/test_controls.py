@@ -18,7 +18,7 @@ from project.retrieval import (
     Retriever,
     TextEncoder,
 )
-from project.retrieval.base import Raters
+from project.retrieval.base import OwnRows, Raters, top
 
 CUTS = np.array([20.0, 45.0])
 
@@ -100,3 +100,24 @@ def test_yaml_chooses_a_retriever_by_class_path(kind: type[Retriever]):
     assert type(retriever) is kind
     assert settings["class_path"] == f"{kind.__module__}.{kind.__name__}"
     assert settings["init_args"] == {**kind().settings()["init_args"], **given}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_own_rows_are_those_of_the_whole_past(seed: int):
+    """Repeated items, ties and few rows: rows, labels and similarities are those that all rows together give.
+
+    What is looked at grows with distinct items: of 2,000 rows on 7 items at most 7 times 5 are kept.
+    """
+    rng = np.random.default_rng(seed)
+    count, size = 5, int(rng.choice([1, 4, 30, 2000]))
+    item, label = rng.integers(0, 7, size), rng.integers(0, 2, size)
+    own = OwnRows(count)
+    for row in range(size):
+        own.add(row, int(item[row]), int(label[row]))
+    similarity = rng.integers(-2, 3, 7).astype(np.float32) / 3
+    rows, labels, found = own.nearest(similarity[own.items])
+    expected = top(similarity[item], count)
+    assert rows.tolist() == expected.tolist()
+    assert labels.tolist() == label[expected].tolist()
+    assert found.tolist() == similarity[item][expected].tolist()
+    assert sum(map(len, own._rows)) <= 7 * count
