@@ -210,7 +210,6 @@ def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, ExitPl
     module = ExitRecommender(
         bundle["base_model"],
         bundle["exit_layers"],
-        bundle["num_layers"],
         lora=LoraSettings(**lora) if lora else None,
         freeze_embeddings=settings.get("freeze_embeddings", False),
         answers=bundle["answers"],

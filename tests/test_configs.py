@@ -165,8 +165,8 @@ def test_one_yaml_serves_every_verb(
 LABELLED = {
     "data.protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2], "label": None, "name": "given labels"},
     "data.protocol.duplicates": "first",
-    "data.prompt": {"instruction": 'One: "two"\n', "segment": "{title} all {item_rate}:"},
-    "model.num_layers": None,
+    "data.prompt": {"instruction": 'One: "two"\n', "segment": "{title} all {item_percent}:"},
+    "model.lora": None,
 }
 
 
@@ -197,7 +197,7 @@ def test_saved_config_can_be_given_back(
     assert saved["data"]["protocol"]["label"] is None
     assert saved["data"]["protocol"]["duplicates"] == "first"
     assert saved["data"]["prompt"]["instruction"] == 'One: "two"\n'
-    assert saved["model"]["num_layers"] is None
+    assert saved["model"]["lora"] is None
     assert saved["trainer"]["limit_train_batches"] == 2
 
     expected = results(first, "fit")

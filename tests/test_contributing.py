@@ -153,7 +153,7 @@ def test_fit_with_all_three(
     """The document's YAML trains: Margin decides and comes back from the checkpoint, the bundle names the retriever."""
     logs = settings("JsonLogs")
     logs["data"]["logs"]["init_args"] = json_logs
-    wording = {"segment": "{title} all {item_rate} near {vote}:"}  # this log knows no year
+    wording = {"segment": "{title} all {item_percent} near {vote_percent}:"}  # this log knows no year
     words = {"criterion": settings("Margin"), "retriever": settings("LatestRaters"), "logs": logs}
     overlays = []
     for name, content in words.items():

@@ -33,7 +33,7 @@ ITEM_COLUMNS = {"item_id": "song", "title": "name"}
 FORMS = ("csv", "files", "parquet")
 PROMPT: dict[str, Any] = {
     "instruction": "Songs and answers.\n",
-    "segment": "{title} by {artist} all {item_rate} near {vote}:",
+    "segment": "{title} by {artist} all {item_percent} near {vote_percent}:",
 }
 
 

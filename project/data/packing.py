@@ -51,7 +51,7 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     """Put windows side by side in one row, the instruction before each.
 
     Positions: all segments of a time group start at the same position; the next group starts after the sum of the
-    lengths of those that later groups may see. Of a window's context what nobody may see is left out.
+    lengths of those that later groups may see.
 
     Args:
         streams: Where the segments come from.
@@ -59,10 +59,8 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     """
     positions, behind = [], []  # segments of each window, and how many of them are context alone
     for s, w in windows:
-        part = np.arange(w.start, w.stop) + streams.offsets[s]
-        part = part[streams.context[part]]
-        behind.append(len(part))
-        positions.append(np.concatenate([part, np.arange(w.first, w.last) + streams.offsets[s]]))
+        behind.append(w.stop - w.start)
+        positions.append(w.positions + streams.offsets[s])
     counts = np.array([len(p) + 1 for p in positions])
     starts = offsets_of(counts)[:-1]
     index = np.concatenate([part for p in positions for part in ([streams.instruction], p)]).astype(np.int64)

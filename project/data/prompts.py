@@ -13,21 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from project.data.anonymous import anonymous_titles
 from project.data.numbers import NUMBERS, TOGETHER, number_features, number_ids
 from project.data.ragged import IntArray, Ragged, join, total_lengths
 from project.data.template import check_similar, default_segment, field_names, split_template
 from project.errors import ConfigError
 
-UNKNOWN = "?"  # what the prompt says where nothing has been counted yet, or where evidence is not told
-
-Told = Literal["both", "history", "candidates", "none"]
+UNKNOWN = "?"  # what the prompt says where nothing has been counted yet
 
 
 class Tokenizer(Protocol):
@@ -48,10 +45,9 @@ class Prompt:
         instruction: Stands once before every history. Never evicted, the same for everybody.
         segment: Template of one interaction or candidate. Null: title, the columns of the items whose texts are short,
             and numbers of everything that is counted. Fields are columns of the items table (title and
-            attributes) and evidence: item_rate, user_rate, vote (shares of likes in tenths), taste (chance of a like
-            in tenths, see data.taste), alike (the user's own answers on items alike, in tenths, see alike_items of
-            data.retriever), the same five in percent as item_percent, user_percent, vote_percent, taste_percent,
-            alike_percent, the same as learned tokens instead of text, one token each, in log-odds, shrunk where rows
+            attributes) and evidence: item_percent, user_percent, vote_percent (shares of likes), taste_percent (chance
+            of a like, see data.taste), alike_percent (the user's own answers on items alike, see alike_items of
+            data.retriever), the same as learned tokens instead of text, one token each, in log-odds, shrunk where rows
             are few, as item_number, user_number, vote_number (weighted by similarity), taste_number, alike_number,
             and logarithms of counts as item_count_number, user_count_number; several of these in one token as
             {item_number+taste_number}; likes, neighbours (of the similar users), item_count, user_count (rounded down
@@ -61,23 +57,12 @@ class Prompt:
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
             prompts have none. How often there is one, and how long, says data.retriever.init_args: similar_every,
             similar_users, similar_items.
-        anonymise_titles: Titles become "item 483920", in segments and lists: the number says nothing and is the same in
-            every run. A control for what the LLM has memorised; other columns (year, genres) stay as they are.
-        evidence: Which segments tell their evidence: history, candidates, both or none; elsewhere its fields say "?".
-            With history or candidates alone every training target is read twice, as candidate and as history, so an
-            epoch has about twice the tokens. Lists of what similar users liked, exit 0 and the floors are not touched.
     """
 
     instruction: str = "Will this user like each? Liked in percent: by all, by similar users.\n"
     segment: str | None = None
     answers: list[str] = field(default_factory=lambda: [" no", " yes"])
     similar: str | None = None
-    anonymise_titles: bool = False
-    evidence: Told = "both"
-
-
-def _tenths(values: pl.Series) -> list[str]:
-    return [UNKNOWN if v is None else str(int(10 * v + 0.5)) for v in values.to_list()]
 
 
 def _percent(values: pl.Series) -> list[str]:
@@ -96,11 +81,6 @@ def _plain(values: pl.Series) -> list[str]:
 
 
 EVIDENCE_FIELDS: dict[str, tuple[str, Callable[[pl.Series], list[str]]]] = {
-    "item_rate": ("item_rate", _tenths),
-    "user_rate": ("user_rate", _tenths),
-    "vote": ("vote", _tenths),
-    "taste": ("taste", _tenths),
-    "alike": ("alike", _tenths),
     "item_percent": ("item_rate", _percent),
     "user_percent": ("user_rate", _percent),
     "vote_percent": ("vote", _percent),
@@ -202,9 +182,6 @@ class PromptEncoder:
         if prompt.similar is not None:
             check_similar(prompt.similar)
         self.similar: str | None = prompt.similar
-        self.told: Told = prompt.evidence
-        if prompt.anonymise_titles:
-            items = items.with_columns(title=pl.Series(anonymous_titles(items["item_id"].to_list())))
         self._titles: list[str] = items["title"].to_list()
         # of a tokenizer's control tokens, the author of the wording may mean one here; a title never does
         instruction, *answers = (
@@ -227,20 +204,13 @@ class PromptEncoder:
             return []
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def encode(
-        self,
-        item: IntArray,
-        evidence: pl.DataFrame,
-        label: npt.NDArray[np.int8],
-        told: npt.NDArray[np.bool_] | None = None,
-    ) -> Segments:
+    def encode(self, item: IntArray, evidence: pl.DataFrame, label: npt.NDArray[np.int8]) -> Segments:
         """Encode n segments.
 
         Args:
             item: (n,) item codes.
             evidence: n rows of the evidence table, in the same order.
             label: (n,) 0, 1, or -1 where the answer is not known (a candidate).
-            told: (n,) whether a segment tells its evidence; None: all do.
 
         Returns:
             Segments of n rows.
@@ -253,13 +223,11 @@ class PromptEncoder:
             if kind == "static":
                 parts.append(self._static[i].take(item))
             elif features is not None and kind == "number":
-                parts.append(self._number(number_ids(features, name.split(TOGETHER)), told))
+                parts.append(Ragged(number_ids(features, name.split(TOGETHER)), np.arange(len(item) + 1)))
             else:
                 column, render = EVIDENCE_FIELDS[name]
                 found = column in evidence.columns  # alike is there with retrievers that compare items
                 texts = render(evidence[column]) if found else [UNKNOWN] * len(evidence)
-                if told is not None:
-                    texts = [t if known else UNKNOWN for t, known in zip(texts, told.tolist(), strict=True)]
                 parts.append(self._encode_values(texts))
         before = total_lengths(parts)
         answers = self._answers.take(np.where(label < 0, 2, label).astype(np.int64))
@@ -284,15 +252,6 @@ class PromptEncoder:
         assert self.similar is not None
         titles = ("; ".join(self._titles[item] for item in items) for items in lists)
         return self._encode_values([self.similar.format(titles=t) for t in titles])
-
-    def _number(self, ids: IntArray, told: npt.NDArray[np.bool_] | None) -> Ragged:
-        """One token each; what says that nothing is known where it is not told."""
-        n = len(ids)
-        found = Ragged(ids, np.arange(n + 1))
-        if told is None or told.all():
-            return found
-        both = Ragged.of([*ids[:, None].tolist(), self._ids(UNKNOWN)])
-        return both.take(np.where(told, np.arange(n), n))
 
     def _encode_values(self, texts: list[str]) -> Ragged:
         distinct, codes = np.unique(np.array(texts, dtype=object).astype(str), return_inverse=True)

@@ -3,10 +3,8 @@
 A served request is a stream too: the user's history, then the candidates as rows that nobody may see. So training,
 evaluation and serving share one packing code.
 
-Unusual: a stream may hold segments that are no row, lists of what similar users liked: context only, in a time group
-of their own right after the second they are dated by. And where history and candidates differ in what they tell, a row
-that is both has two segments in one time group: what later rows see, and what is scored. No code behind this file knows
-of either.
+A stream may hold segments that are no row, lists of what similar users liked: context only, in a time group of their
+own right after the second they are dated by. No code behind this file knows of them.
 """
 
 from __future__ import annotations
@@ -71,9 +69,7 @@ class Streams:
 
     def training(self, context_tokens: int, rng: np.random.Generator) -> list[tuple[int, Window]]:
         """(stream, window) pairs of one epoch: cut back to back, the first cut at random; those with a target."""
-        windows = list[tuple[int, Window]]()
-        # a window's capacity is one of context, as in evaluation
-        lengths = np.where(self.context, self.tokens.lengths[:-1], 0)
+        lengths, windows = self.tokens.lengths, list[tuple[int, Window]]()
         cuts = rng.integers(1, context_tokens + 1, size=len(self))
         for s in range(len(self)):
             start, stop = int(self.offsets[s]), int(self.offsets[s + 1])
@@ -95,22 +91,8 @@ def build_streams(rows: pl.DataFrame, evidence: pl.DataFrame, split: str, encode
     joined = rows.join(evidence, on="row_id", how="inner", maintain_order="left", validate="1:1")
     joined = joined.sort("user", "row_id")
     target = ((joined["split"] == split) & (joined["role"] == "target")).to_numpy()
-    context = np.ones(len(joined), dtype=bool)
-    if encoder.told in ("history", "candidates"):
-        joined, target, context = _twice(joined, target)
     label = joined["label"].to_numpy().astype(np.int8)
-    return streams_of(joined, label, target, context, encoder)
-
-
-def _twice(joined: pl.DataFrame, target: BoolArray) -> tuple[pl.DataFrame, BoolArray, BoolArray]:
-    """Rows as context alone, targets once more as target alone right behind: the table, `target` and `context`."""
-    index = np.repeat(np.arange(len(joined)), 1 + target)
-    first = np.append(True, index[1:] != index[:-1]) if len(index) else np.ones(0, dtype=bool)
-    table = joined[index]
-    if "similar_after" in table.columns:  # a list follows a time group once
-        only_first = pl.when(pl.Series(first)).then("similar_after")
-        table = table.with_columns(only_first.alias("similar_after"))
-    return table, ~first, first
+    return streams_of(joined, label, target, np.ones(len(joined), dtype=bool), encoder)
 
 
 def streams_of(
@@ -127,11 +109,7 @@ def streams_of(
     """
     users = joined["user"].to_numpy()
     starts = np.flatnonzero(np.diff(users)) + 1 if len(users) else np.zeros(0, dtype=np.int64)
-    item, told = joined["item"].to_numpy().astype(np.int64), None
-    if encoder.told != "both":
-        told = context & (encoder.told == "history") | ~context & (encoder.told == "candidates")
-    # what nobody may see later needs no answer
-    segments = encoder.encode(item, joined, np.where(context, label, -1).astype(np.int8), told)
+    segments = encoder.encode(joined["item"].to_numpy().astype(np.int64), joined, label)
     instruction = Ragged(encoder.instruction, offsets_of(np.array([len(encoder.instruction)])))
     streams = Streams(
         offsets=np.concatenate([[0], starts, [len(users)]]).astype(np.int64),

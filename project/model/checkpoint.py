@@ -50,7 +50,7 @@ def check_parameters(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     if missing or surplus:
         raise CheckpointError(
             f"the checkpoint lacks {sorted(missing)[:3]} and has unknown {sorted(surplus)[:3]} "
-            f"({len(missing)} and {len(surplus)} in all): model.num_layers, model.lora, "
+            f"({len(missing)} and {len(surplus)} in all): model.lora, "
             "model.freeze_embeddings or the numbers of data.prompt.segment differ from the run that made it. "
             "Use its config.yaml."
         )

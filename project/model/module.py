@@ -42,8 +42,7 @@ class ExitRecommender(ExitBuffers):
         backbone: A known model (smollm2-135m-instruct), a folder with a Hugging Face model, or a name on its hub.
             Families: Llama/SmolLM2, Qwen2, Qwen3, Mistral without a sliding window.
         exit_layers: Depths that have a head, ascending; layer k means after k decoder layers. The last one is the full
-            depth.
-        num_layers: How many decoder layers of the backbone are used, the deepest exit's depth; default: just that.
+            depth: later layers of the backbone are not loaded.
         optim: Learning rates by depth, schedule and weight decay.
         lora: Train adapters instead of the trunk's own weights.
         freeze_embeddings: Keep the token embeddings as they are.
@@ -56,7 +55,6 @@ class ExitRecommender(ExitBuffers):
         self,
         backbone: str = "smollm2-135m-instruct",
         exit_layers: list[int] = DEFAULT_EXITS,
-        num_layers: int | None = None,
         optim: OptimSettings = DEFAULT_OPTIM,
         lora: LoraSettings | None = None,
         freeze_embeddings: bool = True,
@@ -65,20 +63,12 @@ class ExitRecommender(ExitBuffers):
         numbers: bool = False,
     ) -> None:
         super().__init__()
-        depth = num_layers if num_layers is not None else max(exit_layers, default=0)
         if not exit_layers or sorted(set(exit_layers)) != exit_layers or exit_layers[0] < 1:
             raise ConfigError(
                 f"model.exit_layers is {exit_layers}; expected at least one layer, ascending, each once, from 1 on."
             )
-        if exit_layers[-1] != depth:
-            raise ConfigError(
-                f"model.exit_layers ends at {exit_layers[-1]}, but model.num_layers is {depth}; expected the same: an "
-                "exit beyond the trunk cannot be reached, and layers beyond the last exit would never be trained."
-            )
-        self.save_hyperparameters(
-            {"backbone": backbone, "exit_layers": exit_layers, "num_layers": num_layers}
-        )
-        self.backbone, self.exit_layers, self.depth = backbone, exit_layers, depth
+        self.save_hyperparameters({"backbone": backbone, "exit_layers": exit_layers})
+        self.backbone, self.exit_layers, self.depth = backbone, exit_layers, exit_layers[-1]
         self.optim, self.lora, self.freeze_embeddings = optim, lora, freeze_embeddings
         self.gradient_checkpointing = gradient_checkpointing
         self.answers, self.numbers = answers or [" no", " yes"], numbers

@@ -189,10 +189,10 @@ def _cut(config: PretrainedConfig, num_layers: int | None) -> PretrainedConfig:
     config = deepcopy(config)
     if num_layers is None:
         return config
-    if not 1 <= num_layers <= available:
+    if num_layers > available:
         raise ConfigError(
-            f"model.num_layers is {num_layers}, but the backbone has {available} layers; "
-            f"expected 1 to {available}."
+            f"model.exit_layers ends at {num_layers}, but the backbone has {available} layers; expected at most "
+            f"{available}."
         )
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None) is not None:

@@ -74,7 +74,7 @@ def test_what_the_model_reads(other: Any, words: str) -> None:
 def test_other_versions() -> None:
     """What a later version asks for, or no longer knows, is not a difference; nor is a source that was edited."""
     kept = reads_of(data())
-    del kept["data.prompt"]["anonymise_titles"]
+    del kept["data.prompt"]["similar"]
     kept["data.retriever"]["init_args"]["gone"] = None
     check_reads(kept, data())
     edited = ItemKNN(neighbours=7)

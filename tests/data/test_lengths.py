@@ -51,7 +51,7 @@ def test_items_fit_or_are_named(split: SplitInteractions) -> None:
 
 def test_streams_fit_or_are_named(split: SplitInteractions) -> None:
     """The same of tokenised rows, evidence included; a list of what similar users liked has a fix of its own."""
-    streams = streams_without_evidence(split, "test", "{title} {vote}{vote}:")
+    streams = streams_without_evidence(split, "test", "{title} {vote_percent}{vote_percent}:")
     lengths = streams.tokens.lengths[:-1]
     place, tokens = int(lengths.argmax()), int(lengths.max()) + len("I\n")
     item = split.rows["item"][int(streams.row_id[place])]

@@ -25,7 +25,6 @@ from project.data.numbers import (
     readable,
 )
 from project.data.prompts import EVIDENCE_FIELDS, Prompt, PromptEncoder, field_telling
-from project.data.ragged import Ragged
 from project.data.template import tells_numbers
 from project.errors import ConfigError
 
@@ -130,18 +129,14 @@ def test_a_row_that_stands_twice() -> None:
 
 
 def test_segments_hold_one_token_a_field() -> None:
-    """Text is tokenised, a field of numbers is one id; where evidence is not told, it says what "?" says."""
+    """Text is tokenised, a field of numbers is one id."""
     prompt = Prompt(segment="{title} {taste_number}{item_number+user_number}:")
     encoder = PromptEncoder(Letters(), prompt, ITEMS)
     table = evidence()
     taste, rates = (ids_of(table, fields) for fields in (["taste_number"], ["item_number", "user_number"]))
-    label = np.array([1, -1], dtype=np.int8)
-    found = encoder.encode(np.array([0, 1]), table, label, np.array([True, False])).tokens
+    found = encoder.encode(np.array([0, 1]), table, np.array([1, -1], dtype=np.int8)).tokens
     assert found[0].tolist() == [*map(ord, "Alien "), taste[0], rates[0], *map(ord, ": yes")]
-    assert found[1].tolist() == [*map(ord, "Brazil ??:")]
-    everywhere = encoder.encode(np.array([0, 1]), table, label).tokens
-    assert isinstance(everywhere, Ragged)
-    assert everywhere[1].tolist()[-3:-1] == [taste[1], rates[1]]
+    assert found[1].tolist() == [*map(ord, "Brazil "), taste[1], rates[1], ord(":")]
 
 
 @pytest.mark.parametrize("name", ["item_number+year", "item_number+item_number", "item_number+"])
@@ -154,7 +149,7 @@ def test_what_cannot_be_one_token(name: str) -> None:
 
 @pytest.mark.parametrize("column", ["taste", "alike"])
 def test_which_field_tells_a_column(column: str) -> None:
-    """Text in tenths or percent and the number all need what is behind them."""
+    """Text in percent and the number all need what is behind them."""
     fields = [name for name, (told, _) in EVIDENCE_FIELDS.items() if told == column]
     for field in [*fields, f"{column}_number"]:
         assert field_telling(Prompt(segment="{title}{" + field + "}:"), column) == "{" + field + "}"

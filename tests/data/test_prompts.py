@@ -5,7 +5,6 @@ import polars as pl
 import pytest
 from transformers import AutoTokenizer
 
-from project.data.anonymous import anonymous_titles
 from project.data.prompts import Prompt, PromptEncoder, item_columns, with_segment
 from project.data.template import tells_numbers
 from project.errors import ConfigError
@@ -49,18 +48,18 @@ def texts(prompt: Prompt, label: list[int]) -> list[tuple[str, str]]:
 
 
 def test_golden() -> None:
-    """.74 is 7 of ten, .25 is 3 (half up), nothing counted is "?"; the slot is the last token before the answer."""
-    prompt = Prompt(segment="{title} ({year}) all {item_rate} near {vote}:")
+    """.74 is 74 percent, nothing counted is "?"; the slot is the last token before the answer."""
+    prompt = Prompt(segment="{title} ({year}) all {item_percent} near {vote_percent}:")
     assert texts(prompt, [1, 0]) == [
-        ("Alien (1979) all 7 near 3: yes", "Alien (1979) all 7 near 3:"),
+        ("Alien (1979) all 74 near 25: yes", "Alien (1979) all 74 near 25:"),
         ("Brazil {1} () all ? near ?: no", "Brazil {1} () all ? near ?:"),
     ]
 
 
 def test_counts_and_fields_in_any_place() -> None:
     """37 rounds down to 20; likes and neighbours are plain counts; a template may start with evidence."""
-    prompt = Prompt(segment="{likes}/{neighbours} {item_count} {user_count} {user_rate} {title}?")
-    assert texts(prompt, [-1, -1])[0] == ("1/4 20 2 5 Alien?",) * 2
+    prompt = Prompt(segment="{likes}/{neighbours} {item_count} {user_count} {user_percent} {title}?")
+    assert texts(prompt, [-1, -1])[0] == ("1/4 20 2 50 Alien?",) * 2
 
 
 @pytest.mark.parametrize(
@@ -82,7 +81,7 @@ def test_titles_are_shortened() -> None:
 
 def test_least_lengths() -> None:
     """Text of the item, one token for each field of evidence, and the longer answer."""
-    encoder = PromptEncoder(Letters(), Prompt(segment="{title} {item_rate}{vote_number}:"), ITEMS)
+    encoder = PromptEncoder(Letters(), Prompt(segment="{title} {item_percent}{vote_number}:"), ITEMS)
     assert encoder.least_lengths().tolist() == [len("Alien ??: yes"), len("Brazil {1} ??: yes")]
 
 
@@ -94,7 +93,7 @@ def test_unknown_answer_adds_nothing() -> None:
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        (Prompt(segment="{title} {director}:"), ["{director}", "title, year", "item_rate"]),
+        (Prompt(segment="{title} {director}:"), ["{director}", "title, year", "item_percent"]),
         (Prompt(segment="{title"), ["data.prompt.segment"]),
         (Prompt(segment=""), ["data.prompt.segment", "empty"]),
         (Prompt(answers=[" no"]), ["data.prompt.answers"]),
@@ -106,25 +105,6 @@ def test_bad_wording(prompt: Prompt, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         PromptEncoder(Letters(), prompt, ITEMS)
     assert all(word in str(error.value) for word in words)
-
-
-def test_evidence_is_not_told() -> None:
-    """Where evidence is not told its fields say "?", whatever is known; attributes stay."""
-    encoder = PromptEncoder(Letters(), Prompt(segment="{title} ({year}) all {item_rate} near {vote}:"), ITEMS)
-    segments = encoder.encode(
-        np.array([0, 0]), EVIDENCE[[0, 0]], np.array([1, 1], dtype=np.int8), np.array([True, False])
-    )
-    found = ["".join(map(chr, segments.tokens[i].tolist())) for i in range(2)]
-    assert found == ["Alien (1979) all 7 near 3: yes", "Alien (1979) all ? near ?: yes"]
-
-
-def test_anonymous_titles() -> None:
-    """No title is left in segments and lists; the item's other columns are."""
-    prompt = Prompt(segment="{title} ({year}):", similar="S {titles}", anonymise_titles=True)
-    names = anonymous_titles(["a", "b"])
-    assert [whole for whole, _ in texts(prompt, [1, 0])] == [f"{names[0]} (1979): yes", f"{names[1]} (): no"]
-    lists = PromptEncoder(Letters(), prompt, ITEMS).encode_similar([[1, 0]])
-    assert "".join(map(chr, lists[0].tolist())) == f"S {names[1]}; {names[0]}"
 
 
 def test_a_control_token_in_a_title_is_text(tiny_model: Path) -> None:
@@ -145,11 +125,11 @@ def test_a_control_token_in_a_title_is_text(tiny_model: Path) -> None:
 
 def test_the_default_segment_shows_short_columns_and_numbers() -> None:
     """Title always, other columns up to a median of 12 tokens, no name of evidence, and numbers."""
-    columns = {"plot": ["x" * 13, ""], "year": ["1" * 12, "2" * 12], "vote": ["1", "2"], "a.b": ["1", "2"]}
+    columns = {"plot": ["x" * 13, ""], "year": ["1" * 12, "2" * 12], "likes": ["1", "2"], "a.b": ["1", "2"]}
     items = pl.DataFrame({"item": [0, 1], "item_id": ["a", "b"], "title": ["t" * 50, "u" * 50], **columns})
     found = with_segment(Prompt(), Letters(), items, ["taste_number"])
     assert found.segment == "{title}, {year}{item_number}{user_number}{vote_number}{taste_number}"
-    assert item_columns(found, items) == (["title", "year"], ["plot", "vote", "a.b"])
+    assert item_columns(found, items) == (["title", "year"], ["plot", "likes", "a.b"])
     assert with_segment(found, Letters(), items) is found
     assert tells_numbers(None)
     assert tells_numbers(found.segment)

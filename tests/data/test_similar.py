@@ -29,7 +29,7 @@ from project.retrieval import ItemKNN, LightGCN, Retriever, evidence_tables, req
 
 KINDS = ("global_time", "user_time", "random", "leave_last")
 REFITS = 5
-PROMPT = Prompt(instruction="I\n", segment="{title} {vote}:", similar="[{titles}]")
+PROMPT = Prompt(instruction="I\n", segment="{title} {vote_percent}:", similar="[{titles}]")
 RETRIEVER = LightGCN(dim=8, epochs=1, similar_every=3, similar_items=3)
 
 
@@ -93,7 +93,8 @@ def expected_texts(split: SplitInteractions, table: pl.DataFrame, name: str) -> 
 
 
 def plain(titles: list[str], row: dict) -> str:
-    return f"{titles[row['item']]} {'?' if row['vote'] is None else int(10 * row['vote'] + 0.5)}:"
+    vote = "?" if row["vote"] is None else f"{min(int(100 * row['vote'] + 0.5), 99):02d}"
+    return f"{titles[row['item']]} {vote}:"
 
 
 @pytest.mark.parametrize("name", SPLITS)

@@ -233,11 +233,10 @@ def test_refuses_other_families() -> None:
         Trunk.from_config(GPT2Config())
 
 
-@pytest.mark.parametrize("num_layers", [0, 4])
-def test_refuses_too_many_layers(tiny_config: Make, num_layers: int) -> None:
-    """A depth that the backbone does not have names the key, the value and the range."""
-    with pytest.raises(ConfigError, match=rf"model.num_layers is {num_layers}.*3 layers; expected 1 to 3"):
-        Trunk.from_config(tiny_config(), num_layers=num_layers)
+def test_refuses_too_many_layers(tiny_config: Make) -> None:
+    """A depth that the backbone does not have names the key, the value and the backbone's depth."""
+    with pytest.raises(ConfigError, match=r"model\.exit_layers ends at 4.* has 3 layers"):
+        Trunk.from_config(tiny_config(), num_layers=4)
 
 
 def test_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
