@@ -121,7 +121,7 @@ def render_report(run: Run, drawn: Mapping[str, Figure | str]) -> str:
         answer=decide(result),
         rows=score_rows(result, run.split, run.fold, run.benchmark_rows),
         slices=slice_rows(result, run.split, run.fold),
-        without=plan_rows(without, exits, name="plan without exit 0") if without else [],
+        without=plan_rows(without, exits, name="plan without exit 0") if without and exits else [],
         criteria=criteria_rows(run.calibrate),
         policy=next((p for p in policies if p["criterion"] == run.calibrate.get("chosen")), {}),
         missing={name: made for name, made in drawn.items() if not isinstance(made, Figure)},
