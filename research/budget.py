@@ -92,7 +92,7 @@ def choices(tune: TuneFold) -> list[tuple[str, float, TuneFold]]:
         made.__dict__ |= tune.__dict__ | {"settings": replace(tune.settings, alpha=alpha)}
         made.curves = []
         for curve in tune.curves:
-            step = int(made._steps(curve.path, curve.drops[None], curve.influences)[0])
+            step = int(made._steps(curve, curve.drops[None])[0])
             if name == "estimate":
                 expected = curve.path[0].expected_auc - np.array([s.expected_auc for s in curve.path])
                 kept = np.maximum(curve.drops, expected) <= (tune.settings.max_auc_drop or 0.0)

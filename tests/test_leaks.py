@@ -22,7 +22,10 @@ from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
 
 KINDS = ("global_time", "user_time", "random", "leave_last", "given")
 # every prompt says who its rows are: "<row>" stands for the item's title
-SEGMENT = "{title} all {item_percent} {item_count} user {user_percent} {user_count} near {likes}/{neighbours} {vote_percent}:"
+SEGMENT = (
+    "{title} all {item_percent} {item_count} user {user_percent} {user_count} near {likes}/{neighbours} "
+    "{vote_percent}:"
+)
 
 
 def split_of(kind: str, logs: Path) -> SplitInteractions:

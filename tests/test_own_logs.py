@@ -165,6 +165,21 @@ def test_fit_and_test(runs: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.slow
+def test_ten_lines_are_enough(run: Run, tmp_path: Path, tiny_model: Path) -> None:
+    """Files and columns: labels are the log's own, the segment shows short item columns and numbers."""
+    config = tiny_settings(tmp_path, tiny_model, tmp_path, name="runs")
+    logs = {"class_path": "project.data.readers.TableLogs", "init_args": write_logs(tmp_path, "csv")}
+    config["data"] = {"logs": logs, "retriever": "project.retrieval.ItemKNN"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    run("fit", "--config", tmp_path / "own.yaml")
+    bundle = json.loads((tmp_path / "runs" / "version_0" / "bundle" / "bundle.json").read_text())
+    assert bundle["item_columns"] == {"shown": ["title", "artist"], "not_shown": []}
+    assert bundle["prompt"]["segment"] == "{title}, {artist}{item_number}{user_number}{vote_number}"
+    checkpoint = tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt"
+    run("test", "--config", tmp_path / "own.yaml", "--ckpt_path", checkpoint)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_every_form_trains_the_same(form: str, runs: Callable[[str], Path]) -> None:
     """One file per split, and Parquet with typed dates, give the very scores that the CSV gives."""

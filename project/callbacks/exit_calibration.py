@@ -19,21 +19,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from project.artefacts import read_checkpoint, replace_file, result_head, write_json
 from project.callbacks.run_folder import current_run, data_of, will_be_saved
 from project.counting import counting_features
-from project.errors import NotCalibratedError, ProjectError
+from project.errors import ProjectError
 from project.evaluation.adaptive import PlannedRows, adaptive_summary
 from project.exits.calibrate import calibrate
-from project.exits.plan import ExitPlan, Floats, Plans
+from project.exits.plan import Floats, Plans
 from project.exits.settings import ExitSettings
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData
     from project.model.module import ExitRecommender
-
-
-NOT_CALIBRATED = (
-    "this checkpoint has no calibrated exits. Run `python -m project calibrate --config RUN/config.yaml --ckpt_path "
-    "RUN/checkpoints/last.ckpt`."
-)
 
 
 @dataclass(eq=False)
@@ -85,24 +79,14 @@ class ExitCalibration(ExitSettings, pl.Callback):
         head = result_head("calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed)
         tune = (scores["fold"] == "tune").to_numpy()
         rows = PlannedRows(plans.plan, scores.filter(tune), features[tune], self.stream)
-        adaptive = {"split": "valid", "fold": "tune", **adaptive_summary(plans, rows)} | plans.document[
-            "adaptive"
-        ]
+        adaptive = (
+            {"split": "valid", "fold": "tune"} | adaptive_summary(plans, rows) | plans.document["adaptive"]
+        )
         result = head | plans.document | {"adaptive": adaptive}
         if trainer.is_global_zero:
             write_json(folder / "results" / "calibrate.json", result)
         self._log(trainer, scores, features)
         return result
-
-    def require_plan(self) -> ExitPlan:
-        """The plan.
-
-        Raises:
-            NotCalibratedError: If there is none; names the command that makes one.
-        """
-        if self.found is None:
-            raise NotCalibratedError(NOT_CALIBRATED)
-        return self.found.plan
 
     @property
     def issued(self) -> dict[str, Any]:

@@ -55,11 +55,11 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
         protocol: The rules.
 
     Returns:
-        The split log. Its manifest has `name`, `hash`, `fields`, `files`, `rows`, `times` (first and last, UTC),
-        `counts` and `positives` (targets by split), `context` (other rows by split), `folds` (targets, users and
-        positives), `cold_user_share` and `cold_item_share` (share of valid and of test targets whose user or item has
-        no train target), `tie_share` (rows that share user and timestamp with another), `duplicates` and
-        `dropped` (rows removed) and `items_without_title`.
+        The split log. Its manifest has `name`, `hash`, `fields`, `files`, `rows`, `times` (first and last),
+        `counts` and `positives` (targets by split), `context` (other rows by split), `folds` (targets, users
+        and positives), `cold_user_share` and `cold_item_share` (share of valid and of test targets whose user
+        or item has no train target), `tie_share` (rows that share user and timestamp with another),
+        `duplicates` and `dropped` (rows removed) and `items_without_title`.
 
     Raises:
         ConfigError: Shares that are negative or do not sum to 1, a negative minimum history, a bad label

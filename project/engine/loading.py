@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from project.artefacts import read_checkpoint
-from project.callbacks.exit_calibration import NOT_CALIBRATED, ExitCalibration
+from project.callbacks.exit_calibration import ExitCalibration
 from project.data.identity import check_reads
 from project.data.sources import resolve_model
 from project.errors import NotCalibratedError
@@ -41,7 +41,10 @@ def load_run(
     """
     plans = plans_of(load_weights(model, tokenizer, checkpoint, data, judged))
     if plans is None:
-        raise NotCalibratedError(NOT_CALIBRATED)
+        raise NotCalibratedError(
+            "this checkpoint has no calibrated exits. Run `python -m project calibrate --config RUN/config.yaml "
+            "--ckpt_path RUN/checkpoints/last.ckpt`."
+        )
     return plans
 
 

@@ -16,7 +16,7 @@ from project.errors import ConfigError, DataError
 from project.exits.calibration import fit_calibration
 from project.exits.criteria import Criterion, out_of_fold_safety, safety_table
 from project.exits.outputs import HeadOutputs
-from project.exits.path import Path, Step, bound_margins, budget_steps, threshold_path, user_drops
+from project.exits.path import Path, Step, bound_margins, budget_steps, threshold_path, user_influences
 from project.exits.plan import ExitPlan, Floats, raw_outputs
 from project.exits.policies import Policy
 from project.exits.search import Ints
@@ -34,15 +34,18 @@ class Curve:
         criterion: Fitted.
         path: S steps.
         step: The one that the budget chose.
-        drops: (S,) AUC drops by labels, as tune tells them.
-        influences: (S, U) of the users, see `user_drops`.
+        influences: (S, U) of the users, see `user_influences`.
     """
 
     criterion: Criterion
     path: Path
     step: int
-    drops: Floats
     influences: Floats
+
+    @property
+    def drops(self) -> Floats:
+        """(S,) AUC drops by labels, as tune tells them."""
+        return np.array([step.auc_drop for step in self.path])
 
     @property
     def chosen(self) -> Step:
@@ -117,9 +120,9 @@ class TuneFold:
         users, told = self.best.influences.shape[1], float(self.best.drops[self.best.step])
         times = np.random.default_rng(0).multinomial(users, np.full(users, 1 / users), size=DRAWS)
         cost, loss, error = (np.full((len(self.curves), DRAWS), np.inf) for _ in range(3))
-        for row, curve in enumerate(self._contenders()):
+        for row, curve in enumerate([self.best] if self._forced else self.curves):
             drops = curve.drops + times @ curve.influences.T
-            step = self._steps(curve.path, drops, curve.influences)
+            step = self._steps(curve, drops)
             kept = step >= 0
             at = np.arange(DRAWS)[kept], step[kept]
             cost[row, kept] = np.array([s.cost for s in curve.path])[step[kept]]
@@ -135,14 +138,11 @@ class TuneFold:
             "auc_drop_corrected_interval": [told - float(high), told - float(low)],
         }
 
-    def _contenders(self) -> list[Curve]:
-        return [self.best] if self._forced else self.curves
-
-    def _steps(self, path: Path, drops: Floats, influences: Floats) -> Ints:
+    def _steps(self, curve: Curve, drops: Floats) -> Ints:
         """(D,) the budget's step by each row of drops (D, S); -1 where none keeps it."""
         # each of the paths that compete for the choice is walked at its share of alpha (Bonferroni)
-        margins = bound_margins(influences, self.settings.alpha / self._paths)
-        return budget_steps(path, drops + margins, self.settings.max_auc_drop, self.settings.max_cost)
+        margins = bound_margins(curve.influences, self.settings.alpha / self._paths)
+        return budget_steps(curve.path, drops + margins, self.settings.max_auc_drop, self.settings.max_cost)
 
     def _curve(self, criterion: Criterion) -> Curve:
         """Fits the criterion; its path and the budget's step, -1 where none keeps it."""
@@ -156,9 +156,8 @@ class TuneFold:
         )
         about = safety, self.outputs.logits, self.labels
         path = threshold_path(*about, self.outputs.layers, *self.tokens, stream=self.settings.stream)
-        drops, influences = user_drops(path, *about, self.users)
-        step = int(self._steps(path, drops[None], influences)[0])
-        return Curve(criterion, path, step, drops, influences)
+        curve = Curve(criterion, path, 0, user_influences(path, *about, self.users))
+        return replace(curve, step=int(self._steps(curve, curve.drops[None])[0]))
 
     def _not_kept(self, curves: list[Curve]) -> ConfigError:
         fastest = min((curve.path[-1] for curve in curves), key=lambda step: step.cost)

@@ -133,35 +133,29 @@ def budget_steps(path: Path, drops: Floats, max_auc_drop: float | None, max_cost
     return last if max_cost is None else np.where(cost[last] <= max_cost, last, -1)
 
 
-def user_drops(
+def user_influences(
     path: Path, safety: Tensor, scores: Tensor, labels: ArrayLike, users: ArrayLike
-) -> tuple[Floats, Floats]:
-    """AUC that each step loses against full depth, and every user's part in the error of that.
+) -> Floats:
+    """Every user's part in the error of what the steps lose, (S, U); the parts of a step sum to 0.
 
     By structural components (DeLong et al. 1988) summed by user (Obuchowski 1997): in a sample where user u comes m_u
-    times, the drops are about drop + influence @ m.
+    times, the AUC drops are about auc_drop + influence @ m.
 
     Args:
-        path: From `threshold_path`.
+        path: S steps, from `threshold_path`.
         safety: (n, K) that the path was made with.
         scores: (n, K) calibrated logits.
         labels: (n,) 0 or 1.
         users: (n,), U of them.
-
-    Returns:
-        (S,) and (S, U); influences of a step sum to 0.
     """
     positive, (_, user) = np.asarray(labels) == 1, np.unique(np.asarray(users), return_inverse=True)
-    full = _components(_numbers(scores[:, -1]), positive)
-    drops, influences = list[float](), list[Floats]()
+    pairs = np.where(positive, positive.sum(), (~positive).sum())
+    full, found = _components(_numbers(scores[:, -1]), positive), list[Floats]()
     for step in path:
         adaptive = scores.gather(1, leave(safety, step.thresholds)[:, None]).squeeze(1)
-        lost = full - _components(_numbers(adaptive), positive)
-        drop = float(lost[positive].mean())
-        away = (lost - drop) / np.where(positive, positive.sum(), (~positive).sum())
-        drops.append(drop)
-        influences.append(np.bincount(user, weights=away).astype(np.float64))
-    return np.array(drops), np.stack(influences)
+        away = full - _components(_numbers(adaptive), positive) - step.auc_drop
+        found.append(np.bincount(user, weights=away / pairs).astype(np.float64))
+    return np.stack(found)
 
 
 def bound_margins(influences: Floats, alpha: float) -> Floats:
@@ -171,7 +165,7 @@ def bound_margins(influences: Floats, alpha: float) -> Floats:
     tests and confidence intervals for asymmetrical populations) adds skewness (1 + 2 t^2) / (6 sqrt(U)) errors.
 
     Args:
-        influences: (S, U) from `user_drops`.
+        influences: (S, U) from `user_influences`.
         alpha: In (0, .5].
     """
     users = influences.shape[1]
@@ -188,11 +182,10 @@ def bound_margins(influences: Floats, alpha: float) -> Floats:
 
 def _components(scores: Floats, positive: NDArray[np.bool_]) -> Floats:
     """(n,) of a positive the share of negatives below it, of a negative the share of positives above it, ties half."""
-    rank = rankdata(scores)
-    found: Floats = np.empty_like(rank)
-    for own, sign in ((positive, 1.0), (~positive, -1.0)):
-        below = (rank[own] - rankdata(scores[own])) / (~own).sum()
-        found[own] = below if sign > 0 else 1.0 - below
+    below = rankdata(scores)  # of either class, less those of the own class
+    below[positive] -= rankdata(scores[positive])
+    below[~positive] -= rankdata(scores[~positive])
+    found: Floats = np.where(positive, below / (~positive).sum(), 1.0 - below / positive.sum())
     return found
 
 

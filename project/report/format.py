@@ -104,4 +104,4 @@ def paragraph(text: str) -> Markup:
 
 def tidy(text: str) -> str:
     """Markdown of a template without the blank lines that its blocks leave."""
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return re.sub(r"\s*\n\s*\n\s*", "\n\n", text).strip() + "\n"

@@ -64,6 +64,8 @@ def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None, rows: str = 
         path = np.array(sorted((s["cost"], s["auc"]) for s in steps if s.get("auc") is not None)).reshape(
             -1, 2
         )
+        if not len(path):
+            continue
         label, stairs = CONTROLS.get(name, name), "steps-post" if name == "fixed_depth" else "default"
         axes.plot(*path.T, STYLES.get(name, "-"), color=COLOURS.get(name) or next(others), drawstyle=stairs, lw=1.6,
                   ms=10, label=label)  # fmt: skip

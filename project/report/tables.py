@@ -179,7 +179,7 @@ def score_rows(result: Result, split: str, fold: str | None, timed: Sequence[Row
                                           ("full depth", k == deepest)) if is_so]  # fmt: skip
         name = f"exit {k}" + (f" ({', '.join(notes)})" if notes else "")
         found.append({"name": name, **_scores_of(row), **_static_cost(k, deepest, timed)})
-    if plan := result.get("adaptive"):
+    if exits and (plan := result.get("adaptive")):
         found += plan_rows(plan, exits, timed)
     return found
 

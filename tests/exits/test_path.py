@@ -11,7 +11,7 @@ from project.exits import search as search_module
 from project.exits.calibration import fit_calibration
 from project.exits.criteria import Consistency, Ratio, out_of_fold_safety, safety_table
 from project.exits.learned import Learned
-from project.exits.path import Step, bound_margins, budget_steps, threshold_path, user_drops
+from project.exits.path import Step, bound_margins, budget_steps, threshold_path, user_influences
 from project.exits.policies import Policy, leave
 from project.exits.simulate import (
     ScoredRows,
@@ -132,11 +132,10 @@ class TestBudget:
         worse = steps((1.0, 0.76), (0.8, 0.759), (0.6, 0.757), (0.4, 0.756))
         assert budget_steps(worse, drops * 0, 0.002, None).tolist() == [1, 1, 1]
 
-    def test_user_drops_say_what_more_of_a_user_does(self, tune):
-        """Drops are the steps' own; a user's influence is the slope of the drop in the weight of the user's rows."""
+    def test_influence_is_what_more_of_a_user_does(self, tune):
+        """A user's influence is the slope of the drop in the weight of the user's rows."""
         outputs, safety, path = fit(LEARNED, tune)
-        drops, influences = user_drops(path, safety, outputs.logits, tune.labels, tune.users)
-        assert drops == pytest.approx([step.auc_drop for step in path], abs=1e-9)
+        influences = user_influences(path, safety, outputs.logits, tune.labels, tune.users)
         assert influences.shape == (len(path), 80)
         assert influences.sum(axis=1) == pytest.approx(0, abs=1e-12)
         assert (influences[0] == 0).all()
@@ -144,7 +143,7 @@ class TestBudget:
         for user in (3, 40):
             weights = 1 + 1e-5 * (tune.users == user).double()
             full, less = (auc(x, tune.labels, weights) for x in (outputs.logits[:, -1], adaptive))
-            assert influences[-1, user] == pytest.approx((full - less - drops[-1]) / 1e-5, abs=1e-6)
+            assert influences[-1, user] == pytest.approx((full - less - path[-1].auc_drop) / 1e-5, abs=1e-6)
 
     def test_margins_golden(self):
         """Four users, t(3) at .9 is 1.63774. Influences +-.001: error sqrt(1e-6 16 / 3), no skewness, .003782.

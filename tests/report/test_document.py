@@ -249,7 +249,7 @@ class TestInput:
         run()
         example[1]["test"].head(50).write_parquet(tmp_path / "run" / "scores" / "test.parquet")
         text = write_report(tmp_path / "run").with_suffix(".md").read_text()
-        assert "scores/test.parquet holds 50 rows, the result 400" in text
+        assert "scores/test.parquet holds 50 rows of test, the result 400" in text
         assert "reliability.png" not in text
 
     def test_nan_scores(self, run, example, tmp_path):
