@@ -23,13 +23,12 @@ from project.evaluation.slices import floor_scores_of, slice_rows
 from project.floors.kept import kept_networks, trained_networks
 from project.floors.networks import LEFT_OUT, networks_installed
 from project.floors.quick import best_floor, fit_floors, floor_rows
-from project.model.checkpoint import check_origin
 from project.model.heads import heads_digest
+from project.model.module import ExitRecommender, check_origin
 from project.report.tables import render, shown
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData
-    from project.model.module import ExitRecommender
 
 
 def run_floors(data: InteractionData, folder: Path, peers: bool = False) -> dict[str, Any]:

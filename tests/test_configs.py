@@ -79,7 +79,9 @@ def leaves(config: Any, at: str = "") -> dict[str, Any]:
 def test_there_are_recipes() -> None:
     """The recipes and overlays that the README names are among those tested here."""
     assert "quickstart" in map(by_name, RECIPES)
-    assert {"wandb_offline", "wandb", "ddp", "fsdp", "lora", "no_retrieval"} <= set(map(by_name, OVERLAYS))
+    assert {"12_layers", "30_layers", "no_exit_0", "wandb", "ddp", "fsdp", "lora", "no_retrieval"} <= set(
+        map(by_name, OVERLAYS)
+    )
 
 
 @pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=by_name)
@@ -125,16 +127,15 @@ def test_overlays_change_what_they_say(
 def test_overlays_make_what_they_promise(
     made: Callable[..., Any], tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adapters; no neighbours; a W&B logger after the CSV one, offline or not; two processes, in two ways."""
+    """Adapters; no neighbours; a W&B logger after the CSV one, online with a key; two processes, in two ways."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     overlays = {p.stem: p for p in OVERLAYS}
     assert made(*given(tiny_config(), overlays["lora"]))[1].lora.rank == 16
     assert isinstance(made(*given(tiny_config(), overlays["no_retrieval"]))[2].retriever, NoRetriever)
-    for name, offline in (("wandb", False), ("wandb_offline", True)):
-        csv, wandb = made(*given(tiny_config(), overlays[name]))[0].loggers
-        assert isinstance(csv, CSVLogger)
-        assert isinstance(wandb, WandbLogger)
-        assert wandb._offline == offline
+    csv, wandb = made(*given(tiny_config(), overlays["wandb"]))[0].loggers
+    assert isinstance(csv, CSVLogger)
+    assert isinstance(wandb, WandbLogger)
+    assert not wandb._offline
     for name, strategy in (("ddp", DDPStrategy), ("fsdp", FullyShardedStrategy)):
         trainer = made(*given(tiny_config(), overlays[name]))[0]
         assert trainer.world_size == 2

@@ -239,8 +239,8 @@ def records(file: Path) -> Iterator[Any]:
 def test_wandb_offline(project: Callable[..., str], tiny_config: Config, tmp_path: Path) -> None:
     """An offline W&B run folder holds configuration, curves of every head, tables, pictures, and the artifacts."""
     config = tiny_config()
-    overlay = yaml.safe_load((OVERLAYS / "wandb_offline.yaml").read_text())
-    overlay["trainer"]["logger+"][0]["init_args"]["save_dir"] = str(tmp_path)
+    overlay = yaml.safe_load((OVERLAYS / "wandb.yaml").read_text())
+    overlay["trainer"]["logger+"][0]["init_args"] |= {"save_dir": str(tmp_path), "offline": True}
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     project("fit", "--config", config, "--config", tmp_path / "overlay.yaml")
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")

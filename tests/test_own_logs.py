@@ -250,14 +250,14 @@ def test_bad_split_column(
 
 
 def test_retriever_and_factorisation_may_be_left_out(tiny_config: Callable[..., Path]) -> None:
-    """Own YAML without them has LightGCN as it is and the factorisation of quickstart.yaml; null leaves that out."""
+    """Own YAML without them has LightGCN and the factorisation as they are; null leaves that out."""
     parser = ArgumentParser()
     parser.add_class_arguments(InteractionData, "data")
     settings = yaml.safe_load(tiny_config().read_text())["data"]
     del settings["retriever"], settings["taste"]
     data = parser.instantiate_classes(parser.parse_object({"data": settings})).data
     assert data.retriever.settings() == LightGCN().settings()
-    assert data.taste == Taste(**yaml.safe_load(Path("configs/quickstart.yaml").read_text())["data"]["taste"])
+    assert data.taste == Taste()
     chosen = settings | {"retriever": {"class_path": "project.retrieval.NoRetriever"}, "taste": None}
     data = parser.instantiate_classes(parser.parse_object({"data": chosen})).data
     assert data.retriever.settings() == NoRetriever().settings()

@@ -13,16 +13,14 @@ from typing import Any
 import pytest
 import yaml
 
-from project.retrieval import ItemKNN, LLMEmbedding, NoRetriever, RandomRetriever, Retriever, TextEncoder
+from project.retrieval import ItemKNN, NoRetriever, Retriever, TextEncoder
 from project.trainer import ProjectTrainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 KINDS: dict[str, type[Retriever]] = {
     "text": TextEncoder,
-    "llm": LLMEmbedding,
     "item_knn": ItemKNN,
-    "random": RandomRetriever,
     "none": NoRetriever,
 }
 Run = Callable[..., None]

@@ -170,7 +170,7 @@ def test_an_overlay_adds_a_logger_to_none(
     made: Callable[..., Trainer], tiny_config: Config, tmp_path: Path
 ) -> None:
     """`logger+` of the shipped overlay over a YAML without loggers."""
-    overlay = Path(__file__).parents[1] / "configs" / "overlays" / "wandb_offline.yaml"
+    overlay = Path(__file__).parents[1] / "configs" / "overlays" / "wandb.yaml"
     trainer = made("fit", "--config", tiny_config(trainer={"accelerator": "cpu"}), "--config", overlay)
     assert [type(x).__name__ for x in trainer.loggers] == ["RunLogger", "Tracking"]
 

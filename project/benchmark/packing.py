@@ -26,8 +26,7 @@ from project.data.packing import Batch, pack
 from project.data.sources import resolve_model
 from project.data.streams import Streams
 from project.data.windows import Window
-from project.model.numbers import NumberEmbedding
-from project.model.trunk import Trunk
+from project.model.trunk import NumberEmbedding, Trunk
 
 if TYPE_CHECKING:
     from project.data.datamodule import InteractionData

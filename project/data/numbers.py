@@ -2,7 +2,7 @@
 
 Unusual here: the id of such a token is below zero. It says which evidence and how much of it, so whoever handles token
 ids (packing, stream cache, engine) need not know that there are numbers; the one who turns ids into vectors is
-`project.model.numbers`. One token can tell several numbers: a byte of its id is one number's, and the id of all is the
+`project.model.trunk`. One token can tell several numbers: a byte of its id is one number's, and the id of all is the
 sum of theirs. Rates are log-odds shrunk to even odds where rows are few, so nothing is fitted for them.
 """
 

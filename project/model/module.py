@@ -1,31 +1,34 @@
 """LightningModule: an LLM trunk with a prediction head at several depths.
 
 Weights are loaded in `configure_model`, so a module is cheap to make and can be sharded. What is frozen is not in the
-checkpoint: it comes back from the base model, and loading asserts that nothing else is missing.
+checkpoint: it comes back from the base model. So Lightning cannot load strictly, and loading here is stricter: nothing
+that is trained may be missing, and nothing may be left over.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import polars
 import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from project.counting import CountingPrior
+from project.counting import FEATURES, CountingPrior
 from project.data.datamodule import InteractionData
 from project.data.identity import check_reads, reads_of
 from project.data.packing import Batch
 from project.data.sources import resolve_model
-from project.errors import ConfigError
+from project.errors import CheckpointError, ConfigError, NotFittedError
 from project.evaluation.exits import choose_exit, exit_rows
 from project.evaluation.scores import ScoreCollector, scores_of_candidates, scores_of_rows
-from project.model.checkpoint import check_origin, check_parameters, drop_retired, leave_out_frozen
-from project.model.exit_buffers import ExitBuffers
 from project.model.heads import ExitHead, answer_tokens
-from project.model.lora import LoraSettings, add_lora
-from project.model.losses import exit_loss
+from project.model.lora import LoraSettings, add_lora, frozen_names
 from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups, planned_steps
 from project.model.sharding import set_sharded_trunk, shared_mesh
 from project.model.trunk import Trunk
@@ -35,7 +38,7 @@ DEFAULT_EXITS = [2, 4, 6]
 LOGGED = ("auc", "log_loss", "brier", "ece")
 
 
-class ExitRecommender(ExitBuffers):
+class ExitRecommender(LightningModule):
     """A decoder-only LLM cut at exit layers, each with a head that predicts the answer.
 
     Args:
@@ -79,6 +82,13 @@ class ExitRecommender(ExitBuffers):
         self.strict_loading = (
             False  # frozen weights are not in the checkpoint; on_load_checkpoint is stricter
         )
+        # buffers travel with every checkpoint; NaN and -1 cannot be mistaken for something that was fitted
+        self.chosen_exit: Tensor
+        self.prior: Tensor
+        # the exit layer of the headline, by validation's tune fold; -1: not validated yet
+        self.register_buffer("chosen_exit", torch.tensor(-1))
+        # exit 0, fitted when training starts; NaN: not fitted yet
+        self.register_buffer("prior", torch.full((2 + len(FEATURES),), torch.nan))
 
     @property
     def data(self) -> InteractionData:
@@ -129,6 +139,32 @@ class ExitRecommender(ExitBuffers):
         targets = self.data.targets("train")
         prior = CountingPrior.fit(self.data.evidence_of(targets), targets["label"].to_numpy())
         self.prior.copy_(torch.from_numpy(prior.to_array()))
+
+    def on_validation_start(self) -> None:
+        """Refuse to score a model that was never trained, before the first batch."""
+        self.counting_prior()
+
+    def on_test_start(self) -> None:
+        """As for validation."""
+        self.counting_prior()
+
+    def on_predict_start(self) -> None:
+        """As for validation."""
+        self.counting_prior()
+
+    def counting_prior(self) -> CountingPrior:
+        """Exit 0 as it was fitted.
+
+        Raises:
+            NotFittedError: If neither `fit` ran nor a checkpoint was loaded.
+        """
+        values = self.prior.cpu().numpy()
+        if np.isnan(values).any():
+            raise NotFittedError(
+                "this model has never been trained: its exit 0 has no weights. Give `--ckpt_path` a checkpoint of "
+                "a run, or make one with `python -m project fit --config ...`."
+            )
+        return CountingPrior.from_array(values)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of every exit.
@@ -252,3 +288,76 @@ class ExitRecommender(ExitBuffers):
         check_parameters(self, checkpoint)
         if self._trainer is not None:
             check_reads(checkpoint.get("reads"), self.data, judged=self.trainer.state.fn != "predict")
+
+
+def exit_loss(logits: Tensor, labels: Tensor, global_targets: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy, the mean of all heads.
+
+    Args:
+        logits: (n, K).
+        labels: (n,) 0 or 1.
+        global_targets: What the sums over targets are divided by.
+
+    Returns:
+        The loss, a scalar with gradient; and the loss of each head, (K,), detached.
+    """
+    expected = labels[:, None].expand_as(logits).to(logits.dtype)
+    per_head = F.binary_cross_entropy_with_logits(logits, expected, reduction="none").sum(0) / global_targets
+    return per_head.mean(), per_head.detach()
+
+
+def leave_out_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Drop the parameters of `state_dict` that are not trained, in place.
+
+    Args:
+        module: Whose state it is.
+        checkpoint: About to be written.
+    """
+    frozen = frozen_names(module)
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+
+
+def drop_retired(checkpoint: dict[str, Any]) -> None:
+    """Drop what older versions kept in `state_dict` and nothing reads, in place.
+
+    Args:
+        checkpoint: A loaded checkpoint.
+    """
+    retired = re.compile(r"heads\.\d+\.drift\..*|exit_thresholds|exit_calibration")
+    known = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {k: v for k, v in known.items() if not retired.fullmatch(k)}
+
+
+def check_parameters(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks what is trained here, or holds what is unknown here.
+
+    Args:
+        module: With its trunk and heads.
+        checkpoint: A loaded checkpoint.
+    """
+    missing = set(module.state_dict()) - set(checkpoint["state_dict"]) - frozen_names(module)
+    surplus = set(checkpoint["state_dict"]) - set(module.state_dict())
+    if missing or surplus:
+        raise CheckpointError(
+            f"the checkpoint lacks {sorted(missing)[:3]} and has unknown {sorted(surplus)[:3]} "
+            f"({len(missing)} and {len(surplus)} in all): model.lora, "
+            "model.freeze_embeddings or the numbers of data.prompt.segment differ from the run that made it. "
+            "Use its config.yaml."
+        )
+
+
+def check_origin(checkpoint: Mapping[str, Any], exit_layers: Sequence[int], backbone: str) -> None:
+    """Refuse a checkpoint whose exit layers or base model are not this configuration's.
+
+    Args:
+        checkpoint: A loaded checkpoint.
+        exit_layers: Of the configuration.
+        backbone: Of the configuration.
+    """
+    saved = checkpoint.get("hyper_parameters", {})
+    for key, mine in (("exit_layers", exit_layers), ("backbone", backbone)):
+        if saved.get(key) != mine:
+            raise CheckpointError(
+                f"the checkpoint was trained with model.{key} = {saved.get(key)}, the configuration says {mine}. "
+                "Use the config.yaml beside the checkpoint's folder."
+            )

@@ -11,8 +11,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from project.errors import ConfigError
-from project.model.numbers import NumberEmbedding
-from project.model.trunk import Trunk
+from project.model.trunk import NumberEmbedding, Trunk
 
 
 @dataclass

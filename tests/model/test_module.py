@@ -6,6 +6,7 @@ attention is far from uniform and an answer that leaks moves the logit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from project.data.streams import Streams
 from project.data.windows import Window
 from project.errors import CheckpointError, ConfigError, NotFittedError
 from project.model.lora import LoraSettings
-from project.model.module import ExitRecommender
+from project.model.module import ExitRecommender, exit_loss
 from project.model.trunk import Trunk
 
 Make = Callable[..., ExitRecommender]
@@ -276,3 +277,29 @@ def test_refuses_to_score_untrained(make: Make) -> None:
     """A model that was never trained has no exit 0: asking for it says what to give or to run."""
     with pytest.raises(NotFittedError, match=r"never been trained.*--ckpt_path.*project fit"):
         make().counting_prior()
+
+
+def test_loss_by_hand() -> None:
+    """Sums over targets, divided by the global number of targets; the mean of the heads."""
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])  # p = 1/2 and 3/4
+    loss, per_head = exit_loss(logits, torch.tensor([1, 0]), 4.0)
+    first, second = math.log(2) * 2 / 4, (math.log(4 / 3) + math.log(4)) / 4
+    torch.testing.assert_close(per_head, torch.tensor([first, second]))
+    assert loss.item() == pytest.approx((first + second) / 2)
+
+
+def test_two_processes_add_up() -> None:
+    """Halves of a batch, each normalised by the whole's targets, sum to the loss of the whole."""
+    logits = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1] * 5)
+    whole = exit_loss(logits, labels, 10)[0]
+    first, second = (exit_loss(logits[s], labels[s], 10.0)[0] for s in (slice(3), slice(3, 10)))
+    torch.testing.assert_close(whole, first + second)
+
+
+def test_no_targets() -> None:
+    """A process without targets contributes zero and can still call backward."""
+    logits = torch.zeros(0, 2, requires_grad=True)
+    loss, _ = exit_loss(logits, torch.zeros(0, dtype=torch.int64), 7)
+    loss.backward()
+    assert loss.item() == 0

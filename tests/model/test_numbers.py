@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from project.data.numbers import BYTE, LOWEST_ID, NUMBERS, SPAN, STEPS, STEPS_A_UNIT
-from project.model.numbers import FIRST_KNOT, KNOTS, LAST_KNOT, NumberEmbedding
+from project.model.trunk import FIRST_KNOT, KNOTS, LAST_KNOT, NumberEmbedding
 
 
 @pytest.fixture
