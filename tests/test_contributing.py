@@ -96,9 +96,7 @@ def test_criterion(package: ModuleType) -> None:
     """|p - 1/2| grows with |logit|, so Margin orders rows as Ratio does; at p = 1/2 and p = 3/4 it is 0 and 1/4."""
     logits = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logits[:2, 1] = torch.tensor([1.0, 3.0], dtype=torch.float64).log()
-    outputs = HeadOutputs.of(
-        [1, 3], logits, torch.zeros(50, 1, dtype=torch.float64), torch.zeros_like(logits)
-    )
+    outputs = HeadOutputs.of([1, 3], logits, torch.zeros(50, 1, dtype=torch.float64))
     safety = package.Margin().safety(outputs)
     assert safety[:2].tolist() == pytest.approx([0, 0.25])
     assert torch.equal(safety.argsort(), Ratio().safety(outputs).argsort())

@@ -106,7 +106,7 @@ def test_run_packing(
     data: InteractionData, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The result file holds both rates, the median of the rounds' ratios and their spread, and says it in a line."""
-    model = ExitRecommender(str(tiny_model), [1, 3])
+    model = ExitRecommender(str(tiny_model), [1, 3], numbers=True)
     result = run_packing(model, data, tmp_path, seconds=0.0, device=torch.device("cpu"))
     assert read_result(tmp_path / "results" / "benchmark-packing.json") == result
     assert result["verb"] == "benchmark"

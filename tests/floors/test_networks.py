@@ -224,7 +224,8 @@ class TestCodes:
         for name, column in zip(FEATURES, scaled.T, strict=True):
             codes = table[name].numpy()
             assert codes.max() < features.sizes[name] <= BINS
-            assert (np.diff(codes[np.argsort(column, kind="stable")]) >= 0).all()
+            order = np.lexsort((codes, column))  # float32 may make equal what lies in two bins
+            assert (np.diff(codes[order]) >= 0).all()
 
 
 def test_earlier_rows_golden(build):

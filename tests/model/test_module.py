@@ -53,6 +53,7 @@ def make(tiny_config: Callable[..., Any]) -> Make:
 
     def module(exit_layers: list[int] = EXITS, **settings: Any) -> ExitRecommender:
         torch.manual_seed(0)
+        settings = {"freeze_embeddings": False} | settings
         made = ExitRecommender("letters", exit_layers, answers=["n", "y"], **settings)
         trunk = Trunk.from_config(tiny_config(vocab_size=256), num_layers=exit_layers[-1])
         made.set_trunk(trunk, Answers())

@@ -168,12 +168,12 @@ def test_beside():
     [
         "whole_trunk_alone/benchmark.json",
         "retrieval/benchmark.json",
-        "quickstart/benchmark-packing.json",
+        "ml100k_quickstart/benchmark-packing.json",
         "no_neighbours/compare.json",
         "ablation-losses.json",
-        "quickstart/fit.json",
-        "quickstart/calibrate.json",
-        "quickstart/test-seed-1.json",
+        "ml100k_quickstart/fit.json",
+        "ml100k_quickstart/calibrate.json",
+        "ml100k_quickstart/test-seed-1.json",
     ],
 )
 def test_every_kind_of_file(name):
