@@ -121,8 +121,8 @@ def adaptive_line(result: Result) -> str:
         if adaptive["mean_depth"] > 0
         else "no layer runs: everyone leaves at counting"
     )
-    passed = (result.get("certificate") or {}).get("passed")
-    said = {True: "; certificate passed", False: "; certificate not passed"}.get(passed, "")
+    passed: bool | None = (result.get("certificate") or {}).get("passed")
+    said = "" if passed is None else "; certificate passed" if passed else "; certificate not passed"
     return (
         f"Early exit by {adaptive['criterion']}: AUC {number(adaptive['auc'])}, drop {drop}, mean depth "
         f"{adaptive['mean_depth']:.2f}, {cost}{said}"
