@@ -407,7 +407,7 @@ def row_losses(risk: str, adaptive: Floats, full: Floats, labels: ArrayLike | No
         case "score_drift":
             return np.asarray(np.abs(adaptive - full), dtype=np.float64)
         case "disagreement":
-            return ((adaptive >= 0.5) != (full >= 0.5)).astype(np.float64)
+            return np.asarray((adaptive >= 0.5) != (full >= 0.5), dtype=np.float64)
         case "log_loss_gap":
             return np.asarray(row_log_loss(adaptive, y) - row_log_loss(full, y), dtype=np.float64)
         case "brier_gap":

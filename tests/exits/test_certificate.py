@@ -270,6 +270,8 @@ class TestBadInput:
         assert ExitSettings(certificate=None).certificate is None
         with pytest.raises(ConfigError, match=r"exits\.certificate is null in mode risk"):
             ExitSettings(mode="risk", certificate=None)
+        with pytest.raises(ConfigError, match="overlap_loss is a risk of `rank`"):
+            ExitSettings(certificate=CertificateSettings("overlap_loss"))
 
     def test_paths(self):
         """NaN, shapes that differ, a step 0 that is not full depth, one class, losses outside the range."""
