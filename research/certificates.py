@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from project.exits.certificate import CertificateSettings, UserPairs, certify, p_value
+from project.exits.certificate import ROWS_OF_A_USER, CertificateSettings, UserPairs, certify, p_value
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -18,7 +18,9 @@ Users = tuple[Floats, Floats, Ints, Ints]
 
 SETTINGS = CertificateSettings(risk="auc_gap", epsilon=0.02, delta=0.1)
 DROPS = {"at_epsilon": SETTINGS.epsilon, "quarter": SETTINGS.epsilon / 4, "none": 0.0}
-WIDTH = 32  # rows of a user that are drawn: a certificate reads no more, and rows of a user are alike
+WIDTH = (
+    ROWS_OF_A_USER  # rows of a user that are drawn: a certificate reads no more, and rows of a user are alike
+)
 
 
 def _lognormal(rng: np.random.Generator, users: int) -> Ints:
@@ -104,7 +106,7 @@ def rates(world: str, users: int, strength: float, draws: int, seed: int = 0) ->
 
 
 def main(draws: int = 1000) -> None:
-    """Print and write the table; about ten minutes of one core."""
+    """Print and write the table; about five minutes of one core."""
     head = {
         "risk": SETTINGS.risk, "epsilon": SETTINGS.epsilon, "delta": SETTINGS.delta, "estimand": SETTINGS.estimand,
         "users_needed": SETTINGS.users_needed(),

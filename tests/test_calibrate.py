@@ -93,15 +93,23 @@ def test_report_is_written(run: Run, fitted: Path) -> None:
     assert "data:image/png;base64" in page.read_text()
 
 
-def test_second_certificate_is_refused(run: Run, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another epsilon on a certify fold that was tested: the plan is made anew, without a certificate."""
-    issued = result(fitted, "calibrate")["certificate"]
-    with pytest.raises(SystemExit):
-        run("calibrate", *given(fitted), "--exits.certificate.epsilon", "0.1")
-    said = capsys.readouterr().err
-    assert "epsilon" in said
-    assert "voids delta" in said
-    assert result(fitted, "calibrate")["certificate"] == issued
+def test_second_certificate_is_refused(
+    run: Run, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another epsilon on a fold that was tested: the plan is made, without a certificate, and the ledger stays."""
+    run("fit", "--config", tiny_config(), "--exits.certificate.epsilon", "0.9")
+    folder = (tmp_path / "runs" / "tiny" / "latest").resolve()
+    issued = result(folder, "calibrate")
+    assert issued["certificate"]["passed"] is not None
+    run("calibrate", *given(folder), "--exits.certificate.epsilon", "0.8")
+    assert "voids delta" in " ".join(capsys.readouterr().out.split())
+    again = result(folder, "calibrate")
+    assert again["certificate"] is None
+    assert (again["ledger"], again["policies"]) == (issued["ledger"], issued["policies"])
+    run("calibrate", *given(folder), "--exits.certificate", "null")
+    assert result(folder, "calibrate")["certificate"] is None
+    run("test", *given(folder))
+    assert "Early exit by" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,7 @@ RISKS = {
 }
 """Risks and the ranges of their losses. `overlap_loss`, 1 - overlap@k, is of ranking requests (`certify_losses`)."""
 
-ROWS_OF_A_USER = (
-    32  # of each user so many random rows are paired: bounds the work, costs no power that was measured
-)
+ROWS_OF_A_USER = 16  # of each user so many random rows are paired, which bounds the work
 PAIRINGS = 20  # random pairings of all users that capital is averaged over
 BET_SHARE = 0.99
 """Largest share of the capital that one loss may take (WSR's c, there 1/2 or 3/4). At few users only bets near the
@@ -407,13 +405,13 @@ def row_losses(risk: str, adaptive: Floats, full: Floats, labels: ArrayLike | No
     y = np.asarray(full if labels is None else labels, dtype=np.float64)
     match risk:
         case "score_drift":
-            return np.abs(adaptive - full)
+            return np.asarray(np.abs(adaptive - full), dtype=np.float64)
         case "disagreement":
-            return ((adaptive >= 0.5) != (full >= 0.5)).astype(np.float64)
+            return np.asarray((adaptive >= 0.5) != (full >= 0.5), dtype=np.float64)
         case "log_loss_gap":
-            return row_log_loss(adaptive, y) - row_log_loss(full, y)
+            return np.asarray(row_log_loss(adaptive, y) - row_log_loss(full, y), dtype=np.float64)
         case "brier_gap":
-            return (adaptive - y) ** 2 - (full - y) ** 2
+            return np.asarray((adaptive - y) ** 2 - (full - y) ** 2, dtype=np.float64)
     raise ConfigError(f"exits.certificate.risk: {risk} is not a risk of the rows of score requests")
 
 

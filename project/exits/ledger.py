@@ -1,8 +1,7 @@
 """One certificate a fold: trying several settings on it voids delta, so the second is refused.
 
-The ledger is a list in the run's own result file, handed in as it is and handed back with the new entry. A fold
-is known by its protocol, not by its scores: with other weights of the run, or scored once more, it has been read all
-the same.
+The ledger is a list in the run's own result file, handed in as it is and handed back with the new entry. A fold is
+known by its protocol, not by its scores: with other weights, or scored once more, it has been read all the same.
 """
 
 from collections.abc import Mapping, Sequence

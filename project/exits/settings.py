@@ -54,6 +54,10 @@ class ExitSettings:
                 "exits.max_auc_drop and exits.max_cost are both null; expected at least one: without a limit the "
                 "fastest policy is no model at all. Set exits.max_auc_drop, for example to 0.002."
             )
+        if self.certificate is not None and self.certificate.risk == "overlap_loss":
+            raise ConfigError(
+                "exits.certificate.risk: overlap_loss is a risk of `rank`, not of score requests"
+            )
         if self.mode == "risk" and self.certificate is None:
             raise ConfigError(
                 "exits.certificate is null in mode risk, where it decides; set it, or mode to budget."

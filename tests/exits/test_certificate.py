@@ -84,10 +84,10 @@ class TestLosses:
         assert user_means(np.zeros((2, 0)), []).shape == (2, 0)
 
     def test_auc_of_two_users_is_brute_force(self):
-        """Users of 3 and 50 rows with ties: every pairing's share is that of all cross pairs of at most 32 rows."""
+        """Users of 3 and 13 rows with ties: every pairing's share is that of all pairs of rows across the two."""
         rng = np.random.default_rng(0)
-        user = np.repeat([0, 1], [3, 30])
-        labels, scores = rng.integers(0, 2, 33), rng.integers(0, 5, 33).astype(float)
+        user = np.repeat([0, 1], [3, 13])
+        labels, scores = rng.integers(0, 2, 16), rng.integers(0, 5, 16).astype(float)
         labels[:2] = [0, 1]
         shares = [
             (scores[i] > scores[j]) + (scores[i] == scores[j]) / 2
@@ -270,6 +270,8 @@ class TestBadInput:
         assert ExitSettings(certificate=None).certificate is None
         with pytest.raises(ConfigError, match=r"exits\.certificate is null in mode risk"):
             ExitSettings(mode="risk", certificate=None)
+        with pytest.raises(ConfigError, match="overlap_loss is a risk of `rank`"):
+            ExitSettings(certificate=CertificateSettings("overlap_loss"))
 
     def test_paths(self):
         """NaN, shapes that differ, a step 0 that is not full depth, one class, losses outside the range."""
