@@ -108,7 +108,7 @@ def test_requests_are_answered_like_the_log(
     found = request_evidence(
         split,
         comparing,
-        40,
+        4,
         tmp_path,
         user.astype(np.int64),
         item.astype(np.int64),
@@ -152,6 +152,8 @@ def test_a_prompt_that_tells_it_needs_it(tmp_path: Path) -> None:
     for retriever in (LightGCN(alike_items=30), ItemKNN()):  # the latter compares no items, and says "?"
         InteractionData(logs, retriever=retriever, prompt=prompt)
     with pytest.raises(ConfigError, match=r"tells \{taste_number\}, but data\.taste is null"):
-        InteractionData(logs, retriever=ItemKNN(), prompt=Prompt(segment="{title}{taste_number}:"))
+        InteractionData(
+            logs, retriever=ItemKNN(), prompt=Prompt(segment="{title}{taste_number}:"), taste=None
+        )
     with pytest.raises(ConfigError, match=r"alike_items is -1, expected 0 or more"):
         LightGCN(alike_items=-1)
