@@ -174,7 +174,10 @@ def test_ten_lines_are_enough(run: Run, tmp_path: Path, tiny_model: Path) -> Non
     run("fit", "--config", tmp_path / "own.yaml")
     bundle = json.loads((tmp_path / "runs" / "version_0" / "bundle" / "bundle.json").read_text())
     assert bundle["item_columns"] == {"shown": ["title", "artist"], "not_shown": []}
-    assert bundle["prompt"]["segment"] == "{title}, {artist}{item_number}{user_number}{vote_number}"
+    assert (
+        bundle["prompt"]["segment"]
+        == "{title}, {artist}{item_number+user_number+vote_number+text_number+taste_number}"
+    )
     checkpoint = tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt"
     run("test", "--config", tmp_path / "own.yaml", "--ckpt_path", checkpoint)
 

@@ -157,7 +157,8 @@ class InteractionData(pl.LightningDataModule):
     def prompt(self) -> Prompt:
         """The wording of prompts, with the default segment where data.prompt.segment is null."""
         if self._prompt.segment is None:
-            numbers = [] if self.taste is None else ["taste_number"]
+            numbers = ["taste_number"] if self.taste is not None else []
+            numbers += ["alike_number"] if self.retriever.alike_items else []
             self._prompt = with_segment(self._prompt, self.tokenizer, self.split.interactions.items, numbers)
         return self._prompt
 

@@ -49,9 +49,10 @@ class Prompt:
             of a like, see data.taste), alike_percent (the user's own answers on items alike, see alike_items of
             data.retriever), the same as learned tokens instead of text, one token each, in log-odds, shrunk where rows
             are few, as item_number, user_number, vote_number (weighted by similarity), taste_number, alike_number,
-            and logarithms of counts as item_count_number, user_count_number; several of these in one token as
-            {item_number+taste_number}; likes, neighbours (of the similar users), item_count, user_count (rounded down
-            to 1, 2, 5, 10, 20, 50, ...). {title:.40} is at most 40 characters of a title, or of an attribute.
+            text_number (own answers on items of similar text), and the logarithm of a count as item_count_number;
+            several of these in one token as {item_number+taste_number}; likes, neighbours (of the similar users),
+            item_count, user_count (rounded down to 1, 2, 5, 10, 20, 50, ...). {title:.40} is at most 40 characters of a
+            title, or of an attribute.
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the
             tokenizer.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
@@ -101,7 +102,7 @@ def field_telling(prompt: Prompt, column: str) -> str | None:
 
 
 SHORT = 12  # median tokens of a column that a prompt shows without being asked to
-ALWAYS_COUNTED = ("item_number", "user_number", "vote_number")
+ALWAYS_COUNTED = ("item_number", "user_number", "vote_number", "text_number")
 
 
 def with_segment(

@@ -45,14 +45,14 @@ def field_names(template: str) -> list[str]:
 
 
 def default_segment(columns: Sequence[str], numbers: Sequence[str]) -> str:
-    """A template of segments: item columns, then numbers in tokens of their own.
+    """A template of segments: item columns, then all numbers in one token.
 
     Args:
         columns: Columns of the items table; those that a template cannot name are left out.
         numbers: Of `project.data.numbers.NUMBERS`.
     """
     named = [name for name in columns if not _NO_NAME.fullmatch(name)]
-    return ", ".join(f"{{{name}}}" for name in named) + "".join(f"{{{name}}}" for name in numbers)
+    return ", ".join(f"{{{name}}}" for name in named) + f"{{{'+'.join(numbers)}}}"
 
 
 def check_similar(template: str) -> None:

@@ -128,7 +128,7 @@ def test_the_default_segment_shows_short_columns_and_numbers() -> None:
     columns = {"plot": ["x" * 13, ""], "year": ["1" * 12, "2" * 12], "likes": ["1", "2"], "a.b": ["1", "2"]}
     items = pl.DataFrame({"item": [0, 1], "item_id": ["a", "b"], "title": ["t" * 50, "u" * 50], **columns})
     found = with_segment(Prompt(), Letters(), items, ["taste_number"])
-    assert found.segment == "{title}, {year}{item_number}{user_number}{vote_number}{taste_number}"
+    assert found.segment == "{title}, {year}{item_number+user_number+vote_number+text_number+taste_number}"
     assert item_columns(found, items) == (["title", "year"], ["plot", "likes", "a.b"])
     assert with_segment(found, Letters(), items) is found
     assert tells_numbers(None)
