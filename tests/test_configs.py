@@ -115,6 +115,9 @@ def test_overlays_change_what_they_say(
             assert [entry["class_path"] for entry in both[".trainer.logger"]] == [
                 entry["class_path"] for entry in base[".trainer.logger"] + value
             ]
+        elif key == ".trainer.logger":
+            for entry, logger in zip(both[key], value, strict=True):
+                assert logger["init_args"].items() <= entry["init_args"].items()
         else:
             assert both[key] == value
     filled = [".trainer.strategy", ".model.lora"]  # null before, classes with defaults after
