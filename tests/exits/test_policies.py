@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from project.errors import ConfigError
-from project.exits.criteria import Ratio, safety_table
+from project.exits.criteria import ItemCount, Ratio, safety_table
 from project.exits.outputs import HeadOutputs
 from project.exits.policies import FixedDepth, Oracle, Policy, RandomExit, leave
 
@@ -40,7 +40,8 @@ class TestPolicy:
         limits = [table[:, k].quantile(1 - share[k]) if k >= criterion.first else NEVER for k in range(6)]
         limits = thresholds(*limits)
         expected = leave(table, limits)
-        assert expected.unique().numel() >= 5
+        # the item's rows are the same at every head, so only a lower threshold than all before lets anybody out
+        assert expected.unique().numel() >= (2 if isinstance(criterion, ItemCount) else 5)
         assert torch.equal(Policy(criterion, limits, outputs.layers).exits(outputs), expected)
 
     def test_infinite_thresholds_are_the_full_model(self, make_criterion, outputs):
