@@ -114,8 +114,8 @@ def test_a_known_item_leaves_at_0_and_a_new_one_goes_on() -> None:
     rng = np.random.default_rng(0)
     n, user = 1200, np.arange(1200) % 60
     truth, count = 1.5 * rng.normal(size=n), rng.integers(0, 4, n)
-    noise = [np.where(count > 0, 0.0, 3.0) * rng.normal(size=n), rng.normal(size=n), np.zeros(n)]
-    heads = truth[:, None] + np.stack(noise, axis=1)
+    exit_0 = np.where(count > 0, truth, 0.1 * rng.normal(size=n))
+    heads = np.stack([exit_0, truth + rng.normal(size=n), truth], axis=1)
     about = {"user": user, "fold": ["tune"] * n, "label": rng.random(n) < 1 / (1 + np.exp(-truth))}
     about |= {"target_tokens": np.full(n, 20), "stream_tokens": np.full(n, 100), "logit_0": heads[:, 0]}
     scores, features = score_table(about, heads[:, 1:], [2, 4]), np.zeros((n, 3))

@@ -40,9 +40,8 @@ class TestPolicy:
         limits = [table[:, k].quantile(1 - share[k]) if k >= criterion.first else NEVER for k in range(6)]
         limits = thresholds(*limits)
         expected = leave(table, limits)
-        assert expected.unique().numel() >= (
-            2 if isinstance(criterion, ItemCount) else 5
-        )  # it moves at exit 0 alone
+        # the item's rows are the same at every head, so only a lower threshold than all before lets anybody out
+        assert expected.unique().numel() >= (2 if isinstance(criterion, ItemCount) else 5)
         assert torch.equal(Policy(criterion, limits, outputs.layers).exits(outputs), expected)
 
     def test_infinite_thresholds_are_the_full_model(self, make_criterion, outputs):
