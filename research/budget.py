@@ -23,7 +23,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from project.artefacts import replace_file, score_table
+from project.artefacts import SCHEMA_VERSION, replace_file, score_table
 from project.exits.budget import TuneFold
 from project.exits.criteria import ITEM_ROWS, safety_table
 from project.exits.criteria import name as name_of
@@ -35,6 +35,14 @@ Floats = NDArray[np.float64]
 LAYERS = [4, 8, 12]
 ALPHAS = (0.5, 0.2, 0.1, 0.05)
 FRESH_USERS = 800
+STUDY = {
+    "schema_version": SCHEMA_VERSION,
+    "verb": "study",
+    "protocol": {"name": "simulated users", "hash": "simulated"},
+    "about": "Pipelines on simulated users. Above: share whose AUC drop on fresh users exceeds the budget of .002. "
+    "Drop, told, corrected: its mean on fresh users, as tune tells it, and corrected for the choice. Covered: how often "
+    "the corrected interval holds the true drop. Cost: share of full depth's token-layers.",
+}
 RESULT = Path(__file__).parents[1] / "results" / "budget.json"
 
 
@@ -169,7 +177,8 @@ def write(world: str, users: int, rows: list[dict[str, Any]]) -> None:
     """Replace one world's rows of the result file."""
     known = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.exists() else []
     others = [row for row in known if (row["world"], row["users"]) != (world, users)]
-    text = json.dumps({"rows": [*others, *summary(world, users, rows)]}, indent=1)
+    content = STUDY | {"rows": [*others, *summary(world, users, rows)]}
+    text = json.dumps(content, indent=1)
     replace_file(RESULT, lambda part: part.write_text(text + "\n", encoding="utf-8"))
 
 

@@ -39,7 +39,7 @@ def render(result: Result, folder: Path | None = None) -> str:
         result: A result file.
         folder: Where it lies: times of the plan are read from a benchmark.json of the same protocol there.
     """
-    name = {"benchmark": "benchmark", "rank": "rank", "compare": "compare", "ablate": "ablate"}
+    name = {"benchmark": "benchmark", "rank": "rank", "compare": "compare", "study": "study"}
     made: Any = environment().get_template("tables.md.j2").module
     if kind := name.get(result["verb"]):
         return tidy(getattr(made, kind)(result))
