@@ -40,8 +40,8 @@ STUDY = {
     "verb": "study",
     "protocol": {"name": "simulated users", "hash": "simulated"},
     "about": "Pipelines on simulated users. Above: share whose AUC drop on fresh users exceeds the budget of .002. "
-    "Drop, told, corrected: its mean on fresh users, as tune tells it, and corrected for the choice. Covered: how often "
-    "the corrected interval holds the true drop. Cost: share of full depth's token-layers.",
+    "Drop, told, corrected: its mean on fresh users, as tune tells it, and corrected for the choice. Covered: how "
+    "often the corrected interval holds the true drop. Cost: share of full depth's token-layers.",
 }
 RESULT = Path(__file__).parents[1] / "results" / "budget.json"
 

@@ -10,12 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from project.artefacts import SCHEMA_VERSION
 from project.exits.certificate import ROWS_OF_A_USER, CertificateSettings, UserPairs, certify, p_value
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Users = tuple[Floats, Floats, Ints, Ints]
 
+ABOUT = (
+    "Passed, not enough users: shares of the draws with that answer. Bets alone: share that passes where the number of "
+    "users is not asked. At epsilon: the true gap is epsilon, so whoever passes is wrong."
+)
 SETTINGS = CertificateSettings(risk="auc_gap", epsilon=0.02, delta=0.1)
 DROPS = {"at_epsilon": SETTINGS.epsilon, "quarter": SETTINGS.epsilon / 4, "none": 0.0}
 WIDTH = (
@@ -108,8 +113,9 @@ def rates(world: str, users: int, strength: float, draws: int, seed: int = 0) ->
 def main(draws: int = 1000) -> None:
     """Print and write the table; about five minutes of one core."""
     head = {
-        "risk": SETTINGS.risk, "epsilon": SETTINGS.epsilon, "delta": SETTINGS.delta, "estimand": SETTINGS.estimand,
-        "users_needed": SETTINGS.users_needed(),
+        "schema_version": SCHEMA_VERSION, "verb": "study", "protocol": {"name": "simulated users", "hash": "simulated"},
+        "about": ABOUT, "risk": SETTINGS.risk, "epsilon": SETTINGS.epsilon, "delta": SETTINGS.delta,
+        "estimand": SETTINGS.estimand, "users_needed": SETTINGS.users_needed(),
     }  # fmt: skip
     target = Path(__file__).parents[1] / "results" / "certificates.json"
     strengths = {world: {name: strength_of(world, drop) for name, drop in DROPS.items()} for world in WORLDS}
