@@ -18,6 +18,7 @@ from project.callbacks.run_folder import data_of, run_folder
 from project.data.prompts import item_columns
 from project.retrieval.evidence import evidence_folder
 from project.retrieval.factorisation import taste_folder
+from project.retrieval.own_text import text_folder
 
 if TYPE_CHECKING:
     from project.model.module import ExitRecommender
@@ -47,10 +48,11 @@ class RunBundle(pl.Callback):
         write_table(folder / "items.parquet", split.interactions.items)
         write_json(folder / "protocol.json", split.manifest)
         evidence = evidence_folder(split, data.retriever, data.refits, data.cache_dir)
-        shutil.copytree(evidence, folder / "evidence" / evidence.name, dirs_exist_ok=True)
+        made = {"evidence": evidence, "text": text_folder(split, data.cache_dir)}
         if data.taste is not None:
-            taste = taste_folder(split, data.taste, data.refits, data.cache_dir)
-            shutil.copytree(taste, folder / "taste" / taste.name, dirs_exist_ok=True)
+            made["taste"] = taste_folder(split, data.taste, data.refits, data.cache_dir)
+        for name, source in made.items():
+            shutil.copytree(source, folder / name / source.name, dirs_exist_ok=True)
         write_json(
             folder / "bundle.json",
             {
