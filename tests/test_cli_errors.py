@@ -138,7 +138,7 @@ def test_help_names_every_verb(run: Run, capsys: pytest.CaptureFixture[str]) -> 
     assert stopped.value.code == 0
     words = capsys.readouterr().out.replace("(", " ").split()
     assert {"fit", "rank", "table", "report", "ablate", "compare", "export"} <= set(words)
-    assert len(OTHER_VERBS) == 6
+    assert len(OTHER_VERBS) == 5
 
 
 def test_unknown_words_come_through() -> None:
