@@ -208,8 +208,8 @@ def test_a_user_counts_once() -> None:
     made = {name: ScoredRequests.of(drifting(50, 30, seed)) for seed, name in enumerate(
         ("catalogue/tune", "labelled/tune", "catalogue/test", "labelled/test"))}  # fmt: skip
     asked = ScoredRequests.of(drifting(400, 30, 9))
-    shares = [0.3, 0.2, *[0.5 / 58] * 58]
-    owners = np.concatenate([np.arange(60), np.random.default_rng(0).choice(60, 340, p=shares)])
+    uneven = np.random.default_rng(0).choice(60, 340, p=[0.3, 0.2, *[0.5 / 58] * 58])
+    owners = np.concatenate([np.arange(60), uneven])
     settings = RankSettings(lists=[3], candidates=30, epsilon=0.1)
     made["catalogue/certify"] = replace(asked, user=owners)
     (certificate,) = rank_rows(made, settings)["certificate"]
