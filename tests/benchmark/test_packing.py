@@ -21,6 +21,7 @@ from project.benchmark.packing import prompts_of, run_packing
 from project.data.batches import TrainSampler
 from project.data.datamodule import InteractionData
 from project.data.packing import Batch, pack
+from project.data.prompts import Prompt
 from project.data.protocol import Protocol
 from project.data.readers import TableLogs
 from project.data.streams import Streams
@@ -41,6 +42,7 @@ def data(
         TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv")),
         ItemKNN(),
         Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2], label="rating > 3"),
+        Prompt(segment="{title} all{item_percent} near{vote_percent}:"),
         tokenizer=str(tiny_model),
         context_tokens=CONTEXT_TOKENS,
         batch_tokens=BATCH_TOKENS,
