@@ -33,8 +33,8 @@ from project.callbacks.run_bundle import RunBundle
 from project.callbacks.run_folder import RunLogger, WholeCheckpoints
 from project.callbacks.save_config import SaveConfig
 from project.callbacks.wandb_artifacts import WandbArtifacts
-from project.data.datamodule import InteractionData
 from project.data.template import tells_numbers
+from project.datamodule import InteractionData
 from project.errors import CheckpointError, ConfigError, ProjectError
 from project.model.module import ExitRecommender
 from project.trainer import ProjectTrainer

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 from project.callbacks.exit_calibration import exit_calibration_of
 from project.callbacks.run_folder import point_latest, run_folder
-from project.data.datamodule import InteractionData
+from project.datamodule import InteractionData
 from project.model.module import ExitRecommender
 from project.ranking.settings import RankSettings
 

@@ -28,7 +28,7 @@ from project.model.module import ExitRecommender, check_origin
 from project.report.tables import render, shown
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
 
 
 def run_floors(data: InteractionData, folder: Path, peers: bool = False) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from project.callbacks.results import ResultFiles
 from project.callbacks.run_bundle import RunBundle
-from project.data.datamodule import InteractionData
+from project.datamodule import InteractionData
 from project.model.module import ExitRecommender
 from project.model.sharding import FullyShardedStrategy
 from project.retrieval import NoRetriever

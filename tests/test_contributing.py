@@ -23,10 +23,10 @@ import pytest
 import torch
 import yaml
 
-from project.data.datamodule import InteractionData
 from project.data.interactions import build_interactions
 from project.data.readers import TableLogs
 from project.data.splits import Protocol
+from project.datamodule import InteractionData
 from project.errors import DataError
 from project.exits.criteria import Ratio
 from project.exits.outputs import HeadOutputs

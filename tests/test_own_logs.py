@@ -19,10 +19,10 @@ import yaml
 from jsonargparse import ArgumentParser
 from world import tiny_settings
 
-from project.data.datamodule import InteractionData
 from project.data.prompts import Prompt
 from project.data.protocol import Protocol
 from project.data.readers import GIVEN_SPLITS, TableLogs
+from project.datamodule import InteractionData
 from project.retrieval import ItemKNN, LightGCN, NoRetriever, Taste
 
 Run = Callable[..., None]

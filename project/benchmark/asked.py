@@ -26,7 +26,7 @@ from project.model.heads import heads_digest
 from project.ranking.judge import LEVELS, ScoredRequests, by_margin, fastest, fixed_depth, policy_row
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 LABELLED = 64  # most candidates of a request over rated items, and the key of its scores

@@ -29,7 +29,7 @@ from project.data.windows import Window
 from project.model.trunk import NumberEmbedding, Trunk
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 ROUNDS = 3  # fewer pairs of measurements than this say nothing about spread

@@ -34,8 +34,8 @@ from project.exits.settings import ExitSettings
 from project.report.tables import render, shown
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
     from project.data.splits import SplitInteractions
+    from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 ROUNDS = 3  # fewer say nothing about spread

@@ -32,7 +32,7 @@ from project.retrieval.evidence import evidence_folder
 from project.retrieval.walk import Snapshots, WalkRows, walk
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
 
 REFERENCE = "lightgcn"
 FEWEST = 8  # requests: fewer are not a sample

@@ -28,7 +28,7 @@ from project.exits.settings import ExitSettings
 from project.model.heads import heads_digest
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 Worth = dict[str, Any]

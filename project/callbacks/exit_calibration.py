@@ -26,7 +26,7 @@ from project.exits.plan import Floats, Plans
 from project.exits.settings import ExitSettings
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 

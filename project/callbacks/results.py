@@ -28,8 +28,8 @@ from project.model.heads import heads_digest
 from project.report.tables import render, render_seconds, shown
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
     from project.data.packing import Batch
+    from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 

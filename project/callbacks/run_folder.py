@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from project.artefacts import read_checkpoint, replace_file, run_of_checkpoint
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
 
 
 BEFORE_RESULTS = {"config.yaml", "hparams.yaml"}  # what a run's folder holds before anything was computed

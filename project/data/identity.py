@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from project.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
 
 
 def reads_of(data: InteractionData) -> dict[str, Any]:

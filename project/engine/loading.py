@@ -15,7 +15,7 @@ from project.exits.plan import Plans
 from project.model.trunk import Trunk
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 

@@ -20,7 +20,7 @@ from project.data.streams import Streams
 from project.data.windows import context_starts, time_groups
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 Floats = NDArray[np.float64]

@@ -30,7 +30,7 @@ from project.model.heads import heads_digest
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 

@@ -23,7 +23,7 @@ from project.floors.quick import Floor, evidence_features, train_labels
 from project.retrieval.walk import cached_folder, content_key
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
 
 FORMAT = 2  # raise it when the same settings would give other scores
 FILE = "scores.parquet"

@@ -20,10 +20,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from project.counting import FEATURES, CountingPrior
-from project.data.datamodule import InteractionData
 from project.data.identity import check_reads, reads_of
 from project.data.packing import Batch
 from project.data.sources import resolve_model
+from project.datamodule import InteractionData
 from project.errors import CheckpointError, ConfigError, NotFittedError
 from project.evaluation.exits import choose_exit, exit_rows
 from project.evaluation.scores import ScoreCollector, scores_of_candidates, scores_of_rows

@@ -13,7 +13,7 @@ from project.errors import ConfigError
 from project.exits.certificate import CertificateSettings
 
 if TYPE_CHECKING:
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
 
 REPORTED = ("tune", "test")
 """Parts that policies are chosen and reported on."""

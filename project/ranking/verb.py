@@ -34,7 +34,7 @@ from project.report.tables import render, shown
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
 

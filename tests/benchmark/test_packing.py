@@ -19,12 +19,12 @@ from project.artefacts import read_result
 from project.benchmark import packing as benchmark
 from project.benchmark.packing import prompts_of, run_packing
 from project.data.batches import TrainSampler
-from project.data.datamodule import InteractionData
 from project.data.packing import Batch, pack
 from project.data.prompts import Prompt
 from project.data.protocol import Protocol
 from project.data.readers import TableLogs
 from project.data.streams import Streams
+from project.datamodule import InteractionData
 from project.model.module import ExitRecommender
 from project.model.trunk import Trunk
 from project.retrieval import ItemKNN

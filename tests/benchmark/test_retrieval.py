@@ -11,9 +11,9 @@ import pytest
 from project.artefacts import read_result
 from project.benchmark.retrieval import FEWEST, rivals_of, run_retrieval, vote_worth
 from project.benchmark.retrieval_sides import ROUNDS, InTurns, Side, sides_of
-from project.data.datamodule import InteractionData
 from project.data.protocol import Protocol
 from project.data.readers import TableLogs
+from project.datamodule import InteractionData
 from project.errors import DataError
 from project.floors.quick import fit_floors, floor_rows
 from project.retrieval import ItemKNN, LightGCN, LLMEmbedding, TextEncoder, VectorRetriever

@@ -57,7 +57,7 @@ def test_it_is_the_table_of_predict(
     run: Callable[..., None], tiny_model: Path, tiny_logs: Path, tmp_path: Path
 ) -> None:
     """After a tiny fit: same columns, keys, tokens and, to 1e-4, heads; ties, several users, a candidate twice."""
-    from project.data.datamodule import InteractionData
+    from project.datamodule import InteractionData
     from project.engine.loading import load_weights
     from project.engine.prepared import prepare_requests
     from project.model.module import ExitRecommender

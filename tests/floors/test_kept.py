@@ -9,7 +9,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from project.data.datamodule import InteractionData
+from project.datamodule import InteractionData
 from project.evaluation.exits import comparison
 from project.floors import kept, networks
 from project.floors.kept import kept_networks, trained_networks

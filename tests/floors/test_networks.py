@@ -15,9 +15,9 @@ from jsonargparse import ArgumentParser
 
 from project import verbs
 from project.counting import FEATURES
-from project.data.datamodule import InteractionData
 from project.data.interactions import Interactions
 from project.data.splits import FOLDS, ROLES, SPLITS, Protocol, SplitInteractions
+from project.datamodule import InteractionData
 from project.errors import DataError
 from project.evaluation.metrics import auc
 from project.floors import kept, networks

@@ -10,9 +10,9 @@ import polars as pl
 import pytest
 
 from project.counting import FEATURES, counting_features
-from project.data.datamodule import InteractionData
 from project.data.prompts import Prompt
 from project.data.readers import TableLogs
+from project.datamodule import InteractionData
 from project.errors import ConfigError
 from project.retrieval import ItemKNN, LightGCN, VectorRetriever
 from project.retrieval.evidence import evidence_tables, request_evidence
