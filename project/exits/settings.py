@@ -8,9 +8,8 @@ from typing import Literal
 
 from project.errors import ConfigError
 from project.exits.certificate import CertificateSettings
-from project.exits.checks import try_out
 from project.exits.cost import Stream
-from project.exits.criteria import Consistency, Criterion, ItemCount, Ratio, RatioConsistency
+from project.exits.criteria import Consistency, Criterion, ItemCount, Ratio, RatioConsistency, try_out
 from project.exits.learned import Learned
 
 Prior = Literal["counting", "none"]

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from project.errors import ConfigError
-from project.exits.checks import try_out
-from project.exits.criteria import Criterion, safety_table
+from project.exits.criteria import Criterion, safety_table, try_out
 from project.exits.learned import Learned
 from project.exits.outputs import HeadOutputs
 from project.exits.settings import ExitSettings
