@@ -23,9 +23,7 @@ ABOUT = (
 )
 SETTINGS = CertificateSettings(risk="auc_gap", epsilon=0.02, delta=0.1)
 DROPS = {"at_epsilon": SETTINGS.epsilon, "quarter": SETTINGS.epsilon / 4, "none": 0.0}
-WIDTH = (
-    ROWS_OF_A_USER  # rows of a user that are drawn: a certificate reads no more, and rows of a user are alike
-)
+WIDTH = ROWS_OF_A_USER  # rows of a user that are drawn: a certificate reads no more
 
 
 def _lognormal(rng: np.random.Generator, users: int) -> Ints:
@@ -120,7 +118,7 @@ def main(draws: int = 1000) -> None:
     target = Path(__file__).parents[1] / "results" / "certificates.json"
     strengths = {world: {name: strength_of(world, drop) for name, drop in DROPS.items()} for world in WORLDS}
     rows: list[dict[str, Any]] = []
-    for users, times in ((300, draws), (80, draws), (30, draws), (600, draws // 4)):
+    for users in (300, 80, 30, 600):
         for world, drops in strengths.items():
             for name, (strength, gap) in drops.items():
                 about = {
@@ -128,9 +126,9 @@ def main(draws: int = 1000) -> None:
                     "users": users,
                     "drop": name,
                     "true_gap": round(gap, 5),
-                    "draws": times,
+                    "draws": draws,
                 }
-                rows.append(about | rates(world, users, strength, times))
+                rows.append(about | rates(world, users, strength, draws))
                 print(rows[-1], flush=True)
                 part = target.with_suffix(".part")
                 part.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -209,7 +209,7 @@ def test_card(base: str, tmp_path: Path) -> None:
     deepest = files["test"]["exits"][-1]
     assert f"{deepest['auc']:.4f}".removeprefix("0") in card
     assert files["test"]["protocol"]["hash"] in card
-    assert "The certificate did not pass" in card
+    assert files["calibrate"]["certificate"]["words"] in card
     assert ("Apache-2.0" in card) == (base == "smollm2-135m-instruct")
     assert "somebody" not in card
     assert str(tmp_path) not in card
