@@ -170,7 +170,6 @@ def test_beside():
         "retrieval/benchmark.json",
         "ml100k_quickstart/benchmark-packing.json",
         "no_neighbours/compare.json",
-        "certificates.json",
         "ml100k_quickstart/fit.json",
         "ml100k_quickstart/calibrate.json",
         "ml100k_quickstart/test-seed-1.json",
