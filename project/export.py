@@ -211,7 +211,7 @@ def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, ExitPl
         bundle["base_model"],
         bundle["exit_layers"],
         lora=LoraSettings(**lora) if lora else None,
-        freeze_embeddings=settings.get("freeze_embeddings", False),
+        freeze_embeddings=settings.get("freeze_embeddings", True),
         answers=bundle["answers"],
         numbers=tells_numbers(bundle["prompt"]["segment"]),
     )

@@ -36,7 +36,7 @@ Run = Callable[..., None]
 Config = Callable[..., Path]
 LORA = {"rank": 4, "alpha": 64.0}  # loud, so that leaving it out would show
 KINDS: dict[str, dict[str, Any]] = {
-    "full": {},
+    "full": {"model.freeze_embeddings": False},
     "frozen embeddings": {"model.freeze_embeddings": True},
     "lora": {"model.lora": LORA, "model.optim": {"learning_rate": 0.01}},
 }
@@ -61,7 +61,7 @@ def states(trunk: Trunk, tokens: Tensor, layers: list[int]) -> list[Tensor]:
 def original(folder: Path, model: Path, changes: dict[str, Any]) -> tuple[ExitRecommender, ExitPlan]:
     """Module and plan of a run as the engine loads them, adapters beside the weights."""
     lora = LoraSettings(**LORA) if "model.lora" in changes else None
-    frozen = "model.freeze_embeddings" in changes
+    frozen = changes.get("model.freeze_embeddings", True)
     module = ExitRecommender(str(model), [1, 2], lora=lora, freeze_embeddings=frozen, numbers=True)
     plans = load_run(module, AutoTokenizer.from_pretrained(model), folder / "checkpoints" / "last.ckpt")
     return module.eval(), plans.plan
