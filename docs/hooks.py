@@ -63,6 +63,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = document.read_text(encoding="utf-8")
         for other, address in DOCUMENTS.items():  # links between them
             text = text.replace(f"]({other})", f"]({address})")
+        text = text.replace("](docs/", "](").replace("](../docs/", "](../")  # the site's root is docs/
+        text = text.replace("[CONTRIBUTING](CONTRIBUTING.md)", "CONTRIBUTING.md")
         files.append(File.generated(config, page, content=text))
         for name in PICTURE.findall(text):
             if (document.parent / name).is_file():  # a missing one is a broken link, which --strict reports

@@ -45,7 +45,7 @@ def test_site_builds_strictly(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     assert "WARNING" not in done.stderr
     first = text(tmp_path / "index.html")
-    assert "Bring your own logs" in first
+    assert "Your own logs" in first
     assert "results/whole_trunk_alone/pareto.png" in first
     assert (tmp_path / "results/whole_trunk_alone/pareto.png").is_file()
     assert "exit 30" in text(tmp_path / "measured/index.html")

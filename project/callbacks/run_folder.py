@@ -31,13 +31,6 @@ class RunLogger(CSVLogger):
 
     Two fits that start together get a folder each: `mkdir` succeeds once. A command that is refused before it computed
     anything leaves none.
-
-    Args:
-        save_dir: Folder of all runs.
-        name: Folder of this configuration's runs below that; null: none.
-        version: Name or number of the run; default: the next free number.
-        prefix: Of the names of metrics.
-        flush_logs_every_n_steps: Steps between writes of metrics.csv.
     """
 
     _made: Path | None = None
