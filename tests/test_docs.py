@@ -46,10 +46,10 @@ def test_site_builds_strictly(tmp_path: Path) -> None:
     assert "WARNING" not in done.stderr
     first = text(tmp_path / "index.html")
     assert "Your own logs" in first
-    assert "results/whole_trunk_alone/pareto.png" in first
-    assert (tmp_path / "results/whole_trunk_alone/pareto.png").is_file()
-    assert "exit 30" in text(tmp_path / "measured/index.html")
-    assert (tmp_path / "measured/whole_trunk/depth.png").is_file()
+    assert "results/12_layers/depth.png" in first
+    assert (tmp_path / "results/12_layers/depth.png").is_file()
+    assert "exit 12" in text(tmp_path / "measured/index.html")
+    assert (tmp_path / "measured/12_layers/depth.png").is_file()
     for module in MODULES:
         parts = module.relative_to(ROOT).with_suffix("").parts
         folder = tmp_path.joinpath("reference", *(part for part in parts if part != "__init__"))
