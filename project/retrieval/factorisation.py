@@ -20,7 +20,14 @@ from numpy.typing import ArrayLike, NDArray
 from project.data.splits import SPLITS, SplitInteractions
 from project.errors import ConfigError
 from project.retrieval.base import IntArray, Snapshot
-from project.retrieval.walk import Snapshots, WalkRows, block_cuts, cached_folder, tables_by_split
+from project.retrieval.walk import (
+    Snapshots,
+    WalkRows,
+    block_cuts,
+    cached_folder,
+    questions_by_user,
+    tables_by_split,
+)
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -199,15 +206,12 @@ class Taste:
         """
         logits = np.full(rows.row_id.size, np.nan)
         block = np.searchsorted(snapshots.cuts, rows.timestamp, side="right")
-        asks = rows.query & (block > 0)
-        order = np.argsort(rows.user, kind="stable")
-        for index in np.split(order, np.flatnonzero(np.diff(rows.user[order])) + 1):
-            own = index[rows.own[index]]
-            for k in np.unique(block[index[asks[index]]]).tolist():
-                asked = index[asks[index] & (block[index] == k)]
-                earlier = np.searchsorted(rows.timestamp[own], rows.timestamp[asked], side="left")
+        for asks, own, earlier in questions_by_user(rows):
+            for k in np.unique(block[asks][block[asks] > 0]).tolist():
+                inside = block[asks] == k
+                asked = asks[inside]
                 known, vectors = snapshots.fitted[k - 1]["known"], snapshots.fitted[k - 1]["vectors"]
-                items, counts_of = rows.item[own], np.unique(earlier, return_inverse=True)
+                items, counts_of = rows.item[own], np.unique(earlier[inside], return_inverse=True)
                 users = self._fold_in(known[items], vectors[items], rows.label[own], counts_of[0])
                 dot = np.einsum("nd,nd->n", vectors[rows.item[asked]], users[counts_of[1]])
                 logits[asked] = known[rows.item[asked]] + dot

@@ -9,17 +9,15 @@ feature is
 It knows items that nobody has rated yet, which no count and no graph does.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from project.data.splits import SPLITS, SplitInteractions
-from project.retrieval.walk import WalkRows, cached_folder, tables_by_split
+from project.retrieval.walk import WalkRows, cached_folder, questions_by_user, tables_by_split
 
 SHRINK = 0.5  # so many squared similarities of nothing are added
 TOGETHER = 2**22  # entries of a block of similarities, which bounds the memory that long histories take
@@ -90,15 +88,18 @@ def text_similarity(rows: WalkRows, vectors: Any) -> pl.DataFrame:
         row_id, text Float32 (null without an earlier row), text_weight Float32, in the order of `rows`.
     """
     text, weight = np.full(rows.row_id.size, np.nan), np.zeros(rows.row_id.size)
-    for asks, own, earlier in _by_user(rows):
+    for every, own, all_earlier in questions_by_user(rows):
         answers = rows.label[own].astype(np.float64)
-        mean = np.cumsum(np.append(0.0, answers))[earlier] / np.maximum(earlier, 1)
-        similarity = (vectors[rows.item[asks]] @ vectors[rows.item[own]].T).toarray() ** 2
-        similarity[np.arange(own.size) >= earlier[:, None]] = 0.0
-        weight[asks] = similarity.sum(axis=1)
-        known = asks[earlier > 0]
-        found = (similarity @ answers - mean * weight[asks]) / (weight[asks] + SHRINK)
-        text[known] = found[earlier > 0]
+        sums, step = np.cumsum(np.append(0.0, answers)), max(1, TOGETHER // max(own.size, 1))
+        for part in (slice(start, start + step) for start in range(0, every.size, step)):
+            asks, earlier = every[part], all_earlier[part]
+            past = own[: int(earlier.max())]
+            similarity = (vectors[rows.item[asks]] @ vectors[rows.item[past]].T).toarray() ** 2
+            similarity[np.arange(past.size) >= earlier[:, None]] = 0.0
+            weight[asks] = similarity.sum(axis=1)
+            mean = sums[earlier] / np.maximum(earlier, 1)
+            found = (similarity @ answers[: past.size] - mean * weight[asks]) / (weight[asks] + SHRINK)
+            text[asks[earlier > 0]] = found[earlier > 0]
     return pl.DataFrame(
         {
             "row_id": rows.row_id[rows.query],
@@ -106,15 +107,3 @@ def text_similarity(rows: WalkRows, vectors: Any) -> pl.DataFrame:
             "text_weight": pl.Series(weight[rows.query], dtype=pl.Float32),
         }
     )
-
-
-def _by_user(rows: WalkRows) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]]:
-    """Of each user, in parts: asking rows, rows that are the user's past, how many of these are strictly earlier."""
-    order = np.argsort(rows.user, kind="stable")
-    for index in np.split(order, np.flatnonzero(np.diff(rows.user[order])) + 1):
-        own, asks = index[rows.own[index]], index[rows.query[index]]
-        earlier = np.searchsorted(rows.timestamp[own], rows.timestamp[asks], side="left")
-        step = max(1, TOGETHER // max(own.size, 1))
-        for start in range(0, asks.size, step):
-            part = slice(start, start + step)
-            yield asks[part], own[: int(earlier[part].max())], earlier[part]

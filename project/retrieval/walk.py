@@ -213,6 +213,23 @@ def own_earlier_rows(user: IntArray, timestamp: NDArray[np.float64]) -> tuple[In
     return order, start, stop
 
 
+def questions_by_user(rows: WalkRows) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
+    """Of each user that asks: positions of its asking rows and of its past, and how many of the past each may read.
+
+    Args:
+        rows: the rows, in time order.
+
+    Yields:
+        `asks` (n,), `own` (m,), oldest first, and `earlier` (n,): row asks[j] reads own[: earlier[j]], what is strictly
+        before it.
+    """
+    order = np.argsort(rows.user, kind="stable")
+    for index in np.split(order, np.flatnonzero(np.diff(rows.user[order])) + 1):
+        own, asks = index[rows.own[index]], index[rows.query[index]]
+        if asks.size:
+            yield asks, own, np.searchsorted(rows.timestamp[own], rows.timestamp[asks], side="left")
+
+
 def walk(
     rows: WalkRows,
     retriever: Retriever,
