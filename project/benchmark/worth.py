@@ -22,7 +22,7 @@ from project.exits.budget import budget_plan
 from project.exits.cost import Stream
 from project.exits.criteria import Criterion
 from project.exits.outputs import HeadOutputs
-from project.exits.plan import ExitPlan, Floats, Plans
+from project.exits.plan import ExitPlan, Plans
 from project.exits.policies import Policy
 from project.exits.settings import ExitSettings
 from project.model.heads import heads_digest
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from project.model.module import ExitRecommender
 
 Worth = dict[str, Any]
-Scored = tuple[pl.DataFrame, Floats]
+ScoredTable = tuple[pl.DataFrame, Floats]
 
 
 class RunWorth:
@@ -56,7 +56,7 @@ class RunWorth:
     ) -> None:
         self.plans, self.rival = plans, plans.rival
         self._settings = {f.name: getattr(settings, f.name) for f in fields(ExitSettings)}
-        self._tables: dict[str, Scored] = {}
+        self._tables: dict[str, ScoredTable] = {}
         self._known: dict[object, Worth] = {}
         self._made: dict[object, ExitPlan] = {}
         made = heads_digest(model.state_dict())
@@ -151,10 +151,10 @@ def _key(plan: ExitPlan) -> object:
     return plan.criterion, plan.prior, tuple(plan.policy.thresholds.tolist())
 
 
-def _calibrated(plan: ExitPlan, rows: Scored) -> Floats:
+def _calibrated(plan: ExitPlan, rows: ScoredTable) -> Floats:
     return plan.outputs(*rows).logits.double().numpy()
 
 
-def _emitted(plan: ExitPlan, rows: Scored) -> Floats:
+def _emitted(plan: ExitPlan, rows: ScoredTable) -> Floats:
     found: Floats = plan.emitted(plan.outputs(*rows))[1].double().numpy()
     return found

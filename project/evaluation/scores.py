@@ -8,12 +8,14 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from project.artefacts import score_table
-from project.counting import Floats
+
+Floats = NDArray[np.float64]
 
 
 class ScoreCollector(Metric):

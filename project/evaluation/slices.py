@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.metrics import head_metrics
-from project.floors.quick import Floats, Floor, targets_of
+from project.floors.quick import Floor, targets_of
 
 EDGES = {"history": (0, 5, 21), "item": (0, 1, 6, 21)}
 """First value of each bucket: strictly earlier rows of the user (0 to 4, 5 to 20, more) and of the item."""

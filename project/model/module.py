@@ -18,6 +18,10 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig
 
 from project.counting import FEATURES, CountingPrior
 from project.data.identity import check_reads, reads_of
@@ -30,7 +34,7 @@ from project.evaluation.scores import ScoreCollector, scores_of_candidates, scor
 from project.model.heads import ExitHead, answer_tokens
 from project.model.lora import LoraSettings, add_lora, frozen_names
 from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups, planned_steps
-from project.model.sharding import set_sharded_trunk, shared_mesh
+from project.model.sharding import WHOLE, shared_mesh
 from project.model.trunk import Trunk
 
 DEFAULT_OPTIM = OptimSettings()
@@ -288,6 +292,40 @@ class ExitRecommender(LightningModule):
         check_parameters(self, checkpoint)
         if self._trainer is not None:
             check_reads(checkpoint.get("reads"), self.data, judged=self.trainer.state.fn != "predict")
+
+
+def set_sharded_trunk(module: ExitRecommender, folder: str, tokenizer: Any, mesh: DeviceMesh) -> None:
+    """What `set_trunk` does, on all processes of a mesh; each keeps its part of every parameter.
+
+    Only rank 0 reads the weights and holds the whole model, once; the others start without memory ("meta") and are sent
+    their parts.
+
+    Args:
+        module: Gets trunk and heads.
+        folder: Folder or name of the model that the trunk comes from.
+        tokenizer: Resolves the answers' tokens.
+        mesh: One dimension, as many processes as share the model.
+    """
+    reads = mesh.get_rank() == 0
+    if reads:
+        module.set_trunk(Trunk.from_pretrained(folder, num_layers=module.depth), tokenizer)
+    else:
+        config = AutoConfig.from_pretrained(folder)
+        config.dtype = torch.float32  # as from_pretrained
+        with torch.device("meta"):
+            module.set_trunk(Trunk.from_config(config, num_layers=module.depth), tokenizer)
+    assert module.trunk is not None
+    whole = module.state_dict() if reads else {}
+    for layer in module.trunk.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    if not reads:
+        device = torch.device(mesh.device_type)
+        module.trunk.to_empty(device=device)
+        module.heads.to_empty(device=device)
+        # its tables are computed, not stored
+        module.trunk.rotary_emb = type(module.trunk.rotary_emb)(module.trunk.config).to(device)
+    set_model_state_dict(module, whole, options=WHOLE)
 
 
 def exit_loss(logits: Tensor, labels: Tensor, global_targets: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.checkpoint.state_dict import (
@@ -21,16 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
-from transformers import AutoConfig
 
 from project.artefacts import read_checkpoint
 from project.errors import ConfigError
-from project.model.trunk import Trunk
-
-if TYPE_CHECKING:
-    from project.model.module import ExitRecommender
 
 # rank 0 has everything, the others what they are sent
 WHOLE = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
@@ -121,37 +114,3 @@ def _relabelled(state: Mapping[str, Any], labels: Mapping[Any, Any]) -> dict[str
     """An optimizer's state with other keys for its parameters: torch.optim numbers them, FSDP names them."""
     groups = [group | {"params": [labels[p] for p in group["params"]]} for group in state["param_groups"]]
     return {"state": {labels[p]: dict(v) for p, v in state["state"].items()}, "param_groups": groups}
-
-
-def set_sharded_trunk(module: ExitRecommender, folder: str, tokenizer: Any, mesh: DeviceMesh) -> None:
-    """What `set_trunk` does, on all processes of a mesh; each keeps its part of every parameter.
-
-    Only rank 0 reads the weights and holds the whole model, once; the others start without memory ("meta") and are sent
-    their parts.
-
-    Args:
-        module: Gets trunk and heads.
-        folder: Folder or name of the model that the trunk comes from.
-        tokenizer: Resolves the answers' tokens.
-        mesh: One dimension, as many processes as share the model.
-    """
-    reads = mesh.get_rank() == 0
-    if reads:
-        module.set_trunk(Trunk.from_pretrained(folder, num_layers=module.depth), tokenizer)
-    else:
-        config = AutoConfig.from_pretrained(folder)
-        config.dtype = torch.float32  # as from_pretrained
-        with torch.device("meta"):
-            module.set_trunk(Trunk.from_config(config, num_layers=module.depth), tokenizer)
-    assert module.trunk is not None
-    whole = module.state_dict() if reads else {}
-    for layer in module.trunk.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
-    if not reads:
-        device = torch.device(mesh.device_type)
-        module.trunk.to_empty(device=device)
-        module.heads.to_empty(device=device)
-        # its tables are computed, not stored
-        module.trunk.rotary_emb = type(module.trunk.rotary_emb)(module.trunk.config).to(device)
-    set_model_state_dict(module, whole, options=WHOLE)
