@@ -30,11 +30,11 @@ def run(arguments: list[str]) -> None:
 
             print_tables(rest)
         case ["report", *rest]:
-            from project.report.document import run_report
+            from project.report.report import run_report
 
             run_report(rest)
         case ["compare", *rest]:
-            from project.evaluation.compare import run_compare
+            from project.compare import run_compare
 
             run_compare(rest)
         case ["export", *rest]:

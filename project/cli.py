@@ -25,18 +25,21 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from project.artefacts import run_of_checkpoint
-from project.callbacks.exit_calibration import ExitCalibration
-from project.callbacks.exit_plots import ExitPlots
-from project.callbacks.results import ResultFiles
-from project.callbacks.run_bundle import RunBundle
-from project.callbacks.run_folder import RunLogger, WholeCheckpoints
-from project.callbacks.save_config import SaveConfig
-from project.callbacks.wandb_artifacts import WandbArtifacts
-from project.data.template import tells_numbers
+from project.callbacks import (
+    ExitCalibration,
+    ExitPlots,
+    ResultFiles,
+    RunBundle,
+    RunLogger,
+    SaveConfig,
+    WholeCheckpoints,
+)
+from project.data.prompt import tells_numbers
 from project.datamodule import InteractionData
 from project.errors import CheckpointError, ConfigError, ProjectError
 from project.model.module import ExitRecommender
+from project.run import run_of_checkpoint
+from project.tracking import WandbArtifacts
 from project.trainer import ProjectTrainer
 
 LARGEST_SEED = 2**32 - 1  # numpy's

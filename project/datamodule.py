@@ -6,25 +6,32 @@ All checks of the input are made here, before the first batch.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import polars
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from project.data.batches import EvaluationSampler, PackedLoader, TrainSampler
-from project.data.interactions import build_interactions
-from project.data.lengths import check_items, check_streams, without_long
-from project.data.packing import Batch
-from project.data.prompts import Prompt, PromptEncoder, field_telling, item_columns, with_segment
-from project.data.readers import Logs
-from project.data.requests import Requests, read_requests, request_streams
-from project.data.sources import default_cache, resolve_model
-from project.data.splits import Protocol, SplitInteractions, apply_protocol
-from project.data.stages import StageClock
-from project.data.streams import Streams, build_streams
-from project.errors import ConfigError
+from project.data.batch import Batch, EvaluationSampler, PackedLoader, StageClock, TrainSampler
+from project.data.download import default_cache, resolve_model
+from project.data.logs import Logs
+from project.data.prompt import Prompt, PromptEncoder, field_telling, item_columns, with_segment
+from project.data.protocol import Protocol, SplitInteractions, apply_protocol, build_interactions
+from project.data.requests import (
+    Requests,
+    check_items,
+    check_streams,
+    read_requests,
+    request_streams,
+    without_long,
+)
+from project.data.stream import Streams, build_streams
+from project.errors import CheckpointError, ConfigError
 from project.retrieval import LightGCN, Retriever, Taste, evidence_tables, evidence_warnings, request_evidence
 from project.retrieval.lightgcn import VectorRetriever
 from project.retrieval.walk import restore
@@ -36,7 +43,7 @@ class InteractionData(pl.LightningDataModule):
     """Interaction logs combined with retrieved neighbours, as packed prompts.
 
     Args:
-        logs: Where interactions and items come from: a class of project.data.readers and its arguments.
+        logs: Where interactions and items come from: a class of project.data.logs and its arguments.
         retriever: Who is asked about a candidate: a class of project.retrieval and its arguments.
         protocol: Label rule, split, minimum history and folds; its hash stands beside every number.
         prompt: The wording of prompts.
@@ -293,3 +300,67 @@ def _check_told(prompt: Prompt, retriever: Retriever, taste: Taste | None) -> No
                 f"data.prompt.segment {prompt.segment!r} tells {field}, but {problem}; or leave the field out. "
                 "Evidence goes by these names: a column of your items needs another one (item_columns)."
             )
+
+
+def reads_of(data: InteractionData) -> dict[str, Any]:
+    """What a checkpoint keeps: `protocol` (its hash), and by YAML key what the model reads beside the logs.
+
+    Args:
+        data: Of the run.
+    """
+    retriever = data.retriever.settings()
+    retriever.pop("source", None)  # of one's own code a comment may change
+    found = {
+        "protocol": data.split.hash,
+        "data.prompt": asdict(data.prompt),
+        "data.retriever": retriever,
+        "data.refits": data.refits,
+        "data.taste": None if data.taste is None else asdict(data.taste),
+    }
+    # only what JSON knows: a checkpoint holds no objects
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
+
+
+def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, judged: bool = True) -> None:
+    """Refuse to score with a checkpoint that was trained to read something else.
+
+    Args:
+        kept: Of the checkpoint; None: it is from before this was kept, and nothing is known.
+        data: What it would read now.
+        judged: Whether its scores will be judged by the log's labels; requests may come from a log that has grown.
+
+    Raises:
+        CheckpointError: Names the key that differs.
+    """
+    if kept is None:
+        return
+    if "data.block_rows" in kept:
+        raise CheckpointError(
+            f"the checkpoint's retriever was fitted every {kept['data.block_rows']} rows (data.block_rows of an "
+            f"earlier version); now it is fitted data.refits ({data.refits}) times. Train a run of its own."
+        )
+    now = reads_of(data)
+    protocol = now.pop("protocol")
+    for key in now:
+        if differs := _difference(key, kept[key], now[key]):
+            name, trained, given = differs
+            raise CheckpointError(
+                f"{name} is {given!r}, but the checkpoint was trained with {trained!r}. Use the config.yaml beside the "
+                "checkpoint's folder, or train a run of its own."
+            )
+    if judged and kept["protocol"] != protocol:
+        raise CheckpointError(
+            f"the checkpoint was trained under the protocol hash {kept['protocol']}, this configuration gives "
+            f"{protocol}: data.protocol, data.logs or their files differ, and rows that it was trained on could "
+            "be among those that are scored. Use the config.yaml beside the checkpoint's folder, or train a run of its "
+            "own."
+        )
+
+
+def _difference(key: str, trained: Any, given: Any) -> tuple[str, Any, Any] | None:
+    """The first entry that differs, with both values; what only one side knows came with another version."""
+    if isinstance(trained, dict) and isinstance(given, dict):
+        found = (_difference(f"{key}.{k}", trained[k], given[k]) for k in trained if k in given)
+        return next(filter(None, found), None)
+    return (key, trained, given) if trained != given else None

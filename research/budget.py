@@ -23,13 +23,12 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from project.artefacts import SCHEMA_VERSION, replace_file, score_table
 from project.exits.budget import TuneFold
 from project.exits.criteria import ITEM_ROWS, safety_table
 from project.exits.criteria import name as name_of
-from project.exits.plan import ExitPlan
-from project.exits.policies import leave
-from project.exits.settings import ExitSettings
+from project.exits.plan import ExitPlan, ExitSettings
+from project.exits.policy import leave
+from project.run import SCHEMA_VERSION, replace_file, score_table
 
 Floats = NDArray[np.float64]
 LAYERS = [4, 8, 12]

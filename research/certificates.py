@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from project.artefacts import SCHEMA_VERSION
 from project.exits.certificate import ROWS_OF_A_USER, CertificateSettings, UserPairs, certify, p_value
+from project.run import SCHEMA_VERSION
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from project.evaluation.compare import run_compare
+from project.compare import run_compare
 
 RUNS = Path("runs") / "compare_overlays"
 

@@ -8,18 +8,16 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from project.data.numbers import BYTE, NUMBERS
+from project.data.prompt import BYTE, NUMBERS
 from project.data.ragged import Ragged
 from project.engine import PreparedRequest, StreamTokens
 from project.exits.calibration import Calibration
-from project.exits.criteria import Criterion
-from project.exits.outputs import HeadOutputs
+from project.exits.criteria import Criterion, HeadOutputs
 from project.exits.plan import ExitPlan
-from project.exits.policies import Policy
+from project.exits.policy import Policy
 from project.layout import Layout
-from project.model.lora import LoraSettings, add_lora
-from project.model.module import ExitRecommender
-from project.model.trunk import Trunk
+from project.model.backbone import Trunk
+from project.model.module import ExitRecommender, LoraSettings, add_lora
 
 LAYERS, EXITS, VOCABULARY, FEATURES = 5, [1, 2, 3, 5], 64, 3
 

@@ -1,7 +1,7 @@
 """A run folder as a trained, calibrated, tested and benchmarked run would leave it, generated in memory.
 
 Unusual here: scores are simulated (deeper heads see the truth with less noise), every number of the result files is
-computed from them by project.evaluation.metrics, so tables and pictures look like a real run's.
+computed from them by project.metrics, so tables and pictures look like a real run's.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 from example_scores import Example, terms
 
-from project.artefacts import result_head, write_json, write_table
 from project.evaluation.bootstrap import UserBootstrap
+from project.run import result_head, write_json, write_table
 
 MANIFEST = {
     "name": "global_time-80-10-10-h5",

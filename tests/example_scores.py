@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from project.artefacts import score_table
 from project.evaluation.bootstrap import UserBootstrap
-from project.evaluation.metrics import auc, head_metrics, probabilities
+from project.metrics import auc, head_metrics, probabilities
+from project.run import score_table
 
 
 def terms(layer: int) -> dict[str, float]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from project.artefacts import result_head, score_table, write_json, write_table
-from project.evaluation.exits import exit_rows
+from project.evaluation.result import exit_rows
+from project.run import result_head, score_table, write_json, write_table
 
 MANIFEST = {
     "name": "global_time",

@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from project.artefacts import (
+from project.errors import DataError
+from project.run import (
     SCHEMA_VERSION,
     SCORE_COLUMNS,
     exit_layers_of,
@@ -25,7 +26,6 @@ from project.artefacts import (
     write_json,
     write_table,
 )
-from project.errors import DataError
 
 
 def table() -> pl.DataFrame:

@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from project.engine.verb import _counted
+from project.engine.predict import _counted
 
 Run = Callable[..., None]
 Config = Callable[..., Path]

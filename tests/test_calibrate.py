@@ -13,10 +13,10 @@ import polars as pl
 import pytest
 import torch
 
-from project.callbacks.exit_calibration import ExitCalibration
-from project.counting import CountingPrior, counting_features
+from project.callbacks import ExitCalibration
 from project.errors import DataError
 from project.exits.plan import ExitPlan
+from project.features import CountingPrior, counting_features
 from project.model.module import ExitRecommender
 
 Run = Callable[..., None]

@@ -16,8 +16,8 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from project.artefacts import SCORE_COLUMNS
-from project.callbacks.run_folder import will_be_saved
+from project.callbacks import will_be_saved
+from project.run import SCORE_COLUMNS
 
 Run = Callable[..., None]
 Config = Callable[..., Path]
@@ -104,9 +104,8 @@ def test_predict_equals_test(run: Run, tiny_config: Config, tmp_path: Path) -> N
     files = config["data"]["logs"]["init_args"]
     log = pl.read_csv(files["interactions"]).sort("timestamp")
 
-    from project.data.interactions import build_interactions
-    from project.data.readers import TableLogs
-    from project.data.splits import Protocol, apply_protocol
+    from project.data.logs import TableLogs
+    from project.data.protocol import Protocol, apply_protocol, build_interactions
 
     protocol = Protocol(**config["data"]["protocol"])
     split = apply_protocol(

@@ -19,8 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from project.callbacks.results import ResultFiles
-from project.callbacks.run_bundle import RunBundle
+from project.callbacks import ResultFiles, RunBundle
 from project.datamodule import InteractionData
 from project.model.module import ExitRecommender
 from project.model.sharding import FullyShardedStrategy

@@ -23,13 +23,11 @@ import pytest
 import torch
 import yaml
 
-from project.data.interactions import build_interactions
-from project.data.readers import TableLogs
-from project.data.splits import Protocol
+from project.data.logs import TableLogs
+from project.data.protocol import Protocol, build_interactions
 from project.datamodule import InteractionData
 from project.errors import DataError
-from project.exits.criteria import Ratio
-from project.exits.outputs import HeadOutputs
+from project.exits.criteria import HeadOutputs, Ratio
 from project.exits.plan import ExitPlan
 from project.retrieval import NoRetriever
 from project.retrieval.base import Raters

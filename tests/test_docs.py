@@ -16,7 +16,7 @@ import yaml
 
 from project.exits.certificate import RISKS
 from project.exits.criteria import name
-from project.exits.settings import ExitSettings, all_criteria
+from project.exits.plan import ExitSettings, all_criteria
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -14,23 +14,19 @@ from example_run import results, write_run
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from project.counting import FEATURES
-from project.data.numbers import LOWEST_ID
-from project.engine.loading import load_run
+from project.data.prompt import LOWEST_ID
+from project.engine.predict import load_run
 from project.errors import CheckpointError, DataError, NotCalibratedError
 from project.exits.calibration import Calibration
-from project.exits.criteria import Criterion
-from project.exits.outputs import HeadOutputs
-from project.exits.plan import ExitPlan
-from project.exits.policies import Policy
-from project.exits.settings import all_criteria
-from project.export import export, exported_prior, from_json, load_exported, run_export, to_json
+from project.exits.criteria import Criterion, HeadOutputs
+from project.exits.plan import ExitPlan, all_criteria
+from project.exits.policy import Policy
+from project.export import export, exported_prior, from_json, load_exported, render_card, run_export, to_json
+from project.features import FEATURES
 from project.layout import Layout
-from project.model.lora import LoraSettings
-from project.model.module import ExitRecommender
-from project.model.trunk import Trunk
-from project.model_card import render_card
-from project.report.run import read_run
+from project.model.backbone import Trunk
+from project.model.module import ExitRecommender, LoraSettings
+from project.report.report import read_run
 
 Run = Callable[..., None]
 Config = Callable[..., Path]

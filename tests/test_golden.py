@@ -18,19 +18,19 @@ import torch
 from example_engine import EXITS, make_module, random_request
 from world import SEGMENT, Letters, read_split
 
-from project.data.packing import Batch, pack
-from project.data.prompts import Prompt, PromptEncoder
-from project.data.splits import Protocol, SplitInteractions
-from project.data.streams import build_streams
+from project.data.batch import Batch, pack
+from project.data.prompt import Prompt, PromptEncoder
+from project.data.protocol import Protocol, SplitInteractions
+from project.data.stream import build_streams
 from project.engine import Engine, RowExits
 from project.exits.calibration import Calibration
 from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
-from project.exits.policies import Policy
+from project.exits.policy import Policy
 from project.model.module import ExitRecommender
 from project.retrieval import ItemKNN, LightGCN
-from project.retrieval.evidence import evidence_tables
 from project.retrieval.factorisation import Taste
+from project.retrieval.features import evidence_tables
 
 REFITS = 5
 EXACT = ("row_id", "neighbours", "answers", "neighbour_count", "item_count", "user_count")

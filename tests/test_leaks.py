@@ -14,9 +14,9 @@ import pytest
 from world import Letters, read_split
 
 from project.benchmark.packing import prompts_of
-from project.data.prompts import Prompt, PromptEncoder
-from project.data.splits import SPLITS, Protocol, SplitInteractions
-from project.data.streams import build_streams
+from project.data.prompt import Prompt, PromptEncoder
+from project.data.protocol import SPLITS, Protocol, SplitInteractions
+from project.data.stream import build_streams
 from project.retrieval import ItemKNN, LightGCN, Retriever
 from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
 
@@ -31,9 +31,8 @@ SEGMENT = (
 def split_of(kind: str, logs: Path) -> SplitInteractions:
     if kind != "given":
         return read_split(logs, Protocol(split=kind, minimum_history=1))  # type: ignore[arg-type]
-    from project.data.interactions import build_interactions
-    from project.data.readers import RawLogs, TableLogs
-    from project.data.splits import apply_protocol
+    from project.data.logs import RawLogs, TableLogs
+    from project.data.protocol import apply_protocol, build_interactions
 
     protocol = Protocol(split="given", label="rating > 3")
     raw = TableLogs(str(logs / "interactions.csv"), str(logs / "items.csv")).read()

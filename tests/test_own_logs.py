@@ -19,9 +19,9 @@ import yaml
 from jsonargparse import ArgumentParser
 from world import tiny_settings
 
-from project.data.prompts import Prompt
+from project.data.logs import GIVEN_SPLITS, TableLogs
+from project.data.prompt import Prompt
 from project.data.protocol import Protocol
-from project.data.readers import GIVEN_SPLITS, TableLogs
 from project.datamodule import InteractionData
 from project.retrieval import ItemKNN, LightGCN, NoRetriever, Taste
 
@@ -100,7 +100,7 @@ def write_config(folder: Path, form: str, model: Path) -> Path:
     """All that a user writes."""
     config = tiny_settings(folder, model, folder, name="runs")
     config["data"] |= {
-        "logs": {"class_path": "project.data.readers.TableLogs", "init_args": write_logs(folder, form)},
+        "logs": {"class_path": "project.data.logs.TableLogs", "init_args": write_logs(folder, form)},
         "protocol": {"split": "given", "label": None},
         "prompt": PROMPT,
         "context_tokens": 160,
@@ -168,7 +168,7 @@ def test_fit_and_test(runs: Callable[[str], Path]) -> None:
 def test_ten_lines_are_enough(run: Run, tmp_path: Path, tiny_model: Path) -> None:
     """Files and columns: labels are the log's own, the segment shows short item columns and numbers."""
     config = tiny_settings(tmp_path, tiny_model, tmp_path, name="runs")
-    logs = {"class_path": "project.data.readers.TableLogs", "init_args": write_logs(tmp_path, "csv")}
+    logs = {"class_path": "project.data.logs.TableLogs", "init_args": write_logs(tmp_path, "csv")}
     config["data"] = {"logs": logs, "retriever": "project.retrieval.ItemKNN"}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
     run("fit", "--config", tmp_path / "own.yaml")

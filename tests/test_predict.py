@@ -19,7 +19,7 @@ import pytest
 import yaml
 from world import tiny_settings
 
-from project.data.packing import Batch
+from project.data.batch import Batch
 from project.model.module import ExitRecommender
 
 Record = dict[str, Any]

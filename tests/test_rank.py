@@ -13,12 +13,12 @@ import polars as pl
 import pytest
 import torch
 
-from project.artefacts import SCORE_COLUMNS, score_table
 from project.errors import ConfigError
-from project.evaluation.scores import labelled_scores
+from project.evaluation.result import labelled_scores
 from project.exits.calibration import Calibration
 from project.exits.criteria import Consistency
-from project.ranking.judge import (
+from project.rank import (
+    RankSettings,
     ScoredRequests,
     by_row,
     costs,
@@ -27,10 +27,10 @@ from project.ranking.judge import (
     overlaps,
     policies,
     policy_row,
+    rank_rows,
 )
-from project.ranking.settings import RankSettings
-from project.ranking.verb import rank_rows
 from project.report.tables import render
+from project.run import SCORE_COLUMNS, score_table
 
 
 def table(

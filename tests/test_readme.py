@@ -9,9 +9,8 @@ import polars as pl
 import pytest
 import yaml
 
-from project.data.interactions import build_interactions
-from project.data.readers import TableLogs
-from project.data.splits import Protocol, apply_protocol
+from project.data.logs import TableLogs
+from project.data.protocol import Protocol, apply_protocol, build_interactions
 from project.report.tables import TABLE, fill_tables
 
 ROOT = Path(__file__).parents[1]
@@ -63,8 +62,8 @@ def test_tree_is_complete() -> None:
     assert inside == {f"{p.parent.name}/" for p in (ROOT / "project").glob("*/__init__.py")}
     top = {line.split()[0] for line in tree if not line.startswith(" ")}
     assert top == {"project/", "configs/", "notebooks/", "docs/", "tests/", "results/", "research/"}
-    assert "`leave` in `project/exits/policies.py`" in README
-    assert (ROOT / "project/exits/policies.py").read_text().count("\ndef leave(") == 1
+    assert "`leave` in `project/exits/policy.py`" in README
+    assert (ROOT / "project/exits/policy.py").read_text().count("\ndef leave(") == 1
 
 
 def test_paths_exist() -> None:

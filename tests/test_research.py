@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from project.artefacts import read_result
+from project.run import read_result
 
 ROOT = Path(__file__).parents[1]
 

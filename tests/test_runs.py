@@ -17,12 +17,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-import project.engine.verb as engine_verb
-from project.artefacts import read_checkpoint
-from project.callbacks.run_folder import RunLogger, WholeCheckpoints
+import project.engine.predict as engine_verb
+from project.callbacks import RunLogger, WholeCheckpoints
 from project.data.requests import Refused, Request, Requests
-from project.engine.verb import parts_of, run_early_exit
+from project.engine.predict import parts_of, run_early_exit
 from project.errors import CheckpointError, ConfigError
+from project.run import read_checkpoint
 from project.trainer import ProjectTrainer
 
 Run = Callable[..., None]

@@ -11,8 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from project.callbacks.wandb_artifacts import aliased
-from project.tracking import Tracking, key_is_known
+from project.tracking import Tracking, aliased, key_is_known
 
 
 @pytest.fixture(autouse=True)

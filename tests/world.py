@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from project.data.interactions import build_interactions
-from project.data.prompts import Prompt, PromptEncoder
-from project.data.readers import TableLogs
-from project.data.splits import Protocol, SplitInteractions, apply_protocol
-from project.data.streams import Streams, build_streams
+from project.data.logs import TableLogs
+from project.data.prompt import Prompt, PromptEncoder
+from project.data.protocol import Protocol, SplitInteractions, apply_protocol, build_interactions
+from project.data.stream import Streams, build_streams
 
 SEGMENT = "{title} all{item_percent} near{vote_number+item_count_number}:"  # text, and numbers in a token of their own
 EMPTY_EVIDENCE = {
@@ -82,7 +81,7 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
     return {
         "seed_everything": 0,
         "data": {
-            "logs": {"class_path": "project.data.readers.TableLogs", "init_args": files},
+            "logs": {"class_path": "project.data.logs.TableLogs", "init_args": files},
             "retriever": "project.retrieval.ItemKNN",
             "protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2], "label": "rating > 3"},
             "prompt": {"segment": SEGMENT},

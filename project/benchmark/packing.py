@@ -20,13 +20,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModel
 
-from project.artefacts import result_head, write_json
-from project.data.batches import TrainSampler
-from project.data.packing import Batch, pack
-from project.data.sources import resolve_model
-from project.data.streams import Streams
-from project.data.windows import Window
-from project.model.trunk import NumberEmbedding, Trunk
+from project.data.batch import Batch, TrainSampler, pack
+from project.data.download import resolve_model
+from project.data.stream import Streams, Window
+from project.model.backbone import NumberEmbedding, Trunk
+from project.run import result_head, write_json
 
 if TYPE_CHECKING:
     from project.datamodule import InteractionData

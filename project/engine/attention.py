@@ -1,10 +1,4 @@
-"""Serving attention: stream queries over the stream, candidate queries over the stream and themselves.
-
-Unusual here: no mask and no copy of keys for candidates. Everything a candidate sees of the stream it sees whole, so
-all candidates of a request are one long unmasked query over the stream's keys; what they see of themselves is one
-small causal call over all candidates of the batch, padded; the two softmaxes are joined by their log-sum-exps, as
-FlashAttention (Dao et al. 2022) joins blocks. Shapes: T tokens in a row, streams first; heads and dim as the trunk's.
-"""
+"""The engine's attention: candidates read a shared history and themselves, never each other."""
 
 from __future__ import annotations
 
@@ -19,10 +13,121 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from project.data.ragged import within
-from project.engine.prepared import StreamTokens
-from project.engine.survivors import Row
+from project.data.ragged import IntArray, offsets_of, within
+from project.engine.requests import StreamTokens
 from project.layout import Tokens, visible
+from project.model.backbone import Trunk
+
+
+class RotaryTable:
+    """Cosines and sines of positions 0, 1, ..., as the trunk makes them.
+
+    Args:
+        trunk: Its rotary embedding, device and type.
+    """
+
+    def __init__(self, trunk: Trunk) -> None:
+        self._trunk = trunk
+        self._pair: tuple[Tensor, Tensor] | None = None
+
+    def at(self, position: IntArray) -> tuple[Tensor, Tensor]:
+        """Those of T positions, (1, T, head dim) each.
+
+        Args:
+            position: (T,) at least one, from 0.
+        """
+        weight = self._trunk.embed_tokens.weight
+        farthest = int(position.max())
+        if self._pair is None or self._pair[0].shape[0] <= farthest:
+            every = torch.arange(2 * (farthest + 1), device=weight.device)
+            cos, sin = self._trunk.rotary_emb(weight, position_ids=every[None])
+            self._pair = cos[0], sin[0]
+        place = torch.from_numpy(position).to(weight.device, non_blocking=True)
+        cos, sin = (x.index_select(0, place)[None] for x in self._pair)
+        return cos, sin
+
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Places in a row of T tokens.
+
+    Attributes:
+        requests: (r,) live requests, ascending.
+        stream: (r,) stream tokens of each that run; cached ones do not.
+        candidates: (m,) live candidates, ascending, so request by request.
+        own: (m,) tokens of each candidate.
+        owner: (m,) which of the r requests each belongs to.
+    """
+
+    requests: IntArray
+    stream: IntArray
+    candidates: IntArray
+    own: IntArray
+    owner: IntArray
+
+    @classmethod
+    def of(cls, requests: IntArray, stream: IntArray, candidates: IntArray, own: IntArray) -> Row:
+        """The candidates named, and their requests.
+
+        Args:
+            requests: (m,) request of each candidate, not decreasing.
+            stream: (R,) stream tokens of every request of the batch.
+            candidates: (m,).
+            own: (m,) tokens of each candidate.
+        """
+        live, owner = np.unique(requests, return_inverse=True)
+        return cls(live, stream[live], candidates, own, owner.astype(np.int64))
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return int(self.stream.sum() + self.own.sum())
+
+    @property
+    def streams(self) -> IntArray:
+        """(r + 1,) where each stream starts; the last entry is where candidates begin."""
+        return offsets_of(self.stream)
+
+    @property
+    def starts(self) -> IntArray:
+        """(m + 1,) where each candidate starts; the last entry is T."""
+        return offsets_of(self.own) + int(self.stream.sum())
+
+    @property
+    def slots(self) -> IntArray:
+        """(m,) where each candidate's answer slot stands: at its last token."""
+        return self.starts[1:] - 1
+
+    def members(self) -> list[tuple[int, int]]:
+        """Per live request, the range of its candidates among the m."""
+        return list(pairwise(offsets_of(np.bincount(self.owner, minlength=len(self.requests))).tolist()))
+
+    def tokens_of(self) -> IntArray:
+        """(r,) tokens of each live request, its stream's included."""
+        own = np.bincount(self.owner, weights=self.own, minlength=len(self.requests))
+        return self.stream + own.astype(np.int64)
+
+    def keep(self, stays: Bools) -> Row:
+        """The row of the candidates that stay, (m,) bool; a request without one is gone, stream and all."""
+        live, owner = np.unique(self.owner[stays], return_inverse=True)
+        return Row(
+            self.requests[live],
+            self.stream[live],
+            self.candidates[stays],
+            self.own[stays],
+            owner.astype(np.int64),
+        )
+
+    def index(self, stays: Bools, streams: bool = True) -> IntArray:
+        """Where the tokens of `keep(stays)` stand in this row; without the streams' tokens if not `streams`."""
+        live = np.unique(self.owner[stays]) if streams else np.zeros(0, dtype=np.int64)
+        first = np.concatenate([self.streams[live], self.starts[:-1][stays]])
+        length = np.concatenate([self.stream[live], self.own[stays]])
+        return np.repeat(first, length) + within(length)
+
 
 BLOCK = 256  # stream queries in one call: masks stay small, and keys behind the block are not read
 

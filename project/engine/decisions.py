@@ -15,10 +15,9 @@ from torch import Tensor
 
 from project.errors import ConfigError
 from project.exits.calibration import Calibration
-from project.exits.criteria import Ratio
-from project.exits.outputs import HeadOutputs
+from project.exits.criteria import HeadOutputs, Ratio
 from project.exits.plan import ExitPlan
-from project.exits.policies import Policy
+from project.exits.policy import Policy
 from project.exits.top_k import TopK
 
 

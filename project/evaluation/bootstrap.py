@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from project.evaluation.metrics import Floats, Ints, Pairs, auc, checked, probabilities, row_log_loss
+from project.metrics import Floats, Ints, Pairs, auc, checked, probabilities, row_log_loss
 
 CHUNK_ELEMENTS = 2_000_000  # rows times draws held at once: 16 MB an array
 

@@ -7,16 +7,16 @@ from project.exits.calibration import Calibration, fit_calibration
 from project.exits.criteria import (
     Consistency,
     Criterion,
+    HeadOutputs,
     ItemCount,
+    Learned,
     Ratio,
     RatioConsistency,
     out_of_fold_safety,
     safety_table,
 )
-from project.exits.learned import Learned
-from project.exits.outputs import HeadOutputs
-from project.exits.path import Path, Step, threshold_path
-from project.exits.policies import FixedDepth, Oracle, Policy, RandomExit, leave
+from project.exits.policy import FixedDepth, Oracle, Policy, RandomExit, leave
+from project.exits.search import Path, Step, threshold_path
 from project.exits.top_k import TopK
 
 __all__ = [

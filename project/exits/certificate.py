@@ -22,7 +22,7 @@ from scipy.special import logsumexp
 from scipy.stats import rankdata
 
 from project.errors import ConfigError, DataError
-from project.evaluation.metrics import PROBABILITY_FLOOR, probabilities, row_log_loss
+from project.metrics import PROBABILITY_FLOOR, probabilities, row_log_loss
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]

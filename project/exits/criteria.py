@@ -1,18 +1,14 @@
-"""Criteria: how safe is it that a row leaves at this head? Higher is safer, row by row.
-
-Unusual here: a criterion decides nothing; thresholds on its safety do (see `policies`). It is blind to the
-rest of the batch and to later heads, so an engine that runs rows in any company gets the same answer. In a
-binary task maximum probability, margin, entropy and the ratio of the two classes order rows alike: they are
-one criterion, `Ratio`.
-"""
+"""Exit criteria: how sure the heads are that a candidate may leave, one number a head."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,9 +16,61 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from project.counting import FEATURES
 from project.errors import ConfigError, DataError
-from project.exits.outputs import HeadOutputs
+from project.features import FEATURES
+from project.metrics import PROBABILITY_FLOOR
+
+
+@dataclass(frozen=True, eq=False)
+class HeadOutputs:
+    """Calibrated outputs of n rows at K heads.
+
+    Attributes:
+        layers: (K,) layer of each head, ascending; 0 is the prior, which runs before the trunk.
+        logits: (n, K) calibrated logits, float32 or float64.
+        evidence: (n, F) numbers known before the trunk runs (log counts, rates); F may be 0.
+    """
+
+    layers: tuple[int, ...]
+    logits: Tensor
+    evidence: Tensor
+
+    def __post_init__(self) -> None:
+        n, heads = self.logits.shape
+        if len(self.layers) != heads:
+            raise ValueError(f"{len(self.layers)} layers, but logits of shape {(n, heads)}")
+        if self.evidence.ndim != 2 or self.evidence.shape[0] != n:
+            raise ValueError(f"{n} rows of logits, but evidence of shape {tuple(self.evidence.shape)}")
+        if any(a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)):
+            raise ValueError(f"layers must ascend, found {self.layers}")
+
+    @classmethod
+    def of(cls, layers: Sequence[int], logits: Tensor, evidence: Tensor | None = None) -> HeadOutputs:
+        """The evidence in the type of the logits; None is F = 0. Arguments as the attributes."""
+        known = logits.new_zeros(logits.shape[0], 0) if evidence is None else evidence.to(logits)
+        return cls(tuple(layers), logits, known)
+
+    @property
+    def heads(self) -> int:
+        """K, the number of heads that have spoken."""
+        return len(self.layers)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(n, K) probabilities as emitted: sigmoid, clipped to [.001, .999]."""
+        return torch.sigmoid(self.logits).clamp(PROBABILITY_FLOOR, 1.0 - PROBABILITY_FLOOR)
+
+    def until(self, k: int) -> HeadOutputs:
+        """Heads 0..k only: what is known when the rows stand at head k."""
+        if not 0 <= k < self.heads:
+            raise ValueError(f"head {k} of {self.heads}")
+        end = k + 1
+        return HeadOutputs(self.layers[:end], self.logits[:, :end], self.evidence)
+
+    def rows(self, index: Tensor) -> HeadOutputs:
+        """The rows of `index`: (m,) positions or a mask (n,)."""
+        return HeadOutputs(self.layers, self.logits[index], self.evidence[index])
+
 
 ITEM_ROWS = FEATURES.index("item_rows")
 TRIED_ROWS = 64  # made-up rows that a criterion of one's own is tried on when settings are read
@@ -289,3 +337,91 @@ def _refused(criterion: Criterion, outputs: HeadOutputs, found: str) -> ConfigEr
 
 def _path(kind: type) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+SMALLEST_DRIFT = 1e-3  # probabilities are clipped at .001: smaller changes are not told apart
+LARGEST = 4.0  # standardised features are clipped here: squares of outliers would rule
+DERIVED = 4
+
+
+class Learned(Criterion):
+    """Minus the predicted drift |p_last - p_k|, from the heads so far and the evidence.
+
+    Features of head k: its logits and all earlier ones, |logit_k|, p_k (1 - p_k), log of the last and of the
+    largest change of probability, the evidence numbers; standardised.
+
+    Args:
+        ridge: Penalty on the squared weights of the standardised basis, in rows: 100 counts as much as a
+            hundred rows that say no feature matters.
+    """
+
+    learns = True
+    _fitted = ("center", "scale", "weight", "intercept")
+
+    def __init__(self, ridge: float = 100.0) -> None:
+        if not 0 < ridge < math.inf:
+            raise ConfigError(f"learned: ridge is {ridge}, expected a penalty above 0")
+        self.ridge = ridge
+
+    def fit(self, outputs: HeadOutputs) -> None:
+        """Fit every head but the last."""
+        n, heads = outputs.logits.shape
+        if n < 2 or heads < 2:
+            raise DataError(
+                f"learned needs rows and heads of the fold tune to learn from, found {n} rows and {heads} heads; "
+                "use more validation data or a criterion that does not learn"
+            )
+        width = outputs.evidence.shape[1] + DERIVED + heads
+        probabilities = outputs.probabilities.double()
+        drift = (probabilities[:, :-1] - probabilities[:, -1:]).abs()
+        fitted = [
+            self._fit_head(_features(outputs.until(k), width).double(), drift[:, k]) for k in range(heads - 1)
+        ]
+        self._center, self._scale, self._weight, self._intercept = map(torch.stack, zip(*fitted, strict=True))
+
+    def safety(self, outputs: HeadOutputs) -> Tensor:
+        """(n,), about [-1, 0]: a prediction may be off by being negative. Asked of all heads but the last."""
+        center, scale, weight, offset = (
+            self._tensor(key)[outputs.heads - 1].to(outputs.logits) for key in self._fitted
+        )
+        return -(_basis(_features(outputs, center.numel()), center, scale) @ weight + offset)
+
+    def _fit_head(self, features: Tensor, drift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        center, scale = features.mean(dim=0), inverse_spread(features)
+        basis = _basis(features, center, scale)
+        mean, basis_scale = basis.mean(dim=0), inverse_spread(basis)
+        design = (basis - mean) * basis_scale
+        penalty = self.ridge * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
+        weight = (
+            torch.linalg.solve(design.T @ design + penalty, design.T @ (drift - drift.mean())) * basis_scale
+        )
+        return center, scale, weight, drift.mean() - mean @ weight
+
+
+def _features(outputs: HeadOutputs, width: int) -> Tensor:
+    """(n, width): evidence, derived numbers, logits so far; zeros up to F + DERIVED + K, so that heads stack."""
+    probabilities = outputs.probabilities
+    now = probabilities[:, -1]
+    changes = probabilities.diff(dim=1).abs() if outputs.heads > 1 else torch.zeros_like(probabilities)
+    derived = [
+        outputs.logits[:, -1].abs(),
+        now * (1 - now),
+        (changes[:, -1] + SMALLEST_DRIFT).log(),
+        (changes.amax(dim=1) + SMALLEST_DRIFT).log(),
+    ]
+    known = torch.cat([outputs.evidence, torch.stack(derived, dim=1), outputs.logits], dim=1)
+    return torch.nn.functional.pad(known, (0, width - known.shape[1]))
+
+
+def _basis(features: Tensor, center: Tensor, scale: Tensor) -> Tensor:
+    """Standardised features and all their products of two, (n, width (width + 3) / 2)."""
+    x = ((features - center) * scale).clamp(-LARGEST, LARGEST)
+    first, second = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
+    return torch.cat([x, x[:, first] * x[:, second]], dim=1)
+
+
+def inverse_spread(values: Tensor) -> Tensor:
+    """1 / standard deviation of each column, 0 for a constant one."""
+    spread = values.std(dim=0)
+    varies = spread > 1e-6 * (1 + values.mean(dim=0).abs())
+    return torch.where(varies, 1 / torch.where(varies, spread, 1.0), 0.0)

@@ -1,18 +1,14 @@
-"""The exit plan: everything a calibrated run has decided about exits, frozen: calibration, criterion, thresholds.
-
-Unusual here: validation, test, predict and the engine all ask this one object, and nothing in it can change after the
-`certify` fold was read. Where a run uses exit 0, it is head 0 and its logit enters every head's calibration; without
-a prior the plan does not know exit 0 at all.
-"""
+"""The exit plan: criterion, thresholds, calibration and certificate of a run, as settings and as a file."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -22,9 +18,93 @@ from torch import Tensor
 
 from project.errors import ConfigError
 from project.exits.calibration import Calibration
-from project.exits.criteria import Criterion, name
-from project.exits.outputs import HeadOutputs
-from project.exits.policies import Policy
+from project.exits.certificate import CertificateSettings
+from project.exits.cost import Stream
+from project.exits.criteria import (
+    Consistency,
+    Criterion,
+    HeadOutputs,
+    ItemCount,
+    Learned,
+    Ratio,
+    RatioConsistency,
+    name,
+    try_out,
+)
+from project.exits.policy import Policy
+
+Prior = Literal["counting", "none"]
+Mode = Literal["budget", "risk"]
+
+
+def all_criteria() -> list[Criterion]:
+    """One of each criterion, unfitted."""
+    return [Ratio(), Consistency(), RatioConsistency(), Learned(), ItemCount()]
+
+
+@dataclass
+class ExitSettings:
+    """How exits are calibrated.
+
+    Args:
+        criterion: The criterion that decides; None takes the best of `compare` on `tune`.
+        compare: Criteria whose curves are drawn; None compares all there are.
+        prior: counting lets candidates leave before the first layer and enters every head's calibration; none does not.
+        mode: budget takes the fastest step within the budget on `tune`; risk takes the last certified step.
+        max_auc_drop: Budget: AUC on `tune` that may be lost against full depth.
+        alpha: Budget: chance that the AUC drop is above max_auc_drop after all, in (0, 0.5]; less is slower.
+        max_cost: Budget: share of full depth's token-layers that may be spent; None sets no limit.
+        stream: Whether a request's history runs with it (cold) or is cached (warm): what a token costs.
+        certificate: What is promised, and tested on the `certify` fold; None makes no certificate, so not in risk mode.
+    """
+
+    criterion: Criterion | None = None
+    compare: list[Criterion] | None = None
+    prior: Prior = "counting"
+    mode: Mode = "budget"
+    max_auc_drop: float | None = 0.002
+    alpha: float = 0.1
+    max_cost: float | None = None
+    stream: Stream = "cold"
+    certificate: CertificateSettings | None = field(default_factory=CertificateSettings)
+
+    def __post_init__(self) -> None:
+        if self.max_auc_drop is None and self.max_cost is None:
+            raise ConfigError(
+                "exits.max_auc_drop and exits.max_cost are both null; expected at least one: without a limit the "
+                "fastest policy is no model at all. Set exits.max_auc_drop, for example to 0.002."
+            )
+        if self.certificate is not None and self.certificate.risk == "overlap_loss":
+            raise ConfigError(
+                "exits.certificate.risk: overlap_loss is a risk of `rank`, not of score requests"
+            )
+        if self.mode == "risk" and self.certificate is None:
+            raise ConfigError(
+                "exits.certificate is null in mode risk, where it decides; set it, or mode to budget."
+            )
+        if self.max_auc_drop is not None and not 0 <= self.max_auc_drop < math.inf:
+            raise ConfigError(
+                f"exits.max_auc_drop is {self.max_auc_drop}; expected a number from 0 on, or null."
+            )
+        if not 0 < self.alpha <= 0.5:
+            raise ConfigError(f"exits.alpha is {self.alpha}; expected a chance above 0 and at most 0.5.")
+        if self.max_cost is not None and not 0 < self.max_cost <= 1:
+            raise ConfigError(f"exits.max_cost is {self.max_cost}; expected a share above 0 and at most 1.")
+        for criterion in filter(None, [self.criterion, *(self.compare or [])]):
+            try_out(criterion, prior=self.prior == "counting")
+
+    def criteria(self) -> list[Criterion]:
+        """The criteria to compare, the deciding one first if it is set."""
+        compared = all_criteria() if self.compare is None else list(self.compare)
+        if self.criterion is None:
+            if not compared:
+                raise ConfigError(
+                    "exits.compare is empty and exits.criterion null; expected at least one criterion."
+                )
+            return compared
+        same = [c for c in compared if type(c) is not type(self.criterion)]
+        return [self.criterion, *same]
+
 
 Floats = NDArray[np.float64]
 
@@ -169,3 +249,64 @@ def _criterion(spec: Mapping[str, Any]) -> Criterion:
         )
     made: Criterion = found(**spec["init_args"])
     return made
+
+
+def asked_of_fold(settings: ExitSettings) -> dict[str, Any]:
+    """By YAML key, what is promised and what decides which policies are tested for it, in which order.
+
+    Budget and prior choose these policies on `tune`: with others, another policy asks the same fold. What has no part
+    in the choice is left out.
+
+    Args:
+        settings: A run's.
+    """
+    compared = settings.criteria() if settings.criterion is None else [settings.criterion]
+    found: dict[str, Any] = {
+        "criterion": [_in_short(criterion) for criterion in compared],
+        **{key: getattr(settings, key) for key in ("mode", "prior", "stream")},
+    }
+    if (
+        settings.mode == "budget" or len(compared) > 1
+    ):  # risk walks the whole path of a criterion that is given
+        found |= {key: getattr(settings, key) for key in ("max_auc_drop", "alpha", "max_cost")}
+    if settings.certificate is not None:
+        found |= {f"certificate.{key}": value for key, value in asdict(settings.certificate).items()}
+    return {f"exits.{key}": value for key, value in found.items()}
+
+
+def admit(
+    issued: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], protocol_hash: str
+) -> list[dict[str, Any]]:
+    """The ledger with one more certificate; the identical one is recorded once.
+
+    Args:
+        issued: `ledger` of the run's result file.
+        settings: All that decides what is tested, by YAML key. Keys that an issued certificate does not have are not
+            held against it.
+        protocol_hash: Hash of the protocol whose `certify` fold is read.
+
+    Raises:
+        ConfigError: A certificate with other settings was issued on the fold.
+    """
+    new = {"protocol_hash": protocol_hash, "settings": dict(settings)}
+    ledger: list[dict[str, Any]] = []
+    for record in (*issued, new):
+        if record not in ledger:
+            ledger.append(dict(record))
+        if record["protocol_hash"] != protocol_hash:
+            continue
+        was = record["settings"]
+        changed = [k for k, value in settings.items() if k in was and was[k] != value]
+        if changed:
+            said = ", ".join(f"{key} {was[key]!r} -> {settings[key]!r}" for key in changed)
+            raise ConfigError(
+                f"a certificate was already issued on this certify fold with other settings ({said}): asking twice "
+                "voids delta. Keep the settings, or train a new run and fix them before the fold is read"
+            )
+    return ledger
+
+
+def _in_short(criterion: Criterion) -> str:
+    """Such as consistency(heads=2)."""
+    arguments = specification(criterion)["init_args"]
+    return f"{name(criterion)}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from project.errors import ConfigError, DataError
-from project.exits.outputs import HeadOutputs
+from project.exits.criteria import HeadOutputs
 
 
 class TopK:

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from project.errors import ConfigError
-from project.model.trunk import NumberEmbedding, Trunk
+from project.model.backbone import NumberEmbedding, Trunk
 
 
 @dataclass

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from project.artefacts import read_checkpoint
 from project.errors import ConfigError
+from project.run import read_checkpoint
 
 # rank 0 has everything, the others what they are sent
 WHOLE = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from project.errors import DataError
-from project.evaluation.metrics import ece, probabilities
+from project.metrics import ece, probabilities
 from project.report.format import number
 
 Floats = NDArray[np.float64]

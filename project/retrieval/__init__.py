@@ -2,8 +2,8 @@
 
 from project.retrieval.base import Retriever
 from project.retrieval.controls import ItemKNN, NoRetriever, RandomRetriever
-from project.retrieval.evidence import evidence_tables, evidence_warnings, request_evidence
 from project.retrieval.factorisation import Taste
+from project.retrieval.features import evidence_tables, evidence_warnings, request_evidence
 from project.retrieval.lightgcn import LightGCN, VectorRetriever
 from project.retrieval.text import LLMEmbedding, TextEncoder
 

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from project.data.splits import SPLITS, SplitInteractions
+from project.data.protocol import SPLITS, SplitInteractions
 from project.errors import ConfigError
 from project.retrieval.base import IntArray, Snapshot
 from project.retrieval.walk import (

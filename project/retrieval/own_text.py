@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from project.data.splits import SPLITS, SplitInteractions
+from project.data.protocol import SPLITS, SplitInteractions
 from project.retrieval.walk import WalkRows, cached_folder, questions_by_user, tables_by_split
 
 SHRINK = 0.5  # so many squared similarities of nothing are added

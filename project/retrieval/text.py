@@ -22,13 +22,12 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from project.artefacts import sha256_of
-from project.data.sources import SOURCES, default_cache, resolve_model
+from project.data.download import SOURCES, default_cache, quiet_loading, resolve_model
 from project.errors import ConfigError
-from project.quiet import quiet_loading
 from project.retrieval.base import Edges, FloatArray, IntArray
 from project.retrieval.lightgcn import VectorRetriever
 from project.retrieval.walk import cached_folder
+from project.run import sha256_of
 
 BATCH_TEXTS = 64
 _AUTO: Any = AutoModel  # its constructors are not typed
@@ -41,7 +40,7 @@ class MeanPooling:
     On a GPU where there is one.
 
     Args:
-        model: A key of project.data.sources.SOURCES, a Hugging Face folder, or a name on its hub.
+        model: A key of project.data.download.SOURCES, a Hugging Face folder, or a name on its hub.
         max_tokens: A text is cut after so many tokens.
         num_layers: Use only the first so many layers; None is all of them.
         key: Name of the argument that `model` came from, for messages.

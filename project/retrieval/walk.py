@@ -32,8 +32,8 @@ import polars as pl
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from project.data.sources import remove_orphans
-from project.data.splits import SPLITS, SplitInteractions
+from project.data.download import remove_orphans
+from project.data.protocol import SPLITS, SplitInteractions
 from project.errors import ConfigError
 from project.retrieval.base import Edges, FloatArray, IntArray, Neighbours, Raters, Retriever, Snapshot
 

@@ -15,19 +15,18 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from project.artefacts import read_result
 from project.benchmark import packing as benchmark
 from project.benchmark.packing import prompts_of, run_packing
-from project.data.batches import TrainSampler
-from project.data.packing import Batch, pack
-from project.data.prompts import Prompt
+from project.data.batch import Batch, TrainSampler, pack
+from project.data.logs import TableLogs
+from project.data.prompt import Prompt
 from project.data.protocol import Protocol
-from project.data.readers import TableLogs
-from project.data.streams import Streams
+from project.data.stream import Streams
 from project.datamodule import InteractionData
+from project.model.backbone import Trunk
 from project.model.module import ExitRecommender
-from project.model.trunk import Trunk
 from project.retrieval import ItemKNN
+from project.run import read_result
 
 CONTEXT_TOKENS, BATCH_TOKENS = 128, 512
 

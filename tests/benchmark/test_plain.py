@@ -10,16 +10,15 @@ import pytest
 import torch
 from example_engine import LAYERS, make_module, random_request
 
-from project.benchmark.plain import Pointwise, SharedPrefix, library_model
+from project.benchmark.transformers import Pointwise, SharedPrefix, library_model
 from project.data.ragged import Ragged
 from project.engine import Engine, PreparedRequest, RowExits, StreamTokens
 from project.errors import ConfigError
 from project.exits.calibration import Calibration
 from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
-from project.exits.policies import Policy
-from project.model.lora import LoraSettings
-from project.model.module import ExitRecommender
+from project.exits.policy import Policy
+from project.model.module import ExitRecommender, LoraSettings
 
 RUNNERS: dict[str, Callable[..., Pointwise | SharedPrefix]] = {
     "pointwise": Pointwise,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from project.benchmark import requests
+from project.benchmark import engine as requests
 from project.errors import ConfigError, NotFittedError
 
 

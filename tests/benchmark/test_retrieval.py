@@ -8,17 +8,25 @@ import numpy as np
 import polars as pl
 import pytest
 
-from project.artefacts import read_result
-from project.benchmark.retrieval import FEWEST, rivals_of, run_retrieval, vote_worth
-from project.benchmark.retrieval_sides import ROUNDS, InTurns, Side, sides_of
+from project.benchmark.retrieval import (
+    FEWEST,
+    ROUNDS,
+    InTurns,
+    Side,
+    rivals_of,
+    run_retrieval,
+    sides_of,
+    vote_worth,
+)
+from project.data.logs import TableLogs
 from project.data.protocol import Protocol
-from project.data.readers import TableLogs
 from project.datamodule import InteractionData
 from project.errors import DataError
-from project.floors.quick import fit_floors, floor_rows
+from project.evaluation.baselines import fit_floors, floor_rows
 from project.retrieval import ItemKNN, LightGCN, LLMEmbedding, TextEncoder, VectorRetriever
 from project.retrieval.base import FloatArray, IntArray
 from project.retrieval.walk import WalkRows, walk
+from project.run import read_result
 
 REFITS = 5
 

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 from example_engine import make_module, random_request
 
-from project.benchmark import sides as sides_module
-from project.benchmark.cases import Case, cases
-from project.benchmark.limits import Limits
-from project.benchmark.rows import Against, ratio_interval, side_row
-from project.benchmark.sides import Side, Unit, run_rounds
+from project.benchmark import contenders as sides_module
+from project.benchmark.contenders import Case, Side, Unit, cases, run_rounds
+from project.benchmark.engine import Against, Limits, ratio_interval, side_row
 from project.engine import PreparedRequest, Scored, Scores
 from project.report.tables import render
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from project.data.readers import RAW_SCHEMA, RawLogs
+from project.data.logs import RAW_SCHEMA, RawLogs
 
 Row = tuple[str, str, float, float]
 MakeLogs = Callable[..., RawLogs]

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from world import read_split, streams_without_evidence
 
-from project.data.batches import (
+from project.data.batch import (
     EvaluationSampler,
     PackedLoader,
     TrainSampler,
     share_out,
     window_tokens,
 )
-from project.data.splits import Protocol
-from project.data.streams import Streams
+from project.data.protocol import Protocol
+from project.data.stream import Streams
 
 
 @pytest.fixture(scope="module")

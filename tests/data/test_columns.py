@@ -3,7 +3,7 @@ from datetime import UTC, date, datetime, timedelta, timezone
 import polars as pl
 import pytest
 
-from project.data.columns import finite_number, ids, plain_text, refuse, seconds
+from project.data.tables import finite_number, ids, plain_text, refuse, seconds
 from project.errors import DataError
 
 MAY_2 = 86_400 * (365 + 31 + 28 + 31 + 30 + 1)  # seconds from 1970 to 1971-05-02

@@ -9,10 +9,8 @@ from typing import Any
 import polars as pl
 import pytest
 
-from project.data.contract import checked
-from project.data.interactions import build_interactions
-from project.data.protocol import Protocol
-from project.data.readers import RAW_SCHEMA, RawLogs
+from project.data.logs import RAW_SCHEMA, RawLogs, checked
+from project.data.protocol import Protocol, build_interactions
 from project.errors import DataError
 
 MakeLogs = Callable[..., RawLogs]

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from project.data.gguf import convert_gguf
-from project.data.sources import fetch
+from project.data.download import convert_gguf, fetch
 from project.errors import SourceError
 
 HIDDEN, HEADS, MLP, LAYERS = 32, 2, 64, 2

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from project.data.identity import check_reads, reads_of
-from project.data.prompts import Prompt
+from project.data.prompt import Prompt
+from project.datamodule import check_reads, reads_of
 from project.errors import CheckpointError
 from project.retrieval import ItemKNN, Taste
 

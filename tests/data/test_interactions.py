@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from project.data.interactions import build_interactions
-from project.data.protocol import Protocol
-from project.data.readers import RAW_SCHEMA, RawLogs
+from project.data.logs import RAW_SCHEMA, RawLogs
+from project.data.protocol import Protocol, build_interactions
 from project.errors import ConfigError, DataError
 
 MakeLogs = Callable[..., RawLogs]

@@ -11,11 +11,10 @@ import polars as pl
 import pytest
 from world import Letters, read_split, streams_without_evidence
 
-from project.data.lengths import check_items, check_streams, without_long
-from project.data.prompts import Prompt, PromptEncoder
-from project.data.readers import TableLogs
-from project.data.requests import read_requests
-from project.data.splits import Protocol, SplitInteractions
+from project.data.logs import TableLogs
+from project.data.prompt import Prompt, PromptEncoder
+from project.data.protocol import Protocol, SplitInteractions
+from project.data.requests import check_items, check_streams, read_requests, without_long
 from project.datamodule import InteractionData
 from project.errors import ConfigError, DataError
 from project.retrieval import NoRetriever

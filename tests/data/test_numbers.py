@@ -12,21 +12,24 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from world import Letters
 
-from project.counting import FEATURES, counting_features
-from project.data.numbers import (
+from project.data.prompt import (
+    EVIDENCE_FIELDS,
     LOWEST_ID,
     NUMBERS,
     SPAN,
     STEPS_A_UNIT,
+    Prompt,
+    PromptEncoder,
+    field_telling,
     fields_together,
     number_features,
     number_ids,
     read_number_ids,
     readable,
+    tells_numbers,
 )
-from project.data.prompts import EVIDENCE_FIELDS, Prompt, PromptEncoder, field_telling
-from project.data.template import tells_numbers
 from project.errors import ConfigError
+from project.features import FEATURES, counting_features
 
 ITEMS = pl.DataFrame({"item": [0, 1], "item_id": ["a", "b"], "title": ["Alien", "Brazil"]})
 

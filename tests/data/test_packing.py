@@ -7,10 +7,10 @@ from transformers import LlamaConfig
 from world import read_split, streams_without_evidence, text_of
 
 from project.benchmark.packing import prompts_of
-from project.data.packing import Batch, pack
-from project.data.splits import Protocol
-from project.data.streams import Streams
-from project.model.trunk import Trunk
+from project.data.batch import Batch, pack
+from project.data.protocol import Protocol
+from project.data.stream import Streams
+from project.model.backbone import Trunk
 
 KINDS = ("global_time", "user_time", "random", "leave_last")
 
@@ -86,7 +86,7 @@ def test_packed_equals_alone(streams: Streams) -> None:
 
 def alone_batch(streams: Streams, s: int, window: object, p: int) -> Batch:
     """One target as a window of its own: its strictly earlier context in the window, nothing else."""
-    from project.data.windows import Window
+    from project.data.stream import Window
 
     assert isinstance(window, Window)
     time = streams.timestamp[streams.offsets[s] : streams.offsets[s + 1]]

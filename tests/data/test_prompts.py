@@ -5,8 +5,7 @@ import polars as pl
 import pytest
 from transformers import AutoTokenizer
 
-from project.data.prompts import Prompt, PromptEncoder, item_columns, with_segment
-from project.data.template import tells_numbers
+from project.data.prompt import Prompt, PromptEncoder, item_columns, tells_numbers, with_segment
 from project.errors import ConfigError
 
 ITEMS = pl.DataFrame(

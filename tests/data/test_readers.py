@@ -5,8 +5,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from project.data import readers
-from project.data.readers import RAW_SCHEMA, MovieLens100K, MovieLensLatestSmall, RecBoleLogs, TableLogs
+from project.data import logs as readers
+from project.data.logs import RAW_SCHEMA, MovieLens100K, MovieLensLatestSmall, RecBoleLogs, TableLogs
 from project.errors import DataError
 
 Write = Callable[[str, str], str]

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import read_split
 
-from project.data.interactions import Interactions
+from project.data.protocol import Interactions, Protocol
 from project.data.requests import read_requests
-from project.data.splits import Protocol
 from project.errors import DataError
 
 

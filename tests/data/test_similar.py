@@ -15,16 +15,15 @@ from transformers import LlamaConfig
 from world import Letters, no_evidence, read_split, text_of
 
 from project.benchmark.packing import prompts_of
-from project.data.packing import Batch, pack
-from project.data.prompts import Prompt, PromptEncoder
-from project.data.readers import TableLogs
+from project.data.batch import Batch, pack
+from project.data.logs import TableLogs
+from project.data.prompt import Prompt, PromptEncoder
+from project.data.protocol import SPLITS, Protocol, SplitInteractions
 from project.data.requests import Request, Requests, request_streams
-from project.data.splits import SPLITS, Protocol, SplitInteractions
-from project.data.streams import Streams, build_streams
-from project.data.windows import Window
+from project.data.stream import Streams, Window, build_streams
 from project.datamodule import InteractionData
 from project.errors import ConfigError
-from project.model.trunk import Trunk
+from project.model.backbone import Trunk
 from project.retrieval import ItemKNN, LightGCN, Retriever, evidence_tables, request_evidence
 
 KINDS = ("global_time", "user_time", "random", "leave_last")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from project.data import sources
-from project.data.sources import SOURCES, Source, default_cache, fetch, resolve_model
+from project.data import download as sources
+from project.data.download import SOURCES, Source, default_cache, fetch, resolve_model
 from project.errors import SourceError
 
 

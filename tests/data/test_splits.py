@@ -9,9 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from project.data.interactions import Interactions, build_interactions
-from project.data.readers import MovieLens100K, MovieLensLatestSmall, RawLogs
-from project.data.splits import FOLDS, SPLITS, Protocol, SplitInteractions, apply_protocol
+from project.data.logs import MovieLens100K, MovieLensLatestSmall, RawLogs
+from project.data.protocol import (
+    FOLDS,
+    SPLITS,
+    Interactions,
+    Protocol,
+    SplitInteractions,
+    apply_protocol,
+    build_interactions,
+)
 from project.errors import ConfigError, DataError
 
 MakeLogs = Callable[..., RawLogs]

@@ -10,11 +10,11 @@ from pathlib import Path
 import polars as pl
 from world import Letters, no_evidence, read_split, text_of
 
-from project.data.packing import pack
-from project.data.prompts import Prompt, PromptEncoder
+from project.data.batch import pack
+from project.data.prompt import Prompt, PromptEncoder
+from project.data.protocol import Protocol
 from project.data.requests import Request, Requests, request_streams
-from project.data.splits import Protocol
-from project.data.streams import Streams, build_streams
+from project.data.stream import Streams, build_streams
 
 
 def known(rows: pl.DataFrame) -> pl.DataFrame:

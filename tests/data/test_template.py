@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from project.data.template import field_names, split_template
+from project.data.prompt import field_names, split_template
 from project.errors import ConfigError
 
 ITEM_FIELDS = ["title", "year"]

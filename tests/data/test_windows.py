@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from project.data.windows import context_starts, evaluation_windows, time_groups, training_windows
+from project.data.stream import context_starts, evaluation_windows, time_groups, training_windows
 
 
 def random_stream(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:

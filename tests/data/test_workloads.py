@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 from world import read_split
 
-from project.data.splits import Protocol, SplitInteractions
-from project.data.workloads import SCHEMA, Workload, catalogue_requests, concatenate, labelled_requests
+from project.data.protocol import Protocol, SplitInteractions
+from project.data.requests import SCHEMA, Workload, catalogue_requests, concatenate, labelled_requests
 from project.errors import ConfigError, DataError
 
 SHARES = [0.6, 0.2, 0.2]

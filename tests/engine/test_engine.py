@@ -19,15 +19,13 @@ from hypothesis import strategies as st
 
 from project.data.ragged import Ragged
 from project.engine import Engine, ListExits, RowExits, Scores, StreamCache
-from project.engine.answers import answers_of_layer
-from project.engine.batch import EngineBatch
 from project.engine.decisions import static_exits
+from project.engine.engine import EngineBatch, answers_of_layer
 from project.errors import ConfigError
 from project.exits.cost import request_cost
-from project.exits.criteria import Consistency, Criterion, Ratio, RatioConsistency
-from project.exits.learned import Learned
+from project.exits.criteria import Consistency, Criterion, Learned, Ratio, RatioConsistency
 from project.exits.plan import ExitPlan
-from project.exits.policies import Policy
+from project.exits.policy import Policy
 from project.exits.top_k import TopK
 
 CRITERIA = [Ratio(), Consistency(), RatioConsistency(), Learned()]

@@ -15,10 +15,10 @@ import yaml
 from example_engine import EXITS, World, subset
 from world import SEGMENT, tiny_settings
 
-from project.data.prompts import Prompt
+from project.data.logs import TableLogs
+from project.data.prompt import Prompt
 from project.data.protocol import Protocol
-from project.data.readers import TableLogs
-from project.engine.every_head import score_every_head
+from project.engine.engine import score_every_head
 from project.errors import DataError
 from project.exits.plan import raw_outputs
 
@@ -58,8 +58,8 @@ def test_it_is_the_table_of_predict(
 ) -> None:
     """After a tiny fit: same columns, keys, tokens and, to 1e-4, heads; ties, several users, a candidate twice."""
     from project.datamodule import InteractionData
-    from project.engine.loading import load_weights
-    from project.engine.prepared import prepare_requests
+    from project.engine.predict import load_weights
+    from project.engine.requests import prepare_requests
     from project.model.module import ExitRecommender
     from project.retrieval import ItemKNN
 

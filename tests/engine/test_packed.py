@@ -12,7 +12,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from project.engine import Engine
 from project.engine.decisions import static_exits
-from project.engine.packed import PackedLinear, copied, packed
+from project.engine.engine import PackedLinear, copied, packed
 from project.exits.criteria import Ratio
 
 

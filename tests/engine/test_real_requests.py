@@ -19,7 +19,7 @@ import torch
 import yaml
 from world import tiny_settings
 
-from project.artefacts import read_result
+from project.run import read_result
 
 pytestmark = pytest.mark.slow
 
@@ -180,8 +180,8 @@ def test_benchmark_times_lists(
     fitted: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best one of eight, cold and warm: a list is as good as its overlap, and costs no more than full depth."""
-    monkeypatch.setattr("project.benchmark.policies.LISTS", (1,))
-    monkeypatch.setattr("project.benchmark.policies.OVERLAP", 0.0)
+    monkeypatch.setattr("project.benchmark.contenders.LISTS", (1,))
+    monkeypatch.setattr("project.benchmark.contenders.OVERLAP", 0.0)
     run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1", "--sizes", "[8]")
     rows = read_result(fitted / "results" / "benchmark.json")["rows"]
     lists = [row for row in rows if row["engine"] == "top_k"]

@@ -16,7 +16,7 @@ from project.engine import Engine, PreparedRequest, RowExits, StreamCache, Strea
 from project.engine.decisions import static_exits
 from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
-from project.exits.policies import Policy
+from project.exits.policy import Policy
 
 
 def history(first: int, stop: int, tied: int = 0) -> StreamTokens:

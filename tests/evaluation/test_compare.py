@@ -8,12 +8,11 @@ import polars as pl
 import pytest
 from example_variant import tune_rows, write_variant
 
-from project.artefacts import read_result, write_table
+from project.compare import compare, read_heads, run_compare
 from project.errors import DataError
-from project.evaluation.compare import compare, run_compare
-from project.evaluation.metrics import auc
-from project.evaluation.paired import read_heads
+from project.metrics import auc
 from project.report.tables import render
+from project.run import read_result, write_table
 
 
 def with_test(run: Path) -> Path:

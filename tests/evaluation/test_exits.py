@@ -13,11 +13,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from project.artefacts import score_table
-from project.data.splits import FOLDS, ROLES, SPLITS
-from project.evaluation.exits import choose_exit, comparison, exit_rows, prior_rows
-from project.floors.against import AgainstFloor
-from project.floors.quick import Floor
+from project.data.protocol import FOLDS, ROLES, SPLITS
+from project.evaluation.baselines import AgainstFloor, Floor
+from project.evaluation.result import choose_exit, comparison, exit_rows, prior_rows
+from project.run import score_table
 
 PARTS = [("valid", "select"), ("valid", "tune"), ("valid", "certify"), ("test", None)]
 USERS = 3  # of each part

@@ -6,7 +6,7 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.metrics import log_loss as sklearn_log_loss
 
 from project.evaluation.bootstrap import UserBootstrap
-from project.evaluation.metrics import (
+from project.metrics import (
     UserAUC,
     auc,
     auc_gap,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from world import read_split
 
-from project.artefacts import SCORE_COLUMNS
-from project.data.splits import Protocol
-from project.evaluation.scores import ScoreCollector, scores_of_candidates, scores_of_rows
+from project.data.protocol import Protocol
+from project.evaluation.result import ScoreCollector, scores_of_candidates, scores_of_rows
+from project.run import SCORE_COLUMNS
 
 
 def add(collector: ScoreCollector, ids: list[int]) -> None:

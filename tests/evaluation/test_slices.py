@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from project.artefacts import score_table
-from project.evaluation.metrics import head_metrics
-from project.evaluation.slices import exit_scores_of, floor_scores_of, plan_scores_of, slice_masks, slice_rows
-from project.floors.quick import Floor
+from project.evaluation.baselines import Floor
+from project.evaluation.result import exit_scores_of, floor_scores_of, plan_scores_of, slice_masks, slice_rows
+from project.metrics import head_metrics
+from project.run import score_table
 
 HIST = [0, 4, 5, 20, 21, 3, 10, 200]
 ITEM = [0, 1, 5, 6, 20, 21, 0, 90]  # strictly earlier rows of the item

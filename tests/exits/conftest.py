@@ -8,11 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from project.evaluation.metrics import auc
 from project.exits.calibration import Calibration, fit_calibration
-from project.exits.criteria import Consistency, Criterion, ItemCount, Ratio, RatioConsistency
-from project.exits.learned import Learned
-from project.exits.outputs import HeadOutputs
+from project.exits.criteria import (
+    Consistency,
+    Criterion,
+    HeadOutputs,
+    ItemCount,
+    Learned,
+    Ratio,
+    RatioConsistency,
+)
+from project.metrics import auc
 
 LAYERS = (0, 2, 4, 6, 8, 10, 12)
 

@@ -9,13 +9,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from project.artefacts import score_table
 from project.errors import ConfigError, DataError
-from project.exits.budget import TuneFold, budget_plan
-from project.exits.calibrate import calibrate
+from project.exits.budget import TuneFold, budget_plan, calibrate
 from project.exits.criteria import ITEM_ROWS, Consistency, ItemCount, Ratio
-from project.exits.plan import ExitPlan
-from project.exits.settings import ExitSettings
+from project.exits.plan import ExitPlan, ExitSettings
+from project.run import score_table
 
 ROWS = 480
 

@@ -10,17 +10,15 @@ import polars as pl
 import pytest
 import torch
 
-from project.artefacts import score_table
 from project.errors import ConfigError, DataError
-from project.evaluation.adaptive import PlannedRows, adaptive_summary
-from project.evaluation.metrics import probabilities
-from project.exits.budget import TuneFold
-from project.exits.calibrate import calibrate
+from project.evaluation.result import PlannedRows, adaptive_summary
+from project.exits.budget import TuneFold, calibrate
 from project.exits.certificate import Certificate, CertificateSettings, certify
 from project.exits.criteria import Consistency, Ratio
-from project.exits.plan import ExitPlan, Plans
-from project.exits.policies import Policy
-from project.exits.settings import ExitSettings
+from project.exits.plan import ExitPlan, ExitSettings, Plans
+from project.exits.policy import Policy
+from project.metrics import probabilities
+from project.run import score_table
 
 ROWS = 900
 FEATURES = np.random.default_rng(5).normal(size=(ROWS, 3))

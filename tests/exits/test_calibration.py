@@ -4,8 +4,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from project.errors import DataError
-from project.evaluation.metrics import auc
 from project.exits.calibration import MINIMUM_SLOPE, fit_calibration
+from project.metrics import auc
 
 LAYERS = (0, 4, 8)
 

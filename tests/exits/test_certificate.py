@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from project.errors import ConfigError, DataError
-from project.evaluation.metrics import auc
 from project.exits.certificate import (
     RISKS,
     CertificateSettings,
@@ -25,8 +24,8 @@ from project.exits.certificate import (
     user_means,
 )
 from project.exits.criteria import Consistency, Ratio
-from project.exits.ledger import admit, asked_of_fold
-from project.exits.settings import ExitSettings
+from project.exits.plan import ExitSettings, admit, asked_of_fold
+from project.metrics import auc
 
 DELTA = 0.1
 DRIFT = CertificateSettings("score_drift", 0.05)

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from project.errors import ConfigError
-from project.exits.criteria import Criterion, safety_table, try_out
-from project.exits.learned import Learned
-from project.exits.outputs import HeadOutputs
-from project.exits.settings import ExitSettings
+from project.exits.criteria import Criterion, HeadOutputs, Learned, safety_table, try_out
+from project.exits.plan import ExitSettings
 
 
 class Mine(Criterion):

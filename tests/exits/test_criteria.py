@@ -6,14 +6,14 @@ from project.errors import ConfigError, DataError
 from project.exits.calibration import fit_calibration
 from project.exits.criteria import (
     Consistency,
+    HeadOutputs,
+    Learned,
     Ratio,
     RatioConsistency,
     name,
     out_of_fold_safety,
     safety_table,
 )
-from project.exits.learned import Learned
-from project.exits.outputs import HeadOutputs
 
 
 def logit(p):

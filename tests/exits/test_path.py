@@ -6,19 +6,22 @@ import pytest
 import torch
 
 from project.errors import DataError
-from project.evaluation.metrics import auc
 from project.exits import search as search_module
 from project.exits.calibration import fit_calibration
-from project.exits.criteria import Consistency, Ratio, out_of_fold_safety, safety_table
-from project.exits.learned import Learned
-from project.exits.path import Step, bound_margins, budget_steps, threshold_path, user_influences
-from project.exits.policies import Policy, leave
-from project.exits.simulate import (
+from project.exits.criteria import Consistency, Learned, Ratio, out_of_fold_safety, safety_table
+from project.exits.policy import Policy, leave
+from project.exits.search import (
     ScoredRows,
+    Step,
+    bound_margins,
+    budget_steps,
     control_curves,
     cost_matched_auc,
     curve,
+    threshold_path,
+    user_influences,
 )
+from project.metrics import auc
 
 CONSISTENCY, RATIO, LEARNED = Consistency(), Ratio(), Learned()
 COSTS = (0.2, 0.3, 0.45, 0.6)

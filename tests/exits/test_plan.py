@@ -12,9 +12,9 @@ import torch
 
 from project.errors import ConfigError
 from project.exits.calibration import fit_calibration
-from project.exits.learned import Learned
+from project.exits.criteria import Learned
 from project.exits.plan import ExitPlan, specification
-from project.exits.policies import Policy
+from project.exits.policy import Policy
 
 
 def test_state_round_trip(world: Any) -> None:

@@ -2,9 +2,8 @@ import pytest
 import torch
 
 from project.errors import ConfigError
-from project.exits.criteria import ItemCount, Ratio, safety_table
-from project.exits.outputs import HeadOutputs
-from project.exits.policies import FixedDepth, Oracle, Policy, RandomExit, leave
+from project.exits.criteria import HeadOutputs, ItemCount, Ratio, safety_table
+from project.exits.policy import FixedDepth, Oracle, Policy, RandomExit, leave
 
 NEVER, ALWAYS = torch.inf, -torch.inf
 

@@ -2,16 +2,16 @@ import pytest
 import torch
 
 from project.errors import DataError
-from project.evaluation.metrics import auc
-from project.exits.outputs import HeadOutputs
-from project.exits.policies import FixedDepth
-from project.exits.simulate import (
+from project.exits.criteria import HeadOutputs
+from project.exits.policy import FixedDepth
+from project.exits.search import (
     ScoredRows,
     control_curves,
     cost_matched_auc,
     curve,
     rival_depth,
 )
+from project.metrics import auc
 
 
 def small():

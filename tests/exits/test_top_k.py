@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from project.errors import ConfigError, DataError
-from project.exits.outputs import HeadOutputs
-from project.exits.policies import FixedDepth
+from project.exits.criteria import HeadOutputs
+from project.exits.policy import FixedDepth
 from project.exits.top_k import TopK, fit_margins, overlap_at_k, precision_at_k
 
 

@@ -5,9 +5,8 @@ import polars as pl
 import pytest
 
 from project.errors import DataError
+from project.evaluation.baselines import AgainstFloor, Floor
 from project.evaluation.bootstrap import UserBootstrap
-from project.floors.against import AgainstFloor
-from project.floors.quick import Floor
 
 SELECT = [1, 1, 1, 0, 0, 0, 0, 1]  # answers at floor logits 1, 1, 1, 1, -1, -1, -1, -1
 TEST = [1, 0, 1, 0, 1, 0]

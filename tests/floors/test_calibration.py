@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from project.evaluation.metrics import auc, log_loss, probabilities
-from project.floors.calibration import FloorCalibration
+from project.evaluation.baselines import FloorCalibration
+from project.metrics import auc, log_loss, probabilities
 
 
 def test_golden():

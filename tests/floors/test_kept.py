@@ -10,10 +10,11 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from project.datamodule import InteractionData
-from project.evaluation.exits import comparison
-from project.floors import kept, networks
-from project.floors.kept import kept_networks, trained_networks
-from project.floors.quick import Floor, best_floor, fit_floors, floor_scores, targets_of
+from project.evaluation import networks
+from project.evaluation import networks as kept
+from project.evaluation.baselines import Floor, best_floor, fit_floors, floor_scores, targets_of
+from project.evaluation.networks import kept_networks, trained_networks
+from project.evaluation.result import comparison
 
 NAMES = ["oracle", "liar"]
 
@@ -148,7 +149,7 @@ def test_a_kept_network_may_be_the_best(make_data):
 @pytest.mark.usefixtures("quick")
 def test_verbs_know_what_floors_has_trained(run, tiny_config, make_data, tmp_path, monkeypatch):
     """Before networks are trained fit finds nothing; test after it has them, of seed 1 none."""
-    monkeypatch.setattr("project.verbs.networks_installed", lambda: True)
+    monkeypatch.setattr("project.trainer.networks_installed", lambda: True)
     config = tiny_config()
     monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "cache"))
     run("fit", "--config", config)

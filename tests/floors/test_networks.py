@@ -13,15 +13,14 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from project import verbs
-from project.counting import FEATURES
-from project.data.interactions import Interactions
-from project.data.splits import FOLDS, ROLES, SPLITS, Protocol, SplitInteractions
+from project import trainer as verbs
+from project.data.protocol import FOLDS, ROLES, SPLITS, Interactions, Protocol, SplitInteractions
 from project.datamodule import InteractionData
 from project.errors import DataError
-from project.evaluation.metrics import auc
-from project.floors import kept, networks
-from project.floors.networks import (
+from project.evaluation import networks
+from project.evaluation import networks as kept
+from project.evaluation.baselines import Floor, best_floor, floor_rows, floor_scores
+from project.evaluation.networks import (
     BINS,
     FIRST,
     GRID,
@@ -38,9 +37,10 @@ from project.floors.networks import (
     networks_installed,
     score,
 )
-from project.floors.quick import Floor, best_floor, floor_rows, floor_scores
+from project.features import FEATURES
+from project.metrics import auc
 from project.retrieval import ItemKNN, evidence_tables
-from project.verbs import run_floors
+from project.trainer import run_floors
 
 SIZE = 300
 USERS, ITEMS = 24, 12
@@ -373,7 +373,7 @@ class TestWithTheExtra:
         They are floors like others: rows with what was chosen, and in the choice of the best floor.
         """
         split, evidence = world
-        monkeypatch.setattr("project.floors.networks.BATCH_ROWS", 128)
+        monkeypatch.setattr("project.evaluation.networks.BATCH_ROWS", 128)
         floors = network_floors(split, evidence, grid=[POINT])
         assert [floor.name for floor in floors] == ["deepfm", "dcn_v2", "din"]
         test = split.rows.filter(pl.col("split") == "test")
@@ -389,7 +389,7 @@ class TestWithTheExtra:
     def test_same_again_blind_to_test_and_to_the_callers_random_numbers(self, world, monkeypatch):
         """Another state of torch's generator and flipped test labels: valid scores are the same bit by bit."""
         split, evidence = world
-        monkeypatch.setattr("project.floors.networks.EPOCHS", 2)
+        monkeypatch.setattr("project.evaluation.networks.EPOCHS", 2)
         before = network_floors(split, evidence, splits=("valid",), grid=[POINT])
         torch.manual_seed(99)
         state = torch.get_rng_state()
@@ -408,7 +408,7 @@ class TestWithTheExtra:
         """The point of highest AUC on tune is taken, whatever other rows say, and named."""
         split, evidence = world
         monkeypatch.setattr(networks, "NETWORKS", ("deepfm",))
-        monkeypatch.setattr("project.floors.networks.EPOCHS", 1)
+        monkeypatch.setattr("project.evaluation.networks.EPOCHS", 1)
         points = [POINT, replace(POINT, embedding=2), replace(POINT, embedding=6)]
         tune = split.rows.filter((pl.col("split") == "valid") & (pl.col("fold") == "tune"))
         alone = [network_floors(split, evidence, ("valid",), grid=[point])[0] for point in points]

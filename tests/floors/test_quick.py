@@ -3,17 +3,17 @@ import polars as pl
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from project.counting import PRIOR_ROWS, counting_features
-from project.data.splits import Protocol, apply_protocol
+from project.data.protocol import Protocol, apply_protocol
 from project.errors import DataError
-from project.evaluation.metrics import auc, head_metrics
-from project.floors.quick import (
+from project.evaluation.baselines import (
     FEATURES,
     Floor,
     best_floor,
     fit_floors,
     floor_rows,
 )
+from project.features import PRIOR_ROWS, counting_features
+from project.metrics import auc, head_metrics
 
 NAMES = [
     "item_rate",
@@ -269,8 +269,8 @@ def test_movielens_anchors():
 
     That one used its own code, other smoothing and LightGBM.
     """
-    from project.data.interactions import build_interactions
-    from project.data.readers import MovieLens100K
+    from project.data.logs import MovieLens100K
+    from project.data.protocol import build_interactions
     from project.retrieval.controls import NoRetriever
     from project.retrieval.walk import WalkRows, walk
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from project.errors import ConfigError
+from project.model.backbone import Trunk
 from project.model.heads import ExitHead, answer_tokens
-from project.model.trunk import Trunk
 
 Make = Callable[..., Any]
 

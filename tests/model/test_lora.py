@@ -7,9 +7,9 @@ from torch import nn
 
 from project.errors import ConfigError
 from project.layout import Layout
+from project.model.backbone import Trunk
 from project.model.heads import ExitHead
-from project.model.lora import LoraSettings, add_lora, frozen_names
-from project.model.trunk import Trunk
+from project.model.module import LoraSettings, add_lora, frozen_names
 
 Make = Callable[..., Any]
 

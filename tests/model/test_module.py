@@ -20,14 +20,12 @@ from torch import Tensor
 from world import Letters, read_split, streams_without_evidence
 
 from project.benchmark.packing import prompts_of
-from project.data.packing import Batch, pack
-from project.data.splits import Protocol
-from project.data.streams import Streams
-from project.data.windows import Window
+from project.data.batch import Batch, pack
+from project.data.protocol import Protocol
+from project.data.stream import Streams, Window
 from project.errors import CheckpointError, ConfigError, NotFittedError
-from project.model.lora import LoraSettings
-from project.model.module import ExitRecommender, exit_loss
-from project.model.trunk import Trunk
+from project.model.backbone import Trunk
+from project.model.module import ExitRecommender, LoraSettings, exit_loss
 
 Make = Callable[..., ExitRecommender]
 EXITS = [1, 3]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from project.data.numbers import BYTE, LOWEST_ID, NUMBERS, SPAN, STEPS, STEPS_A_UNIT
-from project.model.trunk import FIRST_KNOT, KNOTS, LAST_KNOT, NumberEmbedding
+from project.data.prompt import BYTE, LOWEST_ID, NUMBERS, SPAN, STEPS, STEPS_A_UNIT
+from project.model.backbone import FIRST_KNOT, KNOTS, LAST_KNOT, NumberEmbedding
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def embedding() -> NumberEmbedding:
 
 
 def an_id(kind: int, value: float) -> int:
-    """Of a number, by the definition in project.data.numbers."""
+    """Of a number, by the definition in project.data.prompt."""
     return -(1 + round((value + SPAN) * STEPS_A_UNIT)) * BYTE**kind
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from project.errors import ConfigError
+from project.model.backbone import Trunk
 from project.model.heads import ExitHead
 from project.model.optim import OptimSettings, cosine_with_warmup, depth_rate, parameter_groups
-from project.model.trunk import Trunk
 
 SETTINGS = OptimSettings(learning_rate=1e-3, depth_slope=0.6, head_factor=5.0, weight_decay=0.1)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from project.errors import ConfigError
 from project.layout import Layout
-from project.model.trunk import FAMILIES, Trunk
+from project.model.backbone import FAMILIES, Trunk
 
 PARTS = ("sequence", "segment", "group", "context", "position")
 Make = Callable[..., Any]

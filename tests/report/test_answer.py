@@ -5,8 +5,7 @@ import copy
 import pytest
 from example_result import ABOVE, AROUND, BELOW, result
 
-from project.report.answer import decide
-from project.report.tables import render
+from project.report.tables import decide, render
 
 CASES = {
     "cheaper at equal accuracy": ({}, ("plan", "", ""), "Deploy the plan"),

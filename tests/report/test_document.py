@@ -9,11 +9,10 @@ from example_scores import Example
 from matplotlib.figure import Figure
 
 from project.errors import DataError
-from project.evaluation.metrics import probabilities
-from project.report.document import pictures, render_html, run_report, write_report
+from project.metrics import probabilities
 from project.report.format import number
 from project.report.plots import reliability_scores
-from project.report.run import read_run
+from project.report.report import pictures, read_run, render_html, run_report, write_report
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def example():
 def blank_pictures(monkeypatch):
     """Figures are made in no time, for tests of the text."""
     for name in ("pareto", "exit_share", "reliability", "depth"):
-        monkeypatch.setattr(f"project.report.document.{name}_figure", lambda *_, **__: Figure((1, 1)))
+        monkeypatch.setattr(f"project.report.report.{name}_figure", lambda *_, **__: Figure((1, 1)))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from example_run import results
 from matplotlib.colors import to_hex
 
-from project.evaluation.metrics import ece
+from project.metrics import ece
 from project.report.plots import (
     COLOURS,
     OTHER_COLOURS,

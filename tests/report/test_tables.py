@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from example_result import AROUND, result
 
-from project.artefacts import read_result
 from project.errors import ConfigError, DataError
 from project.report.format import difference, interval, number, times
 from project.report.tables import (
@@ -19,6 +18,7 @@ from project.report.tables import (
     render_beside,
     render_seconds,
 )
+from project.run import read_result
 
 RESULTS = Path(__file__).parents[2] / "results"
 

@@ -7,9 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from project.data.interactions import Interactions
-from project.data.protocol import FOLDS, ROLES, SPLITS, Protocol
-from project.data.splits import SplitInteractions
+from project.data.protocol import FOLDS, ROLES, SPLITS, Interactions, Protocol, SplitInteractions
 from project.retrieval import VectorRetriever
 from project.retrieval.base import Edges, FloatArray, Retriever
 from project.retrieval.walk import WalkRows, fit_snapshots, walk

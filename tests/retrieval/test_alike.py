@@ -9,13 +9,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from project.counting import FEATURES, counting_features
-from project.data.prompts import Prompt
-from project.data.readers import TableLogs
+from project.data.logs import TableLogs
+from project.data.prompt import Prompt
 from project.datamodule import InteractionData
 from project.errors import ConfigError
+from project.features import FEATURES, counting_features
 from project.retrieval import ItemKNN, LightGCN, VectorRetriever
-from project.retrieval.evidence import evidence_tables, request_evidence
+from project.retrieval.features import evidence_tables, request_evidence
 
 CUTS = np.array([20.0, 45.0])
 ALIKE = ["alike", "alike_weight"]

@@ -8,7 +8,7 @@ import pytest
 from jsonargparse import ArgumentParser
 from sklearn.metrics.pairwise import cosine_similarity
 
-from project.counting import FEATURES, counting_features
+from project.features import FEATURES, counting_features
 from project.retrieval import (
     ItemKNN,
     LightGCN,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from project.evaluation.metrics import auc
+from project.metrics import auc
 from project.retrieval.factorisation import Factorisation
 
 

@@ -179,9 +179,8 @@ def test_a_leaky_graph_is_noticed_on_movielens():
 
     N is fixed at 10: the row itself is one vote of N, so the same leak shows less the more neighbours vote.
     """
-    from project.data.interactions import build_interactions
-    from project.data.readers import MovieLens100K
-    from project.data.splits import Protocol, apply_protocol
+    from project.data.logs import MovieLens100K
+    from project.data.protocol import Protocol, apply_protocol, build_interactions
 
     protocol = Protocol(minimum_history=5, label="rating > 3")
     split = apply_protocol(build_interactions(MovieLens100K().read(), protocol), protocol)

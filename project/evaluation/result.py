@@ -1,0 +1,497 @@
+"""From a table of scores to the rows of a result file: exits, slices, plan, each with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from project.data.protocol import SplitInteractions
+from project.evaluation.baselines import AgainstFloor, Floor, best_floor, floor_rows, targets_of
+from project.evaluation.bootstrap import UserBootstrap
+from project.exits.certificate import row_losses
+from project.exits.cost import Stream, row_cost
+from project.exits.plan import ExitPlan, Plans
+from project.metrics import auc, head_metrics, probabilities
+from project.run import exit_layers_of, score_table
+
+Floats = NDArray[np.float64]
+
+
+class ScoreCollector(Metric):
+    """Keeps (row id, target tokens, stream tokens, what the heads said) of every scored row."""
+
+    full_state_update = False
+    ids: list[Tensor]
+    values: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("ids", default=[], dist_reduce_fx="cat")
+        self.add_state("values", default=[], dist_reduce_fx="cat")
+
+    def update(self, row_id: Tensor, target_tokens: Tensor, stream_tokens: Tensor, values: Tensor) -> None:
+        """Add n rows.
+
+        Args:
+            row_id: (n,).
+            target_tokens: (n,).
+            stream_tokens: (n,).
+            values: (n, m) one column for each thing the heads say.
+        """
+        self.ids.append(torch.stack([row_id, target_tokens, stream_tokens], dim=1))
+        self.values.append(values.float())
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Of all processes, by row id: (n, 3) ids and tokens, (n, m) values."""
+        ids, values = dim_zero_cat(self.ids), dim_zero_cat(self.values)
+        _, first = np.unique(ids[:, 0].cpu().numpy(), return_index=True)
+        index = torch.from_numpy(first).to(ids.device)
+        return ids[index], values[index]
+
+
+def scores_of_rows(
+    ids: Tensor, values: Tensor, rows: pl.DataFrame, counting: Floats, exit_layers: list[int]
+) -> pl.DataFrame:
+    """Score table of rows of the logs.
+
+    Args:
+        ids: (n, 3) from `ScoreCollector.compute`.
+        values: (n, k) logits of all heads.
+        rows: The n rows of the log.
+        counting: (n,) logits of exit 0.
+        exit_layers: The k layers.
+    """
+    columns = {name: rows[name] for name in ("row_id", "user", "split", "fold", "label")}
+    return _table(columns, ids, values, counting, exit_layers)
+
+
+def scores_of_candidates(
+    ids: Tensor, values: Tensor, candidates: pl.DataFrame, counting: Floats, exit_layers: list[int]
+) -> pl.DataFrame:
+    """Score table of the candidates of requests, with their item ids.
+
+    Args:
+        ids: (n, 3) from `ScoreCollector.compute`; the id is the position in `candidates`.
+        values: (n, k) as in `scores_of_rows`.
+        candidates: `Requests.table()`.
+        counting: (n,) logits of exit 0.
+        exit_layers: The k layers.
+    """
+    about = candidates[ids[:, 0].cpu().numpy()]
+    columns = {name: about[name] for name in ("request_id", "candidate_index")}
+    table = _table(columns, ids, values, counting, exit_layers)
+    return table.insert_column(3, about["item_id"])
+
+
+def labelled_scores(scores: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
+    """The score table of candidates with what a workload knows: user, label and row_id, in the workload's order.
+
+    Args:
+        scores: Score table of all candidates.
+        table: `Workload.table` of the same requests.
+    """
+    known, keys = ["user", "label", "row_id"], ["request_id", "candidate_index"]
+    joined = table.join(scores.drop(known), on=keys, how="left", maintain_order="left", validate="1:1")
+    return joined.select(scores.columns)
+
+
+def _table(
+    columns: dict[str, pl.Series], ids: Tensor, values: Tensor, counting: Floats, exit_layers: list[int]
+) -> pl.DataFrame:
+    tokens = ids.cpu().numpy()
+    columns |= {
+        "target_tokens": pl.Series(tokens[:, 1]),
+        "stream_tokens": pl.Series(tokens[:, 2]),
+        "logit_0": pl.Series(counting),
+    }
+    return score_table(columns, values.cpu().numpy(), exit_layers)
+
+
+DRAWS = 1000  # resamples of users behind every interval
+
+
+def exit_rows(
+    scores: pl.DataFrame, split: str, fold: str | None = None, draws: int = DRAWS
+) -> list[dict[str, Any]]:
+    """The `exits` list of a result file for one split, or one fold of validation.
+
+    Args:
+        scores: A score table.
+        split: valid or test.
+        fold: select or tune; None: the whole split.
+        draws: Resamples of users behind `auc_interval`; 0 leaves the interval out.
+    """
+    part = part_of(scores, split, fold)
+    labels, users = part["label"].to_numpy(), part["user"].to_numpy()
+    bootstrap = UserBootstrap(users, draws) if draws else None
+    rows = []
+    counting = [0] if len(part) and not part["logit_0"].null_count() else []
+    for layer in [*counting, *exit_layers_of(scores)]:
+        logits = part[f"logit_{layer}"].to_numpy().astype(np.float64)
+        row = {"layer": layer, "split": split} | ({"fold": fold} if fold else {})
+        row |= head_metrics(logits, labels, users)
+        if bootstrap:
+            row["auc_interval"] = bootstrap.auc_interval(logits, labels)
+        rows.append(row)
+    return rows
+
+
+def choose_exit(scores: pl.DataFrame) -> int | None:
+    """The exit layer of highest AUC on the `tune` fold (the shallowest of equals); None where that is undefined."""
+    tune = part_of(scores, "valid", "tune")
+    labels = tune["label"].to_numpy()
+    layers = exit_layers_of(scores)
+    values = {k: auc(tune[f"logit_{k}"].to_numpy().astype(np.float64), labels) for k in layers}
+    defined = {k: v for k, v in values.items() if v is not None}
+    return max(defined, key=lambda k: defined[k]) if defined else None
+
+
+def comparison(
+    scores: pl.DataFrame,
+    split: SplitInteractions,
+    floors: list[Floor],
+    reported: str,
+    chosen_exit: int | None,
+) -> dict[str, Any]:
+    """Everything a fit, validate or test result says about scores.
+
+    Args:
+        scores: A score table that holds the reported split.
+        split: The interactions it is about.
+        floors: Fitted floors, and kept ones.
+        reported: valid or test. Of validation the tune fold is shown; the certify fold is for certificates alone.
+        chosen_exit: The exit to compare with the best floor, see `choose_exit`.
+
+    Returns:
+        `exits`, each minus the best floor under `floor_difference` (see `AgainstFloor.difference`), `chosen_exit`,
+        `floors`, `best_floor`, and `floor_difference`, that of the chosen exit; `floor_differences` has it and the
+        one to `lr_rates`. All paired, users resampled.
+    """
+    fold = "tune" if reported == "valid" else None
+    best = best_floor(floors, split.rows)
+    exits = exit_rows(scores, reported, fold)
+    result: dict[str, Any] = {
+        "exits": exits,
+        "chosen_exit": chosen_exit,
+        "floors": floor_rows(floors, split.rows, parts=[(reported, fold)]),
+        "best_floor": best.name if best else None,
+    }
+    if best is None:
+        return result
+    part = part_of(scores, reported, fold)
+    logits = {row["layer"]: part[f"logit_{row['layer']}"].to_numpy().astype(np.float64) for row in exits}
+    rivals = [best, *(f for f in floors if f.name == "lr_rates" and f is not best)]
+    against = [AgainstFloor(rival, part["row_id"].to_numpy(), split.rows, DRAWS) for rival in rivals]
+    for row in exits:
+        row["floor_difference"] = against[0].difference(logits[row["layer"]])
+    if chosen_exit is not None:
+        differences = [{"layer": chosen_exit} | a.difference(logits[chosen_exit]) for a in against]
+        result |= {"floor_difference": differences[0], "floor_differences": differences}
+    return result
+
+
+def prior_rows(heads: Mapping[str, Floats], against: AgainstFloor) -> dict[str, Any]:
+    """One exit with counting in its calibration and without: what the exit itself adds, and what counting adds to it.
+
+    Args:
+        heads: Prior (counting, none) -> (n,) calibrated logits of the exit, on the rows of `against`.
+        against: The best floor on these rows.
+
+    Returns:
+        By prior the metrics, `auc_interval` and `floor_difference`; where there are both, `difference`, counting minus
+        none: {`value`, `interval`, `log_loss` {`value`, `interval`}}.
+    """
+    draws, labels = against.bootstrap, against.labels
+    found: dict[str, Any] = {
+        prior: head_metrics(logits, labels, against.users)
+        | {"auc_interval": draws.auc_interval(logits, labels), "floor_difference": against.difference(logits)}
+        for prior, logits in heads.items()
+    }
+    if {"counting", "none"} <= heads.keys():
+        pair = heads["counting"], heads["none"]
+        found["difference"] = draws.difference_interval(*pair, labels)
+        found["difference"]["log_loss"] = draws.log_loss_difference_interval(*pair, labels)
+    return found
+
+
+def part_of(scores: pl.DataFrame, split: str, fold: str | None) -> pl.DataFrame:
+    """Rows of one split, or of one fold of validation, of a score table."""
+    part = scores.filter(pl.col("split") == split)
+    return part if fold is None else part.filter(pl.col("fold") == fold)
+
+
+EDGES = {"history": (0, 5, 21), "item": (0, 1, 6, 21)}
+"""First value of each bucket: strictly earlier rows of the user (0 to 4, 5 to 20, more) and of the item."""
+
+SLICE_DRAWS = 200
+"""Resamples of users behind the interval of a slice's AUC: fewer than for a whole split, there are many of them."""
+
+
+def slice_masks(
+    rows: pl.DataFrame, evidence: Mapping[str, pl.DataFrame], split: str, fold: str | None = None
+) -> dict[str, pl.Series]:
+    """Which targets of a split each slice holds.
+
+    Args:
+        rows: Rows of a split (row_id, user, split, fold, role, hist).
+        evidence: Evidence tables by split (row_id, item_count: strictly earlier readable rows of the item).
+        split: train, valid or test.
+        fold: select or tune; None: the whole split.
+
+    Returns:
+        Slice name (warm_users, cold_users, history_0_4, ..., item_21_plus) -> Boolean (n,). A user is warm who has a
+        target in train, as in the manifest's cold_user_share; history is the protocol's `hist`.
+    """
+    part = targets_of(rows, split, fold)
+    warm = part["user"].is_in(targets_of(rows, "train")["user"].unique().implode())
+    masks = {"warm_users": warm, "cold_users": ~warm}
+    counts = evidence[split].select("row_id", "item_count")
+    with_counts = part.join(counts, on="row_id", how="left", maintain_order="left")
+    known = {"history": part["hist"], "item": with_counts["item_count"]}
+    for kind, edges in EDGES.items():
+        for low, above in zip(edges, [*edges[1:], None], strict=True):
+            if above is None:
+                masks[f"{kind}_{low}_plus"] = known[kind] >= low
+            else:
+                name = f"{kind}_{low}" if above == low + 1 else f"{kind}_{low}_{above - 1}"
+                masks[name] = known[kind].is_between(low, above - 1)
+    return masks
+
+
+def slice_rows(
+    rows: pl.DataFrame,
+    evidence: Mapping[str, pl.DataFrame],
+    scores: Sequence[tuple[Mapping[str, Any], Floats]],
+    split: str,
+    fold: str | None = None,
+    draws: int = SLICE_DRAWS,
+    depth: Floats | None = None,
+) -> list[dict[str, Any]]:
+    """The `slices` list of a result file for one split, or one fold of validation.
+
+    Args:
+        rows: Rows of a split.
+        evidence: Evidence tables by split.
+        scores: For each baseline, exit or plan what names it ({"name": ...}, {"layer": ...} or {"plan": True}) and its
+            logits (n,) of the targets of the split and fold, in the order of `rows`.
+        split: valid or test.
+        fold: select or tune; None: the whole split.
+        draws: Resamples of users behind `auc_interval`.
+        depth: Layers (n,) that the plan runs for each target.
+
+    Returns:
+        One entry a slice: `name`, `split`, `fold` where given, `n`, `users`, `positives` and `rows`, one for each of
+        `scores` with its metrics; the plan's has `mean_depth`, None without rows.
+    """
+    part = targets_of(rows, split, fold)
+    found = []
+    for name, mask in slice_masks(rows, evidence, split, fold).items():
+        inside, chosen = part.filter(mask), mask.to_numpy()
+        labels, users = inside["label"].to_numpy(), inside["user"].to_numpy()
+        bootstrap = UserBootstrap(users, draws)
+        about: dict[str, Any] = {"name": name, "split": split} | ({"fold": fold} if fold else {})
+        about |= {
+            "n": inside.height,
+            "users": inside["user"].n_unique(),
+            "positives": int(labels.sum()),
+            "rows": [
+                dict(who)
+                | head_metrics(logits[chosen], labels, users)
+                | {"auc_interval": bootstrap.auc_interval(logits[chosen], labels)}
+                for who, logits in scores
+            ],
+        }
+        if depth is not None:
+            run = float(np.mean(depth[chosen])) if chosen.any() else None
+            about["rows"] = [row | ({"mean_depth": run} if row.get("plan") else {}) for row in about["rows"]]
+        found.append(about)
+    return found
+
+
+def floor_scores_of(
+    floors: Sequence[Floor], rows: pl.DataFrame, split: str, fold: str | None = None
+) -> list[tuple[dict[str, Any], Floats]]:
+    """What `slice_rows` wants of floors."""
+    ids = targets_of(rows, split, fold)["row_id"]
+    return [({"name": floor.name}, floor.logits(ids)) for floor in floors]
+
+
+def exit_scores_of(
+    scores: pl.DataFrame, rows: pl.DataFrame, layers: Sequence[int], split: str, fold: str | None = None
+) -> list[tuple[dict[str, Any], Floats]]:
+    """What `slice_rows` wants of the exits of a score table.
+
+    Args:
+        scores: A score table that holds the split's targets.
+        rows: Rows of a split.
+        layers: Which exits; 0 is counting.
+        split: valid or test.
+        fold: select or tune; None: the whole split.
+    """
+    ids = targets_of(rows, split, fold).select("row_id")
+    ordered = ids.join(scores, on="row_id", how="left", maintain_order="left")
+    return [({"layer": k}, ordered[f"logit_{k}"].cast(pl.Float64).to_numpy()) for k in layers]
+
+
+def plan_scores_of(
+    scores: pl.DataFrame,
+    logits: Floats,
+    layer: ArrayLike,
+    rows: pl.DataFrame,
+    split: str,
+    fold: str | None = None,
+) -> tuple[Floats, Floats]:
+    """A plan's logits and layers run, both (n,), in the order that `slice_rows` wants.
+
+    Args:
+        scores: The n rows that the plan decided on (row_id).
+        logits: (n,) emitted.
+        layer: (n,) where each row leaves.
+        rows: Rows of a split.
+        split: valid or test.
+        fold: select or tune; None: the whole split.
+    """
+    run = np.asarray(layer, np.float64)
+    decided = scores.select("row_id").with_columns(logit=pl.Series(logits), layer=pl.Series(run))
+    ids = targets_of(rows, split, fold).select("row_id")
+    ordered = ids.join(decided, on="row_id", how="left", maintain_order="left")
+    return ordered["logit"].to_numpy(), ordered["layer"].to_numpy()
+
+
+class PlannedRows:
+    """Rows of a score table under a plan: where each leaves, with which logit, at which cost.
+
+    Args:
+        plan: The calibrated plan.
+        scores: n labelled rows of a score table.
+        features: (n, F) counting features of the same rows.
+        stream: Whether a request's stream runs (cold) or is cached (warm).
+        draws: Resamples of users behind every interval.
+    """
+
+    def __init__(
+        self, plan: ExitPlan, scores: pl.DataFrame, features: Floats, stream: Stream, draws: int = 1000
+    ) -> None:
+        self._scores, self._features, self._draws = scores, features, draws
+        outputs = plan.outputs(scores, features)
+        layer, logit = plan.emitted(outputs)
+        self.plan = plan
+        self.labels, self.users = scores["label"].to_numpy(), scores["user"].to_numpy()
+        self.calibrated: Floats = outputs.logits.double().numpy()
+        self.layer: NDArray[np.int64] = layer.numpy()
+        self.logit: Floats = logit.double().numpy()
+        self._target, self._shared = (
+            torch.from_numpy(scores[f"{x}_tokens"].to_numpy().copy()) for x in ("target", "stream")
+        )
+        self._stream = stream
+        self._bootstrap = UserBootstrap(self.users, draws)
+
+    def under(self, plan: ExitPlan) -> PlannedRows:
+        """The same rows under another plan."""
+        return PlannedRows(plan, self._scores, self._features, self._stream, self._draws)
+
+    def cost(self, layer: NDArray[np.int64]) -> Floats:
+        """Token-layers (n,) where each row leaves at `layer` (n,)."""
+        spent = row_cost(torch.from_numpy(layer), self._target, self._shared, self._stream)
+        return spent.double().numpy()
+
+    def static_cost(self, layer: int) -> Floats:
+        """Token-layers (n,) where every row leaves at one layer."""
+        return self.cost(np.full(self.layer.shape, layer, dtype=np.int64))
+
+    def exits(self) -> dict[int, dict[str, Any]]:
+        """By layer: the calibrated head on all rows, the share that leaves there, and the AUC of those that do."""
+        found = {}
+        for column, layer in enumerate(self.plan.layers):
+            gone = self.layer == layer
+            metrics = head_metrics(self.calibrated[:, column], self.labels, self.users)
+            found[layer] = {
+                "calibrated": {name: metrics[name] for name in ("auc", "log_loss", "brier", "ece")},
+                "exit_share": float(gone.mean()),
+                "auc_leaving": auc(self.logit[gone], self.labels[gone]),
+            }
+        return found
+
+    def summary(self, rival: int) -> dict[str, Any]:
+        """What a plan is worth on the rows.
+
+        Args:
+            rival: Layer of the honest rival, chosen on `tune`.
+        """
+        full, spent = self.plan.layers[-1], self.cost(self.layer)
+        drop = self._bootstrap.difference_interval(self._head(full), self.logit, self.labels)
+        saved = self._bootstrap.ratio_interval(self.static_cost(full), spent)
+        return {
+            "criterion": self.plan.criterion,
+            **head_metrics(self.logit, self.labels, self.users),
+            "auc_interval": self._bootstrap.auc_interval(self.logit, self.labels),
+            "mean_depth": float(self.layer.mean()),
+            "exit_shares": {str(k): float((self.layer == k).mean()) for k in self.plan.layers},
+            "auc_drop": drop["value"],
+            "auc_drop_interval": drop["interval"],
+            "token_layer_speedup": saved["value"],
+            "token_layer_speedup_interval": saved["interval"],
+            "speedup_over_rival": self._bootstrap.ratio_interval(self.static_cost(rival), spent),
+            "rival": self._against(rival),
+            "equal_cost": self._against(self._static_of_cost(float(spent.sum()))),
+        }
+
+    def risk(self, name: str, unit: str) -> dict[str, Any]:
+        """The certified risk on these rows: {`risk`, `value`, `interval`}; a report, not a guarantee.
+
+        Args:
+            name: A risk of project.exits.certificate that score requests have; auc_gap is of the pooled rows here.
+            unit: Of the certificate; of users the risk is a mean over users, each counting once.
+        """
+        full = self._head(self.plan.layers[-1])
+        if name == "auc_gap":
+            return {"risk": name, **self._bootstrap.difference_interval(full, self.logit, self.labels)}
+        losses = row_losses(name, probabilities(self.logit), probabilities(full), self.labels)
+        _, user, rows = np.unique(self.users, return_inverse=True, return_counts=True)
+        weights = np.ones_like(losses) if unit == "rows" else 1 / rows[user]
+        return {"risk": name, **self._bootstrap.ratio_interval(losses * weights, weights)}
+
+    def _head(self, layer: int) -> Floats:
+        return self.calibrated[:, self.plan.layers.index(layer)]
+
+    def _static_of_cost(self, budget: float) -> int:
+        """The deepest static head that costs no more; the shallowest where all cost more."""
+        within = [k for k in self.plan.layers if self.static_cost(k).sum() <= budget]
+        return within[-1] if within else self.plan.layers[0]
+
+    def _against(self, layer: int) -> dict[str, Any]:
+        """Adaptive minus a static head, in AUC, paired."""
+        gain = self._bootstrap.difference_interval(self.logit, self._head(layer), self.labels)
+        return {
+            "layer": layer,
+            "auc": auc(self._head(layer), self.labels),
+            "auc_gain": gain["value"],
+            "auc_gain_interval": gain["interval"],
+        }
+
+
+def adaptive_summary(
+    plans: Plans, rows: PlannedRows, promise: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """The `adaptive` part of a result file.
+
+    Args:
+        plans: Of the run.
+        rows: Labelled rows under `plans.plan`.
+        promise: Name and unit of the certified risk, to be measured on them.
+    """
+
+    def measured(rows: PlannedRows) -> dict[str, Any]:
+        return rows.summary(plans.rival) | ({} if promise is None else {"risk": rows.risk(*promise)})
+
+    without = rows.under(plans.without).summary(plans.rival_without)
+    certified = None if plans.certified is None else measured(rows.under(plans.certified))
+    return measured(rows) | {"without_exit_0": without, "certified": certified}

@@ -1,1 +1,0 @@
-"""The report of a run: result files in, text, tables and pictures out."""

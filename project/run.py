@@ -1,0 +1,225 @@
+"""A run's files: JSON, score tables and the head of every result, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import platform
+import re
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from project.data.protocol import FOLDS, SPLITS
+from project.errors import CheckpointError, DataError
+
+PolarsType = pl.DataType | type[pl.DataType]
+SCHEMA_VERSION = 1
+LIBRARIES = ("torch", "lightning", "transformers", "torch-geometric", "peft", "polars", "scikit-learn")
+
+SCORE_COLUMNS: dict[str, PolarsType] = {
+    "row_id": pl.Int64,
+    "request_id": pl.String,
+    "candidate_index": pl.Int64,
+    "user": pl.Int32,
+    "split": pl.Enum(SPLITS),
+    "fold": pl.Enum(FOLDS),
+    "label": pl.Int8,
+    "logit_0": pl.Float32,
+    "target_tokens": pl.Int64,
+    "stream_tokens": pl.Int64,
+}
+"""Columns of a score table before its heads: `logit_<layer>` Float32, one per exit layer. Rows of the logs have a
+row_id, candidates of requests a request_id and candidate_index; `logit_0` is counting's. Scored under an exit plan, a
+table ends in `exit_layer` Int64 and `adaptive_logit` Float32, where a row leaves and the logit it leaves with."""
+
+
+def score_table(
+    columns: Mapping[str, Any], logits: np.ndarray[Any, Any], exit_layers: list[int]
+) -> pl.DataFrame:
+    """A score table; columns that are not given are empty.
+
+    Args:
+        columns: Column name -> (n,) values.
+        logits: (n, k) one column per exit layer.
+        exit_layers: The k layers.
+    """
+    n = len(logits)
+    head = [
+        pl.Series(name, columns[name]).cast(kind)
+        if name in columns
+        else pl.Series(name, [None] * n, dtype=kind)
+        for name, kind in SCORE_COLUMNS.items()
+    ]
+    heads = [pl.Series(f"logit_{k}", logits[:, j]).cast(pl.Float32) for j, k in enumerate(exit_layers)]
+    return pl.DataFrame([*head, *heads])
+
+
+def exit_layers_of(scores: pl.DataFrame) -> list[int]:
+    """Layers that a score table holds logits of, exit 0 left out."""
+    return [
+        int(c.removeprefix("logit_")) for c in scores.columns if c.startswith("logit_") and c != "logit_0"
+    ]
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary file beside `path`, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write JSON; NaN and infinity are refused, they are not JSON."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    return replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_table(path: Path, table: pl.DataFrame, about: dict[str, str] | None = None) -> Path:
+    """Write Parquet.
+
+    Args:
+        path: The file.
+        table: Its rows.
+        about: Kept in the file's metadata, see `table_about`.
+    """
+    return replace_file(path, lambda part: table.write_parquet(part, metadata=about))
+
+
+def table_about(path: Path) -> dict[str, str]:
+    """What `write_table` was told about a table."""
+    return pl.read_parquet_metadata(path)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a result file of this schema version.
+
+    Raises:
+        DataError: If it is missing, something else, or of another version.
+    """
+    if path.is_dir():
+        raise DataError(
+            f"{path} is a folder; expected a result file, such as {path / 'results' / 'test.json'} of a run."
+        )
+    if not path.is_file():
+        raise DataError(
+            f"{path} does not exist; expected a result file that fit, test or floors has written."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not a result file: {error}. Run the verb that wrote it again.") from error
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path} is not a result file: it holds a {type(content).__name__}, expected an object with "
+            "schema_version and verb. Run the verb that wrote it again."
+        )
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            f"{path} has schema_version {content.get('schema_version')}; this version reads {SCHEMA_VERSION}. "
+            "Run the verb that wrote it again."
+        )
+    known = {"verb": content.get("verb"), "protocol.hash": (content.get("protocol") or {}).get("hash")}
+    if lacking := [key for key, value in known.items() if not value]:
+        raise DataError(
+            f"{path} has no {' and no '.join(lacking)}; expected a result file that a verb has written. Run the verb "
+            "again."
+        )
+    return content
+
+
+def result_head(verb: str, manifest: Mapping[str, Any], config: str | None, seed: int) -> dict[str, Any]:
+    """What every result file starts with.
+
+    Args:
+        verb: fit, validate, test, floors, benchmark.
+        manifest: The protocol's manifest.
+        config: Path of the configuration.
+        seed: The run's seed.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "verb": verb,
+        "version": own_version(),
+        "seed": seed,
+        "config": config and _relative(config),
+        "machine": machine(),
+        "protocol": dict(manifest),
+    }
+
+
+def _relative(path: str) -> str:
+    """As seen from here, if it lies below: result files travel, home folders do not."""
+    found = os.path.relpath(path)
+    return path if found.startswith("..") else found
+
+
+def own_version() -> str:
+    """This package's version."""
+    try:
+        return version("exitrec")
+    except PackageNotFoundError:  # run from a source folder
+        return "0+source"
+
+
+def machine() -> dict[str, Any]:
+    """Cores, device and library versions."""
+    cuda = torch.cuda.is_available()
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "devices": torch.cuda.device_count() if cuda else 0,
+        "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """Tensors and plain values of a checkpoint, on the CPU; never anything that runs when it is read.
+
+    Args:
+        path: The file.
+        mmap: Read tensors when they are used.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or holds other objects.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path} holds a Python object ({found[1] if found else 'of an unknown kind'}), which could run code when "
+            "it is read; expected tensors, numbers, text, lists and dictionaries, as `fit` writes them."
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint ({reason}); expected one that `fit` wrote."
+        ) from None
+    return content
+
+
+def run_of_checkpoint(checkpoint: str | Path) -> Path:
+    """The run that a checkpoint belongs to: the folder above `checkpoints/`, else the checkpoint's own."""
+    path = Path(checkpoint).resolve()
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
