@@ -624,7 +624,7 @@ class RunBundle(pl.Callback):
             {
                 "schema_version": SCHEMA_VERSION,
                 "version": own_version(),
-                "base_model": module.backbone,
+                "base_model": module.backbone_name,
                 "num_layers": module.depth,
                 "exit_layers": module.exit_layers,
                 "answers": module.answers,

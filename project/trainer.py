@@ -89,7 +89,7 @@ def run_calibrate(
         scores = model.scores
         assert scores is not None
     else:
-        check_origin(checkpoint, model.exit_layers, model.backbone)
+        check_origin(checkpoint, model.exit_layers, model.backbone_name)
         check_reads(checkpoint.get("reads"), data)
         model.prior.copy_(checkpoint["state_dict"]["prior"])
         scores = pl.read_parquet(table, glob=False)

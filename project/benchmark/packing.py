@@ -136,7 +136,7 @@ def run_packing(
 
 def _both(model: ExitRecommender, device: torch.device) -> tuple[Trunk, Any]:
     """The trunk, and transformers' own model with the same weights, numbers and frozen parts."""
-    name = resolve_model(model.backbone)
+    name = resolve_model(model.backbone_name)
     trunk = Trunk.from_pretrained(name, num_layers=model.depth)
     trunk.embed_tokens.requires_grad_(not model.freeze_embeddings)
     base = AutoModel.from_pretrained(name, num_hidden_layers=model.depth, dtype=torch.float32)

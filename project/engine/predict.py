@@ -87,7 +87,7 @@ def load_weights(
     if data is not None:
         check_reads(content.get("reads"), data, judged)
     if model.trunk is None:
-        trunk = Trunk.from_pretrained(resolve_model(model.backbone), num_layers=model.depth)
+        trunk = Trunk.from_pretrained(resolve_model(model.backbone_name), num_layers=model.depth)
         model.set_trunk(trunk, tokenizer)
     model.on_load_checkpoint(content)
     model.load_state_dict(content["state_dict"], strict=False)  # on_load_checkpoint was stricter

@@ -137,7 +137,7 @@ class ExitRecommender(LightningModule):
                 f"model.exit_layers is {exit_layers}; expected at least one layer, ascending, each once, from 1 on."
             )
         self.save_hyperparameters({"backbone": backbone, "exit_layers": exit_layers})
-        self.backbone, self.exit_layers, self.depth = backbone, exit_layers, exit_layers[-1]
+        self.backbone_name, self.exit_layers, self.depth = backbone, exit_layers, exit_layers[-1]
         self.optim, self.lora, self.freeze_embeddings = optim, lora, freeze_embeddings
         self.gradient_checkpointing = gradient_checkpointing
         self.answers, self.numbers = answers or [" no", " yes"], numbers
@@ -166,7 +166,7 @@ class ExitRecommender(LightningModule):
         if self.trunk is not None:
             return
         with self.data.clock.stage("load model"):
-            folder = resolve_model(self.backbone)
+            folder = resolve_model(self.backbone_name)
             mesh = shared_mesh(self.trainer.strategy)
             if mesh is not None:
                 set_sharded_trunk(self, folder, self.data.tokenizer, mesh)
@@ -175,7 +175,7 @@ class ExitRecommender(LightningModule):
         positions = self.trunk.config.max_position_embeddings  # type: ignore[attr-defined]  # it was just set
         if self.data.context_tokens > positions:
             raise ConfigError(
-                f"data.context_tokens is {self.data.context_tokens}, but {self.backbone} knows {positions} positions; "
+                f"data.context_tokens is {self.data.context_tokens}, but {self.backbone_name} knows {positions} positions; "
                 f"expected at most {positions}."
             )
 
@@ -338,7 +338,7 @@ class ExitRecommender(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen, name the base model that it comes back from, and say what the run reads."""
         leave_out_frozen(self, checkpoint)
-        checkpoint["base_model"] = self.backbone
+        checkpoint["base_model"] = self.backbone_name
         if self._trainer is not None:
             checkpoint["reads"] = reads_of(self.data)
 
@@ -349,7 +349,7 @@ class ExitRecommender(LightningModule):
             CheckpointError: If exit layers, base model or parameters, protocol, prompt or evidence differ from this
                 configuration. Training that goes on is no exception: rows of the old train could be the new test's.
         """
-        check_origin(checkpoint, self.exit_layers, self.backbone)
+        check_origin(checkpoint, self.exit_layers, self.backbone_name)
         drop_retired(checkpoint)
         check_parameters(self, checkpoint)
         if self._trainer is not None:
