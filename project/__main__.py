@@ -1,4 +1,4 @@
-"""`python -m project`: every verb starts here."""
+"""`python -m project`: every command starts here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUIET_WARNINGS = (
     "The dirpath has changed",
 )
 
-OTHER_VERBS = {
+OTHER_COMMANDS = {
     "table": "print result files as Markdown tables",
     "report": "one document of a run's results",
     "compare": "two runs on the same rows",
@@ -23,7 +23,7 @@ OTHER_VERBS = {
 
 
 def run(arguments: list[str]) -> None:
-    """The verb that the arguments begin with; those that need no model are light to start."""
+    """The command that the arguments begin with; those that need no model are light to start."""
     match arguments:
         case ["table", *rest]:
             from project.report.tables import print_tables
@@ -44,11 +44,11 @@ def run(arguments: list[str]) -> None:
         case _:
             from project.cli import ProjectCLI
 
-            ProjectCLI(OTHER_VERBS)
+            ProjectCLI(OTHER_COMMANDS)
 
 
 def main() -> None:
-    """Run one verb; what is wrong with the input is said in one line, without a traceback."""
+    """Run one command; what is wrong with the input is said in one line, without a traceback."""
     from project.errors import ProjectError
 
     if not sys.warnoptions:  # python -W and the tests' own ledger come first

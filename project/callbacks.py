@@ -23,27 +23,27 @@ from rich.console import Console
 
 from project.data.prompt import item_columns
 from project.errors import ProjectError
-from project.evaluation.baselines import AgainstFloor, Floor, fit_floors
+from project.evaluation.baselines import AgainstBaseline, Baseline, fit_baselines
 from project.evaluation.networks import kept_networks
 from project.evaluation.result import (
     PlannedRows,
     adaptive_summary,
+    baseline_scores_of,
     comparison,
+    exit_0_rows,
     exit_scores_of,
-    floor_scores_of,
     part_of,
     plan_scores_of,
-    prior_rows,
     slice_rows,
 )
 from project.exits.budget import calibrate
 from project.exits.plan import ExitSettings, Floats, Plans
-from project.features import counting_features
+from project.features import feature_matrix
 from project.model.heads import heads_digest
 from project.report.report import write_report
 from project.report.tables import render, render_seconds, shown
-from project.retrieval.factorisation import taste_folder
-from project.retrieval.features import evidence_folder
+from project.retrieval.factorisation import mf_folder
+from project.retrieval.features import retrieved_folder
 from project.retrieval.own_text import text_folder
 from project.run import (
     SCHEMA_VERSION,
@@ -119,11 +119,11 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 def run_folder(trainer: pl.Trainer, ckpt_path: str | Path | None = None) -> Path:
-    """The run of the checkpoint that a verb was given, else the folder of the CSV logger; safe on one process alone.
+    """The run of the checkpoint that a command was given, else the folder of the CSV logger; safe on one process alone.
 
     Args:
         trainer: After it was made.
-        ckpt_path: A checkpoint, for a verb that continues or reads a run.
+        ckpt_path: A checkpoint, for a command that continues or reads a run.
     """
     if ckpt_path is not None:
         return run_of_checkpoint(ckpt_path)
@@ -161,12 +161,12 @@ def will_be_saved(trainer: pl.Trainer) -> bool:
 
 
 def current_run(trainer: pl.Trainer) -> Path:
-    """`run_folder` of the verb that is running; a resumed fit has a folder of its own."""
+    """`run_folder` of the command that is running; a resumed fit has a folder of its own."""
     return run_folder(trainer, None if trainer.state.fn == "fit" else trainer.ckpt_path)
 
 
 def data_of(trainer: pl.Trainer) -> InteractionData:
-    """The DataModule of the verb that is running."""
+    """The DataModule of the command that is running."""
     return cast("InteractionData", trainer.datamodule)  # type: ignore[attr-defined]
 
 
@@ -174,7 +174,7 @@ class SaveConfig(SaveConfigCallback):
     """Saves config.yaml in the run folder, points `latest` at a finished run, sends the configuration to W&B."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save for fit only: other verbs write into the run of their checkpoint."""
+        """Save for fit only: other commands write into the run of their checkpoint."""
         for logger in trainer.loggers:  # rank 0 has made its folder, the others follow
             if isinstance(logger, CSVLogger):
                 version = logger.version if trainer.is_global_zero else None
@@ -243,8 +243,8 @@ class ExitCalibration(ExitSettings, pl.Callback):
 
         Args:
             trainer: Its loggers are told.
-            module: Its exit 0 makes features of evidence.
-            data: Evidence and protocol of the scores.
+            module: Its exit 0 makes features of retrieved features.
+            data: Retrieved features and protocol of the scores.
             scores: Score table of validation.
             folder: The run.
         """
@@ -254,7 +254,7 @@ class ExitCalibration(ExitSettings, pl.Callback):
         self.found = plans
         head = result_head("calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed)
         tune = (scores["fold"] == "tune").to_numpy()
-        rows = PlannedRows(plans.plan, scores.filter(tune), features[tune], self.stream)
+        rows = PlannedRows(plans.plan, scores.filter(tune), features[tune], self.prefix_cached)
         adaptive = (
             {"split": "valid", "fold": "tune"} | adaptive_summary(plans, rows) | plans.document["adaptive"]
         )
@@ -290,8 +290,8 @@ class ExitCalibration(ExitSettings, pl.Callback):
         fold = (scores["fold"] == "select").to_numpy()
         if not fold.any():
             return
-        rows = PlannedRows(self.found.plan, scores.filter(fold), features[fold], self.stream, draws=2)
-        summary = rows.summary(self.found.rival)
+        rows = PlannedRows(self.found.plan, scores.filter(fold), features[fold], self.prefix_cached, draws=2)
+        summary = rows.summary(self.found.static_exit)
         values = {k: summary[k] for k in ("mean_depth", "token_layer_speedup", "auc", "auc_drop")}
         values["certificate_bound"] = self.issued.get("bound")
         for logger in trainer.loggers:
@@ -309,11 +309,11 @@ def exit_calibration_of(trainer: pl.Trainer) -> ExitCalibration:
 def features_of(module: ExitRecommender, data: InteractionData, scores: polars.DataFrame) -> Floats:
     """Counting features (n, F) of the rows of a score table: of one split, or of the requests at hand."""
     if scores["row_id"].null_count():
-        assert data.candidate_evidence is not None
-        evidence = data.candidate_evidence
+        assert data.candidate_retrieved is not None
+        retrieved = data.candidate_retrieved
     else:
-        evidence = data.evidence_of(data.split.rows[scores["row_id"].to_numpy()])
-    return counting_features(evidence, module.counting_prior().base)
+        retrieved = data.retrieved_of(data.split.rows[scores["row_id"].to_numpy()])
+    return feature_matrix(retrieved, module.feature_baseline().base)
 
 
 def _previous(folder: Path) -> dict[str, Any] | None:
@@ -325,11 +325,11 @@ def _previous(folder: Path) -> dict[str, Any] | None:
 
 
 class ResultFiles(pl.Callback):
-    """Writes results/<verb>.json and scores/<split>.parquet into the run folder.
+    """Writes results/<command>.json and scores/<split>.parquet into the run folder.
 
     Args:
-        tag: Added to the names of result files, to keep several of one verb apart.
-        print_tables: Whether to print the table of exits and floors.
+        tag: Added to the names of result files, to keep several of one command apart.
+        print_tables: Whether to print the table of exits and baselines.
     """
 
     def __init__(self, tag: str | None = None, print_tables: bool = True) -> None:
@@ -414,26 +414,26 @@ class ResultFiles(pl.Callback):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         scores: polars.DataFrame,
-        verb: str,
+        command: str,
         split: str,
     ) -> None:
         data, module, folder = data_of(trainer), cast("ExitRecommender", pl_module), current_run(trainer)
-        with data.clock.stage("floors"):
+        with data.clock.stage("baselines"):
             read = ("valid", split) if split != "valid" else ("valid",)
             kept = kept_networks(data, read)
-            floors = [*fit_floors(data.split.rows, data.evidence, read), *kept]
+            baselines = [*fit_baselines(data.split.rows, data.retrieved, read), *kept]
             chosen = int(module.chosen_exit)
-            content = comparison(scores, data.split, floors, split, chosen if chosen > 0 else None)
-            content["kept_floors"] = [floor.name for floor in kept]
+            content = comparison(scores, data.split, baselines, split, chosen if chosen > 0 else None)
+            content["kept_baselines"] = [baseline.name for baseline in kept]
         planned = _planned(trainer, module, scores, content)
         if planned is not None:
-            content |= _adaptive(trainer, planned, scores, content, floors)
+            content |= _adaptive(trainer, planned, scores, content, baselines)
         with data.clock.stage("slices"):
-            content["slices"] = _slices(scores, data, floors, content["exits"], planned)
-        result = result_head(verb, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
+            content["slices"] = _slices(scores, data, baselines, content["exits"], planned)
+        result = result_head(command, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
         result["warnings"] = data.warnings
         result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
-        name = f"{verb}-{self.tag}" if self.tag else verb
+        name = f"{command}-{self.tag}" if self.tag else command
         path = write_json(folder / "results" / f"{name}.json", result)
         _log_result(trainer, result, name)
         if self.print_tables:
@@ -471,7 +471,7 @@ def _planned(
         return None
     part = part_of(scores, exits[0]["split"], exits[0].get("fold"))
     features = features_of(module, data_of(trainer), part)
-    return PlannedRows(calibration.found.plan, part, features, calibration.stream)
+    return PlannedRows(calibration.found.plan, part, features, calibration.prefix_cached)
 
 
 def _adaptive(
@@ -479,7 +479,7 @@ def _adaptive(
     planned: PlannedRows,
     scores: polars.DataFrame,
     content: dict[str, Any],
-    floors: list[Floor],
+    baselines: list[Baseline],
 ) -> dict[str, Any]:
     """What the exit plan does to the reported rows; completes the rows of `exits`."""
     calibration, data, exits = exit_calibration_of(trainer), data_of(trainer), content["exits"]
@@ -493,13 +493,13 @@ def _adaptive(
     promise = (issued["risk"], issued["unit"]) if "risk" in issued else None
     summary = adaptive_summary(calibration.found, planned, promise)
     found: dict[str, Any] = {}
-    best = next((f for f in floors if f.name == content["best_floor"]), None)
+    best = next((f for f in baselines if f.name == content["best_baseline"]), None)
     if best is not None:
-        against = AgainstFloor(best, part["row_id"].to_numpy(), data.split.rows)
-        summary["floor_difference"] = against.difference(planned.logit)
+        against = AgainstBaseline(best, part["row_id"].to_numpy(), data.split.rows)
+        summary["baseline_difference"] = against.difference(planned.logit)
         if content["chosen_exit"] is not None:
             plans = [planned, planned.under(calibration.found.without)]
-            found["chosen_exit_by_prior"] = _by_prior(content["chosen_exit"], plans, against)
+            found["chosen_exit_by_exit_0"] = _by_exit_0(content["chosen_exit"], plans, against)
     return {
         "adaptive": {"split": split, **({"fold": fold} if fold else {}), **summary},
         "certificate": calibration.issued,
@@ -507,19 +507,21 @@ def _adaptive(
     }
 
 
-def _by_prior(layer: int, plans: list[PlannedRows], against: AgainstFloor) -> dict[str, Any]:
-    """The chosen exit under plans with counting and without; one plan where a run has no prior."""
+def _by_exit_0(layer: int, plans: list[PlannedRows], against: AgainstBaseline) -> dict[str, Any]:
+    """The chosen exit under plans with exit 0 and without; one where a run has no exit 0."""
     heads = {
-        "counting" if rows.plan.prior else "none": rows.calibrated[:, rows.plan.layers.index(layer)]
+        "with_exit_0" if rows.plan.exit_0 else "without_exit_0": rows.calibrated[
+            :, rows.plan.layers.index(layer)
+        ]
         for rows in plans
     }
-    return {"layer": layer, **prior_rows(heads, against)}
+    return {"layer": layer, **exit_0_rows(heads, against)}
 
 
 def _slices(
     scores: polars.DataFrame,
     data: InteractionData,
-    floors: list[Floor],
+    baselines: list[Baseline],
     exits: list[dict[str, Any]],
     planned: PlannedRows | None,
 ) -> list[dict[str, Any]]:
@@ -530,19 +532,19 @@ def _slices(
     scored = polars.col("row_id").is_in(scores["row_id"].implode())
     rows = data.split.rows.filter((polars.col("split") != part[0]) | scored)
     judged = exit_scores_of(scores, rows, [e["layer"] for e in exits], *part)
-    judged += floor_scores_of(floors, rows, *part)
+    judged += baseline_scores_of(baselines, rows, *part)
     depth = None
     if planned is not None:
         logits, depth = plan_scores_of(part_of(scores, *part), planned.logit, planned.layer, rows, *part)
         judged.append(({"plan": True}, logits))
-    return slice_rows(rows, data.evidence, judged, *part, depth=depth)
+    return slice_rows(rows, data.retrieved, judged, *part, depth=depth)
 
 
 def _log_result(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
     """The table and the few numbers that runs are compared by, to W&B."""
     passed = (result.get("certificate") or {}).get("passed")
     summary = {
-        f"{name}/minus_best_baseline": (result.get("floor_difference") or {}).get("value"),
+        f"{name}/minus_best_baseline": (result.get("baseline_difference") or {}).get("value"),
         f"{name}/chosen_exit": result["chosen_exit"],
         "certificate/passed": "not tested" if passed is None else passed,
     }
@@ -550,7 +552,7 @@ def _log_result(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
     columns = ["auc", "log_loss", "brier", "ece", "exit_share", "auc_leaving"]
     fold = next((r["fold"] for r in result["exits"] if "fold" in r), None)
     rows = [[f"exit {r['layer']}", *map(r.get, columns)] for r in result["exits"]]
-    rows += [[r["name"], *map(r.get, columns)] for r in result["floors"]]
+    rows += [[r["name"], *map(r.get, columns)] for r in result["baselines"]]
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update({k: v for k, v in summary.items() if v is not None})
@@ -613,10 +615,10 @@ class RunBundle(pl.Callback):
         data.tokenizer.save_pretrained(folder / "tokenizer")
         write_table(folder / "items.parquet", split.interactions.items)
         write_json(folder / "protocol.json", split.manifest)
-        evidence = evidence_folder(split, data.retriever, data.refits, data.cache_dir)
-        made = {"evidence": evidence, "text": text_folder(split, data.cache_dir)}
-        if data.taste is not None:
-            made["taste"] = taste_folder(split, data.taste, data.refits, data.cache_dir)
+        retrieved = retrieved_folder(split, data.retriever, data.refits, data.cache_dir)
+        made = {"retrieved": retrieved, "text": text_folder(split, data.cache_dir)}
+        if data.mf is not None:
+            made["mf"] = mf_folder(split, data.mf, data.refits, data.cache_dir)
         for name, source in made.items():
             shutil.copytree(source, folder / name / source.name, dirs_exist_ok=True)
         write_json(
@@ -631,8 +633,8 @@ class RunBundle(pl.Callback):
                 "interactions": split.interactions.files,
                 "protocol": {"name": split.manifest["name"], "hash": split.hash},
                 "retriever": data.retriever.settings(),
-                "evidence": f"evidence/{evidence.name}",
-                "taste": None if data.taste is None else asdict(data.taste),
+                "retrieved": f"retrieved/{retrieved.name}",
+                "mf": None if data.mf is None else asdict(data.mf),
                 "prompt": vars(data.prompt),
                 "item_columns": dict(
                     zip(

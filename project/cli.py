@@ -1,4 +1,4 @@
-"""Command line: Lightning's CLI with fixed model and data classes and more verbs (project.trainer).
+"""Command line: Lightning's CLI with fixed model and data classes and more commands (project.trainer).
 
 The configuration is the truth. Lightning would let a checkpoint's hyper-parameters override the command line; here a
 checkpoint that does not fit the configuration is refused by the module instead.
@@ -61,7 +61,7 @@ class SectionHelp(LightningArgumentParser):
         topic = next(
             (word for flag, word in zip(sys.argv, sys.argv[1:], strict=False) if flag in ("-h", "--help")), ""
         )
-        if not self.callback_keys or topic == "all":  # the parser of all verbs has no sections
+        if not self.callback_keys or topic == "all":  # the parser of all commands has no sections
             return str(super().format_help(formatter))
         whole, sections = self._action_groups, dict[str, str]()
         self._action_groups, self.usage = [], f"{self.prog} --config FILE [--key value]"
@@ -84,10 +84,10 @@ class SectionHelp(LightningArgumentParser):
 
 
 class ProjectCLI(LightningCLI):
-    """`python -m project VERB --config FILE [--config OVERLAY] [--key value]`.
+    """`python -m project COMMAND --config FILE [--config OVERLAY] [--key value]`.
 
     Args:
-        others: Verbs that need no configuration, and what each does; the help names them.
+        others: Commands that need no configuration, and what each does; the help names them.
     """
 
     def __init__(self, others: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -112,16 +112,18 @@ class ProjectCLI(LightningCLI):
                 "prog": "python -m project",
                 "allow_abbrev": False,  # else `--trainer.max_epoch` would pass silently
                 "exit_on_error": False,  # else the usage, of 140 lines, hides what is wrong
-                "epilog": "Verbs without a configuration: "
+                "epilog": "Commands without a configuration: "
                 + "; ".join(f"{name} ({what})" for name, what in others.items()),
             },
         )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's verbs, and ours."""
+        """Lightning's commands, and ours."""
         ours = {"model", "datamodule"}
-        return LightningCLI.subcommands() | dict.fromkeys(("calibrate", "floors", "benchmark", "rank"), ours)
+        return LightningCLI.subcommands() | dict.fromkeys(
+            ("calibrate", "baselines", "benchmark", "rank"), ours
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Forced callbacks, each under its own key, and values that are said once."""
@@ -150,22 +152,22 @@ class ProjectCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """What is wrong is one error of ours."""
         given = sys.argv[1:]
-        check_verb(given, [*self.subcommands(), *self._others])
+        check_command(given, [*self.subcommands(), *self._others])
         for name, value in zip(given, [*given[1:], ""], strict=True):
             if name in ("--config", "-c") or name.startswith("--config="):
                 check_yaml(Path(name.partition("=")[2] or value))
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            verb = next((name for name in given if name in self._subcommand_parsers), "fit")
-            keys = self._subcommand_parsers[verb].get_defaults().keys()
+            command = next((name for name in given if name in self._subcommand_parsers), "fit")
+            keys = self._subcommand_parsers[command].get_defaults().keys()
             raise project_error_in(error) or one_line(str(error), keys) from None
         seed = self.config[self.config.subcommand].seed_everything
         if not 0 <= seed <= LARGEST_SEED:
             raise ConfigError(f"seed_everything is {seed}; expected 0 to {LARGEST_SEED}.")
 
     def instantiate_classes(self) -> None:
-        """An error of ours stays one where its type is one of several, as in `Taste | None`."""
+        """An error of ours stays one where its type is one of several, as in `MatrixFactorisation | None`."""
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
@@ -181,7 +183,7 @@ class ProjectCLI(LightningCLI):
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Lightning tells loggers of its own verbs that they failed; ours need telling, too."""
+        """Lightning tells loggers of its own commands that they failed; ours need telling, too."""
         try:
             super()._run_subcommand(subcommand)
         except BaseException:
@@ -193,7 +195,7 @@ class ProjectCLI(LightningCLI):
         """Do not let a checkpoint change the configuration; the module checks that they agree."""
 
     def before_instantiate_classes(self) -> None:
-        """Loggers are a list that begins with the run's folder; a verb with a checkpoint uses the checkpoint's run."""
+        """Put the run's folder first among the loggers; with a checkpoint it is the checkpoint's run."""
         config = self.config[self.subcommand]
         if "verbose" in config:
             config.verbose = False  # the result table says it all
@@ -274,23 +276,23 @@ def check_yaml(file: Path) -> None:
         raise ConfigError(f"{file} holds {type(content).__name__}; expected keys and values.")
 
 
-def check_verb(arguments: Sequence[str], verbs: Sequence[str]) -> None:
-    """Refuse a first word that is no verb.
+def check_command(arguments: Sequence[str], commands: Sequence[str]) -> None:
+    """Refuse a first word that is no command.
 
     Args:
         arguments: Of the command line.
-        verbs: All there are.
+        commands: All there are.
 
     Raises:
-        ConfigError: It names all verbs and the nearest.
+        ConfigError: It names all commands and the nearest.
     """
     if not arguments:
         raise ConfigError(
-            f"python -m project needs a verb; expected one of {', '.join(verbs)}. Or try --help."
+            f"python -m project needs a command; expected one of {', '.join(commands)}. Or try --help."
         )
-    if not arguments[0].startswith("-") and arguments[0] not in verbs:
-        near = _near(arguments[0], verbs)
-        raise ConfigError(f"{arguments[0]} is no verb{near}; expected one of {', '.join(verbs)}.")
+    if not arguments[0].startswith("-") and arguments[0] not in commands:
+        near = _near(arguments[0], commands)
+        raise ConfigError(f"{arguments[0]} is no command{near}; expected one of {', '.join(commands)}.")
 
 
 def project_error_in(error: BaseException) -> ProjectError | None:

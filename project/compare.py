@@ -78,7 +78,7 @@ def read_heads(run: Path, part: Part = "tune") -> Heads:
     calibrated: dict[int, Floats] = {}
     try:
         labels = tune["label"].to_numpy().astype(np.int64)
-        calibration = fit_calibration(_logits(tune, layers), labels, [0, *layers], prior=True)
+        calibration = fit_calibration(_logits(tune, layers), labels, [0, *layers], exit_0=True)
         better = calibration.apply(logits).numpy()
         calibrated = {k: better[:, column] for column, k in enumerate(layers, start=1)}
     except DataError:  # one class, or a head that says the same of everybody: shown as undefined
@@ -104,24 +104,24 @@ def head_difference(heads: Heads, layer: int, base: Heads) -> dict[str, Any]:
         `against` (the base's layer) and `difference` {`auc`, `log_loss`, `calibrated_auc`, `calibrated_log_loss`:
         {`value`, `interval`}}; empty where the base has no such head.
     """
-    rival = base.deepest if layer == heads.deepest else layer
-    if rival not in base.raw:
+    static_exit = base.deepest if layer == heads.deepest else layer
+    if static_exit not in base.raw:
         return {}
     _, mine, theirs = np.intersect1d(heads.row_id, base.row_id, assume_unique=True, return_indices=True)
     labels, bootstrap = heads.labels[mine], UserBootstrap(heads.users[mine], DRAWS)
     difference = {}
     for prefix, own, other in (("", heads.raw, base.raw), ("calibrated_", heads.calibrated, base.calibrated)):
-        if layer in own and rival in other:
-            a, b = own[layer][mine], other[rival][theirs]
+        if layer in own and static_exit in other:
+            a, b = own[layer][mine], other[static_exit][theirs]
             difference[f"{prefix}auc"] = bootstrap.difference_interval(a, b, labels)
             difference[f"{prefix}log_loss"] = bootstrap.log_loss_difference_interval(a, b, labels)
-    return {"against": rival, "difference": difference}
+    return {"against": static_exit, "difference": difference}
 
 
-def _scores(run: Path, split: str, verb: str) -> pl.DataFrame:
+def _scores(run: Path, split: str, command: str) -> pl.DataFrame:
     path = run / "scores" / f"{split}.parquet"
     if not path.is_file():
-        raise DataError(f"{path} does not exist; expected the folder of a run that `{verb}` has scored.")
+        raise DataError(f"{path} does not exist; expected the folder of a run that `{command}` has scored.")
     return pl.read_parquet(path, glob=False)
 
 
@@ -147,7 +147,7 @@ def _shown(logits: Floats, heads: Heads) -> dict[str, Any]:
 
 
 def run_compare(arguments: Sequence[str]) -> None:
-    """The verb: writes RUN/results/compare-PART.json and prints it as Markdown.
+    """The command: writes RUN/results/compare-PART.json and prints it as Markdown.
 
     Args:
         arguments: RUN, BASE, and maybe --part test.

@@ -1,4 +1,4 @@
-"""DataModule: from logs to batches, with the retriever's evidence in between.
+"""DataModule: from logs to batches, with the retriever's retrieved features in between.
 
 Everything slow happens once, on one process, in `prepare_data` and is cached by content; `setup` reads the caches.
 All checks of the input are made here, before the first batch.
@@ -32,11 +32,23 @@ from project.data.requests import (
 )
 from project.data.stream import Streams, build_streams
 from project.errors import CheckpointError, ConfigError
-from project.retrieval import LightGCN, Retriever, Taste, evidence_tables, evidence_warnings, request_evidence
+from project.retrieval import (
+    LightGCN,
+    MatrixFactorisation,
+    Retriever,
+    request_retrieved,
+    retrieved_tables,
+    retrieved_warnings,
+)
 from project.retrieval.lightgcn import VectorRetriever
 from project.retrieval.walk import restore
 
-DEFAULT_PROTOCOL, DEFAULT_PROMPT, DEFAULT_RETRIEVER, DEFAULT_TASTE = Protocol(), Prompt(), LightGCN(), Taste()
+DEFAULT_PROTOCOL, DEFAULT_PROMPT, DEFAULT_RETRIEVER, DEFAULT_MF = (
+    Protocol(),
+    Prompt(),
+    LightGCN(),
+    MatrixFactorisation(),
+)
 
 
 class InteractionData(pl.LightningDataModule):
@@ -52,13 +64,13 @@ class InteractionData(pl.LightningDataModule):
         batch_tokens: Tokens of a batch on one process.
         refits: Equal shares of the log; retriever and factorisation are fitted before each but the first, on all rows
             before it.
-        taste: Matrix factorisation behind the evidence `taste`, the chance of a like by the user's own earlier answers,
-            for prompts, exit 0 and floors; null leaves it out.
+        mf: Matrix factorisation behind the retrieved features `mf`, the chance of a like by the user's own earlier
+            answers, for prompts, exit 0 and baselines; null leaves it out.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         requests: JSONL or Parquet file of requests, for predict; a line is {"request_id": "r1", "user_id": "196",
             "time": 880000000, "candidates": ["242", "302"]}, or, instead of a user of the log,
             {"request_id": "r2", "history": [{"item_id": "242", "label": 1, "time": 880000000}], "candidates": ["302"]}.
-        bundle: Folder of a run's bundle, whose evidence saves refitting the retriever; set by ckpt_path.
+        bundle: Folder of a run's bundle, whose retrieved features saves refitting the retriever; set by ckpt_path.
         seed: Order and cuts of training windows; set by seed_everything.
     """
 
@@ -72,7 +84,7 @@ class InteractionData(pl.LightningDataModule):
         context_tokens: int = 1024,
         batch_tokens: int = 4096,
         refits: int = 10,
-        taste: Taste | None = DEFAULT_TASTE,
+        mf: MatrixFactorisation | None = DEFAULT_MF,
         num_workers: int = 0,
         requests: str | None = None,
         bundle: str | None = None,
@@ -92,23 +104,23 @@ class InteractionData(pl.LightningDataModule):
                 f"({type(retriever).__name__}) is {retriever.similar_every}: expected a template and a number above 0, "
                 "or null and 0. Only retrievers that compare users, such as LightGCN, can make lists for it."
             )
-        _check_told(prompt, retriever, taste)
-        self.logs, self.retriever, self.taste = logs, retriever, taste
+        _check_told(prompt, retriever, mf)
+        self.logs, self.retriever, self.mf = logs, retriever, mf
         self.protocol, self._prompt = protocol, prompt
         self.tokenizer_name = tokenizer
         self.context_tokens, self.batch_tokens, self.refits = context_tokens, batch_tokens, refits
         self.num_workers, self.requests_file, self.seed = num_workers, requests, seed
         self.cache_dir, self.bundle = default_cache(), bundle
-        self.warnings: list[str] = []  # for the log and for results; known with the evidence
+        self.warnings: list[str] = []  # for the log and for results; known with the retrieved features
         self.clock = StageClock()
         self._split: SplitInteractions | None = None
-        self._evidence: dict[str, polars.DataFrame] | None = None
+        self._retrieved: dict[str, polars.DataFrame] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._encoder: PromptEncoder | None = None
         self._streams: dict[str, Streams] = {}
         self.requests: Requests | None = None
         self._given: Requests | None = None
-        self.candidate_evidence: polars.DataFrame | None = (
+        self.candidate_retrieved: polars.DataFrame | None = (
             None  # one row a candidate, in the order of requests
         )
 
@@ -123,32 +135,32 @@ class InteractionData(pl.LightningDataModule):
         return self._split
 
     @property
-    def evidence(self) -> dict[str, polars.DataFrame]:
-        """Evidence tables by split."""
-        if self._evidence is None:
+    def retrieved(self) -> dict[str, polars.DataFrame]:
+        """Retrieved features tables by split."""
+        if self._retrieved is None:
             split = self.split
             with self.clock.stage("retrieve"):
                 if self.bundle is not None:
-                    for name in ("evidence", "taste", "text"):
+                    for name in ("retrieved", "mf", "text"):
                         restore(Path(self.bundle) / name, self.cache_dir / name)
-                self._evidence = evidence_tables(
-                    split, self.retriever, self.refits, self.cache_dir, self.taste
+                self._retrieved = retrieved_tables(
+                    split, self.retriever, self.refits, self.cache_dir, self.mf
                 )
-            self.warnings = evidence_warnings(split, self._evidence, self.retriever, self.refits)
+            self.warnings = retrieved_warnings(split, self._retrieved, self.retriever, self.refits)
             for line in self.warnings:
                 rank_zero_warn(line, category=UserWarning)
-        return self._evidence
+        return self._retrieved
 
     def targets(self, split: str) -> polars.DataFrame:
         """The rows of a split that are scored."""
         rows = self.split.rows
         return rows.filter((polars.col("role") == "target") & (polars.col("split") == split))
 
-    def evidence_of(self, rows: polars.DataFrame) -> polars.DataFrame:
-        """Evidence of rows of one split, in their order, as that split reads it."""
+    def retrieved_of(self, rows: polars.DataFrame) -> polars.DataFrame:
+        """Retrieved features of rows of one split, in their order, as that split reads it."""
         splits = rows["split"].cast(polars.String).unique().to_list()
         assert len(splits) <= 1, splits
-        table = self.evidence[splits[0] if splits else "train"]
+        table = self.retrieved[splits[0] if splits else "train"]
         return rows.select("row_id").join(table, on="row_id", how="left", maintain_order="left")
 
     @property
@@ -164,8 +176,8 @@ class InteractionData(pl.LightningDataModule):
     def prompt(self) -> Prompt:
         """The wording of prompts, with the default segment where data.prompt.segment is null."""
         if self._prompt.segment is None:
-            numbers = ["taste_number"] if self.taste is not None else []
-            numbers += ["alike_number"] if self.retriever.alike_items else []
+            numbers = ["mf_number"] if self.mf is not None else []
+            numbers += ["item_similarity_number"] if self.retriever.item_neighbours else []
             self._prompt = with_segment(self._prompt, self.tokenizer, self.split.interactions.items, numbers)
         return self._prompt
 
@@ -189,16 +201,19 @@ class InteractionData(pl.LightningDataModule):
     def streams(self, split: str) -> Streams:
         """All users' streams as of `split`, with its targets."""
         if split not in self._streams:
-            evidence, encoder = self.evidence[split], self.encoder
+            retrieved, encoder = self.retrieved[split], self.encoder
             with self.clock.stage("tokenise"):
-                streams = build_streams(self.split.rows, evidence, split, encoder)
+                streams = build_streams(self.split.rows, retrieved, split, encoder)
             check_streams(streams, self.split, self.context_tokens)
             self._streams[split] = streams
         return self._streams[split]
 
     def prepare_data(self) -> None:
         """Download, read, split, retrieve: once on a machine; the results are cached."""
-        _ = self.encoder, self.evidence  # wording that cannot work is told before somebody waits for evidence
+        _ = (
+            self.encoder,
+            self.retrieved,
+        )  # wording that cannot work is told before somebody waits for retrieved features
 
     def setup(self, stage: str) -> None:
         """Tokenise what the stage needs.
@@ -217,7 +232,7 @@ class InteractionData(pl.LightningDataModule):
                     f"request {refused.request_id!r} is not scored: {refused.error}", category=UserWarning
                 )
             self._streams["predict"] = request_streams(
-                self.requests, self.split, self.evidence["test"], encoder, self._ask_retriever
+                self.requests, self.split, self.retrieved["test"], encoder, self._ask_retriever
             )
 
     def give_requests(self, requests: Requests) -> None:
@@ -225,20 +240,20 @@ class InteractionData(pl.LightningDataModule):
         self._given = requests
 
     def _ask_retriever(self, rows: polars.DataFrame) -> polars.DataFrame:
-        """Evidence of rows that are not in the logs."""
+        """Retrieved features of rows that are not in the logs."""
         columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
         own = ~rows["candidate"].to_numpy()
-        table = request_evidence(
+        table = request_retrieved(
             self.split,
             self.retriever,
             self.refits,
             self.cache_dir,
             **columns,
             own=own,
-            taste=self.taste,
+            mf=self.mf,
             catalogue=None if self.requests is None else self.requests.items,
         )
-        self.candidate_evidence = table.filter(~own)
+        self.candidate_retrieved = table.filter(~own)
         return table
 
     def _ranks(self) -> tuple[int, int]:
@@ -280,17 +295,15 @@ class InteractionData(pl.LightningDataModule):
         return batch.to(device)
 
 
-def _check_told(prompt: Prompt, retriever: Retriever, taste: Taste | None) -> None:
+def _check_told(prompt: Prompt, retriever: Retriever, mf: MatrixFactorisation | None) -> None:
     """Refuse a prompt that tells what nobody was asked to find out."""
-    needs: dict[str, str] = {}  # column of the evidence -> what is wrong
-    if taste is None:
-        needs["taste"] = (
-            "data.taste is null: expected a factorisation behind it, for example data.taste: {dim: 8}"
-        )
+    needs: dict[str, str] = {}  # column of the retrieved features -> what is wrong
+    if mf is None:
+        needs["mf"] = "data.mf is null: expected a factorisation behind it, for example data.mf: {dim: 8}"
     # who compares no items says "not known" instead, as NoRetriever does of votes
-    if isinstance(retriever, VectorRetriever) and retriever.alike_items == 0:
-        needs["alike"] = (
-            f"the alike_items of data.retriever ({type(retriever).__name__}) is 0: expected a number of items, "
+    if isinstance(retriever, VectorRetriever) and retriever.item_neighbours == 0:
+        needs["item_similarity"] = (
+            f"the item_neighbours of data.retriever ({type(retriever).__name__}) is 0: expected a number of items, "
             "for example 30"
         )
     for column, problem in needs.items():
@@ -298,7 +311,7 @@ def _check_told(prompt: Prompt, retriever: Retriever, taste: Taste | None) -> No
         if field is not None:
             raise ConfigError(
                 f"data.prompt.segment {prompt.segment!r} tells {field}, but {problem}; or leave the field out. "
-                "Evidence goes by these names: a column of your items needs another one (item_columns)."
+                "Retrieved features goes by these names: a column of your items needs another one (item_columns)."
             )
 
 
@@ -315,7 +328,7 @@ def reads_of(data: InteractionData) -> dict[str, Any]:
         "data.prompt": asdict(data.prompt),
         "data.retriever": retriever,
         "data.refits": data.refits,
-        "data.taste": None if data.taste is None else asdict(data.taste),
+        "data.mf": None if data.mf is None else asdict(data.mf),
     }
     # only what JSON knows: a checkpoint holds no objects
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))

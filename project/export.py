@@ -24,9 +24,9 @@ from project.data.prompt import tells_numbers
 from project.engine.predict import load_run
 from project.errors import DataError
 from project.exits.plan import ExitPlan
-from project.features import FEATURES, CountingPrior
+from project.features import FEATURES, FeatureBaseline
 from project.model.attention import SEGMENTS
-from project.model.backbone import Trunk
+from project.model.backbone import Backbone
 from project.model.heads import ExitHead
 from project.model.module import ExitRecommender, LoraSettings
 from project.report.report import Run, read_run
@@ -37,12 +37,12 @@ LOADING = """\
 ```python
 from transformers import AutoModel, AutoTokenizer
 
-model = AutoModel.from_pretrained(folder)  # the trunk; its last norm is the base model's, the heads have their own
+model = AutoModel.from_pretrained(folder)  # the backbone; its last norm is the base model's, the heads have their own
 tokenizer = AutoTokenizer.from_pretrained(folder)
 
 from project.export import load_exported  # of exitrec, which must be installed
 
-trunk, heads, plan = load_exported(folder)
+backbone, heads, plan = load_exported(folder)
 ```"""
 
 
@@ -52,7 +52,7 @@ def render_card(run: Run, bundle: Mapping[str, Any], family: str, criterion: str
     Args:
         run: The run's result files.
         bundle: Content of bundle.json.
-        family: The trunk's model_type.
+        family: The backbone's model_type.
         criterion: Name of the criterion that decides.
     """
     base = _base_name(bundle["base_model"])
@@ -91,12 +91,12 @@ def _opening(bundle: Mapping[str, Any], base: str, criterion: str) -> str:
     no, yes = (repr(answer.strip()) for answer in bundle["answers"])
     return (
         f"The first {bundle['num_layers']} layers of {base}, fine-tuned to predict from an interaction history and "
-        f"retrieved evidence whether a user likes a candidate ({yes}) or not ({no}), with prediction heads after "
-        f"layers {exits} and a calibrated exit policy (`{criterion}`). Written by exitrec {own_version()}, which "
+        f"retrieved features whether a user likes a candidate ({yes}) or not ({no}), with prediction heads "
+        f"after layers {exits} and a calibrated exit policy (`{criterion}`). Written by exitrec {own_version()}, which "
         "has the prompts, the retrieval and the early-exit engine."
         + (
-            " Evidence in prompts is learned tokens with ids below zero, which `load_exported` knows and the model "
-            "alone does not."
+            " Retrieved features in prompts are learned tokens with ids below zero. `load_exported` knows them; "
+            "the model alone does not."
             if tells_numbers(bundle["prompt"]["segment"])
             else ""
         )
@@ -119,7 +119,7 @@ def _data(run: Run, bundle: Mapping[str, Any]) -> str:
         f"* `{Path(name).name}`, SHA-256 {digest}" for name, digest in bundle["interactions"].items()
     )
     retriever = bundle["retriever"]["class_path"]
-    return f"Evidence by `{retriever}`. Logs, which are not included:\n\n{files}"
+    return f"Retrieved features by `{retriever}`. Logs, which are not included:\n\n{files}"
 
 
 def _limits() -> str:
@@ -138,7 +138,7 @@ def _licence(base_model: str, base: str) -> str:
 USAGE = "python -m project export RUN_FOLDER NEW_FOLDER"
 NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/last.ckpt")
 POLICY, HEADS, NUMBERS = "exit_policy.json", "heads.safetensors", "numbers.safetensors"
-NUMBERS_KEY = "embed_tokens.numbers"  # in a trunk's state
+NUMBERS_KEY = "embed_tokens.numbers"  # in a backbone's state
 _AUTO: Any = AutoModel  # its constructors are not typed
 
 
@@ -146,18 +146,18 @@ class Exported(NamedTuple):
     """What is not Hugging Face's in an exported folder, on the CPU, in eval mode.
 
     Attributes:
-        trunk: Token embeddings and decoder layers.
+        backbone: Token embeddings and decoder layers.
         heads: `ExitHead` by layer, keys as text.
-        plan: Calibration, criterion and thresholds. Where `plan.prior`, head 0 is `exported_prior(folder)`.
+        plan: Calibration, criterion and thresholds. Where `plan.exit_0`, head 0 is `exported_baseline(folder)`.
     """
 
-    trunk: Trunk
+    backbone: Backbone
     heads: nn.ModuleDict
     plan: ExitPlan
 
 
 def run_export(arguments: Sequence[str]) -> Path:
-    """The verb: export a run and say where to.
+    """The command: export a run and say where to.
 
     Args:
         arguments: A run folder, such as runs/quickstart/latest, and a folder that does not exist yet or is empty.
@@ -200,25 +200,25 @@ def export(run: Path, folder: Path) -> Path:
     bundle = json.loads((run / "bundle" / "bundle.json").read_text(encoding="utf-8"))
     results = read_run(run)
     module, plan = _load(run, bundle)
-    policy = _policy(bundle, plan, module.counting_prior())
+    policy = _policy(bundle, plan, module.feature_baseline())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         part = Path(scratch) / folder.name
         shutil.copytree(run / "bundle" / "tokenizer", part)
-        assert module.trunk is not None
-        _save_trunk(module.trunk, part)
+        assert module.backbone is not None
+        _save_backbone(module.backbone, part)
         save_file({k: v.contiguous() for k, v in module.heads.state_dict().items()}, part / HEADS)
         if module.numbers:
-            save_file({"numbers": module.trunk.state_dict()[NUMBERS_KEY]}, part / NUMBERS)
+            save_file({"numbers": module.backbone.state_dict()[NUMBERS_KEY]}, part / NUMBERS)
         write_json(part / POLICY, policy)
-        card = render_card(results, bundle, module.trunk.config.model_type, plan.criterion)
+        card = render_card(results, bundle, module.backbone.config.model_type, plan.criterion)
         (part / "README.md").write_text(card, encoding="utf-8")
         os.replace(part, folder)
     return folder
 
 
 def load_exported(folder: str | Path) -> Exported:
-    """Trunk, heads and exit plan of a folder that `export` wrote.
+    """Backbone, heads and exit plan of a folder that `export` wrote.
 
     Args:
         folder: The folder.
@@ -232,37 +232,37 @@ def load_exported(folder: str | Path) -> Exported:
     )
     if info["missing_keys"]:
         raise DataError(
-            f"{folder} lacks {len(info['missing_keys'])} weights of the trunk, among them "
+            f"{folder} lacks {len(info['missing_keys'])} weights of the backbone, among them "
             f"{sorted(info['missing_keys'])[:3]}; the copy is not complete. Copy or export it again."
         )
     headless = SimpleNamespace(weight=torch.empty(0))  # heads are loaded, not made of the language model's
-    trunk = Trunk(SimpleNamespace(config=model.config, model=model, lm_head=headless))
-    trunk.release_lm_head()
+    backbone = Backbone(SimpleNamespace(config=model.config, model=model, lm_head=headless))
+    backbone.release_lm_head()
     if tells_numbers(policy["prompt"]["segment"]):
-        trunk.learn_numbers()
-        trunk.load_state_dict({NUMBERS_KEY: load_file(Path(folder) / NUMBERS)["numbers"]}, strict=False)
+        backbone.learn_numbers()
+        backbone.load_state_dict({NUMBERS_KEY: load_file(Path(folder) / NUMBERS)["numbers"]}, strict=False)
     direction = torch.zeros(model.config.hidden_size)
-    heads = nn.ModuleDict({str(k): ExitHead(trunk.final_norm, direction) for k in policy["exit_layers"]})
+    heads = nn.ModuleDict({str(k): ExitHead(backbone.final_norm, direction) for k in policy["exit_layers"]})
     heads.load_state_dict(load_file(Path(folder) / HEADS))
-    return Exported(trunk.eval(), heads.eval(), ExitPlan.from_state(from_json(policy["plan"])))
+    return Exported(backbone.eval(), heads.eval(), ExitPlan.from_state(from_json(policy["plan"])))
 
 
-def exported_prior(folder: str | Path) -> CountingPrior:
-    """Exit 0 of a folder that `export` wrote: logits from counting features, before the trunk runs.
+def exported_baseline(folder: str | Path) -> FeatureBaseline:
+    """Exit 0 of a folder that `export` wrote: logits from features, before the backbone runs.
 
     Args:
         folder: The folder.
 
     Raises:
-        DataError: It has no exit policy of this version, or its features are not `counting.FEATURES`.
+        DataError: It has no exit policy of this version, or its features are not `exit_0.FEATURES`.
     """
-    known = _read_policy(Path(folder))["counting_prior"]
+    known = _read_policy(Path(folder))["feature_baseline"]
     if tuple(known["weights"]) != FEATURES:
         raise DataError(
             f"{Path(folder) / POLICY}: exit 0 weighs the features {list(known['weights'])}; this version counts "
             f"{list(FEATURES)}. Use the version that wrote it, or export the run again."
         )
-    return CountingPrior(known["base"], known["offset"], np.array(list(known["weights"].values())))
+    return FeatureBaseline(known["base"], known["offset"], np.array(list(known["weights"].values())))
 
 
 def to_json(value: Any) -> Any:
@@ -314,24 +314,24 @@ def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, ExitPl
     return module.eval(), plan
 
 
-def _save_trunk(trunk: Trunk, folder: Path) -> None:
+def _save_backbone(backbone: Backbone, folder: Path) -> None:
     """config.json and model.safetensors of a headless model, its adapters merged in place."""
-    for layer in list(trunk.modules()):
+    for layer in list(backbone.modules()):
         if hasattr(layer, "base_layer"):
             layer.merge()  # type: ignore[operator]  # peft's
     state = {
         name.replace(".base_layer.", ".").replace("final_norm.", "norm."): weights
-        for name, weights in trunk.state_dict().items()
+        for name, weights in backbone.state_dict().items()
         if ".lora_" not in name and name != NUMBERS_KEY
     }
-    with torch.device("meta"):  # only its names: the weights are the trunk's
-        model = _AUTO.from_config(deepcopy(trunk.config), attn_implementation="sdpa")
+    with torch.device("meta"):  # only its names: the weights are the backbone's
+        model = _AUTO.from_config(deepcopy(backbone.config), attn_implementation="sdpa")
     model.load_state_dict(state, assign=True)
     model.save_pretrained(folder)
 
 
-def _policy(bundle: Mapping[str, Any], plan: ExitPlan, prior: CountingPrior) -> dict[str, Any]:
-    weights = dict(zip(FEATURES, prior.weights.tolist(), strict=True))
+def _policy(bundle: Mapping[str, Any], plan: ExitPlan, exit_0: FeatureBaseline) -> dict[str, Any]:
+    weights = dict(zip(FEATURES, exit_0.weights.tolist(), strict=True))
     return {
         "schema_version": SCHEMA_VERSION,
         "version": own_version(),
@@ -339,7 +339,7 @@ def _policy(bundle: Mapping[str, Any], plan: ExitPlan, prior: CountingPrior) -> 
         "answers": bundle["answers"],
         "prompt": bundle["prompt"],
         "protocol": bundle["protocol"],
-        "counting_prior": {"base": prior.base, "offset": prior.offset, "weights": weights},
+        "feature_baseline": {"base": exit_0.base, "offset": exit_0.offset, "weights": weights},
         "plan": to_json(plan.state()),
     }
 

@@ -1,7 +1,7 @@
-"""Counting: what a candidate's evidence says in a few numbers, and a logistic regression on them, which is exit 0.
+"""A candidate's retrieved features as a few numbers, and a logistic regression on them, which is exit 0.
 
-Unusual here: these numbers exist before the first layer of the LLM runs and cost microseconds. The same regression is
-the floor `lr_evidence` and the prior of a calibrated run, so the two cannot drift apart.
+The numbers exist before the first layer of the LLM runs. The same regression is the baseline `lr_text` and exit 0 of a
+calibrated run.
 """
 
 from __future__ import annotations
@@ -27,50 +27,50 @@ FEATURES = (
     "neighbours",
     "similarity",
     "weighted_vote_log_odds",
-    "taste_log_odds",
-    "alike_log_odds",
+    "mf_log_odds",
+    "item_similarity_log_odds",
     "text_log_odds",
     "text_rows",
 )
-"""Log-odds of shrunk rates, log(1 + count) of their rows, mean similarity (0 without neighbours), log-odds of taste
-and of the user's own answers on items alike, shrunk as if their similarities were rows; four times the text similarity
-(the slope of log-odds at 1/2), and log(1 + its weight)."""
+"""Log-odds of shrunk rates, log(1 + count) of their rows, mean similarity (0 without neighbours), log-odds by matrix
+factorisation and by the user's own answers on similar items, shrunk as if their similarities were rows; four times the
+text similarity (the slope of log-odds at 1/2), and log(1 + its weight)."""
 
 TEXT_FEATURES = FEATURES[-2:]
 
-SUREST = 1e-4  # a taste closer to 0 or 1 counts as this close
+SUREST = 1e-4  # a factorisation closer to 0 or 1 counts as this close
 
 
-def counting_features(evidence: pl.DataFrame, base: float) -> Floats:
-    """Rows of an evidence table as numbers.
+def feature_matrix(retrieved: pl.DataFrame, base: float) -> Floats:
+    """Rows of an retrieved features table as numbers.
 
     Args:
-        evidence: n rows of an evidence table, with or without the columns taste, alike and text.
+        retrieved: n rows of an retrieved features table, with or without the columns factorisation, alike and text.
         base: Share of likes among train targets, to which rates of few rows shrink.
 
     Returns:
-        (n, len(FEATURES)), finite. Where there is no taste, it is a factorisation's biases alone: rates summed; where
-        nothing is alike, the train mean.
+        (n, len(FEATURES)), finite. Where there is no factorisation, it is a factorisation's biases alone: rates
+        summed; where nothing is alike, the train mean.
     """
-    weights = _similarity_weights(evidence)
-    similarity = evidence["similarities"].list.mean().fill_null(0.0).to_numpy().astype(np.float64)
-    item, user = (_rate_and_rows(evidence, f"{of}_rate", f"{of}_count", base) for of in ("item", "user"))
+    weights = _similarity_weights(retrieved)
+    similarity = retrieved["similarities"].list.mean().fill_null(0.0).to_numpy().astype(np.float64)
+    item, user = (_rate_and_rows(retrieved, f"{of}_rate", f"{of}_count", base) for of in ("item", "user"))
     columns = [
         *item,
         *user,
-        *_rate_and_rows(evidence, "vote", "neighbour_count", base),
+        *_rate_and_rows(retrieved, "vote", "neighbour_count", base),
         similarity,
         _log_odds(weights["likes"].to_numpy(), weights["weight"].to_numpy(), base),
-        _taste(evidence, item[0] + user[0] - np.log(base / (1.0 - base))),
-        _alike(evidence, base),
-        *_text(evidence),
+        _mf(retrieved, item[0] + user[0] - np.log(base / (1.0 - base))),
+        _item_similarity(retrieved, base),
+        *_text(retrieved),
     ]
     return np.stack(columns, axis=1)
 
 
 @dataclass(frozen=True)
-class CountingPrior:
-    """Exit 0: a logistic regression on counting features, fitted on train targets.
+class FeatureBaseline:
+    """Exit 0: a logistic regression on features, fitted on train targets.
 
     Attributes:
         base: Share of likes among train targets.
@@ -83,23 +83,23 @@ class CountingPrior:
     weights: Floats
 
     @classmethod
-    def fit(cls, evidence: pl.DataFrame, labels: ArrayLike) -> CountingPrior:
+    def fit(cls, retrieved: pl.DataFrame, labels: ArrayLike) -> FeatureBaseline:
         """Fit on train targets.
 
         Args:
-            evidence: Their n rows of train's evidence table.
+            retrieved: Their n rows of train's retrieved features table.
             labels: (n,) 0 or 1, both present.
         """
         answers = np.asarray(labels)
         base = float(answers.mean())
-        return cls.fit_features(counting_features(evidence, base), answers, base)
+        return cls.fit_features(feature_matrix(retrieved, base), answers, base)
 
     @classmethod
-    def fit_features(cls, features: Floats, labels: NDArray[Any], base: float) -> CountingPrior:
+    def fit_features(cls, features: Floats, labels: NDArray[Any], base: float) -> FeatureBaseline:
         """`fit` for features that exist already.
 
         Args:
-            features: (n, len(FEATURES)) of `counting_features`.
+            features: (n, len(FEATURES)) of `feature_matrix`.
             labels: (n,) 0 or 1.
             base: What the features were made with.
         """
@@ -109,12 +109,12 @@ class CountingPrior:
         weights = regression.coef_[0] / scaler.scale_
         return cls(base, float(regression.intercept_[0] - weights @ scaler.mean_), weights)
 
-    def logits(self, evidence: pl.DataFrame) -> Floats:
-        """Logits (n,) of n rows of an evidence table."""
-        return self.of_features(counting_features(evidence, self.base))
+    def logits(self, retrieved: pl.DataFrame) -> Floats:
+        """Logits (n,) of n rows of an retrieved features table."""
+        return self.of_features(feature_matrix(retrieved, self.base))
 
     def of_features(self, features: Floats) -> Floats:
-        """Logits (n,) of features (n, len(FEATURES)) made with this prior's base."""
+        """Logits (n,) of features (n, len(FEATURES)) made with this exit 0's base."""
         scores: Floats = features @ self.weights + self.offset
         return scores
 
@@ -123,7 +123,7 @@ class CountingPrior:
         return np.concatenate([[self.base, self.offset], self.weights])
 
     @classmethod
-    def from_array(cls, values: ArrayLike) -> CountingPrior:
+    def from_array(cls, values: ArrayLike) -> FeatureBaseline:
         """From what `to_array` gave."""
         array = np.asarray(values, dtype=np.float64)
         return cls(float(array[0]), float(array[1]), array[2:])
@@ -151,28 +151,28 @@ def _log_odds(likes: NDArray[Any], rows: NDArray[Any], base: float) -> Floats:
     return odds
 
 
-def _taste(evidence: pl.DataFrame, otherwise: Floats) -> Floats:
-    """Log-odds of the column taste; `otherwise` where it is absent or null."""
-    if "taste" not in evidence.columns:
+def _mf(retrieved: pl.DataFrame, otherwise: Floats) -> Floats:
+    """Log-odds of the column factorisation; `otherwise` where it is absent or null."""
+    if "mf" not in retrieved.columns:
         return otherwise
-    found = evidence["taste"].cast(pl.Float64)
+    found = retrieved["mf"].cast(pl.Float64)
     chance = found.fill_null(0.5).clip(SUREST, 1.0 - SUREST).to_numpy()
     return np.where(found.is_null().to_numpy(), otherwise, np.log(chance / (1.0 - chance)))
 
 
-def _alike(evidence: pl.DataFrame, base: float) -> Floats:
+def _item_similarity(retrieved: pl.DataFrame, base: float) -> Floats:
     """Log-odds of the column alike, shrunk to the train mean; that mean where the column is absent."""
-    if "alike" not in evidence.columns:
-        return _log_odds(np.zeros(len(evidence)), np.zeros(len(evidence)), base)
-    weight = evidence["alike_weight"].to_numpy().astype(np.float64)
-    return _log_odds(evidence["alike"].fill_null(0.0).to_numpy() * weight, weight, base)
+    if "item_similarity" not in retrieved.columns:
+        return _log_odds(np.zeros(len(retrieved)), np.zeros(len(retrieved)), base)
+    weight = retrieved["item_similarity_weight"].to_numpy().astype(np.float64)
+    return _log_odds(retrieved["item_similarity"].fill_null(0.0).to_numpy() * weight, weight, base)
 
 
-def _text(evidence: pl.DataFrame) -> tuple[Floats, Floats]:
+def _text(retrieved: pl.DataFrame) -> tuple[Floats, Floats]:
     """Text similarity as log-odds, and the log of its weight; 0 where the columns are absent."""
-    if "text" not in evidence.columns:
-        return np.zeros(len(evidence)), np.zeros(len(evidence))
-    similarity, weight = (evidence[name].fill_null(0.0).to_numpy() for name in ("text", "text_weight"))
+    if "text" not in retrieved.columns:
+        return np.zeros(len(retrieved)), np.zeros(len(retrieved))
+    similarity, weight = (retrieved[name].fill_null(0.0).to_numpy() for name in ("text", "text_weight"))
     return 4.0 * similarity.astype(np.float64), np.log1p(weight.astype(np.float64))
 
 

@@ -17,7 +17,9 @@ from scipy.stats import rankdata
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
 
-PROBABILITY_FLOOR = 1e-3  # emitted probabilities stay this far from 0 and 1: a row's log loss is at most 6.91
+SMALLEST_PROBABILITY = (
+    1e-3  # emitted probabilities stay this far from 0 and 1: a row's log loss is at most 6.91
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def probabilities(logits: ArrayLike) -> Floats:
     values = _scores(logits)
     small = np.exp(-np.abs(values))
     sigmoid = np.where(values >= 0, 1.0, small) / (1.0 + small)
-    return np.clip(sigmoid, PROBABILITY_FLOOR, 1.0 - PROBABILITY_FLOOR)
+    return np.clip(sigmoid, SMALLEST_PROBABILITY, 1.0 - SMALLEST_PROBABILITY)
 
 
 def auc(scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None) -> float | None:
@@ -118,7 +120,7 @@ def gauc_positives(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> Us
 
 
 def head_metrics(logits: ArrayLike, labels: ArrayLike, users: ArrayLike) -> dict[str, Any]:
-    """Everything a result file says about one head's or floor's scores (JSON values; None = undefined).
+    """Everything a result file says about one head's or baseline's scores (JSON values; None = undefined).
 
     Args:
         logits: Shape (n,), log-odds of label 1.

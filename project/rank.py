@@ -25,15 +25,15 @@ from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.result import labelled_scores
 from project.exits.calibration import Calibration
 from project.exits.certificate import CertificateSettings, certify_losses, user_means
-from project.exits.cost import Stream, request_cost
+from project.exits.cost import request_cost
 from project.exits.criteria import (
     Consistency,
     Criterion,
     HeadOutputs,
     Ratio,
     RatioConsistency,
+    confidence_table,
     name,
-    safety_table,
 )
 from project.exits.plan import admit, raw_outputs
 from project.exits.policy import leave
@@ -175,8 +175,8 @@ class ScoredRequests:
                 a request in order.
             calibration: The run's; None: raw logits, and exit 0 is the first head.
         """
-        prior = calibration is None or 0 in calibration.layers
-        raw = raw_outputs(scores, np.zeros((len(scores), 0)), exit_layers_of(scores), prior)
+        exit_0 = calibration is None or 0 in calibration.layers
+        raw = raw_outputs(scores, np.zeros((len(scores), 0)), exit_layers_of(scores), exit_0)
         logits = calibration.apply(raw.logits) if calibration else raw.logits
         number = scores["request_id"].rle_id().to_numpy().astype(np.int64)
         starts = np.flatnonzero(np.diff(number, prepend=-1))
@@ -186,7 +186,7 @@ class ScoredRequests:
         return cls(
             torch.from_numpy(number),
             scores["user"].to_numpy()[starts],
-            HeadOutputs(raw.layers, logits, raw.evidence),
+            HeadOutputs(raw.layers, logits, raw.retrieved),
             target,
             stream,
             scores["label"].fill_null(-1).to_numpy().astype(np.int8),
@@ -227,11 +227,11 @@ def fixed_depth(layers: Sequence[int], index: int) -> RankPolicy:
 
 
 def by_row(criterion: Criterion, threshold: float) -> RankPolicy:
-    """Each candidate leaves by itself, at the first head where the criterion's safety reaches one threshold."""
+    """Each candidate leaves by itself, at the first head where the criterion's confidence reaches one threshold."""
 
     def decide(asked: ScoredRequests) -> Ranking:
         thresholds = torch.full((asked.outputs.heads,), threshold, dtype=torch.float64)
-        return _emitted(asked, leave(safety_table(criterion, asked.outputs), thresholds))
+        return _emitted(asked, leave(confidence_table(criterion, asked.outputs), thresholds))
 
     return RankPolicy(name(criterion), threshold, decide)
 
@@ -266,8 +266,8 @@ def policies(tune: ScoredRequests, k: int, overlap: float) -> list[RankPolicy]:
     criteria: list[Criterion] = [Consistency(), Ratio(), RatioConsistency()]
     for criterion in criteria:
         criterion.fit(tune.outputs)
-        safety = safety_table(criterion, tune.outputs)[:, :-1]
-        spread = safety[safety.isfinite()].double()
+        confidence = confidence_table(criterion, tune.outputs)[:, :-1]
+        spread = confidence[confidence.isfinite()].double()
         if spread.numel():
             thresholds = torch.quantile(spread, torch.tensor(LEVELS, dtype=torch.float64)).tolist()
             found.append(fastest([by_row(criterion, t) for t in thresholds], full, tune, k, overlap))
@@ -277,7 +277,7 @@ def policies(tune: ScoredRequests, k: int, overlap: float) -> list[RankPolicy]:
 def fastest(
     path: Sequence[RankPolicy], full: RankPolicy, tune: ScoredRequests, k: int, overlap: float
 ) -> RankPolicy:
-    """The cheapest policy, stream cached, whose mean overlap@k is enough; full depth under its name where none is.
+    """The cheapest policy, prefix cached, whose mean overlap@k is enough; full depth under its name where none is.
 
     Args:
         path: At least one policy, all of one name.
@@ -287,10 +287,10 @@ def fastest(
         overlap: Least mean overlap@k.
     """
     whole = full.decide(tune)
-    best, least = RankPolicy(path[0].name, None, full.decide), float(costs(tune, whole, "warm").sum())
+    best, least = RankPolicy(path[0].name, None, full.decide), float(costs(tune, whole, True).sum())
     for policy in path:
         ranking = policy.decide(tune)
-        spent = float(costs(tune, ranking, "warm").sum())
+        spent = float(costs(tune, ranking, True).sum())
         if spent < least and overlaps(tune, ranking, whole, k).mean() >= overlap:
             best, least = policy, spent
     return best
@@ -302,10 +302,10 @@ def overlaps(asked: ScoredRequests, ranking: Ranking, full: Ranking, k: int) -> 
     return found
 
 
-def costs(asked: ScoredRequests, ranking: Ranking, stream: Stream) -> Tensor:
+def costs(asked: ScoredRequests, ranking: Ranking, prefix_cached: bool) -> Tensor:
     """Shape (r,), token-layers of each request."""
     layer = torch.tensor(asked.outputs.layers)[ranking.exits]
-    return request_cost(asked.request, layer, asked.target_tokens, asked.stream_tokens, stream)
+    return request_cost(asked.request, layer, asked.target_tokens, asked.stream_tokens, prefix_cached)
 
 
 def policy_row(
@@ -323,7 +323,7 @@ def policy_row(
     Returns:
         policy, parameter, k, candidates (fewest and most of a request: a small catalogue cannot fill them all), overlap
         and its interval (users resampled), mean_depth in layers and as a share of full
-        depth, cost_cold and cost_warm as shares of full depth's token-layers, precision, gauc (mean AUC inside a
+        depth, cost and cost_cached as shares of full depth's token-layers, precision, gauc (mean AUC inside a
         request, weighted by its candidates), n_requests, n_labelled.
     """
     ranking, whole = policy.decide(catalogue), full.decide(catalogue)
@@ -331,10 +331,8 @@ def policy_row(
     interval = UserBootstrap(catalogue.user, DRAWS).ratio_interval(overlap, np.ones_like(overlap))["interval"]
     depth = float(torch.tensor(catalogue.outputs.layers)[ranking.exits].double().mean())
     cost = {
-        f"cost_{stream}": float(
-            costs(catalogue, ranking, stream).sum() / costs(catalogue, whole, stream).sum()
-        )
-        for stream in ("cold", "warm")
+        name: float(costs(catalogue, ranking, cached).sum() / costs(catalogue, whole, cached).sum())
+        for name, cached in (("cost", False), ("cost_cached", True))
     }
     return {
         "policy": policy.name,
@@ -378,7 +376,7 @@ def run_rank(
     Args:
         trainer: Says where to run, and the tag of result files.
         model: The run's module; its calibration is used where it has one.
-        data: Logs, protocol and evidence.
+        data: Logs, protocol and retrieved features.
         checkpoint: The run's checkpoint.
         folder: The run's folder.
         settings: Requests, lists and promise.

@@ -37,7 +37,7 @@ SCORE_COLUMNS: dict[str, PolarsType] = {
     "stream_tokens": pl.Int64,
 }
 """Columns of a score table before its heads: `logit_<layer>` Float32, one per exit layer. Rows of the logs have a
-row_id, candidates of requests a request_id and candidate_index; `logit_0` is counting's. Scored under an exit plan, a
+row_id, candidates of requests a request_id and candidate_index; `logit_0` is exit 0's. Scored under an exit plan, a
 table ends in `exit_layer` Int64 and `adaptive_logit` Float32, where a row leaves and the logit it leaves with."""
 
 
@@ -115,43 +115,45 @@ def read_result(path: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise DataError(
-            f"{path} does not exist; expected a result file that fit, test or floors has written."
+            f"{path} does not exist; expected a result file that fit, test or baselines has written."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is not a result file: {error}. Run the verb that wrote it again.") from error
+        raise DataError(
+            f"{path} is not a result file: {error}. Run the command that wrote it again."
+        ) from error
     if not isinstance(content, dict):
         raise DataError(
             f"{path} is not a result file: it holds a {type(content).__name__}, expected an object with "
-            "schema_version and verb. Run the verb that wrote it again."
+            "schema_version and command. Run the command that wrote it again."
         )
     if content.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
             f"{path} has schema_version {content.get('schema_version')}; this version reads {SCHEMA_VERSION}. "
-            "Run the verb that wrote it again."
+            "Run the command that wrote it again."
         )
-    known = {"verb": content.get("verb"), "protocol.hash": (content.get("protocol") or {}).get("hash")}
+    known = {"command": content.get("command"), "protocol.hash": (content.get("protocol") or {}).get("hash")}
     if lacking := [key for key, value in known.items() if not value]:
         raise DataError(
-            f"{path} has no {' and no '.join(lacking)}; expected a result file that a verb has written. Run the verb "
-            "again."
+            f"{path} has no {' and no '.join(lacking)}; expected a result file that a command has written. Run the "
+            "command again."
         )
     return content
 
 
-def result_head(verb: str, manifest: Mapping[str, Any], config: str | None, seed: int) -> dict[str, Any]:
+def result_head(command: str, manifest: Mapping[str, Any], config: str | None, seed: int) -> dict[str, Any]:
     """What every result file starts with.
 
     Args:
-        verb: fit, validate, test, floors, benchmark.
+        command: fit, validate, test, baselines, benchmark.
         manifest: The protocol's manifest.
         config: Path of the configuration.
         seed: The run's seed.
     """
     return {
         "schema_version": SCHEMA_VERSION,
-        "verb": verb,
+        "command": command,
         "version": own_version(),
         "seed": seed,
         "config": config and _relative(config),

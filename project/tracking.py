@@ -108,11 +108,11 @@ def _loggers(trainer: pl.Trainer) -> list[WandbLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
 
 
-def _log_report(logger: WandbLogger, run: Path, verb: str) -> None:
+def _log_report(logger: WandbLogger, run: Path, command: str) -> None:
     found = [path for pattern in PATTERNS for path in sorted(run.glob(pattern))]
     if found:
         files = {str(path.relative_to(run)): path for path in found}
-        _log(logger, "report", files, [verb, "latest"], {"run": str(run)})
+        _log(logger, "report", files, [command, "latest"], {"run": str(run)})
 
 
 def _log(

@@ -12,9 +12,9 @@ from rich.console import Console
 from project.callbacks import exit_calibration_of, point_latest, run_folder
 from project.datamodule import InteractionData, check_reads
 from project.errors import ConfigError
-from project.evaluation.baselines import best_floor, fit_floors, floor_rows
+from project.evaluation.baselines import baseline_rows, best_baseline, fit_baselines
 from project.evaluation.networks import LEFT_OUT, kept_networks, networks_installed, trained_networks
-from project.evaluation.result import floor_scores_of, slice_rows
+from project.evaluation.result import baseline_scores_of, slice_rows
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender, check_origin
 from project.rank import RankSettings
@@ -22,39 +22,39 @@ from project.report.tables import render, shown
 from project.run import read_checkpoint, result_head, run_of_checkpoint, table_about, write_json
 
 
-def run_floors(data: InteractionData, folder: Path, peers: bool = False) -> dict[str, Any]:
-    """Score all floors on validation and test, and write results/floors.json.
+def run_baselines(data: InteractionData, folder: Path, networks: bool = False) -> dict[str, Any]:
+    """Score all baselines on validation and test, and write results/baselines.json.
 
     Networks are kept: under the same hash they are not trained again, and fit, validate and test find them.
 
     Args:
-        data: Logs, protocol and evidence.
+        data: Logs, protocol and retrieved features.
         folder: Run folder of the result file.
-        peers: Also train and score the networks of `project.evaluation.networks`, where the extra is installed;
+        networks: Also train and score the networks of `project.evaluation.networks`, where the extra is installed;
             those that were trained before are shown without asking.
     """
-    if peers and not networks_installed():
+    if networks and not networks_installed():
         print(LEFT_OUT)
-    split, networks = data.split, kept_networks(data)
-    if peers and networks_installed():
-        with data.clock.stage("peers"):
-            networks = trained_networks(data)
-    with data.clock.stage("floors"):
-        floors = [*fit_floors(split.rows, data.evidence), *networks]
-        rows = floor_rows(floors, split.rows)
-        best = best_floor(floors, split.rows)
+    split, kept = data.split, kept_networks(data)
+    if networks and networks_installed():
+        with data.clock.stage("networks"):
+            kept = trained_networks(data)
+    with data.clock.stage("baselines"):
+        baselines = [*fit_baselines(split.rows, data.retrieved), *kept]
+        rows = baseline_rows(baselines, split.rows)
+        best = best_baseline(baselines, split.rows)
         slices = [
             found
             for part in (("valid", "tune"), ("test", None))
             for found in slice_rows(
-                split.rows, data.evidence, floor_scores_of(floors, split.rows, *part), *part
+                split.rows, data.retrieved, baseline_scores_of(baselines, split.rows, *part), *part
             )
         ]
-    result = result_head("floors", split.manifest, str(folder / "config.yaml"), data.seed)
-    result |= {"floors": rows, "best_floor": best.name if best else None, "slices": slices}
+    result = result_head("baselines", split.manifest, str(folder / "config.yaml"), data.seed)
+    result |= {"baselines": rows, "best_baseline": best.name if best else None, "slices": slices}
     result["warnings"] = data.warnings
     result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
-    path = write_json(folder / "results" / "floors.json", result)
+    path = write_json(folder / "results" / "baselines.json", result)
     Console(width=120).print(shown(render(result)), f"written: {path}")
     return result
 
@@ -91,7 +91,7 @@ def run_calibrate(
     else:
         check_origin(checkpoint, model.exit_layers, model.backbone_name)
         check_reads(checkpoint.get("reads"), data)
-        model.prior.copy_(checkpoint["state_dict"]["prior"])
+        model.exit_0.copy_(checkpoint["state_dict"]["exit_0"])
         scores = pl.read_parquet(table, glob=False)
     result = callback.calibrate(trainer, model, data, scores, folder)
     if trainer.is_global_zero:
@@ -106,7 +106,7 @@ DEFAULT_SIZES = [1, 8, 64, 256]
 
 
 class ProjectTrainer(Trainer):
-    """Lightning's Trainer with the verbs that need no training loop."""
+    """Lightning's Trainer with the commands that need no training loop."""
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
@@ -134,24 +134,24 @@ class ProjectTrainer(Trainer):
         """
         run_calibrate(self, model, datamodule, ckpt_path, rescore)
 
-    def floors(
+    def baselines(
         self,
         model: ExitRecommender,
         datamodule: InteractionData,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
-        peers: bool = False,
+        networks: bool = False,
     ) -> None:
-        """Score the counting baselines on validation and test; reads the data part of the configuration.
+        """Score the baselines on validation and test; reads the data part of the configuration.
 
         Args:
-            model: Not used: the same YAML serves every verb.
-            datamodule: Logs, protocol and evidence.
+            model: Not used: the same YAML serves every command.
+            datamodule: Logs, protocol and retrieved features.
             ckpt_path: A run's checkpoint, to write the result beside its other results.
             weights_only: Not used.
-            peers: Also train and score DeepFM, DCN-v2 and DIN; needs the extra `peers`.
+            networks: Also train and score DeepFM, DCN-v2 and DIN; needs the extra `networks`.
         """
-        run_floors(datamodule, run_folder(self, ckpt_path), peers)
+        run_baselines(datamodule, run_folder(self, ckpt_path), networks)
 
     def benchmark(
         self,
@@ -166,7 +166,7 @@ class ProjectTrainer(Trainer):
         """Measure speed as ratios, side by side in one run.
 
         Args:
-            model: Its trunk is measured.
+            model: Its backbone is measured.
             datamodule: Real prompts.
             ckpt_path: A run's checkpoint, to write the result beside its other results; engine needs a calibrated one.
             weights_only: Not used.
@@ -234,7 +234,7 @@ class ProjectTrainer(Trainer):
 
         Args:
             model: The run's model.
-            datamodule: Logs, protocol and evidence that requests are made of.
+            datamodule: Logs, protocol and retrieved features that requests are made of.
             ckpt_path: The run's checkpoint.
             weights_only: Not used.
             ranking: Requests, lists and promise.

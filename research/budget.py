@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from project.exits.budget import TuneFold
-from project.exits.criteria import ITEM_ROWS, safety_table
+from project.exits.criteria import ITEM_ROWS, confidence_table
 from project.exits.criteria import name as name_of
 from project.exits.plan import ExitPlan, ExitSettings
 from project.exits.policy import leave
@@ -36,7 +36,7 @@ ALPHAS = (0.5, 0.2, 0.1, 0.05)
 FRESH_USERS = 800
 STUDY = {
     "schema_version": SCHEMA_VERSION,
-    "verb": "study",
+    "command": "study",
     "protocol": {"name": "simulated users", "hash": "simulated"},
     "about": "Pipelines on simulated users. Above: share whose AUC drop on fresh users exceeds the budget of .002. "
     "Drop, told, corrected: its mean on fresh users, as tune tells it, and corrected for the choice. Covered: how "
@@ -113,7 +113,7 @@ def choices(tune: TuneFold) -> list[tuple[str, float, TuneFold]]:
 def pipeline(users: int, harsh: bool, seed: int, fresh: World) -> list[dict[str, Any]]:
     """One tune fold: what each choice is told to lose, loses on fresh users, and costs."""
     world, settings = make_world(users, harsh, np.random.default_rng([seed, users, harsh])), ExitSettings()
-    tune, rows = TuneFold(world.scores, world.features, settings, prior=True), []
+    tune, rows = TuneFold(world.scores, world.features, settings, exit_0=True), []
     known = dict[tuple[str, int], float]()
     for name, alpha, made in choices(tune):
         policy = name_of(made.best.criterion), made.best.step
@@ -132,7 +132,7 @@ def pipeline(users: int, harsh: bool, seed: int, fresh: World) -> list[dict[str,
 def true_drop(plan: ExitPlan, fresh: World) -> float:
     """AUC of full depth minus the plan's, by the truth."""
     outputs = plan.outputs(fresh.scores, fresh.features)
-    exits = leave(safety_table(plan.policy.criterion, outputs), plan.policy.thresholds)
+    exits = leave(confidence_table(plan.policy.criterion, outputs), plan.policy.thresholds)
     full, adaptive = outputs.logits[:, -1], outputs.logits.gather(1, exits[:, None])[:, 0]
     return true_auc(full.numpy(), fresh.truth) - true_auc(adaptive.numpy(), fresh.truth)
 

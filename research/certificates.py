@@ -50,9 +50,10 @@ WORLDS: dict[str, tuple[Callable[[np.random.Generator, int], Ints], float]] = {
 def draw(world: str, users: int, strength: float, rng: np.random.Generator) -> Users:
     """Full and adaptive scores, labels and user of each row.
 
-    A user's taste (standard deviation .7) and a row's own part (1.1) make the log-odds of the label. Both scores see
-    them through noise (.7, correlated .8), so they are equally good. Badly served users' adaptive scores are moreover
-    off by `strength` times a shift of the user and noise of the row; rare bad users' are turned round instead.
+    A user's factorisation (standard deviation .7) and a row's own part (1.1) make the log-odds of the label. Both
+    scores see them through noise (.7, correlated .8), so they are equally good. Badly served users' adaptive scores
+    are moreover off by `strength` times a shift of the user and noise of the row; rare bad users' are turned round
+    instead.
     """
     sizes, bad_share = WORLDS[world]
     real = np.arange(WIDTH) < sizes(rng, users)[:, None]
@@ -111,7 +112,8 @@ def rates(world: str, users: int, strength: float, draws: int, seed: int = 0) ->
 def main(draws: int = 1000) -> None:
     """Print and write the table; about five minutes of one core."""
     head = {
-        "schema_version": SCHEMA_VERSION, "verb": "study", "protocol": {"name": "simulated users", "hash": "simulated"},
+        "schema_version": SCHEMA_VERSION, "command": "study",
+        "protocol": {"name": "simulated users", "hash": "simulated"},
         "about": ABOUT, "risk": SETTINGS.risk, "epsilon": SETTINGS.epsilon, "delta": SETTINGS.delta,
         "estimand": SETTINGS.estimand, "users_needed": SETTINGS.users_needed(),
     }  # fmt: skip

@@ -27,11 +27,11 @@ WORDS = "movie about the sea a mountain two friends and one dog in winter night 
 
 
 def write_logs(folder: Path, users: int = 30, items: int = 20, rows: int = 500, seed: int = 0) -> Path:
-    """interactions.csv and items.csv: users like items whose taste has the sign of their own."""
+    """interactions.csv and items.csv: users like items whose factorisation has the sign of their own."""
     rng = np.random.default_rng(seed)
-    taste_user, taste_item = rng.normal(size=users), rng.normal(size=items)
+    mf_user, mf_item = rng.normal(size=users), rng.normal(size=items)
     user, item = rng.integers(0, users, rows), rng.integers(0, items, rows)
-    score = taste_user[user] * taste_item[item] + 0.5 * rng.normal(size=rows)
+    score = mf_user[user] * mf_item[item] + 0.5 * rng.normal(size=rows)
     frame = pl.DataFrame(
         {
             "user_id": [f"u{u}" for u in user],
@@ -93,7 +93,7 @@ def tiny_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One evidence cache for all tests."""
+    """One retrieved features cache for all tests."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -132,7 +132,7 @@ def run(monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> Callable[..., N
 
 @pytest.fixture
 def fails(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a verb that must end with exit code 2; returns what it said."""
+    """Runs a command that must end with exit code 2; returns what it said."""
 
     def call(*arguments: object) -> str:
         with pytest.raises(SystemExit) as stopped:

@@ -16,7 +16,7 @@ from project.exits.criteria import Criterion, HeadOutputs
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
 from project.layout import Layout
-from project.model.backbone import Trunk
+from project.model.backbone import Backbone
 from project.model.module import ExitRecommender, LoraSettings, add_lora
 
 LAYERS, EXITS, VOCABULARY, FEATURES = 5, [1, 2, 3, 5], 64, 3
@@ -44,39 +44,39 @@ class World:
     requests: list[PreparedRequest]
     outputs: list[HeadOutputs]
 
-    def plan(self, criterion: Criterion, quantile: float, prior: bool = True) -> ExitPlan:
+    def plan(self, criterion: Criterion, quantile: float, exit_0: bool = True) -> ExitPlan:
         """A plan whose thresholds let this share of all candidates leave at each exit they reach."""
-        layers = (0, *EXITS) if prior else tuple(EXITS)
+        layers = (0, *EXITS) if exit_0 else tuple(EXITS)
         slopes = torch.linspace(1.2, 0.8, len(layers), dtype=torch.float64)
-        values = torch.stack([slopes, 0.3 * slopes * prior, slopes - 1], dim=1)
+        values = torch.stack([slopes, 0.3 * slopes * exit_0, slopes - 1], dim=1)
         values[0, 1] = 0
         calibration = Calibration(layers, values)
-        first = 0 if prior else 1
+        first = 0 if exit_0 else 1
         together = HeadOutputs(
             layers,
             calibration.apply(torch.cat([o.logits for o in self.outputs])[:, first:]),
-            torch.cat([o.evidence for o in self.outputs]),
+            torch.cat([o.retrieved for o in self.outputs]),
         )
         # on other rows, as in life: quantiles jump at the very rows that they were taken of
         noise = torch.randn(together.logits.shape, generator=torch.Generator().manual_seed(0)).double()
         criterion.fit(replace(together, logits=together.logits + 0.1 * noise))
         thresholds = []
         for head in range(len(layers) - 1):
-            safety = criterion.safety(together.until(head))
-            finite = safety[safety.isfinite()]
+            confidence = criterion.confidence(together.until(head))
+            finite = confidence[confidence.isfinite()]
             thresholds.append(_between(finite, quantile) if len(finite) else torch.inf)
         policy = Policy(criterion, torch.tensor([*thresholds, -torch.inf], dtype=torch.float64), layers)
-        return ExitPlan(calibration, policy, prior)
+        return ExitPlan(calibration, policy, exit_0)
 
     def calibrated(self, plan: ExitPlan, request: int) -> HeadOutputs:
         """Calibrated outputs of one request's candidates."""
-        raw, first = self.outputs[request], 0 if plan.prior else 1
-        return plan.calibrated(HeadOutputs(raw.layers[first:], raw.logits[:, first:], raw.evidence))
+        raw, first = self.outputs[request], 0 if plan.exit_0 else 1
+        return plan.calibrated(HeadOutputs(raw.layers[first:], raw.logits[:, first:], raw.retrieved))
 
 
-def _between(safety: torch.Tensor, share: float) -> float:
-    """A threshold in the middle of the widest gap near a quantile: at a row's own safety it would be a coin toss."""
-    ordered = safety.sort(descending=True).values
+def _between(confidence: torch.Tensor, share: float) -> float:
+    """A threshold in the middle of the widest gap near a quantile: at a row's own confidence it would be a coin toss."""
+    ordered = confidence.sort(descending=True).values
     k = min(max(round(share * len(ordered)), 3), len(ordered) - 3)
     gaps = ordered[k - 3 : k + 2] - ordered[k - 2 : k + 3]
     best = k - 3 + int(gaps.argmax())
@@ -112,13 +112,13 @@ def subset(request: PreparedRequest, index: np.ndarray) -> PreparedRequest:
     return replace(
         request,
         candidates=request.candidates.take(index),
-        prior=request.prior[index],
-        evidence=request.evidence[index],
+        exit_0=request.exit_0[index],
+        retrieved=request.retrieved[index],
     )
 
 
 def alone(module: ExitRecommender, request: PreparedRequest, candidate: int) -> torch.Tensor:
-    """Logits of one candidate at every exit by the trunk's own layout and attention: no engine code."""
+    """Logits of one candidate at every exit by the backbone's own layout and attention: no engine code."""
     stream, own = request.stream, request.candidates[candidate]
     s, n = len(stream), len(own)
 
@@ -132,10 +132,10 @@ def alone(module: ExitRecommender, request: PreparedRequest, candidate: int) -> 
         context=row(np.ones(s, dtype=bool), np.zeros(n, dtype=bool)),
         position=row(stream.position, s + np.arange(n)),
     )
-    assert module.trunk is not None
-    state, start, said = module.trunk.embed(row(stream.tokens, own), layout), 0, []
+    assert module.backbone is not None
+    state, start, said = module.backbone.embed(row(stream.tokens, own), layout), 0, []
     for layer in module.exit_layers:
-        state, start = module.trunk.run(state, start, layer), layer
+        state, start = module.backbone.run(state, start, layer), layer
         said.append(module.heads[str(layer)](state.hidden[0, -1:]))
     return torch.cat(said)
 
@@ -144,11 +144,11 @@ def raw_outputs(module: ExitRecommender, request: PreparedRequest) -> HeadOutput
     """All candidates of a request, one by one."""
     found = [alone(module, request, c) for c in range(len(request))]
     logits = torch.stack(found) if found else torch.zeros(0, len(EXITS))
-    prior = torch.from_numpy(request.prior)[:, None]
+    exit_0 = torch.from_numpy(request.exit_0)[:, None]
     return HeadOutputs(
         (0, *EXITS),
-        torch.cat([prior, logits.double()], dim=1),
-        torch.from_numpy(request.evidence),
+        torch.cat([exit_0, logits.double()], dim=1),
+        torch.from_numpy(request.retrieved),
     )
 
 
@@ -170,7 +170,7 @@ def make_module(seed: int = 0, family: str = "llama") -> ExitRecommender:
         initializer_range=0.2,
     )
     module = ExitRecommender("none", EXITS, numbers=True)
-    module.set_trunk(Trunk.from_config(config), _Answers())
+    module.set_backbone(Backbone.from_config(config), _Answers())
     for head in module.heads.values():
         torch.nn.init.normal_(head.linear.weight, std=0.2)
     return module.eval()
@@ -179,9 +179,9 @@ def make_module(seed: int = 0, family: str = "llama") -> ExitRecommender:
 def make_adapted(std: float) -> ExitRecommender:
     """The same with LoRA adapters of rank 2 that say something: their second factor has this spread."""
     module = make_module()
-    assert module.trunk is not None
-    add_lora(module.trunk, LoraSettings(rank=2))
-    for name, weights in module.trunk.named_parameters():
+    assert module.backbone is not None
+    add_lora(module.backbone, LoraSettings(rank=2))
+    for name, weights in module.backbone.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weights, std=std)
     return module.eval()

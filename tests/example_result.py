@@ -11,26 +11,26 @@ def result(
     static_interval: list[float] = AROUND,
     faster: float = 1.5,
     depth: float = 3.0,
-    rival: int = 4,
+    static_exit: int = 4,
     drop: float = 0.001,
     drop_interval: list[float] = AROUND,
 ) -> dict[str, Any]:
     """A test result; defaults: better than the best baseline, cheaper than the static exit and as accurate."""
     middle = (gain[0] + gain[1]) / 2
-    difference = {"floor": "gbdt", "value": middle, "interval": gain}
+    difference = {"baseline": "gbdt", "value": middle, "interval": gain}
     head = {"split": "test", "n": 900, "auc": 0.75, "auc_interval": [0.73, 0.77], "log_loss": 0.58}
     plan = head | {
         "criterion": "learned", "mean_depth": depth, "auc_drop": drop, "auc_drop_interval": drop_interval,
-        "token_layer_speedup": 6 / depth if depth else None, "floor_difference": difference,
-        "speedup_over_rival": {"value": faster if depth else None, "interval": None},
-        "rival": {"layer": rival, "auc": 0.75, "auc_gain": static, "auc_gain_interval": static_interval},
+        "token_layer_speedup": 6 / depth if depth else None, "baseline_difference": difference,
+        "speedup_over_static": {"value": faster if depth else None, "interval": None},
+        "static_exit": {"layer": static_exit, "auc": 0.75, "auc_gain": static, "auc_gain_interval": static_interval},
         "equal_cost": {"layer": 2, "auc": 0.74, "auc_gain": 0.01, "auc_gain_interval": ABOVE},
     }  # fmt: skip
-    exits = [head | {"layer": k, "floor_difference": difference} for k in (0, 2, 4, 6)]
+    exits = [head | {"layer": k, "baseline_difference": difference} for k in (0, 2, 4, 6)]
     return {
-        "schema_version": 1, "verb": "test", "config": "c.yaml", "seed": 0, "exits": exits, "chosen_exit": 6,
-        "floors": [head | {"name": "gbdt"}], "best_floor": "gbdt", "adaptive": plan,
-        "floor_difference": {"floor": "gbdt", "layer": 6, "value": 0.0, "interval": AROUND},
+        "schema_version": 1, "command": "test", "config": "c.yaml", "seed": 0, "exits": exits, "chosen_exit": 6,
+        "baselines": [head | {"name": "gbdt"}], "best_baseline": "gbdt", "adaptive": plan,
+        "baseline_difference": {"baseline": "gbdt", "layer": 6, "value": 0.0, "interval": AROUND},
         "protocol": {"name": "p", "hash": "h", "counts": {"test": 900}},
         "certificate": {"passed": True, "words": "The gap is at most .02."},
     }  # fmt: skip

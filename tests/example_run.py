@@ -80,48 +80,61 @@ def results(
     controls += [{"name": name, "pareto": tune.pareto(name)[0]} for name in ("random", "oracle")]
     left = {x.split: x.leave(chosen, thresholds[chosen]) for x in (tune, test)}
     best = max(step["auc"] for step in fixed)
-    rival = next(step for step in fixed if step["auc"] >= best - 0.002)
-    floors = {"valid": tune.floors("tune"), "test": test.floors(None)}
+    static_exit = next(step for step in fixed if step["auc"] >= best - 0.002)
+    baselines = {"valid": tune.baselines("tune"), "test": test.baselines(None)}
     head = {
-        verb: result_head(verb, MANIFEST, "runs/quickstart/version_0/config.yaml", 0)
-        for verb in ("fit", "test", "calibrate", "benchmark")
+        command: result_head(command, MANIFEST, "runs/quickstart/version_0/config.yaml", 0)
+        for command in ("fit", "test", "calibrate", "benchmark")
     }
-    difference = UserBootstrap(test.user, 200).difference_interval(test.logits[:, -1], test.floor, test.label)
+    difference = UserBootstrap(test.user, 200).difference_interval(
+        test.logits[:, -1], test.baseline, test.label
+    )
 
     def adaptive(example: Example) -> dict[str, Any]:
-        found = example.adaptive(left[example.split], rival["layer"])
+        found = example.adaptive(left[example.split], static_exit["layer"])
         return found | {"without_exit_0": dict(found)}
 
     point = tune.step(left["valid"])
-    prior = {
+    exit_0 = {
         "exits": fixed,
         "criterion": chosen,
         "chosen": point,
-        "never_enter_trunk": 0.173,
-        "rival": rival["layer"],
+        "never_enter_backbone": 0.173,
+        "static_exit": static_exit["layer"],
     }
     files: dict[str, dict[str, Any]] = {
         "fit": head["fit"]
-        | {"exits": tune.exits(None, "tune"), "chosen_exit": layers[-1], "floors": floors["valid"]}
+        | {"exits": tune.exits(None, "tune"), "chosen_exit": layers[-1], "baselines": baselines["valid"]}
         | {
-            "best_floor": "gbdt_evidence",
-            "stage_seconds": {"evidence": 25.0, "train": 1150.2, "validate": 75.1},
+            "best_baseline": "gbdt_features",
+            "stage_seconds": {"retrieved": 25.0, "train": 1150.2, "validate": 75.1},
         },
         "calibrate": head["calibrate"]
-        | {"layers": list(layers), "prior": "counting", "policies": policies, "controls": controls}
+        | {"layers": list(layers), "exit_0": True, "policies": policies, "controls": controls}
         | {
             "chosen": chosen,
             "mode": "budget",
             "budget": {"max_auc_drop": 0.002, "max_cost": None},
             "certificate": dict(CERTIFICATE),
         }
-        | {"rival": {"layer": rival["layer"], "auc": rival["auc"], "cost": rival["cost"]}}
-        | {"adaptive": adaptive(tune) | {"fold": "tune"}, "stream": "cold"}
-        | {"priors": {"counting": prior, "none": prior | {"exits": fixed[1:], "never_enter_trunk": 0.0}}},
+        | {
+            "static_exit": {
+                "layer": static_exit["layer"],
+                "auc": static_exit["auc"],
+                "cost": static_exit["cost"],
+            }
+        }
+        | {"adaptive": adaptive(tune) | {"fold": "tune"}, "prefix_cached": False}
+        | {
+            "exit_0_rows": {
+                "with_exit_0": exit_0,
+                "without_exit_0": exit_0 | {"exits": fixed[1:], "never_enter_backbone": 0.0},
+            }
+        },
         "test": head["test"]
-        | {"exits": test.exits(left["test"], None), "chosen_exit": layers[-1], "floors": floors["test"]}
-        | {"best_floor": "gbdt_evidence", "stage_seconds": {"test": 80.3, "floors": 6.0}}
-        | {"floor_difference": {"layer": layers[-1], "floor": "gbdt_evidence"} | difference}
+        | {"exits": test.exits(left["test"], None), "chosen_exit": layers[-1], "baselines": baselines["test"]}
+        | {"best_baseline": "gbdt_features", "stage_seconds": {"test": 80.3, "baselines": 6.0}}
+        | {"baseline_difference": {"layer": layers[-1], "baseline": "gbdt_features"} | difference}
         | {"adaptive": adaptive(test)},
         "benchmark": head["benchmark"] | {"rows": benchmark_rows(layers[-1])},
     }
@@ -131,18 +144,18 @@ def results(
 def benchmark_rows(depth: int) -> list[dict[str, Any]]:
     """The `rows` of a benchmark result."""
     common = {
-        "candidates": 64, "stream": "cold", "history": None, "workload": "logged", "dtype": "float32", "requests": 8,
-        "at_once": 1, "auc": 0.77, "gflops": 150.0, "gflops_ceiling": 200.0, "rival": False,
+        "candidates": 64, "prefix_cached": False, "history": None, "workload": "logged", "dtype": "float32", "requests": 8,
+        "at_once": 1, "auc": 0.77, "gflops": 150.0, "gflops_ceiling": 200.0, "static_exit": False,
     }  # fmt: skip
     full = {
         "engine": "packed", "policy": "full", "requests_per_s": 2.1, "p50_ms": 470.0, "p95_ms": 610.0, "p99_ms": 622.0,
         "mean_depth": float(depth), "measured_speedup": 1.0, "measured_speedup_interval": [1.0, 1.0],
-        "token_layer_speedup": 1.0, "speedup_over_rival": {"value": 0.66}, "efficiency": 1.0,
+        "token_layer_speedup": 1.0, "speedup_over_static": {"value": 0.66}, "efficiency": 1.0,
     }  # fmt: skip
     early = {
         "engine": "early_exit", "policy": "budget: consistency", "requests_per_s": 3.9, "p50_ms": 251.0,
         "p95_ms": 402.0, "p99_ms": 410.0, "mean_depth": 3.1, "measured_speedup": 1.86,
-        "measured_speedup_interval": [1.71, 2.02], "token_layer_speedup": 1.92, "speedup_over_rival": {"value": 1.23},
+        "measured_speedup_interval": [1.71, 2.02], "token_layer_speedup": 1.92, "speedup_over_static": {"value": 1.23},
         "efficiency": 0.97,
     }  # fmt: skip
     return [common | full, common | early]

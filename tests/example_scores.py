@@ -16,7 +16,7 @@ def terms(layer: int) -> dict[str, float]:
     """Calibration of one exit."""
     return {
         "logit": 1.0 + 0.02 * layer,
-        "prior": 0.3 - 0.02 * layer if layer else 0.0,
+        "exit_0": 0.3 - 0.02 * layer if layer else 0.0,
         "offset": 0.01 * layer,
     }
 
@@ -43,7 +43,7 @@ class Example:
         # what a head still misses it shares with the heads before it, so scores settle with depth
         drift = np.cumsum(noise[::-1] * np.diff(size[::-1], prepend=0)[:, None], axis=0)[::-1]
         self.logits = (0.72 * (truth + shared) + 1.3 * drift + 0.25).T
-        self.floor = self.logits[:, 0] + 0.12 * rng.normal(size=rows)
+        self.baseline = self.logits[:, 0] + 0.12 * rng.normal(size=rows)
 
     @property
     def p(self) -> np.ndarray[Any, Any]:
@@ -56,10 +56,10 @@ class Example:
         columns = [self.logits[:, 0]]
         for j, layer in enumerate(self.layers[1:], start=1):
             t = terms(layer)
-            columns.append((self.logits[:, j] - t["prior"] * columns[0] - t["offset"]) / t["logit"])
+            columns.append((self.logits[:, j] - t["exit_0"] * columns[0] - t["offset"]) / t["logit"])
         return np.stack(columns, axis=1)
 
-    def safety(self, criterion: str) -> np.ndarray[Any, Any]:
+    def confidence(self, criterion: str) -> np.ndarray[Any, Any]:
         """(n, K), higher is safer."""
         p, gap = self.p, np.abs(np.diff(self.p, axis=1, prepend=np.nan))
         gap[:, 0] = np.inf
@@ -76,7 +76,7 @@ class Example:
 
     def leave(self, criterion: str, threshold: float) -> np.ndarray[Any, Any]:
         """(n,) index of the head where each row leaves."""
-        open_ = self.safety(criterion) >= threshold
+        open_ = self.confidence(criterion) >= threshold
         open_[:, -1] = True
         return np.argmax(open_, axis=1)
 
@@ -95,7 +95,7 @@ class Example:
 
     def pareto(self, criterion: str, steps: int = 20) -> tuple[list[dict[str, Any]], list[float]]:
         """Steps from safest to fastest and their thresholds."""
-        values = self.safety(criterion)[:, :-1]
+        values = self.confidence(criterion)[:, :-1]
         levels = np.quantile(values[np.isfinite(values)], np.linspace(1, 0, steps))
         path = [self.step(np.full(len(values), len(self.layers) - 1))]
         return path + [self.step(self.leave(criterion, t)) for t in levels[1:]], [np.inf, *levels[1:]]
@@ -116,23 +116,23 @@ class Example:
             rows.append(row)
         return rows
 
-    def floors(self, fold: str | None) -> list[dict[str, Any]]:
-        """The `floors` list of a result file."""
+    def baselines(self, fold: str | None) -> list[dict[str, Any]]:
+        """The `baselines` list of a result file."""
         rng, found = np.random.default_rng(5), []
         bootstrap = UserBootstrap(self.user, 200)
         for name, noise in (
             ("item_rate", 0.9),
             ("lr_rates", 0.3),
-            ("lr_evidence", 0.2),
-            ("gbdt_evidence", 0.0),
+            ("lr_features", 0.2),
+            ("gbdt_features", 0.0),
         ):
-            logits = self.floor + noise * rng.normal(size=len(self.floor))
+            logits = self.baseline + noise * rng.normal(size=len(self.baseline))
             row = {"name": name, "split": self.split} | ({"fold": fold} if fold else {})
             row |= head_metrics(logits, self.label, self.user)
             found.append(row | {"auc_interval": bootstrap.auc_interval(logits, self.label)})
         return found
 
-    def adaptive(self, left: np.ndarray[Any, Any], rival: int) -> dict[str, Any]:
+    def adaptive(self, left: np.ndarray[Any, Any], static_exit: int) -> dict[str, Any]:
         """The `adaptive` dictionary of a result file."""
         score, depth = self.logits[np.arange(len(left)), left], np.array(self.layers)[left].astype(float)
         bootstrap = UserBootstrap(self.user, 200)
@@ -156,11 +156,11 @@ class Example:
             "auc_drop_interval": drop["interval"],
             "token_layer_speedup": saved["value"],
             "token_layer_speedup_interval": saved["interval"],
-            "speedup_over_rival": bootstrap.ratio_interval(np.full(len(left), float(rival)), depth),
-            "rival": against(rival),
+            "speedup_over_static": bootstrap.ratio_interval(np.full(len(left), float(static_exit)), depth),
+            "static_exit": against(static_exit),
             "equal_cost": against(max(k for k in self.layers if k <= depth.mean())),
-            "floor_difference": {"floor": "gbdt_evidence"}
-            | bootstrap.difference_interval(score, self.floor, self.label),
+            "baseline_difference": {"baseline": "gbdt_features"}
+            | bootstrap.difference_interval(score, self.baseline, self.label),
         }
 
     def table(self, left: np.ndarray[Any, Any] | None = None) -> pl.DataFrame:

@@ -53,7 +53,8 @@ def write_variant(
     head = result_head("fit", MANIFEST | {"hash": protocol}, str(run / "config.yaml"), 0)
     exits = exit_rows(scores, "valid", "tune", draws=2)
     write_json(
-        run / "results" / "fit.json", head | {"exits": exits, "stage_seconds": {"train": 61.4, "floors": 2.0}}
+        run / "results" / "fit.json",
+        head | {"exits": exits, "stage_seconds": {"train": 61.4, "baselines": 2.0}},
     )
     adaptive = {
         "criterion": "ratio",
@@ -62,7 +63,7 @@ def write_variant(
         "mean_depth": 2.5,
         "token_layer_speedup": 1.5,
     }
-    write_json(run / "results" / "calibrate.json", head | {"verb": "calibrate", "adaptive": adaptive})
+    write_json(run / "results" / "calibrate.json", head | {"command": "calibrate", "adaptive": adaptive})
     return run
 
 

@@ -115,12 +115,12 @@ def test_json_without_nan(tmp_path: Path, number: float) -> None:
 
 
 def test_result_through_a_file(tmp_path: Path) -> None:
-    """A result file comes back as it was written, with the head that every verb's file has."""
+    """A result file comes back as it was written, with the head that every command's file has."""
     head = result_head("test", {"name": "p", "hash": "abc"}, "runs/a/config.yaml", seed=7)
     path = write_json(tmp_path / "test.json", head | {"exits": []})
     result = read_result(path)
     assert result == head | {"exits": []}
-    assert list(head) == ["schema_version", "verb", "version", "seed", "config", "machine", "protocol"]
+    assert list(head) == ["schema_version", "command", "version", "seed", "config", "machine", "protocol"]
     assert result["schema_version"] == SCHEMA_VERSION
     assert {"cores", "device", "python", "torch", "transformers"} <= set(machine())
 
@@ -128,7 +128,7 @@ def test_result_through_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 0, None, str(SCHEMA_VERSION)])
 def test_refuses_other_schema_versions(tmp_path: Path, version: object) -> None:
     """Another version, or none, is refused: the message names the file, what was found and what is read."""
-    content = {"verb": "test"} | ({} if version is None else {"schema_version": version})
+    content = {"command": "test"} | ({} if version is None else {"schema_version": version})
     path = write_json(tmp_path / "old.json", content)
     with pytest.raises(DataError) as error:
         read_result(path)
@@ -136,8 +136,8 @@ def test_refuses_other_schema_versions(tmp_path: Path, version: object) -> None:
 
 
 def test_refuses_a_missing_result(tmp_path: Path) -> None:
-    """A file that is not there is named, with the verbs that would write it."""
-    with pytest.raises(DataError, match=r"absent\.json does not exist.*fit, test or floors"):
+    """A file that is not there is named, with the commands that would write it."""
+    with pytest.raises(DataError, match=r"absent\.json does not exist.*fit, test or baselines"):
         read_result(tmp_path / "absent.json")
 
 

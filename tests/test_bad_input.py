@@ -1,6 +1,6 @@
 """Bad input through the command line: one clear error before the first batch, naming what, where and the fix.
 
-Readers, splits, trunk and heads test their own errors; here is what a person sees who runs the main job.
+Readers, splits, backbone and heads test their own errors; here is what a person sees who runs the main job.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ def test_logs(
     """Each defect of a log names the file, the place and the YAML key or action that mends it."""
     change, words = CASES[case]
     path = log_with(tmp_path, tiny_logs, change)
-    said = fails("floors", "--config", tiny_config(**{LOGS: path}))
+    said = fails("baselines", "--config", tiny_config(**{LOGS: path}))
     missing = [w for w in words if w not in said.replace("\n", " ")]
     assert not missing, said
 
 
 def test_missing_file(fails: Callable[..., str], tiny_config: Config, tmp_path: Path) -> None:
     """A log that is not there is named, and no run's folder is left behind."""
-    assert "absent.csv" in fails("floors", "--config", tiny_config(**{LOGS: "absent.csv"}))
+    assert "absent.csv" in fails("baselines", "--config", tiny_config(**{LOGS: "absent.csv"}))
     assert not list(tmp_path.glob("runs/tiny/*"))
 
 
 def test_empty_split(fails: Callable[..., str], tiny_config: Config) -> None:
     """A cut that leaves a split empty says which and what to change."""
-    said = fails("floors", "--config", tiny_config(**{"data.protocol.shares": [0.9, 0.1, 0.0]}))
+    said = fails("baselines", "--config", tiny_config(**{"data.protocol.shares": [0.9, 0.1, 0.0]}))
     assert "test" in said
     assert "data.protocol" in said
 
@@ -92,7 +92,7 @@ def test_unknown_key(fails: Callable[..., str], tiny_config: Config) -> None:
             ["data.prompt.segment", "director", "title"],
         ),
         ({"data.prompt": {"segment": "{title!r}:"}}, ["data.prompt.segment", "{title!r}", "{title:.40}"]),
-        ({"data.prompt": {"segment": "{title} {taste_percent}:"}}, ["data.taste is null", "item_columns"]),
+        ({"data.prompt": {"segment": "{title} {mf_percent}:"}}, ["data.mf is null", "item_columns"]),
         ({"data.context_tokens": 10}, ["data.context_tokens is 10", "20 of 20 items", "{title:.40}"]),
         (
             {"data.context_tokens": 8192, "data.batch_tokens": 8192},

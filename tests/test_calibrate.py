@@ -16,7 +16,7 @@ import torch
 from project.callbacks import ExitCalibration
 from project.errors import DataError
 from project.exits.plan import ExitPlan
-from project.features import CountingPrior, counting_features
+from project.features import FeatureBaseline, feature_matrix
 from project.model.module import ExitRecommender
 
 Run = Callable[..., None]
@@ -25,8 +25,8 @@ Config = Callable[..., Path]
 pytestmark = pytest.mark.slow
 
 
-def result(folder: Path, verb: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "results" / f"{verb}.json").read_text())
+def result(folder: Path, command: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "results" / f"{command}.json").read_text())
     return content
 
 
@@ -48,7 +48,9 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 
 def test_calibrate_again_is_the_same(run: Run, fitted: Path) -> None:
-    """From the run's own config and checkpoint the verb gives what the callback gave, from the score table or anew."""
+    """From the run's own config and checkpoint the command gives what the callback gave, from the score table or
+    anew.
+    """
     before, policies = state_of(fitted), result(fitted, "calibrate")["policies"]
     run("calibrate", *given(fitted))
     assert result(fitted, "calibrate")["policies"] == policies
@@ -62,13 +64,13 @@ def test_simulated_equals_heads(run: Run, fitted: Path) -> None:
     run("test", *given(fitted))
     scores, adaptive = pl.read_parquet(fitted / "scores" / "test.parquet"), result(fitted, "test")["adaptive"]
     plan = ExitPlan.from_state(state_of(fitted)["plan"])
-    prior = torch.load(fitted / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["prior"]
-    base = CountingPrior.from_array(prior.numpy()).base
-    (evidence,) = (fitted / "bundle" / "evidence").glob("*/test.parquet")
+    exit_0 = torch.load(fitted / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["exit_0"]
+    base = FeatureBaseline.from_array(exit_0.numpy()).base
+    (retrieved,) = (fitted / "bundle" / "retrieved").glob("*/test.parquet")
     rows = scores.select("row_id").join(
-        pl.read_parquet(evidence), on="row_id", how="left", maintain_order="left"
+        pl.read_parquet(retrieved), on="row_id", how="left", maintain_order="left"
     )
-    outputs = plan.outputs(scores, counting_features(rows, base))
+    outputs = plan.outputs(scores, feature_matrix(rows, base))
     for row in range(len(scores)):
         alone = outputs.rows(torch.tensor([row]))
         head = next(k for k in range(len(plan.layers)) if plan.policy.leaves(alone.until(k)))
@@ -85,7 +87,7 @@ def test_simulated_equals_heads(run: Run, fitted: Path) -> None:
 
 
 def test_report_is_written(run: Run, fitted: Path) -> None:
-    """Fit leaves a report with its pictures; the verb writes it again."""
+    """Fit leaves a report with its pictures; the command writes it again."""
     page = fitted / "report" / "report.html"
     assert {"pareto.png", "report.md", "report.html"} <= {p.name for p in page.parent.iterdir()}
     page.unlink()

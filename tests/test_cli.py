@@ -1,4 +1,4 @@
-"""The verbs, end to end on a tiny world, and what they say when the input is wrong."""
+"""The commands, end to end on a tiny world, and what they say when the input is wrong."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def result(folder: Path, name: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
-    """fit, test, validate, floors and predict, each from the saved config, leave the files the contract names."""
+    """fit, test, validate, baselines and predict, each from the saved config, leave the files the contract names."""
     run("fit", "--config", tiny_config())
     folder = latest(tmp_path)
     given = ("--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
@@ -45,8 +45,8 @@ def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
         (1, "valid", "tune"),
         (3, "valid", "tune"),
     ]
-    names = {"item_rate", "user_rate", "neighbour_vote", "lr_rates", "lr_evidence", "gbdt_evidence"}
-    assert names <= {row["name"] for row in fit["floors"]}  # and those that another test kept
+    names = {"item_rate", "user_rate", "neighbour_vote", "lr_rates", "lr_features", "gbdt_features"}
+    assert names <= {row["name"] for row in fit["baselines"]}  # and those that another test kept
     assert {"read logs", "retrieve", "train", "validate"} <= set(fit["stage_seconds"])
 
     run("test", *given)
@@ -55,9 +55,9 @@ def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
     assert test["protocol"]["hash"] == fit["protocol"]["hash"]
     counts = test["protocol"]["counts"]
     assert all(
-        row["n"] == counts["test"] and row["split"] == "test" for row in test["exits"] + test["floors"]
+        row["n"] == counts["test"] and row["split"] == "test" for row in test["exits"] + test["baselines"]
     )
-    assert {d["floor"] for d in test["floor_differences"]} == {test["best_floor"], "lr_rates"}
+    assert {d["baseline"] for d in test["baseline_differences"]} == {test["best_baseline"], "lr_rates"}
     sizes = {part["name"]: part["n"] for part in test["slices"]}
     assert sum(n for name, n in sizes.items() if name.startswith("item_")) == counts["test"]
     assert all([row["mean_depth"] for row in part["rows"] if row.get("plan")] for part in test["slices"])
@@ -67,14 +67,14 @@ def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
 
     run("validate", *given)
     assert result(folder, "validate")["exits"] == fit["exits"]
-    run("floors", *given)
-    floors = [f for f in result(folder, "floors")["floors"] if f["split"] == "test"]
-    assert floors[: len(test["floors"])] == test["floors"]  # the verb appends slower ones
+    run("baselines", *given)
+    baselines = [f for f in result(folder, "baselines")["baselines"] if f["split"] == "test"]
+    assert baselines[: len(test["baselines"])] == test["baselines"]  # the command appends slower ones
     assert not (tmp_path / "runs" / "tiny" / "version_1").exists()
 
     bundle = json.loads((folder / "bundle" / "bundle.json").read_text())
     assert bundle["protocol"]["hash"] == test["protocol"]["hash"]
-    assert (folder / "bundle" / bundle["evidence"] / "test.parquet").is_file()
+    assert (folder / "bundle" / bundle["retrieved"] / "test.parquet").is_file()
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_limited_batches(
     (file,) = tmp_path.rglob("results/fit.json")
     rows = json.loads(file.read_text())
     assert rows["slices"]
-    assert rows["exits"][0]["n"] < rows["floors"][0]["n"]
+    assert rows["exits"][0]["n"] < rows["baselines"][0]["n"]
 
 
 @pytest.mark.slow

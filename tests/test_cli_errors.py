@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from project.cli import check_verb, check_yaml, one_line, project_error_in
+from project.cli import check_command, check_yaml, one_line, project_error_in
 from project.errors import ConfigError
 
 Run = Callable[..., None]
@@ -16,7 +16,7 @@ Config = Callable[..., Path]
 
 @pytest.fixture
 def line_of(fails: Callable[..., str]) -> Callable[..., str]:
-    """Runs a verb that must end with one line; returns the line."""
+    """Runs a command that must end with one line; returns the line."""
 
     def call(*arguments: object) -> str:
         said = fails(*arguments)
@@ -55,7 +55,7 @@ FILES = {
         "model.optim.learning_rate is 10000000000.0; *0 to 1",
     ),
     # unions of types bury these; they are this package's own
-    "taste": ("data:\n  taste:\n    dim: 0\n", "ConfigError: data.taste.dim is 0; expected 1 or more"),
+    "mf": ("data:\n  factorisation:\n    dim: 0\n", "ConfigError: data.mf.dim is 0; expected 1 or more"),
 }
 
 
@@ -117,26 +117,26 @@ def test_a_missing_file(line_of: Callable[..., str]) -> None:
     assert "--config absent.yaml does not exist" in line_of("fit", "--config", "absent.yaml")
 
 
-def test_verbs() -> None:
-    """An unknown verb names the nearest and all others; options before the verb are left to the parser."""
-    verbs = ["fit", "test", "table"]
+def test_commands() -> None:
+    """An unknown command names the nearest and all others; options before the command are left to the parser."""
+    commands = ["fit", "test", "table"]
     with pytest.raises(ConfigError, match=r"did you mean table\?\); expected one of fit, test, table"):
-        check_verb(["tabel"], verbs)
-    with pytest.raises(ConfigError, match=r"needs a verb; expected one of fit, test, table"):
-        check_verb([], verbs)
-    check_verb(["--config", "a.yaml", "fit"], verbs)
-    check_verb(["table"], verbs)
+        check_command(["tabel"], commands)
+    with pytest.raises(ConfigError, match=r"needs a command; expected one of fit, test, table"):
+        check_command([], commands)
+    check_command(["--config", "a.yaml", "fit"], commands)
+    check_command(["table"], commands)
 
 
-def test_help_names_every_verb(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_command(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Those without a configuration too."""
-    from project.__main__ import OTHER_VERBS
+    from project.__main__ import OTHER_COMMANDS
 
     with pytest.raises(SystemExit) as stopped:
         run("--help")
     assert stopped.value.code == 0
     words = capsys.readouterr().out.replace("(", " ").split()
-    assert {"fit", "rank", *OTHER_VERBS} <= set(words)
+    assert {"fit", "rank", *OTHER_COMMANDS} <= set(words)
 
 
 def test_unknown_words_come_through() -> None:

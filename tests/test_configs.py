@@ -59,10 +59,10 @@ def made(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Train
     return make
 
 
-def printed(run: Run, capsys: pytest.CaptureFixture[str], verb: str, *arguments: object) -> dict[str, Any]:
+def printed(run: Run, capsys: pytest.CaptureFixture[str], command: str, *arguments: object) -> dict[str, Any]:
     """What --print_config says."""
     with pytest.raises(SystemExit) as stopped:
-        run(verb, *arguments, "--print_config")
+        run(command, *arguments, "--print_config")
     assert stopped.value.code == 0
     config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
     return config
@@ -154,13 +154,13 @@ def test_values_are_said_once(made: Callable[..., Any], tiny_config: Config, tin
 
 
 @pytest.mark.slow
-def test_one_yaml_serves_every_verb(
+def test_one_yaml_serves_every_command(
     run: Run, capsys: pytest.CaptureFixture[str], tiny_config: Config
 ) -> None:
-    """The same YAML parses under every verb, to the same data and model."""
+    """The same YAML parses under every command, to the same data and model."""
     expected = printed(run, capsys, "fit", *given(tiny_config()))
-    for verb in ("validate", "test", "predict", "floors", "benchmark"):
-        config = printed(run, capsys, verb, *given(tiny_config()))
+    for command in ("validate", "test", "predict", "baselines", "benchmark"):
+        config = printed(run, capsys, command, *given(tiny_config()))
         assert config["data"] == expected["data"]
         assert config["model"] == expected["model"]
 
@@ -182,8 +182,8 @@ def labelled_logs(tiny_logs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return path
 
 
-def results(folder: Path, verb: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "results" / f"{verb}.json").read_text())
+def results(folder: Path, command: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "results" / f"{command}.json").read_text())
     return content
 
 
@@ -205,11 +205,11 @@ def test_saved_config_can_be_given_back(
 
     expected = results(first, "fit")
     checkpoint = ("--ckpt_path", first / "checkpoints" / "last.ckpt")
-    for verb in ("validate", "test"):
-        run(verb, *given(first / "config.yaml"), *checkpoint)
-        assert results(first, verb)["protocol"] == expected["protocol"]
+    for command in ("validate", "test"):
+        run(command, *given(first / "config.yaml"), *checkpoint)
+        assert results(first, command)["protocol"] == expected["protocol"]
     assert results(first, "validate")["exits"] == expected["exits"]
-    assert not second.exists()  # verbs that were given a checkpoint write into its run
+    assert not second.exists()  # commands that were given a checkpoint write into its run
 
     run("fit", *given(first / "config.yaml"))
     assert results(second, "fit")["protocol"] == expected["protocol"]
@@ -219,7 +219,7 @@ def test_saved_config_can_be_given_back(
 
 @pytest.mark.slow
 def test_saved_config_holds_overlays(run: Run, tiny_config: Config, tmp_path: Path) -> None:
-    """What an overlay and the command line said is in config.yaml: it alone is enough for the other verbs."""
+    """What an overlay and the command line said is in config.yaml: it alone is enough for the other commands."""
     overlay = tmp_path / "lora.yaml"
     overlay.write_text((CONFIGS / "overlays" / "lora.yaml").read_text())
     run("fit", *given(tiny_config(), overlay), "--data.context_tokens", 100)

@@ -68,7 +68,7 @@ def json_logs(tiny_logs: Path, tmp_path: Path) -> dict[str, str]:
 
 
 def test_every_block_is_known() -> None:
-    """Commands are the Makefile's or are verbs; each class in Python is named by a block of YAML, and the reverse."""
+    """Commands are the Makefile's or are commands; each class in Python is named by a block of YAML, and the reverse."""
     from project.cli import ProjectCLI
 
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -95,9 +95,9 @@ def test_criterion(package: ModuleType) -> None:
     logits = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logits[:2, 1] = torch.tensor([1.0, 3.0], dtype=torch.float64).log()
     outputs = HeadOutputs.of([1, 3], logits, torch.zeros(50, 1, dtype=torch.float64))
-    safety = package.Margin().safety(outputs)
-    assert safety[:2].tolist() == pytest.approx([0, 0.25])
-    assert torch.equal(safety.argsort(), Ratio().safety(outputs).argsort())
+    confidence = package.Margin().confidence(outputs)
+    assert confidence[:2].tolist() == pytest.approx([0, 0.25])
+    assert torch.equal(confidence.argsort(), Ratio().confidence(outputs).argsort())
 
 
 def test_retriever(package: ModuleType) -> None:

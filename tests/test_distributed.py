@@ -40,7 +40,7 @@ def environment(session_cache: Path) -> dict[str, str]:
 
 @pytest.fixture
 def project(environment: dict[str, str]) -> Callable[..., str]:
-    """Runs a verb in a process of its own; it must succeed."""
+    """Runs a command in a process of its own; it must succeed."""
 
     def call(*arguments: object) -> str:
         done = subprocess.run(
@@ -52,8 +52,8 @@ def project(environment: dict[str, str]) -> Callable[..., str]:
     return call
 
 
-def exits(folder: Path, verb: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((folder / "results" / f"{verb}.json").read_text())["exits"]
+def exits(folder: Path, command: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / "results" / f"{command}.json").read_text())["exits"]
     return rows
 
 
@@ -258,7 +258,7 @@ def test_wandb_offline(project: Callable[..., str], tiny_config: Config, tmp_pat
     assert {"train/loss", "select/auc/exit_1", "select/auc/exit_3", "fit/tune/exits/_type"} <= keys
     (table,) = folder.glob("files/media/table/fit/tune/*.table.json")
     rows = {row[0] for row in json.loads(table.read_text())["data"]}
-    assert {"exit 1", "exit 3", "lr_rates", "gbdt_evidence"} <= rows
+    assert {"exit 1", "exit 3", "lr_rates", "gbdt_features"} <= rows
     assert {"select/exit/mean_depth", "train/learning_rate", "train/targets_per_s"} <= keys
     assert {"fit/minus_best_baseline", "fit/chosen_exit", "certificate/passed"} <= summary
     assert names[-1] == "tiny/version_0"

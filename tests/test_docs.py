@@ -54,12 +54,12 @@ def test_site_builds_strictly(tmp_path: Path) -> None:
         parts = module.relative_to(ROOT).with_suffix("").parts
         folder = tmp_path.joinpath("reference", *(part for part in parts if part != "__init__"))
         assert "doc-heading" in text(folder / "index.html"), module
-    assert "results/&lt;verb&gt;.json" in text(tmp_path / "reference/project/callbacks/results/index.html")
+    assert "results/&lt;command&gt;.json" in text(tmp_path / "reference/project/callbacks/results/index.html")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page)
 def test_names_exist(path: Path) -> None:
-    """Every `project.x.y` is a module or in one, every notebook and configuration a file, every command a verb."""
+    """Every `project.x.y` is a module or in one, every notebook and configuration a file, every command a command."""
     from project.cli import ProjectCLI
 
     words = text(path)

@@ -21,10 +21,18 @@ from project.exits.calibration import Calibration
 from project.exits.criteria import Criterion, HeadOutputs
 from project.exits.plan import ExitPlan, all_criteria
 from project.exits.policy import Policy
-from project.export import export, exported_prior, from_json, load_exported, render_card, run_export, to_json
+from project.export import (
+    export,
+    exported_baseline,
+    from_json,
+    load_exported,
+    render_card,
+    run_export,
+    to_json,
+)
 from project.features import FEATURES
 from project.layout import Layout
-from project.model.backbone import Trunk
+from project.model.backbone import Backbone
 from project.model.module import ExitRecommender, LoraSettings
 from project.report.report import read_run
 
@@ -45,11 +53,11 @@ def causal(tokens: Tensor) -> Layout:
 
 
 @torch.no_grad()
-def states(trunk: Trunk, tokens: Tensor, layers: list[int]) -> list[Tensor]:
+def states(backbone: Backbone, tokens: Tensor, layers: list[int]) -> list[Tensor]:
     """Hidden states (B, T, H) after each of these layers."""
-    state, start, found = trunk.embed(tokens, causal(tokens)), 0, []
+    state, start, found = backbone.embed(tokens, causal(tokens)), 0, []
     for layer in layers:
-        state, start = trunk.run(state, start, layer), layer
+        state, start = backbone.run(state, start, layer), layer
         found.append(state.hidden)
     return found
 
@@ -75,12 +83,12 @@ def test_round_trip(kind: str, run: Run, tiny_config: Config, tiny_model: Path, 
     folder, target = tmp_path / "runs" / "tiny" / "latest", tmp_path / "new" / "exported"
     run("export", folder, target)
     module, plan = original(folder, tiny_model, KINDS[kind])
-    trunk, heads, loaded_plan = load_exported(target)
+    backbone, heads, loaded_plan = load_exported(target)
     tokens = torch.randint(0, 400, (2, 30), generator=torch.Generator().manual_seed(0))
-    assert module.trunk is not None
+    assert module.backbone is not None
     numbers = torch.arange(LOWEST_ID, LOWEST_ID + 30)[None]  # ids that transformers' own model does not know
-    assert torch.equal(trunk.embed_tokens(numbers), module.trunk.embed_tokens(numbers))
-    expected, found = (states(t, tokens, [1, 2]) for t in (module.trunk, trunk))
+    assert torch.equal(backbone.embed_tokens(numbers), module.backbone.embed_tokens(numbers))
+    expected, found = (states(t, tokens, [1, 2]) for t in (module.backbone, backbone))
     exact = {"atol": 3e-6 * float(expected[-1].abs().max()) if kind == "lora" else 1e-6, "rtol": 0}
     for layer, before, after in zip("12", expected, found, strict=True):
         torch.testing.assert_close(after, before, **exact)
@@ -90,14 +98,14 @@ def test_round_trip(kind: str, run: Run, tiny_config: Config, tiny_model: Path, 
     plain = AutoModel.from_pretrained(target)(tokens, output_hidden_states=True)
     assert len(plain.hidden_states) == 1 + 2
     torch.testing.assert_close(plain.hidden_states[1], expected[0], **exact)
-    torch.testing.assert_close(plain.last_hidden_state, module.trunk.final_norm(expected[1]), **exact)
-    base = Trunk.from_pretrained(tiny_model, num_layers=2)
+    torch.testing.assert_close(plain.last_hidden_state, module.backbone.final_norm(expected[1]), **exact)
+    base = Backbone.from_pretrained(tiny_model, num_layers=2)
     assert (
         states(base, tokens, [2])[0] - expected[1]
     ).abs().max() > 1e-3  # trained, and that is what was exported
 
     assert json.dumps(to_json(loaded_plan.state())) == json.dumps(to_json(plan.state()))
-    assert exported_prior(target).to_array() == pytest.approx(module.prior.numpy(), abs=0)
+    assert exported_baseline(target).to_array() == pytest.approx(module.exit_0.numpy(), abs=0)
     text = "all 7 near 3: yes"
     assert AutoTokenizer.from_pretrained(target).encode(text) == AutoTokenizer.from_pretrained(
         tiny_model
@@ -131,10 +139,10 @@ def test_refusals_of_a_run(run: Run, tiny_config: Config, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("criterion", all_criteria(), ids=lambda c: type(c).__name__)
-@pytest.mark.parametrize("prior", [True, False], ids=["prior", "no prior"])
-def test_a_plan_survives_json(criterion: Criterion, prior: bool) -> None:
+@pytest.mark.parametrize("exit_0", [True, False], ids=["exit_0", "no exit 0"])
+def test_a_plan_survives_json(criterion: Criterion, exit_0: bool) -> None:
     """From strict JSON, infinite thresholds included, every criterion lets every row leave where it did before."""
-    layers = (0, 1, 2, 4) if prior else (1, 2, 4)
+    layers = (0, 1, 2, 4) if exit_0 else (1, 2, 4)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -142,11 +150,11 @@ def test_a_plan_survives_json(criterion: Criterion, prior: bool) -> None:
 
     raw = HeadOutputs.of(layers, random(200, len(layers)), random(200, len(FEATURES)))
     calibration = Calibration(layers, random(len(layers), 3).abs())
-    outputs = HeadOutputs(layers, calibration.apply(raw.logits), raw.evidence)
+    outputs = HeadOutputs(layers, calibration.apply(raw.logits), raw.retrieved)
     criterion.fit(outputs)
-    inner = [criterion.safety(outputs.until(k)) for k in range(1, len(layers) - 1)]
+    inner = [criterion.confidence(outputs.until(k)) for k in range(1, len(layers) - 1)]
     limits = [torch.inf, *(float(s.nanquantile(0.6)) for s in inner), -torch.inf]
-    plan = ExitPlan(calibration, Policy(criterion, torch.tensor(limits, dtype=torch.float64), layers), prior)
+    plan = ExitPlan(calibration, Policy(criterion, torch.tensor(limits, dtype=torch.float64), layers), exit_0)
 
     text = json.dumps(to_json(plan.state()), allow_nan=False)
     back = ExitPlan.from_state(from_json(json.loads(text)))

@@ -29,8 +29,8 @@ from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
 from project.model.module import ExitRecommender
 from project.retrieval import ItemKNN, LightGCN
-from project.retrieval.factorisation import Taste
-from project.retrieval.features import evidence_tables
+from project.retrieval.factorisation import MatrixFactorisation
+from project.retrieval.features import retrieved_tables
 
 REFITS = 5
 EXACT = ("row_id", "neighbours", "answers", "neighbour_count", "item_count", "user_count")
@@ -42,16 +42,16 @@ def split(tiny_logs: Path) -> SplitInteractions:
 
 
 @pytest.fixture(scope="module")
-def evidence(split: SplitInteractions, tmp_path_factory: pytest.TempPathFactory) -> dict[str, pl.DataFrame]:
+def retrieved(split: SplitInteractions, tmp_path_factory: pytest.TempPathFactory) -> dict[str, pl.DataFrame]:
     """Item kNN's: counts and cosines, no training."""
-    return evidence_tables(split, ItemKNN(), REFITS, tmp_path_factory.mktemp("evidence"))
+    return retrieved_tables(split, ItemKNN(), REFITS, tmp_path_factory.mktemp("retrieved"))
 
 
 @pytest.fixture(scope="module")
-def batch(split: SplitInteractions, evidence: dict[str, pl.DataFrame]) -> Batch:
+def batch(split: SplitInteractions, retrieved: dict[str, pl.DataFrame]) -> Batch:
     """The first six test windows; a token is a letter, and a number."""
     encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment=SEGMENT), split.interactions.items)
-    streams = build_streams(split.rows, evidence["test"], "test", encoder)
+    streams = build_streams(split.rows, retrieved["test"], "test", encoder)
     return pack(streams, streams.evaluation(300)[:6])
 
 
@@ -80,22 +80,26 @@ def means(table: pl.DataFrame, columns: list[str]) -> list[float]:
     return [float(c.cast(pl.Float64).mean()) for c in found]  # type: ignore[arg-type]
 
 
-def test_evidence(evidence: dict[str, pl.DataFrame]) -> None:
-    assert {name: exact_part(table) for name, table in evidence.items()} == {
+def test_retrieved(retrieved: dict[str, pl.DataFrame]) -> None:
+    assert {name: exact_part(table) for name, table in retrieved.items()} == {
         "train": "2cce02e6c9a46ccb",
         "valid": "465b95e24fa821bb",
         "test": "269d177881afac0b",
     }
     rates = ["similarities", "vote", "item_rate", "user_rate"]
-    assert means(evidence["test"], rates) == pytest.approx([0.368188, 0.488849, 0.508799, 0.495837], abs=1e-6)
-
-
-def test_evidence_of_learned_retrievers(split: SplitInteractions, tmp_path: Path) -> None:
-    """LightGCN and the factorisation, by means: their last bits are the processor's."""
-    found = evidence_tables(split, LightGCN(dim=8, alike_items=5), REFITS, tmp_path, Taste(dim=4))["test"]
-    assert means(found, ["neighbour_count", "similarities", "vote", "taste", "alike"]) == pytest.approx(
-        [9.11022, 0.020033, 0.496088, 0.489440, 0.469233], abs=1e-5
+    assert means(retrieved["test"], rates) == pytest.approx(
+        [0.368188, 0.488849, 0.508799, 0.495837], abs=1e-6
     )
+
+
+def test_retrieved_of_learned_retrievers(split: SplitInteractions, tmp_path: Path) -> None:
+    """LightGCN and the factorisation, by means: their last bits are the processor's."""
+    found = retrieved_tables(
+        split, LightGCN(dim=8, item_neighbours=5), REFITS, tmp_path, MatrixFactorisation(dim=4)
+    )["test"]
+    assert means(
+        found, ["neighbour_count", "similarities", "vote", "mf", "item_similarity"]
+    ) == pytest.approx([9.11022, 0.020033, 0.496088, 0.489440, 0.469233], abs=1e-5)
 
 
 def test_packed_batch(batch: Batch) -> None:
@@ -120,8 +124,8 @@ def test_packed_batch(batch: Batch) -> None:
 
 def seeded(module: ExitRecommender) -> ExitRecommender:
     """Weights of heads and numbers that do not depend on what else a module is made of."""
-    assert module.trunk is not None
-    numbers = module.trunk.embed_tokens.numbers
+    assert module.backbone is not None
+    numbers = module.backbone.embed_tokens.numbers
     torch.nn.init.normal_(numbers, std=0.2, generator=torch.Generator().manual_seed(100))
     for layer, head in module.heads.items():
         torch.nn.init.normal_(
@@ -147,7 +151,7 @@ def test_engine() -> None:
     layers = (0, *EXITS)
     values = torch.tensor([[1.0, 0.0, 0.0]] + [[1.0, 0.3, -0.1]] * len(EXITS), dtype=torch.float64)
     thresholds = torch.tensor([0.8, 0.8, 0.8, 0.8, -torch.inf], dtype=torch.float64)
-    plan = ExitPlan(Calibration(layers, values), Policy(Ratio(), thresholds, layers), prior=True)
+    plan = ExitPlan(Calibration(layers, values), Policy(Ratio(), thresholds, layers), exit_0=True)
     (scored,) = Engine(seeded(make_module()), RowExits(plan)).score([request]).requests
     assert scored.exit_layers.tolist() == [2, 0, 0, 3, 0, 5, 0]
     assert scored.logits.tolist() == pytest.approx(
@@ -165,6 +169,6 @@ def test_fit_and_test(run: Callable[..., None], tiny_config: Callable[..., Path]
     assert {row["layer"]: row["auc"] for row in found["exits"]} == pytest.approx(
         {0: 0.78000, 1: 0.45273, 3: 0.48500}, abs=1e-4
     )
-    baselines = {row["name"]: row["auc"] for row in found["floors"] if row["split"] == "test"}
-    expected = {"item_rate": 0.5648, "neighbour_vote": 0.6868, "lr_evidence": 0.7791, "gbdt_evidence": 0.6027}
+    baselines = {row["name"]: row["auc"] for row in found["baselines"] if row["split"] == "test"}
+    expected = {"item_rate": 0.5648, "neighbour_vote": 0.6868, "lr_features": 0.7791, "gbdt_features": 0.6027}
     assert {name: baselines[name] for name in expected} == pytest.approx(expected, abs=1e-4)

@@ -1,6 +1,6 @@
 """Leak canaries on whole prompts, lists of similar users' likes included, under every split kind.
 
-Splits and block cuts are held fixed; the evidence itself has canaries of its own in tests/retrieval.
+Splits and block cuts are held fixed; the retrieved features itself has canaries of its own in tests/retrieval.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def prompts(
     items = split.interactions.items
     past = rows.filter(pl.col("row_id") != asked)
     snapshots = fit_snapshots(past, retriever, split.interactions.users.height, items, cuts)
-    evidence = walk(log, retriever, items, cuts, snapshots.fitted)
+    retrieved = walk(log, retriever, items, cuts, snapshots.fitted)
     if leak:
         users = rows.select("row_id", "user")
         early = pl.col("similar_after").shift(-1).over("user")
-        evidence = evidence.join(users, on="row_id", maintain_order="left").with_columns(early).drop("user")
+        retrieved = retrieved.join(users, on="row_id", maintain_order="left").with_columns(early).drop("user")
     similar = "[{titles}]" if retriever.similar_every else None
     encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment=SEGMENT, similar=similar), items)
-    streams = build_streams(rows, evidence, name, encoder)
+    streams = build_streams(rows, retrieved, name, encoder)
     found: dict[int, str] = {}
     for s, w in streams.evaluation(400):
         texts = prompts_of(streams, s, w)
@@ -149,10 +149,10 @@ def test_no_answer_of_the_present_the_future_or_a_later_split(kind: str, tiny_lo
             {"item": rows["row_id"].cast(pl.Int32), "item_id": titles["title"], "title": titles["title"]}
         )
         encoder = PromptEncoder(Letters(), Prompt(segment="{title}:"), items)
-        from world import no_evidence
+        from world import no_retrieved
 
         renamed = readable.with_columns(item=pl.col("row_id").cast(pl.Int32))
-        streams = build_streams(renamed, no_evidence(readable), name, encoder)
+        streams = build_streams(renamed, no_retrieved(readable), name, encoder)
         time, user, code = (rows[c].to_numpy() for c in ("timestamp", "user", "split"))
         checked = 0
         for s, w in streams.evaluation(300):

@@ -88,7 +88,7 @@ def test_logs_to_prompt(tmp_path: Path, tiny_model: Path) -> None:
     outputs = execute("01_logs_to_prompt.ipynb", tmp_path, EXITREC_MODEL=tiny_model)
     text = printed(outputs).rstrip()
     assert "global_time-80-10-10-h5" in text
-    assert re.search(r"\[.*taste [+-]\d\.\d\d.*\]$", text)
+    assert re.search(r"\[.*factorisation [+-]\d\.\d\d.*\]$", text)
     answered = [line for line in text.splitlines() if line.endswith(("] no", "] yes"))]
     assert answered  # what the candidate sees of the past
 
@@ -103,7 +103,7 @@ def test_exits_of_a_run(
     outputs = execute("02_exits.ipynb", tmp_path, PROJECT_CACHE=session_cache, EXITREC_RUN=given)
     text = printed(outputs)
     assert "training" not in text
-    assert "exit  3: leave where safety >= -inf" in text
+    assert "exit  3: leave where confidence >= -inf" in text
     assert "fixed depth at that cost" in text
     assert pictures(outputs) == 2
 
@@ -115,7 +115,7 @@ def test_exits_without_a_run(tmp_path: Path, tiny_model: Path) -> None:
     outputs = execute("02_exits.ipynb", tmp_path, EXITREC_RUN=tmp_path / "none", EXITREC_MODEL=tiny_model)
     text = printed(outputs)
     assert "training a small one" in text
-    assert "exit  2: leave where safety >= -inf" in text
+    assert "exit  2: leave where confidence >= -inf" in text
     assert pictures(outputs) == 2
 
 

@@ -23,7 +23,7 @@ from project.data.logs import GIVEN_SPLITS, TableLogs
 from project.data.prompt import Prompt
 from project.data.protocol import Protocol
 from project.datamodule import InteractionData
-from project.retrieval import ItemKNN, LightGCN, NoRetriever, Taste
+from project.retrieval import ItemKNN, LightGCN, MatrixFactorisation, NoRetriever
 
 Run = Callable[..., None]
 ROWS, USERS, ITEMS = 400, 25, 15
@@ -38,7 +38,9 @@ PROMPT: dict[str, Any] = {
 
 
 def listened() -> pl.DataFrame:
-    """Rows in time order under the shop's names; `row` is the position. Taste decides, so both answers are common."""
+    """Rows in time order under the shop's names; `row` is the position. Factorisation decides, so both answers are
+    common.
+    """
     rng = np.random.default_rng(0)
     user, item = rng.integers(0, USERS, ROWS), rng.integers(0, ITEMS, ROWS)
     liked = rng.normal(size=USERS)[user] * rng.normal(size=ITEMS)[item] + 0.5 * rng.normal(size=ROWS) > 0
@@ -126,8 +128,8 @@ def runs(
             config, run = write_config(folder, form, tiny_model), folder / "runs" / "version_0"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("PROJECT_CACHE", str(session_cache))
-                for verb in (["fit"], ["test", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]):
-                    patch.setattr("sys.argv", ["project", verb[0], "--config", str(config), *verb[1:]])
+                for command in (["fit"], ["test", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]):
+                    patch.setattr("sys.argv", ["project", command[0], "--config", str(config), *command[1:]])
                     main()
             done[form] = run
         return done[form]
@@ -144,17 +146,17 @@ def read_data(folder: Path, form: str, model: Path) -> InteractionData:
         Prompt(**PROMPT),
         tokenizer=str(model),
         refits=5,
-        taste=None,
+        mf=None,
     )
 
 
 @pytest.mark.slow
 def test_fit_and_test(runs: Callable[[str], Path]) -> None:
-    """Both verbs write their results; targets are exactly the rows that the log calls valid and test."""
+    """Both commands write their results; targets are exactly the rows that the log calls valid and test."""
     run, table = runs("csv"), listened()
     parts = dict(table.group_by("part").len().iter_rows())
-    for verb, split in (("fit", "valid"), ("test", "test")):
-        result = json.loads((run / "results" / f"{verb}.json").read_text())
+    for command, split in (("fit", "valid"), ("test", "test")):
+        result = json.loads((run / "results" / f"{command}.json").read_text())
         assert result["protocol"]["name"] == "given"
         assert result["protocol"]["counts"] == {s: parts[s] for s in ("train", "valid", "test")}
         assert result["protocol"]["context"] == {"train": parts["history"], "valid": 0, "test": 0}
@@ -176,7 +178,7 @@ def test_ten_lines_are_enough(run: Run, tmp_path: Path, tiny_model: Path) -> Non
     assert bundle["item_columns"] == {"shown": ["title", "artist"], "not_shown": []}
     assert (
         bundle["prompt"]["segment"]
-        == "{title}, {artist}{item_number+user_number+vote_number+text_number+taste_number}"
+        == "{title}, {artist}{item_number+user_number+vote_number+text_number+mf_number}"
     )
     checkpoint = tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt"
     run("test", "--config", tmp_path / "own.yaml", "--ckpt_path", checkpoint)
@@ -217,7 +219,7 @@ def test_history_is_context_and_never_a_target(
     last = own.filter(pl.col("role") == "target").tail(1)
     earlier = own.filter(pl.col("timestamp") < last["timestamp"].item())
     assert "context" in earlier["role"]
-    counted = data.evidence["train"].filter(pl.col("row_id") == last["row_id"].item())
+    counted = data.retrieved["train"].filter(pl.col("row_id") == last["row_id"].item())
     assert counted["user_count"].item() == len(earlier)
     assert counted["user_rate"].item() == pytest.approx(earlier["label"].mean())
 
@@ -247,7 +249,7 @@ def test_bad_split_column(
     config = write_config(tmp_path, "csv", tiny_model)
     as_text(listened().with_columns(part=change)).write_csv(tmp_path / "log.csv")
     with pytest.raises(SystemExit):
-        run("floors", "--config", config)
+        run("baselines", "--config", config)
     said = capsys.readouterr().err
     assert all(w in said for w in words), said
 
@@ -257,14 +259,14 @@ def test_retriever_and_factorisation_may_be_left_out(tiny_config: Callable[..., 
     parser = ArgumentParser()
     parser.add_class_arguments(InteractionData, "data")
     settings = yaml.safe_load(tiny_config().read_text())["data"]
-    del settings["retriever"], settings["taste"]
+    del settings["retriever"], settings["mf"]
     data = parser.instantiate_classes(parser.parse_object({"data": settings})).data
     assert data.retriever.settings() == LightGCN().settings()
-    assert data.taste == Taste()
-    chosen = settings | {"retriever": {"class_path": "project.retrieval.NoRetriever"}, "taste": None}
+    assert data.mf == MatrixFactorisation()
+    chosen = settings | {"retriever": {"class_path": "project.retrieval.NoRetriever"}, "mf": None}
     data = parser.instantiate_classes(parser.parse_object({"data": chosen})).data
     assert data.retriever.settings() == NoRetriever().settings()
-    assert data.taste is None
+    assert data.mf is None
 
 
 def test_a_dead_graph_is_a_warning_in_the_data(
@@ -274,9 +276,9 @@ def test_a_dead_graph_is_a_warning_in_the_data(
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     files = write_logs(tmp_path, "csv")
     data = InteractionData(
-        TableLogs(**files), protocol=Protocol(split="given", label=None), refits=1, taste=None
+        TableLogs(**files), protocol=Protocol(split="given", label=None), refits=1, mf=None
     )
     with pytest.warns(UserWarning, match="LightGCN was never fitted before the .* Raise data.refits") as said:
-        assert set(data.evidence) == {"train", "valid", "test"}
+        assert set(data.retrieved) == {"train", "valid", "test"}
     assert [str(warning.message) for warning in said] == data.warnings
     assert len(data.warnings) == 3

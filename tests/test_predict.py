@@ -1,8 +1,8 @@
-"""The predict verb end to end: requests of known, unseen and anonymous users, of unseen items, as JSONL and Parquet.
+"""The predict command end to end: requests of known, unseen and anonymous users, of unseen items, as JSONL and Parquet.
 
 Unusual here: one tiny fit serves all tests; its model has large weights, so that what is read moves the score; its
-retriever is item_knn, whose neighbours are the user's own rows, and its prompt tells their taste: a history that a
-request brings must then score as the same rows of the log do.
+retriever is item_knn, whose neighbours are the user's own rows, and its prompt tells their factorisation: a history
+that a request brings must then score as the same rows of the log do.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def fitted(
 
     folder = tmp_path_factory.mktemp("fitted")
     config = tiny_settings(tiny_logs, sharp_model, folder, name="")
-    config["data"] |= {"context_tokens": 768, "batch_tokens": 1024, "taste": {"dim": 2}}
+    config["data"] |= {"context_tokens": 768, "batch_tokens": 1024, "mf": {"dim": 2}}
     config["data"]["prompt"] = {
-        "segment": "{title} ({year}) all {item_percent} near {vote_percent} taste {taste_percent}{taste_number}:"
+        "segment": "{title} ({year}) all {item_percent} near {vote_percent} factorisation {mf_percent}{mf_number}:"
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
@@ -68,7 +68,7 @@ def fitted(
 
 @pytest.fixture
 def predict(fitted: Path, run: Callable[..., None], tmp_path: Path) -> Predict:
-    """Writes requests as JSONL (or Parquet), runs the verb, returns the score table."""
+    """Writes requests as JSONL (or Parquet), runs the command, returns the score table."""
 
     def scores(records: list[Record], kind: str = "jsonl") -> pl.DataFrame:
         path = tmp_path / f"requests.{kind}"
@@ -223,16 +223,16 @@ def test_without_a_time_the_whole_history_is_read(predict: Predict, log: pl.Data
     np.testing.assert_allclose(logits(scores, "today"), logits(scores, "told when"), atol=1e-5)
 
 
-@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_an_untrained_model_is_refused_before_the_first_batch(
-    verb: str,
+    command: str,
     fitted: Path,
     run: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A verb that scores says that it needs a checkpoint before it computes for minutes, not after."""
+    """A command that scores says that it needs a checkpoint before it computes for minutes, not after."""
     path = tmp_path / "requests.jsonl"
     path.write_text(json.dumps(request("a", ["i1"], user_id="u1")))
     batches, collect = list[Batch](), ExitRecommender._collect
@@ -243,7 +243,7 @@ def test_an_untrained_model_is_refused_before_the_first_batch(
 
     monkeypatch.setattr(ExitRecommender, "_collect", counted)
     with pytest.raises(SystemExit):
-        run(verb, "--config", fitted / "config.yaml", "--data.requests", path, "--trainer.logger", "false")
+        run(command, "--config", fitted / "config.yaml", "--data.requests", path, "--trainer.logger", "false")
     said = capsys.readouterr().err
     assert "NotFittedError" in said
     assert "--ckpt_path" in said

@@ -1,4 +1,4 @@
-"""Ranking requests: golden numbers on hand-made score tables, and the verb on a tiny world."""
+"""Ranking requests: golden numbers on hand-made score tables, and the command on a tiny world."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_golden_static_models() -> None:
     assert [row["precision"] for row in at] == [0.5, 0.0, 0.5]
     assert at[2]["gauc"] == pytest.approx(6 / 7)
     assert [row["mean_depth"] for row in at] == [0, 2, 6]
-    for key in ("depth_share", "cost_cold", "cost_warm"):
+    for key in ("depth_share", "cost", "cost_cached"):
         assert [row[key] for row in at] == pytest.approx([0, 1 / 3, 1])
     assert at[0]["overlap_interval"] == [0.0, 0.5]
     assert (at[0]["n_requests"], at[0]["n_labelled"]) == (2, 2)
@@ -100,8 +100,8 @@ def test_golden_row_policy() -> None:
     assert ranking.exits.tolist() == [1, 2, 1, 2, 2, 2, 1]
     assert ranking.keys.tolist() == [4, 2, 2, 3, 7, 6, 8]
     assert overlaps(asked, ranking, full, 2).tolist() == [0.5, 0.5]
-    assert costs(asked, ranking, "warm").tolist() == [32, 28]
-    assert costs(asked, ranking, "cold").tolist() == [92, 88]
+    assert costs(asked, ranking, True).tolist() == [32, 28]
+    assert costs(asked, ranking, False).tolist() == [92, 88]
 
 
 def test_calibration_enters() -> None:
@@ -145,7 +145,7 @@ def test_top_k_keeps_its_overlap() -> None:
         row = policy_row(top_k, full, test, test, k)
         assert row["overlap"] > 0.93
         assert row["depth_share"] < 0.9
-        assert row["cost_cold"] > row["cost_warm"]
+        assert row["cost"] > row["cost_cached"]
         ranking = top_k.decide(test)
         keys, stayed = ranking.keys.numpy(), (ranking.exits == 3).numpy()
         for request in range(60):
@@ -197,7 +197,7 @@ def test_how_many_were_asked_about() -> None:
         "calibrated": False,
         "protocol": {"name": "p", "hash": "h"},
     }
-    shown |= {"verb": "rank"}
+    shown |= {"command": "rank"}
     assert "50 requests of test with 18 to 30 catalogue candidates" in render(shown)
     before = [row | {"candidates": 30} for row in result["requests"]]  # as files of before say it
     assert "50 requests of test with 30 catalogue candidates" in render(shown | {"requests": before})
@@ -262,7 +262,7 @@ def test_bad_settings(change: dict[str, Any], words: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_verb(
+def test_the_command(
     run: Callable[..., None],
     tiny_config: Callable[..., Path],
     tmp_path: Path,
@@ -280,12 +280,12 @@ def test_the_verb(
     assert "top_k" in capsys.readouterr().out
 
     result = json.loads((folder / "results" / "rank.json").read_text())
-    assert result["verb"] == "rank"
+    assert result["command"] == "rank"
     assert (result["layers"], result["calibrated"]) == ([0, 1, 3], True)
     assert {(r["n_requests"], *r["candidates"]) for r in result["requests"]} == {(12, 7, 7)}
     for row in result["requests"]:
         if row["policy"] == "full_depth":
-            assert row["overlap"] == row["depth_share"] == row["cost_cold"] == row["cost_warm"] == 1
+            assert row["overlap"] == row["depth_share"] == row["cost"] == row["cost_cached"] == 1
         assert 0 <= row["precision"] <= 1
     assert [c["k"] for c in result["certificate"]] == [2, 4]
     assert render(result).count("| top_k |") == 2

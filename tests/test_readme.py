@@ -83,8 +83,8 @@ def test_paths_exist() -> None:
     assert not missing
 
 
-def test_commands_are_verbs(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every `python -m project VERB` of README, CONTRIBUTING and results/README is a verb."""
+def test_commands_are_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every `python -m project COMMAND` of README, CONTRIBUTING and results/README is a command."""
     from project.cli import ProjectCLI
 
     text = "".join(
@@ -93,4 +93,4 @@ def test_commands_are_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     known = {*ProjectCLI.subcommands(), "table", "report", "export", "compare"}
     used = set(re.findall(r"python -m project (\w+)", text))
     assert used <= known, used - known
-    assert {"fit", "test", "floors", "calibrate", "report"} <= used
+    assert {"fit", "test", "baselines", "calibrate", "report"} <= used

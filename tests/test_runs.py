@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-import project.engine.predict as engine_verb
+import project.engine.predict as engine_command
 from project.callbacks import RunLogger, WholeCheckpoints
 from project.data.requests import Refused, Request, Requests
 from project.engine.predict import parts_of, run_early_exit
@@ -122,17 +122,17 @@ def test_early_exit_is_one_process() -> None:
 
 @pytest.fixture
 def made(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
-    """The trainer that a verb's command line makes; the verb itself is not run."""
+    """The trainer that a command's command line makes; the command itself is not run."""
 
-    def make(verb: str, *arguments: object) -> Trainer:
+    def make(command: str, *arguments: object) -> Trainer:
         found = list[Trainer]()
 
-        @functools.wraps(getattr(ProjectTrainer, verb))
+        @functools.wraps(getattr(ProjectTrainer, command))
         def instead(self: Trainer, *args: Any, **others: Any) -> None:
             found.append(self)
 
-        monkeypatch.setattr(ProjectTrainer, verb, instead)
-        run(verb, *arguments)
+        monkeypatch.setattr(ProjectTrainer, command, instead)
+        run(command, *arguments)
         return found[0]
 
     return make
@@ -178,7 +178,7 @@ def test_an_overlay_adds_a_logger_to_none(
 def test_a_single_logger_is_a_list_of_one(
     made: Callable[..., Trainer], tiny_config: Config, tmp_path: Path
 ) -> None:
-    """A verb that reads a checkpoint makes no run of its own, however the YAML says its logger."""
+    """A command that reads a checkpoint makes no run of its own, however the YAML says its logger."""
     csv = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(tmp_path / "own")},
@@ -218,7 +218,7 @@ def test_latest_is_a_run_with_something(
     tables = []
     for part in (50_000, 4):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine_verb, "PART", part)
+            patch.setattr(engine_command, "PART", part)
             given = "--ckpt_path", last, "--data.requests", tmp_path / "asked.jsonl", "--engine", "early_exit"
             run("predict", "--config", tiny_config(), *given)
         (file,) = (last.resolve().parents[1] / "scores").glob("predict*")

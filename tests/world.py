@@ -1,4 +1,6 @@
-"""Builds small logs, splits, evidence and streams in memory, for tests that need the data's way without a CLI."""
+"""Builds small logs, splits, retrieved features and streams in memory, for tests that need the data's way without a
+CLI.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from project.data.protocol import Protocol, SplitInteractions, apply_protocol, b
 from project.data.stream import Streams, build_streams
 
 SEGMENT = "{title} all{item_percent} near{vote_number+item_count_number}:"  # text, and numbers in a token of their own
-EMPTY_EVIDENCE = {
+EMPTY_RETRIEVED = {
     "neighbours": pl.List(pl.Int64),
     "similarities": pl.List(pl.Float32),
     "answers": pl.List(pl.Int8),
@@ -45,10 +47,10 @@ def read_split(folder: Path, protocol: Protocol) -> SplitInteractions:
     return apply_protocol(build_interactions(logs.read(), protocol), protocol)
 
 
-def no_evidence(rows: pl.DataFrame) -> pl.DataFrame:
-    """An evidence table that knows nothing."""
+def no_retrieved(rows: pl.DataFrame) -> pl.DataFrame:
+    """An retrieved features table that knows nothing."""
     n = len(rows)
-    lists = {name: pl.Series(name, [[]] * n, dtype=kind) for name, kind in EMPTY_EVIDENCE.items()}
+    lists = {name: pl.Series(name, [[]] * n, dtype=kind) for name, kind in EMPTY_RETRIEVED.items()}
     counts = {
         c: pl.Series(c, [0] * n, dtype=pl.Int32) for c in ("neighbour_count", "item_count", "user_count")
     }
@@ -56,12 +58,12 @@ def no_evidence(rows: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame({"row_id": rows["row_id"], **lists, **counts, **rates})
 
 
-def streams_without_evidence(split: SplitInteractions, name: str, segment: str = "{title}:") -> Streams:
+def streams_without_retrieved(split: SplitInteractions, name: str, segment: str = "{title}:") -> Streams:
     """Streams of one split whose prompts are titles and answers."""
     encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment=segment), split.interactions.items)
     order = ("train", "valid", "test").index(name)
     rows = split.rows.filter(pl.col("split").to_physical() <= order)
-    return build_streams(rows, no_evidence(rows), name, encoder)
+    return build_streams(rows, no_retrieved(rows), name, encoder)
 
 
 def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> dict[str, Any]:
@@ -88,7 +90,7 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
             "context_tokens": 128,
             "batch_tokens": 512,
             "refits": 5,
-            "taste": None,
+            "mf": None,
         },
         "model": {"backbone": str(model), "exit_layers": [1, 3]},
         "trainer": {

@@ -26,7 +26,6 @@ from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.result import labelled_scores
 from project.exits.budget import budget_plan
 from project.exits.calibration import Calibration
-from project.exits.cost import Stream
 from project.exits.criteria import Criterion, HeadOutputs, RatioConsistency
 from project.exits.plan import ExitPlan, ExitSettings, Plans
 from project.exits.policy import Policy
@@ -53,14 +52,14 @@ class Case:
 
     Attributes:
         candidates: Candidates of a request.
-        stream: cold, or warm: all histories' keys and values are cached at full depth before the clock starts.
+        prefix_cached: All histories' keys and values are cached at full depth before the clock starts.
         history: Latest rows that make the history; None: as logged.
         at_once: Requests in one call.
         plain: Time transformers' own forward too: each way to do it by name.
     """
 
     candidates: int
-    stream: Stream
+    prefix_cached: bool
     history: int | None = None
     at_once: int = 1
     plain: tuple[str, ...] = ()
@@ -85,7 +84,7 @@ class Case:
         kind = "history as logged" if self.history is None else f"{self.history}-item history"
         return {
             "candidates": self.candidates,
-            "stream": self.stream,
+            "prefix_cached": self.prefix_cached,
             "history": self.history,
             "workload": f"catalogue, {kind}",
         }
@@ -104,12 +103,14 @@ def cases(sizes: Sequence[int]) -> list[Case]:
     for size in sizes:
         shared = ("shared_prefix",) if size <= 64 else ()
         alone = ("pointwise", *shared) if size < 64 else shared
-        found += [Case(size, "cold", plain=alone), Case(size, "warm", plain=shared)]
+        found += [Case(size, prefix_cached=False, plain=alone), Case(size, prefix_cached=True, plain=shared)]
         if size == 64:
-            found.append(Case(size, "cold", FIXED_HISTORY, plain=("pointwise", "shared_prefix")))
-            found.append(Case(size, "warm", FIXED_HISTORY, plain=("shared_prefix",)))
+            found.append(
+                Case(size, prefix_cached=False, history=FIXED_HISTORY, plain=("pointwise", "shared_prefix"))
+            )
+            found.append(Case(size, prefix_cached=True, history=FIXED_HISTORY, plain=("shared_prefix",)))
         if size in (1, 8):
-            found.append(Case(size, "warm", at_once=8))
+            found.append(Case(size, prefix_cached=True, at_once=8))
     return found
 
 
@@ -138,7 +139,7 @@ class Side:
         most: Units it is measured on, the first ones; None: all.
         rounds: Rounds it is measured in; None: all.
         wall: Seconds, a list a round, an entry a unit.
-        trunk: The trunk's share of them.
+        backbone: The backbone's share of them.
         scored: What the last round scored.
     """
 
@@ -149,7 +150,7 @@ class Side:
     most: int | None = None
     rounds: int | None = None
     wall: list[list[float]] = field(default_factory=list)
-    trunk: list[list[float]] = field(default_factory=list)
+    backbone: list[list[float]] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
 
     def start_round(self) -> bool:
@@ -157,7 +158,7 @@ class Side:
         if self.rounds is not None and len(self.wall) >= self.rounds:
             return False
         self.wall.append([])
-        self.trunk.append([])
+        self.backbone.append([])
         self.scored = []
         return True
 
@@ -170,7 +171,7 @@ class Side:
         start = time.perf_counter()
         scores = self.runs.score(unit)
         self.wall[-1].append(time.perf_counter() - start)
-        self.trunk[-1].append(scores.seconds["trunk"])
+        self.backbone[-1].append(scores.seconds["backbone"])
         self.scored += scores.requests
 
     @property
@@ -182,7 +183,7 @@ class Side:
         """(units,) seconds of each unit, the median of its rounds.
 
         Args:
-            which: wall or trunk.
+            which: wall or backbone.
             units: Of the first so many; None: of all it scored.
         """
         found: Floats = np.median(np.array(getattr(self, which)), axis=0)[:units]
@@ -302,7 +303,7 @@ class RunWorth:
 
     Args:
         model: The run, with exit 0.
-        data: Evidence of its rows.
+        data: Retrieved features of its rows.
         folder: Its score tables; what is missing there is unknown here.
         plans: Its exit plans.
         settings: Its budget.
@@ -316,7 +317,7 @@ class RunWorth:
         plans: Plans,
         settings: ExitSettings,
     ) -> None:
-        self.plans, self.rival = plans, plans.rival
+        self.plans, self.static_exit = plans, plans.static_exit
         self._settings = {f.name: getattr(settings, f.name) for f in fields(ExitSettings)}
         self._tables: dict[str, ScoredTable] = {}
         self._known: dict[object, Worth] = {}
@@ -347,7 +348,7 @@ class RunWorth:
         return self._once(layer, judge)
 
     def adaptive(self, plan: ExitPlan) -> Worth:
-        """Of a plan: auc, auc_drop, and its gain over the honest rival, with intervals."""
+        """Of a plan: auc, auc_drop, and its gain over the honest static exit, with intervals."""
         return self._once(_key(plan), lambda: self._judged(plan))
 
     def _once(self, key: object, judge: Callable[[], Worth]) -> Worth:
@@ -365,27 +366,27 @@ class RunWorth:
         return {"auc": auc(mine, labels), "auc_drop": drop["value"], "auc_drop_interval": drop["interval"]}
 
     def _judged(self, plan: ExitPlan) -> Worth:
-        rival = self.rival if plan.prior else self.plans.rival_without
+        static_exit = self.static_exit if plan.exit_0 else self.plans.static_without
         emitted = _emitted(plan, self._tables["test"])
-        theirs = _calibrated(plan, self._tables["test"])[:, plan.layers.index(rival)]
+        theirs = _calibrated(plan, self._tables["test"])[:, plan.layers.index(static_exit)]
         gain = self._bootstrap.difference_interval(emitted, theirs, self._labels)
-        return self._drop(plan, emitted) | {"auc_gain_over_rival": {"layer": rival, **gain}}
+        return self._drop(plan, emitted) | {"auc_gain_over_static": {"layer": static_exit, **gain}}
 
     def budget(
-        self, stream: Stream, by_depth: bool = False, criterion: Criterion | None = None
+        self, prefix_cached: bool, by_depth: bool = False, criterion: Criterion | None = None
     ) -> ExitPlan | None:
         """The plan that the run's budget chooses on `tune` at another price; None without validation's scores.
 
         Args:
-            stream: Whether the stream's tokens are paid for.
+            prefix_cached: Whether the history's tokens cost nothing.
             by_depth: The price is mean candidate depth.
             criterion: The only one that is tried.
         """
         if "valid" not in self._tables:
             return None
-        key = stream, by_depth, type(criterion)
+        key = prefix_cached, by_depth, type(criterion)
         if key not in self._made:
-            settings = ExitSettings(**{**self._settings, "stream": stream, "mode": "budget"})
+            settings = ExitSettings(**{**self._settings, "prefix_cached": prefix_cached, "mode": "budget"})
             self._made[key] = budget_plan(*self._tables["valid"], settings, by_depth, criterion)
         return self._made[key]
 
@@ -396,11 +397,11 @@ class RunWorth:
         outputs = plan.outputs(*self._tables["valid"])
         thresholds, running = list[float](), torch.arange(outputs.logits.shape[0])
         for head in range(outputs.heads - 1):
-            safety = plan.policy.criterion.safety(_shown(outputs, running, head))
-            known = safety[safety.isfinite()]
+            confidence = plan.policy.criterion.confidence(_shown(outputs, running, head))
+            known = confidence[confidence.isfinite()]
             limit = float(known.quantile(1 - share)) if len(known) else torch.inf
             thresholds.append(limit)
-            running = running[safety < limit]
+            running = running[confidence < limit]
         values = torch.tensor([*thresholds, -torch.inf], dtype=torch.float64)
         return replace(plan, policy=Policy(plan.policy.criterion, values, plan.layers))
 
@@ -410,7 +411,7 @@ def _shown(outputs: HeadOutputs, rows: torch.Tensor, head: int) -> HeadOutputs:
 
 
 def _key(plan: ExitPlan) -> object:
-    return plan.criterion, plan.prior, tuple(plan.policy.thresholds.tolist())
+    return plan.criterion, plan.exit_0, tuple(plan.policy.thresholds.tolist())
 
 
 def _calibrated(plan: ExitPlan, rows: ScoredTable) -> Floats:
@@ -449,8 +450,8 @@ class Bench:
     def module(self) -> ExitRecommender:
         """The run, packed once for all engines."""
         found = copied(self.model)
-        assert found.trunk is not None
-        found.trunk = packed(found.trunk.eval())
+        assert found.backbone is not None
+        found.backbone = packed(found.backbone.eval())
         return found
 
     def hints(self) -> list[str]:
@@ -469,7 +470,7 @@ class Bench:
         Args:
             case: The workload.
             units: Its sample.
-            cache: Streams; None where they are cold.
+            cache: Streams; None where they are not cached.
         """
         full = self.full(cache)
         early = list(self._early(case, units, cache, full))
@@ -486,7 +487,7 @@ class Bench:
 
     def _static(self, case: Case, cache: StreamCache | None) -> Iterator[Side]:
         plan = self.worth.plans.plan
-        layers = [k for k in self.model.exit_layers[:-1] if not case.short or k == self.worth.rival]
+        layers = [k for k in self.model.exit_layers[:-1] if not case.short or k == self.worth.static_exit]
         for layer in layers:
             runs = self._engine(static_exits(plan, layer, self.device), cache)
             yield Side(f"fixed_depth_{layer}", "static", runs, self.worth.static(layer))
@@ -503,9 +504,9 @@ class Bench:
         worth, plans = self.worth, self.worth.plans
         found: dict[str, ExitPlan | None] = {"budget": plans.plan}
         if not case.short:
-            found["budget, cost mean depth"] = worth.budget("cold", by_depth=True)
+            found["budget, cost mean depth"] = worth.budget(False, by_depth=True)
             found["budget without exit 0"] = plans.without
-            found["budget, the paper's rule"] = worth.budget("cold", criterion=RatioConsistency())
+            found["budget, the paper's rule"] = worth.budget(False, criterion=RatioConsistency())
             found["certified"] = plans.certified
         return {name: plan for name, plan in found.items() if plan is not None}
 
@@ -539,5 +540,5 @@ class Bench:
             if name == "pointwise":
                 yield Side(name, "full depth", Pointwise(self.model), **SLOW)  # type: ignore[arg-type]
             else:
-                runs: Runner = SharedPrefix(self.model, warm=case.stream == "warm")
+                runs: Runner = SharedPrefix(self.model, cached=case.prefix_cached)
                 yield Side(name, "full depth", runs, most=4)

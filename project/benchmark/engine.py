@@ -55,12 +55,12 @@ class Limits:
             model: The run.
             tokens: Rows of the product. Few rows are bound by reading the weights, many by arithmetic.
         """
-        assert model.trunk is not None
-        layers: Any = model.trunk.layers
+        assert model.backbone is not None
+        layers: Any = model.backbone.layers
         own = [part for part in layers.modules() if isinstance(part, nn.Linear)]
         widest: Any = next(part for name, part in layers.named_modules() if name.endswith("up_proj"))
         widest = getattr(widest, "base_layer", widest)  # without adapters
-        like = model.trunk.embed_tokens.weight
+        like = model.backbone.embed_tokens.weight
         size = sum(w.nbytes for part in own for w in part.parameters(recurse=False))
         flops = 2 * tokens * widest.in_features * widest.out_features
         reading = _seconds(own, 1, like)
@@ -77,7 +77,7 @@ class Limits:
         return cls(*(float(np.median([getattr(limits, name) for limits in measured])) for name in names))
 
     def least_seconds(self, flops: Sequence[Floats]) -> float:
-        """Seconds below which the trunk cannot do this; a layer's weights are read once for all.
+        """Seconds below which the backbone cannot do this; a layer's weights are read once for all.
 
         Args:
             flops: Per request that runs together with the others, `useful_flops` by layer.
@@ -97,10 +97,10 @@ def useful_flops(scored: Scored, request: PreparedRequest, model: ExitRecommende
     Args:
         scored: Its exits and token-layers.
         request: Its tokens.
-        model: Its trunk.
+        model: Its backbone.
     """
-    assert model.trunk is not None
-    config, layer = model.trunk.config, model.trunk.layers[0]
+    assert model.backbone is not None
+    config, layer = model.backbone.config, model.backbone.layers[0]
     sizes = {name: p.numel() for name, p in layer.named_parameters() if p.ndim == 2}
     whole, owed = (
         sum(sizes.values()),
@@ -142,12 +142,12 @@ class Against:
 
     Attributes:
         full: Packed full depth, which speed and efficiency are over.
-        rival: The honest rival; None where it is counting, which runs no layer.
+        static_exit: The static exit of equal accuracy; None where it is exit 0, which runs no layer.
         limits: What the machine allows.
     """
 
     full: Side
-    rival: Side | None
+    static_exit: Side | None
     limits: Limits
 
 
@@ -179,10 +179,10 @@ def side_row(
         against: What it is compared with.
         units: The sample.
         model: The run.
-        prepare_ms: What a request needs before it can be scored: history, evidence, exit 0 and token ids.
+        prepare_ms: What a request needs before it can be scored: history, retrieved features, exit 0 and token ids.
     """
-    assert model.trunk is not None
-    own = str(model.trunk.embed_tokens.weight.dtype).removeprefix("torch.")
+    assert model.backbone is not None
+    own = str(model.backbone.embed_tokens.weight.dtype).removeprefix("torch.")
     asked = [request for unit in units[: side.units] for request in unit]
     wall, each = side.typical("wall"), np.array(side.wall).ravel() * 1e3
     rates = len(asked) / side.totals("wall")
@@ -207,7 +207,7 @@ def side_row(
         "token_layers": side.token_layers(),
         **_ratios(side, against, len(asked), prepare_ms),
         **_limits(side, against, flops, _flops(against.full, units[: side.units], model)),
-        "gflops": useful / float(side.typical("trunk").sum()) / 1e9,
+        "gflops": useful / float(side.typical("backbone").sum()) / 1e9,
     }
 
 
@@ -220,11 +220,11 @@ def _flops(side: Side, units: list[Unit], model: ExitRecommender) -> list[list[F
 def _limits(
     side: Side, against: Against, flops: list[list[Floats]], same: list[list[Floats]]
 ) -> dict[str, Any]:
-    """How near a side's trunk comes to what the machine allows, and the efficiency that it would have there."""
+    """How near a side's backbone comes to what the machine allows, and the efficiency that it would have there."""
     limits, saved = against.limits, _saved(side, against.full)
     least, whole = (sum(map(limits.least_seconds, each)) for each in (flops, same))
     return {
-        "of_limit": least / float(side.typical("trunk").sum()),
+        "of_limit": least / float(side.typical("backbone").sum()),
         # who runs more tokens than packed full depth does not need them
         "efficiency_at_limit": whole / least / saved if saved and saved >= 1 and least else None,
         "gflops_ceiling": limits.gflops,
@@ -233,8 +233,8 @@ def _limits(
 
 
 def _ratios(side: Side, against: Against, requests: int, prepare_ms: float) -> dict[str, Any]:
-    """A side against full depth and the rival, on the requests that it scored itself."""
-    n, wall, trunk, full = side.units, side.typical("wall"), side.typical("trunk"), against.full
+    """A side against full depth and the static exit, on the requests that it scored itself."""
+    n, wall, backbone, full = side.units, side.typical("wall"), side.typical("backbone"), against.full
     whole = full.typical("wall", n)
     mine, theirs = (prepare_ms * requests / 1e3 + float(seconds.sum()) for seconds in (wall, whole))
     saved = _saved(side, full)
@@ -242,13 +242,13 @@ def _ratios(side: Side, against: Against, requests: int, prepare_ms: float) -> d
     return {
         "measured_speedup": measured["value"],
         "measured_speedup_interval": measured["interval"],
-        "speedup_over_rival": {"value": None, "interval": None}
-        if against.rival is None
-        else ratio_interval(against.rival.typical("wall", n), wall),
+        "speedup_over_static": {"value": None, "interval": None}
+        if against.static_exit is None
+        else ratio_interval(against.static_exit.typical("wall", n), wall),
         "prepare_ms": prepare_ms,
         "request_ms": mine / requests * 1e3,
         "request_speedup": theirs / mine,
-        "trunk_speedup": float(full.typical("trunk", n).sum() / trunk.sum()),
+        "backbone_speedup": float(full.typical("backbone", n).sum() / backbone.sum()),
         "token_layer_speedup": saved,
         **_efficiency(side, full, saved),
     }
@@ -261,12 +261,12 @@ def _saved(side: Side, full: Side) -> float | None:
 
 
 def _efficiency(side: Side, full: Side, saved: float | None) -> dict[str, Any]:
-    """Trunk time saved over token-layers saved."""
+    """Backbone time saved over token-layers saved."""
     if not saved:
         return {"efficiency": None, "efficiency_spread": None}
     n = side.units
-    typical = float(full.typical("trunk", n).sum() / side.typical("trunk").sum())
-    rounds = full.totals("trunk", n)[: len(side.wall)] / side.totals("trunk")
+    typical = float(full.typical("backbone", n).sum() / side.typical("backbone").sum())
+    rounds = full.totals("backbone", n)[: len(side.wall)] / side.totals("backbone")
     spread = [float(ratio) / saved for ratio in (rounds.min(), rounds.max())]
     return {"efficiency": typical / saved, "efficiency_spread": spread}
 
@@ -308,7 +308,7 @@ def run_engine(
     data.prepare_data()
     wanted = _possible(sizes, data.split)
     plans = load_run(model, data.tokenizer, checkpoint, data)
-    model.to(device)  # not before: the trunk was just made
+    model.to(device)  # not before: the backbone was just made
     worth = RunWorth(model, data, folder, plans, settings)
     asked = AskedRequests(model, data, folder, plans.plan.calibration)
     bench = Bench(model, worth, asked, device)
@@ -355,7 +355,7 @@ def sample(model: ExitRecommender, data: InteractionData, case: Case) -> tuple[l
     start = time.perf_counter()
     prepared = prepare_requests(model, data, drawn.requests)
     spent = (time.perf_counter() - start) / len(prepared) * 1e3
-    # every request has a stream of its own, whoever it is of: warm is warm
+    # every request has a stream of its own, whoever it is of
     prepared = [replace(r, user=r.request_id) for r in prepared]
     whole = len(prepared) - len(prepared) % case.at_once or len(prepared)
     return [prepared[i : i + case.at_once] for i in range(0, whole, case.at_once)], round(spent, 2)
@@ -373,7 +373,7 @@ def measure(
         prepare_ms: What a request needs before it can be scored.
         seconds: About how long to measure.
     """
-    cache = StreamCache(capacity=10**9) if case.stream == "warm" else None
+    cache = StreamCache(capacity=10**9) if case.prefix_cached else None
     full = bench.full(cache)
     full.runs.score(units[0])  # warm up
     start = time.perf_counter()
@@ -384,7 +384,7 @@ def measure(
     most = int(seconds / (once * len(sides) * ROUNDS)) if once > 0 else len(units)
     units = units[: max(FEWEST, most)]
     for side in (s for s in sides[1:] if s.rounds is None):
-        own = case.stream == "warm" and side.engine == "shared_prefix"
+        own = case.prefix_cached and side.engine == "shared_prefix"
         for unit in (
             units[: side.most] if own else units[:1]
         ):  # warm up; who has streams of its own keeps them all now
@@ -404,9 +404,11 @@ def _rows(
     limits: Limits,
     prepare_ms: float,
 ) -> list[dict[str, Any]]:
-    """A row a side, beside full depth, the rival and the limits."""
-    named = "packed" if bench.worth.rival == bench.model.depth else f"fixed_depth_{bench.worth.rival}"
-    rival = next((side for side in sides if side.engine == named), None)
-    against = Against(sides[0], rival, limits)
+    """A row a side, beside full depth, the static exit and the limits."""
+    named = (
+        "packed" if bench.worth.static_exit == bench.model.depth else f"fixed_depth_{bench.worth.static_exit}"
+    )
+    static_exit = next((side for side in sides if side.engine == named), None)
+    against = Against(sides[0], static_exit, limits)
     rows = [side_row(side, against, units, bench.model, prepare_ms) for side in sides]
-    return [{**row, "rival": side is rival} for row, side in zip(rows, sides, strict=True)]
+    return [{**row, "static_exit": side is static_exit} for row, side in zip(rows, sides, strict=True)]

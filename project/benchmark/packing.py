@@ -1,6 +1,6 @@
 """Benchmark: speed as ratios, both sides measured in turns in one run, so that a slow minute hits both.
 
-Packing: training steps (forward and backward) of the trunk on packed windows, against transformers' own model on one
+Packing: training steps (forward and backward) of the backbone on packed windows, against transformers' own model on one
 padded prompt per (user, candidate) with the same visible history.
 
 Unusual here: windows and prompts are made on the host as a loader would, inside the clock on both sides.
@@ -23,7 +23,7 @@ from transformers import AutoModel
 from project.data.batch import Batch, TrainSampler, pack
 from project.data.download import resolve_model
 from project.data.stream import Streams, Window
-from project.model.backbone import NumberEmbedding, Trunk
+from project.model.backbone import Backbone, NumberEmbedding
 from project.run import result_head, write_json
 
 if TYPE_CHECKING:
@@ -102,14 +102,14 @@ def run_packing(
     """
     data.prepare_data()
     streams = data.streams("train")
-    trunk, base = _both(model, device)
+    backbone, base = _both(model, device)
     sampler = TrainSampler(streams, data.context_tokens, data.batch_tokens, data.seed, 0, 1)
     packed_windows = cycle(sampler)
     pointwise = _pointwise_batches(streams, sampler, data.batch_tokens)
 
     sides = {"packed": _Side(), "pointwise": _Side()}
     steps: dict[str, Callable[[], int]] = {
-        "packed": lambda: _packed_step(trunk, pack(streams, next(packed_windows)).to(device)),
+        "packed": lambda: _packed_step(backbone, pack(streams, next(packed_windows)).to(device)),
         "pointwise": lambda: _pointwise_step(base, next(pointwise)),
     }
     for step in steps.values():
@@ -134,17 +134,17 @@ def run_packing(
     return result
 
 
-def _both(model: ExitRecommender, device: torch.device) -> tuple[Trunk, Any]:
-    """The trunk, and transformers' own model with the same weights, numbers and frozen parts."""
+def _both(model: ExitRecommender, device: torch.device) -> tuple[Backbone, Any]:
+    """The backbone, and transformers' own model with the same weights, numbers and frozen parts."""
     name = resolve_model(model.backbone_name)
-    trunk = Trunk.from_pretrained(name, num_layers=model.depth)
-    trunk.embed_tokens.requires_grad_(not model.freeze_embeddings)
+    backbone = Backbone.from_pretrained(name, num_layers=model.depth)
+    backbone.embed_tokens.requires_grad_(not model.freeze_embeddings)
     base = AutoModel.from_pretrained(name, num_hidden_layers=model.depth, dtype=torch.float32)
     base.embed_tokens.requires_grad_(not model.freeze_embeddings)
     if model.numbers:
-        trunk.learn_numbers()
+        backbone.learn_numbers()
         base.embed_tokens = NumberEmbedding(base.embed_tokens)
-    return trunk.to(device), base.to(device)
+    return backbone.to(device), base.to(device)
 
 
 def _figures(packed: _Side, pointwise: _Side) -> dict[str, Any]:
@@ -158,10 +158,10 @@ def _figures(packed: _Side, pointwise: _Side) -> dict[str, Any]:
     }
 
 
-def _packed_step(trunk: Trunk, batch: Batch) -> int:
-    state = trunk.run(trunk.embed(batch.tokens, batch.layout), 0, len(trunk.layers))
+def _packed_step(backbone: Backbone, batch: Batch) -> int:
+    state = backbone.run(backbone.embed(batch.tokens, batch.layout), 0, len(backbone.layers))
     state.hidden.flatten(0, 1)[batch.slots].square().mean().backward()  # type: ignore[no-untyped-call]
-    trunk.zero_grad()
+    backbone.zero_grad()
     return len(batch.label)
 
 

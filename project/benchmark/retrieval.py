@@ -14,14 +14,21 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from project.errors import DataError
-from project.evaluation.baselines import SINGLE_FEATURE, evidence_features, targets_of, train_labels
+from project.evaluation.baselines import SINGLE_FEATURE, retrieved_features, targets_of, train_labels
 from project.evaluation.bootstrap import UserBootstrap
 from project.features import FEATURES
 from project.metrics import Floats, auc
 from project.report.tables import render, shown
-from project.retrieval import LightGCN, LLMEmbedding, Retriever, TextEncoder, VectorRetriever, evidence_tables
+from project.retrieval import (
+    LightGCN,
+    LLMEmbedding,
+    Retriever,
+    TextEncoder,
+    VectorRetriever,
+    retrieved_tables,
+)
 from project.retrieval.base import NO_NEIGHBOURS, FloatArray, IntArray, Neighbours, Raters, Snapshot
-from project.retrieval.features import evidence_folder
+from project.retrieval.features import retrieved_folder
 from project.retrieval.lightgcn import inverse_norms
 from project.retrieval.text import ItemTextRetriever
 from project.retrieval.walk import Snapshots, WalkRows, walk
@@ -192,15 +199,15 @@ def run_retrieval(
     Args:
         data: Logs, protocol and blocks.
         folder: Run folder of the result file.
-        seconds: About how long to measure; evidence that is not in the cache comes on top.
+        seconds: About how long to measure; retrieved features that is not in the cache comes on top.
         requests: Most targets of the test split in the sample.
-        retrievers: By name, "lightgcn" first; None: `rivals_of(data)`.
+        retrievers: By name, "lightgcn" first; None: `other_retrievers(data)`.
 
     Raises:
         DataError: No test target can be asked.
     """
-    retrievers = retrievers or rivals_of(data)
-    # first of all, so that evidence is made where it is not in the cache
+    retrievers = retrievers or other_retrievers(data)
+    # first of all, so that retrieved features is made where it is not in the cache
     worth = vote_worth(data, retrievers)
     fitted = {name: _snapshots(data, retriever) for name, retriever in retrievers.items()}
     cuts = fitted[REFERENCE].cuts
@@ -218,7 +225,7 @@ def run_retrieval(
     return result
 
 
-def rivals_of(data: InteractionData) -> dict[str, VectorRetriever]:
+def other_retrievers(data: InteractionData) -> dict[str, VectorRetriever]:
     """LightGCN as configured, a text encoder, and the backbone's hidden states, with as many neighbours and raters."""
     own = data.retriever
     graph = own if isinstance(own, LightGCN) else LightGCN(own.neighbours, own.max_raters)
@@ -241,8 +248,8 @@ def vote_worth(data: InteractionData, retrievers: Mapping[str, VectorRetriever])
     base = float(train_labels(rows).mean())
     votes = dict[str, Floats]()
     for name, retriever in retrievers.items():
-        tables = evidence_tables(data.split, retriever, data.refits, data.cache_dir)
-        features = evidence_features(rows, tables, "test", base)
+        tables = retrieved_tables(data.split, retriever, data.refits, data.cache_dir)
+        features = retrieved_features(rows, tables, "test", base)
         votes[name] = features[:, FEATURES.index(SINGLE_FEATURE["neighbour_vote"])]
     test = targets_of(rows, "test")
     labels, bootstrap = test["label"].to_numpy(), UserBootstrap(test["user"].to_numpy(), seed=data.seed)
@@ -257,7 +264,7 @@ def vote_worth(data: InteractionData, retrievers: Mapping[str, VectorRetriever])
 
 
 def _snapshots(data: InteractionData, retriever: VectorRetriever) -> Snapshots:
-    folder = evidence_folder(data.split, retriever, data.refits, data.cache_dir)
+    folder = retrieved_folder(data.split, retriever, data.refits, data.cache_dir)
     return Snapshots.load(folder / "snapshots.npz")
 
 

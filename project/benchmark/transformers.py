@@ -34,23 +34,27 @@ def library_model(module: ExitRecommender) -> Any:
     """The library's own base model on the module's weights, without its final norm (heads have one of their own).
 
     Args:
-        module: With its trunk, fully trained or not; adapters are not supported.
+        module: With its backbone, fully trained or not; adapters are not supported.
 
     Raises:
-        ConfigError: The trunk has LoRA adapters, which the library's class does not know.
+        ConfigError: The backbone has LoRA adapters, which the library's class does not know.
     """
-    trunk = module.trunk
-    assert trunk is not None
+    backbone = module.backbone
+    assert backbone is not None
     if module.lora is not None:
         raise ConfigError(
-            "model.lora is set: transformers' own forward has no such layers. Expected a fully trained trunk."
+            "model.lora is set: transformers' own forward has no such layers. Expected a fully trained backbone."
         )
-    config = deepcopy(trunk.config)
+    config = deepcopy(backbone.config)
     factory: Any = AutoModel  # its constructors are not typed
     with torch.device("meta"):
         model = factory.from_config(config, attn_implementation="sdpa")
-    model.layers.load_state_dict(trunk.layers.state_dict(), assign=True)
-    model.embed_tokens, model.rotary_emb, model.norm = trunk.embed_tokens, trunk.rotary_emb, nn.Identity()
+    model.layers.load_state_dict(backbone.layers.state_dict(), assign=True)
+    model.embed_tokens, model.rotary_emb, model.norm = (
+        backbone.embed_tokens,
+        backbone.rotary_emb,
+        nn.Identity(),
+    )
     # the argument was renamed in transformers 5.24
     model.cache_argument = (
         "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
@@ -73,13 +77,13 @@ class Pointwise:
 
     @torch.inference_mode()
     def score(self, requests: Sequence[PreparedRequest]) -> Scores:
-        """Raw logits of the deepest head; seconds are all the trunk's."""
+        """Raw logits of the deepest head; seconds are all the backbone's."""
         scores, start = Scores([]), time.perf_counter()
         for request in requests:
             logits = torch.cat([self._logits(prompts) for prompts in self._batches(request)])
             tokens = len(request) * len(request.stream) + len(request.candidates.values)
             scores.requests.append(_scored(request, logits, self._depth, tokens))
-        scores.seconds["trunk"] = time.perf_counter() - start
+        scores.seconds["backbone"] = time.perf_counter() - start
         return scores
 
     def _batches(self, request: PreparedRequest) -> Iterator[list[Tensor]]:
@@ -100,23 +104,23 @@ class SharedPrefix:
 
     Args:
         module: Trained weights and the deepest head.
-        warm: Keep the keys and values of every user's history between requests.
+        cached: Keep the keys and values of every user's history between requests.
     """
 
-    def __init__(self, module: ExitRecommender, warm: bool = False) -> None:
-        self._model, self._depth, self._warm = library_model(module), module.depth, warm
+    def __init__(self, module: ExitRecommender, cached: bool = False) -> None:
+        self._model, self._depth, self._cached = library_model(module), module.depth, cached
         self._head = module.heads[str(module.depth)].eval()
         self._kept: dict[Hashable, list[Pair]] = {}
 
     @torch.inference_mode()
     def score(self, requests: Sequence[PreparedRequest]) -> Scores:
-        """Raw logits of the deepest head; seconds are all the trunk's."""
+        """Raw logits of the deepest head; seconds are all the backbone's."""
         scores, start = Scores([]), time.perf_counter()
         for request in requests:
-            prefix = self._kept.get(request.user) if self._warm else None
+            prefix = self._kept.get(request.user) if self._cached else None
             ran = 0 if prefix is not None else len(request.stream)
             prefix = self._prefix(request) if prefix is None else prefix
-            if self._warm:
+            if self._cached:
                 self._kept[request.user] = prefix
             logits = torch.cat(
                 [
@@ -127,7 +131,7 @@ class SharedPrefix:
             scores.requests.append(
                 _scored(request, logits, self._depth, ran + len(request.candidates.values))
             )
-        scores.seconds["trunk"] = time.perf_counter() - start
+        scores.seconds["backbone"] = time.perf_counter() - start
         return scores
 
     def _prefix(self, request: PreparedRequest) -> list[Pair]:

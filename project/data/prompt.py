@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from project.data.ragged import IntArray, Ragged, join, total_lengths
 from project.errors import ConfigError
-from project.features import FEATURES, Floats, counting_features
+from project.features import FEATURES, Floats, feature_matrix
 
 
 class Number(NamedTuple):
-    """What a prompt field tells: a counting feature less a constant, so that usual values lie around 0."""
+    """What a prompt field tells: a feature less a constant, so that usual values lie around 0."""
 
     feature: str
     zero: float = 0.0
@@ -32,8 +32,8 @@ NUMBERS = {
     "item_number": Number("item_log_odds"),
     "user_number": Number("user_log_odds"),
     "vote_number": Number("weighted_vote_log_odds"),
-    "taste_number": Number("taste_log_odds"),
-    "alike_number": Number("alike_log_odds"),
+    "mf_number": Number("mf_log_odds"),
+    "item_similarity_number": Number("item_similarity_log_odds"),
     "item_count_number": Number("item_rows", FEW_ROWS),
     "text_number": Number("text_log_odds"),
 }
@@ -49,7 +49,7 @@ TOGETHER = "+"
 
 
 def fields_together(name: str) -> list[str] | None:
-    """Fields that a template's field tells in one token, such as item_number+taste_number; None where it tells others.
+    """Fields that a template's field tells in one token, such as item_number+mf_number; None where it tells others.
 
     Args:
         name: Without braces.
@@ -58,17 +58,17 @@ def fields_together(name: str) -> list[str] | None:
     return fields if NUMBERS.keys() >= set(fields) and len(set(fields)) == len(fields) else None
 
 
-def number_features(evidence: pl.DataFrame) -> Floats:
+def number_features(retrieved: pl.DataFrame) -> Floats:
     """Counting features behind numbers, once for all tokens of a row.
 
     Args:
-        evidence: n rows of an evidence table.
+        retrieved: n rows of an retrieved features table.
 
     Returns:
         (n, len(FEATURES)).
     """
-    rows = evidence.with_columns(row_id=pl.int_range(pl.len(), dtype=pl.Int64))  # a row may stand twice
-    return counting_features(rows, EVEN)
+    rows = retrieved.with_columns(row_id=pl.int_range(pl.len(), dtype=pl.Int64))  # a row may stand twice
+    return feature_matrix(rows, EVEN)
 
 
 def number_ids(features: Floats, fields: Sequence[str]) -> IntArray:
@@ -105,7 +105,7 @@ def read_number_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def readable(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Token ids as text, numbers as [item +0.85 taste -0.10].
+    """Token ids as text, numbers as [item +0.85 factorisation -0.10].
 
     Args:
         ids: (T,) of a prompt.
@@ -177,22 +177,22 @@ def check_similar(template: str) -> None:
 
 
 def split_template(
-    template: str, item_fields: Sequence[str], evidence_fields: Iterable[str]
+    template: str, item_fields: Sequence[str], retrieved_fields: Iterable[str]
 ) -> list[tuple[str, str]]:
     """The pieces of a template of segments.
 
     Args:
         template: The wording, with fields in braces.
         item_fields: Columns of the items table that it may name.
-        evidence_fields: Evidence that it may tell as text.
+        retrieved_fields: Retrieved features that it may tell as text.
 
     Returns:
-        ("static", text with item fields), ("evidence", name) and ("number", name) pieces; no two static ones in a row.
+        ("static", text with item fields), ("retrieved", name) and ("number", name) pieces; no two static ones in a row.
 
     Raises:
         ConfigError: If it is malformed, empty, or has a field that nobody knows, that two know, or in a format.
     """
-    worded = list(evidence_fields)
+    worded = list(retrieved_fields)
     own = [name for name in item_fields if not _NO_NAME.fullmatch(name)]
     parts: list[tuple[str, str]] = []
 
@@ -210,14 +210,14 @@ def split_template(
         if name not in [*own, *worded] and not fields_together(name):
             raise ConfigError(
                 f"data.prompt.segment names the field {{{name}}}, which nobody knows. Item fields here: "
-                f"{', '.join(own)}; evidence fields: {', '.join([*worded, *NUMBERS])}; several "
-                "numbers in one token, each once, as {item_number+taste_number}."
+                f"{', '.join(own)}; retrieved features fields: {', '.join([*worded, *NUMBERS])}; several "
+                "numbers in one token, each once, as {item_number+mf_number}."
             )
         _check_field(part, name in own, name in worded or name in NUMBERS)
         if name in own:
             add_static(str(part))
         else:
-            parts.append(("evidence" if name in worded else "number", name))
+            parts.append(("retrieved" if name in worded else "number", name))
     if not parts:
         raise ConfigError(
             "data.prompt.segment is empty: a segment needs at least one token before its answer."
@@ -225,12 +225,12 @@ def split_template(
     return parts
 
 
-def _check_field(field: _Field, own: bool, evidence: bool) -> None:
-    """Refuse a field that is both the items' own and evidence, and formats that are not for it."""
-    if own and evidence:
+def _check_field(field: _Field, own: bool, retrieved: bool) -> None:
+    """Refuse a field that is both the items' own and retrieved features, and formats that are not for it."""
+    if own and retrieved:
         raise ConfigError(
-            f"data.prompt.segment names the field {{{field.name}}}, which is evidence and also a column of your items. "
-            "Give the column another name, for example data.logs.init_args.item_columns: "
+            f"data.prompt.segment names the field {{{field.name}}}, which is a retrieved feature and also a column "
+            "of your items. Give the column another name, for example data.logs.init_args.item_columns: "
             f"{{my_{field.name}: {field.name}}}."
         )
     if field.conversion or (field.spec and not (own and _AT_MOST.fullmatch(field.spec))):
@@ -271,14 +271,14 @@ class Prompt:
         instruction: Stands once before every history. Never evicted, the same for everybody.
         segment: Template of one interaction or candidate. Null: title, the columns of the items whose texts are short,
             and numbers of everything that is counted. Fields are columns of the items table (title and
-            attributes) and evidence: item_percent, user_percent, vote_percent (shares of likes), taste_percent (chance
-            of a like, see data.taste), alike_percent (the user's own answers on items alike, see alike_items of
-            data.retriever), the same as learned tokens instead of text, one token each, in log-odds, shrunk where rows
-            are few, as item_number, user_number, vote_number (weighted by similarity), taste_number, alike_number,
-            text_number (own answers on items of similar text), and the logarithm of a count as item_count_number;
-            several of these in one token as {item_number+taste_number}; likes, neighbours (of the similar users),
-            item_count, user_count (rounded down to 1, 2, 5, 10, 20, 50, ...). {title:.40} is at most 40 characters of a
-            title, or of an attribute.
+            attributes) and retrieved features: item_percent, user_percent, vote_percent (shares of likes), mf_percent
+            (chance of a like, see data.mf), item_similarity_percent (the user's own answers on items alike, see
+            item_neighbours of data.retriever), the same as learned tokens instead of text, one token each, in log-
+            odds, shrunk where rows are few, as item_number, user_number, vote_number (weighted by similarity),
+            mf_number, item_similarity_number, text_number (own answers on items of similar text), and the logarithm
+            of a count as item_count_number; several of these in one token as {item_number+mf_number}; likes,
+            neighbours (of the similar users), item_count, user_count (rounded down to 1, 2, 5, 10, 20, 50, ...).
+            {title:.40} is at most 40 characters of a title, or of an attribute.
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the
             tokenizer.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
@@ -307,12 +307,12 @@ def _plain(values: pl.Series) -> list[str]:
     return [str(v) for v in values.to_list()]
 
 
-EVIDENCE_FIELDS: dict[str, tuple[str, Callable[[pl.Series], list[str]]]] = {
+RETRIEVED_FIELDS: dict[str, tuple[str, Callable[[pl.Series], list[str]]]] = {
     "item_percent": ("item_rate", _percent),
     "user_percent": ("user_rate", _percent),
     "vote_percent": ("vote", _percent),
-    "taste_percent": ("taste", _percent),
-    "alike_percent": ("alike", _percent),
+    "mf_percent": ("mf", _percent),
+    "item_similarity_percent": ("item_similarity", _percent),
     "item_count": ("item_count", _round_down),
     "user_count": ("user_count", _round_down),
     "neighbours": ("neighbour_count", _plain),
@@ -321,8 +321,8 @@ EVIDENCE_FIELDS: dict[str, tuple[str, Callable[[pl.Series], list[str]]]] = {
 
 
 def field_telling(prompt: Prompt, column: str) -> str | None:
-    """A field of the segment, in braces, that tells this column of the evidence; None where none does."""
-    fields = [name for name, (told, _) in EVIDENCE_FIELDS.items() if told == column]
+    """A field of the segment, in braces, that tells this column of the retrieved features; None where none does."""
+    fields = [name for name, (told, _) in RETRIEVED_FIELDS.items() if told == column]
     named = {part: name for name in field_names(prompt.segment or "") for part in name.split(TOGETHER)}
     return next(("{" + named[field] + "}" for field in [*fields, f"{column}_number"] if field in named), None)
 
@@ -353,7 +353,8 @@ def with_segment(
     shown = [
         name
         for name in items.columns
-        if name == "title" or (name not in ("item", "item_id", *EVIDENCE_FIELDS, *NUMBERS) and is_short(name))
+        if name == "title"
+        or (name not in ("item", "item_id", *RETRIEVED_FIELDS, *NUMBERS) and is_short(name))
     ]
     return replace(prompt, segment=default_segment(shown, [*ALWAYS_COUNTED, *numbers]))
 
@@ -384,7 +385,7 @@ class Segments:
 
 
 class PromptEncoder:
-    """Turns items, evidence and answers into segments.
+    """Turns items, retrieved features and answers into segments.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -400,7 +401,7 @@ class PromptEncoder:
         item_fields = [c for c in items.columns if c not in ("item", "item_id")]
         segment = with_segment(prompt, tokenizer, items).segment
         assert segment is not None
-        self._parts = split_template(segment, item_fields, EVIDENCE_FIELDS)
+        self._parts = split_template(segment, item_fields, RETRIEVED_FIELDS)
         if len(prompt.answers) != 2 or not all(a.strip() for a in prompt.answers):
             raise ConfigError(
                 f"data.prompt.answers is {prompt.answers!r}: expected two texts, for dislike and like, "
@@ -431,20 +432,20 @@ class PromptEncoder:
             return []
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def encode(self, item: IntArray, evidence: pl.DataFrame, label: npt.NDArray[np.int8]) -> Segments:
+    def encode(self, item: IntArray, retrieved: pl.DataFrame, label: npt.NDArray[np.int8]) -> Segments:
         """Encode n segments.
 
         Args:
             item: (n,) item codes.
-            evidence: n rows of the evidence table, in the same order.
+            retrieved: n rows of the retrieved features table, in the same order.
             label: (n,) 0, 1, or -1 where the answer is not known (a candidate).
 
         Returns:
             Segments of n rows.
         """
-        if "likes" not in evidence.columns:
-            evidence = evidence.with_columns(likes=pl.col("answers").list.sum().fill_null(0))
-        features = number_features(evidence) if any(kind == "number" for kind, _ in self._parts) else None
+        if "likes" not in retrieved.columns:
+            retrieved = retrieved.with_columns(likes=pl.col("answers").list.sum().fill_null(0))
+        features = number_features(retrieved) if any(kind == "number" for kind, _ in self._parts) else None
         parts = []
         for i, (kind, name) in enumerate(self._parts):
             if kind == "static":
@@ -452,16 +453,16 @@ class PromptEncoder:
             elif features is not None and kind == "number":
                 parts.append(Ragged(number_ids(features, name.split(TOGETHER)), np.arange(len(item) + 1)))
             else:
-                column, render = EVIDENCE_FIELDS[name]
-                found = column in evidence.columns  # alike is there with retrievers that compare items
-                texts = render(evidence[column]) if found else [UNKNOWN] * len(evidence)
+                column, render = RETRIEVED_FIELDS[name]
+                found = column in retrieved.columns  # alike is there with retrievers that compare items
+                texts = render(retrieved[column]) if found else [UNKNOWN] * len(retrieved)
                 parts.append(self._encode_values(texts))
         before = total_lengths(parts)
         answers = self._answers.take(np.where(label < 0, 2, label).astype(np.int64))
         return Segments(join([*parts, answers]), before - 1)
 
     def least_lengths(self) -> IntArray:
-        """(items,) tokens of an item's segment and its answer, at the least: one for each field of evidence."""
+        """(items,) fewest tokens of an item's segment and its answer: one for each retrieved feature."""
         static = [part.lengths for part in self._static.values()]
         fixed = len(self._parts) - len(static) + int(self._answers.lengths.max())
         lengths: IntArray = np.sum([np.zeros(len(self._titles), dtype=np.int64), *static], axis=0) + fixed

@@ -360,7 +360,7 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
 
 
 def _cuts(size: int | npt.NDArray[np.int64], shares: list[float]) -> tuple[Any, Any]:
-    """Indices floor(s1 n) and floor((s1 + s2) n), rounded first: in binary .7 + .1 is less than .8."""
+    """Indices baseline(s1 n) and baseline((s1 + s2) n), rounded first: in binary .7 + .1 is less than .8."""
     first, second = shares[0], shares[0] + shares[1]
     return np.floor(np.round(first * size, 6)), np.floor(np.round(second * size, 6))
 

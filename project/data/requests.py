@@ -248,7 +248,7 @@ def _shown(value: Any) -> str:
 def request_streams(
     requests: Requests,
     split: SplitInteractions,
-    evidence: pl.DataFrame,
+    retrieved: pl.DataFrame,
     encoder: PromptEncoder,
     ask_retriever: Callable[[pl.DataFrame], pl.DataFrame],
 ) -> Streams:
@@ -257,11 +257,12 @@ def request_streams(
     Args:
         requests: What is asked.
         split: The logs; requests read all of them, as test does.
-        evidence: Evidence of the logs' rows (the table of test).
+        retrieved: Retrieved features of the logs' rows (the table of test).
         encoder: Made for `requests.items`.
-        ask_retriever: Gives the evidence, in order, of rows outside the logs (user, item, timestamp, label, candidate).
+        ask_retriever: Gives the retrieved features, in order, of rows outside the logs (user, item, timestamp, label,
+            candidate).
     """
-    log = split.rows.select("user", "item", "row_id", "timestamp", "label").join(evidence, on="row_id")
+    log = split.rows.select("user", "item", "row_id", "timestamp", "label").join(retrieved, on="row_id")
     log = log.sort("user", "row_id")  # a user's rows stand together, in time order
     of_user, times = log["user"].to_numpy(), log["timestamp"].to_numpy()
     users = dict(split.interactions.users.select("user_id", "user").iter_rows())

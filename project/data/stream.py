@@ -192,16 +192,16 @@ class Streams:
         return windows
 
 
-def build_streams(rows: pl.DataFrame, evidence: pl.DataFrame, split: str, encoder: PromptEncoder) -> Streams:
+def build_streams(rows: pl.DataFrame, retrieved: pl.DataFrame, split: str, encoder: PromptEncoder) -> Streams:
     """Streams that hold the rows of all splits up to `split`, with the targets of `split`.
 
     Args:
         rows: `SplitInteractions.rows`.
-        evidence: The evidence table of `split`.
+        retrieved: The retrieved features table of `split`.
         split: train, valid or test.
         encoder: Makes token ids of rows.
     """
-    joined = rows.join(evidence, on="row_id", how="inner", maintain_order="left", validate="1:1")
+    joined = rows.join(retrieved, on="row_id", how="inner", maintain_order="left", validate="1:1")
     joined = joined.sort("user", "row_id")
     target = ((joined["split"] == split) & (joined["role"] == "target")).to_numpy()
     label = joined["label"].to_numpy().astype(np.int8)
@@ -215,10 +215,10 @@ def streams_of(
     context: BoolArray,
     encoder: PromptEncoder,
 ) -> Streams:
-    """Streams of a table with columns user, item, row_id, timestamp and evidence, sorted by user, then time.
+    """Streams of a table with columns user, item, row_id, timestamp and retrieved features, sorted by user, then time.
 
-    Where the wording has a template for what similar users liked, lists of it (`similar_after`, evidence too) become
-    segments of their own.
+    Where the wording has a template for what similar users liked, lists of it (`similar_after`, retrieved features
+    too) become segments of their own.
     """
     users = joined["user"].to_numpy()
     starts = np.flatnonzero(np.diff(users)) + 1 if len(users) else np.zeros(0, dtype=np.int64)

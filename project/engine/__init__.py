@@ -1,4 +1,4 @@
-"""The engine: trunk stages that candidates really leave, with what they cost."""
+"""The engine: backbone stages that candidates really leave, with what they cost."""
 
 from project.engine.cache import StreamCache
 from project.engine.decisions import ListExits, RowExits

@@ -16,18 +16,18 @@ from torch import Tensor
 from project.data.ragged import IntArray, offsets_of, within
 from project.engine.requests import StreamTokens
 from project.layout import Tokens, visible
-from project.model.backbone import Trunk
+from project.model.backbone import Backbone
 
 
 class RotaryTable:
-    """Cosines and sines of positions 0, 1, ..., as the trunk makes them.
+    """Cosines and sines of positions 0, 1, ..., as the backbone makes them.
 
     Args:
-        trunk: Its rotary embedding, device and type.
+        backbone: Its rotary embedding, device and type.
     """
 
-    def __init__(self, trunk: Trunk) -> None:
-        self._trunk = trunk
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
         self._pair: tuple[Tensor, Tensor] | None = None
 
     def at(self, position: IntArray) -> tuple[Tensor, Tensor]:
@@ -36,11 +36,11 @@ class RotaryTable:
         Args:
             position: (T,) at least one, from 0.
         """
-        weight = self._trunk.embed_tokens.weight
+        weight = self._backbone.embed_tokens.weight
         farthest = int(position.max())
         if self._pair is None or self._pair[0].shape[0] <= farthest:
             every = torch.arange(2 * (farthest + 1), device=weight.device)
-            cos, sin = self._trunk.rotary_emb(weight, position_ids=every[None])
+            cos, sin = self._backbone.rotary_emb(weight, position_ids=every[None])
             self._pair = cos[0], sin[0]
         place = torch.from_numpy(position).to(weight.device, non_blocking=True)
         cos, sin = (x.index_select(0, place)[None] for x in self._pair)
@@ -188,7 +188,7 @@ def stream_blocks(
 
 
 class Structure:
-    """A row of tokens as attention needs it; stands where the trunk expects a layout.
+    """A row of tokens as attention needs it; stands where the backbone expects a layout.
 
     Args:
         row: Who stands where.

@@ -25,7 +25,7 @@ class CachedStream:
     """What is kept of one stream. Deeper layers have seen a prefix of what shallower ones have.
 
     Args:
-        layers: Layers of the trunk.
+        layers: Layers of the backbone.
     """
 
     def __init__(self, layers: int) -> None:
@@ -105,7 +105,7 @@ class CachedStream:
         pair = self._pairs[layer]
         if pair is None or pair[0].shape[2] < stop:
             capacity = int(max(stop, len(self.stream)) * ROOM)
-            # tokens before heads in memory, as the trunk makes them
+            # tokens before heads in memory, as the backbone makes them
             fresh = [x.new_empty(1, capacity, x.shape[1], x.shape[3]).transpose(1, 2) for x in (key, value)]
             for new, old in zip(fresh, pair or (), strict=False):
                 new[:, :, :start] = old[:, :, :start]
@@ -136,7 +136,7 @@ class StreamCache:
         Args:
             user: Key of the stream.
             stream: The stream as it is now.
-            layers: Layers of the trunk.
+            layers: Layers of the backbone.
         """
         found = self._kept.pop(user, None) or CachedStream(layers)
         found.adopt(stream)

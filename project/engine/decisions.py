@@ -143,10 +143,10 @@ def static_exits(plan: ExitPlan, layer: int, device: torch.device | str = "cpu")
     if layer not in plan.layers:
         raise ConfigError(f"a static model of depth {layer} was asked for; the exits are {plan.layers}")
     heads = [plan.layers.index(layer)]
-    if plan.prior and layer > 0:
+    if plan.exit_0 and layer > 0:
         heads = [0, *heads]  # its logit is a term of the calibration
     layers = tuple(plan.layers[h] for h in heads)
     thresholds = torch.full((len(heads),), torch.inf, dtype=torch.float64)
     thresholds[-1] = -torch.inf
     calibration = Calibration(layers, plan.calibration.values[heads])
-    return RowExits(ExitPlan(calibration, Policy(Ratio(), thresholds, layers), plan.prior), device)
+    return RowExits(ExitPlan(calibration, Policy(Ratio(), thresholds, layers), plan.exit_0), device)

@@ -26,7 +26,7 @@ from project.errors import ConfigError, DataError
 from project.evaluation.result import scores_of_candidates
 from project.exits.calibration import Calibration
 from project.exits.criteria import HeadOutputs
-from project.model.backbone import State, Trunk
+from project.model.backbone import Backbone, State
 
 if TYPE_CHECKING:
     from project.model.module import ExitRecommender
@@ -89,15 +89,15 @@ class Parts:
     """Of one engine.
 
     Attributes:
-        trunk: In eval mode.
+        backbone: In eval mode.
         heads: Modules by layer, as text.
         decision: Who leaves where.
         cache: Users' streams; None: every stream runs anew.
-        rotary: Of the trunk.
+        rotary: Of the backbone.
         read_tokens: Tokens of a row from which the layer of an exit is read before it runs whole.
     """
 
-    trunk: Trunk
+    backbone: Backbone
     heads: nn.ModuleDict
     decision: Decision
     cache: StreamCache | None
@@ -106,14 +106,14 @@ class Parts:
 
     @property
     def device(self) -> torch.device:
-        """Where the trunk is."""
-        found: torch.device = self.trunk.embed_tokens.weight.device
+        """Where the backbone is."""
+        found: torch.device = self.backbone.embed_tokens.weight.device
         return found
 
     @property
     def dtype(self) -> torch.dtype:
         """Of hidden states."""
-        found: torch.dtype = self.trunk.embed_tokens.weight.dtype
+        found: torch.dtype = self.backbone.embed_tokens.weight.dtype
         return found
 
 
@@ -121,7 +121,7 @@ def answers_of_layer(layer: nn.Module, state: State, structure: Structure) -> Te
     """Hidden states of the answer positions behind a layer, (m, H): what the whole layer gives there, to rounding.
 
     Args:
-        layer: A decoder layer of a family that the trunk supports.
+        layer: A decoder layer of a family that the backbone supports.
         state: T tokens in front of it.
         structure: Of these tokens; streams that are cached get the layer's keys and values.
     """
@@ -159,7 +159,7 @@ class EngineBatch:
     """N candidates of R requests.
 
     Args:
-        parts: Trunk, heads, decision and cache.
+        parts: Backbone, heads, decision and cache.
         requests: The R requests, all usable.
         scores: Gets seconds and syncs.
     """
@@ -174,11 +174,11 @@ class EngineBatch:
         self.token_layers = np.zeros(len(requests), dtype=np.int64)
         self.owner = self._upload(self.request)
         self.index = self._upload(self.alive)
-        evidence = self._upload(np.concatenate([r.evidence for r in requests]))
-        prior = self._upload(np.concatenate([r.prior for r in requests]))[:, None]
-        first = prior if parts.decision.layers[0] == 0 else prior[:, :0]
-        self.logits, self.evidence = first, evidence
-        self.emitted = torch.full_like(prior[:, 0], torch.nan)
+        retrieved = self._upload(np.concatenate([r.retrieved for r in requests]))
+        exit_0 = self._upload(np.concatenate([r.exit_0 for r in requests]))[:, None]
+        first = exit_0 if parts.decision.layers[0] == 0 else exit_0[:, :0]
+        self.logits, self.retrieved = first, retrieved
+        self.emitted = torch.full_like(exit_0[:, 0], torch.nan)
         self.row: Row
         self.structure: Structure  # of the row
         self.counted: IntArray  # per live request, its tokens for which the next layer was counted at an exit
@@ -190,26 +190,26 @@ class EngineBatch:
         start = time.perf_counter()
         if self.parts.decision.layers[0] == 0:
             self._decide(0)
-        start = self._stop_clock("prior", start)
+        start = self._stop_clock("exit_0", start)
         if len(self.alive):
             self._pack()
             state = self._embed()
             start = self._stop_clock("pack", start)
-            self._trunk(state)
+            self._backbone(state)
             if self.parts.cache is not None:
                 for request, stream in zip(self.requests, self.streams, strict=True):
                     if stream is not None and request.user is not None:
                         self.parts.cache.give(request.user, stream)
         logits = self.emitted.cpu().numpy()
         self.scores.syncs += 1
-        self._stop_clock("trunk", start)
+        self._stop_clock("backbone", start)
         spans = zip(self.offsets[:-1], self.offsets[1:], strict=True)
         return [
             Scored(r.request_id, logits[a:b], self.exit_layer[a:b], int(spent))
             for r, (a, b), spent in zip(self.requests, spans, self.token_layers, strict=True)
         ]
 
-    def _trunk(self, state: State) -> None:
+    def _backbone(self, state: State) -> None:
         decision, depth = self.parts.decision, 0
         for head, layer in enumerate(decision.layers):
             if layer == 0:
@@ -244,13 +244,13 @@ class EngineBatch:
                 state = self._next(state, first)
             self.token_layers[self.row.requests] += self.row.tokens_of() * (last - first) - self.counted
             self.counted = np.zeros(len(self.row.requests), dtype=np.int64)
-            state = self.parts.trunk.run(state, first, last)
+            state = self.parts.backbone.run(state, first, last)
         return state
 
     def _answers(self, state: State, layer: int) -> Tensor:
         """Hidden states (m, H) of the answer positions behind a layer."""
         self.token_layers[self.row.requests] += self.row.tokens_of() - self.counted
-        return answers_of_layer(self.parts.trunk.layers[layer], state, self.structure)
+        return answers_of_layer(self.parts.backbone.layers[layer], state, self.structure)
 
     def _live_streams(self) -> list[CachedStream]:
         return [stream for i in self.row.requests if (stream := self.streams[i]) is not None]
@@ -267,7 +267,7 @@ class EngineBatch:
             leaves, stays = None, np.zeros(len(self.alive), dtype=bool)
             self.emitted[self.index] = logits[:, -1]
         else:
-            outputs = HeadOutputs(decision.layers[: head + 1], logits, self.evidence)
+            outputs = HeadOutputs(decision.layers[: head + 1], logits, self.retrieved)
             leaves = decision.leaves(self.owner, outputs)
             self.emitted[self.index] = torch.where(leaves, logits[:, -1], self.emitted[self.index])
             stays = ~leaves.cpu().numpy()  # the one wait for the device
@@ -276,7 +276,7 @@ class EngineBatch:
         self.alive = self.alive[stays]
         if not stays.all() and len(self.alive):
             kept = self._upload(np.flatnonzero(stays))
-            names = "owner", "index", "logits", "evidence"
+            names = "owner", "index", "logits", "retrieved"
             for name in names:
                 setattr(self, name, getattr(self, name).index_select(0, kept))
         return stays
@@ -293,7 +293,7 @@ class EngineBatch:
         for i in np.unique(self.request[self.alive]).tolist():
             request = self.requests[i]
             if cache is not None and request.user is not None:
-                stream = cache.take(request.user, request.stream, len(self.parts.trunk.layers))
+                stream = cache.take(request.user, request.stream, len(self.parts.backbone.layers))
                 self.streams[i] = stream
                 lengths[i] -= stream.enter()
         own = np.concatenate([r.candidates.lengths for r in self.requests])
@@ -310,7 +310,7 @@ class EngineBatch:
             mine = row.candidates[a:b] - self.offsets[i]
             tokens.append(lists.values if len(mine) == len(lists) else lists.take(mine).values)
         ids = self._upload(np.concatenate(tokens))
-        return self._state(self.parts.trunk.embed_tokens(ids))
+        return self._state(self.parts.backbone.embed_tokens(ids))
 
     def _state(self, hidden: Tensor) -> State:
         """Of the row's tokens (T, H), with their positions and attention."""
@@ -393,19 +393,19 @@ class EngineBatch:
 # From so many tokens on, an exit's layer runs at answer positions first: who leaves saves the rest of the layer,
 # who stays pays its fixed part twice. If half of the candidates leave, break-even is that part, in tokens, over .39.
 # On a CPU, packed float32 layers of SmolLM2-135M: their weights take as long to read as 24 tokens to multiply (218
-# GFLOP/s, 18 GB/s in results/whole_trunk_alone/benchmark.json), so 62. Elsewhere launches decide; not measured.
+# GFLOP/s, 18 GB/s in results/whole_backbone_alone/benchmark.json), so 62. Elsewhere launches decide; not measured.
 READ_TOKENS, READ_TOKENS_ELSEWHERE = 64, 4096
 
 
 class Engine:
     """Scores prepared requests with a module whose exits somebody decides about.
 
-    The module is put into eval mode. On a CPU the engine packs the trunk's weights (`packed`), which is a second copy
-    of them; engines share it if each is given the same module whose trunk is packed already. Use one engine from one
-    thread at a time.
+    The module is put into eval mode. On a CPU the engine packs the backbone's weights (`packed`), which is a second
+    copy of them; engines share it if each is given the same module whose backbone is packed already. Use one engine
+    from one thread at a time.
 
     Args:
-        module: With its trunk and heads.
+        module: With its backbone and heads.
         decision: Who leaves where.
         cache: Keeps users' streams between requests; None runs every stream anew.
         batch_tokens: Tokens of a batch at most; one request may be more.
@@ -424,20 +424,20 @@ class Engine:
         batch_tokens: int = 16_384,
         read_tokens: float | None = None,
     ) -> None:
-        assert module.trunk is not None
+        assert module.backbone is not None
         unknown = set(decision.layers) - {0, *module.exit_layers}
         if unknown:
             raise ConfigError(
                 f"the exits to decide about are at layers {decision.layers}, but the model has {module.exit_layers}; "
-                "run the verb calibrate with this checkpoint"
+                "run the command calibrate with this checkpoint"
             )
         self.cache, self.batch_tokens = cache, batch_tokens
-        trunk, heads = packed(module.trunk.eval()), module.heads.eval()
+        backbone, heads = packed(module.backbone.eval()), module.heads.eval()
         if read_tokens is None:
-            on_cpu = trunk.embed_tokens.weight.device.type == "cpu"
+            on_cpu = backbone.embed_tokens.weight.device.type == "cpu"
             read_tokens = READ_TOKENS if on_cpu else READ_TOKENS_ELSEWHERE
-        self._parts = Parts(trunk, heads, decision, cache, RotaryTable(trunk), read_tokens)
-        self._vocabulary = trunk.vocabulary
+        self._parts = Parts(backbone, heads, decision, cache, RotaryTable(backbone), read_tokens)
+        self._vocabulary = backbone.vocabulary
 
     @torch.inference_mode()
     def score(self, requests: Sequence[PreparedRequest]) -> Scores:
@@ -516,7 +516,7 @@ def score_every_head(
     """Score table of all candidates of requests, as `predict` writes it (to rounding).
 
     Args:
-        model: With trunk, heads and exit 0; is put into eval mode.
+        model: With backbone, heads and exit 0; is put into eval mode.
         requests: As `prepare_requests` made them.
         batch_tokens: Tokens of a batch at most; one request may be more.
         candidates: `Requests.table()` of the same requests, for the column item_id; None leaves it empty.
@@ -532,17 +532,17 @@ def score_every_head(
     nothing = torch.zeros(0, len(model.exit_layers))
     said = [o.logits.cpu() for o in decision.heard]
     counts = np.array([len(r) for r in requests], dtype=np.int64)
-    own, stream, counting = (
+    own, stream, exit_0 = (
         np.concatenate([np.zeros(0, dtype=kind), *parts])
         for kind, parts in (
             (np.int64, [r.candidates.lengths for r in requests]),
             (np.int64, [np.repeat([len(r.stream) for r in requests], counts)]),
-            (np.float64, [r.prior for r in requests]),
+            (np.float64, [r.exit_0 for r in requests]),
         )
     )
     ids = torch.from_numpy(np.stack([np.arange(len(own)), own, stream], axis=1))
     known = _candidates(requests) if candidates is None else candidates
-    return scores_of_candidates(ids, torch.cat([nothing, *said]), known, counting, model.exit_layers)
+    return scores_of_candidates(ids, torch.cat([nothing, *said]), known, exit_0, model.exit_layers)
 
 
 def _candidates(requests: Sequence[PreparedRequest]) -> pl.DataFrame:

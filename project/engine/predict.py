@@ -24,7 +24,7 @@ from project.engine.engine import Engine
 from project.engine.requests import Scores, prepare_requests
 from project.errors import ConfigError, NotCalibratedError, NotFittedError
 from project.exits.plan import Plans
-from project.model.backbone import Trunk
+from project.model.backbone import Backbone
 from project.model.heads import heads_digest
 from project.run import read_checkpoint, replace_file, run_of_checkpoint
 
@@ -45,7 +45,7 @@ def load_run(
     """Give a module the weights of a calibrated run; returns its exit plans.
 
     Args:
-        model: Made from the run's configuration; gets its trunk here if it has none.
+        model: Made from the run's configuration; gets its backbone here if it has none.
         tokenizer: Of the backbone.
         checkpoint: The run's checkpoint.
         data: What will be scored, which must be what the run was trained to read; None: nothing will.
@@ -86,9 +86,9 @@ def load_weights(
     content = read_checkpoint(checkpoint)
     if data is not None:
         check_reads(content.get("reads"), data, judged)
-    if model.trunk is None:
-        trunk = Trunk.from_pretrained(resolve_model(model.backbone_name), num_layers=model.depth)
-        model.set_trunk(trunk, tokenizer)
+    if model.backbone is None:
+        backbone = Backbone.from_pretrained(resolve_model(model.backbone_name), num_layers=model.depth)
+        model.set_backbone(backbone, tokenizer)
     model.on_load_checkpoint(content)
     model.load_state_dict(content["state_dict"], strict=False)  # on_load_checkpoint was stricter
     return content

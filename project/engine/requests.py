@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from project.data.ragged import IntArray, Ragged, offsets_of, within
 from project.data.requests import Requests
 from project.data.stream import Streams, context_starts, time_groups
-from project.features import counting_features
+from project.features import feature_matrix
 from project.metrics import probabilities
 
 if TYPE_CHECKING:
@@ -53,12 +53,13 @@ class Scores:
 
     Attributes:
         requests: One each.
-        seconds: prior (exit 0), pack (token ids, structure, cache look-up), trunk (layers, heads, decisions, gathers).
+        seconds: exit 0 (exit 0), pack (token ids, structure, cache look-up), backbone (layers, heads, decisions,
+            gathers).
         syncs: Times the device was waited for.
     """
 
     requests: list[Scored]
-    seconds: dict[str, float] = field(default_factory=lambda: {"prior": 0.0, "pack": 0.0, "trunk": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: {"exit_0": 0.0, "pack": 0.0, "backbone": 0.0})
     syncs: int = 0
 
     @property
@@ -122,16 +123,16 @@ class PreparedRequest:
         request_id: Its name in errors and results.
         stream: What all candidates see.
         candidates: n token lists, each up to its answer slot.
-        prior: (n,) logits of exit 0, rounded to float32 as score tables have them.
-        evidence: (n, F) counting features, which criteria read.
+        exit_0: (n,) logits of exit 0, rounded to float32 as score tables have them.
+        retrieved: (n, F) features, which criteria read.
         user: Whose stream this is, a key of the stream cache; None: never cached.
     """
 
     request_id: str
     stream: StreamTokens
     candidates: Ragged
-    prior: Floats
-    evidence: Floats
+    exit_0: Floats
+    retrieved: Floats
     user: Hashable | None = None
 
     def __len__(self) -> int:
@@ -141,20 +142,19 @@ class PreparedRequest:
         """Why this request cannot be scored; None where it can.
 
         Args:
-            vocabulary: Token ids that the trunk knows.
+            vocabulary: Token ids that the backbone knows.
         """
         n, tokens = len(self), np.concatenate([self.stream.tokens, self.candidates.values])
-        if self.prior.shape != (n,) or self.evidence.ndim != 2 or len(self.evidence) != n:
-            return (
-                f"{n} candidates, but exit 0 of shape {self.prior.shape} and evidence {self.evidence.shape}"
-            )
-        if not (np.isfinite(self.prior).all() and np.isfinite(self.evidence).all()):
-            return "exit 0 or evidence holds NaN or infinity; expected finite numbers"
+        if self.exit_0.shape != (n,) or self.retrieved.ndim != 2 or len(self.retrieved) != n:
+            found = f"exit 0 of shape {self.exit_0.shape} and retrieved features {self.retrieved.shape}"
+            return f"{n} candidates, but {found}"
+        if not (np.isfinite(self.exit_0).all() and np.isfinite(self.retrieved).all()):
+            return "exit 0 or retrieved features holds NaN or infinity; expected finite numbers"
         if n and not self.candidates.lengths.all():
             return f"candidate {int(self.candidates.lengths.argmin())} has no token; expected at least one"
         if len(tokens) and not vocabulary.start <= tokens.min() <= tokens.max() < vocabulary.stop:
             return (
-                f"token ids from {tokens.min()} to {tokens.max()}; the trunk knows {vocabulary.start} to "
+                f"token ids from {tokens.min()} to {tokens.max()}; the backbone knows {vocabulary.start} to "
                 f"{vocabulary.stop - 1}"
             )
         return None
@@ -163,7 +163,7 @@ class PreparedRequest:
 def prepare_requests(
     model: ExitRecommender, data: InteractionData, requests: Requests | None = None
 ) -> list[PreparedRequest]:
-    """Histories, evidence, exit 0 and token ids of requests, in their order.
+    """Histories, retrieved features, exit 0 and token ids of requests, in their order.
 
     Args:
         model: Its exit 0.
@@ -174,16 +174,16 @@ def prepare_requests(
         data.give_requests(requests)
     data.setup("predict")
     assert data.requests is not None
-    assert data.candidate_evidence is not None
-    prior = model.counting_prior()
-    features = counting_features(data.candidate_evidence, prior.base)
+    assert data.candidate_retrieved is not None
+    exit_0 = model.feature_baseline()
+    features = feature_matrix(data.candidate_retrieved, exit_0.base)
     return prepare(
-        data.streams("predict"), data.requests, data.context_tokens, features, prior.of_features(features)
+        data.streams("predict"), data.requests, data.context_tokens, features, exit_0.of_features(features)
     )
 
 
 def prepare(
-    streams: Streams, requests: Requests, context_tokens: int, features: Floats, prior: Floats
+    streams: Streams, requests: Requests, context_tokens: int, features: Floats, exit_0: Floats
 ) -> list[PreparedRequest]:
     """What the engine needs of requests, in their order.
 
@@ -191,8 +191,8 @@ def prepare(
         streams: Made of them by `request_streams`.
         requests: The c candidates' requests.
         context_tokens: Capacity of a window; a longer history has dropped its oldest half, once or more often.
-        features: (c, F) counting features of all candidates, in the order of `requests.table()`.
-        prior: (c,) their logits of exit 0.
+        features: (c, F) features of all candidates, in the order of `requests.table()`.
+        exit_0: (c,) their logits of exit 0.
     """
     counts = np.array([len(r.candidates) for r in requests.requests], dtype=np.int64)
     ends = np.cumsum(counts)
@@ -206,7 +206,7 @@ def prepare(
             found[request] = stream, _until_slot(streams, scored), streams.row_id[scored]
     none = Ragged.of([])
     empty = StreamTokens.of(none, np.zeros(0, dtype=np.int64)), none, np.zeros(0, dtype=np.int64)
-    logits = prior.astype(np.float32).astype(np.float64)
+    logits = exit_0.astype(np.float32).astype(np.float64)
     prepared = []
     for i, asked in enumerate(requests.requests):
         stream, candidates, rows = found.get(i, empty)

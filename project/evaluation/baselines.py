@@ -14,14 +14,14 @@ from numpy.typing import ArrayLike, NDArray
 from project.errors import DataError
 from project.evaluation.bootstrap import UserBootstrap
 from project.exits.calibration import fit_calibration
-from project.features import FEATURES, TEXT_FEATURES, CountingPrior, counting_features, logistic_regression
+from project.features import FEATURES, TEXT_FEATURES, FeatureBaseline, feature_matrix, logistic_regression
 from project.metrics import auc, brier, ece, head_metrics, log_loss, probabilities
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class FloorCalibration:
+class BaselineCalibration:
     """slope * logit + offset (Platt 1999).
 
     Attributes:
@@ -33,7 +33,7 @@ class FloorCalibration:
     offset: float
 
     @classmethod
-    def fit(cls, logits: Floats, labels: NDArray[Any]) -> FloorCalibration | None:
+    def fit(cls, logits: Floats, labels: NDArray[Any]) -> BaselineCalibration | None:
         """Maximum likelihood; None where a class is missing, so that nothing can be fitted.
 
         Args:
@@ -45,7 +45,7 @@ class FloorCalibration:
             return None
         if np.ptp(logits) == 0:
             return cls(1.0, float(np.log(share) - np.log(1 - share) - logits[0]))
-        found = fit_calibration(torch.from_numpy(logits)[:, None], labels, (0,), prior=False)
+        found = fit_calibration(torch.from_numpy(logits)[:, None], labels, (0,), exit_0=False)
         slope, _, offset = found.values[0].tolist()
         return cls(slope, offset)
 
@@ -54,7 +54,7 @@ class FloorCalibration:
         return self.slope * logits + self.offset
 
     def judged(self, logits: Floats, labels: ArrayLike) -> dict[str, Any]:
-        """The `calibrated` part of a floor's row: `log_loss`, `brier`, `ece` after it, `slope` and `offset`.
+        """The `calibrated` part of a baseline's row: `log_loss`, `brier`, `ece` after it, `slope` and `offset`.
 
         Args:
             logits: (n,) before calibration.
@@ -77,16 +77,16 @@ SINGLE_FEATURE = {
     "user_rate": "user_log_odds",
     "neighbour_vote": "vote_log_odds",
 }
-TASTE_FEATURE = {"mf_fold_in": "taste_log_odds"}
+MF_FEATURE = {"mf_fold_in": "mf_log_odds"}
 
 
 @dataclass(frozen=True)
-class Floor:
-    """One floor's scores.
+class Baseline:
+    """One baseline's scores.
 
     Args:
-        name: item_rate, user_rate, neighbour_vote, mf_fold_in, lr_rates, lr_evidence, gbdt_evidence, lr_text,
-            gbdt_text, one of `more_floors` or of `peers`.
+        name: item_rate, user_rate, neighbour_vote, mf_fold_in, lr_rates, lr_features, gbdt_features, lr_text,
+            gbdt_text, one of `more_baselines` or of `networks`.
         scores: row_id Int64, split String, logit Float64; the targets of each scored split.
         chosen: What was chosen for it on tune, where something was.
     """
@@ -101,55 +101,55 @@ class Floor:
         found = wanted.join(self.scores, on="row_id", how="left", maintain_order="left")["logit"]
         if found.null_count():
             raise DataError(
-                f"floor {self.name} has no score for {found.null_count()} of {found.len()} rows: "
+                f"baseline {self.name} has no score for {found.null_count()} of {found.len()} rows: "
                 "it was fitted under another protocol or for other splits"
             )
         return found.to_numpy().astype(np.float64)
 
-    def calibration(self, rows: pl.DataFrame) -> FloorCalibration | None:
+    def calibration(self, rows: pl.DataFrame) -> BaselineCalibration | None:
         """Offset and slope by the targets of valid's fold `select`; None where a class is missing there."""
         select = targets_of(rows, "valid", "select")
-        return FloorCalibration.fit(self.logits(select["row_id"]), select["label"].to_numpy())
+        return BaselineCalibration.fit(self.logits(select["row_id"]), select["label"].to_numpy())
 
 
-def fit_floors(
+def fit_baselines(
     rows: pl.DataFrame,
-    evidence: Mapping[str, pl.DataFrame],
+    retrieved: Mapping[str, pl.DataFrame],
     splits: Sequence[str] = ("valid", "test"),
     seed: int = 0,
-) -> list[Floor]:
-    """Fit every floor on train targets and score the targets of `splits`.
+) -> list[Baseline]:
+    """Fit every baseline on train targets and score the targets of `splits`.
 
     Args:
         rows: Rows of a split (row_id, user, label, split, role).
-        evidence: Evidence table of each split; train's is used for fitting only, so nothing later is seen.
+        retrieved: Retrieved features table of each split; train's is used for fitting only, so nothing later is seen.
         splits: Splits to score. Leave test out while exploring.
         seed: Seed of the gradient boosting.
 
     Raises:
-        DataError: train targets lack a class, or evidence lacks a target's row.
+        DataError: train targets lack a class, or retrieved features lacks a target's row.
     """
     labels = train_labels(rows)
     base = float(labels.mean())
-    train = evidence_features(rows, evidence, "train", base)
-    features = {split: evidence_features(rows, evidence, split, base) for split in splits}
-    singles = SINGLE_FEATURE | (TASTE_FEATURE if "taste" in evidence["train"].columns else {})
+    train = retrieved_features(rows, retrieved, "train", base)
+    features = {split: retrieved_features(rows, retrieved, split, base) for split in splits}
+    singles = SINGLE_FEATURE | (MF_FEATURE if "mf" in retrieved["train"].columns else {})
     logits = {name: {s: x[:, FEATURES.index(f)] for s, x in features.items()} for name, f in singles.items()}
     logits |= _learned_logits(train, labels, features, base, seed)
-    return [Floor(name, floor_scores(rows, by_split)) for name, by_split in logits.items()]
+    return [Baseline(name, baseline_scores(rows, by_split)) for name, by_split in logits.items()]
 
 
-def floor_rows(
-    floors: Sequence[Floor],
+def baseline_rows(
+    baselines: Sequence[Baseline],
     rows: pl.DataFrame,
     draws: int = 1000,
     seed: int = 0,
     parts: Sequence[Part] | None = None,
 ) -> list[dict[str, Any]]:
-    """The `floors` list of a result file: one entry per floor and part.
+    """The `baselines` list of a result file: one entry per baseline and part.
 
     Args:
-        floors: From `fit_floors`.
+        baselines: From `fit_baselines`.
         rows: The same rows.
         draws: Resamples of users behind `auc_interval`.
         seed: Seed of the resampling.
@@ -159,36 +159,36 @@ def floor_rows(
     Returns:
         Metrics of the logits, and of the calibrated ones under `calibrated` where that was fitted on other rows.
     """
-    calibrations = [floor.calibration(rows) for floor in floors]
+    calibrations = [baseline.calibration(rows) for baseline in baselines]
     found = []
-    for split, fold in _comparable(floors) if parts is None else parts:
+    for split, fold in _comparable(baselines) if parts is None else parts:
         part = targets_of(rows, split, fold)
         labels, users = part["label"].to_numpy(), part["user"].to_numpy()
         bootstrap = UserBootstrap(users, draws, seed)
-        for floor, calibration in zip(floors, calibrations, strict=True):
-            logits = floor.logits(part["row_id"])
-            row: dict[str, Any] = {"name": floor.name, "split": split} | ({"fold": fold} if fold else {})
+        for baseline, calibration in zip(baselines, calibrations, strict=True):
+            logits = baseline.logits(part["row_id"])
+            row: dict[str, Any] = {"name": baseline.name, "split": split} | ({"fold": fold} if fold else {})
             row |= head_metrics(logits, labels, users)
             row["auc_interval"] = bootstrap.auc_interval(logits, labels)
             if calibration is not None and fold != "select":
                 row["calibrated"] = calibration.judged(logits, labels)
-            found.append(row | ({"chosen": dict(floor.chosen)} if floor.chosen else {}))
+            found.append(row | ({"chosen": dict(baseline.chosen)} if baseline.chosen else {}))
     return found
 
 
-def _comparable(floors: Sequence[Floor]) -> list[Part]:
-    splits = floors[0].scores["split"].unique(maintain_order=True).to_list()
+def _comparable(baselines: Sequence[Baseline]) -> list[Part]:
+    splits = baselines[0].scores["split"].unique(maintain_order=True).to_list()
     return [(split, None) for split in splits] + [
         ("valid", fold) for fold in ("select", "tune") if "valid" in splits
     ]
 
 
-def best_floor(floors: Sequence[Floor], rows: pl.DataFrame) -> Floor | None:
-    """The floor of highest AUC on valid's tune fold (the first of equals), None where that is undefined."""
+def best_baseline(baselines: Sequence[Baseline], rows: pl.DataFrame) -> Baseline | None:
+    """The baseline of highest AUC on valid's tune fold (the first of equals), None where that is undefined."""
     tune = targets_of(rows, "valid", "tune")
     labels = tune["label"].to_numpy()
-    scored = [(auc(floor.logits(tune["row_id"]), labels), floor) for floor in floors]
-    defined = [(value, floor) for value, floor in scored if value is not None]
+    scored = [(auc(baseline.logits(tune["row_id"]), labels), baseline) for baseline in baselines]
+    defined = [(value, baseline) for value, baseline in scored if value is not None]
     return max(defined, key=lambda pair: pair[0])[1] if defined else None
 
 
@@ -203,20 +203,20 @@ def train_labels(rows: pl.DataFrame) -> NDArray[Any]:
     labels = targets_of(rows, "train")["label"].to_numpy()
     if np.unique(labels).size < 2:
         raise DataError(
-            f"floors need train targets of both classes, found {labels.size} targets, {int(labels.sum())} "
+            f"baselines need train targets of both classes, found {labels.size} targets, {int(labels.sum())} "
             "positive: check data.protocol.label and data.protocol.minimum_history"
         )
     return labels
 
 
-def evidence_features(
-    rows: pl.DataFrame, evidence: Mapping[str, pl.DataFrame], split: str, base: float
+def retrieved_features(
+    rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], split: str, base: float
 ) -> Floats:
-    """Counting features (n, len(FEATURES)) of a split's targets, from that split's own evidence table.
+    """Counting features (n, len(FEATURES)) of a split's targets, from that split's own retrieved features table.
 
     Args:
         rows: Rows of a split.
-        evidence: Evidence table of each split.
+        retrieved: Retrieved features table of each split.
         split: train, valid or test.
         base: Share of likes among train targets.
 
@@ -224,15 +224,15 @@ def evidence_features(
         DataError: No table of the split, or one that lacks a target.
     """
     targets = targets_of(rows, split).select("row_id")
-    if split not in evidence:
-        raise DataError(f"floors need the evidence table of {split}, found {sorted(evidence)}")
-    table = targets.join(evidence[split], on="row_id", how="inner", maintain_order="left")
+    if split not in retrieved:
+        raise DataError(f"baselines need the retrieved features table of {split}, found {sorted(retrieved)}")
+    table = targets.join(retrieved[split], on="row_id", how="inner", maintain_order="left")
     if table.height != targets.height:
         raise DataError(
-            f"the evidence table of {split} has {table.height} rows for its {targets.height} targets, "
+            f"the retrieved features table of {split} has {table.height} rows for its {targets.height} targets, "
             "expected one each: it was made under another protocol"
         )
-    return counting_features(table, base)
+    return feature_matrix(table, base)
 
 
 def _learned_logits(
@@ -246,15 +246,15 @@ def _learned_logits(
     with threadpool_limits(1):
         for name, model, columns in (
             ("lr_rates", logistic_regression(), rates),
-            ("lr_evidence", logistic_regression(), untold),
-            ("gbdt_evidence", _boosting(seed), untold),
+            ("lr_features", logistic_regression(), untold),
+            ("gbdt_features", _boosting(seed), untold),
             ("gbdt_text", _boosting(seed), slice(None)),
         ):
             model.fit(train[:, columns], labels)
             found[name] = {split: _decide(model, x[:, columns]) for split, x in features.items()}
-        prior = CountingPrior.fit_features(train, labels, base)
-    found["lr_text"] = {split: prior.of_features(x) for split, x in features.items()}
-    found["gbdt_text"] = found.pop("gbdt_text")  # of equals the simpler one is the best floor
+        exit_0 = FeatureBaseline.fit_features(train, labels, base)
+    found["lr_text"] = {split: exit_0.of_features(x) for split, x in features.items()}
+    found["gbdt_text"] = found.pop("gbdt_text")  # of equals the simpler one is the best baseline
     return found
 
 
@@ -280,8 +280,8 @@ def _decide(model: Any, features: Floats) -> Floats:
     return np.asarray(model.decision_function(features), dtype=np.float64)
 
 
-def floor_scores(rows: pl.DataFrame, logits: Mapping[str, Floats]) -> pl.DataFrame:
-    """The `scores` of a Floor.
+def baseline_scores(rows: pl.DataFrame, logits: Mapping[str, Floats]) -> pl.DataFrame:
+    """The `scores` of a Baseline.
 
     Args:
         rows: Rows of a split.
@@ -294,33 +294,33 @@ def floor_scores(rows: pl.DataFrame, logits: Mapping[str, Floats]) -> pl.DataFra
     return pl.concat(parts)
 
 
-class AgainstFloor:
-    """A floor on the rows that heads scored; users are drawn once, for all heads.
+class AgainstBaseline:
+    """A baseline on the rows that heads scored; users are drawn once, for all heads.
 
     Args:
-        floor: Usually the best floor.
+        baseline: Usually the best baseline.
         row_ids: (n,) the rows, in the order of every head's logits.
         rows: Rows of the split (row_id, user, label, split, fold, role).
         draws: Resamples of users.
         seed: Seed of the resampling.
 
     Raises:
-        DataError: The floor lacks one of the rows.
+        DataError: The baseline lacks one of the rows.
     """
 
     def __init__(
-        self, floor: Floor, row_ids: ArrayLike, rows: pl.DataFrame, draws: int = 1000, seed: int = 0
+        self, baseline: Baseline, row_ids: ArrayLike, rows: pl.DataFrame, draws: int = 1000, seed: int = 0
     ) -> None:
         wanted = pl.DataFrame({"row_id": np.asarray(row_ids, dtype=np.int64)})
         part = wanted.join(
             rows.select("row_id", "user", "label"), on="row_id", how="left", maintain_order="left"
         )
-        self.name, self.labels, self.users = floor.name, part["label"].to_numpy(), part["user"].to_numpy()
+        self.name, self.labels, self.users = baseline.name, part["label"].to_numpy(), part["user"].to_numpy()
         self.bootstrap = UserBootstrap(self.users, draws, seed)
-        self._logits, self._calibration = floor.logits(row_ids), floor.calibration(rows)
+        self._logits, self._calibration = baseline.logits(row_ids), baseline.calibration(rows)
 
     def difference(self, logits: ArrayLike) -> dict[str, Any]:
-        """Head minus floor: {`floor`, `value`, `interval`, `log_loss` {`value`, `interval`}}.
+        """Head minus baseline: {`baseline`, `value`, `interval`, `log_loss` {`value`, `interval`}}.
 
         `value` is the difference in AUC; in log loss less is better. Undefined is None: a class is missing here, or in
         `select` for the log loss.
@@ -333,4 +333,4 @@ class AgainstFloor:
             mine = self._calibration.apply(self._logits)
             less = self.bootstrap.log_loss_difference_interval(logits, mine, self.labels)
         auc = self.bootstrap.difference_interval(logits, self._logits, self.labels)
-        return {"floor": self.name} | auc | {"log_loss": less}
+        return {"baseline": self.name} | auc | {"log_loss": less}

@@ -1,7 +1,8 @@
 """Intervals by resampling users: rows of one user are alike, so rows resampled alone would look too certain.
 
 Unusual here: a `UserBootstrap` reuses its draws, so differences of scores on the same rows are paired; and it remembers
-the AUCs of scores it has seen, so that one floor is resampled once, whatever the number of heads it is compared with.
+the AUCs of scores it has seen, so that one baseline is resampled once, whatever the number of heads it is compared
+with.
 """
 
 import hashlib
@@ -77,7 +78,7 @@ class UserBootstrap:
         """Sum of one cost over sum of another, as a speed-up is: {`value`, `interval`}; None where nothing is spent.
 
         Args:
-            numerator: Shape (n,), what the rival spends on each row.
+            numerator: Shape (n,), what the static exit spends on each row.
             denominator: Shape (n,), what the policy spends.
             level: Coverage aimed at.
         """

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from project.data.protocol import SPLITS, SplitInteractions
 from project.errors import DataError
 from project.evaluation.baselines import (
+    Baseline,
     Floats,
-    Floor,
-    evidence_features,
-    floor_scores,
+    baseline_scores,
+    retrieved_features,
     targets_of,
     train_labels,
 )
@@ -67,8 +67,8 @@ PATIENCE = (
 HIDDEN_SHARE = 0.2  # of rows whose user, and of rows whose item, is hidden in a step
 
 LEFT_OUT = (
-    "DeepFM, DCN-v2 and DIN are left out: torch-rechub is not installed (pip install 'exitrec[peers]' or, "
-    "from a checkout, pip install -e '.[peers]')."
+    "DeepFM, DCN-v2 and DIN are left out: torch-rechub is not installed (pip install 'exitrec[networks]' or, "
+    "from a checkout, pip install -e '.[networks]')."
 )
 
 
@@ -80,8 +80,8 @@ class NetworkFeatures:
         base: Share of likes among train targets, to which rates of few rows shrink.
         known: Field -> the ids or words that have a code, ascending; FIRST is the code of the first.
         words: Attribute field -> codes (items, ATTRIBUTE_WORDS) by item code, PADDING where there are fewer.
-        edges: One array a counting feature: inner edges of its bins.
-        mean: (len(FEATURES),) of the train targets' counting features.
+        edges: One array a feature: inner edges of its bins.
+        mean: (len(FEATURES),) of the train targets' features.
         scale: Their standard deviation, 1 where that is 0.
     """
 
@@ -94,20 +94,20 @@ class NetworkFeatures:
 
     @classmethod
     def fit(
-        cls, rows: pl.DataFrame, items: pl.DataFrame, evidence: Mapping[str, pl.DataFrame]
+        cls, rows: pl.DataFrame, items: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame]
     ) -> NetworkFeatures:
         """Fit on train targets.
 
         Args:
             rows: Rows of a split (row_id, user, item, timestamp, label, split, role).
             items: `item` (0..), item_id, title, then attributes.
-            evidence: Evidence table of each split; train's is read.
+            retrieved: Retrieved features table of each split; train's is read.
 
         Raises:
-            DataError: Train targets lack a class, or evidence lacks a target's row.
+            DataError: Train targets lack a class, or retrieved features lacks a target's row.
         """
         base = float(train_labels(rows).mean())
-        numbers = evidence_features(rows, evidence, "train", base)
+        numbers = retrieved_features(rows, retrieved, "train", base)
         train = targets_of(rows, "train")
         known = {name: np.unique(train[name].to_numpy().astype(np.int64)) for name in IDS}
         # a constant's deviation may come out as a rounding error
@@ -128,12 +128,12 @@ class NetworkFeatures:
         """Number of codes of each attribute."""
         return {name: int(codes.max()) + 1 for name, codes in self.words.items()}
 
-    def table(self, rows: pl.DataFrame, evidence: Mapping[str, pl.DataFrame], split: str) -> Table:
+    def table(self, rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], split: str) -> Table:
         """Features of a split's targets, in the order of `rows`.
 
         Args:
             rows: As in `fit`.
-            evidence: Evidence table of each split.
+            retrieved: Retrieved features table of each split.
             split: train, valid or test.
 
         Returns:
@@ -141,7 +141,7 @@ class NetworkFeatures:
             `liked` and `disliked` (PADDING elsewhere), and `scaled` (n, len(FEATURES)) Float32.
         """
         targets = targets_of(rows, split)
-        numbers = evidence_features(rows, evidence, split, self.base)
+        numbers = retrieved_features(rows, retrieved, split, self.base)
         item = targets["item"].to_numpy().astype(np.int64)
         codes = {name: self._codes(name, targets[name].to_numpy().astype(np.int64)) for name in IDS}
         codes |= {name: table[item] for name, table in self.words.items()}
@@ -333,7 +333,7 @@ GRID = tuple(GridPoint(*point) for point in product((8, 16), (1e-4, 1e-3)))
 
 
 def networks_installed() -> bool:
-    """Whether the extra `peers` is here."""
+    """Whether the extra `networks` is here."""
     return find_spec("torch_rechub") is not None
 
 
@@ -348,37 +348,38 @@ def network_settings() -> dict[str, Any]:
     }
 
 
-def network_floors(
+def network_baselines(
     split: SplitInteractions,
-    evidence: Mapping[str, pl.DataFrame],
+    retrieved: Mapping[str, pl.DataFrame],
     splits: Sequence[str] = ("valid", "test"),
     seed: int = 0,
     grid: Sequence[GridPoint] = GRID,
-) -> list[Floor]:
+) -> list[Baseline]:
     """Train on train targets, choose on valid's fold `tune`, score the targets of `splits`: deepfm, dcn_v2, din.
 
     Args:
         split: The log under its protocol.
-        evidence: Evidence table of each split.
+        retrieved: Retrieved features table of each split.
         splits: Splits to score. Leave test out while exploring.
         seed: Seed of first weights, order and dropout.
         grid: Points to choose among, the first of equals.
 
     Returns:
-        A floor each, with the point and the number of epochs in `chosen`.
+        A baseline each, with the point and the number of epochs in `chosen`.
 
     Raises:
-        DataError: Train targets, or valid's fold select or tune, lack a class; or evidence lacks a target's row.
+        DataError: Train targets, or valid's fold select or tune, lack a class; or retrieved features lacks a target's
+            row.
     """
     rows = split.rows
-    features = NetworkFeatures.fit(rows, split.interactions.items, evidence)
-    tables = {s: features.table(rows, evidence, s) for s in dict.fromkeys(("train", "valid", *splits))}
+    features = NetworkFeatures.fit(rows, split.interactions.items, retrieved)
+    tables = {s: features.table(rows, retrieved, s) for s in dict.fromkeys(("train", "valid", *splits))}
     fitted = Labelled(tables["train"], _labels(targets_of(rows, "train")))
     select, tune = (_fold(rows, tables["valid"], fold) for fold in ("select", "tune"))
     found = []
     with Progress(transient=True) as progress:
         for name in NETWORKS:
-            best, floor = -1.0, None
+            best, baseline = -1.0, None
             for point in progress.track(grid, description=name):
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
@@ -387,10 +388,10 @@ def network_floors(
                 value = auc(score(network, tune.table), tune.labels.numpy())
                 assert value is not None  # _fold has looked
                 if value > best:
-                    scores = floor_scores(rows, {s: score(network, tables[s]) for s in splits})
-                    best, floor = value, Floor(name, scores, asdict(point) | {"epochs": epochs})
-            assert floor is not None
-            found.append(floor)
+                    scores = baseline_scores(rows, {s: score(network, tables[s]) for s in splits})
+                    best, baseline = value, Baseline(name, scores, asdict(point) | {"epochs": epochs})
+            assert baseline is not None
+            found.append(baseline)
     return found
 
 
@@ -402,7 +403,7 @@ def _fold(rows: pl.DataFrame, valid: Table, fold: str) -> Labelled:
         raise DataError(
             f"networks stop training on valid's fold select and are chosen on its fold tune: {fold} has {len(labels)} "
             f"targets, {int(labels.sum())} of them liked, expected both classes. Give validation a larger share "
-            "(data.protocol.shares), or run floors without --peers true."
+            "(data.protocol.shares), or run baselines without --networks true."
         )
     return Labelled({name: values[inside] for name, values in valid.items()}, labels)
 
@@ -415,49 +416,53 @@ FORMAT = 2  # raise it when the same settings would give other scores
 FILE = "scores.parquet"
 
 
-def trained_networks(data: InteractionData) -> list[Floor]:
+def trained_networks(data: InteractionData) -> list[Baseline]:
     """The networks of these data, scores of valid and test: kept ones, or trained now and kept whole or not at all."""
 
     def write(folder: Path) -> None:
-        floors = network_floors(data.split, data.evidence, seed=data.seed)
-        named = [floor.scores.select(pl.lit(floor.name).alias("floor"), pl.all()) for floor in floors]
-        chosen = {floor.name: floor.chosen for floor in floors}
+        baselines = network_baselines(data.split, data.retrieved, seed=data.seed)
+        named = [
+            baseline.scores.select(pl.lit(baseline.name).alias("baseline"), pl.all())
+            for baseline in baselines
+        ]
+        chosen = {baseline.name: baseline.chosen for baseline in baselines}
         write_table(folder / FILE, pl.concat(named), {"chosen": json.dumps(chosen)})
 
-    return _read(cached_folder(data.cache_dir / "floor_scores", _content(data), write), SPLITS)
+    return _read(cached_folder(data.cache_dir / "baseline_scores", _content(data), write), SPLITS)
 
 
-def kept_networks(data: InteractionData, splits: Sequence[str] = SPLITS) -> list[Floor]:
+def kept_networks(data: InteractionData, splits: Sequence[str] = SPLITS) -> list[Baseline]:
     """The networks that were trained before, scores of `splits` alone; none is trained.
 
     Args:
         data: Of the run.
         splits: Splits that may be read.
     """
-    folder = data.cache_dir / "floor_scores" / content_key(_content(data))
+    folder = data.cache_dir / "baseline_scores" / content_key(_content(data))
     return _read(folder, splits) if folder.exists() else []
 
 
 def _content(data: InteractionData) -> dict[str, Any]:
-    """Everything the scores depend on; of the evidence the features, which are all that networks read of it."""
+    """Everything the scores depend on."""
     rows = data.split.rows
     base = float(train_labels(rows).mean())
     features = hashlib.sha256(json.dumps(FEATURES).encode())
     for name in SPLITS:
-        features.update(evidence_features(rows, data.evidence, name, base).tobytes())
+        features.update(retrieved_features(rows, data.retrieved, name, base).tobytes())
     return {
         "made_by": FORMAT,
         "files": data.split.interactions.files,
         "protocol": data.split.hash,
-        "evidence": features.hexdigest()[:16],
+        "retrieved": features.hexdigest()[:16],
         "seed": data.seed,
         "settings": network_settings(),
     }
 
 
-def _read(folder: Path, splits: Sequence[str]) -> list[Floor]:
+def _read(folder: Path, splits: Sequence[str]) -> list[Baseline]:
     chosen = json.loads(table_about(folder / FILE)["chosen"])
     scores = pl.read_parquet(folder / FILE, glob=False).filter(pl.col("split").is_in(list(splits)))
     return [
-        Floor(name, scores.filter(pl.col("floor") == name).drop("floor"), chosen[name]) for name in chosen
+        Baseline(name, scores.filter(pl.col("baseline") == name).drop("baseline"), chosen[name])
+        for name in chosen
     ]

@@ -14,10 +14,10 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from project.data.protocol import SplitInteractions
-from project.evaluation.baselines import AgainstFloor, Floor, best_floor, floor_rows, targets_of
+from project.evaluation.baselines import AgainstBaseline, Baseline, baseline_rows, best_baseline, targets_of
 from project.evaluation.bootstrap import UserBootstrap
 from project.exits.certificate import row_losses
-from project.exits.cost import Stream, row_cost
+from project.exits.cost import row_cost
 from project.exits.plan import ExitPlan, Plans
 from project.metrics import auc, head_metrics, probabilities
 from project.run import exit_layers_of, score_table
@@ -58,7 +58,7 @@ class ScoreCollector(Metric):
 
 
 def scores_of_rows(
-    ids: Tensor, values: Tensor, rows: pl.DataFrame, counting: Floats, exit_layers: list[int]
+    ids: Tensor, values: Tensor, rows: pl.DataFrame, exit_0: Floats, exit_layers: list[int]
 ) -> pl.DataFrame:
     """Score table of rows of the logs.
 
@@ -66,15 +66,15 @@ def scores_of_rows(
         ids: (n, 3) from `ScoreCollector.compute`.
         values: (n, k) logits of all heads.
         rows: The n rows of the log.
-        counting: (n,) logits of exit 0.
+        exit_0: (n,) logits of exit 0.
         exit_layers: The k layers.
     """
     columns = {name: rows[name] for name in ("row_id", "user", "split", "fold", "label")}
-    return _table(columns, ids, values, counting, exit_layers)
+    return _table(columns, ids, values, exit_0, exit_layers)
 
 
 def scores_of_candidates(
-    ids: Tensor, values: Tensor, candidates: pl.DataFrame, counting: Floats, exit_layers: list[int]
+    ids: Tensor, values: Tensor, candidates: pl.DataFrame, exit_0: Floats, exit_layers: list[int]
 ) -> pl.DataFrame:
     """Score table of the candidates of requests, with their item ids.
 
@@ -82,12 +82,12 @@ def scores_of_candidates(
         ids: (n, 3) from `ScoreCollector.compute`; the id is the position in `candidates`.
         values: (n, k) as in `scores_of_rows`.
         candidates: `Requests.table()`.
-        counting: (n,) logits of exit 0.
+        exit_0: (n,) logits of exit 0.
         exit_layers: The k layers.
     """
     about = candidates[ids[:, 0].cpu().numpy()]
     columns = {name: about[name] for name in ("request_id", "candidate_index")}
-    table = _table(columns, ids, values, counting, exit_layers)
+    table = _table(columns, ids, values, exit_0, exit_layers)
     return table.insert_column(3, about["item_id"])
 
 
@@ -104,13 +104,13 @@ def labelled_scores(scores: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _table(
-    columns: dict[str, pl.Series], ids: Tensor, values: Tensor, counting: Floats, exit_layers: list[int]
+    columns: dict[str, pl.Series], ids: Tensor, values: Tensor, exit_0: Floats, exit_layers: list[int]
 ) -> pl.DataFrame:
     tokens = ids.cpu().numpy()
     columns |= {
         "target_tokens": pl.Series(tokens[:, 1]),
         "stream_tokens": pl.Series(tokens[:, 2]),
-        "logit_0": pl.Series(counting),
+        "logit_0": pl.Series(exit_0),
     }
     return score_table(columns, values.cpu().numpy(), exit_layers)
 
@@ -133,8 +133,8 @@ def exit_rows(
     labels, users = part["label"].to_numpy(), part["user"].to_numpy()
     bootstrap = UserBootstrap(users, draws) if draws else None
     rows = []
-    counting = [0] if len(part) and not part["logit_0"].null_count() else []
-    for layer in [*counting, *exit_layers_of(scores)]:
+    exit_0 = [0] if len(part) and not part["logit_0"].null_count() else []
+    for layer in [*exit_0, *exit_layers_of(scores)]:
         logits = part[f"logit_{layer}"].to_numpy().astype(np.float64)
         row = {"layer": layer, "split": split} | ({"fold": fold} if fold else {})
         row |= head_metrics(logits, labels, users)
@@ -157,7 +157,7 @@ def choose_exit(scores: pl.DataFrame) -> int | None:
 def comparison(
     scores: pl.DataFrame,
     split: SplitInteractions,
-    floors: list[Floor],
+    baselines: list[Baseline],
     reported: str,
     chosen_exit: int | None,
 ) -> dict[str, Any]:
@@ -166,57 +166,64 @@ def comparison(
     Args:
         scores: A score table that holds the reported split.
         split: The interactions it is about.
-        floors: Fitted floors, and kept ones.
+        baselines: Fitted baselines, and kept ones.
         reported: valid or test. Of validation the tune fold is shown; the certify fold is for certificates alone.
-        chosen_exit: The exit to compare with the best floor, see `choose_exit`.
+        chosen_exit: The exit to compare with the best baseline, see `choose_exit`.
 
     Returns:
-        `exits`, each minus the best floor under `floor_difference` (see `AgainstFloor.difference`), `chosen_exit`,
-        `floors`, `best_floor`, and `floor_difference`, that of the chosen exit; `floor_differences` has it and the
-        one to `lr_rates`. All paired, users resampled.
+        `exits`, each minus the best baseline under `baseline_difference` (see `AgainstBaseline.difference`),
+        `chosen_exit`, `baselines`, `best_baseline`, and `baseline_difference`, that of the chosen exit;
+        `baseline_differences` has it and the one to `lr_rates`. All paired, users resampled.
     """
     fold = "tune" if reported == "valid" else None
-    best = best_floor(floors, split.rows)
+    best = best_baseline(baselines, split.rows)
     exits = exit_rows(scores, reported, fold)
     result: dict[str, Any] = {
         "exits": exits,
         "chosen_exit": chosen_exit,
-        "floors": floor_rows(floors, split.rows, parts=[(reported, fold)]),
-        "best_floor": best.name if best else None,
+        "baselines": baseline_rows(baselines, split.rows, parts=[(reported, fold)]),
+        "best_baseline": best.name if best else None,
     }
     if best is None:
         return result
     part = part_of(scores, reported, fold)
     logits = {row["layer"]: part[f"logit_{row['layer']}"].to_numpy().astype(np.float64) for row in exits}
-    rivals = [best, *(f for f in floors if f.name == "lr_rates" and f is not best)]
-    against = [AgainstFloor(rival, part["row_id"].to_numpy(), split.rows, DRAWS) for rival in rivals]
+    static_exits = [best, *(f for f in baselines if f.name == "lr_rates" and f is not best)]
+    against = [
+        AgainstBaseline(static_exit, part["row_id"].to_numpy(), split.rows, DRAWS)
+        for static_exit in static_exits
+    ]
     for row in exits:
-        row["floor_difference"] = against[0].difference(logits[row["layer"]])
+        row["baseline_difference"] = against[0].difference(logits[row["layer"]])
     if chosen_exit is not None:
         differences = [{"layer": chosen_exit} | a.difference(logits[chosen_exit]) for a in against]
-        result |= {"floor_difference": differences[0], "floor_differences": differences}
+        result |= {"baseline_difference": differences[0], "baseline_differences": differences}
     return result
 
 
-def prior_rows(heads: Mapping[str, Floats], against: AgainstFloor) -> dict[str, Any]:
-    """One exit with counting in its calibration and without: what the exit itself adds, and what counting adds to it.
+def exit_0_rows(heads: Mapping[str, Floats], against: AgainstBaseline) -> dict[str, Any]:
+    """One exit with exit 0 in its calibration and without: what the exit itself adds, and what exit 0 adds to it.
 
     Args:
-        heads: Prior (counting, none) -> (n,) calibrated logits of the exit, on the rows of `against`.
-        against: The best floor on these rows.
+        heads: with_exit_0, without_exit_0 -> (n,) calibrated logits of the exit, on the rows of `against`.
+        against: The best baseline on these rows.
 
     Returns:
-        By prior the metrics, `auc_interval` and `floor_difference`; where there are both, `difference`, counting minus
+        By key the metrics, `auc_interval` and `baseline_difference`; where there are both, `difference`, with
+        minus
         none: {`value`, `interval`, `log_loss` {`value`, `interval`}}.
     """
     draws, labels = against.bootstrap, against.labels
     found: dict[str, Any] = {
-        prior: head_metrics(logits, labels, against.users)
-        | {"auc_interval": draws.auc_interval(logits, labels), "floor_difference": against.difference(logits)}
-        for prior, logits in heads.items()
+        exit_0: head_metrics(logits, labels, against.users)
+        | {
+            "auc_interval": draws.auc_interval(logits, labels),
+            "baseline_difference": against.difference(logits),
+        }
+        for exit_0, logits in heads.items()
     }
-    if {"counting", "none"} <= heads.keys():
-        pair = heads["counting"], heads["none"]
+    if {"with_exit_0", "without_exit_0"} <= heads.keys():
+        pair = heads["with_exit_0"], heads["without_exit_0"]
         found["difference"] = draws.difference_interval(*pair, labels)
         found["difference"]["log_loss"] = draws.log_loss_difference_interval(*pair, labels)
     return found
@@ -236,13 +243,13 @@ SLICE_DRAWS = 200
 
 
 def slice_masks(
-    rows: pl.DataFrame, evidence: Mapping[str, pl.DataFrame], split: str, fold: str | None = None
+    rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], split: str, fold: str | None = None
 ) -> dict[str, pl.Series]:
     """Which targets of a split each slice holds.
 
     Args:
         rows: Rows of a split (row_id, user, split, fold, role, hist).
-        evidence: Evidence tables by split (row_id, item_count: strictly earlier readable rows of the item).
+        retrieved: Retrieved features tables by split (row_id, item_count: strictly earlier readable rows of the item).
         split: train, valid or test.
         fold: select or tune; None: the whole split.
 
@@ -253,7 +260,7 @@ def slice_masks(
     part = targets_of(rows, split, fold)
     warm = part["user"].is_in(targets_of(rows, "train")["user"].unique().implode())
     masks = {"warm_users": warm, "cold_users": ~warm}
-    counts = evidence[split].select("row_id", "item_count")
+    counts = retrieved[split].select("row_id", "item_count")
     with_counts = part.join(counts, on="row_id", how="left", maintain_order="left")
     known = {"history": part["hist"], "item": with_counts["item_count"]}
     for kind, edges in EDGES.items():
@@ -268,7 +275,7 @@ def slice_masks(
 
 def slice_rows(
     rows: pl.DataFrame,
-    evidence: Mapping[str, pl.DataFrame],
+    retrieved: Mapping[str, pl.DataFrame],
     scores: Sequence[tuple[Mapping[str, Any], Floats]],
     split: str,
     fold: str | None = None,
@@ -279,7 +286,7 @@ def slice_rows(
 
     Args:
         rows: Rows of a split.
-        evidence: Evidence tables by split.
+        retrieved: Retrieved features tables by split.
         scores: For each baseline, exit or plan what names it ({"name": ...}, {"layer": ...} or {"plan": True}) and its
             logits (n,) of the targets of the split and fold, in the order of `rows`.
         split: valid or test.
@@ -293,7 +300,7 @@ def slice_rows(
     """
     part = targets_of(rows, split, fold)
     found = []
-    for name, mask in slice_masks(rows, evidence, split, fold).items():
+    for name, mask in slice_masks(rows, retrieved, split, fold).items():
         inside, chosen = part.filter(mask), mask.to_numpy()
         labels, users = inside["label"].to_numpy(), inside["user"].to_numpy()
         bootstrap = UserBootstrap(users, draws)
@@ -316,12 +323,12 @@ def slice_rows(
     return found
 
 
-def floor_scores_of(
-    floors: Sequence[Floor], rows: pl.DataFrame, split: str, fold: str | None = None
+def baseline_scores_of(
+    baselines: Sequence[Baseline], rows: pl.DataFrame, split: str, fold: str | None = None
 ) -> list[tuple[dict[str, Any], Floats]]:
-    """What `slice_rows` wants of floors."""
+    """What `slice_rows` wants of baselines."""
     ids = targets_of(rows, split, fold)["row_id"]
-    return [({"name": floor.name}, floor.logits(ids)) for floor in floors]
+    return [({"name": baseline.name}, baseline.logits(ids)) for baseline in baselines]
 
 
 def exit_scores_of(
@@ -332,7 +339,7 @@ def exit_scores_of(
     Args:
         scores: A score table that holds the split's targets.
         rows: Rows of a split.
-        layers: Which exits; 0 is counting.
+        layers: Which exits; 0 is the regression on features.
         split: valid or test.
         fold: select or tune; None: the whole split.
     """
@@ -372,13 +379,13 @@ class PlannedRows:
     Args:
         plan: The calibrated plan.
         scores: n labelled rows of a score table.
-        features: (n, F) counting features of the same rows.
-        stream: Whether a request's stream runs (cold) or is cached (warm).
+        features: (n, F) features of the same rows.
+        prefix_cached: Whether a request's history is cached, so that it costs nothing.
         draws: Resamples of users behind every interval.
     """
 
     def __init__(
-        self, plan: ExitPlan, scores: pl.DataFrame, features: Floats, stream: Stream, draws: int = 1000
+        self, plan: ExitPlan, scores: pl.DataFrame, features: Floats, prefix_cached: bool, draws: int = 1000
     ) -> None:
         self._scores, self._features, self._draws = scores, features, draws
         outputs = plan.outputs(scores, features)
@@ -391,16 +398,16 @@ class PlannedRows:
         self._target, self._shared = (
             torch.from_numpy(scores[f"{x}_tokens"].to_numpy().copy()) for x in ("target", "stream")
         )
-        self._stream = stream
+        self._prefix_cached = prefix_cached
         self._bootstrap = UserBootstrap(self.users, draws)
 
     def under(self, plan: ExitPlan) -> PlannedRows:
         """The same rows under another plan."""
-        return PlannedRows(plan, self._scores, self._features, self._stream, self._draws)
+        return PlannedRows(plan, self._scores, self._features, self._prefix_cached, self._draws)
 
     def cost(self, layer: NDArray[np.int64]) -> Floats:
         """Token-layers (n,) where each row leaves at `layer` (n,)."""
-        spent = row_cost(torch.from_numpy(layer), self._target, self._shared, self._stream)
+        spent = row_cost(torch.from_numpy(layer), self._target, self._shared, self._prefix_cached)
         return spent.double().numpy()
 
     def static_cost(self, layer: int) -> Floats:
@@ -420,11 +427,11 @@ class PlannedRows:
             }
         return found
 
-    def summary(self, rival: int) -> dict[str, Any]:
+    def summary(self, static_exit: int) -> dict[str, Any]:
         """What a plan is worth on the rows.
 
         Args:
-            rival: Layer of the honest rival, chosen on `tune`.
+            static_exit: Layer of the honest static exit, chosen on `tune`.
         """
         full, spent = self.plan.layers[-1], self.cost(self.layer)
         drop = self._bootstrap.difference_interval(self._head(full), self.logit, self.labels)
@@ -439,8 +446,8 @@ class PlannedRows:
             "auc_drop_interval": drop["interval"],
             "token_layer_speedup": saved["value"],
             "token_layer_speedup_interval": saved["interval"],
-            "speedup_over_rival": self._bootstrap.ratio_interval(self.static_cost(rival), spent),
-            "rival": self._against(rival),
+            "speedup_over_static": self._bootstrap.ratio_interval(self.static_cost(static_exit), spent),
+            "static_exit": self._against(static_exit),
             "equal_cost": self._against(self._static_of_cost(float(spent.sum()))),
         }
 
@@ -490,8 +497,8 @@ def adaptive_summary(
     """
 
     def measured(rows: PlannedRows) -> dict[str, Any]:
-        return rows.summary(plans.rival) | ({} if promise is None else {"risk": rows.risk(*promise)})
+        return rows.summary(plans.static_exit) | ({} if promise is None else {"risk": rows.risk(*promise)})
 
-    without = rows.under(plans.without).summary(plans.rival_without)
+    without = rows.under(plans.without).summary(plans.static_without)
     certified = None if plans.certified is None else measured(rows.under(plans.certified))
     return measured(rows) | {"without_exit_0": without, "certified": certified}

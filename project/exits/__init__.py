@@ -1,4 +1,4 @@
-"""When a row may leave the trunk early: criteria, policies, calibration, cost, the path of thresholds.
+"""When a row may leave the backbone early: criteria, policies, calibration, cost, the path of thresholds.
 
 Certificates (`project.exits.certificate`) and the command that puts all together are imported from their modules.
 """
@@ -12,8 +12,8 @@ from project.exits.criteria import (
     Learned,
     Ratio,
     RatioConsistency,
-    out_of_fold_safety,
-    safety_table,
+    confidence_table,
+    out_of_fold_confidence,
 )
 from project.exits.policy import FixedDepth, Oracle, Policy, RandomExit, leave
 from project.exits.search import Path, Step, threshold_path
@@ -35,9 +35,9 @@ __all__ = [
     "RatioConsistency",
     "Step",
     "TopK",
+    "confidence_table",
     "fit_calibration",
     "leave",
-    "out_of_fold_safety",
-    "safety_table",
+    "out_of_fold_confidence",
     "threshold_path",
 ]

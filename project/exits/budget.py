@@ -15,7 +15,7 @@ from torch import Tensor
 from project.errors import ConfigError, DataError
 from project.exits.calibration import fit_calibration
 from project.exits.certificate import Certificate, CertificateSettings, certify
-from project.exits.criteria import Criterion, HeadOutputs, name, out_of_fold_safety, safety_table
+from project.exits.criteria import Criterion, HeadOutputs, confidence_table, name, out_of_fold_confidence
 from project.exits.plan import (
     ExitPlan,
     ExitSettings,
@@ -34,7 +34,7 @@ from project.exits.search import (
     bound_margins,
     budget_steps,
     control_curves,
-    rival_depth,
+    equal_accuracy_depth,
     threshold_path,
     user_influences,
 )
@@ -71,13 +71,13 @@ class Curve:
 
 
 class TuneFold:
-    """The tune fold under one prior: calibrated outputs and every criterion's curve.
+    """The tune fold under one exit 0: calibrated outputs and every criterion's curve.
 
     Args:
         scores: n rows of the fold tune.
-        features: (n, F) counting features of the same rows.
+        features: (n, F) features of the same rows.
         settings: Budget and criteria.
-        prior: Whether exit 0 is a head.
+        exit_0: Whether exit 0 is a head.
         by_depth: Every candidate costs its layer, whatever its tokens.
         criterion: The one criterion that is considered; None: those of the settings. One that cannot keep the budget is
             no curve.
@@ -92,19 +92,19 @@ class TuneFold:
         scores: pl.DataFrame,
         features: Floats,
         settings: ExitSettings,
-        prior: bool,
+        exit_0: bool,
         by_depth: bool = False,
         criterion: Criterion | None = None,
         shown: bool = False,
     ) -> None:
-        self.settings, self.prior = settings, prior
+        self.settings, self.exit_0 = settings, exit_0
         self.labels, self.users = scores["label"].to_numpy(), scores["user"].to_numpy()
         self.tokens = _tokens(scores, by_depth)
         # 1. calibrate every head
-        raw = raw_outputs(scores, features, exit_layers_of(scores), prior)
-        self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, prior)
-        self.outputs = HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence)
-        self.rival = self.outputs.layers[rival_depth(self.outputs.logits, self.labels)]
+        raw = raw_outputs(scores, features, exit_layers_of(scores), exit_0)
+        self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, exit_0)
+        self.outputs = HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.retrieved)
+        self.static_exit = self.outputs.layers[equal_accuracy_depth(self.outputs.logits, self.labels)]
         # 2. every criterion's path, and the step that keeps the budget
         self._forced = criterion is not None or settings.criterion is not None
         criteria = settings.criteria() if criterion is None else [criterion]
@@ -123,7 +123,7 @@ class TuneFold:
         """The best criterion at one step of its path."""
         thresholds = self.best.path[step].thresholds
         policy = Policy(self.best.criterion, thresholds, self.outputs.layers)
-        return ExitPlan(self.calibration, policy, self.prior)
+        return ExitPlan(self.calibration, policy, self.exit_0)
 
     def corrected(self) -> dict[str, Any]:
         """AUC drop of the budget's policy, corrected for having been chosen on the users who tell it.
@@ -166,13 +166,15 @@ class TuneFold:
         fresh = deepcopy(criterion)
         criterion.fit(self.outputs)
         # rows that a criterion learned from look surer to it than others will
-        safety = (
-            out_of_fold_safety(lambda: deepcopy(fresh), self.outputs, self.users)
+        confidence = (
+            out_of_fold_confidence(lambda: deepcopy(fresh), self.outputs, self.users)
             if criterion.learns
-            else safety_table(criterion, self.outputs)
+            else confidence_table(criterion, self.outputs)
         )
-        about = safety, self.outputs.logits, self.labels
-        path = threshold_path(*about, self.outputs.layers, *self.tokens, stream=self.settings.stream)
+        about = confidence, self.outputs.logits, self.labels
+        path = threshold_path(
+            *about, self.outputs.layers, *self.tokens, prefix_cached=self.settings.prefix_cached
+        )
         curve = Curve(criterion, path, 0, user_influences(path, *about, self.users))
         return replace(curve, step=int(self._steps(curve, curve.drops[None])[0]))
 
@@ -201,8 +203,8 @@ def budget_plan(
 
     Args:
         scores: Score table of validation, with its folds.
-        features: (n, F) counting features of the same rows.
-        settings: Budget, criteria, prior, and whether the stream is paid for.
+        features: (n, F) features of the same rows.
+        settings: Budget, criteria, exit 0, and whether the stream is paid for.
         by_depth: Pay for the mean layer at which candidates leave instead of token-layers.
         criterion: The criterion to use; None: the settings'.
 
@@ -212,8 +214,8 @@ def budget_plan(
     """
     check_folds(scores, ("tune",))
     chosen = (scores["fold"] == "tune").fill_null(False).to_numpy()
-    prior = settings.prior == "counting"
-    tune = TuneFold(scores.filter(chosen), features[chosen], settings, prior, by_depth, criterion)
+    exit_0 = settings.exit_0
+    tune = TuneFold(scores.filter(chosen), features[chosen], settings, exit_0, by_depth, criterion)
     return tune.plan(tune.best.step)
 
 
@@ -254,7 +256,7 @@ def calibrate(
 
     Args:
         scores: Score table of validation, with its folds.
-        features: (n, F) counting features of the same rows.
+        features: (n, F) features of the same rows.
         settings: What is wanted.
         protocol_hash: Whose folds these are.
         previous: The run's results/calibrate.json, whose certificates must not be tried again.
@@ -281,11 +283,11 @@ def calibrate(
     table = {f: scores.filter(chosen) for f, chosen in fold.items()}
     # 2. on tune, with exit 0 and without: calibration, every criterion's path, the budget's step
     on_tune = table["tune"], features[fold["tune"]]
-    by_prior = {
-        prior: TuneFold(*on_tune, settings, prior == "counting", shown=prior != settings.prior)
-        for prior in ("counting", "none")
+    by_exit_0 = {
+        exit_0: TuneFold(*on_tune, settings, exit_0, shown=exit_0 != settings.exit_0)
+        for exit_0 in (True, False)
     }
-    tune, none = by_prior[settings.prior], by_prior["none"]
+    tune, none = by_exit_0[settings.exit_0], by_exit_0[False]
     # 3. on certify, once: the budget's policy, then faster steps until one fails
     certificate = further = None
     if promise is not None:
@@ -304,14 +306,17 @@ def calibrate(
         if last is None or further is None
         else _certified(tune, last, step, further, settings),
         "ledger": ledger if tested else issued,
-        "priors": {key: _prior_row(value) for key, value in by_prior.items()},
+        "exit_0_rows": {
+            "with_exit_0": _exit_0_row(by_exit_0[True]),
+            "without_exit_0": _exit_0_row(by_exit_0[False]),
+        },
         "adaptive": tune.corrected() if settings.mode == "budget" else {},
     }
     return Plans(
         plan=tune.plan(step),
-        rival=tune.rival,
+        static_exit=tune.static_exit,
         without=none.plan(none.best.step),
-        rival_without=none.rival,
+        static_without=none.static_exit,
         certified=None if last is None else tune.plan(last),
         document=document,
     )
@@ -329,10 +334,10 @@ def _certificates(
     The sequence ends before a step that runs no layer: leaving at exit 0 throughout is not early exit.
     """
     outputs = tune.plan(0).outputs(certify_rows, features)
-    safety = safety_table(tune.best.criterion, outputs)
+    confidence = confidence_table(tune.best.criterion, outputs)
     emitted, no_layer = list[Floats](), False
     for step in _sequence(tune, settings):
-        exits = leave(safety, tune.best.path[step].thresholds)
+        exits = leave(confidence, tune.best.path[step].thresholds)
         no_layer = outputs.layers[0] == 0 and not exits.any().item()
         if no_layer:
             break
@@ -384,33 +389,35 @@ def _document(tune: TuneFold, settings: ExitSettings, step: int) -> dict[str, An
         }
         for curve in tune.curves
     ]
-    rival = layers.index(tune.rival)
-    controls = control_curves(tune.outputs, tune.labels, *tune.tokens, settings.stream)
+    static_exit = layers.index(tune.static_exit)
+    controls = control_curves(tune.outputs, tune.labels, *tune.tokens, settings.prefix_cached)
     static = next(c for c in controls if c["name"] == "fixed_depth")["pareto"]
     return {
         "layers": list(layers),
-        "prior": settings.prior,
+        "exit_0": settings.exit_0,
         "policies": policies,
         "controls": controls,
         "chosen": name(tune.best.criterion),
         "mode": settings.mode,
-        "stream": settings.stream,
+        "prefix_cached": settings.prefix_cached,
         "budget": {"max_auc_drop": settings.max_auc_drop, "max_cost": settings.max_cost},
-        "rival": {k: static[rival][k] for k in ("layer", "auc", "cost")},
+        "static_exit": {k: static[static_exit][k] for k in ("layer", "auc", "cost")},
     }
 
 
-def _prior_row(tune: TuneFold) -> dict[str, Any]:
+def _exit_0_row(tune: TuneFold) -> dict[str, Any]:
     """What the comparison of priors needs: calibrated heads on tune, and what the best criterion reached."""
-    static = control_curves(tune.outputs, tune.labels, *tune.tokens, tune.settings.stream, "fixed_depth")
+    static = control_curves(
+        tune.outputs, tune.labels, *tune.tokens, tune.settings.prefix_cached, "fixed_depth"
+    )
     plan = tune.plan(tune.best.step)
     layer, _ = plan.emitted(tune.outputs)
     return {
         "exits": static[0]["pareto"],
         "criterion": name(tune.best.criterion),
         "chosen": tune.best.path[tune.best.step].point(),
-        "never_enter_trunk": float((layer == 0).double().mean()),
-        "rival": tune.rival,
+        "never_enter_backbone": float((layer == 0).double().mean()),
+        "static_exit": tune.static_exit,
     }
 
 

@@ -1,6 +1,6 @@
 """Per-head affine calibration on `tune`: scores of different heads that share a scale, as pooled AUC needs.
 
-Unusual here: slopes are kept above zero, so without a prior no head's own AUC changes; with a prior (exit 0)
+Unusual here: slopes are kept above zero, so without a exit 0 no head's own AUC changes; with a exit 0 (exit 0)
 its logit enters every head, score_k = a_k logit_k + b_k logit_0 + c_k, which is what makes shallow heads good.
 """
 
@@ -31,7 +31,7 @@ class Calibration:
 
     Attributes:
         layers: (K,) layer of each head.
-        values: (K, 3) float64 columns a, b, c; b is 0 without a prior and at exit 0 itself.
+        values: (K, 3) float64 columns a, b, c; b is 0 without a exit 0 and at exit 0 itself.
     """
 
     layers: tuple[int, ...]
@@ -41,24 +41,24 @@ class Calibration:
         """Raw logits (n, j) of the first j <= K heads -> calibrated logits (n, j), of the same type."""
         if logits.ndim != 2 or logits.shape[1] > len(self.layers):
             raise ValueError(f"calibrated for {len(self.layers)} heads, found logits {tuple(logits.shape)}")
-        slope, prior, offset = self.values[: logits.shape[1]].to(logits).unbind(dim=1)
-        return logits * slope + logits[:, :1] * prior + offset
+        slope, exit_0, offset = self.values[: logits.shape[1]].to(logits).unbind(dim=1)
+        return logits * slope + logits[:, :1] * exit_0 + offset
 
     def as_dict(self) -> dict[str, dict[str, float]]:
-        """By layer, for result files: {"2": {"logit": a, "prior": b, "offset": c}}."""
-        names = ("logit", "prior", "offset")
+        """By layer, for result files: {"2": {"logit": a, "exit_0": b, "offset": c}}."""
+        names = ("logit", "exit_0", "offset")
         rows: list[list[float]] = self.values.tolist()
         return {str(k): dict(zip(names, row, strict=True)) for k, row in zip(self.layers, rows, strict=True)}
 
 
-def fit_calibration(logits: Tensor, labels: ArrayLike, layers: Sequence[int], prior: bool) -> Calibration:
+def fit_calibration(logits: Tensor, labels: ArrayLike, layers: Sequence[int], exit_0: bool) -> Calibration:
     """Maximum likelihood per head, with slopes a_k >= .001.
 
     Args:
-        logits: (n, K) raw logits of the rows of `tune`; column 0 is the prior where there is one.
+        logits: (n, K) raw logits of the rows of `tune`; column 0 is the exit 0 where there is one.
         labels: (n,) 0 or 1.
         layers: (K,) layer of each head, for messages.
-        prior: Column 0 is exit 0 and enters every deeper head.
+        exit_0: Column 0 is exit 0 and enters every deeper head.
 
     Raises:
         DataError: NaN or infinite logits, one class, heads that are all equal, a constant head.
@@ -68,10 +68,10 @@ def fit_calibration(logits: Tensor, labels: ArrayLike, layers: Sequence[int], pr
     _check(values, positive, layers)
     rows = []
     for head in range(values.shape[1]):
-        with_prior = prior and head > 0
-        features = values[:, [head, 0]] if with_prior else values[:, [head]]
+        with_exit_0 = exit_0 and head > 0
+        features = values[:, [head, 0]] if with_exit_0 else values[:, [head]]
         a, *rest = _logistic(features, positive)
-        rows.append([a, rest[0] if with_prior else 0.0, rest[-1]])
+        rows.append([a, rest[0] if with_exit_0 else 0.0, rest[-1]])
     return Calibration(tuple(layers), torch.tensor(rows, dtype=torch.float64))
 
 
@@ -94,7 +94,7 @@ def _check(values: Floats, positive: Floats, layers: Sequence[int]) -> None:
     if constant.any():
         raise DataError(
             f"the exit at layer {layers[int(constant.argmax())]} gives every row of the fold tune the same logit: "
-            "it ranks nothing; remove it from model.exit_layers, or set prior: none if it is exit 0"
+            "it ranks nothing; remove it from model.exit_layers, or set exit 0: none if it is exit 0"
         )
     if len(layers) > 1 and (values == values[:, :1]).all():
         raise DataError(

@@ -22,13 +22,13 @@ from scipy.special import logsumexp
 from scipy.stats import rankdata
 
 from project.errors import ConfigError, DataError
-from project.metrics import PROBABILITY_FLOOR, probabilities, row_log_loss
+from project.metrics import SMALLEST_PROBABILITY, probabilities, row_log_loss
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
 
-WIDEST = 1.0 - 2 * PROBABILITY_FLOOR  # largest distance of two emitted probabilities
-LOG_ODDS = math.log((1 - PROBABILITY_FLOOR) / PROBABILITY_FLOOR)  # largest difference of two log losses
+WIDEST = 1.0 - 2 * SMALLEST_PROBABILITY  # largest distance of two emitted probabilities
+LOG_ODDS = math.log((1 - SMALLEST_PROBABILITY) / SMALLEST_PROBABILITY)  # largest difference of two log losses
 RISKS = {
     "auc_gap": (-1.0, 1.0),
     "score_drift": (0.0, WIDEST),

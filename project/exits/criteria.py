@@ -18,7 +18,7 @@ from torch import Tensor
 
 from project.errors import ConfigError, DataError
 from project.features import FEATURES
-from project.metrics import PROBABILITY_FLOOR
+from project.metrics import SMALLEST_PROBABILITY
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,28 +26,30 @@ class HeadOutputs:
     """Calibrated outputs of n rows at K heads.
 
     Attributes:
-        layers: (K,) layer of each head, ascending; 0 is the prior, which runs before the trunk.
+        layers: (K,) layer of each head, ascending; 0 is the exit 0, which runs before the backbone.
         logits: (n, K) calibrated logits, float32 or float64.
-        evidence: (n, F) numbers known before the trunk runs (log counts, rates); F may be 0.
+        retrieved: (n, F) numbers known before the backbone runs (log counts, rates); F may be 0.
     """
 
     layers: tuple[int, ...]
     logits: Tensor
-    evidence: Tensor
+    retrieved: Tensor
 
     def __post_init__(self) -> None:
         n, heads = self.logits.shape
         if len(self.layers) != heads:
             raise ValueError(f"{len(self.layers)} layers, but logits of shape {(n, heads)}")
-        if self.evidence.ndim != 2 or self.evidence.shape[0] != n:
-            raise ValueError(f"{n} rows of logits, but evidence of shape {tuple(self.evidence.shape)}")
+        if self.retrieved.ndim != 2 or self.retrieved.shape[0] != n:
+            raise ValueError(
+                f"{n} rows of logits, but retrieved features of shape {tuple(self.retrieved.shape)}"
+            )
         if any(a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)):
             raise ValueError(f"layers must ascend, found {self.layers}")
 
     @classmethod
-    def of(cls, layers: Sequence[int], logits: Tensor, evidence: Tensor | None = None) -> HeadOutputs:
-        """The evidence in the type of the logits; None is F = 0. Arguments as the attributes."""
-        known = logits.new_zeros(logits.shape[0], 0) if evidence is None else evidence.to(logits)
+    def of(cls, layers: Sequence[int], logits: Tensor, retrieved: Tensor | None = None) -> HeadOutputs:
+        """The retrieved features in the type of the logits; None is F = 0. Arguments as the attributes."""
+        known = logits.new_zeros(logits.shape[0], 0) if retrieved is None else retrieved.to(logits)
         return cls(tuple(layers), logits, known)
 
     @property
@@ -58,18 +60,18 @@ class HeadOutputs:
     @property
     def probabilities(self) -> Tensor:
         """(n, K) probabilities as emitted: sigmoid, clipped to [.001, .999]."""
-        return torch.sigmoid(self.logits).clamp(PROBABILITY_FLOOR, 1.0 - PROBABILITY_FLOOR)
+        return torch.sigmoid(self.logits).clamp(SMALLEST_PROBABILITY, 1.0 - SMALLEST_PROBABILITY)
 
     def until(self, k: int) -> HeadOutputs:
         """Heads 0..k only: what is known when the rows stand at head k."""
         if not 0 <= k < self.heads:
             raise ValueError(f"head {k} of {self.heads}")
         end = k + 1
-        return HeadOutputs(self.layers[:end], self.logits[:, :end], self.evidence)
+        return HeadOutputs(self.layers[:end], self.logits[:, :end], self.retrieved)
 
     def rows(self, index: Tensor) -> HeadOutputs:
         """The rows of `index`: (m,) positions or a mask (n,)."""
-        return HeadOutputs(self.layers, self.logits[index], self.evidence[index])
+        return HeadOutputs(self.layers, self.logits[index], self.retrieved[index])
 
 
 ITEM_ROWS = FEATURES.index("item_rows")
@@ -81,7 +83,7 @@ class Criterion(ABC):
     """Scores how safe it is that a row leaves at the last head of what it is shown."""
 
     learns: ClassVar[bool] = False
-    """`fit` learns from how rows ended, so safety on the rows of the fit must be out-of-fold."""
+    """`fit` learns from how rows ended, so confidence on the rows of the fit must be out-of-fold."""
 
     first: int = 0
     """Index of the first head where it can decide."""
@@ -92,8 +94,8 @@ class Criterion(ABC):
         """Fit on rows of `tune`, all K heads visible."""
 
     @abstractmethod
-    def safety(self, outputs: HeadOutputs) -> Tensor:
-        """Safety of leaving at the last head shown.
+    def confidence(self, outputs: HeadOutputs) -> Tensor:
+        """Confidence of leaving at the last head shown.
 
         Args:
             outputs: n rows, heads 0..k (`outputs.until(k)`).
@@ -112,7 +114,7 @@ class Criterion(ABC):
         if missing:
             raise DataError(
                 f"fitted state of the criterion {name(self)} lacks {missing}, found {sorted(state)}: it was "
-                "made by another criterion; run the verb calibrate again"
+                "made by another criterion; run the command calibrate again"
             )
         for key in self._fitted:
             setattr(self, f"_{key}", state[key])
@@ -121,7 +123,7 @@ class Criterion(ABC):
         found: Tensor | None = getattr(self, f"_{key}", None)
         if found is None:
             raise ConfigError(
-                f"the criterion {name(self)} was not fitted, so it has no safety to give; run the verb calibrate"
+                f"the criterion {name(self)} was not fitted, so it has no confidence to give; run the command calibrate"
             )
         return found
 
@@ -132,7 +134,7 @@ class Criterion(ABC):
 class Ratio(Criterion):
     """|calibrated logit|: the log of the ratio of the likelier to the less likely class."""
 
-    def safety(self, outputs: HeadOutputs) -> Tensor:
+    def confidence(self, outputs: HeadOutputs) -> Tensor:
         """(n,) |logit|."""
         return outputs.logits[:, -1].abs()
 
@@ -152,7 +154,7 @@ class Consistency(Criterion):
         self.heads = heads
         self.first = heads
 
-    def safety(self, outputs: HeadOutputs) -> Tensor:
+    def confidence(self, outputs: HeadOutputs) -> Tensor:
         """(n,) in [-1, 0]; -inf before there were `heads` changes."""
         if outputs.heads <= self.first:
             return self._undecided(outputs)
@@ -175,18 +177,18 @@ class RatioConsistency(Consistency):
         if not outputs.logits.shape[0]:
             raise DataError("ratio_consistency needs rows in the fold tune to take quantiles of, found none")
         parts = [outputs.until(k) for k in range(outputs.heads)]
-        self._ratio_quantiles = torch.stack([_quantiles(Ratio().safety(part)) for part in parts])
+        self._ratio_quantiles = torch.stack([_quantiles(Ratio().confidence(part)) for part in parts])
         self._consistency_quantiles = torch.stack(
-            [_quantiles(super(RatioConsistency, self).safety(p)) for p in parts]
+            [_quantiles(super(RatioConsistency, self).confidence(p)) for p in parts]
         )
 
-    def safety(self, outputs: HeadOutputs) -> Tensor:
+    def confidence(self, outputs: HeadOutputs) -> Tensor:
         """(n,) in [0, 1]; -inf before there were `heads` changes."""
         if outputs.heads <= self.first:
             return self._undecided(outputs)
         head = outputs.heads - 1
-        ratio = _quantile_of(Ratio().safety(outputs), self._tensor("ratio_quantiles")[head])
-        consistency = _quantile_of(super().safety(outputs), self._tensor("consistency_quantiles")[head])
+        ratio = _quantile_of(Ratio().confidence(outputs), self._tensor("ratio_quantiles")[head])
+        consistency = _quantile_of(super().confidence(outputs), self._tensor("consistency_quantiles")[head])
         return torch.minimum(ratio, consistency)
 
 
@@ -196,9 +198,9 @@ class ItemCount(Criterion):
     Logits are not read: at every head a threshold says how many rows are enough.
     """
 
-    def safety(self, outputs: HeadOutputs) -> Tensor:
+    def confidence(self, outputs: HeadOutputs) -> Tensor:
         """(n,) at least 0, the same at every head."""
-        return outputs.evidence[:, ITEM_ROWS]
+        return outputs.retrieved[:, ITEM_ROWS]
 
 
 def name(criterion: Criterion) -> str:
@@ -206,8 +208,8 @@ def name(criterion: Criterion) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(criterion).__name__).lower()
 
 
-def safety_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
-    """Safety at every head, (n, K); at the last head, where everyone leaves, +inf.
+def confidence_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
+    """Confidence at every head, (n, K); at the last head, where everyone leaves, +inf.
 
     Raises:
         ConfigError: The criterion returns something else, see `checked`.
@@ -216,10 +218,10 @@ def safety_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
     return torch.stack([*columns, torch.full_like(outputs.logits[:, -1], torch.inf)], dim=1)
 
 
-def out_of_fold_safety(
+def out_of_fold_confidence(
     make: Callable[[], Criterion], outputs: HeadOutputs, users: ArrayLike, folds: int = 2, seed: int = 0
 ) -> Tensor:
-    """Safety of tune rows by criteria that saw no row of the same user: what thresholds may be fitted on.
+    """Confidence of tune rows by criteria that saw no row of the same user: what thresholds may be fitted on.
 
     Args:
         make: Makes an unfitted criterion.
@@ -229,7 +231,7 @@ def out_of_fold_safety(
         seed: Salt.
 
     Returns:
-        (n, K), as `safety_table`.
+        (n, K), as `confidence_table`.
 
     Raises:
         DataError: Fewer users than folds.
@@ -239,7 +241,7 @@ def out_of_fold_safety(
     for fold in range(folds):
         criterion = make()
         criterion.fit(outputs.rows(part != fold))
-        table[part == fold] = safety_table(criterion, outputs.rows(part == fold))
+        table[part == fold] = confidence_table(criterion, outputs.rows(part == fold))
     return table
 
 
@@ -272,7 +274,7 @@ def _quantile_of(values: Tensor, grid: Tensor) -> Tensor:
 
 
 def checked(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
-    """The criterion's safety (n,), if it is that.
+    """The criterion's confidence (n,), if it is that.
 
     Args:
         criterion: Fitted.
@@ -281,31 +283,31 @@ def checked(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
     Raises:
         ConfigError: It is no tensor (n,), or NaN where the heads gave numbers.
     """
-    return _check(criterion, outputs, criterion.safety(outputs))
+    return _check(criterion, outputs, criterion.confidence(outputs))
 
 
-def _check(criterion: Criterion, outputs: HeadOutputs, safety: object) -> Tensor:
+def _check(criterion: Criterion, outputs: HeadOutputs, confidence: object) -> Tensor:
     n = outputs.logits.shape[0]
-    if not isinstance(safety, Tensor):
-        raise _refused(criterion, outputs, "None" if safety is None else f"a {_path(type(safety))}")
-    if safety.shape != (n,) or safety.is_complex():
-        raise _refused(criterion, outputs, f"a tensor {tuple(safety.shape)} of {safety.dtype}")
-    bad = safety.isnan() & ~outputs.logits.isnan().any(dim=1)
+    if not isinstance(confidence, Tensor):
+        raise _refused(criterion, outputs, "None" if confidence is None else f"a {_path(type(confidence))}")
+    if confidence.shape != (n,) or confidence.is_complex():
+        raise _refused(criterion, outputs, f"a tensor {tuple(confidence.shape)} of {confidence.dtype}")
+    bad = confidence.isnan() & ~outputs.logits.isnan().any(dim=1)
     if bad.any():
         raise _refused(
             criterion, outputs, f"NaN for {int(bad.sum())} of them although the logits are numbers"
         )
-    return safety
+    return confidence
 
 
-def try_out(criterion: Criterion, prior: bool) -> None:
+def try_out(criterion: Criterion, exit_0: bool) -> None:
     """Look at what a criterion of one's own returns for made-up rows; others are left alone.
 
     What it raises there is no verdict, since the rows are not real; what it returns has the shape that it always has.
 
     Args:
         criterion: Not fitted, and left so.
-        prior: Whether exit 0 is a head.
+        exit_0: Whether exit 0 is a head.
 
     Raises:
         ConfigError: As `checked`.
@@ -314,24 +316,24 @@ def try_out(criterion: Criterion, prior: bool) -> None:
         return
     made = torch.Generator().manual_seed(0)
     logits = torch.randn(TRIED_ROWS, 3, generator=made, dtype=torch.float64)
-    evidence = torch.randn(TRIED_ROWS, len(FEATURES), generator=made, dtype=torch.float64)
-    outputs = HeadOutputs.of((0, 1, 2) if prior else (1, 2, 3), logits, evidence)
+    retrieved = torch.randn(TRIED_ROWS, len(FEATURES), generator=made, dtype=torch.float64)
+    outputs = HeadOutputs.of((0, 1, 2) if exit_0 else (1, 2, 3), logits, retrieved)
     with torch.random.fork_rng(devices=[]):
         try:
             copy = deepcopy(criterion)
             copy.fit(outputs)
-            said = [copy.safety(outputs.until(head)) for head in range(outputs.heads - 1)]
+            said = [copy.confidence(outputs.until(head)) for head in range(outputs.heads - 1)]
         except Exception:  # on made-up rows: real ones may be better
             return
-    for head, safety in enumerate(said):
-        _check(criterion, outputs.until(head), safety)
+    for head, confidence in enumerate(said):
+        _check(criterion, outputs.until(head), confidence)
 
 
 def _refused(criterion: Criterion, outputs: HeadOutputs, found: str) -> ConfigError:
     asked = f"{outputs.logits.shape[0]} rows at the exit at layer {outputs.layers[-1]}"
     return ConfigError(
-        f"the criterion {_path(type(criterion))}: asked about {asked}, its safety returned {found}; expected a torch "
-        "tensor of shape (rows,), higher is safer, -inf where it cannot decide."
+        f"the criterion {_path(type(criterion))}: asked about {asked}, its confidence returned {found}; expected a "
+        "torch tensor of shape (rows,), higher is safer, -inf where it cannot decide."
     )
 
 
@@ -345,10 +347,10 @@ DERIVED = 4
 
 
 class Learned(Criterion):
-    """Minus the predicted drift |p_last - p_k|, from the heads so far and the evidence.
+    """Minus the predicted drift |p_last - p_k|, from the heads so far and the retrieved features.
 
     Features of head k: its logits and all earlier ones, |logit_k|, p_k (1 - p_k), log of the last and of the
-    largest change of probability, the evidence numbers; standardised.
+    largest change of probability, the retrieved features numbers; standardised.
 
     Args:
         ridge: Penalty on the squared weights of the standardised basis, in rows: 100 counts as much as a
@@ -371,7 +373,7 @@ class Learned(Criterion):
                 f"learned needs rows and heads of the fold tune to learn from, found {n} rows and {heads} heads; "
                 "use more validation data or a criterion that does not learn"
             )
-        width = outputs.evidence.shape[1] + DERIVED + heads
+        width = outputs.retrieved.shape[1] + DERIVED + heads
         probabilities = outputs.probabilities.double()
         drift = (probabilities[:, :-1] - probabilities[:, -1:]).abs()
         fitted = [
@@ -379,7 +381,7 @@ class Learned(Criterion):
         ]
         self._center, self._scale, self._weight, self._intercept = map(torch.stack, zip(*fitted, strict=True))
 
-    def safety(self, outputs: HeadOutputs) -> Tensor:
+    def confidence(self, outputs: HeadOutputs) -> Tensor:
         """(n,), about [-1, 0]: a prediction may be off by being negative. Asked of all heads but the last."""
         center, scale, weight, offset = (
             self._tensor(key)[outputs.heads - 1].to(outputs.logits) for key in self._fitted
@@ -399,7 +401,7 @@ class Learned(Criterion):
 
 
 def _features(outputs: HeadOutputs, width: int) -> Tensor:
-    """(n, width): evidence, derived numbers, logits so far; zeros up to F + DERIVED + K, so that heads stack."""
+    """(n, width): retrieved features, derived numbers, logits so far, then zeros, so that heads stack."""
     probabilities = outputs.probabilities
     now = probabilities[:, -1]
     changes = probabilities.diff(dim=1).abs() if outputs.heads > 1 else torch.zeros_like(probabilities)
@@ -409,7 +411,7 @@ def _features(outputs: HeadOutputs, width: int) -> Tensor:
         (changes[:, -1] + SMALLEST_DRIFT).log(),
         (changes.amax(dim=1) + SMALLEST_DRIFT).log(),
     ]
-    known = torch.cat([outputs.evidence, torch.stack(derived, dim=1), outputs.logits], dim=1)
+    known = torch.cat([outputs.retrieved, torch.stack(derived, dim=1), outputs.logits], dim=1)
     return torch.nn.functional.pad(known, (0, width - known.shape[1]))
 
 

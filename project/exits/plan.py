@@ -19,7 +19,6 @@ from torch import Tensor
 from project.errors import ConfigError
 from project.exits.calibration import Calibration
 from project.exits.certificate import CertificateSettings
-from project.exits.cost import Stream
 from project.exits.criteria import (
     Consistency,
     Criterion,
@@ -33,7 +32,6 @@ from project.exits.criteria import (
 )
 from project.exits.policy import Policy
 
-Prior = Literal["counting", "none"]
 Mode = Literal["budget", "risk"]
 
 
@@ -49,23 +47,24 @@ class ExitSettings:
     Args:
         criterion: The criterion that decides; None takes the best of `compare` on `tune`.
         compare: Criteria whose curves are drawn; None compares all there are.
-        prior: counting lets candidates leave before the first layer and enters every head's calibration; none does not.
+        exit_0: true lets candidates leave before the first layer and enters every head's calibration; false does
+        not.
         mode: budget takes the fastest step within the budget on `tune`; risk takes the last certified step.
         max_auc_drop: Budget: AUC on `tune` that may be lost against full depth.
         alpha: Budget: chance that the AUC drop is above max_auc_drop after all, in (0, 0.5]; less is slower.
         max_cost: Budget: share of full depth's token-layers that may be spent; None sets no limit.
-        stream: Whether a request's history runs with it (cold) or is cached (warm): what a token costs.
+        prefix_cached: The keys and values of a request's history are cached, so that its tokens cost nothing.
         certificate: What is promised, and tested on the `certify` fold; None makes no certificate, so not in risk mode.
     """
 
     criterion: Criterion | None = None
     compare: list[Criterion] | None = None
-    prior: Prior = "counting"
+    exit_0: bool = True
     mode: Mode = "budget"
     max_auc_drop: float | None = 0.002
     alpha: float = 0.1
     max_cost: float | None = None
-    stream: Stream = "cold"
+    prefix_cached: bool = False
     certificate: CertificateSettings | None = field(default_factory=CertificateSettings)
 
     def __post_init__(self) -> None:
@@ -91,7 +90,7 @@ class ExitSettings:
         if self.max_cost is not None and not 0 < self.max_cost <= 1:
             raise ConfigError(f"exits.max_cost is {self.max_cost}; expected a share above 0 and at most 1.")
         for criterion in filter(None, [self.criterion, *(self.compare or [])]):
-            try_out(criterion, prior=self.prior == "counting")
+            try_out(criterion, exit_0=self.exit_0)
 
     def criteria(self) -> list[Criterion]:
         """The criteria to compare, the deciding one first if it is set."""
@@ -109,16 +108,16 @@ class ExitSettings:
 Floats = NDArray[np.float64]
 
 
-def raw_outputs(scores: pl.DataFrame, features: Floats, exit_layers: list[int], prior: bool) -> HeadOutputs:
+def raw_outputs(scores: pl.DataFrame, features: Floats, exit_layers: list[int], exit_0: bool) -> HeadOutputs:
     """What a score table says, before calibration.
 
     Args:
         scores: n rows of a score table (logit_<layer>).
-        features: (n, F) counting features of the same rows.
+        features: (n, F) features of the same rows.
         exit_layers: Layers of the heads, ascending.
-        prior: Whether exit 0 is a head.
+        exit_0: Whether exit 0 is a head.
     """
-    layers = [0, *exit_layers] if prior else list(exit_layers)
+    layers = [0, *exit_layers] if exit_0 else list(exit_layers)
     logits = torch.from_numpy(scores.select(f"logit_{k}" for k in layers).cast(pl.Float64).to_numpy().copy())
     return HeadOutputs.of(layers, logits, torch.from_numpy(features))
 
@@ -128,28 +127,28 @@ class ExitPlan:
     """How candidates leave.
 
     Attributes:
-        calibration: Per head, exit 0 first where there is a prior.
+        calibration: Per head, exit 0 first where there is a exit 0.
         policy: A fitted criterion with its thresholds.
-        prior: Whether exit 0 is a head.
+        exit_0: Whether exit 0 is a head.
     """
 
     calibration: Calibration
     policy: Policy
-    prior: bool
+    exit_0: bool
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """(K,) layers of the heads, 0 first where there is a prior."""
+        """(K,) layers of the heads, 0 first where there is a exit 0."""
         return self.policy.layers
 
     def outputs(self, scores: pl.DataFrame, features: Floats) -> HeadOutputs:
         """Calibrated outputs of a score table's rows. Arguments as in `raw_outputs`."""
-        raw = raw_outputs(scores, features, [k for k in self.layers if k > 0], self.prior)
+        raw = raw_outputs(scores, features, [k for k in self.layers if k > 0], self.exit_0)
         return self.calibrated(raw)
 
     def calibrated(self, raw: HeadOutputs) -> HeadOutputs:
         """The same rows with calibrated logits; the first heads alone will do."""
-        return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.evidence)
+        return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.retrieved)
 
     def emitted(self, outputs: HeadOutputs) -> tuple[Tensor, Tensor]:
         """Per row of calibrated outputs: the layer it leaves at, (n,) int64, and the logit it leaves with, (n,)."""
@@ -162,7 +161,7 @@ class ExitPlan:
         criterion = self.policy.criterion
         return {
             "layers": list(self.layers),
-            "prior": self.prior,
+            "exit_0": self.exit_0,
             "calibration": self.calibration.values,
             "thresholds": self.policy.thresholds,
             "criterion": specification(criterion),
@@ -176,7 +175,7 @@ class ExitPlan:
         criterion.load(state["fitted"])
         layers = tuple(state["layers"])
         policy = Policy(criterion, state["thresholds"], layers)
-        return cls(Calibration(layers, state["calibration"]), policy, state["prior"])
+        return cls(Calibration(layers, state["calibration"]), policy, state["exit_0"])
 
     @property
     def criterion(self) -> str:
@@ -190,18 +189,18 @@ class Plans:
 
     Attributes:
         plan: In use.
-        rival: Layer of its honest rival.
+        static_exit: Layer of its honest static exit.
         without: The same run's without exit 0, at the budget's step: for comparison.
-        rival_without: Layer of that plan's rival.
+        static_without: Layer of that plan's static exit.
         certified: The fastest plan that the certificate reached; None where its first test failed, or in a checkpoint
             of a version that did not look for one.
         document: Body of results/calibrate.json; from a checkpoint, its `certificate` alone.
     """
 
     plan: ExitPlan
-    rival: int
+    static_exit: int
     without: ExitPlan
-    rival_without: int
+    static_without: int
     certified: ExitPlan | None = None
     document: dict[str, Any] = field(default_factory=dict)
 
@@ -209,9 +208,9 @@ class Plans:
         """For a checkpoint."""
         return {
             "plan": self.plan.state(),
-            "rival": self.rival,
+            "static_exit": self.static_exit,
             "without": self.without.state(),
-            "rival_without": self.rival_without,
+            "static_without": self.static_without,
             "certified": None if self.certified is None else self.certified.state(),
             "certificate": json.dumps(self.document.get("certificate", {})),
         }
@@ -223,7 +222,7 @@ class Plans:
         known = state.get("certified")
         certified = None if known is None else ExitPlan.from_state(known)
         document = {"certificate": json.loads(state["certificate"])}
-        return cls(plan, state["rival"], without, state["rival_without"], certified, document)
+        return cls(plan, state["static_exit"], without, state["static_without"], certified, document)
 
 
 def specification(criterion: Criterion) -> dict[str, Any]:
@@ -245,7 +244,7 @@ def _criterion(spec: Mapping[str, Any]) -> Criterion:
     if not (isinstance(found, type) and issubclass(found, Criterion)):
         raise ConfigError(
             f"the checkpoint's exit criterion is {spec['class_path']!r}, which is no Criterion that can be imported; "
-            "install the package it comes from, or run the verb calibrate again"
+            "install the package it comes from, or run the command calibrate again"
         )
     made: Criterion = found(**spec["init_args"])
     return made
@@ -254,7 +253,7 @@ def _criterion(spec: Mapping[str, Any]) -> Criterion:
 def asked_of_fold(settings: ExitSettings) -> dict[str, Any]:
     """By YAML key, what is promised and what decides which policies are tested for it, in which order.
 
-    Budget and prior choose these policies on `tune`: with others, another policy asks the same fold. What has no part
+    Budget and exit 0 choose these policies on `tune`: with others, another policy asks the same fold. What has no part
     in the choice is left out.
 
     Args:
@@ -263,7 +262,7 @@ def asked_of_fold(settings: ExitSettings) -> dict[str, Any]:
     compared = settings.criteria() if settings.criterion is None else [settings.criterion]
     found: dict[str, Any] = {
         "criterion": [_in_short(criterion) for criterion in compared],
-        **{key: getattr(settings, key) for key in ("mode", "prior", "stream")},
+        **{key: getattr(settings, key) for key in ("mode", "exit_0", "prefix_cached")},
     }
     if (
         settings.mode == "budget" or len(compared) > 1

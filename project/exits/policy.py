@@ -15,17 +15,17 @@ from project.errors import ConfigError
 from project.exits.criteria import Criterion, HeadOutputs
 
 
-def leave(safety: Tensor, thresholds: Tensor) -> Tensor:
-    """Index of the head at which each row leaves: the first whose safety reaches the threshold.
+def leave(confidence: Tensor, thresholds: Tensor) -> Tensor:
+    """Index of the head at which each row leaves: the first whose confidence reaches the threshold.
 
     Args:
-        safety: (n, K).
+        confidence: (n, K).
         thresholds: (K,); +inf: nobody leaves there. The last head takes everyone, whatever its threshold.
 
     Returns:
         (n,) int64 in 0..K-1.
     """
-    leaves = safety >= thresholds.to(safety)
+    leaves = confidence >= thresholds.to(confidence)
     leaves[:, -1] = True
     return leaves.to(torch.int8).argmax(dim=1)  # argmax returns the first of equals
 
@@ -46,7 +46,7 @@ class Policy:
         if thresholds.shape != (len(layers),) or thresholds.isnan().any() or thresholds[-1] != -torch.inf:
             raise ConfigError(
                 f"a policy for exits at layers {tuple(layers)} needs one threshold each, the last -inf, found "
-                f"{thresholds.tolist()}; run the verb calibrate"
+                f"{thresholds.tolist()}; run the command calibrate"
             )
         self.criterion = criterion
         self.thresholds = thresholds
@@ -68,8 +68,8 @@ class Policy:
             )
         if outputs.heads == len(self.layers):
             return torch.ones_like(outputs.logits[:, -1], dtype=torch.bool)
-        safety = self.criterion.safety(outputs)
-        here_or_later = torch.stack([safety, torch.full_like(safety, torch.inf)], dim=1)
+        confidence = self.criterion.confidence(outputs)
+        here_or_later = torch.stack([confidence, torch.full_like(confidence, torch.inf)], dim=1)
         return leave(here_or_later, torch.stack([self.thresholds[head], self.thresholds[-1]])) == 0
 
     def exits(self, outputs: HeadOutputs) -> Tensor:

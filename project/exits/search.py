@@ -14,7 +14,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from project.errors import DataError
-from project.exits.cost import Stream, mean_depth, row_cost, row_tokens
+from project.exits.cost import mean_depth, row_cost, row_tokens
 from project.exits.criteria import HeadOutputs
 from project.exits.policy import FixedDepth, Oracle, RandomExit, leave
 from project.metrics import auc, probabilities
@@ -25,7 +25,7 @@ Heads = NDArray[np.int16]  # many vectors are held at once
 
 JUMPS = (1, 2, 4)  # how many shares a head may move at once; greedy by single shares gets stuck
 TEACHER_DEVIATION = 0.2
-"""Prior deviation of the weight of an earlier head in the teacher: 0 is the last head alone."""
+"""exit 0 deviation of the weight of an earlier head in the teacher: 0 is the last head alone."""
 FREE = 1e-7  # AUC losses below this are no loss, and the larger saving wins
 
 
@@ -50,7 +50,7 @@ class Search:
     """Vectors of thresholds, tried on labelled rows.
 
     Args:
-        safety: (n, K).
+        confidence: (n, K).
         scores: (n, K) calibrated logits.
         labels: (n,) 0 or 1, both there.
         layers: (K,).
@@ -58,16 +58,16 @@ class Search:
     """
 
     def __init__(
-        self, safety: Tensor, scores: Floats, labels: Floats, layers: Floats, tokens: Floats
+        self, confidence: Tensor, scores: Floats, labels: Floats, layers: Floats, tokens: Floats
     ) -> None:
-        self._safety, self._scores, self._labels = safety, scores, labels
+        self._confidence, self._scores, self._labels = confidence, scores, labels
         self._rows: Ints = np.arange(len(scores))
         self._positive = _teacher(scores, labels)
         self._cost = tokens[:, None] * layers / (float(tokens.sum() * layers[-1]) or 1.0)
 
     def member(self, thresholds: Tensor) -> Member:
         """What these (K,) thresholds do."""
-        exits: Heads = leave(self._safety, thresholds).numpy().astype(np.int16)
+        exits: Heads = leave(self._confidence, thresholds).numpy().astype(np.int16)
         return Member(
             thresholds, float(self._cost[self._rows, exits].sum()), self._expected_auc(exits), exits
         )
@@ -134,18 +134,18 @@ def _opened(thresholds: Tensor, head: int, threshold: float) -> Tensor:
     return found
 
 
-def threshold_grid(safety: Floats, steps: int) -> list[float]:
+def threshold_grid(confidence: Floats, steps: int) -> list[float]:
     """Thresholds of a head: +inf, then such that a rising share of all rows is safe, at last -inf.
 
     Args:
-        safety: (n,) at this head.
+        confidence: (n,) at this head.
         steps: Shares; they are denser where few rows leave.
     """
-    ordered = np.sort(safety)[::-1]
+    ordered = np.sort(confidence)[::-1]
     ordered = ordered[ordered > -np.inf]
     if not ordered.size:
         return [np.inf]  # the criterion cannot decide here
-    last = np.round(safety.size * (np.arange(1, steps) / steps) ** 1.5).astype(np.int64)
+    last = np.round(confidence.size * (np.arange(1, steps) / steps) ** 1.5).astype(np.int64)
     last = last[(last > 0) & (last < ordered.size)]
     middle = (ordered[last - 1] + ordered[last]) / 2
     return [np.inf, *np.unique(middle)[::-1].tolist(), -np.inf]
@@ -198,13 +198,13 @@ Path = tuple[Step, ...]
 
 
 def threshold_path(
-    safety: Tensor,
+    confidence: Tensor,
     scores: Tensor,
     labels: ArrayLike,
     layers: Sequence[int],
     target_tokens: Tensor,
     stream_tokens: Tensor,
-    stream: Stream = "cold",
+    prefix_cached: bool = False,
     steps: int = 20,
 ) -> Path:
     """Greedy by cost saved per expected AUC lost, then pruned to what nothing cheaper and better dominates.
@@ -213,24 +213,27 @@ def threshold_path(
     only ever leave earlier. "Everyone leaves at k" competes for every k at which the criterion can decide.
 
     Args:
-        safety: (n, K) safety of the rows of `tune`, out-of-fold where the criterion learns.
+        confidence: (n, K) confidence of the rows of `tune`, out-of-fold where the criterion learns.
         scores: (n, K) calibrated logits.
         labels: (n,) 0 or 1.
         layers: (K,) layer of each head.
         target_tokens: (n,) tokens of a row's own.
         stream_tokens: (n,) tokens of its stream.
-        stream: Whether the stream's tokens are paid for ("cold").
+        prefix_cached: Whether the history's tokens cost nothing.
         steps: Shares per head; they are denser where few rows leave.
 
     Returns:
         Steps of falling cost, the first of which is full depth (nobody leaves early).
 
     Raises:
-        DataError: One class, or safety that is NaN.
+        DataError: One class, or confidence that is NaN.
     """
-    _check(safety, labels, layers)
-    depths, tokens = np.asarray(layers, dtype=np.float64), row_tokens(target_tokens, stream_tokens, stream)
-    known = safety.detach().double().cpu()
+    _check(confidence, labels, layers)
+    depths, tokens = (
+        np.asarray(layers, dtype=np.float64),
+        row_tokens(target_tokens, stream_tokens, prefix_cached),
+    )
+    known = confidence.detach().double().cpu()
     search = Search(known, _numbers(scores), np.asarray(labels, dtype=np.float64), depths, _numbers(tokens))
     grids = [threshold_grid(known[:, head].numpy(), steps) for head in range(len(layers) - 1)]
     return _pruned([*search.greedy(grids), *search.static(grids)], search, depths)
@@ -241,12 +244,12 @@ def _numbers(values: Tensor) -> Floats:
     return found
 
 
-def _check(safety: Tensor, labels: ArrayLike, layers: Sequence[int]) -> None:
-    if safety.isnan().any():
-        head = int(safety.isnan().any(dim=0).int().argmax())
+def _check(confidence: Tensor, labels: ArrayLike, layers: Sequence[int]) -> None:
+    if confidence.isnan().any():
+        head = int(confidence.isnan().any(dim=0).int().argmax())
         raise DataError(
-            f"the criterion's safety is NaN at the exit at layer {layers[head]} on rows of the fold tune, expected a "
-            "number, or -inf where it cannot decide: its inputs are NaN, so train again with a lower "
+            f"the criterion's confidence is NaN at the exit at layer {layers[head]} on rows of the fold tune, expected "
+            "a number, or -inf where it cannot decide: its inputs are NaN, so train again with a lower "
             "model.optim.learning_rate, or a criterion of your own makes it so"
         )
     if np.unique(np.asarray(labels)).size < 2:
@@ -284,7 +287,7 @@ def budget_steps(path: Path, drops: Floats, max_auc_drop: float | None, max_cost
 
 
 def user_influences(
-    path: Path, safety: Tensor, scores: Tensor, labels: ArrayLike, users: ArrayLike
+    path: Path, confidence: Tensor, scores: Tensor, labels: ArrayLike, users: ArrayLike
 ) -> Floats:
     """Every user's part in the error of what the steps lose, (S, U); the parts of a step sum to 0.
 
@@ -293,7 +296,7 @@ def user_influences(
 
     Args:
         path: S steps, from `threshold_path`.
-        safety: (n, K) that the path was made with.
+        confidence: (n, K) that the path was made with.
         scores: (n, K) calibrated logits.
         labels: (n,) 0 or 1.
         users: (n,), U of them.
@@ -302,7 +305,7 @@ def user_influences(
     pairs = np.where(positive, positive.sum(), (~positive).sum())
     full, found = _components(_numbers(scores[:, -1]), positive), list[Floats]()
     for step in path:
-        adaptive = scores.gather(1, leave(safety, step.thresholds)[:, None]).squeeze(1)
+        adaptive = scores.gather(1, leave(confidence, step.thresholds)[:, None]).squeeze(1)
         away = full - _components(_numbers(adaptive), positive) - step.auc_drop
         found.append(np.bincount(user, weights=away / pairs).astype(np.float64))
     return np.stack(found)
@@ -358,7 +361,7 @@ def _pruned(members: list[Member], search: Search, layers: Floats) -> Path:
 
 ORACLE_TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 1.0)
 RANDOM_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
-RIVAL_TOLERANCE = 0.002
+STATIC_TOLERANCE = 0.002
 
 
 class Leaves(Protocol):
@@ -378,14 +381,14 @@ class ScoredRows:
         labels: (n,) 0 or 1.
         target_tokens: (n,) tokens of a row's own.
         stream_tokens: (n,) tokens of its stream.
-        stream: Whether the stream is paid for ("cold").
+        prefix_cached: Whether the history's tokens cost nothing.
     """
 
     outputs: HeadOutputs
     labels: ArrayLike
     target_tokens: Tensor
     stream_tokens: Tensor
-    stream: Stream = "cold"
+    prefix_cached: bool = False
 
     def scores(self, exits: Tensor) -> Tensor:
         """(n,) the calibrated logit each row leaves with."""
@@ -397,7 +400,7 @@ class ScoredRows:
 
     def token_layers(self, exits: Tensor) -> Tensor:
         """(n,) what each row costs as a request of its own."""
-        return row_cost(self.depth(exits), self.target_tokens, self.stream_tokens, self.stream)
+        return row_cost(self.depth(exits), self.target_tokens, self.stream_tokens, self.prefix_cached)
 
 
 def point(rows: ScoredRows, exits: Tensor) -> dict[str, Any]:
@@ -433,7 +436,7 @@ def control_curves(
     labels: ArrayLike,
     target_tokens: Tensor,
     stream_tokens: Tensor,
-    stream: Stream = "cold",
+    prefix_cached: bool = False,
     only: str | None = None,
 ) -> list[dict[str, Any]]:
     """Curves of the controls every policy is held against.
@@ -443,14 +446,14 @@ def control_curves(
         labels: (n,) 0 or 1.
         target_tokens: (n,) tokens of a row's own.
         stream_tokens: (n,) tokens of its stream.
-        stream: Whether the stream is paid for ("cold").
+        prefix_cached: Whether the history's tokens cost nothing.
         only: Name of the one control wanted; None: all.
 
     Returns:
         {`name`, `pareto`} of `fixed_depth` (one point per head, shallow first, each with its `layer`), `random`
         (from nobody to everybody by lot) and `oracle` (from strict to lax).
     """
-    rows = ScoredRows(outputs, labels, target_tokens, stream_tokens, stream)
+    rows = ScoredRows(outputs, labels, target_tokens, stream_tokens, prefix_cached)
     controls: dict[str, list[Leaves]] = {
         "fixed_depth": [FixedDepth(k) for k in range(outputs.heads)],
         "random": [RandomExit(share) for share in RANDOM_SHARES],
@@ -474,8 +477,8 @@ def cost_matched_auc(curve: Sequence[dict[str, Any]], cost: float) -> float | No
     return float(np.interp(cost, costs, values))
 
 
-def rival_depth(scores: Tensor, labels: ArrayLike, tolerance: float = RIVAL_TOLERANCE) -> int:
-    """Index of the honest rival: the shallowest static head whose AUC is near the best head's.
+def equal_accuracy_depth(scores: Tensor, labels: ArrayLike, tolerance: float = STATIC_TOLERANCE) -> int:
+    """Index of the honest static exit: the shallowest static head whose AUC is near the best head's.
 
     Args:
         scores: (n, K) logits of every head.

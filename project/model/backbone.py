@@ -56,11 +56,11 @@ class State:
 class NumberEmbedding(nn.Embedding):
     """Vectors of ids: rows of a table for words, lines between knots for numbers, which are ids below zero.
 
-    Every kind of evidence has a few trained vectors, one at some values each, and a number's vector lies on the line
-    between the two nearest: 0.70 and 0.75 mean nearly the same from the first step on, and what a value means is
-    learned from all values around it. A token of several numbers is the sum of their vectors, a generalised additive
-    model's input. CoLLM (arXiv 2310.19488) puts collaborative information into an LLM's input like this; here it is
-    numbers that are counted, not trained vectors of users and items.
+    Every kind of retrieved features has a few trained vectors, one at some values each, and a number's vector lies on
+    the line between the two nearest: 0.70 and 0.75 mean nearly the same from the first step on, and what a value
+    means is learned from all values around it. A token of several numbers is the sum of their vectors, a generalised
+    additive model's input. CoLLM (arXiv 2310.19488) puts collaborative information into an LLM's input like this;
+    here it is numbers that are counted, not trained vectors of users and items.
 
     Args:
         words: The LM's token embeddings, whose weights are shared.
@@ -104,7 +104,7 @@ class NumberEmbedding(nn.Embedding):
         return torch.where((ids < 0)[..., None], numbers.to(words.dtype), words)
 
 
-class Trunk(nn.Module):
+class Backbone(nn.Module):
     """Token embeddings and the first decoder layers of a causal LM.
 
     Attributes:
@@ -131,8 +131,8 @@ class Trunk(nn.Module):
         self.train()  # from_pretrained leaves its modules in eval mode, and Lightning keeps the mode it finds
 
     @classmethod
-    def from_config(cls, config: PretrainedConfig, num_layers: int | None = None) -> Trunk:
-        """Trunk with random weights.
+    def from_config(cls, config: PretrainedConfig, num_layers: int | None = None) -> Backbone:
+        """Backbone with random weights.
 
         Args:
             config: Configuration of a supported family.
@@ -147,8 +147,8 @@ class Trunk(nn.Module):
     @classmethod
     def from_pretrained(
         cls, name: str | Path, num_layers: int | None = None, dtype: torch.dtype = torch.float32
-    ) -> Trunk:
-        """Trunk with the weights of a saved model; layers beyond `num_layers` are not loaded.
+    ) -> Backbone:
+        """Backbone with the weights of a saved model; layers beyond `num_layers` are not loaded.
 
         Args:
             name: Folder of a Hugging Face model or a name on its hub.

@@ -27,7 +27,7 @@ class ExitHead(nn.Module):
 
     Args:
         norm: Final norm of the LM; copied.
-        direction: (H,) initial weights, see `Trunk.answer_direction`. The bias starts at 0.
+        direction: (H,) initial weights, see `Backbone.answer_direction`. The bias starts at 0.
     """
 
     def __init__(self, norm: nn.Module, direction: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the trunk (Hu et al., LoRA, 2021) through peft, and which parameters are frozen."""
+"""Low-rank adapters on the backbone (Hu et al., LoRA, 2021) through peft, and which parameters are frozen."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from project.evaluation.result import (
     scores_of_candidates,
     scores_of_rows,
 )
-from project.features import FEATURES, CountingPrior
-from project.model.backbone import Trunk
+from project.features import FEATURES, FeatureBaseline
+from project.model.backbone import Backbone
 from project.model.heads import ExitHead, answer_tokens
 from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups, planned_steps
 from project.model.sharding import WHOLE, shared_mesh
@@ -40,7 +40,7 @@ from project.model.sharding import WHOLE, shared_mesh
 
 @dataclass
 class LoraSettings:
-    """Adapters that are trained instead of the trunk's own weights.
+    """Adapters that are trained instead of the backbone's own weights.
 
     Args:
         rank: Rank of the adapters.
@@ -68,19 +68,21 @@ class LoraSettings:
             raise ConfigError(f"model.lora.dropout is {self.dropout}; expected a share from 0 to below 1.")
 
 
-def add_lora(trunk: Trunk, settings: LoraSettings) -> None:
-    """Put adapters on the trunk's linear layers, in place, and freeze everything else in it.
+def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
+    """Put adapters on the backbone's linear layers, in place, and freeze everything else in it.
 
     At first an adapter adds nothing: one of its two factors starts at zero.
 
     Raises:
-        ConfigError: If a target names no linear layer of the trunk.
+        ConfigError: If a target names no linear layer of the backbone.
     """
-    linear = sorted({n.split(".")[-1] for n, m in trunk.layers.named_modules() if isinstance(m, nn.Linear)})
+    linear = sorted(
+        {n.split(".")[-1] for n, m in backbone.layers.named_modules() if isinstance(m, nn.Linear)}
+    )
     unknown = sorted(set(settings.target_modules) - set(linear))
     if unknown or not settings.target_modules:
         raise ConfigError(
-            f"model.lora.target_modules is {settings.target_modules}; expected some of the trunk's linear "
+            f"model.lora.target_modules is {settings.target_modules}; expected some of the backbone's linear "
             f"layers: {', '.join(linear)}."
         )
     from peft import LoraConfig, inject_adapter_in_model
@@ -91,7 +93,7 @@ def add_lora(trunk: Trunk, settings: LoraSettings) -> None:
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
     )
-    inject_adapter_in_model(config, trunk)  # freezes all that is no adapter
+    inject_adapter_in_model(config, backbone)  # freezes all that is no adapter
 
 
 def frozen_names(module: nn.Module) -> set[str]:
@@ -113,7 +115,7 @@ class ExitRecommender(LightningModule):
         exit_layers: Depths that have a head, ascending; layer k means after k decoder layers. The last one is the full
             depth: later layers of the backbone are not loaded.
         optim: Learning rates by depth, schedule and weight decay.
-        lora: Train adapters instead of the trunk's own weights.
+        lora: Train adapters instead of the backbone's own weights.
         freeze_embeddings: Keep the token embeddings as they are.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         answers: Texts of the answers dislike and like; set by data.prompt.answers.
@@ -141,7 +143,7 @@ class ExitRecommender(LightningModule):
         self.optim, self.lora, self.freeze_embeddings = optim, lora, freeze_embeddings
         self.gradient_checkpointing = gradient_checkpointing
         self.answers, self.numbers = answers or [" no", " yes"], numbers
-        self.trunk: Trunk | None = None
+        self.backbone: Backbone | None = None
         self.heads = nn.ModuleDict()
         self.collector = ScoreCollector()
         self.scores: polars.DataFrame | None = None
@@ -150,11 +152,11 @@ class ExitRecommender(LightningModule):
         )
         # buffers travel with every checkpoint; NaN and -1 cannot be mistaken for something that was fitted
         self.chosen_exit: Tensor
-        self.prior: Tensor
+        self.exit_0: Tensor
         # the exit layer of the headline, by validation's tune fold; -1: not validated yet
         self.register_buffer("chosen_exit", torch.tensor(-1))
         # exit 0, fitted when training starts; NaN: not fitted yet
-        self.register_buffer("prior", torch.full((2 + len(FEATURES),), torch.nan))
+        self.register_buffer("exit_0", torch.full((2 + len(FEATURES),), torch.nan))
 
     @property
     def data(self) -> InteractionData:
@@ -162,75 +164,77 @@ class ExitRecommender(LightningModule):
         return cast(InteractionData, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
-        """Load the trunk and make the heads; called once, before the first batch."""
-        if self.trunk is not None:
+        """Load the backbone and make the heads; called once, before the first batch."""
+        if self.backbone is not None:
             return
         with self.data.clock.stage("load model"):
             folder = resolve_model(self.backbone_name)
             mesh = shared_mesh(self.trainer.strategy)
             if mesh is not None:
-                set_sharded_trunk(self, folder, self.data.tokenizer, mesh)
+                set_sharded_backbone(self, folder, self.data.tokenizer, mesh)
             else:
-                self.set_trunk(Trunk.from_pretrained(folder, num_layers=self.depth), self.data.tokenizer)
-        positions = self.trunk.config.max_position_embeddings  # type: ignore[attr-defined]  # it was just set
+                self.set_backbone(
+                    Backbone.from_pretrained(folder, num_layers=self.depth), self.data.tokenizer
+                )
+        positions = self.backbone.config.max_position_embeddings  # type: ignore[attr-defined]  # it was just set
         if self.data.context_tokens > positions:
             raise ConfigError(
-                f"data.context_tokens is {self.data.context_tokens}, but {self.backbone_name} knows {positions} positions; "
-                f"expected at most {positions}."
+                f"data.context_tokens is {self.data.context_tokens}, but {self.backbone_name} knows {positions} "
+                f"positions; expected at most {positions}."
             )
 
-    def set_trunk(self, trunk: Trunk, tokenizer: Any) -> None:
-        """Use this trunk, with heads initialised from its language model head.
+    def set_backbone(self, backbone: Backbone, tokenizer: Any) -> None:
+        """Use this backbone, with heads initialised from its language model head.
 
         Args:
-            trunk: At least as deep as the last exit.
+            backbone: At least as deep as the last exit.
             tokenizer: Resolves the answers' tokens.
         """
         no, yes = answer_tokens(tokenizer, self.answers)
-        direction = trunk.answer_direction(yes, no)
+        direction = backbone.answer_direction(yes, no)
         for layer in self.exit_layers:
-            self.heads[str(layer)] = ExitHead(trunk.final_norm, direction)
-        trunk.gradient_checkpointing = self.gradient_checkpointing
+            self.heads[str(layer)] = ExitHead(backbone.final_norm, direction)
+        backbone.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
-            add_lora(trunk, self.lora)
-        trunk.release_lm_head()
+            add_lora(backbone, self.lora)
+        backbone.release_lm_head()
         if self.freeze_embeddings:
-            trunk.embed_tokens.requires_grad_(False)
+            backbone.embed_tokens.requires_grad_(False)
         if self.numbers:  # last: they are trained whatever is frozen
-            trunk.learn_numbers()
-        self.trunk = trunk
+            backbone.learn_numbers()
+        self.backbone = backbone
 
     def on_fit_start(self) -> None:
         """Fit exit 0 on train targets; its weights are buffers, so they travel with the checkpoint."""
         targets = self.data.targets("train")
-        prior = CountingPrior.fit(self.data.evidence_of(targets), targets["label"].to_numpy())
-        self.prior.copy_(torch.from_numpy(prior.to_array()))
+        exit_0 = FeatureBaseline.fit(self.data.retrieved_of(targets), targets["label"].to_numpy())
+        self.exit_0.copy_(torch.from_numpy(exit_0.to_array()))
 
     def on_validation_start(self) -> None:
         """Refuse to score a model that was never trained, before the first batch."""
-        self.counting_prior()
+        self.feature_baseline()
 
     def on_test_start(self) -> None:
         """As for validation."""
-        self.counting_prior()
+        self.feature_baseline()
 
     def on_predict_start(self) -> None:
         """As for validation."""
-        self.counting_prior()
+        self.feature_baseline()
 
-    def counting_prior(self) -> CountingPrior:
+    def feature_baseline(self) -> FeatureBaseline:
         """Exit 0 as it was fitted.
 
         Raises:
             NotFittedError: If neither `fit` ran nor a checkpoint was loaded.
         """
-        values = self.prior.cpu().numpy()
+        values = self.exit_0.cpu().numpy()
         if np.isnan(values).any():
             raise NotFittedError(
                 "this model has never been trained: its exit 0 has no weights. Give `--ckpt_path` a checkpoint of "
                 "a run, or make one with `python -m project fit --config ...`."
             )
-        return CountingPrior.from_array(values)
+        return FeatureBaseline.from_array(values)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of every exit.
@@ -241,11 +245,11 @@ class ExitRecommender(LightningModule):
         Returns:
             (n, exits), in the order of `exit_layers`.
         """
-        assert self.trunk is not None
-        state = self.trunk.embed(batch.tokens, batch.layout)
+        assert self.backbone is not None
+        state = self.backbone.embed(batch.tokens, batch.layout)
         outputs, start = list[Tensor](), 0
         for layer in self.exit_layers:
-            state = self.trunk.run(state, start, layer)
+            state = self.backbone.run(state, start, layer)
             outputs.append(self.heads[str(layer)](state.hidden.flatten(0, 1)[batch.slots]))
             start = layer
         return torch.stack(outputs, dim=1)
@@ -299,20 +303,18 @@ class ExitRecommender(LightningModule):
     def on_predict_epoch_end(self) -> None:
         """Keep the scores of all candidates."""
         assert self.data.requests is not None
-        assert self.data.candidate_evidence is not None
+        assert self.data.candidate_retrieved is not None
         ids, values = self.collector.compute()
         self.collector.reset()
-        counting = self.counting_prior().logits(self.data.candidate_evidence)
-        self.scores = scores_of_candidates(
-            ids, values, self.data.requests.table(), counting, self.exit_layers
-        )
+        exit_0 = self.feature_baseline().logits(self.data.candidate_retrieved)
+        self.scores = scores_of_candidates(ids, values, self.data.requests.table(), exit_0, self.exit_layers)
 
     def _finish(self) -> polars.DataFrame:
         ids, values = self.collector.compute()
         self.collector.reset()
         rows = self.data.split.rows[ids[:, 0].cpu().numpy()]
-        counting = self.counting_prior().logits(self.data.evidence_of(rows))
-        return scores_of_rows(ids, values, rows, counting, self.exit_layers)
+        exit_0 = self.feature_baseline().logits(self.data.retrieved_of(rows))
+        return scores_of_rows(ids, values, rows, exit_0, self.exit_layers)
 
     def _log_heads(self, rows: list[dict[str, Any]], prefix: str) -> None:
         for row in rows:
@@ -325,8 +327,8 @@ class ExitRecommender(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with learning rates by depth, warm-up and cosine decay."""
-        assert self.trunk is not None
-        groups = parameter_groups(self.trunk, self.heads, self.optim)
+        assert self.backbone is not None
+        groups = parameter_groups(self.backbone, self.heads, self.optim)
         # Lightning clips no gradients of a fused optimizer under mixed precision, also where nothing is scaled
         fused = "mixed" not in str(self.trainer.precision)
         optimizer = torch.optim.AdamW(groups, betas=(self.optim.betas[0], self.optim.betas[1]), fused=fused)
@@ -346,8 +348,9 @@ class ExitRecommender(LightningModule):
         """Refuse a checkpoint that was made for another model.
 
         Raises:
-            CheckpointError: If exit layers, base model or parameters, protocol, prompt or evidence differ from this
-                configuration. Training that goes on is no exception: rows of the old train could be the new test's.
+            CheckpointError: If exit layers, base model or parameters, protocol, prompt or retrieved features differ
+                from this configuration. Training that goes on is no exception: rows of the old train could be the new
+                test's.
         """
         check_origin(checkpoint, self.exit_layers, self.backbone_name)
         drop_retired(checkpoint)
@@ -356,37 +359,37 @@ class ExitRecommender(LightningModule):
             check_reads(checkpoint.get("reads"), self.data, judged=self.trainer.state.fn != "predict")
 
 
-def set_sharded_trunk(module: ExitRecommender, folder: str, tokenizer: Any, mesh: DeviceMesh) -> None:
-    """What `set_trunk` does, on all processes of a mesh; each keeps its part of every parameter.
+def set_sharded_backbone(module: ExitRecommender, folder: str, tokenizer: Any, mesh: DeviceMesh) -> None:
+    """What `set_backbone` does, on all processes of a mesh; each keeps its part of every parameter.
 
     Only rank 0 reads the weights and holds the whole model, once; the others start without memory ("meta") and are sent
     their parts.
 
     Args:
-        module: Gets trunk and heads.
-        folder: Folder or name of the model that the trunk comes from.
+        module: Gets backbone and heads.
+        folder: Folder or name of the model that the backbone comes from.
         tokenizer: Resolves the answers' tokens.
         mesh: One dimension, as many processes as share the model.
     """
     reads = mesh.get_rank() == 0
     if reads:
-        module.set_trunk(Trunk.from_pretrained(folder, num_layers=module.depth), tokenizer)
+        module.set_backbone(Backbone.from_pretrained(folder, num_layers=module.depth), tokenizer)
     else:
         config = AutoConfig.from_pretrained(folder)
         config.dtype = torch.float32  # as from_pretrained
         with torch.device("meta"):
-            module.set_trunk(Trunk.from_config(config, num_layers=module.depth), tokenizer)
-    assert module.trunk is not None
+            module.set_backbone(Backbone.from_config(config, num_layers=module.depth), tokenizer)
+    assert module.backbone is not None
     whole = module.state_dict() if reads else {}
-    for layer in module.trunk.layers:
+    for layer in module.backbone.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)
     if not reads:
         device = torch.device(mesh.device_type)
-        module.trunk.to_empty(device=device)
+        module.backbone.to_empty(device=device)
         module.heads.to_empty(device=device)
         # its tables are computed, not stored
-        module.trunk.rotary_emb = type(module.trunk.rotary_emb)(module.trunk.config).to(device)
+        module.backbone.rotary_emb = type(module.backbone.rotary_emb)(module.backbone.config).to(device)
     set_model_state_dict(module, whole, options=WHOLE)
 
 
@@ -432,7 +435,7 @@ def check_parameters(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that lacks what is trained here, or holds what is unknown here.
 
     Args:
-        module: With its trunk and heads.
+        module: With its backbone and heads.
         checkpoint: A loaded checkpoint.
     """
     missing = set(module.state_dict()) - set(checkpoint["state_dict"]) - frozen_names(module)

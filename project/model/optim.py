@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from project.errors import ConfigError
-from project.model.backbone import NumberEmbedding, Trunk
+from project.model.backbone import Backbone, NumberEmbedding
 
 
 @dataclass
@@ -70,11 +70,13 @@ def depth_rate(settings: OptimSettings, layer: int, layers: int) -> float:
     return settings.learning_rate * (1 + settings.depth_slope * (1 - layer / layers))
 
 
-def parameter_groups(trunk: Trunk, heads: nn.ModuleDict, settings: OptimSettings) -> list[dict[str, Any]]:
-    """Groups for AdamW; every trainable parameter of trunk and heads is in exactly one.
+def parameter_groups(
+    backbone: Backbone, heads: nn.ModuleDict, settings: OptimSettings
+) -> list[dict[str, Any]]:
+    """Groups for AdamW; every trainable parameter of backbone and heads is in exactly one.
 
     Args:
-        trunk: The trunk; frozen parameters are left out.
+        backbone: The backbone; frozen parameters are left out.
         heads: Exit heads by their layer, as text.
         settings: Learning rates and weight decay.
 
@@ -82,7 +84,7 @@ def parameter_groups(trunk: Trunk, heads: nn.ModuleDict, settings: OptimSettings
         Dictionaries with params, lr, weight_decay and a readable name such as "layer_3/decay".
     """
     groups = []
-    for name, parameters, rate in _parts(trunk, heads, settings):
+    for name, parameters, rate in _parts(backbone, heads, settings):
         trainable = [p for p in parameters if p.requires_grad]
         for suffix, decay, params in (
             ("decay", settings.weight_decay, [p for p in trainable if p.ndim > 1]),
@@ -96,13 +98,13 @@ def parameter_groups(trunk: Trunk, heads: nn.ModuleDict, settings: OptimSettings
 
 
 def _parts(
-    trunk: Trunk, heads: nn.ModuleDict, settings: OptimSettings
+    backbone: Backbone, heads: nn.ModuleDict, settings: OptimSettings
 ) -> Iterator[tuple[str, Iterable[nn.Parameter], float]]:
-    depth, words = len(trunk.layers), trunk.embed_tokens
+    depth, words = len(backbone.layers), backbone.embed_tokens
     yield "embeddings", [words.weight], depth_rate(settings, 0, depth)
     if isinstance(words, NumberEmbedding):
         yield "numbers", [words.numbers], settings.head_factor * depth_rate(settings, 0, depth)
-    for layer, module in enumerate(trunk.layers, start=1):
+    for layer, module in enumerate(backbone.layers, start=1):
         yield f"layer_{layer}", module.parameters(), depth_rate(settings, layer, depth)
     for key, head in heads.items():
         yield f"head_{key}", head.parameters(), settings.head_factor * depth_rate(settings, int(key), depth)
@@ -143,12 +145,12 @@ def cosine_with_warmup(total_steps: int, settings: OptimSettings) -> Callable[[i
         A function of the step (0 is the first) for `LambdaLR`. The first step already moves.
     """
     warmup = round(settings.warmup_share * total_steps)
-    floor = settings.minimum_share
+    baseline = settings.minimum_share
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        return baseline + (1 - baseline) * 0.5 * (1 + math.cos(math.pi * done))
 
     return factor

@@ -198,7 +198,7 @@ def reliability_scores(
     Args:
         rows: Of a score table; `adaptive_logit` (calibrated) is there once a plan ran.
         layers: Exits to show.
-        calibration: By layer {`logit`, `prior`, `offset`}: score_k = logit * logit_k + prior * logit_0 + offset. A
+        calibration: By layer {`logit`, `exit_0`, `offset`}: score_k = logit * logit_k + exit 0 * logit_0 + offset. A
             layer that is not in it keeps its own logit.
         name: The table's name in messages.
 
@@ -219,8 +219,8 @@ def reliability_scores(
     for layer in layers:
         logits = logits_of(f"logit_{layer}")
         if terms := calibration.get(str(layer)):
-            prior = terms.get("prior", 0.0) if layer else 0.0
-            zero = prior * logits_of("logit_0") if prior else 0.0
+            exit_0 = terms.get("exit_0", 0.0) if layer else 0.0
+            zero = exit_0 * logits_of("logit_0") if exit_0 else 0.0
             logits = terms["logit"] * logits + zero + terms["offset"]
         found[f"exit {layer}"] = (probabilities(logits), labels)
     if "adaptive_logit" in rows.columns and rows["adaptive_logit"].null_count() == 0:

@@ -28,7 +28,7 @@ from project.report.plots import (
 from project.report.tables import criteria_rows, decide, plan_rows, rows_of, score_rows, slice_rows
 from project.run import exit_layers_of, read_result, replace_file
 
-VERBS = ("fit", "validate", "calibrate", "test", "floors")
+COMMANDS = ("fit", "validate", "calibrate", "test", "baselines")
 """In the order in which the run's protocol is taken from them."""
 
 
@@ -38,10 +38,10 @@ class Run:
 
     Args:
         folder: The folder, as given.
-        results: Result by verb: fit, validate, calibrate, test, floors.
+        results: Result by command: fit, validate, calibrate, test, baselines.
         benchmarks: Every benchmark result.
         notes: What was left out, a sentence each.
-        reported: Result with the reported rows: `exits`, `floors`, `adaptive`, ...
+        reported: Result with the reported rows: `exits`, `baselines`, `adaptive`, ...
         split: Their split.
         fold: Their fold.
     """
@@ -65,8 +65,8 @@ class Run:
         return "test" if self.split == "test" else "the tune fold of validation"
 
     @property
-    def verb(self) -> str:
-        """The verb that writes the reported rows' adaptive score."""
+    def command(self) -> str:
+        """The command that writes the reported rows' adaptive score."""
         return "test" if self.split == "test" else "calibrate"
 
     @property
@@ -79,24 +79,24 @@ class Run:
         """Rows of every benchmark result."""
         return [row for result in self.benchmarks for row in result.get("rows", [])]
 
-    def command(self, verb: str) -> str:
-        """The command line of a verb for this run."""
-        base = f"python -m project {verb}"
-        if verb == "report":
+    def command_line(self, command: str) -> str:
+        """The command line of a command for this run."""
+        base = f"python -m project {command}"
+        if command == "report":
             return f"{base} {self.folder}"
         config = f"{base} --config {self.folder}/config.yaml"
-        return config if verb == "fit" else f"{config} --ckpt_path {self.folder}/checkpoints/last.ckpt"
+        return config if command == "fit" else f"{config} --ckpt_path {self.folder}/checkpoints/last.ckpt"
 
-    def missing(self, what: str, verb: str) -> Markup:
+    def missing(self, what: str, command: str) -> Markup:
         """A line of Markdown that says what is missing and the command that makes it."""
-        return Markup(f"{escape(what)} Make it: {code(self.command(verb))}")
+        return Markup(f"{escape(what)} Make it: {code(self.command_line(command))}")
 
-    def floor(self, split: str, fold: str | None) -> tuple[str, float] | None:
+    def baseline(self, split: str, fold: str | None) -> tuple[str, float] | None:
         """Name and AUC of the best baseline on some rows, from whichever result has it."""
         for result in (self.reported, *self.results.values()):
-            for row in result.get("floors", []):
+            for row in result.get("baselines", []):
                 same = (row["split"], row.get("fold")) == (split, fold)
-                if same and row["name"] == result.get("best_floor") and row.get("auc") is not None:
+                if same and row["name"] == result.get("best_baseline") and row.get("auc") is not None:
                     return row["name"], row["auc"]
         return None
 
@@ -117,25 +117,31 @@ def read_run(folder: Path) -> Run:
             "runs/quickstart/latest. `python -m project fit --config FILE` makes one."
         )
     found = {path: read_result(path) for path in files}
-    by_verb: dict[str, list[Path]] = {}
+    by_command: dict[str, list[Path]] = {}
     for path, result in found.items():
-        by_verb.setdefault(result["verb"], []).append(path)
+        by_command.setdefault(result["command"], []).append(path)
     # results/test.json before results/test-a.json: a tag is for keeping several apart
-    first = {verb: min(by_verb[verb], key=lambda path: len(path.stem)) for verb in VERBS if verb in by_verb}
+    first = {
+        command: min(by_command[command], key=lambda path: len(path.stem))
+        for command in COMMANDS
+        if command in by_command
+    }
     known = [found[path] for path in first.values()] or list(found.values())
     protocol = known[0]["protocol"]["hash"]
     results = {v: found[p] for v, p in first.items() if found[p]["protocol"]["hash"] == protocol}
-    benchmarks = [r for r in found.values() if r["verb"] == "benchmark" and r["protocol"]["hash"] == protocol]
+    benchmarks = [
+        r for r in found.values() if r["command"] == "benchmark" and r["protocol"]["hash"] == protocol
+    ]
     notes = [
         f"Left out: results/{path.name} is of protocol hash {result['protocol']['hash']}, this run of {protocol}."
         for path, result in found.items()
         if result["protocol"]["hash"] != protocol
     ]
     notes += [
-        f"Not shown: results/{path.name} (a second result of `{verb}`)."
-        for verb, paths in by_verb.items()
+        f"Not shown: results/{path.name} (a second result of `{command}`)."
+        for command, paths in by_command.items()
         for path in paths
-        if verb in first and path != first[verb] and found[path]["protocol"]["hash"] == protocol
+        if command in first and path != first[command] and found[path]["protocol"]["hash"] == protocol
     ]
     return Run(folder, results, benchmarks, notes, *_reported(results, known[0]))
 
@@ -154,8 +160,8 @@ def _reported(
         return _with_shares(calibrate | base | newer), "valid", "tune"
     if base:
         return base, "valid", "tune"
-    # counting alone: floors were scored on both splits, exploring shows validation
-    return results.get("floors", other), "valid", "tune"
+    # baselines alone: they were scored on both splits, exploring shows validation
+    return results.get("baselines", other), "valid", "tune"
 
 
 def _same_plan(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
@@ -260,7 +266,7 @@ def render_report(run: Run, drawn: Mapping[str, Figure | str]) -> str:
         run=run,
         result=result,
         exits=exits,
-        baselines=rows_of(result.get("floors", []), run.split, run.fold),
+        baselines=rows_of(result.get("baselines", []), run.split, run.fold),
         answer=decide(result),
         rows=score_rows(result, run.split, run.fold, run.benchmark_rows),
         slices=slice_rows(result, run.split, run.fold),
@@ -306,32 +312,32 @@ def pictures(run: Run) -> dict[str, Figure | str]:
     plan = run.reported.get("adaptive")
     found: dict[str, Figure | str] = {"depth": "", "exit_share": "", "pareto": "", "reliability": ""}
     if exits:
-        found["depth"] = depth_figure(exits, run.floor(run.split, run.fold), plan, run.rows)
+        found["depth"] = depth_figure(exits, run.baseline(run.split, run.fold), plan, run.rows)
     if any(row.get("exit_share") is not None for row in exits):
         found["exit_share"] = exit_share_figure(exits, (plan or {}).get("mean_depth"))
     if run.calibrate.get("policies"):
-        found["pareto"] = pareto_figure(run.calibrate, run.floor("valid", "tune"))
+        found["pareto"] = pareto_figure(run.calibrate, run.baseline("valid", "tune"))
     found["reliability"] = _reliability(run, exits)
     return found
 
 
 def _reliability(run: Run, exits: Sequence[Row]) -> Figure | str:
     path = run.folder / "scores" / f"{run.split}.parquet"
-    verb = "test" if run.split == "test" else "validate"
+    command = "test" if run.split == "test" else "validate"
     if not path.is_file():
-        return run.missing(f"No reliability diagrams: scores/{path.name} is missing.", verb)
+        return run.missing(f"No reliability diagrams: scores/{path.name} is missing.", command)
     table = pl.read_parquet(path, glob=False)
     if lacking := [
         c for c in ("split", "fold", "label", *(f"logit_{r['layer']}" for r in exits)) if c not in table
     ]:
         return run.missing(
-            f"No reliability diagrams: scores/{path.name} has no column {', '.join(lacking)}.", verb
+            f"No reliability diagrams: scores/{path.name} has no column {', '.join(lacking)}.", command
         )
     part = table.filter(pl.col("split") == run.split)
     part = part if run.fold is None else part.filter(pl.col("fold") == run.fold)
     if not len(part) or any(row["n"] != len(part) for row in exits):
         counts = f"{len(part):,} rows of {run.rows}, the result {max((r['n'] for r in exits), default=0):,}"
-        return run.missing(f"No reliability diagrams: scores/{path.name} holds {counts}.", verb)
+        return run.missing(f"No reliability diagrams: scores/{path.name} holds {counts}.", command)
     chosen: Row = next(
         (p for p in run.calibrate.get("policies", []) if p["criterion"] == run.calibrate.get("chosen")), {}
     )

@@ -26,16 +26,16 @@ class Answer:
     Attributes:
         kind: "plan" and "exit" deploy the LLM; "no_llm" does not; "undecided": a class or a baseline is missing;
             "baselines": no exit was scored.
-        rival: no_llm: "exit 0", or the best baseline's name.
-        how: no_llm: the rival is "as good", "better", within the "budget", or the LLM is "not better": the interval
-            holds 0, but the difference is no small one.
+        static_exit: no_llm: "exit 0", or the best baseline's name.
+        how: no_llm: the static exit is "as good", "better", within the "budget", or the LLM is "not better": the
+            interval holds 0, but the difference is no small one.
         layer: exit: the one to deploy.
         gain: What would be deployed (no_llm: the best that the LLM has to offer) minus the best baseline.
         calibrated: exit: whether `gain` is of the exit calibrated with exit 0, else as trained.
     """
 
     kind: Literal["plan", "exit", "no_llm", "undecided", "baselines"]
-    rival: str = ""
+    static_exit: str = ""
     how: Literal["", "as good", "better", "not better", "budget"] = ""
     layer: int | None = None
     gain: Row | None = None
@@ -46,42 +46,44 @@ def decide(result: Row) -> Answer:
     """The decision on the rows of a result.
 
     Args:
-        result: Of `fit`, `validate`, `test` or `calibrate`: `exits`, `chosen_exit`, `floor_difference` and, once
+        result: Of `fit`, `validate`, `test` or `calibrate`: `exits`, `chosen_exit`, `baseline_difference` and, once
             calibrated, `adaptive`.
     """
     if not result.get("exits"):
         return Answer("baselines")
     plan: Row = result.get("adaptive") or {}
-    gain = (plan or result).get("floor_difference")
+    gain = (plan or result).get("baseline_difference")
     if not gain or not gain["interval"]:
         return Answer("undecided", gain=gain)
-    static: Row = plan.get("rival") or {}
+    static: Row = plan.get("static_exit") or {}
     if plan and plan["mean_depth"] == 0:
         loses = (plan.get("auc_drop") or 0) > TOLERANCE and _above(plan.get("auc_drop_interval"))
         return Answer("no_llm", "exit 0", "budget" if loses else "as good", gain=gain)
-    with_exit_0 = ((result.get("chosen_exit_by_prior") or {}).get("counting") or {}).get(
-        "floor_difference"
+    with_exit_0 = ((result.get("chosen_exit_by_exit_0") or {}).get("with_exit_0") or {}).get(
+        "baseline_difference"
     ) or {}
-    for static_gain, calibrated in ((with_exit_0, True), (result.get("floor_difference") or {}, False)):
+    for static_gain, calibrated in ((with_exit_0, True), (result.get("baseline_difference") or {}, False)):
         if not _above(gain["interval"]) and _above(static_gain.get("interval")):
             return Answer("exit", layer=result["chosen_exit"], gain=static_gain, calibrated=calibrated)
     if _below(gain["interval"]):
-        return Answer("no_llm", gain["floor"], "better", gain=gain)
+        return Answer("no_llm", gain["baseline"], "better", gain=gain)
     if not _above(gain["interval"]):
-        rival = "exit 0" if static.get("layer") == 0 else gain["floor"]
-        return Answer("no_llm", rival, "as good" if gain["value"] <= TOLERANCE else "not better", gain=gain)
+        static_exit = "exit 0" if static.get("layer") == 0 else gain["baseline"]
+        return Answer(
+            "no_llm", static_exit, "as good" if gain["value"] <= TOLERANCE else "not better", gain=gain
+        )
     if not plan:
         return Answer("exit", layer=result["chosen_exit"], gain=gain)
     if static.get("auc_gain_interval") is None:
         return Answer("undecided", gain=gain)
     more_accurate = _above(static["auc_gain_interval"])
-    cheaper = plan["speedup_over_rival"]["value"] > 1 and not _below(static["auc_gain_interval"])
+    cheaper = plan["speedup_over_static"]["value"] > 1 and not _below(static["auc_gain_interval"])
     if more_accurate or (cheaper and static["layer"] > 0):
         return Answer("plan", gain=gain)
     if static["layer"] == 0:
         return Answer("no_llm", "exit 0", "as good", gain=gain)
     own: Row = next((row for row in result["exits"] if row["layer"] == static["layer"]), {})
-    return Answer("exit", layer=static["layer"], gain=own.get("floor_difference"))
+    return Answer("exit", layer=static["layer"], gain=own.get("baseline_difference"))
 
 
 def _above(bounds: list[float] | None) -> bool:
@@ -97,7 +99,7 @@ Result = Mapping[str, Any]
 
 REPORTED = {
     "test": ("test", None),
-    "floors": ("test", None),
+    "baselines": ("test", None),
 }  # every other command shows the tune fold of validation
 TABLE = re.compile(
     r"(?P<start><!-- table (?P<files>\S+(?: \S+)*?) -->)\n.*?(?P<end><!-- end of table -->)", re.DOTALL
@@ -106,7 +108,7 @@ BESIDE = 64  # candidates of the timed requests that stand beside AUCs
 
 
 def render(result: Result, folder: Path | None = None) -> str:
-    """Markdown of a result file of any verb.
+    """Markdown of a result file of any command.
 
     Args:
         result: A result file.
@@ -114,9 +116,9 @@ def render(result: Result, folder: Path | None = None) -> str:
     """
     name = {"benchmark": "benchmark", "rank": "rank", "compare": "compare", "study": "study"}
     made: Any = environment().get_template("tables.md.j2").module
-    if kind := name.get(result["verb"]):
+    if kind := name.get(result["command"]):
         return tidy(getattr(made, kind)(result))
-    split, fold = REPORTED.get(result["verb"], ("valid", "tune"))
+    split, fold = REPORTED.get(result["command"], ("valid", "tune"))
     parts = {
         "rows": score_rows(result, split, fold, _timed(result, folder)),
         "slices": [s for s in slice_rows(result, split, fold) if s["name"].startswith("item_")],
@@ -132,19 +134,21 @@ def render_beside(results: Mapping[str, Result]) -> str:
         results: Name, such as quickstart/test.json, -> result file of `test`.
 
     Raises:
-        ConfigError: A result of another verb.
+        ConfigError: A result of another command.
     """
     groups: dict[tuple[str, str], list[Result]] = {}
     for name, result in results.items():
-        if result["verb"] != "test" or not result.get("exits"):
-            raise ConfigError(f"{name} is a result of {result['verb']}: expected results/test.json of runs.")
+        if result["command"] != "test" or not result.get("exits"):
+            raise ConfigError(
+                f"{name} is a result of {result['command']}: expected results/test.json of runs."
+            )
         groups.setdefault((name.rpartition("/")[0], result["protocol"]["hash"]), []).append(result)
     several = {folder: rs for (folder, _), rs in groups.items() if len({r["seed"] for r in rs}) > 1}
     spreads = [
         {"folder": folder, "seeds": [r["seed"] for r in rs], "mean": mean(values), "sd": stdev(values)}
         | {"range": [min(values), max(values)]}
         for folder, rs in several.items()
-        for values in [[r["floor_difference"]["value"] for r in rs]]
+        for values in [[r["baseline_difference"]["value"] for r in rs]]
     ]
     made: Any = environment().get_template("tables.md.j2").module
     return tidy(made.beside(results, spreads))
@@ -186,7 +190,7 @@ def print_tables(arguments: list[str]) -> None:
         return
     for path in map(Path, names):
         result = read_result(path)
-        print(f"### {result['verb']}\n\n{render(result, path.parent)}")
+        print(f"### {result['command']}\n\n{render(result, path.parent)}")
         if "--stages" in arguments and "stage_seconds" in result:
             print(render_seconds(result))
 
@@ -229,7 +233,7 @@ def score_rows(result: Result, split: str, fold: str | None, timed: Sequence[Row
     """The main table: best baseline, exits, plan, and the static exits that the plan has to beat.
 
     Args:
-        result: `exits`, `floors` and maybe `adaptive`.
+        result: `exits`, `baselines` and maybe `adaptive`.
         split: Which rows.
         fold: Which rows.
         timed: `rows` of a benchmark result.
@@ -239,8 +243,8 @@ def score_rows(result: Result, split: str, fold: str | None, timed: Sequence[Row
         `saved` (token-layers of full depth over its own), `clock` (the same in seconds); None: no such number.
     """
     exits = rows_of(result.get("exits", []), split, fold)
-    floors = rows_of(result.get("floors", []), split, fold)
-    best = [row for row in floors if row["name"] == result.get("best_floor") or not exits]
+    baselines = rows_of(result.get("baselines", []), split, fold)
+    best = [row for row in baselines if row["name"] == result.get("best_baseline") or not exits]
     found: list[Row] = [
         {"name": f"{'baseline' if not exits else 'best baseline'} {row['name']}", **_scores_of(row)}
         for row in best
@@ -273,13 +277,15 @@ def plan_rows(plan: Row, exits: Sequence[Row], timed: Sequence[Row] = (), name: 
     if plan["mean_depth"] == 0:  # the plan is exit 0
         return found
     layers: dict[int, list[str]] = {}
-    for key, of in (("rival", "accuracy"), ("equal_cost", "cost")):
+    for key, of in (("static_exit", "accuracy"), ("equal_cost", "cost")):
         if plan.get(key):
             layers.setdefault(plan[key]["layer"], []).append(of)
     for k, kinds in layers.items():
         calibrated = next((row.get("calibrated") or {} for row in exits if row["layer"] == k), {})
         auc = next(
-            plan[key]["auc"] for key in ("rival", "equal_cost") if (plan.get(key) or {}).get("layer") == k
+            plan[key]["auc"]
+            for key in ("static_exit", "equal_cost")
+            if (plan.get(key) or {}).get("layer") == k
         )
         scores = {"auc": auc, "interval": None, "log_loss": calibrated.get("log_loss"), "gain": None}
         found.append(
@@ -299,7 +305,7 @@ def slice_rows(result: Result, split: str, fold: str | None) -> list[Row]:
             {
                 "name": part["name"],
                 "n": part["n"],
-                "baseline": named.get(result.get("best_floor")),
+                "baseline": named.get(result.get("best_baseline")),
                 "exit_0": layers.get(0),
                 "deepest": layers[max(layers)] if max(layers, default=0) else None,
                 "plan": plan,
@@ -345,7 +351,7 @@ def step_of(policy: Row) -> Row:
 
 
 def _scores_of(row: Row) -> dict[str, Any]:
-    gain = row.get("floor_difference")
+    gain = row.get("baseline_difference")
     return {
         "auc": row.get("auc"), "interval": row.get("auc_interval"), "log_loss": row.get("log_loss"), "gain": gain,
         "depth": None, "saved": None, "clock": None,
@@ -362,7 +368,7 @@ def _clock(timed: Sequence[Row], engine: str, criterion: str | None = None) -> f
     plain = [
         r
         for r in timed
-        if (r["at_once"], r["history"], r["dtype"], r["stream"]) == (1, None, "float32", "cold")
+        if (r["at_once"], r["history"], r["dtype"], r["prefix_cached"]) == (1, None, "float32", False)
     ]
     sizes = {row["candidates"] for row in plain}
     size = BESIDE if BESIDE in sizes else max(sizes, default=0)

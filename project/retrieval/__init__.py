@@ -1,9 +1,9 @@
-"""Evidence for a candidate: what similar users thought of it, strictly before the question."""
+"""Retrieved features for a candidate: what similar users thought of it, strictly before the question."""
 
 from project.retrieval.base import Retriever
 from project.retrieval.controls import ItemKNN, NoRetriever, RandomRetriever
-from project.retrieval.factorisation import Taste
-from project.retrieval.features import evidence_tables, evidence_warnings, request_evidence
+from project.retrieval.factorisation import MatrixFactorisation
+from project.retrieval.features import request_retrieved, retrieved_tables, retrieved_warnings
 from project.retrieval.lightgcn import LightGCN, VectorRetriever
 from project.retrieval.text import LLMEmbedding, TextEncoder
 
@@ -11,13 +11,13 @@ __all__ = [
     "ItemKNN",
     "LLMEmbedding",
     "LightGCN",
+    "MatrixFactorisation",
     "NoRetriever",
     "RandomRetriever",
     "Retriever",
-    "Taste",
     "TextEncoder",
     "VectorRetriever",
-    "evidence_tables",
-    "evidence_warnings",
-    "request_evidence",
+    "request_retrieved",
+    "retrieved_tables",
+    "retrieved_warnings",
 ]

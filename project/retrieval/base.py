@@ -48,7 +48,7 @@ class Raters(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """The rows a candidate's evidence consists of, most similar first; arrays of shape (at most N,)."""
+    """The rows a candidate's retrieved features consists of, most similar first; arrays of shape (at most N,)."""
 
     row: IntArray
     similarity: FloatArray
@@ -61,14 +61,14 @@ class SimilarUsers(NamedTuple):
     similarity: FloatArray
 
 
-class Alike(NamedTuple):
+class ItemSimilarity(NamedTuple):
     """A user's own answers on items like a candidate, each counted by its similarity: of `weight`, `likes` is liked."""
 
     likes: float
     weight: float
 
 
-NOTHING_ALIKE = Alike(0.0, 0.0)
+NO_ITEM_SIMILARITY = ItemSimilarity(0.0, 0.0)
 NO_NEIGHBOURS = Neighbours(np.empty(0, np.int64), np.empty(0, np.float32))
 NO_SIMILAR_USERS = SimilarUsers(np.empty(0, np.int64), np.empty(0, np.float32))
 
@@ -80,13 +80,13 @@ class Retriever(ABC):
     reading `begin`, then per block `start_block` with what `fit` returned, `select` and `observe` in time
     order. Items are codes 0..items.height-1; the code items.height stands for any item the log does not have.
     A subclass calls `super().__init__` and keeps every constructor argument under its own name: they are part of the
-    evidence cache's key. So is its source, if it is not of this package.
+    retrieved features cache's key. So is its source, if it is not of this package.
 
     Attributes:
         similar_every: A user's stream gets a list of what similar users liked after every so many of the user's
             rows; 0 is never. Only retrievers that compare users can be asked, and take it as an argument.
         similar_items: Most items on such a list.
-        alike_items: A candidate is also compared with so many items of the user's own past; 0 is with none. Only
+        item_neighbours: A candidate is also compared with so many items of the user's own past; 0 is with none. Only
             retrievers that compare items can be asked, and take it as an argument.
 
     Args:
@@ -96,7 +96,7 @@ class Retriever(ABC):
 
     similar_every: int = 0
     similar_items: int = 0
-    alike_items: int = 0
+    item_neighbours: int = 0
 
     def __init__(self, neighbours: int = 30, max_raters: int = 2000) -> None:
         for name, value in (("neighbours", neighbours), ("max_raters", max_raters)):
@@ -144,14 +144,14 @@ class Retriever(ABC):
         """
         return NO_SIMILAR_USERS
 
-    def alike(self, user: int, item: int) -> Alike:
-        """The user's own answers on the items most like a candidate; asked only where alike_items is above 0.
+    def item_similarity(self, user: int, item: int) -> ItemSimilarity:
+        """The user's own answers on the items most like a candidate; asked only where item_neighbours is above 0.
 
         Args:
             user: code of the user who is asking.
             item: code of the candidate.
         """
-        return NOTHING_ALIKE
+        return NO_ITEM_SIMILARITY
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:  # noqa: B027  # optional
         """Take in one row of a user's own past, once its time has passed."""
@@ -166,8 +166,8 @@ class Retriever(ABC):
         names = argument_names(self)
         if not self.similar_every:
             names = [name for name in names if not name.startswith("similar_")]
-        if not self.alike_items:
-            names = [name for name in names if name != "alike_items"]
+        if not self.item_neighbours:
+            names = [name for name in names if name != "item_neighbours"]
         return {
             "class_path": f"{kind.__module__}.{kind.__qualname__}",
             "init_args": {name: getattr(self, name) for name in names},
@@ -260,7 +260,7 @@ def argument_names(retriever: object) -> list[str]:
     if lost:
         raise ConfigError(
             f"data.retriever is {kind.__name__}, which does not keep its argument {lost[0]}: arguments are part of the "
-            f"evidence cache's key. Write self.{lost[0]} = {lost[0]} in its __init__."
+            f"retrieved features cache's key. Write self.{lost[0]} = {lost[0]} in its __init__."
         )
     return names
 

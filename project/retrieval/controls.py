@@ -18,7 +18,7 @@ from project.retrieval.base import (
 
 
 class NoRetriever(Retriever):
-    """No neighbours: evidence is the item's and user's rates, so a comparison shows what neighbours add."""
+    """No neighbours: retrieved features is the item's and user's rates, so a comparison shows what neighbours add."""
 
     def __init__(self) -> None:
         super().__init__()

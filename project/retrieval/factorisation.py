@@ -1,9 +1,9 @@
 """Matrix factorisation: the chance that a user likes an item, from strictly earlier rows alone.
 
-`Factorisation` knows no time and no row but those it is given. `Taste` fits it block by block on the rows before, as
-retrievers are, but solves a user's vector for every question anew, from the user's own rows strictly before it
-(fold-in). So it knows users that no factorisation has seen, it is never staler than the last second, and a request is
-answered by the very code that made the training evidence.
+`Factorisation` knows no time and no row but those it is given. `MatrixFactorisation` fits it block by block on the
+rows before, as retrievers are, but solves a user's vector for every question anew, from the user's own rows strictly
+before it (fold-in). So it knows users that no factorisation has seen, it is never staler than the last second, and a
+request is answered by the very code that made the training retrieved features.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class _Problem:
 
 
 @dataclass(frozen=True)
-class Taste:
+class MatrixFactorisation:
     """Matrix factorisation whose user vectors are folded in from the user's own earlier rows.
 
     Args:
@@ -161,12 +161,10 @@ class Taste:
         """Refuse what cannot be fitted."""
         for name, value in (("dim", self.dim), ("iterations", self.iterations)):
             if value < 1:
-                raise ConfigError(
-                    f"data.taste.{name} is {value}; expected 1 or more, or data.taste null for none."
-                )
+                raise ConfigError(f"data.mf.{name} is {value}; expected 1 or more, or data.mf null for none.")
         for name, penalty in (("bias_penalty", self.bias_penalty), ("vector_penalty", self.vector_penalty)):
             if not 0 < penalty < math.inf:
-                raise ConfigError(f"data.taste.{name} is {penalty}; expected a number above 0.")
+                raise ConfigError(f"data.mf.{name} is {penalty}; expected a number above 0.")
 
     def fit(self, rows: pl.DataFrame, num_items: int, cuts: Floats) -> Snapshots:
         """Factorise block after block, each time all rows strictly before it.
@@ -245,62 +243,62 @@ class Taste:
         return users
 
 
-def taste_tables(
-    split: SplitInteractions, taste: Taste, refits: int, cache_dir: Path
+def mf_tables(
+    split: SplitInteractions, mf: MatrixFactorisation, refits: int, cache_dir: Path
 ) -> dict[str, pl.DataFrame]:
-    """row_id and taste (null before the first block) of every row with split <= S, for every split S; cached.
+    """row_id and factorisation (null before the first block) of every row with split <= S, for every split S; cached.
 
     Args:
         split: the log under its protocol.
-        taste: what is factorised how.
-        refits: as in `evidence_tables`.
+        mf: what is factorised how.
+        refits: as in `retrieved_tables`.
         cache_dir: folder the tables and item vectors are kept in, under a hash of everything they depend on.
     """
-    folder = taste_folder(split, taste, refits, cache_dir)
+    folder = mf_folder(split, mf, refits, cache_dir)
     return {name: pl.read_parquet(folder / f"{name}.parquet", glob=False) for name in SPLITS}
 
 
-def taste_of_requests(
-    rows: WalkRows, split: SplitInteractions, taste: Taste, refits: int, cache_dir: Path
+def mf_of_requests(
+    rows: WalkRows, split: SplitInteractions, mf: MatrixFactorisation, refits: int, cache_dir: Path
 ) -> pl.Series:
-    """Taste of the asking rows, read as split "test".
+    """Factorisation of the asking rows, read as split "test".
 
     Args:
         rows: requests and whose past they ask with, in time order.
         split: the log under its protocol.
-        taste: as in `taste_tables`.
-        refits: as in `taste_tables`.
-        cache_dir: as in `taste_tables`.
+        mf: as in `mf_tables`.
+        refits: as in `mf_tables`.
+        cache_dir: as in `mf_tables`.
     """
-    stored = Snapshots.load(taste_folder(split, taste, refits, cache_dir) / "snapshots.npz")
-    return _column(taste.chances(rows, stored))
+    stored = Snapshots.load(mf_folder(split, mf, refits, cache_dir) / "snapshots.npz")
+    return _column(mf.chances(rows, stored))
 
 
-def taste_folder(split: SplitInteractions, taste: Taste, refits: int, cache_dir: Path) -> Path:
+def mf_folder(split: SplitInteractions, mf: MatrixFactorisation, refits: int, cache_dir: Path) -> Path:
     """Folder with train, valid and test.parquet and snapshots.npz; made where the cache does not have it."""
     content = {
         "files": split.interactions.files,
         "protocol": split.hash,
-        "taste": asdict(taste),
+        "mf": asdict(mf),
         "refits": refits,
     }
-    return cached_folder(cache_dir / "taste", content, partial(_write, split, taste, refits))
+    return cached_folder(cache_dir / "mf", content, partial(_write, split, mf, refits))
 
 
-def _write(split: SplitInteractions, taste: Taste, refits: int, folder: Path) -> None:
+def _write(split: SplitInteractions, mf: MatrixFactorisation, refits: int, folder: Path) -> None:
     """Compute the tables of all splits; keep the item vectors of test, which is what requests read."""
     cuts = block_cuts(split.rows["timestamp"].to_numpy(), refits)  # of the whole log, for every split
 
     def make(readable: pl.DataFrame, name: str) -> pl.DataFrame:
-        snapshots = taste.fit(readable, split.interactions.items.height, cuts)
+        snapshots = mf.fit(readable, split.interactions.items.height, cuts)
         if name == SPLITS[-1]:
             snapshots.save(folder / "snapshots.npz")
-        chances = taste.chances(WalkRows.from_log(readable), snapshots)
-        return readable.select("row_id", taste=_column(chances))
+        chances = mf.chances(WalkRows.from_log(readable), snapshots)
+        return readable.select("row_id", mf=_column(chances))
 
     for name, table in tables_by_split(split, make):
         table.write_parquet(folder / f"{name}.parquet")
 
 
 def _column(chances: Floats) -> pl.Series:
-    return pl.Series("taste", chances, dtype=pl.Float32, nan_to_null=True)
+    return pl.Series("mf", chances, dtype=pl.Float32, nan_to_null=True)

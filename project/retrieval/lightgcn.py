@@ -23,13 +23,13 @@ from torch import Tensor
 
 from project.errors import ConfigError
 from project.retrieval.base import (
+    NO_ITEM_SIMILARITY,
     NO_NEIGHBOURS,
     NO_SIMILAR_USERS,
-    NOTHING_ALIKE,
-    Alike,
     Edges,
     FloatArray,
     IntArray,
+    ItemSimilarity,
     Neighbours,
     OwnRows,
     Raters,
@@ -60,8 +60,9 @@ class VectorRetriever(Retriever):
             reaches prompts through data.prompt.similar.
         similar_users: How many similar users such a list is made from, of the latest max_raters users.
         similar_items: Most items on such a list.
-        alike_items: Evidence also holds the user's own answers on so many earlier items, those whose vectors are most
-            like the candidate's (alike, in three ways, of prompts, and a feature of counting); 0 leaves it out.
+        item_neighbours: Retrieved features also holds the user's own answers on so many earlier items, those whose
+            vectors are most like the candidate's (`item_similarity` of prompts and features); 0
+            leaves it out.
     """
 
     def __init__(
@@ -72,25 +73,25 @@ class VectorRetriever(Retriever):
         similar_every: int = 0,
         similar_users: int = 10,
         similar_items: int = 5,
-        alike_items: int = 0,
+        item_neighbours: int = 0,
     ) -> None:
         super().__init__(neighbours, max_raters)
         for name, value, least in (
             ("similar_every", similar_every, 0),
             ("similar_users", similar_users, 1),
             ("similar_items", similar_items, 1),
-            ("alike_items", alike_items, 0),
+            ("item_neighbours", item_neighbours, 0),
         ):
             if value < least:
                 raise ConfigError(
                     f"data.retriever.init_args.{name} is {value}, expected {least} or more. To have no lists of what "
-                    "similar users liked, set similar_every to 0; to leave out the user's own items, alike_items."
+                    "similar users liked, set similar_every to 0; to leave out the user's own items, item_neighbours."
                 )
         self.dislike_weight = dislike_weight
         self.similar_every = similar_every
         self.similar_users = similar_users
         self.similar_items = similar_items
-        self.alike_items = alike_items
+        self.item_neighbours = item_neighbours
 
     @abstractmethod
     def item_table(self, edges: Edges, block: int) -> FloatArray:
@@ -103,7 +104,7 @@ class VectorRetriever(Retriever):
         self._past_users: list[int] = []
         self._past_items: list[int] = []
         self._past_weights: list[float] = []
-        self._own: dict[int, OwnRows] = {}  # for `alike`
+        self._own: dict[int, OwnRows] = {}  # for `item_similarity`
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
         """Fit this block's item table; stored as `weighted`, e_j / sqrt(degree_j), shape (items, d)."""
@@ -163,21 +164,21 @@ class VectorRetriever(Retriever):
         nearest = nearest[cosine[nearest] > 0]
         return SimilarUsers(others[nearest], cosine[nearest])
 
-    def alike(self, user: int, item: int) -> Alike:
+    def item_similarity(self, user: int, item: int) -> ItemSimilarity:
         """Answers weighted by the cosine of their items' vectors with the candidate's, if it is one of the largest."""
         own = self._own.get(user)
         if self._weighted is None or own is None:
-            return NOTHING_ALIKE
+            return NO_ITEM_SIMILARITY
         # not a matrix product, as in most_similar
         _, answers, cosine = own.nearest((self._directions[own.items] * self._directions[item]).sum(-1))
         weights = np.maximum(cosine, 0).astype(np.float64)
-        return Alike(float(weights @ answers.astype(np.float64)), float(weights.sum()))
+        return ItemSimilarity(float(weights @ answers.astype(np.float64)), float(weights.sum()))
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:
         """Add one rated item to its user's vector."""
-        if self.alike_items:
+        if self.item_neighbours:
             if user not in self._own:
-                self._own[user] = OwnRows(self.alike_items)
+                self._own[user] = OwnRows(self.item_neighbours)
             self._own[user].add(row, item, label)
         weight = 1.0 if label == 1 else self.dislike_weight
         self._past_users.append(user)
@@ -252,8 +253,9 @@ class LightGCN(VectorRetriever):
             reaches prompts through data.prompt.similar.
         similar_users: How many similar users such a list is made from, of the latest max_raters users.
         similar_items: Most items on such a list.
-        alike_items: Evidence also holds the user's own answers on so many earlier items, those whose vectors are most
-            like the candidate's (alike, in three ways, of prompts, and a feature of counting); 0 leaves it out.
+        item_neighbours: Retrieved features also holds the user's own answers on so many earlier items, those whose
+            vectors are most like the candidate's (`item_similarity` of prompts and features); 0
+            leaves it out.
         dim: Size of an embedding.
         layers: Propagation steps over the graph.
         epochs: Passes over the likes before a block, for each block; training goes on from the block before.
@@ -271,7 +273,7 @@ class LightGCN(VectorRetriever):
         similar_every: int = 0,
         similar_users: int = 10,
         similar_items: int = 5,
-        alike_items: int = 0,
+        item_neighbours: int = 0,
         dim: int = 64,
         layers: int = 3,
         epochs: int = 10,
@@ -281,7 +283,7 @@ class LightGCN(VectorRetriever):
         seed: int = 0,
     ) -> None:
         lists = similar_every, similar_users, similar_items
-        super().__init__(neighbours, max_raters, dislike_weight, *lists, alike_items)
+        super().__init__(neighbours, max_raters, dislike_weight, *lists, item_neighbours)
         for name, value, fine, expected in (
             ("dim", dim, dim >= 1, "1 or more"),
             ("layers", layers, layers >= 0, "0 or more"),

@@ -170,8 +170,8 @@ class ItemTextRetriever(VectorRetriever):
         similar_every: List what similar users liked after every so many rows of a user; 0 is never.
         similar_users: How many similar users such a list is made from, of the latest max_raters users.
         similar_items: Most items on such a list.
-        alike_items: Evidence also holds the user's own answers on so many earlier items, those whose vectors are most
-            like the candidate's; 0 leaves it out.
+        item_neighbours: Retrieved features also holds the user's own answers on so many earlier items, those whose
+            vectors are most like the candidate's; 0 leaves it out.
         template: Text of an item, fields are columns of the items table, such as {title}; null: the title and
             everything else that is known of the item, separated by commas.
         max_tokens: A text is cut after so many tokens.
@@ -187,13 +187,13 @@ class ItemTextRetriever(VectorRetriever):
         similar_every: int,
         similar_users: int,
         similar_items: int,
-        alike_items: int,
+        item_neighbours: int,
         template: str | None,
         max_tokens: int,
         reader: MeanPooling,
     ) -> None:
         lists = similar_every, similar_users, similar_items
-        super().__init__(neighbours, max_raters, dislike_weight, *lists, alike_items)
+        super().__init__(neighbours, max_raters, dislike_weight, *lists, item_neighbours)
         self.template = template
         self.max_tokens = max_tokens
         self.reader = reader
@@ -307,8 +307,8 @@ class TextEncoder(ItemTextRetriever):
             reaches prompts through data.prompt.similar.
         similar_users: How many similar users such a list is made from, of the latest max_raters users.
         similar_items: Most items on such a list.
-        alike_items: Evidence also holds the user's own answers on so many earlier items, those whose vectors are most
-            like the candidate's; 0 leaves it out.
+        item_neighbours: Retrieved features also holds the user's own answers on so many earlier items, those whose
+            vectors are most like the candidate's; 0 leaves it out.
         template: Text of an item, fields are columns of the items table, such as {title}; null: the title and
             everything else that is known of the item, separated by commas.
         max_tokens: A text is cut after so many tokens.
@@ -324,7 +324,7 @@ class TextEncoder(ItemTextRetriever):
         similar_every: int = 0,
         similar_users: int = 10,
         similar_items: int = 5,
-        alike_items: int = 0,
+        item_neighbours: int = 0,
         template: str | None = None,
         max_tokens: int = 256,
         encoder: str = "all-minilm-l6-v2",
@@ -337,7 +337,7 @@ class TextEncoder(ItemTextRetriever):
             similar_every,
             similar_users,
             similar_items,
-            alike_items,
+            item_neighbours,
             template,
             max_tokens,
             MeanPooling(encoder, max_tokens, key="encoder"),
@@ -355,8 +355,8 @@ class LLMEmbedding(ItemTextRetriever):
             reaches prompts through data.prompt.similar.
         similar_users: How many similar users such a list is made from, of the latest max_raters users.
         similar_items: Most items on such a list.
-        alike_items: Evidence also holds the user's own answers on so many earlier items, those whose vectors are most
-            like the candidate's; 0 leaves it out.
+        item_neighbours: Retrieved features also holds the user's own answers on so many earlier items, those whose
+            vectors are most like the candidate's; 0 leaves it out.
         template: Text of an item, fields are columns of the items table, such as {title}; null: the title and
             everything else that is known of the item, separated by commas.
         max_tokens: A text is cut after so many tokens.
@@ -372,7 +372,7 @@ class LLMEmbedding(ItemTextRetriever):
         similar_every: int = 0,
         similar_users: int = 10,
         similar_items: int = 5,
-        alike_items: int = 0,
+        item_neighbours: int = 0,
         template: str | None = None,
         max_tokens: int = 256,
         backbone: str = "smollm2-135m-instruct",
@@ -387,7 +387,7 @@ class LLMEmbedding(ItemTextRetriever):
             similar_every,
             similar_users,
             similar_items,
-            alike_items,
+            item_neighbours,
             template,
             max_tokens,
             MeanPooling(backbone, max_tokens, num_layers, key="backbone"),

@@ -11,8 +11,8 @@ In reading order:
 
 What a row may do is three flags. A log row is asked about (`query`), becomes a rating others may read (`rater`) and
 enters its user's own past (`own`); a request's history is asked about and own, its candidates are only asked about.
-So a request is answered by the very code that made the training evidence and changes nobody else's. Labels are read
-only from rows that are `rater` or `own`, once their time has passed.
+So a request is answered by the very code that made the training retrieved features and changes nobody else's. Labels
+are read only from rows that are `rater` or `own`, once their time has passed.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from project.retrieval.base import Edges, FloatArray, IntArray, Neighbours, Rate
 BoolArray = NDArray[np.bool_]
 # answers; the first ones are checked sooner, a retriever may be slow and wrong from the start
 CHECKED_TOGETHER = 4096
-FORMAT = 1  # raise it when the same settings would give other evidence or other files
+FORMAT = 1  # raise it when the same settings would give other retrieved features or other files
 
 
 def tables_by_split(
@@ -152,14 +152,14 @@ class WalkRows:
     """Rows in time order; all arrays have shape (rows,).
 
     Attributes:
-        row_id: what evidence calls the row.
+        row_id: what retrieved features calls the row.
         user: whose past (vector, rate) the row asks with and adds to.
         person: who it is: their own ratings are never their neighbours. Differs from `user` where a request
             brings its own history for a user of the log.
         item: item code; the number of items stands for any item the log does not have.
         timestamp: seconds; rows of one timestamp never see each other.
         label: 0, 1, or -1 for unknown.
-        query: evidence is wanted.
+        query: retrieved features is wanted.
         rater: becomes a rating that others may read.
         own: enters the past of its user.
     """
@@ -236,7 +236,7 @@ def walk(
     items: pl.DataFrame,
     cuts: NDArray[np.float64],
     snapshots: list[Snapshot],
-    description: str = "evidence",
+    description: str = "retrieved",
 ) -> pl.DataFrame:
     """Answer every row that asks, in time order.
 
@@ -249,7 +249,7 @@ def walk(
         description: label of the progress bar.
 
     Returns:
-        The evidence table (see `evidence.py`), one row per asking row, in the order of `rows`.
+        The retrieved features table (see `retrieved.py`), one row per asking row, in the order of `rows`.
     """
     retriever.begin(int(rows.user.max(initial=-1)) + 1, items)
     past, answers = _Past(rows, retriever.max_raters), _Answers(rows, retriever)
@@ -308,8 +308,8 @@ def _answer(row: int, rows: WalkRows, retriever: Retriever, past: "_Past", answe
     raters = past.raters(item, int(rows.person[row]))
     found = retriever.select(user, item, float(rows.timestamp[row]), raters)
     answers.take(row, found)
-    if answers.alike is not None:
-        answers.alike[row] = retriever.alike(user, item)
+    if answers.item_similarity is not None:
+        answers.item_similarity[row] = retriever.item_similarity(user, item)
     answers.rates[row, :2] = past.item_likes[item], past.item_count[item]
     answers.rates[row, 2:] = past.user_likes[user], past.user_count[user]
 
@@ -367,7 +367,7 @@ class _Past:
 
 
 class _Answers:
-    """Room for everything a walk finds, and the evidence table made from it."""
+    """Room for everything a walk finds, and the retrieved features table made from it."""
 
     def __init__(self, rows: WalkRows, retriever: Retriever) -> None:
         size, neighbours = rows.row_id.size, retriever.neighbours
@@ -377,7 +377,7 @@ class _Answers:
         self.row = np.zeros((size, neighbours), np.int64)
         self.similarity = np.zeros((size, neighbours), np.float32)
         self.rates = np.zeros((size, 4), np.int32)
-        self.alike = np.zeros((size, 2), np.float32) if retriever.alike_items else None
+        self.item_similarity = np.zeros((size, 2), np.float32) if retriever.item_neighbours else None
 
     def take(self, row: int, found: Neighbours) -> None:
         """Keep the answer to one row, if it is one that a retriever may give."""
@@ -398,7 +398,7 @@ class _Answers:
         self._unchecked.clear()
 
     def table(self) -> pl.DataFrame:
-        """Evidence of the rows that asked; a share that rests on nothing is null."""
+        """Retrieved features of the rows that asked; a share that rests on nothing is null."""
         self._check()
         asked = self._rows.query
         row, (item_likes, item_count, user_likes, user_count) = self.row[asked], self.rates[asked].T
@@ -432,12 +432,16 @@ class _Answers:
             user_rate=_rate("user_likes", "user_count"),
             user_count="user_count",
         )
-        if self.alike is None:
+        if self.item_similarity is None:
             return table
-        likes, weight = self.alike[asked].T
-        columns = table.with_columns(alike=pl.Series(likes), alike_weight=pl.Series(weight))
-        share = pl.when(pl.col("alike_weight") > 0).then(pl.col("alike") / pl.col("alike_weight"))
-        return columns.with_columns(alike=share.cast(pl.Float32))
+        likes, weight = self.item_similarity[asked].T
+        columns = table.with_columns(
+            item_similarity=pl.Series(likes), item_similarity_weight=pl.Series(weight)
+        )
+        share = pl.when(pl.col("item_similarity_weight") > 0).then(
+            pl.col("item_similarity") / pl.col("item_similarity_weight")
+        )
+        return columns.with_columns(item_similarity=share.cast(pl.Float32))
 
 
 def _rate(likes: str, count: str) -> pl.Expr:
@@ -553,7 +557,7 @@ class SimilarLikes:
         self._likes[person] = liked
 
     def own(self, row: int, user: int, person: int, item: int, asked: bool) -> None:
-        """Take in a row of a user's own past; `row` is its position, `asked` whether evidence of it is wanted."""
+        """Take in a row of a user's own past; `row` is its position, `asked` whether its features are wanted."""
         rated = self._rated.setdefault(user, [])
         if asked:
             before = self._group[user][0] if user in self._group else len(rated)

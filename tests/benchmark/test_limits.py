@@ -1,4 +1,4 @@
-"""What a machine allows: FLOPs by layer and the least seconds of a trunk, by hand; ceilings on a clock of our own."""
+"""What a machine allows: FLOPs by layer and the least seconds of a backbone, by hand; ceilings on a clock of our own."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def test_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     So 5 layers of 4 bytes a weight are read in 1 s, and there are 2 * 10 * 32 * 48 FLOPs in 1 s.
     """
     module = make_module()
-    assert module.trunk is not None
+    assert module.backbone is not None
     asked: list[int] = []
-    for layer in module.trunk.layers:
+    for layer in module.backbone.layers:
         layer.mlp.up_proj.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
     ticks = iter([1.0, 2.0, 5.0, 6.0])
     monkeypatch.setattr(limits_module.time, "perf_counter", lambda: next(ticks))
@@ -61,7 +61,7 @@ def test_useful_flops() -> None:
     )
 
 
-def test_who_never_enters_the_trunk_owes_nothing() -> None:
+def test_who_never_enters_the_backbone_owes_nothing() -> None:
     """Exit 0 for all, and a request that could not be scored: no layer."""
     module, request = make_module(), random_request(np.random.default_rng(0), "r", 2, 3)
     for layer in (0, -1):

@@ -23,7 +23,7 @@ from project.data.prompt import Prompt
 from project.data.protocol import Protocol
 from project.data.stream import Streams
 from project.datamodule import InteractionData
-from project.model.backbone import Trunk
+from project.model.backbone import Backbone
 from project.model.module import ExitRecommender
 from project.retrieval import ItemKNN
 from project.run import read_result
@@ -35,7 +35,7 @@ CONTEXT_TOKENS, BATCH_TOKENS = 128, 512
 def data(
     tiny_logs: Path, tiny_model: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> InteractionData:
-    """The tiny world with real evidence and the tiny model's tokenizer."""
+    """The tiny world with real retrieved features and the tiny model's tokenizer."""
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     return InteractionData(
         TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv")),
@@ -46,7 +46,7 @@ def data(
         context_tokens=CONTEXT_TOKENS,
         batch_tokens=BATCH_TOKENS,
         refits=5,
-        taste=None,
+        mf=None,
     )
 
 
@@ -78,7 +78,7 @@ def test_prompts_are_what_packed_targets_see(data: InteractionData) -> None:
 
 
 def test_pointwise_batches_are_those_prompts(data: InteractionData) -> None:
-    """Batches of the rival hold prompts of training targets, each padded batch within the token budget."""
+    """Batches of the static exit hold prompts of training targets, each padded batch within the token budget."""
     streams, sampler = training(data)
     prompts = {
         tuple(p.tolist()) for windows in sampler for s, w in windows for p in prompts_of(streams, s, w)
@@ -110,7 +110,7 @@ def test_run_packing(
     model = ExitRecommender(str(tiny_model), [1, 3], numbers=True)
     result = run_packing(model, data, tmp_path, seconds=0.0, device=torch.device("cpu"))
     assert read_result(tmp_path / "results" / "benchmark-packing.json") == result
-    assert result["verb"] == "benchmark"
+    assert result["command"] == "benchmark"
     assert result["protocol"]["hash"] == data.split.hash
     packing = result["packing"]
     assert packing["rounds"] >= benchmark.ROUNDS
@@ -126,11 +126,11 @@ def test_run_packing(
 def test_both_sides_run_on_the_device(
     data: InteractionData, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trunk, rival and windows are where the benchmark was told to run; "meta" stands in for a GPU."""
+    """Backbone, static exit and windows are where the benchmark was told to run; "meta" stands in for a GPU."""
     seen = set[str]()
 
-    def packed_step(trunk: Trunk, batch: Batch) -> int:
-        seen.update(t.device.type for t in [*trunk.parameters(), batch.tokens, batch.slots])
+    def packed_step(backbone: Backbone, batch: Batch) -> int:
+        seen.update(t.device.type for t in [*backbone.parameters(), batch.tokens, batch.slots])
         return len(batch.label)
 
     def pointwise_step(base: Any, prompts: list[Any]) -> int:
@@ -145,7 +145,7 @@ def test_both_sides_run_on_the_device(
     assert seen == {"meta"}
 
 
-def test_verb(run: Callable[..., None], tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_command(run: Callable[..., None], tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     """`benchmark --only packing` writes its file into a run folder of its own."""
     run("benchmark", "--config", tiny_config(), "--only", "packing", "--seconds", 0.1)
     (file,) = (tmp_path / "runs").rglob("benchmark-packing.json")

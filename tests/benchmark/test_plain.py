@@ -44,7 +44,7 @@ def raw_full(module: ExitRecommender) -> Engine:
     """Packed full depth, the deepest head's raw logit."""
     calibration = Calibration((LAYERS,), torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64))
     policy = Policy(Ratio(), torch.tensor([-torch.inf], dtype=torch.float64), (LAYERS,))
-    return Engine(module, RowExits(ExitPlan(calibration, policy, prior=False)))
+    return Engine(module, RowExits(ExitPlan(calibration, policy, exit_0=False)))
 
 
 @pytest.mark.parametrize("name", RUNNERS)
@@ -77,17 +77,17 @@ def test_token_layers(module: ExitRecommender) -> None:
 
 
 def test_no_weight_is_copied(module: ExitRecommender) -> None:
-    """The library's model computes with the trunk's own tensors, and the trunk keeps its attention."""
-    model, trunk = library_model(module), module.trunk
-    assert trunk is not None
-    mine = dict(trunk.layers.named_parameters())
+    """The library's model computes with the backbone's own tensors, and the backbone keeps its attention."""
+    model, backbone = library_model(module), module.backbone
+    assert backbone is not None
+    mine = dict(backbone.layers.named_parameters())
     for name, weight in model.layers.named_parameters():
         assert weight.data_ptr() == mine[name].data_ptr()
-    assert (model.config._attn_implementation, trunk.config._attn_implementation) == ("sdpa", "segments")
+    assert (model.config._attn_implementation, backbone.config._attn_implementation) == ("sdpa", "segments")
 
 
 def test_adapters_are_refused(module: ExitRecommender, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A LoRA trunk has layers that the library's class does not know."""
+    """A LoRA backbone has layers that the library's class does not know."""
     monkeypatch.setattr(module, "lora", LoraSettings())
     with pytest.raises(ConfigError, match=r"model\.lora is set"):
         library_model(module)

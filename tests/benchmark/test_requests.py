@@ -27,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     split = SimpleNamespace(interactions=SimpleNamespace(items=items), rows=rows)
 
     def load(model: nn.Module, *_: object) -> object:
-        model.trunk = nn.Linear(2, 2)
+        model.backbone = nn.Linear(2, 2)
         return SimpleNamespace(plan=SimpleNamespace(calibration=None))
 
     def bench(model: nn.Module, _worth: object, _asked: object, device: torch.device) -> None:
@@ -52,7 +52,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_everything_is_on_the_device_asked_for(asked: dict[str, Any], device: str) -> None:
-    """Also the trunk, which there is only once the run is loaded."""
+    """Also the backbone, which there is only once the run is loaded."""
     with pytest.raises(Reached):
         requests.run_engine(**asked | {"device": torch.device(device)})
 

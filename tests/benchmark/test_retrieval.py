@@ -13,7 +13,7 @@ from project.benchmark.retrieval import (
     ROUNDS,
     InTurns,
     Side,
-    rivals_of,
+    other_retrievers,
     run_retrieval,
     sides_of,
     vote_worth,
@@ -22,7 +22,7 @@ from project.data.logs import TableLogs
 from project.data.protocol import Protocol
 from project.datamodule import InteractionData
 from project.errors import DataError
-from project.evaluation.baselines import fit_floors, floor_rows
+from project.evaluation.baselines import baseline_rows, fit_baselines
 from project.retrieval import ItemKNN, LightGCN, LLMEmbedding, TextEncoder, VectorRetriever
 from project.retrieval.base import FloatArray, IntArray
 from project.retrieval.walk import WalkRows, walk
@@ -43,7 +43,7 @@ def data(
         Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2], label="rating > 3"),
         tokenizer=str(tiny_model),
         refits=REFITS,
-        taste=None,
+        mf=None,
     )
 
 
@@ -95,19 +95,19 @@ def test_result(
     assert "history encoded" in " ".join(capsys.readouterr().out.split())
 
 
-def test_worth_is_the_floor_of_the_same_evidence(
+def test_worth_is_the_baseline_of_the_same_retrieved(
     data: InteractionData, retrievers: dict[str, VectorRetriever]
 ) -> None:
-    """vote_auc is the AUC that `floors` gives to neighbour_vote on test, where that retriever is the data's."""
+    """vote_auc is the AUC that `baselines` gives to neighbour_vote on test, where that retriever is the data's."""
     worth = vote_worth(data, retrievers)
-    floors = fit_floors(data.split.rows, data.evidence)
-    (floor,) = (
+    baselines = fit_baselines(data.split.rows, data.retrieved)
+    (baseline,) = (
         row
-        for row in floor_rows(floors, data.split.rows, seed=data.seed)
+        for row in baseline_rows(baselines, data.split.rows, seed=data.seed)
         if (row["name"], row["split"]) == ("neighbour_vote", "test")
     )
-    assert worth["lightgcn"]["vote_auc"] == floor["auc"]
-    assert worth["lightgcn"]["vote_auc_interval"] == floor["auc_interval"]
+    assert worth["lightgcn"]["vote_auc"] == baseline["auc"]
+    assert worth["lightgcn"]["vote_auc_interval"] == baseline["auc_interval"]
     assert worth["text"]["vote_auc"] != worth["llm"]["vote_auc"]
     gap = worth["text"]["vote_auc_above_lightgcn"]["value"]
     assert gap == pytest.approx(worth["text"]["vote_auc"] - worth["lightgcn"]["vote_auc"])
@@ -148,16 +148,18 @@ def test_the_text_is_encoded(data: InteractionData, retrievers: dict[str, Vector
 
 
 def test_rivals_are_asked_alike(data: InteractionData) -> None:
-    """The configured LightGCN, and rivals with as many neighbours and raters; another retriever makes way for one."""
+    """The configured LightGCN, and static exits with as many neighbours and raters; another retriever makes way for
+    one.
+    """
     data.retriever = LightGCN(neighbours=7, max_raters=50, dislike_weight=-0.1)
-    rivals = rivals_of(data)
-    assert rivals["lightgcn"] is data.retriever
-    assert isinstance(rivals["llm"], LLMEmbedding)
-    assert rivals["llm"].backbone == data.tokenizer_name
-    for rival in rivals.values():
-        assert (rival.neighbours, rival.max_raters, rival.dislike_weight) == (7, 50, -0.1)
+    static_exits = other_retrievers(data)
+    assert static_exits["lightgcn"] is data.retriever
+    assert isinstance(static_exits["llm"], LLMEmbedding)
+    assert static_exits["llm"].backbone == data.tokenizer_name
+    for static_exit in static_exits.values():
+        assert (static_exit.neighbours, static_exit.max_raters, static_exit.dislike_weight) == (7, 50, -0.1)
     data.retriever = ItemKNN(neighbours=9)
-    assert rivals_of(data)["lightgcn"].settings() == LightGCN(neighbours=9).settings()
+    assert other_retrievers(data)["lightgcn"].settings() == LightGCN(neighbours=9).settings()
 
 
 def test_nobody_to_ask(data: InteractionData, retrievers: dict[str, VectorRetriever], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class Clock:
 
 
 class Scripted:
-    """Takes these seconds a call, all but a tenth of them in the trunk; layers and token-layers as told."""
+    """Takes these seconds a call, all but a tenth of them in the backbone; layers and token-layers as told."""
 
     def __init__(
         self, clock: Clock, seconds: Sequence[float], layer: int, token_layers: int, log: list[str]
@@ -43,7 +43,7 @@ class Scripted:
                 for r in requests
             ]
         )
-        found.seconds["trunk"] = 0.9 * took
+        found.seconds["backbone"] = 0.9 * took
         return found
 
 
@@ -74,24 +74,24 @@ def test_rounds_take_turns(clock: Clock) -> None:
 
 
 def test_row(clock: Clock) -> None:
-    """Medians 2 and 4 s against 1 and 2 s on two requests: x2, a request in 1.5 s; .9 of both is the trunk's.
+    """Medians 2 and 4 s against 1 and 2 s on two requests: x2, a request in 1.5 s; .9 of both is the backbone's.
 
-    Token-layers 2 x 100 against 2 x 25 are x4, so efficiency is 2 / 4; the rival needs 1.5 and 3 s: x1.5 over it.
+    Token-layers 2 x 100 against 2 x 25 are x4, so efficiency is 2 / 4; the static exit needs 1.5 and 3 s: x1.5 over it.
     A side measured on the first request alone is compared on that one: 2 s against 8 s is x.25.
     """
     asked, module = units(2), make_module()
     full = Side("packed", "", Scripted(clock, [2, 4, 2, 4, 9, 4], 5, 100, []), {"auc": 0.75, "auc_drop": 0.0})
-    rival = Side("fixed_depth_3", "", Scripted(clock, [1.5, 3] * 3, 3, 60, []))
+    static_exit = Side("fixed_depth_3", "", Scripted(clock, [1.5, 3] * 3, 3, 60, []))
     early = Side("early_exit", "p", Scripted(clock, [1, 2, 5, 2, 1, 2], 1, 25, []), {"auc": 0.749})
     slow = Side("pointwise", "", Scripted(clock, [8], 5, 300, []), most=1, rounds=1)
     for number in range(3):
-        run_rounds([full, rival, early, slow], asked, number)
-    against = Against(full, rival, Limits(100.0, 10.0, 1.0))
+        run_rounds([full, static_exit, early, slow], asked, number)
+    against = Against(full, static_exit, Limits(100.0, 10.0, 1.0))
     row = side_row(early, against, asked, module, prepare_ms=500.0)
     assert row["requests_per_s"] == pytest.approx(2 / 3)
     assert row["candidates_per_s"] == pytest.approx(2)
     assert row["measured_speedup"] == pytest.approx(2)
-    assert row["speedup_over_rival"]["value"] == pytest.approx(1.5)
+    assert row["speedup_over_static"]["value"] == pytest.approx(1.5)
     assert row["token_layer_speedup"] == 4
     assert row["efficiency"] == pytest.approx(0.5)
     assert (row["mean_depth"], row["auc"], row["requests"], row["rounds"]) == (1, 0.749, 2, 3)
@@ -102,13 +102,13 @@ def test_row(clock: Clock) -> None:
     assert (low, high) == pytest.approx((2 / 7, 2 / 3))  # rounds of 3, 7 and 3 s
     assert (row["dtype"], row["gflops_ceiling"]) == ("float32", 100)
     assert side_row(slow, against, asked, module, 0.0)["measured_speedup"] == pytest.approx(2 / 8)
-    counting = Against(full, None, Limits(100.0, 10.0, 1.0))
-    unrivalled = side_row(early, counting, asked, module, prepare_ms=500.0)["speedup_over_rival"]
+    exit_0 = Against(full, None, Limits(100.0, 10.0, 1.0))
+    unrivalled = side_row(early, exit_0, asked, module, prepare_ms=500.0)["speedup_over_static"]
     assert unrivalled == {"value": None, "interval": None}  # counting runs no layer
 
 
 def test_how_near_to_the_limit(clock: Clock) -> None:
-    """Reading a layer takes 1 s, arithmetic less: five layers 5 s, in 9 s of trunk; one layer 1 s, in 3.6 s.
+    """Reading a layer takes 1 s, arithmetic less: five layers 5 s, in 9 s of backbone; one layer 1 s, in 3.6 s.
 
     Token-layers are x10, yet the least times are 5 to 1: more than .5 of efficiency the machine does not give.
     """
@@ -139,12 +139,12 @@ def test_a_plan_that_lets_nobody_in(clock: Clock) -> None:
     assert (row["mean_depth"], row["gflops"], row["of_limit"]) == (0, 0, 0)
     shown = {
         "candidates": 64,
-        "stream": "cold",
+        "prefix_cached": False,
         "history": None,
-        "rival": False,
-        "speedup_over_rival": {"value": 1.0},
+        "static_exit": False,
+        "speedup_over_static": {"value": 1.0},
     }
-    result = {"verb": "benchmark", "protocol": {"name": "p", "hash": "h"}, "rows": [row | shown]}
+    result = {"command": "benchmark", "protocol": {"name": "p", "hash": "h"}, "rows": [row | shown]}
     assert "| .00 |  | x100.00 [x100.00, x100.00] | x1.00 |  |" in render(result)
 
 
@@ -164,8 +164,8 @@ def test_cases() -> None:
         (n, s) for n in (1, 8, 64, 256) for s in ("cold", "warm")
     }
     assert [c for c in found if c.history] == [
-        Case(64, "cold", 50, plain=("pointwise", "shared_prefix")),
-        Case(64, "warm", 50, plain=("shared_prefix",)),
+        Case(64, False, 50, plain=("pointwise", "shared_prefix")),
+        Case(64, True, 50, plain=("shared_prefix",)),
     ]
     assert [(c.candidates, c.at_once, c.requests) for c in found if c.at_once > 1] == [(1, 8, 48), (8, 8, 24)]
     assert all("pointwise" not in c.plain for c in found if c.candidates >= 64 and c.history is None)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from world import read_split, streams_without_evidence
+from world import read_split, streams_without_retrieved
 
 from project.data.batch import (
     EvaluationSampler,
@@ -21,7 +21,7 @@ from project.data.stream import Streams
 @pytest.fixture(scope="module")
 def streams(tiny_logs: Path) -> Streams:
     """Train targets of the tiny logs."""
-    return streams_without_evidence(read_split(tiny_logs, Protocol()), "train")
+    return streams_without_retrieved(read_split(tiny_logs, Protocol()), "train")
 
 
 def rows(loader: PackedLoader) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""A checkpoint scores what it was trained to read: other prompts, evidence or rows are refused before any."""
+"""A checkpoint scores what it was trained to read: other prompts, retrieved features or rows are refused before any."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from project.data.prompt import Prompt
 from project.datamodule import check_reads, reads_of
 from project.errors import CheckpointError
-from project.retrieval import ItemKNN, Taste
+from project.retrieval import ItemKNN, MatrixFactorisation
 
 
 def data(protocol: str = "aaaa", prompt: Prompt | None = None, **changes: Any) -> Any:
@@ -22,7 +22,7 @@ def data(protocol: str = "aaaa", prompt: Prompt | None = None, **changes: Any) -
         split=SimpleNamespace(hash=protocol),
         prompt=prompt or Prompt(),
         retriever=changes.get("retriever", ItemKNN(neighbours=7)),
-        taste=changes.get("taste", Taste(dim=4)),
+        mf=changes.get("mf", MatrixFactorisation(dim=4)),
         refits=changes.get("refits", 10),
     )
 
@@ -42,7 +42,7 @@ def test_what_is_kept() -> None:
     assert kept["protocol"] == "aaaa"
     assert kept["data.prompt"] == asdict(Prompt())
     assert kept["data.retriever"]["init_args"]["neighbours"] == 7
-    assert kept["data.taste"]["dim"] == 4
+    assert kept["data.mf"]["dim"] == 4
     check_reads(kept, data())  # itself
     check_reads(None, data())  # a checkpoint that kept nothing
 
@@ -60,9 +60,9 @@ def test_what_is_kept() -> None:
             r"data\.retriever\.init_args\.neighbours is 8, but .* with 7",
         ),
         (data(refits=5), r"data\.refits is 5, but the checkpoint was trained with 10"),
-        (data(taste=None), r"data\.taste is None, but the checkpoint was trained with \{'dim': 4"),
+        (data(mf=None), r"data\.mf is None, but the checkpoint was trained with \{'dim': 4"),
     ],
-    ids=["segment", "answers", "retriever", "blocks", "taste"],
+    ids=["segment", "answers", "retriever", "blocks", "mf"],
 )
 def test_what_the_model_reads(other: Any, words: str) -> None:
     """The key that differs is named, with both values, whoever scores."""
@@ -93,7 +93,7 @@ def test_rows() -> None:
 
 
 @pytest.mark.slow
-def test_verbs(
+def test_commands(
     run: Callable[..., None],
     tiny_config: Callable[..., Path],
     tmp_path: Path,
@@ -115,7 +115,7 @@ def test_verbs(
     small = (*small, "--ranking.candidates", "5", "--ranking.labelled_minimum", "3")
     asked = tmp_path / "requests.jsonl"
     asked.write_text('{"request_id": "a", "user_id": "u1", "candidates": ["i1"]}\n')
-    for verb, change in (
+    for command, change in (
         (("fit",), shares),
         (("test",), shares),
         (("test",), answers),
@@ -125,6 +125,6 @@ def test_verbs(
         (("predict", "--engine", "early_exit", "--data.requests", asked), answers),
     ):
         with pytest.raises(SystemExit):
-            run(verb[0], *given, *verb[1:], *change)
-        assert "the checkpoint was trained" in capsys.readouterr().err, verb
-        assert files() == before, verb
+            run(command[0], *given, *command[1:], *change)
+        assert "the checkpoint was trained" in capsys.readouterr().err, command
+        assert files() == before, command

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from world import Letters, read_split, streams_without_evidence
+from world import Letters, read_split, streams_without_retrieved
 
 from project.data.logs import TableLogs
 from project.data.prompt import Prompt, PromptEncoder
@@ -49,8 +49,10 @@ def test_items_fit_or_are_named(split: SplitInteractions) -> None:
 
 
 def test_streams_fit_or_are_named(split: SplitInteractions) -> None:
-    """The same of tokenised rows, evidence included; a list of what similar users liked has a fix of its own."""
-    streams = streams_without_evidence(split, "test", "{title} {vote_percent}{vote_percent}:")
+    """The same of tokenised rows, retrieved features included; a list of what similar users liked has a fix of its
+    own.
+    """
+    streams = streams_without_retrieved(split, "test", "{title} {vote_percent}{vote_percent}:")
     lengths = streams.tokens.lengths[:-1]
     place, tokens = int(lengths.argmax()), int(lengths.max()) + len("I\n")
     item = split.rows["item"][int(streams.row_id[place])]
@@ -92,7 +94,7 @@ def test_a_request_with_a_long_title_is_refused_alone(split: SplitInteractions, 
 def test_the_datamodule_asks_before_it_retrieves(
     tiny_logs: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One long title stops a run before evidence is made; shortened in the template it does not."""
+    """One long title stops a run before retrieved features is made; shortened in the template it does not."""
     monkeypatch.setenv("PROJECT_CACHE", str(tmp_path))
     items = pl.read_csv(tiny_logs / "items.csv")
     long = pl.when(pl.col("item_id") == "i7").then(pl.lit("sea " * 4500)).otherwise("title")
@@ -113,7 +115,7 @@ def test_the_datamodule_asks_before_it_retrieves(
     stopped = data("{title}:")
     with pytest.raises(ConfigError, match=r"item 'i7' .* data\.context_tokens is 1,024 \(1 of 20 items"):
         stopped.prepare_data()
-    assert stopped._evidence is None
+    assert stopped._retrieved is None
     data("{title:.40}:").setup("fit")
     asked = tmp_path / "requests.jsonl"
     asked.write_text('{"request_id": "a", "user_id": "u1", "candidates": ["i1"]}\n')

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from world import Letters
 
 from project.data.prompt import (
-    EVIDENCE_FIELDS,
     LOWEST_ID,
     NUMBERS,
+    RETRIEVED_FIELDS,
     SPAN,
     STEPS_A_UNIT,
     Prompt,
@@ -29,13 +29,13 @@ from project.data.prompt import (
     tells_numbers,
 )
 from project.errors import ConfigError
-from project.features import FEATURES, counting_features
+from project.features import FEATURES, feature_matrix
 
 ITEMS = pl.DataFrame({"item": [0, 1], "item_id": ["a", "b"], "title": ["Alien", "Brazil"]})
 
 
-def evidence(n: int = 2, seed: int = 0) -> pl.DataFrame:
-    """Random rows; the first has item_rate .75 of 20 rows, the last has no evidence at all."""
+def retrieved(n: int = 2, seed: int = 0) -> pl.DataFrame:
+    """Random rows; the first has item_rate .75 of 20 rows, the last has no retrieved features at all."""
     rng = np.random.default_rng(seed)
     neighbours = [int(k) for k in rng.integers(0, 6, n)]
     neighbours[-1] = 0
@@ -54,13 +54,13 @@ def evidence(n: int = 2, seed: int = 0) -> pl.DataFrame:
             "similarities": pl.Series(
                 [rng.random(k).tolist() for k in neighbours], dtype=pl.List(pl.Float32)
             ),
-            "taste": rng.random(n),
-            "alike": rng.random(n),
-            "alike_weight": rng.random(n) * 5,
+            "mf": rng.random(n),
+            "item_similarity": rng.random(n),
+            "item_similarity_weight": rng.random(n) * 5,
         }
     )
-    rates = ("item_rate", "user_rate", "taste", "alike")
-    counts = ("item_count", "user_count", "alike_weight")
+    rates = ("item_rate", "user_rate", "mf", "item_similarity")
+    counts = ("item_count", "user_count", "item_similarity_weight")
     table = table.with_columns(
         *(pl.when(pl.Series(none)).then(None).otherwise(pl.col(c)).alias(c) for c in rates),
         *(pl.when(pl.Series(none)).then(0).otherwise(pl.col(c)).alias(c) for c in counts),
@@ -83,14 +83,14 @@ def test_golden() -> None:
     """
     assert math.isclose(math.log(17.5 / 7.5), 0.8473, abs_tol=1e-4)
     assert math.isclose(math.log(21) - 3, 0.0445, abs_tol=1e-4)
-    assert ids_of(evidence(), ["item_number"])[0] == -138
-    assert ids_of(evidence(), ["item_count_number"])[0] == -122 * 256**5
-    assert ids_of(evidence(), ["item_count_number", "item_number"])[0] == -138 - 122 * 256**5
+    assert ids_of(retrieved(), ["item_number"])[0] == -138
+    assert ids_of(retrieved(), ["item_count_number"])[0] == -122 * 256**5
+    assert ids_of(retrieved(), ["item_count_number", "item_number"])[0] == -138 - 122 * 256**5
 
 
 def test_nothing_known_is_even_odds() -> None:
-    """A row without evidence reads as 0 in every rate, and as no rows in every count."""
-    told, values = read_number_ids(torch.tensor(ids_of(evidence(), list(NUMBERS))[-1:]))
+    """A row without retrieved features reads as 0 in every rate, and as no rows in every count."""
+    told, values = read_number_ids(torch.tensor(ids_of(retrieved(), list(NUMBERS))[-1:]))
     assert told.all()
     assert values[0].tolist() == [-3.0 if "count" in field else 0.0 for field in NUMBERS]
 
@@ -98,8 +98,8 @@ def test_nothing_known_is_even_odds() -> None:
 @pytest.mark.parametrize("fields", [*([field] for field in NUMBERS), [*NUMBERS], [*NUMBERS][::-2]])
 def test_ids_say_fields_and_values(fields: list[str]) -> None:
     """Read back, an id is its fields and their counting features, to half a step, within the span; nothing else."""
-    table = evidence(300)
-    features, ids = counting_features(table, 0.5), ids_of(table, fields)
+    table = retrieved(300)
+    features, ids = feature_matrix(table, 0.5), ids_of(table, fields)
     assert LOWEST_ID <= ids.min() <= ids.max() < 0
     told, values = read_number_ids(torch.from_numpy(ids))
     for kind, (field, (feature, zero)) in enumerate(NUMBERS.items()):
@@ -124,7 +124,7 @@ def test_seven_bytes() -> None:
 
 def test_a_row_that_stands_twice() -> None:
     """Rows of one row_id, as history and candidate or outside the logs, keep their own numbers."""
-    table = evidence(20)
+    table = retrieved(20)
     alone, same = (
         ids_of(rows, list(NUMBERS)) for rows in (table, table.with_columns(row_id=pl.lit(-1, pl.Int64)))
     )
@@ -133,27 +133,27 @@ def test_a_row_that_stands_twice() -> None:
 
 def test_segments_hold_one_token_a_field() -> None:
     """Text is tokenised, a field of numbers is one id."""
-    prompt = Prompt(segment="{title} {taste_number}{item_number+user_number}:")
+    prompt = Prompt(segment="{title} {mf_number}{item_number+user_number}:")
     encoder = PromptEncoder(Letters(), prompt, ITEMS)
-    table = evidence()
-    taste, rates = (ids_of(table, fields) for fields in (["taste_number"], ["item_number", "user_number"]))
+    table = retrieved()
+    mf, rates = (ids_of(table, fields) for fields in (["mf_number"], ["item_number", "user_number"]))
     found = encoder.encode(np.array([0, 1]), table, np.array([1, -1], dtype=np.int8)).tokens
-    assert found[0].tolist() == [*map(ord, "Alien "), taste[0], rates[0], *map(ord, ": yes")]
-    assert found[1].tolist() == [*map(ord, "Brazil "), taste[1], rates[1], ord(":")]
+    assert found[0].tolist() == [*map(ord, "Alien "), mf[0], rates[0], *map(ord, ": yes")]
+    assert found[1].tolist() == [*map(ord, "Brazil "), mf[1], rates[1], ord(":")]
 
 
 @pytest.mark.parametrize("name", ["item_number+year", "item_number+item_number", "item_number+"])
 def test_what_cannot_be_one_token(name: str) -> None:
     """Text beside a number, a number twice or none: the template is refused, with an example of what can be."""
     assert fields_together(name) is None
-    with pytest.raises(ConfigError, match=r"nobody knows\..*each once, as \{item_number\+taste_number\}"):
+    with pytest.raises(ConfigError, match=r"nobody knows\..*each once, as \{item_number\+mf_number\}"):
         PromptEncoder(Letters(), Prompt(segment="{title}{" + name + "}:"), ITEMS)
 
 
-@pytest.mark.parametrize("column", ["taste", "alike"])
+@pytest.mark.parametrize("column", ["mf", "item_similarity"])
 def test_which_field_tells_a_column(column: str) -> None:
     """Text in percent and the number all need what is behind them."""
-    fields = [name for name, (told, _) in EVIDENCE_FIELDS.items() if told == column]
+    fields = [name for name, (told, _) in RETRIEVED_FIELDS.items() if told == column]
     for field in [*fields, f"{column}_number"]:
         assert field_telling(Prompt(segment="{title}{" + field + "}:"), column) == "{" + field + "}"
     both = "{item_number+" + column + "_number}"
@@ -172,7 +172,7 @@ def test_back_to_text() -> None:
             return "".join(map(chr, token_ids))
 
     item, both = (
-        ids_of(evidence(), fields)[0] for fields in (["item_number"], ["item_count_number", "item_number"])
+        ids_of(retrieved(), fields)[0] for fields in (["item_number"], ["item_count_number", "item_number"])
     )
     ids = torch.tensor([*map(ord, "Alien"), item, both, *map(ord, ": yes")])
     assert readable(ids, Decoder()) == "Alien[item +0.85][item +0.85 item_count +0.05]: yes"

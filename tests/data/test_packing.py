@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
-from world import read_split, streams_without_evidence, text_of
+from world import read_split, streams_without_retrieved, text_of
 
 from project.benchmark.packing import prompts_of
 from project.data.batch import Batch, pack
 from project.data.protocol import Protocol
 from project.data.stream import Streams
-from project.model.backbone import Trunk
+from project.model.backbone import Backbone
 
 KINDS = ("global_time", "user_time", "random", "leave_last")
 
@@ -19,7 +19,7 @@ KINDS = ("global_time", "user_time", "random", "leave_last")
 def streams(request: pytest.FixtureRequest, tiny_logs: Path) -> Streams:
     """Test targets with all readable rows, prompts of characters."""
     split = read_split(tiny_logs, Protocol(split=request.param, minimum_history=1))
-    return streams_without_evidence(split, "test")
+    return streams_without_retrieved(split, "test")
 
 
 def seen_text(batch: Batch, target: int) -> str:
@@ -59,17 +59,17 @@ def test_groups_start_together(streams: Streams) -> None:
 
 
 def test_packed_equals_alone(streams: Streams) -> None:
-    """A random trunk gives a target the same hidden state packed among others and in a window of its own."""
+    """A random backbone gives a target the same hidden state packed among others and in a window of its own."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.2,
     )  # fmt: skip
-    trunk = Trunk.from_config(config).eval()
+    backbone = Backbone.from_config(config).eval()
 
     def hidden(batch: Batch) -> torch.Tensor:
         with torch.no_grad():
-            return trunk.run(trunk.embed(batch.tokens, batch.layout), 0, 2).hidden[0, batch.slots]
+            return backbone.run(backbone.embed(batch.tokens, batch.layout), 0, 2).hidden[0, batch.slots]
 
     windows = streams.evaluation(300)[:6]
     packed = pack(streams, windows)

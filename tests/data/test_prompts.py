@@ -11,7 +11,7 @@ from project.errors import ConfigError
 ITEMS = pl.DataFrame(
     {"item": [0, 1], "item_id": ["a", "b"], "title": ["Alien", "Brazil {1}"], "year": ["1979", ""]}
 )
-EVIDENCE = pl.DataFrame(
+RETRIEVED = pl.DataFrame(
     {
         "row_id": [0, 1],
         "item_rate": [0.74, None],
@@ -38,7 +38,7 @@ class Letters:
 def texts(prompt: Prompt, label: list[int]) -> list[tuple[str, str]]:
     """(whole segment, its part up to the answer slot)."""
     encoder = PromptEncoder(Letters(), prompt, ITEMS)
-    segments = encoder.encode(np.array([0, 1]), EVIDENCE, np.array(label, dtype=np.int8))
+    segments = encoder.encode(np.array([0, 1]), RETRIEVED, np.array(label, dtype=np.int8))
     rows = [segments.tokens[i].tolist() for i in range(2)]
     return [
         ("".join(map(chr, r)), "".join(map(chr, r[: s + 1])))
@@ -56,7 +56,7 @@ def test_golden() -> None:
 
 
 def test_counts_and_fields_in_any_place() -> None:
-    """37 rounds down to 20; likes and neighbours are plain counts; a template may start with evidence."""
+    """37 rounds down to 20; likes and neighbours are plain counts; a template may start with retrieved features."""
     prompt = Prompt(segment="{likes}/{neighbours} {item_count} {user_count} {user_percent} {title}?")
     assert texts(prompt, [-1, -1])[0] == ("1/4 20 2 50 Alien?",) * 2
 
@@ -66,9 +66,9 @@ def test_counts_and_fields_in_any_place() -> None:
 )
 def test_percent_is_two_digits(share: float, text: str) -> None:
     """.045 is 5 percent (half up), written 05; certainty is written 99."""
-    evidence = EVIDENCE.with_columns(item_rate=pl.Series([share, None]))
+    retrieved = RETRIEVED.with_columns(item_rate=pl.Series([share, None]))
     encoder = PromptEncoder(Letters(), Prompt(segment="{item_percent}"), ITEMS)
-    segments = encoder.encode(np.array([0, 1]), evidence, np.array([-1, -1], dtype=np.int8))
+    segments = encoder.encode(np.array([0, 1]), retrieved, np.array([-1, -1], dtype=np.int8))
     assert ["".join(map(chr, segments.tokens[i])) for i in range(2)] == [text, "?"]
 
 
@@ -79,7 +79,7 @@ def test_titles_are_shortened() -> None:
 
 
 def test_least_lengths() -> None:
-    """Text of the item, one token for each field of evidence, and the longer answer."""
+    """Text of the item, one token for each field of retrieved features, and the longer answer."""
     encoder = PromptEncoder(Letters(), Prompt(segment="{title} {item_percent}{vote_number}:"), ITEMS)
     assert encoder.least_lengths().tolist() == [len("Alien ??: yes"), len("Brazil {1} ??: yes")]
 
@@ -114,7 +114,7 @@ def test_a_control_token_in_a_title_is_text(tiny_model: Path) -> None:
     items = ITEMS.with_columns(title=pl.Series(["The <|im_end|>", "the sea"]))
     prompt = Prompt("<|im_end|>", "{title} {year}:", similar="S {titles}")
     encoder = PromptEncoder(tokenizer, prompt, items)
-    segments = encoder.encode(np.array([0, 1]), EVIDENCE, np.array([-1, -1], dtype=np.int8))
+    segments = encoder.encode(np.array([0, 1]), RETRIEVED, np.array([-1, -1], dtype=np.int8))
     assert special not in segments.tokens.values
     assert special not in encoder.encode_similar([[0]]).values
     assert tokenizer.decode(segments.tokens[0]).startswith("The <|im_end|>")
@@ -123,11 +123,11 @@ def test_a_control_token_in_a_title_is_text(tiny_model: Path) -> None:
 
 
 def test_the_default_segment_shows_short_columns_and_numbers() -> None:
-    """Title always, other columns up to a median of 12 tokens, no name of evidence, and numbers."""
+    """Title always, other columns up to a median of 12 tokens, no name of retrieved features, and numbers."""
     columns = {"plot": ["x" * 13, ""], "year": ["1" * 12, "2" * 12], "likes": ["1", "2"], "a.b": ["1", "2"]}
     items = pl.DataFrame({"item": [0, 1], "item_id": ["a", "b"], "title": ["t" * 50, "u" * 50], **columns})
-    found = with_segment(Prompt(), Letters(), items, ["taste_number"])
-    assert found.segment == "{title}, {year}{item_number+user_number+vote_number+text_number+taste_number}"
+    found = with_segment(Prompt(), Letters(), items, ["mf_number"])
+    assert found.segment == "{title}, {year}{item_number+user_number+vote_number+text_number+mf_number}"
     assert item_columns(found, items) == (["title", "year"], ["plot", "likes", "a.b"])
     assert with_segment(found, Letters(), items) is found
     assert tells_numbers(None)

@@ -1,6 +1,6 @@
 """Lists of what similar users liked, as segments of streams: where they stand, who reads them, served as logged.
 
-Unusual here: what a prompt should be is put together from the log and the evidence table by plain loops.
+Unusual here: what a prompt should be is put together from the log and the retrieved features table by plain loops.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 from transformers import LlamaConfig
-from world import Letters, no_evidence, read_split, text_of
+from world import Letters, no_retrieved, read_split, text_of
 
 from project.benchmark.packing import prompts_of
 from project.data.batch import Batch, pack
@@ -23,8 +23,8 @@ from project.data.requests import Request, Requests, request_streams
 from project.data.stream import Streams, Window, build_streams
 from project.datamodule import InteractionData
 from project.errors import ConfigError
-from project.model.backbone import Trunk
-from project.retrieval import ItemKNN, LightGCN, Retriever, evidence_tables, request_evidence
+from project.model.backbone import Backbone
+from project.retrieval import ItemKNN, LightGCN, Retriever, request_retrieved, retrieved_tables
 
 KINDS = ("global_time", "user_time", "random", "leave_last")
 REFITS = 5
@@ -38,8 +38,8 @@ def split(request: pytest.FixtureRequest, tiny_logs: Path) -> SplitInteractions:
 
 
 @pytest.fixture(scope="module")
-def evidence(split: SplitInteractions, session_cache: Path) -> dict[str, pl.DataFrame]:
-    return evidence_tables(split, RETRIEVER, REFITS, session_cache)
+def retrieved(split: SplitInteractions, session_cache: Path) -> dict[str, pl.DataFrame]:
+    return retrieved_tables(split, RETRIEVER, REFITS, session_cache)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,10 @@ def encoder(split: SplitInteractions) -> PromptEncoder:
 
 
 def streams_of_split(
-    split: SplitInteractions, evidence: dict[str, pl.DataFrame], encoder: PromptEncoder, name: str = "test"
+    split: SplitInteractions, retrieved: dict[str, pl.DataFrame], encoder: PromptEncoder, name: str = "test"
 ) -> Streams:
     rows = split.rows.filter(pl.col("split").to_physical() <= SPLITS.index(name))
-    return build_streams(rows, evidence[name], name, encoder)
+    return build_streams(rows, retrieved[name], name, encoder)
 
 
 def all_texts(streams: Streams, context_tokens: int) -> dict[int, str]:
@@ -98,11 +98,13 @@ def plain(titles: list[str], row: dict) -> str:
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_a_target_reads_the_lists_of_earlier_seconds(
-    split: SplitInteractions, evidence: dict[str, pl.DataFrame], encoder: PromptEncoder, name: str
+    split: SplitInteractions, retrieved: dict[str, pl.DataFrame], encoder: PromptEncoder, name: str
 ) -> None:
-    """Packed, each answer slot reads exactly what the log and the evidence say, and stream_tokens counts lists too."""
-    streams = streams_of_split(split, evidence, encoder, name)
-    expected = expected_texts(split, evidence[name], name)
+    """Packed, each answer slot reads exactly what the log and the retrieved features say, and stream_tokens counts
+    lists too.
+    """
+    streams = streams_of_split(split, retrieved, encoder, name)
+    expected = expected_texts(split, retrieved[name], name)
     batch = pack(streams, streams.evaluation(10**6)[:12])
     texts = seen(batch)
     assert texts == {row: expected[row] for row in texts}
@@ -114,14 +116,14 @@ def test_a_target_reads_the_lists_of_earlier_seconds(
 
 
 def test_lists_are_context_of_their_own(
-    split: SplitInteractions, evidence: dict[str, pl.DataFrame], encoder: PromptEncoder
+    split: SplitInteractions, retrieved: dict[str, pl.DataFrame], encoder: PromptEncoder
 ) -> None:
     """Without its lists a stream is what it is without the template; a list has a time group of its own, and no row."""
-    streams = streams_of_split(split, evidence, encoder)
+    streams = streams_of_split(split, retrieved, encoder)
     bare = PromptEncoder(Letters(), Prompt(PROMPT.instruction, PROMPT.segment), split.interactions.items)
-    without = streams_of_split(split, {"test": evidence["test"].drop("similar_after")}, bare)
+    without = streams_of_split(split, {"test": retrieved["test"].drop("similar_after")}, bare)
     lists = streams.row_id < 0
-    assert lists.sum() == evidence["test"]["similar_after"].drop_nulls().len() > 20
+    assert lists.sum() == retrieved["test"]["similar_after"].drop_nulls().len() > 20
     for name in ("row_id", "timestamp", "label", "target", "context", "slots"):
         assert np.array_equal(getattr(streams, name)[~lists], getattr(without, name))
     rows = np.append(np.flatnonzero(~lists), streams.instruction)
@@ -140,10 +142,10 @@ def test_lists_are_context_of_their_own(
 
 
 def test_training_windows_score_rows_alone(
-    split: SplitInteractions, evidence: dict[str, pl.DataFrame], encoder: PromptEncoder
+    split: SplitInteractions, retrieved: dict[str, pl.DataFrame], encoder: PromptEncoder
 ) -> None:
     """An epoch scores every train target once and no list, wherever windows are cut, also right before a list."""
-    streams = streams_of_split(split, evidence, encoder, "train")
+    streams = streams_of_split(split, retrieved, encoder, "train")
     targets = np.sort(streams.row_id[streams.target]).tolist()
     first = set()
     for seed in range(5):
@@ -170,39 +172,41 @@ def serve(
 ) -> Streams:
     def ask(rows: pl.DataFrame) -> pl.DataFrame:
         columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
-        return request_evidence(split, RETRIEVER, REFITS, cache, **columns, own=~rows["candidate"].to_numpy())
+        return request_retrieved(
+            split, RETRIEVER, REFITS, cache, **columns, own=~rows["candidate"].to_numpy()
+        )
 
     return request_streams(requests, split, table, encoder, ask)
 
 
 def hidden(batch: Batch) -> dict[int, torch.Tensor]:
-    """Last hidden state of each target, of a random trunk whose attention is far from uniform."""
+    """Last hidden state of each target, of a random backbone whose attention is far from uniform."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.2,
     )  # fmt: skip
-    trunk = Trunk.from_config(config).eval()
+    backbone = Backbone.from_config(config).eval()
     with torch.no_grad():
-        state = trunk.run(trunk.embed(batch.tokens, batch.layout), 0, 2).hidden[0, batch.slots]
+        state = backbone.run(backbone.embed(batch.tokens, batch.layout), 0, 2).hidden[0, batch.slots]
     return dict(zip(batch.row_id.tolist(), state, strict=True))
 
 
 def test_a_request_reads_what_the_log_row_read(
-    split: SplitInteractions, evidence: dict[str, pl.DataFrame], encoder: PromptEncoder, session_cache: Path
+    split: SplitInteractions, retrieved: dict[str, pl.DataFrame], encoder: PromptEncoder, session_cache: Path
 ) -> None:
     """At a test row's own time its item has the row's prompt, numbers and hidden state, whatever else is asked."""
-    streams = streams_of_split(split, evidence, encoder)
+    streams = streams_of_split(split, retrieved, encoder)
     logged = all_texts(streams, 250)
     rows = split.rows.filter(pl.col("row_id").is_in(list(logged)))
     other = (rows["item"].to_numpy() + 7) % split.interactions.items.height
     last = [[int(b), int(b), int(a)] for a, b in zip(rows["item"], other, strict=True)]
-    served = serve(split, evidence["test"], encoder, requests_at(split, rows, last), session_cache)
+    served = serve(split, retrieved["test"], encoder, requests_at(split, rows, last), session_cache)
     texts = all_texts(served, 250)
     ids = rows["row_id"].to_list()
     assert [texts[3 * k + 2] for k in range(len(ids))] == [logged[row] for row in ids]
     alone = serve(
-        split, evidence["test"], encoder, requests_at(split, rows, [x[2:] for x in last]), session_cache
+        split, retrieved["test"], encoder, requests_at(split, rows, [x[2:] for x in last]), session_cache
     )
     assert all_texts(alone, 250) == {k: logged[row] for k, row in enumerate(ids)}
     assert sum("[" in text for text in texts.values()) > len(ids)
@@ -216,7 +220,7 @@ def test_a_request_reads_what_the_log_row_read(
 
 
 def test_a_history_is_served_with_its_lists(
-    split: SplitInteractions, evidence: dict[str, pl.DataFrame], encoder: PromptEncoder, session_cache: Path
+    split: SplitInteractions, retrieved: dict[str, pl.DataFrame], encoder: PromptEncoder, session_cache: Path
 ) -> None:
     """A history that a request brings gets lists of its own, wherever its rows stand in the request's second."""
     items = split.interactions.items["item_id"].to_list()
@@ -227,7 +231,7 @@ def test_a_history_is_served_with_its_lists(
         Request(f"r{k}", None, rows, None, (items[9],)) for k, rows in enumerate((history, history[::-1]))
     ]
     streams = serve(
-        split, evidence["test"], encoder, Requests(asked, split.interactions.items, codes), session_cache
+        split, retrieved["test"], encoder, Requests(asked, split.interactions.items, codes), session_cache
     )
     first, second = (text.replace("]", "[").split("[") for text in all_texts(streams, 10**6).values())
     # rows 3 (the second of end + 1) and 6 (of end + 2) complete three rows, so lists follow four rows and six
@@ -252,8 +256,8 @@ def golden() -> Streams:
     )
     lists = pl.Series([[1, 0], None, None, [0]], dtype=pl.List(pl.Int32))
     prompt = Prompt(instruction="I", segment="{title}:", similar="<{titles}>")
-    evidence = no_evidence(rows).with_columns(similar_after=lists)
-    return build_streams(rows, evidence, "train", PromptEncoder(Letters(), prompt, items))
+    retrieved = no_retrieved(rows).with_columns(similar_after=lists)
+    return build_streams(rows, retrieved, "train", PromptEncoder(Letters(), prompt, items))
 
 
 def test_golden() -> None:

@@ -85,7 +85,7 @@ def test_global_time_cuts_ignore_rows_with_too_little_history() -> None:
 
 
 def test_user_time_cuts_each_user_by_their_own_rows() -> None:
-    """Users of 10 and 5 rows: cuts at index 8, 9 and at 4, 4 (floor of 4.5): the second has no valid row."""
+    """Users of 10 and 5 rows: cuts at index 8, 9 and at 4, 4 (baseline of 4.5): the second has no valid row."""
     users = [0] * 10 + [1] * 5 + [2] * 10
     split = apply_protocol(coded(users, list(range(25))), Protocol(split="user_time"))
     assert splits_of(split) == "TTTTTTTTVE" + "TTTTE" + "TTTTTTTTVE"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import polars as pl
-from world import Letters, no_evidence, read_split, text_of
+from world import Letters, no_retrieved, read_split, text_of
 
 from project.data.batch import pack
 from project.data.prompt import Prompt, PromptEncoder
@@ -18,8 +18,8 @@ from project.data.stream import Streams, build_streams
 
 
 def known(rows: pl.DataFrame) -> pl.DataFrame:
-    """Evidence that says 70 percent of every row."""
-    return no_evidence(rows).with_columns(item_rate=pl.lit(0.7, pl.Float32))
+    """Retrieved features that says 70 percent of every row."""
+    return no_retrieved(rows).with_columns(item_rate=pl.lit(0.7, pl.Float32))
 
 
 def read(streams: Streams) -> dict[int, tuple[str, str, list[int], int]]:

@@ -1,4 +1,4 @@
-"""Templates of prompts: cut where evidence stands, and nowhere else."""
+"""Templates of prompts: cut where retrieved features stands, and nowhere else."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ WORDED = ["item_rate", "vote"]
             "{title} all{item_rate}/10 near{vote}",
             [
                 ("static", "{title} all"),
-                ("evidence", "item_rate"),
+                ("retrieved", "item_rate"),
                 ("static", "/10 near"),
-                ("evidence", "vote"),
+                ("retrieved", "vote"),
             ],
         ),
         (
             "{item_number+vote_number}{{{title}}}",
             [("number", "item_number+vote_number"), ("static", "{{{title}}}")],
         ),
-        ("{title:.40} {vote}", [("static", "{title:.40} "), ("evidence", "vote")]),
+        ("{title:.40} {vote}", [("static", "{title:.40} "), ("retrieved", "vote")]),
     ],
 )
 def test_pieces(template: str, pieces: list[tuple[str, str]]) -> None:
-    """Text and item fields between two places of evidence are one piece; braces that are text stay text."""
+    """Text and item fields between two places of retrieved features are one piece; braces that are text stay text."""
     assert split_template(template, ITEM_FIELDS, WORDED) == pieces
 
 
@@ -56,20 +56,23 @@ def test_fields() -> None:
         ),
         ("{vote:.1}", r"has the field {vote:\.1}; expected {vote} alone"),
         ("{item_number:.1}", "expected {item_number} alone"),
-        ("{a.b}", "field {a.b}, which nobody knows. Item fields here: title, year, taste, vote_number;"),
+        (
+            "{a.b}",
+            "field {a.b}, which nobody knows. Item fields here: title, year, factorisation, vote_number;",
+        ),
         ("{x[1]}", "which nobody knows"),
         ("{7}", "which nobody knows"),
-        ("{taste}", "evidence and also a column of your items.*item_columns: {my_taste: taste}"),
-        ("{vote_number}", "evidence and also a column of your items"),
+        ("{mf}", "retrieved features and also a column of your items.*item_columns: {my_mf: mf}"),
+        ("{vote_number}", "retrieved features and also a column of your items"),
     ],
 )
 def test_fields_that_cannot_be_filled(template: str, words: str) -> None:
     """Formats but a length, names that Python takes apart, and names that mean two things."""
-    fields = [*ITEM_FIELDS, "taste", "vote_number", "a.b", "x[1]", "7"]
+    fields = [*ITEM_FIELDS, "mf", "vote_number", "a.b", "x[1]", "7"]
     with pytest.raises(ConfigError, match=words):
-        split_template(template, fields, [*WORDED, "taste"])
+        split_template(template, fields, [*WORDED, "mf"])
 
 
-def test_a_column_may_have_the_name_of_evidence_that_is_not_told() -> None:
+def test_a_column_may_have_the_name_of_retrieved_that_is_not_told() -> None:
     """Only what the template names matters."""
     assert split_template("{title}", ["title", "vote"], WORDED) == [("static", "{title}")]

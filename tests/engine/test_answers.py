@@ -14,13 +14,13 @@ from project.exits.criteria import Ratio
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_those_of_the_whole_layer(family: str) -> None:
-    """Static depths 1, 3 and 5, early exits and cached streams, against the trunk's own layers, one by one: 1e-5.
+    """Static depths 1, 3 and 5, early exits and cached streams, against the backbone's own layers, one by one: 1e-5.
 
     Biases (Qwen2) and norms (Qwen3) are drawn, since they start at 0 and 1, where a missing one would not show.
     """
     module = make_module(family=family)
-    assert module.trunk is not None
-    for name, weight in module.trunk.layers.named_parameters():
+    assert module.backbone is not None
+    for name, weight in module.backbone.layers.named_parameters():
         if weight.ndim == 1:
             torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
     rng = np.random.default_rng(5)
@@ -43,10 +43,10 @@ def test_answers_are_those_of_the_whole_layer(family: str) -> None:
 
 def test_who_leaves_never_runs_the_layer_that_was_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """At static depth 3 layers 0 and 1 run whole, layer 2 is read; its MLP sees one token a candidate."""
-    trunk = world.module.trunk
-    assert trunk is not None
+    backbone = world.module.backbone
+    assert backbone is not None
     tokens = dict[int, list[int]]()
-    for index, layer in enumerate(trunk.layers):
+    for index, layer in enumerate(backbone.layers):
         mlp = layer.mlp.forward
 
         def count(x: torch.Tensor, index: int = index, mlp: object = mlp) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The engine gives every candidate the exit and the score that it has all by itself, in whatever company it runs.
 
-Unusual here: the reference (tests/example_engine.py) runs one candidate at a time through the trunk's own layout and
+Unusual here: the reference (tests/example_engine.py) runs one candidate at a time through the backbone's own layout and
 attention and asks the simulation (`ExitPlan.emitted`), so structured attention, compaction, packing and the served
 policy are all compared with code that knows nothing of the engine.
 """
@@ -33,11 +33,11 @@ NEAR = 1e-4  # of a threshold: rounding may decide
 
 
 def near_threshold(plan: ExitPlan, world: World, request: int) -> np.ndarray:
-    """Candidates of a request whose safety comes so near a threshold that rounding may move their exit."""
+    """Candidates of a request whose confidence comes so near a threshold that rounding may move their exit."""
     outputs = world.calibrated(plan, request)
     near = torch.zeros(outputs.logits.shape[0], dtype=torch.bool)
     for head in range(outputs.heads - 1):
-        gap = plan.policy.criterion.safety(outputs.until(head)) - plan.policy.thresholds[head]
+        gap = plan.policy.criterion.confidence(outputs.until(head)) - plan.policy.thresholds[head]
         near |= gap.abs() < NEAR
     return near.numpy()
 
@@ -55,13 +55,13 @@ def check(plan: ExitPlan, world: World, members: list[tuple[int, np.ndarray]], s
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["cold", "cached"])
-@pytest.mark.parametrize("prior", [True, False], ids=["exit_0", "no_prior"])
+@pytest.mark.parametrize("exit_0", [True, False], ids=["exit_0", "no_exit_0"])
 @pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: type(c).__name__)
 def test_engine_does_what_the_simulation_says(
-    world: World, criterion: Criterion, prior: bool, cached: bool
+    world: World, criterion: Criterion, exit_0: bool, cached: bool
 ) -> None:
     """Same exits and, to 1e-5, same logits as candidate by candidate; candidates leave at several depths."""
-    plan = world.plan(criterion, 0.4, prior)
+    plan = world.plan(criterion, 0.4, exit_0)
     engine = Engine(world.module, RowExits(plan), StreamCache() if cached else None)
     scores = engine.score(world.requests)
     everyone = [(i, np.arange(len(r))) for i, r in enumerate(world.requests)]
@@ -109,13 +109,13 @@ def test_without_exits_it_is_the_plain_forward_bit_for_bit(
     scores = engine.score(world.requests)
     assert scores.syncs == 1  # the results
     batch, state = states[0]
-    trunk = engine._parts.trunk
+    backbone = engine._parts.backbone
     with torch.inference_mode():
-        state = trunk.run(state, 0, EXITS[-1] - 1)
-        hidden = answers_of_layer(trunk.layers[EXITS[-1] - 1], state, batch.structure)
+        state = backbone.run(state, 0, EXITS[-1] - 1)
+        hidden = answers_of_layer(backbone.layers[EXITS[-1] - 1], state, batch.structure)
         logits = world.module.heads[str(EXITS[-1])](hidden).double()
-        prior = torch.from_numpy(np.concatenate([r.prior for r in world.requests]))
-        plain = plan.calibration.apply(torch.stack([prior, prior, prior, prior, logits], dim=1))[:, -1]
+        exit_0 = torch.from_numpy(np.concatenate([r.exit_0 for r in world.requests]))
+        plain = plan.calibration.apply(torch.stack([exit_0, exit_0, exit_0, exit_0, logits], dim=1))[:, -1]
     np.testing.assert_array_equal(np.concatenate([r.logits for r in scores.requests]), plain.numpy())
     assert all((r.exit_layers == EXITS[-1]).all() for r in scores.requests)
 
@@ -136,10 +136,10 @@ def test_static_depth_is_that_head_for_everyone(world: World, layer: int) -> Non
 
 
 @pytest.mark.parametrize("read", [0, 10_000], ids=["read", "whole"])
-@pytest.mark.parametrize("prior", [True, False], ids=["exit_0", "no_prior"])
-def test_counter_is_the_reported_cost(world: World, prior: bool, read: int) -> None:
+@pytest.mark.parametrize("exit_0", [True, False], ids=["exit_0", "no_exit_0"])
+def test_counter_is_the_reported_cost(world: World, exit_0: bool, read: int) -> None:
     """Token-layers that ran = `exits.cost.request_cost` of the exit layers, cold, and warm with all streams cached."""
-    plan = world.plan(Ratio(), 0.4, prior)
+    plan = world.plan(Ratio(), 0.4, exit_0)
     cache = StreamCache()
     cold = Engine(world.module, RowExits(plan), read_tokens=read).score(world.requests)
     Engine(world.module, static_exits(plan, EXITS[-1]), cache).score(world.requests)
@@ -169,7 +169,7 @@ def test_best_k_leave_as_simulated(world: World) -> None:
 
 
 def test_unusable_requests_cost_the_others_nothing(world: World) -> None:
-    """No candidate, no history at all, a candidate twice, unknown tokens, NaN evidence, an empty candidate."""
+    """No candidate, no history at all, a candidate twice, unknown tokens, NaN retrieved features, an empty candidate."""
     plan = world.plan(Ratio(), 0.4)
     good, few = world.requests[2], world.requests[6]
     rng = np.random.default_rng(1)
@@ -180,9 +180,9 @@ def test_unusable_requests_cost_the_others_nothing(world: World) -> None:
         good,
         subset(few, np.array([], dtype=np.int64)),
         replace(few, request_id="vocabulary", candidates=Ragged.of([[3], [64]])),
-        replace(few, request_id="nan", evidence=np.full((2, 3), np.nan)),
+        replace(few, request_id="nan", retrieved=np.full((2, 3), np.nan)),
         replace(few, request_id="hollow", candidates=Ragged.of([[3], []])),
-        replace(few, request_id="short", prior=few.prior[:1]),
+        replace(few, request_id="short", exit_0=few.exit_0[:1]),
         subset(few, np.array([1, 1, 0])),
         bare,
     ]

@@ -27,8 +27,8 @@ from project.exits.plan import raw_outputs
 def test_every_head_is_each_candidate_by_itself(world: World, batch_tokens: int) -> None:
     """Logits of every head to 1e-5, rows in the order asked, in batches of one request or of all."""
     scores = score_every_head(world.module, world.requests, batch_tokens)
-    features = np.concatenate([r.evidence for r in world.requests])
-    found = raw_outputs(scores, features, EXITS, prior=True)
+    features = np.concatenate([r.retrieved for r in world.requests])
+    found = raw_outputs(scores, features, EXITS, exit_0=True)
     expected = torch.cat([o.logits for o in world.outputs])
     torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=0)
     asked = [(r.request_id, k) for r in world.requests for k in range(len(r))]
@@ -47,7 +47,7 @@ def test_nothing_asked_and_what_cannot_be_scored(world: World) -> None:
         assert score_every_head(world.module, requests).height == 0
     both = score_every_head(world.module, [empty, few])
     assert both["request_id"].to_list() == [few.request_id] * 2
-    broken = replace(few, request_id="nan", evidence=np.full((2, 3), np.nan))
+    broken = replace(few, request_id="nan", retrieved=np.full((2, 3), np.nan))
     with pytest.raises(DataError, match=r"'nan' cannot be scored.*NaN"):
         score_every_head(world.module, [few, broken])
 
@@ -92,7 +92,7 @@ def test_it_is_the_table_of_predict(
         context_tokens=256,
         batch_tokens=1024,
         refits=5,
-        taste=None,
+        mf=None,
         requests=str(asked),
     )
     model = ExitRecommender(str(tiny_model), [1, 3], numbers=True)

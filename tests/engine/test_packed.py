@@ -34,33 +34,33 @@ def test_products(rows: int, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_linear_layer_of_the_trunk_is_packed(family: str) -> None:
-    """Seven a layer, in a trunk of its own that shares parameters; a second time nothing is left to pack."""
+def test_every_linear_layer_of_the_backbone_is_packed(family: str) -> None:
+    """Seven a layer, in a backbone of its own that shares parameters; a second time nothing is left to pack."""
     module = make_module(family=family)
-    assert module.trunk is not None
-    before = {name: value.clone() for name, value in module.trunk.state_dict().items()}
-    found = packed(module.trunk)
-    assert [type(part) for part in linears(found)] == [PackedLinear] * 7 * len(module.trunk.layers)
-    assert {type(part) for part in linears(module.trunk)} == {nn.Linear}
-    for mine, theirs in zip(found.parameters(), module.trunk.parameters(), strict=True):
+    assert module.backbone is not None
+    before = {name: value.clone() for name, value in module.backbone.state_dict().items()}
+    found = packed(module.backbone)
+    assert [type(part) for part in linears(found)] == [PackedLinear] * 7 * len(module.backbone.layers)
+    assert {type(part) for part in linears(module.backbone)} == {nn.Linear}
+    for mine, theirs in zip(found.parameters(), module.backbone.parameters(), strict=True):
         assert mine is theirs
     assert packed(found) is found
     assert found.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in module.trunk.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in module.backbone.state_dict().items())
 
 
 def test_an_engine_leaves_its_module_alone(world: World) -> None:
-    """What it packs is its own; given a packed trunk, it packs nothing, and scores bit for bit the same."""
+    """What it packs is its own; given a packed backbone, it packs nothing, and scores bit for bit the same."""
     decision = static_exits(world.plan(Ratio(), 0.4), 5)
-    assert world.module.trunk is not None
-    kept = linears(world.module.trunk)
+    assert world.module.backbone is not None
+    kept = linears(world.module.backbone)
     engine = Engine(world.module, decision)
-    assert all(a is b for a, b in zip(kept, linears(world.module.trunk), strict=True))
-    assert {type(part) for part in linears(engine._parts.trunk)} == {PackedLinear}
-    alike = copied(world.module)
-    alike.trunk = shared = packed(world.module.trunk)
-    other = Engine(alike, decision)
-    assert other._parts.trunk is shared
+    assert all(a is b for a, b in zip(kept, linears(world.module.backbone), strict=True))
+    assert {type(part) for part in linears(engine._parts.backbone)} == {PackedLinear}
+    item_similarity = copied(world.module)
+    item_similarity.backbone = shared = packed(world.module.backbone)
+    other = Engine(item_similarity, decision)
+    assert other._parts.backbone is shared
     scores = [each.score(world.requests).requests for each in (engine, other)]
     for mine, theirs in zip(*scores, strict=True):
         np.testing.assert_array_equal(mine.logits, theirs.logits)
@@ -70,11 +70,11 @@ def test_an_engine_leaves_its_module_alone(world: World) -> None:
 def test_adapters_are_packed_too() -> None:
     """LoRA's base layers and adapters: the same output to rounding."""
     module = make_adapted(std=0.1)
-    assert module.trunk is not None
-    found = packed(module.trunk)
+    assert module.backbone is not None
+    found = packed(module.backbone)
     assert {type(part) for part in linears(found)} == {PackedLinear}
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(found.layers[0].mlp(x), module.trunk.layers[0].mlp(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.layers[0].mlp(x), module.backbone.layers[0].mlp(x), atol=1e-5, rtol=1e-5)
 
 
 def test_what_onednn_does_not_multiply_stays() -> None:

@@ -1,4 +1,4 @@
-"""Requests of logs, end to end: what `prepare` makes of them scores as the packed evaluation does, and the verbs work.
+"""Requests of logs, end to end: what `prepare` makes of them scores as the packed evaluation does, and the commands work.
 
 Unusual here: one tiny fit with sharp attention serves all tests (as in tests/test_predict.py), so a wrong position,
 group or window moves scores far more than rounding does.
@@ -67,8 +67,8 @@ def spread_exits(run: Path) -> None:
     plan = content["callbacks"]["ExitCalibration"]["plan"]
     scores = pl.read_parquet(run / "scores" / "test.parquet")
     for head, layer in enumerate(plan["layers"][:-1]):
-        slope, prior, offset = plan["calibration"][head].tolist()
-        logit = scores[f"logit_{layer}"].to_numpy() * slope + scores["logit_0"].to_numpy() * prior + offset
+        slope, exit_0, offset = plan["calibration"][head].tolist()
+        logit = scores[f"logit_{layer}"].to_numpy() * slope + scores["logit_0"].to_numpy() * exit_0 + offset
         plan["thresholds"][head] = float(np.quantile(np.abs(logit), 0.7 - 0.3 * head))
     torch.save(content, path)
 

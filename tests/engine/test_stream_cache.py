@@ -164,7 +164,7 @@ def test_the_user_away_longest_is_forgotten(world: World) -> None:
 
 
 def test_a_failed_batch_leaves_nothing_half_done(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device error in the middle of the trunk: the stream is forgotten, the next request is right."""
+    """A device error in the middle of the backbone: the stream is forgotten, the next request is right."""
     plan, cache = world.plan(Ratio(), 0.4), StreamCache()
     engine = Engine(world.module, static_exits(plan, 5), cache)
     request = asked(history(0, 9))
@@ -174,7 +174,7 @@ def test_a_failed_batch_leaves_nothing_half_done(world: World, monkeypatch: pyte
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._parts.trunk.layers[3], "forward", fail)
+        patch.setattr(engine._parts.backbone.layers[3], "forward", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.score([replace(request, stream=history(0, 12))])
     assert len(cache) == 0

@@ -83,7 +83,7 @@ def test_labels_are_the_same(base: Path, better: Path) -> None:
 
 
 def test_command_line(base: Path, better: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The verb prints what it writes; a run against itself differs by nothing."""
+    """The command prints what it writes; a run against itself differs by nothing."""
     run_compare([str(better), str(better), "--part", "test"])
     result = read_result(better / "results" / "compare-test.json")
     assert render(result) in capsys.readouterr().out

@@ -14,8 +14,8 @@ import polars as pl
 import pytest
 
 from project.data.protocol import FOLDS, ROLES, SPLITS
-from project.evaluation.baselines import AgainstFloor, Floor
-from project.evaluation.result import choose_exit, comparison, exit_rows, prior_rows
+from project.evaluation.baselines import AgainstBaseline, Baseline
+from project.evaluation.result import choose_exit, comparison, exit_0_rows, exit_rows
 from project.run import score_table
 
 PARTS = [("valid", "select"), ("valid", "tune"), ("valid", "certify"), ("test", None)]
@@ -64,21 +64,21 @@ def table(exits: dict[int, Scores], rows: pl.DataFrame = TARGETS) -> pl.DataFram
     return score_table(columns, np.stack([spread(s) for s in exits.values()], axis=1), list(exits))
 
 
-def floor(name: str, scores: Scores) -> Floor:
+def baseline(name: str, scores: Scores) -> Baseline:
     columns = TARGETS.select("row_id", pl.col("split").cast(pl.String))
-    return Floor(name, columns.with_columns(logit=pl.Series(spread(scores))))
+    return Baseline(name, columns.with_columns(logit=pl.Series(spread(scores))))
 
 
 def compared(
     exits: dict[int, Scores],
-    floors: list[Floor],
+    baselines: list[Baseline],
     reported: str,
     chosen: int | None,
     rows: pl.DataFrame = ROWS,
 ) -> dict[str, Any]:
     split: Any = SimpleNamespace(rows=rows)
     scores = table(exits, rows.filter(pl.col("role") == "target"))
-    return comparison(scores, split, floors, reported, chosen)
+    return comparison(scores, split, baselines, reported, chosen)
 
 
 def flipped(rows: pl.DataFrame, *parts: str) -> pl.DataFrame:
@@ -129,136 +129,140 @@ def test_exit_rows() -> None:
     assert (whole["n"], "fold" in whole, "auc_interval" in whole) == (36, False, False)
 
 
-FLOORS = [
-    floor("item_rate", everywhere(COIN, test=PERFECT)),  # best on test, which must not matter
-    floor("lr_rates", everywhere(COIN, test=BAD)),
-    floor("gbdt_evidence", everywhere(FAIR, test=COIN)),  # best on tune
+BASELINES = [
+    baseline("item_rate", everywhere(COIN, test=PERFECT)),  # best on test, which must not matter
+    baseline("lr_rates", everywhere(COIN, test=BAD)),
+    baseline("gbdt_features", everywhere(FAIR, test=COIN)),  # best on tune
 ]
 
 
 def test_differences() -> None:
-    """Test: the exit has AUC 3/4, the best floor by tune 1/2, lr_rates 1/4: differences 1/4 and 1/2, no width."""
-    result = compared({1: everywhere(BAD), 4: everywhere(GOOD)}, FLOORS, "test", 4)
-    assert result["best_floor"] == "gbdt_evidence"
+    """Test: the exit has AUC 3/4, the best baseline by tune 1/2, lr_rates 1/4: differences 1/4 and 1/2, no width."""
+    result = compared({1: everywhere(BAD), 4: everywhere(GOOD)}, BASELINES, "test", 4)
+    assert result["best_baseline"] == "gbdt_features"
     assert result["chosen_exit"] == 4
-    assert list(map(without_log_loss, result["floor_differences"])) == [
-        {"layer": 4, "floor": "gbdt_evidence", "value": 0.25, "interval": [0.25, 0.25]},
-        {"layer": 4, "floor": "lr_rates", "value": 0.5, "interval": [0.5, 0.5]},
+    assert list(map(without_log_loss, result["baseline_differences"])) == [
+        {"layer": 4, "baseline": "gbdt_features", "value": 0.25, "interval": [0.25, 0.25]},
+        {"layer": 4, "baseline": "lr_rates", "value": 0.5, "interval": [0.5, 0.5]},
     ]
-    assert result["floor_difference"] == result["floor_differences"][0]
+    assert result["baseline_difference"] == result["baseline_differences"][0]
     assert [(r["layer"], r["auc"]) for r in result["exits"]] == [(1, 0.25), (4, 0.75)]
-    shown = [(f["name"], f["split"], f["n"], f["auc"]) for f in result["floors"]]
+    shown = [(f["name"], f["split"], f["n"], f["auc"]) for f in result["baselines"]]
     assert shown == [
         ("item_rate", "test", 12, 1.0),
         ("lr_rates", "test", 12, 0.25),
-        ("gbdt_evidence", "test", 12, 0.5),
+        ("gbdt_features", "test", 12, 0.5),
     ]
 
 
 def test_every_exit_is_compared() -> None:
-    """Exits of AUC 1/4, 3/4 and 1 minus the best floor's 1/2, each in its own row; the chosen one's is the headline."""
-    result = compared({1: everywhere(BAD), 4: everywhere(GOOD), 9: everywhere(PERFECT)}, FLOORS, "test", 4)
-    found = [row["floor_difference"] for row in result["exits"]]
-    assert [(d["floor"], d["value"], d["interval"]) for d in found] == [
-        ("gbdt_evidence", -0.25, [-0.25, -0.25]),
-        ("gbdt_evidence", 0.25, [0.25, 0.25]),
-        ("gbdt_evidence", 0.5, [0.5, 0.5]),
+    """Exits of AUC 1/4, 3/4 and 1 minus the best baseline's 1/2, each in its own row; the chosen one's is the
+    headline.
+    """
+    result = compared({1: everywhere(BAD), 4: everywhere(GOOD), 9: everywhere(PERFECT)}, BASELINES, "test", 4)
+    found = [row["baseline_difference"] for row in result["exits"]]
+    assert [(d["baseline"], d["value"], d["interval"]) for d in found] == [
+        ("gbdt_features", -0.25, [-0.25, -0.25]),
+        ("gbdt_features", 0.25, [0.25, 0.25]),
+        ("gbdt_features", 0.5, [0.5, 0.5]),
     ]
-    assert {"layer": 4, **found[1]} == result["floor_difference"]
+    assert {"layer": 4, **found[1]} == result["baseline_difference"]
 
 
 def test_log_loss_difference() -> None:
-    """The floor takes its offset from select: constant 1 there, half of them liked, so 1 is taken off.
+    """The baseline takes its offset from select: constant 1 there, half of them liked, so 1 is taken off.
 
     On test its logits 1, 3, 2, 4 become 0, 2, 1, 3 and cost log 2, log(1 + e^-2), log(1 + e), log(1 + e^3); the exit's
     4, 2, 3, 1 cost log(1 + e^-4), log(1 + e^-2), log(1 + e^3), log(1 + e): only the first differs, by its log 2.
     """
-    result = compared({4: everywhere(GOOD)}, FLOORS, "test", 4)
-    found = result["floor_differences"][1]["log_loss"]
+    result = compared({4: everywhere(GOOD)}, BASELINES, "test", 4)
+    found = result["baseline_differences"][1]["log_loss"]
     expected = (np.log1p(np.exp(-4.0)) - np.log(2.0)) / 4
     assert found["value"] == pytest.approx(expected)
     assert found["interval"] == pytest.approx([expected, expected])
-    calibrated = next(row for row in result["floors"] if row["name"] == "lr_rates")["calibrated"]
+    calibrated = next(row for row in result["baselines"] if row["name"] == "lr_rates")["calibrated"]
     assert (calibrated["slope"], calibrated["offset"]) == (1.0, pytest.approx(-1.0))
     costs = np.log1p(np.exp([0.0, -2.0, 1.0, 3.0]))
     assert calibrated["log_loss"] == pytest.approx(costs.mean())
 
 
 def test_prior_rows() -> None:
-    """With counting the exit ranks 1, without 3/4: a difference of 1/4; the floor has 1/2, so 1/2 and 1/4 over it."""
+    """With counting the exit ranks 1, without 3/4: a difference of 1/4; the baseline has 1/2, so 1/2 and 1/4 over it."""
     test = TARGETS.filter(pl.col("split") == "test")
-    against = AgainstFloor(FLOORS[2], test["row_id"].to_numpy(), ROWS)
-    heads = {"counting": np.array(PERFECT * USERS), "none": np.array(GOOD * USERS)}
-    found = prior_rows(heads, against)
-    assert [found[prior]["auc"] for prior in heads] == [1.0, 0.75]
-    assert [found[prior]["floor_difference"]["value"] for prior in heads] == [0.5, 0.25]
+    against = AgainstBaseline(BASELINES[2], test["row_id"].to_numpy(), ROWS)
+    heads = {"with_exit_0": np.array(PERFECT * USERS), "without_exit_0": np.array(GOOD * USERS)}
+    found = exit_0_rows(heads, against)
+    assert [found[exit_0]["auc"] for exit_0 in heads] == [1.0, 0.75]
+    assert [found[exit_0]["baseline_difference"]["value"] for exit_0 in heads] == [0.5, 0.25]
     assert without_log_loss(found["difference"]) == {"value": 0.25, "interval": [0.25, 0.25]}
     swapped = np.log1p(np.exp([-3.0, 2.0])).sum() - np.log1p(np.exp([-2.0, 3.0])).sum()
     assert found["difference"]["log_loss"]["value"] == pytest.approx(swapped / 4)
-    assert "difference" not in prior_rows({"none": heads["none"]}, against)
+    assert "difference" not in exit_0_rows({"without_exit_0": heads["without_exit_0"]}, against)
 
 
 def test_differences_of_validation_are_of_tune() -> None:
     """Of validation the tune fold alone is compared and shown: 3/4 - 3/4 = 0 and 3/4 - 1/2 = 1/4."""
-    result = compared({4: everywhere(PERFECT, tune=GOOD)}, FLOORS, "valid", 4)
-    assert [d["value"] for d in result["floor_differences"]] == [0.0, 0.25]
-    parts = [(r["split"], r["fold"], r["n"]) for r in result["exits"] + result["floors"]]
+    result = compared({4: everywhere(PERFECT, tune=GOOD)}, BASELINES, "valid", 4)
+    assert [d["value"] for d in result["baseline_differences"]] == [0.0, 0.25]
+    parts = [(r["split"], r["fold"], r["n"]) for r in result["exits"] + result["baselines"]]
     assert parts == [("valid", "tune", 12)] * 4
 
 
 def test_certify_and_select_are_not_read() -> None:
     """Answers of certify and test can be turned round: what is said of validation stays, word for word.
 
-    Those of select decide the floors' calibration, and so log losses after it, but nothing else.
+    Those of select decide the baselines' calibration, and so log losses after it, but nothing else.
     """
     exits = {1: everywhere(PERFECT, tune=FAIR), 4: everywhere(BAD, tune=GOOD)}
-    expected = compared(exits, FLOORS, "valid", 4)
-    assert compared(exits, FLOORS, "valid", 4, flipped(ROWS, "certify", "test")) == expected
-    assert compared(exits, FLOORS, "valid", 4, flipped(ROWS, "tune")) != expected
-    select = compared(exits, FLOORS, "valid", 4, flipped(ROWS, "select"))
+    expected = compared(exits, BASELINES, "valid", 4)
+    assert compared(exits, BASELINES, "valid", 4, flipped(ROWS, "certify", "test")) == expected
+    assert compared(exits, BASELINES, "valid", 4, flipped(ROWS, "tune")) != expected
+    select = compared(exits, BASELINES, "valid", 4, flipped(ROWS, "select"))
     assert select != expected
     for result in (select, expected):
-        for row in result["floors"]:
+        for row in result["baselines"]:
             del row["calibrated"]
         for difference in (
-            *(row["floor_difference"] for row in result["exits"]),
-            *result["floor_differences"],
+            *(row["baseline_difference"] for row in result["exits"]),
+            *result["baseline_differences"],
         ):
             difference.pop("log_loss", None)
     assert select == expected
 
 
-def test_best_floor_is_chosen_on_tune() -> None:
+def test_best_baseline_is_chosen_on_tune() -> None:
     """What is best by tune stays best when the answers of test are turned round; its difference changes sign."""
-    result = compared({4: everywhere(GOOD)}, FLOORS, "test", 4, flipped(ROWS, "test", "certify", "select"))
-    assert result["best_floor"] == "gbdt_evidence"
-    assert result["floor_difference"]["value"] == -0.25
+    result = compared({4: everywhere(GOOD)}, BASELINES, "test", 4, flipped(ROWS, "test", "certify", "select"))
+    assert result["best_baseline"] == "gbdt_features"
+    assert result["baseline_difference"]["value"] == -0.25
 
 
 def test_lr_rates_is_compared_once() -> None:
-    """Where lr_rates is the best floor there is one difference, not two."""
-    floors = [floor("item_rate", everywhere(COIN)), floor("lr_rates", everywhere(GOOD))]
-    result = compared({4: everywhere(PERFECT)}, floors, "test", 4)
-    assert [(d["floor"], d["value"]) for d in result["floor_differences"]] == [("lr_rates", 0.25)]
+    """Where lr_rates is the best baseline there is one difference, not two."""
+    baselines = [baseline("item_rate", everywhere(COIN)), baseline("lr_rates", everywhere(GOOD))]
+    result = compared({4: everywhere(PERFECT)}, baselines, "test", 4)
+    assert [(d["baseline"], d["value"]) for d in result["baseline_differences"]] == [("lr_rates", 0.25)]
 
 
 def test_nothing_chosen_nothing_compared() -> None:
     """Without a chosen exit the table still stands, without a headline; its exits are compared all the same."""
-    result = compared({4: everywhere(GOOD)}, FLOORS, "test", None)
+    result = compared({4: everywhere(GOOD)}, BASELINES, "test", None)
     assert result["chosen_exit"] is None
-    assert "floor_difference" not in result
-    assert result["exits"][0]["floor_difference"]["value"] == 0.25
+    assert "baseline_difference" not in result
+    assert result["exits"][0]["baseline_difference"]["value"] == 0.25
     assert len(result["exits"]) == 1
-    assert len(result["floors"]) == 3
+    assert len(result["baselines"]) == 3
 
 
 def test_rows_are_matched_by_row_id() -> None:
-    """A score table in another order says the same: floor and exit meet by row id, not by position."""
+    """A score table in another order says the same: baseline and exit meet by row id, not by position."""
     exits = {4: everywhere(GOOD)}
     scores, split = table(exits).sample(fraction=1.0, shuffle=True, seed=0), SimpleNamespace(rows=ROWS)
-    shuffled: dict[str, Any] = comparison(scores, split, FLOORS, "test", 4)  # type: ignore[arg-type]
+    shuffled: dict[str, Any] = comparison(scores, split, BASELINES, "test", 4)  # type: ignore[arg-type]
     for found, ordered in zip(
-        shuffled["floor_differences"], compared(exits, FLOORS, "test", 4)["floor_differences"], strict=True
+        shuffled["baseline_differences"],
+        compared(exits, BASELINES, "test", 4)["baseline_differences"],
+        strict=True,
     ):
         assert without_log_loss(found) == without_log_loss(ordered)
         assert found["log_loss"]["value"] == pytest.approx(ordered["log_loss"]["value"])

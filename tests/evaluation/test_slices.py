@@ -5,8 +5,14 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from project.evaluation.baselines import Floor
-from project.evaluation.result import exit_scores_of, floor_scores_of, plan_scores_of, slice_masks, slice_rows
+from project.evaluation.baselines import Baseline
+from project.evaluation.result import (
+    baseline_scores_of,
+    exit_scores_of,
+    plan_scores_of,
+    slice_masks,
+    slice_rows,
+)
 from project.metrics import head_metrics
 from project.run import score_table
 
@@ -24,7 +30,7 @@ ROWS = pl.DataFrame(
         "hist": [3, 3, *HIST],
     }
 )
-EVIDENCE = {
+RETRIEVED = {
     "test": pl.DataFrame({"row_id": range(9, 1, -1), "item_count": ITEM[::-1]})
 }  # another order than the rows
 LOGITS = np.array([3.0, 2.0, 1.0, 0.0, -1.0, 1.5, 0.5, -2.0])
@@ -32,7 +38,7 @@ LOGITS = np.array([3.0, 2.0, 1.0, 0.0, -1.0, 1.5, 0.5, -2.0])
 
 def test_masks_golden():
     """Edges belong to the upper bucket; who has only context in train is cold; each family covers every row once."""
-    masks = {name: mask.to_list() for name, mask in slice_masks(ROWS, EVIDENCE, "test").items()}
+    masks = {name: mask.to_list() for name, mask in slice_masks(ROWS, RETRIEVED, "test").items()}
     shown = {"item": ITEM}
     held = {
         name: [n for n, inside in zip(shown.get(name.split("_")[0], HIST), mask, strict=True) if inside]
@@ -58,23 +64,27 @@ def test_plan_has_its_depth_in_each_slice():
     logits, depth = plan_scores_of(part, LOGITS[::-1], layers[::-1], ROWS, "test")
     assert logits.tolist() == LOGITS.tolist()
     found = slice_rows(
-        ROWS, EVIDENCE, [({"layer": 4}, LOGITS), ({"plan": True}, logits)], "test", draws=5, depth=depth
+        ROWS, RETRIEVED, [({"layer": 4}, LOGITS), ({"plan": True}, logits)], "test", draws=5, depth=depth
     )
     by_name = {entry["name"]: entry["rows"] for entry in found}
     assert by_name["item_1_5"][1]["mean_depth"] == 4.0
     assert by_name["item_1_5"][1]["auc"] == by_name["item_1_5"][0]["auc"]
     assert "mean_depth" not in by_name["item_1_5"][0]
-    few = {"test": EVIDENCE["test"].with_columns(item_count=pl.lit(3))}
+    few = {"test": RETRIEVED["test"].with_columns(item_count=pl.lit(3))}
     nobody = slice_rows(ROWS, few, [({"plan": True}, logits)], "test", draws=5, depth=depth)[5]
     assert (nobody["name"], nobody["rows"][0]["mean_depth"]) == ("item_0", None)
 
 
 def test_metrics_are_those_of_the_rows():
-    """history_5_20 scores 1, 0, .5 on labels 1, 0, 1: AUC 1. Floors and exits stand side by side; empty says so."""
-    floor = Floor("lr_rates", pl.DataFrame({"row_id": range(2, 10), "split": ["test"] * 8, "logit": LOGITS}))
+    """history_5_20 scores 1, 0, .5 on labels 1, 0, 1: AUC 1. Baselines and exits stand side by side; empty says so."""
+    baseline = Baseline(
+        "lr_rates", pl.DataFrame({"row_id": range(2, 10), "split": ["test"] * 8, "logit": LOGITS})
+    )
     columns = {"row_id": list(range(9, 1, -1)), "split": ["test"] * 8}  # another order than the rows
     exits = exit_scores_of(score_table(columns, LOGITS[::-1, None], [4]), ROWS, [4], "test")
-    found = slice_rows(ROWS, EVIDENCE, exits + floor_scores_of([floor], ROWS, "test"), "test", draws=20)
+    found = slice_rows(
+        ROWS, RETRIEVED, exits + baseline_scores_of([baseline], ROWS, "test"), "test", draws=20
+    )
     bucket = next(entry for entry in found if entry["name"] == "history_5_20")
     assert {k: bucket[k] for k in ("split", "n", "users", "positives")} == {
         "split": "test",
@@ -95,7 +105,7 @@ def test_metrics_are_those_of_the_rows():
 def test_empty_slice_is_undefined():
     """Without cold users the entry stays, with n = 0 and undefined metrics."""
     warm = ROWS.filter(pl.col("user") == 1)
-    found = slice_rows(warm, EVIDENCE, [({"name": "any"}, np.zeros(5))], "test", draws=5)
+    found = slice_rows(warm, RETRIEVED, [({"name": "any"}, np.zeros(5))], "test", draws=5)
     cold = next(entry for entry in found if entry["name"] == "cold_users")
     assert cold["n"] == 0
     assert cold["rows"][0]["auc"] is None

@@ -38,7 +38,7 @@ class World:
 
     Attributes:
         raw: (n, K) uncalibrated logits.
-        evidence: (n, 3) two noisy hints at a row's difficulty and a constant.
+        retrieved: (n, 3) two noisy hints at a row's difficulty and a constant.
         truth: (n,) the probability that labels were drawn with.
         labels: (n,) 0 or 1.
         users: (n,).
@@ -48,7 +48,7 @@ class World:
     """
 
     raw: Tensor
-    evidence: Tensor
+    retrieved: Tensor
     truth: Tensor
     labels: Tensor
     users: Tensor
@@ -63,11 +63,11 @@ class World:
 
     def outputs(self, calibration: Calibration) -> HeadOutputs:
         """Calibrated outputs of the rows."""
-        return HeadOutputs.of(self.layers, calibration.apply(self.raw), self.evidence)
+        return HeadOutputs.of(self.layers, calibration.apply(self.raw), self.retrieved)
 
     def calibrated(self) -> HeadOutputs:
-        """Outputs under the calibration of the rows themselves, with a prior."""
-        return self.outputs(fit_calibration(self.raw, self.labels, self.layers, prior=True))
+        """Outputs under the calibration of the rows themselves, with a exit 0."""
+        return self.outputs(fit_calibration(self.raw, self.labels, self.layers, exit_0=True))
 
     def true_auc(self, scores: Tensor) -> float:
         """AUC of scores (n,) with every row counted as positive by its true probability: no label noise."""
@@ -82,7 +82,7 @@ def make_world(n: int = 2000, seed: int = 0, users: int = 80, own_noise: float =
 
     The noise of a head is the sum of the surprises of all later layers, so neighbouring heads err alike, plus
     noise of its own (`own_noise`, its deviation in logits). A row's surprises are scaled by its difficulty
-    and fade with its own depth constant, both log-normal and half visible in the evidence. A part of the
+    and fade with its own depth constant, both log-normal and half visible in the retrieved features. A part of the
     latent logit no head ever sees. True AUC rises from about .736 at layer 0 over .745 at 2 to .760 at 12;
     an oracle of drift has .759 at a mean depth of 2: the proportions of the sketch in exits.md.
     """
@@ -105,7 +105,7 @@ def make_world(n: int = 2000, seed: int = 0, users: int = 80, own_noise: float =
     truth = 1 / (1 + np.exp(-latent - unseen))
     return World(
         raw=torch.from_numpy(seen * np.linspace(0.6, 1.3, heads) + np.linspace(0.3, -0.4, heads)),
-        evidence=torch.from_numpy(np.stack(hints, axis=1)),
+        retrieved=torch.from_numpy(np.stack(hints, axis=1)),
         truth=torch.from_numpy(truth),
         labels=torch.from_numpy((rng.random(n) < truth).astype(np.int64)),
         users=torch.from_numpy(user),

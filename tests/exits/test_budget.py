@@ -36,7 +36,7 @@ def valid(new_world: Callable[..., Any]) -> tuple[pl.DataFrame, np.ndarray]:
     user = world.users.numpy()
     fold = np.where(user < 60, "tune", "certify")
     known = {"row_id": np.arange(ROWS), "user": user, "fold": fold, "label": world.labels.numpy()}
-    return table(world, split=["valid"] * ROWS, **known), world.evidence.numpy()
+    return table(world, split=["valid"] * ROWS, **known), world.retrieved.numpy()
 
 
 def settings(**changes: Any) -> ExitSettings:
@@ -73,8 +73,8 @@ def test_by_depth_every_layer_costs_the_same(valid: Any) -> None:
 
 
 def test_criterion_and_prior(valid: Any) -> None:
-    """A criterion that is given decides whatever the settings say, and without a prior exit 0 is unknown."""
-    plan = budget_plan(*valid, settings(criterion=Ratio(), prior="none"), criterion=Consistency(2))
+    """A criterion that is given decides whatever the settings say, and without a exit 0 exit 0 is unknown."""
+    plan = budget_plan(*valid, settings(criterion=Ratio(), exit_0=False), criterion=Consistency(2))
     assert plan.criterion == "consistency"
     assert plan.layers == (2, 4, 6, 8, 10, 12)
 
@@ -90,8 +90,8 @@ def test_who_cannot_keep_the_budget_is_left_out(valid: Any) -> None:
     found = calibrate(*valid, both, "hash")
     assert thresholds(found.plan) == thresholds(budget_plan(*valid, settings(compare=[Ratio()], **tight)))
     assert [policy["criterion"] for policy in found.document["policies"]] == ["ratio"]
-    assert found.document["priors"]["counting"]["chosen"]["cost"] <= 0.1
-    fastest = found.document["priors"]["none"]["chosen"]
+    assert found.document["exit_0_rows"]["with_exit_0"]["chosen"]["cost"] <= 0.1
+    fastest = found.document["exit_0_rows"]["without_exit_0"]["chosen"]
     assert fastest["cost"] > 0.1
     with pytest.raises(ConfigError, match=r"keeps exits\.max_cost"):
         calibrate(*valid, settings(compare=[Consistency()], **tight), "hash")
@@ -122,7 +122,7 @@ def test_a_known_item_leaves_at_0_and_a_new_one_goes_on() -> None:
     layer, _ = plan.emitted(plan.outputs(scores, features))
     assert (layer[count > 0] == 0).all()
     assert (layer[count == 0] == 4).all()
-    best = TuneFold(scores, features, ExitSettings(), prior=True).best  # among all
+    best = TuneFold(scores, features, ExitSettings(), exit_0=True).best  # among all
     assert best.chosen.cost <= (count == 0).mean() + 0.01
 
 
@@ -130,13 +130,13 @@ def test_what_choosing_gains_is_taken_off(valid: Any) -> None:
     """A choice that the labels have no part in is told rightly, to 4 errors of 1,000 draws; the best of many is not."""
     tune = (valid[0]["fold"] == "tune").to_numpy()
     part = valid[0].filter(tune), valid[1][tune]
-    fixed = TuneFold(*part, settings(criterion=Ratio(), max_auc_drop=None, max_cost=0.5), prior=True)
+    fixed = TuneFold(*part, settings(criterion=Ratio(), max_auc_drop=None, max_cost=0.5), exit_0=True)
     told, found = fixed.best.drops[fixed.best.step], fixed.corrected()
     error = float(np.sqrt((fixed.best.influences[fixed.best.step] ** 2).sum()))
     assert found["auc_drop_corrected"] == pytest.approx(told, abs=4 * error / np.sqrt(1000))
     low, high = found["auc_drop_corrected_interval"]
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
-    chosen = TuneFold(*part, settings(alpha=0.5), prior=True)
+    chosen = TuneFold(*part, settings(alpha=0.5), exit_0=True)
     assert chosen.best.step > 0
     assert chosen.corrected()["auc_drop_corrected"] > chosen.best.drops[chosen.best.step] + 0.0002
 

@@ -67,13 +67,13 @@ def test_only_tune_decides(scores: pl.DataFrame) -> None:
         after = calibrate(with_fold(scores, fold, **turned), FEATURES, settings(), "hash")
         assert thresholds(after.plan) == thresholds(before.plan)
         torch.testing.assert_close(after.plan.calibration.values, before.plan.calibration.values)
-        assert after.rival == before.rival
+        assert after.static_exit == before.static_exit
     after = calibrate(with_fold(scores, "tune", **turned), FEATURES, settings(), "hash")
     assert not torch.allclose(after.plan.calibration.values, before.plan.calibration.values)
 
 
 def test_budget_and_priors(scores: pl.DataFrame) -> None:
-    """The chosen step keeps the budget on tune; without a prior the plan does not know exit 0; both are reported."""
+    """The chosen step keeps the budget on tune; without a exit 0 the plan does not know exit 0; both are reported."""
     found = calibrate(scores, FEATURES, settings(max_auc_drop=0.003), "hash")
     policy = next(p for p in found.document["policies"] if p["criterion"] == found.document["chosen"])
     point = policy["pareto"][policy["chosen_step"]]
@@ -81,10 +81,10 @@ def test_budget_and_priors(scores: pl.DataFrame) -> None:
     assert policy["pareto"][0]["cost"] == pytest.approx(1.0)  # step 0: nobody leaves early
     assert found.plan.layers[0] == 0
     assert found.without.layers[0] == 2
-    assert set(found.document["priors"]) == {"counting", "none"}
+    assert set(found.document["exit_0_rows"]) == {"with_exit_0", "without_exit_0"}
     assert found.document["certificate"]["unit"] == "user"
     assert found.document["certificate"]["n"] == 30
-    none = calibrate(scores, FEATURES, settings(max_auc_drop=0.003, prior="none"), "hash")
+    none = calibrate(scores, FEATURES, settings(max_auc_drop=0.003, exit_0=False), "hash")
     assert thresholds(none.plan) == thresholds(found.without)
 
 
@@ -221,7 +221,7 @@ def test_too_few_to_certify(scores: pl.DataFrame) -> None:
 
 
 def test_second_certificate(scores: pl.DataFrame) -> None:
-    """Another promise, budget, criterion or prior on the same fold gets its plan, but no certificate.
+    """Another promise, budget, criterion or exit 0 on the same fold gets its plan, but no certificate.
 
     The same may be computed again, also from scores that differ a little. In risk mode the certificate is the plan,
     so a second one is refused.
@@ -236,7 +236,7 @@ def test_second_certificate(scores: pl.DataFrame) -> None:
     for change, words in (
         ({"max_auc_drop": 0.01}, "exits.max_auc_drop 0.002 -> 0.01"),
         ({"criterion": Ratio()}, "exits.criterion"),
-        ({"prior": "none"}, "exits.prior"),
+        ({"exit_0": False}, "exits.exit_0"),
     ):
         changed = settings(**{"certificate": loose, **change})
         second = calibrate(rescored, FEATURES, changed, "hash", first)

@@ -22,7 +22,7 @@ def heads(n=3000, seed=0):
 def test_without_prior_equals_sklearn_and_keeps_auc():
     """Per head the unpenalised logistic regression of scikit-learn, and exactly the head's own AUC."""
     logits, labels = heads()
-    calibration = fit_calibration(logits, labels, LAYERS, prior=False)
+    calibration = fit_calibration(logits, labels, LAYERS, exit_0=False)
     scores = calibration.apply(logits)
     for k in range(3):
         reference = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(logits[:, [k]], labels)
@@ -34,7 +34,7 @@ def test_without_prior_equals_sklearn_and_keeps_auc():
 def test_with_prior_equals_sklearn():
     """Exit 0 has b = 0; deeper heads equal the unpenalised logistic regression on both logits."""
     logits, labels = heads()
-    values = fit_calibration(logits, labels, LAYERS, prior=True).values
+    values = fit_calibration(logits, labels, LAYERS, exit_0=True).values
     assert values[0, 1] == 0
     for k in (1, 2):
         reference = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(logits[:, [k, 0]], labels)
@@ -47,15 +47,15 @@ def test_recovers_known_coefficients():
     logits = torch.randn(200_000, 2, generator=generator, dtype=torch.float64)
     chance = torch.sigmoid(1.5 * logits[:, 1] + 0.6 * logits[:, 0] - 0.3)
     labels = torch.rand(200_000, generator=generator, dtype=torch.float64) < chance
-    values = fit_calibration(logits, labels, (0, 4), prior=True).values
+    values = fit_calibration(logits, labels, (0, 4), exit_0=True).values
     assert values[1].tolist() == pytest.approx([1.5, 0.6, -0.3], abs=0.03)
 
 
 def test_slopes_stay_positive():
-    """A head that ranks backwards gets the least slope, and the offset and prior that are best beside it."""
+    """A head that ranks backwards gets the least slope, and the offset and exit 0 that are best beside it."""
     logits, labels = heads()
     logits[:, 2] = -logits[:, 2]
-    values = fit_calibration(logits, labels, LAYERS, prior=True).values
+    values = fit_calibration(logits, labels, LAYERS, exit_0=True).values
     assert values[2, 0] == pytest.approx(MINIMUM_SLOPE)
     rest = LogisticRegression(C=np.inf, tol=1e-10).fit(logits[:, [0]], labels)
     assert float(values[2, 1]) == pytest.approx(rest.coef_[0, 0], rel=0.02)
@@ -65,7 +65,7 @@ def test_a_perfect_head_stays_finite():
     """A head that separates the classes has no maximum likelihood; the ridge keeps it finite and its AUC 1."""
     labels = torch.arange(100) % 2
     logits = torch.stack([labels * 2.0 - 1 + 0.001 * torch.arange(100), torch.randn(100)], dim=1)
-    calibration = fit_calibration(logits, labels, (2, 4), prior=False)
+    calibration = fit_calibration(logits, labels, (2, 4), exit_0=False)
     assert calibration.values.isfinite().all()
     assert auc(calibration.apply(logits)[:, 0], labels) == 1
 
@@ -73,26 +73,26 @@ def test_a_perfect_head_stays_finite():
 def test_scale_of_the_logits_does_not_matter():
     """Logits 100 times as large and shifted give the same calibrated scores (slopes stay above their bound)."""
     logits, labels = heads()
-    expected = fit_calibration(logits, labels, LAYERS, prior=True).apply(logits)
+    expected = fit_calibration(logits, labels, LAYERS, exit_0=True).apply(logits)
     moved = logits * 100 + 50
-    torch.testing.assert_close(fit_calibration(moved, labels, LAYERS, prior=True).apply(moved), expected)
+    torch.testing.assert_close(fit_calibration(moved, labels, LAYERS, exit_0=True).apply(moved), expected)
 
 
 def test_applies_head_by_head():
     """The first heads alone (what an engine has) get the scores that they get among all, in their own type."""
     logits, labels = heads()
-    calibration = fit_calibration(logits, labels, LAYERS, prior=True)
+    calibration = fit_calibration(logits, labels, LAYERS, exit_0=True)
     assert torch.equal(calibration.apply(logits[:, :2]), calibration.apply(logits)[:, :2])
     assert calibration.apply(logits.float()).dtype == torch.float32
 
 
 def test_by_layer():
-    """Result files carry the coefficients by layer, under the names logit, prior and offset."""
+    """Result files carry the coefficients by layer, under the names logit, exit 0 and offset."""
     logits, labels = heads()
-    calibration = fit_calibration(logits, labels, LAYERS, prior=True)
+    calibration = fit_calibration(logits, labels, LAYERS, exit_0=True)
     a, b, c = calibration.values[1].tolist()
     assert list(calibration.as_dict()) == ["0", "4", "8"]
-    assert calibration.as_dict()["4"] == {"logit": a, "prior": b, "offset": c}
+    assert calibration.as_dict()["4"] == {"logit": a, "exit_0": b, "offset": c}
 
 
 @pytest.mark.parametrize(
@@ -109,4 +109,4 @@ def test_bad_input(change, message):
     """NaN, infinity, one class, a constant head and equal heads are named with their exit."""
     logits, labels = change(*heads())
     with pytest.raises(DataError, match=message):
-        fit_calibration(logits, labels, LAYERS, prior=True)
+        fit_calibration(logits, labels, LAYERS, exit_0=True)

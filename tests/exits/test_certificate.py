@@ -342,11 +342,11 @@ class TestLedger:
             {"criterion": Ratio()},
             {"compare": [Ratio()]},
             {"compare": [Ratio(), Consistency(2)]},
-            {"prior": "none"},
+            {"exit_0": False},
             {"mode": "risk"},
             {"max_auc_drop": 0.01},
             {"max_cost": 0.5},
-            {"stream": "warm"},
+            {"prefix_cached": True},
         ],
         ids=str,
     )

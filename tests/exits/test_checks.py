@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from project.errors import ConfigError
-from project.exits.criteria import Criterion, HeadOutputs, Learned, safety_table, try_out
+from project.exits.criteria import Criterion, HeadOutputs, Learned, confidence_table, try_out
 from project.exits.plan import ExitSettings
 
 
@@ -23,7 +23,7 @@ class Mine(Criterion):
     def fit(self, outputs: HeadOutputs) -> None:
         self.fitted = True
 
-    def safety(self, outputs: HeadOutputs) -> torch.Tensor:
+    def confidence(self, outputs: HeadOutputs) -> torch.Tensor:
         found: torch.Tensor = self.made(outputs)
         return found
 
@@ -42,11 +42,11 @@ WRONG: dict[str, tuple[Callable[[HeadOutputs], Any], str]] = {
 
 
 @pytest.mark.parametrize(("made", "words"), WRONG.values(), ids=WRONG)
-def test_a_wrong_safety_names_class_and_shape(outputs: HeadOutputs, made: Any, words: str) -> None:
+def test_a_wrong_confidence_names_class_and_shape(outputs: HeadOutputs, made: Any, words: str) -> None:
     """After training, on real outputs, and before it: the class, what it returned and what was expected."""
     expected = rf"test_checks\.Mine.*{words}.*torch tensor of shape \(rows,\)"
     with pytest.raises(ConfigError, match=expected):
-        safety_table(Mine(made), outputs)
+        confidence_table(Mine(made), outputs)
     with pytest.raises(ConfigError, match=expected):
         ExitSettings(criterion=Mine(made))
     with pytest.raises(ConfigError, match=expected):
@@ -67,7 +67,7 @@ def test_trying_out_leaves_no_trace() -> None:
     torch.manual_seed(0)
     criterion = Mine(noisy)
     for one in (criterion, Mine(fussy)):
-        try_out(one, prior=True)
+        try_out(one, exit_0=True)
     assert torch.equal(torch.rand(3), expected)
     assert not criterion.fitted
-    assert safety_table(criterion, HeadOutputs.of((1, 2), torch.zeros(4, 2))).shape == (4, 2)
+    assert confidence_table(criterion, HeadOutputs.of((1, 2), torch.zeros(4, 2))).shape == (4, 2)

@@ -9,7 +9,7 @@ LAYER, TARGET, STREAM = torch.tensor([4, 12, 0]), torch.tensor([10, 20, 30]), to
 def test_row_golden():
     """Cold: 4 (10 + 100) = 440, 12 (20 + 50) = 840, 0 at exit 0; warm: 4 * 10 = 40, 12 * 20 = 240, 0."""
     assert row_cost(LAYER, TARGET, STREAM).tolist() == [440, 840, 0]
-    assert row_cost(LAYER, TARGET, STREAM, "warm").tolist() == [40, 240, 0]
+    assert row_cost(LAYER, TARGET, STREAM, True).tolist() == [40, 240, 0]
 
 
 def test_request_golden():
@@ -20,7 +20,7 @@ def test_request_golden():
     request = torch.tensor([7, 3, 7])
     layer, target, stream = torch.tensor([2, 4, 6]), torch.tensor([10, 5, 20]), torch.tensor([100, 50, 100])
     assert request_cost(request, layer, target, stream).tolist() == [220, 740]
-    assert request_cost(request, layer, target, stream, "warm").tolist() == [20, 140]
+    assert request_cost(request, layer, target, stream, True).tolist() == [20, 140]
 
 
 def test_request_of_one_candidate_is_a_row():

@@ -8,7 +8,7 @@ import torch
 from project.errors import DataError
 from project.exits import search as search_module
 from project.exits.calibration import fit_calibration
-from project.exits.criteria import Consistency, Learned, Ratio, out_of_fold_safety, safety_table
+from project.exits.criteria import Consistency, Learned, Ratio, confidence_table, out_of_fold_confidence
 from project.exits.policy import Policy, leave
 from project.exits.search import (
     ScoredRows,
@@ -28,15 +28,15 @@ COSTS = (0.2, 0.3, 0.45, 0.6)
 
 
 @cache
-def fit(criterion, world, stream="cold", steps=20):
-    """Outputs, safety and path of a criterion on a world."""
+def fit(criterion, world, prefix_cached=False, steps=20):
+    """Outputs, confidence and path of a criterion on a world."""
     outputs = world.calibrated()
     criterion.fit(outputs)
-    safety = safety_table(criterion, outputs)
+    confidence = confidence_table(criterion, outputs)
     return (
         outputs,
-        safety,
-        threshold_path(safety, outputs.logits, world.labels, world.layers, *world.tokens, stream, steps),
+        confidence,
+        threshold_path(confidence, outputs.logits, world.labels, world.layers, *world.tokens, stream, steps),
     )
 
 
@@ -49,10 +49,10 @@ def true_aucs(path, criterion, world, outputs, costs=COSTS):
     """True AUC (no label noise) of a path on any rows, at these costs."""
     tokens = (world.target_tokens + world.stream_tokens).double()
     layers = torch.tensor(world.layers)
-    safety = safety_table(criterion, outputs)
+    confidence = confidence_table(criterion, outputs)
     points = []
     for step in path:
-        exits = leave(safety, step.thresholds)
+        exits = leave(confidence, step.thresholds)
         cost = float((layers[exits] * tokens).sum() / (12 * tokens.sum()))
         points.append((cost, world.true_auc(outputs.logits.gather(1, exits[:, None])[:, 0])))
     x, y = zip(*sorted(points), strict=True)
@@ -82,13 +82,13 @@ class TestPath:
     @pytest.mark.parametrize("criterion", [CONSISTENCY, RATIO])
     def test_no_static_model_dominates_it(self, tune, criterion):
         """For every depth at which the criterion can decide, a step costs no more and has no less expected AUC."""
-        outputs, safety, path = fit(criterion, tune)
+        outputs, confidence, path = fit(criterion, tune)
         for k in range(criterion.first, 6):
             limits = torch.full((7,), torch.inf)
             limits[k] = -torch.inf
             static = tune.layers[k] / 12
             expected = _expected_auc(outputs.logits[:, k], outputs, tune)
-            assert torch.equal(leave(safety, limits), torch.full((1500,), k))
+            assert torch.equal(leave(confidence, limits), torch.full((1500,), k))
             assert any(s.cost <= static + 1e-9 and s.expected_auc >= expected - 1e-9 for s in path)
 
     def test_ends_where_everyone_leaves_first(self, tune):
@@ -97,25 +97,25 @@ class TestPath:
         assert fit(RATIO, tune)[2][-1].cost == 0
 
     def test_ties_leave_together(self):
-        """Safety of three values: thresholds fall between values, so every step's share is one of their sums."""
+        """Confidence of three values: thresholds fall between values, so every step's share is one of their sums."""
         generator = torch.Generator().manual_seed(0)
         scores = torch.randn(300, 2, generator=generator)
-        safety = torch.stack([torch.arange(300) % 3, torch.zeros(300)], dim=1)
+        confidence = torch.stack([torch.arange(300) % 3, torch.zeros(300)], dim=1)
         tokens = torch.ones(300)
-        path = threshold_path(safety, scores, scores[:, 1] > 0, (0, 4), tokens, tokens)
+        path = threshold_path(confidence, scores, scores[:, 1] > 0, (0, 4), tokens, tokens)
         assert {round(step.cost, 6) for step in path} <= {0.0, round(1 / 3, 6), round(2 / 3, 6), 1.0}
         assert len(path) >= 2
 
     def test_refuses_what_it_cannot_judge(self, tune):
-        """NaN safety names the exit; one class has no AUC."""
-        outputs, safety, _ = fit(CONSISTENCY, tune, steps=2)
+        """NaN confidence names the exit; one class has no AUC."""
+        outputs, confidence, _ = fit(CONSISTENCY, tune, steps=2)
         rest = (tune.layers, *tune.tokens)
         with pytest.raises(DataError, match="both classes"):
-            threshold_path(safety, outputs.logits, tune.labels * 0, *rest)
-        safety = safety.clone()
-        safety[7, 3] = torch.nan
+            threshold_path(confidence, outputs.logits, tune.labels * 0, *rest)
+        confidence = confidence.clone()
+        confidence[7, 3] = torch.nan
         with pytest.raises(DataError, match="NaN at the exit at layer 6"):
-            threshold_path(safety, outputs.logits, tune.labels, *rest)
+            threshold_path(confidence, outputs.logits, tune.labels, *rest)
 
 
 def steps(*about):
@@ -137,12 +137,12 @@ class TestBudget:
 
     def test_influence_is_what_more_of_a_user_does(self, tune):
         """A user's influence is the slope of the drop in the weight of the user's rows."""
-        outputs, safety, path = fit(LEARNED, tune)
-        influences = user_influences(path, safety, outputs.logits, tune.labels, tune.users)
+        outputs, confidence, path = fit(LEARNED, tune)
+        influences = user_influences(path, confidence, outputs.logits, tune.labels, tune.users)
         assert influences.shape == (len(path), 80)
         assert influences.sum(axis=1) == pytest.approx(0, abs=1e-12)
         assert (influences[0] == 0).all()
-        adaptive = outputs.logits.gather(1, leave(safety, path[-1].thresholds)[:, None])[:, 0]
+        adaptive = outputs.logits.gather(1, leave(confidence, path[-1].thresholds)[:, None])[:, 0]
         for user in (3, 40):
             weights = 1 + 1e-5 * (tune.users == user).double()
             full, less = (auc(x, tune.labels, weights) for x in (outputs.logits[:, -1], adaptive))
@@ -163,12 +163,12 @@ class TestOnFreshRows:
 
     def test_beats_the_static_model_of_equal_cost(self, tune, fresh):
         """`learned` loses less than static models at cost .2 to .6, and less than half of it from .45 on."""
-        calibration = fit_calibration(tune.raw, tune.labels, tune.layers, prior=True)
+        calibration = fit_calibration(tune.raw, tune.labels, tune.layers, exit_0=True)
         outputs, other = tune.outputs(calibration), fresh.outputs(calibration)
         criterion = Learned()
         criterion.fit(outputs)
-        safety = out_of_fold_safety(Learned, outputs, tune.users)
-        path = threshold_path(safety, outputs.logits, tune.labels, tune.layers, *tune.tokens)
+        confidence = out_of_fold_confidence(Learned, outputs, tune.users)
+        path = threshold_path(confidence, outputs.logits, tune.labels, tune.layers, *tune.tokens)
         full = fresh.true_auc(other.logits[:, -1])
         static = [fresh.true_auc(other.logits[:, k]) for k in range(7)]
         loss = full - true_aucs(path, criterion, fresh, other)
@@ -202,7 +202,7 @@ class TestOnFreshRows:
             world, other = (
                 new_world(n, s, own_noise=own_noise) for n, s in ((2000, 10 + seed), (8000, 50 + seed))
             )
-            calibration = fit_calibration(world.raw, world.labels, world.layers, prior=True)
+            calibration = fit_calibration(world.raw, world.labels, world.layers, exit_0=True)
             for judge, values in found.items():
                 monkeypatch.setattr(search_module, "_teacher", judges[judge])
                 _, _, path = fit.__wrapped__(LEARNED, world)

@@ -19,13 +19,13 @@ from project.exits.policy import Policy
 
 def test_state_round_trip(world: Any) -> None:
     """Saved the way a checkpoint is (weights only) and loaded, a plan sends every row to the same exit."""
-    calibration = fit_calibration(world.raw, world.labels, world.layers, prior=True)
+    calibration = fit_calibration(world.raw, world.labels, world.layers, exit_0=True)
     outputs, criterion = world.outputs(calibration), Learned()
     criterion.fit(outputs)
-    levels = criterion.safety(outputs.until(2)).quantile(torch.tensor(0.6, dtype=torch.float64))
+    levels = criterion.confidence(outputs.until(2)).quantile(torch.tensor(0.6, dtype=torch.float64))
     limits = torch.full((len(world.layers),), float(levels), dtype=torch.float64)
     limits[-1] = -torch.inf
-    plan = ExitPlan(calibration, Policy(criterion, limits, world.layers), prior=True)
+    plan = ExitPlan(calibration, Policy(criterion, limits, world.layers), exit_0=True)
     file = io.BytesIO()
     torch.save(plan.state(), file)
     file.seek(0)
@@ -40,14 +40,14 @@ def test_state_round_trip(world: Any) -> None:
 def test_random_thresholds(new_world: Callable[..., Any]) -> None:
     """For random thresholds, the layer and logit of a row are those of the first head whose rule says leave."""
     world, rng = new_world(200, seed=8), np.random.default_rng(8)
-    calibration = fit_calibration(world.raw, world.labels, world.layers, prior=True)
+    calibration = fit_calibration(world.raw, world.labels, world.layers, exit_0=True)
     outputs = world.outputs(calibration)
     criterion = Learned()
     criterion.fit(outputs)
     for _ in range(5):
         limits = torch.from_numpy(-rng.exponential(0.03, len(world.layers)))
         limits[-1] = -torch.inf
-        plan = ExitPlan(calibration, Policy(criterion, limits, world.layers), prior=True)
+        plan = ExitPlan(calibration, Policy(criterion, limits, world.layers), exit_0=True)
         layer, logit = plan.emitted(outputs)
         for row in range(0, 200, 17):
             alone = outputs.rows(torch.tensor([row]))
@@ -58,11 +58,11 @@ def test_random_thresholds(new_world: Callable[..., Any]) -> None:
 
 def test_foreign_criterion_is_refused(world: Any) -> None:
     """A checkpoint that names something else than a criterion does not get it imported as one."""
-    calibration = fit_calibration(world.raw, world.labels, world.layers, prior=True)
+    calibration = fit_calibration(world.raw, world.labels, world.layers, exit_0=True)
     limits = torch.tensor([torch.inf] * (len(world.layers) - 1) + [-torch.inf])
     state = ExitPlan(calibration, Policy(Learned(), limits, world.layers), True).policy
     broken = {
-        "layers": list(world.layers), "prior": True, "calibration": calibration.values,
+        "layers": list(world.layers), "exit_0": True, "calibration": calibration.values,
         "thresholds": state.thresholds, "fitted": {},
     }  # fmt: skip
     for path in ("pathlib.Path", "a_package_that_is_not_here.Mine"):

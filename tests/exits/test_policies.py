@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from project.errors import ConfigError
-from project.exits.criteria import HeadOutputs, ItemCount, Ratio, safety_table
+from project.exits.criteria import HeadOutputs, ItemCount, Ratio, confidence_table
 from project.exits.policy import FixedDepth, Oracle, Policy, RandomExit, leave
 
 NEVER, ALWAYS = torch.inf, -torch.inf
@@ -15,16 +15,16 @@ def thresholds(*values):
 class TestLeave:
     def test_golden(self):
         """First head that reaches the threshold, equality included; who never does goes to the last head."""
-        safety = torch.tensor([[0.1, 0.9, 0.0], [0.5, 0.0, 0.0], [0.4, 0.6, 0.0]])
-        assert leave(safety, torch.tensor([0.5, 0.7, ALWAYS])).tolist() == [1, 0, 2]
+        confidence = torch.tensor([[0.1, 0.9, 0.0], [0.5, 0.0, 0.0], [0.4, 0.6, 0.0]])
+        assert leave(confidence, torch.tensor([0.5, 0.7, ALWAYS])).tolist() == [1, 0, 2]
 
     @pytest.mark.parametrize("seed", range(5))
     def test_lower_thresholds_never_delay(self, seed):
         """Lowering any threshold lets no row leave later."""
         generator = torch.Generator().manual_seed(seed)
-        safety, high = torch.rand(500, 5, generator=generator), torch.rand(5, generator=generator)
+        confidence, high = torch.rand(500, 5, generator=generator), torch.rand(5, generator=generator)
         low = high - torch.rand(5, generator=generator) * 0.3
-        assert (leave(safety, low) <= leave(safety, high)).all()
+        assert (leave(confidence, low) <= leave(confidence, high)).all()
 
 
 class TestPolicy:
@@ -33,7 +33,7 @@ class TestPolicy:
         """`leaves`, asked head by head of who is still running, gives the exits of `leave` on the whole table."""
         criterion = make_criterion()
         criterion.fit(outputs)
-        table = safety_table(criterion, outputs)
+        table = confidence_table(criterion, outputs)
         generator = torch.Generator().manual_seed(seed)
         share = torch.rand(6, generator=generator, dtype=torch.float64) * 0.6
         limits = [table[:, k].quantile(1 - share[k]) if k >= criterion.first else NEVER for k in range(6)]

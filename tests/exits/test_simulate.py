@@ -9,7 +9,7 @@ from project.exits.search import (
     control_curves,
     cost_matched_auc,
     curve,
-    rival_depth,
+    equal_accuracy_depth,
 )
 from project.metrics import auc
 
@@ -60,12 +60,12 @@ def test_one_class_is_undefined(outputs, world):
 
 
 def test_rival_golden():
-    """Static AUCs .75, 1, 1: the rival is head 1; a tolerance of .25 admits head 0; one class is an error."""
+    """Static AUCs .75, 1, 1: the static exit is head 1; a tolerance of .25 admits head 0; one class is an error."""
     scores = torch.tensor([[0.1, 0.0, 0.0], [0.4, 1.0, 1.0], [0.2, 2.0, 2.0], [0.5, 3.0, 3.0]])
-    assert rival_depth(scores, [0, 0, 1, 1]) == 1
-    assert rival_depth(scores, [0, 0, 1, 1], tolerance=0.25) == 0
+    assert equal_accuracy_depth(scores, [0, 0, 1, 1]) == 1
+    assert equal_accuracy_depth(scores, [0, 0, 1, 1], tolerance=0.25) == 0
     with pytest.raises(DataError, match="one class in 4 rows"):
-        rival_depth(scores, [1, 1, 1, 1])
+        equal_accuracy_depth(scores, [1, 1, 1, 1])
 
 
 def test_cost_matched_golden():

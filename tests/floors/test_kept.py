@@ -1,4 +1,4 @@
-"""Kept networks: found under their own hash and no other, whole or not at all, and used by the verbs that follow."""
+"""Kept networks: found under their own hash and no other, whole or not at all, and used by the commands that follow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from project.datamodule import InteractionData
 from project.evaluation import networks
 from project.evaluation import networks as kept
-from project.evaluation.baselines import Floor, best_floor, fit_floors, floor_scores, targets_of
+from project.evaluation.baselines import Baseline, baseline_scores, best_baseline, fit_baselines, targets_of
 from project.evaluation.networks import kept_networks, trained_networks
 from project.evaluation.result import comparison
 
@@ -35,24 +35,24 @@ def make_data(tiny_config, tmp_path, monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Networks are planted floors, one that knows the answers and its opposite; the list says how often."""
+    """Networks are planted baselines, one that knows the answers and its opposite; the list says how often."""
     made = []
 
-    def planted(split, evidence, splits=("valid", "test"), seed=0):
+    def planted(split, retrieved, splits=("valid", "test"), seed=0):
         made.append(seed)
         answers = {name: targets_of(split.rows, name)["label"].to_numpy() - 0.5 for name in splits}
         opposite = {name: -values for name, values in answers.items()}
         return [
-            Floor("oracle", floor_scores(split.rows, answers), {"epochs": 3}),
-            Floor("liar", floor_scores(split.rows, opposite)),
+            Baseline("oracle", baseline_scores(split.rows, answers), {"epochs": 3}),
+            Baseline("liar", baseline_scores(split.rows, opposite)),
         ]
 
-    monkeypatch.setattr(kept, "network_floors", planted)
+    monkeypatch.setattr(kept, "network_baselines", planted)
     return made
 
 
-def names(floors):
-    return [floor.name for floor in floors]
+def names(baselines):
+    return [baseline.name for baseline in baselines]
 
 
 class TestKeptAndFound:
@@ -80,18 +80,20 @@ class TestKeptAndFound:
         ],
     )
     def test_another_hash_finds_nothing(self, make_data, change):
-        """Another protocol, another retriever's evidence or another seed: networks trained before are not theirs."""
+        """Another protocol, another retriever's retrieved features or another seed: networks trained before are not
+        theirs.
+        """
         trained_networks(make_data())
         assert kept_networks(make_data(**change)) == []
 
     @pytest.mark.usefixtures("quick")
-    def test_another_evidence_finds_nothing(self, make_data):
-        """One number of one row of the evidence is enough, whatever the settings say."""
+    def test_another_retrieved_finds_nothing(self, make_data):
+        """One number of one row of the retrieved features is enough, whatever the settings say."""
         data = make_data()
         trained_networks(data)
         target = data.targets("test")["row_id"][-1]
         rate = pl.when(pl.col("row_id") == target).then(0.123).otherwise("item_rate").alias("item_rate")
-        data.evidence["test"] = data.evidence["test"].with_columns(rate, pl.col("item_count").clip(1))
+        data.retrieved["test"] = data.retrieved["test"].with_columns(rate, pl.col("item_count").clip(1))
         assert kept_networks(data) == []
 
     @pytest.mark.usefixtures("quick")
@@ -102,7 +104,7 @@ class TestKeptAndFound:
         monkeypatch.setattr(networks, "EPOCHS", networks.EPOCHS + 1)
         assert kept_networks(data) == []
 
-    @pytest.mark.parametrize("stop", ["network_floors", "write_table"])
+    @pytest.mark.parametrize("stop", ["network_baselines", "write_table"])
     def test_interrupted(self, make_data, quick, monkeypatch, stop):
         """Stopped at any point: no folder is left, nothing is found, and the next attempt trains."""
         data = make_data()
@@ -116,38 +118,38 @@ class TestKeptAndFound:
             patch.setattr(kept, stop, stopped)
             with pytest.raises(KeyboardInterrupt):
                 trained_networks(data)
-        assert list((data.cache_dir / "floor_scores").iterdir()) == []
+        assert list((data.cache_dir / "baseline_scores").iterdir()) == []
         assert kept_networks(data) == []
         assert names(trained_networks(data)) == NAMES
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_kept_network_may_be_the_best(make_data):
-    """Beside floors that are made on the spot, the one that knows every answer is best: AUC 1, so an exit falls short.
+    """Beside baselines that are made on the spot, the one that knows every answer is best: AUC 1, so an exit falls short.
 
     The exit here is the item's rate: its difference is its own AUC minus 1.
     """
     data = make_data()
     trained_networks(data)
     split = data.split
-    floors = [*fit_floors(split.rows, data.evidence), *kept_networks(data)]
-    best = best_floor(floors, split.rows)
+    baselines = [*fit_baselines(split.rows, data.retrieved), *kept_networks(data)]
+    best = best_baseline(baselines, split.rows)
     assert best is not None
     assert best.name == "oracle"
     test = targets_of(split.rows, "test")
     scores = test.with_columns(
-        logit_0=pl.lit(None, pl.Float32), logit_3=pl.Series(floors[0].logits(test["row_id"]))
+        logit_0=pl.lit(None, pl.Float32), logit_3=pl.Series(baselines[0].logits(test["row_id"]))
     )
-    result = comparison(scores, split, floors, "test", 3)
+    result = comparison(scores, split, baselines, "test", 3)
     (row,) = result["exits"]
-    assert row["floor_difference"]["floor"] == "oracle"
-    assert row["floor_difference"]["value"] == pytest.approx(row["auc"] - 1)
-    assert names(floors)[-2:] == [f["name"] for f in result["floors"]][-2:]
+    assert row["baseline_difference"]["baseline"] == "oracle"
+    assert row["baseline_difference"]["value"] == pytest.approx(row["auc"] - 1)
+    assert names(baselines)[-2:] == [f["name"] for f in result["baselines"]][-2:]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
-def test_verbs_know_what_floors_has_trained(run, tiny_config, make_data, tmp_path, monkeypatch):
+def test_commands_know_what_baselines_has_trained(run, tiny_config, make_data, tmp_path, monkeypatch):
     """Before networks are trained fit finds nothing; test after it has them, of seed 1 none."""
     monkeypatch.setattr("project.trainer.networks_installed", lambda: True)
     config = tiny_config()
@@ -155,18 +157,18 @@ def test_verbs_know_what_floors_has_trained(run, tiny_config, make_data, tmp_pat
     run("fit", "--config", config)
     folder = tmp_path / "runs" / "tiny" / "version_0"
 
-    def result(verb):
-        return json.loads((folder / "results" / f"{verb}.json").read_text())
+    def result(command):
+        return json.loads((folder / "results" / f"{command}.json").read_text())
 
-    quick = {row["name"] for row in result("fit")["floors"]}
-    assert result("fit")["kept_floors"] == []
+    quick = {row["name"] for row in result("fit")["baselines"]}
+    assert result("fit")["kept_baselines"] == []
     given = ("--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
-    run("floors", *given, "--peers", "true")
+    run("baselines", *given, "--networks", "true")
     run("test", *given)
     test = result("test")
-    assert test["kept_floors"] == NAMES
-    assert [row["name"] for row in test["floors"] if row["name"] not in quick] == NAMES
-    alone = {row["name"]: row["auc"] for row in result("floors")["floors"] if row["split"] == "test"}
-    assert {row["name"]: row["auc"] for row in test["floors"]} == alone
+    assert test["kept_baselines"] == NAMES
+    assert [row["name"] for row in test["baselines"] if row["name"] not in quick] == NAMES
+    alone = {row["name"]: row["auc"] for row in result("baselines")["baselines"] if row["split"] == "test"}
+    assert {row["name"]: row["auc"] for row in test["baselines"]} == alone
     run("validate", *given, "--seed_everything", 1)
-    assert result("validate")["kept_floors"] == []
+    assert result("validate")["kept_baselines"] == []

@@ -13,13 +13,13 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from project import trainer as verbs
+from project import trainer as commands
 from project.data.protocol import FOLDS, ROLES, SPLITS, Interactions, Protocol, SplitInteractions
 from project.datamodule import InteractionData
 from project.errors import DataError
 from project.evaluation import networks
 from project.evaluation import networks as kept
-from project.evaluation.baselines import Floor, best_floor, floor_rows, floor_scores
+from project.evaluation.baselines import Baseline, baseline_rows, baseline_scores, best_baseline
 from project.evaluation.networks import (
     BINS,
     FIRST,
@@ -33,14 +33,14 @@ from project.evaluation.networks import (
     GridPoint,
     NetworkFeatures,
     earlier_rows,
-    network_floors,
+    network_baselines,
     networks_installed,
     score,
 )
 from project.features import FEATURES
 from project.metrics import auc
-from project.retrieval import ItemKNN, evidence_tables
-from project.trainer import run_floors
+from project.retrieval import ItemKNN, retrieved_tables
+from project.trainer import run_baselines
 
 SIZE = 300
 USERS, ITEMS = 24, 12
@@ -110,8 +110,8 @@ def flip(rows: pl.DataFrame, at: np.ndarray) -> pl.DataFrame:
     return rows.with_columns(label=pl.Series(np.where(at, 1 - rows["label"].to_numpy(), rows["label"])))
 
 
-def evidence_of(split, folder):
-    return evidence_tables(split, ItemKNN(), 5, folder)
+def retrieved_of(split, folder):
+    return retrieved_tables(split, ItemKNN(), 5, folder)
 
 
 class TestCanaries:
@@ -125,11 +125,11 @@ class TestCanaries:
         rows = draw(kind, SIZE)
         time = rows["timestamp"].to_numpy()
         logs = [build(r) for r in (rows, flip(rows, time >= time[at]))]
-        evidence = [evidence_of(log, tmp_path) for log in logs]
-        features = NetworkFeatures.fit(logs[0].rows, logs[0].interactions.items, evidence[0])
+        retrieved = [retrieved_of(log, tmp_path) for log in logs]
+        features = NetworkFeatures.fit(logs[0].rows, logs[0].interactions.items, retrieved[0])
         changed = 0
         for split in ("train", "valid", "test"):
-            tables = [features.table(log.rows, e, split) for log, e in zip(logs, evidence, strict=True)]
+            tables = [features.table(log.rows, e, split) for log, e in zip(logs, retrieved, strict=True)]
             seconds = rows.filter(pl.col("split") == split)["timestamp"].to_numpy()
             early = torch.from_numpy(seconds <= time[at])
             for name, values in tables[0].items():
@@ -145,21 +145,21 @@ class TestCanaries:
         for log in (rows, flip(rows, (rows["split"] != "train").to_numpy())):
             split = build(log)
             found.append(
-                NetworkFeatures.fit(split.rows, split.interactions.items, evidence_of(split, tmp_path))
+                NetworkFeatures.fit(split.rows, split.interactions.items, retrieved_of(split, tmp_path))
             )
         for field in fields(NetworkFeatures):
             np.testing.assert_equal(*(getattr(f, field.name) for f in found))
 
-    def test_each_split_reads_its_own_evidence(self, build, draw, tmp_path):
-        """Valid's features stay as they are when test's evidence and test's rows are spoilt."""
+    def test_each_split_reads_its_own_retrieved(self, build, draw, tmp_path):
+        """Valid's features stay as they are when test's retrieved features and test's rows are spoilt."""
         rows = draw("random", SIZE)
         split = build(rows)
-        evidence = evidence_of(split, tmp_path)
-        features = NetworkFeatures.fit(split.rows, split.interactions.items, evidence)
-        spoilt = evidence | {"test": evidence["test"].with_columns(item_rate=1 - pl.col("item_rate"))}
+        retrieved = retrieved_of(split, tmp_path)
+        features = NetworkFeatures.fit(split.rows, split.interactions.items, retrieved)
+        spoilt = retrieved | {"test": retrieved["test"].with_columns(item_rate=1 - pl.col("item_rate"))}
         flipped = flip(split.rows, (rows["split"] == "test").to_numpy())
         before, after = (
-            features.table(split.rows, evidence, "valid"),
+            features.table(split.rows, retrieved, "valid"),
             features.table(flipped, spoilt, "valid"),
         )
         assert all(torch.equal(before[name], after[name]) for name in before)
@@ -169,16 +169,16 @@ class TestCanaries:
 def fitted(build, draw, tmp_path):
     rows = draw("by_time", SIZE)
     split = build(rows.filter((pl.col("user") != 3) | (pl.col("split") != "train")))
-    evidence = evidence_of(split, tmp_path)
-    return split, evidence, NetworkFeatures.fit(split.rows, split.interactions.items, evidence)
+    retrieved = retrieved_of(split, tmp_path)
+    return split, retrieved, NetworkFeatures.fit(split.rows, split.interactions.items, retrieved)
 
 
 class TestCodes:
     def test_ids(self, fitted):
         """A user without train targets is UNKNOWN, the others are numbered from FIRST in order."""
-        split, evidence, features = fitted
+        split, retrieved, features = fitted
         users = split.rows.filter(pl.col("split") == "test")["user"].to_numpy()
-        codes = features.table(split.rows, evidence, "test")["user"].numpy()
+        codes = features.table(split.rows, retrieved, "test")["user"].numpy()
         expected = np.where(users < 3, users, users - 1) + FIRST
         np.testing.assert_array_equal(codes, np.where(users == 3, UNKNOWN, expected))
         assert (users == 3).any()
@@ -196,13 +196,13 @@ class TestCodes:
         """Train without the items of "Comedy War" knows no Comedy: their genres are War alone."""
         rows = draw("by_time", SIZE).filter((pl.col("split") != "train") | (pl.col("item") % 4 != 2))
         split = build(rows)
-        features = NetworkFeatures.fit(split.rows, split.interactions.items, evidence_of(split, tmp_path))
+        features = NetworkFeatures.fit(split.rows, split.interactions.items, retrieved_of(split, tmp_path))
         assert features.words["attribute_1"][1:3, :2].tolist() == [[2, 3], [3, 0]]
 
     def test_history_goes_by_answer(self, fitted):
         """Every place holds an item among liked, or among disliked, or none: together the user's earlier rows."""
-        split, evidence, features = fitted
-        table = features.table(split.rows, evidence, "test")
+        split, retrieved, features = fitted
+        table = features.table(split.rows, retrieved, "test")
         liked, disliked = (table[name].numpy() for name in HISTORY)
         assert liked.shape == (table["user"].shape[0], HISTORY_ROWS)
         assert not ((liked != PADDING) & (disliked != PADDING)).any()
@@ -216,8 +216,8 @@ class TestCodes:
 
     def test_numbers(self, fitted):
         """Train's scaled numbers have mean 0 and deviation 1 (or are constant 0); bins are in range and in order."""
-        split, evidence, features = fitted
-        table = features.table(split.rows, evidence, "train")
+        split, retrieved, features = fitted
+        table = features.table(split.rows, retrieved, "train")
         scaled = table[SCALED].double().numpy()
         np.testing.assert_allclose(scaled.mean(axis=0), 0, atol=1e-6)
         np.testing.assert_allclose(scaled.std(axis=0), np.where(np.ptp(scaled, axis=0) > 0, 1, 0), atol=1e-5)
@@ -291,12 +291,12 @@ def test_earlier_rows_equal_the_slow_way(build, draw, kind):
 
 POINT = GridPoint(embedding=4, weight_decay=1e-4)
 
-needs_extra = pytest.mark.skipif(not networks_installed(), reason="needs the extra peers")
+needs_extra = pytest.mark.skipif(not networks_installed(), reason="needs the extra networks")
 
 
 @pytest.fixture
 def data(tiny_config, tmp_path, monkeypatch):
-    """The tiny world's data, without the CLI; floors that other tests may have kept are out of reach."""
+    """The tiny world's data, without the CLI; baselines that other tests may have kept are out of reach."""
     monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "cache"))
     parser = ArgumentParser()
     parser.add_class_arguments(InteractionData, "data")
@@ -305,42 +305,44 @@ def data(tiny_config, tmp_path, monkeypatch):
 
 
 class TestWithoutTheExtra:
-    def test_floors_run_and_say_how_to_install(self, data, tmp_path, monkeypatch, capsys):
-        """Asked for but absent: one line with the command, and the floors there are without asking."""
+    def test_baselines_run_and_say_how_to_install(self, data, tmp_path, monkeypatch, capsys):
+        """Asked for but absent: one line with the command, and the baselines there are without asking."""
         monkeypatch.setattr(networks, "find_spec", lambda name: None)
-        result = run_floors(data, tmp_path, peers=True)
+        result = run_baselines(data, tmp_path, networks=True)
         said = capsys.readouterr().out
         assert "DeepFM, DCN-v2 and DIN are left out" in said.splitlines()[0]
-        assert "pip install 'exitrec[peers]'" in said
-        assert {row["name"] for row in result["floors"]} >= {"lr_evidence"}
-        assert not {row["name"] for row in result["floors"]} & set(networks.NETWORKS)
+        assert "pip install 'exitrec[networks]'" in said
+        assert {row["name"] for row in result["baselines"]} >= {"lr_features"}
+        assert not {row["name"] for row in result["baselines"]} & set(networks.NETWORKS)
 
     def test_nothing_is_said_unasked(self, data, tmp_path, capsys):
-        """Whether the extra is there or not, floors without --peers do not mention them."""
-        run_floors(data, tmp_path)
+        """Whether the extra is there or not, baselines without --networks do not mention them."""
+        run_baselines(data, tmp_path)
         assert "DeepFM" not in capsys.readouterr().out
 
 
 def test_kept_networks_are_shown_unasked(data, tmp_path, monkeypatch):
-    """Networks that `floors --peers true` has trained stand in the next `floors` too, and compete for the best."""
-    oracle = floor_scores(
+    """Networks that `baselines --networks true` has trained stand in the next `baselines` too, and compete for the
+    best.
+    """
+    oracle = baseline_scores(
         data.split.rows, {s: data.targets(s)["label"].to_numpy() - 0.5 for s in ("valid", "test")}
     )
     trained = []
 
     def train(*arguments, **settings):
         trained.append(arguments)
-        return [Floor("din", oracle, {"embedding": 8})]
+        return [Baseline("din", oracle, {"embedding": 8})]
 
-    monkeypatch.setattr(kept, "network_floors", train)
-    monkeypatch.setattr(verbs, "networks_installed", lambda: True)
-    assert "din" not in {row["name"] for row in run_floors(data, tmp_path)["floors"]}
+    monkeypatch.setattr(kept, "network_baselines", train)
+    monkeypatch.setattr(commands, "networks_installed", lambda: True)
+    assert "din" not in {row["name"] for row in run_baselines(data, tmp_path)["baselines"]}
     assert trained == []
-    asked, unasked = run_floors(data, tmp_path, peers=True), run_floors(data, tmp_path)
+    asked, unasked = run_baselines(data, tmp_path, networks=True), run_baselines(data, tmp_path)
     assert len(trained) == 1
-    assert asked["floors"] == unasked["floors"]
-    assert asked["best_floor"] == "din"
-    assert {row["auc"] for row in asked["floors"] if row["name"] == "din"} == {1.0}
+    assert asked["baselines"] == unasked["baselines"]
+    assert asked["best_baseline"] == "din"
+    assert {row["auc"] for row in asked["baselines"] if row["name"] == "din"} == {1.0}
 
 
 def test_the_grid_is_small():
@@ -352,11 +354,11 @@ def test_the_grid_is_small():
 def test_one_class_in_a_fold(build, draw, tmp_path, fold):
     """A fold that decides something needs both classes: said before any network is trained."""
     split = build(draw("by_time", 300))
-    evidence = evidence_tables(split, ItemKNN(), 3, tmp_path)
+    retrieved = retrieved_tables(split, ItemKNN(), 3, tmp_path)
     one = (pl.col("split") == "valid") & (pl.col("fold") == fold)
     rows = split.rows.with_columns(label=pl.when(one).then(1).otherwise(pl.col("label")).cast(pl.Int8))
     with pytest.raises(DataError, match=f"{fold} has \\d+ targets, \\d+ of them liked, expected both"):
-        network_floors(replace(split, rows=rows), evidence)
+        network_baselines(replace(split, rows=rows), retrieved)
 
 
 @needs_extra
@@ -365,32 +367,32 @@ class TestWithTheExtra:
     @pytest.fixture
     def world(self, build, draw, tmp_path):
         split = build(draw("by_time", 3000))
-        return split, evidence_tables(split, ItemKNN(), 3, tmp_path)
+        return split, retrieved_tables(split, ItemKNN(), 3, tmp_path)
 
     def test_planted_signal(self, world, monkeypatch):
         """Kind users and good items are found by all three: test AUC above .8, about that of knowing the chances.
 
-        They are floors like others: rows with what was chosen, and in the choice of the best floor.
+        They are baselines like others: rows with what was chosen, and in the choice of the best baseline.
         """
-        split, evidence = world
+        split, retrieved = world
         monkeypatch.setattr("project.evaluation.networks.BATCH_ROWS", 128)
-        floors = network_floors(split, evidence, grid=[POINT])
-        assert [floor.name for floor in floors] == ["deepfm", "dcn_v2", "din"]
+        baselines = network_baselines(split, retrieved, grid=[POINT])
+        assert [baseline.name for baseline in baselines] == ["deepfm", "dcn_v2", "din"]
         test = split.rows.filter(pl.col("split") == "test")
-        for floor in floors:
-            value = auc(floor.logits(test["row_id"]), test["label"].to_numpy())
+        for baseline in baselines:
+            value = auc(baseline.logits(test["row_id"]), test["label"].to_numpy())
             assert value is not None
             assert value > 0.8
-        rows = floor_rows(floors, split.rows, draws=5)
+        rows = baseline_rows(baselines, split.rows, draws=5)
         assert {row["chosen"]["embedding"] for row in rows} == {4}
         assert all(1 <= row["chosen"]["epochs"] <= 10 for row in rows)
-        assert best_floor(floors, split.rows) in floors
+        assert best_baseline(baselines, split.rows) in baselines
 
     def test_same_again_blind_to_test_and_to_the_callers_random_numbers(self, world, monkeypatch):
         """Another state of torch's generator and flipped test labels: valid scores are the same bit by bit."""
-        split, evidence = world
+        split, retrieved = world
         monkeypatch.setattr("project.evaluation.networks.EPOCHS", 2)
-        before = network_floors(split, evidence, splits=("valid",), grid=[POINT])
+        before = network_baselines(split, retrieved, splits=("valid",), grid=[POINT])
         torch.manual_seed(99)
         state = torch.get_rng_state()
         test = pl.col("split") == "test"
@@ -398,32 +400,32 @@ class TestWithTheExtra:
             label=pl.when(test).then(1 - pl.col("label")).otherwise(pl.col("label"))
         )
         flipped = replace(split, rows=rows)
-        without = {name: evidence[name] for name in ("train", "valid")}
-        after = network_floors(flipped, without, splits=("valid",), grid=[POINT])
+        without = {name: retrieved[name] for name in ("train", "valid")}
+        after = network_baselines(flipped, without, splits=("valid",), grid=[POINT])
         assert torch.equal(torch.get_rng_state(), state)
         for one, other in zip(before, after, strict=True):
             assert one.scores.equals(other.scores)
 
     def test_tune_chooses(self, world, monkeypatch):
         """The point of highest AUC on tune is taken, whatever other rows say, and named."""
-        split, evidence = world
+        split, retrieved = world
         monkeypatch.setattr(networks, "NETWORKS", ("deepfm",))
         monkeypatch.setattr("project.evaluation.networks.EPOCHS", 1)
         points = [POINT, replace(POINT, embedding=2), replace(POINT, embedding=6)]
         tune = split.rows.filter((pl.col("split") == "valid") & (pl.col("fold") == "tune"))
-        alone = [network_floors(split, evidence, ("valid",), grid=[point])[0] for point in points]
-        values = [auc(floor.logits(tune["row_id"]), tune["label"].to_numpy()) for floor in alone]
+        alone = [network_baselines(split, retrieved, ("valid",), grid=[point])[0] for point in points]
+        values = [auc(baseline.logits(tune["row_id"]), tune["label"].to_numpy()) for baseline in alone]
         best = int(np.argmax(values))
-        (found,) = network_floors(split, evidence, ("valid",), grid=points)
+        (found,) = network_baselines(split, retrieved, ("valid",), grid=points)
         assert len(set(values)) == 3
         assert found.scores.equals(alone[best].scores)
         assert found.chosen == {**asdict(points[best]), "epochs": 1}
 
     def test_only_din_reads_the_history_and_padding_adds_nothing(self, world):
         """Swapping likes and dislikes moves DIN alone; places without a row weigh 0, wherever they stand."""
-        split, evidence = world
-        features = NetworkFeatures.fit(split.rows, split.interactions.items, evidence)
-        table = {k: v[:64] for k, v in features.table(split.rows, evidence, "test").items()}
+        split, retrieved = world
+        features = NetworkFeatures.fit(split.rows, split.interactions.items, retrieved)
+        table = {k: v[:64] for k, v in features.table(split.rows, retrieved, "test").items()}
         swapped = table | {"liked": table["disliked"], "disliked": table["liked"]}
         turned = table | {name: table[name].flip(1) for name in ("liked", "disliked")}
         assert (table["liked"] == PADDING).any()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from project.errors import ConfigError
-from project.model.backbone import Trunk
+from project.model.backbone import Backbone
 from project.model.heads import ExitHead, answer_tokens
 
 Make = Callable[..., Any]
@@ -37,29 +37,29 @@ def test_starts_as_the_lm(tiny_config: Make, causal_layout: Make) -> None:
     model = auto.from_config(tiny_config(), attn_implementation="segments").eval()
     with torch.no_grad():
         model.model.norm.weight.uniform_(0.5, 1.5)
-    trunk = Trunk(model).eval()
-    head = ExitHead(trunk.final_norm, trunk.answer_direction([7], [11]))
+    backbone = Backbone(model).eval()
+    head = ExitHead(backbone.final_norm, backbone.answer_direction([7], [11]))
     layout = causal_layout(1, 17)
     tokens = torch.randint(0, 64, (1, 17), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        hidden = trunk.run(trunk.embed(tokens, layout), 0, 3).hidden[0]
-        expected = model.lm_head(trunk.final_norm(hidden))
+        hidden = backbone.run(backbone.embed(tokens, layout), 0, 3).hidden[0]
+        expected = model.lm_head(backbone.final_norm(hidden))
         torch.testing.assert_close(head(hidden), expected[:, 7] - expected[:, 11], atol=1e-5, rtol=1e-5)
 
 
 def test_owns_its_norm(tiny_config: Make) -> None:
-    """The norm is a trainable copy: two heads and the trunk share no parameter."""
-    trunk = Trunk.from_config(tiny_config())
-    heads = [ExitHead(trunk.final_norm, torch.ones(32)) for _ in range(2)]
-    pointers = [p.data_ptr() for m in (*heads, trunk.final_norm) for p in m.parameters()]
-    assert len(pointers) == len(set(pointers)) == 2 * (1 + 2) + 1  # norm, logit; the trunk's norm
+    """The norm is a trainable copy: two heads and the backbone share no parameter."""
+    backbone = Backbone.from_config(tiny_config())
+    heads = [ExitHead(backbone.final_norm, torch.ones(32)) for _ in range(2)]
+    pointers = [p.data_ptr() for m in (*heads, backbone.final_norm) for p in m.parameters()]
+    assert len(pointers) == len(set(pointers)) == 2 * (1 + 2) + 1  # norm, logit; the backbone's norm
     assert all(p.requires_grad for head in heads for p in head.parameters())
-    assert not trunk.final_norm.weight.requires_grad
+    assert not backbone.final_norm.weight.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_logits_are_float32(dtype: torch.dtype) -> None:
-    """Whatever the trunk's type, and under autocast, logits are computed in float32: no ties by rounding."""
+    """Whatever the backbone's type, and under autocast, logits are computed in float32: no ties by rounding."""
     head = ExitHead(nn.LayerNorm(16, dtype=dtype), torch.linspace(-1, 1, 16))
     hidden = torch.randn(200, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():

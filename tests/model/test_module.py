@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from world import Letters, read_split, streams_without_evidence
+from world import Letters, read_split, streams_without_retrieved
 
 from project.benchmark.packing import prompts_of
 from project.data.batch import Batch, pack
 from project.data.protocol import Protocol
 from project.data.stream import Streams, Window
 from project.errors import CheckpointError, ConfigError, NotFittedError
-from project.model.backbone import Trunk
+from project.model.backbone import Backbone
 from project.model.module import ExitRecommender, LoraSettings, exit_loss
 
 Make = Callable[..., ExitRecommender]
@@ -41,20 +41,20 @@ class Answers(Letters):
 @pytest.fixture(scope="module")
 def streams(tiny_logs: Path) -> Streams:
     """Test targets with all readable rows; every 25 instants are made one, so that many rows tie."""
-    found = streams_without_evidence(read_split(tiny_logs, Protocol(minimum_history=1)), "test")
+    found = streams_without_retrieved(read_split(tiny_logs, Protocol(minimum_history=1)), "test")
     return replace(found, timestamp=found.timestamp // 25)
 
 
 @pytest.fixture
 def make(tiny_config: Callable[..., Any]) -> Make:
-    """Makes a module over a three-layer random trunk, the same weights every time; without dropout."""
+    """Makes a module over a three-layer random backbone, the same weights every time; without dropout."""
 
     def module(exit_layers: list[int] = EXITS, **settings: Any) -> ExitRecommender:
         torch.manual_seed(0)
         settings = {"freeze_embeddings": False} | settings
         made = ExitRecommender("letters", exit_layers, answers=["n", "y"], **settings)
-        trunk = Trunk.from_config(tiny_config(vocab_size=256), num_layers=exit_layers[-1])
-        made.set_trunk(trunk, Answers())
+        backbone = Backbone.from_config(tiny_config(vocab_size=256), num_layers=exit_layers[-1])
+        made.set_backbone(backbone, Answers())
         made.train(False)
         return made
 
@@ -121,7 +121,7 @@ def test_untrained_module_is_the_language_model(
     model = LlamaForCausalLM(tiny_config(vocab_size=256))
     model.save_pretrained(tmp_path)
     module = ExitRecommender("letters", EXITS, answers=["n", "y"])
-    module.set_trunk(Trunk.from_pretrained(tmp_path), Answers())
+    module.set_backbone(Backbone.from_pretrained(tmp_path), Answers())
     untied = replace(streams, timestamp=np.arange(len(streams.row_id), dtype=np.float64))
     windows = untied.evaluation(300)[:4]
     found = scored(module, pack(untied, windows))[:, len(EXITS) - 1]
@@ -181,8 +181,8 @@ def saved(module: ExitRecommender, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("settings", "left_out"),
     [
-        ({"freeze_embeddings": False}, {"trunk.final_norm.weight"}),
-        ({"freeze_embeddings": True}, {"trunk.final_norm.weight", "trunk.embed_tokens.weight"}),
+        ({"freeze_embeddings": False}, {"backbone.final_norm.weight"}),
+        ({"freeze_embeddings": True}, {"backbone.final_norm.weight", "backbone.embed_tokens.weight"}),
         ({"lora": LoraSettings(rank=2)}, None),
     ],
     ids=["full", "frozen embeddings", "lora"],
@@ -198,13 +198,13 @@ def test_checkpoint_comes_back(
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     module.chosen_exit.fill_(3)
-    module.prior.copy_(torch.arange(len(module.prior)))
+    module.exit_0.copy_(torch.arange(len(module.exit_0)))
     expected = scored(module, batch)
     checkpoint = saved(module, tmp_path)
     frozen = set(module.state_dict()) - set(checkpoint["state_dict"])
     if left_out is None:  # LoRA: adapters and heads alone
         kept = {n for n in checkpoint["state_dict"] if "lora" not in n and not n.startswith("heads.")}
-        assert {"chosen_exit", "prior"} <= kept <= {n for n, _ in module.named_buffers()}
+        assert {"chosen_exit", "exit_0"} <= kept <= {n for n, _ in module.named_buffers()}
     else:
         assert frozen == left_out
     other = make(**settings)
@@ -212,7 +212,7 @@ def test_checkpoint_comes_back(
     other.load_state_dict(checkpoint["state_dict"], strict=other.strict_loading)
     assert torch.equal(scored(other, batch), expected)
     assert int(other.chosen_exit) == 3
-    assert other.counting_prior().to_array().tolist() == list(range(len(other.prior)))
+    assert other.feature_baseline().to_array().tolist() == list(range(len(other.exit_0)))
     assert not torch.allclose(untrained, expected, atol=1e-3)
 
 
@@ -253,7 +253,7 @@ def test_refuses_another_models_checkpoint(
 def test_refuses_a_checkpoint_without_what_is_trained(make: Make, tmp_path: Path) -> None:
     """Embeddings frozen then and trained now are missing: refused, not filled with the base model's in silence."""
     checkpoint = saved(make(freeze_embeddings=True), tmp_path)
-    with pytest.raises(CheckpointError, match=r"trunk\.embed_tokens\.weight.*model\.freeze_embeddings"):
+    with pytest.raises(CheckpointError, match=r"backbone\.embed_tokens\.weight.*model\.freeze_embeddings"):
         make(freeze_embeddings=False).on_load_checkpoint(checkpoint)
 
 
@@ -275,7 +275,7 @@ def test_refuses_exit_layers(layers: list[int]) -> None:
 def test_refuses_to_score_untrained(make: Make) -> None:
     """A model that was never trained has no exit 0: asking for it says what to give or to run."""
     with pytest.raises(NotFittedError, match=r"never been trained.*--ckpt_path.*project fit"):
-        make().counting_prior()
+        make().feature_baseline()
 
 
 def test_loss_by_hand() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from project.errors import ConfigError
-from project.model.backbone import Trunk
+from project.model.backbone import Backbone
 from project.model.heads import ExitHead
 from project.model.optim import OptimSettings, cosine_with_warmup, depth_rate, parameter_groups
 
@@ -15,13 +15,13 @@ SETTINGS = OptimSettings(learning_rate=1e-3, depth_slope=0.6, head_factor=5.0, w
 
 
 @pytest.fixture
-def model(tiny_config: Callable[..., Any]) -> tuple[Trunk, nn.ModuleDict]:
+def model(tiny_config: Callable[..., Any]) -> tuple[Backbone, nn.ModuleDict]:
     """Three layers with heads at 1 and 3; Qwen2, whose layers have biases."""
-    trunk = Trunk.from_config(tiny_config("qwen2"))
-    return trunk, nn.ModuleDict({str(k): ExitHead(trunk.final_norm, torch.ones(32)) for k in (1, 3)})
+    backbone = Backbone.from_config(tiny_config("qwen2"))
+    return backbone, nn.ModuleDict({str(k): ExitHead(backbone.final_norm, torch.ones(32)) for k in (1, 3)})
 
 
-def test_rates_by_depth(model: tuple[Trunk, nn.ModuleDict]) -> None:
+def test_rates_by_depth(model: tuple[Backbone, nn.ModuleDict]) -> None:
     """lr(l) = base * (1 + slope * (1 - l / L)); a head learns at head_factor times the rate below it."""
     rates = {g["name"].split("/")[0]: g["lr"] for g in parameter_groups(*model, SETTINGS)}
     assert rates == pytest.approx(
@@ -36,14 +36,14 @@ def test_rates_by_depth(model: tuple[Trunk, nn.ModuleDict]) -> None:
     )
 
 
-def test_each_parameter_once(model: tuple[Trunk, nn.ModuleDict]) -> None:
-    """Every trainable parameter of trunk and heads is in exactly one group; frozen ones are in none."""
-    trunk, heads = model
-    trunk.embed_tokens.requires_grad_(False)
-    trunk.learn_numbers()
-    groups = parameter_groups(trunk, heads, SETTINGS)
+def test_each_parameter_once(model: tuple[Backbone, nn.ModuleDict]) -> None:
+    """Every trainable parameter of backbone and heads is in exactly one group; frozen ones are in none."""
+    backbone, heads = model
+    backbone.embed_tokens.requires_grad_(False)
+    backbone.learn_numbers()
+    groups = parameter_groups(backbone, heads, SETTINGS)
     found = [p.data_ptr() for g in groups for p in g["params"]]
-    expected = [p.data_ptr() for m in (trunk, heads) for p in m.parameters() if p.requires_grad]
+    expected = [p.data_ptr() for m in (backbone, heads) for p in m.parameters() if p.requires_grad]
     assert sorted(found) == sorted(expected)
     assert not any(g["name"].startswith("embeddings") for g in groups)
     rates = {g["name"].split("/")[0]: g["lr"] for g in groups}
@@ -51,7 +51,7 @@ def test_each_parameter_once(model: tuple[Trunk, nn.ModuleDict]) -> None:
     torch.optim.AdamW(groups)
 
 
-def test_no_decay_on_norms_and_biases(model: tuple[Trunk, nn.ModuleDict]) -> None:
+def test_no_decay_on_norms_and_biases(model: tuple[Backbone, nn.ModuleDict]) -> None:
     """Matrices decay, norms and biases do not."""
     for group in parameter_groups(*model, SETTINGS):
         matrices = {p.ndim > 1 for p in group["params"]}

@@ -15,9 +15,9 @@ CASES = {
     "baseline better": ({"gain": BELOW}, ("no_llm", "gbdt", "better"), "Do not deploy the LLM"),
     "baseline as good": ({"gain": AROUND}, ("no_llm", "gbdt", "as good"), "gbdt is as good"),
     "not shown better": ({"gain": [-0.001, 0.02]}, ("no_llm", "gbdt", "not better"), "not shown to be better"),
-    "exit 0 near the best static exit": ({"gain": AROUND, "rival": 0}, ("no_llm", "exit 0", "as good"), ""),
-    "exit 0 as good as the plan": ({"rival": 0}, ("no_llm", "exit 0", "as good"), "exit 0 is as good"),
-    "plan better than exit 0": ({"rival": 0, "static_interval": ABOVE}, ("plan", "", ""), "Deploy the plan"),
+    "exit 0 near the best static exit": ({"gain": AROUND, "static_exit": 0}, ("no_llm", "exit 0", "as good"), ""),
+    "exit 0 as good as the plan": ({"static_exit": 0}, ("no_llm", "exit 0", "as good"), "exit 0 is as good"),
+    "plan better than exit 0": ({"static_exit": 0, "static_interval": ABOVE}, ("plan", "", ""), "Deploy the plan"),
     "no layer runs": ({"depth": 0.0}, ("no_llm", "exit 0", "as good"), "exit 0 is as good"),
     "no layer runs for a loss": (
         {"depth": 0.0, "drop": 0.01, "drop_interval": ABOVE}, ("no_llm", "exit 0", "budget"), "within the budget"),
@@ -30,7 +30,7 @@ def test_decision(case):
     changes, expected, said = CASES[case]
     made = result(**changes)
     answer = decide(made)
-    assert (answer.kind, answer.rival, answer.how) == expected
+    assert (answer.kind, answer.static_exit, answer.how) == expected
     first = render(made).splitlines()[0]
     assert said in first
     assert first.startswith("**D")
@@ -39,8 +39,8 @@ def test_decision(case):
 def test_best_static_exit_where_only_that_is_better():
     """The plan is not shown better, exit 6 with exit 0 in its calibration is: that is deployed."""
     made = result(gain=AROUND)
-    made["chosen_exit_by_prior"] = {
-        "counting": {"floor_difference": {"floor": "gbdt", "value": 0.01, "interval": ABOVE}}
+    made["chosen_exit_by_exit_0"] = {
+        "with_exit_0": {"baseline_difference": {"baseline": "gbdt", "value": 0.01, "interval": ABOVE}}
     }
     answer = decide(made)
     assert (answer.kind, answer.layer, answer.calibrated) == ("exit", 6, True)
@@ -48,16 +48,16 @@ def test_best_static_exit_where_only_that_is_better():
 
 
 def test_before_calibration_and_without_exits():
-    """Without a plan the best static exit answers; floors alone deploy nothing; a missing class decides nothing."""
+    """Without a plan the best static exit answers; baselines alone deploy nothing; a missing class decides nothing."""
     made = result()
     del made["adaptive"]
     assert decide(made).kind == "no_llm"
-    made["floor_difference"]["interval"] = ABOVE
+    made["baseline_difference"]["interval"] = ABOVE
     assert (decide(made).kind, decide(made).layer) == ("exit", 6)
     undefined = copy.deepcopy(made)
-    undefined["floor_difference"] |= {"value": None, "interval": None}
+    undefined["baseline_difference"] |= {"value": None, "interval": None}
     assert decide(undefined).kind == "undecided"
-    assert decide({"floors": []}).kind == "baselines"
+    assert decide({"baselines": []}).kind == "baselines"
 
 
 @pytest.mark.parametrize(

@@ -91,10 +91,10 @@ class TestWhole:
         def edit(files):
             for content in files.values():
                 content["protocol"] = content["protocol"] | {"name": evil}
-                for row in content.get("floors", []):
-                    row["name"] = evil if row["name"] == "gbdt_evidence" else row["name"]
-                if "best_floor" in content:
-                    content["best_floor"] = evil
+                for row in content.get("baselines", []):
+                    row["name"] = evil if row["name"] == "gbdt_features" else row["name"]
+                if "best_baseline" in content:
+                    content["best_baseline"] = evil
 
         text = run(edit=edit)
         page = (tmp_path / "run" / "report" / "report.html").read_text()
@@ -130,24 +130,24 @@ class TestWhole:
 
         def edit(files):
             undefined = {"auc": None, "auc_interval": None, "auc_leaving": None}
-            for row in files["test"]["exits"] + files["test"]["floors"]:
+            for row in files["test"]["exits"] + files["test"]["baselines"]:
                 row.update(undefined)
                 row.get("calibrated", {}).update({"auc": None})
             for adaptive in (files["test"]["adaptive"], files["test"]["adaptive"]["without_exit_0"]):
                 adaptive |= undefined | {"auc_drop": None, "auc_drop_interval": None}
-                for static in ("rival", "equal_cost"):
+                for static in ("static_exit", "equal_cost"):
                     adaptive[static] = {"layer": 4, "auc": None, "auc_gain": None, "auc_gain_interval": None}
-            files["test"]["floor_difference"] |= {"value": None, "interval": None}
+            files["test"]["baseline_difference"] |= {"value": None, "interval": None}
 
-            files["test"]["adaptive"]["floor_difference"] |= {"value": None, "interval": None}
+            files["test"]["adaptive"]["baseline_difference"] |= {"value": None, "interval": None}
 
         text = run(edit=edit)
         assert "**Nothing is decided:**" in text
         assert "None" not in text
 
     @pytest.mark.usefixtures("blank_pictures")
-    def test_verb(self, run, tmp_path, capsys):
-        """The verb takes one folder and says what it wrote."""
+    def test_command(self, run, tmp_path, capsys):
+        """The command takes one folder and says what it wrote."""
         run()
         path = run_report([str(tmp_path / "run")])
         assert f"written: {path}" in capsys.readouterr().out
@@ -173,10 +173,10 @@ class TestMissing:
         assert text.count(said) == 1
         assert "## Reproduce" in text
 
-    @pytest.mark.parametrize("verb", ["fit", "calibrate", "test", "benchmark"])
-    def test_one_file_is_enough(self, run, verb):
+    @pytest.mark.parametrize("command", ["fit", "calibrate", "test", "benchmark"])
+    def test_one_file_is_enough(self, run, command):
         """Any single result file makes a report."""
-        assert "## Protocol" in run(keep=[verb])
+        assert "## Protocol" in run(keep=[command])
 
     def test_validation_without_test(self, run, example):
         """Without test the tune fold of validation is shown, who leaves where included, never another fold."""
@@ -193,7 +193,7 @@ class TestMissing:
         assert f"| {100 * share:.1f} % | – |" in text
 
     def test_tested_before_calibration(self, run):
-        """A test without adaptive scores says which verb writes them."""
+        """A test without adaptive scores says which command writes them."""
         text = run(edit=lambda files: files["test"].pop("adaptive"))
         assert "The plan was not applied to test" in text
         assert "`python -m project test --config" in text
@@ -230,7 +230,7 @@ class TestInput:
 
         def edit(files):
             files["test"]["protocol"] = files["test"]["protocol"] | {"hash": "other"}
-            files["test"]["floor_difference"]["value"] = 0.4321
+            files["test"]["baseline_difference"]["value"] = 0.4321
 
         text = run(edit=edit)
         assert "Left out: results/test.json is of protocol hash other, this run of f45a216bc7435a87." in text
@@ -268,16 +268,18 @@ class TestInput:
 
 
 @pytest.mark.usefixtures("blank_pictures")
-def test_best_floor_of_the_same_rows(run, tmp_path, example):
-    """The floor line of the Pareto picture is the tune fold's, that of the depth picture is test's."""
+def test_best_baseline_of_the_same_rows(run, tmp_path, example):
+    """The baseline line of the Pareto picture is the tune fold's, that of the depth picture is test's."""
     run()
     best = {
-        verb: next(row["auc"] for row in example[0][verb]["floors"] if row["name"] == "gbdt_evidence")
-        for verb in ("fit", "test")
+        command: next(
+            row["auc"] for row in example[0][command]["baselines"] if row["name"] == "gbdt_features"
+        )
+        for command in ("fit", "test")
     }
     read = read_run(tmp_path / "run")
-    assert read.floor("valid", "tune") == ("gbdt_evidence", best["fit"])
-    assert read.floor("test", None) == ("gbdt_evidence", best["test"])
+    assert read.floor("valid", "tune") == ("gbdt_features", best["fit"])
+    assert read.floor("test", None) == ("gbdt_features", best["test"])
     assert read.floor("valid", "select") is None
 
 
@@ -285,7 +287,7 @@ def test_calibrated_reliability():
     """Panels show a * logit_k + b * logit_0 + c; a head without terms keeps its logit."""
     table = Example("test", 90, (0, 2, 4), 0).table()
     scores = reliability_scores(
-        table, [0, 2, 4], {"4": {"logit": 2.0, "prior": 0.5, "offset": 0.1}}, "scores"
+        table, [0, 2, 4], {"4": {"logit": 2.0, "exit_0": 0.5, "offset": 0.1}}, "scores"
     )
     zero, two, four = (table[f"logit_{k}"].to_numpy().astype(float) for k in (0, 2, 4))
     assert list(scores) == ["exit 0", "exit 2", "exit 4"]

@@ -42,7 +42,7 @@ def test_numbers(made, said):
         "*bold* _em_ `code`",
         "&lt;b&gt; \\[x]",
         "<http://evil>",
-        "gbdt_evidence",
+        "gbdt_features",
     ],
 )
 def test_names_stay_text(name):

@@ -119,8 +119,8 @@ class TestPareto:
         assert not any("chosen" in text for text in legend(figure))
 
     @pytest.mark.parametrize(("auc", "inside"), [(0.75, True), (0.30, False)])
-    def test_floor(self, auc, inside):
-        """A line at the floor's AUC; a floor far below is told in words and does not squeeze the curves."""
+    def test_baseline(self, auc, inside):
+        """A line at the baseline's AUC; a baseline far below is told in words and does not squeeze the curves."""
         figure = pareto_figure(calibrate(), ("lr_rates", auc))
         low, high = axes_of(figure).get_ylim()
         assert (low < auc < high) == inside

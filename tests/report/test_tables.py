@@ -37,12 +37,12 @@ def tables(text):
 
 def test_main_table_is_the_file():
     """Cells of every exit, the best baseline and the plan equal the file's formatted values; no other baseline."""
-    path = RESULTS / "whole_trunk_alone" / "test.json"
+    path = RESULTS / "whole_backbone_alone" / "test.json"
     file, timed = read_result(path), read_result(path.parent / "benchmark.json")
     header, *rows = tables(render(file, path.parent))[0]
     assert len(header) <= 9
     by_name = {row[0]: row for row in rows}
-    best = next(row for row in file["floors"] if row["name"] == file["best_floor"])
+    best = next(row for row in file["baselines"] if row["name"] == file["best_baseline"])
     assert by_name[f"best baseline {best['name']}"][1:4] == [
         number(best["auc"]), interval(best["auc_interval"]), number(best["log_loss"])]  # fmt: skip
     assert not any("lr_rates" in name for name in by_name)
@@ -51,9 +51,9 @@ def test_main_table_is_the_file():
             cells for name, cells in by_name.items() if name.split(" (")[0] == f"exit {row['layer']}"
         )
         assert shown[1:6] == [number(row["auc"]), interval(row["auc_interval"]), number(row["log_loss"]),
-                              difference(row["floor_difference"]), str(row["layer"])]  # fmt: skip
+                              difference(row["baseline_difference"]), str(row["layer"])]  # fmt: skip
         assert shown[6] == (times(30 / row["layer"]) if row["layer"] else "")
-    plan, rival = file["adaptive"], file["adaptive"]["rival"]
+    plan, static_exit = file["adaptive"], file["adaptive"]["static_exit"]
     clock = {row["engine"]: times(row["measured_speedup"]) for row in reversed(timed["rows"])
              if (row["stream"], row["history"]) == ("cold", None) and "learned" not in row["policy"]
              and (row["engine"] != "early_exit" or row["policy"].startswith("budget: "))}  # fmt: skip
@@ -64,17 +64,17 @@ def test_main_table_is_the_file():
         clock["early_exit"],
     ]
     after = rows[rows.index(by_name["plan"]) + 1]  # the row next to a speed-up
-    assert after[0] == f"exit {rival['layer']}, of equal accuracy"
+    assert after[0] == f"exit {static_exit['layer']}, of equal accuracy"
     assert after[5:] == [
-        str(rival["layer"]),
-        times(30 / rival["layer"]),
-        clock[f"fixed_depth_{rival['layer']}"],
+        str(static_exit["layer"]),
+        times(30 / static_exit["layer"]),
+        clock[f"fixed_depth_{static_exit['layer']}"],
     ]
 
 
 def test_clock_of_another_protocol_is_not_shown(tmp_path):
     """A benchmark of another hash beside the file gives no column."""
-    path = RESULTS / "whole_trunk_alone" / "benchmark.json"
+    path = RESULTS / "whole_backbone_alone" / "benchmark.json"
     timed = read_result(path)
     timed["protocol"]["hash"] = "other"
     (tmp_path / "benchmark.json").write_text(json.dumps(timed))
@@ -106,15 +106,15 @@ def test_slices_by_item():
     ]
 
 
-def test_floors_alone_and_warnings():
-    """A result of `floors` shows all of them; warnings of a file stand under the answer."""
+def test_baselines_alone_and_warnings():
+    """A result of `baselines` shows all of them; warnings of a file stand under the answer."""
     made = {
         k: v
         for k, v in result().items()
-        if k in ("verb", "protocol", "floors", "best_floor", "schema_version")
+        if k in ("command", "protocol", "baselines", "best_baseline", "schema_version")
     }
-    made |= {"verb": "floors", "warnings": ["every vote is .5 *always*"]}
-    made["floors"] = [*made["floors"], made["floors"][0] | {"name": "item_rate"}]
+    made |= {"command": "baselines", "warnings": ["every vote is .5 *always*"]}
+    made["baselines"] = [*made["baselines"], made["baselines"][0] | {"name": "item_rate"}]
     text = render(made)
     assert [row[0] for row in tables(text)[0][1:]] == ["baseline gbdt", "baseline item_rate"]
     assert text.splitlines()[2] == "* Warning: every vote is .5 \\*always\\*"
@@ -137,10 +137,10 @@ def test_criteria_beside_static_exits():
 def seeded(gain, seed=0, digest="h"):
     made = result()
     made["seed"], made["protocol"]["hash"] = seed, digest
-    made["floor_difference"] = {
+    made["baseline_difference"] = {
         "value": gain,
         "interval": [gain - 0.002, gain + 0.002],
-        "floor": "gbdt",
+        "baseline": "gbdt",
         "layer": 6,
     }
     return made
@@ -159,14 +159,14 @@ def test_beside():
     bare = seeded(0.01)
     del bare["adaptive"]
     assert tables(render_beside({"a/test.json": bare}))[0][1][5:] == ["–"] * 4
-    with pytest.raises(ConfigError, match=r"a/floors\.json is a result of floors"):
-        render_beside({"a/floors.json": {"verb": "floors", "protocol": {"hash": "h"}}})
+    with pytest.raises(ConfigError, match=r"a/baselines\.json is a result of baselines"):
+        render_beside({"a/baselines.json": {"command": "baselines", "protocol": {"hash": "h"}}})
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "whole_trunk_alone/benchmark.json",
+        "whole_backbone_alone/benchmark.json",
         "retrieval/benchmark.json",
         "ml100k_quickstart/benchmark-packing.json",
         "no_neighbours/compare.json",
@@ -187,7 +187,7 @@ def test_every_kind_of_file(name):
 
 def test_benchmark_cells():
     """Measured and over the static exit of equal accuracy stand in one row; policies of another question do not."""
-    file = read_result(RESULTS / "whole_trunk_alone" / "benchmark.json")
+    file = read_result(RESULTS / "whole_backbone_alone" / "benchmark.json")
     _, *rows = tables(render(file))[0]
     row = next(r for r in file["rows"] if r["policy"] == "budget: drift_head")
     assert [
@@ -197,7 +197,7 @@ def test_benchmark_cells():
         number(row["mean_depth"], 2),
         times(row["token_layer_speedup"]),
         times({"value": row["measured_speedup"], "interval": row["measured_speedup_interval"]}),
-        times(row["speedup_over_rival"]["value"]),
+        times(row["speedup_over_static"]["value"]),
         number(row["efficiency"], 2),
         number(row["p95_ms"], 0),
     ] in rows
@@ -208,8 +208,8 @@ def test_benchmark_cells():
 
 def test_seconds():
     """Longest first, shares of 1,250 s: 92, 6 and 2 %; nothing measured divides nothing."""
-    text = render_seconds({"stage_seconds": {"test": 75.0, "fit": 1150.0, "evidence": 25.0}})
-    shares = [["fit", "1,150.0", "92.0 %"], ["test", "75.0", "6.0 %"], ["evidence", "25.0", "2.0 %"]]
+    text = render_seconds({"stage_seconds": {"test": 75.0, "fit": 1150.0, "retrieved": 25.0}})
+    shares = [["fit", "1,150.0", "92.0 %"], ["test", "75.0", "6.0 %"], ["retrieved", "25.0", "2.0 %"]]
     assert tables(text)[0][1:] == [*shares, ["total", "1,250.0", ""]]
     assert tables(render_seconds({"stage_seconds": {}}))[0][1:] == [["total", "0.0", ""]]
 
@@ -245,10 +245,10 @@ def test_bad_arguments(arguments, words):
         print_tables(arguments)
 
 
-def test_a_result_without_a_verb(tmp_path):
+def test_a_result_without_a_command(tmp_path):
     """A file with nothing but a version names what it lacks."""
     (tmp_path / "a.json").write_text('{"schema_version": 1}')
-    with pytest.raises(DataError, match=r"a\.json has no verb and no protocol"):
+    with pytest.raises(DataError, match=r"a\.json has no command and no protocol"):
         print_tables([str(tmp_path / "a.json")])
 
 
@@ -256,8 +256,8 @@ def test_markup_in_names_is_text():
     """Names of protocol, baseline and run cannot bring an image, a tag or a cell."""
     evil = "![x](http://evil) <script> |"
     made = copy.deepcopy(result(gain=AROUND))
-    made["protocol"]["name"] = made["best_floor"] = made["floors"][0]["name"] = evil
-    made["adaptive"]["floor_difference"]["floor"] = evil
+    made["protocol"]["name"] = made["best_baseline"] = made["baselines"][0]["name"] = evil
+    made["adaptive"]["baseline_difference"]["baseline"] = evil
     text = render(made)
     assert "<script" not in text
     assert "![" not in text

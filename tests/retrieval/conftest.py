@@ -63,10 +63,12 @@ def make_split(
     return SplitInteractions(log, table, Protocol(), {}, digest)
 
 
-def evidence(
+def retrieved(
     rows: pl.DataFrame, retriever: Retriever, cuts: np.ndarray, silent: tuple[int, ...] = ()
 ) -> pl.DataFrame:
-    """Evidence of all rows under fixed cuts; rows with a `silent` row_id are asked about but otherwise absent."""
+    """Retrieved features of all rows under fixed cuts; rows with a `silent` row_id are asked about but otherwise
+    absent.
+    """
     absent = rows["row_id"].is_in(silent)
     snapshots = fit_snapshots(rows.filter(~absent), retriever, NUM_USERS, items_table(), cuts)
     log = WalkRows.from_log(rows)
@@ -91,13 +93,13 @@ def items_of() -> Callable[..., pl.DataFrame]:
 
 
 @pytest.fixture
-def evidence_of() -> Callable[..., pl.DataFrame]:
-    return evidence
+def retrieved_of() -> Callable[..., pl.DataFrame]:
+    return retrieved
 
 
 @pytest.fixture
 def without_neighbours() -> pl.DataFrame:
-    """Two rows of an evidence table: an item liked 3 of 4 times, a user who liked 1 of 2, nobody asked."""
+    """Two rows of an retrieved features table: an item liked 3 of 4 times, a user who liked 1 of 2, nobody asked."""
     columns = {
         "row_id": [0, 1],
         "item_rate": [0.75, 0.75],

@@ -70,20 +70,20 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("leak", LEAKS.values(), ids=LEAKS)
-def test_a_row_that_was_not_handed_out_is_refused(log_of: Callable, evidence_of: Callable, leak: Any):
+def test_a_row_that_was_not_handed_out_is_refused(log_of: Callable, retrieved_of: Callable, leak: Any):
     """The future cannot be named, nor what looks like rows: the error names the class and what may be answered."""
     with pytest.raises(ConfigError, match=r"test_checks\.Answers.*may tell the future.*raters\.row"):
-        evidence_of(log_of(0), Answers(leak), NO_CUTS)
+        retrieved_of(log_of(0), Answers(leak), NO_CUTS)
 
 
 @pytest.mark.parametrize(("made", "words"), MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_answer_is_refused(log_of: Callable, evidence_of: Callable, made: Any, words: str):
+def test_a_malformed_answer_is_refused(log_of: Callable, retrieved_of: Callable, made: Any, words: str):
     """The error names the class, what it returned and what was expected."""
     with pytest.raises(ConfigError, match=rf"test_checks\.Answers.*{words}.*expected Neighbours"):
-        evidence_of(log_of(0), Answers(if_three(made)), NO_CUTS)
+        retrieved_of(log_of(0), Answers(if_three(made)), NO_CUTS)
 
 
-def test_raters_and_own_rows_may_be_named_together(log_of: Callable, evidence_of: Callable):
+def test_raters_and_own_rows_may_be_named_together(log_of: Callable, retrieved_of: Callable):
     """One answer may hold the latest rater of the candidate and the user's own latest row of an earlier second."""
 
     def mixed(self: Answers, user: int, raters: Raters) -> Neighbours:
@@ -91,7 +91,7 @@ def test_raters_and_own_rows_may_be_named_together(log_of: Callable, evidence_of
         return ones([*raters.row[-1:], *own])
 
     rows = log_of(0)
-    found = evidence_of(rows, Answers(mixed), NO_CUTS)
+    found = retrieved_of(rows, Answers(mixed), NO_CUTS)
     assert found["neighbour_count"].max() == 2
     time = dict(rows.select("row_id", "timestamp").iter_rows())
     assert all(

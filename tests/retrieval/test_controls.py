@@ -8,7 +8,7 @@ import pytest
 from jsonargparse import ArgumentParser
 from sklearn.metrics.pairwise import cosine_similarity
 
-from project.features import FEATURES, counting_features
+from project.features import FEATURES, feature_matrix
 from project.retrieval import (
     ItemKNN,
     LightGCN,
@@ -23,10 +23,10 @@ from project.retrieval.base import OwnRows, Raters, top
 CUTS = np.array([20.0, 45.0])
 
 
-def test_none_keeps_the_rates(log_of: Callable, evidence_of: Callable, co_likes: Retriever):
+def test_none_keeps_the_rates(log_of: Callable, retrieved_of: Callable, co_likes: Retriever):
     """Without a retriever there are no neighbours, and the rates are those of any other retriever."""
     rows = log_of(0)
-    none, other = evidence_of(rows, NoRetriever(), CUTS), evidence_of(rows, co_likes, CUTS)
+    none, other = retrieved_of(rows, NoRetriever(), CUTS), retrieved_of(rows, co_likes, CUTS)
     rates = ["row_id", "item_rate", "item_count", "user_rate", "user_count"]
     assert none["neighbour_count"].sum() == 0
     assert none["vote"].null_count() == rows.height
@@ -46,11 +46,11 @@ def test_random_draws_distinct_raters_the_same_each_time():
     )
 
 
-def test_random_raters_weigh_alike(log_of: Callable, evidence_of: Callable):
+def test_random_raters_weigh_alike(log_of: Callable, retrieved_of: Callable):
     """The vote that is weighted by similarity, which prompts tell as a number, is the plain vote, not even odds."""
     rows = log_of(0)
-    found = evidence_of(rows, RandomRetriever(neighbours=5), CUTS)
-    features = dict(zip(FEATURES, counting_features(found, 0.5).T, strict=True))
+    found = retrieved_of(rows, RandomRetriever(neighbours=5), CUTS)
+    features = dict(zip(FEATURES, feature_matrix(found, 0.5).T, strict=True))
     assert found["neighbour_count"].sum() > 0
     np.testing.assert_allclose(features["weighted_vote_log_odds"], features["vote_log_odds"], atol=1e-6)
 
@@ -63,10 +63,10 @@ def test_random_is_uniform():
     assert np.bincount(drawn) / 2000 == pytest.approx([0.25] * 4, abs=0.04)
 
 
-def test_item_knn_equals_scikit_learn(log_of: Callable, evidence_of: Callable):
+def test_item_knn_equals_scikit_learn(log_of: Callable, retrieved_of: Callable):
     """Neighbours are the user's own rows, ordered by scikit-learn's cosine of the block's liked-by columns."""
     rows = log_of(1)
-    found = evidence_of(rows, ItemKNN(neighbours=3), CUTS)
+    found = retrieved_of(rows, ItemKNN(neighbours=3), CUTS)
     assert found["neighbour_count"].sum() > 0
     for row, got in zip(rows.to_dicts(), found.to_dicts(), strict=True):
         starts = CUTS[row["timestamp"] >= CUTS]

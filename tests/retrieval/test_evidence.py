@@ -1,4 +1,4 @@
-"""Evidence tables by split: what each split may read, the cache, and requests answered like the log."""
+"""Retrieved features tables by split: what each split may read, the cache, and requests answered like the log."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +11,13 @@ from project.errors import ConfigError, DataError
 from project.retrieval import (
     ItemKNN,
     LightGCN,
+    MatrixFactorisation,
     NoRetriever,
     RandomRetriever,
     Retriever,
-    Taste,
-    evidence_tables,
-    evidence_warnings,
-    request_evidence,
+    request_retrieved,
+    retrieved_tables,
+    retrieved_warnings,
 )
 from project.retrieval.base import Edges, Snapshot
 from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, reads_all_earlier, walk
@@ -53,7 +53,7 @@ def test_each_table_is_a_walk_over_the_readable_rows(
     rows = log_of(0)
     codes = assign(rows)
     split = split_of(rows, codes)
-    tables = evidence_tables(split, co_likes, 4, tmp_path)
+    tables = retrieved_tables(split, co_likes, 4, tmp_path)
     items = split.interactions.items
     for last, name in enumerate(SPLITS):
         readable = rows.filter(pl.Series(codes) <= last)
@@ -84,16 +84,16 @@ def test_a_split_by_time_is_fitted_once(
     )
     rows = log_of(0)
     split = split_of(rows, by_time(rows))
-    first = evidence_tables(split, NoRetriever(), 4, tmp_path)
+    first = retrieved_tables(split, NoRetriever(), 4, tmp_path)
     assert calls == list(range(1, len(block_cuts(rows["timestamp"].to_numpy(), 4)) + 1))
     calls.clear()
-    second = evidence_tables(split, NoRetriever(), 4, tmp_path)
-    request_evidence(split, NoRetriever(), 4, tmp_path, *request(rows.head(1)))
+    second = retrieved_tables(split, NoRetriever(), 4, tmp_path)
+    request_retrieved(split, NoRetriever(), 4, tmp_path, *request(rows.head(1)))
     assert calls == []
     assert all(first[name].equals(second[name]) for name in SPLITS)
 
 
-def test_the_cache_knows_what_evidence_depends_on(log_of: Callable, split_of: Callable, tmp_path: Path):
+def test_the_cache_knows_what_retrieved_depends_on(log_of: Callable, split_of: Callable, tmp_path: Path):
     """Other settings, number of refits or log make another folder; the same make none."""
     rows = log_of(0)
     split, other = (
@@ -107,8 +107,8 @@ def test_the_cache_knows_what_evidence_depends_on(log_of: Callable, split_of: Ca
             (split, NoRetriever(), 4),
             (other, RandomRetriever(), 4),
         ):
-            evidence_tables(log, retriever, refits, tmp_path)
-        assert len(list((tmp_path / "evidence").iterdir())) == 5, n
+            retrieved_tables(log, retriever, refits, tmp_path)
+        assert len(list((tmp_path / "retrieved").iterdir())) == 5, n
 
 
 def request(rows: pl.DataFrame, user: int | None = None, own: bool = True) -> tuple[np.ndarray, ...]:
@@ -126,7 +126,7 @@ COMPARED = pl.exclude("row_id")
 def test_a_users_own_history_as_a_request_is_answered_like_the_log(
     log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path, assign: Callable, kind: str
 ):
-    """Explicit history of users of the log, in any order, gives the evidence the log has for the same rows."""
+    """Explicit history of users of the log, in any order, gives the retrieved features the log has for the same rows."""
     retriever = {
         "co_likes": co_likes,
         "lightgcn": LightGCN(dim=4, epochs=1),
@@ -135,9 +135,9 @@ def test_a_users_own_history_as_a_request_is_answered_like_the_log(
     }[kind]
     rows = log_of(2)
     split = split_of(rows, assign(rows))
-    log = evidence_tables(split, retriever, 4, tmp_path)["test"]
+    log = retrieved_tables(split, retriever, 4, tmp_path)["test"]
     asked = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
-    found = request_evidence(split, retriever, 4, tmp_path, *request(asked))
+    found = request_retrieved(split, retriever, 4, tmp_path, *request(asked))
     expected = asked.select("row_id").join(log, on="row_id", maintain_order="left")
     assert found["row_id"].to_list() == [-1 - position for position in range(asked.height)]
     assert found.select(COMPARED).equals(expected.select(COMPARED))
@@ -149,21 +149,21 @@ def test_candidates_without_history_use_the_logs_past(
     """A known user's candidate is answered from that user's log rows; its own label is not needed."""
     rows = log_of(2)
     split = split_of(rows, by_time(rows))
-    log = evidence_tables(split, co_likes, 4, tmp_path)["test"]
-    found = request_evidence(split, co_likes, 4, tmp_path, *request(rows, own=False))
+    log = retrieved_tables(split, co_likes, 4, tmp_path)["test"]
+    found = request_retrieved(split, co_likes, 4, tmp_path, *request(rows, own=False))
     assert found.select(COMPARED).equals(log.select(COMPARED))
 
 
 def test_requests_do_not_change_each_other(
     log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path
 ):
-    """Asking about one user's rows alone or among other users' gives the same evidence."""
+    """Asking about one user's rows alone or among other users' gives the same retrieved features."""
     rows = log_of(2)
     split = split_of(rows, by_time(rows))
-    together = request_evidence(split, co_likes, 4, tmp_path, *request(rows))
+    together = request_retrieved(split, co_likes, 4, tmp_path, *request(rows))
     for user in (1, 4):
         mine = rows["user"] == user
-        alone = request_evidence(split, co_likes, 4, tmp_path, *request(rows.filter(mine)))
+        alone = request_retrieved(split, co_likes, 4, tmp_path, *request(rows.filter(mine)))
         assert alone.select(COMPARED).equals(together.filter(mine).select(COMPARED))
 
 
@@ -174,7 +174,7 @@ def test_unseen_users_and_items(log_of: Callable, split_of: Callable, co_likes: 
     late = float(rows["timestamp"].max()) + 10
     user, item = np.array([90, 90, 90, 91]), np.array([0, 77, 1, 1])
     time, label = np.array([late, late, late + 1, late + 1]), np.array([1, 0, -1, -1])
-    found = request_evidence(split, co_likes, 4, tmp_path, user, item, time, label, label >= 0).to_dicts()
+    found = request_retrieved(split, co_likes, 4, tmp_path, user, item, time, label, label >= 0).to_dicts()
     assert found[1]["item_count"] == 0
     assert found[2]["neighbour_count"] == 4
     assert (found[2]["user_rate"], found[2]["user_count"]) == (0.5, 2)
@@ -188,7 +188,7 @@ def test_history_without_an_answer_is_refused(log_of: Callable, split_of: Callab
     user, item, time, label, own = request(rows.head(3))
     label = np.where(np.arange(3) == 1, -1, label)
     with pytest.raises(DataError, match="request row 1 is history"):
-        request_evidence(
+        request_retrieved(
             split_of(rows, by_time(rows)), NoRetriever(), 4, tmp_path, user, item, time, label, own
         )
 
@@ -197,7 +197,7 @@ def test_refits_below_one_is_refused(log_of: Callable, split_of: Callable, tmp_p
     """The error names the YAML key."""
     rows = log_of(0)
     with pytest.raises(ConfigError, match=r"data\.refits is 0"):
-        evidence_tables(split_of(rows, by_time(rows)), NoRetriever(), 0, tmp_path)
+        retrieved_tables(split_of(rows, by_time(rows)), NoRetriever(), 0, tmp_path)
 
 
 class Told(NoRetriever):
@@ -216,7 +216,7 @@ def test_all_splits_have_the_whole_logs_cuts(log_of: Callable, split_of: Callabl
     rows = log_of(0)
     codes = np.arange(rows.height) % 2
     split, told = split_of(rows, codes), Told()
-    evidence_tables(split, told, 4, tmp_path, Taste(dim=2))
+    retrieved_tables(split, told, 4, tmp_path, MatrixFactorisation(dim=2))
     time = rows["timestamp"].to_numpy()
     cuts = block_cuts(time, 4)
     assert told.fits[-3:] == [int(((codes == 0) & (time < cut)).sum()) for cut in cuts]
@@ -229,7 +229,7 @@ def test_a_split_without_early_rows(
     rows = log_of(0)
     codes = np.where(np.arange(rows.height) < rows.height * 2 // 3, 1, 0)
     for retriever in (co_likes, ItemKNN(), LightGCN(dim=4, epochs=1)):
-        tables = evidence_tables(split_of(rows, codes), retriever, 10, tmp_path, Taste(dim=2))
+        tables = retrieved_tables(split_of(rows, codes), retriever, 10, tmp_path, MatrixFactorisation(dim=2))
         assert tables["train"].height == (codes == 0).sum()
 
 
@@ -240,8 +240,8 @@ class TestWarnings:
         split = split_of(rows, by_time(rows))
         retriever = LightGCN(dim=4, epochs=1)
         for refits, words in ((1, "LightGCN was never fitted before the"), (10, None)):
-            tables = evidence_tables(split, retriever, refits, tmp_path)
-            found = evidence_warnings(split, tables, retriever, refits)
+            tables = retrieved_tables(split, retriever, refits, tmp_path)
+            found = retrieved_warnings(split, tables, retriever, refits)
             assert len(found) == (3 if words else 0)
             assert all(words in line and "Raise data.refits" in line for line in found)
 
@@ -253,7 +253,7 @@ class TestWarnings:
             (ItemKNN(), "item_rate, user_rate, vote"),
             (NoRetriever(), "item_rate, user_rate"),
         ):
-            tables = evidence_tables(split, retriever, 4, tmp_path)
-            found = evidence_warnings(split, tables, retriever, 4)
+            tables = retrieved_tables(split, retriever, 4, tmp_path)
+            found = retrieved_warnings(split, tables, retriever, 4)
             assert len(found) == 3
             assert all(f": {names} has one value or none" in line for line in found)

@@ -9,11 +9,13 @@ from project.retrieval.factorisation import Factorisation
 
 
 def fitted(vector_penalty: float = 1.0, iterations: int = 500, stretch: int = 1):
-    """Labels are the product of a taste and a kind; fitted on the first 1,500 of 2,000 rows. Logits of all rows."""
+    """Labels are the product of a factorisation and a kind; fitted on the first 1,500 of 2,000 rows. Logits of all
+    rows.
+    """
     rng = np.random.default_rng(0)
     user, item = rng.integers(0, 30, 2000), rng.integers(0, 20, 2000)
-    taste, kind = rng.choice([-1, 1], 30), rng.choice([-1, 1], 20)
-    label = (rng.random(2000) < 1 / (1 + np.exp(-2 * taste[user] * kind[item]))).astype(int)
+    mf, kind = rng.choice([-1, 1], 30), rng.choice([-1, 1], 20)
+    label = (rng.random(2000) < 1 / (1 + np.exp(-2 * mf[user] * kind[item]))).astype(int)
     train = np.arange(2000) < 1500
     codes = stretch * user + stretch - 1
     model = Factorisation.fit(codes[train], item[train], label[train], 4, 2.0, vector_penalty, iterations)

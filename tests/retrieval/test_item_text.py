@@ -123,7 +123,7 @@ def test_a_query_is_its_text() -> None:
     assert retriever.encode_history(np.array([0]), np.array([1])).tolist() == [13, 1]
 
 
-def test_the_evidence_key_knows_the_weights(tmp_path: Path) -> None:
+def test_the_retrieved_key_knows_the_weights(tmp_path: Path) -> None:
     """Retrain a model in its folder: path and arguments are equal, the settings are not. Known sources need no more."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -136,16 +136,18 @@ def test_the_evidence_key_knows_the_weights(tmp_path: Path) -> None:
     assert set(LLMEmbedding().settings()) == {"class_path", "init_args"}
 
 
-def test_evidence_of_a_tiny_model(tiny_model: Path, log_of: Callable, evidence_of: Callable) -> None:
+def test_retrieved_of_a_tiny_model(tiny_model: Path, log_of: Callable, retrieved_of: Callable) -> None:
     """Both classes find neighbours, and a template that says nothing about items makes all users with a past alike."""
     rows, cuts = log_of(0), np.array([20.0, 45.0])
     for retriever in (
         TextEncoder(neighbours=4, encoder=str(tiny_model)),
         LLMEmbedding(neighbours=4, backbone=str(tiny_model), num_layers=2),
     ):
-        assert evidence_of(rows, retriever, cuts)["neighbour_count"].sum() > 0
-    alike = TextEncoder(neighbours=4, encoder=str(tiny_model), template="{title:.5}", dislike_weight=1.0)
-    similarities = evidence_of(rows, alike, cuts)["similarities"].explode().drop_nulls()
+        assert retrieved_of(rows, retriever, cuts)["neighbour_count"].sum() > 0
+    item_similarity = TextEncoder(
+        neighbours=4, encoder=str(tiny_model), template="{title:.5}", dislike_weight=1.0
+    )
+    similarities = retrieved_of(rows, item_similarity, cuts)["similarities"].explode().drop_nulls()
     assert similarities.to_list() == pytest.approx([1.0] * len(similarities), abs=1e-5)
 
 

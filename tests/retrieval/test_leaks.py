@@ -19,7 +19,7 @@ from project.retrieval import (
 )
 from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
 
-Evidence = Callable[..., pl.DataFrame]
+Retrieved = Callable[..., pl.DataFrame]
 CUTS = np.array([20.0, 45.0])
 
 
@@ -68,28 +68,28 @@ def retriever(
 
 
 def until(table: pl.DataFrame, rows: pl.DataFrame, time: float) -> pl.DataFrame:
-    """Evidence of rows up to and including a second."""
+    """Retrieved features of rows up to and including a second."""
     return table.join(
         rows.filter(pl.col("timestamp") <= time).select("row_id"), on="row_id", maintain_order="left"
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_cannot_change_its_own_evidence(
-    log_of: Evidence, evidence_of: Evidence, retriever: Retriever, kind: str
+def test_a_row_cannot_change_its_own_retrieved(
+    log_of: Retrieved, retrieved_of: Retrieved, retriever: Retriever, kind: str
 ):
-    """Flipping or deleting a row changes no evidence up to its own second, and some later."""
+    """Flipping or deleting a row changes no retrieved features up to its own second, and some later."""
     changed = False
     for seed in range(3):
         rows = log_of(seed, rows=90).filter(pl.col("user") > 0)
         readable = rows.filter(pl.Series(splits_of(rows, kind, seed)) <= 1 + seed % 2)
-        before = evidence_of(readable, retriever, CUTS)
+        before = retrieved_of(readable, retriever, CUTS)
         for row in readable.sample(3, seed=seed).to_dicts():
             here = pl.col("row_id") == row["row_id"]
             flipped = readable.with_columns(label=pl.when(here).then(1 - pl.col("label")).otherwise("label"))
             for after in (
-                evidence_of(flipped, retriever, CUTS),
-                evidence_of(readable, retriever, CUTS, (row["row_id"],)),
+                retrieved_of(flipped, retriever, CUTS),
+                retrieved_of(readable, retriever, CUTS, (row["row_id"],)),
             ):
                 time = row["timestamp"]
                 assert until(after, rows, time).equals(until(before, rows, time))
@@ -99,14 +99,14 @@ def test_a_row_cannot_change_its_own_evidence(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_neighbours_are_earlier_readable_rows_of_others_with_the_candidate(
-    log_of: Evidence, evidence_of: Evidence, co_likes: VectorRetriever, kind: str
+    log_of: Retrieved, retrieved_of: Retrieved, co_likes: VectorRetriever, kind: str
 ):
     """A neighbour row is strictly earlier, of a split <= S, about the candidate, by someone else."""
     rows = log_of(3)
     codes = splits_of(rows, kind, 3)
     for last in range(3):
         readable = rows.filter(pl.Series(codes) <= last)
-        found = evidence_of(readable, co_likes, CUTS)
+        found = retrieved_of(readable, co_likes, CUTS)
         pairs = found.select("row_id", "neighbours", "answers").explode("neighbours", "answers").drop_nulls()
         joined = pairs.join(rows, on="row_id").join(
             readable, left_on="neighbours", right_on="row_id", suffix="_n"
@@ -123,8 +123,10 @@ def vote_auc(rows: pl.DataFrame, found: pl.DataFrame) -> float:
     return float(roc_auc_score(rows["label"], score))
 
 
-def leaky_evidence(rows: pl.DataFrame, retriever: Retriever, users: int, items: pl.DataFrame) -> pl.DataFrame:
-    """Evidence with all rows, the row itself included, taken in before any question, and nobody dropped."""
+def leaky_retrieved(
+    rows: pl.DataFrame, retriever: Retriever, users: int, items: pl.DataFrame
+) -> pl.DataFrame:
+    """Retrieved features with all rows, the row itself included, taken in before any question, and nobody dropped."""
     log, shift = WalkRows.from_log(rows), float(rows["timestamp"].max()) + 1
     no, yes = np.zeros(rows.height, np.bool_), np.ones(rows.height, np.bool_)
     first = {**vars(log), "query": no}
@@ -142,7 +144,7 @@ def leaky_evidence(rows: pl.DataFrame, retriever: Retriever, users: int, items: 
     return walk(both, retriever, items, cuts, snapshots.fitted)
 
 
-def strict_evidence(
+def strict_retrieved(
     rows: pl.DataFrame, retriever: Retriever, users: int, items: pl.DataFrame
 ) -> pl.DataFrame:
     cuts = block_cuts(rows["timestamp"].to_numpy(), 5)
@@ -150,23 +152,23 @@ def strict_evidence(
     return walk(WalkRows.from_log(rows), retriever, items, cuts, snapshots.fitted)
 
 
-def test_a_leaky_graph_is_noticed_on_noise(log_of: Evidence, items_of: Evidence):
+def test_a_leaky_graph_is_noticed_on_noise(log_of: Retrieved, items_of: Retrieved):
     """Labels are coin flips: strict votes cannot know them (AUC .5), leaky ones do by more than .1."""
     users, items = 40, 30
     rows, retriever = log_of(0, 1500, users, items), LightGCN(neighbours=5, dim=16, epochs=2)
-    strict = vote_auc(rows, strict_evidence(rows, retriever, users, items_of(items)))
-    leaky = vote_auc(rows, leaky_evidence(rows, retriever, users, items_of(items)))
+    strict = vote_auc(rows, strict_retrieved(rows, retriever, users, items_of(items)))
+    leaky = vote_auc(rows, leaky_retrieved(rows, retriever, users, items_of(items)))
     assert abs(strict - 0.5) < 0.05
     assert leaky > strict + 0.1
 
 
-def test_strict_evidence_finds_structure(log_of: Evidence, items_of: Evidence):
+def test_strict_retrieved_finds_structure(log_of: Retrieved, items_of: Retrieved):
     """Two groups of users with opposite tastes: votes of similar users know what a candidate's rate cannot."""
     users, items = 40, 30
     rows = log_of(0, 3000, users, items).with_columns(
         label=((pl.col("user") + pl.col("item")) % 2 == 0).cast(pl.Int8)
     )
-    found = strict_evidence(rows, LightGCN(neighbours=5, dim=16, epochs=5), users, items_of(items))
+    found = strict_retrieved(rows, LightGCN(neighbours=5, dim=16, epochs=5), users, items_of(items))
     late = rows["timestamp"].to_numpy() > 500
     assert vote_auc(rows.filter(late), found.filter(late)) > 0.95
     assert roc_auc_score(rows["label"], found["item_rate"].fill_null(0.5)) < 0.6
@@ -187,8 +189,8 @@ def test_a_leaky_graph_is_noticed_on_movielens():
     log, rows = split.interactions, split.rows.filter(pl.col("split").cast(pl.String) != "test")
     targets = (rows["split"].cast(pl.String) == "valid") & (rows["role"].cast(pl.String) == "target")
     auc = {}
-    for name, evidence in (("strict", strict_evidence), ("leaky", leaky_evidence)):
-        found = evidence(rows, LightGCN(neighbours=10, epochs=2), log.users.height, log.items)
+    for name, retrieved in (("strict", strict_retrieved), ("leaky", leaky_retrieved)):
+        found = retrieved(rows, LightGCN(neighbours=10, epochs=2), log.users.height, log.items)
         auc[name] = vote_auc(rows.filter(targets), found.filter(targets))
     assert 0.65 < auc["strict"] < 0.75
     assert auc["leaky"] > auc["strict"] + 0.1

@@ -51,7 +51,7 @@ GOLDEN = [
 
 
 def golden() -> list[dict]:
-    """Evidence of the golden log with one cut at 10."""
+    """Retrieved features of the golden log with one cut at 10."""
     rows, retriever, cuts = table(GOLDEN), UnitItems(), np.array([10.0])
     items = pl.DataFrame({"item": [0, 1]})
     snapshots = fit_snapshots(rows, retriever, 4, items, cuts)
@@ -106,7 +106,7 @@ def test_vectors_move_inside_a_block_and_equal_similarity_prefers_the_later_row(
 
 
 def test_types_are_the_schema():
-    """The evidence table's columns and types are part of the contract."""
+    """The retrieved features table's columns and types are part of the contract."""
     rows = table(GOLDEN)
     found = walk(WalkRows.from_log(rows), NoRetriever(), pl.DataFrame({"item": [0, 1]}), np.empty(0), [])
     assert dict(found.schema) == {

@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 
 from project.errors import ConfigError
-from project.retrieval import LightGCN, VectorRetriever, evidence_tables, request_evidence
+from project.retrieval import LightGCN, VectorRetriever, request_retrieved, retrieved_tables
 from project.retrieval.base import Edges, FloatArray
 from project.retrieval.walk import WalkRows, fit_snapshots, walk
 
-Evidence = Callable[..., pl.DataFrame]
+Retrieved = Callable[..., pl.DataFrame]
 CUTS = np.array([20.0, 45.0])
 LISTS = {"similar_every": 3, "similar_users": 3, "similar_items": 2}
 
@@ -105,29 +105,29 @@ def brute_force(rows: pl.DataFrame, row: dict, retriever: VectorRetriever) -> li
 
 @pytest.mark.parametrize("seed", range(5))
 def test_lists_equal_brute_force(
-    log_of: Evidence, evidence_of: Evidence, co_likes: VectorRetriever, seed: int
+    log_of: Retrieved, retrieved_of: Retrieved, co_likes: VectorRetriever, seed: int
 ) -> None:
     """Every row's list equals the definition: rows up to its second, one table a block, nothing rated already."""
     rows, retriever = log_of(seed), make(co_likes)
-    found = evidence_of(rows, retriever, CUTS)["similar_after"].to_list()
+    found = retrieved_of(rows, retriever, CUTS)["similar_after"].to_list()
     assert found == [brute_force(rows, row, retriever) for row in rows.to_dicts()]
     assert sum(x is not None for x in found) > 5
 
 
 def test_a_list_is_dated_by_its_second(
-    log_of: Evidence, evidence_of: Evidence, co_likes: VectorRetriever
+    log_of: Retrieved, retrieved_of: Retrieved, co_likes: VectorRetriever
 ) -> None:
     """Canary: flipping or deleting a row changes no list of an earlier second, and some of its own second or later."""
     changed = dict.fromkeys(("flipped", "deleted"), 0)
     for seed in range(3):
         rows, retriever = log_of(seed), make(co_likes)
-        before = evidence_of(rows, retriever, CUTS)["similar_after"]
+        before = retrieved_of(rows, retriever, CUTS)["similar_after"]
         for row in rows.filter(pl.col("timestamp") > 20).sample(4, seed=seed).to_dicts():
             here, earlier = pl.col("row_id") == row["row_id"], rows["timestamp"] < row["timestamp"]
             flip = rows.with_columns(label=pl.when(here).then(1 - pl.col("label")).otherwise("label"))
             for how, found in (
-                ("flipped", evidence_of(flip, retriever, CUTS)),
-                ("deleted", evidence_of(rows, retriever, CUTS, (row["row_id"],))),
+                ("flipped", retrieved_of(flip, retriever, CUTS)),
+                ("deleted", retrieved_of(rows, retriever, CUTS, (row["row_id"],))),
             ):
                 after = found["similar_after"]
                 assert after.filter(earlier).equals(before.filter(earlier))
@@ -136,12 +136,12 @@ def test_a_list_is_dated_by_its_second(
 
 
 def test_only_the_latest_raters_are_compared(
-    log_of: Evidence, evidence_of: Evidence, co_likes: VectorRetriever
+    log_of: Retrieved, retrieved_of: Retrieved, co_likes: VectorRetriever
 ) -> None:
     """With max_raters 1 a list holds likes of the user, other than the asking one, who rated last."""
     rows, retriever = log_of(0), make(co_likes)
     retriever.max_raters = 1
-    found = evidence_of(rows, retriever, CUTS)
+    found = retrieved_of(rows, retriever, CUTS)
     checked = 0
     for row in rows.join(found, on="row_id").drop_nulls("similar_after").to_dicts():
         past = rows.filter(pl.col("timestamp") <= row["timestamp"], pl.col("user") != row["user"])
@@ -154,10 +154,10 @@ def test_only_the_latest_raters_are_compared(
     assert checked > 5
 
 
-def test_off_changes_nothing(log_of: Evidence, evidence_of: Evidence, co_likes: VectorRetriever) -> None:
+def test_off_changes_nothing(log_of: Retrieved, retrieved_of: Retrieved, co_likes: VectorRetriever) -> None:
     """Lists add one column and change no other; without them neither the table nor the cache's key knows of them."""
     rows, every = log_of(1), make(co_likes)
-    off, on = (evidence_of(rows, retriever, CUTS) for retriever in (co_likes, every))
+    off, on = (retrieved_of(rows, retriever, CUTS) for retriever in (co_likes, every))
     assert on.drop("similar_after").equals(off)
     assert on.schema["similar_after"] == pl.List(pl.Int32)
     assert not [name for name in LightGCN(similar_users=7).settings()["init_args"] if "similar" in name]
@@ -166,19 +166,19 @@ def test_off_changes_nothing(log_of: Evidence, evidence_of: Evidence, co_likes: 
 
 @pytest.mark.parametrize("kind", ["co_likes", "lightgcn"])
 def test_a_history_has_the_lists_of_the_log(
-    log_of: Evidence, split_of: Callable, co_likes: VectorRetriever, tmp_path: Path, kind: str
+    log_of: Retrieved, split_of: Callable, co_likes: VectorRetriever, tmp_path: Path, kind: str
 ) -> None:
     """Users' rows as history, in any order, with candidates: the lists of the log, and none after a candidate."""
     retriever = make(co_likes) if kind == "co_likes" else LightGCN(dim=4, epochs=1, **LISTS)
     rows = log_of(2)
     split = split_of(rows, np.digitize(rows["timestamp"].to_numpy(), [40, 60]))
-    log = evidence_tables(split, retriever, 4, tmp_path)["test"]
+    log = retrieved_tables(split, retriever, 4, tmp_path)["test"]
     asked = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
     n = asked.height
     columns = (np.tile(asked[name].to_numpy(), 2) for name in ("user", "item"))
     late = np.append(asked["timestamp"].to_numpy(), np.full(n, 1e3))
     label = np.append(asked["label"].to_numpy(), np.full(n, -1))
-    found = request_evidence(split, retriever, 4, tmp_path, *columns, late, label, np.arange(2 * n) < n)
+    found = request_retrieved(split, retriever, 4, tmp_path, *columns, late, label, np.arange(2 * n) < n)
     history, candidates = found["similar_after"].head(n), found["similar_after"].tail(n)
     joined = asked.join(
         rows.select("row_id").with_columns(log["similar_after"]), on="row_id", maintain_order="left"

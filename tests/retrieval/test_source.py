@@ -1,4 +1,4 @@
-"""The part of the evidence cache's key that a retriever of one's own adds, and what it has to keep for it."""
+"""The part of the retrieved features cache's key that a retriever of one's own adds, and what it has to keep for it."""
 
 import sys
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from project.errors import ConfigError
-from project.retrieval import LightGCN, NoRetriever, RandomRetriever, Retriever, evidence_tables
+from project.retrieval import LightGCN, NoRetriever, RandomRetriever, Retriever, retrieved_tables
 from project.retrieval.walk import content_key
 
 SOURCE = """
@@ -56,14 +56,14 @@ def test_an_edited_retriever_is_asked_again(
     split = split_of(rows, np.zeros(rows.height, int))
 
     def neighbours(which: str) -> list[list[int]]:
-        tables = evidence_tables(split, written(which)(), 3, tmp_path / "cache")
+        tables = retrieved_tables(split, written(which)(), 3, tmp_path / "cache")
         found: list[list[int]] = tables["train"]["neighbours"].to_list()
         return found
 
     first, latest = neighbours(""), neighbours("[::-1]")
     assert first != latest
     assert neighbours("") == first
-    assert len(list((tmp_path / "cache" / "evidence").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "retrieved").iterdir())) == 2
 
 
 def test_a_base_in_another_file_counts(written: Write):
@@ -112,4 +112,4 @@ def test_what_must_be_kept(
     rows = log_of(0)
     split = split_of(rows, np.zeros(rows.height, int))
     with pytest.raises(ConfigError, match=rf"data\.retriever is Mine.*{words}"):
-        evidence_tables(split, written(init=init)(), 3, tmp_path)
+        retrieved_tables(split, written(init=init)(), 3, tmp_path)

@@ -14,13 +14,13 @@ from project.retrieval.lightgcn import inverse_norms
 @pytest.mark.parametrize("seed", range(5))
 def test_neighbours_equal_brute_force(
     log_of: Callable[..., pl.DataFrame],
-    evidence_of: Callable[..., pl.DataFrame],
+    retrieved_of: Callable[..., pl.DataFrame],
     co_likes: VectorRetriever,
     seed: int,
 ):
     """Every row's neighbours and cosines equal the definition: one table a block, strictly earlier rows."""
     rows, cuts = log_of(seed), np.array([20.0, 45.0])
-    found = evidence_of(rows, co_likes, cuts)
+    found = retrieved_of(rows, co_likes, cuts)
     for row, got in zip(rows.to_dicts(), found.to_dicts(), strict=True):
         expected = brute_force(rows, row, cuts, co_likes)
         assert got["neighbours"] == [neighbour for neighbour, _ in expected]
@@ -77,12 +77,12 @@ def test_a_history_given_at_once_is_the_one_observed(
 
 
 def test_a_dislike_weight_of_zero_leaves_only_likes(
-    log_of: Callable[..., pl.DataFrame], evidence_of: Callable[..., pl.DataFrame], co_likes: VectorRetriever
+    log_of: Callable[..., pl.DataFrame], retrieved_of: Callable[..., pl.DataFrame], co_likes: VectorRetriever
 ):
     """With weight 0 a user who only disliked has no vector, so no neighbours."""
     rows = log_of(0).with_columns(label=pl.when(pl.col("user") == 0).then(0).otherwise("label").cast(pl.Int8))
     co_likes.dislike_weight = 0.0
-    found = evidence_of(rows, co_likes, np.array([20.0]))
+    found = retrieved_of(rows, co_likes, np.array([20.0]))
     asked = rows["user"] == 0
     assert found.filter(asked)["neighbour_count"].sum() == 0
     assert found.filter(~asked)["neighbour_count"].sum() > 0
