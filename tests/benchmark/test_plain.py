@@ -23,7 +23,7 @@ from project.model.module import ExitRecommender, LoraSettings
 RUNNERS: dict[str, Callable[..., Pointwise | SharedPrefix]] = {
     "pointwise": Pointwise,
     "shared_prefix, cold": SharedPrefix,
-    "shared_prefix, warm": lambda module: SharedPrefix(module, warm=True),
+    "shared_prefix, warm": lambda module: SharedPrefix(module, cached=True),
 }
 
 
@@ -72,7 +72,7 @@ def test_token_layers(module: ExitRecommender) -> None:
     request = untied(np.random.default_rng(2), "r", 4, 5)
     s, own = len(request.stream), len(request.candidates.values)
     assert Pointwise(module).score([request]).token_layers == (5 * s + own) * LAYERS
-    shared = SharedPrefix(module, warm=True)
+    shared = SharedPrefix(module, cached=True)
     assert [shared.score([request]).token_layers for _ in range(2)] == [(s + own) * LAYERS, own * LAYERS]
 
 

@@ -160,7 +160,7 @@ def test_ratio_interval() -> None:
 def test_cases() -> None:
     """Cold and warm for every size; a fixed history at 64, many at once for small ones, 64 prompts only there."""
     found = cases([1, 8, 64, 256])
-    assert {(c.candidates, c.stream) for c in found} == {
+    assert {(c.candidates, c.prefix_cached) for c in found} == {
         (n, s) for n in (1, 8, 64, 256) for s in ("cold", "warm")
     }
     assert [c for c in found if c.history] == [

@@ -58,12 +58,12 @@ def test_fields() -> None:
         ("{item_number:.1}", "expected {item_number} alone"),
         (
             "{a.b}",
-            "field {a.b}, which nobody knows. Item fields here: title, year, factorisation, vote_number;",
+            "field {a.b}, which nobody knows. Item fields here: title, year, mf, vote_number;",
         ),
         ("{x[1]}", "which nobody knows"),
         ("{7}", "which nobody knows"),
-        ("{mf}", "retrieved features and also a column of your items.*item_columns: {my_mf: mf}"),
-        ("{vote_number}", "retrieved features and also a column of your items"),
+        ("{mf}", "a retrieved feature and also a column of your items.*item_columns: {my_mf: mf}"),
+        ("{vote_number}", "a retrieved feature and also a column of your items"),
     ],
 )
 def test_fields_that_cannot_be_filled(template: str, words: str) -> None:

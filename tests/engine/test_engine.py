@@ -147,9 +147,9 @@ def test_counter_is_the_reported_cost(world: World, exit_0: bool, read: int) -> 
     request = torch.cat([torch.full((len(r),), i) for i, r in enumerate(world.requests)])
     own = torch.from_numpy(np.concatenate([r.candidates.lengths for r in world.requests]))
     shared = torch.tensor([len(world.requests[i].stream) for i in request.tolist()])
-    for scores, stream in ((cold, "cold"), (warm, "warm")):
+    for scores, cached in ((cold, False), (warm, True)):
         layers = torch.from_numpy(np.concatenate([r.exit_layers for r in scores.requests]))
-        expected = request_cost(request, layers, own, shared, stream)  # type: ignore[arg-type]
+        expected = request_cost(request, layers, own, shared, cached)
         assert [r.token_layers for r in scores.requests] == expected.tolist()
     assert 0 < warm.token_layers < cold.token_layers
 

@@ -36,7 +36,7 @@ def fit(criterion, world, prefix_cached=False, steps=20):
     return (
         outputs,
         confidence,
-        threshold_path(confidence, outputs.logits, world.labels, world.layers, *world.tokens, stream, steps),
+        threshold_path(confidence, outputs.logits, world.labels, world.layers, *world.tokens, prefix_cached, steps),
     )
 
 
@@ -71,11 +71,11 @@ class TestPath:
         assert all(a.expected_auc > b.expected_auc for a, b in itertools.pairwise(path))
         assert all(step.thresholds[-1] == -torch.inf for step in path)
 
-    @pytest.mark.parametrize("stream", ["cold", "warm"])
-    def test_steps_say_what_the_policy_does(self, tune, stream):
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_steps_say_what_the_policy_does(self, tune, cached):
         """Cost, mean depth, AUC and drop of every step are those of a simulation of its policy."""
-        outputs, _, path = fit(CONSISTENCY, tune, stream, steps=8)
-        found = simulated(ScoredRows(outputs, tune.labels, *tune.tokens, stream), CONSISTENCY, path)
+        outputs, _, path = fit(CONSISTENCY, tune, cached, steps=8)
+        found = simulated(ScoredRows(outputs, tune.labels, *tune.tokens, cached), CONSISTENCY, path)
         for step, point in zip(path, found, strict=True):
             assert step.point() == pytest.approx(point, abs=1e-9)
 

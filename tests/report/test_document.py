@@ -278,9 +278,9 @@ def test_best_baseline_of_the_same_rows(run, tmp_path, example):
         for command in ("fit", "test")
     }
     read = read_run(tmp_path / "run")
-    assert read.floor("valid", "tune") == ("gbdt_features", best["fit"])
-    assert read.floor("test", None) == ("gbdt_features", best["test"])
-    assert read.floor("valid", "select") is None
+    assert read.baseline("valid", "tune") == ("gbdt_features", best["fit"])
+    assert read.baseline("test", None) == ("gbdt_features", best["test"])
+    assert read.baseline("valid", "select") is None
 
 
 def test_calibrated_reliability():
