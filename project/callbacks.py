@@ -1,4 +1,4 @@
-"""Callbacks: run folder, configuration, exit plan, result files, pictures and model bundle of a run."""
+"""Callbacks: run folder, configuration, exit plan, result files, report and bundle of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import lightning.pytorch as pl
 import polars
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -65,11 +64,7 @@ BEFORE_RESULTS = {"config.yaml", "hparams.yaml"}  # what a run's folder holds be
 
 
 class RunLogger(CSVLogger):
-    """Lightning's CSV logger, whose folder version_N is made the moment its number is chosen.
-
-    Two fits that start together get a folder each: `mkdir` succeeds once. A command that is refused before it computed
-    anything leaves none.
-    """
+    """Lightning's CSV logger, whose folder version_N is made the moment its number is chosen: `mkdir` succeeds once."""
 
     _made: Path | None = None
 
@@ -89,11 +84,7 @@ class RunLogger(CSVLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left, and remove the folder of a command that failed before it had anything.
-
-        Args:
-            status: Lightning's: success, failed.
-        """
+        """Write what is left; remove the folder of a command that failed before it had computed anything."""
         super().finalize(status)
         made = self._made if status == "failed" else None
         if made and {path.name for path in made.rglob("*") if path.is_file()} <= BEFORE_RESULTS:
@@ -101,36 +92,27 @@ class RunLogger(CSVLogger):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's way to the disk: a checkpoint is written beside its target, then renamed, and never unpickled."""
+    """Checkpoints are written beside their target and renamed, and never unpickled."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write all of it, or leave what is there."""
-        del storage_options
         replace_file(Path(path), lambda part: torch.save(checkpoint, part))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """As `read_checkpoint`, whatever Lightning's callers ask for."""
-        del map_location, weights_only
         return read_checkpoint(path)
 
 
 def run_folder(trainer: pl.Trainer, ckpt_path: str | Path | None = None) -> Path:
-    """The run of the checkpoint that a command was given, else the folder of the CSV logger; safe on one process alone.
-
-    Args:
-        trainer: After it was made.
-        ckpt_path: A checkpoint, for a command that continues or reads a run.
-    """
+    """The run of a checkpoint, else the folder of the CSV logger."""
     if ckpt_path is not None:
         return run_of_checkpoint(ckpt_path)
-    for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger):
-            return Path(logger.log_dir)
-    return Path(trainer.default_root_dir)
+    found = (Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger))
+    return next(found, Path(trainer.default_root_dir))
 
 
 def point_latest(trainer: pl.Trainer) -> None:
@@ -146,16 +128,10 @@ def point_latest(trainer: pl.Trainer) -> None:
 
 
 def will_be_saved(trainer: pl.Trainer) -> bool:
-    """Whether this validation's metric earns a checkpoint: what is not saved must not be what a result is about.
-
-    Args:
-        trainer: In the `on_validation_end` of fit; asked on all processes.
-    """
+    """Whether this validation of fit earns a checkpoint: what is not saved must not be what a result is about."""
     saver = trainer.checkpoint_callback
-    if not isinstance(saver, ModelCheckpoint) or saver.monitor is None:
-        return True
-    # with save_top_k 0 none is chosen by its metric: results are about the latest weights, as last.ckpt is
-    if saver.save_top_k == 0:
+    # without a metric, or with save_top_k 0, results are about the latest weights, as last.ckpt is
+    if not isinstance(saver, ModelCheckpoint) or saver.monitor is None or saver.save_top_k == 0:
         return True
     return saver.check_monitor_top_k(trainer, trainer.callback_metrics.get(saver.monitor))
 
@@ -173,7 +149,7 @@ def data_of(trainer: pl.Trainer) -> InteractionData:
 class SaveConfig(SaveConfigCallback):
     """Saves config.yaml in the run folder, points `latest` at a finished run, sends the configuration to W&B."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Save for fit only: other commands write into the run of their checkpoint."""
         for logger in trainer.loggers:  # rank 0 has made its folder, the others follow
             if isinstance(logger, CSVLogger):
@@ -182,17 +158,15 @@ class SaveConfig(SaveConfigCallback):
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called once, on rank 0."""
-        del pl_module, stage
         run = run_folder(trainer)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.config.update(_plain(self.config.as_dict()), allow_val_change=True)
-                if logger._wandb_init.get("name") is None:
-                    logger.experiment.name = f"{run.parent.name}/{run.name}"
+        for logger in _wandb(trainer):
+            logger.experiment.config.update(_plain(self.config.as_dict()), allow_val_change=True)
+            if logger._wandb_init.get("name") is None:
+                logger.experiment.name = f"{run.parent.name}/{run.name}"
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A fit that saves no checkpoint has results at its end."""
         point_latest(trainer)
 
@@ -204,6 +178,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def _wandb(trainer: pl.Trainer) -> list[WandbLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
 
 
 @dataclass(eq=False)
@@ -223,12 +201,10 @@ class ExitCalibration(ExitSettings, pl.Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit" or not will_be_saved(trainer):
             return
         module = cast("ExitRecommender", pl_module)
-        assert module.scores is not None
         try:
-            self.calibrate(trainer, module, data_of(trainer), module.scores, current_run(trainer))
+            self.calibrate(trainer, module, data_of(trainer), _scores(module), current_run(trainer))
         except ProjectError as error:
-            # the plan of an earlier validation is not this checkpoint's
-            self.found = None
+            self.found = None  # the plan of an earlier validation is not this checkpoint's
             rank_zero_warn(f"exits are not calibrated: {error}", category=UserWarning)
 
     def calibrate(
@@ -239,28 +215,20 @@ class ExitCalibration(ExitSettings, pl.Callback):
         scores: polars.DataFrame,
         folder: Path,
     ) -> dict[str, Any]:
-        """Make the plan of validation scores, keep it, log it and write results/calibrate.json.
-
-        Args:
-            trainer: Its loggers are told.
-            module: Its exit 0 makes features of retrieved features.
-            data: Retrieved features and protocol of the scores.
-            scores: Score table of validation.
-            folder: The run.
-        """
+        """Make the plan of validation's score table, keep it, log it and write results/calibrate.json."""
+        path = folder / "results" / "calibrate.json"
+        previous = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         with data.clock.stage("calibrate"):
             features = features_of(module, data, scores)
-            plans = calibrate(scores, features, self, data.split.hash, _previous(folder))
-        self.found = plans
-        head = result_head("calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed)
+            plans = self.found = calibrate(scores, features, self, data.split.hash, previous)
         tune = (scores["fold"] == "tune").to_numpy()
         rows = PlannedRows(plans.plan, scores.filter(tune), features[tune], self.prefix_cached)
-        adaptive = (
-            {"split": "valid", "fold": "tune"} | adaptive_summary(plans, rows) | plans.document["adaptive"]
-        )
-        result = head | plans.document | {"adaptive": adaptive}
+        result = result_head("calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed)
+        result |= plans.document
+        result["adaptive"] = {"split": "valid", "fold": "tune"} | adaptive_summary(plans, rows)
+        result["adaptive"] |= plans.document["adaptive"]
         if trainer.is_global_zero:
-            write_json(folder / "results" / "calibrate.json", result)
+            write_json(path, result)
         self._log(trainer, scores, features)
         return result
 
@@ -294,10 +262,9 @@ class ExitCalibration(ExitSettings, pl.Callback):
         summary = rows.summary(self.found.static_exit)
         values = {k: summary[k] for k in ("mean_depth", "token_layer_speedup", "auc", "auc_drop")}
         values["certificate_bound"] = self.issued.get("bound")
+        known = {f"select/exit/{k}": v for k, v in values.items() if v is not None}
         for logger in trainer.loggers:
-            logger.log_metrics(
-                {f"select/exit/{k}": v for k, v in values.items() if v is not None}, trainer.global_step
-            )
+            logger.log_metrics(known, trainer.global_step)
 
 
 def exit_calibration_of(trainer: pl.Trainer) -> ExitCalibration:
@@ -307,7 +274,7 @@ def exit_calibration_of(trainer: pl.Trainer) -> ExitCalibration:
 
 
 def features_of(module: ExitRecommender, data: InteractionData, scores: polars.DataFrame) -> Floats:
-    """Counting features (n, F) of the rows of a score table: of one split, or of the requests at hand."""
+    """Features (n, F) of the rows of a score table: of one split, or of the requests at hand."""
     if scores["row_id"].null_count():
         assert data.candidate_retrieved is not None
         retrieved = data.candidate_retrieved
@@ -316,26 +283,21 @@ def features_of(module: ExitRecommender, data: InteractionData, scores: polars.D
     return feature_matrix(retrieved, module.feature_baseline().base)
 
 
-def _previous(folder: Path) -> dict[str, Any] | None:
-    path = folder / "results" / "calibrate.json"
-    if not path.exists():
-        return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
 class ResultFiles(pl.Callback):
-    """Writes results/<command>.json and scores/<split>.parquet into the run folder.
+    """Writes results/<command>.json, scores/<split>.parquet, report/ and, when training starts, bundle/ into the run.
 
     Args:
         tag: Added to the names of result files, to keep several of one command apart.
-        print_tables: Whether to print the table of exits and baselines.
     """
 
-    def __init__(self, tag: str | None = None, print_tables: bool = True) -> None:
-        self.tag, self.print_tables = tag, print_tables
-        self._started = 0.0
+    def __init__(self, tag: str | None = None) -> None:
+        self.tag = tag
         self._scores: polars.DataFrame | None = None  # of the validation that the saved checkpoint comes from
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the bundle: what predict and export need of the data, so that a run can be moved."""
+        write_bundle(cast("ExitRecommender", pl_module), data_of(trainer), run_folder(trainer) / "bundle")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of training."""
@@ -354,7 +316,7 @@ class ResultFiles(pl.Callback):
         self._batch_ended = now
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the clock of training; validation inside it has a clock of its own."""
+        """Stop the clock of training, validation left out; write the result of fit."""
         seconds = data_of(trainer).clock.seconds
         seconds["train"] = time.perf_counter() - self._started - seconds.get("validate", 0.0)
         if self._scores is not None:
@@ -365,7 +327,7 @@ class ResultFiles(pl.Callback):
         self._evaluation_started = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the scores of validation."""
+        """Write the scores of validation; in validate, its result, too."""
         self._batch_ended = time.perf_counter()
         if trainer.sanity_checking:
             return
@@ -401,11 +363,10 @@ class ResultFiles(pl.Callback):
         if not trainer.is_global_zero:
             return
         scores = _with_exits(trainer, cast("ExitRecommender", pl_module), _scores(pl_module))
-        name = (
-            f"{split}-{self.tag}" if self.tag and split != "valid" else split
-        )  # calibrate reads valid by its name
+        # calibrate reads valid by its name
+        name = f"{split}-{self.tag}" if self.tag and split != "valid" else split
         path = write_table(current_run(trainer) / "scores" / f"{name}.parquet", scores, about)
-        if split == "predict" and self.print_tables:
+        if split == "predict":
             Console().print(f"{len(scores)} candidates scored: {path}")
 
     @rank_zero_only
@@ -418,6 +379,7 @@ class ResultFiles(pl.Callback):
         split: str,
     ) -> None:
         data, module, folder = data_of(trainer), cast("ExitRecommender", pl_module), current_run(trainer)
+        # 1. Exits beside the baselines.
         with data.clock.stage("baselines"):
             read = ("valid", split) if split != "valid" else ("valid",)
             kept = kept_networks(data, read)
@@ -425,22 +387,28 @@ class ResultFiles(pl.Callback):
             chosen = int(module.chosen_exit)
             content = comparison(scores, data.split, baselines, split, chosen if chosen > 0 else None)
             content["kept_baselines"] = [baseline.name for baseline in kept]
+        # 2. The plan on the same rows.
         planned = _planned(trainer, module, scores, content)
         if planned is not None:
             content |= _adaptive(trainer, planned, scores, content, baselines)
+        # 3. Slices by how much was known of item and user.
         with data.clock.stage("slices"):
             content["slices"] = _slices(scores, data, baselines, content["exits"], planned)
+        # 4. The result file, W&B, the terminal, the report.
         result = result_head(command, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
         result["warnings"] = data.warnings
         result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
         name = f"{command}-{self.tag}" if self.tag else command
         path = write_json(folder / "results" / f"{name}.json", result)
         _log_result(trainer, result, name)
-        if self.print_tables:
-            console = Console(width=120) if not Console().is_terminal else Console()
-            console.print(
-                shown(render(result, path.parent)), shown(render_seconds(result)), f"written: {path}"
-            )
+        console = Console(width=120) if not Console().is_terminal else Console()
+        console.print(shown(render(result, path.parent)), shown(render_seconds(result)), f"written: {path}")
+        if command != "validate":
+            page = write_report(folder)
+            Console().print(f"report: {page}", soft_wrap=True)
+            for logger in _wandb(trainer):
+                for picture in sorted(page.parent.glob("*.png")):
+                    logger.log_image(f"report/{picture.stem}", [str(picture)])
 
 
 def _scores(module: pl.LightningModule) -> polars.DataFrame:
@@ -531,13 +499,13 @@ def _slices(
     part = exits[0]["split"], exits[0].get("fold")
     scored = polars.col("row_id").is_in(scores["row_id"].implode())
     rows = data.split.rows.filter((polars.col("split") != part[0]) | scored)
-    judged = exit_scores_of(scores, rows, [e["layer"] for e in exits], *part)
-    judged += baseline_scores_of(baselines, rows, *part)
+    scored_by = exit_scores_of(scores, rows, [e["layer"] for e in exits], *part)
+    scored_by += baseline_scores_of(baselines, rows, *part)
     depth = None
     if planned is not None:
         logits, depth = plan_scores_of(part_of(scores, *part), planned.logit, planned.layer, rows, *part)
-        judged.append(({"plan": True}, logits))
-    return slice_rows(rows, data.retrieved, judged, *part, depth=depth)
+        scored_by.append(({"plan": True}, logits))
+    return slice_rows(rows, data.retrieved, scored_by, *part, depth=depth)
 
 
 def _log_result(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
@@ -553,95 +521,41 @@ def _log_result(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
     fold = next((r["fold"] for r in result["exits"] if "fold" in r), None)
     rows = [[f"exit {r['layer']}", *map(r.get, columns)] for r in result["exits"]]
     rows += [[r["name"], *map(r.get, columns)] for r in result["baselines"]]
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update({k: v for k, v in summary.items() if v is not None})
-            logger.log_table(
-                f"{name}/{fold}/exits" if fold else f"{name}/exits", columns=["scores", *columns], data=rows
-            )
+    for logger in _wandb(trainer):
+        logger.experiment.summary.update({k: v for k, v in summary.items() if v is not None})
+        table = f"{name}/{fold}/exits" if fold else f"{name}/exits"
+        logger.log_table(table, columns=["scores", *columns], data=rows)
 
 
-class ExitPlots(pl.Callback):
-    """Writes report/report.md, report.html and its pictures into the run folder.
-
-    Args:
-        enabled: Whether to; `python -m project report RUN` does it later, too.
-    """
-
-    def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report the tune fold."""
-        self._write(trainer)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report test."""
-        self._write(trainer)
-
-    @rank_zero_only
-    def _write(self, trainer: pl.Trainer) -> None:
-        folder = current_run(trainer)
-        if not self.enabled or not any((folder / "results").glob("*.json")):
-            return
-        page = write_report(folder)
-        Console().print(f"report: {page}", soft_wrap=True)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                for picture in sorted(page.parent.glob("*.png")):
-                    logger.log_image(f"report/{picture.stem}", [str(picture)])
-
-
-class RunBundle(pl.Callback):
-    """Writes bundle/ into the run folder when training starts.
-
-    Args:
-        enabled: Whether to write it; predict from a moved run needs it.
-    """
-
-    def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
-
-    @rank_zero_only
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the bundle."""
-        if not self.enabled:
-            return
-        data = data_of(trainer)
-        module = cast("ExitRecommender", pl_module)
-        folder = run_folder(trainer) / "bundle"
-        folder.mkdir(parents=True, exist_ok=True)
-        split = data.split
-        data.tokenizer.save_pretrained(folder / "tokenizer")
-        write_table(folder / "items.parquet", split.interactions.items)
-        write_json(folder / "protocol.json", split.manifest)
-        retrieved = retrieved_folder(split, data.retriever, data.refits, data.cache_dir)
-        made = {"retrieved": retrieved, "text": text_folder(split, data.cache_dir)}
-        if data.mf is not None:
-            made["mf"] = mf_folder(split, data.mf, data.refits, data.cache_dir)
-        for name, source in made.items():
-            shutil.copytree(source, folder / name / source.name, dirs_exist_ok=True)
-        write_json(
-            folder / "bundle.json",
-            {
-                "schema_version": SCHEMA_VERSION,
-                "version": own_version(),
-                "base_model": module.backbone_name,
-                "num_layers": module.depth,
-                "exit_layers": module.exit_layers,
-                "answers": module.answers,
-                "interactions": split.interactions.files,
-                "protocol": {"name": split.manifest["name"], "hash": split.hash},
-                "retriever": data.retriever.settings(),
-                "retrieved": f"retrieved/{retrieved.name}",
-                "mf": None if data.mf is None else asdict(data.mf),
-                "prompt": vars(data.prompt),
-                "item_columns": dict(
-                    zip(
-                        ("shown", "not_shown"),
-                        item_columns(data.prompt, split.interactions.items),
-                        strict=True,
-                    )
-                ),
-            },
-        )
+def write_bundle(module: ExitRecommender, data: InteractionData, folder: Path) -> None:
+    """Tokenizer, items, protocol and retrieved features of a run, and bundle.json, which says what is what."""
+    split = data.split
+    folder.mkdir(parents=True, exist_ok=True)
+    data.tokenizer.save_pretrained(folder / "tokenizer")
+    write_table(folder / "items.parquet", split.interactions.items)
+    write_json(folder / "protocol.json", split.manifest)
+    retrieved = retrieved_folder(split, data.retriever, data.refits, data.cache_dir)
+    made = {"retrieved": retrieved, "text": text_folder(split, data.cache_dir)}
+    if data.mf is not None:
+        made["mf"] = mf_folder(split, data.mf, data.refits, data.cache_dir)
+    for name, source in made.items():
+        shutil.copytree(source, folder / name / source.name, dirs_exist_ok=True)
+    columns = item_columns(data.prompt, split.interactions.items)
+    write_json(
+        folder / "bundle.json",
+        {
+            "schema_version": SCHEMA_VERSION,
+            "version": own_version(),
+            "base_model": module.backbone_name,
+            "num_layers": module.depth,
+            "exit_layers": module.exit_layers,
+            "answers": module.answers,
+            "interactions": split.interactions.files,
+            "protocol": {"name": split.manifest["name"], "hash": split.hash},
+            "retriever": data.retriever.settings(),
+            "retrieved": f"retrieved/{retrieved.name}",
+            "mf": None if data.mf is None else asdict(data.mf),
+            "prompt": vars(data.prompt),
+            "item_columns": dict(zip(("shown", "not_shown"), columns, strict=True)),
+        },
+    )

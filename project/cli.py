@@ -27,9 +27,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from project.callbacks import (
     ExitCalibration,
-    ExitPlots,
     ResultFiles,
-    RunBundle,
     RunLogger,
     SaveConfig,
     WholeCheckpoints,
@@ -141,8 +139,6 @@ class ProjectCLI(LightningCLI):
         )
         parser.add_lightning_class_args(ExitCalibration, "exits")
         parser.add_lightning_class_args(ResultFiles, "results")
-        parser.add_lightning_class_args(ExitPlots, "report")
-        parser.add_lightning_class_args(RunBundle, "bundle")
         parser.add_lightning_class_args(WandbArtifacts, "artifacts")
         parser.link_arguments("model.backbone", "data.tokenizer")
         parser.link_arguments("data.prompt.answers", "model.answers")
@@ -227,18 +223,13 @@ def _check_file(checkpoint: Path) -> None:
     if checkpoint.is_file() and zipfile.is_zipfile(checkpoint):
         return
     last = checkpoint / "checkpoints" / "last.ckpt"
-    if not checkpoint.exists():
-        found, hint = "does not exist", "runs/quickstart/latest/checkpoints/last.ckpt. `fit` writes one."
-    elif checkpoint.is_dir():
+    example = last if last.exists() else "runs/quickstart/latest/checkpoints/last.ckpt"
+    if checkpoint.is_dir():
         found = "is a folder"
-        hint = f"{last if last.exists() else 'RUN/checkpoints/last.ckpt'}."
     else:
-        found, hint = (
-            "is not a checkpoint, or not a whole one",
-            "runs/quickstart/latest/checkpoints/last.ckpt.",
-        )
+        found = "is not a checkpoint, or not a whole one" if checkpoint.exists() else "does not exist"
     raise CheckpointError(
-        f"ckpt_path is {checkpoint}, which {found}; expected a checkpoint file of a run, for example {hint}"
+        f"ckpt_path is {checkpoint}, which {found}; expected a checkpoint that `fit` wrote, for example {example}."
     )
 
 
@@ -257,11 +248,7 @@ class _EachKeyOnce(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def check_yaml(file: Path) -> None:
-    """Refuse a configuration that is no YAML, holds no keys and values, or has a key twice.
-
-    Raises:
-        ConfigError: It names file, line and column.
-    """
+    """Refuse a configuration that is no YAML, holds no keys and values, or has a key twice: file, line, column."""
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)
     except FileNotFoundError:
@@ -277,15 +264,7 @@ def check_yaml(file: Path) -> None:
 
 
 def check_command(arguments: Sequence[str], commands: Sequence[str]) -> None:
-    """Refuse a first word that is no command.
-
-    Args:
-        arguments: Of the command line.
-        commands: All there are.
-
-    Raises:
-        ConfigError: It names all commands and the nearest.
-    """
+    """Refuse a first word that is no command; the error names all commands and the nearest."""
     if not arguments:
         raise ConfigError(
             f"python -m project needs a command; expected one of {', '.join(commands)}. Or try --help."
@@ -306,12 +285,7 @@ def project_error_in(error: BaseException) -> ProjectError | None:
 
 
 def one_line(message: str, keys: Iterable[str]) -> ConfigError:
-    """The key and the reason, out of jsonargparse's many lines.
-
-    Args:
-        message: Its error.
-        keys: All keys that there are.
-    """
+    """The key and the reason, out of jsonargparse's many lines; `keys` are all there are."""
     key = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
     if found := UNKNOWN.search(message):
         name = next(filter(None, found.groups()))

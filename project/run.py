@@ -44,13 +44,7 @@ table ends in `exit_layer` Int64 and `adaptive_logit` Float32, where a row leave
 def score_table(
     columns: Mapping[str, Any], logits: np.ndarray[Any, Any], exit_layers: list[int]
 ) -> pl.DataFrame:
-    """A score table; columns that are not given are empty.
-
-    Args:
-        columns: Column name -> (n,) values.
-        logits: (n, k) one column per exit layer.
-        exit_layers: The k layers.
-    """
+    """A score table of `columns` (name -> (n,) values) and `logits` (n, exit layers); absent columns are empty."""
     n = len(logits)
     head = [
         pl.Series(name, columns[name]).cast(kind)
@@ -88,13 +82,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 
 def write_table(path: Path, table: pl.DataFrame, about: dict[str, str] | None = None) -> Path:
-    """Write Parquet.
-
-    Args:
-        path: The file.
-        table: Its rows.
-        about: Kept in the file's metadata, see `table_about`.
-    """
+    """Write Parquet; `about` is kept in the file's metadata, see `table_about`."""
     return replace_file(path, lambda part: table.write_parquet(part, metadata=about))
 
 
@@ -104,68 +92,43 @@ def table_about(path: Path) -> dict[str, str]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Read a result file of this schema version.
-
-    Raises:
-        DataError: If it is missing, something else, or of another version.
-    """
-    if path.is_dir():
-        raise DataError(
-            f"{path} is a folder; expected a result file, such as {path / 'results' / 'test.json'} of a run."
-        )
+    """Read a result file of this schema version; DataError where it is missing or something else."""
     if not path.is_file():
-        raise DataError(
-            f"{path} does not exist; expected a result file that fit, test or baselines has written."
-        )
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {found}; expected a result file, such as results/test.json of a run.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        version_found = content.get("schema_version")
+        known = {
+            "command": content.get("command"),
+            "protocol.hash": (content.get("protocol") or {}).get("hash"),
+        }
+    except (ValueError, AttributeError) as error:
         raise DataError(
             f"{path} is not a result file: {error}. Run the command that wrote it again."
         ) from error
-    if not isinstance(content, dict):
+    if version_found != SCHEMA_VERSION:
         raise DataError(
-            f"{path} is not a result file: it holds a {type(content).__name__}, expected an object with "
-            "schema_version and command. Run the command that wrote it again."
-        )
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(
-            f"{path} has schema_version {content.get('schema_version')}; this version reads {SCHEMA_VERSION}. "
+            f"{path} has schema_version {version_found}; this version reads {SCHEMA_VERSION}. "
             "Run the command that wrote it again."
         )
-    known = {"command": content.get("command"), "protocol.hash": (content.get("protocol") or {}).get("hash")}
     if lacking := [key for key, value in known.items() if not value]:
-        raise DataError(
-            f"{path} has no {' and no '.join(lacking)}; expected a result file that a command has written. Run the "
-            "command again."
-        )
-    return content
+        raise DataError(f"{path} has no {' and no '.join(lacking)}. Run the command that wrote it again.")
+    return dict(content)
 
 
 def result_head(command: str, manifest: Mapping[str, Any], config: str | None, seed: int) -> dict[str, Any]:
-    """What every result file starts with.
-
-    Args:
-        command: fit, validate, test, baselines, benchmark.
-        manifest: The protocol's manifest.
-        config: Path of the configuration.
-        seed: The run's seed.
-    """
+    """What every result file starts with: command, versions, seed, configuration, machine, the protocol's manifest."""
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
         "version": own_version(),
         "seed": seed,
-        "config": config and _relative(config),
+        # as seen from here, if it lies below: result files travel, home folders do not
+        "config": config and (config if (near := os.path.relpath(config)).startswith("..") else near),
         "machine": machine(),
         "protocol": dict(manifest),
     }
-
-
-def _relative(path: str) -> str:
-    """As seen from here, if it lies below: result files travel, home folders do not."""
-    found = os.path.relpath(path)
-    return path if found.startswith("..") else found
 
 
 def own_version() -> str:
@@ -196,15 +159,7 @@ def sha256_of(path: Path) -> str:
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """Tensors and plain values of a checkpoint, on the CPU; never anything that runs when it is read.
-
-    Args:
-        path: The file.
-        mmap: Read tensors when they are used.
-
-    Raises:
-        CheckpointError: It is no checkpoint, or holds other objects.
-    """
+    """Tensors and plain values of a checkpoint, on the CPU; never anything that runs when it is read."""
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:

@@ -60,11 +60,10 @@ class WandbArtifacts(pl.Callback):
     Args:
         checkpoints: Whether to log checkpoints after fit: their size is that of the trained weights and of the
             optimizer's state.
-        report: Whether to log report and result files after fit and test.
     """
 
-    def __init__(self, checkpoints: bool = True, report: bool = True) -> None:
-        self.checkpoints, self.report = checkpoints, report
+    def __init__(self, checkpoints: bool = True) -> None:
+        self.checkpoints = checkpoints
 
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -72,23 +71,17 @@ class WandbArtifacts(pl.Callback):
         for logger in _loggers(trainer):
             for path, aliases in aliased(trainer) if self.checkpoints else []:
                 _log(logger, "model", {"model.ckpt": path}, aliases, {"global_step": _step(path)})
-            if self.report:
-                _log_report(logger, current_run(trainer), "fit")
+            _log_report(logger, current_run(trainer), "fit")
 
     @rank_zero_only
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the report, which now has test's numbers."""
         for logger in _loggers(trainer):
-            if self.report:
-                _log_report(logger, current_run(trainer), "test")
+            _log_report(logger, current_run(trainer), "test")
 
 
 def aliased(trainer: pl.Trainer) -> list[tuple[Path, list[str]]]:
-    """Checkpoints of a fit with their aliases; the latest comes last, and is also the best if no other is.
-
-    Args:
-        trainer: After training.
-    """
+    """Checkpoints of a fit with their aliases; the latest comes last, and is also the best if no other is."""
     saver = trainer.checkpoint_callback
     if not isinstance(saver, ModelCheckpoint):
         return []

@@ -21,88 +21,38 @@ from project.rank import RankSettings
 from project.report.tables import render, shown
 from project.run import read_checkpoint, result_head, run_of_checkpoint, table_about, write_json
 
+DEFAULT_RANKING = RankSettings()
+DEFAULT_SIZES = [1, 8, 64, 256]
+
 
 def run_baselines(data: InteractionData, folder: Path, networks: bool = False) -> dict[str, Any]:
-    """Score all baselines on validation and test, and write results/baselines.json.
-
-    Networks are kept: under the same hash they are not trained again, and fit, validate and test find them.
-
-    Args:
-        data: Logs, protocol and retrieved features.
-        folder: Run folder of the result file.
-        networks: Also train and score the networks of `project.evaluation.networks`, where the extra is installed;
-            those that were trained before are shown without asking.
-    """
-    if networks and not networks_installed():
-        print(LEFT_OUT)
+    """Score all baselines on validation and test, and write results/baselines.json into a run's folder."""
     split, kept = data.split, kept_networks(data)
     if networks and networks_installed():
         with data.clock.stage("networks"):
             kept = trained_networks(data)
+    elif networks:
+        print(LEFT_OUT)
     with data.clock.stage("baselines"):
         baselines = [*fit_baselines(split.rows, data.retrieved), *kept]
-        rows = baseline_rows(baselines, split.rows)
-        best = best_baseline(baselines, split.rows)
+        rows, best = baseline_rows(baselines, split.rows), best_baseline(baselines, split.rows)
         slices = [
-            found
+            row
             for part in (("valid", "tune"), ("test", None))
-            for found in slice_rows(
+            for row in slice_rows(
                 split.rows, data.retrieved, baseline_scores_of(baselines, split.rows, *part), *part
             )
         ]
-    result = result_head("baselines", split.manifest, str(folder / "config.yaml"), data.seed)
-    result |= {"baselines": rows, "best_baseline": best.name if best else None, "slices": slices}
-    result["warnings"] = data.warnings
-    result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
+    result = result_head("baselines", split.manifest, str(folder / "config.yaml"), data.seed) | {
+        "baselines": rows,
+        "best_baseline": best.name if best else None,
+        "slices": slices,
+        "warnings": data.warnings,
+        "stage_seconds": {k: round(v, 1) for k, v in data.clock.seconds.items()},
+    }
     path = write_json(folder / "results" / "baselines.json", result)
     Console(width=120).print(shown(render(result)), f"written: {path}")
     return result
-
-
-def run_calibrate(
-    trainer: Trainer, model: ExitRecommender, data: InteractionData, ckpt_path: str | None, rescore: bool
-) -> dict[str, Any]:
-    """Calibrate the exits of a trained checkpoint and write the plan into it.
-
-    Args:
-        trainer: Has the callback ExitCalibration.
-        model: The checkpoint's configuration.
-        data: Logs whose validation is used.
-        ckpt_path: The checkpoint.
-        rescore: Score validation anew even where the run's score table fits.
-
-    Raises:
-        ConfigError: Without a checkpoint.
-        CheckpointError: If the checkpoint has other exit layers than the configuration.
-    """
-    if ckpt_path is None:
-        raise ConfigError(
-            "calibrate needs --ckpt_path, a trained run's checkpoint; found none. `fit` writes one."
-        )
-    callback, folder = exit_calibration_of(trainer), run_of_checkpoint(ckpt_path)
-    table = folder / "scores" / "valid.parquet"
-    checkpoint = read_checkpoint(ckpt_path)
-    wanted = {"heads": heads_digest(checkpoint["state_dict"]), "protocol": data.split.hash}
-    known = table_about(table) if table.exists() else {}
-    if rescore or any(known.get(key) != value for key, value in wanted.items()):
-        trainer.validate(model, datamodule=data, ckpt_path=ckpt_path, verbose=False, weights_only=True)
-        scores = model.scores
-        assert scores is not None
-    else:
-        check_origin(checkpoint, model.exit_layers, model.backbone_name)
-        check_reads(checkpoint.get("reads"), data)
-        model.exit_0.copy_(checkpoint["state_dict"]["exit_0"])
-        scores = pl.read_parquet(table, glob=False)
-    result = callback.calibrate(trainer, model, data, scores, folder)
-    if trainer.is_global_zero:
-        callback.write_into(Path(ckpt_path))
-        said = [result["certificate_words"], (result["certified"] or {}).get("words")]
-        Console(width=120).print(*filter(None, said), f"written: {ckpt_path}", sep="\n")
-    return result
-
-
-DEFAULT_RANKING = RankSettings()
-DEFAULT_SIZES = [1, 8, 64, 256]
 
 
 class ProjectTrainer(Trainer):
@@ -132,7 +82,28 @@ class ProjectTrainer(Trainer):
             weights_only: Not used.
             rescore: Score validation anew even where the run's score table fits.
         """
-        run_calibrate(self, model, datamodule, ckpt_path, rescore)
+        if ckpt_path is None:
+            raise ConfigError("calibrate needs --ckpt_path, a trained run's checkpoint; `fit` writes one.")
+        folder, checkpoint = run_of_checkpoint(ckpt_path), read_checkpoint(ckpt_path)
+        # 1. The score table of validation, where it is this checkpoint's under this protocol; else score anew.
+        table = folder / "scores" / "valid.parquet"
+        wanted = {"heads": heads_digest(checkpoint["state_dict"]), "protocol": datamodule.split.hash}
+        if rescore or not table.exists() or not wanted.items() <= table_about(table).items():
+            self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
+            scores = model.scores
+        else:
+            check_origin(checkpoint, model.exit_layers, model.backbone_name)
+            check_reads(checkpoint.get("reads"), datamodule)
+            model.exit_0.copy_(checkpoint["state_dict"]["exit_0"])
+            scores = pl.read_parquet(table, glob=False)
+        assert scores is not None
+        # 2. The plan, into result file and checkpoint.
+        callback = exit_calibration_of(self)
+        result = callback.calibrate(self, model, datamodule, scores, folder)
+        if self.is_global_zero:
+            callback.write_into(Path(ckpt_path))
+            certificates = [result["certificate_words"], (result["certified"] or {}).get("words")]
+            Console(width=120).print(*filter(None, certificates), f"written: {ckpt_path}", sep="\n")
 
     def baselines(
         self,
@@ -149,7 +120,8 @@ class ProjectTrainer(Trainer):
             datamodule: Logs, protocol and retrieved features.
             ckpt_path: A run's checkpoint, to write the result beside its other results.
             weights_only: Not used.
-            networks: Also train and score DeepFM, DCN-v2 and DIN; needs the extra `networks`.
+            networks: Also train and score DeepFM, DCN-v2 and DIN; needs the extra `networks`. Fit, validate and test
+                find them afterwards.
         """
         run_baselines(datamodule, run_folder(self, ckpt_path), networks)
 
@@ -230,7 +202,7 @@ class ProjectTrainer(Trainer):
         weights_only: bool | None = None,
         ranking: RankSettings = DEFAULT_RANKING,
     ) -> None:
-        """Judge ways to the best k of N candidates: overlap with full depth, depth, cost, precision.
+        """Compare ways to the best k of N candidates: overlap with full depth, depth, cost, precision.
 
         Args:
             model: The run's model.
