@@ -1,7 +1,6 @@
 """MkDocs hooks: README becomes the first page, results/README the page of measurements, every module a reference page.
 
-Unusual here: these pages exist only while the site is built, so they cannot fall behind. Angle brackets in docstrings
-(`logit_<layer>`) are text, not HTML, so inline HTML is switched off for the whole site.
+The pages exist only while the site is built. Angle brackets in docstrings (`logit_<layer>`) are text, not HTML.
 """
 
 from __future__ import annotations
