@@ -125,7 +125,8 @@ class TestKeptAndFound:
 
 @pytest.mark.usefixtures("quick")
 def test_a_kept_network_may_be_the_best(make_data):
-    """Beside baselines that are made on the spot, the one that knows every answer is best: AUC 1, so an exit falls short.
+    """Beside baselines that are made on the spot, the one that knows every answer is best: AUC 1, so an exit falls
+    short.
 
     The exit here is the item's rate: its difference is its own AUC minus 1.
     """

@@ -138,7 +138,8 @@ class TestFitBaselines:
         assert found["gbdt_features"] > found["lr_rates"]
 
     def test_without_neighbours(self):
-        """Retrieved features without neighbours: the vote is constant (AUC .5), lr_features is lr_rates but for the ridge.
+        """Retrieved features without neighbours: the vote is constant (AUC .5), lr_features is lr_rates but for the
+        ridge.
 
         Without factorisation its feature is the two rates' sum: it adds nothing but room under the penalty, .04 at
         most.

@@ -1,3 +1,7 @@
+"""Streams are cut into windows and windows dealt out into batches; rows of unequal length lie in ragged arrays."""
+
+from __future__ import annotations
+
 from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
@@ -7,20 +11,103 @@ import numpy as np
 import pytest
 from world import read_split, streams_without_retrieved
 
-from project.data.batch import (
-    EvaluationSampler,
-    PackedLoader,
-    TrainSampler,
-    share_out,
-    window_tokens,
-)
+from project.data.batch import EvaluationSampler, PackedLoader, TrainSampler, share_out, window_tokens
 from project.data.protocol import Protocol
-from project.data.stream import Streams
+from project.data.ragged import Ragged, join, total_lengths, within
+from project.data.stream import Streams, context_starts, evaluation_windows, time_groups, training_windows
+
+
+def test_ragged_golden() -> None:
+    a, b = Ragged.of([[1, 2], [], [3]]), Ragged.of([[7], [8, 9], []])
+    assert [x.tolist() for x in (a[0], a[1], a[2])] == [[1, 2], [], [3]]
+    taken = a.take(np.array([2, 0, 0]))
+    assert [taken[i].tolist() for i in range(3)] == [[3], [1, 2], [1, 2]]
+    assert total_lengths([a, b]).tolist() == [3, 2, 1]
+    assert within(np.array([2, 0, 3])).tolist() == [0, 1, 0, 1, 2]
+
+
+def test_join_equals_python() -> None:
+    rng = np.random.default_rng(0)
+    parts = [[rng.integers(0, 9, rng.integers(0, 4)).tolist() for _ in range(50)] for _ in range(3)]
+    joined = join([Ragged.of(p) for p in parts])
+    assert [joined[i].tolist() for i in range(50)] == [[v for p in parts for v in p[i]] for i in range(50)]
+
+
+def random_stream(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 60))
+    time = np.sort(rng.integers(0, rng.integers(1, 40), n)).astype(float)
+    return rng.integers(5, 40, n), time, rng.random(n) < 0.5, int(rng.integers(50, 400))
+
+
+def test_oldest_half_is_dropped() -> None:
+    """Capacity 30, segments of 10: the 4th makes 40 > 30, so at most 15 are kept (one segment); golden."""
+    lengths, groups = np.full(6, 10), np.arange(7)
+    #            before row 0  1  2  3  4  5  and after all
+    assert context_starts(lengths, groups, 30).tolist() == [0, 0, 0, 0, 3, 3, 3]
+
+
+def test_context_depends_on_earlier_rows_only() -> None:
+    """Where a group's context starts does not change with the rows that come after it: serving equals evaluation."""
+    for seed in range(100):
+        lengths, time, _, capacity = random_stream(seed)
+        groups = time_groups(time)
+        whole = context_starts(lengths, groups, capacity)
+        for j in range(len(groups)):
+            n = groups[j]
+            part = context_starts(lengths[:n], time_groups(time[:n]) if n else np.array([0]), capacity)
+            assert part[-1] == whole[j]
+
+
+def test_every_target_is_scored_once_with_its_context() -> None:
+    """Each target is in one window, which holds exactly the strictly earlier rows that the rule keeps for it."""
+    for seed in range(300):
+        lengths, time, target, capacity = random_stream(seed)
+        groups = time_groups(time)
+        starts = context_starts(lengths, groups, capacity)
+        group_of = np.searchsorted(groups, np.arange(len(time)), side="right") - 1
+        scored = np.zeros(len(time), dtype=int)
+        for w in evaluation_windows(lengths, groups, target, capacity):
+            assert lengths[w.positions].sum() <= max(1.25 * capacity, capacity + lengths.max())
+            for p in range(w.first, w.last):
+                scored[p] += 1
+                if target[p]:
+                    seen = [q for q in w.positions if time[q] < time[p]]
+                    assert seen == list(range(starts[group_of[p]], groups[group_of[p]]))
+        assert (scored[target] == 1).all()
+        assert scored.max(initial=0) <= 1
+
+
+def test_later_rows_have_half_a_window() -> None:
+    """After the first window no target has less than half a window of context, one segment more or less."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 30, 400)
+    starts = context_starts(lengths, np.arange(401), 300)
+    context = np.array([lengths[s:j].sum() for j, s in enumerate(starts)])
+    first = int(np.argmax(starts > 0))
+    assert context[first:].min() > 150 - 30
+    assert context.max() <= 300
+
+
+def test_many_rows_of_one_second() -> None:
+    """Capacity 100, ten rows of 20 with one timestamp and no past: 125 has room for 6, so two windows score 6 and 4."""
+    lengths, groups = np.full(10, 20), np.array([0, 10])
+    windows = list(evaluation_windows(lengths, groups, np.ones(10, bool), 100))
+    assert [(w.start, w.stop, w.first, w.last) for w in windows] == [(0, 0, 0, 6), (0, 0, 6, 10)]
+
+
+@pytest.mark.parametrize("first_cut", [1, 17, 60])
+def test_training_windows_tile_the_stream(first_cut: int) -> None:
+    for seed in range(50):
+        lengths, *_ = random_stream(seed)
+        windows = training_windows(lengths, 60, first_cut)
+        assert [w[0] for w in windows] == [0, *(w[1] for w in windows[:-1])]
+        assert windows[-1][1] == len(lengths)
+        assert all(lengths[a:b].sum() <= 60 or b - a == 1 for a, b in windows)
 
 
 @pytest.fixture(scope="module")
 def streams(tiny_logs: Path) -> Streams:
-    """Train targets of the tiny logs."""
     return streams_without_retrieved(read_split(tiny_logs, Protocol()), "train")
 
 
@@ -49,7 +136,6 @@ def test_an_epoch_is_every_target_once(streams: Streams) -> None:
 
 
 def test_ranks_share_an_epoch(streams: Streams) -> None:
-    """Two ranks have equal step counts, no target twice, and none is left out."""
     parts = [rows(train_loader(streams, rank, 2)) for rank in range(2)]
     assert len(parts[0]) == len(parts[1])
     assert sorted(flat(parts[0] + parts[1])) == sorted(streams.row_id[streams.target])
@@ -95,7 +181,6 @@ def test_evaluation_deals_out_all_windows(streams: Streams) -> None:
 
 
 def test_share_out_never_leaves_a_batch_empty(streams: Streams) -> None:
-    """Any count from 1 to beyond the number of windows gives that many batches with at least one window."""
     windows = streams.training(200, np.random.default_rng(0))
     for count in (1, 2, 5, len(windows) - 1, len(windows), len(windows) + 3):
         batches = share_out(streams, windows, count)

@@ -1,157 +1,175 @@
+"""Values of columns, from files and from readers of one's own, are read strictly: nothing is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta, timezone
+from typing import Any
 
 import polars as pl
 import pytest
 
+from project.data.logs import RAW_SCHEMA, RawLogs, checked
+from project.data.protocol import Protocol, build_interactions
 from project.data.tables import finite_number, ids, plain_text, refuse, seconds
 from project.errors import DataError
 
 MAY_2 = 86_400 * (365 + 31 + 28 + 31 + 30 + 1)  # seconds from 1970 to 1971-05-02
+NOW = 1_715_938_200.0
+ROWS = [("1", "a", 1.0, 5.0), ("1", "b", 2.0, 1.0), ("2", "a", 3.0, 4.0)]
+Change = Callable[[pl.DataFrame], pl.DataFrame]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "1971-05-02",
-        "1971-05-02T00:00:00",
-        "1971-05-02T00:00:00Z",
-        "1971-05-02 02:00:00+02:00",
-        f" {MAY_2}.0 ",
-    ],
-)
-def test_timestamp_texts_of_one_moment_are_equal(text: str) -> None:
-    """A timestamp may be a number or an ISO date; without a zone it is UTC."""
-    assert finite_number(pl.Series("timestamp", [text]), "f", "c").to_list() == [MAY_2]
+def number(name: str, values: list[Any], kind: Any = None, optional: bool = False) -> list[float | None]:
+    return finite_number(pl.Series(name, values, kind), "f", "c", optional=optional).to_list()
 
 
 @pytest.mark.parametrize(
     "moment",
     [
+        "1971-05-02",
+        "1971-05-02T00:00:00Z",
+        "1971-05-02 02:00:00+02:00",
+        f" {MAY_2}.0 ",
         date(1971, 5, 2),
         datetime(1971, 5, 2),
         datetime(1971, 5, 2, tzinfo=UTC),
         datetime(1971, 5, 2, 2, tzinfo=timezone(timedelta(hours=2))),
     ],
 )
-def test_timestamp_types_of_one_moment_are_equal(moment: date) -> None:
-    """Typed date columns become the same seconds, whatever their zone."""
-    assert finite_number(pl.Series("timestamp", [moment]), "f", "c").to_list() == [MAY_2]
+def test_timestamps_of_one_moment_are_equal(moment: str | date) -> None:
+    """Numbers, ISO dates and typed dates; without a zone it is UTC."""
+    assert number("timestamp", [moment]) == [MAY_2]
 
 
-def test_fractions_of_a_second_survive() -> None:
-    """Milliseconds are kept: they order interactions."""
-    assert finite_number(pl.Series("timestamp", ["1970-01-01T00:00:01.250"]), "f", "c").to_list() == [1.25]
-
-
-@pytest.mark.parametrize("value", ["four", "NaN", "inf", "-inf", None])
-@pytest.mark.parametrize("name", ["rating", "timestamp"])
-def test_what_is_not_a_finite_number_names_its_place(name: str, value: str | None) -> None:
-    """The message has file, data row from 1, the file's own column name, the value and how many there are."""
-    with pytest.raises(DataError) as caught:
-        finite_number(pl.Series(name, ["1", value, value]), "log.csv", "theirs")
-    message = str(caught.value)
-    assert message.startswith("log.csv, row 2: column theirs is ")
-    assert (repr(value) if value else "empty") in message
-    assert "2 of 3 rows" in message
-
-
-def test_a_date_is_not_a_rating() -> None:
-    """Only a timestamp may be an ISO date, or a typed one."""
-    with pytest.raises(DataError, match="'2024-01-01'"):
-        finite_number(pl.Series("rating", ["2024-01-01"]), "f", "c")
-    with pytest.raises(DataError, match="f: column c has the type Date; expected numbers"):
-        finite_number(pl.Series("rating", [date(2024, 1, 1)]), "f", "c")
-
-
-@pytest.mark.parametrize("kind", [pl.Categorical, pl.Enum(["4", "1971-05-02"])])
-def test_categories_are_read_as_their_text(kind: pl.DataType) -> None:
-    """A rating or timestamp that was stored as categories is what its words say."""
-    assert finite_number(pl.Series("rating", ["4"], kind), "f", "c").to_list() == [4]
-    assert finite_number(pl.Series("timestamp", ["4", "1971-05-02"], kind), "f", "c").to_list() == [4, MAY_2]
-
-
-def test_a_label_may_be_true_or_false() -> None:
-    """As text in any case, or typed; a rating may not."""
-    assert finite_number(pl.Series("label", ["True", " false", "1"]), "f", "c").to_list() == [1, 0, 1]
-    assert finite_number(pl.Series("label", [True, False]), "f", "c").to_list() == [1, 0]
-    with pytest.raises(DataError, match="column c is 'yes'; expected 0 or 1, or true or false"):
-        finite_number(pl.Series("label", ["1", "yes"]), "f", "c")
-    with pytest.raises(DataError, match="expected a finite number"):
-        finite_number(pl.Series("rating", ["true"]), "f", "c")
-
-
-def test_empty_values_stay_where_they_may() -> None:
-    """An optional number may be missing, not wrong; rows are still counted from the first."""
-    assert finite_number(pl.Series("rating", [None, 4]), "f", "c", optional=True).to_list() == [None, 4]
-    with pytest.raises(DataError, match=r"row 2: column c is 'x'.* 1 of 2 rows"):
-        finite_number(pl.Series("rating", [None, "x"]), "f", "c", optional=True)
+def test_numbers() -> None:
+    """Parts of a second are kept; categories are their text; a label may be true or false; gaps where allowed."""
+    assert number("timestamp", ["1970-01-01T00:00:01.250"]) == [1.25]
+    for kind in (pl.Categorical, pl.Enum(["4", "1971-05-02"])):
+        assert number("rating", ["4"], kind) == [4]
+        assert number("timestamp", ["4", "1971-05-02"], kind) == [4, MAY_2]
+    assert number("label", ["True", " false", "1"]) == [1, 0, 1]
+    assert number("label", [True, False]) == [1, 0]
+    assert number("rating", [None, 4], optional=True) == [None, 4]
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("name", "values", "words"),
     [
-        (pl.Series("item_id", [["a"], ["b"]]), r"the type List\(String\)"),
-        (pl.Series("item_id", [{"a": 1}]), "the type Struct"),
-        (pl.Series("item_id", [b"\xff"]), "bytes that are no UTF-8 text"),
+        *(("rating", ["1", value, value], f"f, row 2: .*{value}.*2 of 3 rows") for value in ("four", "NaN")),
+        *(("timestamp", ["1", value], f"f, row 2: .*{value}") for value in ("inf", "-inf")),
+        ("timestamp", ["1", None], "f, row 2: column c is empty"),
+        ("rating", ["2024-01-01"], "'2024-01-01'"),
+        ("rating", [date(2024, 1, 1)], "the type Date"),
+        ("rating", ["true"], "finite number"),
+        ("label", ["1", "yes"], "'yes'.*true or false"),
+        ("rating", [["a"]], r"the type List"),
+        ("rating", [{"a": 1}], "the type Struct"),
+        ("rating", [b"\xff"], "the type Binary"),
     ],
 )
-def test_types_that_are_no_value_are_refused(values: pl.Series, words: str) -> None:
-    """One line instead of polars' own error, for text and for numbers."""
-    with pytest.raises(DataError, match=f"f: column c has {words}.*expected text or numbers"):
-        ids(values, "f", "c")
-    with pytest.raises(DataError, match=r"f: column c has the type .*; expected numbers"):
-        finite_number(values, "f", "c")
+def test_what_is_no_number(name: str, values: list[Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        number(name, values)
 
 
-@pytest.mark.parametrize("value", ["", "  ", None])
-def test_empty_text_is_refused(value: str | None) -> None:
-    """An id or title that is empty or blank is an error at its row."""
-    with pytest.raises(DataError, match=r"f, row 2: column c is empty \(1 such rows\)"):
-        ids(pl.Series("title", ["a", value]), "f", "c")
-
-
-def test_integer_ids_become_text() -> None:
-    """Typed integer ids read as their digits."""
+def test_texts() -> None:
     assert ids(pl.Series("user_id", [7, 12]), "f", "c").to_list() == ["7", "12"]
-
-
-def test_lists_become_text_and_structs_are_refused() -> None:
-    """A list attribute is joined; a nested one is an error that names the column."""
     assert plain_text(pl.Series("genres", [["Comedy", "Drama"], []]), "f").to_list() == ["Comedy, Drama", ""]
-    for nested in ([{"a": 1}], [[["a"]]]):
-        with pytest.raises(DataError, match="column genres has the type"):
-            plain_text(pl.Series("genres", nested), "f")
-
-
-def test_values_outside_the_allowed_ones_are_refused_and_null_is_not() -> None:
-    """The first wrong value is named with the allowed ones."""
     refuse(pl.Series("split", ["a", None]), ["a"], "f", "c")
-    with pytest.raises(DataError, match=r"f, row 3: column c is 'x' \(2 such rows\); allowed are a, b\."):
-        refuse(pl.Series("split", ["a", None, "x", "y"]), ["a", "b"], "f", "c")
 
 
-NOW = 1_715_938_200.0
+@pytest.mark.parametrize(
+    ("read", "values", "words"),
+    [
+        *((ids, ["a", value], "f, row 2: column c is empty") for value in ("", "  ", None)),
+        (ids, [["a"], ["b"]], r"List\(String\)"),
+        (ids, [{"a": 1}], "Struct"),
+        (ids, [b"\xff"], "no UTF-8"),
+        (lambda v, f, c: plain_text(v, f), [{"a": 1}], "column genres"),
+        (lambda v, f, c: plain_text(v, f), [[["a"]]], "column genres"),
+        (lambda v, f, c: finite_number(v, f, c, optional=True), [None, "x"], r"row 2: .*'x'.* 1 of 2 rows"),
+        (lambda v, f, c: refuse(v, ["a", "b"], f, c), ["a", None, "x", "y"], r"row 3: .*'x' \(2 .*a, b"),
+    ],
+)
+def test_other_values_that_are_refused(read: Callable[..., object], values: list[Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        read(pl.Series("genres", values), "f", "c")
 
 
 def test_milliseconds_become_seconds() -> None:
-    """A whole column of them; as seconds it would lie after the year 5138."""
+    """A whole column of them would lie after the year 5138; a number that could be a date among others stays."""
     assert seconds(pl.Series([NOW * 1000, NOW * 1000 + 500]), "f", "c").to_list() == [NOW, NOW + 0.5]
-    assert seconds(pl.Series([0.0, NOW]), "f", "c").to_list() == [0.0, NOW]
+    for times in ([0.0, NOW], [20_240_517.0, 20_249_999.0]):
+        assert seconds(pl.Series(times), "f", "c").to_list() == times
 
 
 @pytest.mark.parametrize(
     ("times", "words"),
     [
-        (
-            [NOW, NOW + 1, NOW * 1000],
-            "f: column c mixes .* row 1 is 1715938200, row 3 is 1715938200000 \\(1 of 3",
-        ),
-        ([20_240_517.0, 20_231_231.0], "f: column c holds dates .* 20240517 in row 1.*2024-05-17"),
+        ([NOW, NOW + 1, NOW * 1000], "mixes .* row 1 is 1715938200, row 3 is 1715938200000"),
+        ([20_240_517.0, 20_231_231.0], "dates .* 20240517 in row 1.*2024-05-17"),
     ],
-    ids=["two units", "dates"],
 )
-def test_times_that_are_no_seconds_are_refused(times: list[float], words: str) -> None:
-    """The rows are named; a number that could be a date among others is a number of seconds."""
+def test_times_that_are_no_seconds(times: list[float], words: str) -> None:
     with pytest.raises(DataError, match=words):
         seconds(pl.Series(times), "f", "c")
-    assert seconds(pl.Series([20_240_517.0, 20_249_999.0]), "f", "c").to_list() == [20_240_517, 20_249_999]
+
+
+def test_tables_of_other_types_are_converted(make_logs: Callable[..., RawLogs]) -> None:
+    """Integer ids, dates and labels of True are read as a file's would be; places may be empty; extra columns go."""
+    raw = make_logs(ROWS, labels=[1, 0, 1])
+    loose = raw.interactions.with_columns(
+        timestamp=pl.from_epoch(pl.col("timestamp").cast(pl.Int64)),
+        user_id=pl.col("user_id").cast(pl.Int64),
+        label=pl.col("label") == 1,
+        source_file=None,
+        source_row=None,
+        more=0,
+    )
+    items = raw.items.with_columns(year=pl.Series([1999, None]))
+    found = checked(replace(raw, interactions=loose, items=items))
+    same = [name for name in RAW_SCHEMA if name != "source_file"]
+    assert found.interactions.select(same).equals(raw.interactions.select(same))
+    assert found.interactions.schema == RAW_SCHEMA
+    assert found.items["year"].to_list() == ["1999", ""]
+
+
+def second(column: str, value: Any) -> Change:
+    """Another value in the second row."""
+    return lambda table: table.with_columns(
+        pl.Series(column, [v if k != 1 else value for k, v in enumerate(table[column].to_list())])
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "words"),
+    [
+        ("interactions", lambda t: t.drop("timestamp", "split"), "no column timestamp, split"),
+        ("interactions", lambda t: t.clear(), "no rows"),
+        ("interactions", second("timestamp", None), "row 2: column timestamp is empty"),
+        ("interactions", second("user_id", None), "row 2: column user_id is empty"),
+        ("interactions", second("item_id", "c"), r"log\.csv, row 2: item 'c' is not in"),
+        ("interactions", second("rating", float("inf")), "row 2: column rating is inf"),
+        ("interactions", lambda t: t.with_columns(rating=pl.lit("good")), "row 1: column rating is 'good'"),
+        ("interactions", lambda t: t.with_columns(label=2), r"row 1: column label is 2\.0"),
+        ("interactions", lambda t: t.with_columns(split=pl.lit("dev")), "row 1: column split is 'dev'"),
+        ("interactions", lambda t: t.lazy(), "LazyFrame"),
+        ("items", lambda t: pl.concat([t, t.tail(1)]), "item 'b' .* more than once"),
+        ("items", lambda t: t.drop("title"), "no column title"),
+        ("items", lambda t: t.with_columns(item=0), "attribute name item"),
+    ],
+)
+def test_a_reader_that_breaks_the_contract(
+    table: str, change: Change, words: str, make_logs: Callable[..., RawLogs]
+) -> None:
+    raw = make_logs(ROWS)
+    broken = replace(raw, **{table: change(getattr(raw, table))})
+    with pytest.raises(DataError, match=words):
+        build_interactions(broken, Protocol(label="rating > 3"))
+
+
+def test_a_reader_that_returns_nothing() -> None:
+    with pytest.raises(DataError, match="NoneType"):
+        checked(None)  # type: ignore[arg-type]

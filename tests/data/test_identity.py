@@ -27,15 +27,6 @@ def data(protocol: str = "aaaa", prompt: Prompt | None = None, **changes: Any) -
     )
 
 
-def test_a_checkpoint_of_rows_a_block() -> None:
-    """A retriever that was fitted every so many rows is not the one of now: both settings are named."""
-    kept = {k: v for k, v in reads_of(data()).items() if k != "data.refits"} | {"data.block_rows": 10_000}
-    with pytest.raises(
-        CheckpointError, match=r"every 10000 rows \(data\.block_rows.* data\.refits \(10\) times"
-    ):
-        check_reads(kept, data())
-
-
 def test_what_is_kept() -> None:
     """Hash of the protocol, and by key what the model reads beside the logs."""
     kept = reads_of(data())
@@ -50,25 +41,25 @@ def test_what_is_kept() -> None:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (
-            data(prompt=Prompt(segment="{title}:")),
-            r"data\.prompt\.segment is '\{title\}:', but .* trained with",
-        ),
+        (data(prompt=Prompt(segment="{title}:")), r"data\.prompt\.segment is '\{title\}:'"),
         (data(prompt=Prompt(answers=[" yes", " no"])), r"data\.prompt\.answers is \[' yes', ' no'\]"),
-        (
-            data(retriever=ItemKNN(neighbours=8)),
-            r"data\.retriever\.init_args\.neighbours is 8, but .* with 7",
-        ),
+        (data(retriever=ItemKNN(neighbours=8)), r"data\.retriever\.init_args\.neighbours is 8, .* with 7"),
         (data(refits=5), r"data\.refits is 5, but the checkpoint was trained with 10"),
-        (data(mf=None), r"data\.mf is None, but the checkpoint was trained with \{'dim': 4"),
+        (data(mf=None), r"data\.mf is None, but .* trained with \{'dim': 4"),
     ],
     ids=["segment", "answers", "retriever", "blocks", "mf"],
 )
-def test_what_the_model_reads(other: Any, words: str) -> None:
+@pytest.mark.parametrize("judged", [True, False])
+def test_what_the_model_reads(other: Any, words: str, judged: bool) -> None:
     """The key that differs is named, with both values, whoever scores."""
-    for judged in (True, False):
-        with pytest.raises(CheckpointError, match=words):
-            check_reads(reads_of(data()), other, judged)
+    with pytest.raises(CheckpointError, match=words):
+        check_reads(reads_of(data()), other, judged)
+
+
+def test_a_checkpoint_of_rows_a_block() -> None:
+    kept = {k: v for k, v in reads_of(data()).items() if k != "data.refits"} | {"data.block_rows": 10_000}
+    with pytest.raises(CheckpointError, match=r"data\.block_rows.* data\.refits \(10\)"):
+        check_reads(kept, data())
 
 
 def test_other_versions() -> None:
@@ -85,19 +76,14 @@ def test_other_versions() -> None:
 def test_rows() -> None:
     """Another protocol may judge rows that were trained on; requests may come from a log that has grown."""
     kept, grown = reads_of(data()), data(protocol="bbbb")
-    with pytest.raises(
-        CheckpointError, match=r"protocol hash aaaa, this configuration gives bbbb: data\.protocol"
-    ):
+    with pytest.raises(CheckpointError, match=r"hash aaaa, this configuration gives bbbb: data\.protocol"):
         check_reads(kept, grown)
     check_reads(kept, grown, judged=False)
 
 
 @pytest.mark.slow
 def test_commands(
-    run: Callable[..., None],
-    tiny_config: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Callable[..., None], fails: Callable[..., str], tiny_config: Any, tmp_path: Path
 ) -> None:
     """test, calibrate, rank and both kinds of predict refuse, and leave the run's files as they were."""
     run("fit", "--config", tiny_config())
@@ -124,7 +110,5 @@ def test_commands(
         (("predict", "--data.requests", asked), answers),
         (("predict", "--engine", "early_exit", "--data.requests", asked), answers),
     ):
-        with pytest.raises(SystemExit):
-            run(command[0], *given, *command[1:], *change)
-        assert "the checkpoint was trained" in capsys.readouterr().err, command
+        assert "the checkpoint was trained" in fails(command[0], *given, *command[1:], *change), command
         assert files() == before, command

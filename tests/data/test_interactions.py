@@ -1,5 +1,10 @@
+"""A protocol is checked before a log is read; then it makes one table of coded rows and 0/1 labels of the log."""
+
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import polars as pl
 import pytest
@@ -7,10 +12,61 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from project.data.logs import RAW_SCHEMA, RawLogs
-from project.data.protocol import Protocol, build_interactions
+from project.data.protocol import Protocol, build_interactions, label_expression
 from project.errors import ConfigError, DataError
 
 MakeLogs = Callable[..., RawLogs]
+RULE = Protocol(label="rating > 3")
+TWO = [("1", "a", 1.0, 5.0), ("1", "b", 2.0, 1.0)]
+DUPLICATED = [("1", "a", 1.0, 5.0), ("1", "b", 1.0, 1.0), ("1", "a", 1.0, 2.0), ("1", "a", 2.0, 5.0)]
+
+
+def test_label_rules() -> None:
+    ratings = pl.DataFrame({"rating": [2.0, 3.0, 4.0]})
+    for rule, labels in (
+        ("rating > 3", [0, 0, 1]),
+        ("rating >= 3", [0, 1, 1]),
+        ("rating<3", [1, 0, 0]),
+        (" rating <= 3.0 ", [1, 1, 0]),
+        ("rating == 3", [0, 1, 0]),
+    ):
+        assert ratings.select(label_expression(rule)).to_series().to_list() == labels
+
+
+RULES = ("", "rating", "stars > 3", "rating => 3", "rating > three", "rating > 3 or 4", "rating > nan")
+SHARES = ([0.8, 0.1], [0.8, 0.1, 0.2], [1.2, -0.1, -0.1], [])
+FOLD_SHARES = ([0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("label", rule) for rule in RULES),
+        *(("shares", shares) for shares in SHARES),
+        *(("fold_shares", shares) for shares in (*SHARES, *FOLD_SHARES)),
+        ("minimum_history", -1),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("drop_ratings", [1.0, float("nan")]),
+    ],
+)
+def test_what_cannot_work_names_its_key(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.protocol\.{key}"):
+        Protocol(**{key: value}).check()
+
+
+def test_shares_and_names() -> None:
+    """Shares that sum to one only in decimal pass; a name is made from what matters."""
+    Protocol(shares=[0.7, 0.1, 0.2]).check()
+    for protocol, name in (
+        (Protocol(minimum_history=5), "global_time-80-10-10-h5"),
+        (Protocol(split="user_time", shares=[0.7, 0.05, 0.25]), "user_time-70-5-25"),
+        (Protocol(split="random", seed=3), "random-80-10-10-seed3"),
+        (Protocol(split="leave_last", minimum_history=1), "leave_last-h1"),
+        (Protocol(split="given"), "given"),
+        (Protocol(name="mine", minimum_history=5), "mine"),
+    ):
+        assert protocol.resolved_name() == name
 
 
 def test_golden_table(make_logs: MakeLogs) -> None:
@@ -18,7 +74,7 @@ def test_golden_table(make_logs: MakeLogs) -> None:
     raw = make_logs(
         [("10", "b", 2.0, 5.0), ("9", "b", 1.0, 3.0), ("9", "a", 2.0, 4.0), ("10", "a", 2.0, 1.0)]
     )
-    built = build_interactions(raw, Protocol(label="rating > 3"))
+    built = build_interactions(raw, RULE)
     assert built.users.rows() == [(0, "9"), (1, "10")]
     assert built.items.rows() == [(0, "a", "Title a"), (1, "b", "Title b")]
     assert built.rows.rows() == [
@@ -27,32 +83,31 @@ def test_golden_table(make_logs: MakeLogs) -> None:
         (2, 1, 0, 2.0, 0, 1.0, None),
         (3, 1, 1, 2.0, 1, 5.0, None),
     ]
-    assert dict(built.rows.schema) == {
-        "row_id": pl.Int64,
-        "user": pl.Int32,
-        "item": pl.Int32,
-        "timestamp": pl.Float64,
-        "label": pl.Int8,
-        "rating": pl.Float64,
-        "given_split": pl.String,
-    }
+    integers = {"row_id": pl.Int64, "user": pl.Int32, "item": pl.Int32}
+    others = {"timestamp": pl.Float64, "label": pl.Int8, "rating": pl.Float64, "given_split": pl.String}
+    assert dict(built.rows.schema) == integers | others
     assert built.files == raw.files
 
 
-def test_ids_that_are_not_all_integers_are_ordered_as_text(make_logs: MakeLogs) -> None:
-    """One id with a letter, and "10" comes before "9"."""
-    raw = make_logs([("10", "i", 1.0, 5.0), ("9", "i", 2.0, 1.0), ("x", "i", 3.0, 1.0)])
-    assert build_interactions(raw, Protocol(label="rating > 3")).users["user_id"].to_list() == [
-        "10",
-        "9",
-        "x",
-    ]
+@pytest.mark.parametrize(("ids", "order"), [("10 9 x", "10 9 x"), ("7 07", "07 7")])
+def test_ids_that_are_not_all_integers_are_ordered_as_text(ids: str, order: str, make_logs: MakeLogs) -> None:
+    """One id with a letter, and "10" comes before "9"; "7" and "07" are two users."""
+    raw = make_logs([(name, "i", float(k), 5.0 - 2 * (k > 0)) for k, name in enumerate(ids.split())])
+    assert build_interactions(raw, RULE).users["user_id"].to_list() == order.split()
 
 
-def test_ids_that_differ_only_as_text_stay_apart(make_logs: MakeLogs) -> None:
-    """Users "7" and "07" are two."""
-    raw = make_logs([("7", "i", 1.0, 5.0), ("07", "i", 1.0, 1.0)])
-    assert build_interactions(raw, Protocol(label="rating > 3")).users["user_id"].to_list() == ["07", "7"]
+@settings(derandomize=True, max_examples=30)
+@given(st.permutations(range(12)))
+def test_order_of_the_file_does_not_matter(order: list[int]) -> None:
+    rows = [(str(i % 3), str(i % 4), float(i // 5), float(i % 5 + 1)) for i in range(12)]
+    items = pl.DataFrame({"item_id": ["0", "1", "2", "3"], "title": ["a", "b", "c", "d"]})
+
+    def built(rows: list[tuple[str, str, float, float]]) -> pl.DataFrame:
+        frame = pl.DataFrame(rows, ["user_id", "item_id", "timestamp", "rating"], orient="row")
+        absent = [pl.lit(None, kind).alias(name) for name, kind in RAW_SCHEMA.items() if name not in frame]
+        return build_interactions(RawLogs(frame.with_columns(absent), items, {}), RULE).rows
+
+    assert built([rows[i] for i in order]).equals(built(rows))
 
 
 def test_dropped_ratings_and_their_users_are_gone(make_logs: MakeLogs) -> None:
@@ -62,36 +117,15 @@ def test_dropped_ratings_and_their_users_are_gone(make_logs: MakeLogs) -> None:
     assert (built.rows.height, built.users.height, built.items.height, built.dropped) == (2, 1, 3, 1)
 
 
-def test_dropping_ratings_needs_ratings(make_logs: MakeLogs) -> None:
-    """drop_ratings on a log of labels is a configuration error."""
-    raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0)], labels=[0, 1])
-    with pytest.raises(ConfigError, match=r"data\.protocol\.drop_ratings is \[3\]"):
-        build_interactions(raw, Protocol(label=None, drop_ratings=[3]))
-
-
-def test_labels_of_the_log(make_logs: MakeLogs) -> None:
-    """With `label: null` the log's own labels are used."""
-    raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0)], labels=[1, 0])
-    assert build_interactions(raw, Protocol(label=None)).rows["label"].to_list() == [1, 0]
-
-
-def test_rule_without_ratings_and_labels_without_labels_name_the_key(make_logs: MakeLogs) -> None:
-    """Each message says where, and which other value of data.protocol.label fits the log."""
-    labels = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0)], labels=[1, 0])
-    with pytest.raises(
-        DataError, match=r"log\.csv, row 1: no rating \(2 of 2.*Set data\.protocol\.label: null"
-    ):
-        build_interactions(labels, Protocol(label="rating > 3"))
-    ratings = make_logs([("1", "a", 1.0, 5.0), ("1", "b", 2.0, 1.0)])
-    with pytest.raises(DataError, match=r'log\.csv, row 1: no label .*data\.protocol\.label: "rating > 3"'):
-        build_interactions(ratings, Protocol(label=None))
+def test_a_log_of_labels_needs_no_rule(make_logs: MakeLogs) -> None:
+    assert build_interactions(make_logs(TWO, labels=[0, 1]), Protocol()).rows["label"].to_list() == [0, 1]
 
 
 @pytest.mark.parametrize(
     ("unread", "needing", "without"),
     [
-        ("label", Protocol(label=None), Protocol(label="rating > 3")),
-        ("rating", Protocol(label="rating > 3"), Protocol(label=None)),
+        ("label", Protocol(label=None), RULE),
+        ("rating", RULE, Protocol(label=None)),
         ("rating", Protocol(label=None, drop_ratings=[3]), Protocol(label=None)),
     ],
 )
@@ -99,88 +133,44 @@ def test_what_could_not_be_read_matters_where_it_is_needed(
     unread: str, needing: Protocol, without: Protocol, make_logs: MakeLogs
 ) -> None:
     """A column that the reader gave up is an error with the reader's words, or none at all."""
-    labels = [1, 0] if unread == "rating" else None
-    raw = replace(make_logs([("1", "a", 1.0, 5.0), ("1", "b", 2.0, 1.0)], labels), unread={unread: "Row 7."})
+    raw = replace(make_logs(TWO, [1, 0] if unread == "rating" else None), unread={unread: "Row 7."})
     with pytest.raises(DataError, match=r"Row 7\. Or .*data\.protocol\.label"):
         build_interactions(raw, needing)
     assert build_interactions(raw, without).rows["label"].to_list() == [1, 0]
 
 
-DUPLICATED = [("1", "a", 1.0, 5.0), ("1", "b", 1.0, 1.0), ("1", "a", 1.0, 2.0), ("1", "a", 2.0, 5.0)]
-
-
-def test_duplicates_are_an_error_that_names_the_rows(make_logs: MakeLogs) -> None:
-    """Rows 1 and 3 repeat (user, item, timestamp); the same item at another time is none."""
-    with pytest.raises(DataError) as caught:
-        build_interactions(make_logs(DUPLICATED), Protocol(label="rating > 3"))
-    assert "1 duplicate rows" in str(caught.value)
-    assert "user '1', item 'a', timestamp 1: log.csv row 1, log.csv row 3" in str(caught.value)
-
-
 @pytest.mark.parametrize(("policy", "rating"), [("first", 5.0), ("last", 2.0)])
-def test_duplicates_by_policy(make_logs: MakeLogs, policy: str, rating: float) -> None:
-    """The first or last in file order stays, and the number removed is kept."""
-    built = build_interactions(make_logs(DUPLICATED), Protocol(duplicates=policy, label="rating > 3"))  # type: ignore[arg-type]
-    assert built.rows.filter((pl.col("item") == 0) & (pl.col("timestamp") == 1))["rating"].to_list() == [
-        rating
-    ]
+def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -> None:
+    """Rows 1 and 3 repeat (user, item, timestamp): one stays; the same item at another time is no repetition."""
+    built = build_interactions(make_logs(DUPLICATED), Protocol(duplicates=policy, label="rating > 3"))
+    kept = built.rows.filter((pl.col("item") == 0) & (pl.col("timestamp") == 1))
+    assert kept["rating"].to_list() == [rating]
     assert (built.rows.height, built.duplicates) == (3, 1)
 
 
-def test_unknown_duplicate_policy_is_refused(make_logs: MakeLogs) -> None:
-    """The allowed policies are listed."""
-    with pytest.raises(ConfigError, match="use error, first or last"):
-        build_interactions(make_logs(DUPLICATED), Protocol(duplicates="both", label="rating > 3"))  # type: ignore[arg-type]
-
-
-def test_one_class_overall_is_an_error(make_logs: MakeLogs) -> None:
-    """Nothing can be ranked where all labels are equal; the rule is named."""
-    with pytest.raises(DataError, match=r"All 2 labels are 1 \(data\.protocol\.label 'rating > 3'\)"):
-        build_interactions(
-            make_logs([("1", "a", 1.0, 5.0), ("1", "b", 2.0, 4.0)]), Protocol(label="rating > 3")
-        )
-
-
-def test_nothing_left_is_an_error(make_logs: MakeLogs) -> None:
-    """Dropping all ratings leaves no log."""
-    with pytest.raises(DataError, match="No interaction is left"):
-        build_interactions(make_logs([("1", "a", 1.0, 5.0)]), Protocol(drop_ratings=[5], label="rating > 3"))
-
-
-@settings(derandomize=True)
-@given(st.permutations(range(12)))
-def test_order_of_the_file_does_not_matter(order: list[int]) -> None:
-    """Without duplicates the table is a function of the set of rows."""
-    rows = [(str(i % 3), str(i % 4), float(i // 5), float(i % 5 + 1)) for i in range(12)]
-
-    def built(rows: list[tuple[str, str, float, float]]) -> pl.DataFrame:
-        frame = pl.DataFrame(rows, ["user_id", "item_id", "timestamp", "rating"], orient="row")
-        full = frame.with_columns(
-            pl.lit(None, RAW_SCHEMA[name]).alias(name) for name in RAW_SCHEMA if name not in frame.columns
-        )
-        items = pl.DataFrame({"item_id": ["0", "1", "2", "3"], "title": ["a", "b", "c", "d"]})
-        return build_interactions(RawLogs(full, items, {}), Protocol(label="rating > 3")).rows
-
-    assert built([rows[i] for i in order]).equals(built(rows))
-
-
-def test_a_log_of_labels_needs_no_rule(make_logs: MakeLogs) -> None:
-    """The default protocol reads the log's own labels."""
-    raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0)], labels=[1, 0])
-    assert build_interactions(raw, Protocol()).rows["label"].to_list() == [1, 0]
-
-
-def test_clicks_alone_say_what_is_missing(make_logs: MakeLogs) -> None:
-    """Labels of 1 only: rows with label 0 are what helps."""
-    raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0)], labels=[1, 1])
-    with pytest.raises(DataError, match=r"All 2 labels are 1 .*Clicks alone need rows with label 0"):
-        build_interactions(raw, Protocol())
+@pytest.mark.parametrize(
+    ("rows", "labels", "protocol", "words"),
+    [
+        (DUPLICATED, None, RULE, "1 duplicate rows.*item 'a', timestamp 1: log.csv row 1, log.csv row 3"),
+        (DUPLICATED, None, replace(RULE, duplicates="both"), "use error, first or last"),  # type: ignore[arg-type]
+        (TWO, [0, 1], Protocol(drop_ratings=[3]), r"drop_ratings is \[3\]"),
+        (TWO, [1, 0], RULE, r"log\.csv, row 1: no rating .*label: null"),
+        (TWO, None, Protocol(label=None), r'log\.csv, row 1: no label .*label: "rating > 3"'),
+        (TWO, [1, 1], Protocol(), "All 2 labels are 1 .*Clicks alone need rows with label 0"),
+        (TWO, None, Protocol(label="rating >= 1"), "All 2 labels are 1 .*'rating >= 1'"),
+        (TWO, None, Protocol(label="rating > 3", drop_ratings=[1, 5]), "No interaction is left"),
+    ],
+)
+def test_logs_that_a_protocol_cannot_use(
+    rows: list[Any], labels: list[int] | None, protocol: Protocol, words: str, make_logs: MakeLogs
+) -> None:
+    with pytest.raises((ConfigError, DataError), match=words):
+        build_interactions(make_logs(rows, labels), protocol)
 
 
 def test_an_item_without_a_title_has_its_id(make_logs: MakeLogs) -> None:
-    """It is counted; blanks are no title."""
-    raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0), ("1", "c", 3.0, 0.0)], labels=[1, 0, 1])
+    raw = make_logs([*TWO, ("1", "c", 3.0, 0.0)])
     items = raw.items.with_columns(title=pl.Series([None, "Brazil", "  "]))
-    built = build_interactions(replace(raw, items=items), Protocol())
+    built = build_interactions(replace(raw, items=items), RULE)
     assert built.items["title"].to_list() == ["a", "Brazil", "c"]
     assert built.items_without_title == 2

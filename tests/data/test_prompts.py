@@ -1,13 +1,35 @@
+"""Prompts: templates are cut where retrieved features stands, filled with items and retrieved features, and fit into
+a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 from transformers import AutoTokenizer
+from world import Letters, read_split, streams_without_retrieved, text_of
 
-from project.data.prompt import Prompt, PromptEncoder, item_columns, tells_numbers, with_segment
+from project.data.logs import TableLogs
+from project.data.prompt import (
+    Prompt,
+    PromptEncoder,
+    field_names,
+    item_columns,
+    split_template,
+    tells_numbers,
+    with_segment,
+)
+from project.data.protocol import Protocol, SplitInteractions
+from project.data.requests import check_items, check_streams
+from project.datamodule import InteractionData
 from project.errors import ConfigError
+from project.retrieval import NoRetriever
 
+WORDED = ["item_rate", "vote"]
 ITEMS = pl.DataFrame(
     {"item": [0, 1], "item_id": ["a", "b"], "title": ["Alien", "Brazil {1}"], "year": ["1979", ""]}
 )
@@ -25,85 +47,122 @@ RETRIEVED = pl.DataFrame(
 )
 
 
-class Letters:
-    """A tokenizer whose tokens are characters."""
+@pytest.mark.parametrize(
+    ("template", "pieces"),
+    [
+        ("{title} ({year}):", [("static", "{title} ({year}):")]),
+        (
+            "{title} all{item_rate}/10 near{vote}",
+            [
+                ("static", "{title} all"),
+                ("retrieved", "item_rate"),
+                ("static", "/10 near"),
+                ("retrieved", "vote"),
+            ],
+        ),
+        (
+            "{item_number+vote_number}{{{title}}}",
+            [("number", "item_number+vote_number"), ("static", "{{{title}}}")],
+        ),
+        ("{title:.40} {vote}", [("static", "{title:.40} "), ("retrieved", "vote")]),
+    ],
+)
+def test_pieces(template: str, pieces: list[tuple[str, str]]) -> None:
+    """Text and item fields between two places of retrieved features are one piece; braces that are text stay text."""
+    assert split_template(template, ["title", "year"], WORDED) == pieces
 
-    def encode(
-        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
-    ) -> list[int]:
-        assert not add_special_tokens
-        return [ord(c) for c in text]
+
+def test_fields() -> None:
+    """In order, as often as they stand there; a column may have the name of retrieved features that is not told."""
+    assert field_names("{title:.40} {vote!r}{title}") == ["title", "vote", "title"]
+    assert field_names("{title") == []
+    assert split_template("{title}", ["title", "vote"], WORDED) == [("static", "{title}")]
+    assert tells_numbers("{title}{vote_number+item_number}:")
+    assert tells_numbers("{title}{vote_number}:")
+    assert not tells_numbers("{title} all{item_percent}:")
 
 
-def texts(prompt: Prompt, label: list[int]) -> list[tuple[str, str]]:
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{title!r}", r"{title!r}.*{title:\.40}"),
+        *((f"{{title:{spec}}}", r"{title:\.40}") for spec in (".0", ">9", "9", "9.9", ".3s", "." + 20 * "9")),
+        ("{vote:.1}", "{vote} alone"),
+        ("{item_number:.1}", "{item_number} alone"),
+        *((name, "nobody knows") for name in ("{a.b}", "{x[1]}", "{7}", "{director}")),
+        ("{mf}", "a retrieved feature and also a column.*my_mf: factorisation"),
+        ("{vote_number}", "a retrieved feature and also a column"),
+    ],
+)
+def test_fields_that_cannot_be_filled(template: str, words: str) -> None:
+    fields = ["title", "year", "mf", "vote_number", "a.b", "x[1]", "7"]
+    with pytest.raises(ConfigError, match=words):
+        split_template(template, fields, [*WORDED, "mf"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "key"),
+    [
+        (Prompt(segment="{title"), "segment"),
+        (Prompt(segment=""), "segment"),
+        (Prompt(answers=[" no"]), "answers"),
+        (Prompt(answers=[" no", " "]), "answers"),
+        *(
+            (Prompt(segment="{title}:", similar=similar), "similar")
+            for similar in ("Similar users liked", "{titles} {titles}", "{title}", "{titles", "{}")
+        ),
+    ],
+)
+def test_bad_wording(prompt: Prompt, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.prompt\.{key}"):
+        PromptEncoder(Letters(), prompt, ITEMS)
+
+
+def texts(segment: str, label: list[int], retrieved: pl.DataFrame = RETRIEVED) -> list[tuple[str, str]]:
     """(whole segment, its part up to the answer slot)."""
-    encoder = PromptEncoder(Letters(), prompt, ITEMS)
-    segments = encoder.encode(np.array([0, 1]), RETRIEVED, np.array(label, dtype=np.int8))
-    rows = [segments.tokens[i].tolist() for i in range(2)]
-    return [
-        ("".join(map(chr, r)), "".join(map(chr, r[: s + 1])))
-        for r, s in zip(rows, segments.slots, strict=True)
-    ]
+    encoder = PromptEncoder(Letters(), Prompt(segment=segment), ITEMS)
+    segments = encoder.encode(np.array([0, 1]), retrieved, np.array(label, dtype=np.int8))
+    rows = [text_of(segments.tokens[i]) for i in range(2)]
+    return [(row, row[: slot + 1]) for row, slot in zip(rows, segments.slots, strict=True)]
 
 
-def test_golden() -> None:
-    """.74 is 74 percent, nothing counted is "?"; the slot is the last token before the answer."""
-    prompt = Prompt(segment="{title} ({year}) all {item_percent} near {vote_percent}:")
-    assert texts(prompt, [1, 0]) == [
-        ("Alien (1979) all 74 near 25: yes", "Alien (1979) all 74 near 25:"),
-        ("Brazil {1} () all ? near ?: no", "Brazil {1} () all ? near ?:"),
-    ]
-
-
-def test_counts_and_fields_in_any_place() -> None:
-    """37 rounds down to 20; likes and neighbours are plain counts; a template may start with retrieved features."""
-    prompt = Prompt(segment="{likes}/{neighbours} {item_count} {user_count} {user_percent} {title}?")
-    assert texts(prompt, [-1, -1])[0] == ("1/4 20 2 50 Alien?",) * 2
+@pytest.mark.parametrize(
+    ("segment", "labels", "expected"),
+    [
+        # .74 is 74 percent, nothing counted is "?"; the slot is the last token before the answer
+        (
+            "{title} ({year}) all {item_percent} near {vote_percent}:",
+            [1, 0],
+            [
+                ("Alien (1979) all 74 near 25: yes", "Alien (1979) all 74 near 25:"),
+                ("Brazil {1} () all ? near ?: no", "Brazil {1} () all ? near ?:"),
+            ],
+        ),
+        # 37 rounds down to 20; likes and neighbours are plain counts; without an answer the slot is the end
+        (
+            "{likes}/{neighbours} {item_count} {user_count} {user_percent} {title}?",
+            [-1, -1],
+            [("1/4 20 2 50 Alien?",) * 2, ("0/0 0 0 ? Brazil {1}?",) * 2],
+        ),
+        # a length cuts titles and attributes; what is shorter stays
+        ("{title:.6} {year:.2}:", [-1, -1], [("Alien 19:",) * 2, ("Brazil :",) * 2]),
+    ],
+)
+def test_golden(segment: str, labels: list[int], expected: list[tuple[str, str]]) -> None:
+    assert texts(segment, labels) == expected
 
 
 @pytest.mark.parametrize(
     ("share", "text"), [(0.0, "00"), (0.045, "05"), (0.74, "74"), (0.999, "99"), (1.0, "99")]
 )
 def test_percent_is_two_digits(share: float, text: str) -> None:
-    """.045 is 5 percent (half up), written 05; certainty is written 99."""
     retrieved = RETRIEVED.with_columns(item_rate=pl.Series([share, None]))
-    encoder = PromptEncoder(Letters(), Prompt(segment="{item_percent}"), ITEMS)
-    segments = encoder.encode(np.array([0, 1]), retrieved, np.array([-1, -1], dtype=np.int8))
-    assert ["".join(map(chr, segments.tokens[i])) for i in range(2)] == [text, "?"]
-
-
-def test_titles_are_shortened() -> None:
-    """A length cuts titles and attributes; what is shorter stays."""
-    assert texts(Prompt(segment="{title:.6} {year:.2}:"), [-1, -1])[0][0] == "Alien 19:"
-    assert texts(Prompt(segment="{title:.6}:"), [-1, -1])[1][0] == "Brazil:"
+    assert [whole for whole, _ in texts("{item_percent}", [-1, -1], retrieved)] == [text, "?"]
 
 
 def test_least_lengths() -> None:
-    """Text of the item, one token for each field of retrieved features, and the longer answer."""
     encoder = PromptEncoder(Letters(), Prompt(segment="{title} {item_percent}{vote_number}:"), ITEMS)
     assert encoder.least_lengths().tolist() == [len("Alien ??: yes"), len("Brazil {1} ??: yes")]
-
-
-def test_unknown_answer_adds_nothing() -> None:
-    """A candidate (label -1) ends at its answer slot."""
-    assert all(whole == before for whole, before in texts(Prompt(segment="{title}:"), [-1, -1]))
-
-
-@pytest.mark.parametrize(
-    ("prompt", "words"),
-    [
-        (Prompt(segment="{title} {director}:"), ["{director}", "title, year", "item_percent"]),
-        (Prompt(segment="{title"), ["data.prompt.segment"]),
-        (Prompt(segment=""), ["data.prompt.segment", "empty"]),
-        (Prompt(answers=[" no"]), ["data.prompt.answers"]),
-        (Prompt(answers=[" no", " "]), ["data.prompt.answers"]),
-    ],
-)
-def test_bad_wording(prompt: Prompt, words: list[str]) -> None:
-    """A template that cannot be filled names its key, and the fields there are."""
-    with pytest.raises(ConfigError) as error:
-        PromptEncoder(Letters(), prompt, ITEMS)
-    assert all(word in str(error.value) for word in words)
 
 
 def test_a_control_token_in_a_title_is_text(tiny_model: Path) -> None:
@@ -132,3 +191,67 @@ def test_the_default_segment_shows_short_columns_and_numbers() -> None:
     assert with_segment(found, Letters(), items) is found
     assert tells_numbers(None)
     assert tells_numbers(found.segment)
+
+
+@pytest.fixture(scope="module")
+def split(tiny_logs: Path) -> SplitInteractions:
+    return read_split(tiny_logs, Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2]))
+
+
+def test_items_fit_or_are_named(split: SplitInteractions) -> None:
+    """Just enough room is enough; a token less names the item, its tokens, the key and what helps."""
+    items = split.interactions.items
+    item_id, title = max(items.select("item_id", "title").iter_rows(), key=lambda row: len(row[1]))
+    tokens = len(f"I\n{title}: yes")
+    encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment="{title}:"), items)
+    check_items(encoder, items, tokens)
+    words = rf"item '{item_id}' alone has {tokens} tokens .* data\.context_tokens is {tokens - 1} .*{{title:\.40}}"
+    with pytest.raises(ConfigError, match=words):
+        check_items(encoder, items, tokens - 1)
+
+
+def test_streams_fit_or_are_named(split: SplitInteractions) -> None:
+    """The same of tokenised rows, retrieved features included; a list of what similar users liked has a fix of its
+    own.
+    """
+    streams = streams_without_retrieved(split, "test", "{title} {vote_percent}{vote_percent}:")
+    lengths = streams.tokens.lengths[:-1]
+    place, tokens = int(lengths.argmax()), int(lengths.max()) + len("I\n")
+    item_id = split.interactions.items["item_id"][split.rows["item"][int(streams.row_id[place])]]
+    check_streams(streams, split, tokens)
+    with pytest.raises(ConfigError, match=rf"item '{item_id}' alone has {tokens} tokens"):
+        check_streams(streams, split, tokens - 1)
+    lists = replace(streams, row_id=np.full_like(streams.row_id, -1))
+    with pytest.raises(ConfigError, match=rf"A list .* has {tokens} tokens.*similar_items"):
+        check_streams(lists, split, tokens - 1)
+
+
+def test_the_datamodule_asks_before_it_retrieves(
+    tiny_logs: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One long title stops a run before retrieved features is made; shortened or not asked about it does not."""
+    monkeypatch.setenv("PROJECT_CACHE", str(tmp_path))
+    items = pl.read_csv(tiny_logs / "items.csv")
+    long = pl.when(pl.col("item_id") == "i7").then(pl.lit("sea " * 4500)).otherwise("title")
+    items.with_columns(title=long).write_csv(tmp_path / "items.csv")
+    logs = TableLogs(str(tiny_logs / "interactions.csv"), str(tmp_path / "items.csv"))
+
+    def data(segment: str, requests: str | None = None) -> InteractionData:
+        prompt, protocol = Prompt(segment=segment), Protocol(label="rating > 3")
+        tokenizer = str(tiny_model)
+        return InteractionData(
+            logs, NoRetriever(), protocol, prompt=prompt, tokenizer=tokenizer, requests=requests
+        )
+
+    stopped = data("{title}:")
+    with pytest.raises(ConfigError, match=r"item 'i7' .* data\.context_tokens is 1,024"):
+        stopped.prepare_data()
+    assert stopped._retrieved is None
+    data("{title:.40}:").setup("fit")
+    asked = tmp_path / "requests.jsonl"
+    asked.write_text('{"request_id": "a", "user_id": "u1", "candidates": ["i1"]}\n')
+    predicting = data("{title}:", str(asked))
+    predicting.prepare_data()
+    predicting.setup("predict")
+    assert predicting.requests is not None
+    assert [r.request_id for r in predicting.requests.requests] == ["a"]

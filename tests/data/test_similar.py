@@ -1,17 +1,19 @@
 """Lists of what similar users liked, as segments of streams: where they stand, who reads them, served as logged.
 
-Unusual here: what a prompt should be is put together from the log and the retrieved features table by plain loops.
+What a prompt should be is put together from the log and the retrieved features table by plain loops.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from transformers import LlamaConfig
 from world import Letters, no_retrieved, read_split, text_of
 
 from project.benchmark.packing import prompts_of
@@ -23,7 +25,6 @@ from project.data.requests import Request, Requests, request_streams
 from project.data.stream import Streams, Window, build_streams
 from project.datamodule import InteractionData
 from project.errors import ConfigError
-from project.model.backbone import Backbone
 from project.retrieval import ItemKNN, LightGCN, Retriever, request_retrieved, retrieved_tables
 
 KINDS = ("global_time", "user_time", "random", "leave_last")
@@ -32,30 +33,39 @@ PROMPT = Prompt(instruction="I\n", segment="{title} {vote_percent}:", similar="[
 RETRIEVER = LightGCN(dim=8, epochs=1, similar_every=3, similar_items=3)
 
 
+@dataclass
+class World:
+    """A split with its retrieved features, and the two ways to read it."""
+
+    split: SplitInteractions
+    retrieved: dict[str, pl.DataFrame]
+    encoder: PromptEncoder
+    cache: Path
+
+    def streams(self, name: str = "test") -> Streams:
+        rows = self.split.rows.filter(pl.col("split").to_physical() <= SPLITS.index(name))
+        return build_streams(rows, self.retrieved[name], name, self.encoder)
+
+    def serve(self, asked: list[Request]) -> Streams:
+        items = self.split.interactions.items
+        requests = Requests(asked, items, dict(items.select("item_id", "item").iter_rows()))
+
+        def ask(rows: pl.DataFrame) -> pl.DataFrame:
+            columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
+            own = ~rows["candidate"].to_numpy()
+            return request_retrieved(self.split, RETRIEVER, REFITS, self.cache, **columns, own=own)
+
+        return request_streams(requests, self.split, self.retrieved["test"], self.encoder, ask)
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def split(request: pytest.FixtureRequest, tiny_logs: Path) -> SplitInteractions:
-    return read_split(tiny_logs, Protocol(split=request.param, minimum_history=1))
-
-
-@pytest.fixture(scope="module")
-def retrieved(split: SplitInteractions, session_cache: Path) -> dict[str, pl.DataFrame]:
-    return retrieved_tables(split, RETRIEVER, REFITS, session_cache)
-
-
-@pytest.fixture(scope="module")
-def encoder(split: SplitInteractions) -> PromptEncoder:
-    return PromptEncoder(Letters(), PROMPT, split.interactions.items)
-
-
-def streams_of_split(
-    split: SplitInteractions, retrieved: dict[str, pl.DataFrame], encoder: PromptEncoder, name: str = "test"
-) -> Streams:
-    rows = split.rows.filter(pl.col("split").to_physical() <= SPLITS.index(name))
-    return build_streams(rows, retrieved[name], name, encoder)
+def world(request: pytest.FixtureRequest, tiny_logs: Path, session_cache: Path) -> World:
+    split = read_split(tiny_logs, Protocol(split=request.param, minimum_history=1))
+    retrieved = retrieved_tables(split, RETRIEVER, REFITS, session_cache)
+    return World(split, retrieved, PromptEncoder(Letters(), PROMPT, split.interactions.items), session_cache)
 
 
 def all_texts(streams: Streams, context_tokens: int) -> dict[int, str]:
-    """Prompt of every target, by row id."""
     found: dict[int, str] = {}
     for s, w in streams.evaluation(context_tokens):
         ids = streams.row_id[streams.offsets[s] + w.first : streams.offsets[s] + w.last]
@@ -73,21 +83,22 @@ def seen(batch: Batch) -> dict[int, str]:
 
 
 def expected_texts(split: SplitInteractions, table: pl.DataFrame, name: str) -> dict[int, str]:
-    """Instruction, strictly earlier rows with answers, after each second its list, and the row without its answer."""
+    """Instruction, earlier rows with answers, after each second its list, and the row without its answer."""
     titles = split.interactions.items["title"].to_list()
     rows = split.rows.filter(pl.col("split").to_physical() <= SPLITS.index(name)).join(table, on="row_id")
     found = {}
-    for user in rows.partition_by("user"):
-        for row in user.filter(pl.col("split") == name, pl.col("role") == "target").iter_rows(named=True):
-            text = "I\n"
-            for second in user.filter(pl.col("timestamp") < row["timestamp"]).partition_by(
-                "timestamp", maintain_order=True
-            ):
-                for past in second.iter_rows(named=True):
-                    text += plain(titles, past) + (" yes" if past["label"] else " no")
-                for items in second["similar_after"].drop_nulls().to_list():
-                    text += "[" + "; ".join(titles[item] for item in items) + "]"
-            found[row["row_id"]] = text + plain(titles, row)
+    for user in rows.sort("row_id").partition_by("user", maintain_order=True):
+        text = "I\n"
+        for second in user.partition_by("timestamp", maintain_order=True):
+            past = ""
+            for row in second.iter_rows(named=True):
+                question = plain(titles, row)
+                past += question + (" yes" if row["label"] else " no")
+                if (row["split"], row["role"]) == (name, "target"):
+                    found[row["row_id"]] = text + question
+            for items in second["similar_after"].drop_nulls().to_list():
+                past += "[" + "; ".join(titles[item] for item in items) + "]"
+            text += past
     return found
 
 
@@ -97,38 +108,37 @@ def plain(titles: list[str], row: dict) -> str:
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_a_target_reads_the_lists_of_earlier_seconds(
-    split: SplitInteractions, retrieved: dict[str, pl.DataFrame], encoder: PromptEncoder, name: str
-) -> None:
+def test_a_target_reads_the_lists_of_earlier_seconds(world: World, name: str) -> None:
     """Packed, each answer slot reads exactly what the log and the retrieved features say, and stream_tokens counts
     lists too.
     """
-    streams = streams_of_split(split, retrieved, encoder, name)
-    expected = expected_texts(split, retrieved[name], name)
-    batch = pack(streams, streams.evaluation(10**6)[:12])
+    streams = world.streams(name)
+    expected = expected_texts(world.split, world.retrieved[name], name)
+    batch = pack(streams, streams.evaluation(10**6)[:8])
     texts = seen(batch)
     assert texts == {row: expected[row] for row in texts}
-    own = dict(zip(batch.row_id.tolist(), batch.target_tokens.tolist(), strict=True))
-    read = dict(zip(batch.row_id.tolist(), batch.stream_tokens.tolist(), strict=True))
+    own, read = (
+        dict(zip(batch.row_id.tolist(), tokens.tolist(), strict=True))
+        for tokens in (batch.target_tokens, batch.stream_tokens)
+    )
     assert read == {row: len(text) - own[row] for row, text in texts.items()}
     assert any("[" in text for text in texts.values())
     assert all_texts(streams, 10**6) == expected
 
 
-def test_lists_are_context_of_their_own(
-    split: SplitInteractions, retrieved: dict[str, pl.DataFrame], encoder: PromptEncoder
-) -> None:
-    """Without its lists a stream is what it is without the template; a list has a time group of its own, and no row."""
-    streams = streams_of_split(split, retrieved, encoder)
-    bare = PromptEncoder(Letters(), Prompt(PROMPT.instruction, PROMPT.segment), split.interactions.items)
-    without = streams_of_split(split, {"test": retrieved["test"].drop("similar_after")}, bare)
+def test_lists_are_context_of_their_own(world: World) -> None:
+    """Without its lists a stream is what it is without the template; a list has its own time group, and no row."""
+    streams = world.streams()
+    retrieved = world.retrieved["test"]
+    bare = PromptEncoder(Letters(), replace(PROMPT, similar=None), world.split.interactions.items)
+    without = replace(world, retrieved={"test": retrieved.drop("similar_after")}, encoder=bare).streams()
     lists = streams.row_id < 0
-    assert lists.sum() == retrieved["test"]["similar_after"].drop_nulls().len() > 20
+    assert lists.sum() == retrieved["similar_after"].drop_nulls().len() > 20
     for name in ("row_id", "timestamp", "label", "target", "context", "slots"):
         assert np.array_equal(getattr(streams, name)[~lists], getattr(without, name))
     rows = np.append(np.flatnonzero(~lists), streams.instruction)
     assert np.array_equal(streams.tokens.take(rows).values, without.tokens.values)
-    users = split.rows.sort("user", "row_id")["user"].to_numpy()
+    users = world.split.rows.sort("user", "row_id")["user"].to_numpy()
     stream = np.repeat(np.arange(len(streams)), np.diff(streams.offsets))
     assert np.array_equal(stream[~lists], np.unique(users, return_inverse=True)[1])
     assert not streams.target[lists].any()
@@ -141,11 +151,9 @@ def test_lists_are_context_of_their_own(
             assert streams.timestamp[at] < streams.timestamp[at + 1]
 
 
-def test_training_windows_score_rows_alone(
-    split: SplitInteractions, retrieved: dict[str, pl.DataFrame], encoder: PromptEncoder
-) -> None:
+def test_training_windows_score_rows_alone(world: World) -> None:
     """An epoch scores every train target once and no list, wherever windows are cut, also right before a list."""
-    streams = streams_of_split(split, retrieved, encoder, "train")
+    streams = world.streams("train")
     targets = np.sort(streams.row_id[streams.target]).tolist()
     first = set()
     for seed in range(5):
@@ -155,63 +163,35 @@ def test_training_windows_score_rows_alone(
     assert -1 in first
 
 
-def requests_at(split: SplitInteractions, rows: pl.DataFrame, candidates: list[list[int]]) -> Requests:
-    """One request a row, of its user, at its own time."""
-    users, items = split.interactions.users, split.interactions.items
-    names, ids = users["user_id"].to_list(), items["item_id"].to_list()
-    pairs = zip(rows["user"].to_list(), rows["timestamp"].to_list(), candidates, strict=True)
-    asked = [
-        Request(f"r{k}", names[user], (), time, tuple(ids[item] for item in some))
-        for k, (user, time, some) in enumerate(pairs)
-    ]
-    return Requests(asked, items, dict(zip(ids, items["item"].to_list(), strict=True)))
+def test_a_request_reads_what_the_log_row_read(world: World, hidden: Callable[..., Any]) -> None:
+    """At a test row's own time its item has the row's prompt, numbers and hidden state, whatever else is asked."""
+    streams = world.streams()
+    logged = all_texts(streams, 250)
+    rows = world.split.rows.filter(pl.col("row_id").is_in(list(logged))).sort("row_id")
+    users, items = (t.to_series(1) for t in (world.split.interactions.users, world.split.interactions.items))
 
-
-def serve(
-    split: SplitInteractions, table: pl.DataFrame, encoder: PromptEncoder, requests: Requests, cache: Path
-) -> Streams:
-    def ask(rows: pl.DataFrame) -> pl.DataFrame:
-        columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
-        return request_retrieved(
-            split, RETRIEVER, REFITS, cache, **columns, own=~rows["candidate"].to_numpy()
+    def served(others: int) -> Streams:
+        """One request a row, of its user, at its own time: for other items, and the row's."""
+        pairs = zip(rows["user"], rows["item"], rows["timestamp"], strict=True)
+        return world.serve(
+            [
+                Request(
+                    f"r{k}",
+                    users[user],
+                    (),
+                    time,
+                    (items[(item + 7) % len(items)],) * others + (items[item],),
+                )
+                for k, (user, item, time) in enumerate(pairs)
+            ]
         )
 
-    return request_streams(requests, split, table, encoder, ask)
-
-
-def hidden(batch: Batch) -> dict[int, torch.Tensor]:
-    """Last hidden state of each target, of a random backbone whose attention is far from uniform."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2,
-    )  # fmt: skip
-    backbone = Backbone.from_config(config).eval()
-    with torch.no_grad():
-        state = backbone.run(backbone.embed(batch.tokens, batch.layout), 0, 2).hidden[0, batch.slots]
-    return dict(zip(batch.row_id.tolist(), state, strict=True))
-
-
-def test_a_request_reads_what_the_log_row_read(
-    split: SplitInteractions, retrieved: dict[str, pl.DataFrame], encoder: PromptEncoder, session_cache: Path
-) -> None:
-    """At a test row's own time its item has the row's prompt, numbers and hidden state, whatever else is asked."""
-    streams = streams_of_split(split, retrieved, encoder)
-    logged = all_texts(streams, 250)
-    rows = split.rows.filter(pl.col("row_id").is_in(list(logged)))
-    other = (rows["item"].to_numpy() + 7) % split.interactions.items.height
-    last = [[int(b), int(b), int(a)] for a, b in zip(rows["item"], other, strict=True)]
-    served = serve(split, retrieved["test"], encoder, requests_at(split, rows, last), session_cache)
-    texts = all_texts(served, 250)
-    ids = rows["row_id"].to_list()
+    both = served(2)
+    texts, ids = all_texts(both, 250), rows["row_id"].to_list()
     assert [texts[3 * k + 2] for k in range(len(ids))] == [logged[row] for row in ids]
-    alone = serve(
-        split, retrieved["test"], encoder, requests_at(split, rows, [x[2:] for x in last]), session_cache
-    )
-    assert all_texts(alone, 250) == {k: logged[row] for k, row in enumerate(ids)}
+    assert all_texts(served(0), 250) == {k: logged[row] for k, row in enumerate(ids)}
     assert sum("[" in text for text in texts.values()) > len(ids)
-
-    from_log, batch = pack(streams, streams.evaluation(250)), pack(served, served.evaluation(250))
+    from_log, batch = pack(streams, streams.evaluation(250)), pack(both, both.evaluation(250))
     expected, found = hidden(from_log), hidden(batch)
     read = [dict(zip(b.row_id.tolist(), b.stream_tokens.tolist(), strict=True)) for b in (from_log, batch)]
     for k, row in enumerate(ids):
@@ -219,25 +199,20 @@ def test_a_request_reads_what_the_log_row_read(
         assert read[1][3 * k] == read[1][3 * k + 2] == read[0][row]
 
 
-def test_a_history_is_served_with_its_lists(
-    split: SplitInteractions, retrieved: dict[str, pl.DataFrame], encoder: PromptEncoder, session_cache: Path
-) -> None:
+def test_a_history_is_served_with_its_lists(world: World) -> None:
     """A history that a request brings gets lists of its own, wherever its rows stand in the request's second."""
-    items = split.interactions.items["item_id"].to_list()
-    end = float(split.rows["timestamp"].max())  # type: ignore[arg-type]
+    items = world.split.interactions.items["item_id"].to_list()
+    end = float(world.split.rows["timestamp"].max())  # type: ignore[arg-type]
     history = tuple((items[k], 1, end + k // 2) for k in range(6))
-    codes = {item: k for k, item in enumerate(items)}
-    asked = [
-        Request(f"r{k}", None, rows, None, (items[9],)) for k, rows in enumerate((history, history[::-1]))
-    ]
-    streams = serve(
-        split, retrieved["test"], encoder, Requests(asked, split.interactions.items, codes), session_cache
+    streams = world.serve(
+        [Request(f"r{k}", None, rows, None, (items[9],)) for k, rows in enumerate((history, history[::-1]))]
     )
     first, second = (text.replace("]", "[").split("[") for text in all_texts(streams, 10**6).values())
     # rows 3 (the second of end + 1) and 6 (of end + 2) complete three rows, so lists follow four rows and six
     assert [part.count(":") for part in first] == [4, 0, 2, 0, 1]
     assert first[1::2] == second[1::2]
-    assert not set("; ".join(first[1::2]).split("; ")) & set(split.interactions.items["title"].to_list()[:6])
+    titles = world.split.interactions.items["title"].to_list()[:6]
+    assert not set("; ".join(first[1::2]).split("; ")) & set(titles)
 
 
 def golden() -> Streams:
@@ -279,20 +254,11 @@ def test_positions_after_a_list() -> None:
     assert starts == [0, 1, 1, 14, 22]
 
 
-@pytest.mark.parametrize("template", ["Similar users liked", "{titles} {titles}", "{title}", "{titles", "{}"])
-def test_bad_templates(template: str) -> None:
-    """A template without the one field {titles} is refused under its key."""
-    items = pl.DataFrame({"item": [0], "item_id": ["a"], "title": ["A"]})
-    with pytest.raises(ConfigError, match=r"data\.prompt\.similar"):
-        PromptEncoder(Letters(), Prompt(segment="{title}:", similar=template), items)
-
-
 @pytest.mark.parametrize(
     ("retriever", "similar"),
     [(LightGCN(), "{titles}"), (ItemKNN(), "{titles}"), (LightGCN(similar_every=5), None)],
 )
 def test_wording_and_retriever_must_agree(retriever: Retriever, similar: str | None, tiny_logs: Path) -> None:
-    """A template without lists and lists without a template are refused, with both keys named."""
     logs = TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv"))
     with pytest.raises(ConfigError, match=r"data\.prompt\.similar .* similar_every of data\.retriever"):
         InteractionData(logs, retriever, prompt=Prompt(similar=similar))

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 from world import read_split
 
 from project.data.protocol import Protocol, SplitInteractions
-from project.data.requests import SCHEMA, Workload, catalogue_requests, concatenate, labelled_requests
+from project.data.requests import (
+    SCHEMA,
+    Request,
+    Workload,
+    catalogue_requests,
+    concatenate,
+    labelled_requests,
+)
 from project.errors import ConfigError, DataError
 
-SHARES = [0.6, 0.2, 0.2]
+PROTOCOL = Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2], label="rating > 3")
 
 
 @pytest.fixture(scope="module")
 def split(tiny_logs: Path) -> SplitInteractions:
-    """The generated log, cut by time."""
-    return read_split(tiny_logs, Protocol(minimum_history=1, shares=SHARES, label="rating > 3"))
+    return read_split(tiny_logs, PROTOCOL)
 
 
 def log_of(split: SplitInteractions) -> pl.DataFrame:
-    """Rows with the ids that requests are written in."""
-    return split.rows.join(split.interactions.users, on="user").join(
-        split.interactions.items.select("item", "item_id"), on="item"
-    )
+    items = split.interactions.items.select("item", "item_id")
+    return split.rows.join(split.interactions.users, on="user").join(items, on="item").sort("row_id")
 
 
 def rated_before(log: pl.DataFrame, user_id: str | None, time: float | None) -> set[str]:
-    mine = log.filter((pl.col("user_id") == user_id) & (pl.col("timestamp") < time))
-    return set(mine["item_id"])
+    return set(log.filter(pl.col("user_id") == user_id, pl.col("timestamp") < time)["item_id"])
 
 
 def as_asked(workload: Workload) -> pl.DataFrame:
@@ -39,6 +44,13 @@ def as_asked(workload: Workload) -> pl.DataFrame:
     joined = workload.requests.table().join(workload.table, on=["request_id", "candidate_index"], how="left")
     assert len(joined) == len(workload.table)
     return joined
+
+
+def pairs(workload: Workload, log: pl.DataFrame) -> list[tuple[Request, dict[str, Any]]]:
+    """Each request with the row of the log that it is about."""
+    known = as_asked(workload).drop_nulls("row_id").join(log, on="row_id")
+    rows = {row["request_id"]: row for row in known.iter_rows(named=True)}
+    return [(request, rows[request.request_id]) for request in workload.requests.requests]
 
 
 @pytest.mark.parametrize("part", ["test", "tune", "certify"])
@@ -51,9 +63,7 @@ def test_catalogue_requests(split: SplitInteractions, part: str) -> None:
     assert set(known["split"] if part == "test" else known["fold"]) == {part}
     for column in ("item_id", "label", "user"):
         assert known[column].to_list() == known[f"{column}_log"].to_list()
-    about = {r["request_id"]: r for r in known.iter_rows(named=True)}
-    for request in workload.requests.requests:
-        target = about[request.request_id]
+    for request, target in pairs(workload, log):
         assert (request.user_id, request.time) == (target["user_id"], target["timestamp"])
         assert request.history == ()
         assert len(set(request.candidates)) == len(request.candidates) == 6
@@ -66,33 +76,22 @@ def test_a_history_of_fixed_length(split: SplitInteractions) -> None:
     workload, log = catalogue_requests(split, "test", 1000, 4, seed=3, history=11), log_of(split)
     targets = log.filter((pl.col("split") == "test") & (pl.col("role") == "target"))
     assert len(workload.requests.requests) == len(targets.filter(pl.col("hist") >= 11)) < len(targets)
-    about = {
-        r["request_id"]: r
-        for r in as_asked(workload).drop_nulls("row_id").join(log, on="row_id").iter_rows(named=True)
-    }
-    for request in workload.requests.requests:
-        target = about[request.request_id]
-        mine = log.filter(
-            (pl.col("user_id") == target["user_id"]) & (pl.col("timestamp") < target["timestamp"])
-        )
+    for request, target in pairs(workload, log):
+        mine = log.filter(pl.col("user_id") == target["user_id"], pl.col("timestamp") < target["timestamp"])
+        latest = mine.tail(11).select("item_id", "label", "timestamp")
         assert request.user_id is None
-        assert list(request.history) == list(
-            mine.tail(11).select("item_id", "label", "timestamp").iter_rows()
-        )
+        assert list(request.history) == list(latest.iter_rows())
         assert not (set(request.candidates) - {target["item_id"]}) & set(mine["item_id"])
-    with pytest.raises(DataError, match="no target of test has 10000 strictly earlier rows"):
-        catalogue_requests(split, "test", 1, 4, seed=3, history=10_000)
 
 
 def test_a_full_request_is_everything_unrated(split: SplitInteractions) -> None:
     """Asked for more candidates than there are: all items but those rated strictly earlier, and the target."""
     workload, log = catalogue_requests(split, "test", 10, 1000, seed=0), log_of(split)
     everything = set(split.interactions.items["item_id"])
-    targets = dict(as_asked(workload).drop_nulls("row_id").select("request_id", "item_id").iter_rows())
     lengths = set()
-    for request in workload.requests.requests:
+    for request, target in pairs(workload, log):
         free = everything - rated_before(log, request.user_id, request.time)
-        assert set(request.candidates) == free | {targets[request.request_id]}
+        assert set(request.candidates) == free | {target["item_id"]}
         lengths.add(len(request.candidates))
     assert min(lengths) < len(everything)  # somebody had rated something
 
@@ -140,7 +139,6 @@ def test_labelled_requests(split: SplitInteractions) -> None:
 
 
 def test_concatenation_keeps_order(split: SplitInteractions) -> None:
-    """Two workloads as one: requests, table and catalogue one after the other."""
     one, two = labelled_requests(split, "tune", 5, 2), catalogue_requests(split, "test", 5, 5, seed=0)
     both = concatenate([one, two])
     assert both.requests.requests == one.requests.requests + two.requests.requests
@@ -149,10 +147,8 @@ def test_concatenation_keeps_order(split: SplitInteractions) -> None:
 
 
 @pytest.mark.parametrize("kind", ["user_time", "random", "leave_last"])
-def test_folds_may_not_read_test(kind: str, tiny_logs: Path) -> None:
-    """Where test rows lie before validation's, requests of a fold are refused and those of test are not."""
-    protocol = Protocol(split=kind, minimum_history=1, shares=SHARES, label="rating > 3")  # type: ignore[arg-type]
-    split = read_split(tiny_logs, protocol)
+def test_folds_may_not_read_test(kind: Any, tiny_logs: Path) -> None:
+    split = read_split(tiny_logs, replace(PROTOCOL, split=kind))
     for make in (
         lambda part: catalogue_requests(split, part, 5, 5, 0),
         lambda part: labelled_requests(split, part, 5, 1),
@@ -162,13 +158,15 @@ def test_folds_may_not_read_test(kind: str, tiny_logs: Path) -> None:
         assert make("test").requests.requests
 
 
-def test_bad_arguments(split: SplitInteractions) -> None:
-    """Train has no requests; counts below one and users that nobody is are said."""
-    with pytest.raises(ConfigError, match=r"'train'.*tune, certify, test"):
-        catalogue_requests(split, "train", 5, 5, 0)
-    with pytest.raises(ConfigError, match="0 requests of 5"):
-        catalogue_requests(split, "test", 0, 5, 0)
-    with pytest.raises(
-        DataError, match=r"no user has 999 rated items.*the most is.*Set ranking\.labelled_minimum"
-    ):
-        labelled_requests(split, "test", 5, 999)
+@pytest.mark.parametrize(
+    ("make", "arguments", "words"),
+    [
+        (catalogue_requests, ("train", 5, 5, 0), r"'train'.*tune, certify, test"),
+        (catalogue_requests, ("test", 0, 5, 0), "0 requests of 5"),
+        (catalogue_requests, ("test", 1, 4, 3, 10_000), "no target of test has 10000 strictly earlier rows"),
+        (labelled_requests, ("test", 5, 999), r"no user has 999 .*ranking\.labelled_minimum"),
+    ],
+)
+def test_bad_arguments(make: Any, arguments: Any, words: str, split: SplitInteractions) -> None:
+    with pytest.raises((ConfigError, DataError), match=words):
+        make(split, *arguments)

@@ -1,4 +1,5 @@
-"""Requests of logs, end to end: what `prepare` makes of them scores as the packed evaluation does, and the commands work.
+"""Requests of logs, end to end: what `prepare` makes of them scores as the packed evaluation does, and the commands
+work.
 
 Unusual here: one tiny fit with sharp attention serves all tests (as in tests/test_predict.py), so a wrong position,
 group or window moves scores far more than rounding does.

@@ -36,7 +36,9 @@ def fit(criterion, world, prefix_cached=False, steps=20):
     return (
         outputs,
         confidence,
-        threshold_path(confidence, outputs.logits, world.labels, world.layers, *world.tokens, prefix_cached, steps),
+        threshold_path(
+            confidence, outputs.logits, world.labels, world.layers, *world.tokens, prefix_cached, steps
+        ),
     )
 
 

@@ -16,10 +16,7 @@ def tiny_config() -> Callable[..., Any]:
     from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
     families: dict[str, Any] = {
-        "llama": LlamaConfig,
-        "qwen2": Qwen2Config,
-        "qwen3": Qwen3Config,
-        "mistral": MistralConfig,
+        c.model_type: c for c in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
     }
 
     def make(family: str = "llama", **changes: Any) -> Any:

@@ -1,21 +1,89 @@
+"""The backbone is the library's forward, layer by layer, with attention that reads only what a layout shows."""
+
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from project.errors import ConfigError
 from project.layout import Layout
+from project.model.attention import segments_attention
 from project.model.backbone import FAMILIES, Backbone
 
-PARTS = ("sequence", "segment", "group", "context", "position")
+HEADS, KV_HEADS, DIM = 6, 2, 8
 Make = Callable[..., Any]
 
 
-def tokens_of(layout: Layout, seed: int = 0) -> Tensor:
-    return torch.randint(0, 64, layout.shape, generator=torch.Generator().manual_seed(seed))
+def inputs(layout: Layout, seed: int, kv_heads: int = KV_HEADS) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(*layout.shape, heads, DIM) for heads in (HEADS, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=generator).transpose(1, 2).requires_grad_() for shape in shapes]
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    """The same attention with the rule written out; padding gives zero."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = F.scaled_dot_product_attention(query, key, value, layout.dense_mask()[:, None], scale=0.3)
+    return out.transpose(1, 2) * (layout.sequence >= 0)[:, :, None, None]
+
+
+def blocked(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    out, weights = segments_attention(nn.Identity(), query, key, value, None, layout=layout, scaling=0.3)
+    assert weights is None
+    return out
+
+
+@pytest.mark.parametrize("block_tokens", [5, 16, 256])
+@pytest.mark.parametrize("seed", range(6))
+def test_attention_equals_dense_mask(random_layout: Make, seed: int, block_tokens: int) -> None:
+    """Output and gradients, with ties, packed sequences, candidates, padding, grouped queries and without."""
+    layout = random_layout(seed, block_tokens=block_tokens)
+    tensors = inputs(layout, seed, HEADS if seed == 3 else KV_HEADS)
+    expected, found = dense(*tensors, layout), blocked(*tensors, layout)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    assert (found[layout.sequence < 0] == 0).all()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad((out * weight).sum(), tensors) for out in (found, expected)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_in_bfloat16(random_layout: Make) -> None:
+    layout = random_layout(1)
+    tensors = [t.to(torch.bfloat16) for t in inputs(layout, 0)]
+    found = blocked(*tensors, layout)
+    assert found.dtype == torch.bfloat16
+    expected = dense(*(t.float() for t in tensors), layout)
+    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
+
+
+def test_invisible_keys_do_not_matter(random_layout: Make) -> None:
+    """Changing everything a query does not see leaves its output bit for bit the same."""
+    layout = random_layout(4)
+    query, key, value = (t.detach() for t in inputs(layout, 0))
+    at = int((layout.sequence[0] >= 0).nonzero().max())
+    hidden = ~layout.dense_mask()[0, at]
+    assert hidden.any()
+    before = blocked(query, key, value, layout)[0, at]
+    key[0, :, hidden] = 100.0
+    value[0, :, hidden] = -100.0
+    assert torch.equal(blocked(query, key, value, layout)[0, at], before)
+
+
+def tokens_of(layout: Layout) -> Tensor:
+    return torch.randint(0, 64, layout.shape, generator=torch.Generator().manual_seed(0))
+
+
+def hidden_of(backbone: Backbone, layout: Layout, tokens: Tensor | None = None) -> Tensor:
+    state = backbone.embed(tokens_of(layout) if tokens is None else tokens, layout)
+    return backbone.run(state, 0, len(backbone.layers)).hidden
 
 
 @pytest.fixture
@@ -52,7 +120,21 @@ def test_equals_transformers(saved: Make, causal_layout: Make, family: str) -> N
         # the library's last hidden state is after the final norm, the backbone's is before
         staged = backbone.run(state, 2, 3).hidden
         torch.testing.assert_close(backbone.final_norm(staged), expected[3], atol=1e-5, rtol=1e-5)
-        assert torch.equal(backbone.run(backbone.embed(tokens, layout), 0, 3).hidden, staged)
+        assert torch.equal(hidden_of(backbone, layout), staged)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cut_short(saved: Make, causal_layout: Make, family: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """`num_layers` keeps the first layers and the final norm with their weights, silently."""
+    model, folder = saved(family)
+    backbone = Backbone.from_pretrained(folder, num_layers=2).eval()
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
+    assert len(backbone.layers) == backbone.config.num_hidden_layers == 2
+    assert torch.equal(backbone.final_norm.weight, model.model.norm.weight)
+    layout = causal_layout(1, 12)
+    with torch.no_grad():
+        expected = model.model(tokens_of(layout), output_hidden_states=True).hidden_states[2]
+        torch.testing.assert_close(hidden_of(backbone, layout), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,23 +143,18 @@ def test_packed_equals_stand_alone(tiny_config: Make, random_layout: Make, famil
     torch.manual_seed(0)
     backbone = Backbone.from_config(tiny_config(family)).eval()
     layout = random_layout(2)
-    tokens = tokens_of(layout)
-    mask = layout.dense_mask()
+    tokens, mask = tokens_of(layout), layout.dense_mask()
+    names = ("sequence", "segment", "group", "context", "position")
     checked = 0
     with torch.no_grad():
-        packed = backbone.run(backbone.embed(tokens, layout), 0, 3).hidden
+        packed = hidden_of(backbone, layout)
         for row in range(2):
-            for segment in layout.segment[row][layout.sequence[row] >= 0].unique():
-                own = (layout.segment[row] == segment) & (layout.sequence[row] >= 0)
-                end = int(own.nonzero().max())
+            inside = layout.sequence[row] >= 0
+            for segment in layout.segment[row][inside].unique():
+                end = int((inside & (layout.segment[row] == segment)).nonzero().max())
                 part = (row, mask[row, end].nonzero()[:, 0])
-                alone = Layout.build(
-                    *(
-                        getattr(layout, name)[part][None]
-                        for name in ("sequence", "segment", "group", "context", "position")
-                    )
-                )
-                hidden = backbone.run(backbone.embed(tokens[part][None], alone), 0, 3).hidden
+                alone = Layout.build(*(getattr(layout, name)[part][None] for name in names))
+                hidden = hidden_of(backbone, alone, tokens[part][None])
                 torch.testing.assert_close(hidden[0, -1], packed[row, end], atol=1e-4, rtol=1e-4)
                 checked += 1
     assert checked > 20
@@ -93,77 +170,54 @@ def test_ties_see_no_answers(tiny_config: Make) -> None:
     changed = tokens.clone()
     changed[0, 5:10] = (changed[0, 5:10] + 1) % 64
     with torch.no_grad():
-        before, after = (backbone.run(backbone.embed(t, layout), 0, 3).hidden[0] for t in (tokens, changed))
+        before, after = (hidden_of(backbone, layout, t)[0] for t in (tokens, changed))
     assert torch.equal(before[10:15], after[10:15])
     assert not torch.allclose(before[15:], after[15:])
 
 
-def test_gradient_checkpointing_changes_nothing(tiny_config: Make, random_layout: Make) -> None:
-    """Recomputing activations gives the same output and the same gradients."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradient_checkpointing_changes_nothing(tiny_config: Make, random_layout: Make, frozen: bool) -> None:
     backbone = Backbone.from_config(tiny_config())
-    layout = random_layout(0)
+    if frozen:
+        backbone.requires_grad_(False).layers[2].requires_grad_(True)
     results = []
     for backbone.gradient_checkpointing in (False, True):
         backbone.zero_grad()
-        hidden = backbone.run(backbone.embed(tokens_of(layout), layout), 0, 3).hidden
+        hidden = hidden_of(backbone, random_layout(0))
         hidden.square().sum().backward()
         results.append([hidden.detach(), *(p.grad for p in backbone.parameters() if p.grad is not None)])
-    assert len(results[0]) == len(results[1]) > 20
+    assert len(results[0]) == 1 + sum(p.requires_grad for p in backbone.parameters())
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_checkpointing_through_a_frozen_backbone(tiny_config: Make, random_layout: Make) -> None:
-    """With all but the last layer frozen, recomputation still brings gradients to the last layer."""
-    backbone = Backbone.from_config(tiny_config()).requires_grad_(False)
-    backbone.layers[2].requires_grad_(True)
-    backbone.gradient_checkpointing = True
-    layout = random_layout(0)
-    backbone.run(backbone.embed(tokens_of(layout), layout), 0, 3).hidden.square().sum().backward()
-    assert all(p.grad is not None for p in backbone.layers[2].parameters())
-
-
 def test_autocast_to_bfloat16(tiny_config: Make, random_layout: Make) -> None:
-    """Under autocast (bf16-mixed) the backbone runs, within bfloat16's rounding of float32."""
     torch.manual_seed(0)
     backbone = Backbone.from_config(tiny_config(initializer_range=0.05)).eval()
     layout = random_layout(0)
-    tokens = tokens_of(layout)
     with torch.no_grad():
-        exact = backbone.run(backbone.embed(tokens, layout), 0, 3).hidden
+        exact = hidden_of(backbone, layout)
         with torch.autocast("cpu", torch.bfloat16):
-            rough = backbone.run(backbone.embed(tokens, layout), 0, 3).hidden
+            rough = hidden_of(backbone, layout)
     torch.testing.assert_close(rough.float(), exact, atol=0.05, rtol=0.05)
 
 
-def test_weights_in_bfloat16(saved: Make, random_layout: Make) -> None:
-    """`dtype` sets the type of weights and states."""
+def test_from_pretrained(saved: Make, random_layout: Make) -> None:
+    """`dtype` sets the type of weights and states; modules start in training mode, for dropout of adapters."""
     backbone = Backbone.from_pretrained(saved()[1], dtype=torch.bfloat16)
-    layout = random_layout(0)
-    state = backbone.run(backbone.embed(tokens_of(layout), layout), 0, 3)
-    assert {p.dtype for p in backbone.parameters()} == {state.hidden.dtype} == {torch.bfloat16}
+    assert all(module.training for module in backbone.modules())
+    hidden = hidden_of(backbone, random_layout(0))
+    assert {p.dtype for p in backbone.parameters()} == {hidden.dtype} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cut_short(saved: Make, causal_layout: Make, family: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """`num_layers` keeps the first layers and the final norm with their weights, silently."""
-    model, folder = saved(family)
-    backbone = Backbone.from_pretrained(folder, num_layers=2).eval()
-    assert "UNEXPECTED" not in "".join(capfd.readouterr())
-    assert len(backbone.layers) == backbone.config.num_hidden_layers == 2
-    assert torch.equal(backbone.final_norm.weight, model.model.norm.weight)
-    layout = causal_layout(1, 12)
-    with torch.no_grad():
-        expected = model.model(tokens_of(layout), output_hidden_states=True).hidden_states[2]
-        found = backbone.run(backbone.embed(tokens_of(layout), layout), 0, 2).hidden
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_from_config_leaves_the_config_alone(tiny_config: Make) -> None:
-    """The caller's configuration is copied, not cut."""
-    config = tiny_config("qwen2")
-    assert len(Backbone.from_config(config, num_layers=1).layers) == 1
+def test_from_config(tiny_config: Make) -> None:
+    """The caller's configuration is copied, not cut; no LM head is saved or trained."""
+    config = tiny_config("qwen2", tie_word_embeddings=False)
+    backbone = Backbone.from_config(config, num_layers=1)
+    assert len(backbone.layers) == 1
     assert config.num_hidden_layers == len(config.layer_types) == 3
+    assert {name.split(".")[0] for name in backbone.state_dict()} == {"embed_tokens", "layers", "final_norm"}
+    assert {n for n, p in backbone.named_parameters() if not p.requires_grad} == {"final_norm.weight"}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -173,80 +227,50 @@ def test_answer_direction(saved: Make, tied: bool) -> None:
     rows = model.lm_head.weight.detach()
     assert torch.equal(rows, model.model.embed_tokens.weight) == tied
     backbone = Backbone.from_pretrained(folder)
-    expected = (rows[3] + rows[9]) / 2 - rows[5]
-    torch.testing.assert_close(backbone.answer_direction([3, 9], [5]), expected)
+    torch.testing.assert_close(backbone.answer_direction([3, 9], [5]), (rows[3] + rows[9]) / 2 - rows[5])
     backbone.release_lm_head()
     with pytest.raises(IndexError):
         backbone.answer_direction([3], [5])
 
 
-def test_lm_head_is_neither_saved_nor_trained(tiny_config: Make) -> None:
-    """State and parameters hold embeddings, layers and a frozen final norm; no LM head, no whole model."""
-    backbone = Backbone.from_config(tiny_config(tie_word_embeddings=False))
-    assert {name.split(".")[0] for name in backbone.state_dict()} == {"embed_tokens", "layers", "final_norm"}
-    assert {n for n, p in backbone.named_parameters() if not p.requires_grad} == {"final_norm.weight"}
-
-
-def test_starts_in_training_mode(saved: Make) -> None:
-    """Loaded modules are in training mode, so that dropout of adapters works in fit."""
-    assert all(module.training for module in Backbone.from_pretrained(saved()[1]).modules())
+LINEAR = ["full_attention", "linear_attention", "full_attention"]
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "named"),
+    ("family", "changes", "words"),
     [
-        ("mistral", {"sliding_window": 4096}, "sliding_window = 4096"),
-        (
-            "qwen2",
-            {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
-            "linear_attention",
-        ),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "'dynamic'",
-        ),
+        ("mistral", {"sliding_window": 4096}, "'mistral'.*sliding_window = 4096"),
+        ("qwen2", {"layer_types": LINEAR}, "'qwen2'.*linear_attention"),
+        ("llama", {"rope_parameters": DYNAMIC}, "'llama'.*'dynamic'"),
         ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ],
 )
-def test_refuses_by_name(tiny_config: Make, family: str, changes: dict[str, Any], named: str) -> None:
-    """What the backbone would compute wrongly is refused: key, family, finding and supported list."""
-    with pytest.raises(ConfigError) as error:
+def test_refuses_what_it_would_compute_wrongly(
+    tiny_config: Make, family: str, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"(?s)model\.backbone.*{words}"):
         Backbone.from_config(tiny_config(family, **changes))
-    for part in ("model.backbone", repr(family), named, "Qwen3 and Mistral"):
-        assert part in str(error.value)
 
 
-def test_refuses_rotary_by_layer(tiny_config: Make) -> None:
-    """Rotary parameters by layer type are refused."""
-    config = tiny_config("qwen3")
-    config.rope_parameters = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
-    with pytest.raises(ConfigError, match="differ by layer"):
-        Backbone.from_config(config)
-
-
-def test_refuses_other_families() -> None:
-    """A family that is not on the list is named."""
+def test_refuses_other_backbones(tiny_config: Make, tmp_path: Path) -> None:
+    """Rotary parameters by layer, other families, more layers than there are, a folder without a model."""
     from transformers import GPT2Config
 
-    with pytest.raises(ConfigError, match=r"'gpt2'.*model_type llama, qwen2, qwen3, mistral"):
-        Backbone.from_config(GPT2Config())
-
-
-def test_refuses_too_many_layers(tiny_config: Make) -> None:
-    """A depth that the backbone does not have names the key, the value and the backbone's depth."""
-    with pytest.raises(ConfigError, match=r"model\.exit_layers ends at 4.* has 3 layers"):
-        Backbone.from_config(tiny_config(), num_layers=4)
-
-
-def test_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
-    """A folder that is no model names the key and the folder."""
+    by_layer = tiny_config("qwen3")
+    by_layer.rope_parameters = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    for config, layers, words in (
+        (by_layer, None, "differ by layer"),
+        (GPT2Config(), None, "'gpt2'"),
+        (tiny_config(), 4, r"model\.exit_layers ends at 4.* has 3 layers"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Backbone.from_config(config, num_layers=layers)
     with pytest.raises(ConfigError, match=r"model\.backbone is .*nothing"):
         Backbone.from_pretrained(tmp_path / "nothing")
 
 
 def test_refuses_missing_weights(saved: Make) -> None:
-    """A model whose files lack a layer is refused instead of being filled with random numbers."""
     from safetensors.torch import load_file, save_file
 
     _, folder = saved()
