@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 # before torch starts: tiny matrices on many threads cost more than they give, most of all beside other processes
@@ -16,7 +17,7 @@ import pytest
 import torch
 import yaml
 from hypothesis import settings
-from world import tiny_settings
+from world import call, tiny_settings
 
 settings.register_profile(
     "untimed", deadline=None
@@ -119,15 +120,15 @@ def tiny_config(tiny_model: Path, tiny_logs: Path, tmp_path: Path) -> Callable[.
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> Callable[..., None]:
     """Runs `python -m project ...` in this process."""
-    from project.__main__ import main
-
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    return functools.partial(call, session_cache)
 
-    def call(*arguments: object) -> None:
-        monkeypatch.setattr("sys.argv", ["project", *map(str, arguments)])
-        main()
 
-    return call
+@pytest.fixture
+def fitted(run: Callable[..., None], tiny_config: Callable[..., Path], tmp_path: Path) -> Path:
+    """Folder of a tiny trained run."""
+    run("fit", "--config", tiny_config())
+    return (tmp_path / "runs" / "tiny" / "latest").resolve()
 
 
 @pytest.fixture

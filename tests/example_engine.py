@@ -146,9 +146,7 @@ def raw_outputs(module: ExitRecommender, request: PreparedRequest) -> HeadOutput
     logits = torch.stack(found) if found else torch.zeros(0, len(EXITS))
     exit_0 = torch.from_numpy(request.exit_0)[:, None]
     return HeadOutputs(
-        (0, *EXITS),
-        torch.cat([exit_0, logits.double()], dim=1),
-        torch.from_numpy(request.retrieved),
+        (0, *EXITS), torch.cat([exit_0, logits.double()], dim=1), torch.from_numpy(request.retrieved)
     )
 
 

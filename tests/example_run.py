@@ -1,21 +1,27 @@
-"""A run folder as a trained, calibrated, tested and benchmarked run would leave it, generated in memory.
+"""A run folder as a trained, calibrated, tested and benchmarked run would leave it; its scores are simulated.
 
-Unusual here: scores are simulated (deeper heads see the truth with less noise), every number of the result files is
-computed from them by project.metrics, so tables and pictures look like a real run's.
+Every number of the result files is computed from the scores as the commands compute it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import polars as pl
-from example_scores import Example, terms
 
-from project.evaluation.bootstrap import UserBootstrap
-from project.run import result_head, write_json, write_table
+from project.data.protocol import FOLDS, ROLES, SPLITS
+from project.evaluation.baselines import AgainstBaseline, Baseline
+from project.evaluation.result import PlannedRows, adaptive_summary, comparison, part_of
+from project.exits.budget import calibrate
+from project.exits.criteria import Consistency, Ratio
+from project.exits.plan import ExitSettings
+from project.metrics import probabilities
+from project.run import result_head, score_table, write_json, write_table
 
+LAYERS = (0, 2, 4, 6)
 MANIFEST = {
     "name": "global_time-80-10-10-h5",
     "hash": "f45a216bc7435a87",
@@ -28,117 +34,89 @@ MANIFEST = {
     "cold_user_share": {"valid": 0.8384, "test": 0.8538},
     "cold_item_share": {"valid": 0.0055, "test": 0.0149},
 }
-CERTIFICATE = {
-    "risk": "score_drift",
-    "epsilon": 0.05,
-    "delta": 0.1,
-    "n": 78,
-    "unit": "user",
-    "kind": "finite-sample",
-    "bound": 0.0712,
-    "estimate": 0.0311,
-    "path_step": None,
-    "passed": False,
-    "users_needed": 210,
-    "words": "Not passed: it is not shown that the mean score_drift over users is at most 0.05 (78 users).",
-}
 
 
-def results(
-    rows: int = 900, layers: tuple[int, ...] = (0, 2, 4, 6), chosen: str = "consistency", seed: int = 0
-) -> tuple[dict[str, dict[str, Any]], dict[str, pl.DataFrame]]:
+def simulated(n: int) -> tuple[pl.DataFrame, pl.DataFrame, list[Baseline]]:
+    """Targets, their score table and baselines: n rows of validation and n of test; deeper heads see the truth
+    better.
+    """
+    rng = np.random.default_rng(0)
+    truth, users = 2 * rng.normal(size=2 * n), n // 20
+    split = np.repeat(["valid", "test"], n)
+    user = rng.integers(0, users, 2 * n) + users * (split == "test")
+    about = {
+        "row_id": np.arange(2 * n),
+        "user": user,
+        "split": split,
+        "fold": np.where(
+            split == "test", None, np.array(["select", "tune", "tune", "tune", "certify"])[user % 5]
+        ),
+        "label": (rng.random(2 * n) < probabilities(truth)).astype(int),
+    }
+    hard = rng.random(2 * n) < 0.5
+    noise = np.cumsum((0.1 + 3 * hard) * rng.normal(size=(4, 2 * n)) * [[0.01], [0.2], [0.3], [0.5]], axis=0)[
+        ::-1
+    ]
+    tokens = {"target_tokens": np.full(2 * n, 25), "stream_tokens": np.full(2 * n, 700)}
+    scores = score_table(
+        {**about, **tokens, "logit_0": truth + noise[0]}, (truth + noise[1:]).T, list(LAYERS[1:])
+    )
+    kinds = {"split": pl.Enum(SPLITS), "fold": pl.Enum(FOLDS), "role": pl.Enum(ROLES)}
+    rows = pl.DataFrame({**about, "role": ["target"] * 2 * n}, schema_overrides=kinds)
+    baselines = [
+        Baseline(
+            name,
+            pl.DataFrame(
+                {"row_id": about["row_id"], "split": split, "logit": 0.3 * truth + rng.normal(size=2 * n)}
+            ),
+        )
+        for name in ("item_rate", "lr_rates", "gbdt_features")
+    ]
+    return rows, scores, baselines
+
+
+def results(rows: int = 400) -> tuple[dict[str, dict[str, Any]], dict[str, pl.DataFrame]]:
     """Result files by name, and score tables by split, of one run.
 
     Args:
-        rows: Rows of test; the tune fold has half of them.
-        layers: Heads, exit 0 first.
-        chosen: The criterion of the policy.
-        seed: Seed of the scores.
+        rows: Rows of test; validation has as many in its three folds.
     """
-    tune, test = Example("valid", rows // 2, layers, seed), Example("test", rows, layers, seed + 1)
-    names = ("ratio", "consistency", "ratio_consistency", "learned")
-    policies, thresholds = [], {}
-    for name in names:
-        path, levels = tune.pareto(name)
-        allowed = [i for i, step in enumerate(path) if step["auc_drop"] <= 0.002]
-        step = max(allowed, key=lambda i: -path[i]["cost"])
-        thresholds[name] = levels[step]
-        limits = {str(k): None if np.isinf(levels[step]) else float(levels[step]) for k in layers}
-        calibration = {str(k): terms(k) for k in layers}
-        policies.append(
-            {
-                "criterion": name,
-                "mode": "budget",
-                "thresholds": limits | {str(layers[-1]): "everyone"},
-                "calibration": calibration,
-                "pareto": path,
-                "chosen_step": step,
-            }
+    targets, scores, baselines = simulated(rows)
+    split: Any = SimpleNamespace(rows=targets)
+    features = np.random.default_rng(1).normal(size=(2 * rows, 3))
+    settings = ExitSettings(criterion=Consistency(), compare=[Ratio()], max_auc_drop=0.01, alpha=0.5)
+    valid = scores.filter(pl.col("split") == "valid")
+    plans = calibrate(valid, features[:rows], settings, MANIFEST["hash"])
+    files: dict[str, dict[str, Any]] = {
+        "calibrate": dict(plans.document),
+        "benchmark": {"rows": benchmark_rows(6)},
+    }
+    for command, name, fold in (("fit", "valid", "tune"), ("test", "test", None)):
+        part = part_of(scores, name, fold)
+        planned = PlannedRows(plans.plan, part, features[part["row_id"]], "cold", draws=100)
+        found = comparison(scores, split, baselines, name, LAYERS[-1])
+        for row in found["exits"] if command == "test" else []:  # as before calibration
+            row |= planned.exits()[row["layer"]]
+        best = next(baseline for baseline in baselines if baseline.name == found["best_baseline"])
+        against = AgainstBaseline(best, part["row_id"].to_numpy(), targets, 100)
+        about = {"split": name} | ({"fold": fold} if fold else {})
+        adaptive = (
+            about
+            | adaptive_summary(plans, planned)
+            | {"baseline_difference": against.difference(planned.logit)}
         )
-    fixed = [tune.step(np.full(len(tune.label), k)) | {"layer": layer} for k, layer in enumerate(layers)]
-    controls = [{"name": "fixed_depth", "pareto": fixed}]
-    controls += [{"name": name, "pareto": tune.pareto(name)[0]} for name in ("random", "oracle")]
-    left = {x.split: x.leave(chosen, thresholds[chosen]) for x in (tune, test)}
-    best = max(step["auc"] for step in fixed)
-    static_exit = next(step for step in fixed if step["auc"] >= best - 0.002)
-    baselines = {"valid": tune.baselines("tune"), "test": test.baselines(None)}
+        files[command] = found | {"stage_seconds": {"retrieved": 25.0, command: 75.1}}
+        files["calibrate" if command == "fit" else command]["adaptive"] = adaptive
+        layer, logit = pl.Series("exit_layer", planned.layer), pl.Series("adaptive_logit", planned.logit)
     head = {
         command: result_head(command, MANIFEST, "runs/quickstart/version_0/config.yaml", 0)
-        for command in ("fit", "test", "calibrate", "benchmark")
+        for command in files
     }
-    difference = UserBootstrap(test.user, 200).difference_interval(
-        test.logits[:, -1], test.baseline, test.label
-    )
-
-    def adaptive(example: Example) -> dict[str, Any]:
-        found = example.adaptive(left[example.split], static_exit["layer"])
-        return found | {"without_exit_0": dict(found)}
-
-    point = tune.step(left["valid"])
-    exit_0 = {
-        "exits": fixed,
-        "criterion": chosen,
-        "chosen": point,
-        "never_enter_backbone": 0.173,
-        "static_exit": static_exit["layer"],
+    test = scores.filter(pl.col("split") == "test").with_columns(layer, logit)
+    return {command: head[command] | content for command, content in files.items()}, {
+        "valid": valid,
+        "test": test,
     }
-    files: dict[str, dict[str, Any]] = {
-        "fit": head["fit"]
-        | {"exits": tune.exits(None, "tune"), "chosen_exit": layers[-1], "baselines": baselines["valid"]}
-        | {
-            "best_baseline": "gbdt_features",
-            "stage_seconds": {"retrieved": 25.0, "train": 1150.2, "validate": 75.1},
-        },
-        "calibrate": head["calibrate"]
-        | {"layers": list(layers), "exit_0": True, "policies": policies, "controls": controls}
-        | {
-            "chosen": chosen,
-            "mode": "budget",
-            "budget": {"max_auc_drop": 0.002, "max_cost": None},
-            "certificate": dict(CERTIFICATE),
-        }
-        | {
-            "static_exit": {
-                "layer": static_exit["layer"],
-                "auc": static_exit["auc"],
-                "cost": static_exit["cost"],
-            }
-        }
-        | {"adaptive": adaptive(tune) | {"fold": "tune"}, "prefix_cached": False}
-        | {
-            "exit_0_rows": {
-                "with_exit_0": exit_0,
-                "without_exit_0": exit_0 | {"exits": fixed[1:], "never_enter_backbone": 0.0},
-            }
-        },
-        "test": head["test"]
-        | {"exits": test.exits(left["test"], None), "chosen_exit": layers[-1], "baselines": baselines["test"]}
-        | {"best_baseline": "gbdt_features", "stage_seconds": {"test": 80.3, "baselines": 6.0}}
-        | {"baseline_difference": {"layer": layers[-1], "baseline": "gbdt_features"} | difference}
-        | {"adaptive": adaptive(test)},
-        "benchmark": head["benchmark"] | {"rows": benchmark_rows(layers[-1])},
-    }
-    return files, {"valid": tune.table(left["valid"]), "test": test.table(left["test"])}
 
 
 def benchmark_rows(depth: int) -> list[dict[str, Any]]:

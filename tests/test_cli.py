@@ -1,12 +1,12 @@
-"""The commands, end to end on a tiny world, and what they say when the input is wrong."""
+"""The commands, end to end on a tiny world: what they write, what they refuse, and how calibration comes out."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -15,8 +15,15 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from world import given, result
 
-from project.callbacks import will_be_saved
+from project.callbacks import ExitCalibration, will_be_saved
+from project.data.logs import TableLogs
+from project.data.protocol import Protocol, apply_protocol, build_interactions
+from project.errors import DataError
+from project.exits.plan import ExitPlan
+from project.features import FeatureBaseline, feature_matrix
+from project.model.module import ExitRecommender
 from project.run import SCORE_COLUMNS
 
 Run = Callable[..., None]
@@ -24,57 +31,51 @@ Config = Callable[..., Path]
 
 
 def latest(tmp_path: Path) -> Path:
-    return tmp_path / "runs" / "tiny" / "latest"
+    return (tmp_path / "runs" / "tiny" / "latest").resolve()
 
 
-def result(folder: Path, name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "results" / f"{name}.json").read_text())
-    return content
+def state_of(folder: Path) -> dict[str, Any]:
+    content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    found: dict[str, Any] = content["callbacks"]["ExitCalibration"]
+    return found
 
 
 @pytest.mark.slow
-def test_the_main_job(run: Run, tiny_config: Config, tmp_path: Path) -> None:
-    """fit, test, validate, baselines and predict, each from the saved config, leave the files the contract names."""
-    run("fit", "--config", tiny_config())
-    folder = latest(tmp_path)
-    given = ("--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
-
-    fit = result(folder, "fit")
-    assert [(row["layer"], row["split"], row["fold"]) for row in fit["exits"]] == [
-        (0, "valid", "tune"),
-        (1, "valid", "tune"),
-        (3, "valid", "tune"),
-    ]
+def test_the_main_job(run: Run, fitted: Path, tmp_path: Path) -> None:
+    fit = result(fitted, "fit")
+    shown = [(row["layer"], row["split"], row["fold"]) for row in fit["exits"]]
+    assert shown == [(layer, "valid", "tune") for layer in (0, 1, 3)]
     names = {"item_rate", "user_rate", "neighbour_vote", "lr_rates", "lr_features", "gbdt_features"}
     assert names <= {row["name"] for row in fit["baselines"]}  # and those that another test kept
     assert {"read logs", "retrieve", "train", "validate"} <= set(fit["stage_seconds"])
 
-    run("test", *given)
-    test = result(folder, "test")
+    run("test", *given(fitted))
+    test = result(fitted, "test")
     assert test["chosen_exit"] == fit["chosen_exit"] in (1, 3)
     assert test["protocol"]["hash"] == fit["protocol"]["hash"]
-    counts = test["protocol"]["counts"]
-    assert all(
-        row["n"] == counts["test"] and row["split"] == "test" for row in test["exits"] + test["baselines"]
-    )
+    count = test["protocol"]["counts"]["test"]
+    assert {(row["n"], row["split"]) for row in test["exits"] + test["baselines"]} == {(count, "test")}
     assert {d["baseline"] for d in test["baseline_differences"]} == {test["best_baseline"], "lr_rates"}
     sizes = {part["name"]: part["n"] for part in test["slices"]}
-    assert sum(n for name, n in sizes.items() if name.startswith("item_")) == counts["test"]
-    assert all([row["mean_depth"] for row in part["rows"] if row.get("plan")] for part in test["slices"])
-    scores = pl.read_parquet(folder / "scores" / "test.parquet")
+    assert sum(n for name, n in sizes.items() if name.startswith("item_")) == count
+    scores = pl.read_parquet(fitted / "scores" / "test.parquet")
     assert scores.columns == [*SCORE_COLUMNS, "logit_1", "logit_3", "exit_layer", "adaptive_logit"]
-    assert len(scores) == counts["test"] == scores["row_id"].n_unique()
+    assert len(scores) == count == scores["row_id"].n_unique()
 
-    run("validate", *given)
-    assert result(folder, "validate")["exits"] == fit["exits"]
-    run("baselines", *given)
-    baselines = [f for f in result(folder, "baselines")["baselines"] if f["split"] == "test"]
+    run("validate", *given(fitted))
+    assert result(fitted, "validate")["exits"] == fit["exits"]
+    run("baselines", *given(fitted))
+    baselines = [f for f in result(fitted, "baselines")["baselines"] if f["split"] == "test"]
     assert baselines[: len(test["baselines"])] == test["baselines"]  # the command appends slower ones
+    page = fitted / "report" / "report.html"
+    page.unlink()
+    run("report", fitted)
+    assert "data:image/png;base64" in page.read_text()
     assert not (tmp_path / "runs" / "tiny" / "version_1").exists()
 
-    bundle = json.loads((folder / "bundle" / "bundle.json").read_text())
+    bundle = json.loads((fitted / "bundle" / "bundle.json").read_text())
     assert bundle["protocol"]["hash"] == test["protocol"]["hash"]
-    assert (folder / "bundle" / bundle["retrieved"] / "test.parquet").is_file()
+    assert (fitted / "bundle" / bundle["retrieved"] / "test.parquet").is_file()
 
 
 @pytest.mark.slow
@@ -93,92 +94,47 @@ def test_limited_batches(
 
 
 @pytest.mark.slow
-def test_predict_equals_test(run: Run, tiny_config: Config, tmp_path: Path) -> None:
-    """A request at a test row's own time scores its item as `test` did; unseen users and items have scores too."""
-    run("fit", "--config", tiny_config())
-    folder = latest(tmp_path)
-    given = ("--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
-    run("test", *given)
-    scores = pl.read_parquet(folder / "scores" / "test.parquet").sort("row_id")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    files = config["data"]["logs"]["init_args"]
-    log = pl.read_csv(files["interactions"]).sort("timestamp")
-
-    from project.data.logs import TableLogs
-    from project.data.protocol import Protocol, apply_protocol, build_interactions
-
+def test_predict_equals_test(run: Run, fitted: Path, tmp_path: Path) -> None:
+    run("test", *given(fitted))
+    scores = pl.read_parquet(fitted / "scores" / "test.parquet").sort("row_id")
+    config = yaml.safe_load((fitted / "config.yaml").read_text())
     protocol = Protocol(**config["data"]["protocol"])
-    split = apply_protocol(
-        build_interactions(TableLogs(files["interactions"], files["items"]).read(), protocol), protocol
-    )
+    logs = TableLogs(**config["data"]["logs"]["init_args"]).read()
+    split = apply_protocol(build_interactions(logs, protocol), protocol)
     users, items = (
-        dict(t.select(c, f"{c}_id").iter_rows())
-        for t, c in ((split.interactions.users, "user"), (split.interactions.items, "item"))
+        dict(table.select(c, f"{c}_id").iter_rows())
+        for table, c in ((split.interactions.users, "user"), (split.interactions.items, "item"))
     )
-    rows = split.rows[scores["row_id"]]
-    requests: list[dict[str, Any]] = []
-    for row in rows.iter_rows(named=True):
-        requests.append(
-            {"request_id": f"r{row['row_id']}", "user_id": users[row["user"]], "time": row["timestamp"],
-             "candidates": [items[row["item"]], "i0"]}
-        )  # fmt: skip
-    past = log.filter(
-        (pl.col("user_id") == requests[-1]["user_id"]) & (pl.col("timestamp") < requests[-1]["time"])
-    )
-    history = [
-        {"item_id": i, "label": int(r > 3), "time": t}
-        for i, r, t in past.select("item_id", "rating", "timestamp").iter_rows()
-    ]
-    fresh = {"item_id": "new", "title": "a dog at sea", "year": "2020"}
-    requests.append({"request_id": "new", "user_id": "nobody", "candidates": ["i1", fresh]})
-    requests.append(
-        {
-            "request_id": "own",
-            "history": history,
-            "time": requests[-2]["time"],
-            "candidates": requests[-2]["candidates"],
-        }
-    )
+    requests = [
+        {"request_id": f"r{row['row_id']}", "user_id": users[row["user"]], "time": row["timestamp"],
+         "candidates": [items[row["item"]], "i0"]}
+        for row in split.rows[scores["row_id"]].iter_rows(named=True)
+    ]  # fmt: skip
     path = tmp_path / "requests.jsonl"
     path.write_text("\n".join(map(json.dumps, requests)))
-    run("predict", *given, "--data.requests", path)
-    predicted = pl.read_parquet(folder / "scores" / "predict.parquet")
+    run("predict", *given(fitted), "--data.requests", path)
+    predicted = pl.read_parquet(fitted / "scores" / "predict.parquet")
     assert len(predicted) == 2 * len(requests)
-    first = predicted.filter((pl.col("candidate_index") == 0) & pl.col("request_id").str.starts_with("r"))
+    first = predicted.filter(pl.col("candidate_index") == 0)
     for column in ("logit_0", "logit_1", "logit_3"):
         assert np.abs(first[column].to_numpy() - scores[column].to_numpy()).max() < 1e-4
-    new = predicted.filter(pl.col("request_id") == "new")
-    assert new["item_id"].to_list() == ["i1", "new"]
-    assert new.select("logit_1", "logit_3").null_count().sum_horizontal().item() == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("run", r"run, which is a folder; .* run/checkpoints/last\.ckpt\."),
-        ("own.yaml", r"own\.yaml, which is not a checkpoint, or not a whole one"),
-        ("absent.ckpt", r"absent\.ckpt, which does not exist"),
-    ],
-)
 def test_ckpt_path_is_a_checkpoint(
-    run: Run,
-    tiny_config: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    words: str,
+    fails: Callable[..., str], tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run's folder suggests its last checkpoint; another file and none are named, before anything is made."""
     config = tiny_config()
     monkeypatch.chdir(tmp_path)
     Path("run/checkpoints").mkdir(parents=True)
     Path("run/checkpoints/last.ckpt").touch()
     Path("own.yaml").write_text("model: {}\n")
-    with pytest.raises(SystemExit) as stopped:
-        run("test", "--config", config, "--ckpt_path", name)
-    assert stopped.value.code == 2
-    assert re.search(rf"CheckpointError: ckpt_path is {words}", capsys.readouterr().err)
+    for wrong in (
+        "run, which is a folder",
+        "own.yaml, which is not a checkpoint",
+        "absent.ckpt, which does not",
+    ):
+        name = wrong.split(",")[0]
+        assert f"ckpt_path is {wrong}" in fails("test", "--config", config, "--ckpt_path", name)
 
 
 @pytest.mark.parametrize(("save_top_k", "expected"), [(0, True), (1, False), (-1, False)])
@@ -189,3 +145,82 @@ def test_what_is_saved_without_a_best(tmp_path: Path, save_top_k: int, expected:
     assert will_be_saved(trainer) is expected  # the metric is not there yet
     trainer.callback_metrics["select/auc/deepest"] = torch.tensor(0.6)
     assert will_be_saved(trainer)
+
+
+@pytest.mark.slow
+def test_calibrate_again_is_the_same(run: Run, fitted: Path) -> None:
+    """From the run's own config and checkpoint the command gives what the callback gave, from the score table or
+    anew.
+    """
+    before, policies = state_of(fitted), result(fitted, "calibrate")["policies"]
+    run("calibrate", *given(fitted))
+    assert result(fitted, "calibrate")["policies"] == policies
+    torch.testing.assert_close(state_of(fitted)["plan"]["thresholds"], before["plan"]["thresholds"])
+    run("calibrate", *given(fitted), "--rescore", "true")
+    assert result(fitted, "calibrate")["policies"] == policies
+
+
+@pytest.mark.slow
+def test_simulated_equals_heads(run: Run, fitted: Path) -> None:
+    """On test, every row's reported exit is what its heads say one by one, and the result file adds them up right."""
+    run("test", *given(fitted))
+    scores, adaptive = pl.read_parquet(fitted / "scores" / "test.parquet"), result(fitted, "test")["adaptive"]
+    plan = ExitPlan.from_state(state_of(fitted)["plan"])
+    exit_0 = torch.load(fitted / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["exit_0"]
+    base = FeatureBaseline.from_array(exit_0.numpy()).base
+    (file,) = (fitted / "bundle" / "retrieved").glob("*/test.parquet")
+    retrieved = pl.read_parquet(file)
+    rows = scores.select("row_id").join(retrieved, on="row_id", how="left", maintain_order="left")
+    outputs = plan.outputs(scores, feature_matrix(rows, base))
+    for row in range(len(scores)):
+        alone = outputs.rows(torch.tensor([row]))
+        head = next(k for k in range(len(plan.layers)) if plan.policy.leaves(alone.until(k)))
+        assert scores["exit_layer"][row] == plan.layers[head]
+        assert scores["adaptive_logit"][row] == pytest.approx(float(alone.logits[0, head]), abs=1e-5)
+    assert adaptive["mean_depth"] == pytest.approx(scores["exit_layer"].mean())
+    tokens = (scores["target_tokens"] + scores["stream_tokens"]).to_numpy()
+    spent = float((scores["exit_layer"].to_numpy() * tokens).sum())
+    expected = pytest.approx(3 * tokens.sum() / spent) if spent else None  # None: no layer runs
+    assert adaptive["token_layer_speedup"] == expected
+    shares = {row["layer"]: row["exit_share"] for row in result(fitted, "test")["exits"]}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert np.isclose(shares[3], (scores["exit_layer"] == 3).mean())
+
+
+@pytest.mark.slow
+def test_second_certificate_is_refused(
+    run: Run, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another epsilon on a fold that was tested: the plan is made, without a certificate, and the ledger stays."""
+    run("fit", "--config", tiny_config(), "--exits.certificate.epsilon", "0.9")
+    folder = latest(tmp_path)
+    issued = result(folder, "calibrate")
+    assert issued["certificate"]["passed"] is not None
+    run("calibrate", *given(folder), "--exits.certificate.epsilon", "0.8")
+    assert "voids delta" in " ".join(capsys.readouterr().out.split())
+    again = result(folder, "calibrate")
+    assert again["certificate"] is None
+    assert (again["ledger"], again["policies"]) == (issued["ledger"], issued["policies"])
+    run("calibrate", *given(folder), "--exits.certificate", "null")
+    assert result(folder, "calibrate")["certificate"] is None
+
+
+@pytest.mark.slow
+def test_failed_calibration_leaves_no_stale_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a later validation cannot be calibrated, the plan of an earlier one does not go into its checkpoint."""
+    module = ExitRecommender("unused", [1, 3])
+    module.scores = pl.DataFrame()
+    callback = ExitCalibration()
+    callback.found = cast(Any, "the plan of epoch 0")
+
+    def fails(*_: object) -> None:
+        raise DataError("one class")
+
+    monkeypatch.setattr(callback, "calibrate", fails)
+    trainer = SimpleNamespace(
+        sanity_checking=False, state=SimpleNamespace(fn="fit"), checkpoint_callback=None, datamodule=None,
+        loggers=[], default_root_dir=str(tmp_path),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="not calibrated: one class"):
+        callback.on_validation_end(cast(Any, trainer), module)
+    assert callback.state_dict() == {}

@@ -1,34 +1,38 @@
-"""Shipped YAML and saved YAML: every recipe parses and makes its objects, and config.yaml of a run can be given back.
-
-Unusual here: `fit` of the Trainer is replaced where a recipe is only to be made, so nothing is fetched or trained.
-"""
+"""Shipped YAML and saved YAML: every file parses and makes its objects, and config.yaml of a run can be given back."""
 
 from __future__ import annotations
 
 import functools
-import json
+import re
+import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
+from world import given as of_run
+from world import result
 
 from project.callbacks import ResultFiles, RunBundle
 from project.datamodule import InteractionData
 from project.model.module import ExitRecommender
 from project.model.sharding import FullyShardedStrategy
-from project.retrieval import NoRetriever
+from project.retrieval import ItemKNN, NoRetriever, Retriever, TextEncoder
 from project.trainer import ProjectTrainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
+SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
+RETRIEVERS = sorted((CONFIGS / "retrievers").glob("*.yaml"))
+KINDS: dict[str, type[Retriever]] = {"text": TextEncoder, "item_knn": ItemKNN, "none": NoRetriever}
 Run = Callable[..., None]
 Config = Callable[..., Path]
 
@@ -75,22 +79,13 @@ def leaves(config: Any, at: str = "") -> dict[str, Any]:
     return {k: v for key, value in config.items() for k, v in leaves(value, f"{at}.{key}").items()}
 
 
-def test_there_are_recipes() -> None:
-    """The recipes and overlays that the README names are among those tested here."""
-    assert "quickstart" in map(by_name, RECIPES)
-    assert {"12_layers", "30_layers", "no_exit_0", "wandb", "ddp", "fsdp", "lora", "no_retrieval"} <= set(
-        map(by_name, OVERLAYS)
-    )
-
-
 @pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=by_name)
 @pytest.mark.parametrize("recipe", RECIPES, ids=by_name)
 def test_shipped_recipes(recipe: Path, overlay: Path | None, made: Callable[..., tuple[Any, ...]]) -> None:
-    """Every recipe, alone and with each overlay, makes a trainer, a model and data that fit together."""
     trainer, model, data = made(*given(recipe, overlay))
     assert isinstance(model, ExitRecommender)
     assert isinstance(data, InteractionData)
-    assert model.backbone_name == data.tokenizer_name
+    assert model.backbone == data.tokenizer_name
     assert model.answers == data.prompt.answers
     data.protocol.check()
     kinds = {type(c) for c in trainer.callbacks}
@@ -131,15 +126,19 @@ def test_overlays_make_what_they_promise(
 ) -> None:
     """Adapters; no neighbours; a W&B logger after the CSV one, online with a key; two processes, in two ways."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    overlays = {p.stem: p for p in OVERLAYS}
-    assert made(*given(tiny_config(), overlays["lora"]))[1].lora.rank == 16
-    assert isinstance(made(*given(tiny_config(), overlays["no_retrieval"]))[2].retriever, NoRetriever)
-    csv, wandb = made(*given(tiny_config(), overlays["wandb"]))[0].loggers
+
+    def over(name: str) -> tuple[Any, Any, Any]:
+        found: tuple[Any, Any, Any] = made(*given(tiny_config(), CONFIGS / "overlays" / f"{name}.yaml"))
+        return found
+
+    assert over("lora")[1].lora.rank == 16
+    assert isinstance(over("no_retrieval")[2].retriever, NoRetriever)
+    csv, wandb = over("wandb")[0].loggers
     assert isinstance(csv, CSVLogger)
     assert isinstance(wandb, WandbLogger)
     assert not wandb._offline
     for name, strategy in (("ddp", DDPStrategy), ("fsdp", FullyShardedStrategy)):
-        trainer = made(*given(tiny_config(), overlays[name]))[0]
+        trainer = over(name)[0]
         assert trainer.world_size == 2
         assert type(trainer.strategy) is strategy
 
@@ -157,7 +156,6 @@ def test_values_are_said_once(made: Callable[..., Any], tiny_config: Config, tin
 def test_one_yaml_serves_every_command(
     run: Run, capsys: pytest.CaptureFixture[str], tiny_config: Config
 ) -> None:
-    """The same YAML parses under every command, to the same data and model."""
     expected = printed(run, capsys, "fit", *given(tiny_config()))
     for command in ("validate", "test", "predict", "baselines", "benchmark"):
         config = printed(run, capsys, command, *given(tiny_config()))
@@ -165,68 +163,103 @@ def test_one_yaml_serves_every_command(
         assert config["model"] == expected["model"]
 
 
-LABELLED = {
-    "data.protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2], "label": None, "name": "given labels"},
-    "data.protocol.duplicates": "first",
-    "data.prompt": {"instruction": 'One: "two"\n', "segment": "{title} all {item_percent}:"},
-    "model.lora": None,
-}
-
-
-@pytest.fixture(scope="module")
-def labelled_logs(tiny_logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny log with 0/1 labels instead of ratings."""
-    path = tmp_path_factory.mktemp("labelled") / "labels.csv"
-    table = pl.read_csv(tiny_logs / "interactions.csv")
-    table.select(pl.exclude("rating"), liked=(pl.col("rating") > 3).cast(pl.Int8)).write_csv(path)
-    return path
-
-
-def results(folder: Path, command: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "results" / f"{command}.json").read_text())
-    return content
-
-
 @pytest.mark.slow
-def test_saved_config_can_be_given_back(
-    run: Run, tiny_config: Config, labelled_logs: Path, tmp_path: Path
-) -> None:
-    """Saved config.yaml keeps nulls, gives fit, validate and test the same protocol hash, and saves as itself again."""
-    logs = {"data.logs.init_args.interactions": str(labelled_logs)}
-    columns = {"data.logs.init_args.columns": {"label": "liked"}}
-    run("fit", *given(tiny_config(**LABELLED, **logs, **columns)), "--trainer.limit_train_batches", 2)
+def test_saved_config_can_be_given_back(run: Run, tiny_config: Config, tmp_path: Path) -> None:
+    """Saved config.yaml keeps nulls and all that overlays and the command line said.
+
+    It alone gives fit, validate and test the same protocol hash, and saves as itself again.
+    """
+    overlay = tmp_path / "lora.yaml"
+    overlay.write_text((CONFIGS / "overlays" / "lora.yaml").read_text())
+    said = {"data.prompt": {"instruction": 'One: "two"\n', "segment": "{title} all {item_percent}:"}}
+    run("fit", *given(tiny_config(**said), overlay), "--trainer.limit_train_batches", 2)
+    overlay.unlink()
     first, second = (tmp_path / "runs" / "tiny" / f"version_{k}" for k in (0, 1))
     saved = yaml.safe_load((first / "config.yaml").read_text())
-    assert saved["data"]["protocol"]["label"] is None
-    assert saved["data"]["protocol"]["duplicates"] == "first"
+    assert saved["data"]["mf"] is None
     assert saved["data"]["prompt"]["instruction"] == 'One: "two"\n'
-    assert saved["model"]["lora"] is None
-    assert saved["trainer"]["limit_train_batches"] == 2
+    assert (saved["model"]["lora"]["rank"], saved["trainer"]["limit_train_batches"]) == (16, 2)
 
-    expected = results(first, "fit")
-    checkpoint = ("--ckpt_path", first / "checkpoints" / "last.ckpt")
+    expected = result(first, "fit")
     for command in ("validate", "test"):
-        run(command, *given(first / "config.yaml"), *checkpoint)
-        assert results(first, command)["protocol"] == expected["protocol"]
-    assert results(first, "validate")["exits"] == expected["exits"]
+        run(command, *of_run(first))
+        assert result(first, command)["protocol"] == expected["protocol"]
+    assert result(first, "validate")["exits"] == expected["exits"]
     assert not second.exists()  # commands that were given a checkpoint write into its run
 
     run("fit", *given(first / "config.yaml"))
-    assert results(second, "fit")["protocol"] == expected["protocol"]
-    assert results(second, "fit")["exits"] == expected["exits"]  # the same run once more
+    assert result(second, "fit")["protocol"] == expected["protocol"]
+    assert result(second, "fit")["exits"] == expected["exits"]  # the same run once more
     assert (second / "config.yaml").read_text() == (first / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize("overlay", RETRIEVERS, ids=by_name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=by_name)
+def test_each_recipe_gets_the_retriever(recipe: Path, overlay: Path, made: Callable[..., Any]) -> None:
+    data = made(*given(recipe, overlay))[2]
+    assert type(data.retriever) is KINDS[overlay.stem]
+    said = yaml.safe_load(recipe.read_text())["data"]
+    own = said["retriever"].get("init_args", {}) if isinstance(said["retriever"], dict) else {}
+    can_list = overlay.stem == "text"
+    assert data.retriever.similar_every == (own.get("similar_every", 0) if can_list else 0)
+    assert data.prompt.similar == (said["prompt"].get("similar") if can_list else None)
+    assert data.prompt.segment == said["prompt"]["segment"]
+
+
 @pytest.mark.slow
-def test_saved_config_holds_overlays(run: Run, tiny_config: Config, tmp_path: Path) -> None:
-    """What an overlay and the command line said is in config.yaml: it alone is enough for the other commands."""
-    overlay = tmp_path / "lora.yaml"
-    overlay.write_text((CONFIGS / "overlays" / "lora.yaml").read_text())
-    run("fit", *given(tiny_config(), overlay), "--data.context_tokens", 100)
-    overlay.unlink()
-    folder = tmp_path / "runs" / "tiny" / "latest"
-    saved = yaml.safe_load((folder / "config.yaml").read_text())
-    assert saved["model"]["lora"]["rank"] == 16
-    assert saved["data"]["context_tokens"] == 100
-    run("validate", *given(folder / "config.yaml"), "--ckpt_path", folder / "checkpoints" / "last.ckpt")
-    assert results(folder, "validate")["exits"] == results(folder, "fit")["exits"]
+@pytest.mark.parametrize("path", SWEEPS, ids=by_name)
+def test_sweep_values_arrive(
+    path: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    sweep = yaml.safe_load(path.read_text())
+    axes = {key: axis["values"] for key, axis in sweep["parameters"].items()}
+    for i in range(max(map(len, axes.values()))):
+        point = {key: values[i % len(values)] for key, values in axes.items()}
+        args = [f"--{key}={value}" for key, value in point.items()]
+        words = [word for part in sweep["command"] for word in (args if part == "${args}" else [part])]
+        assert words[:4] == ["${env}", "${interpreter}", "-m", "project"]
+        config = printed(run, capsys, *words[4:])
+        for key, value in point.items():
+            found = functools.reduce(lambda at, name: at[name], key.split("."), config)
+            assert found == (yaml.safe_load(value) if isinstance(value, str) else value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SWEEPS, ids=by_name)
+def test_metric_is_logged(path: Path, run: Run, tiny_config: Config, tmp_path: Path) -> None:
+    sweep = yaml.safe_load(path.read_text())
+    point = {key: axis["values"][-1] for key, axis in sweep["parameters"].items()}
+    del point["model.exit_layers"]
+    run("fit", "--config", tiny_config(), *(f"--{key}={value}" for key, value in point.items()))
+    header = (tmp_path / "runs" / "tiny" / "latest" / "metrics.csv").read_text().splitlines()[0]
+    assert sweep["metric"]["name"] in header.split(",")
+
+
+@pytest.mark.slow
+def test_accumulation_steps_less(run: Run, tiny_config: Config, tmp_path: Path) -> None:
+    """With four batches a step, ceil(batches / 4) steps are made, and the schedule ends with the last of them."""
+    small = {"data.batch_tokens": 160, "data.context_tokens": 100}
+    steps = []
+    for option in ([], ["--trainer.accumulate_grad_batches", 4]):
+        run("fit", "--config", tiny_config(**small), *option)
+        folder = tmp_path / "runs" / "tiny" / "latest"
+        content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        steps.append(content["global_step"])
+        (schedule,) = content["lr_schedulers"]
+        assert schedule["last_epoch"] == steps[-1]
+    assert steps[0] > 4
+    assert steps[1] == -(-steps[0] // 4)
+
+
+def test_job_script(run: Run, capsys: pytest.CaptureFixture[str], tiny_config: Config) -> None:
+    script = CONFIGS / "slurm" / "fit.sbatch"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    text = script.read_text()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
+    line = text[text.index("srun") :].replace("\\\n", " ").replace("$config", str(tiny_config()))
+    words = shlex.split(line)
+    assert words[:4] == ["srun", ".venv/bin/python", "-m", "project"]
+    trainer = printed(run, capsys, *words[4:])["trainer"]
+    assert int(asked["ntasks-per-node"]) == int(asked["gpus-per-node"]) == int(trainer["devices"])
+    assert int(asked["nodes"]) == trainer["num_nodes"]

@@ -67,27 +67,10 @@ def json_logs(tiny_logs: Path, tmp_path: Path) -> dict[str, str]:
     return {"events": str(tmp_path / "events.jsonl"), "items": str(tmp_path / "items.jsonl")}
 
 
-def test_every_block_is_known() -> None:
-    """Commands are the Makefile's or are commands; each class in Python is named by a block of YAML, and the reverse."""
-    from project.cli import ProjectCLI
-
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    commands = [line.split("#")[0].split() for kind, body in BLOCKS if not kind for line in body.splitlines()]
-    assert len(commands) == 4
-    makes = [line for line in commands if line[0] == "make"]
-    assert all(set(line[1:]) <= targets for line in makes)
-    assert [line[:3] for line in commands if line not in makes] == [["python", "-m", "pytest"]]
-    assert set(re.findall(r"python -m project (\w+)", TEXT)) <= set(ProjectCLI.subcommands())
-    assert all(
-        (ROOT / path).exists() for path in re.findall(r"`((?:project/|tests/|\.ci/|\.github/)[\w./]+)`", TEXT)
-    )
-    defined = {
-        name for kind, body in BLOCKS if kind == "python" for name in re.findall(r"^class (\w+)", body, re.M)
-    }
-    named = {
-        name for kind, body in BLOCKS if kind == "yaml" for name in re.findall(r"my_package\.(\w+)", body)
-    }
-    assert defined == named == {"Margin", "LatestRaters", "JsonLogs"}
+def test_every_class_is_configured() -> None:
+    python, yaml_ = ("\n".join(body for kind, body in BLOCKS if kind == word) for word in ("python", "yaml"))
+    defined, named = re.findall(r"^class (\w+)", python, re.M), re.findall(r"my_package\.(\w+)", yaml_)
+    assert set(defined) == set(named) == {"Margin", "LatestRaters", "JsonLogs"}
 
 
 def test_criterion(package: ModuleType) -> None:
@@ -117,7 +100,6 @@ def test_data_set(
     session_cache: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """JSON lines give the DataModule the very rows, splits and labels that the same log gives as CSV."""
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     table = TableLogs(*(str(tiny_logs / name) for name in ("interactions.csv", "items.csv")))
 
@@ -132,7 +114,6 @@ def test_data_set(
 
 
 def test_data_set_explains_a_mistake(package: ModuleType, json_logs: dict[str, str]) -> None:
-    """An event of an item that is not listed names file, line and item."""
     with open(json_logs["events"], "a") as file:
         file.write('{"who": "u1", "what": "i999", "at": 1, "stars": 4}\n')
     line = len(Path(json_logs["events"]).read_text().splitlines())

@@ -1,39 +1,30 @@
-"""The site builds without a warning, has a page for every module, and its concept pages name only what exists."""
+"""What stands beside the code: the site, its examples, commands of documents and of workflows."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from project.exits.certificate import RISKS
-from project.exits.criteria import name
-from project.exits.plan import ExitSettings, all_criteria
+from project.__main__ import OTHER_COMMANDS
+from project.cli import ProjectCLI
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-MODULES = [p for p in sorted((ROOT / "project").rglob("*.py")) if p.stat().st_size]
-
-
-def page(path: Path) -> str:
-    return path.stem
-
-
-def text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_site_builds_strictly(tmp_path: Path) -> None:
-    """No warning; README is the first page; a page for every module; angle brackets of docstrings are readable."""
+    """No warning, README first, pictures beside it, and a page for every module."""
     pytest.importorskip("mkdocs", reason="the site needs the extra `docs`")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
@@ -44,65 +35,51 @@ def test_site_builds_strictly(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "WARNING" not in done.stderr
-    first = text(tmp_path / "index.html")
-    assert "Your own logs" in first
-    assert "results/12_layers/depth.png" in first
     assert (tmp_path / "results/12_layers/depth.png").is_file()
-    assert "exit 12" in text(tmp_path / "measured/index.html")
-    assert (tmp_path / "measured/12_layers/depth.png").is_file()
-    for module in MODULES:
-        parts = module.relative_to(ROOT).with_suffix("").parts
-        folder = tmp_path.joinpath("reference", *(part for part in parts if part != "__init__"))
-        assert "doc-heading" in text(folder / "index.html"), module
-    assert "results/&lt;command&gt;.json" in text(tmp_path / "reference/project/callbacks/results/index.html")
-
-
-@pytest.mark.parametrize("path", PAGES, ids=page)
-def test_names_exist(path: Path) -> None:
-    """Every `project.x.y` is a module or in one, every notebook and configuration a file, every command a command."""
-    from project.cli import ProjectCLI
-
-    words = text(path)
-    for dotted in set(re.findall(r"\bproject(?:\.\w+)+", words)):
-        module, _, member = dotted.rpartition(".")
-        try:
-            importlib.import_module(dotted)
-        except ModuleNotFoundError:
-            assert hasattr(importlib.import_module(module), member), dotted
-    for file in re.findall(r"(?:notebooks|configs)/(?:\w+/)?\w+\.\w+", words):
-        assert (ROOT / file).is_file(), file
-    known = {*ProjectCLI.subcommands(), "table", "report", "export"}
-    assert set(re.findall(r"python -m project (\w+)", words)) <= known
-
-
-@pytest.mark.parametrize("path", PAGES, ids=page)
-def test_prose_quotes_no_measured_number(path: Path) -> None:
-    """A decimal number stands in code (a setting) or in an arXiv id: results are quoted from result files alone."""
-    prose = re.sub(
-        r"```.*?```|`[^`]*`|^    .*?$|arXiv \d+\.\d+", "", text(path), flags=re.DOTALL | re.MULTILINE
-    )
-    assert re.findall(r"\d*\.\d+|\d+ ?%", prose) == []
-
-
-def test_exits_page_is_complete() -> None:
-    """It tells of every criterion, every risk and every setting of `exits`."""
-    words = text(ROOT / "docs" / "exits.md")
-    named = {name(criterion) for criterion in all_criteria()} | set(RISKS)
-    assert {word for word in named if f"`{word}`" not in words} == set()
-    settings = {field.name for field in fields(ExitSettings)} - {"compare"}
-    assert {key for key in settings if not re.search(rf"\b{key}\b", words)} == set()
+    for module in sorted((ROOT / "project").rglob("*.py")):
+        if module.stat().st_size:
+            parts = module.relative_to(ROOT).with_suffix("").parts
+            folder = tmp_path.joinpath("reference", *(part for part in parts if part != "__init__"))
+            assert "doc-heading" in (folder / "index.html").read_text(), module
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in PAGES if "```yaml" in text(p)], ids=page)
+@pytest.mark.parametrize("path", [p for p in PAGES if "```yaml" in p.read_text()], ids=lambda p: p.stem)
 def test_examples_are_settings(
     path: Path, run: Callable[..., None], tmp_path: Path, tiny_config: Callable[..., Path]
 ) -> None:
     """Every block of YAML is accepted as a second --config."""
-    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", text(path), re.DOTALL)):
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", path.read_text(), re.DOTALL)):
         overlay = tmp_path / f"{number}.yaml"
         overlay.write_text(block)
-        assert isinstance(yaml.safe_load(block), dict)
         with pytest.raises(SystemExit) as stopped:
             run("fit", "--config", tiny_config(), "--config", overlay, "--print_config")
         assert stopped.value.code == 0
+
+
+def test_commands_are_commands() -> None:
+    """Every `python -m project COMMAND` of the documents."""
+    documents = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "results/README.md"))]
+    used = {command for p in documents for command in re.findall(r"python -m project (\w+)", p.read_text())}
+    assert used - {*ProjectCLI.subcommands(), *OTHER_COMMANDS} == set()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_commands_of_workflows_exist(path: Path) -> None:
+    """Make's targets are in the Makefile, named tests and extras are there; workflows read and hold no secret."""
+    content = yaml.safe_load(path.read_text())
+    steps = [step for job in content["jobs"].values() for step in job["steps"]]
+    text = "\n".join(step["run"] for step in steps if "run" in step)
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bmake (\w+)", text)) <= set(targets)
+    assert all((ROOT / name).exists() for name in re.findall(r"\btests/[\w/.]+", text))
+    extras = {name for found in re.findall(r"-e '\.\[([\w,]+)\]'", text) for name in found.split(",")}
+    assert extras <= set(PROJECT["optional-dependencies"])
+    assert content["permissions"] == {"contents": "read"}
+    assert "secrets." not in path.read_text()
+
+
+def test_every_dependency_has_a_lowest_version() -> None:
+    """Without a lower bound the job of lowest versions would test whatever is oldest on the index."""
+    wanted = [*PROJECT["dependencies"], *(d for e in PROJECT["optional-dependencies"].values() for d in e)]
+    assert [d for d in wanted if ">=" not in d] == []

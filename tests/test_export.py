@@ -99,49 +99,42 @@ def test_round_trip(kind: str, run: Run, tiny_config: Config, tiny_model: Path, 
     assert len(plain.hidden_states) == 1 + 2
     torch.testing.assert_close(plain.hidden_states[1], expected[0], **exact)
     torch.testing.assert_close(plain.last_hidden_state, module.backbone.final_norm(expected[1]), **exact)
-    base = Backbone.from_pretrained(tiny_model, num_layers=2)
-    assert (
-        states(base, tokens, [2])[0] - expected[1]
-    ).abs().max() > 1e-3  # trained, and that is what was exported
+    base = states(Backbone.from_pretrained(tiny_model, num_layers=2), tokens, [2])[0]
+    assert (base - expected[1]).abs().max() > 1e-3  # trained, and that is what was exported
 
     assert json.dumps(to_json(loaded_plan.state())) == json.dumps(to_json(plan.state()))
     assert exported_baseline(target).to_array() == pytest.approx(module.exit_0.numpy(), abs=0)
-    text = "all 7 near 3: yes"
-    assert AutoTokenizer.from_pretrained(target).encode(text) == AutoTokenizer.from_pretrained(
-        tiny_model
-    ).encode(text)
+    one, other = (AutoTokenizer.from_pretrained(f).encode("all 7 near 3: yes") for f in (target, tiny_model))
+    assert one == other
     for path in target.iterdir():
         assert str(tmp_path.parent).encode() not in path.read_bytes(), path
     assert {p.name for p in target.parent.iterdir()} == {"exported"}
 
 
 @pytest.mark.slow
-def test_refusals_of_a_run(run: Run, tiny_config: Config, tmp_path: Path) -> None:
+def test_refusals_of_a_run(fitted: Path, tmp_path: Path) -> None:
     """A folder that holds something, a config.yaml of another model, a checkpoint without a plan: refused."""
-    run("fit", "--config", tiny_config())
-    folder, target = (tmp_path / "runs" / "tiny" / "latest").resolve(), tmp_path / "exported"
+    target, config = tmp_path / "exported", fitted / "config.yaml"
     with pytest.raises(DataError, match="already holds something"):
-        export(folder, folder)
-    config = folder / "config.yaml"
+        export(fitted, fitted)
     saved = config.read_text()
     settings = yaml.safe_load(saved)
     config.write_text(yaml.safe_dump(settings | {"model": settings["model"] | {"lora": LORA}}))
     with pytest.raises(CheckpointError, match=r"model\.lora"):
-        export(folder, target)
+        export(fitted, target)
     config.write_text(saved)
-    checkpoint = folder / "checkpoints" / "last.ckpt"
+    checkpoint = fitted / "checkpoints" / "last.ckpt"
     content = torch.load(checkpoint, weights_only=True)
     del content["callbacks"]["ExitCalibration"]
     torch.save(content, checkpoint)
     with pytest.raises(NotCalibratedError, match="calibrate"):
-        export(folder, target)
+        export(fitted, target)
     assert not target.exists()
 
 
 @pytest.mark.parametrize("criterion", all_criteria(), ids=lambda c: type(c).__name__)
 @pytest.mark.parametrize("exit_0", [True, False], ids=["exit_0", "no exit 0"])
 def test_a_plan_survives_json(criterion: Criterion, exit_0: bool) -> None:
-    """From strict JSON, infinite thresholds included, every criterion lets every row leave where it did before."""
     layers = (0, 1, 2, 4) if exit_0 else (1, 2, 4)
     generator = torch.Generator().manual_seed(0)
 
@@ -166,29 +159,22 @@ def test_a_plan_survives_json(criterion: Criterion, exit_0: bool) -> None:
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.int64, torch.bool])
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 3)])
 def test_tensors_keep_type_and_shape(kind: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Scalars and empty tensors too."""
     value = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(kind)
     back = from_json(json.loads(json.dumps(to_json({"a": [value]}))))["a"][0]
     assert back.dtype == kind
     assert torch.equal(back, value)
 
 
-@pytest.mark.parametrize("arguments", [[], ["run"], ["run", "folder", "more"], ["--run", "folder"]])
-def test_arguments(arguments: list[str]) -> None:
-    """Anything but two folders is answered with the usage."""
-    with pytest.raises(DataError, match="Usage: python -m project export RUN_FOLDER NEW_FOLDER"):
-        run_export(arguments)
-
-
 def test_not_a_run_and_not_exported(tmp_path: Path) -> None:
-    """What is missing is named: of a run its files, of an exported folder its policy; another version is refused."""
     with pytest.raises(DataError, match=r"lacks config\.yaml, bundle/bundle\.json, .*last\.ckpt"):
         export(tmp_path, tmp_path / "new")
-    with pytest.raises(DataError, match=r"exit_policy\.json does not exist.*project export"):
+    with pytest.raises(DataError, match=r"exit_policy\.json does not exist"):
         load_exported(tmp_path)
     (tmp_path / "exit_policy.json").write_text('{"schema_version": 0}')
     with pytest.raises(DataError, match="schema_version 0"):
         load_exported(tmp_path)
+    with pytest.raises(DataError, match="RUN_FOLDER NEW_FOLDER"):
+        run_export(["run"])
 
 
 BUNDLE = {
@@ -210,23 +196,8 @@ def test_card(base: str, tmp_path: Path) -> None:
     card = render_card(run, BUNDLE | {"base_model": base}, "llama", "consistency")
     about = yaml.safe_load(card.split("---\n")[1])
     assert about.get("base_model") == ("org/model" if base == "org/model" else None)
-    deepest = files["test"]["exits"][-1]
-    assert f"{deepest['auc']:.4f}".removeprefix("0") in card
+    assert f"{files['test']['exits'][-1]['auc']:.4f}".removeprefix("0") in card
     assert files["test"]["protocol"]["hash"] in card
     assert files["calibrate"]["certificate"]["words"] in card
     assert ("Apache-2.0" in card) == (base == "smollm2-135m-instruct")
-    assert "somebody" not in card
-    assert str(tmp_path) not in card
-    assert "load_exported(folder)" in card
-
-
-def test_card_before_test(tmp_path: Path) -> None:
-    """Without a test result the card says that its numbers are of the rows that calibration saw."""
-    files, scores = results()
-    del files["test"]
-    run = read_run(write_run(tmp_path / "run", files, {"valid": scores["valid"]}))
-    card = render_card(run, BUNDLE, "llama", "consistency")
-    assert "Test was not read" in card
-    assert "ids below zero" in card
-    words = {"prompt": {"segment": "{title} near{vote_percent}:"}}
-    assert "ids below zero" not in render_card(run, BUNDLE | words, "llama", "consistency")
+    assert not any(place in card for place in ("somebody", str(tmp_path)))

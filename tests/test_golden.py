@@ -6,17 +6,15 @@ A change that moves one on purpose writes the new value, and its commit says why
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from example_engine import EXITS, make_module, random_request
-from world import SEGMENT, Letters, read_split
+from world import SEGMENT, Letters, given, read_split, result
 
 from project.data.batch import Batch, pack
 from project.data.prompt import Prompt, PromptEncoder
@@ -164,8 +162,8 @@ def test_fit_and_test(run: Callable[..., None], tiny_config: Callable[..., Path]
     """AUC of every head and of the baselines that stay, from logs to test.json."""
     run("fit", "--config", tiny_config(**{"data.refits": REFITS}))
     folder = tmp_path / "runs" / "tiny" / "latest"
-    run("test", "--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
-    found: dict[str, Any] = json.loads((folder / "results" / "test.json").read_text())
+    run("test", *given(folder))
+    found = result(folder, "test")
     assert {row["layer"]: row["auc"] for row in found["exits"]} == pytest.approx(
         {0: 0.78000, 1: 0.45273, 3: 0.48500}, abs=1e-4
     )

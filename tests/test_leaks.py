@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from world import Letters, read_split
+from world import Letters, no_retrieved, read_split
 
 from project.benchmark.packing import prompts_of
+from project.data.logs import RawLogs, TableLogs
 from project.data.prompt import Prompt, PromptEncoder
-from project.data.protocol import SPLITS, Protocol, SplitInteractions
+from project.data.protocol import SPLITS, Protocol, SplitInteractions, apply_protocol, build_interactions
 from project.data.stream import build_streams
 from project.retrieval import ItemKNN, LightGCN, Retriever
 from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
@@ -31,9 +32,6 @@ SEGMENT = (
 def split_of(kind: str, logs: Path) -> SplitInteractions:
     if kind != "given":
         return read_split(logs, Protocol(split=kind, minimum_history=1))  # type: ignore[arg-type]
-    from project.data.logs import RawLogs, TableLogs
-    from project.data.protocol import apply_protocol, build_interactions
-
     protocol = Protocol(split="given", label="rating > 3")
     raw = TableLogs(str(logs / "interactions.csv"), str(logs / "items.csv")).read()
     names = np.random.default_rng(1).choice(
@@ -149,8 +147,6 @@ def test_no_answer_of_the_present_the_future_or_a_later_split(kind: str, tiny_lo
             {"item": rows["row_id"].cast(pl.Int32), "item_id": titles["title"], "title": titles["title"]}
         )
         encoder = PromptEncoder(Letters(), Prompt(segment="{title}:"), items)
-        from world import no_retrieved
-
         renamed = readable.with_columns(item=pl.col("row_id").cast(pl.Int32))
         streams = build_streams(renamed, no_retrieved(readable), name, encoder)
         time, user, code = (rows[c].to_numpy() for c in ("timestamp", "user", "split"))

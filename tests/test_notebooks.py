@@ -1,8 +1,6 @@
 """The notebooks run from top to bottom, print no warning, and are stored without outputs.
 
-Unusual here: a notebook runs in a process of its own with its own Jupyter folders. Jupyter's sockets and event loops
-warn among themselves, which is none of this project's business, so pytest's ledger stays as it is; what a reader would
-see in the notebook is looked at instead.
+A notebook runs in a process of its own with its own Jupyter folders, so that Jupyter's own warnings are not pytest's.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,26 +62,16 @@ def pictures(outputs: Outputs) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_there_are_notebooks() -> None:
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_stored_without_outputs(path: Path) -> None:
-    """No outputs, no execution counts, and a text before every cell of code."""
     cells = json.loads(path.read_text())["cells"]
-    for before, cell in zip([None, *cells], cells, strict=False):
-        if cell["cell_type"] == "code":
-            assert cell["outputs"] == []
-            assert cell["execution_count"] is None
-            assert before is not None
-            assert before["cell_type"] == "markdown"
+    stored = [(c["outputs"], c["execution_count"]) for c in cells if c["cell_type"] == "code"]
+    assert all(found == ([], None) for found in stored)
 
 
 @pytest.mark.slow
 @pytest.mark.real
 def test_logs_to_prompt(tmp_path: Path, tiny_model: Path) -> None:
-    """On the real logs, with the tiny model's tokenizer: the last line printed ends before the answer."""
     outputs = execute("01_logs_to_prompt.ipynb", tmp_path, EXITREC_MODEL=tiny_model)
     text = printed(outputs).rstrip()
     assert "global_time-80-10-10-h5" in text
@@ -94,17 +81,11 @@ def test_logs_to_prompt(tmp_path: Path, tiny_model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_exits_of_a_run(
-    tmp_path: Path, tiny_config: Callable[..., Path], session_cache: Path, run: Callable[..., None]
-) -> None:
+def test_exits_of_a_run(tmp_path: Path, session_cache: Path, fitted: Path) -> None:
     """Given a calibrated run with exits 1 and 3 it trains nothing, and both pictures are drawn."""
-    run("fit", "--config", tiny_config())
-    given = tmp_path / "runs" / "tiny" / "latest"
-    outputs = execute("02_exits.ipynb", tmp_path, PROJECT_CACHE=session_cache, EXITREC_RUN=given)
-    text = printed(outputs)
-    assert "training" not in text
-    assert "exit  3: leave where confidence >= -inf" in text
-    assert "fixed depth at that cost" in text
+    outputs = execute("02_exits.ipynb", tmp_path, PROJECT_CACHE=session_cache, EXITREC_RUN=fitted)
+    assert "training" not in printed(outputs)
+    assert "exit  3: leave where confidence >= -inf" in printed(outputs)
     assert pictures(outputs) == 2
 
 

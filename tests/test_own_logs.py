@@ -6,6 +6,7 @@ of their own. The same log as CSV with a split column, as one CSV per split and 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -17,11 +18,11 @@ import polars as pl
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
-from world import tiny_settings
+from world import call, given, result, tiny_settings
 
 from project.data.logs import GIVEN_SPLITS, TableLogs
 from project.data.prompt import Prompt
-from project.data.protocol import Protocol
+from project.data.protocol import Protocol, apply_protocol, build_interactions
 from project.datamodule import InteractionData
 from project.retrieval import ItemKNN, LightGCN, MatrixFactorisation, NoRetriever
 
@@ -118,21 +119,13 @@ def runs(
     tiny_model: Path, session_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """Fits and tests a form of the log, once each; returns the run folder."""
-    from project.__main__ import main
 
-    done: dict[str, Path] = {}
-
+    @functools.cache
     def folder_of(form: str) -> Path:
-        if form not in done:
-            folder = tmp_path_factory.mktemp(form)
-            config, run = write_config(folder, form, tiny_model), folder / "runs" / "version_0"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("PROJECT_CACHE", str(session_cache))
-                for command in (["fit"], ["test", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]):
-                    patch.setattr("sys.argv", ["project", command[0], "--config", str(config), *command[1:]])
-                    main()
-            done[form] = run
-        return done[form]
+        folder = tmp_path_factory.mktemp(form)
+        call(session_cache, "fit", "--config", write_config(folder, form, tiny_model))
+        call(session_cache, "test", *given(folder / "runs" / "version_0"))
+        return folder / "runs" / "version_0"
 
     return folder_of
 
@@ -152,18 +145,17 @@ def read_data(folder: Path, form: str, model: Path) -> InteractionData:
 
 @pytest.mark.slow
 def test_fit_and_test(runs: Callable[[str], Path]) -> None:
-    """Both commands write their results; targets are exactly the rows that the log calls valid and test."""
     run, table = runs("csv"), listened()
     parts = dict(table.group_by("part").len().iter_rows())
     for command, split in (("fit", "valid"), ("test", "test")):
-        result = json.loads((run / "results" / f"{command}.json").read_text())
-        assert result["protocol"]["name"] == "given"
-        assert result["protocol"]["counts"] == {s: parts[s] for s in ("train", "valid", "test")}
-        assert result["protocol"]["context"] == {"train": parts["history"], "valid": 0, "test": 0}
+        found = result(run, command)
+        assert found["protocol"]["name"] == "given"
+        assert found["protocol"]["counts"] == {s: parts[s] for s in ("train", "valid", "test")}
+        assert found["protocol"]["context"] == {"train": parts["history"], "valid": 0, "test": 0}
         scores = pl.read_parquet(run / "scores" / f"{split}.parquet")
         assert len(scores) == parts[split]
         assert scores["label"].sum() == table.filter(pl.col("part") == split)["liked"].sum()
-        assert all(row["auc"] is not None for row in result["exits"])
+        assert all(row["auc"] is not None for row in found["exits"])
 
 
 @pytest.mark.slow
@@ -174,20 +166,17 @@ def test_ten_lines_are_enough(run: Run, tmp_path: Path, tiny_model: Path) -> Non
     config["data"] = {"logs": logs, "retriever": "project.retrieval.ItemKNN"}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
     run("fit", "--config", tmp_path / "own.yaml")
-    bundle = json.loads((tmp_path / "runs" / "version_0" / "bundle" / "bundle.json").read_text())
+    folder = tmp_path / "runs" / "version_0"
+    bundle = json.loads((folder / "bundle" / "bundle.json").read_text())
     assert bundle["item_columns"] == {"shown": ["title", "artist"], "not_shown": []}
-    assert (
-        bundle["prompt"]["segment"]
-        == "{title}, {artist}{item_number+user_number+vote_number+text_number+mf_number}"
-    )
-    checkpoint = tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt"
-    run("test", "--config", tmp_path / "own.yaml", "--ckpt_path", checkpoint)
+    numbers = "{item_number+user_number+vote_number+text_number+mf_number}"
+    assert bundle["prompt"]["segment"] == "{title}, {artist}" + numbers
+    run("test", *given(folder))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_every_form_trains_the_same(form: str, runs: Callable[[str], Path]) -> None:
-    """One file per split, and Parquet with typed dates, give the very scores that the CSV gives."""
     for name in ("valid", "test"):
         expected = pl.read_parquet(runs("csv") / "scores" / f"{name}.parquet")
         found = pl.read_parquet(runs(form) / "scores" / f"{name}.parquet")
@@ -204,10 +193,10 @@ def test_history_is_context_and_never_a_target(
     """No history row is scored in any split; later rows of its user read it, its answer included, and count it."""
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     data = read_data(tmp_path, form, tiny_model)
-    rows, given = data.split.rows, data.split.interactions.rows["given_split"]
-    history = rows.filter(given == "history")["row_id"].to_numpy()
+    rows, kinds = data.split.rows, data.split.interactions.rows["given_split"]
+    history = rows.filter(kinds == "history")["row_id"].to_numpy()
     assert len(history) > 100
-    assert set(rows.filter(given == "history")["role"]) == {"context"}
+    assert set(rows.filter(kinds == "history")["role"]) == {"context"}
     for name in ("train", "valid", "test"):
         streams = data.streams(name)
         inside = np.isin(streams.row_id, history)
@@ -215,13 +204,32 @@ def test_history_is_context_and_never_a_target(
         assert not streams.target[inside].any()
         assert streams.context[inside].all()
         assert (streams.tokens.lengths[:-1][inside] == streams.slots[inside] + 2).all()  # the answer is there
-    own = rows.filter(pl.col("user") == 0, given.is_in(["history", "train"]).to_list())
+    own = rows.filter(pl.col("user") == 0, kinds.is_in(["history", "train"]).to_list())
     last = own.filter(pl.col("role") == "target").tail(1)
     earlier = own.filter(pl.col("timestamp") < last["timestamp"].item())
     assert "context" in earlier["role"]
     counted = data.retrieved["train"].filter(pl.col("row_id") == last["row_id"].item())
     assert counted["user_count"].item() == len(earlier)
     assert counted["user_rate"].item() == pytest.approx(earlier["label"].mean())
+
+
+def test_ten_rows_of_readme(tmp_path: Path) -> None:
+    """README's ten rows: one of history; of the others those with a past are targets: 3 train, 2 valid, 2 test."""
+    parts = (Path(__file__).parents[1] / "README.md").read_text().split("```")[1::2]
+    rows, settings = (
+        next(p.partition("\n")[2] for p in parts if p.startswith(first))
+        for first in ("\nmember,product", "yaml\ndata:")
+    )
+    (tmp_path / "logs.csv").write_text(rows)
+    names = pl.DataFrame({"product": ["p1", "p2", "p3", "p4"], "name": ["One", "Two", "Three", "Four"]})
+    names.write_csv(tmp_path / "products.csv")
+    data = yaml.safe_load(settings)["data"]
+    arguments = data["logs"]["init_args"]
+    files = {key: str(tmp_path / arguments[key]) for key in ("interactions", "items")}
+    protocol = Protocol(**data["protocol"])
+    split = apply_protocol(build_interactions(TableLogs(**arguments | files).read(), protocol), protocol)
+    assert len(split.rows) == 10
+    assert split.manifest["counts"] == {"train": 3, "valid": 2, "test": 2}
 
 
 def test_dates_are_seconds(tmp_path: Path) -> None:
@@ -234,24 +242,12 @@ def test_dates_are_seconds(tmp_path: Path) -> None:
     assert START.timestamp() == 1_715_938_200
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (pl.lit("holdout"), ["row 1", "part", "holdout", "history, train, valid, test"]),
-        (pl.lit(None, pl.String), ["data.protocol.split", "name no split", "columns.split"]),
-    ],
-    ids=["unknown split", "no split"],
-)
-def test_bad_split_column(
-    change: pl.Expr, words: list[str], run: Run, tmp_path: Path, tiny_model: Path, capsys: Any
-) -> None:
-    """A value that is no split names row, the user's own column and what is allowed; so does an empty one."""
+def test_bad_split_column(fails: Callable[..., str], tmp_path: Path, tiny_model: Path) -> None:
+    """A value that is no split names row, the user's own column and what is allowed."""
     config = write_config(tmp_path, "csv", tiny_model)
-    as_text(listened().with_columns(part=change)).write_csv(tmp_path / "log.csv")
-    with pytest.raises(SystemExit):
-        run("baselines", "--config", config)
-    said = capsys.readouterr().err
-    assert all(w in said for w in words), said
+    as_text(listened().with_columns(part=pl.lit("holdout"))).write_csv(tmp_path / "log.csv")
+    said = fails("baselines", "--config", config)
+    assert all(w in said for w in ("row 1", "part", "holdout", "history, train, valid, test")), said
 
 
 def test_retriever_and_factorisation_may_be_left_out(tiny_config: Callable[..., Path]) -> None:
@@ -260,13 +256,12 @@ def test_retriever_and_factorisation_may_be_left_out(tiny_config: Callable[..., 
     parser.add_class_arguments(InteractionData, "data")
     settings = yaml.safe_load(tiny_config().read_text())["data"]
     del settings["retriever"], settings["mf"]
-    data = parser.instantiate_classes(parser.parse_object({"data": settings})).data
-    assert data.retriever.settings() == LightGCN().settings()
-    assert data.mf == MatrixFactorisation()
-    chosen = settings | {"retriever": {"class_path": "project.retrieval.NoRetriever"}, "mf": None}
-    data = parser.instantiate_classes(parser.parse_object({"data": chosen})).data
-    assert data.retriever.settings() == NoRetriever().settings()
-    assert data.mf is None
+    for change, retriever, mf in (
+        ({}, LightGCN(), MatrixFactorisation()),
+        ({"retriever": {"class_path": "project.retrieval.NoRetriever"}, "mf": None}, NoRetriever(), None),
+    ):
+        data = parser.instantiate_classes(parser.parse_object({"data": settings | change})).data
+        assert (data.retriever.settings(), data.mf) == (retriever.settings(), mf)
 
 
 def test_a_dead_graph_is_a_warning_in_the_data(

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
-from world import tiny_settings
+from world import call, given, tiny_settings
 
 from project.data.batch import Batch
 from project.model.module import ExitRecommender
@@ -26,7 +26,6 @@ Record = dict[str, Any]
 Predict = Callable[..., pl.DataFrame]
 LOGITS = ["logit_0", "logit_1", "logit_3"]
 FRESH = {"item_id": "new", "title": "a dog at sea", "year": "2020"}
-
 pytestmark = pytest.mark.slow
 
 
@@ -50,19 +49,13 @@ def fitted(
     sharp_model: Path, tiny_logs: Path, session_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Run folder of one tiny fit."""
-    from project.__main__ import main
-
     folder = tmp_path_factory.mktemp("fitted")
     config = tiny_settings(tiny_logs, sharp_model, folder, name="")
     config["data"] |= {"context_tokens": 768, "batch_tokens": 1024, "mf": {"dim": 2}}
-    config["data"]["prompt"] = {
-        "segment": "{title} ({year}) all {item_percent} near {vote_percent} factorisation {mf_percent}{mf_number}:"
-    }
+    shown = "{title} ({year}) all {item_percent} near {vote_percent} factorisation {mf_percent}{mf_number}:"
+    config["data"]["prompt"] = {"segment": shown}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROJECT_CACHE", str(session_cache))
-        patch.setattr("sys.argv", ["project", "fit", "--config", str(folder / "tiny.yaml")])
-        main()
+    call(session_cache, "fit", "--config", folder / "tiny.yaml")
     return folder / "version_0"
 
 
@@ -76,9 +69,7 @@ def predict(fitted: Path, run: Callable[..., None], tmp_path: Path) -> Predict:
             path.write_text("\n".join(map(json.dumps, records)))
         else:
             pl.DataFrame(records).write_parquet(path)
-        checkpoint = fitted / "checkpoints" / "last.ckpt"
-        given = ("--config", fitted / "config.yaml", "--ckpt_path", checkpoint)
-        run("predict", *given, "--data.requests", path, "--results.tag", path.stem)
+        run("predict", *given(fitted), "--data.requests", path, "--results.tag", path.stem)
         return pl.read_parquet(fitted / "scores" / f"predict-{path.stem}.parquet")
 
     return scores
@@ -197,54 +188,35 @@ def test_parquet(predict: Predict, log: pl.DataFrame) -> None:
     np.testing.assert_allclose(found.select(said).to_numpy(), expected.select(said).to_numpy(), atol=1e-5)
 
 
-def test_without_a_time_the_whole_log_is_read(predict: Predict, log: pl.DataFrame) -> None:
-    """No time means after all rows of the log."""
-    end = float(log["timestamp"].max())  # type: ignore[arg-type]
-    scores = predict(
-        [
-            request("now", ["i1"], user_id="u1"),
-            request("later", ["i1"], user_id="u1", time=end + 1e6),
-        ]
-    )
-    np.testing.assert_allclose(logits(scores, "now"), logits(scores, "later"), atol=1e-5)
-
-
-def test_without_a_time_the_whole_history_is_read(predict: Predict, log: pl.DataFrame) -> None:
-    """The log ends yesterday, the question is about today's sitting: a history later than the log is not dropped."""
+def test_without_a_time_the_whole_log_and_the_whole_history_are_read(
+    predict: Predict, log: pl.DataFrame
+) -> None:
     end = float(log["timestamp"].max())  # type: ignore[arg-type]
     today = [{"item_id": f"i{k}", "label": k % 2, "time": end + 1000.0 + k} for k in range(5)]
     scores = predict(
         [
+            request("now", ["i1"], user_id="u1"),
+            request("later", ["i1"], user_id="u1", time=end + 1e6),
             request("today", ["i1"], history=today),
             request("told when", ["i1"], history=today, time=end + 2000.0),
         ]
     )
-    assert scores["stream_tokens"][0] == scores["stream_tokens"][1]
+    np.testing.assert_allclose(logits(scores, "now"), logits(scores, "later"), atol=1e-5)
+    assert scores["stream_tokens"][2] == scores["stream_tokens"][3]
     np.testing.assert_allclose(logits(scores, "today"), logits(scores, "told when"), atol=1e-5)
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_an_untrained_model_is_refused_before_the_first_batch(
-    command: str,
-    fitted: Path,
-    run: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: str, fitted: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A command that scores says that it needs a checkpoint before it computes for minutes, not after."""
     path = tmp_path / "requests.jsonl"
     path.write_text(json.dumps(request("a", ["i1"], user_id="u1")))
-    batches, collect = list[Batch](), ExitRecommender._collect
-
-    def counted(self: ExitRecommender, batch: Batch) -> Any:
-        batches.append(batch)
-        return collect(self, batch)
-
-    monkeypatch.setattr(ExitRecommender, "_collect", counted)
-    with pytest.raises(SystemExit):
-        run(command, "--config", fitted / "config.yaml", "--data.requests", path, "--trainer.logger", "false")
-    said = capsys.readouterr().err
+    batches = list[Batch]()
+    monkeypatch.setattr(ExitRecommender, "_collect", lambda self, batch: batches.append(batch))
+    said = fails(
+        command, "--config", fitted / "config.yaml", "--data.requests", path, "--trainer.logger", "false"
+    )
     assert "NotFittedError" in said
     assert "--ckpt_path" in said
-    assert len(batches) == 0
+    assert batches == []

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from world import given
+from world import result as result_of
 
 from project.errors import ConfigError
 from project.evaluation.result import labelled_scores
@@ -54,11 +55,7 @@ def table(
 
 GOLDEN = table(
     ["a"] * 4 + ["b"] * 3,
-    {
-        0: [4, 3, 2, 1, 0, 0, 9],
-        2: [4, 1, 2, 3, 5, 6, 8],
-        6: [1, 2, 4, 3, 7, 6, 5],
-    },
+    {0: [4, 3, 2, 1, 0, 0, 9], 2: [4, 1, 2, 3, 5, 6, 8], 6: [1, 2, 4, 3, 7, 6, 5]},
     [0, 1, 1, 0, 1, 0, 0],
 )
 """Best 2 at layer 0: a {0, 1}, b {2, 0}; at layer 2: a {0, 3}, b {2, 1}; at layer 6: a {2, 3}, b {0, 1}."""
@@ -131,10 +128,7 @@ def drifting(requests: int, candidates: int, seed: int, noise: float = 0.3) -> p
 
 
 def test_top_k_keeps_its_overlap() -> None:
-    """On noise that shrinks with depth `top_k` keeps its overlap on tune, nearly so on other requests, at less cost.
-
-    Every request's list is whole: at least k candidates stay, and each of them stands above all who left.
-    """
+    """On noise that shrinks with depth `top_k` keeps its overlap on tune, nearly so on other requests, at less cost."""
     tune, test = (ScoredRequests.of(drifting(60, 40, seed)) for seed in (0, 1))
     for k in (3, 8):
         full, top_k, *others = policies(tune, k, 0.97)
@@ -163,18 +157,21 @@ def test_the_fastest_that_is_enough() -> None:
     assert [costs(asked, p.decide(asked), "warm").sum().item() for p in found] == [0, 28, 84]
 
 
+def asked_of(**others: ScoredRequests) -> dict[str, ScoredRequests]:
+    """Requests of every kind and part, with some of one's own."""
+    names = ("catalogue/tune", "labelled/tune", "catalogue/test", "labelled/test")
+    return {name: ScoredRequests.of(drifting(50, 30, seed)) for seed, name in enumerate(names)} | others
+
+
 def test_rows_and_certificate() -> None:
-    """Rows for tune and test of every list; a certificate's estimate is top_k's own loss on the certify requests."""
-    made = {name: ScoredRequests.of(drifting(50, 30, seed)) for seed, name in enumerate(
-        ("catalogue/tune", "labelled/tune", "catalogue/test", "labelled/test"))}  # fmt: skip
-    made["catalogue/certify"] = ScoredRequests.of(drifting(400, 30, 9))
+    asked = ScoredRequests.of(drifting(400, 30, 9))
+    made = asked_of(**{"catalogue/certify": asked})
     settings = RankSettings(lists=[3, 5], candidates=30, epsilon=0.1)
     result = rank_rows(made, settings)
     shown = [(r["split"], r.get("fold"), r["k"]) for r in result["requests"] if r["policy"] == "top_k"]
     assert shown == [("valid", "tune", 3), ("test", None, 3), ("valid", "tune", 5), ("test", None, 5)]
     for k, certificate in zip((3, 5), result["certificate"], strict=True):
         full, top_k, *_ = policies(made["catalogue/tune"], k, settings.overlap)
-        asked = made["catalogue/certify"]
         loss = 1 - overlaps(asked, top_k.decide(asked), full.decide(asked), k).mean()
         assert certificate["estimate"] == pytest.approx(loss)
         assert certificate["passed"]
@@ -184,41 +181,28 @@ def test_rows_and_certificate() -> None:
 
 
 def test_how_many_were_asked_about() -> None:
-    """Rows and notes say how many candidates requests had, which a small catalogue may make fewer than were wanted."""
-    made = {f"{kind}/{part}": ScoredRequests.of(drifting(50, 30, 0)) for kind in ("catalogue", "labelled")
-            for part in ("tune", "test")}  # fmt: skip
-    short = ScoredRequests.of(drifting(50, 30, 0).slice(12))  # the first request has 18 of its 30
-    settings = RankSettings(lists=[3], candidates=64, certify=0)
-    result = rank_rows(made | {"catalogue/test": short}, settings)
+    """The first request has 18 of its 30 candidates: a small catalogue may make fewer than were wanted."""
+    short = ScoredRequests.of(drifting(50, 30, 0).slice(12))
+    result = rank_rows(
+        asked_of(**{"catalogue/test": short}), RankSettings(lists=[3], candidates=64, certify=0)
+    )
     found = {r["split"]: r["candidates"] for r in result["requests"]}
     assert found == {"valid": [30, 30], "test": [18, 30]}
-    shown = result | {
-        "settings": asdict(settings),
-        "calibrated": False,
-        "protocol": {"name": "p", "hash": "h"},
-    }
-    shown |= {"command": "rank"}
-    assert "50 requests of test with 18 to 30 catalogue candidates" in render(shown)
-    before = [row | {"candidates": 30} for row in result["requests"]]  # as files of before say it
-    assert "50 requests of test with 30 catalogue candidates" in render(shown | {"requests": before})
 
 
 def test_a_user_counts_once() -> None:
     """400 requests of 60 users are 60 users, and the estimate is the mean of their means; of 8 users too few."""
-    made = {name: ScoredRequests.of(drifting(50, 30, seed)) for seed, name in enumerate(
-        ("catalogue/tune", "labelled/tune", "catalogue/test", "labelled/test"))}  # fmt: skip
     asked = ScoredRequests.of(drifting(400, 30, 9))
     uneven = np.random.default_rng(0).choice(60, 340, p=[0.3, 0.2, *[0.5 / 58] * 58])
     owners = np.concatenate([np.arange(60), uneven])
     settings = RankSettings(lists=[3], candidates=30, epsilon=0.1)
-    made["catalogue/certify"] = replace(asked, user=owners)
+    made = asked_of(**{"catalogue/certify": replace(asked, user=owners)})
     (certificate,) = rank_rows(made, settings)["certificate"]
     full, top_k, *_ = policies(made["catalogue/tune"], 3, settings.overlap)
     loss = 1 - overlaps(asked, top_k.decide(asked), full.decide(asked), 3)
     assert (certificate["n"], certificate["unit"]) == (60, "user")
-    assert certificate["estimate"] == pytest.approx(
-        np.mean([loss[owners == user].mean() for user in range(60)])
-    )
+    by_user = [loss[owners == user].mean() for user in range(60)]
+    assert certificate["estimate"] == pytest.approx(np.mean(by_user))
     made["catalogue/certify"] = replace(asked, user=owners % 8)
     (certificate,) = rank_rows(made, settings)["certificate"]
     assert (certificate["n"], certificate["passed"]) == (8, None)
@@ -243,43 +227,31 @@ def test_scores_meet_their_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("key", "value"),
     [
-        ({"lists": []}, "ranking.lists"),
-        ({"lists": [5, 5]}, "ranking.lists"),
-        ({"candidates": 10}, "ranking.candidates is 10; expected at least 11"),
-        ({"labelled_minimum": 3}, "ranking.labelled_minimum"),
-        ({"requests": 0}, "ranking.requests"),
-        ({"overlap": 1.5}, "ranking.overlap"),
-        ({"epsilon": 2.0}, "ranking.epsilon"),
-        ({"delta": 0.0}, "ranking.delta"),
+        ("lists", []),
+        ("lists", [5, 5]),
+        ("candidates", 10),
+        ("labelled_minimum", 3),
+        ("requests", 0),
+        ("overlap", 1.5),
+        ("epsilon", 2.0),
+        ("delta", 0.0),
     ],
 )
-def test_bad_settings(change: dict[str, Any], words: str) -> None:
-    """Every value that cannot work names its key."""
-    with pytest.raises(ConfigError, match=words):
-        RankSettings(**change).check()
+def test_bad_settings(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"ranking.{key}"):
+        RankSettings(**{key: value}).check()
 
 
 @pytest.mark.slow
-def test_the_command(
-    run: Callable[..., None],
-    tiny_config: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_command(run: Callable[..., None], fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """fit, test, rank: a target scores as `test` scored it; a second promise on the same fold is refused."""
-    run("fit", "--config", tiny_config())
-    folder = tmp_path / "runs" / "tiny" / "latest"
-    given = ("--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
-    run("test", *given)
+    run("test", *given(fitted))
     small = {"requests": 12, "certify": 8, "candidates": 7, "lists": "[2,4]", "labelled_minimum": 5}
     options = [x for key, value in small.items() for x in (f"--ranking.{key}", value)]
-    capsys.readouterr()
-    run("rank", *given, *options)
-    assert "top_k" in capsys.readouterr().out
-
-    result = json.loads((folder / "results" / "rank.json").read_text())
+    run("rank", *given(fitted), *options)
+    result = result_of(fitted, "rank")
     assert result["command"] == "rank"
     assert (result["layers"], result["calibrated"]) == ([0, 1, 3], True)
     assert {(r["n_requests"], *r["candidates"]) for r in result["requests"]} == {(12, 7, 7)}
@@ -290,7 +262,7 @@ def test_the_command(
     assert [c["k"] for c in result["certificate"]] == [2, 4]
     assert render(result).count("| top_k |") == 2
 
-    scores, test = (pl.read_parquet(folder / "scores" / f"{name}.parquet") for name in ("rank", "test"))
+    scores, test = (pl.read_parquet(fitted / "scores" / f"{name}.parquet") for name in ("rank", "test"))
     assert set(SCORE_COLUMNS) | {"item_id", "logit_1", "logit_3"} <= set(scores.columns)
     asked = scores.filter(pl.col("request_id").str.starts_with("catalogue/test/")).drop_nulls("row_id")
     assert len(asked) == 12
@@ -304,20 +276,16 @@ def test_the_command(
     labelled = scores.filter(pl.col("request_id").str.starts_with("labelled/"))
     assert labelled["label"].null_count() == 0
 
-    run("rank", *given, *options)
-    again = json.loads((folder / "results" / "rank.json").read_text())
+    run("rank", *given(fitted), *options)
+    again = result_of(fitted, "rank")
     assert again["requests"] == result["requests"]
     assert len(again["ledger"]) == 1
     with pytest.raises(SystemExit):
-        run("rank", *given, *options, "--ranking.epsilon", 0.2)
-    said = capsys.readouterr().err
-    assert all(
-        words in said
-        for words in ("asking twice voids delta", "ranking.epsilon 0.05 -> 0.2", "ranking.certify to 0")
-    )
-    run("rank", *given, *options, "--ranking.epsilon", 0.2, "--ranking.certify", 0)
-    without = json.loads((folder / "results" / "rank.json").read_text())
+        run("rank", *given(fitted), *options, "--ranking.epsilon", 0.2)
+    assert "ranking.epsilon 0.05 -> 0.2" in capsys.readouterr().err
+    run("rank", *given(fitted), *options, "--ranking.epsilon", 0.2, "--ranking.certify", 0)
+    without = result_of(fitted, "rank")
     assert (without["certificate"], without["ledger"]) == ([], again["ledger"])
     with pytest.raises(SystemExit):
-        run("rank", "--config", folder / "config.yaml")
+        run("rank", "--config", fitted / "config.yaml")
     assert "--ckpt_path" in capsys.readouterr().err

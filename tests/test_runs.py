@@ -1,10 +1,11 @@
-"""A run's folder: who makes it, what `latest` names, checkpoints that are whole or absent, requests in parts."""
+"""What a run leaves: its folder, whole files or none, checkpoints, score tables, results, and its W&B side."""
 
 from __future__ import annotations
 
 import errno
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +20,44 @@ from lightning.pytorch.loggers import CSVLogger
 
 import project.engine.predict as engine_command
 from project.callbacks import RunLogger, WholeCheckpoints
-from project.data.requests import Refused, Request, Requests
-from project.engine.predict import parts_of, run_early_exit
-from project.errors import CheckpointError, ConfigError
-from project.run import read_checkpoint
+from project.engine.predict import run_early_exit
+from project.errors import CheckpointError, ConfigError, DataError
+from project.run import (
+    SCHEMA_VERSION,
+    SCORE_COLUMNS,
+    exit_layers_of,
+    read_checkpoint,
+    read_result,
+    replace_file,
+    run_of_checkpoint,
+    score_table,
+    write_json,
+    write_table,
+)
+from project.tracking import Tracking
 from project.trainer import ProjectTrainer
 
+WANDB = Path(__file__).parents[1] / "configs" / "overlays" / "wandb.yaml"
 Run = Callable[..., None]
 Config = Callable[..., Path]
+
+
+@pytest.fixture
+def made(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
+    """The trainer that a command's command line makes; the command itself is not run."""
+
+    def make(command: str, *arguments: object) -> Trainer:
+        found = list[Trainer]()
+
+        @functools.wraps(getattr(ProjectTrainer, command))
+        def instead(self: Trainer, *args: Any, **others: Any) -> None:
+            found.append(self)
+
+        monkeypatch.setattr(ProjectTrainer, command, instead)
+        run(command, *arguments)
+        return found[0]
+
+    return make
 
 
 def test_two_fits_at_once_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +82,6 @@ def test_a_failed_command_leaves_no_empty_folder(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write that ends in the middle changes nothing under the checkpoint's name, and leaves nothing beside it."""
     file, saver = tmp_path / "last.ckpt", WholeCheckpoints()
     saver.save_checkpoint({"step": 1}, file)
 
@@ -77,108 +107,46 @@ class Mischief:
 
 
 def test_a_checkpoint_is_never_unpickled(tmp_path: Path) -> None:
-    """More than weights is one line and does not run, also where weights_only is false."""
+    """More than weights is refused and does not run, also where weights_only is false; so is half a file."""
     file, trace = tmp_path / "a.ckpt", tmp_path / "trace"
     torch.save({"callbacks": Mischief(trace)}, file)
     for read in (read_checkpoint, functools.partial(WholeCheckpoints().load_checkpoint, weights_only=False)):
-        with pytest.raises(CheckpointError, match=r"a\.ckpt holds a Python object \(\S*open\)") as error:
+        with pytest.raises(CheckpointError, match=r"a\.ckpt holds a Python object \(\S*open\)"):
             read(file)
-        assert "\n" not in str(error.value)
     assert not trace.exists()
-
-
-def test_half_a_checkpoint_is_one_line(tmp_path: Path) -> None:
-    """Whatever torch says about a file that was cut."""
-    file = tmp_path / "a.ckpt"
     torch.save({"weights": torch.zeros(1000)}, file)
     file.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(CheckpointError, match="is not a whole checkpoint") as error:
+    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
         read_checkpoint(file)
-    assert "\n" not in str(error.value)
-
-
-def test_parts_of_requests() -> None:
-    """Parts put together are the whole, refused requests at their places; a part ends where it has enough."""
-    sizes = [2, 1, 0, 3, 1, 1]  # the third and the last are refused
-    everything = [Request(f"r{k}", "u", (), None, ("i",) * n) for k, n in enumerate(sizes)]
-    refused = tuple(Refused(k, f"r{k}", ("i",) * sizes[k], "no") for k in (2, 5))
-    asked = Requests([r for k, r in enumerate(everything) if k not in (2, 5)], pl.DataFrame(), {}, refused)
-    parts = list(parts_of(asked, 3))
-    assert [r for part in parts for r in part.requests] == asked.requests
-    assert [[r.request_id for r in part.requests] for part in parts] == [["r0", "r1"], ["r3"], ["r4"]]
-    assert [[(r.place, r.request_id) for r in part.refused] for part in parts] == [
-        [],
-        [(0, "r2")],
-        [(1, "r5")],
-    ]
 
 
 def test_early_exit_is_one_process() -> None:
-    """Two are refused in one line, before anything is loaded."""
     trainer, none = cast(Any, SimpleNamespace(world_size=2)), cast(Any, None)
     with pytest.raises(ConfigError, match=r"one process, found 2; expected trainer\.devices 1"):
         run_early_exit(trainer, none, none, "last.ckpt")
 
 
-@pytest.fixture
-def made(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
-    """The trainer that a command's command line makes; the command itself is not run."""
-
-    def make(command: str, *arguments: object) -> Trainer:
-        found = list[Trainer]()
-
-        @functools.wraps(getattr(ProjectTrainer, command))
-        def instead(self: Trainer, *args: Any, **others: Any) -> None:
-            found.append(self)
-
-        monkeypatch.setattr(ProjectTrainer, command, instead)
-        run(command, *arguments)
-        return found[0]
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("logger", "kinds"),
-    [
-        (None, ["RunLogger"]),
-        (
-            {"class_path": "project.tracking.Tracking", "init_args": {"project": "p"}},
-            ["RunLogger", "Tracking"],
-        ),
-        (False, []),
-    ],
-)
+@pytest.mark.parametrize("extra", ["nothing", "W&B", "overlay", "no logger"])
 def test_own_yaml_needs_no_trainer(
-    made: Callable[..., Trainer], tiny_config: Config, tmp_path: Path, logger: Any, kinds: list[str]
+    made: Callable[..., Trainer], tiny_config: Config, tmp_path: Path, extra: str
 ) -> None:
     """Runs go to runs/NAME of the first file, also beside W&B alone; one epoch, clipped, logged every five steps."""
-    config = tiny_config(trainer={"accelerator": "cpu"} | ({} if logger is None else {"logger": logger}))
-    own = config.rename(tmp_path / "own.yaml")
-    trainer = made("fit", "--config", own)
+    tracking = {"class_path": "project.tracking.Tracking", "init_args": {"project": "p"}}
+    said = {"W&B": {"logger": tracking}, "no logger": {"logger": False}}.get(extra, {})
+    config = tiny_config(trainer={"accelerator": "cpu"} | said).rename(tmp_path / "own.yaml")
+    trainer = made("fit", "--config", config, *(("--config", WANDB) if extra == "overlay" else ()))
+    kinds = {"nothing": ["RunLogger"], "no logger": []}.get(extra, ["RunLogger", "Tracking"])
     assert [type(x).__name__ for x in trainer.loggers] == kinds
-    if kinds:
-        first = cast(RunLogger, trainer.loggers[0])
-        assert first.root_dir == "runs/own"
-    settings = trainer.max_epochs, trainer.gradient_clip_val, trainer.num_sanity_val_steps
-    assert settings == (1, 1.0, 0)
+    assert all(cast(RunLogger, logger).root_dir == "runs/own" for logger in trainer.loggers[:1])
+    assert (trainer.max_epochs, trainer.gradient_clip_val, trainer.num_sanity_val_steps) == (1, 1.0, 0)
     assert trainer.log_every_n_steps == 5  # type: ignore[attr-defined]
     assert isinstance(trainer.strategy.checkpoint_io, WholeCheckpoints)
 
 
-def test_an_overlay_adds_a_logger_to_none(
+def test_a_command_that_reads_a_checkpoint_makes_no_run(
     made: Callable[..., Trainer], tiny_config: Config, tmp_path: Path
 ) -> None:
-    """`logger+` of the shipped overlay over a YAML without loggers."""
-    overlay = Path(__file__).parents[1] / "configs" / "overlays" / "wandb.yaml"
-    trainer = made("fit", "--config", tiny_config(trainer={"accelerator": "cpu"}), "--config", overlay)
-    assert [type(x).__name__ for x in trainer.loggers] == ["RunLogger", "Tracking"]
-
-
-def test_a_single_logger_is_a_list_of_one(
-    made: Callable[..., Trainer], tiny_config: Config, tmp_path: Path
-) -> None:
-    """A command that reads a checkpoint makes no run of its own, however the YAML says its logger."""
+    """However the YAML says its logger."""
     csv = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(tmp_path / "own")},
@@ -186,9 +154,7 @@ def test_a_single_logger_is_a_list_of_one(
     checkpoint = tmp_path / "version_3" / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir(parents=True)
     torch.save({}, checkpoint)
-    (tmp_path / "latest").symlink_to("version_3")
-    given = "--ckpt_path", tmp_path / "latest" / "checkpoints" / "last.ckpt"
-    trainer = made("test", "--config", tiny_config(**{"trainer.logger": csv}), *given)
+    trainer = made("test", "--config", tiny_config(**{"trainer.logger": csv}), "--ckpt_path", checkpoint)
     assert trainer.loggers == []
     assert not (tmp_path / "own").exists()
 
@@ -228,3 +194,116 @@ def test_latest_is_a_run_with_something(
     # batches of other sizes: the same but for rounding
     np.testing.assert_allclose(*(t.select(numbers).to_numpy() for t in tables), atol=1e-5)
     assert tables[0]["request_id"].unique(maintain_order=True).to_list() == [a["request_id"] for a in asked]
+
+
+def test_score_table_schema(tmp_path: Path) -> None:
+    """The contract's columns in order and type, through Parquet; a logit an exit; the rest is null."""
+    columns = {"row_id": [3, 8], "split": ["valid", "test"], "fold": ["tune", None], "label": [1, 0]}
+    made = score_table(columns, np.array([[0.5, 1.0], [-0.25, 2.0]]), [2, 12])
+    scores = pl.read_parquet(write_table(tmp_path / "scores" / "valid.parquet", made))
+    heads = dict.fromkeys(("logit_2", "logit_12"), pl.Float32)
+    assert list(scores.schema.items()) == list({**SCORE_COLUMNS, **heads}.items())
+    assert (scores["logit_12"].to_list(), scores["fold"].to_list()) == ([1.0, 2.0], ["tune", None])
+    assert all(scores[name].is_null().all() for name in ("request_id", "logit_0", "target_tokens"))
+    assert exit_layers_of(scores) == [2, 12]  # exit 0 is counting's, not a layer's
+    with pytest.raises(pl.exceptions.InvalidOperationError):
+        score_table({"split": ["validation"]}, np.zeros((1, 1)), [1])
+
+
+class Stopped(BaseException):
+    """Stands for Ctrl-C or SIGTERM."""
+
+
+@pytest.mark.parametrize("error", [OSError, Stopped])
+def test_half_a_file_is_no_file(tmp_path: Path, error: type[BaseException]) -> None:
+    """A writer that fails half way leaves nothing behind and keeps the old file, which is there all the while."""
+    path = tmp_path / "results" / "test.json"
+
+    def half(part: Path) -> None:
+        assert part.parent == path.parent  # a rename across file systems would be a copy
+        part.write_text("half")
+        assert not path.exists() or path.read_text() == "old"
+        raise error
+
+    for old in ([], ["test.json"]):
+        with pytest.raises(error):
+            replace_file(path, half)
+        assert [p.name for p in path.parent.iterdir()] == old
+        path.write_text("old")
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_json_without_nan(tmp_path: Path, number: float) -> None:
+    path = write_json(tmp_path / "a.json", {"auc": None})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"auc": number})
+    assert json.loads(path.read_text()) == {"auc": None}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "does not exist"),
+        ("folder", "is a folder"),
+        ("[1]", "holds a list"),
+        ("{", "is not a result file"),
+        ("{}", f"None.*reads {SCHEMA_VERSION}"),
+        (f'{{"schema_version": {SCHEMA_VERSION + 1}}}', f"{SCHEMA_VERSION + 1}.*reads {SCHEMA_VERSION}"),
+        (f'{{"schema_version": "{SCHEMA_VERSION}"}}', f"reads {SCHEMA_VERSION}"),
+    ],
+)
+def test_refuses_what_is_no_result(tmp_path: Path, content: str | None, words: str) -> None:
+    path = tmp_path / "a.json"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=rf"a\.json.*{words}"):
+        read_result(path)
+
+
+def test_run_of_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder above checkpoints/, also by a relative name or the link `latest`; else the checkpoint's folder."""
+    run = tmp_path / "runs" / "version_3"
+    (run / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "latest").symlink_to("version_3", target_is_directory=True)
+    assert run_of_checkpoint(str(run / "checkpoints" / "last.ckpt")) == run
+    assert run_of_checkpoint(tmp_path / "runs" / "latest" / "checkpoints" / "last.ckpt") == run
+    assert run_of_checkpoint(tmp_path / "elsewhere" / "a.ckpt") == tmp_path / "elsewhere"
+    monkeypatch.chdir(run)
+    assert run_of_checkpoint("checkpoints/last.ckpt") == run
+    monkeypatch.chdir(run / "checkpoints")
+    assert run_of_checkpoint("last.ckpt") == run
+
+
+@pytest.mark.parametrize(
+    ("key", "mode", "said", "offline"),
+    [
+        ("none", None, None, True),  # nobody said anything
+        ("environment", None, None, False),
+        ("netrc", None, None, False),
+        ("netrc of another host", None, None, True),
+        ("none", "online", None, False),  # WANDB_MODE was said: W&B itself asks for the key
+        ("environment", None, True, True),  # what YAML says comes first
+        ("none", None, False, False),
+    ],
+)
+def test_offline_by_default_without_a_key(
+    key: str,
+    mode: str | None,
+    said: bool | None,
+    offline: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if key == "environment":
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    elif key != "none":
+        host = "api.wandb.ai" if key == "netrc" else "wandb.example.org"
+        (tmp_path / "netrc").write_text(f"machine {host} login user password 0000\n")
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    assert Tracking("p", save_dir=str(tmp_path), offline=said)._offline == offline

@@ -4,12 +4,14 @@ CLI.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pytest
 
 from project.data.logs import TableLogs
 from project.data.prompt import Prompt, PromptEncoder
@@ -102,3 +104,24 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
             "logger": [csv],
         },
     }
+
+
+def call(cache: Path, *arguments: object) -> None:
+    """Run `python -m project ...` in this process, with an retrieved features cache."""
+    from project.__main__ import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROJECT_CACHE", str(cache))
+        patch.setattr("sys.argv", ["project", *map(str, arguments)])
+        main()
+
+
+def given(run: Path) -> tuple[object, ...]:
+    """Options that a command after `fit` needs: the run's own configuration and checkpoint."""
+    return ("--config", run / "config.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt")
+
+
+def result(run: Path, command: str) -> dict[str, Any]:
+    """A result file of a run."""
+    content: dict[str, Any] = json.loads((run / "results" / f"{command}.json").read_text())
+    return content

@@ -90,7 +90,7 @@ def test_fields() -> None:
         ("{vote:.1}", "{vote} alone"),
         ("{item_number:.1}", "{item_number} alone"),
         *((name, "nobody knows") for name in ("{a.b}", "{x[1]}", "{7}", "{director}")),
-        ("{mf}", "a retrieved feature and also a column.*my_mf: factorisation"),
+        ("{mf}", "a retrieved feature and also a column.*my_mf: mf"),
         ("{vote_number}", "a retrieved feature and also a column"),
     ],
 )

@@ -1,4 +1,4 @@
-"""ScoreCollector and the score tables made of it: every row once, in order of row id."""
+"""Score tables: every row once however processes share them, and the slices of their rows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from torch import Tensor
 from world import read_split
 
 from project.data.protocol import Protocol
-from project.evaluation.result import ScoreCollector, scores_of_candidates, scores_of_rows
-from project.run import SCORE_COLUMNS
+from project.evaluation.baselines import Baseline
+from project.evaluation.result import (
+    ScoreCollector,
+    baseline_scores_of,
+    exit_scores_of,
+    plan_scores_of,
+    scores_of_candidates,
+    scores_of_rows,
+    slice_masks,
+    slice_rows,
+)
+from project.metrics import head_metrics
+from project.run import SCORE_COLUMNS, score_table
 
 
 def add(collector: ScoreCollector, ids: list[int]) -> None:
@@ -32,20 +42,14 @@ def test_golden() -> None:
     collector = ScoreCollector()
     add(collector, [5, 2])
     add(collector, [2, 9])
-    assert content(collector) == (
-        [[2, 102, 202], [5, 105, 205], [9, 109, 209]],
-        [[2.0, -2.0, 4.0], [5.0, -5.0, 10.0], [9.0, -9.0, 18.0]],
-    )
-
-
-def test_one_evaluation_at_a_time() -> None:
-    """After reset nothing of the evaluation before is left."""
-    collector = ScoreCollector()
-    add(collector, [5, 2])
-    collector.compute()
-    collector.reset()
-    add(collector, [7])
-    assert content(collector)[0] == [[7, 107, 207]]
+    expected = [[2, 102, 202], [5, 105, 205], [9, 109, 209]]
+    assert content(collector) == (expected, [[2.0, -2.0, 4.0], [5.0, -5.0, 10.0], [9.0, -9.0, 18.0]])
+    collector.reset()  # nothing of the evaluation before is left
+    one = torch.ones(1, dtype=torch.int64)
+    collector.update(one, one, one, torch.ones(1, 1, dtype=torch.bfloat16))
+    ids, values = collector.compute()
+    assert ids.tolist() == [[1, 1, 1]]
+    assert values.dtype == torch.float32  # half-precision values meet those of another process as one type
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -68,53 +72,119 @@ def test_however_rows_are_dealt_out(processes: int) -> None:
     assert values == [[r, -r, 2 * r] for r in range(60)]
 
 
-def test_half_precision_is_kept_as_float32() -> None:
-    """Half-precision values do not meet float32 ones of another process as another type."""
-    collector = ScoreCollector()
-    one = torch.ones(1, dtype=torch.int64)
-    collector.update(one, one, one, torch.ones(1, 1, dtype=torch.bfloat16))
-    assert collector.compute()[1].dtype == torch.float32
-
-
-def computed(ids: list[int]) -> tuple[Tensor, Tensor]:
-    collector = ScoreCollector()
-    add(collector, ids)
-    gathered: tuple[Tensor, Tensor] = collector.compute()
-    return gathered
-
-
 def test_scores_of_rows(tiny_logs: Path) -> None:
     """A row's user, split, fold and label, its tokens, exit 0, the logits of exits 4 and 9 meet."""
     rows = read_split(tiny_logs, Protocol(minimum_history=1)).rows
     chosen = rows.filter(pl.col("role") == "target").sample(50, seed=0).sort("row_id")
-    row_id = chosen["row_id"]
-    ids, values = computed(row_id.sample(50, seed=1, shuffle=True).to_list())
-    scores = scores_of_rows(ids, values, chosen, row_id.to_numpy() / 2, [4, 9])
+    row_id, collector = chosen["row_id"], ScoreCollector()
+    add(collector, row_id.sample(50, seed=1, shuffle=True).to_list())
+    scores = scores_of_rows(*collector.compute(), chosen, row_id.to_numpy() / 2, [4, 9])
     assert scores.columns == [*SCORE_COLUMNS, "logit_4", "logit_9"]
     for column in ("row_id", "user", "split", "fold", "label"):
         assert scores[column].to_list() == chosen[column].to_list()
-    expected = {
-        "target_tokens": row_id + 100,
-        "stream_tokens": row_id + 200,
-        "logit_0": row_id / 2,
-        "logit_4": row_id,
-        "logit_9": -row_id,
-    }
+    expected = {"target_tokens": row_id + 100, "stream_tokens": row_id + 200}
+    expected |= {"logit_0": row_id / 2, "logit_4": row_id, "logit_9": -row_id}
     assert {c: scores[c].to_list() for c in expected} == {c: v.to_list() for c, v in expected.items()}
     assert scores["request_id"].null_count() == scores["candidate_index"].null_count() == 50
 
 
 def test_scores_of_candidates() -> None:
     """Candidates keep the order of the requests; the item stands beside its place in the request."""
-    candidates = pl.DataFrame(
-        {"request_id": ["b", "b", "a"], "candidate_index": [0, 1, 0], "item_id": ["x", "y", "x"]}
+    named = {"request_id": ["b", "b", "a"], "candidate_index": [0, 1, 0], "item_id": ["x", "y", "x"]}
+    collector = ScoreCollector()
+    add(collector, [2, 0, 1])
+    scores = scores_of_candidates(
+        *collector.compute(), pl.DataFrame(named), np.array([0.5, 1.5, 2.5]), [1, 2]
     )
-    scores = scores_of_candidates(*computed([2, 0, 1]), candidates, np.array([0.5, 1.5, 2.5]), [1, 2])
     assert scores.columns[:4] == ["row_id", "request_id", "candidate_index", "item_id"]
-    shown = scores.select("request_id", "candidate_index", "item_id", "logit_0", "logit_1", "logit_2").rows()
-    assert shown == [
-        ("b", 0, "x", 0.5, 0.0, -0.0),
-        ("b", 1, "y", 1.5, 1.0, -1.0),
-        ("a", 0, "x", 2.5, 2.0, -2.0),
-    ]
+    assert scores.select(*named).to_dict(as_series=False) == named
+    logits = scores.select("logit_0", "logit_1", "logit_2").rows()
+    assert logits == [(0.5, 0.0, -0.0), (1.5, 1.0, -1.0), (2.5, 2.0, -2.0)]
     assert scores["row_id"].null_count() == scores["label"].null_count() == 3
+
+
+HIST = [0, 4, 5, 20, 21, 3, 10, 200]
+ITEM = [0, 1, 5, 6, 20, 21, 0, 90]  # strictly earlier rows of the item
+LABEL = [1, 0, 1, 0, 1, 0, 1, 0]
+ROWS = pl.DataFrame(
+    {
+        "row_id": range(10),
+        "user": [1, 2, 1, 1, 1, 1, 1, 2, 2, 2],  # user 1 has a target in train, user 2 only a context row
+        "label": [1, 0, *LABEL],
+        "split": ["train", "train"] + ["test"] * 8,
+        "fold": pl.Series([None] * 10, dtype=pl.String),
+        "role": ["target", "context"] + ["target"] * 8,
+        "hist": [3, 3, *HIST],
+    }
+)
+# another order than the rows
+RETRIEVED = {"test": pl.DataFrame({"row_id": range(9, 1, -1), "item_count": ITEM[::-1]})}
+LOGITS = np.array([3.0, 2.0, 1.0, 0.0, -1.0, 1.5, 0.5, -2.0])
+
+
+def test_masks_golden():
+    """Edges belong to the upper bucket; who has only context in train is cold; each family covers every row once."""
+    held = {}
+    for name, mask in slice_masks(ROWS, RETRIEVED, "test").items():
+        shown = ITEM if name.startswith("item") else HIST
+        held[name] = [n for n, inside in zip(shown, mask.to_list(), strict=True) if inside]
+    assert held == {
+        "warm_users": [0, 4, 5, 20, 21],
+        "cold_users": [3, 10, 200],
+        "history_0_4": [0, 4, 3],
+        "history_5_20": [5, 20, 10],
+        "history_21_plus": [21, 200],
+        "item_0": [0, 0],
+        "item_1_5": [1, 5],
+        "item_6_20": [6, 20],
+        "item_21_plus": [21, 90],
+    }
+
+
+def test_plan_has_its_depth_in_each_slice():
+    """item_1_5 are rows 3 and 4, which leave at layers 2 and 6: mean depth 4; without rows it is None."""
+    part = pl.DataFrame({"row_id": range(9, 1, -1)})  # the plan's rows come in an order of their own
+    layers = np.array([0, 2, 6, 6, 6, 0, 0, 0])
+    logits, depth = plan_scores_of(part, LOGITS[::-1], layers[::-1], ROWS, "test")
+    assert logits.tolist() == LOGITS.tolist()
+    found = slice_rows(
+        ROWS, RETRIEVED, [({"layer": 4}, LOGITS), ({"plan": True}, logits)], "test", draws=5, depth=depth
+    )
+    by_name = {entry["name"]: entry["rows"] for entry in found}
+    assert by_name["item_1_5"][1]["mean_depth"] == 4.0
+    assert by_name["item_1_5"][1]["auc"] == by_name["item_1_5"][0]["auc"]
+    assert "mean_depth" not in by_name["item_1_5"][0]
+    few = {"test": RETRIEVED["test"].with_columns(item_count=pl.lit(3))}
+    nobody = slice_rows(ROWS, few, [({"plan": True}, logits)], "test", draws=5, depth=depth)[5]
+    assert (nobody["name"], nobody["rows"][0]["mean_depth"]) == ("item_0", None)
+
+
+def test_metrics_are_those_of_the_rows():
+    """history_5_20 scores 1, 0, .5 on labels 1, 0, 1: AUC 1. Baselines and exits stand side by side; empty says so."""
+    baseline = Baseline(
+        "lr_rates", pl.DataFrame({"row_id": range(2, 10), "split": ["test"] * 8, "logit": LOGITS})
+    )
+    columns = {"row_id": list(range(9, 1, -1)), "split": ["test"] * 8}  # another order than the rows
+    exits = exit_scores_of(score_table(columns, LOGITS[::-1, None], [4]), ROWS, [4], "test")
+    found = slice_rows(
+        ROWS, RETRIEVED, exits + baseline_scores_of([baseline], ROWS, "test"), "test", draws=20
+    )
+    bucket = next(entry for entry in found if entry["name"] == "history_5_20")
+    assert [bucket[k] for k in ("split", "n", "users", "positives")] == ["test", 3, 2, 2]
+    assert [row.get("layer", row.get("name")) for row in bucket["rows"]] == [4, "lr_rates"]
+    for row in bucket["rows"]:
+        assert row["auc"] == 1.0
+        assert row | head_metrics(LOGITS[[2, 3, 6]], [1, 0, 1], [1, 1, 2]) == row
+    assert found[4]["rows"][0]["auc"] == 1.0  # history_21_plus: -1 liked, -2 not
+    # warm_users: likes 3, 1, -1 above dislikes 2, 0: (2 + 1 + 0) / 6
+    assert found[0]["rows"][0]["auc"] == 0.5
+
+
+def test_empty_slice_is_undefined():
+    """Without cold users the entry stays, with n = 0 and undefined metrics."""
+    warm = ROWS.filter(pl.col("user") == 1)
+    found = slice_rows(warm, RETRIEVED, [({"name": "any"}, np.zeros(5))], "test", draws=5)
+    cold = next(entry for entry in found if entry["name"] == "cold_users")
+    assert cold["n"] == 0
+    assert cold["rows"][0]["auc"] is None
+    assert cold["rows"][0]["auc_interval"] is None

@@ -109,7 +109,6 @@ class TestPath:
         assert len(path) >= 2
 
     def test_refuses_what_it_cannot_judge(self, tune):
-        """NaN confidence names the exit; one class has no AUC."""
         outputs, confidence, _ = fit(CONSISTENCY, tune, steps=2)
         rest = (tune.layers, *tune.tokens)
         with pytest.raises(DataError, match="both classes"):

@@ -1,4 +1,4 @@
-"""Tables hold the files' numbers, formatted; speed-ups stand beside the static exit of equal accuracy."""
+"""The answer, tables and their cells hold the files' numbers, formatted."""
 
 import copy
 import json
@@ -6,19 +6,105 @@ import re
 from pathlib import Path
 
 import pytest
-from example_result import AROUND, result
+from example_result import ABOVE, AROUND, BELOW, result
+from markupsafe import Markup
 
 from project.errors import ConfigError, DataError
-from project.report.format import difference, interval, number, times
+from project.report.format import code, difference, environment, escape, interval, number, percent, times
 from project.report.tables import (
+    TABLE,
     criteria_rows,
+    decide,
     fill_tables,
     print_tables,
     render,
     render_beside,
-    render_seconds,
 )
 from project.run import read_result
+
+CASES = {
+    "cheaper at equal accuracy": ({}, ("plan", "", "")),
+    "more accurate, not cheaper": ({"static": 0.01, "static_interval": ABOVE, "faster": 0.9}, ("plan", "", "")),
+    "cheaper, less accurate": ({"static_interval": BELOW}, ("exit", "", "")),
+    "neither": ({"faster": 0.9}, ("exit", "", "")),
+    "baseline better": ({"gain": BELOW}, ("no_llm", "gbdt", "better")),
+    "baseline as good": ({"gain": AROUND}, ("no_llm", "gbdt", "as good")),
+    "not shown better": ({"gain": [-0.001, 0.02]}, ("no_llm", "gbdt", "not better")),
+    "exit 0 near the best static exit": ({"gain": AROUND, "static_exit": 0}, ("no_llm", "exit 0", "as good")),
+    "exit 0 as good as the plan": ({"static_exit": 0}, ("no_llm", "exit 0", "as good")),
+    "plan better than exit 0": ({"static_exit": 0, "static_interval": ABOVE}, ("plan", "", "")),
+    "no layer runs": ({"depth": 0.0}, ("no_llm", "exit 0", "as good")),
+    "no layer runs for a loss": (
+        {"depth": 0.0, "drop": 0.01, "drop_interval": ABOVE}, ("no_llm", "exit 0", "budget")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "expected"), CASES.values(), ids=CASES)
+def test_decision(changes, expected):
+    """Which decision follows from which numbers; the rendered answer is the first line."""
+    made = result(**changes)
+    answer = decide(made)
+    assert (answer.kind, answer.static_exit, answer.how) == expected
+    first = render(made).splitlines()[0]
+    assert ("Do not deploy the LLM" in first) == (answer.kind == "no_llm")
+
+
+def test_best_static_exit_where_only_that_is_better():
+    """The plan is not shown better, exit 6 with exit 0 in its calibration is: that is deployed."""
+    made = result(gain=AROUND)
+    made["chosen_exit_by_exit_0"] = {
+        "with_exit_0": {"baseline_difference": {"baseline": "gbdt", "value": 0.01, "interval": ABOVE}}
+    }
+    answer = decide(made)
+    assert (answer.kind, answer.layer, answer.calibrated) == ("exit", 6, True)
+    assert answer.gain["value"] == 0.01
+
+
+def test_before_calibration_and_without_exits():
+    made = result()
+    del made["adaptive"]
+    assert decide(made).kind == "no_llm"
+    made["baseline_difference"]["interval"] = ABOVE
+    assert (decide(made).kind, decide(made).layer) == ("exit", 6)
+    undefined = copy.deepcopy(made)
+    undefined["baseline_difference"] |= {"value": None, "interval": None}
+    assert decide(undefined).kind == "undecided"
+    assert decide({"baselines": []}).kind == "baselines"
+
+
+@pytest.mark.parametrize(("passed", "depth"), [(True, 3.0), (False, 3.0), (None, 3.0), (True, 0.0)])
+def test_only_a_passed_certificate_of_layers_that_run_is_called_passed(passed, depth):
+    made = result(depth=depth) | {"certificate": {"passed": passed, "words": "The gap is at most .02."}}
+    said = "The certificate passed" in render(made).splitlines()[0]
+    assert said == (passed is True and depth > 0)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (number(0.74231), ".7423"),
+        (number(-0.002, signed=True), "-.0020"),
+        (number(1.03124), "1.0312"),
+        (number(10.0, 2), "10.00"),
+        (number(None), "undefined"),
+        (difference({"value": 0.011, "interval": [-0.002, 0.02]}), "+.0110 [-.0020, +.0200]"),
+        (difference(None), "–"),
+        (times({"value": 2.314, "interval": [2.2, 2.41]}), "x2.31 [x2.20, x2.41]"),
+        (percent(0.8538), "85.4 %"),
+    ],
+)
+def test_numbers(made, said):
+    """Below one they lose their zero; what is undefined says so; nothing here is escaped again."""
+    assert made == said
+    assert isinstance(made, Markup)
+
+
+def test_characters_and_templates():
+    assert escape("a\n# b\x1b[31m") == "a # b \\[31m"
+    assert code("a`b\n|c") == "`a b \\|c`"
+    template = environment().from_string("{{ name }} {{ value | number }} {{ nothing.auc | number }}")
+    assert template.render(name="*a*", value=0.5, nothing={}) == "\\*a\\* .5000 –"
+
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -36,11 +122,9 @@ def tables(text):
 
 
 def test_main_table_is_the_file():
-    """Cells of every exit, the best baseline and the plan equal the file's formatted values; no other baseline."""
     path = RESULTS / "whole_backbone_alone" / "test.json"
     file, timed = read_result(path), read_result(path.parent / "benchmark.json")
-    header, *rows = tables(render(file, path.parent))[0]
-    assert len(header) <= 9
+    _, *rows = tables(render(file, path.parent))[0]
     by_name = {row[0]: row for row in rows}
     best = next(row for row in file["baselines"] if row["name"] == file["best_baseline"])
     assert by_name[f"best baseline {best['name']}"][1:4] == [
@@ -73,7 +157,6 @@ def test_main_table_is_the_file():
 
 
 def test_clock_of_another_protocol_is_not_shown(tmp_path):
-    """A benchmark of another hash beside the file gives no column."""
     path = RESULTS / "whole_backbone_alone" / "benchmark.json"
     timed = read_result(path)
     timed["protocol"]["hash"] = "other"
@@ -87,37 +170,13 @@ def test_slices_by_item():
     """n, AUC of baseline, exit 0, deepest exit and plan, and its depth; a slice without rows says undefined."""
 
     def part(name, n, auc, depth):
-        who = [
-            {"layer": 0},
-            {"layer": 6},
-            {"name": "gbdt"},
-            {"name": "other"},
-            {"plan": True, "mean_depth": depth},
-        ]
+        who = [{"layer": 0}, {"layer": 6}, {"name": "gbdt"}, {"plan": True, "mean_depth": depth}]
         return {"name": name, "split": "test", "n": n, "rows": [w | {"auc": auc} for w in who]}
 
     made = result() | {"slices": [part("warm_users", 9, 0.1, 1), part("item_1_5", 1200, 0.71, 2.5),
                                   part("item_21_plus", 0, None, None)]}  # fmt: skip
-    header, *rows = tables(render(made))[1]
-    assert header[1:] == ["n", "best baseline (gbdt)", "exit 0", "deepest exit", "plan", "its mean depth"]
-    assert rows == [
-        ["item rated 1 to 5 times before", "1,200", ".7100", ".7100", ".7100", ".7100", "2.50"],
-        ["item rated 21 or more times before", "0", "undefined", "undefined", "undefined", "undefined", "–"],
-    ]
-
-
-def test_baselines_alone_and_warnings():
-    """A result of `baselines` shows all of them; warnings of a file stand under the answer."""
-    made = {
-        k: v
-        for k, v in result().items()
-        if k in ("command", "protocol", "baselines", "best_baseline", "schema_version")
-    }
-    made |= {"command": "baselines", "warnings": ["every vote is .5 *always*"]}
-    made["baselines"] = [*made["baselines"], made["baselines"][0] | {"name": "item_rate"}]
-    text = render(made)
-    assert [row[0] for row in tables(text)[0][1:]] == ["baseline gbdt", "baseline item_rate"]
-    assert text.splitlines()[2] == "* Warning: every vote is .5 \\*always\\*"
+    _, *rows = tables(render(made))[1]
+    assert [row[1:] for row in rows] == [["1,200", *[".7100"] * 4, "2.50"], ["0", *["undefined"] * 4, "–"]]
 
 
 def test_criteria_beside_static_exits():
@@ -146,43 +205,43 @@ def seeded(gain, seed=0, digest="h"):
     return made
 
 
-def test_beside():
+def test_seeds_beside_each_other():
     """A row a run; the spread over seeds of one folder and hash: .010, .012, .017 have mean .013 and sd sqrt(13e-6)."""
     runs = {f"a/test-{k}.json": seeded(gain, k) for k, gain in enumerate((0.010, 0.012, 0.017))}
     text = render_beside(runs | {"b/test.json": seeded(0.5), "a/user.json": seeded(0.1, digest="bbbb")})
-    header, *rows = tables(text)[0]
-    assert len(header) == 9
+    _, *rows = tables(text)[0]
     assert [row[4] for row in rows][:2] == ["+.0100 [+.0080, +.0120]", "+.0120 [+.0100, +.0140]"]
-    assert rows[0][-1] == "exit 4: x1.50"
     (line,) = (line for line in text.splitlines() if "seeds" in line)
     assert "+.0130 on average, +.0100 to +.0170, standard deviation .0036" in line
-    bare = seeded(0.01)
-    del bare["adaptive"]
-    assert tables(render_beside({"a/test.json": bare}))[0][1][5:] == ["–"] * 4
     with pytest.raises(ConfigError, match=r"a/baselines\.json is a result of baselines"):
         render_beside({"a/baselines.json": {"command": "baselines", "protocol": {"hash": "h"}}})
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "whole_backbone_alone/benchmark.json",
-        "retrieval/benchmark.json",
-        "ml100k_quickstart/benchmark-packing.json",
-        "no_neighbours/compare.json",
-        "ml100k_quickstart/fit.json",
-        "ml100k_quickstart/calibrate.json",
-        "ml100k_quickstart/test-seed-1.json",
-    ],
-)
+KINDS = [
+    "whole_backbone_alone/benchmark.json",
+    "retrieval/benchmark.json",
+    "ml100k_quickstart/benchmark-packing.json",
+    "no_neighbours/compare.json",
+    "ml100k_quickstart/fit.json",
+    "ml100k_quickstart/calibrate.json",
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_file(name):
-    """At least one table of at most nine columns, no number missing, the protocol's hash below."""
-    file = read_result(RESULTS / name)
-    text = render(file, (RESULTS / name).parent)
+    text = render(read_result(RESULTS / name), (RESULTS / name).parent)
     assert all(len(table[0]) <= 9 for table in tables(text))
     assert tables(text)
     assert "None" not in text
     assert text.splitlines()[-1].startswith("Protocol ")
+
+
+@pytest.mark.parametrize("document", [RESULTS.parent / "README.md", RESULTS / "README.md"], ids=str)
+def test_documents_show_what_result_files_hold(document):
+    text = document.read_text()
+    assert TABLE.search(text)
+    assert fill_tables(text, document.parent) == text
+    assert not re.search(r"^\|.*\d", TABLE.sub("", text), re.MULTILINE)
 
 
 def test_benchmark_cells():
@@ -190,32 +249,20 @@ def test_benchmark_cells():
     file = read_result(RESULTS / "whole_backbone_alone" / "benchmark.json")
     _, *rows = tables(render(file))[0]
     row = next(r for r in file["rows"] if r["policy"] == "budget: drift_head")
-    assert [
-        f"{row['candidates']}, {row['stream']}",
-        "early_exit, budget: drift_head",
-        number(row["auc"]),
-        number(row["mean_depth"], 2),
-        times(row["token_layer_speedup"]),
-        times({"value": row["measured_speedup"], "interval": row["measured_speedup_interval"]}),
-        times(row["speedup_over_static"]["value"]),
-        number(row["efficiency"], 2),
-        number(row["p95_ms"], 0),
-    ] in rows
-    statics = {row[1] for row in rows if row[1].startswith("static")}
-    assert statics == {"static exit 24 (of equal accuracy)"}
+    measured = {"value": row["measured_speedup"], "interval": row["measured_speedup_interval"]}
+    cells = [number(row["auc"]), number(row["mean_depth"], 2), times(row["token_layer_speedup"]), times(measured),
+             times(row["speedup_over_static"]["value"]), number(row["efficiency"], 2)]  # fmt: skip
+    (shown,) = (
+        r
+        for r in rows
+        if r[:2] == [f"{row['candidates']}, {row['stream']}", "early_exit, budget: drift_head"]
+    )
+    assert shown[2:8] == cells
+    assert {row[1] for row in rows if row[1].startswith("static")} == {"static exit 24 (of equal accuracy)"}
     assert not any("leave at each exit" in row[1] for row in rows)
 
 
-def test_seconds():
-    """Longest first, shares of 1,250 s: 92, 6 and 2 %; nothing measured divides nothing."""
-    text = render_seconds({"stage_seconds": {"test": 75.0, "fit": 1150.0, "retrieved": 25.0}})
-    shares = [["fit", "1,150.0", "92.0 %"], ["test", "75.0", "6.0 %"], ["retrieved", "25.0", "2.0 %"]]
-    assert tables(text)[0][1:] == [*shares, ["total", "1,250.0", ""]]
-    assert tables(render_seconds({"stage_seconds": {}}))[0][1:] == [["total", "0.0", ""]]
-
-
 def test_markers_and_command_line(tmp_path, capsys):
-    """A marker with a file, or with several, is filled with what `table` and `table --beside` print."""
     for k in (0, 1):
         (tmp_path / f"test-{k}.json").write_text(json.dumps(seeded(0.01 + k / 100, k)))
     document = tmp_path / "README.md"
@@ -234,31 +281,14 @@ def test_markers_and_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--into"], "needs a Markdown file to renew; found none"),
-        ([], r"table needs result files, such as .*test\.json.*found none"),
-        (["--stagess", "test.json"], "found --stagess"),
+        (["--into"], "Markdown file"),
+        ([], "found none"),
+        (["--stagess", "test.json"], "--stagess"),
+        (["bare.json"], "no command and no protocol"),
     ],
 )
-def test_bad_arguments(arguments, words):
-    """What `table` cannot do is said in one line."""
-    with pytest.raises(ConfigError, match=words):
+def test_bad_arguments(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("bare.json").write_text('{"schema_version": 1}')
+    with pytest.raises((ConfigError, DataError), match=words):
         print_tables(arguments)
-
-
-def test_a_result_without_a_command(tmp_path):
-    """A file with nothing but a version names what it lacks."""
-    (tmp_path / "a.json").write_text('{"schema_version": 1}')
-    with pytest.raises(DataError, match=r"a\.json has no command and no protocol"):
-        print_tables([str(tmp_path / "a.json")])
-
-
-def test_markup_in_names_is_text():
-    """Names of protocol, baseline and run cannot bring an image, a tag or a cell."""
-    evil = "![x](http://evil) <script> |"
-    made = copy.deepcopy(result(gain=AROUND))
-    made["protocol"]["name"] = made["best_baseline"] = made["baselines"][0]["name"] = evil
-    made["adaptive"]["baseline_difference"]["baseline"] = evil
-    text = render(made)
-    assert "<script" not in text
-    assert "![" not in text
-    assert tables(text)
