@@ -75,7 +75,7 @@ class World:
 
 
 def _between(confidence: torch.Tensor, share: float) -> float:
-    """A threshold in the middle of the widest gap near a quantile: at a row's own confidence it would be a coin toss."""
+    """A threshold in the widest gap near a quantile: at a row's own confidence it would be a coin toss."""
     ordered = confidence.sort(descending=True).values
     k = min(max(round(share * len(ordered)), 3), len(ordered) - 3)
     gaps = ordered[k - 3 : k + 2] - ordered[k - 2 : k + 3]

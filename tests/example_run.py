@@ -122,7 +122,8 @@ def results(rows: int = 400) -> tuple[dict[str, dict[str, Any]], dict[str, pl.Da
 def benchmark_rows(depth: int) -> list[dict[str, Any]]:
     """The `rows` of a benchmark result."""
     common = {
-        "candidates": 64, "prefix_cached": False, "history": None, "workload": "logged", "dtype": "float32", "requests": 8,
+        "candidates": 64, "prefix_cached": False, "history": None, "workload": "logged", "dtype": "float32",
+        "requests": 8,
         "at_once": 1, "auc": 0.77, "gflops": 150.0, "gflops_ceiling": 200.0, "static_exit": False,
     }  # fmt: skip
     full = {

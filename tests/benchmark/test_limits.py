@@ -1,4 +1,4 @@
-"""What a machine allows: FLOPs by layer and the least seconds of a backbone, by hand; ceilings on a clock of our own."""
+"""What a machine allows: FLOPs by layer and least seconds of a backbone, by hand; ceilings on a clock of our own."""
 
 from __future__ import annotations
 

@@ -166,8 +166,8 @@ def test_log_loss_difference() -> None:
     assert calibrated["log_loss"] == pytest.approx(costs.mean())
 
 
-def test_prior_rows() -> None:
-    """With counting the exit ranks 1, without 3/4: a difference of 1/4; the baseline has 1/2, so 1/2 and 1/4 over it."""
+def test_exit_0_rows() -> None:
+    """With exit 0 the exit ranks 1, without 3/4: a difference of 1/4; the baseline has 1/2, so 1/2 and 1/4 over it."""
     test = TARGETS.filter(pl.col("split") == "test")
     against = AgainstBaseline(BASELINES[2], test["row_id"].to_numpy(), ROWS)
     heads = {"with_exit_0": np.array(PERFECT * USERS), "without_exit_0": np.array(GOOD * USERS)}

@@ -126,7 +126,7 @@ COMPARED = pl.exclude("row_id")
 def test_a_users_own_history_as_a_request_is_answered_like_the_log(
     log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path, assign: Callable, kind: str
 ):
-    """Explicit history of users of the log, in any order, gives the retrieved features the log has for the same rows."""
+    """Explicit history of users of the log, in any order, gives the features the log has for the same rows."""
     retriever = {
         "co_likes": co_likes,
         "lightgcn": LightGCN(dim=4, epochs=1),
