@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from world import given as of_run
 from world import result
 
-from project.callbacks import ResultFiles, RunBundle
+from project.callbacks import ResultFiles
 from project.datamodule import InteractionData
 from project.model.module import ExitRecommender
 from project.model.sharding import FullyShardedStrategy
@@ -89,7 +89,7 @@ def test_shipped_recipes(recipe: Path, overlay: Path | None, made: Callable[...,
     assert model.answers == data.prompt.answers
     data.protocol.check()
     kinds = {type(c) for c in trainer.callbacks}
-    assert {ModelCheckpoint, ResultFiles, RunBundle} <= kinds
+    assert {ModelCheckpoint, ResultFiles} <= kinds
     assert trainer.checkpoint_callback.monitor == "select/auc/deepest"
     assert isinstance(trainer.loggers[0], CSVLogger)  # decides where a run's files go
 

@@ -1,3 +1,9 @@
+"""Baselines of counting: what each is, which labels it may read, its calibration, and heads compared with one."""
+
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import polars as pl
 import pytest
@@ -7,31 +13,27 @@ from project.data.protocol import Protocol, apply_protocol
 from project.errors import DataError
 from project.evaluation.baselines import (
     FEATURES,
+    AgainstBaseline,
     Baseline,
+    BaselineCalibration,
     baseline_rows,
     best_baseline,
     fit_baselines,
 )
+from project.evaluation.bootstrap import UserBootstrap
 from project.features import PRIOR_ROWS, feature_matrix
-from project.metrics import auc, head_metrics
+from project.metrics import auc, head_metrics, log_loss, probabilities
 
-NAMES = [
-    "item_rate",
-    "user_rate",
-    "neighbour_vote",
-    "lr_rates",
-    "lr_features",
-    "gbdt_features",
-    "lr_text",
-    "gbdt_text",
-]
+RATES = ["item_rate", "user_rate", "neighbour_vote"]
+NAMES = [*RATES, "lr_rates", "lr_features", "gbdt_features", "lr_text", "gbdt_text"]
 SIZES = {"train": 600, "valid": 200, "test": 200}
 NO_LISTS = {"similarities": pl.List(pl.Float32), "answers": pl.List(pl.Int8)}
+World = tuple[pl.DataFrame, dict[str, pl.DataFrame]]
 
 
-def world(seed=0, neighbours=True):
+def world(neighbours: bool = True) -> World:
     """1,000 rows of 40 users: labels follow the rates and, where there are any, the neighbours' votes."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     n = sum(SIZES.values())
     rates, counts = rng.random((2, n)), rng.integers(0, 30, (2, n))
     answers = [rng.integers(0, 2, rng.integers(0, 6)) if neighbours else [] for _ in range(n)]
@@ -50,6 +52,7 @@ def world(seed=0, neighbours=True):
             "role": np.where(np.arange(n) % 10 == 9, "context", "target"),
         }
     )
+    known = np.where(counts > 0, rates, np.nan)
     table = pl.DataFrame(
         {
             "row_id": np.arange(n),
@@ -57,11 +60,10 @@ def world(seed=0, neighbours=True):
             "answers": [list(map(int, a)) for a in answers],
             "vote": vote,
             "neighbour_count": [len(a) for a in answers],
-            **{
-                f"{kind}_rate": np.where(counts[k] > 0, rates[k], np.nan)
-                for k, kind in enumerate(("item", "user"))
-            },
-            **{f"{kind}_count": counts[k] for k, kind in enumerate(("item", "user"))},
+            "item_rate": known[0],
+            "item_count": counts[0],
+            "user_rate": known[1],
+            "user_count": counts[1],
         },
         schema_overrides=NO_LISTS,
     ).with_columns(pl.col("vote", "item_rate", "user_rate").fill_nan(None).cast(pl.Float32))
@@ -70,209 +72,298 @@ def world(seed=0, neighbours=True):
 
 
 @pytest.fixture(scope="module")
-def fitted():
+def fitted() -> tuple[pl.DataFrame, dict[str, pl.DataFrame], list[Baseline]]:
     """(rows, retrieved features, baselines) of one world, fitted once."""
     rows, retrieved = world()
     return rows, retrieved, fit_baselines(rows, retrieved)
 
 
-def by_name(baselines):
+def targets(rows: pl.DataFrame, **values: str) -> pl.DataFrame:
+    return rows.filter(pl.col("role") == "target", *(pl.col(name) == value for name, value in values.items()))
+
+
+def by_name(baselines: list[Baseline]) -> dict[str, Baseline]:
     return {baseline.name: baseline for baseline in baselines}
 
 
-def split_auc(baseline, rows, split="test"):
-    part = rows.filter((pl.col("split") == split) & (pl.col("role") == "target"))
-    return auc(baseline.logits(part["row_id"]), part["label"])
+def test_every_target_is_scored_once(fitted: Any) -> None:
+    """One finite logit per target of valid and test, none for context rows, and only of the splits asked for."""
+    rows, retrieved, baselines = fitted
+    assert [baseline.name for baseline in baselines] == NAMES
+    wanted = targets(rows).filter(pl.col("split") != "train").select("row_id", "split")
+    for baseline in baselines:
+        assert baseline.scores.select("row_id", "split").equals(wanted)
+        assert baseline.scores["logit"].is_finite().all()
+    exploring = fit_baselines(rows, {key: retrieved[key] for key in ("train", "valid")}, splits=("valid",))
+    assert set(exploring[0].scores["split"]) == {"valid"}
 
 
-class TestFitBaselines:
-    def test_scores_every_target_once(self, fitted):
-        """Eight baselines, each with one finite logit per target of valid and test, none for context rows."""
-        rows, _, baselines = fitted
-        assert [baseline.name for baseline in baselines] == NAMES
-        targets = rows.filter(pl.col("role") == "target")
-        wanted = targets.filter(pl.col("split") != "train").select("row_id", "split")
-        for baseline in baselines:
-            assert baseline.scores.select("row_id", "split").equals(wanted)
-            assert baseline.scores["logit"].is_finite().all()
-
-    def test_rate_baselines_golden(self, fitted):
-        """Logit of (rate * count + 5 base) / (count + 5), base = train mean; logit of base without rows."""
-        rows, retrieved, baselines = fitted
-        base = rows.filter((pl.col("split") == "train") & (pl.col("role") == "target"))["label"].mean()
-        columns = {"item_rate": "item_count", "user_rate": "user_count", "vote": "neighbour_count"}
-        baselines = by_name(baselines)
-        for rate, count in columns.items():
-            baseline = baselines["neighbour_vote" if rate == "vote" else rate]
-            table = baseline.scores.join(retrieved["test"], on="row_id")
-            assert table[count].min() == 0
-            p = (table[rate].fill_null(0) * table[count] + PRIOR_ROWS * base) / (table[count] + PRIOR_ROWS)
-            np.testing.assert_allclose(table["logit"], np.log(p / (1 - p)), atol=1e-6)
-
-    def test_logistic_equals_scikit_learn_by_hand(self, fitted):
-        """The weights of lr_rates come from train targets, shrunk to the same base as the scored rows."""
-        rows, retrieved, baselines = fitted
-        train = rows.filter((pl.col("split") == "train") & (pl.col("role") == "target"))
-        base = train["label"].mean()
-
-        def columns(ids, table):
-            table = ids.join(table, on="row_id")
-            for kind in ("item", "user"):
-                n = table[f"{kind}_count"].to_numpy().astype(float)
-                likes = table[f"{kind}_rate"].fill_null(0).to_numpy() * n
-                yield from (np.log((likes + 5 * base) / (n - likes + 5 * (1 - base))), np.log1p(n))
-
-        x = np.stack(list(columns(train.select("row_id"), retrieved["train"])), axis=1)
-        baseline = by_name(baselines)["lr_rates"].scores.filter(pl.col("split") == "test")
-        scored = np.stack(list(columns(baseline.select("row_id"), retrieved["test"])), axis=1)
-        model = LogisticRegression().fit((x - x.mean(0)) / x.std(0), train["label"])
-        expected = model.decision_function((scored - x.mean(0)) / x.std(0))
-        np.testing.assert_allclose(baseline["logit"], expected, atol=1e-3)
-
-    def test_more_knowledge_ranks_better(self, fitted):
-        """On planted data lr_rates beats both rates and lr_features beats lr_rates and the vote on test."""
-        rows, _, baselines = fitted
-        found = {baseline.name: split_auc(baseline, rows) for baseline in baselines}
-        assert found["lr_rates"] > max(found["item_rate"], found["user_rate"]) + 0.02
-        assert found["lr_features"] > max(found["lr_rates"], found["neighbour_vote"]) + 0.02
-        assert found["gbdt_features"] > found["lr_rates"]
-
-    def test_without_neighbours(self):
-        """Retrieved features without neighbours: the vote is constant (AUC .5), lr_features is lr_rates but for the
-        ridge.
-
-        Without factorisation its feature is the two rates' sum: it adds nothing but room under the penalty, .04 at
-        most.
-        """
-        rows, retrieved = world(neighbours=False)
-        baselines = by_name(fit_baselines(rows, retrieved))
-        assert split_auc(baselines["neighbour_vote"], rows) == 0.5
-        np.testing.assert_allclose(
-            baselines["lr_features"].scores["logit"], baselines["lr_rates"].scores["logit"], atol=0.05
-        )
-
-    def test_reads_no_later_label(self, fitted):
-        """Flipping every label of valid and test changes no baseline."""
-        rows, retrieved, baselines = fitted
-        later = pl.col("split") != "train"
-        flipped = rows.with_columns(label=pl.when(later).then(1 - pl.col("label")).otherwise(pl.col("label")))
-        for baseline, other in zip(baselines, fit_baselines(flipped, retrieved), strict=True):
-            assert baseline.scores.equals(other.scores)
-
-    def test_each_split_reads_its_own_retrieved(self, fitted):
-        """Train rows of valid's table are not read; another test table changes test logits only."""
-        rows, retrieved, before = fitted
-        spoilt = retrieved["test"].with_columns(item_rate=1 - pl.col("item_rate"))
-        train_only = pl.col("row_id") < SIZES["train"]
-        mixed = retrieved["valid"].with_columns(
-            item_rate=pl.when(train_only).then(0.0).otherwise(pl.col("item_rate"))
-        )
-        after = fit_baselines(rows, {"train": retrieved["train"], "valid": mixed, "test": spoilt})
-        for old, new in zip(before, after, strict=True):
-            valid = pl.col("split") == "valid"
-            assert old.scores.filter(valid).equals(new.scores.filter(valid))
-            reads_items = old.name not in ("user_rate", "neighbour_vote")
-            assert old.scores.filter(~valid).equals(new.scores.filter(~valid)) != reads_items
-
-    def test_similarity_weighs_votes(self):
-        """A liker of similarity 1 against a disliker of 0 beats the reverse; below 0 counts as 0."""
-        _, retrieved = world()
-        pairs = {"similarities": [[1.0, 0.0], [0.0, 1.0], [1.0, -0.5]], "answers": [[1, 0]] * 3}
-        table = retrieved["train"].head(3).drop(*pairs).hstack(pl.DataFrame(pairs, schema=NO_LISTS))
-        features = feature_matrix(table, 0.5)
-        high = np.log(3.5 / 2.5)  # (1 + 5 * .5) / (0 + 5 * .5)
-        np.testing.assert_allclose(features[:, FEATURES.index("weighted_vote_log_odds")], [high, -high, high])
-
-    def test_only_the_splits_asked_for(self):
-        """Exploring needs no test retrieved features and scores no test row."""
-        rows, retrieved = world()
-        baselines = fit_baselines(
-            rows, {key: retrieved[key] for key in ("train", "valid")}, splits=("valid",)
-        )
-        assert set(baselines[0].scores["split"]) == {"valid"}
-
-    def test_errors_name_what_is_missing(self, fitted):
-        """One-class train targets, a split without retrieved features and a target without retrieved features are
-        DataErrors.
-        """
-        rows, retrieved, baselines = fitted
-        with pytest.raises(DataError, match="both classes, found 540 targets, 0 positive"):
-            fit_baselines(rows.with_columns(label=pl.lit(0)), retrieved)
-        with pytest.raises(DataError, match="retrieved features table of test, found"):
-            fit_baselines(rows, {key: retrieved[key] for key in ("train", "valid")})
-        with pytest.raises(
-            DataError, match="retrieved features table of valid has 179 rows for its 180 targets"
-        ):
-            fit_baselines(rows, retrieved | {"valid": retrieved["valid"].filter(pl.col("row_id") != 600)})
-        with pytest.raises(DataError, match="item_rate has no score for 1 of 2 rows"):
-            baselines[0].logits([600, 0])
+def test_rate_baselines_golden(fitted: Any) -> None:
+    """Logit of (rate * count + 5 base) / (count + 5), base = train mean; logit of base without rows."""
+    rows, retrieved, baselines = fitted
+    base = targets(rows, split="train")["label"].mean()
+    columns = [("item_rate", "item_count"), ("user_rate", "user_count"), ("vote", "neighbour_count")]
+    for name, (rate, count) in zip(RATES, columns, strict=True):
+        table = by_name(baselines)[name].scores.join(retrieved["test"], on="row_id")
+        assert table[count].min() == 0
+        p = (table[rate].fill_null(0) * table[count] + PRIOR_ROWS * base) / (table[count] + PRIOR_ROWS)
+        np.testing.assert_allclose(table["logit"], np.log(p / (1 - p)), atol=1e-6)
 
 
-class TestBaselineRows:
-    def test_result_rows(self, fitted):
-        """One row a baseline for valid, test and the folds select and tune, none for certify; same metrics."""
-        rows, _, baselines = fitted
-        found = baseline_rows(baselines, rows, draws=50)
-        parts = [("valid", None), ("test", None), ("valid", "select"), ("valid", "tune")]
-        assert [(r["name"], r["split"], r.get("fold")) for r in found] == [
-            (n, s, f) for s, f in parts for n in NAMES
-        ]
-        tune = rows.filter((pl.col("fold") == "tune") & (pl.col("role") == "target"))
-        metrics = head_metrics(baselines[3].logits(tune["row_id"]), tune["label"], tune["user"])
-        row = found[-5]
-        assert row | metrics == row
-        low, high = row["auc_interval"]
-        assert low < row["auc"] < high
+def test_logistic_equals_scikit_learn_by_hand(fitted: Any) -> None:
+    """The weights of lr_rates come from train targets, shrunk to the same base as the scored rows."""
+    rows, retrieved, baselines = fitted
+    train = targets(rows, split="train")
+    base = train["label"].mean()
 
-    def test_only_the_parts_asked_for(self, fitted):
-        """A part's rows are the same whether all parts are asked for or it alone."""
-        rows, _, baselines = fitted
-        everything = baseline_rows(baselines, rows, draws=20)
-        tune = [row for row in everything if row.get("fold") == "tune"]
-        assert baseline_rows(baselines, rows, draws=20, parts=[("valid", "tune")]) == tune
+    def features(ids: pl.DataFrame, table: pl.DataFrame) -> np.ndarray:
+        found, table = [], ids.select("row_id").join(table, on="row_id")
+        for kind in ("item", "user"):
+            n = table[f"{kind}_count"].to_numpy().astype(float)
+            likes = table[f"{kind}_rate"].fill_null(0).to_numpy() * n
+            found += [np.log((likes + 5 * base) / (n - likes + 5 * (1 - base))), np.log1p(n)]
+        return np.stack(found, axis=1)
 
-    def test_calibrated_on_select(self, fitted):
-        """Every baseline alike has a calibrated log loss, but on select, which it was fitted on.
-
-        Baselines times ten plus one sound far too sure: raw they lose, calibrated they are what they were.
-        """
-        rows, _, baselines = fitted
-        loud = [Baseline(f.name, f.scores.with_columns(logit=10 * pl.col("logit") + 1)) for f in baselines]
-        found, other = (baseline_rows(some, rows, draws=2) for some in (baselines, loud))
-        assert all(("calibrated" in row) == (row.get("fold") != "select") for row in found)
-        for row, again in zip(found, other, strict=True):
-            if "calibrated" in row:
-                assert again["log_loss"] > row["log_loss"]
-                assert again["calibrated"]["log_loss"] == pytest.approx(
-                    row["calibrated"]["log_loss"], abs=1e-6
-                )
-                assert again["auc"] == pytest.approx(row["auc"], abs=1e-6)
+    x = features(train, retrieved["train"])
+    baseline = by_name(baselines)["lr_rates"].scores.filter(pl.col("split") == "test")
+    model = LogisticRegression().fit((x - x.mean(0)) / x.std(0), train["label"])
+    expected = model.decision_function((features(baseline, retrieved["test"]) - x.mean(0)) / x.std(0))
+    np.testing.assert_allclose(baseline["logit"], expected, atol=1e-3)
 
 
-class TestBestBaseline:
-    def baselines(self, rows):
-        """Right on tune only, and right everywhere but on tune."""
-        valid = rows.filter((pl.col("split") == "valid") & (pl.col("role") == "target"))
-        label, tune = valid["label"].cast(pl.Float64), (valid["fold"] == "tune").cast(pl.Float64)
-        ids = valid.select("row_id", "split")
-        return [
-            Baseline("elsewhere", ids.with_columns(logit=label * (1 - 2 * tune))),
-            Baseline("on_tune", ids.with_columns(logit=label * (2 * tune - 1))),
-        ]
+def test_auc(fitted: Any) -> None:
+    """More knowledge ranks better on planted data; without neighbours the vote is .5 and lr_features is lr_rates.
 
-    def test_only_tune_decides(self):
-        """The baseline that is best on tune wins although it is wrong on every other row of valid."""
-        rows, _ = world()
-        assert best_baseline(self.baselines(rows), rows).name == "on_tune"
+    But for the ridge: without factorisation its feature is the two rates' sum, which adds room under the penalty, .04
+    at most.
+    """
+    rows, _, baselines = fitted
+    test = targets(rows, split="test")
+    found = {baseline.name: auc(baseline.logits(test["row_id"]), test["label"]) for baseline in baselines}
+    assert found["lr_rates"] > max(found["item_rate"], found["user_rate"]) + 0.02
+    assert found["lr_features"] > max(found["lr_rates"], found["neighbour_vote"]) + 0.02
+    assert found["gbdt_features"] > found["lr_rates"]
+    rows, retrieved = world(neighbours=False)
+    test, alone = targets(rows, split="test"), by_name(fit_baselines(rows, retrieved))
+    assert auc(alone["neighbour_vote"].logits(test["row_id"]), test["label"]) == 0.5
+    logits = (alone[name].scores["logit"] for name in ("lr_features", "lr_rates"))
+    np.testing.assert_allclose(*logits, atol=0.05)
 
-    def test_undefined(self):
-        """One class on tune: no best baseline."""
-        rows, _ = world()
-        assert best_baseline(self.baselines(rows), rows.with_columns(label=pl.lit(1))) is None
+
+def test_reads_no_later_label(fitted: Any) -> None:
+    """Flipping every label of valid and test changes no baseline."""
+    rows, retrieved, baselines = fitted
+    later = pl.col("split") != "train"
+    flipped = rows.with_columns(label=pl.when(later).then(1 - pl.col("label")).otherwise(pl.col("label")))
+    for baseline, other in zip(baselines, fit_baselines(flipped, retrieved), strict=True):
+        assert baseline.scores.equals(other.scores)
+
+
+def test_each_split_reads_its_own_retrieved(fitted: Any) -> None:
+    """Train rows of valid's table are not read; another test table changes test logits only."""
+    rows, retrieved, before = fitted
+    spoilt = retrieved["test"].with_columns(item_rate=1 - pl.col("item_rate"))
+    train_only = pl.col("row_id") < SIZES["train"]
+    item_rate = pl.when(train_only).then(0.0).otherwise(pl.col("item_rate"))
+    mixed = retrieved["valid"].with_columns(item_rate=item_rate)
+    after = fit_baselines(rows, {"train": retrieved["train"], "valid": mixed, "test": spoilt})
+    valid = pl.col("split") == "valid"
+    for old, new in zip(before, after, strict=True):
+        assert old.scores.filter(valid).equals(new.scores.filter(valid))
+        reads_items = old.name not in ("user_rate", "neighbour_vote")
+        assert old.scores.filter(~valid).equals(new.scores.filter(~valid)) != reads_items
+
+
+def test_similarity_weighs_votes() -> None:
+    """A liker of similarity 1 against a disliker of 0 beats the reverse; below 0 counts as 0."""
+    pairs = {"similarities": [[1.0, 0.0], [0.0, 1.0], [1.0, -0.5]], "answers": [[1, 0]] * 3}
+    table = world()[1]["train"].head(3).drop(*pairs).hstack(pl.DataFrame(pairs, schema=NO_LISTS))
+    found = feature_matrix(table, 0.5)[:, FEATURES.index("weighted_vote_log_odds")]
+    high = np.log(3.5 / 2.5)  # (1 + 5 * .5) / (0 + 5 * .5)
+    np.testing.assert_allclose(found, [high, -high, high])
+
+
+def test_what_cannot_be_fitted_is_refused(fitted: Any) -> None:
+    rows, retrieved, baselines = fitted
+    one_class, hole = rows.with_columns(label=pl.lit(0)), retrieved["valid"].filter(pl.col("row_id") != 600)
+    for given, tables, words in (
+        (one_class, retrieved, "both classes, found 540 targets, 0 positive"),
+        (rows, {key: retrieved[key] for key in ("train", "valid")}, "retrieved features table of test"),
+        (rows, retrieved | {"valid": hole}, "valid has 179 rows for its 180 targets"),
+    ):
+        with pytest.raises(DataError, match=words):
+            fit_baselines(given, tables)
+    with pytest.raises(DataError, match="no score for 1 of 2 rows"):
+        baselines[0].logits([600, 0])
+
+
+def test_result_rows(fitted: Any) -> None:
+    """One row a baseline for valid, test and the folds select and tune, none for certify; same metrics for a part
+    alone.
+
+    Every baseline has a calibrated log loss, but on select, which it was fitted on: baselines times ten plus one
+    sound far too sure: raw they lose, calibrated they are what they were.
+    """
+    rows, _, baselines = fitted
+    found = baseline_rows(baselines, rows, draws=20)
+    parts = [("valid", None), ("test", None), ("valid", "select"), ("valid", "tune")]
+    assert [(r["name"], r["split"], r.get("fold")) for r in found] == [
+        (n, *part) for part in parts for n in NAMES
+    ]
+    tune = targets(rows, fold="tune")
+    metrics = head_metrics(baselines[3].logits(tune["row_id"]), tune["label"], tune["user"])
+    row = found[-5]
+    assert row | metrics == row
+    assert row["auc_interval"][0] < row["auc"] < row["auc_interval"][1]
+    assert baseline_rows(baselines, rows, draws=20, parts=[("valid", "tune")]) == found[-8:]
+    loud = [Baseline(f.name, f.scores.with_columns(logit=10 * pl.col("logit") + 1)) for f in baselines]
+    assert all(("calibrated" in row) == (row.get("fold") != "select") for row in found)
+    for row, again in zip(found, baseline_rows(loud, rows, draws=2), strict=True):
+        if "calibrated" in row:
+            assert again["log_loss"] > row["log_loss"]
+            assert again["auc"] == pytest.approx(row["auc"], abs=1e-6)
+            expected = pytest.approx(row["calibrated"]["log_loss"], abs=1e-6)
+            assert again["calibrated"]["log_loss"] == expected
+
+
+def test_only_tune_decides_which_baseline_is_best() -> None:
+    """The one that is best on tune wins although it is wrong on every other row of valid; one class: none."""
+    rows, _ = world()
+    valid = targets(rows, split="valid")
+    label, tune = valid["label"].cast(pl.Float64), (valid["fold"] == "tune").cast(pl.Float64)
+    baselines = [
+        Baseline(name, valid.select("row_id", "split").with_columns(logit=label * right))
+        for name, right in (("elsewhere", 1 - 2 * tune), ("on_tune", 2 * tune - 1))
+    ]
+    best = best_baseline(baselines, rows)
+    assert best is not None
+    assert best.name == "on_tune"
+    assert best_baseline(baselines, rows.with_columns(label=pl.lit(1))) is None
+
+
+def calibrated(logits: np.ndarray, labels: np.ndarray) -> BaselineCalibration:
+    found = BaselineCalibration.fit(logits, labels)
+    assert found is not None
+    return found
+
+
+def test_golden_calibration() -> None:
+    """At logit 1 three of four are liked, at -1 one of four: slope log 3, offset 0, so the chances are 3/4 and 1/4."""
+    logits, labels = np.repeat([1.0, -1.0], 4), np.array([1, 1, 1, 0, 0, 0, 0, 1])
+    found = calibrated(logits, labels)
+    assert (found.slope, found.offset) == pytest.approx((np.log(3), 0), abs=1e-6)
+    judged = found.judged(logits, labels)
+    assert judged["log_loss"] == pytest.approx(-(3 * np.log(0.75) + np.log(0.25)) / 4)
+    assert judged["brier"] == pytest.approx((3 * 0.25**2 + 0.75**2) / 4)
+    assert judged["ece"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_loud_baseline_becomes_quiet() -> None:
+    """Logits ten times too large cost more than knowing nothing; calibrated they cost what the right ones do."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=4000)
+    labels = (rng.random(4000) < 1 / (1 + np.exp(-logits))).astype(int)
+    loud = 10 * logits[2000:]
+    quiet = calibrated(10 * logits[:2000], labels[:2000]).apply(loud)
+    costs = [log_loss(probabilities(x), labels[2000:]) for x in (loud, quiet, logits[2000:])]
+    assert costs[0] > np.log(2) > costs[1]
+    assert costs[1] == pytest.approx(costs[2], abs=0.01)
+
+
+def test_calibration_at_its_borders() -> None:
+    """A baseline that ranks backwards keeps its AUC: the slope is held above zero.
+
+    Where select tells nothing of the slope it is 1, and the offset gives select's share of likes, here 1/4. Without
+    both classes there is no calibration, rather than an infinite one.
+    """
+    logits, labels = np.array([0.0, 1.0, 2.0, 3.0]), np.array([1, 1, 0, 0])
+    found = calibrated(logits, labels)
+    assert found.slope == pytest.approx(1e-3)
+    assert auc(found.apply(logits), labels) == 0.0
+    constant = calibrated(np.full(4, 2.0), np.array([1, 0, 0, 0]))
+    assert constant.apply(np.array([2.0, 3.0])) == pytest.approx([np.log(1 / 3), np.log(1 / 3) + 1])
+    for one in ([], [1, 1], [0, 0]):
+        assert BaselineCalibration.fit(np.arange(float(len(one))), np.array(one)) is None
+
+
+SELECT = [1, 1, 1, 0, 0, 0, 0, 1]  # answers at baseline logits 1, 1, 1, 1, -1, -1, -1, -1
+BASELINE = np.array([1.0, -1.0] * 3)  # on test
+IDS = np.arange(8, 14)
+SURE = np.log(9) * BASELINE  # chances .9 and .1
+
+
+def judged(
+    select: list[int] = SELECT, test: tuple[int, ...] = (1, 0, 1, 0, 1, 0)
+) -> tuple[pl.DataFrame, Baseline]:
+    """Eight rows of select, six of test (users 10, 11, 12), and a baseline's scores of them."""
+    rows = pl.DataFrame(
+        {
+            "row_id": np.arange(14),
+            "user": [*range(8), *np.repeat([10, 11, 12], 2)],
+            "label": [*select, *test],
+            "split": ["valid"] * 8 + ["test"] * 6,
+            "fold": ["select"] * 8 + [None] * 6,
+            "role": ["target"] * 14,
+        }
+    )
+    logit = pl.Series([*np.repeat([1.0, -1.0], 4), *BASELINE])
+    return rows, Baseline("lr_rates", rows.select("row_id", "split").with_columns(logit=logit))
+
+
+def test_golden_difference() -> None:
+    """Select makes the baseline's 1 and -1 chances of 3/4 and 1/4; the head says .9 and .1; all are right on test.
+
+    Both rank perfectly: 0. Log loss: log(10/9) of the head minus log(4/3) of the baseline is log(5/6), for every user.
+    """
+    rows, baseline = judged()
+    against = AgainstBaseline(baseline, IDS, rows)
+    found = against.difference(SURE)
+    assert (found["baseline"], found["value"], found["interval"]) == ("lr_rates", 0.0, [0.0, 0.0])
+    assert found["log_loss"]["value"] == pytest.approx(np.log(5 / 6))
+    assert found["log_loss"]["interval"] == pytest.approx([np.log(5 / 6)] * 2)
+    # One of three users turned round: a like at 1 beats two dislikes at -1 and ties with one, 2.5 of 3, twice; the
+    # like at -1 ties with two, 1 of 3. AUC 6 / 9 against the baseline's 1: -1/3.
+    turned = against.difference(BASELINE * [1, 1, 1, 1, -1, -1])
+    assert turned["value"] == pytest.approx(6 / 9 - 1)
+
+
+def test_rows_in_any_order() -> None:
+    """Baseline, answers and users follow the row ids; a baseline that did not score one is refused."""
+    rows, baseline = judged(test=(1, 0, 0, 1, 1, 1))
+    order, head = np.array([5, 0, 3, 1, 4, 2]), np.arange(6.0)
+    first = AgainstBaseline(baseline, IDS, rows).difference(head)
+    again = AgainstBaseline(baseline, IDS[order], rows).difference(head[order])
+    assert again["value"] == first["value"]
+    assert again["interval"] == pytest.approx(first["interval"])
+    assert again["log_loss"]["interval"] == pytest.approx(first["log_loss"]["interval"])
+    with pytest.raises(DataError, match="no score for 1 of 6 rows"):
+        AgainstBaseline(Baseline("mf", baseline.scores.head(13)), IDS, rows)
+
+
+def test_undefined_differences() -> None:
+    """No calibration on select, no comparison of log losses; one class on test, no AUC."""
+    rows, baseline = judged(select=[1] * 8)
+    found = AgainstBaseline(baseline, IDS, rows).difference(SURE)
+    assert (found["value"], found["log_loss"]) == (0.0, {"value": None, "interval": None})
+    rows, baseline = judged(test=(1,) * 6)
+    found = AgainstBaseline(baseline, IDS, rows).difference(SURE)
+    assert (found["value"], found["interval"]) == (None, None)
+    assert found["log_loss"]["value"] is not None
+
+
+def test_remembered_draws_are_those_of_the_scores() -> None:
+    """What a bootstrap remembers of other scores and other answers does not change an interval."""
+    rng = np.random.default_rng(0)
+    users, labels = np.arange(60) % 12, rng.integers(0, 2, (2, 60))
+    scores = rng.normal(size=(2, 60))
+    shared = UserBootstrap(users, 50)
+    for answers in [*labels, *labels]:
+        alone = UserBootstrap(users, 50).difference_interval(*scores, answers)
+        assert shared.difference_interval(*scores, answers) == alone
 
 
 @pytest.mark.real
-def test_movielens_anchors():
+def test_movielens_anchors() -> None:
     """ML-100K, global_time, minimum history 5, as-of rates only: within .005 of an independent measurement.
 
     That one used its own code, other smoothing and LightGBM.

@@ -1,8 +1,7 @@
 """The engine gives every candidate the exit and the score that it has all by itself, in whatever company it runs.
 
-Unusual here: the reference (tests/example_engine.py) runs one candidate at a time through the backbone's own layout and
-attention and asks the simulation (`ExitPlan.emitted`), so structured attention, compaction, packing and the served
-policy are all compared with code that knows nothing of the engine.
+The reference (tests/example_engine.py) runs one candidate at a time through the backbone's own layout and attention and
+asks the simulation (`ExitPlan.emitted`): it knows nothing of the engine.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from example_engine import EXITS, World, random_request, raw_outputs, subset
+from example_engine import EXITS, FAMILIES, World, make_module, random_request, raw_outputs, subset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,9 +29,10 @@ from project.exits.top_k import TopK
 
 CRITERIA = [Ratio(), Consistency(), RatioConsistency(), Learned()]
 NEAR = 1e-4  # of a threshold: rounding may decide
+Members = list[tuple[int, np.ndarray[Any, Any]]]
 
 
-def near_threshold(plan: ExitPlan, world: World, request: int) -> np.ndarray:
+def near_threshold(plan: ExitPlan, world: World, request: int) -> np.ndarray[Any, Any]:
     """Candidates of a request whose confidence comes so near a threshold that rounding may move their exit."""
     outputs = world.calibrated(plan, request)
     near = torch.zeros(outputs.logits.shape[0], dtype=torch.bool)
@@ -42,7 +42,7 @@ def near_threshold(plan: ExitPlan, world: World, request: int) -> np.ndarray:
     return near.numpy()
 
 
-def check(plan: ExitPlan, world: World, members: list[tuple[int, np.ndarray]], scores: Scores) -> int:
+def check(plan: ExitPlan, world: World, members: Members, scores: Scores) -> int:
     """Compare scores of (request, its candidates) with the simulation; returns how many were near a threshold."""
     close = 0
     for (i, index), scored in zip(members, scores.requests, strict=True):
@@ -54,6 +54,10 @@ def check(plan: ExitPlan, world: World, members: list[tuple[int, np.ndarray]], s
     return close
 
 
+def everyone(world: World) -> Members:
+    return [(i, np.arange(len(r))) for i, r in enumerate(world.requests)]
+
+
 @pytest.mark.parametrize("cached", [False, True], ids=["cold", "cached"])
 @pytest.mark.parametrize("exit_0", [True, False], ids=["exit_0", "no_exit_0"])
 @pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: type(c).__name__)
@@ -62,10 +66,8 @@ def test_engine_does_what_the_simulation_says(
 ) -> None:
     """Same exits and, to 1e-5, same logits as candidate by candidate; candidates leave at several depths."""
     plan = world.plan(criterion, 0.4, exit_0)
-    engine = Engine(world.module, RowExits(plan), StreamCache() if cached else None)
-    scores = engine.score(world.requests)
-    everyone = [(i, np.arange(len(r))) for i, r in enumerate(world.requests)]
-    assert check(plan, world, everyone, scores) <= 1
+    scores = Engine(world.module, RowExits(plan), StreamCache() if cached else None).score(world.requests)
+    assert check(plan, world, everyone(world), scores) <= 1
     assert len(np.unique(np.concatenate([r.exit_layers for r in scores.requests]))) >= 3
 
 
@@ -73,9 +75,8 @@ def test_engine_does_what_the_simulation_says(
 @given(data=st.data())
 def test_company_changes_nothing(world: World, data: Any) -> None:
     """Any requests, in any order, with any of their candidates in any order, in batches of any size, cached or not."""
-    chosen = data.draw(st.lists(st.integers(0, len(world.requests) - 1), min_size=1, max_size=8))
-    members = []
-    for i in chosen:
+    members: Members = []
+    for i in data.draw(st.lists(st.integers(0, len(world.requests) - 1), min_size=1, max_size=8)):
         n = len(world.requests[i])
         index = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n + 2), label=f"of {i}")
         members.append((i, np.array(index)))
@@ -88,23 +89,68 @@ def test_company_changes_nothing(world: World, data: Any) -> None:
     assert check(plan, world, members, scores) <= 2
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_read_at_answer_positions_is_the_whole_layer(family: str) -> None:
+    """Static depths 1, 3 and 5, early exits and cached streams, against the backbone's own layers, one by one: 1e-5.
+
+    Biases (Qwen2) and norms (Qwen3) are drawn, since they start at 0 and 1, where a missing one would not show.
+    """
+    module = make_module(family=family)
+    assert module.backbone is not None
+    for name, weight in module.backbone.layers.named_parameters():
+        if weight.ndim == 1:
+            torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
+    rng = np.random.default_rng(5)
+    requests = [random_request(rng, f"r{i}", *size) for i, size in enumerate([(0, 3), (5, 1), (4, 6)])]
+    with torch.no_grad():
+        world = World(module, requests, [raw_outputs(module, r) for r in requests])
+    plan = world.plan(Ratio(), 0.4)
+    for cache in (None, StreamCache()):
+        for layer in (1, 3, 5):
+            scores = Engine(module, static_exits(plan, layer), cache).score(requests)
+            for i, scored in enumerate(scores.requests):
+                column = world.calibrated(plan, i).logits[:, plan.layers.index(layer)]
+                np.testing.assert_allclose(scored.logits, column.numpy(), atol=1e-5)
+        early = Engine(module, RowExits(plan), cache, read_tokens=0).score(requests)
+        assert check(plan, world, everyone(world), early) == 0
+
+
+def test_who_leaves_never_runs_the_layer_that_was_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At static depth 3 layers 0 and 1 run whole, layer 2 is read; its MLP sees one token a candidate."""
+    backbone = world.module.backbone
+    assert backbone is not None
+    tokens = dict[int, list[int]]()
+    for index, layer in enumerate(backbone.layers):
+
+        def count(x: torch.Tensor, index: int = index, mlp: Any = layer.mlp.forward) -> Any:
+            tokens.setdefault(index, []).append(x.numel() // x.shape[-1])
+            return mlp(x)
+
+        monkeypatch.setattr(layer.mlp, "forward", count)
+    request = world.requests[2]
+    Engine(world.module, static_exits(world.plan(Ratio(), 0.4), 3)).score([request])
+    whole = len(request.stream) + len(request.candidates.values)
+    assert tokens == {0: [whole], 1: [whole], 2: [len(request)]}
+
+
 def test_without_exits_it_is_the_plain_forward_bit_for_bit(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Thresholds of infinity: heads at every exit, nobody leaves, and the last logits are those of one run 0..L.
 
-    The last layer for answer positions alone, as a static model reads it. Same shapes, same kernels, so equality is
-    exact; that both are right is said by the tests above.
+    The last layer for answer positions alone, as a static model reads it: same shapes, same kernels.
     """
     plan = world.plan(Ratio(), 0.4)
     thresholds = torch.full_like(plan.policy.thresholds, torch.inf)
     thresholds[-1] = -torch.inf
     never = replace(plan, policy=Policy(Ratio(), thresholds, plan.layers))
-    states = []
-    embed = EngineBatch._embed
-    monkeypatch.setattr(
-        EngineBatch, "_embed", lambda self: states.append((self, embed(self))) or states[-1][1]
-    )
+    states, embed = [], EngineBatch._embed
+
+    def kept(self: EngineBatch) -> Any:
+        states.append((self, embed(self)))
+        return states[-1][1]
+
+    monkeypatch.setattr(EngineBatch, "_embed", kept)
     engine = Engine(world.module, RowExits(never))
     scores = engine.score(world.requests)
     assert scores.syncs == 1  # the results
@@ -127,9 +173,8 @@ def test_static_depth_is_that_head_for_everyone(world: World, layer: int) -> Non
     scores = Engine(world.module, static_exits(plan, layer)).score(world.requests)
     column = plan.layers.index(layer)
     for i, (request, scored) in enumerate(zip(world.requests, scores.requests, strict=True)):
-        np.testing.assert_allclose(
-            scored.logits, world.calibrated(plan, i).logits[:, column].numpy(), atol=1e-5
-        )
+        expected = world.calibrated(plan, i).logits[:, column].numpy()
+        np.testing.assert_allclose(scored.logits, expected, atol=1e-5)
         assert (scored.exit_layers == layer).all()
         assert scored.token_layers == layer * (len(request.stream) + len(request.candidates.values))
     assert scores.syncs == 1
@@ -139,8 +184,7 @@ def test_static_depth_is_that_head_for_everyone(world: World, layer: int) -> Non
 @pytest.mark.parametrize("exit_0", [True, False], ids=["exit_0", "no_exit_0"])
 def test_counter_is_the_reported_cost(world: World, exit_0: bool, read: int) -> None:
     """Token-layers that ran = `exits.cost.request_cost` of the exit layers, cold, and warm with all streams cached."""
-    plan = world.plan(Ratio(), 0.4, exit_0)
-    cache = StreamCache()
+    plan, cache = world.plan(Ratio(), 0.4, exit_0), StreamCache()
     cold = Engine(world.module, RowExits(plan), read_tokens=read).score(world.requests)
     Engine(world.module, static_exits(plan, EXITS[-1]), cache).score(world.requests)
     warm = Engine(world.module, RowExits(plan), cache, read_tokens=read).score(world.requests)
@@ -161,8 +205,7 @@ def test_best_k_leave_as_simulated(world: World) -> None:
     scores = Engine(world.module, ListExits(top_k, plan.calibration)).score(world.requests)
     left = 0
     for i, scored in enumerate(scores.requests):
-        outputs = world.calibrated(plan, i)
-        exits = top_k.exits(torch.zeros(len(scored.logits), dtype=torch.int64), outputs)
+        exits = top_k.exits(torch.zeros(len(scored.logits), dtype=torch.int64), world.calibrated(plan, i))
         np.testing.assert_array_equal(scored.exit_layers, np.array(plan.layers)[exits.numpy()])
         left += int((exits < 4).sum())
     assert left > 5
@@ -170,51 +213,36 @@ def test_best_k_leave_as_simulated(world: World) -> None:
 
 def test_unusable_requests_cost_the_others_nothing(world: World) -> None:
     """No candidate, no history at all, a candidate twice, unknown tokens, NaN features, an empty candidate."""
-    plan = world.plan(Ratio(), 0.4)
-    good, few = world.requests[2], world.requests[6]
-    rng = np.random.default_rng(1)
-    bare = replace(random_request(rng, "bare", 0, 3), user=None)
-    nothing = Ragged.of([])
-    bare = replace(bare, stream=type(bare.stream).of(nothing, np.zeros(0, dtype=np.int64)))
-    requests = [
-        good,
-        subset(few, np.array([], dtype=np.int64)),
-        replace(few, request_id="vocabulary", candidates=Ragged.of([[3], [64]])),
-        replace(few, request_id="nan", retrieved=np.full((2, 3), np.nan)),
-        replace(few, request_id="hollow", candidates=Ragged.of([[3], []])),
-        replace(few, request_id="short", exit_0=few.exit_0[:1]),
-        subset(few, np.array([1, 1, 0])),
-        bare,
-    ]
+    plan, few = world.plan(Ratio(), 0.4), world.requests[6]
+    bare = replace(random_request(np.random.default_rng(1), "bare", 0, 3), user=None)
+    bare = replace(bare, stream=type(bare.stream).of(Ragged.of([]), np.zeros(0, dtype=np.int64)))
+    broken = {
+        "token ids from": replace(few, candidates=Ragged.of([[3], [64]])),
+        "NaN": replace(few, retrieved=np.full((2, 3), np.nan)),
+        "no token": replace(few, candidates=Ragged.of([[3], []])),
+        "exit 0 of shape (1,)": replace(few, exit_0=few.exit_0[:1]),
+    }
+    nothing, twice = (subset(few, np.array(index, dtype=np.int64)) for index in ([], [1, 1, 0]))
+    requests = [world.requests[2], twice, *broken.values(), nothing, bare]
     scores = Engine(world.module, RowExits(plan), StreamCache()).score(requests)
-    usable = [scores.requests[0], scores.requests[6]]
-    check(plan, world, [(2, np.arange(12)), (6, np.array([1, 1, 0]))], Scores(usable))
-    assert scores.requests[6].logits[0] == pytest.approx(scores.requests[6].logits[1], abs=1e-6)
-    empty = scores.requests[1]
+    first, second, *failed, empty, alone = scores.requests
+    check(plan, world, [(2, np.arange(12)), (6, np.array([1, 1, 0]))], Scores([first, second]))
+    assert second.logits[0] == pytest.approx(second.logits[1], abs=1e-6)
     assert (len(empty.logits), empty.error, empty.token_layers) == (0, None, 0)
-    texts = [r.error for r in scores.requests]
-    assert [i for i, text in enumerate(texts) if text is not None] == [2, 3, 4, 5]
-    assert "token ids from" in str(texts[2])
-    assert "NaN" in str(texts[3])
-    assert "no token" in str(texts[4])
-    assert "exit 0 of shape (1,)" in str(texts[5])
-    assert all(np.isnan(scores.requests[i].logits).all() for i in (2, 3, 4, 5))
-    assert all(np.isnan(scores.requests[i].probabilities).all() for i in (2, 3, 4, 5))
+    for words, scored in zip(broken, failed, strict=True):
+        assert words in str(scored.error)
+        assert np.isnan([*scored.logits, *scored.probabilities]).all()
+    assert {first.error, second.error, alone.error} == {None}
     with torch.no_grad():
         layer, logit = plan.emitted(plan.calibrated(raw_outputs(world.module, bare)))
-    np.testing.assert_array_equal(scores.requests[7].exit_layers, layer.numpy())
-    np.testing.assert_allclose(scores.requests[7].logits, logit.numpy(), atol=1e-5)
+    np.testing.assert_array_equal(alone.exit_layers, layer.numpy())
+    np.testing.assert_allclose(alone.logits, logit.numpy(), atol=1e-5)
 
 
 def test_a_plan_of_other_exits_is_refused(world: World) -> None:
-    """A plan for a layer without a head names both."""
-    plan = world.plan(Ratio(), 0.4)
-    layers = (0, 1, 2, 4, 5)
-    other = replace(
-        plan,
-        policy=Policy(Ratio(), plan.policy.thresholds, layers),
-        calibration=replace(plan.calibration, layers=layers),
-    )
+    plan, layers = world.plan(Ratio(), 0.4), (0, 1, 2, 4, 5)
+    policy = Policy(Ratio(), plan.policy.thresholds, layers)
+    other = replace(plan, policy=policy, calibration=replace(plan.calibration, layers=layers))
     with pytest.raises(ConfigError, match=r"\(0, 1, 2, 4, 5\).*\[1, 2, 3, 5\]"):
         Engine(world.module, RowExits(other))
     with pytest.raises(ConfigError, match="depth 4"):

@@ -12,11 +12,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from project.data.ragged import Ragged
-from project.engine import Engine, PreparedRequest, RowExits, StreamCache, StreamTokens
+from project.engine import Engine, PreparedRequest, RowExits, Scored, StreamCache, StreamTokens
 from project.engine.decisions import static_exits
+from project.engine.engine import copied, packed
 from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
+
+
+@pytest.fixture(scope="module")
+def world(world: World) -> World:
+    """The same with its weights packed once, as many engines are made here."""
+    module = copied(world.module)
+    assert module.backbone is not None
+    module.backbone = packed(module.backbone)
+    return replace(world, module=module)
 
 
 def history(first: int, stop: int, tied: int = 0) -> StreamTokens:
@@ -41,61 +51,47 @@ def never(world: World) -> ExitPlan:
     return replace(plan, policy=Policy(Ratio(), thresholds, plan.layers))
 
 
-def tokens_run(world: World, cache: StreamCache | None, request: PreparedRequest) -> tuple[np.ndarray, int]:
-    """Logits at full depth, and token-layers."""
-    plan = world.plan(Ratio(), 0.4)
-    scored = Engine(world.module, static_exits(plan, EXITS[-1]), cache).score([request]).requests[0]
-    return scored.logits, scored.token_layers
+def at_depth(
+    world: World, cache: StreamCache | None, request: PreparedRequest, layer: int = EXITS[-1]
+) -> Scored:
+    """The request at a static depth."""
+    decision = static_exits(world.plan(Ratio(), 0.4), layer)
+    return Engine(world.module, decision, cache).score([request]).requests[0]
 
 
-def test_growing_history_extends_the_stream(world: World) -> None:
-    """Only new tokens and candidates run; a history that ends earlier is served from the same stream."""
+# first and last segment, tied segments, and up to which segment the stream is known: 0 is the instruction alone
+CHANGES: dict[str, list[tuple[int, int, int, int | None]]] = {
+    "it grows, or ends earlier": [(0, 4, 0, None), (0, 9, 0, 4), (0, 9, 0, 9), (0, 6, 0, 6), (0, 12, 0, 6)],
+    "the oldest half is dropped, so everything behind the instruction moves": [
+        (0, 12, 0, None),
+        (6, 13, 0, 0),
+    ],
+    "a row joins the last second, which moves nothing before it": [(0, 8, 0, None), (0, 9, 2, 8)],
+}
+
+
+@pytest.mark.parametrize("steps", CHANGES.values(), ids=CHANGES)
+def test_a_history_changes(world: World, steps: list[tuple[int, int, int, int | None]]) -> None:
+    """Only new tokens and candidates run, and scores are those without a cache."""
     cache = StreamCache()
-    for stop, before in ((4, 0), (9, 4), (9, 9), (6, 9), (12, 6)):
-        request = asked(history(0, stop))
-        known = len(history(0, min(stop, before))) if before else 0
-        expected, _ = tokens_run(world, None, request)
-        logits, spent = tokens_run(world, cache, request)
-        np.testing.assert_allclose(logits, expected, atol=1e-5)
-        new = len(request.stream) - known
-        assert spent == EXITS[-1] * (new + len(request.candidates.values))
-
-
-def test_dropping_the_oldest_half_rebuilds_the_stream(world: World) -> None:
-    """Behind the instruction, whose three tokens stay, everything has moved: it runs again."""
-    cache = StreamCache()
-    tokens_run(world, cache, asked(history(0, 12)))
-    request = asked(history(6, 13))
-    expected, _ = tokens_run(world, None, request)
-    logits, spent = tokens_run(world, cache, request)
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-    assert spent == EXITS[-1] * (len(request.stream) - 3 + len(request.candidates.values))
-
-
-def test_a_row_of_the_last_second_joins_its_group(world: World) -> None:
-    """A segment that ties with the last one moves nothing before it: the stream is extended, and scores are right."""
-    cache = StreamCache()
-    tokens_run(world, cache, asked(history(0, 8)))
-    request = asked(history(0, 9, tied=2))
-    expected, _ = tokens_run(world, None, request)
-    logits, spent = tokens_run(world, cache, request)
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-    new = len(request.stream) - len(history(0, 8))
-    assert spent == EXITS[-1] * (new + len(request.candidates.values))
+    for first, stop, tied, known in steps:
+        request = asked(history(first, stop, tied))
+        scored = at_depth(world, cache, request)
+        np.testing.assert_allclose(scored.logits, at_depth(world, None, request).logits, atol=1e-5)
+        new = len(request.stream) - (0 if known is None else len(history(0, known)))
+        assert scored.token_layers == EXITS[-1] * (new + len(request.candidates.values))
 
 
 def test_a_stream_is_deepened_only_when_needed(world: World) -> None:
-    """A shallow request runs the stream to its own depth; a deeper one adds the missing layers, not more.
+    """A layer of the stream by the first request (static depth 1), none by the same again, one more at depth 2, then 3.
 
-    A layer of the stream by the first request (static depth 1), none by the same again, one more at depth 2, then 3.
+    At exit 2 layer 1 is only read: the request at depth 5 runs it whole, and is not charged again.
     """
-    plan, cache = world.plan(Ratio(), 0.4), StreamCache()
-    request = asked(history(0, 9))
+    cache, request = StreamCache(), asked(history(0, 9))
     own, shared = len(request.candidates.values), len(request.stream)
     for layer, stream_layers in ((1, 1), (1, 0), (2, 1), (2, 0), (5, 3), (5, 0), (3, 0)):
-        scored = Engine(world.module, static_exits(plan, layer), cache).score([request]).requests[0]
-        plain = Engine(world.module, static_exits(plan, layer)).score([request]).requests[0]
-        np.testing.assert_allclose(scored.logits, plain.logits, atol=1e-5)
+        scored = at_depth(world, cache, request, layer)
+        np.testing.assert_allclose(scored.logits, at_depth(world, None, request, layer).logits, atol=1e-5)
         assert scored.token_layers == layer * own + stream_layers * shared
 
 
@@ -109,21 +105,17 @@ def test_requests_of_one_call_share_their_users_stream(world: World) -> None:
     np.testing.assert_allclose(first.logits, second.logits, atol=1e-5)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    steps=st.lists(
-        st.tuples(
-            st.integers(0, 12),
-            st.integers(1, 14),
-            st.integers(0, 3),
-            st.sampled_from([0.2, 0.5, 0.8, 1.0, None]),
-            st.sampled_from([0, 10_000]),
-        ),
-        min_size=1,
-        max_size=6,
-    ),
-    together=st.booleans(),
+STEP = st.tuples(
+    st.integers(0, 12),  # first segment
+    st.integers(1, 14),  # length
+    st.integers(0, 3),  # tied
+    st.sampled_from([0.2, 0.5, 0.8, 1.0, None]),  # share that leaves at each exit
+    st.sampled_from([0, 10_000]),  # tokens up to which a layer is run whole
 )
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(STEP, min_size=1, max_size=6), together=st.booleans())
 def test_any_sequence_of_requests_scores_as_cold(
     world: World, steps: list[tuple[int, int, int, float | None, int]], together: bool
 ) -> None:
@@ -131,12 +123,12 @@ def test_any_sequence_of_requests_scores_as_cold(
 
     Exits read a layer first or run it whole, in any order, so streams wait at all depths.
     """
-    cache, requests, policies, reads = StreamCache(), [], [], []
-    for k, (first, length, tied, share, read) in enumerate(steps):
-        reads.append(read)
+    cache, requests, policies = StreamCache(), [], []
+    for k, (first, length, tied, share, _) in enumerate(steps):
         stop = min(first + length, 40)
         requests.append(asked(history(first, stop, min(tied, stop - first)), seed=k, candidates=1 + k))
         policies.append(RowExits(never(world) if share is None else world.plan(Ratio(), share)))
+    reads = [step[-1] for step in steps]
     if together:
         policies = policies[:1] * len(policies)
         warm = Engine(world.module, policies[0], cache, read_tokens=reads[0]).score(requests).requests
@@ -155,19 +147,18 @@ def test_any_sequence_of_requests_scores_as_cold(
 
 def test_the_user_away_longest_is_forgotten(world: World) -> None:
     """A capacity of one stream and a half holds the last of three users."""
-    cache = StreamCache(capacity=len(history(0, 8)) * 3 // 2)
+    cache, request = StreamCache(capacity=len(history(0, 8)) * 3 // 2), asked(history(0, 8))
     for name in "abc":
-        tokens_run(world, cache, replace(asked(history(0, 8)), user=name))
+        at_depth(world, cache, replace(request, user=name))
     assert len(cache) == 1
-    request = replace(asked(history(0, 8)), user="c")
-    assert tokens_run(world, cache, request)[1] == EXITS[-1] * len(request.candidates.values)
+    again = at_depth(world, cache, replace(request, user="c"))
+    assert again.token_layers == EXITS[-1] * len(request.candidates.values)
 
 
 def test_a_failed_batch_leaves_nothing_half_done(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device error in the middle of the backbone: the stream is forgotten, the next request is right."""
-    plan, cache = world.plan(Ratio(), 0.4), StreamCache()
-    engine = Engine(world.module, static_exits(plan, 5), cache)
-    request = asked(history(0, 9))
+    cache, request = StreamCache(), asked(history(0, 9))
+    engine = Engine(world.module, static_exits(world.plan(Ratio(), 0.4), 5), cache)
     expected = engine.score([request]).requests[0].logits
 
     def fail(*_: object, **__: object) -> None:
@@ -183,14 +174,13 @@ def test_a_failed_batch_leaves_nothing_half_done(world: World, monkeypatch: pyte
 
 def test_users_without_a_name_are_not_cached(world: World) -> None:
     """user=None runs whole each time, also beside cached ones."""
-    cache = StreamCache()
-    named, nameless = asked(history(0, 5)), replace(asked(history(2, 9)), user=None)
-    plan = world.plan(Ratio(), 0.4)
-    engine = Engine(world.module, RowExits(plan), cache)
-    first, again = (engine.score([named, nameless]).requests for _ in range(2))
-    plain = Engine(world.module, RowExits(plan)).score([named, nameless]).requests
-    for scored in (first, again):
-        for mine, theirs in zip(scored, plain, strict=True):
+    cache, policy = StreamCache(), RowExits(world.plan(Ratio(), 0.4))
+    requests = [asked(history(0, 5)), replace(asked(history(2, 9)), user=None)]
+    engine = Engine(world.module, policy, cache)
+    first, again = (engine.score(requests).requests for _ in range(2))
+    plain = Engine(world.module, policy).score(requests).requests
+    for found in (first, again):
+        for mine, theirs in zip(found, plain, strict=True):
             np.testing.assert_allclose(mine.logits, theirs.logits, atol=1e-5)
     assert len(cache) == 1
     assert again[1].token_layers == plain[1].token_layers

@@ -1,4 +1,8 @@
-"""Retrieved features tables by split: what each split may read, the cache, and requests answered like the log."""
+"""Retrieved features tables by split: what each split may read, the cache, factorisation, and requests answered like
+the log.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,8 +10,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from example_logs import CoLikes, at_random, by_time, flip, make_log, make_split, request
+from scipy.optimize import minimize
 
 from project.errors import ConfigError, DataError
+from project.features import FEATURES, feature_matrix
+from project.metrics import auc
 from project.retrieval import (
     ItemKNN,
     LightGCN,
@@ -20,14 +28,11 @@ from project.retrieval import (
     retrieved_warnings,
 )
 from project.retrieval.base import Edges, Snapshot
+from project.retrieval.factorisation import Factorisation
 from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, reads_all_earlier, walk
 
-SPLITS = ("train", "valid", "test")
-
-
-def by_time(rows: pl.DataFrame) -> np.ndarray:
-    time = rows["timestamp"].to_numpy()
-    return (time >= 40).astype(int) + (time >= 60)
+SPLITS, REFITS = ("train", "valid", "test"), 4
+COMPARED = pl.exclude("row_id")
 
 
 def inside_a_second(rows: pl.DataFrame) -> np.ndarray:
@@ -38,32 +43,25 @@ def inside_a_second(rows: pl.DataFrame) -> np.ndarray:
     return np.digitize(np.arange(n), [first, second])
 
 
-def at_random(rows: pl.DataFrame) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 3, rows.height)
-
-
 @pytest.mark.parametrize(
     ("assign", "every"), [(by_time, 0), (at_random, 0), (by_time, 3), (inside_a_second, 3), (at_random, 3)]
 )
-def test_each_table_is_a_walk_over_the_readable_rows(
-    log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path, assign: Callable, every: int
-):
+def test_each_table_is_a_walk_over_the_readable_rows(assign: Callable, every: int, tmp_path: Path) -> None:
     """The table of S is what a walk over rows of splits <= S alone gives, whether computed once or three times."""
-    co_likes.similar_every = every
-    rows = log_of(0)
+    rows, retriever = make_log(0), CoLikes(neighbours=4, similar_every=every)
     codes = assign(rows)
-    split = split_of(rows, codes)
-    tables = retrieved_tables(split, co_likes, 4, tmp_path)
+    split = make_split(rows, codes)
+    tables = retrieved_tables(split, retriever, REFITS, tmp_path)
     items = split.interactions.items
     for last, name in enumerate(SPLITS):
         readable = rows.filter(pl.Series(codes) <= last)
-        cuts = block_cuts(rows["timestamp"].to_numpy(), 4)
-        fitted = fit_snapshots(readable, co_likes, 12, items, cuts).fitted
-        walked = walk(WalkRows.from_log(readable), co_likes, items, cuts, fitted)
+        cuts = block_cuts(rows["timestamp"].to_numpy(), REFITS)
+        fitted = fit_snapshots(readable, retriever, 12, items, cuts).fitted
+        walked = walk(WalkRows.from_log(readable), retriever, items, cuts, fitted)
         assert tables[name].drop("text", "text_weight").equals(walked)
 
 
-def test_a_split_by_time_reads_all_earlier_rows():
+def test_a_split_by_time_reads_all_earlier_rows() -> None:
     """Equal seconds may straddle a cut, unless their own second is read; a train row after a test row may not."""
     time = np.array([1.0, 2, 2, 3])
     assert reads_all_earlier(time, np.array([0, 1, 0, 2]))
@@ -73,108 +71,101 @@ def test_a_split_by_time_reads_all_earlier_rows():
     assert not reads_all_earlier(time, np.array([0, 1, 0, 2]), own_second=True)
 
 
-def test_a_split_by_time_is_fitted_once(
-    log_of: Callable, split_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+class Told(NoRetriever):
+    """Keeps the number of rows of every fit."""
+
+    fits: list[int]
+
+    def fit(self, edges: Edges, block: int) -> Snapshot:
+        self.fits.append(edges.user.size)
+        return {}
+
+
+def test_a_split_by_time_is_fitted_once(tmp_path: Path) -> None:
     """Three tables cost one fit per block where they coincide, and none at all the second time."""
-    calls = []
-    fit = NoRetriever.fit
-    monkeypatch.setattr(
-        NoRetriever, "fit", lambda self, edges, block: calls.append(block) or fit(self, edges, block)
-    )
-    rows = log_of(0)
-    split = split_of(rows, by_time(rows))
-    first = retrieved_tables(split, NoRetriever(), 4, tmp_path)
-    assert calls == list(range(1, len(block_cuts(rows["timestamp"].to_numpy(), 4)) + 1))
-    calls.clear()
-    second = retrieved_tables(split, NoRetriever(), 4, tmp_path)
-    request_retrieved(split, NoRetriever(), 4, tmp_path, *request(rows.head(1)))
-    assert calls == []
+    rows, told = make_log(0), Told()
+    told.fits = []
+    split = make_split(rows, by_time(rows))
+    first = retrieved_tables(split, told, REFITS, tmp_path)
+    assert len(told.fits) == len(block_cuts(rows["timestamp"].to_numpy(), REFITS))
+    second = retrieved_tables(split, told, REFITS, tmp_path)
+    request_retrieved(split, told, REFITS, tmp_path, *request(rows.head(1)))
+    assert len(told.fits) == len(block_cuts(rows["timestamp"].to_numpy(), REFITS))
     assert all(first[name].equals(second[name]) for name in SPLITS)
 
 
-def test_the_cache_knows_what_retrieved_depends_on(log_of: Callable, split_of: Callable, tmp_path: Path):
+def test_all_splits_have_the_whole_logs_cuts(tmp_path: Path) -> None:
+    """Train is every second row in time: its fits, made last, are at the log's quarters, not at its own."""
+    rows, told = make_log(0), Told()
+    told.fits, codes = [], np.arange(rows.height) % 2
+    retrieved_tables(make_split(rows, codes), told, REFITS, tmp_path, MatrixFactorisation(dim=2))
+    time = rows["timestamp"].to_numpy()
+    assert told.fits[-3:] == [int(((codes == 0) & (time < cut)).sum()) for cut in block_cuts(time, REFITS)]
+
+
+def test_the_cache_knows_what_retrieved_depends_on(tmp_path: Path) -> None:
     """Other settings, number of refits or log make another folder; the same make none."""
-    rows = log_of(0)
-    split, other = (
-        split_of(table, by_time(table)) for table in (rows, rows.with_columns(label=1 - pl.col("label")))
-    )
-    for n in range(2):
+    rows = make_log(0)
+    split, other = (make_split(table, by_time(rows)) for table in (rows, flip(rows, pl.lit(True))))
+    for _ in range(2):
         for log, retriever, refits in (
             (split, RandomRetriever(), 4),
             (split, RandomRetriever(seed=1), 4),
             (split, RandomRetriever(), 3),
             (split, NoRetriever(), 4),
+            (split, CoLikes(), 4),
+            (split, CoLikes(item_neighbours=5), 4),
             (other, RandomRetriever(), 4),
         ):
             retrieved_tables(log, retriever, refits, tmp_path)
-        assert len(list((tmp_path / "retrieved").iterdir())) == 5, n
-
-
-def request(rows: pl.DataFrame, user: int | None = None, own: bool = True) -> tuple[np.ndarray, ...]:
-    """Log rows as a request's rows: user, item, timestamp, label, own."""
-    users = rows["user"].to_numpy() if user is None else np.full(rows.height, user)
-    label = rows["label"].to_numpy() if own else np.full(rows.height, -1)
-    return users, rows["item"].to_numpy(), rows["timestamp"].to_numpy(), label, np.full(rows.height, own)
-
-
-COMPARED = pl.exclude("row_id")
+        assert len(list((tmp_path / "retrieved").iterdir())) == 7
 
 
 @pytest.mark.parametrize("assign", [by_time, at_random])
-@pytest.mark.parametrize("kind", ["co_likes", "lightgcn", "random", "none"])
+@pytest.mark.parametrize(
+    "retriever",
+    [CoLikes(4), CoLikes(4, item_neighbours=3), LightGCN(dim=4, epochs=1), RandomRetriever(), NoRetriever()],
+    ids=["co_likes", "item_similarity", "lightgcn", "random", "none"],
+)
 def test_a_users_own_history_as_a_request_is_answered_like_the_log(
-    log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path, assign: Callable, kind: str
-):
+    assign: Callable, retriever: Retriever, tmp_path: Path
+) -> None:
     """Explicit history of users of the log, in any order, gives the features the log has for the same rows."""
-    retriever = {
-        "co_likes": co_likes,
-        "lightgcn": LightGCN(dim=4, epochs=1),
-        "random": RandomRetriever(),
-        "none": NoRetriever(),
-    }[kind]
-    rows = log_of(2)
-    split = split_of(rows, assign(rows))
-    log = retrieved_tables(split, retriever, 4, tmp_path)["test"]
+    rows = make_log(2)
+    split = make_split(rows, assign(rows))
+    log = retrieved_tables(split, retriever, REFITS, tmp_path)["test"]
     asked = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
-    found = request_retrieved(split, retriever, 4, tmp_path, *request(asked))
+    found = request_retrieved(split, retriever, REFITS, tmp_path, *request(asked))
     expected = asked.select("row_id").join(log, on="row_id", maintain_order="left")
     assert found["row_id"].to_list() == [-1 - position for position in range(asked.height)]
     assert found.select(COMPARED).equals(expected.select(COMPARED))
+    if "item_similarity" in expected:
+        assert expected["item_similarity"].drop_nulls().len() > 5
 
 
-def test_candidates_without_history_use_the_logs_past(
-    log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path
-):
-    """A known user's candidate is answered from that user's log rows; its own label is not needed."""
-    rows = log_of(2)
-    split = split_of(rows, by_time(rows))
-    log = retrieved_tables(split, co_likes, 4, tmp_path)["test"]
-    found = request_retrieved(split, co_likes, 4, tmp_path, *request(rows, own=False))
+def test_candidates_without_history_use_the_logs_past_alone_or_together(tmp_path: Path) -> None:
+    """A known user's candidate is answered from that user's log rows; other users' requests change nothing."""
+    rows, co_likes = make_log(2), CoLikes(neighbours=4)
+    split = make_split(rows, by_time(rows))
+    log = retrieved_tables(split, co_likes, REFITS, tmp_path)["test"]
+    found = request_retrieved(split, co_likes, REFITS, tmp_path, *request(rows, own=False))
     assert found.select(COMPARED).equals(log.select(COMPARED))
-
-
-def test_requests_do_not_change_each_other(
-    log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path
-):
-    """Asking about one user's rows alone or among other users' gives the same retrieved features."""
-    rows = log_of(2)
-    split = split_of(rows, by_time(rows))
-    together = request_retrieved(split, co_likes, 4, tmp_path, *request(rows))
+    together = request_retrieved(split, co_likes, REFITS, tmp_path, *request(rows))
     for user in (1, 4):
         mine = rows["user"] == user
-        alone = request_retrieved(split, co_likes, 4, tmp_path, *request(rows.filter(mine)))
+        alone = request_retrieved(split, co_likes, REFITS, tmp_path, *request(rows.filter(mine)))
         assert alone.select(COMPARED).equals(together.filter(mine).select(COMPARED))
 
 
-def test_unseen_users_and_items(log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path):
+def test_unseen_users_and_items(tmp_path: Path) -> None:
     """A new user with history has neighbours; without, only rates; a new item has neither raters nor a vector."""
-    rows = log_of(2)
-    split = split_of(rows, by_time(rows))
-    late = float(rows["timestamp"].max()) + 10
+    rows = make_log(2)
+    split = make_split(rows, by_time(rows))
+    late = float(rows["timestamp"].max()) + 10  # type: ignore[arg-type]
     user, item = np.array([90, 90, 90, 91]), np.array([0, 77, 1, 1])
     time, label = np.array([late, late, late + 1, late + 1]), np.array([1, 0, -1, -1])
-    found = request_retrieved(split, co_likes, 4, tmp_path, user, item, time, label, label >= 0).to_dicts()
+    asked = (user, item, time, label, label >= 0)
+    found = request_retrieved(split, CoLikes(neighbours=4), REFITS, tmp_path, *asked).to_dicts()
     assert found[1]["item_count"] == 0
     assert found[2]["neighbour_count"] == 4
     assert (found[2]["user_rate"], found[2]["user_count"]) == (0.5, 2)
@@ -182,78 +173,170 @@ def test_unseen_users_and_items(log_of: Callable, split_of: Callable, co_likes: 
     assert found[3]["item_count"] == found[2]["item_count"] == rows.filter(pl.col("item") == 1).height
 
 
-def test_history_without_an_answer_is_refused(log_of: Callable, split_of: Callable, tmp_path: Path):
-    """An own row needs a label; the error names the row."""
-    rows = log_of(0)
+def test_what_cannot_be_answered_is_refused(tmp_path: Path) -> None:
+    """History without an answer, and no block at all."""
+    rows = make_log(0)
+    split = make_split(rows, by_time(rows))
     user, item, time, label, own = request(rows.head(3))
     label = np.where(np.arange(3) == 1, -1, label)
     with pytest.raises(DataError, match="request row 1 is history"):
-        request_retrieved(
-            split_of(rows, by_time(rows)), NoRetriever(), 4, tmp_path, user, item, time, label, own
-        )
-
-
-def test_refits_below_one_is_refused(log_of: Callable, split_of: Callable, tmp_path: Path):
-    """The error names the YAML key."""
-    rows = log_of(0)
+        request_retrieved(split, NoRetriever(), REFITS, tmp_path, user, item, time, label, own)
     with pytest.raises(ConfigError, match=r"data\.refits is 0"):
-        retrieved_tables(split_of(rows, by_time(rows)), NoRetriever(), 0, tmp_path)
+        retrieved_tables(split, NoRetriever(), 0, tmp_path)
 
 
-class Told(NoRetriever):
-    """Keeps what it was fitted on."""
-
-    def fit(self, edges: Edges, block: int) -> Snapshot:
-        self.fits = [*getattr(self, "fits", []), edges.user.size]
-        return {}
-
-
-def test_all_splits_have_the_whole_logs_cuts(log_of: Callable, split_of: Callable, tmp_path: Path):
-    """Train is every second row in time: its fits, made last, are at the log's quarters, not at its own.
-
-    So a block of train's fits holds half as many rows, all of them strictly before the log's cut.
-    """
-    rows = log_of(0)
-    codes = np.arange(rows.height) % 2
-    split, told = split_of(rows, codes), Told()
-    retrieved_tables(split, told, 4, tmp_path, MatrixFactorisation(dim=2))
-    time = rows["timestamp"].to_numpy()
-    cuts = block_cuts(time, 4)
-    assert told.fits[-3:] == [int(((codes == 0) & (time < cut)).sum()) for cut in cuts]
-
-
-def test_a_split_without_early_rows(
-    log_of: Callable, split_of: Callable, co_likes: Retriever, tmp_path: Path
-):
+def test_a_split_without_early_rows(tmp_path: Path) -> None:
     """Where all of train lies in the last third, what is fitted before the first cuts has seen no row: no error."""
-    rows = log_of(0)
+    rows = make_log(0)
     codes = np.where(np.arange(rows.height) < rows.height * 2 // 3, 1, 0)
-    for retriever in (co_likes, ItemKNN(), LightGCN(dim=4, epochs=1)):
-        tables = retrieved_tables(split_of(rows, codes), retriever, 10, tmp_path, MatrixFactorisation(dim=2))
+    for retriever in (CoLikes(), ItemKNN(), LightGCN(dim=4, epochs=1)):
+        tables = retrieved_tables(
+            make_split(rows, codes), retriever, 10, tmp_path, MatrixFactorisation(dim=2)
+        )
         assert tables["train"].height == (codes == 0).sum()
 
 
-class TestWarnings:
-    def test_a_retriever_that_was_never_fitted(self, log_of: Callable, split_of: Callable, tmp_path: Path):
-        """One block has no past: LightGCN was fitted for no split; with ten there is nothing to warn of."""
-        rows = log_of(0, 300)
-        split = split_of(rows, by_time(rows))
-        retriever = LightGCN(dim=4, epochs=1)
-        for refits, words in ((1, "LightGCN was never fitted before the"), (10, None)):
-            tables = retrieved_tables(split, retriever, refits, tmp_path)
-            found = retrieved_warnings(split, tables, retriever, refits)
-            assert len(found) == (3 if words else 0)
-            assert all(words in line and "Raise data.refits" in line for line in found)
+@pytest.mark.parametrize(
+    ("retriever", "refits", "liked", "words"),
+    [
+        (LightGCN(dim=4, epochs=1), 1, True, "LightGCN was never fitted"),
+        (LightGCN(dim=4, epochs=1), 10, True, None),
+        (ItemKNN(), 4, False, ": item_rate, user_rate, vote has one value or none"),
+        (NoRetriever(), 4, False, ": item_rate, user_rate has one value or none"),
+    ],
+)
+def test_warnings(retriever: Retriever, refits: int, liked: bool, words: str | None, tmp_path: Path) -> None:
+    """A retriever that one block never fitted, and features that are all alike where nobody likes anything."""
+    rows = make_log(0, 300)
+    split = make_split(rows if liked else rows.with_columns(label=pl.lit(0, pl.Int8)), by_time(rows))
+    tables = retrieved_tables(split, retriever, refits, tmp_path)
+    found = retrieved_warnings(split, tables, retriever, refits)
+    assert len(found) == (3 if words else 0)
+    assert all(str(words) in line for line in found)
 
-    def test_features_that_are_all_alike(self, log_of: Callable, split_of: Callable, tmp_path: Path):
-        """Nobody likes anything: rates are 0 or nothing, votes too where somebody is asked for them."""
-        rows = log_of(0).with_columns(label=pl.lit(0, pl.Int8))
-        split = split_of(rows, by_time(rows))
-        for retriever, names in (
-            (ItemKNN(), "item_rate, user_rate, vote"),
-            (NoRetriever(), "item_rate, user_rate"),
-        ):
-            tables = retrieved_tables(split, retriever, 4, tmp_path)
-            found = retrieved_warnings(split, tables, retriever, 4)
-            assert len(found) == 3
-            assert all(f": {names} has one value or none" in line for line in found)
+
+MF = MatrixFactorisation(dim=2, bias_penalty=1.0, vector_penalty=3.0, iterations=30)
+
+
+def chances_of(rows: pl.DataFrame, log: pl.DataFrame | None = None) -> np.ndarray:
+    """Factorisation of rows of a log, with the cuts of all its rows."""
+    time = (rows if log is None else log)["timestamp"].to_numpy()
+    return MF.chances(WalkRows.from_log(rows), MF.fit(rows, 9, block_cuts(time, REFITS)))
+
+
+def test_mf_is_the_penalised_optimum_over_the_users_earlier_rows() -> None:
+    """Row by row equal to scipy's minimum of log loss plus penalty over just the strictly earlier own rows."""
+    rows = make_log(3)
+    user, item, time, label, _ = request(rows)
+    snapshots = MF.fit(rows, 9, block_cuts(time, REFITS))
+    found, penalty, checked = chances_of(rows), np.array([1.0, 3.0, 3.0]), 0
+    for row in np.flatnonzero(~np.isnan(found))[::7]:
+        fitted = snapshots.fitted[int(np.searchsorted(snapshots.cuts, time[row], side="right")) - 1]
+        past = (user == user[row]) & (time < time[row])
+        x, known, sign = fitted["vectors"][item[past]], fitted["known"][item[past]], 2.0 * label[past] - 1
+
+        def loss(v: np.ndarray, x=x, known=known, sign=sign) -> float:
+            return float(np.logaddexp(0, -sign * (known + x @ v)).sum() + 0.5 * penalty @ v**2)
+
+        best = minimize(loss, np.zeros(3), tol=1e-10).x
+        logit = fitted["known"][item[row]] + fitted["vectors"][item[row]] @ best
+        assert found[row] == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-4)
+        checked += past.any()
+    assert checked > 5
+
+
+@pytest.mark.parametrize("row", [5, 60, 100])
+def test_an_answer_moves_no_mf_of_its_own_second_or_before(row: int) -> None:
+    """Leak canary: flip one answer; every change is strictly later, and there is one."""
+    rows = make_log(1)
+    before, after = chances_of(rows), chances_of(flip(rows, pl.col("row_id") == row))
+    changed = ~np.isclose(before, after, rtol=0, atol=1e-12, equal_nan=True)
+    time = rows["timestamp"].to_numpy()
+    assert changed.any()
+    assert time[changed].min() > time[row]
+
+
+def test_mf_of_one_kind_of_answer() -> None:
+    """Where all earlier answers are likes nothing can be factorised: (likes + .5) / (rows + 1), and the user's bias."""
+    rows = make_log(0).with_columns(label=pl.lit(1, pl.Int8))
+    found, time = chances_of(rows), rows["timestamp"].to_numpy()
+    assert np.array_equal(np.isnan(found), time < block_cuts(time, REFITS)[0])
+    assert (found[~np.isnan(found)] > 0.5).all()
+
+
+@pytest.mark.parametrize("assign", [by_time, at_random])
+def test_mf_of_a_request_is_that_of_the_log_and_of_a_split_its_own(assign: Callable, tmp_path: Path) -> None:
+    """Train's factorisation is that of a log of train rows alone."""
+    rows = make_log(2)
+    split = make_split(rows, assign(rows))
+    tables = retrieved_tables(split, NoRetriever(), REFITS, tmp_path, MF)
+    asked = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
+    found = request_retrieved(split, NoRetriever(), REFITS, tmp_path, *request(asked), mf=MF)["mf"]
+    expected = asked.select("row_id").join(tables["test"], on="row_id", maintain_order="left")["mf"]
+    assert expected.null_count() < len(expected)
+    np.testing.assert_allclose(found.to_numpy(), expected.to_numpy(), atol=1e-6)
+    alone = chances_of(rows.filter(pl.Series(assign(rows) == 0)), log=rows)
+    np.testing.assert_allclose(tables["train"]["mf"].to_numpy(), alone.astype(np.float32), atol=1e-7)
+
+
+def test_features_of_mf_and_of_items_alike() -> None:
+    """An item liked 3 of 4 times, a user who liked 1 of 2, base .5.
+
+    Factorisation .8 is log(.8 / .2); without one log(5.5 / 3.5) + log(3.5 / 3.5) of the rates. Alike .75 of weight 4 is
+    log((3 + 2.5) / (1 + 2.5)); nothing alike, or no column, 0.
+    """
+    table = pl.DataFrame(
+        {"row_id": [0, 1], "item_rate": [0.75] * 2, "item_count": [4] * 2, "user_rate": [0.5] * 2}
+        | {"user_count": [2] * 2, "vote": [None] * 2, "neighbour_count": [0] * 2}
+        | {"similarities": [[], []], "answers": [[], []], "mf": [0.8, None]}
+        | {"item_similarity": [0.75, None], "item_similarity_weight": [4.0, 0.0]},
+        schema_overrides={
+            "vote": pl.Float32,
+            "similarities": pl.List(pl.Float32),
+            "answers": pl.List(pl.Int8),
+        },
+    )
+    at, rates = (
+        [FEATURES.index(name) for name in ("mf_log_odds", "item_similarity_log_odds")],
+        np.log(5.5 / 3.5),
+    )
+    found = feature_matrix(table, 0.5)[:, at]
+    np.testing.assert_allclose(found, [[np.log(4), rates], [rates, 0]], atol=1e-6)
+    without = feature_matrix(table.drop("mf", "item_similarity", "item_similarity_weight"), 0.5)[:, at]
+    np.testing.assert_allclose(without, [[rates, 0]] * 2, atol=1e-6)
+
+
+def factorised(vector_penalty: float = 1.0, iterations: int = 500, stretch: int = 1):
+    """Labels are the product of a factorisation and a kind; fitted on the first 1,500 of 2,000 rows. Logits of all
+    rows.
+    """
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(0, 30, 2000), rng.integers(0, 20, 2000)
+    mf, kind = rng.choice([-1, 1], 30), rng.choice([-1, 1], 20)
+    label = (rng.random(2000) < 1 / (1 + np.exp(-2 * mf[user] * kind[item]))).astype(int)
+    train = np.arange(2000) < 1500
+    codes = stretch * user + stretch - 1
+    model = Factorisation.fit(codes[train], item[train], label[train], 4, 2.0, vector_penalty, iterations)
+    dot = (model.user_vectors[user] * model.item_vectors[item]).sum(1)
+    logits = model.offset + model.user_bias[user] + model.item_bias[item] + dot
+    return model, logits, (user, item, label, train)
+
+
+def test_factorisation_is_stationary_and_finds_what_biases_cannot() -> None:
+    """At the minimum penalty * b = sum of (label - p) over its rows; with vectors held at 0 held-out AUC is near .5."""
+    model, logits, (user, item, label, train) = factorised()
+    left = label - 1 / (1 + np.exp(-logits))
+    for codes, bias in ((user, model.user_bias), (item, model.item_bias)):
+        pull = np.bincount(codes[train], left[train])
+        np.testing.assert_allclose(2.0 * bias, pull, atol=0.05)
+        assert np.abs(pull).max() > 1
+    held = factorised(vector_penalty=1e6)[1]
+    assert auc(logits[~train], label[~train]) > 0.8  # type: ignore[operator]
+    assert auc(held[~train], label[~train]) < 0.6  # type: ignore[operator]
+
+
+def test_how_codes_are_numbered_does_not_matter() -> None:
+    """Fitting is deterministic and only the order of codes draws vectors: users 6, 13, 20 ... give the same logits."""
+    first, again = factorised(iterations=20), factorised(iterations=20, stretch=7)
+    np.testing.assert_array_equal(first[1], again[1])
+    assert again[0].users[:3].tolist() == [6, 13, 20]

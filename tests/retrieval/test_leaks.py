@@ -1,26 +1,20 @@
 """Canaries: no row can see itself, its second, its future or a later split, and a leak would be noticed."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from example_logs import CoLikes, flip, items_table, make_log, retrieved
 from sklearn.metrics import roc_auc_score
 
-from project.retrieval import (
-    ItemKNN,
-    LightGCN,
-    LLMEmbedding,
-    RandomRetriever,
-    Retriever,
-    TextEncoder,
-    VectorRetriever,
-)
+from project.retrieval import ItemKNN, LightGCN, LLMEmbedding, RandomRetriever, Retriever, TextEncoder
 from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
 
-Retrieved = Callable[..., pl.DataFrame]
-CUTS = np.array([20.0, 45.0])
+KINDS = ["global_time", "user_time", "random", "leave_last"]
+ITEM_SIMILARITY = ["item_similarity", "item_similarity_weight"]
 
 
 def splits_of(rows: pl.DataFrame, kind: str, seed: int) -> np.ndarray:
@@ -30,26 +24,17 @@ def splits_of(rows: pl.DataFrame, kind: str, seed: int) -> np.ndarray:
         return (time >= np.quantile(time, 0.6)).astype(int) + (time >= np.quantile(time, 0.8))
     if kind == "random":
         return np.random.default_rng(seed).integers(0, 3, rows.height)
-    share = (
-        rows.select(pl.col("timestamp").rank("ordinal").over("user") / pl.len().over("user"))
-        .to_series()
-        .to_numpy()
-    )
-    if kind == "user_time":
-        return (share > 0.6).astype(int) + (share > 0.8)
-    last = (
-        rows.select(pl.col("timestamp").rank("ordinal", descending=True).over("user")).to_series().to_numpy()
-    )
-    return (last <= 2).astype(int) + (last <= 1)
+    rank = rows.select(pl.col("timestamp").rank("ordinal", descending=kind == "leave_last").over("user"))
+    place = rank.to_series().to_numpy()
+    if kind == "leave_last":
+        return (place <= 2).astype(int) + (place <= 1)
+    share = place / rows.select(pl.len().over("user")).to_series().to_numpy()
+    return (share > 0.6).astype(int) + (share > 0.8)
 
 
-KINDS = ["global_time", "user_time", "random", "leave_last"]
-
-
-@pytest.fixture(params=["co_likes", "lightgcn", "item_knn", "random", "text", "llm"])
+@pytest.fixture(params=["co_likes", "item_similarity", "lightgcn", "item_knn", "random", "text", "llm"])
 def retriever(
     request: pytest.FixtureRequest,
-    co_likes: VectorRetriever,
     tiny_encoder: Path,
     tiny_model: Path,
     session_cache: Path,
@@ -57,7 +42,8 @@ def retriever(
 ) -> Retriever:
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     found: Retriever = {
-        "co_likes": co_likes,
+        "co_likes": CoLikes(neighbours=4),
+        "item_similarity": CoLikes(neighbours=4, item_neighbours=3),
         "lightgcn": LightGCN(neighbours=4, dim=4, epochs=1),
         "item_knn": ItemKNN(neighbours=4),
         "random": RandomRetriever(neighbours=4),
@@ -67,46 +53,33 @@ def retriever(
     return found
 
 
-def until(table: pl.DataFrame, rows: pl.DataFrame, time: float) -> pl.DataFrame:
-    """Retrieved features of rows up to and including a second."""
-    return table.join(
-        rows.filter(pl.col("timestamp") <= time).select("row_id"), on="row_id", maintain_order="left"
-    )
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_cannot_change_its_own_retrieved(
-    log_of: Retrieved, retrieved_of: Retrieved, retriever: Retriever, kind: str
-):
+def test_a_row_cannot_change_its_own_retrieved(retriever: Retriever, kind: str) -> None:
     """Flipping or deleting a row changes no retrieved features up to its own second, and some later."""
-    changed = False
+    changed = 0
     for seed in range(3):
-        rows = log_of(seed, rows=90).filter(pl.col("user") > 0)
+        rows = make_log(seed, rows=90).filter(pl.col("user") > 0)
         readable = rows.filter(pl.Series(splits_of(rows, kind, seed)) <= 1 + seed % 2)
-        before = retrieved_of(readable, retriever, CUTS)
-        for row in readable.sample(3, seed=seed).to_dicts():
-            here = pl.col("row_id") == row["row_id"]
-            flipped = readable.with_columns(label=pl.when(here).then(1 - pl.col("label")).otherwise("label"))
+        before = retrieved(readable, retriever)
+        columns = ITEM_SIMILARITY if "item_similarity" in before.columns else before.columns
+        for row in readable.sample(2, seed=seed).to_dicts():
+            until = readable["timestamp"] <= row["timestamp"]
             for after in (
-                retrieved_of(flipped, retriever, CUTS),
-                retrieved_of(readable, retriever, CUTS, (row["row_id"],)),
+                retrieved(flip(readable, pl.col("row_id") == row["row_id"]), retriever),
+                retrieved(readable, retriever, silent=(row["row_id"],)),
             ):
-                time = row["timestamp"]
-                assert until(after, rows, time).equals(until(before, rows, time))
-                changed |= not after.equals(before)
+                assert after.filter(until).equals(before.filter(until))
+                changed += not after.select(columns).equals(before.select(columns))
     assert changed
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_neighbours_are_earlier_readable_rows_of_others_with_the_candidate(
-    log_of: Retrieved, retrieved_of: Retrieved, co_likes: VectorRetriever, kind: str
-):
-    """A neighbour row is strictly earlier, of a split <= S, about the candidate, by someone else."""
-    rows = log_of(3)
+def test_neighbours_are_earlier_readable_rows_of_others_with_the_candidate(kind: str) -> None:
+    rows = make_log(3)
     codes = splits_of(rows, kind, 3)
     for last in range(3):
         readable = rows.filter(pl.Series(codes) <= last)
-        found = retrieved_of(readable, co_likes, CUTS)
+        found = retrieved(readable, CoLikes(neighbours=4))
         pairs = found.select("row_id", "neighbours", "answers").explode("neighbours", "answers").drop_nulls()
         joined = pairs.join(rows, on="row_id").join(
             readable, left_on="neighbours", right_on="row_id", suffix="_n"
@@ -127,48 +100,42 @@ def leaky_retrieved(
     rows: pl.DataFrame, retriever: Retriever, users: int, items: pl.DataFrame
 ) -> pl.DataFrame:
     """Retrieved features with all rows, the row itself included, taken in before any question, and nobody dropped."""
-    log, shift = WalkRows.from_log(rows), float(rows["timestamp"].max()) + 1
+    log, shift = WalkRows.from_log(rows), float(rows["timestamp"].max()) + 1  # type: ignore[arg-type]
     no, yes = np.zeros(rows.height, np.bool_), np.ones(rows.height, np.bool_)
     first = {**vars(log), "query": no}
-    then = {
-        **vars(log),
-        "timestamp": log.timestamp + shift,
-        "rater": no,
-        "own": no,
-        "query": yes,
-        "person": log.person * 0 - 1,
-    }
+    late = {"timestamp": log.timestamp + shift, "rater": no, "own": no, "query": yes}
+    then = {**vars(log), **late, "person": log.person * 0 - 1}
     both = WalkRows(**{name: np.concatenate([first[name], then[name]]) for name in first})
     cuts = np.array([shift])
-    snapshots = fit_snapshots(rows, retriever, users, items, cuts)
-    return walk(both, retriever, items, cuts, snapshots.fitted)
+    return walk(both, retriever, items, cuts, fit_snapshots(rows, retriever, users, items, cuts).fitted)
 
 
 def strict_retrieved(
     rows: pl.DataFrame, retriever: Retriever, users: int, items: pl.DataFrame
 ) -> pl.DataFrame:
     cuts = block_cuts(rows["timestamp"].to_numpy(), 5)
-    snapshots = fit_snapshots(rows, retriever, users, items, cuts)
-    return walk(WalkRows.from_log(rows), retriever, items, cuts, snapshots.fitted)
+    fitted = fit_snapshots(rows, retriever, users, items, cuts).fitted
+    return walk(WalkRows.from_log(rows), retriever, items, cuts, fitted)
 
 
-def test_a_leaky_graph_is_noticed_on_noise(log_of: Retrieved, items_of: Retrieved):
+def test_a_leaky_graph_is_noticed_on_noise() -> None:
     """Labels are coin flips: strict votes cannot know them (AUC .5), leaky ones do by more than .1."""
     users, items = 40, 30
-    rows, retriever = log_of(0, 1500, users, items), LightGCN(neighbours=5, dim=16, epochs=2)
-    strict = vote_auc(rows, strict_retrieved(rows, retriever, users, items_of(items)))
-    leaky = vote_auc(rows, leaky_retrieved(rows, retriever, users, items_of(items)))
+    rows, retriever = make_log(0, 1500, users, items), LightGCN(neighbours=5, dim=16, epochs=2)
+    strict, leaky = (
+        vote_auc(rows, found(rows, retriever, users, items_table(items)))
+        for found in (strict_retrieved, leaky_retrieved)
+    )
     assert abs(strict - 0.5) < 0.05
     assert leaky > strict + 0.1
 
 
-def test_strict_retrieved_finds_structure(log_of: Retrieved, items_of: Retrieved):
+def test_strict_retrieved_finds_structure() -> None:
     """Two groups of users with opposite tastes: votes of similar users know what a candidate's rate cannot."""
     users, items = 40, 30
-    rows = log_of(0, 3000, users, items).with_columns(
-        label=((pl.col("user") + pl.col("item")) % 2 == 0).cast(pl.Int8)
-    )
-    found = strict_retrieved(rows, LightGCN(neighbours=5, dim=16, epochs=5), users, items_of(items))
+    like = ((pl.col("user") + pl.col("item")) % 2 == 0).cast(pl.Int8)
+    rows = make_log(0, 3000, users, items).with_columns(label=like)
+    found = strict_retrieved(rows, LightGCN(neighbours=5, dim=16, epochs=5), users, items_table(items))
     late = rows["timestamp"].to_numpy() > 500
     assert vote_auc(rows.filter(late), found.filter(late)) > 0.95
     assert roc_auc_score(rows["label"], found["item_rate"].fill_null(0.5)) < 0.6
@@ -176,7 +143,7 @@ def test_strict_retrieved_finds_structure(log_of: Retrieved, items_of: Retrieved
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_a_leaky_graph_is_noticed_on_movielens():
+def test_a_leaky_graph_is_noticed_on_movielens() -> None:
     """On ML-100K by time a leak lifts the validation AUC of the votes by more than .1.
 
     N is fixed at 10: the row itself is one vote of N, so the same leak shows less the more neighbours vote.
@@ -189,8 +156,8 @@ def test_a_leaky_graph_is_noticed_on_movielens():
     log, rows = split.interactions, split.rows.filter(pl.col("split").cast(pl.String) != "test")
     targets = (rows["split"].cast(pl.String) == "valid") & (rows["role"].cast(pl.String) == "target")
     auc = {}
-    for name, retrieved in (("strict", strict_retrieved), ("leaky", leaky_retrieved)):
-        found = retrieved(rows, LightGCN(neighbours=10, epochs=2), log.users.height, log.items)
+    for name, made in (("strict", strict_retrieved), ("leaky", leaky_retrieved)):
+        found = made(rows, LightGCN(neighbours=10, epochs=2), log.users.height, log.items)
         auc[name] = vote_auc(rows.filter(targets), found.filter(targets))
     assert 0.65 < auc["strict"] < 0.75
     assert auc["leaky"] > auc["strict"] + 0.1

@@ -1,69 +1,61 @@
-"""User vectors: equal to brute force, one table a block, zero vectors."""
+"""User vectors: neighbours, own answers on items alike and lists of what similar users liked, by brute force."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from example_logs import (
+    NUM_ITEMS,
+    CoLikes,
+    flip,
+    items_table,
+    likes_before,
+    make_log,
+    make_split,
+    numbered,
+    request,
+    retrieved,
+    user_vectors,
+)
 
-from project.retrieval import VectorRetriever
-from project.retrieval.base import Edges, Raters
+from project.retrieval import LightGCN, VectorRetriever, request_retrieved, retrieved_tables
+from project.retrieval.base import Edges, FloatArray, Raters
 from project.retrieval.lightgcn import inverse_norms
+from project.retrieval.walk import WalkRows, fit_snapshots, walk
+
+LISTS = {"similar_every": 3, "similar_users": 3, "similar_items": 2}
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_neighbours_equal_brute_force(
-    log_of: Callable[..., pl.DataFrame],
-    retrieved_of: Callable[..., pl.DataFrame],
-    co_likes: VectorRetriever,
-    seed: int,
-):
-    """Every row's neighbours and cosines equal the definition: one table a block, strictly earlier rows."""
-    rows, cuts = log_of(seed), np.array([20.0, 45.0])
-    found = retrieved_of(rows, co_likes, cuts)
+@pytest.mark.parametrize(("seed", "dislike"), [(0, -0.5), (1, -0.5), (2, 0.0)])
+def test_neighbours_equal_brute_force(seed: int, dislike: float) -> None:
+    """One table a block, strictly earlier rows; with weight 0 who only disliked has no vector, so no neighbours."""
+    rows = make_log(seed)
+    found = retrieved(rows, CoLikes(neighbours=4, dislike_weight=dislike))
     for row, got in zip(rows.to_dicts(), found.to_dicts(), strict=True):
-        expected = brute_force(rows, row, cuts, co_likes)
+        likes = likes_before(rows, row["timestamp"])
+        expected: list[tuple[int, float]] = []
+        if likes is not None:
+            past = rows.filter(pl.col("timestamp") < row["timestamp"])
+            unit = user_vectors(past, likes, dislike)
+            cosine = unit @ unit[row["user"]]
+            raters = past.filter(pl.col("item") == row["item"], pl.col("user") != row["user"])
+            latest = dict(raters.select("user", "row_id").iter_rows())
+            pairs = [(latest[u], cosine[u]) for u in latest if unit[u].any() and unit[row["user"]].any()]
+            # rounded: mathematically equal cosines are ordered by later row
+            expected = sorted(pairs, key=lambda pair: (-round(pair[1], 6), -pair[0]))[:4]
         assert got["neighbours"] == [neighbour for neighbour, _ in expected]
         assert got["similarities"] == pytest.approx([cosine for _, cosine in expected], abs=1e-5)
 
 
-def brute_force(
-    rows: pl.DataFrame, row: dict, cuts: np.ndarray, retriever: VectorRetriever
-) -> list[tuple[int, float]]:
-    """(row_id, cosine) of the nearest raters, by filters on the log alone."""
-    starts = cuts[cuts <= row["timestamp"]]
-    if not starts.size:
-        return []
-    likes = np.zeros((12, 9))
-    before = rows.filter(pl.col("timestamp") < starts[-1])
-    for edge in before.to_dicts():
-        likes[edge["user"], edge["item"]] += edge["label"]
-    weighted = likes.T @ likes / np.sqrt(np.maximum(likes.sum(0), 1))[:, None]
-    past = rows.filter(pl.col("timestamp") < row["timestamp"])
-    vectors = np.zeros((12, 9))
-    latest = {}
-    for earlier in past.to_dicts():
-        vectors[earlier["user"]] += (1 if earlier["label"] else -0.5) * weighted[earlier["item"]]
-        if earlier["item"] == row["item"] and earlier["user"] != row["user"]:
-            latest[earlier["user"]] = earlier["row_id"]
-    norms = np.linalg.norm(vectors, axis=1)
-    own = row["user"]
-    cosines = [
-        (neighbour, float(vectors[user] @ vectors[own] / norms[user] / norms[own]))
-        for user, neighbour in latest.items()
-        if norms[user] > 0 and norms[own] > 0
-    ]
-    # rounded: mathematically equal cosines are ordered by later row
-    return sorted(cosines, key=lambda pair: (-round(pair[1], 6), -pair[0]))[: retriever.neighbours]
-
-
-def test_a_history_given_at_once_is_the_one_observed(
-    log_of: Callable[..., pl.DataFrame], items_of: Callable[..., pl.DataFrame], co_likes: VectorRetriever
-):
+def test_a_history_given_at_once_is_the_one_observed() -> None:
     """history_vector, then nearest, finds what select finds for a user who was observed row by row."""
-    rows = log_of(2)
-    user, item, label = (rows[name].to_numpy().astype(np.int64) for name in ("user", "item", "label"))
-    co_likes.begin(12, items_of())
+    co_likes = CoLikes(neighbours=4)
+    user, item, _, label, _ = (column.astype(np.int64) for column in request(make_log(2)))
+    co_likes.begin(12, items_table())
     co_likes.start_block(co_likes.fit(Edges(user, item, label), 1), 1)
     for row, edge in enumerate(zip(user.tolist(), item.tolist(), label.tolist(), strict=True)):
         co_likes.observe(row, *edge)
@@ -76,13 +68,149 @@ def test_a_history_given_at_once_is_the_one_observed(
     assert found.similarity == pytest.approx(expected.similarity, abs=1e-6)
 
 
-def test_a_dislike_weight_of_zero_leaves_only_likes(
-    log_of: Callable[..., pl.DataFrame], retrieved_of: Callable[..., pl.DataFrame], co_likes: VectorRetriever
-):
-    """With weight 0 a user who only disliked has no vector, so no neighbours."""
-    rows = log_of(0).with_columns(label=pl.when(pl.col("user") == 0).then(0).otherwise("label").cast(pl.Int8))
-    co_likes.dislike_weight = 0.0
-    found = retrieved_of(rows, co_likes, np.array([20.0]))
-    asked = rows["user"] == 0
-    assert found.filter(asked)["neighbour_count"].sum() == 0
-    assert found.filter(~asked)["neighbour_count"].sum() > 0
+@pytest.mark.parametrize("seed", range(2))
+def test_alike_equals_brute_force(seed: int) -> None:
+    """The three own earlier rows of largest positive cosine (ties: the later), each answer weighted by its cosine."""
+    rows, answered = make_log(seed), 0
+    for row, got in zip(rows.to_dicts(), retrieved(rows, CoLikes(item_neighbours=3)).to_dicts(), strict=True):
+        likes = likes_before(rows, row["timestamp"])
+        own = rows.filter(pl.col("timestamp") < row["timestamp"], pl.col("user") == row["user"])
+        pairs: list[tuple[float, int]] = []
+        if likes is not None:
+            table = likes.T @ likes
+            unit = table / np.maximum(np.linalg.norm(table, axis=1), 1e-9)[:, None]
+            pairs = [(float(unit[i] @ unit[row["item"]]), a) for i, a in own.select("item", "label").rows()]
+            order = sorted(range(len(pairs)), key=lambda k: (-round(pairs[k][0], 6), -k))
+            pairs = [pairs[k] for k in order[:3] if pairs[k][0] > 0]
+        weight = sum(cosine for cosine, _ in pairs)
+        mean = sum(c * a for c, a in pairs) / weight if weight else None
+        assert got["item_similarity_weight"] == pytest.approx(weight, abs=1e-5)
+        assert got["item_similarity"] == (None if mean is None else pytest.approx(mean, abs=1e-5))
+        answered += mean is not None
+    assert answered > 50
+
+
+class UnitItems(VectorRetriever):
+    """Items 0, 1, 2 and 3 are (1, 0), (0, 1), (1, 0) and (1, 0)."""
+
+    def item_table(self, edges: Edges, block: int) -> FloatArray:
+        return np.eye(2, dtype=np.float32)[[0, 1, 0, 0]]
+
+
+GOLDEN = [  # timestamp, user, item, label; block 1 begins at 10 and no item has more than one like before
+    (1, 1, 0, 1),  # v1 = (1, 0)
+    (2, 2, 1, 1),
+    (3, 2, 2, 1),  # v2 = (1, 1)
+    (10, 0, 0, 1),  # row 3: user 0 has 1 row of 2
+    (11, 3, 3, 1),  # v3 = (1, 0)
+    (12, 0, 3, 0),  # row 5: 2 rows, a list is due; v0 = (1, 0) - .5 (1, 0)
+    (12, 1, 2, 1),  # row 6: the same second; 2 rows, a list is due
+    (13, 2, 2, 0),  # row 7: 3 rows, none is due; user 2 likes item 2 no more
+    (14, 0, 1, 0),
+    (14, 0, 1, 1),  # row 9: rows 3 and 4 in one second, a list is due after both
+]
+# Row 5: cosines 1 (users 1, 3), sqrt(1/2) (user 2); item 2 has 1 + .71 by row 6, item 1 has .71; 0, 3 are rated.
+# Row 6: v1 = (2, 0), so users 0 and 3 with item 3 have 1, user 2 .71 for items 1 and 2; 0, 2 are rated.
+# Row 2 is in block 0 and has none. Row 9: v0 = (.5, .5); 0, 1 and 3 are rated, only user 1 likes item 2.
+# Of equal cosines the later rating counts: user 1 before 3 in row 5; user 0 before 3 in row 6, no news.
+LISTED: list[tuple[dict[str, int], list[list[int] | None]]] = [
+    ({}, [None] * 5 + [[2, 1], [3, 1], None, None, [2]]),
+    ({"similar_users": 1}, [None] * 5 + [[2], None]),
+    ({"similar_items": 1}, [None] * 5 + [[2], [3]]),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), LISTED, ids=str)
+def test_golden_lists(settings: dict[str, int], expected: list[list[int] | None]) -> None:
+    rows = pl.DataFrame(GOLDEN, ["timestamp", "user", "item", "label"], orient="row")
+    rows = numbered(rows.with_columns(pl.col("timestamp").cast(pl.Float64)))
+    retriever, items, cuts = UnitItems(similar_every=2, **settings), items_table(4), np.array([10.0])
+    fitted = fit_snapshots(rows, retriever, 4, items, cuts).fitted
+    found = walk(WalkRows.from_log(rows), retriever, items, cuts, fitted)
+    assert found["similar_after"].to_list()[: len(expected)] == expected
+
+
+def brute_force_list(rows: pl.DataFrame, row: dict[str, Any], retriever: VectorRetriever) -> list[int] | None:
+    """The list after a row: rows up to its second, one table a block, nothing rated already."""
+    now = row["timestamp"]
+    own = rows.filter(pl.col("user") == row["user"], pl.col("timestamp") <= now)
+    before, likes = own.filter(pl.col("timestamp") < now).height, likes_before(rows, now)
+    if likes is None or own.height // 3 == before // 3 or own["row_id"][-1] != row["row_id"]:
+        return None
+    past = rows.filter(pl.col("timestamp") <= now)
+    unit = user_vectors(past, likes)
+    cosine = (unit @ unit[row["user"]]).round(5)
+    liked = {(user, item): label for user, item, label in past.select("user", "item", "label").iter_rows()}
+    latest = dict(past.select("user", "row_id").iter_rows())
+    likers = [u for u in latest if u != row["user"] and any(liked.get((u, i)) for i in range(NUM_ITEMS))]
+    others = sorted(likers, key=lambda u: -latest[u])[: retriever.max_raters]
+    nearest = sorted((u for u in others if cosine[u] > 0), key=lambda u: (-cosine[u], -latest[u]))
+    score = {
+        i: sum(cosine[u] for u in nearest[: retriever.similar_users] if liked.get((u, i)))
+        for i in set(range(NUM_ITEMS)) - set(own["item"])
+    }
+    new = sorted((i for i in score if score[i] > 0), key=lambda i: (-round(score[i], 4), i))
+    return new[: retriever.similar_items] or None
+
+
+@pytest.mark.parametrize(("seed", "max_raters"), [(0, 2000), (1, 2000), (2, 2000), (0, 1), (1, 4)])
+def test_lists_equal_brute_force(seed: int, max_raters: int) -> None:
+    rows, retriever = make_log(seed), CoLikes(4, max_raters, **LISTS)
+    found = retrieved(rows, retriever)["similar_after"].to_list()
+    assert found == [brute_force_list(rows, row, retriever) for row in rows.to_dicts()]
+    assert sum(x is not None for x in found) > 5
+
+
+def test_a_list_is_dated_by_its_second() -> None:
+    """Canary: flipping or deleting a row changes no list of an earlier second, and some of its own second or later."""
+    changed, retriever = np.zeros(2, int), CoLikes(neighbours=4, **LISTS)
+    for seed in range(3):
+        rows = make_log(seed)
+        before = retrieved(rows, retriever)["similar_after"]
+        for row in rows.filter(pl.col("timestamp") > 20).sample(4, seed=seed).to_dicts():
+            flipped = retrieved(flip(rows, pl.col("row_id") == row["row_id"]), retriever)
+            deleted = retrieved(rows, retriever, silent=(row["row_id"],))
+            earlier = rows["timestamp"] < row["timestamp"]
+            for k, after in enumerate(found["similar_after"] for found in (flipped, deleted)):
+                assert after.filter(earlier).equals(before.filter(earlier))
+                changed[k] += not after.equals(before)
+    assert changed.min() > 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "columns"),
+    [
+        (LISTS, {"similar_after": pl.List(pl.Int32)}),
+        ({"item_neighbours": 5}, {"item_similarity": pl.Float32, "item_similarity_weight": pl.Float32}),
+    ],
+    ids=["similar", "item_similarity"],
+)
+def test_off_changes_nothing(settings: dict[str, int], columns: dict[str, Any]) -> None:
+    """What is switched on adds columns and changes no other; off, neither the table nor the cache's key knows of it."""
+    rows = make_log(1)
+    off, on = retrieved(rows, CoLikes(neighbours=4)), retrieved(rows, CoLikes(neighbours=4, **settings))
+    assert on.select(off.columns).equals(off)
+    assert dict(on.drop(off.columns).schema) == columns
+    assert not settings.keys() & LightGCN(similar_users=7).settings()["init_args"].keys()
+    assert settings.items() <= LightGCN(**settings).settings()["init_args"].items()
+
+
+@pytest.mark.parametrize("retriever", [CoLikes(neighbours=4, **LISTS), LightGCN(dim=4, epochs=1, **LISTS)])
+def test_a_history_has_the_lists_of_the_log(retriever: VectorRetriever, tmp_path: Path) -> None:
+    """Users' rows as history, in any order, with candidates: the lists of the log, and none after a candidate."""
+    rows = make_log(2)
+    split = make_split(rows, np.digitize(rows["timestamp"].to_numpy(), [40, 60]))
+    log = retrieved_tables(split, retriever, 4, tmp_path)["test"]
+    asked = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
+    n, late = asked.height, asked.with_columns(timestamp=pl.lit(1e3))
+    columns = map(np.append, request(asked), request(late, own=False))
+    found = request_retrieved(split, retriever, 4, tmp_path, *columns)["similar_after"]
+    expected = asked.join(log.select("row_id", "similar_after"), on="row_id", maintain_order="left")
+    groups = ["user", "timestamp"]  # the order inside a second is free: a list belongs to its end
+    first, again = (
+        table.drop_nulls("similar_after").sort(groups).select(*groups, "similar_after")
+        for table in (expected, asked.with_columns(similar_after=found.head(n)))
+    )
+    assert first.equals(again)
+    assert first.height > 3
+    assert found.tail(n).null_count() == n

@@ -1,8 +1,7 @@
-"""Requests of logs, end to end: what `prepare` makes of them scores as the packed evaluation does, and the commands
-work.
+"""Requests of logs, end to end: every head and every exit scores as `predict` does, and the commands work.
 
-Unusual here: one tiny fit with sharp attention serves all tests (as in tests/test_predict.py), so a wrong position,
-group or window moves scores far more than rounding does.
+One tiny fit with sharp attention serves all tests (as in tests/test_predict.py), so a wrong position, group or window
+moves scores far more than rounding does.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,44 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from example_engine import EXITS, World, subset
+from jsonargparse import ArgumentParser
 from world import tiny_settings
 
+from project.datamodule import InteractionData
+from project.engine.engine import score_every_head
+from project.engine.predict import load_weights
+from project.engine.requests import prepare_requests
+from project.errors import DataError
+from project.exits.plan import raw_outputs
+from project.model.module import ExitRecommender
 from project.run import read_result
 
-pytestmark = pytest.mark.slow
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 16_384])
+def test_every_head_is_each_candidate_by_itself(world: World, batch_tokens: int) -> None:
+    """Logits of every head to 1e-5, rows in the order asked, in batches of one request or of all."""
+    scores = score_every_head(world.module, world.requests, batch_tokens)
+    features = np.concatenate([r.retrieved for r in world.requests])
+    found = raw_outputs(scores, features, EXITS, exit_0=True)
+    expected = torch.cat([o.logits for o in world.outputs])
+    torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=0)
+    asked = [(r.request_id, k) for r in world.requests for k in range(len(r))]
+    assert scores.select("request_id", "candidate_index").rows() == asked
+    tokens = [(int(own), len(r.stream)) for r in world.requests for own in r.candidates.lengths]
+    assert scores.select("target_tokens", "stream_tokens").rows() == tokens
+
+
+def test_nothing_asked_and_what_cannot_be_scored(world: World) -> None:
+    """No request, or one without candidates, gives no rows; a broken request is an error that names it."""
+    few = world.requests[6]
+    empty = subset(few, np.array([], dtype=np.int64))
+    for requests in ([], [empty]):
+        assert score_every_head(world.module, requests).height == 0
+    assert score_every_head(world.module, [empty, few])["request_id"].to_list() == [few.request_id] * 2
+    broken = replace(few, request_id="nan", retrieved=np.full((2, 3), np.nan))
+    with pytest.raises(DataError, match=r"'nan' cannot be scored.*NaN"):
+        score_every_head(world.module, [few, broken])
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +68,7 @@ def fitted(
     from project.__main__ import main
 
     folder = tmp_path_factory.mktemp("engine")
-    sharp = folder / "model"
+    sharp, run = folder / "model", folder / "version_0"
     shutil.copytree(tiny_model, sharp)
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
     for name, weights in model.named_parameters():
@@ -49,10 +82,8 @@ def fitted(
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROJECT_CACHE", str(session_cache))
-        run = folder / "version_0"
-        given = ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
-        for arguments in (["fit", "--config", str(folder / "tiny.yaml")], ["test", *given]):
-            patch.setattr("sys.argv", ["project", *arguments])
+        for arguments in (["fit", "--config", folder / "tiny.yaml"], ["test", *given(run)]):
+            patch.setattr("sys.argv", ["project", *map(str, arguments)])
             main()
     spread_exits(run)
     return run
@@ -79,10 +110,11 @@ def given(run: Path) -> tuple[object, ...]:
     return "--config", run / "config.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt"
 
 
-def write_requests(path: Path) -> Path:
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
     """Known, unseen and anonymous users, a history beyond the window, one candidate twice, more than fit a window."""
     long = [{"item_id": f"i{k % 20}", "label": k % 2, "time": 10.0 * k} for k in range(60)]
-    tied = [{"item_id": f"i{k}", "label": 1, "time": 5.0} for k in range(6)]
+    tied = [{"item_id": f"i{k}", "label": k % 2, "time": 5.0} for k in range(6)]
     items = [f"i{k}" for k in range(20)]
     records = [
         {"request_id": "known", "user_id": "u1", "time": 200.0, "candidates": ["i3", "i0", "i3"]},
@@ -92,17 +124,18 @@ def write_requests(path: Path) -> Path:
         {"request_id": "long", "history": long, "candidates": items[:7]},
         {"request_id": "tied", "history": tied, "candidates": [*items, *items]},
     ]
+    path = tmp_path / "requests.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
     return path
 
 
+@pytest.mark.slow
 def test_predict_leaves_where_the_packed_scores_say(
-    fitted: Path, run: Callable[..., None], tmp_path: Path
+    fitted: Path, asked: Path, run: Callable[..., None]
 ) -> None:
-    """`predict --engine early_exit` and `predict` with its simulated exits: the same candidates, exits and logits."""
-    requests = write_requests(tmp_path / "requests.jsonl")
+    """`predict`, `predict --engine early_exit` and `score_every_head`: the same candidates, exits and logits."""
     for extra in ((), ("--engine", "early_exit")):
-        run("predict", *given(fitted), "--data.requests", requests, *extra)
+        run("predict", *given(fitted), "--data.requests", asked, *extra)
     packed = pl.read_parquet(fitted / "scores" / "predict.parquet")
     early = pl.read_parquet(fitted / "scores" / "predict-early_exit.parquet")
     keys = ["request_id", "candidate_index", "item_id"]
@@ -110,35 +143,48 @@ def test_predict_leaves_where_the_packed_scores_say(
     assert early["error"].null_count() == len(early) == 55
     same = (early["exit_layer"] == packed["exit_layer"]).to_numpy()
     assert same.mean() > 0.95  # but for rows near a threshold
-    np.testing.assert_allclose(
-        early["adaptive_logit"].filter(same), packed["adaptive_logit"].filter(same), atol=1e-4
-    )
+    logits = (scores["adaptive_logit"].filter(same) for scores in (early, packed))
+    np.testing.assert_allclose(*logits, atol=1e-4)
     assert packed["exit_layer"].n_unique() >= 3
     assert packed["logit_3"].std() > 0.05  # what is read moves the score  # type: ignore[operator]
 
+    config = yaml.safe_load((fitted.parent / "tiny.yaml").read_text())
+    parser = ArgumentParser()
+    parser.add_class_arguments(InteractionData, "data")
+    # the CLI links the tokenizer to the backbone
+    own = {"requests": str(asked), "tokenizer": config["model"]["backbone"]}
+    settings = parser.parse_object({"data": config["data"] | own})
+    data: InteractionData = parser.instantiate_classes(settings).data
+    model = ExitRecommender(config["model"]["backbone"], [1, 2, 3], numbers=True)
+    load_weights(model, data.tokenizer, fitted / "checkpoints" / "last.ckpt")
+    prepared = prepare_requests(model, data)
+    assert data.requests is not None
+    every = score_every_head(model, prepared, batch_tokens=300, candidates=data.requests.table())
+    expected, heads = packed.drop("exit_layer", "adaptive_logit"), [f"logit_{k}" for k in range(4)]
+    assert every.schema == expected.schema
+    assert every.drop(heads).equals(expected.drop(heads))
+    np.testing.assert_allclose(every.select(heads), expected.select(heads), atol=1e-4)
 
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:request .* is not scored")
-def test_bad_requests_have_rows_of_their_own(fitted: Path, run: Callable[..., None], tmp_path: Path) -> None:
+def test_bad_requests_have_rows_of_their_own(fitted: Path, asked: Path, run: Callable[..., None]) -> None:
     """Unknown items, in candidates or history, and no candidate: an error each; others score as without them."""
-    good = write_requests(tmp_path / "good.jsonl").read_text().splitlines()
+    good, path = asked.read_text().splitlines(), asked.with_name("mixed.jsonl")
     bad = [
         {"request_id": "unknown", "user_id": "u1", "candidates": ["i3", "zzz"]},
         {"request_id": "nothing", "user_id": "u1", "candidates": []},
         {"request_id": "past", "history": [{"item_id": "zzz", "label": 1, "time": 5}], "candidates": ["i3"]},
     ]
-    lines = [json.dumps(bad[0]), *good[:2], *map(json.dumps, bad[1:]), *good[2:]]
-    (tmp_path / "mixed.jsonl").write_text("\n".join(lines))
+    path.write_text("\n".join([json.dumps(bad[0]), *good[:2], *map(json.dumps, bad[1:]), *good[2:]]))
     found = []
-    for name in ("good", "mixed"):
-        run(
-            "predict", *given(fitted), "--data.requests", tmp_path / f"{name}.jsonl", "--engine", "early_exit"
-        )
+    for requests in (asked, path):
+        run("predict", *given(fitted), "--data.requests", requests, "--engine", "early_exit")
         found.append(pl.read_parquet(fitted / "scores" / "predict-early_exit.parquet"))
     plain, mixed = found
-    scored = mixed.filter(pl.col("error").is_null())
+    scored, failed = mixed.filter(pl.col("error").is_null()), mixed.filter(pl.col("error").is_not_null())
     assert scored.drop("adaptive_logit", "probability").equals(plain.drop("adaptive_logit", "probability"))
     np.testing.assert_allclose(scored["adaptive_logit"], plain["adaptive_logit"], atol=1e-5)
-    failed = mixed.filter(pl.col("error").is_not_null())
     assert failed.select("request_id", "candidate_index", "item_id").rows() == [
         ("unknown", 0, "i3"),
         ("unknown", 1, "zzz"),
@@ -147,24 +193,19 @@ def test_bad_requests_have_rows_of_their_own(fitted: Path, run: Callable[..., No
     ]
     assert failed["exit_layer"].to_list() == [-1] * 4
     assert failed["adaptive_logit"].is_nan().all()
-    assert mixed["request_id"].unique(maintain_order=True).to_list()[:5] == [
-        "unknown",
-        "known",
-        "again",
-        "nothing",
-        "past",
-    ]
-    run("predict", *given(fitted), "--data.requests", tmp_path / "mixed.jsonl")
+    order = mixed["request_id"].unique(maintain_order=True).to_list()
+    assert order[:5] == ["unknown", "known", "again", "nothing", "past"]
+    run("predict", *given(fitted), "--data.requests", path)
     assert len(pl.read_parquet(fitted / "scores" / "predict.parquet")) == len(plain)
 
 
+@pytest.mark.slow
 def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., None]) -> None:
     """Packed, each static depth and early exit, cold and warm; ratios are against packed, which is 1 by definition."""
     run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1")
     rows = read_result(fitted / "results" / "benchmark.json")["rows"]
-    assert {(r["candidates"], r["stream"]) for r in rows} == {
-        (n, s) for n in (1, 8) for s in ("cold", "warm")
-    }  # there are 20 items
+    cases = {(n, s) for n in (1, 8) for s in ("cold", "warm")}  # there are 20 items
+    assert {(r["candidates"], r["stream"]) for r in rows} == cases
     for row in rows:
         if row["engine"] == "packed":
             assert (row["measured_speedup"], row["token_layer_speedup"], row["efficiency"]) == (1, 1, 1)
@@ -177,6 +218,7 @@ def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., 
     assert sum(r["engine"] == "early_exit" for r in rows) >= 2 * 8
 
 
+@pytest.mark.slow
 def test_benchmark_times_lists(
     fitted: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,173 @@
+"""A retriever of one's own: which rows it may name, what it must answer, and what it adds to the cache's key."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from example_logs import make_log, make_split, retrieved
+
+from project.errors import ConfigError
+from project.retrieval import Retriever, retrieved_tables
+from project.retrieval.base import NO_NEIGHBOURS, Neighbours, Raters
+
+NO_CUTS = np.empty(0)
+
+
+class Answers(Retriever):
+    """Answers by a function of (retriever, user, raters), which also finds what it was told of."""
+
+    def __init__(self, answer: Callable[..., Any] | None = None) -> None:
+        super().__init__(neighbours=3)
+        self.answer = answer
+        self.told: list[tuple[int, int]] = []
+
+    def begin(self, num_users: int, items: pl.DataFrame) -> None: ...
+
+    def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
+        assert self.answer is not None
+        found: Neighbours = self.answer(self, user, raters)
+        return found
+
+    def observe(self, row: int, user: int, item: int, label: int) -> None:
+        self.told.append((row, user))
+
+
+def ones(rows: Any) -> Neighbours:
+    return Neighbours(np.asarray(rows, np.int64), np.ones(len(rows), np.float32))
+
+
+LEAKS: dict[str, Callable[..., Any]] = {
+    "the asked row itself": lambda self, _, __: ones([len(self.told)]),
+    "the next row": lambda self, _, __: ones([len(self.told) + 1]),
+    "positions in raters": lambda _, __, raters: ones(np.arange(raters.row.size)[:3]),
+    "a stranger's row": lambda self, user, _: ones([row for row, who in self.told if who != user][:1]),
+    "no row of the log": lambda _, __, ___: ones([10**6]),
+    "a negative row": lambda _, __, ___: ones([-1]),
+}
+MALFORMED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "None": (lambda rows: None, "returned None"),
+    "a pair": (lambda rows: (rows, np.ones(3)), "a tuple"),
+    "lists inside": (lambda rows: Neighbours(rows.tolist(), [1.0] * 3), "a list and a list"),  # type: ignore[arg-type]
+    "too many": (lambda rows: ones([*rows, *rows]), "6 rows"),
+    "unequal": (lambda rows: Neighbours(rows, np.ones(2, np.float32)), r"\(3,\) and \(2,\)"),
+    "floats": (lambda rows: Neighbours(rows / 1, np.ones(3)), "float64 and float64"),
+    "NaN": (lambda rows: Neighbours(rows, np.array([1, np.nan, 1], np.float32)), "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS.values(), ids=LEAKS)
+def test_a_row_that_was_not_handed_out_is_refused(leak: Any) -> None:
+    with pytest.raises(ConfigError, match=r"test_own_retriever\.Answers.*may tell the future"):
+        retrieved(make_log(0), Answers(leak), NO_CUTS)
+
+
+@pytest.mark.parametrize(("made", "words"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_answer_is_refused(made: Any, words: str) -> None:
+    def answer(_: Answers, __: int, raters: Raters) -> Any:
+        return made(raters.row[-3:]) if raters.row.size >= 3 else NO_NEIGHBOURS
+
+    with pytest.raises(ConfigError, match=rf"test_own_retriever\.Answers.*{words}.*expected Neighbours"):
+        retrieved(make_log(0), Answers(answer), NO_CUTS)
+
+
+def test_raters_and_own_rows_may_be_named_together() -> None:
+    """The latest rater of the candidate and the user's own latest row of an earlier second."""
+
+    def mixed(self: Answers, user: int, raters: Raters) -> Neighbours:
+        return ones([*raters.row[-1:], *[row for row, other in self.told if other == user][-1:]])
+
+    rows = make_log(0)
+    found = retrieved(rows, Answers(mixed), NO_CUTS)
+    assert found["neighbour_count"].max() == 2
+    time = rows["timestamp"].to_list()
+    named = found.select("row_id", "neighbours").explode("neighbours").drop_nulls()
+    assert all(time[neighbour] < time[row] for row, neighbour in named.iter_rows())
+
+
+SOURCE = """
+import numpy as np
+from project.retrieval.base import Neighbours, Retriever
+
+class Mine(Retriever):
+    def __init__(self, k=5):
+        {init}
+
+    def begin(self, num_users, items):
+        pass
+
+    def select(self, user, item, timestamp, raters):
+        rows = raters.row{which}[:1]
+        return Neighbours(rows, np.ones(rows.size, np.float32))
+"""
+KEEPS = "super().__init__(); self.k = k"
+Write = Callable[..., type[Retriever]]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Iterator[Write]:
+    """Writes and imports a module with a retriever of one's own, again and again."""
+
+    def write(which: str = "", init: str = KEEPS) -> type[Retriever]:
+        file = tmp_path / "mine.py"
+        file.write_text(SOURCE.format(which=which, init=init))
+        module = ModuleType("mine")
+        module.__file__ = str(file)
+        sys.modules["mine"] = module  # where inspect looks for a class's file
+        exec(compile(file.read_text(), file, "exec"), module.__dict__)
+        kind: type[Retriever] = module.Mine
+        return kind
+
+    yield write
+    sys.modules.pop("mine", None)
+
+
+def test_an_edited_retriever_is_asked_again(written: Write, tmp_path: Path) -> None:
+    """First rater, then latest: another source is another key, and the cache gives the new one's answers."""
+    rows = make_log(0)
+    split = make_split(rows, np.zeros(rows.height, int))
+
+    def neighbours(which: str) -> list[list[int]]:
+        tables = retrieved_tables(split, written(which)(), 3, tmp_path / "cache")
+        found: list[list[int]] = tables["train"]["neighbours"].to_list()
+        return found
+
+    first, latest = neighbours(""), neighbours("[::-1]")
+    assert first != latest
+    assert neighbours("") == first
+    assert len(list((tmp_path / "cache" / "retrieved").iterdir())) == 2
+
+
+def test_a_base_in_another_file_and_a_class_without_a_file_count(written: Write) -> None:
+    """Typed into a notebook, a class counts by what its methods do."""
+
+    def child(which: str) -> str:
+        kind = type("Child", (written(which),), {"__module__": __name__})
+        found: str = kind().settings()["source"]
+        return found
+
+    def typed(which: str) -> str:
+        names: dict[str, Any] = {"__name__": "notebook"}
+        exec(SOURCE.format(which=which, init=KEEPS), names)
+        found: str = names["Mine"]().settings()["source"]
+        return found
+
+    for source in (child, typed):
+        assert source("") == source("") != source("[::-1]")
+
+
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [("self.k = k", r"Write super\(\)"), ("super().__init__(); self._k = k", r"Write self\.k = k")],
+)
+def test_what_must_be_kept(written: Write, tmp_path: Path, init: str, words: str) -> None:
+    """The base's constructor, and each argument under its name."""
+    rows = make_log(0)
+    with pytest.raises(ConfigError, match=rf"data\.retriever is Mine.*{words}"):
+        retrieved_tables(make_split(rows, np.zeros(rows.height, int)), written(init=init)(), 3, tmp_path)

@@ -1,0 +1,224 @@
+"""LightGCN and the controls (item-kNN, random raters, none): what each finds, and which settings it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from example_logs import CoLikes, flip, items_table, likes_before, make_log, retrieved
+from jsonargparse import ArgumentParser
+from sklearn.metrics.pairwise import cosine_similarity
+
+from project.data.logs import TableLogs
+from project.data.prompt import Prompt
+from project.datamodule import InteractionData
+from project.errors import ConfigError
+from project.features import FEATURES, feature_matrix
+from project.retrieval import (
+    ItemKNN,
+    LightGCN,
+    LLMEmbedding,
+    MatrixFactorisation,
+    NoRetriever,
+    RandomRetriever,
+    Retriever,
+    TextEncoder,
+)
+from project.retrieval.base import Edges, OwnRows, Raters, top
+from project.retrieval.lightgcn import like_graph
+from project.retrieval.walk import content_key, fit_snapshots
+
+EDGES = Edges(user=np.array([0, 0, 1, 2, 0]), item=np.array([0, 1, 1, 2, 0]), label=np.array([1, 1, 1, 0, 1]))
+
+
+def test_adjacency_golden() -> None:
+    """Likes (u0,i0) twice, (u0,i1), (u1,i1): degrees i0 1, i1 2, u0 2, u1 1; repeats and dislikes count not."""
+    graph = like_graph(EDGES, num_users=3, num_items=4)
+    expected = torch.zeros(7, 7)
+    expected[0, 4] = expected[4, 0] = 0.5**0.5  # i0 - u0: 1 / sqrt(1 * 2)
+    expected[1, 4] = expected[4, 1] = 0.5  # i1 - u0: 1 / sqrt(2 * 2)
+    expected[1, 5] = expected[5, 1] = 0.5**0.5  # i1 - u1
+    torch.testing.assert_close(graph.adjacency.to_dense(), expected)
+    assert graph.seen_items.tolist() == [0, 1]
+
+
+def test_propagation_equals_the_library_on_its_edge_list() -> None:
+    graph = like_graph(EDGES, 3, 4)
+    ours = LightGCN(dim=5)._first_model(7)
+    theirs = type(ours)(7, 5, 3)  # normalises edges itself
+    theirs.load_state_dict(ours.state_dict())
+    pairs = torch.stack([graph.item, graph.user])
+    edges = torch.cat([pairs, pairs.flip(0)], dim=1)
+    torch.testing.assert_close(ours.get_embedding(graph.adjacency), theirs.get_embedding(edges))
+
+
+def fitted(rows: pl.DataFrame, seed: int = 0) -> list[np.ndarray]:
+    cuts = np.array([20.0, 40.0])
+    snapshots = fit_snapshots(rows, LightGCN(dim=4, epochs=2, seed=seed), 12, items_table(), cuts)
+    return [snapshot["weighted"] for snapshot in snapshots.fitted]
+
+
+def test_tables_depend_on_seed_and_earlier_rows_alone() -> None:
+    """The global random state is neither read nor moved, nor the number of threads; later rows change later tables."""
+    rows, threads = make_log(0), torch.get_num_threads()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    torch.set_num_threads(2)
+    try:
+        first = fitted(rows)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(2)
+    np.testing.assert_equal(fitted(rows), first)
+    assert not np.array_equal(first[0], fitted(rows, seed=1)[0])
+    late = fitted(flip(rows, pl.col("timestamp") >= 20))
+    assert np.array_equal(first[0], late[0])
+    assert not np.array_equal(first[1], late[1])
+
+
+def begun(**settings: int) -> LightGCN:
+    retriever = LightGCN(dim=4, epochs=1, **settings)
+    retriever.begin(3, pl.DataFrame({"item": range(4)}))
+    return retriever
+
+
+def test_items_without_likes_are_zero_rows() -> None:
+    """Items 2 (only disliked) and 3 (never rated); where nobody likes anything, all."""
+    table = begun().item_table(EDGES, 1)
+    assert (np.abs(table).sum(1) > 0).tolist() == [True, True, False, False]
+    assert not begun().item_table(Edges(EDGES.user, EDGES.item, np.zeros(5, np.int64)), 1).any()
+
+
+def test_training_goes_on_from_the_block_before() -> None:
+    warm, cold = begun(), begun()
+    warm.item_table(EDGES, 1)
+    assert not np.array_equal(warm.item_table(EDGES, 2), cold.item_table(EDGES, 2))
+
+
+def test_none_keeps_the_rates() -> None:
+    rows = make_log(0)
+    none, other = retrieved(rows, NoRetriever()), retrieved(rows, CoLikes(neighbours=4))
+    rates = ["row_id", "item_rate", "item_count", "user_rate", "user_count"]
+    assert none["neighbour_count"].sum() == 0
+    assert none["vote"].null_count() == rows.height
+    assert none.select(rates).equals(other.select(rates))
+
+
+def drawn(user: int = 0, second: float = 7.0, raters: int = 20, **settings: int) -> list[int]:
+    """Rows that RandomRetriever draws of raters with rows from 100 on."""
+    shown = Raters(np.arange(100, 100 + raters), np.arange(raters))
+    found: list[int] = RandomRetriever(**settings).select(user, 3, second, shown).row.tolist()
+    return found
+
+
+def test_random_draws_distinct_raters_by_seed_candidate_and_time_alone() -> None:
+    """All where there are fewer; over many seconds each of 4 is drawn first about a quarter of the time."""
+    first = drawn(neighbours=5)
+    assert first == drawn(9, neighbours=5)
+    assert len(set(first)) == 5
+    assert first != drawn(neighbours=5, seed=1)
+    assert first != drawn(second=8.0, neighbours=5)
+    assert sorted(drawn(neighbours=50)) == list(range(100, 120))
+    firsts = [drawn(second=float(second), raters=4, neighbours=1)[0] - 100 for second in range(2000)]
+    assert np.bincount(firsts) / 2000 == pytest.approx([0.25] * 4, abs=0.04)
+
+
+def test_random_raters_weigh_alike() -> None:
+    """The vote that is weighted by similarity, which prompts tell as a number, is the plain vote, not even odds."""
+    found = retrieved(make_log(0), RandomRetriever(neighbours=5))
+    features = dict(zip(FEATURES, feature_matrix(found, 0.5).T, strict=True))
+    assert found["neighbour_count"].sum() > 0
+    np.testing.assert_allclose(features["weighted_vote_log_odds"], features["vote_log_odds"], atol=1e-6)
+
+
+def test_item_knn_equals_scikit_learn() -> None:
+    """Neighbours are the user's own rows, ordered by scikit-learn's cosine of the block's liked-by columns."""
+    rows = make_log(1)
+    found = retrieved(rows, ItemKNN(neighbours=3))
+    assert found["neighbour_count"].sum() > 0
+    for row, got in zip(rows.to_dicts(), found.to_dicts(), strict=True):
+        likes, best = likes_before(rows, row["timestamp"]), []
+        if likes is not None:
+            cosine = cosine_similarity((likes.T > 0).astype(float))[row["item"]].astype(np.float32)
+            own = rows.filter(pl.col("timestamp") < row["timestamp"], pl.col("user") == row["user"])
+            triples = [(r, cosine[i], a) for r, i, a in own.select("row_id", "item", "label").rows()]
+            ranked = sorted(triples, key=lambda t: (-round(float(t[1]), 6), -t[0]))
+            best = [t for t in ranked if t[1] > 0][:3]
+        assert got["neighbours"] == [r for r, _, _ in best]
+        assert got["similarities"] == pytest.approx([c for _, c, _ in best], abs=1e-6)
+        assert got["answers"] == [a for _, _, a in best]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_own_rows_are_those_of_the_whole_past(seed: int) -> None:
+    """Of 2,000 rows on 7 items at most 7 times 5 are kept, and the 5 nearest are those of all rows together."""
+    rng = np.random.default_rng(seed)
+    count, size = 5, int(rng.choice([1, 4, 30, 2000]))
+    item, label = rng.integers(0, 7, size), rng.integers(0, 2, size)
+    own = OwnRows(count)
+    for row in range(size):
+        own.add(row, int(item[row]), int(label[row]))
+    similarity = rng.integers(-2, 3, 7).astype(np.float32) / 3
+    expected = top(similarity[item], count)
+    found = own.nearest(similarity[own.items])
+    np.testing.assert_equal(found, (expected, label[expected], similarity[item][expected]))
+    assert sum(map(len, own._rows)) <= 7 * count
+
+
+@pytest.mark.parametrize("kind", [LightGCN, TextEncoder, LLMEmbedding, ItemKNN, RandomRetriever, NoRetriever])
+def test_yaml_chooses_a_retriever_by_class_path(kind: type[Retriever]) -> None:
+    """Its settings give the constructor's arguments back."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--retriever", type=Retriever)
+    given = {} if kind is NoRetriever else {"neighbours": 7}
+    chosen = {"class_path": f"project.retrieval.{kind.__name__}", "init_args": given}
+    retriever = parser.instantiate(parser.parse_object({"retriever": chosen})).retriever
+    settings = retriever.settings()
+    assert type(retriever) is kind
+    assert settings["class_path"] == f"{kind.__module__}.{kind.__name__}"
+    assert settings["init_args"] == {**kind().settings()["init_args"], **given}
+
+
+def test_keys_of_our_own_retrievers_stay() -> None:
+    """No source in them: these are the keys that caches and published results have."""
+    assert "source" not in LightGCN().settings()
+    assert content_key(LightGCN().settings()) == "572e340a8d15a10e"
+    assert content_key(RandomRetriever(seed=3).settings()) == "3db602d4bad9635e"
+    assert content_key(NoRetriever().settings()) == "aad8095932071cee"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        *((LightGCN, name, 0) for name in ("neighbours", "max_raters", "dim", "batch_size", "learning_rate")),
+        *((LightGCN, name, -1) for name in ("layers", "epochs", "similar_every", "item_neighbours")),
+        *((LightGCN, name, 0) for name in ("similar_users", "similar_items")),
+        (LightGCN, "regularisation", float("nan")),
+        *((MatrixFactorisation, name, 0) for name in ("dim", "iterations", "vector_penalty")),
+        (MatrixFactorisation, "bias_penalty", -1.0),
+    ],
+)
+def test_impossible_settings_are_refused(kind: Any, name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"data\..*\.{name} is {value}[;,] expected"):
+        kind(**{name: value})
+    LightGCN(layers=0, epochs=0, regularisation=0.0)
+
+
+def test_a_prompt_needs_what_it_tells(tmp_path: Path) -> None:
+    logs = TableLogs(str(tmp_path / "logs.csv"), str(tmp_path / "items.csv"))
+    item_similarity, mf = (
+        Prompt(segment="{title} {item_similarity_percent}:"),
+        Prompt(segment="{title}{mf_number}:"),
+    )
+    with pytest.raises(ConfigError, match="item_neighbours"):
+        InteractionData(logs, retriever=LightGCN(), prompt=item_similarity)
+    for retriever in (LightGCN(item_neighbours=30), ItemKNN()):  # the latter compares no items, and says "?"
+        InteractionData(logs, retriever=retriever, prompt=item_similarity)
+    with pytest.raises(ConfigError, match=r"data\.mf is null"):
+        InteractionData(logs, retriever=ItemKNN(), prompt=mf, mf=None)

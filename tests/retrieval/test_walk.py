@@ -1,0 +1,237 @@
+"""The walk: golden example, ties, repeated ratings, the latest raters, blocks, snapshots and the cache's folders."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from example_logs import make_log, numbered
+
+from project.retrieval import NoRetriever, VectorRetriever
+from project.retrieval.base import Edges, FloatArray, Neighbours, Raters, Retriever, top
+from project.retrieval.walk import (
+    Snapshots,
+    WalkRows,
+    block_cuts,
+    cached_folder,
+    content_key,
+    fit_snapshots,
+    own_earlier_rows,
+    restore,
+    walk,
+)
+
+
+class UnitItems(VectorRetriever):
+    """Item 0 is (1, 0), item 1 is (0, 1)."""
+
+    def item_table(self, edges: Edges, block: int) -> FloatArray:
+        return np.eye(2, dtype=np.float32)
+
+
+class AllRaters(Retriever):
+    """Returns the raters it is shown, latest first."""
+
+    def begin(self, num_users: int, items: pl.DataFrame) -> None: ...
+
+    def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
+        rows = raters.row[::-1][: self.neighbours]
+        return Neighbours(rows, np.zeros(rows.size, np.float32))
+
+
+def table(rows: list[tuple[float, int, int, int]]) -> pl.DataFrame:
+    """Rows (timestamp, user, item, label), already in order."""
+    frame = pl.DataFrame(rows, ["timestamp", "user", "item", "label"], orient="row")
+    return numbered(frame.with_columns(pl.col("timestamp").cast(pl.Float64)))
+
+
+def answer(rows: pl.DataFrame, retriever: Retriever) -> pl.DataFrame:
+    """Retrieved features without a cut."""
+    return walk(WalkRows.from_log(rows), retriever, pl.DataFrame({"item": range(20)}), np.empty(0), [])
+
+
+GOLDEN = [
+    (1, 1, 0, 1),
+    (2, 2, 0, 0),
+    (3, 1, 1, 1),
+    (4, 2, 1, 0),
+    (5, 0, 0, 1),  # row 4, block 0
+    (10, 0, 1, 1),  # row 5, block 1
+    (10, 3, 1, 0),  # row 6, the same second
+    (11, 3, 0, 1),  # row 7
+]
+
+
+def test_golden() -> None:
+    rows, retriever, cuts = table(GOLDEN), UnitItems(), np.array([10.0])
+    items = pl.DataFrame({"item": [0, 1]})
+    fitted = fit_snapshots(rows, retriever, 4, items, cuts).fitted
+    found = walk(WalkRows.from_log(rows), retriever, items, cuts, fitted).to_dicts()
+    # block 0 has no snapshot: item 0 was liked by 1 of 2, user 0 is new
+    neighbours: dict[str, Any] = {"neighbours": [], "similarities": [], "answers": [], "vote": None}
+    rates = {"item_rate": 0.5, "item_count": 2, "user_rate": None, "user_count": 0}
+    assert found[4] == {"row_id": 4, "neighbour_count": 0} | neighbours | rates
+    # Before the cut item 0 has 2 likes, item 1 has 1: w0 = (1/sqrt 2, 0), w1 = (0, 1). v0 = w0, v1 = w0 + w1,
+    # v2 = -.5 v1; cos(v0, v1) = (1/2) / (sqrt(1/2) sqrt(3/2)) = sqrt(1/3), v2 the negative.
+    row, third, two_thirds = found[5], (1 / 3) ** 0.5, (2 / 3) ** 0.5
+    assert (row["neighbours"], row["answers"]) == ([2, 3], [1, 0])
+    assert row["similarities"] == pytest.approx([third, -third], abs=1e-6)
+    assert (row["vote"], row["neighbour_count"]) == (0.5, 2)
+    assert (row["item_rate"], row["item_count"], row["user_rate"], row["user_count"]) == (0.5, 2, 1.0, 1)
+    # a tie is invisible: row 6 does not count row 5, and its user has no earlier row, so no neighbours
+    assert (found[6]["item_count"], found[6]["user_count"], found[6]["neighbours"]) == (2, 0, [])
+    # vectors move inside a block: v3 = -.5 w1 from row 6, v0 = w0 + w1 = v1 from row 5, so
+    # cos(v3, v1) = -sqrt(2/3) = -cos(v3, v2); of equal similarities the later row comes first
+    row = found[7]
+    assert (row["neighbours"], row["answers"]) == ([1, 4, 0], [0, 1, 1])
+    assert row["similarities"] == pytest.approx([two_thirds, -two_thirds, -two_thirds], abs=1e-6)
+    assert (row["vote"], row["item_rate"], row["user_rate"]) == (
+        pytest.approx(2 / 3),
+        pytest.approx(2 / 3),
+        0,
+    )
+
+
+def test_types_are_the_schema_also_without_rows() -> None:
+    for rows in (table(GOLDEN), table(GOLDEN).clear()):
+        assert dict(answer(rows, NoRetriever()).schema) == {
+            "row_id": pl.Int64,
+            "neighbours": pl.List(pl.Int64),
+            "similarities": pl.List(pl.Float32),
+            "answers": pl.List(pl.Int8),
+            "vote": pl.Float32,
+            "neighbour_count": pl.Int32,
+            "item_rate": pl.Float32,
+            "item_count": pl.Int32,
+            "user_rate": pl.Float32,
+            "user_count": pl.Int32,
+        }
+
+
+def test_only_the_latest_rating_of_each_other_user_and_never_ones_own() -> None:
+    """User 1 rated twice (rows 0, 2), user 0 once before (row 1): user 0 is shown row 2 alone, user 2 rows 2 and 1."""
+    rows = table([(1, 1, 0, 1), (2, 0, 0, 1), (3, 1, 0, 0), (4, 0, 0, 1), (4, 2, 0, 1)])
+    found = answer(rows, AllRaters())
+    assert found["neighbours"].to_list()[3:] == [[2], [2, 1]]
+    assert found["item_count"].to_list() == [0, 1, 2, 3, 3]
+
+
+def test_max_raters_keeps_the_latest() -> None:
+    """Of 5 raters the latest 2 are considered, also when the user's own rating is among the latest."""
+    rows = table([(t, t, 0, 1) for t in range(5)] + [(9, 4, 0, 1), (10, 7, 0, 1)])
+    assert answer(rows, AllRaters(max_raters=2))["neighbours"].to_list()[5:] == [[3, 2], [5, 3]]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_rates_and_own_rows_equal_a_filter_over_the_log(seed: int) -> None:
+    rows = make_log(seed)
+    found = answer(rows, NoRetriever())
+    columns = {name: rows[name].to_numpy() for name in ("item", "user", "timestamp", "label")}
+    order, start, stop = own_earlier_rows(columns["user"], columns["timestamp"])
+    for k, got in enumerate(found.to_dicts()):
+        past = columns["timestamp"] < columns["timestamp"][k]
+        for key in ("item", "user"):
+            labels = columns["label"][past & (columns[key] == columns[key][k])]
+            assert got[f"{key}_count"] == len(labels)
+            assert got[f"{key}_rate"] == (pytest.approx(labels.mean()) if len(labels) else None)
+        own = np.flatnonzero(past & (columns["user"] == columns["user"][k]))
+        assert order[start[k] : stop[k]].tolist() == own.tolist()
+
+
+def test_rows_that_do_not_ask_are_not_answered_but_count() -> None:
+    rows = make_log(0)
+    log = WalkRows.from_log(rows)
+    query = np.random.default_rng(0).random(rows.height) < 0.1
+    some = walk(WalkRows(**{**vars(log), "query": query}), AllRaters(), rows, np.empty(0), [])
+    assert some.equals(answer(rows, AllRaters()).filter(pl.Series(query)))
+
+
+def test_top_is_largest_first_later_first() -> None:
+    assert top(np.array([1.0, 3.0, 1.0, 2.0, 1.0]), 3).tolist() == [1, 3, 4]
+    assert top(np.array([1.0, 1.0]), 5).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "blocks", "cuts"),
+    [
+        (
+            [0, 0, 1, 1, 1, 2, 5, 6],
+            3,
+            [1, 2],
+        ),  # positions 8 / 3 and 16 / 3, rounded down 2 and 5, hold 1 and 2
+        (range(100_000), 10, list(range(10_000, 100_000, 10_000))),
+        ([0, 0, 0, 1, 1, 1, 1, 2], 4, [1]),  # two cuts in one second are one, and the first second is none
+        ([4], 2, []),
+        ([], 2, []),
+        ([0, 1, 2], 10, [1, 2]),
+    ],
+)
+def test_a_cut_is_the_timestamp_at_its_share(seconds: Any, blocks: int, cuts: list[int]) -> None:
+    assert block_cuts(np.array(seconds, np.float64), blocks).tolist() == cuts
+
+
+def test_a_file_gives_back_snapshots_with_and_without_arrays(tmp_path: Path) -> None:
+    fitted = [{"a": np.arange(3)}, {}, {"a": np.ones((2, 2)), "b": np.zeros(1)}]
+    Snapshots(np.array([1.0, 2, 3]), fitted).save(tmp_path / "s.npz")
+    loaded = Snapshots.load(tmp_path / "s.npz")
+    assert loaded.cuts.tolist() == [1, 2, 3]
+    np.testing.assert_equal(loaded.fitted, fitted)
+
+
+def write(folder: Path) -> None:
+    """What a cached folder holds in these tests."""
+    (folder / "x").write_text("1")
+
+
+def test_a_folder_is_written_once_and_found_again(tmp_path: Path) -> None:
+    first = cached_folder(tmp_path / "c", {"a": 1}, write)
+    assert cached_folder(tmp_path / "c", {"a": 1}, pytest.fail) == first
+    assert cached_folder(tmp_path / "c", {"a": 2}, write) != first
+    assert (first / "x").read_text() == "1"
+    assert len(list((tmp_path / "c").iterdir())) == 2
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        write(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_folder(tmp_path, {"a": 1}, fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_faster_process_wins(tmp_path: Path) -> None:
+    def slow(folder: Path) -> None:
+        other = tmp_path / content_key({"a": 1})
+        other.mkdir()
+        (other / "theirs").write_text("1")
+
+    folder = cached_folder(tmp_path, {"a": 1}, slow)
+    assert [path.name for path in folder.iterdir()] == ["theirs"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_restore_copies_what_is_absent(tmp_path: Path) -> None:
+    made = cached_folder(tmp_path / "bundle", {"a": 1}, write)
+    for _ in range(2):
+        restore(tmp_path / "bundle", tmp_path / "cache")
+    assert (tmp_path / "cache" / made.name / "x").read_text() == "1"
+
+
+def test_orphans_of_killed_runs_are_removed_after_a_day(tmp_path: Path) -> None:
+    """The young may still be written."""
+    made = cached_folder(tmp_path, {"a": 1}, write)
+    old, young = tmp_path / f"{made.name}.old.tmp", tmp_path / f"{made.name}.young.tmp"
+    for folder in (old, young):
+        folder.mkdir()
+        write(folder)
+    for folder in (old, made):
+        os.utime(folder, (time.time() - 25 * 3600,) * 2)
+    assert cached_folder(tmp_path, {"a": 1}, pytest.fail) == made
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([made.name, young.name])
