@@ -85,7 +85,7 @@ def test_shipped_recipes(recipe: Path, overlay: Path | None, made: Callable[...,
     trainer, model, data = made(*given(recipe, overlay))
     assert isinstance(model, ExitRecommender)
     assert isinstance(data, InteractionData)
-    assert model.backbone == data.tokenizer_name
+    assert model.backbone_name == data.tokenizer_name
     assert model.answers == data.prompt.answers
     data.protocol.check()
     kinds = {type(c) for c in trainer.callbacks}

@@ -213,14 +213,25 @@ def test_history_is_context_and_never_a_target(
     assert counted["user_rate"].item() == pytest.approx(earlier["label"].mean())
 
 
-def test_ten_rows_of_readme(tmp_path: Path) -> None:
-    """README's ten rows: one of history; of the others those with a past are targets: 3 train, 2 valid, 2 test."""
+TEN_ROWS = """member,product,when,stars,part
+ann,p1,1700000000,5,history
+ann,p2,1700000060,2,train
+bob,p1,1700000100,4,train
+bob,p3,1700000200,1,train
+ann,p3,1700086400,4,train
+cat,p2,1700172800,5,train
+bob,p2,1700259200,3,valid
+cat,p1,1700259300,5,valid
+ann,p4,1700345600,4,test
+cat,p4,1700345700,1,test
+"""
+
+
+def test_readme_reads_own_logs(tmp_path: Path) -> None:
+    """README's YAML: one row of history; of the others those with a past are targets: 3 train, 2 valid, 2 test."""
     parts = (Path(__file__).parents[1] / "README.md").read_text().split("```")[1::2]
-    rows, settings = (
-        next(p.partition("\n")[2] for p in parts if p.startswith(first))
-        for first in ("\nmember,product", "yaml\ndata:")
-    )
-    (tmp_path / "logs.csv").write_text(rows)
+    settings = next(p.partition("\n")[2] for p in parts if p.startswith("yaml\ndata:"))
+    (tmp_path / "logs.csv").write_text(TEN_ROWS)
     names = pl.DataFrame({"product": ["p1", "p2", "p3", "p4"], "name": ["One", "Two", "Three", "Four"]})
     names.write_csv(tmp_path / "products.csv")
     data = yaml.safe_load(settings)["data"]

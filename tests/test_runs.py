@@ -245,7 +245,7 @@ def test_json_without_nan(tmp_path: Path, number: float) -> None:
     [
         (None, "does not exist"),
         ("folder", "is a folder"),
-        ("[1]", "holds a list"),
+        ("[1]", "is not a result file"),
         ("{", "is not a result file"),
         ("{}", f"None.*reads {SCHEMA_VERSION}"),
         (f'{{"schema_version": {SCHEMA_VERSION + 1}}}', f"{SCHEMA_VERSION + 1}.*reads {SCHEMA_VERSION}"),

@@ -173,9 +173,9 @@ def test_ratio_interval() -> None:
 
 
 def test_cases() -> None:
-    """Cold and warm for every size; a fixed history at 64, many at once for small ones, 64 prompts only there."""
+    """Every size with prefix cached and not; a fixed history at 64, many at once for small ones."""
     found = cases([1, 8, 64, 256])
-    sizes = {(n, s) for n in (1, 8, 64, 256) for s in ("cold", "warm")}
+    sizes = {(n, s) for n in (1, 8, 64, 256) for s in (False, True)}
     assert {(c.candidates, c.prefix_cached) for c in found} == sizes
     assert [c for c in found if c.history] == [
         Case(64, False, 50, plain=("pointwise", "shared_prefix")),

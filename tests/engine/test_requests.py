@@ -204,8 +204,8 @@ def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., 
     """Packed, each static depth and early exit, cold and warm; ratios are against packed, which is 1 by definition."""
     run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1")
     rows = read_result(fitted / "results" / "benchmark.json")["rows"]
-    cases = {(n, s) for n in (1, 8) for s in ("cold", "warm")}  # there are 20 items
-    assert {(r["candidates"], r["stream"]) for r in rows} == cases
+    cases = {(n, s) for n in (1, 8) for s in (False, True)}  # there are 20 items
+    assert {(r["candidates"], r["prefix_cached"]) for r in rows} == cases
     for row in rows:
         if row["engine"] == "packed":
             assert (row["measured_speedup"], row["token_layer_speedup"], row["efficiency"]) == (1, 1, 1)
@@ -228,7 +228,7 @@ def test_benchmark_times_lists(
     run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1", "--sizes", "[8]")
     rows = read_result(fitted / "results" / "benchmark.json")["rows"]
     lists = [row for row in rows if row["engine"] == "top_k"]
-    assert [(row["policy"], row["stream"]) for row in lists] == [("best 1", "cold"), ("best 1", "warm")]
+    assert [(row["policy"], row["prefix_cached"]) for row in lists] == [("best 1", False), ("best 1", True)]
     for row in lists:
         assert 0 <= row["overlap"] <= 1
         assert row["auc"] is None

@@ -307,7 +307,9 @@ def test_who_cannot_keep_the_budget_is_left_out(valid: Any) -> None:
     assert thresholds(found.plan) == thresholds(budget_plan(*valid, budget(compare=[Ratio()], **tight)))
     assert [policy["criterion"] for policy in found.document["policies"]] == ["ratio"]
     exit_0_rows = found.document["exit_0_rows"]
-    assert exit_0_rows["with_exit_0"]["chosen"]["cost"] <= 0.1 < exit_0_rows["none"]["chosen"]["cost"]
+    assert (
+        exit_0_rows["with_exit_0"]["chosen"]["cost"] <= 0.1 < exit_0_rows["without_exit_0"]["chosen"]["cost"]
+    )
     with pytest.raises(ConfigError, match=r"keeps exits\.max_cost"):
         calibrate(*valid, budget(compare=[Consistency()], **tight), "hash")
 

@@ -338,7 +338,7 @@ class TestLedger:
             ("mode", {"mode": "risk"}),
             ("max_auc_drop", {"max_auc_drop": 0.01}),
             ("max_cost", {"max_cost": 0.5}),
-            ("stream", {"prefix_cached": True}),
+            ("prefix_cached", {"prefix_cached": True}),
             ("certificate.epsilon", {"certificate": CertificateSettings(epsilon=0.1)}),
             ("certificate.delta", {"certificate": CertificateSettings(delta=0.2)}),
             ("certificate.risk", {"certificate": CertificateSettings(risk="brier_gap")}),

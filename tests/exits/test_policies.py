@@ -139,18 +139,18 @@ def test_foreign_criterion_is_refused(world: Any, path: str) -> None:
         ExitPlan.from_state(state | {"criterion": {"class_path": path, "init_args": {}}})
 
 
-@pytest.mark.parametrize(("kind", "costs"), [("cold", [440, 840, 0]), ("warm", [40, 240, 0])])
-def test_row_golden(kind, costs):
-    """Cold: 4 (10 + 100), 12 (20 + 50), 0 at exit 0; warm: 4 * 10, 12 * 20, 0. A request of one candidate is a row."""
+@pytest.mark.parametrize(("cached", "costs"), [(False, [440, 840, 0]), (True, [40, 240, 0])])
+def test_row_golden(cached, costs):
+    """Not cached: 4 (10 + 100), 12 (20 + 50), 0 at exit 0; cached: 4 * 10, 12 * 20, 0. One candidate is a row."""
     about = torch.tensor([4, 12, 0]), torch.tensor([10, 20, 30]), torch.tensor([100, 50, 70])
-    assert row_cost(*about, kind).tolist() == costs
-    assert request_cost(torch.arange(3), *about, kind).tolist() == costs
+    assert row_cost(*about, cached).tolist() == costs
+    assert request_cost(torch.arange(3), *about, cached).tolist() == costs
 
 
 def test_request_golden():
     """Request 7: candidates at layers 2 and 6, 10 and 20 tokens, stream 100, which runs to layer 6: 600 + 20 + 120.
 
-    Request 3: one candidate at layer 4, 5 tokens, stream 50: 200 + 20. Warm, the streams' 600 and 200 are gone.
+    Request 3: one candidate at layer 4, 5 tokens, stream 50: 200 + 20. Cached, the histories' 600 and 200 are gone.
     """
     request = torch.tensor([7, 3, 7])
     layer, target, stream = torch.tensor([2, 4, 6]), torch.tensor([10, 5, 20]), torch.tensor([100, 50, 100])
