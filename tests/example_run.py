@@ -93,7 +93,7 @@ def results(rows: int = 400) -> tuple[dict[str, dict[str, Any]], dict[str, pl.Da
     }
     for command, name, fold in (("fit", "valid", "tune"), ("test", "test", None)):
         part = part_of(scores, name, fold)
-        planned = PlannedRows(plans.plan, part, features[part["row_id"]], "cold", draws=100)
+        planned = PlannedRows(plans.plan, part, features[part["row_id"]], False, draws=100)
         found = comparison(scores, split, baselines, name, LAYERS[-1])
         for row in found["exits"] if command == "test" else []:  # as before calibration
             row |= planned.exits()[row["layer"]]

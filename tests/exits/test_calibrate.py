@@ -179,7 +179,7 @@ def test_plans_travel_with_a_checkpoint(scores: pl.DataFrame) -> None:
     del old["certified"]
     assert Plans.from_state(old).certified is None
     assert thresholds(Plans.from_state(old).plan) == thresholds(plans.plan)
-    rows = PlannedRows(plans.plan, scores, FEATURES, "cold", draws=2)
+    rows = PlannedRows(plans.plan, scores, FEATURES, False, draws=2)
     summary = adaptive_summary(plans, rows, ("score_drift", "users"))
     assert summary["certified"]["mean_depth"] < summary["mean_depth"]
     assert adaptive_summary(Plans.from_state(old), rows)["certified"] is None
@@ -191,7 +191,7 @@ def test_the_risk_is_of_the_certificates_unit(scores: pl.DataFrame) -> None:
     assert plan is not None
     first = scores["user"] == scores["user"][0]
     uneven = np.flatnonzero((first | (scores["row_id"] % 3 == 0)).to_numpy())
-    rows = PlannedRows(plan, scores[uneven], FEATURES[uneven], "cold", draws=20)
+    rows = PlannedRows(plan, scores[uneven], FEATURES[uneven], False, draws=20)
     full = rows.calibrated[:, -1]
     losses = np.abs(probabilities(rows.logit) - probabilities(full))
     by_user = [losses[rows.users == user].mean() for user in np.unique(rows.users)]
