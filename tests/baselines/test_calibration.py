@@ -12,10 +12,10 @@ def test_golden():
     assert found is not None
     assert (found.slope, found.offset) == pytest.approx((np.log(3), 0), abs=1e-6)
     expected = -(3 * np.log(0.75) + np.log(0.25)) / 4
-    judged = found.judged(logits, labels)
-    assert judged["log_loss"] == pytest.approx(expected)
-    assert judged["brier"] == pytest.approx((3 * 0.25**2 + 0.75**2) / 4)
-    assert judged["ece"] == pytest.approx(0, abs=1e-6)
+    summary = found.summary(logits, labels)
+    assert summary["log_loss"] == pytest.approx(expected)
+    assert summary["brier"] == pytest.approx((3 * 0.25**2 + 0.75**2) / 4)
+    assert summary["ece"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_loud_baseline_becomes_quiet():
