@@ -118,9 +118,8 @@ def test_run_packing(
     assert 0 < low <= packing["ratio"] <= high
     assert min(packing["packed_targets_per_s"], packing["pointwise_targets_per_s"]) > 0
     assert (packing["layers"], packing["context_tokens"]) == (3, CONTEXT_TOKENS)
-    assert f"x{packing['ratio']} (median of {packing['rounds']} rounds" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"x{packing['ratio']:.2f}, median of {packing['rounds']} rounds" in said
 
 
 def test_both_sides_run_on_the_device(

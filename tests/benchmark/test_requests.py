@@ -30,14 +30,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         model.backbone = nn.Linear(2, 2)
         return SimpleNamespace(plan=SimpleNamespace(calibration=None))
 
-    def bench(model: nn.Module, _worth: object, _asked: object, device: torch.device) -> None:
-        assert {p.device for p in model.parameters()} == {device}
+    def bench(model: nn.Module, *arguments: Any) -> None:
+        assert {p.device for p in model.parameters()} == {arguments[-1]}
         raise Reached
 
     monkeypatch.setattr(requests, "load_run", load)
     monkeypatch.setattr(requests, "Bench", bench)
-    monkeypatch.setattr(requests, "RunWorth", lambda *_: None)
-    monkeypatch.setattr(requests, "AskedRequests", lambda *_: None)
     return {
         "model": model,
         "data": SimpleNamespace(prepare_data=lambda: None, tokenizer=None, split=split),

@@ -1,4 +1,4 @@
-"""Sides, rounds and rows: the arithmetic of a benchmark on runners whose clock is written by hand."""
+"""Contenders, rounds and rows: the arithmetic of a benchmark on runners whose clock is written by hand."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from example_engine import make_module, random_request
 
-from project.benchmark import contenders as sides_module
-from project.benchmark.contenders import Case, Side, Unit, cases, run_rounds
-from project.benchmark.engine import Against, Limits, ratio_interval, side_row
+from project.benchmark import contenders as contenders_module
+from project.benchmark.contenders import Case, Contender, Unit, cases, run_rounds
+from project.benchmark.engine import Against, Limits, contender_row, ratio_interval
 from project.engine import PreparedRequest, Scored, Scores
 from project.report.tables import render
 
@@ -49,9 +49,9 @@ class Scripted:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of all sides."""
+    """The clock of all contenders."""
     found = Clock()
-    monkeypatch.setattr(sides_module, "time", found)
+    monkeypatch.setattr(contenders_module, "time", found)
     return found
 
 
@@ -61,16 +61,16 @@ def units(count: int, at_once: int = 1) -> list[Unit]:
 
 
 def test_rounds_take_turns(clock: Clock) -> None:
-    """Unit by unit, all sides; who is first rotates; a slow side stops after its units and rounds."""
+    """Unit by unit, all contenders; who is first rotates; a slow side stops after its units and rounds."""
     log: list[str] = []
-    sides = [
-        Side("a", "", Scripted(clock, [1] * 9, 1, 1, log)),
-        Side("b", "", Scripted(clock, [1] * 9, 2, 1, log), most=1, rounds=1),
+    contenders = [
+        Contender("a", "", Scripted(clock, [1] * 9, 1, 1, log)),
+        Contender("b", "", Scripted(clock, [1] * 9, 2, 1, log), most=1, rounds=1),
     ]
     for number in range(2):
-        run_rounds(sides, units(2), number)
+        run_rounds(contenders, units(2), number)
     assert log == ["1/0.0", "2/0.0", "1/1.0", "1/0.0", "1/1.0"]
-    assert (sides[0].units, sides[1].units) == (2, 1)
+    assert (contenders[0].units, contenders[1].units) == (2, 1)
 
 
 def test_row(clock: Clock) -> None:
@@ -80,14 +80,16 @@ def test_row(clock: Clock) -> None:
     A side measured on the first request alone is compared on that one: 2 s against 8 s is x.25.
     """
     asked, module = units(2), make_module()
-    full = Side("packed", "", Scripted(clock, [2, 4, 2, 4, 9, 4], 5, 100, []), {"auc": 0.75, "auc_drop": 0.0})
-    static_exit = Side("fixed_depth_3", "", Scripted(clock, [1.5, 3] * 3, 3, 60, []))
-    early = Side("early_exit", "p", Scripted(clock, [1, 2, 5, 2, 1, 2], 1, 25, []), {"auc": 0.749})
-    slow = Side("pointwise", "", Scripted(clock, [8], 5, 300, []), most=1, rounds=1)
+    full = Contender(
+        "packed", "", Scripted(clock, [2, 4, 2, 4, 9, 4], 5, 100, []), {"auc": 0.75, "auc_drop": 0.0}
+    )
+    static_exit = Contender("fixed_depth_3", "", Scripted(clock, [1.5, 3] * 3, 3, 60, []))
+    early = Contender("early_exit", "p", Scripted(clock, [1, 2, 5, 2, 1, 2], 1, 25, []), {"auc": 0.749})
+    slow = Contender("pointwise", "", Scripted(clock, [8], 5, 300, []), most=1, rounds=1)
     for number in range(3):
         run_rounds([full, static_exit, early, slow], asked, number)
     against = Against(full, static_exit, Limits(100.0, 10.0, 1.0))
-    row = side_row(early, against, asked, module, prepare_ms=500.0)
+    row = contender_row(early, against, asked, module, prepare_ms=500.0)
     assert row["requests_per_s"] == pytest.approx(2 / 3)
     assert row["candidates_per_s"] == pytest.approx(2)
     assert row["measured_speedup"] == pytest.approx(2)
@@ -101,9 +103,9 @@ def test_row(clock: Clock) -> None:
     low, high = row["spread"]
     assert (low, high) == pytest.approx((2 / 7, 2 / 3))  # rounds of 3, 7 and 3 s
     assert (row["dtype"], row["gflops_ceiling"]) == ("float32", 100)
-    assert side_row(slow, against, asked, module, 0.0)["measured_speedup"] == pytest.approx(2 / 8)
+    assert contender_row(slow, against, asked, module, 0.0)["measured_speedup"] == pytest.approx(2 / 8)
     exit_0 = Against(full, None, Limits(100.0, 10.0, 1.0))
-    unrivalled = side_row(early, exit_0, asked, module, prepare_ms=500.0)["speedup_over_static"]
+    unrivalled = contender_row(early, exit_0, asked, module, prepare_ms=500.0)["speedup_over_static"]
     assert unrivalled == {"value": None, "interval": None}  # counting runs no layer
 
 
@@ -113,27 +115,27 @@ def test_how_near_to_the_limit(clock: Clock) -> None:
     Token-layers are x10, yet the least times are 5 to 1: more than .5 of efficiency the machine does not give.
     """
     asked, module = units(1), make_module()
-    full = Side("packed", "", Scripted(clock, [10], 5, 100, []))
-    early = Side("early_exit", "p", Scripted(clock, [4], 1, 10, []))
+    full = Contender("packed", "", Scripted(clock, [10], 5, 100, []))
+    early = Contender("early_exit", "p", Scripted(clock, [4], 1, 10, []))
     run_rounds([full, early], asked, 0)
     against = Against(full, full, Limits(gflops=1e6, gbytes=1.0, layer_bytes=1e9))
-    whole, row = (side_row(side, against, asked, module, 0.0) for side in (full, early))
+    whole, row = (contender_row(contender, against, asked, module, 0.0) for contender in (full, early))
     assert (whole["of_limit"], whole["efficiency_at_limit"]) == (pytest.approx(5 / 9), 1)
     assert (row["of_limit"], row["efficiency_at_limit"]) == (pytest.approx(1 / 3.6), pytest.approx(0.5))
     assert (row["gflops_ceiling"], row["gbytes_ceiling"]) == (1e6, 1.0)
-    repeated = Side("pointwise", "", Scripted(clock, [90], 5, 3000, []))
+    repeated = Contender("pointwise", "", Scripted(clock, [90], 5, 3000, []))
     run_rounds([repeated], asked, 0)
-    row = side_row(repeated, against, asked, module, 0.0)
+    row = contender_row(repeated, against, asked, module, 0.0)
     assert (row["of_limit"], row["efficiency_at_limit"]) == (pytest.approx(5 / 81), None)
 
 
 def test_a_plan_that_lets_nobody_in(clock: Clock) -> None:
     """Everyone leaves at exit 0: no layer runs, so nothing can be said per token-layer; the clock still counts."""
     asked, module = units(1), make_module()
-    full = Side("packed", "", Scripted(clock, [10], 5, 100, []))
-    early = Side("early_exit", "p", Scripted(clock, [0.1], 0, 0, []))
+    full = Contender("packed", "", Scripted(clock, [10], 5, 100, []))
+    early = Contender("early_exit", "p", Scripted(clock, [0.1], 0, 0, []))
     run_rounds([full, early], asked, 0)
-    row = side_row(early, Against(full, full, Limits(1.0, 1.0, 1.0)), asked, module, 0.0)
+    row = contender_row(early, Against(full, full, Limits(1.0, 1.0, 1.0)), asked, module, 0.0)
     assert row["measured_speedup"] == pytest.approx(100)
     assert (row["token_layer_speedup"], row["efficiency"], row["efficiency_at_limit"]) == (None, None, None)
     assert (row["mean_depth"], row["gflops"], row["of_limit"]) == (0, 0, 0)
@@ -161,7 +163,7 @@ def test_cases() -> None:
     """Cold and warm for every size; a fixed history at 64, many at once for small ones, 64 prompts only there."""
     found = cases([1, 8, 64, 256])
     assert {(c.candidates, c.prefix_cached) for c in found} == {
-        (n, s) for n in (1, 8, 64, 256) for s in ("cold", "warm")
+        (n, s) for n in (1, 8, 64, 256) for s in (False, True)
     }
     assert [c for c in found if c.history] == [
         Case(64, False, 50, plain=("pointwise", "shared_prefix")),
