@@ -30,7 +30,7 @@ def test_decision(case):
     changes, expected, said = CASES[case]
     made = result(**changes)
     answer = decide(made)
-    assert (answer.kind, answer.static_exit, answer.how) == expected
+    assert (answer.kind, answer.instead, answer.how) == expected
     first = render(made).splitlines()[0]
     assert said in first
     assert first.startswith("**D")

@@ -55,7 +55,7 @@ def test_main_table_is_the_file():
         assert shown[6] == (times(30 / row["layer"]) if row["layer"] else "")
     plan, static_exit = file["adaptive"], file["adaptive"]["static_exit"]
     clock = {row["engine"]: times(row["measured_speedup"]) for row in reversed(timed["rows"])
-             if (row["stream"], row["history"]) == ("cold", None) and "learned" not in row["policy"]
+             if (row["prefix_cached"], row["history"]) == (False, None) and "learned" not in row["policy"]
              and (row["engine"] != "early_exit" or row["policy"].startswith("budget: "))}  # fmt: skip
     assert by_name["plan"][1] == number(plan["auc"])
     assert by_name["plan"][5:] == [
@@ -191,7 +191,7 @@ def test_benchmark_cells():
     _, *rows = tables(render(file))[0]
     row = next(r for r in file["rows"] if r["policy"] == "budget: drift_head")
     assert [
-        f"{row['candidates']}, {row['stream']}",
+        f"{row['candidates']}, {'cached' if row['prefix_cached'] else 'not cached'}",
         "early_exit, budget: drift_head",
         number(row["auc"]),
         number(row["mean_depth"], 2),
