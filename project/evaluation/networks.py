@@ -82,23 +82,16 @@ GRID = tuple(GridPoint(*point) for point in product((8, 16), (1e-4, 1e-3)))
 
 @dataclass(frozen=True)
 class NetworkFeatures:
-    """Fitted on the train targets of a log.
+    """Fitted on the train targets of a log."""
 
-    Attributes:
-        base: Share of likes among train targets, to which rates of few rows shrink.
-        known: Field -> the ids or words that have a code, ascending; FIRST is the code of the first.
-        words: Attribute field -> codes (items, ATTRIBUTE_WORDS) by item code, PADDING where there are fewer.
-        edges: One array a feature: inner edges of its bins.
-        mean: (len(FEATURES),) of the train targets' features.
-        scale: Their standard deviation, 1 where that is 0.
-    """
-
-    base: float
-    known: dict[str, Ints]
-    words: dict[str, Ints]
-    edges: list[Floats]
-    mean: Floats
-    scale: Floats
+    base: float  # share of likes among train targets, to which rates of few rows shrink
+    known: dict[str, Ints]  # field -> the ids that have a code, ascending; FIRST is the code of the first
+    words: dict[
+        str, Ints
+    ]  # attribute field -> codes (items, ATTRIBUTE_WORDS) by item code, PADDING at the end
+    edges: list[Floats]  # one array a feature: inner edges of its bins
+    mean: Floats  # (len(FEATURES),) of the train targets' features
+    scale: Floats  # their standard deviation, 1 where that is 0
 
     @classmethod
     def fit(

@@ -22,11 +22,9 @@ from project.exits.plan import ExitPlan, Plans
 from project.metrics import Floats, auc, head_metrics, probabilities
 from project.run import exit_layers_of, score_table
 
+# first value of each bucket: strictly earlier rows of the user (0 to 4, 5 to 20, more) and of the item
 EDGES = {"history": (0, 5, 21), "item": (0, 1, 6, 21)}
-"""First value of each bucket: strictly earlier rows of the user (0 to 4, 5 to 20, more) and of the item."""
-
-SLICE_DRAWS = 200
-"""Resamples of users behind the interval of a slice's AUC: fewer than for a whole split, there are many of them."""
+SLICE_DRAWS = 200  # resamples behind a slice's interval: fewer than for a whole split, there are many slices
 
 
 class ScoreCollector(Metric):
@@ -167,13 +165,8 @@ def comparison(
 def exit_0_rows(heads: Mapping[str, Floats], against: AgainstBaseline) -> dict[str, Any]:
     """One exit with exit 0 in its calibration and without: what the exit itself adds, and what exit 0 adds to it.
 
-    Args:
-        heads: with_exit_0, without_exit_0 -> (n,) calibrated logits of the exit, on the rows of `against`.
-        against: The best baseline on these rows.
-
-    Returns:
-        By key the metrics, `auc_interval` and `baseline_difference`; where there are both, `difference`, with exit 0
-        minus without: {`value`, `interval`, `log_loss` {`value`, `interval`}}.
+    `heads`: with_exit_0, without_exit_0 -> calibrated logits (n,) of the exit on the rows of `against`, the best
+    baseline. Under each key stand metrics and `baseline_difference`; `difference` is with exit 0 minus without.
     """
     draws, labels = against.bootstrap, against.labels
     found: dict[str, Any] = {
@@ -224,21 +217,10 @@ def slice_rows(
     draws: int = SLICE_DRAWS,
     depth: Floats | None = None,
 ) -> list[dict[str, Any]]:
-    """The `slices` list of a result file for one split, or one fold of validation.
+    """The `slices` list of a result file for one split, or one fold of validation: an entry a slice.
 
-    Args:
-        rows: Rows of a split.
-        retrieved: Retrieved features tables by split.
-        scores: For each baseline, exit or plan what names it ({"name": ...}, {"layer": ...} or {"plan": True}) and its
-            logits (n,) of the targets of the split and fold, in the order of `rows`.
-        split: valid or test.
-        fold: select or tune; None: the whole split.
-        draws: Resamples of users behind `auc_interval`.
-        depth: Layers (n,) that the plan runs for each target.
-
-    Returns:
-        One entry a slice: `name`, `split`, `fold` where given, `n`, `users`, `positives` and `rows`, one for each of
-        `scores` with its metrics; the plan's has `mean_depth`, None without rows.
+    `scores`: for each baseline, exit or plan what names it ({"name": ...}, {"layer": ...} or {"plan": True}) and its
+    logits (n,) of the targets, in the order of `rows`. `depth`: layers (n,) that the plan runs, for its `mean_depth`.
     """
     part = targets_of(rows, split, fold)
     found = []
