@@ -50,84 +50,87 @@ def library_model(module: ExitRecommender) -> Any:
     return model.eval()
 
 
-class Pointwise:
-    """One prompt per candidate, padded to the longest; the deepest head reads the last position.
+class Library:
+    """Scores requests by the library's model and the deepest head; subclasses say how a request becomes batches."""
 
-    A batch has at most `batch_tokens` tokens, padding included; one prompt may have more.
-    """
-
-    def __init__(self, module: ExitRecommender, batch_tokens: int = 16_384) -> None:
+    def __init__(self, module: ExitRecommender) -> None:
         self._model, self._depth = library_model(module), module.depth
         self._head = module.heads[str(module.depth)].eval()
-        self._batch_tokens = batch_tokens
 
     @torch.inference_mode()
     def score(self, requests: Sequence[PreparedRequest]) -> Scores:
         """Raw logits of the deepest head; seconds are all the backbone's."""
         scores, start = Scores([]), time.perf_counter()
         for request in requests:
-            stream, own = request.stream.tokens, request.candidates
-            prompts = [torch.from_numpy(np.concatenate([stream, own[k]])) for k in range(len(request))]
-            at_once = max(1, self._batch_tokens // max(len(p) for p in prompts))
-            logits = []
-            for first in range(0, len(prompts), at_once):
-                tokens, mask, last = padded(prompts[first : first + at_once], self._model.device)
-                found = self._model(input_ids=tokens, attention_mask=mask, use_cache=False)
-                logits.append(_read(self._head, found.last_hidden_state, last))
-            spent = len(request) * len(stream) + len(own.values)
-            scores.requests.append(_scored(request, logits, self._depth, spent))
+            logits, tokens = self._request(request)
+            layers = np.full(len(request), self._depth, dtype=np.int64)
+            found = torch.cat(logits).double().cpu().numpy()
+            scores.requests.append(Scored(request.request_id, found, layers, tokens * self._depth))
         scores.seconds["backbone"] = time.perf_counter() - start
         return scores
 
+    def _request(self, request: PreparedRequest) -> tuple[list[Tensor], int]:
+        """Logits in batches, and the tokens that ran."""
+        raise NotImplementedError
 
-class SharedPrefix:
+    def _logits(self, rows: list[Tensor], prefix: Sequence[Pair] = (), length: int = 0) -> Tensor:
+        """Logits (n,) at the last position of each row, behind a prefix of so many tokens: keys and values by layer."""
+        tokens, mask, last = padded(rows, self._model.device)
+        given: dict[str, Any] = {"use_cache": bool(prefix)}
+        if prefix:
+            cache, n = DynamicCache(config=self._model.config), len(rows)
+            for index, (keys, values) in enumerate(prefix):
+                cache.update(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), index)
+            given[self._model.cache_argument] = cache
+            mask = torch.cat([mask.new_ones(n, length), mask], dim=1)
+        hidden = self._model(input_ids=tokens, attention_mask=mask, **given).last_hidden_state
+        logits: Tensor = self._head(hidden[torch.arange(len(last), device=hidden.device), last])
+        return logits
+
+
+class Pointwise(Library):
+    """One prompt per candidate, padded to the longest.
+
+    A batch has at most `batch_tokens` tokens, padding included; one prompt may have more.
+    """
+
+    def __init__(self, module: ExitRecommender, batch_tokens: int = 16_384) -> None:
+        super().__init__(module)
+        self._batch_tokens = batch_tokens
+
+    def _request(self, request: PreparedRequest) -> tuple[list[Tensor], int]:
+        stream, own = request.stream.tokens, request.candidates
+        prompts = [torch.from_numpy(np.concatenate([stream, own[k]])) for k in range(len(request))]
+        at_once = max(1, self._batch_tokens // max(len(p) for p in prompts))
+        logits = [self._logits(prompts[k : k + at_once]) for k in range(0, len(prompts), at_once)]
+        return logits, len(request) * len(stream) + len(own.values)
+
+
+class SharedPrefix(Library):
     """The history's keys and values once, expanded over the candidates, which follow as a padded batch.
 
     `cached` keeps the keys and values of every user's history between requests.
     """
 
     def __init__(self, module: ExitRecommender, cached: bool = False) -> None:
-        self._model, self._depth, self._cached = library_model(module), module.depth, cached
-        self._head = module.heads[str(module.depth)].eval()
+        super().__init__(module)
+        self._cached = cached
         self._kept: dict[Hashable, list[Pair]] = {}
 
-    @torch.inference_mode()
-    def score(self, requests: Sequence[PreparedRequest]) -> Scores:
-        """Raw logits of the deepest head; seconds are all the backbone's."""
-        scores, start = Scores([]), time.perf_counter()
-        for request in requests:
-            prefix, spent = self._kept.get(request.user), len(request.candidates.values)
-            if prefix is None:
-                prefix = self._prefix(request)
-                spent += len(request.stream)
-            if self._cached:
-                self._kept[request.user] = prefix
-            firsts = range(0, len(request), AT_ONCE)
-            logits = [self._logits(request, prefix, k, min(k + AT_ONCE, len(request))) for k in firsts]
-            scores.requests.append(_scored(request, logits, self._depth, spent))
-        scores.seconds["backbone"] = time.perf_counter() - start
-        return scores
-
-    def _prefix(self, request: PreparedRequest) -> list[Pair]:
-        cache = DynamicCache(config=self._model.config)
-        tokens = torch.from_numpy(request.stream.tokens)[None].to(self._model.device)
-        self._model(input_ids=tokens, use_cache=True, **{self._model.cache_argument: cache})
-        layers: Any = cache.layers
-        return [(layer.keys, layer.values) for layer in layers]
-
-    def _logits(self, request: PreparedRequest, prefix: list[Pair], first: int, stop: int) -> Tensor:
-        own = [torch.from_numpy(request.candidates[k]) for k in range(first, stop)]
-        tokens, mask, last = padded(own, self._model.device)
-        cache, n, length = DynamicCache(config=self._model.config), len(own), len(request.stream)
-        for index, (keys, values) in enumerate(prefix):
-            cache.update(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), index)
-        hidden = self._model(
-            input_ids=tokens,
-            attention_mask=torch.cat([mask.new_ones(n, length), mask], dim=1),
-            use_cache=True,
-            **{self._model.cache_argument: cache},
-        ).last_hidden_state
-        return _read(self._head, hidden, last)
+    def _request(self, request: PreparedRequest) -> tuple[list[Tensor], int]:
+        prefix, spent = self._kept.get(request.user), len(request.candidates.values)
+        if prefix is None:
+            cache = DynamicCache(config=self._model.config)
+            tokens = torch.from_numpy(request.stream.tokens)[None].to(self._model.device)
+            self._model(input_ids=tokens, use_cache=True, **{self._model.cache_argument: cache})
+            layers: Any = cache.layers
+            prefix = [(layer.keys, layer.values) for layer in layers]
+            spent += len(request.stream)
+        if self._cached:
+            self._kept[request.user] = prefix
+        own = [torch.from_numpy(request.candidates[k]) for k in range(len(request))]
+        parts = [own[k : k + AT_ONCE] for k in range(0, len(own), AT_ONCE)]
+        return [self._logits(part, prefix, len(request.stream)) for part in parts], spent
 
 
 def padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,13 +139,3 @@ def padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Te
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = (torch.arange(tokens.shape[1])[None] < lengths[:, None]).long()
     return tokens.to(device), mask.to(device), (lengths - 1).to(device)
-
-
-def _read(head: nn.Module, hidden: Tensor, last: Tensor) -> Tensor:
-    found: Tensor = head(hidden[torch.arange(len(last), device=hidden.device), last])
-    return found
-
-
-def _scored(request: PreparedRequest, logits: list[Tensor], depth: int, tokens: int) -> Scored:
-    layers = np.full(len(request), depth, dtype=np.int64)
-    return Scored(request.request_id, torch.cat(logits).double().cpu().numpy(), layers, tokens * depth)

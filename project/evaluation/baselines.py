@@ -15,7 +15,7 @@ from project.errors import DataError
 from project.evaluation.bootstrap import UserBootstrap
 from project.exits.calibration import fit_calibration
 from project.features import FEATURES, TEXT_FEATURES, FeatureBaseline, feature_matrix, logistic_regression
-from project.metrics import Floats, auc, brier, ece, head_metrics, log_loss, probabilities
+from project.metrics import Floats, auc, brier, ece, log_loss, probabilities
 
 Part = tuple[str, str | None]  # a split, and one of valid's folds or None for the whole
 
@@ -147,13 +147,11 @@ def baseline_rows(
     found = []
     for split, fold in parts:
         part = targets_of(rows, split, fold)
-        labels, users = part["label"].to_numpy(), part["user"].to_numpy()
-        bootstrap = UserBootstrap(users, draws)
+        labels, bootstrap = part["label"].to_numpy(), UserBootstrap(part["user"].to_numpy(), draws)
         for baseline, calibration in zip(baselines, calibrations, strict=True):
             logits = baseline.logits(part["row_id"])
             row: dict[str, Any] = {"name": baseline.name, "split": split} | ({"fold": fold} if fold else {})
-            row |= head_metrics(logits, labels, users)
-            row["auc_interval"] = bootstrap.auc_interval(logits, labels)
+            row |= bootstrap.metrics(logits, labels)
             if calibration is not None and fold != "select":
                 row["calibrated"] = calibration.summary(logits, labels)
             found.append(row | ({"chosen": dict(baseline.chosen)} if baseline.chosen else {}))
@@ -217,8 +215,8 @@ class AgainstBaseline:
         wanted = pl.DataFrame({"row_id": np.asarray(row_ids, dtype=np.int64)})
         known = rows.select("row_id", "user", "label")
         part = wanted.join(known, on="row_id", how="left", maintain_order="left")
-        self.name, self.labels, self.users = baseline.name, part["label"].to_numpy(), part["user"].to_numpy()
-        self.bootstrap = UserBootstrap(self.users)
+        self.name, self.labels = baseline.name, part["label"].to_numpy()
+        self.bootstrap = UserBootstrap(part["user"].to_numpy())
         self._logits, self._calibration = baseline.logits(row_ids), baseline.calibration(rows)
 
     def difference(self, logits: ArrayLike) -> dict[str, Any]:

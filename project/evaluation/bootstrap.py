@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from project.metrics import Floats, Ints, Pairs, auc, checked, probabilities, row_log_loss
+from project.metrics import Floats, Ints, Pairs, auc, checked, head_metrics, probabilities, row_log_loss
 
 CHUNK_ELEMENTS = 2_000_000  # rows times draws held at once: 16 MB an array
 LEVEL = 0.95  # coverage of every interval
@@ -29,6 +29,11 @@ class UserBootstrap:
         # (draws, users): how often each user was drawn
         self._times = drawn[:, : found.size].astype(np.float32)
         self._known: dict[bytes, Floats] = {}  # digest of scores and labels -> their AUC in every draw
+
+    def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
+        """`head_metrics` of logits (n,), and `auc_interval` where there are draws."""
+        found = head_metrics(logits, labels, self._user)
+        return found | ({"auc_interval": self.auc_interval(logits, labels)} if len(self._times) else {})
 
     def auc_interval(self, scores: ArrayLike, labels: ArrayLike) -> list[float] | None:
         """[low, high] of the AUC, None where it is undefined; draws with one class are left out."""

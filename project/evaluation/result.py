@@ -104,18 +104,13 @@ def exit_rows(
 ) -> list[dict[str, Any]]:
     """The `exits` list of a result file for one split, or one fold of validation; no intervals where draws is 0."""
     part = part_of(scores, split, fold)
-    labels, users = part["label"].to_numpy(), part["user"].to_numpy()
-    bootstrap = UserBootstrap(users, draws) if draws else None
-    rows = []
+    labels, bootstrap = part["label"].to_numpy(), UserBootstrap(part["user"].to_numpy(), draws)
     exit_0 = [0] if len(part) and not part["logit_0"].null_count() else []
-    for layer in [*exit_0, *exit_layers_of(scores)]:
-        logits = _logits(part, layer)
-        row = {"layer": layer, "split": split} | ({"fold": fold} if fold else {})
-        row |= head_metrics(logits, labels, users)
-        if bootstrap:
-            row["auc_interval"] = bootstrap.auc_interval(logits, labels)
-        rows.append(row)
-    return rows
+    about = {"split": split} | ({"fold": fold} if fold else {})
+    return [
+        {"layer": layer} | about | bootstrap.metrics(_logits(part, layer), labels)
+        for layer in [*exit_0, *exit_layers_of(scores)]
+    ]
 
 
 def choose_exit(scores: pl.DataFrame) -> int | None:
@@ -170,11 +165,7 @@ def exit_0_rows(heads: Mapping[str, Floats], against: AgainstBaseline) -> dict[s
     """
     draws, labels = against.bootstrap, against.labels
     found: dict[str, Any] = {
-        name: head_metrics(logits, labels, against.users)
-        | {
-            "auc_interval": draws.auc_interval(logits, labels),
-            "baseline_difference": against.difference(logits),
-        }
+        name: draws.metrics(logits, labels) | {"baseline_difference": against.difference(logits)}
         for name, logits in heads.items()
     }
     if {"with_exit_0", "without_exit_0"} <= heads.keys():
@@ -226,12 +217,10 @@ def slice_rows(
     found = []
     for name, mask in slice_masks(rows, retrieved, split, fold).items():
         inside, chosen = part.filter(mask), mask.to_numpy()
-        labels, users = inside["label"].to_numpy(), inside["user"].to_numpy()
-        bootstrap = UserBootstrap(users, draws)
+        labels, bootstrap = inside["label"].to_numpy(), UserBootstrap(inside["user"].to_numpy(), draws)
         scored = []
         for who, logits in scores:
-            row = dict(who) | head_metrics(logits[chosen], labels, users)
-            row["auc_interval"] = bootstrap.auc_interval(logits[chosen], labels)
+            row = dict(who) | bootstrap.metrics(logits[chosen], labels)
             if depth is not None and "plan" in who:
                 row["mean_depth"] = float(np.mean(depth[chosen])) if chosen.any() else None
             scored.append(row)
@@ -333,8 +322,7 @@ class PlannedRows:
         equal_cost = affordable[-1] if affordable else self.plan.layers[0]
         return {
             "criterion": self.plan.criterion,
-            **head_metrics(self.logit, self.labels, self.users),
-            "auc_interval": self._bootstrap.auc_interval(self.logit, self.labels),
+            **self._bootstrap.metrics(self.logit, self.labels),
             "mean_depth": float(self.layer.mean()),
             "exit_shares": {str(k): float((self.layer == k).mean()) for k in self.plan.layers},
             "auc_drop": drop["value"],
