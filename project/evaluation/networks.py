@@ -56,6 +56,7 @@ LAYERS: dict[str, Any] = {"dims": [64, 32], "dropout": 0.2}
 CROSSES = 2
 ATTENTION_LAYERS = [16]
 BATCH_ROWS = 1024
+SCORED_ROWS = 4096  # in one call; the scores do not depend on it
 LEARNING_RATE = 1e-3
 EPOCHS = 10
 PATIENCE = (
@@ -253,16 +254,14 @@ def train(network: nn.Module, rows: Labelled, select: Labelled, weight_decay: fl
     return best_epoch
 
 
-def score(network: nn.Module, table: Table, batch_rows: int = 4096) -> Floats:
+def score(network: nn.Module, table: Table) -> Floats:
     """Logits (n,) of a table; the network gives probabilities, which stay 1e-7 from 0 and 1."""
     network.eval()
-    parts = [torch.zeros(0)]
+    firsts = range(0, len(table[SCALED]), SCORED_ROWS)
     with torch.no_grad():
-        for start in range(0, len(table[SCALED]), batch_rows):
-            parts.append(
-                network({name: values[start : start + batch_rows] for name, values in table.items()})
-            )
-    logits: Floats = torch.logit(torch.cat(parts).double(), eps=1e-7).numpy()
+        parts = [network({n: v[k : k + SCORED_ROWS] for n, v in table.items()}) for k in firsts]
+    probability = torch.cat([torch.zeros(0), *parts]).double()
+    logits: Floats = torch.logit(probability, eps=1e-7).numpy()
     return logits
 
 
@@ -291,7 +290,7 @@ def network_baselines(
     found = []
     with Progress(transient=True) as progress:
         for name in NETWORKS:
-            best, baseline = -1.0, None
+            tried = []
             for point in progress.track(grid, description=name):
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
@@ -299,11 +298,10 @@ def network_baselines(
                     epochs = train(network, fitted, select, point.weight_decay, seed)
                 value = auc(score(network, tune.table), tune.labels.numpy())
                 assert value is not None  # _fold has looked
-                if value > best:
-                    scores = baseline_scores(rows, {s: score(network, tables[s]) for s in splits})
-                    best, baseline = value, Baseline(name, scores, asdict(point) | {"epochs": epochs})
-            assert baseline is not None
-            found.append(baseline)
+                tried.append((value, network, asdict(point) | {"epochs": epochs}))
+            _, network, chosen = max(tried, key=lambda made: made[0])
+            scores = baseline_scores(rows, {s: score(network, tables[s]) for s in splits})
+            found.append(Baseline(name, scores, chosen))
     return found
 
 
