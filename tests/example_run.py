@@ -98,7 +98,7 @@ def results(rows: int = 400) -> tuple[dict[str, dict[str, Any]], dict[str, pl.Da
         for row in found["exits"] if command == "test" else []:  # as before calibration
             row |= planned.exits()[row["layer"]]
         best = next(baseline for baseline in baselines if baseline.name == found["best_baseline"])
-        against = AgainstBaseline(best, part["row_id"].to_numpy(), targets, 100)
+        against = AgainstBaseline(best, part["row_id"].to_numpy(), targets)
         about = {"split": name} | ({"fold": fold} if fold else {})
         adaptive = (
             about

@@ -1,29 +1,29 @@
-"""Benchmark: speed as ratios, both sides measured in turns in one run, so that a slow minute hits both.
+"""Training steps a second: packed windows against one padded prompt per (user, candidate), measured in turns.
 
-Packing: training steps (forward and backward) of the backbone on packed windows, against transformers' own model on one
-padded prompt per (user, candidate) with the same visible history.
-
-Unusual here: windows and prompts are made on the host as a loader would, inside the clock on both sides.
+Both contenders run the backbone forward and backward, transformers' own model on prompts with the same visible history.
+Windows and prompts are made on the host inside the clock, as a loader would make them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from transformers import AutoModel
 
+from project.benchmark.transformers import padded
 from project.data.batch import Batch, TrainSampler, pack
 from project.data.download import resolve_model
 from project.data.stream import Streams, Window
 from project.model.backbone import Backbone, NumberEmbedding
+from project.report.tables import render, shown
 from project.run import result_head, write_json
 
 if TYPE_CHECKING:
@@ -33,28 +33,7 @@ if TYPE_CHECKING:
 ROUNDS = 3  # fewer pairs of measurements than this say nothing about spread
 
 
-@dataclass
-class _Side:
-    """Rates of one side, one a round."""
-
-    rates: list[float] = field(default_factory=list)
-
-    def measure(self, step: Callable[[], int], device: torch.device) -> None:
-        """Note the rate of one step on the device."""
-        start = time.perf_counter()
-        targets = step()
-        # a step is done when the device is, not when the host has asked for it
-        if device.type in ("cuda", "mps", "xpu"):
-            getattr(torch, device.type).synchronize()
-        self.rates.append(targets / (time.perf_counter() - start))
-
-    @property
-    def median(self) -> float:
-        """Targets a second in a typical round."""
-        return float(np.median(self.rates))
-
-
-def prompts_of(streams: Streams, stream: int, window: Window) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+def prompts_of(streams: Streams, stream: int, window: Window) -> list[NDArray[np.int64]]:
     """One prompt for each target of a window: instruction, the segments it may see, itself up to the answer slot."""
     positions = window.positions + streams.offsets[stream]
     time = streams.timestamp[positions]
@@ -85,52 +64,45 @@ def _pointwise_batches(streams: Streams, sampler: TrainSampler, batch_tokens: in
 
 
 def run_packing(
-    model: ExitRecommender,
-    data: InteractionData,
-    folder: Path,
-    seconds: float,
-    device: torch.device,
+    model: ExitRecommender, data: InteractionData, folder: Path, seconds: float, device: torch.device
 ) -> dict[str, Any]:
-    """Training targets a second, packed against one prompt per (user, candidate), base model only.
-
-    Args:
-        model: Names the backbone and its depth.
-        data: Prompts and window size.
-        folder: Run folder of the result file.
-        seconds: About how long to measure.
-        device: Where both sides run.
-    """
+    """Measure for about so many seconds; write results/benchmark-packing.json into the run folder."""
     data.prepare_data()
     streams = data.streams("train")
     backbone, base = _both(model, device)
     sampler = TrainSampler(streams, data.context_tokens, data.batch_tokens, data.seed, 0, 1)
-    packed_windows = cycle(sampler)
-    pointwise = _pointwise_batches(streams, sampler, data.batch_tokens)
-
-    sides = {"packed": _Side(), "pointwise": _Side()}
+    windows = cycle(sampler)
+    prompts = _pointwise_batches(streams, sampler, data.batch_tokens)
     steps: dict[str, Callable[[], int]] = {
-        "packed": lambda: _packed_step(backbone, pack(streams, next(packed_windows)).to(device)),
-        "pointwise": lambda: _pointwise_step(base, next(pointwise)),
+        "packed": lambda: _packed_step(backbone, pack(streams, next(windows)).to(device)),
+        "pointwise": lambda: _pointwise_step(base, next(prompts)),
     }
     for step in steps.values():
         step()  # warm up
+    rates: dict[str, list[float]] = {name: [] for name in steps}  # targets a second, one a round
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(sides["packed"].rates) < ROUNDS:
-        for side, step in steps.items():
-            sides[side].measure(step, device)
+    while time.perf_counter() - start < seconds or len(rates["packed"]) < ROUNDS:
+        for name, step in steps.items():
+            began = time.perf_counter()
+            targets = step()
+            # a step is done when the device is, not when the host has asked for it
+            if device.type in ("cuda", "mps", "xpu"):
+                getattr(torch, device.type).synchronize()
+            rates[name].append(targets / (time.perf_counter() - began))
+    ratios = np.array(rates["packed"]) / np.array(rates["pointwise"])
     result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
-    result["packing"] = _figures(sides["packed"], sides["pointwise"]) | {
+    result["packing"] = {
+        "packed_targets_per_s": round(float(np.median(rates["packed"])), 2),
+        "pointwise_targets_per_s": round(float(np.median(rates["pointwise"])), 3),
+        "ratio": round(float(np.median(ratios)), 2),
+        "spread": [round(float(r), 2) for r in (ratios.min(), ratios.max())],
+        "rounds": len(ratios),
         "layers": model.depth,
         "context_tokens": data.context_tokens,
         "batch_tokens": data.batch_tokens,
     }
     path = write_json(folder / "results" / "benchmark-packing.json", result)
-    packing = result["packing"]
-    Console().print(
-        f"training targets per second: packed {packing['packed_targets_per_s']}, one prompt per candidate "
-        f"{packing['pointwise_targets_per_s']}: x{packing['ratio']} (median of {packing['rounds']} rounds, "
-        f"{packing['spread'][0]} to {packing['spread'][1]})\nwritten: {path}"
-    )
+    Console().print(shown(render(result)), f"written: {path}")
     return result
 
 
@@ -147,17 +119,6 @@ def _both(model: ExitRecommender, device: torch.device) -> tuple[Backbone, Any]:
     return backbone.to(device), base.to(device)
 
 
-def _figures(packed: _Side, pointwise: _Side) -> dict[str, Any]:
-    ratios = np.array(packed.rates) / np.array(pointwise.rates)
-    return {
-        "packed_targets_per_s": round(packed.median, 2),
-        "pointwise_targets_per_s": round(pointwise.median, 3),
-        "ratio": round(float(np.median(ratios)), 2),
-        "spread": [round(float(r), 2) for r in (ratios.min(), ratios.max())],
-        "rounds": len(ratios),
-    }
-
-
 def _packed_step(backbone: Backbone, batch: Batch) -> int:
     state = backbone.run(backbone.embed(batch.tokens, batch.layout), 0, len(backbone.layers))
     state.hidden.flatten(0, 1)[batch.slots].square().mean().backward()  # type: ignore[no-untyped-call]
@@ -166,11 +127,8 @@ def _packed_step(backbone: Backbone, batch: Batch) -> int:
 
 
 def _pointwise_step(base: Any, prompts: list[Any]) -> int:
-    lengths = torch.tensor([len(p) for p in prompts])
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(p) for p in prompts], batch_first=True)
-    mask = (torch.arange(tokens.shape[1])[None] < lengths[:, None]).long()
-    read = {"input_ids": tokens.to(base.device), "attention_mask": mask.to(base.device)}
-    hidden = base(**read, use_cache=False).last_hidden_state
-    hidden[torch.arange(len(prompts)), lengths - 1].square().mean().backward()
+    tokens, mask, last = padded([torch.from_numpy(p) for p in prompts], base.device)
+    hidden = base(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden[torch.arange(len(prompts)), last].square().mean().backward()
     base.zero_grad()
     return len(prompts)

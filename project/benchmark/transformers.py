@@ -1,16 +1,15 @@
-"""What transformers does without us: its own forward of the same weights, one row a candidate, padded.
+"""transformers' own forward of the same weights, one row a candidate, padded: two common ways to serve.
 
-Unusual here: no weight is copied and no answer is judged. Two common ways to serve are timed: every candidate behind
-its own copy of the history (`pointwise`), and the history's keys and values computed once and expanded over the
-candidates (`shared_prefix`). Both read a history as one causal text, so where answers of one second stand beside each
-other, which our rule hides from each other, their logits differ a little from ours.
+`Pointwise` puts every candidate behind its own copy of the history; `SharedPrefix` computes the history's keys and
+values once and expands them over the candidates. Both read a history as one causal text, so where answers of one second
+stand beside each other, which our rule hides from each other, their logits differ a little from ours.
 """
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +30,7 @@ AT_ONCE = 64  # candidates whose expanded keys and values stand in memory togeth
 
 
 def library_model(module: ExitRecommender) -> Any:
-    """The library's own base model on the module's weights, without its final norm (heads have one of their own).
-
-    Args:
-        module: With its backbone, fully trained or not; adapters are not supported.
-
-    Raises:
-        ConfigError: The backbone has LoRA adapters, which the library's class does not know.
-    """
+    """The library's own base model on the module's weights, without its final norm (heads have one of their own)."""
     backbone = module.backbone
     assert backbone is not None
     if module.lora is not None:
@@ -50,125 +42,100 @@ def library_model(module: ExitRecommender) -> Any:
     with torch.device("meta"):
         model = factory.from_config(config, attn_implementation="sdpa")
     model.layers.load_state_dict(backbone.layers.state_dict(), assign=True)
-    model.embed_tokens, model.rotary_emb, model.norm = (
-        backbone.embed_tokens,
-        backbone.rotary_emb,
-        nn.Identity(),
-    )
+    model.embed_tokens, model.rotary_emb = backbone.embed_tokens, backbone.rotary_emb
+    model.norm = nn.Identity()
     # the argument was renamed in transformers 5.24
-    model.cache_argument = (
-        "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    )
+    names = inspect.signature(model.forward).parameters
+    model.cache_argument = "cache" if "cache" in names else "past_key_values"
     return model.eval()
 
 
-class Pointwise:
-    """One prompt per candidate, padded to the longest; the base model alone, read at the last position.
+class Library:
+    """Scores requests by the library's model and the deepest head; subclasses say how a request becomes batches."""
 
-    Args:
-        module: Trained weights and the deepest head.
-        batch_tokens: Tokens of a batch at most, padding included; one prompt may be more.
+    def __init__(self, module: ExitRecommender) -> None:
+        self._model, self._depth = library_model(module), module.depth
+        self._head = module.heads[str(module.depth)].eval()
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[PreparedRequest]) -> Scores:
+        """Raw logits of the deepest head; seconds are all the backbone's."""
+        scores, start = Scores([]), time.perf_counter()
+        for request in requests:
+            logits, tokens = self._request(request)
+            layers = np.full(len(request), self._depth, dtype=np.int64)
+            found = torch.cat(logits).double().cpu().numpy()
+            scores.requests.append(Scored(request.request_id, found, layers, tokens * self._depth))
+        scores.seconds["backbone"] = time.perf_counter() - start
+        return scores
+
+    def _request(self, request: PreparedRequest) -> tuple[list[Tensor], int]:
+        """Logits in batches, and the tokens that ran."""
+        raise NotImplementedError
+
+    def _logits(self, rows: list[Tensor], prefix: Sequence[Pair] = (), length: int = 0) -> Tensor:
+        """Logits (n,) at the last position of each row, behind a prefix of so many tokens: keys and values by layer."""
+        tokens, mask, last = padded(rows, self._model.device)
+        given: dict[str, Any] = {"use_cache": bool(prefix)}
+        if prefix:
+            cache, n = DynamicCache(config=self._model.config), len(rows)
+            for index, (keys, values) in enumerate(prefix):
+                cache.update(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), index)
+            given[self._model.cache_argument] = cache
+            mask = torch.cat([mask.new_ones(n, length), mask], dim=1)
+        hidden = self._model(input_ids=tokens, attention_mask=mask, **given).last_hidden_state
+        logits: Tensor = self._head(hidden[torch.arange(len(last), device=hidden.device), last])
+        return logits
+
+
+class Pointwise(Library):
+    """One prompt per candidate, padded to the longest.
+
+    A batch has at most `batch_tokens` tokens, padding included; one prompt may have more.
     """
 
     def __init__(self, module: ExitRecommender, batch_tokens: int = 16_384) -> None:
-        self._model, self._depth = library_model(module), module.depth
-        self._head = module.heads[str(module.depth)].eval()
+        super().__init__(module)
         self._batch_tokens = batch_tokens
 
-    @torch.inference_mode()
-    def score(self, requests: Sequence[PreparedRequest]) -> Scores:
-        """Raw logits of the deepest head; seconds are all the backbone's."""
-        scores, start = Scores([]), time.perf_counter()
-        for request in requests:
-            logits = torch.cat([self._logits(prompts) for prompts in self._batches(request)])
-            tokens = len(request) * len(request.stream) + len(request.candidates.values)
-            scores.requests.append(_scored(request, logits, self._depth, tokens))
-        scores.seconds["backbone"] = time.perf_counter() - start
-        return scores
-
-    def _batches(self, request: PreparedRequest) -> Iterator[list[Tensor]]:
+    def _request(self, request: PreparedRequest) -> tuple[list[Tensor], int]:
         stream, own = request.stream.tokens, request.candidates
         prompts = [torch.from_numpy(np.concatenate([stream, own[k]])) for k in range(len(request))]
         at_once = max(1, self._batch_tokens // max(len(p) for p in prompts))
-        for first in range(0, len(prompts), at_once):
-            yield prompts[first : first + at_once]
-
-    def _logits(self, prompts: list[Tensor]) -> Tensor:
-        tokens, mask, last = _padded(prompts, self._model.device)
-        hidden = self._model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
-        return _read(self._head, hidden, last)
+        logits = [self._logits(prompts[k : k + at_once]) for k in range(0, len(prompts), at_once)]
+        return logits, len(request) * len(stream) + len(own.values)
 
 
-class SharedPrefix:
+class SharedPrefix(Library):
     """The history's keys and values once, expanded over the candidates, which follow as a padded batch.
 
-    Args:
-        module: Trained weights and the deepest head.
-        cached: Keep the keys and values of every user's history between requests.
+    `cached` keeps the keys and values of every user's history between requests.
     """
 
     def __init__(self, module: ExitRecommender, cached: bool = False) -> None:
-        self._model, self._depth, self._cached = library_model(module), module.depth, cached
-        self._head = module.heads[str(module.depth)].eval()
+        super().__init__(module)
+        self._cached = cached
         self._kept: dict[Hashable, list[Pair]] = {}
 
-    @torch.inference_mode()
-    def score(self, requests: Sequence[PreparedRequest]) -> Scores:
-        """Raw logits of the deepest head; seconds are all the backbone's."""
-        scores, start = Scores([]), time.perf_counter()
-        for request in requests:
-            prefix = self._kept.get(request.user) if self._cached else None
-            ran = 0 if prefix is not None else len(request.stream)
-            prefix = self._prefix(request) if prefix is None else prefix
-            if self._cached:
-                self._kept[request.user] = prefix
-            logits = torch.cat(
-                [
-                    self._logits(request, prefix, first, min(first + AT_ONCE, len(request)))
-                    for first in range(0, len(request), AT_ONCE)
-                ]
-            )
-            scores.requests.append(
-                _scored(request, logits, self._depth, ran + len(request.candidates.values))
-            )
-        scores.seconds["backbone"] = time.perf_counter() - start
-        return scores
-
-    def _prefix(self, request: PreparedRequest) -> list[Pair]:
-        cache = DynamicCache(config=self._model.config)
-        tokens = torch.from_numpy(request.stream.tokens)[None].to(self._model.device)
-        self._model(input_ids=tokens, use_cache=True, **{self._model.cache_argument: cache})
-        layers: Any = cache.layers
-        return [(layer.keys, layer.values) for layer in layers]
-
-    def _logits(self, request: PreparedRequest, prefix: list[Pair], first: int, stop: int) -> Tensor:
-        own = [torch.from_numpy(request.candidates[k]) for k in range(first, stop)]
-        tokens, mask, last = _padded(own, self._model.device)
-        cache, n, length = DynamicCache(config=self._model.config), len(own), len(request.stream)
-        for index, (keys, values) in enumerate(prefix):
-            cache.update(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), index)
-        hidden = self._model(
-            input_ids=tokens,
-            attention_mask=torch.cat([mask.new_ones(n, length), mask], dim=1),
-            use_cache=True,
-            **{self._model.cache_argument: cache},
-        ).last_hidden_state
-        return _read(self._head, hidden, last)
+    def _request(self, request: PreparedRequest) -> tuple[list[Tensor], int]:
+        prefix, spent = self._kept.get(request.user), len(request.candidates.values)
+        if prefix is None:
+            cache = DynamicCache(config=self._model.config)
+            tokens = torch.from_numpy(request.stream.tokens)[None].to(self._model.device)
+            self._model(input_ids=tokens, use_cache=True, **{self._model.cache_argument: cache})
+            layers: Any = cache.layers
+            prefix = [(layer.keys, layer.values) for layer in layers]
+            spent += len(request.stream)
+        if self._cached:
+            self._kept[request.user] = prefix
+        own = [torch.from_numpy(request.candidates[k]) for k in range(len(request))]
+        parts = [own[k : k + AT_ONCE] for k in range(0, len(own), AT_ONCE)]
+        return [self._logits(part, prefix, len(request.stream)) for part in parts], spent
 
 
-def _padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids (n, T) padded on the right, their mask (n, T), and where each row ends (n,)."""
     lengths = torch.tensor([len(row) for row in rows])
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = (torch.arange(tokens.shape[1])[None] < lengths[:, None]).long()
     return tokens.to(device), mask.to(device), (lengths - 1).to(device)
-
-
-def _read(head: nn.Module, hidden: Tensor, last: Tensor) -> Tensor:
-    found: Tensor = head(hidden[torch.arange(len(last), device=hidden.device), last])
-    return found
-
-
-def _scored(request: PreparedRequest, logits: Tensor, depth: int, tokens: int) -> Scored:
-    layers = np.full(len(request), depth, dtype=np.int64)
-    return Scored(request.request_id, logits.double().cpu().numpy(), layers, tokens * depth)

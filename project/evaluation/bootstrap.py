@@ -1,9 +1,4 @@
-"""Intervals by resampling users: rows of one user are alike, so rows resampled alone would look too certain.
-
-Unusual here: a `UserBootstrap` reuses its draws, so differences of scores on the same rows are paired; and it remembers
-the AUCs of scores it has seen, so that one baseline is resampled once, whatever the number of heads it is compared
-with.
-"""
+"""Intervals by resampling users: rows of one user are alike, so rows resampled alone would look too certain."""
 
 import hashlib
 from typing import Any
@@ -11,20 +6,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from project.metrics import Floats, Ints, Pairs, auc, checked, probabilities, row_log_loss
+from project.metrics import Floats, Ints, Pairs, auc, checked, head_metrics, probabilities, row_log_loss
 
 CHUNK_ELEMENTS = 2_000_000  # rows times draws held at once: 16 MB an array
+LEVEL = 0.95  # coverage of every interval
+UNDEFINED = {"value": None, "interval": None}
 
 
 class UserBootstrap:
     """Percentile intervals from resampled users (Efron 1979): all rows of a drawn user come along.
 
-    The draws are made once, so all intervals of one object rest on the same resampled users.
-
-    Args:
-        users: Shape (n,), the user of each row; every later score array has these rows in this order.
-        draws: Number of resamples.
-        seed: Seed of the draws.
+    `users` (n,) is the user of each row; every later score array has these rows in this order. The draws are made
+    once, so differences of scores on the same rows are paired. AUCs of scores seen before are kept: one baseline is
+    resampled once, whatever the number of heads it is compared with.
     """
 
     def __init__(self, users: ArrayLike, draws: int = 1000, seed: int = 0) -> None:
@@ -36,60 +30,49 @@ class UserBootstrap:
         self._times = drawn[:, : found.size].astype(np.float32)
         self._known: dict[bytes, Floats] = {}  # digest of scores and labels -> their AUC in every draw
 
-    def auc_interval(self, scores: ArrayLike, labels: ArrayLike, level: float = 0.95) -> list[float] | None:
-        """[low, high] of the AUC, None where it is undefined; draws with one class are left out.
+    def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
+        """`head_metrics` of logits (n,), and `auc_interval` where there are draws."""
+        found = head_metrics(logits, labels, self._user)
+        return found | ({"auc_interval": self.auc_interval(logits, labels)} if len(self._times) else {})
 
-        Args:
-            scores: Shape (n,).
-            labels: Shape (n,).
-            level: Coverage aimed at.
-        """
-        if auc(scores, labels) is None:
-            return None
-        return _percentiles(self._auc_draws(scores, labels), level)
+    def auc_interval(self, scores: ArrayLike, labels: ArrayLike) -> list[float] | None:
+        """[low, high] of the AUC, None where it is undefined; draws with one class are left out."""
+        return None if auc(scores, labels) is None else _percentiles(self._auc_draws(scores, labels))
 
     def difference_interval(
-        self, scores_a: ArrayLike, scores_b: ArrayLike, labels: ArrayLike, level: float = 0.95
+        self, scores_a: ArrayLike, scores_b: ArrayLike, labels: ArrayLike
     ) -> dict[str, Any]:
         """AUC of a minus AUC of b: {`value`, `interval` [low, high]}, both None where undefined."""
         value_a, value_b = auc(scores_a, labels), auc(scores_b, labels)
         if value_a is None or value_b is None:
-            return {"value": None, "interval": None}
+            return dict(UNDEFINED)
         drawn = self._auc_draws(scores_a, labels) - self._auc_draws(scores_b, labels)
-        return {"value": value_a - value_b, "interval": _percentiles(drawn, level)}
+        return {"value": value_a - value_b, "interval": _percentiles(drawn)}
 
     def log_loss_difference_interval(
-        self, logits_a: ArrayLike, logits_b: ArrayLike, labels: ArrayLike, level: float = 0.95
+        self, logits_a: ArrayLike, logits_b: ArrayLike, labels: ArrayLike
     ) -> dict[str, Any]:
         """Log loss of a minus log loss of b, of clipped `probabilities`: {`value`, `interval`}."""
         probability_a, positive = checked(probabilities(logits_a), labels)
         probability_b, _ = checked(probabilities(logits_b), labels)
         self._same_rows(probability_a)
         if not probability_a.size:
-            return {"value": None, "interval": None}
+            return dict(UNDEFINED)
         gap = row_log_loss(probability_a, positive) - row_log_loss(probability_b, positive)
         sums, rows = np.bincount(self._user, weights=gap), np.bincount(self._user)
         drawn = (self._times @ sums) / (self._times @ rows)
-        return {"value": float(gap.mean()), "interval": _percentiles(drawn, level)}
+        return {"value": float(gap.mean()), "interval": _percentiles(drawn)}
 
-    def ratio_interval(
-        self, numerator: ArrayLike, denominator: ArrayLike, level: float = 0.95
-    ) -> dict[str, Any]:
-        """Sum of one cost over sum of another, as a speed-up is: {`value`, `interval`}; None where nothing is spent.
-
-        Args:
-            numerator: Shape (n,), what the static exit spends on each row.
-            denominator: Shape (n,), what the policy spends.
-            level: Coverage aimed at.
-        """
+    def ratio_interval(self, numerator: ArrayLike, denominator: ArrayLike) -> dict[str, Any]:
+        """Sum of one cost (n,) over the sum of another, as a speed-up is; None where the denominator is 0."""
         above, below = (np.asarray(x, dtype=np.float64) for x in (numerator, denominator))
         self._same_rows(above)
         if not below.sum() > 0:
-            return {"value": None, "interval": None}
+            return dict(UNDEFINED)
         up, down = (np.bincount(self._user, weights=x) for x in (above, below))
         spent = self._times @ down
         drawn = np.divide(self._times @ up, spent, out=np.full(spent.shape, np.nan), where=spent > 0)
-        return {"value": float(above.sum() / below.sum()), "interval": _percentiles(drawn, level)}
+        return {"value": float(above.sum() / below.sum()), "interval": _percentiles(drawn)}
 
     def _auc_draws(self, scores: ArrayLike, labels: ArrayLike) -> Floats:
         """Shape (draws,): AUC with rows weighing as often as their user was drawn, NaN where undefined."""
@@ -97,14 +80,9 @@ class UserBootstrap:
         self._same_rows(values)
         digest = hashlib.sha256(values.tobytes() + positive.tobytes()).digest()
         if digest not in self._known:
-            pairs = Pairs(values, positive)
-            step = max(1, CHUNK_ELEMENTS // max(values.size, 1))
-            self._known[digest] = np.concatenate(
-                [
-                    pairs.weighted_auc(self._times[i : i + step][:, self._user])
-                    for i in range(0, self._times.shape[0], step)
-                ]
-            )
+            pairs, step = Pairs(values, positive), max(1, CHUNK_ELEMENTS // max(values.size, 1))
+            chunks = (self._times[i : i + step][:, self._user] for i in range(0, len(self._times), step))
+            self._known[digest] = np.concatenate([pairs.weighted_auc(chunk) for chunk in chunks])
         return self._known[digest]
 
     def _same_rows(self, values: Floats) -> None:
@@ -112,9 +90,9 @@ class UserBootstrap:
             raise ValueError(f"the bootstrap was made for {self._user.size} rows, found {values.size} scores")
 
 
-def _percentiles(drawn: Floats, level: float) -> list[float] | None:
+def _percentiles(drawn: Floats) -> list[float] | None:
     kept = drawn[~np.isnan(drawn)]
     if not kept.size:
         return None
-    low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return [float(low), float(high)]

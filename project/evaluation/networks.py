@@ -1,4 +1,4 @@
-"""CTR networks as baselines: DeepFM, DCN-v2 and others, trained on the same rows; optional."""
+"""CTR networks as baselines: DeepFM, DCN-v2 and DIN, trained on the same rows; optional."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -23,14 +23,13 @@ from project.data.protocol import SPLITS, SplitInteractions
 from project.errors import DataError
 from project.evaluation.baselines import (
     Baseline,
-    Floats,
     baseline_scores,
     retrieved_features,
     targets_of,
     train_labels,
 )
 from project.features import FEATURES
-from project.metrics import auc
+from project.metrics import Floats, auc
 from project.retrieval.lightgcn import one_thread
 from project.retrieval.walk import cached_folder, content_key, own_earlier_rows
 from project.run import table_about, write_table
@@ -46,11 +45,9 @@ IDS = ("user", "item")
 HISTORY = ("liked", "disliked")
 SCALED = "scaled"
 NO_ROW = -1  # item and answer of a place where the user has no earlier row
-PADDING, UNKNOWN, FIRST = (
-    0,
-    1,
-    2,
-)  # codes: no row (its vector is 0), an id train targets lack, the first known id
+PADDING = 0  # code of no row; its vector is 0
+UNKNOWN = 1  # code of an id that train targets lack
+FIRST = 2  # code of the first known id
 
 BINS = 32
 HISTORY_ROWS = 20  # the user's latest strictly earlier rows, which DIN sees
@@ -59,6 +56,7 @@ LAYERS: dict[str, Any] = {"dims": [64, 32], "dropout": 0.2}
 CROSSES = 2
 ATTENTION_LAYERS = [16]
 BATCH_ROWS = 1024
+SCORED_ROWS = 4096  # in one call; the scores do not depend on it
 LEARNING_RATE = 1e-3
 EPOCHS = 10
 PATIENCE = (
@@ -73,39 +71,34 @@ LEFT_OUT = (
 
 
 @dataclass(frozen=True)
+class GridPoint:
+    """What is chosen on `tune`: size of a vector and Adam's weight decay; everything else is fixed above."""
+
+    embedding: int
+    weight_decay: float
+
+
+GRID = tuple(GridPoint(*point) for point in product((8, 16), (1e-4, 1e-3)))
+
+
+@dataclass(frozen=True)
 class NetworkFeatures:
-    """Fitted on the train targets of a log.
+    """Fitted on the train targets of a log."""
 
-    Attributes:
-        base: Share of likes among train targets, to which rates of few rows shrink.
-        known: Field -> the ids or words that have a code, ascending; FIRST is the code of the first.
-        words: Attribute field -> codes (items, ATTRIBUTE_WORDS) by item code, PADDING where there are fewer.
-        edges: One array a feature: inner edges of its bins.
-        mean: (len(FEATURES),) of the train targets' features.
-        scale: Their standard deviation, 1 where that is 0.
-    """
-
-    base: float
-    known: dict[str, Ints]
-    words: dict[str, Ints]
-    edges: list[Floats]
-    mean: Floats
-    scale: Floats
+    base: float  # share of likes among train targets, to which rates of few rows shrink
+    known: dict[str, Ints]  # field -> the ids that have a code, ascending; FIRST is the code of the first
+    words: dict[
+        str, Ints
+    ]  # attribute field -> codes (items, ATTRIBUTE_WORDS) by item code, PADDING at the end
+    edges: list[Floats]  # one array a feature: inner edges of its bins
+    mean: Floats  # (len(FEATURES),) of the train targets' features
+    scale: Floats  # their standard deviation, 1 where that is 0
 
     @classmethod
     def fit(
         cls, rows: pl.DataFrame, items: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame]
     ) -> NetworkFeatures:
-        """Fit on train targets.
-
-        Args:
-            rows: Rows of a split (row_id, user, item, timestamp, label, split, role).
-            items: `item` (0..), item_id, title, then attributes.
-            retrieved: Retrieved features table of each split; train's is read.
-
-        Raises:
-            DataError: Train targets lack a class, or retrieved features lacks a target's row.
-        """
+        """From train's targets among `rows`, train's retrieved features and the catalogue with its attributes."""
         base = float(train_labels(rows).mean())
         numbers = retrieved_features(rows, retrieved, "train", base)
         train = targets_of(rows, "train")
@@ -129,16 +122,10 @@ class NetworkFeatures:
         return {name: int(codes.max()) + 1 for name, codes in self.words.items()}
 
     def table(self, rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], split: str) -> Table:
-        """Features of a split's targets, in the order of `rows`.
+        """Features of a split's n targets, in the order of `rows`.
 
-        Args:
-            rows: As in `fit`.
-            retrieved: Retrieved features table of each split.
-            split: train, valid or test.
-
-        Returns:
-            Field -> (n,) codes of ids and bins, (n, ATTRIBUTE_WORDS) of attributes, (n, HISTORY_ROWS) item codes of
-            `liked` and `disliked` (PADDING elsewhere), and `scaled` (n, len(FEATURES)) Float32.
+        Field -> (n,) codes of ids and bins, (n, ATTRIBUTE_WORDS) of attributes, (n, HISTORY_ROWS) item codes of
+        `liked` and `disliked` (PADDING elsewhere), and `scaled` (n, len(FEATURES)) Float32.
         """
         targets = targets_of(rows, split)
         numbers = retrieved_features(rows, retrieved, split, self.base)
@@ -177,40 +164,29 @@ def _attribute_words(items: pl.DataFrame, known: Ints) -> dict[str, Ints]:
 
 
 def earlier_rows(rows: pl.DataFrame, split: str, last: int) -> tuple[Ints, Ints]:
-    """Items and answers of the last rows before each target of a split.
+    """Items and answers (targets, last) of the last rows before each target of a split, oldest first.
 
-    Args:
-        rows: Rows of a split, in time order.
-        split: Whose targets are asked for; rows of later splits are not read.
-        last: Places for earlier rows; of one second the later in the log's order come last.
-
-    Returns:
-        Item codes and labels, each (targets, last), oldest first; NO_ROW in the first places where there are fewer.
+    Rows of later splits are not read; of one second the later in the log's order come last. NO_ROW stands in the first
+    places where there are fewer.
     """
     later = SPLITS[SPLITS.index(split) + 1 :]
     readable = rows.filter(~pl.col("split").cast(pl.String).is_in(later))
     item, label = (readable[name].to_numpy().astype(np.int64) for name in ("item", "label"))
     order, start, stop = own_earlier_rows(readable["user"].to_numpy(), readable["timestamp"].to_numpy())
     targets = ((readable["split"] == split) & (readable["role"] == "target")).to_numpy()
-    first, end = start[targets], stop[targets]
-    place = end[:, None] - last + np.arange(last)
-    there = place >= first[:, None]
+    place = stop[targets][:, None] - last + np.arange(last)
+    there = place >= start[targets][:, None]
     found = order[np.where(there, place, 0)]
     return np.where(there, item[found], NO_ROW), np.where(there, label[found], NO_ROW)
 
 
 def build_network(name: str, features: NetworkFeatures, embedding: int) -> nn.Module:
-    """A network of torch-rechub on these fields.
+    """A network of torch-rechub on these fields, with vectors of size `embedding`.
 
     * deepfm, Guo et al. 2017, arXiv 1703.04247: a factorisation machine and a deep net on the same vectors.
     * dcn_v2, Wang et al. 2021, arXiv 2008.13535: cross layers with full matrices beside a deep net.
     * din, Zhou et al. 2018, arXiv 1706.06978: the candidate attends to what the user liked and to what they disliked
       apart, each with weights of its own, over its own item vectors. A place without a row holds the vector 0.
-
-    Args:
-        name: One of NETWORKS.
-        features: Fields and their numbers of codes.
-        embedding: Size of a vector.
     """
     from torch_rechub.basic.features import DenseFeature, SequenceFeature, SparseFeature
     from torch_rechub.models.ranking import DIN, DCNv2, DeepFM
@@ -228,48 +204,47 @@ def build_network(name: str, features: NetworkFeatures, embedding: int) -> nn.Mo
         *(sequence(n, k, pooling="mean") for n, k in features.word_sizes.items()),
     ]
     scaled = DenseFeature(SCALED, embed_dim=len(FEATURES))
-    if name == "deepfm":
-        network: Any = DeepFM([*fields, scaled], fields, LAYERS)
-    elif name == "dcn_v2":
-        network = DCNv2([*fields, scaled], CROSSES, LAYERS, use_low_rank_mixture=False)
-    else:
-        size = sizes["item"]
-        history = [sequence(n, size, pooling="concat", shared_with="item") for n in HISTORY]
-        again = SparseFeature("item", size, embedding, padding_idx=PADDING)  # one target a history
-        network = DIN(fields[1:], history, [fields[0], again], LAYERS, {"dims": ATTENTION_LAYERS})
+    network: Any
+    match name:
+        case "deepfm":
+            network = DeepFM([*fields, scaled], fields, LAYERS)
+        case "dcn_v2":
+            network = DCNv2([*fields, scaled], CROSSES, LAYERS, use_low_rank_mixture=False)
+        case _:
+            size = sizes["item"]
+            history = [sequence(n, size, pooling="concat", shared_with="item") for n in HISTORY]
+            again = SparseFeature("item", size, embedding, padding_idx=PADDING)  # one target a history
+            network = DIN(fields[1:], history, [fields[0], again], LAYERS, {"dims": ATTENTION_LAYERS})
     assert isinstance(network, nn.Module)
     return network
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Features and answers of the same rows.
-
-    Attributes:
-        table: Field -> (n, ...).
-        labels: (n,) Float32, 0 or 1.
-    """
+class Labelled(NamedTuple):
+    """Features (field -> (n, ...)) and labels (n,) Float32 of the same rows."""
 
     table: Table
     labels: Tensor
 
 
 def train(network: nn.Module, rows: Labelled, select: Labelled, weight_decay: float, seed: int) -> int:
-    """Train in place; returns the epoch (from 1) whose weights were kept.
-
-    Args:
-        network: Gives probabilities (n,) of a table.
-        rows: Train targets.
-        select: Targets of the fold that stops training, both classes.
-        weight_decay: Adam's.
-        seed: Of order and hidden ids.
-    """
+    """Train in place until the AUC on `select` stops rising; returns the epoch (from 1) whose weights were kept."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, weight_decay=weight_decay)
     best, best_epoch, kept = -1.0, 0, network.state_dict()
     with one_thread():
         for epoch in range(1, EPOCHS + 1):
-            _one_epoch(network, rows, optimizer, generator)
+            network.train()
+            order = torch.randperm(len(rows.labels), generator=generator)
+            # chunks of equal size: batch normalisation cannot take a last batch of one row
+            for batch in order.tensor_split(-(-len(order) // BATCH_ROWS)):
+                table = {name: values[batch] for name, values in rows.table.items()}
+                for name in IDS:
+                    hidden = torch.rand(len(batch), generator=generator) < HIDDEN_SHARE
+                    table[name] = table[name].masked_fill(hidden, UNKNOWN)
+                optimizer.zero_grad()
+                loss = nn.functional.binary_cross_entropy(network(table), rows.labels[batch])
+                torch.autograd.backward(loss)
+                optimizer.step()
             value = auc(score(network, select.table), select.labels.numpy()) or 0.0
             if value > best:
                 best, best_epoch, kept = value, epoch, copy.deepcopy(network.state_dict())
@@ -279,73 +254,20 @@ def train(network: nn.Module, rows: Labelled, select: Labelled, weight_decay: fl
     return best_epoch
 
 
-def score(network: nn.Module, table: Table, batch_rows: int = 4096) -> Floats:
-    """Logits (n,) of a table; the network gives probabilities, which stay 1e-7 from 0 and 1.
-
-    Args:
-        network: Trained.
-        table: Field -> (n, ...).
-        batch_rows: Rows of one call.
-    """
+def score(network: nn.Module, table: Table) -> Floats:
+    """Logits (n,) of a table; the network gives probabilities, which stay 1e-7 from 0 and 1."""
     network.eval()
-    count = len(next(iter(table.values())))
+    firsts = range(0, len(table[SCALED]), SCORED_ROWS)
     with torch.no_grad():
-        parts = [
-            network({name: values[start : start + batch_rows] for name, values in table.items()})
-            for start in range(0, count, batch_rows)
-        ]
-    probability = torch.cat(parts).double() if parts else torch.zeros(0, dtype=torch.float64)
+        parts = [network({n: v[k : k + SCORED_ROWS] for n, v in table.items()}) for k in firsts]
+    probability = torch.cat([torch.zeros(0), *parts]).double()
     logits: Floats = torch.logit(probability, eps=1e-7).numpy()
     return logits
-
-
-def _one_epoch(
-    network: nn.Module, rows: Labelled, optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> None:
-    network.train()
-    order = torch.randperm(len(rows.labels), generator=generator)
-    # chunks of equal size: batch normalisation cannot take a last batch of one row
-    for batch in order.tensor_split(-(-len(order) // BATCH_ROWS)):
-        table = {name: values[batch] for name, values in rows.table.items()}
-        for name in IDS:
-            hidden = torch.rand(len(batch), generator=generator) < HIDDEN_SHARE
-            table[name] = table[name].masked_fill(hidden, UNKNOWN)
-        optimizer.zero_grad()
-        loss = nn.functional.binary_cross_entropy(network(table), rows.labels[batch])
-        torch.autograd.backward(loss)
-        optimizer.step()
-
-
-@dataclass(frozen=True)
-class GridPoint:
-    """What is chosen on `tune`; everything else is fixed above.
-
-    Attributes:
-        embedding: Size of a vector.
-        weight_decay: Adam's.
-    """
-
-    embedding: int
-    weight_decay: float
-
-
-GRID = tuple(GridPoint(*point) for point in product((8, 16), (1e-4, 1e-3)))
 
 
 def networks_installed() -> bool:
     """Whether the extra `networks` is here."""
     return find_spec("torch_rechub") is not None
-
-
-def network_settings() -> dict[str, Any]:
-    """Everything of this file that scores depend on, JSON-able."""
-    return {
-        "networks": list(NETWORKS),
-        "grid": [asdict(point) for point in GRID],
-        "features": [BINS, HISTORY_ROWS, ATTRIBUTE_WORDS],
-        "layers": [LAYERS, CROSSES, ATTENTION_LAYERS],
-        "training": [BATCH_ROWS, LEARNING_RATE, EPOCHS, PATIENCE, HIDDEN_SHARE],
-    }
 
 
 def network_baselines(
@@ -355,21 +277,10 @@ def network_baselines(
     seed: int = 0,
     grid: Sequence[GridPoint] = GRID,
 ) -> list[Baseline]:
-    """Train on train targets, choose on valid's fold `tune`, score the targets of `splits`: deepfm, dcn_v2, din.
+    """Train on train targets, choose on valid's fold `tune` (the first of equals), score the targets of `splits`.
 
-    Args:
-        split: The log under its protocol.
-        retrieved: Retrieved features table of each split.
-        splits: Splits to score. Leave test out while exploring.
-        seed: Seed of first weights, order and dropout.
-        grid: Points to choose among, the first of equals.
-
-    Returns:
-        A baseline each, with the point and the number of epochs in `chosen`.
-
-    Raises:
-        DataError: Train targets, or valid's fold select or tune, lack a class; or retrieved features lacks a target's
-            row.
+    One baseline a network, with the chosen point and the number of epochs in `chosen`. DataError where valid's fold
+    select or tune lacks a class.
     """
     rows = split.rows
     features = NetworkFeatures.fit(rows, split.interactions.items, retrieved)
@@ -379,7 +290,7 @@ def network_baselines(
     found = []
     with Progress(transient=True) as progress:
         for name in NETWORKS:
-            best, baseline = -1.0, None
+            tried = []
             for point in progress.track(grid, description=name):
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
@@ -387,11 +298,10 @@ def network_baselines(
                     epochs = train(network, fitted, select, point.weight_decay, seed)
                 value = auc(score(network, tune.table), tune.labels.numpy())
                 assert value is not None  # _fold has looked
-                if value > best:
-                    scores = baseline_scores(rows, {s: score(network, tables[s]) for s in splits})
-                    best, baseline = value, Baseline(name, scores, asdict(point) | {"epochs": epochs})
-            assert baseline is not None
-            found.append(baseline)
+                tried.append((value, network, asdict(point) | {"epochs": epochs}))
+            _, network, chosen = max(tried, key=lambda made: made[0])
+            scores = baseline_scores(rows, {s: score(network, tables[s]) for s in splits})
+            found.append(Baseline(name, scores, chosen))
     return found
 
 
@@ -421,23 +331,15 @@ def trained_networks(data: InteractionData) -> list[Baseline]:
 
     def write(folder: Path) -> None:
         baselines = network_baselines(data.split, data.retrieved, seed=data.seed)
-        named = [
-            baseline.scores.select(pl.lit(baseline.name).alias("baseline"), pl.all())
-            for baseline in baselines
-        ]
-        chosen = {baseline.name: baseline.chosen for baseline in baselines}
-        write_table(folder / FILE, pl.concat(named), {"chosen": json.dumps(chosen)})
+        tables = [b.scores.select(pl.lit(b.name).alias("baseline"), pl.all()) for b in baselines]
+        chosen = {b.name: b.chosen for b in baselines}
+        write_table(folder / FILE, pl.concat(tables), {"chosen": json.dumps(chosen)})
 
     return _read(cached_folder(data.cache_dir / "baseline_scores", _content(data), write), SPLITS)
 
 
 def kept_networks(data: InteractionData, splits: Sequence[str] = SPLITS) -> list[Baseline]:
-    """The networks that were trained before, scores of `splits` alone; none is trained.
-
-    Args:
-        data: Of the run.
-        splits: Splits that may be read.
-    """
+    """The networks that were trained before, scores of `splits` alone; none is trained."""
     folder = data.cache_dir / "baseline_scores" / content_key(_content(data))
     return _read(folder, splits) if folder.exists() else []
 
@@ -455,7 +357,13 @@ def _content(data: InteractionData) -> dict[str, Any]:
         "protocol": data.split.hash,
         "retrieved": features.hexdigest()[:16],
         "seed": data.seed,
-        "settings": network_settings(),
+        "settings": {
+            "networks": list(NETWORKS),
+            "grid": [asdict(point) for point in GRID],
+            "features": [BINS, HISTORY_ROWS, ATTRIBUTE_WORDS],
+            "layers": [LAYERS, CROSSES, ATTENTION_LAYERS],
+            "training": [BATCH_ROWS, LEARNING_RATE, EPOCHS, PATIENCE, HIDDEN_SHARE],
+        },
     }
 
 

@@ -19,14 +19,16 @@ from project.evaluation.bootstrap import UserBootstrap
 from project.exits.certificate import row_losses
 from project.exits.cost import row_cost
 from project.exits.plan import ExitPlan, Plans
-from project.metrics import auc, head_metrics, probabilities
+from project.metrics import Floats, auc, head_metrics, probabilities
 from project.run import exit_layers_of, score_table
 
-Floats = NDArray[np.float64]
+# first value of each bucket: strictly earlier rows of the user (0 to 4, 5 to 20, more) and of the item
+EDGES = {"history": (0, 5, 21), "item": (0, 1, 6, 21)}
+SLICE_DRAWS = 200  # resamples behind a slice's interval: fewer than for a whole split, there are many slices
 
 
 class ScoreCollector(Metric):
-    """Keeps (row id, target tokens, stream tokens, what the heads said) of every scored row."""
+    """Keeps (row id, target tokens, stream tokens, logits of the heads) of every scored row."""
 
     full_state_update = False
     ids: list[Tensor]
@@ -38,14 +40,7 @@ class ScoreCollector(Metric):
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
     def update(self, row_id: Tensor, target_tokens: Tensor, stream_tokens: Tensor, values: Tensor) -> None:
-        """Add n rows.
-
-        Args:
-            row_id: (n,).
-            target_tokens: (n,).
-            stream_tokens: (n,).
-            values: (n, m) one column for each thing the heads say.
-        """
+        """Add n rows: ids and token counts (n,), values (n, m)."""
         self.ids.append(torch.stack([row_id, target_tokens, stream_tokens], dim=1))
         self.values.append(values.float())
 
@@ -60,15 +55,7 @@ class ScoreCollector(Metric):
 def scores_of_rows(
     ids: Tensor, values: Tensor, rows: pl.DataFrame, exit_0: Floats, exit_layers: list[int]
 ) -> pl.DataFrame:
-    """Score table of rows of the logs.
-
-    Args:
-        ids: (n, 3) from `ScoreCollector.compute`.
-        values: (n, k) logits of all heads.
-        rows: The n rows of the log.
-        exit_0: (n,) logits of exit 0.
-        exit_layers: The k layers.
-    """
+    """Score table of n rows of the log: ids (n, 3) and logits (n, k) as collected, logits (n,) of exit 0."""
     columns = {name: rows[name] for name in ("row_id", "user", "split", "fold", "label")}
     return _table(columns, ids, values, exit_0, exit_layers)
 
@@ -76,31 +63,11 @@ def scores_of_rows(
 def scores_of_candidates(
     ids: Tensor, values: Tensor, candidates: pl.DataFrame, exit_0: Floats, exit_layers: list[int]
 ) -> pl.DataFrame:
-    """Score table of the candidates of requests, with their item ids.
-
-    Args:
-        ids: (n, 3) from `ScoreCollector.compute`; the id is the position in `candidates`.
-        values: (n, k) as in `scores_of_rows`.
-        candidates: `Requests.table()`.
-        exit_0: (n,) logits of exit 0.
-        exit_layers: The k layers.
-    """
+    """Score table of candidates with their item ids; a row's id is its position in `Requests.table()`."""
     about = candidates[ids[:, 0].cpu().numpy()]
     columns = {name: about[name] for name in ("request_id", "candidate_index")}
     table = _table(columns, ids, values, exit_0, exit_layers)
     return table.insert_column(3, about["item_id"])
-
-
-def labelled_scores(scores: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
-    """The score table of candidates with what a workload knows: user, label and row_id, in the workload's order.
-
-    Args:
-        scores: Score table of all candidates.
-        table: `Workload.table` of the same requests.
-    """
-    known, keys = ["user", "label", "row_id"], ["request_id", "candidate_index"]
-    joined = table.join(scores.drop(known), on=keys, how="left", maintain_order="left", validate="1:1")
-    return joined.select(scores.columns)
 
 
 def _table(
@@ -115,41 +82,42 @@ def _table(
     return score_table(columns, values.cpu().numpy(), exit_layers)
 
 
-DRAWS = 1000  # resamples of users behind every interval
+def labelled_scores(scores: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
+    """The score table of candidates with user, label and row_id of `Workload.table`, in that table's order."""
+    known, keys = ["user", "label", "row_id"], ["request_id", "candidate_index"]
+    joined = table.join(scores.drop(known), on=keys, how="left", maintain_order="left", validate="1:1")
+    return joined.select(scores.columns)
+
+
+def part_of(scores: pl.DataFrame, split: str, fold: str | None) -> pl.DataFrame:
+    """Rows of one split, or of one fold of validation, of a score table."""
+    part = scores.filter(pl.col("split") == split)
+    return part if fold is None else part.filter(pl.col("fold") == fold)
+
+
+def _logits(part: pl.DataFrame, layer: int) -> Floats:
+    return part[f"logit_{layer}"].to_numpy().astype(np.float64)
 
 
 def exit_rows(
-    scores: pl.DataFrame, split: str, fold: str | None = None, draws: int = DRAWS
+    scores: pl.DataFrame, split: str, fold: str | None = None, draws: int = 1000
 ) -> list[dict[str, Any]]:
-    """The `exits` list of a result file for one split, or one fold of validation.
-
-    Args:
-        scores: A score table.
-        split: valid or test.
-        fold: select or tune; None: the whole split.
-        draws: Resamples of users behind `auc_interval`; 0 leaves the interval out.
-    """
+    """The `exits` list of a result file for one split, or one fold of validation; no intervals where draws is 0."""
     part = part_of(scores, split, fold)
-    labels, users = part["label"].to_numpy(), part["user"].to_numpy()
-    bootstrap = UserBootstrap(users, draws) if draws else None
-    rows = []
+    labels, bootstrap = part["label"].to_numpy(), UserBootstrap(part["user"].to_numpy(), draws)
     exit_0 = [0] if len(part) and not part["logit_0"].null_count() else []
-    for layer in [*exit_0, *exit_layers_of(scores)]:
-        logits = part[f"logit_{layer}"].to_numpy().astype(np.float64)
-        row = {"layer": layer, "split": split} | ({"fold": fold} if fold else {})
-        row |= head_metrics(logits, labels, users)
-        if bootstrap:
-            row["auc_interval"] = bootstrap.auc_interval(logits, labels)
-        rows.append(row)
-    return rows
+    about = {"split": split} | ({"fold": fold} if fold else {})
+    return [
+        {"layer": layer} | about | bootstrap.metrics(_logits(part, layer), labels)
+        for layer in [*exit_0, *exit_layers_of(scores)]
+    ]
 
 
 def choose_exit(scores: pl.DataFrame) -> int | None:
     """The exit layer of highest AUC on the `tune` fold (the shallowest of equals); None where that is undefined."""
     tune = part_of(scores, "valid", "tune")
     labels = tune["label"].to_numpy()
-    layers = exit_layers_of(scores)
-    values = {k: auc(tune[f"logit_{k}"].to_numpy().astype(np.float64), labels) for k in layers}
+    values = {k: auc(_logits(tune, k), labels) for k in exit_layers_of(scores)}
     defined = {k: v for k, v in values.items() if v is not None}
     return max(defined, key=lambda k: defined[k]) if defined else None
 
@@ -161,19 +129,11 @@ def comparison(
     reported: str,
     chosen_exit: int | None,
 ) -> dict[str, Any]:
-    """Everything a fit, validate or test result says about scores.
+    """Exits and baselines on the reported split; of validation on the tune fold, since certify is for certificates.
 
-    Args:
-        scores: A score table that holds the reported split.
-        split: The interactions it is about.
-        baselines: Fitted baselines, and kept ones.
-        reported: valid or test. Of validation the tune fold is shown; the certify fold is for certificates alone.
-        chosen_exit: The exit to compare with the best baseline, see `choose_exit`.
-
-    Returns:
-        `exits`, each minus the best baseline under `baseline_difference` (see `AgainstBaseline.difference`),
-        `chosen_exit`, `baselines`, `best_baseline`, and `baseline_difference`, that of the chosen exit;
-        `baseline_differences` has it and the one to `lr_rates`. All paired, users resampled.
+    `exits`, each minus the best baseline under `baseline_difference` (see `AgainstBaseline.difference`),
+    `chosen_exit`, `baselines`, `best_baseline`, and `baseline_difference`, that of the chosen exit;
+    `baseline_differences` has it and the one to `lr_rates`. All paired, users resampled.
     """
     fold = "tune" if reported == "valid" else None
     best = best_baseline(baselines, split.rows)
@@ -187,16 +147,12 @@ def comparison(
     if best is None:
         return result
     part = part_of(scores, reported, fold)
-    logits = {row["layer"]: part[f"logit_{row['layer']}"].to_numpy().astype(np.float64) for row in exits}
-    static_exits = [best, *(f for f in baselines if f.name == "lr_rates" and f is not best)]
-    against = [
-        AgainstBaseline(static_exit, part["row_id"].to_numpy(), split.rows, DRAWS)
-        for static_exit in static_exits
-    ]
+    others = [b for b in baselines if b.name == "lr_rates" and b is not best]
+    against = [AgainstBaseline(b, part["row_id"].to_numpy(), split.rows) for b in (best, *others)]
     for row in exits:
-        row["baseline_difference"] = against[0].difference(logits[row["layer"]])
+        row["baseline_difference"] = against[0].difference(_logits(part, row["layer"]))
     if chosen_exit is not None:
-        differences = [{"layer": chosen_exit} | a.difference(logits[chosen_exit]) for a in against]
+        differences = [{"layer": chosen_exit} | a.difference(_logits(part, chosen_exit)) for a in against]
         result |= {"baseline_difference": differences[0], "baseline_differences": differences}
     return result
 
@@ -204,23 +160,13 @@ def comparison(
 def exit_0_rows(heads: Mapping[str, Floats], against: AgainstBaseline) -> dict[str, Any]:
     """One exit with exit 0 in its calibration and without: what the exit itself adds, and what exit 0 adds to it.
 
-    Args:
-        heads: with_exit_0, without_exit_0 -> (n,) calibrated logits of the exit, on the rows of `against`.
-        against: The best baseline on these rows.
-
-    Returns:
-        By key the metrics, `auc_interval` and `baseline_difference`; where there are both, `difference`, with
-        minus
-        none: {`value`, `interval`, `log_loss` {`value`, `interval`}}.
+    `heads`: with_exit_0, without_exit_0 -> calibrated logits (n,) of the exit on the rows of `against`, the best
+    baseline. Under each key stand metrics and `baseline_difference`; `difference` is with exit 0 minus without.
     """
     draws, labels = against.bootstrap, against.labels
     found: dict[str, Any] = {
-        exit_0: head_metrics(logits, labels, against.users)
-        | {
-            "auc_interval": draws.auc_interval(logits, labels),
-            "baseline_difference": against.difference(logits),
-        }
-        for exit_0, logits in heads.items()
+        name: draws.metrics(logits, labels) | {"baseline_difference": against.difference(logits)}
+        for name, logits in heads.items()
     }
     if {"with_exit_0", "without_exit_0"} <= heads.keys():
         pair = heads["with_exit_0"], heads["without_exit_0"]
@@ -229,33 +175,13 @@ def exit_0_rows(heads: Mapping[str, Floats], against: AgainstBaseline) -> dict[s
     return found
 
 
-def part_of(scores: pl.DataFrame, split: str, fold: str | None) -> pl.DataFrame:
-    """Rows of one split, or of one fold of validation, of a score table."""
-    part = scores.filter(pl.col("split") == split)
-    return part if fold is None else part.filter(pl.col("fold") == fold)
-
-
-EDGES = {"history": (0, 5, 21), "item": (0, 1, 6, 21)}
-"""First value of each bucket: strictly earlier rows of the user (0 to 4, 5 to 20, more) and of the item."""
-
-SLICE_DRAWS = 200
-"""Resamples of users behind the interval of a slice's AUC: fewer than for a whole split, there are many of them."""
-
-
 def slice_masks(
     rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], split: str, fold: str | None = None
 ) -> dict[str, pl.Series]:
-    """Which targets of a split each slice holds.
+    """Slice name (warm_users, cold_users, history_0_4, ..., item_21_plus) -> Boolean (n,) of the targets it holds.
 
-    Args:
-        rows: Rows of a split (row_id, user, split, fold, role, hist).
-        retrieved: Retrieved features tables by split (row_id, item_count: strictly earlier readable rows of the item).
-        split: train, valid or test.
-        fold: select or tune; None: the whole split.
-
-    Returns:
-        Slice name (warm_users, cold_users, history_0_4, ..., item_21_plus) -> Boolean (n,). A user is warm who has a
-        target in train, as in the manifest's cold_user_share; history is the protocol's `hist`.
+    A user is warm who has a target in train, as in the manifest's cold_user_share; history is the protocol's `hist`,
+    and an item's count is `item_count` of the retrieved features.
     """
     part = targets_of(rows, split, fold)
     warm = part["user"].is_in(targets_of(rows, "train")["user"].unique().implode())
@@ -282,51 +208,40 @@ def slice_rows(
     draws: int = SLICE_DRAWS,
     depth: Floats | None = None,
 ) -> list[dict[str, Any]]:
-    """The `slices` list of a result file for one split, or one fold of validation.
+    """The `slices` list of a result file for one split, or one fold of validation: an entry a slice.
 
-    Args:
-        rows: Rows of a split.
-        retrieved: Retrieved features tables by split.
-        scores: For each baseline, exit or plan what names it ({"name": ...}, {"layer": ...} or {"plan": True}) and its
-            logits (n,) of the targets of the split and fold, in the order of `rows`.
-        split: valid or test.
-        fold: select or tune; None: the whole split.
-        draws: Resamples of users behind `auc_interval`.
-        depth: Layers (n,) that the plan runs for each target.
-
-    Returns:
-        One entry a slice: `name`, `split`, `fold` where given, `n`, `users`, `positives` and `rows`, one for each of
-        `scores` with its metrics; the plan's has `mean_depth`, None without rows.
+    `scores`: for each baseline, exit or plan what names it ({"name": ...}, {"layer": ...} or {"plan": True}) and its
+    logits (n,) of the targets, in the order of `rows`. `depth`: layers (n,) that the plan runs, for its `mean_depth`.
     """
     part = targets_of(rows, split, fold)
     found = []
     for name, mask in slice_masks(rows, retrieved, split, fold).items():
         inside, chosen = part.filter(mask), mask.to_numpy()
-        labels, users = inside["label"].to_numpy(), inside["user"].to_numpy()
-        bootstrap = UserBootstrap(users, draws)
-        about: dict[str, Any] = {"name": name, "split": split} | ({"fold": fold} if fold else {})
-        about |= {
-            "n": inside.height,
-            "users": inside["user"].n_unique(),
-            "positives": int(labels.sum()),
-            "rows": [
-                dict(who)
-                | head_metrics(logits[chosen], labels, users)
-                | {"auc_interval": bootstrap.auc_interval(logits[chosen], labels)}
-                for who, logits in scores
-            ],
-        }
-        if depth is not None:
-            run = float(np.mean(depth[chosen])) if chosen.any() else None
-            about["rows"] = [row | ({"mean_depth": run} if row.get("plan") else {}) for row in about["rows"]]
-        found.append(about)
+        labels, bootstrap = inside["label"].to_numpy(), UserBootstrap(inside["user"].to_numpy(), draws)
+        scored = []
+        for who, logits in scores:
+            row = dict(who) | bootstrap.metrics(logits[chosen], labels)
+            if depth is not None and "plan" in who:
+                row["mean_depth"] = float(np.mean(depth[chosen])) if chosen.any() else None
+            scored.append(row)
+        found.append(
+            {
+                "name": name,
+                "split": split,
+                **({"fold": fold} if fold else {}),
+                "n": inside.height,
+                "users": inside["user"].n_unique(),
+                "positives": int(labels.sum()),
+                "rows": scored,
+            }
+        )
     return found
 
 
 def baseline_scores_of(
     baselines: Sequence[Baseline], rows: pl.DataFrame, split: str, fold: str | None = None
 ) -> list[tuple[dict[str, Any], Floats]]:
-    """What `slice_rows` wants of baselines."""
+    """Names and logits of baselines, for `slice_rows`."""
     ids = targets_of(rows, split, fold)["row_id"]
     return [({"name": baseline.name}, baseline.logits(ids)) for baseline in baselines]
 
@@ -334,15 +249,7 @@ def baseline_scores_of(
 def exit_scores_of(
     scores: pl.DataFrame, rows: pl.DataFrame, layers: Sequence[int], split: str, fold: str | None = None
 ) -> list[tuple[dict[str, Any], Floats]]:
-    """What `slice_rows` wants of the exits of a score table.
-
-    Args:
-        scores: A score table that holds the split's targets.
-        rows: Rows of a split.
-        layers: Which exits; 0 is the regression on features.
-        split: valid or test.
-        fold: select or tune; None: the whole split.
-    """
+    """Layers and logits of the exits of a score table, for `slice_rows`."""
     ids = targets_of(rows, split, fold).select("row_id")
     ordered = ids.join(scores, on="row_id", how="left", maintain_order="left")
     return [({"layer": k}, ordered[f"logit_{k}"].cast(pl.Float64).to_numpy()) for k in layers]
@@ -356,16 +263,7 @@ def plan_scores_of(
     split: str,
     fold: str | None = None,
 ) -> tuple[Floats, Floats]:
-    """A plan's logits and layers run, both (n,), in the order that `slice_rows` wants.
-
-    Args:
-        scores: The n rows that the plan decided on (row_id).
-        logits: (n,) emitted.
-        layer: (n,) where each row leaves.
-        rows: Rows of a split.
-        split: valid or test.
-        fold: select or tune; None: the whole split.
-    """
+    """A plan's logits and layers run, both (n,), from the order of `scores` into the order of `slice_rows`."""
     run = np.asarray(layer, np.float64)
     decided = scores.select("row_id").with_columns(logit=pl.Series(logits), layer=pl.Series(run))
     ids = targets_of(rows, split, fold).select("row_id")
@@ -374,20 +272,16 @@ def plan_scores_of(
 
 
 class PlannedRows:
-    """Rows of a score table under a plan: where each leaves, with which logit, at which cost.
+    """Labelled rows of a score table under a plan: where each leaves, with which logit, at which cost.
 
-    Args:
-        plan: The calibrated plan.
-        scores: n labelled rows of a score table.
-        features: (n, F) features of the same rows.
-        prefix_cached: Whether a request's history is cached, so that it costs nothing.
-        draws: Resamples of users behind every interval.
+    `features` are (n, F) of the same rows; where prefix_cached, a request's history costs nothing; `draws` resamples of
+    users stand behind every interval.
     """
 
     def __init__(
         self, plan: ExitPlan, scores: pl.DataFrame, features: Floats, prefix_cached: bool, draws: int = 1000
     ) -> None:
-        self._scores, self._features, self._draws = scores, features, draws
+        self._arguments = scores, features, prefix_cached, draws
         outputs = plan.outputs(scores, features)
         layer, logit = plan.emitted(outputs)
         self.plan = plan
@@ -403,16 +297,7 @@ class PlannedRows:
 
     def under(self, plan: ExitPlan) -> PlannedRows:
         """The same rows under another plan."""
-        return PlannedRows(plan, self._scores, self._features, self._prefix_cached, self._draws)
-
-    def cost(self, layer: NDArray[np.int64]) -> Floats:
-        """Token-layers (n,) where each row leaves at `layer` (n,)."""
-        spent = row_cost(torch.from_numpy(layer), self._target, self._shared, self._prefix_cached)
-        return spent.double().numpy()
-
-    def static_cost(self, layer: int) -> Floats:
-        """Token-layers (n,) where every row leaves at one layer."""
-        return self.cost(np.full(self.layer.shape, layer, dtype=np.int64))
+        return PlannedRows(plan, *self._arguments)
 
     def exits(self) -> dict[int, dict[str, Any]]:
         """By layer: the calibrated head on all rows, the share that leaves there, and the AUC of those that do."""
@@ -428,35 +313,31 @@ class PlannedRows:
         return found
 
     def summary(self, static_exit: int) -> dict[str, Any]:
-        """What a plan is worth on the rows.
-
-        Args:
-            static_exit: Layer of the honest static exit, chosen on `tune`.
-        """
-        full, spent = self.plan.layers[-1], self.cost(self.layer)
+        """Accuracy and cost of the plan, beside the static exit of equal accuracy and that of equal cost."""
+        full, spent = self.plan.layers[-1], self._cost(self.layer)
         drop = self._bootstrap.difference_interval(self._head(full), self.logit, self.labels)
-        saved = self._bootstrap.ratio_interval(self.static_cost(full), spent)
+        saved = self._bootstrap.ratio_interval(self._static_cost(full), spent)
+        # of equal cost: the deepest exit that costs no more; the shallowest where all cost more
+        affordable = [k for k in self.plan.layers if self._static_cost(k).sum() <= float(spent.sum())]
+        equal_cost = affordable[-1] if affordable else self.plan.layers[0]
         return {
             "criterion": self.plan.criterion,
-            **head_metrics(self.logit, self.labels, self.users),
-            "auc_interval": self._bootstrap.auc_interval(self.logit, self.labels),
+            **self._bootstrap.metrics(self.logit, self.labels),
             "mean_depth": float(self.layer.mean()),
             "exit_shares": {str(k): float((self.layer == k).mean()) for k in self.plan.layers},
             "auc_drop": drop["value"],
             "auc_drop_interval": drop["interval"],
             "token_layer_speedup": saved["value"],
             "token_layer_speedup_interval": saved["interval"],
-            "speedup_over_static": self._bootstrap.ratio_interval(self.static_cost(static_exit), spent),
+            "speedup_over_static": self._bootstrap.ratio_interval(self._static_cost(static_exit), spent),
             "static_exit": self._against(static_exit),
-            "equal_cost": self._against(self._static_of_cost(float(spent.sum()))),
+            "equal_cost": self._against(equal_cost),
         }
 
     def risk(self, name: str, unit: str) -> dict[str, Any]:
-        """The certified risk on these rows: {`risk`, `value`, `interval`}; a report, not a guarantee.
+        """The certified risk on these rows, {`risk`, `value`, `interval`}; a report, not a guarantee.
 
-        Args:
-            name: A risk of project.exits.certificate that score requests have; auc_gap is of the pooled rows here.
-            unit: Of the certificate; of users the risk is a mean over users, each counting once.
+        auc_gap is of the pooled rows; any other risk is a mean over rows, or over users where these are the unit.
         """
         full = self._head(self.plan.layers[-1])
         if name == "auc_gap":
@@ -466,16 +347,19 @@ class PlannedRows:
         weights = np.ones_like(losses) if unit == "rows" else 1 / rows[user]
         return {"risk": name, **self._bootstrap.ratio_interval(losses * weights, weights)}
 
+    def _cost(self, layer: NDArray[np.int64]) -> Floats:
+        """Token-layers (n,) where each row leaves at `layer` (n,)."""
+        spent = row_cost(torch.from_numpy(layer), self._target, self._shared, self._prefix_cached)
+        return spent.double().numpy()
+
+    def _static_cost(self, layer: int) -> Floats:
+        return self._cost(np.full(self.layer.shape, layer, dtype=np.int64))
+
     def _head(self, layer: int) -> Floats:
         return self.calibrated[:, self.plan.layers.index(layer)]
 
-    def _static_of_cost(self, budget: float) -> int:
-        """The deepest static head that costs no more; the shallowest where all cost more."""
-        within = [k for k in self.plan.layers if self.static_cost(k).sum() <= budget]
-        return within[-1] if within else self.plan.layers[0]
-
     def _against(self, layer: int) -> dict[str, Any]:
-        """Adaptive minus a static head, in AUC, paired."""
+        """The plan minus a static exit, in AUC, paired."""
         gain = self._bootstrap.difference_interval(self.logit, self._head(layer), self.labels)
         return {
             "layer": layer,
@@ -488,13 +372,7 @@ class PlannedRows:
 def adaptive_summary(
     plans: Plans, rows: PlannedRows, promise: tuple[str, str] | None = None
 ) -> dict[str, Any]:
-    """The `adaptive` part of a result file.
-
-    Args:
-        plans: Of the run.
-        rows: Labelled rows under `plans.plan`.
-        promise: Name and unit of the certified risk, to be measured on them.
-    """
+    """The `adaptive` part of a result file, from rows under `plans.plan`; `promise`: name and unit of the risk."""
 
     def measured(rows: PlannedRows) -> dict[str, Any]:
         return rows.summary(plans.static_exit) | ({} if promise is None else {"risk": rows.risk(*promise)})

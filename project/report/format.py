@@ -1,8 +1,4 @@
-"""Numbers and names as Markdown: .7423, [.7156, .7627], x2.31; what a file says is escaped, so that it stays text.
-
-Templates get their environment here. Every expression in a template passes through `escape` unless one of the
-functions below made it: names of protocols, baselines, runs and columns are data and bring no markup.
-"""
+"""Numbers and names as Markdown: .7423, [.7156, .7627], x2.31; names are data and bring no markup."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def environment() -> Environment:
-    """The templates' environment: number formats as filters, everything else escaped."""
+    """The templates' environment: number formats as filters, every other expression escaped."""
     found = Environment(
         loader=PackageLoader("project.report", ""),
         autoescape=True,  # macros give Markup, which is not escaped twice
@@ -28,16 +24,16 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=False,
     )
+
+    def present(made: Callable[..., Markup]) -> Callable[..., Markup]:
+        """A format that shows a dash for what a file does not hold."""
+        return lambda value, *more, **named: (
+            ABSENT if isinstance(value, Undefined) else made(value, *more, **named)
+        )
+
     formats = (code, count, difference, interval, number, paragraph, percent, times)
-    found.filters |= {made.__name__: _present(made) for made in formats}
+    found.filters |= {made.__name__: present(made) for made in formats}
     return found
-
-
-def _present(made: Callable[..., Markup]) -> Callable[..., Markup]:
-    """A format that shows a dash for what a file does not hold."""
-    return lambda value, *more, **named: (
-        ABSENT if isinstance(value, Undefined) else made(value, *more, **named)
-    )
 
 
 def escape(value: object) -> Markup:

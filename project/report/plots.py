@@ -1,8 +1,4 @@
-"""The report's pictures: result-file dictionaries and arrays in, matplotlib figures out.
-
-Figures are made from `matplotlib.figure.Figure` alone; pyplot's global state is never touched, so a callback may draw
-inside training.
-"""
+"""The report's pictures; pyplot's global state is never touched, so a callback may draw inside training."""
 
 from __future__ import annotations
 
@@ -16,13 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from project.errors import DataError
-from project.metrics import ece, probabilities
+from project.metrics import Floats, ece, probabilities
 from project.report.format import number
 
-Floats = NDArray[np.float64]
 Row = Mapping[str, Any]
 NamedAUC = tuple[str, float]
 
@@ -46,41 +41,40 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None, rows: str = "tune fold") -> Figure:
-    """AUC against token-layers over full depth's: every criterion, static exits, random, oracle, plan, best baseline.
+def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None) -> Figure:
+    """AUC on tune by share of full depth's token-layers: criteria, static exits, random, oracle, plan, best baseline.
 
-    Args:
-        calibrate: A `calibrate` result: `policies`, `controls`, `chosen`; each `pareto` a list of steps with `cost`
-            (0 where everyone leaves at exit 0, 1 at full depth) and `auc`.
-        baseline: Name and AUC of the best baseline on the same rows.
-        rows: What the AUC is of, for the axis.
+    `calibrate` is a result with `policies`, `controls` and `chosen`, each `pareto` a list of steps with `cost` (0 where
+    everyone leaves at exit 0, 1 at full depth) and `auc`.
     """
-    axes = _axes("token-layers / full depth  (left is cheaper)", f"AUC, {rows}", 4.6)
-    curves = {p["criterion"]: p["pareto"] for p in calibrate.get("policies", [])}
+    axes = _axes("token-layers / full depth  (left is cheaper)", "AUC, tune fold", 4.6)
+    policies = calibrate.get("policies", [])
+    curves = {p["criterion"]: p["pareto"] for p in policies}
     curves |= {c["name"]: c["pareto"] for c in calibrate.get("controls", [])}
     levels: list[float] = []
     others = iter(OTHER_COLOURS * len(curves))
+    # 1. a line a criterion and control
     for name, steps in curves.items():
-        path = np.array(sorted((s["cost"], s["auc"]) for s in steps if s.get("auc") is not None)).reshape(
-            -1, 2
-        )
-        if not len(path):
+        known = sorted((s["cost"], s["auc"]) for s in steps if s.get("auc") is not None)
+        if not known:
             continue
-        label, stairs = CONTROLS.get(name, name), "steps-post" if name == "fixed_depth" else "default"
-        axes.plot(*path.T, STYLES.get(name, "-"), color=COLOURS.get(name) or next(others), drawstyle=stairs, lw=1.6,
-                  ms=10, label=label)  # fmt: skip
+        path, colour = np.array(known), COLOURS.get(name) or next(others)
+        stairs = "steps-post" if name == "fixed_depth" else "default"
+        axes.plot(*path.T, STYLES.get(name, "-"), color=colour, drawstyle=stairs, lw=1.6, ms=10,
+                  label=CONTROLS.get(name, name))  # fmt: skip
         for step in steps if name == "fixed_depth" else []:
             if step["auc"] is not None:  # the square says its depth
                 axes.text(step["cost"], step["auc"], str(step.get("layer", "")), color="white", fontsize=7, ha="center",
                           va="center_baseline", zorder=5)  # fmt: skip
         levels += [] if name == "random" else path[:, 1].tolist()  # random may leave the picture
-    for policy in calibrate.get("policies", []):
+    # 2. a ring at the plan
+    for policy in policies:
         step = policy["pareto"][policy["chosen_step"]] if policy.get("chosen_step") is not None else {}
         if policy["criterion"] == calibrate.get("chosen") and step.get("auc") is not None:
             label = f"plan: {policy['criterion']}, AUC {number(step['auc'])} at {number(step['cost'], 3)}"
-            axes.plot(
-                step["cost"], step["auc"], "o", ms=13, mfc="none", mec=COLOURS["plan"], mew=2.6, label=label
-            )
+            axes.plot(step["cost"], step["auc"], "o", ms=13, mfc="none", mec=COLOURS["plan"], mew=2.6,
+                      label=label)  # fmt: skip
+    # 3. the best baseline; far below the curves it would squeeze them, so there the legend alone has it
     span = max(levels) - min(levels) if levels else 0.0
     if levels and baseline and baseline[1] < min(levels) - span:
         axes.plot([], [], " ", label=f"best baseline {baseline[0]} ({number(baseline[1])}): below")
@@ -96,14 +90,7 @@ def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None, rows: str = 
 def depth_figure(
     exits: Sequence[Row], baseline: NamedAUC | None = None, plan: Row | None = None, rows: str = "test"
 ) -> Figure:
-    """AUC by depth with interval bars, the plan at its mean depth, and the best baseline as a line.
-
-    Args:
-        exits: Rows with `layer`, `auc`, `auc_interval` and maybe `calibrated.auc`; an undefined AUC is left out.
-        baseline: Name and AUC of the best baseline on the same rows.
-        plan: `auc`, `mean_depth` and maybe `auc_interval`.
-        rows: What the AUC is of, for the axis.
-    """
+    """AUC of `rows` by depth with interval bars, the plan at its mean depth, and the best baseline as a line."""
     axes = _axes("layers run", f"AUC, {rows}", 3.9)
     shown = [row for row in exits if row.get("auc") is not None]
     layers = [row["layer"] for row in shown]
@@ -122,19 +109,13 @@ def depth_figure(
 
 
 def exit_share_figure(exits: Sequence[Row], mean_depth: float | None = None) -> Figure:
-    """Share of rows that leave at each exit.
-
-    Args:
-        exits: Rows with `layer` and `exit_share` (rows without a share are left out).
-        mean_depth: Mean layers run, for the title.
-    """
+    """Share of rows that leave at each exit; rows without `exit_share` are left out."""
     axes = _axes("exit", "", 2.8)
     rows = [row for row in exits if row.get("exit_share") is not None]
     shares = [row["exit_share"] for row in rows]
     bars = axes.bar([str(row["layer"]) for row in rows], shares, width=0.7, color=COLOURS["consistency"])
-    axes.bar_label(
-        bars, ["< 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %" for share in shares], fontsize=9
-    )
+    labels = ["< 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %" for share in shares]
+    axes.bar_label(bars, labels, fontsize=9)
     axes.set_ylim(0, 1.12 * max([*shares, 0.01]))
     axes.grid(visible=False)
     axes.yaxis.set_visible(False)  # the bars say their numbers
@@ -144,14 +125,9 @@ def exit_share_figure(exits: Sequence[Row], mean_depth: float | None = None) -> 
 
 
 def reliability_bins(probability: ArrayLike, labels: ArrayLike, bins: int = BINS) -> Floats:
-    """Equal-mass bins as in `metrics.ece`: (bins, 3) mean probability, share of positives, rows.
+    """Equal-mass bins as in `metrics.ece`, at most one a row: (bins, 3) mean probability, share of positives, rows.
 
     Rows of equal probability share their mean label, so sum_b n_b / n * |column 0 - column 1| is the ECE.
-
-    Args:
-        probability: (n,) of label 1.
-        labels: (n,) 0 or 1.
-        bins: Number of bins; fewer rows than bins make one bin a row.
     """
     values, positive = np.asarray(probability, np.float64), np.asarray(labels, np.float64)
     level, code, size = np.unique(values, return_inverse=True, return_counts=True)
@@ -162,11 +138,7 @@ def reliability_bins(probability: ArrayLike, labels: ArrayLike, bins: int = BINS
 
 
 def reliability_figure(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
-    """Reliability diagrams side by side: observed share of positives against emitted probability, one panel each.
-
-    Args:
-        scores: Panel title ("exit 4", "plan") -> (probabilities (n,), labels (n,)).
-    """
+    """Reliability diagrams side by side; a panel a title ("exit 4", "plan") with probabilities (n,) and labels (n,)."""
     columns = min(4, max(1, len(scores)))
     lines = -(-max(1, len(scores)) // columns)
     figure = _figure(2.15 * columns + 0.5, 2.35 * lines + 0.4)
@@ -174,13 +146,8 @@ def reliability_figure(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Fig
     for axes, (name, (probability, labels)) in zip(panels, scores.items(), strict=False):
         points = reliability_bins(probability, labels)
         _dress(axes).plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
-        axes.plot(
-            points[:, 0],
-            points[:, 1],
-            "o-",
-            color=COLOURS["plan" if name == "plan" else "consistency"],
-            ms=3.5,
-        )
+        colour = COLOURS["plan" if name == "plan" else "consistency"]
+        axes.plot(points[:, 0], points[:, 1], "o-", color=colour, ms=3.5)
         axes.set_title(f"{name}   ECE {number(ece(probability, labels, BINS))}", loc="left", fontsize=9.5)
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     for axes in panels[len(scores) :]:
@@ -193,17 +160,10 @@ def reliability_figure(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Fig
 def reliability_scores(
     rows: pl.DataFrame, layers: Sequence[int], calibration: Mapping[str, Mapping[str, float]], name: str
 ) -> dict[str, tuple[Floats, Floats]]:
-    """Panels of `reliability_figure` from rows of a score table: "exit k" and maybe "plan".
+    """Panels of `reliability_figure` from rows of the score table `name`: "exit k", and "plan" once a plan ran.
 
-    Args:
-        rows: Of a score table; `adaptive_logit` (calibrated) is there once a plan ran.
-        layers: Exits to show.
-        calibration: By layer {`logit`, `exit_0`, `offset`}: score_k = logit * logit_k + exit 0 * logit_0 + offset. A
-            layer that is not in it keeps its own logit.
-        name: The table's name in messages.
-
-    Raises:
-        DataError: NaN or infinite logits.
+    `calibration`: by layer {`logit`, `exit_0`, `offset`}, score_k = logit * logit_k + exit_0 * logit_0 + offset; a
+    layer that is not in it keeps its own logit. DataError for NaN or infinite logits.
     """
 
     def logits_of(column: str) -> Floats:

@@ -6,7 +6,6 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +24,35 @@ from project.report.plots import (
     reliability_figure,
     reliability_scores,
 )
-from project.report.tables import criteria_rows, decide, plan_rows, rows_of, score_rows, slice_rows
+from project.report.tables import (
+    criteria_rows,
+    decide,
+    plan_rows,
+    rows_in_words,
+    rows_of,
+    score_rows,
+    slice_rows,
+)
 from project.run import exit_layers_of, read_result, replace_file
+
+Row = Mapping[str, Any]
 
 COMMANDS = ("fit", "validate", "calibrate", "test", "baselines")
 """In the order in which the run's protocol is taken from them."""
 
+USAGE = "python -m project report RUN_FOLDER"
+
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds.
+    """What a run folder holds."""
 
-    Args:
-        folder: The folder, as given.
-        results: Result by command: fit, validate, calibrate, test, baselines.
-        benchmarks: Every benchmark result.
-        notes: What was left out, a sentence each.
-        reported: Result with the reported rows: `exits`, `baselines`, `adaptive`, ...
-        split: Their split.
-        fold: Their fold.
-    """
-
-    folder: Path
-    results: dict[str, dict[str, Any]]
+    folder: Path  # as given
+    results: dict[str, dict[str, Any]]  # by command: fit, validate, calibrate, test, baselines
     benchmarks: list[dict[str, Any]]
-    notes: list[str]
-    reported: dict[str, Any]
-    split: str
+    notes: list[str]  # what was left out, a sentence each
+    reported: dict[str, Any]  # result with the reported rows: `exits`, `baselines`, `adaptive`, ...
+    split: str  # of the reported rows
     fold: str | None
 
     @property
@@ -62,7 +63,7 @@ class Run:
     @property
     def rows(self) -> str:
         """The reported rows in words."""
-        return "test" if self.split == "test" else "the tune fold of validation"
+        return rows_in_words(self.split)
 
     @property
     def command(self) -> str:
@@ -73,6 +74,12 @@ class Run:
     def calibrate(self) -> dict[str, Any]:
         """The calibrate result; empty where there is none."""
         return self.results.get("calibrate", {})
+
+    @property
+    def policy(self) -> Row:
+        """The plan's criterion among the calibrated ones; empty where there is none."""
+        policies = self.calibrate.get("policies", [])
+        return next((p for p in policies if p["criterion"] == self.calibrate.get("chosen")), {})
 
     @property
     def benchmark_rows(self) -> list[dict[str, Any]]:
@@ -94,22 +101,14 @@ class Run:
     def baseline(self, split: str, fold: str | None) -> tuple[str, float] | None:
         """Name and AUC of the best baseline on some rows, from whichever result has it."""
         for result in (self.reported, *self.results.values()):
-            for row in result.get("baselines", []):
-                same = (row["split"], row.get("fold")) == (split, fold)
-                if same and row["name"] == result.get("best_baseline") and row.get("auc") is not None:
+            for row in rows_of(result.get("baselines", []), split, fold):
+                if row["name"] == result.get("best_baseline") and row.get("auc") is not None:
                     return row["name"], row["auc"]
         return None
 
 
 def read_run(folder: Path) -> Run:
-    """Read the result files of a run folder.
-
-    Args:
-        folder: With results/*.json.
-
-    Raises:
-        DataError: There are none, or one is not a result file of this version.
-    """
+    """Read results/*.json of a run folder; results of another protocol, and second ones of a command, are left out."""
     files = sorted((folder / "results").glob("*.json"))
     if not files:
         raise DataError(
@@ -117,33 +116,29 @@ def read_run(folder: Path) -> Run:
             "runs/quickstart/latest. `python -m project fit --config FILE` makes one."
         )
     found = {path: read_result(path) for path in files}
-    by_command: dict[str, list[Path]] = {}
-    for path, result in found.items():
-        by_command.setdefault(result["command"], []).append(path)
-    # results/test.json before results/test-a.json: a tag is for keeping several apart
-    first = {
-        command: min(by_command[command], key=lambda path: len(path.stem))
-        for command in COMMANDS
-        if command in by_command
-    }
-    known = [found[path] for path in first.values()] or list(found.values())
-    protocol = known[0]["protocol"]["hash"]
-    results = {v: found[p] for v, p in first.items() if found[p]["protocol"]["hash"] == protocol}
-    benchmarks = [
-        r for r in found.values() if r["command"] == "benchmark" and r["protocol"]["hash"] == protocol
-    ]
+    # 1. results/test.json before results/test-a.json: a tag is for keeping several apart
+    first: dict[str, Path] = {}
+    for command in COMMANDS:
+        paths = [path for path, result in found.items() if result["command"] == command]
+        if paths:
+            first[command] = min(paths, key=lambda path: len(path.stem))
+    # 2. one protocol, the first command's
+    other = found[next(iter(first.values()), files[0])]
+    protocol = other["protocol"]["hash"]
     notes = [
         f"Left out: results/{path.name} is of protocol hash {result['protocol']['hash']}, this run of {protocol}."
         for path, result in found.items()
         if result["protocol"]["hash"] != protocol
     ]
+    same = {path: result for path, result in found.items() if result["protocol"]["hash"] == protocol}
     notes += [
-        f"Not shown: results/{path.name} (a second result of `{command}`)."
-        for command, paths in by_command.items()
-        for path in paths
-        if command in first and path != first[command] and found[path]["protocol"]["hash"] == protocol
+        f"Not shown: results/{path.name} (a second result of `{result['command']}`)."
+        for path, result in same.items()
+        if first.get(result["command"], path) != path
     ]
-    return Run(folder, results, benchmarks, notes, *_reported(results, known[0]))
+    results = {command: same[path] for command, path in first.items() if path in same}
+    benchmarks = [result for result in same.values() if result["command"] == "benchmark"]
+    return Run(folder, results, benchmarks, notes, *_reported(results, other))
 
 
 def _reported(
@@ -155,62 +150,25 @@ def _reported(
     base = results.get("validate") or results.get("fit") or {}
     if calibrate := results.get("calibrate"):
         newer = {key: calibrate[key] for key in ("exits", "adaptive") if key in calibrate}
-        if _same_plan(base.get("adaptive"), newer.get("adaptive")):
-            newer["adaptive"] = base["adaptive"]  # which is compared with the best baseline, too
-        return _with_shares(calibrate | base | newer), "valid", "tune"
-    if base:
-        return base, "valid", "tune"
-    # baselines alone: they were scored on both splits, exploring shows validation
-    return results.get("baselines", other), "valid", "tune"
-
-
-def _same_plan(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
-    keys = ("criterion", "auc", "mean_depth")
-    return bool(one and other and all(one.get(key) == other.get(key) for key in keys))
-
-
-def _with_shares(result: dict[str, Any]) -> dict[str, Any]:
-    """Exit rows of the tune fold with the share that leaves there, where only `adaptive.exit_shares` has it."""
-    shares = (result.get("adaptive") or {}).get("exit_shares") or {}
-    known = [
-        {"exit_share": shares[str(row["layer"])], **row}
-        if row.get("fold") == "tune" and str(row["layer"]) in shares
-        else row
-        for row in result.get("exits", [])
-    ]
-    return result | {"exits": known}
-
-
-Row = Mapping[str, Any]
-
-USAGE = "python -m project report RUN_FOLDER"
-STYLE = """
-body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #222; background: #fff;
-       max-width: 68rem; margin: 2.5rem auto; padding: 0 1.25rem; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; margin: 0 0 .8rem; }
-h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .9rem; border-top: 1px solid #ddd; }
-h1 + p { font-size: 1.1rem; padding: .8rem 1rem; background: #f1f5f9; border-left: 4px solid #0072b2; }
-.wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .6rem; border-bottom: 1px solid #e6e6e6; white-space: nowrap; }
-th { border-bottom: 1.5px solid #888; font-weight: 600; vertical-align: bottom; white-space: normal; }
-th:first-child { text-align: left; } td:nth-child(2) { white-space: normal; } tbody tr:hover { background: #f7f9fb; }
-img { max-width: min(100%, 52rem); height: auto; display: block; margin: 1.4rem 0 .2rem; }
-code { font: .86em ui-monospace, Menlo, Consolas, monospace; background: #f3f3f3; padding: .1em .3em; }
-pre { background: #f3f3f3; padding: .8rem 1rem; overflow-x: auto; } pre code { padding: 0; }
-@media print { body { margin: 0; max-width: none; } h2 { break-after: avoid; } table, img { break-inside: avoid; } }
-"""
+        old, new = base.get("adaptive"), newer.get("adaptive")
+        if old and new and all(old.get(key) == new.get(key) for key in ("criterion", "auc", "mean_depth")):
+            newer["adaptive"] = old  # the same plan, which is compared with the best baseline, too
+        result = calibrate | base | newer
+        # rows of the tune fold get the share that leaves there, where only `adaptive` has it
+        shares = (result.get("adaptive") or {}).get("exit_shares") or {}
+        exits = [
+            {"exit_share": shares[str(row["layer"])], **row}
+            if row.get("fold") == "tune" and str(row["layer"]) in shares
+            else row
+            for row in result.get("exits", [])
+        ]
+        return result | {"exits": exits}, "valid", "tune"
+    # baselines alone were scored on both splits: exploring shows validation
+    return base or results.get("baselines", other), "valid", "tune"
 
 
 def run_report(arguments: Sequence[str]) -> Path:
-    """The command: write the report of a run folder and say where it is.
-
-    Args:
-        arguments: One run folder, such as runs/quickstart/latest.
-
-    Raises:
-        DataError: Not one argument, or a folder without result files.
-    """
+    """The command `report RUN_FOLDER`: write the report and print where it is."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise DataError(f"report takes one run folder, found {list(arguments)}. Usage: {USAGE}")
     path = write_report(Path(arguments[0]))
@@ -219,14 +177,7 @@ def run_report(arguments: Sequence[str]) -> Path:
 
 
 def write_report(folder: Path) -> Path:
-    """Write report/report.md, report/report.html and report/*.png of a run; returns the HTML's path.
-
-    Args:
-        folder: Run folder with results/*.json and maybe scores/*.parquet.
-
-    Raises:
-        DataError: It holds no result files, or one that cannot be read.
-    """
+    """Write report/report.md, report/report.html and report/*.png of a run folder; returns the HTML's path."""
     run = read_run(folder)
     drawn = pictures(run)
     target = folder / "report"
@@ -235,33 +186,26 @@ def write_report(folder: Path) -> Path:
         path = target / f"{name}.png"
         if isinstance(figure, Figure):
             images[path.name] = png(figure)
-            replace_file(path, partial(_fill, images[path.name]))
+            _write(path, images[path.name])
         else:
             path.unlink(missing_ok=True)  # of an earlier report
     text = render_report(run, drawn)
-    replace_file(target / "report.md", partial(_fill, text.encode()))
+    _write(target / "report.md", text.encode())
     page = render_html(text, f"Report: {run.name}", images)
-    return replace_file(target / "report.html", partial(_fill, page.encode()))
+    return _write(target / "report.html", page.encode())
 
 
-def _fill(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
+def _write(path: Path, content: bytes) -> Path:
+    return replace_file(path, lambda part: part.write_bytes(content))
 
 
 def render_report(run: Run, drawn: Mapping[str, Figure | str]) -> str:
-    """The report's Markdown, pictures by file name.
-
-    Args:
-        run: What was read.
-        drawn: The pictures, or why there is none.
-    """
-    result = run.reported | {
-        "certificate": run.reported.get("certificate") or run.calibrate.get("certificate")
-    }
+    """The report's Markdown, with pictures by file name, or why there is none."""
+    certificate = run.reported.get("certificate") or run.calibrate.get("certificate")
+    result = run.reported | {"certificate": certificate}
     result["warnings"] = list(dict.fromkeys(w for r in run.results.values() for w in r.get("warnings", [])))
     exits = rows_of(result.get("exits", []), run.split, run.fold)
     without = (result.get("adaptive") or {}).get("without_exit_0")
-    policies = run.calibrate.get("policies", [])
     text = environment().get_template("report.md.j2").render(
         run=run,
         result=result,
@@ -272,19 +216,16 @@ def render_report(run: Run, drawn: Mapping[str, Figure | str]) -> str:
         slices=slice_rows(result, run.split, run.fold),
         without=plan_rows(without, exits, name="plan without exit 0") if without and exits else [],
         criteria=criteria_rows(run.calibrate),
-        policy=next((p for p in policies if p["criterion"] == run.calibrate.get("chosen")), {}),
+        policy=run.policy,
         missing={name: made for name, made in drawn.items() if not isinstance(made, Figure)},
     )  # fmt: skip
     return tidy(text)
 
 
 def render_html(text: str, title: str, images: Mapping[str, bytes]) -> str:
-    """The page: pictures embedded, wide tables in a box of their own that scrolls, nothing fetched.
+    """The page of Markdown: HTML in it is escaped, wide tables scroll, nothing is fetched.
 
-    Args:
-        text: Markdown with tables; HTML in it is escaped.
-        title: Of the page.
-        images: File name, as the Markdown names it -> PNG bytes. Any other image is left out.
+    `images`: file name, as the Markdown names it -> PNG bytes, which are embedded. Any other image is left out.
     """
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = markdown.parse(text)
@@ -299,11 +240,8 @@ def render_html(text: str, title: str, images: Mapping[str, bytes]) -> str:
             ]
     body = str(markdown.renderer.render(tokens, markdown.options, {}))
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
-    )
+    page = environment().get_template("page.html.j2")
+    return page.render(title=Markup(html.escape(title)), body=Markup(body)) + "\n"
 
 
 def pictures(run: Run) -> dict[str, Figure | str]:
@@ -327,20 +265,11 @@ def _reliability(run: Run, exits: Sequence[Row]) -> Figure | str:
     if not path.is_file():
         return run.missing(f"No reliability diagrams: scores/{path.name} is missing.", command)
     table = pl.read_parquet(path, glob=False)
-    if lacking := [
-        c for c in ("split", "fold", "label", *(f"logit_{r['layer']}" for r in exits)) if c not in table
-    ]:
-        return run.missing(
-            f"No reliability diagrams: scores/{path.name} has no column {', '.join(lacking)}.", command
-        )
     part = table.filter(pl.col("split") == run.split)
     part = part if run.fold is None else part.filter(pl.col("fold") == run.fold)
     if not len(part) or any(row["n"] != len(part) for row in exits):
         counts = f"{len(part):,} rows of {run.rows}, the result {max((r['n'] for r in exits), default=0):,}"
         return run.missing(f"No reliability diagrams: scores/{path.name} holds {counts}.", command)
-    chosen: Row = next(
-        (p for p in run.calibrate.get("policies", []) if p["criterion"] == run.calibrate.get("chosen")), {}
-    )
     layers = [row["layer"] for row in exits] or exit_layers_of(table)
-    calibration = chosen.get("calibration") or {}
+    calibration = run.policy.get("calibration") or {}
     return reliability_figure(reliability_scores(part, layers, calibration, f"scores/{path.name}"))

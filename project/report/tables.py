@@ -16,39 +16,32 @@ from project.report.format import environment, tidy
 from project.run import read_result, replace_file
 
 Row = Mapping[str, Any]
+Result = Mapping[str, Any]
+
 TOLERANCE = 0.002  # of AUC: as near as the static exit of equal accuracy is to the best one
+REPORTED = {"test": ("test", None), "baselines": ("test", None)}  # other commands show validation's tune fold
+TABLE = re.compile(
+    r"(?P<start><!-- table (?P<files>\S+(?: \S+)*?) -->)\n.*?(?P<end><!-- end of table -->)", re.DOTALL
+)
+BESIDE = 64  # candidates of the timed requests that stand beside AUCs
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The decision.
+    """The decision: "plan" and "exit" deploy the LLM, "no_llm" does not, "undecided" where a number is missing."""
 
-    Attributes:
-        kind: "plan" and "exit" deploy the LLM; "no_llm" does not; "undecided": a class or a baseline is missing;
-            "baselines": no exit was scored.
-        static_exit: no_llm: "exit 0", or the best baseline's name.
-        how: no_llm: the static exit is "as good", "better", within the "budget", or the LLM is "not better": the
-            interval holds 0, but the difference is no small one.
-        layer: exit: the one to deploy.
-        gain: What would be deployed (no_llm: the best that the LLM has to offer) minus the best baseline.
-        calibrated: exit: whether `gain` is of the exit calibrated with exit 0, else as trained.
-    """
-
-    kind: Literal["plan", "exit", "no_llm", "undecided", "baselines"]
-    static_exit: str = ""
+    kind: Literal["plan", "exit", "no_llm", "undecided", "baselines"]  # baselines: no exit was scored
+    instead: str = ""  # no_llm: "exit 0", or the best baseline's name
+    # no_llm: `instead` is as good, better, within the budget; or the LLM is not shown better: the interval holds 0, but
+    # the difference is no small one
     how: Literal["", "as good", "better", "not better", "budget"] = ""
-    layer: int | None = None
-    gain: Row | None = None
-    calibrated: bool = False
+    layer: int | None = None  # exit: the one to deploy
+    gain: Row | None = None  # what would be deployed (no_llm: the LLM's best) minus the best baseline
+    calibrated: bool = False  # exit: whether `gain` is of the exit calibrated with exit 0, else as trained
 
 
-def decide(result: Row) -> Answer:
-    """The decision on the rows of a result.
-
-    Args:
-        result: Of `fit`, `validate`, `test` or `calibrate`: `exits`, `chosen_exit`, `baseline_difference` and, once
-            calibrated, `adaptive`.
-    """
+def decide(result: Result) -> Answer:
+    """The decision on the rows of a result of `fit`, `validate`, `test` or `calibrate`."""
     if not result.get("exits"):
         return Answer("baselines")
     plan: Row = result.get("adaptive") or {}
@@ -56,29 +49,28 @@ def decide(result: Row) -> Answer:
     if not gain or not gain["interval"]:
         return Answer("undecided", gain=gain)
     static: Row = plan.get("static_exit") or {}
+    # 1. the plan runs no layer
     if plan and plan["mean_depth"] == 0:
         loses = (plan.get("auc_drop") or 0) > TOLERANCE and _above(plan.get("auc_drop_interval"))
         return Answer("no_llm", "exit 0", "budget" if loses else "as good", gain=gain)
-    with_exit_0 = ((result.get("chosen_exit_by_exit_0") or {}).get("with_exit_0") or {}).get(
-        "baseline_difference"
-    ) or {}
-    for static_gain, calibrated in ((with_exit_0, True), (result.get("baseline_difference") or {}, False)):
-        if not _above(gain["interval"]) and _above(static_gain.get("interval")):
-            return Answer("exit", layer=result["chosen_exit"], gain=static_gain, calibrated=calibrated)
-    if _below(gain["interval"]):
-        return Answer("no_llm", gain["baseline"], "better", gain=gain)
+    # 2. the plan is not shown better than the best baseline: maybe the best static exit is
     if not _above(gain["interval"]):
-        static_exit = "exit 0" if static.get("layer") == 0 else gain["baseline"]
-        return Answer(
-            "no_llm", static_exit, "as good" if gain["value"] <= TOLERANCE else "not better", gain=gain
-        )
+        with_exit_0: Row = (result.get("chosen_exit_by_exit_0") or {}).get("with_exit_0") or {}
+        for of, calibrated in ((with_exit_0, True), (result, False)):
+            if _above((better := of.get("baseline_difference") or {}).get("interval")):
+                return Answer("exit", layer=result["chosen_exit"], gain=better, calibrated=calibrated)
+        if gain["interval"][1] < 0:
+            return Answer("no_llm", gain["baseline"], "better", gain=gain)
+        instead = "exit 0" if static.get("layer") == 0 else gain["baseline"]
+        return Answer("no_llm", instead, "as good" if gain["value"] <= TOLERANCE else "not better", gain=gain)
     if not plan:
         return Answer("exit", layer=result["chosen_exit"], gain=gain)
-    if static.get("auc_gain_interval") is None:
+    # 3. the plan is better than the best baseline: it has to beat the static exit of equal accuracy, too
+    bounds = static.get("auc_gain_interval")
+    if bounds is None:
         return Answer("undecided", gain=gain)
-    more_accurate = _above(static["auc_gain_interval"])
-    cheaper = plan["speedup_over_static"]["value"] > 1 and not _below(static["auc_gain_interval"])
-    if more_accurate or (cheaper and static["layer"] > 0):
+    cheaper = plan["speedup_over_static"]["value"] > 1 and not bounds[1] < 0
+    if _above(bounds) or (cheaper and static["layer"] > 0):
         return Answer("plan", gain=gain)
     if static["layer"] == 0:
         return Answer("no_llm", "exit 0", "as good", gain=gain)
@@ -86,41 +78,23 @@ def decide(result: Row) -> Answer:
     return Answer("exit", layer=static["layer"], gain=own.get("baseline_difference"))
 
 
-def _above(bounds: list[float] | None) -> bool:
+def _above(bounds: Sequence[float] | None) -> bool:
     return bounds is not None and bounds[0] > 0
 
 
-def _below(bounds: list[float] | None) -> bool:
-    return bounds is not None and bounds[1] < 0
-
-
-Result = Mapping[str, Any]
-
-
-REPORTED = {
-    "test": ("test", None),
-    "baselines": ("test", None),
-}  # every other command shows the tune fold of validation
-TABLE = re.compile(
-    r"(?P<start><!-- table (?P<files>\S+(?: \S+)*?) -->)\n.*?(?P<end><!-- end of table -->)", re.DOTALL
-)
-BESIDE = 64  # candidates of the timed requests that stand beside AUCs
-
-
 def render(result: Result, folder: Path | None = None) -> str:
-    """Markdown of a result file of any command.
-
-    Args:
-        result: A result file.
-        folder: Where it lies: times of the plan are read from a benchmark.json of the same protocol there.
-    """
-    name = {"benchmark": "benchmark", "rank": "rank", "compare": "compare", "study": "study"}
+    """Markdown of a result file of any command; a benchmark.json of the same protocol in `folder` adds times."""
     made: Any = environment().get_template("tables.md.j2").module
-    if kind := name.get(result["command"]):
-        return tidy(getattr(made, kind)(result))
+    if result["command"] in ("benchmark", "rank", "compare", "study"):
+        return tidy(getattr(made, result["command"])(result))
     split, fold = REPORTED.get(result["command"], ("valid", "tune"))
+    timed: Sequence[Row] = ()
+    if folder is not None and (path := folder / "benchmark.json").is_file():
+        benchmark = read_result(path)
+        if benchmark["protocol"]["hash"] == result["protocol"]["hash"]:
+            timed = benchmark.get("rows", [])
     parts = {
-        "rows": score_rows(result, split, fold, _timed(result, folder)),
+        "rows": score_rows(result, split, fold, timed),
         "slices": [s for s in slice_rows(result, split, fold) if s["name"].startswith("item_")],
         "rows_are": rows_in_words(split),
     }
@@ -128,14 +102,7 @@ def render(result: Result, folder: Path | None = None) -> str:
 
 
 def render_beside(results: Mapping[str, Result]) -> str:
-    """Markdown: a row a run, and a line for runs of one folder and protocol that differ by seed.
-
-    Args:
-        results: Name, such as quickstart/test.json, -> result file of `test`.
-
-    Raises:
-        ConfigError: A result of another command.
-    """
+    """Markdown of `test` results by name: a row a run, and a line for runs of one folder and protocol by seed."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for name, result in results.items():
         if result["command"] != "test" or not result.get("exits"):
@@ -161,12 +128,10 @@ def render_seconds(result: Result) -> str:
 
 
 def print_tables(arguments: list[str]) -> None:
-    """`table FILE... [--stages]` prints result files as Markdown, each a table; `--beside` makes one of several runs.
+    """The command `table`.
 
-    `table --into README.md` renews a document's tables.
-
-    Args:
-        arguments: Result files, --stages for where the time went, --beside for a row a file; or --into and a document.
+    `table FILE... [--stages]` prints result files as Markdown, with --stages also where the time went; `--beside` makes
+    one table of several runs; `table --into README.md` renews a document's tables.
     """
     if arguments[:1] == ["--into"]:
         document = Path(*arguments[1:2])
@@ -196,13 +161,9 @@ def print_tables(arguments: list[str]) -> None:
 
 
 def fill_tables(text: str, folder: Path) -> str:
-    """The document with every `<!-- table FILE -->...<!-- end of table -->` made anew from its result file.
+    """The document with every `<!-- table FILE -->...<!-- end of table -->` made anew from result files in `folder`.
 
     Where a marker names several files, they stand beside each other, a row each.
-
-    Args:
-        text: Markdown.
-        folder: What the names of result files are relative to.
     """
 
     def block(found: re.Match[str]) -> str:
@@ -232,28 +193,21 @@ def rows_of(rows: Sequence[Row], split: str, fold: str | None) -> list[Row]:
 def score_rows(result: Result, split: str, fold: str | None, timed: Sequence[Row] = ()) -> list[Row]:
     """The main table: best baseline, exits, plan, and the static exits that the plan has to beat.
 
-    Args:
-        result: `exits`, `baselines` and maybe `adaptive`.
-        split: Which rows.
-        fold: Which rows.
-        timed: `rows` of a benchmark result.
-
-    Returns:
-        Rows of `name`, `auc`, `interval`, `log_loss`, `gain` ({`value`, `interval`} over the best baseline), `depth`,
-        `saved` (token-layers of full depth over its own), `clock` (the same in seconds); None: no such number.
+    Rows of `name`, `auc`, `interval`, `log_loss`, `gain` ({`value`, `interval`} over the best baseline), `depth`,
+    `saved` (token-layers of full depth over its own), `clock` (the same in seconds, from the rows of a benchmark
+    result); None: no such number.
     """
     exits = rows_of(result.get("exits", []), split, fold)
     baselines = rows_of(result.get("baselines", []), split, fold)
-    best = [row for row in baselines if row["name"] == result.get("best_baseline") or not exits]
-    found: list[Row] = [
-        {"name": f"{'baseline' if not exits else 'best baseline'} {row['name']}", **_scores_of(row)}
-        for row in best
-    ]
+    kind, best = "baseline", baselines
+    if exits:
+        kind, best = "best baseline", [r for r in baselines if r["name"] == result.get("best_baseline")]
+    found: list[Row] = [{"name": f"{kind} {row['name']}", **_scores_of(row)} for row in best]
     deepest = max((row["layer"] for row in exits), default=0)
     for row in exits:
         k = row["layer"]
-        notes = [note for note, is_so in (("best static exit", k == result.get("chosen_exit")),
-                                          ("full depth", k == deepest)) if is_so]  # fmt: skip
+        notes = ["best static exit"] if k == result.get("chosen_exit") else []
+        notes += ["full depth"] if k == deepest else []
         name = f"exit {k}" + (f" ({', '.join(notes)})" if notes else "")
         found.append({"name": name, **_scores_of(row), **_static_cost(k, deepest, timed)})
     if exits and (plan := result.get("adaptive")):
@@ -262,35 +216,22 @@ def score_rows(result: Result, split: str, fold: str | None, timed: Sequence[Row
 
 
 def plan_rows(plan: Row, exits: Sequence[Row], timed: Sequence[Row] = (), name: str = "plan") -> list[Row]:
-    """A plan, and below it the static exits of equal accuracy and of equal cost, calibrated by the same plan.
-
-    Args:
-        plan: `adaptive` of a result file, or what it has under `without_exit_0`.
-        exits: The exits on the same rows.
-        timed: `rows` of a benchmark result.
-        name: What the plan is called.
-    """
+    """A plan (`adaptive`, or its `without_exit_0`), then the static exits of equal accuracy and of equal cost."""
     deepest = max(row["layer"] for row in exits)
     clock = _clock(timed, "early_exit", plan["criterion"])
     cost = {"depth": plan["mean_depth"], "saved": plan["token_layer_speedup"], "clock": clock}
     found: list[Row] = [{"name": name, **_scores_of(plan), **cost}]
     if plan["mean_depth"] == 0:  # the plan is exit 0
         return found
-    layers: dict[int, list[str]] = {}
+    static: dict[int, dict[str, float | None]] = {}  # layer -> what is equal: its AUC
     for key, of in (("static_exit", "accuracy"), ("equal_cost", "cost")):
         if plan.get(key):
-            layers.setdefault(plan[key]["layer"], []).append(of)
-    for k, kinds in layers.items():
+            static.setdefault(plan[key]["layer"], {})[of] = plan[key]["auc"]
+    for k, aucs in static.items():
         calibrated = next((row.get("calibrated") or {} for row in exits if row["layer"] == k), {})
-        auc = next(
-            plan[key]["auc"]
-            for key in ("static_exit", "equal_cost")
-            if (plan.get(key) or {}).get("layer") == k
-        )
-        scores = {"auc": auc, "interval": None, "log_loss": calibrated.get("log_loss"), "gain": None}
-        found.append(
-            {"name": f"exit {k}, of equal {' and '.join(kinds)}", **scores, **_static_cost(k, deepest, timed)}
-        )
+        scores = {"auc": next(iter(aucs.values())), "log_loss": calibrated.get("log_loss")}
+        made = {"name": f"exit {k}, of equal {' and '.join(aucs)}", **_scores_of(scores)}
+        found.append({**made, **_static_cost(k, deepest, timed)})
     return found
 
 
@@ -316,15 +257,10 @@ def slice_rows(result: Result, split: str, fold: str | None) -> list[Row]:
 
 
 def criteria_rows(calibrate: Result) -> list[Row]:
-    """Every criterion at the step that its budget allows, on tune, beside the shallowest static exit of no lower AUC.
+    """Every criterion at its chosen step on tune, beside the shallowest static exit of no lower AUC (`static`).
 
-    Random and oracle stand at the step whose cost is nearest to the plan's.
-
-    Args:
-        calibrate: A `calibrate` result: `policies`, `controls`, `chosen`.
-
-    Returns:
-        Rows of `name`, `step` ({`cost`, `mean_depth`, `auc`, `auc_drop`}) and `static`, such a step of a static exit.
+    Random and oracle stand at the step whose cost is nearest to the plan's. Rows of `name`, `step` ({`cost`,
+    `mean_depth`, `auc`, `auc_drop`}) and `static`, such a step of a static exit.
     """
     controls = {control["name"]: control["pareto"] for control in calibrate.get("controls", [])}
     static = controls.pop("fixed_depth", [])
@@ -333,10 +269,10 @@ def criteria_rows(calibrate: Result) -> list[Row]:
         step, used = step_of(policy), policy["criterion"] == calibrate.get("chosen")
         cost = step.get("cost", 1.0) if used else cost
         found.append({"name": policy["criterion"] + (" (the plan's)" if used else ""), "step": step})
-    near = {
-        name: min(steps, key=lambda s: abs(s["cost"] - cost)) for name, steps in controls.items() if steps
-    }
-    found += [{"name": f"{name} (control)", "step": step} for name, step in near.items()]
+    for name, steps in controls.items():
+        if steps:
+            nearest = min(steps, key=lambda s: abs(s["cost"] - cost))
+            found.append({"name": f"{name} (control)", "step": nearest})
 
     def as_accurate(auc: float | None) -> Row | None:
         return next((s for s in static if auc is not None and s["auc"] is not None and s["auc"] >= auc), None)
@@ -351,11 +287,15 @@ def step_of(policy: Row) -> Row:
 
 
 def _scores_of(row: Row) -> dict[str, Any]:
-    gain = row.get("baseline_difference")
     return {
-        "auc": row.get("auc"), "interval": row.get("auc_interval"), "log_loss": row.get("log_loss"), "gain": gain,
-        "depth": None, "saved": None, "clock": None,
-    }  # fmt: skip
+        "auc": row.get("auc"),
+        "interval": row.get("auc_interval"),
+        "log_loss": row.get("log_loss"),
+        "gain": row.get("baseline_difference"),
+        "depth": None,
+        "saved": None,
+        "clock": None,
+    }
 
 
 def _static_cost(layer: int, deepest: int, timed: Sequence[Row]) -> dict[str, Any]:
@@ -364,29 +304,16 @@ def _static_cost(layer: int, deepest: int, timed: Sequence[Row]) -> dict[str, An
 
 
 def _clock(timed: Sequence[Row], engine: str, criterion: str | None = None) -> float | None:
-    """Seconds of full depth over this side's: one request of 64 candidates (else the most), history not cached."""
-    plain = [
-        r
-        for r in timed
-        if (r["at_once"], r["history"], r["dtype"], r["prefix_cached"]) == (1, None, "float32", False)
-    ]
+    """Seconds of full depth over this contender's: one request of 64 candidates (else the most), not cached."""
+    keys = ("at_once", "history", "dtype", "prefix_cached")
+    plain = [row for row in timed if tuple(row[key] for key in keys) == (1, None, "float32", False)]
     sizes = {row["candidates"] for row in plain}
     size = BESIDE if BESIDE in sizes else max(sizes, default=0)
     policies = (f"budget: {criterion}", f"risk: {criterion}")
     found = (
         row["measured_speedup"]
         for row in plain
-        if row["candidates"] == size
-        and row["engine"] == engine
+        if (row["candidates"], row["engine"]) == (size, engine)
         and (criterion is None or row["policy"] in policies)
     )
     return next(found, None)
-
-
-def _timed(result: Result, folder: Path | None) -> list[Row]:
-    path = None if folder is None else folder / "benchmark.json"
-    if path is None or not path.is_file():
-        return []
-    timed = read_result(path)
-    same = timed["protocol"]["hash"] == result["protocol"]["hash"]
-    return timed.get("rows", []) if same else []

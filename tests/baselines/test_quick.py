@@ -252,10 +252,10 @@ def test_golden_calibration() -> None:
     logits, labels = np.repeat([1.0, -1.0], 4), np.array([1, 1, 1, 0, 0, 0, 0, 1])
     found = calibrated(logits, labels)
     assert (found.slope, found.offset) == pytest.approx((np.log(3), 0), abs=1e-6)
-    judged = found.judged(logits, labels)
-    assert judged["log_loss"] == pytest.approx(-(3 * np.log(0.75) + np.log(0.25)) / 4)
-    assert judged["brier"] == pytest.approx((3 * 0.25**2 + 0.75**2) / 4)
-    assert judged["ece"] == pytest.approx(0, abs=1e-6)
+    summary = found.summary(logits, labels)
+    assert summary["log_loss"] == pytest.approx(-(3 * np.log(0.75) + np.log(0.25)) / 4)
+    assert summary["brier"] == pytest.approx((3 * 0.25**2 + 0.75**2) / 4)
+    assert summary["ece"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_loud_baseline_becomes_quiet() -> None:
@@ -292,7 +292,7 @@ IDS = np.arange(8, 14)
 SURE = np.log(9) * BASELINE  # chances .9 and .1
 
 
-def judged(
+def summary(
     select: list[int] = SELECT, test: tuple[int, ...] = (1, 0, 1, 0, 1, 0)
 ) -> tuple[pl.DataFrame, Baseline]:
     """Eight rows of select, six of test (users 10, 11, 12), and a baseline's scores of them."""
@@ -315,7 +315,7 @@ def test_golden_difference() -> None:
 
     Both rank perfectly: 0. Log loss: log(10/9) of the head minus log(4/3) of the baseline is log(5/6), for every user.
     """
-    rows, baseline = judged()
+    rows, baseline = summary()
     against = AgainstBaseline(baseline, IDS, rows)
     found = against.difference(SURE)
     assert (found["baseline"], found["value"], found["interval"]) == ("lr_rates", 0.0, [0.0, 0.0])
@@ -329,7 +329,7 @@ def test_golden_difference() -> None:
 
 def test_rows_in_any_order() -> None:
     """Baseline, answers and users follow the row ids; a baseline that did not score one is refused."""
-    rows, baseline = judged(test=(1, 0, 0, 1, 1, 1))
+    rows, baseline = summary(test=(1, 0, 0, 1, 1, 1))
     order, head = np.array([5, 0, 3, 1, 4, 2]), np.arange(6.0)
     first = AgainstBaseline(baseline, IDS, rows).difference(head)
     again = AgainstBaseline(baseline, IDS[order], rows).difference(head[order])
@@ -342,10 +342,10 @@ def test_rows_in_any_order() -> None:
 
 def test_undefined_differences() -> None:
     """No calibration on select, no comparison of log losses; one class on test, no AUC."""
-    rows, baseline = judged(select=[1] * 8)
+    rows, baseline = summary(select=[1] * 8)
     found = AgainstBaseline(baseline, IDS, rows).difference(SURE)
     assert (found["value"], found["log_loss"]) == (0.0, {"value": None, "interval": None})
-    rows, baseline = judged(test=(1,) * 6)
+    rows, baseline = summary(test=(1,) * 6)
     found = AgainstBaseline(baseline, IDS, rows).difference(SURE)
     assert (found["value"], found["interval"]) == (None, None)
     assert found["log_loss"]["value"] is not None

@@ -1,4 +1,4 @@
-"""The engine's benchmark: sides on a clock of our own, ceilings and useful FLOPs by hand, the library's logits."""
+"""The engine's benchmark: contenders on a clock of our own, ceilings and useful FLOPs by hand, the library's logits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 from example_engine import LAYERS, make_module, random_request
 from torch import nn
 
-from project.benchmark import contenders as sides_module
+from project.benchmark import contenders as contenders_module
 from project.benchmark import engine as limits_module
 from project.benchmark import engine as requests
-from project.benchmark.contenders import Case, Side, Unit, cases, run_rounds
-from project.benchmark.engine import Against, Limits, ratio_interval, side_row, useful_flops
+from project.benchmark.contenders import Case, Contender, Unit, cases, run_rounds
+from project.benchmark.engine import Against, Limits, contender_row, ratio_interval, useful_flops
 from project.benchmark.transformers import Pointwise, SharedPrefix, library_model
 from project.data.ragged import Ragged
 from project.engine import Engine, PreparedRequest, RowExits, Scored, Scores, StreamTokens
@@ -65,10 +65,10 @@ class Scripted:
 
 
 @pytest.fixture
-def side(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Side]:
-    """Makes sides on one clock: (name, seconds, layer, token-layers)."""
+def side(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Contender]:
+    """Makes contenders on one clock: (name, seconds, layer, token-layers)."""
     clock = Clock()
-    monkeypatch.setattr(sides_module, "time", clock)
+    monkeypatch.setattr(contenders_module, "time", clock)
 
     def make(
         name: str,
@@ -78,9 +78,9 @@ def side(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Side]:
         log: list[str] | None = None,
         worth: dict[str, float] | None = None,
         **most: int,
-    ) -> Side:
+    ) -> Contender:
         log = [] if log is None else log
-        return Side(name, "", Scripted(clock, seconds, layer, token_layers, log), worth or {}, **most)
+        return Contender(name, "", Scripted(clock, seconds, layer, token_layers, log), worth or {}, **most)
 
     return make
 
@@ -90,17 +90,17 @@ def units(count: int) -> list[Unit]:
     return [[random_request(rng, f"{i}", 2, 3)] for i in range(count)]
 
 
-def test_rounds_take_turns(side: Callable[..., Side]) -> None:
-    """Unit by unit, all sides; who is first rotates; a slow side stops after its units and rounds."""
+def test_rounds_take_turns(side: Callable[..., Contender]) -> None:
+    """Unit by unit, all contenders; who is first rotates; a slow side stops after its units and rounds."""
     log: list[str] = []
-    sides = [side("a", [1] * 9, 1, 1, log), side("b", [1] * 9, 2, 1, log, most=1, rounds=1)]
+    contenders = [side("a", [1] * 9, 1, 1, log), side("b", [1] * 9, 2, 1, log, most=1, rounds=1)]
     for number in range(2):
-        run_rounds(sides, units(2), number)
+        run_rounds(contenders, units(2), number)
     assert log == ["1/0", "2/0", "1/1", "1/0", "1/1"]
-    assert (sides[0].units, sides[1].units) == (2, 1)
+    assert (contenders[0].units, contenders[1].units) == (2, 1)
 
 
-def test_row(side: Callable[..., Side]) -> None:
+def test_row(side: Callable[..., Contender]) -> None:
     """Medians 2 and 4 s against 1 and 2 s on two requests: x2, a request in 1.5 s; .9 of both is the backbone's.
 
     Token-layers 2 x 100 against 2 x 25 are x4, so efficiency is 2 / 4; the static exit needs 1.5 and 3 s: x1.5 over it.
@@ -114,7 +114,7 @@ def test_row(side: Callable[..., Side]) -> None:
     for number in range(3):
         run_rounds([full, static_exit, early, slow], asked, number)
     against = Against(full, static_exit, Limits(100.0, 10.0, 1.0))
-    row = side_row(early, against, asked, module, prepare_ms=500.0)
+    row = contender_row(early, against, asked, module, prepare_ms=500.0)
     assert row["requests_per_s"] == pytest.approx(2 / 3)
     assert row["candidates_per_s"] == pytest.approx(2)
     assert row["measured_speedup"] == pytest.approx(2)
@@ -127,13 +127,13 @@ def test_row(side: Callable[..., Side]) -> None:
     assert row["request_speedup"] == pytest.approx(7 / 4)
     assert row["spread"] == pytest.approx([2 / 7, 2 / 3])  # rounds of 3, 7 and 3 s
     assert (row["dtype"], row["gflops_ceiling"]) == ("float32", 100)
-    assert side_row(slow, against, asked, module, 0.0)["measured_speedup"] == pytest.approx(2 / 8)
+    assert contender_row(slow, against, asked, module, 0.0)["measured_speedup"] == pytest.approx(2 / 8)
     exit_0 = Against(full, None, Limits(100.0, 10.0, 1.0))  # counting runs no layer
-    unrivalled = side_row(early, exit_0, asked, module, prepare_ms=500.0)["speedup_over_static"]
-    assert unrivalled == {"value": None, "interval": None}
+    unpaired = contender_row(early, exit_0, asked, module, prepare_ms=500.0)["speedup_over_static"]
+    assert unpaired == {"value": None, "interval": None}
 
 
-def test_how_near_to_the_limit(side: Callable[..., Side]) -> None:
+def test_how_near_to_the_limit(side: Callable[..., Contender]) -> None:
     """Reading a layer takes 1 s, arithmetic less: five layers 5 s, in 9 s of backbone; one layer 1 s, in 3.6 s.
 
     Token-layers are x10, yet the least times are 5 to 1: more than .5 of efficiency the machine does not give.
@@ -143,18 +143,18 @@ def test_how_near_to_the_limit(side: Callable[..., Side]) -> None:
     repeated = side("pointwise", [90], 5, 3000)
     run_rounds([full, early, repeated], asked, 0)
     against = Against(full, full, Limits(gflops=1e6, gbytes=1.0, layer_bytes=1e9))
-    rows = [side_row(each, against, asked, module, 0.0) for each in (full, early, repeated)]
+    rows = [contender_row(each, against, asked, module, 0.0) for each in (full, early, repeated)]
     assert [r["of_limit"] for r in rows] == pytest.approx([5 / 9, 1 / 3.6, 5 / 81])
     assert [r["efficiency_at_limit"] for r in rows] == [1, pytest.approx(0.5), None]
     assert (rows[1]["gflops_ceiling"], rows[1]["gbytes_ceiling"]) == (1e6, 1.0)
 
 
-def test_a_plan_that_lets_nobody_in(side: Callable[..., Side]) -> None:
+def test_a_plan_that_lets_nobody_in(side: Callable[..., Contender]) -> None:
     """Everyone leaves at exit 0: no layer runs, so nothing can be said per token-layer; the clock still counts."""
     asked, module = units(1), make_module()
     full, early = side("packed", [10], 5, 100), side("early_exit", [0.1], 0, 0)
     run_rounds([full, early], asked, 0)
-    row = side_row(early, Against(full, full, Limits(1.0, 1.0, 1.0)), asked, module, 0.0)
+    row = contender_row(early, Against(full, full, Limits(1.0, 1.0, 1.0)), asked, module, 0.0)
     assert row["measured_speedup"] == pytest.approx(100)
     assert (row["token_layer_speedup"], row["efficiency"], row["efficiency_at_limit"]) == (None, None, None)
     assert (row["mean_depth"], row["gflops"], row["of_limit"]) == (0, 0, 0)
@@ -330,14 +330,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         model.backbone = nn.Linear(2, 2)
         return SimpleNamespace(plan=SimpleNamespace(calibration=None))
 
-    def bench(model: nn.Module, _worth: object, _asked: object, device: torch.device) -> None:
-        assert {p.device for p in model.parameters()} == {device}
+    def bench(model: nn.Module, *arguments: Any) -> None:
+        assert {p.device for p in model.parameters()} == {arguments[-1]}
         raise Reached("measured")
 
     monkeypatch.setattr(requests, "load_run", load)
     monkeypatch.setattr(requests, "Bench", bench)
-    monkeypatch.setattr(requests, "RunWorth", lambda *_: None)
-    monkeypatch.setattr(requests, "AskedRequests", lambda *_: None)
     return {
         "model": nn.Module(),
         "data": SimpleNamespace(prepare_data=lambda: None, tokenizer=None, split=split),

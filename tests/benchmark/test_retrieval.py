@@ -61,7 +61,7 @@ def test_worth_is_the_baseline_of_the_same_retrieved(
 ) -> None:
     """vote_auc is the AUC that `baselines` gives to neighbour_vote on test, where that retriever is the data's."""
     worth = vote_worth(data, retrievers)
-    found = baseline_rows(fit_baselines(data.split.rows, data.retrieved), data.split.rows, seed=data.seed)
+    found = baseline_rows(fit_baselines(data.split.rows, data.retrieved), data.split.rows)
     (baseline,) = (row for row in found if (row["name"], row["split"]) == ("neighbour_vote", "test"))
     assert worth["lightgcn"]["vote_auc"] == baseline["auc"]
     assert worth["lightgcn"]["vote_auc_interval"] == baseline["auc_interval"]

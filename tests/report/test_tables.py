@@ -44,7 +44,7 @@ def test_decision(changes, expected):
     """Which decision follows from which numbers; the rendered answer is the first line."""
     made = result(**changes)
     answer = decide(made)
-    assert (answer.kind, answer.static_exit, answer.how) == expected
+    assert (answer.kind, answer.instead, answer.how) == expected
     first = render(made).splitlines()[0]
     assert ("Do not deploy the LLM" in first) == (answer.kind == "no_llm")
 
@@ -255,7 +255,11 @@ def test_benchmark_cells():
     (shown,) = (
         r
         for r in rows
-        if r[:2] == [f"{row['candidates']}, {row['stream']}", "early_exit, budget: drift_head"]
+        if r[:2]
+        == [
+            f"{row['candidates']}, {'cached' if row['prefix_cached'] else 'not cached'}",
+            "early_exit, budget: drift_head",
+        ]
     )
     assert shown[2:8] == cells
     assert {row[1] for row in rows if row[1].startswith("static")} == {"static exit 24 (of equal accuracy)"}
