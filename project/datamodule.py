@@ -20,12 +20,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from project.data.batch import Batch, EvaluationSampler, PackedLoader, StageClock, TrainSampler
 from project.data.download import default_cache, resolve_model
 from project.data.logs import Logs
-from project.data.prompt import Prompt, PromptEncoder, field_telling, item_columns, with_segment
+from project.data.prompt import Prompt, PromptEncoder, field_showing, item_columns, with_segment
 from project.data.protocol import Protocol, SplitInteractions, apply_protocol, build_interactions
 from project.data.requests import (
     Requests,
     check_items,
-    check_streams,
     read_requests,
     request_streams,
     without_long,
@@ -43,12 +42,8 @@ from project.retrieval import (
 from project.retrieval.lightgcn import VectorRetriever
 from project.retrieval.walk import restore
 
-DEFAULT_PROTOCOL, DEFAULT_PROMPT, DEFAULT_RETRIEVER, DEFAULT_MF = (
-    Protocol(),
-    Prompt(),
-    LightGCN(),
-    MatrixFactorisation(),
-)
+DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
+DEFAULT_RETRIEVER, DEFAULT_MF = LightGCN(), MatrixFactorisation()
 
 
 class InteractionData(pl.LightningDataModule):
@@ -56,7 +51,7 @@ class InteractionData(pl.LightningDataModule):
 
     Args:
         logs: Where interactions and items come from: a class of project.data.logs and its arguments.
-        retriever: Who is asked about a candidate: a class of project.retrieval and its arguments.
+        retriever: Finds similar users for a candidate: a class of project.retrieval and its arguments.
         protocol: Label rule, split, minimum history and folds; its hash stands beside every number.
         prompt: The wording of prompts.
         tokenizer: Tokenizer of the backbone; set by model.backbone.
@@ -70,7 +65,7 @@ class InteractionData(pl.LightningDataModule):
         requests: JSONL or Parquet file of requests, for predict; a line is {"request_id": "r1", "user_id": "196",
             "time": 880000000, "candidates": ["242", "302"]}, or, instead of a user of the log,
             {"request_id": "r2", "history": [{"item_id": "242", "label": 1, "time": 880000000}], "candidates": ["302"]}.
-        bundle: Folder of a run's bundle, whose retrieved features saves refitting the retriever; set by ckpt_path.
+        bundle: Folder of a run's bundle, whose retrieved features save refitting the retriever; set by ckpt_path.
         seed: Order and cuts of training windows; set by seed_everything.
     """
 
@@ -104,7 +99,7 @@ class InteractionData(pl.LightningDataModule):
                 f"({type(retriever).__name__}) is {retriever.similar_every}: expected a template and a number above 0, "
                 "or null and 0. Only retrievers that compare users, such as LightGCN, can make lists for it."
             )
-        _check_told(prompt, retriever, mf)
+        _check_shown(prompt, retriever, mf)
         self.logs, self.retriever, self.mf = logs, retriever, mf
         self.protocol, self._prompt = protocol, prompt
         self.tokenizer_name = tokenizer
@@ -113,16 +108,16 @@ class InteractionData(pl.LightningDataModule):
         self.cache_dir, self.bundle = default_cache(), bundle
         self.warnings: list[str] = []  # for the log and for results; known with the retrieved features
         self.clock = StageClock()
+        self.requests: Requests | None = None  # of stage predict
+        self.candidate_retrieved: polars.DataFrame | None = (
+            None  # one row a candidate, in the order of requests
+        )
+        self._given: Requests | None = None
         self._split: SplitInteractions | None = None
         self._retrieved: dict[str, polars.DataFrame] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._encoder: PromptEncoder | None = None
         self._streams: dict[str, Streams] = {}
-        self.requests: Requests | None = None
-        self._given: Requests | None = None
-        self.candidate_retrieved: polars.DataFrame | None = (
-            None  # one row a candidate, in the order of requests
-        )
 
     @property
     def split(self) -> SplitInteractions:
@@ -192,9 +187,8 @@ class InteractionData(pl.LightningDataModule):
                 f"Prompts show of each item: {', '.join(shown) or 'nothing'}"
                 + (f"; not shown: {', '.join(hidden)} (data.prompt.segment)" if hidden else "")
             )
-            if (
-                self.requests_file is None and self._given is None
-            ):  # of requests those with a long item are refused
+            # of requests those with a long item are refused
+            if self.requests_file is None and self._given is None:
                 check_items(self._encoder, items, self.context_tokens)
         return self._encoder
 
@@ -203,52 +197,44 @@ class InteractionData(pl.LightningDataModule):
         if split not in self._streams:
             retrieved, encoder = self.retrieved[split], self.encoder
             with self.clock.stage("tokenise"):
-                streams = build_streams(self.split.rows, retrieved, split, encoder)
-            check_streams(streams, self.split, self.context_tokens)
-            self._streams[split] = streams
+                self._streams[split] = build_streams(self.split.rows, retrieved, split, encoder)
         return self._streams[split]
 
     def prepare_data(self) -> None:
         """Download, read, split, retrieve: once on a machine; the results are cached."""
-        _ = (
-            self.encoder,
-            self.retrieved,
-        )  # wording that cannot work is told before somebody waits for retrieved features
+        # a wording that cannot work is an error before somebody waits for retrieved features
+        _ = self.encoder
+        _ = self.retrieved
 
     def setup(self, stage: str) -> None:
-        """Tokenise what the stage needs.
-
-        Args:
-            stage: fit, validate, test or predict.
-        """
+        """Tokenise what the stage (fit, validate, test or predict) needs."""
         for split in {"fit": ("train", "valid"), "validate": ("valid",), "test": ("test",)}.get(stage, ()):
             self.streams(split)
         if stage == "predict":
-            asked = self._given or read_requests(self.requests_file, self.split.interactions)
-            encoder = PromptEncoder(self.tokenizer, self.prompt, asked.items)
-            self.requests = without_long(asked, encoder, self.context_tokens)
+            requests = self._given or read_requests(self.requests_file, self.split.interactions)
+            encoder = PromptEncoder(self.tokenizer, self.prompt, requests.items)
+            self.requests = without_long(requests, encoder, self.context_tokens)
             for refused in self.requests.refused:
                 rank_zero_warn(
                     f"request {refused.request_id!r} is not scored: {refused.error}", category=UserWarning
                 )
             self._streams["predict"] = request_streams(
-                self.requests, self.split, self.retrieved["test"], encoder, self._ask_retriever
+                self.requests, self.split, self.retrieved["test"], encoder, self._retrieve
             )
 
     def give_requests(self, requests: Requests) -> None:
         """Score these at stage predict, instead of the file data.requests."""
         self._given = requests
 
-    def _ask_retriever(self, rows: polars.DataFrame) -> polars.DataFrame:
+    def _retrieve(self, rows: polars.DataFrame) -> polars.DataFrame:
         """Retrieved features of rows that are not in the logs."""
-        columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
         own = ~rows["candidate"].to_numpy()
         table = request_retrieved(
             self.split,
             self.retriever,
             self.refits,
             self.cache_dir,
-            **columns,
+            **{name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")},
             own=own,
             mf=self.mf,
             catalogue=None if self.requests is None else self.requests.items,
@@ -291,36 +277,31 @@ class InteractionData(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:  # type: ignore[no-untyped-def]
         """Move a batch; tokens and layout go together."""
-        del dataloader_idx
         return batch.to(device)
 
 
-def _check_told(prompt: Prompt, retriever: Retriever, mf: MatrixFactorisation | None) -> None:
-    """Refuse a prompt that tells what nobody was asked to find out."""
-    needs: dict[str, str] = {}  # column of the retrieved features -> what is wrong
+def _check_shown(prompt: Prompt, retriever: Retriever, mf: MatrixFactorisation | None) -> None:
+    """Refuse a prompt that shows a retrieved feature which nothing in this run computes."""
+    problems: dict[str, str] = {}  # by column of the retrieved features
     if mf is None:
-        needs["mf"] = "data.mf is null: expected a factorisation behind it, for example data.mf: {dim: 8}"
-    # who compares no items says "not known" instead, as NoRetriever does of votes
+        problems["mf"] = "data.mf is null: expected a factorisation behind it, for example data.mf: {dim: 8}"
+    # a retriever that cannot compare items shows "not known" instead, as NoRetriever does of votes
     if isinstance(retriever, VectorRetriever) and retriever.item_neighbours == 0:
-        needs["item_similarity"] = (
+        problems["item_similarity"] = (
             f"the item_neighbours of data.retriever ({type(retriever).__name__}) is 0: expected a number of items, "
             "for example 30"
         )
-    for column, problem in needs.items():
-        field = field_telling(prompt, column)
+    for column, problem in problems.items():
+        field = field_showing(prompt, column)
         if field is not None:
             raise ConfigError(
-                f"data.prompt.segment {prompt.segment!r} tells {field}, but {problem}; or leave the field out. "
-                "Retrieved features goes by these names: a column of your items needs another one (item_columns)."
+                f"data.prompt.segment {prompt.segment!r} shows {field}, but {problem}; or leave the field out. "
+                "Retrieved features go by these names: a column of your items needs another one (item_columns)."
             )
 
 
 def reads_of(data: InteractionData) -> dict[str, Any]:
-    """What a checkpoint keeps: `protocol` (its hash), and by YAML key what the model reads beside the logs.
-
-    Args:
-        data: Of the run.
-    """
+    """What a checkpoint keeps: `protocol` (its hash), and by YAML key what the model reads beside the logs."""
     retriever = data.retriever.settings()
     retriever.pop("source", None)  # of one's own code a comment may change
     found = {
@@ -336,27 +317,19 @@ def reads_of(data: InteractionData) -> dict[str, Any]:
 
 
 def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, judged: bool = True) -> None:
-    """Refuse to score with a checkpoint that was trained to read something else.
+    """Refuse to score with a checkpoint that was trained to read something else than `data`.
 
     Args:
-        kept: Of the checkpoint; None: it is from before this was kept, and nothing is known.
+        kept: `reads_of` its training; None: it is from before this was kept, and nothing is known.
         data: What it would read now.
-        judged: Whether its scores will be judged by the log's labels; requests may come from a log that has grown.
-
-    Raises:
-        CheckpointError: Names the key that differs.
+        judged: Whether its scores are compared with the log's labels; requests may come from a log that has grown.
     """
     if kept is None:
         return
-    if "data.block_rows" in kept:
-        raise CheckpointError(
-            f"the checkpoint's retriever was fitted every {kept['data.block_rows']} rows (data.block_rows of an "
-            f"earlier version); now it is fitted data.refits ({data.refits}) times. Train a run of its own."
-        )
     now = reads_of(data)
     protocol = now.pop("protocol")
     for key in now:
-        if differs := _difference(key, kept[key], now[key]):
+        if differs := _difference(key, kept.get(key), now[key]):
             name, trained, given = differs
             raise CheckpointError(
                 f"{name} is {given!r}, but the checkpoint was trained with {trained!r}. Use the config.yaml beside the "
@@ -372,7 +345,7 @@ def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, judged: b
 
 
 def _difference(key: str, trained: Any, given: Any) -> tuple[str, Any, Any] | None:
-    """The first entry that differs, with both values; what only one side knows came with another version."""
+    """The first entry that differs, with both values; what only one of them knows came with another version."""
     if isinstance(trained, dict) and isinstance(given, dict):
         found = (_difference(f"{key}.{k}", trained[k], given[k]) for k in trained if k in given)
         return next(filter(None, found), None)

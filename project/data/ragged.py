@@ -1,8 +1,4 @@
-"""Ragged integer arrays: many token lists in one flat array and its offsets.
-
-Everything that is tokenised is tokenised once and kept like this, so that building a batch is concatenation and
-slicing of arrays. A part is a `Ragged` of n lists; `join` puts several parts of n lists side by side.
-"""
+"""Ragged integer arrays: many token lists in one flat array and its offsets, so that a batch is made by slicing."""
 
 from __future__ import annotations
 
@@ -67,7 +63,7 @@ def within(lengths: IntArray) -> IntArray:
 
 def total_lengths(parts: Sequence[Ragged]) -> IntArray:
     """(n,) tokens of list i in all parts together."""
-    lengths: IntArray = np.stack([p.lengths for p in parts]).sum(axis=0)
+    lengths: IntArray = np.sum([p.lengths for p in parts], axis=0)
     return lengths
 
 

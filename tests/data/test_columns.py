@@ -90,9 +90,8 @@ def test_empty_values_stay_where_they_may() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (pl.Series("item_id", [["a"], ["b"]]), r"the type List\(String\)"),
         (pl.Series("item_id", [{"a": 1}]), "the type Struct"),
-        (pl.Series("item_id", [b"\xff"]), "bytes that are no UTF-8 text"),
+        (pl.Series("item_id", [b"\xff"]), "the type Binary"),
     ],
 )
 def test_types_that_are_no_value_are_refused(values: pl.Series, words: str) -> None:
@@ -117,10 +116,13 @@ def test_integer_ids_become_text() -> None:
 
 def test_lists_become_text_and_structs_are_refused() -> None:
     """A list attribute is joined; a nested one is an error that names the column."""
-    assert plain_text(pl.Series("genres", [["Comedy", "Drama"], []]), "f").to_list() == ["Comedy, Drama", ""]
+    assert plain_text(pl.Series("genres", [["Comedy", "Drama"], []]), "f", "genres").to_list() == [
+        "Comedy, Drama",
+        "",
+    ]
     for nested in ([{"a": 1}], [[["a"]]]):
         with pytest.raises(DataError, match="column genres has the type"):
-            plain_text(pl.Series("genres", nested), "f")
+            plain_text(pl.Series("genres", nested), "f", "genres")
 
 
 def test_values_outside_the_allowed_ones_are_refused_and_null_is_not() -> None:
@@ -146,12 +148,9 @@ def test_milliseconds_become_seconds() -> None:
             [NOW, NOW + 1, NOW * 1000],
             "f: column c mixes .* row 1 is 1715938200, row 3 is 1715938200000 \\(1 of 3",
         ),
-        ([20_240_517.0, 20_231_231.0], "f: column c holds dates .* 20240517 in row 1.*2024-05-17"),
     ],
-    ids=["two units", "dates"],
 )
 def test_times_that_are_no_seconds_are_refused(times: list[float], words: str) -> None:
-    """The rows are named; a number that could be a date among others is a number of seconds."""
+    """The rows are named."""
     with pytest.raises(DataError, match=words):
         seconds(pl.Series(times), "f", "c")
-    assert seconds(pl.Series([20_240_517.0, 20_249_999.0]), "f", "c").to_list() == [20_240_517, 20_249_999]

@@ -87,25 +87,6 @@ def test_rule_without_ratings_and_labels_without_labels_name_the_key(make_logs: 
         build_interactions(ratings, Protocol(label=None))
 
 
-@pytest.mark.parametrize(
-    ("unread", "needing", "without"),
-    [
-        ("label", Protocol(label=None), Protocol(label="rating > 3")),
-        ("rating", Protocol(label="rating > 3"), Protocol(label=None)),
-        ("rating", Protocol(label=None, drop_ratings=[3]), Protocol(label=None)),
-    ],
-)
-def test_what_could_not_be_read_matters_where_it_is_needed(
-    unread: str, needing: Protocol, without: Protocol, make_logs: MakeLogs
-) -> None:
-    """A column that the reader gave up is an error with the reader's words, or none at all."""
-    labels = [1, 0] if unread == "rating" else None
-    raw = replace(make_logs([("1", "a", 1.0, 5.0), ("1", "b", 2.0, 1.0)], labels), unread={unread: "Row 7."})
-    with pytest.raises(DataError, match=r"Row 7\. Or .*data\.protocol\.label"):
-        build_interactions(raw, needing)
-    assert build_interactions(raw, without).rows["label"].to_list() == [1, 0]
-
-
 DUPLICATED = [("1", "a", 1.0, 5.0), ("1", "b", 1.0, 1.0), ("1", "a", 1.0, 2.0), ("1", "a", 2.0, 5.0)]
 
 
@@ -125,12 +106,6 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: str, rating: float) -
         rating
     ]
     assert (built.rows.height, built.duplicates) == (3, 1)
-
-
-def test_unknown_duplicate_policy_is_refused(make_logs: MakeLogs) -> None:
-    """The allowed policies are listed."""
-    with pytest.raises(ConfigError, match="use error, first or last"):
-        build_interactions(make_logs(DUPLICATED), Protocol(duplicates="both", label="rating > 3"))  # type: ignore[arg-type]
 
 
 def test_one_class_overall_is_an_error(make_logs: MakeLogs) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pytest
-from world import Letters, read_split, streams_without_retrieved
+from world import Letters, read_split
 
 from project.data.logs import TableLogs
 from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import Protocol, SplitInteractions
-from project.data.requests import check_items, check_streams, read_requests, without_long
+from project.data.requests import check_items, read_requests, without_long
 from project.datamodule import InteractionData
 from project.errors import ConfigError, DataError
 from project.retrieval import NoRetriever
@@ -46,23 +44,6 @@ def test_items_fit_or_are_named(split: SplitInteractions) -> None:
         r"\(\d+ of 20 items.*{title:\.40}.*data\.context_tokens",
     ):
         check_items(encoder, items, tokens - 1)
-
-
-def test_streams_fit_or_are_named(split: SplitInteractions) -> None:
-    """The same of tokenised rows, retrieved features included; a list of what similar users liked has a fix of its
-    own.
-    """
-    streams = streams_without_retrieved(split, "test", "{title} {vote_percent}{vote_percent}:")
-    lengths = streams.tokens.lengths[:-1]
-    place, tokens = int(lengths.argmax()), int(lengths.max()) + len("I\n")
-    item = split.rows["item"][int(streams.row_id[place])]
-    item_id = split.interactions.items["item_id"][item]
-    check_streams(streams, split, tokens)
-    with pytest.raises(ConfigError, match=rf"item '{item_id}' alone has {tokens} tokens"):
-        check_streams(streams, split, tokens - 1)
-    lists = replace(streams, row_id=np.full_like(streams.row_id, -1))
-    with pytest.raises(ConfigError, match=rf"A list .* has {tokens} tokens.*similar_items"):
-        check_streams(lists, split, tokens - 1)
 
 
 def test_a_request_with_a_long_title_is_refused_alone(split: SplitInteractions, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from project.data.prompt import (
     STEPS_A_UNIT,
     Prompt,
     PromptEncoder,
-    field_telling,
+    field_showing,
     fields_together,
     number_features,
     number_ids,
@@ -155,10 +155,10 @@ def test_which_field_tells_a_column(column: str) -> None:
     """Text in percent and the number all need what is behind them."""
     fields = [name for name, (told, _) in RETRIEVED_FIELDS.items() if told == column]
     for field in [*fields, f"{column}_number"]:
-        assert field_telling(Prompt(segment="{title}{" + field + "}:"), column) == "{" + field + "}"
+        assert field_showing(Prompt(segment="{title}{" + field + "}:"), column) == "{" + field + "}"
     both = "{item_number+" + column + "_number}"
-    assert field_telling(Prompt(segment="{title}" + both + ":"), column) == both
-    assert field_telling(Prompt(segment="{title}{item_number}:"), column) is None
+    assert field_showing(Prompt(segment="{title}" + both + ":"), column) == both
+    assert field_showing(Prompt(segment="{title}{item_number}:"), column) is None
 
 
 def test_back_to_text() -> None:
