@@ -1,7 +1,7 @@
 """DataModule: from logs to batches, with the retriever's retrieved features in between.
 
-Everything slow happens once, on one process, in `prepare_data` and is cached by content; `setup` reads the caches.
-All checks of the input are made here, before the first batch.
+Everything slow happens once, on one process, in `prepare_data` and is cached by content; `setup` reads the caches. All
+checks of the input are made here, before the first batch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ class InteractionData(pl.LightningDataModule):
             answers, for prompts, exit 0 and baselines; null leaves it out.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         requests: JSONL or Parquet file of requests, for predict; a line is {"request_id": "r1", "user_id": "196",
-            "time": 880000000, "candidates": ["242", "302"]}, or, instead of a user of the log,
-            {"request_id": "r2", "history": [{"item_id": "242", "label": 1, "time": 880000000}], "candidates": ["302"]}.
+            "time": 880000000, "candidates": ["242", "302"]}, or, instead of a user of the log, {"request_id": "r2",
+            "history": [{"item_id": "242", "label": 1, "time": 880000000}], "candidates": ["302"]}.
         bundle: Folder of a run's bundle, whose retrieved features save refitting the retriever; set by ckpt_path.
         seed: Order and cuts of training windows; set by seed_everything.
     """
@@ -86,13 +87,11 @@ class InteractionData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if context_tokens < 1 or batch_tokens < context_tokens:
+        if not 1 <= context_tokens <= batch_tokens:
             raise ConfigError(
                 f"data.context_tokens is {context_tokens} and data.batch_tokens is {batch_tokens}: expected "
                 "1 <= context_tokens <= batch_tokens, since a batch holds at least one full window."
             )
-        if num_workers < 0:
-            raise ConfigError(f"data.num_workers is {num_workers}; expected 0 (none) or more.")
         if (prompt.similar is None) != (retriever.similar_every == 0):
             raise ConfigError(
                 f"data.prompt.similar is {prompt.similar!r}, but the similar_every of data.retriever "
@@ -101,50 +100,36 @@ class InteractionData(pl.LightningDataModule):
             )
         _check_shown(prompt, retriever, mf)
         self.logs, self.retriever, self.mf = logs, retriever, mf
-        self.protocol, self._prompt = protocol, prompt
-        self.tokenizer_name = tokenizer
+        self.protocol, self.wording, self.tokenizer_name = protocol, prompt, tokenizer
         self.context_tokens, self.batch_tokens, self.refits = context_tokens, batch_tokens, refits
         self.num_workers, self.requests_file, self.seed = num_workers, requests, seed
         self.cache_dir, self.bundle = default_cache(), bundle
-        self.warnings: list[str] = []  # for the log and for results; known with the retrieved features
         self.clock = StageClock()
+        self.warnings: list[str] = []  # for the log and for results; known with the retrieved features
         self.requests: Requests | None = None  # of stage predict
-        self.candidate_retrieved: polars.DataFrame | None = (
-            None  # one row a candidate, in the order of requests
-        )
+        self.candidate_retrieved: polars.DataFrame | None = None  # a row each candidate, in their order
         self._given: Requests | None = None
-        self._split: SplitInteractions | None = None
-        self._retrieved: dict[str, polars.DataFrame] | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._encoder: PromptEncoder | None = None
         self._streams: dict[str, Streams] = {}
 
-    @property
+    @cached_property
     def split(self) -> SplitInteractions:
         """The interactions with their split, fold and role."""
-        if self._split is None:
-            with self.clock.stage("read logs"):
-                self._split = apply_protocol(
-                    build_interactions(self.logs.read(), self.protocol), self.protocol
-                )
-        return self._split
+        with self.clock.stage("read logs"):
+            return apply_protocol(build_interactions(self.logs.read(), self.protocol), self.protocol)
 
-    @property
+    @cached_property
     def retrieved(self) -> dict[str, polars.DataFrame]:
         """Retrieved features tables by split."""
-        if self._retrieved is None:
-            split = self.split
-            with self.clock.stage("retrieve"):
-                if self.bundle is not None:
-                    for name in ("retrieved", "mf", "text"):
-                        restore(Path(self.bundle) / name, self.cache_dir / name)
-                self._retrieved = retrieved_tables(
-                    split, self.retriever, self.refits, self.cache_dir, self.mf
-                )
-            self.warnings = retrieved_warnings(split, self._retrieved, self.retriever, self.refits)
-            for line in self.warnings:
-                rank_zero_warn(line, category=UserWarning)
-        return self._retrieved
+        split = self.split
+        with self.clock.stage("retrieve"):
+            if self.bundle is not None:
+                for name in ("retrieved", "mf", "text"):
+                    restore(Path(self.bundle) / name, self.cache_dir / name)
+            tables = retrieved_tables(split, self.retriever, self.refits, self.cache_dir, self.mf)
+        self.warnings = retrieved_warnings(split, tables, self.retriever, self.refits)
+        for line in self.warnings:
+            rank_zero_warn(line, category=UserWarning)
+        return tables
 
     def targets(self, split: str) -> polars.DataFrame:
         """The rows of a split that are scored."""
@@ -158,39 +143,35 @@ class InteractionData(pl.LightningDataModule):
         table = self.retrieved[splits[0] if splits else "train"]
         return rows.select("row_id").join(table, on="row_id", how="left", maintain_order="left")
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The backbone's tokenizer."""
-        if self._tokenizer is None:
-            with self.clock.stage("fetch model"):
-                folder = resolve_model(self.tokenizer_name)
-            self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        return self._tokenizer
+        with self.clock.stage("fetch model"):
+            folder = resolve_model(self.tokenizer_name)
+        return AutoTokenizer.from_pretrained(folder)
 
-    @property
+    @cached_property
     def prompt(self) -> Prompt:
         """The wording of prompts, with the default segment where data.prompt.segment is null."""
-        if self._prompt.segment is None:
-            numbers = ["mf_number"] if self.mf is not None else []
-            numbers += ["item_similarity_number"] if self.retriever.item_neighbours else []
-            self._prompt = with_segment(self._prompt, self.tokenizer, self.split.interactions.items, numbers)
-        return self._prompt
+        numbers = ["mf_number"] if self.mf is not None else []
+        numbers += ["item_similarity_number"] if self.retriever.item_neighbours else []
+        if self.wording.segment is not None:
+            return self.wording
+        return with_segment(self.wording, self.tokenizer, self.split.interactions.items, numbers)
 
-    @property
+    @cached_property
     def encoder(self) -> PromptEncoder:
         """Makes segments of rows."""
-        if self._encoder is None:
-            items = self.split.interactions.items
-            self._encoder = PromptEncoder(self.tokenizer, self.prompt, items)
-            shown, hidden = item_columns(self.prompt, items)
-            rank_zero_info(
-                f"Prompts show of each item: {', '.join(shown) or 'nothing'}"
-                + (f"; not shown: {', '.join(hidden)} (data.prompt.segment)" if hidden else "")
-            )
-            # of requests those with a long item are refused
-            if self.requests_file is None and self._given is None:
-                check_items(self._encoder, items, self.context_tokens)
-        return self._encoder
+        items = self.split.interactions.items
+        encoder = PromptEncoder(self.tokenizer, self.prompt, items)
+        shown, hidden = item_columns(self.prompt, items)
+        note = f"; not shown: {', '.join(hidden)} (data.prompt.segment)" if hidden else ""
+        rank_zero_info(f"Prompts show of each item: {', '.join(shown) or 'nothing'}{note}")
+        if (
+            self.requests_file is None and self._given is None
+        ):  # requests with a long item are refused one by one
+            check_items(encoder, items, self.context_tokens)
+        return encoder
 
     def streams(self, split: str) -> Streams:
         """All users' streams as of `split`, with its targets."""
@@ -202,8 +183,7 @@ class InteractionData(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download, read, split, retrieve: once on a machine; the results are cached."""
-        # a wording that cannot work is an error before somebody waits for retrieved features
-        _ = self.encoder
+        _ = self.encoder  # a wrong wording is an error before somebody waits for retrieved features
         _ = self.retrieved
 
     def setup(self, stage: str) -> None:
@@ -215,9 +195,8 @@ class InteractionData(pl.LightningDataModule):
             encoder = PromptEncoder(self.tokenizer, self.prompt, requests.items)
             self.requests = without_long(requests, encoder, self.context_tokens)
             for refused in self.requests.refused:
-                rank_zero_warn(
-                    f"request {refused.request_id!r} is not scored: {refused.error}", category=UserWarning
-                )
+                line = f"request {refused.request_id!r} is not scored: {refused.error}"
+                rank_zero_warn(line, category=UserWarning)
             self._streams["predict"] = request_streams(
                 self.requests, self.split, self.retrieved["test"], encoder, self._retrieve
             )
@@ -242,18 +221,12 @@ class InteractionData(pl.LightningDataModule):
         self.candidate_retrieved = table.filter(~own)
         return table
 
+    def _training(self) -> TrainSampler:
+        streams, ranks = self.streams("train"), self._ranks()
+        return TrainSampler(streams, self.context_tokens, self.batch_tokens, self.seed, *ranks)
+
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _evaluation(self, split: str) -> PackedLoader:
-        streams = self.streams(split)
-        sampler = EvaluationSampler(streams, self.context_tokens, self.batch_tokens, *self._ranks())
-        return PackedLoader(streams, sampler, self.num_workers)
-
-    def _training(self) -> TrainSampler:
-        rank, world = self._ranks()
-        streams = self.streams("train")
-        return TrainSampler(streams, self.context_tokens, self.batch_tokens, self.seed, rank, world)
 
     def train_batches(self) -> int:
         """Batches of an epoch on this process; starts no loader."""
@@ -262,6 +235,11 @@ class InteractionData(pl.LightningDataModule):
     def train_dataloader(self) -> PackedLoader:
         """Packed windows of all users, cut and shuffled anew each epoch."""
         return PackedLoader(self.streams("train"), self._training(), self.num_workers)
+
+    def _evaluation(self, split: str) -> PackedLoader:
+        streams, ranks = self.streams(split), self._ranks()
+        sampler = EvaluationSampler(streams, self.context_tokens, self.batch_tokens, *ranks)
+        return PackedLoader(streams, sampler, self.num_workers)
 
     def val_dataloader(self) -> PackedLoader:
         """Every validation target once."""
@@ -287,13 +265,9 @@ def _check_shown(prompt: Prompt, retriever: Retriever, mf: MatrixFactorisation |
         problems["mf"] = "data.mf is null: expected a factorisation behind it, for example data.mf: {dim: 8}"
     # a retriever that cannot compare items shows "not known" instead, as NoRetriever does of votes
     if isinstance(retriever, VectorRetriever) and retriever.item_neighbours == 0:
-        problems["item_similarity"] = (
-            f"the item_neighbours of data.retriever ({type(retriever).__name__}) is 0: expected a number of items, "
-            "for example 30"
-        )
+        problems["item_similarity"] = "the item_neighbours of data.retriever is 0: expected for example 30"
     for column, problem in problems.items():
-        field = field_showing(prompt, column)
-        if field is not None:
+        if (field := field_showing(prompt, column)) is not None:
             raise ConfigError(
                 f"data.prompt.segment {prompt.segment!r} shows {field}, but {problem}; or leave the field out. "
                 "Retrieved features go by these names: a column of your items needs another one (item_columns)."
@@ -311,9 +285,7 @@ def reads_of(data: InteractionData) -> dict[str, Any]:
         "data.refits": data.refits,
         "data.mf": None if data.mf is None else asdict(data.mf),
     }
-    # only what JSON knows: a checkpoint holds no objects
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return plain
+    return dict(json.loads(json.dumps(found, default=str)))  # what JSON knows: a checkpoint holds no objects
 
 
 def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, judged: bool = True) -> None:
@@ -328,19 +300,18 @@ def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, judged: b
         return
     now = reads_of(data)
     protocol = now.pop("protocol")
+    fix = "Use the config.yaml beside the checkpoint's folder, or train a run of its own."
     for key in now:
         if differs := _difference(key, kept.get(key), now[key]):
             name, trained, given = differs
             raise CheckpointError(
-                f"{name} is {given!r}, but the checkpoint was trained with {trained!r}. Use the config.yaml beside the "
-                "checkpoint's folder, or train a run of its own."
+                f"{name} is {given!r}, but the checkpoint was trained with {trained!r}. {fix}"
             )
     if judged and kept["protocol"] != protocol:
         raise CheckpointError(
             f"the checkpoint was trained under the protocol hash {kept['protocol']}, this configuration gives "
             f"{protocol}: data.protocol, data.logs or their files differ, and rows that it was trained on could "
-            "be among those that are scored. Use the config.yaml beside the checkpoint's folder, or train a run of its "
-            "own."
+            f"be among those that are scored. {fix}"
         )
 
 

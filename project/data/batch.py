@@ -21,25 +21,15 @@ from project.layout import Layout
 
 @dataclass
 class Batch:
-    """n targets in one row of T tokens.
+    """Packed windows: n targets in one row of T tokens."""
 
-    Attributes:
-        tokens: (1, T) token ids.
-        layout: Which token may see which.
-        slots: (n,) flat index of each target's answer slot.
-        row_id: (n,) row of the log, or index of the candidate.
-        label: (n,) 0, 1, or -1 where unknown.
-        target_tokens: (n,) tokens of the target's own segment up to its answer slot.
-        stream_tokens: (n,) context tokens that the target may see.
-    """
-
-    tokens: Tensor
-    layout: Layout
-    slots: Tensor
-    row_id: Tensor
-    label: Tensor
-    target_tokens: Tensor
-    stream_tokens: Tensor
+    tokens: Tensor  # (1, T) token ids
+    layout: Layout  # which token may see which
+    slots: Tensor  # (n,) flat index of each target's answer slot
+    row_id: Tensor  # (n,) row of the log, or index of the candidate
+    label: Tensor  # (n,) 0, 1, or -1 where unknown
+    target_tokens: Tensor  # (n,) tokens of the target's own segment up to its answer slot
+    stream_tokens: Tensor  # (n,) context tokens that the target may see
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -213,7 +203,7 @@ class PackedLoader:
     def __init__(
         self, streams: Streams, sampler: TrainSampler | EvaluationSampler, num_workers: int = 0
     ) -> None:
-        self.batch_sampler = sampler  # Lightning looks here and tells it the epoch
+        self.batch_sampler = sampler  # Lightning looks here to set its epoch
         self._loader = DataLoader(_Packed(streams), batch_size=None, sampler=sampler, num_workers=num_workers)
         self._done = 0
 

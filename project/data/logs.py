@@ -32,17 +32,14 @@ READER = "the reader's"  # tables of a reader, in messages
 class RawLogs:
     """A log as read, in file order.
 
-    Attributes:
-        interactions: Columns of `RAW_SCHEMA`: ids, `timestamp` (seconds), `rating`, `label` (0 or 1) and `split` (one
-            of `GIVEN_SPLITS`), null where the log does not have them; `source_file` and `source_row` (from 1) are
-            for messages.
-        items: `item_id` (unique), `title`, then attributes; all String, "" = unknown.
-        files: File name -> SHA-256, in reading order, and under a name of its own a digest of whatever else decides
-            what is made of them: the protocol's hash and all caches rest on it.
+    `interactions` has the columns of `RAW_SCHEMA`: ids, `timestamp` (seconds), `rating`, `label` (0 or 1) and `split`
+    (one of `GIVEN_SPLITS`), null where the log does not have them; `source_file` and `source_row` (from 1) are for
+    messages. `files` has the SHA-256 of each file, in reading order, and under a name of its own a digest of whatever
+    else decides what is made of them: the protocol's hash and all caches rest on it.
     """
 
     interactions: pl.DataFrame
-    items: pl.DataFrame
+    items: pl.DataFrame  # item_id (unique), title, then attributes; all String, "" = unknown
     files: dict[str, str]
 
 
@@ -58,13 +55,13 @@ class TableLogs(Logs):
     """Your own log: CSV or Parquet tables.
 
     Args:
-        interactions: One file (.csv, .tsv or .parquet), or one file per split, such as {train: a.csv, valid:
-            b.csv, test: c.csv}; a `history` file is past that is only ever context. Needs user_id, item_id,
-            timestamp (seconds or milliseconds since 1970, or dates in ISO format; without a zone they are UTC)
-            and a rating or a 0/1 label.
+        interactions: One file (.csv, .tsv or .parquet), or one file per split, such as {train: a.csv, valid: b.csv,
+            test: c.csv}; a `history` file is past that is only ever context. Needs user_id, item_id, timestamp
+            (seconds or milliseconds since 1970, or dates in ISO format; without a zone they are UTC) and a rating or a
+            0/1 label.
         items: Table of items with item_id and title; every other column is an attribute.
-        columns: Our column name -> the name in your interactions, for user_id, item_id, timestamp, rating,
-            label, split.
+        columns: Our column name -> the name in your interactions, for user_id, item_id, timestamp, rating, label,
+            split.
         item_columns: Our name -> the name in your items, for item_id, title and any attribute.
     """
 
@@ -75,33 +72,31 @@ class TableLogs(Logs):
         columns: dict[str, str] | None = None,
         item_columns: dict[str, str] | None = None,
     ) -> None:
-        if isinstance(interactions, dict):
+        if isinstance(interactions, str):
+            self.parts: list[tuple[str | None, str]] = [(None, interactions)]
+        else:
             unknown = sorted(set(interactions) - set(GIVEN_SPLITS))
             if unknown or not interactions:
                 raise DataError(
                     f"data.logs.init_args.interactions names the splits {', '.join(unknown) or '(none)'}; "
                     f"allowed are {', '.join(GIVEN_SPLITS)}."
                 )
-        self.interactions, self.items = interactions, items
+            self.parts = [(split, interactions[split]) for split in GIVEN_SPLITS if split in interactions]
+        self.items = items
         self.columns, self.item_columns = columns or {}, item_columns or {}
 
     def read(self) -> RawLogs:
         """Read all files; see `Logs.read`."""
-        given = self.interactions
-        parts = given if isinstance(given, dict) else {None: given}
         sums: dict[str, str] = {}
         tables = [
-            _interactions(read_table(Path(parts[split]), sums), parts[split], self.columns, split)
-            for split in (None, *GIVEN_SPLITS)
-            if split in parts
+            _interactions(read_table(Path(name), sums), name, self.columns, split)
+            for split, name in self.parts
         ]
         items = _items(read_table(Path(self.items), sums), self.items, self.item_columns)
         if self.columns or self.item_columns:  # the same file read by other columns is another log
             text = json.dumps([self.columns, self.item_columns], sort_keys=True)
             sums[MAPPING] = hashlib.sha256(text.encode()).hexdigest()
-        raw = RawLogs(pl.concat(tables), items, sums)
-        _refuse_unknown_items(raw, self.items)
-        return raw
+        return RawLogs(pl.concat(tables), items, sums)
 
 
 class RecBoleLogs(TableLogs):
@@ -110,8 +105,8 @@ class RecBoleLogs(TableLogs):
     Args:
         folder: Folder with <name>.inter and <name>.item.
         name: Common name of the files. Null: the name of the folder.
-        columns: Our column name -> the name in the .inter file (without its type), for user_id, item_id,
-            timestamp, rating, label, split.
+        columns: Our column name -> the name in the .inter file (without its type), for user_id, item_id, timestamp,
+            rating, label, split.
         item_columns: Our name -> the name in the .item file, for item_id, title and any attribute.
     """
 
@@ -143,17 +138,16 @@ class MovieLens100K(Logs):
 class MovieLensLatestSmall(Logs):
     """MovieLens latest-small of 2016 (671 users, 9,066 films, 100,004 ratings), fetched on first use.
 
-    Items have title, year and genres; five have no title, their id stands for it. It has its own licence: research use,
-    no redistribution.
+    Items have title, year and genres; five have no title, their id stands for it. It has its own licence: research
+    use, no redistribution.
     """
 
     def read(self) -> RawLogs:
         """Fetch the files where they are not yet here, and read them; see `Logs.read`."""
         folder = fetch("ml-latest-small")
+        ratings, movies = str(folder / "ratings.csv"), str(folder / "movies.csv")
         columns = {"user_id": "userId", "item_id": "movieId"}
-        return TableLogs(
-            str(folder / "ratings.csv"), str(folder / "movies.csv"), columns, {"item_id": "movieId"}
-        ).read()
+        return TableLogs(ratings, movies, columns, {"item_id": "movieId"}).read()
 
 
 def _renamed(
@@ -179,11 +173,6 @@ def _interactions(
     """Columns of `RAW_SCHEMA` of a file; `columns`: our name -> the file's, `split`: that of the whole file or None."""
     # 1. our names
     allowed = ("user_id", "item_id", "timestamp", "rating", "label", "split")
-    unknown = sorted(set(columns) - set(allowed))
-    if unknown:
-        raise DataError(
-            f"data.logs.init_args.columns maps {', '.join(unknown)}; our names are {', '.join(allowed)}."
-        )
     table = _renamed(table, file, columns, allowed[:3], "columns")
     answers = [name for name in ("rating", "label") if name in table.columns]
     if not answers:
@@ -207,10 +196,8 @@ def _interactions(
         table = table.with_columns(split=pl.lit(split))
     absent = [name for name in allowed if name not in table.columns]
     table = table.with_columns(pl.lit(None).alias(name) for name in absent)
-    table = (
-        table.select(allowed).with_row_index("source_row", offset=1).with_columns(source_file=pl.lit(file))
-    )
-    return _typed(table, file, columns)
+    table = table.select(allowed).with_row_index("source_row", offset=1)
+    return _typed(table.with_columns(source_file=pl.lit(file)), file, columns)
 
 
 def _typed(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.DataFrame:
@@ -240,10 +227,8 @@ def _items(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
             "data.logs.init_args.item_columns, for example item_columns: {kind: item}."
         )
     item_id = ids(table["item_id"], file, columns.get("item_id", "item_id"))
-    table = table.with_columns(
-        item_id, *(plain_text(table[c], file, c) for c in table.columns if c != "item_id")
-    )
-    table = table.fill_null("")
+    texts = [plain_text(table[c], file, c) for c in table.columns if c != "item_id"]
+    table = table.with_columns(item_id, *texts).fill_null("")
     titles = table.group_by("item_id", maintain_order=True).agg(pl.col("title").unique(maintain_order=True))
     twice = titles.filter(pl.col("title").list.len() > 1)
     if not twice.is_empty():
@@ -255,26 +240,20 @@ def _items(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
     return table.unique("item_id", keep="first", maintain_order=True)
 
 
-def _refuse_unknown_items(raw: RawLogs, where: str) -> None:
-    absent = raw.interactions.filter(~pl.col("item_id").is_in(raw.items["item_id"].implode()))
-    if not absent.is_empty():
-        raise DataError(
-            f"{absent['source_file'][0]}, row {absent['source_row'][0]}: item {absent['item_id'][0]!r} is not "
-            f"in {where} ({absent.height:,} rows, {absent['item_id'].n_unique():,} items). Add the "
-            "items, or remove the rows."
-        )
-
-
 def checked(raw: RawLogs) -> RawLogs:
     """The log with the types of `RAW_SCHEMA`, its values checked as those of a file: a reader may be the user's own."""
     missing = [name for name in RAW_SCHEMA if name not in raw.interactions.columns]
-    if missing or raw.interactions.is_empty():
-        found = f"no column {', '.join(missing)}" if missing else "no rows"
+    if missing:
         raise DataError(
-            f"{READER} interactions: {found}; there are the columns {', '.join(raw.interactions.columns)}. A column "
-            "that the log does not have is null. Change read() of the class that data.logs names."
+            f"{READER} interactions: no column {', '.join(missing)}; there are the columns "
+            f"{', '.join(raw.interactions.columns)}. A column that the log does not have is null."
         )
     interactions = _typed(raw.interactions, f"{READER} interactions", {})
-    typed = replace(raw, interactions=interactions, items=_items(raw.items, f"{READER} items", {}))
-    _refuse_unknown_items(typed, f"{READER} items")
-    return typed
+    items = _items(raw.items, f"{READER} items", {})
+    absent = interactions.filter(~pl.col("item_id").is_in(items["item_id"].implode()))
+    if not absent.is_empty():
+        raise DataError(
+            f"{absent['source_file'][0]}, row {absent['source_row'][0]}: item {absent['item_id'][0]!r} is not in "
+            f"{READER} items ({absent.height:,} rows, {absent['item_id'].n_unique():,} items). Add or remove them."
+        )
+    return replace(raw, interactions=interactions, items=items)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from string import Formatter
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from project.data.ragged import IntArray, Ragged, join, total_lengths
+from project.data.ragged import IntArray, Ragged, join
 from project.errors import ConfigError
 from project.features import FEATURES, Floats, feature_matrix
 
@@ -27,19 +26,18 @@ class Prompt:
     Args:
         instruction: Stands once before every history. Never evicted, the same for everybody.
         segment: Template of one interaction or candidate. Null: title, the columns of the items whose texts are short,
-            and numbers of everything that is counted. Fields are columns of the items table (title and
-            attributes) and retrieved features: item_percent, user_percent, vote_percent (shares of likes), mf_percent
-            (chance of a like, see data.mf), item_similarity_percent (the user's own answers on similar items, see
-            item_neighbours of data.retriever), the same as learned tokens instead of text, one token each, in log-
-            odds, shrunk where rows are few, as item_number, user_number, vote_number (weighted by similarity),
-            mf_number, item_similarity_number, text_number (own answers on items of similar text), and the logarithm
-            of a count as item_count_number; several of these in one token as {item_number+mf_number}; likes,
-            neighbours (of the similar users), item_count, user_count (rounded down to 1, 2, 5, 10, 20, 50, ...).
-            {title:.40} is at most 40 characters of a title, or of an attribute.
-        answers: What follows a segment for a disliked and a liked item. Each must be a single token of the
-            tokenizer.
+            and numbers of everything that is counted. Fields are columns of the items table (title and attributes) and
+            retrieved features: item_percent, user_percent, vote_percent (shares of likes), mf_percent (chance of a
+            like, see data.mf), item_similarity_percent (the user's own answers on similar items, see item_neighbours
+            of data.retriever), the same as learned tokens instead of text, one token each, in log-odds, shrunk where
+            rows are few, as item_number, user_number, vote_number (weighted by similarity), mf_number,
+            item_similarity_number, text_number (own answers on items of similar text), and the logarithm of a count as
+            item_count_number; several of these in one token as {item_number+mf_number}; likes, neighbours (of the
+            similar users), item_count, user_count (rounded down to 1, 2, 5, 10, 20, 50, ...). {title:.40} is at most
+            40 characters of a title, or of an attribute.
+        answers: What follows a segment for a disliked and a liked item. Each must be a single token of the tokenizer.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
-            prompts have none. How often there is one, and how long, says data.retriever.init_args: similar_every,
+            prompts have none. How often there is one, and how long, is set by data.retriever.init_args: similar_every,
             similar_users, similar_items.
     """
 
@@ -159,19 +157,11 @@ _AT_MOST = re.compile(r"\.[1-9]\d{0,5}")  # a format that shortens
 _NO_NAME = re.compile(r"\d*|.*[.\[\]].*")  # what Python would not look up as one word
 
 
-def _parsed(template: str, key: str) -> list[tuple[str, str | None, str, str | None]]:
-    """(text, name, format, conversion of the field behind it) of each part of a template."""
-    try:
-        return [(text, name, spec or "", how) for text, name, spec, how in Formatter().parse(template)]
-    except ValueError as error:
-        raise ConfigError(f"{key} {template!r} is not a template: {error}.") from error
-
-
 def field_names(template: str) -> list[str]:
     """Fields of a template in order; of one that is malformed none, since `PromptEncoder` will say so."""
     try:
-        return [name for _, name, *_ in _parsed(template, "template") if name is not None]
-    except ConfigError:
+        return [name for _, name, *_ in Formatter().parse(template) if name is not None]
+    except ValueError:
         return []
 
 
@@ -203,8 +193,14 @@ def split_template(
     """
     worded = list(retrieved_fields)
     own = [name for name in item_fields if not _NO_NAME.fullmatch(name)]
+    try:
+        parsed = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(f"data.prompt.segment {template!r} is not a template: {error}.") from error
+    if not parsed:
+        raise ConfigError("data.prompt.segment is empty: a segment needs a token before its answer.")
     parts: list[tuple[str, str]] = []
-    for text, name, spec, conversion in _parsed(template, "data.prompt.segment"):
+    for text, name, spec, conversion in parsed:
         static = text.replace("{", "{{").replace("}", "}}")
         if name is not None:
             written = f"{{{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}}}"
@@ -216,10 +212,6 @@ def split_template(
             parts.append(("static", static))
         if name is not None and name not in own:
             parts.append(("retrieved" if name in worded else "number", name))
-    if not parts:
-        raise ConfigError(
-            "data.prompt.segment is empty: a segment needs at least one token before its answer."
-        )
     return parts
 
 
@@ -227,7 +219,7 @@ def _check_field(name: str, written: str, own: list[str], worded: list[str]) -> 
     """Refuse a field that is unknown, both an item column and a retrieved feature, or has a format it cannot have."""
     if name not in [*own, *worded] and not fields_together(name):
         raise ConfigError(
-            f"data.prompt.segment names the field {{{name}}}, which nobody knows. Item fields here: "
+            f"data.prompt.segment names the field {{{name}}}, which is unknown. Item fields here: "
             f"{', '.join(own)}; retrieved features: {', '.join([*worded, *NUMBERS])}; several "
             "numbers in one token, each once, as {item_number+mf_number}."
         )
@@ -246,18 +238,8 @@ def _check_field(name: str, written: str, own: list[str], worded: list[str]) -> 
 SHORT = 12  # median tokens of a column that the default segment shows
 
 
-class Tokenizer(Protocol):
-    """The one call that is needed of a Hugging Face tokenizer."""
-
-    def encode(
-        self, text: str, *, add_special_tokens: bool = ..., split_special_tokens: bool = ...
-    ) -> list[int]:
-        """Token ids of `text`."""
-        ...
-
-
 def with_segment(
-    prompt: Prompt, tokenizer: Tokenizer, items: pl.DataFrame, numbers: Sequence[str] = ()
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, items: pl.DataFrame, numbers: Sequence[str] = ()
 ) -> Prompt:
     """The prompt with a segment: its own, or where it has none the title, short item columns, and in one token numbers.
 
@@ -283,27 +265,16 @@ def with_segment(
 
 @dataclass(frozen=True)
 class Segments:
-    """Token ids of n segments.
+    """Token ids of n segments."""
 
-    Attributes:
-        tokens: n ragged lists of token ids, the answer included where it is known.
-        slots: (n,) index of the answer slot inside each segment.
-    """
-
-    tokens: Ragged
-    slots: IntArray
+    tokens: Ragged  # n lists, the answer included where it is known
+    slots: IntArray  # (n,) index of the answer slot inside each segment
 
 
 class PromptEncoder:
-    """Turns items, retrieved features and answers into segments.
+    """Turns items (codes of `Interactions.items`), retrieved features and answers into segments."""
 
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        prompt: The wording; without a segment it gets that of `with_segment`.
-        items: The items table (`Interactions.items`), one row an item code.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Prompt, items: pl.DataFrame) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, items: pl.DataFrame) -> None:
         self._tokenizer = tokenizer
         item_fields = [c for c in items.columns if c not in ("item", "item_id")]
         segment = with_segment(prompt, tokenizer, items).segment
@@ -338,9 +309,8 @@ class PromptEncoder:
 
     def _ids(self, text: str) -> list[int]:
         """Of a text that holds what items bring: no control tokens."""
-        if not text:
-            return []
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        return list(self._tokenizer.encode(text, **options)) if text else []
 
     def _encode_values(self, texts: list[str]) -> Ragged:
         """Token ids of texts, each distinct one tokenised once."""
@@ -359,15 +329,14 @@ class PromptEncoder:
             elif features is not None and kind == "number":
                 parts.append(Ragged(number_ids(features, name.split("+")), np.arange(len(item) + 1)))
             else:
+                # a column may be absent: item_similarity is there with retrievers that compare items
                 column, render = RETRIEVED_FIELDS[name]
-                found = (
-                    column in retrieved.columns
-                )  # item_similarity is there with retrievers that compare items
-                parts.append(
-                    self._encode_values(render(retrieved[column]) if found else [UNKNOWN] * len(item))
-                )
+                known = column in retrieved.columns
+                texts = render(retrieved[column]) if known else [UNKNOWN] * len(item)
+                parts.append(self._encode_values(texts))
         answers = self._answers.take(np.where(label < 0, 2, label).astype(np.int64))
-        return Segments(join([*parts, answers]), total_lengths(parts) - 1)
+        segments = join([*parts, answers])
+        return Segments(segments, segments.lengths - answers.lengths - 1)
 
     def least_lengths(self) -> IntArray:
         """(items,) fewest tokens of an item's segment and its answer: one for each retrieved feature."""

@@ -18,6 +18,7 @@ SPLITS = ("train", "valid", "test")
 FOLDS = ("select", "tune", "certify")
 ROLES = ("target", "context")
 
+_OPERATORS = {">": "gt", ">=": "ge", "<": "lt", "<=": "le", "==": "eq"}
 _RULE = re.compile(r"\s*rating\s*(>=|<=|==|>|<)\s*([-+]?\d*\.?\d+)\s*")
 
 
@@ -27,16 +28,15 @@ class Protocol:
 
     Args:
         name: Name in tables. Null: made from the fields, such as global_time-80-10-10-h5.
-        split: How rows are cut. global_time: two instants for all users; user_time: two instants for each
-            user; random: a seeded permutation; leave_last: each user's last row is test, the one before is
-            valid; given: the log says it (a `split` column, or one file per split).
+        split: How rows are cut. global_time: two instants for all users; user_time: two instants for each user;
+            random: a seeded permutation; leave_last: each user's last row is test, the one before is valid; given: the
+            log says it (a `split` column, or one file per split).
         shares: Shares of train, valid and test (not used by leave_last and given).
-        minimum_history: A row is a target only if its user has at least this many strictly earlier rows;
-            others are context.
+        minimum_history: A row is a target only if its user has at least this many strictly earlier rows; others are
+            context.
         label: Rule for a positive answer, such as "rating > 3". Null: the log's own 0/1 column label.
         drop_ratings: Rows with these ratings are removed before anything else.
-        duplicates: What to do with rows that repeat a user, item and timestamp: error, or keep the first or
-            last.
+        duplicates: What to do with rows that repeat a user, item and timestamp: error, or keep the first or last.
         seed: Seed of the random split.
         fold_salt: Salt of the user hash that assigns validation users to folds.
         fold_shares: Shares of the users in the folds select, tune and certify.
@@ -69,16 +69,14 @@ class Protocol:
     def check(self) -> None:
         """Raise `ConfigError` for a value that cannot work; needs no data, so it can run before logs."""
         for key, shares, names in (("shares", self.shares, SPLITS), ("fold_shares", self.fold_shares, FOLDS)):
-            if len(shares) != 3 or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+            wrong = len(shares) != 3 or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6)
+            if wrong or (
+                key == "fold_shares" and min(shares) == 0
+            ):  # a fold without users would be found out late
                 raise ConfigError(
-                    f"data.protocol.{key} is {shares}; expected 3 shares ({', '.join(names)}), none negative, "
-                    "that sum to 1."
+                    f"data.protocol.{key} is {shares}; expected 3 shares ({', '.join(names)}), none negative (of "
+                    "fold_shares none 0), that sum to 1."
                 )
-        if min(self.fold_shares) == 0:
-            raise ConfigError(
-                f"data.protocol.fold_shares is {self.fold_shares}; expected a share above 0 for each of "
-                f"{', '.join(FOLDS)}: one chooses the checkpoint, one the exits, one certifies them."
-            )
         for key in ("minimum_history", "seed"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"data.protocol.{key} is {getattr(self, key)}; it must be 0 or more.")
@@ -95,61 +93,45 @@ def label_expression(rule: str | None) -> pl.Expr:
             f'data.protocol.label: cannot read the rule {rule!r}. Write it as "rating > 3" (operators > >= < <= ==), '
             "or null for a log with a 0/1 label column."
         )
-    rating, number = pl.col("rating"), float(match[2])
-    positive = {
-        ">": rating > number,
-        ">=": rating >= number,
-        "<": rating < number,
-        "<=": rating <= number,
-        "==": rating == number,
-    }[match[1]]
-    return positive.cast(pl.Int8)
+    compared: pl.Expr = getattr(pl.col("rating"), _OPERATORS[match[1]])(float(match[2]))
+    return compared.cast(pl.Int8)
 
 
 @dataclass(frozen=True)
 class Interactions:
     """Coded interactions of one log.
 
-    Attributes:
-        rows: One row per interaction, sorted by (timestamp, user, item): `row_id` Int64 (the position,
-            0..n-1), `user` and `item` Int32, `timestamp` Float64 (seconds), `label` Int8 (0 or 1), `rating`
-            Float64 (null where the log has only labels), `given_split` String (null unless the log names it).
-        users: `user` Int32 (0..), `user_id` String: the users with at least one row.
-        items: `item` Int32 (0..), `item_id`, `title`, then attribute columns (String, "" = unknown): the
-            whole catalogue, rated or not.
-        files: File name -> SHA-256 of what was read.
-        duplicates: Rows removed because they repeat the (user, item, timestamp) of another row.
-        dropped: Rows removed by the protocol's `drop_ratings`.
-        items_without_title: Items that have their id as title, since the log has none.
+    `rows` has one row an interaction, sorted by (timestamp, user, item): `row_id` Int64 (the position, 0..n-1), `user`
+    and `item` Int32, `timestamp` Float64 (seconds), `label` Int8 (0 or 1), `rating` Float64 (null where the log has
+    only labels), `given_split` String (null unless the log names it).
     """
 
     rows: pl.DataFrame
-    users: pl.DataFrame
-    items: pl.DataFrame
-    files: dict[str, str]
-    duplicates: int = 0
-    dropped: int = 0
-    items_without_title: int = 0
+    users: pl.DataFrame  # user Int32 (0..), user_id: those with at least one row
+    items: pl.DataFrame  # item Int32 (0..), item_id, title, then attributes: the whole catalogue
+    files: dict[str, str]  # file name -> SHA-256 of what was read
+    duplicates: int = 0  # rows removed because they repeat the (user, item, timestamp) of another row
+    dropped: int = 0  # rows removed by the protocol's drop_ratings
+    items_without_title: int = 0  # these have their id as title
 
 
 def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     """Check what a reader returned, apply the protocol's row rules (dropped ratings, labels, duplicates), code ids."""
-    label = label_expression(protocol.label)
     raw = checked(raw)
     # 1. dropped ratings, before duplicates are looked for, both in file order
-    kept = raw.interactions
-    if protocol.drop_ratings:
-        if kept["rating"].is_null().all():
-            raise ConfigError(
-                f"data.protocol.drop_ratings is {protocol.drop_ratings}, but the log has no ratings. Set it to [], or "
-                "map the rating column under data.logs.init_args.columns."
-            )
-        kept = kept.filter(~pl.col("rating").is_in(list(map(float, protocol.drop_ratings))).fill_null(False))
-    if kept.is_empty():
-        raise DataError("No interaction is left after data.protocol.drop_ratings.")
+    dropped = pl.col("rating").is_in(list(map(float, protocol.drop_ratings))).fill_null(False)
+    kept = raw.interactions.filter(~dropped)
     # 2. labels
-    labelled = kept.with_columns(label=label)
-    _check_labels(labelled, protocol.label)
+    labelled = kept.with_columns(label=label_expression(protocol.label))
+    missing = labelled.filter(pl.col("label").is_null())
+    if not missing.is_empty():
+        column = "label" if protocol.label is None else "rating"
+        raise DataError(
+            f"{missing['source_file'][0]}, row {missing['source_row'][0]}: no {column} ({missing.height:,} of "
+            f"{kept.height:,} rows have none that can be read). Set data.protocol.label: null for a log of 0/1 labels, "
+            'data.protocol.label: "rating > 3" for one of ratings, or map the column under '
+            f"data.logs.init_args.columns.{column}."
+        )
     # 3. duplicates
     distinct = _without_duplicates(labelled, protocol.duplicates)
     # 4. codes
@@ -167,30 +149,6 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         dropped=raw.interactions.height - kept.height,
         items_without_title=int(untitled.sum()),
     )
-
-
-def _check_labels(rows: pl.DataFrame, rule: str | None) -> None:
-    missing = rows.filter(pl.col("label").is_null())
-    if not missing.is_empty():
-        what = "label" if rule is None else "rating"
-        fix = (
-            "and data.protocol.label names no rule that makes one of the rating. Say what a positive answer is, for "
-            'example data.protocol.label: "rating > 3", or map the log\'s 0/1 column'
-            if rule is None
-            else f"but data.protocol.label is {rule!r}. Set data.protocol.label: null for a log with a 0/1 label "
-            "column, or map the column"
-        )
-        raise DataError(
-            f"{missing['source_file'][0]}, row {missing['source_row'][0]}: no {what} ({missing.height:,} of "
-            f"{rows.height:,} rows have none that can be read), {fix} under data.logs.init_args.columns.{what}."
-        )
-    if rows["label"].n_unique() == 1:
-        source = "the label column" if rule is None else f"data.protocol.label {rule!r}"
-        raise DataError(
-            f"All {rows.height:,} labels are {rows['label'][0]} ({source}): nothing can be learned or "
-            "ranked. Change the rule. Clicks alone need rows with label 0 too: what was shown and not clicked, or "
-            "negatives of your own."
-        )
 
 
 def _without_duplicates(rows: pl.DataFrame, policy: Literal["error", "first", "last"]) -> pl.DataFrame:
@@ -222,21 +180,15 @@ def _coded(ids: pl.Series, code: str) -> pl.DataFrame:
 class SplitInteractions:
     """Interactions with a split, a fold and a role for every row.
 
-    Attributes:
-        interactions: What was split.
-        rows: `interactions.rows` (same order) and `hist` Int32 (the user's strictly earlier rows), `split`
-            Enum(SPLITS), `fold` Enum(FOLDS) (null outside valid), `role` Enum(ROLES).
-        protocol: The rules that were applied.
-        manifest: What was found, ready for JSON; see `_manifest`.
-        hash: First 16 hex digits of the SHA-256 over protocol, file checksums and (row id, split, fold, role,
-            label).
+    `rows` are `interactions.rows` (same order) and `hist` Int32 (the user's strictly earlier rows), `split`
+    Enum(SPLITS), `fold` Enum(FOLDS) (null outside valid), `role` Enum(ROLES).
     """
 
     interactions: Interactions
     rows: pl.DataFrame
     protocol: Protocol
-    manifest: dict[str, Any]
-    hash: str
+    manifest: dict[str, Any]  # what results and reports show of the log, ready for JSON
+    hash: str  # 16 hex digits of the SHA-256 over protocol, file checksums and (row id, split, fold, role, label)
 
 
 def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInteractions:
@@ -245,15 +197,10 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     A row of split S may later read rows of splits up to S (train < valid < test) with a strictly earlier timestamp.
     """
     protocol.check()
-    rows = interactions.rows.with_columns(
-        hist=pl.col("timestamp").rank("min").over("user").cast(pl.Int32) - 1,
-    )
-    is_target = (pl.col("hist") >= protocol.minimum_history) & (
-        pl.col("given_split").fill_null("") != "history"
-    )
-    rows = rows.with_columns(
-        role=pl.when(is_target).then(pl.lit("target")).otherwise(pl.lit("context")).cast(pl.Enum(ROLES))
-    )
+    hist = pl.col("timestamp").rank("min").over("user").cast(pl.Int32) - 1
+    is_target = (hist >= protocol.minimum_history) & (pl.col("given_split").fill_null("") != "history")
+    role = pl.when(is_target).then(pl.lit("target")).otherwise(pl.lit("context")).cast(pl.Enum(ROLES))
+    rows = interactions.rows.with_columns(hist=hist, role=role)
     rows = rows.with_columns(split=_splits(rows, protocol))
     folds = _folds(interactions.users["user_id"], protocol).gather(rows["user"])
     rows = rows.with_columns(fold=pl.when(pl.col("split") == "valid").then(folds))
@@ -274,17 +221,12 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
             if missing:
                 raise DataError(
                     f"data.protocol.split is given, but {missing:,} of {rows.height:,} rows name no split. Map a "
-                    "column with train, valid, test or history under data.logs.init_args.columns.split, give one "
-                    "file per split under data.logs.init_args.interactions, or choose another data.protocol.split."
+                    "column with train, valid, test or history under data.logs.init_args.columns.split, give one file "
+                    "per split under data.logs.init_args.interactions, or choose another data.protocol.split."
                 )
             return rows["given_split"].replace("history", "train").cast(pl.Enum(SPLITS))
         case "global_time":
             times = rows.filter(pl.col("role") == "target")["timestamp"].to_numpy()
-            if len(times) == 0:
-                raise DataError(
-                    f"No row has the {protocol.minimum_history} strictly earlier rows of its user that make it a "
-                    "target. Lower data.protocol.minimum_history."
-                )
             for cut in _cuts(len(times), protocol.shares):
                 codes += time >= np.append(times, np.inf)[int(cut)]  # a share of 0 cuts after the last target
         case "user_time":
@@ -338,8 +280,8 @@ def _check_targets(rows: pl.DataFrame, protocol: Protocol) -> None:
         if labels[split].n_unique() == 1:
             raise DataError(
                 f"All {len(labels[split]):,} targets of {split} have label {labels[split][0]} under "
-                f"{protocol.resolved_name()} (targets: {found}). Change data.protocol.label, "
-                "data.protocol.shares or data.protocol.split."
+                f"{protocol.resolved_name()} (targets: {found}). Change data.protocol.label, data.protocol.shares or "
+                "data.protocol.split. Clicks alone need rows with label 0 too: what was shown and not clicked."
             )
 
 
@@ -358,9 +300,9 @@ def _manifest(
 ) -> dict[str, Any]:
     """What results and reports show of a log, ready for JSON.
 
-    `counts` and `positives` are of targets, `context` of other rows; `cold_user_share` and `cold_item_share` are shares
-    of targets whose user or item has no train target; `tie_share` is that of rows that share user and timestamp with
-    another.
+    `counts` and `positives` are of targets, `context` of other rows; `cold_user_share` and `cold_item_share` are
+    shares of targets whose user or item has no train target; `tie_share` is that of rows that share user and timestamp
+    with another.
     """
     targets = rows.filter(pl.col("role") == "target")
     context = rows.filter(pl.col("role") == "context")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +24,35 @@ EXAMPLE = '{"request_id": "r1", "user_id": "196", "time": 880000000, "candidates
 
 @dataclass(frozen=True)
 class Request:
-    """One request.
+    """Candidates of a user of the logs, or of somebody with a history of their own."""
 
-    Attributes:
-        request_id: Name of the request in the output.
-        user_id: A user of the logs (an unknown one has an empty history), or None where `history` is given.
-        history: (item id, label 0 or 1, time in seconds) in any order, instead of a user of the logs.
-        time: Seconds; only strictly earlier rows are read. None: after all rows of the logs and of `history`.
-        candidates: Item ids to score.
-    """
-
-    request_id: str
-    user_id: str | None
-    history: tuple[tuple[str, int, float], ...]
-    time: float | None
-    candidates: tuple[str, ...]
+    request_id: str  # its name in the output
+    user_id: str | None  # an unknown one has an empty history; None where `history` is given
+    history: tuple[tuple[str, int, float], ...]  # (item id, label 0 or 1, time in seconds) in any order
+    time: (
+        float | None
+    )  # seconds: only strictly earlier rows are read; None: after all of the logs and `history`
+    candidates: tuple[str, ...]  # item ids to score
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A request that cannot be scored, and costs the others nothing.
+    """A request that cannot be scored, and costs the others nothing."""
 
-    Attributes:
-        place: Where it stood among all requests, from 0.
-        request_id: Its name; its line where it has none.
-        candidates: Its candidates as text; may be empty.
-        error: Where it was found, why it cannot be scored, and what would help.
-    """
-
-    place: int
-    request_id: str
-    candidates: tuple[str, ...]
-    error: str
+    place: int  # among all requests, from 0
+    request_id: str  # its name; its line where it has none
+    candidates: tuple[str, ...]  # as text; may be empty
+    error: str  # where it was found, why it cannot be scored, and what would help
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests and the catalogue they refer to.
+    """Requests and the catalogue they refer to."""
 
-    Attributes:
-        requests: In the order of the file.
-        items: The items table, followed by items that only the requests know.
-        codes: Item id -> row of `items`.
-        refused: Lines of the same file that are no request, or name unknown items.
-    """
-
-    requests: list[Request]
-    items: pl.DataFrame
-    codes: dict[str, int]
-    refused: tuple[Refused, ...] = ()
+    requests: list[Request]  # in the order of the file
+    items: pl.DataFrame  # the items table, followed by items that only the requests know
+    codes: dict[str, int]  # item id -> row of `items`
+    refused: tuple[Refused, ...] = ()  # lines of the same file that are no request, or name unknown items
 
     def table(self) -> pl.DataFrame:
         """One row a candidate: request_id, candidate_index, item_id; its position is the candidate's row id."""
@@ -84,44 +64,36 @@ class Requests:
 # Requests of a file
 
 
-@dataclass
-class _Catalogue:
-    """Known items, and those that requests bring with a title of their own."""
-
-    items: pl.DataFrame
-    codes: dict[str, int]
-    added: list[dict[str, Any]] = field(default_factory=list)
-
-    def item_id(self, value: Any) -> str:
-        """Id of a candidate or history item, given as an id or as an object with item_id and title."""
-        details = value if isinstance(value, dict) else {"item_id": value}
-        if details.get("item_id") is None:
-            raise DataError(f"found an item {_shown(value)} without item_id; expected {EXAMPLE}.")
-        item_id = str(details["item_id"]).strip()
-        if item_id not in self.codes:
-            if not str(details.get("title") or "").strip():
-                raise DataError(
-                    f"item {_shown(item_id)} is not in the items table and has no title. Add it to the items "
-                    'table, or give it as {"item_id": ..., "title": ...} with any attribute of the items table.'
-                )
-            self.codes[item_id] = len(self.codes)
-            texts = {c: str(details.get(c) or "") for c in self.items.columns}
-            self.added.append(texts | {"item": self.codes[item_id], "item_id": item_id})
-        return item_id
-
-
 def read_requests(file: str | None, interactions: Interactions) -> Requests:
     """Read requests from a file with a JSON object a line, or with the same fields as Parquet columns.
 
-    What is no request, names an item that is neither known nor has a title, or has the request_id of another one, is in
-    `refused`.
+    What is no request, names an item that is neither known nor has a title, or has the request_id of another one, is
+    in `refused`.
     """
     if file is None:
         raise DataError(
             f"predict needs data.requests, a JSONL or Parquet file with lines such as {EXAMPLE}; none was given."
         )
-    known = interactions.items
-    catalogue = _Catalogue(known, dict(known.select("item_id", "item").iter_rows()))
+    known, added = interactions.items, list[dict[str, Any]]()
+    codes = dict(known.select("item_id", "item").iter_rows())
+
+    def item_of(value: Any) -> str:
+        """Id of a candidate or history item, given as an id or as an object with item_id and title."""
+        details = value if isinstance(value, dict) else {"item_id": value}
+        if details.get("item_id") is None:
+            raise DataError(f"found an item {_shown(value)} without item_id; expected {EXAMPLE}.")
+        item_id = str(details["item_id"]).strip()
+        if item_id not in codes:
+            if not str(details.get("title") or "").strip():
+                raise DataError(
+                    f"item {_shown(item_id)} is not in the items table and has no title. Add it to the items table, "
+                    'or give it as {"item_id": ..., "title": ...} with any attribute of the items table.'
+                )
+            codes[item_id] = len(codes)
+            texts = {c: str(details.get(c) or "") for c in known.columns}
+            added.append(texts | {"item": codes[item_id], "item_id": item_id})
+        return item_id
+
     requests, refused, places = list[Request](), list[Refused](), dict[str, str]()
     for place, (at, line) in enumerate(_lines(Path(file))):
         name, candidates = at, tuple[str, ...]()
@@ -139,7 +111,7 @@ def read_requests(file: str | None, interactions: Interactions) -> Requests:
             listed = record.get("candidates")
             if isinstance(listed, list):
                 candidates = tuple(str(c.get("item_id") if isinstance(c, dict) else c) for c in listed)
-            requests.append(_request(record, catalogue))
+            requests.append(_request(record, item_of))
         except (DataError, RecursionError) as error:
             refused.append(Refused(place, name, candidates, f"{file}, {at}: {error}"))
     if not requests:
@@ -148,8 +120,8 @@ def read_requests(file: str | None, interactions: Interactions) -> Requests:
             if refused
             else f"{file} (data.requests) holds no request; expected lines such as {EXAMPLE}."
         )
-    items = pl.concat([known, pl.DataFrame(catalogue.added, schema=known.schema)])
-    return Requests(requests, items, catalogue.codes, tuple(refused))
+    items = pl.concat([known, pl.DataFrame(added, schema=known.schema)])
+    return Requests(requests, items, codes, tuple(refused))
 
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
@@ -184,41 +156,35 @@ def _record(line: bytes | dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _request(record: dict[str, Any], catalogue: _Catalogue) -> Request:
+def _request(record: dict[str, Any], item_of: Callable[[Any], str]) -> Request:
     names = ("request_id", "user_id", "history", "time", "candidates")
     request_id, user_id, history, time, candidates = map(record.get, names)
-    if set(record) - set(names) or "candidates" not in record or request_id is None:
+    well_formed = (
+        set(record) <= set(names)
+        and request_id is not None
+        and (user_id is None) != (history is None)
+        and isinstance(candidates, list)
+        and candidates != []
+        and isinstance(history, list | None)
+        and all(isinstance(row, dict) and row.get("label") in (0, 1) for row in history or ())
+    )
+    if not well_formed:
         raise DataError(
-            f"found the fields {_shown(list(record))}; expected request_id, candidates, user_id or history, and "
-            "optionally time."
+            f"found {_shown(record)}; expected {EXAMPLE} with at least one candidate, and either user_id or a history, "
+            f"which is a list such as {EXAMPLE_HISTORY} with label 0 or 1."
         )
-    if (user_id is None) == (history is None):
-        raise DataError("expected either user_id or history, not both and not neither.")
-    if not isinstance(candidates, list) or not candidates:
-        raise DataError(f"candidates is {_shown(candidates)}; expected a list of at least one item id.")
-    if not isinstance(history, list | None):
-        raise DataError(f"history is {_shown(history)}; expected a list such as {EXAMPLE_HISTORY}.")
-    past = []
-    for row in history or ():
-        if not isinstance(row, dict) or row.get("label") not in (0, 1):
-            raise DataError(
-                f"history holds {_shown(row)}; expected rows such as {EXAMPLE_HISTORY[1:-1]}, with label 0 or 1."
-            )
-        past.append((catalogue.item_id(row), int(row["label"]), _seconds(row.get("time"))))
     return Request(
         request_id=str(request_id),
         user_id=None if user_id is None else str(user_id).strip(),
-        history=tuple(past),
+        history=tuple((item_of(row), int(row["label"]), _seconds(row.get("time"))) for row in history or ()),
         time=None if time is None else _seconds(time),
-        candidates=tuple(map(catalogue.item_id, candidates)),
+        candidates=tuple(item_of(value) for value in record["candidates"]),
     )
 
 
 def _seconds(value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < MILLISECONDS:
-        raise DataError(
-            f"time is {_shown(value)}; expected seconds since 1970 as a number (no milliseconds)."
-        )
+        raise DataError(f"time is {_shown(value)}; expected seconds since 1970, no milliseconds.")
     return float(value)
 
 
@@ -283,13 +249,8 @@ def request_streams(
 ) -> Streams:
     """One stream a request: what the user did strictly before its time, then its candidates.
 
-    Args:
-        requests: What is scored.
-        split: The logs; requests read all of them, as test does.
-        retrieved: Retrieved features of the logs' rows (the table of test).
-        encoder: Made for `requests.items`.
-        retrieve: Gives the retrieved features, in order, of rows outside the logs (user, item, timestamp, label,
-            candidate).
+    `retrieved` are features of all rows of the log, which requests read as test does; `retrieve` gives them, in order,
+    for rows outside the log (user, item, timestamp, label, candidate).
     """
     # 1. rows of the log by user, in time order, and rows outside it: histories of requests, and candidates
     log = split.rows.select("user", "item", "row_id", "timestamp", "label").join(retrieved, on="row_id")
@@ -340,10 +301,8 @@ SCHEMA: dict[str, type[pl.DataType]] = {
 class Workload:
     """Requests and the answers that the log knows.
 
-    Attributes:
-        requests: What is scored.
-        table: One row a candidate, in the order of `requests.table()`: request_id, candidate_index, user, and label
-            and row_id of a labelled target, null for a candidate from the catalogue.
+    `table` (`SCHEMA`) has one row a candidate, in the order of `requests.table()`; label and row_id are null for a
+    candidate from the catalogue.
     """
 
     requests: Requests
@@ -361,18 +320,11 @@ def catalogue_requests(
 ) -> Workload:
     """Requests of sampled targets, each at its own time, filled up with items from the catalogue.
 
-    The target's item is the labelled candidate, at a random place. The others are distinct items that the user has
-    not rated strictly earlier; a request is shorter where fewer are left. A target has the same candidates whatever
-    `count` is, and a larger sample contains the smaller one.
-
-    Args:
-        split: The log under its protocol.
-        part: test, or a fold of validation: select, tune or certify.
-        count: Requests; all targets of the part where it has fewer.
-        candidates: Candidates of a request, the target included.
-        seed: Seed of the sample.
-        history: Requests bring a history of their own, the user's latest so many rows that are strictly earlier, and
-            targets with fewer are left out; None: the log's, as long as it is.
+    The target's item is the labelled candidate, at a random place. The others are distinct items that the user has not
+    rated strictly earlier; a request is shorter where fewer are left. A target has the same candidates whatever
+    `count` is, and a larger sample contains the smaller one. With `history`, requests bring the user's latest so many
+    strictly earlier rows as a history of their own, and targets with fewer are left out; None: the log's, as long as
+    it is.
     """
     if count < 1 or candidates < 1:
         raise ConfigError(f"found {count} requests of {candidates} candidates; expected 1 or more of both")
@@ -380,9 +332,7 @@ def catalogue_requests(
     if history is not None:
         targets = targets.filter(pl.col("hist") >= history)
         if targets.is_empty():
-            raise DataError(
-                f"no target of {part} has {history} strictly earlier rows of its user; request fewer."
-            )
+            raise DataError(f"no target of {part} has {history} strictly earlier rows; request fewer.")
     drawn = np.sort(np.random.default_rng(seed).permutation(targets.height)[:count])
     past = split.rows.filter(pl.col("user").is_in(targets["user"].unique().implode()))
     rated = {user: rows for (user,), rows in past.group_by("user", maintain_order=True)}
@@ -416,13 +366,8 @@ def catalogue_requests(
 def labelled_requests(split: SplitInteractions, part: str, candidates: int, minimum: int) -> Workload:
     """One request a user over the user's own targets of the part, at the time of the first of them.
 
-    All labels are known and the history is frozen at that time, so that labels measure rankings.
-
-    Args:
-        split: The log under its protocol.
-        part: test, or a fold of validation: select, tune or certify.
-        candidates: Most candidates of a request: the user's earliest targets, each item once.
-        minimum: Users with fewer rated items among their targets are left out.
+    Candidates are the user's earliest targets, each item once; users with fewer than `minimum` are left out. All
+    labels are known and the history is frozen at that time, so that labels measure rankings.
     """
     targets = _targets(split, part).unique(["user", "item"], keep="first", maintain_order=True)
     ids = split.interactions.items["item_id"].to_list()
@@ -461,9 +406,7 @@ def _targets(split: SplitInteractions, part: str) -> pl.DataFrame:
         pl.col("role") == "target", is_test if part == "test" else pl.col("fold") == part
     )
     if targets.is_empty():
-        raise DataError(
-            f"the part {part} has no targets to make requests of: give more data or change the shares"
-        )
+        raise DataError(f"{part} has no targets to make requests of: give more data or change the shares")
     early = split.rows.filter(is_test, pl.col("timestamp") < targets["timestamp"].max()).height
     if part != "test" and early:
         raise ConfigError(

@@ -20,8 +20,8 @@ ROOM = 0.25  # a window may pass `context_tokens` by this share for the rows tha
 class Window:
     """One packed sequence: positions [start, stop) as context only, then [first, last) to be scored.
 
-    The two ranges touch (`stop == first`) except where many rows share one timestamp: those do not see each other,
-    so a window that scores some of them leaves the others out.
+    The two ranges touch (`stop == first`) except where many rows share one timestamp: those do not see each other, so
+    a window that scores some of them leaves the others out.
     """
 
     start: int
@@ -45,12 +45,8 @@ def context_starts(lengths: IntArray, groups: IntArray, context_tokens: int) -> 
     """(g + 1,) where the context of each time group starts: that of group j is [result[j], groups[j]).
 
     After a group has been appended and the stream holds more than `context_tokens`, the oldest segments are dropped
-    until at most half of that is left. The last entry is that of a request later than all rows.
-
-    Args:
-        lengths: (n,) tokens of each segment of the stream.
-        groups: (g + 1,) positions where time groups start, see `time_groups`.
-        context_tokens: Capacity of the window in tokens.
+    until at most half of that is left. The last entry is that of a request later than all rows. `lengths` (n,) are
+    tokens of each segment, `groups` (g + 1,) the positions of `time_groups`.
     """
     offsets = offsets_of(lengths)
     starts = np.zeros(len(groups), dtype=np.int64)
@@ -64,24 +60,15 @@ def context_starts(lengths: IntArray, groups: IntArray, context_tokens: int) -> 
 
 
 def evaluation_windows(
-    lengths: IntArray,
-    groups: IntArray,
-    target: BoolArray,
-    context_tokens: int,
-    context: BoolArray | None = None,
+    lengths: IntArray, groups: IntArray, target: BoolArray, context_tokens: int, context: BoolArray
 ) -> Iterator[Window]:
-    """Windows in which every target of the stream is scored exactly once.
+    """Windows in which every target of a stream is scored exactly once; lengths and groups as in `context_starts`.
 
-    Args:
-        lengths: (n,) tokens of each segment.
-        groups: (g + 1,) positions where time groups start.
-        target: (n,) whether a position is to be scored.
-        context_tokens: Capacity of the window in tokens.
-        context: (n,) whether later rows may see a position: what may not be seen fills no window. None: all may.
+    A position (n,) that is no `context` for later rows fills no window.
     """
     # 1. time groups with the same context start share a window
     offsets = offsets_of(lengths)
-    seen = lengths if context is None else np.where(context, lengths, 0)
+    seen = np.where(context, lengths, 0)
     seen_offsets = offsets_of(seen)
     starts = context_starts(seen, groups, context_tokens)[:-1]
     room = int(context_tokens * (1 + ROOM))
@@ -123,27 +110,18 @@ def training_windows(lengths: IntArray, context_tokens: int, first_cut: int) -> 
 
 @dataclass(frozen=True)
 class Streams:
-    """s streams over n segments, one after the other.
+    """Streams of s users (or requests) over n segments, one after the other."""
 
-    Attributes:
-        offsets: (s + 1,) where each stream starts.
-        row_id: (n,) row of the log (or index of the candidate) that a segment is about; -1 where it is about none.
-        timestamp: (n,) seconds, not decreasing inside a stream.
-        label: (n,) 0, 1, or -1 where unknown.
-        target: (n,) whether a head is to score the segment.
-        context: (n,) whether later segments may see it.
-        tokens: n + 1 ragged token lists; the last one is the instruction.
-        slots: (n,) index of the answer slot inside each segment.
-    """
-
-    offsets: IntArray
-    row_id: IntArray
-    timestamp: npt.NDArray[np.float64]
-    label: npt.NDArray[np.int8]
-    target: BoolArray
-    context: BoolArray
-    tokens: Ragged
-    slots: IntArray
+    offsets: IntArray  # (s + 1,) where each stream starts
+    row_id: (
+        IntArray  # (n,) row of the log, or index of the candidate; -1 for a list of what similar users liked
+    )
+    timestamp: npt.NDArray[np.float64]  # (n,) seconds, not decreasing inside a stream
+    label: npt.NDArray[np.int8]  # (n,) 0, 1, or -1 where unknown
+    target: BoolArray  # (n,) whether a head is to score the segment
+    context: BoolArray  # (n,) whether later segments may see it
+    tokens: Ragged  # n + 1 token lists; the last one is the instruction
+    slots: IntArray  # (n,) index of the answer slot inside each segment
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -48,7 +48,6 @@ def test_tables_of_other_types_are_converted(make_logs: MakeLogs) -> None:
     ("change", "words"),
     [
         (lambda t: t.drop("timestamp", "split"), "no column timestamp, split; there are the columns user_id"),
-        (lambda t: t.clear(), "the reader's interactions: no rows"),
         (second("timestamp", None), "row 2: column timestamp is empty"),
         (second("user_id", None), "row 2: column user_id is empty"),
         (

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from project.data.logs import RAW_SCHEMA, RawLogs
 from project.data.protocol import Protocol, build_interactions
-from project.errors import ConfigError, DataError
+from project.errors import DataError
 
 MakeLogs = Callable[..., RawLogs]
 
@@ -62,13 +62,6 @@ def test_dropped_ratings_and_their_users_are_gone(make_logs: MakeLogs) -> None:
     assert (built.rows.height, built.users.height, built.items.height, built.dropped) == (2, 1, 3, 1)
 
 
-def test_dropping_ratings_needs_ratings(make_logs: MakeLogs) -> None:
-    """drop_ratings on a log of labels is a configuration error."""
-    raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0)], labels=[0, 1])
-    with pytest.raises(ConfigError, match=r"data\.protocol\.drop_ratings is \[3\]"):
-        build_interactions(raw, Protocol(label=None, drop_ratings=[3]))
-
-
 def test_labels_of_the_log(make_logs: MakeLogs) -> None:
     """With `label: null` the log's own labels are used."""
     raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0)], labels=[1, 0])
@@ -108,20 +101,6 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: str, rating: float) -
     assert (built.rows.height, built.duplicates) == (3, 1)
 
 
-def test_one_class_overall_is_an_error(make_logs: MakeLogs) -> None:
-    """Nothing can be ranked where all labels are equal; the rule is named."""
-    with pytest.raises(DataError, match=r"All 2 labels are 1 \(data\.protocol\.label 'rating > 3'\)"):
-        build_interactions(
-            make_logs([("1", "a", 1.0, 5.0), ("1", "b", 2.0, 4.0)]), Protocol(label="rating > 3")
-        )
-
-
-def test_nothing_left_is_an_error(make_logs: MakeLogs) -> None:
-    """Dropping all ratings leaves no log."""
-    with pytest.raises(DataError, match="No interaction is left"):
-        build_interactions(make_logs([("1", "a", 1.0, 5.0)]), Protocol(drop_ratings=[5], label="rating > 3"))
-
-
 @settings(derandomize=True)
 @given(st.permutations(range(12)))
 def test_order_of_the_file_does_not_matter(order: list[int]) -> None:
@@ -143,13 +122,6 @@ def test_a_log_of_labels_needs_no_rule(make_logs: MakeLogs) -> None:
     """The default protocol reads the log's own labels."""
     raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0)], labels=[1, 0])
     assert build_interactions(raw, Protocol()).rows["label"].to_list() == [1, 0]
-
-
-def test_clicks_alone_say_what_is_missing(make_logs: MakeLogs) -> None:
-    """Labels of 1 only: rows with label 0 are what helps."""
-    raw = make_logs([("1", "a", 1.0, 0.0), ("1", "b", 2.0, 0.0)], labels=[1, 1])
-    with pytest.raises(DataError, match=r"All 2 labels are 1 .*Clicks alone need rows with label 0"):
-        build_interactions(raw, Protocol())
 
 
 def test_an_item_without_a_title_has_its_id(make_logs: MakeLogs) -> None:

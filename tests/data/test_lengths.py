@@ -96,7 +96,7 @@ def test_the_datamodule_asks_before_it_retrieves(
     stopped = data("{title}:")
     with pytest.raises(ConfigError, match=r"item 'i7' .* data\.context_tokens is 1,024 \(1 of 20 items"):
         stopped.prepare_data()
-    assert stopped._retrieved is None
+    assert "retrieved" not in vars(stopped)
     data("{title:.40}:").setup("fit")
     asked = tmp_path / "requests.jsonl"
     asked.write_text('{"request_id": "a", "user_id": "u1", "candidates": ["i1"]}\n')

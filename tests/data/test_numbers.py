@@ -146,7 +146,7 @@ def test_segments_hold_one_token_a_field() -> None:
 def test_what_cannot_be_one_token(name: str) -> None:
     """Text beside a number, a number twice or none: the template is refused, with an example of what can be."""
     assert fields_together(name) is None
-    with pytest.raises(ConfigError, match=r"nobody knows\..*each once, as \{item_number\+mf_number\}"):
+    with pytest.raises(ConfigError, match=r"which is unknown\..*each once, as \{item_number\+mf_number\}"):
         PromptEncoder(Letters(), Prompt(segment="{title}{" + name + "}:"), ITEMS)
 
 

@@ -36,7 +36,7 @@ def write(folder: Path, *records: object) -> str:
         ),
         ({"request_id": "b", "user_id": "u1", "time": 1.7e12, "candidates": ["i1"]}, ["no milliseconds"]),
         ({"request_id": "b", "user_id": "\ud800", "candidates": ["i1"]}, ["line 2", "not UTF-8"]),
-        ({"request_id": "b", "history": 0, "candidates": ["i1"]}, ["line 2", "history is 0", "list"]),
+        ({"request_id": "b", "history": 0, "candidates": ["i1"]}, ["line 2", "'history': 0", "list"]),
         (
             {"request_id": "b", "history": [{"item_id": "i1", "answer": 1, "time": 1}], "candidates": ["i1"]},
             ["line 2", "'answer'", "with label 0 or 1"],
@@ -50,13 +50,16 @@ def write(folder: Path, *records: object) -> str:
             {"request_id": "b", "user_id": "u1", "time": float("nan"), "candidates": ["i1"]},
             ["line 2", "time", "nan"],
         ),
-        ({"request_id": "b", "candidates": ["i1"]}, ["line 2", "user_id or history"]),
+        ({"request_id": "b", "candidates": ["i1"]}, ["line 2", "either user_id or a history"]),
         (
             {"request_id": "a", "user_id": "u2", "candidates": ["i2"]},
             ["line 2: request_id 'a' is also that of line 1"],
         ),
         ({"request_id": "a", "user_id": "u2", "candidates": []}, ["line 2: request_id 'a'"]),
-        ({"request_id": "b", "user_id": "u1", "history": [], "candidates": ["i1"]}, ["line 2", "not both"]),
+        (
+            {"request_id": "b", "user_id": "u1", "history": [], "candidates": ["i1"]},
+            ["line 2", "either user_id or a history"],
+        ),
         ({"request_id": "b", "user": "u1", "candidates": ["i1"]}, ["line 2", "user"]),
         (
             {"request_id": "b", "user_id": "u1", "time": "now", "candidates": ["i1"]},
@@ -81,7 +84,7 @@ def test_bad_requests(record: object, words: list[str], logs: Interactions, tmp_
 
 UNKNOWN = {"item_id": "zzz", "label": 1, "time": 1}
 REFUSED = [
-    ({"user_id": "u1", "candidates": []}, "candidates is []"),
+    ({"user_id": "u1", "candidates": []}, "at least one candidate"),
     ({"user_id": "u1", "candidates": ["i1", "zzz"]}, "'zzz' is not in the items table"),
     ({"history": [UNKNOWN], "candidates": ["i1"]}, "'zzz' is not in the items table"),
 ]
@@ -106,7 +109,7 @@ def test_a_request_for_what_is_not_there_is_refused_alone(
 def test_a_file_of_refused_requests_stops(logs: Interactions, tmp_path: Path) -> None:
     """Nothing to score is an error: the first refusal, and how many there were."""
     records = [{"request_id": str(number), **record} for number, (record, _) in enumerate(REFUSED)]
-    with pytest.raises(DataError, match=r"line 1: candidates is \[\].*None of the 3 requests"):
+    with pytest.raises(DataError, match=r"line 1: found .*at least one candidate.*None of the 3 requests"):
         read_requests(write(tmp_path, *records), logs)
 
 

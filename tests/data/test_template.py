@@ -58,10 +58,10 @@ def test_fields() -> None:
         ("{item_number:.1}", "expected {item_number} alone"),
         (
             "{a.b}",
-            "field {a.b}, which nobody knows. Item fields here: title, year, mf, vote_number;",
+            "field {a.b}, which is unknown. Item fields here: title, year, mf, vote_number;",
         ),
-        ("{x[1]}", "which nobody knows"),
-        ("{7}", "which nobody knows"),
+        ("{x[1]}", "which is unknown"),
+        ("{7}", "which is unknown"),
         ("{mf}", "a retrieved feature and also a column of your items.*item_columns: {my_mf: mf}"),
         ("{vote_number}", "a retrieved feature and also a column of your items"),
     ],

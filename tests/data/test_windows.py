@@ -38,7 +38,7 @@ def test_every_target_is_scored_once_with_its_context() -> None:
         starts = context_starts(lengths, groups, capacity)
         group_of = np.searchsorted(groups, np.arange(len(time)), side="right") - 1
         scored = np.zeros(len(time), dtype=int)
-        for w in evaluation_windows(lengths, groups, target, capacity):
+        for w in evaluation_windows(lengths, groups, target, capacity, np.ones_like(target)):
             assert lengths[w.positions].sum() <= max(1.25 * capacity, capacity + lengths.max())
             for p in range(w.first, w.last):
                 scored[p] += 1
@@ -63,7 +63,7 @@ def test_later_rows_have_half_a_window() -> None:
 def test_many_rows_of_one_second() -> None:
     """Capacity 100, ten rows of 20 with one timestamp and no past: 125 has room for 6, so two windows score 6 and 4."""
     lengths, groups = np.full(10, 20), np.array([0, 10])
-    windows = list(evaluation_windows(lengths, groups, np.ones(10, bool), 100))
+    windows = list(evaluation_windows(lengths, groups, np.ones(10, bool), 100, np.ones(10, bool)))
     assert [(w.start, w.stop, w.first, w.last) for w in windows] == [(0, 0, 0, 6), (0, 0, 6, 10)]
 
 

@@ -154,12 +154,12 @@ def test_a_prompt_that_tells_it_needs_it(tmp_path: Path) -> None:
     logs = TableLogs(str(tmp_path / "logs.csv"), str(tmp_path / "items.csv"))
     prompt = Prompt(segment="{title} alike{item_similarity_percent}:")
     with pytest.raises(
-        ConfigError, match=r"tells \{item_similarity_percent\}, but the item_neighbours of data\.retriever"
+        ConfigError, match=r"shows \{item_similarity_percent\}, but the item_neighbours of data\.retriever"
     ):
         InteractionData(logs, retriever=LightGCN(), prompt=prompt)
     for retriever in (LightGCN(item_neighbours=30), ItemKNN()):  # the latter compares no items, and says "?"
         InteractionData(logs, retriever=retriever, prompt=prompt)
-    with pytest.raises(ConfigError, match=r"tells \{mf_number\}, but data\.mf is null"):
+    with pytest.raises(ConfigError, match=r"shows \{mf_number\}, but data\.mf is null"):
         InteractionData(logs, retriever=ItemKNN(), prompt=Prompt(segment="{title}{mf_number}:"), mf=None)
     with pytest.raises(ConfigError, match=r"item_neighbours is -1, expected 0 or more"):
         LightGCN(item_neighbours=-1)
