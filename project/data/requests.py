@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +24,35 @@ EXAMPLE = '{"request_id": "r1", "user_id": "196", "time": 880000000, "candidates
 
 @dataclass(frozen=True)
 class Request:
-    """One request.
+    """Candidates of a user of the logs, or of somebody with a history of their own."""
 
-    Attributes:
-        request_id: Name of the request in the output.
-        user_id: A user of the logs (an unknown one has an empty history), or None where `history` is given.
-        history: (item id, label 0 or 1, time in seconds) in any order, instead of a user of the logs.
-        time: Seconds; only strictly earlier rows are read. None: after all rows of the logs and of `history`.
-        candidates: Item ids to score.
-    """
-
-    request_id: str
-    user_id: str | None
-    history: tuple[tuple[str, int, float], ...]
-    time: float | None
-    candidates: tuple[str, ...]
+    request_id: str  # its name in the output
+    user_id: str | None  # an unknown one has an empty history; None where `history` is given
+    history: tuple[tuple[str, int, float], ...]  # (item id, label 0 or 1, time in seconds) in any order
+    time: (
+        float | None
+    )  # seconds: only strictly earlier rows are read; None: after all of the logs and `history`
+    candidates: tuple[str, ...]  # item ids to score
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A request that cannot be scored, and costs the others nothing.
+    """A request that cannot be scored, and costs the others nothing."""
 
-    Attributes:
-        place: Where it stood among all requests, from 0.
-        request_id: Its name; its line where it has none.
-        candidates: What it asked for, as text; may be empty.
-        error: Where it was found, why it cannot be scored, and what would help.
-    """
-
-    place: int
-    request_id: str
-    candidates: tuple[str, ...]
-    error: str
+    place: int  # among all requests, from 0
+    request_id: str  # its name; its line where it has none
+    candidates: tuple[str, ...]  # as text; may be empty
+    error: str  # where it was found, why it cannot be scored, and what would help
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests and the catalogue they refer to.
+    """Requests and the catalogue they refer to."""
 
-    Attributes:
-        requests: In the order of the file.
-        items: The items table, followed by items that only the requests know.
-        codes: Item id -> row of `items`.
-        refused: Lines of the same file that are no request, or name unknown items.
-    """
-
-    requests: list[Request]
-    items: pl.DataFrame
-    codes: dict[str, int]
-    refused: tuple[Refused, ...] = ()
+    requests: list[Request]  # in the order of the file
+    items: pl.DataFrame  # the items table, followed by items that only the requests know
+    codes: dict[str, int]  # item id -> row of `items`
+    refused: tuple[Refused, ...] = ()  # lines of the same file that are no request, or name unknown items
 
     def table(self) -> pl.DataFrame:
         """One row a candidate: request_id, candidate_index, item_id; its position is the candidate's row id."""
@@ -81,60 +61,39 @@ class Requests:
         return pl.DataFrame(rows, schema=schema, orient="row")
 
 
-@dataclass
-class _Catalogue:
-    """Known items, and those that requests bring with a title of their own."""
-
-    items: pl.DataFrame
-    codes: dict[str, int]
-    added: list[dict[str, str]] = field(default_factory=list)
-
-    def item_id(self, value: Any) -> str:
-        """Id of a candidate or history item, given as an id or as an object with item_id and title."""
-        details = value if isinstance(value, dict) else {"item_id": value}
-        if details.get("item_id") is None:
-            raise DataError(f"found an item {_shown(value)} without item_id; expected {EXAMPLE}.")
-        item_id = str(details["item_id"]).strip()
-        if item_id not in self.codes:
-            if not str(details.get("title") or "").strip():
-                raise DataError(
-                    f"item {_shown(item_id)} is not in the items table and has no title. Add it to the items "
-                    'table, or give it as {"item_id": ..., "title": ...} with any attribute of the items table.'
-                )
-            columns = [c for c in self.items.columns if c not in ("item", "item_id")]
-            self.codes[item_id] = len(self.codes)
-            self.added.append({"item_id": item_id, **{c: str(details.get(c) or "") for c in columns}})
-        return item_id
-
-    def table(self) -> pl.DataFrame:
-        """Known items, then added ones."""
-        if not self.added:
-            return self.items
-        codes = range(len(self.items), len(self.items) + len(self.added))
-        new = pl.DataFrame(self.added).with_columns(item=pl.Series(codes, dtype=self.items.schema["item"]))
-        return pl.concat([self.items, new.select(self.items.columns)])
+# Requests of a file
 
 
 def read_requests(file: str | None, interactions: Interactions) -> Requests:
-    """Read requests from JSONL or Parquet.
+    """Read requests from a file with a JSON object a line, or with the same fields as Parquet columns.
 
-    Args:
-        file: Path; one JSON object a line, or the same fields as Parquet columns.
-        interactions: The logs they refer to.
-
-    Returns:
-        What can be scored. What is no request, or names an item that is neither known nor has a title, or has the
-        request_id of another one, is in `refused`.
-
-    Raises:
-        DataError: The file is missing, empty or no Parquet, or all requests are refused.
+    What is no request, names an item that is neither known nor has a title, or has the request_id of another one, is
+    in `refused`.
     """
     if file is None:
         raise DataError(
             f"predict needs data.requests, a JSONL or Parquet file with lines such as {EXAMPLE}; none was given."
         )
-    known = interactions.items
-    catalogue = _Catalogue(known, dict(zip(known["item_id"].to_list(), known["item"].to_list(), strict=True)))
+    known, added = interactions.items, list[dict[str, Any]]()
+    codes = dict(known.select("item_id", "item").iter_rows())
+
+    def item_of(value: Any) -> str:
+        """Id of a candidate or history item, given as an id or as an object with item_id and title."""
+        details = value if isinstance(value, dict) else {"item_id": value}
+        if details.get("item_id") is None:
+            raise DataError(f"found an item {_shown(value)} without item_id; expected {EXAMPLE}.")
+        item_id = str(details["item_id"]).strip()
+        if item_id not in codes:
+            if not str(details.get("title") or "").strip():
+                raise DataError(
+                    f"item {_shown(item_id)} is not in the items table and has no title. Add it to the items table, "
+                    'or give it as {"item_id": ..., "title": ...} with any attribute of the items table.'
+                )
+            codes[item_id] = len(codes)
+            texts = {c: str(details.get(c) or "") for c in known.columns}
+            added.append(texts | {"item": codes[item_id], "item_id": item_id})
+        return item_id
+
     requests, refused, places = list[Request](), list[Refused](), dict[str, str]()
     for place, (at, line) in enumerate(_lines(Path(file))):
         name, candidates = at, tuple[str, ...]()
@@ -152,7 +111,7 @@ def read_requests(file: str | None, interactions: Interactions) -> Requests:
             listed = record.get("candidates")
             if isinstance(listed, list):
                 candidates = tuple(str(c.get("item_id") if isinstance(c, dict) else c) for c in listed)
-            requests.append(_request(record, catalogue))
+            requests.append(_request(record, item_of))
         except (DataError, RecursionError) as error:
             refused.append(Refused(place, name, candidates, f"{file}, {at}: {error}"))
     if not requests:
@@ -161,7 +120,8 @@ def read_requests(file: str | None, interactions: Interactions) -> Requests:
             if refused
             else f"{file} (data.requests) holds no request; expected lines such as {EXAMPLE}."
         )
-    return Requests(requests, catalogue.table(), catalogue.codes, tuple(refused))
+    items = pl.concat([known, pl.DataFrame(added, schema=known.schema)])
+    return Requests(requests, items, codes, tuple(refused))
 
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
@@ -173,8 +133,7 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
             table = pl.read_parquet(file, glob=False)
         except pl.exceptions.PolarsError as error:
             raise DataError(f"{file} (data.requests) cannot be read as Parquet: {error}") from error
-        for number, record in enumerate(table.to_dicts(), start=1):
-            yield f"row {number}", record
+        yield from ((f"row {number}", record) for number, record in enumerate(table.to_dicts(), start=1))
         return
     for number, line in enumerate(file.read_bytes().removeprefix(BOM_UTF8).split(b"\n"), start=1):
         if line.strip():
@@ -182,11 +141,7 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
 
 
 def _record(line: bytes | dict[str, Any]) -> dict[str, Any]:
-    """The request of a line, as JSON has it.
-
-    Raises:
-        DataError: It is no JSON object, or none that Python can hold.
-    """
+    """The request of a line, as JSON has it."""
     if isinstance(line, dict):
         return line
     try:
@@ -201,43 +156,36 @@ def _record(line: bytes | dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _request(record: dict[str, Any], catalogue: _Catalogue) -> Request:
-    unknown = set(record) - {"request_id", "user_id", "history", "time", "candidates"}
-    if unknown or "candidates" not in record or record.get("request_id") is None:
+def _request(record: dict[str, Any], item_of: Callable[[Any], str]) -> Request:
+    names = ("request_id", "user_id", "history", "time", "candidates")
+    request_id, user_id, history, time, candidates = map(record.get, names)
+    well_formed = (
+        set(record) <= set(names)
+        and request_id is not None
+        and (user_id is None) != (history is None)
+        and isinstance(candidates, list)
+        and candidates != []
+        and isinstance(history, list | None)
+        and all(isinstance(row, dict) and row.get("label") in (0, 1) for row in history or ())
+    )
+    if not well_formed:
         raise DataError(
-            f"found the fields {_shown(list(record))}; expected request_id, candidates, user_id or history, and "
-            "optionally time."
+            f"found {_shown(record)}; expected {EXAMPLE} with at least one candidate, and either user_id or a history, "
+            f"which is a list such as {EXAMPLE_HISTORY} with label 0 or 1."
         )
-    if (record.get("user_id") is None) == (record.get("history") is None):
-        raise DataError("expected either user_id or history, not both and not neither.")
-    candidates, history, time = record["candidates"], record.get("history"), record.get("time")
-    if not isinstance(candidates, list) or not candidates:
-        raise DataError(f"candidates is {_shown(candidates)}; expected a list of at least one item id.")
-    if not isinstance(history, list | None):
-        raise DataError(f"history is {_shown(history)}; expected a list such as {EXAMPLE_HISTORY}.")
     return Request(
-        request_id=str(record["request_id"]),
-        user_id=None if record.get("user_id") is None else str(record["user_id"]).strip(),
-        history=tuple(_history_row(row, catalogue) for row in history or ()),
+        request_id=str(request_id),
+        user_id=None if user_id is None else str(user_id).strip(),
+        history=tuple((item_of(row), int(row["label"]), _seconds(row.get("time"))) for row in history or ()),
         time=None if time is None else _seconds(time),
-        candidates=tuple(catalogue.item_id(c) for c in candidates),
+        candidates=tuple(item_of(value) for value in record["candidates"]),
     )
 
 
 def _seconds(value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < MILLISECONDS:
-        raise DataError(
-            f"time is {_shown(value)}; expected seconds since 1970 as a number (no milliseconds)."
-        )
+        raise DataError(f"time is {_shown(value)}; expected seconds since 1970, no milliseconds.")
     return float(value)
-
-
-def _history_row(row: Any, catalogue: _Catalogue) -> tuple[str, int, float]:
-    if not isinstance(row, dict) or row.get("label") not in (0, 1):
-        raise DataError(
-            f"history holds {_shown(row)}; expected rows such as {EXAMPLE_HISTORY[1:-1]}, with label 0 or 1."
-        )
-    return catalogue.item_id(row), int(row["label"]), _seconds(row.get("time"))
 
 
 def _shown(value: Any) -> str:
@@ -245,25 +193,68 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
+# Room in a window
+
+
+def _too_long(item_id: str, tokens: int, context_tokens: int) -> str:
+    return (
+        f"The prompt of item {item_id!r} alone has {tokens:,} tokens (instruction, segment and answer), but "
+        f"data.context_tokens is {context_tokens:,}"
+    )
+
+
+def check_items(encoder: PromptEncoder, items: pl.DataFrame, context_tokens: int) -> None:
+    """Raise `ConfigError` if the segment of an item has no room in a window."""
+    lengths = len(encoder.instruction) + encoder.least_lengths()
+    long = int((lengths > context_tokens).sum())
+    if long:
+        problem = _too_long(items["item_id"][int(lengths.argmax())], int(lengths.max()), context_tokens)
+        raise ConfigError(
+            f"{problem} ({long:,} of {len(items):,} items are too long). Shorten what is long in data.prompt.segment, "
+            "for example {title:.40}, leave a field out, or raise data.context_tokens (and data.batch_tokens)."
+        )
+
+
+def without_long(requests: Requests, encoder: PromptEncoder, context_tokens: int) -> Requests:
+    """Requests whose items all have room in a window; the others are refused, each alone. One must be left."""
+    lengths = len(encoder.instruction) + encoder.least_lengths()
+    if lengths.max(initial=0) <= context_tokens:
+        return requests
+    count = len(requests.requests) + len(requests.refused)
+    places = np.setdiff1d(np.arange(count), [r.place for r in requests.refused])
+    kept, refused = [], list(requests.refused)
+    for place, request in zip(places.tolist(), requests.requests, strict=True):
+        named = [*request.candidates, *(item for item, _, _ in request.history)]
+        long = [item for item in named if lengths[requests.codes[item]] > context_tokens]
+        if not long:
+            kept.append(request)
+            continue
+        problem = _too_long(long[0], int(lengths[requests.codes[long[0]]]), context_tokens)
+        error = f"request {request.request_id!r}: {problem}. Give it a shorter title."
+        refused.append(Refused(place, request.request_id, request.candidates, error))
+    if not kept:
+        raise DataError(f"{refused[-1].error} None of the {count} requests (data.requests) can be scored.")
+    return replace(requests, requests=kept, refused=tuple(sorted(refused, key=lambda r: r.place)))
+
+
+# Requests as streams
+
+
 def request_streams(
     requests: Requests,
     split: SplitInteractions,
     retrieved: pl.DataFrame,
     encoder: PromptEncoder,
-    ask_retriever: Callable[[pl.DataFrame], pl.DataFrame],
+    retrieve: Callable[[pl.DataFrame], pl.DataFrame],
 ) -> Streams:
     """One stream a request: what the user did strictly before its time, then its candidates.
 
-    Args:
-        requests: What is asked.
-        split: The logs; requests read all of them, as test does.
-        retrieved: Retrieved features of the logs' rows (the table of test).
-        encoder: Made for `requests.items`.
-        ask_retriever: Gives the retrieved features, in order, of rows outside the logs (user, item, timestamp, label,
-            candidate).
+    `retrieved` are features of all rows of the log, which requests read as test does; `retrieve` gives them, in order,
+    for rows outside the log (user, item, timestamp, label, candidate).
     """
+    # 1. rows of the log by user, in time order, and rows outside it: histories of requests, and candidates
     log = split.rows.select("user", "item", "row_id", "timestamp", "label").join(retrieved, on="row_id")
-    log = log.sort("user", "row_id")  # a user's rows stand together, in time order
+    log = log.sort("user", "row_id")
     of_user, times = log["user"].to_numpy(), log["timestamp"].to_numpy()
     users = dict(split.interactions.users.select("user_id", "user").iter_rows())
     end = float(split.rows["timestamp"].max())  # type: ignore[arg-type]
@@ -283,105 +274,20 @@ def request_streams(
         for item in request.candidates:
             fresh.append((stream, user, requests.codes[item], row_id, time, -1, True))
             row_id += 1
+    # 2. retrieved features of the rows outside the log
     columns = ["stream", "user", "item", "row_id", "timestamp", "label", "candidate"]
     new = pl.DataFrame(fresh, schema=columns, orient="row").with_columns(pl.col("timestamp").cast(pl.Float64))
-    counted = ask_retriever(new).drop("row_id")
-    new = pl.concat([new, counted], how="horizontal")
+    new = pl.concat([new, retrieve(new).drop("row_id")], how="horizontal")
+    # 3. a stream each, candidates last: nobody sees them
     table = pl.concat([*(k.select(new.columns) for k in known), new], how="vertical_relaxed")
-    table = table.with_columns(user=pl.col("stream")).sort(
-        "stream", "candidate", "timestamp", maintain_order=True
-    )
+    table = table.with_columns(user=pl.col("stream"))
+    table = table.sort("stream", "candidate", "timestamp", maintain_order=True)
     candidate = table["candidate"].to_numpy()
-    label = table["label"].to_numpy().astype(np.int8)
-    return streams_of(table, label, candidate, ~candidate, encoder)
+    return streams_of(table, candidate, ~candidate, encoder)
 
 
-_FIX = (
-    "Shorten what is long in data.prompt.segment, for example {title:.40}, leave a field out, or raise "
-    "data.context_tokens (and data.batch_tokens)."
-)
+# Requests made of a log, whose answers it knows
 
-
-def check_items(encoder: PromptEncoder, items: pl.DataFrame, context_tokens: int) -> None:
-    """Raise `ConfigError` if the segment of an item has no room in a window.
-
-    Args:
-        encoder: Made for the items.
-        items: The items table.
-        context_tokens: Capacity of a window.
-    """
-    lengths = len(encoder.instruction) + encoder.least_lengths()
-    long = lengths > context_tokens
-    if long.any():
-        raise ConfigError(
-            f"{_said(items['item_id'][int(lengths.argmax())], int(lengths.max()), context_tokens)} "
-            f"({long.sum():,} of {len(items):,} items are too long). {_FIX}"
-        )
-
-
-def check_streams(streams: Streams, split: SplitInteractions, context_tokens: int) -> None:
-    """Raise `ConfigError` if a segment has no room in a window.
-
-    Args:
-        streams: Of rows of the log.
-        split: The log.
-        context_tokens: Capacity of a window.
-    """
-    every = streams.tokens.lengths
-    lengths = every[-1] + every[:-1]
-    if lengths.max(initial=0) <= context_tokens:
-        return
-    longest = int(lengths.argmax())
-    if streams.row_id[longest] < 0:
-        raise ConfigError(
-            f"A list of what similar users liked (data.prompt.similar) has {lengths[longest]:,} tokens, the "
-            f"instruction included, but data.context_tokens is {context_tokens:,}. Lower "
-            "data.retriever.init_args.similar_items, or raise data.context_tokens (and data.batch_tokens)."
-        )
-    item = split.rows.filter(pl.col("row_id") == streams.row_id[longest])["item"][0]
-    item_id = split.interactions.items["item_id"][item]
-    raise ConfigError(f"{_said(item_id, int(lengths[longest]), context_tokens)}. {_FIX}")
-
-
-def without_long(requests: Requests, encoder: PromptEncoder, context_tokens: int) -> Requests:
-    """Requests whose items all have room in a window; the others are refused, each alone.
-
-    Args:
-        requests: What is asked.
-        encoder: Made for `requests.items`.
-        context_tokens: Capacity of a window.
-
-    Raises:
-        DataError: None is left.
-    """
-    lengths = len(encoder.instruction) + encoder.least_lengths()
-    if lengths.max(initial=0) <= context_tokens:
-        return requests
-    count = len(requests.requests) + len(requests.refused)
-    places = np.setdiff1d(np.arange(count), [r.place for r in requests.refused])
-    kept, refused = [], list(requests.refused)
-    for place, request in zip(places.tolist(), requests.requests, strict=True):
-        named = [*request.candidates, *(item for item, _, _ in request.history)]
-        long = [item for item in named if lengths[requests.codes[item]] > context_tokens]
-        if not long:
-            kept.append(request)
-            continue
-        said = _said(long[0], int(lengths[requests.codes[long[0]]]), context_tokens)
-        error = f"request {request.request_id!r}: {said}. Give it a shorter title."
-        refused.append(Refused(place, request.request_id, request.candidates, error))
-    if not kept:
-        raise DataError(f"{refused[-1].error} None of the {count} requests (data.requests) can be scored.")
-    return replace(requests, requests=kept, refused=tuple(sorted(refused, key=lambda r: r.place)))
-
-
-def _said(item_id: str, tokens: int, context_tokens: int) -> str:
-    return (
-        f"The prompt of item {item_id!r} alone has {tokens:,} tokens (instruction, segment and answer), but "
-        f"data.context_tokens is {context_tokens:,}"
-    )
-
-
-PARTS = (*FOLDS, "test")
 SCHEMA: dict[str, type[pl.DataType]] = {
     "request_id": pl.String,
     "candidate_index": pl.Int64,
@@ -389,26 +295,24 @@ SCHEMA: dict[str, type[pl.DataType]] = {
     "label": pl.Int8,
     "row_id": pl.Int64,
 }
-Candidate = tuple[str, int | None, int | None]
-"""Item id, label and row id; None where the candidate has no label."""
-History = tuple[tuple[str, int, float], ...]
-"""(item id, answer, time) of rows that a request brings along."""
-Asked = tuple[str, Any, float, list[Candidate], History | None]
-"""Request id, user code, time, candidates, and the history; None: the user's, from the log."""
 
 
 @dataclass(frozen=True)
 class Workload:
     """Requests and the answers that the log knows.
 
-    Attributes:
-        requests: What is scored.
-        table: One row a candidate, in the order of `requests.table()`: request_id, candidate_index, user, and label
-            and row_id of a labelled target, null for a candidate from the catalogue.
+    `table` (`SCHEMA`) has one row a candidate, in the order of `requests.table()`; label and row_id are null for a
+    candidate from the catalogue.
     """
 
     requests: Requests
     table: pl.DataFrame
+
+
+def _workload(split: SplitInteractions, requests: list[Request], rows: list[tuple[Any, ...]]) -> Workload:
+    items = split.interactions.items
+    codes = dict(items.select("item_id", "item").iter_rows())
+    return Workload(Requests(requests, items, codes), pl.DataFrame(rows, schema=SCHEMA, orient="row"))
 
 
 def catalogue_requests(
@@ -416,22 +320,11 @@ def catalogue_requests(
 ) -> Workload:
     """Requests of sampled targets, each at its own time, filled up with items from the catalogue.
 
-    The target's item is the labelled candidate, at a random place. The others are distinct items that the user has
-    not rated strictly earlier; a request is shorter where fewer are left. A target has the same candidates whatever
-    `count` is, and a larger sample contains the smaller one.
-
-    Args:
-        split: The log under its protocol.
-        part: test, or a fold of validation: select, tune or certify.
-        count: Requests; all targets of the part where it has fewer.
-        candidates: Candidates of a request, the target included.
-        seed: Seed of the sample.
-        history: Requests bring a history of their own, the user's latest so many rows that are strictly earlier, and
-            targets with fewer are not asked; None: the log's, as long as it is.
-
-    Raises:
-        ConfigError: An unknown part, fewer than one request or candidate, or a fold that may not read all its past.
-        DataError: The part has no target, or none with so long a history.
+    The target's item is the labelled candidate, at a random place. The others are distinct items that the user has not
+    rated strictly earlier; a request is shorter where fewer are left. A target has the same candidates whatever
+    `count` is, and a larger sample contains the smaller one. With `history`, requests bring the user's latest so many
+    strictly earlier rows as a history of their own, and targets with fewer are left out; None: the log's, as long as
+    it is.
     """
     if count < 1 or candidates < 1:
         raise ConfigError(f"found {count} requests of {candidates} candidates; expected 1 or more of both")
@@ -439,112 +332,86 @@ def catalogue_requests(
     if history is not None:
         targets = targets.filter(pl.col("hist") >= history)
         if targets.is_empty():
-            raise DataError(
-                f"no target of {part} has {history} strictly earlier rows of its user; ask for fewer."
-            )
+            raise DataError(f"no target of {part} has {history} strictly earlier rows; request fewer.")
     drawn = np.sort(np.random.default_rng(seed).permutation(targets.height)[:count])
     past = split.rows.filter(pl.col("user").is_in(targets["user"].unique().implode()))
     rated = {user: rows for (user,), rows in past.group_by("user", maintain_order=True)}
     ids = split.interactions.items["item_id"].to_list()
-    asked = []
+    user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())
+    requests, rows = list[Request](), list[tuple[Any, ...]]()
     for row in targets[drawn].iter_rows(named=True):
+        user, time, request_id = row["user"], row["timestamp"], f"catalogue/{part}/{row['row_id']}"
+        # 1. candidates
         rng = np.random.default_rng([seed, row["row_id"]])
-        earlier = rated[row["user"]].filter(pl.col("timestamp") < row["timestamp"])
+        earlier = rated[user].filter(pl.col("timestamp") < time)
         free = np.ones(len(ids), dtype=bool)
-        free[earlier["item"].to_numpy()], free[row["item"]] = False, False
+        free[earlier["item"].to_numpy()] = free[row["item"]] = False
         others = rng.permutation(np.flatnonzero(free))[: candidates - 1]
-        listed: list[Candidate] = [(ids[item], None, None) for item in others]
-        place = int(rng.integers(len(listed) + 1))
-        listed.insert(place, (ids[row["item"]], row["label"], row["row_id"]))
-        own = None if history is None else _brought(earlier.tail(history), ids)
-        asked.append((f"catalogue/{part}/{row['row_id']}", row["user"], row["timestamp"], listed, own))
-    return _workload(split, asked)
-
-
-def _brought(rows: pl.DataFrame, ids: list[str]) -> History:
-    """Rows of the log, in time order, as the history of a request."""
-    return tuple(
-        (ids[i], label, float(time))
-        for i, label, time in rows.select("item", "label", "timestamp").iter_rows()
-    )
+        place = int(rng.integers(len(others) + 1))
+        listed = tuple(ids[item] for item in np.insert(others, place, row["item"]))
+        # 2. answers: that of the target alone is known
+        for k in range(len(listed)):
+            known = (row["label"], row["row_id"]) if k == place else (None, None)
+            rows.append((request_id, k, user, *known))
+        # 3. history
+        if history is None:
+            requests.append(Request(request_id, user_ids[user], (), time, listed))
+        else:
+            latest = earlier.tail(history).select("item", "label", "timestamp").iter_rows()
+            brought = tuple((ids[item], label, at) for item, label, at in latest)
+            requests.append(Request(request_id, None, brought, time, listed))
+    return _workload(split, requests, rows)
 
 
 def labelled_requests(split: SplitInteractions, part: str, candidates: int, minimum: int) -> Workload:
     """One request a user over the user's own targets of the part, at the time of the first of them.
 
-    All labels are known and the history is frozen at that time, so rankings can be judged by labels.
-
-    Args:
-        split: The log under its protocol.
-        part: test, or a fold of validation: select, tune or certify.
-        candidates: Most candidates of a request: the user's earliest targets, each item once.
-        minimum: Users with fewer rated items among their targets are left out.
-
-    Raises:
-        ConfigError: An unknown part, or a fold that may not read all its past.
-        DataError: No user has so many targets in the part.
+    Candidates are the user's earliest targets, each item once; users with fewer than `minimum` are left out. All
+    labels are known and the history is frozen at that time, so that labels measure rankings.
     """
     targets = _targets(split, part).unique(["user", "item"], keep="first", maintain_order=True)
     ids = split.interactions.items["item_id"].to_list()
-    asked = []
-    for rows in targets.partition_by("user", maintain_order=True):
-        if rows.height >= minimum:
-            shown = rows.head(candidates).select("item", "label", "row_id").iter_rows()
-            listed: list[Candidate] = [(ids[item], label, row) for item, label, row in shown]
-            user = int(rows["user"][0])
-            asked.append((f"labelled/{part}/{user}", user, rows["timestamp"][0], listed, None))
-    if not asked:
+    user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())
+    requests, rows = list[Request](), list[tuple[Any, ...]]()
+    for own in targets.partition_by("user", maintain_order=True):
+        if own.height >= minimum:
+            user, time, shown = int(own["user"][0]), own["timestamp"][0], own.head(candidates)
+            request_id, listed = f"labelled/{part}/{user}", tuple(ids[item] for item in shown["item"])
+            requests.append(Request(request_id, user_ids[user], (), time, listed))
+            answers = enumerate(shown.select("label", "row_id").iter_rows())
+            rows += [(request_id, k, user, label, row_id) for k, (label, row_id) in answers]
+    if not requests:
         most = int(targets.group_by("user").len()["len"].max())  # type: ignore[arg-type]
         raise DataError(
             f"no user has {minimum} rated items among the targets of {part} (the most is {most}): requests whose "
             "candidates are all labelled need them. Set ranking.labelled_minimum to at most that, or give more data."
         )
-    return _workload(split, asked)
+    return _workload(split, requests, rows)
 
 
 def concatenate(workloads: Sequence[Workload]) -> Workload:
     """Several workloads of one log as one, to be scored together; their request ids must differ."""
     first = workloads[0].requests
     requests = [request for workload in workloads for request in workload.requests.requests]
-    return Workload(
-        Requests(requests, first.items, first.codes), pl.concat([workload.table for workload in workloads])
-    )
-
-
-def _workload(split: SplitInteractions, asked: Sequence[Asked]) -> Workload:
-    """Args: the log; what is asked."""
-    log = split.interactions
-    user_ids = dict(log.users.select("user", "user_id").iter_rows())
-    codes = dict(log.items.select("item_id", "item").iter_rows())
-    requests, rows = [], []
-    for request_id, user, time, listed, history in asked:
-        items = tuple(item for item, _, _ in listed)
-        owner = user_ids[user] if history is None else None
-        requests.append(Request(request_id, owner, history or (), float(time), items))
-        rows += [(request_id, k, user, label, row) for k, (_, label, row) in enumerate(listed)]
-    return Workload(Requests(requests, log.items, codes), pl.DataFrame(rows, schema=SCHEMA, orient="row"))
+    return Workload(replace(first, requests=requests), pl.concat([workload.table for workload in workloads]))
 
 
 def _targets(split: SplitInteractions, part: str) -> pl.DataFrame:
-    if part not in PARTS:
-        raise ConfigError(f"requests of {part!r} were asked for; expected one of {', '.join(PARTS)}")
-    chosen = pl.col("split") == "test" if part == "test" else pl.col("fold") == part
-    targets = split.rows.filter((pl.col("role") == "target") & chosen)
+    """Targets of test or of a fold; a fold whose requests would read rows of test is refused."""
+    parts = (*FOLDS, "test")
+    if part not in parts:
+        raise ConfigError(f"expected requests of one of {', '.join(parts)}, found {part!r}")
+    is_test = pl.col("split") == "test"
+    targets = split.rows.filter(
+        pl.col("role") == "target", is_test if part == "test" else pl.col("fold") == part
+    )
     if targets.is_empty():
-        raise DataError(
-            f"the part {part} has no targets to make requests of: give more data or change the shares"
-        )
-    if part != "test":
-        _refuse_test_rows(split, part, float(targets["timestamp"].max()))  # type: ignore[arg-type]
-    return targets
-
-
-def _refuse_test_rows(split: SplitInteractions, part: str, last: float) -> None:
-    """A request reads what is strictly earlier: nothing of test may be."""
-    early = split.rows.filter((pl.col("split") == "test") & (pl.col("timestamp") < last)).height
-    if early:
+        raise DataError(f"{part} has no targets to make requests of: give more data or change the shares")
+    early = split.rows.filter(is_test, pl.col("timestamp") < targets["timestamp"].max()).height
+    if part != "test" and early:
         raise ConfigError(
             f"data.protocol.split is {split.protocol.split}: {early:,} test rows lie before the last request of the "
             f"fold {part}, which would read them. Expected a split by time: set data.protocol.split to global_time, "
             "or give files that follow each other in time."
         )
+    return targets

@@ -12,15 +12,16 @@ import polars as pl
 from project.data.prompt import PromptEncoder
 from project.data.ragged import IntArray, Ragged, offsets_of
 
+BoolArray = npt.NDArray[np.bool_]
 ROOM = 0.25  # a window may pass `context_tokens` by this share for the rows that share its last timestamp
 
 
 @dataclass(frozen=True)
 class Window:
-    """What one packed sequence holds: positions [start, stop) as context only, then [first, last) to be scored.
+    """One packed sequence: positions [start, stop) as context only, then [first, last) to be scored.
 
-    The two ranges touch (`stop == first`) except where many rows share one timestamp: those do not see each other,
-    so a window that scores some of them leaves the others out.
+    The two ranges touch (`stop == first`) except where many rows share one timestamp: those do not see each other, so
+    a window that scores some of them leaves the others out.
     """
 
     start: int
@@ -41,26 +42,17 @@ def time_groups(timestamps: npt.NDArray[np.float64]) -> IntArray:
 
 
 def context_starts(lengths: IntArray, groups: IntArray, context_tokens: int) -> IntArray:
-    """Where the context of each time group starts.
+    """(g + 1,) where the context of each time group starts: that of group j is [result[j], groups[j]).
 
     After a group has been appended and the stream holds more than `context_tokens`, the oldest segments are dropped
-    until at most half of that is left.
-
-    Args:
-        lengths: (n,) tokens of each segment of the stream.
-        groups: (g + 1,) positions where time groups start, see `time_groups`.
-        context_tokens: Capacity of the window in tokens.
-
-    Returns:
-        (g + 1,) the context of group j is [result[j], groups[j]); the last entry is that of a request later than
-        all rows.
+    until at most half of that is left. The last entry is that of a request later than all rows. `lengths` (n,) are
+    tokens of each segment, `groups` (g + 1,) the positions of `time_groups`.
     """
     offsets = offsets_of(lengths)
     starts = np.zeros(len(groups), dtype=np.int64)
     start = 0
-    for j in range(len(groups) - 1):
+    for j, stop in enumerate(groups[1:]):
         starts[j] = start
-        stop = groups[j + 1]
         if offsets[stop] - offsets[start] > context_tokens:
             start = int(np.searchsorted(offsets[: stop + 1], offsets[stop] - context_tokens // 2))
     starts[-1] = start
@@ -68,26 +60,15 @@ def context_starts(lengths: IntArray, groups: IntArray, context_tokens: int) -> 
 
 
 def evaluation_windows(
-    lengths: IntArray,
-    groups: IntArray,
-    target: npt.NDArray[np.bool_],
-    context_tokens: int,
-    context: npt.NDArray[np.bool_] | None = None,
+    lengths: IntArray, groups: IntArray, target: BoolArray, context_tokens: int, context: BoolArray
 ) -> Iterator[Window]:
-    """Windows in which every target of the stream is scored exactly once.
+    """Windows in which every target of a stream is scored exactly once; lengths and groups as in `context_starts`.
 
-    Groups with the same context start share a window. The last one may be too large for it (many rows with one
-    timestamp): its rows do not see each other, so what has no room goes to further windows with the same context.
-
-    Args:
-        lengths: (n,) tokens of each segment.
-        groups: (g + 1,) positions where time groups start.
-        target: (n,) whether a position is to be scored.
-        context_tokens: Capacity of the window in tokens.
-        context: (n,) whether later rows may see a position: what may not be seen fills no window. None: all may.
+    A position (n,) that is no `context` for later rows fills no window.
     """
+    # 1. time groups with the same context start share a window
     offsets = offsets_of(lengths)
-    seen = lengths if context is None else np.where(context, lengths, 0)
+    seen = np.where(context, lengths, 0)
     seen_offsets = offsets_of(seen)
     starts = context_starts(seen, groups, context_tokens)[:-1]
     room = int(context_tokens * (1 + ROOM))
@@ -95,10 +76,10 @@ def evaluation_windows(
     for group, after in zip([0, *edges], [*edges, len(starts)], strict=True):
         start, first = int(starts[group]), int(groups[group])
         wanted = np.flatnonzero(target[first : groups[after]])
-        if not len(wanted):
-            continue
-        end = first + int(wanted[-1]) + 1
-        stop = first  # where the context of the rows from `first` on ends
+        end = first + int(wanted[-1]) + 1 if len(wanted) else first
+        # 2. the last group may be too large for it (many rows with one timestamp): its rows do not see each other, so
+        # what has no room goes to further windows with the same context
+        stop = first
         while first < end:
             spent = seen_offsets[stop] - seen_offsets[start]
             last = int(np.searchsorted(offsets, offsets[first] + room - spent, side="right")) - 1
@@ -109,15 +90,10 @@ def evaluation_windows(
 
 
 def training_windows(lengths: IntArray, context_tokens: int, first_cut: int) -> list[tuple[int, int]]:
-    """Cut a stream back to back into windows of at most `context_tokens`.
+    """(start, stop) positions that cut a stream back to back into windows of at most `context_tokens`.
 
-    Args:
-        lengths: (n,) tokens of each segment.
-        context_tokens: Capacity of a window in tokens; a longer single segment stands alone.
-        first_cut: Tokens of the first window, drawn anew each epoch so that cuts fall elsewhere.
-
-    Returns:
-        (start, stop) positions; together they are the whole stream, each position once.
+    The first window has `first_cut` tokens, drawn anew each epoch so that cuts fall elsewhere. A longer single segment
+    stands alone.
     """
     offsets = offsets_of(lengths)
     windows = []
@@ -132,32 +108,20 @@ def training_windows(lengths: IntArray, context_tokens: int, first_cut: int) -> 
     return windows
 
 
-BoolArray = npt.NDArray[np.bool_]
-
-
 @dataclass(frozen=True)
 class Streams:
-    """s streams over n segments, one after the other.
+    """Streams of s users (or requests) over n segments, one after the other."""
 
-    Attributes:
-        offsets: (s + 1,) where each stream starts.
-        row_id: (n,) row of the log (or index of the candidate) that a segment is about; -1 where it is about none.
-        timestamp: (n,) seconds, not decreasing inside a stream.
-        label: (n,) 0, 1, or -1 where unknown.
-        target: (n,) whether a head is to score the segment.
-        context: (n,) whether later segments may see it.
-        tokens: n + 1 ragged token lists; the last one is the instruction.
-        slots: (n,) index of the answer slot inside each segment.
-    """
-
-    offsets: IntArray
-    row_id: IntArray
-    timestamp: npt.NDArray[np.float64]
-    label: npt.NDArray[np.int8]
-    target: BoolArray
-    context: BoolArray
-    tokens: Ragged
-    slots: IntArray
+    offsets: IntArray  # (s + 1,) where each stream starts
+    row_id: (
+        IntArray  # (n,) row of the log, or index of the candidate; -1 for a list of what similar users liked
+    )
+    timestamp: npt.NDArray[np.float64]  # (n,) seconds, not decreasing inside a stream
+    label: npt.NDArray[np.int8]  # (n,) 0, 1, or -1 where unknown
+    target: BoolArray  # (n,) whether a head is to score the segment
+    context: BoolArray  # (n,) whether later segments may see it
+    tokens: Ragged  # n + 1 token lists; the last one is the instruction
+    slots: IntArray  # (n,) index of the answer slot inside each segment
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -193,34 +157,22 @@ class Streams:
 
 
 def build_streams(rows: pl.DataFrame, retrieved: pl.DataFrame, split: str, encoder: PromptEncoder) -> Streams:
-    """Streams that hold the rows of all splits up to `split`, with the targets of `split`.
-
-    Args:
-        rows: `SplitInteractions.rows`.
-        retrieved: The retrieved features table of `split`.
-        split: train, valid or test.
-        encoder: Makes token ids of rows.
-    """
+    """Streams that hold the rows of all splits up to `split`, with the targets of `split` (its retrieved features)."""
     joined = rows.join(retrieved, on="row_id", how="inner", maintain_order="left", validate="1:1")
     joined = joined.sort("user", "row_id")
     target = ((joined["split"] == split) & (joined["role"] == "target")).to_numpy()
-    label = joined["label"].to_numpy().astype(np.int8)
-    return streams_of(joined, label, target, np.ones(len(joined), dtype=bool), encoder)
+    return streams_of(joined, target, np.ones(len(joined), dtype=bool), encoder)
 
 
 def streams_of(
-    joined: pl.DataFrame,
-    label: npt.NDArray[np.int8],
-    target: BoolArray,
-    context: BoolArray,
-    encoder: PromptEncoder,
+    joined: pl.DataFrame, target: BoolArray, context: BoolArray, encoder: PromptEncoder
 ) -> Streams:
-    """Streams of a table with columns user, item, row_id, timestamp and retrieved features, sorted by user, then time.
+    """Streams of a table with user, item, row_id, timestamp, label and retrieved features, sorted by user, then time.
 
     Where the wording has a template for what similar users liked, lists of it (`similar_after`, retrieved features
     too) become segments of their own.
     """
-    users = joined["user"].to_numpy()
+    users, label = joined["user"].to_numpy(), joined["label"].to_numpy().astype(np.int8)
     starts = np.flatnonzero(np.diff(users)) + 1 if len(users) else np.zeros(0, dtype=np.int64)
     segments = encoder.encode(joined["item"].to_numpy().astype(np.int64), joined, label)
     instruction = Ragged(encoder.instruction, offsets_of(np.array([len(encoder.instruction)])))
@@ -238,13 +190,7 @@ def streams_of(
 
 
 def _with_similar(streams: Streams, lists: pl.Series, encoder: PromptEncoder) -> Streams:
-    """The streams with the lists of what similar users liked, each after the time group of its row.
-
-    Args:
-        streams: n segments.
-        lists: (n,) item codes or null, at most one list in a time group.
-        encoder: Makes token ids of lists.
-    """
+    """The streams with lists (n,) of item codes or null, at most one a time group, each after the group of its row."""
     rows = np.flatnonzero(lists.is_not_null().to_numpy())
     if not len(rows):
         return streams
