@@ -3,7 +3,7 @@
 from project.engine.cache import StreamCache
 from project.engine.decisions import ListExits, RowExits
 from project.engine.engine import Engine
-from project.engine.requests import PreparedRequest, Scored, Scores, StreamTokens, prepare
+from project.engine.requests import PreparedRequest, Scored, Scores, StreamTokens
 
 __all__ = [
     "Engine",
@@ -14,5 +14,4 @@ __all__ = [
     "Scores",
     "StreamCache",
     "StreamTokens",
-    "prepare",
 ]

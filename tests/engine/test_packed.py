@@ -56,11 +56,11 @@ def test_an_engine_leaves_its_module_alone(world: World) -> None:
     kept = linears(world.module.backbone)
     engine = Engine(world.module, decision)
     assert all(a is b for a, b in zip(kept, linears(world.module.backbone), strict=True))
-    assert {type(part) for part in linears(engine._parts.backbone)} == {PackedLinear}
+    assert {type(part) for part in linears(engine.backbone)} == {PackedLinear}
     item_similarity = copied(world.module)
     item_similarity.backbone = shared = packed(world.module.backbone)
     other = Engine(item_similarity, decision)
-    assert other._parts.backbone is shared
+    assert other.backbone is shared
     scores = [each.score(world.requests).requests for each in (engine, other)]
     for mine, theirs in zip(*scores, strict=True):
         np.testing.assert_array_equal(mine.logits, theirs.logits)
