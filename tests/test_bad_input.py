@@ -12,8 +12,6 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from project.engine.predict import _counted
-
 Run = Callable[..., None]
 Config = Callable[..., Path]
 
@@ -123,15 +121,6 @@ def test_unsupported_family(
     said = fails("fit", "--config", tiny_config(**{"model.backbone": str(folder)}))
     assert "gpt2" in said
     assert "llama" in said
-
-
-def test_what_was_refused_is_not_counted_as_scored() -> None:
-    """`predict --engine early_exit` says how many candidates have a score, and how many requests have none."""
-    table = pl.DataFrame({"request_id": ["a", "a", "b", "c"], "error": [None, None, "no item", None]})
-    assert (
-        _counted(table.lazy()) == "3 candidates of 2 requests scored (1 more refused, see the column error)"
-    )
-    assert _counted(table.lazy().filter(pl.col("error").is_null())) == "3 candidates of 2 requests scored"
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,8 +81,7 @@ class Row:
         return list(pairwise(offsets_of(np.bincount(self.owner, minlength=len(self.requests))).tolist()))
 
 
-@dataclass(frozen=True, eq=False)
-class StreamBlock:
+class StreamBlock(NamedTuple):
     """A run of a stream's queries and the keys in front of them."""
 
     queries: Span  # range among the tokens that run
@@ -148,10 +147,19 @@ class Structure:
         # 1. Stream tokens, block by block, under the visibility rule.
         pairs = self._stream_keys(layer, key, value, runs=True)
         for (a, _), blocks, (k, v) in zip(self._streams, self._blocks, pairs, strict=True):
-            for block in blocks:
-                s, e = a + block.queries[0], a + block.queries[1]
-                seen = k[:, :, : block.keys], v[:, :, : block.keys]
-                out[s:e] = _masked(query[:, :, s:e], *seen, block.mask, scale)[0].transpose(0, 1)
+            # With a mask, CUDA has no fused kernel for grouped queries.
+            if blocks and query.device.type != "cpu":
+                k, v = one_per_query_head(k, heads), one_per_query_head(v, heads)
+            for (first, stop), keys, mask in blocks:
+                found = F.scaled_dot_product_attention(
+                    query[:, :, a + first : a + stop],
+                    k[:, :, :keys],
+                    v[:, :, :keys],
+                    attn_mask=mask,
+                    scale=scale,
+                    enable_gqa=k.shape[1] != heads,
+                )
+                out[a + first : a + stop] = found[0].transpose(0, 1)
         # 2. Candidates read their request's stream, all of it, in one product for all of them.
         shared, weight = _shared(query, self._candidates, pairs, scale)
         # 3. Each reads itself. Padding stands behind a candidate's tokens, so causality hides it.
@@ -242,10 +250,3 @@ def attend_with_lse(
         scores = scores.masked_fill(hidden, -torch.inf)
     lse = scores.logsumexp(dim=-1)
     return (scores - lse[..., None]).exp().to(value.dtype) @ value, lse
-
-
-def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    if query.device.type != "cpu":  # with a mask, CUDA has no fused kernel for grouped queries
-        key, value = (one_per_query_head(x, query.shape[1]) for x in (key, value))
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)

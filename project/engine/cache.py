@@ -28,38 +28,26 @@ class CachedStream:
         self._pairs: list[tuple[Tensor, Tensor] | None] = [None] * layers
         self._keyed = [0] * layers  # leading tokens whose keys and values each layer has
         self._reached = [0] * (layers + 1)  # leading tokens that have come to each depth
-        self._waiting: dict[
-            int, Tensor
-        ] = {}  # by depth, hidden states (f, H) of the tokens that stopped there
+        self.waiting: dict[int, Tensor] = {}  # by depth, hidden states (f, H) of tokens that stopped there
 
-    def adopt(self, stream: StreamTokens) -> None:
-        """Keep what is common with `stream`, forget the rest."""
+    def adopt(self, stream: StreamTokens) -> int:
+        """Keep what is common with `stream`, forget the rest; returns how many of its tokens came to depth 0 before."""
         kept = self.stream.common(stream)
-        self._waiting = {
+        self.waiting = {
             depth: hidden[: kept - self._reached[depth + 1]]
-            for depth, hidden in self._waiting.items()
+            for depth, hidden in self.waiting.items()
             if kept > self._reached[depth + 1]
         }
         self._keyed = [min(seen, kept) for seen in self._keyed]
-        self._reached = [min(seen, kept) for seen in self._reached]
+        known, *deeper = (min(seen, kept) for seen in self._reached)
+        self._reached = [len(stream), *deeper]
         self.stream = stream
-
-    def enter(self) -> int:
-        """All tokens come to depth 0; returns how many of them were there before."""
-        known, self._reached[0] = self._reached[0], len(self.stream)
         return known
-
-    def waits(self, depth: int) -> bool:
-        """Whether some token stopped at this depth, short of where others went."""
-        return depth in self._waiting
 
     def waits_unread(self, depth: int) -> bool:
         """Whether some token waits at this depth whose keys and values the next layer does not have."""
-        return self.waits(depth) and self._keyed[depth] < self._reached[depth + 1] + len(self._waiting[depth])
-
-    def stops(self, start: int, end: int) -> set[int]:
-        """Depths start, ..., end - 1 at which tokens wait."""
-        return {depth for depth in self._waiting if start <= depth < end}
+        waiting = len(self.waiting.get(depth, ()))
+        return waiting > 0 and self._keyed[depth] < self._reached[depth + 1] + waiting
 
     def read(self, depth: int, tokens: int) -> int:
         """How many of the last `tokens` tokens have their keys and values in the layer behind this depth."""
@@ -68,11 +56,11 @@ class CachedStream:
     def stop(self, depth: int, hidden: Tensor) -> None:
         """Tokens (f, H) that have come to this depth wait here; behind the last exit nothing is waited for."""
         if depth < len(self._keyed) - 1 and len(hidden):
-            self._waiting[depth] = self.resume(depth, hidden).clone()
+            self.waiting[depth] = self.resume(depth, hidden).clone()
 
     def resume(self, depth: int, hidden: Tensor) -> Tensor:
         """Hidden states of all tokens at this depth: those that waited there, then `hidden` (f, H) which just came."""
-        waiting = self._waiting.pop(depth, None)
+        waiting = self.waiting.pop(depth, None)
         return hidden if waiting is None else torch.cat([waiting.to(hidden), hidden])
 
     def keep(self, layer: int, key: Tensor, value: Tensor, runs: bool) -> tuple[Tensor, Tensor]:
@@ -111,11 +99,9 @@ class StreamCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def take(self, user: Hashable, stream: StreamTokens, layers: int) -> CachedStream:
-        """What is known of a user's stream as it is now, taken out: a batch that fails leaves nothing half done."""
-        found = self._kept.pop(user, None) or CachedStream(layers)
-        found.adopt(stream)
-        return found
+    def take(self, user: Hashable, layers: int) -> CachedStream:
+        """What is known of a user's stream, taken out: a batch that fails leaves nothing half done."""
+        return self._kept.pop(user, None) or CachedStream(layers)
 
     def give(self, user: Hashable, stream: CachedStream) -> None:
         """Keep a stream that is whole again."""

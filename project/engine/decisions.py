@@ -23,15 +23,8 @@ from project.exits.top_k import TopK
 class Decision(Protocol):
     """Exits of an engine."""
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """(K,) layers of the heads, 0 first where exit 0 is one of them."""
-        ...
-
-    @property
-    def calibration(self) -> Calibration:
-        """Of the K heads."""
-        ...
+    layers: tuple[int, ...]  # (K,) of the heads, 0 first where exit 0 is one of them
+    calibration: Calibration  # of the K heads
 
     def known(self, head: int) -> bool | None:
         """True: everyone leaves at this head, False: nobody does, None: it depends on the rows, and costs a sync."""

@@ -42,23 +42,16 @@ class Engine:
 
     The module is put into eval mode. On a CPU the engine packs the backbone's weights, a second copy of them; engines
     share it if each is given a module whose backbone is packed already. Use one engine from one thread at a time.
-
-    Args:
-        module: With its backbone and heads.
-        decision: Who leaves where.
-        cache: Keeps users' streams between requests; None runs every stream anew.
-        batch_tokens: Tokens of a batch at most; one request may be more.
-        read_tokens: Where candidates may leave and so many tokens run, the exit's layer is read at answer positions
-            before it runs whole; None: 64 on a CPU, 4,096 elsewhere. Moves scores by rounding only.
     """
 
     def __init__(
         self,
         module: ExitRecommender,
         decision: Decision,
-        cache: StreamCache | None = None,
-        batch_tokens: int = 16_384,
-        read_tokens: float | None = None,
+        cache: StreamCache
+        | None = None,  # keeps users' streams between requests; None runs every stream anew
+        batch_tokens: int = 16_384,  # of a batch at most; one request may be more
+        read_tokens: float | None = None,  # instead of READ_TOKENS; moves scores by rounding only
     ) -> None:
         assert module.backbone is not None
         if set(decision.layers) - {0, *module.exit_layers}:
@@ -205,8 +198,8 @@ class EngineBatch:
             for i in np.unique(self.request[self.alive]).tolist():
                 user = requests[i].user
                 if user is not None:
-                    stream = engine.cache.take(user, requests[i].stream, len(engine.backbone.layers))
-                    lengths[i] -= stream.enter()
+                    stream = engine.cache.take(user, len(engine.backbone.layers))
+                    lengths[i] -= stream.adopt(requests[i].stream)
                     self.streams[i] = stream
         own = np.concatenate([r.candidates.lengths for r in requests])
         self.row = row = Row.of(self.request[self.alive], lengths, own[self.alive])
@@ -240,7 +233,7 @@ class EngineBatch:
 
     def _run_layers(self, state: State, start: int, stop: int) -> State:
         """Whole layers start, ..., stop - 1; stream tokens that wait on the way join the row where they wait."""
-        waiting = {depth for stream in self._live_streams() for depth in stream.stops(start, stop)}
+        waiting = {d for stream in self._live_streams() for d in stream.waiting if start <= d < stop}
         for first, last in pairwise(sorted({start, stop} | waiting)):
             if first in waiting:
                 state = self._compact(state, first)
@@ -289,7 +282,7 @@ class EngineBatch:
         """
         row, cached = self.row, self._live_streams()
         stays = np.ones(len(row.own), dtype=bool) if stays is None else stays
-        if stays.all() and not any(stream.waits(depth) for stream in cached):
+        if stays.all() and not any(depth in stream.waiting for stream in cached):
             return state
         hidden, live, pieces = state.hidden[0], set(row.owner[stays].tolist()), list[Tensor]()
         if cached:

@@ -111,11 +111,14 @@ def run_early_exit(
     path = run_of_checkpoint(checkpoint) / "scores" / f"{name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     # 3. Part by part; the parts become one file when all of them are there.
-    files, tokens, layers = list[Path](), 0, 0
+    files, candidates, scored, refused, tokens, layers = list[Path](), 0, 0, 0, 0, 0
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=path.parent) as folder:
         for part in parts_of(requests, PART):
             prepared = prepare_requests(model, data, part) if part.requests else []
             scores = engine.score(prepared)
+            lengths = [len(r.logits) for r in scores.requests if r.error is None]
+            candidates, scored = candidates + sum(lengths), scored + len(lengths)
+            refused += len(part.refused) + len(prepared) - len(lengths)
             tokens += sum(len(r.stream) + len(r.candidates.values) for r in prepared)
             layers += scores.token_layers
             files.append(Path(folder) / f"{len(files)}.parquet")
@@ -123,23 +126,12 @@ def run_early_exit(
         table = pl.scan_parquet(files)
         about = {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}
         replace_file(path, lambda file: table.sink_parquet(file, metadata=about))
-    counted = _counted(pl.scan_parquet(path))
-    Console().print(f"{counted} with {layers:,} token-layers of {plan.layers[-1] * tokens:,}: {path}")
-    return path
-
-
-def _counted(table: pl.LazyFrame) -> str:
-    """How many candidates and requests have a score, and how many requests were refused."""
-    scored = pl.col("error").is_null()
-    counts = table.select(
-        scored.sum().alias("candidates"),
-        pl.col("request_id").filter(scored).n_unique().alias("requests"),
-        pl.col("request_id").n_unique().alias("all"),
-    ).collect()
-    candidates, requests, everything = counts.row(0)
-    refused = everything - requests
     note = f" ({refused} more refused, see the column error)" if refused else ""
-    return f"{candidates} candidates of {requests} requests scored{note}"
+    Console().print(
+        f"{candidates} candidates of {scored} requests scored{note} with {layers:,} token-layers of "
+        f"{plan.layers[-1] * tokens:,}: {path}"
+    )
+    return path
 
 
 def parts_of(requests: Requests, candidates: int) -> Iterator[Requests]:
