@@ -103,10 +103,8 @@ class Backbone(nn.Module):
         return cls(_AUTO.from_config(_cut(config, num_layers), attn_implementation=SEGMENTS))
 
     @classmethod
-    def from_pretrained(
-        cls, name: str | Path, num_layers: int | None = None, dtype: torch.dtype = torch.float32
-    ) -> Backbone:
-        """Backbone of a folder or of a name on Hugging Face's hub; layers beyond `num_layers` are not loaded."""
+    def from_pretrained(cls, name: str | Path, num_layers: int | None = None) -> Backbone:
+        """Backbone of a folder or a name on Hugging Face's hub, float32; layers beyond `num_layers` are not loaded."""
         try:
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
@@ -116,7 +114,7 @@ class Backbone(nn.Module):
         cut = _cut(config, num_layers)
         with quiet_loading():
             model, info = _AUTO.from_pretrained(
-                name, config=cut, dtype=dtype, attn_implementation=SEGMENTS, output_loading_info=True
+                name, config=cut, dtype=torch.float32, attn_implementation=SEGMENTS, output_loading_info=True
             )
         missing = sorted(info["missing_keys"])
         if missing:

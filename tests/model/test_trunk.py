@@ -137,8 +137,8 @@ def test_autocast_to_bfloat16(tiny_config: Make, random_layout: Make) -> None:
 
 
 def test_weights_in_bfloat16(saved: Make, random_layout: Make) -> None:
-    """`dtype` sets the type of weights and states."""
-    backbone = Backbone.from_pretrained(saved()[1], dtype=torch.bfloat16)
+    """States have the type of the weights."""
+    backbone = Backbone.from_pretrained(saved()[1]).to(torch.bfloat16)
     layout = random_layout(0)
     state = backbone.run(backbone.embed(tokens_of(layout), layout), 0, 3)
     assert {p.dtype for p in backbone.parameters()} == {state.hidden.dtype} == {torch.bfloat16}
