@@ -56,7 +56,7 @@ def fitted(
     config = tiny_settings(tiny_logs, sharp_model, folder, name="")
     config["data"] |= {"context_tokens": 768, "batch_tokens": 1024, "mf": {"dim": 2}}
     config["data"]["prompt"] = {
-        "segment": "{title} ({year}) all {item_percent} near {vote_percent} factorisation {mf_percent}{mf_number}:"
+        "segment": "{title} ({year}) all {item_percent} near {vote_percent} mf {mf_percent}{mf_number}:"
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
