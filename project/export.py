@@ -33,7 +33,27 @@ from project.report.report import Run, read_run
 from project.report.tables import render
 from project.run import SCHEMA_VERSION, own_version, write_json
 
-LOADING = """\
+USAGE = "python -m project export RUN_FOLDER NEW_FOLDER"
+NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/last.ckpt")
+POLICY, HEADS, NUMBERS = "exit_policy.json", "heads.safetensors", "numbers.safetensors"
+NUMBERS_KEY = "embed_tokens.numbers"  # in a backbone's state
+_AUTO: Any = AutoModel  # its constructors are not typed
+
+CARD = """\
+---
+library_name: exitrec
+{hub}tags: [recommendation, early-exit, {family}]
+---
+
+# {name}
+
+The first {layers} layers of {base}, fine-tuned to predict from an interaction history and retrieved features whether \
+a user likes a candidate ({yes}) or not ({no}), with prediction heads after layers {exits} and a calibrated exit \
+policy (`{criterion}`). Written by exitrec {version}, which has the prompts, the retrieval and the early-exit \
+engine.{numbers}
+
+## Load it
+
 ```python
 from transformers import AutoModel, AutoTokenizer
 
@@ -43,128 +63,66 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 from project.export import load_exported  # of exitrec, which must be installed
 
 backbone, heads, plan = load_exported(folder)
-```"""
+```
+
+## What it measured
+
+{measured}
+
+## Data
+
+Retrieved features by `{retriever}`. Logs, which are not included:
+
+{files}
+
+## Limits
+
+Scores are of one log and its protocol; other users, items or times were not measured. The policy holds for the \
+prompts and the retriever that it was calibrated with. What a log prefers, a model that is fitted to it prefers too. \
+Not made for decisions about people.
+
+## Licence
+
+The weights are derived from the base model's, whose licence applies. {licence} The logs have their own.
+"""
+WITH_NUMBERS = (
+    " Retrieved features in prompts are learned tokens with ids below zero. `load_exported` knows them; the model "
+    "alone does not."
+)
+NOT_TESTED = "\n\nTest was not read; the numbers are of the rows that calibration was fitted on."
 
 
 def render_card(run: Run, bundle: Mapping[str, Any], family: str, criterion: str) -> str:
-    """README.md of an exported folder.
-
-    Args:
-        run: The run's result files.
-        bundle: Content of bundle.json.
-        family: The backbone's model_type.
-        criterion: Name of the criterion that decides.
-    """
-    base = _base_name(bundle["base_model"])
-    sections = {
-        f"# {run.name}": [_opening(bundle, base, criterion)],
-        "## Load it": [LOADING],
-        "## What it measured": _measured(run),
-        "## Data": [_data(run, bundle)],
-        "## Limits": [_limits()],
-        "## Licence": [_licence(bundle["base_model"], base)],
-    }
-    text = "\n\n".join(part for title, body in sections.items() for part in (title, *body) if part)
-    return f"{_metadata(bundle['base_model'], family)}\n{text}\n"
-
-
-def _metadata(base_model: str, family: str) -> str:
-    """The hub's front matter; a base model is named where it is one of the hub's."""
-    lines = ["---", "library_name: exitrec"]
-    if (
-        base_model not in SOURCES
-        and base_model.count("/") == 1
-        and not Path(base_model).expanduser().exists()
-    ):
-        lines.append(f"base_model: {base_model}")
-    return "\n".join([*lines, f"tags: [recommendation, early-exit, {family}]", "---", ""])
-
-
-def _base_name(base_model: str) -> str:
-    """A folder's own name: where it lay is nobody's business."""
+    """README.md of an exported folder, from a run's results, its bundle.json and the backbone's model_type."""
+    base_model = bundle["base_model"]
     path = Path(base_model).expanduser()
-    return path.name if path.is_absolute() or path.is_dir() else base_model
-
-
-def _opening(bundle: Mapping[str, Any], base: str, criterion: str) -> str:
-    exits = ", ".join(map(str, bundle["exit_layers"]))
+    on_hub = base_model not in SOURCES and base_model.count("/") == 1 and not path.exists()
+    base = path.name if path.is_absolute() or path.is_dir() else base_model  # no path of this machine
     no, yes = (repr(answer.strip()) for answer in bundle["answers"])
-    return (
-        f"The first {bundle['num_layers']} layers of {base}, fine-tuned to predict from an interaction history and "
-        f"retrieved features whether a user likes a candidate ({yes}) or not ({no}), with prediction heads "
-        f"after layers {exits} and a calibrated exit policy (`{criterion}`). Written by exitrec {own_version()}, which "
-        "has the prompts, the retrieval and the early-exit engine."
-        + (
-            " Retrieved features in prompts are learned tokens with ids below zero. `load_exported` knows them; "
-            "the model alone does not."
-            if tells_numbers(bundle["prompt"]["segment"])
-            else ""
-        )
+    certificate = run.reported.get("certificate") or run.calibrate.get("certificate")
+    files = (f"* `{Path(name).name}`, SHA-256 {digest}" for name, digest in bundle["interactions"].items())
+    return CARD.format(
+        hub=f"base_model: {base_model}\n" if on_hub else "",
+        family=family,
+        name=run.name,
+        layers=bundle["num_layers"],
+        base=base,
+        yes=yes,
+        no=no,
+        exits=", ".join(map(str, bundle["exit_layers"])),
+        criterion=criterion,
+        version=own_version(),
+        numbers=WITH_NUMBERS if tells_numbers(bundle["prompt"]["segment"]) else "",
+        measured=render(run.reported | {"certificate": certificate})
+        + (NOT_TESTED if run.split != "test" else ""),
+        retriever=bundle["retriever"]["class_path"],
+        files="\n".join(files),
+        licence=SOURCES[base_model].licence if base_model in SOURCES else f"See the licence of {base}.",
     )
-
-
-def _measured(run: Run) -> list[str]:
-    parts = [render(run.reported | {"certificate": _certificate(run)})]
-    if run.split != "test":
-        parts.append("Test was not read; the numbers are of the rows that calibration was fitted on.")
-    return parts
-
-
-def _certificate(run: Run) -> Any:
-    return run.reported.get("certificate") or run.calibrate.get("certificate")
-
-
-def _data(run: Run, bundle: Mapping[str, Any]) -> str:
-    files = "\n".join(
-        f"* `{Path(name).name}`, SHA-256 {digest}" for name, digest in bundle["interactions"].items()
-    )
-    retriever = bundle["retriever"]["class_path"]
-    return f"Retrieved features by `{retriever}`. Logs, which are not included:\n\n{files}"
-
-
-def _limits() -> str:
-    return (
-        "Scores are of one log and its protocol; other users, items or times were not measured. The policy holds for "
-        "the prompts and the retriever that it was calibrated with. What a log prefers, a model that is fitted to it "
-        "prefers too. Not made for decisions about people."
-    )
-
-
-def _licence(base_model: str, base: str) -> str:
-    known = SOURCES[base_model].licence if base_model in SOURCES else f"See the licence of {base}."
-    return f"The weights are derived from the base model's, whose licence applies. {known} The logs have their own."
-
-
-USAGE = "python -m project export RUN_FOLDER NEW_FOLDER"
-NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/last.ckpt")
-POLICY, HEADS, NUMBERS = "exit_policy.json", "heads.safetensors", "numbers.safetensors"
-NUMBERS_KEY = "embed_tokens.numbers"  # in a backbone's state
-_AUTO: Any = AutoModel  # its constructors are not typed
-
-
-class Exported(NamedTuple):
-    """What is not Hugging Face's in an exported folder, on the CPU, in eval mode.
-
-    Attributes:
-        backbone: Token embeddings and decoder layers.
-        heads: `ExitHead` by layer, keys as text.
-        plan: Calibration, criterion and thresholds. Where `plan.exit_0`, head 0 is `exported_baseline(folder)`.
-    """
-
-    backbone: Backbone
-    heads: nn.ModuleDict
-    plan: ExitPlan
 
 
 def run_export(arguments: Sequence[str]) -> Path:
-    """The command: export a run and say where to.
-
-    Args:
-        arguments: A run folder, such as runs/quickstart/latest, and a folder that does not exist yet or is empty.
-
-    Raises:
-        DataError: Not two arguments, or as in `export`.
-    """
+    """The command: export a run folder into a folder that does not exist yet or is empty, and say where it is."""
     if len(arguments) != 2 or any(a.startswith("-") for a in arguments):
         raise DataError(f"export takes a run folder and a new one, found {list(arguments)}. Usage: {USAGE}")
     folder = export(*map(Path, arguments))
@@ -173,20 +131,7 @@ def run_export(arguments: Sequence[str]) -> Path:
 
 
 def export(run: Path, folder: Path) -> Path:
-    """Write a calibrated run's last checkpoint as a Hugging Face folder; whole or not at all.
-
-    Args:
-        run: Run folder.
-        folder: Does not exist yet, or is empty.
-
-    Returns:
-        `folder`.
-
-    Raises:
-        DataError: The run lacks a file, or `folder` holds something.
-        CheckpointError: The checkpoint is not of the run's config.yaml.
-        NotCalibratedError: It has no exit plan.
-    """
+    """Write a calibrated run's last checkpoint as a Hugging Face folder; whole or not at all."""
     missing = [name for name in NEEDED if not (run / name).exists()]
     if missing:
         raise DataError(
@@ -200,105 +145,36 @@ def export(run: Path, folder: Path) -> Path:
     bundle = json.loads((run / "bundle" / "bundle.json").read_text(encoding="utf-8"))
     results = read_run(run)
     module, plan = _load(run, bundle)
-    policy = _policy(bundle, plan, module.feature_baseline())
+    baseline, backbone = module.feature_baseline(), module.backbone
+    assert backbone is not None
+    policy = {
+        "schema_version": SCHEMA_VERSION,
+        "version": own_version(),
+        **{key: bundle[key] for key in ("exit_layers", "answers", "prompt", "protocol")},
+        "feature_baseline": {
+            "base": baseline.base,
+            "offset": baseline.offset,
+            "weights": dict(zip(FEATURES, baseline.weights.tolist(), strict=True)),
+        },
+        "plan": to_json(plan.state()),
+    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         part = Path(scratch) / folder.name
         shutil.copytree(run / "bundle" / "tokenizer", part)
-        assert module.backbone is not None
-        _save_backbone(module.backbone, part)
+        _save_backbone(backbone, part)
         save_file({k: v.contiguous() for k, v in module.heads.state_dict().items()}, part / HEADS)
         if module.numbers:
-            save_file({"numbers": module.backbone.state_dict()[NUMBERS_KEY]}, part / NUMBERS)
+            save_file({"numbers": backbone.state_dict()[NUMBERS_KEY]}, part / NUMBERS)
         write_json(part / POLICY, policy)
-        card = render_card(results, bundle, module.backbone.config.model_type, plan.criterion)
+        card = render_card(results, bundle, backbone.config.model_type, plan.criterion)
         (part / "README.md").write_text(card, encoding="utf-8")
         os.replace(part, folder)
     return folder
 
 
-def load_exported(folder: str | Path) -> Exported:
-    """Backbone, heads and exit plan of a folder that `export` wrote.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        DataError: A file is missing, of another version, or lacks weights.
-    """
-    policy = _read_policy(Path(folder))
-    model, info = _AUTO.from_pretrained(
-        folder, attn_implementation=SEGMENTS, dtype=torch.float32, output_loading_info=True
-    )
-    if info["missing_keys"]:
-        raise DataError(
-            f"{folder} lacks {len(info['missing_keys'])} weights of the backbone, among them "
-            f"{sorted(info['missing_keys'])[:3]}; the copy is not complete. Copy or export it again."
-        )
-    headless = SimpleNamespace(weight=torch.empty(0))  # heads are loaded, not made of the language model's
-    backbone = Backbone(SimpleNamespace(config=model.config, model=model, lm_head=headless))
-    backbone.release_lm_head()
-    if tells_numbers(policy["prompt"]["segment"]):
-        backbone.learn_numbers()
-        backbone.load_state_dict({NUMBERS_KEY: load_file(Path(folder) / NUMBERS)["numbers"]}, strict=False)
-    direction = torch.zeros(model.config.hidden_size)
-    heads = nn.ModuleDict({str(k): ExitHead(backbone.final_norm, direction) for k in policy["exit_layers"]})
-    heads.load_state_dict(load_file(Path(folder) / HEADS))
-    return Exported(backbone.eval(), heads.eval(), ExitPlan.from_state(from_json(policy["plan"])))
-
-
-def exported_baseline(folder: str | Path) -> FeatureBaseline:
-    """Exit 0 of a folder that `export` wrote: logits from features, before the backbone runs.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        DataError: It has no exit policy of this version, or its features are not `exit_0.FEATURES`.
-    """
-    known = _read_policy(Path(folder))["feature_baseline"]
-    if tuple(known["weights"]) != FEATURES:
-        raise DataError(
-            f"{Path(folder) / POLICY}: exit 0 weighs the features {list(known['weights'])}; this version counts "
-            f"{list(FEATURES)}. Use the version that wrote it, or export the run again."
-        )
-    return FeatureBaseline(known["base"], known["offset"], np.array(list(known["weights"].values())))
-
-
-def to_json(value: Any) -> Any:
-    """A plan's state as plain JSON; float64 and float32 come back bit by bit.
-
-    Args:
-        value: Tensors, numbers, text, and lists and dictionaries of them.
-    """
-    if isinstance(value, Tensor):
-        kind = str(value.dtype).removeprefix("torch.")
-        return {"tensor": kind, "shape": list(value.shape), "values": to_json(value.flatten().tolist())}
-    if isinstance(value, Mapping):
-        return {key: to_json(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(part) for part in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return {"number": str(value)}
-    return value
-
-
-def from_json(value: Any) -> Any:
-    """What `to_json` was given, tuples as lists."""
-    if isinstance(value, list):
-        return [from_json(part) for part in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {"number"}:
-        return float(value["number"])
-    if value.keys() == {"tensor", "shape", "values"}:
-        values, kind = from_json(value["values"]), getattr(torch, value["tensor"])
-        return torch.tensor(values, dtype=kind).reshape(value["shape"])
-    return {key: from_json(part) for key, part in value.items()}
-
-
 def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, ExitPlan]:
-    """The run's module with the weights of its last checkpoint, adapters merged, and its plan."""
+    """The run's module with the weights of its last checkpoint, and its plan."""
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
     lora = settings.get("lora")
     module = ExitRecommender(
@@ -330,18 +206,51 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _policy(bundle: Mapping[str, Any], plan: ExitPlan, exit_0: FeatureBaseline) -> dict[str, Any]:
-    weights = dict(zip(FEATURES, exit_0.weights.tolist(), strict=True))
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "version": own_version(),
-        "exit_layers": bundle["exit_layers"],
-        "answers": bundle["answers"],
-        "prompt": bundle["prompt"],
-        "protocol": bundle["protocol"],
-        "feature_baseline": {"base": exit_0.base, "offset": exit_0.offset, "weights": weights},
-        "plan": to_json(plan.state()),
-    }
+class Exported(NamedTuple):
+    """What is not Hugging Face's in an exported folder, on the CPU, in eval mode.
+
+    `heads` are `ExitHead` by layer, keys as text. Where `plan.exit_0`, head 0 is `exported_baseline(folder)`.
+    """
+
+    backbone: Backbone
+    heads: nn.ModuleDict
+    plan: ExitPlan
+
+
+def load_exported(folder: str | Path) -> Exported:
+    """Backbone, heads and exit plan of a folder that `export` wrote."""
+    folder = Path(folder)
+    policy = _read_policy(folder)
+    model, info = _AUTO.from_pretrained(
+        folder, attn_implementation=SEGMENTS, dtype=torch.float32, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise DataError(
+            f"{folder} lacks {len(missing)} weights of the backbone, among them {missing[:3]}; the copy is not "
+            "complete. Copy or export it again."
+        )
+    headless = SimpleNamespace(weight=torch.empty(0))  # heads are loaded, not made of the language model's
+    backbone = Backbone(SimpleNamespace(config=model.config, model=model, lm_head=headless))
+    backbone.release_lm_head()
+    if tells_numbers(policy["prompt"]["segment"]):
+        backbone.learn_numbers()
+        backbone.load_state_dict({NUMBERS_KEY: load_file(folder / NUMBERS)["numbers"]}, strict=False)
+    direction = torch.zeros(model.config.hidden_size)
+    heads = nn.ModuleDict({str(k): ExitHead(backbone.final_norm, direction) for k in policy["exit_layers"]})
+    heads.load_state_dict(load_file(folder / HEADS))
+    return Exported(backbone.eval(), heads.eval(), ExitPlan.from_state(from_json(policy["plan"])))
+
+
+def exported_baseline(folder: str | Path) -> FeatureBaseline:
+    """Exit 0 of a folder that `export` wrote: logits from features, before the backbone runs."""
+    known = _read_policy(Path(folder))["feature_baseline"]
+    if tuple(known["weights"]) != FEATURES:
+        raise DataError(
+            f"{Path(folder) / POLICY}: exit 0 weighs the features {list(known['weights'])}; this version counts "
+            f"{list(FEATURES)}. Use the version that wrote it, or export the run again."
+        )
+    return FeatureBaseline(known["base"], known["offset"], np.array(list(known["weights"].values())))
 
 
 def _read_policy(folder: Path) -> dict[str, Any]:
@@ -355,3 +264,31 @@ def _read_policy(folder: Path) -> dict[str, Any]:
             "Export the run again."
         )
     return content
+
+
+def to_json(value: Any) -> Any:
+    """A plan's state (tensors, numbers, text, lists, dictionaries) as plain JSON; floats come back bit by bit."""
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        return {"tensor": kind, "shape": list(value.shape), "values": to_json(value.flatten().tolist())}
+    if isinstance(value, Mapping):
+        return {key: to_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(part) for part in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return {"number": str(value)}
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """What `to_json` was given, tuples as lists."""
+    if isinstance(value, list):
+        return [from_json(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"number"}:
+        return float(value["number"])
+    if value.keys() == {"tensor", "shape", "values"}:
+        values, kind = from_json(value["values"]), getattr(torch, value["tensor"])
+        return torch.tensor(values, dtype=kind).reshape(value["shape"])
+    return {key: from_json(part) for key, part in value.items()}

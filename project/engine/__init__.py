@@ -1,18 +1,10 @@
 """The engine: backbone stages that candidates really leave, with what they cost."""
 
-from project.engine.cache import StreamCache
-from project.engine.decisions import ListExits, RowExits
-from project.engine.engine import Engine
-from project.engine.requests import PreparedRequest, Scored, Scores, StreamTokens, prepare
-
-__all__ = [
-    "Engine",
-    "ListExits",
-    "PreparedRequest",
-    "RowExits",
-    "Scored",
-    "Scores",
-    "StreamCache",
-    "StreamTokens",
-    "prepare",
-]
+from project.engine.cache import StreamCache as StreamCache
+from project.engine.decisions import ListExits as ListExits
+from project.engine.decisions import RowExits as RowExits
+from project.engine.engine import Engine as Engine
+from project.engine.requests import PreparedRequest as PreparedRequest
+from project.engine.requests import Scored as Scored
+from project.engine.requests import Scores as Scores
+from project.engine.requests import StreamTokens as StreamTokens

@@ -1,4 +1,4 @@
-"""`predict` with the engine: a run is loaded, requests are scored, a table is written in parts."""
+"""`predict --engine early_exit`: a run is loaded, requests are scored, a table is written in parts."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 
 from project.callbacks import ExitCalibration, ResultFiles
 from project.data.download import resolve_model
 from project.data.prompt import PromptEncoder
 from project.data.requests import Refused, Request, Requests, read_requests, without_long
-from project.datamodule import check_reads
+from project.datamodule import InteractionData, check_reads
 from project.engine.cache import StreamCache
 from project.engine.decisions import RowExits
 from project.engine.engine import Engine
@@ -26,13 +26,33 @@ from project.errors import ConfigError, NotCalibratedError, NotFittedError
 from project.exits.plan import Plans
 from project.model.backbone import Backbone
 from project.model.heads import heads_digest
+from project.model.module import ExitRecommender
 from project.run import read_checkpoint, replace_file, run_of_checkpoint
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+PART = 50_000  # candidates that are in memory at a time, 4.6 KB each
 
-    from project.datamodule import InteractionData
-    from project.model.module import ExitRecommender
+
+def load_weights(
+    model: ExitRecommender,
+    tokenizer: Any,
+    checkpoint: str | Path,
+    data: InteractionData | None = None,
+    compared: bool = True,
+) -> dict[str, Any]:
+    """Give a module the weights of a run, calibrated or not; returns the checkpoint.
+
+    `data` is what will be scored: it must be what the run was trained to read, and if scores are `compared` with
+    labels of the log, their rows must be unseen (`check_reads`). A module without a backbone gets one.
+    """
+    content = read_checkpoint(checkpoint)
+    if data is not None:
+        check_reads(content.get("reads"), data, compared)
+    if model.backbone is None:
+        backbone = Backbone.from_pretrained(resolve_model(model.backbone_name), num_layers=model.depth)
+        model.set_backbone(backbone, tokenizer)
+    model.on_load_checkpoint(content)
+    model.load_state_dict(content["state_dict"], strict=False)  # on_load_checkpoint was stricter
+    return content
 
 
 def load_run(
@@ -40,22 +60,10 @@ def load_run(
     tokenizer: Any,
     checkpoint: str | Path,
     data: InteractionData | None = None,
-    judged: bool = True,
+    compared: bool = True,
 ) -> Plans:
-    """Give a module the weights of a calibrated run; returns its exit plans.
-
-    Args:
-        model: Made from the run's configuration; gets its backbone here if it has none.
-        tokenizer: Of the backbone.
-        checkpoint: The run's checkpoint.
-        data: What will be scored, which must be what the run was trained to read; None: nothing will.
-        judged: Whether scores will be judged by the log's labels, see `check_reads`.
-
-    Raises:
-        CheckpointError: The checkpoint was made for another configuration.
-        NotCalibratedError: It has no exit plan.
-    """
-    plans = plans_of(load_weights(model, tokenizer, checkpoint, data, judged))
+    """The same of a calibrated run; returns its exit plans."""
+    plans = plans_of(load_weights(model, tokenizer, checkpoint, data, compared))
     if plans is None:
         raise NotCalibratedError(
             "this checkpoint has no calibrated exits. Run `python -m project calibrate --config RUN/config.yaml "
@@ -71,49 +79,12 @@ def plans_of(checkpoint: Mapping[str, Any]) -> Plans | None:
     return calibration.found
 
 
-def load_weights(
-    model: ExitRecommender,
-    tokenizer: Any,
-    checkpoint: str | Path,
-    data: InteractionData | None = None,
-    judged: bool = True,
-) -> dict[str, Any]:
-    """Give a module the weights of a run, calibrated or not; returns the checkpoint. Arguments as in `load_run`.
-
-    Raises:
-        CheckpointError: The checkpoint was made for another configuration.
-    """
-    content = read_checkpoint(checkpoint)
-    if data is not None:
-        check_reads(content.get("reads"), data, judged)
-    if model.backbone is None:
-        backbone = Backbone.from_pretrained(resolve_model(model.backbone_name), num_layers=model.depth)
-        model.set_backbone(backbone, tokenizer)
-    model.on_load_checkpoint(content)
-    model.load_state_dict(content["state_dict"], strict=False)  # on_load_checkpoint was stricter
-    return content
-
-
-PART = 50_000  # candidates that are in memory at a time, 4.6 KB each
-
-
 def run_early_exit(
-    trainer: Trainer,
-    model: ExitRecommender,
-    data: InteractionData,
-    checkpoint: str | Path | None,
+    trainer: Trainer, model: ExitRecommender, data: InteractionData, checkpoint: str | Path | None
 ) -> Path:
     """Score data.requests with the engine and the run's exit plan; write scores/predict-early_exit.parquet.
 
-    Args:
-        trainer: Says where to run, and the tag of result files.
-        model: Made from the run's configuration.
-        data: Logs and requests.
-        checkpoint: The run's checkpoint.
-
-    Raises:
-        NotFittedError: No checkpoint.
-        ConfigError: More than one process.
+    The trainer says where to run, and the tag of result files.
     """
     if checkpoint is None:
         raise NotFittedError(
@@ -125,85 +96,66 @@ def run_early_exit(
             f"predict --engine early_exit runs in one process, found {trainer.world_size}; expected trainer.devices 1. "
             "Split data.requests into files, and run each with --results.tag of its own."
         )
+    # 1. The run and the requests.
     data.prepare_data()
-    plans = load_run(model, data.tokenizer, checkpoint, data, judged=False)
+    plan = load_run(model, data.tokenizer, checkpoint, data, compared=False).plan
     device = trainer.strategy.root_device
-    model.to(device)
-    asked = read_requests(data.requests_file, data.split.interactions)
-    asked = without_long(asked, PromptEncoder(data.tokenizer, data.prompt, asked.items), data.context_tokens)
-    engine = Engine(model, RowExits(plans.plan, device), StreamCache())
-    about = {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}
+    engine = Engine(model.to(device), RowExits(plan, device), StreamCache())
+    requests = read_requests(data.requests_file, data.split.interactions)
+    encoder = PromptEncoder(data.tokenizer, data.prompt, requests.items)
+    requests = without_long(requests, encoder, data.context_tokens)
+    # 2. Where the table goes.
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     tags = [c.tag for c in callbacks if isinstance(c, ResultFiles) and c.tag]
     name = "-".join(["predict-early_exit", *tags])
     path = run_of_checkpoint(checkpoint) / "scores" / f"{name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    tokens = layers = 0
+    # 3. Part by part; the parts become one file when all of them are there.
+    files, candidates, scored, refused, tokens, layers = list[Path](), 0, 0, 0, 0, 0
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=path.parent) as folder:
-        files = list[Path]()
-        for part in parts_of(asked, PART):
+        for part in parts_of(requests, PART):
             prepared = prepare_requests(model, data, part) if part.requests else []
             scores = engine.score(prepared)
+            lengths = [len(r.logits) for r in scores.requests if r.error is None]
+            candidates, scored = candidates + sum(lengths), scored + len(lengths)
+            refused += len(part.refused) + len(prepared) - len(lengths)
             tokens += sum(len(r.stream) + len(r.candidates.values) for r in prepared)
             layers += scores.token_layers
             files.append(Path(folder) / f"{len(files)}.parquet")
             early_exit_table(scores, part).write_parquet(files[-1])
         table = pl.scan_parquet(files)
+        about = {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}
         replace_file(path, lambda file: table.sink_parquet(file, metadata=about))
-    counted = _counted(pl.scan_parquet(path))
-    Console().print(f"{counted} with {layers:,} token-layers of {plans.plan.layers[-1] * tokens:,}: {path}")
+    note = f" ({refused} more refused, see the column error)" if refused else ""
+    Console().print(
+        f"{candidates} candidates of {scored} requests scored{note} with {layers:,} token-layers of "
+        f"{plan.layers[-1] * tokens:,}: {path}"
+    )
     return path
 
 
-def _counted(table: pl.LazyFrame) -> str:
-    """How much of what was asked has a score."""
-    scored = pl.col("error").is_null()
-    counts = table.select(
-        scored.sum().alias("candidates"),
-        pl.col("request_id").filter(scored).n_unique().alias("requests"),
-        pl.col("request_id").n_unique().alias("all"),
-    ).collect()
-    candidates, requests, everything = counts.row(0)
-    refused = everything - requests
-    note = f" ({refused} more refused, see the column error)" if refused else ""
-    return f"{candidates} candidates of {requests} requests scored{note}"
-
-
-def parts_of(asked: Requests, candidates: int) -> Iterator[Requests]:
-    """The same requests, refused ones at their places, in parts of about so many candidates.
-
-    Args:
-        asked: What is asked.
-        candidates: A part ends at the request that reaches this number.
-    """
-    refused = {r.place: r for r in asked.refused}
-    usable = iter(asked.requests)
+def parts_of(requests: Requests, candidates: int) -> Iterator[Requests]:
+    """The same requests, refused ones at their places; a part ends at the request that reaches so many candidates."""
+    refused, usable = {r.place: r for r in requests.refused}, iter(requests.requests)
+    last = len(requests.requests) + len(refused) - 1
     part, size = list[Request | Refused](), 0
-    for place in range(len(asked.requests) + len(refused)):
+    for place in range(last + 1):
         part.append(refused.get(place) or next(usable))
         size += len(part[-1].candidates)
-        if size >= candidates:
-            yield _part(asked, part)
+        if size >= candidates or place == last:
+            yield replace(
+                requests,
+                requests=[r for r in part if isinstance(r, Request)],
+                refused=tuple(replace(r, place=k) for k, r in enumerate(part) if isinstance(r, Refused)),
+            )
             part, size = [], 0
-    if part:
-        yield _part(asked, part)
-
-
-def _part(asked: Requests, part: list[Request | Refused]) -> Requests:
-    refused = tuple(replace(r, place=k) for k, r in enumerate(part) if isinstance(r, Refused))
-    return replace(asked, requests=[r for r in part if isinstance(r, Request)], refused=refused)
 
 
 def early_exit_table(scores: Scores, requests: Requests) -> pl.DataFrame:
     """One row a candidate, in the order of the requests; one row for a refused request that has no candidate.
 
-    Args:
-        scores: Of all requests that were not refused.
-        requests: What was asked.
-
-    Returns:
-        request_id, candidate_index, item_id, exit_layer, adaptive_logit, probability, error. What could not be scored
-        has NaN, exit layer -1 and an error.
+    The scores are of all requests that were not refused. Columns: request_id, candidate_index, item_id, exit_layer,
+    adaptive_logit, probability, error. What could not be scored has NaN, exit layer -1 and an error.
     """
     found, refused = scores.requests, requests.refused
     places = np.setdiff1d(np.arange(len(found) + len(refused)), [r.place for r in refused])

@@ -1,9 +1,7 @@
-"""Structured attention: the plan of a layout's blocks, run with scaled_dot_product_attention.
+"""Structured attention: the blocks of a layout, run with scaled_dot_product_attention.
 
-Unusual: registered with transformers' attention interface as "segments", so the library's own decoder layers
-call it; the layout reaches it as a keyword argument of the layer. Rows are cut once at all edges of the plan
-and glued together per block: the backward pass of a cut is one concatenation, whereas every slice of a tensor
-costs a zero tensor of the full length.
+Registered with transformers' attention interface as "segments", so that the library's own decoder layers call it; the
+layout reaches it as a keyword argument of the layer.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from project.layout import Block, Layout
+from project.layout import Layout
 
 SEGMENTS = "segments"
 
@@ -35,79 +33,57 @@ def segments_attention(
 ) -> tuple[Tensor, None]:
     """Attention under the visibility rule of `layout`, in the signature of transformers' attention functions.
 
-    Args:
-        module: The attention module that calls (its `layer_idx` names the layer).
-        query: (B, heads, T, dim), rotary embedding applied.
-        key: (B, key-value heads, T, dim), rotary embedding applied.
-        value: (B, key-value heads, T, dim).
-        attention_mask: Ignored; the layout says what is visible.
-        layout: Structure of the (B, T) tokens, with its blocks planned.
-        scaling: Factor on the dot products.
-        dropout: Share of attention weights dropped in training.
-
-    Returns:
-        (B, T, heads, dim), zero at padding; and no attention weights.
+    `query` is (B, heads, T, dim), `key` and `value` (B, key-value heads, T, dim), rotary embedding applied. Returns
+    (B, T, heads, dim), zero at padding, and no attention weights.
     """
     attend = getattr(layout, "attend", None)
     if attend is not None:  # the engine's structure of a batch, which may hold cached keys and values
         return attend(module.layer_idx, query, key, value, scaling), None
-    groups = query.shape[1] // key.shape[1]
+    heads, length, dim = query.shape[1:]
     # With a mask, CUDA has no fused kernel for grouped queries; the CPU's takes them as they are.
-    grouped = groups > 1 and query.device.type == "cpu"
-    if groups > 1 and not grouped:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    blocks: list[list[Block]] = [[] for _ in range(query.shape[0])]
-    for block in layout.blocks:
-        blocks[block.row].append(block)
+    if query.device.type != "cpu":
+        key, value = (one_per_query_head(x, heads) for x in (key, value))
+    grouped = key.shape[1] != heads
     rows = []
-    for row, plan in enumerate(blocks):
-        edges = _edges(plan, query.shape[2])
-        q, k, v = (_Pieces(tensor[row], edges) for tensor in (query, key, value))
-        outputs = [
-            F.scaled_dot_product_attention(
-                q.join([block.queries])[None],
-                k.join(block.keys)[None],
-                v.join(block.keys)[None],
+    for row in range(query.shape[0]):
+        blocks = [block for block in layout.blocks if block.row == row]
+        # 1. Cut the row once, at all edges of its blocks: the backward pass of a cut is one concatenation, whereas
+        #    every slice of a tensor costs a zero tensor of the full length.
+        spans = [span for block in blocks for span in (block.queries, *block.keys)]
+        edges = sorted({0, length}.union(*spans))
+        at = {edge: i for i, edge in enumerate(edges)}
+        sizes = [stop - start for start, stop in pairwise(edges)]
+        q, k, v = (torch.split(x[row], sizes, dim=1) for x in (query, key, value))
+        # 2. One call a block; zeros where there is none.
+        parts, end = list[Tensor](), 0
+        for block in blocks:
+            start, stop = block.queries
+            out = F.scaled_dot_product_attention(
+                _joined(q, at, [block.queries]),
+                _joined(k, at, block.keys),
+                _joined(v, at, block.keys),
                 attn_mask=block.mask,
                 dropout_p=dropout,
                 scale=scaling,
                 enable_gqa=grouped,
             )[0].transpose(0, 1)
-            for block in plan
-        ]
-        rows.append(_in_place(outputs, plan, query[row]))
+            parts += [query.new_zeros(start - end, heads, dim), out] if start > end else [out]
+            end = stop
+        if end < length:
+            parts.append(query.new_zeros(length - end, heads, dim))
+        rows.append(torch.cat(parts))
     return torch.stack(rows), None
 
 
-class _Pieces:
-    """A row (heads, T, dim) cut at `edges`."""
-
-    def __init__(self, row: Tensor, edges: list[int]) -> None:
-        self._pieces = torch.split(row, [stop - start for start, stop in pairwise(edges)], dim=1)
-        self._at = {edge: i for i, edge in enumerate(edges)}
-
-    def join(self, ranges: list[tuple[int, int]]) -> Tensor:
-        """The tokens of the ranges, (heads, tokens, dim); every range ends on edges."""
-        pieces = [piece for start, stop in ranges for piece in self._pieces[self._at[start] : self._at[stop]]]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+def one_per_query_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, key-value heads, T, dim) repeated to as many heads as queries have."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _edges(plan: list[Block], length: int) -> list[int]:
-    ends = {edge for block in plan for span in [block.queries, *block.keys] for edge in span}
-    return sorted(ends | {0, length})
-
-
-def _in_place(outputs: list[Tensor], plan: list[Block], query: Tensor) -> Tensor:
-    """Outputs of the blocks in the order of the row, (T, heads, dim), with zeros where there is no block."""
-    heads, length, dim = query.shape
-    parts, end = [], 0
-    for output, block in zip(outputs, plan, strict=True):
-        start, stop = block.queries
-        parts += [query.new_zeros(start - end, heads, dim), output] if start > end else [output]
-        end = stop
-    if end < length:
-        parts.append(query.new_zeros(length - end, heads, dim))
-    return torch.cat(parts)
+def _joined(pieces: tuple[Tensor, ...], at: dict[int, int], ranges: list[tuple[int, int]]) -> Tensor:
+    """The tokens of the ranges, (1, heads, tokens, dim); every range ends on edges, `at` says which."""
+    found = [piece for start, stop in ranges for piece in pieces[at[start] : at[stop]]]
+    return (found[0] if len(found) == 1 else torch.cat(found, dim=1))[None]
 
 
 AttentionInterface.register(SEGMENTS, segments_attention)

@@ -1,8 +1,7 @@
 """Exit heads: from a hidden state at some depth to the logit of the answer.
 
-A head starts as the language model's own answer, logit(yes) - logit(no), so training refines an
-opinion instead of learning one from nothing. Autocast is off in a head: bfloat16
-has 128 steps between powers of two, and scores that tie cost AUC.
+A head starts as the language model's own answer, logit(yes) - logit(no). Autocast is off in a head: bfloat16 has 128
+steps between powers of two, and scores that tie cost AUC.
 """
 
 from __future__ import annotations
@@ -10,24 +9,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 
 from project.errors import ConfigError
 
 
 class ExitHead(nn.Module):
-    """Own norm, then one logit.
+    """Own norm, since hidden states below the last layer have another scale than the final norm expects; one logit.
 
-    A norm of its own, because below the last layer hidden states have another scale than the final norm
-    expects.
-
-    Args:
-        norm: Final norm of the LM; copied.
-        direction: (H,) initial weights, see `Backbone.answer_direction`. The bias starts at 0.
+    The norm starts as a copy of the LM's final `norm`, the weights as `direction` (H,), see
+    `Backbone.answer_direction`, the bias at 0.
     """
 
     def __init__(self, norm: nn.Module, direction: Tensor) -> None:
@@ -46,10 +41,9 @@ class ExitHead(nn.Module):
 
 
 def heads_digest(state: Mapping[str, Tensor]) -> str:
-    """16 hex digits that change with every training step: which heads made a score table.
+    """16 hex digits of the heads in a module's state: which heads made a score table.
 
-    Args:
-        state: State of a module; its tensors under `heads.` count. If they are sharded, all processes must ask.
+    If the state is sharded, all processes must call this.
     """
     digest = hashlib.sha256()
     for name in sorted(n for n in state if n.startswith("heads.")):
@@ -59,34 +53,27 @@ def heads_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-class Tokenizer(Protocol):
-    """What is needed of a Hugging Face tokenizer."""
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Token ids of the answers no and yes: every spelling that is a single token, the text as it stands first.
 
-    name_or_path: str
-    unk_token_id: int | None
-
-    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]:
-        """Token ids of `text`."""
-        ...
-
-
-def answer_tokens(tokenizer: Tokenizer, answers: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Token ids of the answers no and yes: every spelling that is a single token.
-
-    Spellings are the text as it stands, then as given, lower case, capitalised and upper case, with and
-    without a leading space.
-
-    Args:
-        tokenizer: Tokenizer of the backbone.
-        answers: Texts for dislike and like.
-
-    Returns:
-        Ids of dislike, ids of like; the id of the text as it stands comes first, if it is one token.
-
-    Raises:
-        ConfigError: If an answer has no spelling of one token, or the two share one.
+    Spellings are the text as it stands, then as given, lower case, capitalised and upper case, with and without a
+    leading space.
     """
-    no, yes = (_single_tokens(tokenizer, answer) for answer in answers)
+    found = list[list[int]]()
+    for answer in answers:
+        word = answer.strip()
+        cases = [word, word.lower(), word.capitalize(), word.upper()]
+        spellings = [answer, *(" " + case for case in cases), *cases]
+        ids = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in spellings]
+        single = [i[0] for i in ids if len(i) == 1 and i[0] != tokenizer.unk_token_id]
+        if not single:
+            raise ConfigError(
+                f"data.prompt.answers: the tokenizer {tokenizer.name_or_path!r} has no single token for "
+                f"{answer!r} (tried {', '.join(map(repr, dict.fromkeys(spellings)))}); "
+                "choose a shorter or more common word."
+            )
+        found.append(list(dict.fromkeys(single)))
+    no, yes = found
     shared = sorted(set(no) & set(yes))
     if shared:
         raise ConfigError(
@@ -94,18 +81,3 @@ def answer_tokens(tokenizer: Tokenizer, answers: Sequence[str]) -> tuple[list[in
             f"{tokenizer.name_or_path!r}; expected two answers that differ by more than case and spaces."
         )
     return no, yes
-
-
-def _single_tokens(tokenizer: Tokenizer, answer: str) -> list[int]:
-    word = answer.strip()
-    cases = [word, word.lower(), word.capitalize(), word.upper()]
-    spellings = [answer, *(" " + case for case in cases), *cases]
-    ids = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in spellings]
-    single = [i[0] for i in ids if len(i) == 1 and i[0] != tokenizer.unk_token_id]
-    if not single:
-        raise ConfigError(
-            f"data.prompt.answers: the tokenizer {tokenizer.name_or_path!r} has no single token for "
-            f"{answer!r} (tried {', '.join(map(repr, dict.fromkeys(spellings)))}); "
-            "choose a shorter or more common word."
-        )
-    return list(dict.fromkeys(single))

@@ -1,8 +1,7 @@
-"""Low-rank adapters on the backbone (Hu et al., LoRA, 2021) through peft, and which parameters are frozen."""
+"""The LightningModule: a backbone with an exit head at several depths, its loss, adapters and checkpoints."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +39,7 @@ from project.model.sharding import WHOLE, shared_mesh
 
 @dataclass
 class LoraSettings:
-    """Adapters that are trained instead of the backbone's own weights.
+    """Low-rank adapters (Hu et al., LoRA, 2021) that are trained instead of the backbone's own weights.
 
     Args:
         rank: Rank of the adapters.
@@ -56,37 +55,20 @@ class LoraSettings:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
 
-    def __post_init__(self) -> None:
-        """Refuse what no adapter can have."""
-        if self.rank < 1:
-            raise ConfigError(
-                f"model.lora.rank is {self.rank}; expected 1 or more, or model.lora null for none."
-            )
-        if not 0 < self.alpha < math.inf:
-            raise ConfigError(f"model.lora.alpha is {self.alpha}; expected a number above 0.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.lora.dropout is {self.dropout}; expected a share from 0 to below 1.")
-
 
 def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
     """Put adapters on the backbone's linear layers, in place, and freeze everything else in it.
 
     At first an adapter adds nothing: one of its two factors starts at zero.
-
-    Raises:
-        ConfigError: If a target names no linear layer of the backbone.
     """
-    linear = sorted(
-        {n.split(".")[-1] for n, m in backbone.layers.named_modules() if isinstance(m, nn.Linear)}
-    )
-    unknown = sorted(set(settings.target_modules) - set(linear))
-    if unknown or not settings.target_modules:
-        raise ConfigError(
-            f"model.lora.target_modules is {settings.target_modules}; expected some of the backbone's linear "
-            f"layers: {', '.join(linear)}."
-        )
     from peft import LoraConfig, inject_adapter_in_model
 
+    linear = {n.split(".")[-1] for n, m in backbone.layers.named_modules() if isinstance(m, nn.Linear)}
+    if not settings.target_modules or set(settings.target_modules) - linear:
+        raise ConfigError(
+            f"model.lora.target_modules is {settings.target_modules}; expected some of the backbone's linear "
+            f"layers: {', '.join(sorted(linear))}."
+        )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it by r
@@ -103,7 +85,6 @@ def frozen_names(module: nn.Module) -> set[str]:
 
 DEFAULT_OPTIM = OptimSettings()
 DEFAULT_EXITS = [2, 4, 6]
-LOGGED = ("auc", "log_loss", "brier", "ece")
 
 
 class ExitRecommender(LightningModule):
@@ -147,15 +128,13 @@ class ExitRecommender(LightningModule):
         self.heads = nn.ModuleDict()
         self.collector = ScoreCollector()
         self.scores: polars.DataFrame | None = None
-        self.strict_loading = (
-            False  # frozen weights are not in the checkpoint; on_load_checkpoint is stricter
-        )
-        # buffers travel with every checkpoint; NaN and -1 cannot be mistaken for something that was fitted
+        # frozen weights are not in the checkpoint; on_load_checkpoint is stricter
+        self.strict_loading = False
+        # buffers travel with every checkpoint: the headline's exit layer, by validation's tune fold (-1: not validated
+        # yet), and the feature baseline, fitted when training starts (NaN: not fitted yet)
         self.chosen_exit: Tensor
         self.exit_0: Tensor
-        # the exit layer of the headline, by validation's tune fold; -1: not validated yet
         self.register_buffer("chosen_exit", torch.tensor(-1))
-        # exit 0, fitted when training starts; NaN: not fitted yet
         self.register_buffer("exit_0", torch.full((2 + len(FEATURES),), torch.nan))
 
     @property
@@ -170,12 +149,11 @@ class ExitRecommender(LightningModule):
         with self.data.clock.stage("load model"):
             folder = resolve_model(self.backbone_name)
             mesh = shared_mesh(self.trainer.strategy)
-            if mesh is not None:
-                set_sharded_backbone(self, folder, self.data.tokenizer, mesh)
+            if mesh is None:
+                backbone = Backbone.from_pretrained(folder, num_layers=self.depth)
+                self.set_backbone(backbone, self.data.tokenizer)
             else:
-                self.set_backbone(
-                    Backbone.from_pretrained(folder, num_layers=self.depth), self.data.tokenizer
-                )
+                set_sharded_backbone(self, folder, self.data.tokenizer, mesh)
         positions = self.backbone.config.max_position_embeddings  # type: ignore[attr-defined]  # it was just set
         if self.data.context_tokens > positions:
             raise ConfigError(
@@ -184,12 +162,7 @@ class ExitRecommender(LightningModule):
             )
 
     def set_backbone(self, backbone: Backbone, tokenizer: Any) -> None:
-        """Use this backbone, with heads initialised from its language model head.
-
-        Args:
-            backbone: At least as deep as the last exit.
-            tokenizer: Resolves the answers' tokens.
-        """
+        """Use this backbone, with heads made from its language model head and the answers' tokens."""
         no, yes = answer_tokens(tokenizer, self.answers)
         direction = backbone.answer_direction(yes, no)
         for layer in self.exit_layers:
@@ -214,20 +187,10 @@ class ExitRecommender(LightningModule):
         """Refuse to score a model that was never trained, before the first batch."""
         self.feature_baseline()
 
-    def on_test_start(self) -> None:
-        """As for validation."""
-        self.feature_baseline()
-
-    def on_predict_start(self) -> None:
-        """As for validation."""
-        self.feature_baseline()
+    on_test_start = on_predict_start = on_validation_start
 
     def feature_baseline(self) -> FeatureBaseline:
-        """Exit 0 as it was fitted.
-
-        Raises:
-            NotFittedError: If neither `fit` ran nor a checkpoint was loaded.
-        """
+        """Exit 0 as it was fitted by `fit` or loaded from a checkpoint."""
         values = self.exit_0.cpu().numpy()
         if np.isnan(values).any():
             raise NotFittedError(
@@ -237,14 +200,7 @@ class ExitRecommender(LightningModule):
         return FeatureBaseline.from_array(values)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits of every exit.
-
-        Args:
-            batch: n targets.
-
-        Returns:
-            (n, exits), in the order of `exit_layers`.
-        """
+        """Logits of a batch of n targets at every exit, (n, exits)."""
         assert self.backbone is not None
         state = self.backbone.embed(batch.tokens, batch.layout)
         outputs, start = list[Tensor](), 0
@@ -268,17 +224,11 @@ class ExitRecommender(LightningModule):
             self.log(f"train/log_loss/exit_{layer}", value)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect scores."""
-        self._collect(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect scores."""
-        self._collect(batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Collect scores; they are written when all requests are done."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Collect scores; they become a table when all batches are done."""
         return self._collect(batch)
+
+    test_step = predict_step = validation_step
 
     def _collect(self, batch: Batch) -> Tensor:
         logits: Tensor = self(batch)
@@ -318,7 +268,7 @@ class ExitRecommender(LightningModule):
 
     def _log_heads(self, rows: list[dict[str, Any]], prefix: str) -> None:
         for row in rows:
-            for name in LOGGED:
+            for name in ("auc", "log_loss", "brier", "ece"):
                 if row[name] is not None:
                     # every process computed the same numbers from the gathered scores: nothing to reduce
                     self.log(f"{prefix}/{name}/exit_{row['layer']}", row[name], rank_zero_only=False)
@@ -339,24 +289,32 @@ class ExitRecommender(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen, name the base model that it comes back from, and say what the run reads."""
-        leave_out_frozen(self, checkpoint)
+        frozen = frozen_names(self)
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         checkpoint["base_model"] = self.backbone_name
         if self._trainer is not None:
             checkpoint["reads"] = reads_of(self.data)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that was made for another model.
+        """Refuse a checkpoint of another model, protocol, prompt or retrieved features.
 
-        Raises:
-            CheckpointError: If exit layers, base model or parameters, protocol, prompt or retrieved features differ
-                from this configuration. Training that goes on is no exception: rows of the old train could be the new
-                test's.
+        Training that goes on is no exception: rows of the old train could be the new test's.
         """
         check_origin(checkpoint, self.exit_layers, self.backbone_name)
-        drop_retired(checkpoint)
-        check_parameters(self, checkpoint)
+        # what older versions kept and nothing reads
+        retired = re.compile(r"heads\.\d+\.drift\..*|exit_thresholds|exit_calibration")
+        found = {k: v for k, v in checkpoint["state_dict"].items() if not retired.fullmatch(k)}
+        checkpoint["state_dict"] = found
+        mine = set(self.state_dict())
+        missing, surplus = mine - set(found) - frozen_names(self), set(found) - mine
+        if missing or surplus:
+            raise CheckpointError(
+                f"the checkpoint lacks {sorted(missing)[:3]} and has unknown {sorted(surplus)[:3]} "
+                f"({len(missing)} and {len(surplus)} in all): model.lora, model.freeze_embeddings or the numbers of "
+                "data.prompt.segment differ from the run that made it. Use its config.yaml."
+            )
         if self._trainer is not None:
-            check_reads(checkpoint.get("reads"), self.data, judged=self.trainer.state.fn != "predict")
+            check_reads(checkpoint.get("reads"), self.data, self.trainer.state.fn != "predict")
 
 
 def set_sharded_backbone(module: ExitRecommender, folder: str, tokenizer: Any, mesh: DeviceMesh) -> None:
@@ -364,12 +322,6 @@ def set_sharded_backbone(module: ExitRecommender, folder: str, tokenizer: Any, m
 
     Only rank 0 reads the weights and holds the whole model, once; the others start without memory ("meta") and are sent
     their parts.
-
-    Args:
-        module: Gets backbone and heads.
-        folder: Folder or name of the model that the backbone comes from.
-        tokenizer: Resolves the answers' tokens.
-        mesh: One dimension, as many processes as share the model.
     """
     reads = mesh.get_rank() == 0
     if reads:
@@ -394,69 +346,17 @@ def set_sharded_backbone(module: ExitRecommender, folder: str, tokenizer: Any, m
 
 
 def exit_loss(logits: Tensor, labels: Tensor, global_targets: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy, the mean of all heads.
+    """Binary cross-entropy of logits (n, K), its sums over targets divided by `global_targets`.
 
-    Args:
-        logits: (n, K).
-        labels: (n,) 0 or 1.
-        global_targets: What the sums over targets are divided by.
-
-    Returns:
-        The loss, a scalar with gradient; and the loss of each head, (K,), detached.
+    Returns the mean of all heads, with gradient, and the loss of each head, (K,), detached.
     """
     expected = labels[:, None].expand_as(logits).to(logits.dtype)
     per_head = F.binary_cross_entropy_with_logits(logits, expected, reduction="none").sum(0) / global_targets
     return per_head.mean(), per_head.detach()
 
 
-def leave_out_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Drop the parameters of `state_dict` that are not trained, in place.
-
-    Args:
-        module: Whose state it is.
-        checkpoint: About to be written.
-    """
-    frozen = frozen_names(module)
-    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-
-
-def drop_retired(checkpoint: dict[str, Any]) -> None:
-    """Drop what older versions kept in `state_dict` and nothing reads, in place.
-
-    Args:
-        checkpoint: A loaded checkpoint.
-    """
-    retired = re.compile(r"heads\.\d+\.drift\..*|exit_thresholds|exit_calibration")
-    known = checkpoint["state_dict"]
-    checkpoint["state_dict"] = {k: v for k, v in known.items() if not retired.fullmatch(k)}
-
-
-def check_parameters(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that lacks what is trained here, or holds what is unknown here.
-
-    Args:
-        module: With its backbone and heads.
-        checkpoint: A loaded checkpoint.
-    """
-    missing = set(module.state_dict()) - set(checkpoint["state_dict"]) - frozen_names(module)
-    surplus = set(checkpoint["state_dict"]) - set(module.state_dict())
-    if missing or surplus:
-        raise CheckpointError(
-            f"the checkpoint lacks {sorted(missing)[:3]} and has unknown {sorted(surplus)[:3]} "
-            f"({len(missing)} and {len(surplus)} in all): model.lora, "
-            "model.freeze_embeddings or the numbers of data.prompt.segment differ from the run that made it. "
-            "Use its config.yaml."
-        )
-
-
 def check_origin(checkpoint: Mapping[str, Any], exit_layers: Sequence[int], backbone: str) -> None:
-    """Refuse a checkpoint whose exit layers or base model are not this configuration's.
-
-    Args:
-        checkpoint: A loaded checkpoint.
-        exit_layers: Of the configuration.
-        backbone: Of the configuration.
-    """
+    """Refuse a checkpoint whose exit layers or base model are not these, the configuration's."""
     saved = checkpoint.get("hyper_parameters", {})
     for key, mine in (("exit_layers", exit_layers), ("backbone", backbone)):
         if saved.get(key) != mine:

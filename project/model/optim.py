@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ class OptimSettings:
 
     Args:
         learning_rate: Peak learning rate of the deepest layer.
-        depth_slope: How much faster shallow layers learn; 0: all alike, 1: the embeddings at twice the rate.
+        depth_slope: How much faster shallow layers learn; 0: all the same, 1: the embeddings at twice the rate.
         head_factor: How much faster a head learns than the layer below it.
         weight_decay: Decay of weight matrices; norms and biases have none.
         warmup_share: Share of all steps in which the rates grow from 0 to their peak.
@@ -41,24 +41,19 @@ class OptimSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot train."""
-        for name, least in (
-            ("learning_rate", 0),
-            ("head_factor", 0),
-            ("weight_decay", 0),
-            ("depth_slope", -1),
-        ):
+        limits = {
+            "learning_rate": (0, 1),  # AdamW moves every weight by about this much a step
+            "depth_slope": (-1, math.inf),  # below, the embeddings' rate would be negative
+            "head_factor": (0, math.inf),
+            "weight_decay": (0, math.inf),
+            "warmup_share": (0, 1),
+            "minimum_share": (0, 1),
+        }
+        for name, (least, most) in limits.items():
             value = getattr(self, name)
-            most = (
-                1 if name == "learning_rate" else math.inf
-            )  # AdamW moves every weight by about this much a step
             if not least <= value <= most or value == math.inf:
-                why = ", so that no layer's rate is negative" if least < 0 else ""
-                wanted = "a number from 0 to 1" if most == 1 else f"a number of {least} or more{why}"
-                raise ConfigError(f"model.optim.{name} is {value}; expected {wanted}.")
-        for name in ("warmup_share", "minimum_share"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ConfigError(f"model.optim.{name} is {value}; expected a share from 0 to 1.")
+                wanted = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
+                raise ConfigError(f"model.optim.{name} is {value}; expected a number {wanted}.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(
                 f"model.optim.betas is {self.betas}; expected two numbers from 0 to below 1, such as [0.9, 0.999]."
@@ -73,84 +68,53 @@ def depth_rate(settings: OptimSettings, layer: int, layers: int) -> float:
 def parameter_groups(
     backbone: Backbone, heads: nn.ModuleDict, settings: OptimSettings
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW; every trainable parameter of backbone and heads is in exactly one.
-
-    Args:
-        backbone: The backbone; frozen parameters are left out.
-        heads: Exit heads by their layer, as text.
-        settings: Learning rates and weight decay.
-
-    Returns:
-        Dictionaries with params, lr, weight_decay and a readable name such as "layer_3/decay".
-    """
+    """Groups for AdamW, named such as "layer_3/decay": every trainable parameter is in exactly one."""
+    layers, words, faster = len(backbone.layers), backbone.embed_tokens, settings.head_factor
+    parts: list[tuple[str, Iterable[nn.Parameter], float]]
+    parts = [("embeddings", [words.weight], depth_rate(settings, 0, layers))]
+    if isinstance(words, NumberEmbedding):
+        parts.append(("numbers", [words.numbers], faster * depth_rate(settings, 0, layers)))
+    for k, layer in enumerate(backbone.layers, start=1):
+        parts.append((f"layer_{k}", layer.parameters(), depth_rate(settings, k, layers)))
+    for key, head in heads.items():
+        parts.append((f"head_{key}", head.parameters(), faster * depth_rate(settings, int(key), layers)))
     groups = []
-    for name, parameters, rate in _parts(backbone, heads, settings):
+    for name, parameters, rate in parts:
         trainable = [p for p in parameters if p.requires_grad]
-        for suffix, decay, params in (
-            ("decay", settings.weight_decay, [p for p in trainable if p.ndim > 1]),
-            ("plain", 0.0, [p for p in trainable if p.ndim <= 1]),
-        ):
+        matrices, others = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
+        for kind, decay, params in (("decay", settings.weight_decay, matrices), ("plain", 0.0, others)):
             if params:
-                groups.append(
-                    {"name": f"{name}/{suffix}", "params": params, "lr": rate, "weight_decay": decay}
-                )
+                groups.append({"name": f"{name}/{kind}", "params": params, "lr": rate, "weight_decay": decay})
     return groups
 
 
-def _parts(
-    backbone: Backbone, heads: nn.ModuleDict, settings: OptimSettings
-) -> Iterator[tuple[str, Iterable[nn.Parameter], float]]:
-    depth, words = len(backbone.layers), backbone.embed_tokens
-    yield "embeddings", [words.weight], depth_rate(settings, 0, depth)
-    if isinstance(words, NumberEmbedding):
-        yield "numbers", [words.numbers], settings.head_factor * depth_rate(settings, 0, depth)
-    for layer, module in enumerate(backbone.layers, start=1):
-        yield f"layer_{layer}", module.parameters(), depth_rate(settings, layer, depth)
-    for key, head in heads.items():
-        yield f"head_{key}", head.parameters(), settings.head_factor * depth_rate(settings, int(key), depth)
-
-
 def planned_steps(trainer: Trainer, train_batches: int) -> int:
-    """Optimiser steps that a fit will take, from the trainer's limits.
-
-    Args:
-        trainer: Its max_epochs, max_steps, limit_train_batches and accumulate_grad_batches count.
-        train_batches: Batches of a whole epoch on one process.
-
-    Raises:
-        ConfigError: If neither max_epochs nor max_steps ends the training.
-    """
+    """Optimiser steps of a fit by the trainer's limits; `train_batches` are those of an epoch on one process."""
     limit = trainer.limit_train_batches
     batches = int(train_batches * limit) if isinstance(limit, float) else min(train_batches, limit or 0)
     epochs, steps = trainer.max_epochs, trainer.max_steps
-    if epochs in (None, -1) and steps == -1:
-        raise ConfigError(
-            "trainer.max_epochs and trainer.max_steps are both without limit; expected one of them: the learning rate "
-            "falls along a cosine that has to end. Set trainer.max_epochs."
-        )
-    by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * max(1, epochs or 1)
     if epochs in (None, -1):
+        if steps == -1:
+            raise ConfigError(
+                "trainer.max_epochs and trainer.max_steps are both without limit; expected one of them: the learning "
+                "rate falls along a cosine that has to end. Set trainer.max_epochs."
+            )
         return steps
+    by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * max(1, epochs or 1)
     return by_epochs if steps == -1 else min(by_epochs, steps)
 
 
 def cosine_with_warmup(total_steps: int, settings: OptimSettings) -> Callable[[int], float]:
-    """Factor on every learning rate by step: linear warm-up to 1, then a half cosine down to `minimum_share`.
+    """Factor on every rate by step, for `LambdaLR`: linear warm-up to 1, half a cosine down to `minimum_share`.
 
-    Args:
-        total_steps: Optimiser steps of the whole training.
-        settings: Shares of warm-up and minimum.
-
-    Returns:
-        A function of the step (0 is the first) for `LambdaLR`. The first step already moves.
+    Step 0, the first, moves already.
     """
-    warmup = round(settings.warmup_share * total_steps)
-    baseline = settings.minimum_share
+    warmup, least = round(settings.warmup_share * total_steps), settings.minimum_share
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        return baseline + (1 - baseline) * 0.5 * (1 + math.cos(math.pi * done))
+        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * done))
 
     return factor

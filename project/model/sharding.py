@@ -1,8 +1,8 @@
 """Training with a model that is cut over processes: FSDP2, each decoder layer a unit of its own.
 
-Unusual here: a checkpoint is the one file that one process alone would have written, the optimizer's state included,
-and any checkpoint can be loaded, so how many processes trained is nobody's business later. Lightning's own loading
-takes an optimizer's state for one in the order of the model's parameters; ours is in the order of its groups.
+A checkpoint is the one file that one process alone would have written, and any checkpoint can be loaded, however many
+processes trained. Lightning's own loading takes an optimizer's state for one in the order of the model's parameters;
+ours is in the order of its groups.
 """
 
 from __future__ import annotations
@@ -52,13 +52,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The file as it is, read where it is needed; nothing is loaded before the module has judged it."""
-        path = self.broadcast(str(checkpoint_path))
-        return read_checkpoint(path, mmap=True)
+        """The file as it is, read where it is needed; nothing is loaded before the module has accepted it."""
+        return read_checkpoint(self.broadcast(str(checkpoint_path)), mmap=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Every process gets its part; what the checkpoint lacks stays, the module has judged that."""
-        del strict
+        """Every process gets its part; what the checkpoint lacks stays, the module has accepted that."""
         assert self.model is not None
         set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=WHOLE)
 
@@ -66,8 +64,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Every process gets its part."""
         assert self.model is not None
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            names = self._names(optimizer)
-            named = _relabelled(state, dict(enumerate(names)))
+            named = _relabelled(state, dict(enumerate(self._names(optimizer))))
             set_optimizer_state_dict(self.model, optimizer, named, options=WHOLE)
             for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
                 # as they were: on its way to the other processes a tuple became a list
@@ -90,27 +87,19 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return [names[p] for group in optimizer.param_groups for p in group["params"]]
 
 
-def shared_mesh(strategy: Strategy) -> DeviceMesh | None:
-    """The processes that share one model, as a mesh of one dimension; None where each process has its own.
-
-    Args:
-        strategy: The trainer's, after its environment was set up.
-
-    Raises:
-        ConfigError: If it cuts the model in another way than `FullyShardedStrategy`.
-    """
-    if isinstance(strategy, FullyShardedStrategy):
-        return strategy.device_mesh["data_parallel"]
-    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
-        raise ConfigError(
-            f"trainer.strategy is {type(strategy).__name__}, whose parts of parameters have no shapes or whose "
-            "processes share a layer's computation: neither is supported. Use "
-            "project.model.sharding.FullyShardedStrategy, as configs/overlays/fsdp.yaml does."
-        )
-    return None
-
-
 def _relabelled(state: Mapping[str, Any], labels: Mapping[Any, Any]) -> dict[str, Any]:
     """An optimizer's state with other keys for its parameters: torch.optim numbers them, FSDP names them."""
     groups = [group | {"params": [labels[p] for p in group["params"]]} for group in state["param_groups"]]
     return {"state": {labels[p]: dict(v) for p, v in state["state"].items()}, "param_groups": groups}
+
+
+def shared_mesh(strategy: Strategy) -> DeviceMesh | None:
+    """The processes that share one model, as a mesh of one dimension; None where each process has its own."""
+    if isinstance(strategy, FullyShardedStrategy):
+        return strategy.device_mesh["data_parallel"]
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise ConfigError(
+            f"trainer.strategy is {type(strategy).__name__}, which cuts the model in a way that is not supported. Use "
+            "project.model.sharding.FullyShardedStrategy, as configs/overlays/fsdp.yaml does."
+        )
+    return None

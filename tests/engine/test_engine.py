@@ -155,7 +155,7 @@ def test_without_exits_it_is_the_plain_forward_bit_for_bit(
     scores = engine.score(world.requests)
     assert scores.syncs == 1  # the results
     batch, state = states[0]
-    backbone = engine._parts.backbone
+    backbone = engine.backbone
     with torch.inference_mode():
         state = backbone.run(state, 0, EXITS[-1] - 1)
         hidden = answers_of_layer(backbone.layers[EXITS[-1] - 1], state, batch.structure)

@@ -165,7 +165,7 @@ def test_a_failed_batch_leaves_nothing_half_done(world: World, monkeypatch: pyte
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._parts.backbone.layers[3], "forward", fail)
+        patch.setattr(engine.backbone.layers[3], "forward", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.score([replace(request, stream=history(0, 12))])
     assert len(cache) == 0
