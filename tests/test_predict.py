@@ -52,7 +52,7 @@ def fitted(
     folder = tmp_path_factory.mktemp("fitted")
     config = tiny_settings(tiny_logs, sharp_model, folder, name="")
     config["data"] |= {"context_tokens": 768, "batch_tokens": 1024, "mf": {"dim": 2}}
-    shown = "{title} ({year}) all {item_percent} near {vote_percent} factorisation {mf_percent}{mf_number}:"
+    shown = "{title} ({year}) all {item_percent} near {vote_percent} mf {mf_percent}{mf_number}:"
     config["data"]["prompt"] = {"segment": shown}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     call(session_cache, "fit", "--config", folder / "tiny.yaml")

@@ -55,11 +55,11 @@ def test_an_engine_leaves_its_module_alone(world: World) -> None:
     kept = linears(backbone)
     engine = Engine(world.module, decision)
     assert all(a is b for a, b in zip(kept, linears(backbone), strict=True))
-    assert {type(part) for part in linears(engine._parts.backbone)} == {PackedLinear}
+    assert {type(part) for part in linears(engine.backbone)} == {PackedLinear}
     item_similarity = copied(world.module)
     item_similarity.backbone = packed(backbone)
     other = Engine(item_similarity, decision)
-    assert other._parts.backbone is item_similarity.backbone
+    assert other.backbone is item_similarity.backbone
     scores = [each.score(world.requests).requests for each in (engine, other)]
     for mine, theirs in zip(*scores, strict=True):
         np.testing.assert_array_equal(mine.logits, theirs.logits)

@@ -204,7 +204,7 @@ def test_autocast_to_bfloat16(tiny_config: Make, random_layout: Make) -> None:
 
 def test_from_pretrained(saved: Make, random_layout: Make) -> None:
     """`dtype` sets the type of weights and states; modules start in training mode, for dropout of adapters."""
-    backbone = Backbone.from_pretrained(saved()[1], dtype=torch.bfloat16)
+    backbone = Backbone.from_pretrained(saved()[1]).to(torch.bfloat16)
     assert all(module.training for module in backbone.modules())
     hidden = hidden_of(backbone, random_layout(0))
     assert {p.dtype for p in backbone.parameters()} == {hidden.dtype} == {torch.bfloat16}

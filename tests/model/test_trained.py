@@ -250,9 +250,6 @@ NAN = float("nan")
         (OptimSettings, "warmup_share", (2.0,)),
         (OptimSettings, "minimum_share", (-3.0,)),
         (OptimSettings, "betas", ([0.9], [0.9, 1.5])),
-        (LoraSettings, "rank", (0,)),
-        (LoraSettings, "alpha", (-1.0,)),
-        (LoraSettings, "dropout", (2.0,)),
     ],
 )
 def test_refuses_settings(settings: Callable[..., Any], name: str, values: tuple[Any, ...]) -> None:
