@@ -161,5 +161,5 @@ def test_a_prompt_that_tells_it_needs_it(tmp_path: Path) -> None:
         InteractionData(logs, retriever=retriever, prompt=prompt)
     with pytest.raises(ConfigError, match=r"tells \{mf_number\}, but data\.mf is null"):
         InteractionData(logs, retriever=ItemKNN(), prompt=Prompt(segment="{title}{mf_number}:"), mf=None)
-    with pytest.raises(ConfigError, match=r"item_neighbours is -1, expected 0 or more"):
+    with pytest.raises(ConfigError, match=r"item_neighbours is -1; expected 0 or more"):
         LightGCN(item_neighbours=-1)

@@ -12,7 +12,6 @@ from project.features import FEATURES, feature_matrix
 from project.retrieval import (
     ItemKNN,
     LightGCN,
-    LLMEmbedding,
     NoRetriever,
     RandomRetriever,
     Retriever,
@@ -88,7 +87,7 @@ def test_item_knn_equals_scikit_learn(log_of: Callable, retrieved_of: Callable):
         assert got["answers"] == [label for _, _, label in expected]
 
 
-@pytest.mark.parametrize("kind", [LightGCN, TextEncoder, LLMEmbedding, ItemKNN, RandomRetriever, NoRetriever])
+@pytest.mark.parametrize("kind", [LightGCN, TextEncoder, ItemKNN, RandomRetriever, NoRetriever])
 def test_yaml_chooses_a_retriever_by_class_path(kind: type[Retriever]):
     """Each retriever is one class path for jsonargparse, and its settings give the constructor's arguments back."""
     parser = ArgumentParser(exit_on_error=False)

@@ -74,18 +74,18 @@ def test_fewer_layers(tiny_model: Path) -> None:
 
 def test_too_much_is_asked(tiny_model: Path) -> None:
     """More layers or positions than the model has: both numbers and the YAML key."""
-    with pytest.raises(ConfigError, match=r"init_args\.num_layers is 4, but .* has 3: set it to at most 3"):
+    with pytest.raises(ConfigError, match=r"init_args\.num_layers is 4, but .* has 3: expected 1 to 3"):
         MeanPooling(str(tiny_model), 64, num_layers=4).encode(["dog"])
     with pytest.raises(ConfigError, match=r"init_args\.max_tokens is 5000, but .* has 4096"):
         MeanPooling(str(tiny_model), 5000).encode(["dog"])
-    with pytest.raises(ConfigError, match=r"init_args\.num_layers is 0, expected 1 or more"):
-        MeanPooling(str(tiny_model), 64, num_layers=0)
+    with pytest.raises(ConfigError, match=r"init_args\.num_layers is 0, but .*: expected 1 to 3"):
+        MeanPooling(str(tiny_model), 64, num_layers=0).encode(["dog"])
 
 
 def test_no_model_to_read(tmp_path: Path) -> None:
     """An empty folder and one that does not exist are named, under the argument they came from."""
     with pytest.raises(ConfigError, match=r"init_args\.encoder is .* cannot be read"):
-        MeanPooling(str(tmp_path), 64, key="encoder").encode(["dog"])
+        MeanPooling(str(tmp_path), 64).encode(["dog"])
     with pytest.raises(SourceError, match="does not exist"):
         MeanPooling(str(tmp_path / "none"), 64).encode(["dog"])
 

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from project.errors import ConfigError
-from project.retrieval import LLMEmbedding, TextEncoder
+from project.retrieval import TextEncoder
 from project.retrieval.base import Edges, FloatArray
 from project.retrieval.text import MeanPooling, encode_once, history_text, item_texts
 
@@ -133,15 +133,15 @@ def test_the_retrieved_key_knows_the_weights(tmp_path: Path) -> None:
         settings.append(TextEncoder(encoder=str(folder)).settings())
     assert settings[0]["init_args"] == settings[1]["init_args"]
     assert settings[0] != settings[1]
-    assert set(LLMEmbedding().settings()) == {"class_path", "init_args"}
+    assert set(TextEncoder().settings()) == {"class_path", "init_args"}
 
 
 def test_retrieved_of_a_tiny_model(tiny_model: Path, log_of: Callable, retrieved_of: Callable) -> None:
-    """Both classes find neighbours, and a template that says nothing about items makes all users with a past alike."""
+    """A whole and a shortened model find neighbours, and a template that says nothing about items makes all users with a past alike."""
     rows, cuts = log_of(0), np.array([20.0, 45.0])
     for retriever in (
         TextEncoder(neighbours=4, encoder=str(tiny_model)),
-        LLMEmbedding(neighbours=4, backbone=str(tiny_model), num_layers=2),
+        TextEncoder(neighbours=4, encoder=str(tiny_model), num_layers=2),
     ):
         assert retrieved_of(rows, retriever, cuts)["neighbour_count"].sum() > 0
     item_similarity = TextEncoder(

@@ -11,7 +11,6 @@ from sklearn.metrics import roc_auc_score
 from project.retrieval import (
     ItemKNN,
     LightGCN,
-    LLMEmbedding,
     RandomRetriever,
     Retriever,
     TextEncoder,
@@ -62,7 +61,7 @@ def retriever(
         "item_knn": ItemKNN(neighbours=4),
         "random": RandomRetriever(neighbours=4),
         "text": TextEncoder(neighbours=4, encoder=str(tiny_encoder)),
-        "llm": LLMEmbedding(neighbours=4, backbone=str(tiny_model), num_layers=1),
+        "llm": TextEncoder(neighbours=4, encoder=str(tiny_model), num_layers=1),
     }[request.param]
     return found
 
