@@ -89,17 +89,11 @@ def _log_odds(likes: Floats, rows: Floats, base: float) -> Floats:
 
 @dataclass(frozen=True)
 class FeatureBaseline:
-    """Exit 0: a logistic regression on features, fitted on train targets.
+    """Exit 0: a logistic regression on features, fitted on train targets."""
 
-    Attributes:
-        base: Share of likes among train targets.
-        offset: Intercept.
-        weights: (len(FEATURES),) on features as they are, not standardised.
-    """
-
-    base: float
+    base: float  # share of likes among train targets
     offset: float
-    weights: Floats
+    weights: Floats  # (len(FEATURES),) on features as they are, not standardised
 
     @classmethod
     def fit(cls, retrieved: pl.DataFrame, labels: ArrayLike) -> FeatureBaseline:

@@ -51,40 +51,24 @@ def visible(q: Tokens, k: Tokens) -> Any:
 
 @dataclass(frozen=True)
 class Block:
-    """One run of queries of one row and all keys that any of them sees.
-
-    Attributes:
-        row: Row of the batch.
-        queries: Half-open range of token indices in the row.
-        keys: Half-open ranges of token indices in the row, ascending, disjoint.
-        mask: Bool (queries, keys), True where the query sees the key; keys in the order of the ranges.
-    """
+    """One run of queries of one row of the batch and all keys that any of them sees."""
 
     row: int
-    queries: tuple[int, int]
-    keys: list[tuple[int, int]]
-    mask: Tensor
+    queries: tuple[int, int]  # half-open range of token indices in the row
+    keys: list[tuple[int, int]]  # half-open ranges of token indices in the row, ascending, disjoint
+    mask: Tensor  # bool (queries, keys), True where the query sees the key; keys in the order of the ranges
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Structure of a packed batch; every tensor is (B, T).
+    """Structure of a packed batch; every tensor is (B, T), integer but for `context`."""
 
-    Attributes:
-        sequence: Integer id of the token's sequence inside its row; -1 is padding, which sees only itself.
-        segment: Integer id of the token's segment, unique inside its row.
-        group: Integer time group inside the sequence; the instruction is group 0.
-        context: Bool, True where tokens of later groups of the sequence may see this token.
-        position: Integer position for rotary embeddings.
-        blocks: Plan for structured attention. Padding belongs to no block.
-    """
-
-    sequence: Tensor
-    segment: Tensor
-    group: Tensor
-    context: Tensor
-    position: Tensor
-    blocks: list[Block] = field(default_factory=list)
+    sequence: Tensor  # id of the token's sequence inside its row; -1 is padding, which sees only itself
+    segment: Tensor  # id of the token's segment, unique inside its row
+    group: Tensor  # time group inside the sequence; the instruction is group 0
+    context: Tensor  # bool, True where tokens of later groups of the sequence may see this token
+    position: Tensor  # position for rotary embeddings
+    blocks: list[Block] = field(default_factory=list)  # plan of attention; padding belongs to no block
 
     @classmethod
     def build(

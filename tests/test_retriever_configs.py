@@ -100,4 +100,4 @@ def test_a_wrong_value_names_its_key(
             0,
         )
     said = " ".join(capsys.readouterr().err.split())
-    assert "data.retriever.init_args.max_tokens is 0, expected 1 or more" in said
+    assert "data.retriever.init_args.max_tokens is 0; expected 1 or more" in said

@@ -44,19 +44,14 @@ REFERENCE = "lightgcn"
 class Contender:
     """One way to get a query's vector, and the time it took.
 
-    Attributes:
-        name: Of the retriever.
-        retriever: Whose vectors are compared.
-        cached: Whether the query sums item vectors that are kept; else it encodes the history as text.
-        query: From items and labels of a history, oldest first, shape (rows,) each, to its vector, shape (d,).
-        rounds: For each round and request three times in seconds: for the vector; the same in processor time of all
-            threads, which other programs on the machine do not lengthen; with the nearest raters and their vote too.
+    A request has three times in seconds: for the vector; the same in processor time of all threads, which other
+    programs on the machine do not lengthen; with the nearest raters and their vote too.
     """
 
-    name: str
+    name: str  # of the retriever
     retriever: VectorRetriever
-    cached: bool
-    query: Callable[[IntArray, IntArray], FloatArray]
+    cached: bool  # the query sums item vectors that are kept; else it encodes the history as text
+    query: Callable[[IntArray, IntArray], FloatArray]  # items and labels, oldest first, to the vector (d,)
     rounds: list[list[tuple[float, float, float]]] = field(
         default_factory=lambda: [[] for _ in range(ROUNDS)]
     )

@@ -35,25 +35,15 @@ TOGETHER = 256  # user vectors solved at once, which bounds the memory that long
 
 @dataclass(frozen=True)
 class Factorisation:
-    """P(like) = sigmoid(offset + b_u + b_i + p_u . q_i) (Koren, Bell and Volinsky 2009, equation 5, logistic loss).
+    """P(like) = sigmoid(offset + b_u + b_i + p_u . q_i) (Koren, Bell and Volinsky 2009, equation 5, logistic loss)."""
 
-    Attributes:
-        users: (users,) codes seen in fitting, ascending.
-        items: (items,) likewise.
-        offset: Log-odds of a like.
-        user_bias: (users,).
-        item_bias: (items,).
-        user_vectors: (users, dim).
-        item_vectors: (items, dim).
-    """
-
-    users: IntArray
-    items: IntArray
-    offset: float
-    user_bias: Floats
-    item_bias: Floats
-    user_vectors: Floats
-    item_vectors: Floats
+    users: IntArray  # (users,) codes seen in fitting, ascending
+    items: IntArray  # (items,) likewise
+    offset: float  # log-odds of a like
+    user_bias: Floats  # (users,)
+    item_bias: Floats  # (items,)
+    user_vectors: Floats  # (users, dim)
+    item_vectors: Floats  # (items, dim)
 
     @classmethod
     def fit(

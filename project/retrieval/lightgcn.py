@@ -171,19 +171,12 @@ def inverse_norms(vectors: FloatArray) -> FloatArray:
 
 
 class LikeGraph(NamedTuple):
-    """Liked (user, item) pairs, each once, and their adjacency; items come first in the order of nodes.
+    """Liked (user, item) pairs, each once, and their adjacency; items come first in the order of nodes."""
 
-    Attributes:
-        item: shape (pairs,), node of the item, 0..num_items-1.
-        user: shape (pairs,), node of the user, num_items..num_items+num_users-1.
-        seen_items: nodes of the items with at least one like.
-        adjacency: CSR, shape (nodes, nodes), 1 / sqrt(degree * degree), both directions.
-    """
-
-    item: Tensor
-    user: Tensor
-    seen_items: Tensor
-    adjacency: Tensor
+    item: Tensor  # (pairs,) node of the item, 0..num_items-1
+    user: Tensor  # (pairs,) node of the user, num_items..num_items+num_users-1
+    seen_items: Tensor  # nodes of the items with at least one like
+    adjacency: Tensor  # CSR, (nodes, nodes), 1 / sqrt(degree * degree), both directions
 
 
 def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:

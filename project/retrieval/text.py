@@ -147,6 +147,7 @@ class TextEncoder(VectorRetriever):
         self.num_layers = num_layers
         self.template = template
         self.max_tokens = max_tokens
+        self._require(1, "max_tokens")
         self.reader = MeanPooling(encoder, max_tokens, num_layers)
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:

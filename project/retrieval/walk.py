@@ -140,28 +140,19 @@ def fit_snapshots(
 class WalkRows:
     """Rows in time order; all arrays have shape (rows,).
 
-    Attributes:
-        row_id: what retrieved features call the row.
-        user: whose past (vector, rate) the row is answered with and adds to.
-        person: who it is: their own ratings are never their neighbours. Differs from `user` where a request
-            brings its own history for a user of the log.
-        item: item code; the number of items stands for any item the log does not have.
-        timestamp: seconds; rows of one timestamp never see each other.
-        label: 0, 1, or -1 for unknown.
-        query: retrieved features are requested.
-        rater: becomes a rating that others may read.
-        own: enters the past of its user.
+    A person's own ratings are never their neighbours. `person` differs from `user` where a request brings its own
+    history for a user of the log.
     """
 
-    row_id: IntArray
-    user: IntArray
-    person: IntArray
-    item: IntArray
-    timestamp: NDArray[np.float64]
-    label: NDArray[np.int8]
-    query: BoolArray
-    rater: BoolArray
-    own: BoolArray
+    row_id: IntArray  # what retrieved features call the row
+    user: IntArray  # whose past (vector, rate) the row is answered with and adds to
+    person: IntArray  # who it is
+    item: IntArray  # item code; the number of items stands for any item the log does not have
+    timestamp: NDArray[np.float64]  # seconds; rows of one timestamp never see each other
+    label: NDArray[np.int8]  # 0, 1, or -1 for unknown
+    query: BoolArray  # retrieved features are requested
+    rater: BoolArray  # becomes a rating that others may read
+    own: BoolArray  # enters the past of its user
 
     @classmethod
     def from_log(cls, rows: pl.DataFrame, query: bool = True) -> "WalkRows":
