@@ -1,8 +1,4 @@
-"""A candidate's retrieved features as a few numbers, and a logistic regression on them, which is exit 0.
-
-The numbers exist before the first layer of the LLM runs. The same regression is the baseline `lr_text` and exit 0 of a
-calibrated run.
-"""
+"""A candidate's retrieved features as numbers, and exit 0: a logistic regression on them, which needs no LLM."""
 
 from __future__ import annotations
 
@@ -37,84 +33,88 @@ factorisation and by the user's own answers on similar items, shrunk as if their
 text similarity (the slope of log-odds at 1/2), and log(1 + its weight)."""
 
 TEXT_FEATURES = FEATURES[-2:]
-
+OPTIONAL_COLUMNS = ("mf", "item_similarity", "item_similarity_weight", "text", "text_weight")
 SUREST = 1e-4  # a factorisation closer to 0 or 1 counts as this close
 
 
 def feature_matrix(retrieved: pl.DataFrame, base: float) -> Floats:
-    """Rows of an retrieved features table as numbers.
+    """Rows of a retrieved features table as numbers: (n, len(FEATURES)), finite.
 
-    Args:
-        retrieved: n rows of an retrieved features table, with or without the columns factorisation, alike and text.
-        base: Share of likes among train targets, to which rates of few rows shrink.
-
-    Returns:
-        (n, len(FEATURES)), finite. Where there is no factorisation, it is a factorisation's biases alone: rates
-        summed; where nothing is alike, the train mean.
+    `base` is the share of likes among train targets, to which rates of few rows shrink. Where the table has no
+    factorisation, its feature is the sum of both rates' log-odds; where it has no item similarity, the train mean.
     """
-    weights = _similarity_weights(retrieved)
-    similarity = retrieved["similarities"].list.mean().fill_null(0.0).to_numpy().astype(np.float64)
-    item, user = (_rate_and_rows(retrieved, f"{of}_rate", f"{of}_count", base) for of in ("item", "user"))
-    columns = [
-        *item,
-        *user,
-        *_rate_and_rows(retrieved, "vote", "neighbour_count", base),
-        similarity,
-        _log_odds(weights["likes"].to_numpy(), weights["weight"].to_numpy(), base),
-        _mf(retrieved, item[0] + user[0] - np.log(base / (1.0 - base))),
-        _item_similarity(retrieved, base),
-        *_text(retrieved),
-    ]
+    missing = [pl.lit(None, pl.Float64).alias(c) for c in OPTIONAL_COLUMNS if c not in retrieved.columns]
+    table = retrieved.with_columns(missing)
+
+    def numbers(column: pl.Series) -> Floats:
+        return column.cast(pl.Float64).fill_null(0.0).to_numpy()
+
+    def rate_and_rows(rate: str, count: str) -> tuple[Floats, Floats]:
+        rows = numbers(table[count])
+        return _log_odds(numbers(table[rate]) * rows, rows, base), np.log1p(rows)
+
+    # 1. rates of the item and the user, and the neighbours' vote
+    item, user = rate_and_rows("item_rate", "item_count"), rate_and_rows("user_rate", "user_count")
+    vote = rate_and_rows("vote", "neighbour_count")
+    # 2. the vote weighted by similarity; a similarity below 0 counts as 0
+    pairs = table.select("similarities", "answers").with_row_index("row")
+    pairs = pairs.filter(pl.col("answers").list.len() > 0).explode("similarities", "answers")
+    row, similarity = pairs["row"].to_numpy(), numbers(pairs["similarities"].clip(lower_bound=0.0))
+    likes, total = (
+        np.bincount(row, part, len(table)).astype(np.float64)
+        for part in (similarity * pairs["answers"].to_numpy(), similarity)
+    )
+    weighted_vote = _log_odds(likes, total, base)
+    # 3. matrix factorisation, and the user's own answers on similar items
+    chance = table["mf"].cast(pl.Float64).fill_null(0.5).clip(SUREST, 1.0 - SUREST).to_numpy()
+    rates_summed = item[0] + user[0] - np.log(base / (1.0 - base))
+    mf = np.where(table["mf"].is_null().to_numpy(), rates_summed, np.log(chance / (1.0 - chance)))
+    weight = numbers(table["item_similarity_weight"])
+    item_similarity = _log_odds(numbers(table["item_similarity"]) * weight, weight, base)
+    # 4. in the order of FEATURES
+    mean_similarity, text = numbers(table["similarities"].list.mean()), 4.0 * numbers(table["text"])
+    text_rows = np.log1p(numbers(table["text_weight"]))
+    columns = (
+        *(*item, *user, *vote, mean_similarity, weighted_vote),
+        *(mf, item_similarity, text, text_rows),
+    )
     return np.stack(columns, axis=1)
+
+
+def _log_odds(likes: Floats, rows: Floats, base: float) -> Floats:
+    """Log-odds of (likes + k base) / (rows + k): finite, and the train mean where there are no rows."""
+    odds: Floats = np.log(likes + PRIOR_ROWS * base) - np.log(rows - likes + PRIOR_ROWS * (1.0 - base))
+    return odds
 
 
 @dataclass(frozen=True)
 class FeatureBaseline:
-    """Exit 0: a logistic regression on features, fitted on train targets.
+    """Exit 0: a logistic regression on features, fitted on train targets."""
 
-    Attributes:
-        base: Share of likes among train targets.
-        offset: Intercept.
-        weights: (len(FEATURES),) on features as they are, not standardised.
-    """
-
-    base: float
+    base: float  # share of likes among train targets
     offset: float
-    weights: Floats
+    weights: Floats  # (len(FEATURES),) on features as they are, not standardised
 
     @classmethod
     def fit(cls, retrieved: pl.DataFrame, labels: ArrayLike) -> FeatureBaseline:
-        """Fit on train targets.
-
-        Args:
-            retrieved: Their n rows of train's retrieved features table.
-            labels: (n,) 0 or 1, both present.
-        """
+        """Fit on train targets: their n rows of train's retrieved features table and labels (n,), both classes."""
         answers = np.asarray(labels)
         base = float(answers.mean())
         return cls.fit_features(feature_matrix(retrieved, base), answers, base)
 
     @classmethod
     def fit_features(cls, features: Floats, labels: NDArray[Any], base: float) -> FeatureBaseline:
-        """`fit` for features that exist already.
-
-        Args:
-            features: (n, len(FEATURES)) of `feature_matrix`.
-            labels: (n,) 0 or 1.
-            base: What the features were made with.
-        """
-        model = logistic_regression()
-        model.fit(features, labels)
-        scaler, regression = model[0], model[1]
+        """`fit` for features (n, len(FEATURES)) that were made with this `base`."""
+        scaler, regression = logistic_regression().fit(features, labels)
         weights = regression.coef_[0] / scaler.scale_
         return cls(base, float(regression.intercept_[0] - weights @ scaler.mean_), weights)
 
     def logits(self, retrieved: pl.DataFrame) -> Floats:
-        """Logits (n,) of n rows of an retrieved features table."""
+        """Logits (n,) of n rows of a retrieved features table."""
         return self.of_features(feature_matrix(retrieved, self.base))
 
     def of_features(self, features: Floats) -> Floats:
-        """Logits (n,) of features (n, len(FEATURES)) made with this exit 0's base."""
+        """Logits (n,) of features (n, len(FEATURES)) that were made with this `base`."""
         scores: Floats = features @ self.weights + self.offset
         return scores
 
@@ -136,54 +136,3 @@ def logistic_regression() -> Any:
     from sklearn.preprocessing import StandardScaler
 
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-
-
-def _rate_and_rows(table: pl.DataFrame, rate: str, count: str, base: float) -> tuple[Floats, Floats]:
-    rows = table[count].fill_null(0).to_numpy().astype(np.float64)
-    return _log_odds(table[rate].fill_null(0.0).to_numpy() * rows, rows, base), np.log1p(rows)
-
-
-def _log_odds(likes: NDArray[Any], rows: NDArray[Any], base: float) -> Floats:
-    """Log-odds of (likes + k base) / (rows + k): finite, and the train mean where there are no rows."""
-    liked = likes.astype(np.float64) + PRIOR_ROWS * base
-    disliked = rows.astype(np.float64) - likes + PRIOR_ROWS * (1.0 - base)
-    odds: Floats = np.log(liked) - np.log(disliked)
-    return odds
-
-
-def _mf(retrieved: pl.DataFrame, otherwise: Floats) -> Floats:
-    """Log-odds of the column factorisation; `otherwise` where it is absent or null."""
-    if "mf" not in retrieved.columns:
-        return otherwise
-    found = retrieved["mf"].cast(pl.Float64)
-    chance = found.fill_null(0.5).clip(SUREST, 1.0 - SUREST).to_numpy()
-    return np.where(found.is_null().to_numpy(), otherwise, np.log(chance / (1.0 - chance)))
-
-
-def _item_similarity(retrieved: pl.DataFrame, base: float) -> Floats:
-    """Log-odds of the column alike, shrunk to the train mean; that mean where the column is absent."""
-    if "item_similarity" not in retrieved.columns:
-        return _log_odds(np.zeros(len(retrieved)), np.zeros(len(retrieved)), base)
-    weight = retrieved["item_similarity_weight"].to_numpy().astype(np.float64)
-    return _log_odds(retrieved["item_similarity"].fill_null(0.0).to_numpy() * weight, weight, base)
-
-
-def _text(retrieved: pl.DataFrame) -> tuple[Floats, Floats]:
-    """Text similarity as log-odds, and the log of its weight; 0 where the columns are absent."""
-    if "text" not in retrieved.columns:
-        return np.zeros(len(retrieved)), np.zeros(len(retrieved))
-    similarity, weight = (retrieved[name].fill_null(0.0).to_numpy() for name in ("text", "text_weight"))
-    return 4.0 * similarity.astype(np.float64), np.log1p(weight.astype(np.float64))
-
-
-def _similarity_weights(table: pl.DataFrame) -> pl.DataFrame:
-    """Sum of similarities (weight), the likers' part of it (likes), one row a target; below 0 counts as 0."""
-    weight = pl.col("similarities").clip(lower_bound=0.0).cast(pl.Float64)
-    pairs = table.select("row_id", "similarities", "answers").filter(pl.col("answers").list.len() > 0)
-    sums = (
-        pairs.explode("similarities", "answers")
-        .group_by("row_id")
-        .agg(weight=weight.sum(), likes=(weight * pl.col("answers")).sum())
-    )
-    found = table.select("row_id").join(sums, on="row_id", how="left", maintain_order="left")
-    return found.with_columns(pl.col("weight", "likes").fill_null(0.0))

@@ -1,14 +1,12 @@
-"""Where every token of a batch stands, and the one rule that says which token sees which.
+"""The positions of a batch's tokens, and the one rule that says which token sees which.
 
-A row holds sequences (users), a sequence holds segments in time order. Shapes: (B, T), B packed rows of T
-tokens.
+A row holds sequences (users), a sequence holds segments in time order. Shapes: (B, T), B packed rows of T tokens.
 
     visible(q, k) = sequence[q] == sequence[k] and (
         (context[k] and group[k] < group[q]) or (segment[k] == segment[q] and index[k] <= index[q]))
 
-Unusual: attention never builds a T x T mask. `plan_blocks` cuts each row into short runs of queries and
-lists, for each, only the key ranges that some query of the run sees, with the rule restricted to them.
-`Layout.dense_mask` writes the rule out in full and serves tests and small inputs.
+Attention builds no T x T mask. `plan_blocks` cuts each row into short runs of queries and lists, for each run, the key
+ranges that its queries see, with the rule's mask of them. `Layout.dense_mask` is the whole rule, for tests.
 """
 
 from __future__ import annotations
@@ -29,11 +27,9 @@ BLOCK_TOKENS = 256
 # A hole this short is masked out rather than cut out: a single range is a view, several are copied together.
 MERGED_GAP = 32
 
-Bools = NDArray[np.bool_]
-
 
 class Tokens(NamedTuple):
-    """What the rule needs to know of some tokens: five arrays of one shape, numpy or torch."""
+    """What the rule reads of some tokens: five arrays of one shape, numpy or torch."""
 
     index: Any
     sequence: Any
@@ -47,15 +43,7 @@ class Tokens(NamedTuple):
 
 
 def visible(q: Tokens, k: Tokens) -> Any:
-    """The one visibility rule: may query token `q` read key token `k`?
-
-    Args:
-        q: Query tokens, of any shape.
-        k: Key tokens, of a shape that broadcasts with the queries'.
-
-    Returns:
-        Booleans of the broadcast shape, numpy or torch as the inputs.
-    """
+    """Whether query token `q` may read key token `k`: booleans of the shape to which both broadcast."""
     earlier = k.context & (k.group < q.group)
     own = (k.segment == q.segment) & (k.index <= q.index)
     return (k.sequence == q.sequence) & (earlier | own)
@@ -63,40 +51,24 @@ def visible(q: Tokens, k: Tokens) -> Any:
 
 @dataclass(frozen=True)
 class Block:
-    """One run of queries of one row and all keys that any of them sees.
-
-    Attributes:
-        row: Row of the batch.
-        queries: Half-open range of token indices in the row.
-        keys: Half-open ranges of token indices in the row, ascending, disjoint.
-        mask: Bool (queries, keys), True where the query sees the key; keys in the order of the ranges.
-    """
+    """One run of queries of one row of the batch and all keys that any of them sees."""
 
     row: int
-    queries: tuple[int, int]
-    keys: list[tuple[int, int]]
-    mask: Tensor
+    queries: tuple[int, int]  # half-open range of token indices in the row
+    keys: list[tuple[int, int]]  # half-open ranges of token indices in the row, ascending, disjoint
+    mask: Tensor  # bool (queries, keys), True where the query sees the key; keys in the order of the ranges
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Structure of a packed batch; every tensor is (B, T).
+    """Structure of a packed batch; every tensor is (B, T), integer but for `context`."""
 
-    Attributes:
-        sequence: Integer id of the token's sequence inside its row; -1 is padding, which sees only itself.
-        segment: Integer id of the token's segment, unique inside its row.
-        group: Integer time group inside the sequence; the instruction is group 0.
-        context: Bool, True where tokens of later groups of the sequence may see this token.
-        position: Integer position for rotary embeddings.
-        blocks: Plan for structured attention. Padding belongs to no block.
-    """
-
-    sequence: Tensor
-    segment: Tensor
-    group: Tensor
-    context: Tensor
-    position: Tensor
-    blocks: list[Block] = field(default_factory=list)
+    sequence: Tensor  # id of the token's sequence inside its row; -1 is padding, which sees only itself
+    segment: Tensor  # id of the token's segment, unique inside its row
+    group: Tensor  # time group inside the sequence; the instruction is group 0
+    context: Tensor  # bool, True where tokens of later groups of the sequence may see this token
+    position: Tensor  # position for rotary embeddings
+    blocks: list[Block] = field(default_factory=list)  # plan of attention; padding belongs to no block
 
     @classmethod
     def build(
@@ -131,41 +103,20 @@ class Layout:
         mask: Tensor = visible(tokens.at(slice(None), slice(None), None), tokens.at(slice(None), None))
         return mask
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
+    def to(self, device: torch.device | str) -> Layout:
         """The same layout with every tensor, masks included, on `device`."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Layout:
-        """The same layout in page-locked memory; `DataLoader(pin_memory=True)` calls this."""
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self, move: Any) -> Layout:
-        return Layout(
-            sequence=move(self.sequence),
-            segment=move(self.segment),
-            group=move(self.group),
-            context=move(self.context),
-            position=move(self.position),
-            blocks=[replace(block, mask=move(block.mask)) for block in self.blocks],
-        )
+        moved = {name: value.to(device) for name, value in vars(self).items() if name != "blocks"}
+        return Layout(**moved, blocks=[replace(block, mask=block.mask.to(device)) for block in self.blocks])
 
 
 def plan_blocks(layout: Layout, block_tokens: int = BLOCK_TOKENS) -> list[Block]:
     """Cut every row into runs of at most `block_tokens` queries of one sequence, each with the keys it sees.
 
-    Any layout is planned right. The usual one (context segments in group order, then candidates) is cheap:
-    a run of the stream reads from the start of its sequence to its own end, a run of candidates reads the
-    stream and itself.
-
-    Args:
-        layout: Layout on the CPU; its own `blocks` are ignored.
-        block_tokens: Most queries in a block. Smaller blocks skip more invisible keys and cost more calls.
-
-    Returns:
-        Blocks in order of row and query; together they hold every token that is not padding exactly once.
+    Any layout is planned right. The usual one (context segments in group order, then candidates) is cheap: a run of the
+    history reads from the start of its sequence to its own end, a run of candidates reads the history and itself.
     """
     # int32 halves the time of the comparisons that make up the masks
-    batch = Tokens(*(_compact(array) for array in layout.tokens()))
+    batch = Tokens(*((x if x.dtype == torch.bool else x.to(torch.int32)).numpy() for x in layout.tokens()))
     blocks = []
     for row in range(batch.sequence.shape[0]):
         tokens = batch.at(row)
@@ -176,11 +127,6 @@ def plan_blocks(layout: Layout, block_tokens: int = BLOCK_TOKENS) -> list[Block]
             mask = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
             blocks.append(Block(row, (start, stop), keys, torch.from_numpy(mask)))
     return blocks
-
-
-def _compact(array: Tensor) -> NDArray[Any]:
-    values: NDArray[Any] = (array if array.dtype == torch.bool else array.to(torch.int32)).numpy()
-    return values
 
 
 def _runs(sequence: NDArray[Any], block_tokens: int) -> Iterator[tuple[int, int]]:
@@ -196,10 +142,10 @@ def _runs(sequence: NDArray[Any], block_tokens: int) -> Iterator[tuple[int, int]
 
 def _key_ranges(tokens: Tokens, start: int, stop: int) -> list[tuple[int, int]]:
     """Ranges holding every key that some query of [start, stop) sees: earlier context and own segments."""
-    own: Bools = np.isin(tokens.segment, np.unique(tokens.segment[start:stop])) & (tokens.index < stop)
-    earlier: Bools = tokens.context & (tokens.group < tokens.group[start:stop].max())
+    own = np.isin(tokens.segment, np.unique(tokens.segment[start:stop])) & (tokens.index < stop)
+    earlier = tokens.context & (tokens.group < tokens.group[start:stop].max())
     seen = np.flatnonzero((tokens.sequence == tokens.sequence[start]) & (own | earlier))
     cuts = np.flatnonzero(np.diff(seen) > MERGED_GAP + 1)
-    firsts = seen[np.concatenate(([0], cuts + 1))]
-    lasts = seen[np.concatenate((cuts, [len(seen) - 1]))]
-    return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
+    firsts = seen[np.concatenate(([0], cuts + 1))].tolist()
+    lasts = seen[np.concatenate((cuts, [len(seen) - 1]))].tolist()
+    return [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]

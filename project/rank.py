@@ -38,7 +38,7 @@ from project.exits.criteria import (
 from project.exits.plan import admit, raw_outputs
 from project.exits.policy import leave
 from project.exits.top_k import TopK, fit_margins, overlap_at_k, precision_at_k
-from project.metrics import gauc_impressions
+from project.metrics import user_aucs
 from project.report.tables import render, shown
 from project.run import exit_layers_of, read_result, result_head, write_json, write_table
 
@@ -355,8 +355,8 @@ def _by_labels(policy: RankPolicy, labelled: ScoredRequests | None, k: int) -> d
         return {"precision": None, "gauc": None}
     judged = policy.decide(labelled)
     precision = precision_at_k(labelled.request, judged.keys, torch.from_numpy(labelled.label), k)
-    gauc = gauc_impressions(judged.keys.numpy(), labelled.label, labelled.request.numpy()).value
-    return {"precision": float(precision.double().mean()), "gauc": gauc}
+    aucs = user_aucs(judged.keys.numpy(), labelled.label, labelled.request.numpy())
+    return {"precision": float(precision.double().mean()), "gauc": aucs["gauc_impressions"]["value"]}
 
 
 def _emitted(asked: ScoredRequests, exits: Tensor) -> Ranking:

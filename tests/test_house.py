@@ -72,7 +72,7 @@ def settings() -> set[str]:
         *(module.ExitRecommender, optim.OptimSettings, module.LoraSettings),
         *(callbacks.ExitCalibration, callbacks.ResultFiles, tracking.WandbArtifacts),
         *(certificate.CertificateSettings, rank.RankSettings, logs.TableLogs, logs.RecBoleLogs),
-        *(retrieval.LightGCN, retrieval.TextEncoder, retrieval.LLMEmbedding, retrieval.ItemKNN),
+        *(retrieval.LightGCN, retrieval.TextEncoder, retrieval.ItemKNN),
         *(criteria.Consistency, criteria.RatioConsistency, criteria.Learned),
     ]
     shared = set(inspect.signature(Retriever).parameters)

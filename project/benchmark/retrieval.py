@@ -1,9 +1,9 @@
-"""Retrievers side by side: seconds a neighbour query, and what their votes are worth."""
+"""Retrievers compared: seconds a neighbour query takes, and the AUC of the neighbours' vote."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ from project.metrics import Floats, auc
 from project.report.tables import render, shown
 from project.retrieval import (
     LightGCN,
-    LLMEmbedding,
     Retriever,
     TextEncoder,
     VectorRetriever,
@@ -30,7 +29,6 @@ from project.retrieval import (
 from project.retrieval.base import NO_NEIGHBOURS, FloatArray, IntArray, Neighbours, Raters, Snapshot
 from project.retrieval.features import retrieved_folder
 from project.retrieval.lightgcn import inverse_norms
-from project.retrieval.text import ItemTextRetriever
 from project.retrieval.walk import Snapshots, WalkRows, walk
 from project.run import result_head, write_json
 
@@ -38,34 +36,25 @@ if TYPE_CHECKING:
     from project.datamodule import InteractionData
 
 ROUNDS = 3  # fewer say nothing about spread
+FEWEST = 8  # requests: fewer are not a sample
+REFERENCE = "lightgcn"
 
 
 @dataclass
-class Side:
+class Contender:
     """One way to get a query's vector, and the time it took.
 
-    Attributes:
-        name: Of the retriever.
-        retriever: Whose vectors are compared.
-        vector: Seconds to get the vector, for each round a list over requests.
-        cpu: The same in processor time of all threads, which other programs on the machine do not lengthen.
-        total: Seconds with the nearest raters and their vote as well.
+    A request has three times in seconds: for the vector; the same in processor time of all threads, which other
+    programs on the machine do not lengthen; with the nearest raters and their vote too.
     """
 
-    name: str
+    name: str  # of the retriever
     retriever: VectorRetriever
-    vector: list[list[float]] = field(default_factory=lambda: [[] for _ in range(ROUNDS)])
-    cpu: list[list[float]] = field(default_factory=lambda: [[] for _ in range(ROUNDS)])
-    total: list[list[float]] = field(default_factory=lambda: [[] for _ in range(ROUNDS)])
-
-    @property
-    def cached(self) -> bool:
-        """Whether item vectors are kept."""
-        return True
-
-    def query(self, item: IntArray, label: IntArray) -> FloatArray:
-        """The vector, shape (d,), of a history, oldest first, shape (rows,) each."""
-        return self.retriever.history_vector(item, label)
+    cached: bool  # the query sums item vectors that are kept; else it encodes the history as text
+    query: Callable[[IntArray, IntArray], FloatArray]  # items and labels, oldest first, to the vector (d,)
+    rounds: list[list[tuple[float, float, float]]] = field(
+        default_factory=lambda: [[] for _ in range(ROUNDS)]
+    )
 
     def measure(
         self, number: int, item: IntArray, label: IntArray, raters: Raters, answers: IntArray
@@ -77,101 +66,69 @@ class Side:
         found = self.retriever.nearest(vector, inverse_norms(vector), raters)
         if found.row.size:
             answers[found.row].mean()
-        end = time.perf_counter()
-        self.vector[number].append(between - start)
-        self.cpu[number].append(cpu)
-        self.total[number].append(end - start)
+        self.rounds[number].append((between - start, cpu, time.perf_counter() - start))
 
-    @staticmethod
-    def milliseconds(seconds: list[list[float]]) -> NDArray[np.float64]:
-        """Median over the requests of each round, shape (rounds,): one interruption is longer than a thousand sums."""
-        medians: NDArray[np.float64] = 1e3 * np.median(np.array(seconds), axis=1)
+    def milliseconds(self) -> NDArray[np.float64]:
+        """Medians over the requests of each round, (3 times, rounds): one interruption must not count."""
+        medians: NDArray[np.float64] = 1e3 * np.median(np.array(self.rounds), axis=1).T
         return medians
 
 
-@dataclass
-class EncodingSide(Side):
-    """Encodes the history as text, at every request."""
-
-    retriever: ItemTextRetriever
-
-    @property
-    def cached(self) -> bool:
-        """Whether item vectors are kept."""
-        return False
-
-    def query(self, item: IntArray, label: IntArray) -> FloatArray:
-        """The vector, shape (d,), of a history, oldest first, shape (rows,) each."""
-        return self.retriever.encode_history(item, label)
-
-
-def sides_of(retrievers: Mapping[str, VectorRetriever]) -> list[Side]:
+def contenders_of(retrievers: Mapping[str, VectorRetriever]) -> list[Contender]:
     """All retrievers with their item vectors, then those that can also encode a history."""
-    summing = [Side(name, retriever) for name, retriever in retrievers.items()]
+    summing = [Contender(name, r, True, r.history_vector) for name, r in retrievers.items()]
     encoding = [
-        EncodingSide(name, retriever)
-        for name, retriever in retrievers.items()
-        if isinstance(retriever, ItemTextRetriever)
+        Contender(name, r, False, r.encode_history)
+        for name, r in retrievers.items()
+        if isinstance(r, TextEncoder)
     ]
     return [*summing, *encoding]
 
 
-def merged(snapshots: Mapping[str, Snapshots]) -> list[Snapshot]:
-    """What `InTurns` wants of each block: item tables by the retriever's name."""
-    return [
-        dict(zip(snapshots, (fitted["weighted"] for fitted in block), strict=True))
-        for block in zip(*(found.fitted for found in snapshots.values()), strict=True)
-    ]
-
-
 class InTurns(Retriever):
-    """Goes through the log as one retriever and hands every question to all sides, so that time can be taken.
+    """Goes through the log as one retriever and hands every request to all contenders, which are timed.
 
-    Every request asks all sides `ROUNDS` times in turn; the order rotates. Nobody asks before block 1.
-
-    Args:
-        retrievers: By name; they share neighbours and max_raters.
-        sides: Who is measured.
-        answers: Labels by position in the log, shape (rows,).
+    Every request goes to all contenders `ROUNDS` times in turn; the order rotates. No request is in block 0. Retrievers
+    share neighbours and max_raters; `answers` are labels by position in the log, shape (rows,).
     """
 
     def __init__(
-        self, retrievers: Mapping[str, VectorRetriever], sides: list[Side], answers: IntArray
+        self, retrievers: Mapping[str, VectorRetriever], contenders: list[Contender], answers: IntArray
     ) -> None:
         first = next(iter(retrievers.values()))
         super().__init__(first.neighbours, first.max_raters)
-        self._retrievers, self._sides, self._answers = retrievers, sides, answers
+        self._retrievers, self._contenders, self._answers = retrievers, contenders, answers
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget everyone's past."""
         self._past: dict[int, tuple[list[int], list[int]]] = {}
-        self._asked = 0
+        self._requests = 0
         for retriever in self._retrievers.values():
             retriever.begin(num_users, items)
         self.encoding_seconds(rows=1)  # models and item vectors are read now: no request should wait for them
 
     def encoding_seconds(self, rows: int) -> float:
-        """Time that all encoding sides need for one query whose history has so many rows."""
+        """Time that all encodings together need for one query whose history has so many rows."""
         history = np.zeros(rows, np.int64), np.ones(rows, np.int64)
         start = time.perf_counter()
-        for side in self._sides:
-            if not side.cached:
-                side.query(*history)
+        for contender in self._contenders:
+            if not contender.cached:
+                contender.query(*history)
         return time.perf_counter() - start
 
     def start_block(self, snapshot: Snapshot, block: int) -> None:
-        """All retrievers start the block, each with its own item table."""
+        """All retrievers start the block, each with its own item table, which has its name in the snapshot."""
         for name, retriever in self._retrievers.items():
             retriever.start_block({"weighted": snapshot[name]}, block)
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
-        """Measure all sides on this request; what they find is not kept."""
+        """Measure all contenders on this request; what they find is not kept."""
         items, labels = (np.array(part, np.int64) for part in self._past[user])
         for number in range(ROUNDS):
-            turn = (self._asked + number) % len(self._sides)
-            for side in self._sides[turn:] + self._sides[:turn]:
-                side.measure(number, items, labels, raters, self._answers)
-        self._asked += 1
+            turn = (self._requests + number) % len(self._contenders)
+            for contender in self._contenders[turn:] + self._contenders[:turn]:
+                contender.measure(number, items, labels, raters, self._answers)
+        self._requests += 1
         return NO_NEIGHBOURS
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:
@@ -183,10 +140,6 @@ class InTurns(Retriever):
             retriever.observe(row, user, item, label)
 
 
-REFERENCE = "lightgcn"
-FEWEST = 8  # requests: fewer are not a sample
-
-
 def run_retrieval(
     data: InteractionData,
     folder: Path,
@@ -194,32 +147,39 @@ def run_retrieval(
     requests: int = 200,
     retrievers: Mapping[str, VectorRetriever] | None = None,
 ) -> dict[str, Any]:
-    """Measure and write results/benchmark-retrieval.json.
+    """Measure for about so many seconds, and write results/benchmark-retrieval.json in the run's folder.
 
-    Args:
-        data: Logs, protocol and blocks.
-        folder: Run folder of the result file.
-        seconds: About how long to measure; retrieved features that is not in the cache comes on top.
-        requests: Most targets of the test split in the sample.
-        retrievers: By name, "lightgcn" first; None: `other_retrievers(data)`.
-
-    Raises:
-        DataError: No test target can be asked.
+    `requests` is the most test targets in the sample; `retrievers` are by name, "lightgcn" first. Retrieved features
+    that are not in the cache take time of their own.
     """
+    # 1. votes of every retriever, which makes the retrieved features that the cache lacks
     retrievers = retrievers or other_retrievers(data)
-    # first of all, so that retrieved features is made where it is not in the cache
-    worth = vote_worth(data, retrievers)
-    fitted = {name: _snapshots(data, retriever) for name, retriever in retrievers.items()}
+    accuracy = vote_accuracy(data, retrievers)
+    # 2. all item tables of a block in one snapshot, by the retriever's name
+    fitted = {
+        name: Snapshots.load(retrieved_folder(data.split, r, data.refits, data.cache_dir) / "snapshots.npz")
+        for name, r in retrievers.items()
+    }
     cuts = fitted[REFERENCE].cuts
-    rows, sides = data.split.rows, sides_of(retrievers)
-    turns = InTurns(retrievers, sides, rows["label"].to_numpy().astype(np.int64))
-    asked = _sample(data, cuts, requests)
-    asked = asked.head(_affordable(turns, data, asked, seconds))
-    log = replace(WalkRows.from_log(rows), query=rows["row_id"].is_in(asked["row_id"].implode()).to_numpy())
-    walk(log, turns, data.split.interactions.items, cuts, merged(fitted), "requests")
-    about = {"requests": asked.height, "rounds": ROUNDS, "history_rows": float(asked["hist"].mean())}  # type: ignore[arg-type]
+    snapshots: list[Snapshot] = [
+        {name: found.fitted[block]["weighted"] for name, found in fitted.items()}
+        for block in range(cuts.size)
+    ]
+    # 3. as many test targets as there is time for, by the cost of one with a history of median length
+    rows, contenders = data.split.rows, contenders_of(retrievers)
+    turns = InTurns(retrievers, contenders, rows["label"].to_numpy().astype(np.int64))
+    sample = _sample(data, cuts, requests)
+    turns.begin(data.split.interactions.users.height, data.split.interactions.items)
+    cost = turns.encoding_seconds(int(sample["hist"].median()))  # type: ignore[arg-type]
+    sample = sample.head(max(FEWEST, int(seconds / max(cost * ROUNDS, 1e-9))))
+    # 4. one walk through the log, which times every contender at every request
+    log = replace(WalkRows.from_log(rows), query=rows["row_id"].is_in(sample["row_id"].implode()).to_numpy())
+    walk(log, turns, data.split.interactions.items, cuts, snapshots, "requests")
+    about = {"requests": sample.height, "rounds": ROUNDS, "history_rows": float(sample["hist"].mean())}  # type: ignore[arg-type]
     result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
-    result["retrieval"] = [side_row(side, sides[0]) | worth[side.name] | about for side in sides]
+    result["retrieval"] = [
+        _times(contender, contenders[0]) | accuracy[contender.name] | about for contender in contenders
+    ]
     path = write_json(folder / "results" / "benchmark-retrieval.json", result)
     Console(width=150).print(shown(render(result)), f"written: {path}")
     return result
@@ -228,22 +188,21 @@ def run_retrieval(
 def other_retrievers(data: InteractionData) -> dict[str, VectorRetriever]:
     """LightGCN as configured, a text encoder, and the backbone's hidden states, with as many neighbours and raters."""
     own = data.retriever
-    graph = own if isinstance(own, LightGCN) else LightGCN(own.neighbours, own.max_raters)
-    shared = (graph.neighbours, graph.max_raters, graph.dislike_weight)
+    graph = (
+        own if isinstance(own, LightGCN) else LightGCN(neighbours=own.neighbours, max_raters=own.max_raters)
+    )
+    shared = {name: getattr(graph, name) for name in ("neighbours", "max_raters", "dislike_weight")}
     return {
         REFERENCE: graph,
-        "text": TextEncoder(*shared),
-        "llm": LLMEmbedding(*shared, backbone=data.tokenizer_name),
+        "text": TextEncoder(**shared),
+        "llm": TextEncoder(encoder=data.tokenizer_name, **shared),
     }
 
 
-def vote_worth(data: InteractionData, retrievers: Mapping[str, VectorRetriever]) -> dict[str, dict[str, Any]]:
-    """AUC of each retriever's neighbour vote on all test targets, and what it is above LightGCN's, users resampled.
-
-    Args:
-        data: Logs, protocol and blocks.
-        retrievers: By name, "lightgcn" among them.
-    """
+def vote_accuracy(
+    data: InteractionData, retrievers: Mapping[str, VectorRetriever]
+) -> dict[str, dict[str, Any]]:
+    """AUC of each retriever's neighbour vote on all test targets, and its lead over LightGCN's, users resampled."""
     rows = data.split.rows
     base = float(train_labels(rows).mean())
     votes = dict[str, Floats]()
@@ -263,14 +222,9 @@ def vote_worth(data: InteractionData, retrievers: Mapping[str, VectorRetriever])
     }
 
 
-def _snapshots(data: InteractionData, retriever: VectorRetriever) -> Snapshots:
-    folder = retrieved_folder(data.split, retriever, data.refits, data.cache_dir)
-    return Snapshots.load(folder / "snapshots.npz")
-
-
 def _sample(data: InteractionData, cuts: NDArray[np.float64], requests: int) -> pl.DataFrame:
     """Test targets in random order, of users with a past, in blocks that have one."""
-    usable = pl.lit(False) if not cuts.size else (pl.col("hist") > 0) & (pl.col("timestamp") >= cuts[0])
+    usable = (pl.col("hist") > 0) & (pl.col("timestamp") >= cuts.min(initial=np.inf))
     targets = targets_of(data.split.rows, "test").filter(usable)
     if targets.is_empty():
         raise DataError(
@@ -280,33 +234,18 @@ def _sample(data: InteractionData, cuts: NDArray[np.float64], requests: int) -> 
     return targets.sample(min(requests, targets.height), shuffle=True, seed=data.seed)
 
 
-def _affordable(turns: InTurns, data: InteractionData, asked: pl.DataFrame, seconds: float) -> int:
-    """How many requests can be asked in the time there is, judged by one whose history is of median length."""
-    log = data.split.interactions
-    turns.begin(log.users.height, log.items)
-    cost = turns.encoding_seconds(int(asked["hist"].median()))  # type: ignore[arg-type]
-    return max(FEWEST, int(seconds / max(cost * ROUNDS, 1e-9)))
-
-
-def side_row(side: Side, reference: Side) -> dict[str, Any]:
-    """What was measured of a side: milliseconds a request, and how many times the reference's.
-
-    Args:
-        side: What is described.
-        reference: LightGCN's sums.
-    """
-    vector, total = side.milliseconds(side.vector), side.milliseconds(side.total)
-    ratios = vector / side.milliseconds(reference.vector)
-    cpu = side.milliseconds(side.cpu) / side.milliseconds(reference.cpu)
-    totals = total / side.milliseconds(reference.total)
+def _times(contender: Contender, reference: Contender) -> dict[str, Any]:
+    """Milliseconds a request, medians over rounds, and how many times the reference's, which is LightGCN's sums."""
+    vector, _, total = contender.milliseconds()
+    ratio, cpu_ratio, total_ratio = contender.milliseconds() / reference.milliseconds()
     return {
-        "retriever": side.name,
-        "cached": side.cached,
+        "retriever": contender.name,
+        "cached": contender.cached,
         "vector_ms": float(np.median(vector)),
         "ms_per_request": float(np.median(total)),
         "spread": [float(total.min()), float(total.max())],
-        "ratio_to_lightgcn": float(np.median(ratios)),
-        "ratio_spread": [float(ratios.min()), float(ratios.max())],
-        "cpu_ratio_to_lightgcn": float(np.median(cpu)),
-        "total_ratio_to_lightgcn": float(np.median(totals)),
+        "ratio_to_lightgcn": float(np.median(ratio)),
+        "ratio_spread": [float(ratio.min()), float(ratio.max())],
+        "cpu_ratio_to_lightgcn": float(np.median(cpu_ratio)),
+        "total_ratio_to_lightgcn": float(np.median(total_ratio)),
     }

@@ -1,11 +1,7 @@
-"""The one protocol every retriever fits: fitted once per time block, then asked for neighbours row by row.
+"""The interface of every retriever: fitted once per time block, then asked for neighbours row by row.
 
-A retriever never sees the log. It is handed edges that lie strictly before a block, then raters and a user's own rows
-strictly before each question, and a row of an answer that it was not handed is refused (`walk.check_rows`): it cannot
-leak the future even by mistake.
-
-Classes of this package have no digest in `settings`, `walk.FORMAT` stands for them. So a release finds the caches of
-the one before, while a retriever that somebody is writing is asked again after every change.
+A retriever never sees the log. It is handed edges strictly before a block, then raters and a user's own rows strictly
+before each request. An answer that names any other row is refused (`walk.walk`).
 """
 
 import hashlib
@@ -16,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +20,6 @@ from numpy.typing import NDArray
 
 from project.errors import ConfigError
 
-PACKAGE = __name__.split(".")[0]
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 Snapshot = Mapping[str, NDArray[Any]]
@@ -41,28 +35,28 @@ class Edges:
 
 
 class Raters(NamedTuple):
-    """Who rated a candidate strictly earlier, oldest first, each user's latest row; shape (raters,) each."""
+    """The raters of a candidate strictly earlier, oldest first, each user's latest row; shape (raters,) each."""
 
     row: IntArray
     user: IntArray
 
 
 class Neighbours(NamedTuple):
-    """The rows a candidate's retrieved features consists of, most similar first; arrays of shape (at most N,)."""
+    """The rows behind a candidate's features, most similar first; arrays of shape (at most N,)."""
 
     row: IntArray
     similarity: FloatArray
 
 
 class SimilarUsers(NamedTuple):
-    """Users with their similarity to the one who asks, most similar first; arrays of shape (at most N,)."""
+    """Users with their similarity to a user, most similar first; arrays of shape (at most N,)."""
 
     user: IntArray
     similarity: FloatArray
 
 
 class ItemSimilarity(NamedTuple):
-    """A user's own answers on items like a candidate, each counted by its similarity: of `weight`, `likes` is liked."""
+    """A user's own answers on items similar to a candidate: the sum of similarities, and the liked items' part."""
 
     likes: float
     weight: float
@@ -74,20 +68,20 @@ NO_SIMILAR_USERS = SimilarUsers(np.empty(0, np.int64), np.empty(0, np.float32))
 
 
 class Retriever(ABC):
-    """Finds rows that tell what similar users thought of a candidate.
+    """Finds rows that show what similar users thought of a candidate.
 
-    The order of calls is `begin`, then `fit` once per block in time order (its result is stored), and for
-    reading `begin`, then per block `start_block` with what `fit` returned, `select` and `observe` in time
-    order. Items are codes 0..items.height-1; the code items.height stands for any item the log does not have.
-    A subclass calls `super().__init__` and keeps every constructor argument under its own name: they are part of the
-    retrieved features cache's key. So is its source, if it is not of this package.
+    To fit: `begin`, then `fit` once per block in time order; what it returns is stored. To answer: `begin`, then per
+    block `start_block` with what `fit` returned, `select` and `observe` in time order. Items are codes
+    0..items.height-1; the code items.height stands for any item that the log does not have. A subclass calls
+    `super().__init__` and keeps every constructor argument under its own name: they are part of the cache's key. So is
+    the source of a class that is not of this package.
 
     Attributes:
-        similar_every: A user's stream gets a list of what similar users liked after every so many of the user's
-            rows; 0 is never. Only retrievers that compare users can be asked, and take it as an argument.
+        similar_every: A user's history gets a list of what similar users liked after every so many of the user's
+            rows; 0 is never. Only retrievers that compare users take it as an argument.
         similar_items: Most items on such a list.
         item_neighbours: A candidate is also compared with so many items of the user's own past; 0 is with none. Only
-            retrievers that compare items can be asked, and take it as an argument.
+            retrievers that compare items take it as an argument.
 
     Args:
         neighbours: Most neighbours a candidate gets (N).
@@ -99,23 +93,23 @@ class Retriever(ABC):
     item_neighbours: int = 0
 
     def __init__(self, neighbours: int = 30, max_raters: int = 2000) -> None:
-        for name, value in (("neighbours", neighbours), ("max_raters", max_raters)):
-            if value < 1:
-                raise ConfigError(
-                    f"data.retriever.init_args.{name} is {value}, expected 1 or more: set it to at least 1."
-                )
         self.neighbours = neighbours
         self.max_raters = max_raters
+        self._require(1, "neighbours", "max_raters")
+
+    def _require(self, least: int, *names: str) -> None:
+        """Refuse arguments below `least`."""
+        for name in names:
+            if not getattr(self, name) >= least:
+                key = f"data.retriever.init_args.{name}"
+                raise ConfigError(f"{key} is {getattr(self, name)}; expected {least} or more.")
 
     @abstractmethod
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget everything; make room for users 0..num_users-1 and the items of the log's item table."""
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
-        """Fit on the ratings before block `block` (1, 2, ...; block 0 has no past); the result is stored.
-
-        Ratings of later splits are left out, so there may be none.
-        """
+        """Fit on the ratings before block 1, 2, ... (there may be none); what it returns is stored."""
         return {}
 
     def start_block(self, snapshot: Snapshot, block: int) -> None:  # noqa: B027  # optional
@@ -125,45 +119,37 @@ class Retriever(ABC):
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
         """Pick at most `neighbours` rows for a candidate item of a user, from what was observed so far.
 
-        Args:
-            user: code of the user who is asking.
-            item: code of the candidate.
-            timestamp: time of the question, seconds.
-            raters: who rated the candidate strictly earlier, the asking person left out.
-
-        Returns:
-            Rows of `raters.row`, or rows that `observe` was told of this user; similarities are finite.
+        The rows are of `raters`, which leaves the user out, or the user's own that `observe` got; similarities are
+        finite.
         """
 
     def most_similar(self, user: int, others: IntArray) -> SimilarUsers:
-        """The users most like `user` by what was observed so far; asked only where similar_every is above 0.
-
-        Args:
-            user: code of the user who is asking.
-            others: codes of the users whose ratings may be read, latest rating last, the asking person left out.
-        """
+        """The users most similar to `user` among `others`, latest rating last; where similar_every is above 0."""
         return NO_SIMILAR_USERS
 
     def item_similarity(self, user: int, item: int) -> ItemSimilarity:
-        """The user's own answers on the items most like a candidate; asked only where item_neighbours is above 0.
-
-        Args:
-            user: code of the user who is asking.
-            item: code of the candidate.
-        """
+        """The user's own answers on the items most similar to a candidate; where item_neighbours is above 0."""
         return NO_ITEM_SIMILARITY
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:  # noqa: B027  # optional
         """Take in one row of a user's own past, once its time has passed."""
 
     def settings(self) -> dict[str, Any]:
-        """Class path and constructor arguments, and the digest of a source of one's own: what makes answers equal.
+        """What the answers depend on: class path, constructor arguments, and the digest of a source of one's own.
 
-        The arguments about lists of similar users' items, and about own items, are left out where there are none: they
-        change nothing.
+        Arguments about lists and own items are left out where they change nothing.
         """
         kind = type(self)
-        names = argument_names(self)
+        names = argument_names(kind)
+        for name in ("neighbours", "max_raters", *names):
+            if not hasattr(self, name):
+                line = (
+                    f"self.{name} = {name}" if name in names else "super().__init__(neighbours, max_raters)"
+                )
+                raise ConfigError(
+                    f"data.retriever is {kind.__name__}, which has no attribute {name}: arguments are part of the "
+                    f"retrieved features cache's key. Write {line} in its __init__."
+                )
         if not self.similar_every:
             names = [name for name in names if not name.startswith("similar_")]
         if not self.item_neighbours:
@@ -175,14 +161,47 @@ class Retriever(ABC):
         }
 
 
+def argument_names(kind: type) -> list[str]:
+    """Names of the constructor's arguments; where it passes **kwargs on, those of the base class too."""
+    names: list[str] = []
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            names += [p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD]
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+    return names
+
+
+def own_source(kind: type) -> dict[str, str]:
+    """Digest of the files that define a class and its bases outside this package; empty if there are none.
+
+    Classes of this package have none: `walk.FORMAT` stands for them, so a release finds the caches of the one before.
+    """
+    here = {__name__.split(".")[0], *sys.stdlib_module_names}
+    foreign = [base for base in kind.__mro__ if base.__module__.split(".")[0] not in here]
+    parts = dict.fromkeys(_source(base) for base in foreign)
+    return {"source": hashlib.sha256(b"".join(parts)).hexdigest()[:16]} if parts else {}
+
+
+def _source(kind: type) -> bytes:
+    """A class typed into a notebook has no file, only the lines of its methods, or what Python made of them."""
+    try:
+        return Path(inspect.getfile(kind)).read_bytes()
+    except (OSError, TypeError):
+        methods = [f for f in vars(kind).values() if inspect.isfunction(f)]
+    try:
+        codes = [inspect.getsource(f).encode() for f in methods]
+    except OSError:
+        codes = [marshal.dumps(f.__code__) for f in methods]
+    return b"".join([kind.__qualname__.encode(), *codes])
+
+
 class OwnRows:
     """One user's past by item: finds the rows on the items most similar to a candidate without looking at all rows.
 
     Rows of one item are equally similar, and of equals the later come first, so the latest `count` of each item are
-    enough. A question costs the distinct items, not the rows.
-
-    Args:
-        count: Most rows that are asked for.
+    enough. A request costs the distinct items, not the rows.
     """
 
     def __init__(self, count: int) -> None:
@@ -209,10 +228,9 @@ class OwnRows:
         del rows[: -self._count]
 
     def nearest(self, similarity: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
-        """The `count` most similar rows, most similar first, of equals the later: rows, labels and similarities.
+        """The `count` most similar rows, of equals the later first: rows, labels and similarities.
 
-        Args:
-            similarity: (distinct items,) of `items`.
+        `similarity` is that of `items`, (distinct items,).
         """
         order = top(similarity, self._count)
         enough = int(np.searchsorted(np.cumsum([len(self._rows[i]) for i in order]), self._count))
@@ -229,68 +247,9 @@ class OwnRows:
 
 
 def top(values: NDArray[np.floating[Any]], count: int) -> IntArray:
-    """Positions of the `count` largest values, largest first; equal values: the later position first.
-
-    Args:
-        values: shape (n,), no NaN.
-        count: how many, at least 1.
-    """
+    """Positions of the `count` largest of values (n,), largest first; equal values: the later position first."""
     if values.size > count:
         kept = np.flatnonzero(values >= np.partition(values, -count)[-count])[::-1]
     else:
         kept = np.arange(values.size - 1, -1, -1)
     return kept[np.argsort(-values[kept], kind="stable")[:count]]
-
-
-def argument_names(retriever: object) -> list[str]:
-    """Names of the constructor's arguments, each of which is an attribute.
-
-    Raises:
-        ConfigError: An argument is not kept, or the constructor of the base class was not called.
-    """
-    kind = type(retriever)
-    names = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
-    for name in ("neighbours", "max_raters"):
-        if not hasattr(retriever, name):
-            raise ConfigError(
-                f"data.retriever is {kind.__name__}, which has no attribute {name}: its __init__ does not call that of "
-                "Retriever. Write super().__init__(neighbours, max_raters) as its first line."
-            )
-    lost = [name for name in names if not hasattr(retriever, name)]
-    if lost:
-        raise ConfigError(
-            f"data.retriever is {kind.__name__}, which does not keep its argument {lost[0]}: arguments are part of the "
-            f"retrieved features cache's key. Write self.{lost[0]} = {lost[0]} in its __init__."
-        )
-    return names
-
-
-def own_source(kind: type) -> dict[str, str]:
-    """The digest of the files that define a class and its bases outside this package; empty if there are none."""
-    foreign = [base for base in kind.__mro__ if _root(base) not in {PACKAGE, *sys.stdlib_module_names}]
-    if not foreign:
-        return {}
-    digest = hashlib.sha256()
-    for source in dict.fromkeys(_source(base) for base in foreign):
-        digest.update(source)
-    return {"source": digest.hexdigest()[:16]}
-
-
-def _root(kind: type) -> str:
-    return kind.__module__.split(".")[0]
-
-
-def _source(kind: type) -> bytes:
-    """A class typed into a notebook has no file, only the lines of its methods, or what Python made of them."""
-    try:
-        return Path(inspect.getfile(kind)).read_bytes()
-    except (OSError, TypeError):
-        methods = [(name, f) for name, f in vars(kind).items() if inspect.isfunction(f)]
-        return b"".join([kind.__qualname__.encode(), *(name.encode() + _lines(f) for name, f in methods)])
-
-
-def _lines(function: FunctionType) -> bytes:
-    try:
-        return inspect.getsource(function).encode()
-    except OSError:
-        return marshal.dumps(function.__code__)

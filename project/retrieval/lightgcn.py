@@ -1,27 +1,16 @@
-"""Retrievers that compare users by a vector made of their past items, and LightGCN, which learns the items' vectors.
+"""Retrievers that compare users by vectors made of their past items, and LightGCN, which learns the items' vectors."""
 
-`VectorRetriever`: user vectors are not learned. They are sums over strictly earlier items, so a user first seen a
-minute ago has neighbours, and within a block every vector comes from that block's one item table: separately fitted
-tables live in unaligned spaces and are never compared.
-
-`LightGCN` (He et al. 2020, arXiv 2002.02126) is fitted per time block on the likes before it. Only the item half of the
-fit is used, and the random numbers of a block come from (seed, block) alone, so nothing later in the log can change an
-earlier block's table.
-"""
-
-import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
-from project.errors import ConfigError
 from project.retrieval.base import (
     NO_ITEM_SIMILARITY,
     NO_NEIGHBOURS,
@@ -48,50 +37,40 @@ with warnings.catch_warnings():
 class VectorRetriever(Retriever):
     """Cosine neighbours of running user vectors, v_u = sum over own earlier j of s_j * e_j / sqrt(degree_j).
 
-    s_j is 1 for a liked and `dislike_weight` for a disliked item, e_j the block's item vector, degree_j how
-    many rows before the block liked j (at least 1): LightGCN's own propagation to a user (He et al. 2020,
-    equation 3) without the user's degree, which cosine does not see.
+    s_j is 1 for a liked and `dislike_weight` for a disliked item, e_j the block's item vector, degree_j how many rows
+    before the block liked j (at least 1): LightGCN's own propagation to a user (He et al. 2020, equation 3) without the
+    user's degree, which cosine does not see. User vectors are not learned, so a user first seen a minute ago has
+    neighbours. Tables of different blocks live in unaligned spaces and are never compared.
 
     Args:
-        neighbours: Most neighbours a candidate gets (N).
-        max_raters: Only the latest so many raters of a candidate are considered (R), which bounds the cost.
         dislike_weight: Weight of a disliked item in a user's vector; a liked one has weight 1.
         similar_every: List what similar users liked after every so many rows of a user; 0 is never. The list
             reaches prompts through data.prompt.similar.
         similar_users: How many similar users such a list is made from, of the latest max_raters users.
         similar_items: Most items on such a list.
-        item_neighbours: Retrieved features also holds the user's own answers on so many earlier items, those whose
-            vectors are most like the candidate's (`item_similarity` of prompts and features); 0
-            leaves it out.
+        item_neighbours: Retrieved features also hold the user's own answers on so many earlier items, those whose
+            vectors are most similar to the candidate's (`item_similarity`); 0 leaves them out.
+        **kwargs: Arguments of Retriever.
     """
 
     def __init__(
         self,
-        neighbours: int = 30,
-        max_raters: int = 2000,
+        *,
         dislike_weight: float = -0.5,
         similar_every: int = 0,
         similar_users: int = 10,
         similar_items: int = 5,
         item_neighbours: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(neighbours, max_raters)
-        for name, value, least in (
-            ("similar_every", similar_every, 0),
-            ("similar_users", similar_users, 1),
-            ("similar_items", similar_items, 1),
-            ("item_neighbours", item_neighbours, 0),
-        ):
-            if value < least:
-                raise ConfigError(
-                    f"data.retriever.init_args.{name} is {value}, expected {least} or more. To have no lists of what "
-                    "similar users liked, set similar_every to 0; to leave out the user's own items, item_neighbours."
-                )
+        super().__init__(**kwargs)
         self.dislike_weight = dislike_weight
         self.similar_every = similar_every
         self.similar_users = similar_users
         self.similar_items = similar_items
         self.item_neighbours = item_neighbours
+        self._require(0, "similar_every", "item_neighbours")
+        self._require(1, "similar_users", "similar_items")
 
     @abstractmethod
     def item_table(self, edges: Edges, block: int) -> FloatArray:
@@ -117,8 +96,7 @@ class VectorRetriever(Retriever):
         unknown_item = np.zeros((1, snapshot["weighted"].shape[1]), np.float32)
         self._weighted = np.concatenate([snapshot["weighted"], unknown_item])
         self._directions = self._weighted * inverse_norms(self._weighted)[:, None]
-        users = np.array(self._past_users, np.int64)
-        items = np.array(self._past_items, np.int64)
+        users, items = (np.array(part, np.int64) for part in (self._past_users, self._past_items))
         weights = np.array(self._past_weights, np.float32)
         self._vectors = np.zeros((self._num_users, self._weighted.shape[1]), np.float32)
         # in order of time, as observe adds: a vector does not depend on where a block starts
@@ -132,19 +110,14 @@ class VectorRetriever(Retriever):
         return self.nearest(self._vectors[user], self._inverse[user], raters)
 
     def history_vector(self, item: IntArray, label: IntArray) -> FloatArray:
-        """The vector, shape (d,), that a user with this past would have in this block; not called in block 0.
-
-        Args:
-            item: codes of the rated items, shape (rows,).
-            label: 0 or 1, shape (rows,).
-        """
+        """The vector (d,) of a user with these items and labels (rows,) in this block; not called in block 0."""
         assert self._weighted is not None
         weights = np.where(label == 1, np.float32(1), np.float32(self.dislike_weight))
         vector: FloatArray = weights @ self._weighted[item]
         return vector
 
     def nearest(self, vector: FloatArray, inverse_norm: FloatArray, raters: Raters) -> Neighbours:
-        """What `select` picks for a vector of this block, shape (d,), and its `inverse_norms`, a scalar."""
+        """What `select` picks for a vector (d,) of this block and its `inverse_norms`, a scalar."""
         if raters.user.size == 0 or inverse_norm == 0:
             return NO_NEIGHBOURS
         inverse = self._inverse[raters.user]
@@ -197,38 +170,22 @@ def inverse_norms(vectors: FloatArray) -> FloatArray:
     return inverse
 
 
-@dataclass(frozen=True)
-class LikeGraph:
-    """Liked (user, item) pairs, each once, and their adjacency.
+class LikeGraph(NamedTuple):
+    """Liked (user, item) pairs, each once, and their adjacency; items come first in the order of nodes."""
 
-    It is a CSR tensor, six times faster on a CPU than PyTorch Geometric's edge list at ML-100K's size. Items come first
-    in the node order, so an item's first embedding does not depend on how many users there are.
-
-    Attributes:
-        item: shape (pairs,), node of the item, 0..num_items-1.
-        user: shape (pairs,), node of the user, num_items..num_items+num_users-1.
-        seen_items: nodes of the items with at least one like.
-        adjacency: CSR, shape (nodes, nodes), 1 / sqrt(degree * degree), both directions.
-    """
-
-    item: Tensor
-    user: Tensor
-    seen_items: Tensor
-    adjacency: Tensor
+    item: Tensor  # (pairs,) node of the item, 0..num_items-1
+    user: Tensor  # (pairs,) node of the user, num_items..num_items+num_users-1
+    seen_items: Tensor  # nodes of the items with at least one like
+    adjacency: Tensor  # CSR, (nodes, nodes), 1 / sqrt(degree * degree), both directions
 
 
 def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
-    """Build the graph of liked rows (He et al. 2020, equation 3: symmetric normalisation).
+    """The graph of liked rows (He et al. 2020, equation 3: symmetric normalisation) among all users and items.
 
-    Args:
-        edges: ratings strictly before the block.
-        num_users: users of the log, seen so far or not.
-        num_items: items of the log, seen so far or not.
+    A CSR tensor is six times faster on a CPU than PyTorch Geometric's edge list at ML-100K's size.
     """
     liked = edges.label == 1
-    rows = np.stack([edges.item[liked], edges.user[liked] + num_items])
-    pairs = torch.from_numpy(np.unique(rows, axis=1))
-    item, user = pairs
+    pairs = torch.from_numpy(np.unique(np.stack([edges.item[liked], edges.user[liked] + num_items]), axis=1))
     nodes = num_users + num_items
     ends = torch.cat([pairs, pairs.flip(0)], dim=1)
     degree = torch.bincount(ends[0], minlength=nodes).float()
@@ -237,43 +194,29 @@ def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
         coo = torch.sparse_coo_tensor(ends, weights, (nodes, nodes), check_invariants=False)
         adjacency = coo.to_sparse_csr()
-    return LikeGraph(
-        item=item, user=user, seen_items=torch.from_numpy(np.unique(rows[0])), adjacency=adjacency
-    )
+    return LikeGraph(pairs[0], pairs[1], torch.unique(pairs[0]), adjacency)
 
 
 class LightGCN(VectorRetriever):
-    """Similar users by layer-averaged LightGCN item embeddings, trained with BPR, warm-started each block.
+    """Similar users by layer-averaged LightGCN item embeddings (He et al. 2020, arXiv 2002.02126), trained with BPR.
+
+    It is fitted per block on the likes before it, and goes on from the block before. Only the item half of the fit is
+    used. The random numbers of a block come from (seed, block) alone, so nothing later in the log can change them.
 
     Args:
-        neighbours: Most neighbours a candidate gets (N).
-        max_raters: Only the latest so many raters of a candidate are considered (R), which bounds the cost.
-        dislike_weight: Weight of a disliked item in a user's vector; a liked one has weight 1.
-        similar_every: List what similar users liked after every so many rows of a user; 0 is never. The list
-            reaches prompts through data.prompt.similar.
-        similar_users: How many similar users such a list is made from, of the latest max_raters users.
-        similar_items: Most items on such a list.
-        item_neighbours: Retrieved features also holds the user's own answers on so many earlier items, those whose
-            vectors are most like the candidate's (`item_similarity` of prompts and features); 0
-            leaves it out.
         dim: Size of an embedding.
         layers: Propagation steps over the graph.
-        epochs: Passes over the likes before a block, for each block; training goes on from the block before.
+        epochs: Passes over the likes before a block, for each block; 0 leaves vectors as they are drawn.
         batch_size: Likes in one BPR step.
         learning_rate: Adam's step size.
         regularisation: Weight of the squared norm of the embeddings in a step.
         seed: Seed of first embeddings, order and negatives.
+        **kwargs: Arguments of VectorRetriever.
     """
 
     def __init__(
         self,
-        neighbours: int = 30,
-        max_raters: int = 2000,
-        dislike_weight: float = -0.5,
-        similar_every: int = 0,
-        similar_users: int = 10,
-        similar_items: int = 5,
-        item_neighbours: int = 0,
+        *,
         dim: int = 64,
         layers: int = 3,
         epochs: int = 10,
@@ -281,19 +224,9 @@ class LightGCN(VectorRetriever):
         learning_rate: float = 0.01,
         regularisation: float = 0.01,
         seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        lists = similar_every, similar_users, similar_items
-        super().__init__(neighbours, max_raters, dislike_weight, *lists, item_neighbours)
-        for name, value, fine, expected in (
-            ("dim", dim, dim >= 1, "1 or more"),
-            ("layers", layers, layers >= 0, "0 or more"),
-            ("epochs", epochs, epochs >= 0, "0 or more (0: vectors stay as they are drawn)"),
-            ("batch_size", batch_size, batch_size >= 1, "1 or more"),
-            ("learning_rate", learning_rate, 0 < learning_rate < math.inf, "a number above 0"),
-            ("regularisation", regularisation, 0 <= regularisation < math.inf, "0 or more"),
-        ):
-            if not fine:
-                raise ConfigError(f"data.retriever.init_args.{name} is {value}; expected {expected}.")
+        super().__init__(**kwargs)
         self.dim = dim
         self.layers = layers
         self.epochs = epochs
@@ -301,6 +234,8 @@ class LightGCN(VectorRetriever):
         self.learning_rate = learning_rate
         self.regularisation = regularisation
         self.seed = seed
+        self._require(0, "layers", "epochs", "learning_rate", "regularisation")
+        self._require(1, "dim", "batch_size")
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts and the embeddings fitted so far."""

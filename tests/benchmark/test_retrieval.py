@@ -1,4 +1,4 @@
-"""The retrieval benchmark asks equals: the same requests, past and raters for all sides, and what it writes."""
+"""The retrieval benchmark asks equals: the same requests, past and raters for all contenders, and what it writes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,40 @@ import pytest
 from project.benchmark.retrieval import (
     FEWEST,
     ROUNDS,
+    Contender,
     InTurns,
-    Side,
+    contenders_of,
     other_retrievers,
     run_retrieval,
-    sides_of,
-    vote_worth,
+    vote_accuracy,
 )
+from project.data.logs import TableLogs
+from project.data.protocol import Protocol
 from project.datamodule import InteractionData
 from project.errors import DataError
 from project.evaluation.baselines import baseline_rows, fit_baselines
-from project.retrieval import ItemKNN, LightGCN, LLMEmbedding, TextEncoder, VectorRetriever
+from project.retrieval import ItemKNN, LightGCN, TextEncoder, VectorRetriever
 from project.retrieval.base import FloatArray, IntArray
 from project.retrieval.walk import WalkRows, walk
 from project.run import read_result
+
+REFITS = 5
+
+
+@pytest.fixture
+def data(
+    tiny_logs: Path, tiny_model: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> InteractionData:
+    """The tiny world."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    return InteractionData(
+        TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv")),
+        LightGCN(neighbours=3, dim=4, epochs=1),
+        Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2], label="rating > 3"),
+        tokenizer=str(tiny_model),
+        refits=REFITS,
+        mf=None,
+    )
 
 
 @pytest.fixture
@@ -33,18 +53,40 @@ def retrievers(data: InteractionData, tiny_model: Path) -> dict[str, VectorRetri
     return {
         "lightgcn": data.retriever,
         "text": TextEncoder(neighbours=3, encoder=str(tiny_model)),
-        "llm": LLMEmbedding(neighbours=3, backbone=str(tiny_model), num_layers=1),
+        "llm": TextEncoder(neighbours=3, encoder=str(tiny_model), num_layers=1),
     }
 
 
-def test_result(data: InteractionData, retrievers: dict[str, VectorRetriever], tmp_path: Path) -> None:
+def record(contender: Contender) -> list[tuple[list[int], list[int]]]:
+    """Keeps the histories of a contender's queries."""
+    seen, query = [], contender.query
+
+    def recorded(item: IntArray, label: IntArray) -> FloatArray:
+        seen.append((item.tolist(), label.tolist()))
+        return query(item, label)
+
+    contender.query = recorded
+    return seen
+
+
+def test_result(
+    data: InteractionData,
+    retrievers: dict[str, VectorRetriever],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """A row for each retriever's sums, LightGCN's first with ratio 1, and one for each that can encode the query."""
     result = run_retrieval(data, tmp_path, seconds=0.0, retrievers=retrievers)
     assert read_result(tmp_path / "results" / "benchmark-retrieval.json") == result
     assert result["protocol"]["hash"] == data.split.hash
     rows = result["retrieval"]
-    sums, encoded = [(name, True) for name in retrievers], [("text", False), ("llm", False)]
-    assert [(row["retriever"], row["cached"]) for row in rows] == sums + encoded
+    assert [(row["retriever"], row["cached"]) for row in rows] == [
+        ("lightgcn", True),
+        ("text", True),
+        ("llm", True),
+        ("text", False),
+        ("llm", False),
+    ]
     assert rows[0]["ratio_to_lightgcn"] == rows[0]["total_ratio_to_lightgcn"] == 1
     assert rows[0]["vote_auc_above_lightgcn"] == {"value": 0, "interval": [0, 0]}
     for row in rows:
@@ -54,38 +96,36 @@ def test_result(data: InteractionData, retrievers: dict[str, VectorRetriever], t
         assert row["ratio_spread"][0] <= row["ratio_to_lightgcn"] <= row["ratio_spread"][1]
         assert row["cpu_ratio_to_lightgcn"] > 0
         assert (row["requests"], row["rounds"]) == (FEWEST, ROUNDS)
+    assert "history encoded" in " ".join(capsys.readouterr().out.split())
 
 
-def test_worth_is_the_baseline_of_the_same_retrieved(
+def test_accuracy_is_the_baseline_of_the_same_retrieved(
     data: InteractionData, retrievers: dict[str, VectorRetriever]
 ) -> None:
     """vote_auc is the AUC that `baselines` gives to neighbour_vote on test, where that retriever is the data's."""
-    worth = vote_worth(data, retrievers)
-    found = baseline_rows(fit_baselines(data.split.rows, data.retrieved), data.split.rows)
-    (baseline,) = (row for row in found if (row["name"], row["split"]) == ("neighbour_vote", "test"))
-    assert worth["lightgcn"]["vote_auc"] == baseline["auc"]
-    assert worth["lightgcn"]["vote_auc_interval"] == baseline["auc_interval"]
-    assert worth["text"]["vote_auc"] != worth["llm"]["vote_auc"]
-    gap = worth["text"]["vote_auc_above_lightgcn"]["value"]
-    assert gap == pytest.approx(worth["text"]["vote_auc"] - worth["lightgcn"]["vote_auc"])
+    accuracy = vote_accuracy(data, retrievers)
+    baselines = fit_baselines(data.split.rows, data.retrieved)
+    (baseline,) = (
+        row
+        for row in baseline_rows(baselines, data.split.rows, seed=data.seed)
+        if (row["name"], row["split"]) == ("neighbour_vote", "test")
+    )
+    assert accuracy["lightgcn"]["vote_auc"] == baseline["auc"]
+    assert accuracy["lightgcn"]["vote_auc_interval"] == baseline["auc_interval"]
+    assert accuracy["text"]["vote_auc"] != accuracy["llm"]["vote_auc"]
+    gap = accuracy["text"]["vote_auc_above_lightgcn"]["value"]
+    assert gap == pytest.approx(accuracy["text"]["vote_auc"] - accuracy["lightgcn"]["vote_auc"])
 
 
-class Recorder(Side):
-    """Keeps the histories it was asked with."""
-
-    def query(self, item: IntArray, label: IntArray) -> FloatArray:
-        self.asked = [*getattr(self, "asked", []), (item.tolist(), label.tolist())]
-        return super().query(item, label)
-
-
-def test_all_sides_get_the_strictly_earlier_past(
+def test_all_contenders_get_the_strictly_earlier_past(
     data: InteractionData, retrievers: dict[str, VectorRetriever]
 ) -> None:
-    """Every asked row reaches every side ROUNDS times, with its user's rows of earlier seconds, oldest first."""
-    sides = [Recorder(name, retriever) for name, retriever in retrievers.items()]
+    """Every asked row reaches every contender ROUNDS times, with its user's rows of earlier seconds, oldest first."""
+    contenders = contenders_of(retrievers)[: len(retrievers)]
+    queries = [record(contender) for contender in contenders]
     rows, items = data.split.rows, data.split.interactions.items
     asked = rows.filter(pl.col("split").cast(pl.String) == "test", pl.col("hist") > 0).head(5)
-    turns = InTurns(retrievers, list(sides), rows["label"].to_numpy().astype(np.int64))
+    turns = InTurns(retrievers, contenders, rows["label"].to_numpy().astype(np.int64))
     query = rows["row_id"].is_in(asked["row_id"].implode()).to_numpy()
     log = WalkRows(**{**vars(WalkRows.from_log(rows)), "query": query})
     table = {name: np.ones((items.height, 3), np.float32) for name in retrievers}
@@ -94,14 +134,14 @@ def test_all_sides_get_the_strictly_earlier_past(
     for row in asked.to_dicts():
         past = rows.filter(pl.col("user") == row["user"], pl.col("timestamp") < row["timestamp"])
         expected += [(past["item"].to_list(), past["label"].to_list())] * ROUNDS
-    for side in sides:
-        assert side.asked == expected
-        assert [len(seconds) for seconds in (*side.vector, *side.total)] == [5] * 2 * ROUNDS
+    for contender, seen in zip(contenders, queries, strict=True):
+        assert seen == expected
+        assert [len(times) for times in contender.rounds] == [5] * ROUNDS
 
 
 def test_the_text_is_encoded(data: InteractionData, retrievers: dict[str, VectorRetriever]) -> None:
-    """The encoding side's query is the encoding of the history's words, the summing side's is not."""
-    summing, encoding = sides_of({"text": retrievers["text"]})
+    """The encoding contender's query is the encoding of the history's words, the summing one's is not."""
+    summing, encoding = contenders_of({"text": retrievers["text"]})
     items = data.split.interactions.items
     item, label = np.array([3, 5]), np.array([1, 0])
     retrievers["text"].begin(1, items)
@@ -119,8 +159,8 @@ def test_rivals_are_asked_alike(data: InteractionData) -> None:
     data.retriever = LightGCN(neighbours=7, max_raters=50, dislike_weight=-0.1)
     static_exits = other_retrievers(data)
     assert static_exits["lightgcn"] is data.retriever
-    assert isinstance(static_exits["llm"], LLMEmbedding)
-    assert static_exits["llm"].backbone == data.tokenizer_name
+    assert isinstance(static_exits["llm"], TextEncoder)
+    assert static_exits["llm"].encoder == data.tokenizer_name
     for static_exit in static_exits.values():
         assert (static_exit.neighbours, static_exit.max_raters, static_exit.dislike_weight) == (7, 50, -0.1)
     data.retriever = ItemKNN(neighbours=9)
@@ -128,12 +168,14 @@ def test_rivals_are_asked_alike(data: InteractionData) -> None:
 
 
 def test_nobody_to_ask(data: InteractionData, retrievers: dict[str, VectorRetriever], tmp_path: Path) -> None:
-    """With one block no retriever was ever fitted."""
+    """With one block no retriever was ever fitted: the key, what was found, what is expected."""
     data.refits = 1
-    with pytest.raises(DataError, match=r"data\.refits is 1"):
+    with pytest.raises(DataError, match=r"data\.refits is 1 for \d+ rows; expected more"):
         run_retrieval(data, tmp_path, seconds=0.0, retrievers=retrievers)
 
 
 def test_one_interruption_does_not_count() -> None:
     """A round's figure is its median request in milliseconds: of 1, 2 and 900 s that is 2,000; rounds stay apart."""
-    assert Side.milliseconds([[1.0, 900.0, 2.0], [3.0, 3.0, 3.0]]).tolist() == [2000, 3000]
+    contender = contenders_of({"lightgcn": LightGCN()})[0]
+    contender.rounds = [[(seconds, 0.0, 0.0) for seconds in part] for part in ([1.0, 900.0, 2.0], [3.0] * 3)]
+    assert contender.milliseconds()[0].tolist() == [2000, 3000]

@@ -2,22 +2,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.metrics import log_loss as sklearn_log_loss
 
 from project.evaluation.bootstrap import UserBootstrap
 from project.metrics import (
-    UserAUC,
+    Pairs,
     auc,
     auc_gap,
     brier,
     ece,
-    gauc_impressions,
-    gauc_positives,
     head_metrics,
     log_loss,
     probabilities,
-    uauc,
+    user_aucs,
 )
+
+
+def uauc(*args):
+    return user_aucs(*args)["uauc"]
 
 
 def sample(n=500, users=20, seed=0, tie=1):
@@ -47,22 +50,17 @@ class TestAUC:
         """Integer weights give the AUC of the rows physically repeated so often; weight 0 removes a row."""
         scores, labels, times = (np.array(column) for column in zip(*rows, strict=True))
         repeated = auc(np.repeat(scores, times), np.repeat(labels, times))
-        assert auc(scores, labels, times) == (
-            repeated if repeated is None else pytest.approx(repeated, abs=1e-12)
-        )
+        (found,) = Pairs(scores.astype(float), labels.astype(float)).weighted_auc(times[None].astype(float))
+        assert found == pytest.approx(np.nan if repeated is None else repeated, abs=1e-12, nan_ok=True)
 
-    @pytest.mark.parametrize(
-        ("arguments", "word"),
-        [
-            (([np.nan, 1.0], [0, 1]), "1 of 2 scores are NaN"),
-            (([0.0, 1.0], [0, 5]), "0 or 1"),
-            (([0.0, 1.0], [0, 1, 1]), "shape"),
-            (([0.0, 1.0], [0, 1], [1.0, -1.0]), "weights"),
-        ],
-    )
-    def test_refuses_what_is_no_score(self, arguments, word):
-        with pytest.raises(ValueError, match=word):
-            auc(*arguments)
+    def test_refuses_what_is_no_score(self):
+        """NaN scores, labels that are not 0/1 and wrong shapes are errors, not numbers."""
+        with pytest.raises(ValueError, match="1 of 2 scores are NaN"):
+            auc([np.nan, 1.0], [0, 1])
+        with pytest.raises(ValueError, match=r"0 or 1, found \[0\.0, 5\.0\]"):
+            auc([0.0, 1.0], [0, 5])
+        with pytest.raises(ValueError, match="2 scores but labels of shape"):
+            auc([0.0, 1.0], [0, 1, 1])
 
 
 class TestProbabilities:
@@ -71,13 +69,24 @@ class TestProbabilities:
         assert probabilities([-1e6, -np.inf, 0, np.log(3), 1e6]).tolist() == [0.001, 0.001, 0.5, 0.75, 0.999]
 
     def test_log_loss_and_brier_golden(self):
-        """Hit with .75, miss with .5: (-ln .75 - ln .5) / 2 = .49041; (.0625 + .25) / 2 = .15625; no rows: None."""
+        """Hit with .75, miss with .5: (-ln .75 - ln .5) / 2 = .49041; (.0625 + .25) / 2 = .15625."""
         assert log_loss([0.75, 0.5], [1, 0]) == pytest.approx(0.4904146, abs=1e-7)
         assert brier([0.75, 0.5], [1, 0]) == 0.15625
+
+    def test_equal_sklearn(self):
+        """Log loss and Brier equal scikit-learn's to 1e-9 on the same probabilities."""
+        scores, labels, _ = sample()
+        p = probabilities(scores)
+        assert log_loss(p, labels) == pytest.approx(sklearn_log_loss(labels, p), abs=1e-9)
+        assert brier(p, labels) == pytest.approx(brier_score_loss(labels, p), abs=1e-9)
+
+    def test_one_class_has_a_log_loss(self):
+        """Log loss, Brier and ECE are defined on one class; only without rows are they None."""
         assert log_loss([0.5], [1]) == pytest.approx(np.log(2))
         assert (log_loss([], []), brier([], []), ece([], [])) == (None, None, None)
 
     def test_logits_are_refused(self):
+        """A logit in a place for probabilities is an error."""
         for metric in (log_loss, brier, ece):
             with pytest.raises(ValueError, match="are these logits"):
                 metric([-1.5, 0.5], [0, 1])
@@ -96,6 +105,14 @@ class TestECE:
         p = probabilities(scores)
         assert ece(p[order], labels[order]) == pytest.approx(ece(p, labels), abs=1e-12)
 
+    def test_sees_miscalibration(self):
+        """True probabilities have a small ECE; doubled logits a large one."""
+        rng = np.random.default_rng(0)
+        logits = rng.normal(size=20_000)
+        labels = rng.random(20_000) < probabilities(logits)
+        assert ece(probabilities(logits), labels) < 0.015
+        assert ece(probabilities(2 * logits), labels) > 0.08
+
 
 class TestUserAUC:
     def test_three_names_three_values(self):
@@ -105,39 +122,55 @@ class TestUserAUC:
         """
         scores = [0.9, 0.1, 0.8, 0.7, 0.6, 0.5, 0.9, 0.1, 0.2, 0.3]
         args = (scores, [1, 0, 1, 0, 1, 1, 0, 1, 1, 1], list("aabbbbcccd"))
-        assert uauc(*args) == UserAUC(pytest.approx(4 / 9), 3, 9)
-        assert gauc_impressions(*args) == UserAUC(pytest.approx(10 / 27), 3, 9)
-        assert gauc_positives(*args) == UserAUC(pytest.approx(1 / 3), 3, 9)
+        for name, value in (("uauc", 4 / 9), ("gauc_impressions", 10 / 27), ("gauc_positives", 1 / 3)):
+            assert user_aucs(*args)[name] == {"value": pytest.approx(value), "users": 3, "rows": 9}
 
     def test_equals_a_loop_over_users(self):
+        """The one-pass ranks equal scikit-learn's AUC user by user, ties included."""
         scores, labels, users = sample(users=60, tie=0)
         by_user = [
             roc_auc_score(labels[users == u], scores[users == u])
             for u in np.unique(users)
             if 0 < labels[users == u].mean() < 1
         ]
-        assert uauc(scores, labels, users).value == pytest.approx(np.mean(by_user), abs=1e-9)
-        assert uauc(scores, labels, users).users == len(by_user)
+        assert uauc(scores, labels, users)["value"] == pytest.approx(np.mean(by_user), abs=1e-9)
+        assert uauc(scores, labels, users)["users"] == len(by_user)
 
     def test_user_constant_moves_pooled_auc_only(self):
+        """Adding a constant per user changes the pooled AUC and no user-AUC."""
         scores, labels, users = sample()
         shifted = scores + 3.0 * users
         assert auc(shifted, labels) < auc(scores, labels) - 0.05
-        assert uauc(shifted, labels, users).value == pytest.approx(uauc(scores, labels, users).value)
+        assert uauc(shifted, labels, users)["value"] == pytest.approx(uauc(scores, labels, users)["value"])
+
+    def test_undefined(self):
+        """No user with both classes, or no rows: None with 0 users and rows."""
+        nobody = {"value": None, "users": 0, "rows": 0}
+        assert uauc([1.0, 2.0], [0, 1], [0, 1]) == nobody
+        assert user_aucs([], [], [])["gauc_positives"] == nobody
 
 
-def test_head_metrics():
-    scores, labels, users = sample()
-    found = head_metrics(scores, labels, users)
-    assert (found["n"], found["auc"]) == (500, auc(scores, labels))
-    assert found["log_loss"] == log_loss(probabilities(scores), labels)
-    for metric in (uauc, gauc_impressions, gauc_positives):
-        assert UserAUC(**found[metric.__name__]) == metric(scores, labels, users)
-    found = head_metrics([0.0, 1.0], [1, 1], [0, 1])
-    assert (found["auc"], found["uauc"]) == (None, {"value": None, "users": 0, "rows": 0})
-    assert found["log_loss"] > 0
-    empty = head_metrics([], [], [])
-    assert (empty["n"], empty["auc"], empty["log_loss"], empty["ece"]) == (0, None, None, None)
+class TestHeadMetrics:
+    def test_keys_and_agreement(self):
+        """One call gives what the single functions give, under the result file's names."""
+        scores, labels, users = sample()
+        found = head_metrics(scores, labels, users)
+        assert list(found) == [
+            *("n", "auc", "log_loss", "brier", "ece", "uauc", "gauc_impressions", "gauc_positives")
+        ]
+        assert found["n"] == 500
+        assert found["auc"] == auc(scores, labels)
+        assert found["log_loss"] == log_loss(probabilities(scores), labels)
+        assert {name: found[name] for name in list(found)[-3:]} == user_aucs(scores, labels, users)
+
+    def test_one_class_stays_none_and_does_not_spread(self):
+        """One class: AUCs None, the rest a number. No rows: all None."""
+        found = head_metrics([0.0, 1.0], [1, 1], [0, 1])
+        assert found["auc"] is None
+        assert found["uauc"] == {"value": None, "users": 0, "rows": 0}
+        assert found["log_loss"] > 0
+        empty = head_metrics([], [], [])
+        assert (empty["n"], empty["auc"], empty["log_loss"], empty["ece"]) == (0, None, None, None)
 
 
 class TestUserBootstrap:
@@ -151,6 +184,7 @@ class TestUserBootstrap:
             assert drawn == pytest.approx(roc_auc_score(labels[rows], scores[rows]), abs=1e-9)
 
     def test_chunks_do_not_matter(self, monkeypatch):
+        """The interval is the same when draws are worked off one by one."""
         scores, labels, users = sample()
         whole = UserBootstrap(users, draws=50).auc_interval(scores, labels)
         monkeypatch.setattr("project.evaluation.bootstrap.CHUNK_ELEMENTS", 1)
@@ -168,18 +202,23 @@ class TestUserBootstrap:
         assert 0 < found["interval"][0] < found["value"] < found["interval"][1]
 
     def test_log_loss_difference(self):
+        """Equals the difference of clipped log losses; one interval endpoint per side of it."""
         scores, labels, users = sample()
         found = UserBootstrap(users).log_loss_difference_interval(scores, np.zeros(500), labels)
         assert found["value"] == pytest.approx(log_loss(probabilities(scores), labels) - np.log(2))
         assert found["interval"][0] < found["value"] < found["interval"][1]
 
     def test_undefined(self):
-        """One class or no rows: None, no warning and no NaN; draws of one class are left out."""
-        bootstrap, nothing = UserBootstrap([0, 0, 1]), {"value": None, "interval": None}
+        """One class or no rows: None, no warning and no NaN."""
+        bootstrap = UserBootstrap([0, 0, 1])
         assert bootstrap.auc_interval([1.0, 2.0, 3.0], [1, 1, 1]) is None
+        nothing = {"value": None, "interval": None}
         assert bootstrap.difference_interval([1.0, 2, 3], [3.0, 2, 1], [0, 0, 0]) == nothing
         assert UserBootstrap([]).log_loss_difference_interval([], [], []) == nothing
         assert UserBootstrap([]).auc_interval([], []) is None
+
+    def test_one_class_draws_are_left_out(self):
+        """Two users of one class each: half of the draws are undefined, the others all have AUC 1."""
         assert UserBootstrap([0, 1]).auc_interval([0.0, 1.0], [0, 1]) == [1.0, 1.0]
 
     def test_users_not_rows(self):
@@ -190,6 +229,7 @@ class TestUserBootstrap:
         assert tenfold == pytest.approx(once, abs=1e-9)
 
     def test_rows_must_match(self):
+        """Scores of other rows than the bootstrap's are refused."""
         with pytest.raises(ValueError, match="made for 3 rows, found 2"):
             UserBootstrap([0, 0, 1]).auc_interval([1.0, 2.0], [0, 1])
 
@@ -220,6 +260,7 @@ class TestUserBootstrap:
 @settings(max_examples=25)
 @given(st.integers(1, 30), st.integers(0, 10_000))
 def test_monotone_scores_change_no_ranking_metric(n, seed):
+    """Any strictly increasing map of the scores leaves AUC and user-AUC as they are."""
     scores, labels, users = sample(n=n, users=3, seed=seed)
     mapped = np.exp(scores / 2) * 3 - 7
     assert auc(mapped, labels) == auc(scores, labels)
@@ -274,3 +315,8 @@ class TestAUCGap:
         labels, full, adaptive, _ = scored(n=2000)
         by_user, by_row = (auc_gap(adaptive, full, labels, users) for users in (np.arange(2000), None))
         assert by_user == pytest.approx(by_row, rel=2e-3)
+
+    def test_same_order_has_no_error(self):
+        """A monotone change of scores: gap 0, error 0."""
+        labels, full, _, _ = scored()
+        assert auc_gap(3 * full + 1, full, labels) == (0.0, 0.0)

@@ -10,7 +10,7 @@ import pytest
 from example_logs import CoLikes, flip, items_table, make_log, retrieved
 from sklearn.metrics import roc_auc_score
 
-from project.retrieval import ItemKNN, LightGCN, LLMEmbedding, RandomRetriever, Retriever, TextEncoder
+from project.retrieval import ItemKNN, LightGCN, RandomRetriever, Retriever, TextEncoder
 from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
 
 KINDS = ["global_time", "user_time", "random", "leave_last"]
@@ -48,7 +48,7 @@ def retriever(
         "item_knn": ItemKNN(neighbours=4),
         "random": RandomRetriever(neighbours=4),
         "text": TextEncoder(neighbours=4, encoder=str(tiny_encoder)),
-        "llm": LLMEmbedding(neighbours=4, backbone=str(tiny_model), num_layers=1),
+        "llm": TextEncoder(neighbours=4, encoder=str(tiny_model), num_layers=1),
     }[request.param]
     return found
 

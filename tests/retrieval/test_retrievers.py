@@ -21,7 +21,6 @@ from project.features import FEATURES, feature_matrix
 from project.retrieval import (
     ItemKNN,
     LightGCN,
-    LLMEmbedding,
     MatrixFactorisation,
     NoRetriever,
     RandomRetriever,
@@ -171,7 +170,7 @@ def test_own_rows_are_those_of_the_whole_past(seed: int) -> None:
     assert sum(map(len, own._rows)) <= 7 * count
 
 
-@pytest.mark.parametrize("kind", [LightGCN, TextEncoder, LLMEmbedding, ItemKNN, RandomRetriever, NoRetriever])
+@pytest.mark.parametrize("kind", [LightGCN, TextEncoder, ItemKNN, RandomRetriever, NoRetriever])
 def test_yaml_chooses_a_retriever_by_class_path(kind: type[Retriever]) -> None:
     """Its settings give the constructor's arguments back."""
     parser = ArgumentParser(exit_on_error=False)

@@ -13,7 +13,7 @@ from example_logs import flip, make_log, retrieved
 from transformers import AutoModel, AutoTokenizer
 
 from project.errors import ConfigError, SourceError
-from project.retrieval import LLMEmbedding, TextEncoder, own_text
+from project.retrieval import TextEncoder, own_text
 from project.retrieval.base import Edges, FloatArray
 from project.retrieval.own_text import SHRINK, item_vectors, text_similarity
 from project.retrieval.text import MeanPooling, encode_once, history_text, item_texts, mean_of_tokens
@@ -105,7 +105,7 @@ def test_what_names_the_weights(tmp_path: Path) -> None:
     after = TextEncoder(encoder=str(tmp_path / "a")).settings()
     assert before["init_args"] == after["init_args"]
     assert before != after
-    assert set(LLMEmbedding().settings()) == {"class_path", "init_args"}
+    assert set(TextEncoder().settings()) == {"class_path", "init_args"}
 
 
 ITEMS = pl.DataFrame(
@@ -204,7 +204,7 @@ def test_unrated_items_have_no_vector_and_a_query_is_its_text() -> None:
 def test_retrieved_of_a_tiny_model(tiny_model: Path) -> None:
     """Both classes find neighbours; a template that says nothing about items makes all users with a past alike."""
     rows, encoder = make_log(0), {"neighbours": 4, "encoder": str(tiny_model)}
-    llm = LLMEmbedding(neighbours=4, backbone=str(tiny_model), num_layers=2)
+    llm = TextEncoder(neighbours=4, encoder=str(tiny_model), num_layers=2)
     for retriever in (TextEncoder(**encoder), llm):
         assert retrieved(rows, retriever)["neighbour_count"].sum() > 0
     item_similarity = TextEncoder(**encoder, template="{title:.5}", dislike_weight=1.0)
