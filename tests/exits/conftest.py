@@ -57,9 +57,9 @@ class World:
     layers: tuple[int, ...] = LAYERS
 
     @property
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """Target and stream tokens."""
-        return self.target_tokens, self.stream_tokens
+    def tokens(self) -> Tensor:
+        """Tokens that run in every layer, history not cached."""
+        return self.target_tokens + self.stream_tokens
 
     def outputs(self, calibration: Calibration) -> HeadOutputs:
         """Calibrated outputs of the rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -174,22 +175,18 @@ def test_nothing_is_certified_behind_a_failed_budget(scores: pl.DataFrame) -> No
 
 
 def test_plans_travel_with_a_checkpoint(scores: pl.DataFrame) -> None:
-    """State and back keeps all plans; a checkpoint from before there were certified plans loads without one."""
+    """State and back keeps all plans."""
     loose = CertificateSettings(risk="score_drift", epsilon=0.4)
     plans = found = calibrate(scores, FEATURES, settings(certificate=loose), "hash")
     again = Plans.from_state(plans.state())
     assert again.certified is not None
     assert found.certified is not None
     assert thresholds(again.certified) == thresholds(found.certified)
-    old = plans.state()
-    del old["certified"]
-    assert Plans.from_state(old).certified is None
-    assert thresholds(Plans.from_state(old).plan) == thresholds(found.plan)
-    rows = PlannedRows(plans.plan, scores, FEATURES, "cold", draws=2)
+    rows = PlannedRows(plans.plan, scores, FEATURES, False, draws=2)
     summary = adaptive_summary(plans, rows, ("score_drift", "users"))
     assert set(summary["certified"]) == set(summary["without_exit_0"]) | {"risk"}
     assert summary["certified"]["mean_depth"] < summary["mean_depth"]
-    assert adaptive_summary(Plans.from_state(old), rows)["certified"] is None
+    assert adaptive_summary(replace(plans, certified=None), rows)["certified"] is None
 
 
 def test_the_risk_is_of_the_certificates_unit(scores: pl.DataFrame) -> None:
@@ -199,7 +196,7 @@ def test_the_risk_is_of_the_certificates_unit(scores: pl.DataFrame) -> None:
     assert plan is not None
     first = scores["user"] == scores["user"][0]
     uneven = np.flatnonzero((first | (scores["row_id"] % 3 == 0)).to_numpy())
-    rows = PlannedRows(plan, scores[uneven], FEATURES[uneven], "cold", draws=20)
+    rows = PlannedRows(plan, scores[uneven], FEATURES[uneven], False, draws=20)
     full = rows.calibrated[:, -1]
     losses = np.abs(probabilities(rows.logit) - probabilities(full))
     by_user = [losses[rows.users == user].mean() for user in np.unique(rows.users)]

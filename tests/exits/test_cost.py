@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from project.exits.cost import mean_depth, request_cost, row_cost
+from project.exits.cost import request_cost, row_cost
 
 LAYER, TARGET, STREAM = torch.tensor([4, 12, 0]), torch.tensor([10, 20, 30]), torch.tensor([100, 50, 70])
 
@@ -24,10 +24,10 @@ def test_request_golden():
 
 
 def test_request_of_one_candidate_is_a_row():
-    """With one candidate each, both definitions of cost agree, cold and warm."""
-    for kind in ("cold", "warm"):
-        rows = row_cost(LAYER, TARGET, STREAM, kind)
-        assert torch.equal(request_cost(torch.arange(3), LAYER, TARGET, STREAM, kind), rows)
+    """With one candidate each, both definitions of cost agree, prefix cached or not."""
+    for cached in (False, True):
+        rows = row_cost(LAYER, TARGET, STREAM, cached)
+        assert torch.equal(request_cost(torch.arange(3), LAYER, TARGET, STREAM, cached), rows)
 
 
 def test_the_stream_is_part_of_the_price():
@@ -42,10 +42,4 @@ def test_the_stream_is_part_of_the_price():
     policy = request_cost(request, layer, target, stream)
     assert full.tolist() == [28200]
     assert policy.tolist() == [14870]
-    assert mean_depth(layer) == pytest.approx(3.669, abs=1e-3)
     assert float(full / policy) == pytest.approx(1.896, abs=1e-3)
-
-
-def test_nothing_ran():
-    """No rows have depth 0."""
-    assert mean_depth(torch.zeros(0)) == 0.0

