@@ -11,18 +11,15 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 import torch
-from numpy.typing import NDArray
 
 from project.errors import DataError
 from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.result import part_of
 from project.exits.calibration import fit_calibration
-from project.metrics import head_metrics
+from project.metrics import Floats, Ints, head_metrics
 from project.report.tables import render
 from project.run import exit_layers_of, read_result, result_head, table_about, write_json
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Part = Literal["tune", "test"]
 DRAWS = 1000  # resamples of users behind every interval
 

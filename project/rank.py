@@ -37,7 +37,7 @@ from project.exits.criteria import (
 from project.exits.plan import admit, raw_outputs
 from project.exits.policy import leave
 from project.exits.top_k import TopK, fit_margins, overlap_at_k, precision_at_k
-from project.metrics import gauc_impressions
+from project.metrics import Floats, gauc_impressions
 from project.report.tables import render, shown
 from project.run import exit_layers_of, read_result, result_head, write_json, write_table
 
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
     from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
-
-Floats = NDArray[np.float64]
 
 REPORTED = ("tune", "test")  # parts that policies are chosen and reported on
 LEVELS = (
@@ -106,13 +104,8 @@ class RankSettings:
 class ScoredRequests:
     """r requests with n candidates in all, scored at every head.
 
-    Attributes:
-        request: (n,) number of the request, 0..r-1.
-        user: (r,) user of each request.
-        outputs: n rows, K heads.
-        target_tokens: (n,) each candidate's own tokens.
-        stream_tokens: (n,) tokens of the request's history.
-        label: (n,) 0, 1, or -1 where unknown.
+    `request` (n,) is each candidate's number of its request, 0..r-1, `user` (r,) each request's user. `target_tokens`
+    (n,) are the candidate's own, `stream_tokens` (n,) its history's; `label` (n,) is -1 where unknown.
     """
 
     request: Tensor
@@ -320,9 +313,8 @@ def run_rank(
     workloads = dict[str, Workload]()
     for part in REPORTED:
         drawn = catalogue_requests(split, part, settings.requests, settings.candidates, seed)
-        workloads[f"catalogue/{part}"] = drawn
         rated = labelled_requests(split, part, settings.candidates, settings.labelled_minimum)
-        workloads[f"labelled/{part}"] = rated
+        workloads |= {f"catalogue/{part}": drawn, f"labelled/{part}": rated}
     if settings.certify:
         drawn = catalogue_requests(split, "certify", settings.certify, settings.candidates, seed)
         workloads["catalogue/certify"] = drawn
@@ -330,11 +322,9 @@ def run_rank(
     files = sorted((folder / "results").glob("rank*.json"))
     ledger = [entry for file in files for entry in read_result(file).get("ledger", [])]
     if settings.certify:
-        chosen = {
-            f"ranking.{key}": value for key, value in asdict(settings).items() if key != "labelled_minimum"
-        }
+        tested = {f"ranking.{k}": v for k, v in asdict(settings).items() if k != "labelled_minimum"}
         try:
-            ledger = admit(ledger, chosen | {"seed_everything": seed}, split.hash)
+            ledger = admit(ledger, tested | {"seed_everything": seed}, split.hash)
         except ConfigError as error:
             raise ConfigError(f"{error}; or set ranking.certify to 0, which makes no certificate.") from error
     # 3. scores of all heads
@@ -350,12 +340,10 @@ def run_rank(
         return
     # 4. policies, and what is written
     scores = labelled_scores(scored, both.table)
-    ends = np.cumsum([len(workload.table) for workload in workloads.values()]).tolist()
-    starts = [0, *ends]
-    parts = {
-        part: ScoredRequests.of(scores[start:end], calibration)
-        for part, start, end in zip(workloads, starts, ends, strict=False)
-    }
+    parts, end = dict[str, ScoredRequests](), 0
+    for part, workload in workloads.items():
+        start, end = end, end + len(workload.table)
+        parts[part] = ScoredRequests.of(scores[start:end], calibration)
     result = result_head("rank", split.manifest, str(folder / "config.yaml"), seed) | {
         "settings": asdict(settings),
         "layers": list(parts["catalogue/test"].outputs.layers),

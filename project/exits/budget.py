@@ -21,7 +21,6 @@ from project.exits.criteria import Criterion, HeadOutputs, confidence_table, nam
 from project.exits.plan import (
     ExitPlan,
     ExitSettings,
-    Floats,
     Plans,
     admit,
     certified_settings,
@@ -30,7 +29,6 @@ from project.exits.plan import (
 )
 from project.exits.policy import Policy, leave
 from project.exits.search import (
-    Ints,
     Path,
     Step,
     bound_margins,
@@ -41,6 +39,7 @@ from project.exits.search import (
     threshold_path,
     user_influences,
 )
+from project.metrics import Floats, Ints
 from project.run import exit_layers_of
 
 DRAWS = 1000  # resamples of users behind the correction
@@ -50,11 +49,8 @@ DRAWS = 1000  # resamples of users behind the correction
 class Curve:
     """One criterion, fitted on tune.
 
-    Attributes:
-        criterion: Fitted.
-        path: S steps.
-        influences: (S, U) of the users, see `user_influences`.
-        step: The one that the budget chooses; -1: none keeps it.
+    `path` has S steps, `influences` (S, U) are of the users, see `user_influences`. `step` is the one that the budget
+    chooses; -1: none keeps it.
     """
 
     criterion: Criterion

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from project.errors import DataError
-
-Floats = NDArray[np.float64]
+from project.metrics import Floats
 
 MINIMUM_SLOPE = 1e-3
-RIDGE = 1e-9  # a row, on slopes of standardised logits: bounds them where a head separates the classes
+RIDGE = 1e-9  # per row, on slopes of standardised logits: bounds them where a head separates the classes
 ITERATIONS = 100
 
 
@@ -51,18 +50,8 @@ def fit_calibration(logits: Tensor, labels: ArrayLike, layers: Sequence[int], ex
     """
     values = logits.detach().double().cpu().numpy()
     positive = np.asarray(labels, dtype=np.float64)
-    _check(values, positive, layers)
-    rows = []
-    for head in range(values.shape[1]):
-        with_exit_0 = exit_0 and head > 0
-        features = values[:, [head, 0]] if with_exit_0 else values[:, [head]]
-        a, *rest = _logistic(features, positive)
-        rows.append([a, rest[0] if with_exit_0 else 0.0, rest[-1]])
-    return Calibration(tuple(layers), torch.tensor(rows, dtype=torch.float64))
-
-
-def _check(values: Floats, positive: Floats, layers: Sequence[int]) -> None:
-    bad = ~np.isfinite(values)
+    # 1. refuse what has no calibration
+    bad, constant = ~np.isfinite(values), np.ptp(values, axis=0) == 0
     if bad.any():
         head = int(bad.any(axis=0).argmax())
         raise DataError(
@@ -71,35 +60,34 @@ def _check(values: Floats, positive: Floats, layers: Sequence[int]) -> None:
         )
     if np.unique(positive).size < 2:
         raise DataError(
-            f"calibration needs both classes in the fold tune, found {positive.size} rows, "
-            f"{int(positive.sum())} positive; use more validation data or another data.protocol.label"
+            f"calibration needs both classes in the fold tune, found {positive.size} rows, {int(positive.sum())} "
+            "positive; use more validation data or another data.protocol.label"
         )
-    constant = np.ptp(values, axis=0) == 0
     if constant.any():
         raise DataError(
-            f"the exit at layer {layers[int(constant.argmax())]} gives every row of the fold tune the same logit: "
-            "it ranks nothing; remove it from model.exit_layers, or set exits.exit_0: false if it is exit 0"
+            f"the exit at layer {layers[int(constant.argmax())]} gives every row of the fold tune the same logit; "
+            "remove it from model.exit_layers, or set exits.exit_0: false if it is exit 0"
         )
     if len(layers) > 1 and (values == values[:, :1]).all():
         raise DataError(
-            f"the exits at layers {tuple(layers)} are all equal on the fold tune: there is nothing to choose "
-            "from; the heads were not trained, or all read one layer"
+            f"the exits at layers {tuple(layers)} are all equal on the fold tune: the heads were not trained, or all "
+            "read one layer"
         )
-
-
-def _logistic(features: Floats, positive: Floats) -> list[float]:
-    """Slopes, the first bounded below, and the offset.
-
-    The likelihood is concave: where the free optimum breaks the bound, the bounded one lies on it.
-    """
-    mean, scale = features.mean(axis=0), features.std(axis=0)
-    design = np.column_stack([(features - mean) / scale, np.ones(positive.size)])
-    found = _newton(design, positive, np.zeros(positive.size))
-    bound = MINIMUM_SLOPE * scale[0]
-    if found[0] < bound:
-        found = np.r_[bound, _newton(design[:, 1:], positive, bound * design[:, 0])]
-    slopes = found[:-1] / scale
-    return [*slopes.tolist(), float(found[-1] - slopes @ mean)]
+    # 2. slopes and offset of each head, by Newton's method on standardised logits
+    rows = []
+    for head in range(values.shape[1]):
+        with_exit_0 = exit_0 and head > 0
+        features = values[:, [head, 0]] if with_exit_0 else values[:, [head]]
+        mean, scale = features.mean(axis=0), features.std(axis=0)
+        design = np.column_stack([(features - mean) / scale, np.ones(positive.size)])
+        found = _newton(design, positive, np.zeros(positive.size))
+        # the likelihood is concave: where the free optimum breaks the bound on the slope, the bounded one lies on it
+        bound = MINIMUM_SLOPE * scale[0]
+        if found[0] < bound:
+            found = np.r_[bound, _newton(design[:, 1:], positive, bound * design[:, 0])]
+        slopes = found[:-1] / scale
+        rows.append([slopes[0], slopes[1] if with_exit_0 else 0.0, found[-1] - slopes @ mean])
+    return Calibration(tuple(layers), torch.tensor(rows, dtype=torch.float64))
 
 
 def _newton(design: Floats, positive: Floats, offset: Floats) -> Floats:

@@ -28,10 +28,8 @@ QUANTILES = 1001  # points of a frozen distribution: its error is below .001 in 
 class HeadOutputs:
     """Calibrated outputs of n rows at K heads.
 
-    Attributes:
-        layers: (K,) layer of each head, ascending; 0 is exit 0, which runs before the backbone.
-        logits: (n, K) calibrated logits, float32 or float64.
-        retrieved: (n, F) retrieved features, known before the backbone runs; F may be 0.
+    `layers` (K,) ascend, 0 is exit 0, which runs before the backbone; `logits` are (n, K), `retrieved` features (n, F),
+    known before the backbone runs; F may be 0.
     """
 
     layers: tuple[int, ...]
@@ -159,27 +157,24 @@ def name(criterion: Criterion) -> str:
 
 def confidence_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
     """Confidence at every head, (n, K); +inf at the last head, where everyone leaves."""
-    columns = [_checked(criterion, outputs.until(k)) for k in range(outputs.heads - 1)]
+    columns, rows = list[Tensor](), len(outputs.logits)
+    for head, layer in enumerate(outputs.layers[:-1]):
+        confidence: object = criterion.confidence(outputs.until(head))
+        # a class of the user's own may return anything, and a row whose confidence is NaN would never leave
+        if not isinstance(confidence, Tensor):
+            found = f"a {type(confidence).__name__}"
+        elif confidence.shape != (rows,):
+            found = f"a tensor {tuple(confidence.shape)}"
+        elif (confidence.isnan() & ~outputs.logits[:, : head + 1].isnan().any(dim=1)).any():
+            found = "NaN where the logits are numbers"
+        else:
+            columns.append(confidence)
+            continue
+        raise ConfigError(
+            f"the criterion {type(criterion).__module__}.{type(criterion).__qualname__} returned {found} at the exit "
+            f"at layer {layer}; expected a torch tensor of shape (rows,), here {rows} rows."
+        )
     return torch.stack([*columns, torch.full_like(outputs.logits[:, -1], torch.inf)], dim=1)
-
-
-def _checked(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
-    """The criterion's confidence; a class of the user's own may return anything, and NaN would never leave."""
-    confidence: object = criterion.confidence(outputs)
-    rows = outputs.logits.shape[0]
-    if not isinstance(confidence, Tensor):
-        found = f"a {type(confidence).__name__}"
-    elif confidence.shape != (rows,):
-        found = f"a tensor {tuple(confidence.shape)}"
-    elif nan := int((confidence.isnan() & ~outputs.logits.isnan().any(dim=1)).sum()):
-        found = f"NaN for {nan} of them although the logits are numbers"
-    else:
-        return confidence
-    path = f"{type(criterion).__module__}.{type(criterion).__qualname__}"
-    raise ConfigError(
-        f"the criterion {path} returned {found} for {rows} rows at the exit at layer {outputs.layers[-1]}; expected a "
-        "torch tensor of shape (rows,), higher leaves first, -inf where it cannot decide."
-    )
 
 
 def out_of_fold_confidence(
@@ -192,8 +187,8 @@ def out_of_fold_confidence(
     found, code = np.unique(np.asarray(users), return_inverse=True)
     if found.size < folds:
         raise DataError(
-            f"a criterion that learns is fitted on some users of the fold tune and scored on others: {found.size} "
-            f"users cannot make {folds} parts; use more data, or a criterion that does not learn"
+            f"a criterion that learns is scored on other users than it is fitted on: {found.size} users of the fold "
+            f"tune cannot make {folds} parts; use more data, or a criterion that does not learn"
         )
     digests = [hashlib.sha256(f"0:{user}".encode()).digest() for user in found.tolist()]
     place = np.empty(found.size, dtype=np.int64)

@@ -69,8 +69,8 @@ class ExitSettings:
     def __post_init__(self) -> None:
         if self.max_auc_drop is None and self.max_cost is None:
             raise ConfigError(
-                "exits.max_auc_drop and exits.max_cost are both null; expected at least one: without a limit the "
-                "fastest policy is no model at all. Set exits.max_auc_drop, for example to 0.002."
+                "exits.max_auc_drop and exits.max_cost are both null; expected one: without a limit the fastest "
+                "policy is no model at all. Set exits.max_auc_drop, for example to 0.002."
             )
         if self.certificate is not None and self.certificate.risk == "overlap_loss":
             raise ConfigError(
@@ -154,7 +154,7 @@ class ExitPlan:
     def from_state(cls, state: Mapping[str, Any]) -> ExitPlan:
         """From what `state` gave; the criterion's class is imported by its path."""
         path, layers = state["criterion"]["class_path"], tuple(state["layers"])
-        module, _, kind = path.rpartition(".")
+        module, _, kind = str(path).rpartition(".")
         try:
             found = getattr(importlib.import_module(module), kind, None)
         except ImportError:
@@ -174,13 +174,10 @@ class ExitPlan:
 class Plans:
     """The plans of a run, as its checkpoint keeps them.
 
-    Attributes:
-        plan: In use.
-        static_exit: Layer of the static exit of equal accuracy.
-        without: The same run's without exit 0, at the budget's step: for comparison.
-        static_without: Layer of that plan's static exit.
-        certified: The fastest plan that the certificate reached; None where its first test failed.
-        document: Body of results/calibrate.json; from a checkpoint, its `certificate` alone.
+    `plan` is in use, `without` is the same run's without exit 0 at the budget's step, for comparison, `certified` the
+    fastest that the certificate reached, None where its first test failed. `static_exit` and `static_without` are the
+    layers of the static exits of equal accuracy. `document` is the body of results/calibrate.json; from a checkpoint,
+    its `certificate` alone.
     """
 
     plan: ExitPlan

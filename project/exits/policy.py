@@ -57,11 +57,6 @@ class Policy:
         return exits
 
 
-def fixed_exits(outputs: HeadOutputs, head: int) -> Tensor:
-    """Control: everyone leaves at one head, a static shallow model, (n,) int64."""
-    return torch.full_like(outputs.logits[:, 0], head, dtype=torch.int64)
-
-
 def random_exits(outputs: HeadOutputs, share: float) -> Tensor:
     """Control: at each head this share of the rows that reach it leave by lot, (n,) int64."""
     lots = torch.rand(outputs.logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

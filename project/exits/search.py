@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +14,8 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from project.exits.criteria import HeadOutputs
-from project.exits.policy import fixed_exits, leave, oracle_exits, random_exits
-from project.metrics import auc, probabilities
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from project.exits.policy import leave, oracle_exits, random_exits
+from project.metrics import Floats, Ints, auc, probabilities
 
 SHARES = 20  # thresholds of a head's grid; they are denser where few rows leave
 STEPS = (1, 2, 4)  # how many thresholds a head may move at once; greedy by single ones gets stuck
@@ -32,16 +29,11 @@ STATIC_TOLERANCE = 0.002
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One step of a path, as measured on the fold tune.
+    """One step of a path, as measured on the fold tune: thresholds (K,) and what they do.
 
-    Attributes:
-        thresholds: (K,) float64, last one -inf.
-        cost: Token-layers relative to full depth, in [0, 1].
-        mean_depth: Mean layer at which rows leave.
-        auc: AUC by labels.
-        auc_drop: AUC of full depth minus `auc`.
-        expected_auc: AUC if labels were drawn from the teacher's probabilities; it falls from step to step, but
-            for the first step: leaving early can be better than full depth.
+    `cost` is token-layers relative to full depth, `auc_drop` the AUC of full depth minus `auc`, `expected_auc` the AUC
+    if labels were drawn from the teacher's probabilities. It falls from step to step, but for the first one: leaving
+    early can be better than full depth.
     """
 
     thresholds: Tensor
@@ -60,14 +52,10 @@ Path = tuple[Step, ...]
 """Steps of falling cost; the first is full depth, where nobody leaves early."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Candidate:
-    """Thresholds (K,), their cost and expected AUC, and the heads (n,) at which the rows leave."""
-
-    thresholds: Tensor
+class _Tried(NamedTuple):
     cost: float
     expected_auc: float
-    exits: NDArray[np.int16]  # small, as many vectors are held at once
+    thresholds: Tensor
 
 
 def threshold_path(
@@ -83,38 +71,36 @@ def threshold_path(
     rows, likes, weights = np.arange(len(logits)), _teacher(logits, truth), _numbers(tokens)
     cost = weights[:, None] * depths / (float(weights.sum() * depths[-1]) or 1.0)
 
-    def tried(thresholds: Tensor, head: int | None = None, threshold: float = 0.0) -> _Candidate:
+    def tried(thresholds: Tensor, head: int | None = None, threshold: float = 0.0) -> _Tried:
         """These thresholds, one of them replaced."""
         if head is not None:
             thresholds = thresholds.clone()
             thresholds[head] = threshold
-        exits = leave(known, thresholds).numpy().astype(np.int16)
+        exits = leave(known, thresholds).numpy()
         # expected AUC: share of pairs in order where row i is liked with probability q_i, ties in order of rows
         liked = likes[logits[rows, exits].argsort(kind="stable")]
         disliked = 1.0 - liked
         below = disliked.cumsum() - disliked  # a row makes no pair with itself
         pairs = liked.sum() * disliked.sum() - liked @ disliked
-        return _Candidate(thresholds, float(cost[rows, exits].sum()), float(liked @ below / pairs), exits)
+        return _Tried(float(cost[rows, exits].sum()), float(liked @ below / pairs), thresholds)
 
     # 1. nobody leaves early
     grids = [threshold_grid(known[:, head].numpy()) for head in range(len(layers) - 1)]
     nobody = torch.tensor([torch.inf] * len(grids) + [-torch.inf], dtype=torch.float64)
     full = here = tried(nobody)
-    found = []
-    place = [0] * len(grids)
-    while True:
-        # 2. every move from here: one head, a few thresholds further or to its last; rows only ever leave earlier
-        moves = [
-            (head, to)
-            for head, grid in enumerate(grids)
-            for to in {*(place[head] + step for step in STEPS), len(grid) - 1}
-            if place[head] < to < len(grid)
-        ]
+    found, place = list[_Tried](), [0] * len(grids)
+    # 2. every move from here: one head, a few thresholds further or to its last; rows only ever leave earlier
+    while moves := [
+        (head, to)
+        for head, grid in enumerate(grids)
+        for to in {*(place[head] + step for step in STEPS), len(grid) - 1}
+        if place[head] < to < len(grid)
+    ]:
         options = [tried(here.thresholds, head, grids[head][to]) for head, to in moves]
         # 3. take the one that saves most for the expected AUC it loses
         rates = [(here.cost - o.cost) / max(here.expected_auc - o.expected_auc, FREE) for o in options]
-        best = int(np.argmax(rates)) if rates else 0
-        if not rates or rates[best] <= 0:  # a head that no row reaches saves nothing
+        best = int(np.argmax(rates))
+        if rates[best] <= 0:  # a head that no row reaches saves nothing
             break
         head, to = moves[best]
         place[head], here = to, options[best]
@@ -122,19 +108,19 @@ def threshold_path(
     # 4. everyone leaves at k, for every k at which the criterion can decide
     found += [tried(nobody, k, -torch.inf) for k, grid in enumerate(grids) if len(grid) > 1]
     # 5. by falling cost, keep what has more expected AUC than all that is cheaper
-    kept, most = list[_Candidate](), -np.inf
+    kept, most = list[_Tried](), -np.inf
     for option in sorted(found, key=lambda o: (o.cost, -o.expected_auc)):
         if option.cost < full.cost and option.expected_auc > most:
             kept.append(option)
             most = option.expected_auc
     # 6. measure by labels
-    path, top = list[Step](), 0.0
+    path = list[Step]()
     for option in (full, *reversed(kept)):
-        value = auc(logits[rows, option.exits], truth)
+        exits = leave(known, option.thresholds).numpy()
+        value, depth = auc(logits[rows, exits], truth), float(depths[exits].mean())
         assert value is not None  # calibration has refused one class
-        top = value if option is full else top
-        depth = float(depths[option.exits].mean())
-        path.append(Step(option.thresholds, option.cost, depth, value, top - value, option.expected_auc))
+        drop = path[0].auc - value if path else 0.0
+        path.append(Step(option.thresholds, option.cost, depth, value, drop, option.expected_auc))
     return tuple(path)
 
 
@@ -252,7 +238,7 @@ def point(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor, exits: Tensor
 def static_curve(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor) -> list[dict[str, Any]]:
     """Points of the static exits, where everyone leaves at one head, shallow first, each with its `layer`."""
     return [
-        point(outputs, labels, tokens, fixed_exits(outputs, head)) | {"layer": layer}
+        point(outputs, labels, tokens, torch.full((len(tokens),), head)) | {"layer": layer}
         for head, layer in enumerate(outputs.layers)
     ]
 

@@ -32,7 +32,7 @@ WRONG: dict[str, tuple[Callable[[HeadOutputs], Any], str]] = {
         r"returned a tensor \(\d+, 1\)",
     ),
     "one number": (lambda o: o.logits.mean(), r"returned a tensor \(\)"),
-    "NaN": (lambda o: o.logits[:, -1] * torch.nan, "returned NaN for .* although the logits are numbers"),
+    "NaN": (lambda o: o.logits[:, -1] * torch.nan, "returned NaN where the logits are numbers"),
 }
 
 

@@ -173,5 +173,5 @@ class TestBadInput:
 
     def test_one_user_cannot_be_split(self, outputs):
         """Out-of-fold needs two users."""
-        with pytest.raises(DataError, match="1 users cannot make 2 parts"):
+        with pytest.raises(DataError, match="1 users of the fold tune cannot make 2 parts"):
             out_of_fold_confidence(Learned, outputs, np.zeros(600))

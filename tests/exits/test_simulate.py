@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from project.exits.criteria import HeadOutputs
-from project.exits.policy import fixed_exits
 from project.exits.search import control_curves, equal_accuracy_exit, point, static_curve
 from project.metrics import auc
 
@@ -22,7 +21,7 @@ def test_golden():
     some = {"cost": pytest.approx(2 / 3), "mean_depth": 3.0, "auc": 1.0, "auc_drop": 0.0}
     assert point(*rows, torch.tensor([1, 0, 1, 0])) == some
     shallow = {"cost": 0.5, "mean_depth": 2.0, "auc": 0.75, "auc_drop": 0.25}
-    assert point(*rows, fixed_exits(rows[0], 0)) == shallow
+    assert point(*rows, torch.zeros(4, dtype=torch.int64)) == shallow
 
 
 def test_controls(world, outputs):
@@ -40,7 +39,7 @@ def test_controls(world, outputs):
 
 def test_one_class_is_undefined(outputs, world):
     """Without negatives AUC and drop are None, cost is still known."""
-    found = point(outputs, world.labels * 0 + 1, world.tokens, fixed_exits(outputs, 3))
+    found = point(outputs, world.labels * 0 + 1, world.tokens, torch.full((600,), 3))
     assert (found["auc"], found["auc_drop"], found["mean_depth"]) == (None, None, 6.0)
 
 
