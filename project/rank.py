@@ -123,15 +123,12 @@ class ScoredRequests:
         logits = calibration.apply(raw.logits) if calibration else raw.logits
         number = scores["request_id"].rle_id().to_numpy().astype(np.int64)
         starts = np.flatnonzero(np.diff(number, prepend=-1))
-        target, stream = (
-            torch.from_numpy(scores[f"{of}_tokens"].to_numpy().copy()) for of in ("target", "stream")
-        )
         return cls(
             torch.from_numpy(number),
             scores["user"].to_numpy()[starts],
             HeadOutputs(raw.layers, logits, raw.retrieved),
-            target,
-            stream,
+            scores["target_tokens"].to_torch(),
+            scores["stream_tokens"].to_torch(),
             scores["label"].fill_null(-1).to_numpy().astype(np.int8),
         )
 

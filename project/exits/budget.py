@@ -88,9 +88,7 @@ class TuneFold:
     ) -> None:
         self.settings, self.exit_0 = settings, exit_0
         self.labels, users = scores["label"].to_numpy(), scores["user"].to_numpy()
-        own, shared = (
-            torch.from_numpy(scores[f"{of}_tokens"].to_numpy().copy()) for of in ("target", "stream")
-        )
+        own, shared = scores["target_tokens"].to_torch(), scores["stream_tokens"].to_torch()
         self.tokens = torch.ones_like(own) if by_depth else row_tokens(own, shared, settings.prefix_cached)
         # 1. calibrate every head
         raw = raw_outputs(scores, features, exit_layers_of(scores), exit_0)

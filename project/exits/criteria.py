@@ -7,6 +7,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
@@ -175,6 +176,21 @@ def confidence_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
             f"at layer {layer}; expected a torch tensor of shape (rows,), here {rows} rows."
         )
     return torch.stack([*columns, torch.full_like(outputs.logits[:, -1], torch.inf)], dim=1)
+
+
+def try_out(criterion: Criterion, exit_0: bool) -> None:
+    """Refuse, on made-up rows and so before training, a criterion that returns something else than confidence."""
+    made = torch.randn(64, 3 + len(FEATURES), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    outputs = HeadOutputs.of((0, 1, 2) if exit_0 else (1, 2, 3), made[:, :3], made[:, 3:])
+    with torch.random.fork_rng(devices=[]):
+        try:
+            copy = deepcopy(criterion)
+            copy.fit(outputs)
+            confidence_table(copy, outputs)
+        except ConfigError:
+            raise
+        except Exception:  # what fails on made-up rows may work on real ones
+            return
 
 
 def out_of_fold_confidence(

@@ -28,6 +28,7 @@ from project.exits.criteria import (
     Ratio,
     RatioConsistency,
     name,
+    try_out,
 )
 from project.exits.policy import Policy
 
@@ -92,6 +93,8 @@ class ExitSettings:
             raise ConfigError(
                 "exits.compare is empty and exits.criterion null; expected at least one criterion."
             )
+        for criterion in filter(None, [self.criterion, *(self.compare or [])]):
+            try_out(criterion, self.exit_0)
 
     def criteria(self) -> list[Criterion]:
         """The criteria to compare, the deciding one first if it is set."""
