@@ -103,13 +103,11 @@ def compare(run: Path, base: Path, part: Part) -> dict[str, Any]:
         )
     heads, other = read_heads(run, part), read_heads(base, part)
     if not np.array_equal(heads.row_id, other.row_id):
-        raise DataError(
-            f"{run} and {base} have not scored the same rows of {part}: score all of them with both."
-        )
+        raise DataError(f"{run} and {base} have not scored the same rows of {part}: score all with both.")
     if not np.array_equal(heads.labels, other.labels):
         raise DataError(
             f"{run} and {base} have scored the same rows of {part} under other labels: expected one "
-            "data.protocol.label. Score both again with the config.yaml of their runs."
+            "data.protocol.label. Score both again with their config.yaml."
         )
     # 2. head by head, paired differences over resampled users
     labels, bootstrap = heads.labels, UserBootstrap(heads.users, DRAWS)

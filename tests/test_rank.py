@@ -160,7 +160,7 @@ def test_the_fastest_that_is_enough() -> None:
     path = [fixed_depth((0, 2, 6), index) for index in (1, 0)]
     full = fixed_depth((0, 2, 6), 2)
     found = [fastest(path, full, asked, 2, overlap) for overlap in (0.1, 0.3, 0.6)]
-    assert [costs(asked, p.decide(asked), True).sum().item() for p in found] == [0, 28, 84]
+    assert [costs(asked, p.decide(asked), "warm").sum().item() for p in found] == [0, 28, 84]
 
 
 def test_rows_and_certificate() -> None:

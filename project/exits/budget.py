@@ -217,12 +217,8 @@ def calibrate(
     _check_folds(scores, ("tune", "certify"))
     tuned, certified = ((scores["fold"] == fold).to_numpy() for fold in ("tune", "certify"))
     # 2. on tune, with exit 0 and without: calibration, every criterion's path, the budget's step
-    folds = {
-        exit_0: TuneFold(
-            scores.filter(tuned), features[tuned], settings, exit_0, comparison_only=exit_0 != settings.exit_0
-        )
-        for exit_0 in (True, False)
-    }
+    on_tune = scores.filter(tuned), features[tuned], settings
+    folds = {x: TuneFold(*on_tune, x, comparison_only=x != settings.exit_0) for x in (True, False)}
     tune, without = folds[settings.exit_0], folds[False]
     best, layers = tune.best, tune.outputs.layers
     # 3. on certify, once: the budget's policy, then faster steps until one fails; full depth, step 0, takes no test
@@ -230,14 +226,15 @@ def calibrate(
     sequence = [0, *range(max(start, 1), len(best.path))]
     certificate = further = last = None
     if promise is not None:
-        certificate, further = _certificates(
-            tune, sequence, scores.filter(certified), features[certified], promise
-        )
+        on_certify = scores.filter(certified), features[certified]
+        certificate, further = _certificates(tune, sequence, *on_certify, promise)
         words = certificate.in_words()
         last = None if further.path_step is None else sequence[further.path_step]
-        ledger = ledger if further.passed is not None else issued
+        if further.passed is None:  # nothing was tested, so the fold may be read once more
+            ledger = issued
     step = best.step if settings.mode == "budget" else last or 0
     # 4. what is kept, and what is reported
+    no_layer = {x: (fold.plan(fold.best.step).emitted(fold.outputs)[0] == 0) for x, fold in folds.items()}
     document = {
         "layers": list(layers),
         "exit_0": settings.exit_0,
@@ -268,9 +265,7 @@ def calibrate(
                 "exits": fold.static,
                 "criterion": name(fold.best.criterion),
                 "chosen": fold.best.chosen.point(),
-                "never_enter_backbone": float(
-                    (fold.plan(fold.best.step).emitted(fold.outputs)[0] == 0).double().mean()
-                ),
+                "never_enter_backbone": float(no_layer[exit_0].double().mean()),
                 "static_exit": fold.static_exit["layer"],
             }
             for exit_0, fold in folds.items()

@@ -72,9 +72,8 @@ class CertificateSettings:
                 f"{self.range[1]:.4g}, the largest {self.risk} there can be"
             )
         if not 0 < self.delta <= 0.5:
-            raise ConfigError(
-                f"exits.certificate.delta: found {self.delta}, expected a number above 0 and at most 0.5"
-            )
+            found = f"exits.certificate.delta: found {self.delta}"
+            raise ConfigError(f"{found}, expected a number above 0 and at most 0.5")
 
     @property
     def range(self) -> tuple[float, float]:
@@ -85,9 +84,8 @@ class CertificateSettings:
     def estimand(self) -> str:
         """What exactly is promised to be at most epsilon."""
         if self.risk == "auc_gap":
-            return (
-                f"AUC gap between the rows of two random users (of each at most {ROWS_OF_A_USER} random rows)"
-            )
+            rows = f"of each at most {ROWS_OF_A_USER} random rows"
+            return f"AUC gap between the rows of two random users ({rows})"
         return f"mean {self.risk} over users, each counting once,"
 
     def rescale(self, values: ArrayLike) -> Floats:

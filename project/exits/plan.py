@@ -74,25 +74,17 @@ class ExitSettings:
                 "policy is no model at all. Set exits.max_auc_drop, for example to 0.002."
             )
         if self.certificate is not None and self.certificate.risk == "overlap_loss":
-            raise ConfigError(
-                "exits.certificate.risk: overlap_loss is a risk of `rank`, not of score requests"
-            )
+            raise ConfigError("exits.certificate.risk: overlap_loss is a risk of `rank`, expected another")
         if self.mode == "risk" and self.certificate is None:
-            raise ConfigError(
-                "exits.certificate is null in mode risk, where it decides; set it, or mode to budget."
-            )
+            raise ConfigError("exits.certificate is null in mode risk; set it, or exits.mode to budget.")
         if self.max_auc_drop is not None and not 0 <= self.max_auc_drop < math.inf:
-            raise ConfigError(
-                f"exits.max_auc_drop is {self.max_auc_drop}; expected a number from 0 on, or null."
-            )
+            raise ConfigError(f"exits.max_auc_drop is {self.max_auc_drop}; expected null, 0 or more.")
         if not 0 < self.alpha <= 0.5:
             raise ConfigError(f"exits.alpha is {self.alpha}; expected a chance above 0 and at most 0.5.")
         if self.max_cost is not None and not 0 < self.max_cost <= 1:
             raise ConfigError(f"exits.max_cost is {self.max_cost}; expected a share above 0 and at most 1.")
         if self.criterion is None and self.compare == []:
-            raise ConfigError(
-                "exits.compare is empty and exits.criterion null; expected at least one criterion."
-            )
+            raise ConfigError("exits.compare is empty and exits.criterion null; expected a criterion.")
         for criterion in filter(None, [self.criterion, *(self.compare or [])]):
             try_out(criterion, self.exit_0)
 
@@ -134,7 +126,10 @@ class ExitPlan:
 
     def outputs(self, scores: pl.DataFrame, features: Floats) -> HeadOutputs:
         """Calibrated outputs of a score table's n rows with these features (n, F)."""
-        raw = raw_outputs(scores, features, [k for k in self.layers if k > 0], self.exit_0)
+        return self.calibrated(raw_outputs(scores, features, [k for k in self.layers if k > 0], self.exit_0))
+
+    def calibrated(self, raw: HeadOutputs) -> HeadOutputs:
+        """The same rows with calibrated logits."""
         return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.retrieved)
 
     def emitted(self, outputs: HeadOutputs) -> tuple[Tensor, Tensor]:

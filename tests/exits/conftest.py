@@ -21,7 +21,6 @@ from project.exits.criteria import (
 from project.metrics import auc
 
 LAYERS = (0, 2, 4, 6, 8, 10, 12)
-
 CRITERIA: dict[str, Callable[[], Criterion]] = {
     "ratio": Ratio,
     "consistency": Consistency,
@@ -34,18 +33,7 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """n rows.
-
-    Attributes:
-        raw: (n, K) uncalibrated logits.
-        retrieved: (n, 3) two noisy hints at a row's difficulty and a constant.
-        truth: (n,) the probability that labels were drawn with.
-        labels: (n,) 0 or 1.
-        users: (n,).
-        target_tokens: (n,).
-        stream_tokens: (n,).
-        layers: (K,).
-    """
+    """n rows: uncalibrated logits (n, K), hints at difficulty (n, 3), the probability that labels were drawn with."""
 
     raw: Tensor
     retrieved: Tensor

@@ -86,15 +86,6 @@ def test_applies_head_by_head():
     assert calibration.apply(logits.float()).dtype == torch.float32
 
 
-def test_by_layer():
-    """Result files carry the coefficients by layer, under the names logit, exit 0 and offset."""
-    logits, labels = heads()
-    calibration = fit_calibration(logits, labels, LAYERS, exit_0=True)
-    a, b, c = calibration.values[1].tolist()
-    assert list(calibration.as_dict()) == ["0", "4", "8"]
-    assert calibration.as_dict()["4"] == {"logit": a, "exit_0": b, "offset": c}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -106,7 +97,6 @@ def test_by_layer():
     ],
 )
 def test_bad_input(change, message):
-    """NaN, infinity, one class, a constant head and equal heads are named with their exit."""
     logits, labels = change(*heads())
     with pytest.raises(DataError, match=message):
         fit_calibration(logits, labels, LAYERS, exit_0=True)

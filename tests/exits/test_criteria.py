@@ -1,3 +1,10 @@
+"""Criteria: golden safeties, what every criterion may read, what is learned, and criteria of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -6,69 +13,68 @@ from project.errors import ConfigError, DataError
 from project.exits.calibration import fit_calibration
 from project.exits.criteria import (
     Consistency,
+    Criterion,
     HeadOutputs,
     Learned,
     Ratio,
     RatioConsistency,
     confidence_table,
-    name,
     out_of_fold_confidence,
+    try_out,
 )
+from project.exits.plan import ExitSettings
 
 
 def logit(p):
     return torch.logit(torch.tensor(p, dtype=torch.float64))
 
 
-class TestEveryCriterion:
-    def test_is_blind_to_the_batch(self, make_criterion, outputs):
-        """Confidence of a row is the same alone, in another order and beside other rows, at every head."""
-        criterion = make_criterion()
-        criterion.fit(outputs)
-        table = confidence_table(criterion, outputs)
-        index = torch.randperm(600, generator=torch.Generator().manual_seed(1))[:301]
-        torch.testing.assert_close(
-            confidence_table(criterion, outputs.rows(index)), table[index], atol=1e-9, rtol=1e-9
-        )
-        alone = confidence_table(criterion, outputs.rows(index[:1]))
-        torch.testing.assert_close(alone, table[index[:1]], atol=1e-9, rtol=1e-9)
+@pytest.fixture
+def fitted(make_criterion, outputs):
+    """One of the criteria, fitted on the world."""
+    criterion = make_criterion()
+    criterion.fit(outputs)
+    return criterion
 
-    def test_reads_no_later_head(self, make_criterion, outputs):
+
+class TestEveryCriterion:
+    def test_is_blind_to_the_batch(self, fitted, outputs):
+        """Confidence of a row is the same alone, in another order and beside other rows, at every head."""
+        table = confidence_table(fitted, outputs)
+        index = torch.randperm(600, generator=torch.Generator().manual_seed(1))[:301]
+        for part in (index, index[:1]):
+            found = confidence_table(fitted, outputs.rows(part))
+            torch.testing.assert_close(found, table[part], atol=1e-9, rtol=1e-9)
+
+    def test_reads_no_later_head(self, fitted, outputs):
         """Scrambling heads behind k changes no confidence at k: not even the fit can leak it."""
-        criterion = make_criterion()
-        criterion.fit(outputs)
-        table = confidence_table(criterion, outputs)
+        table = confidence_table(fitted, outputs)
         for k in range(outputs.heads - 1):
             logits = outputs.logits.clone()
             logits[:, k + 1 :] = 7.0
             changed = HeadOutputs.of(outputs.layers, logits, outputs.retrieved)
-            assert torch.equal(confidence_table(criterion, changed)[:, k], table[:, k])
+            assert torch.equal(confidence_table(fitted, changed)[:, k], table[:, k])
 
-    def test_state_round_trip(self, make_criterion, outputs, tmp_path):
-        """Fitted state survives a checkpoint read with weights_only, and gives the same confidence."""
-        criterion, fresh = make_criterion(), make_criterion()
-        criterion.fit(outputs)
-        torch.save(dict(criterion.tensors), tmp_path / "state.pt")
+    def test_state_round_trip(self, fitted, make_criterion, outputs, tmp_path):
+        """Through a checkpoint read with weights_only."""
+        fresh = make_criterion()
+        torch.save(dict(fitted.tensors), tmp_path / "state.pt")
         fresh.tensors = torch.load(tmp_path / "state.pt", weights_only=True)
-        assert torch.equal(confidence_table(fresh, outputs), confidence_table(criterion, outputs))
+        assert torch.equal(confidence_table(fresh, outputs), confidence_table(fitted, outputs))
 
-    def test_decides_from_its_first_head_on(self, make_criterion, outputs):
+    def test_decides_from_its_first_head_on(self, fitted, outputs):
         """Before `first` confidence is -inf for all, from then on finite for all; the last column is +inf."""
-        criterion = make_criterion()
-        criterion.fit(outputs)
-        table = confidence_table(criterion, outputs)
-        assert (table[:, : criterion.first] == -torch.inf).all()
-        assert table[:, criterion.first : -1].isfinite().all()
+        table = confidence_table(fitted, outputs)
+        assert (table[:, : fitted.first] == -torch.inf).all()
+        assert table[:, fitted.first : -1].isfinite().all()
         assert (table[:, -1] == torch.inf).all()
 
-    def test_float32_and_double_agree(self, make_criterion, outputs):
+    def test_float32_and_double_agree(self, fitted, outputs):
         """A policy fitted in double decides on float32 logits, as an engine has them, by the same confidence."""
-        criterion = make_criterion()
-        criterion.fit(outputs)
         single = HeadOutputs(outputs.layers, outputs.logits.float(), outputs.retrieved.float())
-        found = confidence_table(criterion, single)
+        found = confidence_table(fitted, single)
         assert found.dtype == torch.float32
-        difference = (found - confidence_table(criterion, outputs))[:, criterion.first : -1].abs()
+        difference = (found - confidence_table(fitted, outputs))[:, fitted.first : -1].abs()
         # a quantile moves by one of 1,000 steps, and a neighbour at equal distance may change places
         assert difference.quantile(0.99) < 2e-3
 
@@ -102,10 +108,6 @@ class TestSimple:
         ratio, consistency = Ratio().confidence(part), Consistency().confidence(part)
         ranks = [x.argsort().argsort().double() / (len(x) - 1) for x in (ratio, consistency)]
         torch.testing.assert_close(criterion.confidence(part), torch.minimum(*ranks), atol=2e-3, rtol=0)
-
-    def test_names(self):
-        """The name in result files is the class in snake_case."""
-        assert [name(c) for c in (Ratio(), RatioConsistency())] == ["ratio", "ratio_consistency"]
 
 
 class TestLearning:
@@ -154,24 +156,74 @@ class TestLearning:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize(
-        ("make", "word"),
-        [
-            (lambda: Consistency(0), "heads is 0"),
-            (lambda: Learned(ridge=0.0), "ridge is 0"),
-        ],
-    )
-    def test_arguments(self, make, word):
-        """A constructor argument out of range is named with its value."""
-        with pytest.raises(ConfigError, match=word):
-            make()
+    def test_arguments(self):
+        with pytest.raises(ConfigError, match="heads is 0"):
+            Consistency(0)
+        with pytest.raises(ConfigError, match="ridge is 0"):
+            Learned(ridge=0.0)
 
-    def test_no_rows(self, outputs):
-        """A fit on no rows names the fold."""
+    def test_too_little_to_learn_from(self, outputs):
         with pytest.raises(DataError, match="tune"):
             Learned().fit(outputs.rows(torch.arange(0)))
-
-    def test_one_user_cannot_be_split(self, outputs):
-        """Out-of-fold needs two users."""
         with pytest.raises(DataError, match="1 users of the fold tune cannot make 2 parts"):
             out_of_fold_confidence(Learned, outputs, np.zeros(600))
+
+
+class Mine(Criterion):
+    """Returns what a function makes of the outputs."""
+
+    def __init__(self, made: Callable[[HeadOutputs], Any]) -> None:
+        self.made = made
+        self.fitted = False
+
+    def fit(self, outputs: HeadOutputs) -> None:
+        self.fitted = True
+
+    def confidence(self, outputs: HeadOutputs) -> torch.Tensor:
+        found: torch.Tensor = self.made(outputs)
+        return found
+
+
+WRONG: dict[str, tuple[Callable[[HeadOutputs], Any], str]] = {
+    "None": (lambda o: None, "returned a NoneType"),
+    "NumPy": (lambda o: o.logits[:, -1].numpy(), "returned a ndarray"),
+    "a float": (lambda o: 0.5, "returned a float"),
+    "all heads": (
+        lambda o: o.logits.expand(-1, o.heads).reshape(-1, o.heads),
+        r"returned a tensor \(\d+, 1\)",
+    ),
+    "one number": (lambda o: o.logits.mean(), r"returned a tensor \(\)"),
+    "NaN": (lambda o: o.logits[:, -1] * torch.nan, "returned NaN where the logits are numbers"),
+}
+
+
+@pytest.mark.parametrize(("made", "words"), WRONG.values(), ids=WRONG)
+def test_a_wrong_confidence_names_class_and_shape(outputs: HeadOutputs, made: Any, words: str) -> None:
+    """After training, on real outputs, and before it: the class, what it returned and what was expected."""
+    expected = rf"test_criteria\.Mine.*{words}.*torch tensor of shape \(rows,\)"
+    with pytest.raises(ConfigError, match=expected):
+        confidence_table(Mine(made), outputs)
+    with pytest.raises(ConfigError, match=expected):
+        ExitSettings(criterion=Mine(made))
+    with pytest.raises(ConfigError, match=expected):
+        ExitSettings(compare=[Learned(), Mine(made)])
+
+
+def test_trying_out_leaves_no_trace() -> None:
+    """The criterion itself is not fitted, random numbers go on as they would, and an error there is no verdict."""
+
+    def noisy(outputs: HeadOutputs) -> torch.Tensor:
+        return torch.rand(outputs.logits.shape[0])
+
+    def fussy(outputs: HeadOutputs) -> torch.Tensor:
+        raise ZeroDivisionError
+
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    criterion = Mine(noisy)
+    for one in (criterion, Mine(fussy)):
+        try_out(one, exit_0=True)
+    assert torch.equal(torch.rand(3), expected)
+    assert not criterion.fitted
+    assert confidence_table(criterion, HeadOutputs.of((1, 2), torch.zeros(4, 2))).shape == (4, 2)

@@ -1,14 +1,28 @@
+"""Policies: who leaves where, plans in a checkpoint, what exits cost, and controls."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
 from project.errors import ConfigError
-from project.exits.criteria import HeadOutputs, ItemCount, Ratio, confidence_table
+from project.exits.calibration import fit_calibration
+from project.exits.cost import request_cost, row_cost
+from project.exits.criteria import HeadOutputs, ItemCount, Learned, Ratio, confidence_table
+from project.exits.plan import ExitPlan, specification
 from project.exits.policy import Policy, leave, oracle_exits, random_exits
+from project.exits.search import control_curves, equal_accuracy_exit, point, static_curve
+from project.metrics import auc
 
 NEVER, ALWAYS = torch.inf, -torch.inf
 
 
-def thresholds(*values):
+def limits_of(*values):
     return torch.tensor([*values, ALWAYS], dtype=torch.float64)
 
 
@@ -20,7 +34,6 @@ class TestLeave:
 
     @pytest.mark.parametrize("seed", range(5))
     def test_lower_thresholds_never_delay(self, seed):
-        """Lowering any threshold lets no row leave later."""
         generator = torch.Generator().manual_seed(seed)
         confidence, high = torch.rand(500, 5, generator=generator), torch.rand(5, generator=generator)
         low = high - torch.rand(5, generator=generator) * 0.3
@@ -37,24 +50,17 @@ class TestPolicy:
         generator = torch.Generator().manual_seed(seed)
         share = torch.rand(6, generator=generator, dtype=torch.float64) * 0.6
         limits = [table[:, k].quantile(1 - share[k]) if k >= criterion.first else NEVER for k in range(6)]
-        limits = thresholds(*limits)
+        limits = limits_of(*limits)
         expected = leave(table, limits)
         # the item's rows are the same at every head, so only a lower threshold than all before lets anybody out
         assert expected.unique().numel() >= (2 if isinstance(criterion, ItemCount) else 5)
         assert torch.equal(Policy(criterion, limits, outputs.layers).exits(outputs), expected)
 
-    def test_infinite_thresholds_are_the_full_model(self, make_criterion, outputs):
-        """+inf before the last head: everyone leaves at the last head."""
-        criterion = make_criterion()
-        criterion.fit(outputs)
-        assert (Policy(criterion, thresholds(*[NEVER] * 6), outputs.layers).exits(outputs) == 6).all()
-
-    @pytest.mark.parametrize("k", range(6))
+    @pytest.mark.parametrize("k", range(7))
     def test_everyone_leaves_at_k_is_fixed_depth(self, make_criterion, outputs, k):
-        """-inf at head k only: the same exits as the static model of that depth."""
         criterion = make_criterion()
         criterion.fit(outputs)
-        limits = thresholds(*[ALWAYS if head == k else NEVER for head in range(6)])
+        limits = limits_of(*[ALWAYS if head == k else NEVER for head in range(6)])
         found = Policy(criterion, limits, outputs.layers).exits(outputs)
         assert torch.equal(found, torch.full((600,), k))
 
@@ -63,13 +69,11 @@ class TestPolicy:
         [torch.tensor([0.5, ALWAYS]), torch.tensor([0.1, torch.nan, ALWAYS]), torch.tensor([0.1, 0.2, 0.3])],
     )
     def test_refuses_bad_thresholds(self, limits):
-        """Too few, NaN (never calibrated), or a last exit that would not take everyone."""
         with pytest.raises(ConfigError, match=r"layers \(2, 4, 6\).*calibrate"):
             Policy(Ratio(), limits, (2, 4, 6))
 
     def test_refuses_other_layers(self):
-        """A policy for other exits than the model's names both."""
-        policy = Policy(Ratio(), thresholds(0.5), (2, 4))
+        policy = Policy(Ratio(), limits_of(0.5), (2, 4))
         with pytest.raises(ConfigError, match=r"\(2, 4\), found \(2, 6\)"):
             policy.exits(HeadOutputs.of((2, 6), torch.zeros(1, 2)))
 
@@ -81,9 +85,6 @@ class TestControls:
         assert (found == 0).double().mean() == pytest.approx(0.25, abs=0.071)
         assert (found == 1).double().mean() == pytest.approx(0.1875, abs=0.064)
         assert torch.equal(found, random_exits(outputs, 0.25))
-
-    def test_random_extremes(self, outputs):
-        """Share 0 is full depth, share 1 takes everyone at head 0."""
         assert (random_exits(outputs, 0.0) == 6).all()
         assert (random_exits(outputs, 1.0) == 0).all()
 
@@ -94,3 +95,93 @@ class TestControls:
         assert (drift.gather(1, found[:, None]) <= 0.03).all()
         earlier = torch.arange(7) < found[:, None]
         assert (drift[earlier] > 0.03).all()
+
+
+def test_plan_in_a_checkpoint(new_world: Callable[..., Any]) -> None:
+    """Saved and loaded with weights only, a plan sends every row to the first head whose rule says leave."""
+    world, rng = new_world(200, seed=8), np.random.default_rng(8)
+    calibration = fit_calibration(world.raw, world.labels, world.layers, exit_0=True)
+    outputs, criterion = world.outputs(calibration), Learned()
+    criterion.fit(outputs)
+    for _ in range(5):
+        limits = torch.from_numpy(-rng.exponential(0.03, len(world.layers)))
+        limits[-1] = -torch.inf
+        file = io.BytesIO()
+        torch.save(ExitPlan(calibration, Policy(criterion, limits, world.layers), exit_0=True).state(), file)
+        file.seek(0)
+        plan = ExitPlan.from_state(torch.load(file, weights_only=True))
+        assert specification(plan.policy.criterion) == specification(criterion)
+        layer, logit = plan.emitted(outputs)
+        for row in range(0, 200, 17):
+            alone = outputs.rows(torch.tensor([row]))
+            head = next(k for k in range(len(world.layers)) if plan.policy.leaves(alone.until(k)))
+            assert layer[row] == world.layers[head]
+            assert logit[row] == outputs.logits[row, head]
+    assert len(layer.unique()) > 1
+
+
+@pytest.mark.parametrize("path", ["pathlib.Path", "a_package_that_is_not_here.Mine"])
+def test_foreign_criterion_is_refused(world: Any, path: str) -> None:
+    """A checkpoint that names something else than a criterion does not get it imported as one."""
+    calibration = fit_calibration(world.raw, world.labels, world.layers, exit_0=True)
+    state = ExitPlan(calibration, Policy(Ratio(), limits_of(*[NEVER] * 6), world.layers), exit_0=True).state()
+    with pytest.raises(ConfigError, match=path):
+        ExitPlan.from_state(state | {"criterion": {"class_path": path, "init_args": {}}})
+
+
+@pytest.mark.parametrize(("cached", "costs"), [(False, [440, 840, 0]), (True, [40, 240, 0])])
+def test_row_golden(cached, costs):
+    """4 (10 + 100), 12 (20 + 50), 0 at exit 0; cached: 4 * 10, 12 * 20, 0. A request of one candidate is a row."""
+    about = torch.tensor([4, 12, 0]), torch.tensor([10, 20, 30]), torch.tensor([100, 50, 70])
+    assert row_cost(*about, cached).tolist() == costs
+    assert request_cost(torch.arange(3), *about, cached).tolist() == costs
+
+
+def test_request_golden():
+    """Request 7: candidates at layers 2 and 6, 10 and 20 tokens, stream 100, which runs to layer 6: 600 + 20 + 120.
+
+    Request 3: one candidate at layer 4, 5 tokens, stream 50: 200 + 20. Warm, the streams' 600 and 200 are gone.
+    """
+    request = torch.tensor([7, 3, 7])
+    layer, target, stream = torch.tensor([2, 4, 6]), torch.tensor([10, 5, 20]), torch.tensor([100, 50, 100])
+    assert request_cost(request, layer, target, stream).tolist() == [220, 740]
+    assert request_cost(request, layer, target, stream, True).tolist() == [20, 140]
+
+
+def test_curve_golden():
+    """Head 0 orders 3 of 4 pairs, head 1 all. Rows 2 and 4 leave at layer 2: (4*2 + 2*4 + 4*2 + 2*4) / (4 * 12) = 2/3.
+
+    Scores 0, .4, 2, .5 against labels 0, 0, 1, 1: all four pairs in order, AUC 1, as at full depth; mean depth 3.
+    """
+    outputs = HeadOutputs.of((2, 4), torch.tensor([[0.1, 0.0], [0.4, 1.0], [0.2, 2.0], [0.5, 3.0]]))
+    rows = outputs, [0, 0, 1, 1], torch.tensor([2, 4, 2, 4])
+    assert [point(*rows, torch.tensor(exits)) for exits in ([1, 0, 1, 0], [0, 0, 0, 0])] == [
+        {"cost": pytest.approx(2 / 3), "mean_depth": 3.0, "auc": 1.0, "auc_drop": 0.0},
+        {"cost": 0.5, "mean_depth": 2.0, "auc": 0.75, "auc_drop": 0.25},
+    ]
+
+
+def test_controls(world, outputs):
+    """Static depths are the heads' own AUCs at cost layer / 12; all controls start or end at full depth."""
+    controls = {c["name"]: c["pareto"] for c in control_curves(outputs, world.labels, world.tokens)}
+    assert list(controls) == ["fixed_depth", "random", "oracle"]
+    for k, p in enumerate(controls["fixed_depth"]):
+        assert p["layer"] == p["mean_depth"] == world.layers[k]
+        assert p["cost"] == pytest.approx(world.layers[k] / 12)
+        assert p["auc"] == auc(outputs.logits[:, k], world.labels)
+    assert controls["random"][0]["cost"] == 1
+    assert controls["oracle"][0]["auc_drop"] == pytest.approx(0, abs=1e-3)
+    assert controls["oracle"][-1]["cost"] == 0
+
+
+def test_one_class_is_undefined(outputs, world):
+    found = point(outputs, world.labels * 0 + 1, world.tokens, torch.full((600,), 3))
+    assert (found["auc"], found["auc_drop"], found["mean_depth"]) == (None, None, 6.0)
+
+
+def test_equal_accuracy_golden():
+    """Static AUCs .75, 1, 1 at layers 2, 4, 6: layer 4; exactly .002 below the best is near enough."""
+    logits = torch.tensor([[0.1, 0.0, 0.0], [0.4, 1.0, 1.0], [0.2, 2.0, 2.0], [0.5, 3.0, 3.0]])
+    static = static_curve(HeadOutputs.of((2, 4, 6), logits), [0, 0, 1, 1], torch.ones(4))
+    assert equal_accuracy_exit(static)["layer"] == 4
+    assert equal_accuracy_exit([{"layer": 2, "auc": 0.998}, {"layer": 4, "auc": 1.0}])["layer"] == 2
