@@ -105,7 +105,7 @@ def choices(tune: TuneFold) -> list[tuple[str, float, TuneFold]]:
                 kept = np.maximum(curve.drops, expected) <= (tune.settings.max_auc_drop or 0.0)
                 step = int(np.flatnonzero(kept | (np.arange(len(kept)) == 0))[-1])
             made.curves.append(replace(curve, step=step))
-        made.best = max(made.curves, key=made._worth)
+        made.best = max(made.curves, key=made._preference)
         found.append((name, alpha, made))
     return found
 

@@ -83,14 +83,16 @@ def strength_of(world: str, drop: float, users: int = 15_000) -> tuple[float, fl
     return middle, gap
 
 
-def rates(world: str, users: int, strength: float, draws: int, seed: int = 0) -> dict[str, float]:
-    """Shares of draws that pass, that are told "not enough users", and that bets alone would let pass.
+def rates(world: str, users: int, strength: float, most: int, seed: int = 0) -> dict[str, float]:
+    """Shares of draws that pass, whose answer is "not enough users", and that bets alone would let pass.
 
-    Where users are too few the answer is known before a draw, so bets alone are tried on a quarter of the draws.
+    Where users are too few the answer is known before a draw, so bets alone are tried on a quarter of the draws: the
+    row says how many there were.
     """
     rng, answers, bets = np.random.default_rng(seed), [], []
     enough = users >= (SETTINGS.users_needed() or 0)
-    for _ in range(draws if enough else draws // 4):
+    draws = most if enough else most // 4
+    for _ in range(draws):
         full, adaptive, labels, user = draw(world, users, strength, rng)
         if enough:
             answers.append(certify(np.stack([full, adaptive]), full, labels, user, SETTINGS).passed)
@@ -103,6 +105,7 @@ def rates(world: str, users: int, strength: float, draws: int, seed: int = 0) ->
                 p_value(losses, float(SETTINGS.rescale(SETTINGS.epsilon)), SETTINGS.delta) <= SETTINGS.delta
             )
     return {
+        "draws": draws,
         "passed": float(np.mean([a is True for a in answers])),
         "not_enough_users": float(np.mean([a is None for a in answers])),
         "bets_alone": float(np.mean(bets)),
@@ -123,13 +126,7 @@ def main(draws: int = 1000) -> None:
     for users, times in ((300, draws), (80, draws), (30, draws), (600, draws // 4)):
         for world, drops in strengths.items():
             for name, (strength, gap) in drops.items():
-                about = {
-                    "world": world,
-                    "users": users,
-                    "drop": name,
-                    "true_gap": round(gap, 5),
-                    "draws": times,
-                }
+                about = {"world": world, "users": users, "drop": name, "true_gap": round(gap, 5)}
                 rows.append(about | rates(world, users, strength, times))
                 print(rows[-1], flush=True)
                 part = target.with_suffix(".part")

@@ -22,10 +22,7 @@ from scipy.special import logsumexp
 from scipy.stats import rankdata
 
 from project.errors import ConfigError, DataError
-from project.metrics import SMALLEST_PROBABILITY, probabilities, row_log_loss
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.intp]
+from project.metrics import SMALLEST_PROBABILITY, Floats, Ints, probabilities, row_log_loss
 
 WIDEST = 1.0 - 2 * SMALLEST_PROBABILITY  # largest distance of two emitted probabilities
 LOG_ODDS = math.log((1 - SMALLEST_PROBABILITY) / SMALLEST_PROBABILITY)  # largest difference of two log losses
@@ -41,12 +38,12 @@ RISKS = {
 
 ROWS_OF_A_USER = 16  # of each user so many random rows are paired, which bounds the work
 PAIRINGS = 20  # random pairings of all users that capital is averaged over
+# Largest share of the capital that one loss may take (WSR's c, there 1/2 or 3/4). At few users only bets near the limit
+# reach 1 / delta: of plans without a drop .9 passes 65 %, .99 72 % at 300 users.
 BET_SHARE = 0.99
-"""Largest share of the capital that one loss may take (WSR's c, there 1/2 or 3/4). At few users only bets near the
-limit reach 1 / delta: of plans without a drop .9 passes 65 %, .99 72 % at 300 users."""
+# Variance of the losses in [0, 1] before any was seen, counted as so many losses (WSR: one of 1/4, their maximum).
+# Losses of early exits vary little, and a cautious bet is capital not earned. Validity does not depend on either.
 PRIOR_WEIGHT, PRIOR_VARIANCE = 5, 0.0025
-"""Variance of the losses in [0, 1] before any was seen, counted as so many losses (WSR: one of 1/4, their maximum).
-Losses of early exits vary little, and a cautious bet is capital not earned. Validity does not depend on either."""
 BISECTIONS = 40  # a bound is exact to 2 ** -40 of the range
 
 
@@ -58,9 +55,6 @@ class CertificateSettings:
         risk: auc_gap, score_drift, disagreement, log_loss_gap or brier_gap.
         epsilon: Largest risk allowed, above 0 and below the risk's highest value.
         delta: Chance that the promise may be broken, above 0 and at most 0.5.
-
-    Raises:
-        ConfigError: A value that cannot work; names its key.
     """
 
     risk: str = "auc_gap"
@@ -78,9 +72,8 @@ class CertificateSettings:
                 f"{self.range[1]:.4g}, the largest {self.risk} there can be"
             )
         if not 0 < self.delta <= 0.5:
-            raise ConfigError(
-                f"exits.certificate.delta: found {self.delta}, expected a number above 0 and at most 0.5"
-            )
+            found = f"exits.certificate.delta: found {self.delta}"
+            raise ConfigError(f"{found}, expected a number above 0 and at most 0.5")
 
     @property
     def range(self) -> tuple[float, float]:
@@ -88,17 +81,11 @@ class CertificateSettings:
         return RISKS[self.risk]
 
     @property
-    def users_of_a_loss(self) -> int:
-        """2 for the AUC gap, whose losses are of pairs of users; else 1."""
-        return 2 if self.risk == "auc_gap" else 1
-
-    @property
     def estimand(self) -> str:
         """What exactly is promised to be at most epsilon."""
         if self.risk == "auc_gap":
-            return (
-                f"AUC gap between the rows of two random users (of each at most {ROWS_OF_A_USER} random rows)"
-            )
+            rows = f"of each at most {ROWS_OF_A_USER} random rows"
+            return f"AUC gap between the rows of two random users ({rows})"
         return f"mean {self.risk} over users, each counting once,"
 
     def rescale(self, values: ArrayLike) -> Floats:
@@ -106,51 +93,34 @@ class CertificateSettings:
         low, high = self.range
         return np.clip((np.asarray(values, dtype=np.float64) - low) / (high - low), 0.0, 1.0)
 
-    def restore(self, value: float) -> float:
-        """[0, 1] -> the risk's range."""
-        low, high = self.range
-        return low + float(value) * (high - low)
-
     def users_needed(self, losses: ArrayLike = 0.0) -> int | None:
         """About how many users with such losses pass: log(1 / delta) over the growth rate of the best constant bet.
 
-        Args:
-            losses: Any shape, in the risk's range, NaN ignored; 0: of a plan that is full depth itself. No test that
-                holds for every distribution of losses does with many fewer: where a share epsilon of users, or of
-                pairs, loses the maximum, fewer would show none of them with a chance above delta.
-
-        Returns:
-            None where the mean loss is not below epsilon, which more users would not cure.
+        Losses are in the risk's range, NaN ignored; 0 are those of a plan that is full depth itself. No test that holds
+        for every distribution does with many fewer: where a share epsilon of users, or of pairs, loses the maximum,
+        fewer would show none of them with a chance above delta. None: the mean loss is not below epsilon, which more
+        users would not cure.
         """
         x = self.rescale(np.ravel(losses))
         x, epsilon = x[~np.isnan(x)], float(self.rescale(self.epsilon))
-        bets = _largest_bet(epsilon) * np.linspace(0.01, 1, 100)
+        bets = BET_SHARE / (1.0 - epsilon) * np.linspace(0.01, 1, 100)
         rate = max(float(np.log1p(bet * (epsilon - x)).mean()) for bet in bets)
         if rate <= 1e-12:
             return None
-        return self.users_of_a_loss * math.ceil(math.log(1 / self.delta) / rate)
+        users_of_a_loss = 2 if self.risk == "auc_gap" else 1
+        return users_of_a_loss * math.ceil(math.log(1 / self.delta) / rate)
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was promised and whether it holds.
+    """What was promised and whether it holds: `certificate` of results/calibrate.json.
 
-    Args:
-        risk: Name of the risk.
-        epsilon: Largest risk allowed.
-        delta: Chance that a step is returned whose risk is above epsilon.
-        n: Users it rests on.
-        estimand: What the promise is about, in words.
-        bound: Upper bound at level delta of the risk of the step that passed last, or of step 1 where none did. The
-            promise is epsilon: the bound is that step's alone and does not pay for the choice among steps.
-        estimate: The same step's mean loss.
-        path_step: Index on the path of the last step that passed; None: none did or none was tested.
-        passed: Whether a step passed; None: nothing was tested, so the fold has not been read.
-        users_needed: About how many users would do: before a test those of a plan without any loss, after a failure
-            those with losses such as step 1's; None: more users would not help, or it passed.
-        reason: Why there is nothing to test, where users are not the reason.
-        unit: Always "user".
-        kind: Always "finite-sample": it holds at this number of users, whatever the distribution of their losses.
+    `path_step` is the last step of the path that passed. `estimate` is the mean loss of that step, or of step 1 where
+    none did, and `bound` its upper bound at level delta; the promise is epsilon, as the bound is that step's alone and
+    does not pay for the choice among steps. `passed` is None where nothing was tested, so that the fold has not been
+    read, for want of users or for a `reason`. `users_needed` says about how many of the `n` users would do: before a
+    test of a plan without any loss, after a failure with losses such as step 1's; None: more would not help. The kind
+    holds at this number of users, whatever the distribution of their losses.
     """
 
     risk: str
@@ -168,7 +138,7 @@ class Certificate:
     kind: str = "finite-sample"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values under the names above, and `words`: `certificate` of results/calibrate.json."""
+        """JSON values under the names above, and `words`."""
         return asdict(self) | {"words": self.in_words()}
 
     def in_words(self) -> str:
@@ -199,32 +169,18 @@ def certify(
     users: ArrayLike,
     settings: CertificateSettings,
 ) -> Certificate:
-    """Certify a path of policies on the rows of the `certify` fold.
+    """Certify a path of policies on the n rows of the `certify` fold; a single policy is the path [full depth, policy].
 
-    A single policy (mode budget) is the path [full depth, policy].
-
-    Args:
-        path: Shape (steps, n), calibrated logits that each step emits; step 0, nobody leaves, equals `full`.
-        full: Shape (n,), calibrated logits of the last head.
-        labels: Shape (n,), 0 or 1; None for risks that read none.
-        users: Shape (n,), the user of each row.
-        settings: What is promised.
-
-    Raises:
-        DataError: NaN logits, shapes that differ, step 0 is not full depth, labels missing or of one class.
+    `path` (steps, n) holds the calibrated logits that each step emits, `full` (n,) those of the last head, which step 0
+    equals; `labels` (n,) may be None for risks that read none.
     """
     scores, last = np.asarray(path, dtype=np.float64), np.asarray(full, dtype=np.float64)
     owners = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
-    if scores.ndim != 2 or not len(scores) or scores.shape[1:] != last.shape or owners.shape != last.shape:
-        raise DataError(
-            f"certify: path {scores.shape}, full {last.shape}, users {owners.shape} do not fit together"
-        )
     if np.isnan(scores).any() or not np.array_equal(scores[0], last):
         raise DataError("certify: logits are NaN, or step 0 of the path is not full depth")
     if settings.risk != "auc_gap":
-        losses = row_losses(
-            settings.risk, probabilities(scores.ravel()).reshape(scores.shape), probabilities(last), labels
-        )
+        adaptive = probabilities(scores.ravel()).reshape(scores.shape)
+        losses = row_losses(settings.risk, adaptive, probabilities(last), labels)
         return certify_losses(user_means(losses, owners), settings)
     truth = np.asarray([] if labels is None else labels)
     if np.unique(truth).size < 2:
@@ -235,20 +191,8 @@ def certify(
 
 
 def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> Certificate:
-    """Certify a path from one loss a user.
-
-    Args:
-        losses: Shape (steps, users), in the risk's range; step 0 (nobody leaves) all 0.
-        settings: What is promised.
-
-    Raises:
-        DataError: Losses outside the range, NaN, or not 0 at step 0.
-    """
+    """Certify a path from losses (steps, users) in the risk's range; those of step 0, where nobody leaves, are 0."""
     values, (low, high) = np.asarray(losses, dtype=np.float64), settings.range
-    if values.ndim != 2 or not len(values) or np.any(values[0] != 0):
-        raise DataError(
-            f"a path is (steps, users) losses, 0 at step 0; found {values.shape}, {values[:1]} at step 0"
-        )
     outside = ~((values >= low - 1e-9) & (values <= high + 1e-9))
     if outside.any():
         raise DataError(
@@ -262,24 +206,25 @@ def _walk(
     losses_of: Callable[[int], Floats], steps: int, n: int, settings: CertificateSettings
 ) -> Certificate:
     found = Certificate(settings.risk, settings.epsilon, settings.delta, n, settings.estimand)
+    # 1. is there anything to test, and are there enough users for any plan to pass?
     if steps == 1:
         return replace(found, reason="the plan is full depth")
     least = settings.users_needed()
     if least is not None and n < least:
         return replace(found, users_needed=least)
+    # 2. from safe to fast, until the first step that fails
     epsilon = float(settings.rescale(settings.epsilon))
-    last, shown = None, None
+    last, shown = None, losses_of(1)
     for step in range(1, steps):
-        losses = losses_of(step)
-        if shown is None:
-            shown = losses
+        losses = shown if step == 1 else losses_of(step)
         if not p_value(settings.rescale(losses), epsilon, settings.delta) <= settings.delta:
             break
         last, shown = step, losses
-    assert shown is not None
+    # 3. the last that passed, or step 1
+    low, high = settings.range
     return replace(
         found,
-        bound=settings.restore(upper_bound(settings.rescale(shown), epsilon, settings.delta)),
+        bound=low + upper_bound(settings.rescale(shown), epsilon, settings.delta) * (high - low),
         estimate=float(np.nanmean(shown)),
         path_step=last,
         passed=last is not None,
@@ -288,21 +233,18 @@ def _walk(
 
 
 def p_value(losses: Floats, epsilon: float, delta: float) -> float:
-    """P-value of "the mean loss is epsilon or more", valid at every level.
+    """P-value of "the mean loss is epsilon or more", valid at every level; bets aim at level delta.
 
-    Args:
-        losses: Shape (1, m) of users or (pairings, m) of pairs of users, in [0, 1], in random order; independent within
-            a line, NaN where there is none.
-        epsilon: In (0, 1).
-        delta: Level that the bets aim at.
+    Losses are (1, m) of users or (pairings, m) of pairs of users, in [0, 1], in random order; independent within a
+    line, NaN where there is none.
     """
     return _p_of(losses, plug_in_bets(losses, epsilon, delta), epsilon)
 
 
 def upper_bound(losses: Floats, epsilon: float, delta: float) -> float:
     """The least mean that the same bets reject at level delta; at most epsilon where `p_value` is at most delta."""
-    bets = plug_in_bets(losses, epsilon, delta)
-    low, high = max(0.0, 1.0 - 1.0 / _largest_bet(epsilon)), 1.0  # bets could lose everything below `low`
+    bets, largest = plug_in_bets(losses, epsilon, delta), BET_SHARE / (1.0 - epsilon)
+    low, high = max(0.0, 1.0 - 1.0 / largest), 1.0  # bets could lose everything below `low`
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if _p_of(losses, bets, middle) <= delta else (middle, high)
@@ -310,10 +252,9 @@ def upper_bound(losses: Floats, epsilon: float, delta: float) -> float:
 
 
 def plug_in_bets(losses: Floats, epsilon: float, delta: float) -> Floats:
-    """Bet on each loss, made from the losses before it (WSR 2024, section 3.2).
+    """Bet on each loss, made from the losses before it (WSR 2024, section 3.2), in the shape of the losses.
 
-    bet_t = min(sqrt(2 log(1 / delta) / (m * variance_(t-1))), c / (1 - epsilon)), 0 where there is no loss; arguments
-    as in `p_value`, shape as losses.
+    bet_t = min(sqrt(2 log(1 / delta) / (m * variance_(t-1))), c / (1 - epsilon)), 0 where there is no loss.
     """
     real = ~np.isnan(losses)
     x, t = np.where(real, losses, 0.0), np.cumsum(real, axis=-1)
@@ -322,7 +263,7 @@ def plug_in_bets(losses: Floats, epsilon: float, delta: float) -> Floats:
     before = np.cumsum(spread, axis=-1) - spread
     variance = (PRIOR_WEIGHT * PRIOR_VARIANCE + before) / (PRIOR_WEIGHT + t - real)
     bets = np.sqrt(2 * math.log(1 / delta) / (np.maximum(t[..., -1:], 1) * variance))
-    return np.where(real, np.minimum(bets, _largest_bet(epsilon)), 0.0)
+    return np.where(real, np.minimum(bets, BET_SHARE / (1.0 - epsilon)), 0.0)
 
 
 def _p_of(losses: Floats, bets: Floats, mean: float) -> float:
@@ -333,18 +274,11 @@ def _p_of(losses: Floats, bets: Floats, mean: float) -> float:
     return math.exp(-max(0.0, float(logsumexp(gains.sum(axis=-1))) - math.log(len(gains))))
 
 
-def _largest_bet(epsilon: float) -> float:
-    return BET_SHARE / (1.0 - epsilon)
-
-
 class UserPairs:
     """Random disjoint pairs of users, `PAIRINGS` times, and the AUC between the rows of each pair.
 
-    Every user counts once, whatever the number of rows; rows of one user may depend on each other in any way.
-
-    Args:
-        labels: Shape (n,), 0 or 1.
-        users: Shape (n,), 0 to users - 1.
+    Every user counts once, whatever the number of rows; rows of one user may depend on each other in any way. `labels`
+    (n,) are 0 or 1, `users` (n,) 0 to users - 1.
     """
 
     def __init__(self, labels: ArrayLike, users: Ints) -> None:
@@ -364,13 +298,9 @@ class UserPairs:
         self._block = max(1, 2**20 // shape[1] ** 2)  # pairs at once: a few megabytes
 
     def auc(self, scores: ArrayLike) -> Floats:
-        """Share of the pairs of a positive row of one user and a negative row of the other that scores order right.
+        """Of a positive row of one user and a negative row of the other, the share that scores (n,) order right.
 
-        Args:
-            scores: Shape (n,), of any scale; ties count half.
-
-        Returns:
-            Shape (pairings, users // 2), in [0, 1]; NaN where two users have no such pair of rows.
+        Ties count half. Shape (pairings, users // 2); NaN where two users have no such rows.
         """
         ranks = np.append(rankdata(scores, method="dense"), np.nan).astype(np.float32)[self._rows]
         found = [np.zeros(0)]
@@ -390,38 +320,31 @@ class UserPairs:
 def row_losses(risk: str, adaptive: Floats, full: Floats, labels: ArrayLike | None) -> Floats:
     """Loss of each row beside full depth; 0 where both scores are equal.
 
-    Args:
-        risk: score_drift, disagreement, log_loss_gap or brier_gap.
-        adaptive: Shape (..., n), emitted probabilities (clipped to [.001, .999]).
-        full: Shape (n,), the full model's.
-        labels: Shape (n,), 0 or 1; None for risks that read none.
-
-    Raises:
-        ConfigError: A risk that is not of rows.
-        DataError: Labels are needed and missing.
+    `adaptive` (..., n) and `full` (n,) are emitted probabilities; `labels` (n,) may be None for risks that read none.
     """
     if risk in ("log_loss_gap", "brier_gap") and labels is None:
         raise DataError(f"exits.certificate.risk: {risk} needs labels, these rows have none; use score_drift")
     y = np.asarray(full if labels is None else labels, dtype=np.float64)
+    losses: NDArray[Any]
     match risk:
         case "score_drift":
-            return np.asarray(np.abs(adaptive - full), dtype=np.float64)
+            losses = np.abs(adaptive - full)
         case "disagreement":
-            return np.asarray((adaptive >= 0.5) != (full >= 0.5), dtype=np.float64)
+            losses = (adaptive >= 0.5) != (full >= 0.5)
         case "log_loss_gap":
-            return np.asarray(row_log_loss(adaptive, y) - row_log_loss(full, y), dtype=np.float64)
+            losses = row_log_loss(adaptive, y) - row_log_loss(full, y)
         case "brier_gap":
-            return np.asarray((adaptive - y) ** 2 - (full - y) ** 2, dtype=np.float64)
-    raise ConfigError(f"exits.certificate.risk: {risk} is not a risk of the rows of score requests")
+            losses = (adaptive - y) ** 2 - (full - y) ** 2
+        case _:
+            raise ConfigError(f"exits.certificate.risk: {risk} is not a risk of the rows of score requests")
+    return np.asarray(losses, dtype=np.float64)
 
 
 def user_means(losses: ArrayLike, users: ArrayLike) -> Floats:
-    """One loss a user: the mean over the user's rows. Shape (..., n) -> (..., users)."""
+    """One loss a user, the mean over the user's rows: (..., n) -> (..., users)."""
     values = np.asarray(losses, dtype=np.float64)
     code = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
     sizes = np.bincount(code)
-    if not sizes.size:
-        return np.zeros((*values.shape[:-1], 0))
-    starts = np.cumsum(sizes) - sizes
     order = np.argsort(code, kind="stable")
-    return np.asarray(np.add.reduceat(values[..., order], starts, axis=-1) / sizes, dtype=np.float64)
+    means: Floats = np.add.reduceat(values[..., order], np.cumsum(sizes) - sizes, axis=-1) / sizes
+    return means

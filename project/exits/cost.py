@@ -1,8 +1,7 @@
-"""Token-layers: the one currency of cost. One token that runs through one layer costs one.
+"""Token-layers, the unit of cost: one token that runs through one layer costs one.
 
-Unusual here: the stream (a request's shared history) is part of the price. It runs as deep as the request's
-deepest candidate, so exits by candidate save less than their mean depth says; only where the stream's keys
-and values are cached is a candidate's own depth the whole cost. Mean depth is never a speed-up.
+A request's shared history runs as deep as its deepest candidate, so exits by candidate save less than mean depth says.
+Where the history's keys and values are cached, a candidate's own tokens are the whole cost.
 """
 
 from __future__ import annotations
@@ -12,27 +11,14 @@ from torch import Tensor
 
 
 def row_tokens(target_tokens: Tensor, stream_tokens: Tensor, prefix_cached: bool = False) -> Tensor:
-    """Tokens that run per layer in a request of one candidate, (n,): with the history where it is not cached.
-
-    Args:
-        target_tokens: (n,) tokens of the candidate and its question.
-        stream_tokens: (n,) tokens of the shared history.
-        prefix_cached: The history's keys and values are read from a cache.
-    """
+    """Tokens that run per layer in requests of one candidate each, (n,): the history's count unless cached."""
     return target_tokens if prefix_cached else target_tokens + stream_tokens
 
 
 def row_cost(
     layer: Tensor, target_tokens: Tensor, stream_tokens: Tensor, prefix_cached: bool = False
 ) -> Tensor:
-    """Token-layers of requests of one candidate each, (n,).
-
-    Args:
-        layer: (n,) layer at which the candidate leaves.
-        target_tokens: (n,).
-        stream_tokens: (n,).
-        prefix_cached: False: layer * (target + stream); true: layer * target.
-    """
+    """Token-layers of requests of one candidate each, (n,), which leave at these layers (n,)."""
     return layer * row_tokens(target_tokens, stream_tokens, prefix_cached)
 
 
@@ -41,12 +27,8 @@ def request_cost(
 ) -> Tensor:
     """Token-layers of requests of several candidates, (r,), in ascending order of request id.
 
-    Args:
-        request: (n,) request id of each candidate.
-        layer: (n,) layer at which each candidate leaves.
-        target_tokens: (n,) each candidate's own tokens.
-        stream_tokens: (n,) tokens of the stream, the same number for all candidates of a request.
-        prefix_cached: False: sum of layer * target, plus (deepest layer) * stream; true: the sum alone.
+    All arguments are (n,), one number a candidate; `stream_tokens` is equal for all candidates of a request. A request
+    costs the sum of layer * target tokens, plus its deepest layer * stream tokens unless the prefix is cached.
     """
     ids, code = torch.unique(request, return_inverse=True)
     own = torch.zeros(ids.numel(), dtype=target_tokens.dtype, device=layer.device)
@@ -58,8 +40,3 @@ def request_cost(
         for values in (layer, stream_tokens)
     )
     return own + deepest * shared
-
-
-def mean_depth(layer: Tensor) -> float:
-    """Mean layer at which candidates leave: to be reported, never called a speed-up; 0 without rows."""
-    return float(layer.double().mean()) if layer.numel() else 0.0

@@ -1,4 +1,4 @@
-"""Exit criteria: how sure the heads are that a candidate may leave, one number a head."""
+"""Exit criteria: at each head, one number a row that says how confidently the row may leave."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,41 +21,31 @@ from project.errors import ConfigError, DataError
 from project.features import FEATURES
 from project.metrics import SMALLEST_PROBABILITY
 
+ITEM_ROWS = FEATURES.index("item_rows")
+QUANTILES = 1001  # points of a frozen distribution: its error is below .001 in quantile
+
 
 @dataclass(frozen=True, eq=False)
 class HeadOutputs:
     """Calibrated outputs of n rows at K heads.
 
-    Attributes:
-        layers: (K,) layer of each head, ascending; 0 is the exit 0, which runs before the backbone.
-        logits: (n, K) calibrated logits, float32 or float64.
-        retrieved: (n, F) numbers known before the backbone runs (log counts, rates); F may be 0.
+    `layers` (K,) ascend, 0 is exit 0, which runs before the backbone; `logits` are (n, K), `retrieved` features (n, F),
+    known before the backbone runs; F may be 0.
     """
 
     layers: tuple[int, ...]
     logits: Tensor
     retrieved: Tensor
 
-    def __post_init__(self) -> None:
-        n, heads = self.logits.shape
-        if len(self.layers) != heads:
-            raise ValueError(f"{len(self.layers)} layers, but logits of shape {(n, heads)}")
-        if self.retrieved.ndim != 2 or self.retrieved.shape[0] != n:
-            raise ValueError(
-                f"{n} rows of logits, but retrieved features of shape {tuple(self.retrieved.shape)}"
-            )
-        if any(a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)):
-            raise ValueError(f"layers must ascend, found {self.layers}")
-
     @classmethod
     def of(cls, layers: Sequence[int], logits: Tensor, retrieved: Tensor | None = None) -> HeadOutputs:
-        """The retrieved features in the type of the logits; None is F = 0. Arguments as the attributes."""
+        """The retrieved features in the type of the logits; None is F = 0."""
         known = logits.new_zeros(logits.shape[0], 0) if retrieved is None else retrieved.to(logits)
         return cls(tuple(layers), logits, known)
 
     @property
     def heads(self) -> int:
-        """K, the number of heads that have spoken."""
+        """K, the number of heads shown."""
         return len(self.layers)
 
     @property
@@ -64,23 +55,15 @@ class HeadOutputs:
 
     def until(self, k: int) -> HeadOutputs:
         """Heads 0..k only: what is known when the rows stand at head k."""
-        if not 0 <= k < self.heads:
-            raise ValueError(f"head {k} of {self.heads}")
-        end = k + 1
-        return HeadOutputs(self.layers[:end], self.logits[:, :end], self.retrieved)
+        return HeadOutputs(self.layers[: k + 1], self.logits[:, : k + 1], self.retrieved)
 
     def rows(self, index: Tensor) -> HeadOutputs:
         """The rows of `index`: (m,) positions or a mask (n,)."""
         return HeadOutputs(self.layers, self.logits[index], self.retrieved[index])
 
 
-ITEM_ROWS = FEATURES.index("item_rows")
-TRIED_ROWS = 64  # made-up rows that a criterion of one's own is tried on when settings are read
-QUANTILES = 1001  # points of a frozen distribution: its error is below .001 in quantile
-
-
 class Criterion(ABC):
-    """Scores how safe it is that a row leaves at the last head of what it is shown."""
+    """Confidence that a row may leave at the last head it is shown."""
 
     learns: ClassVar[bool] = False
     """`fit` learns from how rows ended, so confidence on the rows of the fit must be out-of-fold."""
@@ -88,47 +71,18 @@ class Criterion(ABC):
     first: int = 0
     """Index of the first head where it can decide."""
 
-    _fitted: ClassVar[tuple[str, ...]] = ()  # names of the tensors that `fit` makes
+    tensors: Mapping[str, Tensor] = MappingProxyType({})
+    """What `fit` has made, kept in the checkpoint."""
 
     def fit(self, outputs: HeadOutputs) -> None:  # noqa: B027  # most criteria have nothing to fit
-        """Fit on rows of `tune`, all K heads visible."""
+        """Fit on rows of the fold tune, all K heads visible."""
 
     @abstractmethod
     def confidence(self, outputs: HeadOutputs) -> Tensor:
-        """Confidence of leaving at the last head shown.
+        """Confidence (n,) of leaving at the last head shown; higher leaves first, -inf where it cannot decide, no NaN.
 
-        Args:
-            outputs: n rows, heads 0..k (`outputs.until(k)`).
-
-        Returns:
-            (n,) torch tensor, higher is safer, -inf where it cannot decide; never NaN.
+        `outputs` has heads 0..k of n rows (`outputs.until(k)`).
         """
-
-    def state(self) -> dict[str, Tensor]:
-        """Fitted tensors, for a checkpoint."""
-        return {key: self._tensor(key) for key in self._fitted}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` returned; DataError where tensors are missing."""
-        missing = sorted(set(self._fitted) - set(state))
-        if missing:
-            raise DataError(
-                f"fitted state of the criterion {name(self)} lacks {missing}, found {sorted(state)}: it was "
-                "made by another criterion; run the command calibrate again"
-            )
-        for key in self._fitted:
-            setattr(self, f"_{key}", state[key])
-
-    def _tensor(self, key: str) -> Tensor:
-        found: Tensor | None = getattr(self, f"_{key}", None)
-        if found is None:
-            raise ConfigError(
-                f"the criterion {name(self)} was not fitted, so it has no confidence to give; run the command calibrate"
-            )
-        return found
-
-    def _undecided(self, outputs: HeadOutputs) -> Tensor:
-        return torch.full_like(outputs.logits[:, -1], -torch.inf)
 
 
 class Ratio(Criterion):
@@ -148,16 +102,13 @@ class Consistency(Criterion):
 
     def __init__(self, heads: int = 1) -> None:
         if heads < 1:
-            raise ConfigError(
-                f"{type(self).__name__}: heads is {heads}, expected at least 1 change to look at"
-            )
-        self.heads = heads
-        self.first = heads
+            raise ConfigError(f"{name(self)}: heads is {heads}, expected at least 1 change to look at")
+        self.heads = self.first = heads
 
     def confidence(self, outputs: HeadOutputs) -> Tensor:
         """(n,) in [-1, 0]; -inf before there were `heads` changes."""
         if outputs.heads <= self.first:
-            return self._undecided(outputs)
+            return torch.full_like(outputs.logits[:, -1], -torch.inf)
         return -outputs.probabilities[:, -self.heads - 1 :].diff(dim=1).abs().amax(dim=1)
 
 
@@ -170,30 +121,27 @@ class RatioConsistency(Consistency):
         heads: Number of last changes that count, at least 1; the first decision is at head number `heads`.
     """
 
-    _fitted = ("ratio_quantiles", "consistency_quantiles")
-
     def fit(self, outputs: HeadOutputs) -> None:
         """Freeze both distributions at every head."""
-        if not outputs.logits.shape[0]:
-            raise DataError("ratio_consistency needs rows in the fold tune to take quantiles of, found none")
         parts = [outputs.until(k) for k in range(outputs.heads)]
-        self._ratio_quantiles = torch.stack([_quantiles(Ratio().confidence(part)) for part in parts])
-        self._consistency_quantiles = torch.stack(
-            [_quantiles(super(RatioConsistency, self).confidence(p)) for p in parts]
-        )
+        consistency = super().confidence
+        self.tensors = {
+            "ratio_quantiles": torch.stack([_quantiles(Ratio().confidence(part)) for part in parts]),
+            "consistency_quantiles": torch.stack([_quantiles(consistency(part)) for part in parts]),
+        }
 
     def confidence(self, outputs: HeadOutputs) -> Tensor:
         """(n,) in [0, 1]; -inf before there were `heads` changes."""
+        consistency = super().confidence(outputs)
         if outputs.heads <= self.first:
-            return self._undecided(outputs)
-        head = outputs.heads - 1
-        ratio = _quantile_of(Ratio().confidence(outputs), self._tensor("ratio_quantiles")[head])
-        consistency = _quantile_of(super().confidence(outputs), self._tensor("consistency_quantiles")[head])
-        return torch.minimum(ratio, consistency)
+            return consistency
+        grids = (self.tensors[f"{of}_quantiles"][outputs.heads - 1] for of in ("ratio", "consistency"))
+        both = (Ratio().confidence(outputs), consistency)
+        return torch.minimum(*(_quantile_of(x, grid) for x, grid in zip(both, grids, strict=True)))
 
 
 class ItemCount(Criterion):
-    """log(1 + number of the item's earlier rows): exit 0 knows an item that was seen often, a new one goes on.
+    """log(1 + number of the item's earlier rows): an item that was seen often leaves at exit 0, a new one goes on.
 
     Logits are not read: at every head a threshold says how many rows are enough.
     """
@@ -209,53 +157,65 @@ def name(criterion: Criterion) -> str:
 
 
 def confidence_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
-    """Confidence at every head, (n, K); at the last head, where everyone leaves, +inf.
-
-    Raises:
-        ConfigError: The criterion returns something else, see `checked`.
-    """
-    columns = [checked(criterion, outputs.until(k)) for k in range(outputs.heads - 1)]
+    """Confidence at every head, (n, K); +inf at the last head, where everyone leaves."""
+    columns, rows = list[Tensor](), len(outputs.logits)
+    for head, layer in enumerate(outputs.layers[:-1]):
+        confidence: object = criterion.confidence(outputs.until(head))
+        # a class of the user's own may return anything, and a row whose confidence is NaN would never leave
+        if not isinstance(confidence, Tensor):
+            found = f"a {type(confidence).__name__}"
+        elif confidence.shape != (rows,):
+            found = f"a tensor {tuple(confidence.shape)}"
+        elif (confidence.isnan() & ~outputs.logits[:, : head + 1].isnan().any(dim=1)).any():
+            found = "NaN where the logits are numbers"
+        else:
+            columns.append(confidence)
+            continue
+        raise ConfigError(
+            f"the criterion {type(criterion).__module__}.{type(criterion).__qualname__} returned {found} at the exit "
+            f"at layer {layer}; expected a torch tensor of shape (rows,), here {rows} rows."
+        )
     return torch.stack([*columns, torch.full_like(outputs.logits[:, -1], torch.inf)], dim=1)
 
 
+def try_out(criterion: Criterion, exit_0: bool) -> None:
+    """Refuse, on made-up rows and so before training, a criterion that returns something else than confidence."""
+    made = torch.randn(64, 3 + len(FEATURES), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    outputs = HeadOutputs.of((0, 1, 2) if exit_0 else (1, 2, 3), made[:, :3], made[:, 3:])
+    with torch.random.fork_rng(devices=[]):
+        try:
+            copy = deepcopy(criterion)
+            copy.fit(outputs)
+            confidence_table(copy, outputs)
+        except ConfigError:
+            raise
+        except Exception:  # what fails on made-up rows may work on real ones
+            return
+
+
 def out_of_fold_confidence(
-    make: Callable[[], Criterion], outputs: HeadOutputs, users: ArrayLike, folds: int = 2, seed: int = 0
+    make: Callable[[], Criterion], outputs: HeadOutputs, users: ArrayLike, folds: int = 2
 ) -> Tensor:
-    """Confidence of tune rows by criteria that saw no row of the same user: what thresholds may be fitted on.
+    """Confidence of tune rows by criteria that saw no row of the same user, (n, K): what thresholds are fitted on.
 
-    Args:
-        make: Makes an unfitted criterion.
-        outputs: The n rows of tune.
-        users: (n,) integers or strings.
-        folds: Parts the users are cut into, in the order of a salted hash.
-        seed: Salt.
-
-    Returns:
-        (n, K), as `confidence_table`.
-
-    Raises:
-        DataError: Fewer users than folds.
+    `make` makes an unfitted criterion; `users` (n,) are cut into folds in the order of a salted hash.
     """
-    part = torch.from_numpy(_user_folds(users, folds, seed)).to(outputs.logits.device)
+    found, code = np.unique(np.asarray(users), return_inverse=True)
+    if found.size < folds:
+        raise DataError(
+            f"a criterion that learns is scored on other users than it is fitted on: {found.size} users of the fold "
+            f"tune cannot make {folds} parts; use more data, or a criterion that does not learn"
+        )
+    digests = [hashlib.sha256(f"0:{user}".encode()).digest() for user in found.tolist()]
+    place = np.empty(found.size, dtype=np.int64)
+    place[sorted(range(found.size), key=digests.__getitem__)] = np.arange(found.size)
+    part = torch.from_numpy((place * folds // found.size)[code.reshape(-1)]).to(outputs.logits.device)
     table = torch.empty_like(outputs.logits)
     for fold in range(folds):
         criterion = make()
         criterion.fit(outputs.rows(part != fold))
         table[part == fold] = confidence_table(criterion, outputs.rows(part == fold))
     return table
-
-
-def _user_folds(users: ArrayLike, folds: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    found, code = np.unique(np.asarray(users), return_inverse=True)
-    if found.size < folds:
-        raise DataError(
-            f"a criterion that learns is fitted on some users of the fold tune and scored on others: {found.size} "
-            f"users cannot make {folds} parts; use more data, or a criterion that does not learn"
-        )
-    digests = [hashlib.sha256(f"{seed}:{user}".encode()).digest() for user in found.tolist()]
-    place = np.empty(found.size, dtype=np.int64)
-    place[sorted(range(found.size), key=digests.__getitem__)] = np.arange(found.size)
-    return (place * folds // found.size)[code.reshape(-1)]
 
 
 def _quantiles(values: Tensor) -> Tensor:
@@ -273,74 +233,6 @@ def _quantile_of(values: Tensor, grid: Tensor) -> Tensor:
     return (above - 1 + part) / (QUANTILES - 1)
 
 
-def checked(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
-    """The criterion's confidence (n,), if it is that.
-
-    Args:
-        criterion: Fitted.
-        outputs: n rows, heads 0..k.
-
-    Raises:
-        ConfigError: It is no tensor (n,), or NaN where the heads gave numbers.
-    """
-    return _check(criterion, outputs, criterion.confidence(outputs))
-
-
-def _check(criterion: Criterion, outputs: HeadOutputs, confidence: object) -> Tensor:
-    n = outputs.logits.shape[0]
-    if not isinstance(confidence, Tensor):
-        raise _refused(criterion, outputs, "None" if confidence is None else f"a {_path(type(confidence))}")
-    if confidence.shape != (n,) or confidence.is_complex():
-        raise _refused(criterion, outputs, f"a tensor {tuple(confidence.shape)} of {confidence.dtype}")
-    bad = confidence.isnan() & ~outputs.logits.isnan().any(dim=1)
-    if bad.any():
-        raise _refused(
-            criterion, outputs, f"NaN for {int(bad.sum())} of them although the logits are numbers"
-        )
-    return confidence
-
-
-def try_out(criterion: Criterion, exit_0: bool) -> None:
-    """Look at what a criterion of one's own returns for made-up rows; others are left alone.
-
-    What it raises there is no verdict, since the rows are not real; what it returns has the shape that it always has.
-
-    Args:
-        criterion: Not fitted, and left so.
-        exit_0: Whether exit 0 is a head.
-
-    Raises:
-        ConfigError: As `checked`.
-    """
-    if type(criterion).__module__.split(".")[0] == __name__.split(".")[0]:
-        return
-    made = torch.Generator().manual_seed(0)
-    logits = torch.randn(TRIED_ROWS, 3, generator=made, dtype=torch.float64)
-    retrieved = torch.randn(TRIED_ROWS, len(FEATURES), generator=made, dtype=torch.float64)
-    outputs = HeadOutputs.of((0, 1, 2) if exit_0 else (1, 2, 3), logits, retrieved)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            copy = deepcopy(criterion)
-            copy.fit(outputs)
-            said = [copy.confidence(outputs.until(head)) for head in range(outputs.heads - 1)]
-        except Exception:  # on made-up rows: real ones may be better
-            return
-    for head, confidence in enumerate(said):
-        _check(criterion, outputs.until(head), confidence)
-
-
-def _refused(criterion: Criterion, outputs: HeadOutputs, found: str) -> ConfigError:
-    asked = f"{outputs.logits.shape[0]} rows at the exit at layer {outputs.layers[-1]}"
-    return ConfigError(
-        f"the criterion {_path(type(criterion))}: asked about {asked}, its confidence returned {found}; expected a "
-        "torch tensor of shape (rows,), higher is safer, -inf where it cannot decide."
-    )
-
-
-def _path(kind: type) -> str:
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
 SMALLEST_DRIFT = 1e-3  # probabilities are clipped at .001: smaller changes are not told apart
 LARGEST = 4.0  # standardised features are clipped here: squares of outliers would rule
 DERIVED = 4
@@ -350,15 +242,14 @@ class Learned(Criterion):
     """Minus the predicted drift |p_last - p_k|, from the heads so far and the retrieved features.
 
     Features of head k: its logits and all earlier ones, |logit_k|, p_k (1 - p_k), log of the last and of the
-    largest change of probability, the retrieved features numbers; standardised.
+    largest change of probability, the retrieved features; standardised, with all their products of two.
 
     Args:
-        ridge: Penalty on the squared weights of the standardised basis, in rows: 100 counts as much as a
-            hundred rows that say no feature matters.
+        ridge: Penalty on the squared weights, in rows: 100 counts as much as a hundred rows that say no feature
+            matters.
     """
 
     learns = True
-    _fitted = ("center", "scale", "weight", "intercept")
 
     def __init__(self, ridge: float = 100.0) -> None:
         if not 0 < ridge < math.inf:
@@ -366,7 +257,7 @@ class Learned(Criterion):
         self.ridge = ridge
 
     def fit(self, outputs: HeadOutputs) -> None:
-        """Fit every head but the last."""
+        """Ridge regression of the drift at every head but the last."""
         n, heads = outputs.logits.shape
         if n < 2 or heads < 2:
             raise DataError(
@@ -375,36 +266,34 @@ class Learned(Criterion):
             )
         width = outputs.retrieved.shape[1] + DERIVED + heads
         probabilities = outputs.probabilities.double()
-        drift = (probabilities[:, :-1] - probabilities[:, -1:]).abs()
-        fitted = [
-            self._fit_head(_features(outputs.until(k), width).double(), drift[:, k]) for k in range(heads - 1)
-        ]
-        self._center, self._scale, self._weight, self._intercept = map(torch.stack, zip(*fitted, strict=True))
+        drifts = (probabilities[:, :-1] - probabilities[:, -1:]).abs()
+        fitted = []
+        for head, drift in enumerate(drifts.unbind(dim=1)):
+            features = _features(outputs.until(head), width).double()
+            center, scale = features.mean(dim=0), inverse_spread(features)
+            basis = _basis(features, center, scale)
+            mean, basis_scale = basis.mean(dim=0), inverse_spread(basis)
+            design = (basis - mean) * basis_scale
+            penalty = self.ridge * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
+            moment = design.T @ (drift - drift.mean())
+            weight = torch.linalg.solve(design.T @ design + penalty, moment) * basis_scale
+            fitted.append((center, scale, weight, drift.mean() - mean @ weight))
+        names = ("center", "scale", "weight", "intercept")
+        self.tensors = dict(zip(names, map(torch.stack, zip(*fitted, strict=True)), strict=True))
 
     def confidence(self, outputs: HeadOutputs) -> Tensor:
-        """(n,), about [-1, 0]: a prediction may be off by being negative. Asked of all heads but the last."""
-        center, scale, weight, offset = (
-            self._tensor(key)[outputs.heads - 1].to(outputs.logits) for key in self._fitted
+        """(n,), about [-1, 0]: a prediction may be off by being negative. Every head but the last has one."""
+        center, scale, weight, intercept = (
+            self.tensors[key][outputs.heads - 1].to(outputs.logits)
+            for key in ("center", "scale", "weight", "intercept")
         )
-        return -(_basis(_features(outputs, center.numel()), center, scale) @ weight + offset)
-
-    def _fit_head(self, features: Tensor, drift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        center, scale = features.mean(dim=0), inverse_spread(features)
-        basis = _basis(features, center, scale)
-        mean, basis_scale = basis.mean(dim=0), inverse_spread(basis)
-        design = (basis - mean) * basis_scale
-        penalty = self.ridge * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
-        weight = (
-            torch.linalg.solve(design.T @ design + penalty, design.T @ (drift - drift.mean())) * basis_scale
-        )
-        return center, scale, weight, drift.mean() - mean @ weight
+        return -(_basis(_features(outputs, center.numel()), center, scale) @ weight + intercept)
 
 
 def _features(outputs: HeadOutputs, width: int) -> Tensor:
     """(n, width): retrieved features, derived numbers, logits so far, then zeros, so that heads stack."""
-    probabilities = outputs.probabilities
-    now = probabilities[:, -1]
-    changes = probabilities.diff(dim=1).abs() if outputs.heads > 1 else torch.zeros_like(probabilities)
+    now = outputs.probabilities[:, -1]
+    changes = outputs.probabilities.diff(dim=1).abs() if outputs.heads > 1 else torch.zeros_like(now)[:, None]
     derived = [
         outputs.logits[:, -1].abs(),
         now * (1 - now),

@@ -1,4 +1,4 @@
-"""The exit plan: criterion, thresholds, calibration and certificate of a run, as settings and as a file."""
+"""The exit plan of a run: its settings, its state in a checkpoint, and the ledger of its certificates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from project.exits.criteria import (
 )
 from project.exits.policy import Policy
 
-Mode = Literal["budget", "risk"]
+Floats = NDArray[np.float64]
 
 
 def all_criteria() -> list[Criterion]:
@@ -48,7 +48,7 @@ class ExitSettings:
         criterion: The criterion that decides; None takes the best of `compare` on `tune`.
         compare: Criteria whose curves are drawn; None compares all there are.
         exit_0: true lets candidates leave before the first layer and enters every head's calibration; false does
-        not.
+            not.
         mode: budget takes the fastest step within the budget on `tune`; risk takes the last certified step.
         max_auc_drop: Budget: AUC on `tune` that may be lost against full depth.
         alpha: Budget: chance that the AUC drop is above max_auc_drop after all, in (0, 0.5]; less is slower.
@@ -60,7 +60,7 @@ class ExitSettings:
     criterion: Criterion | None = None
     compare: list[Criterion] | None = None
     exit_0: bool = True
-    mode: Mode = "budget"
+    mode: Literal["budget", "risk"] = "budget"
     max_auc_drop: float | None = 0.002
     alpha: float = 0.1
     max_cost: float | None = None
@@ -70,67 +70,45 @@ class ExitSettings:
     def __post_init__(self) -> None:
         if self.max_auc_drop is None and self.max_cost is None:
             raise ConfigError(
-                "exits.max_auc_drop and exits.max_cost are both null; expected at least one: without a limit the "
-                "fastest policy is no model at all. Set exits.max_auc_drop, for example to 0.002."
+                "exits.max_auc_drop and exits.max_cost are both null; expected one: without a limit the fastest "
+                "policy is no model at all. Set exits.max_auc_drop, for example to 0.002."
             )
         if self.certificate is not None and self.certificate.risk == "overlap_loss":
-            raise ConfigError(
-                "exits.certificate.risk: overlap_loss is a risk of `rank`, not of score requests"
-            )
+            raise ConfigError("exits.certificate.risk: overlap_loss is a risk of `rank`, expected another")
         if self.mode == "risk" and self.certificate is None:
-            raise ConfigError(
-                "exits.certificate is null in mode risk, where it decides; set it, or mode to budget."
-            )
+            raise ConfigError("exits.certificate is null in mode risk; set it, or exits.mode to budget.")
         if self.max_auc_drop is not None and not 0 <= self.max_auc_drop < math.inf:
-            raise ConfigError(
-                f"exits.max_auc_drop is {self.max_auc_drop}; expected a number from 0 on, or null."
-            )
+            raise ConfigError(f"exits.max_auc_drop is {self.max_auc_drop}; expected null, 0 or more.")
         if not 0 < self.alpha <= 0.5:
             raise ConfigError(f"exits.alpha is {self.alpha}; expected a chance above 0 and at most 0.5.")
         if self.max_cost is not None and not 0 < self.max_cost <= 1:
             raise ConfigError(f"exits.max_cost is {self.max_cost}; expected a share above 0 and at most 1.")
+        if self.criterion is None and self.compare == []:
+            raise ConfigError("exits.compare is empty and exits.criterion null; expected a criterion.")
         for criterion in filter(None, [self.criterion, *(self.compare or [])]):
-            try_out(criterion, exit_0=self.exit_0)
+            try_out(criterion, self.exit_0)
 
     def criteria(self) -> list[Criterion]:
         """The criteria to compare, the deciding one first if it is set."""
-        compared = all_criteria() if self.compare is None else list(self.compare)
+        compared = all_criteria() if self.compare is None else self.compare
         if self.criterion is None:
-            if not compared:
-                raise ConfigError(
-                    "exits.compare is empty and exits.criterion null; expected at least one criterion."
-                )
-            return compared
-        same = [c for c in compared if type(c) is not type(self.criterion)]
-        return [self.criterion, *same]
-
-
-Floats = NDArray[np.float64]
+            return list(compared)
+        return [self.criterion, *(c for c in compared if type(c) is not type(self.criterion))]
 
 
 def raw_outputs(scores: pl.DataFrame, features: Floats, exit_layers: list[int], exit_0: bool) -> HeadOutputs:
-    """What a score table says, before calibration.
+    """Uncalibrated outputs of a score table's n rows at exit 0, where it is a head, and at these ascending layers.
 
-    Args:
-        scores: n rows of a score table (logit_<layer>).
-        features: (n, F) features of the same rows.
-        exit_layers: Layers of the heads, ascending.
-        exit_0: Whether exit 0 is a head.
+    `features` (n, F) are of the same rows.
     """
-    layers = [0, *exit_layers] if exit_0 else list(exit_layers)
+    layers = [0, *exit_layers] if exit_0 else exit_layers
     logits = torch.from_numpy(scores.select(f"logit_{k}" for k in layers).cast(pl.Float64).to_numpy().copy())
     return HeadOutputs.of(layers, logits, torch.from_numpy(features))
 
 
 @dataclass(frozen=True)
 class ExitPlan:
-    """How candidates leave.
-
-    Attributes:
-        calibration: Per head, exit 0 first where there is a exit 0.
-        policy: A fitted criterion with its thresholds.
-        exit_0: Whether exit 0 is a head.
-    """
+    """How candidates leave: a calibration per head, exit 0 first where `exit_0`, and a fitted policy."""
 
     calibration: Calibration
     policy: Policy
@@ -138,63 +116,66 @@ class ExitPlan:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """(K,) layers of the heads, 0 first where there is a exit 0."""
+        """(K,) layers of the heads, 0 first where exit 0 is one of them."""
         return self.policy.layers
-
-    def outputs(self, scores: pl.DataFrame, features: Floats) -> HeadOutputs:
-        """Calibrated outputs of a score table's rows. Arguments as in `raw_outputs`."""
-        raw = raw_outputs(scores, features, [k for k in self.layers if k > 0], self.exit_0)
-        return self.calibrated(raw)
-
-    def calibrated(self, raw: HeadOutputs) -> HeadOutputs:
-        """The same rows with calibrated logits; the first heads alone will do."""
-        return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.retrieved)
-
-    def emitted(self, outputs: HeadOutputs) -> tuple[Tensor, Tensor]:
-        """Per row of calibrated outputs: the layer it leaves at, (n,) int64, and the logit it leaves with, (n,)."""
-        index = self.policy.exits(outputs)
-        layer = torch.tensor(self.layers)[index]
-        return layer, outputs.logits.gather(1, index[:, None]).squeeze(1)
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint: tensors, numbers and text only."""
-        criterion = self.policy.criterion
-        return {
-            "layers": list(self.layers),
-            "exit_0": self.exit_0,
-            "calibration": self.calibration.values,
-            "thresholds": self.policy.thresholds,
-            "criterion": specification(criterion),
-            "fitted": criterion.state(),
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> ExitPlan:
-        """From what `state` gave."""
-        criterion = _criterion(state["criterion"])
-        criterion.load(state["fitted"])
-        layers = tuple(state["layers"])
-        policy = Policy(criterion, state["thresholds"], layers)
-        return cls(Calibration(layers, state["calibration"]), policy, state["exit_0"])
 
     @property
     def criterion(self) -> str:
         """Name of the criterion in result files."""
         return name(self.policy.criterion)
 
+    def outputs(self, scores: pl.DataFrame, features: Floats) -> HeadOutputs:
+        """Calibrated outputs of a score table's n rows with these features (n, F)."""
+        return self.calibrated(raw_outputs(scores, features, [k for k in self.layers if k > 0], self.exit_0))
+
+    def calibrated(self, raw: HeadOutputs) -> HeadOutputs:
+        """The same rows with calibrated logits."""
+        return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.retrieved)
+
+    def emitted(self, outputs: HeadOutputs) -> tuple[Tensor, Tensor]:
+        """Per row of calibrated outputs: the layer it leaves at, (n,) int64, and the logit it leaves with, (n,)."""
+        index = self.policy.exits(outputs)
+        return torch.tensor(self.layers)[index], outputs.logits.gather(1, index[:, None]).squeeze(1)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: tensors, numbers and text only."""
+        return {
+            "layers": list(self.layers),
+            "exit_0": self.exit_0,
+            "calibration": self.calibration.values,
+            "thresholds": self.policy.thresholds,
+            "criterion": specification(self.policy.criterion),
+            "fitted": dict(self.policy.criterion.tensors),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> ExitPlan:
+        """From what `state` gave; the criterion's class is imported by its path."""
+        path, layers = state["criterion"]["class_path"], tuple(state["layers"])
+        module, _, kind = str(path).rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), kind, None)
+        except ImportError:
+            found = None
+        if not (isinstance(found, type) and issubclass(found, Criterion)):
+            raise ConfigError(
+                f"the checkpoint's exit criterion is {path!r}, which is no Criterion that can be imported; "
+                "install the package it comes from, or run the command calibrate again"
+            )
+        criterion: Criterion = found(**state["criterion"]["init_args"])
+        criterion.tensors = state["fitted"]
+        policy = Policy(criterion, state["thresholds"], layers)
+        return cls(Calibration(layers, state["calibration"]), policy, state["exit_0"])
+
 
 @dataclass(frozen=True)
 class Plans:
     """The plans of a run, as its checkpoint keeps them.
 
-    Attributes:
-        plan: In use.
-        static_exit: Layer of its honest static exit.
-        without: The same run's without exit 0, at the budget's step: for comparison.
-        static_without: Layer of that plan's static exit.
-        certified: The fastest plan that the certificate reached; None where its first test failed, or in a checkpoint
-            of a version that did not look for one.
-        document: Body of results/calibrate.json; from a checkpoint, its `certificate` alone.
+    `plan` is in use, `without` is the same run's without exit 0 at the budget's step, for comparison, `certified` the
+    fastest that the certificate reached, None where its first test failed. `static_exit` and `static_without` are the
+    layers of the static exits of equal accuracy. `document` is the body of results/calibrate.json; from a checkpoint,
+    its `certificate` alone.
     """
 
     plan: ExitPlan
@@ -219,8 +200,7 @@ class Plans:
     def from_state(cls, state: Mapping[str, Any]) -> Plans:
         """From what `state` gave."""
         plan, without = (ExitPlan.from_state(state[key]) for key in ("plan", "without"))
-        known = state.get("certified")
-        certified = None if known is None else ExitPlan.from_state(known)
+        certified = None if state["certified"] is None else ExitPlan.from_state(state["certified"])
         document = {"certificate": json.loads(state["certificate"])}
         return cls(plan, state["static_exit"], without, state["static_without"], certified, document)
 
@@ -228,84 +208,55 @@ class Plans:
 def specification(criterion: Criterion) -> dict[str, Any]:
     """Class path and constructor arguments: what makes two criteria equal before they are fitted."""
     kind = type(criterion)
-    names = list(inspect.signature(kind).parameters)
     return {
         "class_path": f"{kind.__module__}.{kind.__qualname__}",
-        "init_args": {n: getattr(criterion, n) for n in names},
+        "init_args": {key: getattr(criterion, key) for key in inspect.signature(kind).parameters},
     }
 
 
-def _criterion(spec: Mapping[str, Any]) -> Criterion:
-    module, _, kind = str(spec["class_path"]).rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), kind, None)
-    except ImportError:
-        found = None
-    if not (isinstance(found, type) and issubclass(found, Criterion)):
-        raise ConfigError(
-            f"the checkpoint's exit criterion is {spec['class_path']!r}, which is no Criterion that can be imported; "
-            "install the package it comes from, or run the command calibrate again"
-        )
-    made: Criterion = found(**spec["init_args"])
-    return made
-
-
-def asked_of_fold(settings: ExitSettings) -> dict[str, Any]:
+def certified_settings(settings: ExitSettings) -> dict[str, Any]:
     """By YAML key, what is promised and what decides which policies are tested for it, in which order.
 
-    Budget and exit 0 choose these policies on `tune`: with others, another policy asks the same fold. What has no part
-    in the choice is left out.
-
-    Args:
-        settings: A run's.
+    Budget and exit 0 choose these policies on `tune`: with others, another policy is tested on the same fold. What has
+    no part in the choice is left out.
     """
     compared = settings.criteria() if settings.criterion is None else [settings.criterion]
-    found: dict[str, Any] = {
-        "criterion": [_in_short(criterion) for criterion in compared],
-        **{key: getattr(settings, key) for key in ("mode", "exit_0", "prefix_cached")},
-    }
-    if (
-        settings.mode == "budget" or len(compared) > 1
-    ):  # risk walks the whole path of a criterion that is given
-        found |= {key: getattr(settings, key) for key in ("max_auc_drop", "alpha", "max_cost")}
-    if settings.certificate is not None:
-        found |= {f"certificate.{key}": value for key, value in asdict(settings.certificate).items()}
-    return {f"exits.{key}": value for key, value in found.items()}
+    keys = ["mode", "exit_0", "prefix_cached"]
+    # in risk mode the whole path of a criterion that is given is walked, whatever the budget
+    if settings.mode == "budget" or len(compared) > 1:
+        keys += ["max_auc_drop", "alpha", "max_cost"]
+    in_short = []  # such as consistency(heads=2)
+    for criterion in compared:
+        arguments = specification(criterion)["init_args"]
+        in_short.append(f"{name(criterion)}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})")
+    promise = {} if settings.certificate is None else asdict(settings.certificate)
+    return (
+        {"exits.criterion": in_short}
+        | {f"exits.{key}": getattr(settings, key) for key in keys}
+        | {f"exits.certificate.{key}": value for key, value in promise.items()}
+    )
 
 
 def admit(
     issued: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], protocol_hash: str
 ) -> list[dict[str, Any]]:
-    """The ledger with one more certificate; the identical one is recorded once.
+    """The ledger `issued` with one more certificate on the protocol's fold; the identical one is recorded once.
 
-    Args:
-        issued: `ledger` of the run's result file.
-        settings: All that decides what is tested, by YAML key. Keys that an issued certificate does not have are not
-            held against it.
-        protocol_hash: Hash of the protocol whose `certify` fold is read.
-
-    Raises:
-        ConfigError: A certificate with other settings was issued on the fold.
+    `settings` is all that decides what is tested, by YAML key; a key that an issued certificate lacks is not held
+    against it. A certificate with other settings on the same fold is refused.
     """
     new = {"protocol_hash": protocol_hash, "settings": dict(settings)}
-    ledger: list[dict[str, Any]] = []
-    for record in (*issued, new):
-        if record not in ledger:
-            ledger.append(dict(record))
-        if record["protocol_hash"] != protocol_hash:
-            continue
+    for record in issued:
         was = record["settings"]
         changed = [k for k, value in settings.items() if k in was and was[k] != value]
-        if changed:
-            said = ", ".join(f"{key} {was[key]!r} -> {settings[key]!r}" for key in changed)
+        if changed and record["protocol_hash"] == protocol_hash:
+            differences = ", ".join(f"{key} {was[key]!r} -> {settings[key]!r}" for key in changed)
             raise ConfigError(
-                f"a certificate was already issued on this certify fold with other settings ({said}): asking twice "
-                "voids delta. Keep the settings, or train a new run and fix them before the fold is read"
+                f"a certificate was already issued on this certify fold with other settings ({differences}): asking "
+                "twice voids delta. Keep the settings, or train a new run and fix them before the fold is read"
             )
+    ledger: list[dict[str, Any]] = []
+    for entry in (*issued, new):
+        if entry not in ledger:
+            ledger.append(dict(entry))
     return ledger
-
-
-def _in_short(criterion: Criterion) -> str:
-    """Such as consistency(heads=2)."""
-    arguments = specification(criterion)["init_args"]
-    return f"{name(criterion)}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"

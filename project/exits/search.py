@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,139 +13,124 @@ from scipy.stats import rankdata
 from scipy.stats import t as student
 from torch import Tensor
 
-from project.errors import DataError
-from project.exits.cost import mean_depth, row_cost, row_tokens
 from project.exits.criteria import HeadOutputs
-from project.exits.policy import FixedDepth, Oracle, RandomExit, leave
-from project.metrics import auc, probabilities
+from project.exits.policy import leave, oracle_exits, random_exits
+from project.metrics import Floats, Ints, auc, probabilities
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Heads = NDArray[np.int16]  # many vectors are held at once
-
-JUMPS = (1, 2, 4)  # how many shares a head may move at once; greedy by single shares gets stuck
+SHARES = 20  # thresholds of a head's grid; they are denser where few rows leave
+STEPS = (1, 2, 4)  # how many thresholds a head may move at once; greedy by single ones gets stuck
 TEACHER_DEVIATION = 0.2
-"""exit 0 deviation of the weight of an earlier head in the teacher: 0 is the last head alone."""
+"""Prior deviation of the weight of an earlier head in the teacher: 0 is the last head alone."""
 FREE = 1e-7  # AUC losses below this are no loss, and the larger saving wins
+ORACLE_TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 1.0)
+RANDOM_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
+STATIC_TOLERANCE = 0.002
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
-    """A vector of thresholds and what it does.
+class Step:
+    """One step of a path, as measured on the fold tune: thresholds (K,) and what they do.
 
-    Attributes:
-        thresholds: (K,), the last -inf.
-        cost: Token-layers relative to full depth, in [0, 1].
-        expected_auc: By the teacher.
-        exits: (n,) heads at which the rows leave.
+    `cost` is token-layers relative to full depth, `auc_drop` the AUC of full depth minus `auc`, `expected_auc` the AUC
+    if labels were drawn from the teacher's probabilities. It falls from step to step, but for the first one: leaving
+    early can be better than full depth.
     """
 
     thresholds: Tensor
     cost: float
+    mean_depth: float
+    auc: float
+    auc_drop: float
     expected_auc: float
-    exits: Heads
+
+    def point(self) -> dict[str, float]:
+        """The step as a point of a Pareto curve in a result file."""
+        return {"cost": self.cost, "mean_depth": self.mean_depth, "auc": self.auc, "auc_drop": self.auc_drop}
 
 
-class Search:
-    """Vectors of thresholds, tried on labelled rows.
+Path = tuple[Step, ...]
+"""Steps of falling cost; the first is full depth, where nobody leaves early."""
 
-    Args:
-        confidence: (n, K).
-        scores: (n, K) calibrated logits.
-        labels: (n,) 0 or 1, both there.
-        layers: (K,).
-        tokens: (n,) that run in every layer.
+
+class _Tried(NamedTuple):
+    cost: float
+    expected_auc: float
+    thresholds: Tensor
+
+
+def threshold_path(
+    confidence: Tensor, scores: Tensor, labels: ArrayLike, layers: Sequence[int], tokens: Tensor
+) -> Path:
+    """Greedy by cost saved per expected AUC lost, then pruned to what nothing cheaper and better dominates.
+
+    `confidence` and the calibrated logits `scores` are (n, K) of the rows of tune, confidence out-of-fold where the
+    criterion learns; `tokens` (n,) run in every layer, see `row_tokens`.
     """
+    known, logits = confidence.detach().double().cpu(), _numbers(scores)
+    truth, depths = np.asarray(labels, dtype=np.float64), np.asarray(layers, dtype=np.float64)
+    rows, likes, weights = np.arange(len(logits)), _teacher(logits, truth), _numbers(tokens)
+    cost = weights[:, None] * depths / (float(weights.sum() * depths[-1]) or 1.0)
 
-    def __init__(
-        self, confidence: Tensor, scores: Floats, labels: Floats, layers: Floats, tokens: Floats
-    ) -> None:
-        self._confidence, self._scores, self._labels = confidence, scores, labels
-        self._rows: Ints = np.arange(len(scores))
-        self._positive = _teacher(scores, labels)
-        self._cost = tokens[:, None] * layers / (float(tokens.sum() * layers[-1]) or 1.0)
+    def tried(thresholds: Tensor, head: int | None = None, threshold: float = 0.0) -> _Tried:
+        """These thresholds, one of them replaced."""
+        if head is not None:
+            thresholds = thresholds.clone()
+            thresholds[head] = threshold
+        exits = leave(known, thresholds).numpy()
+        # expected AUC: share of pairs in order where row i is liked with probability q_i, ties in order of rows
+        liked = likes[logits[rows, exits].argsort(kind="stable")]
+        disliked = 1.0 - liked
+        below = disliked.cumsum() - disliked  # a row makes no pair with itself
+        pairs = liked.sum() * disliked.sum() - liked @ disliked
+        return _Tried(float(cost[rows, exits].sum()), float(liked @ below / pairs), thresholds)
 
-    def member(self, thresholds: Tensor) -> Member:
-        """What these (K,) thresholds do."""
-        exits: Heads = leave(self._confidence, thresholds).numpy().astype(np.int16)
-        return Member(
-            thresholds, float(self._cost[self._rows, exits].sum()), self._expected_auc(exits), exits
-        )
-
-    def auc(self, member: Member) -> float:
-        """AUC by labels."""
-        value = auc(self._scores[self._rows, member.exits], self._labels)
-        if value is None:
-            raise AssertionError("threshold_path has looked that both classes are there")
-        return value
-
-    def greedy(self, grids: list[list[float]]) -> list[Member]:
-        """From nobody leaves early, always the move with the most cost saved per expected AUC lost.
-
-        A move opens one head further: by some thresholds of its grid, or to everybody. Rows only ever leave earlier.
-
-        Args:
-            grids: Falling thresholds of every head but the last.
-        """
-        # 1. nobody leaves early
-        place = [0] * len(grids)
-        here = self.member(torch.tensor([*(grid[0] for grid in grids), -torch.inf], dtype=torch.float64))
-        found = [here]
-        while True:
-            # 2. every move from here: one head, a few thresholds further or to its last
-            moves = [
-                (head, rung)
-                for head, grid in enumerate(grids)
-                for rung in {*(place[head] + jump for jump in JUMPS), len(grid) - 1}
-                if place[head] < rung < len(grid)
-            ]
-            tried = [self._moved(here, head, grids[head][rung]) for head, rung in moves]
-            # 3. the one that saves most for what it loses
-            rates = [(here.cost - m.cost) / max(here.expected_auc - m.expected_auc, FREE) for m in tried]
-            best = int(np.argmax(rates)) if rates else 0
-            # 4. a head that no row reaches saves nothing: such moves end the search, nothing is left to save
-            if not rates or rates[best] <= 0:
-                return found
-            place[moves[best][0]] = moves[best][1]
-            here = tried[best]
-            found.append(here)
-
-    def static(self, grids: list[list[float]]) -> list[Member]:
-        """Everyone leaves at k, for every k at which the criterion can decide."""
-        nobody = torch.tensor([torch.inf] * len(grids) + [-torch.inf], dtype=torch.float64)
-        return [self.member(_opened(nobody, k, -torch.inf)) for k, grid in enumerate(grids) if len(grid) > 1]
-
-    def _moved(self, start: Member, head: int, threshold: float) -> Member:
-        return self.member(_opened(start.thresholds, head, threshold))
-
-    def _expected_auc(self, exits: Heads) -> float:
-        """Share of pairs in order where row i is positive with probability q_i, ties in order of rows."""
-        scores = self._scores[self._rows, exits]
-        positive = self._positive[scores.argsort(kind="stable")]
-        negative = 1.0 - positive
-        below = negative.cumsum() - negative  # a row makes no pair with itself
-        pairs = positive.sum() * negative.sum() - positive @ negative
-        return float(positive @ below / pairs)
+    # 1. nobody leaves early
+    grids = [threshold_grid(known[:, head].numpy()) for head in range(len(layers) - 1)]
+    nobody = torch.tensor([torch.inf] * len(grids) + [-torch.inf], dtype=torch.float64)
+    full = here = tried(nobody)
+    found, place = list[_Tried](), [0] * len(grids)
+    # 2. every move from here: one head, a few thresholds further or to its last; rows only ever leave earlier
+    while moves := [
+        (head, to)
+        for head, grid in enumerate(grids)
+        for to in {*(place[head] + step for step in STEPS), len(grid) - 1}
+        if place[head] < to < len(grid)
+    ]:
+        options = [tried(here.thresholds, head, grids[head][to]) for head, to in moves]
+        # 3. take the one that saves most for the expected AUC it loses
+        rates = [(here.cost - o.cost) / max(here.expected_auc - o.expected_auc, FREE) for o in options]
+        best = int(np.argmax(rates))
+        if rates[best] <= 0:  # a head that no row reaches saves nothing
+            break
+        head, to = moves[best]
+        place[head], here = to, options[best]
+        found.append(here)
+    # 4. everyone leaves at k, for every k at which the criterion can decide
+    found += [tried(nobody, k, -torch.inf) for k, grid in enumerate(grids) if len(grid) > 1]
+    # 5. by falling cost, keep what has more expected AUC than all that is cheaper
+    kept, most = list[_Tried](), -np.inf
+    for option in sorted(found, key=lambda o: (o.cost, -o.expected_auc)):
+        if option.cost < full.cost and option.expected_auc > most:
+            kept.append(option)
+            most = option.expected_auc
+    # 6. measure by labels
+    path = list[Step]()
+    for option in (full, *reversed(kept)):
+        exits = leave(known, option.thresholds).numpy()
+        value, depth = auc(logits[rows, exits], truth), float(depths[exits].mean())
+        assert value is not None  # calibration has refused one class
+        drop = path[0].auc - value if path else 0.0
+        path.append(Step(option.thresholds, option.cost, depth, value, drop, option.expected_auc))
+    return tuple(path)
 
 
-def _opened(thresholds: Tensor, head: int, threshold: float) -> Tensor:
-    found = thresholds.clone()
-    found[head] = threshold
-    return found
-
-
-def threshold_grid(confidence: Floats, steps: int) -> list[float]:
-    """Thresholds of a head: +inf, then such that a rising share of all rows is safe, at last -inf.
-
-    Args:
-        confidence: (n,) at this head.
-        steps: Shares; they are denser where few rows leave.
-    """
+def threshold_grid(confidence: Floats) -> list[float]:
+    """Thresholds of a head by its confidence (n,): +inf, then ever more rows leave, at last -inf."""
     ordered = np.sort(confidence)[::-1]
     ordered = ordered[ordered > -np.inf]
     if not ordered.size:
         return [np.inf]  # the criterion cannot decide here
-    last = np.round(confidence.size * (np.arange(1, steps) / steps) ** 1.5).astype(np.int64)
+    last = np.round(confidence.size * (np.arange(1, SHARES) / SHARES) ** 1.5).astype(np.int64)
     last = last[(last > 0) & (last < ordered.size)]
     middle = (ordered[last - 1] + ordered[last]) / 2
     return [np.inf, *np.unique(middle)[::-1].tolist(), -np.inf]
@@ -154,8 +139,8 @@ def threshold_grid(confidence: Floats, steps: int) -> list[float]:
 def _teacher(scores: Floats, labels: Floats) -> Floats:
     """P(label = 1) from all heads: logit_K + sum of w_k (logit_k - logit_K), w_k ~ N(0, .2^2), Newton.
 
-    Where the last head says all there is to say, w stays near 0; where heads err independently, their mean is
-    the better judge, and judging by the last head alone would call every other opinion an error.
+    Where the last head says all there is to say, w stays near 0. Where heads err independently, their mean is better,
+    and the last head alone would count every other opinion as an error.
     """
     design = scores[:, :-1] - scores[:, -1:]
     ridge = np.eye(design.shape[1]) / TEACHER_DEVIATION**2
@@ -167,113 +152,12 @@ def _teacher(scores: Floats, labels: Floats) -> Floats:
     return probabilities(scores[:, -1] + design @ weights)
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One member of the path, as measured on `tune`.
-
-    Attributes:
-        thresholds: (K,) float64, last one -inf.
-        cost: Token-layers relative to full depth, in [0, 1].
-        mean_depth: Mean layer at which rows leave.
-        auc: AUC by labels.
-        auc_drop: AUC of full depth minus `auc`.
-        expected_auc: AUC if labels were drawn from the teacher's probabilities; it falls from step to step, but
-            for the first step: leaving early can be better than full depth.
-    """
-
-    thresholds: Tensor
-    cost: float
-    mean_depth: float
-    auc: float
-    auc_drop: float
-    expected_auc: float
-
-    def point(self) -> dict[str, float]:
-        """What a Pareto curve in a result file says."""
-        return {"cost": self.cost, "mean_depth": self.mean_depth, "auc": self.auc, "auc_drop": self.auc_drop}
-
-
-Path = tuple[Step, ...]
-"""Steps of falling cost; the first is full depth, where nobody leaves early."""
-
-
-def threshold_path(
-    confidence: Tensor,
-    scores: Tensor,
-    labels: ArrayLike,
-    layers: Sequence[int],
-    target_tokens: Tensor,
-    stream_tokens: Tensor,
-    prefix_cached: bool = False,
-    steps: int = 20,
-) -> Path:
-    """Greedy by cost saved per expected AUC lost, then pruned to what nothing cheaper and better dominates.
-
-    A move opens one head further: to one of its next shares of safest rows, or to everybody. Rows of one move
-    only ever leave earlier. "Everyone leaves at k" competes for every k at which the criterion can decide.
-
-    Args:
-        confidence: (n, K) confidence of the rows of `tune`, out-of-fold where the criterion learns.
-        scores: (n, K) calibrated logits.
-        labels: (n,) 0 or 1.
-        layers: (K,) layer of each head.
-        target_tokens: (n,) tokens of a row's own.
-        stream_tokens: (n,) tokens of its stream.
-        prefix_cached: Whether the history's tokens cost nothing.
-        steps: Shares per head; they are denser where few rows leave.
-
-    Returns:
-        Steps of falling cost, the first of which is full depth (nobody leaves early).
-
-    Raises:
-        DataError: One class, or confidence that is NaN.
-    """
-    _check(confidence, labels, layers)
-    depths, tokens = (
-        np.asarray(layers, dtype=np.float64),
-        row_tokens(target_tokens, stream_tokens, prefix_cached),
-    )
-    known = confidence.detach().double().cpu()
-    search = Search(known, _numbers(scores), np.asarray(labels, dtype=np.float64), depths, _numbers(tokens))
-    grids = [threshold_grid(known[:, head].numpy(), steps) for head in range(len(layers) - 1)]
-    return _pruned([*search.greedy(grids), *search.static(grids)], search, depths)
-
-
-def _numbers(values: Tensor) -> Floats:
-    found: Floats = values.detach().double().cpu().numpy()
-    return found
-
-
-def _check(confidence: Tensor, labels: ArrayLike, layers: Sequence[int]) -> None:
-    if confidence.isnan().any():
-        head = int(confidence.isnan().any(dim=0).int().argmax())
-        raise DataError(
-            f"the criterion's confidence is NaN at the exit at layer {layers[head]} on rows of the fold tune, expected "
-            "a number, or -inf where it cannot decide: its inputs are NaN, so train again with a lower "
-            "model.optim.learning_rate, or a criterion of your own makes it so"
-        )
-    if np.unique(np.asarray(labels)).size < 2:
-        raise DataError(
-            "thresholds need both classes in the fold tune, found one: use more validation data or another "
-            "data.protocol.label"
-        )
-
-
 def budget_steps(path: Path, drops: Floats, max_auc_drop: float | None, max_cost: float | None) -> Ints:
-    """The step that a budget chooses, for each of D opinions on what the steps lose; -1 where none keeps it.
+    """The step that a budget chooses by each row of AUC drops, or upper bounds of them, (D, S) -> (D,); -1: none.
 
-    With `max_auc_drop` the path is walked from its safe end, and the first step whose drop or expected drop is larger
+    With `max_auc_drop` the path is walked from full depth on, and the first step whose drop or expected drop is larger
     ends the walk: a luckier one behind it does not count. The last step before must keep `max_cost`, if there is one.
     With `max_cost` alone it is the first step that costs no more, as AUC falls along the path.
-
-    Args:
-        path: From `threshold_path`.
-        drops: (D, S) AUC drop of the S steps, or an upper bound of it.
-        max_auc_drop: Largest drop of AUC, at least 0.
-        max_cost: Largest share of full depth's token-layers.
-
-    Returns:
-        (D,).
     """
     cost = np.array([step.cost for step in path])
     if max_auc_drop is None:
@@ -289,17 +173,11 @@ def budget_steps(path: Path, drops: Floats, max_auc_drop: float | None, max_cost
 def user_influences(
     path: Path, confidence: Tensor, scores: Tensor, labels: ArrayLike, users: ArrayLike
 ) -> Floats:
-    """Every user's part in the error of what the steps lose, (S, U); the parts of a step sum to 0.
+    """Every user's part in the error of the steps' AUC drops, (S, U); the parts of a step sum to 0.
 
     By structural components (DeLong et al. 1988) summed by user (Obuchowski 1997): in a sample where user u comes m_u
-    times, the AUC drops are about auc_drop + influence @ m.
-
-    Args:
-        path: S steps, from `threshold_path`.
-        confidence: (n, K) that the path was made with.
-        scores: (n, K) calibrated logits.
-        labels: (n,) 0 or 1.
-        users: (n,), U of them.
+    times, the AUC drops are about auc_drop + influence @ m. `confidence` and `scores` are (n, K), as the path was made
+    with.
     """
     positive, (_, user) = np.asarray(labels) == 1, np.unique(np.asarray(users), return_inverse=True)
     pairs = np.where(positive, positive.sum(), (~positive).sum())
@@ -316,10 +194,6 @@ def bound_margins(influences: Floats, alpha: float) -> Floats:
 
     Few users who are badly served make losses skewed to the right, where t alone is too low: Johnson (1978, Modified t
     tests and confidence intervals for asymmetrical populations) adds skewness (1 + 2 t^2) / (6 sqrt(U)) errors.
-
-    Args:
-        influences: (S, U) from `user_influences`.
-        alpha: In (0, .5].
     """
     users = influences.shape[1]
     if users < 2:
@@ -342,158 +216,46 @@ def _components(scores: Floats, positive: NDArray[np.bool_]) -> Floats:
     return found
 
 
-def _pruned(members: list[Member], search: Search, layers: Floats) -> Path:
-    """Full depth, the first member, then by falling cost what has more expected AUC than all that is cheaper."""
-    full = members[0]
-    best = search.auc(full)
-
-    def step(member: Member) -> Step:
-        value, depth = search.auc(member), float(layers[member.exits].mean())
-        return Step(member.thresholds, member.cost, depth, value, best - value, member.expected_auc)
-
-    kept, most = list[Step](), -np.inf
-    for member in sorted(members[1:], key=lambda m: (m.cost, -m.expected_auc)):
-        if member.cost < full.cost and member.expected_auc > most:
-            kept.append(step(member))
-            most = member.expected_auc
-    return (step(full), *reversed(kept))
+def _numbers(values: Tensor) -> Floats:
+    found: Floats = values.detach().double().cpu().numpy()
+    return found
 
 
-ORACLE_TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 1.0)
-RANDOM_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
-STATIC_TOLERANCE = 0.002
-
-
-class Leaves(Protocol):
-    """A policy or a control."""
-
-    def exits(self, outputs: HeadOutputs) -> Tensor:
-        """Index of the head at which each row leaves, (n,) int64."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class ScoredRows:
-    """n rows with what it takes to judge a policy on them.
-
-    Attributes:
-        outputs: Calibrated outputs of all K heads.
-        labels: (n,) 0 or 1.
-        target_tokens: (n,) tokens of a row's own.
-        stream_tokens: (n,) tokens of its stream.
-        prefix_cached: Whether the history's tokens cost nothing.
-    """
-
-    outputs: HeadOutputs
-    labels: ArrayLike
-    target_tokens: Tensor
-    stream_tokens: Tensor
-    prefix_cached: bool = False
-
-    def scores(self, exits: Tensor) -> Tensor:
-        """(n,) the calibrated logit each row leaves with."""
-        return self.outputs.logits.gather(1, exits[:, None]).squeeze(1)
-
-    def depth(self, exits: Tensor) -> Tensor:
-        """(n,) the layer each row leaves at."""
-        return torch.tensor(self.outputs.layers, device=exits.device)[exits]
-
-    def token_layers(self, exits: Tensor) -> Tensor:
-        """(n,) what each row costs as a request of its own."""
-        return row_cost(self.depth(exits), self.target_tokens, self.stream_tokens, self.prefix_cached)
-
-
-def point(rows: ScoredRows, exits: Tensor) -> dict[str, Any]:
-    """One point of a curve.
-
-    Args:
-        rows: The n rows.
-        exits: (n,) index of the head at which each leaves.
-
-    Returns:
-        `cost` (token-layers relative to full depth), `mean_depth`, `auc` and `auc_drop` from full depth, the
-        last two None where a class is missing.
-    """
-    last = torch.full_like(exits, rows.outputs.heads - 1)
-    whole = float(rows.token_layers(last).sum())
-    labels = np.asarray(rows.labels)
-    best, value = (auc(rows.scores(e).cpu().numpy(), labels) for e in (last, exits))
+def point(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor, exits: Tensor) -> dict[str, Any]:
+    """Point of a Pareto curve for n rows that leave at these heads (n,): `cost`, `mean_depth`, `auc`, `auc_drop`."""
+    layers = torch.tensor(outputs.layers)
+    whole = float((layers[-1] * tokens).sum())
+    adaptive = outputs.logits.gather(1, exits[:, None]).squeeze(1)
+    best, value = (auc(x.cpu().numpy(), np.asarray(labels)) for x in (outputs.logits[:, -1], adaptive))
     return {
-        "cost": float(rows.token_layers(exits).sum()) / whole if whole else 1.0,
-        "mean_depth": mean_depth(rows.depth(exits)),
+        "cost": float((layers[exits] * tokens).sum()) / whole if whole else 1.0,
+        "mean_depth": float(layers[exits].double().mean()),
         "auc": value,
         "auc_drop": None if best is None or value is None else best - value,
     }
 
 
-def curve(rows: ScoredRows, policies: Iterable[Leaves]) -> list[dict[str, Any]]:
-    """Points of policies or controls, in their order."""
-    return [point(rows, policy.exits(rows.outputs)) for policy in policies]
+def static_curve(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor) -> list[dict[str, Any]]:
+    """Points of the static exits, where everyone leaves at one head, shallow first, each with its `layer`."""
+    return [
+        point(outputs, labels, tokens, torch.full((len(tokens),), head)) | {"layer": layer}
+        for head, layer in enumerate(outputs.layers)
+    ]
 
 
-def control_curves(
-    outputs: HeadOutputs,
-    labels: ArrayLike,
-    target_tokens: Tensor,
-    stream_tokens: Tensor,
-    prefix_cached: bool = False,
-    only: str | None = None,
-) -> list[dict[str, Any]]:
-    """Curves of the controls every policy is held against.
+def equal_accuracy_exit(static: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The static exit of equal accuracy: the shallowest point whose AUC is near the best one's."""
+    best = max(p["auc"] for p in static)
+    # 1e-12: a head that is exactly the tolerance below stays in, whatever the last bits say
+    return next(p for p in static if p["auc"] >= best - STATIC_TOLERANCE - 1e-12)
 
-    Args:
-        outputs: Calibrated outputs of n rows.
-        labels: (n,) 0 or 1.
-        target_tokens: (n,) tokens of a row's own.
-        stream_tokens: (n,) tokens of its stream.
-        prefix_cached: Whether the history's tokens cost nothing.
-        only: Name of the one control wanted; None: all.
 
-    Returns:
-        {`name`, `pareto`} of `fixed_depth` (one point per head, shallow first, each with its `layer`), `random`
-        (from nobody to everybody by lot) and `oracle` (from strict to lax).
+def control_curves(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor) -> list[dict[str, Any]]:
+    """Curves {`name`, `pareto`} of the controls that every policy is compared with, on n labelled rows.
+
+    `fixed_depth` are the static exits, `random` goes from nobody to everybody by lot, `oracle` from strict to lax.
     """
-    rows = ScoredRows(outputs, labels, target_tokens, stream_tokens, prefix_cached)
-    controls: dict[str, list[Leaves]] = {
-        "fixed_depth": [FixedDepth(k) for k in range(outputs.heads)],
-        "random": [RandomExit(share) for share in RANDOM_SHARES],
-        "oracle": [Oracle(tolerance) for tolerance in ORACLE_TOLERANCES],
-    }
-    found = {name: curve(rows, policies) for name, policies in controls.items() if only in (None, name)}
-    for layer, static in zip(outputs.layers, found.get("fixed_depth", []), strict=False):
-        static["layer"] = layer
-    return [{"name": name, "pareto": points} for name, points in found.items()]
-
-
-def cost_matched_auc(curve: Sequence[dict[str, Any]], cost: float) -> float | None:
-    """AUC of a curve at this cost, linear between its points and flat outside; None where one is undefined.
-
-    Between two static depths it is what sending a share of requests to either would score, about.
-    """
-    known = sorted((p["cost"], p["auc"]) for p in curve if p["auc"] is not None)
-    if not known or len(known) < len(curve):
-        return None
-    costs, values = zip(*known, strict=True)
-    return float(np.interp(cost, costs, values))
-
-
-def equal_accuracy_depth(scores: Tensor, labels: ArrayLike, tolerance: float = STATIC_TOLERANCE) -> int:
-    """Index of the honest static exit: the shallowest static head whose AUC is near the best head's.
-
-    Args:
-        scores: (n, K) logits of every head.
-        labels: (n,) 0 or 1.
-        tolerance: Largest AUC below the best.
-
-    Raises:
-        DataError: One class.
-    """
-    values = [auc(column.cpu().numpy(), np.asarray(labels)) for column in scores.unbind(dim=1)]
-    known = [value for value in values if value is not None]
-    if not known:
-        raise DataError(
-            f"the best static depth needs labels of both classes, found one class in {scores.shape[0]} rows; use "
-            "more validation data or another data.protocol.label"
-        )
-    # 1e-12: a head that is exactly `tolerance` below stays in, whatever the last bits say
-    return next(k for k, value in enumerate(known) if value >= max(known) - tolerance - 1e-12)
+    lots = [point(outputs, labels, tokens, random_exits(outputs, share)) for share in RANDOM_SHARES]
+    oracle = [point(outputs, labels, tokens, oracle_exits(outputs, limit)) for limit in ORACLE_TOLERANCES]
+    curves = {"fixed_depth": static_curve(outputs, labels, tokens), "random": lots, "oracle": oracle}
+    return [{"name": name, "pareto": points} for name, points in curves.items()]

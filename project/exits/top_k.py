@@ -1,8 +1,7 @@
 """Exits for ranking requests: a candidate leaves when it can no longer reach the list of the best k.
 
-Unusual here: what counts is order within a request, so margins are quantiles of how much candidates still
-move *against each other* (deviation from the last head, centred per request). No labels are needed: the full
-model's list is the truth. Ragged requests are padded into a rectangle once; there is no loop over requests.
+Order within a request is all that counts, so margins are quantiles of how much candidates still move against each
+other. No labels are needed: the full model's list is the truth.
 """
 
 from __future__ import annotations
@@ -10,53 +9,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from project.errors import ConfigError, DataError
 from project.exits.criteria import HeadOutputs
 
 
 class TopK:
     """At every head, candidates further below the k-th best than the head's margin leave.
 
-    Args:
-        k: Length of the list.
-        margins: (K,) in calibrated logits, at least 0; +inf: nobody leaves there. The last head's is not used:
-            whoever gets there has run to the end.
+    `margins` are (K,) in calibrated logits, at least 0; +inf: nobody leaves there. The last head's is not used.
     """
 
     def __init__(self, k: int, margins: Tensor) -> None:
-        if k < 1:
-            raise ConfigError(f"top_k: k is {k}, expected a list of at least 1 candidate")
-        if margins.ndim != 1 or not (margins >= 0).all():
-            raise ConfigError(
-                f"top_k: margins must be one number of at least 0 per exit, found {margins.tolist()}"
-            )
         self.k, self.margins = k, margins
 
     def stays(self, request: Tensor, scores: Tensor, head: int) -> Tensor:
-        """Which of the candidates still running stay after this head; what an engine calls at an exit.
+        """Which of m running candidates stay after this head, (m,) bool; at least k of each request do.
 
-        At least k of each request do. Where fewer than k run, all do.
-
-        Args:
-            request: (m,) request id of each candidate still running.
-            scores: (m,) their calibrated logits at this head.
-            head: Index of the head.
-
-        Returns:
-            (m,) bool.
+        `request` (m,) are their request ids, `scores` (m,) their calibrated logits at this head. An engine calls this
+        at an exit.
         """
-        table, place = _padded(request, scores)
+        table, (row, _) = _padded(request, scores)
         if table.shape[1] <= self.k or not scores.numel():
             return torch.ones_like(scores, dtype=torch.bool)
         worst = table.topk(self.k, dim=1).values[:, -1]
-        return scores >= worst[place[0]] - self.margins[head].to(scores)
+        return scores >= worst[row] - self.margins[head].to(scores)
 
     def exits(self, request: Tensor, outputs: HeadOutputs) -> Tensor:
         """Index of the head after which each of n candidates leaves, (n,) int64; in no order of requests."""
-        if self.margins.numel() != outputs.heads:
-            raise ConfigError(
-                f"top_k has {self.margins.numel()} margins, but there are {outputs.heads} exits"
-            )
         running = torch.arange(outputs.logits.shape[0], device=outputs.logits.device)
         exits = torch.full_like(running, outputs.heads - 1)
         for head in range(outputs.heads - 1):
@@ -67,21 +45,7 @@ class TopK:
 
 
 def fit_margins(request: Tensor, outputs: HeadOutputs, quantile: float) -> Tensor:
-    """Margins such that this share of candidates moves less until the last head, (K,).
-
-    Args:
-        request: (n,) request id of each candidate of `tune`.
-        outputs: Calibrated outputs of the n candidates.
-        quantile: In [0, 1]; 1 is the largest move seen.
-
-    Raises:
-        ConfigError: A quantile outside [0, 1].
-        DataError: No candidates.
-    """
-    if not 0 <= quantile <= 1:
-        raise ConfigError(f"top_k: the quantile of the margins is {quantile}, expected a share in [0, 1]")
-    if not request.numel():
-        raise DataError("top_k needs requests in the fold tune to fit margins on, found no candidate")
+    """Margins (K,) such that this share of the n candidates of tune moves less until the last head."""
     deviation = outputs.logits - outputs.logits[:, -1:]
     _, code = torch.unique(request, return_inverse=True)
     counts = torch.bincount(code).to(deviation)
@@ -92,26 +56,15 @@ def fit_margins(request: Tensor, outputs: HeadOutputs, quantile: float) -> Tenso
 
 
 def overlap_at_k(request: Tensor, scores: Tensor, full: Tensor, k: int) -> Tensor:
-    """Share of the full model's best k that are in the list's best k, per request, (r,), by ascending id.
+    """Share of the full model's best k that are among the best k by `scores`, per request, (r,), by ascending id.
 
-    Args:
-        request: (n,) request ids.
-        scores: (n,) what the list is sorted by; -inf is out of it.
-        full: (n,) the full model's scores.
-        k: Length of the lists; a request of fewer candidates is divided by their number.
+    All are (n,). A score of -inf is out of the list; a request of fewer candidates is divided by their number.
     """
     return _share(request, _listed(request, scores, k) & _listed(request, full, k), k)
 
 
 def precision_at_k(request: Tensor, scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Share of the list that was liked, per request, (r,), by ascending request id.
-
-    Args:
-        request: (n,) request ids.
-        scores: (n,) what the list is sorted by; -inf is out of it.
-        labels: (n,) 1 where liked; anything else (disliked, unknown) is not.
-        k: Length of the list; a request of fewer candidates is divided by their number.
-    """
+    """Share of the best k by `scores` whose label is 1, per request, (r,); otherwise as `overlap_at_k`."""
     return _share(request, _listed(request, scores, k) & (labels == 1), k)
 
 

@@ -18,7 +18,7 @@ from project.exits.criteria import (
     Ratio,
     RatioConsistency,
 )
-from project.metrics import auc
+from project.metrics import Pairs
 
 LAYERS = (0, 2, 4, 6, 8, 10, 12)
 CRITERIA: dict[str, Callable[[], Criterion]] = {
@@ -45,9 +45,9 @@ class World:
     layers: tuple[int, ...] = LAYERS
 
     @property
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """Target and stream tokens."""
-        return self.target_tokens, self.stream_tokens
+    def tokens(self) -> Tensor:
+        """Tokens that run in every layer, history not cached."""
+        return self.target_tokens + self.stream_tokens
 
     def outputs(self, calibration: Calibration) -> HeadOutputs:
         """Calibrated outputs of the rows."""
@@ -59,10 +59,11 @@ class World:
 
     def true_auc(self, scores: Tensor) -> float:
         """AUC of scores (n,) with every row counted as positive by its true probability: no label noise."""
-        weights = torch.cat([self.truth, 1 - self.truth])
-        value = auc(torch.cat([scores, scores]), torch.arange(len(weights)) < len(self.truth), weights)
-        assert value is not None
-        return value
+        weights = torch.cat([self.truth, 1 - self.truth]).double().numpy()
+        positive = (np.arange(len(weights)) < len(self.truth)).astype(np.float64)
+        return float(
+            Pairs(torch.cat([scores, scores]).double().numpy(), positive).weighted_auc(weights[None])[0]
+        )
 
 
 def make_world(n: int = 2000, seed: int = 0, users: int = 80, own_noise: float = 0.05) -> World:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from project.errors import ConfigError, DataError
+from project.errors import ConfigError
 from project.exits.calibration import fit_calibration
 from project.exits.cost import request_cost, row_cost
 from project.exits.criteria import HeadOutputs, ItemCount, Learned, Ratio, confidence_table
 from project.exits.plan import ExitPlan, specification
-from project.exits.policy import FixedDepth, Oracle, Policy, RandomExit, leave
-from project.exits.search import ScoredRows, control_curves, cost_matched_auc, curve, equal_accuracy_depth
+from project.exits.policy import Policy, leave, oracle_exits, random_exits
+from project.exits.search import control_curves, equal_accuracy_exit, point, static_curve
 from project.metrics import auc
 
 NEVER, ALWAYS = torch.inf, -torch.inf
@@ -63,7 +62,7 @@ class TestPolicy:
         criterion.fit(outputs)
         limits = limits_of(*[ALWAYS if head == k else NEVER for head in range(6)])
         found = Policy(criterion, limits, outputs.layers).exits(outputs)
-        assert torch.equal(found, FixedDepth(k).exits(outputs))
+        assert torch.equal(found, torch.full((600,), k))
 
     @pytest.mark.parametrize(
         "limits",
@@ -82,29 +81,20 @@ class TestPolicy:
 class TestControls:
     def test_random_shares(self, outputs):
         """A share of .25 per head reached: .25 leave at head 0, .75 * .25 = .1875 at head 1, within 4 sd of 600."""
-        found = RandomExit(0.25).exits(outputs)
+        found = random_exits(outputs, 0.25)
         assert (found == 0).double().mean() == pytest.approx(0.25, abs=0.071)
         assert (found == 1).double().mean() == pytest.approx(0.1875, abs=0.064)
-        assert torch.equal(found, RandomExit(0.25).exits(outputs))
-        assert not torch.equal(found, RandomExit(0.25, seed=1).exits(outputs))
-        assert (RandomExit(0.0).exits(outputs) == 6).all()
-        assert (RandomExit([0, 0, 1, 0, 0, 0]).exits(outputs) == 2).all()
+        assert torch.equal(found, random_exits(outputs, 0.25))
+        assert (random_exits(outputs, 0.0) == 6).all()
+        assert (random_exits(outputs, 1.0) == 0).all()
 
     def test_oracle_keeps_its_tolerance(self, outputs):
         """No row leaves further from the last head than the tolerance, and none could have left earlier."""
-        found = Oracle(0.03).exits(outputs)
+        found = oracle_exits(outputs, 0.03)
         drift = (outputs.probabilities - outputs.probabilities[:, -1:]).abs()
         assert (drift.gather(1, found[:, None]) <= 0.03).all()
         earlier = torch.arange(7) < found[:, None]
         assert (drift[earlier] > 0.03).all()
-
-    def test_bad_arguments(self, outputs):
-        with pytest.raises(ConfigError, match=r"\[0, 1\]"):
-            RandomExit(1.5)
-        with pytest.raises(ConfigError, match="2 shares for 6 heads"):
-            RandomExit([0.1, 0.2]).exits(outputs)
-        with pytest.raises(ConfigError, match=r"head 7.*0\.\.6"):
-            FixedDepth(7).exits(outputs)
 
 
 def test_plan_in_a_checkpoint(new_world: Callable[..., Any]) -> None:
@@ -141,7 +131,7 @@ def test_foreign_criterion_is_refused(world: Any, path: str) -> None:
 
 @pytest.mark.parametrize(("cached", "costs"), [(False, [440, 840, 0]), (True, [40, 240, 0])])
 def test_row_golden(cached, costs):
-    """Not cached: 4 (10 + 100), 12 (20 + 50), 0 at exit 0; cached: 4 * 10, 12 * 20, 0. One candidate is a row."""
+    """4 (10 + 100), 12 (20 + 50), 0 at exit 0; cached: 4 * 10, 12 * 20, 0. A request of one candidate is a row."""
     about = torch.tensor([4, 12, 0]), torch.tensor([10, 20, 30]), torch.tensor([100, 50, 70])
     assert row_cost(*about, cached).tolist() == costs
     assert request_cost(torch.arange(3), *about, cached).tolist() == costs
@@ -150,7 +140,7 @@ def test_row_golden(cached, costs):
 def test_request_golden():
     """Request 7: candidates at layers 2 and 6, 10 and 20 tokens, stream 100, which runs to layer 6: 600 + 20 + 120.
 
-    Request 3: one candidate at layer 4, 5 tokens, stream 50: 200 + 20. Cached, the histories' 600 and 200 are gone.
+    Request 3: one candidate at layer 4, 5 tokens, stream 50: 200 + 20. Warm, the streams' 600 and 200 are gone.
     """
     request = torch.tensor([7, 3, 7])
     layer, target, stream = torch.tensor([2, 4, 6]), torch.tensor([10, 5, 20]), torch.tensor([100, 50, 100])
@@ -164,9 +154,8 @@ def test_curve_golden():
     Scores 0, .4, 2, .5 against labels 0, 0, 1, 1: all four pairs in order, AUC 1, as at full depth; mean depth 3.
     """
     outputs = HeadOutputs.of((2, 4), torch.tensor([[0.1, 0.0], [0.4, 1.0], [0.2, 2.0], [0.5, 3.0]]))
-    rows = ScoredRows(outputs, [0, 0, 1, 1], torch.ones(4), torch.tensor([1, 3, 1, 3]))
-    some = SimpleNamespace(exits=lambda outputs: torch.tensor([1, 0, 1, 0]))
-    assert curve(rows, [some, FixedDepth(0)]) == [
+    rows = outputs, [0, 0, 1, 1], torch.tensor([2, 4, 2, 4])
+    assert [point(*rows, torch.tensor(exits)) for exits in ([1, 0, 1, 0], [0, 0, 0, 0])] == [
         {"cost": pytest.approx(2 / 3), "mean_depth": 3.0, "auc": 1.0, "auc_drop": 0.0},
         {"cost": 0.5, "mean_depth": 2.0, "auc": 0.75, "auc_drop": 0.25},
     ]
@@ -174,7 +163,7 @@ def test_curve_golden():
 
 def test_controls(world, outputs):
     """Static depths are the heads' own AUCs at cost layer / 12; all controls start or end at full depth."""
-    controls = {c["name"]: c["pareto"] for c in control_curves(outputs, world.labels, *world.tokens)}
+    controls = {c["name"]: c["pareto"] for c in control_curves(outputs, world.labels, world.tokens)}
     assert list(controls) == ["fixed_depth", "random", "oracle"]
     for k, p in enumerate(controls["fixed_depth"]):
         assert p["layer"] == p["mean_depth"] == world.layers[k]
@@ -186,17 +175,13 @@ def test_controls(world, outputs):
 
 
 def test_one_class_is_undefined(outputs, world):
-    point = curve(ScoredRows(outputs, world.labels * 0 + 1, *world.tokens), [FixedDepth(3)])[0]
-    assert (point["auc"], point["auc_drop"], point["mean_depth"]) == (None, None, 6.0)
-    assert cost_matched_auc([point], 0.5) is None
+    found = point(outputs, world.labels * 0 + 1, world.tokens, torch.full((600,), 3))
+    assert (found["auc"], found["auc_drop"], found["mean_depth"]) == (None, None, 6.0)
 
 
-def test_rival_golden():
-    """Static AUCs .75, 1, 1: the static exit is head 1; a tolerance of .25 admits head 0; one class is an error."""
-    scores = torch.tensor([[0.1, 0.0, 0.0], [0.4, 1.0, 1.0], [0.2, 2.0, 2.0], [0.5, 3.0, 3.0]])
-    assert equal_accuracy_depth(scores, [0, 0, 1, 1]) == 1
-    assert equal_accuracy_depth(scores, [0, 0, 1, 1], tolerance=0.25) == 0
-    with pytest.raises(DataError, match="one class in 4 rows"):
-        equal_accuracy_depth(scores, [1, 1, 1, 1])
-    points = [{"cost": 1.0, "auc": 0.8}, {"cost": 0.5, "auc": 0.7}]  # at cost .7: .7 + .1 * .2 / .5
-    assert [cost_matched_auc(points, cost) for cost in (0.7, 0.1)] == pytest.approx([0.74, 0.7])
+def test_equal_accuracy_golden():
+    """Static AUCs .75, 1, 1 at layers 2, 4, 6: layer 4; exactly .002 below the best is near enough."""
+    logits = torch.tensor([[0.1, 0.0, 0.0], [0.4, 1.0, 1.0], [0.2, 2.0, 2.0], [0.5, 3.0, 3.0]])
+    static = static_curve(HeadOutputs.of((2, 4, 6), logits), [0, 0, 1, 1], torch.ones(4))
+    assert equal_accuracy_exit(static)["layer"] == 4
+    assert equal_accuracy_exit([{"layer": 2, "auc": 0.998}, {"layer": 4, "auc": 1.0}])["layer"] == 2

@@ -124,7 +124,13 @@ def test_the_cache_knows_what_retrieved_depends_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("assign", [by_time, at_random])
 @pytest.mark.parametrize(
     "retriever",
-    [CoLikes(4), CoLikes(4, item_neighbours=3), LightGCN(dim=4, epochs=1), RandomRetriever(), NoRetriever()],
+    [
+        CoLikes(neighbours=4),
+        CoLikes(neighbours=4, item_neighbours=3),
+        LightGCN(dim=4, epochs=1),
+        RandomRetriever(),
+        NoRetriever(),
+    ],
     ids=["co_likes", "item_similarity", "lightgcn", "random", "none"],
 )
 def test_a_users_own_history_as_a_request_is_answered_like_the_log(

@@ -195,7 +195,7 @@ def test_keys_of_our_own_retrievers_stay() -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
     [
-        *((LightGCN, name, 0) for name in ("neighbours", "max_raters", "dim", "batch_size", "learning_rate")),
+        *((LightGCN, name, 0) for name in ("neighbours", "max_raters", "dim", "batch_size")),
         *((LightGCN, name, -1) for name in ("layers", "epochs", "similar_every", "item_neighbours")),
         *((LightGCN, name, 0) for name in ("similar_users", "similar_items")),
         (LightGCN, "regularisation", float("nan")),

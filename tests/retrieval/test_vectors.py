@@ -155,7 +155,7 @@ def brute_force_list(rows: pl.DataFrame, row: dict[str, Any], retriever: VectorR
 
 @pytest.mark.parametrize(("seed", "max_raters"), [(0, 2000), (1, 2000), (2, 2000), (0, 1), (1, 4)])
 def test_lists_equal_brute_force(seed: int, max_raters: int) -> None:
-    rows, retriever = make_log(seed), CoLikes(4, max_raters, **LISTS)
+    rows, retriever = make_log(seed), CoLikes(neighbours=4, max_raters=max_raters, **LISTS)
     found = retrieved(rows, retriever)["similar_after"].to_list()
     assert found == [brute_force_list(rows, row, retriever) for row in rows.to_dicts()]
     assert sum(x is not None for x in found) > 5
