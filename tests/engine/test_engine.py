@@ -169,7 +169,7 @@ def test_best_k_leave_as_simulated(world: World) -> None:
 
 
 def test_unusable_requests_cost_the_others_nothing(world: World) -> None:
-    """No candidate, no history at all, a candidate twice, unknown tokens, NaN retrieved features, an empty candidate."""
+    """No candidate, no history at all, a candidate twice, unknown tokens, NaN in features, an empty candidate."""
     plan = world.plan(Ratio(), 0.4)
     good, few = world.requests[2], world.requests[6]
     rng = np.random.default_rng(1)

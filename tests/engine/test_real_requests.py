@@ -1,4 +1,4 @@
-"""Requests of logs, end to end: what `prepare` makes of them scores as the packed evaluation does, and the commands work.
+"""Requests of logs, end to end: they score as in the packed evaluation, and the commands work.
 
 Unusual here: one tiny fit with sharp attention serves all tests (as in tests/test_predict.py), so a wrong position,
 group or window moves scores far more than rounding does.
@@ -158,11 +158,11 @@ def test_bad_requests_have_rows_of_their_own(fitted: Path, run: Callable[..., No
 
 
 def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., None]) -> None:
-    """Packed, each static depth and early exit, cold and warm; ratios are against packed, which is 1 by definition."""
+    """Packed, each static depth and early exit, prefix cached or not; ratios are against packed, which is 1."""
     run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1")
     rows = read_result(fitted / "results" / "benchmark.json")["rows"]
-    assert {(r["candidates"], r["stream"]) for r in rows} == {
-        (n, s) for n in (1, 8) for s in ("cold", "warm")
+    assert {(r["candidates"], r["prefix_cached"]) for r in rows} == {
+        (n, cached) for n in (1, 8) for cached in (False, True)
     }  # there are 20 items
     for row in rows:
         if row["engine"] == "packed":
@@ -179,13 +179,13 @@ def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., 
 def test_benchmark_times_lists(
     fitted: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The best one of eight, cold and warm: a list is as good as its overlap, and costs no more than full depth."""
+    """The best one of eight, prefix cached or not: a list is as good as its overlap, and costs at most full depth."""
     monkeypatch.setattr("project.benchmark.contenders.LISTS", (1,))
     monkeypatch.setattr("project.benchmark.contenders.OVERLAP", 0.0)
     run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1", "--sizes", "[8]")
     rows = read_result(fitted / "results" / "benchmark.json")["rows"]
     lists = [row for row in rows if row["engine"] == "top_k"]
-    assert [(row["policy"], row["stream"]) for row in lists] == [("best 1", "cold"), ("best 1", "warm")]
+    assert [(row["policy"], row["prefix_cached"]) for row in lists] == [("best 1", False), ("best 1", True)]
     for row in lists:
         assert 0 <= row["overlap"] <= 1
         assert row["auc"] is None
