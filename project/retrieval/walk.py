@@ -157,12 +157,11 @@ class WalkRows:
     @classmethod
     def from_log(cls, rows: pl.DataFrame, query: bool = True) -> "WalkRows":
         """Rows of a log, sorted by (timestamp, user, item), with every flag (or all but `query`)."""
-        codes = {name: rows[name].to_numpy().astype(np.int64) for name in ("row_id", "user", "item")}
+        row_id, user, item = (rows[name].to_numpy().astype(np.int64) for name in ("row_id", "user", "item"))
         timestamp = rows["timestamp"].to_numpy().astype(np.float64)
         label = rows["label"].to_numpy().astype(np.int8)
         yes = np.ones(rows.height, np.bool_)
-        flags = {"query": yes if query else ~yes, "rater": yes, "own": yes}
-        return cls(**codes, person=codes["user"], timestamp=timestamp, label=label, **flags)
+        return cls(row_id, user, user, item, timestamp, label, yes if query else ~yes, yes, yes)
 
 
 def own_earlier_rows(user: IntArray, timestamp: NDArray[np.float64]) -> tuple[IntArray, IntArray, IntArray]:
