@@ -53,9 +53,9 @@ def test_a_circle_would_be_seen() -> None:
 
 
 def settings() -> set[str]:
-    """Everything a user can set in YAML or on the command line, shared arguments of a base class once.
+    """Everything a user can set in YAML or on the command line: a base class's arguments once, linked keys once.
 
-    What the command line links (tokenizer, answers, numbers, seed, bundle) is said once and counted once.
+    A key that only holds others (`data.protocol`) is none.
     """
     from project import callbacks, rank, retrieval, tracking
     from project.data import logs, prompt, protocol
@@ -66,13 +66,14 @@ def settings() -> set[str]:
     from project.trainer import ProjectTrainer
 
     linked = {"tokenizer", "answers", "numbers", "seed", "bundle"}
+    sections = {"logs", "retriever", "protocol", "prompt", "mf", "optim", "lora", "certificate", "ranking"}
     plain = {"self", "model", "datamodule", "ckpt_path", "weights_only", "dataloaders", "return_predictions"}
     classes = [
         *(InteractionData, protocol.Protocol, prompt.Prompt, retrieval.MatrixFactorisation),
         *(module.ExitRecommender, optim.OptimSettings, module.LoraSettings),
         *(callbacks.ExitCalibration, callbacks.ResultFiles, tracking.WandbArtifacts),
         *(certificate.CertificateSettings, rank.RankSettings, logs.TableLogs, logs.RecBoleLogs),
-        *(retrieval.LightGCN, retrieval.TextEncoder, retrieval.ItemKNN),
+        *(retrieval.VectorRetriever, retrieval.LightGCN, retrieval.TextEncoder, retrieval.ItemKNN),
         *(criteria.Consistency, criteria.RatioConsistency, criteria.Learned),
     ]
     shared = set(inspect.signature(Retriever).parameters)
@@ -80,10 +81,10 @@ def settings() -> set[str]:
     for kind in classes:
         names = set(inspect.signature(kind).parameters) - ({"args", "kwargs"})
         names -= shared if issubclass(kind, Retriever) else linked if kind is not prompt.Prompt else set()
-        found |= {f"{kind.__name__}.{name}" for name in names}
+        found |= {f"{kind.__name__}.{name}" for name in names - sections}
     for command in ("calibrate", "baselines", "benchmark", "predict", "rank"):
         names = set(inspect.signature(getattr(ProjectTrainer, command)).parameters) - plain
-        found |= {f"{command} --{name}" for name in names}
+        found |= {f"{command} --{name}" for name in names - sections}
     return found
 
 

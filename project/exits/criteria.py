@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -236,6 +235,7 @@ def _quantile_of(values: Tensor, grid: Tensor) -> Tensor:
 SMALLEST_DRIFT = 1e-3  # probabilities are clipped at .001: smaller changes are not told apart
 LARGEST = 4.0  # standardised features are clipped here: squares of outliers would rule
 DERIVED = 4
+RIDGE_ROWS = 100.0  # the penalty counts as much as so many rows that say no feature matters
 
 
 class Learned(Criterion):
@@ -243,18 +243,9 @@ class Learned(Criterion):
 
     Features of head k: its logits and all earlier ones, |logit_k|, p_k (1 - p_k), log of the last and of the
     largest change of probability, the retrieved features; standardised, with all their products of two.
-
-    Args:
-        ridge: Penalty on the squared weights, in rows: 100 counts as much as a hundred rows that say no feature
-            matters.
     """
 
     learns = True
-
-    def __init__(self, ridge: float = 100.0) -> None:
-        if not 0 < ridge < math.inf:
-            raise ConfigError(f"learned: ridge is {ridge}, expected a penalty above 0")
-        self.ridge = ridge
 
     def fit(self, outputs: HeadOutputs) -> None:
         """Ridge regression of the drift at every head but the last."""
@@ -274,7 +265,7 @@ class Learned(Criterion):
             basis = _basis(features, center, scale)
             mean, basis_scale = basis.mean(dim=0), inverse_spread(basis)
             design = (basis - mean) * basis_scale
-            penalty = self.ridge * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
+            penalty = RIDGE_ROWS * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
             moment = design.T @ (drift - drift.mean())
             weight = torch.linalg.solve(design.T @ design + penalty, moment) * basis_scale
             fitted.append((center, scale, weight, drift.mean() - mean @ weight))

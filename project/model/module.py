@@ -44,13 +44,11 @@ class LoraSettings:
     Args:
         rank: Rank of the adapters.
         alpha: Scale; an adapter's output is multiplied by alpha / rank.
-        dropout: Share of an adapter's inputs dropped in training.
         target_modules: Linear layers that get an adapter.
     """
 
     rank: int = 16
     alpha: float = 32.0
-    dropout: float = 0.0
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
@@ -72,7 +70,6 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it by r
-        lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
     )
     inject_adapter_in_model(config, backbone)  # freezes all that is no adapter
@@ -281,7 +278,7 @@ class ExitRecommender(LightningModule):
         groups = parameter_groups(self.backbone, self.heads, self.optim)
         # Lightning clips no gradients of a fused optimizer under mixed precision, also where nothing is scaled
         fused = "mixed" not in str(self.trainer.precision)
-        optimizer = torch.optim.AdamW(groups, betas=(self.optim.betas[0], self.optim.betas[1]), fused=fused)
+        optimizer = torch.optim.AdamW(groups, fused=fused)
         # not trainer.estimated_stepping_batches: it starts the loader before its checkpointed position is restored
         factor = cosine_with_warmup(planned_steps(self.trainer, self.data.train_batches()), self.optim)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

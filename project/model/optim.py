@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -13,51 +13,42 @@ from torch import nn
 from project.errors import ConfigError
 from project.model.backbone import Backbone, NumberEmbedding
 
+HEAD_FACTOR = 5.0  # how much faster a head learns than the layer below it
+MINIMUM_SHARE = 0.1  # of the peak rate, at the last step
+
 
 @dataclass
 class OptimSettings:
     """Learning rates by depth, schedule and weight decay of AdamW.
 
     Layer l of L learns at learning_rate * (1 + depth_slope * (1 - l / L)), the embeddings at that of l = 0,
-    a head at head_factor times the rate of the layer below it, numbers in prompts at head_factor times that of l = 0.
+    a head at HEAD_FACTOR times the rate of the layer below it, numbers in prompts at HEAD_FACTOR times that of l = 0.
 
     Args:
         learning_rate: Peak learning rate of the deepest layer.
         depth_slope: How much faster shallow layers learn; 0: all the same, 1: the embeddings at twice the rate.
-        head_factor: How much faster a head learns than the layer below it.
         weight_decay: Decay of weight matrices; norms and biases have none.
         warmup_share: Share of all steps in which the rates grow from 0 to their peak.
-        minimum_share: Share of the peak that is left at the last step.
-        betas: Decay of AdamW's running means of the gradient and of its square.
     """
 
     learning_rate: float = 2e-4
     depth_slope: float = 0.0
-    head_factor: float = 5.0
     weight_decay: float = 0.01
     warmup_share: float = 0.05
-    minimum_share: float = 0.1
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
 
     def __post_init__(self) -> None:
         """Refuse what cannot train."""
         limits = {
             "learning_rate": (0, 1),  # AdamW moves every weight by about this much a step
             "depth_slope": (-1, math.inf),  # below, the embeddings' rate would be negative
-            "head_factor": (0, math.inf),
             "weight_decay": (0, math.inf),
             "warmup_share": (0, 1),
-            "minimum_share": (0, 1),
         }
         for name, (least, most) in limits.items():
             value = getattr(self, name)
             if not least <= value <= most or value == math.inf:
                 wanted = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
                 raise ConfigError(f"model.optim.{name} is {value}; expected a number {wanted}.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(
-                f"model.optim.betas is {self.betas}; expected two numbers from 0 to below 1, such as [0.9, 0.999]."
-            )
 
 
 def depth_rate(settings: OptimSettings, layer: int, layers: int) -> float:
@@ -69,7 +60,7 @@ def parameter_groups(
     backbone: Backbone, heads: nn.ModuleDict, settings: OptimSettings
 ) -> list[dict[str, Any]]:
     """Groups for AdamW, named such as "layer_3/decay": every trainable parameter is in exactly one."""
-    layers, words, faster = len(backbone.layers), backbone.embed_tokens, settings.head_factor
+    layers, words, faster = len(backbone.layers), backbone.embed_tokens, HEAD_FACTOR
     parts: list[tuple[str, Iterable[nn.Parameter], float]]
     parts = [("embeddings", [words.weight], depth_rate(settings, 0, layers))]
     if isinstance(words, NumberEmbedding):
@@ -105,11 +96,11 @@ def planned_steps(trainer: Trainer, train_batches: int) -> int:
 
 
 def cosine_with_warmup(total_steps: int, settings: OptimSettings) -> Callable[[int], float]:
-    """Factor on every rate by step, for `LambdaLR`: linear warm-up to 1, half a cosine down to `minimum_share`.
+    """Factor on every rate by step, for `LambdaLR`: linear warm-up to 1, half a cosine down to `MINIMUM_SHARE`.
 
     Step 0, the first, moves already.
     """
-    warmup, least = round(settings.warmup_share * total_steps), settings.minimum_share
+    warmup, least = round(settings.warmup_share * total_steps), MINIMUM_SHARE
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -29,6 +29,9 @@ from project.retrieval.walk import (
 
 Floats = NDArray[np.float64]
 
+BIAS_PENALTY = 1.0  # of biases, of users and items
+VECTOR_PENALTY = 5.0
+ITERATIONS = 60  # most steps of a block's fit
 NEWTON_STEPS = 3  # from zero, under a penalty: a fourth moves no logit by 1e-3
 TOGETHER = 256  # user vectors solved at once, which bounds the memory that long histories take
 
@@ -104,26 +107,14 @@ class MatrixFactorisation:
 
     Args:
         dim: Length of a vector.
-        bias_penalty: Penalty of biases, of users and items.
-        vector_penalty: Penalty of vectors.
-        iterations: Most steps of a block's fit.
     """
 
     dim: int = 8
-    bias_penalty: float = 1.0
-    vector_penalty: float = 5.0
-    iterations: int = 60
 
     def __post_init__(self) -> None:
         """Refuse what cannot be fitted."""
-        for name in ("dim", "iterations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"data.mf.{name} is {getattr(self, name)}; expected 1 or more, or data.mf null for none."
-                )
-        for name in ("bias_penalty", "vector_penalty"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"data.mf.{name} is {getattr(self, name)}; expected a number above 0.")
+        if self.dim < 1:
+            raise ConfigError(f"data.mf.dim is {self.dim}; expected 1 or more, or data.mf null for none.")
 
     def fit(self, rows: pl.DataFrame, num_items: int, cuts: Floats) -> Snapshots:
         """Factorise block after block, each time all rows strictly before it.
@@ -140,7 +131,9 @@ class MatrixFactorisation:
         if np.unique(label).size < 2:  # one class only: the log-odds of (likes + 1/2) / (rows + 1)
             likes = label.sum()
             return {"known": known + np.log((likes + 0.5) / (label.size - likes + 0.5)), "vectors": vectors}
-        found = Factorisation.fit(edges.user, edges.item, label, **asdict(self))
+        found = Factorisation.fit(
+            edges.user, edges.item, label, self.dim, BIAS_PENALTY, VECTOR_PENALTY, ITERATIONS
+        )
         known += found.offset
         known[found.items] += found.item_bias
         vectors[found.items, 1:] = found.item_vectors
@@ -168,7 +161,7 @@ class MatrixFactorisation:
         Logits `known` (n,) without the user, `vectors` (n, 1 + dim) and labels (n,) are those of the user's rows.
         Vector j of the result (k, 1 + dim), the bias first, reads the first counts[j] rows; counts ascend.
         """
-        penalty = np.array([self.bias_penalty] + [self.vector_penalty] * self.dim)
+        penalty = np.array([BIAS_PENALTY] + [VECTOR_PENALTY] * self.dim)
         users = np.zeros((counts.size, penalty.size))
         for start in range(0, counts.size, TOGETHER):
             part = slice(start, start + TOGETHER)

@@ -197,20 +197,21 @@ def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
     return LikeGraph(pairs[0], pairs[1], torch.unique(pairs[0]), adjacency)
 
 
+BATCH_LIKES = 4096  # likes in one BPR step
+REGULARISATION = 0.01  # weight of the squared norm of the embeddings in a step
+
+
 class LightGCN(VectorRetriever):
     """Similar users by layer-averaged LightGCN item embeddings (He et al. 2020, arXiv 2002.02126), trained with BPR.
 
     It is fitted per block on the likes before it, and goes on from the block before. Only the item half of the fit is
-    used. The random numbers of a block come from (seed, block) alone, so nothing later in the log can change them.
+    used. The random numbers of a block come from the block's number alone, so nothing later in the log can change them.
 
     Args:
         dim: Size of an embedding.
         layers: Propagation steps over the graph.
         epochs: Passes over the likes before a block, for each block; 0 leaves vectors as they are drawn.
-        batch_size: Likes in one BPR step.
         learning_rate: Adam's step size.
-        regularisation: Weight of the squared norm of the embeddings in a step.
-        seed: Seed of first embeddings, order and negatives.
         **kwargs: Arguments of VectorRetriever.
     """
 
@@ -220,22 +221,16 @@ class LightGCN(VectorRetriever):
         dim: int = 64,
         layers: int = 3,
         epochs: int = 10,
-        batch_size: int = 4096,
         learning_rate: float = 0.01,
-        regularisation: float = 0.01,
-        seed: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.dim = dim
         self.layers = layers
         self.epochs = epochs
-        self.batch_size = batch_size
         self.learning_rate = learning_rate
-        self.regularisation = regularisation
-        self.seed = seed
-        self._require(0, "layers", "epochs", "learning_rate", "regularisation")
-        self._require(1, "dim", "batch_size")
+        self._require(0, "layers", "epochs", "learning_rate")
+        self._require(1, "dim")
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts and the embeddings fitted so far."""
@@ -259,19 +254,19 @@ class LightGCN(VectorRetriever):
         # the paper's normal start: the scale of PyG's Xavier depends on how many users the log will have
         with torch.random.fork_rng(devices=[]):
             model = LightGCNModel(nodes, self.dim, self.layers, normalize=False)
-            torch.manual_seed(self.seed)
+            torch.manual_seed(0)
             torch.nn.init.normal_(model.embedding.weight, std=0.1)
         return model
 
     def _train(self, model: LightGCNModel, graph: LikeGraph, block: int) -> None:
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + block)
+        generator = torch.Generator().manual_seed(block)
         optimizer = torch.optim.Adam(model.parameters(), lr=self.learning_rate)
         likes = graph.item.numel()
         for _ in range(self.epochs):
             order = torch.randperm(likes, generator=generator)
             drawn = torch.randint(graph.seen_items.numel(), (likes,), generator=generator)
-            for start in range(0, likes, self.batch_size):
-                batch = slice(start, start + self.batch_size)
+            for start in range(0, likes, BATCH_LIKES):
+                batch = slice(start, start + BATCH_LIKES)
                 optimizer.zero_grad()
                 loss = self._loss(model, graph, order[batch], graph.seen_items[drawn[batch]])
                 torch.autograd.backward(loss)
@@ -284,7 +279,7 @@ class LightGCN(VectorRetriever):
             (vectors[user] * vectors[item]).sum(-1),
             (vectors[user] * vectors[negative]).sum(-1),
             node_id=torch.from_numpy(np.unique(torch.cat([user, item, negative]).numpy())),
-            lambda_reg=self.regularisation,
+            lambda_reg=REGULARISATION,
         )
         return loss
 

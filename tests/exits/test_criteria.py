@@ -159,8 +159,6 @@ class TestBadInput:
     def test_arguments(self):
         with pytest.raises(ConfigError, match="heads is 0"):
             Consistency(0)
-        with pytest.raises(ConfigError, match="ridge is 0"):
-            Learned(ridge=0.0)
 
     def test_too_little_to_learn_from(self, outputs):
         with pytest.raises(DataError, match="tune"):

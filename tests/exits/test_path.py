@@ -131,12 +131,10 @@ class TestBudget:
         adaptive = outputs.logits.gather(1, leave(confidence, path[-1].thresholds)[:, None])[:, 0]
         for user in (3, 40):
             weights = 1 + 1e-5 * (tune.users == user).double()
-            full, less = (
-                Pairs(x.double().numpy(), np.asarray(tune.labels, dtype=float)).weighted_auc(
-                    np.asarray(weights, dtype=float)[None]
-                )[0]
-                for x in (outputs.logits[:, -1], adaptive)
-            )
+            rows = np.asarray(weights, dtype=float)[None]
+            positive = np.asarray(tune.labels, dtype=float)
+            pair = (outputs.logits[:, -1], adaptive)
+            full, less = (Pairs(x.double().numpy(), positive).weighted_auc(rows)[0] for x in pair)
             assert influences[-1, user] == pytest.approx((full - less - path[-1].auc_drop) / 1e-5, abs=1e-6)
 
     def test_margins_golden(self):

@@ -221,7 +221,7 @@ def test_warnings(retriever: Retriever, refits: int, liked: bool, words: str | N
     assert all(str(words) in line for line in found)
 
 
-MF = MatrixFactorisation(dim=2, bias_penalty=1.0, vector_penalty=3.0, iterations=30)
+MF = MatrixFactorisation(dim=2)
 
 
 def chances_of(rows: pl.DataFrame, log: pl.DataFrame | None = None) -> np.ndarray:
