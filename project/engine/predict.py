@@ -40,7 +40,7 @@ def load_run(
     tokenizer: Any,
     checkpoint: str | Path,
     data: InteractionData | None = None,
-    judged: bool = True,
+    measured: bool = True,
 ) -> Plans:
     """Give a module the weights of a calibrated run; returns its exit plans.
 
@@ -49,13 +49,13 @@ def load_run(
         tokenizer: Of the backbone.
         checkpoint: The run's checkpoint.
         data: What will be scored, which must be what the run was trained to read; None: nothing will.
-        judged: Whether scores will be judged by the log's labels, see `check_reads`.
+        measured: Whether scores will be compared with the log's labels, see `check_reads`.
 
     Raises:
         CheckpointError: The checkpoint was made for another configuration.
         NotCalibratedError: It has no exit plan.
     """
-    plans = plans_of(load_weights(model, tokenizer, checkpoint, data, judged))
+    plans = plans_of(load_weights(model, tokenizer, checkpoint, data, measured))
     if plans is None:
         raise NotCalibratedError(
             "this checkpoint has no calibrated exits. Run `python -m project calibrate --config RUN/config.yaml "
@@ -76,7 +76,7 @@ def load_weights(
     tokenizer: Any,
     checkpoint: str | Path,
     data: InteractionData | None = None,
-    judged: bool = True,
+    measured: bool = True,
 ) -> dict[str, Any]:
     """Give a module the weights of a run, calibrated or not; returns the checkpoint. Arguments as in `load_run`.
 
@@ -85,7 +85,7 @@ def load_weights(
     """
     content = read_checkpoint(checkpoint)
     if data is not None:
-        check_reads(content.get("reads"), data, judged)
+        check_reads(content.get("reads"), data, measured)
     if model.backbone is None:
         backbone = Backbone.from_pretrained(resolve_model(model.backbone_name), num_layers=model.depth)
         model.set_backbone(backbone, tokenizer)
@@ -126,7 +126,7 @@ def run_early_exit(
             "Split data.requests into files, and run each with --results.tag of its own."
         )
     data.prepare_data()
-    plans = load_run(model, data.tokenizer, checkpoint, data, judged=False)
+    plans = load_run(model, data.tokenizer, checkpoint, data, measured=False)
     device = trainer.strategy.root_device
     model.to(device)
     asked = read_requests(data.requests_file, data.split.interactions)

@@ -356,7 +356,7 @@ class ExitRecommender(LightningModule):
         drop_retired(checkpoint)
         check_parameters(self, checkpoint)
         if self._trainer is not None:
-            check_reads(checkpoint.get("reads"), self.data, judged=self.trainer.state.fn != "predict")
+            check_reads(checkpoint.get("reads"), self.data, measured=self.trainer.state.fn != "predict")
 
 
 def set_sharded_backbone(module: ExitRecommender, folder: str, tokenizer: Any, mesh: DeviceMesh) -> None:
