@@ -26,6 +26,7 @@ from project.data.protocol import Protocol, SplitInteractions, apply_protocol, b
 from project.data.requests import (
     Requests,
     check_items,
+    check_streams,
     read_requests,
     request_streams,
     without_long,
@@ -178,7 +179,9 @@ class InteractionData(pl.LightningDataModule):
         if split not in self._streams:
             retrieved, encoder = self.retrieved[split], self.encoder
             with self.clock.stage("tokenise"):
-                self._streams[split] = build_streams(self.split.rows, retrieved, split, encoder)
+                streams = build_streams(self.split.rows, retrieved, split, encoder)
+            check_streams(streams, self.split, self.context_tokens)
+            self._streams[split] = streams
         return self._streams[split]
 
     def prepare_data(self) -> None:
@@ -288,13 +291,13 @@ def reads_of(data: InteractionData) -> dict[str, Any]:
     return dict(json.loads(json.dumps(found, default=str)))  # what JSON knows: a checkpoint holds no objects
 
 
-def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, judged: bool = True) -> None:
+def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, measured: bool = True) -> None:
     """Refuse to score with a checkpoint that was trained to read something else than `data`.
 
     Args:
         kept: `reads_of` its training; None: it is from before this was kept, and nothing is known.
         data: What it would read now.
-        judged: Whether its scores are compared with the log's labels; requests may come from a log that has grown.
+        measured: Whether its scores are compared with the log's labels; requests may come from a log that has grown.
     """
     if kept is None:
         return
@@ -307,7 +310,7 @@ def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, judged: b
             raise CheckpointError(
                 f"{name} is {given!r}, but the checkpoint was trained with {trained!r}. {fix}"
             )
-    if judged and kept["protocol"] != protocol:
+    if measured and kept["protocol"] != protocol:
         raise CheckpointError(
             f"the checkpoint was trained under the protocol hash {kept['protocol']}, this configuration gives "
             f"{protocol}: data.protocol, data.logs or their files differ, and rows that it was trained on could "

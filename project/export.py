@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from project.data.download import SOURCES
-from project.data.prompt import tells_numbers
+from project.data.prompt import shows_numbers
 from project.engine.predict import load_run
 from project.errors import DataError
 from project.exits.plan import ExitPlan
@@ -112,7 +112,7 @@ def render_card(run: Run, bundle: Mapping[str, Any], family: str, criterion: str
         exits=", ".join(map(str, bundle["exit_layers"])),
         criterion=criterion,
         version=own_version(),
-        numbers=WITH_NUMBERS if tells_numbers(bundle["prompt"]["segment"]) else "",
+        numbers=WITH_NUMBERS if shows_numbers(bundle["prompt"]["segment"]) else "",
         measured=render(run.reported | {"certificate": certificate})
         + (NOT_TESTED if run.split != "test" else ""),
         retriever=bundle["retriever"]["class_path"],
@@ -183,7 +183,7 @@ def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, ExitPl
         lora=LoraSettings(**lora) if lora else None,
         freeze_embeddings=settings.get("freeze_embeddings", True),
         answers=bundle["answers"],
-        numbers=tells_numbers(bundle["prompt"]["segment"]),
+        numbers=shows_numbers(bundle["prompt"]["segment"]),
     )
     tokenizer: Any = AutoTokenizer.from_pretrained(run / "bundle" / "tokenizer")
     plan = load_run(module, tokenizer, run / "checkpoints" / "last.ckpt").plan
@@ -233,7 +233,7 @@ def load_exported(folder: str | Path) -> Exported:
     headless = SimpleNamespace(weight=torch.empty(0))  # heads are loaded, not made of the language model's
     backbone = Backbone(SimpleNamespace(config=model.config, model=model, lm_head=headless))
     backbone.release_lm_head()
-    if tells_numbers(policy["prompt"]["segment"]):
+    if shows_numbers(policy["prompt"]["segment"]):
         backbone.learn_numbers()
         backbone.load_state_dict({NUMBERS_KEY: load_file(folder / NUMBERS)["numbers"]}, strict=False)
     direction = torch.zeros(model.config.hidden_size)

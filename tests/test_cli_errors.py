@@ -117,7 +117,7 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "not a number": (at_row(7, rating="good"), ["changed.csv", "row 7", "rating", "good"]),
     "duplicates": (lambda t: pl.concat([t, t.head(1)]), ["duplicate", "data.protocol.duplicates"]),
     "unknown item": (at_row(3, item_id="i99"), ["i99", "row 3", "items"]),
-    "one class": (lambda t: t.with_columns(rating=pl.lit(5)), ["labels are 1", "data.protocol.label"]),
+    "one class": (lambda t: t.with_columns(rating=pl.lit(5)), ["have label 1", "data.protocol.label"]),
 }
 
 
@@ -154,7 +154,6 @@ def test_an_option_is_not_abbreviated(fails: Line, tiny_config: Config) -> None:
         ({"data.prompt": {"segment": "{title} {mf_percent}:"}}, ["data.mf is null"]),
         ({"data.context_tokens": 10}, ["data.context_tokens is 10", "20 of 20 items"]),
         ({"data.context_tokens": 8192, "data.batch_tokens": 8192}, ["at most 4096"]),
-        ({"data.num_workers": -1}, ["data.num_workers is -1"]),
         ({"model.backbone": "/nowhere/model"}, ["/nowhere/model"]),
         ({"exits.certificate": {"epsilon": 7}}, ["epsilon", "expected"]),
         ({"exits.max_auc_drop": None}, ["max_auc_drop", "max_cost"]),

@@ -173,6 +173,11 @@ def _interactions(
     """Columns of `RAW_SCHEMA` of a file; `columns`: our name -> the file's, `split`: that of the whole file or None."""
     # 1. our names
     allowed = ("user_id", "item_id", "timestamp", "rating", "label", "split")
+    unknown = [name for name in columns if name not in allowed]
+    if unknown:
+        raise DataError(
+            f"data.logs.init_args.columns maps {', '.join(unknown)}; our names are {', '.join(allowed)}."
+        )
     table = _renamed(table, file, columns, allowed[:3], "columns")
     answers = [name for name in ("rating", "label") if name in table.columns]
     if not answers:

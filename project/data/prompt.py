@@ -165,7 +165,7 @@ def field_names(template: str) -> list[str]:
         return []
 
 
-def tells_numbers(segment: str | None) -> bool:
+def shows_numbers(segment: str | None) -> bool:
     """Whether a template of segments shows numbers, which are learned tokens; the default one (None) does."""
     return segment is None or any(fields_together(name) for name in field_names(segment))
 

@@ -119,6 +119,11 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     """Check what a reader returned, apply the protocol's row rules (dropped ratings, labels, duplicates), code ids."""
     raw = checked(raw)
     # 1. dropped ratings, before duplicates are looked for, both in file order
+    if protocol.drop_ratings and raw.interactions["rating"].is_null().all():
+        raise ConfigError(
+            f"data.protocol.drop_ratings is {protocol.drop_ratings}, but the log has no ratings. Set it to [], or map "
+            "the column under data.logs.init_args.columns.rating."
+        )
     dropped = pl.col("rating").is_in(list(map(float, protocol.drop_ratings))).fill_null(False)
     kept = raw.interactions.filter(~dropped)
     # 2. labels

@@ -203,16 +203,36 @@ def _too_long(item_id: str, tokens: int, context_tokens: int) -> str:
     )
 
 
+_SHORTEN = (
+    "Shorten what is long in data.prompt.segment, for example {title:.40}, leave a field out, or raise "
+    "data.context_tokens (and data.batch_tokens)."
+)
+
+
 def check_items(encoder: PromptEncoder, items: pl.DataFrame, context_tokens: int) -> None:
     """Raise `ConfigError` if the segment of an item has no room in a window."""
     lengths = len(encoder.instruction) + encoder.least_lengths()
     long = int((lengths > context_tokens).sum())
     if long:
         problem = _too_long(items["item_id"][int(lengths.argmax())], int(lengths.max()), context_tokens)
+        raise ConfigError(f"{problem} ({long:,} of {len(items):,} items are too long). {_SHORTEN}")
+
+
+def check_streams(streams: Streams, split: SplitInteractions, context_tokens: int) -> None:
+    """Raise `ConfigError` if a row's segment, or a list of what similar users liked, has no room in a window."""
+    lengths = streams.tokens.lengths[:-1] + streams.tokens.lengths[-1]
+    longest = int(lengths.argmax())
+    row_id, tokens = int(streams.row_id[longest]), int(lengths[longest])
+    if tokens <= context_tokens:
+        return
+    if row_id < 0:
         raise ConfigError(
-            f"{problem} ({long:,} of {len(items):,} items are too long). Shorten what is long in data.prompt.segment, "
-            "for example {title:.40}, leave a field out, or raise data.context_tokens (and data.batch_tokens)."
+            f"A list of what similar users liked (data.prompt.similar) has {tokens:,} tokens, the instruction "
+            f"included, but data.context_tokens is {context_tokens:,}. Lower data.retriever.init_args.similar_items, "
+            "or raise data.context_tokens (and data.batch_tokens)."
         )
+    item_id = split.interactions.items["item_id"][split.rows["item"][row_id]]
+    raise ConfigError(f"{_too_long(item_id, tokens, context_tokens)}. {_SHORTEN}")
 
 
 def without_long(requests: Requests, encoder: PromptEncoder, context_tokens: int) -> Requests:

@@ -10,6 +10,7 @@ import polars as pl
 from project.errors import DataError
 
 MILLISECONDS = 1e11  # as seconds the year 5138, as milliseconds 1973
+DATES = (19_000_101, 21_001_231)  # as digits; as seconds August and September 1970
 
 
 def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
@@ -139,7 +140,7 @@ def finite_number(values: pl.Series, file: str, column: str, optional: bool = Fa
 
 
 def seconds(times: pl.Series, file: str, column: str) -> pl.Series:
-    """Float64 times as seconds since 1970; a column of milliseconds is divided by 1,000, a mixed one refused."""
+    """Float64 times as seconds since 1970; milliseconds are divided by 1,000, mixed columns and 20240517 refused."""
     large = times.abs() >= MILLISECONDS
     if large.any() and not large.all():
         row, other = large.arg_true()[0], (~large).arg_true()[0]
@@ -148,6 +149,13 @@ def seconds(times: pl.Series, file: str, column: str) -> pl.Series:
             f"{row + 1} is {times[row]:.15g} ({large.sum():,} of {len(times):,} rows are like this). Give all rows "
             "the same unit."
         )
+    if not times.is_empty() and times.is_between(*DATES).all():
+        dates = times.cast(pl.String).str.to_date("%Y%m%d.0", strict=False)
+        if dates.is_not_null().all():
+            raise DataError(
+                f"{file}: column {column} holds dates without dashes, such as {times[0]:.0f} in row 1, which would be "
+                f"read as seconds. Write them as {dates[0]}."
+            )
     return times / 1000 if large.any() else times
 
 

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from project.data.logs import RAW_SCHEMA, RawLogs
-from project.data.protocol import Protocol, build_interactions, label_expression
+from project.data.protocol import Protocol, apply_protocol, build_interactions, label_expression
 from project.errors import ConfigError, DataError
 
 MakeLogs = Callable[..., RawLogs]
 RULE = Protocol(label="rating > 3")
 TWO = [("1", "a", 1.0, 5.0), ("1", "b", 2.0, 1.0)]
+CLICKS = [("1", "a", float(time), 5.0) for time in range(10)]
 DUPLICATED = [("1", "a", 1.0, 5.0), ("1", "b", 1.0, 1.0), ("1", "a", 1.0, 2.0), ("1", "a", 2.0, 5.0)]
 
 
@@ -46,8 +47,6 @@ FOLD_SHARES = ([0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0])
         *(("fold_shares", shares) for shares in (*SHARES, *FOLD_SHARES)),
         ("minimum_history", -1),
         ("seed", -1),
-        ("seed", 2**32),
-        ("drop_ratings", [1.0, float("nan")]),
     ],
 )
 def test_what_cannot_work_names_its_key(key: str, value: Any) -> None:
@@ -121,24 +120,6 @@ def test_a_log_of_labels_needs_no_rule(make_logs: MakeLogs) -> None:
     assert build_interactions(make_logs(TWO, labels=[0, 1]), Protocol()).rows["label"].to_list() == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("unread", "needing", "without"),
-    [
-        ("label", Protocol(label=None), RULE),
-        ("rating", RULE, Protocol(label=None)),
-        ("rating", Protocol(label=None, drop_ratings=[3]), Protocol(label=None)),
-    ],
-)
-def test_what_could_not_be_read_matters_where_it_is_needed(
-    unread: str, needing: Protocol, without: Protocol, make_logs: MakeLogs
-) -> None:
-    """A column that the reader gave up is an error with the reader's words, or none at all."""
-    raw = replace(make_logs(TWO, [1, 0] if unread == "rating" else None), unread={unread: "Row 7."})
-    with pytest.raises(DataError, match=r"Row 7\. Or .*data\.protocol\.label"):
-        build_interactions(raw, needing)
-    assert build_interactions(raw, without).rows["label"].to_list() == [1, 0]
-
-
 @pytest.mark.parametrize(("policy", "rating"), [("first", 5.0), ("last", 2.0)])
 def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -> None:
     """Rows 1 and 3 repeat (user, item, timestamp): one stays; the same item at another time is no repetition."""
@@ -152,20 +133,18 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -
     ("rows", "labels", "protocol", "words"),
     [
         (DUPLICATED, None, RULE, "1 duplicate rows.*item 'a', timestamp 1: log.csv row 1, log.csv row 3"),
-        (DUPLICATED, None, replace(RULE, duplicates="both"), "use error, first or last"),  # type: ignore[arg-type]
         (TWO, [0, 1], Protocol(drop_ratings=[3]), r"drop_ratings is \[3\]"),
         (TWO, [1, 0], RULE, r"log\.csv, row 1: no rating .*label: null"),
         (TWO, None, Protocol(label=None), r'log\.csv, row 1: no label .*label: "rating > 3"'),
-        (TWO, [1, 1], Protocol(), "All 2 labels are 1 .*Clicks alone need rows with label 0"),
-        (TWO, None, Protocol(label="rating >= 1"), "All 2 labels are 1 .*'rating >= 1'"),
-        (TWO, None, Protocol(label="rating > 3", drop_ratings=[1, 5]), "No interaction is left"),
+        (CLICKS, None, RULE, "train have label 1 .*Clicks alone need rows with label 0"),
+        (TWO, None, replace(RULE, drop_ratings=[1, 5]), "train and valid and test has no targets"),
     ],
 )
 def test_logs_that_a_protocol_cannot_use(
     rows: list[Any], labels: list[int] | None, protocol: Protocol, words: str, make_logs: MakeLogs
 ) -> None:
     with pytest.raises((ConfigError, DataError), match=words):
-        build_interactions(make_logs(rows, labels), protocol)
+        apply_protocol(build_interactions(make_logs(rows, labels), protocol), protocol)
 
 
 def test_an_item_without_a_title_has_its_id(make_logs: MakeLogs) -> None:

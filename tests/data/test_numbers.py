@@ -20,7 +20,7 @@ from project.data.prompt import (
     STEPS_A_UNIT,
     Prompt,
     PromptEncoder,
-    field_telling,
+    field_showing,
     fields_together,
     number_features,
     number_ids,
@@ -114,7 +114,7 @@ def test_segments_hold_one_token_a_field() -> None:
 @pytest.mark.parametrize("name", ["item_number+year", "item_number+item_number", "item_number+"])
 def test_what_cannot_be_one_token(name: str) -> None:
     assert fields_together(name) is None
-    with pytest.raises(ConfigError, match=r"nobody knows\..*each once"):
+    with pytest.raises(ConfigError, match=r"which is unknown\..*each once"):
         PromptEncoder(Letters(), Prompt(segment="{title}{" + name + "}:"), ITEMS)
 
 
@@ -122,10 +122,10 @@ def test_what_cannot_be_one_token(name: str) -> None:
 def test_which_field_tells_a_column(column: str) -> None:
     fields = [name for name, (told, _) in RETRIEVED_FIELDS.items() if told == column]
     for field in [*fields, f"{column}_number"]:
-        assert field_telling(Prompt(segment="{title}{" + field + "}:"), column) == "{" + field + "}"
+        assert field_showing(Prompt(segment="{title}{" + field + "}:"), column) == "{" + field + "}"
     both = "{item_number+" + column + "_number}"
-    assert field_telling(Prompt(segment="{title}" + both + ":"), column) == both
-    assert field_telling(Prompt(segment="{title}{item_number}:"), column) is None
+    assert field_showing(Prompt(segment="{title}" + both + ":"), column) == both
+    assert field_showing(Prompt(segment="{title}{item_number}:"), column) is None
 
 
 def test_back_to_text() -> None:

@@ -19,8 +19,8 @@ from project.data.prompt import (
     PromptEncoder,
     field_names,
     item_columns,
+    shows_numbers,
     split_template,
-    tells_numbers,
     with_segment,
 )
 from project.data.protocol import Protocol, SplitInteractions
@@ -77,9 +77,9 @@ def test_fields() -> None:
     assert field_names("{title:.40} {vote!r}{title}") == ["title", "vote", "title"]
     assert field_names("{title") == []
     assert split_template("{title}", ["title", "vote"], WORDED) == [("static", "{title}")]
-    assert tells_numbers("{title}{vote_number+item_number}:")
-    assert tells_numbers("{title}{vote_number}:")
-    assert not tells_numbers("{title} all{item_percent}:")
+    assert shows_numbers("{title}{vote_number+item_number}:")
+    assert shows_numbers("{title}{vote_number}:")
+    assert not shows_numbers("{title} all{item_percent}:")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_fields() -> None:
         *((f"{{title:{spec}}}", r"{title:\.40}") for spec in (".0", ">9", "9", "9.9", ".3s", "." + 20 * "9")),
         ("{vote:.1}", "{vote} alone"),
         ("{item_number:.1}", "{item_number} alone"),
-        *((name, "nobody knows") for name in ("{a.b}", "{x[1]}", "{7}", "{director}")),
+        *((name, "which is unknown") for name in ("{a.b}", "{x[1]}", "{7}", "{director}")),
         ("{mf}", "a retrieved feature and also a column.*my_mf: mf"),
         ("{vote_number}", "a retrieved feature and also a column"),
     ],
@@ -189,8 +189,8 @@ def test_the_default_segment_shows_short_columns_and_numbers() -> None:
     assert found.segment == "{title}, {year}{item_number+user_number+vote_number+text_number+mf_number}"
     assert item_columns(found, items) == (["title", "year"], ["plot", "likes", "a.b"])
     assert with_segment(found, Letters(), items) is found
-    assert tells_numbers(None)
-    assert tells_numbers(found.segment)
+    assert shows_numbers(None)
+    assert shows_numbers(found.segment)
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +246,13 @@ def test_the_datamodule_asks_before_it_retrieves(
     stopped = data("{title}:")
     with pytest.raises(ConfigError, match=r"item 'i7' .* data\.context_tokens is 1,024"):
         stopped.prepare_data()
-    assert stopped._retrieved is None
-    data("{title:.40}:").setup("fit")
+    assert "retrieved" not in vars(stopped)
+    short = data("{title:.40}:")
+    short.setup("fit")
+    lengths = short.streams("valid").tokens.lengths
+    short.context_tokens = int(lengths[:-1].max() + lengths[-1]) - 1
+    with pytest.raises(ConfigError, match=f"alone has .* data.context_tokens is {short.context_tokens}"):
+        short.setup("test")
     asked = tmp_path / "requests.jsonl"
     asked.write_text('{"request_id": "a", "user_id": "u1", "candidates": ["i1"]}\n')
     predicting = data("{title}:", str(asked))

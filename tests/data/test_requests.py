@@ -48,7 +48,7 @@ NOT_THERE = [B | {"candidates": []}, B | {"candidates": ["i1", "zzz"]}, past(ite
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        (NOT_THERE[0], ["candidates is []"]),
+        (NOT_THERE[0], ["at least one candidate"]),
         (NOT_THERE[1], ["'zzz' is not in the items table"]),
         (NOT_THERE[2], ["'zzz' is not in the items table"]),
         ("{", ["JSON"]),
@@ -62,12 +62,12 @@ NOT_THERE = [B | {"candidates": []}, B | {"candidates": ["i1", "zzz"]}, past(ite
         (B | {"candidates": "i1"}, ["candidates", "list"]),
         (B | {"candidates": [{"title": "x"}]}, ["item_id"]),
         (B | {"candidates": [None]}, ["item_id"]),
-        (B | {"history": []}, ["not both"]),
-        (B | {"history": 0, "user_id": None}, ["history is 0", "list"]),
+        (B | {"history": []}, ["either user_id or a history"]),
+        (B | {"history": 0, "user_id": None}, ["'history': 0", "list"]),
         (past() | {"history": [{"item_id": "i1", "answer": 1, "time": 1}]}, ["'answer'", "label 0 or 1"]),
         (past(label=5), ["history", "0 or 1"]),
         ([1], ["list"]),
-        ({"request_id": "b", "candidates": ["i1"]}, ["user_id or history"]),
+        ({"request_id": "b", "candidates": ["i1"]}, ["either user_id or a history"]),
         ({"request_id": "b", "user": "u1", "candidates": ["i1"]}, ["user"]),
         (B | {"request_id": "a"}, ["request_id 'a' is also that of line 1"]),
         (B | {"request_id": "a", "candidates": []}, ["request_id 'a'"]),
@@ -101,7 +101,7 @@ def test_files_without_a_request(logs: Interactions, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words):
             read_requests(file, logs)
     records = [record | {"request_id": str(number)} for number, record in enumerate(NOT_THERE)]
-    with pytest.raises(DataError, match=r"line 1: candidates is \[\].*None of the 3 requests"):
+    with pytest.raises(DataError, match=r"line 1: found .*at least one candidate.*None of the 3 requests"):
         read(logs, tmp_path, *records)
 
 

@@ -150,7 +150,7 @@ STREAM = coded([0] * 20, list(range(20)))
     [
         (coded(list(range(9)), [1.0] * 9), {}, "train and valid has no targets.*train 0, valid 0, test 9"),
         (STREAM, {"shares": [0.8, 0.2, 0.0]}, "Split test has no targets"),
-        (STREAM, {"minimum_history": 50}, "the 50 strictly earlier rows"),
+        (STREAM, {"minimum_history": 50}, "train and valid and test has no targets.*minimum_history"),
         (STREAM, {"minimum_history": 50, "split": "random"}, "train and valid and test has no targets"),
         (STREAM, {"shares": [0.5, 0.1, 0.1]}, r"data\.protocol\.shares"),
         (
@@ -158,7 +158,11 @@ STREAM = coded([0] * 20, list(range(20)))
             {"split": "given"},
             r"1 of 4 rows name no split.*columns\.split",
         ),
-        (coded([0] * 20, list(range(20)), labels=[1] * 16 + [0, 1, 0, 1]), {}, "of train have label 1"),
+        (
+            coded([0] * 20, list(range(20)), labels=[1] * 16 + [0, 1, 0, 1]),
+            {},
+            "of train have label 1.*Clicks alone need rows with label 0",
+        ),
         (coded([0] * 20, list(range(20)), labels=[0, 1] * 8 + [1, 1, 0, 1]), {}, "of valid have label 1"),
     ],
 )

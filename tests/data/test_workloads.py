@@ -161,7 +161,7 @@ def test_folds_may_not_read_test(kind: Any, tiny_logs: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "arguments", "words"),
     [
-        (catalogue_requests, ("train", 5, 5, 0), r"'train'.*tune, certify, test"),
+        (catalogue_requests, ("train", 5, 5, 0), r"tune, certify, test, found 'train'"),
         (catalogue_requests, ("test", 0, 5, 0), "0 requests of 5"),
         (catalogue_requests, ("test", 1, 4, 3, 10_000), "no target of test has 10000 strictly earlier rows"),
         (labelled_requests, ("test", 5, 999), r"no user has 999 .*ranking\.labelled_minimum"),
