@@ -17,6 +17,7 @@ from project.errors import ConfigError, DataError
 SPLITS = ("train", "valid", "test")
 FOLDS = ("select", "tune", "certify")
 ROLES = ("target", "context")
+FOLD_SALT = "folds"  # of the hash that assigns validation users to folds
 
 _OPERATORS = {">": "gt", ">=": "ge", "<": "lt", "<=": "le", "==": "eq"}
 _RULE = re.compile(r"\s*rating\s*(>=|<=|==|>|<)\s*([-+]?\d*\.?\d+)\s*")
@@ -27,7 +28,6 @@ class Protocol:
     """How a log is turned into targets and splits; two results are comparable if its hash agrees.
 
     Args:
-        name: Name in tables. Null: made from the fields, such as global_time-80-10-10-h5.
         split: How rows are cut. global_time: two instants for all users; user_time: two instants for each user;
             random: a seeded permutation; leave_last: each user's last row is test, the one before is valid; given: the
             log says it (a `split` column, or one file per split).
@@ -38,11 +38,9 @@ class Protocol:
         drop_ratings: Rows with these ratings are removed before anything else.
         duplicates: What to do with rows that repeat a user, item and timestamp: error, or keep the first or last.
         seed: Seed of the random split.
-        fold_salt: Salt of the user hash that assigns validation users to folds.
         fold_shares: Shares of the users in the folds select, tune and certify.
     """
 
-    name: str | None = None
     split: Literal["global_time", "user_time", "random", "leave_last", "given"] = "global_time"
     shares: list[float] = field(default_factory=lambda: [0.8, 0.1, 0.1])
     minimum_history: int = 0
@@ -50,13 +48,11 @@ class Protocol:
     drop_ratings: list[float] = field(default_factory=list)
     duplicates: Literal["error", "first", "last"] = "error"
     seed: int = 0
-    fold_salt: str = "folds"
     fold_shares: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.4])
 
-    def resolved_name(self) -> str:
-        """The name in tables: `name`, or one made from the fields."""
-        if self.name is not None:
-            return self.name
+    @property
+    def name(self) -> str:
+        """The name in tables, such as global_time-80-10-10-h5."""
         parts: list[str] = [self.split]
         if self.split in ("global_time", "user_time", "random"):
             parts += [f"{100 * share:g}" for share in self.shares]
@@ -263,7 +259,7 @@ def _folds(user_ids: pl.Series, protocol: Protocol) -> pl.Series:
     """Fold of each user, by a salted hash: the same on every machine, and in another log."""
     bounds, folds = np.cumsum(protocol.fold_shares)[:-1], []
     for user_id in user_ids:
-        digest = hashlib.sha256(f"{protocol.fold_salt}:{user_id}".encode()).digest()
+        digest = hashlib.sha256(f"{FOLD_SALT}:{user_id}".encode()).digest()
         uniform = int.from_bytes(digest[:8], "big") / 2**64
         folds.append(FOLDS[int(np.searchsorted(bounds, uniform, side="right"))])
     return pl.Series(folds, dtype=pl.Enum(FOLDS))
@@ -276,7 +272,7 @@ def _check_targets(rows: pl.DataFrame, protocol: Protocol) -> None:
     empty = [split for split, values in labels.items() if values.is_empty()]
     if empty:
         raise DataError(
-            f"Split {' and '.join(empty)} has no targets under {protocol.resolved_name()} (targets: "
+            f"Split {' and '.join(empty)} has no targets under {protocol.name} (targets: "
             f"{found}). Change data.protocol.shares, lower data.protocol.minimum_history, give more data, or "
             "choose another data.protocol.split: a cut moves to the next instant when many rows share one "
             "timestamp."
@@ -285,13 +281,13 @@ def _check_targets(rows: pl.DataFrame, protocol: Protocol) -> None:
         if labels[split].n_unique() == 1:
             raise DataError(
                 f"All {len(labels[split]):,} targets of {split} have label {labels[split][0]} under "
-                f"{protocol.resolved_name()} (targets: {found}). Change data.protocol.label, data.protocol.shares or "
+                f"{protocol.name} (targets: {found}). Change data.protocol.label, data.protocol.shares or "
                 "data.protocol.split. Clicks alone need rows with label 0 too: what was shown and not clicked."
             )
 
 
 def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) -> str:
-    fields = asdict(protocol) | {"name": protocol.resolved_name()}
+    fields = asdict(protocol) | {"name": protocol.name, "fold_salt": FOLD_SALT}
     digest = hashlib.sha256(json.dumps([fields, list(interactions.files.values())], sort_keys=True).encode())
     codes = rows.with_columns(pl.col("split", "fold", "role").to_physical().cast(pl.Int8).fill_null(-1))
     for column in ("row_id", "split", "fold", "role", "label"):
@@ -319,7 +315,7 @@ def _manifest(
         return {split: by_split[split].select((~seen).mean()).item() for split in SPLITS[1:]}
 
     return {
-        "name": protocol.resolved_name(),
+        "name": protocol.name,
         "hash": digest,
         "fields": asdict(protocol),
         "files": dict(interactions.files),

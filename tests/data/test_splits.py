@@ -130,9 +130,9 @@ def test_given_splits_and_history_as_context() -> None:
 def test_folds_are_a_salted_hash_of_the_user() -> None:
     """sha256("salt:user_id") as a number in [0, 1), cut at .2 and .6; only rows of valid have one."""
     users = [i % 30 for i in range(300)]
-    split = apply_protocol(coded(users, list(range(300))), Protocol(fold_salt="pepper"))
+    split = apply_protocol(coded(users, list(range(300))), Protocol())
     for user, part, fold in split.rows.select("user", "split", "fold").iter_rows():
-        digest = hashlib.sha256(f"pepper:u{user}".encode()).hexdigest()
+        digest = hashlib.sha256(f"folds:u{user}".encode()).hexdigest()
         at = int(digest[:16], 16) / 16**16
         assert fold == (
             None if part != "valid" else "select" if at < 0.2 else "tune" if at < 0.6 else "certify"
@@ -205,11 +205,9 @@ def test_hash_is_stable_and_sees_every_change() -> None:
     others = [
         hash_of(replace(log, files={"log.csv": "ab"})),
         hash_of(replace(log, rows=flipped)),
-        hash_of(name="mine"),
         hash_of(minimum_history=1),
         hash_of(split="random"),
         hash_of(split="random", seed=1),
-        hash_of(fold_salt="x"),
         hash_of(label="rating > 4"),
     ]
     assert len({hash_of(), *others}) == 1 + len(others)
