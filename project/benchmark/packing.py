@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
-ROUNDS = 3  # fewer pairs of measurements than this say nothing about spread
+ROUNDS = 3  # fewer do not show the spread
 
 
 def prompts_of(streams: Streams, stream: int, window: Window) -> list[NDArray[np.int64]]:
@@ -85,7 +85,7 @@ def run_packing(
         for name, step in steps.items():
             began = time.perf_counter()
             targets = step()
-            # a step is done when the device is, not when the host has asked for it
+            # a step is done when the device has done it, not when the host has sent it
             if device.type in ("cuda", "mps", "xpu"):
                 getattr(torch, device.type).synchronize()
             rates[name].append(targets / (time.perf_counter() - began))

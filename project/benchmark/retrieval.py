@@ -1,4 +1,4 @@
-"""Retrievers compared: seconds a neighbour query takes, and the AUC of the neighbours' vote."""
+"""The retrieval benchmark: seconds that a neighbour query takes, and the AUC of the neighbours' vote."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from project.run import result_head, write_json
 if TYPE_CHECKING:
     from project.datamodule import InteractionData
 
-ROUNDS = 3  # fewer say nothing about spread
+ROUNDS = 3  # fewer do not show the spread
 FEWEST = 8  # requests: fewer are not a sample
 REFERENCE = "lightgcn"
 
@@ -235,7 +235,7 @@ def _sample(data: InteractionData, cuts: NDArray[np.float64], requests: int) -> 
 
 
 def _times(contender: Contender, reference: Contender) -> dict[str, Any]:
-    """Milliseconds a request, medians over rounds, and how many times the reference's, which is LightGCN's sums."""
+    """Milliseconds a request, medians over rounds, and their ratio to the reference's: LightGCN's sums."""
     vector, _, total = contender.milliseconds()
     ratio, cpu_ratio, total_ratio = contender.milliseconds() / reference.milliseconds()
     return {
