@@ -50,7 +50,7 @@ def read_split(folder: Path, protocol: Protocol) -> SplitInteractions:
 
 
 def no_retrieved(rows: pl.DataFrame) -> pl.DataFrame:
-    """An retrieved features table that knows nothing."""
+    """A table of retrieved features without any earlier row."""
     n = len(rows)
     lists = {name: pl.Series(name, [[]] * n, dtype=kind) for name, kind in EMPTY_RETRIEVED.items()}
     counts = {
@@ -107,7 +107,7 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
 
 
 def call(cache: Path, *arguments: object) -> None:
-    """Run `python -m project ...` in this process, with an retrieved features cache."""
+    """Run `python -m project ...` in this process, with a cache of retrieved features."""
     from project.__main__ import main
 
     with pytest.MonkeyPatch.context() as patch:
