@@ -158,7 +158,7 @@ def test_the_fastest_that_is_enough() -> None:
 
 
 def parts_of(**others: ScoredRequests) -> dict[str, ScoredRequests]:
-    """Requests of every kind and part, with some of one's own."""
+    """Requests of every kind and part, with some replaced."""
     names = ("catalogue/tune", "labelled/tune", "catalogue/test", "labelled/test")
     return {name: ScoredRequests.of(drifting(50, 30, seed)) for seed, name in enumerate(names)} | others
 
@@ -180,7 +180,7 @@ def test_rows_and_certificate() -> None:
         assert loss < certificate["bound"] <= 0.1
 
 
-def test_how_many_were_asked_about() -> None:
+def test_candidates_of_a_request() -> None:
     """The first request has 18 of its 30 candidates: a small catalogue may make fewer than were wanted."""
     short = ScoredRequests.of(drifting(50, 30, 0).slice(12))
     result = rank_rows(

@@ -21,6 +21,7 @@ from project.features import FEATURES
 from project.metrics import SMALLEST_PROBABILITY
 
 ITEM_ROWS = FEATURES.index("item_rows")
+USER_PARTS = 2  # a criterion that learns is fitted on the users of one part and scores those of the other
 QUANTILES = 1001  # points of a frozen distribution: its error is below .001 in quantile
 
 
@@ -192,28 +193,26 @@ def try_out(criterion: Criterion, exit_0: bool) -> None:
             return
 
 
-def out_of_fold_confidence(
-    make: Callable[[], Criterion], outputs: HeadOutputs, users: ArrayLike, folds: int = 2
-) -> Tensor:
+def out_of_fold_confidence(make: Callable[[], Criterion], outputs: HeadOutputs, users: ArrayLike) -> Tensor:
     """Confidence of tune rows by criteria that saw no row of the same user, (n, K): what thresholds are fitted on.
 
-    `make` makes an unfitted criterion; `users` (n,) are cut into folds in the order of a salted hash.
+    `make` makes an unfitted criterion; `users` (n,) are cut into USER_PARTS in the order of a salted hash.
     """
     found, code = np.unique(np.asarray(users), return_inverse=True)
-    if found.size < folds:
+    if found.size < USER_PARTS:
         raise DataError(
             f"a criterion that learns is scored on other users than it is fitted on: {found.size} users of the fold "
-            f"tune cannot make {folds} parts; use more data, or a criterion that does not learn"
+            f"tune cannot make {USER_PARTS} parts; use more data, or a criterion that does not learn"
         )
     digests = [hashlib.sha256(f"0:{user}".encode()).digest() for user in found.tolist()]
     place = np.empty(found.size, dtype=np.int64)
     place[sorted(range(found.size), key=digests.__getitem__)] = np.arange(found.size)
-    part = torch.from_numpy((place * folds // found.size)[code.reshape(-1)]).to(outputs.logits.device)
+    part = torch.from_numpy((place * USER_PARTS // found.size)[code.reshape(-1)]).to(outputs.logits.device)
     table = torch.empty_like(outputs.logits)
-    for fold in range(folds):
+    for own in range(USER_PARTS):
         criterion = make()
-        criterion.fit(outputs.rows(part != fold))
-        table[part == fold] = confidence_table(criterion, outputs.rows(part == fold))
+        criterion.fit(outputs.rows(part != own))
+        table[part == own] = confidence_table(criterion, outputs.rows(part == own))
     return table
 
 

@@ -1,3 +1,5 @@
+"""Metrics: by hand, against scikit-learn, on one class and without rows; intervals by resampling users."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings

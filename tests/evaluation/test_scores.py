@@ -160,7 +160,7 @@ def test_plan_has_its_depth_in_each_slice():
 
 
 def test_metrics_are_those_of_the_rows():
-    """history_5_20 scores 1, 0, .5 on labels 1, 0, 1: AUC 1. Baselines and exits are in one list; an empty slice says so."""
+    """history_5_20 scores 1, 0, .5 on labels 1, 0, 1: AUC 1. One list has baselines and exits; an empty one says so."""
     baseline = Baseline(
         "lr_rates", pl.DataFrame({"row_id": range(2, 10), "split": ["test"] * 8, "logit": LOGITS})
     )

@@ -169,7 +169,7 @@ class TestWalk:
         assert found.users_needed is None
 
     def test_sorted_users_do_not_fool_the_bets(self):
-        """800 losses of 0 before 200 of 1, mean .2: read in this order capital would soar first; shuffled it fails."""
+        """800 losses of 0 before 200 of 1, mean .2: read in this order capital would grow first; shuffled it fails."""
         losses = np.zeros((2, 1000))
         losses[1, 800:] = 1
         assert certify_losses(losses, CertificateSettings("overlap_loss", 0.05)).passed is False

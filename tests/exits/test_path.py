@@ -1,3 +1,5 @@
+"""The path of thresholds: its order and its numbers, the budget's step, bounds, and what beats static exits."""
+
 import itertools
 from functools import cache
 
