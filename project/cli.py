@@ -195,6 +195,7 @@ class ProjectCLI(LightningCLI):
         config = self.config[self.subcommand]
         if "verbose" in config:
             config.verbose = False  # the result table has these numbers
+        # 1. a CSV logger comes first, in runs/NAME where none is configured
         given = config.trainer.logger
         if given is not False:
             loggers = given if isinstance(given, list) else [] if given in (None, True) else [given]
@@ -205,6 +206,7 @@ class ProjectCLI(LightningCLI):
             where = {"save_dir": "runs", "name": name}
             default = dict_to_namespace({"class_path": RUN_LOGGER, "init_args": where})
             config.trainer.logger = [*(csv or [default]), *(x for x in loggers if x not in csv)]
+        # 2. with a checkpoint every command but fit writes into the checkpoint's run
         if not config.get("ckpt_path"):
             return
         _check_file(Path(config.ckpt_path))

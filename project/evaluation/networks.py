@@ -280,11 +280,13 @@ def network_baselines(
     One baseline a network, with the chosen point and the number of epochs in `chosen`. DataError where valid's fold
     select or tune lacks a class.
     """
+    # 1. features of all splits
     rows = split.rows
     features = NetworkFeatures.fit(rows, split.interactions.items, retrieved)
     tables = {s: features.table(rows, retrieved, s) for s in dict.fromkeys(("train", "valid", *splits))}
     fitted = Labelled(tables["train"], _labels(targets_of(rows, "train")))
     select, tune = (_fold(rows, tables["valid"], fold) for fold in ("select", "tune"))
+    # 2. of each network every grid point is trained, and the best on tune is kept
     found = []
     with Progress(transient=True) as progress:
         for name in NETWORKS:
