@@ -188,7 +188,7 @@ def _wandb(trainer: pl.Trainer) -> list[WandbLogger]:
 class ExitCalibration(ExitSettings, pl.Callback):
     """Calibrates exits on the tune fold of every validation and certifies them on the certify fold.
 
-    Its arguments are the settings themselves, so that YAML says `exits.criterion`.
+    Its arguments are the settings themselves, so that YAML names `exits.criterion`.
     """
 
     def __post_init__(self) -> None:

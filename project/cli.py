@@ -72,12 +72,12 @@ class SectionHelp(LightningArgumentParser):
             part._group_actions = [a for a in dotted if a.dest.startswith(f"{topic}.")] if topic else rest
             self._action_groups.append(part)
         try:
-            said = str(super().format_help(formatter))
+            text = str(super().format_help(formatter))
         finally:
             self._action_groups = whole
         named = [f"  {name:12}{title.split(':')[0].split('. ')[0]}" for name, title in sections.items()]
         return (
-            said if topic else "\n".join([said, "sections, each with --help SECTION (or all):", *named, ""])
+            text if topic else "\n".join([text, "sections, each with --help SECTION (or all):", *named, ""])
         )
 
 
@@ -236,7 +236,7 @@ def _check_file(checkpoint: Path) -> None:
 
 
 class _EachKeyOnce(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML says that a key stands once in a mapping; PyYAML lets the last one win."""
+    """Refuses a key that stands twice in a mapping, as YAML does; PyYAML takes the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set[str]()

@@ -62,7 +62,7 @@ class Case:
 
     @property
     def short(self) -> bool:
-        """Whether only the main contenders are timed: the others show nothing new here, or take too long."""
+        """Whether only the main contenders are timed: the others take too long here, or add nothing."""
         return not self.usual or self.candidates > 64
 
     @property

@@ -48,8 +48,8 @@ DRAWS = 1000  # resamples of users behind the correction
 class Curve:
     """One criterion, fitted on tune.
 
-    `path` has S steps, `influences` (S, U) are of the users, see `user_influences`. `step` is the one that the budget
-    chooses; -1: none keeps it.
+    `path` has S steps, `influences` (S, U) are the users', see `user_influences`. `step` is the one that the budget
+    chooses; -1 where none keeps it.
     """
 
     criterion: Criterion
@@ -98,7 +98,7 @@ class TuneFold:
         for unfitted in settings.criteria():
             criterion = deepcopy(unfitted)
             criterion.fit(self.outputs)
-            # rows that a criterion learned from look more certain to it than others will
+            # a criterion that learns is more confident on the rows of its fit than on others
             confidence = (
                 out_of_fold_confidence(partial(deepcopy, unfitted), self.outputs, users)
                 if criterion.learns

@@ -63,7 +63,7 @@ def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None) -> Figure:
         axes.plot(*path.T, STYLES.get(name, "-"), color=colour, drawstyle=stairs, lw=1.6, ms=10,
                   label=CONTROLS.get(name, name))  # fmt: skip
         for step in steps if name == "fixed_depth" else []:
-            if step["auc"] is not None:  # the square says its depth
+            if step["auc"] is not None:  # its depth, in the square
                 axes.text(step["cost"], step["auc"], str(step.get("layer", "")), color="white", fontsize=7, ha="center",
                           va="center_baseline", zorder=5)  # fmt: skip
         levels += [] if name == "random" else path[:, 1].tolist()  # random may lie outside the picture
@@ -118,7 +118,7 @@ def exit_share_figure(exits: Sequence[Row], mean_depth: float | None = None) -> 
     axes.bar_label(bars, labels, fontsize=9)
     axes.set_ylim(0, 1.12 * max([*shares, 0.01]))
     axes.grid(visible=False)
-    axes.yaxis.set_visible(False)  # the bars say their numbers
+    axes.yaxis.set_visible(False)  # the bars have their numbers
     depth = f", mean depth {mean_depth:.2f} of {rows[-1]['layer']} layers" if mean_depth and rows else ""
     axes.set_title("share of rows that leave at each exit" + depth, loc="left", fontsize=9.5)
     return _finished(axes)
