@@ -69,13 +69,9 @@ def streams_without_retrieved(split: SplitInteractions, name: str, segment: str 
 
 
 def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> dict[str, Any]:
-    """A configuration of the tiny world, as YAML would say it; to be changed by whoever asks.
+    """A configuration of the tiny world as YAML would have it: runs go to `runs`/`name`; a caller may change it.
 
-    Args:
-        logs: Folder with interactions.csv and items.csv.
-        model: Folder of a model with three layers or more.
-        runs: Where runs go.
-        name: Folder of the runs below that.
+    `logs` is a folder with interactions.csv and items.csv, `model` that of a model with three layers or more.
     """
     files = {kind: str(logs / f"{kind}.csv") for kind in ("interactions", "items")}
     csv = {
