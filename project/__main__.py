@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 
-# of libraries among themselves: nothing a user could act on
+# between libraries: a user cannot act on them
 QUIET_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)`",
     "`torch.jit",
@@ -23,7 +23,7 @@ OTHER_COMMANDS = {
 
 
 def run(arguments: list[str]) -> None:
-    """The command that the arguments begin with; those that need no model are light to start."""
+    """Run the command that the arguments begin with; those without a model import none."""
     match arguments:
         case ["table", *rest]:
             from project.report.tables import print_tables
@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Run one command; what is wrong with the input is said in one line, without a traceback."""
+    """Run one command; an error about the input is printed in one line, without a traceback."""
     from project.errors import ProjectError
 
     if not sys.warnoptions:  # python -W and the tests' own ledger come first

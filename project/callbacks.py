@@ -29,11 +29,11 @@ from project.evaluation.result import (
     adaptive_summary,
     baseline_scores_of,
     comparison,
-    exit_0_rows,
     exit_scores_of,
     part_of,
     plan_scores_of,
     slice_rows,
+    with_and_without_exit_0,
 )
 from project.exits.budget import calibrate
 from project.exits.plan import ExitSettings, Floats, Plans
@@ -70,7 +70,7 @@ class RunLogger(CSVLogger):
 
     def _get_next_version(self) -> int:
         number: int = super()._get_next_version()
-        while rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # other processes are told, see SaveConfig
+        while rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # other processes get it from SaveConfig
             folder = Path(self.root_dir) / f"version_{number}"
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """As `read_checkpoint`, whatever Lightning's callers ask for."""
+        """As `read_checkpoint`, whatever Lightning's callers set."""
         return read_checkpoint(path)
 
 
@@ -128,9 +128,9 @@ def point_latest(trainer: pl.Trainer) -> None:
 
 
 def will_be_saved(trainer: pl.Trainer) -> bool:
-    """Whether this validation of fit earns a checkpoint: what is not saved must not be what a result is about."""
+    """Whether a checkpoint is saved after this validation of fit: results are about saved weights only."""
     saver = trainer.checkpoint_callback
-    # without a metric, or with save_top_k 0, results are about the latest weights, as last.ckpt is
+    # without a metric, or with save_top_k 0, last.ckpt has the latest weights
     if not isinstance(saver, ModelCheckpoint) or saver.monitor is None or saver.save_top_k == 0:
         return True
     return saver.check_monitor_top_k(trainer, trainer.callback_metrics.get(saver.monitor))
@@ -188,7 +188,7 @@ def _wandb(trainer: pl.Trainer) -> list[WandbLogger]:
 class ExitCalibration(ExitSettings, pl.Callback):
     """Calibrates exits on the tune fold of every validation and certifies them on the certify fold.
 
-    Its arguments are the settings themselves, so that YAML says `exits.criterion`.
+    Its arguments are the settings themselves, so that YAML names `exits.criterion`.
     """
 
     def __post_init__(self) -> None:
@@ -204,7 +204,7 @@ class ExitCalibration(ExitSettings, pl.Callback):
         try:
             self.calibrate(trainer, module, data_of(trainer), _scores(module), current_run(trainer))
         except ProjectError as error:
-            self.found = None  # the plan of an earlier validation is not this checkpoint's
+            self.found = None  # the plan of an earlier validation does not belong to this checkpoint
             rank_zero_warn(f"exits are not calibrated: {error}", category=UserWarning)
 
     def calibrate(
@@ -306,7 +306,7 @@ class ResultFiles(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Log the deepest layer's learning rate, and targets a second of all processes; validation is not in it."""
+        """Log the deepest layer's learning rate, and the targets a second of all processes, without validation."""
         now = time.perf_counter()
         rates = {group["name"].split("/")[0]: group["lr"] for group in trainer.optimizers[0].param_groups}
         deepest = f"layer_{cast('ExitRecommender', pl_module).depth}"
@@ -358,7 +358,7 @@ class ResultFiles(pl.Callback):
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - self._evaluation_started
 
     def _write_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        # on every process: where heads are sharded, their digest is asked of all
+        # on every process: where heads are sharded, all take part in their digest
         about = {"heads": heads_digest(pl_module.state_dict()), "protocol": data_of(trainer).split.hash}
         if not trainer.is_global_zero:
             return
@@ -476,14 +476,14 @@ def _adaptive(
 
 
 def _by_exit_0(layer: int, plans: list[PlannedRows], against: AgainstBaseline) -> dict[str, Any]:
-    """The chosen exit under plans with exit 0 and without; one where a run has no exit 0."""
+    """The chosen exit under the plans with exit 0 and without; a run without exit 0 has the second alone."""
     heads = {
         "with_exit_0" if rows.plan.exit_0 else "without_exit_0": rows.calibrated[
             :, rows.plan.layers.index(layer)
         ]
         for rows in plans
     }
-    return {"layer": layer, **exit_0_rows(heads, against)}
+    return {"layer": layer, **with_and_without_exit_0(heads, against)}
 
 
 def _slices(
@@ -516,7 +516,7 @@ def _log_result(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
         f"{name}/chosen_exit": result["chosen_exit"],
         "certificate/passed": "not tested" if passed is None else passed,
     }
-    # the last two: under the exit plan, if there is one
+    # the last two are there under an exit plan
     columns = ["auc", "log_loss", "brier", "ece", "exit_share", "auc_leaving"]
     fold = next((r["fold"] for r in result["exits"] if "fold" in r), None)
     rows = [[f"exit {r['layer']}", *map(r.get, columns)] for r in result["exits"]]
@@ -528,7 +528,7 @@ def _log_result(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
 
 
 def write_bundle(module: ExitRecommender, data: InteractionData, folder: Path) -> None:
-    """Tokenizer, items, protocol and retrieved features of a run, and bundle.json, which says what is what."""
+    """Write tokenizer, items, protocol and retrieved features of a run, and bundle.json, which describes them."""
     split = data.split
     folder.mkdir(parents=True, exist_ok=True)
     data.tokenizer.save_pretrained(folder / "tokenizer")

@@ -1,7 +1,7 @@
 """Command line: Lightning's CLI with fixed model and data classes and more commands (project.trainer).
 
-The configuration is the truth. Lightning would let a checkpoint's hyper-parameters override the command line; here a
-checkpoint that does not fit the configuration is refused by the module instead.
+Lightning would let a checkpoint's hyper-parameters override the command line. Here the module refuses a checkpoint that
+does not fit the configuration.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class SectionHelp(LightningArgumentParser):
     """`fit --help` names the sections of the configuration, `fit --help data` shows one, `fit --help all` shows all."""
 
     def format_help(self, formatter: Any = None) -> str:
-        """Lightning's, cut to what was asked for."""
+        """Lightning's, cut to the section that --help names."""
         topic = next(
             (word for flag, word in zip(sys.argv, sys.argv[1:], strict=False) if flag in ("-h", "--help")), ""
         )
@@ -72,12 +72,12 @@ class SectionHelp(LightningArgumentParser):
             part._group_actions = [a for a in dotted if a.dest.startswith(f"{topic}.")] if topic else rest
             self._action_groups.append(part)
         try:
-            said = str(super().format_help(formatter))
+            text = str(super().format_help(formatter))
         finally:
             self._action_groups = whole
         named = [f"  {name:12}{title.split(':')[0].split('. ')[0]}" for name, title in sections.items()]
         return (
-            said if topic else "\n".join([said, "sections, each with --help SECTION (or all):", *named, ""])
+            text if topic else "\n".join([text, "sections, each with --help SECTION (or all):", *named, ""])
         )
 
 
@@ -124,7 +124,7 @@ class ProjectCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Forced callbacks, each under its own key, and values that are said once."""
+        """Callbacks that are always there, each under its own key, and keys whose value another key sets."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
@@ -146,7 +146,7 @@ class ProjectCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """What is wrong is one error of ours."""
+        """Parse; what is wrong is raised as one ConfigError."""
         given = sys.argv[1:]
         check_command(given, [*self.subcommands(), *self._others])
         for name, value in zip(given, [*given[1:], ""], strict=True):
@@ -163,7 +163,7 @@ class ProjectCLI(LightningCLI):
             raise ConfigError(f"seed_everything is {seed}; expected 0 to {LARGEST_SEED}.")
 
     def instantiate_classes(self) -> None:
-        """An error of ours stays one where its type is one of several, as in `MatrixFactorisation | None`."""
+        """Raise a ProjectError as itself where jsonargparse wraps it, as in `MatrixFactorisation | None`."""
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
@@ -179,7 +179,7 @@ class ProjectCLI(LightningCLI):
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Lightning tells loggers of its own commands that they failed; ours need telling, too."""
+        """Finalise the loggers of a command that failed, as Lightning does for its own commands."""
         try:
             super()._run_subcommand(subcommand)
         except BaseException:
@@ -188,13 +188,14 @@ class ProjectCLI(LightningCLI):
             raise
 
     def _parse_ckpt_path(self) -> None:
-        """Do not let a checkpoint change the configuration; the module checks that they agree."""
+        """Do nothing: a checkpoint must not change the configuration; the module checks that they agree."""
 
     def before_instantiate_classes(self) -> None:
         """Put the run's folder first among the loggers; with a checkpoint it is the checkpoint's run."""
         config = self.config[self.subcommand]
         if "verbose" in config:
-            config.verbose = False  # the result table says it all
+            config.verbose = False  # the result table has these numbers
+        # 1. a CSV logger comes first, in runs/NAME where none is configured
         given = config.trainer.logger
         if given is not False:
             loggers = given if isinstance(given, list) else [] if given in (None, True) else [given]
@@ -205,6 +206,7 @@ class ProjectCLI(LightningCLI):
             where = {"save_dir": "runs", "name": name}
             default = dict_to_namespace({"class_path": RUN_LOGGER, "init_args": where})
             config.trainer.logger = [*(csv or [default]), *(x for x in loggers if x not in csv)]
+        # 2. with a checkpoint every command but fit writes into the checkpoint's run
         if not config.get("ckpt_path"):
             return
         _check_file(Path(config.ckpt_path))
@@ -219,7 +221,7 @@ class ProjectCLI(LightningCLI):
 
 
 def _check_file(checkpoint: Path) -> None:
-    """Refuse what is no checkpoint at all, in the words of a person who names a file."""
+    """Refuse a path that is no checkpoint file."""
     if checkpoint.is_file() and zipfile.is_zipfile(checkpoint):
         return
     last = checkpoint / "checkpoints" / "last.ckpt"
@@ -234,7 +236,7 @@ def _check_file(checkpoint: Path) -> None:
 
 
 class _EachKeyOnce(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML says that a key stands once in a mapping; PyYAML lets the last one win."""
+    """Refuses a key that stands twice in a mapping, as YAML does; PyYAML takes the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set[str]()
@@ -275,7 +277,7 @@ def check_command(arguments: Sequence[str], commands: Sequence[str]) -> None:
 
 
 def project_error_in(error: BaseException) -> ProjectError | None:
-    """The error of this package that another one was raised from: unions of types bury them."""
+    """The error of this package that another one was raised from; jsonargparse wraps those of unions of types."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, ProjectError):
@@ -285,7 +287,7 @@ def project_error_in(error: BaseException) -> ProjectError | None:
 
 
 def one_line(message: str, keys: Iterable[str]) -> ConfigError:
-    """The key and the reason, out of jsonargparse's many lines; `keys` are all there are."""
+    """The key and the reason, out of jsonargparse's many lines; `keys` are those of the configuration."""
     key = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
     if found := UNKNOWN.search(message):
         name = next(filter(None, found.groups()))

@@ -1,4 +1,4 @@
-"""Two runs on the same rows: paired differences of their heads' AUC and log loss, from score tables alone."""
+"""The command `compare`: paired differences of two runs' heads in AUC and log loss, from score tables alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DRAWS = 1000  # resamples of users behind every interval
 class Heads:
     """A run's n rows by row id, and by layer the logits (n,), as they are and calibrated with exit 0.
 
-    `calibrated` is empty where tune has one class, or a head that gives everybody the same logit.
+    `calibrated` is empty where tune has one class, or a head gives all rows the same logit.
     """
 
     row_id: Ints
@@ -71,8 +71,8 @@ def read_heads(run: Path, part: Part = "tune") -> Heads:
     try:
         labels = tune["label"].to_numpy()
         calibration = fit_calibration(_logits(tune, layers), labels, [0, *layers], exit_0=True)
-        better = calibration.apply(logits).numpy()
-        calibrated = {layer: better[:, column] for column, layer in enumerate(layers, start=1)}
+        values = calibration.apply(logits).numpy()
+        calibrated = {layer: values[:, column] for column, layer in enumerate(layers, start=1)}
     except DataError:
         pass
     row_id, labels, users = (scores[key].to_numpy().astype(np.int64) for key in ("row_id", "label", "user"))

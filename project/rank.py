@@ -1,4 +1,4 @@
-"""Ranking requests: the best k of N candidates, by every policy, beside full depth and static depths."""
+"""The command `rank`: the best k of N candidates by every policy, beside full depth and static depths."""
 
 from __future__ import annotations
 
@@ -62,13 +62,14 @@ class RankSettings:
     Args:
         requests: Catalogue requests of the tune fold, and as many of test.
         candidates: Candidates of a request.
-        certify: Catalogue requests of the certify fold behind the certificate, whose users are counted, not the
-            requests: those of one user are alike; 0 makes none.
+        certify: Catalogue requests of the certify fold for the certificate, which counts their users; 0 makes no
+            certificate.
         lists: Lengths k of the list that is wanted.
         overlap: Least mean overlap@k with full depth on `tune` of the policies that are chosen.
         epsilon: Certificate: largest loss of overlap, as a mean over users, each counting once.
-        delta: Certificate: chance that any of its promises, one for each k, may be broken.
-        labelled_minimum: Users with so many rated items in a part get requests of these, for precision and GAUC.
+        delta: Certificate: chance that any of its promises, one for each k, is broken.
+        labelled_minimum: Users with at least so many rated items in a part get requests of these, for precision and
+            GAUC.
     """
 
     requests: int = 100
@@ -167,7 +168,7 @@ def by_row(criterion: Criterion, threshold: float) -> RankPolicy:
 
 
 def by_margin(policy: TopK, level: float) -> RankPolicy:
-    """Candidates leave when they can no longer reach the list; who stays longer stands above who left."""
+    """Candidates leave when they can no longer reach the list; those that stay longer are listed above them."""
 
     def decide(scored: ScoredRequests) -> Ranking:
         exits = policy.exits(scored.request, scored.outputs)
@@ -184,7 +185,7 @@ def _emitted(scored: ScoredRequests, exits: Tensor) -> Ranking:
 def policies(tune: ScoredRequests, k: int, overlap: float) -> list[RankPolicy]:
     """Full depth, `top_k`, row policies and every static depth for lists of k.
 
-    Of each policy with a parameter it is the fastest that keeps this mean overlap@k with full depth on tune.
+    Of policies with a parameter these are the fastest that keep this mean overlap@k with full depth on tune.
     """
     layers = tune.outputs.layers
     full = fixed_depth(layers, len(layers) - 1)
@@ -315,7 +316,7 @@ def run_rank(
     if settings.certify:
         drawn = catalogue_requests(split, "certify", settings.certify, settings.candidates, seed)
         workloads["catalogue/certify"] = drawn
-    # 2. the ledger, before anything is scored: other requests or candidates, and another seed, are a second try too
+    # 2. the ledger, before anything is scored: other requests, candidates or another seed are a second try, too
     files = sorted((folder / "results").glob("rank*.json"))
     ledger = [entry for file in files for entry in read_result(file).get("ledger", [])]
     if settings.certify:

@@ -87,7 +87,7 @@ def write_table(path: Path, table: pl.DataFrame, about: dict[str, str] | None = 
 
 
 def table_about(path: Path) -> dict[str, str]:
-    """What `write_table` was told about a table."""
+    """What `write_table` noted about a table."""
     return pl.read_parquet_metadata(path)
 
 
@@ -159,7 +159,7 @@ def sha256_of(path: Path) -> str:
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """Tensors and plain values of a checkpoint, on the CPU; never anything that runs when it is read."""
+    """Tensors and plain values of a checkpoint, on the CPU; never objects that run code when they are read."""
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:

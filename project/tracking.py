@@ -1,4 +1,4 @@
-"""Weights & Biases: is an account at hand, and what of a run is sent there."""
+"""Weights & Biases: the logger, and the callback that sends a run's checkpoints and reports there."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class ProjectTrainer(Trainer):
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
-        """Save, and let `latest` name this run: it has a checkpoint now."""
+        """Save, and let `latest` name this run, which now has a checkpoint."""
         super().save_checkpoint(filepath, weights_only, storage_options)
         point_latest(self)
 
@@ -135,7 +135,7 @@ class ProjectTrainer(Trainer):
         seconds: float = 60.0,
         sizes: list[int] = DEFAULT_SIZES,
     ) -> None:
-        """Measure speed as ratios, side by side in one run.
+        """Measure speed as ratios within one run.
 
         Args:
             model: Its backbone is measured.
@@ -143,8 +143,8 @@ class ProjectTrainer(Trainer):
             ckpt_path: A run's checkpoint, to write the result beside its other results; engine needs a calibrated one.
             weights_only: Not used.
             only: What to measure. packing: training targets a second, packed against one prompt per candidate; engine:
-                requests a second by transformers, at full depth, static depths and early exit; retrieval: what finding
-                similar users costs, by graph, by text encoder and by LLM.
+                requests a second by transformers, at full depth, static depths and early exit; retrieval: seconds to
+                find similar users, by graph, by text encoder and by LLM.
             seconds: About how long to measure.
             sizes: Candidates of the engine's requests.
         """
@@ -202,7 +202,7 @@ class ProjectTrainer(Trainer):
         weights_only: bool | None = None,
         ranking: RankSettings = DEFAULT_RANKING,
     ) -> None:
-        """Compare ways to the best k of N candidates: overlap with full depth, depth, cost, precision.
+        """Compare policies for the best k of N candidates: overlap with full depth, depth, cost, precision.
 
         Args:
             model: The run's model.

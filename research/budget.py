@@ -1,4 +1,4 @@
-"""Is the budget kept on fresh users? Pipelines on simulated users, chosen on a tune fold, judged by the truth.
+"""Is the budget kept on fresh users? Pipelines on simulated users, chosen on a tune fold, measured by the truth.
 
     python research/budget.py [--pipelines 500] [--users 80] [--world harsh]
 
@@ -6,7 +6,7 @@ writes `results/budget.json`, one row per world, number of users and alpha. A pi
 calibration, every criterion's path, the choice. In both worlds users have log-normal numbers of rows (mean 20, standard
 deviation of the log 1) and heads below the last err the less the deeper they are. In the harsh one, 15 % of the users
 are served badly: heads are wrong about all rows of such a user in the same direction, and the last one has not mended
-all of it, so that only labels tell what an early exit loses.
+all of it, so that only labels show what an early exit loses.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ STUDY = {
     "command": "study",
     "protocol": {"name": "simulated users", "hash": "simulated"},
     "about": "Pipelines on simulated users. Above: share whose AUC drop on fresh users exceeds the budget of .002. "
-    "Drop, told, corrected: its mean on fresh users, as tune tells it, and corrected for the choice. Covered: how "
-    "often the corrected interval holds the true drop. Cost: share of full depth's token-layers.",
+    "Drop, estimated, corrected: its mean on fresh users, as estimated on tune, and corrected for the choice. Covered: "
+    "how often the corrected interval holds the true drop. Cost: share of full depth's token-layers.",
 }
 RESULT = Path(__file__).parents[1] / "results" / "budget.json"
 
@@ -92,7 +92,7 @@ def true_auc(scores: Floats, truth: Floats) -> float:
 
 
 def choices(tune: TuneFold) -> list[tuple[str, float, TuneFold]]:
-    """The choice by each alpha; and `estimate`, what was done before: the fastest step that tune tells to keep it."""
+    """The choice by each alpha; and `estimate`, without a bound: the fastest step that keeps the budget on tune."""
     found = []
     for name, alpha in [("estimate", 0.5), *((f"alpha {alpha}", alpha) for alpha in ALPHAS)]:
         made = object.__new__(TuneFold)
@@ -111,7 +111,7 @@ def choices(tune: TuneFold) -> list[tuple[str, float, TuneFold]]:
 
 
 def pipeline(users: int, harsh: bool, seed: int, fresh: World) -> list[dict[str, Any]]:
-    """One tune fold: what each choice is told to lose, loses on fresh users, and costs."""
+    """One tune fold: what each choice is estimated to lose, loses on fresh users, and costs."""
     world, settings = make_world(users, harsh, np.random.default_rng([seed, users, harsh])), ExitSettings()
     tune, rows = TuneFold(world.scores, world.features, settings, exit_0=True), []
     known = dict[tuple[str, int], float]()
@@ -123,7 +123,7 @@ def pipeline(users: int, harsh: bool, seed: int, fresh: World) -> list[dict[str,
         low, high = corrected["auc_drop_corrected_interval"]
         rows.append({
             "choice": name, "alpha": alpha, "criterion": policy[0], "drop": drop,
-            "told": made.best.chosen.auc_drop, "corrected": corrected["auc_drop_corrected"],
+            "estimated": made.best.chosen.auc_drop, "corrected": corrected["auc_drop_corrected"],
             "covered": low <= drop <= high, "cost": made.best.chosen.cost,
         })  # fmt: skip
     return rows
@@ -144,7 +144,7 @@ def summary(world: str, users: int, rows: list[dict[str, Any]]) -> list[dict[str
         mine = [row for row in rows if row["choice"] == name]
         means = {
             key: float(np.mean([row[key] for row in mine]))
-            for key in ("drop", "told", "corrected", "covered", "cost")
+            for key in ("drop", "estimated", "corrected", "covered", "cost")
         }
         above = float(np.mean([row["drop"] > budget for row in mine]))
         found.append(
@@ -154,20 +154,20 @@ def summary(world: str, users: int, rows: list[dict[str, Any]]) -> list[dict[str
 
 
 def main() -> None:
-    """Every world and number of users that is asked for; the result file keeps the others."""
+    """Run the worlds and numbers of users that are given; the result file keeps the others."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipelines", type=int, default=500)
     parser.add_argument("--users", type=int, nargs="+", default=[80, 300])
     parser.add_argument("--world", nargs="+", default=["harsh", "mild"], choices=["harsh", "mild"])
-    asked = parser.parse_args()
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    for name in asked.world:
+    for name in given.world:
         fresh = make_world(FRESH_USERS, name == "harsh", np.random.default_rng(10**6))
-        for users in asked.users:
+        for users in given.users:
             rows = list[dict[str, Any]]()
-            for seed in range(asked.pipelines):
+            for seed in range(given.pipelines):
                 rows += pipeline(users, name == "harsh", seed, fresh)
-                if seed % 10 == 9 or seed + 1 == asked.pipelines:
+                if seed % 10 == 9 or seed + 1 == given.pipelines:
                     write(name, users, rows)
                     print(name, users, seed + 1, f"{time.process_time():.0f} s", flush=True)
 

@@ -18,8 +18,8 @@ Ints = NDArray[np.int64]
 Users = tuple[Floats, Floats, Ints, Ints]
 
 ABOUT = (
-    "Passed, not enough users: shares of the draws with that answer. Bets alone: share that passes where the number of "
-    "users is not asked. At epsilon: the true gap is epsilon, so whoever passes is wrong."
+    "Passed, not enough users: shares of the draws with that answer. Bets alone: share that passes without a least "
+    "number of users. At epsilon: the true gap is epsilon, so whoever passes is wrong."
 )
 SETTINGS = CertificateSettings(risk="auc_gap", epsilon=0.02, delta=0.1)
 DROPS = {"at_epsilon": SETTINGS.epsilon, "quarter": SETTINGS.epsilon / 4, "none": 0.0}
@@ -50,7 +50,7 @@ WORLDS: dict[str, tuple[Callable[[np.random.Generator, int], Ints], float]] = {
 def draw(world: str, users: int, strength: float, rng: np.random.Generator) -> Users:
     """Full and adaptive scores, labels and user of each row.
 
-    A user's factorisation (standard deviation .7) and a row's own part (1.1) make the log-odds of the label. Both
+    A user's part (standard deviation .7) and a row's own part (1.1) make the log-odds of the label. Both
     scores see them through noise (.7, correlated .8), so they are equally good. Badly served users' adaptive scores
     are moreover off by `strength` times a shift of the user and noise of the row; rare bad users' are turned round
     instead.
@@ -97,7 +97,7 @@ def rates(world: str, users: int, strength: float, most: int, seed: int = 0) -> 
         if enough:
             answers.append(certify(np.stack([full, adaptive]), full, labels, user, SETTINGS).passed)
             bets.append(bool(answers[-1]))
-        else:  # what the rule "not enough users" gives away: nothing that keeps delta
+        else:  # whether bets alone keep delta here, too
             pairs = UserPairs(labels, user)
             losses = SETTINGS.rescale(pairs.auc(full) - pairs.auc(adaptive))
             answers.append(None)

@@ -33,7 +33,7 @@ def fit(configs: list[str], extra: list[str]) -> Path:
 
 
 def main(arguments: list[str]) -> None:
-    """Fit the base and every overlay, and print what each is worth."""
+    """Fit the base and every overlay, and print each overlay's comparison with the base."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

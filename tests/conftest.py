@@ -28,7 +28,7 @@ WORDS = "movie about the sea a mountain two friends and one dog in winter night 
 
 
 def write_logs(folder: Path, users: int = 30, items: int = 20, rows: int = 500, seed: int = 0) -> Path:
-    """interactions.csv and items.csv: users like items whose factorisation has the sign of their own."""
+    """interactions.csv and items.csv: users like items whose hidden factor has the sign of their own."""
     rng = np.random.default_rng(seed)
     mf_user, mf_item = rng.normal(size=users), rng.normal(size=items)
     user, item = rng.integers(0, users, rows), rng.integers(0, items, rows)
@@ -94,7 +94,7 @@ def tiny_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One retrieved features cache for all tests."""
+    """One cache of retrieved features for all tests."""
     return tmp_path_factory.mktemp("cache")
 
 

@@ -57,7 +57,7 @@ class World:
             calibration.apply(torch.cat([o.logits for o in self.outputs])[:, first:]),
             torch.cat([o.retrieved for o in self.outputs]),
         )
-        # on other rows, as in life: quantiles jump at the very rows that they were taken of
+        # fitted on other rows, as in a run: quantiles are discontinuous at the rows that they were taken of
         noise = torch.randn(together.logits.shape, generator=torch.Generator().manual_seed(0)).double()
         criterion.fit(replace(together, logits=together.logits + 0.1 * noise))
         thresholds = []
@@ -75,7 +75,7 @@ class World:
 
 
 def _between(confidence: torch.Tensor, share: float) -> float:
-    """A threshold in the widest gap near a quantile: at a row's own confidence it would be a coin toss."""
+    """A threshold in the widest gap near a quantile: at a row's own confidence rounding would decide."""
     ordered = confidence.sort(descending=True).values
     k = min(max(round(share * len(ordered)), 3), len(ordered) - 3)
     gaps = ordered[k - 3 : k + 2] - ordered[k - 2 : k + 3]

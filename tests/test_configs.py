@@ -256,10 +256,10 @@ def test_job_script(run: Run, capsys: pytest.CaptureFixture[str], tiny_config: C
     script = CONFIGS / "slurm" / "fit.sbatch"
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
     text = script.read_text()
-    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
+    sbatch = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
     line = text[text.index("srun") :].replace("\\\n", " ").replace("$config", str(tiny_config()))
     words = shlex.split(line)
     assert words[:4] == ["srun", ".venv/bin/python", "-m", "project"]
     trainer = printed(run, capsys, *words[4:])["trainer"]
-    assert int(asked["ntasks-per-node"]) == int(asked["gpus-per-node"]) == int(trainer["devices"])
-    assert int(asked["nodes"]) == trainer["num_nodes"]
+    assert int(sbatch["ntasks-per-node"]) == int(sbatch["gpus-per-node"]) == int(trainer["devices"])
+    assert int(sbatch["nodes"]) == trainer["num_nodes"]

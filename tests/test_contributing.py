@@ -1,7 +1,7 @@
 """CONTRIBUTING's worked examples work: its Python becomes a package of one's own, its YAML is given to `fit`.
 
-Unusual here: nothing of the examples is repeated. What is tested is the text of the document, block by block, as
-somebody would who copied all of it into my_package.py.
+Nothing of the examples is repeated: the tests read the document, block by block, and write its Python into
+my_package.py.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ two_gpus = pytest.mark.skipif(
 def test_sharded_training(
     project: Callable[..., str], tiny_config: Config, tmp_path: Path, model: dict[str, Any], accelerator: str
 ) -> None:
-    """A model cut over two processes ends as two whole copies do; one process validates its checkpoint alike.
+    """A model cut over two processes ends as two whole copies do; one process scores it as the two did.
 
     Weights, the optimizer's state and its numbering are those of data-parallel training, so going on from the
     checkpoint does not depend on who wrote it.

@@ -66,12 +66,12 @@ def test_golden_static_models() -> None:
 
     Layer 0: a holds labels 0, 1 and b 0, 1, mean .5; layer 2: a 0, 0, b 0, 0, mean 0; layer 6: a 1, 0, b 1, 0: .5.
     GAUC at layer 6: a beats 2 of 4 pairs with 4 > 1, 3 and 2 > 1 (3 of 4), b both: (4 * .75 + 3 * 1) / 7 = 6 / 7.
-    Cost at layer 2 of 6: every token runs a third of the layers, cold and warm.
+    Cost at layer 2 of 6: every token runs a third of the layers, cached or not.
     """
-    asked = ScoredRequests.of(GOLDEN)
-    assert asked.outputs.layers == (0, 2, 6)
-    full = fixed_depth(asked.outputs.layers, 2)
-    at = [policy_row(fixed_depth(asked.outputs.layers, j), full, asked, asked, 2) for j in range(3)]
+    scored = ScoredRequests.of(GOLDEN)
+    assert scored.outputs.layers == (0, 2, 6)
+    full = fixed_depth(scored.outputs.layers, 2)
+    at = [policy_row(fixed_depth(scored.outputs.layers, j), full, scored, scored, 2) for j in range(3)]
     assert [row["policy"] for row in at] == ["fixed_depth_0", "fixed_depth_2", "full_depth"]
     assert [row["overlap"] for row in at] == [0.25, 0.5, 1.0]
     assert [row["precision"] for row in at] == [0.5, 0.0, 0.5]
@@ -89,16 +89,16 @@ def test_golden_row_policy() -> None:
     |sigmoid change|: a0 4 -> 4: 0, leaves; a1 .95 -> .73: stays; a2 2 -> 2: 0, leaves; a3 .73 -> .95: stays;
     b0, b1 .5 -> .99: stay; b2 .9999 -> .9997: leaves. Emitted: a 4, 2, 2, 3 -> best 2 {0, 3}: 1 of full depth's {2, 3};
     b 7, 6, 8 -> {0, 2}: 1 of {0, 1}.
-    Cost warm: a 2 * (2 + 6 + 2 + 6) = 32, b 2 * (6 + 6 + 2) = 28; cold: both streams run to layer 6: + 60 each.
+    Cost cached: a 2 * (2 + 6 + 2 + 6) = 32, b 2 * (6 + 6 + 2) = 28; not cached: both streams run to layer 6: + 60 each.
     """
-    asked = ScoredRequests.of(GOLDEN)
-    full = fixed_depth(asked.outputs.layers, 2).decide(asked)
-    ranking = by_row(Consistency(), -0.05).decide(asked)
+    scored = ScoredRequests.of(GOLDEN)
+    full = fixed_depth(scored.outputs.layers, 2).decide(scored)
+    ranking = by_row(Consistency(), -0.05).decide(scored)
     assert ranking.exits.tolist() == [1, 2, 1, 2, 2, 2, 1]
     assert ranking.keys.tolist() == [4, 2, 2, 3, 7, 6, 8]
-    assert overlaps(asked, ranking, full, 2).tolist() == [0.5, 0.5]
-    assert costs(asked, ranking, True).tolist() == [32, 28]
-    assert costs(asked, ranking, False).tolist() == [92, 88]
+    assert overlaps(scored, ranking, full, 2).tolist() == [0.5, 0.5]
+    assert costs(scored, ranking, True).tolist() == [32, 28]
+    assert costs(scored, ranking, False).tolist() == [92, 88]
 
 
 def test_calibration_enters() -> None:
@@ -149,30 +149,30 @@ def test_top_k_keeps_its_overlap() -> None:
 
 
 def test_the_fastest_that_is_enough() -> None:
-    """Of static depths whose overlaps@2 are .25, .5 and 1: 0 asks for layer 0, .3 for layer 2, .6 for full depth."""
-    asked = ScoredRequests.of(GOLDEN)
+    """Of static depths whose overlaps@2 are .25, .5 and 1: 0 takes layer 0, .3 layer 2, .6 full depth."""
+    scored = ScoredRequests.of(GOLDEN)
     path = [fixed_depth((0, 2, 6), index) for index in (1, 0)]
     full = fixed_depth((0, 2, 6), 2)
-    found = [fastest(path, full, asked, 2, overlap) for overlap in (0.1, 0.3, 0.6)]
-    assert [costs(asked, p.decide(asked), True).sum().item() for p in found] == [0, 28, 84]
+    found = [fastest(path, full, scored, 2, overlap) for overlap in (0.1, 0.3, 0.6)]
+    assert [costs(scored, p.decide(scored), True).sum().item() for p in found] == [0, 28, 84]
 
 
-def asked_of(**others: ScoredRequests) -> dict[str, ScoredRequests]:
-    """Requests of every kind and part, with some of one's own."""
+def parts_of(**others: ScoredRequests) -> dict[str, ScoredRequests]:
+    """Requests of every kind and part, with some replaced."""
     names = ("catalogue/tune", "labelled/tune", "catalogue/test", "labelled/test")
     return {name: ScoredRequests.of(drifting(50, 30, seed)) for seed, name in enumerate(names)} | others
 
 
 def test_rows_and_certificate() -> None:
-    asked = ScoredRequests.of(drifting(400, 30, 9))
-    made = asked_of(**{"catalogue/certify": asked})
+    scored = ScoredRequests.of(drifting(400, 30, 9))
+    made = parts_of(**{"catalogue/certify": scored})
     settings = RankSettings(lists=[3, 5], candidates=30, epsilon=0.1)
     result = rank_rows(made, settings)
     shown = [(r["split"], r.get("fold"), r["k"]) for r in result["requests"] if r["policy"] == "top_k"]
     assert shown == [("valid", "tune", 3), ("test", None, 3), ("valid", "tune", 5), ("test", None, 5)]
     for k, certificate in zip((3, 5), result["certificate"], strict=True):
         full, top_k, *_ = policies(made["catalogue/tune"], k, settings.overlap)
-        loss = 1 - overlaps(asked, top_k.decide(asked), full.decide(asked), k).mean()
+        loss = 1 - overlaps(scored, top_k.decide(scored), full.decide(scored), k).mean()
         assert certificate["estimate"] == pytest.approx(loss)
         assert certificate["passed"]
         assert (certificate["k"], certificate["n"], certificate["unit"]) == (k, 400, "user")
@@ -180,11 +180,11 @@ def test_rows_and_certificate() -> None:
         assert loss < certificate["bound"] <= 0.1
 
 
-def test_how_many_were_asked_about() -> None:
+def test_candidates_of_a_request() -> None:
     """The first request has 18 of its 30 candidates: a small catalogue may make fewer than were wanted."""
     short = ScoredRequests.of(drifting(50, 30, 0).slice(12))
     result = rank_rows(
-        asked_of(**{"catalogue/test": short}), RankSettings(lists=[3], candidates=64, certify=0)
+        parts_of(**{"catalogue/test": short}), RankSettings(lists=[3], candidates=64, certify=0)
     )
     found = {r["split"]: r["candidates"] for r in result["requests"]}
     assert found == {"valid": [30, 30], "test": [18, 30]}
@@ -192,18 +192,18 @@ def test_how_many_were_asked_about() -> None:
 
 def test_a_user_counts_once() -> None:
     """400 requests of 60 users are 60 users, and the estimate is the mean of their means; of 8 users too few."""
-    asked = ScoredRequests.of(drifting(400, 30, 9))
+    scored = ScoredRequests.of(drifting(400, 30, 9))
     uneven = np.random.default_rng(0).choice(60, 340, p=[0.3, 0.2, *[0.5 / 58] * 58])
     owners = np.concatenate([np.arange(60), uneven])
     settings = RankSettings(lists=[3], candidates=30, epsilon=0.1)
-    made = asked_of(**{"catalogue/certify": replace(asked, user=owners)})
+    made = parts_of(**{"catalogue/certify": replace(scored, user=owners)})
     (certificate,) = rank_rows(made, settings)["certificate"]
     full, top_k, *_ = policies(made["catalogue/tune"], 3, settings.overlap)
-    loss = 1 - overlaps(asked, top_k.decide(asked), full.decide(asked), 3)
+    loss = 1 - overlaps(scored, top_k.decide(scored), full.decide(scored), 3)
     assert (certificate["n"], certificate["unit"]) == (60, "user")
     by_user = [loss[owners == user].mean() for user in range(60)]
     assert certificate["estimate"] == pytest.approx(np.mean(by_user))
-    made["catalogue/certify"] = replace(asked, user=owners % 8)
+    made["catalogue/certify"] = replace(scored, user=owners % 8)
     (certificate,) = rank_rows(made, settings)["certificate"]
     assert (certificate["n"], certificate["passed"]) == (8, None)
     assert certificate["users_needed"] == 23  # ln 10 / ln(1 + .99 * .1 / .9) = 22.1
@@ -264,9 +264,9 @@ def test_the_command(run: Callable[..., None], fitted: Path, capsys: pytest.Capt
 
     scores, test = (pl.read_parquet(fitted / "scores" / f"{name}.parquet") for name in ("rank", "test"))
     assert set(SCORE_COLUMNS) | {"item_id", "logit_1", "logit_3"} <= set(scores.columns)
-    asked = scores.filter(pl.col("request_id").str.starts_with("catalogue/test/")).drop_nulls("row_id")
-    assert len(asked) == 12
-    both = asked.join(test, on="row_id", suffix="_test", validate="1:1")
+    scored = scores.filter(pl.col("request_id").str.starts_with("catalogue/test/")).drop_nulls("row_id")
+    assert len(scored) == 12
+    both = scored.join(test, on="row_id", suffix="_test", validate="1:1")
     assert both["label"].to_list() == both["label_test"].to_list()
     for column in ("logit_0", "logit_1", "logit_3"):
         assert np.abs(both[column].to_numpy() - both[f"{column}_test"].to_numpy()).max() < 1e-4

@@ -1,4 +1,4 @@
-"""What a run leaves: its folder, whole files or none, checkpoints, score tables, results, and its W&B side."""
+"""What a run leaves: its folder, whole files or none, checkpoints, score tables, results, and what W&B gets."""
 
 from __future__ import annotations
 
@@ -178,14 +178,23 @@ def test_latest_is_a_run_with_something(
     assert (runs / "latest").resolve().name == "version_1"
     assert sorted(path.name for path in runs.iterdir()) == ["latest", "version_0", "version_1"]
 
-    asked = [{"request_id": f"r{k}", "user_id": f"u{k}", "candidates": ["i1", "i2", "i3"]} for k in range(5)]
-    asked.insert(2, {"request_id": "none", "user_id": "u1", "candidates": []})
-    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    requests = [
+        {"request_id": f"r{k}", "user_id": f"u{k}", "candidates": ["i1", "i2", "i3"]} for k in range(5)
+    ]
+    requests.insert(2, {"request_id": "none", "user_id": "u1", "candidates": []})
+    (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, requests)))
     tables = []
     for part in (50_000, 4):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine_command, "PART", part)
-            given = "--ckpt_path", last, "--data.requests", tmp_path / "asked.jsonl", "--engine", "early_exit"
+            given = (
+                "--ckpt_path",
+                last,
+                "--data.requests",
+                tmp_path / "requests.jsonl",
+                "--engine",
+                "early_exit",
+            )
             run("predict", "--config", tiny_config(), *given)
         (file,) = (last.resolve().parents[1] / "scores").glob("predict*")
         tables.append(pl.read_parquet(file))
@@ -193,7 +202,9 @@ def test_latest_is_a_run_with_something(
     assert tables[0].drop(numbers, "error").equals(tables[1].drop(numbers, "error"))
     # batches of other sizes: the same but for rounding
     np.testing.assert_allclose(*(t.select(numbers).to_numpy() for t in tables), atol=1e-5)
-    assert tables[0]["request_id"].unique(maintain_order=True).to_list() == [a["request_id"] for a in asked]
+    assert tables[0]["request_id"].unique(maintain_order=True).to_list() == [
+        a["request_id"] for a in requests
+    ]
 
 
 def test_score_table_schema(tmp_path: Path) -> None:
@@ -205,7 +216,7 @@ def test_score_table_schema(tmp_path: Path) -> None:
     assert list(scores.schema.items()) == list({**SCORE_COLUMNS, **heads}.items())
     assert (scores["logit_12"].to_list(), scores["fold"].to_list()) == ([1.0, 2.0], ["tune", None])
     assert all(scores[name].is_null().all() for name in ("request_id", "logit_0", "target_tokens"))
-    assert exit_layers_of(scores) == [2, 12]  # exit 0 is counting's, not a layer's
+    assert exit_layers_of(scores) == [2, 12]  # exit 0 is not a layer's
     with pytest.raises(pl.exceptions.InvalidOperationError):
         score_table({"split": ["validation"]}, np.zeros((1, 1)), [1])
 

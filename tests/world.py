@@ -50,7 +50,7 @@ def read_split(folder: Path, protocol: Protocol) -> SplitInteractions:
 
 
 def no_retrieved(rows: pl.DataFrame) -> pl.DataFrame:
-    """An retrieved features table that knows nothing."""
+    """A table of retrieved features without any earlier row."""
     n = len(rows)
     lists = {name: pl.Series(name, [[]] * n, dtype=kind) for name, kind in EMPTY_RETRIEVED.items()}
     counts = {
@@ -69,13 +69,9 @@ def streams_without_retrieved(split: SplitInteractions, name: str, segment: str 
 
 
 def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> dict[str, Any]:
-    """A configuration of the tiny world, as YAML would say it; to be changed by whoever asks.
+    """A configuration of the tiny world as YAML would have it: runs go to `runs`/`name`; a caller may change it.
 
-    Args:
-        logs: Folder with interactions.csv and items.csv.
-        model: Folder of a model with three layers or more.
-        runs: Where runs go.
-        name: Folder of the runs below that.
+    `logs` is a folder with interactions.csv and items.csv, `model` that of a model with three layers or more.
     """
     files = {kind: str(logs / f"{kind}.csv") for kind in ("interactions", "items")}
     csv = {
@@ -107,7 +103,7 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
 
 
 def call(cache: Path, *arguments: object) -> None:
-    """Run `python -m project ...` in this process, with an retrieved features cache."""
+    """Run `python -m project ...` in this process, with a cache of retrieved features."""
     from project.__main__ import main
 
     with pytest.MonkeyPatch.context() as patch:

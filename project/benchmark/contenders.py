@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +26,6 @@ from project.evaluation.result import labelled_scores
 from project.exits.budget import budget_plan
 from project.exits.criteria import Criterion, RatioConsistency
 from project.exits.plan import ExitPlan, ExitSettings, Plans
-from project.exits.policy import Policy
 from project.exits.top_k import TopK, fit_margins
 from project.metrics import Floats, auc
 from project.model.heads import heads_digest
@@ -44,8 +43,6 @@ LABELLED = 64  # most candidates of a request over rated items
 LEAST_LABELLED = 20
 LISTS = (5, 10)  # the best k that ranking requests want
 OVERLAP = 0.97  # least overlap@k on tune of the margins that are taken
-SAVED = 2.0  # token-layers that the policy saves at which efficiency is quoted
-SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Case:
 
     @property
     def short(self) -> bool:
-        """Whether only the main contenders are timed: the others show nothing new here, or take too long."""
+        """Whether only the main contenders are timed: the others take too long here, or add nothing."""
         return not self.usual or self.candidates > 64
 
     @property
@@ -119,7 +116,7 @@ class Runner(Protocol):
 class Contender:
     """One runner, the accuracy of its scores, and its times."""
 
-    engine: str  # name in result files: pointwise, shared_prefix, packed, fixed_depth_<k>, early_exit, top_k
+    engine: str  # name in result files: packed, fixed_depth_<k>, early_exit, top_k, pointwise, shared_prefix
     policy: str  # who leaves where, in words
     runner: Runner
     # auc, auc_drop and so on; of lists overlap and precision
@@ -173,10 +170,10 @@ def run_rounds(contenders: Sequence[Contender], units: Sequence[Unit], number: i
 
 
 class Bench:
-    """What all workloads of a run share: the packed model, plans and their accuracy, and scored requests for lists.
+    """What all workloads of a run share: the packed model, plans, their accuracy, and the scored requests of lists.
 
-    `folder` holds the run's score tables; what has none there is unknown. `settings` is the run's budget, which also
-    chooses other plans.
+    `folder` holds the run's score tables; without a table the accuracy is unknown. `settings` is the run's budget,
+    which also chooses the plan of the paper's rule.
     """
 
     def __init__(
@@ -195,7 +192,7 @@ class Bench:
         self._tables: dict[str, tuple[pl.DataFrame, Floats]] = {}  # scores, and features of the same rows
         for name in ("valid", "test"):
             path = folder / "scores" / f"{name}.parquet"
-            # another checkpoint's table says nothing here
+            # a table of another checkpoint does not count
             if path.is_file() and table_about(path).get("heads", self._digest) == self._digest:
                 scores = pl.read_parquet(path, glob=False)
                 if name == "valid":
@@ -223,11 +220,10 @@ class Bench:
             return str(error)
         return None
 
-    def contenders(self, case: Case, units: list[Unit], cache: StreamCache | None) -> list[Contender]:
-        """All contenders of a workload with this sample; `cache` holds its histories, None: they are not cached."""
+    def contenders(self, case: Case, cache: StreamCache | None) -> list[Contender]:
+        """All contenders of a workload; `cache` holds its histories, None: they are not cached."""
         # 1. packed full depth, which every speed-up is over
-        full = self.static("packed", "full depth", self.model.depth, cache)
-        found = [full]
+        found = [self.static("packed", "full depth", self.model.depth, cache)]
         # 2. static exits
         for layer in self.model.exit_layers[:-1]:
             if not case.short or layer == self.plans.static_exit:
@@ -235,22 +231,12 @@ class Bench:
         # 3. the run's plan, and others that its budget chooses
         for name, plan in {"budget": self.plans.plan}.items() if case.short else self._named_plans.items():
             found.append(self._early_exit(name, plan, cache))
-        # 4. the run's criterion, pushed until it saves x2 token-layers on these requests: where efficiency is quoted
-        if case.usual and "valid" in self._tables:
-            requests = [request for unit in units for request in unit]
-            spent = full.runner.score(requests).token_layers
-            for share in SHARES:
-                pushed = self._pushed(share)
-                engine = self._engine(RowExits(pushed, self._device), cache)
-                if 0 < engine.score(requests).token_layers * SAVED <= spent:
-                    found.append(self._early_exit(f"{share:.0%} leave at each exit", pushed, cache))
-                    break
-        # 5. lists of the best k
+        # 4. lists of the best k
         for k in LISTS if case.usual and not self.no_lists else ():
             if case.candidates > 4 * k and (best := self._best_list(k, case.candidates)):
                 engine = self._engine(ListExits(best[0], self.plans.plan.calibration), cache)
                 found.append(Contender("top_k", f"best {k}", engine, best[1]))
-        # 6. transformers' own class, which has no adapters; one prompt per candidate is too slow for all units
+        # 5. transformers' own class, which has no adapters; one prompt per candidate is too slow for all units
         for name in case.plain if self.model.lora is None else ():
             if name == "pointwise":
                 found.append(Contender(name, "full depth", Pointwise(self.model), most=2, rounds=2))
@@ -293,32 +279,18 @@ class Bench:
     def _named_plans(self) -> dict[str, ExitPlan]:
         found = {
             "budget": self.plans.plan,
-            "budget, cost mean depth": self._budget(by_depth=True),
             "budget without exit 0": self.plans.without,
-            "budget, the paper's rule": self._budget(criterion=RatioConsistency()),
+            "budget, the paper's rule": self._budget(RatioConsistency()),
             "certified": self.plans.certified,
         }
         return {name: plan for name, plan in found.items() if plan is not None}
 
-    def _budget(self, by_depth: bool = False, criterion: Criterion | None = None) -> ExitPlan | None:
+    def _budget(self, criterion: Criterion) -> ExitPlan | None:
+        """The plan that the run's budget chooses with this criterion; None without validation's scores."""
         if "valid" not in self._tables:
             return None
         settings = ExitSettings(**{**self._settings, "prefix_cached": False, "mode": "budget"})
-        return budget_plan(*self._tables["valid"], settings, by_depth, criterion)
-
-    def _pushed(self, share: float) -> ExitPlan:
-        """The run's plan with thresholds at which this share of the tune rows that reach an exit leave there."""
-        plan = self.plans.plan
-        outputs = plan.outputs(*self._tables["valid"])
-        thresholds, running = list[float](), torch.arange(outputs.logits.shape[0])
-        for head in range(outputs.heads - 1):
-            confidence = plan.policy.criterion.confidence(outputs.rows(running).until(head))
-            known = confidence[confidence.isfinite()]
-            limit = float(known.quantile(1 - share)) if len(known) else torch.inf
-            thresholds.append(limit)
-            running = running[confidence < limit]
-        values = torch.tensor([*thresholds, -torch.inf], dtype=torch.float64)
-        return replace(plan, policy=Policy(plan.policy.criterion, values, plan.layers))
+        return budget_plan(*self._tables["valid"], settings, criterion)
 
     def _best_list(self, k: int, candidates: int) -> tuple[TopK, dict[str, Any]] | None:
         """The list policy that is fastest on tune at OVERLAP or more, and its accuracy on test; None: there is none."""

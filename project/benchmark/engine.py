@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from project.model.module import ExitRecommender
 
 DRAWS = 2000  # resamples of requests behind an interval
-ROUNDS = 3  # fewer say nothing about spread
+ROUNDS = 3  # fewer do not show the spread
 FEWEST = 4  # units: fewer are not a sample
 
 
@@ -155,7 +155,7 @@ def contender_row(
         efficiency = backbone_speedup / saved
         spread = [float(ratio) / saved for ratio in (rounds.min(), rounds.max())]
     # 4. how near the backbone comes to what the machine allows, and the efficiency that it would have there
-    flops, full_flops = (_flops(side, units[:n], model) for side in (contender, full))
+    flops, full_flops = (_flops(each, units[:n], model) for each in (contender, full))
     least, full_least = (sum(map(limits.least_seconds, unit)) for unit in (flops, full_flops))
     return {
         "engine": contender.engine,
@@ -184,7 +184,7 @@ def contender_row(
         "efficiency": efficiency,
         "efficiency_spread": spread,
         "of_limit": least / float(backbone.sum()),
-        # who runs more tokens than packed full depth does not need them
+        # a contender that runs more tokens than packed full depth does not need them
         "efficiency_at_limit": full_least / least / saved if saved and saved >= 1 and least else None,
         "gflops_ceiling": limits.gflops,
         "gbytes_ceiling": limits.gbytes,
@@ -210,8 +210,10 @@ def run_engine(
 ) -> dict[str, Any]:
     """Measure requests of these numbers of candidates for about so many seconds; write results/benchmark.json.
 
-    The checkpoint is a calibrated run's, `folder` its folder, `settings` its budget, which also chooses other plans.
-    Making plans and scoring requests for them comes on top of `seconds`.
+    The checkpoint is a calibrated run's, `folder` its folder, `settings` its budget, which also chooses the plan
+    of the paper's rule.
+    Making plans and scoring requests for them comes on top of
+    `seconds`.
     """
     if checkpoint is None:
         raise NotFittedError(
@@ -276,10 +278,10 @@ def _measure(
     for unit in units:
         full.score(unit)
     once = (time.perf_counter() - start) / len(units)
-    contenders = bench.contenders(case, units, cache)
+    contenders = bench.contenders(case, cache)
     most = int(seconds / (once * len(contenders) * ROUNDS)) if once > 0 else len(units)
     units = units[: max(FEWEST, most)]
-    # 2. warm up the others; who caches histories itself caches all of them now
+    # 2. warm up the others; shared_prefix caches all histories now
     for contender in (c for c in contenders[1:] if c.rounds is None):
         own_cache = case.prefix_cached and contender.engine == "shared_prefix"
         for unit in units[: contender.most] if own_cache else units[:1]:

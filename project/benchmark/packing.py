@@ -1,4 +1,4 @@
-"""Training steps a second: packed windows against one padded prompt per (user, candidate), measured in turns.
+"""The packing benchmark: training speed by packed windows over that by a padded prompt per candidate, in turns.
 
 Both contenders run the backbone forward and backward, transformers' own model on prompts with the same visible history.
 Windows and prompts are made on the host inside the clock, as a loader would make them.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
-ROUNDS = 3  # fewer pairs of measurements than this say nothing about spread
+ROUNDS = 3  # fewer do not show the spread
 
 
 def prompts_of(streams: Streams, stream: int, window: Window) -> list[NDArray[np.int64]]:
@@ -67,6 +67,7 @@ def run_packing(
     model: ExitRecommender, data: InteractionData, folder: Path, seconds: float, device: torch.device
 ) -> dict[str, Any]:
     """Measure for about so many seconds; write results/benchmark-packing.json into the run folder."""
+    # 1. both contenders on the same training windows
     data.prepare_data()
     streams = data.streams("train")
     backbone, base = _both(model, device)
@@ -79,16 +80,18 @@ def run_packing(
     }
     for step in steps.values():
         step()  # warm up
+    # 2. steps in turns
     rates: dict[str, list[float]] = {name: [] for name in steps}  # targets a second, one a round
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(rates["packed"]) < ROUNDS:
         for name, step in steps.items():
             began = time.perf_counter()
             targets = step()
-            # a step is done when the device is, not when the host has asked for it
+            # a step is done when the device has done it, not when the host has sent it
             if device.type in ("cuda", "mps", "xpu"):
                 getattr(torch, device.type).synchronize()
             rates[name].append(targets / (time.perf_counter() - began))
+    # 3. medians of the rounds, and of their ratios
     ratios = np.array(rates["packed"]) / np.array(rates["pointwise"])
     result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
     result["packing"] = {

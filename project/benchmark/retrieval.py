@@ -1,4 +1,4 @@
-"""Retrievers compared: seconds a neighbour query takes, and the AUC of the neighbours' vote."""
+"""The retrieval benchmark: seconds that a neighbour query takes, and the AUC of the neighbours' vote."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ from project.run import result_head, write_json
 if TYPE_CHECKING:
     from project.datamodule import InteractionData
 
-ROUNDS = 3  # fewer say nothing about spread
+ROUNDS = 3  # fewer do not show the spread
 FEWEST = 8  # requests: fewer are not a sample
+MOST = 200
 REFERENCE = "lightgcn"
 
 
@@ -144,13 +145,11 @@ def run_retrieval(
     data: InteractionData,
     folder: Path,
     seconds: float,
-    requests: int = 200,
     retrievers: Mapping[str, VectorRetriever] | None = None,
 ) -> dict[str, Any]:
     """Measure for about so many seconds, and write results/benchmark-retrieval.json in the run's folder.
 
-    `requests` is the most test targets in the sample; `retrievers` are by name, "lightgcn" first. Retrieved features
-    that are not in the cache take time of their own.
+    `retrievers` are by name, "lightgcn" first. Retrieved features that are not in the cache take time of their own.
     """
     # 1. votes of every retriever, which makes the retrieved features that the cache lacks
     retrievers = retrievers or other_retrievers(data)
@@ -168,7 +167,7 @@ def run_retrieval(
     # 3. as many test targets as there is time for, by the cost of one with a history of median length
     rows, contenders = data.split.rows, contenders_of(retrievers)
     turns = InTurns(retrievers, contenders, rows["label"].to_numpy().astype(np.int64))
-    sample = _sample(data, cuts, requests)
+    sample = _sample(data, cuts)
     turns.begin(data.split.interactions.users.height, data.split.interactions.items)
     cost = turns.encoding_seconds(int(sample["hist"].median()))  # type: ignore[arg-type]
     sample = sample.head(max(FEWEST, int(seconds / max(cost * ROUNDS, 1e-9))))
@@ -222,8 +221,8 @@ def vote_accuracy(
     }
 
 
-def _sample(data: InteractionData, cuts: NDArray[np.float64], requests: int) -> pl.DataFrame:
-    """Test targets in random order, of users with a past, in blocks that have one."""
+def _sample(data: InteractionData, cuts: NDArray[np.float64]) -> pl.DataFrame:
+    """At most MOST test targets in random order, of users with earlier rows, in blocks after the first."""
     usable = (pl.col("hist") > 0) & (pl.col("timestamp") >= cuts.min(initial=np.inf))
     targets = targets_of(data.split.rows, "test").filter(usable)
     if targets.is_empty():
@@ -231,11 +230,11 @@ def _sample(data: InteractionData, cuts: NDArray[np.float64], requests: int) -> 
             f"benchmark --only retrieval found no test target whose user has earlier rows and before which a retriever "
             f"was fitted: data.refits is {data.refits} for {data.split.rows.height} rows; expected more."
         )
-    return targets.sample(min(requests, targets.height), shuffle=True, seed=data.seed)
+    return targets.sample(min(MOST, targets.height), shuffle=True, seed=data.seed)
 
 
 def _times(contender: Contender, reference: Contender) -> dict[str, Any]:
-    """Milliseconds a request, medians over rounds, and how many times the reference's, which is LightGCN's sums."""
+    """Milliseconds a request, medians over rounds, and their ratio to the reference's: LightGCN's sums."""
     vector, _, total = contender.milliseconds()
     ratio, cpu_ratio, total_ratio = contender.milliseconds() / reference.milliseconds()
     return {

@@ -51,7 +51,7 @@ def library_model(module: ExitRecommender) -> Any:
 
 
 class Library:
-    """Scores requests by the library's model and the deepest head; subclasses say how a request becomes batches."""
+    """Scores requests by the library's model and the deepest head; subclasses make batches of a request."""
 
     def __init__(self, module: ExitRecommender) -> None:
         self._model, self._depth = library_model(module), module.depth

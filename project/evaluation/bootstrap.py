@@ -1,4 +1,4 @@
-"""Intervals by resampling users: rows of one user are alike, so rows resampled alone would look too certain."""
+"""Intervals by resampling users: rows of one user are correlated, so resampled rows give too narrow intervals."""
 
 import hashlib
 from typing import Any

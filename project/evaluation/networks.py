@@ -59,9 +59,8 @@ BATCH_ROWS = 1024
 SCORED_ROWS = 4096  # in one call; the scores do not depend on it
 LEARNING_RATE = 1e-3
 EPOCHS = 10
-PATIENCE = (
-    2  # epochs without a better AUC on `select` before training ends; the best epoch's weights are kept
-)
+# epochs without a better AUC on `select` before training ends; the best epoch's weights are kept
+PATIENCE = 2
 HIDDEN_SHARE = 0.2  # of rows whose user, and of rows whose item, is hidden in a step
 
 LEFT_OUT = (
@@ -83,13 +82,12 @@ GRID = tuple(GridPoint(*point) for point in product((8, 16), (1e-4, 1e-3)))
 
 @dataclass(frozen=True)
 class NetworkFeatures:
-    """Fitted on the train targets of a log."""
+    """What makes a log's rows the networks' features, fitted on train targets."""
 
     base: float  # share of likes among train targets, to which rates of few rows shrink
     known: dict[str, Ints]  # field -> the ids that have a code, ascending; FIRST is the code of the first
-    words: dict[
-        str, Ints
-    ]  # attribute field -> codes (items, ATTRIBUTE_WORDS) by item code, PADDING at the end
+    # attribute field -> codes (items, ATTRIBUTE_WORDS) by item code, PADDING at the end
+    words: dict[str, Ints]
     edges: list[Floats]  # one array a feature: inner edges of its bins
     mean: Floats  # (len(FEATURES),) of the train targets' features
     scale: Floats  # their standard deviation, 1 where that is 0
@@ -266,7 +264,7 @@ def score(network: nn.Module, table: Table) -> Floats:
 
 
 def networks_installed() -> bool:
-    """Whether the extra `networks` is here."""
+    """Whether the extra `networks` is installed."""
     return find_spec("torch_rechub") is not None
 
 
@@ -282,11 +280,13 @@ def network_baselines(
     One baseline a network, with the chosen point and the number of epochs in `chosen`. DataError where valid's fold
     select or tune lacks a class.
     """
+    # 1. features of all splits
     rows = split.rows
     features = NetworkFeatures.fit(rows, split.interactions.items, retrieved)
     tables = {s: features.table(rows, retrieved, s) for s in dict.fromkeys(("train", "valid", *splits))}
     fitted = Labelled(tables["train"], _labels(targets_of(rows, "train")))
     select, tune = (_fold(rows, tables["valid"], fold) for fold in ("select", "tune"))
+    # 2. of each network every grid point is trained, and the best on tune is kept
     found = []
     with Progress(transient=True) as progress:
         for name in NETWORKS:
@@ -297,7 +297,7 @@ def network_baselines(
                     network = build_network(name, features, point.embedding)
                     epochs = train(network, fitted, select, point.weight_decay, seed)
                 value = auc(score(network, tune.table), tune.labels.numpy())
-                assert value is not None  # _fold has looked
+                assert value is not None  # _fold has checked both classes
                 tried.append((value, network, asdict(point) | {"epochs": epochs}))
             _, network, chosen = max(tried, key=lambda made: made[0])
             scores = baseline_scores(rows, {s: score(network, tables[s]) for s in splits})
@@ -327,7 +327,7 @@ FILE = "scores.parquet"
 
 
 def trained_networks(data: InteractionData) -> list[Baseline]:
-    """The networks of these data, scores of valid and test: kept ones, or trained now and kept whole or not at all."""
+    """The networks of these data, scores of valid and test: from the cache, else trained now and kept there."""
 
     def write(folder: Path) -> None:
         baselines = network_baselines(data.split, data.retrieved, seed=data.seed)

@@ -157,8 +157,8 @@ def comparison(
     return result
 
 
-def exit_0_rows(heads: Mapping[str, Floats], against: AgainstBaseline) -> dict[str, Any]:
-    """One exit with exit 0 in its calibration and without: what the exit itself adds, and what exit 0 adds to it.
+def with_and_without_exit_0(heads: Mapping[str, Floats], against: AgainstBaseline) -> dict[str, Any]:
+    """One exit calibrated with exit 0 and without, and the difference.
 
     `heads`: with_exit_0, without_exit_0 -> calibrated logits (n,) of the exit on the rows of `against`, the best
     baseline. Under each key stand metrics and `baseline_difference`; `difference` is with exit 0 minus without.

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
 from torch import Tensor
 
 from project.errors import ConfigError, DataError
@@ -49,8 +48,8 @@ DRAWS = 1000  # resamples of users behind the correction
 class Curve:
     """One criterion, fitted on tune.
 
-    `path` has S steps, `influences` (S, U) are of the users, see `user_influences`. `step` is the one that the budget
-    chooses; -1: none keeps it.
+    `path` has S steps, `influences` (S, U) are the users', see `user_influences`. `step` is the one that the budget
+    chooses; -1 where none keeps it.
     """
 
     criterion: Criterion
@@ -72,9 +71,8 @@ class Curve:
 class TuneFold:
     """The tune fold with or without exit 0: calibrated outputs, every criterion's curve, and the best of them.
 
-    `scores` and `features` (n, F) are of its n rows. With `by_depth` a row costs its layer, whatever its tokens. A
-    criterion that cannot keep the budget is no curve; where nobody keeps it, that is an error, or with
-    `comparison_only` everyone's fastest step.
+    `scores` and `features` (n, F) are of its n rows. `curves` holds the criteria that keep the budget. Where none does,
+    that is an error, or with `comparison_only` every criterion takes its fastest step.
     """
 
     def __init__(
@@ -83,13 +81,12 @@ class TuneFold:
         features: Floats,
         settings: ExitSettings,
         exit_0: bool,
-        by_depth: bool = False,
         comparison_only: bool = False,
     ) -> None:
         self.settings, self.exit_0 = settings, exit_0
         self.labels, users = scores["label"].to_numpy(), scores["user"].to_numpy()
         own, shared = scores["target_tokens"].to_torch(), scores["stream_tokens"].to_torch()
-        self.tokens = torch.ones_like(own) if by_depth else row_tokens(own, shared, settings.prefix_cached)
+        self.tokens = row_tokens(own, shared, settings.prefix_cached)
         # 1. calibrate every head
         raw = raw_outputs(scores, features, exit_layers_of(scores), exit_0)
         self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, exit_0)
@@ -101,7 +98,7 @@ class TuneFold:
         for unfitted in settings.criteria():
             criterion = deepcopy(unfitted)
             criterion.fit(self.outputs)
-            # rows that a criterion learned from look more certain to it than others will
+            # a criterion that learns is more confident on the rows of its fit than on others
             confidence = (
                 out_of_fold_confidence(partial(deepcopy, unfitted), self.outputs, users)
                 if criterion.learns
@@ -135,14 +132,14 @@ class TuneFold:
     def corrected(self) -> dict[str, Any]:
         """AUC drop of the budget's policy, corrected for having been chosen on the users it is estimated on.
 
-        Users are drawn anew and the choice among the same paths is made again. On these draws the chosen policy seems
-        to lose less than it does on the users at hand; that difference is taken off. The interval is the basic
-        bootstrap's 95 %.
+        Users are drawn anew and the choice among the same paths is made again. On a draw the chosen policy seems to
+        lose less than it does on the users at hand; the mean of that difference is the correction. The interval is
+        the basic bootstrap's 95 %.
         """
         users, estimate = self.best.influences.shape[1], float(self.best.drops[self.best.step])
         times = np.random.default_rng(0).multinomial(users, np.full(users, 1 / users), size=DRAWS)
         competing = self.curves if self.settings.criterion is None else [self.best]
-        # 1. in every draw, each criterion's step, what it costs and seems to lose, and how far that is off
+        # 1. in every draw, each criterion's step, its cost, its loss in the draw, and the error of that loss
         cost, loss, error = (np.full((len(competing), DRAWS), np.inf) for _ in range(3))
         for row, curve in enumerate(competing):
             drops = curve.drops + times @ curve.influences.T
@@ -163,7 +160,7 @@ class TuneFold:
 
     def _steps(self, curve: Curve, drops: Floats) -> Ints:
         """(D,) the budget's step by each row of drops (D, S); -1 where none keeps it."""
-        # each of the paths that compete for the choice is walked at its share of alpha (Bonferroni)
+        # alpha is shared out among the paths that compete for the choice (Bonferroni)
         margins = bound_margins(curve.influences, self.settings.alpha / self._competing)
         return budget_steps(curve.path, drops + margins, self.settings.max_auc_drop, self.settings.max_cost)
 
@@ -177,18 +174,17 @@ def budget_plan(
     scores: pl.DataFrame,
     features: Floats,
     settings: ExitSettings,
-    by_depth: bool = False,
     criterion: Criterion | None = None,
 ) -> ExitPlan:
     """The plan that a budget chooses on validation's tune fold; nothing is certified, and no other fold is read.
 
-    With `by_depth` the price is the mean layer at which candidates leave; `criterion` replaces the settings'.
+    `criterion`, where it is given, replaces the settings'.
     """
     _check_folds(scores, ("tune",))
     chosen = (scores["fold"] == "tune").fill_null(False).to_numpy()
     if criterion is not None:
         settings = replace(settings, criterion=criterion, compare=[])
-    tune = TuneFold(scores.filter(chosen), features[chosen], settings, settings.exit_0, by_depth)
+    tune = TuneFold(scores.filter(chosen), features[chosen], settings, settings.exit_0)
     return tune.plan(tune.best.step)
 
 
@@ -204,7 +200,7 @@ def calibrate(
     `scores` is the score table of validation with its folds, `features` (n, F) are of the same rows, `previous` is the
     run's results/calibrate.json, whose certificates must not be tried again.
     """
-    # 1. whether the certify fold may be read: it answers one certificate
+    # 1. whether the certify fold may be read: it is for one certificate
     issued = (previous or {}).get("ledger", [])
     promise, ledger, words = settings.certificate, issued, "No certificate: exits.certificate is null."
     if promise is not None:
@@ -320,7 +316,7 @@ def _certificates(
 
 
 def _check_folds(scores: pl.DataFrame, folds: tuple[str, ...]) -> None:
-    """Refuse users in two folds of validation, and a fold of `folds` without rows."""
+    """Refuse users in two folds of validation, and folds without rows."""
     owners = scores.drop_nulls("fold").group_by("user").agg(pl.col("fold").n_unique())
     shared = owners.filter(pl.col("fold") > 1)
     if len(shared):
@@ -337,6 +333,6 @@ def _check_folds(scores: pl.DataFrame, folds: tuple[str, ...]) -> None:
 
 
 def _by_layer(layers: tuple[int, ...], thresholds: Tensor) -> dict[str, float | str]:
-    """JSON knows no infinity: "never" where nobody leaves, "everyone" where nobody goes on."""
+    """Thresholds by layer. JSON has no infinity: "never" where nobody leaves, "everyone" where nobody goes on."""
     words = {np.inf: "never", -np.inf: "everyone"}
     return {str(k): words.get(v, v) for k, v in zip(layers, thresholds.tolist(), strict=True)}

@@ -45,7 +45,7 @@ class Calibration:
 def fit_calibration(logits: Tensor, labels: ArrayLike, layers: Sequence[int], exit_0: bool) -> Calibration:
     """Maximum likelihood per head on raw logits (n, K) and labels (n,), with slopes a_k >= .001.
 
-    Where `exit_0`, column 0 is exit 0 and enters every deeper head, which is what makes shallow heads good. Without it,
+    Where `exit_0`, column 0 is exit 0 and enters every deeper head, which improves shallow heads. Without it,
     no head's own AUC changes.
     """
     values = logits.detach().double().cpu().numpy()
@@ -108,7 +108,7 @@ def _newton(design: Floats, positive: Floats, offset: Floats) -> Floats:
         while loss(weights - size * step) > before and size > 1e-6:
             size /= 2
         weights = weights - size * step
-        # the loss still to gain is half of this; or rounding leaves no way down
+        # the loss still to gain is half of this; or rounding allows no smaller loss
         if gradient @ step < 1e-20 or size <= 1e-6:
             break
     return weights

@@ -42,7 +42,7 @@ PAIRINGS = 20  # random pairings of all users that capital is averaged over
 # reach 1 / delta: of plans without a drop .9 passes 65 %, .99 72 % at 300 users.
 BET_SHARE = 0.99
 # Variance of the losses in [0, 1] before any was seen, counted as so many losses (WSR: one of 1/4, their maximum).
-# Losses of early exits vary little, and a cautious bet is capital not earned. Validity does not depend on either.
+# Losses of early exits vary little, and small bets earn little. Validity does not depend on either constant.
 PRIOR_WEIGHT, PRIOR_VARIANCE = 5, 0.0025
 BISECTIONS = 40  # a bound is exact to 2 ** -40 of the range
 

@@ -1,6 +1,6 @@
 """Token-layers, the unit of cost: one token that runs through one layer costs one.
 
-A request's shared history runs as deep as its deepest candidate, so exits by candidate save less than mean depth says.
+A request's shared history runs as deep as its deepest candidate, so exits save less than the mean depth suggests.
 Where the history's keys and values are cached, a candidate's own tokens are the whole cost.
 """
 

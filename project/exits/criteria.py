@@ -21,6 +21,7 @@ from project.features import FEATURES
 from project.metrics import SMALLEST_PROBABILITY
 
 ITEM_ROWS = FEATURES.index("item_rows")
+USER_PARTS = 2  # a criterion that learns is fitted on the users of one part and scores those of the other
 QUANTILES = 1001  # points of a frozen distribution: its error is below .001 in quantile
 
 
@@ -101,7 +102,7 @@ class Consistency(Criterion):
 
     def __init__(self, heads: int = 1) -> None:
         if heads < 1:
-            raise ConfigError(f"{name(self)}: heads is {heads}, expected at least 1 change to look at")
+            raise ConfigError(f"{name(self)}: heads is {heads}, expected at least 1")
         self.heads = self.first = heads
 
     def confidence(self, outputs: HeadOutputs) -> Tensor:
@@ -114,7 +115,7 @@ class Consistency(Criterion):
 class RatioConsistency(Consistency):
     """Confident and no longer moving: the smaller of the two quantiles among the tune rows at that head.
 
-    The rule of the paper, where both conditions must hold; quantiles put them on one scale.
+    The rule of the paper: both conditions must hold. Quantiles put them on one scale.
 
     Args:
         heads: Number of last changes that count, at least 1; the first decision is at head number `heads`.
@@ -178,7 +179,7 @@ def confidence_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
 
 
 def try_out(criterion: Criterion, exit_0: bool) -> None:
-    """Refuse, on made-up rows and so before training, a criterion that returns something else than confidence."""
+    """Refuse, on made-up rows and so before training, a criterion that returns something other than confidence."""
     made = torch.randn(64, 3 + len(FEATURES), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     outputs = HeadOutputs.of((0, 1, 2) if exit_0 else (1, 2, 3), made[:, :3], made[:, 3:])
     with torch.random.fork_rng(devices=[]):
@@ -192,28 +193,26 @@ def try_out(criterion: Criterion, exit_0: bool) -> None:
             return
 
 
-def out_of_fold_confidence(
-    make: Callable[[], Criterion], outputs: HeadOutputs, users: ArrayLike, folds: int = 2
-) -> Tensor:
+def out_of_fold_confidence(make: Callable[[], Criterion], outputs: HeadOutputs, users: ArrayLike) -> Tensor:
     """Confidence of tune rows by criteria that saw no row of the same user, (n, K): what thresholds are fitted on.
 
-    `make` makes an unfitted criterion; `users` (n,) are cut into folds in the order of a salted hash.
+    `make` makes an unfitted criterion; `users` (n,) are cut into USER_PARTS in the order of a salted hash.
     """
     found, code = np.unique(np.asarray(users), return_inverse=True)
-    if found.size < folds:
+    if found.size < USER_PARTS:
         raise DataError(
             f"a criterion that learns is scored on other users than it is fitted on: {found.size} users of the fold "
-            f"tune cannot make {folds} parts; use more data, or a criterion that does not learn"
+            f"tune cannot make {USER_PARTS} parts; use more data, or a criterion that does not learn"
         )
     digests = [hashlib.sha256(f"0:{user}".encode()).digest() for user in found.tolist()]
     place = np.empty(found.size, dtype=np.int64)
     place[sorted(range(found.size), key=digests.__getitem__)] = np.arange(found.size)
-    part = torch.from_numpy((place * folds // found.size)[code.reshape(-1)]).to(outputs.logits.device)
+    part = torch.from_numpy((place * USER_PARTS // found.size)[code.reshape(-1)]).to(outputs.logits.device)
     table = torch.empty_like(outputs.logits)
-    for fold in range(folds):
+    for own in range(USER_PARTS):
         criterion = make()
-        criterion.fit(outputs.rows(part != fold))
-        table[part == fold] = confidence_table(criterion, outputs.rows(part == fold))
+        criterion.fit(outputs.rows(part != own))
+        table[part == own] = confidence_table(criterion, outputs.rows(part == own))
     return table
 
 
@@ -232,10 +231,10 @@ def _quantile_of(values: Tensor, grid: Tensor) -> Tensor:
     return (above - 1 + part) / (QUANTILES - 1)
 
 
-SMALLEST_DRIFT = 1e-3  # probabilities are clipped at .001: smaller changes are not told apart
-LARGEST = 4.0  # standardised features are clipped here: squares of outliers would rule
-DERIVED = 4
-RIDGE_ROWS = 100.0  # the penalty counts as much as so many rows that say no feature matters
+SMALLEST_DRIFT = 1e-3  # probabilities are clipped at .001, so smaller changes mean nothing
+LARGEST = 4.0  # standardised features are clipped here, else squares of outliers dominate
+DERIVED = 4  # numbers that are computed from the logits, see `_features`
+RIDGE_ROWS = 100.0  # the penalty's weight, in rows without any effect of the features
 
 
 class Learned(Criterion):
@@ -273,7 +272,7 @@ class Learned(Criterion):
         self.tensors = dict(zip(names, map(torch.stack, zip(*fitted, strict=True)), strict=True))
 
     def confidence(self, outputs: HeadOutputs) -> Tensor:
-        """(n,), about [-1, 0]: a prediction may be off by being negative. Every head but the last has one."""
+        """(n,), about in [-1, 0]: a predicted drift may be below 0. Every head but the last has one."""
         center, scale, weight, intercept = (
             self.tensors[key][outputs.heads - 1].to(outputs.logits)
             for key in ("center", "scale", "weight", "intercept")

@@ -66,7 +66,7 @@ def random_exits(outputs: HeadOutputs, share: float) -> Tensor:
 def oracle_exits(outputs: HeadOutputs, tolerance: float) -> Tensor:
     """Control: rows leave at the first head whose probability is this near the last head's, (n,) int64.
 
-    It knows no labels: an upper bound for predicting drift, not for being right.
+    It reads no labels: an upper bound for criteria that predict drift, not for accuracy.
     """
     drift = (outputs.probabilities - outputs.probabilities[:, -1:]).abs()
     return leave(-drift, drift.new_full((outputs.heads,), -tolerance))

@@ -118,7 +118,7 @@ def threshold_path(
     for option in (full, *reversed(kept)):
         exits = leave(known, option.thresholds).numpy()
         value, depth = auc(logits[rows, exits], truth), float(depths[exits].mean())
-        assert value is not None  # calibration has refused one class
+        assert value is not None  # calibration has refused rows of one class
         drop = path[0].auc - value if path else 0.0
         path.append(Step(option.thresholds, option.cost, depth, value, drop, option.expected_auc))
     return tuple(path)
@@ -139,8 +139,8 @@ def threshold_grid(confidence: Floats) -> list[float]:
 def _teacher(scores: Floats, labels: Floats) -> Floats:
     """P(label = 1) from all heads: logit_K + sum of w_k (logit_k - logit_K), w_k ~ N(0, .2^2), Newton.
 
-    Where the last head says all there is to say, w stays near 0. Where heads err independently, their mean is better,
-    and the last head alone would count every other opinion as an error.
+    Where earlier heads add nothing to the last one, w stays near 0. Where the heads' errors are independent, their mean
+    is better than the last head alone.
     """
     design = scores[:, :-1] - scores[:, -1:]
     ridge = np.eye(design.shape[1]) / TEACHER_DEVIATION**2
@@ -156,7 +156,7 @@ def budget_steps(path: Path, drops: Floats, max_auc_drop: float | None, max_cost
     """The step that a budget chooses by each row of AUC drops, or upper bounds of them, (D, S) -> (D,); -1: none.
 
     With `max_auc_drop` the path is walked from full depth on, and the first step whose drop or expected drop is larger
-    ends the walk: a luckier one behind it does not count. The last step before must keep `max_cost`, if there is one.
+    ends the walk, whatever the steps behind it lose. The last step before must keep `max_cost`, if there is one.
     With `max_cost` alone it is the first step that costs no more, as AUC falls along the path.
     """
     cost = np.array([step.cost for step in path])
@@ -246,7 +246,7 @@ def static_curve(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor) -> lis
 def equal_accuracy_exit(static: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The static exit of equal accuracy: the shallowest point whose AUC is near the best one's."""
     best = max(p["auc"] for p in static)
-    # 1e-12: a head that is exactly the tolerance below stays in, whatever the last bits say
+    # 1e-12: a head that is exactly the tolerance below counts, whatever the rounding
     return next(p for p in static if p["auc"] >= best - STATIC_TOLERANCE - 1e-12)
 
 

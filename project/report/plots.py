@@ -27,7 +27,7 @@ COLOURS = {
     "item_count": "#56B4E9",
     "fixed_depth": "#000000", "random": "#999999", "oracle": "#6A4C93", "plan": "#009E73", "baseline": "#555555",
 }  # fmt: skip
-"""After Okabe and Ito (2008), told apart by colour-blind readers; other criteria get OTHER_COLOURS in turn."""
+"""After Okabe and Ito (2008), for colour-blind readers; other criteria get OTHER_COLOURS in turn."""
 OTHER_COLOURS = ("#882255", "#44AA99", "#999933", "#332288")
 CONTROLS = {"fixed_depth": "static exit (its depth)", "oracle": "oracle (upper bound)"}
 STYLES = {"oracle": "--", "random": ":", "fixed_depth": "s-"}
@@ -63,10 +63,10 @@ def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None) -> Figure:
         axes.plot(*path.T, STYLES.get(name, "-"), color=colour, drawstyle=stairs, lw=1.6, ms=10,
                   label=CONTROLS.get(name, name))  # fmt: skip
         for step in steps if name == "fixed_depth" else []:
-            if step["auc"] is not None:  # the square says its depth
+            if step["auc"] is not None:  # its depth, in the square
                 axes.text(step["cost"], step["auc"], str(step.get("layer", "")), color="white", fontsize=7, ha="center",
                           va="center_baseline", zorder=5)  # fmt: skip
-        levels += [] if name == "random" else path[:, 1].tolist()  # random may leave the picture
+        levels += [] if name == "random" else path[:, 1].tolist()  # random may lie outside the picture
     # 2. a ring at the plan
     for policy in policies:
         step = policy["pareto"][policy["chosen_step"]] if policy.get("chosen_step") is not None else {}
@@ -74,7 +74,7 @@ def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None) -> Figure:
             label = f"plan: {policy['criterion']}, AUC {number(step['auc'])} at {number(step['cost'], 3)}"
             axes.plot(step["cost"], step["auc"], "o", ms=13, mfc="none", mec=COLOURS["plan"], mew=2.6,
                       label=label)  # fmt: skip
-    # 3. the best baseline; far below the curves it would squeeze them, so there the legend alone has it
+    # 3. the best baseline; where it is far below the curves only the legend has it, so that it does not squeeze them
     span = max(levels) - min(levels) if levels else 0.0
     if levels and baseline and baseline[1] < min(levels) - span:
         axes.plot([], [], " ", label=f"best baseline {baseline[0]} ({number(baseline[1])}): below")
@@ -118,7 +118,7 @@ def exit_share_figure(exits: Sequence[Row], mean_depth: float | None = None) -> 
     axes.bar_label(bars, labels, fontsize=9)
     axes.set_ylim(0, 1.12 * max([*shares, 0.01]))
     axes.grid(visible=False)
-    axes.yaxis.set_visible(False)  # the bars say their numbers
+    axes.yaxis.set_visible(False)  # the bars have their numbers
     depth = f", mean depth {mean_depth:.2f} of {rows[-1]['layer']} layers" if mean_depth and rows else ""
     axes.set_title("share of rows that leave at each exit" + depth, loc="left", fontsize=9.5)
     return _finished(axes)
@@ -138,7 +138,7 @@ def reliability_bins(probability: ArrayLike, labels: ArrayLike, bins: int = BINS
 
 
 def reliability_figure(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
-    """Reliability diagrams side by side; a panel a title ("exit 4", "plan") with probabilities (n,) and labels (n,)."""
+    """Reliability diagrams, a panel for each title ("exit 4", "plan") with probabilities (n,) and labels (n,)."""
     columns = min(4, max(1, len(scores)))
     lines = -(-max(1, len(scores)) // columns)
     figure = _figure(2.15 * columns + 0.5, 2.35 * lines + 0.4)
@@ -208,7 +208,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _axes(xlabel: str, ylabel: str, height: float) -> Axes:
-    """Axes of a new figure, 8 inches wide; tick labels have as many digits as it takes to tell them apart."""
+    """Axes of a new figure, 8 inches wide; tick labels have as many digits as make them differ."""
     axes = _dress(_figure(8.0, height).add_subplot())
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))

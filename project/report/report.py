@@ -163,7 +163,7 @@ def _reported(
             for row in result.get("exits", [])
         ]
         return result | {"exits": exits}, "valid", "tune"
-    # baselines alone were scored on both splits: exploring shows validation
+    # a run of baselines alone shows validation
     return base or results.get("baselines", other), "valid", "tune"
 
 
@@ -188,7 +188,7 @@ def write_report(folder: Path) -> Path:
             images[path.name] = png(figure)
             _write(path, images[path.name])
         else:
-            path.unlink(missing_ok=True)  # of an earlier report
+            path.unlink(missing_ok=True)  # from an earlier report
     text = render_report(run, drawn)
     _write(target / "report.md", text.encode())
     page = render_html(text, f"Report: {run.name}", images)

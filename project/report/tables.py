@@ -31,9 +31,9 @@ class Answer:
     """The decision: "plan" and "exit" deploy the LLM, "no_llm" does not, "undecided" where a number is missing."""
 
     kind: Literal["plan", "exit", "no_llm", "undecided", "baselines"]  # baselines: no exit was scored
-    instead: str = ""  # no_llm: "exit 0", or the best baseline's name
-    # no_llm: `instead` is as good, better, within the budget; or the LLM is not shown better: the interval holds 0, but
-    # the difference is no small one
+    instead: str = ""  # no_llm: what to deploy, "exit 0" or the best baseline's name
+    # no_llm: `instead` is as good, better or within the budget; "not better": the LLM's lead is above TOLERANCE, but
+    # its interval holds 0
     how: Literal["", "as good", "better", "not better", "budget"] = ""
     layer: int | None = None  # exit: the one to deploy
     gain: Row | None = None  # what would be deployed (no_llm: the LLM's best) minus the best baseline
@@ -65,7 +65,7 @@ def decide(result: Result) -> Answer:
         return Answer("no_llm", instead, "as good" if gain["value"] <= TOLERANCE else "not better", gain=gain)
     if not plan:
         return Answer("exit", layer=result["chosen_exit"], gain=gain)
-    # 3. the plan is better than the best baseline: it has to beat the static exit of equal accuracy, too
+    # 3. the plan is better than the best baseline: it must beat the static exit of equal accuracy, too
     bounds = static.get("auc_gain_interval")
     if bounds is None:
         return Answer("undecided", gain=gain)
@@ -191,7 +191,7 @@ def rows_of(rows: Sequence[Row], split: str, fold: str | None) -> list[Row]:
 
 
 def score_rows(result: Result, split: str, fold: str | None, timed: Sequence[Row] = ()) -> list[Row]:
-    """The main table: best baseline, exits, plan, and the static exits that the plan has to beat.
+    """The main table: best baseline, exits, plan, and the static exits that the plan must beat.
 
     Rows of `name`, `auc`, `interval`, `log_loss`, `gain` ({`value`, `interval`} over the best baseline), `depth`,
     `saved` (token-layers of full depth over its own), `clock` (the same in seconds, from the rows of a benchmark

@@ -115,7 +115,7 @@ def features_of(rows: pl.DataFrame, folder: Path) -> Fitted:
 def test_own_second_and_later_labels_are_not_read(tmp_path: Path, kind: str, at: int) -> None:
     """Flip a row's label, those of its second and all later: up to that second all features stay, bit by bit.
 
-    In every split. That later rows' features do change shows that the features would tell.
+    In every split. Later rows' features do change, so the features read answers.
     """
     rows = draw(kind)
     now, changed = rows["timestamp"][at], 0
@@ -133,7 +133,7 @@ def test_own_second_and_later_labels_are_not_read(tmp_path: Path, kind: str, at:
     assert changed >= 3
 
 
-def test_fitted_on_train_alone_and_each_split_reads_its_own_retrieved(tmp_path: Path) -> None:
+def test_fitted_on_train_alone_and_each_split_reads_its_own_features(tmp_path: Path) -> None:
     """Flipping every label of valid and test changes no vocabulary, bin, scale or base.
 
     Valid's features stay as they are when test's retrieved features and test's rows are spoilt.
@@ -355,11 +355,11 @@ def test_kept_networks_are_shown_unasked_and_may_be_the_best(
     data = make_data()
     assert not set(NAMES) & {row["name"] for row in run_baselines(data, tmp_path)["baselines"]}
     assert planted == []
-    asked, unasked = run_baselines(data, tmp_path, networks=True), run_baselines(data, tmp_path)
+    trained, kept = run_baselines(data, tmp_path, networks=True), run_baselines(data, tmp_path)
     assert len(planted) == 1
-    assert asked["baselines"] == unasked["baselines"]
-    assert asked["best_baseline"] == "oracle"
-    assert {row["auc"] for row in asked["baselines"] if row["name"] == "oracle"} == {1.0}
+    assert trained["baselines"] == kept["baselines"]
+    assert trained["best_baseline"] == "oracle"
+    assert {row["auc"] for row in trained["baselines"] if row["name"] == "oracle"} == {1.0}
     split = data.split
     baselines = [*fit_baselines(split.rows, data.retrieved), *kept_networks(data)]
     test = targets_of(split.rows, "test")
@@ -375,7 +375,7 @@ def test_kept_networks_are_shown_unasked_and_may_be_the_best(
 def test_without_the_extra(
     make_data: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Asked for but absent: one line with the command, and the baselines there are without asking."""
+    """Requested but not installed: one line with the command, and the other baselines."""
     monkeypatch.setattr(networks, "find_spec", lambda name: None)
     found = {row["name"] for row in run_baselines(make_data(), tmp_path, networks=True)["baselines"]}
     assert "exitrec[networks]" in capsys.readouterr().out

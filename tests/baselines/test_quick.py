@@ -1,4 +1,4 @@
-"""Baselines of counting: what each is, which labels it may read, its calibration, and heads compared with one."""
+"""Baselines without networks: what each is, which labels it reads, its calibration, and heads compared with one."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def by_name(baselines: list[Baseline]) -> dict[str, Baseline]:
 
 
 def test_every_target_is_scored_once(fitted: Any) -> None:
-    """One finite logit per target of valid and test, none for context rows, and only of the splits asked for."""
+    """One finite logit per target of valid and test, none for context rows, and only of the splits that are named."""
     rows, retrieved, baselines = fitted
     assert [baseline.name for baseline in baselines] == NAMES
     wanted = targets(rows).filter(pl.col("split") != "train").select("row_id", "split")
@@ -159,7 +159,7 @@ def test_reads_no_later_label(fitted: Any) -> None:
         assert baseline.scores.equals(other.scores)
 
 
-def test_each_split_reads_its_own_retrieved(fitted: Any) -> None:
+def test_each_split_reads_its_own_features(fitted: Any) -> None:
     """Train rows of valid's table are not read; another test table changes test logits only."""
     rows, retrieved, before = fitted
     spoilt = retrieved["test"].with_columns(item_rate=1 - pl.col("item_rate"))
@@ -273,7 +273,7 @@ def test_a_loud_baseline_becomes_quiet() -> None:
 def test_calibration_at_its_borders() -> None:
     """A baseline that ranks backwards keeps its AUC: the slope is held above zero.
 
-    Where select tells nothing of the slope it is 1, and the offset gives select's share of likes, here 1/4. Without
+    Where select does not determine the slope it is 1, and the offset gives select's share of likes, here 1/4. Without
     both classes there is no calibration, rather than an infinite one.
     """
     logits, labels = np.array([0.0, 1.0, 2.0, 3.0]), np.array([1, 1, 0, 0])

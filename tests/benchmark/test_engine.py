@@ -42,7 +42,7 @@ class Clock:
 
 
 class Scripted:
-    """Takes these seconds a call, all but a tenth of them in the backbone; layers and token-layers as told."""
+    """Takes these seconds a call, all but a tenth of them in the backbone; layers and token-layers as given."""
 
     def __init__(
         self, clock: Clock, seconds: Sequence[float], layer: int, token_layers: int, log: list[str]
@@ -65,7 +65,7 @@ class Scripted:
 
 
 @pytest.fixture
-def side(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Contender]:
+def make_contender(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Contender]:
     """Makes contenders on one clock: (name, seconds, layer, token-layers)."""
     clock = Clock()
     monkeypatch.setattr(contenders_module, "time", clock)
@@ -76,11 +76,11 @@ def side(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Contender]:
         layer: int,
         token_layers: int,
         log: list[str] | None = None,
-        worth: dict[str, float] | None = None,
+        accuracy: dict[str, float] | None = None,
         **most: int,
     ) -> Contender:
         log = [] if log is None else log
-        return Contender(name, "", Scripted(clock, seconds, layer, token_layers, log), worth or {}, **most)
+        return Contender(name, "", Scripted(clock, seconds, layer, token_layers, log), accuracy or {}, **most)
 
     return make
 
@@ -90,31 +90,34 @@ def units(count: int) -> list[Unit]:
     return [[random_request(rng, f"{i}", 2, 3)] for i in range(count)]
 
 
-def test_rounds_take_turns(side: Callable[..., Contender]) -> None:
-    """Unit by unit, all contenders; who is first rotates; a slow side stops after its units and rounds."""
+def test_rounds_take_turns(make_contender: Callable[..., Contender]) -> None:
+    """Unit by unit, all contenders; who is first rotates; a slow contender stops after its units and rounds."""
     log: list[str] = []
-    contenders = [side("a", [1] * 9, 1, 1, log), side("b", [1] * 9, 2, 1, log, most=1, rounds=1)]
+    contenders = [
+        make_contender("a", [1] * 9, 1, 1, log),
+        make_contender("b", [1] * 9, 2, 1, log, most=1, rounds=1),
+    ]
     for number in range(2):
         run_rounds(contenders, units(2), number)
     assert log == ["1/0", "2/0", "1/1", "1/0", "1/1"]
     assert (contenders[0].units, contenders[1].units) == (2, 1)
 
 
-def test_row(side: Callable[..., Contender]) -> None:
+def test_row(make_contender: Callable[..., Contender]) -> None:
     """Medians 2 and 4 s against 1 and 2 s on two requests: x2, a request in 1.5 s; .9 of both is the backbone's.
 
     Token-layers 2 x 100 against 2 x 25 are x4, so efficiency is 2 / 4; the static exit needs 1.5 and 3 s: x1.5 over it.
-    A side measured on the first request alone is compared on that one: 2 s against 8 s is x.25.
+    A contender measured on the first request alone is compared on that one: 2 s against 8 s is x.25.
     """
-    asked, module = units(2), make_module()
-    full = side("packed", [2, 4, 2, 4, 9, 4], 5, 100, worth={"auc": 0.75, "auc_drop": 0.0})
-    static_exit = side("fixed_depth_3", [1.5, 3] * 3, 3, 60)
-    early = side("early_exit", [1, 2, 5, 2, 1, 2], 1, 25, worth={"auc": 0.749})
-    slow = side("pointwise", [8], 5, 300, most=1, rounds=1)
+    sample, module = units(2), make_module()
+    full = make_contender("packed", [2, 4, 2, 4, 9, 4], 5, 100, accuracy={"auc": 0.75, "auc_drop": 0.0})
+    static_exit = make_contender("fixed_depth_3", [1.5, 3] * 3, 3, 60)
+    early = make_contender("early_exit", [1, 2, 5, 2, 1, 2], 1, 25, accuracy={"auc": 0.749})
+    slow = make_contender("pointwise", [8], 5, 300, most=1, rounds=1)
     for number in range(3):
-        run_rounds([full, static_exit, early, slow], asked, number)
+        run_rounds([full, static_exit, early, slow], sample, number)
     against = Against(full, static_exit, Limits(100.0, 10.0, 1.0))
-    row = contender_row(early, against, asked, module, prepare_ms=500.0)
+    row = contender_row(early, against, sample, module, prepare_ms=500.0)
     assert row["requests_per_s"] == pytest.approx(2 / 3)
     assert row["candidates_per_s"] == pytest.approx(2)
     assert row["measured_speedup"] == pytest.approx(2)
@@ -127,34 +130,34 @@ def test_row(side: Callable[..., Contender]) -> None:
     assert row["request_speedup"] == pytest.approx(7 / 4)
     assert row["spread"] == pytest.approx([2 / 7, 2 / 3])  # rounds of 3, 7 and 3 s
     assert (row["dtype"], row["gflops_ceiling"]) == ("float32", 100)
-    assert contender_row(slow, against, asked, module, 0.0)["measured_speedup"] == pytest.approx(2 / 8)
-    exit_0 = Against(full, None, Limits(100.0, 10.0, 1.0))  # counting runs no layer
-    unpaired = contender_row(early, exit_0, asked, module, prepare_ms=500.0)["speedup_over_static"]
+    assert contender_row(slow, against, sample, module, 0.0)["measured_speedup"] == pytest.approx(2 / 8)
+    exit_0 = Against(full, None, Limits(100.0, 10.0, 1.0))  # exit 0 runs no layer
+    unpaired = contender_row(early, exit_0, sample, module, prepare_ms=500.0)["speedup_over_static"]
     assert unpaired == {"value": None, "interval": None}
 
 
-def test_how_near_to_the_limit(side: Callable[..., Contender]) -> None:
+def test_how_near_to_the_limit(make_contender: Callable[..., Contender]) -> None:
     """Reading a layer takes 1 s, arithmetic less: five layers 5 s, in 9 s of backbone; one layer 1 s, in 3.6 s.
 
     Token-layers are x10, yet the least times are 5 to 1: more than .5 of efficiency the machine does not give.
     """
-    asked, module = units(1), make_module()
-    full, early = side("packed", [10], 5, 100), side("early_exit", [4], 1, 10)
-    repeated = side("pointwise", [90], 5, 3000)
-    run_rounds([full, early, repeated], asked, 0)
+    sample, module = units(1), make_module()
+    full, early = make_contender("packed", [10], 5, 100), make_contender("early_exit", [4], 1, 10)
+    repeated = make_contender("pointwise", [90], 5, 3000)
+    run_rounds([full, early, repeated], sample, 0)
     against = Against(full, full, Limits(gflops=1e6, gbytes=1.0, layer_bytes=1e9))
-    rows = [contender_row(each, against, asked, module, 0.0) for each in (full, early, repeated)]
+    rows = [contender_row(each, against, sample, module, 0.0) for each in (full, early, repeated)]
     assert [r["of_limit"] for r in rows] == pytest.approx([5 / 9, 1 / 3.6, 5 / 81])
     assert [r["efficiency_at_limit"] for r in rows] == [1, pytest.approx(0.5), None]
     assert (rows[1]["gflops_ceiling"], rows[1]["gbytes_ceiling"]) == (1e6, 1.0)
 
 
-def test_a_plan_that_lets_nobody_in(side: Callable[..., Contender]) -> None:
+def test_a_plan_whose_rows_all_leave_at_exit_0(make_contender: Callable[..., Contender]) -> None:
     """Everyone leaves at exit 0: no layer runs, so nothing can be said per token-layer; the clock still counts."""
-    asked, module = units(1), make_module()
-    full, early = side("packed", [10], 5, 100), side("early_exit", [0.1], 0, 0)
-    run_rounds([full, early], asked, 0)
-    row = contender_row(early, Against(full, full, Limits(1.0, 1.0, 1.0)), asked, module, 0.0)
+    sample, module = units(1), make_module()
+    full, early = make_contender("packed", [10], 5, 100), make_contender("early_exit", [0.1], 0, 0)
+    run_rounds([full, early], sample, 0)
+    row = contender_row(early, Against(full, full, Limits(1.0, 1.0, 1.0)), sample, module, 0.0)
     assert row["measured_speedup"] == pytest.approx(100)
     assert (row["token_layer_speedup"], row["efficiency"], row["efficiency_at_limit"]) == (None, None, None)
     assert (row["mean_depth"], row["gflops"], row["of_limit"]) == (0, 0, 0)
@@ -164,7 +167,7 @@ def test_a_plan_that_lets_nobody_in(side: Callable[..., Contender]) -> None:
 
 
 def test_ratio_interval() -> None:
-    """Equal ratios leave no doubt; unequal ones leave an interval around the ratio of sums, 30 / 12 = 2.5."""
+    """Equal ratios give an interval of one point, unequal ones an interval around the ratio of sums, 30 / 12 = 2.5."""
     even = ratio_interval(np.array([2.0, 4.0]), np.array([1.0, 2.0]))
     assert (even["value"], even["interval"]) == (2.0, [2.0, 2.0])
     found = ratio_interval(np.array([10.0, 20.0]), np.array([8.0, 4.0]))
@@ -195,15 +198,15 @@ def test_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     module = make_module()
     assert module.backbone is not None
-    asked: list[int] = []
+    rows: list[int] = []
     for layer in module.backbone.layers:
-        layer.mlp.up_proj.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
+        layer.mlp.up_proj.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
     ticks = iter([1.0, 2.0, 5.0, 6.0])
     monkeypatch.setattr(limits_module.time, "perf_counter", lambda: next(ticks))
     found = Limits.measure(module, tokens=10)
     expected = [2 * 10 * 32 * 48 / 1e9, 5 * LINEAR * 4 / 1e9, LINEAR * 4]
     assert [found.gflops, found.gbytes, found.layer_bytes] == pytest.approx(expected)
-    assert sorted(asked) == [1] * 5 + [10]
+    assert sorted(rows) == [1] * 5 + [10]
     three = [Limits(1.0, 30.0, 5.0), Limits(2.0, 10.0, 5.0), Limits(9.0, 20.0, 5.0)]
     assert Limits.median(three) == Limits(2.0, 20.0, 5.0)
 
@@ -265,8 +268,8 @@ def untied(seed: int, name: str, segments: int, candidates: int) -> PreparedRequ
 
 RUNNERS: dict[str, Callable[..., Pointwise | SharedPrefix]] = {
     "pointwise": Pointwise,
-    "shared_prefix, cold": SharedPrefix,
-    "shared_prefix, warm": lambda module: SharedPrefix(module, cached=True),
+    "shared_prefix, not cached": SharedPrefix,
+    "shared_prefix, cached": lambda module: SharedPrefix(module, cached=True),
 }
 
 
@@ -320,7 +323,7 @@ class Reached(Exception):
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Arguments of `run_engine` for a catalogue of 20 items; it ends where measuring would begin."""
     rows = pl.DataFrame({"split": ["test"], "role": ["target"], "hist": [3]})
     log = SimpleNamespace(items=pl.DataFrame({"item": range(20)}))
@@ -330,8 +333,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         model.backbone = nn.Linear(2, 2)
         return SimpleNamespace(plan=SimpleNamespace(calibration=None))
 
-    def bench(model: nn.Module, *arguments: Any) -> None:
-        assert {p.device for p in model.parameters()} == {arguments[-1]}
+    def bench(model: nn.Module, *others: Any) -> None:
+        assert {p.device for p in model.parameters()} == {others[-1]}
         raise Reached("measured")
 
     monkeypatch.setattr(requests, "load_run", load)
@@ -365,8 +368,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_what_is_asked_before_measuring(
-    asked: dict[str, Any], changes: dict[str, Any], error: type[Exception], words: str
+def test_what_is_checked_before_measuring(
+    arguments: dict[str, Any], changes: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        requests.run_engine(**asked | changes)
+        requests.run_engine(**arguments | changes)

@@ -1,4 +1,4 @@
-"""The packing benchmark compares equals: both sides read the same tokens for the same targets, and what it writes.
+"""The packing benchmark: both contenders read the same tokens for the same targets; what it writes.
 
 Training windows are what it measures; tests/data/test_packing.py has the same for evaluation windows.
 """
@@ -47,7 +47,7 @@ def test_prompts_are_what_packed_targets_see(data: InteractionData) -> None:
 
 
 def test_pointwise_batches_are_those_prompts(data: InteractionData) -> None:
-    """Batches of the static exit hold prompts of training targets, each padded batch within the token budget."""
+    """Pointwise batches hold prompts of training targets, each padded batch within the token budget."""
     streams, sampler = training(data)
     prompts = {
         tuple(p.tolist()) for windows in sampler for s, w in windows for p in prompts_of(streams, s, w)
@@ -86,10 +86,10 @@ def test_run_packing(data: InteractionData, tiny_model: Path, tmp_path: Path) ->
     assert (packing["layers"], packing["context_tokens"]) == (3, 128)
 
 
-def test_both_sides_run_on_the_device(
+def test_both_contenders_run_on_the_device(
     data: InteractionData, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Backbone, static exit and windows are where the benchmark was told to run; "meta" stands in for a GPU."""
+    """Both models and the windows are on the benchmark's device; "meta" stands in for a GPU."""
     seen = set[str]()
 
     def packed_step(backbone: Backbone, batch: Batch) -> int:

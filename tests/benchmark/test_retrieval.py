@@ -1,4 +1,4 @@
-"""The retrieval benchmark asks equals: the same requests, past and raters for all contenders, and what it writes."""
+"""The retrieval benchmark: the same requests, past and raters for all contenders; what it writes."""
 
 from __future__ import annotations
 
@@ -99,9 +99,7 @@ def test_result(
     assert "history encoded" in " ".join(capsys.readouterr().out.split())
 
 
-def test_accuracy_is_the_baseline_of_the_same_retrieved(
-    data: InteractionData, retrievers: dict[str, VectorRetriever]
-) -> None:
+def test_accuracy_is_the_baselines(data: InteractionData, retrievers: dict[str, VectorRetriever]) -> None:
     """vote_auc is the AUC that `baselines` gives to neighbour_vote on test, where that retriever is the data's."""
     accuracy = vote_accuracy(data, retrievers)
     baselines = fit_baselines(data.split.rows, data.retrieved)
@@ -120,18 +118,18 @@ def test_accuracy_is_the_baseline_of_the_same_retrieved(
 def test_all_contenders_get_the_strictly_earlier_past(
     data: InteractionData, retrievers: dict[str, VectorRetriever]
 ) -> None:
-    """Every asked row reaches every contender ROUNDS times, with its user's rows of earlier seconds, oldest first."""
+    """Every query row reaches every contender ROUNDS times, with its user's rows of earlier seconds, oldest first."""
     contenders = contenders_of(retrievers)[: len(retrievers)]
     queries = [record(contender) for contender in contenders]
     rows, items = data.split.rows, data.split.interactions.items
-    asked = rows.filter(pl.col("split").cast(pl.String) == "test", pl.col("hist") > 0).head(5)
+    queried = rows.filter(pl.col("split").cast(pl.String) == "test", pl.col("hist") > 0).head(5)
     turns = InTurns(retrievers, contenders, rows["label"].to_numpy().astype(np.int64))
-    query = rows["row_id"].is_in(asked["row_id"].implode()).to_numpy()
+    query = rows["row_id"].is_in(queried["row_id"].implode()).to_numpy()
     log = WalkRows(**{**vars(WalkRows.from_log(rows)), "query": query})
     table = {name: np.ones((items.height, 3), np.float32) for name in retrievers}
     walk(log, turns, items, np.array([rows["timestamp"][0] + 1]), [table])
     expected = []
-    for row in asked.to_dicts():
+    for row in queried.to_dicts():
         past = rows.filter(pl.col("user") == row["user"], pl.col("timestamp") < row["timestamp"])
         expected += [(past["item"].to_list(), past["label"].to_list())] * ROUNDS
     for contender, seen in zip(contenders, queries, strict=True):
@@ -152,22 +150,22 @@ def test_the_text_is_encoded(data: InteractionData, retrievers: dict[str, Vector
     assert summing.query(item, label).tolist() == [0.5] * 32  # 1 - .5, in every dimension
 
 
-def test_rivals_are_asked_alike(data: InteractionData) -> None:
-    """The configured LightGCN, and static exits with as many neighbours and raters; another retriever makes way for
-    one.
-    """
+def test_all_retrievers_have_the_same_settings(data: InteractionData) -> None:
+    """The configured LightGCN, and encoders with as many neighbours and raters; any other retriever is replaced."""
     data.retriever = LightGCN(neighbours=7, max_raters=50, dislike_weight=-0.1)
-    static_exits = other_retrievers(data)
-    assert static_exits["lightgcn"] is data.retriever
-    assert isinstance(static_exits["llm"], TextEncoder)
-    assert static_exits["llm"].encoder == data.tokenizer_name
-    for static_exit in static_exits.values():
-        assert (static_exit.neighbours, static_exit.max_raters, static_exit.dislike_weight) == (7, 50, -0.1)
+    retrievers = other_retrievers(data)
+    assert retrievers["lightgcn"] is data.retriever
+    assert isinstance(retrievers["llm"], TextEncoder)
+    assert retrievers["llm"].encoder == data.tokenizer_name
+    for retriever in retrievers.values():
+        assert (retriever.neighbours, retriever.max_raters, retriever.dislike_weight) == (7, 50, -0.1)
     data.retriever = ItemKNN(neighbours=9)
     assert other_retrievers(data)["lightgcn"].settings() == LightGCN(neighbours=9).settings()
 
 
-def test_nobody_to_ask(data: InteractionData, retrievers: dict[str, VectorRetriever], tmp_path: Path) -> None:
+def test_no_request_to_measure(
+    data: InteractionData, retrievers: dict[str, VectorRetriever], tmp_path: Path
+) -> None:
     """With one block no retriever was ever fitted: the key, what was found, what is expected."""
     data.refits = 1
     with pytest.raises(DataError, match=r"data\.refits is 1 for \d+ rows; expected more"):

@@ -15,7 +15,7 @@ import pytest
 
 from project.data.protocol import FOLDS, ROLES, SPLITS
 from project.evaluation.baselines import AgainstBaseline, Baseline
-from project.evaluation.result import choose_exit, comparison, exit_0_rows, exit_rows
+from project.evaluation.result import choose_exit, comparison, exit_rows, with_and_without_exit_0
 from project.run import score_table
 
 PARTS = [("valid", "select"), ("valid", "tune"), ("valid", "certify"), ("test", None)]
@@ -107,7 +107,7 @@ def test_exit_is_chosen_on_tune() -> None:
 
 
 def test_exit_rows() -> None:
-    """One row an exit, in order of depth, of the asked part only: 3 users of 4 rows, AUC 3/4 and 1/4."""
+    """One row an exit, in order of depth, of the named part only: 3 users of 4 rows, AUC 3/4 and 1/4."""
     scores = table({1: everywhere(COIN, tune=GOOD), 5: everywhere(COIN, tune=BAD)})
     rows = exit_rows(scores, "valid", "tune")
     assert [(r["layer"], r["split"], r["fold"], r["n"], r["auc"]) for r in rows] == [
@@ -166,18 +166,18 @@ def test_log_loss_difference() -> None:
     assert calibrated["log_loss"] == pytest.approx(costs.mean())
 
 
-def test_exit_0_rows() -> None:
+def test_with_and_without_exit_0() -> None:
     """With exit 0 the exit ranks 1, without 3/4: a difference of 1/4; the baseline has 1/2, so 1/2 and 1/4 over it."""
     test = TARGETS.filter(pl.col("split") == "test")
     against = AgainstBaseline(BASELINES[2], test["row_id"].to_numpy(), ROWS)
     heads = {"with_exit_0": np.array(PERFECT * USERS), "without_exit_0": np.array(GOOD * USERS)}
-    found = exit_0_rows(heads, against)
+    found = with_and_without_exit_0(heads, against)
     assert [found[exit_0]["auc"] for exit_0 in heads] == [1.0, 0.75]
     assert [found[exit_0]["baseline_difference"]["value"] for exit_0 in heads] == [0.5, 0.25]
     assert without_log_loss(found["difference"]) == {"value": 0.25, "interval": [0.25, 0.25]}
     swapped = np.log1p(np.exp([-3.0, 2.0])).sum() - np.log1p(np.exp([-2.0, 3.0])).sum()
     assert found["difference"]["log_loss"]["value"] == pytest.approx(swapped / 4)
-    assert "difference" not in exit_0_rows({"without_exit_0": heads["without_exit_0"]}, against)
+    assert "difference" not in with_and_without_exit_0({"without_exit_0": heads["without_exit_0"]}, against)
 
 
 def test_differences_of_validation_are_of_tune() -> None:

@@ -1,3 +1,5 @@
+"""Metrics: by hand, against scikit-learn, on one class and without rows; intervals by resampling users."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -202,7 +204,7 @@ class TestUserBootstrap:
         assert 0 < found["interval"][0] < found["value"] < found["interval"][1]
 
     def test_log_loss_difference(self):
-        """Equals the difference of clipped log losses; one interval endpoint per side of it."""
+        """Equals the difference of clipped log losses; the interval's ends lie around it."""
         scores, labels, users = sample()
         found = UserBootstrap(users).log_loss_difference_interval(scores, np.zeros(500), labels)
         assert found["value"] == pytest.approx(log_loss(probabilities(scores), labels) - np.log(2))

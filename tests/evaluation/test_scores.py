@@ -27,7 +27,7 @@ from project.run import SCORE_COLUMNS, score_table
 
 
 def add(collector: ScoreCollector, ids: list[int]) -> None:
-    """Rows whose numbers tell them apart: row r has r + 100 target tokens, r + 200 stream tokens, values r, -r, 2 r."""
+    """Rows whose numbers differ: row r has r + 100 target tokens, r + 200 stream tokens, values r, -r, 2 r."""
     row = torch.tensor(ids)
     collector.update(row, row + 100, row + 200, torch.stack([row, -row, 2 * row], dim=1).float())
 
@@ -160,7 +160,7 @@ def test_plan_has_its_depth_in_each_slice():
 
 
 def test_metrics_are_those_of_the_rows():
-    """history_5_20 scores 1, 0, .5 on labels 1, 0, 1: AUC 1. Baselines and exits stand side by side; empty says so."""
+    """history_5_20 scores 1, 0, .5 on labels 1, 0, 1: AUC 1. One list has baselines and exits; an empty one says so."""
     baseline = Baseline(
         "lr_rates", pl.DataFrame({"row_id": range(2, 10), "split": ["test"] * 8, "logit": LOGITS})
     )

@@ -54,7 +54,7 @@ class World:
         return HeadOutputs.of(self.layers, calibration.apply(self.raw), self.retrieved)
 
     def calibrated(self) -> HeadOutputs:
-        """Outputs under the calibration of the rows themselves, with a exit 0."""
+        """Outputs under the calibration of the rows themselves, with exit 0."""
         return self.outputs(fit_calibration(self.raw, self.labels, self.layers, exit_0=True))
 
     def true_auc(self, scores: Tensor) -> float:
@@ -69,11 +69,11 @@ class World:
 def make_world(n: int = 2000, seed: int = 0, users: int = 80, own_noise: float = 0.05) -> World:
     """Head k's logit = latent logit + noise that shrinks with depth, at a speed of the row's own.
 
-    The noise of a head is the sum of the surprises of all later layers, so neighbouring heads err alike, plus
+    The noise of a head is the sum of the surprises of all later layers, so neighbouring heads have similar errors, plus
     noise of its own (`own_noise`, its deviation in logits). A row's surprises are scaled by its difficulty
     and fade with its own depth constant, both log-normal and half visible in the retrieved features. A part of the
     latent logit no head ever sees. True AUC rises from about .736 at layer 0 over .745 at 2 to .760 at 12;
-    an oracle of drift has .759 at a mean depth of 2: the proportions of the sketch in exits.md.
+    an oracle of drift has .759 at a mean depth of 2: about those of real runs.
     """
     rng = np.random.default_rng(seed)
     heads = len(LAYERS)

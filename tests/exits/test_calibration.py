@@ -1,3 +1,5 @@
+"""Calibration: maximum likelihood per head, with exit 0 and without, and the bound on slopes."""
+
 import numpy as np
 import pytest
 import torch

@@ -169,7 +169,7 @@ class TestWalk:
         assert found.users_needed is None
 
     def test_sorted_users_do_not_fool_the_bets(self):
-        """800 losses of 0 before 200 of 1, mean .2: read in this order capital would soar first; shuffled it fails."""
+        """800 losses of 0 before 200 of 1, mean .2: read in this order capital would grow first; shuffled it fails."""
         losses = np.zeros((2, 1000))
         losses[1, 800:] = 1
         assert certify_losses(losses, CertificateSettings("overlap_loss", 0.05)).passed is False
@@ -295,7 +295,7 @@ class TestValidity:
     def test_auc_gap_at_the_border(self, world):
         """Risk at epsilon, 300 draws: bets pass at most delta + 3 standard errors at 30, 80 and 300 users.
 
-        Without a drop 300 users pass in most draws; fewer than 232 are told that they are too few.
+        Without a drop 300 users pass in most draws; with fewer than 232 nothing is tested.
         """
         study = runpy.run_path(str(Path(__file__).parents[2] / "research" / "certificates.py"))
         strength, gap = study["strength_of"](world, 0.02, users=6000)

@@ -1,4 +1,4 @@
-"""Criteria: golden safeties, what every criterion may read, what is learned, and criteria of one's own."""
+"""Criteria: golden confidences, what every criterion may read, what is learned, and criteria of one's own."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class TestEveryCriterion:
         assert difference.quantile(0.99) < 2e-3
 
     def test_safer_rows_drift_less(self, make_criterion, outputs, tune):
-        """The safer half of new rows at a head moves less from there to the last head than the other half."""
+        """The more confident half of new rows at a head moves less from there to the last head than the other half."""
         criterion = make_criterion()
         criterion.fit(tune.calibrated())
         confidence = confidence_table(criterion, outputs)[:, 2]
@@ -208,7 +208,7 @@ def test_a_wrong_confidence_names_class_and_shape(outputs: HeadOutputs, made: An
 
 
 def test_trying_out_leaves_no_trace() -> None:
-    """The criterion itself is not fitted, random numbers go on as they would, and an error there is no verdict."""
+    """The criterion itself is not fitted, random numbers go on as they would, and an error there refuses nothing."""
 
     def noisy(outputs: HeadOutputs) -> torch.Tensor:
         return torch.rand(outputs.logits.shape[0])

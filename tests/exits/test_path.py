@@ -1,3 +1,5 @@
+"""The path of thresholds: its order and its numbers, the budget's step, bounds, and what beats static exits."""
+
 import itertools
 from functools import cache
 
@@ -180,9 +182,8 @@ class TestOnFreshRows:
     @pytest.mark.parametrize(("own_noise", "reference"), [(0.05, "labels"), (0.35, "last head")])
     def test_teacher(self, new_world, monkeypatch, own_noise, reference):
         """Mean true AUC over 4 draws and 4 costs: the teacher beats raw labels, and the last head where it is noisy."""
-        teacher = search_module._teacher
-        judges = {
-            "teacher": teacher,
+        teachers = {
+            "teacher": search_module._teacher,
             "labels": lambda scores, labels: labels,
             "last head": lambda scores, labels: 1 / (1 + np.exp(-scores[:, -1])),
         }
@@ -192,8 +193,8 @@ class TestOnFreshRows:
                 new_world(n, s, own_noise=own_noise) for n, s in ((2000, 10 + seed), (8000, 50 + seed))
             )
             calibration = fit_calibration(world.raw, world.labels, world.layers, exit_0=True)
-            for judge, values in found.items():
-                monkeypatch.setattr(search_module, "_teacher", judges[judge])
+            for name, values in found.items():
+                monkeypatch.setattr(search_module, "_teacher", teachers[name])
                 _, _, path = fit.__wrapped__(LEARNED, world)
                 values.append(true_aucs(path, LEARNED, other, other.outputs(calibration)).mean())
         assert np.mean(found["teacher"]) > np.mean(found[reference]) + 1e-4

@@ -43,7 +43,7 @@ class TestLeave:
 class TestPolicy:
     @pytest.mark.parametrize("seed", range(3))
     def test_engine_equals_simulation(self, make_criterion, outputs, seed):
-        """`leaves`, asked head by head of who is still running, gives the exits of `leave` on the whole table."""
+        """`leaves`, called head by head on the rows still running, gives the exits of `leave` on the whole table."""
         criterion = make_criterion()
         criterion.fit(outputs)
         table = confidence_table(criterion, outputs)

@@ -1,3 +1,5 @@
+"""Exits for lists of the best k: who leaves, the margins, and overlap and precision of a list."""
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def ragged(requests=60, seed=0, most=64):
 
 
 def overlap(request, outputs, exits, k):
-    """Overlap@k of the list that `rank` makes: who stays longer stands above who left, then by score."""
+    """Overlap@k of the list that `rank` makes: those that stay longer first, then by score."""
     scores = outputs.logits.gather(1, exits[:, None]).squeeze(1)
     reach = 1 + outputs.logits.max() - outputs.logits.min()
     return overlap_at_k(request, scores + reach * exits, outputs.logits[:, -1], k)

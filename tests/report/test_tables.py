@@ -245,7 +245,7 @@ def test_documents_show_what_result_files_hold(document):
 
 
 def test_benchmark_cells():
-    """Measured and over the static exit of equal accuracy stand in one row; policies of another question do not."""
+    """Measured and over the static exit of equal accuracy stand in one row; policies of earlier versions do not."""
     file = read_result(RESULTS / "whole_backbone_alone" / "benchmark.json")
     _, *rows = tables(render(file))[0]
     row = next(r for r in file["rows"] if r["policy"] == "budget: drift_head")
