@@ -93,7 +93,7 @@ def user_aucs(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> dict[st
 
 
 def head_metrics(logits: ArrayLike, labels: ArrayLike, users: ArrayLike) -> dict[str, Any]:
-    """Everything a result file says about one head's or baseline's logits (JSON values; None = undefined)."""
+    """All metrics of one head's or baseline's logits in a result file (JSON values; None = undefined)."""
     probability = probabilities(logits)
     return {
         "n": int(probability.size),
@@ -161,7 +161,7 @@ class Pairs:
 
 def row_log_loss(probability: Floats, positive: Floats) -> Floats:
     """Minus log probability of what happened; infinity for a certain mistake."""
-    with np.errstate(divide="ignore"):  # infinity is the right answer for a certain mistake
+    with np.errstate(divide="ignore"):  # log(0)
         loss: Floats = -np.log(np.where(positive == 1, probability, 1.0 - probability))
     return loss
 

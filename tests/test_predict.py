@@ -213,7 +213,7 @@ def test_an_untrained_model_is_refused_before_the_first_batch(
     path = tmp_path / "requests.jsonl"
     path.write_text(json.dumps(request("a", ["i1"], user_id="u1")))
     batches = list[Batch]()
-    monkeypatch.setattr(ExitRecommender, "_collect", lambda self, batch: batches.append(batch))
+    monkeypatch.setattr(ExitRecommender, "forward", lambda self, batch: batches.append(batch))
     said = fails(
         command, "--config", fitted / "config.yaml", "--data.requests", path, "--trainer.logger", "false"
     )

@@ -1,4 +1,4 @@
-"""The engine: backbone stages that candidates really leave, with what they cost."""
+"""The early-exit engine: it scores requests, and runs no layer behind the exit where a candidate leaves."""
 
 from project.engine.cache import StreamCache as StreamCache
 from project.engine.decisions import ListExits as ListExits

@@ -45,7 +45,7 @@ class Row:
         return cls(live, stream[live], own, owner.astype(np.int64))
 
     def keep(self, stays: Bools) -> Row:
-        """The row of the candidates that stay, (m,) bool; a request without one is gone, stream and all."""
+        """The row of the candidates that stay, (m,) bool; a request without one is dropped with its stream."""
         kept = Row.of(self.owner[stays], self.stream, self.own[stays])
         return replace(kept, requests=self.requests[kept.requests])
 

@@ -1,4 +1,4 @@
-"""The engine: requests run from exit to exit, and what has left is not computed any more."""
+"""The engine: requests run from exit to exit, and candidates that have left are not computed any more."""
 
 from __future__ import annotations
 
@@ -38,20 +38,22 @@ READ_TOKENS, READ_TOKENS_ELSEWHERE = 64, 4096
 
 
 class Engine:
-    """Scores prepared requests with a module whose exits somebody decides about.
+    """Scores prepared requests with a module; a `Decision` says who leaves at its exits.
 
     The module is put into eval mode. On a CPU the engine packs the backbone's weights, a second copy of them; engines
     share it if each is given a module whose backbone is packed already. Use one engine from one thread at a time.
+
+    `cache` keeps users' streams between requests; None runs every stream anew. A batch has at most `batch_tokens`
+    tokens, but a request is never cut. `read_tokens` replaces READ_TOKENS; it moves scores by rounding only.
     """
 
     def __init__(
         self,
         module: ExitRecommender,
         decision: Decision,
-        cache: StreamCache
-        | None = None,  # keeps users' streams between requests; None runs every stream anew
-        batch_tokens: int = 16_384,  # of a batch at most; one request may be more
-        read_tokens: float | None = None,  # instead of READ_TOKENS; moves scores by rounding only
+        cache: StreamCache | None = None,
+        batch_tokens: int = 16_384,
+        read_tokens: float | None = None,
     ) -> None:
         assert module.backbone is not None
         if set(decision.layers) - {0, *module.exit_layers}:
@@ -70,7 +72,7 @@ class Engine:
 
     @torch.inference_mode()
     def score(self, requests: Sequence[PreparedRequest]) -> Scores:
-        """Scores in the order of the requests; an unusable one gets an error and costs the others nothing."""
+        """Scores in the order of the requests; an unusable one gets an error and does not affect the others."""
         found, usable, scores = dict[int, Scored](), list[int](), Scores([])
         for i, request in enumerate(requests):
             error = request.trouble(self.backbone.vocabulary)

@@ -45,7 +45,7 @@ class MeanPooling:
 
     @cached_property
     def weights(self) -> str:
-        """What names the model's weights: checksum of a known source or of a folder's files, else the hub's name."""
+        """Identifies the model's weights: checksum of a known source or of a folder's files, else the hub's name."""
         if self.model in SOURCES:
             return SOURCES[self.model].sha256
         folder = Path(resolve_model(self.model)).expanduser()
@@ -173,7 +173,7 @@ class TextEncoder(VectorRetriever):
         return vector
 
     def settings(self) -> dict[str, Any]:
-        """As for every retriever, and the checksum of a model that is a folder: its path says little."""
+        """As for every retriever, and the checksum of a model that is a folder: its path does not identify it."""
         model = self.reader.model
         return super().settings() | ({} if model in SOURCES else {"weights": self.reader.weights})
 

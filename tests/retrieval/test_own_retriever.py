@@ -62,7 +62,7 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("leak", LEAKS.values(), ids=LEAKS)
 def test_a_row_that_was_not_handed_out_is_refused(leak: Any) -> None:
-    with pytest.raises(ConfigError, match=r"test_own_retriever\.Answers.*may tell the future"):
+    with pytest.raises(ConfigError, match=r"test_own_retriever\.Answers.*may leak the future"):
         retrieved(make_log(0), Answers(leak), NO_CUTS)
 
 
