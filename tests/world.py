@@ -1,6 +1,4 @@
-"""Builds small logs, splits, retrieved features and streams in memory, for tests that need the data's way without a
-CLI.
-"""
+"""Builds small logs, splits, retrieved features and streams in memory, for tests that need no CLI."""
 
 from __future__ import annotations
 
@@ -50,7 +48,7 @@ def read_split(folder: Path, protocol: Protocol) -> SplitInteractions:
 
 
 def no_retrieved(rows: pl.DataFrame) -> pl.DataFrame:
-    """An retrieved features table that knows nothing."""
+    """A retrieved features table without any earlier row."""
     n = len(rows)
     lists = {name: pl.Series(name, [[]] * n, dtype=kind) for name, kind in EMPTY_RETRIEVED.items()}
     counts = {
@@ -69,7 +67,7 @@ def streams_without_retrieved(split: SplitInteractions, name: str, segment: str 
 
 
 def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> dict[str, Any]:
-    """A configuration of the tiny world, as YAML would say it; to be changed by whoever asks.
+    """A configuration of the tiny world, as YAML would give it; tests change it.
 
     Args:
         logs: Folder with interactions.csv and items.csv.
@@ -107,7 +105,7 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
 
 
 def call(cache: Path, *arguments: object) -> None:
-    """Run `python -m project ...` in this process, with an retrieved features cache."""
+    """Run `python -m project ...` in this process, with a cache folder."""
     from project.__main__ import main
 
     with pytest.MonkeyPatch.context() as patch:

@@ -30,10 +30,11 @@ from project.model.module import ExitRecommender
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
-# From so many tokens on, an exit's layer runs at answer positions first: who leaves saves the rest of the layer,
-# who stays pays its fixed part twice. If half of the candidates leave, break-even is that part, in tokens, over .39.
+# From so many tokens on, an exit's layer runs at answer positions first: candidates that leave save the rest of the
+# layer, for those that stay its fixed part runs twice. If half leave, break-even is that part, in tokens, over .39.
 # On a CPU, packed float32 layers of SmolLM2-135M: their weights take as long to read as 24 tokens to multiply (218
-# GFLOP/s, 18 GB/s in results/whole_backbone_alone/benchmark.json), so 62. Elsewhere launches decide; not measured.
+# GFLOP/s, 18 GB/s in results/whole_backbone_alone/benchmark.json), so 62. On other devices
+# kernel launches take most of the time; not measured.
 READ_TOKENS, READ_TOKENS_ELSEWHERE = 64, 4096
 
 

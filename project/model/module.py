@@ -358,6 +358,6 @@ def check_origin(checkpoint: Mapping[str, Any], exit_layers: Sequence[int], back
     for key, mine in (("exit_layers", exit_layers), ("backbone", backbone)):
         if saved.get(key) != mine:
             raise CheckpointError(
-                f"the checkpoint was trained with model.{key} = {saved.get(key)}, the configuration says {mine}. "
+                f"the checkpoint was trained with model.{key} = {saved.get(key)}, the configuration has {mine}. "
                 "Use the config.yaml beside the checkpoint's folder."
             )

@@ -120,7 +120,7 @@ def mean_of_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
 class TextEncoder(VectorRetriever):
     """Similar users by what their items are about: sums of encoded item texts.
 
-    All encodings share a direction, along which a sum says how much a user likes rather than dislikes. It stays in:
+    All encodings share a direction, along which a sum measures how much a user likes rather than dislikes. It stays in:
     taking it out made the neighbours' vote worse on the validation of ML-100K.
 
     Args:
