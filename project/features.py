@@ -1,4 +1,4 @@
-"""A candidate's retrieved features as numbers, and exit 0: a logistic regression on them, which needs no LLM."""
+"""Turns a candidate's retrieved features into numbers, and fits exit 0, a logistic regression on them."""
 
 from __future__ import annotations
 

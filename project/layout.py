@@ -1,4 +1,4 @@
-"""The positions of a batch's tokens, and the one rule that says which token sees which.
+"""Holds the positions of a batch's tokens, and the one rule for which token sees which.
 
 A row holds sequences (users), a sequence holds segments in time order. Shapes: (B, T), B packed rows of T tokens.
 

@@ -1,4 +1,4 @@
-"""Metrics of a list of scores: AUC, log loss, Brier score, calibration error, user-AUCs and the error of an AUC gap.
+"""Computes metrics of scores: AUC, log loss, Brier score, calibration error, user-AUCs and an AUC gap's error.
 
 Every AUC is exact and counts a tie half. What is undefined (one class, no rows) is None. AUCs take scores of any scale;
 log loss, Brier and ECE take probabilities, which `probabilities` makes of logits. Arrays have shape (n,), labels are 0

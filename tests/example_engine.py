@@ -1,4 +1,4 @@
-"""A tiny random model with four exits, random requests, and the scores of each candidate by itself."""
+"""Makes a tiny random model with four exits, random requests, and the scores of each candidate by itself."""
 
 from __future__ import annotations
 

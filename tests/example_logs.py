@@ -1,4 +1,4 @@
-"""Small random logs whose split and cuts are given, and a retriever that any edge too many would change."""
+"""Makes small random logs with given splits and cuts, and a retriever that any edge too many would change."""
 
 from __future__ import annotations
 

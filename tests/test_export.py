@@ -1,4 +1,4 @@
-"""An exported run is the run: the same logits, the same exits, in a folder that names no place of this machine."""
+"""Tests that an exported run has the run's logits and exits, in a folder that names no place of this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The visibility rule of tokens, and the blocks that attention computes it in."""
+"""Tests the visibility rule of tokens, and the blocks that attention computes it in."""
 
 import pickle
 from dataclasses import fields, replace

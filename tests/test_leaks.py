@@ -1,4 +1,4 @@
-"""Leak canaries on whole prompts, lists of similar users' likes included, under every split kind.
+"""Tests that no whole prompt leaks an answer, lists of similar users' likes included, under every split kind.
 
 Splits and block cuts are held fixed; retrieved features have canaries of their own in tests/retrieval.
 """

@@ -1,4 +1,4 @@
-"""The predict command end to end: requests of known, unseen and anonymous users, of unseen items, as JSONL and Parquet.
+"""Tests predict end to end: requests of known, unseen and anonymous users, of unseen items, as JSONL and Parquet.
 
 One tiny fit serves all tests. Its model has large weights, so that the tokens it reads move the score. Its retriever is
 item_knn, whose neighbours are the user's own rows, and its prompt shows their factorisation: a history that a request

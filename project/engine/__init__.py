@@ -1,4 +1,4 @@
-"""The early-exit engine: it scores requests, and runs no layer behind the exit where a candidate leaves."""
+"""Scores requests and runs no layer behind the exit where a candidate leaves: the early-exit engine."""
 
 from project.engine.cache import StreamCache as StreamCache
 from project.engine.decisions import ListExits as ListExits

@@ -1,4 +1,4 @@
-"""The engine's attention: candidates read a shared stream and themselves, never each other."""
+"""Computes the engine's attention: candidates read a shared stream and themselves, never each other."""
 
 from __future__ import annotations
 

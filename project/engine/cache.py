@@ -1,4 +1,4 @@
-"""Keys and values of streams that several requests of a user share, each layer as far as a request needed it.
+"""Keeps keys and values of streams that requests of a user share, each layer as far as a request needed it.
 
 A new stream is compared with the kept one token by token, position and time group included: what their common prefix
 computed is used, the rest is forgotten. So a history that grew is extended, and an older one is cut. A token whose

@@ -1,4 +1,4 @@
-"""The engine: requests run from exit to exit, and candidates that have left are not computed any more."""
+"""Runs requests from exit to exit, and computes nothing more for candidates that have left."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ Kind = TypeVar("Kind", bound=nn.Module)
 # From so many tokens on, an exit's layer runs at answer positions first: candidates that leave save the rest of the
 # layer, for those that stay its fixed part runs twice. If half leave, break-even is that part, in tokens, over .39.
 # On a CPU, packed float32 layers of SmolLM2-135M: their weights take as long to read as 24 tokens to multiply (218
-# GFLOP/s, 18 GB/s in results/whole_backbone_alone/benchmark.json), so 62. On other devices
-# kernel launches take most of the time; not measured.
+# GFLOP/s, 18 GB/s in results/whole_backbone_alone/benchmark.json), so 62. On other devices kernel
+# launches take most of the time; not measured.
 READ_TOKENS, READ_TOKENS_ELSEWHERE = 64, 4096
 
 

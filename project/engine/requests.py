@@ -1,4 +1,4 @@
-"""A request as tokens, ready for the engine, and the scores that come back."""
+"""Turns requests into tokens for the engine, and holds the scores that come back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder of a Hugging Face causal LM, run in stages of layers over packed segments.
+"""Runs the decoder of a Hugging Face causal LM in stages of layers over packed segments.
 
 Layers are transformers' own modules, called through `__call__` (FSDP hooks stay alive), but the loop over them is ours,
 so a run can stop at any layer and go on later.

@@ -1,4 +1,4 @@
-"""The LightningModule: a backbone with an exit head at several depths, its loss, adapters and checkpoints."""
+"""Defines the LightningModule: a backbone with exit heads at several depths, its loss, adapters and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning rates by depth (Zhou et al., ACL 2025: shallow layers learn faster) and their schedule."""
+"""Sets learning rates by depth (Zhou et al., ACL 2025: shallow layers learn faster) and their schedule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface of every retriever: fitted once per time block, then queried for neighbours row by row.
+"""Defines the interface of retrievers: fitted once per time block, then queried for neighbours row by row.
 
 A retriever never sees the log. It is handed edges strictly before a block, then raters and a user's own rows strictly
 before each request. An answer that names any other row is refused (`walk.walk`).

@@ -1,4 +1,4 @@
-"""The retrieved features table: neighbours' answers, rates of the item and the user, similarities, before each row.
+"""Makes the retrieved features table: neighbours' answers, rates and similarities, from strictly earlier rows.
 
 Columns: row_id; neighbours (row ids of the neighbours' own interactions with the candidate), similarities, answers
 (lists, most similar first); vote (mean answer, null without neighbours); neighbour_count; item_rate and item_count,

@@ -1,4 +1,4 @@
-"""Retrievers that compare users by vectors made of their past items, and LightGCN, which learns the items' vectors."""
+"""Defines retrievers that compare users by vectors of their past items, and LightGCN, which learns item vectors."""
 
 import warnings
 from abc import abstractmethod

@@ -1,4 +1,4 @@
-"""Text similarity: the user's answers about earlier items whose text is similar to the candidate's.
+"""Computes text similarity: the user's answers about earlier items with a text like the candidate's.
 
 Item text is every column of the items table, as TF-IDF over words and character n-grams (Salton and Buckley 1988). With
 w_j = cosine(candidate, j)^2 over the user's strictly earlier rows j, answers a_j and their mean m, the feature is

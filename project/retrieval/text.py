@@ -1,4 +1,4 @@
-"""The retriever whose item vectors are encodings of an item's text, by a sentence encoder or a causal LM.
+"""Defines the retriever whose item vectors encode an item's text, by a sentence encoder or a causal LM.
 
 A text becomes the mean of a transformer's last hidden states over its tokens, scaled to length 1 (Reimers and Gurevych
 2019, arXiv 1908.10084). Vectors are kept on disk under a hash of the texts and of the model's weights; the model is

@@ -1,4 +1,4 @@
-"""The as-of walk: every row is answered from strictly earlier rows, then observed itself.
+"""Walks through a log in time: every row is answered from strictly earlier rows, then observed itself.
 
 In reading order: which rows a split may read; the log in blocks, and what is fitted before each; the walk; the checks
 of answers; lists of what similar users liked; the cache.

@@ -1,4 +1,4 @@
-"""The engine gives every candidate the exit and the score that it has by itself, whatever runs beside it.
+"""Tests that the engine gives every candidate the exit and score that it has by itself, whatever runs beside it.
 
 The reference (tests/example_engine.py) runs one candidate at a time through the backbone's own layout and attention and
 takes exits from the simulation (`ExitPlan.emitted`): it runs no code of the engine.

@@ -1,4 +1,4 @@
-"""Packing weights changes how products are made, not what they are, nor the module that was packed."""
+"""Tests that packed weights give the same products, and that packing does not change the module."""
 
 from __future__ import annotations
 

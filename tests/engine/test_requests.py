@@ -1,4 +1,4 @@
-"""Requests of logs, end to end: every head and every exit scores as `predict` does, and the commands work.
+"""Tests requests of logs, end to end: every head and exit scores as `predict` does, and the commands work.
 
 One tiny fit with sharp attention serves all tests (as in tests/test_predict.py), so a wrong position, group or window
 moves scores far more than rounding does.

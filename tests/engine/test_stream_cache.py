@@ -1,4 +1,4 @@
-"""A cached stream changes what a request costs, never its scores: not cached, cached, extended, cut or rebuilt."""
+"""Tests that a cached stream changes what a request costs and never its scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ExitRecommender without a Trainer: scores of packed batches, the loss over processes, checkpoints.
+"""Tests ExitRecommender without a Trainer: scores of packed batches, the loss over processes, checkpoints.
 
 Prompts are characters (`world.Letters`); weights are random and ten times the usual size, so that attention is far
 from uniform and an answer that leaks moves the logit.

@@ -1,4 +1,4 @@
-"""Exit heads, adapters and vectors of numbers: how each starts, what trains, and the learning rate of each."""
+"""Tests exit heads, adapters and vectors of numbers: how each starts, what trains, and its learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Retrieved features tables: what each split may read, the cache, factorisation, and requests answered like the log."""
+"""Tests retrieved features tables: what a split may read, the cache, factorisation, requests answered like the log."""
 
 from __future__ import annotations
 

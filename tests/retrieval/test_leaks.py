@@ -1,4 +1,4 @@
-"""Canaries: no row reads itself, its second, its future or a later split, and a leak would be noticed."""
+"""Tests that no row reads itself, its second, its future or a later split, and that a leak would be noticed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A retriever of one's own: which rows it may name, what it must answer, and what it adds to the key of the cache."""
+"""Tests a retriever of one's own: which rows it may name, what it must answer, and its part of the cache's key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LightGCN and the controls (item-kNN, random raters, none): what each finds, and which settings it refuses."""
+"""Tests LightGCN and the controls (item-kNN, random raters, none): what each finds, and which settings it refuses."""
 
 from __future__ import annotations
 

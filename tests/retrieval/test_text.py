@@ -1,4 +1,4 @@
-"""Texts: mean pooling, what retrievers read of items and histories, and text similarity to a user's own rows."""
+"""Tests texts: mean pooling, what retrievers read of items and histories, and text similarity to own rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""User vectors: neighbours, own answers on similar items and lists of what similar users liked, by brute force."""
+"""Tests user vectors by brute force: neighbours, answers on similar items, lists of what similar users liked."""
 
 from __future__ import annotations
 

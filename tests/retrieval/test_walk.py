@@ -1,4 +1,4 @@
-"""The walk: golden example, ties, repeated ratings, the latest raters, blocks, snapshots and the cache's folders."""
+"""Tests the walk: ties, repeated ratings, the latest raters, blocks, snapshots and the cache's folders."""
 
 from __future__ import annotations
 
