@@ -1,8 +1,8 @@
 """Computes the chance that a user likes an item by matrix factorisation, from strictly earlier rows alone.
 
 `Factorisation` fits users and items together. `MatrixFactorisation` fits one block by block on the rows before, but
-solves a user's vector for every request anew, from the user's own rows strictly before it (fold-in). So it has vectors of users
-that no factorisation has seen, and training features and requests come from the same code.
+solves a user's vector for every request anew, from the user's own rows strictly before it (fold-in). So it
+has vectors of users that no factorisation has seen, and training features and requests come from the same code.
 """
 
 from __future__ import annotations
