@@ -1,4 +1,4 @@
-"""A run as a Hugging Face folder: backbone, heads, exit plan, feature baseline, model card; and back."""
+"""Writes a run as a Hugging Face folder (backbone, heads, exit plan, feature baseline, model card) and reads it."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def render_card(run: Run, bundle: Mapping[str, Any], family: str, criterion: str
 
 
 def run_export(arguments: Sequence[str]) -> Path:
-    """The command: export a run folder into a folder that does not exist yet or is empty, and say where it is."""
+    """The command: export a run folder into a folder that does not exist yet or is empty; print its path."""
     if len(arguments) != 2 or any(a.startswith("-") for a in arguments):
         raise DataError(f"export takes a run folder and a new one, found {list(arguments)}. Usage: {USAGE}")
     folder = export(*map(Path, arguments))
@@ -132,6 +132,7 @@ def run_export(arguments: Sequence[str]) -> Path:
 
 def export(run: Path, folder: Path) -> Path:
     """Write a calibrated run's last checkpoint as a Hugging Face folder; whole or not at all."""
+    # 1. refuse what is not a run, and a folder that is in use
     missing = [name for name in NEEDED if not (run / name).exists()]
     if missing:
         raise DataError(
@@ -142,6 +143,7 @@ def export(run: Path, folder: Path) -> Path:
         raise DataError(
             f"{folder} already holds something; expected a new or an empty folder. Choose another name."
         )
+    # 2. the run: its model, exit plan and results
     bundle = json.loads((run / "bundle" / "bundle.json").read_text(encoding="utf-8"))
     results = read_run(run)
     module, plan = _load(run, bundle)
@@ -158,6 +160,7 @@ def export(run: Path, folder: Path) -> Path:
         },
         "plan": to_json(plan.state()),
     }
+    # 3. all files under a temporary name, then one renaming
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         part = Path(scratch) / folder.name
@@ -207,7 +210,7 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
 
 
 class Exported(NamedTuple):
-    """What is not Hugging Face's in an exported folder, on the CPU, in eval mode.
+    """Backbone, heads and exit plan of an exported folder, on the CPU, in eval mode.
 
     `heads` are `ExitHead` by layer, keys as text. Where `plan.exit_0`, head 0 is `exported_baseline(folder)`.
     """
@@ -219,6 +222,7 @@ class Exported(NamedTuple):
 
 def load_exported(folder: str | Path) -> Exported:
     """Backbone, heads and exit plan of a folder that `export` wrote."""
+    # 1. the backbone's layers
     folder = Path(folder)
     policy = _read_policy(folder)
     model, info = _AUTO.from_pretrained(
@@ -230,12 +234,14 @@ def load_exported(folder: str | Path) -> Exported:
             f"{folder} lacks {len(missing)} weights of the backbone, among them {missing[:3]}; the copy is not "
             "complete. Copy or export it again."
         )
-    headless = SimpleNamespace(weight=torch.empty(0))  # heads are loaded, not made of the language model's
+    # 2. the backbone; its LM head is empty, because the exit heads are loaded and not made from it
+    headless = SimpleNamespace(weight=torch.empty(0))
     backbone = Backbone(SimpleNamespace(config=model.config, model=model, lm_head=headless))
     backbone.release_lm_head()
     if shows_numbers(policy["prompt"]["segment"]):
         backbone.learn_numbers()
         backbone.load_state_dict({NUMBERS_KEY: load_file(folder / NUMBERS)["numbers"]}, strict=False)
+    # 3. the heads
     direction = torch.zeros(model.config.hidden_size)
     heads = nn.ModuleDict({str(k): ExitHead(backbone.final_norm, direction) for k in policy["exit_layers"]})
     heads.load_state_dict(load_file(folder / HEADS))

@@ -1,4 +1,4 @@
-"""A candidate's retrieved features as numbers, and exit 0: a logistic regression on them, which needs no LLM."""
+"""Turns a candidate's retrieved features into numbers, and fits exit 0, a logistic regression on them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ text similarity (the slope of log-odds at 1/2), and log(1 + its weight)."""
 
 TEXT_FEATURES = FEATURES[-2:]
 OPTIONAL_COLUMNS = ("mf", "item_similarity", "item_similarity_weight", "text", "text_weight")
-SUREST = 1e-4  # a factorisation closer to 0 or 1 counts as this close
+SUREST = 1e-4  # chances by factorisation are clipped to this distance from 0 and 1
 
 
 def feature_matrix(retrieved: pl.DataFrame, base: float) -> Floats:
@@ -124,7 +124,7 @@ class FeatureBaseline:
 
     @classmethod
     def from_array(cls, values: ArrayLike) -> FeatureBaseline:
-        """From what `to_array` gave."""
+        """The baseline that `to_array` wrote."""
         array = np.asarray(values, dtype=np.float64)
         return cls(float(array[0]), float(array[1]), array[2:])
 

@@ -1,4 +1,4 @@
-"""The positions of a batch's tokens, and the one rule that says which token sees which.
+"""Holds the positions of a batch's tokens, and the one rule for which token sees which.
 
 A row holds sequences (users), a sequence holds segments in time order. Shapes: (B, T), B packed rows of T tokens.
 
@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Measured with heads of SmolLM2-135M's shape on one CPU core, forward and backward: 64 to 256 are level, 512 is
-# 20 % slower; the larger of equals, because every block costs a kernel call.
+# Measured with heads of SmolLM2-135M's shape on one CPU core, forward and backward: 64 to 256 take equally long, 512
+# takes 20 % longer. The largest of equals, because every block costs a kernel call.
 BLOCK_TOKENS = 256
-# A hole this short is masked out rather than cut out: a single range is a view, several are copied together.
+# Invisible keys up to this many are masked, not cut out: a single range is a view, several ranges are copied.
 MERGED_GAP = 32
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a list of scores: AUC, log loss, Brier score, calibration error, user-AUCs and the error of an AUC gap.
+"""Computes metrics of scores: AUC, log loss, Brier score, calibration error, user-AUCs and an AUC gap's error.
 
 Every AUC is exact and counts a tie half. What is undefined (one class, no rows) is None. AUCs take scores of any scale;
 log loss, Brier and ECE take probabilities, which `probabilities` makes of logits. Arrays have shape (n,), labels are 0
@@ -93,7 +93,7 @@ def user_aucs(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> dict[st
 
 
 def head_metrics(logits: ArrayLike, labels: ArrayLike, users: ArrayLike) -> dict[str, Any]:
-    """Everything a result file says about one head's or baseline's logits (JSON values; None = undefined)."""
+    """All metrics of one head's or baseline's logits in a result file (JSON values; None = undefined)."""
     probability = probabilities(logits)
     return {
         "n": int(probability.size),
@@ -161,7 +161,7 @@ class Pairs:
 
 def row_log_loss(probability: Floats, positive: Floats) -> Floats:
     """Minus log probability of what happened; infinity for a certain mistake."""
-    with np.errstate(divide="ignore"):  # infinity is the right answer for a certain mistake
+    with np.errstate(divide="ignore"):  # log(0)
         loss: Floats = -np.log(np.where(positive == 1, probability, 1.0 - probability))
     return loss
 

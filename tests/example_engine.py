@@ -1,4 +1,4 @@
-"""A tiny random model with four exits, random requests, and what each candidate scores all by itself."""
+"""Makes a tiny random model with four exits, random requests, and the scores of each candidate by itself."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class World:
             calibration.apply(torch.cat([o.logits for o in self.outputs])[:, first:]),
             torch.cat([o.retrieved for o in self.outputs]),
         )
-        # fitted on other rows, as in a run: quantiles are discontinuous at the rows that they were taken of
+        # on other logits than the rows': a quantile of the rows' own confidence would lie on one of them
         noise = torch.randn(together.logits.shape, generator=torch.Generator().manual_seed(0)).double()
         criterion.fit(replace(together, logits=together.logits + 0.1 * noise))
         thresholds = []
@@ -133,11 +133,11 @@ def alone(module: ExitRecommender, request: PreparedRequest, candidate: int) -> 
         position=row(stream.position, s + np.arange(n)),
     )
     assert module.backbone is not None
-    state, start, said = module.backbone.embed(row(stream.tokens, own), layout), 0, []
+    state, start, logits = module.backbone.embed(row(stream.tokens, own), layout), 0, []
     for layer in module.exit_layers:
         state, start = module.backbone.run(state, start, layer), layer
-        said.append(module.heads[str(layer)](state.hidden[0, -1:]))
-    return torch.cat(said)
+        logits.append(module.heads[str(layer)](state.hidden[0, -1:]))
+    return torch.cat(logits)
 
 
 def raw_outputs(module: ExitRecommender, request: PreparedRequest) -> HeadOutputs:
@@ -175,7 +175,7 @@ def make_module(seed: int = 0, family: str = "llama") -> ExitRecommender:
 
 
 def make_adapted(std: float) -> ExitRecommender:
-    """The same with LoRA adapters of rank 2 that say something: their second factor has this spread."""
+    """The same with LoRA adapters of rank 2, whose second factor has this standard deviation."""
     module = make_module()
     assert module.backbone is not None
     add_lora(module.backbone, LoraSettings(rank=2))

@@ -1,4 +1,4 @@
-"""Small random logs whose split and cuts are given, and a retriever that any edge too many would change."""
+"""Makes small random logs with given splits and cuts, and a retriever that any edge too many would change."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def by_time(rows: pl.DataFrame) -> Array:
 
 
 def at_random(rows: pl.DataFrame) -> Array:
-    """Split codes that know no time."""
+    """Split codes that do not depend on time."""
     return np.random.default_rng(0).integers(0, 3, rows.height)
 
 
@@ -87,7 +87,7 @@ def make_split(rows: pl.DataFrame, codes: Array) -> SplitInteractions:
 def retrieved(
     rows: pl.DataFrame, retriever: Retriever, cuts: Array = CUTS, silent: tuple[int, ...] = ()
 ) -> pl.DataFrame:
-    """Retrieved features of all rows; rows with a `silent` row_id are scored but otherwise absent."""
+    """Retrieved features of all rows; rows with a `silent` row_id are answered but otherwise absent."""
     absent = rows["row_id"].is_in(silent)
     snapshots = fit_snapshots(rows.filter(~absent), retriever, NUM_USERS, items_table(), cuts)
     log = WalkRows.from_log(rows)

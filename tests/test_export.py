@@ -1,4 +1,4 @@
-"""An exported run is the run: the same logits, the same exits, in a folder that names no place of this machine."""
+"""Tests that an exported run has the run's logits and exits, in a folder that names no place of this machine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from project.report.report import read_run
 
 Run = Callable[..., None]
 Config = Callable[..., Path]
-LORA = {"rank": 4, "alpha": 64.0}  # loud, so that leaving it out would show
+LORA = {"rank": 4, "alpha": 64.0}  # large, so that leaving it out would show
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"model.freeze_embeddings": False},
     "frozen embeddings": {"model.freeze_embeddings": True},
@@ -92,8 +92,8 @@ def test_round_trip(kind: str, run: Run, tiny_config: Config, tiny_model: Path, 
     exact = {"atol": 3e-6 * float(expected[-1].abs().max()) if kind == "lora" else 1e-6, "rtol": 0}
     for layer, before, after in zip("12", expected, found, strict=True):
         torch.testing.assert_close(after, before, **exact)
-        said, says = (h[layer](s[:, -1]) for h, s in ((module.heads, before), (heads, after)))
-        torch.testing.assert_close(says, said, **exact)
+        logits, exported = (h[layer](s[:, -1]) for h, s in ((module.heads, before), (heads, after)))
+        torch.testing.assert_close(exported, logits, **exact)
 
     plain = AutoModel.from_pretrained(target)(tokens, output_hidden_states=True)
     assert len(plain.hidden_states) == 1 + 2
@@ -190,7 +190,7 @@ BUNDLE = {
 
 @pytest.mark.parametrize("base", ["smollm2-135m-instruct", "org/model", "/home/somebody/model"])
 def test_card(base: str, tmp_path: Path) -> None:
-    """Its numbers are the test result's, front matter parses, licence and certificate are said, no path is."""
+    """Its numbers are the test result's, front matter parses, licence and certificate are there, no path is."""
     files, scores = results()
     run = read_run(write_run(tmp_path / "quickstart" / "version_0", files, scores))
     card = render_card(run, BUNDLE | {"base_model": base}, "llama", "consistency")

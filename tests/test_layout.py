@@ -1,4 +1,4 @@
-"""Which token sees which, and the blocks that this is computed in."""
+"""Tests the visibility rule of tokens, and the blocks that attention computes it in."""
 
 import pickle
 from dataclasses import fields, replace
@@ -126,7 +126,7 @@ def test_a_row_of_padding_has_no_block_and_sees_itself_alone() -> None:
     assert torch.equal(layout.dense_mask()[0], torch.eye(4, dtype=torch.bool))
 
 
-def test_moves_with_its_masks() -> None:
+def test_masks_move_with_the_layout() -> None:
     layout = random_layout(0)
     layout = replace(layout, blocks=plan_blocks(layout, 32))
     moved = layout.to("meta")

@@ -1,6 +1,6 @@
-"""Leak canaries on whole prompts, lists of similar users' likes included, under every split kind.
+"""Tests that no whole prompt leaks an answer, lists of similar users' likes included, under every split kind.
 
-Splits and block cuts are held fixed; the retrieved features itself has canaries of its own in tests/retrieval.
+Splits and block cuts are held fixed; retrieved features have canaries of their own in tests/retrieval.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from project.retrieval import ItemKNN, LightGCN, Retriever
 from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
 
 KINDS = ("global_time", "user_time", "random", "leave_last", "given")
-# every prompt says who its rows are: "<row>" stands for the item's title
 SEGMENT = (
     "{title} all {item_percent} {item_count} user {user_percent} {user_count} near {likes}/{neighbours} "
     "{vote_percent}:"
@@ -47,20 +46,20 @@ def prompts(
     name: str,
     retriever: Retriever,
     cuts: np.ndarray,
-    asked: int,
+    absent: int,
     leak: bool = False,
 ) -> dict[int, str]:
-    """Prompt of every target of one split, by row id; row `asked` only asks, it is nobody's past.
+    """Prompt of every target of one split, by row id; row `absent` is answered but in nobody's past.
 
     With `leak`, every list of similar users' likes stands one row of its user too early.
     """
     order = SPLITS.index(name)
     rows = rows.filter(pl.col("split").to_physical() <= order)
     log = WalkRows.from_log(rows)
-    inert = log.row_id == asked
+    inert = log.row_id == absent
     log = WalkRows(**{**vars(log), "rater": log.rater & ~inert, "own": log.own & ~inert})
     items = split.interactions.items
-    past = rows.filter(pl.col("row_id") != asked)
+    past = rows.filter(pl.col("row_id") != absent)
     snapshots = fit_snapshots(past, retriever, split.interactions.users.height, items, cuts)
     retrieved = walk(log, retriever, items, cuts, snapshots.fitted)
     if leak:
@@ -104,32 +103,32 @@ def test_a_row_cannot_change_its_own_prompt(kind: str, retriever: Retriever, tin
     lists_changed = 0
     for name in SPLITS:
         cuts = cuts_of(split)
-        original = prompts(split, split.rows, name, retriever, cuts, asked=-1)
+        original = prompts(split, split.rows, name, retriever, cuts, absent=-1)
         assert any("[" in text for text in original.values()) == (retriever.similar_every > 0)
         changed_elsewhere = 0
         for row in rng.choice(list(original), size=3, replace=False).tolist():
             flip = pl.when(pl.col("row_id") == row).then(1 - pl.col("label")).otherwise("label").cast(pl.Int8)
-            flipped = prompts(split, split.rows.with_columns(label=flip), name, retriever, cuts, asked=-1)
-            deleted = prompts(split, split.rows, name, retriever, cuts, asked=row)
+            flipped = prompts(split, split.rows.with_columns(label=flip), name, retriever, cuts, absent=-1)
+            deleted = prompts(split, split.rows, name, retriever, cuts, absent=row)
             assert flipped[row] == original[row]
             assert deleted[row] == original[row]
             changed_elsewhere += sum(flipped[r] != original[r] for r in original)
             lists_changed += sum(lists(flipped[r]) != lists(original[r]) for r in original)
-        assert changed_elsewhere > 0  # the canary can sing: other prompts do read the flipped answer
+        assert changed_elsewhere > 0  # the test can fail: other prompts do read the flipped answer
     assert (lists_changed > 0) == (retriever.similar_every > 0)
 
 
 @pytest.mark.slow
 def test_a_list_that_stands_too_early_is_noticed(tiny_logs: Path) -> None:
-    """A list right before the row that dates it tells the answer: then flipping the row changes its own prompt."""
+    """A list right before the row that dates it shows the answer: then flipping the row changes its own prompt."""
     split, retriever = split_of("user_time", tiny_logs), LightGCN(dim=8, epochs=1, similar_every=2)
     cuts = cuts_of(split)
-    original = prompts(split, split.rows, "train", retriever, cuts, asked=-1, leak=True)
+    original = prompts(split, split.rows, "train", retriever, cuts, absent=-1, leak=True)
     changed = 0
     for row in list(original)[-40::5]:
         flip = pl.when(pl.col("row_id") == row).then(1 - pl.col("label")).otherwise("label").cast(pl.Int8)
         rows = split.rows.with_columns(label=flip)
-        changed += prompts(split, rows, "train", retriever, cuts, asked=-1, leak=True)[row] != original[row]
+        changed += prompts(split, rows, "train", retriever, cuts, absent=-1, leak=True)[row] != original[row]
     assert changed > 0
 
 

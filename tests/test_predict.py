@@ -1,8 +1,8 @@
-"""The predict command end to end: requests of known, unseen and anonymous users, of unseen items, as JSONL and Parquet.
+"""Tests predict end to end: requests of known, unseen and anonymous users, of unseen items, as JSONL and Parquet.
 
-Unusual here: one tiny fit serves all tests; its model has large weights, so that what is read moves the score; its
-retriever is item_knn, whose neighbours are the user's own rows, and its prompt tells their factorisation: a history
-that a request brings must then score as the same rows of the log do.
+One tiny fit serves all tests. Its model has large weights, so that the tokens it reads move the score. Its retriever is
+item_knn, whose neighbours are the user's own rows, and its prompt shows their factorisation: a history that a request
+brings must then score as the same rows of the log do.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def logits(scores: pl.DataFrame, name: str) -> np.ndarray:
 
 
 def test_everybody_is_scored(predict: Predict, log: pl.DataFrame) -> None:
-    """One row a candidate in the order asked: a known user, one never seen, one without a name, one without a past."""
+    """One row a candidate in the order of requests: users that are known, unseen, without a name and without a past."""
     candidates = ["i3", FRESH, "i0"]
     records = [
         request("known", candidates, user_id="u1", time=200.0),
@@ -107,12 +107,12 @@ def test_everybody_is_scored(predict: Predict, log: pl.DataFrame) -> None:
         request("new past", ["i3"], history=[FRESH | {"label": 1, "time": 10.0}]),
     ]
     scores = predict(records)
-    asked = [
+    expected = [
         (r["request_id"], k, c if isinstance(c, str) else c["item_id"])
         for r in records
         for k, c in enumerate(r["candidates"])
     ]
-    assert scores.select("request_id", "candidate_index", "item_id").rows() == asked
+    assert scores.select("request_id", "candidate_index", "item_id").rows() == expected
     assert np.isfinite(scores.select(LOGITS).to_numpy()).all()
     assert scores["label"].null_count() == scores["row_id"].null_count() == len(scores)
     read = dict(scores.group_by("request_id").agg(pl.col("stream_tokens").first()).iter_rows())
@@ -129,18 +129,18 @@ def test_a_history_scores_as_the_log_does(predict: Predict, log: pl.DataFrame) -
         turned = [row | {"label": 1 - row["label"]} for row in past]
         records += [
             request(f"{user} named", ["i1", "i2"], user_id=user, time=220.0),
-            request(f"{user} told", ["i1", "i2"], history=past[::-1], time=220.0),
+            request(f"{user} given", ["i1", "i2"], history=past[::-1], time=220.0),
             request(f"{user} other", ["i1", "i2"], history=turned, time=220.0),
         ]
     scores = predict(records)
-    named, told, other = (
-        np.stack([logits(scores, f"{user} {how}") for user in users]) for how in ("named", "told", "other")
+    named, given_rows, other = (
+        np.stack([logits(scores, f"{user} {how}") for user in users]) for how in ("named", "given", "other")
     )
-    np.testing.assert_allclose(told, named, atol=1e-4)
+    np.testing.assert_allclose(given_rows, named, atol=1e-4)
     assert np.abs(other - named).max(axis=(0, 1)).min() > 0.05  # at both exits
 
 
-def test_time_travels(predict: Predict, log: pl.DataFrame) -> None:
+def test_rows_at_and_after_the_time_are_not_read(predict: Predict, log: pl.DataFrame) -> None:
     """Rows at and after the request's time are not read, of the log or of a history."""
     past = history_of(log, "u1", 150.0)
     later = [{"item_id": "i2", "label": 1, "time": 150.0}, {"item_id": "i4", "label": 0, "time": 180.0}]
@@ -183,9 +183,8 @@ def test_parquet(predict: Predict, log: pl.DataFrame) -> None:
     ]
     expected = predict(records)
     found = predict(records, "parquet")
-    said = LOGITS
-    assert found.drop(said).equals(expected.drop(said))
-    np.testing.assert_allclose(found.select(said).to_numpy(), expected.select(said).to_numpy(), atol=1e-5)
+    assert found.drop(LOGITS).equals(expected.drop(LOGITS))
+    np.testing.assert_allclose(found.select(LOGITS), expected.select(LOGITS), atol=1e-5)
 
 
 def test_without_a_time_the_whole_log_and_the_whole_history_are_read(
@@ -198,12 +197,12 @@ def test_without_a_time_the_whole_log_and_the_whole_history_are_read(
             request("now", ["i1"], user_id="u1"),
             request("later", ["i1"], user_id="u1", time=end + 1e6),
             request("today", ["i1"], history=today),
-            request("told when", ["i1"], history=today, time=end + 2000.0),
+            request("today, with a time", ["i1"], history=today, time=end + 2000.0),
         ]
     )
     np.testing.assert_allclose(logits(scores, "now"), logits(scores, "later"), atol=1e-5)
     assert scores["stream_tokens"][2] == scores["stream_tokens"][3]
-    np.testing.assert_allclose(logits(scores, "today"), logits(scores, "told when"), atol=1e-5)
+    np.testing.assert_allclose(logits(scores, "today"), logits(scores, "today, with a time"), atol=1e-5)
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
@@ -213,10 +212,10 @@ def test_an_untrained_model_is_refused_before_the_first_batch(
     path = tmp_path / "requests.jsonl"
     path.write_text(json.dumps(request("a", ["i1"], user_id="u1")))
     batches = list[Batch]()
-    monkeypatch.setattr(ExitRecommender, "_collect", lambda self, batch: batches.append(batch))
-    said = fails(
+    monkeypatch.setattr(ExitRecommender, "forward", lambda self, batch: batches.append(batch))
+    message = fails(
         command, "--config", fitted / "config.yaml", "--data.requests", path, "--trainer.logger", "false"
     )
-    assert "NotFittedError" in said
-    assert "--ckpt_path" in said
+    assert "NotFittedError" in message
+    assert "--ckpt_path" in message
     assert batches == []

@@ -1,6 +1,4 @@
-"""Builds small logs, splits, retrieved features and streams in memory, for tests that need the data's way without a
-CLI.
-"""
+"""Builds small logs, splits, retrieved features and streams in memory, for tests that need no CLI."""
 
 from __future__ import annotations
 
@@ -50,7 +48,7 @@ def read_split(folder: Path, protocol: Protocol) -> SplitInteractions:
 
 
 def no_retrieved(rows: pl.DataFrame) -> pl.DataFrame:
-    """A table of retrieved features without any earlier row."""
+    """A retrieved features table without any earlier row."""
     n = len(rows)
     lists = {name: pl.Series(name, [[]] * n, dtype=kind) for name, kind in EMPTY_RETRIEVED.items()}
     counts = {
@@ -69,9 +67,13 @@ def streams_without_retrieved(split: SplitInteractions, name: str, segment: str 
 
 
 def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> dict[str, Any]:
-    """A configuration of the tiny world as YAML would have it: runs go to `runs`/`name`; a caller may change it.
+    """A configuration of the tiny world, as YAML would give it; tests change it.
 
-    `logs` is a folder with interactions.csv and items.csv, `model` that of a model with three layers or more.
+    Args:
+        logs: Folder with interactions.csv and items.csv.
+        model: Folder of a model with three layers or more.
+        runs: Where runs go.
+        name: Folder of the runs below that.
     """
     files = {kind: str(logs / f"{kind}.csv") for kind in ("interactions", "items")}
     csv = {
@@ -103,7 +105,7 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
 
 
 def call(cache: Path, *arguments: object) -> None:
-    """Run `python -m project ...` in this process, with a cache of retrieved features."""
+    """Run `python -m project ...` in this process, with a cache folder."""
     from project.__main__ import main
 
     with pytest.MonkeyPatch.context() as patch:

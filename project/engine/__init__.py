@@ -1,4 +1,4 @@
-"""The engine: backbone stages that candidates really leave, with what they cost."""
+"""Scores requests and runs no layer behind the exit where a candidate leaves: the early-exit engine."""
 
 from project.engine.cache import StreamCache as StreamCache
 from project.engine.decisions import ListExits as ListExits

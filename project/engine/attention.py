@@ -1,4 +1,4 @@
-"""The engine's attention: candidates read a shared stream and themselves, never each other."""
+"""Computes the engine's attention: candidates read a shared stream and themselves, never each other."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Row:
         return cls(live, stream[live], own, owner.astype(np.int64))
 
     def keep(self, stays: Bools) -> Row:
-        """The row of the candidates that stay, (m,) bool; a request without one is gone, stream and all."""
+        """The row of the candidates that stay, (m,) bool; a request without one is dropped with its stream."""
         kept = Row.of(self.owner[stays], self.stream, self.own[stays])
         return replace(kept, requests=self.requests[kept.requests])
 

@@ -1,4 +1,4 @@
-"""Keys and values of streams that several requests of a user share, each layer as far as a request needed it.
+"""Keeps keys and values of streams that requests of a user share, each layer as far as a request needed it.
 
 A new stream is compared with the kept one token by token, position and time group included: what their common prefix
 computed is used, the rest is forgotten. So a history that grew is extended, and an older one is cut. A token whose
@@ -54,7 +54,7 @@ class CachedStream:
         return min(max(self._keyed[depth] - len(self.stream) + tokens, 0), tokens)
 
     def stop(self, depth: int, hidden: Tensor) -> None:
-        """Tokens (f, H) that have come to this depth wait here; behind the last exit nothing is waited for."""
+        """Tokens (f, H) that have come to this depth wait here; behind the last exit no token waits."""
         if depth < len(self._keyed) - 1 and len(hidden):
             self.waiting[depth] = self.resume(depth, hidden).clone()
 
@@ -90,7 +90,7 @@ class CachedStream:
 
 
 class StreamCache:
-    """Streams of the users seen last, `capacity` tokens together; the user away longest is forgotten first."""
+    """Streams of users, at most `capacity` tokens together; the least recently used is forgotten first."""
 
     def __init__(self, capacity: int = 200_000) -> None:
         self.capacity = capacity
@@ -100,11 +100,11 @@ class StreamCache:
         return len(self._kept)
 
     def take(self, user: Hashable, layers: int) -> CachedStream:
-        """What is known of a user's stream, taken out: a batch that fails leaves nothing half done."""
+        """What is known of a user's stream, taken out: a batch that fails leaves no stream in an unknown state."""
         return self._kept.pop(user, None) or CachedStream(layers)
 
     def give(self, user: Hashable, stream: CachedStream) -> None:
-        """Keep a stream that is whole again."""
+        """Keep a stream after its batch; forget others while there are more than `capacity` tokens."""
         self._kept[user] = stream
         while sum(len(s.stream) for s in self._kept.values()) > self.capacity:
             self._kept.popitem(last=False)

@@ -1,4 +1,4 @@
-"""Who leaves at an exit: by a calibrated plan, candidate by candidate, or by the list of the best k.
+"""Decides who leaves at an exit: by a calibrated plan, candidate by candidate, or by the list of the best k.
 
 Both call the code that a simulation on cached scores calls (`Policy.leaves`, `TopK.stays`), on the device, with the
 fitted tensors moved there once.

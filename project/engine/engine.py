@@ -1,4 +1,4 @@
-"""The engine: requests run from exit to exit, and what has left is not computed any more."""
+"""Runs requests from exit to exit, and computes nothing more for candidates that have left."""
 
 from __future__ import annotations
 
@@ -30,28 +30,31 @@ from project.model.module import ExitRecommender
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
-# From so many tokens on, an exit's layer runs at answer positions first: who leaves saves the rest of the layer,
-# who stays pays its fixed part twice. If half of the candidates leave, break-even is that part, in tokens, over .39.
+# From so many tokens on, an exit's layer runs at answer positions first: candidates that leave save the rest of the
+# layer, for those that stay its fixed part runs twice. If half leave, break-even is that part, in tokens, over .39.
 # On a CPU, packed float32 layers of SmolLM2-135M: their weights take as long to read as 24 tokens to multiply (218
-# GFLOP/s, 18 GB/s in results/whole_backbone_alone/benchmark.json), so 62. Elsewhere launches decide; not measured.
+# GFLOP/s, 18 GB/s in results/whole_backbone_alone/benchmark.json), so 62. On other devices kernel
+# launches take most of the time; not measured.
 READ_TOKENS, READ_TOKENS_ELSEWHERE = 64, 4096
 
 
 class Engine:
-    """Scores prepared requests with a module whose exits somebody decides about.
+    """Scores prepared requests with a module; a `Decision` says who leaves at its exits.
 
     The module is put into eval mode. On a CPU the engine packs the backbone's weights, a second copy of them; engines
     share it if each is given a module whose backbone is packed already. Use one engine from one thread at a time.
+
+    `cache` keeps users' streams between requests; None runs every stream anew. A batch has at most `batch_tokens`
+    tokens, but a request is never cut. `read_tokens` replaces READ_TOKENS; it moves scores by rounding only.
     """
 
     def __init__(
         self,
         module: ExitRecommender,
         decision: Decision,
-        cache: StreamCache
-        | None = None,  # keeps users' streams between requests; None runs every stream anew
-        batch_tokens: int = 16_384,  # of a batch at most; one request may be more
-        read_tokens: float | None = None,  # instead of READ_TOKENS; moves scores by rounding only
+        cache: StreamCache | None = None,
+        batch_tokens: int = 16_384,
+        read_tokens: float | None = None,
     ) -> None:
         assert module.backbone is not None
         if set(decision.layers) - {0, *module.exit_layers}:
@@ -70,7 +73,7 @@ class Engine:
 
     @torch.inference_mode()
     def score(self, requests: Sequence[PreparedRequest]) -> Scores:
-        """Scores in the order of the requests; an unusable one gets an error and costs the others nothing."""
+        """Scores in the order of the requests; an unusable one gets an error and does not affect the others."""
         found, usable, scores = dict[int, Scored](), list[int](), Scores([])
         for i, request in enumerate(requests):
             error = request.trouble(self.backbone.vocabulary)

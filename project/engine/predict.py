@@ -1,4 +1,4 @@
-"""`predict --engine early_exit`: a run is loaded, requests are scored, a table is written in parts."""
+"""`predict --engine early_exit`: loads a run, scores requests and writes their table in parts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def load_run(
     data: InteractionData | None = None,
     compared: bool = True,
 ) -> Plans:
-    """The same of a calibrated run; returns its exit plans."""
+    """`load_weights` of a calibrated run; returns its exit plans."""
     plans = plans_of(load_weights(model, tokenizer, checkpoint, data, compared))
     if plans is None:
         raise NotCalibratedError(

@@ -1,4 +1,4 @@
-"""A request as tokens, ready for the engine, and the scores that come back."""
+"""Turns requests into tokens for the engine, and holds the scores that come back."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Scores:
 
     @property
     def token_layers(self) -> int:
-        """Of all requests."""
+        """Tokens times layers that ran, of all requests."""
         return sum(r.token_layers for r in self.requests)
 
 
@@ -105,7 +105,7 @@ class PreparedRequest:
             shapes = f"exit 0 of shape {self.exit_0.shape} and retrieved features {self.retrieved.shape}"
             return f"{n} candidates, but {shapes}"
         if not (np.isfinite(self.exit_0).all() and np.isfinite(self.retrieved).all()):
-            return "exit 0 or retrieved features holds NaN or infinity; expected finite numbers"
+            return "exit 0 or a retrieved feature is NaN or infinite; expected finite numbers"
         if n and not self.candidates.lengths.all():
             return f"candidate {int(self.candidates.lengths.argmin())} has no token; expected at least one"
         if len(tokens) and not vocabulary.start <= tokens.min() <= tokens.max() < vocabulary.stop:

@@ -1,7 +1,7 @@
-"""Structured attention: the blocks of a layout, run with scaled_dot_product_attention.
+"""Runs the blocks of a layout with scaled_dot_product_attention: structured attention.
 
-Registered with transformers' attention interface as "segments", so that the library's own decoder layers call it; the
-layout reaches it as a keyword argument of the layer.
+It is registered with transformers' attention interface as "segments", so that the library's own decoder layers call it;
+the layout reaches it as a keyword argument of the layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The decoder of a Hugging Face causal LM, run in stages of layers over packed segments.
+"""Runs the decoder of a Hugging Face causal LM in stages of layers over packed segments.
 
 Layers are transformers' own modules, called through `__call__` (FSDP hooks stay alive), but the loop over them is ours,
 so a run can stop at any layer and go on later.
@@ -29,7 +29,7 @@ FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 ROTARY = ("default", "linear", "llama3", "yarn")
 SUPPORTED = "Llama/SmolLM2, Qwen2, Qwen3 and Mistral, every layer with full attention"
 _AUTO: Any = AutoModelForCausalLM  # its constructors are not typed
-FIRST_KNOT, LAST_KNOT = -4.0, 4.0  # numbers beyond are those
+FIRST_KNOT, LAST_KNOT = -4.0, 4.0  # numbers beyond are clamped to these
 KNOTS = 9  # one at every whole number
 
 
@@ -39,9 +39,8 @@ class State:
 
     hidden: Tensor  # (B, T, H) hidden states, before any final norm
     layout: Layout  # structure of the (B, T) tokens
-    position_embeddings: tuple[
-        Tensor, Tensor
-    ]  # cosines and sines of the rotary embedding, each (B, T, head dim)
+    # cosines and sines of the rotary embedding, each (B, T, head dim)
+    position_embeddings: tuple[Tensor, Tensor]
 
 
 class NumberEmbedding(nn.Embedding):
@@ -92,7 +91,7 @@ class Backbone(nn.Module):
         self.rotary_emb = model.model.rotary_emb
         # for heads to copy; frozen: nothing reads it in the forward pass, and DDP waits for every trainable parameter
         self.final_norm = model.model.norm.requires_grad_(False)
-        # in a list, so that it is neither trained nor saved nor moved: a vocabulary's worth of weights
+        # in a list, so that it is neither trained nor saved nor moved: it has a row for every token of the vocabulary
         self._lm_head: list[Tensor] = [model.lm_head.weight]
         self.gradient_checkpointing = False
         self.train()  # from_pretrained leaves its modules in eval mode, and Lightning keeps the mode it finds
@@ -139,11 +138,11 @@ class Backbone(nn.Module):
         return rows[list(yes_ids)].float().mean(0) - rows[list(no_ids)].float().mean(0)
 
     def release_lm_head(self) -> None:
-        """Let go of the LM head's weights; `answer_direction` cannot be called after this."""
+        """Drop the LM head's weights; `answer_direction` cannot be called after this."""
         self._lm_head.clear()
 
     def learn_numbers(self) -> None:
-        """Embed ids below zero, too: numbers in prompts, which the LM does not know yet."""
+        """Embed ids below zero, too: numbers in prompts, for which the LM has no vectors."""
         self.embed_tokens = NumberEmbedding(self.embed_tokens)
 
     def embed(self, tokens: Tensor, layout: Layout) -> State:

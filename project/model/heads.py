@@ -1,4 +1,4 @@
-"""Exit heads: from a hidden state at some depth to the logit of the answer.
+"""Defines exit heads, which turn a hidden state at some depth into the logit of the answer.
 
 A head starts as the language model's own answer, logit(yes) - logit(no). Autocast is off in a head: bfloat16 has 128
 steps between powers of two, and scores that tie cost AUC.

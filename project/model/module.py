@@ -1,4 +1,4 @@
-"""The LightningModule: a backbone with an exit head at several depths, its loss, adapters and checkpoints."""
+"""Defines the LightningModule: a backbone with exit heads at several depths, its loss, adapters and checkpoints."""
 
 from __future__ import annotations
 
@@ -223,14 +223,11 @@ class ExitRecommender(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Collect scores; they become a table when all batches are done."""
-        return self._collect(batch)
-
-    test_step = predict_step = validation_step
-
-    def _collect(self, batch: Batch) -> Tensor:
         logits: Tensor = self(batch)
         self.collector.update(batch.row_id, batch.target_tokens, batch.stream_tokens, logits)
         return logits
+
+    test_step = predict_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Log every head on the `select` fold; choose the exit on `tune`."""
@@ -298,7 +295,7 @@ class ExitRecommender(LightningModule):
         Training that goes on is no exception: rows of the old train could be the new test's.
         """
         check_origin(checkpoint, self.exit_layers, self.backbone_name)
-        # what older versions kept and nothing reads
+        # older versions kept these, and nothing reads them
         retired = re.compile(r"heads\.\d+\.drift\..*|exit_thresholds|exit_calibration")
         found = {k: v for k, v in checkpoint["state_dict"].items() if not retired.fullmatch(k)}
         checkpoint["state_dict"] = found
@@ -320,6 +317,7 @@ def set_sharded_backbone(module: ExitRecommender, folder: str, tokenizer: Any, m
     Only rank 0 reads the weights and holds the whole model, once; the others start without memory ("meta") and are sent
     their parts.
     """
+    # 1. the whole model on rank 0, its shapes on the others
     reads = mesh.get_rank() == 0
     if reads:
         module.set_backbone(Backbone.from_pretrained(folder, num_layers=module.depth), tokenizer)
@@ -329,10 +327,12 @@ def set_sharded_backbone(module: ExitRecommender, folder: str, tokenizer: Any, m
         with torch.device("meta"):
             module.set_backbone(Backbone.from_config(config, num_layers=module.depth), tokenizer)
     assert module.backbone is not None
+    # 2. a part of every parameter on every process
     whole = module.state_dict() if reads else {}
     for layer in module.backbone.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)
+    # 3. memory for the parts, then their values
     if not reads:
         device = torch.device(mesh.device_type)
         module.backbone.to_empty(device=device)
@@ -358,6 +358,6 @@ def check_origin(checkpoint: Mapping[str, Any], exit_layers: Sequence[int], back
     for key, mine in (("exit_layers", exit_layers), ("backbone", backbone)):
         if saved.get(key) != mine:
             raise CheckpointError(
-                f"the checkpoint was trained with model.{key} = {saved.get(key)}, the configuration says {mine}. "
+                f"the checkpoint was trained with model.{key} = {saved.get(key)}, the configuration has {mine}. "
                 "Use the config.yaml beside the checkpoint's folder."
             )

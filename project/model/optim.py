@@ -1,4 +1,4 @@
-"""Learning rates by depth (Zhou et al., ACL 2025: shallow layers learn faster) and their schedule."""
+"""Sets learning rates by depth (Zhou et al., ACL 2025: shallow layers learn faster) and their schedule."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def parameter_groups(
     backbone: Backbone, heads: nn.ModuleDict, settings: OptimSettings
 ) -> list[dict[str, Any]]:
     """Groups for AdamW, named such as "layer_3/decay": every trainable parameter is in exactly one."""
-    layers, words, faster = len(backbone.layers), backbone.embed_tokens, HEAD_FACTOR
+    layers, words = len(backbone.layers), backbone.embed_tokens
     parts: list[tuple[str, Iterable[nn.Parameter], float]]
     parts = [("embeddings", [words.weight], depth_rate(settings, 0, layers))]
     if isinstance(words, NumberEmbedding):
-        parts.append(("numbers", [words.numbers], faster * depth_rate(settings, 0, layers)))
+        parts.append(("numbers", [words.numbers], HEAD_FACTOR * depth_rate(settings, 0, layers)))
     for k, layer in enumerate(backbone.layers, start=1):
         parts.append((f"layer_{k}", layer.parameters(), depth_rate(settings, k, layers)))
     for key, head in heads.items():
-        parts.append((f"head_{key}", head.parameters(), faster * depth_rate(settings, int(key), layers)))
+        parts.append((f"head_{key}", head.parameters(), HEAD_FACTOR * depth_rate(settings, int(key), layers)))
     groups = []
     for name, parameters, rate in parts:
         trainable = [p for p in parameters if p.requires_grad]
@@ -98,14 +98,14 @@ def planned_steps(trainer: Trainer, train_batches: int) -> int:
 def cosine_with_warmup(total_steps: int, settings: OptimSettings) -> Callable[[int], float]:
     """Factor on every rate by step, for `LambdaLR`: linear warm-up to 1, half a cosine down to `MINIMUM_SHARE`.
 
-    Step 0, the first, moves already.
+    The rate of step 0, the first, is above 0.
     """
-    warmup, least = round(settings.warmup_share * total_steps), MINIMUM_SHARE
+    warmup = round(settings.warmup_share * total_steps)
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * done))
+        return MINIMUM_SHARE + (1 - MINIMUM_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
 
     return factor

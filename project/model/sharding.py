@@ -1,4 +1,4 @@
-"""Training with a model that is cut over processes: FSDP2, each decoder layer a unit of its own.
+"""Trains a model that is cut over processes: FSDP2, each decoder layer a unit of its own.
 
 A checkpoint is the one file that one process alone would have written, and any checkpoint can be loaded, however many
 processes trained. Lightning's own loading takes an optimizer's state for one in the order of the model's parameters;

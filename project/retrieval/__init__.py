@@ -1,4 +1,4 @@
-"""Retrieved features of a candidate: what similar users answered about it, strictly before the request."""
+"""Finds what similar users answered about a candidate, strictly before the request: the retrieved features."""
 
 from project.retrieval.base import Retriever
 from project.retrieval.controls import ItemKNN, NoRetriever, RandomRetriever

@@ -1,4 +1,4 @@
-"""The interface of every retriever: fitted once per time block, then asked for neighbours row by row.
+"""Defines the interface of retrievers: fitted once per time block, then queried for neighbours row by row.
 
 A retriever never sees the log. It is handed edges strictly before a block, then raters and a user's own rows strictly
 before each request. An answer that names any other row is refused (`walk.walk`).
@@ -135,7 +135,7 @@ class Retriever(ABC):
         """Take in one row of a user's own past, once its time has passed."""
 
     def settings(self) -> dict[str, Any]:
-        """What the answers depend on: class path, constructor arguments, and the digest of a source of one's own.
+        """What the answers depend on: class path, constructor arguments, digest of a source outside this package.
 
         Arguments about lists and own items are left out where they change nothing.
         """
@@ -185,7 +185,7 @@ def own_source(kind: type) -> dict[str, str]:
 
 
 def _source(kind: type) -> bytes:
-    """A class typed into a notebook has no file, only the lines of its methods, or what Python made of them."""
+    """The file of a class; where it has none, as in a notebook, its methods' source lines or else their bytecode."""
     try:
         return Path(inspect.getfile(kind)).read_bytes()
     except (OSError, TypeError):
@@ -216,7 +216,7 @@ class OwnRows:
         return self._items[: len(self._rows)]
 
     def add(self, row: int, item: int, label: int) -> None:
-        """A row later than all before."""
+        """Append a row that is later than all before."""
         place = self._place.setdefault(item, len(self._rows))
         if place == len(self._rows):
             if place == self._items.size:
@@ -234,7 +234,7 @@ class OwnRows:
         """
         order = top(similarity, self._count)
         enough = int(np.searchsorted(np.cumsum([len(self._rows[i]) for i in order]), self._count))
-        if enough < order.size:  # what is less similar than the item that fills the places has none
+        if enough < order.size:  # items less similar than the one that fills the last place are not needed
             order = np.flatnonzero(similarity >= similarity[order[enough]])
         found = [
             (s, *row)

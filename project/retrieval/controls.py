@@ -1,4 +1,4 @@
-"""Retrievers to compare with: none (rates only), random raters, the user's own rows on similar items."""
+"""Defines retrievers to compare with: none (rates only), random raters, the user's own rows on similar items."""
 
 from typing import Any
 

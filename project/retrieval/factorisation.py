@@ -1,8 +1,8 @@
-"""Matrix factorisation: the chance that a user likes an item, from strictly earlier rows alone.
+"""Computes the chance that a user likes an item by matrix factorisation, from strictly earlier rows alone.
 
 `Factorisation` fits users and items together. `MatrixFactorisation` fits one block by block on the rows before, but
-solves a user's vector for every request anew, from the user's own rows strictly before it (fold-in). So it knows users
-that no factorisation has seen, and training features and requests come from the same code.
+solves a user's vector for every request anew, from the user's own rows strictly before it (fold-in). So it
+has vectors of users that no factorisation has seen, and training features and requests come from the same code.
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ class Factorisation:
         from scipy.optimize import minimize
         from scipy.sparse import csr_array
 
+        # 1. codes without gaps, and the log-odds of a like
         users, row_user = np.unique(np.asarray(user, dtype=np.int64), return_inverse=True)
         items, row_item = np.unique(np.asarray(item, dtype=np.int64), return_inverse=True)
         answer = np.asarray(label, dtype=np.float64)
         offset = float(np.log(answer.mean()) - np.log(1.0 - answer.mean()))
-        # one flat array of parameters: biases of users and items, vectors of users and items
+        # 2. one flat array of parameters: biases of users and items, vectors of users and items
         shapes = (users.size,), (items.size,), (users.size, dim), (items.size, dim)
         ends = np.cumsum([math.prod(shape) for shape in shapes])
         biases = int(ends[1])
@@ -82,6 +83,7 @@ class Factorisation:
             split = np.split(values, ends[:-1])
             return [part.reshape(shape) for part, shape in zip(split, shapes, strict=True)]
 
+        # 3. the loss and its gradient
         def loss(values: Floats) -> tuple[float, Floats]:
             user_bias, item_bias, user_vectors, item_vectors = parts(values)
             dot = np.einsum("nd,nd->n", user_vectors[row_user], item_vectors[row_item])
@@ -97,6 +99,7 @@ class Factorisation:
             ]
             return float(total), np.concatenate(gradient) + penalty * values
 
+        # 4. its minimum
         found = minimize(loss, first, jac=True, method="L-BFGS-B", options={"maxiter": iterations})
         return cls(users, items, offset, *parts(np.asarray(found.x, dtype=np.float64)))
 

@@ -1,4 +1,4 @@
-"""The retrieved features table: neighbours' answers, rates of the item and the user, similarities, before each row.
+"""Makes the retrieved features table: neighbours' answers, rates and similarities, from strictly earlier rows.
 
 Columns: row_id; neighbours (row ids of the neighbours' own interactions with the candidate), similarities, answers
 (lists, most similar first); vote (mean answer, null without neighbours); neighbour_count; item_rate and item_count,
@@ -98,18 +98,20 @@ def request_retrieved(
 
     Rows have shape (rows,): codes of users and items (codes that the log does not have are unseen), seconds, labels (-1
     is unknown), and `own`, whether the row is the user's past, else a candidate. A user code with `own` rows has
-    exactly those as its past, also where the log knows that user; a user code of the log without `own` rows the log's.
-    Either way that user's own ratings in the log are not neighbours. Snapshots are fitted only where the cache lacks
-    them. `catalogue` is the items table of `item` where requests bring items of their own.
+    exactly those as its past, also where the log knows that user; a user code of the log without `own` rows has the
+    log's. Either way that user's own ratings in the log are not neighbours. Snapshots are fitted only where the cache
+    lacks them. `catalogue` is the items table of `item` where requests bring items of their own.
 
     The table is in the order given; row_id is -1 - position, also among neighbours.
     """
+    # 1. refuse a history without answers
     unlabelled = np.flatnonzero(own & (label < 0))
     if unlabelled.size:
         raise DataError(
             f"request row {unlabelled[0]} is history (own) but its label is {label[unlabelled[0]]}: "
             "expected 0 or 1; give every history row its answer, or make it a candidate"
         )
+    # 2. rows of the log and of the requests, together in time order
     snapshots = Snapshots.load(retrieved_folder(split, retriever, refits, cache_dir) / "snapshots.npz")
     items, num_users = split.interactions.items, split.interactions.users.height
     log = split.rows.filter(pl.col("timestamp") < timestamp.max(initial=-np.inf))
@@ -127,7 +129,8 @@ def request_retrieved(
         own=own,
     )
     rows = _merged(WalkRows.from_log(log, query=False), requests)
-    table = walk(rows, retriever, items, snapshots.cuts, snapshots.fitted, "request retrieved features")
+    # 3. the walk, then factorisation and text similarity, as the log's tables have them
+    table = walk(rows, retriever, items, snapshots.cuts, snapshots.fitted, "retrieved features (requests)")
     if mf is not None:
         table = table.with_columns(mf_of_requests(rows, split, mf, refits, cache_dir))
     if catalogue is not None:  # an item the log does not have still has a text

@@ -1,4 +1,4 @@
-"""Retrievers that compare users by vectors made of their past items, and LightGCN, which learns the items' vectors."""
+"""Defines retrievers that compare users by vectors of their past items, and LightGCN, which learns item vectors."""
 
 import warnings
 from abc import abstractmethod
@@ -286,7 +286,7 @@ class LightGCN(VectorRetriever):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A step takes milliseconds: sharing it gains little on a free machine and costs x10 on a busy one."""
+    """One torch thread: a step takes milliseconds; more threads gain little and cost x10 on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,11 +1,11 @@
-"""Text similarity: the user's answers about earlier items whose text is similar to the candidate's.
+"""Computes text similarity: the user's answers about earlier items with a text like the candidate's.
 
 Item text is every column of the items table, as TF-IDF over words and character n-grams (Salton and Buckley 1988). With
 w_j = cosine(candidate, j)^2 over the user's strictly earlier rows j, answers a_j and their mean m, the feature is
 
     text = sum_j w_j (a_j - m) / (sum_j w_j + 1/2)      text_weight = sum_j w_j
 
-It is there for items that nobody has rated yet.
+It is defined for items that nobody has rated yet, too.
 """
 
 from functools import cache
@@ -18,7 +18,7 @@ import polars as pl
 from project.data.protocol import SplitInteractions
 from project.retrieval.walk import WalkRows, queries_by_user, split_tables
 
-SHRINK = 0.5  # so many squared similarities of nothing are added
+SHRINK = 0.5  # added to the sum of squared similarities, so that few similar items give a small feature
 TOGETHER = 2**22  # entries of a block of similarities, which bounds the memory that long histories take
 
 
@@ -44,7 +44,7 @@ def item_vectors(items: pl.DataFrame, known: pl.DataFrame) -> Any:
 
     def texts(table: pl.DataFrame) -> list[str]:
         columns = table.select(pl.exclude("item", "item_id")).fill_null("")
-        # a word of their own makes texts without any letter no special case
+        # every text starts with a word, so a text without any letter has a term, too
         return columns.select(pl.concat_str(pl.lit("item"), pl.all(), separator=" ")).to_series().to_list()
 
     terms = make_union(

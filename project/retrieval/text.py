@@ -1,4 +1,4 @@
-"""The retriever whose item vectors are encodings of an item's text, by a sentence encoder or a causal LM.
+"""Defines the retriever whose item vectors encode an item's text, by a sentence encoder or a causal LM.
 
 A text becomes the mean of a transformer's last hidden states over its tokens, scaled to length 1 (Reimers and Gurevych
 2019, arXiv 1908.10084). Vectors are kept on disk under a hash of the texts and of the model's weights; the model is
@@ -45,7 +45,7 @@ class MeanPooling:
 
     @cached_property
     def weights(self) -> str:
-        """What names the model's weights: checksum of a known source or of a folder's files, else the hub's name."""
+        """Identifies the model's weights: checksum of a known source or of a folder's files, else the hub's name."""
         if self.model in SOURCES:
             return SOURCES[self.model].sha256
         folder = Path(resolve_model(self.model)).expanduser()
@@ -120,7 +120,7 @@ def mean_of_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
 class TextEncoder(VectorRetriever):
     """Similar users by what their items are about: sums of encoded item texts.
 
-    All encodings share a direction, along which a sum says how much a user likes rather than dislikes. It stays in:
+    All encodings share a direction, along which a sum measures how much a user likes rather than dislikes. It stays in:
     taking it out made the neighbours' vote worse on the validation of ML-100K.
 
     Args:
@@ -173,7 +173,7 @@ class TextEncoder(VectorRetriever):
         return vector
 
     def settings(self) -> dict[str, Any]:
-        """As for every retriever, and the checksum of a model that is a folder: its path says little."""
+        """As for every retriever, and the checksum of a model that is a folder: its path does not identify it."""
         model = self.reader.model
         return super().settings() | ({} if model in SOURCES else {"weights": self.reader.weights})
 

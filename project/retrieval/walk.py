@@ -1,4 +1,4 @@
-"""The as-of walk: every row is answered from strictly earlier rows, then taken in itself.
+"""Walks through a log in time: every row is answered from strictly earlier rows, then observed itself.
 
 In reading order: which rows a split may read; the log in blocks, and what is fitted before each; the walk; the checks
 of answers; lists of what similar users liked; the cache.
@@ -33,8 +33,7 @@ from project.retrieval.base import Edges, IntArray, Neighbours, Raters, Retrieve
 
 BoolArray = NDArray[np.bool_]
 Make = Callable[[pl.DataFrame, str, Path], pl.DataFrame]
-# answers; the first ones are checked sooner, a retriever may be slow and wrong from the start
-CHECKED_TOGETHER = 4096
+CHECKED_TOGETHER = 4096  # answers; fewer at first, so that a slow and wrong retriever is refused early
 FORMAT = 1  # raise it when the same settings would give other retrieved features or other files
 
 
@@ -144,9 +143,9 @@ class WalkRows:
     history for a user of the log.
     """
 
-    row_id: IntArray  # what retrieved features call the row
+    row_id: IntArray  # id of the row in the retrieved features table
     user: IntArray  # whose past (vector, rate) the row is answered with and adds to
-    person: IntArray  # who it is
+    person: IntArray  # whose rating it is
     item: IntArray  # item code; the number of items stands for any item the log does not have
     timestamp: NDArray[np.float64]  # seconds; rows of one timestamp never see each other
     label: NDArray[np.int8]  # 0, 1, or -1 for unknown
@@ -200,7 +199,7 @@ def walk(
     items: pl.DataFrame,
     cuts: NDArray[np.float64],
     snapshots: list[Snapshot],
-    description: str = "retrieved",
+    description: str = "retrieved features",
 ) -> pl.DataFrame:
     """The retrieved features table (see `features.py`) of the `query` rows, in their order.
 
@@ -222,7 +221,7 @@ def walk(
             for row in range(start, stop):
                 if rows.query[row]:
                     answers.answer(row, past)
-            # 3. take the second in
+            # 3. observe the rows of the second
             for row in range(start, stop):
                 past.observe(row)
                 if rows.own[row]:
@@ -260,10 +259,9 @@ class _Past:
         self._by_item = raters[np.argsort(rows.item[raters], kind="stable")]
         self._users = rows.person[self._by_item]
         self._starts = np.searchsorted(rows.item[self._by_item], np.arange(num_items)).tolist()
-        self._latest: dict[tuple[int, int], int] = {}  # by item and person: place in _by_item
-        self._superseded: dict[
-            int, list[int]
-        ] = {}  # by item: places of rows that are not their person's latest
+        # by item and person: place in _by_item; by item: places of rows that are not their person's latest
+        self._latest: dict[tuple[int, int], int] = {}
+        self._superseded: dict[int, list[int]] = {}
         self.item_likes, self.item_count = [0] * num_items, [0] * num_items
         self.user_likes, self.user_count = [0] * num_users, [0] * num_users
 
@@ -300,7 +298,7 @@ class _Past:
 
 
 class _Answers:
-    """Room for everything a walk finds, checked, and the retrieved features table made from it."""
+    """Collects and checks what a retriever answers, and makes the retrieved features table of it."""
 
     def __init__(self, rows: WalkRows, retriever: Retriever) -> None:
         size, neighbours = rows.row_id.size, retriever.neighbours
@@ -334,7 +332,7 @@ class _Answers:
         self._rates[row, 2:] = past.user_likes[user], past.user_count[user]
 
     def _check(self) -> None:
-        """Refuse answers that name a row that was not handed out, since it may hold the future.
+        """Refuse answers that name a row that the retriever was not given, since it may lie in the future.
 
         A row must be an earlier rating of the item by somebody else, or an earlier row of the user's own past.
         """
@@ -350,12 +348,12 @@ class _Answers:
         own = rows.own[place] & (rows.user[place] == rows.user[queries])
         others = rows.rater[place] & (rows.item[place] == rows.item[queries])
         others &= rows.person[place] != rows.person[queries]
-        handed = there & (rows.timestamp[place] < rows.timestamp[queries]) & (own | others)
-        if not handed.all():
-            first = int((~handed).argmax())
+        given = there & (rows.timestamp[place] < rows.timestamp[queries]) & (own | others)
+        if not given.all():
+            first = int((~given).argmax())
             raise self._refused(
-                f"answered row {queries[first]} with row {found[first]}, neither one of the raters that it was handed "
-                "nor an earlier row of the user that observe got, so it may tell the future"
+                f"answered row {queries[first]} with row {found[first]}, neither one of the raters that it was given "
+                "nor an earlier row of the user that observe got, so it may leak the future"
             )
 
     def _refused(self, found: str) -> ConfigError:
@@ -405,7 +403,8 @@ class _Answers:
             share("own_likes", "item_similarity_weight").alias("item_similarity"),
             "item_similarity_weight",
         )
-        return table if self._retriever.item_neighbours else table.drop("item_similarity", own_items[1])
+        dropped = [] if self._retriever.item_neighbours else ["item_similarity", "item_similarity_weight"]
+        return table.drop(dropped)
 
 
 class SimilarLikes:
@@ -423,9 +422,8 @@ class SimilarLikes:
 
     def observe(self, group: range, rows: WalkRows) -> None:
         """Take in the rows of a second (or of several without a query) and make the lists that are due after it."""
-        latest: dict[
-            int, tuple[int, int, int]
-        ] = {}  # by user: rows before the second, person, latest position
+        # 1. likes and ratings; by user: rows before the second, person, latest position
+        latest: dict[int, tuple[int, int, int]] = {}
         for row in group:
             user, person, item = int(rows.user[row]), int(rows.person[row]), int(rows.item[row])
             if rows.rater[row]:
@@ -439,6 +437,7 @@ class SimilarLikes:
                 if rows.query[row]:
                     latest[user] = (latest[user][0] if user in latest else len(rated), person, row)
                 rated.append(item)
+        # 2. a list after the last row of a user whose count has passed a multiple of similar_every
         every = self._retriever.similar_every
         for user, (before, person, row) in latest.items():
             if len(self._rated[user]) // every > before // every:

@@ -1,4 +1,4 @@
-"""One world for all tests of the engine."""
+"""Makes one world for all tests of the engine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The engine gives every candidate the exit and the score that it has all by itself, in whatever company it runs.
+"""Tests that the engine gives every candidate the exit and score that it has by itself, whatever runs beside it.
 
 The reference (tests/example_engine.py) runs one candidate at a time through the backbone's own layout and attention and
-asks the simulation (`ExitPlan.emitted`): it knows nothing of the engine.
+takes exits from the simulation (`ExitPlan.emitted`): it runs no code of the engine.
 """
 
 from __future__ import annotations
@@ -58,12 +58,10 @@ def everyone(world: World) -> Members:
     return [(i, np.arange(len(r))) for i, r in enumerate(world.requests)]
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["cold", "cached"])
+@pytest.mark.parametrize("cached", [False, True], ids=["not_cached", "cached"])
 @pytest.mark.parametrize("exit_0", [True, False], ids=["exit_0", "no_exit_0"])
 @pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: type(c).__name__)
-def test_engine_does_what_the_simulation_says(
-    world: World, criterion: Criterion, exit_0: bool, cached: bool
-) -> None:
+def test_engine_equals_the_simulation(world: World, criterion: Criterion, exit_0: bool, cached: bool) -> None:
     """Same exits and, to 1e-5, same logits as candidate by candidate; candidates leave at several depths."""
     plan = world.plan(criterion, 0.4, exit_0)
     scores = Engine(world.module, RowExits(plan), StreamCache() if cached else None).score(world.requests)
@@ -73,7 +71,7 @@ def test_engine_does_what_the_simulation_says(
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_company_changes_nothing(world: World, data: Any) -> None:
+def test_other_candidates_change_nothing(world: World, data: Any) -> None:
     """Any requests, in any order, with any of their candidates in any order, in batches of any size, cached or not."""
     members: Members = []
     for i in data.draw(st.lists(st.integers(0, len(world.requests) - 1), min_size=1, max_size=8)):
@@ -183,19 +181,19 @@ def test_static_depth_is_that_head_for_everyone(world: World, layer: int) -> Non
 @pytest.mark.parametrize("read", [0, 10_000], ids=["read", "whole"])
 @pytest.mark.parametrize("exit_0", [True, False], ids=["exit_0", "no_exit_0"])
 def test_counter_is_the_reported_cost(world: World, exit_0: bool, read: int) -> None:
-    """Token-layers that ran = `exits.cost.request_cost` of the exit layers, cold, and warm with all streams cached."""
+    """Token-layers that ran = `exits.cost.request_cost` of the exit layers, with no stream cached and with all."""
     plan, cache = world.plan(Ratio(), 0.4, exit_0), StreamCache()
-    cold = Engine(world.module, RowExits(plan), read_tokens=read).score(world.requests)
+    not_cached = Engine(world.module, RowExits(plan), read_tokens=read).score(world.requests)
     Engine(world.module, static_exits(plan, EXITS[-1]), cache).score(world.requests)
-    warm = Engine(world.module, RowExits(plan), cache, read_tokens=read).score(world.requests)
+    cached = Engine(world.module, RowExits(plan), cache, read_tokens=read).score(world.requests)
     request = torch.cat([torch.full((len(r),), i) for i, r in enumerate(world.requests)])
     own = torch.from_numpy(np.concatenate([r.candidates.lengths for r in world.requests]))
     shared = torch.tensor([len(world.requests[i].stream) for i in request.tolist()])
-    for scores, cached in ((cold, False), (warm, True)):
+    for scores, prefix_cached in ((not_cached, False), (cached, True)):
         layers = torch.from_numpy(np.concatenate([r.exit_layers for r in scores.requests]))
-        expected = request_cost(request, layers, own, shared, cached)
+        expected = request_cost(request, layers, own, shared, prefix_cached)
         assert [r.token_layers for r in scores.requests] == expected.tolist()
-    assert 0 < warm.token_layers < cold.token_layers
+    assert 0 < cached.token_layers < not_cached.token_layers
 
 
 def test_best_k_leave_as_simulated(world: World) -> None:
@@ -211,7 +209,7 @@ def test_best_k_leave_as_simulated(world: World) -> None:
     assert left > 5
 
 
-def test_unusable_requests_cost_the_others_nothing(world: World) -> None:
+def test_unusable_requests_do_not_affect_the_others(world: World) -> None:
     """No candidate, no history at all, a candidate twice, unknown tokens, NaN features, an empty candidate."""
     plan, few = world.plan(Ratio(), 0.4), world.requests[6]
     bare = replace(random_request(np.random.default_rng(1), "bare", 0, 3), user=None)

@@ -1,4 +1,4 @@
-"""Packing weights changes how products are made, not what they are, nor the module that was packed."""
+"""Tests that packed weights give the same products, and that packing does not change the module."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_linear_layer_of_the_backbone_is_packed(family: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
-def test_an_engine_leaves_its_module_alone(world: World) -> None:
+def test_an_engine_does_not_change_its_module(world: World) -> None:
     """What it packs is its own; given a packed backbone, it packs nothing, and scores bit for bit the same."""
     decision, backbone = static_exits(world.plan(Ratio(), 0.4), 5), world.module.backbone
     assert backbone is not None
@@ -56,10 +56,10 @@ def test_an_engine_leaves_its_module_alone(world: World) -> None:
     engine = Engine(world.module, decision)
     assert all(a is b for a, b in zip(kept, linears(backbone), strict=True))
     assert {type(part) for part in linears(engine.backbone)} == {PackedLinear}
-    item_similarity = copied(world.module)
-    item_similarity.backbone = packed(backbone)
-    other = Engine(item_similarity, decision)
-    assert other.backbone is item_similarity.backbone
+    packed_module = copied(world.module)
+    packed_module.backbone = packed(backbone)
+    other = Engine(packed_module, decision)
+    assert other.backbone is packed_module.backbone
     scores = [each.score(world.requests).requests for each in (engine, other)]
     for mine, theirs in zip(*scores, strict=True):
         np.testing.assert_array_equal(mine.logits, theirs.logits)

@@ -1,4 +1,4 @@
-"""Requests of logs, end to end: every head and every exit scores as `predict` does, and the commands work.
+"""Tests requests of logs, end to end: every head and exit scores as `predict` does, and the commands work.
 
 One tiny fit with sharp attention serves all tests (as in tests/test_predict.py), so a wrong position, group or window
 moves scores far more than rounding does.
@@ -34,19 +34,19 @@ from project.run import read_result
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 16_384])
 def test_every_head_is_each_candidate_by_itself(world: World, batch_tokens: int) -> None:
-    """Logits of every head to 1e-5, rows in the order asked, in batches of one request or of all."""
+    """Logits of every head to 1e-5, rows in the order of the requests, in batches of one request or of all."""
     scores = score_every_head(world.module, world.requests, batch_tokens)
     features = np.concatenate([r.retrieved for r in world.requests])
     found = raw_outputs(scores, features, EXITS, exit_0=True)
     expected = torch.cat([o.logits for o in world.outputs])
     torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=0)
-    asked = [(r.request_id, k) for r in world.requests for k in range(len(r))]
-    assert scores.select("request_id", "candidate_index").rows() == asked
+    expected_rows = [(r.request_id, k) for r in world.requests for k in range(len(r))]
+    assert scores.select("request_id", "candidate_index").rows() == expected_rows
     tokens = [(int(own), len(r.stream)) for r in world.requests for own in r.candidates.lengths]
     assert scores.select("target_tokens", "stream_tokens").rows() == tokens
 
 
-def test_nothing_asked_and_what_cannot_be_scored(world: World) -> None:
+def test_no_request_and_requests_that_cannot_be_scored(world: World) -> None:
     """No request, or one without candidates, gives no rows; a broken request is an error that names it."""
     few = world.requests[6]
     empty = subset(few, np.array([], dtype=np.int64))
@@ -90,9 +90,9 @@ def fitted(
 
 
 def spread_exits(run: Path) -> None:
-    """Thresholds at which some test rows leave at every exit: tiny logs see no use in depth.
+    """Thresholds at which some test rows leave at every exit: calibration on tiny logs uses no depth.
 
-    Heads are alike here, so thresholds fall with depth: who stays at one would hardly leave at the next.
+    Heads are similar here, so thresholds fall with depth: who stays at one head would hardly leave at the next.
     """
     path = run / "checkpoints" / "last.ckpt"
     content = torch.load(path, weights_only=True)
@@ -111,7 +111,7 @@ def given(run: Path) -> tuple[object, ...]:
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> Path:
+def requests_file(tmp_path: Path) -> Path:
     """Known, unseen and anonymous users, a history beyond the window, one candidate twice, more than fit a window."""
     long = [{"item_id": f"i{k % 20}", "label": k % 2, "time": 10.0 * k} for k in range(60)]
     tied = [{"item_id": f"i{k}", "label": k % 2, "time": 5.0} for k in range(6)]
@@ -130,12 +130,12 @@ def asked(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_predict_leaves_where_the_packed_scores_say(
-    fitted: Path, asked: Path, run: Callable[..., None]
+def test_early_exit_leaves_where_the_plan_leaves_packed_scores(
+    fitted: Path, requests_file: Path, run: Callable[..., None]
 ) -> None:
     """`predict`, `predict --engine early_exit` and `score_every_head`: the same candidates, exits and logits."""
     for extra in ((), ("--engine", "early_exit")):
-        run("predict", *given(fitted), "--data.requests", asked, *extra)
+        run("predict", *given(fitted), "--data.requests", requests_file, *extra)
     packed = pl.read_parquet(fitted / "scores" / "predict.parquet")
     early = pl.read_parquet(fitted / "scores" / "predict-early_exit.parquet")
     keys = ["request_id", "candidate_index", "item_id"]
@@ -152,7 +152,7 @@ def test_predict_leaves_where_the_packed_scores_say(
     parser = ArgumentParser()
     parser.add_class_arguments(InteractionData, "data")
     # the CLI links the tokenizer to the backbone
-    own = {"requests": str(asked), "tokenizer": config["model"]["backbone"]}
+    own = {"requests": str(requests_file), "tokenizer": config["model"]["backbone"]}
     settings = parser.parse_object({"data": config["data"] | own})
     data: InteractionData = parser.instantiate_classes(settings).data
     model = ExitRecommender(config["model"]["backbone"], [1, 2, 3], numbers=True)
@@ -168,9 +168,11 @@ def test_predict_leaves_where_the_packed_scores_say(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:request .* is not scored")
-def test_bad_requests_have_rows_of_their_own(fitted: Path, asked: Path, run: Callable[..., None]) -> None:
+def test_bad_requests_have_rows_of_their_own(
+    fitted: Path, requests_file: Path, run: Callable[..., None]
+) -> None:
     """Unknown items, in candidates or history, and no candidate: an error each; others score as without them."""
-    good, path = asked.read_text().splitlines(), asked.with_name("mixed.jsonl")
+    good, path = requests_file.read_text().splitlines(), requests_file.with_name("mixed.jsonl")
     bad = [
         {"request_id": "unknown", "user_id": "u1", "candidates": ["i3", "zzz"]},
         {"request_id": "nothing", "user_id": "u1", "candidates": []},
@@ -178,7 +180,7 @@ def test_bad_requests_have_rows_of_their_own(fitted: Path, asked: Path, run: Cal
     ]
     path.write_text("\n".join([json.dumps(bad[0]), *good[:2], *map(json.dumps, bad[1:]), *good[2:]]))
     found = []
-    for requests in (asked, path):
+    for requests in (requests_file, path):
         run("predict", *given(fitted), "--data.requests", requests, "--engine", "early_exit")
         found.append(pl.read_parquet(fitted / "scores" / "predict-early_exit.parquet"))
     plain, mixed = found
@@ -201,7 +203,7 @@ def test_bad_requests_have_rows_of_their_own(fitted: Path, asked: Path, run: Cal
 
 @pytest.mark.slow
 def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., None]) -> None:
-    """Packed, each static depth and early exit, cold and warm; ratios are against packed, which is 1 by definition."""
+    """Packed, static depths and early exit, prefix cached and not; ratios are against packed, so its own are 1."""
     run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1")
     rows = read_result(fitted / "results" / "benchmark.json")["rows"]
     cases = {(n, s) for n in (1, 8) for s in (False, True)}  # there are 20 items
@@ -222,7 +224,7 @@ def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., 
 def test_benchmark_times_lists(
     fitted: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The best one of eight, cold and warm: a list is as good as its overlap, and costs no more than full depth."""
+    """The best one of eight, prefix cached and not: a list has an overlap, and costs no more than full depth."""
     monkeypatch.setattr("project.benchmark.contenders.LISTS", (1,))
     monkeypatch.setattr("project.benchmark.contenders.OVERLAP", 0.0)
     run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1", "--sizes", "[8]")

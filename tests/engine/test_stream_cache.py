@@ -1,4 +1,4 @@
-"""A cached stream changes what a request costs, never what it scores: cold == warm == extended == cut == rebuilt."""
+"""Tests that a cached stream changes what a request costs and never its scores."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def world(world: World) -> World:
 
 
 def history(first: int, stop: int, tied: int = 0) -> StreamTokens:
-    """The instruction, then segments first..stop-1 of one endless history; the last `tied` share a group."""
+    """The instruction, then segments first..stop-1 of one long history; the last `tied` share a group."""
     rng = np.random.default_rng(7)
-    endless = [rng.integers(0, 64, n).tolist() for n in rng.integers(1, 7, 40)]
+    segments = [rng.integers(0, 64, n).tolist() for n in rng.integers(1, 7, 40)]
     group = 1 + np.arange(stop - first)
     if tied:
         group[-tied:] = group[-tied]
-    return StreamTokens.of(Ragged.of([[5, 6, 7], *endless[first:stop]]), np.concatenate([[0], group]))
+    return StreamTokens.of(Ragged.of([[5, 6, 7], *segments[first:stop]]), np.concatenate([[0], group]))
 
 
-def asked(stream: StreamTokens, seed: int = 3, candidates: int = 6) -> PreparedRequest:
+def request_of(stream: StreamTokens, seed: int = 3, candidates: int = 6) -> PreparedRequest:
     """Random candidates behind a stream, of one and the same user."""
     return replace(random_request(np.random.default_rng(seed), "x", 0, candidates), stream=stream, user="u")
 
@@ -75,7 +75,7 @@ def test_a_history_changes(world: World, steps: list[tuple[int, int, int, int | 
     """Only new tokens and candidates run, and scores are those without a cache."""
     cache = StreamCache()
     for first, stop, tied, known in steps:
-        request = asked(history(first, stop, tied))
+        request = request_of(history(first, stop, tied))
         scored = at_depth(world, cache, request)
         np.testing.assert_allclose(scored.logits, at_depth(world, None, request).logits, atol=1e-5)
         new = len(request.stream) - (0 if known is None else len(history(0, known)))
@@ -85,9 +85,9 @@ def test_a_history_changes(world: World, steps: list[tuple[int, int, int, int | 
 def test_a_stream_is_deepened_only_when_needed(world: World) -> None:
     """A layer of the stream by the first request (static depth 1), none by the same again, one more at depth 2, then 3.
 
-    At exit 2 layer 1 is only read: the request at depth 5 runs it whole, and is not charged again.
+    At exit 2 layer 1 is only read: the request at depth 5 runs it whole, and is not counted again.
     """
-    cache, request = StreamCache(), asked(history(0, 9))
+    cache, request = StreamCache(), request_of(history(0, 9))
     own, shared = len(request.candidates.values), len(request.stream)
     for layer, stream_layers in ((1, 1), (1, 0), (2, 1), (2, 0), (5, 3), (5, 0), (3, 0)):
         scored = at_depth(world, cache, request, layer)
@@ -96,9 +96,9 @@ def test_a_stream_is_deepened_only_when_needed(world: World) -> None:
 
 
 def test_requests_of_one_call_share_their_users_stream(world: World) -> None:
-    """Two requests of one user asked together: the second finds the stream that the first has just run."""
+    """Two requests of one user in one call: the second finds the stream that the first has just run."""
     engine = Engine(world.module, static_exits(world.plan(Ratio(), 0.4), EXITS[-1]), StreamCache())
-    request = asked(history(0, 9))
+    request = request_of(history(0, 9))
     first, second = engine.score([request, request]).requests
     own = EXITS[-1] * len(request.candidates.values)
     assert (first.token_layers, second.token_layers) == (own + EXITS[-1] * len(request.stream), own)
@@ -116,38 +116,38 @@ STEP = st.tuples(
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEP, min_size=1, max_size=6), together=st.booleans())
-def test_any_sequence_of_requests_scores_as_cold(
+def test_any_sequence_of_requests_scores_as_without_a_cache(
     world: World, steps: list[tuple[int, int, int, float | None, int]], together: bool
 ) -> None:
-    """Histories grow, shrink, move and tie; candidates leave early, late or never, alone or together: cold == cached.
+    """Histories grow, shrink, move and tie; candidates leave early, late or never, alone or together: same scores.
 
     Exits read a layer first or run it whole, in any order, so streams wait at all depths.
     """
     cache, requests, policies = StreamCache(), [], []
     for k, (first, length, tied, share, _) in enumerate(steps):
         stop = min(first + length, 40)
-        requests.append(asked(history(first, stop, min(tied, stop - first)), seed=k, candidates=1 + k))
+        requests.append(request_of(history(first, stop, min(tied, stop - first)), seed=k, candidates=1 + k))
         policies.append(RowExits(never(world) if share is None else world.plan(Ratio(), share)))
     reads = [step[-1] for step in steps]
     if together:
         policies = policies[:1] * len(policies)
-        warm = Engine(world.module, policies[0], cache, read_tokens=reads[0]).score(requests).requests
+        cached = Engine(world.module, policies[0], cache, read_tokens=reads[0]).score(requests).requests
     else:
-        warm = [
+        cached = [
             Engine(world.module, p, cache, read_tokens=read).score([r]).requests[0]
             for p, r, read in zip(policies, requests, reads, strict=True)
         ]
-    for policy, request, scored in zip(policies, requests, warm, strict=True):
-        cold = Engine(world.module, policy).score([request]).requests[0]
-        same = scored.exit_layers == cold.exit_layers
+    for policy, request, scored in zip(policies, requests, cached, strict=True):
+        not_cached = Engine(world.module, policy).score([request]).requests[0]
+        same = scored.exit_layers == not_cached.exit_layers
         assert (~same).sum() <= 1  # a row near a threshold
-        np.testing.assert_allclose(scored.logits[same], cold.logits[same], atol=1e-5)
-        assert scored.token_layers <= cold.token_layers or not same.all()
+        np.testing.assert_allclose(scored.logits[same], not_cached.logits[same], atol=1e-5)
+        assert scored.token_layers <= not_cached.token_layers or not same.all()
 
 
-def test_the_user_away_longest_is_forgotten(world: World) -> None:
+def test_the_least_recently_used_stream_is_forgotten(world: World) -> None:
     """A capacity of one stream and a half holds the last of three users."""
-    cache, request = StreamCache(capacity=len(history(0, 8)) * 3 // 2), asked(history(0, 8))
+    cache, request = StreamCache(capacity=len(history(0, 8)) * 3 // 2), request_of(history(0, 8))
     for name in "abc":
         at_depth(world, cache, replace(request, user=name))
     assert len(cache) == 1
@@ -155,9 +155,9 @@ def test_the_user_away_longest_is_forgotten(world: World) -> None:
     assert again.token_layers == EXITS[-1] * len(request.candidates.values)
 
 
-def test_a_failed_batch_leaves_nothing_half_done(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_batch_forgets_its_streams(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device error in the middle of the backbone: the stream is forgotten, the next request is right."""
-    cache, request = StreamCache(), asked(history(0, 9))
+    cache, request = StreamCache(), request_of(history(0, 9))
     engine = Engine(world.module, static_exits(world.plan(Ratio(), 0.4), 5), cache)
     expected = engine.score([request]).requests[0].logits
 
@@ -175,7 +175,7 @@ def test_a_failed_batch_leaves_nothing_half_done(world: World, monkeypatch: pyte
 def test_users_without_a_name_are_not_cached(world: World) -> None:
     """user=None runs whole each time, also beside cached ones."""
     cache, policy = StreamCache(), RowExits(world.plan(Ratio(), 0.4))
-    requests = [asked(history(0, 5)), replace(asked(history(2, 9)), user=None)]
+    requests = [request_of(history(0, 5)), replace(request_of(history(2, 9)), user=None)]
     engine = Engine(world.module, policy, cache)
     first, again = (engine.score(requests).requests for _ in range(2))
     plain = Engine(world.module, policy).score(requests).requests

@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, and layouts for them."""
+"""Makes tiny random models of every supported family, and layouts for them."""
 
 from collections.abc import Callable
 from typing import Any

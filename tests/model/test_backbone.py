@@ -1,4 +1,4 @@
-"""The backbone is the library's forward, layer by layer, with attention that reads only what a layout shows."""
+"""Tests that the backbone is the library's forward, with attention that reads only what a layout shows."""
 
 from __future__ import annotations
 

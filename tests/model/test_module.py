@@ -1,4 +1,4 @@
-"""ExitRecommender without a Trainer: scores of packed batches, the loss over processes, checkpoints.
+"""Tests ExitRecommender without a Trainer: scores of packed batches, the loss over processes, checkpoints.
 
 Prompts are characters (`world.Letters`); weights are random and ten times the usual size, so that attention is far
 from uniform and an answer that leaks moves the logit.
@@ -85,13 +85,15 @@ def alone(streams: Streams, stream: int, window: Window) -> list[Batch]:
 
 
 def test_packed_equals_alone(make: Make, streams: Streams) -> None:
-    """Every exit says the same of a target packed among other users and ties as in a batch of its own."""
+    """Every exit gives a target packed among other users and ties the logit that it has in a batch of its own."""
     module, windows = make(), streams.evaluation(300)[:6]
     assert len({s for s, _ in windows}) == 6
     packed = scored(module, pack(streams, windows))
     each = [scored(module, batch) for s, w in windows for batch in alone(streams, s, w)]
     torch.testing.assert_close(packed, torch.cat(each), atol=1e-4, rtol=0)
-    assert packed.std(dim=0).min() > 0.1  # the weights tell prompts apart: equality says something
+    assert (
+        packed.std(dim=0).min() > 0.1
+    )  # logits differ between prompts, so the equality above is no accident
 
 
 def test_the_unseen_changes_nothing(make: Make, streams: Streams) -> None:

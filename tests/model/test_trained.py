@@ -1,4 +1,4 @@
-"""What is trained: exit heads, adapters and vectors of numbers; each starts as nothing new and has its own rate."""
+"""Tests exit heads, adapters and vectors of numbers: how each starts, what trains, and its learning rate."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def model(tiny_config: Make) -> tuple[Backbone, nn.ModuleDict]:
 
 
 def test_rates_by_depth(model: tuple[Backbone, nn.ModuleDict]) -> None:
-    """lr(l) = base * (1 + slope * (1 - l / L)); a head learns at head_factor times the rate below it.
+    """lr(l) = base * (1 + slope * (1 - l / L)); a head learns at HEAD_FACTOR times the rate below it.
 
     Layer 1: 1 + .6 * 2/3 = 1.4. At slope -1 the embeddings learn nothing: 1 + -1 * (1 - 0 / 3) = 0.
     """

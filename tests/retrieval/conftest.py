@@ -1,4 +1,4 @@
-"""A tiny sentence encoder."""
+"""Makes a tiny sentence encoder."""
 
 from __future__ import annotations
 

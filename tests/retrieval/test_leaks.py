@@ -1,4 +1,4 @@
-"""Canaries: no row can see itself, its second, its future or a later split, and a leak would be noticed."""
+"""Tests that no row reads itself, its second, its future or a later split, and that a leak would be noticed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def retriever(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_cannot_change_its_own_retrieved(retriever: Retriever, kind: str) -> None:
+def test_a_row_cannot_change_its_own_features(retriever: Retriever, kind: str) -> None:
     """Flipping or deleting a row changes no retrieved features up to its own second, and some later."""
     changed = 0
     for seed in range(3):
@@ -99,7 +99,7 @@ def vote_auc(rows: pl.DataFrame, found: pl.DataFrame) -> float:
 def leaky_retrieved(
     rows: pl.DataFrame, retriever: Retriever, users: int, items: pl.DataFrame
 ) -> pl.DataFrame:
-    """Retrieved features with all rows, the row itself included, taken in before any question, and nobody dropped."""
+    """Retrieved features with all rows, the row itself included, observed before any query, and nobody dropped."""
     log, shift = WalkRows.from_log(rows), float(rows["timestamp"].max()) + 1  # type: ignore[arg-type]
     no, yes = np.zeros(rows.height, np.bool_), np.ones(rows.height, np.bool_)
     first = {**vars(log), "query": no}
@@ -119,7 +119,7 @@ def strict_retrieved(
 
 
 def test_a_leaky_graph_is_noticed_on_noise() -> None:
-    """Labels are coin flips: strict votes cannot know them (AUC .5), leaky ones do by more than .1."""
+    """Labels are random: strict votes cannot predict them (AUC .5), leaky votes are better by more than .1."""
     users, items = 40, 30
     rows, retriever = make_log(0, 1500, users, items), LightGCN(neighbours=5, dim=16, epochs=2)
     strict, leaky = (
@@ -130,8 +130,8 @@ def test_a_leaky_graph_is_noticed_on_noise() -> None:
     assert leaky > strict + 0.1
 
 
-def test_strict_retrieved_finds_structure() -> None:
-    """Two groups of users with opposite tastes: votes of similar users know what a candidate's rate cannot."""
+def test_strict_votes_find_structure() -> None:
+    """Two groups of users with opposite answers: votes of similar users predict what a candidate's rate does not."""
     users, items = 40, 30
     like = ((pl.col("user") + pl.col("item")) % 2 == 0).cast(pl.Int8)
     rows = make_log(0, 3000, users, items).with_columns(label=like)

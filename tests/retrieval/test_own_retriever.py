@@ -1,4 +1,4 @@
-"""A retriever of one's own: which rows it may name, what it must answer, and what it adds to the cache's key."""
+"""Tests a retriever of one's own: which rows it may name, what it must answer, and its part of the cache's key."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ NO_CUTS = np.empty(0)
 
 
 class Answers(Retriever):
-    """Answers by a function of (retriever, user, raters), which also finds what it was told of."""
+    """Answers by a function of (retriever, user, raters), and keeps the rows that it observed."""
 
     def __init__(self, answer: Callable[..., Any] | None = None) -> None:
         super().__init__(neighbours=3)
         self.answer = answer
-        self.told: list[tuple[int, int]] = []
+        self.observed: list[tuple[int, int]] = []
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None: ...
 
@@ -36,7 +36,7 @@ class Answers(Retriever):
         return found
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:
-        self.told.append((row, user))
+        self.observed.append((row, user))
 
 
 def ones(rows: Any) -> Neighbours:
@@ -44,10 +44,10 @@ def ones(rows: Any) -> Neighbours:
 
 
 LEAKS: dict[str, Callable[..., Any]] = {
-    "the asked row itself": lambda self, _, __: ones([len(self.told)]),
-    "the next row": lambda self, _, __: ones([len(self.told) + 1]),
+    "the answered row itself": lambda self, _, __: ones([len(self.observed)]),
+    "the next row": lambda self, _, __: ones([len(self.observed) + 1]),
     "positions in raters": lambda _, __, raters: ones(np.arange(raters.row.size)[:3]),
-    "a stranger's row": lambda self, user, _: ones([row for row, who in self.told if who != user][:1]),
+    "a stranger's row": lambda self, user, _: ones([row for row, who in self.observed if who != user][:1]),
     "no row of the log": lambda _, __, ___: ones([10**6]),
     "a negative row": lambda _, __, ___: ones([-1]),
 }
@@ -61,8 +61,8 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("leak", LEAKS.values(), ids=LEAKS)
-def test_a_row_that_was_not_handed_out_is_refused(leak: Any) -> None:
-    with pytest.raises(ConfigError, match=r"test_own_retriever\.Answers.*may tell the future"):
+def test_a_row_that_was_not_given_is_refused(leak: Any) -> None:
+    with pytest.raises(ConfigError, match=r"test_own_retriever\.Answers.*may leak the future"):
         retrieved(make_log(0), Answers(leak), NO_CUTS)
 
 
@@ -79,7 +79,7 @@ def test_raters_and_own_rows_may_be_named_together() -> None:
     """The latest rater of the candidate and the user's own latest row of an earlier second."""
 
     def mixed(self: Answers, user: int, raters: Raters) -> Neighbours:
-        return ones([*raters.row[-1:], *[row for row, other in self.told if other == user][-1:]])
+        return ones([*raters.row[-1:], *[row for row, other in self.observed if other == user][-1:]])
 
     rows = make_log(0)
     found = retrieved(rows, Answers(mixed), NO_CUTS)
@@ -126,7 +126,7 @@ def written(tmp_path: Path) -> Iterator[Write]:
     sys.modules.pop("mine", None)
 
 
-def test_an_edited_retriever_is_asked_again(written: Write, tmp_path: Path) -> None:
+def test_an_edited_retriever_answers_again(written: Write, tmp_path: Path) -> None:
     """First rater, then latest: another source is another key, and the cache gives the new one's answers."""
     rows = make_log(0)
     split = make_split(rows, np.zeros(rows.height, int))

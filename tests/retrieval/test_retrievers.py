@@ -1,4 +1,4 @@
-"""LightGCN and the controls (item-kNN, random raters, none): what each finds, and which settings it refuses."""
+"""Tests LightGCN and the controls (item-kNN, random raters, none): what each finds, and which settings it refuses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EDGES = Edges(user=np.array([0, 0, 1, 2, 0]), item=np.array([0, 1, 1, 2, 0]), la
 
 
 def test_adjacency_golden() -> None:
-    """Likes (u0,i0) twice, (u0,i1), (u1,i1): degrees i0 1, i1 2, u0 2, u1 1; repeats and dislikes count not."""
+    """Likes (u0,i0) twice, (u0,i1), (u1,i1): degrees i0 1, i1 2, u0 2, u1 1; repeats and dislikes do not count."""
     graph = like_graph(EDGES, num_users=3, num_items=4)
     expected = torch.zeros(7, 7)
     expected[0, 4] = expected[4, 0] = 0.5**0.5  # i0 - u0: 1 / sqrt(1 * 2)
@@ -94,9 +94,9 @@ def test_items_without_likes_are_zero_rows() -> None:
 
 
 def test_training_goes_on_from_the_block_before() -> None:
-    warm, cold = begun(), begun()
-    warm.item_table(EDGES, 1)
-    assert not np.array_equal(warm.item_table(EDGES, 2), cold.item_table(EDGES, 2))
+    continued, new = begun(), begun()
+    continued.item_table(EDGES, 1)
+    assert not np.array_equal(continued.item_table(EDGES, 2), new.item_table(EDGES, 2))
 
 
 def test_none_keeps_the_rates() -> None:
@@ -127,8 +127,8 @@ def test_random_draws_distinct_raters_by_seed_candidate_and_time_alone() -> None
     assert np.bincount(firsts) / 2000 == pytest.approx([0.25] * 4, abs=0.04)
 
 
-def test_random_raters_weigh_alike() -> None:
-    """The vote that is weighted by similarity, which prompts tell as a number, is the plain vote, not even odds."""
+def test_random_raters_have_equal_weights() -> None:
+    """The vote that is weighted by similarity, which prompts show as a number, is the plain vote, not even odds."""
     found = retrieved(make_log(0), RandomRetriever(neighbours=5))
     features = dict(zip(FEATURES, feature_matrix(found, 0.5).T, strict=True))
     assert found["neighbour_count"].sum() > 0
@@ -184,7 +184,7 @@ def test_yaml_chooses_a_retriever_by_class_path(kind: type[Retriever]) -> None:
 
 
 def test_keys_of_our_own_retrievers_stay() -> None:
-    """No source in them: these are the keys that caches have."""
+    """No source in them; the keys are pinned, because another key makes every cache anew."""
     assert "source" not in LightGCN().settings()
     assert content_key(LightGCN().settings()) == "b1c50593fc034942"
     assert content_key(RandomRetriever(seed=3).settings()) == "3db602d4bad9635e"
@@ -206,15 +206,13 @@ def test_impossible_settings_are_refused(kind: Any, name: str, value: float) -> 
     LightGCN(layers=0, epochs=0)
 
 
-def test_a_prompt_needs_what_it_tells(tmp_path: Path) -> None:
+def test_a_prompt_needs_the_features_it_shows(tmp_path: Path) -> None:
     logs = TableLogs(str(tmp_path / "logs.csv"), str(tmp_path / "items.csv"))
-    item_similarity, mf = (
-        Prompt(segment="{title} {item_similarity_percent}:"),
-        Prompt(segment="{title}{mf_number}:"),
-    )
+    item_similarity = Prompt(segment="{title} {item_similarity_percent}:")
+    mf = Prompt(segment="{title}{mf_number}:")
     with pytest.raises(ConfigError, match="item_neighbours"):
         InteractionData(logs, retriever=LightGCN(), prompt=item_similarity)
-    for retriever in (LightGCN(item_neighbours=30), ItemKNN()):  # the latter compares no items, and says "?"
+    for retriever in (LightGCN(item_neighbours=30), ItemKNN()):  # the latter compares no items, and shows "?"
         InteractionData(logs, retriever=retriever, prompt=item_similarity)
     with pytest.raises(ConfigError, match=r"data\.mf is null"):
         InteractionData(logs, retriever=ItemKNN(), prompt=mf, mf=None)

@@ -1,4 +1,4 @@
-"""Texts: mean pooling, what retrievers read of items and histories, and text similarity to a user's own rows."""
+"""Tests texts: mean pooling, what retrievers read of items and histories, and text similarity to own rows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_golden_mean() -> None:
 
 
 @pytest.mark.parametrize("kind", ["tiny_encoder", "tiny_model"])
-def test_company_does_not_matter(kind: str, request: pytest.FixtureRequest) -> None:
+def test_other_texts_change_nothing(kind: str, request: pytest.FixtureRequest) -> None:
     """A text's vector is that of the text alone, in the order given, of a sentence encoder and of a causal LM."""
     folder = request.getfixturevalue(kind)
     found = MeanPooling(str(folder), 64).encode(TEXTS)
@@ -88,7 +88,7 @@ def test_what_cannot_be_read(tiny_model: Path, tmp_path: Path) -> None:
         MeanPooling(str(tmp_path / "none"), 64).encode(["dog"])
 
 
-def test_what_names_the_weights(tmp_path: Path) -> None:
+def test_identity_of_the_weights(tmp_path: Path) -> None:
     """A folder is its files, wherever it lies; a known source its checksum; a name on the hub itself.
 
     So a model that was retrained in its folder changes the settings, though not the arguments.
@@ -120,16 +120,16 @@ ITEMS = pl.DataFrame(
 
 
 class Lengths(MeanPooling):
-    """Encodes a text as (its length, 1) and counts how often it is asked."""
+    """Encodes a text as (its length, 1) and counts its calls."""
 
     weights = "lengths"
-    asked = 0
+    calls = 0
 
     def __init__(self) -> None:
         super().__init__("unused", 64)
 
     def encode(self, texts: Sequence[str]) -> FloatArray:
-        self.asked += 1
+        self.calls += 1
         return np.array([[len(text), 1] for text in texts], np.float32)
 
 
@@ -173,15 +173,15 @@ def test_texts_are_read_once(cache: Path) -> None:
     """Other texts are read, and vectors of other weights, depth or cut are never taken for these."""
     reader, texts = Lengths(), ["a", "bcd"]
     first, second = (encode_once(reader, texts, cache) for _ in range(2))
-    assert reader.asked == 1
+    assert reader.calls == 1
     assert first.tolist() == second.tolist() == [[1, 1], [3, 1]]
     assert encode_once(reader, ["bcd", "a"], cache).tolist() == [[3, 1], [1, 1]]
-    assert reader.asked == 2
+    assert reader.calls == 2
     for change in ({"weights": "others"}, {"num_layers": 2}, {"max_tokens": 8}):
         other = Lengths()
         vars(other).update(change)
         encode_once(other, texts, cache)
-        assert other.asked == 1
+        assert other.calls == 1
 
 
 @pytest.mark.usefixtures("cache")
@@ -196,19 +196,19 @@ def test_unrated_items_have_no_vector_and_a_query_is_its_text() -> None:
     )
     assert one.tolist() == [[0, 0], [12, 1], [0, 0]]
     assert two.tolist() == [[0, 0], [12, 1], [10, 1]]
-    assert reader.asked == 1
+    assert reader.calls == 1
     assert retriever.encode_history(np.array([0]), np.array([1])).tolist() == [13, 1]
 
 
 @pytest.mark.usefixtures("cache")
-def test_retrieved_of_a_tiny_model(tiny_model: Path) -> None:
-    """Both classes find neighbours; a template that says nothing about items makes all users with a past alike."""
+def test_retrieved_features_of_a_tiny_model(tiny_model: Path) -> None:
+    """Both classes find neighbours; a template of equal texts gives all users with a past similarity 1."""
     rows, encoder = make_log(0), {"neighbours": 4, "encoder": str(tiny_model)}
     llm = TextEncoder(neighbours=4, encoder=str(tiny_model), num_layers=2)
     for retriever in (TextEncoder(**encoder), llm):
         assert retrieved(rows, retriever)["neighbour_count"].sum() > 0
-    item_similarity = TextEncoder(**encoder, template="{title:.5}", dislike_weight=1.0)
-    similarities = retrieved(rows, item_similarity)["similarities"].explode().drop_nulls()
+    equal_texts = TextEncoder(**encoder, template="{title:.5}", dislike_weight=1.0)
+    similarities = retrieved(rows, equal_texts)["similarities"].explode().drop_nulls()
     assert similarities.to_list() == pytest.approx([1.0] * len(similarities), abs=1e-5)
 
 
@@ -260,7 +260,7 @@ def test_flipping_a_row_changes_text_similarity_of_later_rows_of_its_user_alone(
     assert not (moved & ~later.to_numpy()).any()
 
 
-def test_an_item_of_its_own_is_like_what_it_is_called() -> None:
+def test_a_new_item_is_similar_by_its_text() -> None:
     """A new item's text counts though the terms are the log's: "Alien Horror" is nearer to Alien than to Casablanca."""
     new = pl.DataFrame({"item": [6], "item_id": ["new"], "title": ["Alien Horror"], "genres": [""]})
     vectors = item_vectors(pl.concat([CATALOGUE, new]), CATALOGUE)

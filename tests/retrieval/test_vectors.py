@@ -1,4 +1,4 @@
-"""User vectors: neighbours, own answers on items alike and lists of what similar users liked, by brute force."""
+"""Tests user vectors by brute force: neighbours, answers on similar items, lists of what similar users liked."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_history_given_at_once_is_the_one_observed() -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_alike_equals_brute_force(seed: int) -> None:
+def test_item_similarity_equals_brute_force(seed: int) -> None:
     """The three own earlier rows of largest positive cosine (ties: the later), each answer weighted by its cosine."""
     rows, answered = make_log(seed), 0
     for row, got in zip(rows.to_dicts(), retrieved(rows, CoLikes(item_neighbours=3)).to_dicts(), strict=True):
@@ -186,7 +186,7 @@ def test_a_list_is_dated_by_its_second() -> None:
     ids=["similar", "item_similarity"],
 )
 def test_off_changes_nothing(settings: dict[str, int], columns: dict[str, Any]) -> None:
-    """What is switched on adds columns and changes no other; off, neither the table nor the cache's key knows of it."""
+    """What is switched on adds columns and changes no other; off, it is neither in the table nor in the cache's key."""
     rows = make_log(1)
     off, on = retrieved(rows, CoLikes(neighbours=4)), retrieved(rows, CoLikes(neighbours=4, **settings))
     assert on.select(off.columns).equals(off)
@@ -201,15 +201,15 @@ def test_a_history_has_the_lists_of_the_log(retriever: VectorRetriever, tmp_path
     rows = make_log(2)
     split = make_split(rows, np.digitize(rows["timestamp"].to_numpy(), [40, 60]))
     log = retrieved_tables(split, retriever, 4, tmp_path)["test"]
-    asked = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
-    n, late = asked.height, asked.with_columns(timestamp=pl.lit(1e3))
-    columns = map(np.append, request(asked), request(late, own=False))
+    chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
+    n, late = chosen.height, chosen.with_columns(timestamp=pl.lit(1e3))
+    columns = map(np.append, request(chosen), request(late, own=False))
     found = request_retrieved(split, retriever, 4, tmp_path, *columns)["similar_after"]
-    expected = asked.join(log.select("row_id", "similar_after"), on="row_id", maintain_order="left")
+    expected = chosen.join(log.select("row_id", "similar_after"), on="row_id", maintain_order="left")
     groups = ["user", "timestamp"]  # the order inside a second is free: a list belongs to its end
     first, again = (
         table.drop_nulls("similar_after").sort(groups).select(*groups, "similar_after")
-        for table in (expected, asked.with_columns(similar_after=found.head(n)))
+        for table in (expected, chosen.with_columns(similar_after=found.head(n)))
     )
     assert first.equals(again)
     assert first.height > 3

@@ -1,4 +1,4 @@
-"""The walk: golden example, ties, repeated ratings, the latest raters, blocks, snapshots and the cache's folders."""
+"""Tests the walk: ties, repeated ratings, the latest raters, blocks, snapshots and the cache's folders."""
 
 from __future__ import annotations
 
@@ -90,11 +90,7 @@ def test_golden() -> None:
     row = found[7]
     assert (row["neighbours"], row["answers"]) == ([1, 4, 0], [0, 1, 1])
     assert row["similarities"] == pytest.approx([two_thirds, -two_thirds, -two_thirds], abs=1e-6)
-    assert (row["vote"], row["item_rate"], row["user_rate"]) == (
-        pytest.approx(2 / 3),
-        pytest.approx(2 / 3),
-        0,
-    )
+    assert (row["vote"], row["item_rate"], row["user_rate"]) == pytest.approx((2 / 3, 2 / 3, 0))
 
 
 def test_types_are_the_schema_also_without_rows() -> None:
@@ -143,7 +139,7 @@ def test_rates_and_own_rows_equal_a_filter_over_the_log(seed: int) -> None:
         assert order[start[k] : stop[k]].tolist() == own.tolist()
 
 
-def test_rows_that_do_not_ask_are_not_answered_but_count() -> None:
+def test_rows_that_are_no_query_are_not_answered_but_count() -> None:
     rows = make_log(0)
     log = WalkRows.from_log(rows)
     query = np.random.default_rng(0).random(rows.height) < 0.1
@@ -159,11 +155,8 @@ def test_top_is_largest_first_later_first() -> None:
 @pytest.mark.parametrize(
     ("seconds", "blocks", "cuts"),
     [
-        (
-            [0, 0, 1, 1, 1, 2, 5, 6],
-            3,
-            [1, 2],
-        ),  # positions 8 / 3 and 16 / 3, rounded down 2 and 5, hold 1 and 2
+        # positions 8 / 3 and 16 / 3, rounded down 2 and 5, hold 1 and 2
+        ([0, 0, 1, 1, 1, 2, 5, 6], 3, [1, 2]),
         (range(100_000), 10, list(range(10_000, 100_000, 10_000))),
         ([0, 0, 0, 1, 1, 1, 1, 2], 4, [1]),  # two cuts in one second are one, and the first second is none
         ([4], 2, []),
@@ -225,7 +218,7 @@ def test_restore_copies_what_is_absent(tmp_path: Path) -> None:
 
 
 def test_orphans_of_killed_runs_are_removed_after_a_day(tmp_path: Path) -> None:
-    """The young may still be written."""
+    """A younger one may still be written."""
     made = cached_folder(tmp_path, {"a": 1}, write)
     old, young = tmp_path / f"{made.name}.old.tmp", tmp_path / f"{made.name}.young.tmp"
     for folder in (old, young):

@@ -1,6 +1,4 @@
-"""Retrieved features tables by split: what each split may read, the cache, factorisation, and requests answered like
-the log.
-"""
+"""Tests retrieved features tables: what a split may read, the cache, factorisation, requests answered like the log."""
 
 from __future__ import annotations
 
@@ -71,7 +69,7 @@ def test_a_split_by_time_reads_all_earlier_rows() -> None:
     assert not reads_all_earlier(time, np.array([0, 1, 0, 2]), own_second=True)
 
 
-class Told(NoRetriever):
+class FitSizes(NoRetriever):
     """Keeps the number of rows of every fit."""
 
     fits: list[int]
@@ -83,27 +81,29 @@ class Told(NoRetriever):
 
 def test_a_split_by_time_is_fitted_once(tmp_path: Path) -> None:
     """Three tables cost one fit per block where they coincide, and none at all the second time."""
-    rows, told = make_log(0), Told()
-    told.fits = []
+    rows, retriever = make_log(0), FitSizes()
+    retriever.fits = []
     split = make_split(rows, by_time(rows))
-    first = retrieved_tables(split, told, REFITS, tmp_path)
-    assert len(told.fits) == len(block_cuts(rows["timestamp"].to_numpy(), REFITS))
-    second = retrieved_tables(split, told, REFITS, tmp_path)
-    request_retrieved(split, told, REFITS, tmp_path, *request(rows.head(1)))
-    assert len(told.fits) == len(block_cuts(rows["timestamp"].to_numpy(), REFITS))
+    first = retrieved_tables(split, retriever, REFITS, tmp_path)
+    assert len(retriever.fits) == len(block_cuts(rows["timestamp"].to_numpy(), REFITS))
+    second = retrieved_tables(split, retriever, REFITS, tmp_path)
+    request_retrieved(split, retriever, REFITS, tmp_path, *request(rows.head(1)))
+    assert len(retriever.fits) == len(block_cuts(rows["timestamp"].to_numpy(), REFITS))
     assert all(first[name].equals(second[name]) for name in SPLITS)
 
 
 def test_all_splits_have_the_whole_logs_cuts(tmp_path: Path) -> None:
     """Train is every second row in time: its fits, made last, are at the log's quarters, not at its own."""
-    rows, told = make_log(0), Told()
-    told.fits, codes = [], np.arange(rows.height) % 2
-    retrieved_tables(make_split(rows, codes), told, REFITS, tmp_path, MatrixFactorisation(dim=2))
+    rows, retriever = make_log(0), FitSizes()
+    retriever.fits, codes = [], np.arange(rows.height) % 2
+    retrieved_tables(make_split(rows, codes), retriever, REFITS, tmp_path, MatrixFactorisation(dim=2))
     time = rows["timestamp"].to_numpy()
-    assert told.fits[-3:] == [int(((codes == 0) & (time < cut)).sum()) for cut in block_cuts(time, REFITS)]
+    assert retriever.fits[-3:] == [
+        int(((codes == 0) & (time < cut)).sum()) for cut in block_cuts(time, REFITS)
+    ]
 
 
-def test_the_cache_knows_what_retrieved_depends_on(tmp_path: Path) -> None:
+def test_the_cache_key_covers_what_retrieved_features_depend_on(tmp_path: Path) -> None:
     """Other settings, number of refits or log make another folder; the same make none."""
     rows = make_log(0)
     split, other = (make_split(table, by_time(rows)) for table in (rows, flip(rows, pl.lit(True))))
@@ -140,10 +140,10 @@ def test_a_users_own_history_as_a_request_is_answered_like_the_log(
     rows = make_log(2)
     split = make_split(rows, assign(rows))
     log = retrieved_tables(split, retriever, REFITS, tmp_path)["test"]
-    asked = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
-    found = request_retrieved(split, retriever, REFITS, tmp_path, *request(asked))
-    expected = asked.select("row_id").join(log, on="row_id", maintain_order="left")
-    assert found["row_id"].to_list() == [-1 - position for position in range(asked.height)]
+    chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
+    found = request_retrieved(split, retriever, REFITS, tmp_path, *request(chosen))
+    expected = chosen.select("row_id").join(log, on="row_id", maintain_order="left")
+    assert found["row_id"].to_list() == [-1 - position for position in range(chosen.height)]
     assert found.select(COMPARED).equals(expected.select(COMPARED))
     if "item_similarity" in expected:
         assert expected["item_similarity"].drop_nulls().len() > 5
@@ -170,8 +170,8 @@ def test_unseen_users_and_items(tmp_path: Path) -> None:
     late = float(rows["timestamp"].max()) + 10  # type: ignore[arg-type]
     user, item = np.array([90, 90, 90, 91]), np.array([0, 77, 1, 1])
     time, label = np.array([late, late, late + 1, late + 1]), np.array([1, 0, -1, -1])
-    asked = (user, item, time, label, label >= 0)
-    found = request_retrieved(split, CoLikes(neighbours=4), REFITS, tmp_path, *asked).to_dicts()
+    chosen = (user, item, time, label, label >= 0)
+    found = request_retrieved(split, CoLikes(neighbours=4), REFITS, tmp_path, *chosen).to_dicts()
     assert found[1]["item_count"] == 0
     assert found[2]["neighbour_count"] == 4
     assert (found[2]["user_rate"], found[2]["user_count"]) == (0.5, 2)
@@ -212,7 +212,7 @@ def test_a_split_without_early_rows(tmp_path: Path) -> None:
     ],
 )
 def test_warnings(retriever: Retriever, refits: int, liked: bool, words: str | None, tmp_path: Path) -> None:
-    """A retriever that one block never fitted, and features that are all alike where nobody likes anything."""
+    """A retriever that one block never fitted, and features of one value where nobody likes anything."""
     rows = make_log(0, 300)
     split = make_split(rows if liked else rows.with_columns(label=pl.lit(0, pl.Int8)), by_time(rows))
     tables = retrieved_tables(split, retriever, refits, tmp_path)
@@ -271,25 +271,27 @@ def test_mf_of_one_kind_of_answer() -> None:
 
 
 @pytest.mark.parametrize("assign", [by_time, at_random])
-def test_mf_of_a_request_is_that_of_the_log_and_of_a_split_its_own(assign: Callable, tmp_path: Path) -> None:
+def test_mf_of_a_request_is_that_of_the_log_and_each_split_has_its_own(
+    assign: Callable, tmp_path: Path
+) -> None:
     """Train's factorisation is that of a log of train rows alone."""
     rows = make_log(2)
     split = make_split(rows, assign(rows))
     tables = retrieved_tables(split, NoRetriever(), REFITS, tmp_path, MF)
-    asked = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
-    found = request_retrieved(split, NoRetriever(), REFITS, tmp_path, *request(asked), mf=MF)["mf"]
-    expected = asked.select("row_id").join(tables["test"], on="row_id", maintain_order="left")["mf"]
+    chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
+    found = request_retrieved(split, NoRetriever(), REFITS, tmp_path, *request(chosen), mf=MF)["mf"]
+    expected = chosen.select("row_id").join(tables["test"], on="row_id", maintain_order="left")["mf"]
     assert expected.null_count() < len(expected)
     np.testing.assert_allclose(found.to_numpy(), expected.to_numpy(), atol=1e-6)
     alone = chances_of(rows.filter(pl.Series(assign(rows) == 0)), log=rows)
     np.testing.assert_allclose(tables["train"]["mf"].to_numpy(), alone.astype(np.float32), atol=1e-7)
 
 
-def test_features_of_mf_and_of_items_alike() -> None:
+def test_log_odds_of_mf_and_of_item_similarity() -> None:
     """An item liked 3 of 4 times, a user who liked 1 of 2, base .5.
 
-    Factorisation .8 is log(.8 / .2); without one log(5.5 / 3.5) + log(3.5 / 3.5) of the rates. Alike .75 of weight 4 is
-    log((3 + 2.5) / (1 + 2.5)); nothing alike, or no column, 0.
+    Factorisation .8 is log(.8 / .2); without one log(5.5 / 3.5) + log(3.5 / 3.5) of the rates. Item similarity .75 of
+    weight 4 is log((3 + 2.5) / (1 + 2.5)); without similar items, or without the column, 0.
     """
     table = pl.DataFrame(
         {"row_id": [0, 1], "item_rate": [0.75] * 2, "item_count": [4] * 2, "user_rate": [0.5] * 2}
@@ -302,10 +304,8 @@ def test_features_of_mf_and_of_items_alike() -> None:
             "answers": pl.List(pl.Int8),
         },
     )
-    at, rates = (
-        [FEATURES.index(name) for name in ("mf_log_odds", "item_similarity_log_odds")],
-        np.log(5.5 / 3.5),
-    )
+    at = [FEATURES.index(name) for name in ("mf_log_odds", "item_similarity_log_odds")]
+    rates = np.log(5.5 / 3.5)
     found = feature_matrix(table, 0.5)[:, at]
     np.testing.assert_allclose(found, [[np.log(4), rates], [rates, 0]], atol=1e-6)
     without = feature_matrix(table.drop("mf", "item_similarity", "item_similarity_weight"), 0.5)[:, at]
@@ -313,13 +313,11 @@ def test_features_of_mf_and_of_items_alike() -> None:
 
 
 def factorised(vector_penalty: float = 1.0, iterations: int = 500, stretch: int = 1):
-    """Labels are the product of a factorisation and a kind; fitted on the first 1,500 of 2,000 rows. Logits of all
-    rows.
-    """
+    """A model, logits of 2,000 rows and the rows; a user's and an item's sign make the label, 1,500 rows are fitted."""
     rng = np.random.default_rng(0)
     user, item = rng.integers(0, 30, 2000), rng.integers(0, 20, 2000)
-    mf, kind = rng.choice([-1, 1], 30), rng.choice([-1, 1], 20)
-    label = (rng.random(2000) < 1 / (1 + np.exp(-2 * mf[user] * kind[item]))).astype(int)
+    user_sign, item_sign = rng.choice([-1, 1], 30), rng.choice([-1, 1], 20)
+    label = (rng.random(2000) < 1 / (1 + np.exp(-2 * user_sign[user] * item_sign[item]))).astype(int)
     train = np.arange(2000) < 1500
     codes = stretch * user + stretch - 1
     model = Factorisation.fit(codes[train], item[train], label[train], 4, 2.0, vector_penalty, iterations)
