@@ -29,6 +29,7 @@ from project.datamodule import InteractionData
 from project.errors import DataError
 from project.exits.criteria import HeadOutputs, Ratio
 from project.exits.plan import ExitPlan
+from project.model.heads import ExitHead
 from project.retrieval import NoRetriever
 from project.retrieval.base import Raters
 
@@ -70,7 +71,7 @@ def json_logs(tiny_logs: Path, tmp_path: Path) -> dict[str, str]:
 def test_every_class_is_configured() -> None:
     python, yaml_ = ("\n".join(body for kind, body in BLOCKS if kind == word) for word in ("python", "yaml"))
     defined, named = re.findall(r"^class (\w+)", python, re.M), re.findall(r"my_package\.(\w+)", yaml_)
-    assert set(defined) == set(named) == {"Margin", "LatestRaters", "JsonLogs"}
+    assert set(defined) == set(named) == {"Margin", "DeepHead", "LatestRaters", "JsonLogs"}
 
 
 def test_criterion(package: ModuleType) -> None:
@@ -81,6 +82,12 @@ def test_criterion(package: ModuleType) -> None:
     confidence = package.Margin().confidence(outputs)
     assert confidence[:2].tolist() == pytest.approx([0, 0.25])
     assert torch.equal(confidence.argsort(), Ratio().confidence(outputs).argsort())
+
+
+def test_head(package: ModuleType) -> None:
+    """At first the head says what `ExitHead` says."""
+    norm, direction, hidden = torch.nn.LayerNorm(8), torch.randn(8), torch.randn(5, 8)
+    torch.testing.assert_close(package.DeepHead(norm, direction)(hidden), ExitHead(norm, direction)(hidden))
 
 
 def test_retriever(package: ModuleType) -> None:
@@ -124,7 +131,7 @@ def test_data_set_explains_a_mistake(package: ModuleType, json_logs: dict[str, s
 
 
 @pytest.mark.slow
-def test_fit_with_all_three(
+def test_fit_with_all_four(
     run: Run, package: ModuleType, json_logs: dict[str, str], tiny_config: Config, tmp_path: Path
 ) -> None:
     """The document's YAML trains: Margin decides and comes back from the checkpoint, the bundle names the retriever."""
@@ -132,6 +139,7 @@ def test_fit_with_all_three(
     logs["data"]["logs"]["init_args"] = json_logs
     wording = {"segment": "{title} all {item_percent} near {vote_percent}:"}  # this log knows no year
     words = {"criterion": settings("Margin"), "retriever": settings("LatestRaters"), "logs": logs}
+    words["head"] = settings("DeepHead")
     overlays = []
     for name, content in words.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
@@ -142,6 +150,7 @@ def test_fit_with_all_three(
     folder = tmp_path / "runs" / "tiny" / "latest"
     assert json.loads((folder / "results" / "calibrate.json").read_text())["chosen"] == "margin"
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert any(name.endswith("mix.weight") for name in checkpoint["state_dict"])
     plan = ExitPlan.from_state(checkpoint["callbacks"]["ExitCalibration"]["plan"])
     assert isinstance(plan.policy.criterion, package.Margin)
     retriever = json.loads((folder / "bundle" / "bundle.json").read_text())["retriever"]

@@ -44,11 +44,13 @@ class LoraSettings:
     Args:
         rank: Rank of the adapters.
         alpha: Scale; an adapter's output is multiplied by alpha / rank.
+        layers: Decoder layers that get adapters, the first is 1; default: all.
         target_modules: Linear layers that get an adapter.
     """
 
     rank: int = 16
     alpha: float = 32.0
+    layers: list[int] | None = None
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
@@ -61,16 +63,27 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = {n.split(".")[-1] for n, m in backbone.layers.named_modules() if isinstance(m, nn.Linear)}
+    names = [
+        n for n, m in backbone.layers.named_modules() if isinstance(m, nn.Linear)
+    ]  # such as 0.self_attn.q_proj
+    linear, depth = {name.split(".")[-1] for name in names}, len(backbone.layers)
     if not settings.target_modules or set(settings.target_modules) - linear:
         raise ConfigError(
             f"model.lora.target_modules is {settings.target_modules}; expected some of the backbone's linear "
             f"layers: {', '.join(sorted(linear))}."
         )
+    layers = range(1, depth + 1) if settings.layers is None else settings.layers
+    if not layers or set(layers) - set(range(1, depth + 1)):
+        raise ConfigError(f"model.lora.layers is {settings.layers}; expected some of 1 to {depth}.")
+    wanted = [
+        f"layers.{name}"
+        for name in names
+        if name.split(".")[-1] in settings.target_modules and int(name.split(".")[0]) + 1 in layers
+    ]
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it by r
-        target_modules=settings.target_modules,
+        target_modules=wanted,
     )
     inject_adapter_in_model(config, backbone)  # freezes all that is no adapter
 
@@ -96,6 +109,7 @@ class ExitRecommender(LightningModule):
         lora: Train adapters instead of the backbone's own weights.
         freeze_embeddings: Keep the token embeddings as they are.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        head: Class of the prediction heads, by its path: project.model.heads.ExitHead or a subclass.
         answers: Texts of the answers dislike and like; set by data.prompt.answers.
         numbers: Learn tokens for numbers in prompts; set by data.prompt.segment.
     """
@@ -108,6 +122,7 @@ class ExitRecommender(LightningModule):
         lora: LoraSettings | None = None,
         freeze_embeddings: bool = True,
         gradient_checkpointing: bool = False,
+        head: type[ExitHead] = ExitHead,
         answers: list[str] | None = None,
         numbers: bool = False,
     ) -> None:
@@ -119,7 +134,7 @@ class ExitRecommender(LightningModule):
         self.save_hyperparameters({"backbone": backbone, "exit_layers": exit_layers})
         self.backbone_name, self.exit_layers, self.depth = backbone, exit_layers, exit_layers[-1]
         self.optim, self.lora, self.freeze_embeddings = optim, lora, freeze_embeddings
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.head = gradient_checkpointing, head
         self.answers, self.numbers = answers or [" no", " yes"], numbers
         self.backbone: Backbone | None = None
         self.heads = nn.ModuleDict()
@@ -163,7 +178,7 @@ class ExitRecommender(LightningModule):
         no, yes = answer_tokens(tokenizer, self.answers)
         direction = backbone.answer_direction(yes, no)
         for layer in self.exit_layers:
-            self.heads[str(layer)] = ExitHead(backbone.final_norm, direction)
+            self.heads[str(layer)] = self.head(backbone.final_norm, direction)
         backbone.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
             add_lora(backbone, self.lora)

@@ -128,6 +128,15 @@ def test_scale_of_an_adapter(tiny_config: Make) -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
+def test_adapters_of_some_layers(tiny_config: Make) -> None:
+    """Of three layers the first and the last get adapters; a layer that is not there is refused."""
+    backbone = Backbone.from_config(tiny_config())
+    add_lora(backbone, LoraSettings(rank=2, layers=[1, 3]))
+    assert {n.split(".")[1] for n, p in backbone.named_parameters() if p.requires_grad} == {"0", "2"}
+    with pytest.raises(ConfigError, match=r"model\.lora\.layers is \[4\]; expected some of 1 to 3"):
+        add_lora(Backbone.from_config(tiny_config()), LoraSettings(layers=[4]))
+
+
 def test_refuses_unknown_layers(tiny_config: Make) -> None:
     with pytest.raises(ConfigError, match=r"model\.lora\.target_modules.*down_proj, gate_proj.*q_proj"):
         add_lora(Backbone.from_config(tiny_config()), LoraSettings(target_modules=["c_attn"]))
