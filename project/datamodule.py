@@ -32,7 +32,7 @@ from project.data.requests import (
     without_long,
 )
 from project.data.stream import Streams, build_streams
-from project.errors import CheckpointError, ConfigError
+from project.errors import CheckpointError, ConfigError, DataError, ProjectError
 from project.retrieval import (
     LightGCN,
     MatrixFactorisation,
@@ -116,7 +116,16 @@ class InteractionData(pl.LightningDataModule):
     def split(self) -> SplitInteractions:
         """The interactions with their split, fold and role."""
         with self.clock.stage("read logs"):
-            return apply_protocol(build_interactions(self.logs.read(), self.protocol), self.protocol)
+            try:
+                raw = self.logs.read()
+            except ProjectError:
+                raise
+            except Exception as error:
+                reader = type(self.logs).__name__
+                raise DataError(
+                    f"data.logs: {reader}.read failed: {type(error).__name__}: {error}"
+                ) from error
+            return apply_protocol(build_interactions(raw, self.protocol), self.protocol)
 
     @cached_property
     def retrieved(self) -> dict[str, polars.DataFrame]:

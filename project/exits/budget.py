@@ -94,19 +94,27 @@ class TuneFold:
         self.static = static_curve(self.outputs, self.labels, self.tokens)
         self.static_exit = equal_accuracy_exit(self.static)
         # 2. every criterion's path
-        curves = []
+        curves, unfit = [], None
         for unfitted in settings.criteria():
             criterion = deepcopy(unfitted)
-            criterion.fit(self.outputs)
-            # a criterion that learns is more confident on the rows of its fit than on others
-            confidence = (
-                out_of_fold_confidence(partial(deepcopy, unfitted), self.outputs, users)
-                if criterion.learns
-                else confidence_table(criterion, self.outputs)
-            )
+            try:
+                criterion.fit(self.outputs)
+                # a criterion that learns is more confident on the rows of its fit than on others
+                confidence = (
+                    out_of_fold_confidence(partial(deepcopy, unfitted), self.outputs, users)
+                    if criterion.learns
+                    else confidence_table(criterion, self.outputs)
+                )
+            except DataError as error:  # too few rows to learn from; the others may do
+                if unfitted is settings.criterion:
+                    raise
+                unfit = error
+                continue
             about = confidence, self.outputs.logits, self.labels
             path = threshold_path(*about, self.outputs.layers, self.tokens)
             curves.append(Curve(criterion, path, user_influences(path, *about, users)))
+        if unfit is not None and not curves:
+            raise unfit
         # 3. the step of each that keeps the budget
         self._competing = len(curves) if settings.criterion is None else 1
         curves = [replace(c, step=int(self._steps(c, c.drops[None])[0])) for c in curves]

@@ -189,8 +189,11 @@ def try_out(criterion: Criterion, exit_0: bool) -> None:
             confidence_table(copy, outputs)
         except ConfigError:
             raise
-        except Exception:  # what fails on made-up rows may work on real ones
-            return
+        except Exception as error:
+            raise ConfigError(
+                f"the criterion {type(criterion).__name__} failed on made-up rows, of one head, then of two: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def out_of_fold_confidence(make: Callable[[], Criterion], outputs: HeadOutputs, users: ArrayLike) -> Tensor:

@@ -287,9 +287,11 @@ def step_of(policy: Row) -> Row:
 
 
 def _scores_of(row: Row) -> dict[str, Any]:
+    by_rows, by_users = (row.get(name) or {} for name in ("gauc_impressions", "uauc"))
     return {
         "auc": row.get("auc"),
         "interval": row.get("auc_interval"),
+        "user_aucs": (by_rows.get("value"), by_users.get("value")) if by_rows else None,
         "log_loss": row.get("log_loss"),
         "gain": row.get("baseline_difference"),
         "depth": None,
