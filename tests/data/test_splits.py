@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from project.data.logs import MovieLens100K, MovieLensLatestSmall, RawLogs
+from project.data.logs import MovieLens1M, MovieLens100K, MovieLensLatestSmall, RawLogs
 from project.data.protocol import (
     FOLDS,
     SPLITS,
@@ -267,3 +267,14 @@ def test_real_counts_of_latest_small() -> None:
     protocol = Protocol(minimum_history=5, label="rating > 3.5")
     manifest = apply_protocol(build_interactions(MovieLensLatestSmall().read(), protocol), protocol).manifest
     assert manifest["counts"] == {"train": 77_036, "valid": 9_629, "test": 9_630}
+
+
+@pytest.mark.real
+def test_real_counts_of_movielens_1m() -> None:
+    """Targets + context: 771,790 + 31,864 = 803,654 of train, 96,474 + 3,538 = 100,012 of valid, 96,474 + 69 = 96,543
+    of test; together 1,000,209.
+    """
+    protocol = Protocol(minimum_history=5, label="rating > 3")
+    manifest = apply_protocol(build_interactions(MovieLens1M().read(), protocol), protocol).manifest
+    assert manifest["counts"] == {"train": 771_790, "valid": 96_474, "test": 96_474}
+    assert manifest["context"] == {"train": 31_864, "valid": 3_538, "test": 69}
