@@ -5,8 +5,11 @@ Splits and block cuts are held fixed; retrieved features have canaries of their 
 
 from __future__ import annotations
 
+import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -18,7 +21,8 @@ from project.data.logs import RawLogs, TableLogs
 from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import SPLITS, Protocol, SplitInteractions, apply_protocol, build_interactions
 from project.data.stream import build_streams
-from project.retrieval import ItemKNN, LightGCN, Retriever
+from project.retrieval import ItemKNN, LightGCN, MatrixFactorisation, Retriever
+from project.retrieval.features import retrieved_tables
 from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
 
 KINDS = ("global_time", "user_time", "random", "leave_last", "given")
@@ -160,3 +164,67 @@ def test_no_answer_of_the_present_the_future_or_a_later_split(kind: str, tiny_lo
                 checked += 1
         expected = rows.filter((pl.col("split") == name) & (pl.col("role") == "target"))
         assert checked == len(expected)
+
+
+HIDE = Protocol(split="given", label="rating > 3", minimum_history=1, hide_items=0.2)
+
+
+def is_hidden(item_id: str) -> bool:
+    digest = hashlib.sha256(f"hidden items:0:{item_id}".encode()).hexdigest()
+    return int(digest[:16], 16) / 16**16 < HIDE.hide_items
+
+
+def with_split_names(kind: str, logs: Path) -> RawLogs:
+    """The log with the split of every row as `kind` cuts it, so that a changed log is cut as the original."""
+    raw = TableLogs(str(logs / "interactions.csv"), str(logs / "items.csv")).read()
+    split = split_of(kind, logs)
+    rows = split.rows.join(split.interactions.users, on="user").join(split.interactions.items, on="item")
+    names = rows.select("user_id", "item_id", "timestamp", pl.col("split").cast(pl.String))
+    named = raw.interactions.drop("split").join(names, on=["user_id", "item_id", "timestamp"], validate="1:1")
+    return replace(raw, interactions=named.select(raw.interactions.columns))
+
+
+def everything(
+    raw: RawLogs, rows: list[pl.DataFrame], cache: Path
+) -> tuple[SplitInteractions, dict[str, Any]]:
+    """The split log of `rows`, and all that is made of it: tables and snapshots as files, train prompts, targets."""
+    split = apply_protocol(build_interactions(replace(raw, interactions=pl.concat(rows)), HIDE), HIDE)
+    retriever = LightGCN(dim=4, epochs=1, neighbours=3, item_neighbours=3, similar_every=2)
+    tables = retrieved_tables(split, retriever, 3, cache, MatrixFactorisation(dim=2))
+    prompt = Prompt(instruction="I\n", segment=SEGMENT, similar="[{titles}]")
+    encoder = PromptEncoder(Letters(), prompt, split.interactions.items)
+    streams = build_streams(split.rows, tables["train"], "train", encoder)
+    made: dict[str, Any] = {str(p.relative_to(cache)): p.read_bytes() for p in cache.rglob("*.*")}
+    made |= {"rows": split.rows.rows(), "users": split.interactions.users.rows(), "hash": split.hash}
+    made |= {"prompts": streams.tokens.values.tobytes(), "targets": streams.target.tobytes()}
+    made |= {"manifest": {k: v for k, v in split.manifest.items() if k != "hidden_rows"}}
+    return split, made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_rows_of_hidden_items_change_nothing(kind: str, tiny_logs: Path, tmp_path: Path) -> None:
+    """Other answers or times, more rows or none: rows, tables, snapshots and prompts stay, byte for byte."""
+    raw = with_split_names(kind, tiny_logs)
+    absent = (pl.col("split") == "train") & pl.col("item_id").map_elements(is_hidden, pl.Boolean)
+    kept, gone = raw.interactions.filter(~absent), raw.interactions.filter(absent)
+    flipped = pl.when(pl.col("rating") > 3).then(1.0).otherwise(5.0)
+    moved = gone["timestamp"].min() + gone["timestamp"].max() - pl.col("timestamp") + 0.5
+    # a user whose id comes first, so that every other user would get another code
+    more = gone.unique(["item_id", "timestamp"], maintain_order=True).with_columns(user_id=pl.lit("a"))
+    split, original = everything(raw, [kept, gone], tmp_path / "original")
+    assert split.manifest["hidden_rows"] == gone.height > 0
+    assert len([name for name in original if name.endswith("snapshots.npz")]) >= 1
+    changed = gone.with_columns(rating=flipped, timestamp=moved)
+    for place, rows in (("changed", [kept, changed]), ("more", [kept, gone, more]), ("none", [kept])):
+        found = everything(raw, rows, tmp_path / place)[1]
+        assert {name for name in original if found.get(name) != original[name]} == set(), place
+    # the test can fail: rows of other items are read
+    other = pl.when(absent.not_() & (pl.col("split") == "train")).then(flipped).otherwise("rating")
+    read = everything(raw, [raw.interactions.with_columns(rating=other)], tmp_path / "read")[1]
+    assert read["prompts"] != original["prompts"]
+    # a protocol of the kind itself leaves the same rows
+    if kind != "given":
+        same = read_split(tiny_logs, replace(HIDE, split=kind)).rows  # type: ignore[arg-type]
+        assert same.drop("given_split").equals(split.rows.drop("given_split"))
+    # hidden items are scored in valid and test, and nobody has seen them in train
+    assert split.rows.filter("hidden")["split"].unique().sort().to_list() == ["valid", "test"]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ SPLITS = ("train", "valid", "test")
 FOLDS = ("select", "tune", "certify")
 ROLES = ("target", "context")
 FOLD_SALT = "folds"  # of the hash that assigns validation users to folds
+HIDE_SALT = "hidden items"  # of the hash that hides items
 
 _OPERATORS = {">": "gt", ">=": "ge", "<": "lt", "<=": "le", "==": "eq"}
 _RULE = re.compile(r"\s*rating\s*(>=|<=|==|>|<)\s*([-+]?\d*\.?\d+)\s*")
@@ -37,8 +38,11 @@ class Protocol:
         label: Rule for a positive answer, such as "rating > 3". Null: the log's own 0/1 column label.
         drop_ratings: Rows with these ratings are removed before anything else.
         duplicates: What to do with rows that repeat a user, item and timestamp: error, or keep the first or last.
-        seed: Seed of the random split.
+        seed: Seed of the random split and of the hidden items.
         fold_shares: Shares of the users in the folds select, tune and certify.
+        hide_items: Share of the items whose train rows are removed, so that they are new in validation and test: the
+            experiment on cold items for a log where all are known. An item that is hidden at one share is hidden at
+            every larger one.
     """
 
     split: Literal["global_time", "user_time", "random", "leave_last", "given"] = "global_time"
@@ -49,6 +53,7 @@ class Protocol:
     duplicates: Literal["error", "first", "last"] = "error"
     seed: int = 0
     fold_shares: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.4])
+    hide_items: float = 0.0
 
     @property
     def name(self) -> str:
@@ -60,6 +65,8 @@ class Protocol:
             parts.append(f"seed{self.seed}")
         if self.minimum_history:
             parts.append(f"h{self.minimum_history}")
+        if self.hide_items:
+            parts.append(f"cold{100 * self.hide_items:g}")
         return "-".join(parts)
 
     def check(self) -> None:
@@ -76,6 +83,10 @@ class Protocol:
         for key in ("minimum_history", "seed"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"data.protocol.{key} is {getattr(self, key)}; it must be 0 or more.")
+        if not 0 <= self.hide_items < 1:  # also of NaN
+            raise ConfigError(
+                f"data.protocol.hide_items is {self.hide_items}; expected a share of the items, at least 0 and below 1."
+            )
         label_expression(self.label)
 
 
@@ -108,6 +119,7 @@ class Interactions:
     files: dict[str, str]  # file name -> SHA-256 of what was read
     duplicates: int = 0  # rows removed because they repeat the (user, item, timestamp) of another row
     dropped: int = 0  # rows removed by the protocol's drop_ratings
+    hidden_rows: int = 0  # rows removed by its hide_items; `apply_protocol` does it, since only train rows go
     items_without_title: int = 0  # these have their id as title
 
 
@@ -182,7 +194,8 @@ class SplitInteractions:
     """Interactions with a split, a fold and a role for every row.
 
     `rows` are `interactions.rows` (same order) and `hist` Int32 (the user's strictly earlier rows), `split`
-    Enum(SPLITS), `fold` Enum(FOLDS) (null outside valid), `role` Enum(ROLES).
+    Enum(SPLITS), `fold` Enum(FOLDS) (null outside valid), `role` Enum(ROLES), `hidden` Boolean (its item is hidden).
+    Train rows of hidden items are in neither.
     """
 
     interactions: Interactions
@@ -193,23 +206,61 @@ class SplitInteractions:
 
 
 def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInteractions:
-    """Assign splits, folds and roles.
+    """Assign splits, folds and roles; take the train rows of hidden items out of the log.
 
     A row of split S may later read rows of splits up to S (train < valid < test) with a strictly earlier timestamp.
+
+    Rows are cut as without `hide_items`. Then train rows of hidden items leave the log, before anything reads it, and
+    what is counted is counted without them: `row_id`, codes of users (one without another row is gone), `hist`, roles.
+    Rows of hidden items in valid and test stay, so a test row may read earlier ones of valid and test.
     """
     protocol.check()
-    hist = pl.col("timestamp").rank("min").over("user").cast(pl.Int32) - 1
-    is_target = (hist >= protocol.minimum_history) & (pl.col("given_split").fill_null("") != "history")
-    role = pl.when(is_target).then(pl.lit("target")).otherwise(pl.lit("context")).cast(pl.Enum(ROLES))
-    rows = interactions.rows.with_columns(hist=hist, role=role)
-    rows = rows.with_columns(split=_splits(rows, protocol))
+    hidden = _hidden(interactions.items["item_id"], protocol)
+    rows = _with_roles(interactions.rows, protocol)
+    split = _splits(rows, protocol)
+    if protocol.hide_items:
+        kept = (split != "train") | ~hidden.gather(rows["item"])
+        interactions, split = _with_only(interactions, kept), split.filter(kept)
+        rows = _with_roles(interactions.rows, protocol)
+    rows = rows.with_columns(split=split, hidden=hidden.gather(rows["item"]))
     folds = _folds(interactions.users["user_id"], protocol).gather(rows["user"])
     rows = rows.with_columns(fold=pl.when(pl.col("split") == "valid").then(folds))
-    rows = rows.select(*interactions.rows.columns, "hist", "split", "fold", "role")
+    rows = rows.select(*interactions.rows.columns, "hist", "split", "fold", "role", "hidden")
     _check_targets(rows, protocol)
     digest = _digest(rows, interactions, protocol)
     manifest = _manifest(rows, interactions, protocol, digest)
     return SplitInteractions(interactions, rows, protocol, manifest, digest)
+
+
+def _with_roles(rows: pl.DataFrame, protocol: Protocol) -> pl.DataFrame:
+    hist = pl.col("timestamp").rank("min").over("user").cast(pl.Int32) - 1
+    is_target = (hist >= protocol.minimum_history) & (pl.col("given_split").fill_null("") != "history")
+    role = pl.when(is_target).then(pl.lit("target")).otherwise(pl.lit("context")).cast(pl.Enum(ROLES))
+    return rows.with_columns(hist=hist, role=role)
+
+
+def _hidden(item_ids: pl.Series, protocol: Protocol) -> pl.Series:
+    """Whether each item is hidden, by a seeded hash: the same on every machine, and in another log."""
+    salt = f"{HIDE_SALT}:{protocol.seed}"
+    return pl.Series(
+        [_uniform(salt, item_id) < protocol.hide_items for item_id in item_ids], dtype=pl.Boolean
+    )
+
+
+def _with_only(interactions: Interactions, kept: pl.Series) -> Interactions:
+    """The log with some of its rows (a Boolean each) and their users, coded anew in the same order."""
+    rows = interactions.rows.filter(kept)
+    users = interactions.users.filter(pl.col("user").is_in(rows["user"].unique().implode()))
+    codes = pl.Series(range(users.height), dtype=pl.Int32)
+    return replace(
+        interactions,
+        rows=rows.with_columns(
+            pl.int_range(pl.len(), dtype=pl.Int64).alias("row_id"),
+            pl.col("user").replace_strict(users["user"], codes, return_dtype=pl.Int32),
+        ),
+        users=users.with_columns(user=codes),
+        hidden_rows=interactions.rows.height - rows.height,
+    )
 
 
 def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
@@ -259,10 +310,15 @@ def _folds(user_ids: pl.Series, protocol: Protocol) -> pl.Series:
     """Fold of each user, by a salted hash: the same on every machine, and in another log."""
     bounds, folds = np.cumsum(protocol.fold_shares)[:-1], []
     for user_id in user_ids:
-        digest = hashlib.sha256(f"{FOLD_SALT}:{user_id}".encode()).digest()
-        uniform = int.from_bytes(digest[:8], "big") / 2**64
+        uniform = _uniform(FOLD_SALT, user_id)
         folds.append(FOLDS[int(np.searchsorted(bounds, uniform, side="right"))])
     return pl.Series(folds, dtype=pl.Enum(FOLDS))
+
+
+def _uniform(salt: str, name: str) -> float:
+    """A number in [0, 1) that looks random and is a salted hash of the name."""
+    digest = hashlib.sha256(f"{salt}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _check_targets(rows: pl.DataFrame, protocol: Protocol) -> None:
@@ -288,6 +344,8 @@ def _check_targets(rows: pl.DataFrame, protocol: Protocol) -> None:
 
 def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) -> str:
     fields = asdict(protocol) | {"name": protocol.name, "fold_salt": FOLD_SALT}
+    if not protocol.hide_items:
+        del fields["hide_items"]  # so the hash is that of versions which could not hide items
     digest = hashlib.sha256(json.dumps([fields, list(interactions.files.values())], sort_keys=True).encode())
     codes = rows.with_columns(pl.col("split", "fold", "role").to_physical().cast(pl.Int8).fill_null(-1))
     for column in ("row_id", "split", "fold", "role", "label"):
@@ -303,7 +361,7 @@ def _manifest(
 
     `counts` and `positives` are of targets, `context` of other rows; `cold_user_share` and `cold_item_share` are
     shares of targets whose user or item has no train target; `tie_share` is that of rows that share user and timestamp
-    with another.
+    with another; `hidden_items` are of the catalogue, `hidden_rows` are their train rows, which are removed.
     """
     targets = rows.filter(pl.col("role") == "target")
     context = rows.filter(pl.col("role") == "context")
@@ -337,5 +395,7 @@ def _manifest(
         "tie_share": float(rows.select(pl.struct("user", "timestamp").is_duplicated().mean()).item()),
         "duplicates": interactions.duplicates,
         "dropped": interactions.dropped,
+        "hidden_items": int(_hidden(interactions.items["item_id"], protocol).sum()),
+        "hidden_rows": interactions.hidden_rows,
         "items_without_title": interactions.items_without_title,
     }

@@ -181,7 +181,8 @@ def slice_masks(
     """Slice name (warm_users, cold_users, history_0_4, ..., item_21_plus) -> Boolean (n,) of the targets it holds.
 
     A user is warm who has a target in train, as in the manifest's cold_user_share; history is the protocol's `hist`,
-    and an item's count is `item_count` of the retrieved features.
+    and an item's count is `item_count` of the retrieved features. `hidden_items`, targets of items that
+    the protocol hides, is there where it has any.
     """
     part = targets_of(rows, split, fold)
     warm = part["user"].is_in(targets_of(rows, "train")["user"].unique().implode())
@@ -196,6 +197,8 @@ def slice_masks(
             else:
                 name = f"{kind}_{low}" if above == low + 1 else f"{kind}_{low}_{above - 1}"
                 masks[name] = known[kind].is_between(low, above - 1)
+    if part["hidden"].any():
+        masks["hidden_items"] = part["hidden"]
     return masks
 
 

@@ -95,7 +95,7 @@ def render(result: Result, folder: Path | None = None) -> str:
             timed = benchmark.get("rows", [])
     parts = {
         "rows": score_rows(result, split, fold, timed),
-        "slices": [s for s in slice_rows(result, split, fold) if s["name"].startswith("item_")],
+        "slices": [s for s in slice_rows(result, split, fold) if s["name"].startswith(("item_", "hidden_"))],
         "rows_are": rows_in_words(split),
     }
     return tidy(made.scores(result, decide(result), parts))

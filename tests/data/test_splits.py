@@ -213,6 +213,37 @@ def test_hash_is_stable_and_sees_every_change() -> None:
     assert len({hash_of(), *others}) == 1 + len(others)
 
 
+def test_hidden_items_golden() -> None:
+    """40 rows of an item each, cut at 32 and 36. Of 8 hidden items 7 are in train: 40 - 7 rows, 32 - 7 train targets.
+
+    Items are hidden whose sha256("hidden items:seed:id") as a number in [0, 1) is below the share.
+    """
+    log = coded([0] * 20 + [1] * 20, list(range(40)))
+    numbers = [int(hashlib.sha256(f"hidden items:0:{i}".encode()).hexdigest()[:16], 16) for i in range(40)]
+    hidden = [i for i, number in enumerate(numbers) if number / 16**16 < 0.2]
+    assert hidden == [5, 6, 19, 21, 22, 28, 30, 34]
+    split = apply_protocol(log, Protocol(hide_items=0.2))
+    assert splits_of(split) == "T" * 25 + "VVVV" + "EEEE"
+    rows, manifest = split.rows, split.manifest
+    assert (manifest["rows"], manifest["hidden_items"], manifest["hidden_rows"]) == (33, 8, 7)
+    assert manifest["counts"] == {"train": 25, "valid": 4, "test": 4}
+    assert rows["item"].to_list() == [i for i in range(40) if i >= 32 or i not in hidden]
+    assert rows.filter("hidden")["item"].to_list() == [i for i in hidden if i >= 32]
+    # what is counted is counted anew
+    assert rows["row_id"].to_list() == list(range(rows.height))
+    assert rows.filter(user=0)["hist"].to_list() == list(range(rows.filter(user=0).height))
+    assert split.interactions.rows.equals(rows.select(split.interactions.rows.columns))
+
+
+def test_hide_items_is_in_the_hash_where_it_is_not_0() -> None:
+    log = coded([0] * 40, list(range(40)))
+    hashes = [apply_protocol(log, Protocol(hide_items=share)).hash for share in (0.0, 0.2, 0.21)]
+    assert hashes[0] == apply_protocol(log, Protocol()).hash
+    assert len({*hashes, apply_protocol(log, Protocol(hide_items=0.2, seed=1)).hash}) == 4
+    manifest = apply_protocol(log, Protocol()).manifest
+    assert (manifest["hidden_items"], manifest["hidden_rows"]) == (0, 0)
+
+
 @settings(derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), min_size=1, max_size=60), st.integers(0, 3))
 def test_global_time_is_monotone_in_time(log: list[tuple[int, int]], minimum: int) -> None:

@@ -115,6 +115,7 @@ ROWS = pl.DataFrame(
         "fold": pl.Series([None] * 10, dtype=pl.String),
         "role": ["target", "context"] + ["target"] * 8,
         "hist": [3, 3, *HIST],
+        "hidden": [False] * 10,
     }
 )
 # another order than the rows
@@ -139,6 +140,13 @@ def test_masks_golden():
         "item_6_20": [6, 20],
         "item_21_plus": [21, 90],
     }
+
+
+def test_hidden_items_are_a_slice_where_there_are_any() -> None:
+    rows = ROWS.with_columns(hidden=pl.col("row_id").is_in([3, 5]))
+    masks = slice_masks(rows, RETRIEVED, "test")
+    assert list(masks)[-1] == "hidden_items"
+    assert masks["hidden_items"].arg_true().to_list() == [1, 3]  # test starts with row 2
 
 
 def test_plan_has_its_depth_in_each_slice():
