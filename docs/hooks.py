@@ -1,4 +1,4 @@
-"""MkDocs hooks: README becomes the first page, results/README the page of measurements, every module a reference page.
+"""MkDocs hooks: README becomes the first page, results/README the page of measurements, every module with public classes a reference page.
 
 The pages exist only while the site is built. Angle brackets in docstrings (`logit_<layer>`) are text, not HTML.
 """
@@ -26,13 +26,15 @@ class AngleBracketsAreText(Extension):
 
 
 def modules() -> list[str]:
-    """Dotted names of all modules; an empty `__init__` is none."""
+    """Dotted names of modules with public classes, and of packages that name some."""
     found = []
     for path in sorted((ROOT / "project").rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         if parts[-1] == "__init__":
             parts = parts[:-1]
-        if path.read_text(encoding="utf-8").strip():
+        if re.search(
+            r"^(class [A-Z]|__all__|from project\..* import .*[A-Z])", path.read_text(encoding="utf-8"), re.M
+        ):
             found.append(".".join(parts))
     return found
 

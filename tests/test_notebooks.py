@@ -75,7 +75,7 @@ def test_logs_to_prompt(tmp_path: Path, tiny_model: Path) -> None:
     outputs = execute("01_logs_to_prompt.ipynb", tmp_path, EXITREC_MODEL=tiny_model)
     text = printed(outputs).rstrip()
     assert "global_time-80-10-10-h5" in text
-    assert re.search(r"\[.*factorisation [+-]\d\.\d\d.*\]$", text)
+    assert re.search(r"\[.*mf [+-]\d\.\d\d.*\]$", text)
     answered = [line for line in text.splitlines() if line.endswith(("] no", "] yes"))]
     assert answered  # what the candidate sees of the past
 

@@ -1,0 +1,1 @@
+"""Speed as ratios: all contenders in turns, in one run."""

@@ -1,0 +1,1 @@
+"""From a log to batches: readers, protocol, prompt, streams, batches, requests."""

@@ -1,0 +1,1 @@
+"""From a table of scores to numbers with intervals, beside the baselines."""

@@ -1,0 +1,1 @@
+"""Backbone, exit heads, optimiser and the LightningModule."""

@@ -1,0 +1,1 @@
+"""Result files in, text, tables and pictures out."""
