@@ -1,4 +1,4 @@
-"""MkDocs hooks: README becomes the first page, results/README the page of measurements, every module with public classes a reference page.
+"""MkDocs hooks: README is the first page, results/README the measurements; public classes get reference pages.
 
 The pages exist only while the site is built. Angle brackets in docstrings (`logit_<layer>`) are text, not HTML.
 """
