@@ -121,6 +121,13 @@ class RecBoleLogs(TableLogs):
         super().__init__(f"{path}.inter", f"{path}.item", columns, item_columns)
 
 
+def _movielens(key: str, genres: str) -> RawLogs:
+    names = {"title": "movie_title", "year": "release_year", "genres": genres}
+    raw = RecBoleLogs(str(fetch(key)), key, item_columns=names).read()
+    del raw.files[MAPPING]  # it is always the same: the hash is that of the files alone
+    return raw
+
+
 class MovieLens100K(Logs):
     """MovieLens 100K (943 users, 1,682 films, 100,000 ratings), fetched on first use.
 
@@ -129,10 +136,7 @@ class MovieLens100K(Logs):
 
     def read(self) -> RawLogs:
         """Fetch the files where they are not yet here, and read them; see `Logs.read`."""
-        names = {"title": "movie_title", "year": "release_year", "genres": "class"}
-        raw = RecBoleLogs(str(fetch("ml-100k")), "ml-100k", item_columns=names).read()
-        del raw.files[MAPPING]  # it is always the same: the hash is that of the files alone
-        return raw
+        return _movielens("ml-100k", genres="class")
 
 
 class MovieLens1M(Logs):
@@ -144,10 +148,7 @@ class MovieLens1M(Logs):
 
     def read(self) -> RawLogs:
         """Fetch the files where they are not yet here, and read them; see `Logs.read`."""
-        names = {"title": "movie_title", "year": "release_year", "genres": "genre"}
-        raw = RecBoleLogs(str(fetch("ml-1m")), "ml-1m", item_columns=names).read()
-        del raw.files[MAPPING]  # it is always the same: the hash is that of the files alone
-        return raw
+        return _movielens("ml-1m", genres="genre")
 
 
 class MovieLensLatestSmall(Logs):
