@@ -89,4 +89,4 @@ def settings() -> set[str]:
 
 
 def test_settings_are_few() -> None:
-    assert len(settings()) <= 83, sorted(settings())
+    assert len(settings()) <= 84, sorted(settings())

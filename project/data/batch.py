@@ -143,7 +143,10 @@ class TrainSampler(Sampler[Windows]):
     ) -> None:
         self._streams, self._context_tokens, self._seed = streams, context_tokens, seed
         self._rank, self._world_size = rank, world_size
-        tokens = int(np.minimum(streams.tokens.lengths[:-1], context_tokens).sum())
+        # streams without a target are not read
+        targets = np.add.reduceat(streams.target, streams.offsets[:-1]) if len(streams) else np.zeros(0)
+        read = np.repeat(targets > 0, np.diff(streams.offsets))
+        tokens = int(np.minimum(streams.tokens.lengths[:-1], context_tokens)[read].sum())
         self._steps = max(1, round(tokens / batch_tokens / world_size))
         self.epoch = 0
         self.start = 0

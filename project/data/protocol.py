@@ -19,6 +19,7 @@ FOLDS = ("select", "tune", "certify")
 ROLES = ("target", "context")
 FOLD_SALT = "folds"  # of the hash that assigns validation users to folds
 HIDE_SALT = "hidden items"  # of the hash that hides items
+TRAIN_SALT = "train users"  # of the hash that chooses users whose train rows are targets
 
 _OPERATORS = {">": "gt", ">=": "ge", "<": "lt", "<=": "le", "==": "eq"}
 _RULE = re.compile(r"\s*rating\s*(>=|<=|==|>|<)\s*([-+]?\d*\.?\d+)\s*")
@@ -38,11 +39,13 @@ class Protocol:
         label: Rule for a positive answer, such as "rating > 3". Null: the log's own 0/1 column label.
         drop_ratings: Rows with these ratings are removed before anything else.
         duplicates: What to do with rows that repeat a user, item and timestamp: error, or keep the first or last.
-        seed: Seed of the random split and of the hidden items.
+        seed: Seed of the random split, of the hidden items and of train's users.
         fold_shares: Shares of the users in the folds select, tune and certify.
         hide_items: Share of the items whose train rows are removed, so that they are new in validation and test: the
             experiment on cold items for a log where all are known. An item that is hidden at one share is hidden at
             every larger one.
+        train_users: Share of the users whose train rows are targets, for learning curves: the other users' train rows
+            are context, which histories, counts and graph hold as before. A user of one share is in every larger one.
     """
 
     split: Literal["global_time", "user_time", "random", "leave_last", "given"] = "global_time"
@@ -54,6 +57,7 @@ class Protocol:
     seed: int = 0
     fold_shares: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.4])
     hide_items: float = 0.0
+    train_users: float = 1.0
 
     @property
     def name(self) -> str:
@@ -67,6 +71,8 @@ class Protocol:
             parts.append(f"h{self.minimum_history}")
         if self.hide_items:
             parts.append(f"cold{100 * self.hide_items:g}")
+        if self.train_users < 1:
+            parts.append(f"users{100 * self.train_users:g}")
         return "-".join(parts)
 
     def check(self) -> None:
@@ -86,6 +92,10 @@ class Protocol:
         if not 0 <= self.hide_items < 1:  # also of NaN
             raise ConfigError(
                 f"data.protocol.hide_items is {self.hide_items}; expected a share of the items, at least 0 and below 1."
+            )
+        if not 0 < self.train_users <= 1:
+            raise ConfigError(
+                f"data.protocol.train_users is {self.train_users}; expected a share above 0 and at most 1."
             )
         label_expression(self.label)
 
@@ -223,6 +233,16 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
         interactions, split = _with_only(interactions, kept), split.filter(kept)
         rows = _with_roles(interactions.rows, protocol)
     rows = rows.with_columns(split=split, hidden=hidden.gather(rows["item"]))
+    if protocol.train_users < 1:
+        salt = f"{TRAIN_SALT}:{protocol.seed}"
+        ids = interactions.users["user_id"]
+        taken = pl.Series(
+            [_uniform(salt, user_id) < protocol.train_users for user_id in ids], dtype=pl.Boolean
+        )
+        other = (pl.col("split") == "train") & ~taken.gather(rows["user"])
+        rows = rows.with_columns(
+            role=pl.when(other).then(pl.lit("context", pl.Enum(ROLES))).otherwise("role")
+        )
     folds = _folds(interactions.users["user_id"], protocol).gather(rows["user"])
     rows = rows.with_columns(fold=pl.when(pl.col("split") == "valid").then(folds))
     rows = rows.select(*interactions.rows.columns, "hist", "split", "fold", "role", "hidden")
@@ -344,8 +364,10 @@ def _check_targets(rows: pl.DataFrame, protocol: Protocol) -> None:
 
 def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) -> str:
     fields = asdict(protocol) | {"name": protocol.name, "fold_salt": FOLD_SALT}
-    if not protocol.hide_items:
-        del fields["hide_items"]  # so the hash is that of versions which could not hide items
+    # at their defaults the hash is that of versions which did not have them
+    for name, default in (("hide_items", 0.0), ("train_users", 1.0)):
+        if fields[name] == default:
+            del fields[name]
     digest = hashlib.sha256(json.dumps([fields, list(interactions.files.values())], sort_keys=True).encode())
     codes = rows.with_columns(pl.col("split", "fold", "role").to_physical().cast(pl.Int8).fill_null(-1))
     for column in ("row_id", "split", "fold", "role", "label"):

@@ -48,6 +48,7 @@ FOLD_SHARES = ([0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0])
         ("minimum_history", -1),
         ("seed", -1),
         *(("hide_items", share) for share in (-0.1, 1.0, 1.5, float("nan"))),
+        *(("train_users", share) for share in (-0.1, 0.0, 1.5, float("nan"))),
     ],
 )
 def test_what_cannot_work_names_its_key(key: str, value: Any) -> None:
@@ -65,6 +66,7 @@ def test_shares_and_names() -> None:
         (Protocol(split="leave_last", minimum_history=1), "leave_last-h1"),
         (Protocol(split="given"), "given"),
         (Protocol(minimum_history=5, hide_items=0.2), "global_time-80-10-10-h5-cold20"),
+        (Protocol(train_users=0.05), "global_time-80-10-10-users5"),
     ):
         assert protocol.name == name
 

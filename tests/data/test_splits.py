@@ -244,6 +244,32 @@ def test_hide_items_is_in_the_hash_where_it_is_not_0() -> None:
     assert (manifest["hidden_items"], manifest["hidden_rows"]) == (0, 0)
 
 
+def test_train_users_takes_targets_of_train_alone() -> None:
+    """200 users of 10 rows: a smaller share's train targets are among a larger one's; all else is as with all users.
+
+    The number of users is binomial: at .25 within 4 standard deviations, 4 sqrt(200 * .25 * .75) = 24.5, of 50.
+    """
+    log = coded([row % 200 for row in range(2000)], list(range(2000)))
+    whole = apply_protocol(log, Protocol(minimum_history=2))
+    assert apply_protocol(log, Protocol(minimum_history=2, train_users=1.0)).hash == whole.hash
+    targets = set(whole.rows.filter(split="train", role="target")["row_id"])
+    for share in (0.25, 0.05):
+        part = apply_protocol(log, Protocol(minimum_history=2, train_users=share))
+        assert part.hash != whole.hash
+        assert part.rows.drop("role").equals(whole.rows.drop("role"))
+        later = pl.col("split") != "train"
+        assert part.rows.filter(later).equals(whole.rows.filter(later))
+        taken = part.rows.filter(split="train", role="target")
+        assert set(taken["row_id"]) < targets
+        targets = set(taken["row_id"])
+        users = taken["user"].n_unique()
+        assert abs(users - 200 * share) < 4 * (200 * share * (1 - share)) ** 0.5
+        theirs = whole.rows.filter(
+            pl.col("user").is_in(taken["user"].implode()), split="train", role="target"
+        )
+        assert taken["row_id"].equals(theirs["row_id"])  # all rows of a user, or none
+
+
 @settings(derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), min_size=1, max_size=60), st.integers(0, 3))
 def test_global_time_is_monotone_in_time(log: list[tuple[int, int]], minimum: int) -> None:
