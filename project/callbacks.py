@@ -36,8 +36,9 @@ from project.evaluation.result import (
     with_and_without_exit_0,
 )
 from project.exits.budget import calibrate
-from project.exits.plan import ExitSettings, Floats, Plans
+from project.exits.plan import ExitSettings, Plans
 from project.features import feature_matrix
+from project.metrics import Floats
 from project.model.heads import heads_digest
 from project.report.report import write_report
 from project.report.tables import render, render_seconds, shown
@@ -390,7 +391,7 @@ class ResultFiles(pl.Callback):
         # 2. The plan on the same rows.
         planned = _planned(trainer, module, scores, content)
         if planned is not None:
-            content |= _adaptive(trainer, planned, scores, content, baselines)
+            content |= _adaptive(trainer, planned, content, baselines)
         # 3. Slices by how much was known of item and user.
         with data.clock.stage("slices"):
             content["slices"] = _slices(scores, data, baselines, content["exits"], planned)
@@ -443,17 +444,11 @@ def _planned(
 
 
 def _adaptive(
-    trainer: pl.Trainer,
-    planned: PlannedRows,
-    scores: polars.DataFrame,
-    content: dict[str, Any],
-    baselines: list[Baseline],
+    trainer: pl.Trainer, planned: PlannedRows, content: dict[str, Any], baselines: list[Baseline]
 ) -> dict[str, Any]:
     """What the exit plan does to the reported rows; completes the rows of `exits`."""
     calibration, data, exits = exit_calibration_of(trainer), data_of(trainer), content["exits"]
     assert calibration.found is not None
-    split, fold = exits[0]["split"], exits[0].get("fold")
-    part = part_of(scores, split, fold)
     shares = planned.exits()
     for row in exits:
         row |= shares.get(row["layer"], {})
@@ -463,13 +458,14 @@ def _adaptive(
     found: dict[str, Any] = {}
     best = next((f for f in baselines if f.name == content["best_baseline"]), None)
     if best is not None:
-        against = AgainstBaseline(best, part["row_id"].to_numpy(), data.split.rows)
+        against = AgainstBaseline(best, planned.row_id, data.split.rows)
         summary["baseline_difference"] = against.difference(planned.logit)
         if content["chosen_exit"] is not None:
             plans = [planned, planned.under(calibration.found.without)]
             found["chosen_exit_by_exit_0"] = _by_exit_0(content["chosen_exit"], plans, against)
+    where = {key: exits[0][key] for key in ("split", "fold") if key in exits[0]}
     return {
-        "adaptive": {"split": split, **({"fold": fold} if fold else {}), **summary},
+        "adaptive": where | summary,
         "certificate": calibration.issued,
         **found,
     }

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from project.data.ragged import IntArray, Ragged, join
 from project.errors import ConfigError
-from project.features import FEATURES, Floats, feature_matrix
+from project.features import FEATURES, feature_matrix
+from project.metrics import Floats
 
 
 @dataclass

@@ -288,7 +288,7 @@ class PlannedRows:
         outputs = plan.outputs(scores, features)
         layer, logit = plan.emitted(outputs)
         self.plan = plan
-        self.labels, self.users = scores["label"].to_numpy(), scores["user"].to_numpy()
+        self.row_id, self.labels, self.users = (scores[x].to_numpy() for x in ("row_id", "label", "user"))
         self.calibrated: Floats = outputs.logits.double().numpy()
         self.layer: NDArray[np.int64] = layer.numpy()
         self.logit: Floats = logit.double().numpy()
