@@ -284,7 +284,7 @@ def _check_shown(prompt: Prompt, retriever: Retriever, mf: MatrixFactorisation |
         if (field := field_showing(prompt, column)) is not None:
             raise ConfigError(
                 f"data.prompt.segment {prompt.segment!r} shows {field}, but {problem}; or leave the field out. "
-                "Retrieved features go by these names: a column of your items needs another one (item_columns)."
+                "A column of your items needs another name than a retrieved feature's (TableLogs: item_columns)."
             )
 
 
