@@ -196,6 +196,7 @@ class ExitCalibration(ExitSettings, pl.Callback):
         """Start without a plan."""
         super().__post_init__()
         self.found: Plans | None = None
+        self.refused: str | None = None  # why there is no plan
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Calibrate while training, where a checkpoint is going to be saved; validate only reports."""
@@ -205,7 +206,8 @@ class ExitCalibration(ExitSettings, pl.Callback):
         try:
             self.calibrate(trainer, module, data_of(trainer), _scores(module), current_run(trainer))
         except ProjectError as error:
-            self.found = None  # the plan of an earlier validation does not belong to this checkpoint
+            # the plan of an earlier validation does not belong to this checkpoint
+            self.found, self.refused = None, str(error)
             rank_zero_warn(f"exits are not calibrated: {error}", category=UserWarning)
 
     def calibrate(
@@ -397,7 +399,7 @@ class ResultFiles(pl.Callback):
             content["slices"] = _slices(scores, data, baselines, content["exits"], planned)
         # 4. The result file, W&B, the terminal, the report.
         result = result_head(command, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
-        result["warnings"] = data.warnings
+        result |= {"warnings": data.warnings, "not_calibrated": exit_calibration_of(trainer).refused}
         result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
         name = f"{command}-{self.tag}" if self.tag else command
         path = write_json(folder / "results" / f"{name}.json", result)

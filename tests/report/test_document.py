@@ -144,6 +144,11 @@ class TestMissing:
         assert "Make it: `python -m project" in text
         assert "## Reproduce" in text
 
+    def test_what_cannot_be_calibrated_is_proposed_no_command_that_fails(self, run):
+        text = run(["calibrate", "benchmark"], edit=lambda files: files["fit"].update(not_calibrated="no users"))
+        assert "* Not calibrated, so no row leaves early: no users" in text
+        assert not re.findall(r"project (calibrate|benchmark)", text)
+
     def test_validation_without_test(self, run, example):
         """Without test the tune fold of validation is shown, who leaves where included, never another fold."""
 
