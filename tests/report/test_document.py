@@ -61,8 +61,9 @@ class TestWhole:
         test = example[0]["test"]
         adaptive, last = test["adaptive"], test["exits"][-1]
         assert lines[1].startswith("**D")
-        assert lines[2] == "* Warning: no neighbours"
-        assert f"runs {number(adaptive['mean_depth'], 2)} of 6 layers" in lines[1]
+        assert lines[2].startswith("- On test the AUC of ")
+        assert f"runs {number(adaptive['mean_depth'], 2)} of 6 layers" in lines[3]
+        assert "* Warning: no neighbours" in lines
         assert f"| {100 * last['exit_share']:.1f} % | {number(last['auc_leaving'])} |" in text
         assert f"| exit 6 | {number(last['auc'])} | {number(last['log_loss'])} |" in text
         assert "| .7123 | .7123 | 2.50 |" in text
