@@ -146,7 +146,9 @@ class TestMissing:
         assert "## Reproduce" in text
 
     def test_what_cannot_be_calibrated_is_proposed_no_command_that_fails(self, run):
-        text = run(["calibrate", "benchmark"], edit=lambda files: files["fit"].update(not_calibrated="no users"))
+        text = run(
+            ["calibrate", "benchmark"], edit=lambda files: files["fit"].update(not_calibrated="no users")
+        )
         assert "* Not calibrated, so no row leaves early: no users" in text
         assert not re.findall(r"project (calibrate|benchmark)", text)
 

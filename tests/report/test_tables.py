@@ -10,7 +10,17 @@ from example_result import ABOVE, AROUND, BELOW, result
 from markupsafe import Markup
 
 from project.errors import ConfigError, DataError
-from project.report.format import code, difference, environment, escape, interval, number, percent, ratio, times
+from project.report.format import (
+    code,
+    difference,
+    environment,
+    escape,
+    interval,
+    number,
+    percent,
+    ratio,
+    times,
+)
 from project.report.tables import (
     TABLE,
     criteria_rows,
