@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
 import polars
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -22,7 +23,7 @@ from rich.console import Console
 
 from project.data.prompt import item_columns
 from project.errors import ProjectError
-from project.evaluation.baselines import AgainstBaseline, Baseline, fit_baselines
+from project.evaluation.baselines import AgainstBaseline, Baseline, fit_baselines, targets_of
 from project.evaluation.networks import kept_networks
 from project.evaluation.result import (
     PlannedRows,
@@ -30,6 +31,7 @@ from project.evaluation.result import (
     baseline_scores_of,
     comparison,
     exit_scores_of,
+    own_metric,
     part_of,
     plan_scores_of,
     slice_rows,
@@ -38,7 +40,7 @@ from project.evaluation.result import (
 from project.exits.budget import calibrate
 from project.exits.plan import ExitSettings, Plans
 from project.features import feature_matrix
-from project.metrics import Floats
+from project.metrics import Floats, OwnMetric
 from project.model.heads import heads_digest
 from project.report.report import write_report
 from project.report.tables import render, render_seconds, shown
@@ -291,10 +293,14 @@ class ResultFiles(pl.Callback):
 
     Args:
         tag: Added to the names of result files, to keep several of one command apart.
+        metric: A function of your own by its path: it gets labels, probabilities and users, (n,) each, of an exit, a
+            baseline or the plan, and returns a number; null computes none.
     """
 
-    def __init__(self, tag: str | None = None) -> None:
-        self.tag = tag
+    def __init__(self, tag: str | None = None, metric: OwnMetric | None = None) -> None:
+        self.tag, self.metric = tag, metric
+        if metric is not None:  # on made-up rows, so that a mistake is found before training
+            own_metric(metric, [({}, np.zeros(4))], np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]))
         self._scores: polars.DataFrame | None = None  # of the validation that the saved checkpoint comes from
 
     @rank_zero_only
@@ -394,9 +400,9 @@ class ResultFiles(pl.Callback):
         planned = _planned(trainer, module, scores, content)
         if planned is not None:
             content |= _adaptive(trainer, planned, content, baselines)
-        # 3. Slices by how much was known of item and user.
+        # 3. Slices by how much was known of item and user, and a metric of one's own.
         with data.clock.stage("slices"):
-            content["slices"] = _slices(scores, data, baselines, content["exits"], planned)
+            content |= _slices(scores, data, baselines, content["exits"], planned, self.metric)
         # 4. The result file, W&B, the terminal, the report.
         result = result_head(command, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
         result |= {"warnings": data.warnings, "not_calibrated": exit_calibration_of(trainer).refused}
@@ -490,10 +496,14 @@ def _slices(
     baselines: list[Baseline],
     exits: list[dict[str, Any]],
     planned: PlannedRows | None,
-) -> list[dict[str, Any]]:
-    """Slices of the reported rows, for exits, baselines and the plan; with limited batches, of what was scored."""
+    metric: OwnMetric | None,
+) -> dict[str, Any]:
+    """`slices` and `own_metric` of the reported rows, for exits, baselines and the plan.
+
+    With limited batches they are of what was scored.
+    """
     if not exits:
-        return []
+        return {"slices": []}
     part = exits[0]["split"], exits[0].get("fold")
     scored = polars.col("row_id").is_in(scores["row_id"].implode())
     rows = data.split.rows.filter((polars.col("split") != part[0]) | scored)
@@ -503,7 +513,13 @@ def _slices(
     if planned is not None:
         logits, depth = plan_scores_of(part_of(scores, *part), planned.logit, planned.layer, rows, *part)
         scored_by.append(({"plan": True}, logits))
-    return slice_rows(rows, data.retrieved, scored_by, *part, depth=depth)
+    found: dict[str, Any] = {"slices": slice_rows(rows, data.retrieved, scored_by, *part, depth=depth)}
+    if metric is not None:
+        targets = targets_of(rows, *part)
+        found["own_metric"] = own_metric(
+            metric, scored_by, *(targets[x].to_numpy() for x in ("label", "user"))
+        )
+    return found
 
 
 def _log_result(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
