@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
 import polars
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -22,7 +23,7 @@ from rich.console import Console
 
 from project.data.prompt import item_columns
 from project.errors import ProjectError
-from project.evaluation.baselines import AgainstBaseline, Baseline, fit_baselines
+from project.evaluation.baselines import AgainstBaseline, Baseline, fit_baselines, targets_of
 from project.evaluation.networks import kept_networks
 from project.evaluation.result import (
     PlannedRows,
@@ -30,14 +31,16 @@ from project.evaluation.result import (
     baseline_scores_of,
     comparison,
     exit_scores_of,
+    own_metric,
     part_of,
     plan_scores_of,
     slice_rows,
     with_and_without_exit_0,
 )
 from project.exits.budget import calibrate
-from project.exits.plan import ExitSettings, Floats, Plans
+from project.exits.plan import ExitSettings, Plans
 from project.features import feature_matrix
+from project.metrics import Floats, OwnMetric
 from project.model.heads import heads_digest
 from project.report.report import write_report
 from project.report.tables import render, render_seconds, shown
@@ -195,6 +198,7 @@ class ExitCalibration(ExitSettings, pl.Callback):
         """Start without a plan."""
         super().__post_init__()
         self.found: Plans | None = None
+        self.refused: str | None = None  # why there is no plan
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Calibrate while training, where a checkpoint is going to be saved; validate only reports."""
@@ -204,7 +208,8 @@ class ExitCalibration(ExitSettings, pl.Callback):
         try:
             self.calibrate(trainer, module, data_of(trainer), _scores(module), current_run(trainer))
         except ProjectError as error:
-            self.found = None  # the plan of an earlier validation does not belong to this checkpoint
+            # the plan of an earlier validation does not belong to this checkpoint
+            self.found, self.refused = None, str(error)
             rank_zero_warn(f"exits are not calibrated: {error}", category=UserWarning)
 
     def calibrate(
@@ -288,10 +293,14 @@ class ResultFiles(pl.Callback):
 
     Args:
         tag: Added to the names of result files, to keep several of one command apart.
+        metric: A function of your own by its path: it gets labels, probabilities and users, (n,) each, of an exit, a
+            baseline or the plan, and returns a number; null computes none.
     """
 
-    def __init__(self, tag: str | None = None) -> None:
-        self.tag = tag
+    def __init__(self, tag: str | None = None, metric: OwnMetric | None = None) -> None:
+        self.tag, self.metric = tag, metric
+        if metric is not None:  # on made-up rows, so that a mistake is found before training
+            own_metric(metric, [({}, np.zeros(4))], np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]))
         self._scores: polars.DataFrame | None = None  # of the validation that the saved checkpoint comes from
 
     @rank_zero_only
@@ -390,13 +399,13 @@ class ResultFiles(pl.Callback):
         # 2. The plan on the same rows.
         planned = _planned(trainer, module, scores, content)
         if planned is not None:
-            content |= _adaptive(trainer, planned, scores, content, baselines)
-        # 3. Slices by how much was known of item and user.
+            content |= _adaptive(trainer, planned, content, baselines)
+        # 3. Slices by how much was known of item and user, and a metric of one's own.
         with data.clock.stage("slices"):
-            content["slices"] = _slices(scores, data, baselines, content["exits"], planned)
+            content |= _slices(scores, data, baselines, content["exits"], planned, self.metric)
         # 4. The result file, W&B, the terminal, the report.
         result = result_head(command, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
-        result["warnings"] = data.warnings
+        result |= {"warnings": data.warnings, "not_calibrated": exit_calibration_of(trainer).refused}
         result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
         name = f"{command}-{self.tag}" if self.tag else command
         path = write_json(folder / "results" / f"{name}.json", result)
@@ -443,17 +452,11 @@ def _planned(
 
 
 def _adaptive(
-    trainer: pl.Trainer,
-    planned: PlannedRows,
-    scores: polars.DataFrame,
-    content: dict[str, Any],
-    baselines: list[Baseline],
+    trainer: pl.Trainer, planned: PlannedRows, content: dict[str, Any], baselines: list[Baseline]
 ) -> dict[str, Any]:
     """What the exit plan does to the reported rows; completes the rows of `exits`."""
     calibration, data, exits = exit_calibration_of(trainer), data_of(trainer), content["exits"]
     assert calibration.found is not None
-    split, fold = exits[0]["split"], exits[0].get("fold")
-    part = part_of(scores, split, fold)
     shares = planned.exits()
     for row in exits:
         row |= shares.get(row["layer"], {})
@@ -463,13 +466,14 @@ def _adaptive(
     found: dict[str, Any] = {}
     best = next((f for f in baselines if f.name == content["best_baseline"]), None)
     if best is not None:
-        against = AgainstBaseline(best, part["row_id"].to_numpy(), data.split.rows)
+        against = AgainstBaseline(best, planned.row_id, data.split.rows)
         summary["baseline_difference"] = against.difference(planned.logit)
         if content["chosen_exit"] is not None:
             plans = [planned, planned.under(calibration.found.without)]
             found["chosen_exit_by_exit_0"] = _by_exit_0(content["chosen_exit"], plans, against)
+    where = {key: exits[0][key] for key in ("split", "fold") if key in exits[0]}
     return {
-        "adaptive": {"split": split, **({"fold": fold} if fold else {}), **summary},
+        "adaptive": where | summary,
         "certificate": calibration.issued,
         **found,
     }
@@ -492,10 +496,14 @@ def _slices(
     baselines: list[Baseline],
     exits: list[dict[str, Any]],
     planned: PlannedRows | None,
-) -> list[dict[str, Any]]:
-    """Slices of the reported rows, for exits, baselines and the plan; with limited batches, of what was scored."""
+    metric: OwnMetric | None,
+) -> dict[str, Any]:
+    """`slices` and `own_metric` of the reported rows, for exits, baselines and the plan.
+
+    With limited batches they are of what was scored.
+    """
     if not exits:
-        return []
+        return {"slices": []}
     part = exits[0]["split"], exits[0].get("fold")
     scored = polars.col("row_id").is_in(scores["row_id"].implode())
     rows = data.split.rows.filter((polars.col("split") != part[0]) | scored)
@@ -505,7 +513,13 @@ def _slices(
     if planned is not None:
         logits, depth = plan_scores_of(part_of(scores, *part), planned.logit, planned.layer, rows, *part)
         scored_by.append(({"plan": True}, logits))
-    return slice_rows(rows, data.retrieved, scored_by, *part, depth=depth)
+    found: dict[str, Any] = {"slices": slice_rows(rows, data.retrieved, scored_by, *part, depth=depth)}
+    if metric is not None:
+        targets = targets_of(rows, *part)
+        found["own_metric"] = own_metric(
+            metric, scored_by, *(targets[x].to_numpy() for x in ("label", "user"))
+        )
+    return found
 
 
 def _log_result(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:

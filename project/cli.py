@@ -16,7 +16,7 @@ from copy import copy
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # as in project.export
@@ -45,6 +45,7 @@ RUN_LOGGER = f"{RunLogger.__module__}.{RunLogger.__name__}"
 UNKNOWN = re.compile(
     r"(?:[oO]ption|[kK]ey) '([^']+)' is not|accept (?:option|nested key) '([^']+)'|: --([^\s=]+)"
 )
+MISSING = re.compile(r"No module named|module '([\w.]+)' has no attribute '(\w+)'")
 NO_REASON = re.compile(
     r"Parser key|Problem with given class_path|Expected a path but|Does not validate|Subtypes:|Errors:|Given value|"
     r"Subclass types|a class path|a dict |Expected a <class 'NoneType'>$|$"
@@ -158,6 +159,10 @@ class ProjectCLI(LightningCLI):
             command = next((name for name in given if name in self._subcommand_parsers), "fit")
             keys = self._subcommand_parsers[command].get_defaults().keys()
             raise project_error_in(error) or one_line(str(error), keys) from None
+        except (AttributeError, ImportError) as error:  # of model.head, which is a class itself
+            if not MISSING.search(str(error)):
+                raise
+            raise one_line(str(error), []) from None
         seed = self.config[self.config.subcommand].seed_everything
         if not 0 <= seed <= LARGEST_SEED:
             raise ConfigError(f"seed_everything is {seed}; expected 0 to {LARGEST_SEED}.")
@@ -296,8 +301,14 @@ def one_line(message: str, keys: Iterable[str]) -> ConfigError:
         return ConfigError(f"{f'{key}.' if key else ''}{name} is no key of the configuration{near}.")
     lines = [line.strip().lstrip("- ") for line in message.splitlines()]
     reason = "; ".join(line for line in lines if not NO_REASON.match(line)) or " ".join(lines)
-    if found := re.search(r"but (\S+) is abstract", reason):
-        reason += f": it lacks {', '.join(sorted(_imported(found[1]).__abstractmethods__))}"
+    if "is abstract" in reason:
+        path = (re.findall(r"but (\S+) is abstract", reason) or re.findall(r"Given value: (\S+)", message))[0]
+        reason = f"{path} has no method {' and no method '.join(sorted(_imported(path).__abstractmethods__))}"
+    if (found := MISSING.search(reason)) and found[1]:
+        kinds = (
+            n for n, kind in vars(import_module(found[1])).items() if isinstance(kind, type | ModuleType)
+        )
+        reason += _near(found[2], [kind for kind in kinds if not kind.startswith("_")])
     if reason.endswith("Got value: None"):
         reason += ". Is --config FILE missing, such as configs/quickstart.yaml?"
     return ConfigError(f"{key}: {reason}" if key else reason)

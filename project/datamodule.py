@@ -41,6 +41,7 @@ from project.retrieval import (
     retrieved_tables,
     retrieved_warnings,
 )
+from project.retrieval.base import failures_named
 from project.retrieval.lightgcn import VectorRetriever
 from project.retrieval.walk import restore
 
@@ -99,6 +100,7 @@ class InteractionData(pl.LightningDataModule):
                 f"({type(retriever).__name__}) is {retriever.similar_every}: expected a template and a number above 0, "
                 "or null and 0. Only retrievers that compare users, such as LightGCN, can make lists for it."
             )
+        retriever.check()
         _check_shown(prompt, retriever, mf)
         self.logs, self.retriever, self.mf = logs, retriever, mf
         self.protocol, self.wording, self.tokenizer_name = protocol, prompt, tokenizer
@@ -131,7 +133,7 @@ class InteractionData(pl.LightningDataModule):
     def retrieved(self) -> dict[str, polars.DataFrame]:
         """Retrieved features tables by split."""
         split = self.split
-        with self.clock.stage("retrieve"):
+        with self.clock.stage("retrieve"), failures_named(self.retriever):
             if self.bundle is not None:
                 for name in ("retrieved", "mf", "text"):
                     restore(Path(self.bundle) / name, self.cache_dir / name)
@@ -282,7 +284,7 @@ def _check_shown(prompt: Prompt, retriever: Retriever, mf: MatrixFactorisation |
         if (field := field_showing(prompt, column)) is not None:
             raise ConfigError(
                 f"data.prompt.segment {prompt.segment!r} shows {field}, but {problem}; or leave the field out. "
-                "Retrieved features go by these names: a column of your items needs another one (item_columns)."
+                "A column of your items needs another name than a retrieved feature's (TableLogs: item_columns)."
             )
 
 

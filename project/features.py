@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-Floats = NDArray[np.float64]
+from project.metrics import Floats
 
 PRIOR_ROWS = 5.0
 """A rate is mixed with so many rows at the train mean: best of 1, 2, 3, 5, 10, 20 on ML-100K's validation."""

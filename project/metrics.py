@@ -6,6 +6,7 @@ or 1.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from scipy.stats import rankdata
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
+
+OwnMetric = Callable[[Any, Any, Any], float | None]  # of labels, probabilities and users, (n,) each
 
 # emitted probabilities stay this far from 0 and 1: a row's log loss is at most 6.91
 SMALLEST_PROBABILITY = 1e-3

@@ -41,13 +41,19 @@ FILES = {
         "data:\n  retriever:\n    class_path: project.retrieval.ItemKNN\n    init_args: {neighbours: few}\n",
         "data.retriever.neighbours: *'int'*few",
     ),
-    "no class": ("exits:\n  criterion: project.exits.Mine\n", "exits.criterion: *no attribute 'Mine'"),
+    "no class": (
+        "exits:\n  criterion: project.exits.Criterio\n",
+        "exits.criterion: *'Criterio' (did you mean Criterion?)",
+    ),
+    "no module": ("data:\n  logs: project.data.log.TableLogs\n", "data.logs: *'log' (did you mean logs?)"),
+    "no head": ("model:\n  head: project.model.heads.Exithead\n", "'Exithead' (did you mean ExitHead?)"),
     "syntax": ("exits:\n  criterion: broken.Mine\n", "exits.criterion: invalid syntax (broken.py, line 1)"),
     "dependency": ("exits:\n  criterion: needy.Mine\n", "exits.criterion: No module named 'nosuchlib'"),
     "other class": ("exits:\n  criterion: pathlib.Path\n", "exits.criterion: *not*a subclass of Criterion"),
-    "abstract": (
-        "data:\n  retriever: half.Mine\n",
-        "data.retriever: *half.Mine is abstract: it lacks select",
+    "abstract": ("data:\n  retriever: half.Mine\n", "data.retriever: half.Mine has no method select"),
+    "abstract or null": (
+        "exits:\n  criterion: half.Rule\n",
+        "exits.criterion: half.Rule has no method confidence",
     ),
     "seed": ("seed_everything: -1\n", "seed_everything is -1"),
     "rate": ("model:\n  optim: {learning_rate: 1.0e+10}\n", "model.optim.learning_rate is 10000000000.0"),
@@ -66,8 +72,9 @@ def test_a_file(
     Path("over.yaml").write_text(text)
     Path("broken.py").write_text("class Mine(:\n")
     Path("needy.py").write_text("import nosuchlib\n")
-    half = "class Mine(Retriever):\n    def begin(self, *a): pass\n"
-    Path("half.py").write_text("from project.retrieval import Retriever\n" + half)
+    half = "class Mine(Retriever):\n    def begin(self, *a): pass\nclass Rule(Criterion): pass\n"
+    imports = "from project.exits import Criterion\nfrom project.retrieval import Retriever\n"
+    Path("half.py").write_text(imports + half)
     monkeypatch.syspath_prepend(tmp_path)
     said = line_of("fit", "--config", base, "--config", "over.yaml")
     assert re.search(".*".join(map(re.escape, words.split("*"))), said), said

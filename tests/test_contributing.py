@@ -23,10 +23,12 @@ import pytest
 import torch
 import yaml
 
+from project.callbacks import ResultFiles
 from project.data.logs import TableLogs
 from project.data.protocol import Protocol, build_interactions
 from project.datamodule import InteractionData
-from project.errors import DataError
+from project.errors import ConfigError, DataError
+from project.evaluation.result import own_metric
 from project.exits.criteria import HeadOutputs, Ratio
 from project.exits.plan import ExitPlan
 from project.model.heads import ExitHead
@@ -70,8 +72,11 @@ def json_logs(tiny_logs: Path, tmp_path: Path) -> dict[str, str]:
 
 def test_every_class_is_configured() -> None:
     python, yaml_ = ("\n".join(body for kind, body in BLOCKS if kind == word) for word in ("python", "yaml"))
-    defined, named = re.findall(r"^class (\w+)", python, re.M), re.findall(r"my_package\.(\w+)", yaml_)
-    assert set(defined) == set(named) == {"Margin", "DeepHead", "LatestRaters", "JsonLogs"}
+    defined, named = (
+        re.findall(r"^(?:class|def) (\w+)", python, re.M),
+        re.findall(r"my_package\.(\w+)", yaml_),
+    )
+    assert set(defined) == set(named) == {"Margin", "DeepHead", "LatestRaters", "first_hit", "JsonLogs"}
 
 
 def test_criterion(package: ModuleType) -> None:
@@ -97,6 +102,19 @@ def test_retriever(package: ModuleType) -> None:
     assert retriever.select(5, 0, 1.0, raters).row.tolist() == [9, 8]
     assert retriever.select(5, 0, 1.0, Raters(raters.row[:1], raters.user[:1])).row.tolist() == [3]
     assert retriever.settings()["init_args"] == {"neighbours": 2, "max_raters": 2000}
+
+
+def test_metric(package: ModuleType) -> None:
+    """User 0's most probable row is a like, user 1's is not: 1 of 2; a failure names the function."""
+    about = np.array([1, 0, 0, 1]), np.array([0, 0, 1, 1])
+    found = own_metric(package.first_hit, [({"layer": 2}, np.array([2.0, 1, 3, -1]))], *about)
+    assert found == {"name": "first_hit", "rows": [{"layer": 2, "value": 0.5}]}
+    with pytest.raises(ConfigError, match=r"results\.metric: fails failed: ZeroDivisionError"):
+        ResultFiles(metric=fails)
+
+
+def fails(*_: Any) -> float:
+    return 1 / 0
 
 
 def test_data_set(
@@ -131,7 +149,7 @@ def test_data_set_explains_a_mistake(package: ModuleType, json_logs: dict[str, s
 
 
 @pytest.mark.slow
-def test_fit_with_all_four(
+def test_fit_with_all_five(
     run: Run, package: ModuleType, json_logs: dict[str, str], tiny_config: Config, tmp_path: Path
 ) -> None:
     """The document's YAML trains: Margin decides and comes back from the checkpoint, the bundle names the retriever."""
@@ -139,7 +157,7 @@ def test_fit_with_all_four(
     logs["data"]["logs"]["init_args"] = json_logs
     wording = {"segment": "{title} all {item_percent} near {vote_percent}:"}  # this log knows no year
     words = {"criterion": settings("Margin"), "retriever": settings("LatestRaters"), "logs": logs}
-    words["head"] = settings("DeepHead")
+    words |= {"head": settings("DeepHead"), "metric": settings("first_hit")}
     overlays = []
     for name, content in words.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
@@ -149,6 +167,9 @@ def test_fit_with_all_four(
 
     folder = tmp_path / "runs" / "tiny" / "latest"
     assert json.loads((folder / "results" / "calibrate.json").read_text())["chosen"] == "margin"
+    own = json.loads((folder / "results" / "fit.json").read_text())["own_metric"]["rows"]
+    assert {row.get("layer") for row in own} >= {0, 1, 3}
+    assert "| first_hit |" in (folder / "report" / "report.md").read_text()
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert any(name.endswith("mix.weight") for name in checkpoint["state_dict"])
     plan = ExitPlan.from_state(checkpoint["callbacks"]["ExitCalibration"]["plan"])

@@ -174,13 +174,20 @@ def _renamed(
     absent = [ours for ours, theirs in wanted.items() if theirs not in table.columns]
     if absent:
         missing = ", ".join(f"{wanted[ours]} (our {ours})" for ours in absent)
+        there = ", ".join(table.columns)
         raise DataError(
-            f"{file}: no column {missing}; there are {', '.join(table.columns)}. Name yours under "
-            f"data.logs.init_args.{key}, for example {key}: {{{absent[0]}: <your column>}}."
+            f"{file}: no column {missing}; there are {there}. {_rename(file, key, absent[0], '<your column>')}"
         )
     used = {*wanted, *wanted.values()}  # their column is not read where another one is mapped to its name
     mapped = [pl.col(theirs).alias(ours) for ours, theirs in wanted.items()]
     return table.select(*mapped, *(column for column in table.columns if column not in used))
+
+
+def _rename(file: str, key: str, ours: str, theirs: str) -> str:
+    """Where a column gets another name; a reader of one's own has no key for it."""
+    if file.startswith(READER):
+        return f"Name it {ours} in what read() returns."
+    return f"Name yours under data.logs.init_args.{key}, for example {key}: {{{ours}: {theirs}}}."
 
 
 def _interactions(
@@ -244,8 +251,8 @@ def _items(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
     table = _renamed(table, file, columns, ("item_id", "title"), "item_columns")
     if "item" in table.columns:
         raise DataError(
-            f"{file}: the attribute name item is used by the project. Map it to another name under "
-            "data.logs.init_args.item_columns, for example item_columns: {kind: item}."
+            f"{file}: the attribute name item is used by the project. "
+            f"{_rename(file, 'item_columns', 'kind', 'item')}"
         )
     item_id = ids(table["item_id"], file, columns.get("item_id", "item_id"))
     texts = [plain_text(table[c], file, c) for c in table.columns if c != "item_id"]

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from project.data.ragged import IntArray, Ragged, join
 from project.errors import ConfigError
-from project.features import FEATURES, Floats, feature_matrix
+from project.features import FEATURES, feature_matrix
+from project.metrics import Floats
 
 
 @dataclass
@@ -226,8 +227,8 @@ def _check_field(name: str, written: str, own: list[str], worded: list[str]) -> 
     if name in own and name in [*worded, *NUMBERS]:
         raise ConfigError(
             f"data.prompt.segment names the field {{{name}}}, which is a retrieved feature and also a column "
-            "of your items. Give the column another name, for example data.logs.init_args.item_columns: "
-            f"{{my_{name}: {name}}}."
+            "of your items. Give the column another name (TableLogs: data.logs.init_args.item_columns: "
+            f"{{my_{name}: {name}}})."
         )
     spec = written.removeprefix("{" + name).removesuffix("}")
     if spec and not (name in own and _AT_MOST.fullmatch(spec.removeprefix(":"))):

@@ -7,17 +7,14 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from project.data.ragged import IntArray, Ragged, offsets_of, within
 from project.data.requests import Requests
 from project.data.stream import Streams, context_starts, time_groups
 from project.datamodule import InteractionData
 from project.features import feature_matrix
-from project.metrics import probabilities
+from project.metrics import Floats, probabilities
 from project.model.module import ExitRecommender
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

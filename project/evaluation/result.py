@@ -14,12 +14,13 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from project.data.protocol import SplitInteractions
+from project.errors import ConfigError
 from project.evaluation.baselines import AgainstBaseline, Baseline, baseline_rows, best_baseline, targets_of
 from project.evaluation.bootstrap import UserBootstrap
 from project.exits.certificate import row_losses
 from project.exits.cost import row_cost
 from project.exits.plan import ExitPlan, Plans
-from project.metrics import Floats, auc, head_metrics, probabilities
+from project.metrics import Floats, OwnMetric, auc, head_metrics, probabilities
 from project.run import exit_layers_of, score_table
 
 # first value of each bucket: strictly earlier rows of the user (0 to 4, 5 to 20, more) and of the item
@@ -241,6 +242,20 @@ def slice_rows(
     return found
 
 
+def own_metric(
+    metric: OwnMetric, scores: Sequence[tuple[Mapping[str, Any], Floats]], labels: Floats, users: Floats
+) -> dict[str, Any]:
+    """The `own_metric` of a result file: `name` and `rows`, each of `scores` (see `slice_rows`) with its `value`."""
+    name, rows = getattr(metric, "__name__", type(metric).__name__), []
+    for who, logits in scores:
+        try:
+            value = metric(labels, probabilities(logits), users)
+            rows.append({**who, "value": float(value) if value is not None and np.isfinite(value) else None})
+        except Exception as error:
+            raise ConfigError(f"results.metric: {name} failed: {type(error).__name__}: {error}") from error
+    return {"name": name, "rows": rows}
+
+
 def baseline_scores_of(
     baselines: Sequence[Baseline], rows: pl.DataFrame, split: str, fold: str | None = None
 ) -> list[tuple[dict[str, Any], Floats]]:
@@ -288,7 +303,7 @@ class PlannedRows:
         outputs = plan.outputs(scores, features)
         layer, logit = plan.emitted(outputs)
         self.plan = plan
-        self.labels, self.users = scores["label"].to_numpy(), scores["user"].to_numpy()
+        self.row_id, self.labels, self.users = (scores[x].to_numpy() for x in ("row_id", "label", "user"))
         self.calibrated: Floats = outputs.logits.double().numpy()
         self.layer: NDArray[np.int64] = layer.numpy()
         self.logit: Floats = logit.double().numpy()

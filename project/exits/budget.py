@@ -188,7 +188,7 @@ def budget_plan(
 
     `criterion`, where it is given, replaces the settings'.
     """
-    _check_folds(scores, ("tune",))
+    _check_folds(scores)
     chosen = (scores["fold"] == "tune").fill_null(False).to_numpy()
     if criterion is not None:
         settings = replace(settings, criterion=criterion, compare=[])
@@ -218,7 +218,7 @@ def calibrate(
             if settings.mode == "risk":
                 raise
             promise, words = None, f"No certificate: {error}."
-    _check_folds(scores, ("tune", "certify"))
+    _check_folds(scores)
     tuned, certified = ((scores["fold"] == fold).to_numpy() for fold in ("tune", "certify"))
     # 2. on tune, with exit 0 and without: calibration, every criterion's path, the budget's step
     on_tune = scores.filter(tuned), features[tuned], settings
@@ -311,7 +311,7 @@ def _certificates(
     emitted, no_layer = list[Floats](), False
     for step in sequence:
         exits = leave(confidence, tune.best.path[step].thresholds)
-        no_layer = outputs.layers[0] == 0 and not exits.any().item()
+        no_layer = outputs.layers[0] == 0 and len(rows) > 0 and not exits.any().item()
         if no_layer:
             break
         emitted.append(outputs.logits.gather(1, exits[:, None]).squeeze(1).double().numpy())
@@ -323,8 +323,8 @@ def _certificates(
     return own, further
 
 
-def _check_folds(scores: pl.DataFrame, folds: tuple[str, ...]) -> None:
-    """Refuse users in two folds of validation, and folds without rows."""
+def _check_folds(scores: pl.DataFrame) -> None:
+    """Refuse users in two folds of validation, and a fold tune without rows."""
     owners = scores.drop_nulls("fold").group_by("user").agg(pl.col("fold").n_unique())
     shared = owners.filter(pl.col("fold") > 1)
     if len(shared):
@@ -332,12 +332,12 @@ def _check_folds(scores: pl.DataFrame, folds: tuple[str, ...]) -> None:
             f"{len(shared)} users of validation stand in more than one fold (user code {shared['user'][0]}); expected "
             "each in one: what chose the checkpoint must not calibrate or certify. Run `validate` again."
         )
-    for fold in folds:
-        if not (scores["fold"] == fold).any():
-            raise DataError(
-                f"the fold {fold} of validation has no rows; expected users in every fold. "
-                "Use more validation data, or raise its share in data.protocol.fold_shares."
-            )
+    if not (scores["fold"] == "tune").any():
+        raise DataError(
+            f"the fold tune of validation has no rows: all {len(owners):,} users are in other folds; expected at least "
+            "one user there, with rows of both labels. Use more validation data, or raise the second number of "
+            "data.protocol.fold_shares."
+        )
 
 
 def _by_layer(layers: tuple[int, ...], thresholds: Tensor) -> dict[str, float | str]:

@@ -178,6 +178,8 @@ def certify(
     owners = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
     if np.isnan(scores).any() or not np.array_equal(scores[0], last):
         raise DataError("certify: logits are NaN, or step 0 of the path is not full depth")
+    if (n := np.unique(owners).size) < (settings.users_needed() or 0):  # the fold is not read
+        return _walk(lambda _: np.zeros((1, 0)), len(scores), n, settings)
     if settings.risk != "auc_gap":
         adaptive = probabilities(scores.ravel()).reshape(scores.shape)
         losses = row_losses(settings.risk, adaptive, probabilities(last), labels)
@@ -187,7 +189,7 @@ def certify(
         raise DataError("exits.certificate.risk: auc_gap needs both classes in the certify fold")
     pairs = UserPairs(truth, owners)
     best = pairs.auc(last)
-    return _walk(lambda step: best - pairs.auc(scores[step]), len(scores), int(owners.max()) + 1, settings)
+    return _walk(lambda step: best - pairs.auc(scores[step]), len(scores), n, settings)
 
 
 def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> Certificate:

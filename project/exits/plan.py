@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import polars as pl
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from project.errors import ConfigError
@@ -31,8 +29,7 @@ from project.exits.criteria import (
     try_out,
 )
 from project.exits.policy import Policy
-
-Floats = NDArray[np.float64]
+from project.metrics import Floats
 
 
 def all_criteria() -> list[Criterion]:

@@ -31,7 +31,7 @@ def environment() -> Environment:
             ABSENT if isinstance(value, Undefined) else made(value, *more, **named)
         )
 
-    formats = (code, count, difference, interval, number, paragraph, percent, times)
+    formats = (bullet, code, count, difference, interval, number, paragraph, percent, ratio, times)
     found.filters |= {made.__name__: present(made) for made in formats}
     return found
 
@@ -83,6 +83,15 @@ def times(found: float | Mapping[str, Any] | None) -> Markup:
     return Markup(times(found["value"]) + (f" [{', '.join(map(times, bounds))}]" if bounds else ""))
 
 
+def ratio(found: float | Mapping[str, Any], above: str, below: str) -> Markup:
+    """`times` with a word: x1.34 fewer; what is below 1 is turned over: x1.23 more."""
+    value, bounds = (found["value"], found.get("interval")) if isinstance(found, Mapping) else (found, None)
+    if not value or value >= 1:
+        return Markup(f"{times(found)} {above}")
+    turned = {"value": 1 / value, "interval": bounds and [1 / bound for bound in reversed(bounds)]}
+    return Markup(f"{times(turned)} {below}")
+
+
 def percent(value: float | None) -> Markup:
     """A share, 85.4 %."""
     return UNDEFINED if value is None else Markup(f"{100 * value:.1f} %")
@@ -96,6 +105,11 @@ def count(value: float) -> Markup:
 def paragraph(text: str) -> Markup:
     """Sentences of several template lines as one paragraph."""
     return Markup(" ".join(text.split()))
+
+
+def bullet(text: str) -> Markup:
+    """Sentences of several template lines as one item of a list; nothing for nothing."""
+    return Markup(f"- {made}\n" if (made := paragraph(text)) else "")
 
 
 def tidy(text: str) -> str:

@@ -217,6 +217,7 @@ def render_report(run: Run, drawn: Mapping[str, Figure | str]) -> str:
         without=plan_rows(without, exits, name="plan without exit 0") if without and exits else [],
         criteria=criteria_rows(run.calibrate),
         policy=run.policy,
+        refused=next((r["not_calibrated"] for r in run.results.values() if r.get("not_calibrated")), None),
         missing={name: made for name, made in drawn.items() if not isinstance(made, Figure)},
     )  # fmt: skip
     return tidy(text)

@@ -9,16 +9,18 @@ import inspect
 import marshal
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from project.errors import ConfigError
+from project.errors import ConfigError, ProjectError
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -134,12 +136,21 @@ class Retriever(ABC):
     def observe(self, row: int, user: int, item: int, label: int) -> None:  # noqa: B027  # optional
         """Take in one row of a user's own past, once its time has passed."""
 
-    def settings(self) -> dict[str, Any]:
-        """What the answers depend on: class path, constructor arguments, digest of a source outside this package.
-
-        Arguments about lists and own items are left out where they change nothing.
-        """
+    def check(self) -> None:
+        """Refuse a class whose methods take other arguments, or whose constructor kept one of its own back."""
         kind = type(self)
+        for name, method in vars(Retriever).items():
+            if name.startswith("_") or not inspect.isfunction(method):
+                continue
+            expected = list(inspect.signature(method).parameters)[1:]
+            given = inspect.signature(getattr(self, name))
+            try:
+                given.bind(*expected)
+            except TypeError:
+                raise ConfigError(
+                    f"data.retriever is {kind.__name__}, whose {name} takes ({', '.join(given.parameters)}); expected "
+                    f"{name}({', '.join(expected)})."
+                ) from None
         names = argument_names(kind)
         for name in ("neighbours", "max_raters", *names):
             if not hasattr(self, name):
@@ -150,6 +161,14 @@ class Retriever(ABC):
                     f"data.retriever is {kind.__name__}, which has no attribute {name}: arguments are part of the "
                     f"retrieved features cache's key. Write {line} in its __init__."
                 )
+
+    def settings(self) -> dict[str, Any]:
+        """What the answers depend on: class path, constructor arguments, digest of a source outside this package.
+
+        Arguments about lists and own items are left out where they change nothing.
+        """
+        kind = type(self)
+        names = argument_names(kind)
         if not self.similar_every:
             names = [name for name in names if not name.startswith("similar_")]
         if not self.item_neighbours:
@@ -159,6 +178,23 @@ class Retriever(ABC):
             "init_args": {name: getattr(self, name) for name in names},
             **own_source(kind),
         }
+
+
+@contextmanager
+def failures_named(retriever: Retriever) -> Iterator[None]:
+    """What a retriever of one's own raises becomes one sentence that names class and method."""
+    try:
+        yield
+    except ProjectError:
+        raise
+    except Exception as error:
+        frames = (frame for frame, _ in walk_tb(error.__traceback__))
+        method = next((f.f_code.co_name for f in frames if f.f_locals.get("self") is retriever), None)
+        if method is None or not own_source(type(retriever)):
+            raise
+        raise ConfigError(
+            f"data.retriever: {type(retriever).__name__}.{method} failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def argument_names(kind: type) -> list[str]:

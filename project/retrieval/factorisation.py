@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from project.data.protocol import SPLITS, SplitInteractions
 from project.errors import ConfigError
+from project.metrics import Floats
 from project.retrieval.base import Edges, IntArray, Snapshot
 from project.retrieval.walk import (
     Snapshots,
@@ -26,8 +27,6 @@ from project.retrieval.walk import (
     queries_by_user,
     split_tables,
 )
-
-Floats = NDArray[np.float64]
 
 BIAS_PENALTY = 1.0  # of biases, of users and items
 VECTOR_PENALTY = 5.0

@@ -18,8 +18,6 @@ from project.benchmark.retrieval import (
     run_retrieval,
     vote_accuracy,
 )
-from project.data.logs import TableLogs
-from project.data.protocol import Protocol
 from project.datamodule import InteractionData
 from project.errors import DataError
 from project.evaluation.baselines import baseline_rows, fit_baselines
@@ -27,24 +25,6 @@ from project.retrieval import ItemKNN, LightGCN, TextEncoder, VectorRetriever
 from project.retrieval.base import FloatArray, IntArray
 from project.retrieval.walk import WalkRows, walk
 from project.run import read_result
-
-REFITS = 5
-
-
-@pytest.fixture
-def data(
-    tiny_logs: Path, tiny_model: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> InteractionData:
-    """The tiny world."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
-    return InteractionData(
-        TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv")),
-        LightGCN(neighbours=3, dim=4, epochs=1),
-        Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2], label="rating > 3"),
-        tokenizer=str(tiny_model),
-        refits=REFITS,
-        mf=None,
-    )
 
 
 @pytest.fixture

@@ -157,8 +157,12 @@ def second(column: str, value: Any) -> Change:
         ("interactions", lambda t: t.with_columns(label=2), r"row 1: column label is 2\.0"),
         ("interactions", lambda t: t.with_columns(split=pl.lit("dev")), "row 1: column split is 'dev'"),
         ("items", second("item_id", "a"), "item 'a' .*'Title a' and 'Title b'"),
-        ("items", lambda t: t.drop("title"), "no column title"),
-        ("items", lambda t: t.with_columns(item=0), "attribute name item"),
+        ("items", lambda t: t.drop("title"), r"no column title.*Name it title in what read\(\) returns"),
+        (
+            "items",
+            lambda t: t.with_columns(item=0),
+            r"attribute name item.*Name it kind in what read\(\) returns",
+        ),
     ],
 )
 def test_a_reader_that_breaks_the_contract(

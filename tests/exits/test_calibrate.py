@@ -269,6 +269,19 @@ def test_unusable_scores(scores: pl.DataFrame, change: dict[str, pl.Expr], words
         calibrate(with_fold(scores, fold, **change), FEATURES, settings(), "hash")
 
 
+@pytest.mark.parametrize("change", [{"fold": pl.lit("select")}, {"label": pl.lit(1, pl.Int8)}])
+def test_too_few_to_certify_is_a_plan_without_certificate(
+    scores: pl.DataFrame, change: dict[str, pl.Expr]
+) -> None:
+    """No user to certify, or one class: the plan is the budget's, and it is said how many users are needed."""
+    few = settings(certificate=CertificateSettings())
+    found = calibrate(with_fold(scores, "certify", **change), FEATURES, few, "hash")
+    assert thresholds(found.plan) == thresholds(budget_plan(scores, FEATURES, settings()))
+    users = 0 if "fold" in change else scores.filter(fold="certify")["user"].n_unique()
+    assert f"Not enough users: {users} of about 232." in found.document["certificate_words"]
+    assert found.document["ledger"] == []
+
+
 def test_it_is_what_calibrate_chooses(valid: Any) -> None:
     """The same thresholds and criterion as `calibrate` in mode budget; no label of another fold has a part in it."""
     plan = budget_plan(*valid, budget())

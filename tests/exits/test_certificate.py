@@ -265,13 +265,13 @@ class TestBadInput:
         [
             ([[0.0] * 4, [0, np.nan, 0, 0]], None, 4, "score_drift", "NaN"),
             ([[1.0] * 4], None, 4, "score_drift", "not full depth"),
-            ([[0.0] * 4], [1, 1, 1, 1], 4, "auc_gap", "both classes"),
-            ([[0.0] * 4], None, 4, "overlap_loss", "overlap_loss is not a risk of the rows"),
+            ([[0.0] * 300], [1] * 300, 300, "auc_gap", "both classes"),
+            ([[0.0] * 300], None, 300, "overlap_loss", "overlap_loss is not a risk of the rows"),
         ],
     )
     def test_paths(self, path, labels, users, risk, message):
         with pytest.raises((ConfigError, DataError), match=message):
-            certify(path, np.zeros(4), labels, np.arange(users), CertificateSettings(risk))
+            certify(path, np.zeros(users), labels, np.arange(users), CertificateSettings(risk))
 
     def test_losses(self):
         with pytest.raises(DataError, match="1 losses outside"):

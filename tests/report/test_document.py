@@ -61,8 +61,9 @@ class TestWhole:
         test = example[0]["test"]
         adaptive, last = test["adaptive"], test["exits"][-1]
         assert lines[1].startswith("**D")
-        assert lines[2] == "* Warning: no neighbours"
-        assert f"runs {number(adaptive['mean_depth'], 2)} of 6 layers" in lines[1]
+        assert lines[2].startswith("- On test the AUC of ")
+        assert f"runs {number(adaptive['mean_depth'], 2)} of 6 layers" in lines[3]
+        assert "* Warning: no neighbours" in lines
         assert f"| {100 * last['exit_share']:.1f} % | {number(last['auc_leaving'])} |" in text
         assert f"| exit 6 | {number(last['auc'])} | {number(last['log_loss'])} |" in text
         assert "| .7123 | .7123 | 2.50 |" in text
@@ -143,6 +144,13 @@ class TestMissing:
         text = run([drop, f"scores/{drop}"])
         assert "Make it: `python -m project" in text
         assert "## Reproduce" in text
+
+    def test_what_cannot_be_calibrated_is_proposed_no_command_that_fails(self, run):
+        text = run(
+            ["calibrate", "benchmark"], edit=lambda files: files["fit"].update(not_calibrated="no users")
+        )
+        assert "* Not calibrated, so no row leaves early: no users" in text
+        assert not re.findall(r"project (calibrate|benchmark)", text)
 
     def test_validation_without_test(self, run, example):
         """Without test the tune fold of validation is shown, who leaves where included, never another fold."""

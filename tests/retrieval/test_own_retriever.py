@@ -13,9 +13,11 @@ import polars as pl
 import pytest
 from example_logs import make_log, make_split, retrieved
 
+from project.data.logs import TableLogs
+from project.datamodule import InteractionData
 from project.errors import ConfigError
 from project.retrieval import Retriever, retrieved_tables
-from project.retrieval.base import NO_NEIGHBOURS, Neighbours, Raters
+from project.retrieval.base import NO_NEIGHBOURS, Neighbours, Raters, failures_named
 
 NO_CUTS = np.empty(0)
 
@@ -97,6 +99,8 @@ class Mine(Retriever):
     def __init__(self, k=5):
         {init}
 
+    {more}
+
     def begin(self, num_users, items):
         pass
 
@@ -112,9 +116,9 @@ Write = Callable[..., type[Retriever]]
 def written(tmp_path: Path) -> Iterator[Write]:
     """Writes and imports a module with a retriever of one's own, again and again."""
 
-    def write(which: str = "", init: str = KEEPS) -> type[Retriever]:
+    def write(which: str = "", init: str = KEEPS, more: str = "") -> type[Retriever]:
         file = tmp_path / "mine.py"
-        file.write_text(SOURCE.format(which=which, init=init))
+        file.write_text(SOURCE.format(which=which, init=init, more=more))
         module = ModuleType("mine")
         module.__file__ = str(file)
         sys.modules["mine"] = module  # where inspect looks for a class's file
@@ -152,7 +156,7 @@ def test_a_base_in_another_file_and_a_class_without_a_file_count(written: Write)
 
     def typed(which: str) -> str:
         names: dict[str, Any] = {"__name__": "notebook"}
-        exec(SOURCE.format(which=which, init=KEEPS), names)
+        exec(SOURCE.format(which=which, init=KEEPS, more=""), names)
         found: str = names["Mine"]().settings()["source"]
         return found
 
@@ -160,12 +164,31 @@ def test_a_base_in_another_file_and_a_class_without_a_file_count(written: Write)
         assert source("") == source("") != source("[::-1]")
 
 
-@pytest.mark.parametrize(
-    ("init", "words"),
-    [("self.k = k", r"Write super\(\)"), ("super().__init__(); self._k = k", r"Write self\.k = k")],
-)
-def test_what_must_be_kept(written: Write, tmp_path: Path, init: str, words: str) -> None:
-    """The base's constructor, and each argument under its name."""
-    rows = make_log(0)
-    with pytest.raises(ConfigError, match=rf"data\.retriever is Mine.*{words}"):
-        retrieved_tables(make_split(rows, np.zeros(rows.height, int)), written(init=init)(), 3, tmp_path)
+WRONG = {
+    "no super": ({"init": "self.k = k"}, r"Mine, which has no attribute neighbours.*Write super\(\)"),
+    "not kept": (
+        {"init": "super().__init__(); self._k = k"},
+        r"Mine, which has no attribute k.*Write self\.k = k",
+    ),
+    "observe": (
+        {"more": "def observe(self, row, label): pass"},
+        r"Mine, whose observe takes \(row, label\); expected observe\(row, user, item, label\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("how", "words"), WRONG.values(), ids=WRONG)
+def test_a_class_that_does_not_fit_is_refused_before_a_log_is_read(
+    written: Write, how: dict[str, str], words: str
+) -> None:
+    """The base's constructor, each argument under its name, and the arguments of methods."""
+    with pytest.raises(ConfigError, match=rf"data\.retriever is {words}"):
+        InteractionData(TableLogs("absent.csv", "absent.csv"), written(**how)())
+
+
+def test_what_it_raises_names_class_and_method(written: Write) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"data\.retriever: Mine\.fit failed: ZeroDivisionError"),
+        failures_named(mine := written(more="def fit(self, edges, block): 1 / 0")()),
+    ):
+        retrieved(make_log(0), mine, np.array([3.0]))
