@@ -15,6 +15,7 @@ from project.data.logs import RawLogs, checked
 from project.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
+UNDATED_SPLITS = ("random", "given")  # what a log without timestamps can be split by
 FOLDS = ("select", "tune", "certify")
 ROLES = ("target", "context")
 FOLD_SALT = "folds"  # of the hash that assigns validation users to folds
@@ -31,14 +32,15 @@ class Protocol:
     Args:
         split: How rows are cut. global_time: two instants for all users; user_time: two instants for each user;
             random: a seeded permutation; leave_last: each user's last row is test, the one before is valid; given: the
-            log says it (a `split` column, or one file per split).
+            log says it (a `split` column, or one file per split). A log without timestamps needs random or given: its
+            rows are put in the order train, valid, test, at random inside each, and read those before them.
         shares: Shares of train, valid and test (not used by leave_last and given).
         minimum_history: A row is a target only if its user has at least this many strictly earlier rows; others are
             context.
         label: Rule for a positive answer, such as "rating > 3". Null: the log's own 0/1 column label.
         drop_ratings: Rows with these ratings are removed before anything else.
         duplicates: What to do with rows that repeat a user, item and timestamp: error, or keep the first or last.
-        seed: Seed of the random split and of the hidden items.
+        seed: Seed of the random split, of the order of a log without timestamps, and of the hidden items.
         fold_shares: Shares of the users in the folds select, tune and certify.
         hide_items: Share of the items whose train rows are removed, so that they are new in validation and test: the
             experiment on cold items for a log where all are known. An item that is hidden at one share is hidden at
@@ -109,8 +111,9 @@ class Interactions:
     """Coded interactions of one log.
 
     `rows` has one row an interaction, sorted by (timestamp, user, item): `row_id` Int64 (the position, 0..n-1), `user`
-    and `item` Int32, `timestamp` Float64 (seconds), `label` Int8 (0 or 1), `rating` Float64 (null where the log has
-    only labels), `given_split` String (null unless the log names it).
+    and `item` Int32, `timestamp` Float64 (seconds; null where the log has none, until `apply_protocol` gives each row
+    its position), `label` Int8 (0 or 1), `rating` Float64 (null where the log has only labels), `given_split` String
+    (null unless the log names it).
     """
 
     rows: pl.DataFrame
@@ -126,6 +129,13 @@ class Interactions:
 def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     """Check what a reader returned, apply the protocol's row rules (dropped ratings, labels, duplicates), code ids."""
     raw = checked(raw)
+    undated = raw.interactions["timestamp"].null_count() == raw.interactions.height > 0
+    if undated and protocol.split not in UNDATED_SPLITS:
+        there = f"; there are {', '.join(raw.columns)}" if raw.columns else ""
+        raise ConfigError(
+            f"The log has no column timestamp{there}, but data.protocol.split {protocol.split} cuts by time. Map the "
+            "column under data.logs.init_args.columns.timestamp, or set data.protocol.split: random."
+        )
     # 1. dropped ratings, before duplicates are looked for, both in file order
     if protocol.drop_ratings and raw.interactions["rating"].is_null().all():
         raise ConfigError(
@@ -172,11 +182,11 @@ def _without_duplicates(rows: pl.DataFrame, policy: Literal["error", "first", "l
     places = pl.format("{} row {}", "source_file", "source_row")
     groups = rows.group_by(key, maintain_order=True).agg(places.alias("places"))
     shown = "; ".join(
-        f"user {user!r}, item {item!r}, timestamp {time:.15g}: {', '.join(places)}"
+        f"user {user!r}, item {item!r}{'' if time is None else f', timestamp {time:.15g}'}: {', '.join(places)}"
         for user, item, time, places in groups.filter(pl.col("places").list.len() > 1).head(3).iter_rows()
     )
     raise DataError(
-        f"{rows.height - distinct.height:,} duplicate rows (same user, item and timestamp), for example {shown}. "
+        f"{rows.height - distinct.height:,} duplicate rows (same user, item and any timestamp), for example {shown}. "
         "Remove them, or set data.protocol.duplicates to first or last (in file order)."
     )
 
@@ -216,8 +226,13 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     """
     protocol.check()
     hidden = _hidden(interactions.items["item_id"], protocol)
-    rows = _with_roles(interactions.rows, protocol)
-    split = _splits(rows, protocol)
+    dated = interactions.rows["timestamp"].is_not_null().all()
+    if dated:
+        rows = _with_roles(interactions.rows, protocol)
+        split = _splits(rows, protocol)
+    else:
+        interactions, split = _ordered(interactions, protocol)
+        rows = _with_roles(interactions.rows, protocol)
     if protocol.hide_items:
         kept = (split != "train") | ~hidden.gather(rows["item"])
         interactions, split = _with_only(interactions, kept), split.filter(kept)
@@ -228,8 +243,25 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     rows = rows.select(*interactions.rows.columns, "hist", "split", "fold", "role", "hidden")
     _check_targets(rows, protocol)
     digest = _digest(rows, interactions, protocol)
-    manifest = _manifest(rows, interactions, protocol, digest)
+    manifest = _manifest(rows, interactions, protocol, digest, bool(dated))
     return SplitInteractions(interactions, rows, protocol, manifest, digest)
+
+
+def _ordered(interactions: Interactions, protocol: Protocol) -> tuple[Interactions, pl.Series]:
+    """A log without timestamps in an order of its own, and the split of each row.
+
+    History, train, valid, test, and inside each by a seeded permutation of the rows sorted by user and item; of the
+    random split it is that split's. Timestamps are positions.
+    """
+    rows = interactions.rows
+    place = np.argsort(np.random.default_rng(protocol.seed).permutation(rows.height))
+    keyed = rows.with_columns(split=_splits(rows, protocol), place=place)
+    late = pl.col("given_split").fill_null("") != "history"
+    keyed = keyed.sort("split", late, "place").with_columns(
+        pl.int_range(pl.len(), dtype=pl.Int64).alias("row_id"),
+        pl.int_range(pl.len()).cast(pl.Float64).alias("timestamp"),
+    )
+    return replace(interactions, rows=keyed.select(rows.columns)), keyed["split"]
 
 
 def _with_roles(rows: pl.DataFrame, protocol: Protocol) -> pl.DataFrame:
@@ -355,13 +387,14 @@ def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) 
 
 
 def _manifest(
-    rows: pl.DataFrame, interactions: Interactions, protocol: Protocol, digest: str
+    rows: pl.DataFrame, interactions: Interactions, protocol: Protocol, digest: str, dated: bool
 ) -> dict[str, Any]:
     """What results and reports show of a log, ready for JSON.
 
     `counts` and `positives` are of targets, `context` of other rows; `cold_user_share` and `cold_item_share` are
-    shares of targets whose user or item has no train target; `tie_share` is that of rows that share user and timestamp
-    with another; `hidden_items` are of the catalogue, `hidden_rows` are their train rows, which are removed.
+    shares of targets whose user or item has no train target; `order` is "shuffled" where the log has no timestamps, and
+    `times` (first and last) is empty then; `tie_share` is that of rows that share user and timestamp with another;
+    `hidden_items` are of the catalogue, `hidden_rows` are their train rows, which are removed.
     """
     targets = rows.filter(pl.col("role") == "target")
     context = rows.filter(pl.col("role") == "context")
@@ -378,7 +411,8 @@ def _manifest(
         "fields": asdict(protocol),
         "files": dict(interactions.files),
         "rows": rows.height,
-        "times": [str(np.datetime64(int(time), "s")) for time in rows["timestamp"].to_numpy()[[0, -1]]],
+        "order": "by time" if dated else "shuffled",
+        "times": [str(np.datetime64(int(rows["timestamp"][k]), "s")) for k in (0, -1) if dated],
         "counts": {split: part.height for split, part in by_split.items()},
         "positives": {split: int(part["label"].sum()) for split, part in by_split.items()},
         "context": {split: context.filter(pl.col("split") == split).height for split in SPLITS},

@@ -21,6 +21,8 @@ TWO = [("1", "a", 1.0, 5.0), ("1", "b", 2.0, 1.0)]
 CLICKS = [("1", "a", float(time), 5.0) for time in range(10)]
 DUPLICATED = [("1", "a", 1.0, 5.0), ("1", "b", 1.0, 1.0), ("1", "a", 1.0, 2.0), ("1", "a", 2.0, 5.0)]
 
+UNDATED = [(user, item, None, rating) for user, item, _, rating in DUPLICATED]
+
 
 def test_label_rules() -> None:
     ratings = pl.DataFrame({"rating": [2.0, 3.0, 4.0]})
@@ -99,15 +101,23 @@ def test_ids_that_are_not_all_integers_are_ordered_as_text(ids: str, order: str,
 @settings(derandomize=True, max_examples=30)
 @given(st.permutations(range(12)))
 def test_order_of_the_file_does_not_matter(order: list[int]) -> None:
+    """Of the rows, and, without timestamps, of the order that the protocol gives them."""
     rows = [(str(i % 3), str(i % 4), float(i // 5), float(i % 5 + 1)) for i in range(12)]
+    undated = replace(RULE, split="random", shares=[0.5, 0.3, 0.2])
     items = pl.DataFrame({"item_id": ["0", "1", "2", "3"], "title": ["a", "b", "c", "d"]})
 
-    def built(rows: list[tuple[str, str, float, float]]) -> pl.DataFrame:
+    def read(rows: list[tuple[str, str, float, float]]) -> RawLogs:
         frame = pl.DataFrame(rows, ["user_id", "item_id", "timestamp", "rating"], orient="row")
         absent = [pl.lit(None, kind).alias(name) for name, kind in RAW_SCHEMA.items() if name not in frame]
-        return build_interactions(RawLogs(frame.with_columns(absent), items, {}), RULE).rows
+        return RawLogs(frame.with_columns(absent), items, {})
 
-    assert built([rows[i] for i in order]).equals(built(rows))
+    def without_times(raw: RawLogs) -> pl.DataFrame:
+        bare = replace(raw, interactions=raw.interactions.with_columns(timestamp=None))
+        return apply_protocol(build_interactions(bare, undated), undated).rows
+
+    one, other = read(rows), read([rows[i] for i in order])
+    assert build_interactions(other, RULE).rows.equals(build_interactions(one, RULE).rows)
+    assert without_times(other).equals(without_times(one))
 
 
 def test_dropped_ratings_and_their_users_are_gone(make_logs: MakeLogs) -> None:
@@ -134,6 +144,13 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -
     ("rows", "labels", "protocol", "words"),
     [
         (DUPLICATED, None, RULE, "1 duplicate rows.*item 'a', timestamp 1: log.csv row 1, log.csv row 3"),
+        (
+            UNDATED,
+            None,
+            replace(RULE, split="random"),
+            "2 duplicate rows.*item 'a': log.csv row 1, .* row 3, .* row 4",
+        ),
+        (UNDATED, None, RULE, "no column timestamp, but .*split global_time cuts by time.*split: random"),
         (TWO, [0, 1], Protocol(drop_ratings=[3]), r"drop_ratings is \[3\]"),
         (TWO, [1, 0], RULE, r"log\.csv, row 1: no rating .*label: null"),
         (TWO, None, Protocol(label=None), r'log\.csv, row 1: no label .*label: "rating > 3"'),
