@@ -58,7 +58,7 @@ def settings() -> set[str]:
     A key that only holds others (`data.protocol`) is none.
     """
     from project import callbacks, rank, retrieval, tracking
-    from project.data import logs, prompt, protocol
+    from project.data import logs, prompt, protocol, readers
     from project.datamodule import InteractionData
     from project.exits import certificate, criteria
     from project.model import module, optim
@@ -73,6 +73,7 @@ def settings() -> set[str]:
         *(module.ExitRecommender, optim.OptimSettings, module.LoraSettings),
         *(callbacks.ExitCalibration, callbacks.ResultFiles, tracking.WandbArtifacts),
         *(certificate.CertificateSettings, rank.RankSettings, logs.TableLogs, logs.RecBoleLogs),
+        *(readers.BookCrossing, readers.AmazonReviews),
         *(retrieval.VectorRetriever, retrieval.LightGCN, retrieval.TextEncoder, retrieval.ItemKNN),
         *(criteria.Consistency, criteria.RatioConsistency, criteria.Learned),
     ]
@@ -89,4 +90,4 @@ def settings() -> set[str]:
 
 
 def test_settings_are_few() -> None:
-    assert len(settings()) <= 83, sorted(settings())
+    assert len(settings()) <= 84, sorted(settings())

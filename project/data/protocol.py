@@ -123,6 +123,7 @@ class Interactions:
     duplicates: int = 0  # rows removed because they repeat the (user, item, timestamp) of another row
     dropped: int = 0  # rows removed by the protocol's drop_ratings
     hidden_rows: int = 0  # rows removed by its hide_items; `apply_protocol` does it, since only train rows go
+    left_out: tuple[str, ...] = ()  # lines about rows that the reader left out
     items_without_title: int = 0  # these have their id as title
 
 
@@ -171,6 +172,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         duplicates=labelled.height - distinct.height,
         dropped=raw.interactions.height - kept.height,
         items_without_title=int(untitled.sum()),
+        left_out=raw.left_out,
     )
 
 
@@ -394,7 +396,8 @@ def _manifest(
     `counts` and `positives` are of targets, `context` of other rows; `cold_user_share` and `cold_item_share` are
     shares of targets whose user or item has no train target; `order` is "shuffled" where the log has no timestamps, and
     `times` (first and last) is empty then; `tie_share` is that of rows that share user and timestamp with another;
-    `hidden_items` are of the catalogue, `hidden_rows` are their train rows, which are removed.
+    `hidden_items` are of the catalogue, `hidden_rows` are their train rows, which are removed; `left_out` has lines
+    about rows that the reader left out.
     """
     targets = rows.filter(pl.col("role") == "target")
     context = rows.filter(pl.col("role") == "context")
@@ -432,4 +435,5 @@ def _manifest(
         "hidden_items": int(_hidden(interactions.items["item_id"], protocol).sum()),
         "hidden_rows": interactions.hidden_rows,
         "items_without_title": interactions.items_without_title,
+        "left_out": list(interactions.left_out),
     }
