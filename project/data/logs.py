@@ -61,8 +61,8 @@ class TableLogs(Logs):
     Args:
         interactions: One file (.csv, .tsv or .parquet), or one file per split, such as {train: a.csv, valid: b.csv,
             test: c.csv}; a `history` file is past that is only ever context. Needs user_id, item_id, a rating or a
-            0/1 label, and timestamp (seconds or milliseconds since 1970, or dates in ISO format; without a zone they
-            are UTC), which may be absent where data.protocol.split is random or given.
+            0/1 label (neither where data.protocol.label is clicked), and timestamp (seconds or milliseconds since 1970,
+            or dates in ISO format; without a zone they are UTC; none where data.protocol.split is random or given).
         items: Table of items with item_id and title; every other column is an attribute.
         columns: Our column name -> the name in your interactions, for user_id, item_id, timestamp, rating, label,
             split.
@@ -198,12 +198,6 @@ def _interactions(
         )
     table = _renamed(table, file, columns, allowed[:2], "columns")
     answers = [name for name in ("rating", "label") if name in table.columns]
-    if not answers:
-        raise DataError(
-            f"{file}: no column rating and no column label; there are {', '.join(table.columns)}. Name yours "
-            "under data.logs.init_args.columns, for example columns: {rating: stars}. A log of clicks alone needs a "
-            "column label: 1, and rows with 0 for what was shown and not clicked, or for negatives of your own."
-        )
     # 2. answers: of two columns the protocol needs one, and a label may be a record's, so that what cannot be read is
     # null; of one column every value must be readable
     for name in answers:

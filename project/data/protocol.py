@@ -12,6 +12,7 @@ import numpy.typing as npt
 import polars as pl
 
 from project.data.logs import RawLogs, checked
+from project.data.negatives import Negatives, draw_negatives
 from project.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
@@ -20,6 +21,8 @@ FOLDS = ("select", "tune", "certify")
 ROLES = ("target", "context")
 FOLD_SALT = "folds"  # of the hash that assigns validation users to folds
 HIDE_SALT = "hidden items"  # of the hash that hides items
+
+CLICKED = "clicked"  # the label rule of a log whose rows are all positive
 
 _OPERATORS = {">": "gt", ">=": "ge", "<": "lt", "<=": "le", "==": "eq"}
 _RULE = re.compile(r"\s*rating\s*(>=|<=|==|>|<)\s*([-+]?\d*\.?\d+)\s*")
@@ -37,14 +40,17 @@ class Protocol:
         shares: Shares of train, valid and test (not used by leave_last and given).
         minimum_history: A row is a target only if its user has at least this many strictly earlier rows; others are
             context.
-        label: Rule for a positive answer, such as "rating > 3". Null: the log's own 0/1 column label.
+        label: Rule for a positive answer, such as "rating > 3". Null: the log's own 0/1 column label. clicked: every
+            row is positive, and negatives are sampled.
         drop_ratings: Rows with these ratings are removed before anything else.
         duplicates: What to do with rows that repeat a user, item and timestamp: error, or keep the first or last.
-        seed: Seed of the random split, of the order of a log without timestamps, and of the hidden items.
+        seed: Seed of the random split, of the order of a log without timestamps, of hidden items and of negatives.
         fold_shares: Shares of the users in the folds select, tune and certify.
         hide_items: Share of the items whose train rows are removed, so that they are new in validation and test: the
             experiment on cold items for a log where all are known. An item that is hidden at one share is hidden at
             every larger one.
+        negatives: Items with the answer 0 beside the clicks, for label clicked. They are scored and nothing else: no
+            history, graph or count has them.
     """
 
     split: Literal["global_time", "user_time", "random", "leave_last", "given"] = "global_time"
@@ -56,6 +62,7 @@ class Protocol:
     seed: int = 0
     fold_shares: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.4])
     hide_items: float = 0.0
+    negatives: Negatives | None = None
 
     @property
     def name(self) -> str:
@@ -69,6 +76,8 @@ class Protocol:
             parts.append(f"h{self.minimum_history}")
         if self.hide_items:
             parts.append(f"cold{100 * self.hide_items:g}")
+        if self.negatives is not None:
+            parts.append(f"{self.negatives.by}{self.negatives.per_positive}")
         return "-".join(parts)
 
     def check(self) -> None:
@@ -90,17 +99,28 @@ class Protocol:
                 f"data.protocol.hide_items is {self.hide_items}; expected a share of the items, at least 0 and below 1."
             )
         label_expression(self.label)
+        if (self.label == CLICKED) != (self.negatives is not None):
+            raise ConfigError(
+                f"data.protocol.label is {self.label} and data.protocol.negatives is {self.negatives}: expected label "
+                "clicked with negatives such as {per_positive: 1}, or another label with negatives null."
+            )
+        if self.negatives is not None and self.negatives.per_positive < 1:
+            raise ConfigError(
+                f"data.protocol.negatives.per_positive is {self.negatives.per_positive}; it must be 1 or more."
+            )
 
 
 def label_expression(rule: str | None) -> pl.Expr:
-    """Polars expression for the 0/1 label: a rule on `rating` such as "rating > 3", or the log's own labels (None)."""
+    """Polars expression for the 0/1 label: a rule such as "rating > 3", the log's own labels (None), or clicked."""
     if rule is None:
         return pl.col("label")
+    if rule == CLICKED:
+        return pl.lit(1, pl.Int8)
     match = _RULE.fullmatch(rule)
     if match is None:
         raise ConfigError(
             f'data.protocol.label: cannot read the rule {rule!r}. Write it as "rating > 3" (operators > >= < <= ==), '
-            "or null for a log with a 0/1 label column."
+            "or null for a log with a 0/1 label column, or clicked."
         )
     compared: pl.Expr = getattr(pl.col("rating"), _OPERATORS[match[1]])(float(match[2]))
     return compared.cast(pl.Int8)
@@ -130,11 +150,11 @@ class Interactions:
 def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     """Check what a reader returned, apply the protocol's row rules (dropped ratings, labels, duplicates), code ids."""
     raw = checked(raw)
+    there = f"; there are {', '.join(raw.columns)}" if raw.columns else ""
     undated = raw.interactions["timestamp"].null_count() == raw.interactions.height > 0
     if undated and protocol.split not in UNDATED_SPLITS:
-        there = f"; there are {', '.join(raw.columns)}" if raw.columns else ""
         raise ConfigError(
-            f"The log has no column timestamp{there}, but data.protocol.split {protocol.split} cuts by time. Map the "
+            f"The log has no column timestamp, but data.protocol.split {protocol.split} cuts by time{there}. Map the "
             "column under data.logs.init_args.columns.timestamp, or set data.protocol.split: random."
         )
     # 1. dropped ratings, before duplicates are looked for, both in file order
@@ -152,9 +172,9 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         column = "label" if protocol.label is None else "rating"
         raise DataError(
             f"{missing['source_file'][0]}, row {missing['source_row'][0]}: no {column} ({missing.height:,} of "
-            f"{kept.height:,} rows have none that can be read). Set data.protocol.label: null for a log of 0/1 labels, "
-            'data.protocol.label: "rating > 3" for one of ratings, or map the column under '
-            f"data.logs.init_args.columns.{column}."
+            f"{kept.height:,} rows have none that can be read{there}). Set data.protocol.label: null for a log of 0/1 "
+            'labels, data.protocol.label: "rating > 3" for one of ratings, clicked for one of clicks alone, or map the '
+            f"column under data.logs.init_args.columns.{column}."
         )
     # 3. duplicates
     distinct = _without_duplicates(labelled, protocol.duplicates)
@@ -207,7 +227,8 @@ class SplitInteractions:
 
     `rows` are `interactions.rows` (same order) and `hist` Int32 (the user's strictly earlier rows), `split`
     Enum(SPLITS), `fold` Enum(FOLDS) (null outside valid), `role` Enum(ROLES), `hidden` Boolean (its item is hidden).
-    Train rows of hidden items are in neither.
+    Train rows of hidden items are in neither. Where the protocol has negatives they are among the rows, and `sampled`
+    says which: `answered` rows are the others.
     """
 
     interactions: Interactions
@@ -243,10 +264,22 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     folds = _folds(interactions.users["user_id"], protocol).gather(rows["user"])
     rows = rows.with_columns(fold=pl.when(pl.col("split") == "valid").then(folds))
     rows = rows.select(*interactions.rows.columns, "hist", "split", "fold", "role", "hidden")
+    if protocol.negatives is not None:
+        drawn = draw_negatives(rows, protocol.negatives, hidden, protocol.seed)
+        rows = pl.concat([rows.with_columns(sampled=pl.lit(False)), drawn]).sort(
+            "timestamp", "user", "sampled", "item"
+        )
+        rows = rows.with_columns(row_id=pl.int_range(pl.len(), dtype=pl.Int64))
+        interactions = replace(interactions, rows=rows.select(interactions.rows.columns))
     _check_targets(rows, protocol)
     digest = _digest(rows, interactions, protocol)
     manifest = _manifest(rows, interactions, protocol, digest, bool(dated))
     return SplitInteractions(interactions, rows, protocol, manifest, digest)
+
+
+def answered(rows: pl.DataFrame) -> pl.Series:
+    """Whether each row is an answer of its user (Boolean): sampled negatives are not, so nothing may read them."""
+    return ~rows["sampled"] if "sampled" in rows.columns else pl.repeat(True, rows.height, eager=True)
 
 
 def _ordered(interactions: Interactions, protocol: Protocol) -> tuple[Interactions, pl.Series]:
@@ -372,7 +405,8 @@ def _check_targets(rows: pl.DataFrame, protocol: Protocol) -> None:
             raise DataError(
                 f"All {len(labels[split]):,} targets of {split} have label {labels[split][0]} under "
                 f"{protocol.name} (targets: {found}). Change data.protocol.label, data.protocol.shares or "
-                "data.protocol.split. Clicks alone need rows with label 0 too: what was shown and not clicked."
+                "data.protocol.split. Clicks alone need rows with label 0 too: what was shown and not "
+                "clicked, or data.protocol.label: clicked with data.protocol.negatives."
             )
 
 
@@ -380,6 +414,8 @@ def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) 
     fields = asdict(protocol) | {"name": protocol.name, "fold_salt": FOLD_SALT}
     if not protocol.hide_items:
         del fields["hide_items"]  # so the hash is that of versions which could not hide items
+    if protocol.negatives is None:
+        del fields["negatives"]  # as above
     digest = hashlib.sha256(json.dumps([fields, list(interactions.files.values())], sort_keys=True).encode())
     codes = rows.with_columns(pl.col("split", "fold", "role").to_physical().cast(pl.Int8).fill_null(-1))
     for column in ("row_id", "split", "fold", "role", "label"):
@@ -393,19 +429,21 @@ def _manifest(
 ) -> dict[str, Any]:
     """What results and reports show of a log, ready for JSON.
 
-    `counts` and `positives` are of targets, `context` of other rows; `cold_user_share` and `cold_item_share` are
-    shares of targets whose user or item has no train target; `order` is "shuffled" where the log has no timestamps, and
-    `times` (first and last) is empty then; `tie_share` is that of rows that share user and timestamp with another;
-    `hidden_items` are of the catalogue, `hidden_rows` are their train rows, which are removed; `left_out` has lines
-    about rows that the reader left out.
+    `rows` are the log's and `negatives` the sampled ones; `counts` and `positives` are of targets, `context` of other
+    rows; `cold_user_share` and `cold_item_share` are shares of targets whose user or item has no train target of the
+    log; `order` is "shuffled" where the log has no timestamps, and `times` (first and last) is empty then; `tie_share`
+    is that of rows that share user and timestamp with another; `hidden_items` are of the catalogue, `hidden_rows` are
+    their train rows, which are removed; `left_out` has lines about rows that the reader left out.
     """
+    log = rows.filter(answered(rows))
     targets = rows.filter(pl.col("role") == "target")
     context = rows.filter(pl.col("role") == "context")
     by_split = {split: targets.filter(pl.col("split") == split) for split in SPLITS}
     by_fold = {fold: targets.filter(pl.col("fold") == fold) for fold in FOLDS}
 
     def cold(column: str) -> dict[str, float]:
-        seen = pl.col(column).is_in(by_split["train"][column].unique().implode())
+        train = by_split["train"].filter(answered(by_split["train"]))
+        seen = pl.col(column).is_in(train[column].unique().implode())
         return {split: by_split[split].select((~seen).mean()).item() for split in SPLITS[1:]}
 
     return {
@@ -413,7 +451,8 @@ def _manifest(
         "hash": digest,
         "fields": asdict(protocol),
         "files": dict(interactions.files),
-        "rows": rows.height,
+        "rows": log.height,
+        "negatives": rows.height - log.height,
         "order": "by time" if dated else "shuffled",
         "times": [str(np.datetime64(int(rows["timestamp"][k]), "s")) for k in (0, -1) if dated],
         "counts": {split: part.height for split, part in by_split.items()},
@@ -429,7 +468,7 @@ def _manifest(
         },
         "cold_user_share": cold("user"),
         "cold_item_share": cold("item"),
-        "tie_share": float(rows.select(pl.struct("user", "timestamp").is_duplicated().mean()).item()),
+        "tie_share": float(log.select(pl.struct("user", "timestamp").is_duplicated().mean()).item()),
         "duplicates": interactions.duplicates,
         "dropped": interactions.dropped,
         "hidden_items": int(_hidden(interactions.items["item_id"], protocol).sum()),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from project.data.logs import RAW_SCHEMA, RawLogs
+from project.data.negatives import Negatives
 from project.data.protocol import Protocol, apply_protocol, build_interactions, label_expression
 from project.errors import ConfigError, DataError
 
@@ -47,6 +48,8 @@ FOLD_SHARES = ([0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0])
         *(("label", rule) for rule in RULES),
         *(("shares", shares) for shares in SHARES),
         *(("fold_shares", shares) for shares in (*SHARES, *FOLD_SHARES)),
+        ("label", "clicked"),
+        ("negatives", Negatives()),
         ("minimum_history", -1),
         ("seed", -1),
         *(("hide_items", share) for share in (-0.1, 1.0, 1.5, float("nan"))),
@@ -101,23 +104,22 @@ def test_ids_that_are_not_all_integers_are_ordered_as_text(ids: str, order: str,
 @settings(derandomize=True, max_examples=30)
 @given(st.permutations(range(12)))
 def test_order_of_the_file_does_not_matter(order: list[int]) -> None:
-    """Of the rows, and, without timestamps, of the order that the protocol gives them."""
     rows = [(str(i % 3), str(i % 4), float(i // 5), float(i % 5 + 1)) for i in range(12)]
-    undated = replace(RULE, split="random", shares=[0.5, 0.3, 0.2])
     items = pl.DataFrame({"item_id": ["0", "1", "2", "3"], "title": ["a", "b", "c", "d"]})
 
-    def read(rows: list[tuple[str, str, float, float]]) -> RawLogs:
+    def built(rows: list[tuple[str, str, float, float]]) -> pl.DataFrame:
         frame = pl.DataFrame(rows, ["user_id", "item_id", "timestamp", "rating"], orient="row")
         absent = [pl.lit(None, kind).alias(name) for name, kind in RAW_SCHEMA.items() if name not in frame]
-        return RawLogs(frame.with_columns(absent), items, {})
+        return build_interactions(RawLogs(frame.with_columns(absent), items, {}), RULE).rows
 
-    def without_times(raw: RawLogs) -> pl.DataFrame:
-        bare = replace(raw, interactions=raw.interactions.with_columns(timestamp=None))
-        return apply_protocol(build_interactions(bare, undated), undated).rows
+    assert built([rows[i] for i in order]).equals(built(rows))
 
-    one, other = read(rows), read([rows[i] for i in order])
-    assert build_interactions(other, RULE).rows.equals(build_interactions(one, RULE).rows)
-    assert without_times(other).equals(without_times(one))
+
+def test_nor_does_it_without_timestamps(make_logs: MakeLogs) -> None:
+    protocol = replace(RULE, split="random", shares=[0.5, 0.3, 0.2])
+    rows: list[Any] = [(str(i % 3), str(i % 4), None, float(i % 5 + 1)) for i in range(12)]
+    one, other = (build_interactions(make_logs(order), protocol) for order in (rows, rows[::-1]))
+    assert apply_protocol(one, protocol).rows.equals(apply_protocol(other, protocol).rows)
 
 
 def test_dropped_ratings_and_their_users_are_gone(make_logs: MakeLogs) -> None:
@@ -151,8 +153,9 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -
             "2 duplicate rows.*item 'a': log.csv row 1, .* row 3, .* row 4",
         ),
         (UNDATED, None, RULE, "no column timestamp, but .*split global_time cuts by time.*split: random"),
+        (CLICKS, None, Protocol(label="clicked", negatives=Negatives()), "were not found: .* of 1 items"),
         (TWO, [0, 1], Protocol(drop_ratings=[3]), r"drop_ratings is \[3\]"),
-        (TWO, [1, 0], RULE, r"log\.csv, row 1: no rating .*label: null"),
+        (TWO, [1, 0], RULE, r"log\.csv, row 1: no rating .*there are who, what.*label: null"),
         (TWO, None, Protocol(label=None), r'log\.csv, row 1: no label .*label: "rating > 3"'),
         (CLICKS, None, RULE, "train have label 1 .*Clicks alone need rows with label 0"),
         (TWO, None, replace(RULE, drop_ratings=[1, 5]), "train and valid and test has no targets"),
@@ -161,8 +164,9 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -
 def test_logs_that_a_protocol_cannot_use(
     rows: list[Any], labels: list[int] | None, protocol: Protocol, words: str, make_logs: MakeLogs
 ) -> None:
+    raw = replace(make_logs(rows, labels), columns=("who", "what"))
     with pytest.raises((ConfigError, DataError), match=words):
-        apply_protocol(build_interactions(make_logs(rows, labels), protocol), protocol)
+        apply_protocol(build_interactions(raw, protocol), protocol)
 
 
 def test_an_item_without_a_title_has_its_id(make_logs: MakeLogs) -> None:

@@ -175,7 +175,6 @@ BAD_LOGS = [
     (LOG + "u1,1,30,5,6,7\n", "a row has more fields than the header.*double quotes"),
     (HEADER + '"u1,1,10,5\nu2",2,20,2\n', "row 1: column user_id holds a line break"),
     *((LOG.replace(c, "other"), f"no column {c}.*other.*columns") for c in ("user_id", "item_id")),
-    (LOG.replace("rating", "stars"), "no column rating and no column label.*stars"),
     *((HEADER + f"u1,1,10,5\nu1,2,{v},2\n", "row 2: column timestamp") for v in ("soon", "nan", "inf", "")),
     *((HEADER + f"u1,1,10,5\nu1,2,20,{v}\n", "row 2: column rating") for v in ("soon", "nan", "inf", "")),
     (LOG.replace("rating", "label").replace("5", "1"), r"row 2: column label is 2\.0"),
