@@ -127,6 +127,8 @@ class InteractionData(pl.LightningDataModule):
                 raise DataError(
                     f"data.logs: {reader}.read failed: {type(error).__name__}: {error}"
                 ) from error
+            for line in raw.left_out:
+                rank_zero_info(line)
             return apply_protocol(build_interactions(raw, self.protocol), self.protocol)
 
     @cached_property

@@ -58,7 +58,7 @@ def settings() -> set[str]:
     A key that only holds others (`data.protocol`) is none.
     """
     from project import callbacks, rank, retrieval, tracking
-    from project.data import logs, prompt, protocol
+    from project.data import logs, negatives, prompt, protocol, readers
     from project.datamodule import InteractionData
     from project.exits import certificate, criteria
     from project.model import module, optim
@@ -67,12 +67,14 @@ def settings() -> set[str]:
 
     linked = {"tokenizer", "answers", "numbers", "seed", "bundle"}
     sections = {"logs", "retriever", "protocol", "prompt", "mf", "optim", "lora", "certificate", "ranking"}
+    sections |= {"negatives"}
     plain = {"self", "model", "datamodule", "ckpt_path", "weights_only", "dataloaders", "return_predictions"}
     classes = [
         *(InteractionData, protocol.Protocol, prompt.Prompt, retrieval.MatrixFactorisation),
         *(module.ExitRecommender, optim.OptimSettings, module.LoraSettings),
         *(callbacks.ExitCalibration, callbacks.ResultFiles, tracking.WandbArtifacts),
         *(certificate.CertificateSettings, rank.RankSettings, logs.TableLogs, logs.RecBoleLogs),
+        *(readers.BookCrossing, readers.AmazonReviews, negatives.Negatives),
         *(retrieval.VectorRetriever, retrieval.LightGCN, retrieval.TextEncoder, retrieval.ItemKNN),
         *(criteria.Consistency, criteria.RatioConsistency, criteria.Learned),
     ]
@@ -89,4 +91,4 @@ def settings() -> set[str]:
 
 
 def test_settings_are_few() -> None:
-    assert len(settings()) <= 84, sorted(settings())
+    assert len(settings()) <= 88, sorted(settings())

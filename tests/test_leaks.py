@@ -33,14 +33,16 @@ SEGMENT = (
 
 
 def split_of(kind: str, logs: Path) -> SplitInteractions:
-    if kind != "given":
+    if kind not in ("given", "undated"):
         return read_split(logs, Protocol(split=kind, minimum_history=1))  # type: ignore[arg-type]
-    protocol = Protocol(split="given", label="rating > 3")
+    protocol = Protocol(split="given", label="rating > 3", duplicates="first")
     raw = TableLogs(str(logs / "interactions.csv"), str(logs / "items.csv")).read()
     names = np.random.default_rng(1).choice(
         [*SPLITS, "history"], size=len(raw.interactions), p=[0.5, 0.2, 0.2, 0.1]
     )
     named = raw.interactions.with_columns(split=pl.Series(names))
+    if kind == "undated":
+        named = named.with_columns(timestamp=None)
     return apply_protocol(build_interactions(RawLogs(named, raw.items, raw.files), protocol), protocol)
 
 
@@ -93,7 +95,7 @@ def lists(prompt: str) -> list[str]:
     return re.findall(r"\[.*?\]", prompt)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "undated"])
 @pytest.mark.parametrize(
     "retriever",
     [ItemKNN(), LightGCN(dim=8, epochs=1), LightGCN(dim=8, epochs=1, similar_every=2)],

@@ -32,15 +32,19 @@ READER = "the reader's"  # tables of a reader, in messages
 class RawLogs:
     """A log as read, in file order.
 
-    `interactions` has the columns of `RAW_SCHEMA`: ids, `timestamp` (seconds), `rating`, `label` (0 or 1) and `split`
-    (one of `GIVEN_SPLITS`), null where the log does not have them; `source_file` and `source_row` (from 1) are for
-    messages. `files` has the SHA-256 of each file, in reading order, and under a name of its own a digest of whatever
-    else decides what is made of them: the protocol's hash and all caches rest on it.
+    `interactions` has the columns of `RAW_SCHEMA`: ids, `timestamp` (seconds, null in all rows of a log without dates),
+    `rating`, `label` (0 or 1) and `split` (one of `GIVEN_SPLITS`), null where the log does not have them; `source_file`
+    and `source_row` (from 1) are for messages. `files` has the SHA-256 of each file, in reading order, and under a name
+    of its own a digest of whatever else decides what is made of them: the protocol's hash and all caches rest on it.
     """
 
     interactions: pl.DataFrame
     items: pl.DataFrame  # item_id (unique), title, then attributes; all String, "" = unknown
     files: dict[str, str]
+    columns: tuple[str, ...] = ()  # of the interactions' file, for messages
+    left_out: tuple[
+        str, ...
+    ] = ()  # lines about rows that the reader left out: file, how many, the first, why
 
 
 class Logs(ABC):
@@ -56,9 +60,9 @@ class TableLogs(Logs):
 
     Args:
         interactions: One file (.csv, .tsv or .parquet), or one file per split, such as {train: a.csv, valid: b.csv,
-            test: c.csv}; a `history` file is past that is only ever context. Needs user_id, item_id, timestamp
-            (seconds or milliseconds since 1970, or dates in ISO format; without a zone they are UTC) and a rating or a
-            0/1 label.
+            test: c.csv}; a `history` file is past that is only ever context. Needs user_id, item_id, a rating or a
+            0/1 label (neither where data.protocol.label is clicked), and timestamp (seconds or milliseconds since 1970,
+            or dates in ISO format; without a zone they are UTC; none where data.protocol.split is random or given).
         items: Table of items with item_id and title; every other column is an attribute.
         columns: Our column name -> the name in your interactions, for user_id, item_id, timestamp, rating, label,
             split.
@@ -88,15 +92,13 @@ class TableLogs(Logs):
     def read(self) -> RawLogs:
         """Read all files; see `Logs.read`."""
         sums: dict[str, str] = {}
-        tables = [
-            _interactions(read_table(Path(name), sums), name, self.columns, split)
-            for split, name in self.parts
-        ]
+        read = [(split, name, read_table(Path(name), sums)) for split, name in self.parts]
+        tables = [_interactions(table, name, self.columns, split) for split, name, table in read]
         items = _items(read_table(Path(self.items), sums), self.items, self.item_columns)
         if self.columns or self.item_columns:  # the same file read by other columns is another log
             text = json.dumps([self.columns, self.item_columns], sort_keys=True)
             sums[MAPPING] = hashlib.sha256(text.encode()).hexdigest()
-        return RawLogs(pl.concat(tables), items, sums)
+        return RawLogs(pl.concat(tables), items, sums, tuple(read[0][2].columns))
 
 
 class RecBoleLogs(TableLogs):
@@ -201,14 +203,8 @@ def _interactions(
         raise DataError(
             f"data.logs.init_args.columns maps {', '.join(unknown)}; our names are {', '.join(allowed)}."
         )
-    table = _renamed(table, file, columns, allowed[:3], "columns")
+    table = _renamed(table, file, columns, allowed[:2], "columns")
     answers = [name for name in ("rating", "label") if name in table.columns]
-    if not answers:
-        raise DataError(
-            f"{file}: no column rating and no column label; there are {', '.join(table.columns)}. Name yours "
-            "under data.logs.init_args.columns, for example columns: {rating: stars}. A log of clicks alone needs a "
-            "column label: 1, and rows with 0 for what was shown and not clicked, or for negatives of your own."
-        )
     # 2. answers: of two columns the protocol needs one, and a label may be a record's, so that what cannot be read is
     # null; of one column every value must be readable
     for name in answers:
@@ -231,10 +227,13 @@ def _interactions(
 def _typed(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.DataFrame:
     """The columns of `RAW_SCHEMA` with their types, every value checked; `columns`: our name -> the one in messages."""
     theirs = {name: columns.get(name, name) for name in RAW_SCHEMA}
+    times = table["timestamp"]
+    if times.null_count() < len(times):  # else a log without dates
+        times = seconds(finite_number(times, file, theirs["timestamp"]), file, theirs["timestamp"])
     typed = pl.DataFrame(
         [
             *(ids(table[name], file, theirs[name]) for name in ("user_id", "item_id")),
-            seconds(finite_number(table["timestamp"], file, theirs["timestamp"]), file, theirs["timestamp"]),
+            times,
             *(finite_number(table[name], file, theirs[name], optional=True) for name in ("rating", "label")),
             plain_text(table["split"], file, theirs["split"]),
             table["source_file"].cast(pl.String).fill_null(file),
@@ -275,6 +274,12 @@ def checked(raw: RawLogs) -> RawLogs:
         raise DataError(
             f"{READER} interactions: no column {', '.join(missing)}; there are the columns "
             f"{', '.join(raw.interactions.columns)}. A column that the log does not have is null."
+        )
+    undated = raw.interactions.filter(pl.col("timestamp").is_null())
+    if 0 < undated.height < raw.interactions.height:
+        raise DataError(
+            f"{undated['source_file'][0] or READER}, row {undated['source_row'][0]}: no timestamp ({undated.height:,} "
+            f"of {raw.interactions.height:,} rows have none). Give every row its time, or no row."
         )
     interactions = _typed(raw.interactions, f"{READER} interactions", {})
     items = _items(raw.items, f"{READER} items", {})

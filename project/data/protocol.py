@@ -12,14 +12,18 @@ import numpy.typing as npt
 import polars as pl
 
 from project.data.logs import RawLogs, checked
+from project.data.negatives import Negatives, draw_negatives
 from project.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
+UNDATED_SPLITS = ("random", "given")  # what a log without timestamps can be split by
 FOLDS = ("select", "tune", "certify")
 ROLES = ("target", "context")
 FOLD_SALT = "folds"  # of the hash that assigns validation users to folds
 HIDE_SALT = "hidden items"  # of the hash that hides items
 TRAIN_SALT = "train users"  # of the hash that chooses users whose train rows are targets
+
+CLICKED = "clicked"  # the label rule of a log whose rows are all positive
 
 _OPERATORS = {">": "gt", ">=": "ge", "<": "lt", "<=": "le", "==": "eq"}
 _RULE = re.compile(r"\s*rating\s*(>=|<=|==|>|<)\s*([-+]?\d*\.?\d+)\s*")
@@ -32,20 +36,25 @@ class Protocol:
     Args:
         split: How rows are cut. global_time: two instants for all users; user_time: two instants for each user;
             random: a seeded permutation; leave_last: each user's last row is test, the one before is valid; given: the
-            log says it (a `split` column, or one file per split).
+            log says it (a `split` column, or one file per split). A log without timestamps needs random or given: its
+            rows are put in the order train, valid, test, at random inside each, and read those before them.
         shares: Shares of train, valid and test (not used by leave_last and given).
         minimum_history: A row is a target only if its user has at least this many strictly earlier rows; others are
             context.
-        label: Rule for a positive answer, such as "rating > 3". Null: the log's own 0/1 column label.
+        label: Rule for a positive answer, such as "rating > 3". Null: the log's own 0/1 column label. clicked: every
+            row is positive, and negatives are sampled.
         drop_ratings: Rows with these ratings are removed before anything else.
         duplicates: What to do with rows that repeat a user, item and timestamp: error, or keep the first or last.
-        seed: Seed of the random split, of the hidden items and of train's users.
+        seed: Seed of the random split, of the order of a log without timestamps, of hidden items, train's users and
+            negatives.
         fold_shares: Shares of the users in the folds select, tune and certify.
         hide_items: Share of the items whose train rows are removed, so that they are new in validation and test: the
             experiment on cold items for a log where all are known. An item that is hidden at one share is hidden at
             every larger one.
         train_users: Share of the users whose train rows are targets, for learning curves: the other users' train rows
             are context, which histories, counts and graph hold as before. A user of one share is in every larger one.
+        negatives: Items with the answer 0 beside the clicks, for label clicked. They are scored and nothing else: no
+            history, graph or count has them.
     """
 
     split: Literal["global_time", "user_time", "random", "leave_last", "given"] = "global_time"
@@ -58,6 +67,7 @@ class Protocol:
     fold_shares: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.4])
     hide_items: float = 0.0
     train_users: float = 1.0
+    negatives: Negatives | None = None
 
     @property
     def name(self) -> str:
@@ -73,6 +83,8 @@ class Protocol:
             parts.append(f"cold{100 * self.hide_items:g}")
         if self.train_users < 1:
             parts.append(f"users{100 * self.train_users:g}")
+        if self.negatives is not None:
+            parts.append(f"{self.negatives.by}{self.negatives.per_positive}")
         return "-".join(parts)
 
     def check(self) -> None:
@@ -98,17 +110,28 @@ class Protocol:
                 f"data.protocol.train_users is {self.train_users}; expected a share above 0 and at most 1."
             )
         label_expression(self.label)
+        if (self.label == CLICKED) != (self.negatives is not None):
+            raise ConfigError(
+                f"data.protocol.label is {self.label} and data.protocol.negatives is {self.negatives}: expected label "
+                "clicked with negatives such as {per_positive: 1}, or another label with negatives null."
+            )
+        if self.negatives is not None and self.negatives.per_positive < 1:
+            raise ConfigError(
+                f"data.protocol.negatives.per_positive is {self.negatives.per_positive}; it must be 1 or more."
+            )
 
 
 def label_expression(rule: str | None) -> pl.Expr:
-    """Polars expression for the 0/1 label: a rule on `rating` such as "rating > 3", or the log's own labels (None)."""
+    """Polars expression for the 0/1 label: a rule such as "rating > 3", the log's own labels (None), or clicked."""
     if rule is None:
         return pl.col("label")
+    if rule == CLICKED:
+        return pl.lit(1, pl.Int8)
     match = _RULE.fullmatch(rule)
     if match is None:
         raise ConfigError(
             f'data.protocol.label: cannot read the rule {rule!r}. Write it as "rating > 3" (operators > >= < <= ==), '
-            "or null for a log with a 0/1 label column."
+            "or null for a log with a 0/1 label column, or clicked."
         )
     compared: pl.Expr = getattr(pl.col("rating"), _OPERATORS[match[1]])(float(match[2]))
     return compared.cast(pl.Int8)
@@ -119,8 +142,9 @@ class Interactions:
     """Coded interactions of one log.
 
     `rows` has one row an interaction, sorted by (timestamp, user, item): `row_id` Int64 (the position, 0..n-1), `user`
-    and `item` Int32, `timestamp` Float64 (seconds), `label` Int8 (0 or 1), `rating` Float64 (null where the log has
-    only labels), `given_split` String (null unless the log names it).
+    and `item` Int32, `timestamp` Float64 (seconds; null where the log has none, until `apply_protocol` gives each row
+    its position), `label` Int8 (0 or 1), `rating` Float64 (null where the log has only labels), `given_split` String
+    (null unless the log names it).
     """
 
     rows: pl.DataFrame
@@ -130,12 +154,20 @@ class Interactions:
     duplicates: int = 0  # rows removed because they repeat the (user, item, timestamp) of another row
     dropped: int = 0  # rows removed by the protocol's drop_ratings
     hidden_rows: int = 0  # rows removed by its hide_items; `apply_protocol` does it, since only train rows go
+    left_out: tuple[str, ...] = ()  # lines about rows that the reader left out
     items_without_title: int = 0  # these have their id as title
 
 
 def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     """Check what a reader returned, apply the protocol's row rules (dropped ratings, labels, duplicates), code ids."""
     raw = checked(raw)
+    there = f"; there are {', '.join(raw.columns)}" if raw.columns else ""
+    undated = raw.interactions["timestamp"].null_count() == raw.interactions.height > 0
+    if undated and protocol.split not in UNDATED_SPLITS:
+        raise ConfigError(
+            f"The log has no column timestamp, but data.protocol.split {protocol.split} cuts by time{there}. Map the "
+            "column under data.logs.init_args.columns.timestamp, or set data.protocol.split: random."
+        )
     # 1. dropped ratings, before duplicates are looked for, both in file order
     if protocol.drop_ratings and raw.interactions["rating"].is_null().all():
         raise ConfigError(
@@ -151,9 +183,9 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         column = "label" if protocol.label is None else "rating"
         raise DataError(
             f"{missing['source_file'][0]}, row {missing['source_row'][0]}: no {column} ({missing.height:,} of "
-            f"{kept.height:,} rows have none that can be read). Set data.protocol.label: null for a log of 0/1 labels, "
-            'data.protocol.label: "rating > 3" for one of ratings, or map the column under '
-            f"data.logs.init_args.columns.{column}."
+            f"{kept.height:,} rows have none that can be read{there}). Set data.protocol.label: null for a log of 0/1 "
+            'labels, data.protocol.label: "rating > 3" for one of ratings, clicked for one of clicks alone, or map the '
+            f"column under data.logs.init_args.columns.{column}."
         )
     # 3. duplicates
     distinct = _without_duplicates(labelled, protocol.duplicates)
@@ -171,6 +203,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         duplicates=labelled.height - distinct.height,
         dropped=raw.interactions.height - kept.height,
         items_without_title=int(untitled.sum()),
+        left_out=raw.left_out,
     )
 
 
@@ -182,11 +215,11 @@ def _without_duplicates(rows: pl.DataFrame, policy: Literal["error", "first", "l
     places = pl.format("{} row {}", "source_file", "source_row")
     groups = rows.group_by(key, maintain_order=True).agg(places.alias("places"))
     shown = "; ".join(
-        f"user {user!r}, item {item!r}, timestamp {time:.15g}: {', '.join(places)}"
+        f"user {user!r}, item {item!r}{'' if time is None else f', timestamp {time:.15g}'}: {', '.join(places)}"
         for user, item, time, places in groups.filter(pl.col("places").list.len() > 1).head(3).iter_rows()
     )
     raise DataError(
-        f"{rows.height - distinct.height:,} duplicate rows (same user, item and timestamp), for example {shown}. "
+        f"{rows.height - distinct.height:,} duplicate rows (same user, item and any timestamp), for example {shown}. "
         "Remove them, or set data.protocol.duplicates to first or last (in file order)."
     )
 
@@ -205,7 +238,8 @@ class SplitInteractions:
 
     `rows` are `interactions.rows` (same order) and `hist` Int32 (the user's strictly earlier rows), `split`
     Enum(SPLITS), `fold` Enum(FOLDS) (null outside valid), `role` Enum(ROLES), `hidden` Boolean (its item is hidden).
-    Train rows of hidden items are in neither.
+    Train rows of hidden items are in neither. Where the protocol has negatives they are among the rows, and `sampled`
+    says which: `answered` rows are the others.
     """
 
     interactions: Interactions
@@ -226,8 +260,13 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     """
     protocol.check()
     hidden = _hidden(interactions.items["item_id"], protocol)
-    rows = _with_roles(interactions.rows, protocol)
-    split = _splits(rows, protocol)
+    dated = interactions.rows["timestamp"].is_not_null().all()
+    if dated:
+        rows = _with_roles(interactions.rows, protocol)
+        split = _splits(rows, protocol)
+    else:
+        interactions, split = _ordered(interactions, protocol)
+        rows = _with_roles(interactions.rows, protocol)
     if protocol.hide_items:
         kept = (split != "train") | ~hidden.gather(rows["item"])
         interactions, split = _with_only(interactions, kept), split.filter(kept)
@@ -246,10 +285,39 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     folds = _folds(interactions.users["user_id"], protocol).gather(rows["user"])
     rows = rows.with_columns(fold=pl.when(pl.col("split") == "valid").then(folds))
     rows = rows.select(*interactions.rows.columns, "hist", "split", "fold", "role", "hidden")
+    if protocol.negatives is not None:
+        drawn = draw_negatives(rows, protocol.negatives, hidden, protocol.seed)
+        rows = pl.concat([rows.with_columns(sampled=pl.lit(False)), drawn]).sort(
+            "timestamp", "user", "sampled", "item"
+        )
+        rows = rows.with_columns(row_id=pl.int_range(pl.len(), dtype=pl.Int64))
+        interactions = replace(interactions, rows=rows.select(interactions.rows.columns))
     _check_targets(rows, protocol)
     digest = _digest(rows, interactions, protocol)
-    manifest = _manifest(rows, interactions, protocol, digest)
+    manifest = _manifest(rows, interactions, protocol, digest, bool(dated))
     return SplitInteractions(interactions, rows, protocol, manifest, digest)
+
+
+def answered(rows: pl.DataFrame) -> pl.Series:
+    """Whether each row is an answer of its user (Boolean): sampled negatives are not, so nothing may read them."""
+    return ~rows["sampled"] if "sampled" in rows.columns else pl.repeat(True, rows.height, eager=True)
+
+
+def _ordered(interactions: Interactions, protocol: Protocol) -> tuple[Interactions, pl.Series]:
+    """A log without timestamps in an order of its own, and the split of each row.
+
+    History, train, valid, test, and inside each by a seeded permutation of the rows sorted by user and item; of the
+    random split it is that split's. Timestamps are positions.
+    """
+    rows = interactions.rows
+    place = np.argsort(np.random.default_rng(protocol.seed).permutation(rows.height))
+    keyed = rows.with_columns(split=_splits(rows, protocol), place=place)
+    late = pl.col("given_split").fill_null("") != "history"
+    keyed = keyed.sort("split", late, "place").with_columns(
+        pl.int_range(pl.len(), dtype=pl.Int64).alias("row_id"),
+        pl.int_range(pl.len()).cast(pl.Float64).alias("timestamp"),
+    )
+    return replace(interactions, rows=keyed.select(rows.columns)), keyed["split"]
 
 
 def _with_roles(rows: pl.DataFrame, protocol: Protocol) -> pl.DataFrame:
@@ -358,14 +426,15 @@ def _check_targets(rows: pl.DataFrame, protocol: Protocol) -> None:
             raise DataError(
                 f"All {len(labels[split]):,} targets of {split} have label {labels[split][0]} under "
                 f"{protocol.name} (targets: {found}). Change data.protocol.label, data.protocol.shares or "
-                "data.protocol.split. Clicks alone need rows with label 0 too: what was shown and not clicked."
+                "data.protocol.split. Clicks alone need rows with label 0 too: what was shown and not "
+                "clicked, or data.protocol.label: clicked with data.protocol.negatives."
             )
 
 
 def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) -> str:
     fields = asdict(protocol) | {"name": protocol.name, "fold_salt": FOLD_SALT}
     # at their defaults the hash is that of versions which did not have them
-    for name, default in (("hide_items", 0.0), ("train_users", 1.0)):
+    for name, default in (("hide_items", 0.0), ("train_users", 1.0), ("negatives", None)):
         if fields[name] == default:
             del fields[name]
     digest = hashlib.sha256(json.dumps([fields, list(interactions.files.values())], sort_keys=True).encode())
@@ -377,21 +446,25 @@ def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) 
 
 
 def _manifest(
-    rows: pl.DataFrame, interactions: Interactions, protocol: Protocol, digest: str
+    rows: pl.DataFrame, interactions: Interactions, protocol: Protocol, digest: str, dated: bool
 ) -> dict[str, Any]:
     """What results and reports show of a log, ready for JSON.
 
-    `counts` and `positives` are of targets, `context` of other rows; `cold_user_share` and `cold_item_share` are
-    shares of targets whose user or item has no train target; `tie_share` is that of rows that share user and timestamp
-    with another; `hidden_items` are of the catalogue, `hidden_rows` are their train rows, which are removed.
+    `rows` are the log's and `negatives` the sampled ones; `counts` and `positives` are of targets, `context` of other
+    rows; `cold_user_share` and `cold_item_share` are shares of targets whose user or item has no train target of the
+    log; `order` is "shuffled" where the log has no timestamps, and `times` (first and last) is empty then; `tie_share`
+    is that of rows that share user and timestamp with another; `hidden_items` are of the catalogue, `hidden_rows` are
+    their train rows, which are removed; `left_out` has lines about rows that the reader left out.
     """
+    log = rows.filter(answered(rows))
     targets = rows.filter(pl.col("role") == "target")
     context = rows.filter(pl.col("role") == "context")
     by_split = {split: targets.filter(pl.col("split") == split) for split in SPLITS}
     by_fold = {fold: targets.filter(pl.col("fold") == fold) for fold in FOLDS}
 
     def cold(column: str) -> dict[str, float]:
-        seen = pl.col(column).is_in(by_split["train"][column].unique().implode())
+        train = by_split["train"].filter(answered(by_split["train"]))
+        seen = pl.col(column).is_in(train[column].unique().implode())
         return {split: by_split[split].select((~seen).mean()).item() for split in SPLITS[1:]}
 
     return {
@@ -399,8 +472,10 @@ def _manifest(
         "hash": digest,
         "fields": asdict(protocol),
         "files": dict(interactions.files),
-        "rows": rows.height,
-        "times": [str(np.datetime64(int(time), "s")) for time in rows["timestamp"].to_numpy()[[0, -1]]],
+        "rows": log.height,
+        "negatives": rows.height - log.height,
+        "order": "by time" if dated else "shuffled",
+        "times": [str(np.datetime64(int(rows["timestamp"][k]), "s")) for k in (0, -1) if dated],
         "counts": {split: part.height for split, part in by_split.items()},
         "positives": {split: int(part["label"].sum()) for split, part in by_split.items()},
         "context": {split: context.filter(pl.col("split") == split).height for split in SPLITS},
@@ -414,10 +489,11 @@ def _manifest(
         },
         "cold_user_share": cold("user"),
         "cold_item_share": cold("item"),
-        "tie_share": float(rows.select(pl.struct("user", "timestamp").is_duplicated().mean()).item()),
+        "tie_share": float(log.select(pl.struct("user", "timestamp").is_duplicated().mean()).item()),
         "duplicates": interactions.duplicates,
         "dropped": interactions.dropped,
         "hidden_items": int(_hidden(interactions.items["item_id"], protocol).sum()),
         "hidden_rows": interactions.hidden_rows,
         "items_without_title": interactions.items_without_title,
+        "left_out": list(interactions.left_out),
     }

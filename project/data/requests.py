@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from project.data.prompt import PromptEncoder
-from project.data.protocol import FOLDS, Interactions, SplitInteractions
+from project.data.protocol import FOLDS, Interactions, SplitInteractions, answered
 from project.data.stream import Streams, streams_of
 from project.data.tables import MILLISECONDS
 from project.errors import ConfigError, DataError
@@ -273,7 +273,8 @@ def request_streams(
     for rows outside the log (user, item, timestamp, label, candidate).
     """
     # 1. rows of the log by user, in time order, and rows outside it: histories of requests, and candidates
-    log = split.rows.select("user", "item", "row_id", "timestamp", "label").join(retrieved, on="row_id")
+    log = split.rows.filter(answered(split.rows))
+    log = log.select("user", "item", "row_id", "timestamp", "label").join(retrieved, on="row_id")
     log = log.sort("user", "row_id")
     of_user, times = log["user"].to_numpy(), log["timestamp"].to_numpy()
     users = dict(split.interactions.users.select("user_id", "user").iter_rows())
@@ -354,7 +355,7 @@ def catalogue_requests(
         if targets.is_empty():
             raise DataError(f"no target of {part} has {history} strictly earlier rows; request fewer.")
     drawn = np.sort(np.random.default_rng(seed).permutation(targets.height)[:count])
-    past = split.rows.filter(pl.col("user").is_in(targets["user"].unique().implode()))
+    past = split.rows.filter(answered(split.rows), pl.col("user").is_in(targets["user"].unique().implode()))
     rated = {user: rows for (user,), rows in past.group_by("user", maintain_order=True)}
     ids = split.interactions.items["item_id"].to_list()
     user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())

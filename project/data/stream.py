@@ -10,6 +10,7 @@ import numpy.typing as npt
 import polars as pl
 
 from project.data.prompt import PromptEncoder
+from project.data.protocol import answered
 from project.data.ragged import IntArray, Ragged, offsets_of
 
 BoolArray = npt.NDArray[np.bool_]
@@ -161,7 +162,7 @@ def build_streams(rows: pl.DataFrame, retrieved: pl.DataFrame, split: str, encod
     joined = rows.join(retrieved, on="row_id", how="inner", maintain_order="left", validate="1:1")
     joined = joined.sort("user", "row_id")
     target = ((joined["split"] == split) & (joined["role"] == "target")).to_numpy()
-    return streams_of(joined, target, np.ones(len(joined), dtype=bool), encoder)
+    return streams_of(joined, target, answered(joined).to_numpy(), encoder)
 
 
 def streams_of(

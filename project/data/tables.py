@@ -13,11 +13,19 @@ MILLISECONDS = 1e11  # as seconds the year 5138, as milliseconds 1973
 DATES = (19_000_101, 21_001_231)  # as digits; as seconds August and September 1970
 
 
+def note_file(path: Path, sums: dict[str, str]) -> None:
+    """Make sure that a file is there, and add its SHA-256 to `sums` under its name."""
+    if not path.is_file():
+        raise DataError(f"File {path} does not exist (looked for it from {Path.cwd()}).")
+    with path.open("rb") as stream:
+        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+    sums[path.name if path.name not in sums else str(path)] = checksum
+
+
 def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
     """A .csv, .tsv, .parquet or RecBole (.inter, .item) file; adds its SHA-256 to `sums` under its name."""
     kind = path.suffix.lower()
-    if not path.is_file():
-        raise DataError(f"File {path} does not exist (looked for it from {Path.cwd()}).")
+    note_file(path, sums)
     if kind not in (".csv", ".tsv", ".parquet", ".inter", ".item"):
         raise DataError(f"File {path} has the suffix {kind!r}; expected .csv, .tsv or .parquet.")
     atomic = kind in (".inter", ".item")  # quotes are plain characters, and headers have types: user_id:token
@@ -44,9 +52,6 @@ def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
         raise DataError(f"File {path} has the column {name!r} more than once. Rename or remove all but one.")
     if table.is_empty():
         raise DataError(f"File {path} has no data rows (columns: {', '.join(table.columns)}).")
-    with path.open("rb") as stream:
-        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
-    sums[path.name if path.name not in sums else str(path)] = checksum
     return table.rename(lambda column: column.split(":")[0]) if atomic else table
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from project.data.protocol import SPLITS, SplitInteractions
+from project.data.protocol import SPLITS, SplitInteractions, answered
 from project.errors import DataError
 from project.evaluation.baselines import (
     Baseline,
@@ -168,10 +168,16 @@ def earlier_rows(rows: pl.DataFrame, split: str, last: int) -> tuple[Ints, Ints]
     places where there are fewer.
     """
     later = SPLITS[SPLITS.index(split) + 1 :]
-    readable = rows.filter(~pl.col("split").cast(pl.String).is_in(later))
+    readable = rows.filter(~pl.col("split").cast(pl.String).is_in(later), answered(rows))
     item, label = (readable[name].to_numpy().astype(np.int64) for name in ("item", "label"))
     order, start, stop = own_earlier_rows(readable["user"].to_numpy(), readable["timestamp"].to_numpy())
-    targets = ((readable["split"] == split) & (readable["role"] == "target")).to_numpy()
+    # a target reads what any row of its user and second reads: a sampled negative has its click's
+    seconds = (
+        readable.select("user", "timestamp").with_row_index("at").unique(["user", "timestamp"], keep="first")
+    )
+    targets = targets_of(rows, split).join(
+        seconds, on=["user", "timestamp"], how="left", maintain_order="left"
+    )["at"]
     place = stop[targets][:, None] - last + np.arange(last)
     there = place >= start[targets][:, None]
     found = order[np.where(there, place, 0)]

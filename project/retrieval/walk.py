@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from project.data.download import remove_orphans
-from project.data.protocol import SPLITS, SplitInteractions
+from project.data.protocol import SPLITS, SplitInteractions, answered
 from project.errors import ConfigError
 from project.retrieval.base import Edges, IntArray, Neighbours, Raters, Retriever, Snapshot
 
@@ -120,6 +120,7 @@ class Snapshots:
 
 def edges_before(rows: pl.DataFrame, cuts: NDArray[np.float64]) -> list[Edges]:
     """The rows strictly before each cut; rows in time order, columns user, item, timestamp, label."""
+    rows = rows.filter(answered(rows))
     user, item, label = (rows[name].to_numpy().astype(np.int64) for name in ("user", "item", "label"))
     ends = np.searchsorted(rows["timestamp"].to_numpy(), cuts, side="left").tolist()
     return [Edges(user[:end], item[:end], label[:end]) for end in ends]
@@ -155,14 +156,12 @@ class WalkRows:
 
     @classmethod
     def from_log(cls, rows: pl.DataFrame, query: bool = True) -> "WalkRows":
-        """Rows of a log, sorted by (timestamp, user, item), with every flag (or all but `query`)."""
+        """Rows of a log, by time and user, with every flag (or all but `query`); sampled negatives are not read."""
         row_id, user, item = (rows[name].to_numpy().astype(np.int64) for name in ("row_id", "user", "item"))
         timestamp = rows["timestamp"].to_numpy().astype(np.float64)
         label = rows["label"].to_numpy().astype(np.int8)
-        yes = np.ones(rows.height, np.bool_)
-        return cls(
-            row_id, user, user, item, timestamp, label, query=yes if query else ~yes, rater=yes, own=yes
-        )
+        queries, read = np.full(rows.height, query), answered(rows).to_numpy()
+        return cls(row_id, user, user, item, timestamp, label, query=queries, rater=read, own=read)
 
 
 def own_earlier_rows(user: IntArray, timestamp: NDArray[np.float64]) -> tuple[IntArray, IntArray, IntArray]:

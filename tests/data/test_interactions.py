@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from project.data.logs import RAW_SCHEMA, RawLogs
+from project.data.negatives import Negatives
 from project.data.protocol import Protocol, apply_protocol, build_interactions, label_expression
 from project.errors import ConfigError, DataError
 
@@ -20,6 +21,8 @@ RULE = Protocol(label="rating > 3")
 TWO = [("1", "a", 1.0, 5.0), ("1", "b", 2.0, 1.0)]
 CLICKS = [("1", "a", float(time), 5.0) for time in range(10)]
 DUPLICATED = [("1", "a", 1.0, 5.0), ("1", "b", 1.0, 1.0), ("1", "a", 1.0, 2.0), ("1", "a", 2.0, 5.0)]
+
+UNDATED = [(user, item, None, rating) for user, item, _, rating in DUPLICATED]
 
 
 def test_label_rules() -> None:
@@ -45,6 +48,8 @@ FOLD_SHARES = ([0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0])
         *(("label", rule) for rule in RULES),
         *(("shares", shares) for shares in SHARES),
         *(("fold_shares", shares) for shares in (*SHARES, *FOLD_SHARES)),
+        ("label", "clicked"),
+        ("negatives", Negatives()),
         ("minimum_history", -1),
         ("seed", -1),
         *(("hide_items", share) for share in (-0.1, 1.0, 1.5, float("nan"))),
@@ -112,6 +117,13 @@ def test_order_of_the_file_does_not_matter(order: list[int]) -> None:
     assert built([rows[i] for i in order]).equals(built(rows))
 
 
+def test_nor_does_it_without_timestamps(make_logs: MakeLogs) -> None:
+    protocol = replace(RULE, split="random", shares=[0.5, 0.3, 0.2])
+    rows: list[Any] = [(str(i % 3), str(i % 4), None, float(i % 5 + 1)) for i in range(12)]
+    one, other = (build_interactions(make_logs(order), protocol) for order in (rows, rows[::-1]))
+    assert apply_protocol(one, protocol).rows.equals(apply_protocol(other, protocol).rows)
+
+
 def test_dropped_ratings_and_their_users_are_gone(make_logs: MakeLogs) -> None:
     """drop_ratings removes rows before anything else; the catalogue keeps every item."""
     raw = make_logs([("1", "a", 1.0, 5.0), ("2", "b", 2.0, 3.0), ("1", "c", 3.0, 1.0)])
@@ -136,8 +148,16 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -
     ("rows", "labels", "protocol", "words"),
     [
         (DUPLICATED, None, RULE, "1 duplicate rows.*item 'a', timestamp 1: log.csv row 1, log.csv row 3"),
+        (
+            UNDATED,
+            None,
+            replace(RULE, split="random"),
+            "2 duplicate rows.*item 'a': log.csv row 1, .* row 3, .* row 4",
+        ),
+        (UNDATED, None, RULE, "no column timestamp, but .*split global_time cuts by time.*split: random"),
+        (CLICKS, None, Protocol(label="clicked", negatives=Negatives()), "were not found: .* of 1 items"),
         (TWO, [0, 1], Protocol(drop_ratings=[3]), r"drop_ratings is \[3\]"),
-        (TWO, [1, 0], RULE, r"log\.csv, row 1: no rating .*label: null"),
+        (TWO, [1, 0], RULE, r"log\.csv, row 1: no rating .*there are who, what.*label: null"),
         (TWO, None, Protocol(label=None), r'log\.csv, row 1: no label .*label: "rating > 3"'),
         (CLICKS, None, RULE, "train have label 1 .*Clicks alone need rows with label 0"),
         (TWO, None, replace(RULE, drop_ratings=[1, 5]), "train and valid and test has no targets"),
@@ -146,8 +166,9 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -
 def test_logs_that_a_protocol_cannot_use(
     rows: list[Any], labels: list[int] | None, protocol: Protocol, words: str, make_logs: MakeLogs
 ) -> None:
+    raw = replace(make_logs(rows, labels), columns=("who", "what"))
     with pytest.raises((ConfigError, DataError), match=words):
-        apply_protocol(build_interactions(make_logs(rows, labels), protocol), protocol)
+        apply_protocol(build_interactions(raw, protocol), protocol)
 
 
 def test_an_item_without_a_title_has_its_id(make_logs: MakeLogs) -> None:

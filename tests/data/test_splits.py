@@ -31,7 +31,7 @@ TYPES = CODES | {"timestamp": pl.Float64, "rating": pl.Float64, "given_split": p
 
 def coded(
     user: list[int],
-    time: list[float] | list[int],
+    time: list[float] | list[int] | list[None],
     split: list[str | None] | None = None,
     labels: list[int] | None = None,
 ) -> Interactions:
@@ -140,6 +140,42 @@ def test_folds_are_a_salted_hash_of_the_user() -> None:
     folds = split.manifest["folds"]
     assert sum(folds[fold]["targets"] for fold in FOLDS) == split.manifest["counts"]["valid"] == 30
     assert sum(folds[fold]["users"] for fold in FOLDS) == 30
+
+
+def undated(
+    user: list[int], split: list[str | None] | None = None, labels: list[int] | None = None
+) -> Interactions:
+    """As `coded`, with rows by user and without timestamps."""
+    return coded(sorted(user), [None] * len(user), split, labels)
+
+
+def test_rows_without_timestamps_are_shuffled_inside_their_splits() -> None:
+    """Golden: by the permutation of the random split; times are positions, so a test row reads all train rows."""
+    log = undated([i % 4 for i in range(40)])
+    split = apply_protocol(log, Protocol(split="random", seed=7, minimum_history=2))
+    assert split.rows["item"].to_list() == np.random.default_rng(7).permutation(40).tolist()
+    assert split.rows["timestamp"].to_list() == split.rows["row_id"].to_list() == list(range(40))
+    assert splits_of(split).lower() == "t" * 32 + "v" * 4 + "e" * 4
+    for _, own in split.rows.group_by("user"):
+        assert own["hist"].to_list() == list(range(10))
+        assert own["role"].to_list() == ["context"] * 2 + ["target"] * 8
+    assert split.interactions.rows.equals(split.rows.select(log.rows.columns))
+    assert (split.manifest["order"], split.manifest["times"], split.manifest["tie_share"]) == (
+        "shuffled",
+        [],
+        0,
+    )
+    assert apply_protocol(coded([0] * 40, list(range(40))), Protocol()).manifest["order"] == "by time"
+    other = apply_protocol(log, Protocol(split="random", seed=8, minimum_history=2))
+    assert not other.rows["item"].equals(split.rows["item"])
+
+
+def test_given_splits_without_timestamps() -> None:
+    """History comes first, then train, valid and test, whatever the file's order."""
+    given = ["test", "valid", "train", "history"] * 10
+    split = apply_protocol(undated([0] * 40, given, [i // 4 % 2 for i in range(40)]), Protocol(split="given"))
+    assert splits_of(split) == "t" * 10 + "T" * 10 + "V" * 10 + "E" * 10
+    assert split.rows["item"].to_list() != sorted(split.rows["item"])
 
 
 STREAM = coded([0] * 20, list(range(20)))
