@@ -175,6 +175,26 @@ def test_ten_lines_are_enough(run: Run, tmp_path: Path, tiny_model: Path) -> Non
 
 
 @pytest.mark.slow
+def test_clicks_without_dates_or_answers(run: Run, tmp_path: Path, tiny_model: Path) -> None:
+    """Who and what alone is a log: rows are shuffled, negatives sampled, and both are said in the table."""
+    config = write_config(tmp_path, "csv", tiny_model)
+    listened().select("customer", "song").unique(maintain_order=True).write_csv(tmp_path / "log.csv")
+    settings = yaml.safe_load(config.read_text())
+    settings["data"]["logs"]["init_args"]["columns"] = {"user_id": "customer", "item_id": "song"}
+    settings["data"]["protocol"] = {"split": "random", "label": "clicked", "negatives": {"per_positive": 1}}
+    config.write_text(yaml.safe_dump(settings))
+    run("fit", "--config", config)
+    folder = tmp_path / "runs" / "version_0"
+    run("test", *given(folder))
+    found = result(folder, "test")["protocol"]
+    assert (found["order"], found["fields"]["negatives"]["by"]) == ("shuffled", "uniform")
+    assert found["counts"] == {split: 2 * count for split, count in found["positives"].items()}
+    assert found["negatives"] == found["rows"] == sum(found["positives"].values())
+    scores = pl.read_parquet(folder / "scores" / "test.parquet")
+    assert scores["label"].mean() == 0.5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_every_form_trains_the_same(form: str, runs: Callable[[str], Path]) -> None:
     for name in ("valid", "test"):

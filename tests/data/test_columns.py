@@ -149,7 +149,7 @@ def second(column: str, value: Any) -> Change:
     ("table", "change", "words"),
     [
         ("interactions", lambda t: t.drop("timestamp", "split"), "no column timestamp, split"),
-        ("interactions", second("timestamp", None), "row 2: column timestamp is empty"),
+        ("interactions", second("timestamp", None), "row 2: no timestamp"),
         ("interactions", second("user_id", None), "row 2: column user_id is empty"),
         ("interactions", second("item_id", "c"), r"log\.csv, row 2: item 'c' is not in"),
         ("interactions", second("rating", float("inf")), "row 2: column rating is inf"),
