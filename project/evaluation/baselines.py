@@ -108,14 +108,15 @@ def fit_baselines(
     with threadpool_limits(1):
         logits["lr_rates"] = learned(logistic_regression(), rates)
         logits["lr_features"] = learned(logistic_regression(), no_text)
-        logits["gbdt_features"] = learned(_boosting(), no_text)
+        logits["gbdt_features"] = learned(boosting(), no_text)
         exit_0 = FeatureBaseline.fit_features(train, labels, base)
         logits["lr_text"] = {split: exit_0.of_features(x) for split, x in features.items()}
-        logits["gbdt_text"] = learned(_boosting(), slice(None))
+        logits["gbdt_text"] = learned(boosting(), slice(None))
     return [Baseline(name, baseline_scores(rows, by_split)) for name, by_split in logits.items()]
 
 
-def _boosting() -> Any:
+def boosting() -> Any:
+    """Scikit-learn's histogram gradient boosting, seeded."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     # iterations, rate and leaf size were chosen on ML-100K's validation; no early stopping, which would hold
