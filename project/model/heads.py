@@ -1,6 +1,6 @@
 """Defines exit heads, which turn a hidden state at some depth into the logit of the answer.
 
-A head starts as the language model's own answer, logit(yes) - logit(no). Autocast is off in a head: bfloat16 has 128
+A head starts as a share of the language model's own answer, logit(yes) - logit(no). Autocast is off in a head: bfloat16 has 128
 steps between powers of two, and scores that tie cost AUC.
 """
 
@@ -18,10 +18,17 @@ from transformers import PreTrainedTokenizerBase
 from project.errors import ConfigError
 
 
+START = 0.2
+"""Share of the language model's own answer that a head starts with.
+
+The whole answer is far too sure at shallow layers, where a log loss of 3 spoils the first steps of training.
+"""
+
+
 class ExitHead(nn.Module):
     """Own norm, since hidden states below the last layer have another scale than the final norm expects; one logit.
 
-    The norm starts as a copy of the LM's final `norm`, the weights as `direction` (H,), see
+    The norm starts as a copy of the LM's final `norm`, the weights as START times `direction` (H,), see
     `Backbone.answer_direction`, the bias at 0.
     """
 
@@ -30,7 +37,7 @@ class ExitHead(nn.Module):
         self.norm = deepcopy(norm).float().requires_grad_(True)
         self.linear = nn.Linear(direction.numel(), 1)
         with torch.no_grad():
-            self.linear.weight.copy_(direction[None])
+            self.linear.weight.copy_(START * direction[None])
             self.linear.bias.zero_()
 
     def forward(self, hidden: Tensor) -> Tensor:

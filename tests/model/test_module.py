@@ -31,6 +31,7 @@ from project.data.protocol import Protocol
 from project.data.stream import Streams, Window
 from project.errors import CheckpointError, ConfigError, NotFittedError
 from project.model.backbone import Backbone
+from project.model.heads import START
 from project.model.module import ExitRecommender, LoraSettings, exit_loss
 from project.model.sharding import shared_mesh
 
@@ -92,7 +93,7 @@ def test_packed_equals_alone(make: Make, streams: Streams) -> None:
     each = [scored(module, batch) for s, w in windows for batch in alone(streams, s, w)]
     torch.testing.assert_close(packed, torch.cat(each), atol=1e-4, rtol=0)
     assert (
-        packed.std(dim=0).min() > 0.1
+        packed.std(dim=0).min() > 0.02
     )  # logits differ between prompts, so the equality above is no accident
 
 
@@ -115,7 +116,7 @@ def test_the_unseen_changes_nothing(make: Make, streams: Streams) -> None:
 def test_untrained_module_is_the_language_model(
     make: Make, tiny_config: Callable[..., Any], streams: Streams, tmp_path: Path
 ) -> None:
-    """Without ties, before training: the deepest exit is transformers' own logit(y) - logit(n) of the plain prompt.
+    """Without ties, before training: the deepest exit is START times transformers' own logit(y) - logit(n).
 
     The heads' tokens are y and Y, n and N, one character each: means over two.
     """
@@ -137,7 +138,7 @@ def test_untrained_module_is_the_language_model(
             for prompt in prompts_of(untied, s, w)
         ]
     expected = [x[[ord("y"), ord("Y")]].mean() - x[[ord("n"), ord("N")]].mean() for x in last]
-    torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, START * torch.stack(expected), atol=1e-4, rtol=0)
 
 
 def trained_by(module: ExitRecommender, batches: list[Batch], targets: int) -> dict[str, Tensor]:
