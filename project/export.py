@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from project.data.download import SOURCES
-from project.data.prompt import shows_numbers
+from project.data.prompt import shows_items, shows_numbers
 from project.engine.predict import load_run
 from project.errors import DataError
 from project.exits.plan import ExitPlan
@@ -112,13 +112,17 @@ def render_card(run: Run, bundle: Mapping[str, Any], family: str, criterion: str
         exits=", ".join(map(str, bundle["exit_layers"])),
         criterion=criterion,
         version=own_version(),
-        numbers=WITH_NUMBERS if shows_numbers(bundle["prompt"]["segment"]) else "",
+        numbers=WITH_NUMBERS if shows_numbers(*_segments(bundle)) else "",
         measured=render(run.reported | {"certificate": certificate})
         + (NOT_TESTED if run.split != "test" else ""),
         retriever=bundle["retriever"]["class_path"],
         files="\n".join(files),
         licence=SOURCES[base_model].licence if base_model in SOURCES else f"See the licence of {base}.",
     )
+
+
+def _segments(content: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    return content["prompt"]["segment"], content["prompt"].get("history_segment")
 
 
 def run_export(arguments: Sequence[str]) -> Path:
@@ -145,6 +149,11 @@ def export(run: Path, folder: Path) -> Path:
         )
     # 2. the run: its model, exit plan and results
     bundle = json.loads((run / "bundle" / "bundle.json").read_text(encoding="utf-8"))
+    if shows_items(*_segments(bundle)):
+        raise DataError(
+            f"{run} reads items' texts as one token each (the field {{item_text}} of data.prompt), which an "
+            "exported folder cannot hold; expected prompts without it. Train a run whose segments show {title}."
+        )
     results = read_run(run)
     module, plan = _load(run, bundle)
     baseline, backbone = module.feature_baseline(), module.backbone
@@ -186,7 +195,7 @@ def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, ExitPl
         lora=LoraSettings(**lora) if lora else None,
         freeze_embeddings=settings.get("freeze_embeddings", True),
         answers=bundle["answers"],
-        numbers=shows_numbers(bundle["prompt"]["segment"]),
+        numbers=shows_numbers(*_segments(bundle)),
     )
     tokenizer: Any = AutoTokenizer.from_pretrained(run / "bundle" / "tokenizer")
     plan = load_run(module, tokenizer, run / "checkpoints" / "last.ckpt").plan
@@ -238,7 +247,7 @@ def load_exported(folder: str | Path) -> Exported:
     headless = SimpleNamespace(weight=torch.empty(0))
     backbone = Backbone(SimpleNamespace(config=model.config, model=model, lm_head=headless))
     backbone.release_lm_head()
-    if shows_numbers(policy["prompt"]["segment"]):
+    if shows_numbers(*_segments(policy)):
         backbone.learn_numbers()
         backbone.load_state_dict({NUMBERS_KEY: load_file(folder / NUMBERS)["numbers"]}, strict=False)
     # 3. the heads

@@ -52,6 +52,7 @@ def prompts(
     cuts: np.ndarray,
     absent: int,
     leak: bool = False,
+    history: str | None = None,
 ) -> dict[int, str]:
     """Prompt of every target of one split, by row id; row `absent` is answered but in nobody's past.
 
@@ -71,7 +72,8 @@ def prompts(
         early = pl.col("similar_after").shift(-1).over("user")
         retrieved = retrieved.join(users, on="row_id", maintain_order="left").with_columns(early).drop("user")
     similar = "[{titles}]" if retriever.similar_every else None
-    encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment=SEGMENT, similar=similar), items)
+    prompt = Prompt(instruction="I\n", segment=SEGMENT, similar=similar, history_segment=history)
+    encoder = PromptEncoder(Letters(), prompt, items)
     streams = build_streams(rows, retrieved, name, encoder)
     found: dict[int, str] = {}
     for s, w in streams.evaluation(400):
@@ -101,19 +103,25 @@ def lists(prompt: str) -> list[str]:
 )
 @pytest.mark.slow
 def test_a_row_cannot_change_its_own_prompt(kind: str, retriever: Retriever, tiny_logs: Path) -> None:
-    """Flipping a target's answer, or taking the row out of everybody's past, leaves its own prompt identical."""
+    """Flipping a target's answer, or taking the row out of everybody's past, leaves its own prompt identical.
+
+    History has a wording of its own where there are lists of similar users.
+    """
     split = split_of(kind, tiny_logs)
+    history = "{title} near {vote_percent}" if retriever.similar_every else None
     rng = np.random.default_rng(0)
     lists_changed = 0
     for name in SPLITS:
         cuts = cuts_of(split)
-        original = prompts(split, split.rows, name, retriever, cuts, absent=-1)
+        original = prompts(split, split.rows, name, retriever, cuts, absent=-1, history=history)
         assert any("[" in text for text in original.values()) == (retriever.similar_every > 0)
         changed_elsewhere = 0
         for row in rng.choice(list(original), size=3, replace=False).tolist():
             flip = pl.when(pl.col("row_id") == row).then(1 - pl.col("label")).otherwise("label").cast(pl.Int8)
-            flipped = prompts(split, split.rows.with_columns(label=flip), name, retriever, cuts, absent=-1)
-            deleted = prompts(split, split.rows, name, retriever, cuts, absent=row)
+            flipped = prompts(
+                split, split.rows.with_columns(label=flip), name, retriever, cuts, absent=-1, history=history
+            )
+            deleted = prompts(split, split.rows, name, retriever, cuts, absent=row, history=history)
             assert flipped[row] == original[row]
             assert deleted[row] == original[row]
             changed_elsewhere += sum(flipped[r] != original[r] for r in original)
@@ -136,8 +144,11 @@ def test_a_list_that_stands_too_early_is_noticed(tiny_logs: Path) -> None:
     assert changed > 0
 
 
+@pytest.mark.parametrize("history", [None, "{title} ~"], ids=["one wording", "two"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_answer_of_the_present_the_future_or_a_later_split(kind: str, tiny_logs: Path) -> None:
+def test_no_answer_of_the_present_the_future_or_a_later_split(
+    kind: str, history: str | None, tiny_logs: Path
+) -> None:
     """Every answered segment in a prompt is a strictly earlier row of a split up to the target's, of the same user."""
     split = split_of(kind, tiny_logs)
     rows = split.rows
@@ -149,7 +160,7 @@ def test_no_answer_of_the_present_the_future_or_a_later_split(kind: str, tiny_lo
         items = pl.DataFrame(
             {"item": rows["row_id"].cast(pl.Int32), "item_id": titles["title"], "title": titles["title"]}
         )
-        encoder = PromptEncoder(Letters(), Prompt(segment="{title}:"), items)
+        encoder = PromptEncoder(Letters(), Prompt(segment="{title}:", history_segment=history), items)
         renamed = readable.with_columns(item=pl.col("row_id").cast(pl.Int32))
         streams = build_streams(renamed, no_retrieved(readable), name, encoder)
         time, user, code = (rows[c].to_numpy() for c in ("timestamp", "user", "split"))

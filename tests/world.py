@@ -58,9 +58,12 @@ def no_retrieved(rows: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame({"row_id": rows["row_id"], **lists, **counts, **rates})
 
 
-def streams_without_retrieved(split: SplitInteractions, name: str, segment: str = "{title}:") -> Streams:
+def streams_without_retrieved(
+    split: SplitInteractions, name: str, segment: str = "{title}:", history: str | None = None
+) -> Streams:
     """Streams of one split whose prompts are titles and answers."""
-    encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment=segment), split.interactions.items)
+    prompt = Prompt(instruction="I\n", segment=segment, history_segment=history)
+    encoder = PromptEncoder(Letters(), prompt, split.interactions.items)
     order = ("train", "valid", "test").index(name)
     rows = split.rows.filter(pl.col("split").to_physical() <= order)
     return build_streams(rows, no_retrieved(rows), name, encoder)

@@ -43,8 +43,13 @@ Windows = list[tuple[int, Window]]
 
 def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     """Put windows side by side in one row, each a sequence of its own with the instruction before it."""
-    # 1. segments: the instruction of each window, then its own
-    positions = [w.positions + streams.offsets[s] for s, w in windows]
+    # 1. segments: the instruction of each window, then its own; behind the part that is context alone, all of them
+    positions, behind = list[IntArray](), list[int]()
+    for s, w in windows:
+        at = w.positions + streams.offsets[s]
+        shown = streams.context[at] | (at >= streams.offsets[s] + w.first)
+        positions.append(at[shown])
+        behind.append(int(shown[: w.stop - w.start].sum()))
     counts = np.array([len(p) + 1 for p in positions])
     starts = offsets_of(counts)[:-1]
     index = np.concatenate([part for p in positions for part in ([streams.instruction], p)]).astype(np.int64)
@@ -55,8 +60,7 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     context = ~real | streams.context[row]
 
     # 2. targets: those behind the part that is context alone
-    behind = np.array([w.stop - w.start for _, w in windows])
-    scored = real & (within(counts) > behind[sequence]) & streams.target[row]
+    scored = real & (within(counts) > np.array(behind)[sequence]) & streams.target[row]
 
     # 3. time groups, numbered through in all sequences (run) and inside each (group)
     time = np.where(real, streams.timestamp[row], -np.inf)
@@ -72,7 +76,13 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     run_start = offsets_of(np.bincount(run, weights=lengths * context).astype(np.int64))[:-1]
     group_start = run_start[run] - run_start[run[starts]][sequence]
 
-    # 5. from segments to tokens
+    # 5. in a window what nobody sees comes last, so that blocks of attention have short keys
+    order = np.lexsort((~context, sequence))
+    lists, lengths = lists.take(order), lengths[order]
+    row, sequence, group, group_start = row[order], sequence[order], group[order], group_start[order]
+    real, context, scored = real[order], context[order], scored[order]
+
+    # 6. from segments to tokens
     segment = np.repeat(np.arange(len(index)), lengths)
     slot = np.where(real, streams.slots[row], 0)
     layout = Layout.build(
@@ -99,11 +109,11 @@ def _row(values: np.ndarray[tuple[int], np.dtype[np.generic]]) -> Tensor:
 
 def window_tokens(streams: Streams, windows: Windows) -> IntArray:
     """(w,) tokens of each window, its instruction included."""
-    at = streams.tokens.offsets
+    at, seen = streams.tokens.offsets, offsets_of(streams.seen_lengths)
     found = []
     for s, w in windows:
         start, stop, first, last = streams.offsets[s] + np.array([w.start, w.stop, w.first, w.last])
-        found.append(at[-1] - at[-2] + at[stop] - at[start] + at[last] - at[first])
+        found.append(at[-1] - at[-2] + seen[stop] - seen[start] + at[last] - at[first])
     return np.array(found, dtype=np.int64)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from project.data.prompt import PromptEncoder
+from project.data.prompt import PromptEncoder, Segments
 from project.data.ragged import IntArray, Ragged, offsets_of
 
 BoolArray = npt.NDArray[np.bool_]
@@ -131,6 +131,11 @@ class Streams:
         """Index of the instruction in `tokens`."""
         return len(self.row_id)
 
+    @property
+    def seen_lengths(self) -> IntArray:
+        """(n,) tokens of each segment that later ones may see, 0 of the others."""
+        return np.where(self.context, self.tokens.lengths[:-1], 0)
+
     def evaluation(self, context_tokens: int) -> list[tuple[int, Window]]:
         """(stream, window) pairs in which every target is scored exactly once."""
         lengths, windows = self.tokens.lengths, list[tuple[int, Window]]()
@@ -146,7 +151,7 @@ class Streams:
 
     def training(self, context_tokens: int, rng: np.random.Generator) -> list[tuple[int, Window]]:
         """(stream, window) pairs of one epoch: cut back to back, the first cut at random; those with a target."""
-        lengths, windows = self.tokens.lengths, list[tuple[int, Window]]()
+        lengths, windows = self.seen_lengths, list[tuple[int, Window]]()
         cuts = rng.integers(1, context_tokens + 1, size=len(self))
         for s in range(len(self)):
             start, stop = int(self.offsets[s]), int(self.offsets[s + 1])
@@ -172,9 +177,12 @@ def streams_of(
     Where the wording has a template for what similar users liked, lists of it (`similar_after`, retrieved features
     too) become segments of their own.
     """
+    if encoder.history is None:
+        segments = _encoded(joined, encoder)
+    else:
+        joined, target, context, segments = _two_copies(joined, target, context, encoder, encoder.history)
     users, label = joined["user"].to_numpy(), joined["label"].to_numpy().astype(np.int8)
     starts = np.flatnonzero(np.diff(users)) + 1 if len(users) else np.zeros(0, dtype=np.int64)
-    segments = encoder.encode(joined["item"].to_numpy().astype(np.int64), joined, label)
     instruction = Ragged(encoder.instruction, offsets_of(np.array([len(encoder.instruction)])))
     streams = Streams(
         offsets=np.concatenate([[0], starts, [len(users)]]).astype(np.int64),
@@ -187,6 +195,33 @@ def streams_of(
         slots=segments.slots,
     )
     return streams if encoder.similar is None else _with_similar(streams, joined["similar_after"], encoder)
+
+
+def _encoded(joined: pl.DataFrame, encoder: PromptEncoder) -> Segments:
+    item, label = joined["item"].to_numpy().astype(np.int64), joined["label"].to_numpy().astype(np.int8)
+    return encoder.encode(item, joined, label)
+
+
+def _two_copies(
+    joined: pl.DataFrame,
+    target: BoolArray,
+    context: BoolArray,
+    encoder: PromptEncoder,
+    history: PromptEncoder,
+) -> tuple[pl.DataFrame, BoolArray, BoolArray, Segments]:
+    """A row that is scored as a candidate, without its answer, and then one that later rows see as history."""
+    candidates, past = np.flatnonzero(target | ~context), np.flatnonzero(context)
+    unanswered = joined[candidates].with_columns(label=pl.lit(-1, pl.Int8))
+    parts = _encoded(unanswered, encoder), _encoded(joined[past], history)
+    rows = np.concatenate([candidates, past])
+    order = np.argsort(rows, kind="stable")
+    is_past = order >= len(candidates)
+    joined = joined[rows[order]]
+    if "similar_after" in joined.columns:  # one list a row
+        joined = joined.with_columns(pl.when(pl.Series(is_past)).then("similar_after"))
+    tokens = _append(parts[0].tokens, parts[1].tokens).take(order)
+    slots = np.concatenate([part.slots for part in parts])[order]
+    return joined, target[rows[order]] & ~is_past, is_past, Segments(tokens, slots)
 
 
 def _with_similar(streams: Streams, lists: pl.Series, encoder: PromptEncoder) -> Streams:

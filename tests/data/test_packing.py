@@ -21,10 +21,11 @@ from project.data.stream import Streams, Window
 KINDS = ("global_time", "user_time", "random", "leave_last")
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*((kind, None) for kind in KINDS), ("global_time", "<{title:.3}>")], ids=str)
 def streams(request: pytest.FixtureRequest, tiny_logs: Path) -> Streams:
-    split = read_split(tiny_logs, Protocol(split=request.param, minimum_history=1))
-    return streams_without_retrieved(split, "test")
+    kind, history = request.param
+    split = read_split(tiny_logs, Protocol(split=kind, minimum_history=1))
+    return streams_without_retrieved(split, "test", history=history)
 
 
 def test_each_target_sees_its_prompt(streams: Streams) -> None:
@@ -44,16 +45,17 @@ def test_each_target_sees_its_prompt(streams: Streams) -> None:
 
 
 def test_groups_start_together(streams: Streams) -> None:
-    """Segments of one timestamp start at one position; the next group starts after the sum of their lengths."""
+    """Segments of one timestamp start at one position; the next group starts after those of them that it may see."""
     layout = pack(streams, streams.evaluation(200)[:5]).layout
     for s in layout.sequence.unique():
         inside = layout.sequence[0] == s
-        group, segment, position = (x[0][inside] for x in (layout.group, layout.segment, layout.position))
+        names = ("group", "segment", "position", "context")
+        group, segment, position, context = (getattr(layout, name)[0][inside] for name in names)
         expected = 0
         for g in range(int(group.max()) + 1):
             starts = [int(position[segment == x].min()) for x in segment[group == g].unique()]
             assert set(starts) == {expected}
-            expected += int((group == g).sum())
+            expected += int(context[group == g].sum())
 
 
 def test_packed_equals_alone(streams: Streams, hidden: Callable[..., Any]) -> None:
