@@ -299,7 +299,7 @@ def _check_shown(prompt: Prompt, retriever: Retriever, mf: MatrixFactorisation |
     for column, problem in problems.items():
         if (field := field_showing(prompt, column)) is not None:
             raise ConfigError(
-                f"data.prompt.segment {prompt.segment!r} shows {field}, but {problem}; or leave the field out. "
+                f"data.prompt (segment or history_segment) shows {field}, but {problem}; or leave the field out. "
                 "Retrieved features go by these names: a column of your items needs another one (item_columns)."
             )
 

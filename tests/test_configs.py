@@ -82,6 +82,8 @@ def leaves(config: Any, at: str = "") -> dict[str, Any]:
 @pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=by_name)
 @pytest.mark.parametrize("recipe", RECIPES, ids=by_name)
 def test_shipped_recipes(recipe: Path, overlay: Path | None, made: Callable[..., tuple[Any, ...]]) -> None:
+    if (recipe.stem, overlay and overlay.stem) == ("paper", "item_token"):
+        pytest.skip("the paper's prompts have no numbers")
     trainer, model, data = made(*given(recipe, overlay))
     assert isinstance(model, ExitRecommender)
     assert isinstance(data, InteractionData)

@@ -246,7 +246,7 @@ def _check_field(name: str, written: str, own: list[str], worded: list[str]) -> 
         )
     if name in own and name in [*worded, *NUMBERS, ITEM_TEXT]:
         raise ConfigError(
-            f"data.prompt.segment names the field {{{name}}}, which is a field of every prompt and also a column "
+            f"data.prompt.segment names the field {{{name}}}, which is a retrieved feature and also a column "
             "of your items. Give the column another name, for example data.logs.init_args.item_columns: "
             f"{{my_{name}: {name}}}."
         )
