@@ -20,6 +20,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
+from safetensors.torch import save_file
 
 from project.data.prompt import item_columns
 from project.errors import ProjectError
@@ -48,6 +49,7 @@ from project.retrieval.factorisation import mf_folder
 from project.retrieval.features import retrieved_folder
 from project.retrieval.own_text import text_folder
 from project.run import (
+    ITEM_VECTORS,
     SCHEMA_VERSION,
     own_version,
     read_checkpoint,
@@ -554,6 +556,9 @@ def write_bundle(module: ExitRecommender, data: InteractionData, folder: Path) -
         made["mf"] = mf_folder(split, data.mf, data.refits, data.cache_dir)
     for name, source in made.items():
         shutil.copytree(source, folder / name / source.name, dirs_exist_ok=True)
+    if module.items:
+        vectors = {"items": torch.from_numpy(data.item_vectors())}
+        replace_file(folder / ITEM_VECTORS, lambda part: save_file(vectors, part))
     columns = item_columns(data.prompt, split.interactions.items)
     write_json(
         folder / "bundle.json",

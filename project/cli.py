@@ -32,7 +32,7 @@ from project.callbacks import (
     SaveConfig,
     WholeCheckpoints,
 )
-from project.data.prompt import shows_numbers
+from project.data.prompt import shows_items, shows_numbers
 from project.datamodule import InteractionData
 from project.errors import CheckpointError, ConfigError, ProjectError
 from project.model.module import ExitRecommender
@@ -144,6 +144,7 @@ class ProjectCLI(LightningCLI):
         parser.link_arguments("model.backbone", "data.tokenizer")
         parser.link_arguments("data.prompt.answers", "model.answers")
         parser.link_arguments("data.prompt.segment", "model.numbers", compute_fn=shows_numbers)
+        parser.link_arguments("data.prompt.segment", "model.items", compute_fn=shows_items)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import polars
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from project.data.batch import Batch, EvaluationSampler, PackedLoader, StageClock, TrainSampler
 from project.data.download import default_cache, resolve_model
@@ -41,12 +42,15 @@ from project.retrieval import (
     retrieved_tables,
     retrieved_warnings,
 )
-from project.retrieval.base import failures_named
+from project.retrieval.base import FloatArray, failures_named
 from project.retrieval.lightgcn import VectorRetriever
+from project.retrieval.text import MeanPooling, encode_once, item_texts
 from project.retrieval.walk import restore
 
 DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
 DEFAULT_RETRIEVER, DEFAULT_MF = LightGCN(), MatrixFactorisation()
+ITEM_LAYERS = 6  # of the backbone, where it embeds items' texts itself
+ITEM_TOKENS = 256  # a text is cut after so many
 
 
 class InteractionData(pl.LightningDataModule):
@@ -186,6 +190,19 @@ class InteractionData(pl.LightningDataModule):
         ):  # requests with a long item are refused one by one
             check_items(encoder, items, self.context_tokens)
         return encoder
+
+    def item_vectors(self) -> FloatArray:
+        """Frozen vectors (items, d) of the texts of all items, those that only requests know last."""
+        texts = item_texts(self.split.interactions.items, None)
+        new = [] if self.requests is None else item_texts(self.requests.items, None)[len(texts) :]
+        name, layers = self.prompt.item_encoder, None
+        with self.clock.stage("embed items"):
+            if name is None:
+                name = self.tokenizer_name
+                layers = min(ITEM_LAYERS, AutoConfig.from_pretrained(resolve_model(name)).num_hidden_layers)
+            encoder = MeanPooling(name, ITEM_TOKENS, layers)
+            known = encode_once(encoder, texts, self.cache_dir)
+            return np.concatenate([known, encoder.encode(new)]) if new else known
 
     def streams(self, split: str) -> Streams:
         """All users' streams as of `split`, with its targets."""

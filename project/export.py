@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from project.data.download import SOURCES
-from project.data.prompt import shows_numbers
+from project.data.prompt import shows_items, shows_numbers
 from project.engine.predict import load_run
 from project.errors import DataError
 from project.exits.plan import ExitPlan
@@ -31,12 +31,11 @@ from project.model.heads import ExitHead
 from project.model.module import ExitRecommender, LoraSettings
 from project.report.report import Run, read_run
 from project.report.tables import render
-from project.run import SCHEMA_VERSION, own_version, write_json
+from project.run import ITEM_VECTORS, SCHEMA_VERSION, own_version, write_json
 
 USAGE = "python -m project export RUN_FOLDER NEW_FOLDER"
 NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/last.ckpt")
 POLICY, HEADS, NUMBERS = "exit_policy.json", "heads.safetensors", "numbers.safetensors"
-NUMBERS_KEY = "embed_tokens.numbers"  # in a backbone's state
 _AUTO: Any = AutoModel  # its constructors are not typed
 
 CARD = """\
@@ -86,8 +85,8 @@ Not made for decisions about people.
 The weights are derived from the base model's, whose licence applies. {licence} The logs have their own.
 """
 WITH_NUMBERS = (
-    " Retrieved features in prompts are learned tokens with ids below zero. `load_exported` knows them; the model "
-    "alone does not."
+    " Retrieved features in prompts, and items where their text is one token, are learned tokens with ids below zero. "
+    "`load_exported` knows them, items as far as the log has them; the model alone does not."
 )
 NOT_TESTED = "\n\nTest was not read; the numbers are of the rows that calibration was fitted on."
 
@@ -167,8 +166,10 @@ def export(run: Path, folder: Path) -> Path:
         shutil.copytree(run / "bundle" / "tokenizer", part)
         _save_backbone(backbone, part)
         save_file({k: v.contiguous() for k, v in module.heads.state_dict().items()}, part / HEADS)
-        if module.numbers:
-            save_file({"numbers": backbone.state_dict()[NUMBERS_KEY]}, part / NUMBERS)
+        if module.numbers or module.items:
+            learned = {name: backbone.state_dict()[f"embed_tokens.{name}"] for name in _learned(module.items)}
+            items = load_file(run / "bundle" / ITEM_VECTORS) if module.items else {}
+            save_file(learned | items, part / NUMBERS)
         write_json(part / POLICY, policy)
         card = render_card(results, bundle, backbone.config.model_type, plan.criterion)
         (part / "README.md").write_text(card, encoding="utf-8")
@@ -187,10 +188,16 @@ def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, ExitPl
         freeze_embeddings=settings.get("freeze_embeddings", True),
         answers=bundle["answers"],
         numbers=shows_numbers(bundle["prompt"]["segment"]),
+        items=shows_items(bundle["prompt"]["segment"]),
     )
     tokenizer: Any = AutoTokenizer.from_pretrained(run / "bundle" / "tokenizer")
     plan = load_run(module, tokenizer, run / "checkpoints" / "last.ckpt").plan
     return module.eval(), plan
+
+
+def _learned(items: bool) -> tuple[str, ...]:
+    """What a backbone's embedding has beside the words, by its name in the state."""
+    return ("numbers", "projection", "moments") if items else ("numbers",)
 
 
 def _save_backbone(backbone: Backbone, folder: Path) -> None:
@@ -201,7 +208,7 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
     state = {
         name.replace(".base_layer.", ".").replace("final_norm.", "norm."): weights
         for name, weights in backbone.state_dict().items()
-        if ".lora_" not in name and name != NUMBERS_KEY
+        if ".lora_" not in name and name.removeprefix("embed_tokens.") not in _learned(True)
     }
     with torch.device("meta"):  # only its names: the weights are the backbone's
         model = _AUTO.from_config(deepcopy(backbone.config), attn_implementation="sdpa")
@@ -238,9 +245,16 @@ def load_exported(folder: str | Path) -> Exported:
     headless = SimpleNamespace(weight=torch.empty(0))
     backbone = Backbone(SimpleNamespace(config=model.config, model=model, lm_head=headless))
     backbone.release_lm_head()
-    if shows_numbers(policy["prompt"]["segment"]):
-        backbone.learn_numbers()
-        backbone.load_state_dict({NUMBERS_KEY: load_file(folder / NUMBERS)["numbers"]}, strict=False)
+    segment = policy["prompt"]["segment"]
+    if shows_numbers(segment) or shows_items(segment):
+        learned = load_file(folder / NUMBERS)
+        if shows_items(segment):
+            backbone.learn_items()
+            backbone.embed_tokens.know(learned.pop("items"))
+        else:
+            backbone.learn_numbers()
+        state = {f"embed_tokens.{name}": values for name, values in learned.items()}
+        backbone.load_state_dict(state, strict=False)
     # 3. the heads
     direction = torch.zeros(model.config.hidden_size)
     heads = nn.ModuleDict({str(k): ExitHead(backbone.final_norm, direction) for k in policy["exit_layers"]})

@@ -65,7 +65,7 @@ def settings() -> set[str]:
     from project.retrieval.base import Retriever
     from project.trainer import ProjectTrainer
 
-    linked = {"tokenizer", "answers", "numbers", "seed", "bundle"}
+    linked = {"tokenizer", "answers", "numbers", "items", "seed", "bundle"}
     sections = {"logs", "retriever", "protocol", "prompt", "mf", "optim", "lora", "certificate", "ranking"}
     sections |= {"negatives"}
     plain = {"self", "model", "datamodule", "ckpt_path", "weights_only", "dataloaders", "return_predictions"}

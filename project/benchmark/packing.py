@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from project.benchmark.transformers import padded
 from project.data.batch import Batch, TrainSampler, pack
 from project.data.download import resolve_model
 from project.data.stream import Streams, Window
-from project.model.backbone import Backbone, NumberEmbedding
+from project.model.backbone import Backbone
 from project.report.tables import render, shown
 from project.run import result_head, write_json
 
@@ -70,7 +71,7 @@ def run_packing(
     # 1. both contenders on the same training windows
     data.prepare_data()
     streams = data.streams("train")
-    backbone, base = _both(model, device)
+    backbone, base = _both(model, data, device)
     sampler = TrainSampler(streams, data.context_tokens, data.batch_tokens, data.seed, 0, 1)
     windows = cycle(sampler)
     prompts = _pointwise_batches(streams, sampler, data.batch_tokens)
@@ -109,16 +110,20 @@ def run_packing(
     return result
 
 
-def _both(model: ExitRecommender, device: torch.device) -> tuple[Backbone, Any]:
+def _both(model: ExitRecommender, data: InteractionData, device: torch.device) -> tuple[Backbone, Any]:
     """The backbone, and transformers' own model with the same weights, numbers and frozen parts."""
     name = resolve_model(model.backbone_name)
     backbone = Backbone.from_pretrained(name, num_layers=model.depth)
     backbone.embed_tokens.requires_grad_(not model.freeze_embeddings)
     base = AutoModel.from_pretrained(name, num_hidden_layers=model.depth, dtype=torch.float32)
     base.embed_tokens.requires_grad_(not model.freeze_embeddings)
-    if model.numbers:
+    if model.items:
+        backbone.learn_items()
+        backbone.embed_tokens.know(torch.from_numpy(data.item_vectors()))
+    elif model.numbers:
         backbone.learn_numbers()
-        base.embed_tokens = NumberEmbedding(base.embed_tokens)
+    if model.items or model.numbers:
+        base.embed_tokens = deepcopy(backbone.embed_tokens)
     return backbone.to(device), base.to(device)
 
 

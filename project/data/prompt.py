@@ -35,7 +35,10 @@ class Prompt:
             item_similarity_number, text_number (own answers on items of similar text), and the logarithm of a count as
             item_count_number; several of these in one token as {item_number+mf_number}; likes, neighbours (of the
             similar users), item_count, user_count (rounded down to 1, 2, 5, 10, 20, 50, ...). {title:.40} is at most
-            40 characters of a title, or of an attribute.
+            40 characters of a title, or of an attribute. {item_text} is title and attributes in one token: a learned
+            projection of a frozen embedding of the text.
+        item_encoder: What embeds the text of {item_text}: all-minilm-l6-v2, a folder, or a name on the Hugging Face
+            hub; null: the first layers of the backbone.
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the tokenizer.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
             prompts have none. How often there is one, and how long, is set by data.retriever.init_args: similar_every,
@@ -46,6 +49,7 @@ class Prompt:
     segment: str | None = None
     answers: list[str] = field(default_factory=lambda: [" no", " yes"])
     similar: str | None = None
+    item_encoder: str | None = None
 
 
 # Numbers: token ids below zero, one byte a number, 0 where it is not shown
@@ -68,6 +72,8 @@ SPAN = 6  # and to values from -6 to 6
 STEPS = 2 * SPAN * STEPS_A_UNIT + 1
 BYTE = 256  # 0: not shown; 1 to STEPS: the step
 LOWEST_ID = -sum(STEPS * BYTE**kind for kind in range(len(NUMBERS)))
+FIRST_ITEM_ID = LOWEST_ID - 1  # of the item with code 0; that of code k is k lower
+ITEM_TEXT = "item_text"
 
 
 def fields_together(name: str) -> list[str] | None:
@@ -96,15 +102,15 @@ def number_ids(features: Floats, fields: Sequence[str]) -> IntArray:
 def read_number_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of `number_ids` for ids (...): two (..., len(NUMBERS)), whether a number is shown, and its value.
 
-    Ids of words show no number; values are float32, arbitrary where there is none.
+    Ids of words and items show no number; values are float32, arbitrary where there is none.
     """
     shifts = 8 * torch.arange(len(NUMBERS), device=ids.device)
-    digits = ((-ids).clamp(min=0)[..., None] >> shifts) & (BYTE - 1)
+    digits = (torch.where(ids < LOWEST_ID, 0, -ids).clamp(min=0)[..., None] >> shifts) & (BYTE - 1)
     return digits > 0, (digits - 1).float() / STEPS_A_UNIT - SPAN
 
 
 def readable(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Token ids (T,) as text, numbers as [item +0.85 mf -0.10]."""
+    """Token ids (T,) as text, numbers as [item +0.85 mf -0.10], an item's text as [item_text 17], its code."""
     names = [name.removesuffix("_number") for name in NUMBERS]
     pieces, words = list[str](), list[int]()
     for token in ids:
@@ -113,6 +119,7 @@ def readable(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
             continue
         shown, values = (found.tolist() for found in read_number_ids(token))
         numbers = [f"{n} {value:+.2f}" for n, value, there in zip(names, values, shown, strict=True) if there]
+        numbers += [f"{ITEM_TEXT} {FIRST_ITEM_ID - int(token)}"] if token < LOWEST_ID else []
         pieces += [str(tokenizer.decode(words)), f"[{' '.join(numbers)}]"]
         words = []
     return "".join([*pieces, str(tokenizer.decode(words))])
@@ -171,6 +178,11 @@ def shows_numbers(segment: str | None) -> bool:
     return segment is None or any(fields_together(name) for name in field_names(segment))
 
 
+def shows_items(segment: str | None) -> bool:
+    """Whether a template of segments shows an item's text in one token."""
+    return ITEM_TEXT in field_names(segment or "")
+
+
 def field_showing(prompt: Prompt, column: str) -> str | None:
     """A field of the segment, in braces, that shows this column of the retrieved features; None where none does."""
     fields = {name for name, (shown, _) in RETRIEVED_FIELDS.items() if shown == column} | {f"{column}_number"}
@@ -182,6 +194,7 @@ def item_columns(prompt: Prompt, items: pl.DataFrame) -> tuple[list[str], list[s
     """Columns of the items that the segment shows, and those that it does not."""
     fields = field_names(prompt.segment or "")
     columns = [name for name in items.columns if name not in ("item", "item_id")]
+    fields += columns if ITEM_TEXT in fields else []
     return [name for name in columns if name in fields], [name for name in columns if name not in fields]
 
 
@@ -190,7 +203,8 @@ def split_template(
 ) -> list[tuple[str, str]]:
     """The pieces of a template of segments; no two static ones follow each other.
 
-    A piece is ("static", template of item fields), ("retrieved", field as text) or ("number", field of numbers).
+    A piece is ("static", template of item fields), ("retrieved", field as text), ("number", field of numbers) or
+    ("item", ITEM_TEXT).
     """
     worded = list(retrieved_fields)
     own = [name for name in item_fields if not _NO_NAME.fullmatch(name)]
@@ -212,19 +226,21 @@ def split_template(
         elif static:
             parts.append(("static", static))
         if name is not None and name not in own:
-            parts.append(("retrieved" if name in worded else "number", name))
+            kind = "item" if name == ITEM_TEXT else "retrieved" if name in worded else "number"
+            parts.append((kind, name))
     return parts
 
 
 def _check_field(name: str, written: str, own: list[str], worded: list[str]) -> None:
     """Refuse a field that is unknown, both an item column and a retrieved feature, or has a format it cannot have."""
-    if name not in [*own, *worded] and not fields_together(name):
+    if name not in [*own, *worded, ITEM_TEXT] and not fields_together(name):
         raise ConfigError(
             f"data.prompt.segment names the field {{{name}}}, which is unknown. Item fields here: "
-            f"{', '.join(own)}; retrieved features: {', '.join([*worded, *NUMBERS])}; several "
-            "numbers in one token, each once, as {item_number+mf_number}."
+            f"{', '.join(own)}, and {ITEM_TEXT} (all of them in one token); retrieved features: "
+            f"{', '.join([*worded, *NUMBERS])}; several numbers in one token, each once, as "
+            "{item_number+mf_number}."
         )
-    if name in own and name in [*worded, *NUMBERS]:
+    if name in own and name in [*worded, *NUMBERS, ITEM_TEXT]:
         raise ConfigError(
             f"data.prompt.segment names the field {{{name}}}, which is a retrieved feature and also a column "
             "of your items. Give the column another name (TableLogs: data.logs.init_args.item_columns: "
@@ -254,7 +270,7 @@ def with_segment(
         tokens = [len(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         return bool(tokens) and float(np.median(tokens)) <= SHORT
 
-    taken = ("item", "item_id", *RETRIEVED_FIELDS, *NUMBERS)
+    taken = ("item", "item_id", *RETRIEVED_FIELDS, *NUMBERS, ITEM_TEXT)
     named = [name for name in items.columns if name not in taken and not _NO_NAME.fullmatch(name)]
     columns = ", ".join(f"{{{name}}}" for name in named if name == "title" or is_short(name))
     counted = "+".join(["item_number", "user_number", "vote_number", "text_number", *numbers])
@@ -327,6 +343,8 @@ class PromptEncoder:
         for i, (kind, name) in enumerate(self._parts):
             if kind == "static":
                 parts.append(self._static[i].take(item))
+            elif kind == "item":
+                parts.append(Ragged(FIRST_ITEM_ID - item, np.arange(len(item) + 1)))
             elif features is not None and kind == "number":
                 parts.append(Ragged(number_ids(features, name.split("+")), np.arange(len(item) + 1)))
             else:

@@ -123,6 +123,7 @@ def prepare_requests(
     data.setup("predict")
     assert data.requests is not None
     assert data.candidate_retrieved is not None
+    model.know_items(data)
     baseline = model.feature_baseline()
     features = feature_matrix(data.candidate_retrieved, baseline.base)  # of all candidates of all requests
     exit_0 = baseline.of_features(features).astype(np.float32).astype(np.float64)

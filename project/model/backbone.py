@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from project.data.download import quiet_loading
-from project.data.prompt import LOWEST_ID, NUMBERS, read_number_ids
+from project.data.prompt import FIRST_ITEM_ID, LOWEST_ID, NUMBERS, read_number_ids
 from project.errors import ConfigError
 from project.layout import Layout
 from project.model.attention import SEGMENTS
@@ -51,6 +52,8 @@ class NumberEmbedding(nn.Embedding):
     CoLLM (arXiv 2310.19488) puts trained vectors of users and items into an LLM's input; these are of counted numbers.
     """
 
+    lowest_id = LOWEST_ID
+
     def __init__(self, words: nn.Embedding) -> None:
         super().__init__(
             words.num_embeddings,
@@ -78,6 +81,54 @@ class NumberEmbedding(nn.Embedding):
         numbers = shares.flatten(-2).to(self.numbers.dtype) @ self.numbers.flatten(0, 1)
         words = super().forward(ids.clamp(min=0))
         return torch.where((ids < 0)[..., None], numbers.to(words.dtype), words)
+
+
+class ItemEmbedding(NumberEmbedding):
+    """Vectors of items, too, whose ids are below those of numbers: projections of frozen vectors of their texts.
+
+    The projection is trained. Frozen vectors are standardised by mean and deviation of the catalogue that the model was
+    trained with, so that more items change nothing. `know` gives them; they are not part of a checkpoint.
+    """
+
+    items: Tensor  # (n, H) frozen, those of fewer dimensions filled up with zeros
+    moments: Tensor  # (2, H) mean and deviation
+
+    def __init__(self, words: nn.Embedding) -> None:
+        super().__init__(words)
+        weight, width = words.weight.detach(), words.embedding_dim
+        self.register_buffer("items", weight.new_zeros(0, width), persistent=False)
+        self.register_buffer("moments", torch.tensor([[0.0], [1.0]]).to(weight).repeat(1, width))
+        # at first the standardised vector as large as a word's, and a random point for all; the first H rows multiply
+        # a vector of length about 1, so that a step of AdamW moves items not much farther than it moves words
+        start = torch.eye(width, dtype=weight.dtype, device=weight.device) * width**0.5
+        point = torch.randn(1, width, dtype=weight.dtype, device=weight.device)
+        self.projection = nn.Parameter(torch.cat([start, point]) * weight.std())
+
+    @property
+    def lowest_id(self) -> int:
+        """That of the last item."""
+        return int(LOWEST_ID) - len(self.items)
+
+    def know(self, vectors: Tensor) -> None:
+        """Take frozen vectors (n, d) of all items, in the order of their codes; d is at most H."""
+        if vectors.shape[1] > self.embedding_dim:
+            raise ConfigError(
+                f"data.prompt.item_encoder has vectors of {vectors.shape[1]} dimensions; expected at most "
+                f"{self.embedding_dim}, the backbone's. Choose a smaller encoder, or null, the backbone itself."
+            )
+        self.items = F.pad(vectors, (0, self.embedding_dim - vectors.shape[1])).to(self.moments)
+
+    def standardise(self) -> None:
+        """From now on by the mean and deviation of the items that are known."""
+        self.moments.copy_(torch.stack([self.items.mean(0), self.items.std(0, correction=0)]))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Vectors (..., H) of token ids (...)."""
+        vectors, is_item = super().forward(ids), ids < LOWEST_ID
+        mean, deviation = self.moments
+        frozen = (self.items[FIRST_ITEM_ID - ids[is_item]] - mean) / deviation.clamp(min=1e-6)
+        found = frozen / self.embedding_dim**0.5 @ self.projection[:-1] + self.projection[-1]
+        return vectors.index_put((is_item,), found.to(vectors.dtype))
 
 
 class Backbone(nn.Module):
@@ -126,8 +177,7 @@ class Backbone(nn.Module):
     @property
     def vocabulary(self) -> range:
         """Token ids that it knows."""
-        first = LOWEST_ID if isinstance(self.embed_tokens, NumberEmbedding) else 0
-        return range(first, self.embed_tokens.weight.shape[0])
+        return range(getattr(self.embed_tokens, "lowest_id", 0), self.embed_tokens.weight.shape[0])
 
     def answer_direction(self, yes_ids: Sequence[int], no_ids: Sequence[int]) -> Tensor:
         """Mean of the LM head's rows for yes minus their mean for no, (H,) float32, detached.
@@ -144,6 +194,10 @@ class Backbone(nn.Module):
     def learn_numbers(self) -> None:
         """Embed ids below zero, too: numbers in prompts, for which the LM has no vectors."""
         self.embed_tokens = NumberEmbedding(self.embed_tokens)
+
+    def learn_items(self) -> None:
+        """Embed ids below those of numbers, too: items, as soon as `embed_tokens.know` has their vectors."""
+        self.embed_tokens = ItemEmbedding(self.embed_tokens)
 
     def embed(self, tokens: Tensor, layout: Layout) -> State:
         """State of token ids (B, T) before the first layer; the layout is on their device, its blocks planned."""

@@ -1,7 +1,7 @@
 """Defines exit heads, which turn a hidden state at some depth into the logit of the answer.
 
-A head starts as a share of the language model's own answer, logit(yes) - logit(no). Autocast is off in a head: bfloat16 has 128
-steps between powers of two, and scores that tie cost AUC.
+A head starts as a share of the language model's own answer, logit(yes) - logit(no). Autocast is off in a head: bfloat16
+has 128 steps between powers of two, and scores that tie cost AUC.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from project.errors import ConfigError
-
 
 START = 0.2
 """Share of the language model's own answer that a head starts with.

@@ -112,6 +112,7 @@ class ExitRecommender(LightningModule):
         head: Class of the prediction heads, by its path: project.model.heads.ExitHead or a subclass.
         answers: Texts of the answers dislike and like; set by data.prompt.answers.
         numbers: Learn tokens for numbers in prompts; set by data.prompt.segment.
+        items: Learn tokens for items' texts in prompts; set by data.prompt.segment.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class ExitRecommender(LightningModule):
         head: type[ExitHead] = ExitHead,
         answers: list[str] | None = None,
         numbers: bool = False,
+        items: bool = False,
     ) -> None:
         super().__init__()
         if not exit_layers or sorted(set(exit_layers)) != exit_layers or exit_layers[0] < 1:
@@ -135,7 +137,7 @@ class ExitRecommender(LightningModule):
         self.backbone_name, self.exit_layers, self.depth = backbone, exit_layers, exit_layers[-1]
         self.optim, self.lora, self.freeze_embeddings = optim, lora, freeze_embeddings
         self.gradient_checkpointing, self.head = gradient_checkpointing, head
-        self.answers, self.numbers = answers or [" no", " yes"], numbers
+        self.answers, self.numbers, self.items = answers or [" no", " yes"], numbers, items
         self.backbone: Backbone | None = None
         self.heads = nn.ModuleDict()
         self.collector = ScoreCollector()
@@ -185,19 +187,32 @@ class ExitRecommender(LightningModule):
         backbone.release_lm_head()
         if self.freeze_embeddings:
             backbone.embed_tokens.requires_grad_(False)
-        if self.numbers:  # last: they are trained whatever is frozen
+        if self.items:  # last: they are trained whatever is frozen
+            backbone.learn_items()
+        elif self.numbers:
             backbone.learn_numbers()
         self.backbone = backbone
+
+    def know_items(self, data: InteractionData) -> None:
+        """Where prompts show items' texts in a token: read all of them, those of requests included."""
+        if self.items:
+            assert self.backbone is not None
+            self.backbone.embed_tokens.know(torch.from_numpy(data.item_vectors()))
 
     def on_fit_start(self) -> None:
         """Fit exit 0 on train targets; its weights are buffers, so they travel with the checkpoint."""
         targets = self.data.targets("train")
         exit_0 = FeatureBaseline.fit(self.data.retrieved_of(targets), targets["label"].to_numpy())
         self.exit_0.copy_(torch.from_numpy(exit_0.to_array()))
+        self.know_items(self.data)
+        if self.items:
+            assert self.backbone is not None
+            self.backbone.embed_tokens.standardise()
 
     def on_validation_start(self) -> None:
         """Refuse to score a model that was never trained, before the first batch."""
         self.feature_baseline()
+        self.know_items(self.data)
 
     on_test_start = on_predict_start = on_validation_start
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from project.errors import ConfigError
-from project.model.backbone import Backbone, NumberEmbedding
+from project.model.backbone import Backbone, ItemEmbedding, NumberEmbedding
 
 HEAD_FACTOR = 5.0  # how much faster a head learns than the layer below it
 MINIMUM_SHARE = 0.1  # of the peak rate, at the last step
@@ -65,6 +65,8 @@ def parameter_groups(
     parts = [("embeddings", [words.weight], depth_rate(settings, 0, layers))]
     if isinstance(words, NumberEmbedding):
         parts.append(("numbers", [words.numbers], HEAD_FACTOR * depth_rate(settings, 0, layers)))
+    if isinstance(words, ItemEmbedding):
+        parts.append(("items", [words.projection], depth_rate(settings, 0, layers)))
     for k, layer in enumerate(backbone.layers, start=1):
         parts.append((f"layer_{k}", layer.parameters(), depth_rate(settings, k, layers)))
     for key, head in heads.items():
