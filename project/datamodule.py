@@ -44,13 +44,12 @@ from project.retrieval import (
 )
 from project.retrieval.base import FloatArray, failures_named
 from project.retrieval.lightgcn import VectorRetriever
-from project.retrieval.text import MeanPooling, encode_once, item_texts
+from project.retrieval.text import MAX_TOKENS, MeanPooling, encode_once, item_texts
 from project.retrieval.walk import restore
 
 DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
 DEFAULT_RETRIEVER, DEFAULT_MF = LightGCN(), MatrixFactorisation()
 ITEM_LAYERS = 6  # of the backbone, where it embeds items' texts itself
-ITEM_TOKENS = 256  # a text is cut after so many
 
 
 class InteractionData(pl.LightningDataModule):
@@ -193,14 +192,14 @@ class InteractionData(pl.LightningDataModule):
 
     def item_vectors(self) -> FloatArray:
         """Frozen vectors (items, d) of the texts of all items, those that only requests know last."""
-        texts = item_texts(self.split.interactions.items, None)
-        new = [] if self.requests is None else item_texts(self.requests.items, None)[len(texts) :]
+        texts = item_texts(self.split.interactions.items)
+        new = [] if self.requests is None else item_texts(self.requests.items)[len(texts) :]
         name, layers = self.prompt.item_encoder, None
         with self.clock.stage("embed items"):
             if name is None:
                 name = self.tokenizer_name
                 layers = min(ITEM_LAYERS, AutoConfig.from_pretrained(resolve_model(name)).num_hidden_layers)
-            encoder = MeanPooling(name, ITEM_TOKENS, layers)
+            encoder = MeanPooling(name, MAX_TOKENS, layers)
             known = encode_once(encoder, texts, self.cache_dir)
             return np.concatenate([known, encoder.encode(new)]) if new else known
 

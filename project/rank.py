@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ LEVELS = (
 )  # fmt: skip
 """Values of the one parameter of a policy, from slowest to fastest: quantiles."""
 DRAWS = 1000  # resamples of users behind an interval
+LISTS = (5, 10)  # lengths k of the list that is wanted; the field reports at 5 and 10
+LEAST_LABELLED = 2 * max(LISTS)  # rated items of a labelled request; of fewer any order lists most
 
 
 @dataclass
@@ -64,32 +66,24 @@ class RankSettings:
         candidates: Candidates of a request.
         certify: Catalogue requests of the certify fold for the certificate, which counts their users; 0 makes no
             certificate.
-        lists: Lengths k of the list that is wanted.
         overlap: Least mean overlap@k with full depth on `tune` of the policies that are chosen.
         epsilon: Certificate: largest loss of overlap, as a mean over users, each counting once.
         delta: Certificate: chance that any of its promises, one for each k, is broken.
-        labelled_minimum: Users with at least so many rated items in a part get requests of these, for precision and
-            GAUC.
     """
 
     requests: int = 100
     candidates: int = 64
     certify: int = 100
-    lists: list[int] = field(default_factory=lambda: [5, 10])
     overlap: float = 0.97
     epsilon: float = 0.05
     delta: float = 0.1
-    labelled_minimum: int = 20
 
     def check(self) -> None:
         """Refuse values that cannot work; needs no data."""
-        if not self.lists or min(self.lists) < 1 or len(set(self.lists)) < len(self.lists):
-            raise ConfigError(f"ranking.lists is {self.lists}; expected lengths of 1 or more, each once.")
-        more = max(self.lists) + 1
-        for key, least in (("candidates", more), ("labelled_minimum", more), ("requests", 1), ("certify", 0)):
+        for key, least in (("candidates", max(LISTS) + 1), ("requests", 1), ("certify", 0)):
             if getattr(self, key) < least:
                 raise ConfigError(
-                    f"ranking.{key} is {getattr(self, key)}; expected at least {least} for lists of {self.lists}."
+                    f"ranking.{key} is {getattr(self, key)}; expected at least {least} for lists of {LISTS}."
                 )
         for key, most, within in (
             ("overlap", "at most 1", self.overlap <= 1),
@@ -275,13 +269,13 @@ def rank_rows(parts: dict[str, ScoredRequests], settings: RankSettings) -> dict[
     Delta is shared out among the lists, so that all promises hold together.
     """
     rows, certificates = [], []
-    promise = CertificateSettings("overlap_loss", settings.epsilon, settings.delta / len(settings.lists))
-    for k in settings.lists:
+    promise = CertificateSettings("overlap_loss", settings.epsilon, settings.delta / len(LISTS))
+    for k in LISTS:
         full, top_k, *others = policies(parts["catalogue/tune"], k, settings.overlap)
         for part in REPORTED:
             about = {"split": "test"} if part == "test" else {"split": "valid", "fold": part}
             for policy in (full, top_k, *others):
-                row = policy_row(policy, full, parts[f"catalogue/{part}"], parts[f"labelled/{part}"], k)
+                row = policy_row(policy, full, parts[f"catalogue/{part}"], parts.get(f"labelled/{part}"), k)
                 rows.append(about | row)
         if settings.certify:
             fold = parts["catalogue/certify"]
@@ -311,8 +305,9 @@ def run_rank(
     workloads = dict[str, Workload]()
     for part in REPORTED:
         drawn = catalogue_requests(split, part, settings.requests, settings.candidates, seed)
-        rated = labelled_requests(split, part, settings.candidates, settings.labelled_minimum)
-        workloads |= {f"catalogue/{part}": drawn, f"labelled/{part}": rated}
+        workloads[f"catalogue/{part}"] = drawn
+        if rated := labelled_requests(split, part, settings.candidates, LEAST_LABELLED):
+            workloads[f"labelled/{part}"] = rated
     if settings.certify:
         drawn = catalogue_requests(split, "certify", settings.certify, settings.candidates, seed)
         workloads["catalogue/certify"] = drawn
@@ -320,7 +315,7 @@ def run_rank(
     files = sorted((folder / "results").glob("rank*.json"))
     ledger = [entry for file in files for entry in read_result(file).get("ledger", [])]
     if settings.certify:
-        tested = {f"ranking.{k}": v for k, v in asdict(settings).items() if k != "labelled_minimum"}
+        tested = {f"ranking.{k}": v for k, v in asdict(settings).items()} | {"ranking.lists": list(LISTS)}
         try:
             ledger = admit(ledger, tested | {"seed_everything": seed}, split.hash)
         except ConfigError as error:

@@ -209,7 +209,7 @@ class ProjectTrainer(Trainer):
             datamodule: Logs, protocol and retrieved features that requests are made of.
             ckpt_path: The run's checkpoint.
             weights_only: Not used.
-            ranking: Requests, lists and promise.
+            ranking: Requests and promise.
         """
         from project.rank import run_rank
 

@@ -73,7 +73,7 @@ def study(config: Path) -> list[dict[str, Any]]:
     # 2. more text: of the item itself, and of the user's own answers
     terms = item_vectors(items, items)[:-1]
     svd = StandardScaler().fit_transform(TruncatedSVD(DIMENSIONS, random_state=0).fit_transform(terms))
-    encoded = encode_once(MeanPooling(ENCODER, 64), item_texts(items, None), default_cache())
+    encoded = encode_once(MeanPooling(ENCODER, 64), item_texts(items), default_cache())
     by_encoder = answers_by_similarity(WalkRows.from_log(rows), encoded)
     more = {
         split: {"svd": svd[part["item"].to_numpy()], "encoder": by_encoder[part["row_id"].to_numpy()]}

@@ -113,10 +113,10 @@ def likes_before(rows: pl.DataFrame, time: float) -> Array | None:
     return likes
 
 
-def user_vectors(past: pl.DataFrame, likes: Array, dislike: float = -0.5) -> Array:
+def user_vectors(past: pl.DataFrame, likes: Array) -> Array:
     """What CoLikes makes of users with these past rows, a row a user, of length 1 or 0."""
     weighted = likes.T @ likes / np.sqrt(np.maximum(likes.sum(0), 1))[:, None]
     user, item, _, label, _ = request(past)
     vectors = np.zeros((NUM_USERS, NUM_ITEMS))
-    np.add.at(vectors, user, np.where(label == 1, 1, dislike)[:, None] * weighted[item])
+    np.add.at(vectors, user, np.where(label == 1, 1, -0.5)[:, None] * weighted[item])
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1), 1e-9)[:, None]

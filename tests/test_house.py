@@ -91,4 +91,4 @@ def settings() -> set[str]:
 
 
 def test_settings_are_few() -> None:
-    assert len(settings()) <= 88, sorted(settings())
+    assert len(settings()) <= 80, sorted(settings())

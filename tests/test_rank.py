@@ -163,10 +163,11 @@ def parts_of(**others: ScoredRequests) -> dict[str, ScoredRequests]:
     return {name: ScoredRequests.of(drifting(50, 30, seed)) for seed, name in enumerate(names)} | others
 
 
-def test_rows_and_certificate() -> None:
+def test_rows_and_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("project.rank.LISTS", (3, 5))
     scored = ScoredRequests.of(drifting(400, 30, 9))
     made = parts_of(**{"catalogue/certify": scored})
-    settings = RankSettings(lists=[3, 5], candidates=30, epsilon=0.1)
+    settings = RankSettings(candidates=30, epsilon=0.1)
     result = rank_rows(made, settings)
     shown = [(r["split"], r.get("fold"), r["k"]) for r in result["requests"] if r["policy"] == "top_k"]
     assert shown == [("valid", "tune", 3), ("test", None, 3), ("valid", "tune", 5), ("test", None, 5)]
@@ -181,21 +182,21 @@ def test_rows_and_certificate() -> None:
 
 
 def test_candidates_of_a_request() -> None:
-    """The first request has 18 of its 30 candidates: a small catalogue may make fewer than were wanted."""
-    short = ScoredRequests.of(drifting(50, 30, 0).slice(12))
-    result = rank_rows(
-        parts_of(**{"catalogue/test": short}), RankSettings(lists=[3], candidates=64, certify=0)
-    )
-    found = {r["split"]: r["candidates"] for r in result["requests"]}
-    assert found == {"valid": [30, 30], "test": [18, 30]}
+    """The first has 18 of its 30 candidates, as in a small catalogue; nobody rated enough for precision on test."""
+    parts = parts_of(**{"catalogue/test": ScoredRequests.of(drifting(50, 30, 0).slice(12))})
+    del parts["labelled/test"]
+    result = rank_rows(parts, RankSettings(candidates=64, certify=0))
+    found = {r["split"]: (r["candidates"], r["precision"] is None) for r in result["requests"]}
+    assert found == {"valid": ([30, 30], False), "test": ([18, 30], True)}
 
 
-def test_a_user_counts_once() -> None:
+def test_a_user_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """400 requests of 60 users are 60 users, and the estimate is the mean of their means; of 8 users too few."""
+    monkeypatch.setattr("project.rank.LISTS", (3,))
     scored = ScoredRequests.of(drifting(400, 30, 9))
     uneven = np.random.default_rng(0).choice(60, 340, p=[0.3, 0.2, *[0.5 / 58] * 58])
     owners = np.concatenate([np.arange(60), uneven])
-    settings = RankSettings(lists=[3], candidates=30, epsilon=0.1)
+    settings = RankSettings(candidates=30, epsilon=0.1)
     made = parts_of(**{"catalogue/certify": replace(scored, user=owners)})
     (certificate,) = rank_rows(made, settings)["certificate"]
     full, top_k, *_ = policies(made["catalogue/tune"], 3, settings.overlap)
@@ -229,10 +230,7 @@ def test_scores_meet_their_labels() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("lists", []),
-        ("lists", [5, 5]),
         ("candidates", 10),
-        ("labelled_minimum", 3),
         ("requests", 0),
         ("overlap", 1.5),
         ("epsilon", 2.0),
@@ -245,11 +243,17 @@ def test_bad_settings(key: str, value: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(run: Callable[..., None], fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    run: Callable[..., None],
+    fitted: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """fit, test, rank: a target scores as `test` scored it; a second promise on the same fold is refused."""
     run("test", *given(fitted))
-    small = {"requests": 12, "certify": 8, "candidates": 7, "lists": "[2,4]", "labelled_minimum": 5}
-    options = [x for key, value in small.items() for x in (f"--ranking.{key}", value)]
+    monkeypatch.setattr("project.rank.LISTS", (2, 4))
+    monkeypatch.setattr("project.rank.LEAST_LABELLED", 5)
+    options = ["--ranking.requests", 12, "--ranking.certify", 8, "--ranking.candidates", 7]
     run("rank", *given(fitted), *options)
     result = result_of(fitted, "rank")
     assert result["command"] == "rank"

@@ -20,7 +20,7 @@ from project.engine.cache import StreamCache
 from project.engine.decisions import Decision, ListExits, RowExits, static_exits
 from project.engine.engine import Engine, copied, packed, score_every_head
 from project.engine.requests import PreparedRequest, Scored, Scores, prepare_requests
-from project.errors import ConfigError, DataError
+from project.errors import ConfigError
 from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.result import labelled_scores
 from project.exits.budget import budget_plan
@@ -29,7 +29,16 @@ from project.exits.plan import ExitPlan, ExitSettings, Plans
 from project.exits.top_k import TopK, fit_margins
 from project.metrics import Floats, auc
 from project.model.heads import heads_digest
-from project.rank import LEVELS, ScoredRequests, by_margin, fastest, fixed_depth, policy_row
+from project.rank import (
+    LEAST_LABELLED,
+    LEVELS,
+    LISTS,
+    ScoredRequests,
+    by_margin,
+    fastest,
+    fixed_depth,
+    policy_row,
+)
 from project.run import table_about, write_table
 
 if TYPE_CHECKING:
@@ -40,8 +49,6 @@ REQUESTS = {1: 48, 8: 24, 64: 16, 256: 4}  # candidates of a request -> most req
 TUNED = {8: 96, 64: 60, 256: 16}  # candidates of a request -> requests of tune that margins are fitted on
 FIXED_HISTORY = 50
 LABELLED = 64  # most candidates of a request over rated items
-LEAST_LABELLED = 20
-LISTS = (5, 10)  # the best k that ranking requests want
 OVERLAP = 0.97  # least overlap@k on tune of the margins that are taken
 
 
@@ -301,11 +308,8 @@ class Bench:
         chosen = fastest([by_margin(m, q) for q, m in margins.items()], full, tune, k, OVERLAP)
         if chosen.parameter is None:
             return None
-        try:
-            workload = labelled_requests(self._data.split, "test", LABELLED, LEAST_LABELLED)
-            labelled = self._scored("labelled-test", workload)
-        except DataError:  # nobody rated enough
-            labelled = None
+        workload = labelled_requests(self._data.split, "test", LABELLED, LEAST_LABELLED)
+        labelled = self._scored("labelled-test", workload) if workload else None
         catalogue = self._ranked("test", candidates)
         row, whole = (policy_row(policy, full, catalogue, labelled, k) for policy in (chosen, full))
         accuracy = {key: row[key] for key in ("k", "overlap", "overlap_interval", "precision", "n_requests")}

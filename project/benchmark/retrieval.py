@@ -187,12 +187,9 @@ def run_retrieval(
 def other_retrievers(data: InteractionData) -> dict[str, VectorRetriever]:
     """LightGCN as configured, a text encoder, and the backbone's hidden states, with as many neighbours and raters."""
     own = data.retriever
-    graph = (
-        own if isinstance(own, LightGCN) else LightGCN(neighbours=own.neighbours, max_raters=own.max_raters)
-    )
-    shared = {name: getattr(graph, name) for name in ("neighbours", "max_raters", "dislike_weight")}
+    shared: dict[str, Any] = {"neighbours": own.neighbours, "max_raters": own.max_raters}
     return {
-        REFERENCE: graph,
+        REFERENCE: own if isinstance(own, LightGCN) else LightGCN(**shared),
         "text": TextEncoder(**shared),
         "llm": TextEncoder(encoder=data.tokenizer_name, **shared),
     }

@@ -384,11 +384,11 @@ def catalogue_requests(
     return _workload(split, requests, rows)
 
 
-def labelled_requests(split: SplitInteractions, part: str, candidates: int, minimum: int) -> Workload:
+def labelled_requests(split: SplitInteractions, part: str, candidates: int, minimum: int) -> Workload | None:
     """One request a user over the user's own targets of the part, at the time of the first of them.
 
-    Candidates are the user's earliest targets, each item once; users with fewer than `minimum` are left out. All
-    labels are known and the history is frozen at that time, so that labels measure rankings.
+    Candidates are the user's earliest targets, each item once; users with fewer than `minimum` are left out; None
+    where nobody is left. All labels are known and the history is frozen at that time: labels measure rankings.
     """
     targets = _targets(split, part).unique(["user", "item"], keep="first", maintain_order=True)
     ids = split.interactions.items["item_id"].to_list()
@@ -401,13 +401,7 @@ def labelled_requests(split: SplitInteractions, part: str, candidates: int, mini
             requests.append(Request(request_id, user_ids[user], (), time, listed))
             answers = enumerate(shown.select("label", "row_id").iter_rows())
             rows += [(request_id, k, user, label, row_id) for k, (label, row_id) in answers]
-    if not requests:
-        most = int(targets.group_by("user").len()["len"].max())  # type: ignore[arg-type]
-        raise DataError(
-            f"no user has {minimum} rated items among the targets of {part} (the most is {most}): requests whose "
-            "candidates are all labelled need them. Set ranking.labelled_minimum to at most that, or give more data."
-        )
-    return _workload(split, requests, rows)
+    return _workload(split, requests, rows) if requests else None
 
 
 def concatenate(workloads: Sequence[Workload]) -> Workload:

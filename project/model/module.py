@@ -105,7 +105,7 @@ class ExitRecommender(LightningModule):
             Families: Llama/SmolLM2, Qwen2, Qwen3, Mistral without a sliding window.
         exit_layers: Depths that have a head, ascending; layer k means after k decoder layers. The last one is the full
             depth: later layers of the backbone are not loaded.
-        optim: Learning rates by depth, schedule and weight decay.
+        optim: Learning rates by depth.
         lora: Train adapters instead of the backbone's own weights.
         freeze_embeddings: Keep the token embeddings as they are.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
@@ -307,7 +307,7 @@ class ExitRecommender(LightningModule):
         fused = "mixed" not in str(self.trainer.precision)
         optimizer = torch.optim.AdamW(groups, fused=fused)
         # not trainer.estimated_stepping_batches: it starts the loader before its checkpointed position is restored
-        factor = cosine_with_warmup(planned_steps(self.trainer, self.data.train_batches()), self.optim)
+        factor = cosine_with_warmup(planned_steps(self.trainer, self.data.train_batches()))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -34,16 +34,18 @@ with warnings.catch_warnings():
     from torch_geometric.nn import LightGCN as LightGCNModel
 
 
+DISLIKE_WEIGHT = -0.5  # a like's is 1; against it, and half as much: who dislikes an item had chosen it, too
+
+
 class VectorRetriever(Retriever):
     """Cosine neighbours of running user vectors, v_u = sum over own earlier j of s_j * e_j / sqrt(degree_j).
 
-    s_j is 1 for a liked and `dislike_weight` for a disliked item, e_j the block's item vector, degree_j how many rows
+    s_j is 1 for a liked and `DISLIKE_WEIGHT` for a disliked item, e_j the block's item vector, degree_j how many rows
     before the block liked j (at least 1): LightGCN's own propagation to a user (He et al. 2020, equation 3) without the
     user's degree, which cosine does not see. User vectors are not learned, so a user first seen a minute ago has
     neighbours. Tables of different blocks live in unaligned spaces and are never compared.
 
     Args:
-        dislike_weight: Weight of a disliked item in a user's vector; a liked one has weight 1.
         similar_every: List what similar users liked after every so many rows of a user; 0 is never. The list
             reaches prompts through data.prompt.similar.
         similar_users: How many similar users such a list is made from, of the latest max_raters users.
@@ -56,7 +58,6 @@ class VectorRetriever(Retriever):
     def __init__(
         self,
         *,
-        dislike_weight: float = -0.5,
         similar_every: int = 0,
         similar_users: int = 10,
         similar_items: int = 5,
@@ -64,7 +65,6 @@ class VectorRetriever(Retriever):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.dislike_weight = dislike_weight
         self.similar_every = similar_every
         self.similar_users = similar_users
         self.similar_items = similar_items
@@ -112,7 +112,7 @@ class VectorRetriever(Retriever):
     def history_vector(self, item: IntArray, label: IntArray) -> FloatArray:
         """The vector (d,) of a user with these items and labels (rows,) in this block; not called in block 0."""
         assert self._weighted is not None
-        weights = np.where(label == 1, np.float32(1), np.float32(self.dislike_weight))
+        weights = np.where(label == 1, np.float32(1), np.float32(DISLIKE_WEIGHT))
         vector: FloatArray = weights @ self._weighted[item]
         return vector
 
@@ -153,7 +153,7 @@ class VectorRetriever(Retriever):
             if user not in self._own:
                 self._own[user] = OwnRows(self.item_neighbours)
             self._own[user].add(row, item, label)
-        weight = 1.0 if label == 1 else self.dislike_weight
+        weight = 1.0 if label == 1 else DISLIKE_WEIGHT
         self._past_users.append(user)
         self._past_items.append(item)
         self._past_weights.append(weight)
@@ -198,6 +198,7 @@ def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
 
 
 BATCH_LIKES = 4096  # likes in one BPR step
+LEARNING_RATE = 0.01  # Adam's: ten times the paper's, whose fit has 1,000 epochs, not ten a block
 REGULARISATION = 0.01  # weight of the squared norm of the embeddings in a step
 
 
@@ -211,7 +212,6 @@ class LightGCN(VectorRetriever):
         dim: Size of an embedding.
         layers: Propagation steps over the graph.
         epochs: Passes over the likes before a block, for each block; 0 leaves vectors as they are drawn.
-        learning_rate: Adam's step size.
         **kwargs: Arguments of VectorRetriever.
     """
 
@@ -221,15 +221,13 @@ class LightGCN(VectorRetriever):
         dim: int = 64,
         layers: int = 3,
         epochs: int = 10,
-        learning_rate: float = 0.01,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.dim = dim
         self.layers = layers
         self.epochs = epochs
-        self.learning_rate = learning_rate
-        self._require(0, "layers", "epochs", "learning_rate")
+        self._require(0, "layers", "epochs")
         self._require(1, "dim")
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
@@ -260,7 +258,7 @@ class LightGCN(VectorRetriever):
 
     def _train(self, model: LightGCNModel, graph: LikeGraph, block: int) -> None:
         generator = torch.Generator().manual_seed(block)
-        optimizer = torch.optim.Adam(model.parameters(), lr=self.learning_rate)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
         likes = graph.item.numel()
         for _ in range(self.epochs):
             order = torch.randperm(likes, generator=generator)

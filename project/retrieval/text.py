@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from project.retrieval.walk import cached_folder
 from project.run import sha256_of
 
 BATCH_TEXTS = 64
+MAX_TOKENS = 256  # as all-MiniLM-L6-v2's own configuration cuts; titles and attributes are shorter
 _AUTO: Any = AutoModel  # its constructors are not typed
 _TOKENIZER: Any = AutoTokenizer
 
@@ -35,7 +35,8 @@ class MeanPooling:
     """A transformer that gives a text the mean of its last hidden states, special tokens included, at length 1.
 
     `model` is a key of project.data.download.SOURCES, a Hugging Face folder, or a name on its hub. A text is cut after
-    `max_tokens`; `num_layers` uses only the first so many layers. It runs on a GPU where there is one.
+    `max_tokens`, or where the model's positions end; `num_layers` uses only the first so many layers. It runs on a GPU
+    where there is one.
     """
 
     def __init__(self, model: str, max_tokens: int, num_layers: int | None = None) -> None:
@@ -59,9 +60,8 @@ class MeanPooling:
     def encode(self, texts: Sequence[str]) -> FloatArray:
         """Vectors of length 1, shape (texts, hidden size), in the order given; zero for a text without a token."""
         tokenizer, model = self._loaded
-        ids = (
-            tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"] if texts else []
-        )
+        longest = min(self.max_tokens, model.config.max_position_embeddings)
+        ids = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"] if texts else []
         vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
         # texts of similar length are run together
         order = sorted((k for k, tokens in enumerate(ids) if tokens), key=lambda k: len(ids[k]))
@@ -89,14 +89,11 @@ class MeanPooling:
                 f"data.retriever.init_args.encoder is {self.model!r}, which cannot be read as a Hugging Face model "
                 f"with a tokenizer: {error}"
             ) from error
-        for key, wanted, there in (
-            ("num_layers", self.num_layers, config.num_hidden_layers),
-            ("max_tokens", self.max_tokens, config.max_position_embeddings),
-        ):
-            if wanted is not None and not 1 <= wanted <= there:
-                at = f"data.retriever.init_args.{key}"
-                raise ConfigError(f"{at} is {wanted}, but {self.model} has {there}: expected 1 to {there}.")
-        config.num_hidden_layers = self.num_layers or config.num_hidden_layers
+        wanted, there = self.num_layers, config.num_hidden_layers
+        if wanted is not None and not 1 <= wanted <= there:
+            at = "data.retriever.init_args.num_layers"
+            raise ConfigError(f"{at} is {wanted}, but {self.model} has {there}: expected 1 to {there}.")
+        config.num_hidden_layers = wanted or there
         config.use_cache = False
         with quiet_loading():
             model, info = _AUTO.from_pretrained(
@@ -127,9 +124,6 @@ class TextEncoder(VectorRetriever):
         encoder: all-minilm-l6-v2 or smollm2-135m-instruct (fetched from the package index), a folder, or a name on
             the Hugging Face hub: a sentence encoder, or a causal LM, whose last hidden states are averaged.
         num_layers: Use only the first so many layers; null is all of them.
-        template: Text of an item, fields are columns of the items table, such as {title}; null: the title and
-            everything else that is known of the item, separated by commas.
-        max_tokens: A text is cut after so many tokens.
         **kwargs: Arguments of VectorRetriever.
     """
 
@@ -138,17 +132,12 @@ class TextEncoder(VectorRetriever):
         *,
         encoder: str = "all-minilm-l6-v2",
         num_layers: int | None = None,
-        template: str | None = None,
-        max_tokens: int = 256,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.encoder = encoder
         self.num_layers = num_layers
-        self.template = template
-        self.max_tokens = max_tokens
-        self._require(1, "max_tokens")
-        self.reader = MeanPooling(encoder, max_tokens, num_layers)
+        self.reader = MeanPooling(encoder, MAX_TOKENS, num_layers)
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts and the vectors of other items."""
@@ -158,7 +147,7 @@ class TextEncoder(VectorRetriever):
     def item_table(self, edges: Edges, block: int) -> FloatArray:
         """Vectors of the items rated before the block, shape (items, d), zero for the others."""
         if self._encoded is None:
-            self._encoded = encode_once(self.reader, item_texts(self._items, self.template), default_cache())
+            self._encoded = encode_once(self.reader, item_texts(self._items), default_cache())
         seen = np.unique(edges.item)
         table = np.zeros_like(self._encoded)
         table[seen] = self._encoded[seen]
@@ -178,22 +167,10 @@ class TextEncoder(VectorRetriever):
         return super().settings() | ({} if model in SOURCES else {"weights": self.reader.weights})
 
 
-def item_texts(items: pl.DataFrame, template: str | None) -> list[str]:
-    """One text an item of the items table, by a `TextEncoder`'s template."""
-    fields = [name for name in items.columns if name not in ("item", "item_id")]
-    rows = items.select(fields).to_dicts()
-    if template is None:
-        return [", ".join(value for value in row.values() if value) for row in rows]
-    at = f"data.retriever.init_args.template is {template!r}"
-    try:
-        named = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
-    except ValueError as error:
-        raise ConfigError(f"{at}, which is not a template: {error}.") from error
-    unknown = sorted(named - set(fields))
-    if unknown or not named:
-        found = f"names {', '.join('{' + name + '}' for name in unknown)}" if unknown else "names no field"
-        raise ConfigError(f"{at}, which {found}. Fields of the items table here: {', '.join(fields)}.")
-    return [template.format(**row) for row in rows]
+def item_texts(items: pl.DataFrame) -> list[str]:
+    """One text an item of the items table: the title and everything else that is known of it, separated by commas."""
+    rows = items.drop("item", "item_id", strict=False).to_dicts()
+    return [", ".join(value for value in row.values() if value) for row in rows]
 
 
 def history_text(titles: pl.Series, item: IntArray, label: IntArray) -> str:

@@ -132,13 +132,13 @@ def test_the_text_is_encoded(data: InteractionData, retrievers: dict[str, Vector
 
 def test_all_retrievers_have_the_same_settings(data: InteractionData) -> None:
     """The configured LightGCN, and encoders with as many neighbours and raters; any other retriever is replaced."""
-    data.retriever = LightGCN(neighbours=7, max_raters=50, dislike_weight=-0.1)
+    data.retriever = LightGCN(neighbours=7, max_raters=50)
     retrievers = other_retrievers(data)
     assert retrievers["lightgcn"] is data.retriever
     assert isinstance(retrievers["llm"], TextEncoder)
     assert retrievers["llm"].encoder == data.tokenizer_name
     for retriever in retrievers.values():
-        assert (retriever.neighbours, retriever.max_raters, retriever.dislike_weight) == (7, 50, -0.1)
+        assert (retriever.neighbours, retriever.max_raters) == (7, 50)
     data.retriever = ItemKNN(neighbours=9)
     assert other_retrievers(data)["lightgcn"].settings() == LightGCN(neighbours=9).settings()
 

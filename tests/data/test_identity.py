@@ -97,8 +97,7 @@ def test_commands(
     before = files()
     shares = ("--data.protocol.shares", "[0.2,0.2,0.6]")
     answers = ("--data.prompt.answers", '[" yes"," no"]')
-    small = ("--ranking.requests", "5", "--ranking.certify", "0", "--ranking.lists", "[2]")
-    small = (*small, "--ranking.candidates", "5", "--ranking.labelled_minimum", "3")
+    small = ("--ranking.requests", "5", "--ranking.certify", "0")
     asked = tmp_path / "requests.jsonl"
     asked.write_text('{"request_id": "a", "user_id": "u1", "candidates": ["i1"]}\n')
     for command, change in (
