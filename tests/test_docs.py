@@ -35,7 +35,7 @@ def test_site_builds_strictly(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "WARNING" not in done.stderr
-    assert (tmp_path / "results/12_layers/depth.png").is_file()
+    assert (tmp_path / "results/quickstart/depth.png").is_file()
     for module in sorted((ROOT / "project").rglob("*.py")):
         if re.search(r"^class [A-Z]", module.read_text(), re.M):
             parts = module.relative_to(ROOT).with_suffix("").parts

@@ -186,7 +186,7 @@ def test_yaml_chooses_a_retriever_by_class_path(kind: type[Retriever]) -> None:
 def test_keys_of_our_own_retrievers_stay() -> None:
     """No source in them; the keys are pinned, because another key makes every cache anew."""
     assert "source" not in LightGCN().settings()
-    assert content_key(LightGCN().settings()) == "b1c50593fc034942"
+    assert content_key(LightGCN().settings()) == "8547269bc80396ca"
     assert content_key(RandomRetriever(seed=3).settings()) == "3db602d4bad9635e"
     assert content_key(NoRetriever().settings()) == "aad8095932071cee"
 
