@@ -43,6 +43,7 @@ from project.retrieval import (
     retrieved_warnings,
 )
 from project.retrieval.base import FloatArray, failures_named
+from project.retrieval.index import FeatureIndex, can_be_indexed
 from project.retrieval.lightgcn import VectorRetriever
 from project.retrieval.text import MAX_TOKENS, MeanPooling, encode_once, item_texts
 from project.retrieval.walk import restore
@@ -148,6 +149,11 @@ class InteractionData(pl.LightningDataModule):
             rank_zero_warn(line, category=UserWarning)
         return tables
 
+    @cached_property
+    def _index(self) -> FeatureIndex:
+        """Answers requests that lie after the log, and bring no history, without another walk."""
+        return FeatureIndex(self.split, self.retriever, self.refits, self.cache_dir, self.mf)
+
     def targets(self, split: str) -> polars.DataFrame:
         """The rows of a split that are scored."""
         rows = self.split.rows
@@ -224,7 +230,9 @@ class InteractionData(pl.LightningDataModule):
             self.streams(split)
         if stage == "predict":
             requests = self._given or read_requests(self.requests_file, self.split.interactions)
-            encoder = PromptEncoder(self.tokenizer, self.prompt, requests.items)
+            encoder = self.encoder
+            if requests.items.height > self.split.interactions.items.height:  # some bring items
+                encoder = PromptEncoder(self.tokenizer, self.prompt, requests.items)
             self.requests = without_long(requests, encoder, self.context_tokens)
             for refused in self.requests.refused:
                 line = f"request {refused.request_id!r} is not scored: {refused.error}"
@@ -240,16 +248,25 @@ class InteractionData(pl.LightningDataModule):
     def _retrieve(self, rows: polars.DataFrame) -> polars.DataFrame:
         """Retrieved features of rows that are not in the logs."""
         own = ~rows["candidate"].to_numpy()
-        table = request_retrieved(
-            self.split,
-            self.retriever,
-            self.refits,
-            self.cache_dir,
-            **{name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")},
-            own=own,
-            mf=self.mf,
-            catalogue=None if self.requests is None else self.requests.items,
-        )
+        catalogue = None if self.requests is None else self.requests.items
+        now = not own.any() and rows["timestamp"].min() > self.split.rows["timestamp"].max()  # type: ignore[operator]
+        if now and can_be_indexed(self.retriever):
+            found = [
+                self._index.features(user, part["item"].to_numpy(), None, catalogue, time)
+                for (_, user, time), part in rows.group_by("stream", "user", "timestamp", maintain_order=True)
+            ]
+            table = polars.concat(found)
+        else:
+            table = request_retrieved(
+                self.split,
+                self.retriever,
+                self.refits,
+                self.cache_dir,
+                **{name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")},
+                own=own,
+                mf=self.mf,
+                catalogue=catalogue,
+            )
         self.candidate_retrieved = table.filter(~own)
         return table
 

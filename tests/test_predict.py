@@ -190,18 +190,22 @@ def test_parquet(predict: Predict, log: pl.DataFrame) -> None:
 def test_without_a_time_the_whole_log_and_the_whole_history_are_read(
     predict: Predict, log: pl.DataFrame
 ) -> None:
+    """Requests of now are answered by the index where they are alone, by the walk where others bring histories."""
     end = float(log["timestamp"].max())  # type: ignore[arg-type]
     today = [{"item_id": f"i{k}", "label": k % 2, "time": end + 1000.0 + k} for k in range(5)]
-    scores = predict(
-        [
-            request("now", ["i1"], user_id="u1"),
-            request("later", ["i1"], user_id="u1", time=end + 1e6),
-            request("today", ["i1"], history=today),
-            request("today, with a time", ["i1"], history=today, time=end + 2000.0),
-        ]
-    )
+    of_now = [
+        request("now", ["i1"], user_id="u1"),
+        request("later", ["i1"], user_id="u1", time=end + 1e6),
+        request("newcomer", ["i1", FRESH], history=[]),
+    ]
+    histories = [
+        request("today", ["i1"], history=today),
+        request("today, with a time", ["i1"], history=today, time=end + 2000.0),
+    ]
+    scores = predict([*of_now, *histories])
+    np.testing.assert_allclose(predict(of_now).select(LOGITS), scores.head(4).select(LOGITS), atol=1e-5)
     np.testing.assert_allclose(logits(scores, "now"), logits(scores, "later"), atol=1e-5)
-    assert scores["stream_tokens"][2] == scores["stream_tokens"][3]
+    assert scores["stream_tokens"][4] == scores["stream_tokens"][5]
     np.testing.assert_allclose(logits(scores, "today"), logits(scores, "today, with a time"), atol=1e-5)
 
 

@@ -270,14 +270,15 @@ def request_streams(
     """One stream a request: what the user did strictly before its time, then its candidates.
 
     `retrieved` are features of all rows of the log, which requests read as test does; `retrieve` gives them, in order,
-    for rows outside the log (user, item, timestamp, label, candidate).
+    for rows outside the log (stream, user, item, timestamp, label, candidate).
     """
-    # 1. rows of the log by user, in time order, and rows outside it: histories of requests, and candidates
-    log = split.rows.filter(answered(split.rows))
+    # 1. rows of the users' log, in time order, and rows outside it: histories of requests, and candidates
+    users = dict(split.interactions.users.select("user_id", "user").iter_rows())
+    asked = {users[r.user_id] for r in requests.requests if r.user_id in users}
+    log = split.rows.filter(answered(split.rows), pl.col("user").is_in(sorted(asked)))
     log = log.select("user", "item", "row_id", "timestamp", "label").join(retrieved, on="row_id")
     log = log.sort("user", "row_id")
     of_user, times = log["user"].to_numpy(), log["timestamp"].to_numpy()
-    users = dict(split.interactions.users.select("user_id", "user").iter_rows())
     end = float(split.rows["timestamp"].max())  # type: ignore[arg-type]
     known, fresh = [], []
     row_id = 0

@@ -136,6 +136,9 @@ class Retriever(ABC):
     def observe(self, row: int, user: int, item: int, label: int) -> None:  # noqa: B027  # optional
         """Take in one row of a user's own past, once its time has passed."""
 
+    def forget(self, user: int) -> None:  # noqa: B027  # optional
+        """Drop a user's past, as if `observe` had never got it; `index.FeatureIndex` needs it where `observe` is."""
+
     def check(self) -> None:
         """Refuse a class whose methods take other arguments, or whose constructor kept one of its own back."""
         kind = type(self)
@@ -233,53 +236,75 @@ def _source(kind: type) -> bytes:
     return b"".join([kind.__qualname__.encode(), *codes])
 
 
+class Growing:
+    """Numbers appended one by one; looking at them costs no copy."""
+
+    def __init__(self) -> None:
+        self._room, self.size = np.empty(4, np.int64), 0
+
+    @property
+    def values(self) -> IntArray:
+        """(size,) in the order in which they came."""
+        return self._room[: self.size]
+
+    def append(self, value: int) -> None:
+        """Add one at the end."""
+        if self.size == self._room.size:
+            self._room = np.concatenate([self._room, np.empty_like(self._room)])
+        self._room[self.size] = value
+        self.size += 1
+
+    def keep(self, at: IntArray) -> None:
+        """Only those at these positions, one at least."""
+        self._room, self.size = self.values[at], at.size
+
+
 class OwnRows:
-    """One user's past by item: finds the rows on the items most similar to a candidate without looking at all rows.
+    """One user's past: finds the rows on the items most similar to a candidate.
 
     Rows of one item are equally similar, and of equals the later come first, so the latest `count` of each item are
-    enough. A request costs the distinct items, not the rows.
+    enough: others are dropped from time to time, and a request costs the distinct items, not the rows.
     """
 
     def __init__(self, count: int) -> None:
-        self._count = count
-        self._place: dict[int, int] = {}
-        self._rows: list[list[tuple[int, int]]] = []
-        self._items = np.empty(4, np.int64)
+        self._count, self._most = count, 256
+        self._places: dict[int, int] = {}
+        self._items, self._place, self._row, self._label = Growing(), Growing(), Growing(), Growing()
 
     @property
     def items(self) -> IntArray:
         """(distinct items,) in the order in which they came first."""
-        return self._items[: len(self._rows)]
+        return self._items.values
 
     def add(self, row: int, item: int, label: int) -> None:
         """Append a row that is later than all before."""
-        place = self._place.setdefault(item, len(self._rows))
-        if place == len(self._rows):
-            if place == self._items.size:
-                self._items = np.concatenate([self._items, np.empty_like(self._items)])
-            self._items[place] = item
-            self._rows.append([])
-        rows = self._rows[place]
-        rows.append((row, label))
-        del rows[: -self._count]
+        place = self._places.setdefault(item, self._items.size)
+        if place == self._items.size:
+            self._items.append(item)
+        for column, value in ((self._place, place), (self._row, row), (self._label, label)):
+            column.append(value)
+        if self._row.size > self._most:
+            self._drop()
 
     def nearest(self, similarity: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
         """The `count` most similar rows, of equals the later first: rows, labels and similarities.
 
         `similarity` is that of `items`, (distinct items,).
         """
-        order = top(similarity, self._count)
-        enough = int(np.searchsorted(np.cumsum([len(self._rows[i]) for i in order]), self._count))
-        if enough < order.size:  # items less similar than the one that fills the last place are not needed
-            order = np.flatnonzero(similarity >= similarity[order[enough]])
-        found = [
-            (s, *row)
-            for i, s in zip(order.tolist(), similarity[order].tolist(), strict=True)
-            for row in self._rows[i]
-        ]
-        found = sorted(found, reverse=True)[: self._count]
-        rows, labels = (np.array([f[k] for f in found], np.int64) for k in (1, 2))
-        return rows, labels, np.array([f[0] for f in found], similarity.dtype)
+        of_row = similarity[self._place.values]
+        best = top(of_row, self._count)
+        return self._row.values[best], self._label.values[best], of_row[best]
+
+    def _drop(self) -> None:
+        """Keep the latest `count` rows of each item."""
+        place, size = self._place.values, self._place.size
+        latest_first = np.lexsort((-np.arange(size), place))
+        new = np.diff(place[latest_first], prepend=-1) != 0
+        rank = np.arange(size) - np.maximum.accumulate(np.where(new, np.arange(size), 0))
+        kept = np.sort(latest_first[rank < self._count])
+        for column in (self._place, self._row, self._label):
+            column.keep(kept)
+        self._most = max(self._most, 2 * kept.size)
 
 
 def top(values: NDArray[np.floating[Any]], count: int) -> IntArray:

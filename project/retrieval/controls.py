@@ -104,3 +104,7 @@ class ItemKNN(Retriever):
         if user not in self._own:
             self._own[user] = OwnRows(self.neighbours)
         self._own[user].add(row, item, label)
+
+    def forget(self, user: int) -> None:
+        """Drop a user's rows."""
+        self._own.pop(user, None)

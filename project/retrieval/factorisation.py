@@ -189,18 +189,18 @@ def mf_folder(split: SplitInteractions, mf: MatrixFactorisation, refits: int, ca
         snapshots = mf.fit(readable, split.interactions.items.height, cuts)
         if name == SPLITS[-1]:
             snapshots.save(folder / "snapshots.npz")
-        return readable.select("row_id", mf=_column(mf.chances(WalkRows.from_log(readable), snapshots)))
+        return readable.select("row_id", mf=mf_column(mf.chances(WalkRows.from_log(readable), snapshots)))
 
     return split_tables(split, cache_dir / "mf", {"mf": asdict(mf), "refits": refits}, make)
 
 
-def mf_of_requests(
-    rows: WalkRows, split: SplitInteractions, mf: MatrixFactorisation, refits: int, cache_dir: Path
-) -> pl.Series:
-    """`mf` of the `query` rows, read as split "test"; arguments as in `mf_folder`."""
-    stored = Snapshots.load(mf_folder(split, mf, refits, cache_dir) / "snapshots.npz")
-    return _column(mf.chances(rows, stored))
+def mf_snapshots(
+    split: SplitInteractions, mf: MatrixFactorisation, refits: int, cache_dir: Path
+) -> Snapshots:
+    """What requests read, as split "test"; arguments as in `mf_folder`."""
+    return Snapshots.load(mf_folder(split, mf, refits, cache_dir) / "snapshots.npz")
 
 
-def _column(chances: Floats) -> pl.Series:
+def mf_column(chances: Floats) -> pl.Series:
+    """Chances as a column of the retrieved features table."""
     return pl.Series("mf", chances, dtype=pl.Float32, nan_to_null=True)

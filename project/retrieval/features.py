@@ -25,7 +25,7 @@ from project.data.protocol import SPLITS, SplitInteractions
 from project.errors import ConfigError, DataError
 from project.retrieval.base import IntArray, Retriever
 from project.retrieval.controls import NoRetriever
-from project.retrieval.factorisation import MatrixFactorisation, mf_folder, mf_of_requests
+from project.retrieval.factorisation import MatrixFactorisation, mf_column, mf_folder, mf_snapshots
 from project.retrieval.own_text import item_vectors, text_folder, text_similarity
 from project.retrieval.walk import (
     BoolArray,
@@ -132,7 +132,8 @@ def request_retrieved(
     # 3. the walk, then factorisation and text similarity, as the log's tables have them
     table = walk(rows, retriever, items, snapshots.cuts, snapshots.fitted, "retrieved features (requests)")
     if mf is not None:
-        table = table.with_columns(mf_of_requests(rows, split, mf, refits, cache_dir))
+        chances = mf.chances(rows, mf_snapshots(split, mf, refits, cache_dir))
+        table = table.with_columns(mf_column(chances))
     if catalogue is not None:  # an item the log does not have still has a text
         known = replace(requests, item=np.minimum(item, catalogue.height).astype(np.int64))
         rows = _merged(WalkRows.from_log(log, query=False), known)

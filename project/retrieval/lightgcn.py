@@ -80,9 +80,7 @@ class VectorRetriever(Retriever):
         """Forget all users' pasts and vectors."""
         self._num_users, self._items = num_users, items
         self._weighted: FloatArray | None = None
-        self._past_users: list[int] = []
-        self._past_items: list[int] = []
-        self._past_weights: list[float] = []
+        self._past: dict[int, tuple[list[int], list[float]]] = {}  # by user: items and their weights
         self._own: dict[int, OwnRows] = {}  # for `item_similarity`
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
@@ -96,10 +94,11 @@ class VectorRetriever(Retriever):
         unknown_item = np.zeros((1, snapshot["weighted"].shape[1]), np.float32)
         self._weighted = np.concatenate([snapshot["weighted"], unknown_item])
         self._directions = self._weighted * inverse_norms(self._weighted)[:, None]
-        users, items = (np.array(part, np.int64) for part in (self._past_users, self._past_items))
-        weights = np.array(self._past_weights, np.float32)
+        users = np.repeat(list(self._past), [len(items) for items, _ in self._past.values()]).astype(np.int64)
+        items = np.array([item for past, _ in self._past.values() for item in past], np.int64)
+        weights = np.array([weight for _, past in self._past.values() for weight in past], np.float32)
         self._vectors = np.zeros((self._num_users, self._weighted.shape[1]), np.float32)
-        # in order of time, as observe adds: a vector does not depend on where a block starts
+        # each user's in order of time, as observe adds: a vector does not depend on where a block starts
         np.add.at(self._vectors, users, weights[:, None] * self._weighted[items])
         self._inverse = inverse_norms(self._vectors)
 
@@ -154,13 +153,20 @@ class VectorRetriever(Retriever):
                 self._own[user] = OwnRows(self.item_neighbours)
             self._own[user].add(row, item, label)
         weight = 1.0 if label == 1 else DISLIKE_WEIGHT
-        self._past_users.append(user)
-        self._past_items.append(item)
-        self._past_weights.append(weight)
+        items, weights = self._past.setdefault(user, ([], []))
+        items.append(item)
+        weights.append(weight)
         if self._weighted is not None:
             vector = self._vectors[user]
             vector += np.float32(weight) * self._weighted[item]
             self._inverse[user] = inverse_norms(vector)
+
+    def forget(self, user: int) -> None:
+        """Drop a user's vector and answers."""
+        self._past.pop(user, None)
+        self._own.pop(user, None)
+        if self._weighted is not None:
+            self._vectors[user] = self._inverse[user] = 0
 
 
 def inverse_norms(vectors: FloatArray) -> FloatArray:

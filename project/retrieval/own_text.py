@@ -8,6 +8,7 @@ w_j = cosine(candidate, j)^2 over the user's strictly earlier rows j, answers a_
 It is defined for items that nobody has rated yet, too.
 """
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,18 @@ def text_folder(split: SplitInteractions, cache_dir: Path) -> Path:
 
 
 def item_vectors(items: pl.DataFrame, known: pl.DataFrame) -> Any:
-    """TF-IDF vectors of length 1, a sparse matrix (items + 1, terms); the last row, all 0, is any other item.
+    """What `text_encoder(known)` makes of items, `with_any_other`."""
+    return with_any_other(text_encoder(known)(items))
+
+
+def with_any_other(vectors: Any) -> Any:
+    """A sparse matrix with one more row, all 0, for any other item."""
+    vectors.resize(vectors.shape[0] + 1, vectors.shape[1])
+    return vectors
+
+
+def text_encoder(known: pl.DataFrame) -> Callable[[pl.DataFrame], Any]:
+    """Gives an items table's rows TF-IDF vectors of length 1, a sparse matrix (items, terms).
 
     Texts of `known`, the log's items table, decide which terms there are and what each weighs.
     """
@@ -52,9 +64,7 @@ def item_vectors(items: pl.DataFrame, known: pl.DataFrame) -> Any:
         TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(3, 5)),
     )
     terms.fit(texts(known))
-    found = normalize(terms.transform(texts(items)))
-    found.resize(items.height + 1, found.shape[1])
-    return found
+    return lambda items: normalize(terms.transform(texts(items)))
 
 
 def text_similarity(rows: WalkRows, vectors: Any) -> pl.DataFrame:

@@ -29,7 +29,7 @@ from rich.progress import Progress
 from project.data.download import remove_orphans
 from project.data.protocol import SPLITS, SplitInteractions, answered
 from project.errors import ConfigError
-from project.retrieval.base import Edges, IntArray, Neighbours, Raters, Retriever, Snapshot
+from project.retrieval.base import Edges, Growing, IntArray, Neighbours, Raters, Retriever, Snapshot
 
 BoolArray = NDArray[np.bool_]
 Make = Callable[[pl.DataFrame, str, Path], pl.DataFrame]
@@ -206,10 +206,11 @@ def walk(
     bar.
     """
     retriever.begin(int(rows.user.max(initial=-1)) + 1, items)
-    past, answers = _Past(rows, retriever.max_raters), _Answers(rows, retriever)
+    queries = np.flatnonzero(rows.query)
+    past, answers = Past(retriever.max_raters), Answers(rows, queries, retriever, items.height)
     similar = SimilarLikes(retriever) if retriever.similar_every else None
     block_of = np.searchsorted(cuts, rows.timestamp, side="right")
-    block = 0
+    block, check_at = 0, 1
     with Progress(transient=True) as progress:
         for start, stop in progress.track(list(_spans(rows, block_of)), description=description):
             # 1. a new block: answer from what was fitted before it
@@ -219,10 +220,13 @@ def walk(
             # 2. answer all rows of the second, from strictly earlier ones
             for row in range(start, stop):
                 if rows.query[row]:
-                    answers.answer(row, past)
+                    answers.answer(past)
+            if answers.unchecked >= check_at:
+                answers.check()
+                check_at = min(2 * check_at, CHECKED_TOGETHER)
             # 3. observe the rows of the second
             for row in range(start, stop):
-                past.observe(row)
+                past.observe(rows, row)
                 if rows.own[row]:
                     retriever.observe(row, int(rows.user[row]), int(rows.item[row]), int(rows.label[row]))
             # 4. lists that are due, dated just after the second: they may hold its answers
@@ -230,7 +234,7 @@ def walk(
                 similar.observe(range(start, stop), rows)
     table = answers.table()
     if similar is not None:
-        table = table.with_columns(similar_after=similar.column(np.flatnonzero(rows.query)))
+        table = table.with_columns(similar_after=similar.column(queries))
     return table
 
 
@@ -245,101 +249,120 @@ def _spans(rows: WalkRows, block_of: NDArray[np.intp]) -> Iterator[tuple[int, in
     return zip(starts, [*starts[1:], rows.timestamp.size], strict=True)
 
 
-class _Past:
-    """What has been observed: each item's raters in time order, and the counts that rates are made of.
+class Past:
+    """What has been observed: each item's raters in time order, and the likes and rows that rates are made of.
 
-    An item's raters are a growing prefix of its rows in time order, so a request costs a slice and no copy.
+    An item's raters only grow, so a request costs a slice and no copy.
     """
 
-    def __init__(self, rows: WalkRows, max_raters: int) -> None:
-        self._rows, self._max_raters = rows, max_raters
-        num_users, num_items = int(rows.user.max(initial=-1)) + 1, int(rows.item.max(initial=-1)) + 1
-        raters = np.flatnonzero(rows.rater)
-        self._by_item = raters[np.argsort(rows.item[raters], kind="stable")]
-        self._users = rows.person[self._by_item]
-        self._starts = np.searchsorted(rows.item[self._by_item], np.arange(num_items)).tolist()
-        # by item and person: place in _by_item; by item: places of rows that are not their person's latest
+    def __init__(self, max_raters: int) -> None:
+        self._max_raters = max_raters
+        self._raters: dict[int, tuple[Growing, Growing]] = {}  # by item: rows, persons
+        # by item and person: place among the item's raters; by item: places of rows that are not their person's latest
         self._latest: dict[tuple[int, int], int] = {}
         self._superseded: dict[int, list[int]] = {}
-        self.item_likes, self.item_count = [0] * num_items, [0] * num_items
-        self.user_likes, self.user_count = [0] * num_users, [0] * num_users
+        self._items: dict[int, list[int]] = {}  # likes and rows of each
+        self._users: dict[int, list[int]] = {}
 
     def raters(self, item: int, person: int) -> Raters:
         """Raters of an item without `person`, oldest first, the latest row of each, at most max_raters."""
-        start = self._starts[item]
-        stop = start + self.item_count[item]
+        if item not in self._raters:
+            return NO_RATERS
+        rows, persons = (part.values for part in self._raters[item])
         dropped = list(self._superseded.get(item, ()))
         if (item, person) in self._latest:
             dropped.append(self._latest[item, person])
-        chosen: slice | IntArray = slice(max(start, stop - self._max_raters), stop)
+        start = max(0, rows.size - self._max_raters - len(dropped))  # enough are left after it
+        chosen: slice | IntArray = slice(start, None)
         if dropped:
-            kept = np.ones(stop - start, np.bool_)
-            kept[np.array(dropped) - start] = False
+            kept = np.ones(rows.size - start, np.bool_)
+            kept[[place - start for place in dropped if place >= start]] = False
             chosen = (np.flatnonzero(kept) + start)[-self._max_raters :]
-        return Raters(self._by_item[chosen], self._users[chosen])
+        return Raters(rows[chosen], persons[chosen])
 
-    def observe(self, row: int) -> None:
+    def rates(self, item: int, user: int) -> tuple[int, int, int, int]:
+        """Likes and rows of the item, likes and rows of the user."""
+        return (*self._items.get(item, (0, 0)), *self._users.get(user, (0, 0)))
+
+    def observe(self, rows: WalkRows, row: int) -> None:
         """Take in a row whose time has passed."""
-        rows = self._rows
         label = int(rows.label[row])
         if rows.rater[row]:
-            item = int(rows.item[row])
-            key = (item, int(rows.person[row]))
-            if key in self._latest:
-                self._superseded.setdefault(item, []).append(self._latest[key])
-            self._latest[key] = self._starts[item] + self.item_count[item]
-            self.item_count[item] += 1
-            self.item_likes[item] += label
+            item, person = int(rows.item[row]), int(rows.person[row])
+            of_rows, persons = self._raters.setdefault(item, (Growing(), Growing()))
+            if (item, person) in self._latest:
+                self._superseded.setdefault(item, []).append(self._latest[item, person])
+            self._latest[item, person] = of_rows.size
+            of_rows.append(row)
+            persons.append(person)
+            _count(self._items, item, label)
         if rows.own[row]:
-            user = int(rows.user[row])
-            self.user_count[user] += 1
-            self.user_likes[user] += label
+            _count(self._users, int(rows.user[row]), label)
+
+    def forget(self, user: int) -> None:
+        """Drop the rate of a user."""
+        self._users.pop(user, None)
 
 
-class _Answers:
-    """Collects and checks what a retriever answers, and makes the retrieved features table of it."""
+NO_RATERS = Raters(np.empty(0, np.int64), np.empty(0, np.int64))
 
-    def __init__(self, rows: WalkRows, retriever: Retriever) -> None:
-        size, neighbours = rows.row_id.size, retriever.neighbours
-        self._rows, self._retriever = rows, retriever
-        self._unchecked, self._check_at = list[int](), 1
+
+def _count(counts: dict[int, list[int]], code: int, label: int) -> None:
+    of_code = counts.setdefault(code, [0, 0])
+    of_code[0] += label
+    of_code[1] += 1
+
+
+class Answers:
+    """Collects and checks what a retriever answers, and makes the retrieved features table of it.
+
+    `queries` are the positions of the rows to answer, in the order in which `answer` is called; `num_items` is the code
+    of any item that the retriever does not know.
+    """
+
+    def __init__(self, rows: WalkRows, queries: IntArray, retriever: Retriever, num_items: int) -> None:
+        size, neighbours = queries.size, retriever.neighbours
+        self._rows, self._queries, self._retriever = rows, queries, retriever
+        self._num_items, self._answered, self._checked = num_items, 0, 0
         self._count = np.zeros(size, np.int32)
         self._row = np.zeros((size, neighbours), np.int64)
         self._similarity = np.zeros((size, neighbours), np.float32)
         self._rates = np.zeros((size, 4), np.int32)
         self._own_items = np.zeros((size, 2), np.float32)
 
-    def answer(self, row: int, past: _Past) -> None:
-        """Keep the retriever's answer to one row, and the counts so far."""
-        rows, retriever = self._rows, self._retriever
+    def answer(self, past: Past) -> None:
+        """Keep the retriever's answer to the next row, and the counts so far."""
+        rows, retriever, at = self._rows, self._retriever, self._answered
+        row = int(self._queries[at])
         user, item = int(rows.user[row]), int(rows.item[row])
-        raters = past.raters(item, int(rows.person[row]))
-        found = retriever.select(user, item, float(rows.timestamp[row]), raters)
+        raters, known = past.raters(item, int(rows.person[row])), min(item, self._num_items)
+        found = retriever.select(user, known, float(rows.timestamp[row]), raters)
         if not isinstance(found, Neighbours) or len(found.row) != len(found.similarity):
             raise self._refused(f"returned {found!r:.200}")
         count = len(found.row)
         if count > retriever.neighbours:
             raise self._refused(f"returned {count} rows")
-        self._count[row] = count
-        self._row[row, :count], self._similarity[row, :count] = found
-        self._unchecked.append(row)
-        if len(self._unchecked) >= self._check_at:
-            self._check()
+        self._count[at] = count
+        self._row[at, :count], self._similarity[at, :count] = found
         if retriever.item_neighbours:
-            self._own_items[row] = retriever.item_similarity(user, item)
-        self._rates[row, :2] = past.item_likes[item], past.item_count[item]
-        self._rates[row, 2:] = past.user_likes[user], past.user_count[user]
+            self._own_items[at] = retriever.item_similarity(user, known)
+        self._rates[at] = past.rates(item, user)
+        self._answered += 1
 
-    def _check(self) -> None:
+    @property
+    def unchecked(self) -> int:
+        """Answers since `check` was called."""
+        return self._answered - self._checked
+
+    def check(self) -> None:
         """Refuse answers that name a row that the retriever was not given, since it may lie in the future.
 
         A row must be an earlier rating of the item by somebody else, or an earlier row of the user's own past.
         """
-        rows, at = self._rows, np.array(self._unchecked, np.int64)
-        self._check_at = min(2 * self._check_at, CHECKED_TOGETHER)
-        self._unchecked.clear()
+        rows, at = self._rows, slice(self._checked, self._answered)
+        self._checked = self._answered
         used = np.arange(self._row.shape[1]) < self._count[at][:, None]
-        queries, found = np.repeat(at, self._count[at]), self._row[at][used]
+        queries, found = np.repeat(self._queries[at], self._count[at]), self._row[at][used]
         if not np.isfinite(self._similarity[at][used]).all():
             raise self._refused("returned a similarity that is NaN or infinite")
         there = (found >= 0) & (found < rows.row_id.size)
@@ -364,21 +387,19 @@ class _Answers:
         )
 
     def table(self) -> pl.DataFrame:
-        """Retrieved features of the `query` rows; a share of nothing is null."""
-        self._check()
-        at = self._rows.query
+        """Retrieved features of the queries; a share of nothing is null."""
+        self.check()
         counts = ("item_likes", "item_count", "user_likes", "user_count")
         own_items = ("own_likes", "item_similarity_weight")
-        row = self._row[at]
         frame = pl.DataFrame(
             {
-                "row_id": self._rows.row_id[at],
-                "neighbours": pl.Series(self._rows.row_id[row]),
-                "similarities": pl.Series(self._similarity[at]),
-                "answers": pl.Series(self._rows.label[row]),
-                "neighbour_count": self._count[at],
-                **dict(zip(counts, self._rates[at].T, strict=True)),
-                **dict(zip(own_items, self._own_items[at].T, strict=True)),
+                "row_id": self._rows.row_id[self._queries],
+                "neighbours": pl.Series(self._rows.row_id[self._row]),
+                "similarities": pl.Series(self._similarity),
+                "answers": pl.Series(self._rows.label[self._row]),
+                "neighbour_count": self._count,
+                **dict(zip(counts, self._rates.T, strict=True)),
+                **dict(zip(own_items, self._own_items.T, strict=True)),
             }
         )
 
@@ -386,24 +407,24 @@ class _Answers:
             return pl.when(pl.col(total) > 0).then(pl.col(likes) / pl.col(total)).cast(pl.Float32)
 
         kinds = {"neighbours": pl.Int64, "similarities": pl.Float32, "answers": pl.Int8}
-        lists = [  # with their type, because older polars forgets it where there are no rows
-            pl.col(name).arr.to_list().list.head(pl.col("neighbour_count")).cast(pl.List(kind))
+        lists = {  # with their type, because older polars forgets it where there are no rows
+            name: pl.col(name).arr.to_list().list.head(pl.col("neighbour_count")).cast(pl.List(kind))
             for name, kind in kinds.items()
-        ]
-        table = frame.with_columns(lists).select(
+        }
+        columns = [
             "row_id",
-            *kinds,
-            pl.col("answers").list.mean().cast(pl.Float32).alias("vote"),
+            *lists.values(),
+            lists["answers"].list.mean().cast(pl.Float32).alias("vote"),
             "neighbour_count",
             share("item_likes", "item_count").alias("item_rate"),
             "item_count",
             share("user_likes", "user_count").alias("user_rate"),
             "user_count",
-            share("own_likes", "item_similarity_weight").alias("item_similarity"),
-            "item_similarity_weight",
-        )
-        dropped = [] if self._retriever.item_neighbours else ["item_similarity", "item_similarity_weight"]
-        return table.drop(dropped)
+        ]
+        if self._retriever.item_neighbours:
+            similar = share("own_likes", "item_similarity_weight").alias("item_similarity")
+            columns += [similar, "item_similarity_weight"]
+        return frame.select(columns)
 
 
 class SimilarLikes:

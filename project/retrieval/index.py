@@ -1,0 +1,231 @@
+"""Answers requests as of now, in time that does not grow with the log: what a walk knows at its end, kept up to date.
+
+`FeatureIndex` observes the log once and then every event as it comes. A request costs its candidates' raters, at most
+max_raters of each, and the user's own rows. Features are made by the code that made those of training: `walk.Past` and
+`walk.Answers`, the retriever, fold-in and text similarity. What is fitted stays as it is: vectors of items, those of
+the factorisation and the terms of texts are those of the last block.
+"""
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from scipy.sparse import vstack
+
+from project.data.protocol import SplitInteractions
+from project.errors import ConfigError, DataError
+from project.retrieval.base import Growing, IntArray, Retriever
+from project.retrieval.factorisation import MatrixFactorisation, mf_column, mf_snapshots
+from project.retrieval.features import retrieved_folder
+from project.retrieval.own_text import text_encoder, text_similarity, with_any_other
+from project.retrieval.walk import Answers, Past, Snapshots, WalkRows
+
+ROOM = 1024  # users more than the log has, before room is made for twice as many
+
+
+def can_be_indexed(retriever: Retriever) -> bool:
+    """Whether it forgets what it observes of a user, which a request that brings its own history needs."""
+    kind = type(retriever)
+    return kind.observe is Retriever.observe or kind.forget is not Retriever.forget
+
+
+class FeatureIndex:
+    """Retrieved features of candidates as of now, from the log and the events observed since.
+
+    Users and items are codes; codes that the log does not have are new ones. Time never goes back. Arguments are those
+    of `retrieved_tables`; the retriever itself is left alone. One thread at a time.
+    """
+
+    def __init__(
+        self,
+        split: SplitInteractions,
+        retriever: Retriever,
+        refits: int,
+        cache_dir: Path,
+        mf: MatrixFactorisation | None = None,
+    ) -> None:
+        if not can_be_indexed(retriever):
+            raise ConfigError(
+                f"data.retriever is {type(retriever).__name__}, which has observe and no forget(user): an index "
+                "cannot drop the past that a request brought. Write a forget that undoes observe for a user."
+            )
+        self._retriever, self._mf = copy(retriever), mf
+        self._items = split.interactions.items  # what the retriever knows; a code beyond it is any other item
+        self._guest = split.interactions.users.height  # stands for whoever has no past here
+        # 1. what was fitted
+        folder = retrieved_folder(split, retriever, refits, cache_dir)
+        self._snapshots = Snapshots.load(folder / "snapshots.npz")
+        self._mf_snapshots = None if mf is None else mf_snapshots(split, mf, refits, cache_dir)
+        self._encode = text_encoder(self._items)
+        self._texts = with_any_other(self._encode(self._items))
+        self._new_texts = self._texts[:0]  # of items that events brought
+        self._catalogue, self._further_texts = self._items, self._new_texts  # of the latest request
+        # 2. the log
+        self._rows = WalkRows.from_log(split.rows, query=False)
+        self._size = self._rows.row_id.size
+        self._codes: dict[int, int] = {}  # the retriever's codes of users that the log does not have
+        self._own: dict[int, Growing] = {}  # by code of the user: positions of their rows
+        self._past = Past(retriever.max_raters)
+        for row in range(self._size):
+            self._keep(row)
+        self.latest = float(self._rows.timestamp.max(initial=-np.inf))  # seconds, of what was observed
+        self._next_id = int(self._rows.row_id.max(initial=-1)) + 1
+        self._begin(self._guest + 1 + ROOM)
+
+    def observe(
+        self, user: int, item: int, label: int, timestamp: float, catalogue: pl.DataFrame | None = None
+    ) -> None:
+        """Take in an event, which requests at a later time read.
+
+        `catalogue` is the items table of `item` where events bring items: its new rows are kept.
+        """
+        if label not in (0, 1) or not self.latest <= timestamp < np.inf:
+            raise DataError(
+                f"an event has label {label} and time {timestamp}; expected 0 or 1, and a time not before that of the "
+                f"latest event, {self.latest}"
+            )
+        self._new_texts = self._texts_after(catalogue)
+        if user >= self._guest and user not in self._codes:
+            self._codes[user] = self._guest + 1 + len(self._codes)
+            if self._codes[user] >= self._room:
+                self._begin(2 * self._room)
+        code = self._code(user)
+        self._move_to(timestamp)
+        self._append([self._next_id], code, code, [(item, label, timestamp)], rater=True, own=True)
+        self._keep(self._size - 1)
+        self._tell(self._size - 1)
+        self.latest, self._next_id = timestamp, self._next_id + 1
+
+    def features(
+        self,
+        user: int,
+        items: Sequence[int] | IntArray,
+        history: Sequence[tuple[int, int, float]] | None = None,
+        catalogue: pl.DataFrame | None = None,
+        time: float | None = None,
+    ) -> pl.DataFrame:
+        """Retrieved features of candidates, in their order; row_id is -1 - position, after the history's.
+
+        Args:
+            user: Whose past they are answered from, and whose ratings are not neighbours.
+            items: The candidates.
+            history: Items, labels and seconds that are the user's past instead of what was observed.
+            catalogue: Items table of `items` and `history` where the request brings items.
+            time: Seconds, later than all events; None is just after them and the history.
+        """
+        brought = history or ()
+        now = max([self.latest, *(at for *_, at in brought)]) + 1 if time is None else time
+        if not now > self.latest:
+            raise DataError(
+                f"a request has time {now}; expected one after the latest event, {self.latest}. Requests of the past "
+                "are answered by a walk, `request_retrieved`."
+            )
+        person = self._code(user)
+        code = person if history is None else self._guest
+        first = self._size
+        try:
+            # 1. rows of the request, for as long as it is answered: the history in time order, then candidates
+            self._move_to(now)
+            order = sorted(range(len(brought)), key=lambda k: (brought[k][2], brought[k][0]))
+            past = [k for k in order if brought[k][2] < now]
+            self._append([-1 - k for k in past], code, person, [brought[k] for k in past], own=True)
+            for row in range(first, self._size):
+                self._keep(row)
+                self._tell(row)
+            ids = -1 - len(brought) - np.arange(len(items))
+            queries = self._append(ids, code, person, [(item, -1, now) for item in items])
+            # 2. neighbours and rates
+            answers = Answers(self._rows, queries, self._retriever, self._items.height)
+            for _ in queries:
+                answers.answer(self._past)
+            table = answers.table()
+            if self._retriever.similar_every:
+                none = pl.Series("similar_after", [None] * len(table), pl.List(pl.Int32))
+                table = table.hstack([none])
+            # 3. factorisation and text similarity, which read the user's own rows alone
+            own = self._own[code].values if code in self._own else queries[:0]
+            return table.hstack(self._own_columns(np.concatenate([own, queries]), catalogue))
+        finally:
+            self._size = first
+            self._own.pop(self._guest, None)
+            self._past.forget(self._guest)
+            self._retriever.forget(self._guest)
+
+    def _code(self, user: int) -> int:
+        return user if user < self._guest else self._codes.get(user, self._guest)
+
+    def _begin(self, room: int) -> None:
+        """Have the retriever observe everything, with room for so many users."""
+        self._room, self._block = room, 0
+        self._retriever.begin(room, self._items)
+        for row in np.flatnonzero(self._rows.own[: self._size]).tolist():
+            self._tell(row)
+        self._move_to(self.latest)
+
+    def _move_to(self, time: float) -> None:
+        """Answer from what was fitted before the block of a second; never from an earlier block than before."""
+        block = int(np.searchsorted(self._snapshots.cuts, time, side="right"))
+        if block > self._block:
+            self._block = block
+            self._retriever.start_block(self._snapshots.fitted[block - 1], block)
+
+    def _append(
+        self,
+        row_id: Sequence[int] | IntArray,
+        code: int,
+        person: int,
+        events: Sequence[tuple[int, int, float]],
+        rater: bool = False,
+        own: bool = False,
+    ) -> IntArray:
+        """Positions of new rows at the end, of items, labels and seconds; rows that are not `own` are queries."""
+        start, stop = self._size, self._size + len(events)
+        if stop > self._rows.row_id.size:
+            self._rows = WalkRows(**{name: np.resize(of, 2 * stop) for name, of in vars(self._rows).items()})
+        item, label, timestamp = zip(*events, strict=True) if events else ((), (), ())
+        values = (row_id, code, person, item, timestamp, label, not own, rater, own)
+        for of, new in zip(vars(self._rows).values(), values, strict=True):
+            of[start:stop] = new
+        self._size = stop
+        return np.arange(start, stop)
+
+    def _keep(self, row: int) -> None:
+        self._past.observe(self._rows, row)
+        if self._rows.own[row]:
+            self._own.setdefault(int(self._rows.user[row]), Growing()).append(row)
+
+    def _tell(self, row: int) -> None:
+        rows, known = self._rows, min(int(self._rows.item[row]), self._items.height)
+        self._retriever.observe(row, int(rows.user[row]), known, int(rows.label[row]))
+
+    def _own_columns(self, at: IntArray, catalogue: pl.DataFrame | None) -> list[pl.Series]:
+        """mf, text and text_weight of the queries among a user's rows at these positions."""
+        rows = WalkRows(**{name: of[at] for name, of in vars(self._rows).items()})
+        found = []
+        if self._mf is not None and self._mf_snapshots is not None:
+            known = replace(rows, item=np.minimum(rows.item, self._items.height))
+            found.append(mf_column(self._mf.chances(known, self._mf_snapshots)))
+        texts, new = self._texts[np.minimum(rows.item, self._items.height)], self._texts_after(catalogue)
+        place, added = np.arange(at.size), rows.item - self._items.height
+        if new.shape[0]:
+            texts = vstack([texts, new], format="csr")
+            place = np.where((added >= 0) & (added < new.shape[0]), at.size + added, place)
+        table = text_similarity(replace(rows, item=place), texts)
+        return [*found, table["text"], table["text_weight"]]
+
+    def _texts_after(self, catalogue: pl.DataFrame | None) -> Any:
+        """Text vectors of the items that the log does not have: those kept, and the further ones of a catalogue."""
+        if catalogue is None:
+            return self._new_texts
+        if catalogue is not self._catalogue:  # the requests of a file share one
+            new = catalogue[self._items.height + self._new_texts.shape[0] :]
+            further = [] if new.is_empty() else [self._encode(new)]
+            self._catalogue, self._further_texts = (
+                catalogue,
+                vstack([self._new_texts, *further], format="csr"),
+            )
+        return self._further_texts

@@ -1,0 +1,190 @@
+"""Tests the index: event by event it answers as the walk does, and a request leaves nothing behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from example_logs import NUM_ITEMS, NUM_USERS, CoLikes, by_time, make_log, make_split
+
+from project.data.protocol import SplitInteractions
+from project.errors import ConfigError, DataError
+from project.retrieval import (
+    ItemKNN,
+    LightGCN,
+    MatrixFactorisation,
+    NoRetriever,
+    RandomRetriever,
+    Retriever,
+    index,
+    request_retrieved,
+    retrieved_tables,
+)
+from project.retrieval.features import retrieved_folder
+from project.retrieval.index import FeatureIndex
+from project.retrieval.walk import Snapshots, WalkRows, walk
+
+REFITS, MF, END = 4, MatrixFactorisation(dim=2), 1000.0
+SUMMED = ("mf", "text", "text_weight", "item_similarity", "item_similarity_weight")  # sums in another order
+RETRIEVERS: dict[str, Retriever] = {
+    "co_likes": CoLikes(neighbours=4, item_neighbours=3, similar_every=3, max_raters=5),
+    "lightgcn": LightGCN(dim=4, epochs=1),
+    "item_knn": ItemKNN(neighbours=4),
+    "random": RandomRetriever(),
+    "none": NoRetriever(),
+}
+each_retriever = pytest.mark.parametrize("retriever", RETRIEVERS.values(), ids=RETRIEVERS.keys())
+
+
+def same(found: pl.DataFrame, expected: pl.DataFrame) -> None:
+    """Bit for bit, but for sums in another order."""
+    expected = expected.select(found.columns)  # a split's table has mf last
+    assert found.schema == expected.schema
+    assert found.drop(SUMMED, strict=False).equals(expected.drop(SUMMED, strict=False))
+    for name in set(SUMMED) & set(found.columns):
+        assert found[name].is_null().equals(expected[name].is_null())
+        np.testing.assert_allclose(found[name].to_numpy(), expected[name].to_numpy(), rtol=0, atol=1e-6)
+
+
+def replay(made: FeatureIndex, rows: pl.DataFrame, table: pl.DataFrame) -> int:
+    """Answer the rows of each second, compare them with the table, then observe them; returns their number."""
+    answered = 0
+    for (second,), group in rows.group_by("timestamp", maintain_order=True):
+        for row in group.iter_rows(named=True):
+            found = made.features(row["user"], [row["item"]], time=second)  # type: ignore[arg-type]
+            expected = table.filter(pl.col("row_id") == row["row_id"]).drop("similar_after", strict=False)
+            columns = pl.exclude("row_id", "similar_after")
+            same(found.select(columns), expected.select(columns))
+            answered += 1
+        for row in group.iter_rows(named=True):
+            made.observe(row["user"], row["item"], row["label"], row["timestamp"])
+    return answered
+
+
+def indexed(
+    split: SplitInteractions, retriever: Retriever, folder: Path, before: float = END
+) -> FeatureIndex:
+    """An index of the rows before a second, with what was fitted on the whole log."""
+    retrieved_tables(split, retriever, REFITS, folder, MF)
+    rows = split.rows.filter(pl.col("timestamp") < before)
+    return FeatureIndex(replace(split, rows=rows), retriever, REFITS, folder, MF)
+
+
+@each_retriever
+def test_a_replay_gives_the_table_of_the_split(retriever: Retriever, tmp_path: Path) -> None:
+    """Rows of a second do not see each other; blocks start on the way."""
+    rows = make_log(2)
+    split = make_split(rows, by_time(rows))
+    table = retrieved_tables(split, retriever, REFITS, tmp_path, MF)["test"]
+    made = indexed(split, retriever, tmp_path, before=40.0)
+    assert replay(made, rows.filter(pl.col("timestamp") >= 40), table) > 60
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_replay_gives_the_table_of_the_demo() -> None:
+    """Every test row of MovieLens latest-small, with the tables of configs/quickstart.yaml."""
+    from project.data.download import default_cache
+    from project.data.logs import MovieLensLatestSmall
+    from project.data.protocol import Protocol, apply_protocol, build_interactions
+
+    protocol = Protocol(minimum_history=5, label="rating > 3.5")
+    split = apply_protocol(build_interactions(MovieLensLatestSmall().read(), protocol), protocol)
+    parts = LightGCN(item_neighbours=30), 10, default_cache(), MatrixFactorisation()
+    table = retrieved_tables(split, *parts)["test"]
+    is_test = pl.col("split") == "test"
+    made = FeatureIndex(replace(split, rows=split.rows.filter(~is_test)), *parts)
+    rows = split.rows.filter(is_test)
+    found = table.filter(pl.col("row_id").is_in(rows["row_id"].implode()))
+    assert replay(made, rows, found) == rows.height > 9_000
+
+
+@each_retriever
+@pytest.mark.parametrize("user", [3, NUM_USERS + 5], ids=["known", "unknown"])
+@pytest.mark.parametrize("brings", [False, True], ids=["log", "history"])
+def test_a_request_is_answered_as_by_the_walk(
+    retriever: Retriever, user: int, brings: bool, tmp_path: Path
+) -> None:
+    """At the end of the log, of items that the log has or that the request brings; again after other requests."""
+    rows = make_log(2)
+    split = make_split(rows, by_time(rows))
+    new = pl.DataFrame(
+        {"item": [NUM_ITEMS], "title": ["title 3 again"]}, {"item": pl.Int32, "title": pl.String}
+    )
+    catalogue = pl.concat([split.interactions.items, new])
+    history = [(1, 1, 70.5), (NUM_ITEMS, 0, 9.0), (1, 0, 70.5), (4, 1, 71.0)] if brings else []
+    candidates = [*range(NUM_ITEMS + 1), 1]
+    end = max([float(rows["timestamp"].max()), *(at for *_, at in history)]) + 1  # type: ignore[arg-type]
+    item, label, time = zip(*history, *((item, -1, end) for item in candidates), strict=True)
+    arrays = (np.full(len(item), user), np.array(item), np.array(time), np.array(label), np.array(label) >= 0)
+    expected = request_retrieved(split, retriever, REFITS, tmp_path, *arrays, mf=MF, catalogue=catalogue)
+    made = indexed(split, retriever, tmp_path)
+    for _ in range(2):
+        found = made.features(user, candidates, history if brings else None, catalogue)
+        same(found, expected.tail(len(candidates)))
+        made.features(5, [2], [(2, 0, 3.0)])
+
+
+def test_new_users_are_answered_as_by_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they are more than there is room for."""
+    monkeypatch.setattr(index, "ROOM", 2)
+    retriever, rows = CoLikes(neighbours=4, item_neighbours=3), make_log(2)
+    split = make_split(rows, by_time(rows))
+    made = indexed(split, retriever, tmp_path)
+    snapshots = Snapshots.load(retrieved_folder(split, retriever, REFITS, tmp_path) / "snapshots.npz")
+    new = make_log(3, 60, users=8).with_columns(pl.col("user") + NUM_USERS, pl.col("timestamp") + 100)
+    every = pl.concat([rows, new.with_columns(pl.col("row_id") + rows.height)])
+    walked = walk(
+        WalkRows.from_log(every), retriever, split.interactions.items, snapshots.cuts, snapshots.fitted
+    )
+    made._mf = None
+    walked = walked.with_columns(text=pl.lit(0.0), text_weight=pl.lit(0.0))
+    for (second,), group in every.filter(pl.col("timestamp") >= 100).group_by(
+        "timestamp", maintain_order=True
+    ):
+        for row in group.iter_rows(named=True):
+            found = made.features(row["user"], [row["item"]], time=second)  # type: ignore[arg-type]
+            expected = walked.filter(pl.col("row_id") == row["row_id"])
+            same(found.drop("row_id", "text", "text_weight"), expected.drop("row_id", "text", "text_weight"))
+        for row in group.iter_rows(named=True):
+            made.observe(row["user"], row["item"], row["label"], row["timestamp"])
+
+
+def test_a_new_item_has_a_text_and_raters_at_once(tmp_path: Path) -> None:
+    """Two events that say the same count twice; the rater's text similarity is that of the item's own text, 1."""
+    rows = make_log(2)
+    split, item = make_split(rows, by_time(rows)), NUM_ITEMS
+    made = indexed(split, NoRetriever(), tmp_path)
+    new = pl.DataFrame({"item": [item], "title": ["something else"]}, {"item": pl.Int32, "title": pl.String})
+    catalogue = pl.concat([split.interactions.items, new])
+    for _ in range(2):
+        made.observe(99, item, 1, END, catalogue)
+    (row,) = made.features(99, [item]).to_dicts()
+    assert (row["item_count"], row["item_rate"], row["user_count"], row["user_rate"]) == (2, 1.0, 2, 1.0)
+    assert (row["text"], row["text_weight"]) == pytest.approx((0, 2))
+    (other,) = made.features(98, [item]).to_dicts()
+    assert (other["item_count"], other["user_count"], other["text"]) == (2, 0, None)
+
+
+class Remembers(NoRetriever):
+    """Keeps what it cannot drop."""
+
+    def observe(self, row: int, user: int, item: int, label: int) -> None: ...
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    """Time that goes back, labels that are no answers, and a retriever that cannot forget."""
+    rows = make_log(2)
+    split = make_split(rows, by_time(rows))
+    made = indexed(split, NoRetriever(), tmp_path)
+    made.observe(1, 1, 1, END)
+    with pytest.raises(DataError, match=r"a request has time 1000.0; expected one after"):
+        made.features(1, [1], time=END)
+    for label, time in ((1, END - 1), (-1, END), (1, np.nan)):
+        with pytest.raises(DataError, match=f"an event has label {label} and time {time}"):
+            made.observe(1, 1, label, time)
+    with pytest.raises(ConfigError, match=r"Remembers, which has observe and no forget"):
+        FeatureIndex(split, Remembers(), REFITS, tmp_path)
