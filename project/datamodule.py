@@ -43,8 +43,8 @@ from project.retrieval import (
     retrieved_warnings,
 )
 from project.retrieval.base import FloatArray, failures_named
-from project.retrieval.index import FeatureIndex, can_be_indexed
 from project.retrieval.lightgcn import VectorRetriever
+from project.retrieval.online import FeatureIndex, can_be_indexed
 from project.retrieval.text import MAX_TOKENS, MeanPooling, encode_once, item_texts
 from project.retrieval.walk import restore
 

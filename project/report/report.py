@@ -206,13 +206,14 @@ def render_report(run: Run, drawn: Mapping[str, Figure | str]) -> str:
     result["warnings"] = list(dict.fromkeys(w for r in run.results.values() for w in r.get("warnings", [])))
     exits = rows_of(result.get("exits", []), run.split, run.fold)
     without = (result.get("adaptive") or {}).get("without_exit_0")
+    rows = score_rows(result, run.split, run.fold, run.benchmark_rows)
     text = environment().get_template("report.md.j2").render(
         run=run,
         result=result,
         exits=exits,
         baselines=rows_of(result.get("baselines", []), run.split, run.fold),
-        answer=decide(result),
-        rows=score_rows(result, run.split, run.fold, run.benchmark_rows),
+        answer=decide(result, rows),
+        rows=rows,
         slices=slice_rows(result, run.split, run.fold),
         without=plan_rows(without, exits, name="plan without exit 0") if without and exits else [],
         criteria=criteria_rows(run.calibrate),

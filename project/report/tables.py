@@ -40,8 +40,8 @@ class Answer:
     calibrated: bool = False  # exit: whether `gain` is of the exit calibrated with exit 0, else as trained
 
 
-def decide(result: Result) -> Answer:
-    """The decision on the rows of a result of `fit`, `validate`, `test` or `calibrate`."""
+def decide(result: Result, rows: Sequence[Row] = ()) -> Answer:
+    """The decision on a result of `fit`, `validate`, `test` or `calibrate`; a clock in `rows` says what is faster."""
     if not result.get("exits"):
         return Answer("baselines")
     plan: Row = result.get("adaptive") or {}
@@ -69,7 +69,12 @@ def decide(result: Result) -> Answer:
     bounds = static.get("auc_gain_interval")
     if bounds is None:
         return Answer("undecided", gain=gain)
-    cheaper = plan["speedup_over_static"]["value"] > 1 and not bounds[1] < 0
+    clocks = {
+        row["depth"] if row["name"] != "plan" else "plan": row["clock"] for row in rows if row.get("clock")
+    }
+    timed = clocks.keys() >= {"plan", static["layer"]}
+    faster = clocks["plan"] > clocks[static["layer"]] if timed else plan["speedup_over_static"]["value"] > 1
+    cheaper = faster and not bounds[1] < 0
     if _above(bounds) or (cheaper and static["layer"] > 0):
         return Answer("plan", gain=gain)
     if static["layer"] == 0:
@@ -93,12 +98,12 @@ def render(result: Result, folder: Path | None = None) -> str:
         benchmark = read_result(path)
         if benchmark["protocol"]["hash"] == result["protocol"]["hash"]:
             timed = benchmark.get("rows", [])
-    parts = {
+    parts: dict[str, Any] = {
         "rows": score_rows(result, split, fold, timed),
         "slices": [s for s in slice_rows(result, split, fold) if s["name"].startswith(("item_", "hidden_"))],
         "rows_are": rows_in_words(split),
     }
-    return tidy(made.scores(result, decide(result), parts))
+    return tidy(made.scores(result, decide(result, parts["rows"]), parts))
 
 
 def render_beside(results: Mapping[str, Result]) -> str:

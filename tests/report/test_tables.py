@@ -59,6 +59,19 @@ def test_decision(changes, expected):
     assert ("Do not deploy the LLM" in first) == (answer.kind == "no_llm")
 
 
+def test_the_clock_decides_what_is_faster():
+    """The plan runs fewer token-layers than the static exit of equal accuracy; a clock may say otherwise."""
+    made = result()
+    layer = made["adaptive"]["static_exit"]["layer"]
+    assert decide(made).kind == "plan"
+    for clock, kind in ((1.4, "plan"), (1.6, "exit")):
+        rows = [
+            {"name": "plan", "depth": 3.0, "clock": 1.5},
+            {"name": "static", "depth": layer, "clock": clock},
+        ]
+        assert decide(made, rows).kind == kind
+
+
 def test_best_static_exit_where_only_that_is_better():
     """The plan is not shown better, exit 6 with exit 0 in its calibration is: that is deployed."""
     made = result(gain=AROUND)

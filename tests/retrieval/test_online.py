@@ -24,7 +24,7 @@ from project.retrieval import (
     retrieved_tables,
 )
 from project.retrieval.features import retrieved_folder
-from project.retrieval.index import FeatureIndex
+from project.retrieval.online import FeatureIndex
 from project.retrieval.walk import Snapshots, WalkRows, walk
 
 REFITS, MF, END = 4, MatrixFactorisation(dim=2), 1000.0
