@@ -50,7 +50,7 @@ from project.retrieval.walk import restore
 
 DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
 DEFAULT_RETRIEVER, DEFAULT_MF = LightGCN(), MatrixFactorisation()
-ITEM_LAYERS = 6  # of the backbone, where it embeds items' texts itself
+ITEM_LAYERS = 6  # of the backbone, which embed items' texts
 
 
 class InteractionData(pl.LightningDataModule):
@@ -200,12 +200,10 @@ class InteractionData(pl.LightningDataModule):
         """Frozen vectors (items, d) of the texts of all items, those that only requests know last."""
         texts = item_texts(self.split.interactions.items)
         new = [] if self.requests is None else item_texts(self.requests.items)[len(texts) :]
-        name, layers = self.prompt.item_encoder, None
         with self.clock.stage("embed items"):
-            if name is None:
-                name = self.tokenizer_name
-                layers = min(ITEM_LAYERS, AutoConfig.from_pretrained(resolve_model(name)).num_hidden_layers)
-            encoder = MeanPooling(name, MAX_TOKENS, layers)
+            config = AutoConfig.from_pretrained(resolve_model(self.tokenizer_name))
+            layers = min(ITEM_LAYERS, config.num_hidden_layers)
+            encoder = MeanPooling(self.tokenizer_name, MAX_TOKENS, layers)
             known = encode_once(encoder, texts, self.cache_dir)
             return np.concatenate([known, encoder.encode(new)]) if new else known
 

@@ -36,9 +36,7 @@ class Prompt:
             item_count_number; several of these in one token as {item_number+mf_number}; likes, neighbours (of the
             similar users), item_count, user_count (rounded down to 1, 2, 5, 10, 20, 50, ...). {title:.40} is at most
             40 characters of a title, or of an attribute. {item_text} is title and attributes in one token: a learned
-            projection of a frozen embedding of the text.
-        item_encoder: What embeds the text of {item_text}: all-minilm-l6-v2, a folder, or a name on the Hugging Face
-            hub; null: the first layers of the backbone.
+            projection of a frozen embedding of the text, by the backbone's first layers.
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the tokenizer.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
             prompts have none. How often there is one, and how long, is set by data.retriever.init_args: similar_every,
@@ -49,7 +47,6 @@ class Prompt:
     segment: str | None = None
     answers: list[str] = field(default_factory=lambda: [" no", " yes"])
     similar: str | None = None
-    item_encoder: str | None = None
 
 
 # Numbers: token ids below zero, one byte a number, 0 where it is not shown

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -90,7 +89,7 @@ class ItemEmbedding(NumberEmbedding):
     trained with, so that more items change nothing. `know` gives them; they are not part of a checkpoint.
     """
 
-    items: Tensor  # (n, H) frozen, those of fewer dimensions filled up with zeros
+    items: Tensor  # (n, H) frozen
     moments: Tensor  # (2, H) mean and deviation
 
     def __init__(self, words: nn.Embedding) -> None:
@@ -110,13 +109,8 @@ class ItemEmbedding(NumberEmbedding):
         return int(LOWEST_ID) - len(self.items)
 
     def know(self, vectors: Tensor) -> None:
-        """Take frozen vectors (n, d) of all items, in the order of their codes; d is at most H."""
-        if vectors.shape[1] > self.embedding_dim:
-            raise ConfigError(
-                f"data.prompt.item_encoder has vectors of {vectors.shape[1]} dimensions; expected at most "
-                f"{self.embedding_dim}, the backbone's. Choose a smaller encoder, or null, the backbone itself."
-            )
-        self.items = F.pad(vectors, (0, self.embedding_dim - vectors.shape[1])).to(self.moments)
+        """Take frozen vectors (n, H) of all items, in the order of their codes."""
+        self.items = vectors.to(self.moments)
 
     def standardise(self) -> None:
         """From now on by the mean and deviation of the items that are known."""

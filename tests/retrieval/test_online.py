@@ -19,7 +19,7 @@ from project.retrieval import (
     NoRetriever,
     RandomRetriever,
     Retriever,
-    index,
+    online,
     request_retrieved,
     retrieved_tables,
 )
@@ -130,7 +130,7 @@ def test_a_request_is_answered_as_by_the_walk(
 
 def test_new_users_are_answered_as_by_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where they are more than there is room for."""
-    monkeypatch.setattr(index, "ROOM", 2)
+    monkeypatch.setattr(online, "ROOM", 2)
     retriever, rows = CoLikes(neighbours=4, item_neighbours=3), make_log(2)
     split = make_split(rows, by_time(rows))
     made = indexed(split, retriever, tmp_path)
