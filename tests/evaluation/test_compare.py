@@ -159,7 +159,7 @@ def test_overlays_beside_a_base(tiny_config: Callable[..., Path], tmp_path: Path
         read_result(folder / name / "latest" / "results" / "compare-tune.json")
         for name in ("config-same-none", "config-seed")
     )
-    differences = [[row["difference"]["auc"]["value"] for row in result["exits"]] for result in (same, seed)]
+    differences = [[row["log_loss"] - row["base"]["log_loss"] for row in r["exits"]] for r in (same, seed)]
     assert differences[0] == [0, 0]
     assert differences[1] != [0, 0]
     assert "limit_train_batches: 2" in (folder / "config-seed" / "latest" / "config.yaml").read_text()
