@@ -196,16 +196,24 @@ class InteractionData(pl.LightningDataModule):
             check_items(encoder, items, self.context_tokens)
         return encoder
 
+    def _item_encoder(self) -> MeanPooling:
+        """The backbone's first layers, which embed items' texts; not kept, since it holds a model once it has read."""
+        config = AutoConfig.from_pretrained(resolve_model(self.tokenizer_name))
+        return MeanPooling(self.tokenizer_name, MAX_TOKENS, min(ITEM_LAYERS, config.num_hidden_layers))
+
+    @cached_property
+    def _known_vectors(self) -> FloatArray:
+        """Of the log's items; every validation reads them."""
+        with self.clock.stage("embed items"):
+            return encode_once(
+                self._item_encoder(), item_texts(self.split.interactions.items), self.cache_dir
+            )
+
     def item_vectors(self) -> FloatArray:
         """Frozen vectors (items, d) of the texts of all items, those that only requests know last."""
-        texts = item_texts(self.split.interactions.items)
-        new = [] if self.requests is None else item_texts(self.requests.items)[len(texts) :]
-        with self.clock.stage("embed items"):
-            config = AutoConfig.from_pretrained(resolve_model(self.tokenizer_name))
-            layers = min(ITEM_LAYERS, config.num_hidden_layers)
-            encoder = MeanPooling(self.tokenizer_name, MAX_TOKENS, layers)
-            known = encode_once(encoder, texts, self.cache_dir)
-            return np.concatenate([known, encoder.encode(new)]) if new else known
+        known = self._known_vectors
+        new = [] if self.requests is None else item_texts(self.requests.items[len(known) :])
+        return np.concatenate([known, self._item_encoder().encode(new)]) if new else known
 
     def streams(self, split: str) -> Streams:
         """All users' streams as of `split`, with its targets."""

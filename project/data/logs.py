@@ -42,9 +42,7 @@ class RawLogs:
     items: pl.DataFrame  # item_id (unique), title, then attributes; all String, "" = unknown
     files: dict[str, str]
     columns: tuple[str, ...] = ()  # of the interactions' file, for messages
-    left_out: tuple[
-        str, ...
-    ] = ()  # lines about rows that the reader left out: file, how many, the first, why
+    left_out: tuple[str, ...] = ()  # lines about rows that the reader left out: file, how many, why
 
 
 class Logs(ABC):

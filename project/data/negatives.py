@@ -7,9 +7,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from project.data.ragged import IntArray
 from project.errors import DataError
 
-Ints = NDArray[np.int64]
 ROUNDS = 100  # of drawing anew what may not stay
 
 
@@ -53,7 +53,7 @@ def _unseen(
     allowed: NDArray[np.bool_],
     popular: bool,
     rng: np.random.Generator,
-) -> Ints:
+) -> IntArray:
     """An allowed item for each row of `drawn`, one that its user has not clicked in `readable` until its time."""
     # 1. when a user clicked an item first, by a key of both
     items = allowed.size

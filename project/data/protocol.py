@@ -274,10 +274,7 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     rows = rows.with_columns(split=split, hidden=hidden.gather(rows["item"]))
     if protocol.train_users < 1:
         salt = f"{TRAIN_SALT}:{protocol.seed}"
-        ids = interactions.users["user_id"]
-        taken = pl.Series(
-            [_uniform(salt, user_id) < protocol.train_users for user_id in ids], dtype=pl.Boolean
-        )
+        taken = _share_of(interactions.users["user_id"], salt, protocol.train_users)
         other = (pl.col("split") == "train") & ~taken.gather(rows["user"])
         rows = rows.with_columns(
             role=pl.when(other).then(pl.lit("context", pl.Enum(ROLES))).otherwise("role")
@@ -328,11 +325,13 @@ def _with_roles(rows: pl.DataFrame, protocol: Protocol) -> pl.DataFrame:
 
 
 def _hidden(item_ids: pl.Series, protocol: Protocol) -> pl.Series:
-    """Whether each item is hidden, by a seeded hash: the same on every machine, and in another log."""
-    salt = f"{HIDE_SALT}:{protocol.seed}"
-    return pl.Series(
-        [_uniform(salt, item_id) < protocol.hide_items for item_id in item_ids], dtype=pl.Boolean
-    )
+    """Whether each item is hidden."""
+    return _share_of(item_ids, f"{HIDE_SALT}:{protocol.seed}", protocol.hide_items)
+
+
+def _share_of(ids: pl.Series, salt: str, share: float) -> pl.Series:
+    """Whether each id is in a share of them, by a salted hash: the same on every machine, and in another log."""
+    return pl.Series([_uniform(salt, name) < share for name in ids], dtype=pl.Boolean)
 
 
 def _with_only(interactions: Interactions, kept: pl.Series) -> Interactions:

@@ -137,7 +137,7 @@ class Retriever(ABC):
         """Take in one row of a user's own past, once its time has passed."""
 
     def forget(self, user: int) -> None:  # noqa: B027  # optional
-        """Drop a user's past, as if `observe` had never got it; `index.FeatureIndex` needs it where `observe` is."""
+        """Drop a user's past, as if `observe` had never got it; `online.FeatureIndex` needs it where `observe` is."""
 
     def check(self) -> None:
         """Refuse a class whose methods take other arguments, or whose constructor kept one of its own back."""
