@@ -25,6 +25,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from project import retrieval
 from project.callbacks import (
     ExitCalibration,
     ResultFiles,
@@ -32,6 +33,7 @@ from project.callbacks import (
     SaveConfig,
     WholeCheckpoints,
 )
+from project.data import logs, readers
 from project.data.prompt import shows_items, shows_numbers
 from project.datamodule import InteractionData
 from project.errors import CheckpointError, ConfigError, ProjectError
@@ -45,6 +47,7 @@ RUN_LOGGER = f"{RunLogger.__module__}.{RunLogger.__name__}"
 UNKNOWN = re.compile(
     r"(?:[oO]ption|[kK]ey) '([^']+)' is not|accept (?:option|nested key) '([^']+)'|: --([^\s=]+)"
 )
+NO_PATH = re.compile(r"dot import path string: (\w+)")
 MISSING = re.compile(r"No module named|module '([\w.]+)' has no attribute '(\w+)'")
 NO_REASON = re.compile(
     r"Parser key|Problem with given class_path|Expected a path but|Does not validate|Subtypes:|Errors:|Given value|"
@@ -310,6 +313,8 @@ def one_line(message: str, keys: Iterable[str]) -> ConfigError:
             n for n, kind in vars(import_module(found[1])).items() if isinstance(kind, type | ModuleType)
         )
         reason += _near(found[2], [kind for kind in kinds if not kind.startswith("_")])
+    if found := NO_PATH.search(reason):
+        reason += _near(found[1], [name for home in (retrieval, logs, readers) for name in vars(home)])
     if reason.endswith("Got value: None"):
         reason += ". Is --config FILE missing, such as configs/quickstart.yaml?"
     return ConfigError(f"{key}: {reason}" if key else reason)

@@ -46,6 +46,7 @@ FILES = {
         "exits.criterion: *'Criterio' (did you mean Criterion?)",
     ),
     "no module": ("data:\n  logs: project.data.log.TableLogs\n", "data.logs: *'log' (did you mean logs?)"),
+    "no path": ("data:\n  retriever: LightGNC\n", "data.retriever: *LightGNC (did you mean LightGCN?)"),
     "no head": ("model:\n  head: project.model.heads.Exithead\n", "'Exithead' (did you mean ExitHead?)"),
     "syntax": ("exits:\n  criterion: broken.Mine\n", "exits.criterion: invalid syntax (broken.py, line 1)"),
     "dependency": ("exits:\n  criterion: needy.Mine\n", "exits.criterion: No module named 'nosuchlib'"),
