@@ -120,7 +120,7 @@ class VectorRetriever(Retriever):
         if raters.user.size == 0 or inverse_norm == 0:
             return NO_NEIGHBOURS
         inverse = self._inverse[raters.user]
-        cosine = (self._vectors[raters.user] @ vector) * (inverse * inverse_norm)
+        cosine = (self._vectors.take(raters.user, axis=0) @ vector) * (inverse * inverse_norm)
         nearest = top(np.where(inverse > 0, cosine, -np.inf), self.neighbours)
         nearest = nearest[inverse[nearest] > 0]
         return Neighbours(raters.row[nearest], cosine[nearest])
@@ -130,7 +130,7 @@ class VectorRetriever(Retriever):
         if self._weighted is None or others.size == 0 or self._inverse[user] == 0:
             return NO_SIMILAR_USERS
         # not a matrix product: its last bits may change with the number of rows, and with them the order of ties
-        products = np.asarray((self._vectors[others] * self._vectors[user]).sum(-1))
+        products = np.asarray((self._vectors.take(others, axis=0) * self._vectors[user]).sum(-1))
         cosine = products * (self._inverse[others] * self._inverse[user])
         nearest = top(cosine, self.similar_users)
         nearest = nearest[cosine[nearest] > 0]
@@ -142,7 +142,9 @@ class VectorRetriever(Retriever):
         if self._weighted is None or own is None:
             return NO_ITEM_SIMILARITY
         # not a matrix product, as in most_similar
-        _, answers, cosine = own.nearest((self._directions[own.items] * self._directions[item]).sum(-1))
+        _, answers, cosine = own.nearest(
+            (self._directions.take(own.items, axis=0) * self._directions[item]).sum(-1)
+        )
         weights = np.maximum(cosine, 0).astype(np.float64)
         return ItemSimilarity(float(weights @ answers.astype(np.float64)), float(weights.sum()))
 
