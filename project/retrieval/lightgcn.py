@@ -205,7 +205,7 @@ class GraphModel(LightGCNModel):  # type: ignore[misc]
         vectors = self.embedding.weight
         average: Tensor = vectors * self.alpha[0]
         for alpha in self.alpha[1:]:
-            vectors = Propagation.apply(adjacency, vectors)
+            vectors = Propagation.apply(adjacency, vectors)  # type: ignore[no-untyped-call]
             average = average + vectors * alpha
         return average
 
