@@ -120,7 +120,7 @@ class VectorRetriever(Retriever):
         if raters.user.size == 0 or inverse_norm == 0:
             return NO_NEIGHBOURS
         inverse = self._inverse[raters.user]
-        cosine = (self._vectors[raters.user] @ vector) * (inverse * inverse_norm)
+        cosine = (self._vectors.take(raters.user, axis=0) @ vector) * (inverse * inverse_norm)
         nearest = top(np.where(inverse > 0, cosine, -np.inf), self.neighbours)
         nearest = nearest[inverse[nearest] > 0]
         return Neighbours(raters.row[nearest], cosine[nearest])
@@ -130,7 +130,7 @@ class VectorRetriever(Retriever):
         if self._weighted is None or others.size == 0 or self._inverse[user] == 0:
             return NO_SIMILAR_USERS
         # not a matrix product: its last bits may change with the number of rows, and with them the order of ties
-        products = np.asarray((self._vectors[others] * self._vectors[user]).sum(-1))
+        products = np.asarray((self._vectors.take(others, axis=0) * self._vectors[user]).sum(-1))
         cosine = products * (self._inverse[others] * self._inverse[user])
         nearest = top(cosine, self.similar_users)
         nearest = nearest[cosine[nearest] > 0]
@@ -142,7 +142,9 @@ class VectorRetriever(Retriever):
         if self._weighted is None or own is None:
             return NO_ITEM_SIMILARITY
         # not a matrix product, as in most_similar
-        _, answers, cosine = own.nearest((self._directions[own.items] * self._directions[item]).sum(-1))
+        _, answers, cosine = own.nearest(
+            (self._directions.take(own.items, axis=0) * self._directions[item]).sum(-1)
+        )
         weights = np.maximum(cosine, 0).astype(np.float64)
         return ItemSimilarity(float(weights @ answers.astype(np.float64)), float(weights.sum()))
 
@@ -176,6 +178,38 @@ def inverse_norms(vectors: FloatArray) -> FloatArray:
     return inverse
 
 
+class Propagation(torch.autograd.Function):
+    """One step over the graph: adjacency (nodes, nodes) @ vectors (nodes, d).
+
+    The adjacency is symmetric, so the backward step is the same product. PyTorch's own transposes the CSR tensor at
+    every call, which costs eight products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, adjacency: Tensor, vectors: Tensor) -> Tensor:
+        """Vectors of the neighbours, weighted."""
+        ctx.adjacency = adjacency
+        return adjacency @ vectors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        """The gradient of the vectors; the adjacency has none."""
+        return None, ctx.adjacency @ gradients[0]
+
+
+class GraphModel(LightGCNModel):  # type: ignore[misc]
+    """PyTorch Geometric's, on a symmetric adjacency in CSR."""
+
+    def get_embedding(self, adjacency: Tensor) -> Tensor:
+        """The layers' average, shape (nodes, d)."""
+        vectors = self.embedding.weight
+        average: Tensor = vectors * self.alpha[0]
+        for alpha in self.alpha[1:]:
+            vectors = Propagation.apply(adjacency, vectors)  # type: ignore[no-untyped-call]
+            average = average + vectors * alpha
+        return average
+
+
 class LikeGraph(NamedTuple):
     """Liked (user, item) pairs, each once, and their adjacency; items come first in the order of nodes."""
 
@@ -203,7 +237,8 @@ def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
     return LikeGraph(pairs[0], pairs[1], torch.unique(pairs[0]), adjacency)
 
 
-BATCH_LIKES = 4096  # likes in one BPR step
+BATCH_LIKES = 4096  # likes in one BPR step, and more where an epoch would have more than MOST_STEPS of them:
+MOST_STEPS = 16  # each propagates over the whole graph, so a fit costs its likes, not their square
 LEARNING_RATE = 0.01  # Adam's: ten times the paper's, whose fit has 1,000 epochs, not ten a block
 REGULARISATION = 0.01  # weight of the squared norm of the embeddings in a step
 
@@ -239,7 +274,7 @@ class LightGCN(VectorRetriever):
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts and the embeddings fitted so far."""
         super().begin(num_users, items)
-        self._model: LightGCNModel | None = None
+        self._model: GraphModel | None = None
 
     def item_table(self, edges: Edges, block: int) -> FloatArray:
         """Train on from the block before; return the layer-averaged item embeddings, shape (items, dim)."""
@@ -254,35 +289,36 @@ class LightGCN(VectorRetriever):
                 table[graph.seen_items] = model.get_embedding(graph.adjacency)[graph.seen_items]
         return table.numpy()
 
-    def _first_model(self, nodes: int) -> LightGCNModel:
+    def _first_model(self, nodes: int) -> GraphModel:
         # the paper's normal start: the scale of PyG's Xavier depends on how many users the log will have
         with torch.random.fork_rng(devices=[]):
-            model = LightGCNModel(nodes, self.dim, self.layers, normalize=False)
+            model = GraphModel(nodes, self.dim, self.layers, normalize=False)
             torch.manual_seed(0)
             torch.nn.init.normal_(model.embedding.weight, std=0.1)
         return model
 
-    def _train(self, model: LightGCNModel, graph: LikeGraph, block: int) -> None:
+    def _train(self, model: GraphModel, graph: LikeGraph, block: int) -> None:
         generator = torch.Generator().manual_seed(block)
         optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
         likes = graph.item.numel()
+        together = max(BATCH_LIKES, -(-likes // MOST_STEPS))
         for _ in range(self.epochs):
             order = torch.randperm(likes, generator=generator)
             drawn = torch.randint(graph.seen_items.numel(), (likes,), generator=generator)
-            for start in range(0, likes, BATCH_LIKES):
-                batch = slice(start, start + BATCH_LIKES)
+            for start in range(0, likes, together):
+                batch = slice(start, start + together)
                 optimizer.zero_grad()
                 loss = self._loss(model, graph, order[batch], graph.seen_items[drawn[batch]])
                 torch.autograd.backward(loss)
                 optimizer.step()
 
-    def _loss(self, model: LightGCNModel, graph: LikeGraph, batch: Tensor, negative: Tensor) -> Tensor:
+    def _loss(self, model: GraphModel, graph: LikeGraph, batch: Tensor, negative: Tensor) -> Tensor:
         user, item = graph.user[batch], graph.item[batch]
         vectors = model.get_embedding(graph.adjacency)
         loss: Tensor = model.recommendation_loss(
             (vectors[user] * vectors[item]).sum(-1),
             (vectors[user] * vectors[negative]).sum(-1),
-            node_id=torch.from_numpy(np.unique(torch.cat([user, item, negative]).numpy())),
+            node_id=torch.bincount(torch.cat([user, item, negative])).nonzero()[:, 0],
             lambda_reg=REGULARISATION,
         )
         return loss
