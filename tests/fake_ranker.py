@@ -1,0 +1,69 @@
+"""A ranker without a model: probabilities follow from ids alone, so that bodies can be written down."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from project.serve.ranker import Ranked, RankRequest
+from project.serve.store import Event, EventStore
+
+TITLES = {"Alien": "i1", "Brazil": "i2"}
+
+
+class FakeRanker:
+    """Knows u1, two titles and what the store brings.
+
+    A candidate iK has probability K / 10, any other .05; it leaves at layer 2 if K is even, else at 4. An item of the
+    title "slow" takes a fifth of a second.
+    """
+
+    full_depth = False
+
+    def __init__(self, run: Path) -> None:
+        self.about = {"run": run.name, "exit_layers": [0, 2, 4]}
+        self.seq, self.events = 0, list[Event]()
+
+    @classmethod
+    def load(cls, run: Path, cache_mib: int = 256, audit_share: float = 0.01) -> FakeRanker:
+        if (run / "broken").exists():
+            raise ValueError("this run is broken")
+        return cls(run)
+
+    def follow(self, store: EventStore) -> None:
+        self.seq, arrived = store.arrivals(self.seq)
+        self.events += [what for what in arrived if isinstance(what, Event)]
+
+    def knows_user(self, user_id: str) -> bool:
+        return user_id == "u1" or any(e.user_id == user_id for e in self.events)
+
+    def item_of_title(self, title: str) -> str | None:
+        return TITLES.get(title)
+
+    def history_of(self, user_id: str) -> list[dict[str, Any]]:
+        own = [e for e in self.events if e.user_id == user_id]
+        return [
+            {"item_id": e.item_id, "title": e.item_id, "label": e.label, "time": e.timestamp} for e in own
+        ]
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranked]:
+        return [self._one(request) for request in requests]
+
+    def _one(self, request: RankRequest) -> Ranked:
+        names = [c if isinstance(c, str) else c["item_id"] for c in request.candidates]
+        if "unknown" in request.candidates:
+            return Ranked(np.zeros(0), np.zeros(0, int), 0, 0, [], error="item 'unknown' has no title.")
+        if "die" in names:
+            os._exit(1)
+        if "slow" in names:
+            time.sleep(0.2)
+        number = [int(n[1:]) if n[:1] == "i" and n[1:].isdigit() else 0.5 for n in names]
+        layer = np.array([4 if n % 2 else 2 for n in number])
+        features = [{"item_count": float(n)} for n in number]
+        late = request.deadline is not None and request.deadline < time.monotonic()
+        return Ranked(np.array(number) / 10, layer, int(layer.sum()), 4 * len(names), features, late)
