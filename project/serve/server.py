@@ -134,6 +134,7 @@ class Scored:
     """A ranked request and how the inference process is."""
 
     ranked: Any  # Ranked
+    items: list[str]  # ids of its candidates
     run: str
     full_depth: bool
     batch: int  # requests that were scored together
@@ -217,11 +218,12 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
         self.ranker.follow(self.store)
         asked = [(k, payload) for k, payload in enumerate(batch) if payload[0] == "rank"]
         requests = [body.request(self.ranker, arrived) for _, (_, body, arrived) in asked]
+        names = [[c if isinstance(c, str) else c["item_id"] for c in r.candidates] for r in requests]
         ranked = self.ranker.rank(requests) if requests else []
         run, full = str(self.ranker.about["run"]), self.ranker.full_depth
         answers: list[Any] = [None] * len(batch)
-        for (k, _), found in zip(asked, ranked, strict=True):
-            answers[k] = Scored(found, run, full, len(asked))
+        for (k, _), found, items in zip(asked, ranked, names, strict=True):
+            answers[k] = Scored(found, items, run, full, len(asked))
         for k, payload in enumerate(batch):
             match payload:
                 case ("user", user_id):
@@ -333,7 +335,13 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(AnyHTTPException)
     async def refused(request: Request, found: AnyHTTPException) -> JSONResponse:
-        return error(found.status_code, str(found.detail), dict(found.headers or {}))
+        unread = found.status_code == 400 and "parsing the body" in str(found.detail)
+        text = (
+            "The body cannot be read as JSON: too deep, a number too long, or no UTF-8."
+            if unread
+            else found.detail
+        )
+        return error(found.status_code, str(text), dict(found.headers or {}))
 
     @app.exception_handler(ProjectError)
     async def wrong(request: Request, found: ProjectError) -> JSONResponse:
@@ -346,10 +354,9 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, found: RequestValidationError) -> JSONResponse:
-        first, *more = found.errors()
-        where = ".".join(str(part)[:40] for part in first["loc"])
-        note = f" ({len(more)} more)" if more else ""
-        return error(422, f"{where}: {first['msg']}{note}")
+        problems = [(".".join(str(part)[:40] for part in e["loc"]), e["msg"]) for e in found.errors()]
+        more = f" ({len(problems) - 3} more)" if len(problems) > 3 else ""
+        return error(422, "; ".join(f"{where}: {text}" for where, text in problems[:3]) + more)
 
 
 def add_routes(
@@ -368,7 +375,7 @@ def add_routes(
 
     def authorised(found: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
         given, wanted = found.credentials if found else "", settings.token
-        if wanted is not None and not hmac.compare_digest(given.encode(), wanted.encode()):
+        if wanted is not None and not hmac.compare_digest(given.encode("latin-1"), wanted.encode()):
             raise HTTPException(401, "The bearer token is missing or wrong.", {"WWW-Authenticate": "Bearer"})
 
     refusals: dict[int | str, dict[str, Any]] = {code: {"model": Refusal} for code in REFUSED}
@@ -379,7 +386,7 @@ def add_routes(
         if count > most:
             raise HTTPException(413, f"{name} has {count:,} entries; this server takes {most:,}.")
 
-    async def rank(asked: shapes.Asked, request: Request) -> tuple[Any, dict[str, Any]]:
+    async def rank(asked: shapes.Asked, request: Request) -> tuple[Scored, dict[str, Any]]:
         """Score; returns what was found, and what an answer says of the server."""
         limit("the list of candidates", len(asked.candidates), settings.candidates)
         limit("history", len(asked.history or ()), settings.history)
@@ -392,21 +399,22 @@ def add_routes(
         if scored.ranked.error:
             raise HTTPException(422, scored.ranked.error)
         metrics.count(scored)
-        return scored.ranked, {"id": request.state.id, "model": scored.run, "full_depth": scored.full_depth}
+        return scored, {"id": request.state.id, "model": scored.run, "full_depth": scored.full_depth}
 
     # 1. scores
 
     @router.post("/v1/rank")
     async def own(body: shapes.RankBody, request: Request) -> shapes.RankAnswer:
         """Candidates of a user, best first, with exit layers and the features behind each score."""
-        asked = body.asked()
-        return shapes.rank_answer(asked, body.top_n, *await rank(asked, request))
+        scored, about = await rank(body.asked(), request)
+        return shapes.rank_answer(scored.items, scored.ranked, body.top_n, about)
 
     @router.post("/v1/rerank", response_model_exclude_none=True)
     @router.post("/v2/rerank", response_model_exclude_none=True)
     async def cohere(body: shapes.CohereBody, request: Request) -> shapes.CohereAnswer:
         """Cohere's rerank."""
-        return shapes.cohere_answer(body, *await rank(body.asked(body.documents), request))
+        scored, about = await rank(body.asked(body.documents), request)
+        return shapes.cohere_answer(body, scored.ranked, about)
 
     @router.post("/rerank", response_model_exclude_none=True)
     async def rerank(
@@ -415,13 +423,14 @@ def add_routes(
         """Cohere's rerank, or TEI's, which has `texts`."""
         if isinstance(body, shapes.CohereBody):
             return await cohere(body, request)
-        found, _ = await rank(body.asked(body.texts), request)
-        return shapes.tei_answer(body, found)
+        scored, _ = await rank(body.asked(body.texts), request)
+        return shapes.tei_answer(body, scored.ranked)
 
     @router.post("/v1/score")
     async def score(body: shapes.ScoreBody, request: Request) -> shapes.ScoreAnswer:
         """SGLang's score."""
-        return shapes.score_answer(*await rank(body.asked(), request))
+        scored, about = await rank(body.asked(), request)
+        return shapes.score_answer(scored.ranked, about)
 
     # 2. events
 
@@ -462,7 +471,7 @@ def add_routes(
 
     # 3. operations
 
-    @router.get("/v1/users/{user_id}")
+    @router.get("/v1/users/{user_id:path}")
     async def user(user_id: shapes.Id) -> dict[str, Any]:
         """A user's history."""
         found: dict[str, Any] = await ask(("user", user_id))

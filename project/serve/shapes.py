@@ -38,9 +38,9 @@ if TYPE_CHECKING:  # the HTTP process needs no torch
 AHEAD = 60.0  # seconds that the clock of a client may be fast
 
 
-def _no_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("it holds the character NUL, which databases refuse")
+def _storable(text: str) -> str:
+    if "\0" in text or (not text.isascii() and text != text.encode(errors="ignore").decode()):
+        raise ValueError("it holds a NUL or half a surrogate pair, which databases refuse")
     return text
 
 
@@ -48,12 +48,13 @@ def _number_as_text(value: object) -> object:
     return str(value) if type(value) is int else value
 
 
-Text = Annotated[str, AfterValidator(_no_nul)]
+Text = Annotated[str, AfterValidator(_storable)]
+Column = Annotated[Text, BeforeValidator(_number_as_text)]
 Id = Annotated[
     str,
     BeforeValidator(_number_as_text),
     StringConstraints(min_length=1, max_length=256, strip_whitespace=True),
-    AfterValidator(_no_nul),
+    AfterValidator(_storable),
 ]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Answer = Literal[0, 1]
@@ -63,7 +64,7 @@ class Item(BaseModel):
     """An item by id, by title, or a new one: further keys are columns of the items table, as text."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Text] = Field(init=False)
+    __pydantic_extra__: dict[str, Column] = Field(init=False)
     item_id: Id | None = None
     title: Text | None = None
 
@@ -305,9 +306,8 @@ def usage(ranked: Ranked) -> Usage:
     return Usage(token_layers=ranked.token_layers, full_depth_token_layers=ranked.full_depth_token_layers)
 
 
-def rank_answer(asked: Asked, top_n: int | None, ranked: Ranked, about: dict[str, Any]) -> RankAnswer:
+def rank_answer(names: Sequence[str], ranked: Ranked, top_n: int | None, about: dict[str, Any]) -> RankAnswer:
     """Our own."""
-    names = [c if isinstance(c, str) else str(c.get("item_id", c.get("title"))) for c in asked.candidates]
     items = [
         RankedItem(
             index=k,

@@ -17,7 +17,8 @@ def client(tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
     """Makes a client of all routes with the fake ranker in this process, where no queue and no batches are needed."""
 
     def make(rule: str | None = "rating > 3", **settings: Any) -> TestClient:
-        given = ServeSettings(tmp_path, f"sqlite:///{tmp_path}/events.db", **settings)
+        run = tmp_path / "run"
+        given = ServeSettings(run, f"sqlite:///{tmp_path}/events.db", **settings)
         api = RankAPI(given, FakeRanker.load)
         api.setup("cpu")
 
