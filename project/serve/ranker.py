@@ -152,8 +152,8 @@ class Ranker:
     def follow(self, store: EventStore) -> None:
         """Observe what came to a store since the last call."""
         last, arrived = store.arrivals(self.seq)
-        for is_event, group in groupby(arrived, lambda what: isinstance(what, Event)):
-            self.observe(list(group), []) if is_event else self.observe([], list(group))  # type: ignore[arg-type]
+        for what in arrived:
+            self.observe([what], []) if isinstance(what, Event) else self.observe([], [what])
         self.seq = last
 
     def observe(self, events: Sequence[Event], items: Sequence[Mapping[str, Any]]) -> None:
@@ -329,13 +329,13 @@ class Ranker:
                 f"the prompt of an item alone has {long:,} tokens, but data.context_tokens is {limit:,}. Give it a "
                 "shorter title."
             )
-        features = feature_matrix(table, self._baseline.base)
+        numbers = feature_matrix(table, self._baseline.base)
         prepared = PreparedRequest(
             "",
             history.prefix(encoder.instruction, limit),
             until_slots(segments.tokens, segments.slots),
-            self._baseline.of_features(features).astype(np.float32).astype(np.float64),
-            features,
+            self._baseline.of_features(numbers).astype(np.float32).astype(np.float64),
+            numbers,
             request.user_id if history.rows else None,
         )
         return prepared, table
