@@ -126,6 +126,8 @@ class EngineBatch:
         self.request = np.repeat(np.arange(len(requests)), counts)  # (N,)
         self.exit_layer = np.full(len(self.request), -1, dtype=np.int64)
         self.token_layers = np.zeros(len(requests), dtype=np.int64)
+        self.deadline = np.array([r.deadline for r in requests])
+        self.late = np.zeros(len(requests), dtype=bool)
         self.alive = np.arange(len(self.request))  # the m candidates that are still running
         # of these, on the device: place among the N, request, features, and raw logits, a column a head
         self.index, self.owner = (upload(x, engine.device) for x in (self.alive, self.request))
@@ -189,8 +191,8 @@ class EngineBatch:
         self._stop_clock("backbone", start)
         spans = pairwise(self.offsets)
         return [
-            Scored(r.request_id, logits[a:b], self.exit_layer[a:b], int(spent))
-            for r, (a, b), spent in zip(self.requests, spans, self.token_layers, strict=True)
+            Scored(r.request_id, logits[a:b], self.exit_layer[a:b], int(spent), late=bool(late))
+            for r, (a, b), spent, late in zip(self.requests, spans, self.token_layers, self.late, strict=True)
         ]
 
     def _embed(self) -> State:
@@ -258,14 +260,18 @@ class EngineBatch:
         decision = self.engine.decision
         known = decision.known(head)
         stays = np.full(len(self.alive), known is False)
-        if known is False:
+        late = (self.deadline <= time.monotonic())[self.request[self.alive]]
+        if known is False and not late.any():
             return stays
         logits = decision.calibration.apply(self.logits)
         if known:
             self.emitted[self.index] = logits[:, -1]
         else:
+            self.late[self.request[self.alive[late]]] = True
             outputs = HeadOutputs(decision.layers[: head + 1], logits, self.retrieved)
-            leaves = decision.leaves(self.owner, outputs)
+            leaves = upload(late, self.engine.device)
+            if known is None:
+                leaves = leaves | decision.leaves(self.owner, outputs)
             self.emitted[self.index] = torch.where(leaves, logits[:, -1], self.emitted[self.index])
             stays = ~leaves.cpu().numpy()  # the one wait for the device
             self.scores.syncs += 1

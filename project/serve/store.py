@@ -30,14 +30,13 @@ class Event(NamedTuple):
 
 
 TABLES = sa.MetaData()
-_SEQ = {"primary_key": True, "autoincrement": False}
 CLOCK = sa.Table(
     "clock", TABLES, sa.Column("id", sa.Integer, primary_key=True), sa.Column("seq", sa.BigInteger)
 )
 EVENTS = sa.Table(
     "events",
     TABLES,
-    sa.Column("seq", sa.BigInteger, **_SEQ),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("event_id", sa.Text, unique=True, nullable=False),
     sa.Column("user_id", sa.Text, nullable=False),
     sa.Column("item_id", sa.Text, nullable=False),
@@ -47,7 +46,7 @@ EVENTS = sa.Table(
 ITEMS = sa.Table(
     "items",
     TABLES,
-    sa.Column("seq", sa.BigInteger, **_SEQ),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("digest", sa.Text, unique=True, nullable=False),
     sa.Column("columns", sa.Text, nullable=False),
 )
@@ -99,9 +98,8 @@ class EventStore:
     def put_items(self, items: Sequence[dict[str, str]]) -> None:
         """Keep items: item_id, title and other columns of the items table. The same once more changes nothing."""
         texts = [json.dumps(item, sort_keys=True) for item in items]
-        self._write(
-            ITEMS.c.digest, {d: {"digest": d, "columns": t} for d, t in zip(map(_digest, texts), texts)}
-        )
+        rows = [{"digest": hashlib.sha256(t.encode()).hexdigest(), "columns": t} for t in texts]
+        self._write(ITEMS.c.digest, {row["digest"]: row for row in rows})
 
     def _write(self, key: sa.Column[str], rows: dict[str, dict[str, Any]]) -> int:
         with self._writing, self._engine.begin() as connection:
@@ -135,7 +133,7 @@ class EventStore:
             last = int(connection.execute(sa.select(CLOCK.c.seq)).scalar_one())
         if last <= seq:
             return seq, []
-        both = [*self.since(seq), *self.items_since(seq)]
+        both = list[tuple[int, Event | dict[str, str]]]([*self.since(seq), *self.items_since(seq)])
         return last, [what for at, what in sorted(both, key=lambda pair: pair[0]) if at <= last]
 
     def close(self) -> None:
@@ -147,7 +145,3 @@ def _durable(connection: Any, record: Any) -> None:
     """Of a new SQLite connection: a commit returns when it is on disk, readers do not wait for it."""
     for setting in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 60000"):
         connection.execute(f"PRAGMA {setting}")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
