@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 
 from project.serve.ranker import Ranked, RankRequest
 from project.serve.store import Event, EventStore
 
+ROOT = Path(__file__).parents[1]
 TITLES = {"Alien": "i1", "Brazil": "i2"}
 
 
@@ -67,3 +73,46 @@ class FakeRanker:
         features = [{"item_count": float(n)} for n in number]
         late = request.deadline is not None and request.deadline < time.monotonic()
         return Ranked(np.array(number) / 10, layer, int(layer.sum()), 4 * len(names), features, late)
+
+
+@contextmanager
+def serving(folder: Path, *options: object, run: Path | None = None) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`serve` in processes of its own, warm; the process and its address. Without a run the ranker is the fake one."""
+    command = ["-m", "project", "serve"] if run else [__file__]
+    if run is None:
+        run = folder / "run"
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints/last.ckpt").touch()
+        (run / "config.yaml").write_text('data: {protocol: {label: "rating > 3"}}')
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = ["--run", run, "--port", port, "--db", f"sqlite:///{folder}/events.db", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, *command, *map(str, given)], env=environment, cwd=ROOT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
+        yield process, address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for something that may not answer yet."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(httpx.TransportError):
+            if true():
+                return
+        time.sleep(0.1)
+    raise TimeoutError(true)
+
+
+if __name__ == "__main__":
+    from fake_ranker import FakeRanker as Importable  # the inference process cannot import __main__
+
+    from project.serve.server import run_serve
+
+    run_serve(sys.argv[1:], Importable.load)

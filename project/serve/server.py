@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import litserve as ls
@@ -56,6 +57,8 @@ from project.serve.store import EventStore
 
 logger = logging.getLogger("project.serve")
 MIB = 2**20
+LEAVING = 30  # seconds that requests in flight have to end
+PROBES = ("/healthz", "/readyz", "/metrics")
 REFUSED = (400, 401, 413, 422, 429, 503)
 BEARER = HTTPBearer(auto_error=False, description="Where the server has a token.")
 Ask = Callable[[object], Awaitable[Any]]
@@ -133,11 +136,22 @@ def _is_loopback(host: str) -> bool:
 class Scored:
     """A ranked request and how the inference process is."""
 
-    ranked: Any  # Ranked
+    ranked: SimpleNamespace  # of Ranked's fields: whoever reads that class imports torch
     items: list[str]  # ids of its candidates
     run: str
     full_depth: bool
     batch: int  # requests that were scored together
+
+
+class Taken:
+    """A queue whose first entry is taken already."""
+
+    def __init__(self, first: object, queue: Any) -> None:
+        self._first, self._queue = [first], queue
+
+    def get_nowait(self) -> Any:
+        """The first entry, then the queue's."""
+        return self._first.pop() if self._first else self._queue.get_nowait()
 
 
 class Waiting(BatchedLoop):  # type: ignore[misc]
@@ -161,8 +175,10 @@ class Waiting(BatchedLoop):  # type: ignore[misc]
             raise SystemExit
         if first is None:
             return [], []
-        rest, late = super().get_batch_requests(lit_api, request_queue, transport)
-        return [(first[0], first[1], first[3]), *rest], late
+        found: tuple[list[Any], list[Any]] = super().get_batch_requests(
+            lit_api, Taken(first, request_queue), transport
+        )
+        return found
 
 
 class RankAPI(ls.LitAPI):  # type: ignore[misc]
@@ -174,7 +190,7 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
     """
 
     def __init__(self, settings: ServeSettings, load: Callable[..., Any] | None = None) -> None:
-        super().__init__(max_batch_size=max(settings.batch - 1, 2), api_path="/queue", loop=Waiting())
+        super().__init__(max_batch_size=max(settings.batch, 2), api_path="/queue", loop=Waiting())
         self.settings, self._load = settings, load
         self.siblings: list[int] = []
 
@@ -223,7 +239,7 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
         run, full = str(self.ranker.about["run"]), self.ranker.full_depth
         answers: list[Any] = [None] * len(batch)
         for (k, _), found, items in zip(asked, ranked, names, strict=True):
-            answers[k] = Scored(found, items, run, full, len(asked))
+            answers[k] = Scored(SimpleNamespace(**vars(found)), items, run, full, len(asked))
         for k, payload in enumerate(batch):
             match payload:
                 case ("user", user_id):
@@ -313,7 +329,8 @@ class Observed:
             self.metrics.requests.labels(route, status).inc()
             self.metrics.seconds.labels(route).observe(seconds)
             about = {"id": name, "method": scope["method"], "path": scope["path"], "status": status}
-            logger.info("request", extra={"fields": about | {"ms": round(1000 * seconds, 2)}})
+            level = logging.DEBUG if route in PROBES else logging.INFO
+            logger.log(level, "request", extra={"fields": about | {"ms": round(1000 * seconds, 2)}})
 
 
 def error(status: int, text: str, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -373,7 +390,7 @@ def add_routes(
         metrics: What is counted.
     """
 
-    def authorised(found: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
+    async def authorised(found: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
         given, wanted = found.credentials if found else "", settings.token
         if wanted is not None and not hmac.compare_digest(given.encode("latin-1"), wanted.encode()):
             raise HTTPException(401, "The bearer token is missing or wrong.", {"WWW-Authenticate": "Bearer"})
@@ -592,7 +609,14 @@ def run_serve(arguments: Sequence[str], load: Callable[..., Any] | None = None) 
     server = make_server(settings, config["data"]["protocol"].get("label"), load)
     logging.config.dictConfig(LOGGING)
     http = uvicorn.Server(
-        uvicorn.Config(server.app, settings.host, settings.port, log_config=None, access_log=False)
+        uvicorn.Config(
+            server.app,
+            settings.host,
+            settings.port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=LEAVING,
+        )
     )
     failed = threading.Event()
 
