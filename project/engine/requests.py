@@ -26,6 +26,9 @@ class Scored:
     exit_layers: IntArray  # (n,)
     token_layers: int = 0  # tokens times layers that ran, the stream's included
     error: str | None = None  # why it could not be scored
+    late: bool = (
+        False  # the deadline cut it: some candidates left where the decision would have had them stay
+    )
 
     @property
     def probabilities(self) -> Floats:
@@ -91,6 +94,7 @@ class PreparedRequest:
     exit_0: Floats  # (n,) logits of exit 0, rounded to float32 as score tables have them
     retrieved: Floats  # (n, F) features that criteria read
     user: Hashable | None = None  # key of the stream in a cache; None: never cached
+    deadline: float = np.inf  # time.monotonic() seconds; past it, everyone leaves at the next exit
 
     def __len__(self) -> int:
         return len(self.candidates)
