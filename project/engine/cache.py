@@ -108,7 +108,7 @@ class StreamCache:
 
     def take(self, user: Hashable, layers: int) -> CachedStream:
         """What is known of a user's stream, taken out: a batch that fails leaves no stream in an unknown state."""
-        stream, size = self._kept.pop(user, None) or (CachedStream(layers), 0)
+        stream, size = self._kept.pop(user) if user in self._kept else (CachedStream(layers), 0)
         self.bytes -= size
         return stream
 
