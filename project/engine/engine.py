@@ -400,12 +400,10 @@ def _packable(part: nn.Module) -> bool:
 
 
 class EveryHead:
-    """A `Decision`: nobody leaves before the last head; raw outputs of all heads are kept, batch by batch."""
+    """A `Decision`: nobody leaves before the last head; calibrated outputs of all heads are kept, batch by batch."""
 
-    def __init__(self, exit_layers: Sequence[int]) -> None:
-        identity = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).repeat(len(exit_layers), 1)
-        self.layers = tuple(exit_layers)
-        self.calibration = Calibration(self.layers, identity)
+    def __init__(self, calibration: Calibration) -> None:
+        self.layers, self.calibration = calibration.layers, calibration
         self.outputs: list[HeadOutputs] = []
 
     def known(self, head: int) -> bool | None:
@@ -429,7 +427,8 @@ def score_every_head(
     `candidates` is `Requests.table()` of the same requests, for the column item_id; None leaves it empty. A request
     that cannot be scored is a DataError.
     """
-    decision = EveryHead(model.exit_layers)
+    raw = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).repeat(len(model.exit_layers), 1)
+    decision = EveryHead(Calibration(tuple(model.exit_layers), raw))
     for scored in Engine(model, decision, batch_tokens=batch_tokens).score(requests).requests:
         if scored.error is not None:
             raise DataError(f"request {scored.request_id!r} cannot be scored: {scored.error}.")

@@ -1,0 +1,1 @@
+"""Serves a calibrated run over HTTP."""
