@@ -141,11 +141,7 @@ class ProjectCLI(LightningCLI):
         parser.add_lightning_class_args(ExitCalibration, "exits")
         parser.add_lightning_class_args(ResultFiles, "results")
         parser.add_lightning_class_args(WandbArtifacts, "artifacts")
-        parser.link_arguments("model.backbone", "data.tokenizer")
-        parser.link_arguments("data.prompt.answers", "model.answers")
-        parser.link_arguments("data.prompt.segment", "model.numbers", compute_fn=shows_numbers)
-        parser.link_arguments("data.prompt.segment", "model.items", compute_fn=shows_items)
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        link_model_and_data(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; what is wrong is raised as one ConfigError."""
@@ -224,6 +220,36 @@ class ProjectCLI(LightningCLI):
         run = run_of_checkpoint(config.ckpt_path)
         config.checkpoint.dirpath = str(run / "checkpoints")
         config.data.bundle = str(run / "bundle")
+
+
+def link_model_and_data(parser: LightningArgumentParser) -> None:
+    """Keys of the model and the data whose value another key sets."""
+    parser.link_arguments("model.backbone", "data.tokenizer")
+    parser.link_arguments("data.prompt.answers", "model.answers")
+    parser.link_arguments("data.prompt.segment", "model.numbers", compute_fn=shows_numbers)
+    parser.link_arguments("data.prompt.segment", "model.items", compute_fn=shows_items)
+    parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+
+def open_run(run: Path) -> tuple[ExitRecommender, InteractionData]:
+    """Model, without weights, and data as config.yaml of a run's folder has them; features come from its bundle."""
+    file = run / "config.yaml"
+    check_yaml(file)
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument("--seed_everything", default=0)
+    parser.add_lightning_class_args(ExitRecommender, "model")
+    parser.add_lightning_class_args(InteractionData, "data")
+    link_model_and_data(parser)
+    try:
+        found = parser.parse_object(
+            {k: config[k] for k in ("seed_everything", "model", "data") if k in config}
+        )
+    except ArgumentError as error:
+        raise project_error_in(error) or one_line(str(error), parser.get_defaults().keys()) from None
+    found.data.bundle = str(run / "bundle")
+    made = parser.instantiate_classes(found)
+    return made.model, made.data
 
 
 def _check_file(checkpoint: Path) -> None:

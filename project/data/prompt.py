@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from string import Formatter
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from project.data.ragged import IntArray, Ragged, join
+from project.data.ragged import IntArray, Ragged, append, join
 from project.errors import ConfigError
 from project.features import FEATURES, feature_matrix
 from project.metrics import Floats
@@ -314,12 +315,25 @@ class PromptEncoder:
         self.instruction: IntArray = np.array(instruction, dtype=np.int64)
         # index 0, 1: the answers; index 2 (label -1): unknown, no answer tokens
         self._answers = Ragged.of([*answers, []])
+        self._static = self._static_of(items)
+
+    def _static_of(self, items: pl.DataFrame) -> dict[int, Ragged]:
+        """By part, token ids of each item's own texts."""
         rows = items.to_dicts()
-        self._static = {
+        return {
             i: Ragged.of([self._ids(text.format(**row)) for row in rows])
             for i, (kind, text) in enumerate(self._parts)
             if kind == "static"
         }
+
+    def with_items(self, new: pl.DataFrame) -> PromptEncoder:
+        """This one with further items, whose codes follow; itself where there are none."""
+        if new.is_empty():
+            return self
+        found, static = copy(self), self._static_of(new)
+        found._static = {i: append(lists, static[i]) for i, lists in self._static.items()}
+        found._titles = [*self._titles, *new["title"]]
+        return found
 
     def _ids(self, text: str) -> list[int]:
         """Of a text that holds what items bring: no control tokens."""

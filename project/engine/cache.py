@@ -106,6 +106,10 @@ class StreamCache:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def common(self, user: Hashable, stream: StreamTokens) -> int:
+        """Number of leading tokens of a stream that are kept for a user."""
+        return self._kept[user][0].stream.common(stream) if user in self._kept else 0
+
     def take(self, user: Hashable, layers: int) -> CachedStream:
         """What is known of a user's stream, taken out: a batch that fails leaves no stream in an unknown state."""
         stream, size = self._kept.pop(user) if user in self._kept else (CachedStream(layers), 0)

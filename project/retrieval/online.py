@@ -55,7 +55,7 @@ class FeatureIndex:
             )
         self._retriever, self._mf = copy(retriever), mf
         self._items = split.interactions.items  # what the retriever knows; a code beyond it is any other item
-        self._guest = split.interactions.users.height  # stands for whoever has no past here
+        self.guest = split.interactions.users.height  # stands for whoever has no past here
         # 1. what was fitted
         folder = retrieved_folder(split, retriever, refits, cache_dir)
         self._snapshots = Snapshots.load(folder / "snapshots.npz")
@@ -74,7 +74,7 @@ class FeatureIndex:
             self._keep(row)
         self.latest = float(self._rows.timestamp.max(initial=-np.inf))  # seconds, of what was observed
         self._next_id = int(self._rows.row_id.max(initial=-1)) + 1
-        self._begin(self._guest + 1 + ROOM)
+        self._begin(self.guest + 1 + ROOM)
 
     def observe(
         self, user: int, item: int, label: int, timestamp: float, catalogue: pl.DataFrame | None = None
@@ -89,8 +89,8 @@ class FeatureIndex:
                 f"latest event, {self.latest}"
             )
         self._new_texts = self._texts_after(catalogue)
-        if user >= self._guest and user not in self._codes:
-            self._codes[user] = self._guest + 1 + len(self._codes)
+        if user >= self.guest and user not in self._codes:
+            self._codes[user] = self.guest + 1 + len(self._codes)
             if self._codes[user] >= self._room:
                 self._begin(2 * self._room)
         code = self._code(user)
@@ -125,7 +125,7 @@ class FeatureIndex:
                 "are answered by a walk, `request_retrieved`."
             )
         person = self._code(user)
-        code = person if history is None else self._guest
+        code = person if history is None else self.guest
         first = self._size
         try:
             # 1. rows of the request, for as long as it is answered: the history in time order, then candidates
@@ -151,12 +151,12 @@ class FeatureIndex:
             return table.hstack(self._own_columns(np.concatenate([own, queries]), catalogue))
         finally:
             self._size = first
-            self._own.pop(self._guest, None)
-            self._past.forget(self._guest)
-            self._retriever.forget(self._guest)
+            self._own.pop(self.guest, None)
+            self._past.forget(self.guest)
+            self._retriever.forget(self.guest)
 
     def _code(self, user: int) -> int:
-        return user if user < self._guest else self._codes.get(user, self._guest)
+        return user if user < self.guest else self._codes.get(user, self.guest)
 
     def _begin(self, room: int) -> None:
         """Have the retriever observe everything, with room for so many users."""

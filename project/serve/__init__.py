@@ -1,1 +1,1 @@
-"""Serves a calibrated run over HTTP."""
+"""Serves a run: real-time scores over HTTP, with events that survive."""

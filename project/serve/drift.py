@@ -110,16 +110,19 @@ class Monitor:
         text = repr((self._seed, self._requests, request)).encode()
         return int.from_bytes(blake2b(text, digest_size=8).digest()) < self._share * 2**64
 
-    def audit(self, request: PreparedRequest) -> Scored:
-        """The plan's answer to a request, from a run to full depth; a late one stays as the deadline left it."""
+    def audit(self, request: PreparedRequest) -> tuple[Scored, Floats | None]:
+        """The plan's answer to a request, from a run to full depth, and the probabilities of full depth.
+
+        Where the deadline cut it, what it answers then, and None.
+        """
         self._heads.outputs.clear()
         scored = self._engine.score([request]).requests[0]
         if scored.late or scored.error is not None or not len(request):
-            return scored
+            return scored, None
         (outputs,) = self._heads.outputs
         layers, logits, losses = answered(self._plan, outputs)
         self.observe(float(losses.mean()))
-        return replace(scored, logits=logits, exit_layers=layers)
+        return replace(scored, logits=logits, exit_layers=layers), scored.probabilities
 
     def observe(self, loss: float) -> None:
         """Bet on the loss of an audit."""

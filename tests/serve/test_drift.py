@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
 from project.serve.drift import Capital, Monitor, answered
+from project.serve.ranker import Ranker, RankRequest
 
 STREAMS, DELTA = 200, 0.1
 Losses = NDArray[np.float64]
@@ -104,7 +107,7 @@ def test_shuffled_features_raise_the_alarm(world: World, caplog: pytest.LogCaptu
             request = requests[k % len(requests)]
             mixed = rng.permutation(len(request))
             shuffled = replace(request, exit_0=request.exit_0[mixed], retrieved=request.retrieved[mixed])
-            found = monitor.audit(shuffled)
+            found, _ = monitor.audit(shuffled)
             assert set(found.exit_layers) <= {0, EXITS[-1]}
     assert monitor.alarm
     assert monitor.lower >= monitor.null
@@ -117,11 +120,13 @@ def test_an_audit_answers_what_the_plan_answers(world: World) -> None:
     monitor, engine = Monitor(world.module, plan, reference=0.1), Engine(world.module, RowExits(plan))
     losses = []
     for i, request in enumerate(world.requests):
-        found, expected = monitor.audit(request), engine.score([request]).requests[0]
+        (found, full), expected = monitor.audit(request), engine.score([request]).requests[0]
         np.testing.assert_array_equal(found.exit_layers, expected.exit_layers)
         np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
         assert found.token_layers == EXITS[-1] * (len(request.stream) + len(request.candidates.values))
-        losses.append(answered(plan, world.calibrated(plan, i))[2].mean())
+        assert full is not None
+        losses.append(np.abs(found.probabilities - full).mean())
+        assert losses[-1] == pytest.approx(answered(plan, world.calibrated(plan, i))[2].mean(), abs=1e-5)
     assert monitor.audits == len(losses)
     assert monitor.mean == pytest.approx(np.mean(losses), abs=1e-5)
 
@@ -129,8 +134,8 @@ def test_an_audit_answers_what_the_plan_answers(world: World) -> None:
 def test_a_late_audit_shows_nothing(world: World) -> None:
     """Its deadline has passed before it began: it leaves at exit 0, and is no audit."""
     monitor = Monitor(world.module, world.plan(Ratio(), 0.4), reference=0.1)
-    found = monitor.audit(replace(world.requests[1], deadline=0.0))
-    assert found.late
+    found, full = monitor.audit(replace(world.requests[1], deadline=0.0))
+    assert (found.late, full) == (True, None)
     assert (found.exit_layers == 0).all()
     assert (monitor.audits, monitor.alarm) == (0, False)
 
@@ -143,3 +148,41 @@ def test_the_lot(world: World) -> None:
     ]
     assert abs(sum(drawn[0]) - 200) < 4 * np.sqrt(198)
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.slow
+def test_a_ranker_falls_back_to_full_depth(
+    served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Audits answer as the plan does, and know full depth; after the alarm it answers, once and for all."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    requests = [RankRequest(f"u{k}", None, [f"i{i}" for i in range(12)]) for k in range(6)]
+    plain, audited = (Ranker.load(served_run, audit_share=share) for share in (0.0, 1.0))
+    expected, audits = plain.rank(requests), audited.rank(requests)
+    for found, other in zip(audits, expected, strict=True):
+        np.testing.assert_array_equal(found.exit_layer, other.exit_layer)
+        np.testing.assert_allclose(found.probability, other.probability, atol=1e-5)
+        assert other.audit is None
+    assert (audited.monitor.audits, audited.full_depth) == (6, False)
+    for _ in range(20):
+        audited.monitor.observe(1.0)
+    audited.rank(requests)
+    assert audited.full_depth
+    for found, other in zip(audited.rank(requests), audits, strict=True):
+        assert (found.exit_layer == audited.about["exit_layers"][-1]).all()
+        assert other.audit is not None
+        np.testing.assert_allclose(found.probability, other.audit, atol=1e-5)
+    assert sum("drift" in r.message for r in caplog.records) == 1
+    assert audited.about["audits"]["reference"] > 0
+
+
+@pytest.mark.slow
+def test_without_a_score_table_nothing_is_audited(
+    served_run: Path, session_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows which loss is no drift."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    run = shutil.copytree(served_run, tmp_path / "run", ignore=shutil.ignore_patterns("valid.parquet"))
+    ranker = Ranker.load(run, audit_share=1.0)
+    assert ranker.rank([RankRequest("u1", None, ["i1"])])[0].audit is None
+    assert ranker.about["audits"]["reference"] is None
