@@ -271,12 +271,15 @@ class Ranker:
         full = [self._model.depth * self._tokens(request) for request in prepared]
         engine = self._whole if self.full_depth else self._engine
         others = np.setdiff1d(np.arange(len(prepared)), audited).tolist()
-        scores = dict(zip(others, engine.score([prepared[k] for k in others]).requests, strict=True))
-        audits = {k: self.monitor.audit(prepared[k]) for k in audited}
+        found_others = engine.score([prepared[k] for k in others]).requests
+        scores: dict[int, tuple[Scored, FloatArray | None]] = {
+            k: (score, None) for k, score in zip(others, found_others, strict=True)
+        }
+        scores |= {k: self.monitor.audit(prepared[k]) for k in audited}
         self.full_depth |= self.monitor.alarm
         # 4. answers
         answers = (
-            ranked(*audits.get(k) or (scores[k], None), cost, table)
+            ranked(*scores[k], cost, table)
             for k, (cost, table) in enumerate(zip(full, tables, strict=True))
         )
         return [answer or next(answers) for answer in found]
