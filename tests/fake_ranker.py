@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from project.serve.ranker import Ranked, RankRequest
+from project.serve.shapes import Ranked, RankRequest
 from project.serve.store import Event, EventStore
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +76,9 @@ class FakeRanker:
 
 
 @contextmanager
-def serving(folder: Path, *options: object, run: Path | None = None) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def serving(
+    folder: Path, *options: object, run: Path | None = None
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """`serve` in processes of its own, warm; the process and its address. Without a run the ranker is the fake one."""
     command = ["-m", "project", "serve"] if run else [__file__]
     if run is None:
@@ -92,7 +94,7 @@ def serving(folder: Path, *options: object, run: Path | None = None) -> Iterator
     process = subprocess.Popen([sys.executable, *command, *map(str, given)], env=environment, cwd=ROOT)
     address = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
+        until(lambda: process.poll() is not None or httpx.get(f"{address}/readyz").status_code == 200)
         yield process, address
     finally:
         process.terminate()

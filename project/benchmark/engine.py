@@ -270,7 +270,7 @@ def _measure(
     bench: Bench, case: Case, units: list[Unit], prepare_ms: float, seconds: float
 ) -> list[dict[str, Any]]:
     """A row a contender of one workload, measured for about so many seconds."""
-    cache = StreamCache(capacity=10**9) if case.prefix_cached else None
+    cache = StreamCache(mib=np.inf) if case.prefix_cached else None
     # 1. warm up packed full depth, fill the cache, and see how many units there is time for
     full = bench.static("packed", "full depth", bench.model.depth, cache).runner
     full.score(units[0])

@@ -27,7 +27,7 @@ class Scored:
     exit_layers: IntArray  # (n,)
     token_layers: int = 0  # tokens times layers that ran, the stream's included
     error: str | None = None  # why it could not be scored
-    late: bool = False  # candidates left because the deadline had passed
+    late: bool = False  # past the deadline, candidates left whom the decision would have had stay
 
     @property
     def probabilities(self) -> Floats:
@@ -93,7 +93,7 @@ class PreparedRequest:
     exit_0: Floats  # (n,) logits of exit 0, rounded to float32 as score tables have them
     retrieved: Floats  # (n, F) features that criteria read
     user: Hashable | None = None  # key of the stream in a cache; None: never cached
-    deadline: float = np.inf  # on the monotonic clock: at the next exit behind it all candidates leave
+    deadline: float = np.inf  # time.monotonic() seconds; past it, everyone leaves at the next exit
 
     def __len__(self) -> int:
         return len(self.candidates)

@@ -7,9 +7,8 @@ history that a request brings is read as if it came just now, in its own order o
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from project.data.stream import streams_of
 from project.datamodule import InteractionData
 from project.engine.cache import StreamCache
 from project.engine.decisions import RowExits
-from project.engine.engine import Engine
+from project.engine.engine import Engine, packed
 from project.engine.predict import load_run
 from project.engine.requests import PreparedRequest, Scored, StreamTokens, shared_prefix, until_slots
 from project.errors import DataError, ProjectError
@@ -40,6 +39,8 @@ from project.model.module import ExitRecommender
 from project.retrieval.online import FeatureIndex
 from project.retrieval.text import item_texts
 from project.run import own_version
+from project.serve.drift import Monitor, reference_loss
+from project.serve.shapes import Ranked, RankRequest
 from project.serve.store import Event, EventStore
 
 FloatArray = NDArray[np.float64]
@@ -48,34 +49,6 @@ SHOWN = (
     *("item_similarity", "item_similarity_weight", "mf", "text", "text_weight"),
 )  # columns of retrieved features that an answer tells
 ROOM = 256  # items more than are known, before room for vectors of twice as many is made
-
-
-@dataclass(frozen=True)
-class RankRequest:
-    """Candidates of a user, or of somebody with a history of their own: exactly one of both."""
-
-    user_id: str | None
-    history: (
-        Sequence[Mapping[str, Any]] | None
-    )  # item_id or an item's columns, label and time, as `predict` has them
-    candidates: Sequence[str | Mapping[str, Any]]  # item ids, or items with a title and other columns
-    deadline: float | None = None  # time.monotonic() seconds: answer from the deepest head reached by then
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """What became of a request of n candidates, in their order."""
-
-    probability: FloatArray  # (n,)
-    exit_layer: IntArray  # (n,)
-    token_layers: int
-    full_depth_token_layers: int  # what the same would have cost without early exit
-    features: list[
-        dict[str, float]
-    ]  # the retrieved features used, of each candidate; what is not known is left out
-    late: bool = False  # the deadline cut it
-    error: str | None = None  # then the arrays are empty
-    audit: FloatArray | None = None  # (n,) probabilities at full depth, of a request that was audited
 
 
 class Ranker:
@@ -93,7 +66,7 @@ class Ranker:
         audit_share: float,
     ) -> None:
         assert model.backbone is not None
-        self._model, self._data, self._audit_share = model, data, audit_share
+        self._model, self._data = model, data
         # 1. users and items, and what the log knows of them
         split = data.split
         log = split.interactions
@@ -116,18 +89,24 @@ class Ranker:
         model.know_items(data)
         self._text_encoder = data._item_encoder() if model.items else None
         plan, device = plans.plan, model.backbone.embed_tokens.weight.device
-        cache = StreamCache(max(1, cache_mib * 2**20 // _token_bytes(model)))
+        reference = reference_loss(run, model, data, plan)
+        model.backbone = packed(model.backbone.eval())  # once for all engines
+        self._cache = cache = StreamCache(cache_mib)
         self._engine = Engine(model, RowExits(plan, device), cache)
         self._whole = Engine(model, RowExits(nobody_leaves(plan), device), cache)
+        # without a score table of this checkpoint nobody knows which loss is no drift
+        share = 0.0 if reference is None else audit_share
+        self.monitor = Monitor(model, plan, reference or 0.0, cache, share)
         # 3. what it is
         base, certificate = model.backbone_name, plans.document.get("certificate")
-        self.about = {
+        self.about: dict[str, Any] = {
             "run": str(run),
             "version": own_version(),
             "protocol": split.hash,
             "exit_layers": list(plan.layers),
             "criterion": plan.criterion,
             "certificate": certificate,
+            "audits": {"share": share, "reference": reference, "alarm_above": self.monitor.null},
             "model": base,
             "licence": SOURCES[base].licence if base in SOURCES else f"See the licence of {Path(base).name}.",
         }
@@ -244,6 +223,7 @@ class Ranker:
             self._know_vectors(new)
         # 2. prompts
         found, prepared, tables = list[Ranked | None](), list[PreparedRequest](), list[pl.DataFrame]()
+        audited = list[int]()  # of the prepared ones
         for request, record in zip(requests, records, strict=True):
             try:
                 if isinstance(record, str):
@@ -252,25 +232,27 @@ class Ranker:
             except ProjectError as error:
                 found.append(Ranked(np.zeros(0), np.zeros(0, np.int64), 0, 0, [], error=str(error)))
                 continue
+            if not self.full_depth and self.monitor.draws(
+                request.user_id, request.history, request.candidates
+            ):
+                audited.append(len(prepared))
             deadline = np.inf if request.deadline is None else request.deadline
             prepared.append(replace(made, deadline=deadline))
             tables.append(table)
             found.append(None)
-        # 3. scores, and those of full depth for requests that are audited
-        deepest = self._model.depth
-        full = [deepest * self._tokens(request) for request in prepared]
-        scored = (self._whole if self.full_depth else self._engine).score(prepared).requests
-        audited = (
-            []
-            if self.full_depth
-            else [k for k in range(len(prepared)) if random.random() < self._audit_share]
-        )
-        whole = self._whole.score([replace(prepared[k], deadline=np.inf) for k in audited]).requests
-        audits = dict(zip(audited, whole, strict=True))
+        # 3. scores; an audit's come from a run to full depth
+        full = [self._model.depth * self._tokens(request) for request in prepared]
+        engine = self._whole if self.full_depth else self._engine
+        others = np.setdiff1d(np.arange(len(prepared)), audited).tolist()
+        found_others = engine.score([prepared[k] for k in others]).requests
+        scores: dict[int, tuple[Scored, FloatArray | None]] = {
+            k: (score, None) for k, score in zip(others, found_others, strict=True)
+        }
+        scores |= {k: self.monitor.audit(prepared[k]) for k in audited}
+        self.full_depth |= self.monitor.alarm
         # 4. answers
         answers = (
-            ranked(score, cost, table, audits.get(k))
-            for k, (score, cost, table) in enumerate(zip(scored, full, tables, strict=True))
+            ranked(*scores[k], cost, table) for k, (cost, table) in enumerate(zip(full, tables, strict=True))
         )
         return [answer or next(answers) for answer in found]
 
@@ -342,8 +324,7 @@ class Ranker:
 
     def _tokens(self, request: PreparedRequest) -> int:
         """Tokens that a request runs where its user's history is cached as far as it is known."""
-        kept = self._engine.cache._kept.get(request.user)  # type: ignore[union-attr]
-        cached = 0 if kept is None or request.user is None else kept.stream.common(request.stream)
+        cached = 0 if request.user is None else self._cache.common(request.user, request.stream)
         return len(request.candidates.values) + len(request.stream) - cached
 
 
@@ -370,7 +351,7 @@ class History:
         return self._prefix
 
 
-def ranked(scored: Scored, full: int, table: pl.DataFrame, audit: Scored | None) -> Ranked:
+def ranked(scored: Scored, audit: FloatArray | None, full: int, table: pl.DataFrame) -> Ranked:
     """The answer to a request that was prepared."""
     if scored.error is not None:
         return Ranked(np.zeros(0), np.zeros(0, np.int64), 0, 0, [], error=scored.error)
@@ -382,7 +363,7 @@ def ranked(scored: Scored, full: int, table: pl.DataFrame, audit: Scored | None)
         full,
         [{name: value for name, value in row.items() if value is not None} for row in shown],
         scored.late,
-        audit=None if audit is None else audit.probabilities,
+        audit=audit,
     )
 
 
@@ -391,12 +372,3 @@ def nobody_leaves(plan: ExitPlan) -> ExitPlan:
     thresholds = torch.full_like(plan.policy.thresholds, torch.inf)
     thresholds[-1] = -torch.inf
     return replace(plan, policy=Policy(plan.policy.criterion, thresholds, plan.layers))
-
-
-def _token_bytes(model: ExitRecommender) -> int:
-    """Of keys and values of a token in all layers, and of its hidden state where it waits."""
-    assert model.backbone is not None
-    config = model.backbone.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = model.backbone.embed_tokens.weight.element_size()
-    return int(size * (2.5 * model.depth * config.num_key_value_heads * width + config.hidden_size))

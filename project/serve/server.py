@@ -23,7 +23,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import litserve as ls
@@ -136,7 +135,7 @@ def _is_loopback(host: str) -> bool:
 class Scored:
     """A ranked request and how the inference process is."""
 
-    ranked: SimpleNamespace  # of Ranked's fields: whoever reads that class imports torch
+    ranked: shapes.Ranked
     items: list[str]  # ids of its candidates
     run: str
     full_depth: bool
@@ -212,12 +211,13 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
 
     def warm(self, run: Path) -> Any:
         """A ranker that has seen the store's events and scored once."""
-        from project.serve.ranker import Ranker, RankRequest
+        if self._load is None:
+            from project.serve.ranker import Ranker  # the HTTP process needs no torch
 
-        load = self._load or Ranker.load
-        ranker = load(run, cache_mib=self.settings.cache_mib, audit_share=self.settings.audit_share)
+            self._load = Ranker.load
+        ranker = self._load(run, cache_mib=self.settings.cache_mib, audit_share=self.settings.audit_share)
         ranker.follow(self.store)
-        ranker.rank([RankRequest(None, [], [{"item_id": "warm", "title": "warm"}])])
+        ranker.rank([shapes.RankRequest(None, [], [{"item_id": "warm", "title": "warm"}])])
         return ranker
 
     def reload(self, run: str) -> None:
@@ -239,7 +239,7 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
         run, full = str(self.ranker.about["run"]), self.ranker.full_depth
         answers: list[Any] = [None] * len(batch)
         for (k, _), found, items in zip(asked, ranked, names, strict=True):
-            answers[k] = Scored(SimpleNamespace(**vars(found)), items, run, full, len(asked))
+            answers[k] = Scored(found, items, run, full, len(asked))
         for k, payload in enumerate(batch):
             match payload:
                 case ("user", user_id):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -33,7 +34,7 @@ from project.errors import DataError
 from project.serve.store import Event
 
 if TYPE_CHECKING:  # the HTTP process needs no torch
-    from project.serve.ranker import Ranked, Ranker, RankRequest
+    from project.serve.ranker import Ranker
 
 AHEAD = 60.0  # seconds that the clock of a client may be fast
 
@@ -260,6 +261,36 @@ class ScoreAnswer(BaseModel):
 
 
 @dataclass(frozen=True)
+class RankRequest:
+    """Candidates of a user, or of somebody with a history of their own: exactly one of both."""
+
+    user_id: str | None
+    history: (
+        Sequence[Mapping[str, Any]] | None
+    )  # item_id or an item's columns, label and time, as `predict` has them
+    candidates: Sequence[str | Mapping[str, Any]]  # item ids, or items with a title and other columns
+    deadline: float | None = None  # time.monotonic() seconds: answer from the deepest head reached by then
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What became of a request of n candidates, in their order."""
+
+    probability: NDArray[np.float64]  # (n,)
+    exit_layer: NDArray[np.int64]  # (n,)
+    token_layers: int
+    full_depth_token_layers: int  # what the same would have cost without early exit
+    features: list[
+        dict[str, float]
+    ]  # the retrieved features used, of each candidate; what is not known is left out
+    late: bool = False  # the deadline cut it
+    error: str | None = None  # then the arrays are empty
+    audit: NDArray[np.float64] | None = (
+        None  # (n,) probabilities at full depth, of a request that was audited
+    )
+
+
+@dataclass(frozen=True)
 class Asked:
     """A request on its way to the inference process. `query` is a user id or text where neither other one is given."""
 
@@ -271,7 +302,6 @@ class Asked:
 
     def request(self, ranker: Ranker, arrived: float) -> RankRequest:
         """What the ranker is asked. An item without an id is the one of its title, else a new one of that name."""
-        from project.serve.ranker import RankRequest
 
         def item(given: str | dict[str, Any]) -> str | dict[str, Any]:
             if isinstance(given, str) or "item_id" in given:
