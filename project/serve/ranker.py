@@ -48,6 +48,7 @@ SHOWN = (
     *("item_rate", "item_count", "user_rate", "user_count", "vote", "neighbour_count"),
     *("item_similarity", "item_similarity_weight", "mf", "text", "text_weight"),
 )  # columns of retrieved features that an answer tells
+EXAMPLES = 12
 ROOM = 256  # items more than are known, before room for vectors of twice as many is made
 
 
@@ -107,6 +108,10 @@ class Ranker:
             "criterion": plan.criterion,
             "certificate": certificate,
             "audits": {"share": share, "reference": reference, "alarm_above": self.monitor.null},
+            "examples": {  # for the page
+                "users": log.users["user_id"].tail(EXAMPLES).reverse().to_list(),
+                "items": log.items["title"].head(EXAMPLES).to_list(),
+            },
             "model": base,
             "licence": SOURCES[base].licence if base in SOURCES else f"See the licence of {Path(base).name}.",
         }
