@@ -58,7 +58,7 @@ logger = logging.getLogger("project.serve")
 MIB = 2**20
 LEAVING = 30  # seconds that requests in flight have to end
 PROBES = ("/healthz", "/readyz", "/metrics")
-REFUSED = (400, 401, 413, 422, 429, 503)
+REFUSED = (400, 401, 409, 413, 422, 429, 503)
 BEARER = HTTPBearer(auto_error=False, description="Where the server has a token.")
 Ask = Callable[[object], Awaitable[Any]]
 
@@ -206,7 +206,7 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
                 signal.SIGINT, signal.SIG_IGN
             )  # Ctrl+C: the HTTP process finishes what is in flight
         self.store = EventStore(self.settings.db)
-        self.loaded: Any = None
+        self.loaded, self.loading = None, threading.Lock()
         self.ranker = self.warm(self.settings.run.resolve())
 
     def warm(self, run: Path) -> Any:
@@ -221,11 +221,15 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
         return ranker
 
     def reload(self, run: str) -> None:
-        """Load a run beside the one that answers; `predict` takes it when it is there."""
+        """Load a run beside the one that answers, one at a time; `predict` takes it when it is there."""
+        if not self.loading.acquire(blocking=False):
+            return
         try:
             self.loaded = self.warm(Path(run))
         except Exception:
             logger.exception("reload failed", extra={"fields": {"run": run}})
+        finally:
+            self.loading.release()
 
     def predict(self, batch: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Answers to a batch of payloads, in their order."""
@@ -252,6 +256,7 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
                 case ("about",):
                     answers[k] = self.ranker.about | {"full_depth": full}
                 case ("reload", folder):
+                    answers[k] = not self.loading.locked()
                     threading.Thread(target=self.reload, args=(folder,), daemon=True).start()
         return answers
 
@@ -504,7 +509,8 @@ def add_routes(
     async def reload() -> dict[str, str]:
         """Load the newest run beside the one that answers, and switch to it; /info tells when."""
         run = str(settings.newest())
-        await ask(("reload", run))
+        if not await ask(("reload", run)):
+            raise HTTPException(409, "A run is being loaded already; ask again when /info names it.")
         return {"loading": run}
 
     @public.get("/healthz")

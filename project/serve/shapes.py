@@ -45,6 +45,12 @@ def _storable(text: str) -> str:
     return text
 
 
+def _name(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty")
+    return _storable(text).strip()
+
+
 def _number_as_text(value: object) -> object:
     return str(value) if type(value) is int else value
 
@@ -54,8 +60,8 @@ Column = Annotated[Text, BeforeValidator(_number_as_text)]
 Id = Annotated[
     str,
     BeforeValidator(_number_as_text),
-    StringConstraints(min_length=1, max_length=256, strip_whitespace=True),
-    AfterValidator(_storable),
+    StringConstraints(min_length=1, max_length=256),
+    AfterValidator(_name),
 ]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Answer = Literal[0, 1]
