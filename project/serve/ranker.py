@@ -18,7 +18,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from project.cli import open_run
+from project.config import open_run
 from project.data.download import SOURCES
 from project.data.prompt import PromptEncoder
 from project.data.protocol import answered
@@ -279,8 +279,7 @@ class Ranker:
         self.full_depth |= self.monitor.alarm
         # 4. answers
         answers = (
-            ranked(*scores[k], cost, table)
-            for k, (cost, table) in enumerate(zip(full, tables, strict=True))
+            ranked(*scores[k], cost, table) for k, (cost, table) in enumerate(zip(full, tables, strict=True))
         )
         return [answer or next(answers) for answer in found]
 
