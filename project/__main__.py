@@ -19,6 +19,7 @@ OTHER_COMMANDS = {
     "report": "one document of a run's results",
     "compare": "two runs on the same rows",
     "export": "a run as a Hugging Face folder",
+    "serve": "scores of a run over HTTP",
 }
 
 
@@ -41,6 +42,10 @@ def run(arguments: list[str]) -> None:
             from project.export import run_export
 
             run_export(rest)
+        case ["serve", *rest]:
+            from project.serve.server import run_serve
+
+            run_serve(rest)
         case _:
             from project.cli import ProjectCLI
 

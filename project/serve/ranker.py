@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from project.retrieval.online import FeatureIndex
 from project.retrieval.text import item_texts
 from project.run import own_version
 from project.serve.drift import Monitor, reference_loss
+from project.serve.shapes import Ranked, RankRequest
 from project.serve.store import Event, EventStore
 
 FloatArray = NDArray[np.float64]
@@ -47,35 +48,8 @@ SHOWN = (
     *("item_rate", "item_count", "user_rate", "user_count", "vote", "neighbour_count"),
     *("item_similarity", "item_similarity_weight", "mf", "text", "text_weight"),
 )  # columns of retrieved features that an answer tells
+EXAMPLES = 12
 ROOM = 256  # items more than are known, before room for vectors of twice as many is made
-
-
-@dataclass(frozen=True)
-class RankRequest:
-    """Candidates of a user, or of somebody with a history of their own: exactly one of both."""
-
-    user_id: str | None
-    history: (
-        Sequence[Mapping[str, Any]] | None
-    )  # item_id or an item's columns, label and time, as `predict` has them
-    candidates: Sequence[str | Mapping[str, Any]]  # item ids, or items with a title and other columns
-    deadline: float | None = None  # time.monotonic() seconds: answer from the deepest head reached by then
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """What became of a request of n candidates, in their order."""
-
-    probability: FloatArray  # (n,)
-    exit_layer: IntArray  # (n,)
-    token_layers: int
-    full_depth_token_layers: int  # what the same would have cost without early exit
-    features: list[
-        dict[str, float]
-    ]  # the retrieved features used, of each candidate; what is not known is left out
-    late: bool = False  # the deadline cut it
-    error: str | None = None  # then the arrays are empty
-    audit: FloatArray | None = None  # (n,) probabilities at full depth, of a request that was audited
 
 
 class Ranker:
@@ -134,6 +108,10 @@ class Ranker:
             "criterion": plan.criterion,
             "certificate": certificate,
             "audits": {"share": share, "reference": reference, "alarm_above": self.monitor.null},
+            "examples": {  # for the page
+                "users": log.users["user_id"].tail(EXAMPLES).reverse().to_list(),
+                "items": log.items["title"].head(EXAMPLES).to_list(),
+            },
             "model": base,
             "licence": SOURCES[base].licence if base in SOURCES else f"See the licence of {Path(base).name}.",
         }
