@@ -32,7 +32,11 @@ class FakeRanker:
     full_depth = False
 
     def __init__(self, run: Path) -> None:
-        self.about = {"run": run.name, "exit_layers": [0, 2, 4], "examples": {"users": ["u1"], "items": [*TITLES]}}
+        self.about = {
+            "run": run.name,
+            "exit_layers": [0, 2, 4],
+            "examples": {"users": ["u1"], "items": [*TITLES]},
+        }
         self.seq, self.events = 0, list[Event]()
 
     @classmethod
