@@ -133,6 +133,12 @@ class Retriever(ABC):
         """The user's own answers on the items most similar to a candidate; where item_neighbours is above 0."""
         return NO_ITEM_SIMILARITY
 
+    def item_similarities(self, user: int, items: IntArray) -> NDArray[np.float64]:
+        """(n, 2) what `item_similarity` says of each candidate; override both or the other one alone."""
+        return np.array([self.item_similarity(user, item) for item in items.tolist()], np.float64).reshape(
+            -1, 2
+        )
+
     def observe(self, row: int, user: int, item: int, label: int) -> None:  # noqa: B027  # optional
         """Take in one row of a user's own past, once its time has passed."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from project.cli import open_run
+from project.config import open_run
 from project.data.download import SOURCES
 from project.data.prompt import PromptEncoder
 from project.data.protocol import answered
@@ -34,9 +33,9 @@ from project.engine.requests import PreparedRequest, Scored, StreamTokens, share
 from project.errors import DataError, ProjectError
 from project.exits.plan import ExitPlan, Plans
 from project.exits.policy import Policy
-from project.features import feature_matrix
+from project.features import Retrieved, feature_matrix
 from project.model.module import ExitRecommender
-from project.retrieval.online import FeatureIndex
+from project.retrieval.online import FeatureIndex, in_time
 from project.retrieval.text import item_texts
 from project.run import own_version
 from project.serve.drift import Monitor, reference_loss
@@ -147,7 +146,7 @@ class Ranker:
             self._learn([{"item_id": event.item_id, "title": event.item_id}])
             user = self._users.setdefault(event.user_id, len(self._users))
             item = self._codes[event.item_id]
-            features = self._index.features(user, [item], None, self._items)
+            features = self._index.retrieved(user, [item], None, self._items)
             time = max(event.timestamp, self._index.latest)
             segments = self._encoder.encode(np.array([item]), features, np.array([event.label], np.int8))
             self._history(user).add(segments.tokens.values, item, event.label, time, event.timestamp)
@@ -227,7 +226,7 @@ class Ranker:
             encoder = encoder.with_items(new)
             self._know_vectors(new)
         # 2. prompts
-        found, prepared, tables = list[Ranked | None](), list[PreparedRequest](), list[pl.DataFrame]()
+        found, prepared, tables = list[Ranked | None](), list[PreparedRequest](), list[Retrieved]()
         audited = list[int]()  # of the prepared ones
         for request, record in zip(requests, records, strict=True):
             try:
@@ -246,7 +245,8 @@ class Ranker:
             tables.append(table)
             found.append(None)
         # 3. scores; an audit's come from a run to full depth
-        full = [self._model.depth * self._tokens(request) for request in prepared]
+        kept = [self._cached(request) for request in prepared]
+        sizes = [len(r.candidates.values) + len(r.stream) for r in prepared]
         engine = self._whole if self.full_depth else self._engine
         others = np.setdiff1d(np.arange(len(prepared)), audited).tolist()
         found_others = engine.score([prepared[k] for k in others]).requests
@@ -257,7 +257,11 @@ class Ranker:
         self.full_depth |= self.monitor.alarm
         # 4. answers
         answers = (
-            ranked(*scores[k], cost, table) for k, (cost, table) in enumerate(zip(full, tables, strict=True))
+            replace(
+                ranked(*scores[k], self._model.depth * (sizes[k] - kept[k]), table),
+                cached=None if prepared[k].user is None else kept[k] > 0,
+            )
+            for k, table in enumerate(tables)
         )
         return [answer or next(answers) for answer in found]
 
@@ -286,37 +290,33 @@ class Ranker:
 
     def _prepare(
         self, request: Request, codes: Mapping[str, int], items: pl.DataFrame, encoder: PromptEncoder
-    ) -> tuple[PreparedRequest, pl.DataFrame]:
+    ) -> tuple[PreparedRequest, Retrieved]:
         """The request for the engine, and retrieved features of its candidates."""
         limit = self._data.context_tokens
         candidates = np.array([codes[item] for item in request.candidates])
         if request.user_id is None:
-            # 1. a history of its own: rows of a second do not see each other
-            user, past = self._index.guest, list[tuple[int, int, float]]()
-            history = History()
-            rows = sorted((time, codes[item], label) for item, label, time in request.history)
-            for time, group in groupby(rows, lambda row: row[0]):
-                together = [(item, label) for _, item, label in group]
-                item, label = (np.array(part) for part in zip(*together, strict=True))
-                features = self._index.features(user, item, past, items)
-                tokens = encoder.encode(item, features, label.astype(np.int8)).tokens
-                for k, (i, y) in enumerate(together):
-                    history.add(tokens[k], i, y, time, time)
-                past += [(i, y, max(self._index.latest, 0.0) + len(history.rows)) for i, y in together]
-            table = self._index.features(user, candidates, past, items)
+            # 1. a history of its own, whose rows are answered with the candidates
+            user, history = self._index.guest, History()
+            _, past = in_time([(codes[item], label, time) for item, label, time in request.history])
+            found = self._index.retrieved(user, candidates, past, items)
+            item, label = np.array([row[:2] for row in past], np.int64).reshape(-1, 2).T
+            tokens = encoder.encode(item, found.rows(slice(0, len(past))), label.astype(np.int8)).tokens
+            for k, row in enumerate(past):
+                history.add(tokens[k], *row, row[2])
+            found = found.rows(slice(len(past), None))
         else:
             # 2. the log's rows and events
             user = self._users.get(request.user_id, self._index.guest)
             history = self._history(user) if request.user_id in self._users else History()
-            table = self._index.features(user, candidates, None, items)
-        segments = encoder.encode(candidates, table, np.full(len(candidates), -1, np.int8))
+            found = self._index.retrieved(user, candidates, None, items)
+        segments = encoder.encode(candidates, found, np.full(len(candidates), -1, np.int8))
         long = len(encoder.instruction) + max([int(segments.tokens.lengths.max()), *map(len, history.tokens)])
         if long > limit:
             raise DataError(
                 f"the prompt of an item alone has {long:,} tokens, but data.context_tokens is {limit:,}. Give it a "
                 "shorter title."
             )
-        numbers = feature_matrix(table, self._baseline.base)
+        numbers = feature_matrix(found, self._baseline.base)
         prepared = PreparedRequest(
             "",
             history.prefix(encoder.instruction, limit),
@@ -325,12 +325,11 @@ class Ranker:
             numbers,
             request.user_id if history.rows else None,
         )
-        return prepared, table
+        return prepared, found
 
-    def _tokens(self, request: PreparedRequest) -> int:
-        """Tokens that a request runs where its user's history is cached as far as it is known."""
-        cached = 0 if request.user is None else self._cache.common(request.user, request.stream)
-        return len(request.candidates.values) + len(request.stream) - cached
+    def _cached(self, request: PreparedRequest) -> int:
+        """Tokens of a request that are kept of its user's history."""
+        return 0 if request.user is None else self._cache.common(request.user, request.stream)
 
 
 class History:
@@ -356,17 +355,18 @@ class History:
         return self._prefix
 
 
-def ranked(scored: Scored, audit: FloatArray | None, full: int, table: pl.DataFrame) -> Ranked:
+def ranked(scored: Scored, audit: FloatArray | None, full: int, features: Retrieved) -> Ranked:
     """The answer to a request that was prepared."""
     if scored.error is not None:
         return Ranked(np.zeros(0), np.zeros(0, np.int64), 0, 0, [], error=scored.error)
-    shown = table.select(name for name in SHOWN if name in table.columns).to_dicts()
+    names = [name for name in SHOWN if name in features.columns]
+    shown = zip(*(features.columns[name].tolist() for name in names), strict=True)
     return Ranked(
         scored.probabilities,
         scored.exit_layers,
         scored.token_layers,
         full,
-        [{name: value for name, value in row.items() if value is not None} for row in shown],
+        [{name: value for name, value in zip(names, row, strict=True) if value == value} for row in shown],
         scored.late,
         audit=audit,
     )

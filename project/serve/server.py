@@ -282,6 +282,12 @@ class Metrics:
         self.full = Counter(
             "exitrec_full_depth_token_layers", "Token-layers of full depth", registry=registry
         )
+        self.histories = Counter(
+            "exitrec_histories",
+            "Users' histories, by whether they were in memory",
+            ["cached"],
+            registry=registry,
+        )
         self.late = Counter("exitrec_late", "Requests that their deadline cut", registry=registry)
         self.audits = Counter("exitrec_audits", "Requests that also ran to full depth", registry=registry)
         self.events = Counter("exitrec_events", "Events that were new", registry=registry)
@@ -296,6 +302,8 @@ class Metrics:
         self.batch.observe(scored.batch)
         self.layers.inc(scored.ranked.token_layers)
         self.full.inc(scored.ranked.full_depth_token_layers)
+        if scored.ranked.cached is not None:
+            self.histories.labels("yes" if scored.ranked.cached else "no").inc()
         self.late.inc(scored.ranked.late)
         self.audits.inc(scored.ranked.audit is not None)
         self.alarm.set(scored.full_depth)

@@ -18,7 +18,9 @@ DOCKER = Path(__file__).parents[2] / "docker"
 
 def test_compose_names_files_and_settings() -> None:
     content = yaml.safe_load((DOCKER / "compose.yaml").read_text())
-    mounted = [v.split(":")[0] for s in content["services"].values() for v in s.get("volumes", ()) if v[0] == "."]
+    mounted = [
+        v.split(":")[0] for s in content["services"].values() for v in s.get("volumes", ()) if v[0] == "."
+    ]
     assert [name for name in mounted if not (DOCKER / name).is_file()] == []
     assert len(mounted) == 5
     known = {f"EXITREC_{f.name.upper()}" for f in fields(ServeSettings)}
