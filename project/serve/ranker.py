@@ -245,7 +245,8 @@ class Ranker:
             tables.append(table)
             found.append(None)
         # 3. scores; an audit's come from a run to full depth
-        full = [self._model.depth * self._tokens(request) for request in prepared]
+        kept = [self._cached(request) for request in prepared]
+        sizes = [len(r.candidates.values) + len(r.stream) for r in prepared]
         engine = self._whole if self.full_depth else self._engine
         others = np.setdiff1d(np.arange(len(prepared)), audited).tolist()
         found_others = engine.score([prepared[k] for k in others]).requests
@@ -256,7 +257,11 @@ class Ranker:
         self.full_depth |= self.monitor.alarm
         # 4. answers
         answers = (
-            ranked(*scores[k], cost, table) for k, (cost, table) in enumerate(zip(full, tables, strict=True))
+            replace(
+                ranked(*scores[k], self._model.depth * (sizes[k] - kept[k]), table),
+                cached=None if prepared[k].user is None else kept[k] > 0,
+            )
+            for k, table in enumerate(tables)
         )
         return [answer or next(answers) for answer in found]
 
@@ -322,10 +327,9 @@ class Ranker:
         )
         return prepared, found
 
-    def _tokens(self, request: PreparedRequest) -> int:
-        """Tokens that a request runs where its user's history is cached as far as it is known."""
-        cached = 0 if request.user is None else self._cache.common(request.user, request.stream)
-        return len(request.candidates.values) + len(request.stream) - cached
+    def _cached(self, request: PreparedRequest) -> int:
+        """Tokens of a request that are kept of its user's history."""
+        return 0 if request.user is None else self._cache.common(request.user, request.stream)
 
 
 class History:

@@ -58,7 +58,7 @@ logger = logging.getLogger("project.serve")
 MIB = 2**20
 LEAVING = 30  # seconds that requests in flight have to end
 PROBES = ("/healthz", "/readyz", "/metrics")
-REFUSED = (400, 401, 413, 422, 429, 503)
+REFUSED = (400, 401, 409, 413, 422, 429, 503)
 BEARER = HTTPBearer(auto_error=False, description="Where the server has a token.")
 Ask = Callable[[object], Awaitable[Any]]
 
@@ -206,7 +206,7 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
                 signal.SIGINT, signal.SIG_IGN
             )  # Ctrl+C: the HTTP process finishes what is in flight
         self.store = EventStore(self.settings.db)
-        self.loaded: Any = None
+        self.loaded, self.loading = None, threading.Lock()
         self.ranker = self.warm(self.settings.run.resolve())
 
     def warm(self, run: Path) -> Any:
@@ -221,11 +221,15 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
         return ranker
 
     def reload(self, run: str) -> None:
-        """Load a run beside the one that answers; `predict` takes it when it is there."""
+        """Load a run beside the one that answers, one at a time; `predict` takes it when it is there."""
+        if not self.loading.acquire(blocking=False):
+            return
         try:
             self.loaded = self.warm(Path(run))
         except Exception:
             logger.exception("reload failed", extra={"fields": {"run": run}})
+        finally:
+            self.loading.release()
 
     def predict(self, batch: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Answers to a batch of payloads, in their order."""
@@ -252,6 +256,7 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
                 case ("about",):
                     answers[k] = self.ranker.about | {"full_depth": full}
                 case ("reload", folder):
+                    answers[k] = not self.loading.locked()
                     threading.Thread(target=self.reload, args=(folder,), daemon=True).start()
         return answers
 
@@ -277,6 +282,12 @@ class Metrics:
         self.full = Counter(
             "exitrec_full_depth_token_layers", "Token-layers of full depth", registry=registry
         )
+        self.histories = Counter(
+            "exitrec_histories",
+            "Users' histories, by whether they were in memory",
+            ["cached"],
+            registry=registry,
+        )
         self.late = Counter("exitrec_late", "Requests that their deadline cut", registry=registry)
         self.audits = Counter("exitrec_audits", "Requests that also ran to full depth", registry=registry)
         self.events = Counter("exitrec_events", "Events that were new", registry=registry)
@@ -291,6 +302,8 @@ class Metrics:
         self.batch.observe(scored.batch)
         self.layers.inc(scored.ranked.token_layers)
         self.full.inc(scored.ranked.full_depth_token_layers)
+        if scored.ranked.cached is not None:
+            self.histories.labels("yes" if scored.ranked.cached else "no").inc()
         self.late.inc(scored.ranked.late)
         self.audits.inc(scored.ranked.audit is not None)
         self.alarm.set(scored.full_depth)
@@ -504,7 +517,8 @@ def add_routes(
     async def reload() -> dict[str, str]:
         """Load the newest run beside the one that answers, and switch to it; /info tells when."""
         run = str(settings.newest())
-        await ask(("reload", run))
+        if not await ask(("reload", run)):
+            raise HTTPException(409, "A run is being loaded already; ask again when /info names it.")
         return {"loading": run}
 
     @public.get("/healthz")

@@ -45,6 +45,12 @@ def _storable(text: str) -> str:
     return text
 
 
+def _name(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty")
+    return _storable(text).strip()
+
+
 def _number_as_text(value: object) -> object:
     return str(value) if type(value) is int else value
 
@@ -54,8 +60,8 @@ Column = Annotated[Text, BeforeValidator(_number_as_text)]
 Id = Annotated[
     str,
     BeforeValidator(_number_as_text),
-    StringConstraints(min_length=1, max_length=256, strip_whitespace=True),
-    AfterValidator(_storable),
+    StringConstraints(min_length=1, max_length=256),
+    AfterValidator(_name),
 ]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Answer = Literal[0, 1]
@@ -262,19 +268,20 @@ class ScoreAnswer(BaseModel):
 
 @dataclass(frozen=True)
 class RankRequest:
-    """Candidates of a user, or of somebody with a history of their own: exactly one of both."""
+    """Candidates of a user, or of somebody with a history of their own: exactly one of both.
+
+    A row of a history is an item id or an item's columns, with label and time, as `predict` has them.
+    """
 
     user_id: str | None
-    history: (
-        Sequence[Mapping[str, Any]] | None
-    )  # item_id or an item's columns, label and time, as `predict` has them
+    history: Sequence[Mapping[str, Any]] | None
     candidates: Sequence[str | Mapping[str, Any]]  # item ids, or items with a title and other columns
     deadline: float | None = None  # time.monotonic() seconds: answer from the deepest head reached by then
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """What became of a request of n candidates, in their order."""
+    """What became of a request of n candidates, in their order. With an error the arrays are empty."""
 
     probability: NDArray[np.float64]  # (n,)
     exit_layer: NDArray[np.int64]  # (n,)
@@ -282,12 +289,11 @@ class Ranked:
     full_depth_token_layers: int  # what the same would have cost without early exit
     features: list[
         dict[str, float]
-    ]  # the retrieved features used, of each candidate; what is not known is left out
+    ]  # of each candidate, the retrieved features used; unknown ones are left out
     late: bool = False  # the deadline cut it
-    error: str | None = None  # then the arrays are empty
-    audit: NDArray[np.float64] | None = (
-        None  # (n,) probabilities at full depth, of a request that was audited
-    )
+    error: str | None = None
+    audit: NDArray[np.float64] | None = None  # (n,) probabilities at full depth, if it was audited
+    cached: bool | None = None  # some of the user's history was in memory; None: there is none to keep
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,7 @@ WRONG = [
     ("/v1/rank", {"user_id": "u1", "candidates": [{}]}, 422, "item_id or a title"),
     ("/v1/rank", {"user_id": "u1", "candidates": ["unknown"]}, 422, "no title"),
     ("/v1/rank", {"user_id": "u" * 300, "candidates": ["i1"]}, 422, "at most 256"),
+    ("/v1/rank", {"user_id": " ", "candidates": ["i1"]}, 422, "empty"),
     ("/v1/rank", {"user_id": "\0", "candidates": ["i1"]}, 422, "NUL"),
     ("/v1/rank", {"user_id": "u1", "candidates": ["i1"] * 6}, 413, "takes 5"),
     ("/v1/rank", {"history": [{"item_id": "i1", "label": 1}] * 4, "candidates": ["i1"]}, 413, "takes 3"),
