@@ -227,7 +227,7 @@ def preparation(ranker: Ranker, requests: Sequence[Request], cached: bool) -> tu
         spent += time.perf_counter() - start
         return features
 
-    index.retrieved = timed  # type: ignore[method-assign]
+    index.retrieved = timed  # type: ignore[assignment, method-assign]
     for request in (*requests, *requests):
         if not cached:
             ranker._histories.clear()
