@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from project.benchmark.serve import CANDIDATES, REQUESTS, drive, serving
 from project.data.requests import catalogue_requests

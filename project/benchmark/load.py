@@ -29,19 +29,19 @@ def drive(
     address: str, requests: Sequence[dict[str, Any]], users: int, seconds: float, rate: float | None = None
 ) -> dict[str, Any]:
     """Have so many users ask for so long; see the file's first lines."""
-    import gevent
+    import gevent  # type: ignore[import-untyped]
     from locust import FastHttpUser, constant, constant_throughput, task
     from locust.env import Environment
 
-    bodies = [json.dumps(request["body"]).encode() for request in requests]
+    bodies = [json.dumps(request["body"]) for request in requests]
     found: dict[str, Any] = {"at": [], "ms": [], "errors": 0, "wrong": 0, "distance": 0.0, "error": None}
     turn, start = count(), time.perf_counter()
 
-    class Asker(FastHttpUser):  # type: ignore[misc]
+    class Asker(FastHttpUser):
         host = address
         wait_time = constant(0) if rate is None else constant_throughput(rate / users)
 
-        @task  # type: ignore[misc]
+        @task
         def ask(self) -> None:
             k = next(turn) % len(bodies)
             began = time.perf_counter()

@@ -182,6 +182,9 @@ def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., 
         assert row["gflops"] is None or row["gflops"] < 2 * row["gflops_ceiling"]
         assert row["gbytes_ceiling"] > 0
         assert 0 <= row["of_limit"] < 2
+        # the whole request: features and prompt by the server's index, and the engine
+        assert row["prepare_ms"] == row["features_ms"] + row["prompt_ms"]
+        assert min(row["features_ms"], row["prompt_ms"], row["request_ms"] - row["prepare_ms"]) > 0
     early = {(r["candidates"], r["prefix_cached"]) for r in rows if r["engine"] == "early_exit"}
     assert early == cases
 
