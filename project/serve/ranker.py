@@ -181,6 +181,7 @@ class Ranker:
             for item_id, title in new.select("item_id", "title").iter_rows():
                 self._titles.setdefault(title, item_id)
 
+    @torch.inference_mode()
     def _know_vectors(self, new: pl.DataFrame) -> None:
         """Where prompts show items' texts in a token: those of items whose codes follow the known ones."""
         if self._text_encoder is None or new.is_empty():

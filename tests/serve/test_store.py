@@ -112,7 +112,7 @@ def test_two_servers(url: str) -> None:
 
 @pytest.mark.slow
 def test_a_killed_writer_loses_nothing_that_was_acknowledged(url: str, tmp_path: Path) -> None:
-    """By kill -9 in the middle of concurrent posts, round after round; posting all of them again adds the rest, once."""
+    """By kill -9 in the middle of concurrent posts, round after round; posting all of them again adds the rest."""
     for number in range(ROUNDS):
         acknowledged = tmp_path / f"acknowledged{number}"
         writer = subprocess.Popen(
