@@ -39,6 +39,7 @@ from project.model.module import ExitRecommender
 from project.retrieval.online import FeatureIndex, in_time
 from project.retrieval.text import item_texts
 from project.run import own_version
+from project.serve.refit import seen
 from project.serve.store import Event, EventStore
 
 FloatArray = NDArray[np.float64]
@@ -109,7 +110,7 @@ class Ranker:
         )
         self._of_user = np.searchsorted(self._log["user"].to_numpy(), np.arange(log.users.height + 1))
         self._histories: dict[int, History] = {}
-        self.seq = 0  # of the store, up to which events were observed
+        self.seq = seen(run)  # of the store, up to which events were observed, or are in the log
         # 2. the model
         self._baseline = model.feature_baseline()
         model.know_items(data)
