@@ -20,6 +20,7 @@ OTHER_COMMANDS = {
     "compare": "two runs on the same rows",
     "export": "a run as a Hugging Face folder",
     "serve": "scores of a run over HTTP",
+    "refit": "a served run again, on its log and the events since",
 }
 
 
@@ -46,6 +47,10 @@ def run(arguments: list[str]) -> None:
             from project.serve.server import run_serve
 
             run_serve(rest)
+        case ["refit", *rest]:
+            from project.serve.refit import run_refit
+
+            run_refit(rest)
         case _:
             from project.cli import ProjectCLI
 

@@ -40,7 +40,7 @@ from project.retrieval.text import item_texts
 from project.run import own_version
 from project.serve.drift import Monitor, reference_loss
 from project.serve.shapes import Ranked, RankRequest
-from project.serve.store import Event, EventStore
+from project.serve.store import Event, EventStore, seen
 
 FloatArray = NDArray[np.float64]
 SHOWN = (
@@ -83,7 +83,7 @@ class Ranker:
         )
         self._of_user = np.searchsorted(self._log["user"].to_numpy(), np.arange(log.users.height + 1))
         self._histories: dict[int, History] = {}
-        self.seq = 0  # of the store, up to which events were observed
+        self.seq = seen(run)  # of the store, up to which events were observed, or are in the log
         # 2. the model
         self._baseline = model.feature_baseline()
         model.know_items(data)
@@ -165,6 +165,7 @@ class Ranker:
             for item_id, title in new.select("item_id", "title").iter_rows():
                 self._titles.setdefault(title, item_id)
 
+    @torch.inference_mode()
     def _know_vectors(self, new: pl.DataFrame) -> None:
         """Where prompts show items' texts in a token: those of items whose codes follow the known ones."""
         if self._text_encoder is None or new.is_empty():

@@ -27,7 +27,6 @@ from typing import Annotated, Any
 
 import litserve as ls
 import uvicorn
-import yaml  # type: ignore[import-untyped]  # as in project.export
 from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -52,7 +51,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from project.errors import ConfigError, ProjectError
 from project.serve import shapes
-from project.serve.store import EventStore
+from project.serve.store import EventStore, label_rule
 
 logger = logging.getLogger("project.serve")
 MIB = 2**20
@@ -619,8 +618,7 @@ def run_serve(arguments: Sequence[str], load: Callable[..., Any] | None = None) 
     except ArgumentError as found:
         raise ConfigError(f"serve: {found}") from None
     settings.check()
-    config = yaml.safe_load((settings.run / "config.yaml").read_text(encoding="utf-8"))
-    server = make_server(settings, config["data"]["protocol"].get("label"), load)
+    server = make_server(settings, label_rule(settings.run), load)
     logging.config.dictConfig(LOGGING)
     http = uvicorn.Server(
         uvicorn.Config(

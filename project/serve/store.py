@@ -10,13 +10,34 @@ import hashlib
 import json
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+import yaml  # type: ignore[import-untyped]  # as in project.export
 
 from project.errors import ConfigError
 
 TOGETHER = 500  # ids in one look-up; databases limit the parameters of a statement
+
+
+SEEN = "events.json"  # in a run's folder: up to which `seq` of a store its log has the events
+
+
+def seen(run: Path) -> int:
+    """The `seq` up to which a run's log has a store's events."""
+    file = run / SEEN
+    return int(json.loads(file.read_text(encoding="utf-8"))["seq"]) if file.exists() else 0
+
+
+def label_rule(run: Path) -> str | None:
+    """The rule that makes ratings labels; of a refitted run, whose log has labels, that of the run it came from."""
+    if (run / SEEN).exists():
+        rule: str | None = json.loads((run / SEEN).read_text(encoding="utf-8"))["label"]
+    else:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        rule = config["data"]["protocol"].get("label")
+    return rule
 
 
 class Event(NamedTuple):
