@@ -19,6 +19,8 @@ OTHER_COMMANDS = {
     "report": "one document of a run's results",
     "compare": "two runs on the same rows",
     "export": "a run as a Hugging Face folder",
+    "serve": "scores of a run over HTTP",
+    "refit": "a served run again, on its log and the events since",
 }
 
 
@@ -41,6 +43,14 @@ def run(arguments: list[str]) -> None:
             from project.export import run_export
 
             run_export(rest)
+        case ["serve", *rest]:
+            from project.serve.server import run_serve
+
+            run_serve(rest)
+        case ["refit", *rest]:
+            from project.serve.refit import run_refit
+
+            run_refit(rest)
         case _:
             from project.cli import ProjectCLI
 

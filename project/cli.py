@@ -6,26 +6,20 @@ does not fit the configuration.
 
 from __future__ import annotations
 
-import inspect
-import re
 import sys
 import zipfile
 from argparse import ArgumentError
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
-from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # as in project.export
 from jsonargparse import dict_to_namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from project import retrieval
 from project.callbacks import (
     ExitCalibration,
     ResultFiles,
@@ -33,10 +27,9 @@ from project.callbacks import (
     SaveConfig,
     WholeCheckpoints,
 )
-from project.data import logs, readers
-from project.data.prompt import shows_items, shows_numbers
+from project.config import MISSING, check_yaml, did_you_mean, link_model_and_data, one_line, project_error_in
 from project.datamodule import InteractionData
-from project.errors import CheckpointError, ConfigError, ProjectError
+from project.errors import CheckpointError, ConfigError
 from project.model.module import ExitRecommender
 from project.run import run_of_checkpoint
 from project.tracking import WandbArtifacts
@@ -44,15 +37,6 @@ from project.trainer import ProjectTrainer
 
 LARGEST_SEED = 2**32 - 1  # numpy's
 RUN_LOGGER = f"{RunLogger.__module__}.{RunLogger.__name__}"
-UNKNOWN = re.compile(
-    r"(?:[oO]ption|[kK]ey) '([^']+)' is not|accept (?:option|nested key) '([^']+)'|: --([^\s=]+)"
-)
-NO_PATH = re.compile(r"dot import path string: (\w+)")
-MISSING = re.compile(r"No module named|module '([\w.]+)' has no attribute '(\w+)'")
-NO_REASON = re.compile(
-    r"Parser key|Problem with given class_path|Expected a path but|Does not validate|Subtypes:|Errors:|Given value|"
-    r"Subclass types|a class path|a dict |Expected a <class 'NoneType'>$|$"
-)
 
 
 class SectionHelp(LightningArgumentParser):
@@ -144,11 +128,7 @@ class ProjectCLI(LightningCLI):
         parser.add_lightning_class_args(ExitCalibration, "exits")
         parser.add_lightning_class_args(ResultFiles, "results")
         parser.add_lightning_class_args(WandbArtifacts, "artifacts")
-        parser.link_arguments("model.backbone", "data.tokenizer")
-        parser.link_arguments("data.prompt.answers", "model.answers")
-        parser.link_arguments("data.prompt.segment", "model.numbers", compute_fn=shows_numbers)
-        parser.link_arguments("data.prompt.segment", "model.items", compute_fn=shows_items)
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        link_model_and_data(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; what is wrong is raised as one ConfigError."""
@@ -244,36 +224,6 @@ def _check_file(checkpoint: Path) -> None:
     )
 
 
-class _EachKeyOnce(yaml.SafeLoader):  # type: ignore[misc]
-    """Refuses a key that stands twice in a mapping, as YAML does; PyYAML takes the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set[str]()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
-        return super().construct_mapping(node, deep)
-
-
-def check_yaml(file: Path) -> None:
-    """Refuse a configuration that is no YAML, holds no keys and values, or has a key twice: file, line, column."""
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)
-    except FileNotFoundError:
-        raise ConfigError(f"--config {file} does not exist; expected a YAML file.") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{file}{where}: {error.problem}; expected YAML.") from None
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} holds {type(content).__name__}; expected keys and values.")
-
-
 def check_command(arguments: Sequence[str], commands: Sequence[str]) -> None:
     """Refuse a first word that is no command; the error names all commands and the nearest."""
     if not arguments:
@@ -281,50 +231,5 @@ def check_command(arguments: Sequence[str], commands: Sequence[str]) -> None:
             f"python -m project needs a command; expected one of {', '.join(commands)}. Or try --help."
         )
     if not arguments[0].startswith("-") and arguments[0] not in commands:
-        near = _near(arguments[0], commands)
+        near = did_you_mean(arguments[0], commands)
         raise ConfigError(f"{arguments[0]} is no command{near}; expected one of {', '.join(commands)}.")
-
-
-def project_error_in(error: BaseException) -> ProjectError | None:
-    """The error of this package that another one was raised from; jsonargparse wraps those of unions of types."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ProjectError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def one_line(message: str, keys: Iterable[str]) -> ConfigError:
-    """The key and the reason, out of jsonargparse's many lines; `keys` are those of the configuration."""
-    key = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
-    if found := UNKNOWN.search(message):
-        name = next(filter(None, found.groups()))
-        inside = re.search(r"class_path '([^']+)'", message)
-        near = _near(name, list(inspect.signature(_imported(inside[1])).parameters) if inside else list(keys))
-        return ConfigError(f"{f'{key}.' if key else ''}{name} is no key of the configuration{near}.")
-    lines = [line.strip().lstrip("- ") for line in message.splitlines()]
-    reason = "; ".join(line for line in lines if not NO_REASON.match(line)) or " ".join(lines)
-    if "is abstract" in reason:
-        path = (re.findall(r"but (\S+) is abstract", reason) or re.findall(r"Given value: (\S+)", message))[0]
-        reason = f"{path} has no method {' and no method '.join(sorted(_imported(path).__abstractmethods__))}"
-    if (found := MISSING.search(reason)) and found[1]:
-        kinds = (
-            n for n, kind in vars(import_module(found[1])).items() if isinstance(kind, type | ModuleType)
-        )
-        reason += _near(found[2], [kind for kind in kinds if not kind.startswith("_")])
-    if found := NO_PATH.search(reason):
-        reason += _near(found[1], [name for home in (retrieval, logs, readers) for name in vars(home)])
-    if reason.endswith("Got value: None"):
-        reason += ". Is --config FILE missing, such as configs/quickstart.yaml?"
-    return ConfigError(f"{key}: {reason}" if key else reason)
-
-
-def _near(word: str, words: Sequence[str]) -> str:
-    found = get_close_matches(word, words, n=1)
-    return f" (did you mean {found[0]}?)" if found else ""
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)

@@ -33,47 +33,89 @@ factorisation and by the user's own answers on similar items, shrunk as if their
 text similarity (the slope of log-odds at 1/2), and log(1 + its weight)."""
 
 TEXT_FEATURES = FEATURES[-2:]
-OPTIONAL_COLUMNS = ("mf", "item_similarity", "item_similarity_weight", "text", "text_weight")
+COLUMNS = (
+    *("item_rate", "item_count", "user_rate", "user_count", "vote", "neighbour_count", "likes"),
+    *("mf", "item_similarity", "item_similarity_weight", "text", "text_weight"),
+)  # of a retrieved features table, those that are numbers and read here or by prompts
 SUREST = 1e-4  # chances by factorisation are clipped to this distance from 0 and 1
 
 
-def feature_matrix(retrieved: pl.DataFrame, base: float) -> Floats:
+@dataclass(frozen=True, eq=False)
+class Retrieved:
+    """Retrieved features of n rows as numbers: what a table of them holds, or an index answers."""
+
+    columns: dict[str, Floats]  # (n,) by the table's name; NaN where it has null
+    of_row: NDArray[np.intp]  # (pairs,) the row of each neighbour, ascending
+    similarity: Floats  # (pairs,)
+    answer: Floats  # (pairs,)
+
+    @classmethod
+    def of(cls, table: pl.DataFrame | Retrieved) -> Retrieved:
+        """Of a table's rows, in their order."""
+        if isinstance(table, Retrieved):
+            return table
+        columns = {c: table[c].cast(pl.Float64).to_numpy() for c in COLUMNS if c in table.columns}
+        if "answers" not in table.columns:
+            return cls(columns, np.empty(0, np.intp), np.empty(0), np.empty(0))
+        count = table["answers"].list.len().fill_null(0).to_numpy()
+        known = table.filter(count > 0)
+        answer, similarity = (
+            known[c].explode().cast(pl.Float64).to_numpy()
+            if c in table.columns
+            else np.zeros(int(count.sum()))
+            for c in ("answers", "similarities")
+        )
+        return cls(columns, np.repeat(np.arange(len(count)), count), similarity, answer)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def rows(self, part: slice) -> Retrieved:
+        """Some of the rows."""
+        start, stop, _ = part.indices(len(self))
+        pairs = slice(*np.searchsorted(self.of_row, [start, stop]))
+        columns = {name: values[part] for name, values in self.columns.items()}
+        return Retrieved(columns, self.of_row[pairs] - start, self.similarity[pairs], self.answer[pairs])
+
+    def sums(self, of_pair: Floats) -> Floats:
+        """(n,) of a number of each neighbour, (pairs,)."""
+        found: Floats = np.bincount(self.of_row, of_pair, len(self)).astype(np.float64)
+        return found
+
+
+def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> Floats:
     """Rows of a retrieved features table as numbers: (n, len(FEATURES)), finite.
 
     `base` is the share of likes among train targets, to which rates of few rows shrink. Where the table has no
     factorisation, its feature is the sum of both rates' log-odds; where it has no item similarity, the train mean.
     """
-    missing = [pl.lit(None, pl.Float64).alias(c) for c in OPTIONAL_COLUMNS if c not in retrieved.columns]
-    table = retrieved.with_columns(missing)
+    found = Retrieved.of(retrieved)
 
-    def numbers(column: pl.Series) -> Floats:
-        return column.cast(pl.Float64).fill_null(0.0).to_numpy()
+    def numbers(name: str) -> Floats:
+        return np.nan_to_num(found.columns[name]) if name in found.columns else np.zeros(len(found))
 
     def rate_and_rows(rate: str, count: str) -> tuple[Floats, Floats]:
-        rows = numbers(table[count])
-        return _log_odds(numbers(table[rate]) * rows, rows, base), np.log1p(rows)
+        rows = numbers(count)
+        return _log_odds(numbers(rate) * rows, rows, base), np.log1p(rows)
 
     # 1. rates of the item and the user, and the neighbours' vote
     item, user = rate_and_rows("item_rate", "item_count"), rate_and_rows("user_rate", "user_count")
     vote = rate_and_rows("vote", "neighbour_count")
     # 2. the vote weighted by similarity; a similarity below 0 counts as 0
-    pairs = table.select("similarities", "answers").with_row_index("row")
-    pairs = pairs.filter(pl.col("answers").list.len() > 0).explode("similarities", "answers")
-    row, similarity = pairs["row"].to_numpy(), numbers(pairs["similarities"].clip(lower_bound=0.0))
-    likes, total = (
-        np.bincount(row, part, len(table)).astype(np.float64)
-        for part in (similarity * pairs["answers"].to_numpy(), similarity)
-    )
-    weighted_vote = _log_odds(likes, total, base)
+    similarity = np.maximum(found.similarity, 0.0)
+    weighted_vote = _log_odds(found.sums(similarity * found.answer), found.sums(similarity), base)
     # 3. matrix factorisation, and the user's own answers on similar items
-    chance = table["mf"].cast(pl.Float64).fill_null(0.5).clip(SUREST, 1.0 - SUREST).to_numpy()
+    chance = found.columns.get("mf", np.full(len(found), np.nan))
     rates_summed = item[0] + user[0] - np.log(base / (1.0 - base))
-    mf = np.where(table["mf"].is_null().to_numpy(), rates_summed, np.log(chance / (1.0 - chance)))
-    weight = numbers(table["item_similarity_weight"])
-    item_similarity = _log_odds(numbers(table["item_similarity"]) * weight, weight, base)
+    clipped = np.clip(np.nan_to_num(chance, nan=0.5), SUREST, 1.0 - SUREST)
+    mf = np.where(np.isnan(chance), rates_summed, np.log(clipped / (1.0 - clipped)))
+    weight = numbers("item_similarity_weight")
+    item_similarity = _log_odds(numbers("item_similarity") * weight, weight, base)
     # 4. in the order of FEATURES
-    mean_similarity, text = numbers(table["similarities"].list.mean()), 4.0 * numbers(table["text"])
-    text_rows = np.log1p(numbers(table["text_weight"]))
+    mean_similarity = found.sums(found.similarity) / np.maximum(
+        np.bincount(found.of_row, minlength=len(found)), 1
+    )
+    text, text_rows = 4.0 * numbers("text"), np.log1p(numbers("text_weight"))
     columns = (
         *(*item, *user, *vote, mean_similarity, weighted_vote),
         *(mf, item_similarity, text, text_rows),

@@ -131,7 +131,7 @@ class ProjectTrainer(Trainer):
         datamodule: InteractionData,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
-        only: Literal["packing", "engine", "retrieval"] = "packing",
+        only: Literal["packing", "engine", "retrieval", "serve"] = "packing",
         seconds: float = 60.0,
         sizes: list[int] = DEFAULT_SIZES,
     ) -> None:
@@ -140,11 +140,13 @@ class ProjectTrainer(Trainer):
         Args:
             model: Its backbone is measured.
             datamodule: Real prompts.
-            ckpt_path: A run's checkpoint, to write the result beside its other results; engine needs a calibrated one.
+            ckpt_path: A run's checkpoint, to write the result beside its other results; engine and serve need one
+                that is calibrated.
             weights_only: Not used.
             only: What to measure. packing: training targets a second, packed against one prompt per candidate; engine:
                 requests a second by transformers, at full depth, static depths and early exit; retrieval: seconds to
-                find similar users, by graph, by text encoder and by LLM.
+                find similar users, by graph, by text encoder and by LLM; serve: requests a second and latency of a
+                server on loopback, plan and full depth; needs the extra `serve` and locust.
             seconds: About how long to measure.
             sizes: Candidates of the engine's requests.
         """
@@ -156,6 +158,10 @@ class ProjectTrainer(Trainer):
         if only == "engine":
             settings, device = exit_calibration_of(self), self.strategy.root_device
             run_engine(model, datamodule, ckpt_path, folder, settings, device, seconds, sizes)
+        elif only == "serve":
+            from project.benchmark.serve import run_load  # the core has no extra
+
+            run_load(folder, seconds)
         elif only == "retrieval":
             run_retrieval(datamodule, folder, seconds)
         else:

@@ -11,7 +11,8 @@ import polars as pl
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from project.cli import check_command, check_yaml
+from project.cli import check_command
+from project.config import check_yaml
 from project.errors import ConfigError
 
 Run = Callable[..., None]

@@ -8,7 +8,6 @@ brings must then score as the same rows of the log do.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
-from world import call, given, tiny_settings
+from world import call, given, sharpened, tiny_settings
 
 from project.data.batch import Batch
 from project.model.module import ExitRecommender
@@ -31,17 +30,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def sharp_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with layers ten times as large: attention is far from uniform."""
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("sharp") / "model"
-    shutil.copytree(tiny_model, folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
-    for name, weights in model.named_parameters():
-        if "proj" in name:
-            weights.data.mul_(10)
-    model.save_pretrained(folder)
-    return folder
+    """The tiny model with layers ten times as large."""
+    return sharpened(tiny_model, tmp_path_factory.mktemp("sharp") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from project.data.logs import TableLogs
 from project.data.prompt import Prompt, PromptEncoder
@@ -102,6 +104,35 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
             "logger": [csv],
         },
     }
+
+
+def sharpened(model: Path, folder: Path) -> Path:
+    """A copy with layers ten times as large: attention is far from uniform."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(model, folder)
+    made: Any = AutoModelForCausalLM.from_pretrained(model)
+    for name, weights in made.named_parameters():
+        if "proj" in name:
+            weights.data.mul_(10)
+    made.save_pretrained(folder)
+    return folder
+
+
+def spread_exits(run: Path) -> None:
+    """Thresholds at which some test rows leave at every exit: calibration on tiny logs uses no depth.
+
+    Heads are similar here, so thresholds fall with depth: who stays at one head would hardly leave at the next.
+    """
+    path = run / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    plan = content["callbacks"]["ExitCalibration"]["plan"]
+    scores = pl.read_parquet(run / "scores" / "test.parquet")
+    for head, layer in enumerate(plan["layers"][:-1]):
+        slope, exit_0, offset = plan["calibration"][head].tolist()
+        logit = scores[f"logit_{layer}"].to_numpy() * slope + scores["logit_0"].to_numpy() * exit_0 + offset
+        plan["thresholds"][head] = float(np.quantile(np.abs(logit), 0.7 - 0.3 * head))
+    torch.save(content, path)
 
 
 def call(cache: Path, *arguments: object) -> None:

@@ -24,12 +24,15 @@ from project.evaluation.bootstrap import UserBootstrap
 from project.exits.plan import ExitSettings
 from project.metrics import Floats
 from project.report.tables import render, shown
+from project.retrieval.online import can_be_indexed
 from project.run import result_head, write_json
 
 if TYPE_CHECKING:
     from project.data.protocol import SplitInteractions
+    from project.data.requests import Request
     from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
+    from project.serve.ranker import Ranker
 
 DRAWS = 2000  # resamples of requests behind an interval
 ROUNDS = 3  # fewer do not show the spread
@@ -198,6 +201,44 @@ def _flops(contender: Contender, units: list[Unit], model: ExitRecommender) -> l
     return [[useful_flops(found[r.request_id], r, model) for r in unit] for unit in units]
 
 
+def online(bench: Bench, data: InteractionData, folder: Path) -> Ranker | None:
+    """The server's ranker; None where the retriever cannot be indexed, or the extra `serve` is not installed."""
+    if not can_be_indexed(data.retriever):
+        return None
+    try:
+        from project.serve.ranker import Ranker
+    except ImportError:
+        return None
+    return Ranker(folder, bench.module, data, bench.plans, cache_mib=0, audit_share=0.0)
+
+
+def preparation(ranker: Ranker, requests: Sequence[Request], cached: bool) -> tuple[float, float]:
+    """Milliseconds that retrieved features and prompt of a request take as of now: medians, after one round to warm up.
+
+    Histories are token ids already where `cached`; else each request makes its own anew.
+    """
+    index, spent, found = ranker._index, 0.0, list[tuple[float, float]]()
+    answer = index.retrieved
+
+    def timed(*given: Any) -> Any:
+        nonlocal spent
+        start = time.perf_counter()
+        features = answer(*given)
+        spent += time.perf_counter() - start
+        return features
+
+    index.retrieved = timed  # type: ignore[assignment, method-assign]
+    for request in (*requests, *requests):
+        if not cached:
+            ranker._histories.clear()
+        start, spent = time.perf_counter(), 0.0
+        ranker._prepare(request, ranker._codes, ranker._items, ranker._encoder)
+        found.append((spent, time.perf_counter() - start - spent))
+    index.retrieved = answer  # type: ignore[method-assign]
+    features, prompt = 1e3 * np.median(found[len(requests) :], axis=0)
+    return float(features), float(prompt)
+
+
 def run_engine(
     model: ExitRecommender,
     data: InteractionData,
@@ -213,7 +254,7 @@ def run_engine(
     The checkpoint is a calibrated run's, `folder` its folder, `settings` its budget, which also chooses the plan
     of the paper's rule.
     Making plans and scoring requests for them comes on top of
-    `seconds`.
+    `seconds`, as does the index of retrieved features.
     """
     if checkpoint is None:
         raise NotFittedError(
@@ -226,12 +267,13 @@ def run_engine(
     bench = Bench(model, data, folder, plans, settings, device)
     if bench.no_lists:
         Console().print(f"no lists: {bench.no_lists}")
+    ranker = online(bench, data, folder)
     result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
     result["rows"] = []
     for case in wanted:
-        units, prepare_ms = _sample(model, data, case)
-        rows = _measure(bench, case, units, prepare_ms, seconds / len(wanted))
-        result["rows"] += [{**case.row(), **row} for row in rows]
+        units, about = _sample(model, data, case, ranker)
+        rows = _measure(bench, case, units, about["prepare_ms"], seconds / len(wanted))
+        result["rows"] += [{**case.row(), **row, **about} for row in rows]
         # what is measured stays measured, whatever happens to the next workload
         path = write_json(folder / "results" / "benchmark.json", result)
     Console(width=190).print(shown(render(result)), f"written: {path}")
@@ -254,23 +296,33 @@ def _possible(sizes: Sequence[int], split: SplitInteractions) -> list[Case]:
     return [case for case in cases(kept) if (case.history or 0) <= longest]
 
 
-def _sample(model: ExitRecommender, data: InteractionData, case: Case) -> tuple[list[Unit], float]:
-    """Requests of a workload as units of one call each, and the milliseconds that preparing a request took."""
+def _sample(
+    model: ExitRecommender, data: InteractionData, case: Case, ranker: Ranker | None
+) -> tuple[list[Unit], dict[str, Any]]:
+    """Requests of a workload as units of one call each, and the milliseconds that preparing a request takes.
+
+    `prepare_ms` is the sum of `features_ms` and `prompt_ms` as of now, by the server's ranker; without one, a request's
+    share of preparing all of them by a walk through the log.
+    """
     drawn = catalogue_requests(data.split, "test", case.requests, case.candidates, data.seed, case.history)
     start = time.perf_counter()
     prepared = prepare_requests(model, data, drawn.requests)
-    spent = (time.perf_counter() - start) / len(prepared) * 1e3
+    about: dict[str, Any] = {"features_ms": None, "prompt_ms": None}
+    about["prepare_ms"] = (time.perf_counter() - start) / len(prepared) * 1e3
+    if ranker is not None:
+        features, prompt = preparation(ranker, drawn.requests.requests, case.prefix_cached)
+        about = {"features_ms": features, "prompt_ms": prompt, "prepare_ms": features + prompt}
     # every request has a cached history of its own, whoever it is of
     prepared = [replace(r, user=r.request_id) for r in prepared]
     whole = len(prepared) - len(prepared) % case.at_once or len(prepared)
-    return [prepared[i : i + case.at_once] for i in range(0, whole, case.at_once)], round(spent, 2)
+    return [prepared[i : i + case.at_once] for i in range(0, whole, case.at_once)], about
 
 
 def _measure(
     bench: Bench, case: Case, units: list[Unit], prepare_ms: float, seconds: float
 ) -> list[dict[str, Any]]:
     """A row a contender of one workload, measured for about so many seconds."""
-    cache = StreamCache(capacity=10**9) if case.prefix_cached else None
+    cache = StreamCache(mib=np.inf) if case.prefix_cached else None
     # 1. warm up packed full depth, fill the cache, and see how many units there is time for
     full = bench.static("packed", "full depth", bench.model.depth, cache).runner
     full.score(units[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from string import Formatter
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from project.data.ragged import IntArray, Ragged, join
+from project.data.ragged import IntArray, Ragged, append, join
 from project.errors import ConfigError
-from project.features import FEATURES, feature_matrix
+from project.features import FEATURES, Retrieved, feature_matrix
 from project.metrics import Floats
 
 
@@ -79,10 +80,9 @@ def fields_together(name: str) -> list[str] | None:
     return fields if NUMBERS.keys() >= set(fields) and len(set(fields)) == len(fields) else None
 
 
-def number_features(retrieved: pl.DataFrame) -> Floats:
-    """(n, len(FEATURES)) of n rows of a retrieved features table, at even odds."""
-    rows = retrieved.with_columns(row_id=pl.int_range(pl.len(), dtype=pl.Int64))  # a row may stand twice
-    return feature_matrix(rows, 0.5)
+def number_features(retrieved: pl.DataFrame | Retrieved) -> Floats:
+    """(n, len(FEATURES)) of n rows of retrieved features, at even odds."""
+    return feature_matrix(retrieved, 0.5)
 
 
 def number_ids(features: Floats, fields: Sequence[str]) -> IntArray:
@@ -127,22 +127,22 @@ def readable(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
 UNKNOWN = "?"  # what the prompt says where nothing has been counted yet
 
 
-def _percent(values: pl.Series) -> list[str]:
+def _percent(values: Floats) -> list[str]:
     """Always two digits, 00 to 99: whatever is known is equally long."""
-    return [UNKNOWN if v is None else f"{min(int(100 * v + 0.5), 99):02d}" for v in values.to_list()]
+    return [UNKNOWN if v != v else f"{min(int(100 * v + 0.5), 99):02d}" for v in values.tolist()]
 
 
-def _round_down(values: pl.Series) -> list[str]:
+def _round_down(values: Floats) -> list[str]:
     """0, 1, 2, 5, 10, 20, 50, ...: counts as few distinct texts."""
     steps = np.array([0, *(m * 10**e for e in range(8) for m in (1, 2, 5))])
-    return [str(steps[i]) for i in np.searchsorted(steps, values.to_numpy(), side="right") - 1]
+    return [str(steps[i]) for i in np.searchsorted(steps, values, side="right") - 1]
 
 
-def _plain(values: pl.Series) -> list[str]:
-    return list(map(str, values.to_list()))
+def _plain(values: Floats) -> list[str]:
+    return [str(int(value)) for value in values.tolist()]
 
 
-RETRIEVED_FIELDS: dict[str, tuple[str, Callable[[pl.Series], list[str]]]] = {
+RETRIEVED_FIELDS: dict[str, tuple[str, Callable[[Floats], list[str]]]] = {
     "item_percent": ("item_rate", _percent),
     "user_percent": ("user_rate", _percent),
     "vote_percent": ("vote", _percent),
@@ -314,12 +314,25 @@ class PromptEncoder:
         self.instruction: IntArray = np.array(instruction, dtype=np.int64)
         # index 0, 1: the answers; index 2 (label -1): unknown, no answer tokens
         self._answers = Ragged.of([*answers, []])
+        self._static = self._static_of(items)
+
+    def _static_of(self, items: pl.DataFrame) -> dict[int, Ragged]:
+        """By part, token ids of each item's own texts."""
         rows = items.to_dicts()
-        self._static = {
+        return {
             i: Ragged.of([self._ids(text.format(**row)) for row in rows])
             for i, (kind, text) in enumerate(self._parts)
             if kind == "static"
         }
+
+    def with_items(self, new: pl.DataFrame) -> PromptEncoder:
+        """This one with further items, whose codes follow; itself where there are none."""
+        if new.is_empty():
+            return self
+        found, static = copy(self), self._static_of(new)
+        found._static = {i: append(lists, static[i]) for i, lists in self._static.items()}
+        found._titles = [*self._titles, *new["title"]]
+        return found
 
     def _ids(self, text: str) -> list[int]:
         """Of a text that holds what items bring: no control tokens."""
@@ -331,11 +344,13 @@ class PromptEncoder:
         distinct, codes = np.unique(np.array(texts, dtype=object).astype(str), return_inverse=True)
         return Ragged.of([self._ids(t) for t in distinct.tolist()]).take(codes.astype(np.int64))
 
-    def encode(self, item: IntArray, retrieved: pl.DataFrame, label: npt.NDArray[np.int8]) -> Segments:
+    def encode(
+        self, item: IntArray, retrieved: pl.DataFrame | Retrieved, label: npt.NDArray[np.int8]
+    ) -> Segments:
         """Segments of items (n,), their n rows of the retrieved features, and answers (n,): 0, 1, or -1 for none."""
-        if "likes" not in retrieved.columns:
-            retrieved = retrieved.with_columns(likes=pl.col("answers").list.sum().fill_null(0))
-        features = number_features(retrieved) if any(kind == "number" for kind, _ in self._parts) else None
+        found = Retrieved.of(retrieved)
+        columns = {"likes": found.sums(found.answer)} | found.columns
+        features = number_features(found) if any(kind == "number" for kind, _ in self._parts) else None
         parts = []
         for i, (kind, name) in enumerate(self._parts):
             if kind == "static":
@@ -347,8 +362,7 @@ class PromptEncoder:
             else:
                 # a column may be absent: item_similarity is there with retrievers that compare items
                 column, render = RETRIEVED_FIELDS[name]
-                known = column in retrieved.columns
-                texts = render(retrieved[column]) if known else [UNKNOWN] * len(item)
+                texts = render(columns[column]) if column in columns else [UNKNOWN] * len(item)
                 parts.append(self._encode_values(texts))
         answers = self._answers.take(np.where(label < 0, 2, label).astype(np.int64))
         segments = join([*parts, answers])

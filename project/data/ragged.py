@@ -65,3 +65,11 @@ def join(parts: Sequence[Ragged]) -> Ragged:
         values[np.repeat(start, part.lengths) + within(part.lengths)] = part.values
         start += part.lengths
     return Ragged(values, offsets)
+
+
+def append(lists: Ragged, last: Ragged) -> Ragged:
+    """All lists of both, one after the other."""
+    return Ragged(
+        np.concatenate([lists.values, last.values]),
+        np.concatenate([lists.offsets, lists.offsets[-1] + last.offsets[1:]]),
+    )

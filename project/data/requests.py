@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Requests:
 
     requests: list[Request]  # in the order of the file
     items: pl.DataFrame  # the items table, followed by items that only the requests know
-    codes: dict[str, int]  # item id -> row of `items`
+    codes: Mapping[str, int]  # item id -> row of `items`
     refused: tuple[Refused, ...] = ()  # lines of the same file that are no request, or name unknown items
 
     def table(self) -> pl.DataFrame:
@@ -74,26 +75,7 @@ def read_requests(file: str | None, interactions: Interactions) -> Requests:
         raise DataError(
             f"predict needs data.requests, a JSONL or Parquet file with lines such as {EXAMPLE}; none was given."
         )
-    known, added = interactions.items, list[dict[str, Any]]()
-    codes = dict(known.select("item_id", "item").iter_rows())
-
-    def item_of(value: Any) -> str:
-        """Id of a candidate or history item, given as an id or as an object with item_id and title."""
-        details = value if isinstance(value, dict) else {"item_id": value}
-        if details.get("item_id") is None:
-            raise DataError(f"found an item {_shown(value)} without item_id; expected {EXAMPLE}.")
-        item_id = str(details["item_id"]).strip()
-        if item_id not in codes:
-            if not str(details.get("title") or "").strip():
-                raise DataError(
-                    f"item {_shown(item_id)} is not in the items table and has no title. Add it to the items table, "
-                    'or give it as {"item_id": ..., "title": ...} with any attribute of the items table.'
-                )
-            codes[item_id] = len(codes)
-            texts = {c: str(details.get(c) or "") for c in known.columns}
-            added.append(texts | {"item": codes[item_id], "item_id": item_id})
-        return item_id
-
+    catalogue = Catalogue(interactions.items)
     requests, refused, places = list[Request](), list[Refused](), dict[str, str]()
     for place, (at, line) in enumerate(_lines(Path(file))):
         name, candidates = at, tuple[str, ...]()
@@ -111,7 +93,7 @@ def read_requests(file: str | None, interactions: Interactions) -> Requests:
             listed = record.get("candidates")
             if isinstance(listed, list):
                 candidates = tuple(str(c.get("item_id") if isinstance(c, dict) else c) for c in listed)
-            requests.append(_request(record, item_of))
+            requests.append(request_of(record, catalogue.item_of))
         except (DataError, RecursionError) as error:
             refused.append(Refused(place, name, candidates, f"{file}, {at}: {error}"))
     if not requests:
@@ -120,8 +102,37 @@ def read_requests(file: str | None, interactions: Interactions) -> Requests:
             if refused
             else f"{file} (data.requests) holds no request; expected lines such as {EXAMPLE}."
         )
-    items = pl.concat([known, pl.DataFrame(added, schema=known.schema)])
-    return Requests(requests, items, codes, tuple(refused))
+    return Requests(requests, catalogue.table(), catalogue.codes, tuple(refused))
+
+
+class Catalogue:
+    """The items table, and items that requests bring; `codes` are rows of both."""
+
+    def __init__(self, known: pl.DataFrame, codes: dict[str, int] | None = None) -> None:
+        self.known, self.added = known, list[dict[str, Any]]()
+        codes = dict(known.select("item_id", "item").iter_rows()) if codes is None else codes
+        self.codes = ChainMap[str, int]({}, codes)
+
+    def item_of(self, value: Any) -> str:
+        """Id of a candidate or history item, given as an id or as an object with item_id and title."""
+        details = value if isinstance(value, dict) else {"item_id": value}
+        if details.get("item_id") is None:
+            raise DataError(f"found an item {_shown(value)} without item_id; expected {EXAMPLE}.")
+        item_id = str(details["item_id"]).strip()
+        if item_id not in self.codes:
+            if not str(details.get("title") or "").strip():
+                raise DataError(
+                    f"item {_shown(item_id)} is not in the items table and has no title. Add it to the items table, "
+                    'or give it as {"item_id": ..., "title": ...} with any attribute of the items table.'
+                )
+            code = self.codes[item_id] = self.known.height + len(self.added)
+            texts = {c: str(details.get(c) or "") for c in self.known.columns}
+            self.added.append(texts | {"item": code, "item_id": item_id})
+        return item_id
+
+    def table(self) -> pl.DataFrame:
+        """The items table, followed by what requests brought."""
+        return pl.concat([self.known, pl.DataFrame(self.added, schema=self.known.schema)])
 
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
@@ -156,7 +167,8 @@ def _record(line: bytes | dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _request(record: dict[str, Any], item_of: Callable[[Any], str]) -> Request:
+def request_of(record: dict[str, Any], item_of: Callable[[Any], str]) -> Request:
+    """The request of a line's object, or `DataError`."""
     names = ("request_id", "user_id", "history", "time", "candidates")
     request_id, user_id, history, time, candidates = map(record.get, names)
     well_formed = (

@@ -11,7 +11,7 @@ import polars as pl
 
 from project.data.prompt import PromptEncoder
 from project.data.protocol import answered
-from project.data.ragged import IntArray, Ragged, offsets_of
+from project.data.ragged import IntArray, Ragged, append, offsets_of
 
 BoolArray = npt.NDArray[np.bool_]
 ROOM = 0.25  # a window may pass `context_tokens` by this share for the rows that share its last timestamp
@@ -184,7 +184,7 @@ def streams_of(
         label=label,
         target=target,
         context=context,
-        tokens=_append(segments.tokens, instruction),
+        tokens=append(segments.tokens, instruction),
         slots=segments.slots,
     )
     return streams if encoder.similar is None else _with_similar(streams, joined["similar_after"], encoder)
@@ -209,13 +209,6 @@ def _with_similar(streams: Streams, lists: pl.Series, encoder: PromptEncoder) ->
         label=np.insert(streams.label, at, -1),
         target=np.insert(streams.target, at, False),
         context=np.insert(streams.context, at, True),
-        tokens=_append(streams.tokens, tokens).take(np.append(order, streams.instruction)),
+        tokens=append(streams.tokens, tokens).take(np.append(order, streams.instruction)),
         slots=np.insert(streams.slots, at, tokens.lengths - 1),
-    )
-
-
-def _append(lists: Ragged, last: Ragged) -> Ragged:
-    return Ragged(
-        np.concatenate([lists.values, last.values]),
-        np.concatenate([lists.offsets, lists.offsets[-1] + last.offsets[1:]]),
     )

@@ -30,6 +30,12 @@ class CachedStream:
         self._reached = [0] * (layers + 1)  # leading tokens that have come to each depth
         self.waiting: dict[int, Tensor] = {}  # by depth, hidden states (f, H) of tokens that stopped there
 
+    @property
+    def bytes(self) -> int:
+        """What keys, values and waiting states take, room to grow included."""
+        tensors = [*(x for pair in self._pairs if pair is not None for x in pair), *self.waiting.values()]
+        return sum(x.untyped_storage().nbytes() for x in tensors)
+
     def adopt(self, stream: StreamTokens) -> int:
         """Keep what is common with `stream`, forget the rest; returns how many of its tokens came to depth 0 before."""
         kept = self.stream.common(stream)
@@ -90,21 +96,31 @@ class CachedStream:
 
 
 class StreamCache:
-    """Streams of users, at most `capacity` tokens together; the least recently used is forgotten first."""
+    """Streams of users, whose tensors take at most `mib` MiB together; the least recently used is forgotten first."""
 
-    def __init__(self, capacity: int = 200_000) -> None:
-        self.capacity = capacity
-        self._kept: OrderedDict[Hashable, CachedStream] = OrderedDict()
+    def __init__(self, mib: float = 1024) -> None:
+        self.capacity = mib * 2**20  # bytes
+        self.bytes = 0
+        self._kept: OrderedDict[Hashable, tuple[CachedStream, int]] = OrderedDict()  # streams and their bytes
 
     def __len__(self) -> int:
         return len(self._kept)
 
+    def common(self, user: Hashable, stream: StreamTokens) -> int:
+        """Number of leading tokens of a stream that are kept for a user."""
+        return self._kept[user][0].stream.common(stream) if user in self._kept else 0
+
     def take(self, user: Hashable, layers: int) -> CachedStream:
         """What is known of a user's stream, taken out: a batch that fails leaves no stream in an unknown state."""
-        return self._kept.pop(user, None) or CachedStream(layers)
+        stream, size = self._kept.pop(user) if user in self._kept else (CachedStream(layers), 0)
+        self.bytes -= size
+        return stream
 
     def give(self, user: Hashable, stream: CachedStream) -> None:
-        """Keep a stream after its batch; forget others while there are more than `capacity` tokens."""
-        self._kept[user] = stream
-        while sum(len(s.stream) for s in self._kept.values()) > self.capacity:
-            self._kept.popitem(last=False)
+        """Keep a stream after its batch; forget others, at last itself, while there are more bytes than `capacity`."""
+        self.take(user, 0)  # another one of theirs
+        size = stream.bytes
+        self._kept[user] = stream, size
+        self.bytes += size
+        while self.bytes > self.capacity:
+            self.bytes -= self._kept.popitem(last=False)[1][1]

@@ -126,6 +126,8 @@ class EngineBatch:
         self.request = np.repeat(np.arange(len(requests)), counts)  # (N,)
         self.exit_layer = np.full(len(self.request), -1, dtype=np.int64)
         self.token_layers = np.zeros(len(requests), dtype=np.int64)
+        self.deadline = np.array([r.deadline for r in requests])
+        self.late = np.zeros(len(requests), dtype=bool)
         self.alive = np.arange(len(self.request))  # the m candidates that are still running
         # of these, on the device: place among the N, request, features, and raw logits, a column a head
         self.index, self.owner = (upload(x, engine.device) for x in (self.alive, self.request))
@@ -175,7 +177,7 @@ class EngineBatch:
             # 5. The head: one more column of logits.
             column: Tensor = engine.heads[str(layer)](answers).double()[:, None]
             self.logits = torch.cat([self.logits, column], dim=1)
-            # 6. Who leaves, and with which logit.
+            # 6. Who leaves, and with which logit: by the decision, or since the request's deadline has passed.
             stays = self._decide(head)
             # 7. The row of the survivors goes on from this depth, by one gather.
             state = self._compact(state, depth, stays)
@@ -189,8 +191,8 @@ class EngineBatch:
         self._stop_clock("backbone", start)
         spans = pairwise(self.offsets)
         return [
-            Scored(r.request_id, logits[a:b], self.exit_layer[a:b], int(spent))
-            for r, (a, b), spent in zip(self.requests, spans, self.token_layers, strict=True)
+            Scored(r.request_id, logits[a:b], self.exit_layer[a:b], int(spent), late=bool(late))
+            for r, (a, b), spent, late in zip(self.requests, spans, self.token_layers, self.late, strict=True)
         ]
 
     def _embed(self) -> State:
@@ -255,20 +257,20 @@ class EngineBatch:
 
     def _decide(self, head: int) -> Bools:
         """Note who leaves at this exit, and with which logit; returns who of the alive stays, (m,)."""
-        decision = self.engine.decision
+        decision, late = self.engine.decision, self._late()
         known = decision.known(head)
-        stays = np.full(len(self.alive), known is False)
-        if known is False:
-            return stays
+        if known is False and not late.any():
+            return ~late
         logits = decision.calibration.apply(self.logits)
-        if known:
-            self.emitted[self.index] = logits[:, -1]
-        else:
+        leaves = np.full(len(self.alive), known is True)
+        if known is None:
             outputs = HeadOutputs(decision.layers[: head + 1], logits, self.retrieved)
-            leaves = decision.leaves(self.owner, outputs)
-            self.emitted[self.index] = torch.where(leaves, logits[:, -1], self.emitted[self.index])
-            stays = ~leaves.cpu().numpy()  # the one wait for the device
+            leaves = decision.leaves(self.owner, outputs).cpu().numpy()  # the one wait for the device
             self.scores.syncs += 1
+        self.late[self.request[self.alive[late & ~leaves]]] = True
+        stays = ~(leaves | late)
+        gone = upload(~stays, self.engine.device)
+        self.emitted[self.index] = torch.where(gone, logits[:, -1], self.emitted[self.index])
         self.exit_layer[self.alive[~stays]] = decision.layers[head]
         self.alive = self.alive[stays]
         if len(self.alive) and not stays.all():
@@ -277,6 +279,16 @@ class EngineBatch:
                 x.index_select(0, kept) for x in (self.index, self.owner, self.retrieved, self.logits)
             )
         return stays
+
+    def _late(self) -> Bools:
+        """Which of the alive are past their deadline, (m,); waits for the device where there is one."""
+        deadline = self.deadline[self.request[self.alive]]
+        if not np.isfinite(deadline).any():
+            return np.zeros(len(deadline), dtype=bool)
+        if self.engine.device.type != "cpu":
+            torch.get_device_module(self.engine.device).synchronize()
+            self.scores.syncs += 1
+        return deadline < time.monotonic()
 
     def _compact(self, state: State, depth: int, stays: Bools | None = None) -> State:
         """The state of who stays, (m,), None: everyone, and of the stream tokens that waited at this depth.
@@ -388,12 +400,10 @@ def _packable(part: nn.Module) -> bool:
 
 
 class EveryHead:
-    """A `Decision`: nobody leaves before the last head; raw outputs of all heads are kept, batch by batch."""
+    """A `Decision`: nobody leaves before the last head; calibrated outputs of all heads are kept, batch by batch."""
 
-    def __init__(self, exit_layers: Sequence[int]) -> None:
-        identity = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).repeat(len(exit_layers), 1)
-        self.layers = tuple(exit_layers)
-        self.calibration = Calibration(self.layers, identity)
+    def __init__(self, calibration: Calibration) -> None:
+        self.layers, self.calibration = calibration.layers, calibration
         self.outputs: list[HeadOutputs] = []
 
     def known(self, head: int) -> bool | None:
@@ -417,7 +427,8 @@ def score_every_head(
     `candidates` is `Requests.table()` of the same requests, for the column item_id; None leaves it empty. A request
     that cannot be scored is a DataError.
     """
-    decision = EveryHead(model.exit_layers)
+    raw = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).repeat(len(model.exit_layers), 1)
+    decision = EveryHead(Calibration(tuple(model.exit_layers), raw))
     for scored in Engine(model, decision, batch_tokens=batch_tokens).score(requests).requests:
         if scored.error is not None:
             raise DataError(f"request {scored.request_id!r} cannot be scored: {scored.error}.")

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from project.data.ragged import IntArray, Ragged, offsets_of, within
 from project.data.requests import Requests
-from project.data.stream import Streams, context_starts, time_groups
+from project.data.stream import context_starts, time_groups
 from project.datamodule import InteractionData
 from project.features import feature_matrix
 from project.metrics import Floats, probabilities
@@ -26,6 +27,7 @@ class Scored:
     exit_layers: IntArray  # (n,)
     token_layers: int = 0  # tokens times layers that ran, the stream's included
     error: str | None = None  # why it could not be scored
+    late: bool = False  # past the deadline, candidates left whom the decision would have had stay
 
     @property
     def probabilities(self) -> Floats:
@@ -91,6 +93,7 @@ class PreparedRequest:
     exit_0: Floats  # (n,) logits of exit 0, rounded to float32 as score tables have them
     retrieved: Floats  # (n, F) features that criteria read
     user: Hashable | None = None  # key of the stream in a cache; None: never cached
+    deadline: float = np.inf  # time.monotonic() seconds; past it, everyone leaves at the next exit
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -131,14 +134,18 @@ def prepare_requests(
     # every request has at least one candidate, so it has exactly one stream
     for request, (start, stop) in zip(data.requests.requests, pairwise(streams.offsets), strict=True):
         rows = np.arange(start, stop)
-        scored = rows[streams.target[rows]]
-        lists, slots, candidates = streams.tokens.take(scored), streams.slots[scored], streams.row_id[scored]
-        until_slot = within(lists.lengths) <= np.repeat(slots, lists.lengths)
+        scored, context = rows[streams.target[rows]], rows[streams.context[rows]]
+        candidates = streams.row_id[scored]
         prepared.append(
             PreparedRequest(
                 request.request_id,
-                _stream(streams, rows, data.context_tokens),
-                Ragged(lists.values[until_slot], offsets_of(slots + 1)),
+                shared_prefix(
+                    streams.tokens[streams.instruction],
+                    streams.tokens.take(context),
+                    streams.timestamp[context],
+                    data.context_tokens,
+                ),
+                until_slots(streams.tokens.take(scored), streams.slots[scored]),
                 exit_0[candidates],
                 features[candidates],
                 request.user_id,
@@ -147,12 +154,23 @@ def prepare_requests(
     return prepared
 
 
-def _stream(streams: Streams, rows: IntArray, context_tokens: int) -> StreamTokens:
-    """The context of the last time group of a stream's rows, as `evaluation_windows` has it."""
-    groups = time_groups(streams.timestamp[rows])
-    start = context_starts(streams.tokens.lengths[rows], groups, context_tokens)[-2]
-    context = rows[start : groups[-2]]
-    context = context[streams.context[context]]
-    time = streams.timestamp[context]
+def shared_prefix(
+    instruction: IntArray, history: Ragged, timestamp: NDArray[np.float64], context_tokens: int
+) -> StreamTokens:
+    """What candidates later than all of a history see: the instruction, and as many of the latest segments as fit.
+
+    `history` are m segments in order of time, `timestamp` (m,) their seconds. As `evaluation_windows` has it.
+    """
+    start = context_starts(history.lengths, time_groups(timestamp), context_tokens)[-1]
+    time = timestamp[start:]
     group = np.concatenate([[0], 1 + np.cumsum(np.diff(time, prepend=time[:1]) != 0)]).astype(np.int64)
-    return StreamTokens.of(streams.tokens.take(np.concatenate([[streams.instruction], context])), group)
+    first = history.offsets[start]
+    offsets = np.concatenate([[0], history.offsets[start:] - first + len(instruction)])
+    return StreamTokens.of(Ragged(np.concatenate([instruction, history.values[first:]]), offsets), group)
+
+
+def until_slots(lists: Ragged, slots: IntArray) -> Ragged:
+    """Segments without what follows their answer slots (n,)."""
+    return Ragged(
+        lists.values[within(lists.lengths) <= np.repeat(slots, lists.lengths)], offsets_of(slots + 1)
+    )

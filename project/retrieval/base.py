@@ -57,14 +57,6 @@ class SimilarUsers(NamedTuple):
     similarity: FloatArray
 
 
-class ItemSimilarity(NamedTuple):
-    """A user's own answers on items similar to a candidate: the sum of similarities, and the liked items' part."""
-
-    likes: float
-    weight: float
-
-
-NO_ITEM_SIMILARITY = ItemSimilarity(0.0, 0.0)
 NO_NEIGHBOURS = Neighbours(np.empty(0, np.int64), np.empty(0, np.float32))
 NO_SIMILAR_USERS = SimilarUsers(np.empty(0, np.int64), np.empty(0, np.float32))
 
@@ -129,9 +121,12 @@ class Retriever(ABC):
         """The users most similar to `user` among `others`, latest rating last; where similar_every is above 0."""
         return NO_SIMILAR_USERS
 
-    def item_similarity(self, user: int, item: int) -> ItemSimilarity:
-        """The user's own answers on the items most similar to a candidate; where item_neighbours is above 0."""
-        return NO_ITEM_SIMILARITY
+    def item_similarities(self, user: int, items: IntArray) -> NDArray[np.float64]:
+        """The user's own answers on the items most similar to each candidate; where item_neighbours is above 0.
+
+        (n, 2): the sum of the liked items' similarities, and that of all.
+        """
+        return np.zeros((items.size, 2))
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:  # noqa: B027  # optional
         """Take in one row of a user's own past, once its time has passed."""
@@ -295,6 +290,15 @@ class OwnRows:
         best = top(of_row, self._count)
         return self._row.values[best], self._label.values[best], of_row[best]
 
+    def votes(self, similarity: FloatArray) -> NDArray[np.float64]:
+        """(n, 2) sums over the rows of `nearest`: of the liked rows' similarities, of all; those below 0 count as 0.
+
+        `similarity` (n, distinct items) is that of `items` to each of n candidates.
+        """
+        of_row = similarity[:, self._place.values]
+        weights = np.where(are_top(of_row, self._count), np.maximum(of_row, 0), 0).astype(np.float64)
+        return np.stack([weights @ self._label.values, weights.sum(axis=1)], axis=1)
+
     def _drop(self) -> None:
         """Keep the latest `count` rows of each item."""
         place, size = self._place.values, self._place.size
@@ -310,7 +314,19 @@ class OwnRows:
 def top(values: NDArray[np.floating[Any]], count: int) -> IntArray:
     """Positions of the `count` largest of values (n,), largest first; equal values: the later position first."""
     if values.size > count:
-        kept = np.flatnonzero(values >= np.partition(values, -count)[-count])[::-1]
+        kept = (values >= np.partition(values, -count)[-count]).nonzero()[0][::-1]
     else:
         kept = np.arange(values.size - 1, -1, -1)
-    return kept[np.argsort(-values[kept], kind="stable")[:count]]
+    best: IntArray = kept[(-values[kept]).argsort(kind="stable")[:count]]
+    return best
+
+
+def are_top(values: NDArray[np.floating[Any]], count: int) -> NDArray[np.bool_]:
+    """Which of each row of values (rows, n) are those of `top`."""
+    if values.shape[1] <= count:
+        return np.ones(values.shape, np.bool_)
+    least = np.partition(values, -count, axis=1)[:, [-count]]
+    above, equal = values > least, values == least
+    later = equal[:, ::-1].cumsum(axis=1)[:, ::-1]  # of the equal, how many from here on
+    chosen: NDArray[np.bool_] = above | (equal & (later <= count - above.sum(axis=1, keepdims=True)))
+    return chosen

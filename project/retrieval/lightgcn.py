@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from project.retrieval.base import (
-    NO_ITEM_SIMILARITY,
     NO_NEIGHBOURS,
     NO_SIMILAR_USERS,
     Edges,
     FloatArray,
     IntArray,
-    ItemSimilarity,
     Neighbours,
     OwnRows,
     Raters,
@@ -119,7 +118,7 @@ class VectorRetriever(Retriever):
         """What `select` picks for a vector (d,) of this block and its `inverse_norms`, a scalar."""
         if raters.user.size == 0 or inverse_norm == 0:
             return NO_NEIGHBOURS
-        inverse = self._inverse[raters.user]
+        inverse = self._inverse.take(raters.user)
         cosine = (self._vectors.take(raters.user, axis=0) @ vector) * (inverse * inverse_norm)
         nearest = top(np.where(inverse > 0, cosine, -np.inf), self.neighbours)
         nearest = nearest[inverse[nearest] > 0]
@@ -136,17 +135,13 @@ class VectorRetriever(Retriever):
         nearest = nearest[cosine[nearest] > 0]
         return SimilarUsers(others[nearest], cosine[nearest])
 
-    def item_similarity(self, user: int, item: int) -> ItemSimilarity:
+    def item_similarities(self, user: int, items: IntArray) -> NDArray[np.float64]:
         """Answers weighted by the cosine of their items' vectors with the candidate's, if it is one of the largest."""
         own = self._own.get(user)
         if self._weighted is None or own is None:
-            return NO_ITEM_SIMILARITY
+            return np.zeros((items.size, 2))
         # not a matrix product, as in most_similar
-        _, answers, cosine = own.nearest(
-            (self._directions.take(own.items, axis=0) * self._directions[item]).sum(-1)
-        )
-        weights = np.maximum(cosine, 0).astype(np.float64)
-        return ItemSimilarity(float(weights @ answers.astype(np.float64)), float(weights.sum()))
+        return own.votes((self._directions[items][:, None] * self._directions[own.items]).sum(-1))
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:
         """Add one rated item to its user's vector."""

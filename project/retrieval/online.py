@@ -6,9 +6,11 @@ max_raters of each, and the user's own rows. Features are made by the code that 
 the factorisation and the terms of texts are those of the last block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from scipy.sparse import vstack
 
 from project.data.protocol import SplitInteractions
 from project.errors import ConfigError, DataError
+from project.features import Retrieved
+from project.metrics import Floats
 from project.retrieval.base import Growing, IntArray, Retriever
-from project.retrieval.factorisation import MatrixFactorisation, mf_column, mf_snapshots
+from project.retrieval.factorisation import MatrixFactorisation, mf_snapshots
 from project.retrieval.features import retrieved_folder
-from project.retrieval.own_text import text_encoder, text_similarity, with_any_other
-from project.retrieval.walk import Answers, Past, Snapshots, WalkRows
+from project.retrieval.own_text import text_and_weight, text_encoder, with_any_other
+from project.retrieval.walk import Answers, Past, Snapshots, WalkRows, as_stored
 
 ROOM = 1024  # users more than the log has, before room is made for twice as many
 
@@ -31,6 +35,12 @@ def can_be_indexed(retriever: Retriever) -> bool:
     """Whether it forgets what it observes of a user, which a request that brings its own history needs."""
     kind = type(retriever)
     return kind.observe is Retriever.observe or kind.forget is not Retriever.forget
+
+
+def in_time(history: Sequence[tuple[int, int, float]]) -> tuple[IntArray, list[tuple[int, int, float]]]:
+    """Items, labels and seconds in order of time, then item, and where each stood."""
+    order = sorted(range(len(history)), key=lambda k: (history[k][2], history[k][0]))
+    return np.array(order, np.int64), [history[k] for k in order]
 
 
 class FeatureIndex:
@@ -55,7 +65,7 @@ class FeatureIndex:
             )
         self._retriever, self._mf = copy(retriever), mf
         self._items = split.interactions.items  # what the retriever knows; a code beyond it is any other item
-        self._guest = split.interactions.users.height  # stands for whoever has no past here
+        self.guest = split.interactions.users.height  # stands for whoever has no past here
         # 1. what was fitted
         folder = retrieved_folder(split, retriever, refits, cache_dir)
         self._snapshots = Snapshots.load(folder / "snapshots.npz")
@@ -74,7 +84,7 @@ class FeatureIndex:
             self._keep(row)
         self.latest = float(self._rows.timestamp.max(initial=-np.inf))  # seconds, of what was observed
         self._next_id = int(self._rows.row_id.max(initial=-1)) + 1
-        self._begin(self._guest + 1 + ROOM)
+        self._begin(self.guest + 1 + ROOM)
 
     def observe(
         self, user: int, item: int, label: int, timestamp: float, catalogue: pl.DataFrame | None = None
@@ -89,8 +99,8 @@ class FeatureIndex:
                 f"latest event, {self.latest}"
             )
         self._new_texts = self._texts_after(catalogue)
-        if user >= self._guest and user not in self._codes:
-            self._codes[user] = self._guest + 1 + len(self._codes)
+        if user >= self.guest and user not in self._codes:
+            self._codes[user] = self.guest + 1 + len(self._codes)
             if self._codes[user] >= self._room:
                 self._begin(2 * self._room)
         code = self._code(user)
@@ -108,16 +118,49 @@ class FeatureIndex:
         catalogue: pl.DataFrame | None = None,
         time: float | None = None,
     ) -> pl.DataFrame:
-        """Retrieved features of candidates, in their order; row_id is -1 - position, after the history's.
+        """`retrieved` of the candidates as a table; row_id is -1 - position, after the history's."""
+        with self._request(user, items, history, catalogue, time) as (answers, own_columns):
+            table = answers.table().tail(len(items))
+            if self._retriever.similar_every:
+                table = table.with_columns(
+                    similar_after=pl.Series([None] * len(table), dtype=pl.List(pl.Int32))
+                )
+            own = (pl.Series(name, x, pl.Float32, nan_to_null=True) for name, x in own_columns.items())
+            return table.hstack([column.tail(len(items)) for column in own])
+
+    def retrieved(
+        self,
+        user: int,
+        items: Sequence[int] | IntArray,
+        history: Sequence[tuple[int, int, float]] | None = None,
+        catalogue: pl.DataFrame | None = None,
+        time: float | None = None,
+    ) -> Retrieved:
+        """Retrieved features of a history's rows, in order of time, then item, and of candidates, in their order.
 
         Args:
             user: Whose past they are answered from, and whose ratings are not neighbours.
             items: The candidates.
-            history: Items, labels and seconds that are the user's past instead of what was observed.
+            history: Items, labels and seconds that are the user's past instead of what was observed. It is read as if
+                it came now, in its own order of time: each row reads the rows of earlier seconds, and all of the log.
             catalogue: Items table of `items` and `history` where the request brings items.
-            time: Seconds, later than all events; None is just after them and the history.
+            time: Seconds, later than all events, where there is no history; None is just after them.
         """
-        brought = history or ()
+        with self._request(user, items, history, catalogue, time) as (answers, own_columns):
+            found = answers.retrieved()
+            return replace(found, columns=found.columns | own_columns)
+
+    @contextmanager
+    def _request(
+        self,
+        user: int,
+        items: Sequence[int] | IntArray,
+        history: Sequence[tuple[int, int, float]] | None,
+        catalogue: pl.DataFrame | None,
+        time: float | None,
+    ) -> Iterator[tuple[Answers, dict[str, Floats]]]:
+        """Answers to a request, for as long as its rows are there; and mf, text and text_weight of the same rows."""
+        order, brought = in_time([] if history is None else history)
         now = max([self.latest, *(at for *_, at in brought)]) + 1 if time is None else time
         if not now > self.latest:
             raise DataError(
@@ -125,38 +168,39 @@ class FeatureIndex:
                 "are answered by a walk, `request_retrieved`."
             )
         person = self._code(user)
-        code = person if history is None else self._guest
+        code = person if history is None else self.guest
         first = self._size
         try:
-            # 1. rows of the request, for as long as it is answered: the history in time order, then candidates
+            # 1. rows of the request: the history in time order, then candidates
             self._move_to(now)
-            order = sorted(range(len(brought)), key=lambda k: (brought[k][2], brought[k][0]))
-            past = [k for k in order if brought[k][2] < now]
-            self._append([-1 - k for k in past], code, person, [brought[k] for k in past], own=True)
-            for row in range(first, self._size):
-                self._keep(row)
-                self._tell(row)
+            distinct, rank = np.unique([at for *_, at in brought], return_inverse=True)
+            seconds = self.latest + (now - self.latest) * (rank + 1) / (distinct.size + 1)
+            past = [(item, label, at) for (item, label, _), at in zip(brought, seconds.tolist(), strict=True)]
+            rows = self._append(-1 - order, code, person, past, query=True, own=True)
             ids = -1 - len(brought) - np.arange(len(items))
-            queries = self._append(ids, code, person, [(item, -1, now) for item in items])
-            # 2. neighbours and rates
-            answers = Answers(self._rows, queries, self._retriever, self._items.height)
-            for _ in queries:
-                answers.answer(self._past)
-            table = answers.table()
-            if self._retriever.similar_every:
-                none = pl.Series("similar_after", [None] * len(table), pl.List(pl.Int32))
-                table = table.hstack([none])
+            queries = self._append(ids, code, person, [(item, -1, now) for item in items], query=True)
+            # 2. neighbours and rates: the rows of each second, which enter the user's past then, and candidates
+            answers = Answers(
+                self._rows, np.concatenate([rows, queries]), self._retriever, self._items.height
+            )
+            for _, second in groupby(rows.tolist(), lambda row: self._rows.timestamp[row]):
+                together = list(second)
+                answers.answer(self._past, len(together))
+                for row in together:
+                    self._keep(row)
+                    self._tell(row)
+            answers.answer(self._past, len(queries))
             # 3. factorisation and text similarity, which read the user's own rows alone
             own = self._own[code].values if code in self._own else queries[:0]
-            return table.hstack(self._own_columns(np.concatenate([own, queries]), catalogue))
+            yield answers, self._own_columns(np.concatenate([own, queries]), catalogue)
         finally:
             self._size = first
-            self._own.pop(self._guest, None)
-            self._past.forget(self._guest)
-            self._retriever.forget(self._guest)
+            self._own.pop(self.guest, None)
+            self._past.forget(self.guest)
+            self._retriever.forget(self.guest)
 
     def _code(self, user: int) -> int:
-        return user if user < self._guest else self._codes.get(user, self._guest)
+        return user if user < self.guest else self._codes.get(user, self.guest)
 
     def _begin(self, room: int) -> None:
         """Have the retriever observe everything, with room for so many users."""
@@ -179,15 +223,16 @@ class FeatureIndex:
         code: int,
         person: int,
         events: Sequence[tuple[int, int, float]],
+        query: bool = False,
         rater: bool = False,
         own: bool = False,
     ) -> IntArray:
-        """Positions of new rows at the end, of items, labels and seconds; rows that are not `own` are queries."""
+        """Positions of new rows at the end, of items, labels and seconds."""
         start, stop = self._size, self._size + len(events)
         if stop > self._rows.row_id.size:
             self._rows = WalkRows(**{name: np.resize(of, 2 * stop) for name, of in vars(self._rows).items()})
         item, label, timestamp = zip(*events, strict=True) if events else ((), (), ())
-        values = (row_id, code, person, item, timestamp, label, not own, rater, own)
+        values = (row_id, code, person, item, timestamp, label, query, rater, own)
         for of, new in zip(vars(self._rows).values(), values, strict=True):
             of[start:stop] = new
         self._size = stop
@@ -202,20 +247,20 @@ class FeatureIndex:
         rows, known = self._rows, min(int(self._rows.item[row]), self._items.height)
         self._retriever.observe(row, int(rows.user[row]), known, int(rows.label[row]))
 
-    def _own_columns(self, at: IntArray, catalogue: pl.DataFrame | None) -> list[pl.Series]:
+    def _own_columns(self, at: IntArray, catalogue: pl.DataFrame | None) -> dict[str, Floats]:
         """mf, text and text_weight of the queries among a user's rows at these positions."""
         rows = WalkRows(**{name: of[at] for name, of in vars(self._rows).items()})
-        found = []
+        found = dict[str, Floats]()
         if self._mf is not None and self._mf_snapshots is not None:
             known = replace(rows, item=np.minimum(rows.item, self._items.height))
-            found.append(mf_column(self._mf.chances(known, self._mf_snapshots)))
+            found["mf"] = as_stored(self._mf.chances(known, self._mf_snapshots))
         texts, new = self._texts[np.minimum(rows.item, self._items.height)], self._texts_after(catalogue)
         place, added = np.arange(at.size), rows.item - self._items.height
         if new.shape[0]:
             texts = vstack([texts, new], format="csr")
             place = np.where((added >= 0) & (added < new.shape[0]), at.size + added, place)
-        table = text_similarity(replace(rows, item=place), texts)
-        return [*found, table["text"], table["text_weight"]]
+        text, weight = text_and_weight(replace(rows, item=place), texts)
+        return found | {"text": as_stored(text), "text_weight": as_stored(weight)}
 
     def _texts_after(self, catalogue: pl.DataFrame | None) -> Any:
         """Text vectors of the items that the log does not have: those kept, and the further ones of a catalogue."""

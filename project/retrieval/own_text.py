@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 
 from project.data.protocol import SplitInteractions
+from project.metrics import Floats
 from project.retrieval.walk import WalkRows, queries_by_user, split_tables
 
 SHRINK = 0.5  # added to the sum of squared similarities, so that few similar items give a small feature
@@ -72,6 +73,18 @@ def text_similarity(rows: WalkRows, vectors: Any) -> pl.DataFrame:
 
     `item` of the rows is a row of `vectors`.
     """
+    text, weight = text_and_weight(rows, vectors)
+    return pl.DataFrame(
+        {
+            "row_id": rows.row_id[rows.query],
+            "text": pl.Series(text, dtype=pl.Float32, nan_to_null=True),
+            "text_weight": pl.Series(weight, dtype=pl.Float32),
+        }
+    )
+
+
+def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[Floats, Floats]:
+    """What `text_similarity` tabulates, (queries,) each; NaN where it has null."""
     text, weight = np.full(rows.row_id.size, np.nan), np.zeros(rows.row_id.size)
     for every, own, all_earlier in queries_by_user(rows):
         answers = rows.label[own].astype(np.float64)
@@ -85,10 +98,4 @@ def text_similarity(rows: WalkRows, vectors: Any) -> pl.DataFrame:
             mean = sums[earlier] / np.maximum(earlier, 1)
             found = (similarity @ answers[: past.size] - mean * weight[queries]) / (weight[queries] + SHRINK)
             text[queries[earlier > 0]] = found[earlier > 0]
-    return pl.DataFrame(
-        {
-            "row_id": rows.row_id[rows.query],
-            "text": pl.Series(text[rows.query], dtype=pl.Float32, nan_to_null=True),
-            "text_weight": pl.Series(weight[rows.query], dtype=pl.Float32),
-        }
-    )
+    return text[rows.query], weight[rows.query]

@@ -29,6 +29,8 @@ from rich.progress import Progress
 from project.data.download import remove_orphans
 from project.data.protocol import SPLITS, SplitInteractions, answered
 from project.errors import ConfigError
+from project.features import Retrieved
+from project.metrics import Floats
 from project.retrieval.base import Edges, Growing, IntArray, Neighbours, Raters, Retriever, Snapshot
 
 BoolArray = NDArray[np.bool_]
@@ -220,7 +222,7 @@ def walk(
             # 2. answer all rows of the second, from strictly earlier ones
             for row in range(start, stop):
                 if rows.query[row]:
-                    answers.answer(past)
+                    answers.answer(past, 1)
             if answers.unchecked >= check_at:
                 answers.check()
                 check_at = min(2 * check_at, CHECKED_TOGETHER)
@@ -330,24 +332,29 @@ class Answers:
         self._rates = np.zeros((size, 4), np.int32)
         self._own_items = np.zeros((size, 2), np.float32)
 
-    def answer(self, past: Past) -> None:
-        """Keep the retriever's answer to the next row, and the counts so far."""
-        rows, retriever, at = self._rows, self._retriever, self._answered
-        row = int(self._queries[at])
-        user, item = int(rows.user[row]), int(rows.item[row])
-        raters, known = past.raters(item, int(rows.person[row])), min(item, self._num_items)
-        found = retriever.select(user, known, float(rows.timestamp[row]), raters)
-        if not isinstance(found, Neighbours) or len(found.row) != len(found.similarity):
-            raise self._refused(f"returned {found!r:.200}")
-        count = len(found.row)
-        if count > retriever.neighbours:
-            raise self._refused(f"returned {count} rows")
-        self._count[at] = count
-        self._row[at, :count], self._similarity[at, :count] = found
+    def answer(self, past: Past, count: int) -> None:
+        """Keep the retriever's answers to the next rows, which are of one user and second, and the counts so far."""
+        rows, retriever, first = self._rows, self._retriever, self._answered
+        queries = self._queries[first : first + count]
+        if not count:
+            return
+        user, person = int(rows.user[queries[0]]), int(rows.person[queries[0]])
+        time, items = float(rows.timestamp[queries[0]]), rows.item[queries]
+        known = np.minimum(items, self._num_items)
+        for item, code in zip(items.tolist(), known.tolist(), strict=True):
+            at = self._answered
+            found = retriever.select(user, code, time, past.raters(item, person))
+            if not isinstance(found, Neighbours) or len(found.row) != len(found.similarity):
+                raise self._refused(f"returned {found!r:.200}")
+            size = len(found.row)
+            if size > retriever.neighbours:
+                raise self._refused(f"returned {size} rows")
+            self._count[at] = size
+            self._row[at, :size], self._similarity[at, :size] = found
+            self._rates[at] = past.rates(item, user)
+            self._answered += 1
         if retriever.item_neighbours:
-            self._own_items[at] = retriever.item_similarity(user, known)
-        self._rates[at] = past.rates(item, user)
-        self._answered += 1
+            self._own_items[first : self._answered] = retriever.item_similarities(user, known)
 
     @property
     def unchecked(self) -> int:
@@ -386,45 +393,55 @@ class Answers:
             f"({self._retriever.neighbours}). Return NO_NEIGHBOURS for none."
         )
 
+    def retrieved(self) -> Retrieved:
+        """Retrieved features of the queries as numbers, as precise as in the table; a share of nothing is NaN."""
+        self.check()
+
+        def share(part: NDArray[Any], total: NDArray[Any]) -> Floats:
+            return as_stored(np.divide(part, total, out=np.full_like(total, np.nan), where=total > 0))
+
+        used = np.arange(self._row.shape[1]) < self._count[:, None]
+        answer = self._rows.label[self._row[used]].astype(np.float64)
+        of_row = np.nonzero(used)[0]
+        item_likes, item_count, user_likes, user_count = self._rates.T.astype(np.float64)
+        count = self._count.astype(np.float64)
+        columns = {
+            "vote": share(np.bincount(of_row, answer, len(count)), count),
+            "neighbour_count": count,
+            "item_rate": share(item_likes, item_count),
+            "item_count": item_count,
+            "user_rate": share(user_likes, user_count),
+            "user_count": user_count,
+        }
+        if self._retriever.item_neighbours:
+            likes, weight = self._own_items.T.astype(np.float64)
+            columns |= {"item_similarity": share(likes, weight), "item_similarity_weight": weight}
+        return Retrieved(columns, of_row, self._similarity[used].astype(np.float64), answer)
+
     def table(self) -> pl.DataFrame:
         """Retrieved features of the queries; a share of nothing is null."""
-        self.check()
-        counts = ("item_likes", "item_count", "user_likes", "user_count")
-        own_items = ("own_likes", "item_similarity_weight")
-        frame = pl.DataFrame(
-            {
-                "row_id": self._rows.row_id[self._queries],
-                "neighbours": pl.Series(self._rows.row_id[self._row]),
-                "similarities": pl.Series(self._similarity),
-                "answers": pl.Series(self._rows.label[self._row]),
-                "neighbour_count": self._count,
-                **dict(zip(counts, self._rates.T, strict=True)),
-                **dict(zip(own_items, self._own_items.T, strict=True)),
-            }
+        lists: dict[
+            str, tuple[NDArray[Any], Any]
+        ] = {  # with their type, because older polars forgets it where there are no rows
+            "neighbours": (self._rows.row_id[self._row], pl.Int64),
+            "similarities": (self._similarity, pl.Float32),
+            "answers": (self._rows.label[self._row], pl.Int8),
+        }
+        frame = pl.DataFrame({"row_id": self._rows.row_id[self._queries], "count": self._count}).with_columns(
+            pl.Series(values).arr.to_list().alias(name) for name, (values, _) in lists.items()
+        )
+        columns = self.retrieved().columns
+        kinds = {name: pl.Int32 if name.endswith("_count") else pl.Float32 for name in columns}
+        return frame.select(
+            "row_id",
+            *(pl.col(n).list.head(pl.col("count")).cast(pl.List(kind)) for n, (_, kind) in lists.items()),
+            *(pl.Series(n, values, nan_to_null=True).cast(kinds[n]) for n, values in columns.items()),
         )
 
-        def share(likes: str, total: str) -> pl.Expr:
-            return pl.when(pl.col(total) > 0).then(pl.col(likes) / pl.col(total)).cast(pl.Float32)
 
-        kinds = {"neighbours": pl.Int64, "similarities": pl.Float32, "answers": pl.Int8}
-        lists = {  # with their type, because older polars forgets it where there are no rows
-            name: pl.col(name).arr.to_list().list.head(pl.col("neighbour_count")).cast(pl.List(kind))
-            for name, kind in kinds.items()
-        }
-        columns = [
-            "row_id",
-            *lists.values(),
-            lists["answers"].list.mean().cast(pl.Float32).alias("vote"),
-            "neighbour_count",
-            share("item_likes", "item_count").alias("item_rate"),
-            "item_count",
-            share("user_likes", "user_count").alias("user_rate"),
-            "user_count",
-        ]
-        if self._retriever.item_neighbours:
-            similar = share("own_likes", "item_similarity_weight").alias("item_similarity")
-            columns += [similar, "item_similarity_weight"]
-        return frame.select(columns)
+def as_stored(values: NDArray[Any]) -> Floats:
+    """Numbers as precise as a table keeps them."""
+    return values.astype(np.float32).astype(np.float64)
 
 
 class SimilarLikes:

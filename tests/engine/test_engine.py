@@ -7,6 +7,7 @@ takes exits from the simulation (`ExitPlan.emitted`): it runs no code of the eng
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from project.data.ragged import Ragged
 from project.engine import Engine, ListExits, RowExits, Scores, StreamCache
+from project.engine import engine as engine_module
 from project.engine.decisions import static_exits
 from project.engine.engine import EngineBatch, answers_of_layer
 from project.errors import ConfigError
@@ -207,6 +209,37 @@ def test_best_k_leave_as_simulated(world: World) -> None:
         np.testing.assert_array_equal(scored.exit_layers, np.array(plan.layers)[exits.numpy()])
         left += int((exits < 4).sum())
     assert left > 5
+
+
+@pytest.mark.parametrize("exit_0", [True, False], ids=["exit_0", "no_exit_0"])
+@pytest.mark.parametrize("head", range(5))
+@pytest.mark.parametrize("policy", ["plan", "never"])
+def test_past_its_deadline_a_request_leaves_at_the_next_exit(
+    world: World, monkeypatch: pytest.MonkeyPatch, policy: str, head: int, exit_0: bool
+) -> None:
+    """The clock, which is read once an exit, passes the deadline of every second request in front of exit `head`.
+
+    Its candidates leave where the plan has them leave, or at that exit with its calibrated logit, if they come so far;
+    the other requests are not touched, and read no clock where all have no deadline.
+    """
+    plan = world.plan(Ratio(), 0.4, exit_0)
+    if policy == "never":
+        thresholds = torch.tensor([torch.inf] * (len(plan.layers) - 1) + [-torch.inf], dtype=torch.float64)
+        plan = replace(plan, policy=Policy(Ratio(), thresholds, plan.layers))
+    engine, cut, ticks = Engine(world.module, RowExits(plan)), min(head, len(plan.layers) - 1), count()
+    monkeypatch.setattr(engine_module.time, "monotonic", lambda: float(next(ticks)))
+    hurried = [replace(r, deadline=cut - 0.5 if i % 2 else np.inf) for i, r in enumerate(world.requests)]
+    scores, plain = engine.score(hurried), engine.score(world.requests)
+    assert next(ticks) == cut + 1
+    for i, (scored, free) in enumerate(zip(scores.requests, plain.requests, strict=True)):
+        deepest = plan.layers[cut] if i % 2 else EXITS[-1]
+        expected = world.calibrated(plan, i).logits.numpy()
+        layers = np.minimum(free.exit_layers, deepest)
+        np.testing.assert_array_equal(scored.exit_layers, layers)
+        heads = [plan.layers.index(layer) for layer in layers]
+        np.testing.assert_allclose(scored.logits, expected[np.arange(len(heads)), heads], atol=1e-5)
+        assert scored.late == bool((free.exit_layers > deepest).any())
+        assert scored.token_layers == free.token_layers or scored.late
 
 
 def test_unusable_requests_do_not_affect_the_others(world: World) -> None:

@@ -7,11 +7,9 @@ moves scores far more than rounding does.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,7 +18,7 @@ import torch
 import yaml
 from example_engine import EXITS, World, subset
 from jsonargparse import ArgumentParser
-from world import tiny_settings
+from world import call, given, sharpened, spread_exits, tiny_settings
 
 from project.datamodule import InteractionData
 from project.engine.engine import score_every_head
@@ -63,51 +61,18 @@ def fitted(
     tiny_model: Path, tiny_logs: Path, session_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Run folder of one tiny fit with a test, its exits calibrated."""
-    from transformers import AutoModelForCausalLM
-
-    from project.__main__ import main
-
     folder = tmp_path_factory.mktemp("engine")
-    sharp, run = folder / "model", folder / "version_0"
-    shutil.copytree(tiny_model, sharp)
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
-    for name, weights in model.named_parameters():
-        if "proj" in name:
-            weights.data.mul_(10)
-    model.save_pretrained(sharp)
+    run = folder / "version_0"
+    sharp = sharpened(tiny_model, folder / "model")
     config = tiny_settings(tiny_logs, sharp, folder, name="")
     config["data"] |= {"context_tokens": 256, "batch_tokens": 1024}
     config["model"]["exit_layers"] = [1, 2, 3]
     config["exits"] = {"criterion": "project.exits.criteria.Ratio"}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROJECT_CACHE", str(session_cache))
-        for arguments in (["fit", "--config", folder / "tiny.yaml"], ["test", *given(run)]):
-            patch.setattr("sys.argv", ["project", *map(str, arguments)])
-            main()
+    call(session_cache, "fit", "--config", folder / "tiny.yaml")
+    call(session_cache, "test", *given(run))
     spread_exits(run)
     return run
-
-
-def spread_exits(run: Path) -> None:
-    """Thresholds at which some test rows leave at every exit: calibration on tiny logs uses no depth.
-
-    Heads are similar here, so thresholds fall with depth: who stays at one head would hardly leave at the next.
-    """
-    path = run / "checkpoints" / "last.ckpt"
-    content = torch.load(path, weights_only=True)
-    plan = content["callbacks"]["ExitCalibration"]["plan"]
-    scores = pl.read_parquet(run / "scores" / "test.parquet")
-    for head, layer in enumerate(plan["layers"][:-1]):
-        slope, exit_0, offset = plan["calibration"][head].tolist()
-        logit = scores[f"logit_{layer}"].to_numpy() * slope + scores["logit_0"].to_numpy() * exit_0 + offset
-        plan["thresholds"][head] = float(np.quantile(np.abs(logit), 0.7 - 0.3 * head))
-    torch.save(content, path)
-
-
-def given(run: Path) -> tuple[object, ...]:
-    """Arguments that name the run."""
-    return "--config", run / "config.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt"
 
 
 @pytest.fixture
@@ -217,6 +182,9 @@ def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., 
         assert row["gflops"] is None or row["gflops"] < 2 * row["gflops_ceiling"]
         assert row["gbytes_ceiling"] > 0
         assert 0 <= row["of_limit"] < 2
+        # the whole request: features and prompt by the server's index, and the engine
+        assert row["prepare_ms"] == row["features_ms"] + row["prompt_ms"]
+        assert min(row["features_ms"], row["prompt_ms"], row["request_ms"] - row["prepare_ms"]) > 0
     early = {(r["candidates"], r["prefix_cached"]) for r in rows if r["engine"] == "early_exit"}
     assert early == cases
 

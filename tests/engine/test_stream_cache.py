@@ -146,13 +146,48 @@ def test_any_sequence_of_requests_scores_as_without_a_cache(
 
 
 def test_the_least_recently_used_stream_is_forgotten(world: World) -> None:
-    """A capacity of one stream and a half holds the last of three users."""
-    cache, request = StreamCache(capacity=len(history(0, 8)) * 3 // 2), request_of(history(0, 8))
+    """Room for one stream and a half holds the last of three users."""
+    cache, request = StreamCache(), request_of(history(0, 8))
+    at_depth(world, cache, request)
+    cache = StreamCache(mib=1.5 * cache.bytes / 2**20)
     for name in "abc":
         at_depth(world, cache, replace(request, user=name))
     assert len(cache) == 1
     again = at_depth(world, cache, replace(request, user="c"))
     assert again.token_layers == EXITS[-1] * len(request.candidates.values)
+
+
+def test_bytes_of_a_stream(world: World) -> None:
+    """At depth 3, keys and values of 3 of 5 layers, 2 heads of 8 float32 each, with room for a quarter more tokens.
+
+    Layer 3 is read alone, so all tokens wait in front of it, with 32 float32 each.
+    """
+    cache, request = StreamCache(), request_of(history(0, 8))
+    at_depth(world, cache, request, layer=3)
+    tokens = len(request.stream)
+    assert cache.bytes == 3 * 2 * int(1.25 * tokens) * 2 * 8 * 4 + tokens * 32 * 4
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(st.tuples(st.sampled_from("abcd"), STEP), min_size=1, max_size=8),
+    mib=st.floats(0, 0.1),
+)
+def test_a_cache_never_keeps_more_than_it_may(
+    world: World, steps: list[tuple[str, tuple[int, int, int, float | None, int]]], mib: float
+) -> None:
+    """Any requests of four users: the count is the sum over all tensors that are kept, and within the bound."""
+    cache = StreamCache(mib)
+    for user, (first, length, tied, share, read) in steps:
+        stop = min(first + length, 40)
+        request = replace(request_of(history(first, stop, min(tied, stop - first))), user=user)
+        policy = RowExits(never(world) if share is None else world.plan(Ratio(), share))
+        Engine(world.module, policy, cache, read_tokens=read).score([request])
+        streams = [stream for stream, _ in cache._kept.values()]
+        tensors = [x for s in streams for pair in s._pairs if pair is not None for x in pair]
+        tensors += [x for s in streams for x in s.waiting.values()]
+        kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        assert cache.bytes == sum(kept.values()) <= mib * 2**20
 
 
 def test_a_failed_batch_forgets_its_streams(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

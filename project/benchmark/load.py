@@ -1,0 +1,74 @@
+"""Drives a server with locust, in a process of its own, since locust patches sockets: `python -m` with JSON on stdin.
+
+In: address, requests (body of /v1/rank and the probabilities expected), users, seconds, and rate, all users' requests
+a second (null: each asks again as soon as it is answered). Out: of each answer that came in time, its second and its
+milliseconds; errors, wrong orders, and the largest distance of a probability from the expected one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from itertools import count, pairwise
+from typing import Any
+
+NEAR = 2e-4  # probabilities this near may stand in either order: batches move each by rounding
+
+
+def wrong_order(items: Sequence[dict[str, Any]], expected: Sequence[float]) -> bool:
+    """Whether an answer lacks a candidate, has one twice, or has a worse one before a better one."""
+    order = [item["index"] for item in items]
+    if sorted(order) != list(range(len(expected))):
+        return True
+    return any(expected[after] > expected[k] + NEAR for k, after in pairwise(order))
+
+
+def drive(
+    address: str, requests: Sequence[dict[str, Any]], users: int, seconds: float, rate: float | None = None
+) -> dict[str, Any]:
+    """Have so many users ask for so long; see the file's first lines."""
+    import gevent  # type: ignore[import-untyped]
+    from locust import FastHttpUser, constant, constant_throughput, task
+    from locust.env import Environment
+
+    bodies = [json.dumps(request["body"]) for request in requests]
+    found: dict[str, Any] = {"at": [], "ms": [], "errors": 0, "wrong": 0, "distance": 0.0, "error": None}
+    turn, start = count(), time.perf_counter()
+
+    class Asker(FastHttpUser):
+        host = address
+        wait_time = constant(0) if rate is None else constant_throughput(rate / users)
+
+        @task
+        def ask(self) -> None:
+            k = next(turn) % len(bodies)
+            began = time.perf_counter()
+            with self.client.post(
+                "/v1/rank", data=bodies[k], headers={"Content-Type": "application/json"}, catch_response=True
+            ) as answer:
+                ended = time.perf_counter()
+                if ended - start > seconds:
+                    return
+                if answer.status_code != 200:
+                    found["errors"] += 1
+                    found["error"] = f"{answer.status_code} {str(answer.error or answer.text)[:200]}"
+                    return
+                items, expected = answer.json()["items"], requests[k]["expected"]
+                found["wrong"] += wrong_order(items, expected)
+                apart = (abs(item["probability"] - expected[item["index"]]) for item in items)
+                found["distance"] = max(found["distance"], *apart)
+                found["at"].append(ended - start)
+                found["ms"].append(1e3 * (ended - began))
+
+    runner = Environment(user_classes=[Asker]).create_local_runner()
+    start = time.perf_counter()
+    runner.start(users, spawn_rate=users)
+    gevent.sleep(seconds)
+    runner.quit()
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(drive(**json.load(sys.stdin))))

@@ -1,0 +1,142 @@
+"""Reads configurations: YAML, a run's own one, and the errors of both in one line."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from argparse import ArgumentError
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]  # as in project.export
+from lightning.pytorch.cli import LightningArgumentParser
+
+from project import retrieval
+from project.data import logs, readers
+from project.data.prompt import shows_items, shows_numbers
+from project.datamodule import InteractionData
+from project.errors import ConfigError, ProjectError
+from project.model.module import ExitRecommender
+
+UNKNOWN = re.compile(
+    r"(?:[oO]ption|[kK]ey) '([^']+)' is not|accept (?:option|nested key) '([^']+)'|: --([^\s=]+)"
+)
+NO_PATH = re.compile(r"dot import path string: (\w+)")
+MISSING = re.compile(r"No module named|module '([\w.]+)' has no attribute '(\w+)'")
+NO_REASON = re.compile(
+    r"Parser key|Problem with given class_path|Expected a path but|Does not validate|Subtypes:|Errors:|Given value|"
+    r"Subclass types|a class path|a dict |Expected a <class 'NoneType'>$|$"
+)
+
+
+def link_model_and_data(parser: LightningArgumentParser) -> None:
+    """Keys of the model and the data whose value another key sets."""
+    parser.link_arguments("model.backbone", "data.tokenizer")
+    parser.link_arguments("data.prompt.answers", "model.answers")
+    parser.link_arguments("data.prompt.segment", "model.numbers", compute_fn=shows_numbers)
+    parser.link_arguments("data.prompt.segment", "model.items", compute_fn=shows_items)
+    parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+
+def open_run(run: Path) -> tuple[ExitRecommender, InteractionData]:
+    """Model, without weights, and data as config.yaml of a run's folder has them; features come from its bundle."""
+    file = run / "config.yaml"
+    check_yaml(file)
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument("--seed_everything", default=0)
+    parser.add_lightning_class_args(ExitRecommender, "model")
+    parser.add_lightning_class_args(InteractionData, "data")
+    link_model_and_data(parser)
+    try:
+        found = parser.parse_object(
+            {k: config[k] for k in ("seed_everything", "model", "data") if k in config}
+        )
+    except ArgumentError as error:
+        raise project_error_in(error) or one_line(str(error), parser.get_defaults().keys()) from None
+    found.data.bundle = str(run / "bundle")
+    made = parser.instantiate_classes(found)
+    return made.model, made.data
+
+
+class _EachKeyOnce(yaml.SafeLoader):  # type: ignore[misc]
+    """Refuses a key that stands twice in a mapping, as YAML does; PyYAML takes the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
+
+
+def check_yaml(file: Path) -> None:
+    """Refuse a configuration that is no YAML, holds no keys and values, or has a key twice: file, line, column."""
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)
+    except FileNotFoundError:
+        raise ConfigError(f"--config {file} does not exist; expected a YAML file.") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{file}{where}: {error.problem}; expected YAML.") from None
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds {type(content).__name__}; expected keys and values.")
+
+
+def project_error_in(error: BaseException) -> ProjectError | None:
+    """The error of this package that another one was raised from; jsonargparse wraps those of unions of types."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ProjectError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def one_line(message: str, keys: Iterable[str]) -> ConfigError:
+    """The key and the reason, out of jsonargparse's many lines; `keys` are those of the configuration."""
+    key = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
+    if found := UNKNOWN.search(message):
+        name = next(filter(None, found.groups()))
+        inside = re.search(r"class_path '([^']+)'", message)
+        near = did_you_mean(
+            name, list(inspect.signature(_imported(inside[1])).parameters) if inside else list(keys)
+        )
+        return ConfigError(f"{f'{key}.' if key else ''}{name} is no key of the configuration{near}.")
+    lines = [line.strip().lstrip("- ") for line in message.splitlines()]
+    reason = "; ".join(line for line in lines if not NO_REASON.match(line)) or " ".join(lines)
+    if "is abstract" in reason:
+        path = (re.findall(r"but (\S+) is abstract", reason) or re.findall(r"Given value: (\S+)", message))[0]
+        reason = f"{path} has no method {' and no method '.join(sorted(_imported(path).__abstractmethods__))}"
+    if (found := MISSING.search(reason)) and found[1]:
+        kinds = (
+            n for n, kind in vars(import_module(found[1])).items() if isinstance(kind, type | ModuleType)
+        )
+        reason += did_you_mean(found[2], [kind for kind in kinds if not kind.startswith("_")])
+    if found := NO_PATH.search(reason):
+        homes = (retrieval, logs, readers)
+        reason += did_you_mean(found[1], [name for home in homes for name in vars(home)])
+    if reason.endswith("Got value: None"):
+        reason += ". Is --config FILE missing, such as configs/quickstart.yaml?"
+    return ConfigError(f"{key}: {reason}" if key else reason)
+
+
+def did_you_mean(word: str, words: Sequence[str]) -> str:
+    """A hint in brackets, or nothing."""
+    found = get_close_matches(word, words, n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)

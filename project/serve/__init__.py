@@ -1,0 +1,1 @@
+"""Serves a run: real-time scores over HTTP, with events that survive."""

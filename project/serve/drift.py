@@ -1,0 +1,157 @@
+"""Watches whether the exit plan still answers as full depth does: a share of requests is audited, drift is an alarm.
+
+1. Audits. A share of the requests, drawn by lot, runs to full depth; the same heads tell what the plan would have
+   answered. An audit's loss is the mean over its candidates of |probability of the plan - probability of full depth|.
+2. Null. At every audit the expected loss, given all before it, is at most the mean loss on the rows that the plan was
+   calibrated on plus a tolerance.
+3. Bets. A fraction of the capital buys tickets whose price is the null and which pay the loss. Under the null the
+   capital's expectation never rises, so the chance that it ever reaches 1 / delta is at most delta (Ville 1939;
+   Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting"). Several fractions hold
+   shares of the capital, 0 among them, and after audit t a part 1 / (t + 1) of it is shared anew (Herbster and Warmuth
+   1998, "Tracking the best expert"): what waited at 0 is there when drift begins late.
+4. Bound. Nulls of a grid whose capital has reached 1 / delta are rejected: with confidence 1 - delta, at all times, the
+   expected loss of some audit so far was above the largest of them. The alarm: this is not below the null of 2.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from project.callbacks import features_of
+from project.data.ragged import IntArray
+from project.datamodule import InteractionData
+from project.engine.cache import StreamCache
+from project.engine.engine import Engine, EveryHead
+from project.engine.requests import PreparedRequest, Scored
+from project.exits.criteria import HeadOutputs
+from project.exits.plan import ExitPlan
+from project.metrics import Floats, probabilities
+from project.model.heads import heads_digest
+from project.model.module import ExitRecommender
+from project.run import table_about
+
+LOG = logging.getLogger(__name__)
+
+FRACTIONS = np.array([0.0, *2.0 ** -np.arange(1, 9)])
+SHARES = np.array(
+    [0.5, *[0.5 / 8] * 8]
+)  # of the capital that each fraction stakes, at the start and when shared anew
+
+
+class Capital:
+    """Capital staked against each of n nulls, 1 at first."""
+
+    def __init__(self, nulls: Floats) -> None:
+        self._nulls, self._shares, self._bets = nulls[:, None], np.tile(SHARES, (len(nulls), 1)), 0
+        self._log = np.zeros(len(nulls))
+        self.highest = np.zeros(len(nulls))  # (n,) logarithm of the highest it ever was
+
+    def stake(self, loss: float | Floats) -> None:
+        """Bet on one more loss in [0, 1], or on one of its own for each null, (n,)."""
+        self._bets += 1
+        pays = np.reshape(loss, (-1, 1)) / self._nulls
+        found = self._shares * (1 + FRACTIONS * (pays - 1))
+        gain = found.sum(axis=1, keepdims=True)
+        renewed = 1 / (self._bets + 1)
+        self._shares = (1 - renewed) * found / gain + renewed * SHARES
+        self._log += np.log(gain[:, 0])
+        self.highest = np.maximum(self.highest, self._log)
+
+
+class Monitor:
+    """Draws audits, bets on their losses, and raises the alarm.
+
+    Args:
+        model: Of the run; packed already where other engines have it.
+        plan: The exit plan in use.
+        reference: Mean loss on the rows it was calibrated on, see `reference_loss`.
+        cache: Of users' streams.
+        share: Share of requests that are audited.
+        tolerance: How much larger than the reference the expected loss may be: a hundredth is several times what rows
+            of other folds and candidates from the catalogue differ by, and reorders few.
+        delta: Chance of a false alarm, however long the server runs: the alarm is for good, so it is small.
+        seed: Of the lot.
+    """
+
+    def __init__(
+        self,
+        model: ExitRecommender,
+        plan: ExitPlan,
+        reference: float,
+        cache: StreamCache | None = None,
+        share: float = 0.01,
+        tolerance: float = 0.01,
+        delta: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        self._plan, self._heads = plan, EveryHead(plan.calibration)
+        self._engine = Engine(model, self._heads, cache)
+        self.null, self._share, self._delta, self._seed = reference + tolerance, share, delta, seed
+        self._grid = np.union1d(np.linspace(0, 1, 201)[1:], self.null)
+        self._capital = Capital(self._grid)
+        self._requests, self._sum = 0, 0.0
+        self.audits = 0
+        self.lower = 0.0  # bound of 4.
+        self.alarm = False  # for good, whatever comes
+
+    @property
+    def mean(self) -> float:
+        """Mean loss of all audits; 0 before the first."""
+        return self._sum / max(self.audits, 1)
+
+    def draws(self, *request: object) -> bool:
+        """Whether a request is audited: a hash of the seed, its contents, and how many came before it."""
+        self._requests += 1
+        text = repr((self._seed, self._requests, request)).encode()
+        return int.from_bytes(blake2b(text, digest_size=8).digest()) < self._share * 2**64
+
+    def audit(self, request: PreparedRequest) -> tuple[Scored, Floats | None]:
+        """The plan's answer to a request, from a run to full depth, and the probabilities of full depth.
+
+        Where the deadline cut it, what it answers then, and None.
+        """
+        self._heads.outputs.clear()
+        scored = self._engine.score([request]).requests[0]
+        if scored.late or scored.error is not None or not len(request):
+            return scored, None
+        (outputs,) = self._heads.outputs
+        layers, logits, losses = answered(self._plan, outputs)
+        self.observe(float(losses.mean()))
+        return replace(scored, logits=logits, exit_layers=layers), scored.probabilities
+
+    def observe(self, loss: float) -> None:
+        """Bet on the loss of an audit."""
+        self.audits, self._sum = self.audits + 1, self._sum + loss
+        self._capital.stake(loss)
+        rejected = self._capital.highest >= -np.log(self._delta)
+        self.lower = float(self._grid[rejected].max(initial=0.0))
+        if self.lower >= self.null and not self.alarm:
+            self.alarm = True
+            LOG.warning(
+                "drift: the probabilities of plan and full depth have come to differ by %.4f or more (confidence %g, "
+                "%d audits), %.4f was expected at most; from now on every request runs to full depth",
+                *(self.lower, 1 - self._delta, self.audits, self.null),
+            )
+
+
+def answered(plan: ExitPlan, outputs: HeadOutputs) -> tuple[IntArray, Floats, Floats]:
+    """Of n rows at all heads, calibrated: layers and logits that they leave with, and their losses, (n,) each."""
+    here = HeadOutputs(outputs.layers, outputs.logits.cpu(), outputs.retrieved.cpu())
+    layers, logits = plan.emitted(here)
+    answer, full = (x.double().numpy() for x in (logits, here.logits[:, -1]))
+    return layers.numpy(), answer, np.abs(probabilities(answer) - probabilities(full))
+
+
+def reference_loss(run: Path, model: ExitRecommender, data: InteractionData, plan: ExitPlan) -> float | None:
+    """Mean loss on the tune fold of a run's score table; None where it has none of this checkpoint."""
+    path = run / "scores" / "valid.parquet"
+    if not path.is_file() or table_about(path).get("heads") != heads_digest(model.state_dict()):
+        return None
+    tune = pl.read_parquet(path, glob=False).filter(pl.col("fold") == "tune")
+    return float(answered(plan, plan.outputs(tune, features_of(model, data, tune)))[2].mean())

@@ -1,0 +1,380 @@
+"""Ranks candidates for requests as of now: the index, prompts and the engine of `predict`, kept up to date by events.
+
+A user's history in a prompt is the log's rows, then events, each with the retrieved features it had when it came. A
+history that a request brings is read as if it came just now, in its own order of time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from project.config import open_run
+from project.data.download import SOURCES
+from project.data.prompt import PromptEncoder
+from project.data.protocol import answered
+from project.data.ragged import IntArray, Ragged
+from project.data.requests import Catalogue, Request, request_of
+from project.data.stream import streams_of
+from project.datamodule import InteractionData
+from project.engine.cache import StreamCache
+from project.engine.decisions import RowExits
+from project.engine.engine import Engine, packed
+from project.engine.predict import load_run
+from project.engine.requests import PreparedRequest, Scored, StreamTokens, shared_prefix, until_slots
+from project.errors import DataError, ProjectError
+from project.exits.plan import ExitPlan, Plans
+from project.exits.policy import Policy
+from project.features import Retrieved, feature_matrix
+from project.model.module import ExitRecommender
+from project.retrieval.online import FeatureIndex, in_time
+from project.retrieval.text import item_texts
+from project.run import own_version
+from project.serve.drift import Monitor, reference_loss
+from project.serve.shapes import Ranked, RankRequest
+from project.serve.store import Event, EventStore, seen
+
+FloatArray = NDArray[np.float64]
+SHOWN = (
+    *("item_rate", "item_count", "user_rate", "user_count", "vote", "neighbour_count"),
+    *("item_similarity", "item_similarity_weight", "mf", "text", "text_weight"),
+)  # columns of retrieved features that an answer tells
+EXAMPLES = 12
+ROOM = 256  # items more than are known, before room for vectors of twice as many is made
+
+
+class Ranker:
+    """A run, ready to rank. One thread at a time."""
+
+    full_depth = False  # set by the drift alarm: nobody leaves early
+
+    def __init__(
+        self,
+        run: Path,
+        model: ExitRecommender,
+        data: InteractionData,
+        plans: Plans,
+        cache_mib: int,
+        audit_share: float,
+    ) -> None:
+        assert model.backbone is not None
+        self._model, self._data = model, data
+        # 1. users and items, and what the log knows of them
+        split = data.split
+        log = split.interactions
+        self._items, self._encoder = log.items, data.encoder
+        self._codes: dict[str, int] = dict(log.items.select("item_id", "item").iter_rows())
+        self._titles = {
+            title: item_id for item_id, title in log.items.select("item_id", "title").reverse().iter_rows()
+        }
+        self._users: dict[str, int] = dict(log.users.select("user_id", "user").iter_rows())
+        self._index = FeatureIndex(split, data.retriever, data.refits, data.cache_dir, data.mf)
+        rows = split.rows.filter(answered(split.rows)).select("user", "item", "row_id", "timestamp", "label")
+        self._log = rows.join(data.retrieved["test"], on="row_id", maintain_order="left").sort(
+            "user", "row_id"
+        )
+        self._of_user = np.searchsorted(self._log["user"].to_numpy(), np.arange(log.users.height + 1))
+        self._histories: dict[int, History] = {}
+        self.seq = seen(run)  # of the store, up to which events were observed, or are in the log
+        # 2. the model
+        self._baseline = model.feature_baseline()
+        model.know_items(data)
+        self._text_encoder = data._item_encoder() if model.items else None
+        plan, device = plans.plan, model.backbone.embed_tokens.weight.device
+        reference = reference_loss(run, model, data, plan)
+        model.backbone = packed(model.backbone.eval())  # once for all engines
+        self._cache = cache = StreamCache(cache_mib)
+        self._engine = Engine(model, RowExits(plan, device), cache)
+        self._whole = Engine(model, RowExits(nobody_leaves(plan), device), cache)
+        # without a score table of this checkpoint nobody knows which loss is no drift
+        share = 0.0 if reference is None else audit_share
+        self.monitor = Monitor(model, plan, reference or 0.0, cache, share)
+        # 3. what it is
+        base, certificate = model.backbone_name, plans.document.get("certificate")
+        self.about: dict[str, Any] = {
+            "run": str(run),
+            "version": own_version(),
+            "protocol": split.hash,
+            "exit_layers": list(plan.layers),
+            "criterion": plan.criterion,
+            "certificate": certificate,
+            "audits": {"share": share, "reference": reference, "alarm_above": self.monitor.null},
+            "examples": {  # for the page
+                "users": log.users["user_id"].tail(EXAMPLES).reverse().to_list(),
+                "items": log.items["title"].head(EXAMPLES).to_list(),
+            },
+            "model": base,
+            "licence": SOURCES[base].licence if base in SOURCES else f"See the licence of {Path(base).name}.",
+        }
+
+    @classmethod
+    def load(cls, run: Path, cache_mib: int = 256, audit_share: float = 0.01) -> Ranker:
+        """From a calibrated run's folder: config.yaml, checkpoints/last.ckpt and bundle.
+
+        Args:
+            run: The folder.
+            cache_mib: Memory for keys and values of users' histories.
+            audit_share: Share of requests that also run to full depth.
+        """
+        model, data = open_run(run)
+        data.prepare_data()
+        plans = load_run(model, data.tokenizer, run / "checkpoints" / "last.ckpt", data, compared=False)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(run, model.to(device), data, plans, cache_mib, audit_share)
+
+    # Events
+
+    def follow(self, store: EventStore) -> None:
+        """Observe what came to a store since the last call."""
+        last, arrived = store.arrivals(self.seq)
+        for what in arrived:
+            self.observe([what], []) if isinstance(what, Event) else self.observe([], [what])
+        self.seq = last
+
+    def observe(self, events: Sequence[Event], items: Sequence[Mapping[str, Any]]) -> None:
+        """Take in items, then events, in the order in which they came. An item that is known stays as it is."""
+        self._learn(items)
+        for event in events:
+            self._learn([{"item_id": event.item_id, "title": event.item_id}])
+            user = self._users.setdefault(event.user_id, len(self._users))
+            item = self._codes[event.item_id]
+            features = self._index.retrieved(user, [item], None, self._items)
+            time = max(event.timestamp, self._index.latest)
+            segments = self._encoder.encode(np.array([item]), features, np.array([event.label], np.int8))
+            self._history(user).add(segments.tokens.values, item, event.label, time, event.timestamp)
+            self._index.observe(user, item, event.label, time, self._items)
+
+    def _learn(self, items: Sequence[Mapping[str, Any]]) -> None:
+        """Give items that are new codes, texts and vectors."""
+        catalogue = Catalogue(self._items, self._codes)
+        for item in items:
+            catalogue.item_of(item)
+        if catalogue.added:
+            new = catalogue.table()[self._items.height :]
+            self._know_vectors(new)
+            self._items, self._encoder = catalogue.table(), self._encoder.with_items(new)
+            self._codes |= catalogue.codes.maps[0]
+            for item_id, title in new.select("item_id", "title").iter_rows():
+                self._titles.setdefault(title, item_id)
+
+    @torch.inference_mode()
+    def _know_vectors(self, new: pl.DataFrame) -> None:
+        """Where prompts show items' texts in a token: those of items whose codes follow the known ones."""
+        if self._text_encoder is None or new.is_empty():
+            return
+        embed: Any = self._model.backbone.embed_tokens  # type: ignore[union-attr]
+        start, stop = int(new["item"][0]), int(new["item"][-1]) + 1
+        if stop > len(embed.items):
+            more = embed.items.new_zeros(max(ROOM, stop), embed.items.shape[1])
+            embed.know(torch.cat([embed.items, more]))
+        embed.items[start:stop] = torch.from_numpy(self._text_encoder.encode(item_texts(new))).to(embed.items)
+
+    # Who and what is known
+
+    def knows_user(self, user_id: str) -> bool:
+        """Whether the log or an event has this user."""
+        return user_id in self._users
+
+    def item_of_title(self, title: str) -> str | None:
+        """The first item of this title."""
+        return self._titles.get(title)
+
+    def history_of(self, user_id: str) -> list[dict[str, Any]]:
+        """The log's rows of a user, then events: item_id, title, label and time."""
+        if user_id not in self._users:
+            return []
+        ids, titles = self._items["item_id"], self._items["title"]
+        rows = self._history(self._users[user_id]).rows
+        return [{"item_id": ids[i], "title": titles[i], "label": y, "time": t} for i, y, t in rows]
+
+    def _history(self, user: int) -> History:
+        if user not in self._histories:
+            found = self._histories[user] = History()
+            if user < len(self._of_user) - 1:
+                rows = self._log[self._of_user[user] : self._of_user[user + 1]]
+                none = np.zeros(len(rows), dtype=bool)
+                streams = streams_of(rows, none, ~none, self._encoder)
+                tokens = streams.tokens.take(np.arange(len(streams.row_id)))
+                found.tokens = [tokens[k] for k in range(len(tokens))]
+                found.times = streams.timestamp.tolist()
+                found.rows = list(rows.select("item", "label", "timestamp").iter_rows())
+        return self._histories[user]
+
+    # Requests
+
+    @torch.inference_mode()
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranked]:
+        """Answers as of now, in the order of the requests; an error of one does not touch the others."""
+        # 1. items that requests bring have codes behind the known ones until the batch is done
+        catalogue, records = Catalogue(self._items, self._codes), list[Request | str]()
+        for request in requests:
+            try:
+                records.append(request_of(self._record(request), catalogue.item_of))
+            except (ProjectError, RecursionError) as error:
+                records.append(str(error))
+        items, encoder = self._items, self._encoder
+        if catalogue.added:
+            items = catalogue.table()
+            new = items[self._items.height :]
+            encoder = encoder.with_items(new)
+            self._know_vectors(new)
+        # 2. prompts
+        found, prepared, tables = list[Ranked | None](), list[PreparedRequest](), list[Retrieved]()
+        audited = list[int]()  # of the prepared ones
+        for request, record in zip(requests, records, strict=True):
+            try:
+                if isinstance(record, str):
+                    raise DataError(record)
+                made, table = self._prepare(record, catalogue.codes, items, encoder)
+            except ProjectError as error:
+                found.append(Ranked(np.zeros(0), np.zeros(0, np.int64), 0, 0, [], error=str(error)))
+                continue
+            if not self.full_depth and self.monitor.draws(
+                request.user_id, request.history, request.candidates
+            ):
+                audited.append(len(prepared))
+            deadline = np.inf if request.deadline is None else request.deadline
+            prepared.append(replace(made, deadline=deadline))
+            tables.append(table)
+            found.append(None)
+        # 3. scores; an audit's come from a run to full depth
+        kept = [self._cached(request) for request in prepared]
+        sizes = [len(r.candidates.values) + len(r.stream) for r in prepared]
+        engine = self._whole if self.full_depth else self._engine
+        others = np.setdiff1d(np.arange(len(prepared)), audited).tolist()
+        found_others = engine.score([prepared[k] for k in others]).requests
+        scores: dict[int, tuple[Scored, FloatArray | None]] = {
+            k: (score, None) for k, score in zip(others, found_others, strict=True)
+        }
+        scores |= {k: self.monitor.audit(prepared[k]) for k in audited}
+        self.full_depth |= self.monitor.alarm
+        # 4. answers
+        answers = (
+            replace(
+                ranked(*scores[k], self._model.depth * (sizes[k] - kept[k]), table),
+                cached=None if prepared[k].user is None else kept[k] > 0,
+            )
+            for k, table in enumerate(tables)
+        )
+        return [answer or next(answers) for answer in found]
+
+    def _record(self, request: RankRequest) -> dict[str, Any]:
+        """As a line of `predict` has it; items that are not known are named by all that is said of them."""
+        brought = dict[str, str]()
+
+        def named(value: Any) -> Any:
+            if not isinstance(value, Mapping):
+                return brought.get(str(value).strip(), value)
+            item_id = None if value.get("item_id") is None else str(value["item_id"]).strip()
+            if item_id in self._codes or (item_id in brought and not value.get("title")):
+                return dict(value) | {"item_id": brought.get(str(item_id), item_id)}
+            columns = {c: str(value.get(c) or "") for c in self._items.columns if c != "item"}
+            name = json.dumps(columns, sort_keys=True)
+            if item_id is not None:
+                brought[item_id] = name
+            return dict(value) | {"item_id": name}
+
+        return {
+            "request_id": "",
+            "user_id": request.user_id,
+            "history": None if request.history is None else [named(row) for row in request.history],
+            "candidates": [named(value) for value in request.candidates],
+        }
+
+    def _prepare(
+        self, request: Request, codes: Mapping[str, int], items: pl.DataFrame, encoder: PromptEncoder
+    ) -> tuple[PreparedRequest, Retrieved]:
+        """The request for the engine, and retrieved features of its candidates."""
+        limit = self._data.context_tokens
+        candidates = np.array([codes[item] for item in request.candidates])
+        if request.user_id is None:
+            # 1. a history of its own, whose rows are answered with the candidates
+            user, history = self._index.guest, History()
+            _, past = in_time([(codes[item], label, time) for item, label, time in request.history])
+            found = self._index.retrieved(user, candidates, past, items)
+            item, label = np.array([row[:2] for row in past], np.int64).reshape(-1, 2).T
+            tokens = encoder.encode(item, found.rows(slice(0, len(past))), label.astype(np.int8)).tokens
+            for k, row in enumerate(past):
+                history.add(tokens[k], *row, row[2])
+            found = found.rows(slice(len(past), None))
+        else:
+            # 2. the log's rows and events
+            user = self._users.get(request.user_id, self._index.guest)
+            history = self._history(user) if request.user_id in self._users else History()
+            found = self._index.retrieved(user, candidates, None, items)
+        segments = encoder.encode(candidates, found, np.full(len(candidates), -1, np.int8))
+        long = len(encoder.instruction) + max([int(segments.tokens.lengths.max()), *map(len, history.tokens)])
+        if long > limit:
+            raise DataError(
+                f"the prompt of an item alone has {long:,} tokens, but data.context_tokens is {limit:,}. Give it a "
+                "shorter title."
+            )
+        numbers = feature_matrix(found, self._baseline.base)
+        prepared = PreparedRequest(
+            "",
+            history.prefix(encoder.instruction, limit),
+            until_slots(segments.tokens, segments.slots),
+            self._baseline.of_features(numbers).astype(np.float32).astype(np.float64),
+            numbers,
+            request.user_id if history.rows else None,
+        )
+        return prepared, found
+
+    def _cached(self, request: PreparedRequest) -> int:
+        """Tokens of a request that are kept of its user's history."""
+        return 0 if request.user is None else self._cache.common(request.user, request.stream)
+
+
+class History:
+    """A user's segments in order of time, each encoded once, and the shared prefix that they make."""
+
+    def __init__(self) -> None:
+        self.tokens, self.times = list[IntArray](), list[float]()
+        self.rows = list[tuple[int, int, float]]()  # item, label, seconds
+        self._prefix: StreamTokens | None = None
+
+    def add(self, tokens: IntArray, item: int, label: int, time: float, dated: float) -> None:
+        """Append a row that reads as if at `time`, which is not before the latest, and is dated otherwise."""
+        self.tokens.append(tokens)
+        self.times.append(time)
+        self.rows.append((item, label, dated))
+        self._prefix = None
+
+    def prefix(self, instruction: IntArray, context_tokens: int) -> StreamTokens:
+        """What candidates see."""
+        if self._prefix is None:
+            lists = Ragged.of([part.tolist() for part in self.tokens])
+            self._prefix = shared_prefix(instruction, lists, np.array(self.times), context_tokens)
+        return self._prefix
+
+
+def ranked(scored: Scored, audit: FloatArray | None, full: int, features: Retrieved) -> Ranked:
+    """The answer to a request that was prepared."""
+    if scored.error is not None:
+        return Ranked(np.zeros(0), np.zeros(0, np.int64), 0, 0, [], error=scored.error)
+    names = [name for name in SHOWN if name in features.columns]
+    shown = zip(*(features.columns[name].tolist() for name in names), strict=True)
+    return Ranked(
+        scored.probabilities,
+        scored.exit_layers,
+        scored.token_layers,
+        full,
+        [{name: value for name, value in zip(names, row, strict=True) if value == value} for row in shown],
+        scored.late,
+        audit=audit,
+    )
+
+
+def nobody_leaves(plan: ExitPlan) -> ExitPlan:
+    """The same heads and calibration, everyone at the last: full depth, which a deadline can cut at every head."""
+    thresholds = torch.full_like(plan.policy.thresholds, torch.inf)
+    thresholds[-1] = -torch.inf
+    return replace(plan, policy=Policy(plan.policy.criterion, thresholds, plan.layers))

@@ -1,0 +1,86 @@
+"""The command `refit`: a run of the same configuration on its log and the events that a store has got since."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+import yaml  # type: ignore[import-untyped]  # as in project.export
+
+from project.config import open_run
+from project.data.protocol import CLICKED, answered
+from project.errors import ConfigError
+from project.run import write_json
+from project.serve.store import SEEN, Event, EventStore, label_rule, seen
+
+
+def run_refit(arguments: Sequence[str]) -> Path:
+    """The command: `fit` in a process of its own; prints the new run's folder."""
+    parser = argparse.ArgumentParser("python -m project refit", description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run that is served")
+    parser.add_argument("--db", required=True, help="address of the store, such as sqlite:///events.db")
+    given = parser.parse_args(arguments)
+    config, last = grown_log(given.run.resolve(), EventStore(given.db))
+    subprocess.run([sys.executable, "-m", "project", "fit", "--config", str(config)], check=True)
+    folder = (config.parent.parent / "latest").resolve()
+    write_json(folder / SEEN, {"seq": last, "label": label_rule(given.run)})
+    print(f"written: {folder}")
+    return folder
+
+
+def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
+    """Write the log with its events as tables beside the run, and the configuration that reads them; and the `seq`."""
+    _, data = open_run(run)
+    if data.protocol.split == "given":
+        raise ConfigError(
+            "data.protocol.split is given, which says nothing of events; expected a split by time."
+        )
+    # 1. the log and the events, by ids; of a row that stands twice the later
+    last, arrived = store.arrivals(seen(run))
+    log, rows = data.split.interactions, data.split.rows.filter(answered(data.split.rows))
+    old = rows.join(log.users, on="user").join(log.items.select("item", "item_id"), on="item")
+    events = pl.DataFrame(
+        [e for e in arrived if isinstance(e, Event)],
+        {name: old.schema.get(name, pl.String) for name in Event._fields},
+        orient="row",
+    )
+    columns = ["user_id", "item_id", "timestamp", "label"]
+    interactions = pl.concat([old.sort("row_id").select(columns), events.select(columns)])
+    interactions = interactions.unique(columns[:3], keep="last", maintain_order=True)
+    if data.protocol.label == CLICKED:
+        interactions = interactions.filter(label=1).drop("label")
+    # 2. items: of several versions the last; those of events that nobody described have their id as title
+    known = log.items.drop("item")
+    named = interactions.select("item_id", title="item_id").unique(maintain_order=True)
+    brought = [{c: str(i.get(c) or "") for c in known.columns} for i in arrived if not isinstance(i, Event)]
+    tables = [named.join(known, on="item_id", how="anti"), known, pl.DataFrame(brought, known.schema)]
+    items = (
+        pl.concat(tables, how="diagonal").fill_null("").unique("item_id", keep="last", maintain_order=True)
+    )
+    # 3. files, and the run's configuration with these logs
+    folder = run.parent / f"log_{last}"
+    folder.mkdir(exist_ok=True)
+    files = {"interactions": folder / "interactions.parquet", "items": folder / "items.parquet"}
+    interactions.write_parquet(files["interactions"])
+    items.write_parquet(files["items"])
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    init_args = {name: str(file) for name, file in files.items()}
+    config["data"]["logs"] = {"class_path": "project.data.logs.TableLogs", "init_args": init_args}
+    config["data"]["protocol"] |= {
+        "label": CLICKED if data.protocol.label == CLICKED else None,
+        "drop_ratings": [],
+    }
+    for logger in config["trainer"]["logger"]:
+        if logger["class_path"].rpartition(".")[2] in ("CSVLogger", "RunLogger"):
+            logger["init_args"] |= {
+                "save_dir": str(run.parent.parent),
+                "name": run.parent.name,
+                "version": None,
+            }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return path, last

@@ -1,0 +1,168 @@
+"""Keeps events and items that came after the log: what was acknowledged is on disk, in one order for all readers.
+
+A row's `seq` rises in the order of commits: whoever writes takes the one row of `clock` first and holds it until the
+commit. So `since` never skips an event of a writer that was slower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+import yaml  # type: ignore[import-untyped]  # as in project.export
+
+from project.errors import ConfigError
+
+TOGETHER = 500  # ids in one look-up; databases limit the parameters of a statement
+
+
+SEEN = "events.json"  # in a run's folder: up to which `seq` of a store its log has the events
+
+
+def seen(run: Path) -> int:
+    """The `seq` up to which a run's log has a store's events."""
+    file = run / SEEN
+    return int(json.loads(file.read_text(encoding="utf-8"))["seq"]) if file.exists() else 0
+
+
+def label_rule(run: Path) -> str | None:
+    """The rule that makes ratings labels; of a refitted run, whose log has labels, that of the run it came from."""
+    if (run / SEEN).exists():
+        rule: str | None = json.loads((run / SEEN).read_text(encoding="utf-8"))["label"]
+    else:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        rule = config["data"]["protocol"].get("label")
+    return rule
+
+
+class Event(NamedTuple):
+    """An answer of a user; `label` is 0 or 1 by the run's protocol, `timestamp` seconds since 1970."""
+
+    event_id: str
+    user_id: str
+    item_id: str
+    label: int
+    timestamp: float
+
+
+TABLES = sa.MetaData()
+CLOCK = sa.Table(
+    "clock", TABLES, sa.Column("id", sa.Integer, primary_key=True), sa.Column("seq", sa.BigInteger)
+)
+EVENTS = sa.Table(
+    "events",
+    TABLES,
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("event_id", sa.Text, unique=True, nullable=False),
+    sa.Column("user_id", sa.Text, nullable=False),
+    sa.Column("item_id", sa.Text, nullable=False),
+    sa.Column("label", sa.SmallInteger, nullable=False),
+    sa.Column("timestamp", sa.Double, nullable=False),
+)
+ITEMS = sa.Table(
+    "items",
+    TABLES,
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("digest", sa.Text, unique=True, nullable=False),
+    sa.Column("columns", sa.Text, nullable=False),
+)
+
+
+class EventStore:
+    """Events and items that came after the log: acknowledged is durable. Thread-safe.
+
+    Args:
+        url: SQLAlchemy's address of the database, such as sqlite:///events.db or postgresql+psycopg://user@host/name.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            address = sa.make_url(url)
+            if address.drivername == "postgresql":
+                address = address.set(drivername="postgresql+psycopg")
+            self._engine = sa.create_engine(address, pool_pre_ping=True)
+        except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError) as error:
+            raise ConfigError(
+                f"--db is {url!r}, which is no database ({error}); expected sqlite:///FILE."
+            ) from None
+        self._writing = (
+            threading.Lock()
+        )  # SQLite has one writer, and those that wait for it sleep in long steps
+        if self._engine.dialect.name == "sqlite":
+            sa.event.listen(self._engine, "connect", _durable)
+        try:
+            self._create()
+        except sa.exc.OperationalError as error:
+            raise ConfigError(f"--db is {url!r}, which cannot be opened: {error.orig}") from None
+
+    def _create(self) -> None:
+        try:
+            with self._engine.begin() as connection:
+                TABLES.create_all(connection)
+                if connection.scalar(sa.select(CLOCK.c.seq)) is None:
+                    connection.execute(sa.insert(CLOCK).values(id=0, seq=0))
+        except sa.exc.IntegrityError:  # another server made them in the same moment
+            pass
+
+    def add(self, events: Sequence[Event]) -> int:
+        """Keep events; returns how many were new. One whose event_id is known changes nothing."""
+        rows = dict[str, dict[str, Any]]()
+        for event in events:
+            rows.setdefault(event.event_id, event._asdict())
+        return self._write(EVENTS.c.event_id, rows)
+
+    def put_items(self, items: Sequence[dict[str, str]]) -> None:
+        """Keep items: item_id, title and other columns of the items table. The same once more changes nothing."""
+        texts = [json.dumps(item, sort_keys=True) for item in items]
+        rows = [{"digest": hashlib.sha256(t.encode()).hexdigest(), "columns": t} for t in texts]
+        self._write(ITEMS.c.digest, {row["digest"]: row for row in rows})
+
+    def _write(self, key: sa.Column[str], rows: dict[str, dict[str, Any]]) -> int:
+        with self._writing, self._engine.begin() as connection:
+            tick = sa.update(CLOCK).values(seq=CLOCK.c.seq + len(rows)).returning(CLOCK.c.seq)
+            last = connection.execute(tick).scalar_one()  # waits for other writers
+            names = list(rows)
+            for start in range(0, len(names), TOGETHER):
+                known = sa.select(key).where(key.in_(names[start : start + TOGETHER]))
+                for name in connection.scalars(known):
+                    del rows[name]
+            new = [{"seq": last - len(rows) + 1 + k, **row} for k, row in enumerate(rows.values())]
+            if new:
+                connection.execute(sa.insert(key.table), new)
+        return len(new)
+
+    def since(self, seq: int) -> list[tuple[int, Event]]:
+        """Events behind a `seq` in the order in which they came, each with its own."""
+        query = sa.select(EVENTS).where(EVENTS.c.seq > seq).order_by(EVENTS.c.seq)
+        with self._engine.connect() as connection:
+            return [(first, Event(*rest)) for first, *rest in connection.execute(query)]
+
+    def items_since(self, seq: int) -> list[tuple[int, dict[str, str]]]:
+        """Items behind a `seq`, as `since`; one that was put again with other columns comes again."""
+        query = sa.select(ITEMS.c.seq, ITEMS.c.columns).where(ITEMS.c.seq > seq).order_by(ITEMS.c.seq)
+        with self._engine.connect() as connection:
+            return [(first, json.loads(columns)) for first, columns in connection.execute(query)]
+
+    def arrivals(self, seq: int) -> tuple[int, list[Event | dict[str, str]]]:
+        """The latest `seq`, and events and items behind the one given up to it, in the order in which they came."""
+        with self._engine.connect() as connection:
+            last = int(connection.execute(sa.select(CLOCK.c.seq)).scalar_one())
+        if last <= seq:
+            return seq, []
+        both = list[tuple[int, Event | dict[str, str]]]([*self.since(seq), *self.items_since(seq)])
+        return last, [what for at, what in sorted(both, key=lambda pair: pair[0]) if at <= last]
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+
+def _durable(connection: Any, record: Any) -> None:
+    """Of a new SQLite connection: a commit returns when it is on disk, readers do not wait for it."""
+    for setting in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 60000"):
+        connection.execute(f"PRAGMA {setting}")

@@ -1,0 +1,124 @@
+"""A ranker without a model: probabilities follow from ids alone, so that bodies can be written down."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from project.serve.shapes import Ranked, RankRequest
+from project.serve.store import Event, EventStore
+
+ROOT = Path(__file__).parents[1]
+TITLES = {"Alien": "i1", "Brazil": "i2"}
+
+
+class FakeRanker:
+    """Knows u1, two titles and what the store brings.
+
+    A candidate iK has probability K / 10, any other .05; it leaves at layer 2 if K is even, else at 4. An item of the
+    title "slow" takes a fifth of a second.
+    """
+
+    full_depth = False
+
+    def __init__(self, run: Path) -> None:
+        self.about = {
+            "run": run.name,
+            "exit_layers": [0, 2, 4],
+            "examples": {"users": ["u1"], "items": [*TITLES]},
+        }
+        self.seq, self.events = 0, list[Event]()
+
+    @classmethod
+    def load(cls, run: Path, cache_mib: int = 256, audit_share: float = 0.01) -> FakeRanker:
+        if (run / "broken").exists():
+            raise ValueError("this run is broken")
+        return cls(run)
+
+    def follow(self, store: EventStore) -> None:
+        self.seq, arrived = store.arrivals(self.seq)
+        self.events += [what for what in arrived if isinstance(what, Event)]
+
+    def knows_user(self, user_id: str) -> bool:
+        return user_id == "u1" or any(e.user_id == user_id for e in self.events)
+
+    def item_of_title(self, title: str) -> str | None:
+        return TITLES.get(title)
+
+    def history_of(self, user_id: str) -> list[dict[str, Any]]:
+        own = [e for e in self.events if e.user_id == user_id]
+        return [
+            {"item_id": e.item_id, "title": e.item_id, "label": e.label, "time": e.timestamp} for e in own
+        ]
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranked]:
+        return [self._one(request) for request in requests]
+
+    def _one(self, request: RankRequest) -> Ranked:
+        names = [c if isinstance(c, str) else c["item_id"] for c in request.candidates]
+        if "unknown" in request.candidates:
+            return Ranked(np.zeros(0), np.zeros(0, int), 0, 0, [], error="item 'unknown' has no title.")
+        if "die" in names:
+            os._exit(1)
+        if "slow" in names:
+            time.sleep(0.2)
+        number = [int(n[1:]) if n[:1] == "i" and n[1:].isdigit() else 0.5 for n in names]
+        layer = np.array([4 if n % 2 else 2 for n in number])
+        features = [{"item_count": float(n)} for n in number]
+        late = request.deadline is not None and request.deadline < time.monotonic()
+        return Ranked(np.array(number) / 10, layer, int(layer.sum()), 4 * len(names), features, late)
+
+
+@contextmanager
+def serving(
+    folder: Path, *options: object, run: Path | None = None
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`serve` in processes of its own, warm; the process and its address. Without a run the ranker is the fake one."""
+    command = ["-m", "project", "serve"] if run else [__file__]
+    if run is None:
+        run = folder / "run"
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints/last.ckpt").touch()
+        (run / "config.yaml").write_text('data: {protocol: {label: "rating > 3"}}')
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = ["--run", run, "--port", port, "--db", f"sqlite:///{folder}/events.db", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, *command, *map(str, given)], env=environment, cwd=ROOT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: process.poll() is not None or httpx.get(f"{address}/readyz").status_code == 200)
+        yield process, address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for something that may not answer yet."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(httpx.TransportError):
+            if true():
+                return
+        time.sleep(0.1)
+    raise TimeoutError(true)
+
+
+if __name__ == "__main__":
+    from fake_ranker import FakeRanker as Importable  # the inference process cannot import __main__
+
+    from project.serve.server import run_serve
+
+    run_serve(sys.argv[1:], Importable.load)

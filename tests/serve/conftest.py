@@ -1,0 +1,42 @@
+"""Makes one calibrated run of the tiny world, whose prompts show titles, numbers and items' texts in a token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from world import call, given, sharpened, spread_exits, tiny_settings
+
+from project.serve.ranker import Ranker
+
+
+@pytest.fixture(scope="session")
+def served_run(
+    tiny_model: Path, tiny_logs: Path, session_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Run folder of a tiny fit; candidates leave at every exit."""
+    folder = tmp_path_factory.mktemp("served")
+    config = tiny_settings(tiny_logs, sharpened(tiny_model, folder / "model"), folder, name="")
+    retriever = {
+        "class_path": "project.retrieval.LightGCN",
+        "init_args": {"dim": 4, "epochs": 1, "item_neighbours": 3},
+    }
+    segment = "{item_text}{title} {item_percent}{item_number+vote_number+mf_number+text_number}:"
+    config["data"] |= {"context_tokens": 256, "batch_tokens": 1024, "mf": {"dim": 2}, "retriever": retriever}
+    config["data"]["prompt"] = {"segment": segment}
+    config["model"]["exit_layers"] = [1, 2, 3]
+    config["exits"] = {"criterion": "project.exits.criteria.Ratio"}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    run = folder / "version_0"
+    call(session_cache, "fit", "--config", folder / "tiny.yaml")
+    call(session_cache, "test", *given(run))
+    spread_exits(run)
+    return run
+
+
+@pytest.fixture
+def ranker(served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Ranker:
+    """The run, loaded anew."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    return Ranker.load(served_run, audit_share=0.0)

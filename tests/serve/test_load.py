@@ -1,0 +1,64 @@
+"""Tests the serve benchmark on a tiny run: every answer is checked, nothing fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from project.benchmark import serve
+from project.benchmark.load import wrong_order
+from project.benchmark.serve import load_row
+
+
+def test_wrong_orders() -> None:
+    """Best first; ties within rounding in any order; every candidate once."""
+    expected = [0.2, 0.9, 0.50001, 0.5]
+
+    def wrong(*order: int) -> bool:
+        return wrong_order([{"index": k} for k in order], expected)
+
+    assert not wrong(1, 2, 3, 0)
+    assert not wrong(1, 3, 2, 0)
+    assert wrong(2, 1, 3, 0)
+    assert wrong(1, 2, 3)
+    assert wrong(1, 2, 3, 3)
+
+
+def test_a_row() -> None:
+    """Two rounds of 2 s: 4 and 2 answers, so 2 and 1 a second, 1.5 in the median; 2.5 of the ranker: .4 are lost."""
+    clean = {"errors": 0, "error": None, "wrong": 0, "distance": 1e-6}
+    rounds = [
+        clean | {"ms": [10.0] * 4, "bare": (2, 4)},
+        clean | {"ms": [20.0] * 2, "bare": (3, 6), "wrong": 1},
+    ]
+    row = load_row(8, True, rounds, 2.0)
+    assert (row["requests_per_s"], row["spread"], row["ranker_requests_per_s"]) == (1.5, [1, 2], 2.5)
+    assert (row["p50_ms"], row["wrong_orders"], row["engine_requests_per_s"]) == (10, 1, 5)
+    assert row["overhead"] == pytest.approx(0.4)
+    nothing = load_row(8, True, [clean | {"ms": [], "bare": (2, 4), "errors": 3, "error": "503"}], 2.0)
+    assert (nothing["p50_ms"], nothing["errors"], nothing["error"]) == (None, 3, "503")
+
+
+@pytest.mark.slow
+def test_a_tiny_run_under_load(
+    served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two servers, one and four users: no error, no wrong order, probabilities to 1e-4."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    monkeypatch.setattr(serve, "USERS", (1, 4))
+    monkeypatch.setattr(serve, "ROUNDS", 1)
+    result = serve.run_load(served_run, seconds=8.0)
+    assert [(r["users"], r["depth"]) for r in result["serve"]] == [
+        (1, "plan"),
+        (1, "full"),
+        (4, "plan"),
+        (4, "full"),
+    ]
+    for row in result["serve"]:
+        assert row["requests"] > 0
+        assert (row["errors"], row["wrong_orders"]) == (0, 0)
+        assert row["probability_distance"] < 1e-4
+    assert json.loads((served_run / "results/benchmark-serve.json").read_text()) == result
+    assert "wrong orders" in capsys.readouterr().out

@@ -1,0 +1,166 @@
+"""Tests the ranker: it scores as `predict --engine early_exit` does, whatever was asked or happened before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from world import given
+
+from project.serve.ranker import Ranked, Ranker, RankRequest
+from project.serve.store import Event, EventStore
+
+FRESH = {"item_id": "new", "title": "a dog at sea", "year": "2020"}
+ITEMS = [f"i{k}" for k in range(20)]
+PAST = [{"item_id": f"i{k % 20}", "label": k % 2, "time": 1000.0 + k // 2} for k in range(60)]
+REQUESTS = [
+    {"user_id": "u1", "candidates": ["i3", FRESH, "i0", "i3"]},
+    {"user_id": "u2", "candidates": [*ITEMS, FRESH | {"item_id": "newer"}]},
+    {"user_id": "nobody", "candidates": ["i1"]},
+    {"history": [], "candidates": ["i1", "i2"]},
+    {"history": PAST, "candidates": ITEMS[:7]},
+    {"history": [FRESH | {"label": 1, "time": 1000.0}, *PAST[:3]], "candidates": ["new", "i7"]},
+]
+pytestmark = pytest.mark.slow
+
+
+def asked(record: dict[str, Any], **about: Any) -> RankRequest:
+    return RankRequest(record.get("user_id"), record.get("history"), record["candidates"], **about)
+
+
+def close(found: Ranked, expected: Ranked) -> None:
+    assert found.error is None
+    np.testing.assert_array_equal(found.exit_layer, expected.exit_layer)
+    np.testing.assert_allclose(found.probability, expected.probability, rtol=0, atol=1e-4)
+
+
+def test_scores_are_those_of_predict(
+    ranker: Ranker, served_run: Path, run: Callable[..., None], tmp_path: Path
+) -> None:
+    """Known, unseen and anonymous users, items that requests bring, a history beyond the window: alone and together."""
+    path = tmp_path / "requests.jsonl"
+    path.write_text("\n".join(json.dumps(r | {"request_id": str(k)}) for k, r in enumerate(REQUESTS)))
+    run("predict", *given(served_run), "--data.requests", path, "--engine", "early_exit")
+    scores = pl.read_parquet(served_run / "scores" / "predict-early_exit.parquet")
+    requests = [asked(record) for record in REQUESTS]
+    together = ranker.rank(requests)
+    again = [ranker.rank([request])[0] for request in requests]  # prefixes are cached now
+    for k, answers in enumerate(zip(together, again, strict=True)):
+        expected = scores.filter(pl.col("request_id") == str(k))
+        assert expected["error"].null_count() == len(expected)
+        for answer in answers:
+            assert answer.error is None
+            np.testing.assert_array_equal(answer.exit_layer, expected["exit_layer"])
+            np.testing.assert_allclose(answer.probability, expected["probability"], rtol=0, atol=1e-4)
+    assert len(set(scores["exit_layer"])) >= 3
+
+
+EVENTS = [
+    Event("a", "u1", "i7", 1, 2000.0),
+    Event("b", "somebody", "i7", 0, 2001.0),  # a new user
+    Event("c", "u1", "fresh", 1, 2002.0),  # a new item
+    Event("d", "u1", "i4", 0, 1500.0),  # late
+    Event("e", "somebody", "no title", 1, 2002.0),  # a new item without a title
+]
+AFTER = [
+    RankRequest("u1", None, ["i3", "i7", "fresh"]),
+    RankRequest("somebody", None, ["i1", "no title", {"title": "a mountain"}]),
+    RankRequest("u2", None, ["i7", "fresh"]),
+]
+
+
+def test_a_restart_is_as_if_it_had_gone_on(
+    ranker: Ranker, served_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With requests between events, posted twice or late, and a cache that keeps nothing: same answers as by replay.
+
+    What was answered with one event is what a server answers that never got the others.
+    """
+    store = EventStore(f"sqlite:///{tmp_path}/events.db")
+    other = Ranker.load(served_run, cache_mib=0, audit_share=0.0)
+    other.observe(EVENTS[:1], [])
+    store.add(EVENTS[:1])
+    ranker.follow(store)
+    first = [ranker.rank([request])[0] for request in AFTER[2:]]
+    assert first[0].error is not None  # nobody knows the item yet
+    early = ranker.rank([asked(record) for record in REQUESTS])
+    store.put_items([{"item_id": "fresh", "title": "a dog in winter", "year": "2001"}])
+    for event in EVENTS[1:]:
+        store.add([event, EVENTS[0]])
+        ranker.follow(store)
+        ranker.rank([asked(REQUESTS[0])])
+    went_on = ranker.rank(AFTER)
+    for found, expected in zip(other.rank([asked(record) for record in REQUESTS]), early, strict=True):
+        close(found, expected)
+    restarted = Ranker.load(served_run, cache_mib=0, audit_share=0.0)
+    restarted.follow(store)
+    for request, expected in zip(AFTER, went_on, strict=True):
+        close(restarted.rank([request])[0], expected)
+        assert restarted.rank([request])[0].features == expected.features
+    assert restarted.history_of("u1") == ranker.history_of("u1")
+    assert [(row["item_id"], row["time"]) for row in ranker.history_of("u1")][-3:] == [
+        *(("i7", 2000.0), ("fresh", 2002.0), ("i4", 1500.0)),
+    ]
+    assert ranker.item_of_title("a dog in winter") == "fresh"
+    assert [ranker.knows_user(name) for name in ("somebody", "nobody")] == [True, False]
+    counts = [
+        made.rank([RankRequest("u2", None, ["i7"])])[0].features[0]["item_count"] for made in (other, ranker)
+    ]
+    assert counts[1] == counts[0] + 1
+
+
+def test_events_stand_in_prompts_as_the_walk_sees_them(ranker: Ranker) -> None:
+    """A new user's events make the history that a request brings: the same segments but for the others' counts."""
+    past = [(f"i{k % 20}", k % 2, 3000.0 + k) for k in range(8)]
+    rows = [{"item_id": item, "label": label, "time": time} for item, label, time in past]
+    (brought,) = ranker.rank([RankRequest(None, rows, ["i9"])])
+    ranker.observe(
+        [Event(str(k), "new", item, label, time) for k, (item, label, time) in enumerate(past)], []
+    )
+    (kept,) = ranker.rank([RankRequest("new", None, ["i9"])])
+    own = ("user_rate", "user_count", "mf", "text", "text_weight", "item_similarity", "item_count")
+    for name in own:
+        assert kept.features[0].get(name) == pytest.approx(brought.features[0].get(name), abs=1e-6)
+    np.testing.assert_allclose(kept.probability, brought.probability, atol=1e-4)
+
+
+def test_company_and_errors(ranker: Ranker) -> None:
+    """An item of the same id in two requests is two items; a request that is none costs the others nothing."""
+    same = [FRESH, FRESH | {"title": "a river"}]
+    alone = [ranker.rank([RankRequest("u1", None, [item])])[0] for item in same]
+    wrong = [
+        RankRequest("u1", None, ["no such item"]),
+        RankRequest("u1", None, []),
+        RankRequest("u1", [], ["i1"]),
+        RankRequest(None, [{"item_id": "i1", "label": 2, "time": 1.0}], ["i1"]),
+        RankRequest("u1", None, [{"title": "long " * 400}]),
+    ]
+    found = ranker.rank([*wrong, *(RankRequest("u1", None, [item]) for item in same)])
+    assert all(answer.error is not None and not len(answer.probability) for answer in found[: len(wrong)])
+    for answer, expected in zip(found[len(wrong) :], alone, strict=True):
+        close(answer, expected)
+    assert abs(alone[0].probability[0] - alone[1].probability[0]) > 1e-4
+
+
+def test_full_depth_audits_and_deadlines(ranker: Ranker, served_run: Path) -> None:
+    """An audit is what full depth says; behind a deadline a request is answered by the first head, and says so."""
+    requests = [asked(record) for record in REQUESTS]
+    audited = Ranker.load(served_run, audit_share=1.0).rank(requests)
+    planned = ranker.rank(requests)
+    ranker.full_depth = True
+    full = ranker.rank(requests)
+    for whole, plan, audit in zip(full, planned, audited, strict=True):
+        assert set(whole.exit_layer) == {3}
+        assert plan.audit is None
+        assert plan.token_layers <= plan.full_depth_token_layers
+        close(audit, plan)
+        np.testing.assert_allclose(audit.audit, whole.probability, atol=1e-4)
+    for ranker.full_depth in (False, True):
+        late, other = ranker.rank([asked(REQUESTS[0], deadline=0.0), requests[1]])
+        assert (late.late, set(late.exit_layer), other.late) == (True, {0}, False)
+        close(other, (full if ranker.full_depth else planned)[1])

@@ -1,0 +1,54 @@
+"""Tests `refit`: the new run's log has the events, once, and a server of it goes on behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from project.cli import open_run
+from project.serve.ranker import Ranker, RankRequest
+from project.serve.refit import grown_log
+from project.serve.store import Event, EventStore
+
+pytestmark = pytest.mark.slow
+EVENTS = [
+    Event("a", "u1", "i7", 1, 2000.0),
+    Event("b", "u1", "i7", 0, 2000.0),  # the same row, answered again
+    Event("c", "somebody", "new", 1, 2001.0),
+    Event("d", "somebody", "no title", 1, 2002.0),
+]
+
+
+def test_a_refit_has_the_events(
+    served_run: Path, session_cache: Path, run: Callable[..., None], tmp_path: Path
+) -> None:
+    """Log and events are the new log; what came later is observed by a server of the new run."""
+    address = f"sqlite:///{tmp_path}/events.db"
+    store = EventStore(address)
+    store.put_items([{"item_id": "new", "title": "a city"}, {"item_id": "new", "title": "a city at night"}])
+    store.add(EVENTS)
+    run("refit", "--run", served_run, "--db", address)
+    folder = (served_run.parent / "latest").resolve()
+    assert folder != served_run
+    old, new = (open_run(of)[1].split for of in (served_run, folder))
+    assert new.rows.height == old.rows.height + 3
+    added = new.rows.tail(3).join(new.interactions.items, on="item").join(new.interactions.users, on="user")
+    assert added.select("user_id", "title", "label", "timestamp").rows() == [
+        ("u1", old.interactions.items.filter(item_id="i7")["title"][0], 0, 2000.0),
+        ("somebody", "a city at night", 1, 2001.0),
+        ("somebody", "no title", 1, 2002.0),
+    ]
+    same = pl.exclude("row_id", "user", "item", "rating", "split", "fold", "role")
+    assert new.rows.head(old.rows.height).select(same).equals(old.rows.select(same))
+    ranker = Ranker.load(folder, audit_share=0.0)
+    store.add([Event("e", "u1", "new", 1, 2003.0)])
+    ranker.follow(store)
+    assert [row["item_id"] for row in ranker.history_of("u1")[-2:]] == ["i7", "new"]
+    assert ranker.rank([RankRequest("u1", None, ["new"])])[0].features[0]["item_count"] == 2
+    # again from the new run: only what its log has not
+    config, last = grown_log(folder, store)
+    assert last == ranker.seq
+    assert pl.read_parquet(config.parent / "interactions.parquet").height == new.rows.height + 1

@@ -1,0 +1,236 @@
+"""Every body that a client sends, the body it gets, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from math import log
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_ranker import FakeRanker
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from project.errors import ConfigError
+from project.serve.server import Metrics, Observed, RankAPI, ServeSettings, add_routes
+from project.serve.shapes import AHEAD
+
+Make = Callable[..., TestClient]
+USAGE = {"token_layers": 6, "full_depth_token_layers": 8}  # i2 leaves at 2, i3 at 4; nobody would run 4 + 4
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Make:
+    """Makes a client of all routes with the fake ranker in this process, where no queue and no batches are needed."""
+
+    def make(rule: str | None = "rating > 3", **settings: Any) -> TestClient:
+        given = ServeSettings(tmp_path / "run", f"sqlite:///{tmp_path}/events.db", **settings)
+        api = RankAPI(given, FakeRanker.load)
+        api.setup("cpu")
+
+        async def ask(payload: Any) -> Any:
+            return api.predict([payload])[0]
+
+        app, metrics = FastAPI(), Metrics(lambda: 0)
+        app.add_middleware(Observed, metrics=metrics)
+        add_routes(app, ask, given, api.store, rule, metrics)
+        return TestClient(app)
+
+    return make
+
+
+def test_own(client: Make) -> None:
+    body = {"user_id": "u1", "candidates": ["i2", {"item_id": "i3", "year": 1999}]}
+    answer = client().post("/v1/rank", json=body).json()
+    assert answer == {
+        "id": answer["id"],
+        "model": "run",
+        "items": [
+            {"index": 1, "item_id": "i3", "probability": 0.3, "exit_layer": 4, "why": {"item_count": 3.0}},
+            {"index": 0, "item_id": "i2", "probability": 0.2, "exit_layer": 2, "why": {"item_count": 2.0}},
+        ],
+        "usage": USAGE,
+        "depth_saved": 0.25,
+        "late": False,
+        "full_depth": False,
+    }
+
+
+def test_own_with_a_history(client: Make) -> None:
+    """A title names a known item, i1, or a new one; the deadline is over before anything ran."""
+    body = {"history": [{"title": "Alien", "label": 1}], "candidates": [{"title": "Alien"}, {"title": "New"}]}
+    answer = client().post("/v1/rank", json=body | {"deadline_ms": 1e-6, "top_n": 1}).json()
+    assert [(i["item_id"], i["probability"]) for i in answer["items"]] == [("i1", 0.1)]
+    assert answer["late"]
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
+def test_cohere(client: Make, path: str) -> None:
+    """A document is a title that is known, an id, or a new text; the client's other keys are no error."""
+    body = {"model": "m", "query": "u1", "documents": ["Brazil", "i3", "a new film"], "top_n": 2}
+    body |= {"return_documents": True, "max_tokens_per_doc": 4096, "priority": 0}
+    answer = client().post(path, json=body).json()
+    assert answer["results"] == [
+        {"index": 1, "relevance_score": 0.3, "exit_layer": 4, "document": {"text": "i3"}},
+        {"index": 0, "relevance_score": 0.2, "exit_layer": 2, "document": {"text": "Brazil"}},
+    ]
+
+
+def test_cohere_with_ids(client: Make) -> None:
+    """Version 1 sends documents as objects too."""
+    body = {"query": "", "user_id": "u1", "item_ids": [3, "i2"], "documents": [{"text": "x"}, "y"]}
+    results = client().post("/v1/rerank", json=body).json()["results"]
+    assert [r["index"] for r in results] == [1, 0]
+
+
+def test_gorse(client: Make) -> None:
+    """Gorse reads index and relevance_score of each result, and takes any other status than 200 as a failure."""
+    body = '{"model":"exitrec","query":"u1","top_n":2,"documents":["i2","i3"]}'
+    headers = {"content-type": "application/json", "authorization": "Bearer secret"}
+    answer = client(token="secret").post("/v1/rerank", content=body, headers=headers)
+    assert answer.status_code == 200
+    assert [(r["index"], r["relevance_score"]) for r in answer.json()["results"]] == [(1, 0.3), (0, 0.2)]
+
+
+def test_tei(client: Make) -> None:
+    """Raw scores are logits: of .3 log(3/7)."""
+    body = {"query": "u1", "texts": ["i2", "i3"], "raw_scores": False, "return_text": True, "truncate": False}
+    make = client()
+    assert make.post("/rerank", json=body).json() == [
+        {"index": 1, "score": 0.3, "text": "i3"},
+        {"index": 0, "score": 0.2, "text": "i2"},
+    ]
+    raw = make.post("/rerank", json=body | {"raw_scores": True, "return_text": False}).json()
+    assert raw == [
+        {"index": 1, "score": pytest.approx(log(3 / 7))},
+        {"index": 0, "score": pytest.approx(-log(4))},
+    ]
+
+
+def test_sglang(client: Make) -> None:
+    body = {"query": "u1", "items": ["i2", "i3"], "label_token_ids": [9454, 2753], "apply_softmax": True}
+    answer = client().post("/v1/score", json=body | {"item_first": False, "model": "m"}).json()
+    assert answer == {"scores": [[0.2], [0.3]], "model": "run", "usage": USAGE, "object": "scoring"}
+
+
+def test_events(client: Make) -> None:
+    """The rule is rating > 3; an event that is known changes nothing; a user of an event is known at once."""
+    make, now = client(), time.time()
+    event = {
+        "event_id": "e1",
+        "user_id": "new",
+        "item_id": 7,
+        "title": "Seven",
+        "rating": 4,
+        "timestamp": now - 9,
+    }
+    assert make.post("/v1/events", json=[event, event]).json() == {"new": 1, "RowAffected": 1}
+    assert make.post("/v1/events", json=[event | {"rating": 1}]).json()["new"] == 0
+    gorse = {"FeedbackType": "star", "UserId": "new", "ItemId": "8", "Timestamp": "2020-01-01T00:00:00Z"}
+    for _ in range(2):
+        make.put("/api/feedback", json=[gorse, gorse | {"ItemId": "9", "Value": 2}])
+    sent = {"eventType": "watch", "itemId": "10", "sentAt": now - 5, "properties": "{}"}
+    body = {
+        "trackingId": "t",
+        "userId": "new",
+        "sessionId": "s",
+        "eventList": [sent, sent | {"eventValue": 1.0}],
+    }
+    assert make.post("/events", json=body).json()["new"] == 1  # session, type, item and time are the same
+    history = make.get("/v1/users/new").json()["history"]
+    assert [(row["item_id"], row["label"]) for row in history] == [("7", 1), ("8", 1), ("9", 0), ("10", 1)]
+    assert history[1]["time"] == 1577836800
+
+
+def test_items(client: Make) -> None:
+    make = client()
+    assert make.put("/v1/items", json=[{"item_id": "i99", "title": "New", "year": "2026"}]).json() == {
+        "items": 1
+    }
+    assert "item 0 lacks" in make.put("/v1/items", json=[{"item_id": "i99"}]).json()["error"]
+
+
+JSON = {"content-type": "application/json"}
+EVENT = {"event_id": "e", "user_id": "u", "item_id": "i", "timestamp": 1}
+WRONG = [
+    ("/v1/rank", {"candidates": ["i1"]}, 422, "either user_id or history"),
+    ("/v1/rank", {"user_id": "u1", "candidates": []}, 422, "at least 1 item"),
+    ("/v1/rank", {"user_id": "u1", "candidates": [{}]}, 422, "item_id or a title"),
+    ("/v1/rank", {"user_id": "u1", "candidates": ["unknown"]}, 422, "no title"),
+    ("/v1/rank", {"user_id": "u" * 300, "candidates": ["i1"]}, 422, "at most 256"),
+    ("/v1/rank", {"user_id": " ", "candidates": ["i1"]}, 422, "empty"),
+    ("/v1/rank", {"user_id": "\0", "candidates": ["i1"]}, 422, "NUL"),
+    ("/v1/rank", {"user_id": "u1", "candidates": ["i1"] * 6}, 413, "takes 5"),
+    ("/v1/rank", {"history": [{"item_id": "i1", "label": 1}] * 4, "candidates": ["i1"]}, 413, "takes 3"),
+    ("/v1/rank", {"history": [{"item_id": "i1", "label": 1, "time": -1}], "candidates": ["i1"]}, 422, "time"),
+    ("/v1/rank", {"user_id": "u1", "candidates": ["i1"], "deadline_ms": float("nan")}, 422, "deadline_ms"),
+    ("/rerank", {"query": "u1", "texts": ["x" * 2001]}, 413, "2,001 characters"),
+    ("/rerank", {"query": "u1", "documents": ["a"], "item_ids": ["1", "2"]}, 422, "2 ids for 1"),
+    ("/rerank", {"query": "u1"}, 422, "documents"),
+    ("/rerank", {"query": "\ud800", "documents": ["a"]}, 422, "surrogate"),
+    ("/v1/score", {"query": "u1", "items": []}, 422, "empty"),
+    ("/v1/events", [EVENT], 422, "neither rating nor label"),
+    ("/v1/events", [EVENT | {"rating": float("inf")}], 422, "finite"),
+    ("/v1/events", [EVENT | {"label": 1, "timestamp": -5}], 422, "timestamp"),
+    ("/v1/events", [EVENT | {"label": 1, "timestamp": time.time() + AHEAD + 3600}], 422, "after now"),
+    ("/v1/events", [EVENT | {"label": 2}], 422, "label"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "text"), WRONG)
+def test_refused(client: Make, path: str, body: object, status: int, text: str) -> None:
+    answer = client(candidates=5, history=3).post(path, content=json.dumps(body), headers=JSON)
+    assert (answer.status_code, text in answer.json()["error"]) == (status, True), answer.text
+
+
+@pytest.mark.parametrize("body", ["[" * 100_000, '{"query":' * 5000, "9" * 5000, "{", "\xff", ""])
+def test_no_json(client: Make, body: str) -> None:
+    answer = client().post("/rerank", content=body.encode("latin-1"), headers=JSON)
+    assert answer.status_code in (400, 422)
+    assert answer.json()["error"]
+
+
+def test_token(client: Make) -> None:
+    make = client(token="sécret")
+    bodies = {"/v1/rank": {"user_id": "u1", "candidates": ["i1"]}, "/v1/reload": None}
+    for path, body in bodies.items():
+        assert make.post(path, json=body).status_code == 401
+        assert make.post(path, json=body, headers={"authorization": "Bearer secret"}).status_code == 401
+    right = {"authorization": "Bearer sécret".encode()}
+    assert make.post("/v1/rank", json=bodies["/v1/rank"], headers=right).status_code == 200
+    assert [make.get(path).status_code for path in ("/healthz", "/metrics", "/", "/docs", "/info")] == [
+        200
+    ] * 4 + [401]
+
+
+def test_not_open_by_mistake(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("config.yaml", "checkpoints/last.ckpt"):
+        with pytest.raises(ConfigError, match="lacks"):
+            ServeSettings(tmp_path).check()
+        (tmp_path / name).touch()
+    for settings in ({"host": "::1"}, {"host": "0.0.0.0", "token": "t"}, {"host": "h", "unprotected": True}):
+        ServeSettings(tmp_path, **settings).check()
+    with pytest.raises(ConfigError, match="EXITREC_TOKEN"):
+        ServeSettings(tmp_path, host="0.0.0.0").check()
+
+
+def test_metrics_and_ids(client: Make) -> None:
+    make = client()
+    for name in ("mine", "no\tgood"):
+        found = make.post(
+            "/rerank", json={"query": "u1", "texts": ["i2", "i3"]}, headers={"x-request-id": name}
+        )
+        assert (found.headers["x-request-id"] == name) == (name == "mine")
+    lines = make.get("/metrics").text.splitlines()
+    for line in (
+        'exitrec_requests_total{route="/rerank",status="200"} 2.0',
+        'exitrec_candidates_total{exit="2"} 2.0',
+        "exitrec_token_layers_total 12.0",
+        "exitrec_full_depth_token_layers_total 16.0",
+        'exitrec_batch_requests_bucket{le="1.0"} 2.0',
+    ):
+        assert line in lines
