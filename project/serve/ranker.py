@@ -271,7 +271,7 @@ class Ranker:
         brought = dict[str, str]()
 
         def named(value: Any) -> Any:
-            if not isinstance(value, Mapping):
+            if isinstance(value, str) or not isinstance(value, Mapping):
                 return brought.get(str(value).strip(), value)
             item_id = None if value.get("item_id") is None else str(value["item_id"]).strip()
             if item_id in self._codes or (item_id in brought and not value.get("title")):
