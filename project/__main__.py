@@ -19,6 +19,7 @@ OTHER_COMMANDS = {
     "report": "one document of a run's results",
     "compare": "two runs on the same rows",
     "export": "a run as a Hugging Face folder",
+    "generate": "a log of any size whose truth is known",
 }
 
 
@@ -41,6 +42,10 @@ def run(arguments: list[str]) -> None:
             from project.export import run_export
 
             run_export(rest)
+        case ["generate", *rest]:
+            from project.data.generate import run_generate
+
+            run_generate(rest)
         case _:
             from project.cli import ProjectCLI
 
