@@ -34,6 +34,7 @@ text similarity (the slope of log-odds at 1/2), and log(1 + its weight)."""
 
 TEXT_FEATURES = FEATURES[-2:]
 OPTIONAL_COLUMNS = ("mf", "item_similarity", "item_similarity_weight", "text", "text_weight")
+BLOCK = 2**17  # rows whose neighbours are looked at together, which bounds the memory that they take
 SUREST = 1e-4  # chances by factorisation are clipped to this distance from 0 and 1
 
 
@@ -43,6 +44,8 @@ def feature_matrix(retrieved: pl.DataFrame, base: float) -> Floats:
     `base` is the share of likes among train targets, to which rates of few rows shrink. Where the table has no
     factorisation, its feature is the sum of both rates' log-odds; where it has no item similarity, the train mean.
     """
+    if len(retrieved) > BLOCK:
+        return np.concatenate([feature_matrix(part, base) for part in retrieved.iter_slices(BLOCK)])
     missing = [pl.lit(None, pl.Float64).alias(c) for c in OPTIONAL_COLUMNS if c not in retrieved.columns]
     table = retrieved.with_columns(missing)
 

@@ -34,6 +34,7 @@ from project.retrieval.base import Edges, Growing, IntArray, Neighbours, Raters,
 BoolArray = NDArray[np.bool_]
 Make = Callable[[pl.DataFrame, str, Path], pl.DataFrame]
 CHECKED_TOGETHER = 4096  # answers; fewer at first, so that a slow and wrong retriever is refused early
+BLOCK = 2**16  # answers that are kept as arrays of `neighbours` columns, before they become lists
 FORMAT = 1  # raise it when the same settings would give other retrieved features or other files
 
 
@@ -56,7 +57,9 @@ def split_tables(
             if k == len(SPLITS) - 1 or not once:
                 table = make(readable, name, folder)
             else:
-                table = table.filter(pl.col("row_id").is_in(readable["row_id"].implode()))
+                first = table.head(readable.height)  # of a log cut by time, and no copy
+                same = first["row_id"].equals(readable["row_id"])
+                table = first if same else table.filter(pl.col("row_id").is_in(readable["row_id"].implode()))
             table.write_parquet(folder / f"{name}.parquet")
 
     depends = {"files": split.interactions.files, "protocol": split.hash, **content}
@@ -321,9 +324,10 @@ class Answers:
     """
 
     def __init__(self, rows: WalkRows, queries: IntArray, retriever: Retriever, num_items: int) -> None:
-        size, neighbours = queries.size, retriever.neighbours
+        size, neighbours = min(queries.size, BLOCK), retriever.neighbours
         self._rows, self._queries, self._retriever = rows, queries, retriever
-        self._num_items, self._answered, self._checked = num_items, 0, 0
+        self._num_items, self._answered, self._checked = num_items, 0, 0  # of the block of `queries`
+        self._closed: list[pl.DataFrame] = []
         self._count = np.zeros(size, np.int32)
         self._row = np.zeros((size, neighbours), np.int64)
         self._similarity = np.zeros((size, neighbours), np.float32)
@@ -332,6 +336,8 @@ class Answers:
 
     def answer(self, past: Past) -> None:
         """Keep the retriever's answer to the next row, and the counts so far."""
+        if self._answered == self._count.size:
+            self._close()
         rows, retriever, at = self._rows, self._retriever, self._answered
         row = int(self._queries[at])
         user, item = int(rows.user[row]), int(rows.item[row])
@@ -387,19 +393,29 @@ class Answers:
         )
 
     def table(self) -> pl.DataFrame:
-        """Retrieved features of the queries; a share of nothing is null."""
+        """Retrieved features of the queries."""
+        self._close()
+        return pl.concat(self._closed)
+
+    def _close(self) -> None:
+        """Begin a block with the next query."""
         self.check()
+        self._closed.append(self._table())
+        self._queries, self._answered, self._checked = self._queries[self._answered :], 0, 0
+
+    def _table(self) -> pl.DataFrame:
+        """Retrieved features of the block; a share of nothing is null."""
         counts = ("item_likes", "item_count", "user_likes", "user_count")
-        own_items = ("own_likes", "item_similarity_weight")
+        own_items, block = ("own_likes", "item_similarity_weight"), slice(self._answered)
         frame = pl.DataFrame(
             {
-                "row_id": self._rows.row_id[self._queries],
-                "neighbours": pl.Series(self._rows.row_id[self._row]),
-                "similarities": pl.Series(self._similarity),
-                "answers": pl.Series(self._rows.label[self._row]),
-                "neighbour_count": self._count,
-                **dict(zip(counts, self._rates.T, strict=True)),
-                **dict(zip(own_items, self._own_items.T, strict=True)),
+                "row_id": self._rows.row_id[self._queries[block]],
+                "neighbours": pl.Series(self._rows.row_id[self._row[block]]),
+                "similarities": pl.Series(self._similarity[block].copy()),
+                "answers": pl.Series(self._rows.label[self._row[block]]),
+                "neighbour_count": self._count[block].copy(),
+                **dict(zip(counts, self._rates[block].T.copy(), strict=True)),
+                **dict(zip(own_items, self._own_items[block].T.copy(), strict=True)),
             }
         )
 
