@@ -37,6 +37,7 @@ COLUMNS = (
     *("item_rate", "item_count", "user_rate", "user_count", "vote", "neighbour_count", "likes"),
     *("mf", "item_similarity", "item_similarity_weight", "text", "text_weight"),
 )  # of a retrieved features table, those that are numbers and read here or by prompts
+BLOCK = 2**17  # rows whose neighbours are looked at together, which bounds the memory that they take
 SUREST = 1e-4  # chances by factorisation are clipped to this distance from 0 and 1
 
 
@@ -89,6 +90,8 @@ def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> Floats:
     `base` is the share of likes among train targets, to which rates of few rows shrink. Where the table has no
     factorisation, its feature is the sum of both rates' log-odds; where it has no item similarity, the train mean.
     """
+    if isinstance(retrieved, pl.DataFrame) and len(retrieved) > BLOCK:
+        return np.concatenate([feature_matrix(part, base) for part in retrieved.iter_slices(BLOCK)])
     found = Retrieved.of(retrieved)
 
     def numbers(name: str) -> Floats:

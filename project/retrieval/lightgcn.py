@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from project.retrieval.base import (
@@ -93,12 +94,13 @@ class VectorRetriever(Retriever):
         unknown_item = np.zeros((1, snapshot["weighted"].shape[1]), np.float32)
         self._weighted = np.concatenate([snapshot["weighted"], unknown_item])
         self._directions = self._weighted * inverse_norms(self._weighted)[:, None]
-        users = np.repeat(list(self._past), [len(items) for items, _ in self._past.values()]).astype(np.int64)
-        items = np.array([item for past, _ in self._past.values() for item in past], np.int64)
-        weights = np.array([weight for _, past in self._past.values() for weight in past], np.float32)
-        self._vectors = np.zeros((self._num_users, self._weighted.shape[1]), np.float32)
+        own = [self._past.get(user, ([], [])) for user in range(self._num_users)]
+        ends = np.cumsum([0, *(len(items) for items, _ in own)])
         # each user's in order of time, as observe adds: a vector does not depend on where a block starts
-        np.add.at(self._vectors, users, weights[:, None] * self._weighted[items])
+        weights = np.fromiter((weight for _, weights in own for weight in weights), np.float32, ends[-1])
+        items = np.fromiter((item for items, _ in own for item in items), np.int64, ends[-1])
+        pasts = csr_array((weights, items, ends), shape=(self._num_users, self._weighted.shape[0]))
+        self._vectors: FloatArray = pasts @ self._weighted
         self._inverse = inverse_norms(self._vectors)
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:

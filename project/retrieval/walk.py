@@ -9,12 +9,15 @@ request is answered by the code that made the training features and changes nobo
 rows that are `rater` or `own`, once their time has passed.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -28,7 +31,7 @@ from rich.progress import Progress
 
 from project.data.download import remove_orphans
 from project.data.protocol import SPLITS, SplitInteractions, answered
-from project.errors import ConfigError
+from project.errors import ConfigError, DataError
 from project.features import Retrieved
 from project.metrics import Floats
 from project.retrieval.base import Edges, Growing, IntArray, Neighbours, Raters, Retriever, Snapshot
@@ -36,6 +39,8 @@ from project.retrieval.base import Edges, Growing, IntArray, Neighbours, Raters,
 BoolArray = NDArray[np.bool_]
 Make = Callable[[pl.DataFrame, str, Path], pl.DataFrame]
 CHECKED_TOGETHER = 4096  # answers; fewer at first, so that a slow and wrong retriever is refused early
+BLOCK = 2**16  # answers that are kept as arrays of `neighbours` columns, before they become lists
+FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]  # of a full disk
 FORMAT = 1  # raise it when the same settings would give other retrieved features or other files
 
 
@@ -58,7 +63,9 @@ def split_tables(
             if k == len(SPLITS) - 1 or not once:
                 table = make(readable, name, folder)
             else:
-                table = table.filter(pl.col("row_id").is_in(readable["row_id"].implode()))
+                first = table.head(readable.height)  # of a log cut by time, and no copy
+                same = first["row_id"].equals(readable["row_id"])
+                table = first if same else table.filter(pl.col("row_id").is_in(readable["row_id"].implode()))
             table.write_parquet(folder / f"{name}.parquet")
 
     depends = {"files": split.interactions.files, "protocol": split.hash, **content}
@@ -324,9 +331,10 @@ class Answers:
     """
 
     def __init__(self, rows: WalkRows, queries: IntArray, retriever: Retriever, num_items: int) -> None:
-        size, neighbours = queries.size, retriever.neighbours
+        size, neighbours = min(queries.size, BLOCK), retriever.neighbours
         self._rows, self._queries, self._retriever = rows, queries, retriever
-        self._num_items, self._answered, self._checked = num_items, 0, 0
+        self._num_items, self._answered, self._checked = num_items, 0, 0  # of the block of `queries`
+        self._closed: list[pl.DataFrame] = []
         self._count = np.zeros(size, np.int32)
         self._row = np.zeros((size, neighbours), np.int64)
         self._similarity = np.zeros((size, neighbours), np.float32)
@@ -534,14 +542,37 @@ def _make_whole(folder: Path, write: Callable[[Path], object]) -> None:
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        write(made)
+    with _alone(folder):
+        if folder.exists():  # by now
+            return
+        made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
-            os.replace(made, folder)
-        except OSError:
-            # another process was faster: its folder has the same content
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+            write(made)
+            try:
+                os.replace(made, folder)
+            except OSError:
+                # another process was faster: its folder has the same content
+                if not folder.exists():
+                    raise
+        except Exception as error:
+            if full := next((text for text in FULL if text in str(error)), None):
+                raise DataError(
+                    f"{folder.parent} cannot be written to: {full}. Free space there, or set PROJECT_CACHE to a folder "
+                    "on another disk."
+                ) from error
+            raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait while another process makes the folder. A killed one's lock is gone; without locks both make it."""
+    path = folder.with_name(f".{folder.name}.lock")
+    with path.open("w") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

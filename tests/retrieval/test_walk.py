@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import polars as pl
 import pytest
 from example_logs import make_log, numbered
 
+from project.errors import DataError
 from project.retrieval import NoRetriever, VectorRetriever
 from project.retrieval.base import Edges, FloatArray, Neighbours, Raters, Retriever, top
 from project.retrieval.walk import (
@@ -208,6 +211,51 @@ def test_a_faster_process_wins(tmp_path: Path) -> None:
     folder = cached_folder(tmp_path, {"a": 1}, slow)
     assert [path.name for path in folder.iterdir()] == ["theirs"]
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_who_comes_second_waits(tmp_path: Path) -> None:
+    """And finds what the first has made."""
+    begun, go_on = Event(), Event()
+
+    def slow(folder: Path) -> None:
+        begun.set()
+        go_on.wait()
+        write(folder)
+
+    first, second = (Thread(target=cached_folder, args=(tmp_path, {"a": 1}, f)) for f in (slow, pytest.fail))
+    first.start()
+    begun.wait()
+    second.start()
+    second.join(0.1)
+    assert second.is_alive()
+    go_on.set()
+    second.join()
+    assert [path.name for path in tmp_path.iterdir()] == [content_key({"a": 1})]
+
+
+@pytest.mark.parametrize("kind", ["polars", "numpy"])
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(tmp_path: Path, kind: str) -> None:
+    """Files of more than 4,096 bytes cannot be written."""
+    old = cached_folder(tmp_path, {"a": 1}, write)
+    numbers = np.random.default_rng(0).random(10_000)
+
+    def large(folder: Path) -> None:
+        if kind == "polars":
+            pl.DataFrame({"x": numbers}).write_parquet(folder / "x.parquet")
+        else:
+            np.savez(folder / "x.npz", x=numbers)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(
+            DataError, match=f"{tmp_path} cannot be written to: File too large.*PROJECT_CACHE"
+        ):
+            cached_folder(tmp_path, {"a": 2}, large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [old]
+    assert (old / "x").read_text() == "1"
 
 
 def test_restore_copies_what_is_absent(tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+"""What a log's size costs: seconds and peak memory of every stage from files to packed batches, by log.
+
+Generated logs (`python -m project generate`) and MovieLens 1M, each in a process of its own, one thread. Seconds are
+those of the processor, so that a busy machine does not count. The exponent of a stage is log(seconds / seconds before)
+over log(rows / rows before), from one generated log to the next ten times larger: 1 is linear.
+
+    python research/scale.py results/scale/scale.json 1e5 1e6 ml1m
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from project.data.batch import TrainSampler, pack
+from project.data.download import resolve_model
+from project.data.generate import run_generate
+from project.data.logs import Logs, MovieLens1M, TableLogs
+from project.data.prompt import Prompt, PromptEncoder
+from project.data.protocol import Protocol, apply_protocol, build_interactions
+from project.data.stream import build_streams
+from project.retrieval import LightGCN, MatrixFactorisation
+from project.retrieval.factorisation import mf_column
+from project.retrieval.own_text import item_vectors, text_similarity
+from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
+from project.run import machine, write_json
+
+SEGMENT = "{item_text}{item_number+vote_number+item_similarity_number+mf_number+text_number}"  # the demo's
+REFITS = 10
+
+
+def measured(logs: Logs, label: str | None) -> dict[str, Any]:
+    """Rows, peak_mib and stages of one log; `peak_mib` of a stage is the highest so far."""
+    stages: list[dict[str, Any]] = []
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        start = time.process_time()
+        yield
+        seconds, peak = (
+            time.process_time() - start,
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        )
+        stages.append({"name": name, "seconds": round(seconds, 2), "peak_mib": peak})
+        print(f"{name:15} {seconds:9.1f} s {peak:7} MiB", file=sys.stderr, flush=True)
+
+    protocol, retriever, mf = (
+        Protocol(label=label, minimum_history=5),
+        LightGCN(item_neighbours=30),
+        MatrixFactorisation(),
+    )
+    with stage("read"):
+        interactions = build_interactions(logs.read(), protocol)
+    with stage("protocol"):
+        split = apply_protocol(interactions, protocol)
+    cuts, rows = block_cuts(split.rows["timestamp"].to_numpy(), REFITS), WalkRows.from_log(split.rows)
+    with stage("LightGCN"):
+        snapshots = fit_snapshots(split.rows, retriever, interactions.users.height, interactions.items, cuts)
+    with stage("walk"):
+        table = walk(rows, retriever, interactions.items, cuts, snapshots.fitted)
+    with stage("factorisation"):
+        chances = mf.chances(rows, mf.fit(split.rows, interactions.items.height, cuts))
+    with stage("text"):
+        texts = text_similarity(rows, item_vectors(interactions.items, interactions.items))
+    with stage("prompts"):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m-instruct"))
+        encoder = PromptEncoder(tokenizer, Prompt(instruction="I\n", segment=SEGMENT), interactions.items)
+        table = table.hstack([mf_column(chances), texts["text"], texts["text_weight"]])
+        streams = build_streams(split.rows, table, "train", encoder)
+    with stage("packing"):  # one epoch
+        targets = sum(
+            len(pack(streams, windows).label) for windows in TrainSampler(streams, 1024, 4096, 0, 0, 1)
+        )
+    assert (
+        targets
+        == split.rows.filter((split.rows["role"] == "target") & (split.rows["split"] == "train")).height
+    )
+    return {"rows": split.rows.height, "peak_mib": stages[-1]["peak_mib"], "stages": stages}
+
+
+def with_exponents(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs by size; stages of generated logs with `exponent` against the generated log before."""
+    runs = sorted(runs, key=lambda run: int(run["rows"]))
+    generated = [run for run in runs if run["log"].startswith("generated")]
+    for before, run in pairwise(generated):
+        for stage, less in zip(run["stages"], before["stages"], strict=True):
+            times = stage["seconds"] / max(less["seconds"], 0.01)
+            stage["exponent"] = round(math.log(times) / math.log(run["rows"] / before["rows"]), 2)
+    return runs
+
+
+def main(out: Path, logs: list[str]) -> None:
+    """Measure each log in a process of its own; `out` is written after each and keeps those it has of other logs."""
+    for name in logs:
+        called = subprocess.run([sys.executable, __file__, "one", name], stdout=subprocess.PIPE, check=True)
+        run = {"log": name if name == "ml1m" else f"generated {name}"} | json.loads(
+            called.stdout.splitlines()[-1]
+        )
+        known = json.loads(out.read_text())["runs"] if out.exists() else []
+        runs = with_exponents([*(r for r in known if r["log"] != run["log"]), run])
+        write_json(out, {"command": "scale", "machine": machine(), "refits": REFITS, "runs": runs})
+    for run in json.loads(out.read_text())["runs"]:
+        print(f"{run['log']}: {run['rows']:,} rows, peak {run['peak_mib']:,} MiB")
+        for stage in run["stages"]:
+            print(f"  {stage['name']:15} {stage['seconds']:9.1f} s  {stage.get('exponent', '')}")
+
+
+def one(name: str) -> None:
+    """Print what `measured` finds as JSON."""
+    if name == "ml1m":
+        print(json.dumps(measured(MovieLens1M(), "rating > 3")))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        run_generate([folder, "--rows", name])
+        logs = TableLogs(f"{folder}/interactions.parquet", f"{folder}/items.parquet")
+        print(json.dumps(measured(logs, None)))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "one":
+        one(sys.argv[2])
+    else:
+        main(Path(sys.argv[1]), sys.argv[2:])
