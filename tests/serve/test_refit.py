@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from project.cli import open_run
+from project.config import open_run
 from project.serve.ranker import Ranker, RankRequest
 from project.serve.refit import grown_log
 from project.serve.store import Event, EventStore
