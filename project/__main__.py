@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> None:
 
             run_refit(rest)
         case ["generate", *rest]:
-            from project.data.generate import run_generate
+            from project.generate import run_generate
 
             run_generate(rest)
         case _:

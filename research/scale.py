@@ -24,7 +24,7 @@ from typing import Any
 
 from project.data.batch import TrainSampler, pack
 from project.data.download import resolve_model
-from project.data.generate import run_generate
+from project.generate import run_generate
 from project.data.logs import Logs, MovieLens1M, TableLogs
 from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import Protocol, apply_protocol, build_interactions
