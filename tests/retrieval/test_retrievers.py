@@ -28,7 +28,7 @@ from project.retrieval import (
     TextEncoder,
 )
 from project.retrieval.base import Edges, OwnRows, Raters, top
-from project.retrieval.lightgcn import like_graph
+from project.retrieval.lightgcn import LightGCNModel, like_graph
 from project.retrieval.walk import content_key, fit_snapshots
 
 EDGES = Edges(user=np.array([0, 0, 1, 2, 0]), item=np.array([0, 1, 1, 2, 0]), label=np.array([1, 1, 1, 0, 1]))
@@ -46,13 +46,18 @@ def test_adjacency_golden() -> None:
 
 
 def test_propagation_equals_the_library_on_its_edge_list() -> None:
+    """Forward and backward."""
     graph = like_graph(EDGES, 3, 4)
     ours = LightGCN(dim=5)._first_model(7)
-    theirs = type(ours)(7, 5, 3)  # normalises edges itself
+    theirs = LightGCNModel(7, 5, 3)  # normalises edges itself
     theirs.load_state_dict(ours.state_dict())
     pairs = torch.stack([graph.item, graph.user])
     edges = torch.cat([pairs, pairs.flip(0)], dim=1)
-    torch.testing.assert_close(ours.get_embedding(graph.adjacency), theirs.get_embedding(edges))
+    found = [ours.get_embedding(graph.adjacency), theirs.get_embedding(edges)]
+    torch.testing.assert_close(*found)
+    for vectors in found:
+        vectors[:, :2].square().sum().backward()
+    torch.testing.assert_close(ours.embedding.weight.grad, theirs.embedding.weight.grad)
 
 
 def fitted(rows: pl.DataFrame) -> list[np.ndarray]:
