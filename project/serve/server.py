@@ -262,7 +262,9 @@ class Metrics:
 
     def __init__(self, waiting: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()
-        counter, histogram, gauge = (partial(k, registry=self.registry) for k in (Counter, Histogram, Gauge))
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
         self.requests = counter("exitrec_requests", "Requests", ["route", "status"])
         self.seconds = histogram("exitrec_request_seconds", "Latency", ["route"])
         self.exits = counter("exitrec_candidates", "Candidates by the exit they left at", ["exit"])
