@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from project.serve.shapes import Ranked, RankRequest
+from project.serve.request import Ranked, RankRequest
 from project.serve.store import Event, EventStore
 
 ROOT = Path(__file__).parents[1]

@@ -24,7 +24,7 @@ from project.errors import ConfigError
 from project.report.tables import render, shown
 from project.run import result_head, write_json
 from project.serve.ranker import Ranker
-from project.serve.shapes import RankRequest
+from project.serve.request import RankRequest
 
 USERS = (1, 8, 32)
 REQUESTS, CANDIDATES = 48, 64

@@ -39,7 +39,7 @@ from project.retrieval.online import FeatureIndex, in_time
 from project.retrieval.text import item_texts
 from project.run import own_version
 from project.serve.drift import Monitor, reference_loss
-from project.serve.shapes import Ranked, RankRequest
+from project.serve.request import Ranked, RankRequest
 from project.serve.store import Event, EventStore, seen
 
 FloatArray = NDArray[np.float64]

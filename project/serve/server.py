@@ -22,6 +22,7 @@ from argparse import ArgumentError
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from project.errors import ConfigError, ProjectError
 from project.serve import shapes
+from project.serve.request import Ranked, RankRequest
 from project.serve.store import EventStore, label_rule
 
 logger = logging.getLogger("project.serve")
@@ -100,13 +102,9 @@ class ServeSettings:
 
     def check(self) -> None:
         """Refuse what cannot work or would be open to everybody by mistake."""
-        lacking = [
-            name for name in ("config.yaml", "checkpoints/last.ckpt") if not (self.run / name).exists()
-        ]
-        if lacking:
-            raise ConfigError(
-                f"--run {self.run} lacks {' and '.join(lacking)}; expected the folder of a run."
-            )
+        for name in ("config.yaml", "checkpoints/last.ckpt"):
+            if not (self.run / name).exists():
+                raise ConfigError(f"--run {self.run} lacks {name}; expected the folder of a run.")
         local = self.host == "localhost" or _is_loopback(self.host)
         if not (local or self.token or self.unprotected):
             raise ConfigError(
@@ -134,7 +132,7 @@ def _is_loopback(host: str) -> bool:
 class Scored:
     """A ranked request and how the inference process is."""
 
-    ranked: shapes.Ranked
+    ranked: Ranked
     items: list[str]  # ids of its candidates
     run: str
     full_depth: bool
@@ -216,7 +214,7 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
             self._load = Ranker.load
         ranker = self._load(run, cache_mib=self.settings.cache_mib, audit_share=self.settings.audit_share)
         ranker.follow(self.store)
-        ranker.rank([shapes.RankRequest(None, [], [{"item_id": "warm", "title": "warm"}])])
+        ranker.rank([RankRequest(None, [], [{"item_id": "warm", "title": "warm"}])])
         return ranker
 
     def reload(self, run: str) -> None:
@@ -246,12 +244,8 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
         for k, payload in enumerate(batch):
             match payload:
                 case ("user", user_id):
-                    known = self.ranker.knows_user(user_id)
-                    answers[k] = {
-                        "user_id": user_id,
-                        "known": known,
-                        "history": self.ranker.history_of(user_id),
-                    }
+                    history = self.ranker.history_of(user_id)
+                    answers[k] = {"known": self.ranker.knows_user(user_id), "history": history}
                 case ("about",):
                     answers[k] = self.ranker.about | {"full_depth": full}
                 case ("reload", folder):
@@ -267,31 +261,23 @@ class Metrics:
     """What Prometheus reads. Counted in the HTTP process: answers tell what the inference process did."""
 
     def __init__(self, waiting: Callable[[], float]) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter("exitrec_requests", "Requests", ["route", "status"], registry=registry)
-        self.seconds = Histogram("exitrec_request_seconds", "Latency", ["route"], registry=registry)
-        self.exits = Counter(
-            "exitrec_candidates", "Candidates by the exit they left at", ["exit"], registry=registry
-        )
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        self.requests = counter("exitrec_requests", "Requests", ["route", "status"])
+        self.seconds = histogram("exitrec_request_seconds", "Latency", ["route"])
+        self.exits = counter("exitrec_candidates", "Candidates by the exit they left at", ["exit"])
         sizes = (1, 2, 4, 8, 16, 32, 64, 128)
-        self.batch = Histogram(
-            "exitrec_batch_requests", "Requests scored together", buckets=sizes, registry=registry
-        )
-        self.layers = Counter("exitrec_token_layers", "Token-layers that ran", registry=registry)
-        self.full = Counter(
-            "exitrec_full_depth_token_layers", "Token-layers of full depth", registry=registry
-        )
-        self.histories = Counter(
-            "exitrec_histories",
-            "Users' histories, by whether they were in memory",
-            ["cached"],
-            registry=registry,
-        )
-        self.late = Counter("exitrec_late", "Requests that their deadline cut", registry=registry)
-        self.audits = Counter("exitrec_audits", "Requests that also ran to full depth", registry=registry)
-        self.events = Counter("exitrec_events", "Events that were new", registry=registry)
-        self.alarm = Gauge("exitrec_drift_alarm", "1: everything runs to full depth", registry=registry)
-        Gauge("exitrec_queue", "Requests that wait or run", registry=registry).set_function(waiting)
+        self.batch = histogram("exitrec_batch_requests", "Requests scored together", buckets=sizes)
+        self.layers = counter("exitrec_token_layers", "Token-layers that ran")
+        self.full = counter("exitrec_full_depth_token_layers", "Token-layers of full depth")
+        self.histories = counter("exitrec_histories", "Users' histories, by whether in memory", ["cached"])
+        self.late = counter("exitrec_late", "Requests that their deadline cut")
+        self.audits = counter("exitrec_audits", "Requests that also ran to full depth")
+        self.events = counter("exitrec_events", "Events that were new")
+        self.alarm = gauge("exitrec_drift_alarm", "1: everything runs to full depth")
+        gauge("exitrec_queue", "Requests that wait or run").set_function(waiting)
 
     def count(self, scored: Scored) -> None:
         """An answer."""

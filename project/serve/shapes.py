@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -31,6 +30,7 @@ from pydantic import (
 
 from project.data.protocol import CLICKED, label_expression
 from project.errors import DataError
+from project.serve.request import Ranked, RankRequest
 from project.serve.store import Event
 
 if TYPE_CHECKING:  # the HTTP process needs no torch
@@ -264,36 +264,6 @@ class ScoreAnswer(BaseModel):
     model: str
     usage: Usage
     object: Literal["scoring"] = "scoring"
-
-
-@dataclass(frozen=True)
-class RankRequest:
-    """Candidates of a user, or of somebody with a history of their own: exactly one of both.
-
-    A row of a history is an item id or an item's columns, with label and time, as `predict` has them.
-    """
-
-    user_id: str | None
-    history: Sequence[Mapping[str, Any]] | None
-    candidates: Sequence[str | Mapping[str, Any]]  # item ids, or items with a title and other columns
-    deadline: float | None = None  # time.monotonic() seconds: answer from the deepest head reached by then
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """What became of a request of n candidates, in their order. With an error the arrays are empty."""
-
-    probability: NDArray[np.float64]  # (n,)
-    exit_layer: NDArray[np.int64]  # (n,)
-    token_layers: int
-    full_depth_token_layers: int  # what the same would have cost without early exit
-    features: list[
-        dict[str, float]
-    ]  # of each candidate, the retrieved features used; unknown ones are left out
-    late: bool = False  # the deadline cut it
-    error: str | None = None
-    audit: NDArray[np.float64] | None = None  # (n,) probabilities at full depth, if it was audited
-    cached: bool | None = None  # some of the user's history was in memory; None: there is none to keep
 
 
 @dataclass(frozen=True)

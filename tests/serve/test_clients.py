@@ -14,7 +14,7 @@ import pytest
 from fake_ranker import serving
 
 from project.serve.ranker import Ranker
-from project.serve.shapes import RankRequest
+from project.serve.request import RankRequest
 
 pytestmark = pytest.mark.slow
 
