@@ -81,7 +81,9 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
                     return
         except (URLError, OSError):
             time.sleep(0.2)
-    raise ConfigError(f"the server did not get ready; its log ends: {log.read_text(errors='replace')[-500:]}")
+    raise ConfigError(
+        f"the server did not get ready; its log ends: {log.read_text(errors='replace')[-2000:]}"
+    )
 
 
 def drive(address: str, requests: Sequence[dict[str, Any]], **how: Any) -> dict[str, Any]:
@@ -163,12 +165,13 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
     # 3. rows
     result = result_head("benchmark", split.manifest, str(run / "config.yaml"), seed)
     result["serve"] = [load_row(users, full, rounds, part) for (users, full), rounds in found.items()]
-    full_rows = {row["users"]: row for row in result["serve"] if row["depth"] == "full"}
+    full_depth = {row["users"]: row["requests_per_s"] for row in result["serve"] if row["depth"] == "full"}
     for row in result["serve"]:
         row |= {
             "candidates": candidates,
             "token_layer_speedup": 1.0 if row["depth"] == "full" else spent[1] / spent[2],
-            "speedup": row["requests_per_s"] / full_rows[row["users"]]["requests_per_s"],
+            # none where no answer came in time
+            "speedup": row["requests_per_s"] / full_depth[row["users"]] if full_depth[row["users"]] else None,
         }
     path = write_json(run / "results" / "benchmark-serve.json", result)
     Console(width=150).print(shown(render(result)), f"written: {path}")
