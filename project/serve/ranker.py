@@ -28,7 +28,7 @@ from project.data.stream import streams_of
 from project.datamodule import InteractionData
 from project.engine.cache import StreamCache
 from project.engine.decisions import RowExits
-from project.engine.engine import Engine, packed
+from project.engine.engine import Engine
 from project.engine.predict import load_run
 from project.engine.requests import PreparedRequest, Scored, StreamTokens, shared_prefix, until_slots
 from project.errors import DataError, ProjectError
@@ -115,7 +115,6 @@ class Ranker:
         self._baseline = model.feature_baseline()
         model.know_items(data)
         self._text_encoder = data._item_encoder() if model.items else None
-        model.backbone = packed(model.backbone.eval())  # once for both engines
         plan, device = plans.plan, model.backbone.embed_tokens.weight.device
         cache = StreamCache(max(1, cache_mib * 2**20 // _token_bytes(model)))
         self._engine = Engine(model, RowExits(plan, device), cache)
