@@ -237,7 +237,7 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
         requests = [body.request(self.ranker, arrived) for _, (_, body, arrived) in asked]
         names = [[c if isinstance(c, str) else c["item_id"] for c in r.candidates] for r in requests]
         ranked = self.ranker.rank(requests) if requests else []
-        run, full = str(self.ranker.about["run"]), self.ranker.full_depth
+        run, full = "/".join(Path(self.ranker.about["run"]).parts[-2:]), self.ranker.full_depth
         answers: list[Any] = [None] * len(batch)
         for (k, _), found, items in zip(asked, ranked, names, strict=True):
             answers[k] = Scored(found, items, run, full, len(asked))
