@@ -92,7 +92,8 @@ def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> Floats:
     found = Retrieved.of(retrieved)
 
     def numbers(name: str) -> Floats:
-        return np.nan_to_num(found.columns[name]) if name in found.columns else np.zeros(len(found))
+        values = found.columns.get(name, np.zeros(len(found)))
+        return np.where(np.isnan(values), 0.0, values)
 
     def rate_and_rows(rate: str, count: str) -> tuple[Floats, Floats]:
         rows = numbers(count)
@@ -107,7 +108,7 @@ def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> Floats:
     # 3. matrix factorisation, and the user's own answers on similar items
     chance = found.columns.get("mf", np.full(len(found), np.nan))
     rates_summed = item[0] + user[0] - np.log(base / (1.0 - base))
-    clipped = np.clip(np.nan_to_num(chance, nan=0.5), SUREST, 1.0 - SUREST)
+    clipped = np.clip(chance, SUREST, 1.0 - SUREST)
     mf = np.where(np.isnan(chance), rates_summed, np.log(clipped / (1.0 - clipped)))
     weight = numbers("item_similarity_weight")
     item_similarity = _log_odds(numbers("item_similarity") * weight, weight, base)

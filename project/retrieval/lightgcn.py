@@ -120,8 +120,11 @@ class VectorRetriever(Retriever):
             return NO_NEIGHBOURS
         inverse = self._inverse.take(raters.user)
         cosine = (self._vectors.take(raters.user, axis=0) @ vector) * (inverse * inverse_norm)
-        nearest = top(np.where(inverse > 0, cosine, -np.inf), self.neighbours)
-        nearest = nearest[inverse[nearest] > 0]
+        if inverse.all():
+            nearest = top(cosine, self.neighbours)
+        else:
+            nearest = top(np.where(inverse > 0, cosine, -np.inf), self.neighbours)
+            nearest = nearest[inverse[nearest] > 0]
         return Neighbours(raters.row[nearest], cosine[nearest])
 
     def most_similar(self, user: int, others: IntArray) -> SimilarUsers:

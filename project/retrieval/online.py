@@ -254,11 +254,12 @@ class FeatureIndex:
         if self._mf is not None and self._mf_snapshots is not None:
             known = replace(rows, item=np.minimum(rows.item, self._items.height))
             found["mf"] = as_stored(self._mf.chances(known, self._mf_snapshots))
-        texts, new = self._texts[np.minimum(rows.item, self._items.height)], self._texts_after(catalogue)
-        place, added = np.arange(at.size), rows.item - self._items.height
-        if new.shape[0]:
-            texts = vstack([texts, new], format="csr")
-            place = np.where((added >= 0) & (added < new.shape[0]), at.size + added, place)
+        texts, new = self._texts, self._texts_after(catalogue)
+        place, added = np.minimum(rows.item, self._items.height), rows.item - self._items.height
+        if added.max(initial=-1) >= 0 and new.shape[0]:
+            texts = vstack([texts[place], new], format="csr")
+            there = (added >= 0) & (added < new.shape[0])
+            place = np.where(there, at.size + added, np.arange(at.size))
         text, weight = text_and_weight(replace(rows, item=place), texts)
         return found | {"text": as_stored(text), "text_weight": as_stored(weight)}
 

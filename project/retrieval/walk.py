@@ -270,7 +270,8 @@ class Past:
         """Raters of an item without `person`, oldest first, the latest row of each, at most max_raters."""
         if item not in self._raters:
             return NO_RATERS
-        rows, persons = (part.values for part in self._raters[item])
+        of_rows, of_persons = self._raters[item]
+        rows, persons = of_rows.values, of_persons.values
         dropped = list(self._superseded.get(item, ()))
         if (item, person) in self._latest:
             dropped.append(self._latest[item, person])

@@ -218,7 +218,7 @@ class Ranker:
         for request in requests:
             try:
                 records.append(request_of(self._record(request), catalogue.item_of))
-            except (ProjectError, RecursionError) as error:
+            except (ProjectError, RecursionError, UnicodeError) as error:
                 records.append(str(error))
         items, encoder = self._items, self._encoder
         if catalogue.added:
@@ -271,13 +271,14 @@ class Ranker:
         brought = dict[str, str]()
 
         def named(value: Any) -> Any:
-            if not isinstance(value, Mapping):
+            if isinstance(value, str) or not isinstance(value, Mapping):
                 return brought.get(str(value).strip(), value)
             item_id = None if value.get("item_id") is None else str(value["item_id"]).strip()
             if item_id in self._codes or (item_id in brought and not value.get("title")):
                 return dict(value) | {"item_id": brought.get(str(item_id), item_id)}
             columns = {c: str(value.get(c) or "") for c in self._items.columns if c != "item"}
-            name = json.dumps(columns, sort_keys=True)
+            name = json.dumps(columns, sort_keys=True, ensure_ascii=False)
+            name.encode()  # half a surrogate pair is no text
             if item_id is not None:
                 brought[item_id] = name
             return dict(value) | {"item_id": name}
@@ -311,7 +312,8 @@ class Ranker:
             history = self._history(user) if request.user_id in self._users else History()
             found = self._index.retrieved(user, candidates, None, items)
         segments = encoder.encode(candidates, found, np.full(len(candidates), -1, np.int8))
-        long = len(encoder.instruction) + max([int(segments.tokens.lengths.max()), *map(len, history.tokens)])
+        brought = history.tokens if request.user_id is None else []
+        long = len(encoder.instruction) + max([int(segments.tokens.lengths.max()), *map(len, brought)])
         if long > limit:
             raise DataError(
                 f"the prompt of an item alone has {long:,} tokens, but data.context_tokens is {limit:,}. Give it a "

@@ -12,6 +12,7 @@ from example_logs import NUM_ITEMS, NUM_USERS, CoLikes, by_time, make_log, make_
 
 from project.data.protocol import SplitInteractions
 from project.errors import ConfigError, DataError
+from project.features import Retrieved
 from project.retrieval import (
     ItemKNN,
     LightGCN,
@@ -47,6 +48,14 @@ def same(found: pl.DataFrame, expected: pl.DataFrame) -> None:
     for name in set(SUMMED) & set(found.columns):
         assert found[name].is_null().equals(expected[name].is_null())
         np.testing.assert_allclose(found[name].to_numpy(), expected[name].to_numpy(), rtol=0, atol=1e-6)
+
+
+def same_numbers(found: Retrieved, expected: Retrieved) -> None:
+    assert found.columns.keys() == expected.columns.keys()
+    for name, values in expected.columns.items():
+        np.testing.assert_array_equal(found.columns[name], values)
+    for name in ("of_row", "similarity", "answer"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 def replay(made: FeatureIndex, rows: pl.DataFrame, table: pl.DataFrame) -> int:
@@ -125,6 +134,8 @@ def test_a_request_is_answered_as_by_the_walk(
     for _ in range(2):
         found = made.features(user, candidates, history if brings else None, catalogue)
         same(found, expected.tail(len(candidates)))
+        numbers = made.retrieved(user, candidates, history if brings else None, catalogue)
+        same_numbers(numbers.rows(slice(len(history), None)), Retrieved.of(found))
         made.features(5, [2], [(2, 0, 3.0)])
 
 

@@ -139,6 +139,7 @@ def test_company_and_errors(ranker: Ranker) -> None:
         RankRequest("u1", [], ["i1"]),
         RankRequest(None, [{"item_id": "i1", "label": 2, "time": 1.0}], ["i1"]),
         RankRequest("u1", None, [{"title": "long " * 400}]),
+        RankRequest("u1", None, [{"title": "half a pair \ud800"}]),
     ]
     found = ranker.rank([*wrong, *(RankRequest("u1", None, [item]) for item in same)])
     assert all(answer.error is not None and not len(answer.probability) for answer in found[: len(wrong)])

@@ -35,7 +35,12 @@ def test_a_refit_has_the_events(
     assert folder != served_run
     old, new = (open_run(of)[1].split for of in (served_run, folder))
     assert new.rows.height == old.rows.height + 3
-    added = new.rows.tail(3).join(new.interactions.items, on="item").join(new.interactions.users, on="user")
+    added = (
+        new.rows.tail(3)
+        .join(new.interactions.items, on="item")
+        .join(new.interactions.users, on="user")
+        .sort("timestamp")
+    )
     assert added.select("user_id", "title", "label", "timestamp").rows() == [
         ("u1", old.interactions.items.filter(item_id="i7")["title"][0], 0, 2000.0),
         ("somebody", "a city at night", 1, 2001.0),
