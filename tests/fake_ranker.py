@@ -26,7 +26,7 @@ class FakeRanker:
     """Knows u1, two titles and what the store brings.
 
     A candidate iK has probability K / 10, any other .05; it leaves at layer 2 if K is even, else at 4. An item of the
-    title "slow" takes a fifth of a second.
+    title "slow" takes a second.
     """
 
     full_depth = False
@@ -71,7 +71,7 @@ class FakeRanker:
         if "die" in names:
             os._exit(1)
         if "slow" in names:
-            time.sleep(0.2)
+            time.sleep(1)
         number = [int(n[1:]) if n[:1] == "i" and n[1:].isdigit() else 0.5 for n in names]
         layer = np.array([4 if n % 2 else 2 for n in number])
         features = [{"item_count": float(n)} for n in number]

@@ -138,7 +138,7 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
     bare = Bare(ranker, asked)
     expected = dict[bool, list[list[float]]]()
     spent = list[int]()
-    for full in (False, True, False):  # the first time, prefixes are not cached
+    for full in (False, True, True, False):  # first until all prefixes are cached in all layers
         ranker.full_depth = full
         answers = ranker.rank(asked)
         expected[full] = [answer.probability.tolist() for answer in answers]
@@ -164,13 +164,13 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
                     found.setdefault((users, full), []).append(one)
     # 3. rows
     result = result_head("benchmark", split.manifest, str(run / "config.yaml"), seed)
-    result["serve"] = [load_row(users, full, rounds, part) for (users, full), rounds in found.items()]
+    result["serve"] = [load_row(users, full, rounds) for (users, full), rounds in found.items()]
     full_depth = {row["users"]: row["requests_per_s"] for row in result["serve"] if row["depth"] == "full"}
     for row in result["serve"]:
         row |= {
             "candidates": candidates,
-            "token_layer_speedup": 1.0 if row["depth"] == "full" else spent[1] / spent[2],
-            # none where no answer came in time
+            "token_layer_speedup": 1.0 if row["depth"] == "full" else spent[2] / spent[3],
+            # none where nothing was answered
             "speedup": row["requests_per_s"] / full_depth[row["users"]] if full_depth[row["users"]] else None,
         }
     path = write_json(run / "results" / "benchmark-serve.json", result)
@@ -178,10 +178,10 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
     return result
 
 
-def load_row(users: int, full: bool, rounds: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """One row of a result file, from rounds of so many seconds."""
+def load_row(users: int, full: bool, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of a result file; a round lasts until its last answer."""
     each = np.concatenate([one["ms"] for one in rounds])
-    rates = np.array([len(one["ms"]) / seconds for one in rounds])
+    rates = np.array([len(one["ms"]) / max(one["at"], default=1.0) for one in rounds])
     ranker, engine = (float(np.median(rate)) for rate in zip(*(one["bare"] for one in rounds), strict=True))
     times = np.percentile(each, [50, 95, 99]).tolist() if each.size else [None] * 3
     return {

@@ -170,6 +170,7 @@ class Waiting(BatchedLoop):  # type: ignore[misc]
                     os.kill(pid, signal.SIGTERM)
             raise SystemExit
         if first is None:
+            lit_api.rest()
             return [], []
         found: tuple[list[Any], list[Any]] = super().get_batch_requests(
             lit_api, Taken(first, request_queue), transport
@@ -227,6 +228,13 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
             logger.exception("reload failed", extra={"fields": {"run": run}})
         finally:
             self.loading.release()
+
+    def rest(self) -> None:
+        """Take in what came to the store while nothing is asked, so that the next request need not wait for it."""
+        try:
+            self.ranker.follow(self.store)
+        except SQLAlchemyError as found:
+            logger.warning("database", extra={"fields": {"error": str(found)}})
 
     def predict(self, batch: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Answers to a batch of payloads, in their order."""

@@ -84,11 +84,11 @@ def test_sigterm_finishes_what_is_in_flight(tmp_path: Path) -> None:
     with serving(tmp_path) as (process, address), ThreadPoolExecutor(3) as pool:
         children = psutil.Process(process.pid).children(recursive=True)
         asking = [pool.submit(httpx.post, f"{address}/v1/rank", json=SLOW, timeout=30) for _ in range(3)]
-        time.sleep(0.1)
+        until(lambda: "exitrec_queue 3.0" in httpx.get(f"{address}/metrics").text)
         process.terminate()
         assert [a.result().status_code for a in asking] == [200] * 3
         assert process.wait(30) == 0
-        assert gone(children)
+        until(lambda: gone(children))
 
 
 def test_nothing_is_left_after_kill(tmp_path: Path) -> None:
