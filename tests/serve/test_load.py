@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_wrong_orders() -> None:
 
 def test_a_row() -> None:
     """Two rounds of 2 s: 4 and 2 answers, so 2 and 1 a second, 1.5 in the median; 2.5 of the ranker: .4 are lost."""
-    clean = {"errors": 0, "error": None, "wrong": 0, "distance": 1e-6}
+    clean: dict[str, Any] = {"errors": 0, "error": None, "wrong": 0, "distance": 1e-6}
     rounds = [
         clean | {"ms": [10.0] * 4, "at": [0.5, 1.0, 1.5, 2.0], "bare": (2, 4)},
         clean | {"ms": [20.0] * 2, "at": [1.0, 2.0], "bare": (3, 6), "wrong": 1},
