@@ -18,6 +18,7 @@ from project.retrieval.base import (
     NO_SIMILAR_USERS,
     Edges,
     FloatArray,
+    Growing,
     IntArray,
     Neighbours,
     OwnRows,
@@ -34,6 +35,7 @@ with warnings.catch_warnings():
     from torch_geometric.nn import LightGCN as LightGCNModel
 
 
+NOTHING: IntArray = np.empty(0, np.int64)
 DISLIKE_WEIGHT = -0.5  # a like's is 1; against it, and half as much: who dislikes an item had chosen it, too
 
 
@@ -80,7 +82,7 @@ class VectorRetriever(Retriever):
         """Forget all users' pasts and vectors."""
         self._num_users, self._items = num_users, items
         self._weighted: FloatArray | None = None
-        self._past: dict[int, tuple[list[int], list[float]]] = {}  # by user: items and their weights
+        self._past: dict[int, Growing] = {}  # by user: twice the item, and one for a like
         self._own: dict[int, OwnRows] = {}  # for `item_similarity`
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
@@ -94,11 +96,10 @@ class VectorRetriever(Retriever):
         unknown_item = np.zeros((1, snapshot["weighted"].shape[1]), np.float32)
         self._weighted = np.concatenate([snapshot["weighted"], unknown_item])
         self._directions = self._weighted * inverse_norms(self._weighted)[:, None]
-        own = [self._past.get(user, ([], [])) for user in range(self._num_users)]
-        ends = np.cumsum([0, *(len(items) for items, _ in own)])
+        own = [self._past[user].values if user in self._past else NOTHING for user in range(self._num_users)]
+        ends, liked = np.cumsum([0, *map(len, own)]), np.concatenate([NOTHING, *own])
         # each user's in order of time, as observe adds: a vector does not depend on where a block starts
-        weights = np.fromiter((weight for _, weights in own for weight in weights), np.float32, ends[-1])
-        items = np.fromiter((item for items, _ in own for item in items), np.int64, ends[-1])
+        items, weights = liked >> 1, np.where(liked & 1, np.float32(1), np.float32(DISLIKE_WEIGHT))
         pasts = csr_array((weights, items, ends), shape=(self._num_users, self._weighted.shape[0]))
         self._vectors: FloatArray = pasts @ self._weighted
         self._inverse = inverse_norms(self._vectors)
@@ -154,11 +155,11 @@ class VectorRetriever(Retriever):
             if user not in self._own:
                 self._own[user] = OwnRows(self.item_neighbours)
             self._own[user].add(row, item, label)
-        weight = 1.0 if label == 1 else DISLIKE_WEIGHT
-        items, weights = self._past.setdefault(user, ([], []))
-        items.append(item)
-        weights.append(weight)
+        if user not in self._past:
+            self._past[user] = Growing()
+        self._past[user].append(2 * item + (label == 1))
         if self._weighted is not None:
+            weight = 1.0 if label == 1 else DISLIKE_WEIGHT
             vector = self._vectors[user]
             vector += np.float32(weight) * self._weighted[item]
             self._inverse[user] = inverse_norms(vector)

@@ -268,7 +268,7 @@ class Past:
         self._max_raters = max_raters
         self._raters: dict[int, tuple[Growing, Growing]] = {}  # by item: rows, persons
         # by item and person: place among the item's raters; by item: places of rows that are not their person's latest
-        self._latest: dict[tuple[int, int], int] = {}
+        self._latest: dict[int, int] = {}  # by `_pair`, since a tuple takes three times the memory
         self._superseded: dict[int, list[int]] = {}
         self._items: dict[int, list[int]] = {}  # likes and rows of each
         self._users: dict[int, list[int]] = {}
@@ -280,8 +280,8 @@ class Past:
         of_rows, of_persons = self._raters[item]
         rows, persons = of_rows.values, of_persons.values
         dropped = list(self._superseded.get(item, ()))
-        if (item, person) in self._latest:
-            dropped.append(self._latest[item, person])
+        if (own := self._latest.get(_pair(item, person))) is not None:
+            dropped.append(own)
         start = max(0, rows.size - self._max_raters - len(dropped))  # enough are left after it
         chosen: slice | IntArray = slice(start, None)
         if dropped:
@@ -300,9 +300,10 @@ class Past:
         if rows.rater[row]:
             item, person = int(rows.item[row]), int(rows.person[row])
             of_rows, persons = self._raters.setdefault(item, (Growing(), Growing()))
-            if (item, person) in self._latest:
-                self._superseded.setdefault(item, []).append(self._latest[item, person])
-            self._latest[item, person] = of_rows.size
+            pair = _pair(item, person)
+            if pair in self._latest:
+                self._superseded.setdefault(item, []).append(self._latest[pair])
+            self._latest[pair] = of_rows.size
             of_rows.append(row)
             persons.append(person)
             _count(self._items, item, label)
@@ -315,6 +316,10 @@ class Past:
 
 
 NO_RATERS = Raters(np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+def _pair(item: int, person: int) -> int:
+    return item << 32 | person
 
 
 def _count(counts: dict[int, list[int]], code: int, label: int) -> None:
