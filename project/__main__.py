@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> None:
 
             run_export(rest)
         case ["generate", *rest]:
-            from project.data.generate import run_generate
+            from project.generate import run_generate
 
             run_generate(rest)
         case _:

@@ -24,11 +24,11 @@ from typing import Any
 
 from project.data.batch import TrainSampler, pack
 from project.data.download import resolve_model
-from project.data.generate import run_generate
 from project.data.logs import Logs, MovieLens1M, TableLogs
 from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import Protocol, apply_protocol, build_interactions
 from project.data.stream import build_streams
+from project.generate import run_generate
 from project.retrieval import LightGCN, MatrixFactorisation
 from project.retrieval.factorisation import mf_column
 from project.retrieval.own_text import item_vectors, text_similarity

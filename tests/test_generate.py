@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 
 from project.__main__ import run
-from project.data.generate import generate, reachable_auc
 from project.data.logs import TableLogs
+from project.generate import generate, reachable_auc
 from project.metrics import auc
 from project.retrieval.own_text import item_vectors
 
