@@ -35,6 +35,7 @@ class FakeRanker:
         self.about = {
             "run": run.name,
             "exit_layers": [0, 2, 4],
+            "model": "tiny",
             "examples": {"users": ["u1"], "items": [*TITLES]},
         }
         self.seq, self.events = 0, list[Event]()

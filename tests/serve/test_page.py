@@ -33,19 +33,21 @@ def browser(url: str, folder: Path) -> Iterator[Browse]:
     ]
     command = [str(CHROMIUM), *options, f"--user-data-dir={folder}", url]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr
-        found = next(m for line in process.stderr if (m := re.search(r"ws://([^/]+)/", line)))
-        pages = httpx.get(f"http://{found[1]}/json").json()
-        with connect(next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page")) as socket:
+        try:
+            assert process.stderr
+            found = next(m for line in process.stderr if (m := re.search(r"ws://([^/]+)/", line)))
+            pages = httpx.get(f"http://{found[1]}/json").json()
+            with connect(next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page")) as socket:
 
-            def call(method: str, **parameters: Any) -> Any:
-                socket.send(json.dumps({"id": 1, "method": method, "params": parameters}))
-                while "id" not in (answer := json.loads(socket.recv())):
-                    pass
-                return answer["result"]
+                def call(method: str, **parameters: Any) -> Any:
+                    socket.send(json.dumps({"id": 1, "method": method, "params": parameters}))
+                    while "id" not in (answer := json.loads(socket.recv(timeout=30))):
+                        pass
+                    return answer["result"]
 
-            yield call
-        process.terminate()
+                yield call
+        finally:
+            process.terminate()
 
 
 def test_keyboard_and_a_narrow_window(tmp_path: Path) -> None:
@@ -68,7 +70,7 @@ def test_keyboard_and_a_narrow_window(tmp_path: Path) -> None:
 
         KEYS = {"Tab": 9, "Enter": 13}
         call("Emulation.setDeviceMetricsOverride", width=400, height=900, deviceScaleFactor=1, mobile=True)
-        until(lambda: "Run run" in value("about.textContent"))
+        until(lambda: "Run run" in (value("about.textContent") or ""))  # none while the page loads
         focused = []
         for _ in range(3):
             press("Tab")
