@@ -20,7 +20,6 @@ from project.errors import ConfigError, DataError
 from project.features import FEATURES
 from project.metrics import SMALLEST_PROBABILITY
 
-ITEM_ROWS = FEATURES.index("item_rows")
 USER_PARTS = 2  # a criterion that learns is fitted on the users of one part and scores those of the other
 QUANTILES = 1001  # points of a frozen distribution: its error is below .001 in quantile
 
@@ -138,17 +137,6 @@ class RatioConsistency(Consistency):
         grids = (self.tensors[f"{of}_quantiles"][outputs.heads - 1] for of in ("ratio", "consistency"))
         both = (Ratio().confidence(outputs), consistency)
         return torch.minimum(*(_quantile_of(x, grid) for x, grid in zip(both, grids, strict=True)))
-
-
-class ItemCount(Criterion):
-    """log(1 + number of the item's earlier rows): an item that was seen often leaves at exit 0, a new one goes on.
-
-    Logits are not read: at every head a threshold says how many rows are enough.
-    """
-
-    def confidence(self, outputs: HeadOutputs) -> Tensor:
-        """(n,) at least 0, the same at every head."""
-        return outputs.retrieved[:, ITEM_ROWS]
 
 
 def name(criterion: Criterion) -> str:

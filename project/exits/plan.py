@@ -21,7 +21,6 @@ from project.exits.criteria import (
     Consistency,
     Criterion,
     HeadOutputs,
-    ItemCount,
     Learned,
     Ratio,
     RatioConsistency,
@@ -34,7 +33,7 @@ from project.metrics import Floats
 
 def all_criteria() -> list[Criterion]:
     """One of each criterion, unfitted."""
-    return [Ratio(), Consistency(), RatioConsistency(), Learned(), ItemCount()]
+    return [Ratio(), Consistency(), RatioConsistency(), Learned()]
 
 
 @dataclass

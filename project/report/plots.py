@@ -24,11 +24,10 @@ NamedAUC = tuple[str, float]
 BINS = 15  # of equal mass, as in metrics.ece: tables and pictures show one number
 COLOURS = {
     "consistency": "#0072B2", "learned": "#D55E00", "ratio": "#E69F00", "ratio_consistency": "#CC79A7",
-    "item_count": "#56B4E9",
     "fixed_depth": "#000000", "random": "#999999", "oracle": "#6A4C93", "plan": "#009E73", "baseline": "#555555",
 }  # fmt: skip
 """After Okabe and Ito (2008), for colour-blind readers; other criteria get OTHER_COLOURS in turn."""
-OTHER_COLOURS = ("#882255", "#44AA99", "#999933", "#332288")
+OTHER_COLOURS = ("#56B4E9", "#882255", "#44AA99", "#999933", "#332288")
 CONTROLS = {"fixed_depth": "static exit (its depth)", "oracle": "oracle (upper bound)"}
 STYLES = {"oracle": "--", "random": ":", "fixed_depth": "s-"}
 DPI = 160

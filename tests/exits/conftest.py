@@ -13,7 +13,6 @@ from project.exits.criteria import (
     Consistency,
     Criterion,
     HeadOutputs,
-    ItemCount,
     Learned,
     Ratio,
     RatioConsistency,
@@ -27,7 +26,6 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
     "consistency_2": lambda: Consistency(2),
     "ratio_consistency": RatioConsistency,
     "learned": Learned,
-    "item_count": ItemCount,
 }
 
 

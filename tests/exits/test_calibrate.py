@@ -15,7 +15,7 @@ from project.errors import ConfigError, DataError
 from project.evaluation.result import PlannedRows, adaptive_summary
 from project.exits.budget import TuneFold, budget_plan, calibrate
 from project.exits.certificate import Certificate, CertificateSettings, certify
-from project.exits.criteria import ITEM_ROWS, Consistency, ItemCount, Ratio
+from project.exits.criteria import Consistency, Learned, Ratio
 from project.exits.plan import ExitPlan, ExitSettings, Plans
 from project.exits.policy import Policy
 from project.metrics import probabilities
@@ -311,7 +311,7 @@ def test_who_cannot_keep_the_budget_is_left_out(valid: Any) -> None:
 
 
 def test_a_known_item_leaves_at_0_and_a_new_one_goes_on() -> None:
-    """Exit 0 is as good as full depth where the item has earlier rows, and says nothing where it has none."""
+    """`learned` finds the rule: exit 0 is as good as full depth where the item has rows, and says nothing where not."""
     rng = np.random.default_rng(0)
     n, user = 1200, np.arange(1200) % 60
     truth, count = 1.5 * rng.normal(size=n), rng.integers(0, 4, n)
@@ -320,13 +320,13 @@ def test_a_known_item_leaves_at_0_and_a_new_one_goes_on() -> None:
     about = {"user": user, "fold": ["tune"] * n, "label": rng.random(n) < 1 / (1 + np.exp(-truth))}
     about |= {"target_tokens": np.full(n, 20), "stream_tokens": np.full(n, 100), "logit_0": heads[:, 0]}
     scores, features = score_table(about, heads[:, 1:], [2, 4]), np.zeros((n, 3))
-    features[:, ITEM_ROWS] = np.log1p(count)
-    plan = budget_plan(scores, features, ExitSettings(criterion=ItemCount()))
+    features[:, 0] = np.log1p(count)
+    plan = budget_plan(scores, features, ExitSettings(criterion=Learned()))
     layer, _ = plan.emitted(plan.outputs(scores, features))
     assert (layer[count > 0] == 0).all()
     assert (layer[count == 0] == 4).all()
     best = TuneFold(scores, features, ExitSettings(), exit_0=True).best  # among all
-    assert best.chosen.cost <= (count == 0).mean() + 0.01
+    assert best.chosen.cost <= (count == 0).mean() + 0.03
 
 
 def test_what_choosing_gains_is_taken_off(valid: Any) -> None:
