@@ -24,14 +24,16 @@ import torch
 from numpy.typing import NDArray
 
 from project.exits.budget import TuneFold
-from project.exits.criteria import ITEM_ROWS, confidence_table
+from project.exits.criteria import confidence_table
 from project.exits.criteria import name as name_of
 from project.exits.plan import ExitPlan, ExitSettings
 from project.exits.policy import leave
+from project.features import FEATURES
 from project.run import SCHEMA_VERSION, replace_file, score_table
 
 Floats = NDArray[np.float64]
 LAYERS = [4, 8, 12]
+ITEM_ROWS = FEATURES.index("item_rows")
 ALPHAS = (0.5, 0.2, 0.1, 0.05)
 FRESH_USERS = 800
 STUDY = {

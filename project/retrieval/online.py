@@ -180,9 +180,8 @@ class FeatureIndex:
             ids = -1 - len(brought) - np.arange(len(items))
             queries = self._append(ids, code, person, [(item, -1, now) for item in items], query=True)
             # 2. neighbours and rates: the rows of each second, which enter the user's past then, and candidates
-            answers = Answers(
-                self._rows, np.concatenate([rows, queries]), self._retriever, self._items.height
-            )
+            both = np.concatenate([rows, queries])
+            answers = Answers(self._rows, both, self._retriever, self._items.height, both.size)
             for _, second in groupby(rows.tolist(), lambda row: self._rows.timestamp[row]):
                 together = list(second)
                 answers.answer(self._past, len(together))

@@ -216,7 +216,8 @@ def walk(
     """
     retriever.begin(int(rows.user.max(initial=-1)) + 1, items)
     queries = np.flatnonzero(rows.query)
-    past, answers = Past(retriever.max_raters), Answers(rows, queries, retriever, items.height)
+    past = Past(retriever.max_raters)
+    answers = Answers(rows, queries, retriever, items.height, min(queries.size, BLOCK))
     similar = SimilarLikes(retriever) if retriever.similar_every else None
     block_of = np.searchsorted(cuts, rows.timestamp, side="right")
     block, check_at = 0, 1
@@ -332,11 +333,14 @@ class Answers:
     """Collects and checks what a retriever answers, and makes the retrieved features table of it.
 
     `queries` are the positions of the rows to answer, in the order in which `answer` is called; `num_items` is the code
-    of any item that the retriever does not know.
+    of any item that the retriever does not know. Arrays hold `size` answers, which is at least what one call of
+    `answer` adds; the others are in tables already.
     """
 
-    def __init__(self, rows: WalkRows, queries: IntArray, retriever: Retriever, num_items: int) -> None:
-        size, neighbours = min(queries.size, BLOCK), retriever.neighbours
+    def __init__(
+        self, rows: WalkRows, queries: IntArray, retriever: Retriever, num_items: int, size: int
+    ) -> None:
+        neighbours = retriever.neighbours
         self._rows, self._queries, self._retriever = rows, queries, retriever
         self._num_items, self._answered, self._checked = num_items, 0, 0  # of the block of `queries`
         self._closed: list[pl.DataFrame] = []
@@ -348,6 +352,8 @@ class Answers:
 
     def answer(self, past: Past, count: int) -> None:
         """Keep the retriever's answers to the next rows, which are of one user and second, and the counts so far."""
+        if self._answered + count > self._count.size:
+            self._close()
         rows, retriever, first = self._rows, self._retriever, self._answered
         queries = self._queries[first : first + count]
         if not count:
@@ -408,17 +414,18 @@ class Answers:
         )
 
     def retrieved(self) -> Retrieved:
-        """Retrieved features of the queries as numbers, as precise as in the table; a share of nothing is NaN."""
+        """Features of the answers in the arrays as numbers, as precise as in the table; a share of nothing is NaN."""
         self.check()
+        block = slice(self._answered)
 
         def share(part: NDArray[Any], total: NDArray[Any]) -> Floats:
             return as_stored(np.divide(part, total, out=np.full_like(total, np.nan), where=total > 0))
 
-        used = np.arange(self._row.shape[1]) < self._count[:, None]
-        answer = self._rows.label[self._row[used]].astype(np.float64)
+        used = np.arange(self._row.shape[1]) < self._count[block][:, None]
+        answer = self._rows.label[self._row[block][used]].astype(np.float64)
         of_row = np.nonzero(used)[0]
-        item_likes, item_count, user_likes, user_count = self._rates.T.astype(np.float64)
-        count = self._count.astype(np.float64)
+        item_likes, item_count, user_likes, user_count = self._rates[block].T.astype(np.float64)
+        count = self._count[block].astype(np.float64)
         columns = {
             "vote": share(np.bincount(of_row, answer, len(count)), count),
             "neighbour_count": count,
@@ -428,29 +435,37 @@ class Answers:
             "user_count": user_count,
         }
         if self._retriever.item_neighbours:
-            likes, weight = self._own_items.T.astype(np.float64)
+            likes, weight = self._own_items[block].T.astype(np.float64)
             columns |= {"item_similarity": share(likes, weight), "item_similarity_weight": weight}
-        return Retrieved(columns, of_row, self._similarity[used].astype(np.float64), answer)
+        return Retrieved(columns, of_row, self._similarity[block][used].astype(np.float64), answer)
 
     def table(self) -> pl.DataFrame:
-        """Retrieved features of the queries; a share of nothing is null."""
+        """Retrieved features of all queries."""
+        self._close()
+        return pl.concat(self._closed)
+
+    def _close(self) -> None:
+        """Make a table of the answers in the arrays; the next query begins them anew."""
+        columns, block = self.retrieved().columns, slice(self._answered)
         lists: dict[
             str, tuple[NDArray[Any], Any]
         ] = {  # with their type, because older polars forgets it where there are no rows
-            "neighbours": (self._rows.row_id[self._row], pl.Int64),
-            "similarities": (self._similarity, pl.Float32),
-            "answers": (self._rows.label[self._row], pl.Int8),
+            "neighbours": (self._rows.row_id[self._row[block]], pl.Int64),
+            "similarities": (self._similarity[block].copy(), pl.Float32),
+            "answers": (self._rows.label[self._row[block]], pl.Int8),
         }
-        frame = pl.DataFrame({"row_id": self._rows.row_id[self._queries], "count": self._count}).with_columns(
+        ids, count = self._rows.row_id[self._queries[block]], self._count[block].copy()
+        frame = pl.DataFrame({"row_id": ids, "count": count}).with_columns(
             pl.Series(values).arr.to_list().alias(name) for name, (values, _) in lists.items()
         )
-        columns = self.retrieved().columns
         kinds = {name: pl.Int32 if name.endswith("_count") else pl.Float32 for name in columns}
-        return frame.select(
+        found = frame.select(
             "row_id",
             *(pl.col(n).list.head(pl.col("count")).cast(pl.List(kind)) for n, (_, kind) in lists.items()),
             *(pl.Series(n, values, nan_to_null=True).cast(kinds[n]) for n, values in columns.items()),
         )
+        self._closed.append(found)
+        self._queries, self._answered, self._checked = self._queries[self._answered :], 0, 0
 
 
 def as_stored(values: NDArray[Any]) -> Floats:

@@ -150,6 +150,14 @@ def test_rows_that_are_no_query_are_not_answered_but_count() -> None:
     assert some.equals(answer(rows, AllRaters()).filter(pl.Series(query)))
 
 
+def test_blocks_of_answers_are_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_log(0)
+    whole = answer(rows, AllRaters())
+    for size in (1, 7, rows.height):  # a last block of one row, of some, and none after the first
+        monkeypatch.setattr("project.retrieval.walk.BLOCK", size)
+        assert answer(rows, AllRaters()).equals(whole)
+
+
 def test_top_is_largest_first_later_first() -> None:
     assert top(np.array([1.0, 3.0, 1.0, 2.0, 1.0]), 3).tolist() == [1, 3, 4]
     assert top(np.array([1.0, 1.0]), 5).tolist() == [1, 0]
