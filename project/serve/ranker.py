@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from numpy.typing import NDArray
 
 from project.config import open_run
 from project.data.download import SOURCES
@@ -33,7 +32,8 @@ from project.engine.requests import PreparedRequest, Scored, StreamTokens, share
 from project.errors import DataError, ProjectError
 from project.exits.plan import ExitPlan, Plans
 from project.exits.policy import Policy
-from project.features import Retrieved, feature_matrix
+from project.features import COLUMNS, Retrieved, feature_matrix
+from project.metrics import Floats
 from project.model.module import ExitRecommender
 from project.retrieval.online import FeatureIndex, in_time
 from project.retrieval.text import item_texts
@@ -42,11 +42,6 @@ from project.serve.drift import Monitor, reference_loss
 from project.serve.request import Ranked, RankRequest
 from project.serve.store import Event, EventStore, seen
 
-FloatArray = NDArray[np.float64]
-SHOWN = (
-    *("item_rate", "item_count", "user_rate", "user_count", "vote", "neighbour_count"),
-    *("item_similarity", "item_similarity_weight", "mf", "text", "text_weight"),
-)  # columns of retrieved features that an answer tells
 EXAMPLES = 12
 ROOM = 256  # items more than are known, before room for vectors of twice as many is made
 
@@ -251,7 +246,7 @@ class Ranker:
         engine = self._whole if self.full_depth else self._engine
         others = np.setdiff1d(np.arange(len(prepared)), audited).tolist()
         found_others = engine.score([prepared[k] for k in others]).requests
-        scores: dict[int, tuple[Scored, FloatArray | None]] = {
+        scores: dict[int, tuple[Scored, Floats | None]] = {
             k: (score, None) for k, score in zip(others, found_others, strict=True)
         }
         scores |= {k: self.monitor.audit(prepared[k]) for k in audited}
@@ -358,11 +353,11 @@ class History:
         return self._prefix
 
 
-def ranked(scored: Scored, audit: FloatArray | None, full: int, features: Retrieved) -> Ranked:
+def ranked(scored: Scored, audit: Floats | None, full: int, features: Retrieved) -> Ranked:
     """The answer to a request that was prepared."""
     if scored.error is not None:
         return Ranked(np.zeros(0), np.zeros(0, np.int64), 0, 0, [], error=scored.error)
-    names = [name for name in SHOWN if name in features.columns]
+    names = [name for name in COLUMNS if name in features.columns]
     shown = zip(*(features.columns[name].tolist() for name in names), strict=True)
     return Ranked(
         scored.probabilities,

@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]  # as in project.export
 from project.config import open_run
 from project.data.protocol import CLICKED, answered
 from project.errors import ConfigError
-from project.run import write_json
+from project.run import replace_file, write_json
 from project.serve.store import SEEN, Event, EventStore, label_rule, seen
 
 
@@ -65,8 +65,8 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     folder = run.parent / f"log_{last}"
     folder.mkdir(exist_ok=True)
     files = {"interactions": folder / "interactions.parquet", "items": folder / "items.parquet"}
-    interactions.write_parquet(files["interactions"])
-    items.write_parquet(files["items"])
+    replace_file(files["interactions"], interactions.write_parquet)
+    replace_file(files["items"], items.write_parquet)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     init_args = {name: str(file) for name, file in files.items()}
     config["data"]["logs"] = {"class_path": "project.data.logs.TableLogs", "init_args": init_args}
@@ -81,6 +81,5 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
                 "name": run.parent.name,
                 "version": None,
             }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return path, last
+    text = yaml.safe_dump(config, sort_keys=False)
+    return replace_file(folder / "config.yaml", lambda part: part.write_text(text, encoding="utf-8")), last
