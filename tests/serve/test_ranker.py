@@ -69,7 +69,7 @@ EVENTS = [
 ]
 AFTER = [
     RankRequest("u1", None, ["i3", "i7", "fresh"]),
-    RankRequest("somebody", None, ["i1", "no title", {"title": "a mountain"}]),
+    RankRequest("somebody", None, ["i1", "no title", {"item_id": "m", "title": "a mountain"}]),
     RankRequest("u2", None, ["i7", "fresh"]),
 ]
 
@@ -138,8 +138,7 @@ def test_company_and_errors(ranker: Ranker) -> None:
         RankRequest("u1", None, []),
         RankRequest("u1", [], ["i1"]),
         RankRequest(None, [{"item_id": "i1", "label": 2, "time": 1.0}], ["i1"]),
-        RankRequest("u1", None, [{"title": "long " * 400}]),
-        RankRequest("u1", None, [{"title": "half a pair \ud800"}]),
+        RankRequest("u1", None, [FRESH | {"title": "long " * 400}]),
     ]
     found = ranker.rank([*wrong, *(RankRequest("u1", None, [item]) for item in same)])
     assert all(answer.error is not None and not len(answer.probability) for answer in found[: len(wrong)])
@@ -165,3 +164,5 @@ def test_full_depth_audits_and_deadlines(ranker: Ranker, served_run: Path) -> No
         late, other = ranker.rank([asked(REQUESTS[0], deadline=0.0), requests[1]])
         assert (late.late, set(late.exit_layer), other.late) == (True, {0}, False)
         close(other, (full if ranker.full_depth else planned)[1])
+
+
