@@ -31,6 +31,7 @@ from project.engine.requests import PreparedRequest, Scored, StreamTokens, share
 from project.errors import DataError, ProjectError
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
+from project.export import POLICY, give_exported
 from project.features import COLUMNS, Retrieved, feature_matrix
 from project.metrics import Floats
 from project.model.module import ExitRecommender
@@ -111,13 +112,18 @@ class Ranker:
 
     @classmethod
     def load(cls, run: Path, cache_mib: int = 256, audit_share: float = 0.01) -> Ranker:
-        """From a calibrated run's folder: config.yaml, checkpoints/last.ckpt and bundle.
+        """From a calibrated run's folder, or one that `export` wrote, which has no score table to audit by.
 
         `cache_mib` is memory for users' histories, `audit_share` of the requests also run to full depth.
         """
         model, data = open_run(run)
-        plans = load_run(model, data.tokenizer, run / "checkpoints" / "last.ckpt", data, compared=False)
-        plan, certificate = plans.plan, plans.document.get("certificate")
+        if (run / POLICY).exists():
+            if not model.items:  # the base model is not needed
+                data.tokenizer_name = str(run)
+            plan, certificate = give_exported(model, run)
+        else:
+            plans = load_run(model, data.tokenizer, run / "checkpoints" / "last.ckpt", data, compared=False)
+            plan, certificate = plans.plan, plans.document.get("certificate")
         data.prepare_data()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(run, model.to(device), data, plan, certificate, cache_mib, audit_share)

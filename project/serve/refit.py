@@ -65,6 +65,8 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     replace_file(files["interactions"], interactions.write_parquet)
     replace_file(files["items"], items.write_parquet)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    if "trainer" not in config:
+        raise ConfigError(
             f"--run {run} was exported and cannot be fitted; expected the run that it came from."
         )
     init_args = {name: str(file) for name, file in files.items()}

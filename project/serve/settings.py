@@ -15,7 +15,7 @@ class ServeSettings:
     """What `serve` can be told; each also as a variable such as EXITREC_TOKEN.
 
     Args:
-        run: Folder of a calibrated run. A reload takes `latest` beside it, if there is one.
+        run: Folder of a calibrated run, or one that `export` wrote. A reload takes `latest` beside it, if there is one.
         db: SQLAlchemy's address of the database of events: sqlite:///FILE, or postgresql://... for several servers.
         host: Address to listen at.
         port: Port to listen at.
@@ -48,9 +48,10 @@ class ServeSettings:
 
     def check(self) -> None:
         """Refuse what cannot work or would be open to everybody by mistake."""
-        for name in ("config.yaml", "checkpoints/last.ckpt"):
+        exported = (self.run / "exit_policy.json").exists()
+        for name in ("config.yaml", "exit_policy.json" if exported else "checkpoints/last.ckpt"):
             if not (self.run / name).exists():
-                expected = "expected the folder of a run."
+                expected = "expected the folder of a run, or one that `export` of this version wrote."
                 raise ConfigError(f"--run {self.run} lacks {name}; {expected}")
         if not (self.host in LOCAL or self.token or self.unprotected):
             raise ConfigError(

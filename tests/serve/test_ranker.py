@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 from world import given
 
+from project.export import export
 from project.serve.ranker import Ranked, Ranker, RankRequest
+from project.serve.settings import ServeSettings
 from project.serve.store import Event, EventStore
 
 FRESH = {"item_id": "new", "title": "a dog at sea", "year": "2020"}
@@ -166,3 +169,16 @@ def test_full_depth_audits_and_deadlines(ranker: Ranker, served_run: Path) -> No
         close(other, (full if ranker.full_depth else planned)[1])
 
 
+def test_an_exported_folder_scores_as_its_run(ranker: Ranker, served_run: Path, tmp_path: Path) -> None:
+    """Its config.yaml has names for the places of logs and model; without a score table nothing is audited."""
+    folder = export(served_run, tmp_path / "exported")
+    ServeSettings(folder).check()
+    there, own = (yaml.safe_load((of / "config.yaml").read_text()) for of in (served_run, folder))
+    assert own["data"]["logs"]["init_args"]["items"] == "items.csv"
+    own["data"]["logs"], own["model"]["backbone"] = there["data"]["logs"], there["model"]["backbone"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(own))
+    exported, requests = Ranker.load(folder), [asked(record) for record in REQUESTS]
+    for found, expected in zip(exported.rank(requests), ranker.rank(requests), strict=True):
+        close(found, expected)
+    assert exported.about | {"run": "", "audits": {}} == ranker.about | {"run": "", "audits": {}}
+    assert exported.about["audits"]["share"] == 0
