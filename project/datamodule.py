@@ -196,7 +196,7 @@ class InteractionData(pl.LightningDataModule):
             check_items(encoder, items, self.context_tokens)
         return encoder
 
-    def _item_encoder(self) -> MeanPooling:
+    def item_encoder(self) -> MeanPooling:
         """The backbone's first layers, which embed items' texts; not kept, since it holds a model once it has read."""
         config = AutoConfig.from_pretrained(resolve_model(self.tokenizer_name))
         return MeanPooling(self.tokenizer_name, MAX_TOKENS, min(ITEM_LAYERS, config.num_hidden_layers))
@@ -205,15 +205,13 @@ class InteractionData(pl.LightningDataModule):
     def _known_vectors(self) -> FloatArray:
         """Of the log's items; every validation reads them."""
         with self.clock.stage("embed items"):
-            return encode_once(
-                self._item_encoder(), item_texts(self.split.interactions.items), self.cache_dir
-            )
+            return encode_once(self.item_encoder(), item_texts(self.split.interactions.items), self.cache_dir)
 
     def item_vectors(self) -> FloatArray:
         """Frozen vectors (items, d) of the texts of all items, those that only requests know last."""
         known = self._known_vectors
         new = [] if self.requests is None else item_texts(self.requests.items[len(known) :])
-        return np.concatenate([known, self._item_encoder().encode(new)]) if new else known
+        return np.concatenate([known, self.item_encoder().encode(new)]) if new else known
 
     def streams(self, split: str) -> Streams:
         """All users' streams as of `split`, with its targets."""
@@ -258,10 +256,12 @@ class InteractionData(pl.LightningDataModule):
         now = not own.any() and rows["timestamp"].min() > self.split.rows["timestamp"].max()  # type: ignore[operator]
         if now and can_be_indexed(self.retriever):
             found = [
-                self._index.features(user, part["item"].to_numpy(), None, catalogue, time)
+                self._index.retrieved(user, part["item"].to_numpy(), None, catalogue, time).table()
                 for (_, user, time), part in rows.group_by("stream", "user", "timestamp", maintain_order=True)
             ]
             table = polars.concat(found)
+            if self.retriever.similar_every:  # lists are of rows of the log
+                table = table.with_columns(similar_after=polars.lit(None, polars.List(polars.Int32)))
         else:
             table = request_retrieved(
                 self.split,

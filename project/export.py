@@ -23,7 +23,7 @@ from project.data.download import SOURCES
 from project.data.prompt import shows_items, shows_numbers
 from project.engine.predict import load_run
 from project.errors import DataError
-from project.exits.plan import ExitPlan
+from project.exits.plan import ExitPlan, Plans
 from project.features import FEATURES, FeatureBaseline
 from project.model.attention import SEGMENTS
 from project.model.backbone import Backbone
@@ -36,6 +36,7 @@ from project.run import ITEM_VECTORS, SCHEMA_VERSION, own_version, write_json
 USAGE = "python -m project export RUN_FOLDER NEW_FOLDER"
 NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/last.ckpt")
 POLICY, HEADS, NUMBERS = "exit_policy.json", "heads.safetensors", "numbers.safetensors"
+EVENTS = "events.json"  # of a refitted run: what its log has of a store's events
 _AUTO: Any = AutoModel  # its constructors are not typed
 
 CARD = """\
@@ -63,6 +64,8 @@ from project.export import load_exported  # of exitrec, which must be installed
 
 backbone, heads, plan = load_exported(folder)
 ```
+
+`python -m project serve --run FOLDER` serves it where the log's files are, by the names in config.yaml.
 
 ## What it measured
 
@@ -145,7 +148,7 @@ def export(run: Path, folder: Path) -> Path:
     # 2. the run: its model, exit plan and results
     bundle = json.loads((run / "bundle" / "bundle.json").read_text(encoding="utf-8"))
     results = read_run(run)
-    module, plan = _load(run, bundle)
+    module, plans = _load(run, bundle)
     baseline, backbone = module.feature_baseline(), module.backbone
     assert backbone is not None
     policy = {
@@ -157,7 +160,8 @@ def export(run: Path, folder: Path) -> Path:
             "offset": baseline.offset,
             "weights": dict(zip(FEATURES, baseline.weights.tolist(), strict=True)),
         },
-        "plan": to_json(plan.state()),
+        "plan": to_json(plans.plan.state()),
+        "certificate": plans.document.get("certificate"),
     }
     # 3. all files under a temporary name, then one renaming
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -171,14 +175,33 @@ def export(run: Path, folder: Path) -> Path:
             items = load_file(run / "bundle" / ITEM_VECTORS) if module.items else {}
             save_file(learned | items, part / NUMBERS)
         write_json(part / POLICY, policy)
-        card = render_card(results, bundle, backbone.config.model_type, plan.criterion)
+        (part / "config.yaml").write_text(_served(run, bundle), encoding="utf-8")
+        if (run / EVENTS).exists():
+            shutil.copy(run / EVENTS, part)
+        card = render_card(results, bundle, backbone.config.model_type, plans.plan.criterion)
         (part / "README.md").write_text(card, encoding="utf-8")
         os.replace(part, folder)
     return folder
 
 
-def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, ExitPlan]:
-    """The run's module with the weights of its last checkpoint, and its plan."""
+def _served(run: Path, bundle: Mapping[str, Any]) -> str:
+    """What `serve` needs of config.yaml; of absolute paths to logs and models the name is left."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: named(part) for key, part in value.items()}
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    data = config["data"] | {"requests": None, "bundle": None}
+    data |= {key: named(data[key]) for key in ("logs", "retriever") if key in data}
+    model = {"backbone": named(bundle["base_model"]), "exit_layers": bundle["exit_layers"]}
+    kept = {"seed_everything": config.get("seed_everything", 0), "model": model, "data": data}
+    return str(yaml.safe_dump(kept, sort_keys=False))
+
+
+def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, Plans]:
+    """The run's module with the weights of its last checkpoint, and its plans."""
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
     lora = settings.get("lora")
     module = ExitRecommender(
@@ -191,8 +214,7 @@ def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, ExitPl
         items=shows_items(bundle["prompt"]["segment"]),
     )
     tokenizer: Any = AutoTokenizer.from_pretrained(run / "bundle" / "tokenizer")
-    plan = load_run(module, tokenizer, run / "checkpoints" / "last.ckpt").plan
-    return module.eval(), plan
+    return module.eval(), load_run(module, tokenizer, run / "checkpoints" / "last.ckpt")
 
 
 def _learned(items: bool) -> tuple[str, ...]:
@@ -260,6 +282,13 @@ def load_exported(folder: str | Path) -> Exported:
     heads = nn.ModuleDict({str(k): ExitHead(backbone.final_norm, direction) for k in policy["exit_layers"]})
     heads.load_state_dict(load_file(folder / HEADS))
     return Exported(backbone.eval(), heads.eval(), ExitPlan.from_state(from_json(policy["plan"])))
+
+
+def give_exported(module: ExitRecommender, folder: Path) -> tuple[ExitPlan, Any]:
+    """Give a module without weights those of a folder that `export` wrote; its plan, and its certificate or None."""
+    module.backbone, module.heads, plan = load_exported(folder)
+    module.exit_0.copy_(torch.from_numpy(exported_baseline(folder).to_array()))
+    return plan, _read_policy(folder).get("certificate")
 
 
 def exported_baseline(folder: str | Path) -> FeatureBaseline:

@@ -68,6 +68,15 @@ class Retrieved:
         )
         return cls(columns, np.repeat(np.arange(len(count)), count), similarity, answer)
 
+    def table(self) -> pl.DataFrame:
+        """A table that `of` reads as this."""
+        ends = np.cumsum(np.bincount(self.of_row, minlength=len(self)))[:-1]
+        lists = [
+            pl.Series(name, [part.tolist() for part in np.split(of, ends)], pl.List(pl.Float64))
+            for name, of in (("similarities", self.similarity), ("answers", self.answer))
+        ]
+        return pl.DataFrame(self.columns, nan_to_null=True).with_columns(lists)
+
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 

@@ -84,7 +84,7 @@ class FakeRanker:
 def serving(
     folder: Path, *options: object, run: Path | None = None
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """`serve` in processes of its own, warm; the process and its address. Without a run the ranker is the fake one."""
+    """`serve` in a process group of its own, warm; the process and its address. Without a run the ranker is fake."""
     command = ["-m", "project", "serve"] if run else [__file__]
     if run is None:
         run = folder / "run"
@@ -96,7 +96,9 @@ def serving(
         port = free.getsockname()[1]
     given = ["--run", run, "--port", port, "--db", f"sqlite:///{folder}/events.db", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, *command, *map(str, given)], env=environment, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, *command, *map(str, given)], env=environment, cwd=ROOT, start_new_session=True
+    )
     address = f"http://127.0.0.1:{port}"
     try:
         until(lambda: process.poll() is not None or httpx.get(f"{address}/readyz").status_code == 200)

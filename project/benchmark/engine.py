@@ -209,7 +209,7 @@ def online(bench: Bench, data: InteractionData, folder: Path) -> Ranker | None:
         from project.serve.ranker import Ranker
     except ImportError:
         return None
-    return Ranker(folder, bench.module, data, bench.plans, cache_mib=0, audit_share=0.0)
+    return Ranker(folder, bench.module, data, bench.plans.plan, None, cache_mib=0, audit_share=0.0)
 
 
 def preparation(ranker: Ranker, requests: Sequence[Request], cached: bool) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import json
 from codecs import BOM_UTF8
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,12 @@ class Catalogue:
         self.known, self.added = known, list[dict[str, Any]]()
         codes = dict(known.select("item_id", "item").iter_rows()) if codes is None else codes
         self.codes = ChainMap[str, int]({}, codes)
+
+    def alone(self) -> Catalogue:
+        """The same for one request: items that it brings are its own, whatever others bring under the same ids."""
+        found = copy(self)
+        found.codes = self.codes.new_child()
+        return found
 
     def item_of(self, value: Any) -> str:
         """Id of a candidate or history item, given as an id or as an object with item_id and title."""
@@ -311,7 +318,7 @@ def request_streams(
     # 2. retrieved features of the rows outside the log
     columns = ["stream", "user", "item", "row_id", "timestamp", "label", "candidate"]
     new = pl.DataFrame(fresh, schema=columns, orient="row").with_columns(pl.col("timestamp").cast(pl.Float64))
-    new = pl.concat([new, retrieve(new).drop("row_id")], how="horizontal")
+    new = pl.concat([new, retrieve(new).drop("row_id", strict=False)], how="horizontal")
     # 3. a stream each, candidates last: nobody sees them
     table = pl.concat([*(k.select(new.columns) for k in known), new], how="vertical_relaxed")
     table = table.with_columns(user=pl.col("stream"))

@@ -6,8 +6,7 @@ max_raters of each, and the user's own rows. Features are made by the code that 
 the factorisation and the terms of texts are those of the last block.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import groupby
@@ -37,10 +36,9 @@ def can_be_indexed(retriever: Retriever) -> bool:
     return kind.observe is Retriever.observe or kind.forget is not Retriever.forget
 
 
-def in_time(history: Sequence[tuple[int, int, float]]) -> tuple[IntArray, list[tuple[int, int, float]]]:
-    """Items, labels and seconds in order of time, then item, and where each stood."""
-    order = sorted(range(len(history)), key=lambda k: (history[k][2], history[k][0]))
-    return np.array(order, np.int64), [history[k] for k in order]
+def in_time(history: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """Items, labels and seconds in order of time, then item."""
+    return sorted(history, key=lambda row: (row[2], row[0]))
 
 
 class FeatureIndex:
@@ -83,7 +81,6 @@ class FeatureIndex:
         for row in range(self._size):
             self._keep(row)
         self.latest = float(self._rows.timestamp.max(initial=-np.inf))  # seconds, of what was observed
-        self._next_id = int(self._rows.row_id.max(initial=-1)) + 1
         self._begin(self.guest + 1 + ROOM)
 
     def observe(
@@ -105,28 +102,10 @@ class FeatureIndex:
                 self._begin(2 * self._room)
         code = self._code(user)
         self._move_to(timestamp)
-        self._append([self._next_id], code, code, [(item, label, timestamp)], rater=True, own=True)
+        self._append(code, code, [(item, label, timestamp)], rater=True, own=True)
         self._keep(self._size - 1)
         self._tell(self._size - 1)
-        self.latest, self._next_id = timestamp, self._next_id + 1
-
-    def features(
-        self,
-        user: int,
-        items: Sequence[int] | IntArray,
-        history: Sequence[tuple[int, int, float]] | None = None,
-        catalogue: pl.DataFrame | None = None,
-        time: float | None = None,
-    ) -> pl.DataFrame:
-        """`retrieved` of the candidates as a table; row_id is -1 - position, after the history's."""
-        with self._request(user, items, history, catalogue, time) as (answers, own_columns):
-            table = answers.table().tail(len(items))
-            if self._retriever.similar_every:
-                table = table.with_columns(
-                    similar_after=pl.Series([None] * len(table), dtype=pl.List(pl.Int32))
-                )
-            own = (pl.Series(name, x, pl.Float32, nan_to_null=True) for name, x in own_columns.items())
-            return table.hstack([column.tail(len(items)) for column in own])
+        self.latest = timestamp
 
     def retrieved(
         self,
@@ -146,21 +125,7 @@ class FeatureIndex:
             catalogue: Items table of `items` and `history` where the request brings items.
             time: Seconds, later than all events, where there is no history; None is just after them.
         """
-        with self._request(user, items, history, catalogue, time) as (answers, own_columns):
-            found = answers.retrieved()
-            return replace(found, columns=found.columns | own_columns)
-
-    @contextmanager
-    def _request(
-        self,
-        user: int,
-        items: Sequence[int] | IntArray,
-        history: Sequence[tuple[int, int, float]] | None,
-        catalogue: pl.DataFrame | None,
-        time: float | None,
-    ) -> Iterator[tuple[Answers, dict[str, Floats]]]:
-        """Answers to a request, for as long as its rows are there; and mf, text and text_weight of the same rows."""
-        order, brought = in_time([] if history is None else history)
+        brought = in_time([] if history is None else history)
         now = max([self.latest, *(at for *_, at in brought)]) + 1 if time is None else time
         if not now > self.latest:
             raise DataError(
@@ -176,9 +141,8 @@ class FeatureIndex:
             distinct, rank = np.unique([at for *_, at in brought], return_inverse=True)
             seconds = self.latest + (now - self.latest) * (rank + 1) / (distinct.size + 1)
             past = [(item, label, at) for (item, label, _), at in zip(brought, seconds.tolist(), strict=True)]
-            rows = self._append(-1 - order, code, person, past, query=True, own=True)
-            ids = -1 - len(brought) - np.arange(len(items))
-            queries = self._append(ids, code, person, [(item, -1, now) for item in items], query=True)
+            rows = self._append(code, person, past, query=True, own=True)
+            queries = self._append(code, person, [(item, -1, now) for item in items], query=True)
             # 2. neighbours and rates: the rows of each second, which enter the user's past then, and candidates
             both = np.concatenate([rows, queries])
             answers = Answers(self._rows, both, self._retriever, self._items.height, both.size)
@@ -191,7 +155,9 @@ class FeatureIndex:
             answers.answer(self._past, len(queries))
             # 3. factorisation and text similarity, which read the user's own rows alone
             own = self._own[code].values if code in self._own else queries[:0]
-            yield answers, self._own_columns(np.concatenate([own, queries]), catalogue)
+            own_columns = self._own_columns(np.concatenate([own, queries]), catalogue)
+            found = answers.retrieved()
+            return replace(found, columns=found.columns | own_columns)
         finally:
             self._size = first
             self._own.pop(self.guest, None)
@@ -218,7 +184,6 @@ class FeatureIndex:
 
     def _append(
         self,
-        row_id: Sequence[int] | IntArray,
         code: int,
         person: int,
         events: Sequence[tuple[int, int, float]],
@@ -226,12 +191,12 @@ class FeatureIndex:
         rater: bool = False,
         own: bool = False,
     ) -> IntArray:
-        """Positions of new rows at the end, of items, labels and seconds."""
+        """Positions of new rows at the end, of items, labels and seconds; nobody reads their ids."""
         start, stop = self._size, self._size + len(events)
         if stop > self._rows.row_id.size:
             self._rows = WalkRows(**{name: np.resize(of, 2 * stop) for name, of in vars(self._rows).items()})
         item, label, timestamp = zip(*events, strict=True) if events else ((), (), ())
-        values = (row_id, code, person, item, timestamp, label, query, rater, own)
+        values = (-1, code, person, item, timestamp, label, query, rater, own)
         for of, new in zip(vars(self._rows).values(), values, strict=True):
             of[start:stop] = new
         self._size = stop

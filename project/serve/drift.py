@@ -41,7 +41,7 @@ LOG = logging.getLogger(__name__)
 FRACTIONS = np.array([0.0, *2.0 ** -np.arange(1, 9)])
 SHARES = np.array(
     [0.5, *[0.5 / 8] * 8]
-)  # of the capital that each fraction stakes, at the start and when shared anew
+)  # of the capital that a fraction stakes, at first and when shared anew
 
 
 class Capital:

@@ -6,7 +6,6 @@ history that a request brings is read as if it came just now, in its own order o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +29,9 @@ from project.engine.engine import Engine, packed
 from project.engine.predict import load_run
 from project.engine.requests import PreparedRequest, Scored, StreamTokens, shared_prefix, until_slots
 from project.errors import DataError, ProjectError
-from project.exits.plan import ExitPlan, Plans
+from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
+from project.export import POLICY, give_exported
 from project.features import COLUMNS, Retrieved, feature_matrix
 from project.metrics import Floats
 from project.model.module import ExitRecommender
@@ -56,7 +56,8 @@ class Ranker:
         run: Path,
         model: ExitRecommender,
         data: InteractionData,
-        plans: Plans,
+        plan: ExitPlan,
+        certificate: Any,
         cache_mib: int,
         audit_share: float,
     ) -> None:
@@ -73,17 +74,16 @@ class Ranker:
         self._users: dict[str, int] = dict(log.users.select("user_id", "user").iter_rows())
         self._index = FeatureIndex(split, data.retriever, data.refits, data.cache_dir, data.mf)
         rows = split.rows.filter(answered(split.rows)).select("user", "item", "row_id", "timestamp", "label")
-        self._log = rows.join(data.retrieved["test"], on="row_id", maintain_order="left").sort(
-            "user", "row_id"
-        )
+        rows = rows.join(data.retrieved["test"], on="row_id", maintain_order="left")
+        self._log = rows.sort("user", "row_id")
         self._of_user = np.searchsorted(self._log["user"].to_numpy(), np.arange(log.users.height + 1))
         self._histories: dict[int, History] = {}
         self.seq = seen(run)  # of the store, up to which events were observed, or are in the log
         # 2. the model
         self._baseline = model.feature_baseline()
         model.know_items(data)
-        self._text_encoder = data._item_encoder() if model.items else None
-        plan, device = plans.plan, model.backbone.embed_tokens.weight.device
+        self._text_encoder = data.item_encoder() if model.items else None
+        device = model.backbone.embed_tokens.weight.device
         reference = reference_loss(run, model, data, plan)
         model.backbone = packed(model.backbone.eval())  # once for all engines
         self._cache = cache = StreamCache(cache_mib)
@@ -93,7 +93,7 @@ class Ranker:
         share = 0.0 if reference is None else audit_share
         self.monitor = Monitor(model, plan, reference or 0.0, cache, share)
         # 3. what it is
-        base, certificate = model.backbone_name, plans.document.get("certificate")
+        base = model.backbone_name
         self.about: dict[str, Any] = {
             "run": str(run),
             "version": own_version(),
@@ -112,18 +112,21 @@ class Ranker:
 
     @classmethod
     def load(cls, run: Path, cache_mib: int = 256, audit_share: float = 0.01) -> Ranker:
-        """From a calibrated run's folder: config.yaml, checkpoints/last.ckpt and bundle.
+        """From a calibrated run's folder, or one that `export` wrote, which has no score table to audit by.
 
-        Args:
-            run: The folder.
-            cache_mib: Memory for keys and values of users' histories.
-            audit_share: Share of requests that also run to full depth.
+        `cache_mib` is memory for users' histories, `audit_share` of the requests also run to full depth.
         """
         model, data = open_run(run)
+        if (run / POLICY).exists():
+            if not model.items:  # the base model is not needed
+                data.tokenizer_name = str(run)
+            plan, certificate = give_exported(model, run)
+        else:
+            plans = load_run(model, data.tokenizer, run / "checkpoints" / "last.ckpt", data, compared=False)
+            plan, certificate = plans.plan, plans.document.get("certificate")
         data.prepare_data()
-        plans = load_run(model, data.tokenizer, run / "checkpoints" / "last.ckpt", data, compared=False)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(run, model.to(device), data, plans, cache_mib, audit_share)
+        return cls(run, model.to(device), data, plan, certificate, cache_mib, audit_share)
 
     # Events
 
@@ -149,21 +152,27 @@ class Ranker:
 
     def _learn(self, items: Sequence[Mapping[str, Any]]) -> None:
         """Give items that are new codes, texts and vectors."""
-        catalogue = Catalogue(self._items, self._codes)
+        catalogue, known = Catalogue(self._items, self._codes), self._items.height
         for item in items:
             catalogue.item_of(item)
-        if catalogue.added:
-            new = catalogue.table()[self._items.height :]
-            self._know_vectors(new)
-            self._items, self._encoder = catalogue.table(), self._encoder.with_items(new)
-            self._codes |= catalogue.codes.maps[0]
-            for item_id, title in new.select("item_id", "title").iter_rows():
-                self._titles.setdefault(title, item_id)
+        self._items, self._encoder = self._with(catalogue)
+        self._codes |= catalogue.codes.maps[0]
+        for item_id, title in self._items[known:].select("item_id", "title").iter_rows():
+            self._titles.setdefault(title, item_id)
+
+    def _with(self, catalogue: Catalogue) -> tuple[pl.DataFrame, PromptEncoder]:
+        """Items and prompts, those that a catalogue brings included."""
+        if not catalogue.added:
+            return self._items, self._encoder
+        items = catalogue.table()
+        new = items[self._items.height :]
+        self._know_vectors(new)
+        return items, self._encoder.with_items(new)
 
     @torch.inference_mode()
     def _know_vectors(self, new: pl.DataFrame) -> None:
         """Where prompts show items' texts in a token: those of items whose codes follow the known ones."""
-        if self._text_encoder is None or new.is_empty():
+        if self._text_encoder is None:
             return
         embed: Any = self._model.backbone.embed_tokens  # type: ignore[union-attr]
         start, stop = int(new["item"][0]), int(new["item"][-1]) + 1
@@ -209,18 +218,16 @@ class Ranker:
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranked]:
         """Answers as of now, in the order of the requests; an error of one does not touch the others."""
         # 1. items that requests bring have codes behind the known ones until the batch is done
-        catalogue, records = Catalogue(self._items, self._codes), list[Request | str]()
+        catalogue, records = Catalogue(self._items, self._codes), list[tuple[Request, Catalogue] | str]()
         for request in requests:
+            history = None if request.history is None else list(request.history)
+            line = {"user_id": request.user_id, "history": history, "candidates": list(request.candidates)}
             try:
-                records.append(request_of(self._record(request), catalogue.item_of))
-            except (ProjectError, RecursionError, UnicodeError) as error:
+                own = catalogue.alone()
+                records.append((request_of({"request_id": "", **line}, own.item_of), own))
+            except ProjectError as error:
                 records.append(str(error))
-        items, encoder = self._items, self._encoder
-        if catalogue.added:
-            items = catalogue.table()
-            new = items[self._items.height :]
-            encoder = encoder.with_items(new)
-            self._know_vectors(new)
+        items, encoder = self._with(catalogue)
         # 2. prompts
         found, prepared, tables = list[Ranked | None](), list[PreparedRequest](), list[Retrieved]()
         audited = list[int]()  # of the prepared ones
@@ -228,26 +235,25 @@ class Ranker:
             try:
                 if isinstance(record, str):
                     raise DataError(record)
-                made, table = self._prepare(record, catalogue.codes, items, encoder)
+                made, table = self._prepare(record[0], record[1].codes, items, encoder)
             except ProjectError as error:
-                found.append(Ranked(np.zeros(0), np.zeros(0, np.int64), 0, 0, [], error=str(error)))
+                found.append(Ranked.refused(str(error)))
                 continue
-            if not self.full_depth and self.monitor.draws(
-                request.user_id, request.history, request.candidates
-            ):
+            asked = request.user_id, request.history, request.candidates
+            if not self.full_depth and self.monitor.draws(*asked):
                 audited.append(len(prepared))
             deadline = np.inf if request.deadline is None else request.deadline
             prepared.append(replace(made, deadline=deadline))
             tables.append(table)
             found.append(None)
         # 3. scores; an audit's come from a run to full depth
-        kept = [self._cached(request) for request in prepared]
+        kept = [0 if r.user is None else self._cache.common(r.user, r.stream) for r in prepared]
         sizes = [len(r.candidates.values) + len(r.stream) for r in prepared]
         engine = self._whole if self.full_depth else self._engine
         others = np.setdiff1d(np.arange(len(prepared)), audited).tolist()
-        found_others = engine.score([prepared[k] for k in others]).requests
+        scored = engine.score([prepared[k] for k in others]).requests
         scores: dict[int, tuple[Scored, Floats | None]] = {
-            k: (score, None) for k, score in zip(others, found_others, strict=True)
+            k: (score, None) for k, score in zip(others, scored, strict=True)
         }
         scores |= {k: self.monitor.audit(prepared[k]) for k in audited}
         self.full_depth |= self.monitor.alarm
@@ -261,30 +267,6 @@ class Ranker:
         )
         return [answer or next(answers) for answer in found]
 
-    def _record(self, request: RankRequest) -> dict[str, Any]:
-        """As a line of `predict` has it; items that are not known are named by all that is said of them."""
-        brought = dict[str, str]()
-
-        def named(value: Any) -> Any:
-            if isinstance(value, str) or not isinstance(value, Mapping):
-                return brought.get(str(value).strip(), value)
-            item_id = None if value.get("item_id") is None else str(value["item_id"]).strip()
-            if item_id in self._codes or (item_id in brought and not value.get("title")):
-                return dict(value) | {"item_id": brought.get(str(item_id), item_id)}
-            columns = {c: str(value.get(c) or "") for c in self._items.columns if c != "item"}
-            name = json.dumps(columns, sort_keys=True, ensure_ascii=False)
-            name.encode()  # half a surrogate pair is no text
-            if item_id is not None:
-                brought[item_id] = name
-            return dict(value) | {"item_id": name}
-
-        return {
-            "request_id": "",
-            "user_id": request.user_id,
-            "history": None if request.history is None else [named(row) for row in request.history],
-            "candidates": [named(value) for value in request.candidates],
-        }
-
     def _prepare(
         self, request: Request, codes: Mapping[str, int], items: pl.DataFrame, encoder: PromptEncoder
     ) -> tuple[PreparedRequest, Retrieved]:
@@ -294,7 +276,7 @@ class Ranker:
         if request.user_id is None:
             # 1. a history of its own, whose rows are answered with the candidates
             user, history = self._index.guest, History()
-            _, past = in_time([(codes[item], label, time) for item, label, time in request.history])
+            past = in_time([(codes[item], label, time) for item, label, time in request.history])
             found = self._index.retrieved(user, candidates, past, items)
             item, label = np.array([row[:2] for row in past], np.int64).reshape(-1, 2).T
             tokens = encoder.encode(item, found.rows(slice(0, len(past))), label.astype(np.int8)).tokens
@@ -325,10 +307,6 @@ class Ranker:
         )
         return prepared, found
 
-    def _cached(self, request: PreparedRequest) -> int:
-        """Tokens of a request that are kept of its user's history."""
-        return 0 if request.user is None else self._cache.common(request.user, request.stream)
-
 
 class History:
     """A user's segments in order of time, each encoded once, and the shared prefix that they make."""
@@ -356,7 +334,7 @@ class History:
 def ranked(scored: Scored, audit: Floats | None, full: int, features: Retrieved) -> Ranked:
     """The answer to a request that was prepared."""
     if scored.error is not None:
-        return Ranked(np.zeros(0), np.zeros(0, np.int64), 0, 0, [], error=scored.error)
+        return Ranked.refused(scored.error)
     names = [name for name in COLUMNS if name in features.columns]
     shown = zip(*(features.columns[name].tolist() for name in names), strict=True)
     return Ranked(

@@ -36,9 +36,7 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     """Write the log with its events as tables beside the run, and the configuration that reads them; and the `seq`."""
     _, data = open_run(run)
     if data.protocol.split == "given":
-        raise ConfigError(
-            "data.protocol.split is given, which says nothing of events; expected a split by time."
-        )
+        raise ConfigError("data.protocol.split is given, which knows no events; expected a split by time.")
     # 1. the log and the events, by ids; of a row that stands twice the later
     last, arrived = store.arrivals(seen(run))
     log, rows = data.split.interactions, data.split.rows.filter(answered(data.split.rows))
@@ -56,11 +54,10 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     # 2. items: of several versions the last; those of events that nobody described have their id as title
     known = log.items.drop("item")
     named = interactions.select("item_id", title="item_id").unique(maintain_order=True)
-    brought = [{c: str(i.get(c) or "") for c in known.columns} for i in arrived if not isinstance(i, Event)]
-    tables = [named.join(known, on="item_id", how="anti"), known, pl.DataFrame(brought, known.schema)]
-    items = (
-        pl.concat(tables, how="diagonal").fill_null("").unique("item_id", keep="last", maintain_order=True)
-    )
+    brought = pl.DataFrame([what for what in arrived if not isinstance(what, Event)], known.schema)
+    tables = [named.join(known, on="item_id", how="anti"), known, brought]
+    items = pl.concat(tables, how="diagonal").fill_null("")
+    items = items.unique("item_id", keep="last", maintain_order=True)
     # 3. files, and the run's configuration with these logs
     folder = run.parent / f"log_{last}"
     folder.mkdir(exist_ok=True)
@@ -68,18 +65,17 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     replace_file(files["interactions"], interactions.write_parquet)
     replace_file(files["items"], items.write_parquet)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    if "trainer" not in config:
+        raise ConfigError(
+            f"--run {run} was exported and cannot be fitted; expected the run that it came from."
+        )
     init_args = {name: str(file) for name, file in files.items()}
     config["data"]["logs"] = {"class_path": "project.data.logs.TableLogs", "init_args": init_args}
-    config["data"]["protocol"] |= {
-        "label": CLICKED if data.protocol.label == CLICKED else None,
-        "drop_ratings": [],
-    }
+    label = CLICKED if data.protocol.label == CLICKED else None
+    config["data"]["protocol"] |= {"label": label, "drop_ratings": []}
+    place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": None}
     for logger in config["trainer"]["logger"]:
         if logger["class_path"].rpartition(".")[2] in ("CSVLogger", "RunLogger"):
-            logger["init_args"] |= {
-                "save_dir": str(run.parent.parent),
-                "name": run.parent.name,
-                "version": None,
-            }
+            logger["init_args"] |= place
     text = yaml.safe_dump(config, sort_keys=False)
     return replace_file(folder / "config.yaml", lambda part: part.write_text(text, encoding="utf-8")), last

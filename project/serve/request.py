@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 class RankRequest:
     """Candidates of a user, or of somebody with a history of their own: exactly one of both.
 
-    A row of a history is an item id or an item's columns, with label and time, as `predict` has them.
+    An item is an id, or a mapping with item_id, title and other columns of the items table where it is new; a row of a
+    history has label and time beside them, as `predict` has it.
     """
 
     user_id: str | None
     history: Sequence[Mapping[str, Any]] | None
-    candidates: Sequence[str | Mapping[str, Any]]  # item ids, or items with a title and other columns
+    candidates: Sequence[str | Mapping[str, Any]]
     deadline: float | None = None  # time.monotonic() seconds: answer from the deepest head reached by then
 
 
@@ -38,3 +39,19 @@ class Ranked:
     error: str | None = None
     audit: NDArray[np.float64] | None = None  # (n,) probabilities at full depth, if it was audited
     cached: bool | None = None  # some of the user's history was in memory; None: there is none to keep
+
+    @classmethod
+    def refused(cls, error: str) -> Ranked:
+        """Of a request that cannot be ranked."""
+        return cls(np.zeros(0), np.zeros(0, np.int64), 0, 0, [], error=error)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A ranked request and how the inference process is."""
+
+    ranked: Ranked
+    items: list[str]  # ids of its candidates
+    run: str
+    full_depth: bool
+    batch: int  # requests that were ranked together

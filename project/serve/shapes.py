@@ -17,10 +17,10 @@ import numpy as np
 import polars as pl
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     StringConstraints,
@@ -30,7 +30,7 @@ from pydantic import (
 
 from project.data.protocol import CLICKED, label_expression
 from project.errors import DataError
-from project.serve.request import Ranked, RankRequest
+from project.serve.request import Answered, Ranked, RankRequest
 from project.serve.store import Event
 
 if TYPE_CHECKING:  # the HTTP process needs no torch
@@ -45,12 +45,6 @@ def _storable(text: str) -> str:
     return text
 
 
-def _name(text: str) -> str:
-    if not text.strip():
-        raise ValueError("it is empty")
-    return _storable(text).strip()
-
-
 def _number_as_text(value: object) -> object:
     return str(value) if type(value) is int else value
 
@@ -59,18 +53,17 @@ Text = Annotated[str, AfterValidator(_storable)]
 Column = Annotated[Text, BeforeValidator(_number_as_text)]
 Id = Annotated[
     str,
-    BeforeValidator(_number_as_text),
-    StringConstraints(min_length=1, max_length=256),
-    AfterValidator(_name),
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=256),
+    AfterValidator(_storable),
+    BeforeValidator(_number_as_text),  # runs first
 ]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Answer = Literal[0, 1]
 
 
-class Item(BaseModel):
+class Item(BaseModel, extra="allow"):
     """An item by id, by title, or a new one: further keys are columns of the items table, as text."""
 
-    model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Column] = Field(init=False)
     item_id: Id | None = None
     title: Text | None = None
@@ -87,20 +80,22 @@ class Item(BaseModel):
 
 
 class HistoryRow(Item):
-    """An item that the user answered."""
+    """An item that the user answered; without a time the order of the list counts."""
 
     label: Answer
-    time: Finite | None = Field(
-        None, ge=0, description="Seconds since 1970; the order of the list without it."
-    )
+    time: Finite | None = Field(None, ge=0, description="Seconds since 1970.")
+
+
+class Document(Item):
+    """An item whose title may be named `text`."""
+
+    title: Text | None = Field(None, validation_alias=AliasChoices("title", "text"))
 
 
 class Options(BaseModel):
     """Keys that every scoring request may have; Cohere's client sends them as `additional_body_parameters`."""
 
-    deadline_ms: Finite | None = Field(
-        None, gt=0, le=3_600_000, description="Answer from the deepest exit that is reached by then."
-    )
+    deadline_ms: Finite | None = Field(None, gt=0, le=3_600_000, description="Then the deepest exit answers.")
 
 
 class Queried(Options):
@@ -108,25 +103,18 @@ class Queried(Options):
 
     query: Text = Field(description="A user id, or else text that is shown as the history.")
     user_id: Id | None = None
-    item_ids: list[Id] | None = Field(None, description="An id for each document.")
+    item_ids: list[Id] | None = Field(None, description="An id for each text.")
 
-    def asked(self, documents: Sequence[str | dict[str, str]]) -> Asked:
-        """A document is an item id, a known title, or text of a new item."""
-        items = [{"title": d} if isinstance(d, str) else _document(d) for d in documents]
+    def asked(self, texts: Sequence[str | Document]) -> Asked:
+        """A text is an item id, a known title, or the title of a new item."""
+        items = [{"title": given} if isinstance(given, str) else given.columns() for given in texts]
         if self.item_ids is not None:
             if len(self.item_ids) != len(items):
                 raise DataError(
-                    f"item_ids has {len(self.item_ids)} ids for {len(items)} documents; give one each."
+                    f"item_ids has {len(self.item_ids)} ids for {len(items)} texts; give one each."
                 )
             items = [item | {"item_id": name} for item, name in zip(items, self.item_ids, strict=True)]
         return Asked(self.user_id, None, None if self.user_id else self.query, items, self.deadline_ms)
-
-
-def _document(columns: dict[str, str]) -> dict[str, str]:
-    text = columns.get("title") or columns.get("text")
-    if not text:
-        raise DataError(f"a document has the keys {sorted(columns)}; expected text, or a title.")
-    return {key: value for key, value in columns.items() if key != "text"} | {"title": text}
 
 
 class RankBody(Options):
@@ -153,8 +141,7 @@ class RankBody(Options):
 class CohereBody(Queried):
     """Cohere's rerank, both versions; Gorse's LLM ranker sends it too."""
 
-    documents: list[Text | dict[str, Text]] = Field(min_length=1)
-    model: str = ""
+    documents: list[Text | Document] = Field(min_length=1)
     top_n: int | None = Field(None, ge=1)
     return_documents: bool = False
 
@@ -165,25 +152,12 @@ class TeiBody(Queried):
     texts: list[Text] = Field(min_length=1)
     raw_scores: bool = False
     return_text: bool = False
-    truncate: bool | None = None
 
 
-class ScoreBody(Options):
+class ScoreBody(Queried):
     """SGLang's score. Token ids are those of another tokenizer, so texts alone are read."""
 
-    query: Text
-    items: Text | list[Text]
-    label_token_ids: list[int] | None = None
-    apply_softmax: bool = False
-    item_first: bool = False
-    model: str = ""
-
-    def asked(self) -> Asked:
-        """The same for the queue."""
-        items = [self.items] if isinstance(self.items, str) else self.items
-        if not items:
-            raise DataError("items is empty; expected at least one text.")
-        return Asked(None, None, self.query, [{"title": text} for text in items], self.deadline_ms)
+    items: Text | Annotated[list[Text], Field(min_length=1)]
 
 
 RerankBody = Annotated[
@@ -196,7 +170,7 @@ RerankBody = Annotated[
 # Answers
 
 
-class Usage(BaseModel):
+class Usage(BaseModel, from_attributes=True):
     """What the request cost, and what it would have cost at full depth."""
 
     token_layers: int
@@ -225,19 +199,13 @@ class RankAnswer(BaseModel):
     full_depth: bool
 
 
-class CohereDocument(BaseModel):
-    """A document as it was sent."""
-
-    text: str
-
-
 class CohereResult(BaseModel):
-    """A document's place and score."""
+    """A document's place and score, and, where it is asked for, its text."""
 
     index: int
     relevance_score: float
     exit_layer: int
-    document: CohereDocument | None = None
+    document: dict[str, str] | None = None
 
 
 class CohereAnswer(BaseModel):
@@ -307,45 +275,35 @@ def best_first(ranked: Ranked, top_n: int | None = None) -> list[int]:
     return order[:top_n]
 
 
-def usage(ranked: Ranked) -> Usage:
-    """Its cost."""
-    return Usage(token_layers=ranked.token_layers, full_depth_token_layers=ranked.full_depth_token_layers)
-
-
-def rank_answer(names: Sequence[str], ranked: Ranked, top_n: int | None, about: dict[str, Any]) -> RankAnswer:
+def rank_answer(body: RankBody, found: Answered, name: str) -> RankAnswer:
     """Our own."""
+    ranked, ids, why = found.ranked, found.items, found.ranked.features
+    chance, layer = ranked.probability.tolist(), ranked.exit_layer.tolist()
     items = [
-        RankedItem(
-            index=k,
-            item_id=names[k],
-            probability=float(ranked.probability[k]),
-            exit_layer=int(ranked.exit_layer[k]),
-            why=ranked.features[k],
-        )
-        for k in best_first(ranked, top_n)
-    ]
-    saved = 1 - ranked.token_layers / max(ranked.full_depth_token_layers, 1)
-    return RankAnswer(items=items, usage=usage(ranked), depth_saved=saved, late=ranked.late, **about)
-
-
-def cohere_answer(body: CohereBody, ranked: Ranked, about: dict[str, Any]) -> CohereAnswer:
-    """Cohere's, for both versions."""
-
-    def document(k: int) -> CohereDocument | None:
-        sent = body.documents[k]
-        text = sent if isinstance(sent, str) else sent.get("text", sent.get("title", ""))
-        return CohereDocument(text=text) if body.return_documents else None
-
-    results = [
-        CohereResult(
-            index=k,
-            relevance_score=float(ranked.probability[k]),
-            exit_layer=int(ranked.exit_layer[k]),
-            document=document(k),
-        )
+        RankedItem(index=k, item_id=ids[k], probability=chance[k], exit_layer=layer[k], why=why[k])
         for k in best_first(ranked, body.top_n)
     ]
-    return CohereAnswer(id=about["id"], model=about["model"], results=results, usage=usage(ranked))
+    return RankAnswer(
+        id=name,
+        model=found.run,
+        items=items,
+        usage=Usage.model_validate(ranked),
+        depth_saved=1 - ranked.token_layers / max(ranked.full_depth_token_layers, 1),
+        late=ranked.late,
+        full_depth=found.full_depth,
+    )
+
+
+def cohere_answer(body: CohereBody, found: Answered, name: str) -> CohereAnswer:
+    """Cohere's, for both versions."""
+    ranked, sent = found.ranked, [d if isinstance(d, str) else d.title or "" for d in body.documents]
+    shown = [{"text": text} if body.return_documents else None for text in sent]
+    chance, layer = ranked.probability.tolist(), ranked.exit_layer.tolist()
+    results = [
+        CohereResult(index=k, relevance_score=chance[k], exit_layer=layer[k], document=shown[k])
+        for k in best_first(ranked, body.top_n)
+    ]
+    return CohereAnswer(id=name, model=found.run, results=results, usage=Usage.model_validate(ranked))
 
 
 def tei_answer(body: TeiBody, ranked: Ranked) -> list[TeiResult]:
@@ -358,13 +316,20 @@ def tei_answer(body: TeiBody, ranked: Ranked) -> list[TeiResult]:
     return [TeiResult(index=k, score=float(scores[k]), text=texts[k]) for k in best_first(ranked)]
 
 
-def score_answer(ranked: Ranked, about: dict[str, Any]) -> ScoreAnswer:
+def score_answer(found: Answered) -> ScoreAnswer:
     """SGLang's, with the one label that is asked here: yes."""
-    scores = [[float(p)] for p in ranked.probability]
-    return ScoreAnswer(scores=scores, model=about["model"], usage=usage(ranked))
+    scores = [[float(p)] for p in found.ranked.probability]
+    return ScoreAnswer(scores=scores, model=found.run, usage=Usage.model_validate(found.ranked))
 
 
 # Events
+
+
+class NewItem(Item):
+    """An item that becomes known."""
+
+    item_id: Id
+    title: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(_storable)]
 
 
 class EventBody(Item):
@@ -389,13 +354,11 @@ class GorseFeedback(BaseModel):
 
     def event(self) -> EventBody:
         """The same as ours; type, user, item and time name it, as in Gorse."""
-        at = _seconds(self.Timestamp)
-        key = "\0".join((self.FeedbackType, self.UserId, self.ItemId, str(self.Timestamp or "")))
         return EventBody(
-            event_id=f"gorse-{hashlib.sha256(key.encode()).hexdigest()[:32]}",
+            event_id=_event_id("gorse", self.FeedbackType, self.UserId, self.ItemId, self.Timestamp or ""),
             user_id=self.UserId,
             item_id=self.ItemId,
-            timestamp=at,
+            timestamp=_seconds(self.Timestamp),
             **({"rating": self.Value} if self.Value else {"label": 1}),
         )
 
@@ -413,30 +376,29 @@ class PersonalizeEvent(BaseModel):
 class PersonalizeBody(BaseModel):
     """The body of AWS Personalize's PutEvents."""
 
-    trackingId: str = ""
     userId: Id
     sessionId: Text = ""
     eventList: list[PersonalizeEvent] = Field(min_length=1)
 
     def events(self) -> list[EventBody]:
-        """The same as ours; without an eventId session, type, item and time name an event."""
-        found = []
-        for event in self.eventList:
-            at = _seconds(event.sentAt)
-            key = "\0".join((self.sessionId, self.userId, event.eventType, event.itemId, str(at)))
-            name = event.eventId or f"personalize-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-            answer = {"label": 1} if event.eventValue is None else {"rating": event.eventValue}
-            found.append(
-                EventBody(event_id=name, user_id=self.userId, item_id=event.itemId, timestamp=at, **answer)
+        """The same as ours; without an eventId session, user, type, item and time name an event."""
+        return [
+            EventBody(
+                event_id=e.eventId
+                or _event_id(
+                    "personalize", self.sessionId, self.userId, e.eventType, e.itemId, _seconds(e.sentAt)
+                ),
+                user_id=self.userId,
+                item_id=e.itemId,
+                timestamp=_seconds(e.sentAt),
+                **({"label": 1} if e.eventValue is None else {"rating": e.eventValue}),
             )
-        return found
+            for e in self.eventList
+        ]
 
 
-class Kept(BaseModel):
-    """How many were new; `RowAffected` is Gorse's name for it."""
-
-    new: int
-    RowAffected: int
+def _event_id(kind: str, *parts: object) -> str:
+    return f"{kind}-{hashlib.sha256(chr(0).join(map(str, parts)).encode()).hexdigest()[:32]}"
 
 
 def _seconds(value: datetime | float | str | None) -> float:
@@ -451,9 +413,7 @@ def labelled(events: Sequence[EventBody], rule: str | None) -> list[Event]:
     for k, event in enumerate(events):
         where = f"event {k} ({event.event_id!r})"
         if event.timestamp > latest:
-            raise DataError(
-                f"{where} is dated {event.timestamp:.0f}, after now; expected seconds since 1970."
-            )
+            raise DataError(f"{where} is dated {event.timestamp:.0f}, after now; give seconds since 1970.")
         if event.label is None and event.rating is None and rule != CLICKED:
             raise DataError(f"{where} has neither rating nor label; give one.")
         if event.label is None and rule is None:

@@ -1,7 +1,7 @@
 """Keeps events and items that came after the log: what was acknowledged is on disk, in one order for all readers.
 
 A row's `seq` rises in the order of commits: whoever writes takes the one row of `clock` first and holds it until the
-commit. So `since` never skips an event of a writer that was slower.
+commit. So `arrivals` never skips an event of a writer that was slower.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import yaml  # type: ignore[import-untyped]  # as in project.export
 from project.errors import ConfigError
 
 TOGETHER = 500  # ids in one look-up; databases limit the parameters of a statement
-
-
 SEEN = "events.json"  # in a run's folder: up to which `seq` of a store its log has the events
 
 
@@ -87,20 +85,13 @@ class EventStore:
                 address = address.set(drivername="postgresql+psycopg")
             self._engine = sa.create_engine(address, pool_pre_ping=True)
         except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError) as error:
-            raise ConfigError(
-                f"--db is {url!r}, which is no database ({error}); expected sqlite:///FILE."
-            ) from None
+            text = f"--db is {url!r}, which is no database ({error}); expected sqlite:///FILE."
+            raise ConfigError(text) from None
         self._writing = (
             threading.Lock()
         )  # SQLite has one writer, and those that wait for it sleep in long steps
         if self._engine.dialect.name == "sqlite":
             sa.event.listen(self._engine, "connect", _durable)
-        try:
-            self._create()
-        except sa.exc.OperationalError as error:
-            raise ConfigError(f"--db is {url!r}, which cannot be opened: {error.orig}") from None
-
-    def _create(self) -> None:
         try:
             with self._engine.begin() as connection:
                 TABLES.create_all(connection)
@@ -108,6 +99,8 @@ class EventStore:
                     connection.execute(sa.insert(CLOCK).values(id=0, seq=0))
         except sa.exc.IntegrityError:  # another server made them in the same moment
             pass
+        except sa.exc.OperationalError as error:
+            raise ConfigError(f"--db is {url!r}, which cannot be opened: {error.orig}") from None
 
     def add(self, events: Sequence[Event]) -> int:
         """Keep events; returns how many were new. One whose event_id is known changes nothing."""
@@ -136,26 +129,18 @@ class EventStore:
                 connection.execute(sa.insert(key.table), new)
         return len(new)
 
-    def since(self, seq: int) -> list[tuple[int, Event]]:
-        """Events behind a `seq` in the order in which they came, each with its own."""
-        query = sa.select(EVENTS).where(EVENTS.c.seq > seq).order_by(EVENTS.c.seq)
-        with self._engine.connect() as connection:
-            return [(first, Event(*rest)) for first, *rest in connection.execute(query)]
-
-    def items_since(self, seq: int) -> list[tuple[int, dict[str, str]]]:
-        """Items behind a `seq`, as `since`; one that was put again with other columns comes again."""
-        query = sa.select(ITEMS.c.seq, ITEMS.c.columns).where(ITEMS.c.seq > seq).order_by(ITEMS.c.seq)
-        with self._engine.connect() as connection:
-            return [(first, json.loads(columns)) for first, columns in connection.execute(query)]
-
     def arrivals(self, seq: int) -> tuple[int, list[Event | dict[str, str]]]:
-        """The latest `seq`, and events and items behind the one given up to it, in the order in which they came."""
+        """The latest `seq`, and events and items behind the one given, in the order in which they came.
+
+        An item that was put again with other columns comes again.
+        """
         with self._engine.connect() as connection:
             last = int(connection.execute(sa.select(CLOCK.c.seq)).scalar_one())
-        if last <= seq:
-            return seq, []
-        both = list[tuple[int, Event | dict[str, str]]]([*self.since(seq), *self.items_since(seq)])
-        return last, [what for at, what in sorted(both, key=lambda pair: pair[0]) if at <= last]
+            rows = list[Any]()
+            for table in (EVENTS, ITEMS) if last > seq else ():
+                rows += connection.execute(sa.select(table).where(table.c.seq.between(seq + 1, last)))
+        rows.sort(key=lambda row: row[0])
+        return last, [Event(*rest) if len(rest) > 2 else json.loads(rest[1]) for _, *rest in rows]
 
     def close(self) -> None:
         """Close all connections."""

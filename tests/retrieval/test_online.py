@@ -40,22 +40,15 @@ RETRIEVERS: dict[str, Retriever] = {
 each_retriever = pytest.mark.parametrize("retriever", RETRIEVERS.values(), ids=RETRIEVERS.keys())
 
 
-def same(found: pl.DataFrame, expected: pl.DataFrame) -> None:
+def same(found: Retrieved, expected: pl.DataFrame) -> None:
     """Bit for bit, but for sums in another order."""
-    expected = expected.select(found.columns)  # a split's table has mf last
-    assert found.schema == expected.schema
-    assert found.drop(SUMMED, strict=False).equals(expected.drop(SUMMED, strict=False))
-    for name in set(SUMMED) & set(found.columns):
-        assert found[name].is_null().equals(expected[name].is_null())
-        np.testing.assert_allclose(found[name].to_numpy(), expected[name].to_numpy(), rtol=0, atol=1e-6)
-
-
-def same_numbers(found: Retrieved, expected: Retrieved) -> None:
-    assert found.columns.keys() == expected.columns.keys()
-    for name, values in expected.columns.items():
-        np.testing.assert_array_equal(found.columns[name], values)
+    table = Retrieved.of(expected)
+    assert found.columns.keys() == table.columns.keys()
+    for name, values in table.columns.items():
+        atol = 1e-6 if name in SUMMED else 0
+        np.testing.assert_allclose(found.columns[name], values, rtol=0, atol=atol)
     for name in ("of_row", "similarity", "answer"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        np.testing.assert_array_equal(getattr(found, name), getattr(table, name))
 
 
 def replay(made: FeatureIndex, rows: pl.DataFrame, table: pl.DataFrame) -> int:
@@ -63,10 +56,8 @@ def replay(made: FeatureIndex, rows: pl.DataFrame, table: pl.DataFrame) -> int:
     answered = 0
     for (second,), group in rows.group_by("timestamp", maintain_order=True):
         for row in group.iter_rows(named=True):
-            found = made.features(row["user"], [row["item"]], time=second)  # type: ignore[arg-type]
-            expected = table.filter(pl.col("row_id") == row["row_id"]).drop("similar_after", strict=False)
-            columns = pl.exclude("row_id", "similar_after")
-            same(found.select(columns), expected.select(columns))
+            found = made.retrieved(row["user"], [row["item"]], time=second)  # type: ignore[arg-type]
+            same(found, table.filter(pl.col("row_id") == row["row_id"]))
             answered += 1
         for row in group.iter_rows(named=True):
             made.observe(row["user"], row["item"], row["label"], row["timestamp"])
@@ -132,11 +123,10 @@ def test_a_request_is_answered_as_by_the_walk(
     expected = request_retrieved(split, retriever, REFITS, tmp_path, *arrays, mf=MF, catalogue=catalogue)
     made = indexed(split, retriever, tmp_path)
     for _ in range(2):
-        found = made.features(user, candidates, history if brings else None, catalogue)
-        same(found, expected.tail(len(candidates)))
-        numbers = made.retrieved(user, candidates, history if brings else None, catalogue)
-        same_numbers(numbers.rows(slice(len(history), None)), Retrieved.of(found))
-        made.features(5, [2], [(2, 0, 3.0)])
+        found = made.retrieved(user, candidates, history if brings else None, catalogue)
+        same(found.rows(slice(len(history), None)), expected.tail(len(candidates)))
+        same(found, found.table())
+        made.retrieved(5, [2], [(2, 0, 3.0)])
 
 
 def test_new_users_are_answered_as_by_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,14 +142,13 @@ def test_new_users_are_answered_as_by_the_walk(tmp_path: Path, monkeypatch: pyte
         WalkRows.from_log(every), retriever, split.interactions.items, snapshots.cuts, snapshots.fitted
     )
     made._mf = None
-    walked = walked.with_columns(text=pl.lit(0.0), text_weight=pl.lit(0.0))
     for (second,), group in every.filter(pl.col("timestamp") >= 100).group_by(
         "timestamp", maintain_order=True
     ):
         for row in group.iter_rows(named=True):
-            found = made.features(row["user"], [row["item"]], time=second)  # type: ignore[arg-type]
-            expected = walked.filter(pl.col("row_id") == row["row_id"])
-            same(found.drop("row_id", "text", "text_weight"), expected.drop("row_id", "text", "text_weight"))
+            found = made.retrieved(row["user"], [row["item"]], time=second)  # type: ignore[arg-type]
+            del found.columns["text"], found.columns["text_weight"]
+            same(found, walked.filter(pl.col("row_id") == row["row_id"]))
         for row in group.iter_rows(named=True):
             made.observe(row["user"], row["item"], row["label"], row["timestamp"])
 
@@ -173,10 +162,10 @@ def test_a_new_item_has_a_text_and_raters_at_once(tmp_path: Path) -> None:
     catalogue = pl.concat([split.interactions.items, new])
     for _ in range(2):
         made.observe(99, item, 1, END, catalogue)
-    (row,) = made.features(99, [item]).to_dicts()
+    (row,) = made.retrieved(99, [item]).table().to_dicts()
     assert (row["item_count"], row["item_rate"], row["user_count"], row["user_rate"]) == (2, 1.0, 2, 1.0)
     assert (row["text"], row["text_weight"]) == pytest.approx((0, 2))
-    (other,) = made.features(98, [item]).to_dicts()
+    (other,) = made.retrieved(98, [item]).table().to_dicts()
     assert (other["item_count"], other["user_count"], other["text"]) == (2, 0, None)
 
 
@@ -193,7 +182,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     made = indexed(split, NoRetriever(), tmp_path)
     made.observe(1, 1, 1, END)
     with pytest.raises(DataError, match=r"a request has time 1000.0; expected one after"):
-        made.features(1, [1], time=END)
+        made.retrieved(1, [1], time=END)
     for label, time in ((1, END - 1), (-1, END), (1, np.nan)):
         with pytest.raises(DataError, match=f"an event has label {label} and time {time}"):
             made.observe(1, 1, label, time)

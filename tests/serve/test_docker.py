@@ -11,7 +11,8 @@ from pathlib import Path
 import yaml
 from prometheus_client import generate_latest
 
-from project.serve.server import Metrics, ServeSettings
+from project.serve.routes import Metrics
+from project.serve.settings import ServeSettings
 
 DOCKER = Path(__file__).parents[2] / "docker"
 

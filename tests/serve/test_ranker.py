@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 from world import given
 
+from project.export import export
 from project.serve.ranker import Ranked, Ranker, RankRequest
+from project.serve.settings import ServeSettings
 from project.serve.store import Event, EventStore
 
 FRESH = {"item_id": "new", "title": "a dog at sea", "year": "2020"}
@@ -69,7 +72,7 @@ EVENTS = [
 ]
 AFTER = [
     RankRequest("u1", None, ["i3", "i7", "fresh"]),
-    RankRequest("somebody", None, ["i1", "no title", {"title": "a mountain"}]),
+    RankRequest("somebody", None, ["i1", "no title", {"item_id": "m", "title": "a mountain"}]),
     RankRequest("u2", None, ["i7", "fresh"]),
 ]
 
@@ -138,8 +141,7 @@ def test_company_and_errors(ranker: Ranker) -> None:
         RankRequest("u1", None, []),
         RankRequest("u1", [], ["i1"]),
         RankRequest(None, [{"item_id": "i1", "label": 2, "time": 1.0}], ["i1"]),
-        RankRequest("u1", None, [{"title": "long " * 400}]),
-        RankRequest("u1", None, [{"title": "half a pair \ud800"}]),
+        RankRequest("u1", None, [FRESH | {"title": "long " * 400}]),
     ]
     found = ranker.rank([*wrong, *(RankRequest("u1", None, [item]) for item in same)])
     assert all(answer.error is not None and not len(answer.probability) for answer in found[: len(wrong)])
@@ -165,3 +167,18 @@ def test_full_depth_audits_and_deadlines(ranker: Ranker, served_run: Path) -> No
         late, other = ranker.rank([asked(REQUESTS[0], deadline=0.0), requests[1]])
         assert (late.late, set(late.exit_layer), other.late) == (True, {0}, False)
         close(other, (full if ranker.full_depth else planned)[1])
+
+
+def test_an_exported_folder_scores_as_its_run(ranker: Ranker, served_run: Path, tmp_path: Path) -> None:
+    """Its config.yaml has names for the places of logs and model; without a score table nothing is audited."""
+    folder = export(served_run, tmp_path / "exported")
+    ServeSettings(folder).check()
+    there, own = (yaml.safe_load((of / "config.yaml").read_text()) for of in (served_run, folder))
+    assert own["data"]["logs"]["init_args"]["items"] == "items.csv"
+    own["data"]["logs"], own["model"]["backbone"] = there["data"]["logs"], there["model"]["backbone"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(own))
+    exported, requests = Ranker.load(folder), [asked(record) for record in REQUESTS]
+    for found, expected in zip(exported.rank(requests), ranker.rank(requests), strict=True):
+        close(found, expected)
+    assert exported.about | {"run": "", "audits": {}} == ranker.about | {"run": "", "audits": {}}
+    assert exported.about["audits"]["share"] == 0

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from itertools import pairwise
+from contextlib import closing, suppress
 from pathlib import Path
 
+import httpx
 import pytest
+from fake_ranker import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from project.errors import ConfigError
 from project.serve.store import Event, EventStore
 
-POSTS, ROUNDS = 1000, int(os.environ.get("KILL_ROUNDS", "2"))  # 20 is the promise, a few are a test
-WRITER = """
-import os, sys
-from concurrent.futures import ThreadPoolExecutor
-from project.serve.store import Event, EventStore
-url, acknowledged, round = sys.argv[1:]
-store, file = EventStore(url), os.open(acknowledged, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-def post(k):
-    store.add([Event(f"{round}/{k}", f"u{k % 7}", "i1", k % 2, float(k))])
-    os.write(file, f"{round}/{k}\\n".encode())
-    print(k, flush=True)
-list(ThreadPoolExecutor(64).map(post, range(int(os.environ["POSTS"]))))
-"""
+EVENTS, ROUNDS = 1000, int(os.environ.get("KILL_ROUNDS", "2"))  # 20 by hand
 
 
 @pytest.fixture(scope="session")
@@ -77,22 +65,15 @@ def test_one_order_for_all(posts: list[tuple[bool, list[str]]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         address = f"sqlite:///{folder}/x.db"
         with closing(EventStore(address)) as one, closing(EventStore(address)) as other:
-            expected = dict[str, Event]()
+            expected, marks = dict[str, Event](), [(0, 0)]
             for number, (first, names) in enumerate(posts):
-                events = [event(name, number % 2) for name in names]
-                new = [
-                    e
-                    for k, e in enumerate(events)
-                    if e.event_id not in expected and names.index(names[k]) == k
-                ]
-                assert (one if first else other).add(events) == len(new)
-                expected |= {e.event_id: e for e in new}
+                new = {name: event(name, number % 2) for name in names if name not in expected}
+                assert (one if first else other).add([event(name, number % 2) for name in names]) == len(new)
+                expected |= new
+                marks.append((one.arrivals(0)[0], len(expected)))
             for store in (one, other):
-                found = store.since(0)
-                assert [e for _, e in found] == list(expected.values())
-                assert all(a < b for (a, _), (b, _) in pairwise(found))
-                for at, _ in found:
-                    assert store.since(at) == [pair for pair in found if pair[0] > at]
+                for seq, before in marks:
+                    assert store.arrivals(seq) == (marks[-1][0], list(expected.values())[before:])
 
 
 def test_two_servers(url: str) -> None:
@@ -114,30 +95,40 @@ def test_two_servers(url: str) -> None:
         assert one.arrivals(last)[1] == []
 
 
+def killed(url: str, folder: Path, number: int) -> tuple[list[Event], list[str]]:
+    """A server whose processes all get kill -9 amid the posts of 16 threads: all events, and ids acknowledged."""
+    rng, acknowledged = random.Random(number), list[str]()
+    events = [Event(f"{number}/{k}", f"u{k % 7}", "i1", k % 2, float(k)) for k in range(EVENTS)]
+    starts = [0, *sorted(rng.sample(range(1, EVENTS), 400))]  # of posts: one event or a few
+    enough = rng.randrange(EVENTS // 20, EVENTS * 9 // 10)
+    with serving(folder, "--db", url) as (process, address), httpx.Client(timeout=60) as http:
+
+        def post(part: slice) -> None:
+            with suppress(httpx.TransportError):
+                sent = [event._asdict() for event in events[part]]
+                assert http.post(f"{address}/v1/events", json=sent).status_code == 200
+                acknowledged.extend(event.event_id for event in events[part])
+                if len(acknowledged) >= enough:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(post, map(slice, starts, [*starts[1:], EVENTS])))
+        assert process.wait(30) == -signal.SIGKILL
+    assert enough <= len(acknowledged) < EVENTS
+    return events, acknowledged
+
+
 @pytest.mark.slow
-def test_a_killed_writer_loses_nothing_that_was_acknowledged(url: str, tmp_path: Path) -> None:
-    """By kill -9 in the middle of concurrent posts, round after round; posting all of them again adds the rest."""
+def test_a_killed_server_loses_nothing_that_was_acknowledged(url: str, tmp_path: Path) -> None:
+    """Server after server on one database: what was acknowledged is there once; posting all again adds the rest."""
     for number in range(ROUNDS):
-        acknowledged = tmp_path / f"acknowledged{number}"
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, url, str(acknowledged), str(number)],
-            stdout=subprocess.PIPE,
-            env=os.environ | {"POSTS": str(POSTS)},
-        )
-        assert writer.stdout is not None
-        for _ in range(1 + POSTS * (number + 1) // (ROUNDS + 1)):
-            writer.stdout.readline()
-        writer.send_signal(signal.SIGKILL)
-        assert writer.wait() == -signal.SIGKILL
-        writer.stdout.close()
-        told = set(acknowledged.read_text().split())
+        events, acknowledged = killed(url, tmp_path, number)
         with closing(EventStore(url)) as store:
-            found = [e.event_id for _, e in store.since(0) if e.event_id.startswith(f"{number}/")]
-            assert len(found) == len(set(found)) < POSTS
-            assert told <= set(found)
-            again = [Event(f"{number}/{k}", f"u{k % 7}", "i1", k % 2, float(k)) for k in range(POSTS)]
-            assert store.add(again) == POSTS - len(found)
-            assert len(store.since(0)) == POSTS * (number + 1)
+            found = [e for e in store.arrivals(0)[1] if isinstance(e, Event)][number * EVENTS :]
+            assert len(found) == len(set(found)) < EVENTS
+            assert set(acknowledged) <= {e.event_id for e in found}
+            assert set(found) <= set(events)
+            assert store.add(events) == EVENTS - len(found)
 
 
 def test_an_address_that_is_none() -> None:

@@ -1,0 +1,325 @@
+"""The routes of `serve`, what is counted and logged of requests, and how they are refused."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from pydantic import BaseModel
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from project.errors import ProjectError
+from project.serve import shapes
+from project.serve.request import Answered
+from project.serve.settings import ServeSettings
+from project.serve.store import EventStore
+
+logger = logging.getLogger("project.serve")
+PROBES = ("/healthz", "/readyz", "/metrics")
+
+
+# What is counted and logged
+
+
+class Metrics:
+    """What Prometheus reads. Counted in the HTTP process: answers tell what the inference process did."""
+
+    def __init__(self, waiting: Callable[[], float]) -> None:
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        self.requests = counter("exitrec_requests", "Requests", ["route", "status"])
+        self.seconds = histogram("exitrec_request_seconds", "Latency", ["route"])
+        self.exits = counter("exitrec_candidates", "Candidates by the exit they left at", ["exit"])
+        sizes = (1, 2, 4, 8, 16, 32, 64, 128)
+        self.batch = histogram("exitrec_batch_requests", "Requests scored together", buckets=sizes)
+        self.layers = counter("exitrec_token_layers", "Token-layers that ran")
+        self.full = counter("exitrec_full_depth_token_layers", "Token-layers of full depth")
+        self.histories = counter("exitrec_histories", "Users' histories, by whether in memory", ["cached"])
+        self.late = counter("exitrec_late", "Requests that their deadline cut")
+        self.audits = counter("exitrec_audits", "Requests that also ran to full depth")
+        self.events = counter("exitrec_events", "Events that were new")
+        self.alarm = gauge("exitrec_drift_alarm", "1: everything runs to full depth")
+        gauge("exitrec_queue", "Requests that wait or run").set_function(waiting)
+
+    def count(self, found: Answered) -> None:
+        """An answer."""
+        layers = found.ranked.exit_layer.tolist()
+        for layer in set(layers):
+            self.exits.labels(layer).inc(layers.count(layer))
+        self.batch.observe(found.batch)
+        self.layers.inc(found.ranked.token_layers)
+        self.full.inc(found.ranked.full_depth_token_layers)
+        if found.ranked.cached is not None:
+            self.histories.labels("yes" if found.ranked.cached else "no").inc()
+        self.late.inc(found.ranked.late)
+        self.audits.inc(found.ranked.audit is not None)
+        self.alarm.set(found.full_depth)
+
+
+class Observed:
+    """ASGI middleware: every request has an id, a line in the log, and is counted."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on and watch."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        good = given.isascii() and given.isprintable() and 0 < len(given) <= 128
+        name = scope.setdefault("state", {})["id"] = given if good else uuid.uuid4().hex
+        began, status = time.perf_counter(), 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = name
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            seconds = time.perf_counter() - began
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, status).inc()
+            self.metrics.seconds.labels(route).observe(seconds)
+            about = {"id": name, "method": scope["method"], "path": scope["path"], "status": status}
+            level = logging.DEBUG if route in PROBES else logging.INFO
+            logger.log(level, "request", extra={"fields": about | {"ms": round(1000 * seconds, 2)}})
+
+
+# Refusals
+
+
+class Refusal(BaseModel):
+    """What was found and what is expected, as TEI words it."""
+
+    error: str
+    error_type: str
+
+
+async def refuse(request: Request, found: Exception) -> JSONResponse:
+    """Every refusal has one form, and does not repeat what was sent."""
+    status, text, headers = 422, str(found), None
+    match found:
+        case AnyHTTPException():
+            status, text, headers = found.status_code, str(found.detail), dict(found.headers or {})
+            if status == 400 and "parsing the body" in text:
+                text = "The body cannot be read as JSON: too deep, a number too long, or no UTF-8."
+        case RequestValidationError():
+            problems = [(".".join(str(part)[:40] for part in e["loc"]), e["msg"]) for e in found.errors()]
+            more = f" ({len(problems) - 3} more)" if len(problems) > 3 else ""
+            text = "; ".join(f"{where}: {what}" for where, what in problems[:3]) + more
+        case SQLAlchemyError():
+            logger.error("database", extra={"fields": {"error": text}})
+            status, text = 503, "The database of events does not answer; nothing was kept. Try again."
+    kinds = {429: "overloaded", 424: "backend", 500: "backend", 503: "unhealthy"}
+    clean = text.encode(errors="replace").decode()
+    return JSONResponse({"error": clean, "error_type": kinds.get(status, "validation")}, status, headers)
+
+
+# What routes share
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What routes need: `ask` hands a payload to the inference process, `rule` is the label rule of the protocol."""
+
+    ask: Callable[[object], Awaitable[Any]]
+    settings: ServeSettings
+    store: EventStore
+    rule: str | None
+    metrics: Metrics
+
+    def limit(self, name: str, count: int, most: int, what: str = "entries") -> None:
+        """Refuse what is too long."""
+        if count > most:
+            raise HTTPException(413, f"{name} has {count:,} {what}; this server takes {most:,}.")
+
+    async def rank(self, asked: shapes.Asked) -> Answered:
+        """Score a request."""
+        self.limit("the list of candidates", len(asked.candidates), self.settings.candidates)
+        self.limit("history", len(asked.history or ()), self.settings.history)
+        self.limit("a text", max(map(len, asked.texts())), self.settings.title, "characters")
+        found: Answered = await self.ask(("rank", asked, time.monotonic()))
+        if found.ranked.error:
+            raise HTTPException(422, found.ranked.error)
+        self.metrics.count(found)
+        return found
+
+    def keep(self, events: Sequence[shapes.EventBody]) -> dict[str, int]:
+        """Store events and the items that they bring; returns how many were new, also by Gorse's name for it."""
+        self.limit("the list of events", len(events), self.settings.candidates)
+        kept = shapes.labelled(events, self.rule)
+        if items := shapes.new_items(events):
+            self.store.put_items(items)
+        new = self.store.add(kept)
+        self.metrics.events.inc(new)
+        return {"new": new, "RowAffected": new}
+
+
+async def desk_of(request: Request) -> Desk:
+    """That of the app."""
+    desk: Desk = request.app.state.desk
+    return desk
+
+
+Here = Annotated[Desk, Depends(desk_of)]
+BEARER = HTTPBearer(auto_error=False, description="Where the server has a token.")
+
+
+async def authorised(
+    desk: Here, found: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
+) -> None:
+    """Refuse a request without the token."""
+    given, wanted = found.credentials if found else "", desk.settings.token
+    if wanted is not None and not hmac.compare_digest(given.encode("latin-1"), wanted.encode()):
+        raise HTTPException(401, "The bearer token is missing or wrong.", {"WWW-Authenticate": "Bearer"})
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Refusal} for status in (400, 401, 409, 413, 422, 429, 503)
+}
+router = APIRouter(dependencies=[Depends(authorised)], responses=REFUSALS)
+public = APIRouter()
+
+
+def add_routes(app: FastAPI, desk: Desk) -> None:
+    """All routes but LitServe's /readyz, and the form of refusals."""
+    app.state.desk = desk
+    app.include_router(router)
+    app.include_router(public)
+    for kind in (AnyHTTPException, RequestValidationError, ProjectError, SQLAlchemyError):
+        app.add_exception_handler(kind, refuse)
+
+
+# 1. Scores
+
+
+@router.post("/v1/rank")
+async def rank(body: shapes.RankBody, request: Request, desk: Here) -> shapes.RankAnswer:
+    """Candidates of a user, best first, with exit layers and the features behind each score."""
+    return shapes.rank_answer(body, await desk.rank(body.asked()), request.state.id)
+
+
+@router.post("/v1/rerank", response_model_exclude_none=True)
+@router.post("/v2/rerank", response_model_exclude_none=True)
+async def cohere(body: shapes.CohereBody, request: Request, desk: Here) -> shapes.CohereAnswer:
+    """Cohere's rerank."""
+    return shapes.cohere_answer(body, await desk.rank(body.asked(body.documents)), request.state.id)
+
+
+@router.post("/rerank", response_model_exclude_none=True)
+async def rerank(
+    body: shapes.RerankBody, request: Request, desk: Here
+) -> shapes.CohereAnswer | list[shapes.TeiResult]:
+    """Cohere's rerank, or TEI's, which has `texts`."""
+    if isinstance(body, shapes.CohereBody):
+        return await cohere(body, request, desk)
+    return shapes.tei_answer(body, (await desk.rank(body.asked(body.texts))).ranked)
+
+
+@router.post("/v1/score")
+async def score(body: shapes.ScoreBody, desk: Here) -> shapes.ScoreAnswer:
+    """SGLang's score."""
+    texts = [body.items] if isinstance(body.items, str) else body.items
+    return shapes.score_answer(await desk.rank(body.asked(texts)))
+
+
+# 2. Events
+
+
+@router.post("/v1/events")
+def events(body: list[shapes.EventBody], desk: Here) -> dict[str, int]:
+    """Keep answers of users; they are on disk when this returns. An event_id known before changes nothing."""
+    return desk.keep(body)
+
+
+@router.post("/api/feedback")
+@router.put("/api/feedback")
+def feedback(body: list[shapes.GorseFeedback], desk: Here) -> dict[str, int]:
+    """Gorse's feedback."""
+    return desk.keep([row.event() for row in body])
+
+
+@router.post("/events")
+def personalize(body: shapes.PersonalizeBody, desk: Here) -> dict[str, int]:
+    """AWS Personalize's PutEvents."""
+    return desk.keep(body.events())
+
+
+@router.put("/v1/items")
+def items(body: Annotated[list[shapes.NewItem], Body(min_length=1)], desk: Here) -> dict[str, int]:
+    """Make items known: item_id, title and other columns of the items table."""
+    desk.limit("the list of items", len(body), desk.settings.candidates)
+    desk.store.put_items([item.columns() for item in body])
+    return {"items": len(body)}
+
+
+# 3. Operations
+
+
+@router.get("/v1/users/{user_id:path}")
+async def user(user_id: shapes.Id, desk: Here) -> dict[str, Any]:
+    """A user's history."""
+    return dict(await desk.ask(("user", user_id)))
+
+
+@router.get("/info")
+async def info(desk: Here) -> dict[str, Any]:
+    """Run, protocol hash, certificate, model licence."""
+    return dict(await desk.ask(("about",)))
+
+
+@router.post("/v1/reload", status_code=202)
+async def reload(desk: Here) -> dict[str, str]:
+    """Load the newest run beside the one that answers, and switch to it; /info tells when."""
+    run = str(desk.settings.newest())
+    if not await desk.ask(("reload", run)):
+        raise HTTPException(409, "A run is being loaded already; ask again when /info names it.")
+    return {"loading": run}
+
+
+@public.get("/healthz")
+async def alive() -> dict[str, str]:
+    """Whether this process answers; /readyz tells whether the model does."""
+    return {"status": "ok"}
+
+
+@public.get("/metrics", include_in_schema=False)
+async def numbers(desk: Here) -> Response:
+    """What was counted, for Prometheus."""
+    return Response(generate_latest(desk.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@public.get("/", include_in_schema=False)
+async def index() -> FileResponse:
+    """The page to try it."""
+    return FileResponse(Path(__file__).with_name("page.html"), media_type="text/html")
