@@ -30,6 +30,7 @@ from project.data.requests import (
     check_streams,
     read_requests,
     request_streams,
+    some_usable,
     without_long,
 )
 from project.data.stream import Streams, build_streams
@@ -237,7 +238,7 @@ class InteractionData(pl.LightningDataModule):
             encoder = self.encoder
             if requests.items.height > self.split.interactions.items.height:  # some bring items
                 encoder = PromptEncoder(self.tokenizer, self.prompt, requests.items)
-            self.requests = without_long(requests, encoder, self.context_tokens)
+            self.requests = some_usable(without_long(requests, encoder, self.context_tokens))
             for refused in self.requests.refused:
                 line = f"request {refused.request_id!r} is not scored: {refused.error}"
                 rank_zero_warn(line, category=UserWarning)

@@ -175,7 +175,9 @@ class ProjectTrainer(Trainer):
         return_predictions: bool | None = None,
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
-        engine: Literal["packed", "early_exit"] = "packed",
+        engine: Literal["packed", "early_exit", "ray"] = "packed",
+        actors: int = 1,
+        gpus: float = 0.0,
     ) -> Any:
         """Score the requests of data.requests.
 
@@ -187,17 +189,25 @@ class ProjectTrainer(Trainer):
             ckpt_path: The run's checkpoint.
             weights_only: Not used.
             engine: packed runs every candidate through all layers and writes every head's score; early_exit lets
-                candidates leave where the run's exit plan says so and writes the score they left with.
+                candidates leave where the run's exit plan says so and writes the score they left with; ray is
+                early_exit by actors, a file for each part of the users; needs the extra `ray`.
+            actors: How many actors --engine ray starts.
+            gpus: GPUs of an actor; 0 scores on a CPU.
         """
         if engine == "packed":
             return super().predict(
                 model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only=weights_only
             )
-        from project.engine.predict import run_early_exit
-
         assert model is not None
         assert datamodule is not None
-        run_early_exit(self, model, datamodule, ckpt_path)
+        if engine == "ray":
+            from project.engine.actors import run_actors
+
+            run_actors(self, model, datamodule, ckpt_path, actors, gpus)
+        else:
+            from project.engine.predict import run_early_exit
+
+            run_early_exit(self, model, datamodule, ckpt_path)
         return None
 
     def rank(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -68,7 +69,7 @@ def plan(folder: Path) -> list[float]:
 
 
 def test_two_processes(project: Callable[..., str], tiny_config: Config, tmp_path: Path) -> None:
-    """Two processes train; validate of their checkpoint gives the same metrics with two processes as with one."""
+    """Two processes train; validate, calibrate and predict of their checkpoint give the same with two as with one."""
     ddp = ("--config", OVERLAYS / "ddp.yaml")
     project("fit", "--config", tiny_config(), *ddp)
     folder = tmp_path / "runs" / "tiny" / "latest"
@@ -89,6 +90,15 @@ def test_two_processes(project: Callable[..., str], tiny_config: Config, tmp_pat
     assert plan(folder) == pytest.approx(fitted, abs=1e-4)
     project("calibrate", "--config", tiny_config(), *ddp, *given, "--rescore", "true")
     assert plan(folder) == pytest.approx(fitted, abs=1e-4)
+    asked, scored = tmp_path / "requests.jsonl", list[pl.DataFrame]()
+    users = [{"request_id": f"r{k}", "user_id": f"u{k}", "candidates": ["i1", "i2", "i3"]} for k in range(9)]
+    asked.write_text("\n".join(map(json.dumps, users)))
+    for processes in ((), ddp):
+        project("predict", "--config", tiny_config(), *processes, *given, "--data.requests", asked)
+        scored.append(pl.read_parquet(folder / "scores" / "predict.parquet"))
+    logits = ["logit_0", "logit_1", "logit_3", "adaptive_logit"]
+    assert scored[0].drop(logits).equals(scored[1].drop(logits))
+    np.testing.assert_allclose(*(table.select(logits) for table in scored), atol=1e-5)
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:

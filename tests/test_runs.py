@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import project.engine.predict as engine_command
 from project.callbacks import RunLogger, WholeCheckpoints
+from project.engine.actors import run_actors
 from project.engine.predict import run_early_exit
 from project.errors import CheckpointError, ConfigError, DataError
 from project.run import (
@@ -120,10 +121,14 @@ def test_a_checkpoint_is_never_unpickled(tmp_path: Path) -> None:
         read_checkpoint(file)
 
 
-def test_early_exit_is_one_process() -> None:
+def test_early_exit_is_one_process_or_ray() -> None:
     trainer, none = cast(Any, SimpleNamespace(world_size=2)), cast(Any, None)
     with pytest.raises(ConfigError, match=r"one process, found 2; expected trainer\.devices 1"):
         run_early_exit(trainer, none, none, "last.ckpt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("project.engine.actors.find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match=r"needs Ray Data.*exitrec\[ray\]"):
+            run_actors(trainer, none, none, "last.ckpt", 1, 0.0)
 
 
 @pytest.mark.parametrize("extra", ["nothing", "W&B", "overlay", "no logger"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from codecs import BOM_UTF8
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,18 +67,42 @@ class Requests:
 
 
 def read_requests(file: str | None, interactions: Interactions) -> Requests:
-    """Read requests from a file with a JSON object a line, or with the same fields as Parquet columns.
+    """Read requests from a file with a JSON object a line, or with the same fields as Parquet columns."""
+    path = requests_path(file)
+    return some_usable(parse_requests(_lines(path), path, interactions))
 
-    What is no request, names an item that is neither known nor has a title, or has the request_id of another one, is
-    in `refused`.
-    """
+
+def requests_path(file: str | None) -> Path:
+    """The file, which is there."""
     if file is None:
         raise DataError(
             f"predict needs data.requests, a JSONL or Parquet file with lines such as {EXAMPLE}; none was given."
         )
+    if not Path(file).is_file():
+        raise DataError(f"{file} (data.requests) does not exist; expected a JSONL or Parquet file.")
+    return Path(file)
+
+
+def some_usable(requests: Requests) -> Requests:
+    """The same requests; an error where none of them can be scored."""
+    if not requests.requests:
+        raise DataError(
+            f"{requests.refused[0].error} None of the {len(requests.refused)} requests (data.requests) can be scored."
+        )
+    return requests
+
+
+def parse_requests(
+    lines: Iterable[tuple[str, bytes | dict[str, Any]]], file: Path, interactions: Interactions
+) -> Requests:
+    """Requests of lines of a file, each with the place where it stands.
+
+    What is no request, names an item that is neither known nor has a title, or has the request_id of another one, is
+    in `refused`.
+    """
     catalogue = Catalogue(interactions.items)
     requests, refused, places = list[Request](), list[Refused](), dict[str, str]()
-    for place, (at, line) in enumerate(_lines(Path(file))):
+    for place, (at, line) in enumerate(lines):
         name, candidates = at, tuple[str, ...]()
         try:
             record = _record(line)
@@ -97,12 +121,8 @@ def read_requests(file: str | None, interactions: Interactions) -> Requests:
             requests.append(request_of(record, catalogue.item_of))
         except (DataError, RecursionError) as error:
             refused.append(Refused(place, name, candidates, f"{file}, {at}: {error}"))
-    if not requests:
-        raise DataError(
-            f"{refused[0].error} None of the {len(refused)} requests of {file} (data.requests) can be scored."
-            if refused
-            else f"{file} (data.requests) holds no request; expected lines such as {EXAMPLE}."
-        )
+    if not requests and not refused:
+        raise DataError(f"{file} (data.requests) holds no request; expected lines such as {EXAMPLE}.")
     return Requests(requests, catalogue.table(), catalogue.codes, tuple(refused))
 
 
@@ -144,8 +164,6 @@ class Catalogue:
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
     """Where each request stands in the file, and what stands there."""
-    if not file.is_file():
-        raise DataError(f"{file} (data.requests) does not exist; expected a JSONL or Parquet file.")
     if file.suffix == ".parquet":
         try:
             table = pl.read_parquet(file, glob=False)
@@ -255,7 +273,7 @@ def check_streams(streams: Streams, split: SplitInteractions, context_tokens: in
 
 
 def without_long(requests: Requests, encoder: PromptEncoder, context_tokens: int) -> Requests:
-    """Requests whose items all have room in a window; the others are refused, each alone. One must be left."""
+    """Requests whose items all have room in a window; the others are refused, each alone."""
     lengths = len(encoder.instruction) + encoder.least_lengths()
     if lengths.max(initial=0) <= context_tokens:
         return requests
@@ -271,8 +289,6 @@ def without_long(requests: Requests, encoder: PromptEncoder, context_tokens: int
         problem = _too_long(long[0], int(lengths[requests.codes[long[0]]]), context_tokens)
         error = f"request {request.request_id!r}: {problem}. Give it a shorter title."
         refused.append(Refused(place, request.request_id, request.candidates, error))
-    if not kept:
-        raise DataError(f"{refused[-1].error} None of the {count} requests (data.requests) can be scored.")
     return replace(requests, requests=kept, refused=tuple(sorted(refused, key=lambda r: r.place)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,14 @@ from rich.console import Console
 from project.callbacks import ExitCalibration, ResultFiles
 from project.data.download import resolve_model
 from project.data.prompt import PromptEncoder
-from project.data.requests import Refused, Request, Requests, read_requests, without_long
+from project.data.requests import Refused, Request, Requests, read_requests, some_usable, without_long
 from project.datamodule import InteractionData, check_reads
 from project.engine.cache import StreamCache
 from project.engine.decisions import RowExits
 from project.engine.engine import Engine
 from project.engine.requests import Scores, prepare_requests
 from project.errors import ConfigError, NotCalibratedError, NotFittedError
-from project.exits.plan import Plans
+from project.exits.plan import ExitPlan, Plans
 from project.model.backbone import Backbone
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
@@ -79,6 +80,37 @@ def plans_of(checkpoint: Mapping[str, Any]) -> Plans | None:
     return calibration.found
 
 
+def open_calibrated(
+    trainer: Trainer,
+    model: ExitRecommender,
+    data: InteractionData,
+    checkpoint: str | Path | None,
+    engine: str = "early_exit",
+) -> tuple[ExitPlan, Path, dict[str, str]]:
+    """Load a run into `model`; returns its plan, where its table goes (without an ending), and what notes its origin.
+
+    The tag of result files is the trainer's.
+    """
+    if checkpoint is None:
+        raise NotFittedError(
+            f"predict --engine {engine} needs --ckpt_path, a calibrated run's checkpoint; found none. `fit` makes one."
+        )
+    if trainer.world_size > 1:
+        more = (
+            "Split data.requests into files, and run each with --results.tag of its own, or use --engine ray."
+        )
+        raise ConfigError(
+            f"predict --engine {engine} runs in one process, found {trainer.world_size}; expected trainer.devices 1. "
+            + (more if engine == "early_exit" else "Give --actors.")
+        )
+    data.prepare_data()
+    plan = load_run(model, data.tokenizer, checkpoint, data, compared=False).plan
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    tags = [c.tag for c in callbacks if isinstance(c, ResultFiles) and c.tag]
+    place = run_of_checkpoint(checkpoint) / "scores" / "-".join([f"predict-{engine}", *tags])
+    return plan, place, {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}
+
+
 def run_early_exit(
     trainer: Trainer, model: ExitRecommender, data: InteractionData, checkpoint: str | Path | None
 ) -> Path:
@@ -86,52 +118,59 @@ def run_early_exit(
 
     The trainer says where to run, and the tag of result files.
     """
-    if checkpoint is None:
-        raise NotFittedError(
-            "predict --engine early_exit needs --ckpt_path, a calibrated run's checkpoint; found none. `fit` makes "
-            "one."
-        )
-    if trainer.world_size > 1:
-        raise ConfigError(
-            f"predict --engine early_exit runs in one process, found {trainer.world_size}; expected trainer.devices 1. "
-            "Split data.requests into files, and run each with --results.tag of its own."
-        )
-    # 1. The run and the requests.
-    data.prepare_data()
-    plan = load_run(model, data.tokenizer, checkpoint, data, compared=False).plan
-    device = trainer.strategy.root_device
+    plan, place, about = open_calibrated(trainer, model, data, checkpoint)
+    requests = some_usable(with_room(read_requests(data.requests_file, data.split.interactions), data))
+    device, path = trainer.strategy.root_device, place.with_name(f"{place.name}.parquet")
     engine = Engine(model.to(device), RowExits(plan, device), StreamCache())
-    requests = read_requests(data.requests_file, data.split.interactions)
-    encoder = PromptEncoder(data.tokenizer, data.prompt, requests.items)
-    requests = without_long(requests, encoder, data.context_tokens)
-    # 2. Where the table goes.
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    tags = [c.tag for c in callbacks if isinstance(c, ResultFiles) and c.tag]
-    name = "-".join(["predict-early_exit", *tags])
-    path = run_of_checkpoint(checkpoint) / "scores" / f"{name}.parquet"
+    counts = score_requests(engine, model, data, requests, path, about)
+    print_counts(counts, plan, path)
+    return path
+
+
+def score_requests(
+    engine: Engine,
+    model: ExitRecommender,
+    data: InteractionData,
+    requests: Requests,
+    path: Path,
+    about: dict[str, str],
+) -> Counter[str]:
+    """Write the table of requests, which notes what it is `about`; returns what was counted.
+
+    It is made part by part, and is there when all of them are.
+    """
+    files, counts = list[Path](), Counter[str]()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # 3. Part by part; the parts become one file when all of them are there.
-    files, candidates, scored, refused, tokens, layers = list[Path](), 0, 0, 0, 0, 0
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
         for part in parts_of(requests, PART):
             prepared = prepare_requests(model, data, part) if part.requests else []
             scores = engine.score(prepared)
             lengths = [len(r.logits) for r in scores.requests if r.error is None]
-            candidates, scored = candidates + sum(lengths), scored + len(lengths)
-            refused += len(part.refused) + len(prepared) - len(lengths)
-            tokens += sum(len(r.stream) + len(r.candidates.values) for r in prepared)
-            layers += scores.token_layers
+            counts["candidates"] += sum(lengths)
+            counts["scored"] += len(lengths)
+            counts["refused"] += len(part.refused) + len(prepared) - len(lengths)
+            counts["tokens"] += sum(len(r.stream) + len(r.candidates.values) for r in prepared)
+            counts["token_layers"] += scores.token_layers
             files.append(Path(folder) / f"{len(files)}.parquet")
             early_exit_table(scores, part).write_parquet(files[-1])
         table = pl.scan_parquet(files)
-        about = {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}
         replace_file(path, lambda file: table.sink_parquet(file, metadata=about))
-    note = f" ({refused} more refused, see the column error)" if refused else ""
+    return counts
+
+
+def with_room(requests: Requests, data: InteractionData) -> Requests:
+    """The same requests, those refused whose prompts are too long."""
+    encoder = PromptEncoder(data.tokenizer, data.prompt, requests.items)
+    return without_long(requests, encoder, data.context_tokens)
+
+
+def print_counts(counts: Mapping[str, int], plan: ExitPlan, path: Path) -> None:
+    """Say what was scored, and where it is."""
+    note = f" ({counts['refused']} more refused, see the column error)" if counts["refused"] else ""
     Console().print(
-        f"{candidates} candidates of {scored} requests scored{note} with {layers:,} token-layers of "
-        f"{plan.layers[-1] * tokens:,}: {path}"
+        f"{counts['candidates']} candidates of {counts['scored']} requests scored{note} with "
+        f"{counts['token_layers']:,} token-layers of {plan.layers[-1] * counts['tokens']:,}: {path}"
     )
-    return path
 
 
 def parts_of(requests: Requests, candidates: int) -> Iterator[Requests]:

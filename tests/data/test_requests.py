@@ -14,7 +14,7 @@ from world import Letters, read_split
 
 from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import Interactions, Protocol
-from project.data.requests import Requests, read_requests, without_long
+from project.data.requests import Requests, read_requests, some_usable, without_long
 from project.errors import DataError
 
 A = {"request_id": "a", "user_id": "u1", "candidates": ["i1", "i1"]}
@@ -170,4 +170,4 @@ def test_a_request_with_a_long_title_is_refused_alone(logs: Interactions, tmp_pa
     assert f"request 'long': The prompt of item 'new' alone has {tokens} tokens" in found.refused[1].error
     assert without_long(requests, encoder, tokens) is requests
     with pytest.raises(DataError, match="None of the 1 requests"):
-        without_long(read(logs, tmp_path, records[1]), encoder, 100)
+        some_usable(without_long(read(logs, tmp_path, records[1]), encoder, 100))

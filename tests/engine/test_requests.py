@@ -7,6 +7,9 @@ moves scores far more than rounding does.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from example_engine import EXITS, World, subset
 from jsonargparse import ArgumentParser
 from world import call, given, sharpened, spread_exits, tiny_settings
 
+from project.data.parts import by_part
 from project.datamodule import InteractionData
 from project.engine.engine import score_every_head
 from project.engine.predict import load_weights
@@ -164,6 +168,61 @@ def test_bad_requests_have_rows_of_their_own(
     assert order[:5] == ["unknown", "known", "again", "nothing", "past"]
     run("predict", *given(fitted), "--data.requests", path)
     assert len(pl.read_parquet(fitted / "scores" / "predict.parquet")) == len(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:request .* is not scored")
+def test_ray_actors_score_as_one_process(
+    fitted: Path, requests_file: Path, run: Callable[..., None], session_cache: Path
+) -> None:
+    """Rows of `--engine early_exit`, to 1e-4 since batches differ; a part that is missing is made again, alone."""
+    pytest.importorskip("ray", reason="--engine ray needs the extra `ray`")
+    two = ["i7", "i8"]
+    more = [{"request_id": f"more {k}", "user_id": f"u{k % 9}", "candidates": two} for k in range(30)]
+    more[3]["candidates"] = [{"item_id": "new", "title": "a dog at sea"}, "i2"]
+    more += [{"request_id": "none", "user_id": "u1", "candidates": []}]
+    more += [{"request_id": "unknown", "history": [], "candidates": ["zzz"]}]
+    requests_file.write_text("\n".join([requests_file.read_text(), *map(json.dumps, more)]))
+    asked = ("predict", *given(fitted), "--data.requests", requests_file, "--engine")
+    run(*asked, "early_exit")
+    keys = ["request_id", "candidate_index", "item_id", "exit_layer"]
+    numbers = ["adaptive_logit", "probability"]
+    expected = pl.read_parquet(fitted / "scores" / "predict-early_exit.parquet").sort(keys)
+    command = [sys.executable, "-m", "project", *map(str, asked), "ray", "--actors", "2"]
+    environment = os.environ | {"PROJECT_CACHE": str(session_cache)}
+    folder = fitted / "scores" / "predict-ray"
+    written = list[dict[Path, int]]()
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+        written.append({file: file.stat().st_mtime_ns for file in folder.iterdir()})
+        found = pl.concat(map(pl.read_parquet, written[-1])).sort(keys)
+        assert found.select(keys).equals(expected.select(keys))
+        np.testing.assert_allclose(found.select(numbers), expected.select(numbers), atol=1e-4)
+        assert found["error"].null_count() == expected["error"].null_count() == len(found) - 2
+        gone = max(written[-1])
+        of_users = [pl.read_parquet(file)["request_id"].unique() for file in written[-1]]
+        assert sum(names.is_in(["known", "again", "more 1", "more 10"]).any() for names in of_users) == 1
+        gone.unlink()
+    assert {file for file in written[0] if written[0][file] != written[1][file]} == {gone}
+    assert len(written[0]) > 2
+
+
+def test_requests_of_a_user_are_one_part() -> None:
+    """Of lines and of columns; bytes that are no text stay as they are; a line without a user stands for itself."""
+    pytest.importorskip("pyarrow", reason="--engine ray needs the extra `ray`")
+    records = [{"request_id": f"r{k}", "user_id": f"é{k % 3}", "candidates": [f"i{k}"]} for k in range(9)]
+    lines = [*(json.dumps(r, ensure_ascii=False).encode() for r in records), b'\xff{"user_id": 1}\r', b"[]"]
+    text = pl.DataFrame({"text": [line.decode("latin-1") for line in lines]})
+    columns = pl.DataFrame(records)
+    of_lines, of_columns = (pl.DataFrame(by_part(t.to_arrow(), 16, set())) for t in (text, columns))
+    assert [line.encode("latin-1") for line in of_lines["line"]] == [line.strip() for line in lines]
+    assert [json.loads(line) for line in of_columns["line"]] == records
+    assert of_columns.drop("line").equals(of_lines.head(9).drop("line"))
+    assert of_columns["part"].to_list() == of_columns["part"].to_list()[:3] * 3
+    part = int(of_lines["part"][0])
+    left = pl.DataFrame(by_part(text.to_arrow(), 16, {part}))
+    assert left.equals(of_lines.filter(pl.col("part") != part))
 
 
 @pytest.mark.slow
