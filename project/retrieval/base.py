@@ -37,7 +37,10 @@ class Edges:
 
 
 class Raters(NamedTuple):
-    """The raters of a candidate strictly earlier, oldest first, each user's latest row; shape (raters,) each. Copy what you keep."""
+    """The raters of a candidate strictly earlier, oldest first, each user's latest row; shape (raters,) each.
+
+    Later rows move them, so copy what you keep.
+    """
 
     row: IntArray
     user: IntArray

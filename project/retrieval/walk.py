@@ -278,7 +278,8 @@ def _span_starts(rows: WalkRows, block_of: NDArray[np.intp]) -> IntArray:
         return new_group
     query = np.logical_or.reduceat(rows.query, new_group)
     new_block = np.diff(block_of, prepend=-1)[new_group] != 0
-    return new_group[query | np.concatenate([[True], query[:-1]]) | new_block]
+    starts: IntArray = new_group[query | np.concatenate([[True], query[:-1]]) | new_block]
+    return starts
 
 
 def _spans(starts: IntArray, rows: WalkRows) -> Iterator[tuple[int, int]]:
