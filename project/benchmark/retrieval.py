@@ -28,7 +28,6 @@ from project.retrieval import (
 )
 from project.retrieval.base import NO_NEIGHBOURS, FloatArray, IntArray, Neighbours, Raters, Snapshot
 from project.retrieval.features import retrieved_folder
-from project.retrieval.lightgcn import inverse_norms
 from project.retrieval.walk import Snapshots, WalkRows, walk
 from project.run import result_head, write_json
 
@@ -64,7 +63,7 @@ class Contender:
         start, cpu = time.perf_counter(), time.process_time()
         vector = self.query(item, label)
         between, cpu = time.perf_counter(), time.process_time() - cpu
-        found = self.retriever.nearest(vector, inverse_norms(vector), raters)
+        found = self.retriever.nearest(vector, raters)
         if found.row.size:
             answers[found.row].mean()
         self.rounds[number].append((between - start, cpu, time.perf_counter() - start))

@@ -99,12 +99,13 @@ def _row(values: np.ndarray[tuple[int], np.dtype[np.generic]]) -> Tensor:
 
 def window_tokens(streams: Streams, windows: Windows) -> IntArray:
     """(w,) tokens of each window, its instruction included."""
+    stream = np.array([s for s, _ in windows], dtype=np.int64)
+    within_stream = [(w.start, w.stop, w.first, w.last) for _, w in windows]
+    places = np.array(within_stream, dtype=np.int64).reshape(-1, 4) + streams.offsets[stream, None]
     at = streams.tokens.offsets
-    found = []
-    for s, w in windows:
-        start, stop, first, last = streams.offsets[s] + np.array([w.start, w.stop, w.first, w.last])
-        found.append(at[-1] - at[-2] + at[stop] - at[start] + at[last] - at[first])
-    return np.array(found, dtype=np.int64)
+    start, stop, first, last = at[places].T
+    tokens: IntArray = at[-1] - at[-2] + stop - start + last - first
+    return tokens
 
 
 def fill(streams: Streams, windows: Windows, batch_tokens: int) -> list[Windows]:

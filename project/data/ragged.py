@@ -38,9 +38,9 @@ class Ragged:
 
     def take(self, index: IntArray) -> Ragged:
         """Lists `index[0], index[1], ...`, repeats allowed."""
-        lengths = self.lengths[index]
-        starts = np.repeat(self.offsets[:-1][index], lengths)
-        return Ragged(self.values[starts + within(lengths)], offsets_of(lengths))
+        starts = self.offsets[index]
+        lengths = self.offsets[index + 1] - starts  # not of all lists, since a batch takes few
+        return Ragged(self.values[np.repeat(starts, lengths) + within(lengths)], offsets_of(lengths))
 
 
 def offsets_of(lengths: IntArray) -> IntArray:
@@ -67,9 +67,7 @@ def join(parts: Sequence[Ragged]) -> Ragged:
     return Ragged(values, offsets)
 
 
-def append(lists: Ragged, last: Ragged) -> Ragged:
-    """All lists of both, one after the other."""
-    return Ragged(
-        np.concatenate([lists.values, last.values]),
-        np.concatenate([lists.offsets, lists.offsets[-1] + last.offsets[1:]]),
-    )
+def append(*parts: Ragged) -> Ragged:
+    """All lists of all parts, one after the other."""
+    lengths = np.concatenate([part.lengths for part in parts])
+    return Ragged(np.concatenate([part.values for part in parts]), offsets_of(lengths))

@@ -15,6 +15,7 @@ from project.data.ragged import IntArray, Ragged, append, offsets_of
 
 BoolArray = npt.NDArray[np.bool_]
 ROOM = 0.25  # a window may pass `context_tokens` by this share for the rows that share its last timestamp
+TOGETHER = 2**17  # rows that become tokens at once
 
 
 @dataclass(frozen=True)
@@ -159,23 +160,36 @@ class Streams:
 
 def build_streams(rows: pl.DataFrame, retrieved: pl.DataFrame, split: str, encoder: PromptEncoder) -> Streams:
     """Streams that hold the rows of all splits up to `split`, with the targets of `split` (its retrieved features)."""
-    joined = rows.join(retrieved, on="row_id", how="inner", maintain_order="left", validate="1:1")
+    place = retrieved.select("row_id").with_row_index("place")
+    joined = rows.join(place, on="row_id", how="inner", maintain_order="left", validate="1:1")
     joined = joined.sort("user", "row_id")
     target = ((joined["split"] == split) & (joined["role"] == "target")).to_numpy()
-    return streams_of(joined, target, answered(joined).to_numpy(), encoder)
+    return streams_of(
+        joined, target, answered(joined).to_numpy(), encoder, retrieved.drop("neighbours", strict=False)
+    )
 
 
 def streams_of(
-    joined: pl.DataFrame, target: BoolArray, context: BoolArray, encoder: PromptEncoder
+    joined: pl.DataFrame,
+    target: BoolArray,
+    context: BoolArray,
+    encoder: PromptEncoder,
+    retrieved: pl.DataFrame | None = None,
 ) -> Streams:
     """Streams of a table with user, item, row_id, timestamp, label and retrieved features, sorted by user, then time.
 
-    Where the wording has a template for what similar users liked, lists of it (`similar_after`, retrieved features
-    too) become segments of their own.
+    Where there is a table `retrieved`, features are those of its row `place` instead. Where the wording has a template
+    for what similar users liked, lists of it (`similar_after`, retrieved features too) become segments of their own.
     """
     users, label = joined["user"].to_numpy(), joined["label"].to_numpy().astype(np.int8)
     starts = np.flatnonzero(np.diff(users)) + 1 if len(users) else np.zeros(0, dtype=np.int64)
-    segments = encoder.encode(joined["item"].to_numpy().astype(np.int64), joined, label)
+    segments, lists = [], []  # some rows together, since features take ten times the memory of tokens
+    for start in range(0, max(1, joined.height), TOGETHER):
+        part = joined[start : start + TOGETHER]
+        found = part if retrieved is None else retrieved[part["place"]]
+        item = part["item"].to_numpy().astype(np.int64)
+        segments.append(encoder.encode(item, found, label[start : start + TOGETHER]))
+        lists += [] if encoder.similar is None else [found["similar_after"]]
     instruction = Ragged(encoder.instruction, offsets_of(np.array([len(encoder.instruction)])))
     streams = Streams(
         offsets=np.concatenate([[0], starts, [len(users)]]).astype(np.int64),
@@ -184,10 +198,10 @@ def streams_of(
         label=label,
         target=target,
         context=context,
-        tokens=append(segments.tokens, instruction),
-        slots=segments.slots,
+        tokens=append(*(part.tokens for part in segments), instruction),
+        slots=np.concatenate([part.slots for part in segments]),
     )
-    return streams if encoder.similar is None else _with_similar(streams, joined["similar_after"], encoder)
+    return streams if encoder.similar is None else _with_similar(streams, pl.concat(lists), encoder)
 
 
 def _with_similar(streams: Streams, lists: pl.Series, encoder: PromptEncoder) -> Streams:

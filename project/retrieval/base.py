@@ -37,7 +37,10 @@ class Edges:
 
 
 class Raters(NamedTuple):
-    """The raters of a candidate strictly earlier, oldest first, each user's latest row; shape (raters,) each."""
+    """The raters of a candidate strictly earlier, oldest first, each user's latest row; shape (raters,) each.
+
+    Later rows move them, so copy what you keep.
+    """
 
     row: IntArray
     user: IntArray
@@ -290,15 +293,6 @@ class OwnRows:
         best = top(of_row, self._count)
         return self._row.values[best], self._label.values[best], of_row[best]
 
-    def votes(self, similarity: FloatArray) -> NDArray[np.float64]:
-        """(n, 2) sums over the rows of `nearest`: of the liked rows' similarities, of all; those below 0 count as 0.
-
-        `similarity` (n, distinct items) is that of `items` to each of n candidates.
-        """
-        of_row = similarity[:, self._place.values]
-        weights = np.where(are_top(of_row, self._count), np.maximum(of_row, 0), 0).astype(np.float64)
-        return np.stack([weights @ self._label.values, weights.sum(axis=1)], axis=1)
-
     def _drop(self) -> None:
         """Keep the latest `count` rows of each item."""
         place, size = self._place.values, self._place.size
@@ -319,14 +313,3 @@ def top(values: NDArray[np.floating[Any]], count: int) -> IntArray:
         kept = np.arange(values.size - 1, -1, -1)
     best: IntArray = kept[(-values[kept]).argsort(kind="stable")[:count]]
     return best
-
-
-def are_top(values: NDArray[np.floating[Any]], count: int) -> NDArray[np.bool_]:
-    """Which of each row of values (rows, n) are those of `top`."""
-    if values.shape[1] <= count:
-        return np.ones(values.shape, np.bool_)
-    least = np.partition(values, -count, axis=1)[:, [-count]]
-    above, equal = values > least, values == least
-    later = equal[:, ::-1].cumsum(axis=1)[:, ::-1]  # of the equal, how many from here on
-    chosen: NDArray[np.bool_] = above | (equal & (later <= count - above.sum(axis=1, keepdims=True)))
-    return chosen

@@ -23,7 +23,7 @@ from project.retrieval.walk import (
     Snapshots,
     WalkRows,
     block_cuts,
-    edges_before,
+    fit_blocks,
     queries_by_user,
     split_tables,
 )
@@ -123,7 +123,7 @@ class MatrixFactorisation:
 
         Rows are in time order, with columns user, item, timestamp and label; cuts begin blocks 1, 2, ...
         """
-        return Snapshots(cuts, [self._fit(edges, num_items) for edges in edges_before(rows, cuts)])
+        return fit_blocks(rows, cuts, lambda edges, _: self._fit(edges, num_items), "factorisation")
 
     def _fit(self, edges: Edges, num_items: int) -> Snapshot:
         """`known` (items + 1,): logit without the user; `vectors` (items + 1, 1 + dim): each with a 1 before it."""
@@ -145,7 +145,7 @@ class MatrixFactorisation:
         """P(like) of every `query` row, in the order of `rows`; NaN before the first cut."""
         logits = np.full(rows.row_id.size, np.nan)
         block = np.searchsorted(snapshots.cuts, rows.timestamp, side="right")
-        for queries, own, earlier in queries_by_user(rows):
+        for queries, own, earlier in queries_by_user(rows, "fold-in"):
             for k in np.unique(block[queries][block[queries] > 0]).tolist():
                 inside = block[queries] == k
                 here, items = queries[inside], rows.item[own]

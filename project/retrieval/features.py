@@ -13,6 +13,7 @@ A row of split S reads rows of splits up to S, so there is a table per split. Wh
 its past (a split by time), the three coincide and are computed once.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from project.retrieval.walk import (
     Snapshots,
     WalkRows,
     block_cuts,
+    cached_folder,
     fit_snapshots,
     read_tables,
     split_tables,
@@ -51,11 +53,11 @@ def retrieved_tables(
     The log is cut into `refits` shares; retriever and factorisation are fitted before each but the first. Tables and
     snapshots are kept in `cache_dir`, under a hash of everything they depend on. Without `mf` that column is left out.
     """
-    tables = read_tables(retrieved_folder(split, retriever, refits, cache_dir))
-    folders = [text_folder(split, cache_dir)]
+    folders = [retrieved_folder(split, retriever, refits, cache_dir), text_folder(split, cache_dir)]
     if mf is not None:
         folders.append(mf_folder(split, mf, refits, cache_dir))
-    for more in map(read_tables, folders):
+    tables, *others = map(read_tables, folders)
+    for more in others:
         for name, table in tables.items():
             assert table["row_id"].equals(more[name]["row_id"])
             tables[name] = table.hstack(more[name].drop("row_id"))
@@ -63,21 +65,33 @@ def retrieved_tables(
 
 
 def retrieved_folder(split: SplitInteractions, retriever: Retriever, refits: int, cache_dir: Path) -> Path:
-    """Folder of the cache with the retriever's tables, and snapshots.npz: those of test, which requests read."""
+    """Folder of the cache with the retriever's tables, and snapshots.npz: those of test, which requests read.
+
+    Until it is whole, what was fitted has a folder of its own: who is killed while walking need not fit again.
+    """
     if refits < 1:
         raise ConfigError(f"data.refits is {refits}, expected 1 or more: 10 is the default")
-    log = split.interactions
+    log, fitted = split.interactions, list[Path]()
     cuts = block_cuts(split.rows["timestamp"].to_numpy(), refits)  # of the whole log, for every split
+    content = {"retriever": retriever.settings(), "refits": refits}
 
     def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
-        snapshots = fit_snapshots(readable, retriever, log.users.height, log.items, cuts)
+        def fit(made: Path) -> None:
+            snapshots = fit_snapshots(readable, retriever, log.users.height, log.items, cuts)
+            snapshots.save(made / "snapshots.npz")
+
+        depends = {"files": log.files, "protocol": split.hash, "split": name, **content}
+        fitted.append(cached_folder(cache_dir / "fitted", depends, fit))
+        file = fitted[-1] / "snapshots.npz"
         if name == SPLITS[-1]:
-            snapshots.save(folder / "snapshots.npz")
-        rows = WalkRows.from_log(readable)
+            shutil.copy(file, folder)
+        rows, snapshots = WalkRows.from_log(readable), Snapshots.load(file)
         return walk(rows, retriever, log.items, cuts, snapshots.fitted, f"retrieved features ({name})")
 
-    content = {"retriever": retriever.settings(), "refits": refits}
-    return split_tables(split, cache_dir / "retrieved", content, make, retriever.similar_every > 0)
+    whole = split_tables(split, cache_dir / "retrieved", content, make, retriever.similar_every > 0)
+    for made in fitted:
+        shutil.rmtree(made, ignore_errors=True)
+    return whole
 
 
 def request_retrieved(

@@ -21,13 +21,13 @@ from project.retrieval.base import (
     Growing,
     IntArray,
     Neighbours,
-    OwnRows,
     Raters,
     Retriever,
     SimilarUsers,
     Snapshot,
     top,
 )
+from project.retrieval.compiled import inverse_norms, nearest, own_votes, product
 
 with warnings.catch_warnings():
     # torch_geometric 2.8 scripts classes at import, which torch 2.13 deprecates
@@ -83,7 +83,6 @@ class VectorRetriever(Retriever):
         self._num_users, self._items = num_users, items
         self._weighted: FloatArray | None = None
         self._past: dict[int, Growing] = {}  # by user: twice the item, and one for a like
-        self._own: dict[int, OwnRows] = {}  # for `item_similarity`
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
         """Fit this block's item table; stored as `weighted`, e_j / sqrt(degree_j), shape (items, d)."""
@@ -95,7 +94,7 @@ class VectorRetriever(Retriever):
         """Recompute every user's vector from this block's item table."""
         unknown_item = np.zeros((1, snapshot["weighted"].shape[1]), np.float32)
         self._weighted = np.concatenate([snapshot["weighted"], unknown_item])
-        self._directions = self._weighted * inverse_norms(self._weighted)[:, None]
+        self._item_inverse = inverse_norms(self._weighted)
         own = [self._past[user].values if user in self._past else NOTHING for user in range(self._num_users)]
         ends, liked = np.cumsum([0, *map(len, own)]), np.concatenate([NOTHING, *own])
         # each user's in order of time, as observe adds: a vector does not depend on where a block starts
@@ -108,7 +107,7 @@ class VectorRetriever(Retriever):
         """The raters whose vectors have the largest cosine with the user's; zero vectors never match."""
         if self._weighted is None:
             return NO_NEIGHBOURS
-        return self.nearest(self._vectors[user], self._inverse[user], raters)
+        return self.nearest(self._vectors[user], raters)
 
     def history_vector(self, item: IntArray, label: IntArray) -> FloatArray:
         """The vector (d,) of a user with these items and labels (rows,) in this block; not called in block 0."""
@@ -117,18 +116,11 @@ class VectorRetriever(Retriever):
         vector: FloatArray = weights @ self._weighted[item]
         return vector
 
-    def nearest(self, vector: FloatArray, inverse_norm: FloatArray, raters: Raters) -> Neighbours:
-        """What `select` picks for a vector (d,) of this block and its `inverse_norms`, a scalar."""
-        if raters.user.size == 0 or inverse_norm == 0:
-            return NO_NEIGHBOURS
-        inverse = self._inverse.take(raters.user)
-        cosine = (self._vectors.take(raters.user, axis=0) @ vector) * (inverse * inverse_norm)
-        if inverse.all():
-            nearest = top(cosine, self.neighbours)
-        else:
-            nearest = top(np.where(inverse > 0, cosine, -np.inf), self.neighbours)
-            nearest = nearest[inverse[nearest] > 0]
-        return Neighbours(raters.row[nearest], cosine[nearest])
+    def nearest(self, vector: FloatArray, raters: Raters) -> Neighbours:
+        """What `select` picks for a vector (d,) of this block."""
+        norm = inverse_norms(vector[None])[0]
+        places, cosines = nearest(self._vectors, self._inverse, vector, norm, raters.user, self.neighbours)
+        return Neighbours(raters.row[places], cosines)
 
     def most_similar(self, user: int, others: IntArray) -> SimilarUsers:
         """Those with the largest positive cosine with the user's vector; equal cosines: the later rating first."""
@@ -143,40 +135,27 @@ class VectorRetriever(Retriever):
 
     def item_similarities(self, user: int, items: IntArray) -> NDArray[np.float64]:
         """Answers weighted by the cosine of their items' vectors with the candidate's, if it is one of the largest."""
-        own = self._own.get(user)
-        if self._weighted is None or own is None:
+        if self._weighted is None or user not in self._past:
             return np.zeros((items.size, 2))
-        # not a matrix product, as in most_similar
-        return own.votes((self._directions[items][:, None] * self._directions[own.items]).sum(-1))
+        past = self._past[user].values
+        return own_votes(self._weighted, self._item_inverse, items, past, self.item_neighbours)
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:
         """Add one rated item to its user's vector."""
-        if self.item_neighbours:
-            if user not in self._own:
-                self._own[user] = OwnRows(self.item_neighbours)
-            self._own[user].add(row, item, label)
         if user not in self._past:
             self._past[user] = Growing()
         self._past[user].append(2 * item + (label == 1))
         if self._weighted is not None:
             weight = 1.0 if label == 1 else DISLIKE_WEIGHT
-            vector = self._vectors[user]
+            vector = self._vectors[user : user + 1]
             vector += np.float32(weight) * self._weighted[item]
-            self._inverse[user] = inverse_norms(vector)
+            self._inverse[user] = inverse_norms(vector)[0]
 
     def forget(self, user: int) -> None:
         """Drop a user's vector and answers."""
         self._past.pop(user, None)
-        self._own.pop(user, None)
         if self._weighted is not None:
             self._vectors[user] = self._inverse[user] = 0
-
-
-def inverse_norms(vectors: FloatArray) -> FloatArray:
-    """One over the Euclidean norm along the last axis, 0 where the vector is zero."""
-    norms = np.sqrt(np.asarray((vectors * vectors).sum(-1)))
-    inverse: FloatArray = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
-    return inverse
 
 
 class Propagation(torch.autograd.Function):
@@ -190,12 +169,13 @@ class Propagation(torch.autograd.Function):
     def forward(ctx: Any, adjacency: Tensor, vectors: Tensor) -> Tensor:
         """Vectors of the neighbours, weighted."""
         ctx.adjacency = adjacency
-        return adjacency @ vectors
+        matrix = adjacency.crow_indices(), adjacency.col_indices(), adjacency.values()
+        return torch.from_numpy(product(*(part.detach().numpy() for part in (*matrix, vectors.contiguous()))))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         """The gradient of the vectors; the adjacency has none."""
-        return None, ctx.adjacency @ gradients[0]
+        return None, Propagation.forward(ctx, ctx.adjacency, gradients[0])
 
 
 class GraphModel(LightGCNModel):  # type: ignore[misc]
@@ -225,9 +205,9 @@ def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
 
     A CSR tensor is six times faster on a CPU than PyTorch Geometric's edge list at ML-100K's size.
     """
-    liked = edges.label == 1
-    pairs = torch.from_numpy(np.unique(np.stack([edges.item[liked], edges.user[liked] + num_items]), axis=1))
-    nodes = num_users + num_items
+    liked, nodes = edges.label == 1, num_users + num_items
+    distinct = np.unique(edges.item[liked] * nodes + edges.user[liked] + num_items)  # by item, then user
+    pairs = torch.from_numpy(np.stack(np.divmod(distinct, nodes)))
     ends = torch.cat([pairs, pairs.flip(0)], dim=1)
     degree = torch.bincount(ends[0], minlength=nodes).float()
     weights = (degree[ends[0]] * degree[ends[1]]).rsqrt()

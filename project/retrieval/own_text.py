@@ -86,7 +86,7 @@ def text_similarity(rows: WalkRows, vectors: Any) -> pl.DataFrame:
 def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[Floats, Floats]:
     """What `text_similarity` tabulates, (queries,) each; NaN where it has null."""
     text, weight = np.full(rows.row_id.size, np.nan), np.zeros(rows.row_id.size)
-    for every, own, all_earlier in queries_by_user(rows):
+    for every, own, all_earlier in queries_by_user(rows, "text similarity"):
         answers = rows.label[own].astype(np.float64)
         sums, step = np.cumsum(np.append(0.0, answers)), max(1, TOGETHER // max(own.size, 1))
         for part in (slice(start, start + step) for start in range(0, every.size, step)):

@@ -34,7 +34,8 @@ from project.data.protocol import SPLITS, SplitInteractions, answered
 from project.errors import ConfigError, DataError
 from project.features import Retrieved
 from project.metrics import Floats
-from project.retrieval.base import Edges, Growing, IntArray, Neighbours, Raters, Retriever, Snapshot
+from project.retrieval.base import Edges, IntArray, Neighbours, Raters, Retriever, Snapshot
+from project.retrieval.compiled import put_last
 
 BoolArray = NDArray[np.bool_]
 Make = Callable[[pl.DataFrame, str, Path], pl.DataFrame]
@@ -50,23 +51,25 @@ def split_tables(
     """Folder of `parent` with train, valid and test.parquet, named by a hash of log, protocol and `content`.
 
     Where the cache does not have it, `make` turns a split's readable rows, its name and the folder into a table with
-    their row_id: first for test, then for valid and train where their tables are not parts of test's. With `own_second`
-    a table also holds what happened in a row's own second, see `reads_all_earlier`.
+    their row_id: first for test, then for valid and train where their tables are not parts of test's. A table that
+    begins one written before is stored as its row_id alone. With `own_second` a table also holds what happened in a
+    row's own second, see `reads_all_earlier`.
     """
 
     def write(folder: Path) -> None:
         code = split.rows["split"].cast(pl.String).replace_strict({name: k for k, name in enumerate(SPLITS)})
         once = reads_all_earlier(split.rows["timestamp"].to_numpy(), code.to_numpy(), own_second)
-        table = pl.DataFrame()
+        table: pl.DataFrame | None = None
         for k, name in reversed(list(enumerate(SPLITS))):
             readable = split.rows.filter(code <= k)
-            if k == len(SPLITS) - 1 or not once:
-                table = make(readable, name, folder)
+            if table is None or not once:
+                written = table = make(readable, name, folder)
+            elif table["row_id"].head(readable.height).equals(readable["row_id"]):  # of a log cut by time
+                table = table.head(readable.height)  # no copy
+                written = table.select("row_id")
             else:
-                first = table.head(readable.height)  # of a log cut by time, and no copy
-                same = first["row_id"].equals(readable["row_id"])
-                table = first if same else table.filter(pl.col("row_id").is_in(readable["row_id"].implode()))
-            table.write_parquet(folder / f"{name}.parquet")
+                written = table = table.filter(pl.col("row_id").is_in(readable["row_id"].implode()))
+            written.write_parquet(folder / f"{name}.parquet")
 
     depends = {"files": split.interactions.files, "protocol": split.hash, **content}
     return cached_folder(parent, depends, write)
@@ -74,7 +77,11 @@ def split_tables(
 
 def read_tables(folder: Path) -> dict[str, pl.DataFrame]:
     """The tables that `split_tables` wrote."""
-    return {name: pl.read_parquet(folder / f"{name}.parquet", glob=False) for name in SPLITS}
+    tables, later = dict[str, pl.DataFrame](), pl.DataFrame()
+    for name in reversed(SPLITS):
+        table = pl.read_parquet(folder / f"{name}.parquet", glob=False)
+        tables[name] = later = later.head(table.height) if table.width == 1 else table
+    return {name: tables[name] for name in SPLITS}
 
 
 def reads_all_earlier(timestamp: NDArray[np.float64], split: IntArray, own_second: bool = False) -> bool:
@@ -135,14 +142,25 @@ def edges_before(rows: pl.DataFrame, cuts: NDArray[np.float64]) -> list[Edges]:
     return [Edges(user[:end], item[:end], label[:end]) for end in ends]
 
 
+def fit_blocks(
+    rows: pl.DataFrame, cuts: NDArray[np.float64], fit: Callable[[Edges, int], Snapshot], description: str
+) -> Snapshots:
+    """What `fit` makes of all rows strictly before each block 1, 2, ...; `description` labels the progress bar."""
+    before, fitted = edges_before(rows, cuts), list[Snapshot]()
+    with Progress(transient=True) as progress:
+        task = progress.add_task(description, total=sum(edges.label.size for edges in before))
+        for block, edges in enumerate(before, 1):
+            fitted.append(fit(edges, block))
+            progress.advance(task, edges.label.size)
+    return Snapshots(cuts, fitted)
+
+
 def fit_snapshots(
     rows: pl.DataFrame, retriever: Retriever, num_users: int, items: pl.DataFrame, cuts: NDArray[np.float64]
 ) -> Snapshots:
     """Fit a retriever block after block, each on all rows strictly before it; `items` is the log's item table."""
     retriever.begin(num_users, items)
-    with Progress(transient=True) as progress:
-        blocks = progress.track(edges_before(rows, cuts), description=f"{type(retriever).__name__} snapshots")
-        return Snapshots(cuts, [retriever.fit(edges, block) for block, edges in enumerate(blocks, 1)])
+    return fit_blocks(rows, cuts, retriever.fit, f"{type(retriever).__name__} snapshots")
 
 
 @dataclass(frozen=True)
@@ -189,16 +207,20 @@ def own_earlier_rows(user: IntArray, timestamp: NDArray[np.float64]) -> tuple[In
     return order, start, stop
 
 
-def queries_by_user(rows: WalkRows) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
+def queries_by_user(rows: WalkRows, description: str) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
     """For each user with rows to answer: their positions `queries` (n,), the past `own` (m,), and `earlier` (n,).
 
-    Row queries[j] may read own[: earlier[j]], the user's strictly earlier rows, oldest first.
+    Row queries[j] may read own[: earlier[j]], the user's strictly earlier rows, oldest first. `description` labels the
+    progress bar, which requests do not have.
     """
     order = np.argsort(rows.user, kind="stable")
-    for index in np.split(order, np.flatnonzero(np.diff(rows.user[order])) + 1):
-        own, queries = index[rows.own[index]], index[rows.query[index]]
-        if queries.size:
-            yield queries, own, np.searchsorted(rows.timestamp[own], rows.timestamp[queries], side="left")
+    with Progress(transient=True, disable=order.size < BLOCK) as progress:
+        task = progress.add_task(description, total=order.size)
+        for index in np.split(order, np.flatnonzero(np.diff(rows.user[order])) + 1):
+            own, queries = index[rows.own[index]], index[rows.query[index]]
+            if queries.size:
+                yield queries, own, np.searchsorted(rows.timestamp[own], rows.timestamp[queries], side="left")
+            progress.advance(task, index.size)
 
 
 def walk(
@@ -222,7 +244,8 @@ def walk(
     block_of = np.searchsorted(cuts, rows.timestamp, side="right")
     block, check_at = 0, 1
     with Progress(transient=True) as progress:
-        for start, stop in progress.track(list(_spans(rows, block_of)), description=description):
+        starts = _span_starts(rows, block_of)
+        for start, stop in progress.track(_spans(starts, rows), total=starts.size, description=description):
             # 1. a new block: answer from what was fitted before it
             if block_of[start] != block:
                 block = int(block_of[start])
@@ -248,29 +271,31 @@ def walk(
     return table
 
 
-def _spans(rows: WalkRows, block_of: NDArray[np.intp]) -> Iterator[tuple[int, int]]:
-    """Time groups as (start, stop); neighbouring groups without a query are one span, for speed."""
+def _span_starts(rows: WalkRows, block_of: NDArray[np.intp]) -> IntArray:
+    """Where time groups start; neighbouring groups without a query are one span, for speed."""
     new_group = np.flatnonzero(np.diff(rows.timestamp, prepend=-np.inf))
     if not new_group.size:
-        return iter(())
+        return new_group
     query = np.logical_or.reduceat(rows.query, new_group)
     new_block = np.diff(block_of, prepend=-1)[new_group] != 0
-    starts = new_group[query | np.concatenate([[True], query[:-1]]) | new_block].tolist()
-    return zip(starts, [*starts[1:], rows.timestamp.size], strict=True)
+    starts: IntArray = new_group[query | np.concatenate([[True], query[:-1]]) | new_block]
+    return starts
+
+
+def _spans(starts: IntArray, rows: WalkRows) -> Iterator[tuple[int, int]]:
+    """Spans as (start, stop); some are numbers of Python at a time, since these are large."""
+    stops = np.append(starts[1:], rows.timestamp.size)
+    for part in (slice(k, k + BLOCK) for k in range(0, starts.size, BLOCK)):
+        yield from zip(starts[part].tolist(), stops[part].tolist(), strict=True)
 
 
 class Past:
-    """What has been observed: each item's raters in time order, and the likes and rows that rates are made of.
-
-    An item's raters only grow, so a request costs a slice and no copy.
-    """
+    """What has been observed: each item's latest raters in time order, likes and rows that rates are made of."""
 
     def __init__(self, max_raters: int) -> None:
         self._max_raters = max_raters
-        self._raters: dict[int, tuple[Growing, Growing]] = {}  # by item: rows, persons
-        # by item and person: place among the item's raters; by item: places of rows that are not their person's latest
-        self._latest: dict[int, int] = {}  # by `_pair`, since a tuple takes three times the memory
-        self._superseded: dict[int, list[int]] = {}
+        self._raters: dict[int, IntArray] = {}  # by item: rows and persons, (2, room)
+        self._size: dict[int, int] = {}  # by item: how many there are
         self._items: dict[int, list[int]] = {}  # likes and rows of each
         self._users: dict[int, list[int]] = {}
 
@@ -278,18 +303,10 @@ class Past:
         """Raters of an item without `person`, oldest first, the latest row of each, at most max_raters."""
         if item not in self._raters:
             return NO_RATERS
-        of_rows, of_persons = self._raters[item]
-        rows, persons = of_rows.values, of_persons.values
-        dropped = list(self._superseded.get(item, ()))
-        if (own := self._latest.get(_pair(item, person))) is not None:
-            dropped.append(own)
-        start = max(0, rows.size - self._max_raters - len(dropped))  # enough are left after it
-        chosen: slice | IntArray = slice(start, None)
-        if dropped:
-            kept = np.ones(rows.size - start, np.bool_)
-            kept[[place - start for place in dropped if place >= start]] = False
-            chosen = (np.flatnonzero(kept) + start)[-self._max_raters :]
-        return Raters(rows[chosen], persons[chosen])
+        rows, persons = self._raters[item][:, : self._size[item]]
+        if (others := persons != person).all():
+            return Raters(rows[-self._max_raters :], persons[-self._max_raters :])
+        return Raters(rows[others], persons[others])
 
     def rates(self, item: int, user: int) -> tuple[int, int, int, int]:
         """Likes and rows of the item, likes and rows of the user."""
@@ -299,14 +316,13 @@ class Past:
         """Take in a row whose time has passed."""
         label = int(rows.label[row])
         if rows.rater[row]:
-            item, person = int(rows.item[row]), int(rows.person[row])
-            of_rows, persons = self._raters.setdefault(item, (Growing(), Growing()))
-            pair = _pair(item, person)
-            if pair in self._latest:
-                self._superseded.setdefault(item, []).append(self._latest[pair])
-            self._latest[pair] = of_rows.size
-            of_rows.append(row)
-            persons.append(person)
+            item = int(rows.item[row])
+            known, size = self._raters.get(item), self._size.get(item, 0)
+            # one more than max_raters, since a person's own row is not shown to them
+            if known is None or size == known.shape[1] <= self._max_raters:
+                more = np.empty((2, min(max(size, 4), self._max_raters + 1 - size)), np.int64)
+                known = self._raters[item] = more if known is None else np.concatenate([known, more], axis=1)
+            self._size[item] = put_last(known, size, row, int(rows.person[row]))
             _count(self._items, item, label)
         if rows.own[row]:
             _count(self._users, int(rows.user[row]), label)
@@ -317,10 +333,6 @@ class Past:
 
 
 NO_RATERS = Raters(np.empty(0, np.int64), np.empty(0, np.int64))
-
-
-def _pair(item: int, person: int) -> int:
-    return item << 32 | person
 
 
 def _count(counts: dict[int, list[int]], code: int, label: int) -> None:

@@ -6,7 +6,7 @@ What a prompt should be is put together from the log and the retrieved features 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,14 @@ def world(request: pytest.FixtureRequest, tiny_logs: Path, session_cache: Path) 
     split = read_split(tiny_logs, Protocol(split=request.param, minimum_history=1))
     retrieved = retrieved_tables(split, RETRIEVER, REFITS, session_cache)
     return World(split, retrieved, PromptEncoder(Letters(), PROMPT, split.interactions.items), session_cache)
+
+
+def test_rows_that_become_tokens_in_parts_are_one_stream(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = world.streams()
+    monkeypatch.setattr("project.data.stream.TOGETHER", 7)
+    np.testing.assert_equal(asdict(world.streams()), asdict(whole))
 
 
 def all_texts(streams: Streams, context_tokens: int) -> dict[int, str]:

@@ -25,7 +25,7 @@ from project.retrieval import (
     retrieved_tables,
     retrieved_warnings,
 )
-from project.retrieval.base import Edges, Snapshot
+from project.retrieval.base import Edges, Neighbours, Raters, Snapshot
 from project.retrieval.factorisation import Factorisation
 from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, reads_all_earlier, walk
 
@@ -90,6 +90,33 @@ def test_a_split_by_time_is_fitted_once(tmp_path: Path) -> None:
     request_retrieved(split, retriever, REFITS, tmp_path, *request(rows.head(1)))
     assert len(retriever.fits) == len(block_cuts(rows["timestamp"].to_numpy(), REFITS))
     assert all(first[name].equals(second[name]) for name in SPLITS)
+
+
+class Stopped(FitSizes):
+    """Is interrupted while it walks, until it is told to go on."""
+
+    stops = True
+
+    def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
+        if self.stops and timestamp > 40:
+            raise KeyboardInterrupt
+        return super().select(user, item, timestamp, raters)
+
+
+def test_who_stops_while_walking_has_fitted_already(tmp_path: Path) -> None:
+    """The next run walks with what was fitted, and then nothing but its tables is left."""
+    rows, retriever = make_log(0), Stopped()
+    retriever.fits, split = [], make_split(rows, by_time(rows))
+    with pytest.raises(KeyboardInterrupt):
+        retrieved_tables(split, retriever, REFITS, tmp_path)
+    retriever.fits, retriever.stops = [], False
+    tables = retrieved_tables(split, retriever, REFITS, tmp_path)
+    assert retriever.fits == []
+    assert list((tmp_path / "fitted").iterdir()) == []
+    retriever.fits = []
+    calm = retrieved_tables(split, retriever, REFITS, tmp_path / "calm")
+    assert retriever.fits
+    assert all(tables[name].equals(calm[name]) for name in SPLITS)
 
 
 def test_all_splits_have_the_whole_logs_cuts(tmp_path: Path) -> None:

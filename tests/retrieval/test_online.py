@@ -85,15 +85,14 @@ def test_a_replay_gives_the_table_of_the_split(retriever: Retriever, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_a_replay_gives_the_table_of_the_demo() -> None:
-    """Every test row of MovieLens latest-small, with the tables of configs/quickstart.yaml."""
-    from project.data.download import default_cache
+def test_a_replay_gives_the_table_of_the_demo(tmp_path: Path) -> None:
+    """Every test row of MovieLens latest-small, with tables as of configs/quickstart.yaml, made by this code."""
     from project.data.logs import MovieLensLatestSmall
     from project.data.protocol import Protocol, apply_protocol, build_interactions
 
     protocol = Protocol(minimum_history=5, label="rating > 3.5")
     split = apply_protocol(build_interactions(MovieLensLatestSmall().read(), protocol), protocol)
-    parts = LightGCN(item_neighbours=30), 10, default_cache(), MatrixFactorisation()
+    parts = LightGCN(item_neighbours=30), 10, tmp_path, MatrixFactorisation()
     table = retrieved_tables(split, *parts)["test"]
     is_test = pl.col("split") == "test"
     made = FeatureIndex(replace(split, rows=split.rows.filter(~is_test)), *parts)

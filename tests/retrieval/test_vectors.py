@@ -24,7 +24,6 @@ from example_logs import (
 
 from project.retrieval import LightGCN, VectorRetriever, request_retrieved, retrieved_tables
 from project.retrieval.base import Edges, FloatArray, Raters
-from project.retrieval.lightgcn import inverse_norms
 from project.retrieval.walk import WalkRows, fit_snapshots, walk
 
 LISTS = {"similar_every": 3, "similar_users": 3, "similar_items": 2}
@@ -62,7 +61,7 @@ def test_a_history_given_at_once_is_the_one_observed() -> None:
     raters, own = Raters(np.arange(11) + 100, np.arange(1, 12)), user == 0
     assert own.sum() > 3
     vector = co_likes.history_vector(item[own], label[own])
-    found = co_likes.nearest(vector, inverse_norms(vector), raters)
+    found = co_likes.nearest(vector, raters)
     expected = co_likes.select(0, 0, 1.0, raters)
     assert found.row.tolist() == expected.row.tolist()
     assert found.similarity == pytest.approx(expected.similarity, abs=1e-6)

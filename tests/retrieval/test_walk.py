@@ -126,6 +126,24 @@ def test_max_raters_keeps_the_latest() -> None:
     assert answer(rows, AllRaters(max_raters=2))["neighbours"].to_list()[5:] == [[3, 2], [5, 3]]
 
 
+@pytest.mark.parametrize("max_raters", [1, 3, 2000])
+def test_raters_equal_a_filter_over_the_log(max_raters: int) -> None:
+    """The latest row of each other user, strictly earlier, oldest first, and of these the latest."""
+    rows, shown = make_log(4), []
+
+    class Kept(AllRaters):
+        def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
+            shown.append((raters.row.tolist(), raters.user.tolist()))
+            return super().select(user, item, timestamp, raters)
+
+    answer(rows, Kept(max_raters=max_raters))
+    for row, (found, users) in zip(rows.to_dicts(), shown, strict=True):
+        past = rows.filter(pl.col("timestamp") < row["timestamp"], pl.col("item") == row["item"])
+        latest = dict(past.select("user", "row_id").iter_rows())
+        others = sorted((r, user) for user, r in latest.items() if user != row["user"])[-max_raters:]
+        assert list(zip(found, users, strict=True)) == others
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_rates_and_own_rows_equal_a_filter_over_the_log(seed: int) -> None:
     rows = make_log(seed)

@@ -1,0 +1,109 @@
+"""Loops that run for every row of a log, compiled by numba when they are first called and kept on disk."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from project.retrieval.base import FloatArray, IntArray
+
+F = TypeVar("F", bound=Callable[..., Any])
+NJIT: Any = njit  # it is typed in some versions
+# sums of `compiled` may be added in any order, as vector instructions do
+compiled: Callable[[F], F] = NJIT(cache=True, fastmath={"reassoc", "contract", "nsz"})
+in_order: Callable[[F], F] = NJIT(cache=True)
+
+
+@compiled
+def inverse_norms(vectors: FloatArray) -> FloatArray:
+    """One over the Euclidean norm of vectors (n, d), 0 where the vector is zero."""
+    inverse = np.zeros(len(vectors), np.float32)
+    for k in range(len(vectors)):
+        square = np.float32(0)
+        for value in vectors[k]:
+            square += value * value
+        if square > 0:
+            inverse[k] = 1 / np.sqrt(square)
+    return inverse
+
+
+@compiled
+def nearest(
+    vectors: FloatArray, inverse: FloatArray, vector: FloatArray, norm: Any, among: IntArray, count: int
+) -> tuple[IntArray, FloatArray]:
+    """Positions in `among` of at most `count` rows of largest cosine with a vector (d,), largest first, and cosines.
+
+    `among` (n,) names rows of `vectors`; equal cosines: the later position first. `inverse` are inverse norms of
+    `vectors`, `norm` that of `vector`. Zero vectors are left out.
+    """
+    best, cosines, size = np.empty(count, np.int64), np.empty(count, np.float32), 0
+    for place in range(among.size - 1, -1, -1):
+        row = among[place]
+        if inverse[row] == 0 or norm == 0:
+            continue
+        product = np.float32(0)
+        for k in range(vector.size):
+            product += vectors[row, k] * vector[k]
+        cosine = product * (inverse[row] * norm)
+        if size == count and cosine <= cosines[size - 1]:
+            continue
+        size = min(size + 1, count)
+        at = size - 1
+        while at > 0 and cosines[at - 1] < cosine:
+            best[at], cosines[at] = best[at - 1], cosines[at - 1]
+            at -= 1
+        best[at], cosines[at] = place, cosine
+    return best[:size], cosines[:size]
+
+
+@compiled
+def own_votes(
+    vectors: FloatArray, inverse: FloatArray, candidates: IntArray, past: IntArray, count: int
+) -> NDArray[np.float64]:
+    """(n, 2) cosines of each candidate with the `count` nearest items of a past, summed: of liked items, and of all.
+
+    Candidates (n,) are rows of `vectors`, `past` (m,) is twice an item and one for a like, oldest first. A cosine below
+    0 counts as 0.
+    """
+    found, items = np.zeros((candidates.size, 2)), past >> 1
+    for k in range(candidates.size):
+        item = candidates[k]
+        places, cosines = nearest(vectors, inverse, vectors[item], inverse[item], items, count)
+        for j in range(places.size):
+            weight = max(cosines[j], np.float32(0))
+            found[k, 0] += weight * (past[places[j]] & 1)
+            found[k, 1] += weight
+    return found
+
+
+@compiled
+def put_last(raters: IntArray, size: int, row: int, person: int) -> int:
+    """Put a row and its person behind the first `size` columns of `raters`, (2, room); returns how many there are then.
+
+    The person's row before leaves, or else, where there is no room, the oldest.
+    """
+    place = 0
+    while place < size and raters[1, place] != person:
+        place += 1
+    if place == size < raters.shape[1]:
+        size += 1
+    elif place == size:
+        place = 0
+    for k in range(place, size - 1):
+        raters[0, k], raters[1, k] = raters[0, k + 1], raters[1, k + 1]
+    raters[0, size - 1], raters[1, size - 1] = row, person
+    return size
+
+
+@in_order
+def product(starts: IntArray, columns: IntArray, weights: FloatArray, vectors: FloatArray) -> FloatArray:
+    """A sparse matrix (n, m) in CSR times vectors (m, d); the bits of Intel's library, in half the time."""
+    found = np.zeros((starts.size - 1, vectors.shape[1]), np.float32)
+    for row in range(starts.size - 1):
+        for place in range(starts[row], starts[row + 1]):
+            column, weight = columns[place], weights[place]
+            for k in range(vectors.shape[1]):
+                found[row, k] += weight * vectors[column, k]
+    return found
