@@ -1,4 +1,4 @@
-"""The engine benchmark's contenders: full depth, static exits, plans, lists, and transformers' own model."""
+"""The engine benchmark's contenders: full depth, static exits, plans, lists, transformers' own model, and llama.cpp."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from project.benchmark.llama_cpp import LlamaCpp, can_run, load
 from project.benchmark.transformers import Pointwise, SharedPrefix
 from project.callbacks import features_of
 from project.data.requests import Workload, catalogue_requests, labelled_requests
@@ -123,7 +124,7 @@ class Runner(Protocol):
 class Contender:
     """One runner, the accuracy of its scores, and its times."""
 
-    engine: str  # name in result files: packed, fixed_depth_<k>, early_exit, top_k, pointwise, shared_prefix
+    engine: str  # name in result files: packed, fixed_depth_<k>, early_exit, top_k, pointwise, shared_prefix, llama_cpp
     policy: str  # who leaves where, in words
     runner: Runner
     # auc, auc_drop and so on; of lists overlap and precision
@@ -250,6 +251,10 @@ class Bench:
             else:
                 runner = SharedPrefix(self.model, cached=case.prefix_cached)
                 found.append(Contender(name, "full depth", runner, most=4))
+        # 6. llama.cpp, where it is installed
+        if case.plain and can_run(self.model):
+            llama = LlamaCpp(self.model, self._llama, case.prefix_cached)
+            found.append(Contender("llama_cpp", "full depth", llama))
         return found
 
     def static(self, name: str, policy: str, layer: int, cache: StreamCache | None) -> Contender:
@@ -273,6 +278,10 @@ class Bench:
             accuracy["auc_gain_over_static"] = {"layer": layer, **gain}
         engine = self._engine(RowExits(plan, self._device), cache)
         return Contender("early_exit", f"{name}: {plan.criterion}", engine, accuracy)
+
+    @cached_property
+    def _llama(self) -> Any:
+        return load(self.model)
 
     def _engine(self, decision: Decision, cache: StreamCache | None) -> Engine:
         return Engine(self.module, decision, cache)

@@ -333,9 +333,9 @@ def _measure(
     contenders = bench.contenders(case, cache)
     most = int(seconds / (once * len(contenders) * ROUNDS)) if once > 0 else len(units)
     units = units[: max(FEWEST, most)]
-    # 2. warm up the others; shared_prefix caches all histories now
+    # 2. warm up the others; those with a cache of their own keep all histories now
     for contender in (c for c in contenders[1:] if c.rounds is None):
-        own_cache = case.prefix_cached and contender.engine == "shared_prefix"
+        own_cache = case.prefix_cached and contender.engine in ("shared_prefix", "llama_cpp")
         for unit in units[: contender.most] if own_cache else units[:1]:
             contender.runner.score(unit)
     # 3. rounds; the machine's limits are measured as often as the contenders

@@ -20,6 +20,7 @@ from project.benchmark import engine as limits_module
 from project.benchmark import engine as requests
 from project.benchmark.contenders import Case, Contender, Unit, cases, run_rounds
 from project.benchmark.engine import Against, Limits, contender_row, ratio_interval, useful_flops
+from project.benchmark.llama_cpp import LlamaCpp, can_run, load
 from project.benchmark.transformers import Pointwise, SharedPrefix, library_model
 from project.data.ragged import Ragged
 from project.engine import Engine, PreparedRequest, RowExits, Scored, Scores, StreamTokens
@@ -273,18 +274,40 @@ RUNNERS: dict[str, Callable[..., Pointwise | SharedPrefix]] = {
 }
 
 
+def full_depth(module: ExitRecommender, requests: Sequence[PreparedRequest]) -> list[Scored]:
+    """Packed, uncalibrated."""
+    calibration = Calibration((LAYERS,), torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64))
+    policy = Policy(Ratio(), torch.tensor([-torch.inf], dtype=torch.float64), (LAYERS,))
+    return Engine(module, RowExits(ExitPlan(calibration, policy, exit_0=False))).score(requests).requests
+
+
 @pytest.mark.parametrize("runner", RUNNERS.values(), ids=RUNNERS)
 def test_the_library_has_the_engines_logits(module: ExitRecommender, runner: Callable[..., Any]) -> None:
     """Without ties its causal forward and packed full depth agree to 1e-4, for one and many candidates, twice."""
     requests = [untied(n, f"r{n}", segments, n) for n, segments in ((1, 5), (7, 3), (70, 4))]
-    calibration = Calibration((LAYERS,), torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64))
-    policy = Policy(Ratio(), torch.tensor([-torch.inf], dtype=torch.float64), (LAYERS,))
-    ours = Engine(module, RowExits(ExitPlan(calibration, policy, exit_0=False))).score(requests).requests
-    theirs = runner(module)
+    ours, theirs = full_depth(module, requests), runner(module)
     for _ in range(2):  # a kept history must not have grown
         for mine, found in zip(ours, theirs.score(requests).requests, strict=True):
             np.testing.assert_allclose(found.logits, mine.logits, atol=1e-4)
             assert (found.exit_layers == LAYERS).all()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_llama_cpp_has_the_engines_logits(module: ExitRecommender, cached: bool) -> None:
+    """Its keys and values are float16, 11 bits: logits of -2 to 2 differ by less than .02, twice; history runs once."""
+    pytest.importorskip("llama_cpp_py_sync", reason="needs the extra `llama`")
+    assert can_run(module)
+    assert not can_run(make_module(family="qwen2"))
+    requests = [untied(n, f"r{n}", segments, n) for n, segments in ((1, 5), (70, 4), (7, 3))]
+    ours, theirs = full_depth(module, requests), LlamaCpp(module, load(module), cached)
+    expected = np.concatenate([scored.logits for scored in ours])
+    for again in (False, True):
+        scores = theirs.score(requests)
+        logits = np.concatenate([scored.logits for scored in scores.requests])
+        np.testing.assert_allclose(logits, expected, atol=0.02)
+        assert np.corrcoef(logits, expected)[0, 1] > 0.9999
+        ran = sum(len(r.candidates.values) + len(r.stream) * (not (cached and again)) for r in requests)
+        assert scores.token_layers == ran * LAYERS
 
 
 def test_batches_do_not_matter_to_the_library(module: ExitRecommender) -> None:
