@@ -176,8 +176,6 @@ class ProjectTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
         engine: Literal["packed", "early_exit", "ray"] = "packed",
-        actors: int = 1,
-        gpus: float = 0.0,
     ) -> Any:
         """Score the requests of data.requests.
 
@@ -190,9 +188,8 @@ class ProjectTrainer(Trainer):
             weights_only: Not used.
             engine: packed runs every candidate through all layers and writes every head's score; early_exit lets
                 candidates leave where the run's exit plan says so and writes the score they left with; ray is
-                early_exit by actors, a file for each part of the users; needs the extra `ray`.
-            actors: How many actors --engine ray starts.
-            gpus: GPUs of an actor; 0 scores on a CPU.
+                early_exit by actors, as many as the trainer has devices, a file for each part of the users; it needs
+                the extra `ray`.
         """
         if engine == "packed":
             return super().predict(
@@ -203,7 +200,7 @@ class ProjectTrainer(Trainer):
         if engine == "ray":
             from project.engine.actors import run_actors
 
-            run_actors(self, model, datamodule, ckpt_path, actors, gpus)
+            run_actors(self, model, datamodule, ckpt_path)
         else:
             from project.engine.predict import run_early_exit
 

@@ -128,7 +128,7 @@ def test_early_exit_is_one_process_or_ray() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("project.engine.actors.find_spec", lambda name: None)
         with pytest.raises(ConfigError, match=r"needs Ray Data.*exitrec\[ray\]"):
-            run_actors(trainer, none, none, "last.ckpt", 1, 0.0)
+            run_actors(trainer, none, none, "last.ckpt")
 
 
 @pytest.mark.parametrize("extra", ["nothing", "W&B", "overlay", "no logger"])

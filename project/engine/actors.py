@@ -34,28 +34,24 @@ PART_BYTES, LEAST_PARTS = 2**24, 16  # of requests; a part is what a stop costs 
 
 
 def run_actors(
-    trainer: Trainer,
-    model: ExitRecommender,
-    data: InteractionData,
-    checkpoint: str | Path | None,
-    actors: int,
-    gpus: float,
+    trainer: Trainer, model: ExitRecommender, data: InteractionData, checkpoint: str | Path | None
 ) -> Path:
-    """Score data.requests, a file or a folder of Parquet files; write scores/predict-ray/part-*.parquet."""
+    """Score data.requests, a file or a folder of Parquet files; write scores/predict-ray/part-*.parquet.
+
+    The trainer's devices, on all its nodes, say how many actors there are and whether each has a GPU.
+    """
     if find_spec("ray") is None:
         raise ConfigError(
             "predict --engine ray needs Ray Data, which is not installed; install the extra: pip install "
             "'exitrec[ray]' or, from a checkout, pip install -e '.[ray]'."
         )
-    if actors < 1 or gpus < 0:
-        raise ConfigError(f"--actors is {actors} and --gpus {gpus}; expected at least 1 and at least 0.")
     # 1. The run, the requests, and which parts of them it has scored before.
     plan, folder, about = open_calibrated(trainer, model, data, checkpoint, "ray")
     source = data.requests_file
     files = sorted(Path(source).glob("*.parquet")) if source else []
     files = files or [requests_path(source)]
     parts = max(LEAST_PARTS, sum(file.stat().st_size for file in files) // PART_BYTES)
-    sums = [sha256_of(Path(file)) for file in (str(checkpoint), *files)]
+    sums = [sha256_of(Path(file)) for file in (str(checkpoint), *map(str, files))]
     about["made_of"] = hashlib.sha256(" ".join([str(parts), *sums]).encode()).hexdigest()
     done = set[int]()
     for file in folder.glob("part-*.parquet"):
@@ -75,21 +71,22 @@ def run_actors(
         rows = ray.data.read_text(names, encoding="latin-1")
     for left in folder.glob(".*"):  # by a call that was stopped
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    lines = rows.map_batches(by_part, batch_format="pyarrow", fn_kwargs={"parts": parts, "done": done})
+    cut_by_part: Any = by_part  # Ray's types know functions of one argument
+    lines = rows.map_batches(cut_by_part, batch_format="pyarrow", fn_kwargs={"parts": parts, "done": done})
     lines.write_parquet(str(cut), partition_cols=["part"])
     todo = sorted(int(path.name.removeprefix("part=")) for path in cut.glob("part=*"))
     # 3. Actors, each with a copy of model and data; a block of the dataset is one part.
     counts = Counter[str]()
     if todo:
-        held = ray.put((model, data, plan))
+        held, device = ray.put((model, data, plan)), trainer.strategy.root_device.type
         scored = ray.data.from_items(
             [{"part": part} for part in todo], override_num_blocks=len(todo)
         ).map_batches(
             Scorer,
-            fn_constructor_args=(held, "cuda" if gpus else "cpu", Path(str(source)), cut, about),
-            compute=ray.data.ActorPoolStrategy(size=actors),
+            fn_constructor_args=(held, device, Path(str(source)), cut, about),
+            compute=ray.data.ActorPoolStrategy(size=trainer.world_size),
             batch_size=1,
-            num_gpus=gpus,
+            num_gpus=int(device == "cuda"),
         )
         for row in scored.iter_rows():
             counts.update(row)

@@ -95,13 +95,10 @@ def open_calibrated(
         raise NotFittedError(
             f"predict --engine {engine} needs --ckpt_path, a calibrated run's checkpoint; found none. `fit` makes one."
         )
-    if trainer.world_size > 1:
-        more = (
-            "Split data.requests into files, and run each with --results.tag of its own, or use --engine ray."
-        )
+    if trainer.world_size > 1 and engine != "ray":
         raise ConfigError(
             f"predict --engine {engine} runs in one process, found {trainer.world_size}; expected trainer.devices 1. "
-            + (more if engine == "early_exit" else "Give --actors.")
+            "Split data.requests into files, and run each with --results.tag of its own, or use --engine ray."
         )
     data.prepare_data()
     plan = load_run(model, data.tokenizer, checkpoint, data, compared=False).plan

@@ -188,7 +188,7 @@ def test_ray_actors_score_as_one_process(
     keys = ["request_id", "candidate_index", "item_id", "exit_layer"]
     numbers = ["adaptive_logit", "probability"]
     expected = pl.read_parquet(fitted / "scores" / "predict-early_exit.parquet").sort(keys)
-    command = [sys.executable, "-m", "project", *map(str, asked), "ray", "--actors", "2"]
+    command = [sys.executable, "-m", "project", *map(str, asked), "ray", "--trainer.devices", "2"]
     environment = os.environ | {"PROJECT_CACHE": str(session_cache)}
     folder = fitted / "scores" / "predict-ray"
     written = list[dict[Path, int]]()
