@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Hashable
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,8 @@ def can_run(module: ExitRecommender) -> bool:
 
 def write_gguf(module: ExitRecommender, path: Path) -> None:
     """Layers in their own precision and the deepest head; embeddings are not in it, since batches carry them."""
-    backbone, head = module.backbone, module.heads[str(module.depth)]
+    backbone = module.backbone
+    head: Any = module.heads[str(module.depth)]
     assert backbone is not None
     # 1. The shape.
     config = backbone.config
@@ -68,7 +70,7 @@ def write_gguf(module: ExitRecommender, path: Path) -> None:
     weights = {f"model.layers.{name}": weight for name, weight in backbone.layers.state_dict().items()}
     weights |= {"model.norm.weight": head.norm.weight, "lm_head.weight": head.linear.weight}
     weights["model.embed_tokens.weight"] = torch.zeros_like(head.linear.weight)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, module.depth)
+    names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, module.depth)
     for name, weight in weights.items():
         if "q_proj" in name or "k_proj" in name:  # it turns neighbours, transformers turns halves of a head
             halves = weight.view(-1, 2, width // 2, *weight.shape[1:])
@@ -87,8 +89,7 @@ def write_gguf(module: ExitRecommender, path: Path) -> None:
 @cache
 def _library() -> tuple[Any, Any, Any]:
     """llama.h as cffi has it, the library, which says nothing, and what it says it to."""
-    from llama_cpp_py_sync import _cffi_bindings as bindings
-
+    bindings: Any = import_module("llama_cpp_py_sync._cffi_bindings")
     ffi, lib = bindings.get_ffi(), bindings.get_lib()
     silence = ffi.callback("ggml_log_callback", lambda *_: None)
     lib.llama_log_set(silence, ffi.NULL)
@@ -117,7 +118,8 @@ class LlamaCpp(Library):
         assert module.backbone is not None
         self._kept: dict[Hashable, Any] = {}  # contexts, which go before their model
         self._model, self._depth, self._cached = model, module.depth, cached
-        self._embed, self._bias = module.backbone.embed_tokens, module.heads[str(module.depth)].linear.bias
+        head: Any = module.heads[str(module.depth)]
+        self._embed, self._bias = module.backbone.embed_tokens, head.linear.bias
 
     def _request(self, request: PreparedRequest) -> tuple[list[Tensor], int]:
         (ffi, lib, _), own, n, s = _library(), request.candidates, len(request), len(request.stream)
