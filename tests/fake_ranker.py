@@ -108,7 +108,7 @@ def serving(
         process.wait(30)
 
 
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
+def until(true: Callable[[], bool], seconds: float = 120) -> None:
     """Wait for something that may not answer yet."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
