@@ -228,7 +228,7 @@ def run_serve(arguments: Sequence[str], load: Callable[..., Any] | None = None) 
     except ArgumentError as found:
         raise ConfigError(f"serve: {found}") from None
     settings.check()
-    # a kernel is kept for every number of rows that a layer has met; of the 1,024 by default each takes up to .2 MiB
+    # a kernel is kept for every number of rows that a layer has met, by default 1,024 of them
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     server = make_server(settings, label_rule(settings.run), load)
     log_json()
