@@ -1,4 +1,4 @@
-"""Watches whether the exit plan still answers as full depth does: a share of requests is audited, drift is an alarm.
+"""Watches whether the plan still answers as full depth does, and features still tell who likes what: drift is an alarm.
 
 1. Audits. A share of the requests, drawn by lot, runs to full depth; the same heads tell what the plan would have
    answered. An audit's loss is the mean over its candidates of |probability of the plan - probability of full depth|.
@@ -11,6 +11,10 @@
    1998, "Tracking the best expert"): what waited at 0 is there when drift begins late.
 4. Bound. Nulls of a grid whose capital has reached 1 / delta are rejected: with confidence 1 - delta, at all times, the
    expected loss of some audit so far was above the largest of them. The alarm: this is not below the null of 2.
+5. Answers. Plan and full depth read the same features, so audits do not see that these have become wrong. Events do: a
+   user's loss is the Brier score of exit 0 less that of the base rate, over their first events since the run was
+   loaded. The null is half of what users of the tune fold have, bets are those of 3. A user bets once: events of one
+   user are no independent evidence.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import logging
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -38,10 +43,11 @@ from project.run import table_about
 
 LOG = logging.getLogger(__name__)
 
-FRACTIONS = np.array([0.0, *2.0 ** -np.arange(1, 9)])
+FRACTIONS = np.array([0.0, 0.9, *2.0 ** -np.arange(1, 9)])
 SHARES = np.array(
-    [0.5, *[0.5 / 8] * 8]
+    [0.5, *[0.5 / 9] * 9]
 )  # of the capital that a fraction stakes, at first and when shared anew
+EVENTS, MOST = 10, 0.25  # of a user, for a bet; a user's loss is cut to +-MOST, the Brier score of a coin
 
 
 class Capital:
@@ -140,6 +146,51 @@ class Monitor:
             )
 
 
+class AnswerMonitor:
+    """Bets on the answers that users give, and raises the alarm of 5.
+
+    Args:
+        base_rate: Share of positive answers in training.
+        reference: Mean loss of the tune fold's users, see `reference_answers`.
+        tolerance: Least distance of the null from it.
+        delta: Chance of a false alarm, however long the server runs.
+    """
+
+    def __init__(
+        self, base_rate: float, reference: float, tolerance: float = 0.01, delta: float = 0.01
+    ) -> None:
+        self._base_rate, self._delta = base_rate, delta
+        self.null = max(reference / 2, reference + tolerance)
+        self._capital = Capital(np.array([0.5 + self.null / (2 * MOST)]))
+        self._losses = dict[int, list[float]]()  # of users' first EVENTS
+        self.users = 0
+        self.alarm = False  # for good
+
+    def observe(self, user: int, probability: float, label: int) -> None:
+        """An event, and the probability that exit 0 had given it; the user bets with the last of EVENTS."""
+        losses = self._losses.setdefault(user, [])
+        if len(losses) == EVENTS:
+            return
+        losses.append(excess(probability, label, self._base_rate))
+        if len(losses) < EVENTS:
+            return
+        self.users += 1
+        self._capital.stake(0.5 + float(np.clip(np.mean(losses), -MOST, MOST)) / (2 * MOST))
+        if self._capital.highest[0] >= -np.log(self._delta) and not self.alarm:
+            self.alarm = True
+            LOG.warning(
+                "drift: the Brier score of exit 0 minus that of the base rate has come above %.4f (confidence %g, %d "
+                "users), so half of what the retrieved features knew is lost: see what feeds them, or refit; from now "
+                "on every request runs to full depth",
+                *(self.null, 1 - self._delta, self.users),
+            )
+
+
+def excess(probability: Any, label: Any, base_rate: float) -> Any:
+    """Brier score less that of the base rate."""
+    return (probability - label) ** 2 - (base_rate - label) ** 2
+
+
 def answered(plan: ExitPlan, outputs: HeadOutputs) -> tuple[IntArray, Floats, Floats]:
     """Of n rows at all heads, calibrated: layers and logits that they leave with, and their losses, (n,) each."""
     here = HeadOutputs(outputs.layers, outputs.logits.cpu(), outputs.retrieved.cpu())
@@ -148,10 +199,22 @@ def answered(plan: ExitPlan, outputs: HeadOutputs) -> tuple[IntArray, Floats, Fl
     return layers.numpy(), answer, np.abs(probabilities(answer) - probabilities(full))
 
 
-def reference_loss(run: Path, model: ExitRecommender, data: InteractionData, plan: ExitPlan) -> float | None:
-    """Mean loss on the tune fold of a run's score table; None where it has none of this checkpoint."""
+def references(
+    run: Path, model: ExitRecommender, data: InteractionData, plan: ExitPlan
+) -> tuple[float, float | None] | None:
+    """What is no drift: mean loss of the tune fold of a run's score table, and of its users' answers.
+
+    The second is None where no user has EVENTS rows there, all is where the table is not of this checkpoint.
+    """
     path = run / "scores" / "valid.parquet"
     if not path.is_file() or table_about(path).get("heads") != heads_digest(model.state_dict()):
         return None
     tune = pl.read_parquet(path, glob=False).filter(pl.col("fold") == "tune")
-    return float(answered(plan, plan.outputs(tune, features_of(model, data, tune)))[2].mean())
+    features, baseline = features_of(model, data, tune), model.feature_baseline()
+    chances = probabilities(baseline.of_features(features))
+    losses = excess(chances, tune["label"].to_numpy(), baseline.base)
+    rows = tune.select("user", "row_id", excess=pl.Series(losses)).sort("row_id")
+    users = rows.group_by("user", maintain_order=True).agg(pl.col("excess").head(EVENTS))
+    means = users.filter(pl.col("excess").list.len() == EVENTS)["excess"].list.mean().clip(-MOST, MOST)
+    skill = float(means.to_numpy().mean()) if len(means) else None
+    return float(answered(plan, plan.outputs(tune, features))[2].mean()), skill

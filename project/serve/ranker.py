@@ -33,12 +33,12 @@ from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
 from project.export import POLICY, give_exported
 from project.features import COLUMNS, Retrieved, feature_matrix
-from project.metrics import Floats
+from project.metrics import Floats, probabilities
 from project.model.module import ExitRecommender
 from project.retrieval.online import FeatureIndex, in_time
 from project.retrieval.text import item_texts
 from project.run import own_version
-from project.serve.drift import Monitor, reference_loss
+from project.serve.drift import AnswerMonitor, Monitor, references
 from project.serve.request import Ranked, RankRequest
 from project.serve.store import Event, EventStore, seen
 
@@ -84,7 +84,7 @@ class Ranker:
         model.know_items(data)
         self._text_encoder = data.item_encoder() if model.items else None
         device = model.backbone.embed_tokens.weight.device
-        reference = reference_loss(run, model, data, plan)
+        reference, skill = references(run, model, data, plan) or (None, None)
         model.backbone = packed(model.backbone.eval())  # once for all engines
         self._cache = cache = StreamCache(cache_mib)
         self._engine = Engine(model, RowExits(plan, device), cache)
@@ -92,6 +92,7 @@ class Ranker:
         # without a score table of this checkpoint nobody knows which loss is no drift
         share = 0.0 if reference is None else audit_share
         self.monitor = Monitor(model, plan, reference or 0.0, cache, share)
+        self.answers = None if skill is None else AnswerMonitor(self._baseline.base, skill)
         # 3. what it is
         base = model.backbone_name
         self.about: dict[str, Any] = {
@@ -147,6 +148,9 @@ class Ranker:
             features = self._index.retrieved(user, [item], None, self._items)
             time = max(event.timestamp, self._index.latest)
             segments = self._encoder.encode(np.array([item]), features, np.array([event.label], np.int8))
+            if self.answers is not None:
+                logit = self._baseline.of_features(feature_matrix(features, self._baseline.base))
+                self.answers.observe(user, float(probabilities(logit)[0]), event.label)
             self._history(user).add(segments.tokens.values, item, event.label, time, event.timestamp)
             self._index.observe(user, item, event.label, time, self._items)
 
@@ -256,7 +260,7 @@ class Ranker:
             k: (score, None) for k, score in zip(others, scored, strict=True)
         }
         scores |= {k: self.monitor.audit(prepared[k]) for k in audited}
-        self.full_depth |= self.monitor.alarm
+        self.full_depth |= self.monitor.alarm or (self.answers is not None and self.answers.alarm)
         # 4. answers
         answers = (
             replace(

@@ -19,8 +19,9 @@ from project.engine import Engine, PreparedRequest, RowExits
 from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
-from project.serve.drift import Capital, Monitor, answered
+from project.serve.drift import EVENTS, AnswerMonitor, Capital, Monitor, answered
 from project.serve.ranker import Ranker, RankRequest
+from project.serve.store import Event
 
 STREAMS, DELTA = 200, 0.1
 Losses = NDArray[np.float64]
@@ -62,6 +63,43 @@ def test_late_drift_is_found_too(clean: int, audits: int) -> None:
     found = alarms(null, np.concatenate([before, after]), delta=0.01)
     assert clean < found.min()
     assert found.max() <= clean + audits
+
+
+def first_alarms(shuffled: bool, streams: int, users: int) -> NDArray[np.int64]:
+    """Users until the alarm, one more than there are where none comes, with chances of Beta(2, 2): base rate .5.
+
+    Brier score of the chances minus that of the base rate: E[c(1 - c)] - .25 = .2 - .25 = -.05; of another row's
+    chance: the variance of both, + .05. A user's taste moves all chances of theirs.
+    """
+    rng, found = np.random.default_rng(4), []
+    for _ in range(streams):
+        chance = np.clip(rng.beta(2, 2, (users, EVENTS)) + rng.normal(0, 0.1, (users, 1)), 0, 1)
+        label = rng.random((users, EVENTS)) < chance
+        told = rng.permuted(chance.ravel()).reshape(chance.shape) if shuffled else chance
+        monitor = AnswerMonitor(base_rate=0.5, reference=-0.05)
+        for user, event in np.ndindex(chance.shape):
+            monitor.observe(user, told[user, event], int(label[user, event]))
+            if monitor.alarm:
+                break
+        found.append(monitor.users if monitor.alarm else users + 1)
+    return np.array(found)
+
+
+def test_answers_raise_no_alarm_while_features_tell_them_and_one_when_they_are_shuffled() -> None:
+    """None of 200 streams of 80 users; each of 30 within 60 users, of ten events each."""
+    assert first_alarms(False, 200, 80).min() == 81
+    assert first_alarms(True, 30, 80).max() <= 60
+
+
+def test_a_user_bets_once_with_the_first_events() -> None:
+    """Ten events that the base rate tells better, +.17 each: one bet. 500 more of the same user change nothing."""
+    monitor = AnswerMonitor(base_rate=0.5, reference=-0.05)
+    for k in range(510):
+        monitor.observe(7, probability=0.9, label=k % 2)
+        assert monitor.users == (k >= EVENTS - 1)
+    assert not monitor.alarm
+    assert monitor.null == pytest.approx(-0.025)
+    assert AnswerMonitor(0.5, reference=0.004).null == pytest.approx(0.014)  # a hundredth at least
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +212,26 @@ def test_a_ranker_falls_back_to_full_depth(
         np.testing.assert_allclose(found.probability, other.audit, atol=1e-5)
     assert sum("drift" in r.message for r in caplog.records) == 1
     assert audited.about["audits"]["reference"] > 0
+
+
+@pytest.mark.slow
+def test_a_ranker_learns_from_events_that_features_are_wrong(
+    served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers drawn by a coin: exit 0, said to know .24 more than the base rate, tells none; all to full depth."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    ranker, rng = Ranker.load(served_run, audit_share=0.0), np.random.default_rng(5)
+    request = RankRequest("u1", None, ["i4"])
+    assert ranker.answers is None  # no user of the tiny world has ten rows in the tune fold
+    answers = ranker.answers = AnswerMonitor(base_rate=0.5, reference=-0.24)
+    ranker.rank([request])
+    for k in range(40 * EVENTS):
+        event = Event(str(k), f"new {k % 40}", f"i{rng.integers(20)}", int(rng.integers(2)), 5000.0 + k)
+        ranker.observe([event], [])
+    assert answers.alarm
+    assert not ranker.full_depth
+    ranker.rank([request])
+    assert ranker.full_depth
 
 
 @pytest.mark.slow
