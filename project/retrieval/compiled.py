@@ -98,12 +98,19 @@ def put_last(raters: IntArray, size: int, row: int, person: int) -> int:
 
 
 @in_order
-def product(starts: IntArray, columns: IntArray, weights: FloatArray, vectors: FloatArray) -> FloatArray:
-    """A sparse matrix (n, m) in CSR times vectors (m, d); the bits of Intel's library, in half the time."""
-    found = np.zeros((starts.size - 1, vectors.shape[1]), np.float32)
-    for row in range(starts.size - 1):
-        for place in range(starts[row], starts[row + 1]):
-            column, weight = columns[place], weights[place]
+def propagated(starts: IntArray, columns: IntArray, weights: FloatArray, vectors: FloatArray) -> FloatArray:
+    """Weighted sums of neighbours' vectors (items + users, d) in a graph of users and items, both directions at once.
+
+    The edges are a matrix (users, items) in CSR with sorted columns. Users pass in order, so that only the items'
+    vectors, which are fewer, are read out of order; each sum is added in the order of a CSR product's.
+    """
+    found = np.zeros(vectors.shape, np.float32)
+    items = len(vectors) - (starts.size - 1)
+    for user in range(starts.size - 1):
+        node = items + user
+        for place in range(starts[user], starts[user + 1]):
+            item, weight = columns[place], weights[place]
             for k in range(vectors.shape[1]):
-                found[row, k] += weight * vectors[column, k]
+                found[node, k] += weight * vectors[item, k]
+                found[item, k] += weight * vectors[node, k]
     return found

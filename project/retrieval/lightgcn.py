@@ -27,7 +27,7 @@ from project.retrieval.base import (
     Snapshot,
     top,
 )
-from project.retrieval.compiled import inverse_norms, nearest, own_votes, product
+from project.retrieval.compiled import inverse_norms, nearest, own_votes, propagated
 
 with warnings.catch_warnings():
     # torch_geometric 2.8 scripts classes at import, which torch 2.13 deprecates
@@ -159,9 +159,9 @@ class VectorRetriever(Retriever):
 
 
 class Propagation(torch.autograd.Function):
-    """One step over the graph: adjacency (nodes, nodes) @ vectors (nodes, d).
+    """One step over the graph: vectors (nodes, d) to the weighted sums of their neighbours' vectors.
 
-    The adjacency is symmetric, so the backward step is the same product. PyTorch's own transposes the CSR tensor at
+    Edges go both ways with one weight, so the backward step is the same. PyTorch's own transposes the CSR tensor at
     every call, which costs eight products.
     """
 
@@ -170,7 +170,9 @@ class Propagation(torch.autograd.Function):
         """Vectors of the neighbours, weighted."""
         ctx.adjacency = adjacency
         matrix = adjacency.crow_indices(), adjacency.col_indices(), adjacency.values()
-        return torch.from_numpy(product(*(part.detach().numpy() for part in (*matrix, vectors.contiguous()))))
+        return torch.from_numpy(
+            propagated(*(part.detach().numpy() for part in (*matrix, vectors.contiguous())))
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
@@ -179,7 +181,7 @@ class Propagation(torch.autograd.Function):
 
 
 class GraphModel(LightGCNModel):  # type: ignore[misc]
-    """PyTorch Geometric's, on a symmetric adjacency in CSR."""
+    """PyTorch Geometric's, on edges in CSR."""
 
     def get_embedding(self, adjacency: Tensor) -> Tensor:
         """The layers' average, shape (nodes, d)."""
@@ -192,28 +194,25 @@ class GraphModel(LightGCNModel):  # type: ignore[misc]
 
 
 class LikeGraph(NamedTuple):
-    """Liked (user, item) pairs, each once, and their adjacency; items come first in the order of nodes."""
+    """Liked (user, item) pairs, each once; items come first in the order of nodes."""
 
     item: Tensor  # (pairs,) node of the item, 0..num_items-1
     user: Tensor  # (pairs,) node of the user, num_items..num_items+num_users-1
     seen_items: Tensor  # nodes of the items with at least one like
-    adjacency: Tensor  # CSR, (nodes, nodes), 1 / sqrt(degree * degree), both directions
+    adjacency: Tensor  # CSR, (users, items), 1 / sqrt(degree * degree)
 
 
 def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
-    """The graph of liked rows (He et al. 2020, equation 3: symmetric normalisation) among all users and items.
-
-    A CSR tensor is six times faster on a CPU than PyTorch Geometric's edge list at ML-100K's size.
-    """
+    """The graph of liked rows (He et al. 2020, equation 3: symmetric normalisation) among all users and items."""
     liked, nodes = edges.label == 1, num_users + num_items
     distinct = np.unique(edges.item[liked] * nodes + edges.user[liked] + num_items)  # by item, then user
     pairs = torch.from_numpy(np.stack(np.divmod(distinct, nodes)))
-    ends = torch.cat([pairs, pairs.flip(0)], dim=1)
-    degree = torch.bincount(ends[0], minlength=nodes).float()
-    weights = (degree[ends[0]] * degree[ends[1]]).rsqrt()
+    degree = torch.bincount(pairs.flatten(), minlength=nodes).float()
+    weights = (degree[pairs[0]] * degree[pairs[1]]).rsqrt()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-        coo = torch.sparse_coo_tensor(ends, weights, (nodes, nodes), check_invariants=False)
+        ends = torch.stack([pairs[1] - num_items, pairs[0]])
+        coo = torch.sparse_coo_tensor(ends, weights, (num_users, num_items), check_invariants=False)
         adjacency = coo.to_sparse_csr()
     return LikeGraph(pairs[0], pairs[1], torch.unique(pairs[0]), adjacency)
 

@@ -37,10 +37,10 @@ EDGES = Edges(user=np.array([0, 0, 1, 2, 0]), item=np.array([0, 1, 1, 2, 0]), la
 def test_adjacency_golden() -> None:
     """Likes (u0,i0) twice, (u0,i1), (u1,i1): degrees i0 1, i1 2, u0 2, u1 1; repeats and dislikes do not count."""
     graph = like_graph(EDGES, num_users=3, num_items=4)
-    expected = torch.zeros(7, 7)
-    expected[0, 4] = expected[4, 0] = 0.5**0.5  # i0 - u0: 1 / sqrt(1 * 2)
-    expected[1, 4] = expected[4, 1] = 0.5  # i1 - u0: 1 / sqrt(2 * 2)
-    expected[1, 5] = expected[5, 1] = 0.5**0.5  # i1 - u1
+    expected = torch.zeros(3, 4)
+    expected[0, 0] = 0.5**0.5  # u0 - i0: 1 / sqrt(2 * 1)
+    expected[0, 1] = 0.5  # u0 - i1: 1 / sqrt(2 * 2)
+    expected[1, 1] = 0.5**0.5  # u1 - i1
     torch.testing.assert_close(graph.adjacency.to_dense(), expected)
     assert graph.seen_items.tolist() == [0, 1]
 
