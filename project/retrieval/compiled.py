@@ -98,6 +98,45 @@ def put_last(raters: IntArray, size: int, row: int, person: int) -> int:
 
 
 @in_order
+def squared_products(
+    matrix: tuple[IntArray, IntArray, FloatArray],
+    width: int,
+    queries: IntArray,
+    past: IntArray,
+    earlier: IntArray,
+) -> NDArray[np.float64]:
+    """(n, m) squared dot products of rows of a sparse matrix: `queries` (n,) by `past` (m,).
+
+    `matrix` is CSR with sorted columns, of which there are `width`. Query k meets past[: earlier[k]]; the rest is 0.
+    """
+    starts, columns, values = matrix
+    # 1. the past's entries by column, oldest row first
+    begins, size = np.zeros(width + 1, np.int64), 0
+    for row in past:
+        for place in range(starts[row], starts[row + 1]):
+            begins[columns[place] + 1] += 1
+            size += 1
+    begins = np.cumsum(begins)
+    ends, rows, theirs = begins[:-1].copy(), np.empty(size, np.int64), np.empty(size)
+    for j in range(past.size):
+        for place in range(starts[past[j]], starts[past[j] + 1]):
+            at = ends[columns[place]]
+            rows[at], theirs[at] = j, values[place]
+            ends[columns[place]] += 1
+    # 2. each query meets those that share a column, in the order of its columns
+    found = np.zeros((queries.size, past.size))
+    for k in range(queries.size):
+        for place in range(starts[queries[k]], starts[queries[k] + 1]):
+            for at in range(begins[columns[place]], ends[columns[place]]):
+                if rows[at] >= earlier[k]:
+                    break
+                found[k, rows[at]] += values[place] * theirs[at]
+        for j in range(earlier[k]):
+            found[k, j] *= found[k, j]
+    return found
+
+
+@in_order
 def propagated(starts: IntArray, columns: IntArray, weights: FloatArray, vectors: FloatArray) -> FloatArray:
     """Weighted sums of neighbours' vectors (items + users, d) in a graph of users and items, both directions at once.
 

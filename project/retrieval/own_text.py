@@ -18,6 +18,7 @@ import polars as pl
 
 from project.data.protocol import SplitInteractions
 from project.metrics import Floats
+from project.retrieval.compiled import squared_products
 from project.retrieval.walk import WalkRows, queries_by_user, split_tables
 
 SHRINK = 0.5  # added to the sum of squared similarities, so that few similar items give a small feature
@@ -86,14 +87,14 @@ def text_similarity(rows: WalkRows, vectors: Any) -> pl.DataFrame:
 def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[Floats, Floats]:
     """What `text_similarity` tabulates, (queries,) each; NaN where it has null."""
     text, weight = np.full(rows.row_id.size, np.nan), np.zeros(rows.row_id.size)
+    matrix, width = (vectors.indptr, vectors.indices, vectors.data), vectors.shape[1]
     for every, own, all_earlier in queries_by_user(rows, "text similarity"):
         answers = rows.label[own].astype(np.float64)
         sums, step = np.cumsum(np.append(0.0, answers)), max(1, TOGETHER // max(own.size, 1))
         for part in (slice(start, start + step) for start in range(0, every.size, step)):
             queries, earlier = every[part], all_earlier[part]
             past = own[: int(earlier.max())]
-            similarity = (vectors[rows.item[queries]] @ vectors[rows.item[past]].T).toarray() ** 2
-            similarity[np.arange(past.size) >= earlier[:, None]] = 0.0
+            similarity = squared_products(matrix, width, rows.item[queries], rows.item[past], earlier)
             weight[queries] = similarity.sum(axis=1)
             mean = sums[earlier] / np.maximum(earlier, 1)
             found = (similarity @ answers[: past.size] - mean * weight[queries]) / (weight[queries] + SHRINK)
