@@ -164,8 +164,8 @@ class FeatureBaseline:
         weights = regression.coef_[0] / scaler.scale_
         return cls(base, float(regression.intercept_[0] - weights @ scaler.mean_), weights)
 
-    def logits(self, retrieved: pl.DataFrame) -> Floats:
-        """Logits (n,) of n rows of a retrieved features table."""
+    def logits(self, retrieved: pl.DataFrame | Retrieved) -> Floats:
+        """Logits (n,) of n rows of retrieved features."""
         return self.of_features(feature_matrix(retrieved, self.base))
 
     def of_features(self, features: Floats) -> Floats:

@@ -111,13 +111,12 @@ def squared_products(
     """
     starts, columns, values = matrix
     # 1. the past's entries by column, oldest row first
-    begins, size = np.zeros(width + 1, np.int64), 0
+    begins = np.zeros(width + 1, np.int64)
     for row in past:
         for place in range(starts[row], starts[row + 1]):
             begins[columns[place] + 1] += 1
-            size += 1
     begins = np.cumsum(begins)
-    ends, rows, theirs = begins[:-1].copy(), np.empty(size, np.int64), np.empty(size)
+    ends, rows, theirs = begins[:-1].copy(), np.empty(begins[-1], np.int64), np.empty(begins[-1])
     for j in range(past.size):
         for place in range(starts[past[j]], starts[past[j] + 1]):
             at = ends[columns[place]]

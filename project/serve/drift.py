@@ -166,11 +166,15 @@ class AnswerMonitor:
         self.users = 0
         self.alarm = False  # for good
 
+    def awaits(self, user: int) -> bool:
+        """Whether the user has not bet yet: further events of one who has need no probability."""
+        return len(self._losses.get(user, ())) < EVENTS
+
     def observe(self, user: int, probability: float, label: int) -> None:
         """An event, and the probability that exit 0 had given it; the user bets with the last of EVENTS."""
-        losses = self._losses.setdefault(user, [])
-        if len(losses) == EVENTS:
+        if not self.awaits(user):
             return
+        losses = self._losses.setdefault(user, [])
         losses.append(excess(probability, label, self._base_rate))
         if len(losses) < EVENTS:
             return

@@ -148,9 +148,9 @@ class Ranker:
             features = self._index.retrieved(user, [item], None, self._items)
             time = max(event.timestamp, self._index.latest)
             segments = self._encoder.encode(np.array([item]), features, np.array([event.label], np.int8))
-            if self.answers is not None:
-                logit = self._baseline.of_features(feature_matrix(features, self._baseline.base))
-                self.answers.observe(user, float(probabilities(logit)[0]), event.label)
+            if self.answers is not None and self.answers.awaits(user):
+                (chance,) = probabilities(self._baseline.logits(features)).tolist()
+                self.answers.observe(user, chance, event.label)
             self._history(user).add(segments.tokens.values, item, event.label, time, event.timestamp)
             self._index.observe(user, item, event.label, time, self._items)
 
