@@ -107,7 +107,7 @@ class VectorRetriever(Retriever):
         """The raters whose vectors have the largest cosine with the user's; zero vectors never match."""
         if self._weighted is None:
             return NO_NEIGHBOURS
-        return self.nearest(self._vectors[user], raters)
+        return self._nearest(self._vectors[user], self._inverse[user], raters)
 
     def history_vector(self, item: IntArray, label: IntArray) -> FloatArray:
         """The vector (d,) of a user with these items and labels (rows,) in this block; not called in block 0."""
@@ -118,7 +118,9 @@ class VectorRetriever(Retriever):
 
     def nearest(self, vector: FloatArray, raters: Raters) -> Neighbours:
         """What `select` picks for a vector (d,) of this block."""
-        norm = inverse_norms(vector[None])[0]
+        return self._nearest(vector, inverse_norms(vector[None])[0], raters)
+
+    def _nearest(self, vector: FloatArray, norm: np.float32, raters: Raters) -> Neighbours:
         places, cosines = nearest(self._vectors, self._inverse, vector, norm, raters.user, self.neighbours)
         return Neighbours(raters.row[places], cosines)
 

@@ -35,7 +35,7 @@ from project.errors import ConfigError, DataError
 from project.features import Retrieved
 from project.metrics import Floats
 from project.retrieval.base import Edges, IntArray, Neighbours, Raters, Retriever, Snapshot
-from project.retrieval.compiled import put_last
+from project.retrieval.compiled import place_of, put_last
 
 BoolArray = NDArray[np.bool_]
 Make = Callable[[pl.DataFrame, str, Path], pl.DataFrame]
@@ -214,13 +214,21 @@ def queries_by_user(rows: WalkRows, description: str) -> Iterator[tuple[IntArray
     progress bar, which requests do not have.
     """
     order = np.argsort(rows.user, kind="stable")
-    with Progress(transient=True, disable=order.size < BLOCK) as progress:
-        task = progress.add_task(description, total=order.size)
-        for index in np.split(order, np.flatnonzero(np.diff(rows.user[order])) + 1):
-            own, queries = index[rows.own[index]], index[rows.query[index]]
-            if queries.size:
-                yield queries, own, np.searchsorted(rows.timestamp[own], rows.timestamp[queries], side="left")
-            progress.advance(task, index.size)
+    of_user = np.split(order, np.flatnonzero(np.diff(rows.user[order])) + 1)
+    # making a bar takes as long as answering a request
+    for index in of_user if order.size < BLOCK else _followed(of_user, order.size, description):
+        own, queries = index[rows.own[index]], index[rows.query[index]]
+        if queries.size:
+            yield queries, own, np.searchsorted(rows.timestamp[own], rows.timestamp[queries], side="left")
+
+
+def _followed(parts: list[IntArray], total: int, description: str) -> Iterator[IntArray]:
+    """The parts, with a progress bar of their rows."""
+    with Progress(transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        for part in parts:
+            yield part
+            progress.advance(task, part.size)
 
 
 def walk(
@@ -304,9 +312,10 @@ class Past:
         if item not in self._raters:
             return NO_RATERS
         rows, persons = self._raters[item][:, : self._size[item]]
-        if (others := persons != person).all():
+        own = place_of(person, persons)
+        if own < 0:
             return Raters(rows[-self._max_raters :], persons[-self._max_raters :])
-        return Raters(rows[others], persons[others])
+        return Raters(np.delete(rows, own), np.delete(persons, own))
 
     def rates(self, item: int, user: int) -> tuple[int, int, int, int]:
         """Likes and rows of the item, likes and rows of the user."""
