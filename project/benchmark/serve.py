@@ -31,6 +31,7 @@ REQUESTS, CANDIDATES = 48, 64
 ROUNDS = 3  # fewer do not show the spread
 LOADING = 1800.0  # seconds that a server may take until it is ready
 CACHE_MIB = 1024  # all histories of the requests have room
+AUDIT_SHARE = 0.01  # as `serve` has it; the ranker alone audits as many, so that it differs by HTTP and batching only
 PROGRAM = """import sys
 from project.serve.server import run_serve
 from project.benchmark.serve import {} as load
@@ -57,6 +58,7 @@ def serving(run: Path, full_depth: bool, folder: Path) -> Iterator[tuple[subproc
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = ["--run", run, "--port", port, "--db", f"sqlite:///{folder / name}.db", "--cache_mib", CACHE_MIB]
+    given += ["--audit_share", AUDIT_SHARE]
     program = PROGRAM.format(name)
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-c", program, *map(str, given)], stdout=log, stderr=log)
@@ -143,6 +145,7 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
         answers = ranker.rank(asked)
         expected[full] = [answer.probability.tolist() for answer in answers]
         spent.append(sum(answer.token_layers for answer in answers))
+    ranker.monitor.share = AUDIT_SHARE
     bodies = [{"user_id": r.user_id, "candidates": list(r.candidates)} for r in asked]
     # 2. rounds
     found = dict[tuple[int, bool], list[dict[str, Any]]]()
@@ -169,6 +172,7 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
     for row in result["serve"]:
         row |= {
             "candidates": candidates,
+            "audit_share": AUDIT_SHARE if row["depth"] == "plan" else 0.0,
             "token_layer_speedup": 1.0 if row["depth"] == "full" else spent[2] / spent[3],
             # none where nothing was answered
             "speedup": row["requests_per_s"] / full_depth[row["users"]] if full_depth[row["users"]] else None,

@@ -98,7 +98,7 @@ class Monitor:
     ) -> None:
         self._plan, self._heads = plan, EveryHead(plan.calibration)
         self._engine = Engine(model, self._heads, cache)
-        self.null, self._share, self._delta, self._seed = reference + tolerance, share, delta, seed
+        self.null, self.share, self._delta, self._seed = reference + tolerance, share, delta, seed
         self._grid = np.union1d(np.linspace(0, 1, 201)[1:], self.null)
         self._capital = Capital(self._grid)
         self._requests, self._sum = 0, 0.0
@@ -115,7 +115,7 @@ class Monitor:
         """Whether a request is audited: a hash of the seed, its contents, and how many came before it."""
         self._requests += 1
         text = repr((self._seed, self._requests, request)).encode()
-        return int.from_bytes(blake2b(text, digest_size=8).digest()) < self._share * 2**64
+        return int.from_bytes(blake2b(text, digest_size=8).digest()) < self.share * 2**64
 
     def audit(self, request: PreparedRequest) -> tuple[Scored, Floats | None]:
         """The plan's answer to a request, from a run to full depth, and the probabilities of full depth.

@@ -221,6 +221,7 @@ class Ranker:
     @torch.inference_mode()
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranked]:
         """Answers as of now, in the order of the requests; an error of one does not touch the others."""
+        self.full_depth |= self.monitor.alarm or (self.answers is not None and self.answers.alarm)
         # 1. items that requests bring have codes behind the known ones until the batch is done
         catalogue, records = Catalogue(self._items, self._codes), list[tuple[Request, Catalogue] | str]()
         for request in requests:
@@ -260,7 +261,6 @@ class Ranker:
             k: (score, None) for k, score in zip(others, scored, strict=True)
         }
         scores |= {k: self.monitor.audit(prepared[k]) for k in audited}
-        self.full_depth |= self.monitor.alarm or (self.answers is not None and self.answers.alarm)
         # 4. answers
         answers = (
             replace(

@@ -204,12 +204,11 @@ def test_a_ranker_falls_back_to_full_depth(
     assert (audited.monitor.audits, audited.full_depth) == (6, False)
     for _ in range(20):
         audited.monitor.observe(1.0)
-    audited.rank(requests)
-    assert audited.full_depth
     for found, other in zip(audited.rank(requests), audits, strict=True):
         assert (found.exit_layer == audited.about["exit_layers"][-1]).all()
         assert other.audit is not None
         np.testing.assert_allclose(found.probability, other.audit, atol=1e-5)
+    assert audited.full_depth
     assert sum("drift" in r.message for r in caplog.records) == 1
     assert audited.about["audits"]["reference"] > 0
 
@@ -229,9 +228,9 @@ def test_a_ranker_learns_from_events_that_features_are_wrong(
         event = Event(str(k), f"new {k % 40}", f"i{rng.integers(20)}", int(rng.integers(2)), 5000.0 + k)
         ranker.observe([event], [])
     assert answers.alarm
-    assert not ranker.full_depth
-    ranker.rank([request])
+    (found,) = ranker.rank([request])
     assert ranker.full_depth
+    assert found.exit_layer.tolist() == [ranker.about["exit_layers"][-1]]
 
 
 @pytest.mark.slow
