@@ -122,28 +122,45 @@ def squared_products(
     `matrix` is CSR with sorted columns, of which there are `width`. Query k meets past[: earlier[k]]; the rest is 0.
     """
     starts, columns, values = matrix
-    # 1. the past's entries by column, oldest row first
-    begins = np.zeros(width + 1, np.int64)
+    # 1. where a column's entries of the past begin and end; of one that many rows share, below 0, its dense row
+    count = np.zeros(width, np.int32)
     for row in past:
         for place in range(starts[row], starts[row + 1]):
-            begins[columns[place] + 1] += 1
-    begins = np.cumsum(begins)
-    ends, rows, theirs = begins[:-1].copy(), np.empty(begins[-1], np.int64), np.empty(begins[-1])
+            count[columns[place]] += 1
+    begins, ends, total, many = np.empty(width, np.int32), np.empty(width, np.int32), 0, 0
+    for column in range(width):
+        if 4 * count[column] > past.size:
+            many += 1
+            begins[column] = -many
+        else:
+            begins[column] = ends[column] = total
+            total += count[column]
+    # 2. the past's entries by column, oldest row first
+    rows, theirs, dense = np.empty(total, np.int32), np.empty(total), np.zeros((many, past.size))
     for j in range(past.size):
         for place in range(starts[past[j]], starts[past[j] + 1]):
-            at = ends[columns[place]]
-            rows[at], theirs[at] = j, values[place]
-            ends[columns[place]] += 1
-    # 2. each query meets those that share a column, in the order of its columns
+            column = columns[place]
+            if begins[column] < 0:
+                dense[-1 - begins[column], j] = values[place]
+            else:
+                rows[ends[column]], theirs[ends[column]] = j, values[place]
+                ends[column] += 1
+    # 3. each query meets those that share a column, in the order of its columns
     found = np.zeros((queries.size, past.size))
     for k in range(queries.size):
+        products, until = found[k], earlier[k]
         for place in range(starts[queries[k]], starts[queries[k] + 1]):
-            for at in range(begins[columns[place]], ends[columns[place]]):
-                if rows[at] >= earlier[k]:
+            value, column = values[place], columns[place]
+            if begins[column] < 0:
+                of_all = dense[-1 - begins[column]]
+                for j in range(until):
+                    products[j] += value * of_all[j]
+                continue
+            for at in range(begins[column], ends[column]):
+                if rows[at] >= until:
                     break
-                found[k, rows[at]] += values[place] * theirs[at]
-        for j in range(earlier[k]):
-            found[k, j] *= found[k, j]
+                products[rows[at]] += value * theirs[at]
+        products *= products
     return found
 
 
