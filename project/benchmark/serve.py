@@ -31,9 +31,7 @@ REQUESTS, CANDIDATES = 48, 64
 ROUNDS = 3  # fewer do not show the spread
 LOADING = 1800.0  # seconds that a server may take until it is ready
 CACHE_MIB = 1024  # all histories of the requests have room
-AUDIT_SHARE = (
-    0.01  # as `serve` has it; the ranker alone audits as many, so that it differs by HTTP and batching only
-)
+AUDIT_SHARE = 0.01  # as `serve` has it, and the ranker alone as many: they differ by HTTP and batching
 PROGRAM = """import sys
 from project.serve.server import run_serve
 from project.benchmark.serve import {} as load
