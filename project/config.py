@@ -117,7 +117,8 @@ def one_line(message: str, keys: Iterable[str]) -> ConfigError:
     reason = "; ".join(line for line in lines if not NO_REASON.match(line)) or " ".join(lines)
     if "is abstract" in reason:
         path = (re.findall(r"but (\S+) is abstract", reason) or re.findall(r"Given value: (\S+)", message))[0]
-        reason = f"{path} has no method {' and no method '.join(sorted(_imported(path).__abstractmethods__))}"
+        missing = " and no method ".join(sorted(_imported(path).__abstractmethods__))
+        reason = f"{path} has no method {missing}; expected a class_path of a class that has them"
     if (found := MISSING.search(reason)) and found[1]:
         kinds = (
             n for n, kind in vars(import_module(found[1])).items() if isinstance(kind, type | ModuleType)
