@@ -168,13 +168,11 @@ class Propagation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, adjacency: Tensor, vectors: Tensor) -> Tensor:
+    def forward(ctx: Any, adjacency: csr_array, vectors: Tensor) -> Tensor:
         """Vectors of the neighbours, weighted."""
         ctx.adjacency = adjacency
-        matrix = adjacency.crow_indices(), adjacency.col_indices(), adjacency.values()
-        return torch.from_numpy(
-            propagated(*(part.detach().numpy() for part in (*matrix, vectors.contiguous())))
-        )
+        matrix = adjacency.indptr, adjacency.indices, adjacency.data
+        return torch.from_numpy(propagated(*matrix, vectors.detach().contiguous().numpy()))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
@@ -185,7 +183,7 @@ class Propagation(torch.autograd.Function):
 class GraphModel(LightGCNModel):  # type: ignore[misc]
     """PyTorch Geometric's, on edges in CSR."""
 
-    def get_embedding(self, adjacency: Tensor) -> Tensor:
+    def get_embedding(self, adjacency: csr_array) -> Tensor:
         """The layers' average, shape (nodes, d)."""
         vectors = self.embedding.weight
         average: Tensor = vectors * self.alpha[0]
@@ -201,7 +199,7 @@ class LikeGraph(NamedTuple):
     item: Tensor  # (pairs,) node of the item, 0..num_items-1
     user: Tensor  # (pairs,) node of the user, num_items..num_items+num_users-1
     seen_items: Tensor  # nodes of the items with at least one like
-    adjacency: Tensor  # CSR, (users, items), 1 / sqrt(degree * degree)
+    adjacency: csr_array  # (users, items), 1 / sqrt(degree * degree)
 
 
 def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
@@ -211,11 +209,8 @@ def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
     pairs = torch.from_numpy(np.stack(np.divmod(distinct, nodes)))
     degree = torch.bincount(pairs.flatten(), minlength=nodes).float()
     weights = (degree[pairs[0]] * degree[pairs[1]]).rsqrt()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-        ends = torch.stack([pairs[1] - num_items, pairs[0]])
-        coo = torch.sparse_coo_tensor(ends, weights, (num_users, num_items), check_invariants=False)
-        adjacency = coo.to_sparse_csr()
+    ends = (pairs[1] - num_items).numpy(), pairs[0].numpy()
+    adjacency = csr_array((weights.numpy(), ends), shape=(num_users, num_items))
     return LikeGraph(pairs[0], pairs[1], torch.unique(pairs[0]), adjacency)
 
 
