@@ -185,12 +185,13 @@ class GraphModel(LightGCNModel):  # type: ignore[misc]
 
     def get_embedding(self, adjacency: csr_array) -> Tensor:
         """The layers' average, shape (nodes, d)."""
-        vectors = self.embedding.weight
-        average: Tensor = vectors * self.alpha[0]
-        for alpha in self.alpha[1:]:
+        vectors: Tensor = self.embedding.weight
+        total = vectors.view_as(vectors)  # a node of its own: gradients are added in the order of the library
+        for _ in range(self.num_layers):
             vectors = Propagation.apply(adjacency, vectors)  # type: ignore[no-untyped-call]
-            average = average + vectors * alpha
-        return average
+            total = total + vectors
+        # once, not for each layer: of a large graph the memory of every product costs more than the product
+        return total / (self.num_layers + 1)
 
 
 class LikeGraph(NamedTuple):
@@ -293,8 +294,10 @@ class LightGCN(VectorRetriever):
         user, item = graph.user[batch], graph.item[batch]
         vectors = model.get_embedding(graph.adjacency)
         loss: Tensor = model.recommendation_loss(
-            (vectors[user] * vectors[item]).sum(-1),
-            (vectors[user] * vectors[negative]).sum(-1),
+            *(
+                (vectors.index_select(0, user) * vectors.index_select(0, of)).sum(-1)
+                for of in (item, negative)
+            ),
             node_id=torch.bincount(torch.cat([user, item, negative])).nonzero()[:, 0],
             lambda_reg=REGULARISATION,
         )
