@@ -18,7 +18,7 @@ from project.benchmark.serve import CANDIDATES, REQUESTS, drive, serving
 from project.data.requests import catalogue_requests
 from project.run import write_json
 from project.serve.ranker import Ranker
-from project.serve.shapes import RankRequest
+from project.serve.request import RankRequest
 
 USERS, LOAD = 16, 0.7
 

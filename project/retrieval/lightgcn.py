@@ -191,7 +191,8 @@ class GraphModel(LightGCNModel):  # type: ignore[misc]
             vectors = Propagation.apply(adjacency, vectors)  # type: ignore[no-untyped-call]
             total = total + vectors
         # once, not for each layer: of a large graph the memory of every product costs more than the product
-        return total / (self.num_layers + 1)
+        average: Tensor = total / (self.num_layers + 1)
+        return average
 
 
 class LikeGraph(NamedTuple):
