@@ -145,6 +145,18 @@ class TestUserAUC:
         assert auc(shifted, labels) < auc(scores, labels) - 0.05
         assert uauc(shifted, labels, users)["value"] == pytest.approx(uauc(scores, labels, users)["value"])
 
+    def test_the_best_forecaster_of_an_unknown_level_has_none(self):
+        """Rows in time, a level drawn once a user, uniformly: Laplace's (likes + 1) / (rows + 2) beats 1/2 in log loss.
+
+        Its user-AUC of two rows is 0: a like at 1/2 is followed by a dislike at 2/3, a dislike at 1/2 by a like at 1/3.
+        """
+        rng = np.random.default_rng(0)
+        labels = (rng.random((4000, 2)) < rng.random((4000, 1))).astype(int)
+        chance = np.stack([np.full(4000, 1 / 2), (labels[:, 0] + 1) / 3], axis=1)
+        users = np.repeat(np.arange(4000), 2)
+        assert log_loss(chance.ravel(), labels.ravel()) < np.log(2) - 0.02
+        assert uauc(chance.ravel(), labels.ravel(), users)["value"] == 0
+
     def test_undefined(self):
         """No user with both classes, or no rows: None with 0 users and rows."""
         nobody = {"value": None, "users": 0, "rows": 0}
