@@ -228,9 +228,6 @@ def run_serve(arguments: Sequence[str], load: Callable[..., Any] | None = None) 
     except ArgumentError as found:
         raise ConfigError(f"serve: {found}") from None
     settings.check()
-    # oneDNN and torch's binding each keep a kernel for every number of rows a layer has met, by default 1,024
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "64")
     server = make_server(settings, label_rule(settings.run), load)
     log_json()
     options: dict[str, Any] = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": LEAVING}
