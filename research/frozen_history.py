@@ -36,6 +36,11 @@ APART = {
     "longer": np.inf,
 }  # up to so many seconds
 DRAWS = 1000
+ABOUT = (
+    "The same test rows as tested, and with the history frozen before the user's first test row. AUC inside users, "
+    "weighted by rows; pairs of a liked and a disliked row: all, or at most so far apart and further than the line "
+    "before. Differences are paired, users resampled, 95 %."
+)
 
 
 def wins(rows: pl.DataFrame, column: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -73,10 +78,12 @@ def inside_users(
     ]
     return {
         "users": len(auc),
-        "rows": sum(weight),
+        "rows": round(sum(weight)),
         "auc": float(np.average(auc, weights=weight)),
-        "minus_exit_0": float(np.average(gap, weights=weight)),
-        "interval": np.quantile(drawn, [0.025, 0.975]).tolist(),
+        "minus_exit_0": {
+            "value": float(np.average(gap, weights=weight)),
+            "interval": np.quantile(drawn, [0.025, 0.975]).tolist(),
+        },
     }
 
 
@@ -118,8 +125,8 @@ def main(run: Path, out: Path, count: int = 800) -> None:
         row = inside_users(users, exits[-1], exits[0], longest, shortest)
         found.append({"exit": exits[-1].removeprefix("logit_"), "history": "as tested", "pairs": pairs} | row)
         shortest = longest
-    result = result_head("frozen_history", data.split.manifest, str(run / "config.yaml"), data.seed)
-    write_json(out, result | {"users": len(users), "frozen_history": found})
+    result = result_head("study", data.split.manifest, str(run / "config.yaml"), data.seed)
+    write_json(out, result | {"rows": found, "about": ABOUT})
     for row in found:
         print(row)
 

@@ -4,7 +4,7 @@ Generated logs (`python -m project generate`) and MovieLens 1M, each in a proces
 those of the processor, so that a busy machine does not count. The exponent of a stage is log(seconds / seconds before)
 over log(rows / rows before), from one generated log to the next ten times larger: 1 is linear.
 
-    python research/scale.py results/scale/scale.json 1e5 1e6 ml1m
+    python research/scale.py results/scale/scale.json 1e5 1e6 ml1m 1e7
 """
 
 from __future__ import annotations
@@ -33,10 +33,14 @@ from project.retrieval import LightGCN, MatrixFactorisation
 from project.retrieval.factorisation import mf_column
 from project.retrieval.own_text import item_vectors, text_similarity
 from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
-from project.run import machine, write_json
+from project.run import SCHEMA_VERSION, machine, write_json
 
 SEGMENT = "{item_text}{item_number+vote_number+item_similarity_number+mf_number+text_number}"  # the demo's
 REFITS = 10
+ABOUT = (
+    "Seconds of the processor, one thread, of each stage from files to the packed batches of an epoch; exponent: "
+    "log(seconds over those of the generated log before) / log(rows over rows), 1 is linear."
+)
 
 
 def measured(logs: Logs, label: str | None) -> dict[str, Any]:
@@ -101,6 +105,21 @@ def with_exponents(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return runs
 
 
+def table(runs: list[dict[str, Any]]) -> list[dict[str, str | int]]:
+    """A row for each stage and one for memory: seconds by log, and exponents."""
+    rows: list[dict[str, str | int]] = []
+    for k, of_stage in enumerate(runs[0]["stages"]):
+        row: dict[str, str | int] = {"stage": of_stage["name"]}
+        for run in runs:
+            stage = run["stages"][k]
+            row[f"{run['log']}, s"] = f"{stage['seconds']:,.1f}"
+            if "exponent" in stage:
+                row[f"exponent to {run['log'].removeprefix('generated ')}"] = f"{stage['exponent']:.2f}"
+        rows.append(row)
+    peaks = {f"{run['log']}, s": f"{run['peak_mib']:,} MiB" for run in runs}
+    return [*rows, {key: peaks.get(key, "") for key in rows[0]} | {"stage": "peak memory"}]
+
+
 def main(out: Path, logs: list[str]) -> None:
     """Measure each log in a process of its own; `out` is written after each and keeps those it has of other logs."""
     for name in logs:
@@ -110,7 +129,9 @@ def main(out: Path, logs: list[str]) -> None:
         )
         known = json.loads(out.read_text())["runs"] if out.exists() else []
         runs = with_exponents([*(r for r in known if r["log"] != run["log"]), run])
-        write_json(out, {"command": "scale", "machine": machine(), "refits": REFITS, "runs": runs})
+        head = {"schema_version": SCHEMA_VERSION, "command": "study", "machine": machine(), "refits": REFITS}
+        head |= {"protocol": {"name": "of each log", "hash": "several"}, "about": ABOUT}
+        write_json(out, head | {"rows": table(runs), "runs": runs})
     for run in json.loads(out.read_text())["runs"]:
         print(f"{run['log']}: {run['rows']:,} rows, peak {run['peak_mib']:,} MiB")
         for stage in run["stages"]:
