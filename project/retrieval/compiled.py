@@ -31,12 +31,19 @@ def inverse_norms(vectors: FloatArray) -> FloatArray:
 
 @compiled
 def nearest(
-    vectors: FloatArray, inverse: FloatArray, vector: FloatArray, norm: Any, among: IntArray, count: int
+    vectors: FloatArray,
+    inverse: FloatArray,
+    vector: FloatArray,
+    norm: Any,
+    among: IntArray,
+    count: int,
+    known: tuple[FloatArray, IntArray, int] | None = None,
 ) -> tuple[IntArray, FloatArray]:
     """Positions in `among` of at most `count` rows of largest cosine with a vector (d,), largest first, and cosines.
 
     `among` (n,) names rows of `vectors`; equal cosines: the later position first. `inverse` are inverse norms of
-    `vectors`, `norm` that of `vector`. Zero vectors are left out.
+    `vectors`, `norm` that of `vector`. Zero vectors are left out. Calls with one vector may share their work: `known`
+    are cosines (rows of `vectors`,), which calls each is of, and the number of these calls.
     """
     best, cosines, size = np.empty(count, np.int64), np.empty(count, np.float32), 0
     least = np.float32(-np.inf)  # of the best; read from them for every row, it costs half as much again
@@ -44,10 +51,16 @@ def nearest(
         row = among[place]
         if inverse[row] == 0 or norm == 0:
             continue
-        product = np.float32(0)
-        for k in range(vector.size):
-            product += vectors[row, k] * vector[k]
-        cosine = product * (inverse[row] * norm)
+        cosine, new = np.float32(0), True
+        if known is not None:
+            cosine, new = known[0][row], known[1][row] != known[2]
+        if new:
+            product = np.float32(0)
+            for k in range(vector.size):
+                product += vectors[row, k] * vector[k]
+            cosine = product * (inverse[row] * norm)
+            if known is not None:
+                known[0][row], known[1][row] = cosine, known[2]
         if cosine <= least:
             continue
         size = min(size + 1, count)

@@ -102,12 +102,20 @@ class VectorRetriever(Retriever):
         pasts = csr_array((weights, items, ends), shape=(self._num_users, self._weighted.shape[0]))
         self._vectors: FloatArray = pasts @ self._weighted
         self._inverse = inverse_norms(self._vectors)
+        # what `nearest` knows: cosines of others with the user who was asked for last, until a vector changes
+        self._cosines, self._cosines_of = np.empty_like(self._inverse), np.zeros(self._num_users, np.int64)
+        self._asked, self._requests = -1, 0
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
         """The raters whose vectors have the largest cosine with the user's; zero vectors never match."""
         if self._weighted is None:
             return NO_NEIGHBOURS
-        return self._nearest(self._vectors[user], self._inverse[user], raters)
+        known = None
+        if user == self._asked:  # candidates of one request share many raters
+            known = (self._cosines, self._cosines_of, self._requests)
+        else:
+            self._asked, self._requests = user, self._requests + 1
+        return self._nearest(self._vectors[user], self._inverse[user], raters, known)
 
     def history_vector(self, item: IntArray, label: IntArray) -> FloatArray:
         """The vector (d,) of a user with these items and labels (rows,) in this block; not called in block 0."""
@@ -120,8 +128,16 @@ class VectorRetriever(Retriever):
         """What `select` picks for a vector (d,) of this block."""
         return self._nearest(vector, inverse_norms(vector[None])[0], raters)
 
-    def _nearest(self, vector: FloatArray, norm: np.float32, raters: Raters) -> Neighbours:
-        places, cosines = nearest(self._vectors, self._inverse, vector, norm, raters.user, self.neighbours)
+    def _nearest(
+        self,
+        vector: FloatArray,
+        norm: np.float32,
+        raters: Raters,
+        known: tuple[FloatArray, IntArray, int] | None = None,
+    ) -> Neighbours:
+        places, cosines = nearest(
+            self._vectors, self._inverse, vector, norm, raters.user, self.neighbours, known
+        )
         return Neighbours(raters.row[places], cosines)
 
     def most_similar(self, user: int, others: IntArray) -> SimilarUsers:
@@ -152,12 +168,14 @@ class VectorRetriever(Retriever):
             vector = self._vectors[user : user + 1]
             vector += np.float32(weight) * self._weighted[item]
             self._inverse[user] = inverse_norms(vector)[0]
+            self._asked = -1
 
     def forget(self, user: int) -> None:
         """Drop a user's vector and answers."""
         self._past.pop(user, None)
         if self._weighted is not None:
             self._vectors[user] = self._inverse[user] = 0
+            self._asked = -1
 
 
 class Propagation(torch.autograd.Function):
