@@ -29,11 +29,12 @@ from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import Protocol, apply_protocol, build_interactions
 from project.data.stream import build_streams
 from project.generate import run_generate
+from project.report.tables import render
 from project.retrieval import LightGCN, MatrixFactorisation
 from project.retrieval.factorisation import mf_column
 from project.retrieval.own_text import item_vectors, text_similarity
 from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
-from project.run import SCHEMA_VERSION, machine, write_json
+from project.run import SCHEMA_VERSION, machine, read_result, write_json
 
 SEGMENT = "{item_text}{item_number+vote_number+item_similarity_number+mf_number+text_number}"  # the demo's
 REFITS = 10
@@ -132,10 +133,7 @@ def main(out: Path, logs: list[str]) -> None:
         head = {"schema_version": SCHEMA_VERSION, "command": "study", "machine": machine(), "refits": REFITS}
         head |= {"protocol": {"name": "of each log", "hash": "several"}, "about": ABOUT}
         write_json(out, head | {"rows": table(runs), "runs": runs})
-    for run in json.loads(out.read_text())["runs"]:
-        print(f"{run['log']}: {run['rows']:,} rows, peak {run['peak_mib']:,} MiB")
-        for stage in run["stages"]:
-            print(f"  {stage['name']:15} {stage['seconds']:9.1f} s  {stage.get('exponent', '')}")
+    print(render(read_result(out)))
 
 
 def one(name: str) -> None:

@@ -25,13 +25,14 @@ from project.report.tables import render, shown
 from project.run import result_head, write_json
 from project.serve.ranker import Ranker
 from project.serve.request import RankRequest
+from project.serve.settings import ServeSettings
 
 USERS = (1, 8, 32)
 REQUESTS, CANDIDATES = 48, 64
 ROUNDS = 3  # fewer do not show the spread
 LOADING = 1800.0  # seconds that a server may take until it is ready
 CACHE_MIB = 1024  # all histories of the requests have room
-AUDIT_SHARE = 0.01  # as `serve` has it, and the ranker alone as many: they differ by HTTP and batching
+AUDIT_SHARE = ServeSettings.audit_share  # the ranker alone audits as many: it differs by HTTP and batching
 PROGRAM = """import sys
 from project.serve.server import run_serve
 from project.benchmark.serve import {} as load
