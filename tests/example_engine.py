@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,7 +47,8 @@ class World:
 
     def plan(self, criterion: Criterion, quantile: float, exit_0: bool = True) -> ExitPlan:
         """A plan whose thresholds let this share of all candidates leave at each exit they reach."""
-        layers = (0, *EXITS) if exit_0 else tuple(EXITS)
+        exits = tuple(self.module.exit_layers)
+        layers = (0, *exits) if exit_0 else exits
         slopes = torch.linspace(1.2, 0.8, len(layers), dtype=torch.float64)
         values = torch.stack([slopes, 0.3 * slopes * exit_0, slopes - 1], dim=1)
         values[0, 1] = 0
@@ -143,17 +145,18 @@ def alone(module: ExitRecommender, request: PreparedRequest, candidate: int) -> 
 def raw_outputs(module: ExitRecommender, request: PreparedRequest) -> HeadOutputs:
     """All candidates of a request, one by one."""
     found = [alone(module, request, c) for c in range(len(request))]
-    logits = torch.stack(found) if found else torch.zeros(0, len(EXITS))
+    exits = module.exit_layers
+    logits = torch.stack(found) if found else torch.zeros(0, len(exits))
     exit_0 = torch.from_numpy(request.exit_0)[:, None]
     return HeadOutputs(
-        (0, *EXITS), torch.cat([exit_0, logits.double()], dim=1), torch.from_numpy(request.retrieved)
+        (0, *exits), torch.cat([exit_0, logits.double()], dim=1), torch.from_numpy(request.retrieved)
     )
 
 
 FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
 
 
-def make_module(seed: int = 0, family: str = "llama") -> ExitRecommender:
+def make_module(seed: int = 0, family: str = "llama", exits: Sequence[int] = EXITS) -> ExitRecommender:
     """Five layers whose attention is far from uniform, heads that differ."""
     torch.manual_seed(seed)
     config = FAMILIES[family](
@@ -167,7 +170,7 @@ def make_module(seed: int = 0, family: str = "llama") -> ExitRecommender:
         sliding_window=None,
         initializer_range=0.2,
     )
-    module = ExitRecommender("none", EXITS, numbers=True)
+    module = ExitRecommender("none", list(exits), numbers=True)
     module.set_backbone(Backbone.from_config(config), _Answers())
     for head in module.heads.values():
         torch.nn.init.normal_(head.linear.weight, std=0.2)

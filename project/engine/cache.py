@@ -60,8 +60,11 @@ class CachedStream:
         return min(max(self._keyed[depth] - len(self.stream) + tokens, 0), tokens)
 
     def stop(self, depth: int, hidden: Tensor) -> None:
-        """Tokens (f, H) that have come to this depth wait here; behind the last exit no token waits."""
-        if depth < len(self._keyed) - 1 and len(hidden):
+        """Tokens (f, H) that have come to this depth wait here for a request that needs the next layer.
+
+        Nothing more of the last layer is needed than its keys and values, so who has them there waits no more.
+        """
+        if self._reached[depth + 1] < len(self.stream) and len(hidden):
             self.waiting[depth] = self.resume(depth, hidden).clone()
 
     def resume(self, depth: int, hidden: Tensor) -> Tensor:
@@ -90,7 +93,7 @@ class CachedStream:
         if stop > start:
             keys[:, :, start:stop], values[:, :, start:stop] = key, value
         self._keyed[layer] = stop
-        if runs:
+        if runs or layer == len(self._keyed) - 1:
             self._reached[layer + 1] = stop
         return keys[:, :, :stop], values[:, :, :stop]
 

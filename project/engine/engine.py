@@ -181,19 +181,23 @@ class EngineBatch:
             stays = self._decide(head)
             # 7. The row of the survivors goes on from this depth, by one gather.
             state = self._compact(state, depth, stays)
-        # 8. Streams go back into the cache, as deep as they came.
-        for request, stream in zip(self.requests, self.streams, strict=True):
-            if engine.cache is not None and stream is not None and request.user is not None:
-                engine.cache.give(request.user, stream)
-        # 9. Results.
+        # 8. Results. Streams go back into the cache, as deep as they came; one that gave NaN is forgotten.
         logits = self.emitted.cpu().numpy()
         self.scores.syncs += 1
         self._stop_clock("backbone", start)
-        spans = pairwise(self.offsets)
-        return [
-            Scored(r.request_id, logits[a:b], self.exit_layer[a:b], int(spent), late=bool(late))
-            for r, (a, b), spent, late in zip(self.requests, spans, self.token_layers, self.late, strict=True)
-        ]
+        found = list[Scored]()
+        for i, (request, (a, b)) in enumerate(zip(self.requests, pairwise(self.offsets), strict=True)):
+            spent, late, stream = int(self.token_layers[i]), bool(self.late[i]), self.streams[i]
+            missing = int(np.isnan(logits[a:b]).sum())
+            if missing:
+                error = f"the model's scores of {missing} of {b - a} candidates are NaN"
+                nothing = np.full(b - a, np.nan), np.full(b - a, -1)
+                found.append(Scored(request.request_id, *nothing, spent, error))
+                continue
+            if engine.cache is not None and stream is not None and request.user is not None:
+                engine.cache.give(request.user, stream)
+            found.append(Scored(request.request_id, logits[a:b], self.exit_layer[a:b], spent, late=late))
+        return found
 
     def _embed(self) -> State:
         """The row at depth 0."""

@@ -109,7 +109,9 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
             self._load = Ranker.load
         ranker = self._load(run, cache_mib=self.settings.cache_mib, audit_share=self.settings.audit_share)
         ranker.follow(self.store)
-        ranker.rank([RankRequest(None, [], [{"item_id": "warm", "title": "warm"}])])
+        (answer,) = ranker.rank([RankRequest(None, [], [{"item_id": "warm", "title": "warm"}])])
+        if answer.error is not None:
+            raise ConfigError(f"the run {run} cannot score: {answer.error}.")
         return ranker
 
     def reload(self, run: str) -> None:

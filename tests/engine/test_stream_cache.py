@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -21,12 +22,19 @@ from project.exits.policy import Policy
 
 
 @pytest.fixture(scope="module")
-def world(world: World) -> World:
+def world(world_of_every_layer: World) -> World:
     """The same with its weights packed once, as many engines are made here."""
-    module = copied(world.module)
+    module = copied(world_of_every_layer.module)
     assert module.backbone is not None
     module.backbone = packed(module.backbone)
-    return replace(world, module=module)
+    return replace(world_of_every_layer, module=module)
+
+
+@pytest.fixture(autouse=True)
+def no_memory_is_read_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers of streams are NaN where nothing was written."""
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
 
 
 def history(first: int, stop: int, tied: int = 0) -> StreamTokens:
@@ -93,6 +101,51 @@ def test_a_stream_is_deepened_only_when_needed(world: World) -> None:
         scored = at_depth(world, cache, request, layer)
         np.testing.assert_allclose(scored.logits, at_depth(world, None, request, layer).logits, atol=1e-5)
         assert scored.token_layers == layer * own + stream_layers * shared
+
+
+def test_a_stream_waits_in_front_of_the_last_layer(world: World) -> None:
+    """Exit 4 of 5 runs its layer whole and everyone leaves: full depth runs the stream's last layer, then reads it.
+
+    A history that has grown since adds its new tokens alone.
+    """
+    cache, request, grown = StreamCache(), request_of(history(0, 9)), request_of(history(0, 11))
+    plan, own = never(world), len(request.candidates.values)
+    thresholds = torch.tensor([torch.inf] * 4 + [-torch.inf] * 2, dtype=torch.float64)
+    at_4 = RowExits(replace(plan, policy=Policy(Ratio(), thresholds, plan.layers)))
+    shared, new = len(request.stream), len(grown.stream) - len(request.stream)
+    steps = [
+        (request, at_4, 4 * (own + shared)),
+        (request, RowExits(plan), 5 * own + shared),
+        (grown, at_4, 4 * (own + new)),
+        (grown, RowExits(plan), 5 * own + new),
+        (grown, RowExits(plan), 5 * own),
+    ]
+    for asked, decision, token_layers in steps:
+        scored = Engine(world.module, decision, cache, read_tokens=10_000).score([asked]).requests[0]
+        plain = Engine(world.module, decision).score([asked]).requests[0]
+        np.testing.assert_allclose(scored.logits, plain.logits, atol=1e-5)
+        assert scored.token_layers == token_layers
+
+
+def test_nan_scores_refuse_one_request(world: World) -> None:
+    """A token whose embedding is NaN: who shows it gets an error and is not cached, company is as alone."""
+    decision, cache = RowExits(never(world)), StreamCache()
+    good = replace(request_of(history(0, 5)), candidates=Ragged.of([[3, 4], [5]]), user="good")
+    good = replace(good, exit_0=good.exit_0[:2], retrieved=good.retrieved[:2])
+    rare = int(np.setdiff1d(np.arange(6, 64), good.stream.tokens)[0])
+    bad = replace(good, candidates=Ragged.of([[3, 4], [rare]]), user="bad")
+    module = copied(world.module)
+    assert module.backbone is not None
+    module.backbone = copied(module.backbone)
+    module.backbone._modules["embed_tokens"] = copy.deepcopy(module.backbone.embed_tokens)
+    with torch.no_grad():
+        module.backbone.embed_tokens.weight[rare] = torch.nan
+    first, second = Engine(module, decision, cache).score([bad, good]).requests
+    assert first.error == "the model's scores of 1 of 2 candidates are NaN"
+    assert np.isnan(first.logits).all()
+    alone = Engine(world.module, decision).score([good]).requests[0]
+    np.testing.assert_allclose(second.logits, alone.logits, atol=1e-5)
+    assert (len(cache), cache.common("good", good.stream)) == (1, len(good.stream))
 
 
 def test_requests_of_one_call_share_their_users_stream(world: World) -> None:

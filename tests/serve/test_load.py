@@ -59,7 +59,7 @@ def test_a_tiny_run_under_load(
     ]
     for row in result["serve"]:
         assert row["requests"] > 0
-        assert (row["errors"], row["wrong_orders"]) == (0, 0)
+        assert (row["errors"], row["error"], row["wrong_orders"]) == (0, None, 0)
         assert row["probability_distance"] < 1e-4
     assert json.loads((served_run / "results/benchmark-serve.json").read_text()) == result
     assert "wrong orders" in capsys.readouterr().out
