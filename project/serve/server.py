@@ -28,8 +28,9 @@ from fastapi import HTTPException
 from jsonargparse import ArgumentParser
 from litserve.loops.simple_loops import BatchedLoop
 from litserve.server import RegularRequestHandler
-from litserve.utils import wrap_litserve_start
+from litserve.utils import LitAPIStatus, ResponseBufferItem, wrap_litserve_start
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.middleware.gzip import GZipMiddleware
 
 from project.errors import ConfigError
 from project.serve.request import Answered, RankRequest
@@ -50,6 +51,19 @@ class Waiting(BatchedLoop):  # type: ignore[misc]
 
     LitServe's own loop asks the queue in a circle while it is empty, or each millisecond of `batch_timeout`.
     """
+
+    def put_response(
+        self,
+        transport: Any,
+        response_queue_id: int,
+        uid: str,
+        response_data: Any,
+        status: str,
+        response_type: Any,
+    ) -> None:
+        """Answers alone: nobody need be told who took a request, see `InFlight`."""
+        if status != LitAPIStatus.START:
+            super().put_response(transport, response_queue_id, uid, response_data, status, response_type)
 
     def get_batch_requests(
         self, lit_api: ls.LitAPI, request_queue: Any, transport: Any
@@ -160,6 +174,21 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
 # The HTTP process
 
 
+class InFlight(dict[str, ResponseBufferItem]):
+    """Requests that wait or run, all with the one inference process: where it dies, LitServe refuses them.
+
+    LitServe learns who has taken a request by one message more, and reads a dictionary that another thread changes.
+    """
+
+    def __setitem__(self, uid: str, item: ResponseBufferItem) -> None:
+        item.worker_id = 0
+        super().__setitem__(uid, item)
+
+    def items(self) -> Any:
+        """As they are now."""
+        return list(super().items())
+
+
 def make_server(
     settings: ServeSettings, rule: str | None = None, load: Callable[..., Any] | None = None
 ) -> ls.LitServer:
@@ -177,9 +206,12 @@ def make_server(
         middlewares=[(Observed, {"metrics": metrics})],
         restart_workers=True,
     )
+    server.response_buffer = InFlight()
     app = server.app
     app.title = "exitrec"
     ours = ("/", "/litserve", api.api_path)
+    # an answer is small, and compressing it took a fifth of this process: a proxy can where networks are slow
+    app.user_middleware[:] = [part for part in app.user_middleware if part.cls is not GZipMiddleware]
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") not in ours]
     handler = RegularRequestHandler(api, server)
 
