@@ -39,6 +39,7 @@ class FakeRanker:
             "examples": {"users": ["u1"], "items": [*TITLES]},
         }
         self.seq, self.events = 0, list[Event]()
+        self._diverged = (run / "diverged").exists()
 
     @classmethod
     def load(cls, run: Path, cache_mib: int = 256, audit_share: float = 0.01) -> FakeRanker:
@@ -67,8 +68,10 @@ class FakeRanker:
 
     def _one(self, request: RankRequest) -> Ranked:
         names = [c if isinstance(c, str) else c["item_id"] for c in request.candidates]
+        if self._diverged:
+            return Ranked.refused("the model's scores are NaN")
         if "unknown" in request.candidates:
-            return Ranked(np.zeros(0), np.zeros(0, int), 0, 0, [], error="item 'unknown' has no title.")
+            return Ranked.refused("item 'unknown' has no title.")
         if "die" in names:
             os._exit(1)
         if "slow" in names:

@@ -79,9 +79,8 @@ class Engine:
             error = request.trouble(self.backbone.vocabulary)
             if error is None and len(request):
                 usable.append(i)
-            else:
-                n = len(request)
-                found[i] = Scored(request.request_id, np.full(n, np.nan), np.full(n, -1), error=error)
+            else:  # unusable, or nobody to score, which is no error
+                found[i] = Scored.refused(request, error)
         for members in self._batches(requests, usable):
             batch = EngineBatch(self, [requests[i] for i in members], scores)
             found.update(zip(members, batch.run(), strict=True))
@@ -188,11 +187,9 @@ class EngineBatch:
         found = list[Scored]()
         for i, (request, (a, b)) in enumerate(zip(self.requests, pairwise(self.offsets), strict=True)):
             spent, late, stream = int(self.token_layers[i]), bool(self.late[i]), self.streams[i]
-            missing = int(np.isnan(logits[a:b]).sum())
-            if missing:
+            if missing := int(np.isnan(logits[a:b]).sum()):
                 error = f"the model's scores of {missing} of {b - a} candidates are NaN"
-                nothing = np.full(b - a, np.nan), np.full(b - a, -1)
-                found.append(Scored(request.request_id, *nothing, spent, error))
+                found.append(Scored.refused(request, error, spent))
                 continue
             if engine.cache is not None and stream is not None and request.user is not None:
                 engine.cache.give(request.user, stream)

@@ -29,6 +29,12 @@ class Scored:
     error: str | None = None  # why it could not be scored
     late: bool = False  # past the deadline, candidates left whom the decision would have had stay
 
+    @classmethod
+    def refused(cls, request: PreparedRequest, error: str | None, token_layers: int = 0) -> Scored:
+        """Of a request that could not be scored; without an error, of one without candidates."""
+        n = len(request)
+        return cls(request.request_id, np.full(n, np.nan), np.full(n, -1), token_layers, error)
+
     @property
     def probabilities(self) -> Floats:
         """(n,) clipped to [.001, .999]; NaN where the request could not be scored."""

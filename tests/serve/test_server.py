@@ -99,10 +99,13 @@ def test_nothing_is_left_after_kill(tmp_path: Path) -> None:
         until(lambda: gone(children))
 
 
-def test_a_run_that_cannot_be_loaded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("how", ["broken", "diverged"])
+def test_a_run_that_cannot_be_loaded_or_score(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], how: str
+) -> None:
     """The process ends with one sentence."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/broken").touch()
+    (tmp_path / "run" / how).touch()
     with serving(tmp_path) as (process, _):
         assert process.returncode
     assert "could not be loaded" in capfd.readouterr().err
