@@ -246,13 +246,6 @@ async def rerank(
     return shapes.tei_answer(body, (await desk.rank(body.asked(body.texts))).ranked)
 
 
-@router.post("/v1/score")
-async def score(body: shapes.ScoreBody, desk: Here) -> shapes.ScoreAnswer:
-    """SGLang's score."""
-    texts = [body.items] if isinstance(body.items, str) else body.items
-    return shapes.score_answer(await desk.rank(body.asked(texts)))
-
-
 # 2. Events
 
 
@@ -267,12 +260,6 @@ def events(body: list[shapes.EventBody], desk: Here) -> dict[str, int]:
 def feedback(body: list[shapes.GorseFeedback], desk: Here) -> dict[str, int]:
     """Gorse's feedback."""
     return desk.keep([row.event() for row in body])
-
-
-@router.post("/events")
-def personalize(body: shapes.PersonalizeBody, desk: Here) -> dict[str, int]:
-    """AWS Personalize's PutEvents."""
-    return desk.keep(body.events())
 
 
 @router.put("/v1/items")

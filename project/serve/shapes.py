@@ -1,6 +1,6 @@
 """The bodies that clients send and read: translated to one form of request and one of event, and back.
 
-Cohere's rerank, which Gorse sends too, TEI's rerank, SGLang's score, and our own, which says most. All become `Asked`;
+Cohere's rerank, which Gorse sends too, TEI's rerank, and our own, which says most. All become `Asked`;
 the inference process, which knows users and titles, makes a `RankRequest` of it.
 """
 
@@ -154,12 +154,6 @@ class TeiBody(Queried):
     return_text: bool = False
 
 
-class ScoreBody(Queried):
-    """SGLang's score. Token ids are those of another tokenizer, so texts alone are read."""
-
-    items: Text | Annotated[list[Text], Field(min_length=1)]
-
-
 RerankBody = Annotated[
     Annotated[CohereBody, Tag("documents")] | Annotated[TeiBody, Tag("texts")],
     Discriminator(lambda body: "texts" if isinstance(body, dict) and "texts" in body else "documents"),
@@ -223,15 +217,6 @@ class TeiResult(BaseModel):
     index: int
     score: float
     text: str | None = None
-
-
-class ScoreAnswer(BaseModel):
-    """One probability an item, in the order of the items."""
-
-    scores: list[list[float]]
-    model: str
-    usage: Usage
-    object: Literal["scoring"] = "scoring"
 
 
 @dataclass(frozen=True)
@@ -316,12 +301,6 @@ def tei_answer(body: TeiBody, ranked: Ranked) -> list[TeiResult]:
     return [TeiResult(index=k, score=float(scores[k]), text=texts[k]) for k in best_first(ranked)]
 
 
-def score_answer(found: Answered) -> ScoreAnswer:
-    """SGLang's, with the one label that is asked here: yes."""
-    scores = [[float(p)] for p in found.ranked.probability]
-    return ScoreAnswer(scores=scores, model=found.run, usage=Usage.model_validate(found.ranked))
-
-
 # Events
 
 
@@ -354,51 +333,14 @@ class GorseFeedback(BaseModel):
 
     def event(self) -> EventBody:
         """The same as ours; type, user, item and time name it, as in Gorse."""
+        named = "\0".join(map(str, (self.FeedbackType, self.UserId, self.ItemId, self.Timestamp or "")))
         return EventBody(
-            event_id=_event_id("gorse", self.FeedbackType, self.UserId, self.ItemId, self.Timestamp or ""),
+            event_id=f"gorse-{hashlib.sha256(named.encode()).hexdigest()[:32]}",
             user_id=self.UserId,
             item_id=self.ItemId,
             timestamp=_seconds(self.Timestamp),
             **({"rating": self.Value} if self.Value else {"label": 1}),
         )
-
-
-class PersonalizeEvent(BaseModel):
-    """An event of AWS Personalize; without a value it means yes."""
-
-    eventId: Id | None = None
-    eventType: Id
-    itemId: Id
-    eventValue: Finite | None = None
-    sentAt: AwareDatetime | Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class PersonalizeBody(BaseModel):
-    """The body of AWS Personalize's PutEvents."""
-
-    userId: Id
-    sessionId: Text = ""
-    eventList: list[PersonalizeEvent] = Field(min_length=1)
-
-    def events(self) -> list[EventBody]:
-        """The same as ours; without an eventId session, user, type, item and time name an event."""
-        return [
-            EventBody(
-                event_id=e.eventId
-                or _event_id(
-                    "personalize", self.sessionId, self.userId, e.eventType, e.itemId, _seconds(e.sentAt)
-                ),
-                user_id=self.userId,
-                item_id=e.itemId,
-                timestamp=_seconds(e.sentAt),
-                **({"label": 1} if e.eventValue is None else {"rating": e.eventValue}),
-            )
-            for e in self.eventList
-        ]
-
-
-def _event_id(kind: str, *parts: object) -> str:
-    return f"{kind}-{hashlib.sha256(chr(0).join(map(str, parts)).encode()).hexdigest()[:32]}"
 
 
 def _seconds(value: datetime | float | str | None) -> float:

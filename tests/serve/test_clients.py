@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 def test_clients_get_the_rankers_scores(
     served_run: Path, session_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranker: Ranker
 ) -> None:
-    """Cohere's client in both versions, Gorse's, TEI's and SGLang's request: the probabilities of the bare ranker.
+    """Cohere's client in both versions, Gorse's and TEI's request: the probabilities of the bare ranker.
 
     After an event of the user they are another's; a posted event is read by the next request.
     """
@@ -57,14 +57,6 @@ def test_clients_get_the_rankers_scores(
             "/rerank", json={"query": "u1", "texts": titles, "raw_scores": False, "truncate": True}
         ).json()
         assert close({r["index"]: r["score"] for r in tei})
-        sglang = {
-            "query": "u1",
-            "items": titles,
-            "label_token_ids": [1, 2],
-            "apply_softmax": True,
-            "model": "m",
-        }
-        assert close(dict(enumerate(p for [p] in post("/v1/score", json=sglang).json()["scores"])))
         # 3. an event is read at once
         event = {"event_id": "e1", "user_id": "u1", "item_id": "i3", "rating": 5, "timestamp": time.time()}
         assert post("/v1/events", json=[event]).json()["new"] == 1
