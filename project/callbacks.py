@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from safetensors.torch import save_file
 
+from project.arrays import F64
 from project.data.prompt import item_columns
 from project.errors import ProjectError
 from project.evaluation.baselines import AgainstBaseline, Baseline, fit_baselines, targets_of
@@ -41,7 +42,7 @@ from project.evaluation.result import (
 from project.exits.budget import calibrate
 from project.exits.plan import ExitSettings, Plans
 from project.features import feature_matrix
-from project.metrics import Floats, OwnMetric
+from project.metrics import OwnMetric
 from project.model.heads import heads_digest
 from project.report.report import write_report
 from project.report.tables import render, render_seconds, shown
@@ -259,7 +260,7 @@ class ExitCalibration(ExitSettings, pl.Callback):
         content.setdefault("callbacks", {})[self.state_key] = self.state_dict()
         replace_file(checkpoint, lambda part: torch.save(content, part))
 
-    def _log(self, trainer: pl.Trainer, scores: polars.DataFrame, features: Floats) -> None:
+    def _log(self, trainer: pl.Trainer, scores: polars.DataFrame, features: F64) -> None:
         """`select/exit/...` on the select fold, which calibration has not seen."""
         assert self.found is not None
         fold = (scores["fold"] == "select").to_numpy()
@@ -280,7 +281,7 @@ def exit_calibration_of(trainer: pl.Trainer) -> ExitCalibration:
     return next(c for c in callbacks if isinstance(c, ExitCalibration))
 
 
-def features_of(module: ExitRecommender, data: InteractionData, scores: polars.DataFrame) -> Floats:
+def features_of(module: ExitRecommender, data: InteractionData, scores: polars.DataFrame) -> F64:
     """Features (n, F) of the rows of a score table: of one split, or of the requests at hand."""
     if scores["row_id"].null_count():
         assert data.candidate_retrieved is not None

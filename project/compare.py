@@ -12,11 +12,12 @@ import numpy as np
 import polars as pl
 import torch
 
+from project.arrays import F64, I64
 from project.errors import DataError
 from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.result import part_of
 from project.exits.calibration import fit_calibration
-from project.metrics import Floats, Ints, head_metrics
+from project.metrics import head_metrics
 from project.report.tables import render
 from project.run import exit_layers_of, read_result, result_head, table_about, write_json
 
@@ -31,11 +32,11 @@ class Heads:
     `calibrated` is empty where tune has one class, or a head gives all rows the same logit.
     """
 
-    row_id: Ints
-    labels: Ints
-    users: Ints
-    raw: dict[int, Floats]
-    calibrated: dict[int, Floats]
+    row_id: I64
+    labels: I64
+    users: I64
+    raw: dict[int, F64]
+    calibrated: dict[int, F64]
 
     def metrics(self, layer: int) -> dict[str, Any]:
         """AUC and log loss of a head as it is, and under `calibrated` where that is possible."""
@@ -67,7 +68,7 @@ def read_heads(run: Path, part: Part = "tune") -> Heads:
     scores = (tune if test is None else test).sort("row_id")
     layers = exit_layers_of(scores)
     logits = _logits(scores, layers)
-    calibrated: dict[int, Floats] = {}
+    calibrated: dict[int, F64] = {}
     try:
         labels = tune["label"].to_numpy()
         calibration = fit_calibration(_logits(tune, layers), labels, [0, *layers], exit_0=True)

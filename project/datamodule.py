@@ -19,6 +19,7 @@ import polars
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from project.arrays import F32
 from project.data.batch import Batch, EvaluationSampler, PackedLoader, StageClock, TrainSampler
 from project.data.download import default_cache, resolve_model
 from project.data.logs import Logs
@@ -43,7 +44,7 @@ from project.retrieval import (
     retrieved_tables,
     retrieved_warnings,
 )
-from project.retrieval.base import FloatArray, failures_named
+from project.retrieval.base import failures_named
 from project.retrieval.lightgcn import VectorRetriever
 from project.retrieval.online import FeatureIndex, can_be_indexed
 from project.retrieval.text import MAX_TOKENS, MeanPooling, encode_once, item_texts
@@ -203,12 +204,12 @@ class InteractionData(pl.LightningDataModule):
         return MeanPooling(self.tokenizer_name, MAX_TOKENS, min(ITEM_LAYERS, config.num_hidden_layers))
 
     @cached_property
-    def _known_vectors(self) -> FloatArray:
+    def _known_vectors(self) -> F32:
         """Of the log's items; every validation reads them."""
         with self.clock.stage("embed items"):
             return encode_once(self.item_encoder(), item_texts(self.split.interactions.items), self.cache_dir)
 
-    def item_vectors(self) -> FloatArray:
+    def item_vectors(self) -> F32:
         """Frozen vectors (items, d) of the texts of all items, those that only requests know last."""
         known = self._known_vectors
         new = [] if self.requests is None else item_texts(self.requests.items[len(known) :])

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from project.metrics import Floats
+from project.arrays import F64, I64
 
 PRIOR_ROWS = 5.0
 """A rate is mixed with so many rows at the train mean: best of 1, 2, 3, 5, 10, 20 on ML-100K's validation."""
@@ -45,10 +45,10 @@ SUREST = 1e-4  # chances by factorisation are clipped to this distance from 0 an
 class Retrieved:
     """Retrieved features of n rows as numbers: what a table of them holds, or an index answers."""
 
-    columns: dict[str, Floats]  # (n,) by the table's name; NaN where it has null
-    of_row: NDArray[np.intp]  # (pairs,) the row of each neighbour, ascending
-    similarity: Floats  # (pairs,)
-    answer: Floats  # (pairs,)
+    columns: dict[str, F64]  # (n,) by the table's name; NaN where it has null
+    of_row: I64  # (pairs,) the row of each neighbour, ascending
+    similarity: F64  # (pairs,)
+    answer: F64  # (pairs,)
 
     @classmethod
     def of(cls, table: pl.DataFrame | Retrieved) -> Retrieved:
@@ -87,13 +87,13 @@ class Retrieved:
         columns = {name: values[part] for name, values in self.columns.items()}
         return Retrieved(columns, self.of_row[pairs] - start, self.similarity[pairs], self.answer[pairs])
 
-    def sums(self, of_pair: Floats) -> Floats:
+    def sums(self, of_pair: F64) -> F64:
         """(n,) of a number of each neighbour, (pairs,)."""
-        found: Floats = np.bincount(self.of_row, of_pair, len(self)).astype(np.float64)
+        found: F64 = np.bincount(self.of_row, of_pair, len(self)).astype(np.float64)
         return found
 
 
-def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> Floats:
+def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> F64:
     """Rows of a retrieved features table as numbers: (n, len(FEATURES)), finite.
 
     `base` is the share of likes among train targets, to which rates of few rows shrink. Where the table has no
@@ -103,11 +103,11 @@ def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> Floats:
         return np.concatenate([feature_matrix(part, base) for part in retrieved.iter_slices(BLOCK)])
     found = Retrieved.of(retrieved)
 
-    def numbers(name: str) -> Floats:
+    def numbers(name: str) -> F64:
         values = found.columns.get(name, np.zeros(len(found)))
         return np.where(np.isnan(values), 0.0, values)
 
-    def rate_and_rows(rate: str, count: str) -> tuple[Floats, Floats]:
+    def rate_and_rows(rate: str, count: str) -> tuple[F64, F64]:
         rows = numbers(count)
         return _log_odds(numbers(rate) * rows, rows, base), np.log1p(rows)
 
@@ -136,9 +136,9 @@ def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> Floats:
     return np.stack(columns, axis=1)
 
 
-def _log_odds(likes: Floats, rows: Floats, base: float) -> Floats:
+def _log_odds(likes: F64, rows: F64, base: float) -> F64:
     """Log-odds of (likes + k base) / (rows + k): finite, and the train mean where there are no rows."""
-    odds: Floats = np.log(likes + PRIOR_ROWS * base) - np.log(rows - likes + PRIOR_ROWS * (1.0 - base))
+    odds: F64 = np.log(likes + PRIOR_ROWS * base) - np.log(rows - likes + PRIOR_ROWS * (1.0 - base))
     return odds
 
 
@@ -148,7 +148,7 @@ class FeatureBaseline:
 
     base: float  # share of likes among train targets
     offset: float
-    weights: Floats  # (len(FEATURES),) on features as they are, not standardised
+    weights: F64  # (len(FEATURES),) on features as they are, not standardised
 
     @classmethod
     def fit(cls, retrieved: pl.DataFrame, labels: ArrayLike) -> FeatureBaseline:
@@ -158,22 +158,22 @@ class FeatureBaseline:
         return cls.fit_features(feature_matrix(retrieved, base), answers, base)
 
     @classmethod
-    def fit_features(cls, features: Floats, labels: NDArray[Any], base: float) -> FeatureBaseline:
+    def fit_features(cls, features: F64, labels: NDArray[Any], base: float) -> FeatureBaseline:
         """`fit` for features (n, len(FEATURES)) that were made with this `base`."""
         scaler, regression = logistic_regression().fit(features, labels)
         weights = regression.coef_[0] / scaler.scale_
         return cls(base, float(regression.intercept_[0] - weights @ scaler.mean_), weights)
 
-    def logits(self, retrieved: pl.DataFrame | Retrieved) -> Floats:
+    def logits(self, retrieved: pl.DataFrame | Retrieved) -> F64:
         """Logits (n,) of n rows of retrieved features."""
         return self.of_features(feature_matrix(retrieved, self.base))
 
-    def of_features(self, features: Floats) -> Floats:
+    def of_features(self, features: F64) -> F64:
         """Logits (n,) of features (n, len(FEATURES)) that were made with this `base`."""
-        scores: Floats = features @ self.weights + self.offset
+        scores: F64 = features @ self.weights + self.offset
         return scores
 
-    def to_array(self) -> Floats:
+    def to_array(self) -> F64:
         """(2 + len(FEATURES),): base, offset, weights."""
         return np.concatenate([[self.base, self.offset], self.weights])
 

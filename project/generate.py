@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
+from project.arrays import F32, I32
 from project.errors import ConfigError
 from project.run import replace_file
-
-Floats = NDArray[np.float32]
 
 DIM, TOPICS, WORDS = 8, 40, 6  # of taste; of items; of a topic
 SPAN = 3 * 365 * 86_400  # seconds that the log takes
@@ -43,11 +41,11 @@ def generate(rows: int, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
     rng = np.random.default_rng(seed)
     users, items = rows // 50, int(5 * rows**0.5)
 
-    def normal(*shape: int) -> Floats:
+    def normal(*shape: int) -> F32:
         return rng.standard_normal(shape, dtype=np.float32)
 
     # 1. who rates what: activity ~ rank^-1/2, popularity ~ rank^-4/5, ranks in no order of codes
-    def drawn(count: int, exponent: float, size: int) -> NDArray[np.int32]:
+    def drawn(count: int, exponent: float, size: int) -> I32:
         weight = (rng.permutation(count) + 10.0) ** -exponent
         return np.searchsorted(np.cumsum(weight / weight.sum())[:-1], rng.random(size)).astype(np.int32)
 
@@ -87,7 +85,7 @@ def generate(rows: int, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
     return log, pl.DataFrame({"item_id": np.arange(items), "title": titles})
 
 
-def reachable_auc(chance: Floats) -> float:
+def reachable_auc(chance: F32) -> float:
     """AUC of the true chances (n,), over all labels that they could have drawn: no score's is higher."""
     likes = np.sort(chance.astype(np.float64))
     dislikes = 1 - likes

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.intp]
+from project.arrays import F64, I64
 
 OwnMetric = Callable[[Any, Any, Any], float | None]  # of labels, probabilities and users, (n,) each
 
@@ -22,7 +21,7 @@ OwnMetric = Callable[[Any, Any, Any], float | None]  # of labels, probabilities 
 SMALLEST_PROBABILITY = 1e-3
 
 
-def probabilities(logits: ArrayLike) -> Floats:
+def probabilities(logits: ArrayLike) -> F64:
     """Sigmoid of logits without overflow, clipped to [.001, .999]: what is emitted and measured."""
     values = _scores(logits)
     small = np.exp(-np.abs(values))
@@ -84,7 +83,7 @@ def user_aucs(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> dict[st
     both = (positives > 0) & (positives < rows)
     found = won[both] / (positives * (rows - positives))[both]
 
-    def mean(weights: Floats) -> dict[str, Any]:
+    def mean(weights: F64) -> dict[str, Any]:
         value = float(np.average(found, weights=weights[both])) if found.size else None
         return {"value": value, "users": int(found.size), "rows": int(rows[both].sum())}
 
@@ -130,7 +129,7 @@ def auc_gap(
     return gap, math.sqrt(float(total @ total) * found.size / max(found.size - 1, 1))
 
 
-def _components(scores: ArrayLike, labels: NDArray[Any]) -> tuple[Floats, Floats]:
+def _components(scores: ArrayLike, labels: NDArray[Any]) -> tuple[F64, F64]:
     """Share of negatives below each positive, share of positives above each negative, ties half."""
     values, positive = np.asarray(scores, dtype=np.float64), labels == 1
     rank = rankdata(values)
@@ -143,33 +142,33 @@ def _components(scores: ArrayLike, labels: NDArray[Any]) -> tuple[Floats, Floats
 class Pairs:
     """Scores sorted once: each positive's place among the negatives, ties as [first, last)."""
 
-    def __init__(self, scores: Floats, positive: Floats) -> None:
-        self._positives: Ints = np.flatnonzero(positive)
+    def __init__(self, scores: F64, positive: F64) -> None:
+        self._positives: I64 = np.flatnonzero(positive)
         negatives = np.flatnonzero(positive == 0)
-        self._negatives: Ints = negatives[np.argsort(scores[negatives], kind="stable")]
+        self._negatives: I64 = negatives[np.argsort(scores[negatives], kind="stable")]
         ordered = scores[self._negatives]
-        self._first: Ints = np.searchsorted(ordered, scores[self._positives], side="left")
-        self._last: Ints = np.searchsorted(ordered, scores[self._positives], side="right")
+        self._first: I64 = np.searchsorted(ordered, scores[self._positives], side="left")
+        self._last: I64 = np.searchsorted(ordered, scores[self._positives], side="right")
 
-    def weighted_auc(self, weights: NDArray[np.floating[Any]]) -> Floats:
+    def weighted_auc(self, weights: NDArray[np.floating[Any]]) -> F64:
         """Row weights (draws, n) -> AUC (draws,), NaN where a class weighs nothing; a pair weighs the product."""
         below = np.zeros((weights.shape[0], self._negatives.size + 1))
         np.cumsum(weights[:, self._negatives], axis=1, dtype=np.float64, out=below[:, 1:])
         own = weights[:, self._positives].astype(np.float64)
         won = np.einsum("dp,dp->d", own, below[:, self._first] + below[:, self._last]) / 2
         all_pairs = own.sum(axis=1) * below[:, -1]
-        share: Floats = np.divide(won, all_pairs, out=np.full(won.shape, np.nan), where=all_pairs > 0)
+        share: F64 = np.divide(won, all_pairs, out=np.full(won.shape, np.nan), where=all_pairs > 0)
         return share
 
 
-def row_log_loss(probability: Floats, positive: Floats) -> Floats:
+def row_log_loss(probability: F64, positive: F64) -> F64:
     """Minus log probability of what happened; infinity for a certain mistake."""
     with np.errstate(divide="ignore"):  # log(0)
-        loss: Floats = -np.log(np.where(positive == 1, probability, 1.0 - probability))
+        loss: F64 = -np.log(np.where(positive == 1, probability, 1.0 - probability))
     return loss
 
 
-def _scores(scores: ArrayLike) -> Floats:
+def _scores(scores: ArrayLike) -> F64:
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1:
         raise ValueError(f"expected scores of shape (n,), found {values.shape}")
@@ -179,7 +178,7 @@ def _scores(scores: ArrayLike) -> Floats:
     return values
 
 
-def checked(scores: ArrayLike, labels: ArrayLike, probability: bool = False) -> tuple[Floats, Floats]:
+def checked(scores: ArrayLike, labels: ArrayLike, probability: bool = False) -> tuple[F64, F64]:
     """Scores and labels as float64, or a ValueError that says what is wrong with them."""
     values, positive = _scores(scores), np.asarray(labels, dtype=np.float64)
     if positive.shape != values.shape:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
+from project.arrays import F64, I8
 from project.callbacks import ResultFiles
 from project.data.requests import Workload, catalogue_requests, concatenate, labelled_requests
 from project.engine.engine import score_every_head
@@ -37,7 +38,7 @@ from project.exits.criteria import (
 from project.exits.plan import admit, raw_outputs
 from project.exits.policy import leave
 from project.exits.top_k import TopK, fit_margins, overlap_at_k, precision_at_k
-from project.metrics import Floats, user_aucs
+from project.metrics import user_aucs
 from project.report.tables import render, shown
 from project.run import exit_layers_of, read_result, result_head, write_json, write_table
 
@@ -108,7 +109,7 @@ class ScoredRequests:
     outputs: HeadOutputs
     target_tokens: Tensor
     stream_tokens: Tensor
-    label: NDArray[np.int8]
+    label: I8
 
     @classmethod
     def of(cls, scores: pl.DataFrame, calibration: Calibration | None = None) -> ScoredRequests:
@@ -210,9 +211,9 @@ def fastest(
     return best
 
 
-def overlaps(scored: ScoredRequests, ranking: Ranking, full: Ranking, k: int) -> Floats:
+def overlaps(scored: ScoredRequests, ranking: Ranking, full: Ranking, k: int) -> F64:
     """Share of full depth's best k that are in the ranking's best k, (r,)."""
-    found: Floats = overlap_at_k(scored.request, ranking.keys, full.keys, k).numpy()
+    found: F64 = overlap_at_k(scored.request, ranking.keys, full.keys, k).numpy()
     return found
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from numpy.typing import NDArray
 
+from project.arrays import F64
 from project.exits.budget import TuneFold
 from project.exits.criteria import confidence_table
 from project.exits.criteria import name as name_of
@@ -31,7 +31,6 @@ from project.exits.policy import leave
 from project.features import FEATURES
 from project.run import SCHEMA_VERSION, replace_file, score_table
 
-Floats = NDArray[np.float64]
 LAYERS = [4, 8, 12]
 ITEM_ROWS = FEATURES.index("item_rows")
 ALPHAS = (0.5, 0.2, 0.1, 0.05)
@@ -52,8 +51,8 @@ class World:
     """Rows of a score table, their features (n, F), and the probabilities that labels were drawn with (n,)."""
 
     scores: pl.DataFrame
-    features: Floats
-    truth: Floats
+    features: F64
+    truth: F64
 
 
 def make_world(users: int, harsh: bool, rng: np.random.Generator) -> World:
@@ -85,7 +84,7 @@ def make_world(users: int, harsh: bool, rng: np.random.Generator) -> World:
     return World(score_table(columns, heads[:, 1:], LAYERS), features, truth)
 
 
-def true_auc(scores: Floats, truth: Floats) -> float:
+def true_auc(scores: F64, truth: F64) -> float:
     """Share of pairs in order where row i is positive with probability truth_i."""
     positive = truth[scores.argsort()]
     negative = 1 - positive

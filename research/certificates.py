@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from project.arrays import F64, I64
 from project.exits.certificate import ROWS_OF_A_USER, CertificateSettings, UserPairs, certify, p_value
 from project.run import SCHEMA_VERSION
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Users = tuple[Floats, Floats, Ints, Ints]
+Users = tuple[F64, F64, I64, I64]
 
 ABOUT = (
     "Passed, not enough users: shares of the draws with that answer. Bets alone: share that passes without a least "
@@ -26,19 +24,19 @@ DROPS = {"at_epsilon": SETTINGS.epsilon, "quarter": SETTINGS.epsilon / 4, "none"
 WIDTH = ROWS_OF_A_USER  # rows of a user that are drawn: a certificate reads no more
 
 
-def _lognormal(rng: np.random.Generator, users: int) -> Ints:
+def _lognormal(rng: np.random.Generator, users: int) -> I64:
     """Mean 20 rows, standard deviation of the log 1."""
     return np.maximum(1, np.exp(rng.normal(np.log(20) - 0.5, 1, users)).round()).astype(np.int64)
 
 
-def _giant(rng: np.random.Generator, users: int) -> Ints:
+def _giant(rng: np.random.Generator, users: int) -> I64:
     """The first user has as many rows as all others."""
     sizes = _lognormal(rng, users)
     sizes[0] = sizes[1:].sum()
     return sizes
 
 
-WORLDS: dict[str, tuple[Callable[[np.random.Generator, int], Ints], float]] = {
+WORLDS: dict[str, tuple[Callable[[np.random.Generator, int], I64], float]] = {
     "log-normal sizes": (_lognormal, 0.15),
     "equal sizes": (lambda rng, users: np.full(users, 20), 0.15),
     "one giant user": (_giant, 0.15),

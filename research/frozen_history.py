@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from numpy.typing import NDArray
 
+from project.arrays import F64
 from project.config import open_run
 from project.data.requests import labelled_requests
 from project.engine.engine import score_every_head
@@ -43,14 +43,12 @@ ABOUT = (
 )
 
 
-def wins(rows: pl.DataFrame, column: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def wins(rows: pl.DataFrame, column: str) -> tuple[F64, F64]:
     """Of a user's pairs of a liked and a disliked row: whether the liked one is ahead (1, 1/2, 0), seconds apart."""
     liked, not_liked = rows.filter(pl.col("label") == 1), rows.filter(pl.col("label") == 0)
 
-    def gaps(name: str) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = np.subtract.outer(
-            *(t[name].to_numpy().astype(np.float64) for t in (liked, not_liked))
-        )
+    def gaps(name: str) -> F64:
+        found: F64 = np.subtract.outer(*(t[name].to_numpy().astype(np.float64) for t in (liked, not_liked)))
         return found
 
     return np.heaviside(gaps(column), 0.5), abs(gaps("timestamp"))

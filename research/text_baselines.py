@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import yaml
 from jsonargparse import ArgumentParser
-from numpy.typing import NDArray
 from sklearn.decomposition import TruncatedSVD
 from sklearn.preprocessing import StandardScaler
 
+from project.arrays import F32, F64
 from project.data.download import default_cache
 from project.datamodule import InteractionData
 from project.evaluation.baselines import boosting, retrieved_features, targets_of, train_labels
@@ -23,8 +23,6 @@ from project.retrieval.own_text import SHRINK, item_vectors
 from project.retrieval.text import MeanPooling, encode_once, item_texts
 from project.retrieval.walk import WalkRows, queries_by_user
 from project.run import SCHEMA_VERSION
-
-Floats = NDArray[np.float64]
 
 SPLITS = ("train", "valid", "test")
 DIMENSIONS = 48
@@ -38,7 +36,7 @@ ABOUT = (
 )
 
 
-def answers_by_similarity(rows: WalkRows, vectors: NDArray[np.float32]) -> Floats:
+def answers_by_similarity(rows: WalkRows, vectors: F32) -> F64:
     """(rows, 2): the user's own strictly earlier answers, by similarity to the candidate, and log(1 + its sum).
 
     The formula is that of `project.retrieval.own_text`, with another similarity.
@@ -80,7 +78,7 @@ def study(config: Path) -> list[dict[str, Any]]:
         for split, part in targets.items()
     }
     # 3. the same models on every set of features
-    scores: dict[str, dict[str, Floats]] = {}
+    scores: dict[str, dict[str, F64]] = {}
     for name, kinds in {"": [], " + svd": ["svd"], " + encoder": ["encoder"]}.items():
         features = {s: np.hstack([known[s], *(more[s][kind] for kind in kinds)]) for s in SPLITS}
         for model, made in (("gbdt_text", boosting()), ("lr_text", logistic_regression())):

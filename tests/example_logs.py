@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from project.arrays import F32
 from project.data.protocol import FOLDS, ROLES, SPLITS, Interactions, Protocol, SplitInteractions
 from project.retrieval import VectorRetriever
-from project.retrieval.base import Edges, FloatArray, Retriever
+from project.retrieval.base import Edges, Retriever
 from project.retrieval.walk import WalkRows, fit_snapshots, walk
 
 NUM_USERS, NUM_ITEMS = 12, 9
@@ -20,10 +21,10 @@ Array = np.ndarray[Any, Any]
 class CoLikes(VectorRetriever):
     """An item's vector counts which items its likers liked: any edge too many changes it."""
 
-    def item_table(self, edges: Edges, block: int) -> FloatArray:
+    def item_table(self, edges: Edges, block: int) -> F32:
         likes = np.zeros((self._num_users, self._items.height), np.float32)
         np.add.at(likes, (edges.user, edges.item), edges.label.astype(np.float32))
-        table: FloatArray = likes.T @ likes
+        table: F32 = likes.T @ likes
         return table
 
 

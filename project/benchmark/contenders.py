@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from project.arrays import F64
 from project.benchmark.llama_cpp import LlamaCpp, can_run, load
 from project.benchmark.transformers import Pointwise, SharedPrefix
 from project.callbacks import features_of
@@ -28,7 +29,7 @@ from project.exits.budget import budget_plan
 from project.exits.criteria import Criterion, RatioConsistency
 from project.exits.plan import ExitPlan, ExitSettings, Plans
 from project.exits.top_k import TopK, fit_margins
-from project.metrics import Floats, auc
+from project.metrics import auc
 from project.model.heads import heads_digest
 from project.rank import (
     LEAST_LABELLED,
@@ -148,14 +149,14 @@ class Contender:
         """Units it scored in a round."""
         return len(self.wall[0])
 
-    def typical(self, which: str, units: int | None = None) -> Floats:
+    def typical(self, which: str, units: int | None = None) -> F64:
         """(units,) seconds (`which`: wall or backbone) of each unit, or of the first so many: the median of rounds."""
-        found: Floats = np.median(np.array(getattr(self, which)), axis=0)[:units]
+        found: F64 = np.median(np.array(getattr(self, which)), axis=0)[:units]
         return found
 
-    def totals(self, which: str, units: int | None = None) -> Floats:
+    def totals(self, which: str, units: int | None = None) -> F64:
         """(rounds,) seconds (`which`: wall or backbone) of all units, or of the first so many."""
-        found: Floats = np.array(getattr(self, which))[:, :units].sum(axis=1)
+        found: F64 = np.array(getattr(self, which))[:, :units].sum(axis=1)
         return found
 
     def token_layers(self, requests: int | None = None) -> int:
@@ -197,7 +198,7 @@ class Bench:
         self._data, self._folder, self._device = data, folder, device
         self._settings = {f.name: getattr(settings, f.name) for f in fields(ExitSettings)}
         self._digest = heads_digest(model.state_dict())
-        self._tables: dict[str, tuple[pl.DataFrame, Floats]] = {}  # scores, and features of the same rows
+        self._tables: dict[str, tuple[pl.DataFrame, F64]] = {}  # scores, and features of the same rows
         for name in ("valid", "test"):
             path = folder / "scores" / f"{name}.parquet"
             # a table of another checkpoint does not count
@@ -286,7 +287,7 @@ class Bench:
     def _engine(self, decision: Decision, cache: StreamCache | None) -> Engine:
         return Engine(self.module, decision, cache)
 
-    def _drop(self, logits: Floats, full: Floats) -> dict[str, Any]:
+    def _drop(self, logits: F64, full: F64) -> dict[str, Any]:
         drop = self._bootstrap.difference_interval(full, logits, self._labels)
         value = auc(logits, self._labels)
         return {"auc": value, "auc_drop": drop["value"], "auc_drop_interval": drop["interval"]}

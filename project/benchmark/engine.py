@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from project.arrays import F64
 from project.benchmark.contenders import Bench, Case, Contender, Unit, cases, run_rounds
 from project.data.requests import catalogue_requests
 from project.engine.cache import StreamCache
@@ -22,7 +23,6 @@ from project.engine.requests import PreparedRequest, Scored, prepare_requests
 from project.errors import ConfigError, NotFittedError
 from project.evaluation.bootstrap import UserBootstrap
 from project.exits.plan import ExitSettings
-from project.metrics import Floats
 from project.report.tables import render, shown
 from project.retrieval.online import can_be_indexed
 from project.run import result_head, write_json
@@ -66,7 +66,7 @@ class Limits:
         """Of each ceiling."""
         return cls(*np.median([astuple(limits) for limits in measured], axis=0).tolist())
 
-    def least_seconds(self, flops: Sequence[Floats]) -> float:
+    def least_seconds(self, flops: Sequence[F64]) -> float:
         """Seconds below which the backbone cannot do this; a layer's weights are read once for all.
 
         `flops`: per request that runs together with the others, `useful_flops` by layer.
@@ -88,7 +88,7 @@ def _seconds(layers: Sequence[Any], rows: int, like: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def useful_flops(scored: Scored, request: PreparedRequest, model: ExitRecommender) -> Floats:
+def useful_flops(scored: Scored, request: PreparedRequest, model: ExitRecommender) -> F64:
     """FLOPs that a request's exits need by layer, (deepest exit,): linear layers, and the scores that queries may see.
 
     At the layer where a candidate leaves, its tokens owe keys and values alone and its answer slot the rest; the same
@@ -111,7 +111,7 @@ def useful_flops(scored: Scored, request: PreparedRequest, model: ExitRecommende
         tokens, read = tokens + s * goes_on, read + s * ~goes_on
         seen = seen + goes_on * s * (s + 1) / 2
     linear = whole * tokens + owed * read + (whole - owed) * slots
-    flops: Floats = 2.0 * linear + 4.0 * config.num_attention_heads * width * seen
+    flops: F64 = 2.0 * linear + 4.0 * config.num_attention_heads * width * seen
     return flops
 
 
@@ -124,7 +124,7 @@ class Against:
     limits: Limits
 
 
-def ratio_interval(slow: Floats, fast: Floats) -> dict[str, Any]:
+def ratio_interval(slow: F64, fast: F64) -> dict[str, Any]:
     """How many times faster, {`value`, `interval`}: a ratio of summed seconds (units,), units resampled, paired."""
     return UserBootstrap(np.arange(len(slow)), DRAWS).ratio_interval(slow, fast)
 
@@ -195,7 +195,7 @@ def contender_row(
     }
 
 
-def _flops(contender: Contender, units: list[Unit], model: ExitRecommender) -> list[list[Floats]]:
+def _flops(contender: Contender, units: list[Unit], model: ExitRecommender) -> list[list[F64]]:
     """Per unit, per request: useful FLOPs by layer."""
     found = {s.request_id: s for s in contender.scored}
     return [[useful_flops(found[r.request_id], r, model) for r in unit] for unit in units]

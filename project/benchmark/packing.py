@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from transformers import AutoModel
 
+from project.arrays import I64
 from project.benchmark.transformers import padded
 from project.data.batch import Batch, TrainSampler, pack
 from project.data.download import resolve_model
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 ROUNDS = 3  # fewer do not show the spread
 
 
-def prompts_of(streams: Streams, stream: int, window: Window) -> list[NDArray[np.int64]]:
+def prompts_of(streams: Streams, stream: int, window: Window) -> list[I64]:
     """One prompt for each target of a window: instruction, the segments it may see, itself up to the answer slot."""
     positions = window.positions + streams.offsets[stream]
     time = streams.timestamp[positions]

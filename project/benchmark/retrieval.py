@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 from rich.console import Console
 
+from project.arrays import F32, F64, I64
 from project.errors import DataError
 from project.evaluation.baselines import SINGLE_FEATURE, retrieved_features, targets_of, train_labels
 from project.evaluation.bootstrap import UserBootstrap
 from project.features import FEATURES
-from project.metrics import Floats, auc
+from project.metrics import auc
 from project.report.tables import render, shown
 from project.retrieval import (
     LightGCN,
@@ -26,7 +26,7 @@ from project.retrieval import (
     VectorRetriever,
     retrieved_tables,
 )
-from project.retrieval.base import NO_NEIGHBOURS, FloatArray, IntArray, Neighbours, Raters, Snapshot
+from project.retrieval.base import NO_NEIGHBOURS, Neighbours, Raters, Snapshot
 from project.retrieval.features import retrieved_folder
 from project.retrieval.walk import Snapshots, WalkRows, walk
 from project.run import result_head, write_json
@@ -51,14 +51,12 @@ class Contender:
     name: str  # of the retriever
     retriever: VectorRetriever
     cached: bool  # the query sums item vectors that are kept; else it encodes the history as text
-    query: Callable[[IntArray, IntArray], FloatArray]  # items and labels, oldest first, to the vector (d,)
+    query: Callable[[I64, I64], F32]  # items and labels, oldest first, to the vector (d,)
     rounds: list[list[tuple[float, float, float]]] = field(
         default_factory=lambda: [[] for _ in range(ROUNDS)]
     )
 
-    def measure(
-        self, number: int, item: IntArray, label: IntArray, raters: Raters, answers: IntArray
-    ) -> None:
+    def measure(self, number: int, item: I64, label: I64, raters: Raters, answers: I64) -> None:
         """Answer one request in round `number`: vector, nearest raters, and the mean of their answers."""
         start, cpu = time.perf_counter(), time.process_time()
         vector = self.query(item, label)
@@ -68,9 +66,9 @@ class Contender:
             answers[found.row].mean()
         self.rounds[number].append((between - start, cpu, time.perf_counter() - start))
 
-    def milliseconds(self) -> NDArray[np.float64]:
+    def milliseconds(self) -> F64:
         """Medians over the requests of each round, (3 times, rounds): one interruption must not count."""
-        medians: NDArray[np.float64] = 1e3 * np.median(np.array(self.rounds), axis=1).T
+        medians: F64 = 1e3 * np.median(np.array(self.rounds), axis=1).T
         return medians
 
 
@@ -93,7 +91,7 @@ class InTurns(Retriever):
     """
 
     def __init__(
-        self, retrievers: Mapping[str, VectorRetriever], contenders: list[Contender], answers: IntArray
+        self, retrievers: Mapping[str, VectorRetriever], contenders: list[Contender], answers: I64
     ) -> None:
         first = next(iter(retrievers.values()))
         super().__init__(first.neighbours, first.max_raters)
@@ -200,7 +198,7 @@ def vote_accuracy(
     """AUC of each retriever's neighbour vote on all test targets, and its lead over LightGCN's, users resampled."""
     rows = data.split.rows
     base = float(train_labels(rows).mean())
-    votes = dict[str, Floats]()
+    votes = dict[str, F64]()
     for name, retriever in retrievers.items():
         tables = retrieved_tables(data.split, retriever, data.refits, data.cache_dir)
         features = retrieved_features(rows, tables, "test", base)
@@ -217,7 +215,7 @@ def vote_accuracy(
     }
 
 
-def _sample(data: InteractionData, cuts: NDArray[np.float64]) -> pl.DataFrame:
+def _sample(data: InteractionData, cuts: F64) -> pl.DataFrame:
     """At most MOST test targets in random order, of users with earlier rows, in blocks after the first."""
     usable = (pl.col("hist") > 0) & (pl.col("timestamp") >= cuts.min(initial=np.inf))
     targets = targets_of(data.split.rows, "test").filter(usable)

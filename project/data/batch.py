@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from project.data.ragged import IntArray, offsets_of, within
+from project.arrays import I64
+from project.data.ragged import offsets_of, within
 from project.data.stream import Streams, Window
 from project.layout import Layout
 
@@ -97,14 +98,14 @@ def _row(values: np.ndarray[tuple[int], np.dtype[np.generic]]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values))[None]
 
 
-def window_tokens(streams: Streams, windows: Windows) -> IntArray:
+def window_tokens(streams: Streams, windows: Windows) -> I64:
     """(w,) tokens of each window, its instruction included."""
     stream = np.array([s for s, _ in windows], dtype=np.int64)
     within_stream = [(w.start, w.stop, w.first, w.last) for _, w in windows]
     places = np.array(within_stream, dtype=np.int64).reshape(-1, 4) + streams.offsets[stream, None]
     at = streams.tokens.offsets
     start, stop, first, last = at[places].T
-    tokens: IntArray = at[-1] - at[-2] + stop - start + last - first
+    tokens: I64 = at[-1] - at[-2] + stop - start + last - first
     return tokens
 
 

@@ -5,9 +5,8 @@ from typing import Literal
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
-from project.data.ragged import IntArray
+from project.arrays import I64, Bool
 from project.errors import DataError
 
 ROUNDS = 100  # of drawing anew what may not stay
@@ -50,10 +49,10 @@ def draw_negatives(rows: pl.DataFrame, negatives: Negatives, hidden: pl.Series, 
 def _unseen(
     readable: pl.DataFrame,
     drawn: pl.DataFrame,
-    allowed: NDArray[np.bool_],
+    allowed: Bool,
     popular: bool,
     rng: np.random.Generator,
-) -> IntArray:
+) -> I64:
     """An allowed item for each row of `drawn`, one that its user has not clicked in `readable` until its time."""
     # 1. when a user clicked an item first, by a key of both
     items = allowed.size

@@ -9,16 +9,15 @@ from dataclasses import dataclass, field, replace
 from string import Formatter
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from project.data.ragged import IntArray, Ragged, append, join
+from project.arrays import F64, I8, I64
+from project.data.ragged import Ragged, append, join
 from project.errors import ConfigError
 from project.features import FEATURES, Retrieved, feature_matrix
-from project.metrics import Floats
 
 
 @dataclass
@@ -80,12 +79,12 @@ def fields_together(name: str) -> list[str] | None:
     return fields if NUMBERS.keys() >= set(fields) and len(set(fields)) == len(fields) else None
 
 
-def number_features(retrieved: pl.DataFrame | Retrieved) -> Floats:
+def number_features(retrieved: pl.DataFrame | Retrieved) -> F64:
     """(n, len(FEATURES)) of n rows of retrieved features, at even odds."""
     return feature_matrix(retrieved, 0.5)
 
 
-def number_ids(features: Floats, fields: Sequence[str]) -> IntArray:
+def number_ids(features: F64, fields: Sequence[str]) -> I64:
     """(n,) ids, `LOWEST_ID` to -1, of tokens that show the fields of `NUMBERS`; features as of `number_features`."""
     ids = np.zeros(len(features), dtype=np.int64)
     for name in fields:
@@ -127,22 +126,22 @@ def readable(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
 UNKNOWN = "?"  # what the prompt says where nothing has been counted yet
 
 
-def _percent(values: Floats) -> list[str]:
+def _percent(values: F64) -> list[str]:
     """Always two digits, 00 to 99: whatever is known is equally long."""
     return [UNKNOWN if v != v else f"{min(int(100 * v + 0.5), 99):02d}" for v in values.tolist()]
 
 
-def _round_down(values: Floats) -> list[str]:
+def _round_down(values: F64) -> list[str]:
     """0, 1, 2, 5, 10, 20, 50, ...: counts as few distinct texts."""
     steps = np.array([0, *(m * 10**e for e in range(8) for m in (1, 2, 5))])
     return [str(steps[i]) for i in np.searchsorted(steps, values, side="right") - 1]
 
 
-def _plain(values: Floats) -> list[str]:
+def _plain(values: F64) -> list[str]:
     return [str(int(value)) for value in values.tolist()]
 
 
-RETRIEVED_FIELDS: dict[str, tuple[str, Callable[[Floats], list[str]]]] = {
+RETRIEVED_FIELDS: dict[str, tuple[str, Callable[[F64], list[str]]]] = {
     "item_percent": ("item_rate", _percent),
     "user_percent": ("user_rate", _percent),
     "vote_percent": ("vote", _percent),
@@ -282,7 +281,7 @@ class Segments:
     """Token ids of n segments."""
 
     tokens: Ragged  # n lists, the answer included where it is known
-    slots: IntArray  # (n,) index of the answer slot inside each segment
+    slots: I64  # (n,) index of the answer slot inside each segment
 
 
 class PromptEncoder:
@@ -311,7 +310,7 @@ class PromptEncoder:
             tokenizer.encode(text, add_special_tokens=False) if text else []
             for text in (prompt.instruction, *prompt.answers)
         )
-        self.instruction: IntArray = np.array(instruction, dtype=np.int64)
+        self.instruction: I64 = np.array(instruction, dtype=np.int64)
         # index 0, 1: the answers; index 2 (label -1): unknown, no answer tokens
         self._answers = Ragged.of([*answers, []])
         self._static = self._static_of(items)
@@ -344,9 +343,7 @@ class PromptEncoder:
         distinct, codes = np.unique(np.array(texts, dtype=object).astype(str), return_inverse=True)
         return Ragged.of([self._ids(t) for t in distinct.tolist()]).take(codes.astype(np.int64))
 
-    def encode(
-        self, item: IntArray, retrieved: pl.DataFrame | Retrieved, label: npt.NDArray[np.int8]
-    ) -> Segments:
+    def encode(self, item: I64, retrieved: pl.DataFrame | Retrieved, label: I8) -> Segments:
         """Segments of items (n,), their n rows of the retrieved features, and answers (n,): 0, 1, or -1 for none."""
         found = Retrieved.of(retrieved)
         columns = {"likes": found.sums(found.answer)} | found.columns
@@ -368,10 +365,10 @@ class PromptEncoder:
         segments = join([*parts, answers])
         return Segments(segments, segments.lengths - answers.lengths - 1)
 
-    def least_lengths(self) -> IntArray:
+    def least_lengths(self) -> I64:
         """(items,) fewest tokens of an item's segment and its answer: one for each retrieved feature."""
         fixed = len(self._parts) - len(self._static) + int(self._answers.lengths.max())
-        lengths: IntArray = np.full(len(self._titles), fixed, dtype=np.int64)
+        lengths: I64 = np.full(len(self._titles), fixed, dtype=np.int64)
         return sum((part.lengths for part in self._static.values()), start=lengths)
 
     def encode_similar(self, lists: Sequence[Sequence[int]]) -> Ragged:

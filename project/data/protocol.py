@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
+from project.arrays import I64
 from project.data.logs import RawLogs, checked
 from project.data.negatives import Negatives, draw_negatives
 from project.errors import ConfigError, DataError
@@ -387,7 +387,7 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
     return pl.Series(codes).replace_strict(dict(enumerate(SPLITS)), return_dtype=pl.Enum(SPLITS))
 
 
-def _cuts(size: int | npt.NDArray[np.int64], shares: list[float]) -> tuple[Any, Any]:
+def _cuts(size: int | I64, shares: list[float]) -> tuple[Any, Any]:
     """Indices floor(s1 n) and floor((s1 + s2) n), rounded first: in binary .7 + .1 is less than .8."""
     first, second = shares[0], shares[0] + shares[1]
     return np.floor(np.round(first * size, 6)), np.floor(np.round(second * size, 6))

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int64]
+from project.arrays import I64
 
 
 @dataclass(frozen=True)
 class Ragged:
     """`n` integer lists: list i is `values[offsets[i]:offsets[i + 1]]`."""
 
-    values: IntArray  # (total,) all lists one after the other
-    offsets: IntArray  # (n + 1,) where each list starts; the last entry is `total`
+    values: I64  # (total,) all lists one after the other
+    offsets: I64  # (n + 1,) where each list starts; the last entry is `total`
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> Ragged:
@@ -28,29 +27,29 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> IntArray:
+    def __getitem__(self, index: int) -> I64:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
     @property
-    def lengths(self) -> IntArray:
+    def lengths(self) -> I64:
         """(n,) length of each list."""
         return np.diff(self.offsets)
 
-    def take(self, index: IntArray) -> Ragged:
+    def take(self, index: I64) -> Ragged:
         """Lists `index[0], index[1], ...`, repeats allowed."""
         starts = self.offsets[index]
         lengths = self.offsets[index + 1] - starts  # not of all lists, since a batch takes few
         return Ragged(self.values[np.repeat(starts, lengths) + within(lengths)], offsets_of(lengths))
 
 
-def offsets_of(lengths: IntArray) -> IntArray:
+def offsets_of(lengths: I64) -> I64:
     """(n + 1,) exclusive running sum of `lengths` with the total at the end."""
     out = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=out[1:])
     return out
 
 
-def within(lengths: IntArray) -> IntArray:
+def within(lengths: I64) -> I64:
     """(total,) index of each element inside its own list: lengths 2, 3 give 0 1 0 1 2."""
     total = int(lengths.sum())
     return np.arange(total, dtype=np.int64) - np.repeat(offsets_of(lengths)[:-1], lengths)

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
+from project.arrays import F64, I8, I64, Bool
 from project.data.prompt import PromptEncoder
 from project.data.protocol import answered
-from project.data.ragged import IntArray, Ragged, append, offsets_of
+from project.data.ragged import Ragged, append, offsets_of
 
-BoolArray = npt.NDArray[np.bool_]
 ROOM = 0.25  # a window may pass `context_tokens` by this share for the rows that share its last timestamp
 TOGETHER = 2**17  # rows that become tokens at once
 
@@ -32,18 +31,18 @@ class Window:
     last: int
 
     @property
-    def positions(self) -> IntArray:
+    def positions(self) -> I64:
         """Stream positions of all segments, in order."""
         return np.concatenate([np.arange(self.start, self.stop), np.arange(self.first, self.last)])
 
 
-def time_groups(timestamps: npt.NDArray[np.float64]) -> IntArray:
+def time_groups(timestamps: F64) -> I64:
     """(g + 1,) stream positions where the timestamp changes, with 0 and n at the ends."""
     change = np.flatnonzero(np.diff(timestamps)) + 1
     return np.concatenate([[0], change, [len(timestamps)]]).astype(np.int64)
 
 
-def context_starts(lengths: IntArray, groups: IntArray, context_tokens: int) -> IntArray:
+def context_starts(lengths: I64, groups: I64, context_tokens: int) -> I64:
     """(g + 1,) where the context of each time group starts: that of group j is [result[j], groups[j]).
 
     After a group has been appended and the stream holds more than `context_tokens`, the oldest segments are dropped
@@ -62,7 +61,7 @@ def context_starts(lengths: IntArray, groups: IntArray, context_tokens: int) -> 
 
 
 def evaluation_windows(
-    lengths: IntArray, groups: IntArray, target: BoolArray, context_tokens: int, context: BoolArray
+    lengths: I64, groups: I64, target: Bool, context_tokens: int, context: Bool
 ) -> Iterator[Window]:
     """Windows in which every target of a stream is scored exactly once; lengths and groups as in `context_starts`.
 
@@ -91,7 +90,7 @@ def evaluation_windows(
             first, stop = last, min(last, int(groups[after - 1]))
 
 
-def training_windows(lengths: IntArray, context_tokens: int, first_cut: int) -> list[tuple[int, int]]:
+def training_windows(lengths: I64, context_tokens: int, first_cut: int) -> list[tuple[int, int]]:
     """(start, stop) positions that cut a stream back to back into windows of at most `context_tokens`.
 
     The first window has `first_cut` tokens, drawn anew each epoch so that cuts fall elsewhere. A longer single segment
@@ -114,16 +113,14 @@ def training_windows(lengths: IntArray, context_tokens: int, first_cut: int) -> 
 class Streams:
     """Streams of s users (or requests) over n segments, one after the other."""
 
-    offsets: IntArray  # (s + 1,) where each stream starts
-    row_id: (
-        IntArray  # (n,) row of the log, or index of the candidate; -1 for a list of what similar users liked
-    )
-    timestamp: npt.NDArray[np.float64]  # (n,) seconds, not decreasing inside a stream
-    label: npt.NDArray[np.int8]  # (n,) 0, 1, or -1 where unknown
-    target: BoolArray  # (n,) whether a head is to score the segment
-    context: BoolArray  # (n,) whether later segments may see it
+    offsets: I64  # (s + 1,) where each stream starts
+    row_id: I64  # (n,) row of the log, or index of the candidate; -1 for a list of what similar users liked
+    timestamp: F64  # (n,) seconds, not decreasing inside a stream
+    label: I8  # (n,) 0, 1, or -1 where unknown
+    target: Bool  # (n,) whether a head is to score the segment
+    context: Bool  # (n,) whether later segments may see it
     tokens: Ragged  # n + 1 token lists; the last one is the instruction
-    slots: IntArray  # (n,) index of the answer slot inside each segment
+    slots: I64  # (n,) index of the answer slot inside each segment
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -171,8 +168,8 @@ def build_streams(rows: pl.DataFrame, retrieved: pl.DataFrame, split: str, encod
 
 def streams_of(
     joined: pl.DataFrame,
-    target: BoolArray,
-    context: BoolArray,
+    target: Bool,
+    context: Bool,
     encoder: PromptEncoder,
     retrieved: pl.DataFrame | None = None,
 ) -> Streams:

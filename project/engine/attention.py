@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from project.data.ragged import IntArray, offsets_of, within
+from project.arrays import I64, Bool
+from project.data.ragged import offsets_of, within
 from project.engine.cache import CachedStream
 from project.engine.requests import StreamTokens
 from project.layout import Tokens, visible
 from project.model.attention import one_per_query_head
 
-Bools = NDArray[np.bool_]
 Span = tuple[int, int]
 BLOCK = 256  # stream queries in one call: masks stay small, and keys behind the block are not read
 
@@ -33,23 +33,23 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
 class Row:
     """What stands in a row of T tokens: the streams of r requests, without cached tokens, then their m candidates."""
 
-    requests: IntArray  # (r,) requests that have candidates here, ascending
-    stream: IntArray  # (r,) stream tokens of each
-    own: IntArray  # (m,) tokens of each candidate
-    owner: IntArray  # (m,) which of the r requests each candidate belongs to, not decreasing
+    requests: I64  # (r,) requests that have candidates here, ascending
+    stream: I64  # (r,) stream tokens of each
+    own: I64  # (m,) tokens of each candidate
+    owner: I64  # (m,) which of the r requests each candidate belongs to, not decreasing
 
     @classmethod
-    def of(cls, requests: IntArray, stream: IntArray, own: IntArray) -> Row:
+    def of(cls, requests: I64, stream: I64, own: I64) -> Row:
         """Row of m candidates from their requests (m,), tokens (m,), and the stream tokens of all R requests."""
         live, owner = np.unique(requests, return_inverse=True)
         return cls(live, stream[live], own, owner.astype(np.int64))
 
-    def keep(self, stays: Bools) -> Row:
+    def keep(self, stays: Bool) -> Row:
         """The row of the candidates that stay, (m,) bool; a request without one is dropped with its stream."""
         kept = Row.of(self.owner[stays], self.stream, self.own[stays])
         return replace(kept, requests=self.requests[kept.requests])
 
-    def index(self, stays: Bools, streams: bool) -> IntArray:
+    def index(self, stays: Bool, streams: bool) -> I64:
         """Where the tokens of `keep(stays)` stand in this row, with or without those of streams."""
         live = np.unique(self.owner[stays]) if streams else np.zeros(0, dtype=np.int64)
         first = np.concatenate([self.streams[live], self.starts[:-1][stays]])
@@ -62,17 +62,17 @@ class Row:
         return int(self.stream.sum() + self.own.sum())
 
     @property
-    def streams(self) -> IntArray:
+    def streams(self) -> I64:
         """(r + 1,) where each stream starts; the last entry is where candidates begin."""
         return offsets_of(self.stream)
 
     @property
-    def starts(self) -> IntArray:
+    def starts(self) -> I64:
         """(m + 1,) where each candidate starts; the last entry is T."""
         return offsets_of(self.own) + int(self.stream.sum())
 
     @property
-    def own_tokens(self) -> IntArray:
+    def own_tokens(self) -> I64:
         """(r,) tokens of each request's candidates."""
         return np.bincount(self.owner, weights=self.own, minlength=len(self.requests)).astype(np.int64)
 

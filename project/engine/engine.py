@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import rotate_half
 
-from project.data.ragged import IntArray, offsets_of, within
-from project.engine.attention import Bools, Row, StreamBlock, Structure, stream_blocks, upload
+from project.arrays import I64, Bool
+from project.data.ragged import offsets_of, within
+from project.engine.attention import Row, StreamBlock, Structure, stream_blocks, upload
 from project.engine.cache import CachedStream, StreamCache
 from project.engine.decisions import Decision
 from project.engine.requests import PreparedRequest, Scored, Scores
@@ -103,7 +104,7 @@ class Engine:
         if members:
             yield members
 
-    def rotary(self, position: IntArray) -> tuple[Tensor, Tensor]:
+    def rotary(self, position: I64) -> tuple[Tensor, Tensor]:
         """Cosines and sines of T positions, (1, T, head dim) each, from a table that is made once."""
         farthest = int(position.max())
         if self._rotary is None or self._rotary[0].shape[0] <= farthest:
@@ -209,7 +210,7 @@ class EngineBatch:
                     self.streams[i] = stream
         own = np.concatenate([r.candidates.lengths for r in requests])
         self.row = row = Row.of(self.request[self.alive], lengths, own[self.alive])
-        tokens = list[IntArray]()
+        tokens = list[I64]()
         for i, ran in zip(row.requests, row.stream, strict=True):
             stream_tokens = requests[i].stream.tokens
             tokens.append(stream_tokens[len(stream_tokens) - ran :])
@@ -219,7 +220,7 @@ class EngineBatch:
 
     def _state(self, hidden: Tensor) -> State:
         """Hidden states of the row's tokens (T, H) with their positions and attention."""
-        engine, row, positions = self.engine, self.row, list[IntArray]()
+        engine, row, positions = self.engine, self.row, list[I64]()
         blocks = list[list[StreamBlock]]()
         for i, ran in zip(row.requests.tolist(), row.stream.tolist(), strict=True):
             stream = self.requests[i].stream
@@ -256,7 +257,7 @@ class EngineBatch:
             tokens[place] -= ran * read if stream is None else stream.read(first, ran)
         self.token_layers[row.requests] += tokens
 
-    def _decide(self, head: int) -> Bools:
+    def _decide(self, head: int) -> Bool:
         """Note who leaves at this exit, and with which logit; returns who of the alive stays, (m,)."""
         decision, late = self.engine.decision, self._late()
         known = decision.known(head)
@@ -281,7 +282,7 @@ class EngineBatch:
             )
         return stays
 
-    def _late(self) -> Bools:
+    def _late(self) -> Bool:
         """Which of the alive are past their deadline, (m,); waits for the device where there is one."""
         deadline = self.deadline[self.request[self.alive]]
         if not np.isfinite(deadline).any():
@@ -291,7 +292,7 @@ class EngineBatch:
             self.scores.syncs += 1
         return deadline < time.monotonic()
 
-    def _compact(self, state: State, depth: int, stays: Bools | None = None) -> State:
+    def _compact(self, state: State, depth: int, stays: Bool | None = None) -> State:
         """The state of who stays, (m,), None: everyone, and of the stream tokens that waited at this depth.
 
         Nothing is gathered where nothing changes. Streams of requests that nobody is left of wait here.

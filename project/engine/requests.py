@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
-from project.data.ragged import IntArray, Ragged, offsets_of, within
+from project.arrays import F64, I64
+from project.data.ragged import Ragged, offsets_of, within
 from project.data.requests import Requests
 from project.data.stream import context_starts, time_groups
 from project.datamodule import InteractionData
 from project.features import feature_matrix
-from project.metrics import Floats, probabilities
+from project.metrics import probabilities
 from project.model.module import ExitRecommender
 
 
@@ -23,8 +23,8 @@ class Scored:
     """Scores of a request of n candidates; NaN and layer -1 where it could not be scored."""
 
     request_id: str
-    logits: Floats  # (n,) calibrated logits that the candidates left with
-    exit_layers: IntArray  # (n,)
+    logits: F64  # (n,) calibrated logits that the candidates left with
+    exit_layers: I64  # (n,)
     token_layers: int = 0  # tokens times layers that ran, the stream's included
     error: str | None = None  # why it could not be scored
     late: bool = False  # past the deadline, candidates left whom the decision would have had stay
@@ -36,9 +36,9 @@ class Scored:
         return cls(request.request_id, np.full(n, np.nan), np.full(n, -1), token_layers, error)
 
     @property
-    def probabilities(self) -> Floats:
+    def probabilities(self) -> F64:
         """(n,) clipped to [.001, .999]; NaN where the request could not be scored."""
-        found: Floats = self.logits if self.error is not None else probabilities(self.logits)
+        found: F64 = self.logits if self.error is not None else probabilities(self.logits)
         return found
 
 
@@ -61,16 +61,16 @@ class Scores:
 class StreamTokens:
     """The prefix that a request's candidates share: the instruction, then the history's segments in time order."""
 
-    tokens: IntArray  # (S,) token ids
-    segment: IntArray  # (S,) not decreasing
-    group: IntArray  # (S,) time group, not decreasing; the instruction is group 0
-    position: IntArray  # (S,) for rotary embeddings
+    tokens: I64  # (S,) token ids
+    segment: I64  # (S,) not decreasing
+    group: I64  # (S,) time group, not decreasing; the instruction is group 0
+    position: I64  # (S,) for rotary embeddings
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @classmethod
-    def of(cls, lists: Ragged, group: IntArray) -> StreamTokens:
+    def of(cls, lists: Ragged, group: I64) -> StreamTokens:
         """Lists of m segments one after the other, with their time groups (m,), from 0, rising by 1 or staying.
 
         All segments of a group start at one position, the next group after the sum of their lengths.
@@ -96,8 +96,8 @@ class PreparedRequest:
     request_id: str
     stream: StreamTokens
     candidates: Ragged  # n token lists, each up to its answer slot
-    exit_0: Floats  # (n,) logits of exit 0, rounded to float32 as score tables have them
-    retrieved: Floats  # (n, F) features that criteria read
+    exit_0: F64  # (n,) logits of exit 0, rounded to float32 as score tables have them
+    retrieved: F64  # (n, F) features that criteria read
     user: Hashable | None = None  # key of the stream in a cache; None: never cached
     deadline: float = np.inf  # time.monotonic() seconds; past it, everyone leaves at the next exit
 
@@ -160,9 +160,7 @@ def prepare_requests(
     return prepared
 
 
-def shared_prefix(
-    instruction: IntArray, history: Ragged, timestamp: NDArray[np.float64], context_tokens: int
-) -> StreamTokens:
+def shared_prefix(instruction: I64, history: Ragged, timestamp: F64, context_tokens: int) -> StreamTokens:
     """What candidates later than all of a history see: the instruction, and as many of the latest segments as fit.
 
     `history` are m segments in order of time, `timestamp` (m,) their seconds. As `evaluation_windows` has it.
@@ -175,7 +173,7 @@ def shared_prefix(
     return StreamTokens.of(Ragged(np.concatenate([instruction, history.values[first:]]), offsets), group)
 
 
-def until_slots(lists: Ragged, slots: IntArray) -> Ragged:
+def until_slots(lists: Ragged, slots: I64) -> Ragged:
     """Segments without what follows their answer slots (n,)."""
     return Ragged(
         lists.values[within(lists.lengths) <= np.repeat(slots, lists.lengths)], offsets_of(slots + 1)

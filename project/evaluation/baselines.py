@@ -11,11 +11,12 @@ import polars as pl
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from project.arrays import F64
 from project.errors import DataError
 from project.evaluation.bootstrap import UserBootstrap
 from project.exits.calibration import fit_calibration
 from project.features import FEATURES, TEXT_FEATURES, FeatureBaseline, feature_matrix, logistic_regression
-from project.metrics import Floats, auc, brier, ece, log_loss, probabilities
+from project.metrics import auc, brier, ece, log_loss, probabilities
 
 Part = tuple[str, str | None]  # a split, and one of valid's folds or None for the whole
 
@@ -34,7 +35,7 @@ class BaselineCalibration:
     offset: float
 
     @classmethod
-    def fit(cls, logits: Floats, labels: NDArray[Any]) -> BaselineCalibration | None:
+    def fit(cls, logits: F64, labels: NDArray[Any]) -> BaselineCalibration | None:
         """Maximum likelihood on logits (n,) and labels (n,) of `select`; None where a class is missing."""
         share = float(np.mean(labels)) if len(labels) else 0.0
         if not 0 < share < 1:
@@ -45,11 +46,11 @@ class BaselineCalibration:
         slope, _, offset = found.values[0].tolist()
         return cls(slope, offset)
 
-    def apply(self, logits: Floats) -> Floats:
+    def apply(self, logits: F64) -> F64:
         """Calibrated logits (n,)."""
         return self.slope * logits + self.offset
 
-    def summary(self, logits: Floats, labels: ArrayLike) -> dict[str, Any]:
+    def summary(self, logits: F64, labels: ArrayLike) -> dict[str, Any]:
         """The `calibrated` part of a baseline's row: metrics of logits (n,) after calibration, slope and offset."""
         chance = probabilities(self.apply(logits))
         metrics = {kind.__name__: kind(chance, labels) for kind in (log_loss, brier, ece)}
@@ -64,7 +65,7 @@ class Baseline:
     scores: pl.DataFrame
     chosen: Mapping[str, Any] | None = None
 
-    def logits(self, row_ids: ArrayLike) -> Floats:
+    def logits(self, row_ids: ArrayLike) -> F64:
         """Logits (n,) of these rows in this order; DataError where a row was not scored."""
         wanted = pl.DataFrame({"row_id": np.asarray(row_ids, dtype=np.int64)})
         found = wanted.join(self.scores, on="row_id", how="left", maintain_order="left")["logit"]
@@ -92,7 +93,7 @@ def fit_baselines(
     train = retrieved_features(rows, retrieved, "train", base)
     features = {split: retrieved_features(rows, retrieved, split, base) for split in splits}
 
-    def learned(model: Any, columns: slice) -> dict[str, Floats]:
+    def learned(model: Any, columns: slice) -> dict[str, F64]:
         model.fit(train[:, columns], labels)
         return {
             split: np.asarray(model.decision_function(x[:, columns]), np.float64) if len(x) else np.zeros(0)
@@ -187,7 +188,7 @@ def train_labels(rows: pl.DataFrame) -> NDArray[Any]:
 
 def retrieved_features(
     rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], split: str, base: float
-) -> Floats:
+) -> F64:
     """Features (n, len(FEATURES)) of a split's targets, from that split's own table; `base`: train's share of likes."""
     targets = targets_of(rows, split).select("row_id")
     if split not in retrieved:
@@ -201,7 +202,7 @@ def retrieved_features(
     return feature_matrix(table, base)
 
 
-def baseline_scores(rows: pl.DataFrame, logits: Mapping[str, Floats]) -> pl.DataFrame:
+def baseline_scores(rows: pl.DataFrame, logits: Mapping[str, F64]) -> pl.DataFrame:
     """The `scores` of a Baseline, from logits (n,) of each split's targets in the order of `rows`."""
     return pl.concat(
         targets_of(rows, split).select("row_id", pl.lit(split).alias("split"), pl.Series("logit", values))

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from project.metrics import Floats, Ints, Pairs, auc, checked, head_metrics, probabilities, row_log_loss
+from project.arrays import F64, I64
+from project.metrics import Pairs, auc, checked, head_metrics, probabilities, row_log_loss
 
 CHUNK_ELEMENTS = 2_000_000  # rows times draws held at once: 16 MB an array
 LEVEL = 0.95  # coverage of every interval
@@ -23,12 +24,12 @@ class UserBootstrap:
 
     def __init__(self, users: ArrayLike, draws: int = 1000, seed: int = 0) -> None:
         found, code = np.unique(np.asarray(users), return_inverse=True)
-        self._user: Ints = code.reshape(-1)
+        self._user: I64 = code.reshape(-1)
         count = max(found.size, 1)
         drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=draws)
         # (draws, users): how often each user was drawn
         self._times = drawn[:, : found.size].astype(np.float32)
-        self._known: dict[bytes, Floats] = {}  # digest of scores and labels -> their AUC in every draw
+        self._known: dict[bytes, F64] = {}  # digest of scores and labels -> their AUC in every draw
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """`head_metrics` of logits (n,), and `auc_interval` where there are draws."""
@@ -74,7 +75,7 @@ class UserBootstrap:
         drawn = np.divide(self._times @ up, spent, out=np.full(spent.shape, np.nan), where=spent > 0)
         return {"value": float(above.sum() / below.sum()), "interval": _percentiles(drawn)}
 
-    def _auc_draws(self, scores: ArrayLike, labels: ArrayLike) -> Floats:
+    def _auc_draws(self, scores: ArrayLike, labels: ArrayLike) -> F64:
         """Shape (draws,): AUC with rows weighing as often as their user was drawn, NaN where undefined."""
         values, positive = checked(scores, labels)
         self._same_rows(values)
@@ -85,12 +86,12 @@ class UserBootstrap:
             self._known[digest] = np.concatenate([pairs.weighted_auc(chunk) for chunk in chunks])
         return self._known[digest]
 
-    def _same_rows(self, values: Floats) -> None:
+    def _same_rows(self, values: F64) -> None:
         if values.size != self._user.size:
             raise ValueError(f"the bootstrap was made for {self._user.size} rows, found {values.size} scores")
 
 
-def _percentiles(drawn: Floats) -> list[float] | None:
+def _percentiles(drawn: F64) -> list[float] | None:
     kept = drawn[~np.isnan(drawn)]
     if not kept.size:
         return None

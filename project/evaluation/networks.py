@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import polars as pl
 import torch
-from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from project.arrays import F64, I64
 from project.data.protocol import SPLITS, SplitInteractions, answered
 from project.errors import DataError
 from project.evaluation.baselines import (
@@ -29,7 +29,7 @@ from project.evaluation.baselines import (
     train_labels,
 )
 from project.features import FEATURES
-from project.metrics import Floats, auc
+from project.metrics import auc
 from project.retrieval.lightgcn import one_thread
 from project.retrieval.walk import cached_folder, content_key, own_earlier_rows
 from project.run import table_about, write_table
@@ -37,7 +37,6 @@ from project.run import table_about, write_table
 if TYPE_CHECKING:
     from project.datamodule import InteractionData
 
-Ints = NDArray[np.int64]
 Table = dict[str, Tensor]
 
 NETWORKS = ("deepfm", "dcn_v2", "din")
@@ -85,12 +84,12 @@ class NetworkFeatures:
     """What makes a log's rows the networks' features, fitted on train targets."""
 
     base: float  # share of likes among train targets, to which rates of few rows shrink
-    known: dict[str, Ints]  # field -> the ids that have a code, ascending; FIRST is the code of the first
+    known: dict[str, I64]  # field -> the ids that have a code, ascending; FIRST is the code of the first
     # attribute field -> codes (items, ATTRIBUTE_WORDS) by item code, PADDING at the end
-    words: dict[str, Ints]
-    edges: list[Floats]  # one array a feature: inner edges of its bins
-    mean: Floats  # (len(FEATURES),) of the train targets' features
-    scale: Floats  # their standard deviation, 1 where that is 0
+    words: dict[str, I64]
+    edges: list[F64]  # one array a feature: inner edges of its bins
+    mean: F64  # (len(FEATURES),) of the train targets' features
+    scale: F64  # their standard deviation, 1 where that is 0
 
     @classmethod
     def fit(
@@ -138,13 +137,13 @@ class NetworkFeatures:
         scaled = torch.from_numpy((numbers - self.mean) / self.scale).float()
         return {name: torch.from_numpy(values) for name, values in codes.items()} | {SCALED: scaled}
 
-    def _codes(self, name: str, ids: Ints) -> Ints:
+    def _codes(self, name: str, ids: I64) -> I64:
         known = self.known[name]
         found = np.minimum(np.searchsorted(known, ids), len(known) - 1)
         return np.where(known[found] == ids, FIRST + found, UNKNOWN)
 
 
-def _attribute_words(items: pl.DataFrame, known: Ints) -> dict[str, Ints]:
+def _attribute_words(items: pl.DataFrame, known: I64) -> dict[str, I64]:
     """Codes of each attribute's words; words of no known item, and attributes without others, are left out."""
     found = {}
     attributes = [name for name in items.columns if name not in ("item", "item_id", "title")]
@@ -161,7 +160,7 @@ def _attribute_words(items: pl.DataFrame, known: Ints) -> dict[str, Ints]:
     return found
 
 
-def earlier_rows(rows: pl.DataFrame, split: str, last: int) -> tuple[Ints, Ints]:
+def earlier_rows(rows: pl.DataFrame, split: str, last: int) -> tuple[I64, I64]:
     """Items and answers (targets, last) of the last rows before each target of a split, oldest first.
 
     Rows of later splits are not read; of one second the later in the log's order come last. NO_ROW stands in the first
@@ -258,14 +257,14 @@ def train(network: nn.Module, rows: Labelled, select: Labelled, weight_decay: fl
     return best_epoch
 
 
-def score(network: nn.Module, table: Table) -> Floats:
+def score(network: nn.Module, table: Table) -> F64:
     """Logits (n,) of a table; the network gives probabilities, which stay 1e-7 from 0 and 1."""
     network.eval()
     firsts = range(0, len(table[SCALED]), SCORED_ROWS)
     with torch.no_grad():
         parts = [network({n: v[k : k + SCORED_ROWS] for n, v in table.items()}) for k in firsts]
     probability = torch.cat([torch.zeros(0), *parts]).double()
-    logits: Floats = torch.logit(probability, eps=1e-7).numpy()
+    logits: F64 = torch.logit(probability, eps=1e-7).numpy()
     return logits
 
 

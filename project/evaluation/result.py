@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from project.arrays import F64, I64
 from project.data.protocol import SplitInteractions
 from project.errors import ConfigError
 from project.evaluation.baselines import AgainstBaseline, Baseline, baseline_rows, best_baseline, targets_of
@@ -20,7 +21,7 @@ from project.evaluation.bootstrap import UserBootstrap
 from project.exits.certificate import row_losses
 from project.exits.cost import row_cost
 from project.exits.plan import ExitPlan, Plans
-from project.metrics import Floats, OwnMetric, auc, head_metrics, probabilities
+from project.metrics import OwnMetric, auc, head_metrics, probabilities
 from project.run import exit_layers_of, score_table
 
 # first value of each bucket: strictly earlier rows of the user (0 to 4, 5 to 20, more) and of the item
@@ -54,7 +55,7 @@ class ScoreCollector(Metric):
 
 
 def scores_of_rows(
-    ids: Tensor, values: Tensor, rows: pl.DataFrame, exit_0: Floats, exit_layers: list[int]
+    ids: Tensor, values: Tensor, rows: pl.DataFrame, exit_0: F64, exit_layers: list[int]
 ) -> pl.DataFrame:
     """Score table of n rows of the log: ids (n, 3) and logits (n, k) as collected, logits (n,) of exit 0."""
     columns = {name: rows[name] for name in ("row_id", "user", "split", "fold", "label")}
@@ -62,7 +63,7 @@ def scores_of_rows(
 
 
 def scores_of_candidates(
-    ids: Tensor, values: Tensor, candidates: pl.DataFrame, exit_0: Floats, exit_layers: list[int]
+    ids: Tensor, values: Tensor, candidates: pl.DataFrame, exit_0: F64, exit_layers: list[int]
 ) -> pl.DataFrame:
     """Score table of candidates with their item ids; a row's id is its position in `Requests.table()`."""
     about = candidates[ids[:, 0].cpu().numpy()]
@@ -72,7 +73,7 @@ def scores_of_candidates(
 
 
 def _table(
-    columns: dict[str, pl.Series], ids: Tensor, values: Tensor, exit_0: Floats, exit_layers: list[int]
+    columns: dict[str, pl.Series], ids: Tensor, values: Tensor, exit_0: F64, exit_layers: list[int]
 ) -> pl.DataFrame:
     tokens = ids.cpu().numpy()
     columns |= {
@@ -96,7 +97,7 @@ def part_of(scores: pl.DataFrame, split: str, fold: str | None) -> pl.DataFrame:
     return part if fold is None else part.filter(pl.col("fold") == fold)
 
 
-def _logits(part: pl.DataFrame, layer: int) -> Floats:
+def _logits(part: pl.DataFrame, layer: int) -> F64:
     return part[f"logit_{layer}"].to_numpy().astype(np.float64)
 
 
@@ -158,7 +159,7 @@ def comparison(
     return result
 
 
-def with_and_without_exit_0(heads: Mapping[str, Floats], against: AgainstBaseline) -> dict[str, Any]:
+def with_and_without_exit_0(heads: Mapping[str, F64], against: AgainstBaseline) -> dict[str, Any]:
     """One exit calibrated with exit 0 and without, and the difference.
 
     `heads`: with_exit_0, without_exit_0 -> calibrated logits (n,) of the exit on the rows of `against`, the best
@@ -206,11 +207,11 @@ def slice_masks(
 def slice_rows(
     rows: pl.DataFrame,
     retrieved: Mapping[str, pl.DataFrame],
-    scores: Sequence[tuple[Mapping[str, Any], Floats]],
+    scores: Sequence[tuple[Mapping[str, Any], F64]],
     split: str,
     fold: str | None = None,
     draws: int = SLICE_DRAWS,
-    depth: Floats | None = None,
+    depth: F64 | None = None,
 ) -> list[dict[str, Any]]:
     """The `slices` list of a result file for one split, or one fold of validation: an entry a slice.
 
@@ -243,7 +244,7 @@ def slice_rows(
 
 
 def own_metric(
-    metric: OwnMetric, scores: Sequence[tuple[Mapping[str, Any], Floats]], labels: Floats, users: Floats
+    metric: OwnMetric, scores: Sequence[tuple[Mapping[str, Any], F64]], labels: F64, users: F64
 ) -> dict[str, Any]:
     """The `own_metric` of a result file: `name` and `rows`, each of `scores` (see `slice_rows`) with its `value`."""
     name, rows = getattr(metric, "__name__", type(metric).__name__), []
@@ -258,7 +259,7 @@ def own_metric(
 
 def baseline_scores_of(
     baselines: Sequence[Baseline], rows: pl.DataFrame, split: str, fold: str | None = None
-) -> list[tuple[dict[str, Any], Floats]]:
+) -> list[tuple[dict[str, Any], F64]]:
     """Names and logits of baselines, for `slice_rows`."""
     ids = targets_of(rows, split, fold)["row_id"]
     return [({"name": baseline.name}, baseline.logits(ids)) for baseline in baselines]
@@ -266,7 +267,7 @@ def baseline_scores_of(
 
 def exit_scores_of(
     scores: pl.DataFrame, rows: pl.DataFrame, layers: Sequence[int], split: str, fold: str | None = None
-) -> list[tuple[dict[str, Any], Floats]]:
+) -> list[tuple[dict[str, Any], F64]]:
     """Layers and logits of the exits of a score table, for `slice_rows`."""
     ids = targets_of(rows, split, fold).select("row_id")
     ordered = ids.join(scores, on="row_id", how="left", maintain_order="left")
@@ -275,12 +276,12 @@ def exit_scores_of(
 
 def plan_scores_of(
     scores: pl.DataFrame,
-    logits: Floats,
+    logits: F64,
     layer: ArrayLike,
     rows: pl.DataFrame,
     split: str,
     fold: str | None = None,
-) -> tuple[Floats, Floats]:
+) -> tuple[F64, F64]:
     """A plan's logits and layers run, both (n,), from the order of `scores` into the order of `slice_rows`."""
     run = np.asarray(layer, np.float64)
     decided = scores.select("row_id").with_columns(logit=pl.Series(logits), layer=pl.Series(run))
@@ -297,16 +298,16 @@ class PlannedRows:
     """
 
     def __init__(
-        self, plan: ExitPlan, scores: pl.DataFrame, features: Floats, prefix_cached: bool, draws: int = 1000
+        self, plan: ExitPlan, scores: pl.DataFrame, features: F64, prefix_cached: bool, draws: int = 1000
     ) -> None:
         self._arguments = scores, features, prefix_cached, draws
         outputs = plan.outputs(scores, features)
         layer, logit = plan.emitted(outputs)
         self.plan = plan
         self.row_id, self.labels, self.users = (scores[x].to_numpy() for x in ("row_id", "label", "user"))
-        self.calibrated: Floats = outputs.logits.double().numpy()
-        self.layer: NDArray[np.int64] = layer.numpy()
-        self.logit: Floats = logit.double().numpy()
+        self.calibrated: F64 = outputs.logits.double().numpy()
+        self.layer: I64 = layer.numpy()
+        self.logit: F64 = logit.double().numpy()
         self._target, self._shared = (
             torch.from_numpy(scores[f"{x}_tokens"].to_numpy().copy()) for x in ("target", "stream")
         )
@@ -365,15 +366,15 @@ class PlannedRows:
         weights = np.ones_like(losses) if unit == "rows" else 1 / rows[user]
         return {"risk": name, **self._bootstrap.ratio_interval(losses * weights, weights)}
 
-    def _cost(self, layer: NDArray[np.int64]) -> Floats:
+    def _cost(self, layer: I64) -> F64:
         """Token-layers (n,) where each row leaves at `layer` (n,)."""
         spent = row_cost(torch.from_numpy(layer), self._target, self._shared, self._prefix_cached)
         return spent.double().numpy()
 
-    def _static_cost(self, layer: int) -> Floats:
+    def _static_cost(self, layer: int) -> F64:
         return self._cost(np.full(self.layer.shape, layer, dtype=np.int64))
 
-    def _head(self, layer: int) -> Floats:
+    def _head(self, layer: int) -> F64:
         return self.calibrated[:, self.plan.layers.index(layer)]
 
     def _against(self, layer: int) -> dict[str, Any]:

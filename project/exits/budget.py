@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 from torch import Tensor
 
+from project.arrays import F64, I64
 from project.errors import ConfigError, DataError
 from project.exits.calibration import fit_calibration
 from project.exits.certificate import Certificate, CertificateSettings, certify
@@ -38,7 +39,6 @@ from project.exits.search import (
     threshold_path,
     user_influences,
 )
-from project.metrics import Floats, Ints
 from project.run import exit_layers_of
 
 DRAWS = 1000  # resamples of users behind the correction
@@ -54,11 +54,11 @@ class Curve:
 
     criterion: Criterion
     path: Path
-    influences: Floats
+    influences: F64
     step: int = -1
 
     @property
-    def drops(self) -> Floats:
+    def drops(self) -> F64:
         """(S,) AUC drops by labels, as estimated on tune."""
         return np.array([step.auc_drop for step in self.path])
 
@@ -78,7 +78,7 @@ class TuneFold:
     def __init__(
         self,
         scores: pl.DataFrame,
-        features: Floats,
+        features: F64,
         settings: ExitSettings,
         exit_0: bool,
         comparison_only: bool = False,
@@ -166,7 +166,7 @@ class TuneFold:
             "auc_drop_corrected_interval": [estimate - float(high), estimate - float(low)],
         }
 
-    def _steps(self, curve: Curve, drops: Floats) -> Ints:
+    def _steps(self, curve: Curve, drops: F64) -> I64:
         """(D,) the budget's step by each row of drops (D, S); -1 where none keeps it."""
         # alpha is shared out among the paths that compete for the choice (Bonferroni)
         margins = bound_margins(curve.influences, self.settings.alpha / self._competing)
@@ -180,7 +180,7 @@ class TuneFold:
 
 def budget_plan(
     scores: pl.DataFrame,
-    features: Floats,
+    features: F64,
     settings: ExitSettings,
     criterion: Criterion | None = None,
 ) -> ExitPlan:
@@ -198,7 +198,7 @@ def budget_plan(
 
 def calibrate(
     scores: pl.DataFrame,
-    features: Floats,
+    features: F64,
     settings: ExitSettings,
     protocol_hash: str,
     previous: Mapping[str, Any] | None = None,
@@ -300,7 +300,7 @@ def calibrate(
 
 
 def _certificates(
-    tune: TuneFold, sequence: list[int], rows: pl.DataFrame, features: Floats, promise: CertificateSettings
+    tune: TuneFold, sequence: list[int], rows: pl.DataFrame, features: F64, promise: CertificateSettings
 ) -> tuple[Certificate, Certificate]:
     """Of the budget's step alone and of the sequence that begins with it; in risk mode both are of the whole path.
 
@@ -308,7 +308,7 @@ def _certificates(
     """
     outputs = tune.plan(0).outputs(rows, features)
     confidence = confidence_table(tune.best.criterion, outputs)
-    emitted, no_layer = list[Floats](), False
+    emitted, no_layer = list[F64](), False
     for step in sequence:
         exits = leave(confidence, tune.best.path[step].thresholds)
         no_layer = outputs.layers[0] == 0 and len(rows) > 0 and not exits.any().item()

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from project.arrays import F64
 from project.errors import DataError
-from project.metrics import Floats
 
 MINIMUM_SLOPE = 1e-3
 RIDGE = 1e-9  # per row, on slopes of standardised logits: bounds them where a head separates the classes
@@ -90,15 +90,15 @@ def fit_calibration(logits: Tensor, labels: ArrayLike, layers: Sequence[int], ex
     return Calibration(tuple(layers), torch.tensor(rows, dtype=torch.float64))
 
 
-def _newton(design: Floats, positive: Floats, offset: Floats) -> Floats:
+def _newton(design: F64, positive: F64, offset: F64) -> F64:
     """Weights w that minimise the log loss of sigmoid(design @ w + offset), ridge on all but the last."""
     ridge = RIDGE * np.r_[np.ones(design.shape[1] - 1), 0.0]
 
-    def loss(weights: Floats) -> float:
+    def loss(weights: F64) -> float:
         score = design @ weights + offset
         return float((np.logaddexp(0, score) - positive * score).mean() + ridge @ weights**2 / 2)
 
-    weights: Floats = np.zeros(design.shape[1])
+    weights: F64 = np.zeros(design.shape[1])
     for _ in range(ITERATIONS):
         chance = 1 / (1 + np.exp(-np.clip(design @ weights + offset, -500, 500)))
         gradient = design.T @ (chance - positive) / positive.size + ridge * weights

@@ -21,8 +21,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 from scipy.stats import rankdata
 
+from project.arrays import F64, I64
 from project.errors import ConfigError, DataError
-from project.metrics import SMALLEST_PROBABILITY, Floats, Ints, probabilities, row_log_loss
+from project.metrics import SMALLEST_PROBABILITY, probabilities, row_log_loss
 
 WIDEST = 1.0 - 2 * SMALLEST_PROBABILITY  # largest distance of two emitted probabilities
 LOG_ODDS = math.log((1 - SMALLEST_PROBABILITY) / SMALLEST_PROBABILITY)  # largest difference of two log losses
@@ -88,7 +89,7 @@ class CertificateSettings:
             return f"AUC gap between the rows of two random users ({rows})"
         return f"mean {self.risk} over users, each counting once,"
 
-    def rescale(self, values: ArrayLike) -> Floats:
+    def rescale(self, values: ArrayLike) -> F64:
         """The risk's range -> [0, 1]."""
         low, high = self.range
         return np.clip((np.asarray(values, dtype=np.float64) - low) / (high - low), 0.0, 1.0)
@@ -204,9 +205,7 @@ def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> Certific
     return _walk(lambda step: values[step][order], len(values), values.shape[1], settings)
 
 
-def _walk(
-    losses_of: Callable[[int], Floats], steps: int, n: int, settings: CertificateSettings
-) -> Certificate:
+def _walk(losses_of: Callable[[int], F64], steps: int, n: int, settings: CertificateSettings) -> Certificate:
     found = Certificate(settings.risk, settings.epsilon, settings.delta, n, settings.estimand)
     # 1. is there anything to test, and are there enough users for any plan to pass?
     if steps == 1:
@@ -234,7 +233,7 @@ def _walk(
     )
 
 
-def p_value(losses: Floats, epsilon: float, delta: float) -> float:
+def p_value(losses: F64, epsilon: float, delta: float) -> float:
     """P-value of "the mean loss is epsilon or more", valid at every level; bets aim at level delta.
 
     Losses are (1, m) of users or (pairings, m) of pairs of users, in [0, 1], in random order; independent within a
@@ -243,7 +242,7 @@ def p_value(losses: Floats, epsilon: float, delta: float) -> float:
     return _p_of(losses, plug_in_bets(losses, epsilon, delta), epsilon)
 
 
-def upper_bound(losses: Floats, epsilon: float, delta: float) -> float:
+def upper_bound(losses: F64, epsilon: float, delta: float) -> float:
     """The least mean that the same bets reject at level delta; at most epsilon where `p_value` is at most delta."""
     bets, largest = plug_in_bets(losses, epsilon, delta), BET_SHARE / (1.0 - epsilon)
     low, high = max(0.0, 1.0 - 1.0 / largest), 1.0  # bets could lose everything below `low`
@@ -253,7 +252,7 @@ def upper_bound(losses: Floats, epsilon: float, delta: float) -> float:
     return high
 
 
-def plug_in_bets(losses: Floats, epsilon: float, delta: float) -> Floats:
+def plug_in_bets(losses: F64, epsilon: float, delta: float) -> F64:
     """Bet on each loss, made from the losses before it (WSR 2024, section 3.2), in the shape of the losses.
 
     bet_t = min(sqrt(2 log(1 / delta) / (m * variance_(t-1))), c / (1 - epsilon)), 0 where there is no loss.
@@ -268,7 +267,7 @@ def plug_in_bets(losses: Floats, epsilon: float, delta: float) -> Floats:
     return np.where(real, np.minimum(bets, BET_SHARE / (1.0 - epsilon)), 0.0)
 
 
-def _p_of(losses: Floats, bets: Floats, mean: float) -> float:
+def _p_of(losses: F64, bets: F64, mean: float) -> float:
     """1 / maximum of the capital prod_t (1 + bet_t * (mean - loss_t)), or 1 / average of several final ones; <= 1."""
     gains = np.log1p(bets * (mean - np.where(np.isnan(losses), mean, losses)))
     if len(gains) == 1:
@@ -283,7 +282,7 @@ class UserPairs:
     (n,) are 0 or 1, `users` (n,) 0 to users - 1.
     """
 
-    def __init__(self, labels: ArrayLike, users: Ints) -> None:
+    def __init__(self, labels: ArrayLike, users: I64) -> None:
         rng, count = np.random.default_rng(0), int(users.max()) + 1
         mixed = rng.permutation(users.size)
         mixed = mixed[np.argsort(users[mixed], kind="stable")]  # by user, each user's rows in random order
@@ -299,7 +298,7 @@ class UserPairs:
         self._pairs = orders.reshape(-1, 2)
         self._block = max(1, 2**20 // shape[1] ** 2)  # pairs at once: a few megabytes
 
-    def auc(self, scores: ArrayLike) -> Floats:
+    def auc(self, scores: ArrayLike) -> F64:
         """Of a positive row of one user and a negative row of the other, the share that scores (n,) order right.
 
         Ties count half. Shape (pairings, users // 2); NaN where two users have no such rows.
@@ -319,7 +318,7 @@ class UserPairs:
         return np.concatenate(found).reshape(PAIRINGS, -1)
 
 
-def row_losses(risk: str, adaptive: Floats, full: Floats, labels: ArrayLike | None) -> Floats:
+def row_losses(risk: str, adaptive: F64, full: F64, labels: ArrayLike | None) -> F64:
     """Loss of each row beside full depth; 0 where both scores are equal.
 
     `adaptive` (..., n) and `full` (n,) are emitted probabilities; `labels` (n,) may be None for risks that read none.
@@ -342,11 +341,11 @@ def row_losses(risk: str, adaptive: Floats, full: Floats, labels: ArrayLike | No
     return np.asarray(losses, dtype=np.float64)
 
 
-def user_means(losses: ArrayLike, users: ArrayLike) -> Floats:
+def user_means(losses: ArrayLike, users: ArrayLike) -> F64:
     """One loss a user, the mean over the user's rows: (..., n) -> (..., users)."""
     values = np.asarray(losses, dtype=np.float64)
     code = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
     sizes = np.bincount(code)
     order = np.argsort(code, kind="stable")
-    means: Floats = np.add.reduceat(values[..., order], np.cumsum(sizes) - sizes, axis=-1) / sizes
+    means: F64 = np.add.reduceat(values[..., order], np.cumsum(sizes) - sizes, axis=-1) / sizes
     return means

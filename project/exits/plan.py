@@ -14,6 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from project.arrays import F64
 from project.errors import ConfigError
 from project.exits.calibration import Calibration
 from project.exits.certificate import CertificateSettings
@@ -28,7 +29,6 @@ from project.exits.criteria import (
     try_out,
 )
 from project.exits.policy import Policy
-from project.metrics import Floats
 
 
 def all_criteria() -> list[Criterion]:
@@ -92,7 +92,7 @@ class ExitSettings:
         return [self.criterion, *(c for c in compared if type(c) is not type(self.criterion))]
 
 
-def raw_outputs(scores: pl.DataFrame, features: Floats, exit_layers: list[int], exit_0: bool) -> HeadOutputs:
+def raw_outputs(scores: pl.DataFrame, features: F64, exit_layers: list[int], exit_0: bool) -> HeadOutputs:
     """Uncalibrated outputs of a score table's n rows at exit 0, where it is a head, and at these ascending layers.
 
     `features` (n, F) are of the same rows.
@@ -120,7 +120,7 @@ class ExitPlan:
         """Name of the criterion in result files."""
         return name(self.policy.criterion)
 
-    def outputs(self, scores: pl.DataFrame, features: Floats) -> HeadOutputs:
+    def outputs(self, scores: pl.DataFrame, features: F64) -> HeadOutputs:
         """Calibrated outputs of a score table's n rows with these features (n, F)."""
         return self.calibrated(raw_outputs(scores, features, [k for k in self.layers if k > 0], self.exit_0))
 

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 from scipy.stats import t as student
 from torch import Tensor
 
+from project.arrays import F64, I64, Bool
 from project.exits.criteria import HeadOutputs
 from project.exits.policy import leave, oracle_exits, random_exits
-from project.metrics import Floats, Ints, auc, probabilities
+from project.metrics import auc, probabilities
 
 SHARES = 20  # thresholds of a head's grid; they are denser where few rows leave
 STEPS = (1, 2, 4)  # how many thresholds a head may move at once; greedy by single ones gets stuck
@@ -124,7 +125,7 @@ def threshold_path(
     return tuple(path)
 
 
-def threshold_grid(confidence: Floats) -> list[float]:
+def threshold_grid(confidence: F64) -> list[float]:
     """Thresholds of a head by its confidence (n,): +inf, then ever more rows leave, at last -inf."""
     ordered = np.sort(confidence)[::-1]
     ordered = ordered[ordered > -np.inf]
@@ -136,7 +137,7 @@ def threshold_grid(confidence: Floats) -> list[float]:
     return [np.inf, *np.unique(middle)[::-1].tolist(), -np.inf]
 
 
-def _teacher(scores: Floats, labels: Floats) -> Floats:
+def _teacher(scores: F64, labels: F64) -> F64:
     """P(label = 1) from all heads: logit_K + sum of w_k (logit_k - logit_K), w_k ~ N(0, .2^2), Newton.
 
     Where earlier heads add nothing to the last one, w stays near 0. Where the heads' errors are independent, their mean
@@ -152,7 +153,7 @@ def _teacher(scores: Floats, labels: Floats) -> Floats:
     return probabilities(scores[:, -1] + design @ weights)
 
 
-def budget_steps(path: Path, drops: Floats, max_auc_drop: float | None, max_cost: float | None) -> Ints:
+def budget_steps(path: Path, drops: F64, max_auc_drop: float | None, max_cost: float | None) -> I64:
     """The step that a budget chooses by each row of AUC drops, or upper bounds of them, (D, S) -> (D,); -1: none.
 
     With `max_auc_drop` the path is walked from full depth on, and the first step whose drop or expected drop is larger
@@ -166,13 +167,13 @@ def budget_steps(path: Path, drops: Floats, max_auc_drop: float | None, max_cost
     expected = path[0].expected_auc - np.array([step.expected_auc for step in path])
     broken = np.maximum(drops, expected) > max_auc_drop
     broken[:, 0] = False  # full depth loses nothing
-    last: Ints = np.where(broken.any(axis=1), broken.argmax(axis=1), len(path)) - 1
+    last: I64 = np.where(broken.any(axis=1), broken.argmax(axis=1), len(path)) - 1
     return last if max_cost is None else np.where(cost[last] <= max_cost, last, -1)
 
 
 def user_influences(
     path: Path, confidence: Tensor, scores: Tensor, labels: ArrayLike, users: ArrayLike
-) -> Floats:
+) -> F64:
     """Every user's part in the error of the steps' AUC drops, (S, U); the parts of a step sum to 0.
 
     By structural components (DeLong et al. 1988) summed by user (Obuchowski 1997): in a sample where user u comes m_u
@@ -181,7 +182,7 @@ def user_influences(
     """
     positive, (_, user) = np.asarray(labels) == 1, np.unique(np.asarray(users), return_inverse=True)
     pairs = np.where(positive, positive.sum(), (~positive).sum())
-    full, found = _components(_numbers(scores[:, -1]), positive), list[Floats]()
+    full, found = _components(_numbers(scores[:, -1]), positive), list[F64]()
     for step in path:
         adaptive = scores.gather(1, leave(confidence, step.thresholds)[:, None]).squeeze(1)
         away = full - _components(_numbers(adaptive), positive) - step.auc_drop
@@ -189,7 +190,7 @@ def user_influences(
     return np.stack(found)
 
 
-def bound_margins(influences: Floats, alpha: float) -> Floats:
+def bound_margins(influences: F64, alpha: float) -> F64:
     """What is added to the drops (S,) so that each is an upper bound but for a chance of alpha: t over users.
 
     Few users who are badly served make losses skewed to the right, where t alone is too low: Johnson (1978, Modified t
@@ -203,21 +204,21 @@ def bound_margins(influences: Floats, alpha: float) -> Floats:
     skewness = np.divide(third, variance**1.5, out=np.zeros_like(third), where=variance > 0)
     quantile = float(student.ppf(1.0 - alpha, users - 1))
     errors = np.sqrt(variance * users * users / (users - 1))
-    margins: Floats = errors * (quantile + skewness * (1 + 2 * quantile**2) / (6 * np.sqrt(users)))
+    margins: F64 = errors * (quantile + skewness * (1 + 2 * quantile**2) / (6 * np.sqrt(users)))
     return margins
 
 
-def _components(scores: Floats, positive: NDArray[np.bool_]) -> Floats:
+def _components(scores: F64, positive: Bool) -> F64:
     """(n,) of a positive the share of negatives below it, of a negative the share of positives above it, ties half."""
     below = rankdata(scores)  # of either class, less those of the own class
     below[positive] -= rankdata(scores[positive])
     below[~positive] -= rankdata(scores[~positive])
-    found: Floats = np.where(positive, below / (~positive).sum(), 1.0 - below / positive.sum())
+    found: F64 = np.where(positive, below / (~positive).sum(), 1.0 - below / positive.sum())
     return found
 
 
-def _numbers(values: Tensor) -> Floats:
-    found: Floats = values.detach().double().cpu().numpy()
+def _numbers(values: Tensor) -> F64:
+    found: F64 = values.detach().double().cpu().numpy()
     return found
 
 

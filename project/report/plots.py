@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
+from project.arrays import F64
 from project.errors import DataError
-from project.metrics import Floats, ece, probabilities
+from project.metrics import ece, probabilities
 from project.report.format import number
 
 Row = Mapping[str, Any]
@@ -123,7 +124,7 @@ def exit_share_figure(exits: Sequence[Row], mean_depth: float | None = None) -> 
     return _finished(axes)
 
 
-def reliability_bins(probability: ArrayLike, labels: ArrayLike, bins: int = BINS) -> Floats:
+def reliability_bins(probability: ArrayLike, labels: ArrayLike, bins: int = BINS) -> F64:
     """Equal-mass bins as in `metrics.ece`, at most one a row: (bins, 3) mean probability, share of positives, rows.
 
     Rows of equal probability share their mean label, so sum_b n_b / n * |column 0 - column 1| is the ECE.
@@ -158,14 +159,14 @@ def reliability_figure(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Fig
 
 def reliability_scores(
     rows: pl.DataFrame, layers: Sequence[int], calibration: Mapping[str, Mapping[str, float]], name: str
-) -> dict[str, tuple[Floats, Floats]]:
+) -> dict[str, tuple[F64, F64]]:
     """Panels of `reliability_figure` from rows of the score table `name`: "exit k", and "plan" once a plan ran.
 
     `calibration`: by layer {`logit`, `exit_0`, `offset`}, score_k = logit * logit_k + exit_0 * logit_0 + offset; a
     layer that is not in it keeps its own logit. DataError for NaN or infinite logits.
     """
 
-    def logits_of(column: str) -> Floats:
+    def logits_of(column: str) -> F64:
         values = rows[column].to_numpy().astype(np.float64)
         if not np.isfinite(values).all():
             raise DataError(

@@ -20,10 +20,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from project.arrays import F32, F64, I64
 from project.errors import ConfigError, ProjectError
 
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float32]
 Snapshot = Mapping[str, NDArray[Any]]
 
 
@@ -31,9 +30,9 @@ Snapshot = Mapping[str, NDArray[Any]]
 class Edges:
     """Ratings strictly before a block, in time order; all arrays have shape (edges,)."""
 
-    user: IntArray
-    item: IntArray
-    label: IntArray
+    user: I64
+    item: I64
+    label: I64
 
 
 class Raters(NamedTuple):
@@ -42,22 +41,22 @@ class Raters(NamedTuple):
     Later rows move them, so copy what you keep.
     """
 
-    row: IntArray
-    user: IntArray
+    row: I64
+    user: I64
 
 
 class Neighbours(NamedTuple):
     """The rows behind a candidate's features, most similar first; arrays of shape (at most N,)."""
 
-    row: IntArray
-    similarity: FloatArray
+    row: I64
+    similarity: F32
 
 
 class SimilarUsers(NamedTuple):
     """Users with their similarity to a user, most similar first; arrays of shape (at most N,)."""
 
-    user: IntArray
-    similarity: FloatArray
+    user: I64
+    similarity: F32
 
 
 NO_NEIGHBOURS = Neighbours(np.empty(0, np.int64), np.empty(0, np.float32))
@@ -120,11 +119,11 @@ class Retriever(ABC):
         finite.
         """
 
-    def most_similar(self, user: int, others: IntArray) -> SimilarUsers:
+    def most_similar(self, user: int, others: I64) -> SimilarUsers:
         """The users most similar to `user` among `others`, latest rating last; where similar_every is above 0."""
         return NO_SIMILAR_USERS
 
-    def item_similarities(self, user: int, items: IntArray) -> NDArray[np.float64]:
+    def item_similarities(self, user: int, items: I64) -> F64:
         """The user's own answers on the items most similar to each candidate; where item_neighbours is above 0.
 
         (n, 2): the sum of the liked items' similarities, and that of all.
@@ -241,7 +240,7 @@ class Growing:
         self._room, self.size = np.empty(4, np.int64), 0
 
     @property
-    def values(self) -> IntArray:
+    def values(self) -> I64:
         """(size,) in the order in which they came."""
         return self._room[: self.size]
 
@@ -252,7 +251,7 @@ class Growing:
         self._room[self.size] = value
         self.size += 1
 
-    def keep(self, at: IntArray) -> None:
+    def keep(self, at: I64) -> None:
         """Only those at these positions, one at least."""
         self._room, self.size = self.values[at], at.size
 
@@ -270,7 +269,7 @@ class OwnRows:
         self._items, self._place, self._row, self._label = Growing(), Growing(), Growing(), Growing()
 
     @property
-    def items(self) -> IntArray:
+    def items(self) -> I64:
         """(distinct items,) in the order in which they came first."""
         return self._items.values
 
@@ -284,7 +283,7 @@ class OwnRows:
         if self._row.size > self._most:
             self._drop()
 
-    def nearest(self, similarity: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
+    def nearest(self, similarity: F32) -> tuple[I64, I64, F32]:
         """The `count` most similar rows, of equals the later first: rows, labels and similarities.
 
         `similarity` is that of `items`, (distinct items,).
@@ -305,11 +304,11 @@ class OwnRows:
         self._most = max(self._most, 2 * kept.size)
 
 
-def top(values: NDArray[np.floating[Any]], count: int) -> IntArray:
+def top(values: NDArray[np.floating[Any]], count: int) -> I64:
     """Positions of the `count` largest of values (n,), largest first; equal values: the later position first."""
     if values.size > count:
         kept = (values >= np.partition(values, -count)[-count]).nonzero()[0][::-1]
     else:
         kept = np.arange(values.size - 1, -1, -1)
-    best: IntArray = kept[(-values[kept]).argsort(kind="stable")[:count]]
+    best: I64 = kept[(-values[kept]).argsort(kind="stable")[:count]]
     return best

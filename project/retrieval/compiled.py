@@ -5,9 +5,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
-from project.retrieval.base import FloatArray, IntArray
+from project.arrays import F32, F64, I64
 
 F = TypeVar("F", bound=Callable[..., Any])
 NJIT: Any = njit  # it is typed in some versions
@@ -17,7 +16,7 @@ in_order: Callable[[F], F] = NJIT(cache=True)
 
 
 @compiled
-def inverse_norms(vectors: FloatArray) -> FloatArray:
+def inverse_norms(vectors: F32) -> F32:
     """One over the Euclidean norm of vectors (n, d), 0 where the vector is zero."""
     inverse = np.zeros(len(vectors), np.float32)
     for k in range(len(vectors)):
@@ -31,14 +30,14 @@ def inverse_norms(vectors: FloatArray) -> FloatArray:
 
 @compiled
 def nearest(
-    vectors: FloatArray,
-    inverse: FloatArray,
-    vector: FloatArray,
+    vectors: F32,
+    inverse: F32,
+    vector: F32,
     norm: Any,
-    among: IntArray,
+    among: I64,
     count: int,
-    known: tuple[FloatArray, IntArray, int] | None = None,
-) -> tuple[IntArray, FloatArray]:
+    known: tuple[F32, I64, int] | None = None,
+) -> tuple[I64, F32]:
     """Positions in `among` of at most `count` rows of largest cosine with a vector (d,), largest first, and cosines.
 
     `among` (n,) names rows of `vectors`; equal cosines: the later position first. `inverse` are inverse norms of
@@ -75,9 +74,7 @@ def nearest(
 
 
 @compiled
-def own_votes(
-    vectors: FloatArray, inverse: FloatArray, candidates: IntArray, past: IntArray, count: int
-) -> NDArray[np.float64]:
+def own_votes(vectors: F32, inverse: F32, candidates: I64, past: I64, count: int) -> F64:
     """(n, 2) cosines of each candidate with the `count` nearest items of a past, summed: of liked items, and of all.
 
     Candidates (n,) are rows of `vectors`, `past` (m,) is twice an item and one for a like, oldest first. A cosine below
@@ -95,7 +92,7 @@ def own_votes(
 
 
 @compiled
-def place_of(value: int, values: IntArray) -> int:
+def place_of(value: int, values: I64) -> int:
     """The first position of a value, or -1."""
     for place in range(values.size):
         if values[place] == value:
@@ -104,7 +101,7 @@ def place_of(value: int, values: IntArray) -> int:
 
 
 @compiled
-def put_last(raters: IntArray, size: int, row: int, person: int) -> int:
+def put_last(raters: I64, size: int, row: int, person: int) -> int:
     """Put a row and its person behind the first `size` columns of `raters`, (2, room); returns how many there are then.
 
     The person's row before leaves, or else, where there is no room, the oldest.
@@ -124,12 +121,12 @@ def put_last(raters: IntArray, size: int, row: int, person: int) -> int:
 
 @in_order
 def squared_products(
-    matrix: tuple[IntArray, IntArray, FloatArray],
+    matrix: tuple[I64, I64, F32],
     width: int,
-    queries: IntArray,
-    past: IntArray,
-    earlier: IntArray,
-) -> NDArray[np.float64]:
+    queries: I64,
+    past: I64,
+    earlier: I64,
+) -> F64:
     """(n, m) squared dot products of rows of a sparse matrix: `queries` (n,) by `past` (m,).
 
     `matrix` is CSR with sorted columns, of which there are `width`. Query k meets past[: earlier[k]]; the rest is 0.
@@ -178,7 +175,7 @@ def squared_products(
 
 
 @in_order
-def propagated(starts: IntArray, columns: IntArray, weights: FloatArray, vectors: FloatArray) -> FloatArray:
+def propagated(starts: I64, columns: I64, weights: F32, vectors: F32) -> F32:
     """Weighted sums of neighbours' vectors (items + users, d) in a graph of users and items, both directions at once.
 
     The edges are a matrix (users, items) in CSR with sorted columns. Users pass in order, so that only the items'

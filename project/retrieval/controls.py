@@ -6,16 +6,8 @@ import numpy as np
 import polars as pl
 from scipy.sparse import csr_array
 
-from project.retrieval.base import (
-    NO_NEIGHBOURS,
-    Edges,
-    FloatArray,
-    Neighbours,
-    OwnRows,
-    Raters,
-    Retriever,
-    Snapshot,
-)
+from project.arrays import F32
+from project.retrieval.base import NO_NEIGHBOURS, Edges, Neighbours, OwnRows, Raters, Retriever, Snapshot
 
 
 class NoRetriever(Retriever):
@@ -86,7 +78,7 @@ class ItemKNN(Retriever):
         self._likes = csr_array((np.ones(pairs[0].size), pairs), shape=self._shape)
         self._liked_by = self._likes.T.tocsr()
         self._norms = np.sqrt(np.maximum(np.bincount(snapshot["item"], minlength=self._shape[1]), 1))
-        self._cosines: dict[int, FloatArray] = {}
+        self._cosines: dict[int, F32] = {}
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
         """The user's rows on the most similar items; equal similarity: the later row first."""

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from project.arrays import F64, I8, I64
 from project.data.protocol import SPLITS, SplitInteractions
 from project.errors import ConfigError
-from project.metrics import Floats
-from project.retrieval.base import Edges, IntArray, Snapshot
+from project.retrieval.base import Edges, Snapshot
 from project.retrieval.walk import (
     Snapshots,
     WalkRows,
@@ -39,13 +39,13 @@ TOGETHER = 256  # user vectors solved at once, which bounds the memory that long
 class Factorisation:
     """P(like) = sigmoid(offset + b_u + b_i + p_u . q_i) (Koren, Bell and Volinsky 2009, equation 5, logistic loss)."""
 
-    users: IntArray  # (users,) codes seen in fitting, ascending
-    items: IntArray  # (items,) likewise
+    users: I64  # (users,) codes seen in fitting, ascending
+    items: I64  # (items,) likewise
     offset: float  # log-odds of a like
-    user_bias: Floats  # (users,)
-    item_bias: Floats  # (items,)
-    user_vectors: Floats  # (users, dim)
-    item_vectors: Floats  # (items, dim)
+    user_bias: F64  # (users,)
+    item_bias: F64  # (items,)
+    user_vectors: F64  # (users, dim)
+    item_vectors: F64  # (items, dim)
 
     @classmethod
     def fit(
@@ -78,12 +78,12 @@ class Factorisation:
         first[biases:] = 0.1 * np.random.default_rng(0).standard_normal(first.size - biases)
         penalty[:biases] = bias_penalty
 
-        def parts(values: Floats) -> list[Floats]:
+        def parts(values: F64) -> list[F64]:
             split = np.split(values, ends[:-1])
             return [part.reshape(shape) for part, shape in zip(split, shapes, strict=True)]
 
         # 3. the loss and its gradient
-        def loss(values: Floats) -> tuple[float, Floats]:
+        def loss(values: F64) -> tuple[float, F64]:
             user_bias, item_bias, user_vectors, item_vectors = parts(values)
             dot = np.einsum("nd,nd->n", user_vectors[row_user], item_vectors[row_item])
             logit = offset + user_bias[row_user] + item_bias[row_item] + dot
@@ -118,7 +118,7 @@ class MatrixFactorisation:
         if self.dim < 1:
             raise ConfigError(f"data.mf.dim is {self.dim}; expected 1 or more, or data.mf null for none.")
 
-    def fit(self, rows: pl.DataFrame, num_items: int, cuts: Floats) -> Snapshots:
+    def fit(self, rows: pl.DataFrame, num_items: int, cuts: F64) -> Snapshots:
         """Factorise block after block, each time all rows strictly before it.
 
         Rows are in time order, with columns user, item, timestamp and label; cuts begin blocks 1, 2, ...
@@ -141,7 +141,7 @@ class MatrixFactorisation:
         vectors[found.items, 1:] = found.item_vectors
         return {"known": known, "vectors": vectors}
 
-    def chances(self, rows: WalkRows, snapshots: Snapshots) -> Floats:
+    def chances(self, rows: WalkRows, snapshots: Snapshots) -> F64:
         """P(like) of every `query` row, in the order of `rows`; NaN before the first cut."""
         logits = np.full(rows.row_id.size, np.nan)
         block = np.searchsorted(snapshots.cuts, rows.timestamp, side="right")
@@ -154,10 +154,10 @@ class MatrixFactorisation:
                 users = self._fold_in(known[items], vectors[items], rows.label[own], counts)
                 dot = np.einsum("nd,nd->n", vectors[rows.item[here]], users[place])
                 logits[here] = known[rows.item[here]] + dot
-        chances: Floats = 1.0 / (1.0 + np.exp(-logits[rows.query]))
+        chances: F64 = 1.0 / (1.0 + np.exp(-logits[rows.query]))
         return chances
 
-    def _fold_in(self, known: Floats, vectors: Floats, label: NDArray[np.int8], counts: IntArray) -> Floats:
+    def _fold_in(self, known: F64, vectors: F64, label: I8, counts: I64) -> F64:
         """A user's vector after each number of rows: penalised logistic regression by Newton's method.
 
         Logits `known` (n,) without the user, `vectors` (n, 1 + dim) and labels (n,) are those of the user's rows.
@@ -201,6 +201,6 @@ def mf_snapshots(
     return Snapshots.load(mf_folder(split, mf, refits, cache_dir) / "snapshots.npz")
 
 
-def mf_column(chances: Floats) -> pl.Series:
+def mf_column(chances: F64) -> pl.Series:
     """Chances as a column of the retrieved features table."""
     return pl.Series("mf", chances, dtype=pl.Float32, nan_to_null=True)

@@ -20,16 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
+from project.arrays import F64, I64, Bool
 from project.data.protocol import SPLITS, SplitInteractions
 from project.errors import ConfigError, DataError
-from project.retrieval.base import IntArray, Retriever
+from project.retrieval.base import Retriever
 from project.retrieval.controls import NoRetriever
 from project.retrieval.factorisation import MatrixFactorisation, mf_column, mf_folder, mf_snapshots
 from project.retrieval.own_text import item_vectors, text_folder, text_similarity
 from project.retrieval.walk import (
-    BoolArray,
     Snapshots,
     WalkRows,
     block_cuts,
@@ -99,11 +98,11 @@ def request_retrieved(
     retriever: Retriever,
     refits: int,
     cache_dir: Path,
-    user: IntArray,
-    item: IntArray,
-    timestamp: NDArray[np.float64],
-    label: IntArray,
-    own: BoolArray,
+    user: I64,
+    item: I64,
+    timestamp: F64,
+    label: I64,
+    own: Bool,
     mf: MatrixFactorisation | None = None,
     catalogue: pl.DataFrame | None = None,
 ) -> pl.DataFrame:

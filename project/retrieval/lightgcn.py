@@ -9,17 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 import torch
-from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from project.arrays import F32, F64, I64
 from project.retrieval.base import (
     NO_NEIGHBOURS,
     NO_SIMILAR_USERS,
     Edges,
-    FloatArray,
     Growing,
-    IntArray,
     Neighbours,
     Raters,
     Retriever,
@@ -35,7 +33,7 @@ with warnings.catch_warnings():
     from torch_geometric.nn import LightGCN as LightGCNModel
 
 
-NOTHING: IntArray = np.empty(0, np.int64)
+NOTHING: I64 = np.empty(0, np.int64)
 DISLIKE_WEIGHT = -0.5  # a like's is 1; against it, and half as much: who dislikes an item had chosen it, too
 
 
@@ -75,13 +73,13 @@ class VectorRetriever(Retriever):
         self._require(1, "similar_users", "similar_items")
 
     @abstractmethod
-    def item_table(self, edges: Edges, block: int) -> FloatArray:
+    def item_table(self, edges: Edges, block: int) -> F32:
         """Item vectors, shape (items, d), from ratings before the block; zero rows for items without one."""
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts and vectors."""
         self._num_users, self._items = num_users, items
-        self._weighted: FloatArray | None = None
+        self._weighted: F32 | None = None
         self._past: dict[int, Growing] = {}  # by user: twice the item, and one for a like
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
@@ -100,7 +98,7 @@ class VectorRetriever(Retriever):
         # each user's in order of time, as observe adds: a vector does not depend on where a block starts
         items, weights = liked >> 1, np.where(liked & 1, np.float32(1), np.float32(DISLIKE_WEIGHT))
         pasts = csr_array((weights, items, ends), shape=(self._num_users, self._weighted.shape[0]))
-        self._vectors: FloatArray = pasts @ self._weighted
+        self._vectors: F32 = pasts @ self._weighted
         self._inverse = inverse_norms(self._vectors)
         # what `nearest` knows: cosines of others with the user who was asked for last, until a vector changes
         self._cosines, self._cosines_of = np.empty_like(self._inverse), np.zeros(self._num_users, np.int64)
@@ -117,30 +115,30 @@ class VectorRetriever(Retriever):
             self._asked, self._requests = user, self._requests + 1
         return self._nearest(self._vectors[user], self._inverse[user], raters, known)
 
-    def history_vector(self, item: IntArray, label: IntArray) -> FloatArray:
+    def history_vector(self, item: I64, label: I64) -> F32:
         """The vector (d,) of a user with these items and labels (rows,) in this block; not called in block 0."""
         assert self._weighted is not None
         weights = np.where(label == 1, np.float32(1), np.float32(DISLIKE_WEIGHT))
-        vector: FloatArray = weights @ self._weighted[item]
+        vector: F32 = weights @ self._weighted[item]
         return vector
 
-    def nearest(self, vector: FloatArray, raters: Raters) -> Neighbours:
+    def nearest(self, vector: F32, raters: Raters) -> Neighbours:
         """What `select` picks for a vector (d,) of this block."""
         return self._nearest(vector, inverse_norms(vector[None])[0], raters)
 
     def _nearest(
         self,
-        vector: FloatArray,
+        vector: F32,
         norm: np.float32,
         raters: Raters,
-        known: tuple[FloatArray, IntArray, int] | None = None,
+        known: tuple[F32, I64, int] | None = None,
     ) -> Neighbours:
         places, cosines = nearest(
             self._vectors, self._inverse, vector, norm, raters.user, self.neighbours, known
         )
         return Neighbours(raters.row[places], cosines)
 
-    def most_similar(self, user: int, others: IntArray) -> SimilarUsers:
+    def most_similar(self, user: int, others: I64) -> SimilarUsers:
         """Those with the largest positive cosine with the user's vector; equal cosines: the later rating first."""
         if self._weighted is None or others.size == 0 or self._inverse[user] == 0:
             return NO_SIMILAR_USERS
@@ -151,7 +149,7 @@ class VectorRetriever(Retriever):
         nearest = nearest[cosine[nearest] > 0]
         return SimilarUsers(others[nearest], cosine[nearest])
 
-    def item_similarities(self, user: int, items: IntArray) -> NDArray[np.float64]:
+    def item_similarities(self, user: int, items: I64) -> F64:
         """Answers weighted by the cosine of their items' vectors with the candidate's, if it is one of the largest."""
         if self._weighted is None or user not in self._past:
             return np.zeros((items.size, 2))
@@ -273,7 +271,7 @@ class LightGCN(VectorRetriever):
         super().begin(num_users, items)
         self._model: GraphModel | None = None
 
-    def item_table(self, edges: Edges, block: int) -> FloatArray:
+    def item_table(self, edges: Edges, block: int) -> F32:
         """Train on from the block before; return the layer-averaged item embeddings, shape (items, dim)."""
         num_items = self._items.height
         table = torch.zeros(num_items, self.dim)

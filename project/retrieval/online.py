@@ -17,11 +17,11 @@ import numpy as np
 import polars as pl
 from scipy.sparse import vstack
 
+from project.arrays import F64, I64
 from project.data.protocol import SplitInteractions
 from project.errors import ConfigError, DataError
 from project.features import Retrieved
-from project.metrics import Floats
-from project.retrieval.base import Growing, IntArray, Retriever
+from project.retrieval.base import Growing, Retriever
 from project.retrieval.factorisation import MatrixFactorisation, mf_snapshots
 from project.retrieval.features import retrieved_folder
 from project.retrieval.own_text import text_and_weight, text_encoder, with_any_other
@@ -110,7 +110,7 @@ class FeatureIndex:
     def retrieved(
         self,
         user: int,
-        items: Sequence[int] | IntArray,
+        items: Sequence[int] | I64,
         history: Sequence[tuple[int, int, float]] | None = None,
         catalogue: pl.DataFrame | None = None,
         time: float | None = None,
@@ -190,7 +190,7 @@ class FeatureIndex:
         query: bool = False,
         rater: bool = False,
         own: bool = False,
-    ) -> IntArray:
+    ) -> I64:
         """Positions of new rows at the end, of items, labels and seconds; nobody reads their ids."""
         start, stop = self._size, self._size + len(events)
         if stop > self._rows.row_id.size:
@@ -211,10 +211,10 @@ class FeatureIndex:
         rows, known = self._rows, min(int(self._rows.item[row]), self._items.height)
         self._retriever.observe(row, int(rows.user[row]), known, int(rows.label[row]))
 
-    def _own_columns(self, at: IntArray, catalogue: pl.DataFrame | None) -> dict[str, Floats]:
+    def _own_columns(self, at: I64, catalogue: pl.DataFrame | None) -> dict[str, F64]:
         """mf, text and text_weight of the queries among a user's rows at these positions."""
         rows = WalkRows(**{name: of[at] for name, of in vars(self._rows).items()})
-        found = dict[str, Floats]()
+        found = dict[str, F64]()
         if self._mf is not None and self._mf_snapshots is not None:
             known = replace(rows, item=np.minimum(rows.item, self._items.height))
             found["mf"] = as_stored(self._mf.chances(known, self._mf_snapshots))

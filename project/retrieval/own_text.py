@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from project.arrays import F64
 from project.data.protocol import SplitInteractions
-from project.metrics import Floats
 from project.retrieval.compiled import squared_products
 from project.retrieval.walk import WalkRows, queries_by_user, split_tables
 
@@ -84,7 +84,7 @@ def text_similarity(rows: WalkRows, vectors: Any) -> pl.DataFrame:
     )
 
 
-def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[Floats, Floats]:
+def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[F64, F64]:
     """What `text_similarity` tabulates, (queries,) each; NaN where it has null."""
     text, weight = np.full(rows.row_id.size, np.nan), np.zeros(rows.row_id.size)
     matrix, width = (vectors.indptr, vectors.indices, vectors.data), vectors.shape[1]

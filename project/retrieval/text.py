@@ -18,9 +18,10 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from project.arrays import F32, I64
 from project.data.download import SOURCES, default_cache, quiet_loading, resolve_model
 from project.errors import ConfigError
-from project.retrieval.base import Edges, FloatArray, IntArray
+from project.retrieval.base import Edges
 from project.retrieval.lightgcn import VectorRetriever
 from project.retrieval.walk import cached_folder
 from project.run import sha256_of
@@ -57,7 +58,7 @@ class MeanPooling:
             digest.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
         return digest.hexdigest()
 
-    def encode(self, texts: Sequence[str]) -> FloatArray:
+    def encode(self, texts: Sequence[str]) -> F32:
         """Vectors of length 1, shape (texts, hidden size), in the order given; zero for a text without a token."""
         tokenizer, model = self._loaded
         longest = min(self.max_tokens, model.config.max_position_embeddings)
@@ -142,9 +143,9 @@ class TextEncoder(VectorRetriever):
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts and the vectors of other items."""
         super().begin(num_users, items)
-        self._encoded: FloatArray | None = None
+        self._encoded: F32 | None = None
 
-    def item_table(self, edges: Edges, block: int) -> FloatArray:
+    def item_table(self, edges: Edges, block: int) -> F32:
         """Vectors of the items rated before the block, shape (items, d), zero for the others."""
         if self._encoded is None:
             self._encoded = encode_once(self.reader, item_texts(self._items), default_cache())
@@ -153,12 +154,12 @@ class TextEncoder(VectorRetriever):
         table[seen] = self._encoded[seen]
         return table
 
-    def encode_history(self, item: IntArray, label: IntArray) -> FloatArray:
+    def encode_history(self, item: I64, label: I64) -> F32:
         """The history's text as a vector (d,), as a system without item vectors encodes it at every request.
 
         Items and labels (rows,) come oldest first.
         """
-        vector: FloatArray = self.reader.encode([history_text(self._items["title"], item, label)])[0]
+        vector: F32 = self.reader.encode([history_text(self._items["title"], item, label)])[0]
         return vector
 
     def settings(self) -> dict[str, Any]:
@@ -173,7 +174,7 @@ def item_texts(items: pl.DataFrame) -> list[str]:
     return [", ".join(value for value in row.values() if value) for row in rows]
 
 
-def history_text(titles: pl.Series, item: IntArray, label: IntArray) -> str:
+def history_text(titles: pl.Series, item: I64, label: I64) -> str:
     """Liked, then disliked titles, the latest first: where a text is cut, the oldest goes.
 
     Items (rows,) come oldest first; codes beyond the titles are left out.
@@ -186,7 +187,7 @@ def history_text(titles: pl.Series, item: IntArray, label: IntArray) -> str:
     return " ".join(parts)
 
 
-def encode_once(encoder: MeanPooling, texts: list[str], cache_dir: Path) -> FloatArray:
+def encode_once(encoder: MeanPooling, texts: list[str], cache_dir: Path) -> F32:
     """Vectors of texts, shape (texts, d); from the cache, if the same encoder has read the same texts before."""
     content = {
         "texts": texts,
@@ -199,5 +200,5 @@ def encode_once(encoder: MeanPooling, texts: list[str], cache_dir: Path) -> Floa
     def write(folder: Path) -> None:
         np.save(folder / "vectors.npy", encoder.encode(texts))
 
-    vectors: FloatArray = np.load(cached_folder(cache_dir / "embeddings", content, write) / "vectors.npy")
+    vectors: F32 = np.load(cached_folder(cache_dir / "embeddings", content, write) / "vectors.npy")
     return vectors

@@ -29,15 +29,14 @@ import polars as pl
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from project.arrays import F64, I8, I64, Bool
 from project.data.download import remove_orphans
 from project.data.protocol import SPLITS, SplitInteractions, answered
 from project.errors import ConfigError, DataError
 from project.features import Retrieved
-from project.metrics import Floats
-from project.retrieval.base import Edges, IntArray, Neighbours, Raters, Retriever, Snapshot
+from project.retrieval.base import Edges, Neighbours, Raters, Retriever, Snapshot
 from project.retrieval.compiled import place_of, put_last
 
-BoolArray = NDArray[np.bool_]
 Make = Callable[[pl.DataFrame, str, Path], pl.DataFrame]
 CHECKED_TOGETHER = 4096  # answers; fewer at first, so that a slow and wrong retriever is refused early
 BLOCK = 2**16  # answers that are kept as arrays of `neighbours` columns, before they become lists
@@ -84,7 +83,7 @@ def read_tables(folder: Path) -> dict[str, pl.DataFrame]:
     return {name: tables[name] for name in SPLITS}
 
 
-def reads_all_earlier(timestamp: NDArray[np.float64], split: IntArray, own_second: bool = False) -> bool:
+def reads_all_earlier(timestamp: F64, split: I64, own_second: bool = False) -> bool:
     """Whether no row has a row of a later split strictly before it: then all splits' tables coincide.
 
     Rows ascend in time, splits are 0, 1, 2. With `own_second` a row's own second counts too, as lists of what similar
@@ -95,7 +94,7 @@ def reads_all_earlier(timestamp: NDArray[np.float64], split: IntArray, own_secon
     return bool(np.all(latest_before[np.searchsorted(timestamp, timestamp, side=side)] <= split))
 
 
-def block_cuts(timestamp: NDArray[np.float64], refits: int) -> NDArray[np.float64]:
+def block_cuts(timestamp: F64, refits: int) -> F64:
     """First timestamps of blocks 1, 2, ...: those at positions k * rows / refits, rounded down, k = 1 .. refits - 1.
 
     `timestamp` is that of all rows of the log, ascending. Rows of one timestamp stay together.
@@ -103,7 +102,7 @@ def block_cuts(timestamp: NDArray[np.float64], refits: int) -> NDArray[np.float6
     if not timestamp.size:
         return np.empty(0)
     cuts = np.unique(timestamp[np.arange(1, refits) * timestamp.size // refits])
-    later: NDArray[np.float64] = cuts[cuts > timestamp[0]]
+    later: F64 = cuts[cuts > timestamp[0]]
     return later
 
 
@@ -111,7 +110,7 @@ def block_cuts(timestamp: NDArray[np.float64], refits: int) -> NDArray[np.float6
 class Snapshots:
     """Block k >= 1 holds the rows with cuts[k-1] <= timestamp < cuts[k]; block 0 has no past and no snapshot."""
 
-    cuts: NDArray[np.float64]  # (blocks - 1,), ascending
+    cuts: F64  # (blocks - 1,), ascending
     fitted: list[Snapshot]  # what was fitted before blocks 1, 2, ...
 
     def save(self, path: Path) -> None:
@@ -134,7 +133,7 @@ class Snapshots:
         return cls(cuts, [*fitted])
 
 
-def edges_before(rows: pl.DataFrame, cuts: NDArray[np.float64]) -> list[Edges]:
+def edges_before(rows: pl.DataFrame, cuts: F64) -> list[Edges]:
     """The rows strictly before each cut; rows in time order, columns user, item, timestamp, label."""
     rows = rows.filter(answered(rows))
     user, item, label = (rows[name].to_numpy().astype(np.int64) for name in ("user", "item", "label"))
@@ -143,7 +142,7 @@ def edges_before(rows: pl.DataFrame, cuts: NDArray[np.float64]) -> list[Edges]:
 
 
 def fit_blocks(
-    rows: pl.DataFrame, cuts: NDArray[np.float64], fit: Callable[[Edges, int], Snapshot], description: str
+    rows: pl.DataFrame, cuts: F64, fit: Callable[[Edges, int], Snapshot], description: str
 ) -> Snapshots:
     """What `fit` makes of all rows strictly before each block 1, 2, ...; `description` labels the progress bar."""
     before, fitted = edges_before(rows, cuts), list[Snapshot]()
@@ -156,7 +155,7 @@ def fit_blocks(
 
 
 def fit_snapshots(
-    rows: pl.DataFrame, retriever: Retriever, num_users: int, items: pl.DataFrame, cuts: NDArray[np.float64]
+    rows: pl.DataFrame, retriever: Retriever, num_users: int, items: pl.DataFrame, cuts: F64
 ) -> Snapshots:
     """Fit a retriever block after block, each on all rows strictly before it; `items` is the log's item table."""
     retriever.begin(num_users, items)
@@ -171,15 +170,15 @@ class WalkRows:
     history for a user of the log.
     """
 
-    row_id: IntArray  # id of the row in the retrieved features table
-    user: IntArray  # whose past (vector, rate) the row is answered with and adds to
-    person: IntArray  # whose rating it is
-    item: IntArray  # item code; the number of items stands for any item the log does not have
-    timestamp: NDArray[np.float64]  # seconds; rows of one timestamp never see each other
-    label: NDArray[np.int8]  # 0, 1, or -1 for unknown
-    query: BoolArray  # retrieved features are requested
-    rater: BoolArray  # becomes a rating that others may read
-    own: BoolArray  # enters the past of its user
+    row_id: I64  # id of the row in the retrieved features table
+    user: I64  # whose past (vector, rate) the row is answered with and adds to
+    person: I64  # whose rating it is
+    item: I64  # item code; the number of items stands for any item the log does not have
+    timestamp: F64  # seconds; rows of one timestamp never see each other
+    label: I8  # 0, 1, or -1 for unknown
+    query: Bool  # retrieved features are requested
+    rater: Bool  # becomes a rating that others may read
+    own: Bool  # enters the past of its user
 
     @classmethod
     def from_log(cls, rows: pl.DataFrame, query: bool = True) -> "WalkRows":
@@ -191,7 +190,7 @@ class WalkRows:
         return cls(row_id, user, user, item, timestamp, label, query=queries, rater=read, own=read)
 
 
-def own_earlier_rows(user: IntArray, timestamp: NDArray[np.float64]) -> tuple[IntArray, IntArray, IntArray]:
+def own_earlier_rows(user: I64, timestamp: F64) -> tuple[I64, I64, I64]:
     """The user's own strictly earlier rows, of every row: `order[start[k]:stop[k]]` for row k, oldest first.
 
     Rows are in time order. `order` holds positions of rows grouped by user; (rows,) each.
@@ -207,7 +206,7 @@ def own_earlier_rows(user: IntArray, timestamp: NDArray[np.float64]) -> tuple[In
     return order, start, stop
 
 
-def queries_by_user(rows: WalkRows, description: str) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
+def queries_by_user(rows: WalkRows, description: str) -> Iterator[tuple[I64, I64, I64]]:
     """For each user with rows to answer: their positions `queries` (n,), the past `own` (m,), and `earlier` (n,).
 
     Row queries[j] may read own[: earlier[j]], the user's strictly earlier rows, oldest first. `description` labels the
@@ -222,7 +221,7 @@ def queries_by_user(rows: WalkRows, description: str) -> Iterator[tuple[IntArray
             yield queries, own, np.searchsorted(rows.timestamp[own], rows.timestamp[queries], side="left")
 
 
-def _followed(parts: list[IntArray], total: int, description: str) -> Iterator[IntArray]:
+def _followed(parts: list[I64], total: int, description: str) -> Iterator[I64]:
     """The parts, with a progress bar of their rows."""
     with Progress(transient=True) as progress:
         task = progress.add_task(description, total=total)
@@ -235,7 +234,7 @@ def walk(
     rows: WalkRows,
     retriever: Retriever,
     items: pl.DataFrame,
-    cuts: NDArray[np.float64],
+    cuts: F64,
     snapshots: list[Snapshot],
     description: str = "retrieved features",
 ) -> pl.DataFrame:
@@ -279,18 +278,18 @@ def walk(
     return table
 
 
-def _span_starts(rows: WalkRows, block_of: NDArray[np.intp]) -> IntArray:
+def _span_starts(rows: WalkRows, block_of: I64) -> I64:
     """Where time groups start; neighbouring groups without a query are one span, for speed."""
     new_group = np.flatnonzero(np.diff(rows.timestamp, prepend=-np.inf))
     if not new_group.size:
         return new_group
     query = np.logical_or.reduceat(rows.query, new_group)
     new_block = np.diff(block_of, prepend=-1)[new_group] != 0
-    starts: IntArray = new_group[query | np.concatenate([[True], query[:-1]]) | new_block]
+    starts: I64 = new_group[query | np.concatenate([[True], query[:-1]]) | new_block]
     return starts
 
 
-def _spans(starts: IntArray, rows: WalkRows) -> Iterator[tuple[int, int]]:
+def _spans(starts: I64, rows: WalkRows) -> Iterator[tuple[int, int]]:
     """Spans as (start, stop); some are numbers of Python at a time, since these are large."""
     stops = np.append(starts[1:], rows.timestamp.size)
     for part in (slice(k, k + BLOCK) for k in range(0, starts.size, BLOCK)):
@@ -302,7 +301,7 @@ class Past:
 
     def __init__(self, max_raters: int) -> None:
         self._max_raters = max_raters
-        self._raters: dict[int, IntArray] = {}  # by item: rows and persons, (2, room)
+        self._raters: dict[int, I64] = {}  # by item: rows and persons, (2, room)
         self._size: dict[int, int] = {}  # by item: how many there are
         self._items: dict[int, list[int]] = {}  # likes and rows of each
         self._users: dict[int, list[int]] = {}
@@ -358,9 +357,7 @@ class Answers:
     `answer` adds; the others are in tables already.
     """
 
-    def __init__(
-        self, rows: WalkRows, queries: IntArray, retriever: Retriever, num_items: int, size: int
-    ) -> None:
+    def __init__(self, rows: WalkRows, queries: I64, retriever: Retriever, num_items: int, size: int) -> None:
         neighbours = retriever.neighbours
         self._rows, self._queries, self._retriever = rows, queries, retriever
         self._num_items, self._answered, self._checked = num_items, 0, 0  # of the block of `queries`
@@ -439,7 +436,7 @@ class Answers:
         self.check()
         block = slice(self._answered)
 
-        def share(part: NDArray[Any], total: NDArray[Any]) -> Floats:
+        def share(part: NDArray[Any], total: NDArray[Any]) -> F64:
             return as_stored(np.divide(part, total, out=np.full_like(total, np.nan), where=total > 0))
 
         used = np.arange(self._row.shape[1]) < self._count[block][:, None]
@@ -489,7 +486,7 @@ class Answers:
         self._queries, self._answered, self._checked = self._queries[self._answered :], 0, 0
 
 
-def as_stored(values: NDArray[Any]) -> Floats:
+def as_stored(values: NDArray[Any]) -> F64:
     """Numbers as precise as a table keeps them."""
     return values.astype(np.float32).astype(np.float64)
 
@@ -532,7 +529,7 @@ class SimilarLikes:
                 if found:
                     self._lists[row] = found
 
-    def column(self, rows: IntArray) -> pl.Series:
+    def column(self, rows: I64) -> pl.Series:
         """Lists of the rows at these positions, List(Int32); null where there is none."""
         return pl.Series([self._lists.get(row) for row in rows.tolist()], dtype=pl.List(pl.Int32))
 

@@ -28,15 +28,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from project.arrays import F64, I64
 from project.callbacks import features_of
-from project.data.ragged import IntArray
 from project.datamodule import InteractionData
 from project.engine.cache import StreamCache
 from project.engine.engine import Engine, EveryHead
 from project.engine.requests import PreparedRequest, Scored
 from project.exits.criteria import HeadOutputs
 from project.exits.plan import ExitPlan
-from project.metrics import Floats, probabilities
+from project.metrics import probabilities
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
 from project.run import table_about
@@ -53,12 +53,12 @@ EVENTS, MOST = 10, 0.25  # of a user, for a bet; a user's loss is cut to +-MOST,
 class Capital:
     """Capital staked against each of n nulls, 1 at first."""
 
-    def __init__(self, nulls: Floats) -> None:
+    def __init__(self, nulls: F64) -> None:
         self._nulls, self._shares, self._bets = nulls[:, None], np.tile(SHARES, (len(nulls), 1)), 0
         self._log = np.zeros(len(nulls))
         self.highest = np.zeros(len(nulls))  # (n,) logarithm of the highest it ever was
 
-    def stake(self, loss: float | Floats) -> None:
+    def stake(self, loss: float | F64) -> None:
         """Bet on one more loss in [0, 1], or on one of its own for each null, (n,)."""
         self._bets += 1
         pays = np.reshape(loss, (-1, 1)) / self._nulls
@@ -117,7 +117,7 @@ class Monitor:
         text = repr((self._seed, self._requests, request)).encode()
         return int.from_bytes(blake2b(text, digest_size=8).digest()) < self.share * 2**64
 
-    def audit(self, request: PreparedRequest) -> tuple[Scored, Floats | None]:
+    def audit(self, request: PreparedRequest) -> tuple[Scored, F64 | None]:
         """The plan's answer to a request, from a run to full depth, and the probabilities of full depth.
 
         Where the deadline cut it, what it answers then, and None.
@@ -195,7 +195,7 @@ def excess(probability: Any, label: Any, base_rate: float) -> Any:
     return (probability - label) ** 2 - (base_rate - label) ** 2
 
 
-def answered(plan: ExitPlan, outputs: HeadOutputs) -> tuple[IntArray, Floats, Floats]:
+def answered(plan: ExitPlan, outputs: HeadOutputs) -> tuple[I64, F64, F64]:
     """Of n rows at all heads, calibrated: layers and logits that they leave with, and their losses, (n,) each."""
     here = HeadOutputs(outputs.layers, outputs.logits.cpu(), outputs.retrieved.cpu())
     layers, logits = plan.emitted(here)

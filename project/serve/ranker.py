@@ -15,11 +15,12 @@ import numpy as np
 import polars as pl
 import torch
 
+from project.arrays import F64, I64
 from project.config import open_run
 from project.data.download import SOURCES
 from project.data.prompt import PromptEncoder
 from project.data.protocol import answered
-from project.data.ragged import IntArray, Ragged
+from project.data.ragged import Ragged
 from project.data.requests import Catalogue, Request, request_of
 from project.data.stream import streams_of
 from project.datamodule import InteractionData
@@ -33,7 +34,7 @@ from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
 from project.export import POLICY, give_exported
 from project.features import COLUMNS, Retrieved, feature_matrix
-from project.metrics import Floats, probabilities
+from project.metrics import probabilities
 from project.model.module import ExitRecommender
 from project.retrieval.online import FeatureIndex, in_time
 from project.retrieval.text import item_texts
@@ -257,7 +258,7 @@ class Ranker:
         engine = self._whole if self.full_depth else self._engine
         others = np.setdiff1d(np.arange(len(prepared)), audited).tolist()
         scored = engine.score([prepared[k] for k in others]).requests
-        scores: dict[int, tuple[Scored, Floats | None]] = {
+        scores: dict[int, tuple[Scored, F64 | None]] = {
             k: (score, None) for k, score in zip(others, scored, strict=True)
         }
         scores |= {k: self.monitor.audit(prepared[k]) for k in audited}
@@ -316,18 +317,18 @@ class History:
     """A user's segments in order of time, each encoded once, and the shared prefix that they make."""
 
     def __init__(self) -> None:
-        self.tokens, self.times = list[IntArray](), list[float]()
+        self.tokens, self.times = list[I64](), list[float]()
         self.rows = list[tuple[int, int, float]]()  # item, label, seconds
         self._prefix: StreamTokens | None = None
 
-    def add(self, tokens: IntArray, item: int, label: int, time: float, dated: float) -> None:
+    def add(self, tokens: I64, item: int, label: int, time: float, dated: float) -> None:
         """Append a row that reads as if at `time`, which is not before the latest, and is dated otherwise."""
         self.tokens.append(tokens)
         self.times.append(time)
         self.rows.append((item, label, dated))
         self._prefix = None
 
-    def prefix(self, instruction: IntArray, context_tokens: int) -> StreamTokens:
+    def prefix(self, instruction: I64, context_tokens: int) -> StreamTokens:
         """What candidates see."""
         if self._prefix is None:
             lists = Ragged.of([part.tolist() for part in self.tokens])
@@ -335,7 +336,7 @@ class History:
         return self._prefix
 
 
-def ranked(scored: Scored, audit: Floats | None, full: int, features: Retrieved) -> Ranked:
+def ranked(scored: Scored, audit: F64 | None, full: int, features: Retrieved) -> Ranked:
     """The answer to a request that was prepared."""
     if scored.error is not None:
         return Ranked.refused(scored.error)

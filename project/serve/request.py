@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from project.arrays import F64, I64
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class RankRequest:
 class Ranked:
     """What became of a request of n candidates, in their order. With an error the arrays are empty."""
 
-    probability: NDArray[np.float64]  # (n,)
-    exit_layer: NDArray[np.int64]  # (n,)
+    probability: F64  # (n,)
+    exit_layer: I64  # (n,)
     token_layers: int
     full_depth_token_layers: int  # what the same would have cost without early exit
     features: list[
@@ -37,7 +38,7 @@ class Ranked:
     ]  # of each candidate, the retrieved features used; unknown ones are left out
     late: bool = False  # the deadline cut it
     error: str | None = None
-    audit: NDArray[np.float64] | None = None  # (n,) probabilities at full depth, if it was audited
+    audit: F64 | None = None  # (n,) probabilities at full depth, if it was audited
     cached: bool | None = None  # some of the user's history was in memory; None: there is none to keep
 
     @classmethod

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from project.arrays import F32, I64
 from project.benchmark.retrieval import (
     FEWEST,
     ROUNDS,
@@ -22,7 +23,6 @@ from project.datamodule import InteractionData
 from project.errors import DataError
 from project.evaluation.baselines import baseline_rows, fit_baselines
 from project.retrieval import ItemKNN, LightGCN, TextEncoder, VectorRetriever
-from project.retrieval.base import FloatArray, IntArray
 from project.retrieval.walk import WalkRows, walk
 from project.run import read_result
 
@@ -41,7 +41,7 @@ def record(contender: Contender) -> list[tuple[list[int], list[int]]]:
     """Keeps the histories of a contender's queries."""
     seen, query = [], contender.query
 
-    def recorded(item: IntArray, label: IntArray) -> FloatArray:
+    def recorded(item: I64, label: I64) -> F32:
         seen.append((item.tolist(), label.tolist()))
         return query(item, label)
 

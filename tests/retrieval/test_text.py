@@ -12,9 +12,10 @@ import torch
 from example_logs import flip, make_log, retrieved
 from transformers import AutoModel, AutoTokenizer
 
+from project.arrays import F32
 from project.errors import ConfigError, SourceError
 from project.retrieval import TextEncoder, own_text
-from project.retrieval.base import Edges, FloatArray
+from project.retrieval.base import Edges
 from project.retrieval.own_text import SHRINK, item_vectors, text_similarity
 from project.retrieval.text import MeanPooling, encode_once, history_text, item_texts, mean_of_tokens
 from project.retrieval.walk import WalkRows
@@ -127,7 +128,7 @@ class Lengths(MeanPooling):
     def __init__(self) -> None:
         super().__init__("unused", 64)
 
-    def encode(self, texts: Sequence[str]) -> FloatArray:
+    def encode(self, texts: Sequence[str]) -> F32:
         self.calls += 1
         return np.array([[len(text), 1] for text in texts], np.float32)
 

@@ -22,8 +22,9 @@ from example_logs import (
     user_vectors,
 )
 
+from project.arrays import F32
 from project.retrieval import LightGCN, VectorRetriever, request_retrieved, retrieved_tables
-from project.retrieval.base import Edges, FloatArray, Raters
+from project.retrieval.base import Edges, Raters
 from project.retrieval.walk import WalkRows, fit_snapshots, walk
 
 LISTS = {"similar_every": 3, "similar_users": 3, "similar_items": 2}
@@ -92,7 +93,7 @@ def test_item_similarity_equals_brute_force(seed: int) -> None:
 class UnitItems(VectorRetriever):
     """Items 0, 1, 2 and 3 are (1, 0), (0, 1), (1, 0) and (1, 0)."""
 
-    def item_table(self, edges: Edges, block: int) -> FloatArray:
+    def item_table(self, edges: Edges, block: int) -> F32:
         return np.eye(2, dtype=np.float32)[[0, 1, 0, 0]]
 
 

@@ -14,9 +14,10 @@ import polars as pl
 import pytest
 from example_logs import make_log, numbered
 
+from project.arrays import F32
 from project.errors import DataError
 from project.retrieval import NoRetriever, VectorRetriever
-from project.retrieval.base import Edges, FloatArray, Neighbours, Raters, Retriever, top
+from project.retrieval.base import Edges, Neighbours, Raters, Retriever, top
 from project.retrieval.walk import (
     Snapshots,
     WalkRows,
@@ -33,7 +34,7 @@ from project.retrieval.walk import (
 class UnitItems(VectorRetriever):
     """Item 0 is (1, 0), item 1 is (0, 1)."""
 
-    def item_table(self, edges: Edges, block: int) -> FloatArray:
+    def item_table(self, edges: Edges, block: int) -> F32:
         return np.eye(2, dtype=np.float32)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from example_engine import EXITS, World, make_module, random_request, raw_outputs
-from numpy.typing import NDArray
 from scipy.stats import binom
 
+from project.arrays import F64, I64
 from project.engine import Engine, PreparedRequest, RowExits
 from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
@@ -24,10 +24,10 @@ from project.serve.ranker import Ranker, RankRequest
 from project.serve.store import Event
 
 STREAMS, DELTA = 200, 0.1
-Losses = NDArray[np.float64]
+Losses = F64
 
 
-def alarms(null: float, losses: Losses, delta: float = DELTA) -> NDArray[np.int64]:
+def alarms(null: float, losses: Losses, delta: float = DELTA) -> I64:
     """The audit at which each stream (audits, streams) raises the alarm; one more than there are where none does."""
     capital, first = Capital(np.full(losses.shape[1], null)), np.full(losses.shape[1], len(losses) + 1)
     for audit, loss in enumerate(losses, start=1):
@@ -65,7 +65,7 @@ def test_late_drift_is_found_too(clean: int, audits: int) -> None:
     assert found.max() <= clean + audits
 
 
-def first_alarms(shuffled: bool, streams: int, users: int) -> NDArray[np.int64]:
+def first_alarms(shuffled: bool, streams: int, users: int) -> I64:
     """Users until the alarm, one more than there are where none comes, with chances of Beta(2, 2): base rate .5.
 
     Brier score of the chances minus that of the base rate: E[c(1 - c)] - .25 = .2 - .25 = -.05; of another row's
