@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import lightning.pytorch as pl
+import lightning.pytorch as L
 import numpy as np
-import polars
+import polars as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -113,7 +113,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         return read_checkpoint(path)
 
 
-def run_folder(trainer: pl.Trainer, ckpt_path: str | Path | None = None) -> Path:
+def run_folder(trainer: L.Trainer, ckpt_path: str | Path | None = None) -> Path:
     """The run of a checkpoint, else the folder of the CSV logger."""
     if ckpt_path is not None:
         return run_of_checkpoint(ckpt_path)
@@ -121,7 +121,7 @@ def run_folder(trainer: pl.Trainer, ckpt_path: str | Path | None = None) -> Path
     return next(found, Path(trainer.default_root_dir))
 
 
-def point_latest(trainer: pl.Trainer) -> None:
+def point_latest(trainer: L.Trainer) -> None:
     """Let the link `latest` name this fit's run; nothing where no logger makes run folders, or off rank 0."""
     run = run_folder(trainer)
     if not trainer.is_global_zero or run == Path(trainer.default_root_dir):
@@ -133,7 +133,7 @@ def point_latest(trainer: pl.Trainer) -> None:
     os.replace(part, link)
 
 
-def will_be_saved(trainer: pl.Trainer) -> bool:
+def will_be_saved(trainer: L.Trainer) -> bool:
     """Whether a checkpoint is saved after this validation of fit: results are about saved weights only."""
     saver = trainer.checkpoint_callback
     # without a metric, or with save_top_k 0, last.ckpt has the latest weights
@@ -142,12 +142,12 @@ def will_be_saved(trainer: pl.Trainer) -> bool:
     return saver.check_monitor_top_k(trainer, trainer.callback_metrics.get(saver.monitor))
 
 
-def current_run(trainer: pl.Trainer) -> Path:
+def current_run(trainer: L.Trainer) -> Path:
     """`run_folder` of the command that is running; a resumed fit has a folder of its own."""
     return run_folder(trainer, None if trainer.state.fn == "fit" else trainer.ckpt_path)
 
 
-def data_of(trainer: pl.Trainer) -> InteractionData:
+def data_of(trainer: L.Trainer) -> InteractionData:
     """The DataModule of the command that is running."""
     return cast("InteractionData", trainer.datamodule)  # type: ignore[attr-defined]
 
@@ -155,7 +155,7 @@ def data_of(trainer: pl.Trainer) -> InteractionData:
 class SaveConfig(SaveConfigCallback):
     """Saves config.yaml in the run folder, points `latest` at a finished run, sends the configuration to W&B."""
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Save for fit only: other commands write into the run of their checkpoint."""
         for logger in trainer.loggers:  # rank 0 has made its folder, the others follow
             if isinstance(logger, CSVLogger):
@@ -164,7 +164,7 @@ class SaveConfig(SaveConfigCallback):
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
 
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Called once, on rank 0."""
         run = run_folder(trainer)
         for logger in _wandb(trainer):
@@ -172,7 +172,7 @@ class SaveConfig(SaveConfigCallback):
             if logger._wandb_init.get("name") is None:
                 logger.experiment.name = f"{run.parent.name}/{run.name}"
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A fit that saves no checkpoint has results at its end."""
         point_latest(trainer)
 
@@ -186,12 +186,12 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
-def _wandb(trainer: pl.Trainer) -> list[WandbLogger]:
+def _wandb(trainer: L.Trainer) -> list[WandbLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
 
 
 @dataclass(eq=False)
-class ExitCalibration(ExitSettings, pl.Callback):
+class ExitCalibration(ExitSettings, L.Callback):
     """Calibrates exits on the tune fold of every validation and certifies them on the certify fold.
 
     Its arguments are the settings themselves, so that YAML names `exits.criterion`.
@@ -203,7 +203,7 @@ class ExitCalibration(ExitSettings, pl.Callback):
         self.found: Plans | None = None
         self.refused: str | None = None  # why there is no plan
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Calibrate while training, where a checkpoint is going to be saved; validate only reports."""
         if trainer.sanity_checking or trainer.state.fn != "fit" or not will_be_saved(trainer):
             return
@@ -217,10 +217,10 @@ class ExitCalibration(ExitSettings, pl.Callback):
 
     def calibrate(
         self,
-        trainer: pl.Trainer,
+        trainer: L.Trainer,
         module: ExitRecommender,
         data: InteractionData,
-        scores: polars.DataFrame,
+        scores: pl.DataFrame,
         folder: Path,
     ) -> dict[str, Any]:
         """Make the plan of validation's score table, keep it, log it and write results/calibrate.json."""
@@ -260,7 +260,7 @@ class ExitCalibration(ExitSettings, pl.Callback):
         content.setdefault("callbacks", {})[self.state_key] = self.state_dict()
         replace_file(checkpoint, lambda part: torch.save(content, part))
 
-    def _log(self, trainer: pl.Trainer, scores: polars.DataFrame, features: F64) -> None:
+    def _log(self, trainer: L.Trainer, scores: pl.DataFrame, features: F64) -> None:
         """`select/exit/...` on the select fold, which calibration has not seen."""
         assert self.found is not None
         fold = (scores["fold"] == "select").to_numpy()
@@ -275,13 +275,13 @@ class ExitCalibration(ExitSettings, pl.Callback):
             logger.log_metrics(known, trainer.global_step)
 
 
-def exit_calibration_of(trainer: pl.Trainer) -> ExitCalibration:
+def exit_calibration_of(trainer: L.Trainer) -> ExitCalibration:
     """The callback of a trainer made by the command line, which always has one."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next(c for c in callbacks if isinstance(c, ExitCalibration))
 
 
-def features_of(module: ExitRecommender, data: InteractionData, scores: polars.DataFrame) -> F64:
+def features_of(module: ExitRecommender, data: InteractionData, scores: pl.DataFrame) -> F64:
     """Features (n, F) of the rows of a score table: of one split, or of the requests at hand."""
     if scores["row_id"].null_count():
         assert data.candidate_retrieved is not None
@@ -291,7 +291,7 @@ def features_of(module: ExitRecommender, data: InteractionData, scores: polars.D
     return feature_matrix(retrieved, module.feature_baseline().base)
 
 
-class ResultFiles(pl.Callback):
+class ResultFiles(L.Callback):
     """Writes results/<command>.json, scores/<split>.parquet, report/ and, when training starts, bundle/ into the run.
 
     Args:
@@ -304,19 +304,19 @@ class ResultFiles(pl.Callback):
         self.tag, self.metric = tag, metric
         if metric is not None:  # on made-up rows, so that a mistake is found before training
             own_metric(metric, [({}, np.zeros(4))], np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]))
-        self._scores: polars.DataFrame | None = None  # of the validation that the saved checkpoint comes from
+        self._scores: pl.DataFrame | None = None  # of the validation that the saved checkpoint comes from
 
     @rank_zero_only
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the bundle: what predict and export need of the data, so that a run can be moved."""
         write_bundle(cast("ExitRecommender", pl_module), data_of(trainer), run_folder(trainer) / "bundle")
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of training."""
         self._started = self._batch_ended = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Log the deepest layer's learning rate, and the targets a second of all processes, without validation."""
         now = time.perf_counter()
@@ -327,18 +327,18 @@ class ResultFiles(pl.Callback):
         pl_module.log("train/targets_per_s", targets / (now - self._batch_ended))
         self._batch_ended = now
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock of training, validation left out; write the result of fit."""
         seconds = data_of(trainer).clock.seconds
         seconds["train"] = time.perf_counter() - self._started - seconds.get("validate", 0.0)
         if self._scores is not None:
             self._report(trainer, pl_module, self._scores, "fit", "valid")
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of validation."""
         self._evaluation_started = time.perf_counter()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the scores of validation; in validate, its result, too."""
         self._batch_ended = time.perf_counter()
         if trainer.sanity_checking:
@@ -351,25 +351,25 @@ class ResultFiles(pl.Callback):
         if trainer.state.fn == "validate":
             self._report(trainer, pl_module, self._scores, "validate", "valid")
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of the test."""
         self._evaluation_started = time.perf_counter()
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the scores and the result of the test."""
         self._stop_clock(trainer, "test")
         self._write_scores(trainer, pl_module, "test")
         self._report(trainer, pl_module, _scores(pl_module), "test", "test")
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the scores of requests."""
         self._write_scores(trainer, pl_module, "predict")
 
-    def _stop_clock(self, trainer: pl.Trainer, stage: str) -> None:
+    def _stop_clock(self, trainer: L.Trainer, stage: str) -> None:
         seconds = data_of(trainer).clock.seconds
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - self._evaluation_started
 
-    def _write_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+    def _write_scores(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
         # on every process: where heads are sharded, all take part in their digest
         about = {"heads": heads_digest(pl_module.state_dict()), "protocol": data_of(trainer).split.hash}
         if not trainer.is_global_zero:
@@ -384,9 +384,9 @@ class ResultFiles(pl.Callback):
     @rank_zero_only
     def _report(
         self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        scores: polars.DataFrame,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        scores: pl.DataFrame,
         command: str,
         split: str,
     ) -> None:
@@ -423,13 +423,13 @@ class ResultFiles(pl.Callback):
                     logger.log_image(f"report/{picture.stem}", [str(picture)])
 
 
-def _scores(module: pl.LightningModule) -> polars.DataFrame:
+def _scores(module: L.LightningModule) -> pl.DataFrame:
     scores = cast("ExitRecommender", module).scores
     assert scores is not None
     return scores
 
 
-def _with_exits(trainer: pl.Trainer, module: ExitRecommender, scores: polars.DataFrame) -> polars.DataFrame:
+def _with_exits(trainer: L.Trainer, module: ExitRecommender, scores: pl.DataFrame) -> pl.DataFrame:
     """The score table with where each row leaves and the logit it leaves with, where there is a plan."""
     calibration = exit_calibration_of(trainer)
     if calibration.found is None:
@@ -437,13 +437,13 @@ def _with_exits(trainer: pl.Trainer, module: ExitRecommender, scores: polars.Dat
     plan = calibration.found.plan
     layer, logit = plan.emitted(plan.outputs(scores, features_of(module, data_of(trainer), scores)))
     return scores.with_columns(
-        exit_layer=polars.Series(layer.numpy()).cast(polars.Int64),
-        adaptive_logit=polars.Series(logit.numpy()).cast(polars.Float32),
+        exit_layer=pl.Series(layer.numpy()).cast(pl.Int64),
+        adaptive_logit=pl.Series(logit.numpy()).cast(pl.Float32),
     )
 
 
 def _planned(
-    trainer: pl.Trainer, module: ExitRecommender, scores: polars.DataFrame, content: dict[str, Any]
+    trainer: L.Trainer, module: ExitRecommender, scores: pl.DataFrame, content: dict[str, Any]
 ) -> PlannedRows | None:
     """The reported rows under the exit plan, where there is one."""
     calibration, exits = exit_calibration_of(trainer), content["exits"]
@@ -455,7 +455,7 @@ def _planned(
 
 
 def _adaptive(
-    trainer: pl.Trainer, planned: PlannedRows, content: dict[str, Any], baselines: list[Baseline]
+    trainer: L.Trainer, planned: PlannedRows, content: dict[str, Any], baselines: list[Baseline]
 ) -> dict[str, Any]:
     """What the exit plan does to the reported rows; completes the rows of `exits`."""
     calibration, data, exits = exit_calibration_of(trainer), data_of(trainer), content["exits"]
@@ -494,7 +494,7 @@ def _by_exit_0(layer: int, plans: list[PlannedRows], against: AgainstBaseline) -
 
 
 def _slices(
-    scores: polars.DataFrame,
+    scores: pl.DataFrame,
     data: InteractionData,
     baselines: list[Baseline],
     exits: list[dict[str, Any]],
@@ -508,8 +508,8 @@ def _slices(
     if not exits:
         return {"slices": []}
     part = exits[0]["split"], exits[0].get("fold")
-    scored = polars.col("row_id").is_in(scores["row_id"].implode())
-    rows = data.split.rows.filter((polars.col("split") != part[0]) | scored)
+    scored = pl.col("row_id").is_in(scores["row_id"].implode())
+    rows = data.split.rows.filter((pl.col("split") != part[0]) | scored)
     scored_by = exit_scores_of(scores, rows, [e["layer"] for e in exits], *part)
     scored_by += baseline_scores_of(baselines, rows, *part)
     depth = None
@@ -525,7 +525,7 @@ def _slices(
     return found
 
 
-def _log_result(trainer: pl.Trainer, result: dict[str, Any], name: str) -> None:
+def _log_result(trainer: L.Trainer, result: dict[str, Any], name: str) -> None:
     """The table and the few numbers that runs are compared by, to W&B."""
     passed = (result.get("certificate") or {}).get("passed")
     summary = {

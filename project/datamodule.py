@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
+import lightning.pytorch as L
 import numpy as np
-import polars
+import polars as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -55,7 +55,7 @@ DEFAULT_RETRIEVER, DEFAULT_MF = LightGCN(), MatrixFactorisation()
 ITEM_LAYERS = 6  # of the backbone, which embed items' texts
 
 
-class InteractionData(pl.LightningDataModule):
+class InteractionData(L.LightningDataModule):
     """Interaction logs combined with retrieved neighbours, as packed prompts.
 
     Args:
@@ -116,7 +116,7 @@ class InteractionData(pl.LightningDataModule):
         self.clock = StageClock()
         self.warnings: list[str] = []  # for the log and for results; known with the retrieved features
         self.requests: Requests | None = None  # of stage predict
-        self.candidate_retrieved: polars.DataFrame | None = None  # a row each candidate, in their order
+        self.candidate_retrieved: pl.DataFrame | None = None  # a row each candidate, in their order
         self._given: Requests | None = None
         self._streams: dict[str, Streams] = {}
 
@@ -138,7 +138,7 @@ class InteractionData(pl.LightningDataModule):
             return apply_protocol(build_interactions(raw, self.protocol), self.protocol)
 
     @cached_property
-    def retrieved(self) -> dict[str, polars.DataFrame]:
+    def retrieved(self) -> dict[str, pl.DataFrame]:
         """Retrieved features tables by split."""
         split = self.split
         with self.clock.stage("retrieve"), failures_named(self.retriever):
@@ -156,14 +156,14 @@ class InteractionData(pl.LightningDataModule):
         """Answers requests that lie after the log, and bring no history, without another walk."""
         return FeatureIndex(self.split, self.retriever, self.refits, self.cache_dir, self.mf)
 
-    def targets(self, split: str) -> polars.DataFrame:
+    def targets(self, split: str) -> pl.DataFrame:
         """The rows of a split that are scored."""
         rows = self.split.rows
-        return rows.filter((polars.col("role") == "target") & (polars.col("split") == split))
+        return rows.filter((pl.col("role") == "target") & (pl.col("split") == split))
 
-    def retrieved_of(self, rows: polars.DataFrame) -> polars.DataFrame:
+    def retrieved_of(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Retrieved features of rows of one split, in their order, as that split reads it."""
-        splits = rows["split"].cast(polars.String).unique().to_list()
+        splits = rows["split"].cast(pl.String).unique().to_list()
         assert len(splits) <= 1, splits
         table = self.retrieved[splits[0] if splits else "train"]
         return rows.select("row_id").join(table, on="row_id", how="left", maintain_order="left")
@@ -251,7 +251,7 @@ class InteractionData(pl.LightningDataModule):
         """Score these at stage predict, instead of the file data.requests."""
         self._given = requests
 
-    def _retrieve(self, rows: polars.DataFrame) -> polars.DataFrame:
+    def _retrieve(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Retrieved features of rows that are not in the logs."""
         own = ~rows["candidate"].to_numpy()
         catalogue = None if self.requests is None else self.requests.items
@@ -261,9 +261,9 @@ class InteractionData(pl.LightningDataModule):
                 self._index.retrieved(user, part["item"].to_numpy(), None, catalogue, time).table()
                 for (_, user, time), part in rows.group_by("stream", "user", "timestamp", maintain_order=True)
             ]
-            table = polars.concat(found)
+            table = pl.concat(found)
             if self.retriever.similar_every:  # lists are of rows of the log
-                table = table.with_columns(similar_after=polars.lit(None, polars.List(polars.Int32)))
+                table = table.with_columns(similar_after=pl.lit(None, pl.List(pl.Int32)))
         else:
             table = request_retrieved(
                 self.split,

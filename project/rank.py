@@ -43,7 +43,7 @@ from project.report.tables import render, shown
 from project.run import exit_layers_of, read_result, result_head, write_json, write_table
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    import lightning.pytorch as L
 
     from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
@@ -287,7 +287,7 @@ def rank_rows(parts: dict[str, ScoredRequests], settings: RankSettings) -> dict[
 
 
 def run_rank(
-    trainer: Trainer,
+    trainer: L.Trainer,
     model: ExitRecommender,
     data: InteractionData,
     checkpoint: str | Path | None,

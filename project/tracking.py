@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import lightning.pytorch as pl
+import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -54,7 +54,7 @@ def key_is_known() -> bool:
 PATTERNS = ("report/*.md", "report/*.html", "report/*.png", "results/*.json")
 
 
-class WandbArtifacts(pl.Callback):
+class WandbArtifacts(L.Callback):
     """Logs checkpoints (aliases `best`, `latest`), report and result files of a run that Weights & Biases tracks.
 
     Args:
@@ -66,7 +66,7 @@ class WandbArtifacts(pl.Callback):
         self.checkpoints = checkpoints
 
     @rank_zero_only
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log checkpoints and report: all other callbacks are done with training."""
         for logger in _loggers(trainer):
             for path, aliases in aliased(trainer) if self.checkpoints else []:
@@ -74,13 +74,13 @@ class WandbArtifacts(pl.Callback):
             _log_report(logger, current_run(trainer), "fit")
 
     @rank_zero_only
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the report, which now has test's numbers."""
         for logger in _loggers(trainer):
             _log_report(logger, current_run(trainer), "test")
 
 
-def aliased(trainer: pl.Trainer) -> list[tuple[Path, list[str]]]:
+def aliased(trainer: L.Trainer) -> list[tuple[Path, list[str]]]:
     """Checkpoints of a fit with their aliases; the latest comes last, and is also the best if no other is."""
     saver = trainer.checkpoint_callback
     if not isinstance(saver, ModelCheckpoint):
@@ -97,7 +97,7 @@ def _step(checkpoint: str | Path) -> int:
     return int(read_checkpoint(checkpoint, mmap=True)["global_step"])
 
 
-def _loggers(trainer: pl.Trainer) -> list[WandbLogger]:
+def _loggers(trainer: L.Trainer) -> list[WandbLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as L
 import polars as pl
-from lightning.pytorch import Trainer
 from rich.console import Console
 
 from project.callbacks import exit_calibration_of, point_latest, run_folder
@@ -55,7 +55,7 @@ def run_baselines(data: InteractionData, folder: Path, networks: bool = False) -
     return result
 
 
-class ProjectTrainer(Trainer):
+class ProjectTrainer(L.Trainer):
     """Lightning's Trainer with the commands that need no training loop."""
 
     def save_checkpoint(

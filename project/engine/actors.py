@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import numpy as np
 import polars as pl
-from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 
 from project.data.parts import by_part
@@ -34,7 +34,7 @@ PART_BYTES, LEAST_PARTS = 2**24, 16  # of requests; a part is what a stop costs 
 
 
 def run_actors(
-    trainer: Trainer, model: ExitRecommender, data: InteractionData, checkpoint: str | Path | None
+    trainer: L.Trainer, model: ExitRecommender, data: InteractionData, checkpoint: str | Path | None
 ) -> Path:
     """Score data.requests, a file or a folder of Parquet files; write scores/predict-ray/part-*.parquet.
 

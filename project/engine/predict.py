@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import numpy as np
 import polars as pl
-from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 
 from project.callbacks import ExitCalibration, ResultFiles
@@ -81,7 +81,7 @@ def plans_of(checkpoint: Mapping[str, Any]) -> Plans | None:
 
 
 def open_calibrated(
-    trainer: Trainer,
+    trainer: L.Trainer,
     model: ExitRecommender,
     data: InteractionData,
     checkpoint: str | Path | None,
@@ -102,14 +102,14 @@ def open_calibrated(
         )
     data.prepare_data()
     plan = load_run(model, data.tokenizer, checkpoint, data, compared=False).plan
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     tags = [c.tag for c in callbacks if isinstance(c, ResultFiles) and c.tag]
     place = run_of_checkpoint(checkpoint) / "scores" / "-".join([f"predict-{engine}", *tags])
     return plan, place, {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}
 
 
 def run_early_exit(
-    trainer: Trainer, model: ExitRecommender, data: InteractionData, checkpoint: str | Path | None
+    trainer: L.Trainer, model: ExitRecommender, data: InteractionData, checkpoint: str | Path | None
 ) -> Path:
     """Score data.requests with the engine and the run's exit plan; write scores/predict-early_exit.parquet.
 

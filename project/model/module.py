@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import lightning.pytorch as L
 import numpy as np
 import polars
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
@@ -97,7 +97,7 @@ DEFAULT_OPTIM = OptimSettings()
 DEFAULT_EXITS = [2, 4, 6]
 
 
-class ExitRecommender(LightningModule):
+class ExitRecommender(L.LightningModule):
     """A decoder-only LLM cut at exit layers, each with a head that predicts the answer.
 
     Args:

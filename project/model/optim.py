@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Trainer
+import lightning.pytorch as L
 from torch import nn
 
 from project.errors import ConfigError
@@ -77,7 +77,7 @@ def parameter_groups(
     return groups
 
 
-def planned_steps(trainer: Trainer, train_batches: int) -> int:
+def planned_steps(trainer: L.Trainer, train_batches: int) -> int:
     """Optimiser steps of a fit by the trainer's limits; `train_batches` are those of an epoch on one process."""
     limit = trainer.limit_train_batches
     batches = int(train_batches * limit) if isinstance(limit, float) else min(train_batches, limit or 0)
