@@ -463,9 +463,7 @@ def _adaptive(
     shares = planned.exits()
     for row in exits:
         row |= shares.get(row["layer"], {})
-    issued = calibration.issued
-    promise = (issued["risk"], issued["unit"]) if "risk" in issued else None
-    summary = adaptive_summary(calibration.found, planned, promise)
+    summary = adaptive_summary(calibration.found, planned, calibration.issued.get("risk"))
     found: dict[str, Any] = {}
     best = next((f for f in baselines if f.name == content["best_baseline"]), None)
     if best is not None:

@@ -1,11 +1,10 @@
-"""Computes metrics of scores: AUC, log loss, Brier score, calibration error, user-AUCs and an AUC gap's error.
+"""Computes metrics of scores: AUC, log loss, Brier score, calibration error and user-AUCs.
 
 Every AUC is exact and counts a tie half. What is undefined (one class, no rows) is None. AUCs take scores of any scale;
 log loss, Brier and ECE take probabilities, which `probabilities` makes of logits. Arrays have shape (n,), labels are 0
 or 1.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -105,38 +104,6 @@ def head_metrics(logits: ArrayLike, labels: ArrayLike, users: ArrayLike) -> dict
         "ece": ece(probability, labels),
         **user_aucs(logits, labels, users),
     }
-
-
-def auc_gap(
-    adaptive: ArrayLike, full: ArrayLike, labels: ArrayLike, users: ArrayLike | None = None
-) -> tuple[float, float]:
-    """AUC full - AUC adaptive and its standard error, by structural components (DeLong et al. 1988).
-
-    Components come from mid-ranks (Sun and Xu 2014). With `users`, components are summed by user before they are
-    squared (Obuchowski 1997, equation 3): rows of one user may then depend on each other in any way. Both classes must
-    occur twice. The error is 0 where both scores order every pair equally.
-    """
-    truth = np.asarray(labels)
-    gains = [f - a for f, a in zip(_components(full, truth), _components(adaptive, truth), strict=True)]
-    gap = float(gains[0].mean())
-    away = [(gain - gap) / gain.size for gain in gains]  # positives, negatives
-    if users is None:
-        return gap, math.sqrt(sum(float(part @ part) * part.size / (part.size - 1) for part in away))
-    found, code = np.unique(np.asarray(users), return_inverse=True)
-    total = np.zeros(found.size)
-    for label, part in zip((1, 0), away, strict=True):
-        total += np.bincount(code[truth == label], weights=part, minlength=found.size)
-    return gap, math.sqrt(float(total @ total) * found.size / max(found.size - 1, 1))
-
-
-def _components(scores: ArrayLike, labels: NDArray[Any]) -> tuple[F64, F64]:
-    """Share of negatives below each positive, share of positives above each negative, ties half."""
-    values, positive = np.asarray(scores, dtype=np.float64), labels == 1
-    rank = rankdata(values)
-    ups, downs = values[positive], values[~positive]
-    below = (rank[positive] - rankdata(ups)) / downs.size
-    above = 1.0 - (rank[~positive] - rankdata(downs)) / ups.size
-    return below, above
 
 
 class Pairs:

@@ -306,7 +306,7 @@ class Bench:
         """The plan that the run's budget chooses with this criterion; None without validation's scores."""
         if "valid" not in self._tables:
             return None
-        settings = ExitSettings(**{**self._settings, "prefix_cached": False, "mode": "budget"})
+        settings = ExitSettings(**{**self._settings, "prefix_cached": False})
         return budget_plan(*self._tables["valid"], settings, criterion)
 
     def _best_list(self, k: int, candidates: int) -> tuple[TopK, dict[str, Any]] | None:

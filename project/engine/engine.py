@@ -183,7 +183,6 @@ class EngineBatch:
             state = self._compact(state, depth, stays)
         # 8. Results. Streams go back into the cache, as deep as they came; one that gave NaN is forgotten.
         logits = self.emitted.cpu().numpy()
-        self.scores.syncs += 1
         self._stop_clock("backbone", start)
         found = list[Scored]()
         for i, (request, (a, b)) in enumerate(zip(self.requests, pairwise(self.offsets), strict=True)):
@@ -268,7 +267,6 @@ class EngineBatch:
         if known is None:
             outputs = HeadOutputs(decision.layers[: head + 1], logits, self.retrieved)
             leaves = decision.leaves(self.owner, outputs).cpu().numpy()  # the one wait for the device
-            self.scores.syncs += 1
         self.late[self.request[self.alive[late & ~leaves]]] = True
         stays = ~(leaves | late)
         gone = upload(~stays, self.engine.device)
@@ -289,7 +287,6 @@ class EngineBatch:
             return np.zeros(len(deadline), dtype=bool)
         if self.engine.device.type != "cpu":
             torch.get_device_module(self.engine.device).synchronize()
-            self.scores.syncs += 1
         return deadline < time.monotonic()
 
     def _compact(self, state: State, depth: int, stays: Bool | None = None) -> State:

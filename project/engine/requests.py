@@ -49,7 +49,6 @@ class Scores:
     requests: list[Scored]
     # pack: token ids, attention masks, cache look-up; backbone: layers, heads, decisions, gathers
     seconds: dict[str, float] = field(default_factory=lambda: {"exit_0": 0.0, "pack": 0.0, "backbone": 0.0})
-    syncs: int = 0  # times the host waited for the device
 
     @property
     def token_layers(self) -> int:

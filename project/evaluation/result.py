@@ -353,17 +353,17 @@ class PlannedRows:
             "equal_cost": self._against(equal_cost),
         }
 
-    def risk(self, name: str, unit: str) -> dict[str, Any]:
+    def risk(self, name: str) -> dict[str, Any]:
         """The certified risk on these rows, {`risk`, `value`, `interval`}; a report, not a guarantee.
 
-        auc_gap is of the pooled rows; any other risk is a mean over rows, or over users where these are the unit.
+        auc_gap is of the pooled rows, score_drift a mean over users, each counting once.
         """
         full = self._head(self.plan.layers[-1])
         if name == "auc_gap":
             return {"risk": name, **self._bootstrap.difference_interval(full, self.logit, self.labels)}
-        losses = row_losses(name, probabilities(self.logit), probabilities(full), self.labels)
+        losses = row_losses(name, probabilities(self.logit), probabilities(full))
         _, user, rows = np.unique(self.users, return_inverse=True, return_counts=True)
-        weights = np.ones_like(losses) if unit == "rows" else 1 / rows[user]
+        weights = 1 / rows[user]
         return {"risk": name, **self._bootstrap.ratio_interval(losses * weights, weights)}
 
     def _cost(self, layer: I64) -> F64:
@@ -388,13 +388,11 @@ class PlannedRows:
         }
 
 
-def adaptive_summary(
-    plans: Plans, rows: PlannedRows, promise: tuple[str, str] | None = None
-) -> dict[str, Any]:
-    """The `adaptive` part of a result file, from rows under `plans.plan`; `promise`: name and unit of the risk."""
+def adaptive_summary(plans: Plans, rows: PlannedRows, risk: str | None = None) -> dict[str, Any]:
+    """The `adaptive` part of a result file, from rows under `plans.plan`; `risk` is the certificate's."""
 
     def measured(rows: PlannedRows) -> dict[str, Any]:
-        return rows.summary(plans.static_exit) | ({} if promise is None else {"risk": rows.risk(*promise)})
+        return rows.summary(plans.static_exit) | ({} if risk is None else {"risk": rows.risk(risk)})
 
     without = rows.under(plans.without).summary(plans.static_without)
     certified = None if plans.certified is None else measured(rows.under(plans.certified))

@@ -215,8 +215,6 @@ def calibrate(
         try:
             ledger = admit(issued, certified_settings(settings), protocol_hash)
         except ConfigError as error:
-            if settings.mode == "risk":
-                raise
             promise, words = None, f"No certificate: {error}."
     _check_folds(scores)
     tuned, certified = ((scores["fold"] == fold).to_numpy() for fold in ("tune", "certify"))
@@ -226,8 +224,7 @@ def calibrate(
     tune, without = folds[settings.exit_0], folds[False]
     best, layers = tune.best, tune.outputs.layers
     # 3. on certify, once: the budget's policy, then faster steps until one fails; full depth, step 0, takes no test
-    start = best.step if settings.mode == "budget" else 1
-    sequence = [0, *range(max(start, 1), len(best.path))]
+    sequence = [0, *range(max(best.step, 1), len(best.path))]
     certificate = further = last = None
     if promise is not None:
         on_certify = scores.filter(certified), features[certified]
@@ -236,7 +233,6 @@ def calibrate(
         last = None if further.path_step is None else sequence[further.path_step]
         if further.passed is None:  # nothing was tested, so the fold may be read once more
             ledger = issued
-    step = best.step if settings.mode == "budget" else last or 0
     # 4. what is kept, and what is reported
     no_layer = {x: (fold.plan(fold.best.step).emitted(fold.outputs)[0] == 0) for x, fold in folds.items()}
     document = {
@@ -246,17 +242,15 @@ def calibrate(
             {
                 "criterion": name(curve.criterion),
                 "settings": specification(curve.criterion),
-                "mode": settings.mode,
                 "thresholds": _by_layer(layers, curve.chosen.thresholds),
                 "calibration": tune.calibration.as_dict(),
                 "pareto": [s.point() for s in curve.path],
-                "chosen_step": step if curve is best else curve.step,
+                "chosen_step": curve.step,
             }
             for curve in tune.curves
         ],
         "controls": control_curves(tune.outputs, tune.labels, tune.tokens),
         "chosen": name(best.criterion),
-        "mode": settings.mode,
         "prefix_cached": settings.prefix_cached,
         "budget": {"max_auc_drop": settings.max_auc_drop, "max_cost": settings.max_cost},
         "static_exit": {key: tune.static_exit[key] for key in ("layer", "auc", "cost")},
@@ -274,23 +268,21 @@ def calibrate(
             }
             for exit_0, fold in folds.items()
         },
-        "adaptive": tune.corrected() if settings.mode == "budget" else {},
+        "adaptive": tune.corrected(),
     }
     if last is not None and further is not None:
-        if settings.mode == "risk":
-            relation = "Risk mode: the certified policy is the policy in use."
-        elif last == step:
+        if last == best.step:
             relation = "The certified policy is the budget policy: no faster step of its path passed."
         else:
             relation = (
                 f"Tested after the budget policy, in the order of the path and at the same delta: the certified policy "
-                f"is step {last}, {last - step} faster than the budget's. {further.in_words()}"
+                f"is step {last}, {last - best.step} faster than the budget's. {further.in_words()}"
             )
         found = best.path[last]
         about = {"thresholds": _by_layer(layers, found.thresholds), "words": relation}
         document["certified"] = {"path_step": last, **found.point(), **about}
     return Plans(
-        plan=tune.plan(step),
+        plan=tune.plan(best.step),
         static_exit=tune.static_exit["layer"],
         without=without.plan(without.best.step),
         static_without=without.static_exit["layer"],
@@ -302,7 +294,7 @@ def calibrate(
 def _certificates(
     tune: TuneFold, sequence: list[int], rows: pl.DataFrame, features: F64, promise: CertificateSettings
 ) -> tuple[Certificate, Certificate]:
-    """Of the budget's step alone and of the sequence that begins with it; in risk mode both are of the whole path.
+    """Of the budget's step alone and of the sequence that begins with it.
 
     The sequence ends before a step that runs no layer: leaving at exit 0 throughout is not early exit.
     """
@@ -316,7 +308,7 @@ def _certificates(
             break
         emitted.append(outputs.logits.gather(1, exits[:, None]).squeeze(1).double().numpy())
     path, labels, users = np.stack(emitted), rows["label"].to_numpy(), rows["user"].to_numpy()
-    first = len(path) if tune.settings.mode == "risk" else 1 + (tune.best.step > 0)
+    first = 1 + (tune.best.step > 0)
     own, further = (certify(part, path[0], labels, users, promise) for part in (path[:first], path))
     if no_layer and len(path) == 1:
         own = replace(own, reason="every row leaves at exit 0, so no layer runs")

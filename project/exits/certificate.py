@@ -17,22 +17,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 from scipy.stats import rankdata
 
 from project.arrays import F64, I64
 from project.errors import ConfigError, DataError
-from project.metrics import SMALLEST_PROBABILITY, probabilities, row_log_loss
+from project.metrics import SMALLEST_PROBABILITY, probabilities
 
 WIDEST = 1.0 - 2 * SMALLEST_PROBABILITY  # largest distance of two emitted probabilities
-LOG_ODDS = math.log((1 - SMALLEST_PROBABILITY) / SMALLEST_PROBABILITY)  # largest difference of two log losses
 RISKS = {
     "auc_gap": (-1.0, 1.0),
     "score_drift": (0.0, WIDEST),
-    "disagreement": (0.0, 1.0),
-    "log_loss_gap": (-LOG_ODDS, LOG_ODDS),
-    "brier_gap": (-WIDEST, WIDEST),
     "overlap_loss": (0.0, 1.0),
 }
 """Risks and the ranges of their losses. `overlap_loss`, 1 - overlap@k, is of ranking requests (`certify_losses`)."""
@@ -53,7 +49,7 @@ class CertificateSettings:
     """What is promised, fixed before the `certify` fold is read.
 
     Args:
-        risk: auc_gap, score_drift, disagreement, log_loss_gap or brier_gap.
+        risk: auc_gap or score_drift.
         epsilon: Largest risk allowed, above 0 and below the risk's highest value.
         delta: Chance that the promise may be broken, above 0 and at most 0.5.
     """
@@ -120,8 +116,8 @@ class Certificate:
     none did, and `bound` its upper bound at level delta; the promise is epsilon, as the bound is that step's alone and
     does not pay for the choice among steps. `passed` is None where nothing was tested, so that the fold has not been
     read, for want of users or for a `reason`. `users_needed` says about how many of the `n` users would do: before a
-    test of a plan without any loss, after a failure with losses such as step 1's; None: more would not help. The kind
-    holds at this number of users, whatever the distribution of their losses.
+    test of a plan without any loss, after a failure with losses such as step 1's; None: more would not help. It
+    holds at this number of users, whatever the distribution of their losses (finite-sample).
     """
 
     risk: str
@@ -135,8 +131,6 @@ class Certificate:
     passed: bool | None = None
     users_needed: int | None = None
     reason: str | None = None
-    unit: str = "user"
-    kind: str = "finite-sample"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values under the names above, and `words`."""
@@ -152,7 +146,7 @@ class Certificate:
                 f"Not enough users: {self.n:,} of about {self.users_needed:,}. So many are needed to show that "
                 f"{promise}, even where early exits change no score."
             )
-        basis = f"estimate {self.estimate:.4g}, bound {self.bound:.4g}; {self.n:,} users, {self.kind}"
+        basis = f"estimate {self.estimate:.4g}, bound {self.bound:.4g}; {self.n:,} users, finite-sample"
         if self.passed:
             return f"Passed: {promise} ({basis})."
         need = (
@@ -173,7 +167,7 @@ def certify(
     """Certify a path of policies on the n rows of the `certify` fold; a single policy is the path [full depth, policy].
 
     `path` (steps, n) holds the calibrated logits that each step emits, `full` (n,) those of the last head, which step 0
-    equals; `labels` (n,) may be None for risks that read none.
+    equals; `labels` (n,) may be None for a risk that reads none.
     """
     scores, last = np.asarray(path, dtype=np.float64), np.asarray(full, dtype=np.float64)
     owners = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
@@ -183,7 +177,7 @@ def certify(
         return _walk(lambda _: np.zeros((1, 0)), len(scores), n, settings)
     if settings.risk != "auc_gap":
         adaptive = probabilities(scores.ravel()).reshape(scores.shape)
-        losses = row_losses(settings.risk, adaptive, probabilities(last), labels)
+        losses = row_losses(settings.risk, adaptive, probabilities(last))
         return certify_losses(user_means(losses, owners), settings)
     truth = np.asarray([] if labels is None else labels)
     if np.unique(truth).size < 2:
@@ -318,27 +312,12 @@ class UserPairs:
         return np.concatenate(found).reshape(PAIRINGS, -1)
 
 
-def row_losses(risk: str, adaptive: F64, full: F64, labels: ArrayLike | None) -> F64:
-    """Loss of each row beside full depth; 0 where both scores are equal.
-
-    `adaptive` (..., n) and `full` (n,) are emitted probabilities; `labels` (n,) may be None for risks that read none.
-    """
-    if risk in ("log_loss_gap", "brier_gap") and labels is None:
-        raise DataError(f"exits.certificate.risk: {risk} needs labels, these rows have none; use score_drift")
-    y = np.asarray(full if labels is None else labels, dtype=np.float64)
-    losses: NDArray[Any]
-    match risk:
-        case "score_drift":
-            losses = np.abs(adaptive - full)
-        case "disagreement":
-            losses = (adaptive >= 0.5) != (full >= 0.5)
-        case "log_loss_gap":
-            losses = row_log_loss(adaptive, y) - row_log_loss(full, y)
-        case "brier_gap":
-            losses = (adaptive - y) ** 2 - (full - y) ** 2
-        case _:
-            raise ConfigError(f"exits.certificate.risk: {risk} is not a risk of the rows of score requests")
-    return np.asarray(losses, dtype=np.float64)
+def row_losses(risk: str, adaptive: F64, full: F64) -> F64:
+    """Loss of each row beside full depth, (..., n): 0 where the emitted probabilities (..., n) and (n,) are equal."""
+    if risk != "score_drift":
+        raise ConfigError(f"exits.certificate.risk: {risk} is not a risk of the rows of score requests")
+    losses: F64 = np.abs(adaptive - full)
+    return losses
 
 
 def user_means(losses: ArrayLike, users: ArrayLike) -> F64:

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import polars as pl
 import torch
@@ -45,18 +45,16 @@ class ExitSettings:
         compare: Criteria whose curves are drawn; None compares all there are.
         exit_0: true lets candidates leave before the first layer and enters every head's calibration; false does
             not.
-        mode: budget takes the fastest step within the budget on `tune`; risk takes the last certified step.
         max_auc_drop: Budget: AUC on `tune` that may be lost against full depth.
         alpha: Budget: chance that the AUC drop is above max_auc_drop after all, in (0, 0.5]; less is slower.
         max_cost: Budget: share of full depth's token-layers that may be spent; None sets no limit.
         prefix_cached: The keys and values of a request's history are cached, so that its tokens cost nothing.
-        certificate: What is promised, and tested on the `certify` fold; None makes no certificate, so not in risk mode.
+        certificate: What is promised, and tested on the `certify` fold; None makes no certificate.
     """
 
     criterion: Criterion | None = None
     compare: list[Criterion] | None = None
     exit_0: bool = True
-    mode: Literal["budget", "risk"] = "budget"
     max_auc_drop: float | None = 0.002
     alpha: float = 0.1
     max_cost: float | None = None
@@ -71,8 +69,6 @@ class ExitSettings:
             )
         if self.certificate is not None and self.certificate.risk == "overlap_loss":
             raise ConfigError("exits.certificate.risk: overlap_loss is a risk of `rank`, expected another")
-        if self.mode == "risk" and self.certificate is None:
-            raise ConfigError("exits.certificate is null in mode risk; set it, or exits.mode to budget.")
         if self.max_auc_drop is not None and not 0 <= self.max_auc_drop < math.inf:
             raise ConfigError(f"exits.max_auc_drop is {self.max_auc_drop}; expected null, 0 or more.")
         if not 0 < self.alpha <= 0.5:
@@ -217,10 +213,7 @@ def certified_settings(settings: ExitSettings) -> dict[str, Any]:
     no part in the choice is left out.
     """
     compared = settings.criteria() if settings.criterion is None else [settings.criterion]
-    keys = ["mode", "exit_0", "prefix_cached"]
-    # in risk mode the whole path of a criterion that is given is walked, whatever the budget
-    if settings.mode == "budget" or len(compared) > 1:
-        keys += ["max_auc_drop", "alpha", "max_cost"]
+    keys = ("exit_0", "prefix_cached", "max_auc_drop", "alpha", "max_cost")
     in_short = []  # such as consistency(heads=2)
     for criterion in compared:
         arguments = specification(criterion)["init_args"]

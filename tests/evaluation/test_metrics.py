@@ -11,7 +11,6 @@ from project.evaluation.bootstrap import UserBootstrap
 from project.metrics import (
     Pairs,
     auc,
-    auc_gap,
     brier,
     ece,
     head_metrics,
@@ -286,51 +285,3 @@ def test_ratio_interval():
     found = UserBootstrap([0, 1, 1], draws=500, seed=0).ratio_interval([4, 1, 1], [2, 1, 1])
     assert found == {"value": 1.5, "interval": [1.0, 2.0]}
     assert UserBootstrap([0]).ratio_interval([1], [0]) == {"value": None, "interval": None}
-
-
-def scored(n=300, users=30, seed=0, tie=1, effect=0.7):
-    """Labels, full and adaptive scores with ties and a user effect, users of unequal size."""
-    rng = np.random.default_rng(seed)
-    owner = np.sort(rng.choice(users, n, p=rng.dirichlet(np.full(users, 2.0))))
-    labels = (rng.random(n) < 0.4).astype(int)
-    full = labels + rng.normal(size=n) + 0.5 * rng.normal(size=users)[owner]
-    adaptive = full + rng.normal(size=n) * 0.5 + effect * rng.normal(size=users)[owner] * (labels - 0.5)
-    return labels, np.round(full, tie), np.round(adaptive, tie), owner
-
-
-class TestAUCGap:
-    def test_equals_brute_force(self):
-        """Gap = difference of exact AUCs; variance = DeLong's from the full matrix of pairs, ties half.
-
-        With d(i, j) the loss of pair (i, j): var of row means / m + var of column means / n, both with n - 1.
-        """
-        labels, full, adaptive, _ = scored()
-        pairs = np.meshgrid(np.flatnonzero(labels == 1), np.flatnonzero(labels == 0), indexing="ij")
-        d = (np.sign(full[pairs[0]] - full[pairs[1]]) - np.sign(adaptive[pairs[0]] - adaptive[pairs[1]])) / 2
-        gap, error = auc_gap(adaptive, full, labels)
-        assert gap == pytest.approx(auc(full, labels) - auc(adaptive, labels), abs=1e-12)
-        variance = d.mean(axis=1).var(ddof=1) / d.shape[0] + d.mean(axis=0).var(ddof=1) / d.shape[1]
-        assert error == pytest.approx(np.sqrt(variance), rel=1e-9)
-
-    def test_user_error_matches_the_user_bootstrap(self):
-        """With a user effect the clustered error is within 15 % of the bootstrap's, the row error far below.
-
-        A 95 % interval is 3.92 standard errors wide.
-        """
-        labels, full, adaptive, users = scored(n=3000, users=150, seed=1, tie=3, effect=2.0)
-        low, high = UserBootstrap(users, draws=1000).difference_interval(full, adaptive, labels)["interval"]
-        _, by_user = auc_gap(adaptive, full, labels, users)
-        _, by_row = auc_gap(adaptive, full, labels)
-        assert by_user == pytest.approx((high - low) / 3.92, rel=0.15)
-        assert by_row < 0.8 * by_user
-
-    def test_one_user_a_row_is_the_row_error(self):
-        """Where every row is its own user the two errors agree up to n / (n - 1)."""
-        labels, full, adaptive, _ = scored(n=2000)
-        by_user, by_row = (auc_gap(adaptive, full, labels, users) for users in (np.arange(2000), None))
-        assert by_user == pytest.approx(by_row, rel=2e-3)
-
-    def test_same_order_has_no_error(self):
-        """A monotone change of scores: gap 0, error 0."""
-        labels, full, _, _ = scored()
-        assert auc_gap(3 * full + 1, full, labels) == (0.0, 0.0)

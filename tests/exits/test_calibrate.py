@@ -102,7 +102,6 @@ def test_budget_and_priors(scores: pl.DataFrame) -> None:
     assert found.plan.layers[0] == 0
     assert found.without.layers[0] == 2
     assert set(found.document["exit_0_rows"]) == {"with_exit_0", "without_exit_0"}
-    assert found.document["certificate"]["unit"] == "user"
     assert found.document["certificate"]["n"] == 30
     none = calibrate(scores, FEATURES, settings(max_auc_drop=0.003, exit_0=False), "hash")
     assert thresholds(none.plan) == thresholds(found.without)
@@ -118,20 +117,13 @@ def test_named_criterion_decides(scores: pl.DataFrame, valid: Any) -> None:
     assert (plan.criterion, plan.layers) == ("consistency", (2, 4, 6, 8, 10, 12))
 
 
-def test_risk_mode(scores: pl.DataFrame) -> None:
-    """Risk mode takes the last certified step; where nothing passes it runs full depth and says what it takes."""
-    found = calibrate(scores, FEATURES, settings(mode="risk", certificate=LOOSE), "hash")
+def test_not_enough_users_is_said_with_their_number(scores: pl.DataFrame) -> None:
+    """30 users of about ln 10 / ln(1 + .99e-4) = 23,000: nothing is tested, and the plan is the budget's."""
+    found = calibrate(scores, FEATURES, settings(certificate=STRICT), "hash")
     certificate = found.document["certificate"]
-    best = next(p for p in found.document["policies"] if p["criterion"] == found.document["chosen"])
-    assert certificate["passed"]
-    assert best["chosen_step"] == certificate["path_step"] == found.document["certified"]["path_step"] > 0
-    assert found.certified is not None
-    assert thresholds(found.certified) == thresholds(found.plan)
-    none = calibrate(scores, FEATURES, settings(mode="risk", certificate=STRICT), "hash")
-    certificate = none.document["certificate"]
-    assert (certificate["passed"], certificate["path_step"], none.certified) == (None, None, None)
-    assert all(t == np.inf for t in thresholds(none.plan)[:-1])  # full depth for everybody
-    assert "Not enough users: 30 of about 2" in certificate["words"]  # ln 10 / ln(1 + .99e-4) = 23,000
+    assert (certificate["passed"], certificate["path_step"], found.certified) == (None, None, None)
+    assert thresholds(found.plan) == thresholds(budget_plan(scores, FEATURES, settings()))
+    assert "Not enough users: 30 of about 2" in certificate["words"]
 
 
 @pytest.mark.parametrize("promise", [replace(LOOSE, epsilon=0.1), LOOSE], ids=["to a failure", "to the end"])
@@ -176,13 +168,13 @@ def test_plans_travel_with_a_checkpoint(scores: pl.DataFrame) -> None:
     assert plans.certified is not None
     assert thresholds(again.certified) == thresholds(plans.certified)
     rows = PlannedRows(plans.plan, scores, FEATURES, False, draws=2)
-    summary = adaptive_summary(plans, rows, ("score_drift", "users"))
+    summary = adaptive_summary(plans, rows, "score_drift")
     assert summary["certified"]["mean_depth"] < summary["mean_depth"]
     assert adaptive_summary(replace(plans, certified=None), rows)["certified"] is None
 
 
-def test_the_risk_is_of_the_certificates_unit(scores: pl.DataFrame) -> None:
-    """Of users: the mean over users of their rows' means; of rows: over rows. Users have uneven rows here."""
+def test_a_measured_risk_counts_each_user_once(scores: pl.DataFrame) -> None:
+    """The mean over users of their rows' means, as in the certificate. Users have uneven rows here."""
     plan = calibrate(scores, FEATURES, settings(certificate=LOOSE), "hash").certified
     assert plan is not None
     first = scores["user"] == scores["user"][0]
@@ -191,8 +183,7 @@ def test_the_risk_is_of_the_certificates_unit(scores: pl.DataFrame) -> None:
     full = rows.calibrated[:, -1]
     losses = np.abs(probabilities(rows.logit) - probabilities(full))
     by_user = [losses[rows.users == user].mean() for user in np.unique(rows.users)]
-    assert rows.risk("score_drift", "rows")["value"] == pytest.approx(losses.mean())
-    found = rows.risk("score_drift", "users")
+    found = rows.risk("score_drift")
     assert found["value"] == pytest.approx(np.mean(by_user))
     assert found["value"] != pytest.approx(losses.mean(), rel=1e-3)
     assert found["interval"][0] < found["value"] < found["interval"][1]
@@ -211,8 +202,8 @@ def test_too_few_to_certify(scores: pl.DataFrame) -> None:
 def test_second_certificate(scores: pl.DataFrame) -> None:
     """Another promise, budget, criterion or exit 0 on the same fold gets its plan, but no certificate.
 
-    The same may be computed again, also from scores that differ a little. In risk mode the certificate is the plan,
-    so a second one is refused. A run without a certificate reads no certify fold, so one may follow.
+    The same may be computed again, also from scores that differ a little. A run without a certificate reads no certify
+    fold, so one may follow.
     """
     none = calibrate(scores, FEATURES, settings(certificate=None), "hash")
     assert none.document["certificate"] is none.certified is None
@@ -232,8 +223,6 @@ def test_second_certificate(scores: pl.DataFrame) -> None:
         assert second.document["ledger"] == first["ledger"]
         alone = calibrate(rescored, FEATURES, changed, "another protocol")
         assert thresholds(second.plan) == thresholds(alone.plan)
-    with pytest.raises(ConfigError, match=r"exits\.mode 'budget' -> 'risk'"):
-        calibrate(scores, FEATURES, settings(mode="risk", certificate=LOOSE), "hash", first)
     other = calibrate(scores, FEATURES, settings(certificate=LOOSE), "another protocol", first).document
     assert len(other["ledger"]) == 2
 
@@ -248,8 +237,6 @@ def test_no_layer_is_no_early_exit(scores: pl.DataFrame) -> None:
         None,
         [],
     )
-    risk = calibrate(scores, FEATURES, settings(mode="risk", **loose), "hash")
-    assert risk.document["certified"]["mean_depth"] > 0
 
 
 UNUSABLE: dict[str, tuple[dict[str, pl.Expr], str]] = {
@@ -283,7 +270,7 @@ def test_too_few_to_certify_is_a_plan_without_certificate(
 
 
 def test_it_is_what_calibrate_chooses(valid: Any) -> None:
-    """The same thresholds and criterion as `calibrate` in mode budget; no label of another fold has a part in it."""
+    """The same thresholds and criterion as `calibrate`; no label of another fold has a part in it."""
     plan = budget_plan(*valid, budget())
     found = calibrate(*valid, budget(), "hash")
     assert thresholds(plan) == thresholds(found.plan)
