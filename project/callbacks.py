@@ -46,9 +46,6 @@ from project.metrics import OwnMetric
 from project.model.heads import heads_digest
 from project.report.report import write_report
 from project.report.tables import render, render_seconds, shown
-from project.retrieval.factorisation import mf_folder
-from project.retrieval.features import retrieved_folder
-from project.retrieval.own_text import text_folder
 from project.run import (
     ITEM_VECTORS,
     SCHEMA_VERSION,
@@ -549,10 +546,7 @@ def write_bundle(module: ExitRecommender, data: InteractionData, folder: Path) -
     data.tokenizer.save_pretrained(folder / "tokenizer")
     write_table(folder / "items.parquet", split.interactions.items)
     write_json(folder / "protocol.json", split.manifest)
-    retrieved = retrieved_folder(split, data.retriever, data.refits, data.cache_dir)
-    made = {"retrieved": retrieved, "text": text_folder(split, data.cache_dir)}
-    if data.mf is not None:
-        made["mf"] = mf_folder(split, data.mf, data.refits, data.cache_dir)
+    made = data.features.folders()
     for name, source in made.items():
         shutil.copytree(source, folder / name / source.name, dirs_exist_ok=True)
     if module.items:
@@ -571,7 +565,7 @@ def write_bundle(module: ExitRecommender, data: InteractionData, folder: Path) -
             "interactions": split.interactions.files,
             "protocol": {"name": split.manifest["name"], "hash": split.hash},
             "retriever": data.retriever.settings(),
-            "retrieved": f"retrieved/{retrieved.name}",
+            "retrieved": f"retrieved/{made['retrieved'].name}",
             "mf": None if data.mf is None else asdict(data.mf),
             "prompt": vars(data.prompt),
             "item_columns": dict(zip(("shown", "not_shown"), columns, strict=True)),

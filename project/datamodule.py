@@ -20,8 +20,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from project.arrays import F32
+from project.cache import default_cache, restore
 from project.data.batch import Batch, EvaluationSampler, PackedLoader, StageClock, TrainSampler
-from project.data.download import default_cache, resolve_model
+from project.data.download import resolve_model
 from project.data.logs import Logs
 from project.data.prompt import Prompt, PromptEncoder, field_showing, item_columns, with_segment
 from project.data.protocol import Protocol, SplitInteractions, apply_protocol, build_interactions
@@ -39,16 +40,13 @@ from project.errors import CheckpointError, ConfigError, DataError, ProjectError
 from project.retrieval import (
     LightGCN,
     MatrixFactorisation,
+    RetrievedFeatures,
     Retriever,
-    request_retrieved,
-    retrieved_tables,
-    retrieved_warnings,
 )
 from project.retrieval.base import failures_named
 from project.retrieval.lightgcn import VectorRetriever
 from project.retrieval.online import FeatureIndex, can_be_indexed
 from project.retrieval.text import MAX_TOKENS, MeanPooling, encode_once, item_texts
-from project.retrieval.walk import restore
 
 DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
 DEFAULT_RETRIEVER, DEFAULT_MF = LightGCN(), MatrixFactorisation()
@@ -137,16 +135,21 @@ class InteractionData(L.LightningDataModule):
                 rank_zero_info(line)
             return apply_protocol(build_interactions(raw, self.protocol), self.protocol)
 
+    @property
+    def features(self) -> RetrievedFeatures:
+        """The retrieved features of the log and of requests."""
+        return RetrievedFeatures(self.split, self.retriever, self.refits, self.cache_dir, self.mf)
+
     @cached_property
     def retrieved(self) -> dict[str, pl.DataFrame]:
         """Retrieved features tables by split."""
-        split = self.split
+        features = self.features
         with self.clock.stage("retrieve"), failures_named(self.retriever):
             if self.bundle is not None:
                 for name in ("retrieved", "mf", "text"):
                     restore(Path(self.bundle) / name, self.cache_dir / name)
-            tables = retrieved_tables(split, self.retriever, self.refits, self.cache_dir, self.mf)
-        self.warnings = retrieved_warnings(split, tables, self.retriever, self.refits)
+            tables = features.tables()
+        self.warnings = features.warnings(tables)
         for line in self.warnings:
             rank_zero_warn(line, category=UserWarning)
         return tables
@@ -154,7 +157,7 @@ class InteractionData(L.LightningDataModule):
     @cached_property
     def _index(self) -> FeatureIndex:
         """Answers requests that lie after the log, and bring no history, without another walk."""
-        return FeatureIndex(self.split, self.retriever, self.refits, self.cache_dir, self.mf)
+        return self.features.index()
 
     def targets(self, split: str) -> pl.DataFrame:
         """The rows of a split that are scored."""
@@ -265,14 +268,12 @@ class InteractionData(L.LightningDataModule):
             if self.retriever.similar_every:  # lists are of rows of the log
                 table = table.with_columns(similar_after=pl.lit(None, pl.List(pl.Int32)))
         else:
-            table = request_retrieved(
-                self.split,
-                self.retriever,
-                self.refits,
-                self.cache_dir,
-                **{name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")},
+            table = self.features.of_requests(
+                user=rows["user"].to_numpy(),
+                item=rows["item"].to_numpy(),
+                timestamp=rows["timestamp"].to_numpy(),
+                label=rows["label"].to_numpy(),
                 own=own,
-                mf=self.mf,
                 catalogue=catalogue,
             )
         self.candidate_retrieved = table.filter(~own)

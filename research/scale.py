@@ -33,7 +33,8 @@ from project.report.tables import render
 from project.retrieval import LightGCN, MatrixFactorisation
 from project.retrieval.factorisation import mf_column
 from project.retrieval.own_text import item_vectors, text_similarity
-from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
+from project.retrieval.past import WalkRows
+from project.retrieval.walk import block_cuts, fit_snapshots, walk
 from project.run import SCHEMA_VERSION, machine, read_result, write_json
 
 SEGMENT = "{item_text}{item_number+vote_number+item_similarity_number+mf_number+text_number}"  # the demo's

@@ -14,14 +14,14 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.preprocessing import StandardScaler
 
 from project.arrays import F32, F64
-from project.data.download import default_cache
+from project.cache import default_cache
 from project.datamodule import InteractionData
 from project.evaluation.baselines import boosting, retrieved_features, targets_of, train_labels
 from project.evaluation.bootstrap import UserBootstrap
 from project.features import logistic_regression
 from project.retrieval.own_text import SHRINK, item_vectors
+from project.retrieval.past import WalkRows, queries_by_user
 from project.retrieval.text import MeanPooling, encode_once, item_texts
-from project.retrieval.walk import WalkRows, queries_by_user
 from project.run import SCHEMA_VERSION
 
 SPLITS = ("train", "valid", "test")

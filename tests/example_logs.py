@@ -11,7 +11,8 @@ from project.arrays import F32
 from project.data.protocol import FOLDS, ROLES, SPLITS, Interactions, Protocol, SplitInteractions
 from project.retrieval import VectorRetriever
 from project.retrieval.base import Edges, Retriever
-from project.retrieval.walk import WalkRows, fit_snapshots, walk
+from project.retrieval.past import WalkRows
+from project.retrieval.walk import fit_snapshots, walk
 
 NUM_USERS, NUM_ITEMS = 12, 9
 CUTS = np.array([20.0, 45.0])

@@ -26,9 +26,8 @@ from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
 from project.model.module import ExitRecommender
-from project.retrieval import ItemKNN, LightGCN
+from project.retrieval import ItemKNN, LightGCN, RetrievedFeatures
 from project.retrieval.factorisation import MatrixFactorisation
-from project.retrieval.features import retrieved_tables
 
 REFITS = 5
 EXACT = ("row_id", "neighbours", "answers", "neighbour_count", "item_count", "user_count")
@@ -42,7 +41,7 @@ def split(tiny_logs: Path) -> SplitInteractions:
 @pytest.fixture(scope="module")
 def retrieved(split: SplitInteractions, tmp_path_factory: pytest.TempPathFactory) -> dict[str, pl.DataFrame]:
     """Item kNN's: counts and cosines, no training."""
-    return retrieved_tables(split, ItemKNN(), REFITS, tmp_path_factory.mktemp("retrieved"))
+    return RetrievedFeatures(split, ItemKNN(), REFITS, tmp_path_factory.mktemp("retrieved")).tables()
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +91,9 @@ def test_retrieved(retrieved: dict[str, pl.DataFrame]) -> None:
 
 def test_retrieved_of_learned_retrievers(split: SplitInteractions, tmp_path: Path) -> None:
     """LightGCN and the factorisation, by means: their last bits are the processor's."""
-    found = retrieved_tables(
+    found = RetrievedFeatures(
         split, LightGCN(dim=8, item_neighbours=5), REFITS, tmp_path, MatrixFactorisation(dim=4)
-    )["test"]
+    ).tables()["test"]
     assert means(
         found, ["neighbour_count", "similarities", "vote", "mf", "item_similarity"]
     ) == pytest.approx([9.11022, 0.020033, 0.496088, 0.489440, 0.469233], abs=1e-5)

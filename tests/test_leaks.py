@@ -21,9 +21,9 @@ from project.data.logs import RawLogs, TableLogs
 from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import SPLITS, Protocol, SplitInteractions, apply_protocol, build_interactions
 from project.data.stream import build_streams
-from project.retrieval import ItemKNN, LightGCN, MatrixFactorisation, Retriever
-from project.retrieval.features import retrieved_tables
-from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
+from project.retrieval import ItemKNN, LightGCN, MatrixFactorisation, RetrievedFeatures, Retriever
+from project.retrieval.past import WalkRows
+from project.retrieval.walk import block_cuts, fit_snapshots, walk
 
 KINDS = ("global_time", "user_time", "random", "leave_last", "given")
 SEGMENT = (
@@ -192,7 +192,7 @@ def everything(
     """The split log of `rows`, and all that is made of it: tables and snapshots as files, train prompts, targets."""
     split = apply_protocol(build_interactions(replace(raw, interactions=pl.concat(rows)), HIDE), HIDE)
     retriever = LightGCN(dim=4, epochs=1, neighbours=3, item_neighbours=3, similar_every=2)
-    tables = retrieved_tables(split, retriever, 3, cache, MatrixFactorisation(dim=2))
+    tables = RetrievedFeatures(split, retriever, 3, cache, MatrixFactorisation(dim=2)).tables()
     prompt = Prompt(instruction="I\n", segment=SEGMENT, similar="[{titles}]")
     encoder = PromptEncoder(Letters(), prompt, split.interactions.items)
     streams = build_streams(split.rows, tables["train"], "train", encoder)

@@ -21,14 +21,14 @@ from project.metrics import auc
 from project.report.tables import render, shown
 from project.retrieval import (
     LightGCN,
+    RetrievedFeatures,
     Retriever,
     TextEncoder,
     VectorRetriever,
-    retrieved_tables,
 )
 from project.retrieval.base import NO_NEIGHBOURS, Neighbours, Raters, Snapshot
-from project.retrieval.features import retrieved_folder
-from project.retrieval.walk import Snapshots, WalkRows, walk
+from project.retrieval.past import WalkRows
+from project.retrieval.walk import walk
 from project.run import result_head, write_json
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def run_retrieval(
     accuracy = vote_accuracy(data, retrievers)
     # 2. all item tables of a block in one snapshot, by the retriever's name
     fitted = {
-        name: Snapshots.load(retrieved_folder(data.split, r, data.refits, data.cache_dir) / "snapshots.npz")
+        name: RetrievedFeatures(data.split, r, data.refits, data.cache_dir).snapshots()
         for name, r in retrievers.items()
     }
     cuts = fitted[REFERENCE].cuts
@@ -200,7 +200,7 @@ def vote_accuracy(
     base = float(train_labels(rows).mean())
     votes = dict[str, F64]()
     for name, retriever in retrievers.items():
-        tables = retrieved_tables(data.split, retriever, data.refits, data.cache_dir)
+        tables = RetrievedFeatures(data.split, retriever, data.refits, data.cache_dir).tables()
         features = retrieved_features(rows, tables, "test", base)
         votes[name] = features[:, FEATURES.index(SINGLE_FEATURE["neighbour_vote"])]
     test = targets_of(rows, "test")

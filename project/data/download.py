@@ -7,14 +7,12 @@ import logging
 import lzma
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import polars as pl
 from rich.console import Console
 from transformers.utils import logging as library_logging
 
+from project.cache import default_cache, remove_orphans
 from project.errors import SourceError
 
 
@@ -169,11 +168,6 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def default_cache() -> Path:
-    """Folder for everything fetched or computed once: $PROJECT_CACHE, else ~/.cache/exitrec."""
-    return Path(os.environ.get("PROJECT_CACHE") or Path.home() / ".cache" / "exitrec")
-
-
 def fetch(key: str, cache_dir: Path | None = None) -> Path:
     """Folder of a known source, fetched if it is not in the cache (None: `default_cache()`).
 
@@ -200,17 +194,6 @@ def fetch(key: str, cache_dir: Path | None = None) -> Path:
             if not target.is_dir():  # otherwise another process was faster, with the same files
                 raise
     return target
-
-
-def remove_orphans(parent: Path) -> None:
-    """Remove the unfinished folders (`.KEY-*`, `HASH.*.tmp`) that killed runs left in a folder of the cache.
-
-    A folder younger than a day may be another process's, also of another machine.
-    """
-    for folder in (*parent.glob(".*"), *parent.glob("*.tmp")):
-        with suppress(FileNotFoundError):  # another process was faster
-            if folder.is_dir() and time.time() - folder.stat().st_mtime > 86_400:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wheel(key: str, source: Source, cache: Path, scratch: Path) -> Path:

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from project.arrays import F64, I64
+from project.cache import cached_folder, content_key
 from project.data.protocol import SPLITS, SplitInteractions, answered
 from project.errors import DataError
 from project.evaluation.baselines import (
@@ -31,7 +32,7 @@ from project.evaluation.baselines import (
 from project.features import FEATURES
 from project.metrics import auc
 from project.retrieval.lightgcn import one_thread
-from project.retrieval.walk import cached_folder, content_key, own_earlier_rows
+from project.retrieval.past import own_earlier_rows
 from project.run import table_about, write_table
 
 if TYPE_CHECKING:

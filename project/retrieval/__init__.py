@@ -1,9 +1,9 @@
 """Finds what similar users answered about a candidate, strictly before the request: the retrieved features."""
 
 from project.retrieval.base import Retriever
-from project.retrieval.controls import ItemKNN, NoRetriever, RandomRetriever
+from project.retrieval.controls import ItemKNN, NoRetriever
 from project.retrieval.factorisation import MatrixFactorisation
-from project.retrieval.features import request_retrieved, retrieved_tables, retrieved_warnings
+from project.retrieval.features import RetrievedFeatures
 from project.retrieval.lightgcn import LightGCN, VectorRetriever
 from project.retrieval.text import TextEncoder
 
@@ -12,11 +12,8 @@ __all__ = [
     "LightGCN",
     "MatrixFactorisation",
     "NoRetriever",
-    "RandomRetriever",
+    "RetrievedFeatures",
     "Retriever",
     "TextEncoder",
     "VectorRetriever",
-    "request_retrieved",
-    "retrieved_tables",
-    "retrieved_warnings",
 ]

@@ -212,7 +212,7 @@ def argument_names(kind: type) -> list[str]:
 def own_source(kind: type) -> dict[str, str]:
     """Digest of the files that define a class and its bases outside this package; empty if there are none.
 
-    Classes of this package have none: `walk.FORMAT` stands for them, so a release finds the caches of the one before.
+    Classes of this package have none: `cache.FORMAT` stands for them, so a release finds the caches of the one before.
     """
     here = {__name__.split(".")[0], *sys.stdlib_module_names}
     foreign = [base for base in kind.__mro__ if base.__module__.split(".")[0] not in here]

@@ -1,4 +1,4 @@
-"""Defines retrievers to compare with: none (rates only), random raters, the user's own rows on similar items."""
+"""Defines retrievers to compare with: none (rates only), the user's own rows on similar items."""
 
 from typing import Any
 
@@ -22,29 +22,6 @@ class NoRetriever(Retriever):
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
         """No row."""
         return NO_NEIGHBOURS
-
-
-class RandomRetriever(Retriever):
-    """Random raters of the candidate: shows what similarity adds.
-
-    Args:
-        seed: Seed of the draw, which depends on seed, candidate and time alone; 0 or more.
-        **kwargs: Arguments of Retriever.
-    """
-
-    def __init__(self, *, seed: int = 0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.seed = seed
-
-    def begin(self, num_users: int, items: pl.DataFrame) -> None:
-        """Nothing to forget."""
-
-    def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
-        """Draw raters without replacement; all have similarity 1, so that votes weighted by it are plain votes."""
-        random = np.random.default_rng((self.seed, item, int(np.float64(timestamp).view(np.uint64))))
-        count = min(self.neighbours, raters.row.size)
-        chosen = random.choice(raters.row, count, replace=False)
-        return Neighbours(chosen, np.ones(count, np.float32))
 
 
 class ItemKNN(Retriever):

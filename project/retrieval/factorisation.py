@@ -8,25 +8,17 @@ has vectors of users that no factorisation has seen, and training features and r
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike
 
 from project.arrays import F64, I8, I64
-from project.data.protocol import SPLITS, SplitInteractions
 from project.errors import ConfigError
 from project.retrieval.base import Edges, Snapshot
-from project.retrieval.walk import (
-    Snapshots,
-    WalkRows,
-    block_cuts,
-    fit_blocks,
-    queries_by_user,
-    split_tables,
-)
+from project.retrieval.past import WalkRows, queries_by_user
+from project.retrieval.walk import Snapshots, fit_blocks
 
 BIAS_PENALTY = 1.0  # of biases, of users and items
 VECTOR_PENALTY = 5.0
@@ -176,31 +168,3 @@ class MatrixFactorisation:
                 curvature = ((read * chance * (1.0 - chance)) @ squares).reshape(-1, *2 * penalty.shape)
                 found += np.linalg.solve(curvature + np.diag(penalty), gradient[:, :, None])[:, :, 0]
         return users
-
-
-def mf_folder(split: SplitInteractions, mf: MatrixFactorisation, refits: int, cache_dir: Path) -> Path:
-    """Folder of the cache with row_id and mf (null before the first block) of every row that a split reads.
-
-    snapshots.npz beside the tables holds the item vectors of test, which requests read.
-    """
-    cuts = block_cuts(split.rows["timestamp"].to_numpy(), refits)  # of the whole log, for every split
-
-    def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
-        snapshots = mf.fit(readable, split.interactions.items.height, cuts)
-        if name == SPLITS[-1]:
-            snapshots.save(folder / "snapshots.npz")
-        return readable.select("row_id", mf=mf_column(mf.chances(WalkRows.from_log(readable), snapshots)))
-
-    return split_tables(split, cache_dir / "mf", {"mf": asdict(mf), "refits": refits}, make)
-
-
-def mf_snapshots(
-    split: SplitInteractions, mf: MatrixFactorisation, refits: int, cache_dir: Path
-) -> Snapshots:
-    """What requests read, as split "test"; arguments as in `mf_folder`."""
-    return Snapshots.load(mf_folder(split, mf, refits, cache_dir) / "snapshots.npz")
-
-
-def mf_column(chances: F64) -> pl.Series:
-    """Chances as a column of the retrieved features table."""
-    return pl.Series("mf", chances, dtype=pl.Float32, nan_to_null=True)

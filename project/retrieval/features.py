@@ -6,7 +6,7 @@ user_rate and user_count (liked share and number of strictly earlier readable ro
 retriever's item_neighbours: item_similarity, the user's own answers on the earlier items most similar to the candidate,
 averaged by similarity (null without any), and item_similarity_weight, the sum of these similarities. With its
 similar_every: similar_after, item codes that similar users liked, or null; it alone is dated just *after* the row's
-second and may hold the row's own answer, so it is for the prompts of later rows (`walk.SimilarLikes`). text and
+second and may hold the row's own answer, so it is for the prompts of later rows (`past.SimilarLikes`). text and
 text_weight (`own_text`). With a factorisation: mf, null before its first block.
 
 A row of split S reads rows of splits up to S, so there is a table per split. Where no row has a later split's row in
@@ -14,144 +14,280 @@ its past (a split by time), the three coincide and are computed once.
 """
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
 from project.arrays import F64, I64, Bool
+from project.cache import cached_folder
 from project.data.protocol import SPLITS, SplitInteractions
 from project.errors import ConfigError, DataError
 from project.retrieval.base import Retriever
 from project.retrieval.controls import NoRetriever
-from project.retrieval.factorisation import MatrixFactorisation, mf_column, mf_folder, mf_snapshots
-from project.retrieval.own_text import item_vectors, text_folder, text_similarity
-from project.retrieval.walk import (
-    Snapshots,
-    WalkRows,
-    block_cuts,
-    cached_folder,
-    fit_snapshots,
-    read_tables,
-    split_tables,
-    walk,
-)
+from project.retrieval.factorisation import MatrixFactorisation
+from project.retrieval.online import FeatureIndex
+from project.retrieval.own_text import SHRINK, item_vectors, text_similarity
+from project.retrieval.past import WalkRows
+from project.retrieval.walk import Snapshots, block_cuts, fit_snapshots, walk
+
+SNAPSHOTS = "snapshots.npz"  # in a folder of tables: what was fitted for test, which requests read
+Make = Callable[
+    [pl.DataFrame, str, Path], pl.DataFrame
+]  # readable rows, split and folder -> table with row_id
 
 
-def retrieved_tables(
-    split: SplitInteractions,
-    retriever: Retriever,
-    refits: int,
-    cache_dir: Path,
-    mf: MatrixFactorisation | None = None,
-) -> dict[str, pl.DataFrame]:
-    """Retrieved features of every row with split <= S, for S = train, valid and test.
+class RetrievedFeatures:
+    """The retrieved features of a log's rows and of requests.
 
-    The log is cut into `refits` shares; retriever and factorisation are fitted before each but the first. Tables and
-    snapshots are kept in `cache_dir`, under a hash of everything they depend on. Without `mf` that column is left out.
+    The log is cut into `refits` shares of equal rows. Retriever and factorisation (None: no column mf) are fitted
+    before each share but the first. Tables and what was fitted are kept in `cache_dir`, under a hash of everything
+    they depend on.
     """
-    folders = [retrieved_folder(split, retriever, refits, cache_dir), text_folder(split, cache_dir)]
-    if mf is not None:
-        folders.append(mf_folder(split, mf, refits, cache_dir))
-    tables, *others = map(read_tables, folders)
-    for more in others:
+
+    def __init__(
+        self,
+        split: SplitInteractions,
+        retriever: Retriever,
+        refits: int,
+        cache_dir: Path,
+        mf: MatrixFactorisation | None = None,
+    ) -> None:
+        if refits < 1:
+            raise ConfigError(f"data.refits is {refits}, expected 1 or more: 10 is the default")
+        self.split = split
+        self.retriever = retriever
+        self.refits = refits
+        self.cache_dir = cache_dir
+        self.mf = mf
+        # (blocks - 1,) seconds at which blocks 1, 2, ... begin: of the whole log, for every split
+        self.cuts = block_cuts(split.rows["timestamp"].to_numpy(), refits)
+
+    def tables(self) -> dict[str, pl.DataFrame]:
+        """The table of every split S = train, valid and test: a row for each row of splits up to S."""
+        first, *others = map(read_tables, self.folders().values())
+        for more in others:
+            for name, table in first.items():
+                assert table["row_id"].equals(more[name]["row_id"])
+                first[name] = table.hstack(more[name].drop("row_id"))
+        return first
+
+    def folders(self) -> dict[str, Path]:
+        """Folders of the cache with the tables: retrieved, text and, with a factorisation, mf.
+
+        They are made where the cache lacks them.
+        """
+        folders = {"retrieved": self._retrieved_folder(), "text": self._text_folder()}
+        if self.mf is not None:
+            folders["mf"] = self._mf_folder(self.mf)
+        return folders
+
+    def snapshots(self) -> Snapshots:
+        """What the retriever fitted for test, which requests read."""
+        return Snapshots.load(self._retrieved_folder() / SNAPSHOTS)
+
+    def mf_snapshots(self) -> Snapshots | None:
+        """What the factorisation fitted for test; None without one."""
+        return None if self.mf is None else Snapshots.load(self._mf_folder(self.mf) / SNAPSHOTS)
+
+    def index(self) -> FeatureIndex:
+        """An index, which answers requests after the log without another walk."""
+        return FeatureIndex(self.split, self.retriever, self.snapshots(), self.mf, self.mf_snapshots())
+
+    def of_requests(
+        self,
+        user: I64,
+        item: I64,
+        timestamp: F64,
+        label: I64,
+        own: Bool,
+        catalogue: pl.DataFrame | None = None,
+    ) -> pl.DataFrame:
+        """Retrieved features of rows outside the log, read as split "test": from the log and their own user's past.
+
+        Rows have shape (rows,): codes of users and items (codes that the log does not have are unseen), seconds,
+        labels (-1 is unknown), and `own`, whether the row is the user's past, else a candidate. A user code with `own`
+        rows has exactly those as its past, also where the log knows that user; a user code of the log without `own`
+        rows has the log's. Either way that user's own ratings in the log are not neighbours. `catalogue` is the items
+        table of `item` where requests bring items of their own.
+
+        The table is in the order given; row_id is -1 - position, also among neighbours.
+        """
+        # 1. a history without answers is an error
+        unlabelled = np.flatnonzero(own & (label < 0))
+        if unlabelled.size:
+            raise DataError(
+                f"request row {unlabelled[0]} is history (own) but its label is {label[unlabelled[0]]}: "
+                "expected 0 or 1; give every history row its answer, or make it a candidate"
+            )
+        # 2. rows of the log and of the requests, together in time order
+        items = self.split.interactions.items
+        num_users = self.split.interactions.users.height
+        log = self.split.rows.filter(pl.col("timestamp") < timestamp.max(initial=-np.inf))
+        past = WalkRows.from_log(log, query=False)
+        # a user with a past of their own gets a code that the log has not used
+        fresh = np.isin(user, user[own]) | (user >= num_users)
+        requests = WalkRows(
+            row_id=-1 - np.arange(user.size),
+            user=np.where(fresh, num_users + np.unique(user, return_inverse=True)[1], user),
+            person=user.astype(np.int64),
+            item=np.minimum(item, items.height).astype(np.int64),
+            timestamp=timestamp.astype(np.float64),
+            label=label.astype(np.int8),
+            query=np.ones(user.size, np.bool_),
+            rater=np.zeros(user.size, np.bool_),
+            own=own,
+        )
+        rows = _merged(past, requests)
+        # 3. the walk, then factorisation and text similarity, as the log's tables have them
+        fitted = self.snapshots()
+        table = walk(rows, self.retriever, items, fitted.cuts, fitted.fitted, "retrieved features (requests)")
+        factors = self.mf_snapshots()
+        if self.mf is not None and factors is not None:
+            table = table.with_columns(_mf_column(self.mf.chances(rows, factors)))
+        if catalogue is not None:  # an item that the log does not have still has a text
+            known = np.minimum(item, catalogue.height).astype(np.int64)
+            rows = _merged(past, replace(requests, item=known))
+        texts = text_similarity(rows, item_vectors(items if catalogue is None else catalogue, items))
+        table = table.join(texts, on="row_id", how="left", maintain_order="left", validate="1:1")
+        return table.sort("row_id", descending=True)
+
+    def warnings(self, tables: Mapping[str, pl.DataFrame]) -> list[str]:
+        """A line for every split whose targets a retriever was never fitted for, or whose features have one value."""
+        lines = list[str]()
+        fits = type(self.retriever).fit is not Retriever.fit
+        columns = ["item_similarity", "mf", "item_rate", "user_rate"]
+        if not isinstance(self.retriever, NoRetriever):
+            columns.append("vote")
+        if self.split.protocol.negatives:  # of clicks alone all rates are 1
+            columns = []
         for name, table in tables.items():
-            assert table["row_id"].equals(more[name]["row_id"])
-            tables[name] = table.hstack(more[name].drop("row_id"))
+            targets = self.split.rows.filter((pl.col("role") == "target") & (pl.col("split") == name))
+            if targets.height < 2:
+                continue
+            if fits and not (targets["timestamp"] >= self.cuts.min(initial=np.inf)).any():
+                lines.append(
+                    f"{type(self.retriever).__name__} was never fitted before the {targets.height} targets of {name}: "
+                    f"data.refits is {self.refits} for {self.split.rows.height} rows. Raise data.refits."
+                )
+                continue
+            read = table.filter(pl.col("row_id").is_in(targets["row_id"].implode()))
+            constant = [c for c in columns if c in read.columns and read[c].drop_nulls().n_unique() < 2]
+            if constant:
+                lines.append(
+                    f"retrieved features do not differ between the {targets.height} targets of {name}: "
+                    f"{', '.join(constant)} has one value or none. Check data.protocol.label and how many earlier rows "
+                    "users and items have, raise data.refits, or leave the retriever out "
+                    "(project.retrieval.NoRetriever, data.mf: null)."
+                )
+        return lines
+
+    def _retrieved_folder(self) -> Path:
+        """Folder with the walks' tables.
+
+        Until it is whole, what was fitted has a folder of its own: a process that is killed while it walks need not
+        fit again.
+        """
+        log = self.split.interactions
+        content = {"retriever": self.retriever.settings(), "refits": self.refits}
+        fitted = list[Path]()
+
+        def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
+            def fit(made: Path) -> None:
+                snapshots = fit_snapshots(readable, self.retriever, log.users.height, log.items, self.cuts)
+                snapshots.save(made / SNAPSHOTS)
+
+            depends = {"files": log.files, "protocol": self.split.hash, "split": name, **content}
+            fitted.append(cached_folder(self.cache_dir / "fitted", depends, fit))
+            file = fitted[-1] / SNAPSHOTS
+            if name == SPLITS[-1]:
+                shutil.copy(file, folder)
+            snapshots = Snapshots.load(file).fitted
+            about = f"retrieved features ({name})"
+            return walk(WalkRows.from_log(readable), self.retriever, log.items, self.cuts, snapshots, about)
+
+        # lists of what similar users liked read what happened in their row's own second
+        whole = self._split_folder("retrieved", content, make, self.retriever.similar_every > 0)
+        for made in fitted:
+            shutil.rmtree(made, ignore_errors=True)
+        return whole
+
+    def _text_folder(self) -> Path:
+        """Folder with row_id, text and text_weight."""
+        items = self.split.interactions.items
+        vectors = cache(lambda: item_vectors(items, items))  # made only where the cache lacks the tables
+
+        def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
+            return text_similarity(WalkRows.from_log(readable), vectors())
+
+        return self._split_folder("text", {"shrink": SHRINK}, make)
+
+    def _mf_folder(self, mf: MatrixFactorisation) -> Path:
+        """Folder with row_id and mf, null before the first cut."""
+
+        def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
+            snapshots = mf.fit(readable, self.split.interactions.items.height, self.cuts)
+            if name == SPLITS[-1]:
+                snapshots.save(folder / SNAPSHOTS)
+            chances = mf.chances(WalkRows.from_log(readable), snapshots)
+            return readable.select("row_id", mf=_mf_column(chances))
+
+        return self._split_folder("mf", {"mf": asdict(mf), "refits": self.refits}, make)
+
+    def _split_folder(self, kind: str, content: dict[str, Any], make: Make, own_second: bool = False) -> Path:
+        """Folder of a kind with train, valid and test.parquet, named by a hash of log, protocol and `content`.
+
+        Where the cache lacks it, `make` makes a split's table: first for test, then for valid and train where their
+        tables are not parts of test's. A table that begins one written before is stored as its row_id alone.
+        """
+
+        def write(folder: Path) -> None:
+            rows = self.split.rows
+            code = rows["split"].cast(pl.String).replace_strict({name: k for k, name in enumerate(SPLITS)})
+            once = reads_all_earlier(rows["timestamp"].to_numpy(), code.to_numpy(), own_second)
+            table: pl.DataFrame | None = None
+            for k, name in reversed(list(enumerate(SPLITS))):
+                readable = rows.filter(code <= k)
+                if table is None or not once:
+                    written = table = make(readable, name, folder)
+                elif table["row_id"].head(readable.height).equals(readable["row_id"]):  # of a log cut by time
+                    table = table.head(readable.height)  # no copy
+                    written = table.select("row_id")
+                else:
+                    written = table = table.filter(pl.col("row_id").is_in(readable["row_id"].implode()))
+                written.write_parquet(folder / f"{name}.parquet")
+
+        depends = {"files": self.split.interactions.files, "protocol": self.split.hash, **content}
+        return cached_folder(self.cache_dir / kind, depends, write)
+
+
+def read_tables(folder: Path) -> dict[str, pl.DataFrame]:
+    """The tables of train, valid and test in one of `RetrievedFeatures.folders`."""
+    tables = dict.fromkeys(SPLITS, pl.DataFrame())
+    later = pl.DataFrame()  # the next split's table, which a table of row_id alone begins
+    for name in reversed(SPLITS):
+        table = pl.read_parquet(folder / f"{name}.parquet", glob=False)
+        later = later.head(table.height) if table.width == 1 else table
+        tables[name] = later
     return tables
 
 
-def retrieved_folder(split: SplitInteractions, retriever: Retriever, refits: int, cache_dir: Path) -> Path:
-    """Folder of the cache with the retriever's tables, and snapshots.npz: those of test, which requests read.
+def reads_all_earlier(timestamp: F64, split: I64, own_second: bool = False) -> bool:
+    """Whether no row has a row of a later split strictly before it: then all splits' tables coincide.
 
-    Until it is whole, what was fitted has a folder of its own: who is killed while walking need not fit again.
+    Rows ascend in time, splits are 0, 1, 2. With `own_second` a row's own second counts too.
     """
-    if refits < 1:
-        raise ConfigError(f"data.refits is {refits}, expected 1 or more: 10 is the default")
-    log, fitted = split.interactions, list[Path]()
-    cuts = block_cuts(split.rows["timestamp"].to_numpy(), refits)  # of the whole log, for every split
-    content = {"retriever": retriever.settings(), "refits": refits}
-
-    def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
-        def fit(made: Path) -> None:
-            snapshots = fit_snapshots(readable, retriever, log.users.height, log.items, cuts)
-            snapshots.save(made / "snapshots.npz")
-
-        depends = {"files": log.files, "protocol": split.hash, "split": name, **content}
-        fitted.append(cached_folder(cache_dir / "fitted", depends, fit))
-        file = fitted[-1] / "snapshots.npz"
-        if name == SPLITS[-1]:
-            shutil.copy(file, folder)
-        rows, snapshots = WalkRows.from_log(readable), Snapshots.load(file)
-        return walk(rows, retriever, log.items, cuts, snapshots.fitted, f"retrieved features ({name})")
-
-    whole = split_tables(split, cache_dir / "retrieved", content, make, retriever.similar_every > 0)
-    for made in fitted:
-        shutil.rmtree(made, ignore_errors=True)
-    return whole
+    latest_before = np.concatenate([[0], np.maximum.accumulate(split)])
+    side: Literal["left", "right"] = "right" if own_second else "left"
+    return bool(np.all(latest_before[np.searchsorted(timestamp, timestamp, side=side)] <= split))
 
 
-def request_retrieved(
-    split: SplitInteractions,
-    retriever: Retriever,
-    refits: int,
-    cache_dir: Path,
-    user: I64,
-    item: I64,
-    timestamp: F64,
-    label: I64,
-    own: Bool,
-    mf: MatrixFactorisation | None = None,
-    catalogue: pl.DataFrame | None = None,
-) -> pl.DataFrame:
-    """Retrieved features of rows outside the log, read as split "test": from the log and their own user's past.
-
-    Rows have shape (rows,): codes of users and items (codes that the log does not have are unseen), seconds, labels (-1
-    is unknown), and `own`, whether the row is the user's past, else a candidate. A user code with `own` rows has
-    exactly those as its past, also where the log knows that user; a user code of the log without `own` rows has the
-    log's. Either way that user's own ratings in the log are not neighbours. Snapshots are fitted only where the cache
-    lacks them. `catalogue` is the items table of `item` where requests bring items of their own.
-
-    The table is in the order given; row_id is -1 - position, also among neighbours.
-    """
-    # 1. refuse a history without answers
-    unlabelled = np.flatnonzero(own & (label < 0))
-    if unlabelled.size:
-        raise DataError(
-            f"request row {unlabelled[0]} is history (own) but its label is {label[unlabelled[0]]}: "
-            "expected 0 or 1; give every history row its answer, or make it a candidate"
-        )
-    # 2. rows of the log and of the requests, together in time order
-    snapshots = Snapshots.load(retrieved_folder(split, retriever, refits, cache_dir) / "snapshots.npz")
-    items, num_users = split.interactions.items, split.interactions.users.height
-    log = split.rows.filter(pl.col("timestamp") < timestamp.max(initial=-np.inf))
-    # a user with a past of their own gets a code that the log has not used
-    fresh = np.isin(user, user[own]) | (user >= num_users)
-    requests = WalkRows(
-        row_id=-1 - np.arange(user.size),
-        user=np.where(fresh, num_users + np.unique(user, return_inverse=True)[1], user),
-        person=user.astype(np.int64),
-        item=np.minimum(item, items.height).astype(np.int64),
-        timestamp=timestamp.astype(np.float64),
-        label=label.astype(np.int8),
-        query=np.ones(user.size, np.bool_),
-        rater=np.zeros(user.size, np.bool_),
-        own=own,
-    )
-    rows = _merged(WalkRows.from_log(log, query=False), requests)
-    # 3. the walk, then factorisation and text similarity, as the log's tables have them
-    table = walk(rows, retriever, items, snapshots.cuts, snapshots.fitted, "retrieved features (requests)")
-    if mf is not None:
-        chances = mf.chances(rows, mf_snapshots(split, mf, refits, cache_dir))
-        table = table.with_columns(mf_column(chances))
-    if catalogue is not None:  # an item the log does not have still has a text
-        known = replace(requests, item=np.minimum(item, catalogue.height).astype(np.int64))
-        rows = _merged(WalkRows.from_log(log, query=False), known)
-    texts = text_similarity(rows, item_vectors(items if catalogue is None else catalogue, items))
-    table = table.join(texts, on="row_id", how="left", maintain_order="left", validate="1:1")
-    return table.sort("row_id", descending=True)
+def _mf_column(chances: F64) -> pl.Series:
+    return pl.Series("mf", chances, dtype=pl.Float32, nan_to_null=True)
 
 
 def _merged(log: WalkRows, extra: WalkRows) -> WalkRows:
@@ -159,37 +295,3 @@ def _merged(log: WalkRows, extra: WalkRows) -> WalkRows:
     joined = {name: np.concatenate([vars(log)[name], vars(extra)[name]]) for name in vars(log)}
     order = np.lexsort((joined["item"], joined["person"], joined["timestamp"]))
     return WalkRows(**{name: array[order] for name, array in joined.items()})
-
-
-def retrieved_warnings(
-    split: SplitInteractions, retrieved: Mapping[str, pl.DataFrame], retriever: Retriever, refits: int
-) -> list[str]:
-    """A line for every split whose targets a retriever was never fitted for, or whose features have one value.
-
-    `retrieved` and `refits` are those of `retrieved_tables`.
-    """
-    found, fits = [], type(retriever).fit is not Retriever.fit
-    cuts = block_cuts(split.rows["timestamp"].to_numpy(), refits)
-    votes = [] if isinstance(retriever, NoRetriever) else ["vote"]
-    for name, table in retrieved.items():
-        targets = split.rows.filter((pl.col("role") == "target") & (pl.col("split") == name))
-        if targets.height < 2:
-            continue
-        if fits and not (targets["timestamp"] >= cuts.min(initial=np.inf)).any():
-            found.append(
-                f"{type(retriever).__name__} was never fitted before the {targets.height} targets of {name}: "
-                f"data.refits is {refits} for {split.rows.height} rows. Raise data.refits."
-            )
-            continue
-        read = table.filter(pl.col("row_id").is_in(targets["row_id"].implode()))
-        names = [n for n in ("item_similarity", "mf", "item_rate", "user_rate", *votes) if n in read.columns]
-        names = [] if split.protocol.negatives else names  # of clicks alone all rates are 1
-        constant = [n for n in names if read[n].drop_nulls().n_unique() < 2]
-        if constant:
-            found.append(
-                f"retrieved features do not differ between the {targets.height} targets of {name}: "
-                f"{', '.join(constant)} has one value or none. Check data.protocol.label and how many earlier rows "
-                "users and items have, raise data.refits, or leave the retriever out "
-                "(project.retrieval.NoRetriever, data.mf: null)."
-            )
-    return found

@@ -1,7 +1,7 @@
 """Answers requests as of now, in time that does not grow with the log: what a walk knows at its end, kept up to date.
 
 `FeatureIndex` observes the log once and then every event as it comes. A request costs its candidates' raters, at most
-max_raters of each, and the user's own rows. Features are made by the code that made those of training: `walk.Past` and
+max_raters of each, and the user's own rows. Features are made by the code that made those of training: `past.Past` and
 `walk.Answers`, the retriever, fold-in and text similarity. What is fitted stays as it is: vectors of items, those of
 the factorisation and the terms of texts are those of the last block.
 """
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,10 @@ from project.data.protocol import SplitInteractions
 from project.errors import ConfigError, DataError
 from project.features import Retrieved
 from project.retrieval.base import Growing, Retriever
-from project.retrieval.factorisation import MatrixFactorisation, mf_snapshots
-from project.retrieval.features import retrieved_folder
+from project.retrieval.factorisation import MatrixFactorisation
 from project.retrieval.own_text import text_and_weight, text_encoder, with_any_other
-from project.retrieval.walk import Answers, Past, Snapshots, WalkRows, as_stored
+from project.retrieval.past import Past, WalkRows
+from project.retrieval.walk import Answers, Snapshots, as_stored
 
 ROOM = 1024  # users more than the log has, before room is made for twice as many
 
@@ -44,17 +43,18 @@ def in_time(history: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, f
 class FeatureIndex:
     """Retrieved features of candidates as of now, from the log and the events observed since.
 
-    Users and items are codes; codes that the log does not have are new ones. Time never goes back. Arguments are those
-    of `retrieved_tables`; the retriever itself is left alone. One thread at a time.
+    Users and items are codes; codes that the log does not have are new ones. Time never goes back. `snapshots` and
+    `mf_snapshots` are what retriever and factorisation fitted, see `RetrievedFeatures.index`; the retriever itself is
+    left alone. One thread at a time.
     """
 
     def __init__(
         self,
         split: SplitInteractions,
         retriever: Retriever,
-        refits: int,
-        cache_dir: Path,
+        snapshots: Snapshots,
         mf: MatrixFactorisation | None = None,
+        mf_snapshots: Snapshots | None = None,
     ) -> None:
         if not can_be_indexed(retriever):
             raise ConfigError(
@@ -65,9 +65,8 @@ class FeatureIndex:
         self._items = split.interactions.items  # what the retriever knows; a code beyond it is any other item
         self.guest = split.interactions.users.height  # stands for whoever has no past here
         # 1. what was fitted
-        folder = retrieved_folder(split, retriever, refits, cache_dir)
-        self._snapshots = Snapshots.load(folder / "snapshots.npz")
-        self._mf_snapshots = None if mf is None else mf_snapshots(split, mf, refits, cache_dir)
+        self._snapshots = snapshots
+        self._mf_snapshots = mf_snapshots
         self._encode = text_encoder(self._items)
         self._texts = with_any_other(self._encode(self._items))
         self._new_texts = self._texts[:0]  # of items that events brought
@@ -130,7 +129,7 @@ class FeatureIndex:
         if not now > self.latest:
             raise DataError(
                 f"a request has time {now}; expected one after the latest event, {self.latest}. Requests of the past "
-                "are answered by a walk, `request_retrieved`."
+                "are answered by a walk, `RetrievedFeatures.of_requests`."
             )
         person = self._code(user)
         code = person if history is None else self.guest

@@ -9,31 +9,17 @@ It is defined for items that nobody has rated yet, too.
 """
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from project.arrays import F64
-from project.data.protocol import SplitInteractions
 from project.retrieval.compiled import squared_products
-from project.retrieval.walk import WalkRows, queries_by_user, split_tables
+from project.retrieval.past import WalkRows, queries_by_user
 
 SHRINK = 0.5  # added to the sum of squared similarities, so that few similar items give a small feature
 TOGETHER = 2**22  # entries of a block of similarities, which bounds the memory that long histories take
-
-
-def text_folder(split: SplitInteractions, cache_dir: Path) -> Path:
-    """Folder of the cache with row_id, text and text_weight of every row that a split reads, for every split."""
-    items = split.interactions.items
-    vectors = cache(lambda: item_vectors(items, items))  # made only where the cache lacks the tables
-
-    def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
-        return text_similarity(WalkRows.from_log(readable), vectors())
-
-    return split_tables(split, cache_dir / "text", {"shrink": SHRINK}, make)
 
 
 def item_vectors(items: pl.DataFrame, known: pl.DataFrame) -> Any:

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from project.arrays import F32, I64
-from project.data.download import SOURCES, default_cache, quiet_loading, resolve_model
+from project.cache import cached_folder, default_cache
+from project.data.download import SOURCES, quiet_loading, resolve_model
 from project.errors import ConfigError
 from project.retrieval.base import Edges
 from project.retrieval.lightgcn import VectorRetriever
-from project.retrieval.walk import cached_folder
 from project.run import sha256_of
 
 BATCH_TEXTS = 64

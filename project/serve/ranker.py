@@ -36,7 +36,7 @@ from project.export import POLICY, give_exported
 from project.features import COLUMNS, Retrieved, feature_matrix
 from project.metrics import probabilities
 from project.model.module import ExitRecommender
-from project.retrieval.online import FeatureIndex, in_time
+from project.retrieval.online import in_time
 from project.retrieval.text import item_texts
 from project.run import own_version
 from project.serve.drift import AnswerMonitor, Monitor, references
@@ -73,7 +73,7 @@ class Ranker:
             title: item_id for item_id, title in log.items.select("item_id", "title").reverse().iter_rows()
         }
         self._users: dict[str, int] = dict(log.users.select("user_id", "user").iter_rows())
-        self._index = FeatureIndex(split, data.retriever, data.refits, data.cache_dir, data.mf)
+        self._index = data.features.index()
         rows = split.rows.filter(answered(split.rows)).select("user", "item", "row_id", "timestamp", "label")
         rows = rows.join(data.retrieved["test"], on="row_id", maintain_order="left")
         self._log = rows.sort("user", "row_id")

@@ -52,7 +52,7 @@ from project.evaluation.networks import (
 from project.evaluation.result import comparison
 from project.features import FEATURES
 from project.metrics import auc
-from project.retrieval import ItemKNN, retrieved_tables
+from project.retrieval import ItemKNN, RetrievedFeatures
 from project.trainer import run_baselines
 
 USERS, ITEMS = 24, 12
@@ -106,7 +106,7 @@ def draw(kind: str, size: int = 300) -> pl.DataFrame:
 def features_of(rows: pl.DataFrame, folder: Path) -> Fitted:
     """The split log, its retrieved features and the features fitted on them."""
     split = make_split(rows)
-    retrieved = retrieved_tables(split, ItemKNN(), 5, folder)
+    retrieved = RetrievedFeatures(split, ItemKNN(), 5, folder).tables()
     return split, retrieved, NetworkFeatures.fit(split.rows, split.interactions.items, retrieved)
 
 
@@ -424,7 +424,7 @@ class TestWithTheExtra:
     @pytest.fixture
     def world(self, tmp_path: Path) -> tuple[SplitInteractions, Retrieved]:
         split = make_split(draw("by_time", 3000))
-        return split, retrieved_tables(split, ItemKNN(), 3, tmp_path)
+        return split, RetrievedFeatures(split, ItemKNN(), 3, tmp_path).tables()
 
     def test_planted_signal(self, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """Kind users and good items are found by all three: test AUC above .8, about that of knowing the chances.

@@ -371,7 +371,8 @@ def test_movielens_anchors() -> None:
     from project.data.logs import MovieLens100K
     from project.data.protocol import build_interactions
     from project.retrieval.controls import NoRetriever
-    from project.retrieval.walk import WalkRows, walk
+    from project.retrieval.past import WalkRows
+    from project.retrieval.walk import walk
 
     protocol = Protocol(minimum_history=5, label="rating > 3")
     split = apply_protocol(build_interactions(MovieLens100K().read(), protocol), protocol)

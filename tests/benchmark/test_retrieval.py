@@ -23,7 +23,8 @@ from project.datamodule import InteractionData
 from project.errors import DataError
 from project.evaluation.baselines import baseline_rows, fit_baselines
 from project.retrieval import ItemKNN, LightGCN, TextEncoder, VectorRetriever
-from project.retrieval.walk import WalkRows, walk
+from project.retrieval.past import WalkRows
+from project.retrieval.walk import walk
 from project.run import read_result
 
 

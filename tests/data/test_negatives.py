@@ -20,8 +20,7 @@ from project.data.protocol import Protocol, SplitInteractions, answered, apply_p
 from project.data.stream import build_streams
 from project.evaluation.networks import earlier_rows
 from project.report.format import environment
-from project.retrieval import LightGCN, MatrixFactorisation
-from project.retrieval.features import retrieved_tables
+from project.retrieval import LightGCN, MatrixFactorisation, RetrievedFeatures
 
 ROWS, USERS, ITEMS = 240, 8, 40
 SPLITS = ("train", "valid", "test")
@@ -122,7 +121,7 @@ def test_another_draw_changes_nothing_that_is_read(
     logs, drawn = zip(*map(parts, draws), strict=True)
     assert logs[0].equals(logs[1])
     assert not drawn[0]["item"].equals(drawn[1]["item"])
-    tables = [retrieved_tables(split, retriever, 4, tmp_path, mf) for split in draws]
+    tables = [RetrievedFeatures(split, retriever, 4, tmp_path, mf).tables() for split in draws]
     clicked = logs[0]["row_id"].implode()
     for name in SPLITS:
         one, other = (table[name].filter(pl.col("row_id").is_in(clicked)) for table in tables)

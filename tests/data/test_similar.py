@@ -25,7 +25,7 @@ from project.data.requests import Request, Requests, request_streams
 from project.data.stream import Streams, Window, build_streams
 from project.datamodule import InteractionData
 from project.errors import ConfigError
-from project.retrieval import ItemKNN, LightGCN, Retriever, request_retrieved, retrieved_tables
+from project.retrieval import ItemKNN, LightGCN, RetrievedFeatures, Retriever
 
 KINDS = ("global_time", "user_time", "random", "leave_last")
 REFITS = 5
@@ -53,7 +53,9 @@ class World:
         def ask(rows: pl.DataFrame) -> pl.DataFrame:
             columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
             own = ~rows["candidate"].to_numpy()
-            return request_retrieved(self.split, RETRIEVER, REFITS, self.cache, **columns, own=own)
+            return RetrievedFeatures(self.split, RETRIEVER, REFITS, self.cache).of_requests(
+                own=own, **columns
+            )
 
         return request_streams(requests, self.split, self.retrieved["test"], self.encoder, ask)
 
@@ -61,7 +63,7 @@ class World:
 @pytest.fixture(scope="module", params=KINDS)
 def world(request: pytest.FixtureRequest, tiny_logs: Path, session_cache: Path) -> World:
     split = read_split(tiny_logs, Protocol(split=request.param, minimum_history=1))
-    retrieved = retrieved_tables(split, RETRIEVER, REFITS, session_cache)
+    retrieved = RetrievedFeatures(split, RETRIEVER, REFITS, session_cache).tables()
     return World(split, retrieved, PromptEncoder(Letters(), PROMPT, split.interactions.items), session_cache)
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 
+from project.cache import default_cache
 from project.data import download as sources
-from project.data.download import SOURCES, Source, convert_gguf, default_cache, fetch, resolve_model
+from project.data.download import SOURCES, Source, convert_gguf, fetch, resolve_model
 from project.errors import SourceError
 
 

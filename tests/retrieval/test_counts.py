@@ -15,7 +15,8 @@ from example_logs import items_table, make_log
 
 from project.features import FEATURES, feature_matrix
 from project.retrieval import NoRetriever
-from project.retrieval.walk import WalkRows, walk
+from project.retrieval.past import WalkRows
+from project.retrieval.walk import walk
 
 SQL = (Path(__file__).parents[2] / "docs" / "counts.sql").read_text(encoding="utf-8")
 RATES = ["item_rate", "item_count", "user_rate", "user_count"]

@@ -19,15 +19,14 @@ from project.retrieval import (
     LightGCN,
     MatrixFactorisation,
     NoRetriever,
-    RandomRetriever,
+    RetrievedFeatures,
     Retriever,
-    request_retrieved,
-    retrieved_tables,
-    retrieved_warnings,
 )
 from project.retrieval.base import Edges, Neighbours, Raters, Snapshot
 from project.retrieval.factorisation import Factorisation
-from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, reads_all_earlier, walk
+from project.retrieval.features import reads_all_earlier
+from project.retrieval.past import WalkRows
+from project.retrieval.walk import block_cuts, fit_snapshots, walk
 
 SPLITS, REFITS = ("train", "valid", "test"), 4
 COMPARED = pl.exclude("row_id")
@@ -49,7 +48,7 @@ def test_each_table_is_a_walk_over_the_readable_rows(assign: Callable, every: in
     rows, retriever = make_log(0), CoLikes(neighbours=4, similar_every=every)
     codes = assign(rows)
     split = make_split(rows, codes)
-    tables = retrieved_tables(split, retriever, REFITS, tmp_path)
+    tables = RetrievedFeatures(split, retriever, REFITS, tmp_path).tables()
     items = split.interactions.items
     for last, name in enumerate(SPLITS):
         readable = rows.filter(pl.Series(codes) <= last)
@@ -84,10 +83,10 @@ def test_a_split_by_time_is_fitted_once(tmp_path: Path) -> None:
     rows, retriever = make_log(0), FitSizes()
     retriever.fits = []
     split = make_split(rows, by_time(rows))
-    first = retrieved_tables(split, retriever, REFITS, tmp_path)
+    first = RetrievedFeatures(split, retriever, REFITS, tmp_path).tables()
     assert len(retriever.fits) == len(block_cuts(rows["timestamp"].to_numpy(), REFITS))
-    second = retrieved_tables(split, retriever, REFITS, tmp_path)
-    request_retrieved(split, retriever, REFITS, tmp_path, *request(rows.head(1)))
+    second = RetrievedFeatures(split, retriever, REFITS, tmp_path).tables()
+    RetrievedFeatures(split, retriever, REFITS, tmp_path).of_requests(*request(rows.head(1)))
     assert len(retriever.fits) == len(block_cuts(rows["timestamp"].to_numpy(), REFITS))
     assert all(first[name].equals(second[name]) for name in SPLITS)
 
@@ -108,13 +107,13 @@ def test_who_stops_while_walking_has_fitted_already(tmp_path: Path) -> None:
     rows, retriever = make_log(0), Stopped()
     retriever.fits, split = [], make_split(rows, by_time(rows))
     with pytest.raises(KeyboardInterrupt):
-        retrieved_tables(split, retriever, REFITS, tmp_path)
+        RetrievedFeatures(split, retriever, REFITS, tmp_path).tables()
     retriever.fits, retriever.stops = [], False
-    tables = retrieved_tables(split, retriever, REFITS, tmp_path)
+    tables = RetrievedFeatures(split, retriever, REFITS, tmp_path).tables()
     assert retriever.fits == []
     assert list((tmp_path / "fitted").iterdir()) == []
     retriever.fits = []
-    calm = retrieved_tables(split, retriever, REFITS, tmp_path / "calm")
+    calm = RetrievedFeatures(split, retriever, REFITS, tmp_path / "calm").tables()
     assert retriever.fits
     assert all(tables[name].equals(calm[name]) for name in SPLITS)
 
@@ -123,7 +122,9 @@ def test_all_splits_have_the_whole_logs_cuts(tmp_path: Path) -> None:
     """Train is every second row in time: its fits, made last, are at the log's quarters, not at its own."""
     rows, retriever = make_log(0), FitSizes()
     retriever.fits, codes = [], np.arange(rows.height) % 2
-    retrieved_tables(make_split(rows, codes), retriever, REFITS, tmp_path, MatrixFactorisation(dim=2))
+    RetrievedFeatures(
+        make_split(rows, codes), retriever, REFITS, tmp_path, MatrixFactorisation(dim=2)
+    ).tables()
     time = rows["timestamp"].to_numpy()
     assert retriever.fits[-3:] == [
         int(((codes == 0) & (time < cut)).sum()) for cut in block_cuts(time, REFITS)
@@ -136,15 +137,15 @@ def test_the_cache_key_covers_what_retrieved_features_depend_on(tmp_path: Path) 
     split, other = (make_split(table, by_time(rows)) for table in (rows, flip(rows, pl.lit(True))))
     for _ in range(2):
         for log, retriever, refits in (
-            (split, RandomRetriever(), 4),
-            (split, RandomRetriever(seed=1), 4),
-            (split, RandomRetriever(), 3),
+            (split, ItemKNN(), 4),
+            (split, ItemKNN(neighbours=7), 4),
+            (split, ItemKNN(), 3),
             (split, NoRetriever(), 4),
             (split, CoLikes(), 4),
             (split, CoLikes(item_neighbours=5), 4),
-            (other, RandomRetriever(), 4),
+            (other, ItemKNN(), 4),
         ):
-            retrieved_tables(log, retriever, refits, tmp_path)
+            RetrievedFeatures(log, retriever, refits, tmp_path).tables()
         assert len(list((tmp_path / "retrieved").iterdir())) == 7
 
 
@@ -155,10 +156,9 @@ def test_the_cache_key_covers_what_retrieved_features_depend_on(tmp_path: Path) 
         CoLikes(neighbours=4),
         CoLikes(neighbours=4, item_neighbours=3),
         LightGCN(dim=4, epochs=1),
-        RandomRetriever(),
         NoRetriever(),
     ],
-    ids=["co_likes", "item_similarity", "lightgcn", "random", "none"],
+    ids=["co_likes", "item_similarity", "lightgcn", "none"],
 )
 def test_a_users_own_history_as_a_request_is_answered_like_the_log(
     assign: Callable, retriever: Retriever, tmp_path: Path
@@ -166,9 +166,9 @@ def test_a_users_own_history_as_a_request_is_answered_like_the_log(
     """Explicit history of users of the log, in any order, gives the features the log has for the same rows."""
     rows = make_log(2)
     split = make_split(rows, assign(rows))
-    log = retrieved_tables(split, retriever, REFITS, tmp_path)["test"]
+    log = RetrievedFeatures(split, retriever, REFITS, tmp_path).tables()["test"]
     chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
-    found = request_retrieved(split, retriever, REFITS, tmp_path, *request(chosen))
+    found = RetrievedFeatures(split, retriever, REFITS, tmp_path).of_requests(*request(chosen))
     expected = chosen.select("row_id").join(log, on="row_id", maintain_order="left")
     assert found["row_id"].to_list() == [-1 - position for position in range(chosen.height)]
     assert found.select(COMPARED).equals(expected.select(COMPARED))
@@ -180,13 +180,13 @@ def test_candidates_without_history_use_the_logs_past_alone_or_together(tmp_path
     """A known user's candidate is answered from that user's log rows; other users' requests change nothing."""
     rows, co_likes = make_log(2), CoLikes(neighbours=4)
     split = make_split(rows, by_time(rows))
-    log = retrieved_tables(split, co_likes, REFITS, tmp_path)["test"]
-    found = request_retrieved(split, co_likes, REFITS, tmp_path, *request(rows, own=False))
+    log = RetrievedFeatures(split, co_likes, REFITS, tmp_path).tables()["test"]
+    found = RetrievedFeatures(split, co_likes, REFITS, tmp_path).of_requests(*request(rows, own=False))
     assert found.select(COMPARED).equals(log.select(COMPARED))
-    together = request_retrieved(split, co_likes, REFITS, tmp_path, *request(rows))
+    together = RetrievedFeatures(split, co_likes, REFITS, tmp_path).of_requests(*request(rows))
     for user in (1, 4):
         mine = rows["user"] == user
-        alone = request_retrieved(split, co_likes, REFITS, tmp_path, *request(rows.filter(mine)))
+        alone = RetrievedFeatures(split, co_likes, REFITS, tmp_path).of_requests(*request(rows.filter(mine)))
         assert alone.select(COMPARED).equals(together.filter(mine).select(COMPARED))
 
 
@@ -198,7 +198,7 @@ def test_unseen_users_and_items(tmp_path: Path) -> None:
     user, item = np.array([90, 90, 90, 91]), np.array([0, 77, 1, 1])
     time, label = np.array([late, late, late + 1, late + 1]), np.array([1, 0, -1, -1])
     chosen = (user, item, time, label, label >= 0)
-    found = request_retrieved(split, CoLikes(neighbours=4), REFITS, tmp_path, *chosen).to_dicts()
+    found = RetrievedFeatures(split, CoLikes(neighbours=4), REFITS, tmp_path).of_requests(*chosen).to_dicts()
     assert found[1]["item_count"] == 0
     assert found[2]["neighbour_count"] == 4
     assert (found[2]["user_rate"], found[2]["user_count"]) == (0.5, 2)
@@ -213,9 +213,9 @@ def test_what_cannot_be_answered_is_refused(tmp_path: Path) -> None:
     user, item, time, label, own = request(rows.head(3))
     label = np.where(np.arange(3) == 1, -1, label)
     with pytest.raises(DataError, match="request row 1 is history"):
-        request_retrieved(split, NoRetriever(), REFITS, tmp_path, user, item, time, label, own)
+        RetrievedFeatures(split, NoRetriever(), REFITS, tmp_path).of_requests(user, item, time, label, own)
     with pytest.raises(ConfigError, match=r"data\.refits is 0"):
-        retrieved_tables(split, NoRetriever(), 0, tmp_path)
+        RetrievedFeatures(split, NoRetriever(), 0, tmp_path).tables()
 
 
 def test_a_split_without_early_rows(tmp_path: Path) -> None:
@@ -223,9 +223,9 @@ def test_a_split_without_early_rows(tmp_path: Path) -> None:
     rows = make_log(0)
     codes = np.where(np.arange(rows.height) < rows.height * 2 // 3, 1, 0)
     for retriever in (CoLikes(), ItemKNN(), LightGCN(dim=4, epochs=1)):
-        tables = retrieved_tables(
+        tables = RetrievedFeatures(
             make_split(rows, codes), retriever, 10, tmp_path, MatrixFactorisation(dim=2)
-        )
+        ).tables()
         assert tables["train"].height == (codes == 0).sum()
 
 
@@ -242,8 +242,8 @@ def test_warnings(retriever: Retriever, refits: int, liked: bool, words: str | N
     """A retriever that one block never fitted, and features of one value where nobody likes anything."""
     rows = make_log(0, 300)
     split = make_split(rows if liked else rows.with_columns(label=pl.lit(0, pl.Int8)), by_time(rows))
-    tables = retrieved_tables(split, retriever, refits, tmp_path)
-    found = retrieved_warnings(split, tables, retriever, refits)
+    features = RetrievedFeatures(split, retriever, refits, tmp_path)
+    found = features.warnings(features.tables())
     assert len(found) == (3 if words else 0)
     assert all(str(words) in line for line in found)
 
@@ -304,9 +304,9 @@ def test_mf_of_a_request_is_that_of_the_log_and_each_split_has_its_own(
     """Train's factorisation is that of a log of train rows alone."""
     rows = make_log(2)
     split = make_split(rows, assign(rows))
-    tables = retrieved_tables(split, NoRetriever(), REFITS, tmp_path, MF)
+    tables = RetrievedFeatures(split, NoRetriever(), REFITS, tmp_path, MF).tables()
     chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
-    found = request_retrieved(split, NoRetriever(), REFITS, tmp_path, *request(chosen), mf=MF)["mf"]
+    found = RetrievedFeatures(split, NoRetriever(), REFITS, tmp_path, MF).of_requests(*request(chosen))["mf"]
     expected = chosen.select("row_id").join(tables["test"], on="row_id", maintain_order="left")["mf"]
     assert expected.null_count() < len(expected)
     np.testing.assert_allclose(found.to_numpy(), expected.to_numpy(), atol=1e-6)

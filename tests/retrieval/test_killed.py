@@ -11,8 +11,7 @@ import pytest
 from world import read_split
 
 from project.data.protocol import Protocol
-from project.retrieval import LightGCN, MatrixFactorisation
-from project.retrieval.features import retrieved_tables
+from project.retrieval import LightGCN, MatrixFactorisation, RetrievedFeatures
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +49,9 @@ assert [os.waitpid(child, 0)[1] for child in (start(), start())] == [0, 0]
 
 def prepare(logs: Path, cache: Path) -> None:
     split = read_split(logs, Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2]))
-    retrieved_tables(split, LightGCN(dim=8, item_neighbours=5), 5, cache, MatrixFactorisation(dim=4))
+    RetrievedFeatures(
+        split, LightGCN(dim=8, item_neighbours=5), 5, cache, MatrixFactorisation(dim=4)
+    ).tables()
 
 
 def files(cache: Path) -> dict[str, bytes]:

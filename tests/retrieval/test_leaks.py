@@ -10,8 +10,9 @@ import pytest
 from example_logs import CoLikes, flip, items_table, make_log, retrieved
 from sklearn.metrics import roc_auc_score
 
-from project.retrieval import ItemKNN, LightGCN, RandomRetriever, Retriever, TextEncoder
-from project.retrieval.walk import WalkRows, block_cuts, fit_snapshots, walk
+from project.retrieval import ItemKNN, LightGCN, Retriever, TextEncoder
+from project.retrieval.past import WalkRows
+from project.retrieval.walk import block_cuts, fit_snapshots, walk
 
 KINDS = ["global_time", "user_time", "random", "leave_last"]
 ITEM_SIMILARITY = ["item_similarity", "item_similarity_weight"]
@@ -32,7 +33,7 @@ def splits_of(rows: pl.DataFrame, kind: str, seed: int) -> np.ndarray:
     return (share > 0.6).astype(int) + (share > 0.8)
 
 
-@pytest.fixture(params=["co_likes", "item_similarity", "lightgcn", "item_knn", "random", "text", "llm"])
+@pytest.fixture(params=["co_likes", "item_similarity", "lightgcn", "item_knn", "text", "llm"])
 def retriever(
     request: pytest.FixtureRequest,
     tiny_encoder: Path,
@@ -46,7 +47,6 @@ def retriever(
         "item_similarity": CoLikes(neighbours=4, item_neighbours=3),
         "lightgcn": LightGCN(neighbours=4, dim=4, epochs=1),
         "item_knn": ItemKNN(neighbours=4),
-        "random": RandomRetriever(neighbours=4),
         "text": TextEncoder(neighbours=4, encoder=str(tiny_encoder)),
         "llm": TextEncoder(neighbours=4, encoder=str(tiny_model), num_layers=1),
     }[request.param]

@@ -18,15 +18,13 @@ from project.retrieval import (
     LightGCN,
     MatrixFactorisation,
     NoRetriever,
-    RandomRetriever,
+    RetrievedFeatures,
     Retriever,
     online,
-    request_retrieved,
-    retrieved_tables,
 )
-from project.retrieval.features import retrieved_folder
 from project.retrieval.online import FeatureIndex
-from project.retrieval.walk import Snapshots, WalkRows, walk
+from project.retrieval.past import WalkRows
+from project.retrieval.walk import walk
 
 REFITS, MF, END = 4, MatrixFactorisation(dim=2), 1000.0
 SUMMED = ("mf", "text", "text_weight", "item_similarity", "item_similarity_weight")  # sums in another order
@@ -34,7 +32,6 @@ RETRIEVERS: dict[str, Retriever] = {
     "co_likes": CoLikes(neighbours=4, item_neighbours=3, similar_every=3, max_raters=5),
     "lightgcn": LightGCN(dim=4, epochs=1),
     "item_knn": ItemKNN(neighbours=4),
-    "random": RandomRetriever(),
     "none": NoRetriever(),
 }
 each_retriever = pytest.mark.parametrize("retriever", RETRIEVERS.values(), ids=RETRIEVERS.keys())
@@ -68,9 +65,9 @@ def indexed(
     split: SplitInteractions, retriever: Retriever, folder: Path, before: float = END
 ) -> FeatureIndex:
     """An index of the rows before a second, with what was fitted on the whole log."""
-    retrieved_tables(split, retriever, REFITS, folder, MF)
+    RetrievedFeatures(split, retriever, REFITS, folder, MF).tables()
     rows = split.rows.filter(pl.col("timestamp") < before)
-    return FeatureIndex(replace(split, rows=rows), retriever, REFITS, folder, MF)
+    return RetrievedFeatures(replace(split, rows=rows), retriever, REFITS, folder, MF).index()
 
 
 @each_retriever
@@ -78,7 +75,7 @@ def test_a_replay_gives_the_table_of_the_split(retriever: Retriever, tmp_path: P
     """Rows of a second do not see each other; blocks start on the way."""
     rows = make_log(2)
     split = make_split(rows, by_time(rows))
-    table = retrieved_tables(split, retriever, REFITS, tmp_path, MF)["test"]
+    table = RetrievedFeatures(split, retriever, REFITS, tmp_path, MF).tables()["test"]
     made = indexed(split, retriever, tmp_path, before=40.0)
     assert replay(made, rows.filter(pl.col("timestamp") >= 40), table) > 60
 
@@ -93,9 +90,9 @@ def test_a_replay_gives_the_table_of_the_demo(tmp_path: Path) -> None:
     protocol = Protocol(minimum_history=5, label="rating > 3.5")
     split = apply_protocol(build_interactions(MovieLensLatestSmall().read(), protocol), protocol)
     parts = LightGCN(item_neighbours=30), 10, tmp_path, MatrixFactorisation()
-    table = retrieved_tables(split, *parts)["test"]
+    table = RetrievedFeatures(split, *parts).tables()["test"]
     is_test = pl.col("split") == "test"
-    made = FeatureIndex(replace(split, rows=split.rows.filter(~is_test)), *parts)
+    made = RetrievedFeatures(replace(split, rows=split.rows.filter(~is_test)), *parts).index()
     rows = split.rows.filter(is_test)
     found = table.filter(pl.col("row_id").is_in(rows["row_id"].implode()))
     assert replay(made, rows, found) == rows.height > 9_000
@@ -119,7 +116,9 @@ def test_a_request_is_answered_as_by_the_walk(
     end = max([float(rows["timestamp"].max()), *(at for *_, at in history)]) + 1  # type: ignore[arg-type]
     item, label, time = zip(*history, *((item, -1, end) for item in candidates), strict=True)
     arrays = (np.full(len(item), user), np.array(item), np.array(time), np.array(label), np.array(label) >= 0)
-    expected = request_retrieved(split, retriever, REFITS, tmp_path, *arrays, mf=MF, catalogue=catalogue)
+    expected = RetrievedFeatures(split, retriever, REFITS, tmp_path, MF).of_requests(
+        *arrays, catalogue=catalogue
+    )
     made = indexed(split, retriever, tmp_path)
     for _ in range(2):
         found = made.retrieved(user, candidates, history if brings else None, catalogue)
@@ -134,7 +133,7 @@ def test_new_users_are_answered_as_by_the_walk(tmp_path: Path, monkeypatch: pyte
     retriever, rows = CoLikes(neighbours=4, item_neighbours=3), make_log(2)
     split = make_split(rows, by_time(rows))
     made = indexed(split, retriever, tmp_path)
-    snapshots = Snapshots.load(retrieved_folder(split, retriever, REFITS, tmp_path) / "snapshots.npz")
+    snapshots = RetrievedFeatures(split, retriever, REFITS, tmp_path).snapshots()
     new = make_log(3, 60, users=8).with_columns(pl.col("user") + NUM_USERS, pl.col("timestamp") + 100)
     every = pl.concat([rows, new.with_columns(pl.col("row_id") + rows.height)])
     walked = walk(
@@ -186,4 +185,4 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"an event has label {label} and time {time}"):
             made.observe(1, 1, label, time)
     with pytest.raises(ConfigError, match=r"Remembers, which has observe and no forget"):
-        FeatureIndex(split, Remembers(), REFITS, tmp_path)
+        RetrievedFeatures(split, Remembers(), REFITS, tmp_path).index()

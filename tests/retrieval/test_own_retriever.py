@@ -16,7 +16,7 @@ from example_logs import make_log, make_split, retrieved
 from project.data.logs import TableLogs
 from project.datamodule import InteractionData
 from project.errors import ConfigError
-from project.retrieval import Retriever, retrieved_tables
+from project.retrieval import RetrievedFeatures, Retriever
 from project.retrieval.base import NO_NEIGHBOURS, Neighbours, Raters, failures_named
 
 NO_CUTS = np.empty(0)
@@ -136,7 +136,7 @@ def test_an_edited_retriever_answers_again(written: Write, tmp_path: Path) -> No
     split = make_split(rows, np.zeros(rows.height, int))
 
     def neighbours(which: str) -> list[list[int]]:
-        tables = retrieved_tables(split, written(which)(), 3, tmp_path / "cache")
+        tables = RetrievedFeatures(split, written(which)(), 3, tmp_path / "cache").tables()
         found: list[list[int]] = tables["train"]["neighbours"].to_list()
         return found
 

@@ -13,23 +13,22 @@ from example_logs import CoLikes, flip, items_table, likes_before, make_log, ret
 from jsonargparse import ArgumentParser
 from sklearn.metrics.pairwise import cosine_similarity
 
+from project.cache import content_key
 from project.data.logs import TableLogs
 from project.data.prompt import Prompt
 from project.datamodule import InteractionData
 from project.errors import ConfigError
-from project.features import FEATURES, feature_matrix
 from project.retrieval import (
     ItemKNN,
     LightGCN,
     MatrixFactorisation,
     NoRetriever,
-    RandomRetriever,
     Retriever,
     TextEncoder,
 )
 from project.retrieval.base import Edges, OwnRows, Raters, top
 from project.retrieval.lightgcn import LightGCNModel, like_graph
-from project.retrieval.walk import content_key, fit_snapshots
+from project.retrieval.walk import fit_snapshots
 
 EDGES = Edges(user=np.array([0, 0, 1, 2, 0]), item=np.array([0, 1, 1, 2, 0]), label=np.array([1, 1, 1, 0, 1]))
 
@@ -137,33 +136,6 @@ def test_none_keeps_the_rates() -> None:
     assert none.select(rates).equals(other.select(rates))
 
 
-def drawn(user: int = 0, second: float = 7.0, raters: int = 20, **settings: int) -> list[int]:
-    """Rows that RandomRetriever draws of raters with rows from 100 on."""
-    shown = Raters(np.arange(100, 100 + raters), np.arange(raters))
-    found: list[int] = RandomRetriever(**settings).select(user, 3, second, shown).row.tolist()
-    return found
-
-
-def test_random_draws_distinct_raters_by_seed_candidate_and_time_alone() -> None:
-    """All where there are fewer; over many seconds each of 4 is drawn first about a quarter of the time."""
-    first = drawn(neighbours=5)
-    assert first == drawn(9, neighbours=5)
-    assert len(set(first)) == 5
-    assert first != drawn(neighbours=5, seed=1)
-    assert first != drawn(second=8.0, neighbours=5)
-    assert sorted(drawn(neighbours=50)) == list(range(100, 120))
-    firsts = [drawn(second=float(second), raters=4, neighbours=1)[0] - 100 for second in range(2000)]
-    assert np.bincount(firsts) / 2000 == pytest.approx([0.25] * 4, abs=0.04)
-
-
-def test_random_raters_have_equal_weights() -> None:
-    """The vote that is weighted by similarity, which prompts show as a number, is the plain vote, not even odds."""
-    found = retrieved(make_log(0), RandomRetriever(neighbours=5))
-    features = dict(zip(FEATURES, feature_matrix(found, 0.5).T, strict=True))
-    assert found["neighbour_count"].sum() > 0
-    np.testing.assert_allclose(features["weighted_vote_log_odds"], features["vote_log_odds"], atol=1e-6)
-
-
 def test_item_knn_equals_scikit_learn() -> None:
     """Neighbours are the user's own rows, ordered by scikit-learn's cosine of the block's liked-by columns."""
     rows = make_log(1)
@@ -198,7 +170,7 @@ def test_own_rows_are_those_of_the_whole_past(seed: int) -> None:
     assert own._row.size <= 256
 
 
-@pytest.mark.parametrize("kind", [LightGCN, TextEncoder, ItemKNN, RandomRetriever, NoRetriever])
+@pytest.mark.parametrize("kind", [LightGCN, TextEncoder, ItemKNN, NoRetriever])
 def test_yaml_chooses_a_retriever_by_class_path(kind: type[Retriever]) -> None:
     """Its settings give the constructor's arguments back."""
     parser = ArgumentParser(exit_on_error=False)
@@ -216,7 +188,6 @@ def test_keys_of_our_own_retrievers_stay() -> None:
     """No source in them; the keys are pinned, because another key makes every cache anew."""
     assert "source" not in LightGCN().settings()
     assert content_key(LightGCN().settings()) == "8547269bc80396ca"
-    assert content_key(RandomRetriever(seed=3).settings()) == "3db602d4bad9635e"
     assert content_key(NoRetriever().settings()) == "aad8095932071cee"
 
 

@@ -17,8 +17,8 @@ from project.errors import ConfigError, SourceError
 from project.retrieval import TextEncoder, own_text
 from project.retrieval.base import Edges
 from project.retrieval.own_text import SHRINK, item_vectors, text_similarity
+from project.retrieval.past import WalkRows
 from project.retrieval.text import MeanPooling, encode_once, history_text, item_texts, mean_of_tokens
-from project.retrieval.walk import WalkRows
 
 TEXTS = ["sea", "a movie about the sea", "dog", "two friends and one dog in a winter night by the river"]
 

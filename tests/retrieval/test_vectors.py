@@ -23,9 +23,10 @@ from example_logs import (
 )
 
 from project.arrays import F32
-from project.retrieval import LightGCN, VectorRetriever, request_retrieved, retrieved_tables
+from project.retrieval import LightGCN, RetrievedFeatures, VectorRetriever
 from project.retrieval.base import Edges, Raters
-from project.retrieval.walk import WalkRows, fit_snapshots, walk
+from project.retrieval.past import WalkRows
+from project.retrieval.walk import fit_snapshots, walk
 
 LISTS = {"similar_every": 3, "similar_users": 3, "similar_items": 2}
 
@@ -200,11 +201,11 @@ def test_a_history_has_the_lists_of_the_log(retriever: VectorRetriever, tmp_path
     """Users' rows as history, in any order, with candidates: the lists of the log, and none after a candidate."""
     rows = make_log(2)
     split = make_split(rows, np.digitize(rows["timestamp"].to_numpy(), [40, 60]))
-    log = retrieved_tables(split, retriever, 4, tmp_path)["test"]
+    log = RetrievedFeatures(split, retriever, 4, tmp_path).tables()["test"]
     chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
     n, late = chosen.height, chosen.with_columns(timestamp=pl.lit(1e3))
     columns = map(np.append, request(chosen), request(late, own=False))
-    found = request_retrieved(split, retriever, 4, tmp_path, *columns)["similar_after"]
+    found = RetrievedFeatures(split, retriever, 4, tmp_path).of_requests(*columns)["similar_after"]
     expected = chosen.join(log.select("row_id", "similar_after"), on="row_id", maintain_order="left")
     groups = ["user", "timestamp"]  # the order inside a second is free: a list belongs to its end
     first, again = (

@@ -15,20 +15,12 @@ import pytest
 from example_logs import make_log, numbered
 
 from project.arrays import F32
+from project.cache import cached_folder, content_key, restore
 from project.errors import DataError
 from project.retrieval import NoRetriever, VectorRetriever
 from project.retrieval.base import Edges, Neighbours, Raters, Retriever, top
-from project.retrieval.walk import (
-    Snapshots,
-    WalkRows,
-    block_cuts,
-    cached_folder,
-    content_key,
-    fit_snapshots,
-    own_earlier_rows,
-    restore,
-    walk,
-)
+from project.retrieval.past import WalkRows, own_earlier_rows
+from project.retrieval.walk import Snapshots, block_cuts, fit_snapshots, walk
 
 
 class UnitItems(VectorRetriever):

@@ -1,0 +1,201 @@
+"""Holds rows in time order, and what has been observed of them: what any answer may read.
+
+Three flags say what a row may do. A log row is answered (`query`), becomes a rating that others may read (`rater`) and
+enters its user's own past (`own`); a request's history is answered and own, its candidates are only answered. So a
+request is answered by the code that made the training features and changes nobody else's. Labels are read only from
+rows that are `rater` or `own`, once their time has passed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import polars as pl
+from rich.progress import Progress
+
+from project.arrays import F64, I8, I64, Bool
+from project.data.protocol import answered
+from project.retrieval.base import Raters, Retriever
+from project.retrieval.compiled import place_of, put_last
+
+BLOCK = 2**16  # answers that are kept as arrays of `neighbours` columns, before they become lists
+
+
+@dataclass(frozen=True)
+class WalkRows:
+    """Rows in time order; all arrays have shape (rows,).
+
+    A person's own ratings are never their neighbours. `person` differs from `user` where a request brings its own
+    history for a user of the log.
+    """
+
+    row_id: I64  # id of the row in the retrieved features table
+    user: I64  # whose past (vector, rate) the row is answered with and adds to
+    person: I64  # whose rating it is
+    item: I64  # item code; the number of items stands for any item the log does not have
+    timestamp: F64  # seconds; rows of one timestamp never see each other
+    label: I8  # 0, 1, or -1 for unknown
+    query: Bool  # retrieved features are requested
+    rater: Bool  # becomes a rating that others may read
+    own: Bool  # enters the past of its user
+
+    @classmethod
+    def from_log(cls, rows: pl.DataFrame, query: bool = True) -> "WalkRows":
+        """Rows of a log, by time and user, with every flag (or all but `query`); sampled negatives are not read."""
+        row_id, user, item = (rows[name].to_numpy().astype(np.int64) for name in ("row_id", "user", "item"))
+        timestamp = rows["timestamp"].to_numpy().astype(np.float64)
+        label = rows["label"].to_numpy().astype(np.int8)
+        queries, read = np.full(rows.height, query), answered(rows).to_numpy()
+        return cls(row_id, user, user, item, timestamp, label, query=queries, rater=read, own=read)
+
+
+def own_earlier_rows(user: I64, timestamp: F64) -> tuple[I64, I64, I64]:
+    """The user's own strictly earlier rows, of every row: `order[start[k]:stop[k]]` for row k, oldest first.
+
+    Rows are in time order. `order` holds positions of rows grouped by user; (rows,) each.
+    """
+    order = np.argsort(user, kind="stable")
+    by_user, by_time = user[order], timestamp[order]
+    new_user = np.diff(by_user, prepend=-1) != 0
+    new_second = new_user | (np.diff(by_time, prepend=-np.inf) != 0)
+    position = np.arange(order.size)
+    start, stop = np.empty_like(order), np.empty_like(order)
+    start[order] = np.maximum.accumulate(np.where(new_user, position, 0))
+    stop[order] = np.maximum.accumulate(np.where(new_second, position, 0))
+    return order, start, stop
+
+
+def queries_by_user(rows: WalkRows, description: str) -> Iterator[tuple[I64, I64, I64]]:
+    """For each user with rows to answer: their positions `queries` (n,), the past `own` (m,), and `earlier` (n,).
+
+    Row queries[j] may read own[: earlier[j]], the user's strictly earlier rows, oldest first. `description` labels the
+    progress bar, which requests do not have.
+    """
+    order = np.argsort(rows.user, kind="stable")
+    of_user = np.split(order, np.flatnonzero(np.diff(rows.user[order])) + 1)
+    # making a bar takes as long as answering a request
+    for index in of_user if order.size < BLOCK else _followed(of_user, order.size, description):
+        own, queries = index[rows.own[index]], index[rows.query[index]]
+        if queries.size:
+            yield queries, own, np.searchsorted(rows.timestamp[own], rows.timestamp[queries], side="left")
+
+
+def _followed(parts: list[I64], total: int, description: str) -> Iterator[I64]:
+    """The parts, with a progress bar of their rows."""
+    with Progress(transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        for part in parts:
+            yield part
+            progress.advance(task, part.size)
+
+
+class Past:
+    """What has been observed: each item's latest raters in time order, likes and rows that rates are made of."""
+
+    def __init__(self, max_raters: int) -> None:
+        self._max_raters = max_raters
+        self._raters: dict[int, I64] = {}  # by item: rows and persons, (2, room)
+        self._size: dict[int, int] = {}  # by item: how many there are
+        self._items: dict[int, list[int]] = {}  # likes and rows of each
+        self._users: dict[int, list[int]] = {}
+
+    def raters(self, item: int, person: int) -> Raters:
+        """Raters of an item without `person`, oldest first, the latest row of each, at most max_raters."""
+        if item not in self._raters:
+            return NO_RATERS
+        rows, persons = self._raters[item][:, : self._size[item]]
+        own = place_of(person, persons)
+        if own < 0:
+            return Raters(rows[-self._max_raters :], persons[-self._max_raters :])
+        return Raters(np.delete(rows, own), np.delete(persons, own))
+
+    def rates(self, item: int, user: int) -> tuple[int, int, int, int]:
+        """Likes and rows of the item, likes and rows of the user."""
+        return (*self._items.get(item, (0, 0)), *self._users.get(user, (0, 0)))
+
+    def observe(self, rows: WalkRows, row: int) -> None:
+        """Take in a row whose time has passed."""
+        label = int(rows.label[row])
+        if rows.rater[row]:
+            item = int(rows.item[row])
+            known, size = self._raters.get(item), self._size.get(item, 0)
+            # one more than max_raters, since a person's own row is not shown to them
+            if known is None or size == known.shape[1] <= self._max_raters:
+                more = np.empty((2, min(max(size, 4), self._max_raters + 1 - size)), np.int64)
+                known = self._raters[item] = more if known is None else np.concatenate([known, more], axis=1)
+            self._size[item] = put_last(known, size, row, int(rows.person[row]))
+            _count(self._items, item, label)
+        if rows.own[row]:
+            _count(self._users, int(rows.user[row]), label)
+
+    def forget(self, user: int) -> None:
+        """Drop the rate of a user."""
+        self._users.pop(user, None)
+
+
+NO_RATERS = Raters(np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+def _count(counts: dict[int, list[int]], code: int, label: int) -> None:
+    of_code = counts.setdefault(code, [0, 0])
+    of_code[0] += label
+    of_code[1] += 1
+
+
+class SimilarLikes:
+    """Likes and ratings so far, and lists of what similar users liked, made every so many rows of a user.
+
+    A list holds the items that the most similar users like by their latest rating, without those the user has rated, by
+    the sum of the similarities; equal sums: the lower item code first.
+    """
+
+    def __init__(self, retriever: Retriever) -> None:
+        self._retriever = retriever
+        self._lists: dict[int, list[int]] = {}  # by position of the row
+        self._likes: dict[int, dict[int, None]] = {}  # by person, the one with the latest row last
+        self._rated: dict[int, list[int]] = {}  # by user, an item as often as it was rated
+
+    def observe(self, group: range, rows: WalkRows) -> None:
+        """Take in the rows of a second (or of several without a query) and make the lists that are due after it."""
+        # 1. likes and ratings; by user: rows before the second, person, latest position
+        latest: dict[int, tuple[int, int, int]] = {}
+        for row in group:
+            user, person, item = int(rows.user[row]), int(rows.person[row]), int(rows.item[row])
+            if rows.rater[row]:
+                liked = self._likes.pop(person, {})
+                liked.pop(item, None)
+                if rows.label[row] == 1:
+                    liked[item] = None
+                self._likes[person] = liked
+            if rows.own[row]:
+                rated = self._rated.setdefault(user, [])
+                if rows.query[row]:
+                    latest[user] = (latest[user][0] if user in latest else len(rated), person, row)
+                rated.append(item)
+        # 2. a list after the last row of a user whose count has passed a multiple of similar_every
+        every = self._retriever.similar_every
+        for user, (before, person, row) in latest.items():
+            if len(self._rated[user]) // every > before // every:
+                found = self._list(user, person)
+                if found:
+                    self._lists[row] = found
+
+    def column(self, rows: I64) -> pl.Series:
+        """Lists of the rows at these positions, List(Int32); null where there is none."""
+        return pl.Series([self._lists.get(row) for row in rows.tolist()], dtype=pl.List(pl.Int32))
+
+    def _list(self, user: int, person: int) -> list[int]:
+        latest_first = (other for other, liked in reversed(self._likes.items()) if liked and other != person)
+        others = list(islice(latest_first, self._retriever.max_raters))[::-1]
+        similar = self._retriever.most_similar(user, np.array(others, np.int64))
+        liked = [np.fromiter(self._likes[other], np.int64) for other in similar.user.tolist()]
+        if not liked:
+            return []
+        items, place = np.unique(np.concatenate(liked), return_inverse=True)
+        weight = np.repeat(similar.similarity.astype(np.float64), [part.size for part in liked])
+        score = np.bincount(place, weight)
+        score[np.isin(items, self._rated[user])] = 0
+        best = np.argsort(-score, kind="stable")[: self._retriever.similar_items]
+        found: list[int] = items[best[score[best] > 0]].tolist()
+        return found
