@@ -1,7 +1,7 @@
-"""Keeps what is computed once in folders that are named by a hash of their content; a folder is whole or absent.
+"""Keeps what is computed once: in folders that are named by a hash of their content, and in a bounded memory.
 
-A folder is filled under a temporary name beside its own and renamed. Processes that want the same one wait for the
-first. What killed processes left is removed after a day.
+A folder is whole or absent: it is filled under a temporary name beside its own and renamed. Processes that want the
+same folder wait for the first. What killed processes left is removed after a day.
 """
 
 import errno
@@ -10,15 +10,19 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from project.errors import DataError
+
+Value = TypeVar("Value")
 
 FORMAT = 1  # raise it when the same settings would give other retrieved features or other files
 FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]  # of a full disk
@@ -107,3 +111,56 @@ def remove_orphans(parent: Path) -> None:
         with suppress(FileNotFoundError):  # another process was faster
             if folder.is_dir() and time.time() - folder.stat().st_mtime > 86_400:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+class Recent(Generic[Value]):
+    """Values in memory by key, at most `mib` MiB of them: the least recently used is forgotten first.
+
+    One thread at a time.
+    """
+
+    def __init__(self, mib: float) -> None:
+        self.capacity = mib * 2**20  # bytes
+        self.bytes = 0  # of all kept values
+        self._kept: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()  # values and their bytes
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def look(self, key: Hashable) -> Value | None:
+        """The value of a key, which does not count as a use."""
+        return self._kept[key][0] if key in self._kept else None
+
+    def pop(self, key: Hashable) -> Value | None:
+        """The value of a key, taken out."""
+        if key not in self._kept:
+            return None
+        value, size = self._kept.pop(key)
+        self.bytes -= size
+        return value
+
+    def put(self, key: Hashable, value: Value, size: int) -> None:
+        """Keep a value of so many bytes; forget others, at last itself, while there are more than `capacity`."""
+        self.pop(key)
+        self._kept[key] = value, size
+        self.bytes += size
+        while self.bytes > self.capacity:
+            _, (_, freed) = self._kept.popitem(last=False)
+            self.bytes -= freed
+
+    def of_texts(
+        self, texts: Sequence[str], make: Callable[[list[str]], Sequence[Value]], size: Callable[[Value], int]
+    ) -> list[Value]:
+        """Values of texts, in their order; `make` makes those that are absent, all at once."""
+        distinct = list(dict.fromkeys(texts))
+        known: dict[str, Value] = {}
+        for text in distinct:
+            value = self.pop(text)
+            if value is not None:
+                known[text] = value
+        absent = [text for text in distinct if text not in known]
+        if absent:
+            known |= zip(absent, make(absent), strict=True)
+        for text, value in known.items():
+            self.put(text, value, size(value) + sys.getsizeof(text))
+        return [known[text] for text in texts]

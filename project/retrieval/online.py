@@ -17,15 +17,17 @@ import polars as pl
 from scipy.sparse import vstack
 
 from project.arrays import F64, I64
+from project.cache import Recent
 from project.data.protocol import SplitInteractions
 from project.errors import ConfigError, DataError
 from project.features import Retrieved
 from project.retrieval.base import Growing, Retriever
 from project.retrieval.factorisation import MatrixFactorisation
-from project.retrieval.own_text import text_and_weight, text_encoder, with_any_other
+from project.retrieval.own_text import term_texts, text_and_weight, text_encoder, with_any_other
 from project.retrieval.past import Past, WalkRows
 from project.retrieval.walk import Answers, Snapshots, as_stored
 
+TEXTS_MIB = 16  # of vectors of texts; one of 100 characters takes 3 KB
 ROOM = 1024  # users more than the log has, before room is made for twice as many
 
 
@@ -68,7 +70,8 @@ class FeatureIndex:
         self._snapshots = snapshots
         self._mf_snapshots = mf_snapshots
         self._encode = text_encoder(self._items)
-        self._texts = with_any_other(self._encode(self._items))
+        self._texts = with_any_other(self._encode(term_texts(self._items)))
+        self._recent = Recent[Any](TEXTS_MIB)  # by text, vectors (1, terms) of items that requests brought
         self._new_texts = self._texts[:0]  # of items that events brought
         self._catalogue, self._further_texts = self._items, self._new_texts  # of the latest request
         # 2. the log
@@ -231,10 +234,14 @@ class FeatureIndex:
         if catalogue is None:
             return self._new_texts
         if catalogue is not self._catalogue:  # the requests of a file share one
-            new = catalogue[self._items.height + self._new_texts.shape[0] :]
-            further = [] if new.is_empty() else [self._encode(new)]
-            self._catalogue, self._further_texts = (
-                catalogue,
-                vstack([self._new_texts, *further], format="csr"),
+            new = term_texts(catalogue[self._items.height + self._new_texts.shape[0] :])
+            further = self._recent.of_texts(
+                new, self._rows_of, lambda row: row.data.nbytes + row.indices.nbytes
             )
+            self._catalogue = catalogue
+            self._further_texts = vstack([self._new_texts, *further], format="csr")
         return self._further_texts
+
+    def _rows_of(self, texts: list[str]) -> list[Any]:
+        vectors = self._encode(texts)
+        return [vectors[k : k + 1] for k in range(len(texts))]

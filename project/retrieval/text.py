@@ -7,6 +7,7 @@ read only where they are absent. Every block has the same table, without the ite
 
 import hashlib
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from project.arrays import F32, I64
-from project.cache import cached_folder, default_cache
+from project.cache import Recent, cached_folder, default_cache
 from project.data.download import SOURCES, quiet_loading, resolve_model
 from project.errors import ConfigError
 from project.retrieval.base import Edges
@@ -58,11 +59,19 @@ class MeanPooling:
             digest.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
         return digest.hexdigest()
 
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, cut; the model's weights are not read for it."""
+        config, tokenizer = self._tokenizer
+        longest = min(self.max_tokens, config.max_position_embeddings)
+        if not texts:
+            return []
+        ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
+        return ids
+
     def encode(self, texts: Sequence[str]) -> F32:
         """Vectors of length 1, shape (texts, hidden size), in the order given; zero for a text without a token."""
-        tokenizer, model = self._loaded
-        longest = min(self.max_tokens, model.config.max_position_embeddings)
-        ids = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"] if texts else []
+        ids = self.token_ids(texts)
+        model = self._loaded
         vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
         # texts of similar length are run together
         order = sorted((k for k, tokens in enumerate(ids) if tokens), key=lambda k: len(ids[k]))
@@ -79,26 +88,33 @@ class MeanPooling:
         return vectors
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        """Tokenizer and model, float32."""
+    def _tokenizer(self) -> tuple[Any, Any]:
+        """The model's configuration, and its tokenizer."""
         name = resolve_model(self.model)
         try:
-            config = AutoConfig.from_pretrained(name)
-            tokenizer = _TOKENIZER.from_pretrained(name)
+            return AutoConfig.from_pretrained(name), _TOKENIZER.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"data.retriever.init_args.encoder is {self.model!r}, which cannot be read as a Hugging Face model "
                 f"with a tokenizer: {error}"
             ) from error
-        wanted, there = self.num_layers, config.num_hidden_layers
-        if wanted is not None and not 1 <= wanted <= there:
-            at = "data.retriever.init_args.num_layers"
-            raise ConfigError(f"{at} is {wanted}, but {self.model} has {there}: expected 1 to {there}.")
-        config.num_hidden_layers = wanted or there
+
+    @cached_property
+    def _loaded(self) -> Any:
+        """The model, float32."""
+        config = deepcopy(self._tokenizer[0])
+        layers = config.num_hidden_layers
+        if self.num_layers is not None:
+            if not 1 <= self.num_layers <= layers:
+                raise ConfigError(
+                    f"data.retriever.init_args.num_layers is {self.num_layers}, but {self.model} has {layers}: "
+                    f"expected 1 to {layers}."
+                )
+            config.num_hidden_layers = self.num_layers
         config.use_cache = False
         with quiet_loading():
             model, info = _AUTO.from_pretrained(
-                name, config=config, dtype=torch.float32, output_loading_info=True
+                resolve_model(self.model), config=config, dtype=torch.float32, output_loading_info=True
             )
         missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler."))  # not read here
         if missing:
@@ -106,7 +122,34 @@ class MeanPooling:
                 f"data.retriever.init_args.encoder is {self.model!r}, whose files lack {len(missing)} weights, among "
                 f"them {missing[:3]}; expected a complete model. Fetch or save it again."
             )
-        return tokenizer, model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class TextVectors:
+    """Vectors of texts, embedded once: those used last are kept in memory, at most `mib` MiB of them.
+
+    A server asks `tokens_of` what a request's new texts cost before it embeds them with `of`. One thread at a time.
+    """
+
+    def __init__(self, reader: MeanPooling, mib: float = 64) -> None:
+        self._reader = reader
+        self._recent = Recent[F32](mib)  # by text, vectors (d,); one of 576 numbers takes 2.4 KB
+
+    def tokens_of(self, texts: Sequence[str]) -> I64:
+        """(texts,) tokens that `of` would embed: 0 for a kept text, and for one that stood before; embeds nothing."""
+        new = [text for text in dict.fromkeys(texts) if self._recent.look(text) is None]
+        tokens = dict(zip(new, map(len, self._reader.token_ids(new)), strict=True))
+        return np.array([tokens.pop(text, 0) for text in texts], np.int64)
+
+    def of(self, texts: Sequence[str]) -> F32:
+        """Vectors (texts, d) of texts, in their order, as `MeanPooling.encode` makes them."""
+        if not texts:
+            return self._reader.encode(texts)
+        # copies, because a view would hold the vectors of all texts that were embedded with it
+        rows = self._recent.of_texts(
+            texts, lambda new: [vector.copy() for vector in self._reader.encode(new)], lambda row: row.nbytes
+        )
+        return np.stack(rows)
 
 
 def mean_of_tokens(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from project.features import COLUMNS, Retrieved, feature_matrix
 from project.metrics import probabilities
 from project.model.module import ExitRecommender
 from project.retrieval.online import in_time
-from project.retrieval.text import item_texts
+from project.retrieval.text import TextVectors, item_texts
 from project.run import own_version
 from project.serve.drift import AnswerMonitor, Monitor, references
 from project.serve.request import Ranked, RankRequest
@@ -83,7 +83,7 @@ class Ranker:
         # 2. the model
         self._baseline = model.feature_baseline()
         model.know_items(data)
-        self._text_encoder = data.item_encoder() if model.items else None
+        self._text_vectors = TextVectors(data.item_encoder()) if model.items else None
         device = model.backbone.embed_tokens.weight.device
         reference, skill = references(run, model, data, plan) or (None, None)
         model.backbone = packed(model.backbone.eval())  # once for all engines
@@ -177,14 +177,14 @@ class Ranker:
     @torch.inference_mode()
     def _know_vectors(self, new: pl.DataFrame) -> None:
         """Where prompts show items' texts in a token: those of items whose codes follow the known ones."""
-        if self._text_encoder is None:
+        if self._text_vectors is None:
             return
         embed: Any = self._model.backbone.embed_tokens  # type: ignore[union-attr]
         start, stop = int(new["item"][0]), int(new["item"][-1]) + 1
         if stop > len(embed.items):
             more = embed.items.new_zeros(max(ROOM, stop), embed.items.shape[1])
             embed.know(torch.cat([embed.items, more]))
-        embed.items[start:stop] = torch.from_numpy(self._text_encoder.encode(item_texts(new))).to(embed.items)
+        embed.items[start:stop] = torch.from_numpy(self._text_vectors.of(item_texts(new))).to(embed.items)
 
     # Who and what is known
 

@@ -167,6 +167,21 @@ def test_a_new_item_has_a_text_and_raters_at_once(tmp_path: Path) -> None:
     assert (other["item_count"], other["user_count"], other["text"]) == (2, 0, None)
 
 
+def test_a_text_of_requests_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests bring the same new item in catalogues of their own."""
+    rows, read = make_log(2), list[str]()
+    split = make_split(rows, by_time(rows))
+    made = indexed(split, NoRetriever(), tmp_path)
+    encode = made._encode
+    monkeypatch.setattr(made, "_encode", lambda texts: read.extend(texts) or encode(texts))
+    new = pl.DataFrame({"item": [NUM_ITEMS], "title": ["new"]}, {"item": pl.Int32, "title": pl.String})
+    found = [
+        made.retrieved(1, [NUM_ITEMS], None, pl.concat([split.interactions.items, new])) for _ in range(2)
+    ]
+    assert read == ["item new"]
+    same(found[0], found[1].table())
+
+
 class Remembers(NoRetriever):
     """Keeps what it cannot drop."""
 
