@@ -1,329 +1,211 @@
-"""Tables of the user and of MovieLens become one form of log; what cannot be read is located."""
+"""Published dumps in their true form: what can be read is read, what cannot is counted and its first row named."""
 
 from __future__ import annotations
 
-import hashlib
+import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import polars as pl
 import pytest
 
-from project.data import logs as readers
-from project.data.logs import (
-    RAW_SCHEMA,
-    Logs,
-    MovieLens1M,
-    MovieLens100K,
-    MovieLensLatestSmall,
-    RecBoleLogs,
-    TableLogs,
-    checked,
-)
+from project.data.logs import RawLogs, checked
+from project.data.protocol import Protocol, apply_protocol, build_interactions
+from project.data.readers import AmazonReviews, BookCrossing
 from project.errors import DataError
 
-Write = Callable[[str, str], str]
-
-ITEMS = "item_id,title,year\n1,Alien,1979\n2,Brazil,1985\n"
-HEADER = "user_id,item_id,timestamp,rating\n"
-LOG = HEADER + "u1,1,10,5\nu1,2,20,2\n"
-
-
-def read(write: Write, log: str = LOG, items: str = ITEMS, **keywords: dict[str, str]) -> readers.RawLogs:
-    return TableLogs(write("log.csv", log), write("items.csv", items), **keywords).read()
-
-
-def test_csv_gives_the_canonical_columns(write: Write) -> None:
-    """What the log lacks is null; rows count from 1; `files` has the SHA-256 of the bytes, in reading order."""
-    raw = read(write)
-    assert dict(raw.interactions.schema) == RAW_SCHEMA
-    assert raw.interactions.drop("source_file").rows() == [
-        ("u1", "1", 10.0, 5.0, None, None, 1),
-        ("u1", "2", 20.0, 2.0, None, None, 2),
-    ]
-    assert raw.items.rows() == [("1", "Alien", "1979"), ("2", "Brazil", "1985")]
-    texts = {"log.csv": LOG, "items.csv": ITEMS}
-    sums = [(name, hashlib.sha256(text.encode()).hexdigest()) for name, text in texts.items()]
-    assert list(raw.files.items()) == sums
-
-
-def test_a_mapping_is_part_of_the_log(write: Write) -> None:
-    """The same bytes read by other columns have other `files`, so another hash and other caches."""
-    log = "user_id,item_id,shelf,timestamp,rating\nu1,1,2,10,5\nu1,2,1,20,2\n"
-    plain, shelf, same = (
-        read(write, log, columns=columns) for columns in ({}, {"item_id": "shelf"}, {"item_id": "shelf"})
-    )
-    assert plain.interactions["item_id"].to_list() != shelf.interactions["item_id"].to_list()
-    assert shelf.files == same.files
-    assert set(shelf.files.items()) > set(plain.files.items())
-    titled = read(write, log, "item_id,title,name\n1,A,B\n2,C,D\n", item_columns={"title": "name"})
-    assert titled.files["names of columns"] != shelf.files["names of columns"]
-
-
-def test_parquet_equals_csv(write: Write, tmp_path: Path) -> None:
-    raw = read(write)
-    for name in ("log", "items"):
-        pl.read_csv(tmp_path / f"{name}.csv").write_parquet(tmp_path / f"{name}.parquet")
-    other = TableLogs(str(tmp_path / "log.parquet"), str(tmp_path / "items.parquet")).read()
-    assert other.interactions.drop("source_file").equals(raw.interactions.drop("source_file"))
-    assert other.items.equals(raw.items)
-
-
-def test_columns_are_mapped_from_the_users_names(write: Write) -> None:
-    raw = read(
-        write,
-        "who,what,item_id,when,liked\nu1,1,ignored,10,True\nu1,2,ignored,20,False\n",
-        "id,name,released,studio\n1,Alien,1979,Fox\n2,Brazil,1985,\n",
-        columns={"user_id": "who", "item_id": "what", "timestamp": "when", "label": "liked"},
-        item_columns={"item_id": "id", "title": "name", "year": "released", "heading": "name"},
-    )
-    assert raw.interactions.select("item_id", "label", "rating").rows() == [("1", 1, None), ("2", 0, None)]
-    expected = {"item_id": "2", "title": "Brazil", "heading": "Brazil", "year": "1985", "studio": ""}
-    assert raw.items.rows(named=True)[1] == expected
-
-
-def test_one_file_per_split_names_the_split(write: Write) -> None:
-    """Rows of each file carry its split, in the order history, train, valid, test, not the YAML's."""
-    parts = {
-        "test": write("c.csv", "user_id,item_id,timestamp,rating,split\nu1,2,30,1,anything\n"),
-        "history": write("a.csv", LOG),
-        "train": write("b.csv", HEADER + "u2,1,5,4\n"),
-    }
-    raw = TableLogs(parts, write("items.csv", ITEMS)).read()
-    assert raw.interactions["split"].to_list() == ["history", "history", "train", "test"]
-    assert list(raw.files) == ["a.csv", "b.csv", "c.csv", "items.csv"]
-
-
-@pytest.mark.parametrize("shipped", [True, False])
-def test_recbole_headers_lose_their_types(
-    shipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Atomic files: tab-separated, typed headers, quotes are plain characters; ML-100K is fetched when it is read."""
-    inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n7\t1\t4\t9\n"
-    names = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
-    (tmp_path / "ml-100k.inter").write_text(inter)
-    (tmp_path / "ml-100k.item").write_text(names + '\n1\t"Alien\t1979\tHorror SF\n')
-    mapping = {"title": "movie_title", "year": "release_year", "genres": "class"}
-    logs = MovieLens100K() if shipped else RecBoleLogs(str(tmp_path), "ml-100k", item_columns=mapping)
-    monkeypatch.setattr(readers, "fetch", lambda key: {"ml-100k": tmp_path}[key])
-    raw = logs.read()
-    assert raw.interactions.select("user_id", "item_id", "timestamp", "rating").rows() == [("7", "1", 9, 4)]
-    assert raw.items.rows(named=True) == [
-        {"item_id": "1", "title": '"Alien', "year": "1979", "genres": "Horror SF"}
-    ]
+IDS = ("user_id", "item_id", "timestamp", "rating", "source_row")
+IMAGES = ";".join(f'"http://images.amazon.com/images/P/1.0{size}.jpg"' for size in "123")
+COLUMNS = '"ISBN";"Book-Title";"Book-Author";"Year-Of-Publication";"Publisher"'
+COLUMNS += ";" + ";".join(f'"Image-URL-{size}"' for size in "SML")
+BOOKS = r"""COLUMNS
+"0393045218";"The Mummies of Urumchi; a story";"E. J. W. Barber";"1999";"W. W. Norton &amp; Company";IMAGES
+"0425176428";"Said \"Étienne\"";"Robert Cowley";"0";"Berkley";IMAGES
+"078946697X";"DK Readers: Creating the X-Men (Level 4)\";Michael Teitelbaum";"2000";"DK Publishing Inc";IMAGES
+"0393045218";"The Mummies of Urumchi again";"E. J. W. Barber";"1999";"Norton";IMAGES
+""".replace("IMAGES", IMAGES).replace("COLUMNS", COLUMNS)
+RATINGS = '''"User-ID";"ISBN";"Book-Rating"
+"276725";"0393045218";"0"
+"276726";"0425176428";"5"
+"276726";"0393045218";"9"
+"276727";"078946697X";"8"
+"276727";"0425176428"
+"276727";"0425176428";"good"
+'''  # fmt: skip
 
 
 @pytest.fixture
-def movielens_1m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], readers.RawLogs]:
-    """Reads MovieLens 1M, as its wheel has it: lines end in CR LF, films are named by title and year."""
-    monkeypatch.setattr(readers, "fetch", lambda key: {"ml-1m": tmp_path}[key])
-
-    def read_files(ratings: str) -> readers.RawLogs:
-        inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + ratings
-        item = (
-            "item_id:token\tmovie_title:token\trelease_year:float\tgenre:token\n"
-            "Sabrina (1954)\tSabrina\t1954\tComedy Romance\n"
-            "Sabrina (1995)\tSabrina\t1995\tComedy Romance\n"
-            "Misérables, Les (1995)\tMisérables, Les\t1995\tDrama Musical\n"
-        )
-        for name, text in (("ml-1m.inter", inter), ("ml-1m.item", item)):
-            (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode())
-        return checked(MovieLens1M().read())
-
-    return read_files
+def book_crossing(tmp_path: Path) -> Path:
+    (tmp_path / "BX-Books.csv").write_bytes(BOOKS.encode("latin-1"))
+    (tmp_path / "BX-Book-Ratings.csv").write_bytes(RATINGS.replace("\n", "\r\n").encode("latin-1"))
+    return tmp_path
 
 
-RATINGS_1M = "1m_1\tSabrina (1995)\t5\t978300760\n1m_2\tMisérables, Les (1995)\t3\t978302109\n"
-
-
-def test_movielens_1m(movielens_1m: Callable[[str], readers.RawLogs]) -> None:
-    """Films of one title are two items; an item nobody rated stays; no CR is left at the end of a row."""
-    raw = movielens_1m(RATINGS_1M)
-    assert raw.interactions.select("user_id", "item_id", "timestamp", "rating").rows() == [
-        ("1m_1", "Sabrina (1995)", 978_300_760, 5),
-        ("1m_2", "Misérables, Les (1995)", 978_302_109, 3),
+def test_book_crossing(book_crossing: Path) -> None:
+    """Six ratings less one without a field, one that is no number and one of a book whose row is broken: three."""
+    raw = checked(BookCrossing(str(book_crossing)).read())
+    assert raw.interactions.select(IDS).rows() == [
+        ("276725", "0393045218", None, 0, 1),
+        ("276726", "0425176428", None, 5, 2),
+        ("276726", "0393045218", None, 9, 3),
     ]
-    assert raw.items.columns == ["item_id", "title", "year", "genres"]
     assert raw.items.rows() == [
-        ("Sabrina (1954)", "Sabrina", "1954", "Comedy Romance"),
-        ("Sabrina (1995)", "Sabrina", "1995", "Comedy Romance"),
-        ("Misérables, Les (1995)", "Misérables, Les", "1995", "Drama Musical"),
-    ]
-    assert list(raw.files) == ["ml-1m.inter", "ml-1m.item"]
-
-
-@pytest.mark.parametrize(
-    ("broken", "words"),
-    [
-        ("1m_3\tSabrina (1995)\t5\n", r"row 3: column timestamp is empty.* 2 of 4 rows"),
-        ("1m_3\tSabrina (1995)\tfive\t9\n", r"row 3: column rating is 'five'.* 2 of 4 rows"),
-        ("1m_3\t\t5\t9\n", r"row 3: column item_id is empty \(2 such rows\)"),
-        ("1m_3\tSabrina\t5\t9\n", r"row 3: item 'Sabrina' is not in .*\(2 rows, 1 items\)"),
-    ],
-)
-def test_broken_rows_of_movielens_1m(
-    broken: str, words: str, movielens_1m: Callable[[str], readers.RawLogs]
-) -> None:
-    """They are counted and refused, not dropped."""
-    with pytest.raises(DataError, match=words):
-        movielens_1m(RATINGS_1M + broken * 2)
-
-
-BAD_LOGS = [
-    ("", "is empty"),
-    (HEADER, "no data rows"),
-    (LOG + "u1,1,30,5,6,7\n", "a row has more fields than the header.*double quotes"),
-    (HEADER + '"u1,1,10,5\nu2",2,20,2\n', "row 1: column user_id holds a line break"),
-    *((LOG.replace(c, "other"), f"no column {c}.*other.*columns") for c in ("user_id", "item_id")),
-    *((HEADER + f"u1,1,10,5\nu1,2,{v},2\n", "row 2: column timestamp") for v in ("soon", "nan", "inf", "")),
-    *((HEADER + f"u1,1,10,5\nu1,2,20,{v}\n", "row 2: column rating") for v in ("soon", "nan", "inf", "")),
-    (LOG.replace("rating", "label").replace("5", "1"), r"row 2: column label is 2\.0"),
-    (LOG.replace("rating", "rating,split").replace("5\n", "5,train\n").replace(",2\n", ",2,dev\n"), "'dev'"),
-    (LOG + "u2,9,30,5\nu2,9,31,5\nu2,8,32,5\n", r"row 3: item '9' .* items \(3 rows, 2 items"),
-    (LOG.replace("rating", "rating,rating"), "'rating' more than once"),
-    (LOG.replace("rating", "rating,user_id"), "'user_id' more than once"),
-    (LOG + "u2,\x1b[31m9,30,5\n", r"item '\\x1b\[31m9'"),  # no colour code reaches the terminal
-]
-BAD_ITEMS = [
-    ("item_id,name\n1,Alien\n", "no column title.*item_columns.*title: <your column>"),
-    ('item_id,title,year\n1,Alien,1979\n2,"Brazil,1985\n3,Casablanca",1942\n', "row 2: column title"),
-    ('item_id,title,year\n1,Alien,1979\n2,Brazil,"1985\n3,Casablanca,1942"\n', "row 2: column year"),
-    (ITEMS + "2,Brasil,1985\n", "item '2' .*'Brazil' and 'Brasil'"),
-    ("item_id,title,item\n1,A,x\n2,B,y\n", "attribute name item"),
-]
-
-
-@pytest.mark.parametrize(
-    ("tables", "words"),
-    [({"log": log}, words) for log, words in BAD_LOGS]
-    + [({"items": items}, words) for items, words in BAD_ITEMS],
-)
-def test_bad_tables(write: Write, tables: dict[str, str], words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        checked(read(write, **tables))
-
-
-def test_a_log_without_timestamps_has_null(write: Write) -> None:
-    """Without the column, or with an empty one; a mapped column must be there, and no file alone may lack it."""
-    bare, empty = "user_id,item_id,rating\nu1,1,5\nu1,2,2\n", HEADER + "u1,1,,5\nu1,2,,2\n"
-    for log in (bare, empty):
-        raw = checked(read(write, log))
-        assert raw.interactions["timestamp"].to_list() == [None, None]
-        assert dict(raw.interactions.schema) == RAW_SCHEMA
-    with pytest.raises(
-        DataError, match=r"no column when \(our timestamp\); there are user_id, item_id, rating"
-    ):
-        read(write, bare, columns={"timestamp": "when"})
-    parts = {"train": write("a.csv", LOG), "test": write("b.csv", bare)}
-    with pytest.raises(DataError, match=r"b\.csv, row 1: no timestamp \(2 of 4 rows"):
-        checked(TableLogs(parts, write("items.csv", ITEMS)).read())
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda items: TableLogs({"train": "x.csv", "dev": "y.csv"}, items), "dev"),
-        (lambda items: TableLogs({}, items), r"\(none\)"),
-        (lambda items: TableLogs("nowhere.csv", items), r"nowhere\.csv does not exist"),
-        (lambda items: TableLogs("pyproject.toml", items), r"'\.toml'"),
         (
-            lambda items: TableLogs(items, items, columns={"user": "user_id"}),
-            "maps user; our names are user_id",
+            "0393045218",
+            "The Mummies of Urumchi; a story",
+            "E. J. W. Barber",
+            "1999",
+            "W. W. Norton & Company",
         ),
-    ],
-)
-def test_bad_names_of_files_and_columns(make: Callable[[str], TableLogs], words: str, write: Write) -> None:
-    with pytest.raises(DataError, match=words):
-        make(write("items.csv", ITEMS)).read()
-
-
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_bytes_that_are_no_text(encoding: str, write: Write, tmp_path: Path) -> None:
-    (tmp_path / "items.csv").write_bytes("item_id,title\n1,Misérables\n2,B\n".encode(encoding))
-    with pytest.raises(DataError, match=r"items\.csv .*not UTF-8"):
-        TableLogs(write("log.csv", LOG), str(tmp_path / "items.csv")).read()
-
-
-def test_of_rating_and_label_one_may_be_unreadable(write: Write) -> None:
-    """It is null, since a label may be a record's; a protocol that needs it says so."""
-    log = LOG.replace("rating", "rating,label").replace("5\n", "5,Sony\n").replace("2\n", "2,1\n")
-    assert read(write, log).interactions.select("rating", "label").rows() == [(5, None), (2, 1)]
-
-
-def test_tables_as_people_write_them(write: Write) -> None:
-    """Columns of our own names, blanks around ids, and an item that is listed twice with one title."""
-    raw = read(
-        write,
-        "source_row,source_file,user_id,item_id,timestamp,rating\n7,x,u3, 1,10,5\n8,y, u3 ,2,20,2\n",
-        ITEMS + "2,Brazil,1986\n",
-    )
-    assert raw.interactions.select("source_row", "user_id", "item_id").rows() == [
-        (1, "u3", "1"),
-        (2, "u3", "2"),
+        ("0425176428", 'Said "Étienne"', "Robert Cowley", "", "Berkley"),
     ]
-    assert raw.interactions["source_file"][0].endswith("log.csv")
-    assert raw.items.height == 2
-
-
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_file_name_is_no_pattern(kind: str, tmp_path: Path) -> None:
-    """log[1] is not log1, which is what a shell would make of it; a folder may have such a name too."""
-    folder = tmp_path / "run[2]"
-    folder.mkdir()
-    for path, user in ((folder / f"log[1].{kind}", "right"), (folder / f"log1.{kind}", "wrong")):
-        table = pl.DataFrame({"user_id": [user], "item_id": ["1"], "timestamp": [10], "rating": [5]})
-        table.write_csv(path) if kind == "csv" else table.write_parquet(path)
-    (folder / "items.csv").write_text(ITEMS)
-    raw = TableLogs(str(folder / f"log[1].{kind}"), str(folder / "items.csv")).read()
-    assert raw.interactions["user_id"].to_list() == ["right"]
-
-
-@pytest.mark.real
-@pytest.mark.parametrize(
-    ("logs", "rows", "users", "items", "ratings"),
-    [
-        (MovieLens100K(), 100_000, 943, 1682, [1, 2, 3, 4, 5]),
-        (MovieLens1M(), 1_000_209, 6040, 3883, [1, 2, 3, 4, 5]),
-        (MovieLensLatestSmall(), 100_004, 671, 9066, [k / 2 for k in range(1, 11)]),
-    ],
-)
-def test_real_movielens(logs: Logs, rows: int, users: int, items: int, ratings: list[float]) -> None:
-    raw = logs.read()
-    assert raw.interactions.height == rows
-    assert raw.interactions["user_id"].n_unique() == users
-    assert raw.items.height == items
-    assert raw.items.columns == ["item_id", "title", "year", "genres"]
-    assert sorted(raw.interactions["rating"].unique()) == ratings
-
-
-@pytest.mark.real
-def test_real_latest_small() -> None:
-    """Five films have no title, 17 no genre."""
-    items = MovieLensLatestSmall().read().items
-    assert items.filter(title="").height == 5
-    assert items.filter(genres="").height == 17
-    genres = "Adventure Animation Children Comedy Fantasy"
-    assert items.filter(item_id="1").row(0) == ("1", "Toy Story", "1995", genres)
-
-
-@pytest.mark.real
-def test_real_movielens_1m() -> None:
-    """Every row of the file is read; the numbers were counted in its lines without the reader.
-
-    56,174 + 107,557 + 261,197 + 348,971 + 226,310 = 1,000,209 ratings, of which 348,971 + 226,310 = 575,281 are > 3;
-    3,706 rated films + 177 that nobody rated = 3,883. The first rating is of 2000-04-25, the last of 2003-02-28.
-    """
-    raw = checked(MovieLens1M().read())
-    counts = dict(raw.interactions["rating"].value_counts().rows())
-    assert counts == {1: 56_174, 2: 107_557, 3: 261_197, 4: 348_971, 5: 226_310}
-    assert raw.interactions["source_row"].to_list() == list(range(1, 1_000_210))
-    assert (raw.interactions["timestamp"].min(), raw.interactions["timestamp"].max()) == (
-        956_703_932,
-        1_046_454_590,
+    assert list(raw.files) == ["BX-Book-Ratings.csv", "BX-Books.csv"]
+    assert raw.left_out == (
+        "BX-Book-Ratings.csv: 1 rows left out, the first is row 5: it does not have 3 fields",
+        "BX-Book-Ratings.csv: 1 rows left out, the first is row 6: its rating is no number",
+        "BX-Books.csv: 1 rows left out, the first is row 3: it does not have 8 fields",
+        "BX-Books.csv: 1 rows left out, the first is row 4: it lists an item again",
+        "BX-Book-Ratings.csv: 1 rows left out, the first is row 4: its item is not in BX-Books.csv",
     )
-    assert not raw.interactions.select("user_id", "item_id").is_duplicated().any()
-    assert raw.interactions["item_id"].n_unique() == 3706
-    assert raw.items.select((pl.all() != "").all()).row(0) == (True,) * 4
-    named = pl.format("{} ({})", "title", "year")
-    assert raw.items.filter(pl.col("item_id") == named).height == 3883
-    assert raw.items.row(0) == ("Toy Story (1995)", "Toy Story", "1995", "Animation Children's Comedy")
+
+
+def test_what_a_reader_leaves_out_is_in_the_manifest(tmp_path: Path) -> None:
+    """Rating 0 is the protocol's to drop: of 60 rows, a sixth."""
+    lines = [f'"{i % 7}";"{i}";"{2 * (i % 6)}"' for i in range(60)]
+    (tmp_path / "BX-Book-Ratings.csv").write_text("\n".join([RATINGS.splitlines()[0], *lines, "broken"]))
+    books = [f'"{i}";"Title {i}";"";"0";"";{IMAGES}' for i in range(60)]
+    (tmp_path / "BX-Books.csv").write_text("\n".join([COLUMNS, *books]))
+    protocol = Protocol(split="random", label="rating > 5", drop_ratings=[0], shares=[0.5, 0.3, 0.2])
+    manifest = apply_protocol(
+        build_interactions(BookCrossing(str(tmp_path)).read(), protocol), protocol
+    ).manifest
+    assert (manifest["rows"], manifest["dropped"]) == (50, 10)
+    words = "BX-Book-Ratings.csv: 1 rows left out, the first is row 61: it does not have 3 fields"
+    assert manifest["left_out"] == [words]
+
+
+REVIEW_2014 = {
+    "reviewerID": "A1", "asin": "0000031852", "reviewerName": "J. \"Mac\" O'Neil", "helpful": [2, 3],
+    "reviewText": "Fine", "overall": 5.0, "summary": "Fine", "unixReviewTime": 1252800000, "reviewTime": "09 13, 2009",
+}  # fmt: skip
+META_2014 = {
+    "asin": "0000031852", "title": "Girls' Tutu &amp; Skirt", "price": 3.17, "brand": "Coxlures",
+    "related": {"also_bought": ["B00JHONN1S"]}, "salesRank": {"Toys & Games": 211836},
+    "categories": [["Beauty", "Skin Care"], ["Beauty", "Gifts"]],
+}  # fmt: skip
+REVIEW_2018 = {
+    "overall": 4.0, "vote": "2", "verified": True, "reviewTime": "01 1, 2018", "reviewerID": "A1", "asin": "0000031852",
+    "style": {"Color:": " Pink"}, "reviewerName": "J", "reviewText": "ok", "unixReviewTime": 1514764800,
+}  # fmt: skip
+META_2018 = {
+    "category": ["Beauty", "Skin Care"], "tech1": "", "description": [], "title": "Girls' Tutu &amp;\n Skirt",
+    "also_buy": [], "brand": "Coxlures", "rank": "1 in Toys", "price": "$3.17", "asin": "0000031852",
+}  # fmt: skip
+REVIEW_2023 = {
+    "rating": 3.0, "title": "ok", "text": "ok", "images": [], "asin": "B00VARIANT", "parent_asin": "0000031852",
+    "user_id": "A1", "timestamp": 1588687728923, "helpful_vote": 0, "verified_purchase": True,
+}  # fmt: skip
+META_2023 = {
+    "main_category": "All Beauty", "title": "Girls' Tutu & Skirt", "average_rating": 4.8, "rating_number": 10,
+    "features": [], "description": [], "price": None, "images": [], "videos": [], "store": "Coxlures",
+    "categories": ["Beauty", "Skin Care"], "details": {}, "parent_asin": "0000031852", "bought_together": None,
+}  # fmt: skip
+
+
+def amazon(
+    folder: Path,
+    reviews: list[Any],
+    metadata: list[Any],
+    write: Callable[[Any], str] = json.dumps,
+    suffix: str = ".json.gz",
+) -> RawLogs:
+    """What is read of these lines; texts are written as they are."""
+    paths = [folder / f"{name}{suffix}" for name in ("reviews", "meta")]
+    for path, records in zip(paths, (reviews, metadata), strict=True):
+        text = "".join((r if isinstance(r, str) else write(r)) + "\n" for r in records)
+        path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
+    return checked(AmazonReviews(*map(str, paths)).read())
+
+
+@pytest.mark.parametrize(
+    ("review", "metadata", "write", "suffix", "time", "rating", "category"),
+    [
+        (REVIEW_2014, META_2014, repr, ".json.gz", 1252800000, 5, "Beauty, Skin Care, Gifts"),
+        (REVIEW_2014, META_2014, json.dumps, ".json", 1252800000, 5, "Beauty, Skin Care, Gifts"),
+        (REVIEW_2018, META_2018, json.dumps, ".json.gz", 1514764800, 4, "Beauty, Skin Care"),
+        (REVIEW_2023, META_2023, json.dumps, ".jsonl", 1588687728.923, 3, "Beauty, Skin Care"),
+    ],
+    ids=["2014 literals", "2014", "2018", "2023"],
+)
+def test_every_edition_of_amazon_reviews(
+    review: Any,
+    metadata: Any,
+    write: Any,
+    suffix: str,
+    time: float,
+    rating: float,
+    category: str,
+    tmp_path: Path,
+) -> None:
+    """One form for all; milliseconds are seconds, lists are texts, a title is one line without entities."""
+    raw = amazon(tmp_path, [review], [metadata], write, suffix)
+    assert raw.interactions.select(IDS).rows() == [("A1", "0000031852", time, rating, 1)]
+    expected = {
+        "item_id": "0000031852",
+        "title": "Girls' Tutu & Skirt",
+        "brand": "Coxlures",
+        "category": category,
+    }
+    assert raw.items.rows(named=True) == [expected]
+    assert raw.left_out == ()
+
+
+def test_lines_of_amazon_that_are_left_out(tmp_path: Path) -> None:
+    """Of nine lines three are reviews; of three by one user of one item the earliest stays. Nothing is executed."""
+    of = REVIEW_2018.__or__
+    reviews = [
+        of({"unixReviewTime": 30}),
+        of({"unixReviewTime": 10, "overall": 1.0}),
+        of({"unixReviewTime": 20}),
+        '{"overall": 5.0, "reviewerID": "A2", ',
+        "[1, 2]",
+        f"open({str(tmp_path / 'made')!r}, 'w')",
+        of({"reviewerID": "A2", "overall": None}),
+        of({"reviewerID": "A3", "overall": "many"}),
+        of({"reviewerID": "A4", "asin": "B0"}),
+    ]
+    items = [
+        META_2018,
+        META_2018 | {"title": "Other"},
+        META_2018 | {"asin": "B0", "title": "var t = getTime();"},
+    ]
+    raw = amazon(tmp_path, reviews, items)
+    assert raw.interactions.select(IDS).rows() == [("A1", "0000031852", 10, 1, 2)]
+    assert raw.items.height == 1
+    assert not (tmp_path / "made").exists()
+    assert [line.replace(" rows left out, the first is row", "") for line in raw.left_out] == [
+        "reviews.json.gz: 3 4: it is no object",
+        "reviews.json.gz: 1 7: it has no overall or rating",
+        "reviews.json.gz: 1 8: its time or rating is no number",
+        "reviews.json.gz: 2 1: a later review of the same item by the same user",
+        "meta.json.gz: 1 3: its title is a script",
+        "meta.json.gz: 1 2: it lists an item again",
+        "reviews.json.gz: 1 9: its item is not in meta.json.gz",
+    ]
+
+
+def test_files_that_are_no_dump(tmp_path: Path, book_crossing: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere/BX-Book-Ratings\.csv does not exist"):
+        BookCrossing(str(tmp_path / "nowhere")).read()
+    with pytest.raises(DataError, match=r"nothing\.json does not exist"):
+        AmazonReviews(str(tmp_path / "nothing.json"), "meta.json").read()
+    with pytest.raises(
+        DataError, match=r"reviews\.json\.gz: no line has reviewerID or user_id, .*first object has stars"
+    ):
+        amazon(tmp_path, [{"stars": 5}], [META_2014])
+    (book_crossing / "BX-Books.csv").write_text(BOOKS.replace("Book-Author", "Author"), encoding="latin-1")
+    with pytest.raises(
+        DataError, match=r"BX-Books\.csv: no column Book-Author; there are ISBN, Book-Title, Author"
+    ):
+        BookCrossing(str(book_crossing)).read()

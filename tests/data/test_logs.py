@@ -1,0 +1,329 @@
+"""Tables of the user and of MovieLens become one form of log; what cannot be read is located."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from project.data import logs as readers
+from project.data.logs import (
+    RAW_SCHEMA,
+    Logs,
+    MovieLens1M,
+    MovieLens100K,
+    MovieLensLatestSmall,
+    RecBoleLogs,
+    TableLogs,
+    checked,
+)
+from project.errors import DataError
+
+Write = Callable[[str, str], str]
+
+ITEMS = "item_id,title,year\n1,Alien,1979\n2,Brazil,1985\n"
+HEADER = "user_id,item_id,timestamp,rating\n"
+LOG = HEADER + "u1,1,10,5\nu1,2,20,2\n"
+
+
+def read(write: Write, log: str = LOG, items: str = ITEMS, **keywords: dict[str, str]) -> readers.RawLogs:
+    return TableLogs(write("log.csv", log), write("items.csv", items), **keywords).read()
+
+
+def test_csv_gives_the_canonical_columns(write: Write) -> None:
+    """What the log lacks is null; rows count from 1; `files` has the SHA-256 of the bytes, in reading order."""
+    raw = read(write)
+    assert dict(raw.interactions.schema) == RAW_SCHEMA
+    assert raw.interactions.drop("source_file").rows() == [
+        ("u1", "1", 10.0, 5.0, None, None, 1),
+        ("u1", "2", 20.0, 2.0, None, None, 2),
+    ]
+    assert raw.items.rows() == [("1", "Alien", "1979"), ("2", "Brazil", "1985")]
+    texts = {"log.csv": LOG, "items.csv": ITEMS}
+    sums = [(name, hashlib.sha256(text.encode()).hexdigest()) for name, text in texts.items()]
+    assert list(raw.files.items()) == sums
+
+
+def test_a_mapping_is_part_of_the_log(write: Write) -> None:
+    """The same bytes read by other columns have other `files`, so another hash and other caches."""
+    log = "user_id,item_id,shelf,timestamp,rating\nu1,1,2,10,5\nu1,2,1,20,2\n"
+    plain, shelf, same = (
+        read(write, log, columns=columns) for columns in ({}, {"item_id": "shelf"}, {"item_id": "shelf"})
+    )
+    assert plain.interactions["item_id"].to_list() != shelf.interactions["item_id"].to_list()
+    assert shelf.files == same.files
+    assert set(shelf.files.items()) > set(plain.files.items())
+    titled = read(write, log, "item_id,title,name\n1,A,B\n2,C,D\n", item_columns={"title": "name"})
+    assert titled.files["names of columns"] != shelf.files["names of columns"]
+
+
+def test_parquet_equals_csv(write: Write, tmp_path: Path) -> None:
+    raw = read(write)
+    for name in ("log", "items"):
+        pl.read_csv(tmp_path / f"{name}.csv").write_parquet(tmp_path / f"{name}.parquet")
+    other = TableLogs(str(tmp_path / "log.parquet"), str(tmp_path / "items.parquet")).read()
+    assert other.interactions.drop("source_file").equals(raw.interactions.drop("source_file"))
+    assert other.items.equals(raw.items)
+
+
+def test_columns_are_mapped_from_the_users_names(write: Write) -> None:
+    raw = read(
+        write,
+        "who,what,item_id,when,liked\nu1,1,ignored,10,True\nu1,2,ignored,20,False\n",
+        "id,name,released,studio\n1,Alien,1979,Fox\n2,Brazil,1985,\n",
+        columns={"user_id": "who", "item_id": "what", "timestamp": "when", "label": "liked"},
+        item_columns={"item_id": "id", "title": "name", "year": "released", "heading": "name"},
+    )
+    assert raw.interactions.select("item_id", "label", "rating").rows() == [("1", 1, None), ("2", 0, None)]
+    expected = {"item_id": "2", "title": "Brazil", "heading": "Brazil", "year": "1985", "studio": ""}
+    assert raw.items.rows(named=True)[1] == expected
+
+
+def test_one_file_per_split_names_the_split(write: Write) -> None:
+    """Rows of each file carry its split, in the order history, train, valid, test, not the YAML's."""
+    parts = {
+        "test": write("c.csv", "user_id,item_id,timestamp,rating,split\nu1,2,30,1,anything\n"),
+        "history": write("a.csv", LOG),
+        "train": write("b.csv", HEADER + "u2,1,5,4\n"),
+    }
+    raw = TableLogs(parts, write("items.csv", ITEMS)).read()
+    assert raw.interactions["split"].to_list() == ["history", "history", "train", "test"]
+    assert list(raw.files) == ["a.csv", "b.csv", "c.csv", "items.csv"]
+
+
+@pytest.mark.parametrize("shipped", [True, False])
+def test_recbole_headers_lose_their_types(
+    shipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Atomic files: tab-separated, typed headers, quotes are plain characters; ML-100K is fetched when it is read."""
+    inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n7\t1\t4\t9\n"
+    names = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
+    (tmp_path / "ml-100k.inter").write_text(inter)
+    (tmp_path / "ml-100k.item").write_text(names + '\n1\t"Alien\t1979\tHorror SF\n')
+    mapping = {"title": "movie_title", "year": "release_year", "genres": "class"}
+    logs = MovieLens100K() if shipped else RecBoleLogs(str(tmp_path), "ml-100k", item_columns=mapping)
+    monkeypatch.setattr(readers, "fetch", lambda key: {"ml-100k": tmp_path}[key])
+    raw = logs.read()
+    assert raw.interactions.select("user_id", "item_id", "timestamp", "rating").rows() == [("7", "1", 9, 4)]
+    assert raw.items.rows(named=True) == [
+        {"item_id": "1", "title": '"Alien', "year": "1979", "genres": "Horror SF"}
+    ]
+
+
+@pytest.fixture
+def movielens_1m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], readers.RawLogs]:
+    """Reads MovieLens 1M, as its wheel has it: lines end in CR LF, films are named by title and year."""
+    monkeypatch.setattr(readers, "fetch", lambda key: {"ml-1m": tmp_path}[key])
+
+    def read_files(ratings: str) -> readers.RawLogs:
+        inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + ratings
+        item = (
+            "item_id:token\tmovie_title:token\trelease_year:float\tgenre:token\n"
+            "Sabrina (1954)\tSabrina\t1954\tComedy Romance\n"
+            "Sabrina (1995)\tSabrina\t1995\tComedy Romance\n"
+            "Misérables, Les (1995)\tMisérables, Les\t1995\tDrama Musical\n"
+        )
+        for name, text in (("ml-1m.inter", inter), ("ml-1m.item", item)):
+            (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode())
+        return checked(MovieLens1M().read())
+
+    return read_files
+
+
+RATINGS_1M = "1m_1\tSabrina (1995)\t5\t978300760\n1m_2\tMisérables, Les (1995)\t3\t978302109\n"
+
+
+def test_movielens_1m(movielens_1m: Callable[[str], readers.RawLogs]) -> None:
+    """Films of one title are two items; an item nobody rated stays; no CR is left at the end of a row."""
+    raw = movielens_1m(RATINGS_1M)
+    assert raw.interactions.select("user_id", "item_id", "timestamp", "rating").rows() == [
+        ("1m_1", "Sabrina (1995)", 978_300_760, 5),
+        ("1m_2", "Misérables, Les (1995)", 978_302_109, 3),
+    ]
+    assert raw.items.columns == ["item_id", "title", "year", "genres"]
+    assert raw.items.rows() == [
+        ("Sabrina (1954)", "Sabrina", "1954", "Comedy Romance"),
+        ("Sabrina (1995)", "Sabrina", "1995", "Comedy Romance"),
+        ("Misérables, Les (1995)", "Misérables, Les", "1995", "Drama Musical"),
+    ]
+    assert list(raw.files) == ["ml-1m.inter", "ml-1m.item"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ("1m_3\tSabrina (1995)\t5\n", r"row 3: column timestamp is empty.* 2 of 4 rows"),
+        ("1m_3\tSabrina (1995)\tfive\t9\n", r"row 3: column rating is 'five'.* 2 of 4 rows"),
+        ("1m_3\t\t5\t9\n", r"row 3: column item_id is empty \(2 such rows\)"),
+        ("1m_3\tSabrina\t5\t9\n", r"row 3: item 'Sabrina' is not in .*\(2 rows, 1 items\)"),
+    ],
+)
+def test_broken_rows_of_movielens_1m(
+    broken: str, words: str, movielens_1m: Callable[[str], readers.RawLogs]
+) -> None:
+    """They are counted and refused, not dropped."""
+    with pytest.raises(DataError, match=words):
+        movielens_1m(RATINGS_1M + broken * 2)
+
+
+BAD_LOGS = [
+    ("", "is empty"),
+    (HEADER, "no data rows"),
+    (LOG + "u1,1,30,5,6,7\n", "a row has more fields than the header.*double quotes"),
+    (HEADER + '"u1,1,10,5\nu2",2,20,2\n', "row 1: column user_id holds a line break"),
+    *((LOG.replace(c, "other"), f"no column {c}.*other.*columns") for c in ("user_id", "item_id")),
+    *((HEADER + f"u1,1,10,5\nu1,2,{v},2\n", "row 2: column timestamp") for v in ("soon", "nan", "inf", "")),
+    *((HEADER + f"u1,1,10,5\nu1,2,20,{v}\n", "row 2: column rating") for v in ("soon", "nan", "inf", "")),
+    (LOG.replace("rating", "label").replace("5", "1"), r"row 2: column label is 2\.0"),
+    (LOG.replace("rating", "rating,split").replace("5\n", "5,train\n").replace(",2\n", ",2,dev\n"), "'dev'"),
+    (LOG + "u2,9,30,5\nu2,9,31,5\nu2,8,32,5\n", r"row 3: item '9' .* items \(3 rows, 2 items"),
+    (LOG.replace("rating", "rating,rating"), "'rating' more than once"),
+    (LOG.replace("rating", "rating,user_id"), "'user_id' more than once"),
+    (LOG + "u2,\x1b[31m9,30,5\n", r"item '\\x1b\[31m9'"),  # no colour code reaches the terminal
+]
+BAD_ITEMS = [
+    ("item_id,name\n1,Alien\n", "no column title.*item_columns.*title: <your column>"),
+    ('item_id,title,year\n1,Alien,1979\n2,"Brazil,1985\n3,Casablanca",1942\n', "row 2: column title"),
+    ('item_id,title,year\n1,Alien,1979\n2,Brazil,"1985\n3,Casablanca,1942"\n', "row 2: column year"),
+    (ITEMS + "2,Brasil,1985\n", "item '2' .*'Brazil' and 'Brasil'"),
+    ("item_id,title,item\n1,A,x\n2,B,y\n", "attribute name item"),
+]
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [({"log": log}, words) for log, words in BAD_LOGS]
+    + [({"items": items}, words) for items, words in BAD_ITEMS],
+)
+def test_bad_tables(write: Write, tables: dict[str, str], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        checked(read(write, **tables))
+
+
+def test_a_log_without_timestamps_has_null(write: Write) -> None:
+    """Without the column, or with an empty one; a mapped column must be there, and no file alone may lack it."""
+    bare, empty = "user_id,item_id,rating\nu1,1,5\nu1,2,2\n", HEADER + "u1,1,,5\nu1,2,,2\n"
+    for log in (bare, empty):
+        raw = checked(read(write, log))
+        assert raw.interactions["timestamp"].to_list() == [None, None]
+        assert dict(raw.interactions.schema) == RAW_SCHEMA
+    with pytest.raises(
+        DataError, match=r"no column when \(our timestamp\); there are user_id, item_id, rating"
+    ):
+        read(write, bare, columns={"timestamp": "when"})
+    parts = {"train": write("a.csv", LOG), "test": write("b.csv", bare)}
+    with pytest.raises(DataError, match=r"b\.csv, row 1: no timestamp \(2 of 4 rows"):
+        checked(TableLogs(parts, write("items.csv", ITEMS)).read())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda items: TableLogs({"train": "x.csv", "dev": "y.csv"}, items), "dev"),
+        (lambda items: TableLogs({}, items), r"\(none\)"),
+        (lambda items: TableLogs("nowhere.csv", items), r"nowhere\.csv does not exist"),
+        (lambda items: TableLogs("pyproject.toml", items), r"'\.toml'"),
+        (
+            lambda items: TableLogs(items, items, columns={"user": "user_id"}),
+            "maps user; our names are user_id",
+        ),
+    ],
+)
+def test_bad_names_of_files_and_columns(make: Callable[[str], TableLogs], words: str, write: Write) -> None:
+    with pytest.raises(DataError, match=words):
+        make(write("items.csv", ITEMS)).read()
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_bytes_that_are_no_text(encoding: str, write: Write, tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_bytes("item_id,title\n1,Misérables\n2,B\n".encode(encoding))
+    with pytest.raises(DataError, match=r"items\.csv .*not UTF-8"):
+        TableLogs(write("log.csv", LOG), str(tmp_path / "items.csv")).read()
+
+
+def test_of_rating_and_label_one_may_be_unreadable(write: Write) -> None:
+    """It is null, since a label may be a record's; a protocol that needs it says so."""
+    log = LOG.replace("rating", "rating,label").replace("5\n", "5,Sony\n").replace("2\n", "2,1\n")
+    assert read(write, log).interactions.select("rating", "label").rows() == [(5, None), (2, 1)]
+
+
+def test_tables_as_people_write_them(write: Write) -> None:
+    """Columns of our own names, blanks around ids, and an item that is listed twice with one title."""
+    raw = read(
+        write,
+        "source_row,source_file,user_id,item_id,timestamp,rating\n7,x,u3, 1,10,5\n8,y, u3 ,2,20,2\n",
+        ITEMS + "2,Brazil,1986\n",
+    )
+    assert raw.interactions.select("source_row", "user_id", "item_id").rows() == [
+        (1, "u3", "1"),
+        (2, "u3", "2"),
+    ]
+    assert raw.interactions["source_file"][0].endswith("log.csv")
+    assert raw.items.height == 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_file_name_is_no_pattern(kind: str, tmp_path: Path) -> None:
+    """log[1] is not log1, which is what a shell would make of it; a folder may have such a name too."""
+    folder = tmp_path / "run[2]"
+    folder.mkdir()
+    for path, user in ((folder / f"log[1].{kind}", "right"), (folder / f"log1.{kind}", "wrong")):
+        table = pl.DataFrame({"user_id": [user], "item_id": ["1"], "timestamp": [10], "rating": [5]})
+        table.write_csv(path) if kind == "csv" else table.write_parquet(path)
+    (folder / "items.csv").write_text(ITEMS)
+    raw = TableLogs(str(folder / f"log[1].{kind}"), str(folder / "items.csv")).read()
+    assert raw.interactions["user_id"].to_list() == ["right"]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("logs", "rows", "users", "items", "ratings"),
+    [
+        (MovieLens100K(), 100_000, 943, 1682, [1, 2, 3, 4, 5]),
+        (MovieLens1M(), 1_000_209, 6040, 3883, [1, 2, 3, 4, 5]),
+        (MovieLensLatestSmall(), 100_004, 671, 9066, [k / 2 for k in range(1, 11)]),
+    ],
+)
+def test_real_movielens(logs: Logs, rows: int, users: int, items: int, ratings: list[float]) -> None:
+    raw = logs.read()
+    assert raw.interactions.height == rows
+    assert raw.interactions["user_id"].n_unique() == users
+    assert raw.items.height == items
+    assert raw.items.columns == ["item_id", "title", "year", "genres"]
+    assert sorted(raw.interactions["rating"].unique()) == ratings
+
+
+@pytest.mark.real
+def test_real_latest_small() -> None:
+    """Five films have no title, 17 no genre."""
+    items = MovieLensLatestSmall().read().items
+    assert items.filter(title="").height == 5
+    assert items.filter(genres="").height == 17
+    genres = "Adventure Animation Children Comedy Fantasy"
+    assert items.filter(item_id="1").row(0) == ("1", "Toy Story", "1995", genres)
+
+
+@pytest.mark.real
+def test_real_movielens_1m() -> None:
+    """Every row of the file is read; the numbers were counted in its lines without the reader.
+
+    56,174 + 107,557 + 261,197 + 348,971 + 226,310 = 1,000,209 ratings, of which 348,971 + 226,310 = 575,281 are > 3;
+    3,706 rated films + 177 that nobody rated = 3,883. The first rating is of 2000-04-25, the last of 2003-02-28.
+    """
+    raw = checked(MovieLens1M().read())
+    counts = dict(raw.interactions["rating"].value_counts().rows())
+    assert counts == {1: 56_174, 2: 107_557, 3: 261_197, 4: 348_971, 5: 226_310}
+    assert raw.interactions["source_row"].to_list() == list(range(1, 1_000_210))
+    assert (raw.interactions["timestamp"].min(), raw.interactions["timestamp"].max()) == (
+        956_703_932,
+        1_046_454_590,
+    )
+    assert not raw.interactions.select("user_id", "item_id").is_duplicated().any()
+    assert raw.interactions["item_id"].n_unique() == 3706
+    assert raw.items.select((pl.all() != "").all()).row(0) == (True,) * 4
+    named = pl.format("{} ({})", "title", "year")
+    assert raw.items.filter(pl.col("item_id") == named).height == 3883
+    assert raw.items.row(0) == ("Toy Story (1995)", "Toy Story", "1995", "Animation Children's Comedy")
