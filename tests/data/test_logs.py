@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date, datetime
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 
-from project.data import logs as readers
+from project.data import logs as log_module
 from project.data.logs import (
     RAW_SCHEMA,
     Logs,
     MovieLens1M,
     MovieLens100K,
     MovieLensLatestSmall,
+    RawLogs,
     RecBoleLogs,
     TableLogs,
     checked,
 )
+from project.data.negatives import Negatives
+from project.data.protocol import Protocol, apply_protocol, build_interactions
 from project.errors import DataError
 
 Write = Callable[[str, str], str]
@@ -29,7 +35,7 @@ HEADER = "user_id,item_id,timestamp,rating\n"
 LOG = HEADER + "u1,1,10,5\nu1,2,20,2\n"
 
 
-def read(write: Write, log: str = LOG, items: str = ITEMS, **keywords: dict[str, str]) -> readers.RawLogs:
+def read(write: Write, log: str = LOG, items: str = ITEMS, **keywords: dict[str, str]) -> RawLogs:
     return TableLogs(write("log.csv", log), write("items.csv", items), **keywords).read()
 
 
@@ -105,7 +111,7 @@ def test_recbole_headers_lose_their_types(
     (tmp_path / "ml-100k.item").write_text(names + '\n1\t"Alien\t1979\tHorror SF\n')
     mapping = {"title": "movie_title", "year": "release_year", "genres": "class"}
     logs = MovieLens100K() if shipped else RecBoleLogs(str(tmp_path), "ml-100k", item_columns=mapping)
-    monkeypatch.setattr(readers, "fetch", lambda key: {"ml-100k": tmp_path}[key])
+    monkeypatch.setattr(log_module, "fetch", lambda key: {"ml-100k": tmp_path}[key])
     raw = logs.read()
     assert raw.interactions.select("user_id", "item_id", "timestamp", "rating").rows() == [("7", "1", 9, 4)]
     assert raw.items.rows(named=True) == [
@@ -114,11 +120,11 @@ def test_recbole_headers_lose_their_types(
 
 
 @pytest.fixture
-def movielens_1m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], readers.RawLogs]:
+def movielens_1m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], RawLogs]:
     """Reads MovieLens 1M, as its wheel has it: lines end in CR LF, films are named by title and year."""
-    monkeypatch.setattr(readers, "fetch", lambda key: {"ml-1m": tmp_path}[key])
+    monkeypatch.setattr(log_module, "fetch", lambda key: {"ml-1m": tmp_path}[key])
 
-    def read_files(ratings: str) -> readers.RawLogs:
+    def read_files(ratings: str) -> RawLogs:
         inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + ratings
         item = (
             "item_id:token\tmovie_title:token\trelease_year:float\tgenre:token\n"
@@ -136,7 +142,7 @@ def movielens_1m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
 RATINGS_1M = "1m_1\tSabrina (1995)\t5\t978300760\n1m_2\tMisérables, Les (1995)\t3\t978302109\n"
 
 
-def test_movielens_1m(movielens_1m: Callable[[str], readers.RawLogs]) -> None:
+def test_movielens_1m(movielens_1m: Callable[[str], RawLogs]) -> None:
     """Films of one title are two items; an item nobody rated stays; no CR is left at the end of a row."""
     raw = movielens_1m(RATINGS_1M)
     assert raw.interactions.select("user_id", "item_id", "timestamp", "rating").rows() == [
@@ -161,12 +167,93 @@ def test_movielens_1m(movielens_1m: Callable[[str], readers.RawLogs]) -> None:
         ("1m_3\tSabrina\t5\t9\n", r"row 3: item 'Sabrina' is not in .*\(2 rows, 1 items\)"),
     ],
 )
-def test_broken_rows_of_movielens_1m(
-    broken: str, words: str, movielens_1m: Callable[[str], readers.RawLogs]
-) -> None:
+def test_broken_rows_of_movielens_1m(broken: str, words: str, movielens_1m: Callable[[str], RawLogs]) -> None:
     """They are counted and refused, not dropped."""
     with pytest.raises(DataError, match=words):
         movielens_1m(RATINGS_1M + broken * 2)
+
+
+FORMS = ("csv", "tsv", "parquet", "inter", "reader")
+
+
+@dataclass
+class OwnLogs(Logs):
+    """A reader of the user's own, which hands its table on as it is."""
+
+    log: pl.DataFrame
+    items: pl.DataFrame
+
+    def read(self) -> RawLogs:
+        absent = [pl.lit(None, kind).alias(name) for name, kind in RAW_SCHEMA.items() if name not in self.log]
+        return RawLogs(self.log.with_columns(absent), self.items, {})
+
+
+def logs_of(form: str, folder: Path, **columns: list[Any]) -> Logs:
+    """The same log in another form: users u0, u1, ..., items 0, 1, ..., and these columns."""
+    number = len(next(iter(columns.values())))
+    names = [str(k) for k in range(number)]
+    log = pl.DataFrame({"user_id": [f"u{k}" for k in names], "item_id": names, **columns})
+    items = pl.DataFrame({"item_id": names, "title": names})
+    if form == "reader":
+        return OwnLogs(log, items)
+    paths = [folder / f"log.{form}", folder / ("log.item" if form == "inter" else f"items.{form}")]
+    for table, path in zip((log, items), paths, strict=True):
+        if form == "parquet":
+            table.write_parquet(path)
+        else:
+            typed = table.rename({name: f"{name}:token" for name in table.columns if form == "inter"})
+            typed.write_csv(path, separator="," if form == "csv" else "\t")
+    return RecBoleLogs(str(folder), "log") if form == "inter" else TableLogs(*map(str, paths))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("a_second", [1, 10**3, 10**6, 10**9])
+def test_a_time_may_be_in_any_unit(a_second: int, form: str, tmp_path: Path) -> None:
+    """Seconds, milliseconds, microseconds and nanoseconds since 1970 are told apart by their size."""
+    logs = logs_of(form, tmp_path, timestamp=[1_715_938_200 * a_second, 1_715_938_260 * a_second])
+    assert checked(logs.read()).interactions["timestamp"].to_list() == [1_715_938_200, 1_715_938_260]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        ([datetime(2024, 5, 17), datetime(9999, 12, 31)], "row 2: .*timestamp is .*9999-12-31"),
+        ([date(2024, 5, 17), date(9999, 12, 31)], "row 2: .*timestamp is .*9999-12-31"),
+        ([1_715_938_200, 32_503_680_000], "row 2: .*timestamp is .*32503680000"),  # the year 3000
+        ([20_240_517_093_000, 20_240_517_093_000], "row 1: .*timestamp is .*20240517093000"),
+        (
+            [1_715_938_200, 1_715_938_200 * 10**9],
+            "mixes seconds and nanoseconds: row 1 is 1715938200, row 2 is",
+        ),
+    ],
+)
+def test_a_time_in_no_unit_is_an_error(times: list[Any], words: str, form: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=words):
+        checked(logs_of(form, tmp_path, timestamp=times).read())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_columns_that_nothing_reads_are_named(form: str, tmp_path: Path) -> None:
+    """Once, in the file's order, in the manifest too; what is mapped or has one of our names is read."""
+    columns = {"timestamp": [1, 2, 3], "dwell_time": [3, 4, 5], "rating": [5, 1, 5], "order_id": [7, 8, 9]}
+    logs = logs_of(form, tmp_path, **columns)
+    assert checked(logs.read()).not_read == ("dwell_time", "order_id")
+    protocol = Protocol(split="random", shares=[0.34, 0.33, 0.33], label="rating > 3", seed=1)
+    split = apply_protocol(build_interactions(logs.read(), protocol), protocol)
+    assert split.manifest["not_read"] == ["dwell_time", "order_id"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_clicked_does_not_turn_labels_round(form: str, tmp_path: Path) -> None:
+    """A row with label 0 is no click: an error that names the row and both ways out; a column of ones is clicks."""
+    protocol = Protocol(split="random", label="clicked", negatives=Negatives())
+    logs = logs_of(form, tmp_path, timestamp=[1, 2, 3], label=[1, 0, 0])
+    words = r"row 2: label is 0 \(2 of 3 rows\), but data\.protocol\.label is clicked.*label: null.*remove"
+    with pytest.raises(DataError, match=words):
+        build_interactions(logs.read(), protocol)
+    ones = logs_of(form, tmp_path, timestamp=[1, 2, 3], label=[1, 1, 1])
+    assert build_interactions(ones.read(), protocol).rows["label"].to_list() == [1, 1, 1]
 
 
 BAD_LOGS = [

@@ -19,6 +19,7 @@ from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import Protocol, SplitInteractions, answered, apply_protocol, build_interactions
 from project.data.stream import build_streams
 from project.evaluation.networks import earlier_rows
+from project.metrics import auc
 from project.report.format import environment
 from project.retrieval import LightGCN, MatrixFactorisation, RetrievedFeatures
 
@@ -37,15 +38,18 @@ def clicks(seed: int = 0, **changes: Any) -> SplitInteractions:
             "timestamp": np.sort(rng.integers(0, ROWS // 2, ROWS)).astype(float),
         }
     )
-    absent = [pl.lit(None, kind).alias(name) for name, kind in RAW_SCHEMA.items() if name not in log.columns]
-    items = pl.DataFrame(
-        {"item_id": [f"i{i}" for i in range(ITEMS)], "title": [f"t{i}" for i in range(ITEMS)]}
-    )
     fields = {"negatives": Negatives(2), "minimum_history": 2, "duplicates": "first"} | changes
-    protocol = Protocol(label="clicked", seed=seed, **fields)
-    return apply_protocol(
-        build_interactions(RawLogs(log.with_columns(absent), items, {}), protocol), protocol
+    return split_of(log, ITEMS, Protocol(label="clicked", seed=seed, **fields))
+
+
+def split_of(log: pl.DataFrame, items: int, protocol: Protocol) -> SplitInteractions:
+    """A log of user_id, item_id (i0, i1, ...) and timestamp under a protocol."""
+    absent = [pl.lit(None, kind).alias(name) for name, kind in RAW_SCHEMA.items() if name not in log.columns]
+    names = pl.DataFrame(
+        {"item_id": [f"i{i}" for i in range(items)], "title": [f"t{i}" for i in range(items)]}
     )
+    raw = RawLogs(log.with_columns(absent), names, {})
+    return apply_protocol(build_interactions(raw, protocol), protocol)
 
 
 def parts(split: SplitInteractions) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -94,6 +98,50 @@ def test_popular_items_are_drawn_in_proportion_to_earlier_clicks() -> None:
             found += clicked[i]
     assert popular > 1.3 * uniform
     assert found == pytest.approx(popular, rel=0.1)
+
+
+def random_clicks(negatives: Negatives) -> SplitInteractions:
+    """3,000 clicks of 100 users on 60 items at random: no score can tell a click from what was not clicked."""
+    rng = np.random.default_rng(0)
+    log = pl.DataFrame(
+        {
+            "user_id": [f"u{u}" for u in rng.integers(0, 100, 3000)],
+            "item_id": [f"i{i}" for i in rng.integers(0, 60, 3000)],
+            "timestamp": np.arange(3000.0),
+        }
+    )
+    return split_of(log, 60, Protocol(label="clicked", negatives=negatives))
+
+
+@pytest.mark.parametrize(
+    ("fields", "least", "most"),
+    [({}, 0.47, 0.53), ({"repeats": "target"}, 0.57, 1.0)],
+    ids=["context", "target"],
+)
+def test_a_click_does_not_tell_itself_by_having_been_there(
+    fields: Any, least: float, most: float, tmp_path: Path
+) -> None:
+    """AUC on random clicks: of having had the item before, and of how much the user's own items resemble it.
+
+    By default targets are first clicks, so it is .5; its standard error is 1 / sqrt(12 * 500), .013, or less, since
+    there are more than 500 positives. Where repeated clicks are targets too, a fifth and more of them tell themselves.
+    """
+    split = random_clicks(Negatives(**fields))
+    tables = retrieved_tables(split, LightGCN(item_neighbours=10, dim=4, epochs=1), 4, tmp_path, None)
+    log, _ = parts(split)
+    first = log.group_by("user", "item").agg(first=pl.col("timestamp").min())
+    targets = split.rows.filter(pl.col("role") == "target").join(first, on=["user", "item"], how="left")
+    features = pl.concat(
+        [
+            targets.filter(pl.col("split") == name).join(tables[name], on="row_id", maintain_order="left")
+            for name in SPLITS
+        ]
+    )
+    label = features["label"].to_numpy()
+    assert label.sum() > 500
+    before = (features["timestamp"] > features["first"]).fill_null(False)
+    for scores in (before, features["text_weight"], features["item_similarity_weight"]):
+        assert least < auc(scores.cast(pl.Float64).fill_null(0).to_numpy(), label) < most
 
 
 def test_hidden_items_are_not_drawn_for_train() -> None:
