@@ -131,9 +131,10 @@ class InteractionData(L.LightningDataModule):
                 raise DataError(
                     f"data.logs: {reader}.read failed: {type(error).__name__}: {error}"
                 ) from error
-            for line in raw.left_out:
+            split = apply_protocol(build_interactions(raw, self.protocol), self.protocol)
+            for line in (*raw.left_out, *split.warnings):
                 rank_zero_info(line)
-            return apply_protocol(build_interactions(raw, self.protocol), self.protocol)
+            return split
 
     @property
     def features(self) -> RetrievedFeatures:
@@ -149,9 +150,10 @@ class InteractionData(L.LightningDataModule):
                 for name in ("retrieved", "mf", "text"):
                     restore(Path(self.bundle) / name, self.cache_dir / name)
             tables = features.tables()
-        self.warnings = features.warnings(tables)
-        for line in self.warnings:
+        dead = features.warnings(tables)
+        for line in dead:
             rank_zero_warn(line, category=UserWarning)
+        self.warnings = [*self.split.warnings, *dead]
         return tables
 
     @cached_property

@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from project.data.download import fetch
-from project.data.tables import finite_number, ids, numbers, plain_text, read_table, refuse, seconds
+from project.data.tables import finite_numbers, ids, numbers, plain_text, read_table, require, times
 from project.errors import DataError
 
 MAPPING = "names of columns"  # among RawLogs.files
@@ -25,6 +25,7 @@ RAW_SCHEMA = {
     "source_file": pl.String,
     "source_row": pl.Int64,
 }
+OURS = ("user_id", "item_id", "timestamp", "rating", "label", "split")  # what a file's columns are mapped to
 READER = "the reader's"  # tables of a reader, in messages
 
 
@@ -32,10 +33,11 @@ READER = "the reader's"  # tables of a reader, in messages
 class RawLogs:
     """A log as read, in file order.
 
-    `interactions` has the columns of `RAW_SCHEMA`: ids, `timestamp` (seconds, null in all rows of a log without dates),
-    `rating`, `label` (0 or 1) and `split` (one of `GIVEN_SPLITS`), null where the log does not have them; `source_file`
-    and `source_row` (from 1) are for messages. `files` has the SHA-256 of each file, in reading order, and under a name
-    of its own a digest of whatever else decides what is made of them: the protocol's hash and all caches rest on it.
+    `interactions` has the columns of `RAW_SCHEMA`: ids, `timestamp` (seconds; of a log with dates every row has one),
+    `rating`, `label` (0 or 1) and `split` (one of `GIVEN_SPLITS`), null or absent where the log does not have them;
+    `source_file` and `source_row` (from 1) are for messages. `files` has the SHA-256 of each file, in reading order,
+    and under a name of its own a digest of whatever else decides what is made of them: the protocol's hash and all
+    caches rest on it.
     """
 
     interactions: pl.DataFrame
@@ -43,6 +45,7 @@ class RawLogs:
     files: dict[str, str]
     columns: tuple[str, ...] = ()  # of the interactions' file, for messages
     left_out: tuple[str, ...] = ()  # lines about rows that the reader left out: file, how many, why
+    not_read: tuple[str, ...] = ()  # columns of interactions that nothing reads
 
 
 class Logs(ABC):
@@ -96,7 +99,9 @@ class TableLogs(Logs):
         if self.columns or self.item_columns:  # the same file read by other columns is another log
             text = json.dumps([self.columns, self.item_columns], sort_keys=True)
             sums[MAPPING] = hashlib.sha256(text.encode()).hexdigest()
-        return RawLogs(pl.concat(tables), items, sums, tuple(read[0][2].columns))
+        wanted = {self.columns.get(name, name) for name in OURS}
+        not_read = dict.fromkeys(name for *_, table in read for name in table.columns if name not in wanted)
+        return RawLogs(pl.concat(tables), items, sums, tuple(read[0][2].columns), not_read=tuple(not_read))
 
 
 class RecBoleLogs(TableLogs):
@@ -195,51 +200,51 @@ def _interactions(
 ) -> pl.DataFrame:
     """Columns of `RAW_SCHEMA` of a file; `columns`: our name -> the file's, `split`: that of the whole file or None."""
     # 1. our names
-    allowed = ("user_id", "item_id", "timestamp", "rating", "label", "split")
-    unknown = [name for name in columns if name not in allowed]
+    unknown = [name for name in columns if name not in OURS]
     if unknown:
         raise DataError(
-            f"data.logs.init_args.columns maps {', '.join(unknown)}; our names are {', '.join(allowed)}."
+            f"data.logs.init_args.columns maps {', '.join(unknown)}; our names are {', '.join(OURS)}."
         )
-    table = _renamed(table, file, columns, allowed[:2], "columns")
-    answers = [name for name in ("rating", "label") if name in table.columns]
+    table = _renamed(table, file, columns, OURS[:2], "columns")
+    table = table.select(name for name in OURS if name in table.columns)
     # 2. answers: of two columns the protocol needs one, and a label may be a record's, so that what cannot be read is
     # null; of one column every value must be readable
+    answers = [name for name in ("rating", "label") if name in table.columns]
     for name in answers:
         theirs = columns.get(name, name)
         if len(answers) == 1:
-            found = finite_number(table[name], file, theirs)
+            found = finite_numbers(table[name], file, theirs)
         else:
             found = numbers(table[name], file, theirs)
             found = found.set(~found.is_in([0.0, 1.0]), None) if name == "label" else found
         table = table.with_columns(found)
-    # 3. places, and null for what the log does not have
+    # 3. the split of a file
     if split is not None:
         table = table.with_columns(split=pl.lit(split))
-    absent = [name for name in allowed if name not in table.columns]
-    table = table.with_columns(pl.lit(None).alias(name) for name in absent)
-    table = table.select(allowed).with_row_index("source_row", offset=1)
-    return _typed(table.with_columns(source_file=pl.lit(file)), file, columns)
+    return _typed(table, file, columns)
 
 
 def _typed(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.DataFrame:
     """The columns of `RAW_SCHEMA` with their types, every value checked; `columns`: our name -> the one in messages."""
     theirs = {name: columns.get(name, name) for name in RAW_SCHEMA}
-    times = table["timestamp"]
-    if times.null_count() < len(times):  # else a log without dates
-        times = seconds(finite_number(times, file, theirs["timestamp"]), file, theirs["timestamp"])
+    # 1. null for what the log does not have
+    table = table.with_columns(pl.lit(None).alias(name) for name in RAW_SCHEMA if name not in table.columns)
+    # 2. types
     typed = pl.DataFrame(
         [
             *(ids(table[name], file, theirs[name]) for name in ("user_id", "item_id")),
-            times,
-            *(finite_number(table[name], file, theirs[name], optional=True) for name in ("rating", "label")),
+            times(table["timestamp"], file, theirs["timestamp"]),
+            *(finite_numbers(table[name], file, theirs[name], optional=True) for name in ("rating", "label")),
             plain_text(table["split"], file, theirs["split"]),
             table["source_file"].cast(pl.String).fill_null(file),
             table["source_row"].cast(pl.Int64),
         ]
     ).with_columns(pl.col("source_row").fill_null(pl.int_range(1, pl.len() + 1)))
-    refuse(typed["label"], [0, 1], file, theirs["label"])
-    refuse(typed["split"], GIVEN_SPLITS, file, theirs["split"])
+    # 3. values
+    for name, allowed in (("label", [0.0, 1.0]), ("split", GIVEN_SPLITS)):
+        values = typed[name]
+        right = values.is_null() | values.is_in(pl.Series(allowed, dtype=values.dtype).implode())
+        require(right, values, f"one of {', '.join(map(str, allowed))}", file, theirs[name])
     return typed.cast(RAW_SCHEMA)  # type: ignore[arg-type]
 
 
@@ -267,19 +272,14 @@ def _items(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
 
 def checked(raw: RawLogs) -> RawLogs:
     """The log with the types of `RAW_SCHEMA`, its values checked as those of a file: a reader may be the user's own."""
-    missing = [name for name in RAW_SCHEMA if name not in raw.interactions.columns]
-    if missing:
+    file = f"{READER} interactions"
+    interactions = _typed(_renamed(raw.interactions, file, {}, OURS[:2], "columns"), file, {})
+    undated = interactions.filter(pl.col("timestamp").is_null())
+    if 0 < undated.height < interactions.height:
         raise DataError(
-            f"{READER} interactions: no column {', '.join(missing)}; there are the columns "
-            f"{', '.join(raw.interactions.columns)}. A column that the log does not have is null."
+            f"{undated['source_file'][0]}, row {undated['source_row'][0]}: no timestamp ({undated.height:,} of "
+            f"{interactions.height:,} rows have none). Give every row its time, or no row."
         )
-    undated = raw.interactions.filter(pl.col("timestamp").is_null())
-    if 0 < undated.height < raw.interactions.height:
-        raise DataError(
-            f"{undated['source_file'][0] or READER}, row {undated['source_row'][0]}: no timestamp ({undated.height:,} "
-            f"of {raw.interactions.height:,} rows have none). Give every row its time, or no row."
-        )
-    interactions = _typed(raw.interactions, f"{READER} interactions", {})
     items = _items(raw.items, f"{READER} items", {})
     absent = interactions.filter(~pl.col("item_id").is_in(items["item_id"].implode()))
     if not absent.is_empty():
@@ -287,4 +287,5 @@ def checked(raw: RawLogs) -> RawLogs:
             f"{absent['source_file'][0]}, row {absent['source_row'][0]}: item {absent['item_id'][0]!r} is not in "
             f"{READER} items ({absent.height:,} rows, {absent['item_id'].n_unique():,} items). Add or remove them."
         )
-    return replace(raw, interactions=interactions, items=items)
+    unread = [name for name in raw.interactions.columns if name not in RAW_SCHEMA]
+    return replace(raw, interactions=interactions, items=items, not_read=(*raw.not_read, *unread))

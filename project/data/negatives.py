@@ -20,10 +20,22 @@ class Negatives:
         per_positive: Negatives of each target, at its time.
         by: How items are drawn. uniform: each of the catalogue alike; popularity: in proportion to 1 + the clicks that
             an item had strictly earlier.
+        repeats: Clicks on an item that their user had clicked strictly earlier. context: they are read and not scored,
+            since no negative was clicked before, so that alone would tell them; target: they are scored.
     """
 
     per_positive: int = 1
     by: Literal["uniform", "popularity"] = "uniform"
+    repeats: Literal["context", "target"] = "context"
+
+
+def repeated(rows: pl.DataFrame) -> pl.Series:
+    """Whether each row's user clicked its item strictly earlier, in a row of a split that the row may read."""
+    code, time = pl.col("split").to_physical(), pl.col("timestamp")
+    again = [
+        (code == k) & (time > pl.when(code <= k).then(time).min().over("user", "item")) for k in range(3)
+    ]
+    return rows.select(pl.any_horizontal(again)).to_series()
 
 
 def draw_negatives(rows: pl.DataFrame, negatives: Negatives, hidden: pl.Series, seed: int) -> pl.DataFrame:

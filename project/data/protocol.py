@@ -12,7 +12,7 @@ import polars as pl
 
 from project.arrays import I64
 from project.data.logs import RawLogs, checked
-from project.data.negatives import Negatives, draw_negatives
+from project.data.negatives import Negatives, draw_negatives, repeated
 from project.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
@@ -85,6 +85,8 @@ class Protocol:
             parts.append(f"users{100 * self.train_users:g}")
         if self.negatives is not None:
             parts.append(f"{self.negatives.by}{self.negatives.per_positive}")
+            if self.negatives.repeats == "target":
+                parts.append("repeats")
         return "-".join(parts)
 
     def check(self) -> None:
@@ -155,6 +157,7 @@ class Interactions:
     dropped: int = 0  # rows removed by the protocol's drop_ratings
     hidden_rows: int = 0  # rows removed by its hide_items; `apply_protocol` does it, since only train rows go
     left_out: tuple[str, ...] = ()  # lines about rows that the reader left out
+    not_read: tuple[str, ...] = ()  # columns that nothing reads
     items_without_title: int = 0  # these have their id as title
 
 
@@ -176,7 +179,15 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         )
     dropped = pl.col("rating").is_in(list(map(float, protocol.drop_ratings))).fill_null(False)
     kept = raw.interactions.filter(~dropped)
-    # 2. labels
+    # 2. labels; of a log of clicks every row has to be one
+    shown = kept.filter(pl.col("label") == 0)
+    if protocol.label == CLICKED and not shown.is_empty():
+        raise DataError(
+            f"{shown['source_file'][0]}, row {shown['source_row'][0]}: label is 0 ({shown.height:,} of {kept.height:,} "
+            "rows), but data.protocol.label is clicked, which makes every row a positive. Set data.protocol.label: "
+            "null and data.protocol.negatives: null, since what was shown and not clicked says more than a draw, or "
+            "remove these rows."
+        )
     labelled = kept.with_columns(label=label_expression(protocol.label))
     missing = labelled.filter(pl.col("label").is_null())
     if not missing.is_empty():
@@ -204,6 +215,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         dropped=raw.interactions.height - kept.height,
         items_without_title=int(untitled.sum()),
         left_out=raw.left_out,
+        not_read=raw.not_read,
     )
 
 
@@ -248,6 +260,25 @@ class SplitInteractions:
     manifest: dict[str, Any]  # what results and reports show of the log, ready for JSON
     hash: str  # 16 hex digits of the SHA-256 over protocol, file checksums and (row id, split, fold, role, label)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of results has to know of the log, a line each."""
+        found = []
+        if self.interactions.not_read:
+            found.append(f"of the interactions not read: {', '.join(self.interactions.not_read)}.")
+        if negatives := self.protocol.negatives:
+            had = (
+                ", and so does having had it before (repeats: target)"
+                if negatives.repeats == "target"
+                else ""
+            )
+            found.append(
+                f"labels 0 are drawn ({negatives.by}), nobody saw and left these items: results say how well clicks "
+                "are told from such draws. How often an item was clicked tells them apart, since that decides what is "
+                f"clicked and what is drawn{had}."
+            )
+        return found
+
 
 def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInteractions:
     """Assign splits, folds and roles; take the train rows of hidden items out of the log.
@@ -283,6 +314,9 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     rows = rows.with_columns(fold=pl.when(pl.col("split") == "valid").then(folds))
     rows = rows.select(*interactions.rows.columns, "hist", "split", "fold", "role", "hidden")
     if protocol.negatives is not None:
+        if protocol.negatives.repeats == "context":
+            first = pl.when(repeated(rows)).then(pl.lit("context", pl.Enum(ROLES))).otherwise("role")
+            rows = rows.with_columns(role=first)
         drawn = draw_negatives(rows, protocol.negatives, hidden, protocol.seed)
         rows = pl.concat([rows.with_columns(sampled=pl.lit(False)), drawn]).sort(
             "timestamp", "user", "sampled", "item"
@@ -453,7 +487,8 @@ def _manifest(
     rows; `cold_user_share` and `cold_item_share` are shares of targets whose user or item has no train target of the
     log; `order` is "shuffled" where the log has no timestamps, and `times` (first and last) is empty then; `tie_share`
     is that of rows that share user and timestamp with another; `hidden_items` are of the catalogue, `hidden_rows` are
-    their train rows, which are removed; `left_out` has lines about rows that the reader left out.
+    their train rows, which are removed; `left_out` has lines about rows that the reader left out, `not_read`
+    the columns of interactions that nothing reads.
     """
     log = rows.filter(answered(rows))
     targets = rows.filter(pl.col("role") == "target")
@@ -495,4 +530,5 @@ def _manifest(
         "hidden_rows": interactions.hidden_rows,
         "items_without_title": interactions.items_without_title,
         "left_out": list(interactions.left_out),
+        "not_read": list(interactions.not_read),
     }

@@ -17,7 +17,7 @@ import polars as pl
 from project.data.prompt import PromptEncoder
 from project.data.protocol import FOLDS, Interactions, SplitInteractions, answered
 from project.data.stream import Streams, streams_of
-from project.data.tables import MILLISECONDS
+from project.data.tables import LATEST
 from project.errors import ConfigError, DataError
 
 EXAMPLE_HISTORY = '[{"item_id": "242", "label": 1, "time": 880000000}]'
@@ -220,7 +220,7 @@ def request_of(record: dict[str, Any], item_of: Callable[[Any], str]) -> Request
 
 
 def _seconds(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < MILLISECONDS:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < LATEST:
         raise DataError(f"time is {_shown(value)}; expected seconds since 1970, no milliseconds.")
     return float(value)
 

@@ -1,15 +1,19 @@
 """Tables of text in, typed columns out, or one error that names file, row and column."""
 
 import hashlib
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from project.errors import DataError
 
-MILLISECONDS = 1e11  # as seconds the year 5138, as milliseconds 1973
+LATEST = 1e10  # seconds: the year 2286
+UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
+# Sizes of numbers that are times, by unit: below 1e10, 1e11 to 1e13, 1e14 to 1e16, 1e17 to 1e19. So from milliseconds
+# on a column begins in 1973, and between two units is a gap.
+EDGES = (LATEST, 1e11, 1e13, 1e14, 1e16, 1e17, 1e19)
 DATES = (19_000_101, 21_001_231)  # as digits; as seconds August and September 1970
 
 
@@ -33,7 +37,8 @@ def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
         if kind == ".parquet":
             table = pl.read_parquet(path, glob=False)
         else:
-            separator, quote = "," if kind == ".csv" else "\t", None if atomic else '"'
+            separator = "," if kind == ".csv" else "\t"
+            quote = None if atomic else '"'
             table = pl.read_csv(path, separator=separator, quote_char=quote, infer_schema=False, glob=False)
     except pl.exceptions.NoDataError:
         raise DataError(f"File {path} is empty; expected a header row and data.") from None
@@ -55,6 +60,24 @@ def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
     return table.rename(lambda column: column.split(":")[0]) if atomic else table
 
 
+def require(right: pl.Series, values: pl.Series, expected: str, file: str, column: str) -> None:
+    """Raise `DataError` at the first value that is not right; a null among `right` counts as false."""
+    wrong = (~right.fill_null(False)).arg_true()
+    if len(wrong):
+        value = values[wrong[0]]
+        shown = (
+            "empty"
+            if value is None or value == ""
+            else str(value)
+            if values.dtype.is_temporal()
+            else repr(value)
+        )
+        raise DataError(
+            f"{file}, row {wrong[0] + 1}: column {column} is {shown}; expected {expected}. {len(wrong):,} of "
+            f"{len(values):,} rows are like this; correct or remove them."
+        )
+
+
 def plain_text(values: pl.Series, file: str, column: str) -> pl.Series:
     """A column as text, null where it was; a list becomes "a, b"."""
     if isinstance(values.dtype, pl.List) and not values.dtype.inner.is_nested():
@@ -67,108 +90,90 @@ def plain_text(values: pl.Series, file: str, column: str) -> pl.Series:
         raise DataError(
             f"{file}: column {column} has the type {values.dtype}; expected text or numbers, one value a row."
         )
-    broken = text.str.strip_chars().str.contains("[\n\r]").arg_true()
-    if len(broken):  # mostly a quote that pairs with one in another row, and swallows the rows between
-        raise DataError(
-            f"{file}, row {broken[0] + 1}: column {column} holds a line break: {text[broken[0]][:60]!r} "
-            f"({len(broken):,} such rows). Close the quote that begins there and double quotes inside a text, or "
-            "replace the line break."
-        )
+    # mostly a quote that pairs with one in another row, and swallows the rows between
+    whole = ~text.str.strip_chars().str.contains("[\n\r]")
+    expected = "a text without a line break. A quote that begins there may not be closed"
+    require(whole | text.is_null(), text.str.slice(0, 60), expected, file, column)
     return text
 
 
 def ids(values: pl.Series, file: str, column: str) -> pl.Series:
     """A column as text without blanks around it; an empty value is a `DataError`."""
     text = plain_text(values, file, column).str.strip_chars()
-    empty = (text.is_null() | (text == "")).arg_true()
-    if len(empty):
-        raise DataError(
-            f"{file}, row {empty[0] + 1}: column {column} is empty ({len(empty):,} such rows); every row needs a "
-            f"{values.name}. Fill it in, or remove the row."
-        )
+    require(text != "", text, f"a {values.name}", file, column)
     return text
 
 
 def numbers(values: pl.Series, file: str, column: str) -> pl.Series:
-    """A column as Float64, null where it is no finite number.
-
-    A column named timestamp may hold dates, typed or as ISO text (UTC where it names no zone): they become seconds
-    since 1970. One named label may say true and false.
-    """
-    dates = values.name == "timestamp" and values.dtype in (pl.Date, pl.Datetime)
-    if not dates and (values.dtype.is_temporal() or values.dtype.is_nested() or values.dtype == pl.Binary):
+    """A column as Float64, null where it is no finite number; a column named label may say true and false."""
+    if values.dtype.is_temporal() or values.dtype.is_nested() or values.dtype == pl.Binary:
         raise DataError(f"{file}: column {column} has the type {values.dtype}; expected numbers.")
     if values.dtype in (pl.Categorical, pl.Enum):
         values = values.cast(pl.String)
-    if dates:
+    if values.dtype == pl.String:
+        values = values.str.strip_chars()
+        if values.name == "label":
+            values = values.str.to_lowercase().replace({"true": "1", "false": "0"})
+    found = values.cast(pl.Float64, strict=False)
+    return found.set(~found.is_finite(), None)
+
+
+def finite_numbers(values: pl.Series, file: str, column: str, optional: bool = False) -> pl.Series:
+    """`numbers` without nulls (optional: null where `values` are); any other value is a `DataError`."""
+    found = numbers(values, file, column)
+    expected = "0 or 1, or true or false" if values.name == "label" else "a finite number"
+    require(found.is_not_null() | (values.is_null() & optional), values, expected, file, column)
+    return found
+
+
+def times(values: pl.Series, file: str, column: str) -> pl.Series:
+    """A column as seconds since 1970, null where it was: dates, typed or as ISO text, or numbers.
+
+    Dates without a zone are UTC. Numbers are in one of `UNITS`, which their size tells.
+    """
+    # 1. dates name their moment
+    if values.dtype in (pl.Date, pl.Datetime):
         exact = values.cast(pl.Datetime("us")) if values.dtype == pl.Date else values
-        found = exact.dt.epoch("us") / 1e6
-    elif values.dtype == pl.String:
-        text = values.str.strip_chars().str.to_lowercase()
-        found = text.cast(pl.Float64, strict=False)
-        worded = {"true": 1.0, "false": 0.0} if values.name == "label" else {}
-        if values.name == "timestamp":
-            worded = _seconds_of_dates(text.filter(found.is_null()).drop_nulls().unique().to_list())
-        if worded:
-            found = found.fill_null(text.replace_strict(worded, default=None, return_dtype=pl.Float64))
+        moments = exact.dt.epoch("us") / 1e6
+        size = pl.repeat(None, len(values), dtype=pl.Float64, eager=True)
     else:
-        found = values.cast(pl.Float64, strict=False)
-    return found.set(~found.is_finite(), None).cast(pl.Float64)
+        size = numbers(values, file, column)
+        text = values.cast(pl.String)
+        seconds_of = _moments(text.filter(size.is_null()))
+        moments = text.replace_strict(seconds_of, default=None, return_dtype=pl.Float64)
+    # 2. the unit of each number: an even place among the edges is that of a unit, an odd one lies between two
+    place = pl.Series(np.digitize(size.abs().fill_null(0).to_numpy(), EDGES))
+    right = ((place % 2 == 0) & (place < 2 * len(UNITS)) & size.is_not_null()) | (moments.abs() < LATEST)
+    right = right.fill_null(False) | values.is_null()
+    expected = f"a time up to the year 2286: {', '.join(UNITS)} since 1970, or an ISO date such as 2024-05-17T09:30:00"
+    require(right, values, expected, file, column)
+    # 3. one unit for all
+    unit = (place // 2).to_numpy()
+    row, *rest = size.is_not_null().arg_true().to_list() or [0]
+    if other := [k for k in rest if unit[k] != unit[row]]:
+        raise DataError(
+            f"{file}: column {column} mixes {UNITS[unit[row]]} and {UNITS[unit[other[0]]]}: row {row + 1} is "
+            f"{size[row]:.15g}, row {other[0] + 1} is {size[other[0]]:.15g} ({len(other):,} of {len(values):,} rows "
+            "are like this). Give all rows the same unit."
+        )
+    # 4. dates without dashes look like seconds
+    if len(size) and size.is_between(*DATES).all() and size.null_count() == 0:
+        dates = size.cast(pl.String).str.to_date("%Y%m%d.0", strict=False)
+        if dates.is_not_null().all():
+            raise DataError(
+                f"{file}: column {column} holds dates without dashes, such as {size[0]:.0f} in row 1, which would be "
+                f"read as seconds. Write them as {dates[0]}."
+            )
+    return (size / 1000.0 ** int(unit[row])).fill_null(moments).alias(values.name)
 
 
-def _seconds_of_dates(texts: list[str]) -> dict[str, float]:
+def _moments(texts: pl.Series) -> dict[str, float]:
+    """Seconds since 1970 of each text that is an ISO date."""
     found = {}
-    for text in texts:
+    for text in texts.drop_nulls().unique():
         try:
-            moment = datetime.fromisoformat(text.upper())
+            moment = datetime.fromisoformat(text.strip().upper())
         except ValueError:
             continue
         found[text] = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     return found
-
-
-def finite_number(values: pl.Series, file: str, column: str, optional: bool = False) -> pl.Series:
-    """`numbers` without nulls (optional: null where `values` are); any other value is a `DataError`."""
-    found = numbers(values, file, column)
-    wrong = (found.is_null() & values.is_not_null() if optional else found.is_null()).arg_true()
-    if len(wrong):
-        value = values[wrong[0]]
-        expected = {
-            "timestamp": "a finite number (seconds, or an ISO date such as 2024-05-17T09:30:00)",
-            "label": "0 or 1, or true or false",
-        }.get(values.name, "a finite number")
-        raise DataError(
-            f"{file}, row {wrong[0] + 1}: column {column} is {'empty' if value is None else repr(value)}; expected "
-            f"{expected}. {len(wrong):,} of {len(values):,} rows are like this; correct or remove them."
-        )
-    return found
-
-
-def seconds(times: pl.Series, file: str, column: str) -> pl.Series:
-    """Float64 times as seconds since 1970; milliseconds are divided by 1,000, mixed columns and 20240517 refused."""
-    large = times.abs() >= MILLISECONDS
-    if large.any() and not large.all():
-        row, other = large.arg_true()[0], (~large).arg_true()[0]
-        raise DataError(
-            f"{file}: column {column} mixes seconds and milliseconds: row {other + 1} is {times[other]:.15g}, row "
-            f"{row + 1} is {times[row]:.15g} ({large.sum():,} of {len(times):,} rows are like this). Give all rows "
-            "the same unit."
-        )
-    if not times.is_empty() and times.is_between(*DATES).all():
-        dates = times.cast(pl.String).str.to_date("%Y%m%d.0", strict=False)
-        if dates.is_not_null().all():
-            raise DataError(
-                f"{file}: column {column} holds dates without dashes, such as {times[0]:.0f} in row 1, which would be "
-                f"read as seconds. Write them as {dates[0]}."
-            )
-    return times / 1000 if large.any() else times
-
-
-def refuse(values: pl.Series, allowed: Sequence[float] | Sequence[str], file: str, column: str) -> None:
-    """Raise `DataError` at the first value that is neither null nor one of `allowed`."""
-    wrong = (~values.is_in(pl.Series(allowed, dtype=values.dtype).implode())).fill_null(False).arg_true()
-    if len(wrong):
-        raise DataError(
-            f"{file}, row {wrong[0] + 1}: column {column} is {values[wrong[0]]!r} ({len(wrong):,} such rows); "
-            f"allowed are {', '.join(map(str, allowed))}."
-        )
