@@ -127,7 +127,8 @@ def test_a_click_does_not_tell_itself_by_having_been_there(
     and as many negatives. Where repeated clicks are targets too, they tell themselves.
     """
     split = random_clicks(Negatives(**fields))
-    tables = retrieved_tables(split, LightGCN(item_neighbours=10, dim=4, epochs=1), 4, tmp_path, None)
+    retriever = LightGCN(item_neighbours=10, dim=4, epochs=1)
+    tables = RetrievedFeatures(split, retriever, 4, tmp_path, None).tables()
     log, _ = parts(split)
     first = log.group_by("user", "item").agg(first=pl.col("timestamp").min())
     targets = split.rows.filter(pl.col("role") == "target").join(first, on=["user", "item"], how="left")
