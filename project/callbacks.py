@@ -1,12 +1,9 @@
-"""Callbacks: run folder, configuration, exit plan, result files, report and bundle of a run."""
+"""Callbacks: what happens beside training and scoring: configuration, exit plan, results, report and bundle."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,16 +11,14 @@ import lightning.pytorch as L
 import numpy as np
 import polars as pl
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
-from safetensors.torch import save_file
 
 from project.arrays import F64
-from project.data.prompt import item_columns
+from project.bundle import write_bundle
 from project.errors import ProjectError
 from project.evaluation.baselines import AgainstBaseline, Baseline, fit_baselines, targets_of
 from project.evaluation.networks import kept_networks
@@ -40,94 +35,19 @@ from project.evaluation.result import (
     with_and_without_exit_0,
 )
 from project.exits.budget import calibrate
-from project.exits.plan import ExitSettings, Plans
-from project.features import feature_matrix
+from project.exits.plan import CHECKPOINT_KEY, ExitSettings, Plans, plans_of
 from project.metrics import OwnMetric
 from project.model.heads import heads_digest
 from project.report.report import write_report
 from project.report.tables import render, render_seconds, shown
-from project.run import (
-    ITEM_VECTORS,
-    SCHEMA_VERSION,
-    own_version,
-    read_checkpoint,
-    replace_file,
-    result_head,
-    run_of_checkpoint,
-    write_json,
-    write_table,
-)
+from project.run import read_checkpoint, replace_file, result_head, write_json, write_table
+from project.run_folder import current_run, point_latest, run_folder
+from project.tracking import log_config, log_pictures, log_result
 
 if TYPE_CHECKING:
     from project.data.batch import Batch
     from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
-
-BEFORE_RESULTS = {"config.yaml", "hparams.yaml"}  # what a run's folder holds before anything was computed
-
-
-class RunLogger(CSVLogger):
-    """Lightning's CSV logger, whose folder version_N is made the moment its number is chosen: `mkdir` succeeds once."""
-
-    _made: Path | None = None
-
-    def _get_next_version(self) -> int:
-        number: int = super()._get_next_version()
-        while rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # other processes get it from SaveConfig
-            folder = Path(self.root_dir) / f"version_{number}"
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                folder.mkdir()
-            except FileExistsError:
-                number += 1
-            else:
-                self._made = folder
-                break
-        return number
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Write what is left; remove the folder of a command that failed before it had computed anything."""
-        super().finalize(status)
-        made = self._made if status == "failed" else None
-        if made and {path.name for path in made.rglob("*") if path.is_file()} <= BEFORE_RESULTS:
-            shutil.rmtree(made, ignore_errors=True)
-
-
-class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints are written beside their target and renamed, and never unpickled."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
-        """Write all of it, or leave what is there."""
-        replace_file(Path(path), lambda part: torch.save(checkpoint, part))
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """As `read_checkpoint`, whatever Lightning's callers set."""
-        return read_checkpoint(path)
-
-
-def run_folder(trainer: L.Trainer, ckpt_path: str | Path | None = None) -> Path:
-    """The run of a checkpoint, else the folder of the CSV logger."""
-    if ckpt_path is not None:
-        return run_of_checkpoint(ckpt_path)
-    found = (Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger))
-    return next(found, Path(trainer.default_root_dir))
-
-
-def point_latest(trainer: L.Trainer) -> None:
-    """Let the link `latest` name this fit's run; nothing where no logger makes run folders, or off rank 0."""
-    run = run_folder(trainer)
-    if not trainer.is_global_zero or run == Path(trainer.default_root_dir):
-        return
-    link = run.parent / "latest"
-    part = link.with_name(f".latest.{os.getpid()}")
-    part.unlink(missing_ok=True)
-    part.symlink_to(run.name, target_is_directory=True)
-    os.replace(part, link)
 
 
 def will_be_saved(trainer: L.Trainer) -> bool:
@@ -137,11 +57,6 @@ def will_be_saved(trainer: L.Trainer) -> bool:
     if not isinstance(saver, ModelCheckpoint) or saver.monitor is None or saver.save_top_k == 0:
         return True
     return saver.check_monitor_top_k(trainer, trainer.callback_metrics.get(saver.monitor))
-
-
-def current_run(trainer: L.Trainer) -> Path:
-    """`run_folder` of the command that is running; a resumed fit has a folder of its own."""
-    return run_folder(trainer, None if trainer.state.fn == "fit" else trainer.ckpt_path)
 
 
 def data_of(trainer: L.Trainer) -> InteractionData:
@@ -163,41 +78,22 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Called once, on rank 0."""
-        run = run_folder(trainer)
-        for logger in _wandb(trainer):
-            logger.experiment.config.update(_plain(self.config.as_dict()), allow_val_change=True)
-            if logger._wandb_init.get("name") is None:
-                logger.experiment.name = f"{run.parent.name}/{run.name}"
+        log_config(trainer, self.config.as_dict())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A fit that saves no checkpoint has results at its end."""
         point_latest(trainer)
 
 
-def _plain(value: Any) -> Any:
-    """Containers as they are, everything else that is not a number, text or truth value as text."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
-
-
-def _wandb(trainer: L.Trainer) -> list[WandbLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-
-
-@dataclass(eq=False)
-class ExitCalibration(ExitSettings, L.Callback):
+class ExitCalibration(L.Callback):
     """Calibrates exits on the tune fold of every validation and certifies them on the certify fold.
 
-    Its arguments are the settings themselves, so that YAML names `exits.criterion`.
+    The plans lie in the checkpoint under a key of their own, where `plans_of` finds them.
     """
 
-    def __post_init__(self) -> None:
-        """Start without a plan."""
-        super().__post_init__()
-        self.found: Plans | None = None
+    def __init__(self, settings: ExitSettings) -> None:
+        self.settings = settings
+        self.plans: Plans | None = None
         self.refused: str | None = None  # why there is no plan
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -209,7 +105,8 @@ class ExitCalibration(ExitSettings, L.Callback):
             self.calibrate(trainer, module, data_of(trainer), _scores(module), current_run(trainer))
         except ProjectError as error:
             # the plan of an earlier validation does not belong to this checkpoint
-            self.found, self.refused = None, str(error)
+            self.plans = None
+            self.refused = str(error)
             rank_zero_warn(f"exits are not calibrated: {error}", category=UserWarning)
 
     def calibrate(
@@ -224,10 +121,11 @@ class ExitCalibration(ExitSettings, L.Callback):
         path = folder / "results" / "calibrate.json"
         previous = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         with data.clock.stage("calibrate"):
-            features = features_of(module, data, scores)
-            plans = self.found = calibrate(scores, features, self, data.split.hash, previous)
+            features = data.features_of(scores, module.feature_baseline().base)
+            plans = calibrate(scores, features, self.settings, data.split.hash, previous)
+        self.plans = plans
         tune = (scores["fold"] == "tune").to_numpy()
-        rows = PlannedRows(plans.plan, scores.filter(tune), features[tune], self.prefix_cached)
+        rows = PlannedRows(plans.plan, scores.filter(tune), features[tune], self.settings.prefix_cached)
         result = result_head("calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed)
         result |= plans.document
         result["adaptive"] = {"split": "valid", "fold": "tune"} | adaptive_summary(plans, rows)
@@ -240,31 +138,37 @@ class ExitCalibration(ExitSettings, L.Callback):
     @property
     def issued(self) -> dict[str, Any]:
         """The certificate as results/calibrate.json has it; empty without a plan."""
-        return {} if self.found is None else self.found.document["certificate"] or {}
+        return {} if self.plans is None else self.plans.document["certificate"] or {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """The plans; empty before calibration."""
-        return {} if self.found is None else self.found.state()
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the plans, if there are any."""
+        if self.plans is not None:
+            checkpoint[CHECKPOINT_KEY] = self.plans.state()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        if state_dict:
-            self.found = Plans.from_state(state_dict)
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take up the plans of a run."""
+        self.plans = plans_of(checkpoint)
 
     def write_into(self, checkpoint: Path) -> None:
         """Replace the exit plans of a saved checkpoint, whole or not at all."""
-        content = read_checkpoint(checkpoint)
-        content.setdefault("callbacks", {})[self.state_key] = self.state_dict()
+        assert self.plans is not None
+        content = read_checkpoint(checkpoint) | {CHECKPOINT_KEY: self.plans.state()}
         replace_file(checkpoint, lambda part: torch.save(content, part))
 
     def _log(self, trainer: L.Trainer, scores: pl.DataFrame, features: F64) -> None:
         """`select/exit/...` on the select fold, which calibration has not seen."""
-        assert self.found is not None
+        assert self.plans is not None
         fold = (scores["fold"] == "select").to_numpy()
         if not fold.any():
             return
-        rows = PlannedRows(self.found.plan, scores.filter(fold), features[fold], self.prefix_cached, draws=2)
-        summary = rows.summary(self.found.static_exit)
+        rows = PlannedRows(
+            self.plans.plan, scores.filter(fold), features[fold], self.settings.prefix_cached, draws=2
+        )
+        summary = rows.summary(self.plans.static_exit)
         values = {k: summary[k] for k in ("mean_depth", "token_layer_speedup", "auc", "auc_drop")}
         values["certificate_bound"] = self.issued.get("bound")
         known = {f"select/exit/{k}": v for k, v in values.items() if v is not None}
@@ -276,16 +180,6 @@ def exit_calibration_of(trainer: L.Trainer) -> ExitCalibration:
     """The callback of a trainer made by the command line, which always has one."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next(c for c in callbacks if isinstance(c, ExitCalibration))
-
-
-def features_of(module: ExitRecommender, data: InteractionData, scores: pl.DataFrame) -> F64:
-    """Features (n, F) of the rows of a score table: of one split, or of the requests at hand."""
-    if scores["row_id"].null_count():
-        assert data.candidate_retrieved is not None
-        retrieved = data.candidate_retrieved
-    else:
-        retrieved = data.retrieved_of(data.split.rows[scores["row_id"].to_numpy()])
-    return feature_matrix(retrieved, module.feature_baseline().base)
 
 
 class ResultFiles(L.Callback):
@@ -409,15 +303,13 @@ class ResultFiles(L.Callback):
         result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
         name = f"{command}-{self.tag}" if self.tag else command
         path = write_json(folder / "results" / f"{name}.json", result)
-        _log_result(trainer, result, name)
+        log_result(trainer, result, name)
         console = Console(width=120) if not Console().is_terminal else Console()
         console.print(shown(render(result, path.parent)), shown(render_seconds(result)), f"written: {path}")
         if command != "validate":
             page = write_report(folder)
             Console().print(f"report: {page}", soft_wrap=True)
-            for logger in _wandb(trainer):
-                for picture in sorted(page.parent.glob("*.png")):
-                    logger.log_image(f"report/{picture.stem}", [str(picture)])
+            log_pictures(trainer, page.parent)
 
 
 def _scores(module: L.LightningModule) -> pl.DataFrame:
@@ -429,10 +321,12 @@ def _scores(module: L.LightningModule) -> pl.DataFrame:
 def _with_exits(trainer: L.Trainer, module: ExitRecommender, scores: pl.DataFrame) -> pl.DataFrame:
     """The score table with where each row leaves and the logit it leaves with, where there is a plan."""
     calibration = exit_calibration_of(trainer)
-    if calibration.found is None:
+    if calibration.plans is None:
         return scores
-    plan = calibration.found.plan
-    layer, logit = plan.emitted(plan.outputs(scores, features_of(module, data_of(trainer), scores)))
+    plan = calibration.plans.plan
+    layer, logit = plan.emitted(
+        plan.outputs(scores, data_of(trainer).features_of(scores, module.feature_baseline().base))
+    )
     return scores.with_columns(
         exit_layer=pl.Series(layer.numpy()).cast(pl.Int64),
         adaptive_logit=pl.Series(logit.numpy()).cast(pl.Float32),
@@ -444,11 +338,11 @@ def _planned(
 ) -> PlannedRows | None:
     """The reported rows under the exit plan, where there is one."""
     calibration, exits = exit_calibration_of(trainer), content["exits"]
-    if calibration.found is None or not exits:
+    if calibration.plans is None or not exits:
         return None
     part = part_of(scores, exits[0]["split"], exits[0].get("fold"))
-    features = features_of(module, data_of(trainer), part)
-    return PlannedRows(calibration.found.plan, part, features, calibration.prefix_cached)
+    features = data_of(trainer).features_of(part, module.feature_baseline().base)
+    return PlannedRows(calibration.plans.plan, part, features, calibration.settings.prefix_cached)
 
 
 def _adaptive(
@@ -456,18 +350,18 @@ def _adaptive(
 ) -> dict[str, Any]:
     """What the exit plan does to the reported rows; completes the rows of `exits`."""
     calibration, data, exits = exit_calibration_of(trainer), data_of(trainer), content["exits"]
-    assert calibration.found is not None
+    assert calibration.plans is not None
     shares = planned.exits()
     for row in exits:
         row |= shares.get(row["layer"], {})
-    summary = adaptive_summary(calibration.found, planned, calibration.issued.get("risk"))
+    summary = adaptive_summary(calibration.plans, planned, calibration.issued.get("risk"))
     found: dict[str, Any] = {}
     best = next((f for f in baselines if f.name == content["best_baseline"]), None)
     if best is not None:
         against = AgainstBaseline(best, planned.row_id, data.split.rows)
         summary["baseline_difference"] = against.difference(planned.logit)
         if content["chosen_exit"] is not None:
-            plans = [planned, planned.under(calibration.found.without)]
+            plans = [planned, planned.under(calibration.plans.without)]
             found["chosen_exit_by_exit_0"] = _by_exit_0(content["chosen_exit"], plans, against)
     where = {key: exits[0][key] for key in ("split", "fold") if key in exits[0]}
     return {
@@ -518,56 +412,3 @@ def _slices(
             metric, scored_by, *(targets[x].to_numpy() for x in ("label", "user"))
         )
     return found
-
-
-def _log_result(trainer: L.Trainer, result: dict[str, Any], name: str) -> None:
-    """The table and the few numbers that runs are compared by, to W&B."""
-    passed = (result.get("certificate") or {}).get("passed")
-    summary = {
-        f"{name}/minus_best_baseline": (result.get("baseline_difference") or {}).get("value"),
-        f"{name}/chosen_exit": result["chosen_exit"],
-        "certificate/passed": "not tested" if passed is None else passed,
-    }
-    # the last two are there under an exit plan
-    columns = ["auc", "log_loss", "brier", "ece", "exit_share", "auc_leaving"]
-    fold = next((r["fold"] for r in result["exits"] if "fold" in r), None)
-    rows = [[f"exit {r['layer']}", *map(r.get, columns)] for r in result["exits"]]
-    rows += [[r["name"], *map(r.get, columns)] for r in result["baselines"]]
-    for logger in _wandb(trainer):
-        logger.experiment.summary.update({k: v for k, v in summary.items() if v is not None})
-        table = f"{name}/{fold}/exits" if fold else f"{name}/exits"
-        logger.log_table(table, columns=["scores", *columns], data=rows)
-
-
-def write_bundle(module: ExitRecommender, data: InteractionData, folder: Path) -> None:
-    """Write tokenizer, items, protocol and retrieved features of a run, and bundle.json, which describes them."""
-    split = data.split
-    folder.mkdir(parents=True, exist_ok=True)
-    data.tokenizer.save_pretrained(folder / "tokenizer")
-    write_table(folder / "items.parquet", split.interactions.items)
-    write_json(folder / "protocol.json", split.manifest)
-    made = data.features.folders()
-    for name, source in made.items():
-        shutil.copytree(source, folder / name / source.name, dirs_exist_ok=True)
-    if module.items:
-        vectors = {"items": torch.from_numpy(data.item_vectors())}
-        replace_file(folder / ITEM_VECTORS, lambda part: save_file(vectors, part))
-    columns = item_columns(data.prompt, split.interactions.items)
-    write_json(
-        folder / "bundle.json",
-        {
-            "schema_version": SCHEMA_VERSION,
-            "version": own_version(),
-            "base_model": module.backbone_name,
-            "num_layers": module.depth,
-            "exit_layers": module.exit_layers,
-            "answers": module.answers,
-            "interactions": split.interactions.files,
-            "protocol": {"name": split.manifest["name"], "hash": split.hash},
-            "retriever": data.retriever.settings(),
-            "retrieved": f"retrieved/{made['retrieved'].name}",
-            "mf": None if data.mf is None else asdict(data.mf),
-            "prompt": vars(data.prompt),
-            "item_columns": dict(zip(("shown", "not_shown"), columns, strict=True)),
-        },
-    )

@@ -20,18 +20,14 @@ from jsonargparse import dict_to_namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from project.callbacks import (
-    ExitCalibration,
-    ResultFiles,
-    RunLogger,
-    SaveConfig,
-    WholeCheckpoints,
-)
+from project.callbacks import ExitCalibration, ResultFiles, SaveConfig
 from project.config import MISSING, check_yaml, did_you_mean, link_model_and_data, one_line, project_error_in
 from project.datamodule import InteractionData
 from project.errors import CheckpointError, ConfigError
+from project.exits.plan import ExitSettings
 from project.model.module import ExitRecommender
 from project.run import run_of_checkpoint
+from project.run_folder import RunLogger, WholeCheckpoints
 from project.tracking import WandbArtifacts
 from project.trainer import ProjectTrainer
 
@@ -125,7 +121,7 @@ class ProjectCLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,
             }
         )
-        parser.add_lightning_class_args(ExitCalibration, "exits")
+        parser.add_class_arguments(ExitSettings, "exits", fail_untyped=False, sub_configs=True)
         parser.add_lightning_class_args(ResultFiles, "results")
         parser.add_lightning_class_args(WandbArtifacts, "artifacts")
         link_model_and_data(parser)
@@ -162,8 +158,11 @@ class ProjectCLI(LightningCLI):
             raise ours from None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Lightning's, with checkpoints that are written whole or not at all."""
+        """Lightning's, with exits calibrated, and with checkpoints that are written whole or not at all."""
         trainer = super().instantiate_trainer(**kwargs)
+        # first of all: ResultFiles reports the plan of the same validation
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.insert(0, ExitCalibration(self._get(self.config_init, "exits")))
         trainer.strategy.checkpoint_io = WholeCheckpoints()
         return trainer
 

@@ -19,7 +19,7 @@ import polars as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from project.arrays import F32
+from project.arrays import F32, F64
 from project.cache import default_cache, restore
 from project.data.batch import Batch, EvaluationSampler, PackedLoader, StageClock, TrainSampler
 from project.data.download import resolve_model
@@ -37,6 +37,7 @@ from project.data.requests import (
 )
 from project.data.stream import Streams, build_streams
 from project.errors import CheckpointError, ConfigError, DataError, ProjectError
+from project.features import feature_matrix
 from project.retrieval import (
     LightGCN,
     MatrixFactorisation,
@@ -172,6 +173,16 @@ class InteractionData(L.LightningDataModule):
         assert len(splits) <= 1, splits
         table = self.retrieved[splits[0] if splits else "train"]
         return rows.select("row_id").join(table, on="row_id", how="left", maintain_order="left")
+
+    def features_of(self, scores: pl.DataFrame, base: float) -> F64:
+        """Features (n, F) of the rows of a score table, of one split or of the requests at hand.
+
+        `base` is train's share of likes, to which rates of few rows shrink.
+        """
+        if scores["row_id"].null_count():  # candidates of requests are no rows of the log
+            assert self.candidate_retrieved is not None
+            return feature_matrix(self.candidate_retrieved, base)
+        return feature_matrix(self.retrieved_of(self.split.rows[scores["row_id"].to_numpy()]), base)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from project.bundle import ITEM_VECTORS
 from project.data.download import SOURCES
 from project.data.prompt import shows_items, shows_numbers
 from project.engine.predict import load_run
@@ -31,7 +32,7 @@ from project.model.heads import ExitHead
 from project.model.module import ExitRecommender, LoraSettings
 from project.report.report import Run, read_run
 from project.report.tables import render
-from project.run import ITEM_VECTORS, SCHEMA_VERSION, own_version, write_json
+from project.run import SCHEMA_VERSION, own_version, write_json
 
 USAGE = "python -m project export RUN_FOLDER NEW_FOLDER"
 NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/last.ckpt")

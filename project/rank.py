@@ -15,10 +15,9 @@ from rich.console import Console
 from torch import Tensor
 
 from project.arrays import F64, I8
-from project.callbacks import ResultFiles
 from project.data.requests import Workload, catalogue_requests, concatenate, labelled_requests
 from project.engine.engine import score_every_head
-from project.engine.predict import load_weights, plans_of
+from project.engine.predict import load_weights
 from project.engine.requests import prepare_requests
 from project.errors import ConfigError, NotFittedError
 from project.evaluation.bootstrap import UserBootstrap
@@ -35,12 +34,13 @@ from project.exits.criteria import (
     confidence_table,
     name,
 )
-from project.exits.plan import admit, raw_outputs
+from project.exits.plan import admit, plans_of, raw_outputs
 from project.exits.policy import leave
 from project.exits.top_k import TopK, fit_margins, overlap_at_k, precision_at_k
 from project.metrics import user_aucs
 from project.report.tables import render, shown
 from project.run import exit_layers_of, read_result, result_head, write_json, write_table
+from project.run_folder import tag_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -346,8 +346,7 @@ def run_rank(
         "ledger": ledger,
         "stage_seconds": {stage: round(spent, 1) for stage, spent in data.clock.seconds.items()},
     }
-    tags = [c.tag for c in trainer.callbacks if isinstance(c, ResultFiles) and c.tag]  # type: ignore[attr-defined]
-    tag = "".join(f"-{tag}" for tag in tags[:1])
+    tag = tag_of(trainer)
     table = write_table(folder / "scores" / f"rank{tag}.parquet", scores)
     path = write_json(folder / "results" / f"rank{tag}.json", result)
     Console(width=130).print(shown(render(result)), f"written: {path}, {table}")

@@ -22,7 +22,6 @@ from project.errors import CheckpointError, DataError
 
 PolarsType = pl.DataType | type[pl.DataType]
 SCHEMA_VERSION = 1
-ITEM_VECTORS = "item_vectors.safetensors"  # in a bundle: frozen vectors of {item_text}
 LIBRARIES = ("torch", "lightning", "transformers", "torch-geometric", "peft", "polars", "scikit-learn")
 
 SCORE_COLUMNS: dict[str, PolarsType] = {

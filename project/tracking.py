@@ -1,9 +1,10 @@
-"""Weights & Biases: the logger, and the callback that sends a run's checkpoints and reports there."""
+"""Weights & Biases: the logger, and what of a run goes there: configuration, numbers, checkpoints and reports."""
 
 from __future__ import annotations
 
 import netrc
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -13,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from project.callbacks import current_run
 from project.run import read_checkpoint
+from project.run_folder import current_run, run_folder
 
 CLOUD = "https://api.wandb.ai"
 
@@ -51,6 +52,58 @@ def key_is_known() -> bool:
         return False
 
 
+def wandb_loggers(trainer: L.Trainer) -> list[WandbLogger]:
+    """The trainer's loggers that are W&B's."""
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+
+
+def log_config(trainer: L.Trainer, config: Mapping[str, object]) -> None:
+    """Send the configuration, and name the run there as its folder is named."""
+    run = run_folder(trainer)
+    for logger in wandb_loggers(trainer):
+        logger.experiment.config.update(_plain(config), allow_val_change=True)
+        if logger._wandb_init.get("name") is None:
+            logger.experiment.name = f"{run.parent.name}/{run.name}"
+
+
+def _plain(value: object) -> object:
+    """Containers as they are, everything else that is not a number, text or truth value as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def log_result(trainer: L.Trainer, result: Mapping[str, Any], name: str) -> None:
+    """Send the table of a result, and the few numbers that runs are compared by."""
+    loggers = wandb_loggers(trainer)
+    if not loggers:
+        return
+    passed = (result.get("certificate") or {}).get("passed")
+    difference = result.get("baseline_difference")
+    summary = {
+        f"{name}/minus_best_baseline": difference and difference["value"],
+        f"{name}/chosen_exit": result["chosen_exit"],
+        "certificate/passed": "not tested" if passed is None else passed,
+    }
+    # the last two are there under an exit plan
+    columns = ["auc", "log_loss", "brier", "ece", "exit_share", "auc_leaving"]
+    rows = [[f"exit {row['layer']}", *map(row.get, columns)] for row in result["exits"]]
+    rows += [[row["name"], *map(row.get, columns)] for row in result["baselines"]]
+    folds = [row["fold"] for row in result["exits"] if "fold" in row]
+    for logger in loggers:
+        logger.experiment.summary.update({key: value for key, value in summary.items() if value is not None})
+        logger.log_table("/".join([name, *folds[:1], "exits"]), columns=["scores", *columns], data=rows)
+
+
+def log_pictures(trainer: L.Trainer, folder: Path) -> None:
+    """Send the pictures of a report."""
+    for logger in wandb_loggers(trainer):
+        for picture in sorted(folder.glob("*.png")):
+            logger.log_image(f"report/{picture.stem}", [str(picture)])
+
+
 PATTERNS = ("report/*.md", "report/*.html", "report/*.png", "results/*.json")
 
 
@@ -68,7 +121,7 @@ class WandbArtifacts(L.Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log checkpoints and report: all other callbacks are done with training."""
-        for logger in _loggers(trainer):
+        for logger in wandb_loggers(trainer):
             for path, aliases in aliased(trainer) if self.checkpoints else []:
                 _log(logger, "model", {"model.ckpt": path}, aliases, {"global_step": _step(path)})
             _log_report(logger, current_run(trainer), "fit")
@@ -76,7 +129,7 @@ class WandbArtifacts(L.Callback):
     @rank_zero_only
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the report, which now has test's numbers."""
-        for logger in _loggers(trainer):
+        for logger in wandb_loggers(trainer):
             _log_report(logger, current_run(trainer), "test")
 
 
@@ -95,10 +148,6 @@ def aliased(trainer: L.Trainer) -> list[tuple[Path, list[str]]]:
 
 def _step(checkpoint: str | Path) -> int:
     return int(read_checkpoint(checkpoint, mmap=True)["global_step"])
-
-
-def _loggers(trainer: L.Trainer) -> list[WandbLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
 
 
 def _log_report(logger: WandbLogger, run: Path, command: str) -> None:

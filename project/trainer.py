@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import polars as pl
 from rich.console import Console
 
-from project.callbacks import exit_calibration_of, point_latest, run_folder
+from project.callbacks import exit_calibration_of
 from project.datamodule import InteractionData, check_reads
 from project.errors import ConfigError
 from project.evaluation.baselines import baseline_rows, best_baseline, fit_baselines
@@ -20,6 +20,7 @@ from project.model.module import ExitRecommender, check_origin
 from project.rank import RankSettings
 from project.report.tables import render, shown
 from project.run import read_checkpoint, result_head, run_of_checkpoint, table_about, write_json
+from project.run_folder import point_latest, run_folder
 
 DEFAULT_RANKING = RankSettings()
 DEFAULT_SIZES = [1, 8, 64, 256]
@@ -156,7 +157,7 @@ class ProjectTrainer(L.Trainer):
 
         folder = run_folder(self, ckpt_path)
         if only == "engine":
-            settings, device = exit_calibration_of(self), self.strategy.root_device
+            settings, device = exit_calibration_of(self).settings, self.strategy.root_device
             run_engine(model, datamodule, ckpt_path, folder, settings, device, seconds, sizes)
         elif only == "serve":
             from project.benchmark.serve import run_load  # the core has no extra

@@ -21,7 +21,7 @@ from project.callbacks import ExitCalibration, will_be_saved
 from project.data.logs import TableLogs
 from project.data.protocol import Protocol, apply_protocol, build_interactions
 from project.errors import DataError
-from project.exits.plan import ExitPlan
+from project.exits.plan import ExitPlan, ExitSettings
 from project.features import FeatureBaseline, feature_matrix
 from project.model.module import ExitRecommender
 from project.run import SCORE_COLUMNS
@@ -36,7 +36,7 @@ def latest(tmp_path: Path) -> Path:
 
 def state_of(folder: Path) -> dict[str, Any]:
     content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    found: dict[str, Any] = content["callbacks"]["ExitCalibration"]
+    found: dict[str, Any] = content["exit_plans"]
     return found
 
 
@@ -210,8 +210,8 @@ def test_failed_calibration_leaves_no_stale_plan(tmp_path: Path, monkeypatch: py
     """Where a later validation cannot be calibrated, the plan of an earlier one does not go into its checkpoint."""
     module = ExitRecommender("unused", [1, 3])
     module.scores = pl.DataFrame()
-    callback = ExitCalibration()
-    callback.found = cast(Any, "the plan of epoch 0")
+    callback = ExitCalibration(ExitSettings())
+    callback.plans = cast(Any, "the plan of epoch 0")
 
     def fails(*_: object) -> None:
         raise DataError("one class")
@@ -223,4 +223,6 @@ def test_failed_calibration_leaves_no_stale_plan(tmp_path: Path, monkeypatch: py
     )  # fmt: skip
     with pytest.warns(UserWarning, match="not calibrated: one class"):
         callback.on_validation_end(cast(Any, trainer), module)
-    assert callback.state_dict() == {}
+    checkpoint: dict[str, Any] = {}
+    callback.on_save_checkpoint(cast(Any, trainer), module, checkpoint)
+    assert checkpoint == {}

@@ -172,7 +172,7 @@ def test_fit_with_all_five(
     assert "| first_hit |" in (folder / "report" / "report.md").read_text()
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert any(name.endswith("mix.weight") for name in checkpoint["state_dict"])
-    plan = ExitPlan.from_state(checkpoint["callbacks"]["ExitCalibration"]["plan"])
+    plan = ExitPlan.from_state(checkpoint["exit_plans"]["plan"])
     assert isinstance(plan.policy.criterion, package.Margin)
     retriever = json.loads((folder / "bundle" / "bundle.json").read_text())["retriever"]
     assert retriever["class_path"] == "my_package.LatestRaters"

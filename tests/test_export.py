@@ -125,7 +125,7 @@ def test_refusals_of_a_run(fitted: Path, tmp_path: Path) -> None:
     config.write_text(saved)
     checkpoint = fitted / "checkpoints" / "last.ckpt"
     content = torch.load(checkpoint, weights_only=True)
-    del content["callbacks"]["ExitCalibration"]
+    del content["exit_plans"]
     torch.save(content, checkpoint)
     with pytest.raises(NotCalibratedError, match="calibrate"):
         export(fitted, target)

@@ -60,7 +60,7 @@ def settings() -> set[str]:
     from project import callbacks, rank, retrieval, tracking
     from project.data import logs, negatives, prompt, protocol, readers
     from project.datamodule import InteractionData
-    from project.exits import certificate, criteria
+    from project.exits import certificate, criteria, plan
     from project.model import module, optim
     from project.retrieval.base import Retriever
     from project.trainer import ProjectTrainer
@@ -72,7 +72,7 @@ def settings() -> set[str]:
     classes = [
         *(InteractionData, protocol.Protocol, prompt.Prompt, retrieval.MatrixFactorisation),
         *(module.ExitRecommender, optim.OptimSettings, module.LoraSettings),
-        *(callbacks.ExitCalibration, callbacks.ResultFiles, tracking.WandbArtifacts),
+        *(plan.ExitSettings, callbacks.ResultFiles, tracking.WandbArtifacts),
         *(certificate.CertificateSettings, rank.RankSettings, logs.TableLogs, logs.RecBoleLogs),
         *(readers.BookCrossing, readers.AmazonReviews, negatives.Negatives),
         *(retrieval.VectorRetriever, retrieval.LightGCN, retrieval.TextEncoder, retrieval.ItemKNN),

@@ -19,7 +19,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 import project.engine.predict as engine_command
-from project.callbacks import RunLogger, WholeCheckpoints
 from project.engine.actors import run_actors
 from project.engine.predict import run_early_exit
 from project.errors import CheckpointError, ConfigError, DataError
@@ -35,6 +34,7 @@ from project.run import (
     write_json,
     write_table,
 )
+from project.run_folder import RunLogger, WholeCheckpoints
 from project.tracking import Tracking
 from project.trainer import ProjectTrainer
 

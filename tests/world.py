@@ -126,7 +126,7 @@ def spread_exits(run: Path) -> None:
     """
     path = run / "checkpoints" / "last.ckpt"
     content = torch.load(path, weights_only=True)
-    plan = content["callbacks"]["ExitCalibration"]["plan"]
+    plan = content["exit_plans"]["plan"]
     scores = pl.read_parquet(run / "scores" / "test.parquet")
     for head, layer in enumerate(plan["layers"][:-1]):
         slope, exit_0, offset = plan["calibration"][head].tolist()

@@ -16,7 +16,6 @@ import torch
 from project.arrays import F64
 from project.benchmark.llama_cpp import LlamaCpp, can_run, load
 from project.benchmark.transformers import Pointwise, SharedPrefix
-from project.callbacks import features_of
 from project.data.requests import Workload, catalogue_requests, labelled_requests
 from project.engine.cache import StreamCache
 from project.engine.decisions import Decision, ListExits, RowExits, static_exits
@@ -206,7 +205,7 @@ class Bench:
                 scores = pl.read_parquet(path, glob=False)
                 if name == "valid":
                     scores = scores.filter(pl.col("fold") == "tune")
-                self._tables[name] = scores, features_of(model, data, scores)
+                self._tables[name] = scores, data.features_of(scores, model.feature_baseline().base)
         if "test" in self._tables:
             tested = self._tables["test"][0]
             self._labels = tested["label"].to_numpy()

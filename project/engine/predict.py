@@ -14,7 +14,6 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from project.callbacks import ExitCalibration, ResultFiles
 from project.data.download import resolve_model
 from project.data.prompt import PromptEncoder
 from project.data.requests import Refused, Request, Requests, read_requests, some_usable, without_long
@@ -24,11 +23,12 @@ from project.engine.decisions import RowExits
 from project.engine.engine import Engine
 from project.engine.requests import Scores, prepare_requests
 from project.errors import ConfigError, NotCalibratedError, NotFittedError
-from project.exits.plan import ExitPlan, Plans
+from project.exits.plan import ExitPlan, Plans, plans_of
 from project.model.backbone import Backbone
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
 from project.run import read_checkpoint, replace_file, run_of_checkpoint
+from project.run_folder import tag_of
 
 PART = 50_000  # candidates that are in memory at a time, 4.6 KB each
 
@@ -73,13 +73,6 @@ def load_run(
     return plans
 
 
-def plans_of(checkpoint: Mapping[str, Any]) -> Plans | None:
-    """The exit plans in a loaded checkpoint; None where the run was never calibrated."""
-    calibration = ExitCalibration()
-    calibration.load_state_dict(checkpoint.get("callbacks", {}).get(calibration.state_key, {}))
-    return calibration.found
-
-
 def open_calibrated(
     trainer: L.Trainer,
     model: ExitRecommender,
@@ -102,9 +95,7 @@ def open_calibrated(
         )
     data.prepare_data()
     plan = load_run(model, data.tokenizer, checkpoint, data, compared=False).plan
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    tags = [c.tag for c in callbacks if isinstance(c, ResultFiles) and c.tag]
-    place = run_of_checkpoint(checkpoint) / "scores" / "-".join([f"predict-{engine}", *tags])
+    place = run_of_checkpoint(checkpoint) / "scores" / f"predict-{engine}{tag_of(trainer)}"
     return plan, place, {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}
 
 

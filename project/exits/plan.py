@@ -160,6 +160,9 @@ class ExitPlan:
         return cls(Calibration(layers, state["calibration"]), policy, state["exit_0"])
 
 
+CHECKPOINT_KEY = "exit_plans"  # of a run's checkpoint, under which its plans lie
+
+
 @dataclass(frozen=True)
 class Plans:
     """The plans of a run, as its checkpoint keeps them.
@@ -195,6 +198,12 @@ class Plans:
         certified = None if state["certified"] is None else ExitPlan.from_state(state["certified"])
         document = {"certificate": json.loads(state["certificate"])}
         return cls(plan, state["static_exit"], without, state["static_without"], certified, document)
+
+
+def plans_of(checkpoint: Mapping[str, Any]) -> Plans | None:
+    """The exit plans in a loaded checkpoint; None where the run was never calibrated."""
+    state = checkpoint.get(CHECKPOINT_KEY)
+    return None if state is None else Plans.from_state(state)
 
 
 def specification(criterion: Criterion) -> dict[str, Any]:

@@ -29,7 +29,6 @@ import numpy as np
 import polars as pl
 
 from project.arrays import F64, I64
-from project.callbacks import features_of
 from project.datamodule import InteractionData
 from project.engine.cache import StreamCache
 from project.engine.engine import Engine, EveryHead
@@ -214,7 +213,8 @@ def references(
     if not path.is_file() or table_about(path).get("heads") != heads_digest(model.state_dict()):
         return None
     tune = pl.read_parquet(path, glob=False).filter(pl.col("fold") == "tune")
-    features, baseline = features_of(model, data, tune), model.feature_baseline()
+    baseline = model.feature_baseline()
+    features = data.features_of(tune, baseline.base)
     chances = probabilities(baseline.of_features(features))
     losses = excess(chances, tune["label"].to_numpy(), baseline.base)
     rows = tune.select("user", "row_id", excess=pl.Series(losses)).sort("row_id")

@@ -1,0 +1,54 @@
+"""The bundle of a run: what predict, serve and export need of the data, so that a run can be moved."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+
+from project.data.prompt import item_columns
+from project.run import SCHEMA_VERSION, own_version, replace_file, write_json, write_table
+
+if TYPE_CHECKING:
+    from project.datamodule import InteractionData
+    from project.model.module import ExitRecommender
+
+ITEM_VECTORS = "item_vectors.safetensors"  # frozen vectors of {item_text}
+
+
+def write_bundle(module: ExitRecommender, data: InteractionData, folder: Path) -> None:
+    """Write tokenizer, items, protocol and retrieved features of a run, and bundle.json, which describes them."""
+    split = data.split
+    folder.mkdir(parents=True, exist_ok=True)
+    data.tokenizer.save_pretrained(folder / "tokenizer")
+    write_table(folder / "items.parquet", split.interactions.items)
+    write_json(folder / "protocol.json", split.manifest)
+    made = data.features.folders()
+    for name, source in made.items():
+        shutil.copytree(source, folder / name / source.name, dirs_exist_ok=True)
+    if module.items:
+        vectors = {"items": torch.from_numpy(data.item_vectors())}
+        replace_file(folder / ITEM_VECTORS, lambda part: save_file(vectors, part))
+    columns = item_columns(data.prompt, split.interactions.items)
+    write_json(
+        folder / "bundle.json",
+        {
+            "schema_version": SCHEMA_VERSION,
+            "version": own_version(),
+            "base_model": module.backbone_name,
+            "num_layers": module.depth,
+            "exit_layers": module.exit_layers,
+            "answers": module.answers,
+            "interactions": split.interactions.files,
+            "protocol": {"name": split.manifest["name"], "hash": split.hash},
+            "retriever": data.retriever.settings(),
+            "retrieved": f"retrieved/{made['retrieved'].name}",
+            "mf": None if data.mf is None else asdict(data.mf),
+            "prompt": vars(data.prompt),
+            "item_columns": dict(zip(("shown", "not_shown"), columns, strict=True)),
+        },
+    )
