@@ -21,7 +21,6 @@ OTHER_COMMANDS = {
     "export": "a run as a Hugging Face folder",
     "serve": "scores of a run over HTTP",
     "refit": "a served run again, on its log and the events since",
-    "generate": "a log of any size whose truth is known",
 }
 
 
@@ -52,10 +51,6 @@ def run(arguments: list[str]) -> None:
             from project.serve.refit import run_refit
 
             run_refit(rest)
-        case ["generate", *rest]:
-            from project.generate import run_generate
-
-            run_generate(rest)
         case _:
             from project.cli import ProjectCLI
 

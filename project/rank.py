@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import polars as pl
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor
 
-from project.arrays import F64, I8
 from project.data.requests import Workload, catalogue_requests, concatenate, labelled_requests
 from project.engine.engine import score_every_head
 from project.engine.predict import load_weights
@@ -22,24 +17,13 @@ from project.engine.requests import prepare_requests
 from project.errors import ConfigError, NotFittedError
 from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.result import labelled_scores
-from project.exits.calibration import Calibration
 from project.exits.certificate import CertificateSettings, certify_losses, user_means
-from project.exits.cost import request_cost
-from project.exits.criteria import (
-    Consistency,
-    Criterion,
-    HeadOutputs,
-    Ratio,
-    RatioConsistency,
-    confidence_table,
-    name,
-)
-from project.exits.plan import admit, plans_of, raw_outputs
-from project.exits.policy import leave
-from project.exits.top_k import TopK, fit_margins, overlap_at_k, precision_at_k
+from project.exits.plan import admit, plans_of
+from project.exits.ranking import LISTS, RankPolicy, ScoredRequests, costs, overlaps, policies
+from project.exits.top_k import precision_at_k
 from project.metrics import user_aucs
 from project.report.tables import render, shown
-from project.run import exit_layers_of, read_result, result_head, write_json, write_table
+from project.run import read_result, result_head, write_json, write_table
 from project.run_folder import tag_of
 
 if TYPE_CHECKING:
@@ -49,12 +33,7 @@ if TYPE_CHECKING:
     from project.model.module import ExitRecommender
 
 REPORTED = ("tune", "test")  # parts that policies are chosen and reported on
-LEVELS = (
-    1.0, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.925, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0,
-)  # fmt: skip
-"""Values of the one parameter of a policy, from slowest to fastest: quantiles."""
 DRAWS = 1000  # resamples of users behind an interval
-LISTS = (5, 10)  # lengths k of the list that is wanted; the field reports at 5 and 10
 LEAST_LABELLED = 2 * max(LISTS)  # rated items of a labelled request; of fewer any order lists most
 
 
@@ -94,133 +73,6 @@ class RankSettings:
             share = getattr(self, key)
             if not (share > 0 and within):
                 raise ConfigError(f"ranking.{key} is {share}; expected a number above 0 and {most}.")
-
-
-@dataclass(frozen=True, eq=False)
-class ScoredRequests:
-    """r requests with n candidates in all, scored at every head.
-
-    `request` (n,) is each candidate's number of its request, 0..r-1, `user` (r,) each request's user. `target_tokens`
-    (n,) are the candidate's own, `stream_tokens` (n,) its history's; `label` (n,) is -1 where unknown.
-    """
-
-    request: Tensor
-    user: NDArray[Any]
-    outputs: HeadOutputs
-    target_tokens: Tensor
-    stream_tokens: Tensor
-    label: I8
-
-    @classmethod
-    def of(cls, scores: pl.DataFrame, calibration: Calibration | None = None) -> ScoredRequests:
-        """From a score table of candidates, those of a request in order; without a calibration by raw logits."""
-        exit_0 = calibration is None or 0 in calibration.layers
-        raw = raw_outputs(scores, np.zeros((len(scores), 0)), exit_layers_of(scores), exit_0)
-        logits = calibration.apply(raw.logits) if calibration else raw.logits
-        number = scores["request_id"].rle_id().to_numpy().astype(np.int64)
-        starts = np.flatnonzero(np.diff(number, prepend=-1))
-        return cls(
-            torch.from_numpy(number),
-            scores["user"].to_numpy()[starts],
-            HeadOutputs(raw.layers, logits, raw.retrieved),
-            scores["target_tokens"].to_torch(),
-            scores["stream_tokens"].to_torch(),
-            scores["label"].fill_null(-1).to_numpy().astype(np.int8),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """What a policy made of requests: the head at which each candidate left, (n,), and what it is sorted by, (n,)."""
-
-    exits: Tensor
-    keys: Tensor
-
-
-@dataclass(frozen=True)
-class RankPolicy:
-    """A fitted policy: `top_k`, a criterion, `full_depth` or `fixed_depth_<layer>`, and its one parameter, if any."""
-
-    name: str
-    parameter: float | None
-    decide: Callable[[ScoredRequests], Ranking]
-
-
-def fixed_depth(layers: Sequence[int], index: int) -> RankPolicy:
-    """Everyone leaves at one head, that is a static model of that depth."""
-    label = "full_depth" if index == len(layers) - 1 else f"fixed_depth_{layers[index]}"
-    return RankPolicy(label, None, lambda scored: _emitted(scored, torch.full_like(scored.request, index)))
-
-
-def by_row(criterion: Criterion, threshold: float) -> RankPolicy:
-    """Each candidate leaves by itself, at the first head where the criterion's confidence reaches one threshold."""
-
-    def decide(scored: ScoredRequests) -> Ranking:
-        thresholds = torch.full((scored.outputs.heads,), threshold, dtype=torch.float64)
-        return _emitted(scored, leave(confidence_table(criterion, scored.outputs), thresholds))
-
-    return RankPolicy(name(criterion), threshold, decide)
-
-
-def by_margin(policy: TopK, level: float) -> RankPolicy:
-    """Candidates leave when they can no longer reach the list; those that stay longer are listed above them."""
-
-    def decide(scored: ScoredRequests) -> Ranking:
-        exits = policy.exits(scored.request, scored.outputs)
-        reach = 1.0 + float(scored.outputs.logits.max() - scored.outputs.logits.min())
-        return Ranking(exits, _emitted(scored, exits).keys + reach * exits)
-
-    return RankPolicy("top_k", level, decide)
-
-
-def _emitted(scored: ScoredRequests, exits: Tensor) -> Ranking:
-    return Ranking(exits, scored.outputs.logits.gather(1, exits[:, None]).squeeze(1).double())
-
-
-def policies(tune: ScoredRequests, k: int, overlap: float) -> list[RankPolicy]:
-    """Full depth, `top_k`, row policies and every static depth for lists of k.
-
-    Of policies with a parameter these are the fastest that keep this mean overlap@k with full depth on tune.
-    """
-    layers = tune.outputs.layers
-    full = fixed_depth(layers, len(layers) - 1)
-    margins = [by_margin(TopK(k, fit_margins(tune.request, tune.outputs, q)), q) for q in LEVELS]
-    found = [full, fastest(margins, full, tune, k, overlap)]
-    criteria: list[Criterion] = [Consistency(), Ratio(), RatioConsistency()]
-    for criterion in criteria:
-        criterion.fit(tune.outputs)
-        confidence = confidence_table(criterion, tune.outputs)[:, :-1]
-        spread = confidence[confidence.isfinite()].double()
-        if spread.numel():
-            thresholds = torch.quantile(spread, torch.tensor(LEVELS, dtype=torch.float64)).tolist()
-            found.append(fastest([by_row(criterion, t) for t in thresholds], full, tune, k, overlap))
-    return [*found, *(fixed_depth(layers, index) for index in reversed(range(len(layers) - 1)))]
-
-
-def fastest(
-    path: Sequence[RankPolicy], full: RankPolicy, tune: ScoredRequests, k: int, overlap: float
-) -> RankPolicy:
-    """The cheapest policy, prefix cached, with enough mean overlap@k; full depth under its name where none is."""
-    whole = full.decide(tune)
-    best, least = RankPolicy(path[0].name, None, full.decide), float(costs(tune, whole, True).sum())
-    for policy in path:
-        ranking = policy.decide(tune)
-        spent = float(costs(tune, ranking, True).sum())
-        if spent < least and overlaps(tune, ranking, whole, k).mean() >= overlap:
-            best, least = policy, spent
-    return best
-
-
-def overlaps(scored: ScoredRequests, ranking: Ranking, full: Ranking, k: int) -> F64:
-    """Share of full depth's best k that are in the ranking's best k, (r,)."""
-    found: F64 = overlap_at_k(scored.request, ranking.keys, full.keys, k).numpy()
-    return found
-
-
-def costs(scored: ScoredRequests, ranking: Ranking, prefix_cached: bool) -> Tensor:
-    """Token-layers of each request, (r,)."""
-    layer = torch.tensor(scored.outputs.layers)[ranking.exits]
-    return request_cost(scored.request, layer, scored.target_tokens, scored.stream_tokens, prefix_cached)
 
 
 def policy_row(

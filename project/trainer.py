@@ -132,41 +132,32 @@ class ProjectTrainer(L.Trainer):
         datamodule: InteractionData,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
-        only: Literal["packing", "engine", "retrieval", "serve"] = "packing",
+        only: Literal["engine", "serve"] = "engine",
         seconds: float = 60.0,
         sizes: list[int] = DEFAULT_SIZES,
     ) -> None:
         """Measure speed as ratios within one run.
 
         Args:
-            model: Its backbone is measured.
-            datamodule: Real prompts.
-            ckpt_path: A run's checkpoint, to write the result beside its other results; engine and serve need one
-                that is calibrated.
+            model: The run's model.
+            datamodule: Logs that requests are made of.
+            ckpt_path: A calibrated run's checkpoint.
             weights_only: Not used.
-            only: What to measure. packing: training targets a second, packed against one prompt per candidate; engine:
-                requests a second by transformers, at full depth, static depths and early exit; retrieval: seconds to
-                find similar users, by graph, by text encoder and by LLM; serve: requests a second and latency of a
-                server on loopback, plan and full depth; needs the extra `serve` and locust.
+            only: What to measure. engine: requests a second at full depth, at static exits, by the plan, by lists of
+                the best k, and by transformers; serve: requests a second and latency of a server on loopback, plan
+                and full depth; needs the extra `serve` and locust.
             seconds: About how long to measure.
             sizes: Candidates of the engine's requests.
         """
-        from project.benchmark.engine import run_engine
-        from project.benchmark.packing import run_packing
-        from project.benchmark.retrieval import run_retrieval
-
         folder = run_folder(self, ckpt_path)
-        if only == "engine":
-            settings, device = exit_calibration_of(self).settings, self.strategy.root_device
-            run_engine(model, datamodule, ckpt_path, folder, settings, device, seconds, sizes)
-        elif only == "serve":
+        if only == "serve":
             from project.benchmark.serve import run_load  # the core has no extra
 
             run_load(folder, seconds)
-        elif only == "retrieval":
-            run_retrieval(datamodule, folder, seconds)
         else:
-            run_packing(model, datamodule, folder, seconds, self.strategy.root_device)
+            from project.benchmark.engine import run_engine
+
+            run_engine(model, datamodule, ckpt_path, folder, self.strategy.root_device, seconds, sizes)
 
     def predict(  # type: ignore[override]  # Lightning's, with a choice of engine
         self,

@@ -1,6 +1,6 @@
 """What a log's size costs: seconds and peak memory of every stage from files to packed batches, by log.
 
-Generated logs (`python -m project generate`) and MovieLens 1M, each in a process of its own, one thread. Seconds are
+Generated logs (`research/generate.py`) and MovieLens 1M, each in a process of its own, one thread. Seconds are
 those of the processor, so that a busy machine does not count. The exponent of a stage is log(seconds / seconds before)
 over log(rows / rows before), from one generated log to the next ten times larger: 1 is linear.
 
@@ -22,13 +22,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from generate import run_generate
+
 from project.data.batch import TrainSampler, pack
 from project.data.download import resolve_model
 from project.data.logs import Logs, MovieLens1M, TableLogs
 from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import Protocol, apply_protocol, build_interactions
 from project.data.stream import build_streams
-from project.generate import run_generate
 from project.report.tables import render
 from project.retrieval import LightGCN, MatrixFactorisation
 from project.retrieval.factorisation import mf_column

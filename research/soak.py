@@ -9,16 +9,13 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 
-from project.benchmark.serve import CANDIDATES, REQUESTS, drive, serving
-from project.data.requests import catalogue_requests
+from project.benchmark.serve import drawn_requests, drive, serving, with_expected
 from project.run import write_json
 from project.serve.ranker import Ranker
-from project.serve.request import RankRequest
 
 USERS, LOAD = 16, 0.7
 
@@ -32,20 +29,9 @@ def watch(process: psutil.Process, stop: threading.Event, found: list[float]) ->
 
 def main(run: Path, minutes: float) -> None:
     """Measure the full load for a while, then 70 % of it."""
-    # 1. requests and their answers
-    ranker = Ranker.load(run, audit_share=0.0)
-    split = ranker._data.split
-    candidates = min(CANDIDATES, split.interactions.items.height)
-    drawn = catalogue_requests(split, "test", REQUESTS, candidates, ranker._data.seed).requests.requests
-    answers = ranker.rank([RankRequest(r.user_id, None, r.candidates) for r in drawn])
-    sent: list[dict[str, Any]] = [
-        {
-            "body": {"user_id": r.user_id, "candidates": list(r.candidates)},
-            "expected": answer.probability.tolist(),
-        }
-        for r, answer in zip(drawn, answers, strict=True)
-    ]
-    del ranker
+    # 1. requests and the probabilities that responses must have
+    _, requests = drawn_requests(run)
+    sent = with_expected(requests, Ranker.load(run, audit_share=0.0).rank(requests))
     with tempfile.TemporaryDirectory() as folder, serving(run, False, Path(folder)) as (process, address):
         # 2. the full load, once its prefixes are cached
         warm = min(30.0, 15 * minutes)

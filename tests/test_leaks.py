@@ -16,7 +16,6 @@ import polars as pl
 import pytest
 from world import Letters, no_retrieved, read_split
 
-from project.benchmark.packing import prompts_of
 from project.data.logs import RawLogs, TableLogs
 from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import SPLITS, Protocol, SplitInteractions, apply_protocol, build_interactions
@@ -24,6 +23,7 @@ from project.data.stream import build_streams
 from project.retrieval import ItemKNN, LightGCN, MatrixFactorisation, RetrievedFeatures, Retriever
 from project.retrieval.past import WalkRows
 from project.retrieval.walk import block_cuts, fit_snapshots, walk
+from research.packing import prompts_of
 
 KINDS = ("global_time", "user_time", "random", "leave_last", "given")
 SEGMENT = (

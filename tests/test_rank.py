@@ -18,8 +18,7 @@ from project.errors import ConfigError
 from project.evaluation.result import labelled_scores
 from project.exits.calibration import Calibration
 from project.exits.criteria import Consistency
-from project.rank import (
-    RankSettings,
+from project.exits.ranking import (
     ScoredRequests,
     by_row,
     costs,
@@ -27,9 +26,8 @@ from project.rank import (
     fixed_depth,
     overlaps,
     policies,
-    policy_row,
-    rank_rows,
 )
+from project.rank import RankSettings, policy_row, rank_rows
 from project.report.tables import render
 from project.run import SCORE_COLUMNS, score_table
 

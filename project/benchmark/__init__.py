@@ -1,1 +1,1 @@
-"""Speed as ratios: all contenders in turns, in one run."""
+"""Speed as ratios: all configurations in turns, in one run."""

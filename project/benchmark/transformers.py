@@ -1,8 +1,8 @@
 """transformers' own forward of the same weights, one row a candidate, padded: two common ways to serve.
 
 `Pointwise` puts every candidate behind its own copy of the history; `SharedPrefix` computes the history's keys and
-values once and expands them over the candidates. Both read a history as one causal text, so where answers of one second
-stand beside each other, which our rule hides from each other, their logits differ a little from ours.
+values once and expands them over the candidates. Both read a history as one causal text. Our rule hides labels of one
+second from each other, so there their logits differ a little from ours.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache
 
 from project.engine.requests import PreparedRequest, Scored, Scores
-from project.errors import ConfigError
 
 if TYPE_CHECKING:
     from project.model.module import ExitRecommender
 
-Pair = tuple[Tensor, Tensor]
-
+BATCH_TOKENS = 16_384  # most tokens of a batch of prompts, padding included; one prompt may have more
 AT_ONCE = 64  # candidates whose expanded keys and values stand in memory together
 
 
@@ -33,16 +31,12 @@ def library_model(module: ExitRecommender) -> Any:
     """The library's own base model on the module's weights, without its final norm (heads have one of their own)."""
     backbone = module.backbone
     assert backbone is not None
-    if module.lora is not None:
-        raise ConfigError(
-            "model.lora is set: transformers' own forward has no such layers. Expected a fully trained backbone."
-        )
-    config = deepcopy(backbone.config)
     factory: Any = AutoModel  # its constructors are not typed
     with torch.device("meta"):
-        model = factory.from_config(config, attn_implementation="sdpa")
+        model = factory.from_config(deepcopy(backbone.config), attn_implementation="sdpa")
     model.layers.load_state_dict(backbone.layers.state_dict(), assign=True)
-    model.embed_tokens, model.rotary_emb = backbone.embed_tokens, backbone.rotary_emb
+    model.embed_tokens = backbone.embed_tokens
+    model.rotary_emb = backbone.rotary_emb
     model.norm = nn.Identity()
     # the argument was renamed in transformers 5.24
     names = inspect.signature(model.forward).parameters
@@ -54,13 +48,15 @@ class Library:
     """Scores requests by the library's model and the deepest head; subclasses make batches of a request."""
 
     def __init__(self, module: ExitRecommender) -> None:
-        self._model, self._depth = library_model(module), module.depth
+        self._model = library_model(module)
+        self._depth = module.depth
         self._head = module.heads[str(module.depth)].eval()
 
     @torch.inference_mode()
     def score(self, requests: Sequence[PreparedRequest]) -> Scores:
         """Raw logits of the deepest head; seconds are all the backbone's."""
-        scores, start = Scores([]), time.perf_counter()
+        scores = Scores([])
+        start = time.perf_counter()
         for request in requests:
             logits, tokens = self._request(request)
             layers = np.full(len(request), self._depth, dtype=np.int64)
@@ -73,37 +69,32 @@ class Library:
         """Logits in batches, and the tokens that ran."""
         raise NotImplementedError
 
-    def _logits(self, rows: list[Tensor], prefix: Sequence[Pair] = (), length: int = 0) -> Tensor:
-        """Logits (n,) at the last position of each row, behind a prefix of so many tokens: keys and values by layer."""
+    def _logits(self, rows: list[Tensor], prefix: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
+        """Logits (n,) at the last position of each row, behind a prefix's keys and values by layer."""
         tokens, mask, last = padded(rows, self._model.device)
         given: dict[str, Any] = {"use_cache": bool(prefix)}
         if prefix:
-            cache, n = DynamicCache(config=self._model.config), len(rows)
+            cache = DynamicCache(config=self._model.config)
+            n = len(rows)
             for index, (keys, values) in enumerate(prefix):
                 cache.update(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), index)
             given[self._model.cache_argument] = cache
-            mask = torch.cat([mask.new_ones(n, length), mask], dim=1)
+            mask = torch.cat([mask.new_ones(n, prefix[0][0].shape[2]), mask], dim=1)
         hidden = self._model(input_ids=tokens, attention_mask=mask, **given).last_hidden_state
         logits: Tensor = self._head(hidden[torch.arange(len(last), device=hidden.device), last])
         return logits
 
 
 class Pointwise(Library):
-    """One prompt per candidate, padded to the longest.
-
-    A batch has at most `batch_tokens` tokens, padding included; one prompt may have more.
-    """
-
-    def __init__(self, module: ExitRecommender, batch_tokens: int = 16_384) -> None:
-        super().__init__(module)
-        self._batch_tokens = batch_tokens
+    """One prompt per candidate, padded to the longest."""
 
     def _request(self, request: PreparedRequest) -> tuple[list[Tensor], int]:
-        stream, own = request.stream.tokens, request.candidates
-        prompts = [torch.from_numpy(np.concatenate([stream, own[k]])) for k in range(len(request))]
-        at_once = max(1, self._batch_tokens // max(len(p) for p in prompts))
-        logits = [self._logits(prompts[k : k + at_once]) for k in range(0, len(prompts), at_once)]
-        return logits, len(request) * len(stream) + len(own.values)
+        history = request.stream.tokens
+        prompts = [np.concatenate([history, request.candidates[k]]) for k in range(len(request))]
+        at_once = max(1, BATCH_TOKENS // max(map(len, prompts)))
+        rows = [torch.from_numpy(prompt) for prompt in prompts]
+        logits = [self._logits(rows[k : k + at_once]) for k in range(0, len(rows), at_once)]
+        return logits, sum(map(len, prompts))
 
 
 class SharedPrefix(Library):
@@ -115,10 +106,11 @@ class SharedPrefix(Library):
     def __init__(self, module: ExitRecommender, cached: bool = False) -> None:
         super().__init__(module)
         self._cached = cached
-        self._kept: dict[Hashable, list[Pair]] = {}
+        self._kept: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
 
     def _request(self, request: PreparedRequest) -> tuple[list[Tensor], int]:
-        prefix, spent = self._kept.get(request.user), len(request.candidates.values)
+        prefix = self._kept.get(request.user)
+        spent = len(request.candidates.values)
         if prefix is None:
             cache = DynamicCache(config=self._model.config)
             tokens = torch.from_numpy(request.stream.tokens)[None].to(self._model.device)
@@ -128,9 +120,8 @@ class SharedPrefix(Library):
             spent += len(request.stream)
         if self._cached:
             self._kept[request.user] = prefix
-        own = [torch.from_numpy(request.candidates[k]) for k in range(len(request))]
-        parts = [own[k : k + AT_ONCE] for k in range(0, len(own), AT_ONCE)]
-        return [self._logits(part, prefix, len(request.stream)) for part in parts], spent
+        rows = [torch.from_numpy(request.candidates[k]) for k in range(len(request))]
+        return [self._logits(rows[k : k + AT_ONCE], prefix) for k in range(0, len(rows), AT_ONCE)], spent
 
 
 def padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -272,6 +272,10 @@ class Ranker:
         )
         return [answer or next(answers) for answer in found]
 
+    def prepare(self, request: Request) -> PreparedRequest:
+        """A request for items of the log as the engine gets it: prefix, features and exit 0 as of now."""
+        return self._prepare(request, self._codes, self._items, self._encoder)[0]
+
     def _prepare(
         self, request: Request, codes: Mapping[str, int], items: pl.DataFrame, encoder: PromptEncoder
     ) -> tuple[PreparedRequest, Retrieved]:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from world import read_split, streams_without_retrieved, text_of
 
-from project.benchmark.packing import prompts_of
 from project.data.batch import pack
 from project.data.protocol import Protocol
 from project.data.stream import Streams, Window
+from research.packing import prompts_of
 
 KINDS = ("global_time", "user_time", "random", "leave_last")
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from world import Letters, no_retrieved, read_split, text_of
 
-from project.benchmark.packing import prompts_of
 from project.data.batch import Batch, pack
 from project.data.logs import TableLogs
 from project.data.prompt import Prompt, PromptEncoder
@@ -26,6 +25,7 @@ from project.data.stream import Streams, Window, build_streams
 from project.datamodule import InteractionData
 from project.errors import ConfigError
 from project.retrieval import ItemKNN, LightGCN, RetrievedFeatures, Retriever
+from research.packing import prompts_of
 
 KINDS = ("global_time", "user_time", "random", "leave_last")
 REFITS = 5

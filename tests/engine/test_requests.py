@@ -235,15 +235,10 @@ def test_benchmark_writes_rows_of_every_engine(fitted: Path, run: Callable[..., 
     for row in rows:
         if row["engine"] == "packed":
             assert (row["measured_speedup"], row["token_layer_speedup"], row["efficiency"]) == (1, 1, 1)
-            assert row["auc_drop"] == 0
         if row["engine"] == "fixed_depth_1":
             assert row["token_layer_speedup"] == pytest.approx(3)
-        assert row["gflops"] is None or row["gflops"] < 2 * row["gflops_ceiling"]
-        assert row["gbytes_ceiling"] > 0
-        assert 0 <= row["of_limit"] < 2
         # the whole request: features and prompt by the server's index, and the engine
-        assert row["prepare_ms"] == row["features_ms"] + row["prompt_ms"]
-        assert min(row["features_ms"], row["prompt_ms"], row["request_ms"] - row["prepare_ms"]) > 0
+        assert 0 < row["prepare_ms"] < row["whole_ms"]
     early = {(r["candidates"], r["prefix_cached"]) for r in rows if r["engine"] == "early_exit"}
     assert early == cases
 
@@ -253,8 +248,8 @@ def test_benchmark_times_lists(
     fitted: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best one of eight, prefix cached and not: a list has an overlap, and costs no more than full depth."""
-    monkeypatch.setattr("project.benchmark.contenders.LISTS", (1,))
-    monkeypatch.setattr("project.benchmark.contenders.OVERLAP", 0.0)
+    monkeypatch.setattr("project.benchmark.configurations.LISTS", (1,))
+    monkeypatch.setattr("project.benchmark.configurations.OVERLAP", 0.0)
     run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1", "--sizes", "[8]")
     rows = read_result(fitted / "results" / "benchmark.json")["rows"]
     lists = [row for row in rows if row["engine"] == "top_k"]

@@ -25,7 +25,6 @@ from lightning.pytorch.strategies import (
 from torch import Tensor
 from world import Letters, read_split, streams_without_retrieved
 
-from project.benchmark.packing import prompts_of
 from project.data.batch import Batch, pack
 from project.data.protocol import Protocol
 from project.data.stream import Streams, Window
@@ -34,6 +33,7 @@ from project.model.backbone import Backbone
 from project.model.heads import START
 from project.model.module import ExitRecommender, LoraSettings, exit_loss
 from project.model.sharding import shared_mesh
+from research.packing import prompts_of
 
 Make = Callable[..., ExitRecommender]
 EXITS = [1, 3]

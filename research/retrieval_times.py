@@ -1,4 +1,7 @@
-"""The retrieval benchmark: seconds that a neighbour query takes, and the AUC of the neighbours' vote."""
+"""Seconds that a neighbour query takes, and the AUC of the neighbours' vote: `retrieval_times.py RUN OUT [SECONDS]`.
+
+LightGCN as the run has it, a text encoder, and the backbone's hidden states, on the same requests in turns.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
-from rich.console import Console
 
 from project.arrays import F32, F64, I64
+from project.config import open_run
+from project.datamodule import InteractionData
 from project.errors import DataError
 from project.evaluation.baselines import SINGLE_FEATURE, retrieved_features, targets_of, train_labels
 from project.evaluation.bootstrap import UserBootstrap
 from project.features import FEATURES
 from project.metrics import auc
-from project.report.tables import render, shown
 from project.retrieval import (
     LightGCN,
     RetrievedFeatures,
@@ -29,10 +32,7 @@ from project.retrieval import (
 from project.retrieval.base import NO_NEIGHBOURS, Neighbours, Raters, Snapshot
 from project.retrieval.past import WalkRows
 from project.retrieval.walk import walk
-from project.run import result_head, write_json
-
-if TYPE_CHECKING:
-    from project.datamodule import InteractionData
+from project.run import result_head
 
 ROUNDS = 3  # fewer do not show the spread
 FEWEST = 8  # requests: fewer are not a sample
@@ -41,7 +41,7 @@ REFERENCE = "lightgcn"
 
 
 @dataclass
-class Contender:
+class Query:
     """One way to get a query's vector, and the time it took.
 
     A request has three times in seconds: for the vector; the same in processor time of all threads, which other
@@ -51,7 +51,7 @@ class Contender:
     name: str  # of the retriever
     retriever: VectorRetriever
     cached: bool  # the query sums item vectors that are kept; else it encodes the history as text
-    query: Callable[[I64, I64], F32]  # items and labels, oldest first, to the vector (d,)
+    vector_of: Callable[[I64, I64], F32]  # items and labels, oldest first, to the vector (d,)
     rounds: list[list[tuple[float, float, float]]] = field(
         default_factory=lambda: [[] for _ in range(ROUNDS)]
     )
@@ -59,7 +59,7 @@ class Contender:
     def measure(self, number: int, item: I64, label: I64, raters: Raters, answers: I64) -> None:
         """Answer one request in round `number`: vector, nearest raters, and the mean of their answers."""
         start, cpu = time.perf_counter(), time.process_time()
-        vector = self.query(item, label)
+        vector = self.vector_of(item, label)
         between, cpu = time.perf_counter(), time.process_time() - cpu
         found = self.retriever.nearest(vector, raters)
         if found.row.size:
@@ -72,11 +72,11 @@ class Contender:
         return medians
 
 
-def contenders_of(retrievers: Mapping[str, VectorRetriever]) -> list[Contender]:
+def queries_of(retrievers: Mapping[str, VectorRetriever]) -> list[Query]:
     """All retrievers with their item vectors, then those that can also encode a history."""
-    summing = [Contender(name, r, True, r.history_vector) for name, r in retrievers.items()]
+    summing = [Query(name, r, True, r.history_vector) for name, r in retrievers.items()]
     encoding = [
-        Contender(name, r, False, r.encode_history)
+        Query(name, r, False, r.encode_history)
         for name, r in retrievers.items()
         if isinstance(r, TextEncoder)
     ]
@@ -84,18 +84,16 @@ def contenders_of(retrievers: Mapping[str, VectorRetriever]) -> list[Contender]:
 
 
 class InTurns(Retriever):
-    """Goes through the log as one retriever and hands every request to all contenders, which are timed.
+    """Goes through the log as one retriever and hands every request to all queries, which are timed.
 
-    Every request goes to all contenders `ROUNDS` times in turn; the order rotates. No request is in block 0. Retrievers
+    Every request goes to all queries `ROUNDS` times in turn; the order rotates. No request is in block 0. Retrievers
     share neighbours and max_raters; `answers` are labels by position in the log, shape (rows,).
     """
 
-    def __init__(
-        self, retrievers: Mapping[str, VectorRetriever], contenders: list[Contender], answers: I64
-    ) -> None:
+    def __init__(self, retrievers: Mapping[str, VectorRetriever], queries: list[Query], answers: I64) -> None:
         first = next(iter(retrievers.values()))
         super().__init__(first.neighbours, first.max_raters)
-        self._retrievers, self._contenders, self._answers = retrievers, contenders, answers
+        self._retrievers, self._queries, self._answers = retrievers, queries, answers
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget everyone's past."""
@@ -109,9 +107,9 @@ class InTurns(Retriever):
         """Time that all encodings together need for one query whose history has so many rows."""
         history = np.zeros(rows, np.int64), np.ones(rows, np.int64)
         start = time.perf_counter()
-        for contender in self._contenders:
-            if not contender.cached:
-                contender.query(*history)
+        for query in self._queries:
+            if not query.cached:
+                query.vector_of(*history)
         return time.perf_counter() - start
 
     def start_block(self, snapshot: Snapshot, block: int) -> None:
@@ -120,12 +118,12 @@ class InTurns(Retriever):
             retriever.start_block({"weighted": snapshot[name]}, block)
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
-        """Measure all contenders on this request; what they find is not kept."""
+        """Measure all queries on this request; what they find is not kept."""
         items, labels = (np.array(part, np.int64) for part in self._past[user])
         for number in range(ROUNDS):
-            turn = (self._requests + number) % len(self._contenders)
-            for contender in self._contenders[turn:] + self._contenders[:turn]:
-                contender.measure(number, items, labels, raters, self._answers)
+            turn = (self._requests + number) % len(self._queries)
+            for query in self._queries[turn:] + self._queries[:turn]:
+                query.measure(number, items, labels, raters, self._answers)
         self._requests += 1
         return NO_NEIGHBOURS
 
@@ -138,18 +136,11 @@ class InTurns(Retriever):
             retriever.observe(row, user, item, label)
 
 
-def run_retrieval(
-    data: InteractionData,
-    folder: Path,
-    seconds: float,
-    retrievers: Mapping[str, VectorRetriever] | None = None,
-) -> dict[str, Any]:
-    """Measure for about so many seconds, and write results/benchmark-retrieval.json in the run's folder.
-
-    `retrievers` are by name, "lightgcn" first. Retrieved features that are not in the cache take time of their own.
-    """
+def measure(run: Path, seconds: float) -> dict[str, Any]:
+    """The result, measured for about so many seconds; features that are not in the cache take time of their own."""
     # 1. votes of every retriever, which makes the retrieved features that the cache lacks
-    retrievers = retrievers or other_retrievers(data)
+    _, data = open_run(run)
+    retrievers = other_retrievers(data)
     accuracy = vote_accuracy(data, retrievers)
     # 2. all item tables of a block in one snapshot, by the retriever's name
     fitted = {
@@ -162,22 +153,18 @@ def run_retrieval(
         for block in range(cuts.size)
     ]
     # 3. as many test targets as there is time for, by the cost of one with a history of median length
-    rows, contenders = data.split.rows, contenders_of(retrievers)
-    turns = InTurns(retrievers, contenders, rows["label"].to_numpy().astype(np.int64))
+    rows, queries = data.split.rows, queries_of(retrievers)
+    turns = InTurns(retrievers, queries, rows["label"].to_numpy().astype(np.int64))
     sample = _sample(data, cuts)
     turns.begin(data.split.interactions.users.height, data.split.interactions.items)
     cost = turns.encoding_seconds(int(sample["hist"].median()))  # type: ignore[arg-type]
     sample = sample.head(max(FEWEST, int(seconds / max(cost * ROUNDS, 1e-9))))
-    # 4. one walk through the log, which times every contender at every request
+    # 4. one walk through the log, which times every query at every request
     log = replace(WalkRows.from_log(rows), query=rows["row_id"].is_in(sample["row_id"].implode()).to_numpy())
     walk(log, turns, data.split.interactions.items, cuts, snapshots, "requests")
     about = {"requests": sample.height, "rounds": ROUNDS, "history_rows": float(sample["hist"].mean())}  # type: ignore[arg-type]
-    result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
-    result["retrieval"] = [
-        _times(contender, contenders[0]) | accuracy[contender.name] | about for contender in contenders
-    ]
-    path = write_json(folder / "results" / "benchmark-retrieval.json", result)
-    Console(width=150).print(shown(render(result)), f"written: {path}")
+    result = result_head("benchmark", data.split.manifest, str(run / "config.yaml"), data.seed)
+    result["retrieval"] = [_times(query, queries[0]) | accuracy[query.name] | about for query in queries]
     return result
 
 
@@ -221,19 +208,19 @@ def _sample(data: InteractionData, cuts: F64) -> pl.DataFrame:
     targets = targets_of(data.split.rows, "test").filter(usable)
     if targets.is_empty():
         raise DataError(
-            f"benchmark --only retrieval found no test target whose user has earlier rows and before which a retriever "
+            f"found no test target whose user has earlier rows and before which a retriever "
             f"was fitted: data.refits is {data.refits} for {data.split.rows.height} rows; expected more."
         )
     return targets.sample(min(MOST, targets.height), shuffle=True, seed=data.seed)
 
 
-def _times(contender: Contender, reference: Contender) -> dict[str, Any]:
+def _times(query: Query, reference: Query) -> dict[str, Any]:
     """Milliseconds a request, medians over rounds, and their ratio to the reference's: LightGCN's sums."""
-    vector, _, total = contender.milliseconds()
-    ratio, cpu_ratio, total_ratio = contender.milliseconds() / reference.milliseconds()
+    vector, _, total = query.milliseconds()
+    ratio, cpu_ratio, total_ratio = query.milliseconds() / reference.milliseconds()
     return {
-        "retriever": contender.name,
-        "cached": contender.cached,
+        "retriever": query.name,
+        "cached": query.cached,
         "vector_ms": float(np.median(vector)),
         "ms_per_request": float(np.median(total)),
         "spread": [float(total.min()), float(total.max())],

@@ -2,10 +2,11 @@
 
 Activity of users and popularity of items follow power laws, users and items arrive over time. A user's taste is a
 vector that turns slowly, an item's is that of its topic plus its own, and a title's words name the topic. So earlier
-answers, similar users and text each tell something, and what is new is told by text alone.
+labels, similar users and text each tell something, and what is new is told by text alone.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,8 +95,8 @@ def reachable_auc(chance: F32) -> float:
 
 
 def run_generate(arguments: Sequence[str]) -> None:
-    """The command `generate`: writes interactions, their true chances, items and a configuration into a folder."""
-    parser = argparse.ArgumentParser("python -m project generate", description=__doc__, allow_abbrev=False)
+    """Write interactions, their true chances, items and a configuration into a folder."""
+    parser = argparse.ArgumentParser("generate.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--rows", type=float, default=1e5, help="interactions, such as 1e6")
     parser.add_argument("--seed", type=int, default=0)
@@ -111,3 +112,7 @@ def run_generate(arguments: Sequence[str]) -> None:
         f"written: {given.out}, {log.height:,} interactions of {log['user_id'].n_unique():,} users; AUC reachable over "
         f"all rows {reachable_auc(log['chance'].to_numpy()):.4f}; try --config {given.out / 'config.yaml'}"
     )
+
+
+if __name__ == "__main__":
+    run_generate(sys.argv[1:])

@@ -1,35 +1,34 @@
-"""The packing benchmark: training speed by packed windows over that by a padded prompt per candidate, in turns.
+"""Training speed by packed windows over that by a padded prompt per candidate: `packing.py RUN OUT [SECONDS]`.
 
-Both contenders run the backbone forward and backward, transformers' own model on prompts with the same visible history.
+Both, in turns, run the backbone forward and backward, transformers' own model on prompts with the same visible history.
 Windows and prompts are made on the host inside the clock, as a loader would make them.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from transformers import AutoModel
 
 from project.arrays import I64
 from project.benchmark.transformers import padded
+from project.config import open_run
 from project.data.batch import Batch, TrainSampler, pack
 from project.data.download import resolve_model
 from project.data.stream import Streams, Window
+from project.datamodule import InteractionData
 from project.model.backbone import Backbone
-from project.report.tables import render, shown
+from project.model.module import ExitRecommender
+from project.report.tables import render
 from project.run import result_head, write_json
-
-if TYPE_CHECKING:
-    from project.datamodule import InteractionData
-    from project.model.module import ExitRecommender
 
 ROUNDS = 3  # fewer do not show the spread
 
@@ -64,11 +63,11 @@ def _pointwise_batches(streams: Streams, sampler: TrainSampler, batch_tokens: in
             batch.append(prompt)
 
 
-def run_packing(
-    model: ExitRecommender, data: InteractionData, folder: Path, seconds: float, device: torch.device
-) -> dict[str, Any]:
-    """Measure for about so many seconds; write results/benchmark-packing.json into the run folder."""
-    # 1. both contenders on the same training windows
+def measure(run: Path, seconds: float) -> dict[str, Any]:
+    """The result of a run's model and training windows, measured for about so many seconds."""
+    # 1. both ways on the same training windows
+    model, data = open_run(run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data.prepare_data()
     streams = data.streams("train")
     backbone, base = _both(model, data, device)
@@ -94,7 +93,7 @@ def run_packing(
             rates[name].append(targets / (time.perf_counter() - began))
     # 3. medians of the rounds, and of their ratios
     ratios = np.array(rates["packed"]) / np.array(rates["pointwise"])
-    result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
+    result = result_head("benchmark", data.split.manifest, str(run / "config.yaml"), data.seed)
     result["packing"] = {
         "packed_targets_per_s": round(float(np.median(rates["packed"])), 2),
         "pointwise_targets_per_s": round(float(np.median(rates["pointwise"])), 3),
@@ -105,8 +104,6 @@ def run_packing(
         "context_tokens": data.context_tokens,
         "batch_tokens": data.batch_tokens,
     }
-    path = write_json(folder / "results" / "benchmark-packing.json", result)
-    Console().print(shown(render(result)), f"written: {path}")
     return result
 
 
@@ -140,3 +137,8 @@ def _pointwise_step(base: Any, prompts: list[Any]) -> int:
     hidden[torch.arange(len(prompts)), last].square().mean().backward()
     base.zero_grad()
     return len(prompts)
+
+
+if __name__ == "__main__":
+    found = measure(Path(sys.argv[1]), float(sys.argv[3]) if len(sys.argv) > 3 else 60.0)
+    print(render(found), write_json(Path(sys.argv[2]), found), sep="\n")

@@ -1,19 +1,23 @@
-"""llama.cpp on the same weights: the history once, every candidate a sequence of its own behind it, one batch.
+"""llama.cpp on the same weights beside our full depth: `llama.py RUN OUT [CANDIDATES]`; pip install llama-cpp-py-sync.
+
+The history runs once, every candidate is a sequence of its own behind it, all in one batch.
 
 Its graph ends in a vocabulary. Here the deepest head's norm and weights stand there, a vocabulary of one row, so it
 computes what the head does and no more; like the engine it runs the last layer behind its attention at answer slots
-alone. It refuses positions with holes: it reads a history as one causal text, as `project.benchmark.transformers` does.
+alone. It reads a history as one causal text, as `project.benchmark.transformers` does. The package is built for AVX2;
+LLAMA_CPP_LIB names a build of your own.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
+import time
 from collections.abc import Hashable
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import numpy as np
@@ -22,26 +26,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from project.benchmark.transformers import Library
+from project.config import open_run
 from project.data.ragged import within
-from project.engine.requests import PreparedRequest
+from project.data.requests import catalogue_requests
+from project.engine.decisions import static_exits
+from project.engine.engine import Engine
+from project.engine.predict import load_run
+from project.engine.requests import PreparedRequest, prepare_requests
+from project.model.module import ExitRecommender
+from project.report.tables import render
+from project.run import result_head, write_json
 
-if TYPE_CHECKING:
-    from project.model.module import ExitRecommender
+REQUESTS, ROUNDS = 16, 3
+ABOUT = (
+    "Seconds of our full depth over llama.cpp's on the same requests of test in turns, the history not cached: median "
+    "of the rounds."
+)
 
 KINDS = {
     torch.float32: gguf.GGMLQuantizationType.F32,
     torch.float16: gguf.GGMLQuantizationType.F16,
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,
 }
-
-
-def can_run(module: ExitRecommender) -> bool:
-    """Whether the extra `llama` is installed and llama.cpp's Llama computes what this backbone does, on a CPU."""
-    assert module.backbone is not None
-    config, device = module.backbone.config, module.backbone.embed_tokens.weight.device
-    plain = config.model_type in ("llama", "mistral") and config.rope_parameters["rope_type"] == "default"
-    installed = find_spec("llama_cpp_py_sync") is not None
-    return installed and plain and module.lora is None and device.type == "cpu"
 
 
 def write_gguf(module: ExitRecommender, path: Path) -> None:
@@ -172,3 +178,36 @@ class LlamaCpp(Library):
         batch.logits = ffi.from_buffer("int8_t[]", output)
         code = lib.llama_decode(context, batch[0])
         assert code == 0, f"llama_decode says {code}"
+
+
+def measure(run: Path, candidates: int) -> dict[str, Any]:
+    """The result of a calibrated run without adapters, on a CPU: llama, mistral or their like."""
+    # 1. both on the same requests
+    model, data = open_run(run)
+    data.prepare_data()
+    plans = load_run(model, data.tokenizer, run / "checkpoints" / "last.ckpt", data)
+    drawn = catalogue_requests(data.split, "test", REQUESTS, candidates, data.seed)
+    requests = prepare_requests(model, data, drawn.requests)
+    runners = {
+        "engine": Engine(model, static_exits(plans.plan, model.depth)),
+        "llama.cpp": LlamaCpp(model, load(model)),
+    }
+    # 2. rounds, one request at a time
+    seconds = {name: np.zeros(ROUNDS) for name in runners}
+    for number in range(ROUNDS):
+        for request in requests:
+            for name, runner in runners.items():
+                start = time.perf_counter()
+                runner.score([request])
+                seconds[name][number] += time.perf_counter() - start
+    speed = float(np.median(seconds["engine"] / seconds["llama.cpp"]))
+    row = {"candidates": candidates, "requests": len(requests), "speed": speed}
+    return result_head("study", data.split.manifest, str(run / "config.yaml"), data.seed) | {
+        "rows": [row],
+        "about": ABOUT,
+    }
+
+
+if __name__ == "__main__":
+    found = measure(Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else 64)
+    print(render(found), write_json(Path(sys.argv[2]), found), sep="\n")

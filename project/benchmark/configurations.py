@@ -1,0 +1,226 @@
+"""What the engine benchmark times: full depth, static exits, plans, lists of the best k, transformers' own model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from project.arrays import F64
+from project.benchmark.transformers import Library, Pointwise, SharedPrefix
+from project.data.requests import catalogue_requests
+from project.engine.cache import StreamCache
+from project.engine.decisions import ListExits, RowExits, static_exits
+from project.engine.engine import Engine, copied, packed, score_every_head
+from project.engine.requests import PreparedRequest, Scored, prepare_requests
+from project.errors import ConfigError
+from project.evaluation.result import labelled_scores
+from project.exits.plan import ExitPlan, Plans
+from project.exits.ranking import (
+    LISTS,
+    ScoredRequests,
+    fastest,
+    fixed_depth,
+    margin_policies,
+    overlaps,
+)
+from project.metrics import auc
+from project.model.heads import heads_digest
+from project.run import table_about
+
+if TYPE_CHECKING:
+    from project.datamodule import InteractionData
+    from project.model.module import ExitRecommender
+
+REQUESTS = {1: 48, 8: 24, 64: 16, 256: 4}  # candidates of a request -> most requests in the timed sample
+TUNED = {8: 96, 64: 60, 256: 16}  # candidates of a request -> requests of tune that margins are fitted on
+FIXED_HISTORY = 50  # rows
+OVERLAP = 0.97  # least overlap@k on tune of the margins that are taken
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload."""
+
+    candidates: int  # of a request
+    prefix_cached: bool  # all histories' keys and values are cached at full depth before the clock starts
+    history: int | None = None  # latest rows that make the history; None: as logged
+
+    @property
+    def requests(self) -> int:
+        """Most requests in the sample."""
+        return REQUESTS.get(self.candidates, 8)
+
+    @property
+    def short(self) -> bool:
+        """Whether only the main configurations are timed: the others take too long here, or add nothing."""
+        return self.history is not None or self.candidates > 64
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether one prompt a candidate is timed: 64 of them over a long history take minutes a request."""
+        long = self.candidates >= 64 and self.history is None
+        return not self.prefix_cached and not long
+
+
+def cases(sizes: Sequence[int]) -> list[Case]:
+    """All workloads of these numbers of candidates; of 64 also behind a short history."""
+    found = [Case(size, cached) for size in sizes for cached in (False, True)]
+    if 64 in sizes:
+        found += [Case(64, cached, FIXED_HISTORY) for cached in (False, True)]
+    return found
+
+
+@dataclass
+class Configuration:
+    """One runner, the accuracy of its scores, and its times."""
+
+    engine: str  # name in result files: packed, fixed_depth_<k>, early_exit, top_k, pointwise, shared_prefix
+    policy: str  # who leaves where, in words
+    runner: Engine | Library
+    accuracy: dict[str, float | None] = field(default_factory=dict)  # of rows auc, of lists overlap
+    most: int | None = None  # requests it is timed on, the first ones; None: all
+    rounds: int | None = None  # rounds it is timed in; None: all
+    wall: list[list[float]] = field(default_factory=list)  # seconds, a list a round, an entry a request
+    backbone: list[list[float]] = field(default_factory=list)  # the backbone's share of them
+    scored: list[Scored] = field(default_factory=list)  # what the last round scored
+
+    def score(self, request: PreparedRequest) -> None:
+        """Score one request and note the time."""
+        start = time.perf_counter()
+        scores = self.runner.score([request])
+        self.wall[-1].append(time.perf_counter() - start)
+        self.backbone[-1].append(scores.seconds["backbone"])
+        self.scored += scores.requests
+
+    def typical(self, seconds: list[list[float]], requests: int | None = None) -> F64:
+        """(requests,) seconds (`wall` or `backbone`) of each request, or of the first so many: the median of rounds."""
+        found: F64 = np.median(np.array(seconds), axis=0)[:requests]
+        return found
+
+    def token_layers(self, requests: int | None = None) -> int:
+        """Of all requests it scored in a round, or of the first so many."""
+        return sum(s.token_layers for s in self.scored[:requests])
+
+
+def run_rounds(
+    configurations: Sequence[Configuration], requests: Sequence[PreparedRequest], number: int
+) -> None:
+    """Round `number`, from 0: every request is scored by all in turn before the next one; who is first rotates."""
+    running = [c for c in configurations if c.rounds is None or len(c.wall) < c.rounds]
+    for configuration in running:
+        configuration.wall.append([])
+        configuration.backbone.append([])
+        configuration.scored = []
+    for k, request in enumerate(requests):
+        turn = (number + k) % len(running)
+        for configuration in running[turn:] + running[:turn]:
+            if configuration.most is None or k < configuration.most:
+                configuration.score(request)
+
+
+class Bench:
+    """What all workloads of a run share: the model with prepacked weights, its plans, and scores they are judged by.
+
+    `folder` holds the run's score table of test; without one of this checkpoint AUCs are unknown.
+    """
+
+    def __init__(self, model: ExitRecommender, data: InteractionData, folder: Path, plans: Plans) -> None:
+        self.model = model
+        self.plans = plans
+        self._data = data
+        # 1. weights are packed once for all engines
+        self.module = copied(model)
+        assert self.module.backbone is not None
+        self.module.backbone = packed(self.module.backbone.eval())
+        weight = self.module.backbone.embed_tokens.weight
+        self._device = weight.device
+        self.dtype = str(weight.dtype).removeprefix("torch.")
+        # 2. the scores of test and features of the same rows; a table of another checkpoint does not count
+        self._table: tuple[pl.DataFrame, F64] | None = None
+        path = folder / "scores" / "test.parquet"
+        if path.is_file() and table_about(path).get("heads") == heads_digest(model.state_dict()):
+            scores = pl.read_parquet(path, glob=False)
+            self._table = scores, data.features_of(scores, model.feature_baseline().base)
+        # 3. requests scored at every head, by fold and number of candidates
+        self._requests: dict[tuple[str, int], ScoredRequests] = {}
+        # 4. why the fold tune has no requests to fit lists on; None where it has
+        self.no_lists: str | None = None
+        try:
+            catalogue_requests(data.split, "tune", 1, 2, data.seed)
+        except ConfigError as error:
+            self.no_lists = str(error)
+
+    def configurations(self, case: Case, cache: StreamCache | None) -> list[Configuration]:
+        """All configurations of a workload; `cache` holds its histories, None: they are not cached."""
+        # 1. full depth with prepacked weights, which every speed-up is over
+        found = [self.static(self.model.depth, cache)]
+        # 2. static exits
+        for layer in self.model.exit_layers[:-1]:
+            if not case.short or layer == self.plans.static_exit:
+                found.append(self.static(layer, cache))
+        # 3. the run's plan, and the one its certificate allows
+        found.append(self._early_exit("budget", self.plans.plan, cache))
+        if self.plans.certified is not None and not case.short:
+            found.append(self._early_exit("certified", self.plans.certified, cache))
+        # 4. lists of the best k
+        for k in LISTS:
+            if not (case.short or self.no_lists) and case.candidates > 4 * k:
+                found += self._best_list(k, case.candidates, cache)
+        # 5. transformers' own class, which has no adapters
+        if self.model.lora is None and case.pointwise:
+            found.append(Configuration("pointwise", "full depth", Pointwise(self.model), most=2, rounds=2))
+        if self.model.lora is None and case.candidates <= 64:
+            shared = SharedPrefix(self.model, cached=case.prefix_cached)
+            found.append(Configuration("shared_prefix", "full depth", shared, most=4))
+        return found
+
+    def static(self, layer: int, cache: StreamCache | None) -> Configuration:
+        """Every candidate leaves at one layer."""
+        plan = self.plans.plan
+        auc_of_layer = None
+        if self._table is not None:
+            logits = plan.outputs(*self._table).logits[:, plan.layers.index(layer)]
+            auc_of_layer = auc(logits.double().numpy(), self._table[0]["label"])
+        full = layer == self.model.depth
+        engine = Engine(self.module, static_exits(plan, layer, self._device), cache)
+        name = "packed" if full else f"fixed_depth_{layer}"
+        return Configuration(name, "full depth" if full else "static", engine, {"auc": auc_of_layer})
+
+    def _early_exit(self, name: str, plan: ExitPlan, cache: StreamCache | None) -> Configuration:
+        """Candidates leave by a plan."""
+        auc_of_plan = None
+        if self._table is not None:
+            emitted = plan.emitted(plan.outputs(*self._table))[1]
+            auc_of_plan = auc(emitted.double().numpy(), self._table[0]["label"])
+        engine = Engine(self.module, RowExits(plan, self._device), cache)
+        return Configuration("early_exit", f"{name}: {plan.criterion}", engine, {"auc": auc_of_plan})
+
+    def _best_list(self, k: int, candidates: int, cache: StreamCache | None) -> list[Configuration]:
+        """The list policy that is fastest on tune at OVERLAP or more, with its overlap on test, if there is one."""
+        tune = self._scored("tune", candidates)
+        test = self._scored("test", candidates)
+        layers = tune.outputs.layers
+        full = fixed_depth(layers, len(layers) - 1)
+        chosen = fastest(margin_policies(tune, k), full, tune, k, OVERLAP)
+        if chosen.top_k is None:
+            return []
+        kept = overlaps(test, chosen.decide(test), full.decide(test), k)
+        engine = Engine(self.module, ListExits(chosen.top_k, self.plans.plan.calibration), cache)
+        return [Configuration("top_k", f"best {k}", engine, {"overlap": float(kept.mean())})]
+
+    def _scored(self, part: str, candidates: int) -> ScoredRequests:
+        """Catalogue requests of a part, scored at every head."""
+        key = part, candidates
+        if key not in self._requests:
+            count = TUNED.get(candidates, TUNED[64])
+            drawn = catalogue_requests(self._data.split, part, count, candidates, self._data.seed)
+            prepared = prepare_requests(self.model, self._data, drawn.requests)
+            scores = labelled_scores(score_every_head(self.model, prepared), drawn.table)
+            self._requests[key] = ScoredRequests.of(scores, self.plans.plan.calibration)
+        return self._requests[key]
