@@ -18,6 +18,4 @@ def load(run: Path, **options: Any) -> Ranker:
 
 
 if __name__ == "__main__":
-    from project.benchmark import full_depth  # by its name, since worker processes import it, too
-
-    run_serve(sys.argv[1:], full_depth.load)
+    run_serve(sys.argv[1:], load)
