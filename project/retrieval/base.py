@@ -9,6 +9,7 @@ import inspect
 import marshal
 import sys
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -237,7 +238,8 @@ class Growing:
     """Numbers appended one by one; looking at them costs no copy."""
 
     def __init__(self) -> None:
-        self._room, self.size = np.empty(4, np.int64), 0
+        self._room = np.empty(4, np.int64)  # (room,) of which the first `size` are filled
+        self.size = 0
 
     @property
     def values(self) -> I64:
@@ -251,57 +253,31 @@ class Growing:
         self._room[self.size] = value
         self.size += 1
 
-    def keep(self, at: I64) -> None:
-        """Only those at these positions, one at least."""
-        self._room, self.size = self.values[at], at.size
-
 
 class OwnRows:
     """One user's past: finds the rows on the items most similar to a candidate.
 
     Rows of one item are equally similar, and of equals the later come first, so the latest `count` of each item are
-    enough: others are dropped from time to time, and a request costs the distinct items, not the rows.
+    enough: a request costs the distinct items, not the rows.
     """
 
     def __init__(self, count: int) -> None:
-        self._count, self._most = count, 256
-        self._places: dict[int, int] = {}
-        self._items, self._place, self._row, self._label = Growing(), Growing(), Growing(), Growing()
+        self._count = count
+        self._latest: dict[int, deque[int]] = {}  # by item, its latest rows
+        self._flat: I64 | None = None  # (2, kept rows) item and row; made when it is asked for
 
-    @property
-    def items(self) -> I64:
-        """(distinct items,) in the order in which they came first."""
-        return self._items.values
-
-    def add(self, row: int, item: int, label: int) -> None:
+    def add(self, row: int, item: int) -> None:
         """Append a row that is later than all before."""
-        place = self._places.setdefault(item, self._items.size)
-        if place == self._items.size:
-            self._items.append(item)
-        for column, value in ((self._place, place), (self._row, row), (self._label, label)):
-            column.append(value)
-        if self._row.size > self._most:
-            self._drop()
+        self._latest.setdefault(item, deque(maxlen=self._count)).append(row)
+        self._flat = None
 
-    def nearest(self, similarity: F32) -> tuple[I64, I64, F32]:
-        """The `count` most similar rows, of equals the later first: rows, labels and similarities.
-
-        `similarity` is that of `items`, (distinct items,).
-        """
-        of_row = similarity[self._place.values]
-        best = top(of_row, self._count)
-        return self._row.values[best], self._label.values[best], of_row[best]
-
-    def _drop(self) -> None:
-        """Keep the latest `count` rows of each item."""
-        place, size = self._place.values, self._place.size
-        latest_first = np.lexsort((-np.arange(size), place))
-        new = np.diff(place[latest_first], prepend=-1) != 0
-        rank = np.arange(size) - np.maximum.accumulate(np.where(new, np.arange(size), 0))
-        kept = np.sort(latest_first[rank < self._count])
-        for column in (self._place, self._row, self._label):
-            column.keep(kept)
-        self._most = max(self._most, 2 * kept.size)
+    def nearest(self, similarity: F32) -> tuple[I64, F32]:
+        """The `count` most similar rows, of equals the later first, with that of their items, (items,)."""
+        if self._flat is None:
+            self._flat = np.array([(item, row) for item, rows in self._latest.items() for row in rows]).T
+        items, rows = self._flat
+        best = np.lexsort((-rows, -similarity[items]))[: self._count]
+        return rows[best], similarity[items[best]]
 
 
 def top(values: NDArray[np.floating[Any]], count: int) -> I64:

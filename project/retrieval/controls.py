@@ -39,9 +39,11 @@ class ItemKNN(Retriever):
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts."""
-        self._shape = (num_users, items.height + 1)
-        self._own: dict[int, OwnRows] = {}
-        self._likes: Any = None
+        self._shape = (num_users, items.height + 1)  # one more item, which stands for any other
+        self._own: dict[int, OwnRows] = {}  # by user
+        self._likes: Any = (
+            None  # sparse matrix (users, items) of likes before the block; None before the first
+        )
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
         """Keep the liked (user, item) pairs before the block, each once, shape (pairs,) each."""
@@ -52,10 +54,11 @@ class ItemKNN(Retriever):
     def start_block(self, snapshot: Snapshot, block: int) -> None:
         """Compare items by this block's likes from now on."""
         pairs = snapshot["user"], snapshot["item"]
+        likes = np.bincount(snapshot["item"], minlength=self._shape[1])
         self._likes = csr_array((np.ones(pairs[0].size), pairs), shape=self._shape)
-        self._liked_by = self._likes.T.tocsr()
-        self._norms = np.sqrt(np.maximum(np.bincount(snapshot["item"], minlength=self._shape[1]), 1))
-        self._cosines: dict[int, F32] = {}
+        self._liked_by = self._likes.T.tocsr()  # (items, users)
+        self._norms = np.sqrt(np.maximum(likes, 1))  # (items,)
+        self._cosines: dict[int, F32] = {}  # by item that was asked for, with all items
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
         """The user's rows on the most similar items; equal similarity: the later row first."""
@@ -65,14 +68,14 @@ class ItemKNN(Retriever):
         if item not in self._cosines:
             together = (self._liked_by[[item]] @ self._likes).toarray()[0]
             self._cosines[item] = (together / (self._norms * self._norms[item])).astype(np.float32)
-        rows, _, similarity = own.nearest(self._cosines[item][own.items])
+        rows, similarity = own.nearest(self._cosines[item])
         return Neighbours(rows[similarity > 0], similarity[similarity > 0])
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:
         """Remember one row of a user."""
         if user not in self._own:
             self._own[user] = OwnRows(self.neighbours)
-        self._own[user].add(row, item, label)
+        self._own[user].add(row, item)
 
     def forget(self, user: int) -> None:
         """Drop a user's rows."""

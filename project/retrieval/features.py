@@ -292,6 +292,5 @@ def _mf_column(chances: F64) -> pl.Series:
 
 def _merged(log: WalkRows, extra: WalkRows) -> WalkRows:
     """Both in the order of a log: time, then person, then item."""
-    joined = {name: np.concatenate([vars(log)[name], vars(extra)[name]]) for name in vars(log)}
-    order = np.lexsort((joined["item"], joined["person"], joined["timestamp"]))
-    return WalkRows(**{name: array[order] for name, array in joined.items()})
+    rows = WalkRows(**{name: np.concatenate([of, vars(extra)[name]]) for name, of in vars(log).items()})
+    return rows.at(np.lexsort((rows.item, rows.person, rows.timestamp)))

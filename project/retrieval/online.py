@@ -146,15 +146,14 @@ class FeatureIndex:
             rows = self._append(code, person, past, query=True, own=True)
             queries = self._append(code, person, [(item, -1, now) for item in items], query=True)
             # 2. neighbours and rates: the rows of each second, which enter the user's past then, and candidates
-            both = np.concatenate([rows, queries])
-            answers = Answers(self._rows, both, self._retriever, self._items.height, both.size)
+            answers = Answers(self._rows, self._retriever, self._items.height)
             for _, second in groupby(rows.tolist(), lambda row: self._rows.timestamp[row]):
                 together = list(second)
-                answers.answer(self._past, len(together))
+                answers.answer(self._past, np.array(together))
                 for row in together:
                     self._keep(row)
                     self._tell(row)
-            answers.answer(self._past, len(queries))
+            answers.answer(self._past, queries)
             # 3. factorisation and text similarity, which read the user's own rows alone
             own = self._own[code].values if code in self._own else queries[:0]
             own_columns = self._own_columns(np.concatenate([own, queries]), catalogue)

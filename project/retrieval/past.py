@@ -12,14 +12,16 @@ from itertools import islice
 
 import numpy as np
 import polars as pl
-from rich.progress import Progress
+from rich.progress import track
 
 from project.arrays import F64, I8, I64, Bool
 from project.data.protocol import answered
 from project.retrieval.base import Raters, Retriever
 from project.retrieval.compiled import place_of, put_last
 
-BLOCK = 2**16  # answers that are kept as arrays of `neighbours` columns, before they become lists
+LONG = 2**16  # rows from which on a progress bar is shown: making one takes as long as answering a request
+NO_ROOM = np.empty((2, 0), np.int64)
+NO_RATERS = Raters(*NO_ROOM)
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,23 @@ class WalkRows:
     @classmethod
     def from_log(cls, rows: pl.DataFrame, query: bool = True) -> "WalkRows":
         """Rows of a log, by time and user, with every flag (or all but `query`); sampled negatives are not read."""
-        row_id, user, item = (rows[name].to_numpy().astype(np.int64) for name in ("row_id", "user", "item"))
-        timestamp = rows["timestamp"].to_numpy().astype(np.float64)
-        label = rows["label"].to_numpy().astype(np.int8)
-        queries, read = np.full(rows.height, query), answered(rows).to_numpy()
-        return cls(row_id, user, user, item, timestamp, label, query=queries, rater=read, own=read)
+        user = rows["user"].to_numpy().astype(np.int64)
+        read = answered(rows).to_numpy()
+        return cls(
+            row_id=rows["row_id"].to_numpy().astype(np.int64),
+            user=user,
+            person=user,
+            item=rows["item"].to_numpy().astype(np.int64),
+            timestamp=rows["timestamp"].to_numpy().astype(np.float64),
+            label=rows["label"].to_numpy().astype(np.int8),
+            query=np.full(rows.height, query),
+            rater=read,
+            own=read,
+        )
+
+    def at(self, rows: I64) -> "WalkRows":
+        """The rows at these positions, in this order."""
+        return WalkRows(**{name: values[rows] for name, values in vars(self).items()})
 
 
 def own_earlier_rows(user: I64, timestamp: F64) -> tuple[I64, I64, I64]:
@@ -56,11 +70,11 @@ def own_earlier_rows(user: I64, timestamp: F64) -> tuple[I64, I64, I64]:
     Rows are in time order. `order` holds positions of rows grouped by user; (rows,) each.
     """
     order = np.argsort(user, kind="stable")
-    by_user, by_time = user[order], timestamp[order]
-    new_user = np.diff(by_user, prepend=-1) != 0
-    new_second = new_user | (np.diff(by_time, prepend=-np.inf) != 0)
+    new_user = np.diff(user[order], prepend=-1) != 0
+    new_second = new_user | (np.diff(timestamp[order], prepend=-np.inf) != 0)
     position = np.arange(order.size)
-    start, stop = np.empty_like(order), np.empty_like(order)
+    start = np.empty_like(order)
+    stop = np.empty_like(order)
     start[order] = np.maximum.accumulate(np.where(new_user, position, 0))
     stop[order] = np.maximum.accumulate(np.where(new_second, position, 0))
     return order, start, stop
@@ -74,20 +88,11 @@ def queries_by_user(rows: WalkRows, description: str) -> Iterator[tuple[I64, I64
     """
     order = np.argsort(rows.user, kind="stable")
     of_user = np.split(order, np.flatnonzero(np.diff(rows.user[order])) + 1)
-    # making a bar takes as long as answering a request
-    for index in of_user if order.size < BLOCK else _followed(of_user, order.size, description):
-        own, queries = index[rows.own[index]], index[rows.query[index]]
+    for index in track(of_user, description, transient=True) if order.size >= LONG else of_user:
+        own = index[rows.own[index]]
+        queries = index[rows.query[index]]
         if queries.size:
             yield queries, own, np.searchsorted(rows.timestamp[own], rows.timestamp[queries], side="left")
-
-
-def _followed(parts: list[I64], total: int, description: str) -> Iterator[I64]:
-    """The parts, with a progress bar of their rows."""
-    with Progress(transient=True) as progress:
-        task = progress.add_task(description, total=total)
-        for part in parts:
-            yield part
-            progress.advance(task, part.size)
 
 
 class Past:
@@ -95,10 +100,10 @@ class Past:
 
     def __init__(self, max_raters: int) -> None:
         self._max_raters = max_raters
-        self._raters: dict[int, I64] = {}  # by item: rows and persons, (2, room)
-        self._size: dict[int, int] = {}  # by item: how many there are
-        self._items: dict[int, list[int]] = {}  # likes and rows of each
-        self._users: dict[int, list[int]] = {}
+        self._raters: dict[int, I64] = {}  # by item, rows and persons of its raters, (2, room), oldest first
+        self._size: dict[int, int] = {}  # by item, how many columns of these are filled
+        self._items: dict[int, list[int]] = {}  # by item, likes and rows
+        self._users: dict[int, list[int]] = {}  # by user, likes and rows
 
     def raters(self, item: int, person: int) -> Raters:
         """Raters of an item without `person`, oldest first, the latest row of each, at most max_raters."""
@@ -119,12 +124,13 @@ class Past:
         label = int(rows.label[row])
         if rows.rater[row]:
             item = int(rows.item[row])
-            known, size = self._raters.get(item), self._size.get(item, 0)
+            size = self._size.get(item, 0)
+            raters = self._raters.get(item, NO_ROOM)
             # one more than max_raters, since a person's own row is not shown to them
-            if known is None or size == known.shape[1] <= self._max_raters:
+            if size == raters.shape[1] <= self._max_raters:
                 more = np.empty((2, min(max(size, 4), self._max_raters + 1 - size)), np.int64)
-                known = self._raters[item] = more if known is None else np.concatenate([known, more], axis=1)
-            self._size[item] = put_last(known, size, row, int(rows.person[row]))
+                raters = self._raters[item] = np.concatenate([raters, more], axis=1)
+            self._size[item] = put_last(raters, size, row, int(rows.person[row]))
             _count(self._items, item, label)
         if rows.own[row]:
             _count(self._users, int(rows.user[row]), label)
@@ -132,9 +138,6 @@ class Past:
     def forget(self, user: int) -> None:
         """Drop the rate of a user."""
         self._users.pop(user, None)
-
-
-NO_RATERS = Raters(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 def _count(counts: dict[int, list[int]], code: int, label: int) -> None:
@@ -153,16 +156,19 @@ class SimilarLikes:
     def __init__(self, retriever: Retriever) -> None:
         self._retriever = retriever
         self._lists: dict[int, list[int]] = {}  # by position of the row
-        self._likes: dict[int, dict[int, None]] = {}  # by person, the one with the latest row last
+        self._likes: dict[int, dict[int, None]] = {}  # by person, liked items; who has the latest row is last
         self._rated: dict[int, list[int]] = {}  # by user, an item as often as it was rated
 
-    def observe(self, group: range, rows: WalkRows) -> None:
+    def observe(self, rows: WalkRows, group: range) -> None:
         """Take in the rows of a second (or of several without a query) and make the lists that are due after it."""
-        # 1. likes and ratings; by user: rows before the second, person, latest position
-        latest: dict[int, tuple[int, int, int]] = {}
+        # 1. likes and ratings
+        before: dict[int, int] = {}  # by user who was answered: how many rows they had until then
+        latest: dict[int, int] = {}  # by user who was answered: their latest row
         for row in group:
-            user, person, item = int(rows.user[row]), int(rows.person[row]), int(rows.item[row])
+            user = int(rows.user[row])
+            item = int(rows.item[row])
             if rows.rater[row]:
+                person = int(rows.person[row])
                 liked = self._likes.pop(person, {})
                 liked.pop(item, None)
                 if rows.label[row] == 1:
@@ -171,30 +177,33 @@ class SimilarLikes:
             if rows.own[row]:
                 rated = self._rated.setdefault(user, [])
                 if rows.query[row]:
-                    latest[user] = (latest[user][0] if user in latest else len(rated), person, row)
+                    before.setdefault(user, len(rated))
+                    latest[user] = row
                 rated.append(item)
         # 2. a list after the last row of a user whose count has passed a multiple of similar_every
         every = self._retriever.similar_every
-        for user, (before, person, row) in latest.items():
-            if len(self._rated[user]) // every > before // every:
-                found = self._list(user, person)
-                if found:
-                    self._lists[row] = found
+        for user, row in latest.items():
+            if len(self._rated[user]) // every > before[user] // every:
+                items = self._list(user, int(rows.person[row]))
+                if items:
+                    self._lists[row] = items
 
     def column(self, rows: I64) -> pl.Series:
         """Lists of the rows at these positions, List(Int32); null where there is none."""
         return pl.Series([self._lists.get(row) for row in rows.tolist()], dtype=pl.List(pl.Int32))
 
     def _list(self, user: int, person: int) -> list[int]:
+        # 1. similar users among the latest who like something
         latest_first = (other for other, liked in reversed(self._likes.items()) if liked and other != person)
         others = list(islice(latest_first, self._retriever.max_raters))[::-1]
         similar = self._retriever.most_similar(user, np.array(others, np.int64))
         liked = [np.fromiter(self._likes[other], np.int64) for other in similar.user.tolist()]
         if not liked:
             return []
+        # 2. what they like, by the sum of their similarities
         items, place = np.unique(np.concatenate(liked), return_inverse=True)
         weight = np.repeat(similar.similarity.astype(np.float64), [part.size for part in liked])
-        score = np.bincount(place, weight)
+        score = np.bincount(place, weight)  # (items,)
         score[np.isin(items, self._rated[user])] = 0
         best = np.argsort(-score, kind="stable")[: self._retriever.similar_items]
         found: list[int] = items[best[score[best] > 0]].tolist()

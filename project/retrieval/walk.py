@@ -4,7 +4,7 @@ In reading order: the log in blocks, and what is fitted before each; the walk; t
 `past` holds the rows and what has been observed of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ import polars as pl
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from project.arrays import F64, I64
+from project.arrays import F32, F64, I64
 from project.data.protocol import answered
 from project.errors import ConfigError
 from project.features import Retrieved
 from project.retrieval.base import Edges, Neighbours, Retriever, Snapshot
-from project.retrieval.past import BLOCK, Past, SimilarLikes, WalkRows
+from project.retrieval.past import Past, SimilarLikes, WalkRows
 
-CHECKED_TOGETHER = 4096  # answers; fewer at first, so that a slow and wrong retriever is refused early
+CHECKED_TOGETHER = 4096  # answers; fewer at first, so that a slow and wrong retriever fails early
+BLOCK = 2**16  # answers that become a table together, which bounds the memory
+NOTHING = np.empty(0, np.int64)
 
 
 def block_cuts(timestamp: F64, refits: int) -> F64:
@@ -66,8 +68,10 @@ class Snapshots:
 def edges_before(rows: pl.DataFrame, cuts: F64) -> list[Edges]:
     """The rows strictly before each cut; rows in time order, columns user, item, timestamp, label."""
     rows = rows.filter(answered(rows))
-    user, item, label = (rows[name].to_numpy().astype(np.int64) for name in ("user", "item", "label"))
-    ends = np.searchsorted(rows["timestamp"].to_numpy(), cuts, side="left").tolist()
+    user = rows["user"].to_numpy().astype(np.int64)
+    item = rows["item"].to_numpy().astype(np.int64)
+    label = rows["label"].to_numpy().astype(np.int64)
+    ends = np.searchsorted(rows["timestamp"].to_numpy(), cuts, side="left")
     return [Edges(user[:end], item[:end], label[:end]) for end in ends]
 
 
@@ -75,13 +79,10 @@ def fit_blocks(
     rows: pl.DataFrame, cuts: F64, fit: Callable[[Edges, int], Snapshot], description: str
 ) -> Snapshots:
     """What `fit` makes of all rows strictly before each block 1, 2, ...; `description` labels the progress bar."""
-    before, fitted = edges_before(rows, cuts), list[Snapshot]()
+    before = edges_before(rows, cuts)
     with Progress(transient=True) as progress:
-        task = progress.add_task(description, total=sum(edges.label.size for edges in before))
-        for block, edges in enumerate(before, 1):
-            fitted.append(fit(edges, block))
-            progress.advance(task, edges.label.size)
-    return Snapshots(cuts, fitted)
+        blocks = progress.track(enumerate(before, 1), total=len(before), description=description)
+        return Snapshots(cuts, [fit(edges, block) for block, edges in blocks])
 
 
 def fit_snapshots(
@@ -106,37 +107,39 @@ def walk(
     bar.
     """
     retriever.begin(int(rows.user.max(initial=-1)) + 1, items)
-    queries = np.flatnonzero(rows.query)
     past = Past(retriever.max_raters)
-    answers = Answers(rows, queries, retriever, items.height, min(queries.size, BLOCK))
+    answers = Answers(rows, retriever, items.height)
     similar = SimilarLikes(retriever) if retriever.similar_every else None
-    block_of = np.searchsorted(cuts, rows.timestamp, side="right")
-    block, check_at = 0, 1
+    block_of = np.searchsorted(cuts, rows.timestamp, side="right")  # (rows,)
+    block = 0  # the one whose snapshot the retriever answers from
+    check_at = 1  # so many unchecked answers are checked together
+    starts = _span_starts(rows, block_of)
+    spans = zip(starts, np.append(starts, rows.timestamp.size)[1:], strict=True)
     with Progress(transient=True) as progress:
-        starts = _span_starts(rows, block_of)
-        for start, stop in progress.track(_spans(starts, rows), total=starts.size, description=description):
+        for start, stop in progress.track(spans, total=starts.size, description=description):
+            second = range(start, stop)
             # 1. a new block: answer from what was fitted before it
             if block_of[start] != block:
                 block = int(block_of[start])
                 retriever.start_block(snapshots[block - 1], block)
             # 2. answer all rows of the second, from strictly earlier ones
-            for row in range(start, stop):
+            for row in second:
                 if rows.query[row]:
-                    answers.answer(past, 1)
+                    answers.answer(past, np.array([row]))
             if answers.unchecked >= check_at:
                 answers.check()
                 check_at = min(2 * check_at, CHECKED_TOGETHER)
             # 3. observe the rows of the second
-            for row in range(start, stop):
+            for row in second:
                 past.observe(rows, row)
                 if rows.own[row]:
                     retriever.observe(row, int(rows.user[row]), int(rows.item[row]), int(rows.label[row]))
             # 4. lists that are due, dated just after the second: they may hold its answers
             if similar is not None:
-                similar.observe(range(start, stop), rows)
+                similar.observe(rows, second)
     table = answers.table()
     if similar is not None:
-        table = table.with_columns(similar_after=similar.column(queries))
+        table = table.with_columns(similar_after=similar.column(np.flatnonzero(rows.query)))
     return table
 
 
@@ -146,93 +149,93 @@ def _span_starts(rows: WalkRows, block_of: I64) -> I64:
     if not new_group.size:
         return new_group
     query = np.logical_or.reduceat(rows.query, new_group)
+    after_query = np.concatenate([[True], query[:-1]])
     new_block = np.diff(block_of, prepend=-1)[new_group] != 0
-    starts: I64 = new_group[query | np.concatenate([[True], query[:-1]]) | new_block]
+    starts: I64 = new_group[query | after_query | new_block]
     return starts
-
-
-def _spans(starts: I64, rows: WalkRows) -> Iterator[tuple[int, int]]:
-    """Spans as (start, stop); some are numbers of Python at a time, since these are large."""
-    stops = np.append(starts[1:], rows.timestamp.size)
-    for part in (slice(k, k + BLOCK) for k in range(0, starts.size, BLOCK)):
-        yield from zip(starts[part].tolist(), stops[part].tolist(), strict=True)
 
 
 class Answers:
     """Collects and checks what a retriever answers, and makes the retrieved features table of it.
 
-    `queries` are the positions of the rows to answer, in the order in which `answer` is called; `num_items` is the code
-    of any item that the retriever does not know. Arrays hold `size` answers, which is at least what one call of
-    `answer` adds; the others are in tables already.
+    `num_items` is the code of any item that the retriever does not know. Every BLOCK answers become a table, which
+    bounds the memory.
     """
 
-    def __init__(self, rows: WalkRows, queries: I64, retriever: Retriever, num_items: int, size: int) -> None:
-        neighbours = retriever.neighbours
-        self._rows, self._queries, self._retriever = rows, queries, retriever
-        self._num_items, self._answered, self._checked = num_items, 0, 0  # of the block of `queries`
-        self._closed: list[pl.DataFrame] = []
-        self._count = np.zeros(size, np.int32)
-        self._row = np.zeros((size, neighbours), np.int64)
-        self._similarity = np.zeros((size, neighbours), np.float32)
-        self._rates = np.zeros((size, 4), np.int32)
-        self._own_items = np.zeros((size, 2), np.float32)
+    def __init__(self, rows: WalkRows, retriever: Retriever, num_items: int) -> None:
+        self._rows = rows
+        self._retriever = retriever
+        self._num_items = num_items
+        self._closed = list[pl.DataFrame]()  # tables of earlier blocks of answers
+        self._begin()
 
-    def answer(self, past: Past, count: int) -> None:
-        """Keep the retriever's answers to the next rows, which are of one user and second, and the counts so far."""
-        if self._answered + count > self._count.size:
+    def _begin(self) -> None:
+        """Begin a block: lists with an entry for each of its n answers."""
+        self._query = list[int]()  # position of the row that is answered
+        self._row = list[I64]()  # (neighbours,) positions of their rows, most similar first
+        self._similarity = list[F32]()  # (neighbours,)
+        self._rates = list[tuple[int, ...]]()  # likes and rows of the item, likes and rows of the user
+        self._own_items = [np.empty((0, 2))]  # (answers of a call, 2), see Retriever.item_similarities
+        self._checked = 0  # leading answers that were checked
+
+    def answer(self, past: Past, queries: I64) -> None:
+        """Keep the retriever's answers to rows (n,) of one user and second, and the counts so far."""
+        if len(self._query) + len(queries) > BLOCK:
             self._close()
-        rows, retriever, first = self._rows, self._retriever, self._answered
-        queries = self._queries[first : first + count]
-        if not count:
+        if not len(queries):
             return
-        user, person = int(rows.user[queries[0]]), int(rows.person[queries[0]])
-        time, items = float(rows.timestamp[queries[0]]), rows.item[queries]
+        retriever = self._retriever
+        user = int(self._rows.user[queries[0]])
+        person = int(self._rows.person[queries[0]])
+        time = float(self._rows.timestamp[queries[0]])
+        items = self._rows.item[queries]
         known = np.minimum(items, self._num_items)
         for item, code in zip(items.tolist(), known.tolist(), strict=True):
-            at = self._answered
             found = retriever.select(user, code, time, past.raters(item, person))
             if not isinstance(found, Neighbours) or len(found.row) != len(found.similarity):
-                raise self._refused(f"returned {found!r:.200}")
-            size = len(found.row)
-            if size > retriever.neighbours:
-                raise self._refused(f"returned {size} rows")
-            self._count[at] = size
-            self._row[at, :size], self._similarity[at, :size] = found
-            self._rates[at] = past.rates(item, user)
-            self._answered += 1
+                raise self._error(f"returned {found!r:.200}")
+            if len(found.row) > retriever.neighbours:
+                raise self._error(f"returned {len(found.row)} rows")
+            # copies, because later rows move the raters
+            self._row.append(np.array(found.row, np.int64))
+            self._similarity.append(np.array(found.similarity, np.float32))
+            self._rates.append(past.rates(item, user))
+        self._query += queries.tolist()
         if retriever.item_neighbours:
-            self._own_items[first : self._answered] = retriever.item_similarities(user, known)
+            self._own_items.append(retriever.item_similarities(user, known))
 
     @property
     def unchecked(self) -> int:
         """Answers since `check` was called."""
-        return self._answered - self._checked
+        return len(self._query) - self._checked
 
     def check(self) -> None:
-        """Refuse answers that name a row that the retriever was not given, since it may lie in the future.
+        """Raise an error if an answer names a row that the retriever was not given: it may lie in the future.
 
         A row must be an earlier rating of the item by somebody else, or an earlier row of the user's own past.
         """
-        rows, at = self._rows, slice(self._checked, self._answered)
-        self._checked = self._answered
-        used = np.arange(self._row.shape[1]) < self._count[at][:, None]
-        queries, found = np.repeat(self._queries[at], self._count[at]), self._row[at][used]
-        if not np.isfinite(self._similarity[at][used]).all():
-            raise self._refused("returned a similarity that is NaN or infinite")
-        there = (found >= 0) & (found < rows.row_id.size)
-        place = np.where(there, found, 0)
-        own = rows.own[place] & (rows.user[place] == rows.user[queries])
-        others = rows.rater[place] & (rows.item[place] == rows.item[queries])
-        others &= rows.person[place] != rows.person[queries]
-        given = there & (rows.timestamp[place] < rows.timestamp[queries]) & (own | others)
+        rows = self._rows
+        found = np.concatenate([NOTHING, *self._row[self._checked :]])  # (pairs,)
+        similarity = np.concatenate([NOTHING, *self._similarity[self._checked :]])
+        count = [len(row) for row in self._row[self._checked :]]
+        query = np.repeat(np.array(self._query[self._checked :], np.int64), count)
+        self._checked = len(self._query)
+        if not np.isfinite(similarity).all():
+            raise self._error("returned a similarity that is NaN or infinite")
+        exists = (found >= 0) & (found < rows.row_id.size)
+        row = np.where(exists, found, 0)
+        own = rows.own[row] & (rows.user[row] == rows.user[query])
+        others = rows.rater[row] & (rows.item[row] == rows.item[query])
+        others &= rows.person[row] != rows.person[query]
+        given = exists & (rows.timestamp[row] < rows.timestamp[query]) & (own | others)
         if not given.all():
             first = int((~given).argmax())
-            raise self._refused(
-                f"answered row {queries[first]} with row {found[first]}, neither one of the raters that it was given "
+            raise self._error(
+                f"answered row {query[first]} with row {found[first]}, neither one of the raters that it was given "
                 "nor an earlier row of the user that observe got, so it may leak the future"
             )
 
-    def _refused(self, found: str) -> ConfigError:
+    def _error(self, found: str) -> ConfigError:
         kind = type(self._retriever)
         return ConfigError(
             f"data.retriever is {kind.__module__}.{kind.__qualname__}: its select {found}; expected Neighbours(row, "
@@ -241,60 +244,64 @@ class Answers:
         )
 
     def retrieved(self) -> Retrieved:
-        """Features of the answers in the arrays as numbers, as precise as in the table; a share of nothing is NaN."""
+        """Features of the block's answers as numbers, as precise as in the table; a share of nothing is NaN."""
         self.check()
-        block = slice(self._answered)
 
-        def share(part: NDArray[Any], total: NDArray[Any]) -> F64:
+        def share(part: F64, total: F64) -> F64:
             return as_stored(np.divide(part, total, out=np.full_like(total, np.nan), where=total > 0))
 
-        used = np.arange(self._row.shape[1]) < self._count[block][:, None]
-        answer = self._rows.label[self._row[block][used]].astype(np.float64)
-        of_row = np.nonzero(used)[0]
-        item_likes, item_count, user_likes, user_count = self._rates[block].T.astype(np.float64)
-        count = self._count[block].astype(np.float64)
+        count: F64 = np.array([row.size for row in self._row], np.float64)  # (n,)
+        of_row = np.repeat(np.arange(count.size), count.astype(np.int64))  # (pairs,)
+        answer = self._rows.label[np.concatenate([NOTHING, *self._row])].astype(np.float64)
+        similarity = np.concatenate([NOTHING, *self._similarity]).astype(np.float64)
+        rates = np.array(self._rates, np.float64).reshape(-1, 4)
         columns = {
-            "vote": share(np.bincount(of_row, answer, len(count)), count),
+            "vote": share(np.bincount(of_row, answer, count.size).astype(np.float64), count),
             "neighbour_count": count,
-            "item_rate": share(item_likes, item_count),
-            "item_count": item_count,
-            "user_rate": share(user_likes, user_count),
-            "user_count": user_count,
+            "item_rate": share(rates[:, 0], rates[:, 1]),
+            "item_count": rates[:, 1],
+            "user_rate": share(rates[:, 2], rates[:, 3]),
+            "user_count": rates[:, 3],
         }
         if self._retriever.item_neighbours:
-            likes, weight = self._own_items[block].T.astype(np.float64)
+            likes, weight = as_stored(np.concatenate(self._own_items)).T
             columns |= {"item_similarity": share(likes, weight), "item_similarity_weight": weight}
-        return Retrieved(columns, of_row, self._similarity[block][used].astype(np.float64), answer)
+        return Retrieved(columns, of_row, similarity, answer)
 
     def table(self) -> pl.DataFrame:
-        """Retrieved features of all queries."""
+        """Retrieved features of all answers."""
         self._close()
         return pl.concat(self._closed)
 
     def _close(self) -> None:
-        """Make a table of the answers in the arrays; the next query begins them anew."""
-        columns, block = self.retrieved().columns, slice(self._answered)
-        lists: dict[
-            str, tuple[NDArray[Any], Any]
-        ] = {  # with their type, because older polars forgets it where there are no rows
-            "neighbours": (self._rows.row_id[self._row[block]], pl.Int64),
-            "similarities": (self._similarity[block].copy(), pl.Float32),
-            "answers": (self._rows.label[self._row[block]], pl.Int8),
-        }
-        ids, count = self._rows.row_id[self._queries[block]], self._count[block].copy()
-        frame = pl.DataFrame({"row_id": ids, "count": count}).with_columns(
-            pl.Series(values).arr.to_list().alias(name) for name, (values, _) in lists.items()
-        )
-        kinds = {name: pl.Int32 if name.endswith("_count") else pl.Float32 for name in columns}
-        found = frame.select(
-            "row_id",
-            *(pl.col(n).list.head(pl.col("count")).cast(pl.List(kind)) for n, (_, kind) in lists.items()),
-            *(pl.Series(n, values, nan_to_null=True).cast(kinds[n]) for n, values in columns.items()),
-        )
-        self._closed.append(found)
-        self._queries, self._answered, self._checked = self._queries[self._answered :], 0, 0
+        """Make a table of the block, and begin the next."""
+        found = self.retrieved()
+        row_id = self._rows.row_id
+        count = np.bincount(found.of_row, minlength=len(found))
+        table = pl.DataFrame({"row_id": row_id[np.array(self._query, np.int64)], "count": count})
+        # 1. lists of neighbours: padded to a matrix, then cut
+        kind: Any
+        used = np.arange(self._retriever.neighbours) < count[:, None]  # (n, neighbours)
+        for name, values, kind in (
+            ("neighbours", row_id[np.concatenate([NOTHING, *self._row])], pl.Int64),
+            ("similarities", found.similarity, pl.Float32),
+            ("answers", found.answer, pl.Int8),
+        ):
+            padded = np.zeros(used.shape, values.dtype)
+            padded[used] = values
+            lists = pl.Series(name, padded).arr.to_list()
+            # the type again, because older polars forgets it where there are no rows
+            table = table.with_columns(lists).with_columns(
+                pl.col(name).list.head(pl.col("count")).cast(pl.List(kind))
+            )
+        # 2. numbers
+        for name, values in found.columns.items():
+            kind = pl.Int32 if name.endswith("_count") else pl.Float32
+            table = table.with_columns(pl.Series(name, values, nan_to_null=True).cast(kind))
+        self._closed.append(table.drop("count"))
+        self._begin()
 
 
-def as_stored(values: NDArray[Any]) -> F64:
+def as_stored(values: F64) -> F64:
     """Numbers as precise as a table keeps them."""
     return values.astype(np.float32).astype(np.float64)
