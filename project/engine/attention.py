@@ -76,6 +76,10 @@ class Row:
         """(r,) tokens of each request's candidates."""
         return np.bincount(self.owner, weights=self.own, minlength=len(self.requests)).astype(np.int64)
 
+    def stream_tokens(self) -> list[tuple[int, int]]:
+        """Per request, which it is and how many of its stream tokens run here."""
+        return list(zip(self.requests.tolist(), self.stream.tolist(), strict=True))
+
     def members(self) -> list[Span]:
         """Per request, the range of its candidates among the m."""
         return list(pairwise(offsets_of(np.bincount(self.owner, minlength=len(self.requests))).tolist()))

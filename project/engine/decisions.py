@@ -43,8 +43,9 @@ class RowExits:
 
     def __init__(self, plan: ExitPlan, device: torch.device | str = "cpu") -> None:
         self._plan = ExitPlan.from_state(move_data_to_device(plan.state(), torch.device(device)))
-        self._thresholds: list[float] = plan.policy.thresholds.tolist()
-        self.layers, self.calibration = self._plan.layers, self._plan.calibration
+        self._thresholds: list[float] = plan.policy.thresholds.tolist()  # (K,)
+        self.layers = self._plan.layers
+        self.calibration = self._plan.calibration
 
     def known(self, head: int) -> bool | None:
         """From the threshold alone; the last one is -inf."""
@@ -59,8 +60,10 @@ class ListExits:
     """Candidates that can no longer reach the list of the best k leave; margins were fitted with `calibration`."""
 
     def __init__(self, top_k: TopK, calibration: Calibration) -> None:
-        self.top_k, self.layers, self.calibration = top_k, calibration.layers, calibration
-        self._margins: list[float] = top_k.margins.tolist()
+        self.top_k = top_k
+        self.layers = calibration.layers
+        self.calibration = calibration
+        self._margins: list[float] = top_k.margins.tolist()  # (K,)
 
     def known(self, head: int) -> bool | None:
         """Nobody leaves where the margin is infinite."""
@@ -73,13 +76,31 @@ class ListExits:
         return ~self.top_k.stays(request, outputs.logits[:, -1], outputs.heads - 1)
 
 
+class EveryHead:
+    """A `Decision`: nobody leaves before the last head; calibrated outputs of all heads are kept, batch by batch."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.layers = calibration.layers
+        self.calibration = calibration
+        self.outputs: list[HeadOutputs] = []  # of each batch
+
+    def known(self, head: int) -> bool | None:
+        """Nobody leaves before the last head, where `leaves` must be called to keep the outputs."""
+        return None if head == len(self.layers) - 1 else False
+
+    def leaves(self, request: Tensor, outputs: HeadOutputs) -> Tensor:
+        """(m,) all True, at the last head."""
+        self.outputs.append(outputs)
+        return torch.ones_like(request, dtype=torch.bool)
+
+
 def static_exits(plan: ExitPlan, layer: int, device: torch.device | str = "cpu") -> RowExits:
-    """Everyone leaves at one layer of a plan with that head's calibrated logit: a static model.
+    """Everyone leaves at one layer of a plan with that head's calibrated logit: a static exit.
 
     Only that head runs, so the engine meets no sync and no gather on the way.
     """
     if layer not in plan.layers:
-        raise ConfigError(f"a static model of depth {layer} was requested; the exits are {plan.layers}")
+        raise ConfigError(f"a static exit of layer {layer} was requested; the exits are {plan.layers}")
     heads = [plan.layers.index(layer)]
     if plan.exit_0 and layer > 0:
         heads = [0, *heads]  # its logit is a term of the calibration

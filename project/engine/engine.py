@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import rotate_half
 
-from project.arrays import I64, Bool
+from project.arrays import F64, I64, Bool
 from project.data.ragged import offsets_of, within
 from project.engine.attention import Row, StreamBlock, Structure, stream_blocks, upload
 from project.engine.cache import CachedStream, StreamCache
-from project.engine.decisions import Decision
+from project.engine.decisions import Decision, EveryHead
+from project.engine.prepacked import prepacked
 from project.engine.requests import PreparedRequest, Scored, Scores
 from project.errors import ConfigError, DataError
 from project.evaluation.result import scores_of_candidates
@@ -28,8 +27,6 @@ from project.exits.calibration import Calibration
 from project.exits.criteria import HeadOutputs
 from project.model.backbone import State
 from project.model.module import ExitRecommender
-
-Kind = TypeVar("Kind", bound=nn.Module)
 
 # From so many tokens on, an exit's layer runs at answer positions first: candidates that leave save the rest of the
 # layer, for those that stay its fixed part runs twice. If half leave, break-even is that part, in tokens, over .39.
@@ -42,8 +39,8 @@ READ_TOKENS, READ_TOKENS_ELSEWHERE = 64, 4096
 class Engine:
     """Scores prepared requests with a module; a `Decision` says who leaves at its exits.
 
-    The module is put into eval mode. On a CPU the engine packs the backbone's weights, a second copy of them; engines
-    share it if each is given a module whose backbone is packed already. Use one engine from one thread at a time.
+    The module is put into eval mode. On a CPU the backbone gets prepacked weights, a second copy of them; engines
+    share it if each is given a module whose backbone has them already. Use one engine from one thread at a time.
 
     `cache` keeps users' streams between requests; None runs every stream anew. A batch has at most `batch_tokens`
     tokens, but a request is never cut. `read_tokens` replaces READ_TOKENS; it moves scores by rounding only.
@@ -63,41 +60,53 @@ class Engine:
                 f"the exits to decide about are at layers {decision.layers}, but the model has {module.exit_layers}; "
                 "run the command calibrate with this checkpoint"
             )
-        self.backbone, self.heads = packed(module.backbone.eval()), module.heads.eval()
-        self.decision, self.cache, self.batch_tokens = decision, cache, batch_tokens
+        self.backbone = prepacked(module.backbone.eval())
+        self.heads = module.heads.eval()
+        self.decision = decision
+        self.cache = cache
+        self.batch_tokens = batch_tokens
         weight: Tensor = self.backbone.embed_tokens.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device = weight.device
+        self.dtype = weight.dtype
         if read_tokens is None:
             read_tokens = READ_TOKENS if self.device.type == "cpu" else READ_TOKENS_ELSEWHERE
         self.read_tokens = read_tokens
-        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._rotary: tuple[Tensor, Tensor] | None = (
+            None  # cosines and sines by position, (positions, head dim)
+        )
 
     @torch.inference_mode()
     def score(self, requests: Sequence[PreparedRequest]) -> Scores:
         """Scores in the order of the requests; an unusable one gets an error and does not affect the others."""
-        found, usable, scores = dict[int, Scored](), list[int](), Scores([])
+        scores = Scores([])
+        scored = dict[int, Scored]()  # by place of the request
+        usable = list[int]()  # places
         for i, request in enumerate(requests):
             error = request.trouble(self.backbone.vocabulary)
             if error is None and len(request):
                 usable.append(i)
             else:  # unusable, or nobody to score, which is no error
-                found[i] = Scored.refused(request, error)
+                scored[i] = Scored.refused(request, error)
         for members in self._batches(requests, usable):
             batch = EngineBatch(self, [requests[i] for i in members], scores)
-            found.update(zip(members, batch.run(), strict=True))
-        scores.requests = [found[i] for i in range(len(requests))]
+            scored.update(zip(members, batch.run(), strict=True))
+        scores.requests = [scored[i] for i in range(len(requests))]
         return scores
 
     def _batches(self, requests: Sequence[PreparedRequest], usable: list[int]) -> Iterator[list[int]]:
         """In their order; with a cache, requests of one user go one after the other: the later reads the earlier."""
-        members, users, tokens = list[int](), set[object](), 0
+        members = list[int]()
+        users = set[object]()
+        tokens = 0
         for i in usable:
             request = requests[i]
             size = len(request.stream) + len(request.candidates.values)
             again = self.cache is not None and request.user is not None and request.user in users
             if members and (again or tokens + size > self.batch_tokens):
                 yield members
-                members, users, tokens = [], set(), 0
+                members = []
+                users = set()
+                tokens = 0
             members.append(i)
             users.add(request.user)
             tokens += size
@@ -111,48 +120,61 @@ class Engine:
             every = torch.arange(2 * (farthest + 1), device=self.device)
             cos, sin = self.backbone.rotary_emb(self.backbone.embed_tokens.weight, position_ids=every[None])
             self._rotary = cos[0], sin[0]
-        place = upload(position, self.device)
-        cos, sin = (x.index_select(0, place)[None] for x in self._rotary)
-        return cos, sin
+        at = upload(position, self.device)
+        cos, sin = self._rotary
+        return cos.index_select(0, at)[None], sin.index_select(0, at)[None]
 
 
 class EngineBatch:
-    """N candidates of R requests on their way through the exits."""
+    """N candidates of R requests on their way through the exits; m of them are alive: they still run."""
 
     def __init__(self, engine: Engine, requests: list[PreparedRequest], scores: Scores) -> None:
-        self.engine, self.requests, self.scores = engine, requests, scores
-        counts = np.array([len(r) for r in requests])
+        self.engine = engine
+        self.requests = requests
+        self.scores = scores  # whose clock this batch adds to
+        # 1. Of requests.
+        counts = np.array([len(r) for r in requests])  # (R,) candidates
         self.offsets = offsets_of(counts)  # (R + 1,) where each request's candidates start among the N
-        self.request = np.repeat(np.arange(len(requests)), counts)  # (N,)
-        self.exit_layer = np.full(len(self.request), -1, dtype=np.int64)
-        self.token_layers = np.zeros(len(requests), dtype=np.int64)
-        self.deadline = np.array([r.deadline for r in requests])
-        self.late = np.zeros(len(requests), dtype=bool)
-        self.alive = np.arange(len(self.request))  # the m candidates that are still running
-        # of these, on the device: place among the N, request, features, and raw logits, a column a head
-        self.index, self.owner = (upload(x, engine.device) for x in (self.alive, self.request))
-        self.retrieved = upload(np.concatenate([r.retrieved for r in requests]), engine.device)
+        self.token_layers = np.zeros(len(requests), dtype=np.int64)  # (R,) layers run, summed over tokens
+        self.deadline = np.array([r.deadline for r in requests])  # (R,) seconds of time.monotonic()
+        self.late = np.zeros(len(requests), dtype=bool)  # (R,) whether its deadline made a candidate leave
+        self.streams: list[CachedStream | None] = [None] * len(requests)  # None: not cached
+        # 2. Of all candidates.
+        self.request_of = np.repeat(
+            np.arange(len(requests)), counts
+        )  # (N,) which of the R requests it belongs to
+        self.exit_layer = np.full(len(self.request_of), -1, dtype=np.int64)  # (N,) -1 while it runs
         exit_0 = upload(np.concatenate([r.exit_0 for r in requests]), engine.device)
-        self.logits = exit_0[:, None] if engine.decision.layers[0] == 0 else exit_0.new_zeros(len(exit_0), 0)
-        self.emitted = torch.full_like(exit_0, torch.nan)  # (N,) calibrated logits that candidates left with
+        self.final_logit = torch.full_like(
+            exit_0, torch.nan
+        )  # (N,) calibrated logit it left with; NaN while it runs
+        # 3. Of the candidates that are alive; these shrink at every exit, those on the device by one gather.
+        self.alive = np.arange(len(self.request_of))  # (m,) their positions among the N
+        self.alive_at = upload(self.alive, engine.device)  # (m,) the same on the device
+        self.owner = upload(self.request_of, engine.device)  # (m,) their requests, on the device
+        self.features = upload(
+            np.concatenate([r.retrieved for r in requests]), engine.device
+        )  # (m, F) for criteria
+        first = int(engine.decision.layers[0] == 0)
+        self.logits = exit_0[:, None][:, :first]  # (m, heads so far) raw logits
+        # 4. Of the row in which they run.
         self.row: Row
-        self.structure: Structure  # of the row
-        self.read = -1  # the layer, from 0, that the last exit read at answer positions before it ran whole
-        self.streams: list[CachedStream | None] = [None] * len(requests)
-        self.blocks: dict[tuple[int, int], list[StreamBlock]] = {}
+        self.structure: Structure
+        self.read = -1  # the layer, from 0, that the last exit read at answer slots before it ran whole
+        self.blocks: dict[tuple[int, int], list[StreamBlock]] = {}  # by request and first token that runs
 
     def run(self) -> list[Scored]:
         """From exit to exit, until nobody is left."""
-        engine, decision, start = self.engine, self.engine.decision, time.perf_counter()
+        engine = self.engine
+        decision = engine.decision
         # 1. Exit 0: its logits are known before the backbone runs.
         if decision.layers[0] == 0:
             self._decide(0)
-        start = self._stop_clock("exit_0", start)
+        # 2. One row: stream tokens that are not cached, then the candidates that stayed.
         if len(self.alive):
-            # 2. One row: stream tokens that are not cached, then the candidates that stayed.
             state = self._embed()
-            start = self._stop_clock("pack", start)
-        depth, last = 0, len(decision.layers) - 1
+        start = time.perf_counter()
+        depth = 0  # layers that the row has run
         for head, layer in enumerate(decision.layers):
             if layer == 0:
                 continue
@@ -161,11 +183,12 @@ class EngineBatch:
             # 3. Whole layers up to the one in front of the exit.
             state = self._run_layers(state, depth, layer - 1)
             depth = layer - 1
-            # 4. The exit's own layer. Where candidates may leave it runs at the answer slots alone, since who leaves
-            #    needs no more of it; it runs whole where nobody can leave, or where tokens are few (READ_TOKENS).
+            # 4. The exit's own layer. Where candidates may leave it runs at the answer slots alone: a candidate that
+            #    leaves needs no more of it. It runs whole where nobody can leave, or where tokens are few.
             known = decision.known(head)
-            if known or (known is None and (head == last or self.row.tokens >= engine.read_tokens)):
-                if any(stream.waits_unread(depth) for stream in self._live_streams()):
+            is_last = head == len(decision.layers) - 1
+            if known or (known is None and (is_last or self.row.tokens >= engine.read_tokens)):
+                if any(stream.waits_unread(depth) for stream in self._row_streams()):
                     state = self._compact(state, depth)
                 self._count(depth, layer)
                 self.read = depth
@@ -177,69 +200,80 @@ class EngineBatch:
             # 5. The head: one more column of logits.
             column: Tensor = engine.heads[str(layer)](answers).double()[:, None]
             self.logits = torch.cat([self.logits, column], dim=1)
-            # 6. Who leaves, and with which logit: by the decision, or since the request's deadline has passed.
+            # 6. Candidates leave by the decision, or since their request's deadline has passed.
             stays = self._decide(head)
             # 7. The row of the survivors goes on from this depth, by one gather.
             state = self._compact(state, depth, stays)
-        # 8. Results. Streams go back into the cache, as deep as they came; one that gave NaN is forgotten.
-        logits = self.emitted.cpu().numpy()
-        self._stop_clock("backbone", start)
-        found = list[Scored]()
-        for i, (request, (a, b)) in enumerate(zip(self.requests, pairwise(self.offsets), strict=True)):
-            spent, late, stream = int(self.token_layers[i]), bool(self.late[i]), self.streams[i]
-            if missing := int(np.isnan(logits[a:b]).sum()):
-                error = f"the model's scores of {missing} of {b - a} candidates are NaN"
-                found.append(Scored.refused(request, error, spent))
-                continue
-            if engine.cache is not None and stream is not None and request.user is not None:
-                engine.cache.give(request.user, stream)
-            found.append(Scored(request.request_id, logits[a:b], self.exit_layer[a:b], spent, late=late))
-        return found
+        # 8. Responses.
+        logits = self.final_logit.cpu().numpy()
+        self.scores.seconds["backbone"] += time.perf_counter() - start
+        return [
+            self._scored(i, logits[a:b], self.exit_layer[a:b])
+            for i, (a, b) in enumerate(pairwise(self.offsets))
+        ]
+
+    def _scored(self, i: int, logits: F64, exit_layer: I64) -> Scored:
+        """The scores of a request. Its stream goes back into the cache, as deep as it came, unless scores are NaN."""
+        request = self.requests[i]
+        stream = self.streams[i]
+        spent = int(self.token_layers[i])
+        missing = int(np.isnan(logits).sum())
+        if missing:
+            error = f"the model's scores of {missing} of {len(logits)} candidates are NaN"
+            return Scored.refused(request, error, spent)
+        if self.engine.cache is not None and stream is not None and request.user is not None:
+            self.engine.cache.give(request.user, stream)
+        return Scored(request.request_id, logits, exit_layer, spent, late=bool(self.late[i]))
 
     def _embed(self) -> State:
         """The row at depth 0."""
-        engine, requests = self.engine, self.requests
-        lengths = np.array([len(r.stream) for r in requests])
+        engine = self.engine
+        # 1. Stream tokens that run: those that no cache has.
+        ran = np.array([len(r.stream) for r in self.requests])  # (R,)
         if engine.cache is not None:
-            for i in np.unique(self.request[self.alive]).tolist():
-                user = requests[i].user
-                if user is not None:
-                    stream = engine.cache.take(user, len(engine.backbone.layers))
-                    lengths[i] -= stream.adopt(requests[i].stream)
+            for i in np.unique(self.request_of[self.alive]).tolist():
+                request = self.requests[i]
+                if request.user is not None:
+                    stream = engine.cache.take(request.user, len(engine.backbone.layers))
+                    ran[i] -= stream.adopt(request.stream)
                     self.streams[i] = stream
-        own = np.concatenate([r.candidates.lengths for r in requests])
-        self.row = row = Row.of(self.request[self.alive], lengths, own[self.alive])
-        tokens = list[I64]()
-        for i, ran in zip(row.requests, row.stream, strict=True):
-            stream_tokens = requests[i].stream.tokens
-            tokens.append(stream_tokens[len(stream_tokens) - ran :])
-        for i, (a, b) in zip(row.requests, row.members(), strict=True):
-            tokens.append(requests[i].candidates.take(self.alive[a:b] - self.offsets[i]).values)
+        # 2. Token ids in the order of the row.
+        lengths = np.concatenate([r.candidates.lengths for r in self.requests])  # (N,)
+        self.row = Row.of(self.request_of[self.alive], ran, lengths[self.alive])
+        tokens = [self.requests[i].stream.tokens[-n:] for i, n in self.row.stream_tokens() if n]
+        for i, (a, b) in zip(self.row.requests, self.row.members(), strict=True):
+            tokens.append(self.requests[i].candidates.take(self.alive[a:b] - self.offsets[i]).values)
         return self._state(engine.backbone.embed_tokens(upload(np.concatenate(tokens), engine.device)))
 
     def _state(self, hidden: Tensor) -> State:
         """Hidden states of the row's tokens (T, H) with their positions and attention."""
-        engine, row, positions = self.engine, self.row, list[I64]()
+        engine = self.engine
+        row = self.row
+        positions = list[I64]()
         blocks = list[list[StreamBlock]]()
-        for i, ran in zip(row.requests.tolist(), row.stream.tolist(), strict=True):
+        for i, ran in row.stream_tokens():
             stream = self.requests[i].stream
             first = len(stream) - ran
             positions.append(stream.position[first:])
             if (i, first) not in self.blocks:
                 self.blocks[i, first] = stream_blocks(stream, first, engine.device, engine.dtype)
             blocks.append(self.blocks[i, first])
+        # candidates start where their request's stream ends
         shared = np.array([len(self.requests[i].stream) for i in row.requests])
         positions.append(within(row.own) + np.repeat(shared[row.owner], row.own))
         self.structure = Structure(row, engine.device, blocks, [self.streams[i] for i in row.requests])
         rotary = engine.rotary(np.concatenate(positions))
         return State(hidden[None], self.structure, rotary)  # type: ignore[arg-type]
 
-    def _live_streams(self) -> list[CachedStream]:
+    def _row_streams(self) -> list[CachedStream]:
+        """Cached streams of the row's requests."""
         return [stream for i in self.row.requests if (stream := self.streams[i]) is not None]
 
     def _run_layers(self, state: State, start: int, stop: int) -> State:
         """Whole layers start, ..., stop - 1; stream tokens that wait on the way join the row where they wait."""
-        waiting = {d for stream in self._live_streams() for d in stream.waiting if start <= d < stop}
+        waiting = {
+            depth for stream in self._row_streams() for depth in stream.waiting if start <= depth < stop
+        }
         for first, last in pairwise(sorted({start, stop} | waiting)):
             if first in waiting:
                 state = self._compact(state, first)
@@ -249,40 +283,45 @@ class EngineBatch:
 
     def _count(self, first: int, last: int) -> None:
         """Count the row's tokens in layers first, ..., last - 1, without those that an exit read in layer `first`."""
-        row, read = self.row, first == self.read
-        tokens = row.own_tokens * (last - first - read) + row.stream * (last - first)
-        for place, (i, ran) in enumerate(zip(row.requests.tolist(), row.stream.tolist(), strict=True)):
+        read = int(first == self.read)
+        self.token_layers[self.row.requests] += self.row.own_tokens * (last - first - read)
+        for i, ran in self.row.stream_tokens():
             stream = self.streams[i]
-            tokens[place] -= ran * read if stream is None else stream.read(first, ran)
-        self.token_layers[row.requests] += tokens
+            seen = ran * read if stream is None else stream.read(first, ran)
+            self.token_layers[i] += ran * (last - first) - seen
 
     def _decide(self, head: int) -> Bool:
-        """Note who leaves at this exit, and with which logit; returns who of the alive stays, (m,)."""
-        decision, late = self.engine.decision, self._late()
+        """Note which of the alive leave at this exit, and with which logit; returns those that stay, (m,)."""
+        decision = self.engine.decision
+        late = self._late()
         known = decision.known(head)
         if known is False and not late.any():
             return ~late
+        # 1. Who leaves, by the decision and by deadlines.
         logits = decision.calibration.apply(self.logits)
         leaves = np.full(len(self.alive), known is True)
         if known is None:
-            outputs = HeadOutputs(decision.layers[: head + 1], logits, self.retrieved)
+            outputs = HeadOutputs(decision.layers[: head + 1], logits, self.features)
             leaves = decision.leaves(self.owner, outputs).cpu().numpy()  # the one wait for the device
-        self.late[self.request[self.alive[late & ~leaves]]] = True
+        self.late[self.request_of[self.alive[late & ~leaves]]] = True
         stays = ~(leaves | late)
+        # 2. What they leave with.
         gone = upload(~stays, self.engine.device)
-        self.emitted[self.index] = torch.where(gone, logits[:, -1], self.emitted[self.index])
+        self.final_logit[self.alive_at] = torch.where(gone, logits[:, -1], self.final_logit[self.alive_at])
         self.exit_layer[self.alive[~stays]] = decision.layers[head]
+        # 3. The state of those that stay.
         self.alive = self.alive[stays]
         if len(self.alive) and not stays.all():
             kept = upload(np.flatnonzero(stays), self.engine.device)
-            self.index, self.owner, self.retrieved, self.logits = (
-                x.index_select(0, kept) for x in (self.index, self.owner, self.retrieved, self.logits)
-            )
+            self.alive_at = self.alive_at.index_select(0, kept)
+            self.owner = self.owner.index_select(0, kept)
+            self.features = self.features.index_select(0, kept)
+            self.logits = self.logits.index_select(0, kept)
         return stays
 
     def _late(self) -> Bool:
         """Which of the alive are past their deadline, (m,); waits for the device where there is one."""
-        deadline = self.deadline[self.request[self.alive]]
+        deadline = self.deadline[self.request_of[self.alive]]
         if not np.isfinite(deadline).any():
             return np.zeros(len(deadline), dtype=bool)
         if self.engine.device.type != "cpu":
@@ -290,36 +329,36 @@ class EngineBatch:
         return deadline < time.monotonic()
 
     def _compact(self, state: State, depth: int, stays: Bool | None = None) -> State:
-        """The state of who stays, (m,), None: everyone, and of the stream tokens that waited at this depth.
+        """The state of the candidates that stay, (m,), None: all, and of the stream tokens that waited at this depth.
 
-        Nothing is gathered where nothing changes. Streams of requests that nobody is left of wait here.
+        Nothing is gathered where nothing changes. Streams of requests without a candidate wait here.
         """
-        row, cached = self.row, self._live_streams()
-        stays = np.ones(len(row.own), dtype=bool) if stays is None else stays
+        row = self.row
+        cached = self._row_streams()
+        if stays is None:
+            stays = np.ones(len(row.own), dtype=bool)
         if stays.all() and not any(depth in stream.waiting for stream in cached):
             return state
-        hidden, live, pieces = state.hidden[0], set(row.owner[stays].tolist()), list[Tensor]()
+        hidden = state.hidden[0]
+        live = set(row.owner[stays].tolist())  # of the row's requests, those with a candidate
+        # 1. Streams: tokens that waited join those that came; those of requests that are done wait.
+        pieces = list[Tensor]()
         if cached:
-            spans = zip(row.requests.tolist(), pairwise(row.streams.tolist()), strict=True)
-            for place, (i, (a, b)) in enumerate(spans):
-                came, stream = hidden[a:b], self.streams[i]
+            for place, (i, (a, b)) in enumerate(zip(row.requests, pairwise(row.streams), strict=True)):
+                stream = self.streams[i]
                 if place in live:
-                    pieces.append(came if stream is None else stream.resume(depth, came))
+                    pieces.append(hidden[a:b] if stream is None else stream.resume(depth, hidden[a:b]))
                 elif stream is not None:
-                    stream.stop(depth, came)
+                    stream.stop(depth, hidden[a:b])
         if not live:
             return state
+        # 2. Candidates, and streams where none is cached, by one gather.
         self.row = row.keep(stays)
         hidden = hidden.index_select(0, upload(row.index(stays, streams=not cached), self.engine.device))
         if cached:
             self.row = replace(self.row, stream=np.array([len(piece) for piece in pieces], dtype=np.int64))
             hidden = torch.cat([*pieces, hidden])
         return self._state(hidden)
-
-    def _stop_clock(self, name: str, start: float) -> float:
-        now = time.perf_counter()
-        self.scores.seconds[name] += now - start
-        return now
 
 
 def answers_of_layer(layer: nn.Module, state: State, structure: Structure) -> Tensor:
@@ -329,7 +368,8 @@ def answers_of_layer(layer: nn.Module, state: State, structure: Structure) -> Te
     """
     block: Any = layer
     attention = block.self_attn
-    hidden, slots = state.hidden[0], structure.slots
+    hidden = state.hidden[0]
+    slots = structure.slots
     normed = block.input_layernorm(hidden)
 
     def heads(projected: Tensor) -> Tensor:
@@ -337,15 +377,19 @@ def answers_of_layer(layer: nn.Module, state: State, structure: Structure) -> Te
 
     # 1. Queries of the slots; keys and values of all tokens.
     query = heads(attention.q_proj(normed.index_select(0, slots)))
-    key, value = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
+    key = heads(attention.k_proj(normed))
+    value = heads(attention.v_proj(normed))
     if hasattr(attention, "q_norm"):  # Qwen3
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    cos, sin = (x[0] for x in state.position_embeddings)
+        query = attention.q_norm(query)
+        key = attention.k_norm(key)
+    cos = state.position_embeddings[0][0]
+    sin = state.position_embeddings[1][0]
     query = _rotated(query, cos.index_select(0, slots), sin.index_select(0, slots))
-    key, value = (x.transpose(0, 1)[None] for x in (_rotated(key, cos, sin), value))
+    key = _rotated(key, cos, sin).transpose(0, 1)[None]
+    value = value.transpose(0, 1)[None]
     # 2. The rest of the layer at the slots.
-    found = structure.attend_answers(attention.layer_idx, query, key, value, attention.scaling)
-    answers = hidden.index_select(0, slots) + attention.o_proj(found.flatten(1))
+    read = structure.attend_answers(attention.layer_idx, query, key, value, attention.scaling)
+    answers = hidden.index_select(0, slots) + attention.o_proj(read.flatten(1))
     out: Tensor = answers + block.mlp(block.post_attention_layernorm(answers))
     return out
 
@@ -354,65 +398,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(T, heads, dim), turned by (T, dim)."""
     found: Tensor = x * cos[:, None] + rotate_half(x) * sin[:, None]  # type: ignore[no-untyped-call]
     return found
-
-
-class PackedLinear(nn.Linear):
-    """A linear layer on a CPU that shares the other's parameters and multiplies by a packed copy of its weights."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), without a gradient."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        return out
-
-
-def copied(module: Kind) -> Kind:
-    """A module with a list of children of its own, which are those of the other."""
-    found = copy.copy(module)
-    found._modules = dict(module._modules)
-    return found
-
-
-def packed(module: Kind) -> Kind:
-    """A copy of a module in eval mode whose linear layers are packed where they can be; itself where none is left."""
-    if not any(_packable(part) for part in module.modules()):
-        return module
-    found = copied(module)
-    for name, child in found._modules.items():
-        if isinstance(child, nn.Linear) and _packable(child):
-            found._modules[name] = PackedLinear(child)
-        elif child is not None:
-            found._modules[name] = packed(child)
-    return found
-
-
-def _packable(part: nn.Module) -> bool:
-    if type(part) is not nn.Linear or isinstance(part.weight, DTensor):
-        return False
-    onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return onednn and part.weight.device.type == "cpu" and part.weight.dtype == torch.float32
-
-
-class EveryHead:
-    """A `Decision`: nobody leaves before the last head; calibrated outputs of all heads are kept, batch by batch."""
-
-    def __init__(self, calibration: Calibration) -> None:
-        self.layers, self.calibration = calibration.layers, calibration
-        self.outputs: list[HeadOutputs] = []
-
-    def known(self, head: int) -> bool | None:
-        """Nobody leaves before the last head, where `leaves` must be called to keep the outputs."""
-        return None if head == len(self.layers) - 1 else False
-
-    def leaves(self, request: Tensor, outputs: HeadOutputs) -> Tensor:
-        """(m,) all True, at the last head."""
-        self.outputs.append(outputs)
-        return torch.ones_like(request, dtype=torch.bool)
 
 
 def score_every_head(

@@ -47,8 +47,8 @@ class Scores:
     """Scored requests in the order they were given, and what the engine needed for them."""
 
     requests: list[Scored]
-    # pack: token ids, attention masks, cache look-up; backbone: layers, heads, decisions, gathers
-    seconds: dict[str, float] = field(default_factory=lambda: {"exit_0": 0.0, "pack": 0.0, "backbone": 0.0})
+    # backbone: layers, heads, decisions, gathers; not the packing of token ids, masks and cached streams
+    seconds: dict[str, float] = field(default_factory=lambda: {"backbone": 0.0})
 
     @property
     def token_layers(self) -> int:

@@ -31,7 +31,8 @@ import polars as pl
 from project.arrays import F64, I64
 from project.datamodule import InteractionData
 from project.engine.cache import StreamCache
-from project.engine.engine import Engine, EveryHead
+from project.engine.decisions import EveryHead
+from project.engine.engine import Engine
 from project.engine.requests import PreparedRequest, Scored
 from project.exits.criteria import HeadOutputs
 from project.exits.plan import ExitPlan
