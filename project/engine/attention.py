@@ -51,9 +51,12 @@ class Row:
 
     def index(self, stays: Bool, streams: bool) -> I64:
         """Where the tokens of `keep(stays)` stand in this row, with or without those of streams."""
-        live = np.unique(self.owner[stays]) if streams else np.zeros(0, dtype=np.int64)
-        first = np.concatenate([self.streams[live], self.starts[:-1][stays]])
-        length = np.concatenate([self.stream[live], self.own[stays]])
+        first = self.starts[:-1][stays]
+        length = self.own[stays]
+        if streams:
+            live = np.unique(self.owner[stays])
+            first = np.concatenate([self.streams[live], first])
+            length = np.concatenate([self.stream[live], length])
         return np.repeat(first, length) + within(length)
 
     @property
@@ -125,21 +128,29 @@ class Structure:
         blocks: Sequence[list[StreamBlock]],
         cached: Sequence[CachedStream | None],
     ) -> None:
-        self._blocks, self._cached = blocks, cached
-        starts, own = row.starts, row.own
-        self._streams: list[Span] = list(pairwise(row.streams.tolist()))
-        self._members = row.members()
-        self._candidates: list[Span] = [(int(starts[c]), int(starts[d])) for c, d in self._members]
-        self._first = int(starts[0])
-        self.slots = upload(starts[1:] - 1, device)
+        starts = row.starts
+        own = row.own
+        # 1. By request: blocks of stream queries, cached streams, and ranges among tokens and candidates.
+        self._blocks = blocks
+        self._cached = cached
+        self._streams: list[Span] = list(pairwise(row.streams.tolist()))  # its stream tokens
+        self._members = row.members()  # its candidates among the m
+        self._candidates: list[Span] = [
+            (int(starts[c]), int(starts[d])) for c, d in self._members
+        ]  # their tokens
+        # 2. By candidate.
+        self._first = int(starts[0])  # where candidates begin
+        self.slots = upload(starts[1:] - 1, device)  # (m,)
         self._longest = int(own.max())
         self._even = bool((own == self._longest).all())
-        if not self._even:  # candidates are padded to the longest; a padded place repeats some token
+        # 3. Candidates of other lengths are padded to the longest; a padded place repeats some token.
+        if not self._even:
             column = np.arange(self._longest)
             padded = np.minimum(starts[:-1, None] - self._first + column, starts[-1] - self._first - 1)
             places = np.repeat(np.arange(len(own)) * self._longest, own) + within(own)
-            self._padded, self._places = upload(padded.ravel(), device), upload(places, device)
-            self._beyond = upload(column >= own[:, None], device)[:, None, None]
+            self._padded = upload(padded.ravel(), device)  # (m * longest,) the token at each padded place
+            self._places = upload(places, device)  # (tokens,) the padded place of each token
+            self._beyond = upload(column >= own[:, None], device)[:, None, None]  # (m, 1, 1, longest) padding
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of all tokens, (1, T, heads, dim).
@@ -167,10 +178,13 @@ class Structure:
         # 2. Candidates read their request's stream, all of it, in one product for all of them.
         shared, weight = _shared(query, self._candidates, pairs, scale)
         # 3. Each reads itself. Padding stands behind a candidate's tokens, so causality hides it.
-        q, k, v = (self._apart(x).transpose(1, 2) for x in (query, key, value))
+        q = self._apart(query).transpose(1, 2)
+        k = self._apart(key).transpose(1, 2)
+        v = self._apart(value).transpose(1, 2)
         own, lse = (x.transpose(1, 2).flatten(0, 1) for x in attend_with_lse(q, k, v, scale, causal=True))
         if not self._even:
-            own, lse = own.index_select(0, self._places), lse.index_select(0, self._places)
+            own = own.index_select(0, self._places)
+            lse = lse.index_select(0, self._places)
         # 4. Both parts by their shares of the softmax.
         share = torch.sigmoid(weight - lse).to(out.dtype)[..., None]
         torch.lerp(own, shared, share, out=out[self._first :])
@@ -181,15 +195,19 @@ class Structure:
 
         `query` is (m, heads, dim); `key` and `value` are of all tokens, as in `attend`.
         """
+        # 1. The request's stream.
         pairs = self._stream_keys(layer, key, value, runs=False)
         shared, weight = _shared(query.transpose(0, 1)[None], self._members, pairs, scale)
-        k, v = self._apart(key), self._apart(value)
+        # 2. The candidate itself. The query heads of one key head are rows of one product.
+        k = self._apart(key)  # (m, longest, key heads, dim)
+        v = self._apart(value)
         grouped = query.reshape(len(query), k.shape[2], -1, query.shape[-1])
-        scores = (grouped @ k.permute(0, 2, 3, 1)).float() * scale
+        scores = (grouped @ k.permute(0, 2, 3, 1)).float() * scale  # (m, key heads, queries, longest)
         if not self._even:
             scores = scores.masked_fill(self._beyond, -torch.inf)
         lse = scores.logsumexp(dim=-1, keepdim=True)
         own = ((scores - lse).exp().to(v.dtype) @ v.transpose(1, 2)).flatten(1, 2)
+        # 3. Both parts by their shares of the softmax.
         share = torch.sigmoid(weight - lse.flatten(1)).to(own.dtype)[..., None]
         return torch.lerp(own, shared, share)
 
@@ -216,7 +234,9 @@ def _shared(
 
     Every query sees every key, so the query heads of one key head are rows of one product.
     """
-    (heads, _, dim), outs, weights = query.shape[1:], [], []
+    heads, _, dim = query.shape[1:]
+    outs = list[Tensor]()
+    weights = list[Tensor]()
     for (a, b), (key, value) in zip(spans, pairs, strict=True):
         rows = query[:, :, a:b].reshape(1, key.shape[1], -1, dim)
         out, lse = attend_with_lse(rows, key, value, scale, causal=False)

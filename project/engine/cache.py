@@ -7,46 +7,55 @@ request needs no deeper layer stops there and keeps its hidden state; a later re
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from project.cache import Recent
 from project.engine.requests import StreamTokens
 
-ROOM = 1.25  # a stream's buffers are made so much larger than it is, since it will grow
+ROOM = 1.25  # buffers are made so much larger than the stream, since it will grow
 
 
 class CachedStream:
-    """What is kept of one stream: deeper layers have seen a prefix of what shallower ones have."""
+    """What is kept of one stream of S tokens: deeper layers have seen a prefix of what shallower ones have."""
 
     def __init__(self, layers: int) -> None:
         empty = np.zeros(0, dtype=np.int64)
+        # its tokens with their positions and time groups, which say what a next stream has in common with it
         self.stream = StreamTokens(empty, empty, empty, empty)
+        # by layer, keys and values (1, heads, room, dim), of which the first S are filled; None: none yet
         self._pairs: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        self._keyed = [0] * layers  # leading tokens whose keys and values each layer has
-        self._reached = [0] * (layers + 1)  # leading tokens that have come to each depth
+        self._keyed = [0] * layers  # by layer, how many leading tokens' keys and values it has
+        self._reached = [0] * (layers + 1)  # by depth, how many leading tokens have come to it
         self.waiting: dict[int, Tensor] = {}  # by depth, hidden states (f, H) of tokens that stopped there
 
     @property
     def bytes(self) -> int:
         """What keys, values and waiting states take, room to grow included."""
-        tensors = [*(x for pair in self._pairs if pair is not None for x in pair), *self.waiting.values()]
+        tensors = list(self.waiting.values())
+        for pair in self._pairs:
+            tensors += pair or ()
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
     def adopt(self, stream: StreamTokens) -> int:
         """Keep what is common with `stream`, forget the rest; returns how many of its tokens came to depth 0 before."""
         kept = self.stream.common(stream)
-        self.waiting = {
-            depth: hidden[: kept - self._reached[depth + 1]]
-            for depth, hidden in self.waiting.items()
-            if kept > self._reached[depth + 1]
-        }
+        # 1. Tokens that wait at a depth follow those that reached the next one.
+        for depth, hidden in list(self.waiting.items()):
+            left = kept - self._reached[depth + 1]
+            if left > 0:
+                self.waiting[depth] = hidden[:left]
+            else:
+                del self.waiting[depth]
+        # 2. Counts of leading tokens.
         self._keyed = [min(seen, kept) for seen in self._keyed]
-        known, *deeper = (min(seen, kept) for seen in self._reached)
-        self._reached = [len(stream), *deeper]
+        self._reached = [min(seen, kept) for seen in self._reached]
+        known = self._reached[0]
+        # 3. All tokens of the new stream come to depth 0 now.
+        self._reached[0] = len(stream)
         self.stream = stream
         return known
 
@@ -60,15 +69,16 @@ class CachedStream:
         return min(max(self._keyed[depth] - len(self.stream) + tokens, 0), tokens)
 
     def stop(self, depth: int, hidden: Tensor) -> None:
-        """Tokens (f, H) that have come to this depth wait here for a request that needs the next layer.
+        """Keep the last tokens (f, H) at this depth, where they came, for a request that needs the next layer.
 
-        Nothing more of the last layer is needed than its keys and values, so who has them there waits no more.
+        The last layer only needs a token's keys and values. A token whose keys are cached there is finished and is not
+        kept waiting.
         """
         if self._reached[depth + 1] < len(self.stream) and len(hidden):
             self.waiting[depth] = self.resume(depth, hidden).clone()
 
     def resume(self, depth: int, hidden: Tensor) -> Tensor:
-        """Hidden states of all tokens at this depth: those that waited there, then `hidden` (f, H) which just came."""
+        """Hidden states of all tokens at this depth: those that waited there, then `hidden` (f, H), which came last."""
         waiting = self.waiting.pop(depth, None)
         return hidden if waiting is None else torch.cat([waiting.to(hidden), hidden])
 
@@ -78,52 +88,56 @@ class CachedStream:
         `runs`: the tokens run the layer. If not, an exit has read them in front of it, and they may run it later.
         """
         stop = len(self.stream)
-        start = stop - key.shape[2]
+        start = stop - key.shape[2]  # tokens before have theirs already
+        # 1. Room for all tokens.
         pair = self._pairs[layer]
         if pair is None or pair[0].shape[2] < stop:
-            # tokens before heads in memory, as the backbone makes them
-            keys, values = (
-                x.new_empty(1, int(stop * ROOM), x.shape[1], x.shape[3]).transpose(1, 2) for x in (key, value)
-            )
+            keys = _with_room(key, stop)
+            values = _with_room(value, stop)
             if pair is not None:
-                keys[:, :, :start], values[:, :, :start] = pair[0][:, :, :start], pair[1][:, :, :start]
-            self._pairs[layer] = keys, values
-        else:
-            keys, values = pair
+                keys[:, :, :start] = pair[0][:, :, :start]
+                values[:, :, :start] = pair[1][:, :, :start]
+            self._pairs[layer] = pair = keys, values
+        # 2. The new ones.
+        keys, values = pair
         if stop > start:
-            keys[:, :, start:stop], values[:, :, start:stop] = key, value
+            keys[:, :, start:stop] = key
+            values[:, :, start:stop] = value
+        # 3. How far the stream has come. Behind the last layer nothing reads a token: its keys are enough.
         self._keyed[layer] = stop
         if runs or layer == len(self._keyed) - 1:
             self._reached[layer + 1] = stop
         return keys[:, :, :stop], values[:, :, :stop]
 
 
+def _with_room(x: Tensor, tokens: int) -> Tensor:
+    """An empty tensor like x (1, heads, f, dim) for so many tokens and more, tokens before heads in memory as in x."""
+    return x.new_empty(1, int(tokens * ROOM), x.shape[1], x.shape[3]).transpose(1, 2)
+
+
 class StreamCache:
     """Streams of users, whose tensors take at most `mib` MiB together; the least recently used is forgotten first."""
 
     def __init__(self, mib: float = 1024) -> None:
-        self.capacity = mib * 2**20  # bytes
-        self.bytes = 0
-        self._kept: OrderedDict[Hashable, tuple[CachedStream, int]] = OrderedDict()  # streams and their bytes
+        self._recent = Recent[CachedStream](mib)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._recent)
+
+    @property
+    def bytes(self) -> int:
+        """Of all kept streams."""
+        return self._recent.bytes
 
     def common(self, user: Hashable, stream: StreamTokens) -> int:
         """Number of leading tokens of a stream that are kept for a user."""
-        return self._kept[user][0].stream.common(stream) if user in self._kept else 0
+        kept = self._recent.look(user)
+        return 0 if kept is None else kept.stream.common(stream)
 
     def take(self, user: Hashable, layers: int) -> CachedStream:
         """What is known of a user's stream, taken out: a batch that fails leaves no stream in an unknown state."""
-        stream, size = self._kept.pop(user) if user in self._kept else (CachedStream(layers), 0)
-        self.bytes -= size
-        return stream
+        return self._recent.pop(user) or CachedStream(layers)
 
     def give(self, user: Hashable, stream: CachedStream) -> None:
-        """Keep a stream after its batch; forget others, at last itself, while there are more bytes than `capacity`."""
-        self.take(user, 0)  # another one of theirs
-        size = stream.bytes
-        self._kept[user] = stream, size
-        self.bytes += size
-        while self.bytes > self.capacity:
-            self.bytes -= self._kept.popitem(last=False)[1][1]
+        """Keep a stream after its batch, instead of another one of the user's."""
+        self._recent.put(user, stream, stream.bytes)

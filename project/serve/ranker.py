@@ -26,8 +26,9 @@ from project.data.stream import streams_of
 from project.datamodule import InteractionData
 from project.engine.cache import StreamCache
 from project.engine.decisions import RowExits
-from project.engine.engine import Engine, packed
+from project.engine.engine import Engine
 from project.engine.predict import load_run
+from project.engine.prepacked import prepacked
 from project.engine.requests import PreparedRequest, Scored, StreamTokens, shared_prefix, until_slots
 from project.errors import DataError, ProjectError
 from project.exits.plan import ExitPlan
@@ -86,7 +87,7 @@ class Ranker:
         self._text_vectors = TextVectors(data.item_encoder()) if model.items else None
         device = model.backbone.embed_tokens.weight.device
         reference, skill = references(run, model, data, plan) or (None, None)
-        model.backbone = packed(model.backbone.eval())  # once for all engines
+        model.backbone = prepacked(model.backbone.eval())  # once for all engines
         self._cache = cache = StreamCache(cache_mib)
         self._engine = Engine(model, RowExits(plan, device), cache)
         self._whole = Engine(model, RowExits(nobody_leaves(plan), device), cache)

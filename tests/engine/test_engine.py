@@ -274,5 +274,5 @@ def test_a_plan_of_other_exits_is_refused(world: World) -> None:
     other = replace(plan, policy=policy, calibration=replace(plan.calibration, layers=layers))
     with pytest.raises(ConfigError, match=r"\(0, 1, 2, 4, 5\).*\[1, 2, 3, 5\]"):
         Engine(world.module, RowExits(other))
-    with pytest.raises(ConfigError, match="depth 4"):
+    with pytest.raises(ConfigError, match="exit of layer 4"):
         static_exits(plan, 4)

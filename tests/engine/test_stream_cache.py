@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from project.data.ragged import Ragged
 from project.engine import Engine, PreparedRequest, RowExits, Scored, StreamCache, StreamTokens
 from project.engine.decisions import static_exits
-from project.engine.engine import copied, packed
+from project.engine.prepacked import copied, prepacked
 from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
@@ -26,7 +26,7 @@ def world(world_of_every_layer: World) -> World:
     """The same with its weights packed once, as many engines are made here."""
     module = copied(world_of_every_layer.module)
     assert module.backbone is not None
-    module.backbone = packed(module.backbone)
+    module.backbone = prepacked(module.backbone)
     return replace(world_of_every_layer, module=module)
 
 
@@ -236,7 +236,7 @@ def test_a_cache_never_keeps_more_than_it_may(
         request = replace(request_of(history(first, stop, min(tied, stop - first))), user=user)
         policy = RowExits(never(world) if share is None else world.plan(Ratio(), share))
         Engine(world.module, policy, cache, read_tokens=read).score([request])
-        streams = [stream for stream, _ in cache._kept.values()]
+        streams = [stream for stream, _ in cache._recent._kept.values()]
         tensors = [x for s in streams for pair in s._pairs if pair is not None for x in pair]
         tensors += [x for s in streams for x in s.waiting.values()]
         kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}

@@ -12,7 +12,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from project.engine import Engine
 from project.engine.decisions import static_exits
-from project.engine.engine import PackedLinear, copied, packed
+from project.engine.prepacked import PrepackedLinear, copied, prepacked
 from project.exits.criteria import Ratio
 
 
@@ -28,7 +28,7 @@ def test_products(rows: int, bias: bool) -> None:
     torch.manual_seed(rows)
     linear = nn.Linear(48, 32, bias=bias)
     x = torch.randn(1, rows, 96)[..., ::2]
-    found = PackedLinear(linear)(x)
+    found = PrepackedLinear(linear)(x)
     assert found.shape == (1, rows, 32)
     torch.testing.assert_close(found, linear(x), atol=1e-5, rtol=1e-5)
 
@@ -39,11 +39,11 @@ def test_every_linear_layer_of_the_backbone_is_packed(family: str) -> None:
     backbone = make_module(family=family).backbone
     assert backbone is not None
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    found = packed(backbone)
-    assert [type(part) for part in linears(found)] == [PackedLinear] * 7 * len(backbone.layers)
+    found = prepacked(backbone)
+    assert [type(part) for part in linears(found)] == [PrepackedLinear] * 7 * len(backbone.layers)
     assert {type(part) for part in linears(backbone)} == {nn.Linear}
     assert all(a is b for a, b in zip(found.parameters(), backbone.parameters(), strict=True))
-    assert packed(found) is found
+    assert prepacked(found) is found
     assert found.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
@@ -55,9 +55,9 @@ def test_an_engine_does_not_change_its_module(world: World) -> None:
     kept = linears(backbone)
     engine = Engine(world.module, decision)
     assert all(a is b for a, b in zip(kept, linears(backbone), strict=True))
-    assert {type(part) for part in linears(engine.backbone)} == {PackedLinear}
+    assert {type(part) for part in linears(engine.backbone)} == {PrepackedLinear}
     packed_module = copied(world.module)
-    packed_module.backbone = packed(backbone)
+    packed_module.backbone = prepacked(backbone)
     other = Engine(packed_module, decision)
     assert other.backbone is packed_module.backbone
     scores = [each.score(world.requests).requests for each in (engine, other)]
@@ -70,8 +70,8 @@ def test_adapters_are_packed_too() -> None:
     """LoRA's base layers and adapters: the same output to rounding."""
     backbone = make_adapted(std=0.1).backbone
     assert backbone is not None
-    found = packed(backbone)
-    assert {type(part) for part in linears(found)} == {PackedLinear}
+    found = prepacked(backbone)
+    assert {type(part) for part in linears(found)} == {PrepackedLinear}
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(found.layers[0].mlp(x), backbone.layers[0].mlp(x), atol=1e-5, rtol=1e-5)
 
@@ -84,8 +84,8 @@ def test_what_cannot_be_packed_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         mesh = init_device_mesh("cpu", (2,))
         parted.weight = nn.Parameter(distribute_tensor(parted.weight.detach(), mesh))
         for linear in (double, parted):
-            assert packed(nn.Sequential(linear))[0] is linear
+            assert prepacked(nn.Sequential(linear))[0] is linear
     finally:
         torch.distributed.destroy_process_group()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert packed(nn.Sequential(plain))[0] is plain
+    assert prepacked(nn.Sequential(plain))[0] is plain
