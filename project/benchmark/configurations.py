@@ -16,7 +16,8 @@ from project.benchmark.transformers import Library, Pointwise, SharedPrefix
 from project.data.requests import catalogue_requests
 from project.engine.cache import StreamCache
 from project.engine.decisions import ListExits, RowExits, static_exits
-from project.engine.engine import Engine, copied, packed, score_every_head
+from project.engine.engine import Engine, score_every_head
+from project.engine.prepacked import copied, prepacked
 from project.engine.requests import PreparedRequest, Scored, prepare_requests
 from project.errors import ConfigError
 from project.evaluation.result import labelled_scores
@@ -137,7 +138,7 @@ class Bench:
         # 1. weights are packed once for all engines
         self.module = copied(model)
         assert self.module.backbone is not None
-        self.module.backbone = packed(self.module.backbone.eval())
+        self.module.backbone = prepacked(self.module.backbone.eval())
         weight = self.module.backbone.embed_tokens.weight
         self._device = weight.device
         self.dtype = str(weight.dtype).removeprefix("torch.")
