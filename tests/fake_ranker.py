@@ -100,7 +100,7 @@ def serving(
     given = ["--run", run, "--port", port, "--db", f"sqlite:///{folder}/events.db", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, *command, *map(str, given)], env=environment, cwd=ROOT, start_new_session=True
+        [sys.executable, *command, *map(str, given)], env=environment, start_new_session=True
     )
     address = f"http://127.0.0.1:{port}"
     try:

@@ -13,10 +13,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import polars as pl
 import pytest
 import yaml
+from fake_ranker import serving
 from jsonargparse import ArgumentParser
 from world import call, given, result, tiny_settings
 
@@ -25,6 +27,7 @@ from project.data.prompt import Prompt
 from project.data.protocol import Protocol, apply_protocol, build_interactions
 from project.datamodule import InteractionData
 from project.retrieval import ItemKNN, LightGCN, MatrixFactorisation, NoRetriever
+from project.serve.ranker import Ranker
 
 Run = Callable[..., None]
 ROWS, USERS, ITEMS = 400, 25, 15
@@ -247,20 +250,57 @@ cat,p4,1700345700,1,test
 """
 
 
+def readme_yaml() -> str:
+    """The YAML of README's own logs, as it stands there."""
+    parts = (Path(__file__).parents[1] / "README.md").read_text().split("```")[1::2]
+    return next(
+        part.removeprefix("yaml\n") for part in parts if "class_path: project.data.logs.TableLogs" in part
+    )
+
+
 def test_readme_reads_own_logs(tmp_path: Path) -> None:
     """README's YAML: one row of history; of the others those with a past are targets: 3 train, 2 valid, 2 test."""
-    parts = (Path(__file__).parents[1] / "README.md").read_text().split("```")[1::2]
-    settings = next(p.partition("\n")[2] for p in parts if p.startswith("yaml\ndata:"))
     (tmp_path / "logs.csv").write_text(TEN_ROWS)
     names = pl.DataFrame({"product": ["p1", "p2", "p3", "p4"], "name": ["One", "Two", "Three", "Four"]})
     names.write_csv(tmp_path / "products.csv")
-    data = yaml.safe_load(settings)["data"]
+    data = yaml.safe_load(readme_yaml())["data"]
     arguments = data["logs"]["init_args"]
     files = {key: str(tmp_path / arguments[key]) for key in ("interactions", "items")}
     protocol = Protocol(**data["protocol"])
     split = apply_protocol(build_interactions(TableLogs(**arguments | files).read(), protocol), protocol)
     assert len(split.rows) == 10
     assert split.manifest["counts"] == {"train": 3, "valid": 2, "test": 2}
+
+
+@pytest.mark.slow
+def test_readme_yaml_makes_a_run_that_every_command_reads(
+    run: Run, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fitted as it stands, with a tiny backbone: tested, predicted, exported, loaded and served from its config.yaml."""
+    monkeypatch.chdir(tmp_path)
+    shop = {"customer": "member", "song": "product", "heard_at": "when"}
+    log = as_text(listened()).rename(shop).with_columns(stars=2 + 2 * pl.col("liked"))
+    log.drop("liked", "device").write_csv("logs.csv")
+    songs().rename({"song": "product"}).write_csv("products.csv")
+    Path("own.yaml").write_text(readme_yaml())
+    small = ("--model.backbone", tiny_model, "--model.exit_layers", "[1,3]", "--trainer.accelerator", "cpu")
+    run("fit", "--config", "own.yaml", *small, "--trainer.limit_train_batches", 2)
+    folder = (tmp_path / "runs" / "own" / "latest").resolve()
+    saved = (folder / "config.yaml").read_text()
+    assert "Unable to serialize" not in saved
+    assert "class_path: project.retrieval" in saved
+    # every reader of config.yaml
+    run("test", *given(folder))
+    assert result(folder, "test")["exits"]
+    ids = {"user_id": "c-1", "candidates": ["s-1", "s-2"]}
+    Path("requests.jsonl").write_text(json.dumps({"request_id": "r", **ids}))
+    run("predict", *given(folder), "--data.requests", "requests.jsonl")
+    assert len(pl.read_parquet(folder / "scores" / "predict.parquet")) == 2
+    assert Ranker.load(folder).knows_user("c-1")
+    run("export", folder, tmp_path / "exported")
+    with serving(tmp_path, run=folder) as (_, address):
+        response = httpx.post(f"{address}/v1/rank", json=ids, timeout=30)
+        assert (response.status_code, len(response.json()["items"])) == (200, 2)
 
 
 def test_dates_are_seconds(tmp_path: Path) -> None:
