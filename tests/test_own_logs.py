@@ -276,7 +276,7 @@ def test_readme_reads_own_logs(tmp_path: Path) -> None:
 def test_readme_yaml_makes_a_run_that_every_command_reads(
     run: Run, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fitted as it stands, with a tiny backbone: tested, predicted, exported, loaded and served from its config.yaml."""
+    """Fitted as it stands, with a tiny backbone: tested, predicted, exported, loaded, served."""
     monkeypatch.chdir(tmp_path)
     shop = {"customer": "member", "song": "product", "heard_at": "when"}
     log = as_text(listened()).rename(shop).with_columns(stars=2 + 2 * pl.col("liked"))
