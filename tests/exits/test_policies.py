@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,13 +120,21 @@ def test_plan_in_a_checkpoint(new_world: Callable[..., Any]) -> None:
     assert len(layer.unique()) > 1
 
 
-@pytest.mark.parametrize("path", ["pathlib.Path", "a_package_that_is_not_here.Mine"])
-def test_foreign_criterion_is_refused(world: Any, path: str) -> None:
-    """A checkpoint that names something else than a criterion does not get it imported as one."""
+@pytest.mark.parametrize("path", ["pathlib.Path", "below_here.Mine", "project.exits.criteria.Nothing"])
+def test_foreign_criterion_is_an_error(
+    world: Any, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that names something else than a known criterion does not get a module below this folder run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("below_here.py").write_text(
+        "from project.exits import Criterion\nopen('trace', 'w')\nclass Mine(Criterion):\n    confidence = None\n"
+    )
     calibration = fit_calibration(world.raw, world.labels, world.layers, exit_0=True)
     state = ExitPlan(calibration, Policy(Ratio(), limits_of(*[NEVER] * 6), world.layers), exit_0=True).state()
     with pytest.raises(ConfigError, match=path):
         ExitPlan.from_state(state | {"criterion": {"class_path": path, "init_args": {}}})
+    assert not Path("trace").exists()
 
 
 @pytest.mark.parametrize(("cached", "costs"), [(False, [440, 840, 0]), (True, [40, 240, 0])])
