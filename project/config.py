@@ -20,6 +20,7 @@ from project.data import logs, readers
 from project.data.prompt import shows_items, shows_numbers
 from project.datamodule import InteractionData
 from project.errors import ConfigError, ProjectError
+from project.exits.plan import ExitSettings
 from project.model.module import ExitRecommender
 from project.retrieval import LightGCN
 
@@ -54,11 +55,12 @@ def open_run(run: Path) -> tuple[ExitRecommender, InteractionData]:
     parser.add_argument("--seed_everything", default=0)
     parser.add_lightning_class_args(ExitRecommender, "model")
     parser.add_lightning_class_args(InteractionData, "data")
+    # its criteria are imported by this; those that only a checkpoint names are not
+    parser.add_class_arguments(ExitSettings, "exits", fail_untyped=False, sub_configs=True)
     link_model_and_data(parser)
+    sections = ("seed_everything", "model", "data", "exits")
     try:
-        found = parser.parse_object(
-            {k: config[k] for k in ("seed_everything", "model", "data") if k in config}
-        )
+        found = parser.parse_object({key: config[key] for key in sections if key in config})
     except ArgumentError as error:
         raise project_error_in(error) or one_line(str(error), parser.get_defaults().keys()) from None
     found.data.bundle = str(run / "bundle")

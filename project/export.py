@@ -198,6 +198,8 @@ def _served(run: Path, bundle: Mapping[str, Any]) -> str:
     data |= {key: named(data[key]) for key in ("logs", "retriever") if key in data}
     model = {"backbone": named(bundle["base_model"]), "exit_layers": bundle["exit_layers"]}
     kept = {"seed_everything": config.get("seed_everything", 0), "model": model, "data": data}
+    if "exits" in config:  # names the criterion's class
+        kept["exits"] = config["exits"]
     return str(yaml.safe_dump(kept, sort_keys=False))
 
 

@@ -24,13 +24,14 @@ import torch
 import yaml
 
 from project.callbacks import ResultFiles
+from project.config import open_run
 from project.data.logs import TableLogs
 from project.data.protocol import Protocol, build_interactions
 from project.datamodule import InteractionData
 from project.errors import ConfigError, DataError
 from project.evaluation.result import own_metric
 from project.exits.criteria import HeadOutputs, Ratio
-from project.exits.plan import ExitPlan
+from project.exits.plan import ExitPlan, plans_of
 from project.model.heads import ExitHead
 from project.retrieval import NoRetriever
 from project.retrieval.base import Raters
@@ -150,7 +151,12 @@ def test_data_set_explains_a_mistake(package: ModuleType, json_logs: dict[str, s
 
 @pytest.mark.slow
 def test_fit_with_all_five(
-    run: Run, package: ModuleType, json_logs: dict[str, str], tiny_config: Config, tmp_path: Path
+    run: Run,
+    package: ModuleType,
+    json_logs: dict[str, str],
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The document's YAML trains: Margin decides and comes back from the checkpoint, the bundle names the retriever."""
     logs = settings("JsonLogs")
@@ -174,6 +180,11 @@ def test_fit_with_all_five(
     assert any(name.endswith("mix.weight") for name in checkpoint["state_dict"])
     plan = ExitPlan.from_state(checkpoint["exit_plans"]["plan"])
     assert isinstance(plan.policy.criterion, package.Margin)
+    monkeypatch.delitem(sys.modules, "my_package")  # as in a new process: the run's own config.yaml brings it
+    with pytest.raises(ConfigError, match=r"my_package\.Margin"):
+        ExitPlan.from_state(checkpoint["exit_plans"]["plan"])
+    open_run(folder)
+    assert plans_of(checkpoint) is not None
     retriever = json.loads((folder / "bundle" / "bundle.json").read_text())["retriever"]
     assert retriever["class_path"] == "my_package.LatestRaters"
     assert retriever["init_args"]["neighbours"] == 5

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -142,17 +142,19 @@ class ExitPlan:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ExitPlan:
-        """From what `state` gave; the criterion's class is imported by its path."""
-        path, layers = state["criterion"]["class_path"], tuple(state["layers"])
-        module, _, kind = str(path).rpartition(".")
-        try:
-            found = getattr(importlib.import_module(module), kind, None)
-        except ImportError:
-            found = None
+        """From what `state` gave; the criterion is of this package, or a class that the configuration has imported.
+
+        Importing what a checkpoint names would run any module that lies below the working directory.
+        """
+        path = str(state["criterion"]["class_path"])
+        layers = tuple(state["layers"])
+        module, _, kind = path.rpartition(".")
+        found = getattr(sys.modules.get(module), kind, None)
         if not (isinstance(found, type) and issubclass(found, Criterion)):
             raise ConfigError(
-                f"the checkpoint's exit criterion is {path!r}, which is no Criterion that can be imported; "
-                "install the package it comes from, or run the command calibrate again"
+                f"the checkpoint's exit criterion is {path!r}, which is no Criterion that the configuration names; "
+                "expected one of project.exits, or the class at exits.criterion or exits.compare. Use the run's own "
+                "config.yaml, or import the class first in Python."
             )
         criterion: Criterion = found(**state["criterion"]["init_args"])
         criterion.tensors = state["fitted"]

@@ -128,7 +128,8 @@ def test_foreign_criterion_is_an_error(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("below_here.py").write_text(
-        "from project.exits import Criterion\nopen('trace', 'w')\nclass Mine(Criterion):\n    confidence = None\n"
+        "import pathlib\nfrom project.exits import Criterion\n"
+        "pathlib.Path('trace').touch()\nclass Mine(Criterion):\n    confidence = None\n"
     )
     calibration = fit_calibration(world.raw, world.labels, world.layers, exit_0=True)
     state = ExitPlan(calibration, Policy(Ratio(), limits_of(*[NEVER] * 6), world.layers), exit_0=True).state()
