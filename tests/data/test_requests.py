@@ -20,6 +20,7 @@ from project.errors import DataError
 A = {"request_id": "a", "user_id": "u1", "candidates": ["i1", "i1"]}
 B = {"request_id": "b", "user_id": "u1", "candidates": ["i1"]}
 ROW = {"item_id": "i1", "label": 1, "time": 1}
+NEW = {"item_id": "new", "title": "a dog"}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,12 @@ NOT_THERE = [B | {"candidates": []}, B | {"candidates": ["i1", "zzz"]}, past(ite
         ({"request_id": "b", "user": "u1", "candidates": ["i1"]}, ["user"]),
         (B | {"request_id": "a"}, ["request_id 'a' is also that of line 1"]),
         (B | {"request_id": "a", "candidates": []}, ["request_id 'a'"]),
+        (B | {"candidate": ["i1"]}, ["'candidate'", "did you mean candidates?"]),
+        (B | {"candidates": [NEW | {"yaer": "1999"}]}, ["'yaer'", "did you mean year?", "title, year"]),
+        (B | {"candidates": [{"item_id": "i1", "yaer": "1999"}]}, ["'yaer'", "did you mean year?"]),
+        (past(yaer="1999"), ["'yaer'", "did you mean year?"]),
+        (B | {"candidates": [NEW | {"year": {"a": 1}}]}, ["year is {'a': 1}"]),
+        (past() | {"history": [ROW, {"item_id": "i1", "label": 1}]}, ["every row its time, or none"]),
     ],
 )
 def test_bad_requests(record: Any, words: list[str], logs: Interactions, tmp_path: Path) -> None:
@@ -131,6 +138,14 @@ def test_parquet_equals_jsonl(logs: Interactions, tmp_path: Path) -> None:
     assert more.codes["fresh"] == len(logs.items)
     assert more.items["title"][-1] == "a dog"
     assert more.table()["item_id"].to_list() == ["fresh", "i1"]
+
+
+def test_values_of_the_items_table(logs: Interactions, tmp_path: Path) -> None:
+    """Numbers and lists are what the items file has of them: text, lists joined."""
+    values = {"99": 99, "4.5": 4.5, "true": True, "a, 1": ["a", 1], "": None}
+    items = [{"item_id": f"n{k}", "title": "New", "year": value} for k, value in enumerate(values.values())]
+    found = read(logs, tmp_path, B | {"candidates": items}).items
+    assert found["year"].tail(len(values)).to_list() == list(values)
 
 
 @given(data=st.data())

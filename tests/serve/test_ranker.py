@@ -182,3 +182,26 @@ def test_an_exported_folder_scores_as_its_run(ranker: Ranker, served_run: Path, 
         close(found, expected)
     assert exported.about | {"run": "", "audits": {}} == ranker.about | {"run": "", "audits": {}}
     assert exported.about["audits"]["share"] == 0
+
+
+def test_the_ranker_names_its_time(ranker: Ranker) -> None:
+    """It reads all of the log, the rows that a backtest scores included: its name says so, a past time is an error."""
+    (found,) = ranker.rank_after_log([RankRequest("u1", None, ["i1"], time=100.0)])
+    assert found.error is not None
+    assert "100" in found.error
+    assert not hasattr(ranker, "rank")
+
+
+def test_a_history_without_times_counts_in_its_order(ranker: Ranker) -> None:
+    """Three rows, not in the order of the items' codes: as with times in this order, and not as in another."""
+    order = [("i7", 1), ("i1", 0), ("i4", 1)]
+
+    def score(rows: list[HistoryRow]) -> float:
+        (found,) = ranker.rank_after_log([RankRequest(None, rows, ["i9"])])
+        return float(found.probabilities[0])
+
+    plain = score([HistoryRow(item, label) for item, label in order])
+    timed = score([HistoryRow(item, label, 1000.0 + k) for k, (item, label) in enumerate(order)])
+    other = score([HistoryRow(item, label) for item, label in order[::-1]])
+    assert plain == pytest.approx(timed, abs=1e-6)
+    assert abs(plain - other) > 1e-4

@@ -133,6 +133,22 @@ def test_events(client: Make) -> None:
     assert history[1]["time"] == 1577836800
 
 
+def test_gorses_feedback_means_what_its_type_means(client: Make) -> None:
+    """A value of 0 is what Gorse's clients send where there is none; conditions are those of Gorse's configuration."""
+    make = client(gorse_positive="star, like, read>=3", gorse_read="read")
+    for k, (kind, value) in enumerate([("star", 0), ("read", 0), ("read", 3), ("read", None), ("like", 2)]):
+        sent = GORSE | {"FeedbackType": kind, "ItemId": f"i{k}", "Value": value}
+        assert make.post("/api/feedback", json=[sent]).status_code == 200
+    assert [row["label"] for row in make.get("/v1/users/new").json()["history"]] == [1, 0, 1, 0, 1]
+
+
+def test_values_of_items(client: Make) -> None:
+    """Floats, whole numbers and lists of the items file's kind are values."""
+    item = {"title": "New", "list_price": 4.5, "year": 1999, "genres": ["a", "b"]}
+    answer = client().post("/v1/rank", json={"user_id": "u1", "candidates": [item]})
+    assert answer.status_code == 200, answer.text
+
+
 def test_items(client: Make) -> None:
     make = client()
     assert make.put("/v1/items", json=[{"item_id": "i99", "title": "New", "year": "2026"}]).json() == {
@@ -142,9 +158,15 @@ def test_items(client: Make) -> None:
 
 JSON = {"content-type": "application/json"}
 EVENT = {"event_id": "e", "user_id": "u", "item_id": "i", "timestamp": 1}
+GORSE = {"FeedbackType": "star", "UserId": "new", "ItemId": "8", "Timestamp": "2020-01-01T00:00:00Z"}
 WRONG = [
     ("/v1/rank", {"candidates": ["i1"]}, 422, "either user_id or history"),
     ("/v1/rank", {"user_id": "u1", "candidates": []}, 422, "at least 1 item"),
+    ("/v1/rank", {"user_id": "u1", "candidates": ["i1"], "topn": 1}, 422, "'topn' (did you mean top_n?)"),
+    ("/v1/rank", {"user_id": "u1", "candidates": ["i1"], "device": "cpu"}, 422, "unknown key 'device'"),
+    ("/v1/rank", {"user_id": "u1", "candidates": ["i1"], "context": {}}, 422, "nothing reads it"),
+    ("/v1/rank", {"user_id": "u1", "candidates": [{"title": "New", "list_price": {}}]}, 422, ".0.list_price: "),
+    ("/v1/rank", {"user_id": "u1", "candidates": ["i1", ""]}, 422, "candidates.1: "),
     ("/v1/rank", {"user_id": "u1", "candidates": [{}]}, 422, "item_id or a title"),
     ("/v1/rank", {"user_id": "u1", "candidates": ["unknown"]}, 422, "no title"),
     ("/v1/rank", {"user_id": "u" * 300, "candidates": ["i1"]}, 422, "at most 256"),
@@ -164,6 +186,9 @@ WRONG = [
     ("/v1/events", [EVENT | {"label": 1, "timestamp": -5}], 422, "timestamp"),
     ("/v1/events", [EVENT | {"label": 1, "timestamp": time.time() + AHEAD + 3600}], 422, "after now"),
     ("/v1/events", [EVENT | {"label": 2}], 422, "label"),
+    ("/v1/events", [EVENT | {"label": 1, "lable": 1}], 422, "'lable'"),
+    ("/v1/items", [{"item_id": "i99", "title": "x", "yaer": "1999"}], 422, "did you mean year?"),
+    ("/api/feedback", [GORSE | {"FeedbackType": "share"}], 422, "'share'"),
     ("/v1/items", [{"item_id": "i99"}], 422, "0.title: Field required"),
 ]
 
