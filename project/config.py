@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from argparse import ArgumentError
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +19,7 @@ from project.data import logs, readers
 from project.data.prompt import shows_items, shows_numbers
 from project.datamodule import InteractionData
 from project.errors import ConfigError, ProjectError
+from project.errors import did_you_mean as did_you_mean
 from project.exits.plan import ExitSettings
 from project.model.module import ExitRecommender
 from project.retrieval import LightGCN
@@ -135,12 +135,6 @@ def one_line(message: str, keys: Iterable[str]) -> ConfigError:
     if reason.endswith("Got value: None"):
         reason += ". Is --config FILE missing, such as configs/quickstart.yaml?"
     return ConfigError(f"{key}: {reason}" if key else reason)
-
-
-def did_you_mean(word: str, words: Sequence[str]) -> str:
-    """A hint in brackets, or nothing."""
-    found = get_close_matches(word, words, n=1)
-    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def _imported(path: str) -> Any:

@@ -4,6 +4,15 @@ Every message names what was found, where (file, row, column or YAML key), what 
 `python -m project` prints these without a traceback; everything else is a bug and keeps its traceback.
 """
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+def did_you_mean(word: str, words: Sequence[str]) -> str:
+    """A hint in brackets, or nothing."""
+    found = get_close_matches(word, words, n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
 
 class ProjectError(Exception):
     """Base of all errors that are about input, not about this code."""

@@ -31,7 +31,7 @@ def main(run: Path, minutes: float) -> None:
     """Measure the full load for a while, then 70 % of it."""
     # 1. requests and the probabilities that responses must have
     _, requests = drawn_requests(run)
-    sent = with_expected(requests, Ranker.load(run, audit_share=0.0).rank(requests))
+    sent = with_expected(requests, Ranker.load(run, audit_share=0.0).rank_after_log(requests))
     with tempfile.TemporaryDirectory() as folder, serving(run, False, Path(folder)) as (process, address):
         # 2. the full load, once its prefixes are cached
         warm = min(30.0, 15 * minutes)

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from project.serve.request import Ranked, RankRequest
+from project.request import Item, RankRequest, Scored
 from project.serve.store import Event, EventStore
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +36,7 @@ class FakeRanker:
             "run": run.name,
             "exit_layers": [0, 2, 4],
             "model": "tiny",
+            "item_columns": ["title", "year", "list_price", "genres"],
             "examples": {"users": ["u1"], "items": [*TITLES]},
         }
         self.seq, self.events = 0, list[Event]()
@@ -54,33 +55,40 @@ class FakeRanker:
     def knows_user(self, user_id: str) -> bool:
         return user_id == "u1" or any(e.user_id == user_id for e in self.events)
 
-    def item_of_title(self, title: str) -> str | None:
-        return TITLES.get(title)
-
     def history_of(self, user_id: str) -> list[dict[str, Any]]:
         own = [e for e in self.events if e.user_id == user_id]
         return [
             {"item_id": e.item_id, "title": e.item_id, "label": e.label, "time": e.timestamp} for e in own
         ]
 
-    def rank(self, requests: Sequence[RankRequest]) -> list[Ranked]:
+    def rank_after_log(self, requests: Sequence[RankRequest]) -> list[Scored]:
         return [self._one(request) for request in requests]
 
-    def _one(self, request: RankRequest) -> Ranked:
-        names = [c if isinstance(c, str) else c["item_id"] for c in request.candidates]
+    def _one(self, request: RankRequest) -> Scored:
+        given = [Item(c) if isinstance(c, str) else c for c in request.candidates]
+        names = [item.item_id or TITLES.get(item.title, item.title) for item in given]
         if self._diverged:
-            return Ranked.refused("the model's scores are NaN")
-        if "unknown" in request.candidates:
-            return Ranked.refused("item 'unknown' has no title.")
+            return Scored.failed("", len(names), "the model's scores are NaN")
+        if "unknown" in names:
+            return Scored.failed("", len(names), "item 'unknown' has no title.")
         if "die" in names:
             os._exit(1)
         if "slow" in names:
             time.sleep(1)
         number = [int(n[1:]) if n[:1] == "i" and n[1:].isdigit() else 0.5 for n in names]
+        chance = np.clip(np.array(number) / 10, 0.001, 0.999)
         layer = np.array([4 if n % 2 else 2 for n in number])
-        features = [{"item_count": float(n)} for n in number]
         late = request.deadline is not None and request.deadline < time.monotonic()
-        return Ranked(np.array(number) / 10, layer, int(layer.sum()), 4 * len(names), features, late)
+        return Scored(
+            request.request_id,
+            np.log(chance / (1 - chance)),
+            layer,
+            int(layer.sum()),
+            late=late,
+            item_ids=names,
+            features={"item_count": np.array(number, float)},
+            full_depth_token_layers=4 * len(names),
+        )
 
 
 @contextmanager

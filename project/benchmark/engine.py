@@ -26,9 +26,9 @@ from project.run import result_head, write_json
 
 if TYPE_CHECKING:
     from project.data.protocol import SplitInteractions
-    from project.data.requests import Request
     from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
+    from project.request import RankRequest
     from project.serve.ranker import Ranker
 
 ROUNDS = 3  # fewer do not show the spread
@@ -97,7 +97,7 @@ def ranker_of(data: InteractionData, run: Path) -> Ranker | None:
     return Ranker.load(run, cache_mib=0, audit_share=0.0)
 
 
-def preparation(ranker: Ranker, requests: Sequence[Request]) -> float:
+def preparation(ranker: Ranker, requests: Sequence[RankRequest]) -> float:
     """Milliseconds that retrieved features and prompt of a request take: the median, after one round to warm up."""
     spent = []
     for request in (*requests, *requests):

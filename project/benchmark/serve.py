@@ -22,9 +22,9 @@ from project.config import open_run
 from project.data.requests import catalogue_requests
 from project.errors import ConfigError
 from project.report.tables import render, shown
+from project.request import RankRequest, Scored, id_of
 from project.run import result_head, write_json
 from project.serve.ranker import Ranker
-from project.serve.request import Ranked, RankRequest
 from project.serve.settings import ServeSettings
 
 USERS = (1, 8, 32)
@@ -99,12 +99,12 @@ def drawn_requests(run: Path) -> tuple[dict[str, Any], list[RankRequest]]:
     return head, [RankRequest(r.user_id, None, r.candidates) for r in drawn]
 
 
-def with_expected(requests: Sequence[RankRequest], ranked: Sequence[Ranked]) -> list[dict[str, Any]]:
+def with_expected(requests: Sequence[RankRequest], ranked: Sequence[Scored]) -> list[dict[str, Any]]:
     """What `drive` sends: bodies of /v1/rank, and the probabilities that responses must have."""
     return [
         {
-            "body": {"user_id": request.user_id, "candidates": list(request.candidates)},
-            "expected": one.probability.tolist(),
+            "body": {"user_id": request.user_id, "candidates": list(map(id_of, request.candidates))},
+            "expected": one.probabilities.tolist(),
         }
         for request, one in zip(requests, ranked, strict=True)
     ]
@@ -115,7 +115,7 @@ def ranker_rate(ranker: Ranker, requests: Iterator[RankRequest], at_once: int, s
     start = time.perf_counter()
     done = 0
     while time.perf_counter() - start < seconds:
-        ranker.rank(list(islice(requests, at_once)))
+        ranker.rank_after_log(list(islice(requests, at_once)))
         done += at_once
     return done / (time.perf_counter() - start)
 
@@ -132,7 +132,7 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
     spent = dict[bool, int]()  # full depth -> token-layers of all requests
     for full in (False, True, True, False):  # first until all prefixes are cached in all layers
         ranker.full_depth = full
-        ranked = ranker.rank(requests)
+        ranked = ranker.rank_after_log(requests)
         spent[full] = sum(one.token_layers for one in ranked)
         sent[full] = with_expected(requests, ranked)
     ranker.monitor.share = AUDIT_SHARE

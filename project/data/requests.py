@@ -17,29 +17,17 @@ import polars as pl
 from project.data.prompt import PromptEncoder
 from project.data.protocol import FOLDS, Interactions, SplitInteractions, answered
 from project.data.stream import Streams, streams_of
-from project.data.tables import LATEST
 from project.errors import ConfigError, DataError
+from project.request import HistoryRow, Item, RankRequest, check_names, id_of, shown, text_of
 
+KEYS = ("request_id", "user_id", "history", "time", "candidates")
 EXAMPLE_HISTORY = '[{"item_id": "242", "label": 1, "time": 880000000}]'
 EXAMPLE = '{"request_id": "r1", "user_id": "196", "time": 880000000, "candidates": ["242", "302"]}'
 
 
 @dataclass(frozen=True)
-class Request:
-    """Candidates of a user of the logs, or of somebody with a history of their own."""
-
-    request_id: str  # its name in the output
-    user_id: str | None  # an unknown one has an empty history; None where `history` is given
-    history: tuple[tuple[str, int, float], ...]  # (item id, label 0 or 1, time in seconds) in any order
-    time: (
-        float | None
-    )  # seconds: only strictly earlier rows are read; None: after all of the logs and `history`
-    candidates: tuple[str, ...]  # item ids to score
-
-
-@dataclass(frozen=True)
 class Refused:
-    """A request that cannot be scored, and costs the others nothing."""
+    """An invalid request, which costs the others nothing."""
 
     place: int  # among all requests, from 0
     request_id: str  # its name; its line where it has none
@@ -49,18 +37,76 @@ class Refused:
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests and the catalogue they refer to."""
+    """Requests, whose items are ids, and the catalogue they refer to."""
 
-    requests: list[Request]  # in the order of the file
+    requests: list[RankRequest]  # in the order of the file
     items: pl.DataFrame  # the items table, followed by items that only the requests know
     codes: Mapping[str, int]  # item id -> row of `items`
     refused: tuple[Refused, ...] = ()  # lines of the same file that are no request, or name unknown items
 
     def table(self) -> pl.DataFrame:
         """One row a candidate: request_id, candidate_index, item_id; its position is the candidate's row id."""
-        rows = [(r.request_id, k, c) for r in self.requests for k, c in enumerate(r.candidates)]
+        rows = [(r.request_id, k, id_of(c)) for r in self.requests for k, c in enumerate(r.candidates)]
         schema = {"request_id": pl.String, "candidate_index": pl.Int64, "item_id": pl.String}
         return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+class Catalogue:
+    """The items table, and items that requests bring; `codes` are rows of both.
+
+    `codes` and `titles` (item id -> row, title -> id of the first item) of the table save making them anew.
+    """
+
+    def __init__(
+        self,
+        known: pl.DataFrame,
+        codes: dict[str, int] | None = None,
+        titles: Mapping[str, str] | None = None,
+    ) -> None:
+        self.known = known
+        self.added = list[dict[str, Any]]()  # rows that follow those of `known`
+        codes = dict(known.select("item_id", "item").iter_rows()) if codes is None else codes
+        self.codes = ChainMap[str, int]({}, codes)
+        self._titles = titles_of(known) if titles is None else titles
+        self.columns = [name for name in known.columns if name not in ("item", "item_id")]
+
+    def alone(self) -> Catalogue:
+        """The same for one request: items that it brings are its own, whatever others bring under the same ids."""
+        found = copy(self)
+        found.codes = self.codes.new_child()
+        return found
+
+    def add(self, item: str | Item) -> str:
+        """The id of an item. One that is not known is added; `DataError` where it has no title or unknown columns."""
+        given = Item(item) if isinstance(item, str) else item
+        columns = dict(given.columns)
+        item_id = given.item_id or self._titles.get(given.title, given.title)
+        check_names(columns, self.columns, f"item {shown(item_id)} has the unknown column")
+        if item_id not in self.codes:
+            if not given.title.strip():
+                raise DataError(
+                    f"item {shown(item_id)} is not in the items table and has no title. Add it to the items table, "
+                    'or give it as {"item_id": ..., "title": ...} with any attribute of the items table.'
+                )
+            code = self.codes[item_id] = self.known.height + len(self.added)
+            named = {"item": code, "item_id": item_id, "title": given.title}
+            self.added.append(dict.fromkeys(self.columns, "") | columns | named)
+        return item_id
+
+    def resolve(self, request: RankRequest) -> RankRequest:
+        """The request with an id for each item; items that it brings are added."""
+        rows = request.history
+        history = None if rows is None else tuple(row._replace(item=self.add(row.item)) for row in rows)
+        return replace(request, history=history, candidates=tuple(map(self.add, request.candidates)))
+
+    def table(self) -> pl.DataFrame:
+        """The items table, followed by what requests brought."""
+        return pl.concat([self.known, pl.DataFrame(self.added, schema=self.known.schema)])
+
+
+def titles_of(items: pl.DataFrame) -> dict[str, str]:
+    """Title -> id of the first item that has it."""
+    return dict(items.select("title", "item_id").reverse().iter_rows())
 
 
 # Requests of a file
@@ -101,65 +147,32 @@ def parse_requests(
     in `refused`.
     """
     catalogue = Catalogue(interactions.items)
-    requests, refused, places = list[Request](), list[Refused](), dict[str, str]()
+    requests, refused, places = list[RankRequest](), list[Refused](), dict[str, str]()
     for place, (at, line) in enumerate(lines):
         name, candidates = at, tuple[str, ...]()
         try:
             record = _record(line)
-            if record.get("request_id") is not None:
-                name = str(record["request_id"])
-                first = places.setdefault(name, at)
-                if first != at:
-                    name = f"{name} ({at})"
-                    raise DataError(
-                        f"request_id {record['request_id']!r} is also that of {first}; expected a name of its own, "
-                        "since results are told apart by it."
-                    )
+            # 1. what names it in results, whatever else is wrong with it
+            if record.get("request_id") is None:
+                raise DataError(f"no request_id; expected {EXAMPLE}.")
+            name = str(record["request_id"])
+            first = places.setdefault(name, at)
+            if first != at:
+                name = f"{name} ({at})"
+                raise DataError(
+                    f"request_id {record['request_id']!r} is also that of {first}; expected a name of its own, "
+                    "since results are told apart by it."
+                )
             listed = record.get("candidates")
             if isinstance(listed, list):
                 candidates = tuple(str(c.get("item_id") if isinstance(c, dict) else c) for c in listed)
-            requests.append(request_of(record, catalogue.item_of))
+            # 2. what it asks
+            requests.append(catalogue.resolve(request_of(record)))
         except (DataError, RecursionError) as error:
             refused.append(Refused(place, name, candidates, f"{file}, {at}: {error}"))
     if not requests and not refused:
         raise DataError(f"{file} (data.requests) holds no request; expected lines such as {EXAMPLE}.")
     return Requests(requests, catalogue.table(), catalogue.codes, tuple(refused))
-
-
-class Catalogue:
-    """The items table, and items that requests bring; `codes` are rows of both."""
-
-    def __init__(self, known: pl.DataFrame, codes: dict[str, int] | None = None) -> None:
-        self.known, self.added = known, list[dict[str, Any]]()
-        codes = dict(known.select("item_id", "item").iter_rows()) if codes is None else codes
-        self.codes = ChainMap[str, int]({}, codes)
-
-    def alone(self) -> Catalogue:
-        """The same for one request: items that it brings are its own, whatever others bring under the same ids."""
-        found = copy(self)
-        found.codes = self.codes.new_child()
-        return found
-
-    def item_of(self, value: Any) -> str:
-        """Id of a candidate or history item, given as an id or as an object with item_id and title."""
-        details = value if isinstance(value, dict) else {"item_id": value}
-        if details.get("item_id") is None:
-            raise DataError(f"found an item {_shown(value)} without item_id; expected {EXAMPLE}.")
-        item_id = str(details["item_id"]).strip()
-        if item_id not in self.codes:
-            if not str(details.get("title") or "").strip():
-                raise DataError(
-                    f"item {_shown(item_id)} is not in the items table and has no title. Add it to the items table, "
-                    'or give it as {"item_id": ..., "title": ...} with any attribute of the items table.'
-                )
-            code = self.codes[item_id] = self.known.height + len(self.added)
-            texts = {c: str(details.get(c) or "") for c in self.known.columns}
-            self.added.append(texts | {"item": code, "item_id": item_id})
-        return item_id
-
-    def table(self) -> pl.DataFrame:
-        """The items table, followed by what requests brought."""
-        return pl.concat([self.known, pl.DataFrame(self.added, schema=self.known.schema)])
 
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
@@ -192,42 +205,47 @@ def _record(line: bytes | dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def request_of(record: dict[str, Any], item_of: Callable[[Any], str]) -> Request:
-    """The request of a line's object, or `DataError`."""
-    names = ("request_id", "user_id", "history", "time", "candidates")
-    request_id, user_id, history, time, candidates = map(record.get, names)
-    well_formed = (
-        set(record) <= set(names)
-        and request_id is not None
-        and (user_id is None) != (history is None)
-        and isinstance(candidates, list)
-        and candidates != []
-        and isinstance(history, list | None)
-        and all(isinstance(row, dict) and row.get("label") in (0, 1) for row in history or ())
-    )
-    if not well_formed:
-        raise DataError(
-            f"found {_shown(record)}; expected {EXAMPLE} with at least one candidate, and either user_id or a history, "
-            f"which is a list such as {EXAMPLE_HISTORY} with label 0 or 1."
-        )
-    return Request(
-        request_id=str(request_id),
-        user_id=None if user_id is None else str(user_id).strip(),
-        history=tuple((item_of(row), int(row["label"]), _seconds(row.get("time"))) for row in history or ()),
-        time=None if time is None else _seconds(time),
-        candidates=tuple(item_of(value) for value in record["candidates"]),
+def request_of(record: Mapping[str, Any]) -> RankRequest:
+    """The request of an object of JSON; `DataError` names the field that is wrong."""
+    check_names(record, KEYS, "unknown key")
+    user, rows, candidates = record.get("user_id"), record.get("history"), record.get("candidates")
+    if (user is None) == (rows is None):
+        raise DataError(f"expected either user_id or a history, found {shown(record)}.")
+    if not isinstance(candidates, list):
+        raise DataError(f"candidates is {shown(candidates)}; expected a list of items, as in {EXAMPLE}.")
+    if rows is not None and not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise DataError(f"history is {shown(rows)}; expected a list such as {EXAMPLE_HISTORY}.")
+    return RankRequest(
+        user_id=None if user is None else str(user).strip(),
+        history=None if rows is None else tuple(map(_history_row, rows)),
+        candidates=tuple(map(item_of, candidates)),
+        time=_seconds(record.get("time")),
+        request_id=str(record["request_id"]),
     )
 
 
-def _seconds(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < LATEST:
-        raise DataError(f"time is {_shown(value)}; expected seconds since 1970, no milliseconds.")
-    return float(value)
+def _history_row(row: dict[str, Any]) -> HistoryRow:
+    columns = {name: value for name, value in row.items() if name not in ("label", "time")}
+    if row.get("label") not in (0, 1):
+        raise DataError(f"history: found {shown(row)}; expected {EXAMPLE_HISTORY} with label 0 or 1.")
+    return HistoryRow(item_of(columns), int(row["label"]), _seconds(row.get("time")))
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+def _seconds(value: Any) -> float | None:
+    if not isinstance(value, int | float | None) or isinstance(value, bool):
+        raise DataError(f"time is {shown(value)}; expected seconds since 1970.")
+    return value
+
+
+def item_of(value: Any) -> str | Item:
+    """An item as JSON has it: an id, or an object with an item_id or a title, and other columns of the items table."""
+    if not isinstance(value, dict):
+        return text_of("item_id", value).strip()
+    texts = {name: text_of(name, given) for name, given in value.items() if given is not None}
+    item = Item(texts.pop("item_id", "").strip(), texts.pop("title", ""), tuple(texts.items()))
+    if not (item.item_id or item.title.strip()):
+        raise DataError(f"found the item {shown(value)}; expected an item_id or a title.")
+    return item
 
 
 # Room in a window
@@ -281,14 +299,15 @@ def without_long(requests: Requests, encoder: PromptEncoder, context_tokens: int
     places = np.setdiff1d(np.arange(count), [r.place for r in requests.refused])
     kept, refused = [], list(requests.refused)
     for place, request in zip(places.tolist(), requests.requests, strict=True):
-        named = [*request.candidates, *(item for item, _, _ in request.history)]
+        named = map(id_of, (*request.candidates, *(row.item for row in request.history or ())))
         long = [item for item in named if lengths[requests.codes[item]] > context_tokens]
         if not long:
             kept.append(request)
             continue
         problem = _too_long(long[0], int(lengths[requests.codes[long[0]]]), context_tokens)
         error = f"request {request.request_id!r}: {problem}. Give it a shorter title."
-        refused.append(Refused(place, request.request_id, request.candidates, error))
+        candidates = tuple(map(id_of, request.candidates))
+        refused.append(Refused(place, request.request_id, candidates, error))
     return replace(requests, requests=kept, refused=tuple(sorted(refused, key=lambda r: r.place)))
 
 
@@ -318,18 +337,17 @@ def request_streams(
     known, fresh = [], []
     row_id = 0
     for stream, request in enumerate(requests.requests):
-        now = max([end, *(at for _, _, at in request.history)]) + 1
-        time = now if request.time is None else request.time
+        time = request.asked_at(end)
         user = users.get(request.user_id or "", len(users) + stream)
         if request.user_id is not None:
             first, last = np.searchsorted(of_user, [user, user + 1]).tolist()
             rows = log[first : first + int(np.searchsorted(times[first:last], time))]
             known.append(rows.with_columns(stream=pl.lit(stream, pl.Int64), candidate=pl.lit(False)))
-        for item, answer, at in request.history:
-            if at < time:
+        if request.user_id not in users:
+            for item, answer, at in request.past(time):
                 fresh.append((stream, user, requests.codes[item], -1, at, answer, False))
-        for item in request.candidates:
-            fresh.append((stream, user, requests.codes[item], row_id, time, -1, True))
+        for asked_item in request.candidates:
+            fresh.append((stream, user, requests.codes[id_of(asked_item)], row_id, time, -1, True))
             row_id += 1
     # 2. retrieved features of the rows outside the log
     columns = ["stream", "user", "item", "row_id", "timestamp", "label", "candidate"]
@@ -366,7 +384,7 @@ class Workload:
     table: pl.DataFrame
 
 
-def _workload(split: SplitInteractions, requests: list[Request], rows: list[tuple[Any, ...]]) -> Workload:
+def _workload(split: SplitInteractions, requests: list[RankRequest], rows: list[tuple[Any, ...]]) -> Workload:
     items = split.interactions.items
     codes = dict(items.select("item_id", "item").iter_rows())
     return Workload(Requests(requests, items, codes), pl.DataFrame(rows, schema=SCHEMA, orient="row"))
@@ -395,7 +413,7 @@ def catalogue_requests(
     rated = {user: rows for (user,), rows in past.group_by("user", maintain_order=True)}
     ids = split.interactions.items["item_id"].to_list()
     user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())
-    requests, rows = list[Request](), list[tuple[Any, ...]]()
+    requests, rows = list[RankRequest](), list[tuple[Any, ...]]()
     for row in targets[drawn].iter_rows(named=True):
         user, time, request_id = row["user"], row["timestamp"], f"catalogue/{part}/{row['row_id']}"
         # 1. candidates
@@ -412,11 +430,12 @@ def catalogue_requests(
             rows.append((request_id, k, user, *known))
         # 3. history
         if history is None:
-            requests.append(Request(request_id, user_ids[user], (), time, listed))
+            asked = RankRequest(user_ids[user], None, listed, time=time, request_id=request_id)
+            requests.append(asked)
         else:
             latest = earlier.tail(history).select("item", "label", "timestamp").iter_rows()
-            brought = tuple((ids[item], label, at) for item, label, at in latest)
-            requests.append(Request(request_id, None, brought, time, listed))
+            brought = tuple(HistoryRow(ids[item], label, at) for item, label, at in latest)
+            requests.append(RankRequest(None, brought, listed, time=time, request_id=request_id))
     return _workload(split, requests, rows)
 
 
@@ -429,12 +448,13 @@ def labelled_requests(split: SplitInteractions, part: str, candidates: int, mini
     targets = _targets(split, part).unique(["user", "item"], keep="first", maintain_order=True)
     ids = split.interactions.items["item_id"].to_list()
     user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())
-    requests, rows = list[Request](), list[tuple[Any, ...]]()
+    requests, rows = list[RankRequest](), list[tuple[Any, ...]]()
     for own in targets.partition_by("user", maintain_order=True):
         if own.height >= minimum:
             user, time, shown = int(own["user"][0]), own["timestamp"][0], own.head(candidates)
             request_id, listed = f"labelled/{part}/{user}", tuple(ids[item] for item in shown["item"])
-            requests.append(Request(request_id, user_ids[user], (), time, listed))
+            asked = RankRequest(user_ids[user], None, listed, time=time, request_id=request_id)
+            requests.append(asked)
             answers = enumerate(shown.select("label", "row_id").iter_rows())
             rows += [(request_id, k, user, label, row_id) for k, (label, row_id) in answers]
     return _workload(split, requests, rows) if requests else None

@@ -22,10 +22,7 @@ from numpy.typing import NDArray
 from project.data.parts import by_part
 from project.data.requests import parse_requests, requests_path
 from project.datamodule import InteractionData
-from project.engine.cache import StreamCache
-from project.engine.decisions import RowExits
-from project.engine.engine import Engine
-from project.engine.predict import open_calibrated, print_counts, score_requests, with_room
+from project.engine.predict import Run, open_calibrated, print_counts, with_room
 from project.errors import ConfigError
 from project.model.module import ExitRecommender
 from project.run import sha256_of, table_about
@@ -46,7 +43,7 @@ def run_actors(
             "'exitrec[ray]' or, from a checkout, pip install -e '.[ray]'."
         )
     # 1. The run, the requests, and which parts of them it has scored before.
-    plan, folder, about = open_calibrated(trainer, model, data, checkpoint, "ray")
+    run, folder, about = open_calibrated(trainer, model, data, checkpoint, "ray")
     source = data.requests_file
     files = sorted(Path(source).glob("*.parquet")) if source else []
     files = files or [requests_path(source)]
@@ -78,7 +75,7 @@ def run_actors(
     # 3. Actors, each with a copy of model and data; a block of the dataset is one part.
     counts = Counter[str]()
     if todo:
-        held, device = ray.put((model, data, plan)), trainer.strategy.root_device.type
+        held, device = ray.put((model, data, run.plan)), trainer.strategy.root_device.type
         scored = ray.data.from_items(
             [{"part": part} for part in todo], override_num_blocks=len(todo)
         ).map_batches(
@@ -91,18 +88,18 @@ def run_actors(
         for row in scored.iter_rows():
             counts.update(row)
     shutil.rmtree(cut, ignore_errors=True)
-    print_counts(counts, plan, folder)
+    print_counts(counts, run.plan, folder)
     return folder
 
 
 class Scorer:
-    """Holds model, data and engine; scores the parts that lie in the folder `cut`, and writes their files beside it."""
+    """Holds an open run; scores the parts that lie in the folder `cut`, and writes their files beside it."""
 
     def __init__(self, held: Any, device: str, source: Path, cut: Path, about: dict[str, str]) -> None:
         import ray
 
-        self.model, self.data, plan = ray.get(held)
-        self.engine = Engine(self.model.to(device), RowExits(plan, device), StreamCache())
+        model, data, plan = ray.get(held)
+        self.run = Run(model.to(device), data, plan)
         self.source, self.cut, self.about = source, cut, about
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -112,7 +109,8 @@ class Scorer:
         table = pl.read_parquet(files, glob=False).sort("user", "line")
         lines = (line.encode("latin-1") for line in table["line"])
         placed = ((f"part {part}, request {number}", line) for number, line in enumerate(lines, start=1))
-        requests = with_room(parse_requests(placed, self.source, self.data.split.interactions), self.data)
+        data = self.run.data
+        requests = with_room(parse_requests(placed, self.source, data.split.interactions), data)
         path = self.cut.parent / f"part-{part:05}.parquet"
-        counts = score_requests(self.engine, self.model, self.data, requests, path, self.about)
+        counts = self.run.write(requests, path, self.about)
         return {name: np.array([count]) for name, count in counts.items()}

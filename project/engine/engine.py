@@ -86,7 +86,7 @@ class Engine:
             if error is None and len(request):
                 usable.append(i)
             else:  # unusable, or nobody to score, which is no error
-                scored[i] = Scored.refused(request, error)
+                scored[i] = Scored.failed(request.request_id, len(request), error)
         for members in self._batches(requests, usable):
             batch = EngineBatch(self, [requests[i] for i in members], scores)
             scored.update(zip(members, batch.run(), strict=True))
@@ -220,7 +220,7 @@ class EngineBatch:
         missing = int(np.isnan(logits).sum())
         if missing:
             error = f"the model's scores of {missing} of {len(logits)} candidates are NaN"
-            return Scored.refused(request, error, spent)
+            return Scored.failed(request.request_id, len(logits), error, spent)
         if self.engine.cache is not None and stream is not None and request.user is not None:
             self.engine.cache.give(request.user, stream)
         return Scored(request.request_id, logits, exit_layer, spent, late=bool(self.late[i]))

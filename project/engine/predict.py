@@ -1,11 +1,12 @@
-"""`predict --engine early_exit`: loads a run, scores requests and writes their table in parts."""
+"""A calibrated run that is open: scores requests, for Python and for `predict --engine early_exit`."""
 
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,26 @@ from rich.console import Console
 
 from project.data.download import resolve_model
 from project.data.prompt import PromptEncoder
-from project.data.requests import Refused, Request, Requests, read_requests, some_usable, without_long
+from project.data.requests import (
+    Catalogue,
+    Refused,
+    Requests,
+    read_requests,
+    request_of,
+    some_usable,
+    without_long,
+)
 from project.datamodule import InteractionData, check_reads
 from project.engine.cache import StreamCache
 from project.engine.decisions import RowExits
 from project.engine.engine import Engine
 from project.engine.requests import Scores, prepare_requests
-from project.errors import ConfigError, NotCalibratedError, NotFittedError
+from project.errors import ConfigError, DataError, NotCalibratedError, NotFittedError
 from project.exits.plan import ExitPlan, Plans, plans_of
 from project.model.backbone import Backbone
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
+from project.request import RankRequest
 from project.run import read_checkpoint, replace_file, run_of_checkpoint
 from project.run_folder import tag_of
 
@@ -73,14 +83,120 @@ def load_run(
     return plans
 
 
+class Run:
+    """A calibrated run, opened: scores requests by its exit plan. One thread at a time.
+
+    Args:
+        model: With the run's weights.
+        data: The run's log, protocol and prompt.
+        plan: Who leaves where.
+        certificate: What a result file says of the plan's promise; None where there is none.
+    """
+
+    def __init__(
+        self, model: ExitRecommender, data: InteractionData, plan: ExitPlan, certificate: Any = None
+    ) -> None:
+        self.model = model
+        self.data = data
+        self.plan = plan
+        self.certificate = certificate
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Runs layers, and keeps users' histories between calls."""
+        return Engine(self.model, RowExits(self.plan, self.model.device), StreamCache())
+
+    def score(self, requests: pl.DataFrame | RankRequest | Sequence[RankRequest]) -> pl.DataFrame:
+        """Scores of requests at a time of their own: strictly earlier rows of the log are read, no others.
+
+        Args:
+            requests: A table with a row a request: user_id, candidates (a list of item ids) and time (seconds), and
+                request_id where it has one; or requests.
+
+        Returns:
+            One row a candidate: request_id, candidate_index, item_id, exit_layer, adaptive_logit, probability, error.
+        """
+        asked = as_requests(requests)
+        if timeless := [r.request_id for r in asked if r.time is None]:
+            raise DataError(
+                f"request {timeless[0]!r} has no time, and would read all of the log, the rows after it included. Give "
+                "it a time (seconds since 1970: only strictly earlier rows are read), or call score_after_log."
+            )
+        return self._table(asked)
+
+    def score_after_log(self, requests: pl.DataFrame | RankRequest | Sequence[RankRequest]) -> pl.DataFrame:
+        """Scores of requests that read the whole log, as those of today do; never of rows that the log has.
+
+        Otherwise as `score`; the requests have no time.
+        """
+        return self._table([replace(request, time=None) for request in as_requests(requests)])
+
+    def _table(self, asked: list[RankRequest]) -> pl.DataFrame:
+        """Of the best `top_n` candidates of each request."""
+        catalogue = Catalogue(self.data.split.interactions.items)
+        resolved = list[RankRequest]()
+        for request in asked:
+            try:
+                resolved.append(catalogue.resolve(request))
+            except DataError as error:
+                raise DataError(f"request {request.request_id!r}: {error}") from None
+        requests = with_room(Requests(resolved, catalogue.table(), catalogue.codes), self.data)
+        table = pl.concat(self.score_part(part)[0] for part in parts_of(requests, PART))
+        most = {r.request_id: r.top_n for r in asked if r.top_n is not None}
+        rank = pl.col("probability").rank("ordinal", descending=True).over("request_id")
+        most_of = pl.col("request_id").replace_strict(most, default=None, return_dtype=pl.Int64)
+        return table.filter((rank <= most_of).fill_null(True)) if most else table
+
+    def score_part(self, requests: Requests) -> tuple[pl.DataFrame, Counter[str]]:
+        """`early_exit_table` of requests that fit into memory together, and what was counted."""
+        prepared = prepare_requests(self.model, self.data, requests) if requests.requests else []
+        scores = self.engine.score(prepared)
+        lengths = [len(r.logits) for r in scores.requests if r.error is None]
+        counts = Counter(
+            candidates=sum(lengths),
+            scored=len(lengths),
+            refused=len(requests.refused) + len(prepared) - len(lengths),
+            tokens=sum(len(r.stream) + len(r.candidates.values) for r in prepared),
+            token_layers=scores.token_layers,
+        )
+        return early_exit_table(scores, requests), counts
+
+    def write(self, requests: Requests, path: Path, about: dict[str, str]) -> Counter[str]:
+        """Write the table of requests, which notes what it is `about`; returns what was counted.
+
+        It is made part by part, and is there when all of them are.
+        """
+        files = list[Path]()
+        counts = Counter[str]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
+            for part in parts_of(requests, PART):
+                table, counted = self.score_part(part)
+                counts.update(counted)
+                files.append(Path(folder) / f"{len(files)}.parquet")
+                table.write_parquet(files[-1])
+            whole = pl.scan_parquet(files)
+            replace_file(path, lambda file: whole.sink_parquet(file, metadata=about))
+        return counts
+
+
+def as_requests(given: pl.DataFrame | RankRequest | Sequence[RankRequest]) -> list[RankRequest]:
+    """Requests of a table with a row each, as a file has them, or as they are; unnamed ones get their place as name."""
+    if isinstance(given, pl.DataFrame):
+        rows = given.to_dicts()
+        return [request_of({"request_id": str(place)} | row) for place, row in enumerate(rows)]
+    listed = [given] if isinstance(given, RankRequest) else given
+    return [replace(r, request_id=r.request_id or str(place)) for place, r in enumerate(listed)]
+
+
 def open_calibrated(
     trainer: L.Trainer,
     model: ExitRecommender,
     data: InteractionData,
     checkpoint: str | Path | None,
     engine: str = "early_exit",
-) -> tuple[ExitPlan, Path, dict[str, str]]:
-    """Load a run into `model`; returns its plan, where its table goes (without an ending), and what notes its origin.
+) -> tuple[Run, Path, dict[str, str]]:
+    """Open a run of `model`; returns it, where its table goes (without an ending), and what notes the table's origin.
 
     The tag of result files is the trainer's.
     """
@@ -96,7 +212,8 @@ def open_calibrated(
     data.prepare_data()
     plan = load_run(model, data.tokenizer, checkpoint, data, compared=False).plan
     place = run_of_checkpoint(checkpoint) / "scores" / f"predict-{engine}{tag_of(trainer)}"
-    return plan, place, {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}
+    about = {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}
+    return Run(model, data, plan), place, about
 
 
 def run_early_exit(
@@ -106,44 +223,13 @@ def run_early_exit(
 
     The trainer says where to run, and the tag of result files.
     """
-    plan, place, about = open_calibrated(trainer, model, data, checkpoint)
+    run, place, about = open_calibrated(trainer, model, data, checkpoint)
     requests = some_usable(with_room(read_requests(data.requests_file, data.split.interactions), data))
-    device, path = trainer.strategy.root_device, place.with_name(f"{place.name}.parquet")
-    engine = Engine(model.to(device), RowExits(plan, device), StreamCache())
-    counts = score_requests(engine, model, data, requests, path, about)
-    print_counts(counts, plan, path)
+    model.to(trainer.strategy.root_device)
+    path = place.with_name(f"{place.name}.parquet")
+    counts = run.write(requests, path, about)
+    print_counts(counts, run.plan, path)
     return path
-
-
-def score_requests(
-    engine: Engine,
-    model: ExitRecommender,
-    data: InteractionData,
-    requests: Requests,
-    path: Path,
-    about: dict[str, str],
-) -> Counter[str]:
-    """Write the table of requests, which notes what it is `about`; returns what was counted.
-
-    It is made part by part, and is there when all of them are.
-    """
-    files, counts = list[Path](), Counter[str]()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
-        for part in parts_of(requests, PART):
-            prepared = prepare_requests(model, data, part) if part.requests else []
-            scores = engine.score(prepared)
-            lengths = [len(r.logits) for r in scores.requests if r.error is None]
-            counts["candidates"] += sum(lengths)
-            counts["scored"] += len(lengths)
-            counts["refused"] += len(part.refused) + len(prepared) - len(lengths)
-            counts["tokens"] += sum(len(r.stream) + len(r.candidates.values) for r in prepared)
-            counts["token_layers"] += scores.token_layers
-            files.append(Path(folder) / f"{len(files)}.parquet")
-            early_exit_table(scores, part).write_parquet(files[-1])
-        table = pl.scan_parquet(files)
-        replace_file(path, lambda file: table.sink_parquet(file, metadata=about))
-    return counts
 
 
 def with_room(requests: Requests, data: InteractionData) -> Requests:
@@ -165,14 +251,14 @@ def parts_of(requests: Requests, candidates: int) -> Iterator[Requests]:
     """The same requests, refused ones at their places; a part ends at the request that reaches so many candidates."""
     refused, usable = {r.place: r for r in requests.refused}, iter(requests.requests)
     last = len(requests.requests) + len(refused) - 1
-    part, size = list[Request | Refused](), 0
+    part, size = list[RankRequest | Refused](), 0
     for place in range(last + 1):
         part.append(refused.get(place) or next(usable))
         size += len(part[-1].candidates)
         if size >= candidates or place == last:
             yield replace(
                 requests,
-                requests=[r for r in part if isinstance(r, Request)],
+                requests=[r for r in part if isinstance(r, RankRequest)],
                 refused=tuple(replace(r, place=k) for k, r in enumerate(part) if isinstance(r, Refused)),
             )
             part, size = [], 0

@@ -13,33 +13,9 @@ from project.data.ragged import Ragged, offsets_of, within
 from project.data.requests import Requests
 from project.data.stream import context_starts, time_groups
 from project.datamodule import InteractionData
-from project.features import feature_matrix
-from project.metrics import probabilities
+from project.features import FeatureBaseline, feature_matrix
 from project.model.module import ExitRecommender
-
-
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """Scores of a request of n candidates; NaN and layer -1 where it could not be scored."""
-
-    request_id: str
-    logits: F64  # (n,) calibrated logits that the candidates left with
-    exit_layers: I64  # (n,)
-    token_layers: int = 0  # tokens times layers that ran, the stream's included
-    error: str | None = None  # why it could not be scored
-    late: bool = False  # past the deadline, candidates left whom the decision would have had stay
-
-    @classmethod
-    def refused(cls, request: PreparedRequest, error: str | None, token_layers: int = 0) -> Scored:
-        """Of a request that could not be scored; without an error, of one without candidates."""
-        n = len(request)
-        return cls(request.request_id, np.full(n, np.nan), np.full(n, -1), token_layers, error)
-
-    @property
-    def probabilities(self) -> F64:
-        """(n,) clipped to [.001, .999]; NaN where the request could not be scored."""
-        found: F64 = self.logits if self.error is not None else probabilities(self.logits)
-        return found
+from project.request import Scored as Scored
 
 
 @dataclass
@@ -90,10 +66,10 @@ class StreamTokens:
 
 @dataclass(frozen=True, eq=False)
 class PreparedRequest:
-    """One request of n candidates."""
+    """One request of n candidates as the engine reads it."""
 
     request_id: str
-    stream: StreamTokens
+    stream: StreamTokens  # of S tokens: the instruction and the history
     candidates: Ragged  # n token lists, each up to its answer slot
     exit_0: F64  # (n,) logits of exit 0, rounded to float32 as score tables have them
     retrieved: F64  # (n, F) features that criteria read
@@ -105,7 +81,8 @@ class PreparedRequest:
 
     def trouble(self, vocabulary: range) -> str | None:
         """Why this request cannot be scored by a backbone that knows these token ids; None where it can."""
-        n, tokens = len(self), np.concatenate([self.stream.tokens, self.candidates.values])
+        n = len(self)
+        tokens = np.concatenate([self.stream.tokens, self.candidates.values])
         if self.exit_0.shape != (n,) or self.retrieved.ndim != 2 or len(self.retrieved) != n:
             shapes = f"exit 0 of shape {self.exit_0.shape} and retrieved features {self.retrieved.shape}"
             return f"{n} candidates, but {shapes}"
@@ -128,35 +105,41 @@ def prepare_requests(
     """
     if requests is not None:
         data.give_requests(requests)
+    # 1. histories, retrieved features and token ids of all requests
     data.setup("predict")
     assert data.requests is not None
     assert data.candidate_retrieved is not None
     model.know_items(data)
+    streams = data.streams("predict")
+    # 2. exit 0 of all candidates of all requests
     baseline = model.feature_baseline()
-    features = feature_matrix(data.candidate_retrieved, baseline.base)  # of all candidates of all requests
-    exit_0 = baseline.of_features(features).astype(np.float32).astype(np.float64)
-    streams, prepared = data.streams("predict"), []
-    # every request has at least one candidate, so it has exactly one stream
+    features = feature_matrix(data.candidate_retrieved, baseline.base)
+    exit_0 = exit_0_of(baseline, features)
+    # 3. a request each; it has at least one candidate, so it has exactly one stream
+    prepared = list[PreparedRequest]()
     for request, (start, stop) in zip(data.requests.requests, pairwise(streams.offsets), strict=True):
         rows = np.arange(start, stop)
-        scored, context = rows[streams.target[rows]], rows[streams.context[rows]]
+        scored = rows[streams.target[rows]]
+        context = rows[streams.context[rows]]
         candidates = streams.row_id[scored]
-        prepared.append(
-            PreparedRequest(
-                request.request_id,
-                shared_prefix(
-                    streams.tokens[streams.instruction],
-                    streams.tokens.take(context),
-                    streams.timestamp[context],
-                    data.context_tokens,
-                ),
-                until_slots(streams.tokens.take(scored), streams.slots[scored]),
-                exit_0[candidates],
-                features[candidates],
-                request.user_id,
-            )
+        instruction = streams.tokens[streams.instruction]
+        history = streams.tokens.take(context)
+        made = PreparedRequest(
+            request.request_id,
+            shared_prefix(instruction, history, streams.timestamp[context], data.context_tokens),
+            until_slots(streams.tokens.take(scored), streams.slots[scored]),
+            exit_0[candidates],
+            features[candidates],
+            request.user_id,
+            np.inf if request.deadline is None else request.deadline,
         )
+        prepared.append(made)
     return prepared
+
+
+def exit_0_of(baseline: FeatureBaseline, features: F64) -> F64:
+    """(n,) logits of exit 0 from features (n, F), rounded to float32 as score tables have them."""
+    return baseline.of_features(features).astype(np.float32).astype(np.float64)
 
 
 def shared_prefix(instruction: I64, history: Ragged, timestamp: F64, context_tokens: int) -> StreamTokens:
@@ -174,6 +157,5 @@ def shared_prefix(instruction: I64, history: Ragged, timestamp: F64, context_tok
 
 def until_slots(lists: Ragged, slots: I64) -> Ragged:
     """Segments without what follows their answer slots (n,)."""
-    return Ragged(
-        lists.values[within(lists.lengths) <= np.repeat(slots, lists.lengths)], offsets_of(slots + 1)
-    )
+    before = within(lists.lengths) <= np.repeat(slots, lists.lengths)
+    return Ragged(lists.values[before], offsets_of(slots + 1))

@@ -15,33 +15,31 @@ import numpy as np
 import polars as pl
 import torch
 
-from project.arrays import F64, I64
-from project.config import open_run
+from project.api import open_run
+from project.arrays import I64
 from project.data.download import SOURCES
 from project.data.prompt import PromptEncoder
 from project.data.protocol import answered
 from project.data.ragged import Ragged
-from project.data.requests import Catalogue, Request, request_of
+from project.data.requests import Catalogue, titles_of
 from project.data.stream import streams_of
 from project.datamodule import InteractionData
 from project.engine.cache import StreamCache
 from project.engine.decisions import RowExits
 from project.engine.engine import Engine
-from project.engine.predict import load_run
 from project.engine.prepacked import prepacked
-from project.engine.requests import PreparedRequest, Scored, StreamTokens, shared_prefix, until_slots
+from project.engine.requests import PreparedRequest, StreamTokens, exit_0_of, shared_prefix, until_slots
 from project.errors import DataError, ProjectError
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
-from project.export import POLICY, give_exported
 from project.features import COLUMNS, Retrieved, feature_matrix
 from project.metrics import probabilities
 from project.model.module import ExitRecommender
+from project.request import Item, RankRequest, Scored, id_of
 from project.retrieval.online import in_time
 from project.retrieval.text import TextVectors, item_texts
 from project.run import own_version
 from project.serve.drift import AnswerMonitor, Monitor, references
-from project.serve.request import Ranked, RankRequest
 from project.serve.store import Event, EventStore, seen
 
 EXAMPLES = 12
@@ -64,15 +62,15 @@ class Ranker:
         audit_share: float,
     ) -> None:
         assert model.backbone is not None
-        self._model, self._data = model, data
+        self._model = model
+        self._data = data
         # 1. users and items, and what the log knows of them
         split = data.split
         log = split.interactions
-        self._items, self._encoder = log.items, data.encoder
+        self._items = log.items
+        self._encoder = data.encoder
         self._codes: dict[str, int] = dict(log.items.select("item_id", "item").iter_rows())
-        self._titles = {
-            title: item_id for item_id, title in log.items.select("item_id", "title").reverse().iter_rows()
-        }
+        self._titles = titles_of(log.items)
         self._users: dict[str, int] = dict(log.users.select("user_id", "user").iter_rows())
         self._index = data.features.index()
         rows = split.rows.filter(answered(split.rows)).select("user", "item", "row_id", "timestamp", "label")
@@ -109,6 +107,7 @@ class Ranker:
                 "users": log.users["user_id"].tail(EXAMPLES).reverse().to_list(),
                 "items": log.items["title"].head(EXAMPLES).to_list(),
             },
+            "item_columns": self._catalogue().columns,
             "model": base,
             "licence": SOURCES[base].licence if base in SOURCES else f"See the licence of {Path(base).name}.",
         }
@@ -119,17 +118,9 @@ class Ranker:
 
         `cache_mib` is memory for users' histories, `audit_share` of the requests also run to full depth.
         """
-        model, data = open_run(run)
-        if (run / POLICY).exists():
-            if not model.items:  # the base model is not needed
-                data.tokenizer_name = str(run)
-            plan, certificate = give_exported(model, run)
-        else:
-            plans = load_run(model, data.tokenizer, run / "checkpoints" / "last.ckpt", data, compared=False)
-            plan, certificate = plans.plan, plans.document.get("certificate")
-        data.prepare_data()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(run, model.to(device), data, plan, certificate, cache_mib, audit_share)
+        opened = open_run(run)
+        given = opened.model, opened.data, opened.plan, opened.certificate
+        return cls(run, *given, cache_mib, audit_share)
 
     # Events
 
@@ -144,27 +135,35 @@ class Ranker:
         """Take in items, then events, in the order in which they came. An item that is known stays as it is."""
         self._learn(items)
         for event in events:
+            # 1. who and what it is about; either may be new
             self._learn([{"item_id": event.item_id, "title": event.item_id}])
             user = self._users.setdefault(event.user_id, len(self._users))
             item = self._codes[event.item_id]
+            # 2. the features it has now, for its prompt and for the drift alarm
             features = self._index.retrieved(user, [item], None, self._items)
             time = max(event.timestamp, self._index.latest)
             segments = self._encoder.encode(np.array([item]), features, np.array([event.label], np.int8))
             if self.answers is not None and self.answers.awaits(user):
                 (chance,) = probabilities(self._baseline.logits(features)).tolist()
                 self.answers.observe(user, chance, event.label)
+            # 3. what later requests read
             self._history(user).add(segments.tokens.values, item, event.label, time, event.timestamp)
             self._index.observe(user, item, event.label, time, self._items)
 
     def _learn(self, items: Sequence[Mapping[str, Any]]) -> None:
-        """Give items that are new codes, texts and vectors."""
-        catalogue, known = Catalogue(self._items, self._codes), self._items.height
+        """Give items that are new codes, texts and vectors. Columns that this run's items have not are not read."""
+        catalogue = self._catalogue()
+        known = self._items.height
         for item in items:
-            catalogue.item_of(item)
+            columns = tuple((name, item[name]) for name in catalogue.columns if item.get(name))
+            catalogue.add(Item(item["item_id"], item["title"], columns))
         self._items, self._encoder = self._with(catalogue)
         self._codes |= catalogue.codes.maps[0]
         for item_id, title in self._items[known:].select("item_id", "title").iter_rows():
             self._titles.setdefault(title, item_id)
+
+    def _catalogue(self) -> Catalogue:
+        return Catalogue(self._items, self._codes, self._titles)
 
     def _with(self, catalogue: Catalogue) -> tuple[pl.DataFrame, PromptEncoder]:
         """Items and prompts, those that a catalogue brings included."""
@@ -193,10 +192,6 @@ class Ranker:
         """Whether the log or an event has this user."""
         return user_id in self._users
 
-    def item_of_title(self, title: str) -> str | None:
-        """The first item of this title."""
-        return self._titles.get(title)
-
     def history_of(self, user_id: str) -> list[dict[str, Any]]:
         """The log's rows of a user, then events: item_id, title, label and time."""
         if user_id not in self._users:
@@ -221,86 +216,86 @@ class Ranker:
     # Requests
 
     @torch.inference_mode()
-    def rank(self, requests: Sequence[RankRequest]) -> list[Ranked]:
-        """Answers as of now, in the order of the requests; an error of one does not touch the others."""
-        self.full_depth |= self.monitor.alarm or (self.answers is not None and self.answers.alarm)
-        # 1. items that requests bring have codes behind the known ones until the batch is done
-        catalogue, records = Catalogue(self._items, self._codes), list[tuple[Request, Catalogue] | str]()
-        for request in requests:
-            history = None if request.history is None else list(request.history)
-            line = {"user_id": request.user_id, "history": history, "candidates": list(request.candidates)}
-            try:
-                own = catalogue.alone()
-                records.append((request_of({"request_id": "", **line}, own.item_of), own))
-            except ProjectError as error:
-                records.append(str(error))
-        items, encoder = self._with(catalogue)
-        # 2. prompts
-        found, prepared, tables = list[Ranked | None](), list[PreparedRequest](), list[Retrieved]()
-        audited = list[int]()  # of the prepared ones
-        for request, record in zip(requests, records, strict=True):
-            try:
-                if isinstance(record, str):
-                    raise DataError(record)
-                made, table = self._prepare(record[0], record[1].codes, items, encoder)
-            except ProjectError as error:
-                found.append(Ranked.refused(str(error)))
-                continue
-            asked = request.user_id, request.history, request.candidates
-            if not self.full_depth and self.monitor.draws(*asked):
-                audited.append(len(prepared))
-            deadline = np.inf if request.deadline is None else request.deadline
-            prepared.append(replace(made, deadline=deadline))
-            tables.append(table)
-            found.append(None)
-        # 3. scores; an audit's come from a run to full depth
-        kept = [0 if r.user is None else self._cache.common(r.user, r.stream) for r in prepared]
-        sizes = [len(r.candidates.values) + len(r.stream) for r in prepared]
-        engine = self._whole if self.full_depth else self._engine
-        others = np.setdiff1d(np.arange(len(prepared)), audited).tolist()
-        scored = engine.score([prepared[k] for k in others]).requests
-        scores: dict[int, tuple[Scored, F64 | None]] = {
-            k: (score, None) for k, score in zip(others, scored, strict=True)
-        }
-        scores |= {k: self.monitor.audit(prepared[k]) for k in audited}
-        # 4. answers
-        answers = (
-            replace(
-                ranked(*scores[k], self._model.depth * (sizes[k] - kept[k]), table),
-                cached=None if prepared[k].user is None else kept[k] > 0,
-            )
-            for k, table in enumerate(tables)
-        )
-        return [answer or next(answers) for answer in found]
+    def rank_after_log(self, requests: Sequence[RankRequest]) -> list[Scored]:
+        """Scores as of now, after all of the log and all events, in the order of the requests.
 
-    def prepare(self, request: Request) -> PreparedRequest:
-        """A request for items of the log as the engine gets it: prefix, features and exit 0 as of now."""
-        return self._prepare(request, self._codes, self._items, self._encoder)[0]
+        A user of the log is scored with all of their rows, also on items among them: this measures nothing on the log.
+        An error of one request does not touch the others.
+        """
+        self.full_depth |= self.monitor.alarm or (self.answers is not None and self.answers.alarm)
+        found = dict[int, Scored]()  # by place among the requests
+        # 1. Items that requests bring have codes behind the known ones until the batch is done.
+        catalogue = self._catalogue()
+        resolved = dict[int, tuple[RankRequest, Catalogue]]()  # by place
+        for place, request in enumerate(requests):
+            own = catalogue.alone()
+            try:
+                resolved[place] = own.resolve(request), own
+            except ProjectError as error:
+                found[place] = failed(request, error)
+        items, encoder = self._with(catalogue)
+        # 2. Histories, features and prompts.
+        prepared = dict[int, PreparedRequest]()
+        features = dict[int, Retrieved]()  # of the candidates
+        for place, (request, own) in resolved.items():
+            try:
+                prepared[place], features[place] = self._prepare(request, own.codes, items, encoder)
+            except ProjectError as error:
+                found[place] = failed(request, error)
+        # 3. What full depth would cost, and which requests are audited: before the engine changes its cache.
+        kept = {p: self._cache.common(r.user, r.stream) for p, r in prepared.items() if r.user is not None}
+        audited = [p for p in prepared if not self.full_depth and self.monitor.draws(requests[p])]
+        # 4. Scores; an audit's come from a run to full depth.
+        engine = self._whole if self.full_depth else self._engine
+        others = [p for p in prepared if p not in audited]
+        scored = dict(zip(others, engine.score([prepared[p] for p in others]).requests, strict=True))
+        audits = {p: self.monitor.audit(prepared[p]) for p in audited}
+        # 5. Responses.
+        for place, made in prepared.items():
+            score, full = audits[place] if place in audits else (scored[place], None)
+            tokens = len(made.candidates.values) + len(made.stream) - kept.get(place, 0)
+            columns = features[place].columns
+            found[place] = replace(
+                score,
+                item_ids=[id_of(item) for item in resolved[place][0].candidates],
+                features={name: columns[name] for name in COLUMNS if name in columns},
+                full_depth_token_layers=self._model.depth * tokens,
+                audit=full,
+                cached=kept[place] > 0 if place in kept else None,
+            )
+        return [found[place] for place in range(len(requests))]
+
+    def prepare(self, request: RankRequest) -> PreparedRequest:
+        """A request for items of the log as the engine gets it: prefix, features and exit 0, after the log."""
+        return self._prepare(replace(request, time=None), self._codes, self._items, self._encoder)[0]
 
     def _prepare(
-        self, request: Request, codes: Mapping[str, int], items: pl.DataFrame, encoder: PromptEncoder
+        self, request: RankRequest, codes: Mapping[str, int], items: pl.DataFrame, encoder: PromptEncoder
     ) -> tuple[PreparedRequest, Retrieved]:
-        """The request for the engine, and retrieved features of its candidates."""
+        """The request, whose items are ids, for the engine; and retrieved features of its candidates."""
         limit = self._data.context_tokens
-        candidates = np.array([codes[item] for item in request.candidates])
-        if request.user_id is None:
-            # 1. a history of its own, whose rows are answered with the candidates
+        now = request.asked_at(self._index.latest)
+        candidates = np.array([codes[id_of(item)] for item in request.candidates])  # (n,)
+        if request.user_id in self._users or request.history is None:
+            # 1. the log's rows and events
+            user = self._users.get(request.user_id or "", self._index.guest)
+            history = self._history(user) if request.user_id in self._users else History()
+            found = self._index.retrieved(user, candidates, None, items, now)
+            longest = 0  # what the log has was checked
+        else:
+            # 2. a history of its own, whose rows are answered with the candidates
             user, history = self._index.guest, History()
-            past = in_time([(codes[item], label, time) for item, label, time in request.history])
-            found = self._index.retrieved(user, candidates, past, items)
+            past = in_time([(codes[item], label, at) for item, label, at in request.past(now)])
+            found = self._index.retrieved(user, candidates, past, items, now)
             item, label = np.array([row[:2] for row in past], np.int64).reshape(-1, 2).T
             tokens = encoder.encode(item, found.rows(slice(0, len(past))), label.astype(np.int8)).tokens
             for k, row in enumerate(past):
                 history.add(tokens[k], *row, row[2])
             found = found.rows(slice(len(past), None))
-        else:
-            # 2. the log's rows and events
-            user = self._users.get(request.user_id, self._index.guest)
-            history = self._history(user) if request.user_id in self._users else History()
-            found = self._index.retrieved(user, candidates, None, items)
+            longest = int(tokens.lengths.max(initial=0))
+        # 3. candidates, which see the history and not each other
         segments = encoder.encode(candidates, found, np.full(len(candidates), -1, np.int8))
-        brought = history.tokens if request.user_id is None else []
-        long = len(encoder.instruction) + max([int(segments.tokens.lengths.max()), *map(len, brought)])
+        long = len(encoder.instruction) + max(longest, int(segments.tokens.lengths.max()))
         if long > limit:
             raise DataError(
                 f"the prompt of an item alone has {long:,} tokens, but data.context_tokens is {limit:,}. Give it a "
@@ -308,12 +303,13 @@ class Ranker:
             )
         numbers = feature_matrix(found, self._baseline.base)
         prepared = PreparedRequest(
-            "",
+            request.request_id,
             history.prefix(encoder.instruction, limit),
             until_slots(segments.tokens, segments.slots),
-            self._baseline.of_features(numbers).astype(np.float32).astype(np.float64),
+            exit_0_of(self._baseline, numbers),
             numbers,
             request.user_id if history.rows else None,
+            np.inf if request.deadline is None else request.deadline,
         )
         return prepared, found
 
@@ -322,8 +318,9 @@ class History:
     """A user's segments in order of time, each encoded once, and the shared prefix that they make."""
 
     def __init__(self) -> None:
-        self.tokens, self.times = list[I64](), list[float]()
-        self.rows = list[tuple[int, int, float]]()  # item, label, seconds
+        self.tokens = list[I64]()  # of each segment
+        self.times = list[float]()  # seconds as which segments read
+        self.rows = list[tuple[int, int, float]]()  # item, label, seconds by which the row is dated
         self._prefix: StreamTokens | None = None
 
     def add(self, tokens: I64, item: int, label: int, time: float, dated: float) -> None:
@@ -341,21 +338,9 @@ class History:
         return self._prefix
 
 
-def ranked(scored: Scored, audit: F64 | None, full: int, features: Retrieved) -> Ranked:
-    """The answer to a request that was prepared."""
-    if scored.error is not None:
-        return Ranked.refused(scored.error)
-    names = [name for name in COLUMNS if name in features.columns]
-    shown = zip(*(features.columns[name].tolist() for name in names), strict=True)
-    return Ranked(
-        scored.probabilities,
-        scored.exit_layers,
-        scored.token_layers,
-        full,
-        [{name: value for name, value in zip(names, row, strict=True) if value == value} for row in shown],
-        scored.late,
-        audit=audit,
-    )
+def failed(request: RankRequest, error: ProjectError) -> Scored:
+    """The response to an invalid request."""
+    return Scored.failed(request.request_id, len(request.candidates), str(error))
 
 
 def nobody_leaves(plan: ExitPlan) -> ExitPlan:

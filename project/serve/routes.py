@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -31,8 +32,8 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from project.errors import ProjectError
+from project.request import RankRequest, Scored, check_names
 from project.serve import shapes
-from project.serve.request import Answered
 from project.serve.settings import ServeSettings
 from project.serve.store import EventStore
 
@@ -65,18 +66,18 @@ class Metrics:
         self.alarm = gauge("exitrec_drift_alarm", "1: everything runs to full depth")
         gauge("exitrec_queue", "Requests that wait or run").set_function(waiting)
 
-    def count(self, found: Answered) -> None:
-        """An answer."""
-        layers = found.ranked.exit_layer.tolist()
+    def count(self, found: Scored) -> None:
+        """A response."""
+        layers = found.exit_layers.tolist()
         for layer in set(layers):
             self.exits.labels(layer).inc(layers.count(layer))
         self.batch.observe(found.batch)
-        self.layers.inc(found.ranked.token_layers)
-        self.full.inc(found.ranked.full_depth_token_layers)
-        if found.ranked.cached is not None:
-            self.histories.labels("yes" if found.ranked.cached else "no").inc()
-        self.late.inc(found.ranked.late)
-        self.audits.inc(found.ranked.audit is not None)
+        self.layers.inc(found.token_layers)
+        self.full.inc(found.full_depth_token_layers)
+        if found.cached is not None:
+            self.histories.labels("yes" if found.cached else "no").inc()
+        self.late.inc(found.late)
+        self.audits.inc(found.audit is not None)
         self.alarm.set(found.full_depth)
 
 
@@ -125,6 +126,11 @@ class Refusal(BaseModel):
     error_type: str
 
 
+def place(parts: Sequence[object]) -> str:
+    """Where an error was found, without the tags of unions, which are no keys."""
+    return ".".join(str(part)[:40] for part in parts if not str(part).startswith("<"))
+
+
 async def refuse(request: Request, found: Exception) -> JSONResponse:
     """Every refusal has one form, and does not repeat what was sent."""
     status, text, headers = 422, str(found), None
@@ -134,7 +140,7 @@ async def refuse(request: Request, found: Exception) -> JSONResponse:
             if status == 400 and "parsing the body" in text:
                 text = "The body cannot be read as JSON: too deep, a number too long, or no UTF-8."
         case RequestValidationError():
-            problems = [(".".join(str(part)[:40] for part in e["loc"]), e["msg"]) for e in found.errors()]
+            problems = [(place(e["loc"]), e["msg"]) for e in found.errors()]
             more = f" ({len(problems) - 3} more)" if len(problems) > 3 else ""
             text = "; ".join(f"{where}: {what}" for where, what in problems[:3]) + more
         case SQLAlchemyError():
@@ -163,16 +169,22 @@ class Desk:
         if count > most:
             raise HTTPException(413, f"{name} has {count:,} {what}; this server takes {most:,}.")
 
-    async def rank(self, asked: shapes.Asked) -> Answered:
+    async def rank(self, request: RankRequest) -> Scored:
         """Score a request."""
-        self.limit("the list of candidates", len(asked.candidates), self.settings.candidates)
-        self.limit("history", len(asked.history or ()), self.settings.history)
-        self.limit("a text", max(map(len, asked.texts())), self.settings.title, "characters")
-        found: Answered = await self.ask(("rank", asked, time.monotonic()))
-        if found.ranked.error:
-            raise HTTPException(422, found.ranked.error)
+        self.limit("the list of candidates", len(request.candidates), self.settings.candidates)
+        self.limit("history", len(request.history or ()), self.settings.history)
+        self.limit("a text", max(map(len, request.texts())), self.settings.title, "characters")
+        found: Scored = await self.ask(request)
+        if found.error:
+            raise HTTPException(422, found.error)
         self.metrics.count(found)
         return found
+
+    async def check_columns(self, items: Sequence[shapes.ItemBody]) -> None:
+        """Raise `DataError` about a column that the run's items table has not."""
+        names = [name for item in items for name in item.model_extra or ()]
+        if names:
+            check_names(names, (await self.ask(("about",)))["item_columns"], "unknown column")
 
     def keep(self, events: Sequence[shapes.EventBody]) -> dict[str, int]:
         """Store events and the items that they bring; returns how many were new, also by Gorse's name for it."""
@@ -226,14 +238,14 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
 @router.post("/v1/rank")
 async def rank(body: shapes.RankBody, request: Request, desk: Here) -> shapes.RankAnswer:
     """Candidates of a user, best first, with exit layers and the features behind each score."""
-    return shapes.rank_answer(body, await desk.rank(body.asked()), request.state.id)
+    return shapes.rank_answer(await desk.rank(body.request(request.state.id)), body.top_n)
 
 
 @router.post("/v1/rerank", response_model_exclude_none=True)
 @router.post("/v2/rerank", response_model_exclude_none=True)
 async def cohere(body: shapes.CohereBody, request: Request, desk: Here) -> shapes.CohereAnswer:
     """Cohere's rerank."""
-    return shapes.cohere_answer(body, await desk.rank(body.asked(body.documents)), request.state.id)
+    return shapes.cohere_answer(body, await desk.rank(body.request(body.documents, request.state.id)))
 
 
 @router.post("/rerank", response_model_exclude_none=True)
@@ -243,30 +255,33 @@ async def rerank(
     """Cohere's rerank, or TEI's, which has `texts`."""
     if isinstance(body, shapes.CohereBody):
         return await cohere(body, request, desk)
-    return shapes.tei_answer(body, (await desk.rank(body.asked(body.texts))).ranked)
+    return shapes.tei_answer(body, await desk.rank(body.request(body.texts, request.state.id)))
 
 
 # 2. Events
 
 
 @router.post("/v1/events")
-def events(body: list[shapes.EventBody], desk: Here) -> dict[str, int]:
+async def events(body: list[shapes.EventBody], desk: Here) -> dict[str, int]:
     """Keep answers of users; they are on disk when this returns. An event_id known before changes nothing."""
-    return desk.keep(body)
+    await desk.check_columns(body)
+    return await run_in_threadpool(desk.keep, body)
 
 
 @router.post("/api/feedback")
 @router.put("/api/feedback")
 def feedback(body: list[shapes.GorseFeedback], desk: Here) -> dict[str, int]:
     """Gorse's feedback."""
-    return desk.keep([row.event() for row in body])
+    given = desk.settings.gorse_positive, desk.settings.gorse_read
+    return desk.keep([row.event(*given) for row in body])
 
 
 @router.put("/v1/items")
-def items(body: Annotated[list[shapes.NewItem], Body(min_length=1)], desk: Here) -> dict[str, int]:
+async def items(body: Annotated[list[shapes.NewItem], Body(min_length=1)], desk: Here) -> dict[str, int]:
     """Make items known: item_id, title and other columns of the items table."""
     desk.limit("the list of items", len(body), desk.settings.candidates)
-    desk.store.put_items([item.columns() for item in body])
+    await desk.check_columns(body)
+    await run_in_threadpool(desk.store.put_items, [item.model_dump(exclude_none=True) for item in body])
     return {"items": len(body)}
 
 

@@ -15,8 +15,9 @@ import sys
 import threading
 import time
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.middleware.gzip import GZipMiddleware
 
 from project.errors import ConfigError
-from project.serve.request import Answered, RankRequest
+from project.request import Item, RankRequest, Scored
 from project.serve.routes import Desk, Metrics, Observed, add_routes
 from project.serve.settings import ServeSettings
 from project.serve.store import EventStore, label_rule
@@ -87,7 +88,7 @@ class Waiting(BatchedLoop):  # type: ignore[misc]
 
 
 class RankAPI(ls.LitAPI):  # type: ignore[misc]
-    """The ranker behind LitServe's queue. Payloads are a kind and what it needs: rank, user, about, reload.
+    """The ranker behind LitServe's queue. Payloads are requests, or a kind and what it needs: user, about, reload.
 
     Args:
         settings: What `serve` was told.
@@ -123,7 +124,7 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
             self._load = Ranker.load
         ranker = self._load(run, cache_mib=self.settings.cache_mib, audit_share=self.settings.audit_share)
         ranker.follow(self.store)
-        (answer,) = ranker.rank([RankRequest(None, [], [{"item_id": "warm", "title": "warm"}])])
+        (answer,) = ranker.rank_after_log([RankRequest(None, [], [Item("warm", "warm")])])
         if answer.error is not None:
             raise ConfigError(f"the run {run} cannot score: {answer.error}.")
         return ranker
@@ -146,28 +147,27 @@ class RankAPI(ls.LitAPI):  # type: ignore[misc]
         except SQLAlchemyError as found:
             logger.warning("database", extra={"fields": {"error": str(found)}})
 
-    def predict(self, batch: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def predict(self, batch: Sequence[RankRequest | tuple[Any, ...]]) -> list[Any]:
         """Answers to a batch of payloads, in their order."""
         if self.loaded is not None:
             self.ranker, self.loaded = self.loaded, None
         self.ranker.follow(self.store)
         ranker, answers = self.ranker, list[Any]()
-        requests = [what[0].request(ranker, what[1]) for kind, *what in batch if kind == "rank"]
-        ranked = zip(requests, ranker.rank(requests) if requests else [], strict=True)
-        run, full = "/".join(Path(ranker.about["run"]).parts[-2:]), ranker.full_depth
-        for kind, *what in batch:
-            match kind:
-                case "rank":
-                    request, found = next(ranked)
-                    items = [c if isinstance(c, str) else c["item_id"] for c in request.candidates]
-                    answers.append(Answered(found, items, run, full, len(requests)))
-                case "user":
-                    answers.append({"known": ranker.knows_user(*what), "history": ranker.history_of(*what)})
-                case "about":
-                    answers.append(ranker.about | {"full_depth": full})
-                case "reload":
+        requests = [payload for payload in batch if isinstance(payload, RankRequest)]
+        ranked: Iterator[Scored] = iter(ranker.rank_after_log(requests) if requests else [])
+        run = "/".join(Path(ranker.about["run"]).parts[-2:])
+        for payload in batch:
+            match payload:
+                case RankRequest():
+                    about = {"run": run, "full_depth": ranker.full_depth, "batch": len(requests)}
+                    answers.append(replace(next(ranked), **about))
+                case ("user", name):
+                    answers.append({"known": ranker.knows_user(name), "history": ranker.history_of(name)})
+                case ("about",):
+                    answers.append(ranker.about | {"full_depth": ranker.full_depth})
+                case ("reload", folder):
                     answers.append(not self.loading.locked())
-                    threading.Thread(target=self.reload, args=what, daemon=True).start()
+                    threading.Thread(target=self.reload, args=(folder,), daemon=True).start()
         return answers
 
 

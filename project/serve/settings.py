@@ -28,6 +28,8 @@ class ServeSettings:
         history: Most rows of a history that a request brings.
         title: Longest title or other text of an item, in characters.
         cache_mib: Memory for users' histories.
+        gorse_positive: Gorse's positive_feedback_types, such as "star, like, read>=3": its feedback that means yes.
+        gorse_read: Gorse's read_feedback_types: its feedback that means no where it does not mean yes.
         audit_share: Share of requests that also run to full depth, to see whether early exits still hold.
     """
 
@@ -44,6 +46,8 @@ class ServeSettings:
     history: int = 1000
     title: int = 2000
     cache_mib: int = 256
+    gorse_positive: str = "star, like"
+    gorse_read: str = "read"
     audit_share: float = 0.01
 
     def check(self) -> None:

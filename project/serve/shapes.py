@@ -1,17 +1,18 @@
 """The bodies that clients send and read: translated to one form of request and one of event, and back.
 
-Cohere's rerank, which Gorse sends too, TEI's rerank, and our own, which says most. All become `Asked`;
-the inference process, which knows users and titles, makes a `RankRequest` of it.
+Cohere's rerank, which Gorse sends too, TEI's rerank, and our own, which says most. All become a `RankRequest`, whose
+users and titles the inference process knows. Our own bodies may have no key that is unknown; other people's may.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from operator import eq, ge, gt, le, lt
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import polars as pl
@@ -30,13 +31,11 @@ from pydantic import (
 
 from project.data.protocol import CLICKED, label_expression
 from project.errors import DataError
-from project.serve.request import Answered, Ranked, RankRequest
+from project.request import HistoryRow, Item, RankRequest, Scored, check_names, text_of
 from project.serve.store import Event
 
-if TYPE_CHECKING:  # the HTTP process needs no torch
-    from project.serve.ranker import Ranker
-
 AHEAD = 60.0  # seconds that the clock of a client may be fast
+CONDITIONS = {">": gt, ">=": ge, "=": eq, "<": lt, "<=": le}  # on the value of Gorse's feedback
 
 
 def _storable(text: str) -> str:
@@ -45,57 +44,111 @@ def _storable(text: str) -> str:
     return text
 
 
-def _number_as_text(value: object) -> object:
+def _id(value: object) -> object:
     return str(value) if type(value) is int else value
 
 
+def _column(value: object) -> str:
+    try:
+        return "" if value is None else text_of("it", value)
+    except DataError as error:  # a ValueError has pydantic name the field
+        raise ValueError(str(error)) from None
+
+
+def _kind(value: object) -> str:
+    return "<item>" if isinstance(value, dict | ItemBody) else "<id>"
+
+
 Text = Annotated[str, AfterValidator(_storable)]
-Column = Annotated[Text, BeforeValidator(_number_as_text)]
+Column = Annotated[Text, BeforeValidator(_column)]
 Id = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=256),
     AfterValidator(_storable),
-    BeforeValidator(_number_as_text),  # runs first
+    BeforeValidator(_id),  # runs first
 ]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Answer = Literal[0, 1]
+Label = Literal[0, 1]
 
 
-class Item(BaseModel, extra="allow"):
-    """An item by id, by title, or a new one: further keys are columns of the items table, as text."""
+class Document(BaseModel):
+    """A text that may have an id; what else clients send with it is not read."""
 
-    __pydantic_extra__: dict[str, Column] = Field(init=False)
     item_id: Id | None = None
-    title: Text | None = None
+    title: Text | None = Field(None, validation_alias=AliasChoices("title", "text"))
 
     @model_validator(mode="after")
-    def _named(self) -> Item:
+    def _named(self) -> Self:
         if not (self.item_id or (self.title or "").strip()):
             raise ValueError("an item needs an item_id or a title")
         return self
 
-    def columns(self) -> dict[str, Any]:
-        """What was given."""
-        return self.model_dump(exclude_none=True)
+    def item(self) -> Item:
+        """An empty id is that of the title."""
+        return Item(self.item_id or "", self.title or "", tuple((self.model_extra or {}).items()))
 
 
-class HistoryRow(Item):
-    """An item that the user answered; without a time the order of the list counts."""
+class ItemBody(Document, extra="allow"):
+    """An item by id, by title, or a new one: further keys are columns of the items table, as it has them."""
 
-    label: Answer
+    __pydantic_extra__: dict[str, Column] = Field(init=False)
+    title: Text | None = None
+
+
+class HistoryRowBody(ItemBody):
+    """An item that the user answered; where no row has a time the order of the list counts."""
+
+    label: Label
     time: Finite | None = Field(None, ge=0, description="Seconds since 1970.")
 
 
-class Document(Item):
-    """An item whose title may be named `text`."""
-
-    title: Text | None = Field(None, validation_alias=AliasChoices("title", "text"))
+Candidate = Annotated[Annotated[Id, Tag("<id>")] | Annotated[ItemBody, Tag("<item>")], Discriminator(_kind)]
 
 
 class Options(BaseModel):
     """Keys that every scoring request may have; Cohere's client sends them as `additional_body_parameters`."""
 
     deadline_ms: Finite | None = Field(None, gt=0, le=3_600_000, description="Then the deepest exit answers.")
+
+    @property
+    def deadline(self) -> float | None:
+        """time.monotonic() seconds, counted from now."""
+        return None if self.deadline_ms is None else time.monotonic() + self.deadline_ms / 1000
+
+
+class RankBody(Options):
+    """Score candidates for a user, or for somebody with a history of their own. An unknown key is an error."""
+
+    user_id: Id | None = None
+    history: list[HistoryRowBody] | None = None
+    candidates: list[Candidate] = Field(min_length=1)
+    top_n: int | None = Field(None, ge=1)
+    context: dict[str, Any] | None = Field(None, description="Nothing reads it yet.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, body: Any) -> Any:
+        check_names(body if isinstance(body, dict) else (), list(cls.model_fields), "unknown key")
+        return body
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> RankBody:
+        if (self.user_id is None) == (self.history is None):
+            raise ValueError("expected either user_id or history")
+        return self
+
+    def request(self, name: str) -> RankRequest:
+        """For the queue."""
+        rows = self.history
+        return RankRequest(
+            self.user_id,
+            None if rows is None else [HistoryRow(row.item(), row.label, row.time) for row in rows],
+            [c if isinstance(c, str) else c.item() for c in self.candidates],
+            self.deadline,
+            self.top_n,
+            self.context,
+            request_id=name,
+        )
 
 
 class Queried(Options):
@@ -105,41 +158,22 @@ class Queried(Options):
     user_id: Id | None = None
     item_ids: list[Id] | None = Field(None, description="An id for each text.")
 
-    def asked(self, texts: Sequence[str | Document]) -> Asked:
-        """A text is an item id, a known title, or the title of a new item."""
-        items = [{"title": given} if isinstance(given, str) else given.columns() for given in texts]
+    def request(self, texts: Sequence[str | Document], name: str) -> RankRequest:
+        """A text is an item id, a known title, or the title of a new item; a query nobody's id is a liked item."""
+        items = [Item(title=text) if isinstance(text, str) else text.item() for text in texts]
         if self.item_ids is not None:
             if len(self.item_ids) != len(items):
                 raise DataError(
                     f"item_ids has {len(self.item_ids)} ids for {len(items)} texts; give one each."
                 )
-            items = [item | {"item_id": name} for item, name in zip(items, self.item_ids, strict=True)]
-        return Asked(self.user_id, None, None if self.user_id else self.query, items, self.deadline_ms)
-
-
-class RankBody(Options):
-    """Score candidates for a user, or for somebody with a history of their own."""
-
-    user_id: Id | None = None
-    history: list[HistoryRow] | None = None
-    candidates: list[Id | Item] = Field(min_length=1)
-    top_n: int | None = Field(None, ge=1)
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> RankBody:
-        if (self.user_id is None) == (self.history is None):
-            raise ValueError("expected either user_id or history")
-        return self
-
-    def asked(self) -> Asked:
-        """The same for the queue."""
-        history = None if self.history is None else [row.columns() for row in self.history]
-        items = [c if isinstance(c, str) else c.columns() for c in self.candidates]
-        return Asked(self.user_id, history, None, items, self.deadline_ms)
+            items = [item._replace(item_id=one) for item, one in zip(items, self.item_ids, strict=True)]
+        liked = [HistoryRow(Item(title=self.query), 1)] if self.query.strip() else []
+        user, history = (self.user_id, None) if self.user_id else (self.query, liked)
+        return RankRequest(user, history, items, self.deadline, request_id=name)
 
 
 class CohereBody(Queried):
-    """Cohere's rerank, both versions; Gorse's LLM ranker sends it too."""
+    """Cohere's rerank, both versions; Gorse's LLM ranker sends it too. Its other keys are not read."""
 
     documents: list[Text | Document] = Field(min_length=1)
     top_n: int | None = Field(None, ge=1)
@@ -147,7 +181,7 @@ class CohereBody(Queried):
 
 
 class TeiBody(Queried):
-    """Text Embeddings Inference's rerank."""
+    """Text Embeddings Inference's rerank. Its other keys are not read."""
 
     texts: list[Text] = Field(min_length=1)
     raw_scores: bool = False
@@ -155,8 +189,8 @@ class TeiBody(Queried):
 
 
 RerankBody = Annotated[
-    Annotated[CohereBody, Tag("documents")] | Annotated[TeiBody, Tag("texts")],
-    Discriminator(lambda body: "texts" if isinstance(body, dict) and "texts" in body else "documents"),
+    Annotated[CohereBody, Tag("<documents>")] | Annotated[TeiBody, Tag("<texts>")],
+    Discriminator(lambda body: "<texts>" if isinstance(body, dict) and "texts" in body else "<documents>"),
 ]
 """`/rerank` is Cohere's and TEI's; they differ in a key."""
 
@@ -219,111 +253,82 @@ class TeiResult(BaseModel):
     text: str | None = None
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A request on its way to the inference process. `query` is a user id or text where neither other one is given."""
-
-    user_id: str | None
-    history: list[dict[str, Any]] | None
-    query: str | None
-    candidates: Sequence[str | dict[str, Any]]
-    deadline_ms: float | None
-
-    def request(self, ranker: Ranker, arrived: float) -> RankRequest:
-        """What the ranker is asked. An item without an id is the one of its title, else a new one of that name."""
-
-        def item(given: str | dict[str, Any]) -> str | dict[str, Any]:
-            if isinstance(given, str) or "item_id" in given:
-                return given
-            known = ranker.item_of_title(given["title"])
-            return given | {"item_id": given["title"] if known is None else known}
-
-        user, history, now = self.user_id, self.history, time.time()
-        if self.query is not None and ranker.knows_user(self.query):
-            user = self.query
-        elif self.query is not None:
-            history = [{"title": self.query, "label": 1}] if self.query.strip() else []
-        rows = None if history is None else [{"time": now, **item(row)} for row in history]  # type: ignore[dict-item]
-        deadline = None if self.deadline_ms is None else arrived + self.deadline_ms / 1000
-        return RankRequest(user, rows, [item(c) for c in self.candidates], deadline)
-
-    def texts(self) -> list[str]:
-        """Every text of it whose length is limited."""
-        items = [*self.candidates, *(self.history or ())]
-        columns = [c for item in items for c in ([item] if isinstance(item, str) else item.values())]
-        return [self.query or "", *(c for c in columns if isinstance(c, str))]
-
-
-def best_first(ranked: Ranked, top_n: int | None = None) -> list[int]:
+def best_first(found: Scored, top_n: int | None = None) -> list[int]:
     """Places of the candidates by probability; ties in the order of the request."""
-    order: list[int] = np.argsort(-ranked.probability, kind="stable").tolist()
+    order: list[int] = np.argsort(-found.probabilities, kind="stable").tolist()
     return order[:top_n]
 
 
-def rank_answer(body: RankBody, found: Answered, name: str) -> RankAnswer:
+def rank_answer(found: Scored, top_n: int | None) -> RankAnswer:
     """Our own."""
-    ranked, ids, why = found.ranked, found.items, found.ranked.features
-    chance, layer = ranked.probability.tolist(), ranked.exit_layer.tolist()
+    chance = found.probabilities.tolist()
+    layer = found.exit_layers.tolist()
+    columns = {name: values.tolist() for name, values in found.features.items()}
     items = [
-        RankedItem(index=k, item_id=ids[k], probability=chance[k], exit_layer=layer[k], why=why[k])
-        for k in best_first(ranked, body.top_n)
+        RankedItem(
+            index=k,
+            item_id=found.item_ids[k],
+            probability=chance[k],
+            exit_layer=layer[k],
+            why={name: values[k] for name, values in columns.items() if values[k] == values[k]},
+        )
+        for k in best_first(found, top_n)
     ]
     return RankAnswer(
-        id=name,
+        id=found.request_id,
         model=found.run,
         items=items,
-        usage=Usage.model_validate(ranked),
-        depth_saved=1 - ranked.token_layers / max(ranked.full_depth_token_layers, 1),
-        late=ranked.late,
+        usage=Usage.model_validate(found),
+        depth_saved=1 - found.token_layers / max(found.full_depth_token_layers, 1),
+        late=found.late,
         full_depth=found.full_depth,
     )
 
 
-def cohere_answer(body: CohereBody, found: Answered, name: str) -> CohereAnswer:
+def cohere_answer(body: CohereBody, found: Scored) -> CohereAnswer:
     """Cohere's, for both versions."""
-    ranked, sent = found.ranked, [d if isinstance(d, str) else d.title or "" for d in body.documents]
+    sent = [d if isinstance(d, str) else d.title or "" for d in body.documents]
     shown = [{"text": text} if body.return_documents else None for text in sent]
-    chance, layer = ranked.probability.tolist(), ranked.exit_layer.tolist()
+    chance = found.probabilities.tolist()
+    layer = found.exit_layers.tolist()
     results = [
         CohereResult(index=k, relevance_score=chance[k], exit_layer=layer[k], document=shown[k])
-        for k in best_first(ranked, body.top_n)
+        for k in best_first(found, body.top_n)
     ]
-    return CohereAnswer(id=name, model=found.run, results=results, usage=Usage.model_validate(ranked))
+    usage = Usage.model_validate(found)
+    return CohereAnswer(id=found.request_id, model=found.run, results=results, usage=usage)
 
 
-def tei_answer(body: TeiBody, ranked: Ranked) -> list[TeiResult]:
+def tei_answer(body: TeiBody, found: Scored) -> list[TeiResult]:
     """TEI's; raw scores are logits."""
-    scores = ranked.probability.astype(np.float64)
-    if body.raw_scores:
-        inside = np.clip(scores, 1e-12, 1 - 1e-12)
-        scores = np.log(inside / (1 - inside))
+    scores = (found.logits if body.raw_scores else found.probabilities).tolist()
     texts = body.texts if body.return_text else [None] * len(body.texts)
-    return [TeiResult(index=k, score=float(scores[k]), text=texts[k]) for k in best_first(ranked)]
+    return [TeiResult(index=k, score=scores[k], text=texts[k]) for k in best_first(found)]
 
 
 # Events
 
 
-class NewItem(Item):
+class NewItem(ItemBody):
     """An item that becomes known."""
 
     item_id: Id
     title: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(_storable)]
 
 
-class EventBody(Item):
+class EventBody(ItemBody):
     """An answer of a user. A title, and further columns, make an item known that was not."""
 
     event_id: Id
     user_id: Id
     item_id: Id
     rating: Finite | None = None
-    label: Answer | None = None
+    label: Label | None = None
     timestamp: Finite = Field(ge=0, description="Seconds since 1970.")
 
 
 class GorseFeedback(BaseModel):
-    """Gorse's feedback: of a type that means yes, or with a value above 0, which is a rating."""
+    """Gorse's feedback: its type, and a condition on its value, say what it means. Its other keys are not read."""
 
     FeedbackType: Id
     UserId: Id
@@ -331,22 +336,36 @@ class GorseFeedback(BaseModel):
     Value: Finite | None = None
     Timestamp: AwareDatetime | Literal[""] | None = None
 
-    def event(self) -> EventBody:
-        """The same as ours; type, user, item and time name it, as in Gorse."""
-        named = "\0".join(map(str, (self.FeedbackType, self.UserId, self.ItemId, self.Timestamp or "")))
+    def event(self, positive: str, read: str) -> EventBody:
+        """The same as ours; type, user, item and time name it, as in Gorse.
+
+        `positive` and `read` are Gorse's positive_feedback_types and read_feedback_types, such as "star, read>=3".
+        """
+        likes = self._is_one_of(positive)
+        if not likes and self.FeedbackType not in re.findall(r"[^\s,<>=]+", read):
+            raise DataError(
+                f"feedback of the type {self.FeedbackType!r} means neither yes nor no here; start the server with "
+                f"Gorse's positive_feedback_types as --gorse_positive (now {positive!r}), its read_feedback_types as "
+                f"--gorse_read (now {read!r})."
+            )
+        at = self.Timestamp
+        named = "\0".join(map(str, (self.FeedbackType, self.UserId, self.ItemId, at or "")))
+        # without a time it is now; Gorse's year 1 is none
+        seconds = at.timestamp() if isinstance(at, datetime) else -1
         return EventBody(
             event_id=f"gorse-{hashlib.sha256(named.encode()).hexdigest()[:32]}",
             user_id=self.UserId,
             item_id=self.ItemId,
-            timestamp=_seconds(self.Timestamp),
-            **({"rating": self.Value} if self.Value else {"label": 1}),
+            timestamp=seconds if seconds >= 0 else time.time(),
+            label=1 if likes else 0,
         )
 
-
-def _seconds(value: datetime | float | str | None) -> float:
-    """Seconds since 1970; now where there is none, and for Gorse's year 1, which is none."""
-    at = value.timestamp() if isinstance(value, datetime) else value
-    return time.time() if at is None or isinstance(at, str) or at < 0 else at
+    def _is_one_of(self, types: str) -> bool:
+        """Whether it is of one of these types, whose condition holds for its value (0 where it has none)."""
+        for name, sign, value in re.findall(r"([^\s,<>=]+)\s*(?:([<>=]+)\s*([\d.+-]+))?", types):
+            if name == self.FeedbackType:
+                return not sign or bool(CONDITIONS[sign](self.Value or 0.0, float(value)))
+        return False
 
 
 def labelled(events: Sequence[EventBody], rule: str | None) -> list[Event]:

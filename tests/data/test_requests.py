@@ -61,10 +61,10 @@ NOT_THERE = [B | {"candidates": []}, B | {"candidates": ["i1", "zzz"]}, past(ite
         (B | {"time": "now"}, ["time", "now"]),
         (B | {"user_id": "\ud800"}, ["not UTF-8"]),
         (B | {"candidates": "i1"}, ["candidates", "list"]),
-        (B | {"candidates": [{"title": "x"}]}, ["item_id"]),
+        (B | {"candidates": [{"year": "1999"}]}, ["item_id or a title"]),
         (B | {"candidates": [None]}, ["item_id"]),
         (B | {"history": []}, ["either user_id or a history"]),
-        (B | {"history": 0, "user_id": None}, ["'history': 0", "list"]),
+        (B | {"history": 0, "user_id": None}, ["history is 0", "list"]),
         (past() | {"history": [{"item_id": "i1", "answer": 1, "time": 1}]}, ["'answer'", "label 0 or 1"]),
         (past(label=5), ["history", "0 or 1"]),
         ([1], ["list"]),
@@ -108,7 +108,9 @@ def test_files_without_a_request(logs: Interactions, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words):
             read_requests(file, logs)
     records = [record | {"request_id": str(number)} for number, record in enumerate(NOT_THERE)]
-    with pytest.raises(DataError, match=r"line 1: found .*at least one candidate.*None of the 3 requests"):
+    with pytest.raises(
+        DataError, match=r"line 1: candidates is empty.*at least one candidate.*None of the 3 requests"
+    ):
         read(logs, tmp_path, *records)
 
 

@@ -20,10 +20,11 @@ from project.data.batch import Batch, pack
 from project.data.logs import TableLogs
 from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import SPLITS, Protocol, SplitInteractions
-from project.data.requests import Request, Requests, request_streams
+from project.data.requests import Requests, request_streams
 from project.data.stream import Streams, Window, build_streams
 from project.datamodule import InteractionData
 from project.errors import ConfigError
+from project.request import HistoryRow, RankRequest
 from project.retrieval import ItemKNN, LightGCN, RetrievedFeatures, Retriever
 from research.packing import prompts_of
 
@@ -46,7 +47,7 @@ class World:
         rows = self.split.rows.filter(pl.col("split").to_physical() <= SPLITS.index(name))
         return build_streams(rows, self.retrieved[name], name, self.encoder)
 
-    def serve(self, asked: list[Request]) -> Streams:
+    def serve(self, asked: list[RankRequest]) -> Streams:
         items = self.split.interactions.items
         requests = Requests(asked, items, dict(items.select("item_id", "item").iter_rows()))
 
@@ -185,12 +186,12 @@ def test_a_request_reads_what_the_log_row_read(world: World, hidden: Callable[..
         pairs = zip(rows["user"], rows["item"], rows["timestamp"], strict=True)
         return world.serve(
             [
-                Request(
-                    f"r{k}",
+                RankRequest(
                     users[user],
-                    (),
-                    time,
+                    None,
                     (items[(item + 7) % len(items)],) * others + (items[item],),
+                    time=time,
+                    request_id=f"r{k}",
                 )
                 for k, (user, item, time) in enumerate(pairs)
             ]
@@ -213,10 +214,8 @@ def test_a_history_is_served_with_its_lists(world: World) -> None:
     """A history that a request brings gets lists of its own, wherever its rows stand in the request's second."""
     items = world.split.interactions.items["item_id"].to_list()
     end = float(world.split.rows["timestamp"].max())  # type: ignore[arg-type]
-    history = tuple((items[k], 1, end + k // 2) for k in range(6))
-    streams = world.serve(
-        [Request(f"r{k}", None, rows, None, (items[9],)) for k, rows in enumerate((history, history[::-1]))]
-    )
+    history = tuple(HistoryRow(items[k], 1, end + k // 2) for k in range(6))
+    streams = world.serve([RankRequest(None, rows, (items[9],)) for rows in (history, history[::-1])])
     first, second = (text.replace("]", "[").split("[") for text in all_texts(streams, 10**6).values())
     # rows 3 (the second of end + 1) and 6 (of end + 2) complete three rows, so lists follow four rows and six
     assert [part.count(":") for part in first] == [4, 0, 2, 0, 1]

@@ -13,13 +13,13 @@ from world import read_split
 from project.data.protocol import Protocol, SplitInteractions
 from project.data.requests import (
     SCHEMA,
-    Request,
     Workload,
     catalogue_requests,
     concatenate,
     labelled_requests,
 )
 from project.errors import ConfigError, DataError
+from project.request import RankRequest
 
 PROTOCOL = Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2], label="rating > 3")
 
@@ -46,7 +46,7 @@ def as_asked(workload: Workload) -> pl.DataFrame:
     return joined
 
 
-def pairs(workload: Workload, log: pl.DataFrame) -> list[tuple[Request, dict[str, Any]]]:
+def pairs(workload: Workload, log: pl.DataFrame) -> list[tuple[RankRequest, dict[str, Any]]]:
     """Each request with the row of the log that it is about."""
     known = as_asked(workload).drop_nulls("row_id").join(log, on="row_id")
     rows = {row["request_id"]: row for row in known.iter_rows(named=True)}
@@ -65,7 +65,7 @@ def test_catalogue_requests(split: SplitInteractions, part: str) -> None:
         assert known[column].to_list() == known[f"{column}_log"].to_list()
     for request, target in pairs(workload, log):
         assert (request.user_id, request.time) == (target["user_id"], target["timestamp"])
-        assert request.history == ()
+        assert request.history is None
         assert len(set(request.candidates)) == len(request.candidates) == 6
         others = set(request.candidates) - {target["item_id"]}
         assert not others & rated_before(log, request.user_id, request.time)

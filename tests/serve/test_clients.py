@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from fake_ranker import serving
 
+from project.request import Item, RankRequest
 from project.serve.ranker import Ranker
-from project.serve.request import RankRequest
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +28,8 @@ def test_clients_get_the_rankers_scores(
     """
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     titles = ranker.about["examples"]["items"]
-    ids = [ranker.item_of_title(title) for title in titles]
-    expected = ranker.rank([RankRequest("u1", None, ids)])[0].probability
+    (alone,) = ranker.rank_after_log([RankRequest("u1", None, [Item(title=title) for title in titles])])
+    ids, expected = alone.item_ids, alone.probabilities
     with (
         serving(tmp_path, "--audit_share", 0, run=served_run) as (_, address),
         httpx.Client(base_url=address) as http,

@@ -19,8 +19,9 @@ from project.engine import Engine, PreparedRequest, RowExits
 from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
+from project.request import RankRequest
 from project.serve.drift import EVENTS, AnswerMonitor, Capital, Monitor, answered
-from project.serve.ranker import Ranker, RankRequest
+from project.serve.ranker import Ranker
 from project.serve.store import Event
 
 STREAMS, DELTA = 200, 0.1
@@ -196,18 +197,18 @@ def test_a_ranker_falls_back_to_full_depth(
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     requests = [RankRequest(f"u{k}", None, [f"i{i}" for i in range(12)]) for k in range(6)]
     plain, audited = (Ranker.load(served_run, audit_share=share) for share in (0.0, 1.0))
-    expected, audits = plain.rank(requests), audited.rank(requests)
+    expected, audits = plain.rank_after_log(requests), audited.rank_after_log(requests)
     for found, other in zip(audits, expected, strict=True):
         np.testing.assert_array_equal(found.exit_layer, other.exit_layer)
-        np.testing.assert_allclose(found.probability, other.probability, atol=1e-5)
+        np.testing.assert_allclose(found.probabilities, other.probabilities, atol=1e-5)
         assert other.audit is None
     assert (audited.monitor.audits, audited.full_depth) == (6, False)
     for _ in range(20):
         audited.monitor.observe(1.0)
-    for found, other in zip(audited.rank(requests), audits, strict=True):
+    for found, other in zip(audited.rank_after_log(requests), audits, strict=True):
         assert (found.exit_layer == audited.about["exit_layers"][-1]).all()
         assert other.audit is not None
-        np.testing.assert_allclose(found.probability, other.audit, atol=1e-5)
+        np.testing.assert_allclose(found.probabilities, other.audit, atol=1e-5)
     assert audited.full_depth
     assert sum("drift" in r.message for r in caplog.records) == 1
     assert audited.about["audits"]["reference"] > 0
@@ -223,14 +224,14 @@ def test_a_ranker_learns_from_events_that_features_are_wrong(
     request = RankRequest("u1", None, ["i4"])
     assert ranker.answers is None  # no user of the tiny world has ten rows in the tune fold
     answers = ranker.answers = AnswerMonitor(base_rate=0.5, reference=-0.24)
-    ranker.rank([request])
+    ranker.rank_after_log([request])
     for k in range(40 * EVENTS):
         event = Event(str(k), f"new {k % 40}", f"i{rng.integers(20)}", int(rng.integers(2)), 5000.0 + k)
         ranker.observe([event], [])
     assert answers.alarm
-    (found,) = ranker.rank([request])
+    (found,) = ranker.rank_after_log([request])
     assert ranker.full_depth
-    assert found.exit_layer.tolist() == [ranker.about["exit_layers"][-1]]
+    assert found.exit_layers.tolist() == [ranker.about["exit_layers"][-1]]
 
 
 @pytest.mark.slow
@@ -241,5 +242,5 @@ def test_without_a_score_table_nothing_is_audited(
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     run = shutil.copytree(served_run, tmp_path / "run", ignore=shutil.ignore_patterns("valid.parquet"))
     ranker = Ranker.load(run, audit_share=1.0)
-    assert ranker.rank([RankRequest("u1", None, ["i1"])])[0].audit is None
+    assert ranker.rank_after_log([RankRequest("u1", None, ["i1"])])[0].audit is None
     assert ranker.about["audits"]["reference"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 import yaml
 from world import given
 
+from project.data.requests import request_of
 from project.export import export
-from project.serve.ranker import Ranked, Ranker, RankRequest
+from project.request import HistoryRow, Item, RankRequest, Scored
+from project.serve.ranker import Ranker
 from project.serve.settings import ServeSettings
 from project.serve.store import Event, EventStore
 
@@ -28,18 +31,22 @@ REQUESTS = [
     {"history": [], "candidates": ["i1", "i2"]},
     {"history": PAST, "candidates": ITEMS[:7]},
     {"history": [FRESH | {"label": 1, "time": 1000.0}, *PAST[:3]], "candidates": ["new", "i7"]},
+    {
+        "history": [{"item_id": f"i{k}", "label": k % 2} for k in (7, 1, 4)],
+        "candidates": [{"title": "x y"}, "i9"],
+    },
 ]
 pytestmark = pytest.mark.slow
 
 
 def asked(record: dict[str, Any], **about: Any) -> RankRequest:
-    return RankRequest(record.get("user_id"), record.get("history"), record["candidates"], **about)
+    return replace(request_of({"request_id": ""} | record), **about)
 
 
-def close(found: Ranked, expected: Ranked) -> None:
+def close(found: Scored, expected: Scored) -> None:
     assert found.error is None
-    np.testing.assert_array_equal(found.exit_layer, expected.exit_layer)
-    np.testing.assert_allclose(found.probability, expected.probability, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(found.exit_layers, expected.exit_layers)
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, rtol=0, atol=1e-4)
 
 
 def test_scores_are_those_of_predict(
@@ -51,15 +58,15 @@ def test_scores_are_those_of_predict(
     run("predict", *given(served_run), "--data.requests", path, "--engine", "early_exit")
     scores = pl.read_parquet(served_run / "scores" / "predict-early_exit.parquet")
     requests = [asked(record) for record in REQUESTS]
-    together = ranker.rank(requests)
-    again = [ranker.rank([request])[0] for request in requests]  # prefixes are cached now
+    together = ranker.rank_after_log(requests)
+    again = [ranker.rank_after_log([request])[0] for request in requests]  # prefixes are cached now
     for k, answers in enumerate(zip(together, again, strict=True)):
         expected = scores.filter(pl.col("request_id") == str(k))
         assert expected["error"].null_count() == len(expected)
         for answer in answers:
             assert answer.error is None
-            np.testing.assert_array_equal(answer.exit_layer, expected["exit_layer"])
-            np.testing.assert_allclose(answer.probability, expected["probability"], rtol=0, atol=1e-4)
+            np.testing.assert_array_equal(answer.exit_layers, expected["exit_layer"])
+            np.testing.assert_allclose(answer.probabilities, expected["probability"], rtol=0, atol=1e-4)
     assert len(set(scores["exit_layer"])) >= 3
 
 
@@ -72,7 +79,7 @@ EVENTS = [
 ]
 AFTER = [
     RankRequest("u1", None, ["i3", "i7", "fresh"]),
-    RankRequest("somebody", None, ["i1", "no title", {"item_id": "m", "title": "a mountain"}]),
+    RankRequest("somebody", None, ["i1", "no title", Item("m", "a mountain")]),
     RankRequest("u2", None, ["i7", "fresh"]),
 ]
 
@@ -89,30 +96,34 @@ def test_a_restart_is_as_if_it_had_gone_on(
     other.observe(EVENTS[:1], [])
     store.add(EVENTS[:1])
     ranker.follow(store)
-    first = [ranker.rank([request])[0] for request in AFTER[2:]]
+    first = [ranker.rank_after_log([request])[0] for request in AFTER[2:]]
     assert first[0].error is not None  # nobody knows the item yet
-    early = ranker.rank([asked(record) for record in REQUESTS])
+    early = ranker.rank_after_log([asked(record) for record in REQUESTS])
     store.put_items([{"item_id": "fresh", "title": "a dog in winter", "year": "2001"}])
     for event in EVENTS[1:]:
         store.add([event, EVENTS[0]])
         ranker.follow(store)
-        ranker.rank([asked(REQUESTS[0])])
-    went_on = ranker.rank(AFTER)
-    for found, expected in zip(other.rank([asked(record) for record in REQUESTS]), early, strict=True):
+        ranker.rank_after_log([asked(REQUESTS[0])])
+    went_on = ranker.rank_after_log(AFTER)
+    for found, expected in zip(
+        other.rank_after_log([asked(record) for record in REQUESTS]), early, strict=True
+    ):
         close(found, expected)
     restarted = Ranker.load(served_run, cache_mib=0, audit_share=0.0)
     restarted.follow(store)
     for request, expected in zip(AFTER, went_on, strict=True):
-        close(restarted.rank([request])[0], expected)
-        assert restarted.rank([request])[0].features == expected.features
+        close(restarted.rank_after_log([request])[0], expected)
+        np.testing.assert_equal(restarted.rank_after_log([request])[0].features, expected.features)
     assert restarted.history_of("u1") == ranker.history_of("u1")
     assert [(row["item_id"], row["time"]) for row in ranker.history_of("u1")][-3:] == [
         *(("i7", 2000.0), ("fresh", 2002.0), ("i4", 1500.0)),
     ]
-    assert ranker.item_of_title("a dog in winter") == "fresh"
+    by_title = RankRequest("u2", None, [Item(title="a dog in winter")])
+    assert ranker.rank_after_log([by_title])[0].item_ids == ["fresh"]
     assert [ranker.knows_user(name) for name in ("somebody", "nobody")] == [True, False]
     counts = [
-        made.rank([RankRequest("u2", None, ["i7"])])[0].features[0]["item_count"] for made in (other, ranker)
+        made.rank_after_log([RankRequest("u2", None, ["i7"])])[0].features["item_count"][0]
+        for made in (other, ranker)
     ]
     assert counts[1] == counts[0] + 1
 
@@ -120,52 +131,52 @@ def test_a_restart_is_as_if_it_had_gone_on(
 def test_events_stand_in_prompts_as_the_walk_sees_them(ranker: Ranker) -> None:
     """A new user's events make the history that a request brings: the same segments but for the others' counts."""
     past = [(f"i{k % 20}", k % 2, 3000.0 + k) for k in range(8)]
-    rows = [{"item_id": item, "label": label, "time": time} for item, label, time in past]
-    (brought,) = ranker.rank([RankRequest(None, rows, ["i9"])])
+    rows = [HistoryRow(*row) for row in past]
+    (brought,) = ranker.rank_after_log([RankRequest(None, rows, ["i9"])])
     ranker.observe(
         [Event(str(k), "new", item, label, time) for k, (item, label, time) in enumerate(past)], []
     )
-    (kept,) = ranker.rank([RankRequest("new", None, ["i9"])])
+    (kept,) = ranker.rank_after_log([RankRequest("new", None, ["i9"])])
     own = ("user_rate", "user_count", "mf", "text", "text_weight", "item_similarity", "item_count")
     for name in own:
-        assert kept.features[0].get(name) == pytest.approx(brought.features[0].get(name), abs=1e-6)
-    np.testing.assert_allclose(kept.probability, brought.probability, atol=1e-4)
+        assert kept.features[name] == pytest.approx(brought.features[name], abs=1e-6, nan_ok=True)
+    np.testing.assert_allclose(kept.probabilities, brought.probabilities, atol=1e-4)
 
 
 def test_company_and_errors(ranker: Ranker) -> None:
     """An item of the same id in two requests is two items; a request that is none costs the others nothing."""
-    same = [FRESH, FRESH | {"title": "a river"}]
-    alone = [ranker.rank([RankRequest("u1", None, [item])])[0] for item in same]
+    same = [Item("new", "a dog at sea"), Item("new", "a river")]
+    alone = [ranker.rank_after_log([RankRequest("u1", None, [item])])[0] for item in same]
     wrong = [
         RankRequest("u1", None, ["no such item"]),
-        RankRequest("u1", None, []),
-        RankRequest("u1", [], ["i1"]),
-        RankRequest(None, [{"item_id": "i1", "label": 2, "time": 1.0}], ["i1"]),
-        RankRequest("u1", None, [FRESH | {"title": "long " * 400}]),
+        RankRequest(None, [HistoryRow("no such item", 1)], ["i1"]),
+        RankRequest("u1", None, [Item("new", "x", (("yaer", "1999"),))]),
+        RankRequest("u1", None, [Item("new", "long " * 400)]),
+        RankRequest(None, [HistoryRow(Item("new", "long " * 400), 1)], ["i1"]),
     ]
-    found = ranker.rank([*wrong, *(RankRequest("u1", None, [item]) for item in same)])
-    assert all(answer.error is not None and not len(answer.probability) for answer in found[: len(wrong)])
+    found = ranker.rank_after_log([*wrong, *(RankRequest("u1", None, [item]) for item in same)])
+    assert all(answer.error and np.isnan(answer.probabilities).all() for answer in found[: len(wrong)])
     for answer, expected in zip(found[len(wrong) :], alone, strict=True):
         close(answer, expected)
-    assert abs(alone[0].probability[0] - alone[1].probability[0]) > 1e-4
+    assert abs(alone[0].probabilities[0] - alone[1].probabilities[0]) > 1e-4
 
 
 def test_full_depth_audits_and_deadlines(ranker: Ranker, served_run: Path) -> None:
     """An audit is what full depth says; behind a deadline a request is answered by the first head, and says so."""
     requests = [asked(record) for record in REQUESTS]
-    audited = Ranker.load(served_run, audit_share=1.0).rank(requests)
-    planned = ranker.rank(requests)
+    audited = Ranker.load(served_run, audit_share=1.0).rank_after_log(requests)
+    planned = ranker.rank_after_log(requests)
     ranker.full_depth = True
-    full = ranker.rank(requests)
+    full = ranker.rank_after_log(requests)
     for whole, plan, audit in zip(full, planned, audited, strict=True):
-        assert set(whole.exit_layer) == {3}
+        assert set(whole.exit_layers) == {3}
         assert plan.audit is None
         assert plan.token_layers <= plan.full_depth_token_layers
         close(audit, plan)
-        np.testing.assert_allclose(audit.audit, whole.probability, atol=1e-4)
+        np.testing.assert_allclose(audit.audit, whole.probabilities, atol=1e-4)
     for ranker.full_depth in (False, True):
-        late, other = ranker.rank([asked(REQUESTS[0], deadline=0.0), requests[1]])
-        assert (late.late, set(late.exit_layer), other.late) == (True, {0}, False)
+        late, other = ranker.rank_after_log([asked(REQUESTS[0], deadline=0.0), requests[1]])
+        assert (late.late, set(late.exit_layers), other.late) == (True, {0}, False)
         close(other, (full if ranker.full_depth else planned)[1])
 
 
@@ -178,7 +189,9 @@ def test_an_exported_folder_scores_as_its_run(ranker: Ranker, served_run: Path, 
     own["data"]["logs"], own["model"]["backbone"] = there["data"]["logs"], there["model"]["backbone"]
     (folder / "config.yaml").write_text(yaml.safe_dump(own))
     exported, requests = Ranker.load(folder), [asked(record) for record in REQUESTS]
-    for found, expected in zip(exported.rank(requests), ranker.rank(requests), strict=True):
+    for found, expected in zip(
+        exported.rank_after_log(requests), ranker.rank_after_log(requests), strict=True
+    ):
         close(found, expected)
     assert exported.about | {"run": "", "audits": {}} == ranker.about | {"run": "", "audits": {}}
     assert exported.about["audits"]["share"] == 0

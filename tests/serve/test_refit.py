@@ -9,7 +9,8 @@ import polars as pl
 import pytest
 
 from project.config import open_run
-from project.serve.ranker import Ranker, RankRequest
+from project.request import RankRequest
+from project.serve.ranker import Ranker
 from project.serve.refit import grown_log
 from project.serve.store import Event, EventStore
 
@@ -52,7 +53,7 @@ def test_a_refit_has_the_events(
     store.add([Event("e", "u1", "new", 1, 2003.0)])
     ranker.follow(store)
     assert [row["item_id"] for row in ranker.history_of("u1")[-2:]] == ["i7", "new"]
-    assert ranker.rank([RankRequest("u1", None, ["new"])])[0].features[0]["item_count"] == 2
+    assert ranker.rank_after_log([RankRequest("u1", None, ["new"])])[0].features["item_count"][0] == 2
     # again from the new run: only what its log has not
     config, last = grown_log(folder, store)
     assert last == ranker.seq

@@ -1,0 +1,163 @@
+"""One request: what HTTP, a line of a file and Python ask, and the scores that come back. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from project.arrays import F64, I64
+from project.errors import DataError, did_you_mean
+from project.metrics import probabilities
+
+LATEST = 1e10  # seconds: the year 2286; milliseconds are more
+STEP = 1e-4  # seconds between rows of a history without times
+
+
+class Item(NamedTuple):
+    """An item by id, by title, or a new one."""
+
+    item_id: str = ""  # empty: the item of this title, or a new one whose id is its title
+    title: str = ""
+    columns: tuple[tuple[str, str], ...] = ()  # name and text: further columns of the items table
+
+
+class HistoryRow(NamedTuple):
+    """An item that somebody answered."""
+
+    item: str | Item  # text is an id
+    label: int  # 0 or 1
+    time: float | None = None  # seconds since 1970; None in all rows: the order of the list counts
+
+
+def id_of(item: str | Item) -> str:
+    """The id of an item; empty where its title alone is given."""
+    return item if isinstance(item, str) else item.item_id
+
+
+@dataclass(frozen=True)
+class RankRequest:
+    """Candidates of a user, or of somebody with a history of their own; `DataError` where it cannot be one."""
+
+    user_id: str | None  # whose history is read: the log's rows, and events where a server has them
+    history: Sequence[HistoryRow] | None  # of somebody unknown; beside a user_id: if nobody has that name
+    candidates: Sequence[str | Item]  # n items to score; text is an id
+    deadline: float | None = None  # time.monotonic() seconds: the deepest exit reached by then answers
+    top_n: int | None = None  # the best so many are listed; all are scored
+    context: Mapping[str, Any] | None = None  # an error until something reads it
+    time: float | None = None  # seconds: strictly earlier rows are read; None: all of log and history
+    request_id: str = ""  # its name in results and errors
+
+    def __post_init__(self) -> None:
+        """Raise `DataError` that names the field."""
+        rows = self.history or ()
+        times = [self.time, *(row.time for row in rows)]
+        labels = [row.label for row in rows]
+        if self.user_id is None and self.history is None:
+            raise DataError("expected either user_id or history, found neither.")
+        if not self.candidates:
+            raise DataError("candidates is empty; expected at least one candidate.")
+        for label in labels:
+            if label not in (0, 1):
+                raise DataError(f"history: label is {label!r}; expected label 0 or 1.")
+        for time in times:
+            if time is not None and not abs(time) < LATEST:
+                raise DataError(f"time is {str(time)[:40]}; expected seconds since 1970, no milliseconds.")
+        if len({row.time is None for row in rows}) > 1:
+            raise DataError(
+                "history: some rows have a time, others have none; give every row its time, or none."
+            )
+        if self.context is not None:
+            raise DataError("context is given, but nothing reads it yet; leave it out.")
+
+    def asked_at(self, end: float) -> float:
+        """Seconds at which the candidates are asked: `time`, else after `end` and after the history."""
+        if self.time is not None:
+            return self.time
+        return max([end, *(row.time for row in self.history or () if row.time is not None)]) + 1
+
+    def past(self, now: float) -> list[tuple[str, int, float]]:
+        """Item id, label and seconds of the history's rows before `now`.
+
+        Rows without a time stand just before `now`, in the order of the list.
+        """
+        rows = self.history or ()
+        seconds = [now - (len(rows) - k) * STEP if r.time is None else r.time for k, r in enumerate(rows)]
+        dated = zip(rows, seconds, strict=True)
+        return [(id_of(row.item), row.label, second) for row, second in dated if second < now]
+
+    def texts(self) -> Iterator[str]:
+        """Every text that it brings: ids, titles, names and values of columns."""
+        yield self.user_id or ""
+        for item in (*self.candidates, *(row.item for row in self.history or ())):
+            yield id_of(item)
+            if isinstance(item, Item):
+                yield item.title
+                for column in item.columns:
+                    yield from column
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Scores of a request of n candidates, in their order; NaN and layer -1 where it could not be scored."""
+
+    request_id: str
+    logits: F64  # (n,) calibrated logits that the candidates left with
+    exit_layers: I64  # (n,)
+    token_layers: int = 0  # tokens times layers that ran, the history's included
+    error: str | None = None  # why it could not be scored
+    late: bool = False  # past the deadline, candidates left whom the plan would have kept
+    # a ranker adds
+    item_ids: Sequence[str] = ()  # n
+    features: Mapping[str, F64] = field(default_factory=dict)  # (n,) retrieved features by name; NaN: unknown
+    full_depth_token_layers: int = 0  # what the same would have cost without early exit
+    audit: F64 | None = None  # (n,) probabilities at full depth, if it was audited
+    cached: bool | None = None  # some of the user's history was in memory; None: there is none to keep
+    # the inference process adds
+    run: str = ""
+    full_depth: bool = False  # the drift alarm is on
+    batch: int = 1  # requests that were scored together
+
+    @classmethod
+    def failed(cls, request_id: str, n: int, error: str | None, token_layers: int = 0) -> Scored:
+        """Of a request of n candidates that could not be scored."""
+        return cls(request_id, np.full(n, np.nan), np.full(n, -1), token_layers, error)
+
+    @property
+    def probabilities(self) -> F64:
+        """(n,) clipped to [.001, .999]; NaN where the request could not be scored."""
+        found: F64 = self.logits if self.error is not None else probabilities(self.logits)
+        return found
+
+
+# What JSON holds
+
+
+def check_names(found: Iterable[str], known: Sequence[str], what: str) -> None:
+    """Raise `DataError` about the first name that is not known; `what` it is."""
+    for name in found:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise DataError(f"{what} {shown(name)}{near}; expected {', '.join(known)}.")
+
+
+def text_of(name: str, value: Any) -> str:
+    """A value of a column as the items table has it: a list becomes "a, b"."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float) and isfinite(value):
+        return str(value)
+    if isinstance(value, list) and not any(isinstance(part, list) for part in value):
+        return ", ".join(text_of(name, part) for part in value)
+    raise DataError(f"{name} is {shown(value)}; expected text, a number, or a list of these.")
+
+
+def shown(value: Any) -> str:
+    """A value in an error."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
