@@ -199,14 +199,14 @@ def test_a_ranker_falls_back_to_full_depth(
     plain, audited = (Ranker.load(served_run, audit_share=share) for share in (0.0, 1.0))
     expected, audits = plain.rank_after_log(requests), audited.rank_after_log(requests)
     for found, other in zip(audits, expected, strict=True):
-        np.testing.assert_array_equal(found.exit_layer, other.exit_layer)
+        np.testing.assert_array_equal(found.exit_layers, other.exit_layers)
         np.testing.assert_allclose(found.probabilities, other.probabilities, atol=1e-5)
         assert other.audit is None
     assert (audited.monitor.audits, audited.full_depth) == (6, False)
     for _ in range(20):
         audited.monitor.observe(1.0)
     for found, other in zip(audited.rank_after_log(requests), audits, strict=True):
-        assert (found.exit_layer == audited.about["exit_layers"][-1]).all()
+        assert (found.exit_layers == audited.about["exit_layers"][-1]).all()
         assert other.audit is not None
         np.testing.assert_allclose(found.probabilities, other.audit, atol=1e-5)
     assert audited.full_depth
