@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from project.arrays import I64
 from project.data.logs import RawLogs, checked
 from project.data.negatives import Negatives, draw_negatives, repeated
 from project.errors import ConfigError, DataError
@@ -91,36 +90,37 @@ class Protocol:
 
     def check(self) -> None:
         """Raise `ConfigError` for a value that cannot work; needs no data, so it can run before logs."""
-        for key, shares, names in (("shares", self.shares, SPLITS), ("fold_shares", self.fold_shares, FOLDS)):
-            wrong = len(shares) != 3 or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6)
-            if wrong or (
-                key == "fold_shares" and min(shares) == 0
-            ):  # a fold without users would be found out late
+        three = "3 shares ({}), none {}, that sum to 1"
+        possible = {  # by key: whether its value can work, what was expected
+            "shares": (_sum_to_one(self.shares), three.format(", ".join(SPLITS), "negative")),
+            # a fold without users would be found out late
+            "fold_shares": (
+                _sum_to_one(self.fold_shares, 1e-9),
+                three.format(", ".join(FOLDS), "0 or negative"),
+            ),
+            "minimum_history": (self.minimum_history >= 0, "0 or more"),
+            "seed": (self.seed >= 0, "0 or more"),
+            "hide_items": (0 <= self.hide_items < 1, "a share of the items, at least 0 and below 1"),
+            "train_users": (0 < self.train_users <= 1, "a share of the users, above 0 and at most 1"),
+            "negatives": (
+                (self.label == CLICKED) == (self.negatives is not None),
+                "negatives such as {per_positive: 1} where data.protocol.label is clicked, null elsewhere",
+            ),
+            "negatives.per_positive": (
+                self.negatives is None or self.negatives.per_positive >= 1,
+                "1 or more",
+            ),
+        }
+        for key, (works, expected) in possible.items():
+            if not works:
                 raise ConfigError(
-                    f"data.protocol.{key} is {shares}; expected 3 shares ({', '.join(names)}), none negative (of "
-                    "fold_shares none 0), that sum to 1."
+                    f"data.protocol.{key} is {getattr(self, key, self.negatives)}; expected {expected}."
                 )
-        for key in ("minimum_history", "seed"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"data.protocol.{key} is {getattr(self, key)}; it must be 0 or more.")
-        if not 0 <= self.hide_items < 1:  # also of NaN
-            raise ConfigError(
-                f"data.protocol.hide_items is {self.hide_items}; expected a share of the items, at least 0 and below 1."
-            )
-        if not 0 < self.train_users <= 1:
-            raise ConfigError(
-                f"data.protocol.train_users is {self.train_users}; expected a share above 0 and at most 1."
-            )
         label_expression(self.label)
-        if (self.label == CLICKED) != (self.negatives is not None):
-            raise ConfigError(
-                f"data.protocol.label is {self.label} and data.protocol.negatives is {self.negatives}: expected label "
-                "clicked with negatives such as {per_positive: 1}, or another label with negatives null."
-            )
-        if self.negatives is not None and self.negatives.per_positive < 1:
-            raise ConfigError(
-                f"data.protocol.negatives.per_positive is {self.negatives.per_positive}; it must be 1 or more."
-            )
+
+
+def _sum_to_one(shares: list[float], least: float = 0) -> bool:
+    return len(shares) == 3 and min(shares) >= least and math.isclose(sum(shares), 1, abs_tol=1e-6)
 
 
 def label_expression(rule: str | None) -> pl.Expr:
@@ -163,47 +163,48 @@ class Interactions:
 
 def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     """Check what a reader returned, apply the protocol's row rules (dropped ratings, labels, duplicates), code ids."""
+    # 1. read
     raw = checked(raw)
-    there = f"; there are {', '.join(raw.columns)}" if raw.columns else ""
-    undated = raw.interactions["timestamp"].null_count() == raw.interactions.height > 0
-    if undated and protocol.split not in UNDATED_SPLITS:
+    log = raw.interactions
+    columns = f"; there are {', '.join(raw.columns)}" if raw.columns else ""  # of the file
+    if log["timestamp"].null_count() == log.height > 0 and protocol.split not in UNDATED_SPLITS:
         raise ConfigError(
-            f"The log has no column timestamp, but data.protocol.split {protocol.split} cuts by time{there}. Map the "
+            f"The log has no column timestamp, but data.protocol.split {protocol.split} cuts by time{columns}. Map the "
             "column under data.logs.init_args.columns.timestamp, or set data.protocol.split: random."
         )
-    # 1. dropped ratings, before duplicates are looked for, both in file order
-    if protocol.drop_ratings and raw.interactions["rating"].is_null().all():
+    # 2. drop ratings, before duplicates are looked for, both in file order
+    if protocol.drop_ratings and log["rating"].is_null().all():
         raise ConfigError(
             f"data.protocol.drop_ratings is {protocol.drop_ratings}, but the log has no ratings. Set it to [], or map "
             "the column under data.logs.init_args.columns.rating."
         )
-    dropped = pl.col("rating").is_in(list(map(float, protocol.drop_ratings))).fill_null(False)
-    kept = raw.interactions.filter(~dropped)
-    # 2. labels; of a log of clicks every row has to be one
-    shown = kept.filter(pl.col("label") == 0)
+    rated = log.filter(~pl.col("rating").is_in(list(map(float, protocol.drop_ratings))).fill_null(False))
+    # 3. label
+    shown = rated.filter(pl.col("label") == 0)
     if protocol.label == CLICKED and not shown.is_empty():
         raise DataError(
-            f"{shown['source_file'][0]}, row {shown['source_row'][0]}: label is 0 ({shown.height:,} of {kept.height:,} "
-            "rows), but data.protocol.label is clicked, which makes every row a positive. Set data.protocol.label: "
-            "null and data.protocol.negatives: null, since what was shown and not clicked says more than a draw, or "
-            "remove these rows."
+            f"{shown['source_file'][0]}, row {shown['source_row'][0]}: label is 0 ({shown.height:,} of "
+            f"{rated.height:,} rows), but data.protocol.label is clicked, which makes every row a positive. Set "
+            "data.protocol.label: null and data.protocol.negatives: null, since what was shown and not clicked says "
+            "more than a draw, or remove these rows."
         )
-    labelled = kept.with_columns(label=label_expression(protocol.label))
+    labelled = rated.with_columns(label=label_expression(protocol.label))
     missing = labelled.filter(pl.col("label").is_null())
     if not missing.is_empty():
         column = "label" if protocol.label is None else "rating"
         raise DataError(
             f"{missing['source_file'][0]}, row {missing['source_row'][0]}: no {column} ({missing.height:,} of "
-            f"{kept.height:,} rows have none that can be read{there}). Set data.protocol.label: null for a log of 0/1 "
-            'labels, data.protocol.label: "rating > 3" for one of ratings, clicked for one of clicks alone, or map the '
-            f"column under data.logs.init_args.columns.{column}."
+            f"{rated.height:,} rows have none that can be read{columns}). Set data.protocol.label: null for a log of "
+            '0/1 labels, data.protocol.label: "rating > 3" for one of ratings, clicked for one of clicks alone, or '
+            f"map the column under data.logs.init_args.columns.{column}."
         )
-    # 3. duplicates
+    # 4. remove duplicates
     distinct = _without_duplicates(labelled, protocol.duplicates)
-    # 4. codes
+    # 5. code ids
     users = _coded(distinct["user_id"].unique(), "user")
     items = _coded(raw.items["item_id"], "item").join(raw.items, on="item_id", maintain_order="left")
     untitled = items["title"].str.strip_chars() == ""
+    # 6. sort
     rows = distinct.join(users, on="user_id").join(items.select("item_id", "item"), on="item_id")
     rows = rows.sort("timestamp", "user", "item").with_row_index("row_id").cast({"row_id": pl.Int64})
     return Interactions(
@@ -212,7 +213,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         items.with_columns(title=pl.when(untitled).then("item_id").otherwise("title")),
         dict(raw.files),
         duplicates=labelled.height - distinct.height,
-        dropped=raw.interactions.height - kept.height,
+        dropped=log.height - rated.height,
         items_without_title=int(untitled.sum()),
         left_out=raw.left_out,
         not_read=raw.not_read,
@@ -290,43 +291,47 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     Rows of hidden items in valid and test stay, so a test row may read earlier ones of valid and test.
     """
     protocol.check()
-    hidden = _hidden(interactions.items["item_id"], protocol)
-    dated = interactions.rows["timestamp"].is_not_null().all()
-    if dated:
-        rows = _with_roles(interactions.rows, protocol)
-        split = _splits(rows, protocol)
-    else:
+    items_hidden = _share_of(interactions.items["item_id"], HIDE_SALT, protocol.seed, protocol.hide_items)
+    # 1. split; rows of a log without times get an order first
+    dated = interactions.rows["timestamp"].null_count() == 0
+    if not dated:
         interactions, split = _ordered(interactions, protocol)
-        rows = _with_roles(interactions.rows, protocol)
+    else:
+        split = _splits(_with_roles(interactions.rows, protocol), protocol)
+    # 2. train rows of hidden items leave the log
     if protocol.hide_items:
-        kept = (split != "train") | ~hidden.gather(rows["item"])
-        interactions, split = _with_only(interactions, kept), split.filter(kept)
-        rows = _with_roles(interactions.rows, protocol)
-    rows = rows.with_columns(split=split, hidden=hidden.gather(rows["item"]))
-    if protocol.train_users < 1:
-        salt = f"{TRAIN_SALT}:{protocol.seed}"
-        taken = _share_of(interactions.users["user_id"], salt, protocol.train_users)
-        other = (pl.col("split") == "train") & ~taken.gather(rows["user"])
-        rows = rows.with_columns(
-            role=pl.when(other).then(pl.lit("context", pl.Enum(ROLES))).otherwise("role")
-        )
+        stays = (split != "train") | ~items_hidden.gather(interactions.rows["item"])
+        interactions = _with_only(interactions, stays)
+        split = split.filter(stays)
+    rows = _with_roles(interactions.rows, protocol)
+    rows = rows.with_columns(split=split, hidden=items_hidden.gather(rows["item"]))
+    # 3. train rows of users who are not taken are context
+    taken = _share_of(interactions.users["user_id"], TRAIN_SALT, protocol.seed, protocol.train_users)
+    rows = _as_context(rows, (pl.col("split") == "train") & ~taken.gather(rows["user"]))
+    # 4. folds of validation
     folds = _folds(interactions.users["user_id"], protocol).gather(rows["user"])
     rows = rows.with_columns(fold=pl.when(pl.col("split") == "valid").then(folds))
     rows = rows.select(*interactions.rows.columns, "hist", "split", "fold", "role", "hidden")
+    # 5. negatives beside the targets
     if protocol.negatives is not None:
         if protocol.negatives.repeats == "context":
-            first = pl.when(repeated(rows)).then(pl.lit("context", pl.Enum(ROLES))).otherwise("role")
-            rows = rows.with_columns(role=first)
-        drawn = draw_negatives(rows, protocol.negatives, hidden, protocol.seed)
-        rows = pl.concat([rows.with_columns(sampled=pl.lit(False)), drawn]).sort(
-            "timestamp", "user", "sampled", "item"
-        )
+            rows = _as_context(rows, repeated(rows))
+        drawn = draw_negatives(rows, protocol.negatives, items_hidden, protocol.seed)
+        rows = pl.concat([rows.with_columns(sampled=pl.lit(False)), drawn])
+        rows = rows.sort("timestamp", "user", "sampled", "item")
         rows = rows.with_columns(row_id=pl.int_range(pl.len(), dtype=pl.Int64))
         interactions = replace(interactions, rows=rows.select(interactions.rows.columns))
+    # 6. check and describe
     _check_targets(rows, protocol)
     digest = _digest(rows, interactions, protocol)
-    manifest = _manifest(rows, interactions, protocol, digest, bool(dated))
+    manifest = _manifest(rows, interactions, protocol, digest, dated)
+    manifest["hidden_items"] = int(items_hidden.sum())
     return SplitInteractions(interactions, rows, protocol, manifest, digest)
+
+
+def _as_context(rows: pl.DataFrame, where: pl.Expr | pl.Series) -> pl.DataFrame:
+    """The rows, of which some are no targets."""
+    return rows.with_columns(role=pl.when(where).then(pl.lit("context", pl.Enum(ROLES))).otherwise("role"))
 
 
 def answered(rows: pl.DataFrame) -> pl.Series:
@@ -358,14 +363,9 @@ def _with_roles(rows: pl.DataFrame, protocol: Protocol) -> pl.DataFrame:
     return rows.with_columns(hist=hist, role=role)
 
 
-def _hidden(item_ids: pl.Series, protocol: Protocol) -> pl.Series:
-    """Whether each item is hidden."""
-    return _share_of(item_ids, f"{HIDE_SALT}:{protocol.seed}", protocol.hide_items)
-
-
-def _share_of(ids: pl.Series, salt: str, share: float) -> pl.Series:
+def _share_of(ids: pl.Series, salt: str, seed: int, share: float) -> pl.Series:
     """Whether each id is in a share of them, by a salted hash: the same on every machine, and in another log."""
-    return pl.Series([_uniform(salt, name) < share for name in ids], dtype=pl.Boolean)
+    return pl.Series([_uniform(f"{salt}:{seed}", name) < share for name in ids], dtype=pl.Boolean)
 
 
 def _with_only(interactions: Interactions, kept: pl.Series) -> Interactions:
@@ -386,8 +386,7 @@ def _with_only(interactions: Interactions, kept: pl.Series) -> Interactions:
 
 def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
     """Split of each row."""
-    user, time = rows["user"].to_numpy(), rows["timestamp"].to_numpy()
-    codes = np.zeros(rows.height, np.int8)  # into SPLITS: the number of cuts that a row lies behind
+    number, place = pl.len(), pl.int_range(pl.len())
     match protocol.split:
         case "given":
             missing = rows["given_split"].null_count()
@@ -399,41 +398,38 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
                 )
             return rows["given_split"].replace("history", "train").cast(pl.Enum(SPLITS))
         case "global_time":
-            times = rows.filter(pl.col("role") == "target")["timestamp"].to_numpy()
-            for cut in _cuts(len(times), protocol.shares):
-                codes += time >= np.append(times, np.inf)[int(cut)]  # a share of 0 cuts after the last target
+            # a cut is a time; a share of 0 cuts after the last target
+            times = rows.filter(pl.col("role") == "target")["timestamp"].append(pl.Series([np.inf]))
+            behind = [pl.col("timestamp") >= times[cut] for cut in _cuts(len(times) - 1, protocol.shares)]
         case "user_time":
-            order = np.argsort(user, kind="stable")  # by user, then by time, as the rows are
-            sizes = np.bincount(user)
-            starts = np.cumsum(sizes) - sizes
-            for cut in _cuts(sizes, protocol.shares):
-                inside = cut < sizes  # also false for codes without a row
-                threshold = np.full(len(sizes), np.inf)
-                threshold[inside] = time[order][(starts + cut)[inside].astype(np.int64)]
-                codes += time >= threshold[user]
+            # the time of a user's row at the cut; a user without one has all rows before it
+            cuts = [(share * number).round(6).floor() for share in np.cumsum(protocol.shares)[:2]]
+            at = [pl.when(place >= cut).then("timestamp").min().over("user") for cut in cuts]
+            behind = [(pl.col("timestamp") >= time).fill_null(False) for time in at]
         case "random":
-            permutation = np.random.default_rng(protocol.seed).permutation(rows.height)
-            for cut in _cuts(rows.height, protocol.shares):
-                codes[permutation[int(cut) :]] += 1
+            shuffled = np.argsort(
+                np.random.default_rng(protocol.seed).permutation(rows.height)
+            )  # place of each row
+            behind = [pl.Series(shuffled >= cut) for cut in _cuts(rows.height, protocol.shares)]
         case "leave_last":
-            after = rows.select(pl.int_range(pl.len()).reverse().over("user")).to_series().to_numpy()
-            codes = np.clip(2 - after, 0, 2).astype(np.int8)  # the user's later rows in the sorted order
-    return pl.Series(codes).replace_strict(dict(enumerate(SPLITS)), return_dtype=pl.Enum(SPLITS))
+            later = place.reverse().over("user")  # the user's later rows in the sorted order
+            behind = [later < 2, later < 1]
+    passed = rows.select(
+        pl.sum_horizontal(behind)
+    ).to_series()  # how many of the two cuts each row lies behind
+    return passed.replace_strict(dict(enumerate(SPLITS)), return_dtype=pl.Enum(SPLITS))
 
 
-def _cuts(size: int | I64, shares: list[float]) -> tuple[Any, Any]:
+def _cuts(size: int, shares: list[float]) -> list[int]:
     """Indices floor(s1 n) and floor((s1 + s2) n), rounded first: in binary .7 + .1 is less than .8."""
-    first, second = shares[0], shares[0] + shares[1]
-    return np.floor(np.round(first * size, 6)), np.floor(np.round(second * size, 6))
+    return [int(round(share * size, 6)) for share in (shares[0], shares[0] + shares[1])]
 
 
 def _folds(user_ids: pl.Series, protocol: Protocol) -> pl.Series:
     """Fold of each user, by a salted hash: the same on every machine, and in another log."""
-    bounds, folds = np.cumsum(protocol.fold_shares)[:-1], []
-    for user_id in user_ids:
-        uniform = _uniform(FOLD_SALT, user_id)
-        folds.append(FOLDS[int(np.searchsorted(bounds, uniform, side="right"))])
-    return pl.Series(folds, dtype=pl.Enum(FOLDS))
+    at = [_uniform(FOLD_SALT, user_id) for user_id in user_ids]
+    folds = np.searchsorted(np.cumsum(protocol.fold_shares)[:-1], at, side="right")
+    return pl.Series([FOLDS[fold] for fold in folds], dtype=pl.Enum(FOLDS))
 
 
 def _uniform(salt: str, name: str) -> float:
@@ -526,7 +522,6 @@ def _manifest(
         "tie_share": float(log.select(pl.struct("user", "timestamp").is_duplicated().mean()).item()),
         "duplicates": interactions.duplicates,
         "dropped": interactions.dropped,
-        "hidden_items": int(_hidden(interactions.items["item_id"], protocol).sum()),
         "hidden_rows": interactions.hidden_rows,
         "items_without_title": interactions.items_without_title,
         "left_out": list(interactions.left_out),

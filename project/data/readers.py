@@ -11,11 +11,21 @@ from typing import Any
 
 import polars as pl
 
-from project.data.logs import RAW_SCHEMA, Logs, RawLogs
+from project.data.logs import Logs, RawLogs
 from project.data.tables import note_file
 from project.errors import DataError
 
-REVIEW = {  # our name -> names of 2014 and 2018, and of 2023 (which has asin too: a variant of parent_asin)
+Names = Mapping[str, tuple[str, ...]]  # our name -> a file's names, of which a row has one
+
+RATED = {"user_id": ("User-ID",), "item_id": ("ISBN",), "rating": ("Book-Rating",)}
+BOOK = {
+    "item_id": ("ISBN",),
+    "title": ("Book-Title",),
+    "author": ("Book-Author",),
+    "year": ("Year-Of-Publication",),
+    "publisher": ("Publisher",),
+}
+REVIEW = {  # names of 2014 and 2018, and of 2023 (which has asin too: a variant of parent_asin)
     "user_id": ("reviewerID", "user_id"),
     "item_id": ("parent_asin", "asin"),
     "timestamp": ("unixReviewTime", "timestamp"),
@@ -29,23 +39,70 @@ PRODUCT = {
 }
 
 
-class LeftOut:
-    """Counts rows that a reader leaves out, by file and reason, and remembers the first of each."""
+class Dump:
+    """Two files of a dump as they become a log; rows that are left out are counted by file and reason."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, str], int] = {}
-        self._first: dict[tuple[str, str], int] = {}
+        self.files: dict[str, str] = {}  # name -> SHA-256
+        self.counts: dict[tuple[str, str], int] = {}  # file, reason -> rows left out
+        self.first: dict[tuple[str, str], int] = {}  # file, reason -> the first of them, from 1
+        self.not_read: list[str] = []  # fields of the log's first row
 
-    def add(self, path: Path, reason: str, row: int, count: int = 1) -> None:
-        """Rows of a file; `row` (from 1) is the first."""
-        self._first.setdefault((path.name, reason), row)
-        self._counts[path.name, reason] = self._counts.get((path.name, reason), 0) + count
+    def leave_out(self, path: Path, reason: str, row: int, count: int = 1) -> None:
+        """Count rows of a file; `row` (from 1) is the first."""
+        self.first.setdefault((path.name, reason), row)
+        self.counts[path.name, reason] = self.counts.get((path.name, reason), 0) + count
 
-    def words(self) -> tuple[str, ...]:
-        """A line for each file and reason."""
-        return tuple(
-            f"{file}: {count:,} rows left out, the first is row {self._first[file, reason]}: {reason}"
-            for (file, reason), count in self._counts.items()
+    def kept(self, table: pl.DataFrame, keep: pl.Expr, path: Path, reason: str) -> pl.DataFrame:
+        """The rows to keep; the others are counted."""
+        gone = table.filter(~keep)
+        if not gone.is_empty():
+            self.leave_out(path, reason, gone["source_row"].min(), gone.height)  # type: ignore[arg-type]
+        return table.filter(keep)
+
+    def table(self, path: Path, names: Names, needed: tuple[str, ...]) -> pl.DataFrame:
+        """Fields of a file under our names as text, and source_row; rows that lack a `needed` one are left out."""
+        note_file(path, self.files)
+        fields = list[str]()  # of the first row
+        found = []
+        records = _semicolons(path) if path.suffix == ".csv" else _objects(path)
+        for row, record in enumerate(records, 1):
+            if isinstance(record, str):
+                self.leave_out(path, record, row)
+                continue
+            fields = fields or list(record)
+            values = [
+                _text(next((record[n] for n in theirs if n in record), "")) for theirs in names.values()
+            ]
+            absent = [ours for ours, value in zip(names, values, strict=True) if ours in needed and not value]
+            if absent:
+                self.leave_out(path, f"it has no {' or '.join(names[absent[0]])}", row)
+            else:
+                found.append([row, *values])
+        if not found:
+            expected = ", ".join(" or ".join(names[name]) for name in needed)
+            raise DataError(f"{path}: no row has {expected}; the first has {', '.join(fields) or 'nothing'}.")
+        if "user_id" in names:
+            read = {name for theirs in names.values() for name in theirs}
+            self.not_read = [name for name in fields if name not in read]
+        schema = {"source_row": pl.Int64, **dict.fromkeys(names, pl.String)}
+        return pl.DataFrame(found, schema=schema, orient="row")
+
+    def log(self, rows: pl.DataFrame, log: Path, items: pl.DataFrame, catalogue: Path) -> RawLogs:
+        """The log of rows whose items are listed; of an item that is listed again the first row counts."""
+        items = self.kept(items, pl.col("item_id").is_first_distinct(), catalogue, "it lists an item again")
+        listed = pl.col("item_id").is_in(items["item_id"].implode())
+        rows = self.kept(rows, listed, log, f"its item is not in {catalogue.name}")
+        left_out = tuple(
+            f"{file}: {count:,} rows left out, the first is row {self.first[file, reason]}: {reason}"
+            for (file, reason), count in self.counts.items()
+        )
+        return RawLogs(
+            rows.with_columns(source_file=pl.lit(str(log))),
+            items.drop("source_row"),
+            self.files,
+            left_out=left_out,
+            not_read=tuple(self.not_read),
         )
 
 
@@ -62,22 +119,20 @@ class BookCrossing(Logs):
     """
 
     def __init__(self, folder: str) -> None:
-        self.ratings, self.books = Path(folder) / "BX-Book-Ratings.csv", Path(folder) / "BX-Books.csv"
+        self.ratings = Path(folder) / "BX-Book-Ratings.csv"
+        self.books = Path(folder) / "BX-Books.csv"
 
     def read(self) -> RawLogs:
         """Read both files; see `Logs.read`."""
-        sums, left_out = dict[str, str](), LeftOut()
-        names = {"user_id": "User-ID", "item_id": "ISBN", "rating": "Book-Rating"}
-        rows = _semicolons(self.ratings, names, sums, left_out)
-        rating = pl.col("rating").cast(pl.Float64, strict=False)
-        rows = _kept(
-            rows.with_columns(rating), rating.is_not_null(), self.ratings, "its rating is no number", left_out
-        )
-        names = {"item_id": "ISBN", "title": "Book-Title", "author": "Book-Author"}
-        names |= {"year": "Year-Of-Publication", "publisher": "Publisher"}
-        books = _semicolons(self.books, names, sums, left_out)
-        books = books.with_columns(pl.col("year").replace("0", ""))  # unknown
-        return _log(rows, self.ratings, books, self.books, sums, left_out)
+        dump = Dump()
+        # 1. ratings that are numbers
+        rows = dump.table(self.ratings, RATED, tuple(RATED))
+        rows = rows.with_columns(pl.col("rating").cast(pl.Float64, strict=False))
+        rows = dump.kept(rows, pl.col("rating").is_not_null(), self.ratings, "its rating is no number")
+        # 2. books; the year 0 is unknown
+        books = dump.table(self.books, BOOK, ("item_id",))
+        books = books.with_columns(pl.col("year").replace("0", ""))
+        return dump.log(rows, self.ratings, books, self.books)
 
 
 class AmazonReviews(Logs):
@@ -94,83 +149,46 @@ class AmazonReviews(Logs):
     """
 
     def __init__(self, reviews: str, metadata: str) -> None:
-        self.reviews, self.metadata = Path(reviews), Path(metadata)
+        self.reviews = Path(reviews)
+        self.metadata = Path(metadata)
 
     def read(self) -> RawLogs:
         """Read both files; see `Logs.read`."""
-        sums, left_out = dict[str, str](), LeftOut()
-        rows = _records(self.reviews, REVIEW, tuple(REVIEW), sums, left_out)
-        numbers = pl.col("timestamp", "rating").cast(pl.Float64, strict=False)
+        dump = Dump()
+        # 1. reviews with a time and a rating
+        rows = dump.table(self.reviews, REVIEW, tuple(REVIEW))
+        rows = rows.with_columns(pl.col("timestamp", "rating").cast(pl.Float64, strict=False))
         present = pl.all_horizontal(pl.col("timestamp", "rating").is_not_null())
-        reason = "its time or rating is no number"
-        rows = _kept(rows.with_columns(numbers), present, self.reviews, reason, left_out)
+        rows = dump.kept(rows, present, self.reviews, "its time or rating is no number")
+        # 2. the earliest of a user and an item
         rows = rows.sort("timestamp", maintain_order=True)
         first = pl.struct("user_id", "item_id").is_first_distinct()
-        rows = _kept(rows, first, self.reviews, "a later review of the same item by the same user", left_out)
-        items = _records(self.metadata, PRODUCT, ("item_id",), sums, left_out)
-        scripts = pl.col("title").str.contains(
-            "getTime", literal=True
-        )  # of 2018: a page's script in place of a title
-        items = _kept(items, ~scripts, self.metadata, "its title is a script", left_out)
-        return _log(rows.sort("source_row"), self.reviews, items, self.metadata, sums, left_out)
+        rows = dump.kept(rows, first, self.reviews, "a later review of the same item by the same user")
+        # 3. items; of 2018 some have a page's script in place of a title
+        items = dump.table(self.metadata, PRODUCT, ("item_id",))
+        scripts = pl.col("title").str.contains("getTime", literal=True)
+        items = dump.kept(items, ~scripts, self.metadata, "its title is a script")
+        return dump.log(rows.sort("source_row"), self.reviews, items, self.metadata)
 
 
-def _semicolons(path: Path, names: dict[str, str], sums: dict[str, str], left_out: LeftOut) -> pl.DataFrame:
-    """Columns under our names, and source_row, of a latin-1 table: semicolons, quotes escaped by a backslash, &amp;."""
-    note_file(path, sums)
-    found, header = [], list[str]()
+def _semicolons(path: Path) -> Iterator[dict[str, str] | str]:
+    r"""Each row of a latin-1 table with a header, quotes escaped by \; of a broken one, why it is left out."""
+    header = list[str]()
     with path.open(encoding="latin-1") as lines:
-        for row, line in enumerate(lines):
+        for line in lines:
             fields = next(csv.reader([line], delimiter=";", escapechar="\\", doublequote=False), [])
-            if row == 0:
+            if not header:
                 header = fields
-                if absent := [name for name in names.values() if name not in header]:
-                    raise DataError(f"{path}: no column {absent[0]}; there are {', '.join(header)}.")
-            elif len(fields) != len(header):
-                left_out.add(path, f"it does not have {len(header)} fields", row)
+            elif len(fields) == len(header):
+                yield dict(zip(header, fields, strict=True))
             else:
-                found.append([row, *(html.unescape(fields[header.index(name)]) for name in names.values())])
-    schema = {"source_row": pl.Int64, **dict.fromkeys(names, pl.String)}
-    return pl.DataFrame(found, schema=schema, orient="row")
+                yield f"it does not have {len(header)} fields"
 
 
-def _records(
-    path: Path,
-    names: Mapping[str, tuple[str, ...]],
-    needed: tuple[str, ...],
-    sums: dict[str, str],
-    left_out: LeftOut,
-) -> pl.DataFrame:
-    """Fields under our names as text, and source_row, of a file with one object a line; what is `needed` is there."""
-    note_file(path, sums)
-    found, seen = [], list[str]()
-    for row, record in enumerate(_objects(path), 1):
-        if record is None:
-            left_out.add(path, "it is no object", row)
-            continue
-        values = {
-            ours: _text(next((record[n] for n in theirs if n in record), ""))
-            for ours, theirs in names.items()
-        }
-        if absent := [name for name in needed if not values[name]]:
-            seen = seen or list(record)
-            left_out.add(path, f"it has no {' or '.join(names[absent[0]])}", row)
-        else:
-            found.append([row, *values.values()])
-    if not found:
-        fields = ", ".join(" or ".join(names[name]) for name in needed)
-        raise DataError(f"{path}: no line has {fields}; the first object has {', '.join(seen) or 'nothing'}.")
-    schema = {"source_row": pl.Int64, **dict.fromkeys(names, pl.String)}
-    return pl.DataFrame(found, schema=schema, orient="row")
-
-
-def _objects(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The object of each line; None where a line is none."""
-    with (
-        gzip.open(path, "rt", encoding="utf-8")
-        if path.suffix == ".gz"
-        else path.open(encoding="utf-8") as lines
-    ):
+def _objects(path: Path) -> Iterator[dict[str, Any] | str]:
+    """The object of each line, JSON or a Python literal; of another line, why it is left out."""
+    open_text = gzip.open if path.suffix == ".gz" else open
+    with open_text(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             try:
                 record = json.loads(line)
@@ -179,7 +197,7 @@ def _objects(path: Path) -> Iterator[dict[str, Any] | None]:
                     record = ast.literal_eval(line.strip())
                 except (ValueError, SyntaxError, MemoryError, RecursionError):
                     record = None
-            yield record if isinstance(record, dict) else None
+            yield record if isinstance(record, dict) else "it is no object"
 
 
 def _text(value: Any) -> str:
@@ -188,29 +206,3 @@ def _text(value: Any) -> str:
         parts = [part for entry in value for part in (entry if isinstance(entry, list) else [entry])]
         return ", ".join(dict.fromkeys(text for text in map(_text, parts) if text))
     return "" if value is None else " ".join(html.unescape(str(value)).split())
-
-
-def _kept(table: pl.DataFrame, keep: pl.Expr, path: Path, reason: str, left_out: LeftOut) -> pl.DataFrame:
-    """The rows to keep; the others are counted."""
-    gone = table.filter(~keep)
-    if not gone.is_empty():
-        left_out.add(path, reason, int(gone["source_row"].min()), gone.height)  # type: ignore[arg-type]
-    return table.filter(keep)
-
-
-def _log(
-    rows: pl.DataFrame,
-    log: Path,
-    items: pl.DataFrame,
-    catalogue: Path,
-    sums: dict[str, str],
-    left_out: LeftOut,
-) -> RawLogs:
-    """The log of rows whose items are listed; of an item that is listed again the first row counts."""
-    again = "it lists an item again"
-    items = _kept(items, pl.col("item_id").is_first_distinct(), catalogue, again, left_out)
-    listed = pl.col("item_id").is_in(items["item_id"].implode())
-    rows = _kept(rows, listed, log, f"its item is not in {catalogue.name}", left_out)
-    absent = [pl.lit(None, kind).alias(name) for name, kind in RAW_SCHEMA.items() if name not in rows.columns]
-    interactions = rows.with_columns(absent).with_columns(source_file=pl.lit(str(log))).select(*RAW_SCHEMA)
-    return RawLogs(interactions, items.drop("source_row"), sums, left_out=left_out.words())

@@ -12,7 +12,7 @@ import pytest
 
 from project.data.logs import RawLogs, checked
 from project.data.protocol import Protocol, apply_protocol, build_interactions
-from project.data.readers import AmazonReviews, BookCrossing
+from project.data.readers import REVIEW, AmazonReviews, BookCrossing
 from project.errors import DataError
 
 IDS = ("user_id", "item_id", "timestamp", "rating", "source_row")
@@ -159,6 +159,7 @@ def test_every_edition_of_amazon_reviews(
     }
     assert raw.items.rows(named=True) == [expected]
     assert raw.left_out == ()
+    assert set(raw.not_read) == set(review) - {name for names in REVIEW.values() for name in names}
 
 
 def test_lines_of_amazon_that_are_left_out(tmp_path: Path) -> None:
@@ -201,11 +202,9 @@ def test_files_that_are_no_dump(tmp_path: Path, book_crossing: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.json does not exist"):
         AmazonReviews(str(tmp_path / "nothing.json"), "meta.json").read()
     with pytest.raises(
-        DataError, match=r"reviews\.json\.gz: no line has reviewerID or user_id, .*first object has stars"
+        DataError, match=r"reviews\.json\.gz: no row has reviewerID or user_id, .*first has stars"
     ):
         amazon(tmp_path, [{"stars": 5}], [META_2014])
-    (book_crossing / "BX-Books.csv").write_text(BOOKS.replace("Book-Author", "Author"), encoding="latin-1")
-    with pytest.raises(
-        DataError, match=r"BX-Books\.csv: no column Book-Author; there are ISBN, Book-Title, Author"
-    ):
+    (book_crossing / "BX-Books.csv").write_text(BOOKS.replace("ISBN", "Number"), encoding="latin-1")
+    with pytest.raises(DataError, match=r"BX-Books\.csv: no row has ISBN; the first has Number, Book-Title"):
         BookCrossing(str(book_crossing)).read()
