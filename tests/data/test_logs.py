@@ -66,15 +66,6 @@ def test_a_mapping_is_part_of_the_log(write: Write) -> None:
     assert titled.files["names of columns"] != shelf.files["names of columns"]
 
 
-def test_parquet_equals_csv(write: Write, tmp_path: Path) -> None:
-    raw = read(write)
-    for name in ("log", "items"):
-        pl.read_csv(tmp_path / f"{name}.csv").write_parquet(tmp_path / f"{name}.parquet")
-    other = TableLogs(str(tmp_path / "log.parquet"), str(tmp_path / "items.parquet")).read()
-    assert other.interactions.drop("source_file").equals(raw.interactions.drop("source_file"))
-    assert other.items.equals(raw.items)
-
-
 def test_columns_are_mapped_from_the_users_names(write: Write) -> None:
     raw = read(
         write,
@@ -100,77 +91,38 @@ def test_one_file_per_split_names_the_split(write: Write) -> None:
     assert list(raw.files) == ["a.csv", "b.csv", "c.csv", "items.csv"]
 
 
-@pytest.mark.parametrize("shipped", [True, False])
-def test_recbole_headers_lose_their_types(
-    shipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Atomic files: tab-separated, typed headers, quotes are plain characters; ML-100K is fetched when it is read."""
-    inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n7\t1\t4\t9\n"
-    names = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
-    (tmp_path / "ml-100k.inter").write_text(inter)
-    (tmp_path / "ml-100k.item").write_text(names + '\n1\t"Alien\t1979\tHorror SF\n')
-    mapping = {"title": "movie_title", "year": "release_year", "genres": "class"}
-    logs = MovieLens100K() if shipped else RecBoleLogs(str(tmp_path), "ml-100k", item_columns=mapping)
-    monkeypatch.setattr(log_module, "fetch", lambda key: {"ml-100k": tmp_path}[key])
-    raw = logs.read()
-    assert raw.interactions.select("user_id", "item_id", "timestamp", "rating").rows() == [("7", "1", 9, 4)]
-    assert raw.items.rows(named=True) == [
-        {"item_id": "1", "title": '"Alien', "year": "1979", "genres": "Horror SF"}
-    ]
+def test_recbole_files_lose_their_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Atomic files: tab-separated, typed headers, quotes are plain characters, lines may end in CR LF.
 
-
-@pytest.fixture
-def movielens_1m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], RawLogs]:
-    """Reads MovieLens 1M, as its wheel has it: lines end in CR LF, films are named by title and year."""
-    monkeypatch.setattr(log_module, "fetch", lambda key: {"ml-1m": tmp_path}[key])
-
-    def read_files(ratings: str) -> RawLogs:
-        inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + ratings
-        item = (
-            "item_id:token\tmovie_title:token\trelease_year:float\tgenre:token\n"
-            "Sabrina (1954)\tSabrina\t1954\tComedy Romance\n"
-            "Sabrina (1995)\tSabrina\t1995\tComedy Romance\n"
-            "Misérables, Les (1995)\tMisérables, Les\t1995\tDrama Musical\n"
-        )
-        for name, text in (("ml-1m.inter", inter), ("ml-1m.item", item)):
-            (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode())
-        return checked(MovieLens1M().read())
-
-    return read_files
-
-
-RATINGS_1M = "1m_1\tSabrina (1995)\t5\t978300760\n1m_2\tMisérables, Les (1995)\t3\t978302109\n"
-
-
-def test_movielens_1m(movielens_1m: Callable[[str], RawLogs]) -> None:
-    """Films of one title are two items; an item nobody rated stays; no CR is left at the end of a row."""
-    raw = movielens_1m(RATINGS_1M)
-    assert raw.interactions.select("user_id", "item_id", "timestamp", "rating").rows() == [
-        ("1m_1", "Sabrina (1995)", 978_300_760, 5),
-        ("1m_2", "Misérables, Les (1995)", 978_302_109, 3),
-    ]
-    assert raw.items.columns == ["item_id", "title", "year", "genres"]
-    assert raw.items.rows() == [
-        ("Sabrina (1954)", "Sabrina", "1954", "Comedy Romance"),
+    MovieLens 100K and 1M are such files, fetched when they are read; films of one title are two items.
+    """
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    texts = {
+        "ml-100k.inter": header + "7\t1\t4\t9\n",
+        "ml-100k.item": "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+        '1\t"Alien\t1979\tHorror SF\n',
+        "ml-1m.inter": header + "1m_1\tSabrina (1995)\t5\t978300760\n",
+        "ml-1m.item": "item_id:token\tmovie_title:token\trelease_year:float\tgenre:token\n"
+        "Sabrina (1954)\tSabrina\t1954\tComedy\nSabrina (1995)\tSabrina\t1995\tComedy Romance\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode())
+    monkeypatch.setattr(log_module, "fetch", lambda key: tmp_path)
+    names = {"title": "movie_title", "year": "release_year", "genres": "class"}
+    alien = [("1", '"Alien', "1979", "Horror SF")]
+    sabrinas = [
+        ("Sabrina (1954)", "Sabrina", "1954", "Comedy"),
         ("Sabrina (1995)", "Sabrina", "1995", "Comedy Romance"),
-        ("Misérables, Les (1995)", "Misérables, Les", "1995", "Drama Musical"),
     ]
-    assert list(raw.files) == ["ml-1m.inter", "ml-1m.item"]
-
-
-@pytest.mark.parametrize(
-    ("broken", "words"),
-    [
-        ("1m_3\tSabrina (1995)\t5\n", r"row 3: no timestamp .2 of 4 rows"),
-        ("1m_3\tSabrina (1995)\tfive\t9\n", r"row 3: column rating is 'five'.* 2 of 4 rows"),
-        ("1m_3\t\t5\t9\n", r"row 3: column item_id is empty.* 2 of 4 rows"),
-        ("1m_3\tSabrina\t5\t9\n", r"row 3: item 'Sabrina' is not in .*\(2 rows, 1 items\)"),
-    ],
-)
-def test_broken_rows_of_movielens_1m(broken: str, words: str, movielens_1m: Callable[[str], RawLogs]) -> None:
-    """They are counted and refused, not dropped."""
-    with pytest.raises(DataError, match=words):
-        movielens_1m(RATINGS_1M + broken * 2)
+    for logs, row, items in (
+        (RecBoleLogs(str(tmp_path), "ml-100k", item_columns=names), ("7", "1", 9, 4), alien),
+        (MovieLens100K(), ("7", "1", 9, 4), alien),
+        (MovieLens1M(), ("1m_1", "Sabrina (1995)", 978_300_760, 5), sabrinas),
+    ):
+        raw = checked(logs.read())
+        assert raw.interactions.select("user_id", "item_id", "timestamp", "rating").rows() == [row]
+        assert raw.items.columns == ["item_id", "title", "year", "genres"]
+        assert raw.items.rows() == items
 
 
 FORMS = ("csv", "tsv", "parquet", "inter", "reader")
@@ -395,22 +347,10 @@ def test_real_latest_small() -> None:
 
 @pytest.mark.real
 def test_real_movielens_1m() -> None:
-    """Every row of the file is read; the numbers were counted in its lines without the reader.
-
-    56,174 + 107,557 + 261,197 + 348,971 + 226,310 = 1,000,209 ratings, of which 348,971 + 226,310 = 575,281 are > 3;
-    3,706 rated films + 177 that nobody rated = 3,883. The first rating is of 2000-04-25, the last of 2003-02-28.
-    """
-    raw = checked(MovieLens1M().read())
-    counts = dict(raw.interactions["rating"].value_counts().rows())
+    """Counted in the file's lines without the reader: ratings by value, 3,706 films that somebody rated, dates."""
+    rows = MovieLens1M().read().interactions
+    counts = dict(rows["rating"].value_counts().rows())
     assert counts == {1: 56_174, 2: 107_557, 3: 261_197, 4: 348_971, 5: 226_310}
-    assert raw.interactions["source_row"].to_list() == list(range(1, 1_000_210))
-    assert (raw.interactions["timestamp"].min(), raw.interactions["timestamp"].max()) == (
-        956_703_932,
-        1_046_454_590,
-    )
-    assert not raw.interactions.select("user_id", "item_id").is_duplicated().any()
-    assert raw.interactions["item_id"].n_unique() == 3706
-    assert raw.items.select((pl.all() != "").all()).row(0) == (True,) * 4
-    named = pl.format("{} ({})", "title", "year")
-    assert raw.items.filter(pl.col("item_id") == named).height == 3883
-    assert raw.items.row(0) == ("Toy Story (1995)", "Toy Story", "1995", "Animation Children's Comedy")
+    assert (rows["timestamp"].min(), rows["timestamp"].max()) == (956_703_932, 1_046_454_590)
+    assert not rows.select("user_id", "item_id").is_duplicated().any()
+    assert rows["item_id"].n_unique() == 3706
