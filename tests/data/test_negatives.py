@@ -187,12 +187,12 @@ def test_another_draw_changes_nothing_that_is_read(
         for row in set(clicked.explode()) & set(states[0]):
             torch.testing.assert_close(states[0][row], states[1][row])
     user, time, _, item = arrays(logs[0])
-    features = drawn[0].select("row_id", "hist").join(tables[0]["test"], on="row_id", maintain_order="left")
-    for (u, t, _, i), row in zip(
-        zip(*arrays(drawn[0]), strict=True), features.iter_rows(named=True), strict=True
-    ):
-        assert row["item_count"] == ((item == i) & (time < t)).sum()
-        assert row["user_count"] == row["hist"] == ((user == u) & (time < t)).sum()
+    shown = drawn[0].join(tables[0]["test"], on="row_id", maintain_order="left")
+    for u, t, i, of_item, of_user in shown.select(
+        "user", "timestamp", "item", "item_count", "user_count"
+    ).iter_rows():
+        assert of_item == ((item == i) & (time < t)).sum()
+        assert of_user == ((user == u) & (time < t)).sum()
 
 
 def test_the_networks_histories_are_of_clicks() -> None:

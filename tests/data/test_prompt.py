@@ -1,24 +1,38 @@
-"""Prompts: templates are cut where retrieved features stands, filled with items and retrieved features, and fit into
-a window.
+"""Prompts: templates are cut where retrieved features stand, filled with them and with items, and fit into a window.
+
+Numbers are ids below zero that say what counting counted, to a step.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from world import Letters, read_split, streams_without_retrieved, text_of
 
 from project.data.logs import TableLogs
 from project.data.prompt import (
+    LOWEST_ID,
+    NUMBERS,
+    RETRIEVED_FIELDS,
+    SPAN,
+    STEPS_A_UNIT,
     Prompt,
     PromptEncoder,
     field_names,
+    field_showing,
     item_columns,
+    number_features,
+    number_ids,
+    read_number_ids,
+    readable,
     shows_numbers,
     split_template,
     with_segment,
@@ -27,6 +41,7 @@ from project.data.protocol import Protocol, SplitInteractions
 from project.data.requests import check_items, check_streams
 from project.datamodule import InteractionData
 from project.errors import ConfigError
+from project.features import FEATURES, feature_matrix
 from project.retrieval import NoRetriever
 
 WORDED = ["item_rate", "vote"]
@@ -90,6 +105,7 @@ def test_fields() -> None:
         ("{vote:.1}", "{vote} alone"),
         ("{item_number:.1}", "{item_number} alone"),
         *((name, "which is unknown") for name in ("{a.b}", "{x[1]}", "{7}", "{director}")),
+        *((f"{{item_number+{name}}}", "which is unknown.*each once") for name in ("year", "item_number", "")),
         ("{mf}", "a retrieved feature and also a column.*my_mf: mf"),
         ("{vote_number}", "a retrieved feature and also a column"),
     ],
@@ -198,8 +214,11 @@ def split(tiny_logs: Path) -> SplitInteractions:
     return read_split(tiny_logs, Protocol(minimum_history=1, shares=[0.6, 0.2, 0.2]))
 
 
-def test_items_fit_or_are_named(split: SplitInteractions) -> None:
-    """Just enough room is enough; a token less names the item, its tokens, the key and what helps."""
+def test_prompts_fit_or_are_named(split: SplitInteractions) -> None:
+    """Just enough room is enough; a token less names the item, its tokens, the key and what helps.
+
+    The same of tokenised rows, retrieved features included; a list of what similar users liked has a fix of its own.
+    """
     items = split.interactions.items
     item_id, title = max(items.select("item_id", "title").iter_rows(), key=lambda row: len(row[1]))
     tokens = len(f"I\n{title}: yes")
@@ -208,16 +227,8 @@ def test_items_fit_or_are_named(split: SplitInteractions) -> None:
     words = rf"item '{item_id}' alone has {tokens} tokens .* data\.context_tokens is {tokens - 1} .*{{title:\.40}}"
     with pytest.raises(ConfigError, match=words):
         check_items(encoder, items, tokens - 1)
-
-
-def test_streams_fit_or_are_named(split: SplitInteractions) -> None:
-    """The same of tokenised rows, retrieved features included; a list of what similar users liked has a fix of its
-    own.
-    """
     streams = streams_without_retrieved(split, "test", "{title} {vote_percent}{vote_percent}:")
-    lengths = streams.tokens.lengths[:-1]
-    place, tokens = int(lengths.argmax()), int(lengths.max()) + len("I\n")
-    item_id = split.interactions.items["item_id"][split.rows["item"][int(streams.row_id[place])]]
+    tokens = int(streams.tokens.lengths[:-1].max()) + len("I\n")
     check_streams(streams, split, tokens)
     with pytest.raises(ConfigError, match=rf"item '{item_id}' alone has {tokens} tokens"):
         check_streams(streams, split, tokens - 1)
@@ -247,12 +258,7 @@ def test_the_datamodule_asks_before_it_retrieves(
     with pytest.raises(ConfigError, match=r"item 'i7' .* data\.context_tokens is 1,024"):
         stopped.prepare_data()
     assert "retrieved" not in vars(stopped)
-    short = data("{title:.40}:")
-    short.setup("fit")
-    lengths = short.streams("valid").tokens.lengths
-    short.context_tokens = int(lengths[:-1].max() + lengths[-1]) - 1
-    with pytest.raises(ConfigError, match=f"alone has .* data.context_tokens is {short.context_tokens}"):
-        short.setup("test")
+    data("{title:.40}:").setup("fit")
     asked = tmp_path / "requests.jsonl"
     asked.write_text('{"request_id": "a", "user_id": "u1", "candidates": ["i1"]}\n')
     predicting = data("{title}:", str(asked))
@@ -260,3 +266,101 @@ def test_the_datamodule_asks_before_it_retrieves(
     predicting.setup("predict")
     assert predicting.requests is not None
     assert [r.request_id for r in predicting.requests.requests] == ["a"]
+
+
+# Numbers
+
+
+def retrieved(n: int = 2) -> pl.DataFrame:
+    """Random rows; the first has item_rate .75 of 20 rows, the last has no retrieved features at all."""
+    rng = np.random.default_rng(0)
+    answers = [rng.integers(0, 2, k).tolist() for k in [*rng.integers(0, 6, n - 1).tolist(), 0]]
+    rates = {name: rng.random(n) for name in ("item_rate", "user_rate", "mf", "item_similarity")}
+    counts = {name: rng.integers(1, 60, n) for name in ("item_count", "user_count", "item_similarity_weight")}
+    rates["item_rate"][0], counts["item_count"][0] = 0.75, 20
+    lists = {
+        "neighbour_count": list(map(len, answers)),
+        "vote": [sum(a) / len(a) if a else None for a in answers],
+        "answers": pl.Series(answers, dtype=pl.List(pl.Int8)),
+        "similarities": pl.Series([rng.random(len(a)).tolist() for a in answers], dtype=pl.List(pl.Float32)),
+    }
+    known = pl.when(pl.col("row_id") < n - 1)
+    table = pl.DataFrame({"row_id": np.arange(n), **rates, **counts, **lists})
+    return table.with_columns(known.then(pl.col(*rates)), known.then(pl.col(*counts)).otherwise(0))
+
+
+def ids_of(table: pl.DataFrame, fields: list[str]) -> np.ndarray:
+    return number_ids(number_features(table), fields)
+
+
+def test_numbers_golden() -> None:
+    """15 of 20 and five more at even odds: log(17.5 / 7.5) = .847, rounded .85, the 137th of .05 from -6 on.
+
+    The count is three bytes further: log(1 + 20) - 3 = .045, rounded .05, the 121st.
+    """
+    assert math.isclose(math.log(17.5 / 7.5), 0.8473, abs_tol=1e-4)
+    assert math.isclose(math.log(21) - 3, 0.0445, abs_tol=1e-4)
+    assert ids_of(retrieved(), ["item_number"])[0] == -138
+    assert ids_of(retrieved(), ["item_count_number"])[0] == -122 * 256**5
+    assert ids_of(retrieved(), ["item_count_number", "item_number"])[0] == -138 - 122 * 256**5
+
+
+def test_nothing_known_is_even_odds() -> None:
+    """A row without retrieved features reads as 0 in every rate, and as no rows in every count."""
+    told, values = read_number_ids(torch.tensor(ids_of(retrieved(), list(NUMBERS))[-1:]))
+    assert told.all()
+    assert values[0].tolist() == [-3.0 if "count" in field else 0.0 for field in NUMBERS]
+
+
+@pytest.mark.parametrize("fields", [*([field] for field in NUMBERS), [*NUMBERS], [*NUMBERS][::-2]])
+def test_ids_say_fields_and_values(fields: list[str]) -> None:
+    """Read back, an id is its fields and their counting features, to half a step, within the span; nothing else."""
+    table = retrieved(300)
+    features, ids = feature_matrix(table, 0.5), ids_of(table, fields)
+    assert np.iinfo(np.int64).min < LOWEST_ID <= ids.min() <= ids.max() < 0
+    told, values = read_number_ids(torch.from_numpy(ids))
+    for kind, (field, (feature, zero)) in enumerate(NUMBERS.items()):
+        assert told[:, kind].all() if field in fields else not told[:, kind].any()
+        if field in fields:
+            expected = (features[:, FEATURES.index(feature)] - zero).clip(-SPAN, SPAN)
+            np.testing.assert_allclose(values[:, kind].numpy(), expected, atol=0.5 / STEPS_A_UNIT + 1e-5)
+
+
+def test_words_tell_no_number() -> None:
+    told, _ = read_number_ids(torch.tensor([[0, 1], [255, 49151]]))
+    assert told.shape == (2, 2, len(NUMBERS))
+    assert not told.any()
+
+
+def test_segments_hold_one_token_a_field() -> None:
+    prompt = Prompt(segment="{title} {mf_number}{item_number+user_number}:")
+    encoder = PromptEncoder(Letters(), prompt, ITEMS)
+    table = retrieved()
+    mf, rates = (ids_of(table, fields) for fields in (["mf_number"], ["item_number", "user_number"]))
+    found = encoder.encode(np.array([0, 1]), table, np.array([1, -1], dtype=np.int8)).tokens
+    assert found[0].tolist() == [*map(ord, "Alien "), mf[0], rates[0], *map(ord, ": yes")]
+    assert found[1].tolist() == [*map(ord, "Brazil {1} "), mf[1], rates[1], ord(":")]
+
+
+@pytest.mark.parametrize("column", ["mf", "item_similarity"])
+def test_which_field_tells_a_column(column: str) -> None:
+    fields = [name for name, (told, _) in RETRIEVED_FIELDS.items() if told == column]
+    for field in [*fields, f"{column}_number"]:
+        assert field_showing(Prompt(segment="{title}{" + field + "}:"), column) == "{" + field + "}"
+    both = "{item_number+" + column + "_number}"
+    assert field_showing(Prompt(segment="{title}" + both + ":"), column) == both
+    assert field_showing(Prompt(segment="{title}{item_number}:"), column) is None
+
+
+def test_back_to_text() -> None:
+    class Decoder(PreTrainedTokenizerBase):
+        def __init__(self) -> None:
+            pass
+
+        def decode(self, token_ids: Any, *_: Any, **__: Any) -> str:
+            return "".join(map(chr, token_ids))
+
+    fields = (["item_number"], ["item_count_number", "item_number"])
+    numbers = [ids_of(retrieved(), some)[0] for some in fields]
+    ids = torch.tensor([*map(ord, "Alien"), *numbers, *map(ord, ": yes")])
+    assert readable(ids, Decoder()) == "Alien[item +0.85][item +0.85 item_count +0.05]: yes"

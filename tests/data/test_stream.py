@@ -1,4 +1,4 @@
-"""Lists of what similar users liked, as segments of streams: where they stand, who reads them, served as logged.
+"""Streams are cut into windows; lists of what similar users liked are segments of theirs, served as logged.
 
 What a prompt should be is put together from the log and the retrieved features table by plain loops.
 """
@@ -21,7 +21,15 @@ from project.data.logs import TableLogs
 from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import SPLITS, Protocol, SplitInteractions
 from project.data.requests import Requests, request_streams
-from project.data.stream import Streams, Window, build_streams
+from project.data.stream import (
+    Streams,
+    Window,
+    build_streams,
+    context_starts,
+    evaluation_windows,
+    time_groups,
+    training_windows,
+)
 from project.datamodule import InteractionData
 from project.errors import ConfigError
 from project.request import HistoryRow, RankRequest
@@ -32,6 +40,82 @@ KINDS = ("global_time", "user_time", "random", "leave_last")
 REFITS = 5
 PROMPT = Prompt(instruction="I\n", segment="{title} {vote_percent}:", similar="[{titles}]")
 RETRIEVER = LightGCN(dim=8, epochs=1, similar_every=3, similar_items=3)
+
+
+def random_stream(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 60))
+    time = np.sort(rng.integers(0, rng.integers(1, 40), n)).astype(float)
+    return rng.integers(5, 40, n), time, rng.random(n) < 0.5, int(rng.integers(50, 400))
+
+
+def test_oldest_half_is_dropped() -> None:
+    """Capacity 30, segments of 10: the 4th makes 40 > 30, so at most 15 are kept (one segment); golden."""
+    lengths, groups = np.full(6, 10), np.arange(7)
+    #            before row 0  1  2  3  4  5  and after all
+    assert context_starts(lengths, groups, 30).tolist() == [0, 0, 0, 0, 3, 3, 3]
+
+
+def test_context_depends_on_earlier_rows_only() -> None:
+    """Where a group's context starts does not change with the rows that come after it: serving equals evaluation."""
+    for seed in range(100):
+        lengths, time, _, capacity = random_stream(seed)
+        groups = time_groups(time)
+        whole = context_starts(lengths, groups, capacity)
+        for j in range(len(groups)):
+            n = groups[j]
+            part = context_starts(lengths[:n], time_groups(time[:n]) if n else np.array([0]), capacity)
+            assert part[-1] == whole[j]
+
+
+def test_every_target_is_scored_once_with_its_context() -> None:
+    """Each target is in one window, which holds exactly the strictly earlier rows that the rule keeps for it."""
+    for seed in range(300):
+        lengths, time, target, capacity = random_stream(seed)
+        groups = time_groups(time)
+        starts = context_starts(lengths, groups, capacity)
+        group_of = np.searchsorted(groups, np.arange(len(time)), side="right") - 1
+        scored = np.zeros(len(time), dtype=int)
+        for w in evaluation_windows(lengths, groups, target, capacity, np.ones_like(target)):
+            assert lengths[w.positions].sum() <= max(1.25 * capacity, capacity + lengths.max())
+            for p in range(w.first, w.last):
+                scored[p] += 1
+                if target[p]:
+                    seen = [q for q in w.positions if time[q] < time[p]]
+                    assert seen == list(range(starts[group_of[p]], groups[group_of[p]]))
+        assert (scored[target] == 1).all()
+        assert scored.max(initial=0) <= 1
+
+
+def test_later_rows_have_half_a_window() -> None:
+    """After the first window no target has less than half a window of context, one segment more or less."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 30, 400)
+    starts = context_starts(lengths, np.arange(401), 300)
+    context = np.array([lengths[s:j].sum() for j, s in enumerate(starts)])
+    first = int(np.argmax(starts > 0))
+    assert context[first:].min() > 150 - 30
+    assert context.max() <= 300
+
+
+def test_many_rows_of_one_second() -> None:
+    """Capacity 100, ten rows of 20 with one timestamp and no past: 125 has room for 6, so two windows score 6 and 4."""
+    lengths, groups = np.full(10, 20), np.array([0, 10])
+    windows = list(evaluation_windows(lengths, groups, np.ones(10, bool), 100, np.ones(10, bool)))
+    assert [(w.start, w.stop, w.first, w.last) for w in windows] == [(0, 0, 0, 6), (0, 0, 6, 10)]
+
+
+@pytest.mark.parametrize("first_cut", [1, 17, 60])
+def test_training_windows_tile_the_stream(first_cut: int) -> None:
+    for seed in range(50):
+        lengths, *_ = random_stream(seed)
+        windows = training_windows(lengths, 60, first_cut)
+        assert [w[0] for w in windows] == [0, *(w[1] for w in windows[:-1])]
+        assert windows[-1][1] == len(lengths)
+        assert all(lengths[a:b].sum() <= 60 or b - a == 1 for a, b in windows)
+
+
+# Lists of what similar users liked
 
 
 @dataclass
@@ -149,17 +233,15 @@ def test_lists_are_context_of_their_own(world: World) -> None:
         assert np.array_equal(getattr(streams, name)[~lists], getattr(without, name))
     rows = np.append(np.flatnonzero(~lists), streams.instruction)
     assert np.array_equal(streams.tokens.take(rows).values, without.tokens.values)
-    users = world.split.rows.sort("user", "row_id")["user"].to_numpy()
-    stream = np.repeat(np.arange(len(streams)), np.diff(streams.offsets))
-    assert np.array_equal(stream[~lists], np.unique(users, return_inverse=True)[1])
     assert not streams.target[lists].any()
     assert streams.context[lists].all()
-    assert (streams.label[lists] == -1).all()
-    for at in np.flatnonzero(lists).tolist():
-        assert streams.timestamp[at - 1] < streams.timestamp[at]
-        assert stream[at - 1] == stream[at]
-        if at + 1 < len(stream) and stream[at + 1] == stream[at]:
-            assert streams.timestamp[at] < streams.timestamp[at + 1]
+    # a list follows a row of its stream, and is earlier than the stream's next row
+    stream = np.repeat(np.arange(len(streams)), np.diff(streams.offsets))
+    at = np.flatnonzero(lists)
+    assert (streams.timestamp[at - 1] < streams.timestamp[at]).all()
+    assert (stream[at - 1] == stream[at]).all()
+    inside = at[np.append(stream, -1)[at + 1] == stream[at]]
+    assert (streams.timestamp[inside] < streams.timestamp[inside + 1]).all()
 
 
 def test_training_windows_score_rows_alone(world: World) -> None:
@@ -254,13 +336,9 @@ def test_golden() -> None:
     assert seen(pack(streams, [(0, Window(0, 0, 0, 4)), (1, Window(0, 0, 0, 2))])) == {
         0: "IA:", 1: "I{B}:", 2: "IA: yes{B}: no<{B}; A>A:", 3: "I{B}:",
     }  # fmt: skip
-
-
-def test_positions_after_a_list() -> None:
-    """I 1, rows 0 and 1 start at 1, the list after both (6 + 7), row 2 after its 8 characters: 0, 1, 1, 14, 22."""
-    layout = pack(golden(), [(0, Window(0, 0, 0, 4))]).layout
-    starts = [int(layout.position[layout.segment == k].min()) for k in range(5)]
-    assert starts == [0, 1, 1, 14, 22]
+    # I is 1, rows 0 and 1 start at 1, the list after both (6 + 7), row 2 after its 8 characters
+    layout = pack(streams, [(0, Window(0, 0, 0, 4))]).layout
+    assert [int(layout.position[layout.segment == k].min()) for k in range(5)] == [0, 1, 1, 14, 22]
 
 
 @pytest.mark.parametrize(
