@@ -1,4 +1,4 @@
-"""The command `rank`: the best k of N candidates by every policy, beside full depth and static depths."""
+"""The command `rank`: the best k of N candidates by every policy, beside full depth and static exits."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class RankSettings:
     delta: float = 0.1
 
     def check(self) -> None:
-        """Refuse values that cannot work; needs no data."""
+        """Raise an error for values that cannot work; needs no data."""
         for key, least in (("candidates", max(LISTS) + 1), ("requests", 1), ("certify", 0)):
             if getattr(self, key) < least:
                 raise ConfigError(
@@ -84,15 +84,20 @@ def policy_row(
     are the fewest and the most of a request, as a small catalogue cannot fill them all. Precision and GAUC (mean AUC
     inside a request, weighted by its candidates) are of the labelled requests, None where there are none.
     """
-    ranking, whole = policy.decide(catalogue), full.decide(catalogue)
-    overlap, counts = overlaps(catalogue, ranking, whole, k), torch.bincount(catalogue.request)
+    # 1. catalogue requests: overlap, depth and cost
+    ranking = policy.decide(catalogue)
+    whole = full.decide(catalogue)
+    counts = torch.bincount(catalogue.request)  # (r,) candidates
+    overlap = overlaps(catalogue, ranking, whole, k)
     interval = UserBootstrap(catalogue.user, DRAWS).ratio_interval(overlap, np.ones_like(overlap))["interval"]
     depth = float(torch.tensor(catalogue.outputs.layers)[ranking.exits].double().mean())
-    cost, cost_cached = (
-        float(costs(catalogue, ranking, cached).sum() / costs(catalogue, whole, cached).sum())
-        for cached in (False, True)
-    )
-    precision = gauc = None
+    cost = {}
+    for cached in (False, True):
+        spent = costs(catalogue, ranking, cached).sum() / costs(catalogue, whole, cached).sum()
+        cost[cached] = float(spent)
+    # 2. labelled requests: precision and GAUC
+    precision = None
+    gauc = None
     if labelled is not None:
         keys = policy.decide(labelled).keys
         shares = precision_at_k(labelled.request, keys, torch.from_numpy(labelled.label), k)
@@ -107,8 +112,8 @@ def policy_row(
         "overlap_interval": interval,
         "mean_depth": depth,
         "depth_share": depth / catalogue.outputs.layers[-1],
-        "cost": cost,
-        "cost_cached": cost_cached,
+        "cost": cost[False],
+        "cost_cached": cost[True],
         "precision": precision,
         "gauc": gauc,
         "n_requests": len(catalogue.user),
@@ -121,7 +126,8 @@ def rank_rows(parts: dict[str, ScoredRequests], settings: RankSettings) -> dict[
 
     Delta is shared out among the lists, so that all promises hold together.
     """
-    rows, certificates = [], []
+    rows = []
+    certificates = []
     promise = CertificateSettings("overlap_loss", settings.epsilon, settings.delta / len(LISTS))
     for k in LISTS:
         full, top_k, *others = policies(parts["catalogue/tune"], k, settings.overlap)
@@ -154,7 +160,8 @@ def run_rank(
             "`--ckpt_path runs/quickstart/latest/checkpoints/last.ckpt`. `fit` writes one."
         )
     # 1. requests by part
-    split, seed = data.split, data.seed
+    split = data.split
+    seed = data.seed
     workloads = dict[str, Workload]()
     for part in REPORTED:
         drawn = catalogue_requests(split, part, settings.requests, settings.candidates, seed)
@@ -186,10 +193,12 @@ def run_rank(
         return
     # 4. policies, and what is written
     scores = labelled_scores(scored, both.table)
-    parts, end = dict[str, ScoredRequests](), 0
+    parts = dict[str, ScoredRequests]()
+    start = 0
     for part, workload in workloads.items():
-        start, end = end, end + len(workload.table)
-        parts[part] = ScoredRequests.of(scores[start:end], calibration)
+        count = len(workload.table)
+        parts[part] = ScoredRequests.of(scores[start : start + count], calibration)
+        start += count
     result = result_head("rank", split.manifest, str(folder / "config.yaml"), seed) | {
         "settings": asdict(settings),
         "layers": list(parts["catalogue/test"].outputs.layers),

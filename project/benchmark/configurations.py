@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from project.model.module import ExitRecommender
 
 REQUESTS = {1: 48, 8: 24, 64: 16, 256: 4}  # candidates of a request -> most requests in the timed sample
-TUNED = {8: 96, 64: 60, 256: 16}  # candidates of a request -> requests of tune that margins are fitted on
+TUNED = 60  # requests of tune that margins are fitted on, and of test that show the overlap
 FIXED_HISTORY = 50  # rows
 OVERLAP = 0.97  # least overlap@k on tune of the margins that are taken
 
@@ -51,11 +51,6 @@ class Case:
     candidates: int  # of a request
     prefix_cached: bool  # all histories' keys and values are cached at full depth before the clock starts
     history: int | None = None  # latest rows that make the history; None: as logged
-
-    @property
-    def requests(self) -> int:
-        """Most requests in the sample."""
-        return REQUESTS.get(self.candidates, 8)
 
     @property
     def short(self) -> bool:
@@ -99,9 +94,9 @@ class Configuration:
         self.backbone[-1].append(scores.seconds["backbone"])
         self.scored += scores.requests
 
-    def typical(self, seconds: list[list[float]], requests: int | None = None) -> F64:
-        """(requests,) seconds (`wall` or `backbone`) of each request, or of the first so many: the median of rounds."""
-        found: F64 = np.median(np.array(seconds), axis=0)[:requests]
+    def typical(self, seconds: list[list[float]]) -> F64:
+        """(requests,) seconds (`wall` or `backbone`) of each request: the median of rounds."""
+        found: F64 = np.median(np.array(seconds), axis=0)
         return found
 
     def token_layers(self, requests: int | None = None) -> int:
@@ -160,15 +155,17 @@ class Bench:
     def configurations(self, case: Case, cache: StreamCache | None) -> list[Configuration]:
         """All configurations of a workload; `cache` holds its histories, None: they are not cached."""
         # 1. full depth with prepacked weights, which every speed-up is over
-        found = [self.static(self.model.depth, cache)]
+        found = [self._static(self.model.depth, cache)]
         # 2. static exits
         for layer in self.model.exit_layers[:-1]:
             if not case.short or layer == self.plans.static_exit:
-                found.append(self.static(layer, cache))
+                found.append(self._static(layer, cache))
         # 3. the run's plan, and the one its certificate allows
-        found.append(self._early_exit("budget", self.plans.plan, cache))
-        if self.plans.certified is not None and not case.short:
-            found.append(self._early_exit("certified", self.plans.certified, cache))
+        plans = {"budget": self.plans.plan, "certified": None if case.short else self.plans.certified}
+        for name, plan in plans.items():
+            if plan is not None:
+                decision = RowExits(plan, self._device)
+                found.append(self._by_row("early_exit", f"{name}: {plan.criterion}", plan, decision, cache))
         # 4. lists of the best k
         for k in LISTS:
             if not (case.short or self.no_lists) and case.candidates > 4 * k:
@@ -181,26 +178,32 @@ class Bench:
             found.append(Configuration("shared_prefix", "full depth", shared, most=4))
         return found
 
-    def static(self, layer: int, cache: StreamCache | None) -> Configuration:
+    def _static(self, layer: int, cache: StreamCache | None) -> Configuration:
         """Every candidate leaves at one layer."""
         plan = self.plans.plan
-        auc_of_layer = None
-        if self._table is not None:
-            logits = plan.outputs(*self._table).logits[:, plan.layers.index(layer)]
-            auc_of_layer = auc(logits.double().numpy(), self._table[0]["label"])
         full = layer == self.model.depth
-        engine = Engine(self.module, static_exits(plan, layer, self._device), cache)
         name = "packed" if full else f"fixed_depth_{layer}"
-        return Configuration(name, "full depth" if full else "static", engine, {"auc": auc_of_layer})
+        decision = static_exits(plan, layer, self._device)
+        return self._by_row(name, "full depth" if full else "static", plan, decision, cache, layer)
 
-    def _early_exit(self, name: str, plan: ExitPlan, cache: StreamCache | None) -> Configuration:
-        """Candidates leave by a plan."""
-        auc_of_plan = None
+    def _by_row(
+        self,
+        name: str,
+        policy: str,
+        plan: ExitPlan,
+        decision: RowExits,
+        cache: StreamCache | None,
+        layer: int | None = None,
+    ) -> Configuration:
+        """Candidates leave by a plan, or all of them at one layer of it; the AUC is of test."""
+        found = None
         if self._table is not None:
-            emitted = plan.emitted(plan.outputs(*self._table))[1]
-            auc_of_plan = auc(emitted.double().numpy(), self._table[0]["label"])
-        engine = Engine(self.module, RowExits(plan, self._device), cache)
-        return Configuration("early_exit", f"{name}: {plan.criterion}", engine, {"auc": auc_of_plan})
+            outputs = plan.outputs(*self._table)
+            logits = plan.emitted(outputs)[1]
+            if layer is not None:
+                logits = outputs.logits[:, plan.layers.index(layer)]
+            found = auc(logits.double().numpy(), self._table[0]["label"])
+        return Configuration(name, policy, Engine(self.module, decision, cache), {"auc": found})
 
     def _best_list(self, k: int, candidates: int, cache: StreamCache | None) -> list[Configuration]:
         """The list policy that is fastest on tune at OVERLAP or more, with its overlap on test, if there is one."""
@@ -219,8 +222,7 @@ class Bench:
         """Catalogue requests of a part, scored at every head."""
         key = part, candidates
         if key not in self._requests:
-            count = TUNED.get(candidates, TUNED[64])
-            drawn = catalogue_requests(self._data.split, part, count, candidates, self._data.seed)
+            drawn = catalogue_requests(self._data.split, part, TUNED, candidates, self._data.seed)
             prepared = prepare_requests(self.model, self._data, drawn.requests)
             scores = labelled_scores(score_every_head(self.model, prepared), drawn.table)
             self._requests[key] = ScoredRequests.of(scores, self.plans.plan.calibration)

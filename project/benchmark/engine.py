@@ -13,7 +13,7 @@ import polars as pl
 import torch
 from rich.console import Console
 
-from project.benchmark.configurations import Bench, Case, Configuration, cases, run_rounds
+from project.benchmark.configurations import REQUESTS, Bench, Case, Configuration, cases, run_rounds
 from project.data.requests import catalogue_requests
 from project.engine.cache import StreamCache
 from project.engine.predict import load_run
@@ -46,17 +46,17 @@ def configuration_row(
     # 1. seconds of each request, the median of the rounds, beside full depth's on the same requests
     wall = own.typical(own.wall)
     count = len(wall)
-    full_wall = full.typical(full.wall, count)
+    full_wall = full.typical(full.wall)[:count]
     bootstrap = UserBootstrap(np.arange(count))  # requests are resampled
     measured = bootstrap.ratio_interval(full_wall, wall)
     over_static = UNDEFINED
     if static_exit is not None:
-        over_static = bootstrap.ratio_interval(static_exit.typical(static_exit.wall, count), wall)
+        over_static = bootstrap.ratio_interval(static_exit.typical(static_exit.wall)[:count], wall)
     # 2. token-layers; efficiency is backbone time saved over token-layers saved
     depths = np.concatenate([s.exit_layers for s in own.scored])
     spent = own.token_layers()
     saved = full.token_layers(count) / spent if spent else None
-    faster = full.typical(full.backbone, count).sum() / own.typical(own.backbone).sum()
+    faster = full.typical(full.backbone)[:count].sum() / own.typical(own.backbone).sum()
     # 3. the whole request, what comes before the engine included
     request_ms = None
     request_speedup = None
@@ -139,9 +139,8 @@ def run_engine(
     result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
     result["rows"] = []
     for case in wanted:
-        drawn = catalogue_requests(
-            data.split, "test", case.requests, case.candidates, data.seed, case.history
-        )
+        most = REQUESTS.get(case.candidates, 8)
+        drawn = catalogue_requests(data.split, "test", most, case.candidates, data.seed, case.history)
         prepare_ms = None if ranker is None else preparation(ranker, drawn.requests.requests)
         # every request has a cached history of its own, whoever it is of
         requests = [replace(r, user=r.request_id) for r in prepare_requests(model, data, drawn.requests)]

@@ -28,7 +28,8 @@ from project.serve.ranker import Ranker
 from project.serve.settings import ServeSettings
 
 USERS = (1, 8, 32)
-REQUESTS, CANDIDATES = 48, 64
+REQUESTS = 48  # in turns
+CANDIDATES = 64  # of a request
 ROUNDS = 3  # fewer do not show the spread
 LOADING = 1800.0  # seconds that a server may take until it is ready
 CACHE_MIB = 1024  # all histories of the requests have room
@@ -43,17 +44,11 @@ def serving(run: Path, full_depth: bool, folder: Path) -> Iterator[tuple[subproc
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["project.benchmark.full_depth"] if full_depth else ["project", "serve"]
-    options = {
-        "--run": run,
-        "--port": port,
-        "--db": f"sqlite:///{folder / name}.db",
-        "--cache_mib": CACHE_MIB,
-        "--audit_share": AUDIT_SHARE,
-    }
-    given = [str(word) for option in options.items() for word in option]
+    given = ["--run", run, "--port", port, "--db", f"sqlite:///{folder / name}.db", "--cache_mib", CACHE_MIB]
+    given += ["--audit_share", AUDIT_SHARE]
     log = folder / f"{name}.log"
     with log.open("wb") as out:
-        process = subprocess.Popen([sys.executable, "-m", *command, *given], stdout=out, stderr=out)
+        process = subprocess.Popen([sys.executable, "-m", *command, *map(str, given)], stdout=out, stderr=out)
     address = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + LOADING
@@ -184,7 +179,6 @@ def load_row(users: int, full: bool, rounds: Sequence[dict[str, Any]]) -> dict[s
         "rounds": len(rounds),
         "requests": int(each.size),
         "requests_per_s": float(np.median(rates)),
-        "spread": [float(rates.min()), float(rates.max())],
         **{f"p{p}_ms": ms for p, ms in zip((50, 95, 99), times, strict=True)},
         "errors": sum(one["errors"] for one in rounds),
         "error": next((one["error"] for one in rounds if one["error"]), None),

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from project.model.module import ExitRecommender
 
 BATCH_TOKENS = 16_384  # most tokens of a batch of prompts, padding included; one prompt may have more
-AT_ONCE = 64  # candidates whose expanded keys and values stand in memory together
 
 
 def library_model(module: ExitRecommender) -> Any:
@@ -121,7 +120,7 @@ class SharedPrefix(Library):
         if self._cached:
             self._kept[request.user] = prefix
         rows = [torch.from_numpy(request.candidates[k]) for k in range(len(request))]
-        return [self._logits(rows[k : k + AT_ONCE], prefix) for k in range(0, len(rows), AT_ONCE)], spent
+        return [self._logits(rows, prefix)], spent
 
 
 def padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
