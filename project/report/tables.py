@@ -21,7 +21,7 @@ Result = Mapping[str, Any]
 TOLERANCE = 0.002  # of AUC: as near as the static exit of equal accuracy is to the best one
 REPORTED = {"test": ("test", None), "baselines": ("test", None)}  # other commands show validation's tune fold
 TABLE = re.compile(
-    r"(?P<start><!-- table (?P<files>\S+(?: \S+)*?) -->)\n.*?(?P<end><!-- end of table -->)", re.DOTALL
+    r"(?P<start><!-- table (?P<short>short )?(?P<files>\S+(?: \S+)*?) -->)\n.*?(?P<end><!-- end of table -->)", re.DOTALL
 )
 BESIDE = 64  # candidates of the timed requests that stand beside AUCs
 
@@ -87,8 +87,11 @@ def _above(bounds: Sequence[float] | None) -> bool:
     return bounds is not None and bounds[0] > 0
 
 
-def render(result: Result, folder: Path | None = None) -> str:
-    """Markdown of a result file of any command; a benchmark.json of the same protocol in `folder` adds times."""
+def render(result: Result, folder: Path | None = None, short: bool = False) -> str:
+    """Markdown of a result file of any command; a benchmark.json of the same protocol in `folder` adds times.
+
+    `short`, of a run's scores: four rows, four columns and one sentence.
+    """
     made: Any = environment().get_template("tables.md.j2").module
     if result["command"] in ("benchmark", "rank", "compare", "study"):
         return tidy(getattr(made, result["command"])(result))
@@ -103,7 +106,8 @@ def render(result: Result, folder: Path | None = None) -> str:
         "slices": [s for s in slice_rows(result, split, fold) if s["name"].startswith(("item_", "hidden_"))],
         "rows_are": rows_in_words(split),
     }
-    return tidy(made.scores(result, decide(result, parts["rows"]), parts))
+    form = made.short if short else made.scores
+    return tidy(form(result, decide(result, parts["rows"]), parts))
 
 
 def render_beside(results: Mapping[str, Result]) -> str:
@@ -168,13 +172,13 @@ def print_tables(arguments: list[str]) -> None:
 def fill_tables(text: str, folder: Path) -> str:
     """The document with every `<!-- table FILE -->...<!-- end of table -->` made anew from result files in `folder`.
 
-    Where a marker names several files, they stand beside each other, a row each.
+    Where a marker names several files, they stand beside each other, a row each; `<!-- table short FILE -->` is four rows.
     """
 
     def block(found: re.Match[str]) -> str:
         results = {name: read_result(folder / name) for name in found["files"].split()}
         (name, first), *more = results.items()
-        text = render_beside(results) if more else render(first, (folder / name).parent)
+        text = render_beside(results) if more else render(first, (folder / name).parent, bool(found["short"]))
         return f"{found['start']}\n{text}{found['end']}"
 
     return TABLE.sub(block, text)

@@ -240,7 +240,7 @@ def test_seeds_beside_each_other():
     runs = {f"a/test-{k}.json": seeded(gain, k) for k, gain in enumerate((0.010, 0.012, 0.017))}
     text = render_beside(runs | {"b/test.json": seeded(0.5), "a/user.json": seeded(0.1, digest="bbbb")})
     _, *rows = tables(text)[0]
-    assert [row[7] for row in rows][:2] == ["+.0100 [+.0080, +.0120]", "+.0120 [+.0100, +.0140]"]
+    assert [row[3] for row in rows][:2] == ["+.0100 [+.0080, +.0120]", "+.0120 [+.0100, +.0140]"]
     (line,) = (line for line in text.splitlines() if "seeds" in line)
     assert "+.0130 on average, +.0100 to +.0170, standard deviation .0036" in line
     with pytest.raises(ConfigError, match=r"a/baselines\.json is a result of baselines"):
