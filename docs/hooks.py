@@ -1,4 +1,4 @@
-"""MkDocs hooks: README is the first page, results/README the measurements; public classes get reference pages.
+"""MkDocs hooks: README is the first page, results/ the measurements; public classes get reference pages.
 
 The pages exist only while the site is built. Angle brackets in docstrings (`logit_<layer>`) are text, not HTML.
 """
@@ -13,7 +13,11 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = {"README.md": "index.md", "results/README.md": "measured/index.md"}  # file -> page
+DOCUMENTS = {  # file -> page
+    "README.md": "index.md",
+    "results/README.md": "measured/index.md",
+    "results/archive.md": "measured/archive.md",
+}
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 
 
@@ -58,7 +62,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add README and results/README with their pictures, and the reference."""
+    """Add README and the documents of results/ with their pictures, and the reference."""
     for source, page in DOCUMENTS.items():
         document = ROOT / source
         text = document.read_text(encoding="utf-8")

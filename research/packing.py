@@ -93,18 +93,17 @@ def measure(run: Path, seconds: float) -> dict[str, Any]:
             rates[name].append(targets / (time.perf_counter() - began))
     # 3. medians of the rounds, and of their ratios
     ratios = np.array(rates["packed"]) / np.array(rates["pointwise"])
-    result = result_head("benchmark", data.split.manifest, str(run / "config.yaml"), data.seed)
-    result["packing"] = {
-        "packed_targets_per_s": round(float(np.median(rates["packed"])), 2),
-        "pointwise_targets_per_s": round(float(np.median(rates["pointwise"])), 3),
-        "ratio": round(float(np.median(ratios)), 2),
-        "spread": [round(float(r), 2) for r in (ratios.min(), ratios.max())],
-        "rounds": len(ratios),
-        "layers": model.depth,
-        "context_tokens": data.context_tokens,
-        "batch_tokens": data.batch_tokens,
+    head = result_head("study", data.split.manifest, str(run / "config.yaml"), data.seed)
+    about = (
+        f"Targets a second in training, medians of {len(ratios)} rounds, {model.depth} layers, windows of "
+        f"{data.context_tokens} tokens; packed over pointwise in a round: {ratios.min():.1f} to {ratios.max():.1f}."
+    )
+    row = {
+        "packed targets/s": float(np.median(rates["packed"])),
+        "pointwise targets/s": float(np.median(rates["pointwise"])),
+        "ratio": float(np.median(ratios)),
     }
-    return result
+    return head | {"rows": [row], "about": about}
 
 
 def _both(model: ExitRecommender, data: InteractionData, device: torch.device) -> tuple[Backbone, Any]:

@@ -5,6 +5,7 @@ LightGCN as the run has it, a text encoder, and the backbone's hidden states, on
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,9 +20,9 @@ from project.config import open_run
 from project.datamodule import InteractionData
 from project.errors import DataError
 from project.evaluation.baselines import SINGLE_FEATURE, retrieved_features, targets_of, train_labels
-from project.evaluation.bootstrap import UserBootstrap
 from project.features import FEATURES
 from project.metrics import auc
+from project.report.tables import render
 from project.retrieval import (
     LightGCN,
     RetrievedFeatures,
@@ -32,7 +33,7 @@ from project.retrieval import (
 from project.retrieval.base import NO_NEIGHBOURS, Neighbours, Raters, Snapshot
 from project.retrieval.past import WalkRows
 from project.retrieval.walk import walk
-from project.run import result_head
+from project.run import result_head, write_json
 
 ROUNDS = 3  # fewer do not show the spread
 FEWEST = 8  # requests: fewer are not a sample
@@ -44,31 +45,26 @@ REFERENCE = "lightgcn"
 class Query:
     """One way to get a query's vector, and the time it took.
 
-    A request has three times in seconds: for the vector; the same in processor time of all threads, which other
-    programs on the machine do not lengthen; with the nearest raters and their vote too.
+    A request has one time in seconds: the vector, the nearest raters and their vote.
     """
 
     name: str  # of the retriever
     retriever: VectorRetriever
     cached: bool  # the query sums item vectors that are kept; else it encodes the history as text
     vector_of: Callable[[I64, I64], F32]  # items and labels, oldest first, to the vector (d,)
-    rounds: list[list[tuple[float, float, float]]] = field(
-        default_factory=lambda: [[] for _ in range(ROUNDS)]
-    )
+    rounds: list[list[float]] = field(default_factory=lambda: [[] for _ in range(ROUNDS)])
 
     def measure(self, number: int, item: I64, label: I64, raters: Raters, answers: I64) -> None:
         """Answer one request in round `number`: vector, nearest raters, and the mean of their answers."""
-        start, cpu = time.perf_counter(), time.process_time()
-        vector = self.vector_of(item, label)
-        between, cpu = time.perf_counter(), time.process_time() - cpu
-        found = self.retriever.nearest(vector, raters)
+        start = time.perf_counter()
+        found = self.retriever.nearest(self.vector_of(item, label), raters)
         if found.row.size:
             answers[found.row].mean()
-        self.rounds[number].append((between - start, cpu, time.perf_counter() - start))
+        self.rounds[number].append(time.perf_counter() - start)
 
     def milliseconds(self) -> F64:
-        """Medians over the requests of each round, (3 times, rounds): one interruption must not count."""
-        medians: F64 = 1e3 * np.median(np.array(self.rounds), axis=1).T
+        """Medians over the requests of each round, (rounds,): one interruption must not count."""
+        medians: F64 = 1e3 * np.median(np.array(self.rounds), axis=1)
         return medians
 
 
@@ -162,10 +158,16 @@ def measure(run: Path, seconds: float) -> dict[str, Any]:
     # 4. one walk through the log, which times every query at every request
     log = replace(WalkRows.from_log(rows), query=rows["row_id"].is_in(sample["row_id"].implode()).to_numpy())
     walk(log, turns, data.split.interactions.items, cuts, snapshots, "requests")
-    about = {"requests": sample.height, "rounds": ROUNDS, "history_rows": float(sample["hist"].mean())}  # type: ignore[arg-type]
-    result = result_head("benchmark", data.split.manifest, str(run / "config.yaml"), data.seed)
-    result["retrieval"] = [_times(query, queries[0]) | accuracy[query.name] | about for query in queries]
-    return result
+    about = (
+        f"Timed on {sample.height} requests of test for one candidate, {float(sample['hist'].mean()):.0f} earlier rows "
+        "on average: the query's vector, the nearest raters and their vote. Vote AUC: of that vote alone on all rows "
+        "of test."
+    )
+    head = result_head("study", data.split.manifest, str(run / "config.yaml"), data.seed)
+    return head | {
+        "rows": [_times(query, queries[0], accuracy[query.name]) for query in queries],
+        "about": about,
+    }
 
 
 def other_retrievers(data: InteractionData) -> dict[str, VectorRetriever]:
@@ -181,25 +183,17 @@ def other_retrievers(data: InteractionData) -> dict[str, VectorRetriever]:
 
 def vote_accuracy(
     data: InteractionData, retrievers: Mapping[str, VectorRetriever]
-) -> dict[str, dict[str, Any]]:
-    """AUC of each retriever's neighbour vote on all test targets, and its lead over LightGCN's, users resampled."""
+) -> dict[str, float | None]:
+    """AUC of each retriever's neighbour vote on all test targets."""
     rows = data.split.rows
     base = float(train_labels(rows).mean())
-    votes = dict[str, F64]()
+    labels = targets_of(rows, "test")["label"].to_numpy()
+    found = {}
     for name, retriever in retrievers.items():
         tables = RetrievedFeatures(data.split, retriever, data.refits, data.cache_dir).tables()
         features = retrieved_features(rows, tables, "test", base)
-        votes[name] = features[:, FEATURES.index(SINGLE_FEATURE["neighbour_vote"])]
-    test = targets_of(rows, "test")
-    labels, bootstrap = test["label"].to_numpy(), UserBootstrap(test["user"].to_numpy(), seed=data.seed)
-    return {
-        name: {
-            "vote_auc": auc(vote, labels),
-            "vote_auc_interval": bootstrap.auc_interval(vote, labels),
-            "vote_auc_above_lightgcn": bootstrap.difference_interval(vote, votes[REFERENCE], labels),
-        }
-        for name, vote in votes.items()
-    }
+        found[name] = auc(features[:, FEATURES.index(SINGLE_FEATURE["neighbour_vote"])], labels)
+    return found
 
 
 def _sample(data: InteractionData, cuts: F64) -> pl.DataFrame:
@@ -214,18 +208,17 @@ def _sample(data: InteractionData, cuts: F64) -> pl.DataFrame:
     return targets.sample(min(MOST, targets.height), shuffle=True, seed=data.seed)
 
 
-def _times(query: Query, reference: Query) -> dict[str, Any]:
-    """Milliseconds a request, medians over rounds, and their ratio to the reference's: LightGCN's sums."""
-    vector, _, total = query.milliseconds()
-    ratio, cpu_ratio, total_ratio = query.milliseconds() / reference.milliseconds()
+def _times(query: Query, reference: Query, vote_auc: float | None) -> dict[str, Any]:
+    """Milliseconds a request, the median of the rounds, and their ratio to the reference's: LightGCN's sums."""
     return {
         "retriever": query.name,
-        "cached": query.cached,
-        "vector_ms": float(np.median(vector)),
-        "ms_per_request": float(np.median(total)),
-        "spread": [float(total.min()), float(total.max())],
-        "ratio_to_lightgcn": float(np.median(ratio)),
-        "ratio_spread": [float(ratio.min()), float(ratio.max())],
-        "cpu_ratio_to_lightgcn": float(np.median(cpu_ratio)),
-        "total_ratio_to_lightgcn": float(np.median(total_ratio)),
+        "query": "item vectors summed" if query.cached else "history encoded",
+        "ms a request": float(np.median(query.milliseconds())),
+        "over LightGCN": float(np.median(query.milliseconds() / reference.milliseconds())),
+        "vote AUC": vote_auc,
     }
+
+
+if __name__ == "__main__":
+    found = measure(Path(sys.argv[1]), float(sys.argv[3]) if len(sys.argv) > 3 else 60.0)
+    print(render(found), write_json(Path(sys.argv[2]), found), sep="\n")

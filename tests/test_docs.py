@@ -59,7 +59,13 @@ def test_examples_are_settings(
 
 def test_commands_are_commands() -> None:
     """Every `python -m project COMMAND` of the documents."""
-    documents = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "results/README.md"))]
+    documents = [
+        *PAGES,
+        *(
+            ROOT / name
+            for name in ("README.md", "CONTRIBUTING.md", "results/README.md", "results/archive.md")
+        ),
+    ]
     used = {command for p in documents for command in re.findall(r"python -m project (\w+)", p.read_text())}
     assert used - {*ProjectCLI.subcommands(), *OTHER_COMMANDS} == set()
 

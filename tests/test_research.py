@@ -55,8 +55,8 @@ def test_scripts_measure_a_run(fitted: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Ratios are above 0, shares of the machine's limit in 0 to 2: its ceilings are measured, too."""
     monkeypatch.setattr(roofline, "REQUESTS", 2)
     monkeypatch.setattr(llama, "REQUESTS", 2)
-    assert packing.measure(fitted, seconds=0.0)["packing"]["ratio"] > 0
-    assert retrieval_times.measure(fitted, seconds=0.0)["retrieval"][0]["total_ratio_to_lightgcn"] == 1
+    assert packing.measure(fitted, seconds=0.0)["rows"][0]["ratio"] > 0
+    assert retrieval_times.measure(fitted, seconds=0.0)["rows"][0]["over LightGCN"] == 1
     near = roofline.measure(fitted, candidates=4)
     assert "full depth" in render(near)
     assert 0 < near["rows"][0]["share_of_limit"] < 2

@@ -68,7 +68,7 @@ def cases(sizes: Sequence[int]) -> list[Case]:
     """All workloads of these numbers of candidates; of 64 also behind a short history."""
     found = [Case(size, cached) for size in sizes for cached in (False, True)]
     if 64 in sizes:
-        found += [Case(64, cached, FIXED_HISTORY) for cached in (False, True)]
+        found.append(Case(64, prefix_cached=False, history=FIXED_HISTORY))
     return found
 
 

@@ -21,7 +21,8 @@ Result = Mapping[str, Any]
 TOLERANCE = 0.002  # of AUC: as near as the static exit of equal accuracy is to the best one
 REPORTED = {"test": ("test", None), "baselines": ("test", None)}  # other commands show validation's tune fold
 TABLE = re.compile(
-    r"(?P<start><!-- table (?P<short>short )?(?P<files>\S+(?: \S+)*?) -->)\n.*?(?P<end><!-- end of table -->)", re.DOTALL
+    r"(?P<start><!-- table (?P<short>short )?(?P<files>\S+(?: \S+)*?) -->)\n.*?(?P<end><!-- end of table -->)",
+    re.DOTALL,
 )
 BESIDE = 64  # candidates of the timed requests that stand beside AUCs
 
@@ -172,7 +173,7 @@ def print_tables(arguments: list[str]) -> None:
 def fill_tables(text: str, folder: Path) -> str:
     """The document with every `<!-- table FILE -->...<!-- end of table -->` made anew from result files in `folder`.
 
-    Where a marker names several files, they stand beside each other, a row each; `<!-- table short FILE -->` is four rows.
+    Where a marker names several files, they stand beside each other, a row each. `table short FILE` makes four rows.
     """
 
     def block(found: re.Match[str]) -> str:
