@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from world import given, result
 
+from project.__main__ import run as run_command
 from project.callbacks import ExitCalibration, will_be_saved
 from project.data.logs import TableLogs
 from project.data.protocol import Protocol, apply_protocol, build_interactions
@@ -80,17 +81,31 @@ def test_the_main_job(run: Run, fitted: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:exits are not calibrated")  # rightly: these few rows cannot
-@pytest.mark.parametrize("limits", [{"trainer.limit_val_batches": 2}, {"trainer.fast_dev_run": True}])
-def test_limited_batches(
-    run: Run, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, Any]
-) -> None:
+def test_limited_batches(run: Run, tiny_config: Config, tmp_path: Path) -> None:
     """A trial with a few batches runs to its end, results included, although not every row was scored."""
-    monkeypatch.chdir(tmp_path)  # fast_dev_run has no logger and writes where it is started
-    run("fit", "--config", tiny_config(**limits))
-    (file,) = tmp_path.rglob("results/fit.json")
-    rows = json.loads(file.read_text())
+    run("fit", "--config", tiny_config(**{"trainer.limit_val_batches": 2}))
+    rows = result(latest(tmp_path), "fit")
     assert rows["slices"]
     assert rows["exits"][0]["n"] < rows["baselines"][0]["n"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:exits are not calibrated")
+def test_fast_dev_run_leaves_nothing(
+    tiny_config: Config,
+    tmp_path: Path,
+    session_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It prints its table and writes nothing where it is started; `run` takes the command as its argument."""
+    config = tiny_config()
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    run_command(["fit", "--config", str(config), "--trainer.fast_dev_run", "true"])
+    assert "minus best baseline" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow

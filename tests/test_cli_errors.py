@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from project.cli import check_command
 from project.config import check_yaml
+from project.datamodule import InteractionData
 from project.errors import ConfigError
 
 Run = Callable[..., None]
@@ -33,6 +34,16 @@ def line_of(fails: Line) -> Line:
         return lines[0]
 
     return call
+
+
+@pytest.fixture
+def no_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that needs no data comes before the features of the log are made, which may take hours."""
+
+    def made(self: InteractionData) -> None:
+        raise AssertionError("features were made")
+
+    monkeypatch.setattr(InteractionData, "retrieved", property(made))
 
 
 FILES = {
@@ -56,6 +67,10 @@ FILES = {
     "abstract or null": (
         "exits:\n  criterion: half.Rule\n",
         "exits.criterion: half.Rule has no method confidence",
+    ),
+    "choice": (
+        "data:\n  protocol: {split: globaltime}\n",
+        "data.protocol.split: *globaltime*mean global_time?",
     ),
     "seed": ("seed_everything: -1\n", "seed_everything is -1"),
     "rate": ("model:\n  optim: {learning_rate: 1.0e+10}\n", "model.optim.learning_rate is 10000000000.0"),
@@ -107,6 +122,8 @@ def test_yaml_that_is_no_configuration(tmp_path: Path, text: str, words: str | N
 
 def test_a_missing_file_and_an_unknown_command(line_of: Line) -> None:
     assert "absent.yaml" in line_of("fit", "--config", "absent.yaml")
+    assert "--config FILE" in line_of("fit")
+    assert "did you mean data?" in line_of("fit", "--help", "dat")
     with pytest.raises(ConfigError, match=r"did you mean table\?"):
         check_command(["tabel"], ["fit", "test", "table"])
     check_command(["--config", "a.yaml", "fit"], ["fit"])
@@ -168,6 +185,7 @@ def test_an_option_is_not_abbreviated(fails: Line, tiny_config: Config) -> None:
         ({"exits.max_auc_drop": None}, ["max_auc_drop", "max_cost"]),
     ],
 )
+@pytest.mark.usefixtures("no_features")
 def test_configuration(
     changes: dict[str, object], words: list[str], fails: Line, tiny_config: Config
 ) -> None:
@@ -176,18 +194,33 @@ def test_configuration(
     assert not [w for w in words if w not in said.replace("\n", " ")], said
 
 
-def test_unsupported_family(fails: Line, tiny_config: Config, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_features")
+def test_a_folder_that_is_no_usable_model(
+    fails: Line, tiny_config: Config, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Another family; no tokenizer: one line of each."""
     folder = tmp_path / "gpt2"
     shutil.copytree(tiny_model, folder)
     GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
     assert "gpt2" in fails("fit", "--config", tiny_config(**{"model.backbone": str(folder)}))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    said = fails("fit", "--config", tiny_config(**{"model.backbone": str(folder)})).splitlines()
+    assert said[-1].startswith(f"ConfigError: model.backbone is {str(folder)!r}, which has no tokenizer")
+    assert len([line for line in said if "rror" in line]) == 1
 
 
 @pytest.mark.slow
-def test_checkpoint_of_other_exits(run: Run, fails: Line, tiny_config: Config, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run(
+    run: Run, fails: Line, tiny_config: Config, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Other exits, and another protocol's, whose train could hold this test's rows."""
     run("fit", "--config", tiny_config(**{"trainer.limit_train_batches": 1}))
     checkpoint = tmp_path / "runs" / "tiny" / "latest" / "checkpoints" / "last.ckpt"
+    request.getfixturevalue("no_features")
     other = tiny_config(**{"model.exit_layers": [2, 3]})
     said = fails("test", "--config", other, "--ckpt_path", checkpoint)
     assert "[1, 3]" in said
     assert "[2, 3]" in said
+    other = tiny_config(**{"data.protocol.minimum_history": 2})
+    assert "protocol hash" in fails("test", "--config", other, "--ckpt_path", checkpoint)

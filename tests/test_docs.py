@@ -89,3 +89,12 @@ def test_every_dependency_has_a_lowest_version() -> None:
     """Without a lower bound the job of lowest versions would test whatever is oldest on the index."""
     wanted = [*PROJECT["dependencies"], *(d for e in PROJECT["optional-dependencies"].values() for d in e)]
     assert [d for d in wanted if ">=" not in d] == []
+
+
+def test_every_command_stands_in_a_document() -> None:
+    """And an extra is installed from a checkout: no index has this package."""
+    text = "".join(path.read_text() for path in [*PAGES, ROOT / "README.md"])
+    commands = [*ProjectCLI.subcommands(), *OTHER_COMMANDS]
+    assert [name for name in commands if not re.search(rf"(project |`){name}\b", text)] == []
+    sources = "".join(path.read_text() for path in (ROOT / "project").rglob("*.py"))
+    assert not re.search(r"pip install ['\"]*exitrec", text + sources)

@@ -173,8 +173,10 @@ def test_not_a_run_and_not_exported(tmp_path: Path) -> None:
     (tmp_path / "exit_policy.json").write_text('{"schema_version": 0}')
     with pytest.raises(DataError, match="schema_version 0"):
         load_exported(tmp_path)
-    with pytest.raises(DataError, match="RUN_FOLDER NEW_FOLDER"):
-        run_export(["run"])
+    for arguments, code in ((["run"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as stopped:
+            run_export(arguments)
+        assert stopped.value.code == code
 
 
 BUNDLE = {
