@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from pkgutil import resolve_name
 
 # between libraries: a user cannot act on them
 QUIET_WARNINGS = (
@@ -14,47 +15,26 @@ QUIET_WARNINGS = (
     "The dirpath has changed",
 )
 
+# commands that read no configuration: what runs each, imported only then, and what it does
 OTHER_COMMANDS = {
-    "table": "print result files as Markdown tables",
-    "report": "one document of a run's results",
-    "compare": "two runs on the same rows",
-    "export": "a run as a Hugging Face folder",
-    "serve": "scores of a run over HTTP",
-    "refit": "a served run again, on its log and the events since",
+    "table": ("project.report.tables:print_tables", "print result files as Markdown tables"),
+    "report": ("project.report.report:run_report", "one document of a run's results"),
+    "compare": ("project.compare:run_compare", "two runs on the same rows"),
+    "export": ("project.export:run_export", "a run as a Hugging Face folder"),
+    "serve": ("project.serve.server:run_serve", "scores of a run over HTTP"),
+    "refit": ("project.serve.refit:run_refit", "a served run again, on its log and the events since"),
 }
 
 
 def run(arguments: list[str]) -> None:
     """Run the command that the arguments begin with; those without a model import none."""
-    match arguments:
-        case ["table", *rest]:
-            from project.report.tables import print_tables
+    command = arguments[0] if arguments else ""
+    if command in OTHER_COMMANDS:
+        resolve_name(OTHER_COMMANDS[command][0])(arguments[1:])
+        return
+    from project.cli import ProjectCLI
 
-            print_tables(rest)
-        case ["report", *rest]:
-            from project.report.report import run_report
-
-            run_report(rest)
-        case ["compare", *rest]:
-            from project.compare import run_compare
-
-            run_compare(rest)
-        case ["export", *rest]:
-            from project.export import run_export
-
-            run_export(rest)
-        case ["serve", *rest]:
-            from project.serve.server import run_serve
-
-            run_serve(rest)
-        case ["refit", *rest]:
-            from project.serve.refit import run_refit
-
-            run_refit(rest)
-        case _:
-            from project.cli import ProjectCLI
-
-            ProjectCLI(OTHER_COMMANDS)
+    ProjectCLI(arguments, {name: about for name, (_, about) in OTHER_COMMANDS.items()})
 
 
 def main() -> None:

@@ -6,14 +6,13 @@ does not fit the configuration.
 
 from __future__ import annotations
 
-import sys
+import tempfile
 import zipfile
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as L
 from jsonargparse import dict_to_namespace
@@ -38,41 +37,58 @@ RUN_LOGGER = f"{RunLogger.__module__}.{RunLogger.__name__}"
 class SectionHelp(LightningArgumentParser):
     """`fit --help` names the sections of the configuration, `fit --help data` shows one, `fit --help all` shows all."""
 
+    topic: ClassVar[str] = ""  # the word behind --help; the parser of a command is not handed it
+
     def format_help(self, formatter: Any = None) -> str:
         """Lightning's, cut to the section that --help names."""
-        topic = next(
-            (word for flag, word in zip(sys.argv, sys.argv[1:], strict=False) if flag in ("-h", "--help")), ""
-        )
-        if not self.callback_keys or topic == "all":  # the parser of all commands has no sections
+        if not self.callback_keys or self.topic == "all":  # the parser of all commands has no sections
             return str(super().format_help(formatter))
-        whole, sections = self._action_groups, dict[str, str]()
-        self._action_groups, self.usage = [], f"{self.prog} --config FILE [--key value]"
+        # 1. a section is what stands before the first dot; its title is that of its group
+        sections: dict[str, str] = {}
+        for group in self._action_groups:
+            for action in group._group_actions:
+                name, dot, _ = action.dest.partition(".")
+                if dot:
+                    sections.setdefault(name, str(group.title))
+        if self.topic and self.topic not in sections:
+            near = did_you_mean(self.topic, [*sections])
+            raise ConfigError(f"--help {self.topic}{near}: expected one of {', '.join(sections)}, all.")
+        # 2. groups with the actions of the topic, or with those of no section
+        whole = self._action_groups
+        self._action_groups = []
         for group in whole:
             part = copy(group)
-            dotted = [a for a in group._group_actions if "." in a.dest]
-            for action in dotted:
-                sections.setdefault(action.dest.partition(".")[0], str(group.title))
-            rest = [a for a in group._group_actions if a not in dotted and a.dest not in sections]
-            part._group_actions = [a for a in dotted if a.dest.startswith(f"{topic}.")] if topic else rest
+            part._group_actions = [
+                action
+                for action in group._group_actions
+                if (
+                    action.dest.startswith(f"{self.topic}.")
+                    if self.topic
+                    else action.dest.partition(".")[0] not in sections
+                )
+            ]
             self._action_groups.append(part)
+        self.usage = f"{self.prog} --config FILE [--key value]"
         try:
             text = str(super().format_help(formatter))
         finally:
             self._action_groups = whole
+        if self.topic:
+            return text
         named = [f"  {name:12}{title.split(':')[0].split('. ')[0]}" for name, title in sections.items()]
-        return (
-            text if topic else "\n".join([text, "sections, each with --help SECTION (or all):", *named, ""])
-        )
+        return "\n".join([text, "sections, each with --help SECTION (or all):", *named, ""])
 
 
 class ProjectCLI(LightningCLI):
     """`python -m project COMMAND --config FILE [--config OVERLAY] [--key value]`.
 
     Args:
+        arguments: The command and what follows it.
         others: Commands that need no configuration, and what each does; the help names them.
     """
 
-    def __init__(self, others: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(self, arguments: Sequence[str], others: Mapping[str, str]) -> None:
+        self._arguments = list(arguments)
         self._others = others
         super().__init__(
             ExitRecommender,
@@ -128,13 +144,16 @@ class ProjectCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; what is wrong is raised as one ConfigError."""
-        given = sys.argv[1:]
+        given = self._arguments
+        following = [*given[1:], ""]
         check_command(given, [*self.subcommands(), *self._others])
-        for name, value in zip(given, [*given[1:], ""], strict=True):
+        for name, value in zip(given, following, strict=True):
             if name in ("--config", "-c") or name.startswith("--config="):
                 check_yaml(Path(name.partition("=")[2] or value))
+        asked = (value for name, value in zip(given, following, strict=True) if name in ("-h", "--help"))
+        SectionHelp.topic = next((word for word in asked if not word.startswith("-")), "")
         try:
-            super().parse_arguments(parser, args)
+            self.config = parser.parse_args(given)
         except ArgumentError as error:
             command = next((name for name in given if name in self._subcommand_parsers), "fit")
             keys = self._subcommand_parsers[command].get_defaults().keys()
@@ -167,8 +186,14 @@ class ProjectCLI(LightningCLI):
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Finalise the loggers of a command that failed, as Lightning does for its own commands."""
+        """Run a command; first come the errors that need no features, at the end its loggers are finalised.
+
+        Lightning does the latter for its own commands only.
+        """
+        config = self.config[subcommand]
         try:
+            if subcommand not in ("baselines", "benchmark") and self.trainer.is_global_zero:
+                self.model.check(self.datamodule, config.get("ckpt_path"), measured=subcommand != "predict")
             super()._run_subcommand(subcommand)
         except BaseException:
             for logger in self.trainer.loggers:
@@ -183,6 +208,8 @@ class ProjectCLI(LightningCLI):
         config = self.config[self.subcommand]
         if "verbose" in config:
             config.verbose = False  # the result table has these numbers
+        if config.trainer.fast_dev_run:  # without a logger its files would lie where it is started
+            config.trainer.default_root_dir = tempfile.mkdtemp(prefix="exitrec-")
         # 1. a CSV logger comes first, in runs/NAME where none is configured
         given = config.trainer.logger
         if given is not False:

@@ -189,7 +189,13 @@ class InteractionData(L.LightningDataModule):
         """The backbone's tokenizer."""
         with self.clock.stage("fetch model"):
             folder = resolve_model(self.tokenizer_name)
-        return AutoTokenizer.from_pretrained(folder)
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, TypeError):  # of transformers, many lines about other causes
+            raise ConfigError(
+                f"model.backbone is {self.tokenizer_name!r}, which has no tokenizer that can be read; expected a "
+                "model's folder with tokenizer.json. Save the tokenizer there, too."
+            ) from None
 
     @cached_property
     def prompt(self) -> Prompt:

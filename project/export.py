@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -126,9 +127,11 @@ def render_card(run: Run, bundle: Mapping[str, Any], family: str, criterion: str
 
 def run_export(arguments: Sequence[str]) -> Path:
     """The command: export a run folder into a folder that does not exist yet or is empty; print its path."""
-    if len(arguments) != 2 or any(a.startswith("-") for a in arguments):
-        raise DataError(f"export takes a run folder and a new one, found {list(arguments)}. Usage: {USAGE}")
-    folder = export(*map(Path, arguments))
+    parser = argparse.ArgumentParser("python -m project export", description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="folder of a calibrated run")
+    parser.add_argument("folder", type=Path, help="folder that does not exist yet or is empty")
+    given = parser.parse_args(arguments)
+    folder = export(given.run, given.folder)
     print(f"written: {folder}")
     return folder
 

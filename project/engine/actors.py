@@ -39,8 +39,8 @@ def run_actors(
     """
     if find_spec("ray") is None:
         raise ConfigError(
-            "predict --engine ray needs Ray Data, which is not installed; install the extra: pip install "
-            "'exitrec[ray]' or, from a checkout, pip install -e '.[ray]'."
+            "predict --engine ray needs Ray Data, which is not installed; install the extra, from a checkout: "
+            "pip install -e '.[ray]'."
         )
     # 1. The run, the requests, and which parts of them it has scored before.
     run, folder, about = open_calibrated(trainer, model, data, checkpoint, "ray")

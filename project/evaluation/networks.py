@@ -64,8 +64,8 @@ PATIENCE = 2
 HIDDEN_SHARE = 0.2  # of rows whose user, and of rows whose item, is hidden in a step
 
 LEFT_OUT = (
-    "DeepFM, DCN-v2 and DIN are left out: torch-rechub is not installed (pip install 'exitrec[networks]' or, "
-    "from a checkout, pip install -e '.[networks]')."
+    "DeepFM, DCN-v2 and DIN are left out: torch-rechub is not installed (from a checkout: "
+    "pip install -e '.[networks]')."
 )
 
 

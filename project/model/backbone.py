@@ -149,13 +149,7 @@ class Backbone(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str | Path, num_layers: int | None = None) -> Backbone:
         """Backbone of a folder or a name on Hugging Face's hub, float32; layers beyond `num_layers` are not loaded."""
-        try:
-            config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"model.backbone is {str(name)!r}, which cannot be read as a Hugging Face model: {error}"
-            ) from error
-        cut = _cut(config, num_layers)
+        cut = usable_config(name, num_layers)
         with quiet_loading():
             model, info = _AUTO.from_pretrained(
                 name, config=cut, dtype=torch.float32, attn_implementation=SEGMENTS, output_loading_info=True
@@ -206,6 +200,17 @@ class Backbone(nn.Module):
             step = partial(layer, position_embeddings=state.position_embeddings, layout=state.layout)
             hidden = checkpoint(step, hidden, use_reentrant=False) if recompute else step(hidden)
         return replace(state, hidden=hidden)
+
+
+def usable_config(name: str | Path, num_layers: int | None) -> PretrainedConfig:
+    """The configuration of a model, cut to `num_layers`; ConfigError where it cannot be a backbone."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.backbone is {str(name)!r}, which cannot be read as a Hugging Face model: {error}"
+        ) from error
+    return _cut(config, num_layers)
 
 
 def _cut(config: PretrainedConfig, num_layers: int | None) -> PretrainedConfig:

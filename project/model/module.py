@@ -31,10 +31,11 @@ from project.evaluation.result import (
     scores_of_rows,
 )
 from project.features import FEATURES, FeatureBaseline
-from project.model.backbone import Backbone
+from project.model.backbone import Backbone, usable_config
 from project.model.heads import ExitHead, answer_tokens
 from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups, planned_steps
 from project.model.sharding import WHOLE, shared_mesh
+from project.run import read_checkpoint
 
 
 @dataclass
@@ -168,12 +169,24 @@ class ExitRecommender(L.LightningModule):
                 self.set_backbone(backbone, self.data.tokenizer)
             else:
                 set_sharded_backbone(self, folder, self.data.tokenizer, mesh)
-        positions = self.backbone.config.max_position_embeddings  # type: ignore[attr-defined]  # it was just set
-        if self.data.context_tokens > positions:
+
+    def check(self, data: InteractionData, checkpoint: str | None = None, measured: bool = True) -> None:
+        """Raise what is wrong with backbone, tokenizer and checkpoint; reads no weights and makes no features.
+
+        `measured` as of `check_reads`.
+        """
+        _ = data.tokenizer
+        config = usable_config(resolve_model(self.backbone_name), self.depth)
+        positions = config.max_position_embeddings
+        if data.context_tokens > positions:
             raise ConfigError(
-                f"data.context_tokens is {self.data.context_tokens}, but {self.backbone_name} knows {positions} "
+                f"data.context_tokens is {data.context_tokens}, but {self.backbone_name} knows {positions} "
                 f"positions; expected at most {positions}."
             )
+        if checkpoint is not None:
+            content = read_checkpoint(checkpoint, mmap=True)
+            check_origin(content, self.exit_layers, self.backbone_name)
+            check_reads(content.get("reads"), data, measured)
 
     def set_backbone(self, backbone: Backbone, tokenizer: Any) -> None:
         """Use this backbone, with heads made from its language model head and the answers' tokens."""

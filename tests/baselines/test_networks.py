@@ -378,7 +378,7 @@ def test_without_the_extra(
     """Requested but not installed: one line with the command, and the other baselines."""
     monkeypatch.setattr(networks, "find_spec", lambda name: None)
     found = {row["name"] for row in run_baselines(make_data(), tmp_path, networks=True)["baselines"]}
-    assert "exitrec[networks]" in capsys.readouterr().out
+    assert ".[networks]" in capsys.readouterr().out
     assert "lr_features" in found
     assert not found & set(networks.NETWORKS)
 
