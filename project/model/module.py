@@ -175,7 +175,7 @@ class ExitRecommender(L.LightningModule):
 
         `measured` as of `check_reads`.
         """
-        _ = data.tokenizer
+        answer_tokens(data.tokenizer, self.answers)
         config = usable_config(resolve_model(self.backbone_name), self.depth)
         positions = config.max_position_embeddings
         if data.context_tokens > positions:
