@@ -1,18 +1,27 @@
-"""The Python API: open a run, score requests, get a table back. docs/python.md shows it; `serve` opens runs by it."""
+"""The Python API: fit or open a run, score requests, get a table back. docs/python.md shows it; `serve` uses it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from project import config
+from project.callbacks import ExitCalibration, ResultFiles
+from project.datamodule import InteractionData
 from project.engine.predict import Run as Run
 from project.engine.predict import load_run
+from project.errors import NotCalibratedError
+from project.exits.plan import ExitSettings
 from project.export import POLICY, give_exported
+from project.model.module import ExitRecommender
 from project.request import HistoryRow as HistoryRow
 from project.request import Item as Item
 from project.request import RankRequest as RankRequest
+from project.run_folder import RunLogger
+from project.trainer import CHECKPOINTS, DEFAULTS, ProjectTrainer
 
 
 def open_run(folder: str | Path, device: str | None = None) -> Run:
@@ -30,3 +39,35 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
     data.prepare_data()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Run(model, data, plan, certificate)
+
+
+def fit(
+    model: ExitRecommender,
+    data: InteractionData,
+    folder: str | Path,
+    exits: ExitSettings | None = None,
+    **trainer: Any,
+) -> Run:
+    """Train and calibrate, as the command `fit` does; objects are of the classes that YAML names.
+
+    Checkpoints, score tables, results and report go into a new folder below `folder`. There is no config.yaml of it, so
+    that other commands and `open_run` cannot open it.
+
+    Args:
+        model: The model; its backbone is that of `data.tokenizer`.
+        data: The log and how it is read.
+        folder: Where runs go.
+        exits: How exits are calibrated.
+        trainer: Arguments of Lightning's Trainer, such as max_epochs.
+    """
+    calibration = ExitCalibration(exits or ExitSettings())
+    runs = Path(folder)
+    made = ProjectTrainer(
+        logger=RunLogger(runs.parent, runs.name),
+        callbacks=[calibration, ResultFiles(), ModelCheckpoint(**CHECKPOINTS)],
+        **(DEFAULTS | trainer),
+    )
+    made.fit(model, datamodule=data)
+    if calibration.plans is None:
+        raise NotCalibratedError(f"the exits are not calibrated: {calibration.refused}")
+    return Run(model, data, calibration.plans.plan, calibration.plans.document.get("certificate"))

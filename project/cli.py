@@ -28,7 +28,7 @@ from project.model.module import ExitRecommender
 from project.run import run_of_checkpoint
 from project.run_folder import RunLogger, WholeCheckpoints
 from project.tracking import WandbArtifacts
-from project.trainer import ProjectTrainer
+from project.trainer import CHECKPOINTS, DEFAULTS, ProjectTrainer
 
 LARGEST_SEED = 2**32 - 1  # numpy's
 RUN_LOGGER = f"{RunLogger.__module__}.{RunLogger.__name__}"
@@ -99,13 +99,7 @@ class ProjectCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={
-                "use_distributed_sampler": False,
-                "max_epochs": 1,
-                "gradient_clip_val": 1.0,
-                "num_sanity_val_steps": 0,
-                "log_every_n_steps": 5,
-            },
+            trainer_defaults=DEFAULTS,
             parser_kwargs={
                 "prog": "python -m project",
                 "allow_abbrev": False,  # else `--trainer.max_epoch` would pass silently
@@ -126,17 +120,7 @@ class ProjectCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks that are always there, each under its own key, and keys whose value another key sets."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "select/auc/deepest",
-                "checkpoint.mode": "max",
-                "checkpoint.filename": "epoch_{epoch}-step_{step}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_last": True,
-                "checkpoint.save_on_exception": True,
-                "checkpoint.enable_version_counter": False,
-            }
-        )
+        parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINTS.items()})
         parser.add_class_arguments(ExitSettings, "exits", fail_untyped=False, sub_configs=True)
         parser.add_lightning_class_args(ResultFiles, "results")
         parser.add_lightning_class_args(WandbArtifacts, "artifacts")

@@ -22,6 +22,23 @@ from project.report.tables import render, shown
 from project.run import read_checkpoint, result_head, run_of_checkpoint, table_about, write_json
 from project.run_folder import point_latest, run_folder
 
+# of Lightning's Trainer and ModelCheckpoint, where nothing else is said
+DEFAULTS: dict[str, Any] = {
+    "use_distributed_sampler": False,
+    "max_epochs": 1,
+    "gradient_clip_val": 1.0,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 5,
+}
+CHECKPOINTS: dict[str, Any] = {
+    "monitor": "select/auc/deepest",
+    "mode": "max",
+    "filename": "epoch_{epoch}-step_{step}",
+    "auto_insert_metric_name": False,
+    "save_last": True,
+    "save_on_exception": True,
+    "enable_version_counter": False,
+}
 DEFAULT_RANKING = RankSettings()
 DEFAULT_SIZES = [1, 8, 64, 256]
 

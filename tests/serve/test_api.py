@@ -1,0 +1,117 @@
+"""docs/python.md is run as it stands, on the tiny world; its scores are those of `predict` and of the server."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from world import given
+
+from project.api import Run, open_run
+from project.errors import DataError
+from project.request import HistoryRow, Item, RankRequest
+from project.serve.ranker import Ranker
+
+ROOT = Path(__file__).parents[2]
+COLUMNS = ["request_id", "candidate_index", "item_id", "exit_layer", "adaptive_logit", "probability", "error"]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def opened(served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The served run, opened from Python."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    return open_run(served_run)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_document(
+    served_run: Path,
+    tiny_logs: Path,
+    tiny_model: Path,
+    session_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every block of Python, one after the other; the names of its world are those of the tiny one."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "runs/quickstart/latest": str(served_run),
+        '"196"': '"u1"',
+        '"22"': '"u2"',
+        '"242"': '"i1"',
+        '"302"': '"i3"',
+        "881250949": "200",
+        "logs.csv": str(tiny_logs / "interactions.csv"),
+        "products.csv": str(tiny_logs / "items.csv"),
+        "smollm2-135m-instruct": str(tiny_model),
+        "[2, 4, 6]": "[1, 2, 3]",
+    }
+    text = (ROOT / "docs" / "python.md").read_text()
+    found: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        for name, tiny in names.items():
+            block = block.replace(name, tiny)
+        exec(block, found)
+    for scores in (found["scores"], found["run"].score(found["requests"])):
+        assert scores.columns == COLUMNS
+        assert scores.select("request_id", "item_id").rows() == [("0", "i1"), ("0", "i3"), ("1", "i1")]
+        assert scores["probability"].is_between(0, 1).all()
+    whole = found["run"].score_after_log(
+        RankRequest(None, found["request"].history, found["request"].candidates)
+    )
+    assert found["best"]["probability"].to_list() == [whole["probability"].max()]
+    assert (tmp_path / "runs/mine/version_0/results/fit.json").is_file()
+
+
+def test_one_request_three_ways(
+    opened: Run, ranker: Ranker, served_run: Path, run: Callable[..., None], tmp_path: Path
+) -> None:
+    """Python, `predict` and the server's ranker: the same to 1e-6; alone, in company, cold, cached and evicted."""
+    asked = [
+        RankRequest("u1", None, ["i3", Item(title="a dog at sea")]),
+        RankRequest("nobody", None, ["i1"]),
+        RankRequest(None, [HistoryRow(f"i{k}", k % 2) for k in (7, 1, 4)], ["i9", "i2"]),
+    ]
+    lines = [
+        {"user_id": "u1", "candidates": ["i3", {"title": "a dog at sea"}]},
+        {"user_id": "nobody", "candidates": ["i1"]},
+        {"history": [{"item_id": f"i{k}", "label": k % 2} for k in (7, 1, 4)], "candidates": ["i9", "i2"]},
+    ]
+    path = tmp_path / "requests.jsonl"
+    path.write_text("\n".join(json.dumps({"request_id": str(k)} | line) for k, line in enumerate(lines)))
+    run("predict", *given(served_run), "--data.requests", path, "--engine", "early_exit")
+    expected = pl.read_parquet(served_run / "scores" / "predict-early_exit.parquet")
+    ways = [opened.score_after_log(asked)["probability"]]
+    ways.append(pl.concat(opened.score_after_log(one)["probability"] for one in asked))
+    evicting = Ranker.load(served_run, cache_mib=0, audit_share=0.0)
+    for made in (ranker, ranker, evicting):
+        together = made.rank_after_log(asked)
+        alone = [made.rank_after_log([one])[0] for one in asked]
+        ways += [
+            pl.Series(np.concatenate([one.probabilities for one in found])) for found in (together, alone)
+        ]
+    for way in ways:
+        np.testing.assert_allclose(way.to_numpy(), expected["probability"].to_numpy(), rtol=0, atol=1e-6)
+
+
+def test_a_backtest_reads_strictly_earlier_rows(opened: Run, tiny_logs: Path) -> None:
+    """A request without a time is an error of `score`; with the time of a row of the log it does not read that row."""
+    with pytest.raises(DataError, match=r"request '0' has no time.*score_after_log"):
+        opened.score(pl.DataFrame({"user_id": ["u1"], "candidates": [["i1"]]}))
+    log = pl.read_csv(tiny_logs / "interactions.csv").filter(user_id="u1").sort("timestamp")
+    last = float(log["timestamp"][-1])
+    before, after = (
+        opened.score(RankRequest("u1", None, [log["item_id"][-1]], time=time))["adaptive_logit"][0]
+        for time in (last, last + 1)
+    )
+    assert before != after
+    with pytest.raises(DataError, match=r"request 'r': .*'yaer'"):
+        opened.score_after_log(RankRequest("u1", None, [Item("n", "x", (("yaer", "1"),))], request_id="r"))
