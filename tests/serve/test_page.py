@@ -1,4 +1,4 @@
-"""The page at / in a real Chromium, 400 pixels wide, by keyboard alone."""
+"""The page at / in a real Chromium: 400 pixels wide, by keyboard alone, and 900 pixels wide with long texts."""
 
 from __future__ import annotations
 
@@ -86,3 +86,25 @@ def test_keyboard_and_a_narrow_window(tmp_path: Path) -> None:
         )
         assert value("document.documentElement.scrollWidth") <= 400
         assert value("error.textContent") == ""
+
+
+def test_titles_and_whole_words(tmp_path: Path) -> None:
+    """A known id has its title beside it; at 900 pixels answers, dates and headings are not broken inside a word."""
+    query = "?user=u2&candidate=i1&candidate=" + "x" * 300
+    with serving(tmp_path) as (_, address), browser(address, tmp_path / "profile") as call:
+        sent = {"event_id": "e", "user_id": "u2", "item_id": "y" * 250, "label": 1, "timestamp": 1.7e9}
+        assert httpx.post(f"{address}/v1/events", json=[sent]).status_code == 200
+
+        def value(script: str) -> Any:
+            return call("Runtime.evaluate", expression=script)["result"].get("value")
+
+        call("Emulation.setDeviceMetricsOverride", width=900, height=900, deviceScaleFactor=1, mobile=False)
+        call("Page.navigate", url=address + query)
+        until(lambda: value("typeof answer === 'object' && !answer.hidden"), seconds=20)
+        assert "Alien (i1)" in value("items.innerText")
+        short = "[...document.querySelectorAll('#history td:not(:first-child), th')]"
+        assert value(f"{short}.filter(cell => cell.getClientRects().length).length") == 9
+        # the text of a cell takes one line
+        lines = "(r => (r.selectNodeContents(cell), new Set([...r.getClientRects()].map(b => b.top)).size))"
+        assert value(f"Math.max(...{short}.map(cell => {lines}(document.createRange())))") == 1
+        assert value("document.documentElement.scrollWidth") <= 900
