@@ -112,6 +112,7 @@ class Scored:
     late: bool = False  # past the deadline, candidates left whom the plan would have kept
     # a ranker adds
     item_ids: Sequence[str] = ()  # n
+    titles: Sequence[str] = ()  # n
     features: Mapping[str, F64] = field(default_factory=dict)  # (n,) retrieved features by name; NaN: unknown
     full_depth_token_layers: int = 0  # what the same would have cost without early exit
     audit: F64 | None = None  # (n,) probabilities at full depth, if it was audited

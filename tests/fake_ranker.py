@@ -86,6 +86,7 @@ class FakeRanker:
             int(layer.sum()),
             late=late,
             item_ids=names,
+            titles=[{i: t for t, i in TITLES.items()}.get(name, name) for name in names],
             features={"item_count": np.array(number, float)},
             full_depth_token_layers=4 * len(names),
         )

@@ -251,13 +251,17 @@ class Ranker:
         scored = dict(zip(others, engine.score([prepared[p] for p in others]).requests, strict=True))
         audits = {p: self.monitor.audit(prepared[p]) for p in audited}
         # 5. Responses.
+        titles = items["title"]
         for place, made in prepared.items():
+            request, own = resolved[place]
+            item_ids = [id_of(item) for item in request.candidates]
             score, full = audits[place] if place in audits else (scored[place], None)
             tokens = len(made.candidates.values) + len(made.stream) - kept.get(place, 0)
             columns = features[place].columns
             found[place] = replace(
                 score,
-                item_ids=[id_of(item) for item in resolved[place][0].candidates],
+                item_ids=item_ids,
+                titles=titles.gather([own.codes[item_id] for item_id in item_ids]).to_list(),
                 features={name: columns[name] for name in COLUMNS if name in columns},
                 full_depth_token_layers=self._model.depth * tokens,
                 audit=full,

@@ -206,10 +206,11 @@ class Usage(BaseModel, from_attributes=True):
 
 
 class RankedItem(BaseModel):
-    """A candidate: its place in the request, its score, the exit it left at, and the retrieved features behind it."""
+    """A candidate: its place in the request, its score, the exit it left at, the retrieved features behind it."""
 
     index: int
     item_id: str
+    title: str
     probability: float
     exit_layer: int
     why: dict[str, float]
@@ -268,6 +269,7 @@ def rank_answer(found: Scored, top_n: int | None) -> RankAnswer:
         RankedItem(
             index=k,
             item_id=found.item_ids[k],
+            title=found.titles[k],
             probability=chance[k],
             exit_layer=layer[k],
             why={name: values[k] for name, values in columns.items() if values[k] == values[k]},
