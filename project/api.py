@@ -5,40 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from project import config
 from project.callbacks import ExitCalibration, ResultFiles
 from project.datamodule import InteractionData
 from project.engine.predict import Run as Run
-from project.engine.predict import load_run
 from project.errors import NotCalibratedError
 from project.exits.plan import ExitSettings
-from project.export import POLICY, give_exported
+from project.loading import open_run as open_run
 from project.model.module import ExitRecommender
 from project.request import HistoryRow as HistoryRow
 from project.request import Item as Item
 from project.request import RankRequest as RankRequest
 from project.run_folder import RunLogger
 from project.trainer import CHECKPOINTS, DEFAULTS, ProjectTrainer
-
-
-def open_run(folder: str | Path, device: str | None = None) -> Run:
-    """Open a calibrated run's folder, or one that `export` wrote; `device` None: a GPU where there is one."""
-    folder = Path(folder)
-    model, data = config.open_run(folder)
-    if (folder / POLICY).exists():
-        if not model.items:  # the base model is not needed
-            data.tokenizer_name = str(folder)
-        plan, certificate = give_exported(model, folder)
-    else:
-        plans = load_run(model, data.tokenizer, folder / "checkpoints" / "last.ckpt", data, compared=False)
-        plan = plans.plan
-        certificate = plans.document.get("certificate")
-    data.prepare_data()
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Run(model, data, plan, certificate)
 
 
 def fit(

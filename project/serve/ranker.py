@@ -15,7 +15,6 @@ import numpy as np
 import polars as pl
 import torch
 
-from project.api import open_run
 from project.arrays import I64
 from project.data.download import SOURCES
 from project.data.prompt import PromptEncoder
@@ -33,6 +32,7 @@ from project.errors import DataError, ProjectError
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
 from project.features import COLUMNS, Retrieved, feature_matrix
+from project.loading import open_run
 from project.metrics import probabilities
 from project.model.module import ExitRecommender
 from project.request import Item, RankRequest, Scored, id_of
