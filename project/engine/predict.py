@@ -30,16 +30,25 @@ from project.datamodule import InteractionData, check_reads
 from project.engine.cache import StreamCache
 from project.engine.decisions import RowExits
 from project.engine.engine import Engine
-from project.engine.requests import Scores, prepare_requests
+from project.engine.requests import prepare_requests
 from project.errors import ConfigError, DataError, NotCalibratedError, NotFittedError
 from project.exits.plan import ExitPlan, Plans, plans_of
 from project.model.backbone import Backbone
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
-from project.request import RankRequest
+from project.request import RankRequest, Scored, id_of
 from project.run import read_checkpoint, replace_file, run_of_checkpoint
 from project.run_folder import tag_of
 
+TABLE = {
+    "request_id": pl.String,
+    "candidate_index": pl.Int64,
+    "item_id": pl.String,
+    "exit_layer": pl.Int64,
+    "adaptive_logit": pl.Float32,
+    "probability": pl.Float32,
+    "error": pl.String,
+}  # a row a candidate
 PART = 50_000  # candidates that are in memory at a time, 4.6 KB each
 
 
@@ -133,6 +142,7 @@ class Run:
 
     def _table(self, asked: list[RankRequest]) -> pl.DataFrame:
         """Of the best `top_n` candidates of each request."""
+        # 1. one catalogue of all items that requests bring
         catalogue = Catalogue(self.data.split.interactions.items)
         resolved = list[RankRequest]()
         for request in asked:
@@ -141,25 +151,37 @@ class Run:
             except DataError as error:
                 raise DataError(f"request {request.request_id!r}: {error}") from None
         requests = with_room(Requests(resolved, catalogue.table(), catalogue.codes), self.data)
-        table = pl.concat(self.score_part(part)[0] for part in parts_of(requests, PART))
+        # 2. scores of all candidates
+        table = pl.concat(self.score_part(requests, part)[0] for part in parts_of(requests, PART))
+        # 3. lists are cut
         most = {r.request_id: r.top_n for r in asked if r.top_n is not None}
         rank = pl.col("probability").rank("ordinal", descending=True).over("request_id")
         most_of = pl.col("request_id").replace_strict(most, default=None, return_dtype=pl.Int64)
         return table.filter((rank <= most_of).fill_null(True)) if most else table
 
-    def score_part(self, requests: Requests) -> tuple[pl.DataFrame, Counter[str]]:
-        """`early_exit_table` of requests that fit into memory together, and what was counted."""
-        prepared = prepare_requests(self.model, self.data, requests) if requests.requests else []
-        scores = self.engine.score(prepared)
-        lengths = [len(r.logits) for r in scores.requests if r.error is None]
+    def score_part(
+        self, requests: Requests, part: Sequence[RankRequest | Refused]
+    ) -> tuple[pl.DataFrame, Counter[str]]:
+        """`early_exit_table` of some of the requests, which fit into memory together, and what was counted."""
+        usable = [request for request in part if isinstance(request, RankRequest)]
+        some = replace(requests, requests=usable, refused=())
+        prepared = prepare_requests(self.model, self.data, some) if usable else []
+        scores = iter(self.engine.score(prepared).requests)
+        found = [
+            Scored.failed(r.request_id, len(r.candidates), r.error)
+            if isinstance(r, Refused)
+            else next(scores)
+            for r in part
+        ]
+        scored = [one for one in found if one.error is None]
         counts = Counter(
-            candidates=sum(lengths),
-            scored=len(lengths),
-            refused=len(requests.refused) + len(prepared) - len(lengths),
+            candidates=sum(len(one.logits) for one in scored),
+            scored=len(scored),
+            refused=len(found) - len(scored),
             tokens=sum(len(r.stream) + len(r.candidates.values) for r in prepared),
-            token_layers=scores.token_layers,
+            token_layers=sum(one.token_layers for one in found),
         )
-        return early_exit_table(scores, requests), counts
+        return early_exit_table(part, found), counts
 
     def write(self, requests: Requests, path: Path, about: dict[str, str]) -> Counter[str]:
         """Write the table of requests, which notes what it is `about`; returns what was counted.
@@ -171,7 +193,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
             for part in parts_of(requests, PART):
-                table, counted = self.score_part(part)
+                table, counted = self.score_part(requests, part)
                 counts.update(counted)
                 files.append(Path(folder) / f"{len(files)}.parquet")
                 table.write_parquet(files[-1])
@@ -184,9 +206,15 @@ def as_requests(given: pl.DataFrame | RankRequest | Sequence[RankRequest]) -> li
     """Requests of a table with a row each, as a file has them, or as they are; unnamed ones get their place as name."""
     if isinstance(given, pl.DataFrame):
         rows = given.to_dicts()
-        return [request_of({"request_id": str(place)} | row) for place, row in enumerate(rows)]
-    listed = [given] if isinstance(given, RankRequest) else given
-    return [replace(r, request_id=r.request_id or str(place)) for place, r in enumerate(listed)]
+        found = [request_of({"request_id": str(place)} | row) for place, row in enumerate(rows)]
+    else:
+        listed = [given] if isinstance(given, RankRequest) else given
+        found = [replace(r, request_id=r.request_id or str(place)) for place, r in enumerate(listed)]
+    if len({request.request_id for request in found}) < max(len(found), 1):
+        raise DataError(
+            "found no request, or two of one request_id; expected one at least, each with its own."
+        )
+    return found
 
 
 def open_calibrated(
@@ -247,43 +275,34 @@ def print_counts(counts: Mapping[str, int], plan: ExitPlan, path: Path) -> None:
     )
 
 
-def parts_of(requests: Requests, candidates: int) -> Iterator[Requests]:
-    """The same requests, refused ones at their places; a part ends at the request that reaches so many candidates."""
-    refused, usable = {r.place: r for r in requests.refused}, iter(requests.requests)
-    last = len(requests.requests) + len(refused) - 1
-    part, size = list[RankRequest | Refused](), 0
-    for place in range(last + 1):
+def parts_of(requests: Requests, candidates: int) -> Iterator[list[RankRequest | Refused]]:
+    """All requests in their order, cut behind the one that reaches so many candidates."""
+    refused = {r.place: r for r in requests.refused}
+    usable = iter(requests.requests)
+    part = list[RankRequest | Refused]()
+    size = 0  # candidates of the part
+    for place in range(len(requests.requests) + len(refused)):
         part.append(refused.get(place) or next(usable))
         size += len(part[-1].candidates)
-        if size >= candidates or place == last:
-            yield replace(
-                requests,
-                requests=[r for r in part if isinstance(r, RankRequest)],
-                refused=tuple(replace(r, place=k) for k, r in enumerate(part) if isinstance(r, Refused)),
-            )
+        if size >= candidates:
+            yield part
             part, size = [], 0
+    if part:
+        yield part
 
 
-def early_exit_table(scores: Scores, requests: Requests) -> pl.DataFrame:
-    """One row a candidate, in the order of the requests; one row for a refused request that has no candidate.
+def early_exit_table(asked: Sequence[RankRequest | Refused], scored: Sequence[Scored]) -> pl.DataFrame:
+    """One row a candidate, in the order of the requests; one row for an invalid request that has no candidate.
 
-    The scores are of all requests that were not refused. Columns: request_id, candidate_index, item_id, exit_layer,
-    adaptive_logit, probability, error. What could not be scored has NaN, exit layer -1 and an error.
+    What could not be scored has NaN, exit layer -1 and an error.
     """
-    found, refused = scores.requests, requests.refused
-    places = np.setdiff1d(np.arange(len(found) + len(refused)), [r.place for r in refused])
-    none = np.zeros(0)
-    scored = requests.table().with_columns(
-        exit_layer=pl.Series(np.concatenate([none, *(r.exit_layers for r in found)])).cast(pl.Int64),
-        adaptive_logit=pl.Series(np.concatenate([none, *(r.logits for r in found)])).cast(pl.Float32),
-        probability=pl.Series(np.concatenate([none, *(r.probabilities for r in found)])).cast(pl.Float32),
-        error=pl.Series([r.error for r in found for _ in r.logits], dtype=pl.String),
-        place=pl.Series(np.repeat(places, [len(r.logits) for r in found]), dtype=pl.Int64),
-    )
-    rows = [
-        (r.request_id, index, item, -1, np.nan, np.nan, r.error, r.place)
-        for r in refused
-        for index, item in (enumerate(r.candidates) if r.candidates else [(None, None)])
-    ]
-    table = pl.concat([scored, pl.DataFrame(rows, schema=scored.schema, orient="row")])
-    return table.sort("place", maintain_order=True).drop("place")
+    rows = list[tuple[Any, ...]]()
+    for request, one in zip(asked, scored, strict=True):
+        items = map(id_of, request.candidates)
+        values = zip(
+            items, *(x.tolist() for x in (one.exit_layers, one.logits, one.probabilities)), strict=True
+        )
+        rows += [(one.request_id, k, *row, one.error) for k, row in enumerate(values)]
+        if not request.candidates:
+            rows.append((one.request_id, None, None, -1, np.nan, np.nan, one.error))
+    return pl.DataFrame(rows, TABLE, orient="row")
