@@ -291,24 +291,28 @@ def check_streams(streams: Streams, split: SplitInteractions, context_tokens: in
 
 
 def without_long(requests: Requests, encoder: PromptEncoder, context_tokens: int) -> Requests:
-    """Requests whose items all have room in a window; the others are refused, each alone."""
-    lengths = len(encoder.instruction) + encoder.least_lengths()
+    """Requests whose items all have room in a window; the others are invalid, each alone."""
+    lengths = len(encoder.instruction) + encoder.least_lengths()  # (items,)
     if lengths.max(initial=0) <= context_tokens:
         return requests
-    count = len(requests.requests) + len(requests.refused)
-    places = np.setdiff1d(np.arange(count), [r.place for r in requests.refused])
-    kept, refused = [], list(requests.refused)
-    for place, request in zip(places.tolist(), requests.requests, strict=True):
-        named = map(id_of, (*request.candidates, *(row.item for row in request.history or ())))
-        long = [item for item in named if lengths[requests.codes[item]] > context_tokens]
-        if not long:
+    kept = list[RankRequest]()
+    refused = {one.place: one for one in requests.refused}
+    usable = iter(requests.requests)
+    for place in range(len(requests.requests) + len(refused)):
+        if place in refused:
+            continue
+        request = next(usable)
+        candidates = tuple(map(id_of, request.candidates))
+        named = (*candidates, *(id_of(row.item) for row in request.history or ()))
+        longest = max(named, key=lambda item_id: lengths[requests.codes[item_id]])
+        tokens = int(lengths[requests.codes[longest]])
+        if tokens <= context_tokens:
             kept.append(request)
             continue
-        problem = _too_long(long[0], int(lengths[requests.codes[long[0]]]), context_tokens)
+        problem = _too_long(longest, tokens, context_tokens)
         error = f"request {request.request_id!r}: {problem}. Give it a shorter title."
-        candidates = tuple(map(id_of, request.candidates))
-        refused.append(Refused(place, request.request_id, candidates, error))
-    return replace(requests, requests=kept, refused=tuple(sorted(refused, key=lambda r: r.place)))
+        refused[place] = Refused(place, request.request_id, candidates, error)
+    return replace(requests, requests=kept, refused=tuple(refused[place] for place in sorted(refused)))
 
 
 # Requests as streams

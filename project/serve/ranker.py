@@ -22,10 +22,10 @@ from project.data.protocol import answered
 from project.data.ragged import Ragged
 from project.data.requests import Catalogue, titles_of
 from project.data.stream import streams_of
-from project.datamodule import InteractionData
 from project.engine.cache import StreamCache
 from project.engine.decisions import RowExits
 from project.engine.engine import Engine
+from project.engine.predict import Run
 from project.engine.prepacked import prepacked
 from project.engine.requests import PreparedRequest, StreamTokens, exit_0_of, shared_prefix, until_slots
 from project.errors import DataError, ProjectError
@@ -34,7 +34,6 @@ from project.exits.policy import Policy
 from project.features import COLUMNS, Retrieved, feature_matrix
 from project.loading import open_run
 from project.metrics import probabilities
-from project.model.module import ExitRecommender
 from project.request import Item, RankRequest, Scored, id_of
 from project.retrieval.online import in_time
 from project.retrieval.text import TextVectors, item_texts
@@ -51,16 +50,8 @@ class Ranker:
 
     full_depth = False  # set by the drift alarm: nobody leaves early
 
-    def __init__(
-        self,
-        run: Path,
-        model: ExitRecommender,
-        data: InteractionData,
-        plan: ExitPlan,
-        certificate: Any,
-        cache_mib: int,
-        audit_share: float,
-    ) -> None:
+    def __init__(self, folder: Path, run: Run, cache_mib: int, audit_share: float) -> None:
+        model, data, plan = run.model, run.data, run.plan
         assert model.backbone is not None
         self._model = model
         self._data = data
@@ -69,23 +60,25 @@ class Ranker:
         log = split.interactions
         self._items = log.items
         self._encoder = data.encoder
-        self._codes: dict[str, int] = dict(log.items.select("item_id", "item").iter_rows())
-        self._titles = titles_of(log.items)
-        self._users: dict[str, int] = dict(log.users.select("user_id", "user").iter_rows())
+        self._codes: dict[str, int] = dict(log.items.select("item_id", "item").iter_rows())  # by item id
+        self._titles = titles_of(log.items)  # item id by title
+        self._users: dict[str, int] = dict(log.users.select("user_id", "user").iter_rows())  # by user id
         self._index = data.features.index()
         rows = split.rows.filter(answered(split.rows)).select("user", "item", "row_id", "timestamp", "label")
         rows = rows.join(data.retrieved["test"], on="row_id", maintain_order="left")
         self._log = rows.sort("user", "row_id")
+        # (users + 1,) where each user's rows start
         self._of_user = np.searchsorted(self._log["user"].to_numpy(), np.arange(log.users.height + 1))
-        self._histories: dict[int, History] = {}
-        self.seq = seen(run)  # of the store, up to which events were observed, or are in the log
+        self._histories: dict[int, History] = {}  # of users that were asked for, or have events
+        self.seq = seen(folder)  # of the store, up to which events were observed, or are in the log
         # 2. the model
         self._baseline = model.feature_baseline()
         model.know_items(data)
         self._text_vectors = TextVectors(data.item_encoder()) if model.items else None
         device = model.backbone.embed_tokens.weight.device
-        reference, skill = references(run, model, data, plan) or (None, None)
+        reference, skill = references(folder, model, data, plan) or (None, None)
         model.backbone = prepacked(model.backbone.eval())  # once for all engines
+        # the plan, full depth and audits share users' cached histories
         self._cache = cache = StreamCache(cache_mib)
         self._engine = Engine(model, RowExits(plan, device), cache)
         self._whole = Engine(model, RowExits(nobody_leaves(plan), device), cache)
@@ -96,12 +89,12 @@ class Ranker:
         # 3. what it is
         base = model.backbone_name
         self.about: dict[str, Any] = {
-            "run": str(run),
+            "run": str(folder),
             "version": own_version(),
             "protocol": split.hash,
             "exit_layers": list(plan.layers),
             "criterion": plan.criterion,
-            "certificate": certificate,
+            "certificate": run.certificate,
             "audits": {"share": share, "reference": reference, "alarm_above": self.monitor.null},
             "examples": {  # for the page
                 "users": log.users["user_id"].tail(EXAMPLES).reverse().to_list(),
@@ -118,9 +111,7 @@ class Ranker:
 
         `cache_mib` is memory for users' histories, `audit_share` of the requests also run to full depth.
         """
-        opened = open_run(run)
-        given = opened.model, opened.data, opened.plan, opened.certificate
-        return cls(run, *given, cache_mib, audit_share)
+        return cls(run, open_run(run), cache_mib, audit_share)
 
     # Events
 
@@ -166,7 +157,7 @@ class Ranker:
         return Catalogue(self._items, self._codes, self._titles)
 
     def _with(self, catalogue: Catalogue) -> tuple[pl.DataFrame, PromptEncoder]:
-        """Items and prompts, those that a catalogue brings included."""
+        """The items table and the encoder of prompts, with the items that a catalogue adds."""
         if not catalogue.added:
             return self._items, self._encoder
         items = catalogue.table()
@@ -176,7 +167,7 @@ class Ranker:
 
     @torch.inference_mode()
     def _know_vectors(self, new: pl.DataFrame) -> None:
-        """Where prompts show items' texts in a token: those of items whose codes follow the known ones."""
+        """Give the backbone vectors of new items, whose codes follow the known ones, where prompts show their texts."""
         if self._text_vectors is None:
             return
         embed: Any = self._model.backbone.embed_tokens  # type: ignore[union-attr]
@@ -193,7 +184,7 @@ class Ranker:
         return user_id in self._users
 
     def history_of(self, user_id: str) -> list[dict[str, Any]]:
-        """The log's rows of a user, then events: item_id, title, label and time."""
+        """A user's history, the log's rows and then events: item_id, title, label and time."""
         if user_id not in self._users:
             return []
         ids, titles = self._items["item_id"], self._items["title"]
@@ -281,7 +272,7 @@ class Ranker:
         now = request.asked_at(self._index.latest)
         candidates = np.array([codes[id_of(item)] for item in request.candidates])  # (n,)
         if request.user_id in self._users or request.history is None:
-            # 1. the log's rows and events
+            # 1. the history of a user: the log's rows and events; somebody unknown has none
             user = self._users.get(request.user_id or "", self._index.guest)
             history = self._history(user) if request.user_id in self._users else History()
             found = self._index.retrieved(user, candidates, None, items, now)
@@ -319,7 +310,7 @@ class Ranker:
 
 
 class History:
-    """A user's segments in order of time, each encoded once, and the shared prefix that they make."""
+    """A user's history: a segment a row in order of time, each encoded once, and the prefix that they make."""
 
     def __init__(self) -> None:
         self.tokens = list[I64]()  # of each segment
@@ -335,7 +326,7 @@ class History:
         self._prefix = None
 
     def prefix(self, instruction: I64, context_tokens: int) -> StreamTokens:
-        """What candidates see."""
+        """The tokens that all candidates see."""
         if self._prefix is None:
             lists = Ragged.of([part.tolist() for part in self.tokens])
             self._prefix = shared_prefix(instruction, lists, np.array(self.times), context_tokens)
