@@ -216,7 +216,7 @@ class InteractionData(L.LightningDataModule):
         rank_zero_info(f"Prompts show of each item: {', '.join(shown) or 'nothing'}{note}")
         if (
             self.requests_file is None and self._given is None
-        ):  # requests with a long item are refused one by one
+        ):  # a request with a long item is invalid by itself
             check_items(encoder, items, self.context_tokens)
         return encoder
 
@@ -262,8 +262,8 @@ class InteractionData(L.LightningDataModule):
             if requests.items.height > self.split.interactions.items.height:  # some bring items
                 encoder = PromptEncoder(self.tokenizer, self.prompt, requests.items)
             self.requests = some_usable(without_long(requests, encoder, self.context_tokens))
-            for refused in self.requests.refused:
-                line = f"request {refused.request_id!r} is not scored: {refused.error}"
+            for invalid in self.requests.invalid:
+                line = f"request {invalid.request_id!r} is not scored: {invalid.error}"
                 rank_zero_warn(line, category=UserWarning)
             self._streams["predict"] = request_streams(
                 self.requests, self.split, self.retrieved["test"], encoder, self._retrieve

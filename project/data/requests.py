@@ -26,7 +26,7 @@ EXAMPLE = '{"request_id": "r1", "user_id": "196", "time": 880000000, "candidates
 
 
 @dataclass(frozen=True)
-class Refused:
+class InvalidRequest:
     """An invalid request, which costs the others nothing."""
 
     place: int  # among all requests, from 0
@@ -42,7 +42,9 @@ class Requests:
     requests: list[RankRequest]  # in the order of the file
     items: pl.DataFrame  # the items table, followed by items that only the requests know
     codes: Mapping[str, int]  # item id -> row of `items`
-    refused: tuple[Refused, ...] = ()  # lines of the same file that are no request, or name unknown items
+    invalid: tuple[
+        InvalidRequest, ...
+    ] = ()  # lines of the same file that are no request, or name unknown items
 
     def table(self) -> pl.DataFrame:
         """One row a candidate: request_id, candidate_index, item_id; its position is the candidate's row id."""
@@ -133,7 +135,7 @@ def some_usable(requests: Requests) -> Requests:
     """The same requests; an error where none of them can be scored."""
     if not requests.requests:
         raise DataError(
-            f"{requests.refused[0].error} None of the {len(requests.refused)} requests (data.requests) can be scored."
+            f"{requests.invalid[0].error} None of the {len(requests.invalid)} requests (data.requests) can be scored."
         )
     return requests
 
@@ -144,10 +146,10 @@ def parse_requests(
     """Requests of lines of a file, each with the place where it stands.
 
     What is no request, names an item that is neither known nor has a title, or has the request_id of another one, is
-    in `refused`.
+    in `invalid`.
     """
     catalogue = Catalogue(interactions.items)
-    requests, refused, places = list[RankRequest](), list[Refused](), dict[str, str]()
+    requests, invalid, places = list[RankRequest](), list[InvalidRequest](), dict[str, str]()
     for place, (at, line) in enumerate(lines):
         name, candidates = at, tuple[str, ...]()
         try:
@@ -169,10 +171,10 @@ def parse_requests(
             # 2. what it asks
             requests.append(catalogue.resolve(request_of(record)))
         except (DataError, RecursionError) as error:
-            refused.append(Refused(place, name, candidates, f"{file}, {at}: {error}"))
-    if not requests and not refused:
+            invalid.append(InvalidRequest(place, name, candidates, f"{file}, {at}: {error}"))
+    if not requests and not invalid:
         raise DataError(f"{file} (data.requests) holds no request; expected lines such as {EXAMPLE}.")
-    return Requests(requests, catalogue.table(), catalogue.codes, tuple(refused))
+    return Requests(requests, catalogue.table(), catalogue.codes, tuple(invalid))
 
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
@@ -191,7 +193,7 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
 
 def _record(line: bytes | dict[str, Any]) -> dict[str, Any]:
     """The request of a line, as JSON has it."""
-    if isinstance(line, dict):
+    if isinstance(line, dict):  # a row of Parquet
         return line
     try:
         record = json.loads(line.decode())
@@ -208,6 +210,7 @@ def _record(line: bytes | dict[str, Any]) -> dict[str, Any]:
 def request_of(record: Mapping[str, Any]) -> RankRequest:
     """The request of an object of JSON; `DataError` names the field that is wrong."""
     check_names(record, KEYS, "unknown key")
+    # types; `RankRequest` checks values
     user, rows, candidates = record.get("user_id"), record.get("history"), record.get("candidates")
     if (user is None) == (rows is None):
         raise DataError(f"expected either user_id or a history, found {shown(record)}.")
@@ -241,6 +244,7 @@ def item_of(value: Any) -> str | Item:
     """An item as JSON has it: an id, or an object with an item_id or a title, and other columns of the items table."""
     if not isinstance(value, dict):
         return text_of("item_id", value).strip()
+    # Parquet has null in columns that only other rows fill
     texts = {name: text_of(name, given) for name, given in value.items() if given is not None}
     item = Item(texts.pop("item_id", "").strip(), texts.pop("title", ""), tuple(texts.items()))
     if not (item.item_id or item.title.strip()):
@@ -296,10 +300,10 @@ def without_long(requests: Requests, encoder: PromptEncoder, context_tokens: int
     if lengths.max(initial=0) <= context_tokens:
         return requests
     kept = list[RankRequest]()
-    refused = {one.place: one for one in requests.refused}
+    invalid = {one.place: one for one in requests.invalid}
     usable = iter(requests.requests)
-    for place in range(len(requests.requests) + len(refused)):
-        if place in refused:
+    for place in range(len(requests.requests) + len(invalid)):
+        if place in invalid:
             continue
         request = next(usable)
         candidates = tuple(map(id_of, request.candidates))
@@ -311,8 +315,8 @@ def without_long(requests: Requests, encoder: PromptEncoder, context_tokens: int
             continue
         problem = _too_long(longest, tokens, context_tokens)
         error = f"request {request.request_id!r}: {problem}. Give it a shorter title."
-        refused[place] = Refused(place, request.request_id, candidates, error)
-    return replace(requests, requests=kept, refused=tuple(refused[place] for place in sorted(refused)))
+        invalid[place] = InvalidRequest(place, request.request_id, candidates, error)
+    return replace(requests, requests=kept, invalid=tuple(invalid[place] for place in sorted(invalid)))
 
 
 # Requests as streams
@@ -472,7 +476,7 @@ def concatenate(workloads: Sequence[Workload]) -> Workload:
 
 
 def _targets(split: SplitInteractions, part: str) -> pl.DataFrame:
-    """Targets of test or of a fold; a fold whose requests would read rows of test is refused."""
+    """Targets of test or of a fold; `ConfigError` where a fold's requests would read rows of test."""
     parts = (*FOLDS, "test")
     if part not in parts:
         raise ConfigError(f"expected requests of one of {', '.join(parts)}, found {part!r}")

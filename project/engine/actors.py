@@ -64,7 +64,7 @@ def run_actors(
     names, cut = [str(file) for file in files], folder / ".requests"
     if files[0].suffix == ".parquet":
         rows = ray.data.read_parquet(names)
-    else:  # latin-1 keeps bytes as they are, so that a line that is no UTF-8 is refused alone
+    else:  # latin-1 keeps bytes as they are, so that a line that is no UTF-8 is invalid alone
         rows = ray.data.read_text(names, encoding="latin-1")
     for left in folder.glob(".*"):  # by a call that was stopped
         shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -19,7 +19,7 @@ from project.data.download import resolve_model
 from project.data.prompt import PromptEncoder
 from project.data.requests import (
     Catalogue,
-    Refused,
+    InvalidRequest,
     Requests,
     read_requests,
     request_of,
@@ -65,8 +65,10 @@ def load_weights(
     labels of the log, their rows must be unseen (`check_reads`). A module without a backbone gets one.
     """
     content = read_checkpoint(checkpoint)
+    # 1. what will be scored is what the run was trained to read
     if data is not None:
         check_reads(content.get("reads"), data, compared)
+    # 2. a backbone, then the weights that training has changed
     if model.backbone is None:
         backbone = Backbone.from_pretrained(resolve_model(model.backbone_name), num_layers=model.depth)
         model.set_backbone(backbone, tokenizer)
@@ -101,6 +103,8 @@ class Run:
         plan: Who leaves where.
         certificate: What a result file says of the plan's promise; None where there is none.
     """
+
+    # `score` and `score_after_log` are the Python API; `write` is the command `predict --engine early_exit`
 
     def __init__(
         self, model: ExitRecommender, data: InteractionData, plan: ExitPlan, certificate: Any = None
@@ -160,24 +164,26 @@ class Run:
         return table.filter((rank <= most_of).fill_null(True)) if most else table
 
     def score_part(
-        self, requests: Requests, part: Sequence[RankRequest | Refused]
+        self, requests: Requests, part: Sequence[RankRequest | InvalidRequest]
     ) -> tuple[pl.DataFrame, Counter[str]]:
         """`early_exit_table` of some of the requests, which fit into memory together, and what was counted."""
+        # 1. valid requests go through the engine, invalid ones get NaN and their error; the order stays
         usable = [request for request in part if isinstance(request, RankRequest)]
-        some = replace(requests, requests=usable, refused=())
+        some = replace(requests, requests=usable, invalid=())
         prepared = prepare_requests(self.model, self.data, some) if usable else []
         scores = iter(self.engine.score(prepared).requests)
         found = [
             Scored.failed(r.request_id, len(r.candidates), r.error)
-            if isinstance(r, Refused)
+            if isinstance(r, InvalidRequest)
             else next(scores)
             for r in part
         ]
+        # 2. what `print_counts` says
         scored = [one for one in found if one.error is None]
         counts = Counter(
             candidates=sum(len(one.logits) for one in scored),
             scored=len(scored),
-            refused=len(found) - len(scored),
+            invalid=len(found) - len(scored),
             tokens=sum(len(r.stream) + len(r.candidates.values) for r in prepared),
             token_layers=sum(one.token_layers for one in found),
         )
@@ -188,7 +194,7 @@ class Run:
 
         It is made part by part, and is there when all of them are.
         """
-        files = list[Path]()
+        files = list[Path]()  # a part each, in a folder that is removed whatever happens
         counts = Counter[str]()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
@@ -261,28 +267,28 @@ def run_early_exit(
 
 
 def with_room(requests: Requests, data: InteractionData) -> Requests:
-    """The same requests, those refused whose prompts are too long."""
+    """The same requests; those whose prompts are too long are invalid."""
     encoder = PromptEncoder(data.tokenizer, data.prompt, requests.items)
     return without_long(requests, encoder, data.context_tokens)
 
 
 def print_counts(counts: Mapping[str, int], plan: ExitPlan, path: Path) -> None:
     """Say what was scored, and where it is."""
-    note = f" ({counts['refused']} more refused, see the column error)" if counts["refused"] else ""
+    note = f" ({counts['invalid']} more invalid, see the column error)" if counts["invalid"] else ""
     Console().print(
         f"{counts['candidates']} candidates of {counts['scored']} requests scored{note} with "
         f"{counts['token_layers']:,} token-layers of {plan.layers[-1] * counts['tokens']:,}: {path}"
     )
 
 
-def parts_of(requests: Requests, candidates: int) -> Iterator[list[RankRequest | Refused]]:
+def parts_of(requests: Requests, candidates: int) -> Iterator[list[RankRequest | InvalidRequest]]:
     """All requests in their order, cut behind the one that reaches so many candidates."""
-    refused = {r.place: r for r in requests.refused}
+    invalid = {r.place: r for r in requests.invalid}
     usable = iter(requests.requests)
-    part = list[RankRequest | Refused]()
+    part = list[RankRequest | InvalidRequest]()
     size = 0  # candidates of the part
-    for place in range(len(requests.requests) + len(refused)):
-        part.append(refused.get(place) or next(usable))
+    for place in range(len(requests.requests) + len(invalid)):
+        part.append(invalid.get(place) or next(usable))
         size += len(part[-1].candidates)
         if size >= candidates:
             yield part
@@ -291,7 +297,7 @@ def parts_of(requests: Requests, candidates: int) -> Iterator[list[RankRequest |
         yield part
 
 
-def early_exit_table(asked: Sequence[RankRequest | Refused], scored: Sequence[Scored]) -> pl.DataFrame:
+def early_exit_table(asked: Sequence[RankRequest | InvalidRequest], scored: Sequence[Scored]) -> pl.DataFrame:
     """One row a candidate, in the order of the requests; one row for an invalid request that has no candidate.
 
     What could not be scored has NaN, exit layer -1 and an error.

@@ -236,26 +236,26 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
 
 
 @router.post("/v1/rank")
-async def rank(body: shapes.RankBody, request: Request, desk: Here) -> shapes.RankAnswer:
+async def rank(body: shapes.RankBody, request: Request, desk: Here) -> shapes.RankResponse:
     """Candidates of a user, best first, with exit layers and the features behind each score."""
-    return shapes.rank_answer(await desk.rank(body.request(request.state.id)), body.top_n)
+    return shapes.rank_response(await desk.rank(body.request(request.state.id)), body.top_n)
 
 
 @router.post("/v1/rerank", response_model_exclude_none=True)
 @router.post("/v2/rerank", response_model_exclude_none=True)
-async def cohere(body: shapes.CohereBody, request: Request, desk: Here) -> shapes.CohereAnswer:
+async def cohere(body: shapes.CohereBody, request: Request, desk: Here) -> shapes.CohereResponse:
     """Cohere's rerank."""
-    return shapes.cohere_answer(body, await desk.rank(body.request(body.documents, request.state.id)))
+    return shapes.cohere_response(body, await desk.rank(body.request(body.documents, request.state.id)))
 
 
 @router.post("/rerank", response_model_exclude_none=True)
 async def rerank(
     body: shapes.RerankBody, request: Request, desk: Here
-) -> shapes.CohereAnswer | list[shapes.TeiResult]:
+) -> shapes.CohereResponse | list[shapes.TeiResult]:
     """Cohere's rerank, or TEI's, which has `texts`."""
     if isinstance(body, shapes.CohereBody):
         return await cohere(body, request, desk)
-    return shapes.tei_answer(body, await desk.rank(body.request(body.texts, request.state.id)))
+    return shapes.tei_response(body, await desk.rank(body.request(body.texts, request.state.id)))
 
 
 # 2. Events

@@ -160,6 +160,7 @@ class Queried(Options):
 
     def request(self, texts: Sequence[str | Document], name: str) -> RankRequest:
         """A text is an item id, a known title, or the title of a new item; a query nobody's id is a liked item."""
+        # 1. candidates: by their texts, and by ids where the client knows them
         items = [Item(title=text) if isinstance(text, str) else text.item() for text in texts]
         if self.item_ids is not None:
             if len(self.item_ids) != len(items):
@@ -167,6 +168,7 @@ class Queried(Options):
                     f"item_ids has {len(self.item_ids)} ids for {len(items)} texts; give one each."
                 )
             items = [item._replace(item_id=one) for item, one in zip(items, self.item_ids, strict=True)]
+        # 2. who asks: a user that the client names, else the query, a user or a text that somebody liked
         liked = [HistoryRow(Item(title=self.query), 1)] if self.query.strip() else []
         user, history = (self.user_id, None) if self.user_id else (self.query, liked)
         return RankRequest(user, history, items, self.deadline, request_id=name)
@@ -195,7 +197,7 @@ RerankBody = Annotated[
 """`/rerank` is Cohere's and TEI's; they differ in a key."""
 
 
-# Answers
+# Responses
 
 
 class Usage(BaseModel, from_attributes=True):
@@ -216,7 +218,7 @@ class RankedItem(BaseModel):
     why: dict[str, float]
 
 
-class RankAnswer(BaseModel):
+class RankResponse(BaseModel):
     """Candidates by probability, best first. `late`: the deadline cut it; `full_depth`: the drift alarm is on."""
 
     id: str
@@ -237,7 +239,7 @@ class CohereResult(BaseModel):
     document: dict[str, str] | None = None
 
 
-class CohereAnswer(BaseModel):
+class CohereResponse(BaseModel):
     """Documents by score, best first."""
 
     id: str
@@ -260,7 +262,7 @@ def best_first(found: Scored, top_n: int | None = None) -> list[int]:
     return order[:top_n]
 
 
-def rank_answer(found: Scored, top_n: int | None) -> RankAnswer:
+def rank_response(found: Scored, top_n: int | None) -> RankResponse:
     """Our own."""
     chance = found.probabilities.tolist()
     layer = found.exit_layers.tolist()
@@ -276,7 +278,7 @@ def rank_answer(found: Scored, top_n: int | None) -> RankAnswer:
         )
         for k in best_first(found, top_n)
     ]
-    return RankAnswer(
+    return RankResponse(
         id=found.request_id,
         model=found.run,
         items=items,
@@ -287,7 +289,7 @@ def rank_answer(found: Scored, top_n: int | None) -> RankAnswer:
     )
 
 
-def cohere_answer(body: CohereBody, found: Scored) -> CohereAnswer:
+def cohere_response(body: CohereBody, found: Scored) -> CohereResponse:
     """Cohere's, for both versions."""
     sent = [d if isinstance(d, str) else d.title or "" for d in body.documents]
     shown = [{"text": text} if body.return_documents else None for text in sent]
@@ -298,10 +300,10 @@ def cohere_answer(body: CohereBody, found: Scored) -> CohereAnswer:
         for k in best_first(found, body.top_n)
     ]
     usage = Usage.model_validate(found)
-    return CohereAnswer(id=found.request_id, model=found.run, results=results, usage=usage)
+    return CohereResponse(id=found.request_id, model=found.run, results=results, usage=usage)
 
 
-def tei_answer(body: TeiBody, found: Scored) -> list[TeiResult]:
+def tei_response(body: TeiBody, found: Scored) -> list[TeiResult]:
     """TEI's; raw scores are logits."""
     scores = (found.logits if body.raw_scores else found.probabilities).tolist()
     texts = body.texts if body.return_text else [None] * len(body.texts)
@@ -343,6 +345,7 @@ class GorseFeedback(BaseModel):
 
         `positive` and `read` are Gorse's positive_feedback_types and read_feedback_types, such as "star, read>=3".
         """
+        # 1. yes or no
         likes = self._is_one_of(positive)
         if not likes and self.FeedbackType not in re.findall(r"[^\s,<>=]+", read):
             raise DataError(
@@ -350,6 +353,7 @@ class GorseFeedback(BaseModel):
                 f"Gorse's positive_feedback_types as --gorse_positive (now {positive!r}), its read_feedback_types as "
                 f"--gorse_read (now {read!r})."
             )
+        # 2. its name and time
         at = self.Timestamp
         named = "\0".join(map(str, (self.FeedbackType, self.UserId, self.ItemId, at or "")))
         # without a time it is now; Gorse's year 1 is none
@@ -372,6 +376,7 @@ class GorseFeedback(BaseModel):
 
 def labelled(events: Sequence[EventBody], rule: str | None) -> list[Event]:
     """Events with the label that the run's protocol gives them; a label of their own comes first."""
+    # 1. what cannot be labelled
     latest = time.time() + AHEAD
     for k, event in enumerate(events):
         where = f"event {k} ({event.event_id!r})"
@@ -381,6 +386,7 @@ def labelled(events: Sequence[EventBody], rule: str | None) -> list[Event]:
             raise DataError(f"{where} has neither rating nor label; give one.")
         if event.label is None and rule is None:
             raise DataError(f"{where} has a rating, but this run's log has labels 0 and 1; give a label.")
+    # 2. the rule, for events without a label of their own
     ratings = pl.DataFrame(
         {"rating": [e.rating for e in events], "label": [e.label for e in events]},
         schema={"rating": pl.Float64, "label": pl.Int8},

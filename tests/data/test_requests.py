@@ -1,4 +1,4 @@
-"""Requests are read line by line: what is no request is refused alone, what is one is read whole."""
+"""Requests are read line by line: what is no request is invalid alone, what is one is read whole."""
 
 from __future__ import annotations
 
@@ -81,22 +81,22 @@ NOT_THERE = [B | {"candidates": []}, B | {"candidates": ["i1", "zzz"]}, past(ite
     ],
 )
 def test_bad_requests(record: Any, words: list[str], logs: Interactions, tmp_path: Path) -> None:
-    """A line that is no request is refused alone, with its file and line; others are read as without it."""
+    """A line that is no request is invalid alone, with its file and line; others are read as without it."""
     c = A | {"request_id": "c"}
     found, plain = read(logs, tmp_path, A, record, c), read(logs, tmp_path, A, c)
     assert (found.requests, found.codes) == (plain.requests, plain.codes)
     assert found.items.equals(plain.items)
-    (refused,) = found.refused
-    assert refused.place == 1
-    assert all(word in refused.error for word in ["requests.jsonl", "line 2", *words]), refused.error
+    (invalid,) = found.invalid
+    assert invalid.place == 1
+    assert all(word in invalid.error for word in ["requests.jsonl", "line 2", *words]), invalid.error
     if record in NOT_THERE:
-        assert (refused.request_id, refused.candidates) == ("b", tuple(record["candidates"]))
+        assert (invalid.request_id, invalid.candidates) == ("b", tuple(record["candidates"]))
     else:
-        assert refused.request_id not in ("a", "c")
+        assert invalid.request_id not in ("a", "c")
 
 
 def test_files_without_a_request(logs: Interactions, tmp_path: Path) -> None:
-    """No file, an absent file, an empty one, one that is no Parquet, and one of refused requests are told apart."""
+    """No file, an absent file, an empty one, one that is no Parquet, and one of invalid requests are told apart."""
     (tmp_path / "a.parquet").write_text("no")
     (tmp_path / "empty.jsonl").write_text("")
     for file, words in (
@@ -155,7 +155,7 @@ def test_values_of_the_items_table(logs: Interactions, tmp_path: Path) -> None:
 def test_a_mutated_line_never_ends_the_file(
     data: st.DataObject, logs: Interactions, tmp_path_factory: Any
 ) -> None:
-    """Some bytes of a line are others: it is read or refused, and the next line is read."""
+    """Some bytes of a line are others: it is read or invalid, and the next line is read."""
     history = [ROW | {"time": 5}, {"item_id": "n", "title": "a dog", "label": 0, "time": 6.5}]
     asked = {"request_id": "a", "history": history, "time": 9, "candidates": ["i2", {"item_id": "n"}]}
     mutated = bytearray(json.dumps(asked).encode())
@@ -167,10 +167,10 @@ def test_a_mutated_line_never_ends_the_file(
     file.write_bytes(bytes(mutated) + b'\n{"request_id": "z", "user_id": "u1", "candidates": ["i1"]}')
     found = read_requests(str(file), logs)
     assert names(found)[-1] == "z"
-    assert len(found.requests) + len(found.refused) <= 2
+    assert len(found.requests) + len(found.invalid) <= 2
 
 
-def test_a_request_with_a_long_title_is_refused_alone(logs: Interactions, tmp_path: Path) -> None:
+def test_a_request_with_a_long_title_is_invalid_alone(logs: Interactions, tmp_path: Path) -> None:
     """As candidate or in the history; who asks for items that fit is served. Nobody left is an error."""
     new = {"item_id": "new", "title": "x" * 200}
     records = [
@@ -183,8 +183,8 @@ def test_a_request_with_a_long_title_is_refused_alone(logs: Interactions, tmp_pa
     encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment="{title}:"), requests.items)
     found, tokens = without_long(requests, encoder, 100), 200 + len("I\n: yes")
     assert names(found) == ["fits"]
-    assert [(r.place, r.request_id) for r in found.refused] == [(0, "unknown"), (1, "long"), (3, "past")]
-    assert f"request 'long': The prompt of item 'new' alone has {tokens} tokens" in found.refused[1].error
+    assert [(r.place, r.request_id) for r in found.invalid] == [(0, "unknown"), (1, "long"), (3, "past")]
+    assert f"request 'long': The prompt of item 'new' alone has {tokens} tokens" in found.invalid[1].error
     assert without_long(requests, encoder, tokens) is requests
     with pytest.raises(DataError, match="None of the 1 requests"):
         some_usable(without_long(read(logs, tmp_path, records[1]), encoder, 100))

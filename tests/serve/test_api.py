@@ -1,22 +1,17 @@
-"""docs/python.md is run as it stands, on the tiny world; its scores are those of `predict` and of the server."""
+"""docs/python.md is run as it stands, on the tiny world."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
-from world import given
 
 from project.api import Run, open_run
 from project.errors import DataError
-from project.request import HistoryRow, Item, RankRequest
-from project.serve.ranker import Ranker
+from project.request import Item, RankRequest
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ["request_id", "candidate_index", "item_id", "exit_layer", "adaptive_logit", "probability", "error"]
@@ -69,37 +64,6 @@ def test_the_document(
     )
     assert found["best"]["probability"].to_list() == [whole["probability"].max()]
     assert (tmp_path / "runs/mine/version_0/results/fit.json").is_file()
-
-
-def test_one_request_three_ways(
-    opened: Run, ranker: Ranker, served_run: Path, run: Callable[..., None], tmp_path: Path
-) -> None:
-    """Python, `predict` and the server's ranker: the same to 1e-6; alone, in company, cold, cached and evicted."""
-    asked = [
-        RankRequest("u1", None, ["i3", Item(title="a dog at sea")]),
-        RankRequest("nobody", None, ["i1"]),
-        RankRequest(None, [HistoryRow(f"i{k}", k % 2) for k in (7, 1, 4)], ["i9", "i2"]),
-    ]
-    lines = [
-        {"user_id": "u1", "candidates": ["i3", {"title": "a dog at sea"}]},
-        {"user_id": "nobody", "candidates": ["i1"]},
-        {"history": [{"item_id": f"i{k}", "label": k % 2} for k in (7, 1, 4)], "candidates": ["i9", "i2"]},
-    ]
-    path = tmp_path / "requests.jsonl"
-    path.write_text("\n".join(json.dumps({"request_id": str(k)} | line) for k, line in enumerate(lines)))
-    run("predict", *given(served_run), "--data.requests", path, "--engine", "early_exit")
-    expected = pl.read_parquet(served_run / "scores" / "predict-early_exit.parquet")
-    ways = [opened.score_after_log(asked)["probability"]]
-    ways.append(pl.concat(opened.score_after_log(one)["probability"] for one in asked))
-    evicting = Ranker.load(served_run, cache_mib=0, audit_share=0.0)
-    for made in (ranker, ranker, evicting):
-        together = made.rank_after_log(asked)
-        alone = [made.rank_after_log([one])[0] for one in asked]
-        ways += [
-            pl.Series(np.concatenate([one.probabilities for one in found])) for found in (together, alone)
-        ]
-    for way in ways:
-        np.testing.assert_allclose(way.to_numpy(), expected["probability"].to_numpy(), rtol=0, atol=1e-6)
 
 
 def test_a_backtest_reads_strictly_earlier_rows(opened: Run, tiny_logs: Path) -> None:

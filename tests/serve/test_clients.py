@@ -37,7 +37,7 @@ def test_clients_get_the_rankers_scores(
         post = http.post
 
         def close(scores: dict[int, float]) -> bool:
-            return bool(np.allclose([scores[k] for k in range(len(ids))], expected, atol=1e-4, rtol=0))
+            return bool(np.allclose([scores[k] for k in range(len(ids))], expected, atol=1e-6, rtol=0))
 
         # 1. Cohere's
         more = {"additional_body_parameters": {"user_id": "u1", "item_ids": ids}}

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from world import given
 
+from project.api import open_run
 from project.data.requests import request_of
 from project.export import export
 from project.request import HistoryRow, Item, RankRequest, Scored
@@ -52,21 +53,25 @@ def close(found: Scored, expected: Scored) -> None:
 def test_scores_are_those_of_predict(
     ranker: Ranker, served_run: Path, run: Callable[..., None], tmp_path: Path
 ) -> None:
-    """Known, unseen and anonymous users, items that requests bring, a history beyond the window: alone and together."""
+    """Known, unseen and anonymous users, items that requests bring, a history beyond the window, one without times.
+
+    From Python and by the ranker, alone and together, cold, cached and evicted: to 1e-6.
+    """
     path = tmp_path / "requests.jsonl"
     path.write_text("\n".join(json.dumps(r | {"request_id": str(k)}) for k, r in enumerate(REQUESTS)))
     run("predict", *given(served_run), "--data.requests", path, "--engine", "early_exit")
     scores = pl.read_parquet(served_run / "scores" / "predict-early_exit.parquet")
+    assert scores["error"].null_count() == len(scores)
     requests = [asked(record) for record in REQUESTS]
-    together = ranker.rank_after_log(requests)
-    again = [ranker.rank_after_log([request])[0] for request in requests]  # prefixes are cached now
-    for k, answers in enumerate(zip(together, again, strict=True)):
-        expected = scores.filter(pl.col("request_id") == str(k))
-        assert expected["error"].null_count() == len(expected)
-        for answer in answers:
-            assert answer.error is None
-            np.testing.assert_array_equal(answer.exit_layers, expected["exit_layer"])
-            np.testing.assert_allclose(answer.probabilities, expected["probability"], rtol=0, atol=1e-4)
+    ways = [open_run(served_run).score_after_log(requests)["probability"].to_numpy()]
+    for made in (ranker, ranker, Ranker.load(served_run, cache_mib=0, audit_share=0.0)):
+        alone = [made.rank_after_log([request])[0] for request in requests]
+        for found in (alone, made.rank_after_log(requests)):
+            ways.append(np.concatenate([one.probabilities for one in found]))
+            layers = np.concatenate([one.exit_layers for one in found])
+            np.testing.assert_array_equal(layers, scores["exit_layer"])
+    for way in ways:
+        np.testing.assert_allclose(way, scores["probability"], rtol=0, atol=1e-6)
     assert len(set(scores["exit_layer"])) >= 3
 
 
