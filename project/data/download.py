@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 from rich.console import Console
-from transformers.utils import logging as library_logging
 
 from project.cache import default_cache, remove_orphans
 from project.errors import SourceError
@@ -265,6 +264,8 @@ def resolve_model(name: str) -> str:
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silence transformers inside; its verbosity and its bar are as before afterwards."""
+    from transformers.utils import logging as library_logging  # slow to import
+
     verbosity, bar = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
     library_logging.set_verbosity(logging.ERROR)
     library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

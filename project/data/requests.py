@@ -149,9 +149,12 @@ def parse_requests(
     in `invalid`.
     """
     catalogue = Catalogue(interactions.items)
-    requests, invalid, places = list[RankRequest](), list[InvalidRequest](), dict[str, str]()
+    requests = list[RankRequest]()
+    invalid = list[InvalidRequest]()
+    places = dict[str, str]()  # request_id -> where it stands
     for place, (at, line) in enumerate(lines):
-        name, candidates = at, tuple[str, ...]()
+        name = at
+        candidates = tuple[str, ...]()
         try:
             record = _record(line)
             # 1. what names it in results, whatever else is wrong with it
@@ -211,7 +214,9 @@ def request_of(record: Mapping[str, Any]) -> RankRequest:
     """The request of an object of JSON; `DataError` names the field that is wrong."""
     check_names(record, KEYS, "unknown key")
     # types; `RankRequest` checks values
-    user, rows, candidates = record.get("user_id"), record.get("history"), record.get("candidates")
+    user = record.get("user_id")
+    rows = record.get("history")
+    candidates = record.get("candidates")
     if (user is None) == (rows is None):
         raise DataError(f"expected either user_id or a history, found {shown(record)}.")
     if not isinstance(candidates, list):
@@ -281,7 +286,8 @@ def check_streams(streams: Streams, split: SplitInteractions, context_tokens: in
     """Raise `ConfigError` if a row's segment, or a list of what similar users liked, has no room in a window."""
     lengths = streams.tokens.lengths[:-1] + streams.tokens.lengths[-1]
     longest = int(lengths.argmax())
-    row_id, tokens = int(streams.row_id[longest]), int(lengths[longest])
+    row_id = int(streams.row_id[longest])
+    tokens = int(lengths[longest])
     if tokens <= context_tokens:
         return
     if row_id < 0:
@@ -340,10 +346,14 @@ def request_streams(
     log = split.rows.filter(answered(split.rows), pl.col("user").is_in(sorted(asked)))
     log = log.select("user", "item", "row_id", "timestamp", "label").join(retrieved, on="row_id")
     log = log.sort("user", "row_id")
-    of_user, times = log["user"].to_numpy(), log["timestamp"].to_numpy()
+    of_user = log["user"].to_numpy()  # (rows,) ascending
+    times = log["timestamp"].to_numpy()  # (rows,) ascending inside a user
     end = float(split.rows["timestamp"].max())  # type: ignore[arg-type]
-    known, fresh = [], []
-    row_id = 0
+    known = list[pl.DataFrame]()  # rows of the log, a table a request
+    fresh = list[
+        tuple[Any, ...]
+    ]()  # rows outside it: (stream, user, item, row_id, timestamp, label, candidate)
+    row_id = 0  # of the next candidate
     for stream, request in enumerate(requests.requests):
         time = request.asked_at(end)
         user = users.get(request.user_id or "", len(users) + stream)
@@ -421,9 +431,12 @@ def catalogue_requests(
     rated = {user: rows for (user,), rows in past.group_by("user", maintain_order=True)}
     ids = split.interactions.items["item_id"].to_list()
     user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())
-    requests, rows = list[RankRequest](), list[tuple[Any, ...]]()
+    requests = list[RankRequest]()
+    rows = list[tuple[Any, ...]]()  # as `SCHEMA`
     for row in targets[drawn].iter_rows(named=True):
-        user, time, request_id = row["user"], row["timestamp"], f"catalogue/{part}/{row['row_id']}"
+        user = row["user"]
+        time = row["timestamp"]
+        request_id = f"catalogue/{part}/{row['row_id']}"
         # 1. candidates
         rng = np.random.default_rng([seed, row["row_id"]])
         earlier = rated[user].filter(pl.col("timestamp") < time)
@@ -433,17 +446,15 @@ def catalogue_requests(
         place = int(rng.integers(len(others) + 1))
         listed = tuple(ids[item] for item in np.insert(others, place, row["item"]))
         # 2. answers: that of the target alone is known
-        for k in range(len(listed)):
-            known = (row["label"], row["row_id"]) if k == place else (None, None)
-            rows.append((request_id, k, user, *known))
-        # 3. history
-        if history is None:
-            asked = RankRequest(user_ids[user], None, listed, time=time, request_id=request_id)
-            requests.append(asked)
-        else:
+        known = {place: (row["label"], row["row_id"])}
+        rows += [(request_id, k, user, *known.get(k, (None, None))) for k in range(len(listed))]
+        # 3. history: the user's in the log, or the latest rows of it that the request brings
+        brought: tuple[HistoryRow, ...] | None = None
+        if history is not None:
             latest = earlier.tail(history).select("item", "label", "timestamp").iter_rows()
             brought = tuple(HistoryRow(ids[item], label, at) for item, label, at in latest)
-            requests.append(RankRequest(None, brought, listed, time=time, request_id=request_id))
+        who = user_ids[user] if brought is None else None
+        requests.append(RankRequest(who, brought, listed, time=time, request_id=request_id))
     return _workload(split, requests, rows)
 
 
@@ -456,14 +467,18 @@ def labelled_requests(split: SplitInteractions, part: str, candidates: int, mini
     targets = _targets(split, part).unique(["user", "item"], keep="first", maintain_order=True)
     ids = split.interactions.items["item_id"].to_list()
     user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())
-    requests, rows = list[RankRequest](), list[tuple[Any, ...]]()
+    requests = list[RankRequest]()
+    rows = list[tuple[Any, ...]]()  # as `SCHEMA`
     for own in targets.partition_by("user", maintain_order=True):
         if own.height >= minimum:
-            user, time, shown = int(own["user"][0]), own["timestamp"][0], own.head(candidates)
-            request_id, listed = f"labelled/{part}/{user}", tuple(ids[item] for item in shown["item"])
+            user = int(own["user"][0])
+            time = own["timestamp"][0]
+            first = own.head(candidates)
+            request_id = f"labelled/{part}/{user}"
+            listed = tuple(ids[item] for item in first["item"])
             asked = RankRequest(user_ids[user], None, listed, time=time, request_id=request_id)
             requests.append(asked)
-            answers = enumerate(shown.select("label", "row_id").iter_rows())
+            answers = enumerate(first.select("label", "row_id").iter_rows())
             rows += [(request_id, k, user, label, row_id) for k, (label, row_id) in answers]
     return _workload(split, requests, rows) if requests else None
 

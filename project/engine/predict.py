@@ -292,7 +292,8 @@ def parts_of(requests: Requests, candidates: int) -> Iterator[list[RankRequest |
         size += len(part[-1].candidates)
         if size >= candidates:
             yield part
-            part, size = [], 0
+            part = []
+            size = 0
     if part:
         yield part
 

@@ -51,7 +51,9 @@ class Ranker:
     full_depth = False  # set by the drift alarm: nobody leaves early
 
     def __init__(self, folder: Path, run: Run, cache_mib: int, audit_share: float) -> None:
-        model, data, plan = run.model, run.data, run.plan
+        model = run.model
+        data = run.data
+        plan = run.plan
         assert model.backbone is not None
         self._model = model
         self._data = data
@@ -171,7 +173,8 @@ class Ranker:
         if self._text_vectors is None:
             return
         embed: Any = self._model.backbone.embed_tokens  # type: ignore[union-attr]
-        start, stop = int(new["item"][0]), int(new["item"][-1]) + 1
+        start = int(new["item"][0])
+        stop = int(new["item"][-1]) + 1
         if stop > len(embed.items):
             more = embed.items.new_zeros(max(ROOM, stop), embed.items.shape[1])
             embed.know(torch.cat([embed.items, more]))
@@ -187,7 +190,8 @@ class Ranker:
         """A user's history, the log's rows and then events: item_id, title, label and time."""
         if user_id not in self._users:
             return []
-        ids, titles = self._items["item_id"], self._items["title"]
+        ids = self._items["item_id"]
+        titles = self._items["title"]
         rows = self._history(self._users[user_id]).rows
         return [{"item_id": ids[i], "title": titles[i], "label": y, "time": t} for i, y, t in rows]
 
@@ -271,15 +275,17 @@ class Ranker:
         limit = self._data.context_tokens
         now = request.asked_at(self._index.latest)
         candidates = np.array([codes[id_of(item)] for item in request.candidates])  # (n,)
-        if request.user_id in self._users or request.history is None:
+        known = request.user_id in self._users
+        if known or request.history is None:
             # 1. the history of a user: the log's rows and events; somebody unknown has none
             user = self._users.get(request.user_id or "", self._index.guest)
-            history = self._history(user) if request.user_id in self._users else History()
+            history = self._history(user) if known else History()
             found = self._index.retrieved(user, candidates, None, items, now)
             longest = 0  # what the log has was checked
         else:
             # 2. a history of its own, whose rows are answered with the candidates
-            user, history = self._index.guest, History()
+            user = self._index.guest
+            history = History()
             past = in_time([(codes[item], label, at) for item, label, at in request.past(now)])
             found = self._index.retrieved(user, candidates, past, items, now)
             item, label = np.array([row[:2] for row in past], np.int64).reshape(-1, 2).T
@@ -303,7 +309,7 @@ class Ranker:
             until_slots(segments.tokens, segments.slots),
             exit_0_of(self._baseline, numbers),
             numbers,
-            request.user_id if history.rows else None,
+            request.user_id if known else None,  # a history that a request brings is not kept
             np.inf if request.deadline is None else request.deadline,
         )
         return prepared, found

@@ -169,9 +169,10 @@ class Queried(Options):
                 )
             items = [item._replace(item_id=one) for item, one in zip(items, self.item_ids, strict=True)]
         # 2. who asks: a user that the client names, else the query, a user or a text that somebody liked
+        if self.user_id:
+            return RankRequest(self.user_id, None, items, self.deadline, request_id=name)
         liked = [HistoryRow(Item(title=self.query), 1)] if self.query.strip() else []
-        user, history = (self.user_id, None) if self.user_id else (self.query, liked)
-        return RankRequest(user, history, items, self.deadline, request_id=name)
+        return RankRequest(self.query, liked, items, self.deadline, request_id=name)
 
 
 class CohereBody(Queried):

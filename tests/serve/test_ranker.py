@@ -222,4 +222,9 @@ def test_a_history_without_times_counts_in_its_order(ranker: Ranker) -> None:
     timed = score([HistoryRow(item, label, 1000.0 + k) for k, (item, label) in enumerate(order)])
     other = score([HistoryRow(item, label) for item, label in order[::-1]])
     assert plain == pytest.approx(timed, abs=1e-6)
+    text = RankRequest("nobody", [HistoryRow(item, label) for item, label in order], ["i9"])
+    for _ in range(2):  # beside an unknown user_id it is read, and not kept
+        (found,) = ranker.rank_after_log([text])
+        assert found.cached is None
+        assert found.probabilities[0] == pytest.approx(plain, abs=1e-6)
     assert abs(plain - other) > 1e-4
