@@ -1,7 +1,7 @@
 """Whether the LLM ranks worse inside a user, or user-AUC says so: `frozen_history.py RUN OUT [USERS]` writes OUT.
 
-A test row reads the answers before it, those of seconds ago included. Of two rows of a user, one liked and one not, the
-later has read the earlier one's answer and leans towards it, so who learns from the last answer loses such pairs: the
+A test row reads the labels before it, those of seconds ago included. Of two rows of a user, one liked and one not, the
+later has read the earlier one's label and leans towards it, so who learns from the last label loses such pairs: the
 best forecaster of a user whose level is unknown says 1/2, then 2/3 after a like and 1/3 after a dislike, and has
 user-AUC 0. Here the same rows of a run are scored twice: as tested, and as candidates of one moment, the user's first
 test row, with the history frozen before it. AUCs are inside users, weighted by rows; differences to exit 0 are paired,

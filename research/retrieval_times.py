@@ -54,12 +54,12 @@ class Query:
     vector_of: Callable[[I64, I64], F32]  # items and labels, oldest first, to the vector (d,)
     rounds: list[list[float]] = field(default_factory=lambda: [[] for _ in range(ROUNDS)])
 
-    def measure(self, number: int, item: I64, label: I64, raters: Raters, answers: I64) -> None:
-        """Answer one request in round `number`: vector, nearest raters, and the mean of their answers."""
+    def measure(self, number: int, item: I64, label: I64, raters: Raters, labels: I64) -> None:
+        """One request in round `number`: vector, nearest raters, and the mean of their labels."""
         start = time.perf_counter()
         found = self.retriever.nearest(self.vector_of(item, label), raters)
         if found.row.size:
-            answers[found.row].mean()
+            labels[found.row].mean()
         self.rounds[number].append(time.perf_counter() - start)
 
     def milliseconds(self) -> F64:
@@ -83,13 +83,13 @@ class InTurns(Retriever):
     """Goes through the log as one retriever and hands every request to all queries, which are timed.
 
     Every request goes to all queries `ROUNDS` times in turn; the order rotates. No request is in block 0. Retrievers
-    share neighbours and max_raters; `answers` are labels by position in the log, shape (rows,).
+    share neighbours and max_raters; `labels` are labels by position in the log, shape (rows,).
     """
 
-    def __init__(self, retrievers: Mapping[str, VectorRetriever], queries: list[Query], answers: I64) -> None:
+    def __init__(self, retrievers: Mapping[str, VectorRetriever], queries: list[Query], labels: I64) -> None:
         first = next(iter(retrievers.values()))
         super().__init__(first.neighbours, first.max_raters)
-        self._retrievers, self._queries, self._answers = retrievers, queries, answers
+        self._retrievers, self._queries, self._labels = retrievers, queries, labels
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget everyone's past."""
@@ -115,11 +115,11 @@ class InTurns(Retriever):
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
         """Measure all queries on this request; what they find is not kept."""
-        items, labels = (np.array(part, np.int64) for part in self._past[user])
+        items, known = (np.array(part, np.int64) for part in self._past[user])
         for number in range(ROUNDS):
             turn = (self._requests + number) % len(self._queries)
             for query in self._queries[turn:] + self._queries[:turn]:
-                query.measure(number, items, labels, raters, self._answers)
+                query.measure(number, items, known, raters, self._labels)
         self._requests += 1
         return NO_NEIGHBOURS
 

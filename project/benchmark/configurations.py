@@ -81,7 +81,6 @@ class Configuration:
     runner: Engine | Library
     accuracy: dict[str, float | None] = field(default_factory=dict)  # of rows auc, of lists overlap
     most: int | None = None  # requests it is timed on, the first ones; None: all
-    rounds: int | None = None  # rounds it is timed in; None: all
     wall: list[list[float]] = field(default_factory=list)  # seconds, a list a round, an entry a request
     backbone: list[list[float]] = field(default_factory=list)  # the backbone's share of them
     scored: list[Scored] = field(default_factory=list)  # what the last round scored
@@ -99,23 +98,18 @@ class Configuration:
         found: F64 = np.median(np.array(seconds), axis=0)
         return found
 
-    def token_layers(self, requests: int | None = None) -> int:
-        """Of all requests it scored in a round, or of the first so many."""
-        return sum(s.token_layers for s in self.scored[:requests])
-
 
 def run_rounds(
     configurations: Sequence[Configuration], requests: Sequence[PreparedRequest], number: int
 ) -> None:
     """Round `number`, from 0: every request is scored by all in turn before the next one; who is first rotates."""
-    running = [c for c in configurations if c.rounds is None or len(c.wall) < c.rounds]
-    for configuration in running:
+    for configuration in configurations:
         configuration.wall.append([])
         configuration.backbone.append([])
         configuration.scored = []
     for k, request in enumerate(requests):
-        turn = (number + k) % len(running)
-        for configuration in running[turn:] + running[:turn]:
+        turn = (number + k) % len(configurations)
+        for configuration in (*configurations[turn:], *configurations[:turn]):
             if configuration.most is None or k < configuration.most:
                 configuration.score(request)
 
@@ -172,7 +166,7 @@ class Bench:
                 found += self._best_list(k, case.candidates, cache)
         # 5. transformers' own class, which has no adapters
         if self.model.lora is None and case.pointwise:
-            found.append(Configuration("pointwise", "full depth", Pointwise(self.model), most=2, rounds=2))
+            found.append(Configuration("pointwise", "full depth", Pointwise(self.model), most=2))
         if self.model.lora is None and case.candidates <= 64:
             shared = SharedPrefix(self.model, cached=case.prefix_cached)
             found.append(Configuration("shared_prefix", "full depth", shared, most=4))

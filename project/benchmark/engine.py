@@ -54,8 +54,8 @@ def configuration_row(
         over_static = bootstrap.ratio_interval(static_exit.typical(static_exit.wall)[:count], wall)
     # 2. token-layers; efficiency is backbone time saved over token-layers saved
     depths = np.concatenate([s.exit_layers for s in own.scored])
-    spent = own.token_layers()
-    saved = full.token_layers(count) / spent if spent else None
+    spent = sum(s.token_layers for s in own.scored)
+    saved = sum(s.token_layers for s in full.scored[:count]) / spent if spent else None
     faster = full.typical(full.backbone)[:count].sum() / own.typical(own.backbone).sum()
     # 3. the whole request, what comes before the engine included
     request_ms = None
@@ -67,13 +67,11 @@ def configuration_row(
         "engine": own.engine,
         "policy": own.policy,
         "requests": count,
-        "rounds": len(own.wall),
         "requests_per_s": count / float(wall.sum()),
         **{f"p{p}_ms": 1e3 * float(np.percentile(own.wall, p)) for p in (50, 95, 99)},
         "auc": None,
         **own.accuracy,
         "mean_depth": float(depths.mean()),
-        "token_layers": spent,
         "token_layer_speedup": saved,
         "measured_speedup": measured["value"],
         "measured_speedup_interval": measured["interval"],

@@ -1,9 +1,9 @@
 """Drives a server with locust, in a process of its own, since locust patches sockets: `python -m` with JSON on stdin.
 
 In: address, requests (body of /v1/rank and the probabilities expected), users, seconds, and rate, all users' requests
-a second (null: each asks again as soon as it is answered). Nobody asks after `seconds`; who has asked is answered. Out:
-of each answer its second and its milliseconds; errors, wrong orders, and the largest distance of a probability from the
-expected one.
+a second (null: each asks again as soon as it has its response). Nobody asks after `seconds`; who has asked gets a
+response. Out: of each response its second and its milliseconds; errors, wrong orders, and the largest distance of a
+probability from the expected one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from itertools import count, pairwise
 from typing import Any
 
-PATIENCE = 120.0  # seconds that the last answers may take
+PATIENCE = 120.0  # seconds that the last responses may take
 NEAR = 2e-4  # probabilities this near may stand in either order: batches move each by rounding
 
 
 def wrong_order(items: Sequence[dict[str, Any]], expected: Sequence[float]) -> bool:
-    """Whether an answer lacks a candidate, has one twice, or has a worse one before a better one."""
+    """Whether a response lacks a candidate, has one twice, or has a worse one before a better one."""
     order = [item["index"] for item in items]
     if sorted(order) != list(range(len(expected))):
         return True
@@ -37,7 +37,9 @@ def drive(
 
     bodies = [json.dumps(request["body"]) for request in requests]
     found: dict[str, Any] = {"at": [], "ms": [], "errors": 0, "wrong": 0, "distance": 0.0, "error": None}
-    turn, start, answers = count(), time.perf_counter(), list[tuple[int, bytes]]()
+    responses = list[tuple[int, bytes]]()  # number of the request, content
+    turn = count()
+    start = time.perf_counter()
 
     class Asker(FastHttpUser):
         host = address
@@ -49,13 +51,13 @@ def drive(
             began = time.perf_counter()
             with self.client.post(
                 "/v1/rank", data=bodies[k], headers={"Content-Type": "application/json"}, catch_response=True
-            ) as answer:
+            ) as response:
                 ended = time.perf_counter()
-                if answer.status_code != 200:
+                if response.status_code != 200:
                     found["errors"] += 1
-                    found["error"] = f"{answer.status_code} {str(answer.error or answer.text)[:200]}"
+                    found["error"] = f"{response.status_code} {str(response.error or response.text)[:200]}"
                     return
-                answers.append((k, answer.content))
+                responses.append((k, response.content))
                 found["at"].append(ended - start)
                 found["ms"].append(1e3 * (ended - began))
 
@@ -64,7 +66,7 @@ def drive(
     runner.start(users, spawn_rate=users)
     gevent.sleep(seconds)
     runner.quit()
-    for k, content in answers:  # when nobody waits for this process any more
+    for k, content in responses:  # when nobody waits for this process any more
         items, expected = json.loads(content)["items"], requests[k]["expected"]
         found["wrong"] += wrong_order(items, expected)
         apart = (abs(item["probability"] - expected[item["index"]]) for item in items)
