@@ -40,34 +40,45 @@ def nearest(
 ) -> tuple[I64, F32]:
     """Positions in `among` of at most `count` rows of largest cosine with a vector (d,), largest first, and cosines.
 
-    `among` (n,) names rows of `vectors`; equal cosines: the later position first. `inverse` are inverse norms of
-    `vectors`, `norm` that of `vector`. Zero vectors are left out. Calls with one vector may share their work: `known`
-    are cosines (rows of `vectors`,), which calls each is of, and the number of these calls.
+    `among` (n,) names rows of `vectors`. Of equal cosines the later position comes first. `inverse` are inverse norms
+    of `vectors`, `norm` is that of `vector`. Zero vectors are left out.
+
+    Calls for one vector share their cosines by `known`, three things: a cosine for each row of `vectors`, the number of
+    the vector that each cosine was computed with, and the number of this vector.
     """
-    best, cosines, size = np.empty(count, np.int64), np.empty(count, np.float32), 0
+    best = np.empty(count, np.int64)  # positions, of which the first `size` are filled
+    cosines = np.empty(count, np.float32)
+    size = 0
     least = np.float32(-np.inf)  # of the best; read from them for every row, it costs half as much again
     for place in range(among.size - 1, -1, -1):
         row = among[place]
         if inverse[row] == 0 or norm == 0:
             continue
-        cosine, new = np.float32(0), True
+        # 1. the cosine
+        cosine = np.float32(0)
+        new = True
         if known is not None:
-            cosine, new = known[0][row], known[1][row] != known[2]
+            cosine = known[0][row]
+            new = known[1][row] != known[2]
         if new:
             product = np.float32(0)
             for k in range(vector.size):
                 product += vectors[row, k] * vector[k]
             cosine = product * (inverse[row] * norm)
             if known is not None:
-                known[0][row], known[1][row] = cosine, known[2]
+                known[0][row] = cosine
+                known[1][row] = known[2]
         if cosine <= least:
             continue
+        # 2. its place among the best: smaller ones move down
         size = min(size + 1, count)
         at = size - 1
         while at > 0 and cosines[at - 1] < cosine:
-            best[at], cosines[at] = best[at - 1], cosines[at - 1]
+            best[at] = best[at - 1]
+            cosines[at] = cosines[at - 1]
             at -= 1
-        best[at], cosines[at] = place, cosine
+        best[at] = place
+        cosines[at] = cosine
         if size == count:
             least = cosines[size - 1]
     return best[:size], cosines[:size]
@@ -80,7 +91,8 @@ def own_votes(vectors: F32, inverse: F32, candidates: I64, past: I64, count: int
     Candidates (n,) are rows of `vectors`, `past` (m,) is twice an item and one for a like, oldest first. A cosine below
     0 counts as 0.
     """
-    found, items = np.zeros((candidates.size, 2)), past >> 1
+    items = past >> 1
+    found = np.zeros((candidates.size, 2))
     for k in range(candidates.size):
         item = candidates[k]
         places, cosines = nearest(vectors, inverse, vectors[item], inverse[item], items, count)
@@ -114,8 +126,10 @@ def put_last(raters: I64, size: int, row: int, person: int) -> int:
     elif place == size:
         place = 0
     for k in range(place, size - 1):
-        raters[0, k], raters[1, k] = raters[0, k + 1], raters[1, k + 1]
-    raters[0, size - 1], raters[1, size - 1] = row, person
+        raters[0, k] = raters[0, k + 1]
+        raters[1, k] = raters[1, k + 1]
+    raters[0, size - 1] = row
+    raters[1, size - 1] = person
     return size
 
 
@@ -132,12 +146,16 @@ def squared_products(
     `matrix` is CSR with sorted columns, of which there are `width`. Query k meets past[: earlier[k]]; the rest is 0.
     """
     starts, columns, values = matrix
-    # 1. where a column's entries of the past begin and end; of one that many rows share, below 0, its dense row
+    # 1. where a column's entries of the past begin and end; a column that many rows share gets a dense row instead,
+    #    whose number, counted down from -1, is its begin
     count = np.zeros(width, np.int32)
     for row in past:
         for place in range(starts[row], starts[row + 1]):
             count[columns[place]] += 1
-    begins, ends, total, many = np.empty(width, np.int32), np.empty(width, np.int32), 0, 0
+    begins = np.empty(width, np.int32)
+    ends = np.empty(width, np.int32)
+    total = 0  # entries of all other columns
+    many = 0  # dense rows
     for column in range(width):
         if 4 * count[column] > past.size:
             many += 1
@@ -146,21 +164,26 @@ def squared_products(
             begins[column] = ends[column] = total
             total += count[column]
     # 2. the past's entries by column, oldest row first
-    rows, theirs, dense = np.empty(total, np.int32), np.empty(total), np.zeros((many, past.size))
+    rows = np.empty(total, np.int32)
+    theirs = np.empty(total)
+    dense = np.zeros((many, past.size))
     for j in range(past.size):
         for place in range(starts[past[j]], starts[past[j] + 1]):
             column = columns[place]
             if begins[column] < 0:
                 dense[-1 - begins[column], j] = values[place]
             else:
-                rows[ends[column]], theirs[ends[column]] = j, values[place]
+                rows[ends[column]] = j
+                theirs[ends[column]] = values[place]
                 ends[column] += 1
     # 3. each query meets those that share a column, in the order of its columns
     found = np.zeros((queries.size, past.size))
     for k in range(queries.size):
-        products, until = found[k], earlier[k]
+        products = found[k]
+        until = earlier[k]
         for place in range(starts[queries[k]], starts[queries[k] + 1]):
-            value, column = values[place], columns[place]
+            value = values[place]
+            column = columns[place]
             if begins[column] < 0:
                 of_all = dense[-1 - begins[column]]
                 for j in range(until):
@@ -186,7 +209,8 @@ def propagated(starts: I64, columns: I64, weights: F32, vectors: F32) -> F32:
     for user in range(starts.size - 1):
         node = items + user
         for place in range(starts[user], starts[user + 1]):
-            item, weight = columns[place], weights[place]
+            item = columns[place]
+            weight = weights[place]
             for k in range(vectors.shape[1]):
                 found[node, k] += weight * vectors[item, k]
                 found[item, k] += weight * vectors[node, k]

@@ -66,8 +66,9 @@ class Factorisation:
         shapes = (users.size,), (items.size,), (users.size, dim), (items.size, dim)
         ends = np.cumsum([math.prod(shape) for shape in shapes])
         biases = int(ends[1])
-        first, penalty = np.zeros(ends[-1]), np.full(ends[-1], float(vector_penalty))
+        first = np.zeros(ends[-1])  # biases start at 0
         first[biases:] = 0.1 * np.random.default_rng(0).standard_normal(first.size - biases)
+        penalty = np.full(ends[-1], float(vector_penalty))  # of each parameter
         penalty[:biases] = bias_penalty
 
         def parts(values: F64) -> list[F64]:
@@ -119,7 +120,8 @@ class MatrixFactorisation:
 
     def _fit(self, edges: Edges, num_items: int) -> Snapshot:
         """`known` (items + 1,): logit without the user; `vectors` (items + 1, 1 + dim): each with a 1 before it."""
-        known, vectors = np.zeros(num_items + 1), np.zeros((num_items + 1, 1 + self.dim))
+        known = np.zeros(num_items + 1)
+        vectors = np.zeros((num_items + 1, 1 + self.dim))
         vectors[:, 0] = 1.0
         label = edges.label
         if np.unique(label).size < 2:  # one class only: the log-odds of (likes + 1/2) / (rows + 1)
@@ -135,17 +137,21 @@ class MatrixFactorisation:
 
     def chances(self, rows: WalkRows, snapshots: Snapshots) -> F64:
         """P(like) of every `query` row, in the order of `rows`; NaN before the first cut."""
-        logits = np.full(rows.row_id.size, np.nan)
-        block = np.searchsorted(snapshots.cuts, rows.timestamp, side="right")
+        logits = np.full(rows.row_id.size, np.nan)  # (rows,)
+        block = np.searchsorted(snapshots.cuts, rows.timestamp, side="right")  # (rows,)
         for queries, own, earlier in queries_by_user(rows, "fold-in"):
             for k in np.unique(block[queries][block[queries] > 0]).tolist():
+                known = snapshots.fitted[k - 1]["known"]
+                vectors = snapshots.fitted[k - 1]["vectors"]
+                # 1. the user's vector after each number of rows that a query of this block reads
                 inside = block[queries] == k
-                here, items = queries[inside], rows.item[own]
-                known, vectors = snapshots.fitted[k - 1]["known"], snapshots.fitted[k - 1]["vectors"]
                 counts, place = np.unique(earlier[inside], return_inverse=True)
-                users = self._fold_in(known[items], vectors[items], rows.label[own], counts)
-                dot = np.einsum("nd,nd->n", vectors[rows.item[here]], users[place])
-                logits[here] = known[rows.item[here]] + dot
+                past = rows.item[own]
+                users = self._fold_in(known[past], vectors[past], rows.label[own], counts)
+                # 2. the queries' logits
+                items = rows.item[queries[inside]]
+                dot = np.einsum("nd,nd->n", vectors[items], users[place])
+                logits[queries[inside]] = known[items] + dot
         chances: F64 = 1.0 / (1.0 + np.exp(-logits[rows.query]))
         return chances
 
@@ -159,8 +165,10 @@ class MatrixFactorisation:
         users = np.zeros((counts.size, penalty.size))
         for start in range(0, counts.size, TOGETHER):
             part = slice(start, start + TOGETHER)
-            n, found = int(counts[part][-1]), users[part]
-            x, read = vectors[:n], np.arange(n) < counts[part, None]
+            found = users[part]  # a view: the result changes
+            n = int(counts[part][-1])  # rows that the last of them reads
+            x = vectors[:n]
+            read = np.arange(n) < counts[part, None]  # (part, n)
             squares = (x[:, :, None] * x[:, None, :]).reshape(n, penalty.size**2)
             for _ in range(NEWTON_STEPS):
                 chance = 1.0 / (1.0 + np.exp(-(known[:n] + found @ x.T)))

@@ -34,7 +34,9 @@ with warnings.catch_warnings():
 
 
 NOTHING: I64 = np.empty(0, np.int64)
-DISLIKE_WEIGHT = -0.5  # a like's is 1; against it, and half as much: who dislikes an item had chosen it, too
+DISLIKE_WEIGHT = (
+    -0.5
+)  # a like's is 1. A dislike counts half, since a user who dislikes an item had chosen it, too
 
 
 class VectorRetriever(Retriever):
@@ -78,9 +80,12 @@ class VectorRetriever(Retriever):
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts and vectors."""
-        self._num_users, self._items = num_users, items
-        self._weighted: F32 | None = None
+        self._num_users = num_users
+        self._items = items
         self._past: dict[int, Growing] = {}  # by user: twice the item, and one for a like
+        self._weighted: F32 | None = (
+            None  # (items + 1, d) see `fit`; the last row is any other item; None in block 0
+        )
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
         """Fit this block's item table; stored as `weighted`, e_j / sqrt(degree_j), shape (items, d)."""
@@ -90,19 +95,24 @@ class VectorRetriever(Retriever):
 
     def start_block(self, snapshot: Snapshot, block: int) -> None:
         """Recompute every user's vector from this block's item table."""
+        # 1. items
         unknown_item = np.zeros((1, snapshot["weighted"].shape[1]), np.float32)
         self._weighted = np.concatenate([snapshot["weighted"], unknown_item])
-        self._item_inverse = inverse_norms(self._weighted)
+        self._item_inverse = inverse_norms(self._weighted)  # (items + 1,)
+        # 2. users, whose pasts are rows of a sparse matrix (users, items + 1); each past is in order of time, as
+        #    `observe` adds, so that a vector does not depend on where a block starts
         own = [self._past[user].values if user in self._past else NOTHING for user in range(self._num_users)]
-        ends, liked = np.cumsum([0, *map(len, own)]), np.concatenate([NOTHING, *own])
-        # each user's in order of time, as observe adds: a vector does not depend on where a block starts
-        items, weights = liked >> 1, np.where(liked & 1, np.float32(1), np.float32(DISLIKE_WEIGHT))
-        pasts = csr_array((weights, items, ends), shape=(self._num_users, self._weighted.shape[0]))
-        self._vectors: F32 = pasts @ self._weighted
-        self._inverse = inverse_norms(self._vectors)
-        # what `nearest` knows: cosines of others with the user who was asked for last, until a vector changes
-        self._cosines, self._cosines_of = np.empty_like(self._inverse), np.zeros(self._num_users, np.int64)
-        self._asked, self._requests = -1, 0
+        ends = np.cumsum([0, *map(len, own)])
+        past = np.concatenate([NOTHING, *own])
+        weights = np.where(past & 1, np.float32(1), np.float32(DISLIKE_WEIGHT))
+        pasts = csr_array((weights, past >> 1, ends), shape=(self._num_users, self._weighted.shape[0]))
+        self._vectors: F32 = pasts @ self._weighted  # (users, d)
+        self._inverse = inverse_norms(self._vectors)  # (users,)
+        # 3. what `nearest` knows: cosines with the user who was asked for last, until a vector changes
+        self._asked = -1  # that user; -1 is none
+        self._requests = 0  # how often another user was asked for
+        self._cosines = np.empty_like(self._inverse)  # (users,)
+        self._cosines_of = np.zeros(self._num_users, np.int64)  # (users,) the request that each cosine is of
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
         """The raters whose vectors have the largest cosine with the user's; zero vectors never match."""
@@ -112,7 +122,8 @@ class VectorRetriever(Retriever):
         if user == self._asked:  # candidates of one request share many raters
             known = (self._cosines, self._cosines_of, self._requests)
         else:
-            self._asked, self._requests = user, self._requests + 1
+            self._asked = user
+            self._requests += 1
         return self._nearest(self._vectors[user], self._inverse[user], raters, known)
 
     def history_vector(self, item: I64, label: I64) -> F32:
@@ -163,7 +174,7 @@ class VectorRetriever(Retriever):
         self._past[user].append(2 * item + (label == 1))
         if self._weighted is not None:
             weight = 1.0 if label == 1 else DISLIKE_WEIGHT
-            vector = self._vectors[user : user + 1]
+            vector = self._vectors[user : user + 1]  # a view: the table changes
             vector += np.float32(weight) * self._weighted[item]
             self._inverse[user] = inverse_norms(vector)[0]
             self._asked = -1
@@ -172,7 +183,8 @@ class VectorRetriever(Retriever):
         """Drop a user's vector and answers."""
         self._past.pop(user, None)
         if self._weighted is not None:
-            self._vectors[user] = self._inverse[user] = 0
+            self._vectors[user] = 0
+            self._inverse[user] = 0
             self._asked = -1
 
 
@@ -222,14 +234,15 @@ class LikeGraph(NamedTuple):
 
 def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
     """The graph of liked rows (He et al. 2020, equation 3: symmetric normalisation) among all users and items."""
-    liked, nodes = edges.label == 1, num_users + num_items
+    nodes = num_users + num_items
+    liked = edges.label == 1
     distinct = np.unique(edges.item[liked] * nodes + edges.user[liked] + num_items)  # by item, then user
-    pairs = torch.from_numpy(np.stack(np.divmod(distinct, nodes)))
-    degree = torch.bincount(pairs.flatten(), minlength=nodes).float()
-    weights = (degree[pairs[0]] * degree[pairs[1]]).rsqrt()
-    ends = (pairs[1] - num_items).numpy(), pairs[0].numpy()
+    item, user = torch.from_numpy(np.stack(np.divmod(distinct, nodes)))
+    degree = torch.bincount(torch.cat([item, user]), minlength=nodes).float()
+    weights = (degree[item] * degree[user]).rsqrt()
+    ends = (user - num_items).numpy(), item.numpy()
     adjacency = csr_array((weights.numpy(), ends), shape=(num_users, num_items))
-    return LikeGraph(pairs[0], pairs[1], torch.unique(pairs[0]), adjacency)
+    return LikeGraph(item, user, torch.unique(item), adjacency)
 
 
 BATCH_LIKES = 4096  # likes in one BPR step, and more where an epoch would have more than MOST_STEPS of them:
@@ -308,16 +321,14 @@ class LightGCN(VectorRetriever):
                 optimizer.step()
 
     def _loss(self, model: GraphModel, graph: LikeGraph, batch: Tensor, negative: Tensor) -> Tensor:
-        user, item = graph.user[batch], graph.item[batch]
+        """BPR loss of the likes in a batch (n,), each against an item that was drawn as its negative (n,)."""
+        user = graph.user[batch]
+        item = graph.item[batch]
         vectors = model.get_embedding(graph.adjacency)
-        loss: Tensor = model.recommendation_loss(
-            *(
-                (vectors.index_select(0, user) * vectors.index_select(0, of)).sum(-1)
-                for of in (item, negative)
-            ),
-            node_id=torch.bincount(torch.cat([user, item, negative])).nonzero()[:, 0],
-            lambda_reg=REGULARISATION,
-        )
+        liked = (vectors.index_select(0, user) * vectors.index_select(0, item)).sum(-1)
+        drawn = (vectors.index_select(0, user) * vectors.index_select(0, negative)).sum(-1)
+        nodes = torch.bincount(torch.cat([user, item, negative])).nonzero()[:, 0]
+        loss: Tensor = model.recommendation_loss(liked, drawn, node_id=nodes, lambda_reg=REGULARISATION)
         return loss
 
 

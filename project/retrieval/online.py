@@ -63,7 +63,8 @@ class FeatureIndex:
                 f"data.retriever is {type(retriever).__name__}, which has observe and no forget(user): an index "
                 "cannot drop the past that a request brought. Write a forget that undoes observe for a user."
             )
-        self._retriever, self._mf = copy(retriever), mf
+        self._retriever = copy(retriever)
+        self._mf = mf
         self._items = split.interactions.items  # what the retriever knows; a code beyond it is any other item
         self.guest = split.interactions.users.height  # stands for whoever has no past here
         # 1. what was fitted
@@ -73,7 +74,8 @@ class FeatureIndex:
         self._texts = with_any_other(self._encode(term_texts(self._items)))
         self._recent = Recent[Any](TEXTS_MIB)  # by text, vectors (1, terms) of items that requests brought
         self._new_texts = self._texts[:0]  # of items that events brought
-        self._catalogue, self._further_texts = self._items, self._new_texts  # of the latest request
+        self._catalogue = self._items  # of the latest request
+        self._further_texts = self._new_texts  # of the items in it that the log does not have
         # 2. the log
         self._rows = WalkRows.from_log(split.rows, query=False)
         self._size = self._rows.row_id.size
@@ -170,7 +172,8 @@ class FeatureIndex:
 
     def _begin(self, room: int) -> None:
         """Have the retriever observe everything, with room for so many users."""
-        self._room, self._block = room, 0
+        self._room = room  # users that the retriever has room for
+        self._block = 0  # it answers from
         self._retriever.begin(room, self._items)
         for row in np.flatnonzero(self._rows.own[: self._size]).tolist():
             self._tell(row)
@@ -193,7 +196,8 @@ class FeatureIndex:
         own: bool = False,
     ) -> I64:
         """Positions of new rows at the end, of items, labels and seconds; nobody reads their ids."""
-        start, stop = self._size, self._size + len(events)
+        start = self._size
+        stop = start + len(events)
         if stop > self._rows.row_id.size:
             self._rows = WalkRows(**{name: np.resize(of, 2 * stop) for name, of in vars(self._rows).items()})
         item, label, timestamp = zip(*events, strict=True) if events else ((), (), ())
@@ -204,23 +208,29 @@ class FeatureIndex:
         return np.arange(start, stop)
 
     def _keep(self, row: int) -> None:
+        """Make a row part of the past: of its item's raters, of rates, and of its user's own rows."""
         self._past.observe(self._rows, row)
         if self._rows.own[row]:
             self._own.setdefault(int(self._rows.user[row]), Growing()).append(row)
 
     def _tell(self, row: int) -> None:
-        rows, known = self._rows, min(int(self._rows.item[row]), self._items.height)
+        """Have the retriever observe a row."""
+        rows = self._rows
+        known = min(int(rows.item[row]), self._items.height)
         self._retriever.observe(row, int(rows.user[row]), known, int(rows.label[row]))
 
     def _own_columns(self, at: I64, catalogue: pl.DataFrame | None) -> dict[str, F64]:
         """mf, text and text_weight of the queries among a user's rows at these positions."""
-        rows = WalkRows(**{name: of[at] for name, of in vars(self._rows).items()})
+        rows = self._rows.at(at)
         found = dict[str, F64]()
         if self._mf is not None and self._mf_snapshots is not None:
             known = replace(rows, item=np.minimum(rows.item, self._items.height))
             found["mf"] = as_stored(self._mf.chances(known, self._mf_snapshots))
-        texts, new = self._texts, self._texts_after(catalogue)
-        place, added = np.minimum(rows.item, self._items.height), rows.item - self._items.height
+        texts = self._texts
+        place = np.minimum(rows.item, self._items.height)  # (rows,) the row of `texts` of each
+        # items that the log does not have: their vectors follow those of the rows
+        new = self._texts_after(catalogue)
+        added = rows.item - self._items.height
         if added.max(initial=-1) >= 0 and new.shape[0]:
             texts = vstack([texts[place], new], format="csr")
             there = (added >= 0) & (added < new.shape[0])

@@ -77,17 +77,22 @@ def text_similarity(rows: WalkRows, vectors: Any) -> pl.DataFrame:
 
 def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[F64, F64]:
     """What `text_similarity` tabulates, (queries,) each; NaN where it has null."""
-    text, weight = np.full(rows.row_id.size, np.nan), np.zeros(rows.row_id.size)
-    matrix, width = (vectors.indptr, vectors.indices, vectors.data), vectors.shape[1]
+    text = np.full(rows.row_id.size, np.nan)  # (rows,)
+    weight = np.zeros(rows.row_id.size)
+    matrix = vectors.indptr, vectors.indices, vectors.data
     for every, own, all_earlier in queries_by_user(rows, "text similarity"):
-        answers = rows.label[own].astype(np.float64)
-        sums, step = np.cumsum(np.append(0.0, answers)), max(1, TOGETHER // max(own.size, 1))
-        for part in (slice(start, start + step) for start in range(0, every.size, step)):
-            queries, earlier = every[part], all_earlier[part]
+        answers = rows.label[own].astype(np.float64)  # (own,)
+        sums = np.cumsum(np.append(0.0, answers))  # (own + 1,) of the first k answers
+        step = max(1, TOGETHER // max(own.size, 1))  # queries of a block
+        for start in range(0, every.size, step):
+            queries = every[start : start + step]
+            earlier = all_earlier[start : start + step]
             past = own[: int(earlier.max())]
-            similarity = squared_products(matrix, width, rows.item[queries], rows.item[past], earlier)
-            weight[queries] = similarity.sum(axis=1)
+            # 1. w_j, (queries, past): 0 where the past is not earlier
+            w = squared_products(matrix, vectors.shape[1], rows.item[queries], rows.item[past], earlier)
+            weight[queries] = w.sum(axis=1)
+            # 2. the formula on top of this file
             mean = sums[earlier] / np.maximum(earlier, 1)
-            found = (similarity @ answers[: past.size] - mean * weight[queries]) / (weight[queries] + SHRINK)
-            text[queries[earlier > 0]] = found[earlier > 0]
+            shrunk = (w @ answers[: past.size] - mean * weight[queries]) / (weight[queries] + SHRINK)
+            text[queries[earlier > 0]] = shrunk[earlier > 0]
     return text[rows.query], weight[rows.query]
