@@ -1,14 +1,24 @@
-"""Makes one calibrated run of the tiny world, whose prompts show titles, numbers and items' texts in a token."""
+"""One calibrated run of the tiny world, whose prompts show titles, numbers and items' texts; a client of all routes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from fake_ranker import FakeRanker
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from world import call, given, sharpened, spread_exits, tiny_settings
 
 from project.serve.ranker import Ranker
+from project.serve.routes import Desk, Metrics, Observed, add_routes
+from project.serve.server import RankAPI
+from project.serve.settings import ServeSettings
+
+Make = Callable[..., TestClient]
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +50,23 @@ def ranker(served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatc
     """The run, loaded anew."""
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     return Ranker.load(served_run, audit_share=0.0)
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Make:
+    """Makes a client of all routes with the fake ranker in this process, where no queue and no batches are needed."""
+
+    def make(rule: str | None = "rating > 3", **settings: Any) -> TestClient:
+        given = ServeSettings(tmp_path / "run", f"sqlite:///{tmp_path}/events.db", **settings)
+        api = RankAPI(given, FakeRanker.load)
+        api.setup("cpu")
+
+        async def ask(payload: Any) -> Any:
+            return api.predict([payload])[0]
+
+        app, metrics = FastAPI(), Metrics(lambda: 0)
+        app.add_middleware(Observed, metrics=metrics)
+        add_routes(app, Desk(ask, given, api.store, rule, metrics))
+        return TestClient(app)
+
+    return make

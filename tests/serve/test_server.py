@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import time
 from collections import Counter
@@ -90,6 +92,30 @@ def test_sigterm_finishes_what_is_in_flight(tmp_path: Path) -> None:
         assert [a.result().status_code for a in asking] == [200] * 3
         assert process.wait(30) == 0
         until(lambda: gone(children))
+
+
+def test_sigterm_to_all_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As from a terminal or a container's runtime: what is in flight is answered, and nothing but JSON is logged."""
+    with serving(tmp_path) as (process, address), ThreadPoolExecutor(3) as pool:
+        asking = [pool.submit(httpx.post, f"{address}/v1/rank", json=SLOW, timeout=30) for _ in range(3)]
+        until(lambda: "exitrec_queue 3.0" in httpx.get(f"{address}/metrics").text)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert [a.result().status_code for a in asking] == [200] * 3
+        assert process.wait(30) == 0
+    written = capfd.readouterr()
+    assert written.err == ""
+    assert [json.loads(line)["level"] for line in written.out.splitlines()]
+
+
+def test_a_real_run_logs_json_alone(
+    served_run: Path, session_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Libraries' lines, warnings and progress while it loads are JSON, too, or silent."""
+    with serving(tmp_path, run=served_run):
+        pass
+    written = capfd.readouterr()
+    assert written.err == ""
+    assert [json.loads(line)["level"] for line in written.out.splitlines()]
 
 
 def test_nothing_is_left_after_kill(tmp_path: Path) -> None:

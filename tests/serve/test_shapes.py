@@ -10,38 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_ranker import FakeRanker
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from project.errors import ConfigError
-from project.serve.routes import Desk, Metrics, Observed, add_routes
-from project.serve.server import RankAPI
 from project.serve.settings import ServeSettings
 from project.serve.shapes import AHEAD
 
 Make = Callable[..., TestClient]
 USAGE = {"token_layers": 6, "full_depth_token_layers": 8}  # i2 leaves at 2, i3 at 4; nobody would run 4 + 4
-
-
-@pytest.fixture
-def client(tmp_path: Path) -> Make:
-    """Makes a client of all routes with the fake ranker in this process, where no queue and no batches are needed."""
-
-    def make(rule: str | None = "rating > 3", **settings: Any) -> TestClient:
-        given = ServeSettings(tmp_path / "run", f"sqlite:///{tmp_path}/events.db", **settings)
-        api = RankAPI(given, FakeRanker.load)
-        api.setup("cpu")
-
-        async def ask(payload: Any) -> Any:
-            return api.predict([payload])[0]
-
-        app, metrics = FastAPI(), Metrics(lambda: 0)
-        app.add_middleware(Observed, metrics=metrics)
-        add_routes(app, Desk(ask, given, api.store, rule, metrics))
-        return TestClient(app)
-
-    return make
 
 
 def test_own(client: Make) -> None:

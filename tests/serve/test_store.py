@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,10 @@ import pytest
 from fake_ranker import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy.exc import SQLAlchemyError
 
 from project.errors import ConfigError
-from project.serve.store import Event, EventStore
+from project.serve.store import Added, Event, EventStore
 
 EVENTS, ROUNDS = 1000, int(os.environ.get("KILL_ROUNDS", "2"))  # 20 by hand
 
@@ -68,7 +70,9 @@ def test_one_order_for_all(posts: list[tuple[bool, list[str]]]) -> None:
             expected, marks = dict[str, Event](), [(0, 0)]
             for number, (first, names) in enumerate(posts):
                 new = {name: event(name, number % 2) for name in names if name not in expected}
-                assert (one if first else other).add([event(name, number % 2) for name in names]) == len(new)
+                assert (one if first else other).add([event(name, number % 2) for name in names]).new == len(
+                    new
+                )
                 expected |= new
                 marks.append((one.arrivals(0)[0], len(expected)))
             for store in (one, other):
@@ -91,7 +95,7 @@ def test_two_servers(url: str) -> None:
         assert sorted(e.event_id for e in arrived[1:-1] if isinstance(e, Event)) == sorted(
             f"e{k}" for k in range(40)
         )
-        assert one.add([event("e7", 0)]) == 0
+        assert one.add([event("e7", 0)]).new == 0
         assert one.arrivals(last)[1] == []
 
 
@@ -128,10 +132,46 @@ def test_a_killed_server_loses_nothing_that_was_acknowledged(url: str, tmp_path:
             assert len(found) == len(set(found)) < EVENTS
             assert set(acknowledged) <= {e.event_id for e in found}
             assert set(found) <= set(events)
-            assert store.add(events) == EVENTS - len(found)
+            assert store.add(events) == Added(EVENTS - len(found), [])
 
 
-def test_an_address_that_is_none() -> None:
-    for wrong in ("events.db", "nosuch://x", "sqlite:////no/such/folder/x.db"):
-        with pytest.raises(ConfigError, match="--db is"):
-            EventStore(wrong)
+def test_an_event_id_with_other_content(url: str) -> None:
+    """The first stays and the ids of the others are told; the same once more is none of them."""
+    with closing(EventStore(url)) as store:
+        first, other = event("e1"), event("e1", 0)
+        assert store.add([first, first, event("e2")]) == Added(2, [])
+        assert store.add([first, event("e3"), other]) == Added(1, ["e1"])
+        assert store.add([event("e4"), event("e4", 0)]) == Added(1, ["e4"])  # the two came together
+        assert [e.label for e in store.arrivals(0)[1] if isinstance(e, Event)] == [1] * 4
+
+
+def test_a_database_that_cannot_be_used(tmp_path: Path) -> None:
+    """One sentence each, without the password."""
+    (tmp_path / "text.db").write_text("no database, however long it is" * 50)
+    with sqlite3.connect(tmp_path / "other.db") as connection:
+        connection.execute("CREATE TABLE events (name TEXT)")
+    wrong = {
+        "events.db": "expected an address",
+        "nosuch://x": "nosuch",
+        "mysql://u:secret@h/x": "MySQLdb",
+        "postgresql://u:secret@127.0.0.1:port/x": "port",
+        "postgresql://u:secret@127.0.0.1:1/x": "cannot be opened",
+        "sqlite:////no/such/folder/x.db": "cannot be opened",
+        f"sqlite:///{tmp_path}/text.db": "not a database",
+        f"sqlite:///{tmp_path}/other.db": "a table events of another kind",
+    }
+    for address, found in wrong.items():
+        with pytest.raises(ConfigError, match="--db is") as error:
+            EventStore(address)
+        assert found in str(error.value)
+        assert "secret" not in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_errors_of_the_database_do_not_show_what_was_sent(tmp_path: Path) -> None:
+    with closing(EventStore(f"sqlite:///{tmp_path}/x.db")) as store:
+        with sqlite3.connect(tmp_path / "x.db") as connection:
+            connection.execute("DROP TABLE events")
+        with pytest.raises(SQLAlchemyError) as error:
+            store.add([Event("private", "u", "i", 1, 0.0)])
+    assert "private" not in str(error.value)
