@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from math import log
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
