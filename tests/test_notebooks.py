@@ -123,6 +123,6 @@ def test_serve(tmp_path: Path, session_cache: Path, fitted: Path) -> None:
     """It starts a server, which ends as asked, and an event changes scores."""
     outputs = execute("04_serve.ipynb", tmp_path, PROJECT_CACHE=session_cache, EXITREC_RUN=fitted)
     text = printed(outputs)
-    assert "{'new': 1, 'RowAffected': 1}" in text
+    assert "{'new': 1, 'conflict': []}" in text
     assert re.search(r"^[1-9]\d* of 12 scores changed$", text, re.M)
     assert "ended with 0" in text

@@ -1,4 +1,4 @@
-"""The routes of `serve`, what is counted and logged of requests, and how they are refused."""
+"""The routes of `serve`, what is counted and logged of requests, and their errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Request, R
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -27,7 +27,7 @@ from prometheus_client import (
 )
 from pydantic import BaseModel
 from sqlalchemy.exc import SQLAlchemyError
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,10 +35,12 @@ from project.errors import ProjectError
 from project.request import RankRequest, Scored, check_names
 from project.serve import shapes
 from project.serve.settings import ServeSettings
-from project.serve.store import EventStore
+from project.serve.store import Added, EventStore
 
 logger = logging.getLogger("project.serve")
 PROBES = ("/healthz", "/readyz", "/metrics")
+PUBLIC = (*PROBES, "/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")  # need no token
+MIB = 2**20
 
 
 # What is counted and logged
@@ -116,10 +118,54 @@ class Observed:
             logger.log(level, "request", extra={"fields": about | {"ms": round(1000 * seconds, 2)}})
 
 
-# Refusals
+# What comes before a body is read, and errors
 
 
-class Refusal(BaseModel):
+class Guard:
+    """ASGI middleware: checks the token before the body is read, and reads no more of a body than is allowed."""
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
+        self.app = app
+        self.settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, or answer 401 or 413."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        most = int(self.settings.max_body_mib * MIB)
+        too_long = HTTPException(413, f"The body has more than {most:,} bytes (--max_body_mib).")
+        read = 0  # bytes
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > most:
+                raise too_long
+            return message
+
+        # 1. the token
+        token = self.settings.token
+        given = headers.get("authorization", "").encode("latin-1")
+        right = token is None or hmac.compare_digest(given, b"Bearer " + token.encode())
+        if not right and scope["path"] not in PUBLIC:
+            text = "The bearer token is missing or wrong."
+            error = HTTPException(401, text, {"WWW-Authenticate": "Bearer"})
+            await error_response(error)(scope, receive, send)
+            return
+        # 2. the length, where the client says it
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > most:
+            await error_response(too_long)(scope, receive, send)
+            return
+        # 3. texts and lists are checked where the body is parsed
+        shapes.LIMITS.set(self.settings)
+        await self.app(scope, counted, send)
+
+
+class Error(BaseModel):
     """What was found and what is expected, as TEI words it."""
 
     error: str
@@ -131,8 +177,8 @@ def place(parts: Sequence[object]) -> str:
     return ".".join(str(part)[:40] for part in parts if not str(part).startswith("<"))
 
 
-async def refuse(request: Request, found: Exception) -> JSONResponse:
-    """Every refusal has one form, and does not repeat what was sent."""
+def error_response(found: Exception) -> JSONResponse:
+    """Every error has one form, and does not repeat what was sent."""
     status, text, headers = 422, str(found), None
     match found:
         case AnyHTTPException():
@@ -140,9 +186,13 @@ async def refuse(request: Request, found: Exception) -> JSONResponse:
             if status == 400 and "parsing the body" in text:
                 text = "The body cannot be read as JSON: too deep, a number too long, or no UTF-8."
         case RequestValidationError():
-            problems = [(place(e["loc"]), e["msg"]) for e in found.errors()]
-            more = f" ({len(problems) - 3} more)" if len(problems) > 3 else ""
-            text = "; ".join(f"{where}: {what}" for where, what in problems[:3]) + more
+            errors = found.errors()
+            if limits := [e["msg"] for e in errors if e["type"] == "limit"]:
+                status, text = 413, limits[0]
+            else:
+                problems = [(place(e["loc"]), e["msg"]) for e in errors]
+                more = f" ({len(problems) - 3} more)" if len(problems) > 3 else ""
+                text = "; ".join(f"{where}: {what}" for where, what in problems[:3]) + more
         case SQLAlchemyError():
             logger.error("database", extra={"fields": {"error": text}})
             status, text = 503, "The database of events does not answer; nothing was kept. Try again."
@@ -151,29 +201,27 @@ async def refuse(request: Request, found: Exception) -> JSONResponse:
     return JSONResponse({"error": clean, "error_type": kinds.get(status, "validation")}, status, headers)
 
 
+async def answer_error(request: Request, found: Exception) -> JSONResponse:
+    """The response to a request that an exception ended."""
+    return error_response(found)
+
+
 # What routes share
 
 
 @dataclass(frozen=True)
 class Desk:
-    """What routes need: `ask` hands a payload to the inference process, `rule` is the label rule of the protocol."""
+    """What routes need."""
 
-    ask: Callable[[object], Awaitable[Any]]
+    ask: Callable[[object], Awaitable[Any]]  # the inference process's answer to a payload
+    ready: Callable[[], bool]  # the model is warm
     settings: ServeSettings
     store: EventStore
-    rule: str | None
+    rule: str | None  # of the protocol: makes ratings labels
     metrics: Metrics
-
-    def limit(self, name: str, count: int, most: int, what: str = "entries") -> None:
-        """Refuse what is too long."""
-        if count > most:
-            raise HTTPException(413, f"{name} has {count:,} {what}; this server takes {most:,}.")
 
     async def rank(self, request: RankRequest) -> Scored:
         """Score a request."""
-        self.limit("the list of candidates", len(request.candidates), self.settings.candidates)
-        self.limit("history", len(request.history or ()), self.settings.history)
-        self.limit("a text", max(map(len, request.texts())), self.settings.title, "characters")
         found: Scored = await self.ask(request)
         if found.error:
             raise HTTPException(422, found.error)
@@ -186,15 +234,14 @@ class Desk:
         if names:
             check_names(names, (await self.ask(("about",)))["item_columns"], "unknown column")
 
-    def keep(self, events: Sequence[shapes.EventBody]) -> dict[str, int]:
-        """Store events and the items that they bring; returns how many were new, also by Gorse's name for it."""
-        self.limit("the list of events", len(events), self.settings.candidates)
+    def keep(self, events: Sequence[shapes.EventBody]) -> Added:
+        """Store events and the items that they bring."""
         kept = shapes.labelled(events, self.rule)
         if items := shapes.new_items(events):
             self.store.put_items(items)
-        new = self.store.add(kept)
-        self.metrics.events.inc(new)
-        return {"new": new, "RowAffected": new}
+        added = self.store.add(kept)
+        self.metrics.events.inc(added.new)
+        return added
 
 
 async def desk_of(request: Request) -> Desk:
@@ -205,31 +252,22 @@ async def desk_of(request: Request) -> Desk:
 
 Here = Annotated[Desk, Depends(desk_of)]
 BEARER = HTTPBearer(auto_error=False, description="Where the server has a token.")
-
-
-async def authorised(
-    desk: Here, found: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
-) -> None:
-    """Refuse a request without the token."""
-    given, wanted = found.credentials if found else "", desk.settings.token
-    if wanted is not None and not hmac.compare_digest(given.encode("latin-1"), wanted.encode()):
-        raise HTTPException(401, "The bearer token is missing or wrong.", {"WWW-Authenticate": "Bearer"})
-
-
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Refusal} for status in (400, 401, 409, 413, 422, 429, 503)
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Error} for status in (400, 401, 409, 413, 422, 429, 503)
 }
-router = APIRouter(dependencies=[Depends(authorised)], responses=REFUSALS)
+router = APIRouter(dependencies=[Depends(BEARER)], responses=ERRORS)  # for /docs: `Guard` checks the token
 public = APIRouter()
 
 
 def add_routes(app: FastAPI, desk: Desk) -> None:
-    """All routes but LitServe's /readyz, and the form of refusals."""
+    """All routes, what every request passes first, and the form of errors."""
     app.state.desk = desk
     app.include_router(router)
     app.include_router(public)
     for kind in (AnyHTTPException, RequestValidationError, ProjectError, SQLAlchemyError):
-        app.add_exception_handler(kind, refuse)
+        app.add_exception_handler(kind, answer_error)
+    app.add_middleware(Guard, settings=desk.settings)
+    app.add_middleware(Observed, metrics=desk.metrics)  # the outermost
 
 
 # 1. Scores
@@ -262,24 +300,28 @@ async def rerank(
 
 
 @router.post("/v1/events")
-async def events(body: list[shapes.EventBody], desk: Here) -> dict[str, int]:
-    """Keep answers of users; they are on disk when this returns. An event_id known before changes nothing."""
+async def events(body: shapes.Listed[shapes.EventBody], desk: Here) -> dict[str, Any]:
+    """Keep answers of users; they are on disk when this returns.
+
+    An event_id known before changes nothing; `conflict` has those that came with another user, item, label or time.
+    """
     await desk.check_columns(body)
-    return await run_in_threadpool(desk.keep, body)
+    return (await run_in_threadpool(desk.keep, body))._asdict()
 
 
 @router.post("/api/feedback")
 @router.put("/api/feedback")
-def feedback(body: list[shapes.GorseFeedback], desk: Here) -> dict[str, int]:
+def feedback(body: shapes.Listed[shapes.GorseFeedback], desk: Here) -> dict[str, int]:
     """Gorse's feedback."""
     given = desk.settings.gorse_positive, desk.settings.gorse_read
-    return desk.keep([row.event(*given) for row in body])
+    return {"RowAffected": desk.keep([row.event(*given) for row in body]).new}
 
 
 @router.put("/v1/items")
-async def items(body: Annotated[list[shapes.NewItem], Body(min_length=1)], desk: Here) -> dict[str, int]:
+async def items(
+    body: Annotated[shapes.Listed[shapes.NewItem], Body(min_length=1)], desk: Here
+) -> dict[str, int]:
     """Make items known: item_id, title and other columns of the items table."""
-    desk.limit("the list of items", len(body), desk.settings.candidates)
     await desk.check_columns(body)
     await run_in_threadpool(desk.store.put_items, [item.model_dump(exclude_none=True) for item in body])
     return {"items": len(body)}
@@ -312,6 +354,14 @@ async def reload(desk: Here) -> dict[str, str]:
 @public.get("/healthz")
 async def alive() -> dict[str, str]:
     """Whether this process answers; /readyz tells whether the model does."""
+    return {"status": "ok"}
+
+
+@public.get("/readyz")
+async def ready(desk: Here) -> dict[str, str]:
+    """Whether the model answers: 503 while it is loaded."""
+    if not desk.ready():
+        raise HTTPException(503, "The run is being loaded.")
     return {"status": "ok"}
 
 

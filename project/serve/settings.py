@@ -1,4 +1,4 @@
-"""What `serve` can be told."""
+"""Settings of `serve`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """What `serve` can be told; each also as a variable such as EXITREC_TOKEN.
+    """Settings of `serve`; each is also a variable such as EXITREC_TOKEN.
 
     Args:
         run: Folder of a calibrated run, or one that `export` wrote. A reload takes `latest` beside it, if there is one.
@@ -21,12 +21,13 @@ class ServeSettings:
         port: Port to listen at.
         token: Bearer token that requests must carry.
         unprotected: Listen beyond this machine without a token.
-        queue: Requests that may wait or run; more are answered 429.
-        batch: Requests that are scored together at most.
-        body_mib: Largest body.
-        candidates: Most candidates of a request, and events or items of a body.
-        history: Most rows of a history that a request brings.
-        title: Longest title or other text of an item, in characters.
+        max_waiting_requests: Requests that may wait or run; more are answered 429.
+        max_batch_requests: Requests that are scored together at most.
+        max_body_mib: Largest body.
+        max_candidates: Most candidates of a request, and events or items of a body.
+        max_history_rows: Most rows of a history that a request brings.
+        max_title_characters: Longest title, other text of an item, or query.
+        max_item_columns: Most columns of an item, and keys of an event.
         cache_mib: Memory for users' histories.
         gorse_positive: Gorse's positive_feedback_types, such as "star, like, read>=3": its feedback that means yes.
         gorse_read: Gorse's read_feedback_types: its feedback that means no where it does not mean yes.
@@ -39,19 +40,20 @@ class ServeSettings:
     port: int = 8000
     token: str | None = None
     unprotected: bool = False
-    queue: int = 256
-    batch: int = 32
-    body_mib: float = 4.0
-    candidates: int = 1000
-    history: int = 1000
-    title: int = 2000
+    max_waiting_requests: int = 256
+    max_batch_requests: int = 32
+    max_body_mib: float = 4.0
+    max_candidates: int = 1000
+    max_history_rows: int = 1000
+    max_title_characters: int = 2000
+    max_item_columns: int = 64
     cache_mib: int = 256
     gorse_positive: str = "star, like"
     gorse_read: str = "read"
     audit_share: float = 0.01
 
     def check(self) -> None:
-        """Refuse what cannot work or would be open to everybody by mistake."""
+        """Raise `ConfigError` where `run` is no run, or the server would be open to everybody by mistake."""
         exported = (self.run / "exit_policy.json").exists()
         for name in ("config.yaml", "exit_policy.json" if exported else "checkpoints/last.ckpt"):
             if not (self.run / name).exists():

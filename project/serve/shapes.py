@@ -10,9 +10,10 @@ import hashlib
 import re
 import time
 from collections.abc import Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from operator import eq, ge, gt, le, lt
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 import polars as pl
@@ -28,17 +29,31 @@ from pydantic import (
     Tag,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from project.data.protocol import CLICKED, label_expression
 from project.errors import DataError
 from project.request import HistoryRow, Item, RankRequest, Scored, check_names, text_of
+from project.serve.settings import ServeSettings
 from project.serve.store import Event
 
 AHEAD = 60.0  # seconds that the clock of a client may be fast
 CONDITIONS = {">": gt, ">=": ge, "=": eq, "<": lt, "<=": le}  # on the value of Gorse's feedback
 
 
+LIMITS: ContextVar[ServeSettings] = ContextVar("LIMITS")  # of the server that parses a body
+
+
+def _limit(name: str, count: int, sentence: str) -> None:
+    """Raise an error of type limit, which is answered 413; the sentence has a place for the count."""
+    most = getattr(LIMITS.get(), name)
+    if count > most:
+        text = f"{sentence.format(f'{count:,}')}; this server takes {most:,} (--{name})."
+        raise PydanticCustomError("limit", text)
+
+
 def _storable(text: str) -> str:
+    _limit("max_title_characters", len(text), "a text has {} characters")
     if "\0" in text or (not text.isascii() and text != text.encode(errors="ignore").decode()):
         raise ValueError("it holds a NUL or half a surrogate pair, which databases refuse")
     return text
@@ -59,6 +74,18 @@ def _kind(value: object) -> str:
     return "<item>" if isinstance(value, dict | ItemBody) else "<id>"
 
 
+def _at_most(name: str) -> BeforeValidator:
+    """A list is no longer than the server's limit of this name; its entries are not looked at before."""
+
+    def check(value: object) -> object:
+        _limit(name, len(value) if isinstance(value, list) else 0, "a list has {} entries")
+        return value
+
+    return BeforeValidator(check)
+
+
+T = TypeVar("T")
+Listed = Annotated[list[T], _at_most("max_candidates")]
 Text = Annotated[str, AfterValidator(_storable)]
 Column = Annotated[Text, BeforeValidator(_column)]
 Id = Annotated[
@@ -76,6 +103,15 @@ class Document(BaseModel):
 
     item_id: Id | None = None
     title: Text | None = Field(None, validation_alias=AliasChoices("title", "text"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded(cls, given: object) -> object:
+        if isinstance(given, dict):
+            _limit("max_item_columns", len(given), "an item has {} columns")
+            for name in given:
+                _storable(name)
+        return given
 
     @model_validator(mode="after")
     def _named(self) -> Self:
@@ -120,8 +156,8 @@ class RankBody(Options):
     """Score candidates for a user, or for somebody with a history of their own. An unknown key is an error."""
 
     user_id: Id | None = None
-    history: list[HistoryRowBody] | None = None
-    candidates: list[Candidate] = Field(min_length=1)
+    history: Annotated[list[HistoryRowBody], _at_most("max_history_rows")] | None = None
+    candidates: Listed[Candidate] = Field(min_length=1)
     top_n: int | None = Field(None, ge=1)
     context: dict[str, Any] | None = Field(None, description="Nothing reads it yet.")
 
@@ -156,7 +192,7 @@ class Queried(Options):
 
     query: Text = Field(description="A user id, or else text that is shown as the history.")
     user_id: Id | None = None
-    item_ids: list[Id] | None = Field(None, description="An id for each text.")
+    item_ids: Listed[Id] | None = Field(None, description="An id for each text.")
 
     def request(self, texts: Sequence[str | Document], name: str) -> RankRequest:
         """A text is an item id, a known title, or the title of a new item; a query nobody's id is a liked item."""
@@ -178,7 +214,7 @@ class Queried(Options):
 class CohereBody(Queried):
     """Cohere's rerank, both versions; Gorse's LLM ranker sends it too. Its other keys are not read."""
 
-    documents: list[Text | Document] = Field(min_length=1)
+    documents: Listed[Text | Document] = Field(min_length=1)
     top_n: int | None = Field(None, ge=1)
     return_documents: bool = False
 
@@ -186,7 +222,7 @@ class CohereBody(Queried):
 class TeiBody(Queried):
     """Text Embeddings Inference's rerank. Its other keys are not read."""
 
-    texts: list[Text] = Field(min_length=1)
+    texts: Listed[Text] = Field(min_length=1)
     raw_scores: bool = False
     return_text: bool = False
 

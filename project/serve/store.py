@@ -48,6 +48,13 @@ class Event(NamedTuple):
     timestamp: float
 
 
+class Added(NamedTuple):
+    """What became of events."""
+
+    new: int  # were not known
+    conflict: list[str]  # event_ids that are known with another user, item, label or time: the first stays
+
+
 TABLES = sa.MetaData()
 CLOCK = sa.Table(
     "clock", TABLES, sa.Column("id", sa.Integer, primary_key=True), sa.Column("seq", sa.BigInteger)
@@ -83,10 +90,13 @@ class EventStore:
             address = sa.make_url(url)
             if address.drivername == "postgresql":
                 address = address.set(drivername="postgresql+psycopg")
-            self._engine = sa.create_engine(address, pool_pre_ping=True)
-        except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError) as error:
-            text = f"--db is {url!r}, which is no database ({error}); expected sqlite:///FILE."
-            raise ConfigError(text) from None
+            self._engine = sa.create_engine(address, pool_pre_ping=True, hide_parameters=True)
+        except (sa.exc.ArgumentError, ImportError, ValueError) as error:
+            text = f"--db is no address of a database that can be used ({error}); expected an address such as"
+            raise ConfigError(
+                f"{text} sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME."
+            ) from None
+        shown = address.render_as_string(hide_password=True)
         self._writing = (
             threading.Lock()
         )  # SQLite has one writer, and those that wait for it sleep in long steps
@@ -99,15 +109,26 @@ class EventStore:
                     connection.execute(sa.insert(CLOCK).values(id=0, seq=0))
         except sa.exc.IntegrityError:  # another server made them in the same moment
             pass
-        except sa.exc.OperationalError as error:
-            raise ConfigError(f"--db is {url!r}, which cannot be opened: {error.orig}") from None
+        except sa.exc.DBAPIError as error:
+            reason = " ".join(str(error.orig).split())
+            raise ConfigError(f"--db is {shown}, which cannot be opened: {reason}.") from None
+        for table in TABLES.sorted_tables:
+            found = {column["name"] for column in sa.inspect(self._engine).get_columns(table.name)}
+            if found != set(table.c.keys()):
+                text = f"which has a table {table.name} of another kind (columns {', '.join(sorted(found))})"
+                raise ConfigError(f"--db is {shown}, {text}; expected a database of its own.")
 
-    def add(self, events: Sequence[Event]) -> int:
-        """Keep events; returns how many were new. One whose event_id is known changes nothing."""
-        rows = dict[str, dict[str, Any]]()
+    def add(self, events: Sequence[Event]) -> Added:
+        """Keep events. One whose event_id is known changes nothing."""
+        rows, conflict = dict[str, Event](), list[str]()
+        # 1. the first of an event_id among these
         for event in events:
-            rows.setdefault(event.event_id, event._asdict())
-        return self._write(EVENTS.c.event_id, rows)
+            if rows.setdefault(event.event_id, event) != event:
+                conflict.append(event.event_id)
+        # 2. and among all
+        new, known = self._write(EVENTS.c.event_id, {name: event._asdict() for name, event in rows.items()})
+        conflict += [name for _, name, *rest in known if rows[name] != Event(name, *rest)]
+        return Added(new, sorted(set(conflict)))
 
     def put_items(self, items: Sequence[dict[str, str]]) -> None:
         """Keep items: item_id, title and other columns of the items table. The same once more changes nothing."""
@@ -115,19 +136,25 @@ class EventStore:
         rows = [{"digest": hashlib.sha256(t.encode()).hexdigest(), "columns": t} for t in texts]
         self._write(ITEMS.c.digest, {row["digest"]: row for row in rows})
 
-    def _write(self, key: sa.Column[str], rows: dict[str, dict[str, Any]]) -> int:
+    def _write(self, key: sa.Column[str], rows: dict[str, dict[str, Any]]) -> tuple[int, list[Any]]:
+        """Insert the rows whose key is new: how many they are, and the rows of the table that had the others' keys."""
+        known = list[Any]()
         with self._writing, self._engine.begin() as connection:
+            # 1. room in the order of commits: waits for other writers
             tick = sa.update(CLOCK).values(seq=CLOCK.c.seq + len(rows)).returning(CLOCK.c.seq)
-            last = connection.execute(tick).scalar_one()  # waits for other writers
+            last = connection.execute(tick).scalar_one()
+            # 2. known keys
             names = list(rows)
             for start in range(0, len(names), TOGETHER):
-                known = sa.select(key).where(key.in_(names[start : start + TOGETHER]))
-                for name in connection.scalars(known):
-                    del rows[name]
+                asked = sa.select(key.table).where(key.in_(names[start : start + TOGETHER]))
+                known += connection.execute(asked)
+            for row in known:
+                del rows[row._mapping[key]]
+            # 3. the others
             new = [{"seq": last - len(rows) + 1 + k, **row} for k, row in enumerate(rows.values())]
             if new:
                 connection.execute(sa.insert(key.table), new)
-        return len(new)
+        return len(new), known
 
     def arrivals(self, seq: int) -> tuple[int, list[Event | dict[str, str]]]:
         """The latest `seq`, and events and items behind the one given, in the order in which they came.

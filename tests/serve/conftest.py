@@ -13,10 +13,11 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from world import call, given, sharpened, spread_exits, tiny_settings
 
+from project.serve.inference import Served
 from project.serve.ranker import Ranker
-from project.serve.routes import Desk, Metrics, Observed, add_routes
-from project.serve.server import RankAPI
+from project.serve.routes import Desk, Metrics, add_routes
 from project.serve.settings import ServeSettings
+from project.serve.store import EventStore
 
 Make = Callable[..., TestClient]
 
@@ -58,15 +59,13 @@ def client(tmp_path: Path) -> Make:
 
     def make(rule: str | None = "rating > 3", **settings: Any) -> TestClient:
         given = ServeSettings(tmp_path / "run", f"sqlite:///{tmp_path}/events.db", **settings)
-        api = RankAPI(given, FakeRanker.load)
-        api.setup("cpu")
+        served = Served(given, FakeRanker.load)
 
         async def ask(payload: Any) -> Any:
-            return api.predict([payload])[0]
+            return served.answer([payload])[0]
 
-        app, metrics = FastAPI(), Metrics(lambda: 0)
-        app.add_middleware(Observed, metrics=metrics)
-        add_routes(app, Desk(ask, given, api.store, rule, metrics))
+        app, store = FastAPI(), EventStore(given.db)
+        add_routes(app, Desk(ask, lambda: True, given, store, rule, Metrics(lambda: 0)))
         return TestClient(app)
 
     return make

@@ -30,7 +30,7 @@ def test_overload_batches_and_a_request_that_ends_the_inference_process(tmp_path
 
     One whose request ends the inference process gets 503, and the next process answers.
     """
-    with serving(tmp_path, "--queue", 4) as (_, address), ThreadPoolExecutor(16) as pool:
+    with serving(tmp_path, "--max_waiting_requests", 4) as (_, address), ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: httpx.post(f"{address}/v1/rank", json=SLOW, timeout=30), range(16)))
         assert set(Counter(a.status_code for a in answers)) == {200, 429}
         refused = next(a for a in answers if a.status_code == 429)

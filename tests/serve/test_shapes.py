@@ -112,7 +112,7 @@ def test_events(client: Make) -> None:
         "rating": 4,
         "timestamp": now - 9,
     }
-    assert make.post("/v1/events", json=[event, event]).json() == {"new": 1, "RowAffected": 1}
+    assert make.post("/v1/events", json=[event, event]).json() == {"new": 1, "conflict": []}
     assert make.post("/v1/events", json=[event | {"rating": 1}]).json()["new"] == 0
     gorse = {"FeedbackType": "star", "UserId": "new", "ItemId": "8", "Timestamp": "2020-01-01T00:00:00Z"}
     for _ in range(2):
@@ -190,7 +190,7 @@ WRONG = [
 @pytest.mark.parametrize(("path", "body", "status", "text"), WRONG)
 def test_refused(client: Make, path: str, body: object, status: int, text: str) -> None:
     method = "PUT" if path == "/v1/items" else "POST"
-    made = client(candidates=5, history=3)
+    made = client(max_candidates=5, max_history_rows=3)
     answer = made.request(method, path, content=json.dumps(body), headers=JSON)
     assert (answer.status_code, text in answer.json()["error"]) == (status, True), answer.text
 

@@ -1,0 +1,194 @@
+"""The inference process: it has the model and answers, in batches, what the HTTP process sends it through a pipe.
+
+1. A thread moves payloads from the pipe to an inbox, so that the HTTP process never waits until it may send.
+2. The main thread sleeps until a payload is there and takes along what else is there. A batch never waits for company.
+3. The pipe ends where either process ends. The HTTP process then starts a new inference process; the inference process
+   ends too. So neither needs to be told to stop: SIGTERM to both leaves this one running until nobody waits any more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from io import TextIOBase
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
+
+from project.errors import ConfigError, ProjectError
+from project.request import Item, RankRequest, Scored
+from project.serve.settings import ServeSettings
+from project.serve.store import EventStore
+
+logger = logging.getLogger("project.serve")
+REST = 1.0  # seconds without a payload, after which events are taken in
+FAILED = HTTPException(503, "The inference process failed; try again.")
+
+
+def run_inference(pipe: Connection, settings: ServeSettings, load: Callable[..., Any] | None) -> None:
+    """The process: load the run, send None when it is ready, then answer numbered payloads until the pipe ends."""
+    # 1. signals to the process group are the HTTP process's affair: it finishes what is in flight
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    log_json()
+    inbox = queue.SimpleQueue[tuple[int, Any]]()
+    threading.Thread(target=receive, args=(pipe, inbox), daemon=True).start()
+    # 2. the run
+    try:
+        served = Served(settings, load)
+    except Exception as error:
+        logger.error(str(error), exc_info=not isinstance(error, ProjectError))
+        sys.exit(1)
+    # 3. batches
+    with suppress(BrokenPipeError):
+        pipe.send(None)
+        while True:
+            batch = take(inbox, settings.max_batch_requests)
+            if not batch:
+                served.rest()
+                continue
+            try:
+                answers = served.answer([payload for _, payload in batch])
+            except Exception:
+                logger.exception("a batch failed")
+                answers = [FAILED] * len(batch)
+            pipe.send([(number, answer) for (number, _), answer in zip(batch, answers, strict=True)])
+
+
+def receive(pipe: Connection, inbox: queue.SimpleQueue[tuple[int, Any]]) -> None:
+    """Move payloads to the inbox; end this process with the pipe."""
+    with suppress(EOFError, OSError):
+        while True:
+            inbox.put(pipe.recv())
+    os._exit(0)
+
+
+def take(inbox: queue.SimpleQueue[tuple[int, Any]], most: int) -> list[tuple[int, Any]]:
+    """One payload at least and what waits behind it; nothing where none came for a while."""
+    batch = list[tuple[int, Any]]()
+    with suppress(queue.Empty):
+        batch.append(inbox.get(timeout=REST))
+        while len(batch) < most:
+            batch.append(inbox.get_nowait())
+    return batch
+
+
+class Served:
+    """The ranker of a run, which follows the store, and the one that is loaded to follow it.
+
+    Args:
+        settings: What `serve` was told.
+        load: Makes the ranker of a folder; None is `Ranker.load`.
+    """
+
+    def __init__(self, settings: ServeSettings, load: Callable[..., Any] | None = None) -> None:
+        if load is None:
+            from project.serve.ranker import Ranker  # the HTTP process imports no torch
+
+            load = Ranker.load
+        self.settings = settings
+        self.store = EventStore(settings.db)
+        self._load = load
+        self._loading = threading.Lock()  # held while a run is loaded beside the one that answers
+        self._loaded: Any = None  # a ranker that is ready; the next batch begins with it
+        self._ranker = self._warm(settings.run.resolve())
+
+    def _warm(self, run: Path) -> Any:
+        """A ranker that has read the store's events and scored once."""
+        ranker = self._load(run, cache_mib=self.settings.cache_mib, audit_share=self.settings.audit_share)
+        ranker.follow(self.store)
+        (answer,) = ranker.rank_after_log([RankRequest(None, [], [Item("warm", "warm")])])
+        if answer.error is not None:
+            raise ConfigError(f"the run {run} cannot score: {answer.error}.")
+        return ranker
+
+    def _reload(self, run: str) -> None:
+        """Load a run beside the one that answers. A run that cannot be loaded is logged and left."""
+        try:
+            self._loaded = self._warm(Path(run))
+        except Exception:
+            logger.exception("reload failed", extra={"fields": {"run": run}})
+        finally:
+            self._loading.release()
+
+    def rest(self) -> None:
+        """Take in the store's events while nobody asks, so that the next request need not wait for that."""
+        try:
+            self._ranker.follow(self.store)
+        except SQLAlchemyError as error:
+            logger.warning("database", extra={"fields": {"error": str(error)}})
+
+    def answer(self, batch: Sequence[RankRequest | tuple[str, ...]]) -> list[Any]:
+        """Answers to payloads in their order: requests, or a kind (user, about, reload) and what it needs."""
+        if self._loaded is not None:
+            self._ranker, self._loaded = self._loaded, None
+        ranker = self._ranker
+        ranker.follow(self.store)
+        # 1. requests are scored together
+        requests = [payload for payload in batch if isinstance(payload, RankRequest)]
+        ranked: Iterator[Scored] = iter(ranker.rank_after_log(requests) if requests else [])
+        # 2. all answers, in order
+        run = "/".join(Path(ranker.about["run"]).parts[-2:])
+        answers = list[Any]()
+        for payload in batch:
+            match payload:
+                case RankRequest():
+                    about = {"run": run, "full_depth": ranker.full_depth, "batch": len(requests)}
+                    answers.append(replace(next(ranked), **about))
+                case ("user", name):
+                    answers.append({"known": ranker.knows_user(name), "history": ranker.history_of(name)})
+                case ("about",):
+                    answers.append(ranker.about | {"full_depth": ranker.full_depth})
+                case ("reload", folder):
+                    free = self._loading.acquire(blocking=False)
+                    if free:
+                        threading.Thread(target=self._reload, args=(folder,), daemon=True).start()
+                    answers.append(free)
+        return answers
+
+
+# The log
+
+
+class JsonLines(logging.Formatter):
+    """A line of log as JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time, level, logger, message, further fields, traceback."""
+        line = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
+        line |= {"message": record.getMessage()} | getattr(record, "fields", {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class Printed(TextIOBase):
+    """Standard output and error of libraries: what they print is a line of log."""
+
+    def write(self, text: str) -> int:
+        """Log each line; of a progress bar every state is one."""
+        for line in text.replace("\r", "\n").splitlines():
+            if line.strip():
+                logger.info(line.strip())
+        return len(text)
+
+
+def log_json() -> None:
+    """Log to standard output as lines of JSON, warnings and whatever is printed included."""
+    handler = logging.StreamHandler(sys.__stdout__)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    logging.raiseExceptions = False  # of a log that nobody reads any more
+    sys.stdout = sys.stderr = Printed()
