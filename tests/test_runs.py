@@ -127,7 +127,7 @@ def test_early_exit_is_one_process_or_ray() -> None:
         run_early_exit(trainer, none, none, "last.ckpt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("project.engine.actors.find_spec", lambda name: None)
-        with pytest.raises(ConfigError, match=r"needs Ray Data.*exitrec\[ray\]"):
+        with pytest.raises(ConfigError, match=r"needs Ray Data.*'\.\[ray\]'"):
             run_actors(trainer, none, none, "last.ckpt")
 
 
@@ -149,7 +149,7 @@ def test_own_yaml_needs_no_trainer(
 
 
 def test_a_command_that_reads_a_checkpoint_makes_no_run(
-    made: Callable[..., Trainer], tiny_config: Config, tmp_path: Path
+    made: Callable[..., Trainer], tiny_config: Config, tiny_model: Path, tmp_path: Path
 ) -> None:
     """However the YAML says its logger."""
     csv = {
@@ -158,7 +158,7 @@ def test_a_command_that_reads_a_checkpoint_makes_no_run(
     }
     checkpoint = tmp_path / "version_3" / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir(parents=True)
-    torch.save({}, checkpoint)
+    torch.save({"hyper_parameters": {"exit_layers": [1, 3], "backbone": str(tiny_model)}}, checkpoint)
     trainer = made("test", "--config", tiny_config(**{"trainer.logger": csv}), "--ckpt_path", checkpoint)
     assert trainer.loggers == []
     assert not (tmp_path / "own").exists()
