@@ -89,7 +89,10 @@ def test_keyboard_and_a_narrow_window(tmp_path: Path) -> None:
 
 
 def test_titles_and_whole_words(tmp_path: Path) -> None:
-    """A known id has its title beside it; at 900 pixels answers, dates and headings are not broken inside a word."""
+    """A known id has its title beside it, and why is said in words.
+
+    At 900 pixels labels, dates and headings are not broken inside a word.
+    """
     query = "?user=u2&candidate=i1&candidate=" + "x" * 300
     with serving(tmp_path) as (_, address), browser(address, tmp_path / "profile") as call:
         sent = {"event_id": "e", "user_id": "u2", "item_id": "y" * 250, "label": 1, "timestamp": 1.7e9}
@@ -102,6 +105,10 @@ def test_titles_and_whole_words(tmp_path: Path) -> None:
         call("Page.navigate", url=address + query)
         until(lambda: value("typeof answer === 'object' && !answer.hidden"), seconds=20)
         assert "Alien (i1)" in value("items.innerText")
+        why = "{vote: 0.8, neighbour_count: 30, item_rate: 0.881, item_count: 311, user_count: 0}"
+        said = "80 % of 30 similar users liked it; 88 % of all 311 liked it"
+        assert value(f"reasons({why}).join('; ')") == said
+        assert value("reasons({item_count: 0}).join()") == "nobody has rated it"
         short = "[...document.querySelectorAll('#history td:not(:first-child), th')]"
         assert value(f"{short}.filter(cell => cell.getClientRects().length).length") == 9
         # the text of a cell takes one line
