@@ -90,22 +90,30 @@ def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None) -> Figure:
 def depth_figure(
     exits: Sequence[Row], baseline: NamedAUC | None = None, plan: Row | None = None, rows: str = "test"
 ) -> Figure:
-    """AUC of `rows` by depth with interval bars, the plan at its mean depth, and the best baseline as a line."""
-    axes = _axes("layers run", f"AUC, {rows}", 3.9)
-    shown = [row for row in exits if row.get("auc") is not None]
-    layers = [row["layer"] for row in shown]
-    if shown:
-        _bars(axes, layers, shown, "o-", COLOURS["fixed_depth"], "static exit, as trained")
-    fitted = [(r["layer"], r["calibrated"]["auc"]) for r in shown if (r.get("calibrated") or {}).get("auc")]
-    if fitted:
-        path, label = np.array(fitted).T, "static exit, calibrated"
-        axes.plot(*path, "o--", color=COLOURS["consistency"], mfc="white", label=label)
-    if plan and plan.get("auc") is not None:
-        _bars(axes, [plan["mean_depth"]], [plan], "D", COLOURS["plan"], "plan, at its mean depth")
-    axes.set_xticks(layers)
+    """AUC of `rows` minus the best baseline's by depth, with paired intervals; the plan stands at its mean depth.
+
+    Intervals of an AUC by itself are wide, since users differ; what an exit adds on the same users is much surer.
+    """
+    axes = _axes("layers run", f"AUC minus best baseline's, {rows}", 3.9)
+    # 1. static exits
+    paired = {row["layer"]: row["baseline_difference"] for row in exits if _defined(row)}
+    if paired:
+        _bars(axes, list(paired), list(paired.values()), "o-", COLOURS["fixed_depth"], "static exit")
+    # 2. the plan
+    if plan and _defined(plan):
+        place = [plan["mean_depth"]]
+        _bars(axes, place, [plan["baseline_difference"]], "D", COLOURS["plan"], "plan, at its mean depth")
+    axes.set_xticks(list(paired))
+    # 3. the baseline is 0
     if baseline:
-        _baseline_line(axes, baseline)
+        label = f"best baseline {baseline[0]} ({number(baseline[1])})"
+        axes.axhline(0.0, color=COLOURS["baseline"], lw=1.2, linestyle=(0, (6, 3)), label=label)
     return _finished(axes)
+
+
+def _defined(row: Row) -> bool:
+    """Whether the row was compared with a baseline."""
+    return (row.get("baseline_difference") or {}).get("value") is not None
 
 
 def exit_share_figure(exits: Sequence[Row], mean_depth: float | None = None) -> Figure:
@@ -189,9 +197,9 @@ def reliability_scores(
 
 
 def _bars(axes: Axes, x: Sequence[float], rows: Sequence[Row], style: str, colour: str, label: str) -> None:
-    """Points at `auc` with their `auc_interval` where there is one."""
-    values = np.array([row["auc"] for row in rows])
-    bounds = np.array([row.get("auc_interval") or (row["auc"], row["auc"]) for row in rows])
+    """Points at `value` with their `interval` where there is one."""
+    values = np.array([row["value"] for row in rows])
+    bounds = np.array([row["interval"] or (row["value"], row["value"]) for row in rows])
     axes.errorbar(x, values, np.abs(bounds.T - values), fmt=style, color=colour, ms=5.5, lw=1.5, elinewidth=1.2,
                   capsize=3, label=label)  # fmt: skip
 

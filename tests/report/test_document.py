@@ -66,7 +66,7 @@ class TestWhole:
         assert "* Warning: no neighbours" in lines
         assert f"| {100 * last['exit_share']:.1f} % | {number(last['auc_leaving'])} |" in text
         assert f"| exit 6 | {number(last['auc'])} | {number(last['log_loss'])} |" in text
-        assert "| .7123 | .7123 | 2.50 |" in text
+        assert "| .7123 | .7123 |" in text
         assert ".1111" not in text
         assert not re.search(r"\b(nan|None)\b", text)
 
@@ -268,16 +268,21 @@ class TestPareto:
 
 class TestOthers:
     def test_depth(self):
-        """Bars reach from low to high of each interval, the adaptive score stands at its mean depth."""
+        """Bars reach from low to high of the paired difference to the baseline, the plan stands at its mean depth."""
+
+        def above(value, low, high):
+            return {"auc": 0.7, "baseline_difference": {"value": value, "interval": [low, high]}}
+
         exits = [
-            {"layer": 0, "auc": 0.70, "auc_interval": [0.68, 0.71]},
-            {"layer": 2, "auc": None, "auc_interval": None},
-            {"layer": 4, "auc": 0.75, "auc_interval": [0.74, 0.77], "calibrated": {"auc": 0.76}},
+            {"layer": 0} | above(0.002, -0.001, 0.004),
+            {"layer": 2, "auc": None, "baseline_difference": {"value": None, "interval": None}},
+            {"layer": 4} | above(0.013, 0.005, 0.025),
         ]
-        adaptive = {"auc": 0.74, "mean_depth": 1.5}
-        axes = axes_of(depth_figure(exits, ("item_rate", 0.69), adaptive))
+        axes = axes_of(
+            depth_figure(exits, ("item_rate", 0.69), {"mean_depth": 1.5} | above(0.012, 0.003, 0.024))
+        )
         bars = [path for c in axes.containers[0].lines[2] for path in c.get_segments()]
-        np.testing.assert_allclose(bars, [[(0, 0.68), (0, 0.71)], [(4, 0.74), (4, 0.77)]])
-        np.testing.assert_allclose(axes.containers[1].lines[0].get_xydata(), [(1.5, 0.74)])
-        assert next(x.get_xydata().tolist() for x in axes.lines if x.get_linestyle() == "--") == [[4, 0.76]]
+        np.testing.assert_allclose(bars, [[(0, -0.001), (0, 0.004)], [(4, 0.005), (4, 0.025)]])
+        np.testing.assert_allclose(axes.containers[1].lines[0].get_xydata(), [(1.5, 0.012)])
+        assert next(x.get_ydata()[0] for x in axes.lines if x.get_linestyle() == "--") == 0
         assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "4"]
