@@ -228,3 +228,14 @@ def test_a_history_without_times_counts_in_its_order(ranker: Ranker) -> None:
         assert found.cached is None
         assert found.probabilities[0] == pytest.approx(plain, abs=1e-6)
     assert abs(plain - other) > 1e-4
+
+
+def test_new_texts_of_a_request_are_bounded(ranker: Ranker) -> None:
+    """A request that brings more new text than allowed is an error, and costs the one beside it nothing."""
+    ranker.max_new_characters = 100
+    long = RankRequest(None, [], [Item(title=f"{k} {'x' * 30}") for k in range(4)])
+    short = RankRequest(None, [], [Item(title="new")])
+    (alone,) = ranker.rank_after_log([short])
+    error, beside = ranker.rank_after_log([long, short])
+    assert "100 characters of new items" in str(error.error)
+    assert beside.logits.tolist() == pytest.approx(alone.logits.tolist(), abs=1e-5)
