@@ -107,6 +107,7 @@ class Served:
     def _warm(self, run: Path) -> Any:
         """A ranker that has read the store's events and scored once."""
         ranker = self._load(run, cache_mib=self.settings.cache_mib, audit_share=self.settings.audit_share)
+        ranker.max_new_characters = self.settings.max_new_characters
         ranker.follow(self.store)
         (answer,) = ranker.rank_after_log([RankRequest(None, [], [Item("warm", "warm")])])
         if answer.error is not None:

@@ -49,6 +49,7 @@ class Ranker:
     """A run, ready to rank. One thread at a time."""
 
     full_depth = False  # set by the drift alarm: nobody leaves early
+    max_new_characters: float = float("inf")  # of the new items of a request, whose texts are embedded
 
     def __init__(self, folder: Path, run: Run, cache_mib: int, audit_share: float) -> None:
         model = run.model
@@ -224,9 +225,13 @@ class Ranker:
         resolved = dict[int, tuple[RankRequest, Catalogue]]()  # by place
         for place, request in enumerate(requests):
             own = catalogue.alone()
+            before = len(catalogue.added)
             try:
                 resolved[place] = own.resolve(request), own
+                self._check_new(catalogue.added[before:])
             except ProjectError as error:
+                resolved.pop(place, None)
+                del catalogue.added[before:]  # or they would be embedded with the others' items
                 found[place] = failed(request, error)
         items, encoder = self._with(catalogue)
         # 2. Histories, features and prompts.
@@ -263,6 +268,16 @@ class Ranker:
                 cached=kept[place] > 0 if place in kept else None,
             )
         return [found[place] for place in range(len(requests))]
+
+    def _check_new(self, items: Sequence[Mapping[str, Any]]) -> None:
+        """Raise `DataError` where a request's new items have more text than may be embedded for it."""
+        texts = [value for item in items for name, value in item.items() if name not in ("item", "item_id")]
+        characters = sum(map(len, texts))
+        if characters > self.max_new_characters:
+            raise DataError(
+                f"the request brings {characters:,} characters of new items; this server takes "
+                f"{self.max_new_characters:,} (--max_new_characters). Send fewer new items, or make them known first."
+            )
 
     def prepare(self, request: RankRequest) -> PreparedRequest:
         """A request for items of the log as the engine gets it: prefix, features and exit 0, after the log."""

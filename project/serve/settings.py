@@ -28,6 +28,7 @@ class ServeSettings:
         max_history_rows: Most rows of a history that a request brings.
         max_title_characters: Longest title, other text of an item, or query.
         max_item_columns: Most columns of an item, and keys of an event.
+        max_new_characters: Most text of the new items of a request, all together: embedding it makes others wait.
         cache_mib: Memory for users' histories.
         gorse_positive: Gorse's positive_feedback_types, such as "star, like, read>=3": its feedback that means yes.
         gorse_read: Gorse's read_feedback_types: its feedback that means no where it does not mean yes.
@@ -47,6 +48,7 @@ class ServeSettings:
     max_history_rows: int = 1000
     max_title_characters: int = 2000
     max_item_columns: int = 64
+    max_new_characters: int = 16384
     cache_mib: int = 256
     gorse_positive: str = "star, like"
     gorse_read: str = "read"

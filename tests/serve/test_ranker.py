@@ -237,5 +237,5 @@ def test_new_texts_of_a_request_are_bounded(ranker: Ranker) -> None:
     short = RankRequest(None, [], [Item(title="new")])
     (alone,) = ranker.rank_after_log([short])
     error, beside = ranker.rank_after_log([long, short])
-    assert "100 characters of new items" in str(error.error)
+    assert "128 characters of new items" in str(error.error)
     assert beside.logits.tolist() == pytest.approx(alone.logits.tolist(), abs=1e-5)
