@@ -227,6 +227,26 @@ def test_second_certificate(scores: pl.DataFrame) -> None:
     assert len(other["ledger"]) == 2
 
 
+def test_another_checkpoint_is_another_try(scores: pl.DataFrame) -> None:
+    """After a test another checkpoint gets its plan, but no certificate; the first may be computed again.
+
+    Of ten checkpoints whose risk is epsilon, each tested at delta .1, one passes with a chance of 1 - .9^10 = .65. While
+    `fit` goes on its own choice among checkpoints reads `select` alone, so the try moves along with it.
+    """
+    about = (scores, FEATURES, settings(certificate=LOOSE), "hash")
+    first = calibrate(*about, checkpoint="one").document
+    assert first["certificate"]["passed"]
+    assert calibrate(*about, first, "one").document["certificate"] == first["certificate"]
+    other = calibrate(*about, first, "two")
+    assert other.document["certificate"] is other.certified is None
+    assert "checkpoint 'one' -> 'two'" in other.document["certificate_words"]
+    assert other.document["ledger"] == first["ledger"]
+    assert calibrate(*about, other.document, "one").document["certificate"]["passed"]
+    later = calibrate(*about, first, "two", fitting=True).document
+    assert later["certificate"]["passed"]
+    assert [record["settings"]["checkpoint"] for record in later["ledger"]] == ["two"]
+
+
 def test_no_layer_is_no_early_exit(scores: pl.DataFrame) -> None:
     """A plan whose every row leaves at exit 0 is neither passed nor failed, and no such step is certified."""
     loose = {"certificate": replace(LOOSE, epsilon=0.9), "criterion": Ratio()}
