@@ -116,13 +116,19 @@ class ExitCalibration(L.Callback):
         data: InteractionData,
         scores: pl.DataFrame,
         folder: Path,
+        checkpoint: str | None = None,
     ) -> dict[str, Any]:
-        """Make the plan of validation's score table, keep it, log it and write results/calibrate.json."""
+        """Make the plan of validation's score table, keep it, log it and write results/calibrate.json.
+
+        `checkpoint` is the digest of the heads that made the scores; None: the module's, while it is fitted.
+        """
         path = folder / "results" / "calibrate.json"
         previous = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         with data.clock.stage("calibrate"):
             features = data.features_of(scores, module.feature_baseline().base)
-            plans = calibrate(scores, features, self.settings, data.split.hash, previous)
+            heads = checkpoint or heads_digest(module.state_dict())
+            fitting = checkpoint is None
+            plans = calibrate(scores, features, self.settings, data.split.hash, previous, heads, fitting)
         self.plans = plans
         tune = (scores["fold"] == "tune").to_numpy()
         rows = PlannedRows(plans.plan, scores.filter(tune), features[tune], self.settings.prefix_cached)

@@ -22,8 +22,9 @@ from project.exits.plan import admit, plans_of
 from project.exits.ranking import LISTS, RankPolicy, ScoredRequests, costs, overlaps, policies
 from project.exits.top_k import precision_at_k
 from project.metrics import user_aucs
+from project.model.heads import heads_digest
 from project.report.tables import render, shown
-from project.run import read_result, result_head, write_json, write_table
+from project.run import read_checkpoint, read_result, result_head, write_json, write_table
 from project.run_folder import tag_of
 
 if TYPE_CHECKING:
@@ -175,9 +176,10 @@ def run_rank(
     files = sorted((folder / "results").glob("rank*.json"))
     ledger = [entry for file in files for entry in read_result(file).get("ledger", [])]
     if settings.certify:
+        heads = heads_digest(read_checkpoint(checkpoint)["state_dict"])
         tested = {f"ranking.{k}": v for k, v in asdict(settings).items()} | {"ranking.lists": list(LISTS)}
         try:
-            ledger = admit(ledger, tested | {"seed_everything": seed}, split.hash)
+            ledger = admit(ledger, tested | {"seed_everything": seed, "checkpoint": heads}, split.hash)
         except ConfigError as error:
             raise ConfigError(f"{error}; or set ranking.certify to 0, which makes no certificate.") from error
     # 3. scores of all heads

@@ -117,7 +117,7 @@ class ProjectTrainer(L.Trainer):
         assert scores is not None
         # 2. The plan, into result file and checkpoint.
         callback = exit_calibration_of(self)
-        result = callback.calibrate(self, model, datamodule, scores, folder)
+        result = callback.calibrate(self, model, datamodule, scores, folder, wanted["heads"])
         if self.is_global_zero:
             callback.write_into(Path(ckpt_path))
             certificates = [result["certificate_words"], (result["certified"] or {}).get("words")]

@@ -202,18 +202,22 @@ def calibrate(
     settings: ExitSettings,
     protocol_hash: str,
     previous: Mapping[str, Any] | None = None,
+    checkpoint: str = "",
+    fitting: bool = False,
 ) -> Plans:
     """The exit plans of a run, with the body of results/calibrate.json.
 
     `scores` is the score table of validation with its folds, `features` (n, F) are of the same rows, `previous` is the
-    run's results/calibrate.json, whose certificates must not be tried again.
+    run's results/calibrate.json, whose certificates must not be tried again. `checkpoint` names the weights that made
+    the scores. Where `fitting`, they are the next ones of a fit, which chooses among checkpoints on `select` alone.
     """
     # 1. whether the certify fold may be read: it is for one certificate
     issued = (previous or {}).get("ledger", [])
     promise, ledger, words = settings.certificate, issued, "No certificate: exits.certificate is null."
     if promise is not None:
         try:
-            ledger = admit(issued, certified_settings(settings), protocol_hash)
+            tried = certified_settings(settings) | {"checkpoint": checkpoint}
+            ledger = admit(issued, tried, protocol_hash, fitting)
         except ConfigError as error:
             promise, words = None, f"No certificate: {error}."
     _check_folds(scores)

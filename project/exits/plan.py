@@ -238,25 +238,32 @@ def certified_settings(settings: ExitSettings) -> dict[str, Any]:
 
 
 def admit(
-    issued: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], protocol_hash: str
+    issued: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    protocol_hash: str,
+    fitting: bool = False,
 ) -> list[dict[str, Any]]:
     """The ledger `issued` with one more certificate on the protocol's fold; the identical one is recorded once.
 
-    `settings` is all that decides what is tested, by YAML key; a key that an issued certificate lacks is not held
-    against it. A certificate with other settings on the same fold is refused.
+    `settings` is all that decides what is tested, by YAML key, and the `checkpoint`; a key that an issued certificate
+    lacks is not held against it. Anything else on the same fold is another try, which is an error. While `fitting` it
+    is the same try with the next checkpoint, as the certificate has no part in which checkpoint is kept.
     """
     new = {"protocol_hash": protocol_hash, "settings": dict(settings)}
+    ledger: list[dict[str, Any]] = []
     for record in issued:
         was = record["settings"]
-        changed = [k for k, value in settings.items() if k in was and was[k] != value]
-        if changed and record["protocol_hash"] == protocol_hash:
+        changed = [key for key, value in settings.items() if key in was and was[key] != value]
+        if record["protocol_hash"] != protocol_hash and dict(record) not in ledger:
+            ledger.append(dict(record))
+        if (
+            record["protocol_hash"] == protocol_hash
+            and changed
+            and not (fitting and changed == ["checkpoint"])
+        ):
             differences = ", ".join(f"{key} {was[key]!r} -> {settings[key]!r}" for key in changed)
             raise ConfigError(
                 f"a certificate was already issued on this certify fold with other settings ({differences}): asking "
                 "twice voids delta. Keep the settings, or train a new run and fix them before the fold is read"
             )
-    ledger: list[dict[str, Any]] = []
-    for entry in (*issued, new):
-        if entry not in ledger:
-            ledger.append(dict(entry))
-    return ledger
+    return [*ledger, new]

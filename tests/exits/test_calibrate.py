@@ -230,8 +230,8 @@ def test_second_certificate(scores: pl.DataFrame) -> None:
 def test_another_checkpoint_is_another_try(scores: pl.DataFrame) -> None:
     """After a test another checkpoint gets its plan, but no certificate; the first may be computed again.
 
-    Of ten checkpoints whose risk is epsilon, each tested at delta .1, one passes with a chance of 1 - .9^10 = .65. While
-    `fit` goes on its own choice among checkpoints reads `select` alone, so the try moves along with it.
+    Of ten checkpoints whose risk is epsilon, each tested at delta .1, one passes with a chance of 1 - .9^10 = .65.
+    While `fit` goes on its own choice among checkpoints reads `select` alone, so the try moves along with it.
     """
     about = (scores, FEATURES, settings(certificate=LOOSE), "hash")
     first = calibrate(*about, checkpoint="one").document
