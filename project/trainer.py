@@ -120,7 +120,11 @@ class ProjectTrainer(L.Trainer):
         result = callback.calibrate(self, model, datamodule, scores, folder, wanted["heads"])
         if self.is_global_zero:
             callback.write_into(Path(ckpt_path))
-            certificates = [result["certificate_words"], (result["certified"] or {}).get("words")]
+            certificates = [
+                result["budget_words"],
+                result["certificate_words"],
+                (result["certified"] or {}).get("words"),
+            ]
             Console(width=120).print(*filter(None, certificates), f"written: {ckpt_path}", sep="\n")
 
     def baselines(

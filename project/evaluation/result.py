@@ -396,4 +396,5 @@ def adaptive_summary(plans: Plans, rows: PlannedRows, risk: str | None = None) -
 
     without = rows.under(plans.without).summary(plans.static_without)
     certified = None if plans.certified is None else measured(rows.under(plans.certified))
-    return measured(rows) | {"without_exit_0": without, "certified": certified}
+    words = {"budget_words": plans.document.get("budget_words")}
+    return measured(rows) | {"without_exit_0": without, "certified": certified} | words

@@ -42,6 +42,9 @@ from project.exits.search import (
 from project.run import exit_layers_of
 
 DRAWS = 1000  # resamples of users behind the correction
+# With fewer users on tune no bound on the AUC drop holds on fresh users where a few in a hundred are served badly by
+# early exits: such users are not among them, or too few to tell (results/budget.json).
+FEWEST_USERS = 250
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +90,7 @@ class TuneFold:
         self.labels, users = scores["label"].to_numpy(), scores["user"].to_numpy()
         own, shared = scores["target_tokens"].to_torch(), scores["stream_tokens"].to_torch()
         self.tokens = row_tokens(own, shared, settings.prefix_cached)
+        self.users = int(np.unique(users).size)
         # 1. calibrate every head
         raw = raw_outputs(scores, features, exit_layers_of(scores), exit_0)
         self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, exit_0)
@@ -166,10 +170,28 @@ class TuneFold:
             "auc_drop_corrected_interval": [estimate - float(high), estimate - float(low)],
         }
 
+    @property
+    def too_few(self) -> bool:
+        """Whether the users allow no early exit within a bounded AUC drop; at alpha .5 no bound is asked for."""
+        return (
+            self.users < FEWEST_USERS and self.settings.alpha < 0.5 and self.settings.max_auc_drop is not None
+        )
+
+    def in_words(self) -> str | None:
+        """Why the plan is full depth, where users are too few."""
+        if not self.too_few:
+            return None
+        return (
+            f"So few users allow no plan but full depth: the fold tune has {self.users:,}, and about {FEWEST_USERS} "
+            "are needed to bound the AUC that early exits lose on fresh users."
+        )
+
     def _steps(self, curve: Curve, drops: F64) -> I64:
         """(D,) the budget's step by each row of drops (D, S); -1 where none keeps it."""
         # alpha is shared out among the paths that compete for the choice (Bonferroni)
         margins = bound_margins(curve.influences, self.settings.alpha / self._competing)
+        if self.too_few:
+            margins[1:] = np.inf
         return budget_steps(curve.path, drops + margins, self.settings.max_auc_drop, self.settings.max_cost)
 
     def _preference(self, curve: Curve) -> tuple[float, float]:
@@ -256,7 +278,8 @@ def calibrate(
         "controls": control_curves(tune.outputs, tune.labels, tune.tokens),
         "chosen": name(best.criterion),
         "prefix_cached": settings.prefix_cached,
-        "budget": {"max_auc_drop": settings.max_auc_drop, "max_cost": settings.max_cost},
+        "budget": {"max_auc_drop": settings.max_auc_drop, "max_cost": settings.max_cost, "users": tune.users},
+        "budget_words": tune.in_words(),
         "static_exit": {key: tune.static_exit[key] for key in ("layer", "auc", "cost")},
         "certificate": None if certificate is None else certificate.to_dict(),
         "certificate_words": words,

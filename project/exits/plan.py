@@ -191,6 +191,7 @@ class Plans:
             "static_without": self.static_without,
             "certified": None if self.certified is None else self.certified.state(),
             "certificate": json.dumps(self.document.get("certificate", {})),
+            "budget_words": self.document.get("budget_words"),
         }
 
     @classmethod
@@ -198,7 +199,10 @@ class Plans:
         """From what `state` gave."""
         plan, without = (ExitPlan.from_state(state[key]) for key in ("plan", "without"))
         certified = None if state["certified"] is None else ExitPlan.from_state(state["certified"])
-        document = {"certificate": json.loads(state["certificate"])}
+        document = {
+            "certificate": json.loads(state["certificate"]),
+            "budget_words": state.get("budget_words"),
+        }
         return cls(plan, state["static_exit"], without, state["static_without"], certified, document)
 
 
