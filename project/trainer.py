@@ -40,7 +40,7 @@ CHECKPOINTS: dict[str, Any] = {
     "enable_version_counter": False,
 }
 DEFAULT_RANKING = RankSettings()
-DEFAULT_SIZES = [1, 8, 64, 256]
+SIZES = (1, 8, 64, 256)  # candidates of the engine's requests
 
 
 def run_baselines(data: InteractionData, folder: Path, networks: bool = False) -> dict[str, Any]:
@@ -89,7 +89,6 @@ class ProjectTrainer(L.Trainer):
         datamodule: InteractionData,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
-        rescore: bool = False,
     ) -> None:
         """Calibrate the exits of a trained checkpoint, without training, and write the plan into it.
 
@@ -98,7 +97,6 @@ class ProjectTrainer(L.Trainer):
             datamodule: Logs whose validation is used.
             ckpt_path: The run's checkpoint.
             weights_only: Not used.
-            rescore: Score validation anew even where the run's score table fits.
         """
         if ckpt_path is None:
             raise ConfigError("calibrate needs --ckpt_path, a trained run's checkpoint; `fit` writes one.")
@@ -106,7 +104,7 @@ class ProjectTrainer(L.Trainer):
         # 1. The score table of validation, where it is this checkpoint's under this protocol; else score anew.
         table = folder / "scores" / "valid.parquet"
         wanted = {"heads": heads_digest(checkpoint["state_dict"]), "protocol": datamodule.split.hash}
-        if rescore or not table.exists() or not wanted.items() <= table_about(table).items():
+        if not table.exists() or not wanted.items() <= table_about(table).items():
             self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
             scores = model.scores
         else:
@@ -155,7 +153,6 @@ class ProjectTrainer(L.Trainer):
         weights_only: bool | None = None,
         only: Literal["engine", "serve"] = "engine",
         seconds: float = 60.0,
-        sizes: list[int] = DEFAULT_SIZES,
     ) -> None:
         """Measure speed as ratios within one run.
 
@@ -168,7 +165,6 @@ class ProjectTrainer(L.Trainer):
                 the best k, and by transformers; serve: requests a second and latency of a server on loopback, plan
                 and full depth; needs the extra `serve` and locust.
             seconds: About how long to measure.
-            sizes: Candidates of the engine's requests.
         """
         folder = run_folder(self, ckpt_path)
         if only == "serve":
@@ -178,7 +174,7 @@ class ProjectTrainer(L.Trainer):
         else:
             from project.benchmark.engine import run_engine
 
-            run_engine(model, datamodule, ckpt_path, folder, self.strategy.root_device, seconds, sizes)
+            run_engine(model, datamodule, ckpt_path, folder, self.strategy.root_device, seconds, SIZES)
 
     def predict(  # type: ignore[override]  # Lightning's, with a choice of engine
         self,

@@ -126,9 +126,7 @@ two_gpus = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=two_gpus)])
-@pytest.mark.parametrize(
-    "model", [{"freeze_embeddings": True}, {"lora": {"rank": 2, "alpha": 4.0}}], ids=" ".join
-)
+@pytest.mark.parametrize("model", [{"freeze_embeddings": True}, {"lora": {"rank": 2}}], ids=" ".join)
 def test_sharded_training(
     project: Callable[..., str], tiny_config: Config, tmp_path: Path, model: dict[str, Any], accelerator: str
 ) -> None:

@@ -38,7 +38,7 @@ from project.report.report import read_run
 
 Run = Callable[..., None]
 Config = Callable[..., Path]
-LORA = {"rank": 4, "alpha": 64.0}  # large, so that leaving it out would show
+LORA = {"rank": 4}
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"model.freeze_embeddings": False},
     "frozen embeddings": {"model.freeze_embeddings": True},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -37,6 +37,8 @@ from project.model.optim import OptimSettings, cosine_with_warmup, parameter_gro
 from project.model.sharding import WHOLE, shared_mesh
 from project.run import read_checkpoint
 
+LORA_SCALE = 2  # an adapter's output is multiplied by it
+
 
 @dataclass
 class LoraSettings:
@@ -44,47 +46,23 @@ class LoraSettings:
 
     Args:
         rank: Rank of the adapters.
-        alpha: Scale; an adapter's output is multiplied by alpha / rank.
-        layers: Decoder layers that get adapters, the first is 1; default: all.
-        target_modules: Linear layers that get an adapter.
     """
 
     rank: int = 16
-    alpha: float = 32.0
-    layers: list[int] | None = None
-    target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
 
 
 def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
-    """Put adapters on the backbone's linear layers, in place, and freeze everything else in it.
+    """Put adapters on all of the backbone's linear layers, in place, and freeze everything else in it.
 
     At first an adapter adds nothing: one of its two factors starts at zero.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = [
-        n for n, m in backbone.layers.named_modules() if isinstance(m, nn.Linear)
-    ]  # such as 0.self_attn.q_proj
-    linear, depth = {name.split(".")[-1] for name in names}, len(backbone.layers)
-    if not settings.target_modules or set(settings.target_modules) - linear:
-        raise ConfigError(
-            f"model.lora.target_modules is {settings.target_modules}; expected some of the backbone's linear "
-            f"layers: {', '.join(sorted(linear))}."
-        )
-    layers = range(1, depth + 1) if settings.layers is None else settings.layers
-    if not layers or set(layers) - set(range(1, depth + 1)):
-        raise ConfigError(f"model.lora.layers is {settings.layers}; expected some of 1 to {depth}.")
-    wanted = [
-        f"layers.{name}"
-        for name in names
-        if name.split(".")[-1] in settings.target_modules and int(name.split(".")[0]) + 1 in layers
-    ]
+    linear = (name for name, part in backbone.layers.named_modules() if isinstance(part, nn.Linear))
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it by r
-        target_modules=wanted,
+        lora_alpha=LORA_SCALE * settings.rank,  # peft divides it by r
+        target_modules=[f"layers.{name}" for name in linear],  # such as layers.0.self_attn.q_proj
     )
     inject_adapter_in_model(config, backbone)  # freezes all that is no adapter
 
