@@ -22,7 +22,6 @@ from project.errors import ConfigError, ProjectError
 from project.errors import did_you_mean as did_you_mean
 from project.exits.plan import ExitSettings
 from project.model.module import ExitRecommender
-from project.retrieval import LightGCN
 
 UNKNOWN = re.compile(
     r"(?:[oO]ption|[kK]ey) '([^']+)' is not|accept (?:option|nested key) '([^']+)'|: --([^\s=]+)"
@@ -39,7 +38,8 @@ NO_REASON = re.compile(
 def link_model_and_data(parser: LightningArgumentParser) -> None:
     """Keys of the model and the data whose value another key sets, and the default retriever."""
     # by its class path: config.yaml of a run cannot hold the object that is the Python default
-    parser.set_defaults({"data.retriever": {"class_path": f"{LightGCN.__module__}.{LightGCN.__name__}"}})
+    retriever = {"class_path": "project.retrieval.LightGCN", "init_args": {"item_neighbours": 30}}
+    parser.set_defaults({"data.retriever": retriever})
     parser.link_arguments("model.backbone", "data.tokenizer")
     parser.link_arguments("data.prompt.answers", "model.answers")
     parser.link_arguments("data.prompt.segment", "model.numbers", compute_fn=shows_numbers)

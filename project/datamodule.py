@@ -50,7 +50,8 @@ from project.retrieval.online import FeatureIndex, can_be_indexed
 from project.retrieval.text import MAX_TOKENS, MeanPooling, encode_once, item_texts
 
 DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
-DEFAULT_RETRIEVER, DEFAULT_MF = LightGCN(), MatrixFactorisation()
+DEFAULT_RETRIEVER = LightGCN(item_neighbours=30)
+DEFAULT_MF = MatrixFactorisation()
 ITEM_LAYERS = 6  # of the backbone, which embed items' texts
 
 

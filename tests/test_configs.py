@@ -21,7 +21,6 @@ from world import given as of_run
 from world import result
 
 from project.callbacks import ResultFiles
-from project.datamodule import InteractionData
 from project.model.module import ExitRecommender
 from project.model.sharding import FullyShardedStrategy
 from project.retrieval import ItemKNN, NoRetriever, Retriever, TextEncoder
@@ -79,17 +78,38 @@ def leaves(config: Any, at: str = "") -> dict[str, Any]:
     return {k: v for key, value in config.items() for k, v in leaves(value, f"{at}.{key}").items()}
 
 
-@pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=by_name)
+SHARED = {
+    "model.optim.learning_rate": 3e-4,
+    "model.exit_layers": [2, 4, 6],
+    "data.retriever.class_path": "project.retrieval.LightGCN",
+    "data.protocol.shares": [0.8, 0.1, 0.1],
+    "data.refits": 10,
+    "data.mf.dim": 8,
+    "exits.max_auc_drop": 0.002,
+    "exits.certificate.epsilon": 0.02,
+}
+"""What every preset has and none says: the defaults that results are of."""
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=by_name)
-def test_shipped_recipes(recipe: Path, overlay: Path | None, made: Callable[..., tuple[Any, ...]]) -> None:
-    trainer, model, data = made(*given(recipe, overlay))
+def test_shipped_recipes(
+    recipe: Path, made: Callable[..., tuple[Any, ...]], run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A preset says what is its own, and has the defaults; only the paper's prompts compare no items."""
+    config = leaves(printed(run, capsys, "fit", *given(recipe)))
+    assert {key: config[f".{key}"] for key in SHARED} == SHARED
+    neighbours = 0 if recipe.stem.startswith("paper") else 30
+    assert config[".data.retriever.init_args.item_neighbours"] == neighbours
+    said = leaves(yaml.safe_load(recipe.read_text()))
+    assert {key for key in said if config.get(key) == SHARED.get(key[1:], "")} <= {
+        ".data.retriever.class_path"
+    }
+    trainer, model, data = made(*given(recipe))
     assert isinstance(model, ExitRecommender)
-    assert isinstance(data, InteractionData)
     assert model.backbone_name == data.tokenizer_name
     assert model.answers == data.prompt.answers
     data.protocol.check()
-    kinds = {type(c) for c in trainer.callbacks}
-    assert {ModelCheckpoint, ResultFiles} <= kinds
+    assert {ModelCheckpoint, ResultFiles} <= {type(c) for c in trainer.callbacks}
     assert trainer.checkpoint_callback.monitor == "select/auc/deepest"
     assert isinstance(trainer.loggers[0], CSVLogger)  # decides where a run's files go
 
@@ -194,12 +214,13 @@ def test_saved_config_can_be_given_back(run: Run, tiny_config: Config, tmp_path:
 
 
 @pytest.mark.parametrize("overlay", RETRIEVERS, ids=by_name)
-@pytest.mark.parametrize("recipe", RECIPES, ids=by_name)
-def test_each_recipe_gets_the_retriever(recipe: Path, overlay: Path, made: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("preset", ["quickstart", "paper"])
+def test_a_preset_gets_the_retriever(preset: str, overlay: Path, made: Callable[..., Any]) -> None:
+    recipe = CONFIGS / f"{preset}.yaml"
     data = made(*given(recipe, overlay))[2]
     assert type(data.retriever) is KINDS[overlay.stem]
     said = yaml.safe_load(recipe.read_text())["data"]
-    own = said["retriever"].get("init_args", {}) if isinstance(said["retriever"], dict) else {}
+    own = said.get("retriever", {}).get("init_args", {})
     can_list = overlay.stem == "text"
     assert data.retriever.similar_every == (own.get("similar_every", 0) if can_list else 0)
     assert data.prompt.similar == (said["prompt"].get("similar") if can_list else None)

@@ -105,10 +105,10 @@ def settings() -> set[str]:
         names -= shared if issubclass(kind, Retriever) else linked if kind is not prompt.Prompt else set()
         found |= {f"{kind.__name__}.{name}" for name in names - sections}
     found |= {f"serve --{name}" for name in inspect.signature(ServeSettings).parameters}
-    for module, path in MODULES.items():  # arguments of the commands that read no configuration
+    for place, path in MODULES.items():  # arguments of the commands that read no configuration
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         names = [n.args[0] for n in calls if getattr(n.func, "attr", "") == "add_argument" and n.args]
-        found |= {f"{module} {name.value}" for name in names if isinstance(name, ast.Constant)}
+        found |= {f"{place} {name.value}" for name in names if isinstance(name, ast.Constant)}
     for command in ("calibrate", "baselines", "benchmark", "predict", "rank"):
         names = set(inspect.signature(getattr(ProjectTrainer, command)).parameters) - plain
         found |= {f"{command} --{name}" for name in names - sections}

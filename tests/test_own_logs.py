@@ -328,7 +328,7 @@ def test_retriever_and_factorisation_may_be_left_out(tiny_config: Callable[..., 
     settings = yaml.safe_load(tiny_config().read_text())["data"]
     del settings["retriever"], settings["mf"]
     for change, retriever, mf in (
-        ({}, LightGCN(), MatrixFactorisation()),
+        ({}, LightGCN(item_neighbours=30), MatrixFactorisation()),
         ({"retriever": {"class_path": "project.retrieval.NoRetriever"}, "mf": None}, NoRetriever(), None),
     ):
         data = parser.instantiate_classes(parser.parse_object({"data": settings | change})).data

@@ -31,7 +31,7 @@ class OptimSettings:
         depth_slope: How much faster shallow layers learn; 0: all the same, 1: the embeddings at twice the rate.
     """
 
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     depth_slope: float = 0.0
 
     def __post_init__(self) -> None:
