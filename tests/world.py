@@ -94,7 +94,8 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
             "refits": 5,
             "mf": None,
         },
-        "model": {"backbone": str(model), "exit_layers": [1, 3]},
+        # the rate is said, so that numbers of this world do not depend on a default
+        "model": {"backbone": str(model), "exit_layers": [1, 3], "optim": {"learning_rate": 2e-4}},
         "trainer": {
             "max_epochs": 1,
             "accelerator": "cpu",
