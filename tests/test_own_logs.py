@@ -24,7 +24,7 @@ from world import call, given, result, tiny_settings
 
 from project.data.logs import GIVEN_SPLITS, TableLogs
 from project.data.prompt import Prompt
-from project.data.protocol import Protocol, apply_protocol, build_interactions
+from project.data.protocol import Protocol
 from project.datamodule import InteractionData
 from project.retrieval import ItemKNN, LightGCN, MatrixFactorisation, NoRetriever
 from project.serve.ranker import Ranker
@@ -236,40 +236,12 @@ def test_history_is_context_and_never_a_target(
     assert counted["user_rate"].item() == pytest.approx(earlier["label"].mean())
 
 
-TEN_ROWS = """member,product,when,stars,part
-ann,p1,1700000000,5,history
-ann,p2,1700000060,2,train
-bob,p1,1700000100,4,train
-bob,p3,1700000200,1,train
-ann,p3,1700086400,4,train
-cat,p2,1700172800,5,train
-bob,p2,1700259200,3,valid
-cat,p1,1700259300,5,valid
-ann,p4,1700345600,4,test
-cat,p4,1700345700,1,test
-"""
-
-
 def readme_yaml() -> str:
     """The YAML of README's own logs, as it stands there."""
     parts = (Path(__file__).parents[1] / "README.md").read_text().split("```")[1::2]
     return next(
         part.removeprefix("yaml\n") for part in parts if "class_path: project.data.logs.TableLogs" in part
     )
-
-
-def test_readme_reads_own_logs(tmp_path: Path) -> None:
-    """README's YAML: one row of history; of the others those with a past are targets: 3 train, 2 valid, 2 test."""
-    (tmp_path / "logs.csv").write_text(TEN_ROWS)
-    names = pl.DataFrame({"product": ["p1", "p2", "p3", "p4"], "name": ["One", "Two", "Three", "Four"]})
-    names.write_csv(tmp_path / "products.csv")
-    data = yaml.safe_load(readme_yaml())["data"]
-    arguments = data["logs"]["init_args"]
-    files = {key: str(tmp_path / arguments[key]) for key in ("interactions", "items")}
-    protocol = Protocol(**data["protocol"])
-    split = apply_protocol(build_interactions(TableLogs(**arguments | files).read(), protocol), protocol)
-    assert len(split.rows) == 10
-    assert split.manifest["counts"] == {"train": 3, "valid": 2, "test": 2}
 
 
 @pytest.mark.slow

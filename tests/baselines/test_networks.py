@@ -208,19 +208,6 @@ def test_numbers(fitted: Fitted) -> None:
         assert (np.diff(codes[order]) >= 0).all()
 
 
-def test_earlier_rows_golden() -> None:
-    """Two places. User 0 rates items 1 to 4 at 1, 2, 2 and 3 s: rows of 2 s see item 1 alone, that of 3 s both of 2 s.
-
-    User 1's row between them is nobody else's past.
-    """
-    columns = {"user": [0, 1, 0, 0, 0], "item": [1, 9, 2, 3, 4], "timestamp": [1, 1, 2, 2, 3]}
-    rows = pl.DataFrame(columns | {"label": [1, 1, 0, 1, 0], "split": ["train"] * 5})
-    items, answers = earlier_rows(make_split(rows).rows, "train", 2)
-    n = NO_ROW
-    assert items.tolist() == [[n, n], [n, n], [n, 1], [n, 1], [2, 3]]
-    assert answers.tolist() == [[n, n], [n, n], [n, 1], [n, 1], [0, 1]]
-
-
 @pytest.mark.parametrize("kind", ["by_time", "random"])
 def test_earlier_rows_equal_the_slow_way(kind: str) -> None:
     """The user's last five rows of smaller time in splits up to the target's, context too, in the log's order."""

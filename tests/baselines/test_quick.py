@@ -13,7 +13,6 @@ from project.data.protocol import Protocol, apply_protocol
 from project.errors import DataError
 from project.evaluation.baselines import (
     FEATURES,
-    AgainstBaseline,
     Baseline,
     BaselineCalibration,
     baseline_rows,
@@ -22,7 +21,7 @@ from project.evaluation.baselines import (
 )
 from project.evaluation.bootstrap import UserBootstrap
 from project.features import PRIOR_ROWS, feature_matrix
-from project.metrics import auc, head_metrics, log_loss, probabilities
+from project.metrics import auc, head_metrics
 
 RATES = ["item_rate", "user_rate", "neighbour_vote"]
 NAMES = [*RATES, "lr_rates", "lr_features", "gbdt_features", "lr_text", "gbdt_text"]
@@ -258,18 +257,6 @@ def test_golden_calibration() -> None:
     assert summary["ece"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_loud_baseline_becomes_quiet() -> None:
-    """Logits ten times too large cost more than knowing nothing; calibrated they cost what the right ones do."""
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=4000)
-    labels = (rng.random(4000) < 1 / (1 + np.exp(-logits))).astype(int)
-    loud = 10 * logits[2000:]
-    quiet = calibrated(10 * logits[:2000], labels[:2000]).apply(loud)
-    costs = [log_loss(probabilities(x), labels[2000:]) for x in (loud, quiet, logits[2000:])]
-    assert costs[0] > np.log(2) > costs[1]
-    assert costs[1] == pytest.approx(costs[2], abs=0.01)
-
-
 def test_calibration_at_its_borders() -> None:
     """A baseline that ranks backwards keeps its AUC: the slope is held above zero.
 
@@ -284,71 +271,6 @@ def test_calibration_at_its_borders() -> None:
     assert constant.apply(np.array([2.0, 3.0])) == pytest.approx([np.log(1 / 3), np.log(1 / 3) + 1])
     for one in ([], [1, 1], [0, 0]):
         assert BaselineCalibration.fit(np.arange(float(len(one))), np.array(one)) is None
-
-
-SELECT = [1, 1, 1, 0, 0, 0, 0, 1]  # answers at baseline logits 1, 1, 1, 1, -1, -1, -1, -1
-BASELINE = np.array([1.0, -1.0] * 3)  # on test
-IDS = np.arange(8, 14)
-SURE = np.log(9) * BASELINE  # chances .9 and .1
-
-
-def summary(
-    select: list[int] = SELECT, test: tuple[int, ...] = (1, 0, 1, 0, 1, 0)
-) -> tuple[pl.DataFrame, Baseline]:
-    """Eight rows of select, six of test (users 10, 11, 12), and a baseline's scores of them."""
-    rows = pl.DataFrame(
-        {
-            "row_id": np.arange(14),
-            "user": [*range(8), *np.repeat([10, 11, 12], 2)],
-            "label": [*select, *test],
-            "split": ["valid"] * 8 + ["test"] * 6,
-            "fold": ["select"] * 8 + [None] * 6,
-            "role": ["target"] * 14,
-        }
-    )
-    logit = pl.Series([*np.repeat([1.0, -1.0], 4), *BASELINE])
-    return rows, Baseline("lr_rates", rows.select("row_id", "split").with_columns(logit=logit))
-
-
-def test_golden_difference() -> None:
-    """Select makes the baseline's 1 and -1 chances of 3/4 and 1/4; the head says .9 and .1; all are right on test.
-
-    Both rank perfectly: 0. Log loss: log(10/9) of the head minus log(4/3) of the baseline is log(5/6), for every user.
-    """
-    rows, baseline = summary()
-    against = AgainstBaseline(baseline, IDS, rows)
-    found = against.difference(SURE)
-    assert (found["baseline"], found["value"], found["interval"]) == ("lr_rates", 0.0, [0.0, 0.0])
-    assert found["log_loss"]["value"] == pytest.approx(np.log(5 / 6))
-    assert found["log_loss"]["interval"] == pytest.approx([np.log(5 / 6)] * 2)
-    # One of three users turned round: a like at 1 beats two dislikes at -1 and ties with one, 2.5 of 3, twice; the
-    # like at -1 ties with two, 1 of 3. AUC 6 / 9 against the baseline's 1: -1/3.
-    turned = against.difference(BASELINE * [1, 1, 1, 1, -1, -1])
-    assert turned["value"] == pytest.approx(6 / 9 - 1)
-
-
-def test_rows_in_any_order() -> None:
-    """Baseline, answers and users follow the row ids; a baseline that did not score one is refused."""
-    rows, baseline = summary(test=(1, 0, 0, 1, 1, 1))
-    order, head = np.array([5, 0, 3, 1, 4, 2]), np.arange(6.0)
-    first = AgainstBaseline(baseline, IDS, rows).difference(head)
-    again = AgainstBaseline(baseline, IDS[order], rows).difference(head[order])
-    assert again["value"] == first["value"]
-    assert again["interval"] == pytest.approx(first["interval"])
-    assert again["log_loss"]["interval"] == pytest.approx(first["log_loss"]["interval"])
-    with pytest.raises(DataError, match="no score for 1 of 6 rows"):
-        AgainstBaseline(Baseline("mf", baseline.scores.head(13)), IDS, rows)
-
-
-def test_undefined_differences() -> None:
-    """No calibration on select, no comparison of log losses; one class on test, no AUC."""
-    rows, baseline = summary(select=[1] * 8)
-    found = AgainstBaseline(baseline, IDS, rows).difference(SURE)
-    assert (found["value"], found["log_loss"]) == (0.0, {"value": None, "interval": None})
-    rows, baseline = summary(test=(1,) * 6)
-    found = AgainstBaseline(baseline, IDS, rows).difference(SURE)
-    assert (found["value"], found["interval"]) == (None, None)
-    assert found["log_loss"]["value"] is not None
 
 
 def test_remembered_draws_are_those_of_the_scores() -> None:

@@ -217,13 +217,29 @@ def test_best_baseline_is_chosen_on_tune() -> None:
     assert result["baseline_difference"]["value"] == -0.25
 
 
+def test_undefined_differences() -> None:
+    """One class on select: no calibration, so no comparison of log losses; one class on test: no AUC."""
+    part = pl.col("fold").cast(pl.String).fill_null(pl.col("split").cast(pl.String))
+    select, test = (
+        compared({4: everywhere(GOOD)}, BASELINES, "test", 4, ROWS.with_columns(liked))["baseline_difference"]
+        for liked in (
+            pl.when(part == name).then(1).otherwise("label").alias("label") for name in ("select", "test")
+        )
+    )
+    assert (select["value"], select["log_loss"]) == (0.25, {"value": None, "interval": None})
+    assert (test["value"], test["interval"]) == (None, None)
+    assert test["log_loss"]["value"] is not None
+
+
 def test_rows_are_matched_by_row_id() -> None:
     exits = {4: everywhere(GOOD)}
     scores, split = table(exits).sample(fraction=1.0, shuffle=True, seed=0), SimpleNamespace(rows=ROWS)
     shuffled: dict[str, Any] = comparison(scores, split, BASELINES, "test", 4)  # type: ignore[arg-type]
     ordered = compared(exits, BASELINES, "test", 4)
     pairs = zip(shuffled["baseline_differences"], ordered["baseline_differences"], strict=True)
-    assert all(without_log_loss(found) == without_log_loss(other) for found, other in pairs)
+    for found, other in pairs:
+        assert without_log_loss(found) == without_log_loss(other)
+        assert found["log_loss"]["value"] == pytest.approx(other["log_loss"]["value"])
 
 
 def test_lr_rates_is_compared_once() -> None:

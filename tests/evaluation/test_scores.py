@@ -164,7 +164,8 @@ def test_plan_has_its_depth_in_each_slice():
     assert "mean_depth" not in by_name["item_1_5"][0]
     few = {"test": RETRIEVED["test"].with_columns(item_count=pl.lit(3))}
     nobody = slice_rows(ROWS, few, [({"plan": True}, logits)], "test", draws=5, depth=depth)[5]
-    assert (nobody["name"], nobody["rows"][0]["mean_depth"]) == ("item_0", None)
+    assert (nobody["name"], nobody["n"]) == ("item_0", 0)
+    assert {nobody["rows"][0][key] for key in ("mean_depth", "auc", "auc_interval")} == {None}
 
 
 def test_metrics_are_those_of_the_rows():
@@ -186,13 +187,3 @@ def test_metrics_are_those_of_the_rows():
     assert found[4]["rows"][0]["auc"] == 1.0  # history_21_plus: -1 liked, -2 not
     # warm_users: likes 3, 1, -1 above dislikes 2, 0: (2 + 1 + 0) / 6
     assert found[0]["rows"][0]["auc"] == 0.5
-
-
-def test_empty_slice_is_undefined():
-    """Without cold users the entry stays, with n = 0 and undefined metrics."""
-    warm = ROWS.filter(pl.col("user") == 1)
-    found = slice_rows(warm, RETRIEVED, [({"name": "any"}, np.zeros(5))], "test", draws=5)
-    cold = next(entry for entry in found if entry["name"] == "cold_users")
-    assert cold["n"] == 0
-    assert cold["rows"][0]["auc"] is None
-    assert cold["rows"][0]["auc_interval"] is None

@@ -56,14 +56,6 @@ class TestPolicy:
         assert expected.unique().numel() >= 5
         assert torch.equal(Policy(criterion, limits, outputs.layers).exits(outputs), expected)
 
-    @pytest.mark.parametrize("k", range(7))
-    def test_everyone_leaves_at_k_is_fixed_depth(self, make_criterion, outputs, k):
-        criterion = make_criterion()
-        criterion.fit(outputs)
-        limits = limits_of(*[ALWAYS if head == k else NEVER for head in range(6)])
-        found = Policy(criterion, limits, outputs.layers).exits(outputs)
-        assert torch.equal(found, torch.full((600,), k))
-
     @pytest.mark.parametrize(
         "limits",
         [torch.tensor([0.5, ALWAYS]), torch.tensor([0.1, torch.nan, ALWAYS]), torch.tensor([0.1, 0.2, 0.3])],
