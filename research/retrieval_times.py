@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from project.retrieval import (
     VectorRetriever,
 )
 from project.retrieval.base import NO_NEIGHBOURS, Neighbours, Raters, Snapshot
+from project.retrieval.compiled import inverse_norms, nearest
+from project.retrieval.lightgcn import DISLIKE_WEIGHT
 from project.retrieval.past import WalkRows
 from project.retrieval.walk import walk
 from project.run import result_head, write_json
@@ -57,9 +60,13 @@ class Query:
     def measure(self, number: int, item: I64, label: I64, raters: Raters, labels: I64) -> None:
         """One request in round `number`: vector, nearest raters, and the mean of their labels."""
         start = time.perf_counter()
-        found = self.retriever.nearest(self.vector_of(item, label), raters)
-        if found.row.size:
-            labels[found.row].mean()
+        vector = self.vector_of(item, label)
+        norm = inverse_norms(vector[None])[0]
+        users = self.retriever._vectors
+        count = self.retriever.neighbours
+        places, _ = nearest(users, self.retriever._inverse, vector, norm, raters.user, count)
+        if places.size:
+            labels[raters.row[places]].mean()
         self.rounds[number].append(time.perf_counter() - start)
 
     def milliseconds(self) -> F64:
@@ -70,13 +77,35 @@ class Query:
 
 def queries_of(retrievers: Mapping[str, VectorRetriever]) -> list[Query]:
     """All retrievers with their item vectors, then those that can also encode a history."""
-    summing = [Query(name, r, True, r.history_vector) for name, r in retrievers.items()]
+    summing = [Query(name, r, True, partial(summed, r)) for name, r in retrievers.items()]
     encoding = [
-        Query(name, r, False, r.encode_history)
+        Query(name, r, False, partial(encoded, r))
         for name, r in retrievers.items()
         if isinstance(r, TextEncoder)
     ]
     return [*summing, *encoding]
+
+
+def summed(retriever: VectorRetriever, item: I64, label: I64) -> F32:
+    """The vector (d,) of a user with these items and labels (rows,), as the retriever sums it."""
+    assert retriever._weighted is not None
+    vector: F32 = np.where(label == 1, np.float32(1), np.float32(DISLIKE_WEIGHT)) @ retriever._weighted[item]
+    return vector
+
+
+def encoded(retriever: TextEncoder, item: I64, label: I64) -> F32:
+    """The history's text as a vector (d,), as a system without item vectors encodes it at every request.
+
+    Liked titles come first, then disliked ones, the latest first: where a text is cut, the oldest goes.
+    """
+    titles = retriever._items["title"]
+    parts = list[str]()
+    for answer, name in ((1, "liked"), (0, "disliked")):
+        codes = item[label == answer][::-1]
+        if codes.size:
+            parts.append(f"{name}: {'; '.join(titles.gather(codes).to_list())}.")
+    vector: F32 = retriever.reader.encode([" ".join(parts)])[0]
+    return vector
 
 
 class InTurns(Retriever):

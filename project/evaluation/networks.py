@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from project.arrays import F64, I64
 from project.cache import cached_folder, content_key
-from project.data.protocol import SPLITS, SplitInteractions, answered
+from project.data.protocol import SPLITS, SplitInteractions
 from project.errors import DataError
 from project.evaluation.baselines import (
     Baseline,
@@ -32,7 +32,7 @@ from project.evaluation.baselines import (
 from project.features import FEATURES
 from project.metrics import auc
 from project.retrieval.lightgcn import one_thread
-from project.retrieval.past import own_earlier_rows
+from project.retrieval.past import WalkRows, queries_by_user
 from project.run import table_about, write_table
 
 if TYPE_CHECKING:
@@ -168,20 +168,16 @@ def earlier_rows(rows: pl.DataFrame, split: str, last: int) -> tuple[I64, I64]:
     places where there are fewer.
     """
     later = SPLITS[SPLITS.index(split) + 1 :]
-    readable = rows.filter(~pl.col("split").cast(pl.String).is_in(later), answered(rows))
-    item, label = (readable[name].to_numpy().astype(np.int64) for name in ("item", "label"))
-    order, start, stop = own_earlier_rows(readable["user"].to_numpy(), readable["timestamp"].to_numpy())
-    # a target reads what any row of its user and second reads: a sampled negative has its click's
-    seconds = (
-        readable.select("user", "timestamp").with_row_index("at").unique(["user", "timestamp"], keep="first")
-    )
-    targets = targets_of(rows, split).join(
-        seconds, on=["user", "timestamp"], how="left", maintain_order="left"
-    )["at"]
-    place = stop[targets][:, None] - last + np.arange(last)
-    there = place >= start[targets][:, None]
-    found = order[np.where(there, place, 0)]
-    return np.where(there, item[found], NO_ROW), np.where(there, label[found], NO_ROW)
+    readable = rows.filter(~pl.col("split").cast(pl.String).is_in(later))
+    is_target = (readable["role"] == "target") & (readable["split"] == split)
+    log = replace(WalkRows.from_log(readable), query=is_target.to_numpy())
+    place = np.full((readable.height, last), NO_ROW)  # positions in `log`; the last is not read
+    for queries, own, earlier in queries_by_user(log, "histories"):
+        padded = np.append(np.full(last, NO_ROW), own)
+        place[queries] = padded[earlier[:, None] + np.arange(last)]
+    place = place[log.query]  # (targets, last)
+    items = np.where(place == NO_ROW, NO_ROW, log.item[place])
+    return items, np.where(place == NO_ROW, NO_ROW, log.label[place])
 
 
 def build_network(name: str, features: NetworkFeatures, embedding: int) -> nn.Module:

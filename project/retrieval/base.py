@@ -9,7 +9,6 @@ import inspect
 import marshal
 import sys
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -252,32 +251,6 @@ class Growing:
             self._room = np.concatenate([self._room, np.empty_like(self._room)])
         self._room[self.size] = value
         self.size += 1
-
-
-class OwnRows:
-    """One user's past: finds the rows on the items most similar to a candidate.
-
-    Rows of one item are equally similar, and of equals the later come first, so the latest `count` of each item are
-    enough: a request costs the distinct items, not the rows.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._latest: dict[int, deque[int]] = {}  # by item, its latest rows
-        self._flat: I64 | None = None  # (2, kept rows) item and row; made when it is asked for
-
-    def add(self, row: int, item: int) -> None:
-        """Append a row that is later than all before."""
-        self._latest.setdefault(item, deque(maxlen=self._count)).append(row)
-        self._flat = None
-
-    def nearest(self, similarity: F32) -> tuple[I64, F32]:
-        """The `count` most similar rows, of equals the later first, with that of their items, (items,)."""
-        if self._flat is None:
-            self._flat = np.array([(item, row) for item, rows in self._latest.items() for row in rows]).T
-        items, rows = self._flat
-        best = np.lexsort((-rows, -similarity[items]))[: self._count]
-        return rows[best], similarity[items[best]]
 
 
 def top(values: NDArray[np.floating[Any]], count: int) -> I64:

@@ -104,15 +104,6 @@ def own_votes(vectors: F32, inverse: F32, candidates: I64, past: I64, count: int
 
 
 @compiled
-def place_of(value: int, values: I64) -> int:
-    """The first position of a value, or -1."""
-    for place in range(values.size):
-        if values[place] == value:
-            return place
-    return -1
-
-
-@compiled
 def put_last(raters: I64, size: int, row: int, person: int) -> int:
     """Put a row and its person behind the first `size` columns of `raters`, (2, room); returns how many there are then.
 
@@ -146,55 +137,31 @@ def squared_products(
     `matrix` is CSR with sorted columns, of which there are `width`. Query k meets past[: earlier[k]]; the rest is 0.
     """
     starts, columns, values = matrix
-    # 1. where a column's entries of the past begin and end; a column that many rows share gets a dense row instead,
-    #    whose number, counted down from -1, is its begin
-    count = np.zeros(width, np.int32)
+    # 1. where a column's entries of the past begin, and how many have been put there
+    begins = np.zeros(width + 1, np.int64)
     for row in past:
         for place in range(starts[row], starts[row + 1]):
-            count[columns[place]] += 1
-    begins = np.empty(width, np.int32)
-    ends = np.empty(width, np.int32)
-    total = 0  # entries of all other columns
-    many = 0  # dense rows
-    for column in range(width):
-        if 4 * count[column] > past.size:
-            many += 1
-            begins[column] = -many
-        else:
-            begins[column] = ends[column] = total
-            total += count[column]
+            begins[columns[place] + 1] += 1
+    begins = np.cumsum(begins)
+    ends = begins[:-1].copy()
     # 2. the past's entries by column, oldest row first
-    rows = np.empty(total, np.int32)
-    theirs = np.empty(total)
-    dense = np.zeros((many, past.size))
+    rows = np.empty(begins[-1], np.int32)
+    theirs = np.empty(begins[-1])
     for j in range(past.size):
         for place in range(starts[past[j]], starts[past[j] + 1]):
             column = columns[place]
-            if begins[column] < 0:
-                dense[-1 - begins[column], j] = values[place]
-            else:
-                rows[ends[column]] = j
-                theirs[ends[column]] = values[place]
-                ends[column] += 1
+            rows[ends[column]] = j
+            theirs[ends[column]] = values[place]
+            ends[column] += 1
     # 3. each query meets those that share a column, in the order of its columns
     found = np.zeros((queries.size, past.size))
     for k in range(queries.size):
-        products = found[k]
-        until = earlier[k]
         for place in range(starts[queries[k]], starts[queries[k] + 1]):
-            value = values[place]
-            column = columns[place]
-            if begins[column] < 0:
-                of_all = dense[-1 - begins[column]]
-                for j in range(until):
-                    products[j] += value * of_all[j]
-                continue
-            for at in range(begins[column], ends[column]):
-                if rows[at] >= until:
+            for at in range(begins[columns[place]], ends[columns[place]]):
+                if rows[at] >= earlier[k]:
                     break
-                products[rows[at]] += value * theirs[at]
-        products *= products
-    return found
+                found[k, rows[at]] += values[place] * theirs[at]
+    return found * found
 
 
 @in_order

@@ -7,7 +7,7 @@ import polars as pl
 from scipy.sparse import csr_array
 
 from project.arrays import F32
-from project.retrieval.base import NO_NEIGHBOURS, Edges, Neighbours, OwnRows, Raters, Retriever, Snapshot
+from project.retrieval.base import NO_NEIGHBOURS, Edges, Growing, Neighbours, Raters, Retriever, Snapshot, top
 
 
 class NoRetriever(Retriever):
@@ -40,7 +40,7 @@ class ItemKNN(Retriever):
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts."""
         self._shape = (num_users, items.height + 1)  # one more item, which stands for any other
-        self._own: dict[int, OwnRows] = {}  # by user
+        self._own: dict[int, tuple[Growing, Growing]] = {}  # by user: rows, oldest first, and their items
         self._likes: Any = (
             None  # sparse matrix (users, items) of likes before the block; None before the first
         )
@@ -62,20 +62,22 @@ class ItemKNN(Retriever):
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
         """The user's rows on the most similar items; equal similarity: the later row first."""
-        own = self._own.get(user)
-        if self._likes is None or own is None:
+        if self._likes is None or user not in self._own:
             return NO_NEIGHBOURS
         if item not in self._cosines:
             together = (self._liked_by[[item]] @ self._likes).toarray()[0]
             self._cosines[item] = (together / (self._norms * self._norms[item])).astype(np.float32)
-        rows, similarity = own.nearest(self._cosines[item])
-        return Neighbours(rows[similarity > 0], similarity[similarity > 0])
+        rows, items = self._own[user]
+        similarity = self._cosines[item][items.values]
+        best = top(similarity, self.neighbours)
+        best = best[similarity[best] > 0]
+        return Neighbours(rows.values[best], similarity[best])
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:
         """Remember one row of a user."""
-        if user not in self._own:
-            self._own[user] = OwnRows(self.neighbours)
-        self._own[user].add(row, item)
+        rows, items = self._own.setdefault(user, (Growing(), Growing()))
+        rows.append(row)
+        items.append(item)
 
     def forget(self, user: int) -> None:
         """Drop a user's rows."""

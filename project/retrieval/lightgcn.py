@@ -124,28 +124,9 @@ class VectorRetriever(Retriever):
         else:
             self._asked = user
             self._requests += 1
-        return self._nearest(self._vectors[user], self._inverse[user], raters, known)
-
-    def history_vector(self, item: I64, label: I64) -> F32:
-        """The vector (d,) of a user with these items and labels (rows,) in this block; not called in block 0."""
-        assert self._weighted is not None
-        weights = np.where(label == 1, np.float32(1), np.float32(DISLIKE_WEIGHT))
-        vector: F32 = weights @ self._weighted[item]
-        return vector
-
-    def nearest(self, vector: F32, raters: Raters) -> Neighbours:
-        """What `select` picks for a vector (d,) of this block."""
-        return self._nearest(vector, inverse_norms(vector[None])[0], raters)
-
-    def _nearest(
-        self,
-        vector: F32,
-        norm: np.float32,
-        raters: Raters,
-        known: tuple[F32, I64, int] | None = None,
-    ) -> Neighbours:
+        vector = self._vectors[user]
         places, cosines = nearest(
-            self._vectors, self._inverse, vector, norm, raters.user, self.neighbours, known
+            self._vectors, self._inverse, vector, self._inverse[user], raters.user, self.neighbours, known
         )
         return Neighbours(raters.row[places], cosines)
 

@@ -17,7 +17,7 @@ from rich.progress import track
 from project.arrays import F64, I8, I64, Bool
 from project.data.protocol import answered
 from project.retrieval.base import Raters, Retriever
-from project.retrieval.compiled import place_of, put_last
+from project.retrieval.compiled import put_last
 
 LONG = 2**16  # rows from which on a progress bar is shown: making one takes as long as answering a request
 NO_ROOM = np.empty((2, 0), np.int64)
@@ -64,22 +64,6 @@ class WalkRows:
         return WalkRows(**{name: values[rows] for name, values in vars(self).items()})
 
 
-def own_earlier_rows(user: I64, timestamp: F64) -> tuple[I64, I64, I64]:
-    """The user's own strictly earlier rows, of every row: `order[start[k]:stop[k]]` for row k, oldest first.
-
-    Rows are in time order. `order` holds positions of rows grouped by user; (rows,) each.
-    """
-    order = np.argsort(user, kind="stable")
-    new_user = np.diff(user[order], prepend=-1) != 0
-    new_second = new_user | (np.diff(timestamp[order], prepend=-np.inf) != 0)
-    position = np.arange(order.size)
-    start = np.empty_like(order)
-    stop = np.empty_like(order)
-    start[order] = np.maximum.accumulate(np.where(new_user, position, 0))
-    stop[order] = np.maximum.accumulate(np.where(new_second, position, 0))
-    return order, start, stop
-
-
 def queries_by_user(rows: WalkRows, description: str) -> Iterator[tuple[I64, I64, I64]]:
     """For each user with rows to answer: their positions `queries` (n,), the past `own` (m,), and `earlier` (n,).
 
@@ -110,10 +94,10 @@ class Past:
         if item not in self._raters:
             return NO_RATERS
         rows, persons = self._raters[item][:, : self._size[item]]
-        own = place_of(person, persons)
-        if own < 0:
-            return Raters(rows[-self._max_raters :], persons[-self._max_raters :])
-        return Raters(np.delete(rows, own), np.delete(persons, own))
+        own = np.flatnonzero(persons == person)
+        if own.size:
+            return Raters(np.delete(rows, own), np.delete(persons, own))
+        return Raters(rows[-self._max_raters :], persons[-self._max_raters :])
 
     def rates(self, item: int, user: int) -> tuple[int, int, int, int]:
         """Likes and rows of the item, likes and rows of the user."""

@@ -16,7 +16,6 @@ import numpy as np
 import polars as pl
 import torch
 from rich.progress import Progress
-from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from project.arrays import F32, I64
@@ -81,9 +80,10 @@ class MeanPooling:
                 tokens = [torch.tensor(ids[k]) for k in rows]
                 lengths = torch.tensor([len(part) for part in tokens])
                 padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device)
-                mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(model.device)
+                mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(model.device)  # (texts, tokens)
                 hidden = model(input_ids=padded, attention_mask=mask.long()).last_hidden_state
-                mean = mean_of_tokens(hidden, mask)
+                # padding counts neither in the sum nor in the number of tokens
+                mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
                 vectors[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
         return vectors
 
@@ -152,12 +152,6 @@ class TextVectors:
         return np.stack(rows)
 
 
-def mean_of_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean of hidden (texts, tokens, d) where mask (texts, tokens) is True, shape (texts, d)."""
-    there = mask[..., None].to(hidden.dtype)
-    return (hidden * there).sum(1) / there.sum(1)
-
-
 class TextEncoder(VectorRetriever):
     """Similar users by what their items are about: sums of encoded item texts.
 
@@ -197,14 +191,6 @@ class TextEncoder(VectorRetriever):
         table[seen] = self._encoded[seen]
         return table
 
-    def encode_history(self, item: I64, label: I64) -> F32:
-        """The history's text as a vector (d,), as a system without item vectors encodes it at every request.
-
-        Items and labels (rows,) come oldest first.
-        """
-        vector: F32 = self.reader.encode([history_text(self._items["title"], item, label)])[0]
-        return vector
-
     def settings(self) -> dict[str, Any]:
         """As for every retriever, and the checksum of a model that is a folder: its path does not identify it."""
         model = self.reader.model
@@ -215,19 +201,6 @@ def item_texts(items: pl.DataFrame) -> list[str]:
     """One text an item of the items table: the title and everything else that is known of it, separated by commas."""
     rows = items.drop("item", "item_id", strict=False).to_dicts()
     return [", ".join(value for value in row.values() if value) for row in rows]
-
-
-def history_text(titles: pl.Series, item: I64, label: I64) -> str:
-    """Liked, then disliked titles, the latest first: where a text is cut, the oldest goes.
-
-    Items (rows,) come oldest first; codes beyond the titles are left out.
-    """
-    parts = []
-    for answer, name in ((1, "liked"), (0, "disliked")):
-        codes = item[(label == answer) & (item < len(titles))][::-1]
-        if codes.size:
-            parts.append(f"{name}: {'; '.join(titles.gather(codes).to_list())}.")
-    return " ".join(parts)
 
 
 def encode_once(encoder: MeanPooling, texts: list[str], cache_dir: Path) -> F32:

@@ -65,24 +65,21 @@ class Snapshots:
         return cls(cuts, [*fitted])
 
 
-def edges_before(rows: pl.DataFrame, cuts: F64) -> list[Edges]:
-    """The rows strictly before each cut; rows in time order, columns user, item, timestamp, label."""
-    rows = rows.filter(answered(rows))
-    user = rows["user"].to_numpy().astype(np.int64)
-    item = rows["item"].to_numpy().astype(np.int64)
-    label = rows["label"].to_numpy().astype(np.int64)
-    ends = np.searchsorted(rows["timestamp"].to_numpy(), cuts, side="left")
-    return [Edges(user[:end], item[:end], label[:end]) for end in ends]
-
-
 def fit_blocks(
     rows: pl.DataFrame, cuts: F64, fit: Callable[[Edges, int], Snapshot], description: str
 ) -> Snapshots:
-    """What `fit` makes of all rows strictly before each block 1, 2, ...; `description` labels the progress bar."""
-    before = edges_before(rows, cuts)
+    """What `fit` makes of all rows strictly before each block 1, 2, ...; `description` labels the progress bar.
+
+    Rows are in time order, with columns user, item, timestamp and label.
+    """
+    rows = rows.filter(answered(rows))
+    columns = [rows[name].to_numpy().astype(np.int64) for name in ("user", "item", "label")]
+    ends = np.searchsorted(rows["timestamp"].to_numpy(), cuts, side="left")
+    fitted = list[Snapshot]()
     with Progress(transient=True) as progress:
-        blocks = progress.track(enumerate(before, 1), total=len(before), description=description)
-        return Snapshots(cuts, [fit(edges, block) for block, edges in blocks])
+        for end in progress.track(ends, description=description):
+            fitted.append(fit(Edges(*(values[:end] for values in columns)), len(fitted) + 1))
+    return Snapshots(cuts, fitted)
 
 
 def fit_snapshots(

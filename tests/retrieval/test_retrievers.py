@@ -26,7 +26,8 @@ from project.retrieval import (
     Retriever,
     TextEncoder,
 )
-from project.retrieval.base import Edges, OwnRows, Raters, top
+from project.retrieval.base import Edges, Raters
+from project.retrieval.compiled import inverse_norms, nearest
 from project.retrieval.lightgcn import LightGCNModel, like_graph
 from project.retrieval.walk import fit_snapshots
 
@@ -117,9 +118,11 @@ def test_candidates_of_one_request_share_cosines_until_a_vector_changes() -> Non
             others = np.sort(rng.permutation(29)[:20]) + 1
             raters = Raters(others + 100 * k, others)
             found = retriever.select(0, k, 9.0, raters)
-            expected = retriever.nearest(retriever._vectors[0], raters)
-            assert found.row.tolist() == expected.row.tolist()
-            assert found.similarity.tolist() == expected.similarity.tolist()
+            vectors = retriever._vectors
+            inverse = inverse_norms(vectors)
+            places, cosines = nearest(vectors, inverse, vectors[0], inverse[0], others, 3)
+            assert found.row.tolist() == raters.row[places].tolist()
+            assert found.similarity.tolist() == cosines.tolist()
         everyone = Raters(np.arange(1, 30), np.arange(1, 30))
         before.append(retriever.select(0, 0, 9.0, everyone).similarity.tolist())
         for other in range(1, 30):
@@ -152,20 +155,6 @@ def test_item_knn_equals_scikit_learn() -> None:
         assert got["neighbours"] == [r for r, _, _ in best]
         assert got["similarities"] == pytest.approx([c for _, c, _ in best], abs=1e-6)
         assert got["answers"] == [a for _, _, a in best]
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_own_rows_are_those_of_the_whole_past(seed: int) -> None:
-    """Of 2,000 rows on 7 items at most 5 an item are kept, and the 5 nearest are those of all rows together."""
-    rng = np.random.default_rng(seed)
-    count, size = 5, int(rng.choice([1, 4, 30, 2000]))
-    item = rng.integers(0, 7, size)
-    own = OwnRows(count)
-    for row in range(size):
-        own.add(row, int(item[row]))
-    similarity = rng.integers(-2, 3, 7).astype(np.float32) / 3
-    expected = top(similarity[item], count)
-    np.testing.assert_equal(own.nearest(similarity), (expected, similarity[item][expected]))
 
 
 @pytest.mark.parametrize("kind", [LightGCN, TextEncoder, ItemKNN, NoRetriever])

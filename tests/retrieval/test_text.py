@@ -23,9 +23,7 @@ from project.retrieval.text import (
     MeanPooling,
     TextVectors,
     encode_once,
-    history_text,
     item_texts,
-    mean_of_tokens,
 )
 
 TEXTS = ["sea", "a movie about the sea", "dog", "two friends and one dog in a winter night by the river"]
@@ -41,13 +39,6 @@ def by_hand(folder: Path, text: str, layer: int | None = None) -> np.ndarray:
     mean = hidden[0].mean(0).numpy()
     found: np.ndarray = mean / np.linalg.norm(mean)
     return found
-
-
-def test_golden_mean() -> None:
-    """Two of three tokens are there: ((1, 0) + (3, 4)) / 2 = (2, 2); the third, (9, 9), is padding."""
-    hidden = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [9.0, 9.0]], [[0.0, 6.0], [0.0, 0.0], [3.0, 0.0]]])
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    assert mean_of_tokens(hidden, mask).tolist() == [[2.0, 2.0], [1.0, 2.0]]
 
 
 @pytest.mark.parametrize("kind", ["tiny_encoder", "tiny_model"])
@@ -155,16 +146,6 @@ def test_texts_of_items() -> None:
     assert item_texts(ITEMS) == ["Alien, 1979, Horror Sci-Fi", "Babe, Comedy", "Clue, 1985"]
 
 
-def test_text_of_a_history() -> None:
-    """Liked, then disliked, the latest first; a code the table does not have is left out."""
-    titles = ITEMS["title"]
-    assert history_text(titles, np.array([0, 1, 2, 3]), np.array([1, 0, 1, 1])) == (
-        "liked: Clue; Alien. disliked: Babe."
-    )
-    assert history_text(titles, np.array([1]), np.array([1])) == "liked: Babe."
-    assert history_text(titles, np.empty(0, np.int64), np.empty(0, np.int64)) == ""
-
-
 def test_texts_are_read_once(cache: Path) -> None:
     """Other texts are read, and vectors of other weights, depth or cut are never taken for these."""
     reader, texts = Lengths(), ["a", "bcd"]
@@ -212,8 +193,8 @@ def test_kept_vectors_are_those_of_the_model(tiny_model: Path) -> None:
 
 
 @pytest.mark.usefixtures("cache")
-def test_unrated_items_have_no_vector_and_a_query_is_its_text() -> None:
-    """Blocks share one table, read once, with zero rows for items nobody rated; "liked: Alien." has 13 letters."""
+def test_unrated_items_have_no_vector() -> None:
+    """Blocks share one table, read once, with zero rows for items nobody rated."""
     retriever = TextEncoder()
     reader = retriever.reader = Lengths()
     retriever.begin(2, ITEMS)
@@ -224,7 +205,6 @@ def test_unrated_items_have_no_vector_and_a_query_is_its_text() -> None:
     assert one.tolist() == [[0, 0], [12, 1], [0, 0]]
     assert two.tolist() == [[0, 0], [12, 1], [10, 1]]
     assert reader.calls == 1
-    assert retriever.encode_history(np.array([0]), np.array([1])).tolist() == [13, 1]
 
 
 @pytest.mark.usefixtures("cache")

@@ -24,7 +24,7 @@ from example_logs import (
 
 from project.arrays import F32
 from project.retrieval import LightGCN, RetrievedFeatures, VectorRetriever
-from project.retrieval.base import Edges, Raters
+from project.retrieval.base import Edges
 from project.retrieval.past import WalkRows
 from project.retrieval.walk import fit_snapshots, walk
 
@@ -50,23 +50,6 @@ def test_neighbours_equal_brute_force(seed: int) -> None:
             expected = sorted(pairs, key=lambda pair: (-round(pair[1], 6), -pair[0]))[:4]
         assert got["neighbours"] == [neighbour for neighbour, _ in expected]
         assert got["similarities"] == pytest.approx([cosine for _, cosine in expected], abs=1e-5)
-
-
-def test_a_history_given_at_once_is_the_one_observed() -> None:
-    """history_vector, then nearest, finds what select finds for a user who was observed row by row."""
-    co_likes = CoLikes(neighbours=4)
-    user, item, _, label, _ = (column.astype(np.int64) for column in request(make_log(2)))
-    co_likes.begin(12, items_table())
-    co_likes.start_block(co_likes.fit(Edges(user, item, label), 1), 1)
-    for row, edge in enumerate(zip(user.tolist(), item.tolist(), label.tolist(), strict=True)):
-        co_likes.observe(row, *edge)
-    raters, own = Raters(np.arange(11) + 100, np.arange(1, 12)), user == 0
-    assert own.sum() > 3
-    vector = co_likes.history_vector(item[own], label[own])
-    found = co_likes.nearest(vector, raters)
-    expected = co_likes.select(0, 0, 1.0, raters)
-    assert found.row.tolist() == expected.row.tolist()
-    assert found.similarity == pytest.approx(expected.similarity, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(2))

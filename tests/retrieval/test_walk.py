@@ -19,7 +19,7 @@ from project.cache import cached_folder, content_key, restore
 from project.errors import DataError
 from project.retrieval import NoRetriever, VectorRetriever
 from project.retrieval.base import Edges, Neighbours, Raters, Retriever, top
-from project.retrieval.past import WalkRows, own_earlier_rows
+from project.retrieval.past import WalkRows, queries_by_user
 from project.retrieval.walk import Snapshots, block_cuts, fit_snapshots, walk
 
 
@@ -142,15 +142,18 @@ def test_rates_and_own_rows_equal_a_filter_over_the_log(seed: int) -> None:
     rows = make_log(seed)
     found = answer(rows, NoRetriever())
     columns = {name: rows[name].to_numpy() for name in ("item", "user", "timestamp", "label")}
-    order, start, stop = own_earlier_rows(columns["user"], columns["timestamp"])
+    own = {  # by row, its user's earlier ones
+        int(query): past[:count].tolist()
+        for queries, past, earlier in queries_by_user(WalkRows.from_log(rows), "")
+        for query, count in zip(queries, earlier, strict=True)
+    }
     for k, got in enumerate(found.to_dicts()):
         past = columns["timestamp"] < columns["timestamp"][k]
         for key in ("item", "user"):
             labels = columns["label"][past & (columns[key] == columns[key][k])]
             assert got[f"{key}_count"] == len(labels)
             assert got[f"{key}_rate"] == (pytest.approx(labels.mean()) if len(labels) else None)
-        own = np.flatnonzero(past & (columns["user"] == columns["user"][k]))
-        assert order[start[k] : stop[k]].tolist() == own.tolist()
+        assert own[k] == np.flatnonzero(past & (columns["user"] == columns["user"][k])).tolist()
 
 
 def test_rows_that_are_no_query_are_not_answered_but_count() -> None:
