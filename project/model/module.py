@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -316,12 +315,10 @@ class ExitRecommender(L.LightningModule):
         Training that goes on is no exception: rows of the old train could be the new test's.
         """
         check_origin(checkpoint, self.exit_layers, self.backbone_name)
-        # older versions kept these, and nothing reads them
-        retired = re.compile(r"heads\.\d+\.drift\..*|exit_thresholds|exit_calibration")
-        found = {k: v for k, v in checkpoint["state_dict"].items() if not retired.fullmatch(k)}
-        checkpoint["state_dict"] = found
+        found = set(checkpoint["state_dict"])
         mine = set(self.state_dict())
-        missing, surplus = mine - set(found) - frozen_names(self), set(found) - mine
+        missing = mine - found - frozen_names(self)
+        surplus = found - mine
         if missing or surplus:
             raise CheckpointError(
                 f"the checkpoint lacks {sorted(missing)[:3]} and has unknown {sorted(surplus)[:3]} "

@@ -75,7 +75,6 @@ def test_download_is_used_where_no_wheel_is_at_hand(cache: Path, monkeypatch: py
 
 def test_build_step_makes_the_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(members: Path, out: Path) -> None:
-        out.mkdir()
         (out / "built.txt").write_text((members / "a.txt").read_text() * 3)
 
     monkeypatch.setitem(SOURCES, "toy", replace(SOURCES["toy"], build=build))
@@ -91,19 +90,6 @@ def test_wrong_checksum_names_both_and_unpacks_nothing(cache: Path) -> None:
     with pytest.raises(SourceError, match=rf"(?s)(?=.*{found})(?=.*{SOURCES['toy'].sha256})"):
         fetch("toy", cache)
     assert list((cache / "sources").iterdir()) == []
-
-
-def test_a_faster_process_wins(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unpack = sources._unpack
-
-    def slow_unpack(source: Source, wheel: Path, scratch: Path) -> Path:
-        folder = unpack(source, wheel, scratch)
-        (cache / "sources" / "toy-1.0").mkdir()
-        (cache / "sources" / "toy-1.0" / "a.txt").write_text("first")
-        return folder
-
-    monkeypatch.setattr(sources, "_unpack", slow_unpack)
-    assert (fetch("toy", cache) / "a.txt").read_text() == "first"
 
 
 def test_pip_is_this_pythons_and_installs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
