@@ -138,23 +138,25 @@ class Certificate:
 
     def in_words(self) -> str:
         """One sentence for a report."""
-        promise = f"the {self.estimand} is at most {self.epsilon:g} with {1 - self.delta:.0%} confidence"
+        promise = (
+            f"the {self.estimand} is at most {self.epsilon:g} with {100 - 100 * self.delta:.0f} % confidence"
+        )
         if self.passed is None:
             if self.users_needed is None:
-                return f"Nothing to certify: {self.reason}."
+                return f"There is no certificate: {self.reason}."
             return (
-                f"Not enough users: {self.n:,} of about {self.users_needed:,}. So many are needed to show that "
+                f"There is no certificate: it takes about {self.users_needed:,} users, not {self.n:,}, to show that "
                 f"{promise}, even where early exits change no score."
             )
         basis = f"estimate {self.estimate:.4g}, bound {self.bound:.4g}; {self.n:,} users, finite-sample"
         if self.passed:
-            return f"Passed: {promise} ({basis})."
+            return f"The certificate passed: {promise} ({basis})."
         need = (
             "the estimate is not below epsilon, which more users would not cure"
             if self.users_needed is None
             else f"about {self.users_needed:,} users with such losses would be needed"
         )
-        return f"Not passed: it is not shown that {promise} ({basis}); {need}."
+        return f"The certificate did not pass: it is not shown that {promise} ({basis}); {need}."
 
 
 def certify(

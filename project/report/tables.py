@@ -249,6 +249,8 @@ def slice_rows(result: Result, split: str, fold: str | None) -> list[Row]:
     """AUC by slice: `name`, `n`, `baseline`, `exit_0`, `deepest`, `plan`, and `depth`, the plan's mean depth there."""
     found: list[Row] = []
     for part in rows_of(result.get("slices", []), split, fold):
+        if part["n"] == 0:  # nothing is defined there
+            continue
         layers = {row["layer"]: row for row in part["rows"] if "layer" in row}
         named = {row["name"]: row for row in part["rows"] if "name" in row}
         plan: Row = next((row for row in part["rows"] if row.get("plan")), {})

@@ -123,7 +123,7 @@ def test_not_enough_users_is_said_with_their_number(scores: pl.DataFrame) -> Non
     certificate = found.document["certificate"]
     assert (certificate["passed"], certificate["path_step"], found.certified) == (None, None, None)
     assert thresholds(found.plan) == thresholds(budget_plan(scores, FEATURES, settings()))
-    assert "Not enough users: 30 of about 2" in certificate["words"]
+    assert "it takes about 2" in certificate["words"]
     assert found.document["ledger"] == []  # the fold, unread, may be used again
 
 
@@ -276,7 +276,7 @@ def test_too_few_to_certify_is_a_plan_without_certificate(
     found = calibrate(with_fold(scores, "certify", **change), FEATURES, few, "hash")
     assert thresholds(found.plan) == thresholds(budget_plan(scores, FEATURES, settings()))
     users = 0 if "fold" in change else scores.filter(fold="certify")["user"].n_unique()
-    assert f"Not enough users: {users} of about 232." in found.document["certificate_words"]
+    assert f"it takes about 232 users, not {users}, to" in found.document["certificate_words"]
     assert found.document["ledger"] == []
 
 

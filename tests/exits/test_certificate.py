@@ -161,7 +161,7 @@ class TestWalk:
         """
         few = certify_losses(np.zeros((2, 45)), DRIFT)
         assert (few.passed, few.path_step, few.bound, few.users_needed) == (None, None, None, 46)
-        assert "Not enough users: 45 of about 46" in few.in_words()
+        assert "it takes about 46 users, not 45, to" in few.in_words()
         assert certify_losses(np.zeros((2, 46)), DRIFT).passed is True
         hopeless = certify_losses(np.repeat([[0.0], [0.06]], 100, axis=1), DRIFT)
         assert (hopeless.passed, hopeless.users_needed) == (False, None)
