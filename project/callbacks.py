@@ -135,7 +135,6 @@ class ExitCalibration(L.Callback):
         result = result_head("calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed)
         result |= plans.document
         result["adaptive"] = {"split": "valid", "fold": "tune"} | adaptive_summary(plans, rows)
-        result["adaptive"] |= plans.document["adaptive"]
         if trainer.is_global_zero:
             write_json(path, result)
         self._log(trainer, scores, features)

@@ -90,9 +90,9 @@ def _logits(scores: pl.DataFrame, layers: list[int]) -> torch.Tensor:
 def compare(run: Path, base: Path, part: Part) -> dict[str, Any]:
     """Every head of a run beside the base's of the same layer, the deepest beside the deepest.
 
-    A result: `base` (its configuration), `part`, and `exits` [{`layer`, `n`, `auc`, `log_loss`, `calibrated`}], each,
-    where the base has such a head, with `against` (its layer), `base` (its metrics) and `difference` {`auc`,
-    `log_loss`, `calibrated_auc`, `calibrated_log_loss`: {`value`, `interval`}}.
+    A result: `base` (its configuration), `part`, `users` (their number), and `exits` [{`layer`, `n`, `auc`,
+    `log_loss`, `calibrated`}], each, where the base has such a head, with `against` (its layer), `base` (its metrics)
+    and `difference` {`auc`, `log_loss`, `calibrated_auc`, `calibrated_log_loss`: {`value`, `interval`}}.
     """
     # 1. what is compared: one protocol, the same rows, the same labels
     mine, theirs = (read_result(folder / "results" / "fit.json") for folder in (run, base))
@@ -127,7 +127,8 @@ def compare(run: Path, base: Path, part: Part) -> dict[str, Any]:
             row |= {"against": against, "difference": difference, "base": other.metrics(against)}
         exits.append(row)
     head = result_head("compare", mine["protocol"], mine["config"], mine["seed"])
-    return head | {"base": theirs["config"], "part": part, "exits": exits}
+    users = int(np.unique(heads.users).size)
+    return head | {"base": theirs["config"], "part": part, "users": users, "exits": exits}
 
 
 def run_compare(arguments: Sequence[str]) -> None:

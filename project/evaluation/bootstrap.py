@@ -19,7 +19,8 @@ class UserBootstrap:
 
     `users` (n,) is the user of each row; every later score array has these rows in this order. The draws are made
     once, so differences of scores on the same rows are paired. AUCs of scores seen before are kept: one baseline is
-    resampled once, whatever the number of heads it is compared with.
+    resampled once, whatever the number of heads it is compared with. Intervals of few users cover less than 95 % where
+    a few of them differ much; BCa and bootstrap-t do not mend that (research/intervals.py), so `few_users` says it.
     """
 
     def __init__(self, users: ArrayLike, draws: int = 1000, seed: int = 0) -> None:

@@ -41,7 +41,6 @@ from project.exits.search import (
 )
 from project.run import exit_layers_of
 
-DRAWS = 1000  # resamples of users behind the correction
 # With fewer users on tune no bound on the AUC drop holds on fresh users where a few in a hundred are served badly by
 # early exits: such users are not among them, or too few to tell (results/budget.json).
 FEWEST_USERS = 250
@@ -95,8 +94,7 @@ class TuneFold:
         raw = raw_outputs(scores, features, exit_layers_of(scores), exit_0)
         self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, exit_0)
         self.outputs = HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.retrieved)
-        self.static = static_curve(self.outputs, self.labels, self.tokens)
-        self.static_exit = equal_accuracy_exit(self.static)
+        self.static_exit = equal_accuracy_exit(static_curve(self.outputs, self.labels, self.tokens))
         # 2. every criterion's path
         curves, unfit = [], None
         for unfitted in settings.criteria():
@@ -140,35 +138,6 @@ class TuneFold:
         """The best criterion at one step of its path."""
         policy = Policy(self.best.criterion, self.best.path[step].thresholds, self.outputs.layers)
         return ExitPlan(self.calibration, policy, self.exit_0)
-
-    def corrected(self) -> dict[str, Any]:
-        """AUC drop of the budget's policy, corrected for having been chosen on the users it is estimated on.
-
-        Users are drawn anew and the choice among the same paths is made again. On a draw the chosen policy seems to
-        lose less than it does on the users at hand; the mean of that difference is the correction. The interval is
-        the basic bootstrap's 95 %.
-        """
-        users, estimate = self.best.influences.shape[1], float(self.best.drops[self.best.step])
-        times = np.random.default_rng(0).multinomial(users, np.full(users, 1 / users), size=DRAWS)
-        competing = self.curves if self.settings.criterion is None else [self.best]
-        # 1. in every draw, each criterion's step, its cost, its loss in the draw, and the error of that loss
-        cost, loss, error = (np.full((len(competing), DRAWS), np.inf) for _ in range(3))
-        for row, curve in enumerate(competing):
-            drops = curve.drops + times @ curve.influences.T
-            step = self._steps(curve, drops)
-            kept = step >= 0
-            cost[row, kept] = np.array([s.cost for s in curve.path])[step[kept]]
-            loss[row, kept] = drops[np.arange(DRAWS)[kept], step[kept]]
-            error[row, kept] = loss[row, kept] - curve.drops[step[kept]]
-        # 2. in every draw, the criterion that is chosen
-        first, second = (loss, cost) if self.settings.max_auc_drop is None else (cost, loss)
-        errors = error[np.lexsort((second, first), axis=0)[0], np.arange(DRAWS)]
-        errors = errors[np.isfinite(errors)]
-        low, high = np.quantile(errors, [0.025, 0.975])
-        return {
-            "auc_drop_corrected": estimate - float(errors.mean()),
-            "auc_drop_corrected_interval": [estimate - float(high), estimate - float(low)],
-        }
 
     @property
     def too_few(self) -> bool:
@@ -260,7 +229,6 @@ def calibrate(
         if further.passed is None:  # nothing was tested, so the fold may be read once more
             ledger = issued
     # 4. what is kept, and what is reported
-    no_layer = {x: (fold.plan(fold.best.step).emitted(fold.outputs)[0] == 0) for x, fold in folds.items()}
     document = {
         "layers": list(layers),
         "exit_0": settings.exit_0,
@@ -285,17 +253,6 @@ def calibrate(
         "certificate_words": words,
         "certified": None,
         "ledger": ledger,
-        "exit_0_rows": {
-            ("with_exit_0" if exit_0 else "without_exit_0"): {
-                "exits": fold.static,
-                "criterion": name(fold.best.criterion),
-                "chosen": fold.best.chosen.point(),
-                "never_enter_backbone": float(no_layer[exit_0].double().mean()),
-                "static_exit": fold.static_exit["layer"],
-            }
-            for exit_0, fold in folds.items()
-        },
-        "adaptive": tune.corrected(),
     }
     if last is not None and further is not None:
         if last == best.step:

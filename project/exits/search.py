@@ -182,10 +182,10 @@ def user_influences(
     """
     positive, (_, user) = np.asarray(labels) == 1, np.unique(np.asarray(users), return_inverse=True)
     pairs = np.where(positive, positive.sum(), (~positive).sum())
-    full, found = _components(_numbers(scores[:, -1]), positive), list[F64]()
+    full, found = auc_components(_numbers(scores[:, -1]), positive), list[F64]()
     for step in path:
         adaptive = scores.gather(1, leave(confidence, step.thresholds)[:, None]).squeeze(1)
-        away = full - _components(_numbers(adaptive), positive) - step.auc_drop
+        away = full - auc_components(_numbers(adaptive), positive) - step.auc_drop
         found.append(np.bincount(user, weights=away / pairs).astype(np.float64))
     return np.stack(found)
 
@@ -208,7 +208,7 @@ def bound_margins(influences: F64, alpha: float) -> F64:
     return margins
 
 
-def _components(scores: F64, positive: Bool) -> F64:
+def auc_components(scores: F64, positive: Bool) -> F64:
     """(n,) of a positive the share of negatives below it, of a negative the share of positives above it, ties half."""
     below = rankdata(scores)  # of either class, less those of the own class
     below[positive] -= rankdata(scores[positive])

@@ -11,6 +11,9 @@ from markupsafe import Markup
 
 UNDEFINED = Markup("undefined")
 ABSENT = Markup("–")
+FEW_USERS = 300
+# Users -> how often their 95 % intervals hold the truth where 4 % of the users differ much (results/intervals.json).
+COVERED = {30: 0.80, 80: 0.88}
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
@@ -31,7 +34,7 @@ def environment() -> Environment:
             ABSENT if isinstance(value, Undefined) else made(value, *more, **named)
         )
 
-    formats = (bullet, code, count, difference, interval, number, paragraph, percent, ratio, times)
+    formats = (bullet, code, count, difference, few_users, interval, number, paragraph, percent, ratio, times)
     found.filters |= {made.__name__: present(made) for made in formats}
     return found
 
@@ -100,6 +103,16 @@ def percent(value: float | None) -> Markup:
 def count(value: float) -> Markup:
     """9,453."""
     return Markup(f"{value:,.0f}")
+
+
+def few_users(users: int | None) -> Markup:
+    """The sentence under intervals of fewer users than FEW_USERS, else nothing; None: a number that no file has."""
+    if users is not None and users >= FEW_USERS:
+        return Markup("")
+    found = f"fewer than {FEW_USERS}" if users is None else f"{users:,}"
+    covered = ", ".join(f"{number(share, 2)} at {n}" for n, share in COVERED.items())
+    where = f"where a few users differ much: {covered} (results/intervals.json)"
+    return Markup(f" 95 % intervals of {found} users cover less {where}.")
 
 
 def paragraph(text: str) -> Markup:

@@ -133,6 +133,7 @@ def test_characters_and_templates():
 
 RESULTS = Path(__file__).parents[2] / "results"
 DOCUMENTS = [RESULTS.parent / "README.md", RESULTS / "README.md", RESULTS / "archive.md"]
+DOCUMENTS += [RESULTS.parent / "docs" / "exits.md"]
 
 
 def tables(text):
