@@ -213,7 +213,7 @@ def test_second_certificate_is_refused(
     run: Run, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another epsilon on a fold that was tested: the plan is made, without a certificate, and the ledger stays."""
-    run("fit", "--config", tiny_config(), "--exits.certificate.epsilon", "0.9")
+    run("fit", "--config", tiny_config(), "--exits.alpha", "0.5", "--exits.certificate.epsilon", "0.9")
     folder = latest(tmp_path)
     issued = result(folder, "calibrate")
     assert issued["certificate"]["passed"] is not None

@@ -11,10 +11,12 @@ from markupsafe import Markup
 
 from project.errors import ConfigError, DataError
 from project.report.format import (
+    COVERED,
     code,
     difference,
     environment,
     escape,
+    few_users,
     interval,
     number,
     percent,
@@ -133,7 +135,7 @@ def test_characters_and_templates():
 
 RESULTS = Path(__file__).parents[2] / "results"
 DOCUMENTS = [RESULTS.parent / "README.md", RESULTS / "README.md", RESULTS / "archive.md"]
-DOCUMENTS += [RESULTS.parent / "docs" / "exits.md"]
+DOCUMENTS += [RESULTS.parent / "docs" / name for name in ("exits.md", "results.md")]
 
 
 def tables(text):
@@ -266,12 +268,22 @@ def test_every_kind_of_file(name):
     assert "Protocol " in text.splitlines()[-1]
 
 
+def test_few_users_are_said_to_cover_what_was_measured():
+    """The worst of four worlds by number of users; 300 users need no sentence."""
+    rows = read_result(RESULTS / "intervals.json")["rows"]
+    for users, share in COVERED.items():
+        assert round(min(row["percentile"] for row in rows if row["users"] == users), 2) == share
+    assert few_users(300) == ""
+    assert "intervals of 79 users cover less" in few_users(79)
+    assert "of fewer than 300 users" in few_users(None)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_documents_show_what_result_files_hold(document):
     text = document.read_text()
     assert TABLE.search(text)
     assert fill_tables(text, document.parent) == text
-    assert not re.search(r"^\|.*\d", TABLE.sub("", text), re.MULTILINE)
+    assert not re.search(r"^\|.*\.\d", TABLE.sub("", text), re.MULTILINE)
 
 
 def test_benchmark_cells():
