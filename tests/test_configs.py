@@ -173,17 +173,6 @@ def test_values_are_said_once(made: Callable[..., Any], tiny_config: Config, tin
 
 
 @pytest.mark.slow
-def test_one_yaml_serves_every_command(
-    run: Run, capsys: pytest.CaptureFixture[str], tiny_config: Config
-) -> None:
-    expected = printed(run, capsys, "fit", *given(tiny_config()))
-    for command in ("validate", "test", "predict", "baselines", "benchmark"):
-        config = printed(run, capsys, command, *given(tiny_config()))
-        assert config["data"] == expected["data"]
-        assert config["model"] == expected["model"]
-
-
-@pytest.mark.slow
 def test_saved_config_can_be_given_back(run: Run, tiny_config: Config, tmp_path: Path) -> None:
     """Saved config.yaml keeps nulls and all that overlays and the command line said.
 

@@ -156,15 +156,6 @@ def test_a_plan_survives_json(criterion: Criterion, exit_0: bool) -> None:
     assert json.dumps(to_json(back.state())) == text
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.int64, torch.bool])
-@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 3)])
-def test_tensors_keep_type_and_shape(kind: torch.dtype, shape: tuple[int, ...]) -> None:
-    value = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(kind)
-    back = from_json(json.loads(json.dumps(to_json({"a": [value]}))))["a"][0]
-    assert back.dtype == kind
-    assert torch.equal(back, value)
-
-
 def test_not_a_run_and_not_exported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"lacks config\.yaml, bundle/bundle\.json, .*last\.ckpt"):
         export(tmp_path, tmp_path / "new")
