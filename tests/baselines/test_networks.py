@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -16,19 +15,18 @@ import torch
 import yaml
 from example_logs import flip, numbered
 from jsonargparse import ArgumentParser
+from world import given, result
 
 from project import trainer as commands
 from project.data.protocol import FOLDS, ROLES, SPLITS, Interactions, Protocol, SplitInteractions
 from project.datamodule import InteractionData
 from project.errors import DataError
 from project.evaluation import networks
-from project.evaluation import networks as kept
 from project.evaluation.baselines import (
     Baseline,
     baseline_rows,
     baseline_scores,
     best_baseline,
-    fit_baselines,
     targets_of,
 )
 from project.evaluation.networks import (
@@ -49,7 +47,6 @@ from project.evaluation.networks import (
     score,
     trained_networks,
 )
-from project.evaluation.result import comparison
 from project.features import FEATURES
 from project.metrics import auc
 from project.retrieval import ItemKNN, RetrievedFeatures
@@ -268,7 +265,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         oracle = Baseline("oracle", baseline_scores(split.rows, answers), {"epochs": 3})
         return [oracle, Baseline("liar", baseline_scores(split.rows, opposite))]
 
-    monkeypatch.setattr(kept, "network_baselines", plant)
+    monkeypatch.setattr(networks, "network_baselines", plant)
     monkeypatch.setattr(commands, "networks_installed", lambda: True)
     return made
 
@@ -311,34 +308,10 @@ def test_others_are_not_found(make_data: Make, monkeypatch: pytest.MonkeyPatch) 
     assert kept_networks(make_data()) == []
 
 
-@pytest.mark.usefixtures("planted")
-@pytest.mark.parametrize("stop", ["network_baselines", "write_table"])
-def test_interrupted(make_data: Make, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
-    """Stopped at any point: no folder is left, nothing is found, and the next attempt trains."""
-    data = make_data()
-
-    def stopped(path: Path, *_: object, **__: object) -> None:
-        if stop == "write_table":
-            path.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kept, stop, stopped)
-        with pytest.raises(KeyboardInterrupt):
-            trained_networks(data)
-    assert list((data.cache_dir / "baseline_scores").iterdir()) == []
-    assert kept_networks(data) == []
-    assert names(trained_networks(data)) == NAMES
-
-
 def test_kept_networks_are_shown_unasked_and_may_be_the_best(
     make_data: Make, planted: list[int], tmp_path: Path
 ) -> None:
-    """What `baselines --networks true` has trained stands in the next `baselines` too; AUC 1 is best, so an exit
-    falls short.
-
-    The exit here is the item's rate: its difference is its own AUC minus 1.
-    """
+    """What `baselines --networks true` has trained stands in the next `baselines` too; AUC 1 is best."""
     data = make_data()
     assert not set(NAMES) & {row["name"] for row in run_baselines(data, tmp_path)["baselines"]}
     assert planted == []
@@ -347,16 +320,6 @@ def test_kept_networks_are_shown_unasked_and_may_be_the_best(
     assert trained["baselines"] == kept["baselines"]
     assert trained["best_baseline"] == "oracle"
     assert {row["auc"] for row in trained["baselines"] if row["name"] == "oracle"} == {1.0}
-    split = data.split
-    baselines = [*fit_baselines(split.rows, data.retrieved), *kept_networks(data)]
-    test = targets_of(split.rows, "test")
-    logits = pl.Series(baselines[0].logits(test["row_id"]))
-    scores = test.with_columns(logit_0=pl.lit(None, pl.Float32), logit_3=logits)
-    result = comparison(scores, split, baselines, "test", 3)
-    (row,) = result["exits"]
-    assert row["baseline_difference"]["baseline"] == "oracle"
-    assert row["baseline_difference"]["value"] == pytest.approx(row["auc"] - 1)
-    assert [f["name"] for f in result["baselines"]][-2:] == NAMES
 
 
 def test_without_the_extra(
@@ -384,22 +347,22 @@ def test_commands_know_what_baselines_has_trained(
     run("fit", "--config", config)
     folder = tmp_path / "runs" / "tiny" / "version_0"
 
-    def result(command: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((folder / "results" / f"{command}.json").read_text())
-        return found
-
-    quick = {row["name"] for row in result("fit")["baselines"]}
-    assert result("fit")["kept_baselines"] == []
-    given = ("--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
-    run("baselines", *given, "--networks", "true")
-    run("test", *given)
-    test = result("test")
+    quick = {row["name"] for row in result(folder, "fit")["baselines"]}
+    assert result(folder, "fit")["kept_baselines"] == []
+    run("baselines", *given(folder), "--networks", "true")
+    run("test", *given(folder))
+    test = result(folder, "test")
     assert test["kept_baselines"] == NAMES
+    (row,) = [row for row in test["exits"] if row["layer"] == 3]
+    found = row["baseline_difference"]
+    assert (found["baseline"], found["value"]) == ("oracle", pytest.approx(row["auc"] - 1))
     assert [row["name"] for row in test["baselines"] if row["name"] not in quick] == NAMES
-    alone = {row["name"]: row["auc"] for row in result("baselines")["baselines"] if row["split"] == "test"}
+    alone = {
+        row["name"]: row["auc"] for row in result(folder, "baselines")["baselines"] if row["split"] == "test"
+    }
     assert {row["name"]: row["auc"] for row in test["baselines"]} == alone
-    run("validate", *given, "--seed_everything", 1)
-    assert result("validate")["kept_baselines"] == []
+    run("validate", *given(folder), "--seed_everything", 1)
+    assert result(folder, "validate")["kept_baselines"] == []
 
 
 POINT = GridPoint(embedding=4, weight_decay=1e-4)
