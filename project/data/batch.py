@@ -143,15 +143,20 @@ class TrainSampler(Sampler[Windows]):
     def __init__(
         self, streams: Streams, context_tokens: int, batch_tokens: int, seed: int, rank: int, world_size: int
     ) -> None:
-        self._streams, self._context_tokens, self._seed = streams, context_tokens, seed
-        self._rank, self._world_size = rank, world_size
+        self._streams = streams
+        self._context_tokens = context_tokens
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
         # streams without a target are not read
-        targets = np.add.reduceat(streams.target, streams.offsets[:-1]) if len(streams) else np.zeros(0)
-        read = np.repeat(targets > 0, np.diff(streams.offsets))
+        targets = (
+            np.add.reduceat(streams.target, streams.offsets[:-1]) if len(streams) else np.zeros(0)
+        )  # (s,)
+        read = np.repeat(targets > 0, np.diff(streams.offsets))  # (n,) segments of the others
         tokens = int(np.minimum(streams.tokens.lengths[:-1], context_tokens)[read].sum())
-        self._steps = max(1, round(tokens / batch_tokens / world_size))
+        self._steps = max(1, round(tokens / batch_tokens / world_size))  # of an epoch, on each rank
         self.epoch = 0
-        self.start = 0
+        self.start = 0  # batches of the epoch that were handed out before a run was stopped
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
@@ -228,10 +233,9 @@ class PackedLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch that the state was saved at."""
         if isinstance(self.batch_sampler, TrainSampler):
-            epoch, batches = state["epoch"], state["batches"]
-            whole = batches >= len(self)  # saved at the end of an epoch: go on with the next one
-            self.batch_sampler.set_epoch(epoch + 1 if whole else epoch)
-            self.batch_sampler.start = 0 if whole else batches
+            whole = state["batches"] >= len(self)  # saved at the end of an epoch: go on with the next one
+            self.batch_sampler.set_epoch(state["epoch"] + whole)
+            self.batch_sampler.start = 0 if whole else state["batches"]
 
 
 class StageClock:

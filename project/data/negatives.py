@@ -31,9 +31,10 @@ class Negatives:
 
 def repeated(rows: pl.DataFrame) -> pl.Series:
     """Whether each row's user clicked its item strictly earlier, in a row of a split that the row may read."""
-    code, time = pl.col("split").to_physical(), pl.col("timestamp")
+    split = pl.col("split").to_physical()
+    time = pl.col("timestamp")
     again = [
-        (code == k) & (time > pl.when(code <= k).then(time).min().over("user", "item")) for k in range(3)
+        (split == k) & (time > pl.when(split <= k).then(time).min().over("user", "item")) for k in range(3)
     ]
     return rows.select(pl.any_horizontal(again)).to_series()
 
@@ -44,41 +45,43 @@ def draw_negatives(rows: pl.DataFrame, negatives: Negatives, hidden: pl.Series, 
     What decides is what a row may read: rows of splits up to its own. Items that are `hidden` (a Boolean each) are not
     drawn for train. No item is drawn twice for one user, time and split.
     """
-    rng, parts = np.random.default_rng(seed), []
-    code = rows["split"].to_physical()
+    rng = np.random.default_rng(seed)
+    split = rows["split"].to_physical()
+    drawn = []  # a table each split
     for k in range(3):
-        readable = rows.filter(code <= k)
-        targets = rows.filter((code == k) & (rows["role"] == "target"))
-        repeated = targets[np.repeat(np.arange(targets.height), negatives.per_positive)]
-        allowed = ~hidden.to_numpy() if k == 0 else np.ones(len(hidden), np.bool_)
-        item = _unseen(readable, repeated, allowed, negatives.by == "popularity", rng)
-        parts.append(repeated.with_columns(item=pl.Series(item, dtype=pl.Int32), hidden=hidden.gather(item)))
-    return pl.concat(parts).with_columns(
-        label=pl.lit(0, pl.Int8), rating=pl.lit(None, pl.Float64), sampled=pl.lit(True)
-    )
+        targets = rows.filter((split == k) & (rows["role"] == "target"))
+        negative = targets[np.repeat(np.arange(targets.height), negatives.per_positive)]
+        allowed = ~hidden.to_numpy() if k == 0 else np.ones(len(hidden), np.bool_)  # (items,)
+        item = _unseen(rows.filter(split <= k), negative, allowed, negatives.by == "popularity", rng)
+        drawn.append(negative.with_columns(item=pl.Series(item, dtype=pl.Int32), hidden=hidden.gather(item)))
+    labels = {"label": pl.lit(0, pl.Int8), "rating": pl.lit(None, pl.Float64), "sampled": pl.lit(True)}
+    return pl.concat(drawn).with_columns(**labels)
 
 
 def _unseen(
-    readable: pl.DataFrame,
-    drawn: pl.DataFrame,
-    allowed: Bool,
-    popular: bool,
-    rng: np.random.Generator,
+    readable: pl.DataFrame, drawn: pl.DataFrame, allowed: Bool, popular: bool, rng: np.random.Generator
 ) -> I64:
     """An allowed item for each row of `drawn`, one that its user has not clicked in `readable` until its time."""
-    # 1. when a user clicked an item first, by a key of both
     items = allowed.size
-    clicked, clicked_at = readable["item"].to_numpy().astype(np.int64), readable["timestamp"].to_numpy()
-    keys, first = np.unique(readable["user"].to_numpy() * np.int64(items) + clicked, return_index=True)
+    # 1. when a user clicked an item first, by a key of both
+    clicked = readable["item"].to_numpy().astype(np.int64)  # (n,) in time order
+    clicked_at = readable["timestamp"].to_numpy()  # (n,) seconds
+    key_of_click = readable["user"].to_numpy() * np.int64(items) + clicked
+    keys, first = np.unique(key_of_click, return_index=True)  # (k,) ascending, and the first click of each
     # 2. draw: place j below `earlier` is the item of the j-th earlier click, the places behind it are the catalogue
-    user, time = drawn["user"].to_numpy().astype(np.int64), drawn["timestamp"].to_numpy()
-    earlier = np.searchsorted(clicked_at, time, side="left") if popular else np.zeros(drawn.height, np.int64)
-    item, waiting = np.zeros(drawn.height, np.int64), np.arange(drawn.height)
+    user = drawn["user"].to_numpy().astype(np.int64)  # (m,)
+    time = drawn["timestamp"].to_numpy()  # (m,) seconds
+    earlier = (
+        np.searchsorted(clicked_at, time) if popular else np.zeros(drawn.height, np.int64)
+    )  # (m,) clicks
+    item = np.zeros(drawn.height, np.int64)  # (m,) what was drawn last
+    waiting = np.arange(drawn.height)  # rows whose item may not stay; shrinks at every round
     for _ in range(ROUNDS):
         before = earlier[waiting]
-        place = (rng.random(waiting.size) * (before + items)).astype(np.int64)
-        item[waiting] = np.where(place < before, clicked[np.minimum(place, before - 1)], place - before)
-        # 3. refuse items that the user had clicked by then, that are not allowed, or that stand there twice
+        drawn_place = (rng.random(waiting.size) * (before + items)).astype(np.int64)
+        of_click = clicked[np.minimum(drawn_place, before - 1)]
+        item[waiting] = np.where(drawn_place < before, of_click, drawn_place - before)
+        # 3. draw anew what the user had clicked by then, what is not allowed, or stands there twice
         key = user * items + item
         at = np.minimum(np.searchsorted(keys, key), keys.size - 1)
         seen = (keys[at] == key) & (clicked_at[first[at]] <= time)

@@ -19,10 +19,10 @@ def by_part(rows: Any, parts: int, done: set[int]) -> Any:
     else:
         lines = [json.dumps(record, default=str) for record in table.to_dicts()]
     users = list(map(user_of, lines))
-    part = [crc32(user.encode()) % parts for user in users]
+    part = [crc32(user.encode()) % parts for user in users]  # all of a user's are in one
     schema = {"part": pl.Int64, "user": pl.String, "line": pl.String}
-    found = pl.DataFrame({"part": part, "user": users, "line": lines}, schema)
-    return found.filter(~pl.col("part").is_in(list(done))).to_arrow()
+    asked = pl.DataFrame({"part": part, "user": users, "line": lines}, schema)
+    return asked.filter(~pl.col("part").is_in(list(done))).to_arrow()
 
 
 def user_of(line: str) -> str:

@@ -75,7 +75,8 @@ def evaluation_windows(
     room = int(context_tokens * (1 + ROOM))
     edges = (np.flatnonzero(np.diff(starts)) + 1).tolist()
     for group, after in zip([0, *edges], [*edges, len(starts)], strict=True):
-        start, first = int(starts[group]), int(groups[group])
+        start = int(starts[group])  # of the context
+        first = int(groups[group])  # of what is scored
         wanted = np.flatnonzero(target[first : groups[after]])
         end = first + int(wanted[-1]) + 1 if len(wanted) else first
         # 2. the last group may be too large for it (many rows with one timestamp): its rows do not see each other, so
@@ -87,7 +88,8 @@ def evaluation_windows(
             last = min(end, max(last, first + 1))
             if target[first:last].any():
                 yield Window(start, stop, first, last)
-            first, stop = last, min(last, int(groups[after - 1]))
+            stop = min(last, int(groups[after - 1]))
+            first = last
 
 
 def training_windows(lengths: I64, context_tokens: int, first_cut: int) -> list[tuple[int, int]]:
@@ -98,7 +100,8 @@ def training_windows(lengths: I64, context_tokens: int, first_cut: int) -> list[
     """
     offsets = offsets_of(lengths)
     windows = []
-    start, capacity = 0, max(1, first_cut)
+    start = 0
+    capacity = max(1, first_cut)
     while start < len(lengths):
         stop = int(np.searchsorted(offsets, offsets[start] + capacity, side="right")) - 1
         if stop > start or capacity == context_tokens:
@@ -132,38 +135,40 @@ class Streams:
 
     def evaluation(self, context_tokens: int) -> list[tuple[int, Window]]:
         """(stream, window) pairs in which every target is scored exactly once."""
-        lengths, windows = self.tokens.lengths, list[tuple[int, Window]]()
-        for s in range(len(self)):
-            part = slice(self.offsets[s], self.offsets[s + 1])
-            if self.target[part].any():
-                groups = time_groups(self.timestamp[part])
-                found = evaluation_windows(
-                    lengths[part], groups, self.target[part], context_tokens, self.context[part]
-                )
-                windows.extend((s, w) for w in found)
+        lengths = self.tokens.lengths
+        windows = list[tuple[int, Window]]()
+        for stream in range(len(self)):
+            rows = slice(self.offsets[stream], self.offsets[stream + 1])
+            target = self.target[rows]
+            if target.any():
+                groups = time_groups(self.timestamp[rows])
+                cut = evaluation_windows(lengths[rows], groups, target, context_tokens, self.context[rows])
+                windows.extend((stream, window) for window in cut)
         return windows
 
     def training(self, context_tokens: int, rng: np.random.Generator) -> list[tuple[int, Window]]:
         """(stream, window) pairs of one epoch: cut back to back, the first cut at random; those with a target."""
-        lengths, windows = self.tokens.lengths, list[tuple[int, Window]]()
-        cuts = rng.integers(1, context_tokens + 1, size=len(self))
-        for s in range(len(self)):
-            start, stop = int(self.offsets[s]), int(self.offsets[s + 1])
-            for a, b in training_windows(lengths[start:stop], context_tokens, int(cuts[s])):
-                if self.target[start + a : start + b].any():
-                    windows.append((s, Window(a, a, a, b)))
+        lengths = self.tokens.lengths
+        windows = list[tuple[int, Window]]()
+        first_cuts = rng.integers(1, context_tokens + 1, size=len(self))
+        for stream in range(len(self)):
+            rows = slice(self.offsets[stream], self.offsets[stream + 1])
+            target = self.target[rows]
+            for start, stop in training_windows(lengths[rows], context_tokens, int(first_cuts[stream])):
+                if target[start:stop].any():
+                    windows.append((stream, Window(start, start, start, stop)))
         return windows
 
 
 def build_streams(rows: pl.DataFrame, retrieved: pl.DataFrame, split: str, encoder: PromptEncoder) -> Streams:
     """Streams that hold the rows of all splits up to `split`, with the targets of `split` (its retrieved features)."""
-    place = retrieved.select("row_id").with_row_index("place")
-    joined = rows.join(place, on="row_id", how="inner", maintain_order="left", validate="1:1")
+    # `place` is a row's place in the table of its features
+    place_of = retrieved.select("row_id").with_row_index("place")
+    joined = rows.join(place_of, on="row_id", how="inner", maintain_order="left", validate="1:1")
     joined = joined.sort("user", "row_id")
     target = ((joined["split"] == split) & (joined["role"] == "target")).to_numpy()
-    return streams_of(
-        joined, target, answered(joined).to_numpy(), encoder, retrieved.drop("neighbours", strict=False)
-    )
+    features = retrieved.drop("neighbours", strict=False)  # long lists that no prompt shows
+    return streams_of(joined, target, answered(joined).to_numpy(), encoder, features)
 
 
 def streams_of(
@@ -178,38 +183,45 @@ def streams_of(
     Where there is a table `retrieved`, features are those of its row `place` instead. Where the wording has a template
     for what similar users liked, lists of it (`similar_after`, retrieved features too) become segments of their own.
     """
-    users, label = joined["user"].to_numpy(), joined["label"].to_numpy().astype(np.int8)
-    starts = np.flatnonzero(np.diff(users)) + 1 if len(users) else np.zeros(0, dtype=np.int64)
-    segments, lists = [], []  # some rows together, since features take ten times the memory of tokens
+    # 1. tokens, some rows together, since features take ten times the memory of tokens
+    label = joined["label"].to_numpy().astype(np.int8)  # (n,)
+    segments = []
+    similar = []  # lists of item codes or null, a series each slice
     for start in range(0, max(1, joined.height), TOGETHER):
-        part = joined[start : start + TOGETHER]
-        found = part if retrieved is None else retrieved[part["place"]]
-        item = part["item"].to_numpy().astype(np.int64)
-        segments.append(encoder.encode(item, found, label[start : start + TOGETHER]))
-        lists += [] if encoder.similar is None else [found["similar_after"]]
+        rows = joined[start : start + TOGETHER]
+        features = rows if retrieved is None else retrieved[rows["place"]]
+        item = rows["item"].to_numpy().astype(np.int64)
+        segments.append(encoder.encode(item, features, label[start : start + TOGETHER]))
+        if encoder.similar is not None:
+            similar.append(features["similar_after"])
     instruction = Ragged(encoder.instruction, offsets_of(np.array([len(encoder.instruction)])))
+    # 2. a stream each user
+    starts = np.flatnonzero(np.diff(joined["user"].to_numpy())) + 1
     streams = Streams(
-        offsets=np.concatenate([[0], starts, [len(users)]]).astype(np.int64),
+        offsets=np.concatenate([[0], starts, [joined.height]]).astype(np.int64),
         row_id=joined["row_id"].to_numpy().astype(np.int64),
         timestamp=joined["timestamp"].to_numpy().astype(np.float64),
         label=label,
         target=target,
         context=context,
-        tokens=append(*(part.tokens for part in segments), instruction),
-        slots=np.concatenate([part.slots for part in segments]),
+        tokens=append(*(some.tokens for some in segments), instruction),
+        slots=np.concatenate([some.slots for some in segments]),
     )
-    return streams if encoder.similar is None else _with_similar(streams, pl.concat(lists), encoder)
+    # 3. lists of what similar users liked
+    return _with_similar(streams, pl.concat(similar), encoder) if similar else streams
 
 
 def _with_similar(streams: Streams, lists: pl.Series, encoder: PromptEncoder) -> Streams:
     """The streams with lists (n,) of item codes or null, at most one a time group, each after the group of its row."""
-    rows = np.flatnonzero(lists.is_not_null().to_numpy())
+    rows = np.flatnonzero(lists.is_not_null().to_numpy())  # (m,) that a list is stored with
     if not len(rows):
         return streams
+    # 1. where time groups end, so that each list goes before the next one
     new_group = np.diff(streams.timestamp, append=np.inf) != 0
     new_group[streams.offsets[1:] - 1] = True
     ends = np.flatnonzero(new_group) + 1
-    at = ends[np.searchsorted(ends, rows, side="right")]  # each list goes before this segment
+    at = ends[np.searchsorted(ends, rows, side="right")]  # (m,) the segment after each list
+    # 2. insert
     tokens = encoder.encode_similar(lists.gather(rows).to_list())
     order = np.insert(np.arange(len(new_group)), at, streams.instruction + 1 + np.arange(len(at)))
     return Streams(
