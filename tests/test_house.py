@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = 101  # the aim is 100
+SETTINGS = 102  # the aim is 100
 TOKENS, TOKENS_A_LINE, TEST_TOKENS = 141_000, 10.6, 173_000  # the aim: 125_000, 9.0, 150_000
 FLOORS = (  # from the ground up
     "project errors arrays layout cache metrics features request",

@@ -250,7 +250,8 @@ def test_benchmark_times_lists(
     """The best one of eight, prefix cached and not: a list has an overlap, and costs no more than full depth."""
     monkeypatch.setattr("project.benchmark.configurations.LISTS", (1,))
     monkeypatch.setattr("project.benchmark.configurations.OVERLAP", 0.0)
-    run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1", "--sizes", "[8]")
+    monkeypatch.setattr("project.trainer.SIZES", (8,))
+    run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1")
     rows = read_result(fitted / "results" / "benchmark.json")["rows"]
     lists = [row for row in rows if row["engine"] == "top_k"]
     assert [(row["policy"], row["prefix_cached"]) for row in lists] == [("best 1", False), ("best 1", True)]
