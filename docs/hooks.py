@@ -37,7 +37,9 @@ def modules() -> list[str]:
         if parts[-1] == "__init__":
             parts = parts[:-1]
         if re.search(
-            r"^(class [A-Z]|__all__|from project\..* import .*[A-Z])", path.read_text(encoding="utf-8"), re.M
+            r"^(class [A-Z]|__all__|from project\..* import .*[A-Z])",
+            path.read_text(encoding="utf-8"),
+            re.M,
         ):
             found.append(".".join(parts))
     return found
@@ -56,7 +58,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         package = (ROOT / Path(*parts)).is_dir()
         section = ".".join(parts if package else parts[:-1])
         sections.setdefault(section, []).append({"about" if package else parts[-1]: page})
-    config.nav.append({"Reference": [{section: sections[section]} for section in sorted(sections)]})
+    config.nav.append(
+        {"Reference": [{section: sections[section]} for section in sorted(sections)]}
+    )
     config.markdown_extensions.append(AngleBracketsAreText())
     return config
 
@@ -68,13 +72,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = document.read_text(encoding="utf-8")
         for other, address in DOCUMENTS.items():  # links between them
             text = text.replace(f"]({other})", f"]({address})")
-        text = text.replace("](docs/", "](").replace("](../docs/", "](../")  # the site's root is docs/
+        text = text.replace("](docs/", "](").replace(
+            "](../docs/", "](../"
+        )  # the site's root is docs/
         text = text.replace("[CONTRIBUTING](CONTRIBUTING.md)", "CONTRIBUTING.md")
         files.append(File.generated(config, page, content=text))
         for name in PICTURE.findall(text):
-            if (document.parent / name).is_file():  # a missing one is a broken link, which --strict reports
+            if (
+                document.parent / name
+            ).is_file():  # a missing one is a broken link, which --strict reports
                 picture = str(Path(page).parent / name)
-                files.append(File.generated(config, picture, abs_src_path=str(document.parent / name)))
+                files.append(
+                    File.generated(
+                        config, picture, abs_src_path=str(document.parent / name)
+                    )
+                )
     for page, name in pages().items():
         files.append(File.generated(config, page, content=f"::: {name}\n"))
     return files

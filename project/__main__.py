@@ -17,12 +17,18 @@ QUIET_WARNINGS = (
 
 # commands that read no configuration: what runs each, imported only then, and what it does
 OTHER_COMMANDS = {
-    "table": ("project.report.tables:print_tables", "print result files as Markdown tables"),
+    "table": (
+        "project.report.tables:print_tables",
+        "print result files as Markdown tables",
+    ),
     "report": ("project.report.report:run_report", "one document of a run's results"),
     "compare": ("project.compare:run_compare", "two runs on the same rows"),
     "export": ("project.export:run_export", "a run as a Hugging Face folder"),
     "serve": ("project.serve.server:run_serve", "scores of a run over HTTP"),
-    "refit": ("project.serve.refit:run_refit", "a served run again, on its log and the events since"),
+    "refit": (
+        "project.serve.refit:run_refit",
+        "a served run again, on its log and the events since",
+    ),
 }
 
 

@@ -24,8 +24,12 @@ from project.errors import DataError
 
 Value = TypeVar("Value")
 
-FORMAT = 1  # raise it when the same settings would give other retrieved features or other files
-FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]  # of a full disk
+FORMAT = (
+    1  # raise it when the same settings would give other retrieved features or other files
+)
+FULL = [
+    os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+]  # of a full disk
 
 
 def default_cache() -> Path:
@@ -39,7 +43,9 @@ def content_key(content: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def cached_folder(parent: Path, content: dict[str, Any], write: Callable[[Path], None]) -> Path:
+def cached_folder(
+    parent: Path, content: dict[str, Any], write: Callable[[Path], None]
+) -> Path:
     """The folder of this content in `parent`; where it is absent, `write` fills it, beside content.json."""
 
     def write_with_content(made: Path) -> None:
@@ -55,7 +61,9 @@ def cached_folder(parent: Path, content: dict[str, Any], write: Callable[[Path],
 def restore(source: Path, target: Path) -> None:
     """Copy the content folders that `target` lacks, as from a run's bundle to the cache; `source` may be absent."""
     for folder in sorted(path for path in source.glob("*") if path.is_dir()):
-        whole_folder(target / folder.name, partial(shutil.copytree, folder, dirs_exist_ok=True))
+        whole_folder(
+            target / folder.name, partial(shutil.copytree, folder, dirs_exist_ok=True)
+        )
 
 
 def whole_folder(folder: Path, write: Callable[[Path], object]) -> None:
@@ -67,7 +75,9 @@ def whole_folder(folder: Path, write: Callable[[Path], object]) -> None:
     with _alone(folder):
         if folder.exists():  # another process made it while this one waited
             return
-        made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+        made = Path(
+            tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent)
+        )
         try:
             write(made)
             try:
@@ -122,7 +132,9 @@ class Recent(Generic[Value]):
     def __init__(self, mib: float) -> None:
         self.capacity = mib * 2**20  # bytes
         self.bytes = 0  # of all kept values
-        self._kept: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()  # values and their bytes
+        self._kept: OrderedDict[Hashable, tuple[Value, int]] = (
+            OrderedDict()
+        )  # values and their bytes
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -149,7 +161,10 @@ class Recent(Generic[Value]):
             self.bytes -= freed
 
     def of_texts(
-        self, texts: Sequence[str], make: Callable[[list[str]], Sequence[Value]], size: Callable[[Value], int]
+        self,
+        texts: Sequence[str],
+        make: Callable[[list[str]], Sequence[Value]],
+        size: Callable[[Value], int],
     ) -> list[Value]:
         """Values of texts, in their order; `make` makes those that are absent, all at once."""
         distinct = list(dict.fromkeys(texts))

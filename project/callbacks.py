@@ -20,7 +20,12 @@ from rich.console import Console
 from project.arrays import F64
 from project.bundle import write_bundle
 from project.errors import ProjectError
-from project.evaluation.baselines import AgainstBaseline, Baseline, fit_baselines, targets_of
+from project.evaluation.baselines import (
+    AgainstBaseline,
+    Baseline,
+    fit_baselines,
+    targets_of,
+)
 from project.evaluation.networks import kept_networks
 from project.evaluation.result import (
     PlannedRows,
@@ -54,7 +59,11 @@ def will_be_saved(trainer: L.Trainer) -> bool:
     """Whether a checkpoint is saved after this validation of fit: results are about saved weights only."""
     saver = trainer.checkpoint_callback
     # without a metric, or with save_top_k 0, last.ckpt has the latest weights
-    if not isinstance(saver, ModelCheckpoint) or saver.monitor is None or saver.save_top_k == 0:
+    if (
+        not isinstance(saver, ModelCheckpoint)
+        or saver.monitor is None
+        or saver.save_top_k == 0
+    ):
         return True
     return saver.check_monitor_top_k(trainer, trainer.callback_metrics.get(saver.monitor))
 
@@ -76,7 +85,9 @@ class SaveConfig(SaveConfigCallback):
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
 
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def save_config(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str
+    ) -> None:
         """Called once, on rank 0."""
         log_config(trainer, self.config.as_dict())
 
@@ -98,11 +109,17 @@ class ExitCalibration(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Calibrate while training, where a checkpoint is going to be saved; validate only reports."""
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not will_be_saved(trainer):
+        if (
+            trainer.sanity_checking
+            or trainer.state.fn != "fit"
+            or not will_be_saved(trainer)
+        ):
             return
         module = cast("ExitRecommender", pl_module)
         try:
-            self.calibrate(trainer, module, data_of(trainer), _scores(module), current_run(trainer))
+            self.calibrate(
+                trainer, module, data_of(trainer), _scores(module), current_run(trainer)
+            )
         except ProjectError as error:
             # the plan of an earlier validation does not belong to this checkpoint
             self.plans = None
@@ -128,13 +145,21 @@ class ExitCalibration(L.Callback):
             features = data.features_of(scores, module.feature_baseline().base)
             heads = checkpoint or heads_digest(module.state_dict())
             fitting = checkpoint is None
-            plans = calibrate(scores, features, self.settings, data.split.hash, previous, heads, fitting)
+            plans = calibrate(
+                scores, features, self.settings, data.split.hash, previous, heads, fitting
+            )
         self.plans = plans
         tune = (scores["fold"] == "tune").to_numpy()
-        rows = PlannedRows(plans.plan, scores.filter(tune), features[tune], self.settings.prefix_cached)
-        result = result_head("calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed)
+        rows = PlannedRows(
+            plans.plan, scores.filter(tune), features[tune], self.settings.prefix_cached
+        )
+        result = result_head(
+            "calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed
+        )
         result |= plans.document
-        result["adaptive"] = {"split": "valid", "fold": "tune"} | adaptive_summary(plans, rows)
+        result["adaptive"] = {"split": "valid", "fold": "tune"} | adaptive_summary(
+            plans, rows
+        )
         if trainer.is_global_zero:
             write_json(path, result)
         self._log(trainer, scores, features)
@@ -171,10 +196,16 @@ class ExitCalibration(L.Callback):
         if not fold.any():
             return
         rows = PlannedRows(
-            self.plans.plan, scores.filter(fold), features[fold], self.settings.prefix_cached, draws=2
+            self.plans.plan,
+            scores.filter(fold),
+            features[fold],
+            self.settings.prefix_cached,
+            draws=2,
         )
         summary = rows.summary(self.plans.static_exit)
-        values = {k: summary[k] for k in ("mean_depth", "token_layer_speedup", "auc", "auc_drop")}
+        values = {
+            k: summary[k] for k in ("mean_depth", "token_layer_speedup", "auc", "auc_drop")
+        }
         values["certificate_bound"] = self.issued.get("bound")
         known = {f"select/exit/{k}": v for k, v in values.items() if v is not None}
         for logger in trainer.loggers:
@@ -198,25 +229,43 @@ class ResultFiles(L.Callback):
 
     def __init__(self, tag: str | None = None, metric: OwnMetric | None = None) -> None:
         self.tag, self.metric = tag, metric
-        if metric is not None:  # on made-up rows, so that a mistake is found before training
-            own_metric(metric, [({}, np.zeros(4))], np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]))
-        self._scores: pl.DataFrame | None = None  # of the validation that the saved checkpoint comes from
+        if (
+            metric is not None
+        ):  # on made-up rows, so that a mistake is found before training
+            own_metric(
+                metric, [({}, np.zeros(4))], np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])
+            )
+        self._scores: pl.DataFrame | None = (
+            None  # of the validation that the saved checkpoint comes from
+        )
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the bundle: what predict and export need of the data, so that a run can be moved."""
-        write_bundle(cast("ExitRecommender", pl_module), data_of(trainer), run_folder(trainer) / "bundle")
+        write_bundle(
+            cast("ExitRecommender", pl_module),
+            data_of(trainer),
+            run_folder(trainer) / "bundle",
+        )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of training."""
         self._started = self._batch_ended = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         """Log the deepest layer's learning rate, and the targets a second of all processes, without validation."""
         now = time.perf_counter()
-        rates = {group["name"].split("/")[0]: group["lr"] for group in trainer.optimizers[0].param_groups}
+        rates = {
+            group["name"].split("/")[0]: group["lr"]
+            for group in trainer.optimizers[0].param_groups
+        }
         deepest = f"layer_{cast('ExitRecommender', pl_module).depth}"
         pl_module.log("train/learning_rate", rates.get(deepest, min(rates.values())))
         targets = len(batch.label) * trainer.world_size
@@ -226,7 +275,9 @@ class ResultFiles(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock of training, validation left out; write the result of fit."""
         seconds = data_of(trainer).clock.seconds
-        seconds["train"] = time.perf_counter() - self._started - seconds.get("validate", 0.0)
+        seconds["train"] = (
+            time.perf_counter() - self._started - seconds.get("validate", 0.0)
+        )
         if self._scores is not None:
             self._report(trainer, pl_module, self._scores, "fit", "valid")
 
@@ -263,17 +314,28 @@ class ResultFiles(L.Callback):
 
     def _stop_clock(self, trainer: L.Trainer, stage: str) -> None:
         seconds = data_of(trainer).clock.seconds
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - self._evaluation_started
+        seconds[stage] = (
+            seconds.get(stage, 0.0) + time.perf_counter() - self._evaluation_started
+        )
 
-    def _write_scores(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
+    def _write_scores(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, split: str
+    ) -> None:
         # on every process: where heads are sharded, all take part in their digest
-        about = {"heads": heads_digest(pl_module.state_dict()), "protocol": data_of(trainer).split.hash}
+        about = {
+            "heads": heads_digest(pl_module.state_dict()),
+            "protocol": data_of(trainer).split.hash,
+        }
         if not trainer.is_global_zero:
             return
-        scores = _with_exits(trainer, cast("ExitRecommender", pl_module), _scores(pl_module))
+        scores = _with_exits(
+            trainer, cast("ExitRecommender", pl_module), _scores(pl_module)
+        )
         # calibrate reads valid by its name
         name = f"{split}-{self.tag}" if self.tag and split != "valid" else split
-        path = write_table(current_run(trainer) / "scores" / f"{name}.parquet", scores, about)
+        path = write_table(
+            current_run(trainer) / "scores" / f"{name}.parquet", scores, about
+        )
         if split == "predict":
             Console().print(f"{len(scores)} candidates scored: {path}")
 
@@ -286,14 +348,20 @@ class ResultFiles(L.Callback):
         command: str,
         split: str,
     ) -> None:
-        data, module, folder = data_of(trainer), cast("ExitRecommender", pl_module), current_run(trainer)
+        data, module, folder = (
+            data_of(trainer),
+            cast("ExitRecommender", pl_module),
+            current_run(trainer),
+        )
         # 1. Exits beside the baselines.
         with data.clock.stage("baselines"):
             read = ("valid", split) if split != "valid" else ("valid",)
             kept = kept_networks(data, read)
             baselines = [*fit_baselines(data.split.rows, data.retrieved, read), *kept]
             chosen = int(module.chosen_exit)
-            content = comparison(scores, data.split, baselines, split, chosen if chosen > 0 else None)
+            content = comparison(
+                scores, data.split, baselines, split, chosen if chosen > 0 else None
+            )
             content["kept_baselines"] = [baseline.name for baseline in kept]
         # 2. The plan on the same rows.
         planned = _planned(trainer, module, scores, content)
@@ -301,16 +369,30 @@ class ResultFiles(L.Callback):
             content |= _adaptive(trainer, planned, content, baselines)
         # 3. Slices by how much was known of item and user, and a metric of one's own.
         with data.clock.stage("slices"):
-            content |= _slices(scores, data, baselines, content["exits"], planned, self.metric)
+            content |= _slices(
+                scores, data, baselines, content["exits"], planned, self.metric
+            )
         # 4. The result file, W&B, the terminal, the report.
-        result = result_head(command, data.split.manifest, str(folder / "config.yaml"), data.seed) | content
-        result |= {"warnings": data.warnings, "not_calibrated": exit_calibration_of(trainer).refused}
+        result = (
+            result_head(
+                command, data.split.manifest, str(folder / "config.yaml"), data.seed
+            )
+            | content
+        )
+        result |= {
+            "warnings": data.warnings,
+            "not_calibrated": exit_calibration_of(trainer).refused,
+        }
         result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
         name = f"{command}-{self.tag}" if self.tag else command
         path = write_json(folder / "results" / f"{name}.json", result)
         log_result(trainer, result, name)
         console = Console(width=120) if not Console().is_terminal else Console()
-        console.print(shown(render(result, path.parent)), shown(render_seconds(result)), f"written: {path}")
+        console.print(
+            shown(render(result, path.parent)),
+            shown(render_seconds(result)),
+            f"written: {path}",
+        )
         if command != "validate":
             page = write_report(folder)
             Console().print(f"report: {page}", soft_wrap=True)
@@ -323,14 +405,18 @@ def _scores(module: L.LightningModule) -> pl.DataFrame:
     return scores
 
 
-def _with_exits(trainer: L.Trainer, module: ExitRecommender, scores: pl.DataFrame) -> pl.DataFrame:
+def _with_exits(
+    trainer: L.Trainer, module: ExitRecommender, scores: pl.DataFrame
+) -> pl.DataFrame:
     """The score table with where each row leaves and the logit it leaves with, where there is a plan."""
     calibration = exit_calibration_of(trainer)
     if calibration.plans is None:
         return scores
     plan = calibration.plans.plan
     layer, logit = plan.emitted(
-        plan.outputs(scores, data_of(trainer).features_of(scores, module.feature_baseline().base))
+        plan.outputs(
+            scores, data_of(trainer).features_of(scores, module.feature_baseline().base)
+        )
     )
     return scores.with_columns(
         exit_layer=pl.Series(layer.numpy()).cast(pl.Int64),
@@ -339,7 +425,10 @@ def _with_exits(trainer: L.Trainer, module: ExitRecommender, scores: pl.DataFram
 
 
 def _planned(
-    trainer: L.Trainer, module: ExitRecommender, scores: pl.DataFrame, content: dict[str, Any]
+    trainer: L.Trainer,
+    module: ExitRecommender,
+    scores: pl.DataFrame,
+    content: dict[str, Any],
 ) -> PlannedRows | None:
     """The reported rows under the exit plan, where there is one."""
     calibration, exits = exit_calibration_of(trainer), content["exits"]
@@ -347,14 +436,23 @@ def _planned(
         return None
     part = part_of(scores, exits[0]["split"], exits[0].get("fold"))
     features = data_of(trainer).features_of(part, module.feature_baseline().base)
-    return PlannedRows(calibration.plans.plan, part, features, calibration.settings.prefix_cached)
+    return PlannedRows(
+        calibration.plans.plan, part, features, calibration.settings.prefix_cached
+    )
 
 
 def _adaptive(
-    trainer: L.Trainer, planned: PlannedRows, content: dict[str, Any], baselines: list[Baseline]
+    trainer: L.Trainer,
+    planned: PlannedRows,
+    content: dict[str, Any],
+    baselines: list[Baseline],
 ) -> dict[str, Any]:
     """What the exit plan does to the reported rows; completes the rows of `exits`."""
-    calibration, data, exits = exit_calibration_of(trainer), data_of(trainer), content["exits"]
+    calibration, data, exits = (
+        exit_calibration_of(trainer),
+        data_of(trainer),
+        content["exits"],
+    )
     assert calibration.plans is not None
     shares = planned.exits()
     for row in exits:
@@ -367,7 +465,9 @@ def _adaptive(
         summary["baseline_difference"] = against.difference(planned.logit)
         if content["chosen_exit"] is not None:
             plans = [planned, planned.under(calibration.plans.without)]
-            found["chosen_exit_by_exit_0"] = _by_exit_0(content["chosen_exit"], plans, against)
+            found["chosen_exit_by_exit_0"] = _by_exit_0(
+                content["chosen_exit"], plans, against
+            )
     where = {key: exits[0][key] for key in ("split", "fold") if key in exits[0]}
     return {
         "adaptive": where | summary,
@@ -376,7 +476,9 @@ def _adaptive(
     }
 
 
-def _by_exit_0(layer: int, plans: list[PlannedRows], against: AgainstBaseline) -> dict[str, Any]:
+def _by_exit_0(
+    layer: int, plans: list[PlannedRows], against: AgainstBaseline
+) -> dict[str, Any]:
     """The chosen exit under the plans with exit 0 and without; a run without exit 0 has the second alone."""
     heads = {
         "with_exit_0" if rows.plan.exit_0 else "without_exit_0": rows.calibrated[
@@ -408,9 +510,13 @@ def _slices(
     scored_by += baseline_scores_of(baselines, rows, *part)
     depth = None
     if planned is not None:
-        logits, depth = plan_scores_of(part_of(scores, *part), planned.logit, planned.layer, rows, *part)
+        logits, depth = plan_scores_of(
+            part_of(scores, *part), planned.logit, planned.layer, rows, *part
+        )
         scored_by.append(({"plan": True}, logits))
-    found: dict[str, Any] = {"slices": slice_rows(rows, data.retrieved, scored_by, *part, depth=depth)}
+    found: dict[str, Any] = {
+        "slices": slice_rows(rows, data.retrieved, scored_by, *part, depth=depth)
+    }
     if metric is not None:
         targets = targets_of(rows, *part)
         found["own_metric"] = own_metric(

@@ -20,7 +20,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from project.callbacks import ExitCalibration, ResultFiles, SaveConfig
-from project.config import MISSING, check_yaml, did_you_mean, link_model_and_data, one_line, project_error_in
+from project.config import (
+    MISSING,
+    check_yaml,
+    did_you_mean,
+    link_model_and_data,
+    one_line,
+    project_error_in,
+)
 from project.datamodule import InteractionData
 from project.errors import CheckpointError, ConfigError
 from project.exits.plan import ExitSettings
@@ -37,11 +44,15 @@ RUN_LOGGER = f"{RunLogger.__module__}.{RunLogger.__name__}"
 class SectionHelp(LightningArgumentParser):
     """`fit --help` names the sections of the configuration, `fit --help data` shows one, `fit --help all` shows all."""
 
-    topic: ClassVar[str] = ""  # the word behind --help; the parser of a command is not handed it
+    topic: ClassVar[str] = (
+        ""  # the word behind --help; the parser of a command is not handed it
+    )
 
     def format_help(self, formatter: Any = None) -> str:
         """Lightning's, cut to the section that --help names."""
-        if not self.callback_keys or self.topic == "all":  # the parser of all commands has no sections
+        if (
+            not self.callback_keys or self.topic == "all"
+        ):  # the parser of all commands has no sections
             return str(super().format_help(formatter))
         # 1. a section is what stands before the first dot; its title is that of its group
         sections: dict[str, str] = {}
@@ -52,7 +63,9 @@ class SectionHelp(LightningArgumentParser):
                     sections.setdefault(name, str(group.title))
         if self.topic and self.topic not in sections:
             near = did_you_mean(self.topic, [*sections])
-            raise ConfigError(f"--help {self.topic}{near}: expected one of {', '.join(sections)}, all.")
+            raise ConfigError(
+                f"--help {self.topic}{near}: expected one of {', '.join(sections)}, all."
+            )
         # 2. groups with the actions of the topic, or with those of no section
         whole = self._action_groups
         self._action_groups = []
@@ -75,7 +88,10 @@ class SectionHelp(LightningArgumentParser):
             self._action_groups = whole
         if self.topic:
             return text
-        named = [f"  {name:12}{title.split(':')[0].split('. ')[0]}" for name, title in sections.items()]
+        named = [
+            f"  {name:12}{title.split(':')[0].split('. ')[0]}"
+            for name, title in sections.items()
+        ]
         return "\n".join([text, "sections, each with --help SECTION (or all):", *named, ""])
 
 
@@ -120,8 +136,12 @@ class ProjectCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks that are always there, each under its own key, and keys whose value another key sets."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINTS.items()})
-        parser.add_class_arguments(ExitSettings, "exits", fail_untyped=False, sub_configs=True)
+        parser.set_defaults(
+            {f"checkpoint.{name}": value for name, value in CHECKPOINTS.items()}
+        )
+        parser.add_class_arguments(
+            ExitSettings, "exits", fail_untyped=False, sub_configs=True
+        )
         parser.add_lightning_class_args(ResultFiles, "results")
         parser.add_lightning_class_args(WandbArtifacts, "artifacts")
         link_model_and_data(parser)
@@ -134,15 +154,24 @@ class ProjectCLI(LightningCLI):
         for name, value in zip(given, following, strict=True):
             if name in ("--config", "-c") or name.startswith("--config="):
                 check_yaml(Path(name.partition("=")[2] or value))
-        asked = (value for name, value in zip(given, following, strict=True) if name in ("-h", "--help"))
+        asked = (
+            value
+            for name, value in zip(given, following, strict=True)
+            if name in ("-h", "--help")
+        )
         SectionHelp.topic = next((word for word in asked if not word.startswith("-")), "")
         try:
             self.config = parser.parse_args(given)
         except ArgumentError as error:
-            command = next((name for name in given if name in self._subcommand_parsers), "fit")
+            command = next(
+                (name for name in given if name in self._subcommand_parsers), "fit"
+            )
             keys = self._subcommand_parsers[command].get_defaults().keys()
             raise project_error_in(error) or one_line(str(error), keys) from None
-        except (AttributeError, ImportError) as error:  # of model.head, which is a class itself
+        except (
+            AttributeError,
+            ImportError,
+        ) as error:  # of model.head, which is a class itself
             if not MISSING.search(str(error)):
                 raise
             raise one_line(str(error), []) from None
@@ -177,7 +206,11 @@ class ProjectCLI(LightningCLI):
         config = self.config[subcommand]
         try:
             if subcommand not in ("baselines", "benchmark") and self.trainer.is_global_zero:
-                self.model.check(self.datamodule, config.get("ckpt_path"), measured=subcommand != "predict")
+                self.model.check(
+                    self.datamodule,
+                    config.get("ckpt_path"),
+                    measured=subcommand != "predict",
+                )
             super()._run_subcommand(subcommand)
         except BaseException:
             for logger in self.trainer.loggers:
@@ -192,28 +225,47 @@ class ProjectCLI(LightningCLI):
         config = self.config[self.subcommand]
         if "verbose" in config:
             config.verbose = False  # the result table has these numbers
-        if config.trainer.fast_dev_run:  # without a logger its files would lie where it is started
+        if (
+            config.trainer.fast_dev_run
+        ):  # without a logger its files would lie where it is started
             config.trainer.default_root_dir = tempfile.mkdtemp(prefix="exitrec-")
         # 1. a CSV logger comes first, in runs/NAME where none is configured
         given = config.trainer.logger
         if given is not False:
-            loggers = given if isinstance(given, list) else [] if given in (None, True) else [given]
-            csv = [x for x in loggers if x.class_path.rpartition(".")[2] in ("CSVLogger", "RunLogger")]
+            loggers = (
+                given
+                if isinstance(given, list)
+                else []
+                if given in (None, True)
+                else [given]
+            )
+            csv = [
+                x
+                for x in loggers
+                if x.class_path.rpartition(".")[2] in ("CSVLogger", "RunLogger")
+            ]
             for logger in csv:
                 logger.class_path = RUN_LOGGER
             name = Path(str(config.config[0])).stem if config.config else "run"
             where = {"save_dir": "runs", "name": name}
             default = dict_to_namespace({"class_path": RUN_LOGGER, "init_args": where})
-            config.trainer.logger = [*(csv or [default]), *(x for x in loggers if x not in csv)]
+            config.trainer.logger = [
+                *(csv or [default]),
+                *(x for x in loggers if x not in csv),
+            ]
         # 2. with a checkpoint every command but fit writes into the checkpoint's run
         if not config.get("ckpt_path"):
             return
         _check_file(Path(config.ckpt_path))
-        config.ckpt_path = str(Path(config.ckpt_path).resolve())  # `latest` may name another run by then
+        config.ckpt_path = str(
+            Path(config.ckpt_path).resolve()
+        )  # `latest` may name another run by then
         if self.subcommand == "fit":
             return
         if given is not False:
-            config.trainer.logger = [x for x in config.trainer.logger if x.class_path != RUN_LOGGER]
+            config.trainer.logger = [
+                x for x in config.trainer.logger if x.class_path != RUN_LOGGER
+            ]
         run = run_of_checkpoint(config.ckpt_path)
         config.checkpoint.dirpath = str(run / "checkpoints")
         config.data.bundle = str(run / "bundle")
@@ -228,7 +280,11 @@ def _check_file(checkpoint: Path) -> None:
     if checkpoint.is_dir():
         found = "is a folder"
     else:
-        found = "is not a checkpoint, or not a whole one" if checkpoint.exists() else "does not exist"
+        found = (
+            "is not a checkpoint, or not a whole one"
+            if checkpoint.exists()
+            else "does not exist"
+        )
     raise CheckpointError(
         f"ckpt_path is {checkpoint}, which {found}; expected a checkpoint that `fit` wrote, for example {example}."
     )
@@ -242,4 +298,6 @@ def check_command(arguments: Sequence[str], commands: Sequence[str]) -> None:
         )
     if not arguments[0].startswith("-") and arguments[0] not in commands:
         near = did_you_mean(arguments[0], commands)
-        raise ConfigError(f"{arguments[0]} is no command{near}; expected one of {', '.join(commands)}.")
+        raise ConfigError(
+            f"{arguments[0]} is no command{near}; expected one of {', '.join(commands)}."
+        )

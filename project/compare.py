@@ -64,19 +64,29 @@ def read_heads(run: Path, part: Part = "tune") -> Heads:
                     "validation's. Run `validate` and `test` with the same --config and --ckpt_path."
                 )
     tune = pl.read_parquet(paths["valid"], glob=False).filter(pl.col("fold") == "tune")
-    test = None if part == "tune" else part_of(pl.read_parquet(paths["test"], glob=False), "test", None)
+    test = (
+        None
+        if part == "tune"
+        else part_of(pl.read_parquet(paths["test"], glob=False), "test", None)
+    )
     scores = (tune if test is None else test).sort("row_id")
     layers = exit_layers_of(scores)
     logits = _logits(scores, layers)
     calibrated: dict[int, F64] = {}
     try:
         labels = tune["label"].to_numpy()
-        calibration = fit_calibration(_logits(tune, layers), labels, [0, *layers], exit_0=True)
+        calibration = fit_calibration(
+            _logits(tune, layers), labels, [0, *layers], exit_0=True
+        )
         values = calibration.apply(logits).numpy()
-        calibrated = {layer: values[:, column] for column, layer in enumerate(layers, start=1)}
+        calibrated = {
+            layer: values[:, column] for column, layer in enumerate(layers, start=1)
+        }
     except DataError:
         pass
-    row_id, labels, users = (scores[key].to_numpy().astype(np.int64) for key in ("row_id", "label", "user"))
+    row_id, labels, users = (
+        scores[key].to_numpy().astype(np.int64) for key in ("row_id", "label", "user")
+    )
     raw = {layer: logits[:, column].numpy() for column, layer in enumerate(layers, start=1)}
     return Heads(row_id, labels, users, raw, calibrated)
 
@@ -104,7 +114,9 @@ def compare(run: Path, base: Path, part: Part) -> dict[str, Any]:
         )
     heads, other = read_heads(run, part), read_heads(base, part)
     if not np.array_equal(heads.row_id, other.row_id):
-        raise DataError(f"{run} and {base} have not scored the same rows of {part}: score all with both.")
+        raise DataError(
+            f"{run} and {base} have not scored the same rows of {part}: score all with both."
+        )
     if not np.array_equal(heads.labels, other.labels):
         raise DataError(
             f"{run} and {base} have scored the same rows of {part} under other labels: expected one "
@@ -118,13 +130,22 @@ def compare(run: Path, base: Path, part: Part) -> dict[str, Any]:
         against = max(other.raw) if layer == max(heads.raw) else layer
         if against in other.raw:
             difference = {}
-            pairs = {"": (heads.raw, other.raw), "calibrated_": (heads.calibrated, other.calibrated)}
+            pairs = {
+                "": (heads.raw, other.raw),
+                "calibrated_": (heads.calibrated, other.calibrated),
+            }
             for prefix, (own, base_logits) in pairs.items():
                 if layer in own and against in base_logits:
                     both = own[layer], base_logits[against], labels
                     difference[f"{prefix}auc"] = bootstrap.difference_interval(*both)
-                    difference[f"{prefix}log_loss"] = bootstrap.log_loss_difference_interval(*both)
-            row |= {"against": against, "difference": difference, "base": other.metrics(against)}
+                    difference[f"{prefix}log_loss"] = (
+                        bootstrap.log_loss_difference_interval(*both)
+                    )
+            row |= {
+                "against": against,
+                "difference": difference,
+                "base": other.metrics(against),
+            }
         exits.append(row)
     head = result_head("compare", mine["protocol"], mine["config"], mine["seed"])
     users = int(np.unique(heads.users).size)
@@ -133,10 +154,14 @@ def compare(run: Path, base: Path, part: Part) -> dict[str, Any]:
 
 def run_compare(arguments: Sequence[str]) -> None:
     """The command `compare`: writes RUN/results/compare-PART.json and prints it as Markdown."""
-    parser = argparse.ArgumentParser("python -m project compare", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "python -m project compare", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("base", type=Path, help="folder of the run it is compared with")
-    parser.add_argument("--part", choices=("tune", "test"), default="tune", help="rows that are compared")
+    parser.add_argument(
+        "--part", choices=("tune", "test"), default="tune", help="rows that are compared"
+    )
     given = parser.parse_args(arguments)
     result = compare(given.run, given.base, given.part)
     path = write_json(given.run / "results" / f"compare-{given.part}.json", result)

@@ -38,7 +38,10 @@ NO_REASON = re.compile(
 def link_model_and_data(parser: LightningArgumentParser) -> None:
     """Keys of the model and the data whose value another key sets, and the default retriever."""
     # by its class path: config.yaml of a run cannot hold the object that is the Python default
-    retriever = {"class_path": "project.retrieval.LightGCN", "init_args": {"item_neighbours": 30}}
+    retriever = {
+        "class_path": "project.retrieval.LightGCN",
+        "init_args": {"item_neighbours": 30},
+    }
     parser.set_defaults({"data.retriever": retriever})
     parser.link_arguments("model.backbone", "data.tokenizer")
     parser.link_arguments("data.prompt.answers", "model.answers")
@@ -63,7 +66,9 @@ def open_run(run: Path) -> tuple[ExitRecommender, InteractionData]:
     try:
         found = parser.parse_object({key: config[key] for key in sections if key in config})
     except ArgumentError as error:
-        raise project_error_in(error) or one_line(str(error), parser.get_defaults().keys()) from None
+        raise project_error_in(error) or one_line(
+            str(error), parser.get_defaults().keys()
+        ) from None
     found.data.bundle = str(run / "bundle")
     made = parser.instantiate_classes(found)
     return made.model, made.data
@@ -88,15 +93,21 @@ def check_yaml(file: Path) -> None:
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)
     except FileNotFoundError:
-        raise ConfigError(f"--config {file} does not exist; expected a YAML file.") from None
+        raise ConfigError(
+            f"--config {file} does not exist; expected a YAML file."
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{file}{where}: {error.problem}; expected YAML.") from None
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{file} cannot be read as YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{file} holds {type(content).__name__}; expected keys and values.")
+        raise ConfigError(
+            f"{file} holds {type(content).__name__}; expected keys and values."
+        )
 
 
 def project_error_in(error: BaseException) -> ProjectError | None:
@@ -116,20 +127,34 @@ def one_line(message: str, keys: Iterable[str]) -> ConfigError:
         name = next(filter(None, found.groups()))
         inside = re.search(r"class_path '([^']+)'", message)
         near = did_you_mean(
-            name, list(inspect.signature(_imported(inside[1])).parameters) if inside else list(keys)
+            name,
+            list(inspect.signature(_imported(inside[1])).parameters)
+            if inside
+            else list(keys),
         )
-        return ConfigError(f"{f'{key}.' if key else ''}{name} is no key of the configuration{near}.")
+        return ConfigError(
+            f"{f'{key}.' if key else ''}{name} is no key of the configuration{near}."
+        )
     lines = [line.strip().lstrip("- ") for line in message.splitlines()]
-    reason = "; ".join(line for line in lines if not NO_REASON.match(line)) or " ".join(lines)
+    reason = "; ".join(line for line in lines if not NO_REASON.match(line)) or " ".join(
+        lines
+    )
     if "is abstract" in reason:
-        path = (re.findall(r"but (\S+) is abstract", reason) or re.findall(r"Given value: (\S+)", message))[0]
+        path = (
+            re.findall(r"but (\S+) is abstract", reason)
+            or re.findall(r"Given value: (\S+)", message)
+        )[0]
         missing = " and no method ".join(sorted(_imported(path).__abstractmethods__))
         reason = f"{path} has no method {missing}; expected a class_path of a class that has them"
     if (found := MISSING.search(reason)) and found[1]:
         kinds = (
-            n for n, kind in vars(import_module(found[1])).items() if isinstance(kind, type | ModuleType)
+            n
+            for n, kind in vars(import_module(found[1])).items()
+            if isinstance(kind, type | ModuleType)
         )
-        reason += did_you_mean(found[2], [kind for kind in kinds if not kind.startswith("_")])
+        reason += did_you_mean(
+            found[2], [kind for kind in kinds if not kind.startswith("_")]
+        )
     if found := NO_PATH.search(reason):
         homes = (retrieval, logs, readers)
         reason += did_you_mean(found[1], [name for home in homes for name in vars(home)])

@@ -21,11 +21,28 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from project.arrays import F32, F64
 from project.cache import default_cache, restore
-from project.data.batch import Batch, EvaluationSampler, PackedLoader, StageClock, TrainSampler
+from project.data.batch import (
+    Batch,
+    EvaluationSampler,
+    PackedLoader,
+    StageClock,
+    TrainSampler,
+)
 from project.data.download import resolve_model
 from project.data.logs import Logs
-from project.data.prompt import Prompt, PromptEncoder, field_showing, item_columns, with_segment
-from project.data.protocol import Protocol, SplitInteractions, apply_protocol, build_interactions
+from project.data.prompt import (
+    Prompt,
+    PromptEncoder,
+    field_showing,
+    item_columns,
+    with_segment,
+)
+from project.data.protocol import (
+    Protocol,
+    SplitInteractions,
+    apply_protocol,
+    build_interactions,
+)
 from project.data.requests import (
     Requests,
     check_items,
@@ -110,13 +127,21 @@ class InteractionData(L.LightningDataModule):
         _check_shown(prompt, retriever, mf)
         self.logs, self.retriever, self.mf = logs, retriever, mf
         self.protocol, self.wording, self.tokenizer_name = protocol, prompt, tokenizer
-        self.context_tokens, self.batch_tokens, self.refits = context_tokens, batch_tokens, refits
+        self.context_tokens, self.batch_tokens, self.refits = (
+            context_tokens,
+            batch_tokens,
+            refits,
+        )
         self.num_workers, self.requests_file, self.seed = num_workers, requests, seed
         self.cache_dir, self.bundle = default_cache(), bundle
         self.clock = StageClock()
-        self.warnings: list[str] = []  # for the log and for results; known with the retrieved features
+        self.warnings: list[
+            str
+        ] = []  # for the log and for results; known with the retrieved features
         self.requests: Requests | None = None  # of stage predict
-        self.candidate_retrieved: pl.DataFrame | None = None  # a row each candidate, in their order
+        self.candidate_retrieved: pl.DataFrame | None = (
+            None  # a row each candidate, in their order
+        )
         self._given: Requests | None = None
         self._streams: dict[str, Streams] = {}
 
@@ -141,7 +166,9 @@ class InteractionData(L.LightningDataModule):
     @property
     def features(self) -> RetrievedFeatures:
         """The retrieved features of the log and of requests."""
-        return RetrievedFeatures(self.split, self.retriever, self.refits, self.cache_dir, self.mf)
+        return RetrievedFeatures(
+            self.split, self.retriever, self.refits, self.cache_dir, self.mf
+        )
 
     @cached_property
     def retrieved(self) -> dict[str, pl.DataFrame]:
@@ -173,7 +200,9 @@ class InteractionData(L.LightningDataModule):
         splits = rows["split"].cast(pl.String).unique().to_list()
         assert len(splits) <= 1, splits
         table = self.retrieved[splits[0] if splits else "train"]
-        return rows.select("row_id").join(table, on="row_id", how="left", maintain_order="left")
+        return rows.select("row_id").join(
+            table, on="row_id", how="left", maintain_order="left"
+        )
 
     def features_of(self, scores: pl.DataFrame, base: float) -> F64:
         """Features (n, F) of the rows of a score table, of one split or of the requests at hand.
@@ -183,7 +212,9 @@ class InteractionData(L.LightningDataModule):
         if scores["row_id"].null_count():  # candidates of requests are no rows of the log
             assert self.candidate_retrieved is not None
             return feature_matrix(self.candidate_retrieved, base)
-        return feature_matrix(self.retrieved_of(self.split.rows[scores["row_id"].to_numpy()]), base)
+        return feature_matrix(
+            self.retrieved_of(self.split.rows[scores["row_id"].to_numpy()]), base
+        )
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -192,7 +223,11 @@ class InteractionData(L.LightningDataModule):
             folder = resolve_model(self.tokenizer_name)
         try:
             return AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, TypeError):  # of transformers, many lines about other causes
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+        ):  # of transformers, many lines about other causes
             raise ConfigError(
                 f"model.backbone is {self.tokenizer_name!r}, which has no tokenizer that can be read; expected a "
                 "model's folder with tokenizer.json. Save the tokenizer there, too."
@@ -205,7 +240,9 @@ class InteractionData(L.LightningDataModule):
         numbers += ["item_similarity_number"] if self.retriever.item_neighbours else []
         if self.wording.segment is not None:
             return self.wording
-        return with_segment(self.wording, self.tokenizer, self.split.interactions.items, numbers)
+        return with_segment(
+            self.wording, self.tokenizer, self.split.interactions.items, numbers
+        )
 
     @cached_property
     def encoder(self) -> PromptEncoder:
@@ -224,13 +261,19 @@ class InteractionData(L.LightningDataModule):
     def item_encoder(self) -> MeanPooling:
         """The backbone's first layers, which embed items' texts; not kept, since it holds a model once it has read."""
         config = AutoConfig.from_pretrained(resolve_model(self.tokenizer_name))
-        return MeanPooling(self.tokenizer_name, MAX_TOKENS, min(ITEM_LAYERS, config.num_hidden_layers))
+        return MeanPooling(
+            self.tokenizer_name, MAX_TOKENS, min(ITEM_LAYERS, config.num_hidden_layers)
+        )
 
     @cached_property
     def _known_vectors(self) -> F32:
         """Of the log's items; every validation reads them."""
         with self.clock.stage("embed items"):
-            return encode_once(self.item_encoder(), item_texts(self.split.interactions.items), self.cache_dir)
+            return encode_once(
+                self.item_encoder(),
+                item_texts(self.split.interactions.items),
+                self.cache_dir,
+            )
 
     def item_vectors(self) -> F32:
         """Frozen vectors (items, d) of the texts of all items, those that only requests know last."""
@@ -250,19 +293,31 @@ class InteractionData(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download, read, split, retrieve: once on a machine; the results are cached."""
-        _ = self.encoder  # a wrong wording is an error before somebody waits for retrieved features
+        _ = (
+            self.encoder
+        )  # a wrong wording is an error before somebody waits for retrieved features
         _ = self.retrieved
 
     def setup(self, stage: str) -> None:
         """Tokenise what the stage (fit, validate, test or predict) needs."""
-        for split in {"fit": ("train", "valid"), "validate": ("valid",), "test": ("test",)}.get(stage, ()):
+        for split in {
+            "fit": ("train", "valid"),
+            "validate": ("valid",),
+            "test": ("test",),
+        }.get(stage, ()):
             self.streams(split)
         if stage == "predict":
-            requests = self._given or read_requests(self.requests_file, self.split.interactions)
+            requests = self._given or read_requests(
+                self.requests_file, self.split.interactions
+            )
             encoder = self.encoder
-            if requests.items.height > self.split.interactions.items.height:  # some bring items
+            if (
+                requests.items.height > self.split.interactions.items.height
+            ):  # some bring items
                 encoder = PromptEncoder(self.tokenizer, self.prompt, requests.items)
-            self.requests = some_usable(without_long(requests, encoder, self.context_tokens))
+            self.requests = some_usable(
+                without_long(requests, encoder, self.context_tokens)
+            )
             for invalid in self.requests.invalid:
                 line = f"request {invalid.request_id!r} is not scored: {invalid.error}"
                 rank_zero_warn(line, category=UserWarning)
@@ -281,8 +336,12 @@ class InteractionData(L.LightningDataModule):
         now = not own.any() and rows["timestamp"].min() > self.split.rows["timestamp"].max()  # type: ignore[operator]
         if now and can_be_indexed(self.retriever):
             found = [
-                self._index.retrieved(user, part["item"].to_numpy(), None, catalogue, time).table()
-                for (_, user, time), part in rows.group_by("stream", "user", "timestamp", maintain_order=True)
+                self._index.retrieved(
+                    user, part["item"].to_numpy(), None, catalogue, time
+                ).table()
+                for (_, user, time), part in rows.group_by(
+                    "stream", "user", "timestamp", maintain_order=True
+                )
             ]
             table = pl.concat(found)
             if self.retriever.similar_every:  # lists are of rows of the log
@@ -301,10 +360,14 @@ class InteractionData(L.LightningDataModule):
 
     def _training(self) -> TrainSampler:
         streams, ranks = self.streams("train"), self._ranks()
-        return TrainSampler(streams, self.context_tokens, self.batch_tokens, self.seed, *ranks)
+        return TrainSampler(
+            streams, self.context_tokens, self.batch_tokens, self.seed, *ranks
+        )
 
     def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
 
     def train_batches(self) -> int:
         """Batches of an epoch on this process; starts no loader."""
@@ -336,14 +399,20 @@ class InteractionData(L.LightningDataModule):
         return batch.to(device)
 
 
-def _check_shown(prompt: Prompt, retriever: Retriever, mf: MatrixFactorisation | None) -> None:
+def _check_shown(
+    prompt: Prompt, retriever: Retriever, mf: MatrixFactorisation | None
+) -> None:
     """Refuse a prompt that shows a retrieved feature which nothing in this run computes."""
     problems: dict[str, str] = {}  # by column of the retrieved features
     if mf is None:
-        problems["mf"] = "data.mf is null: expected a factorisation behind it, for example data.mf: {dim: 8}"
+        problems["mf"] = (
+            "data.mf is null: expected a factorisation behind it, for example data.mf: {dim: 8}"
+        )
     # a retriever that cannot compare items shows "not known" instead, as NoRetriever does of votes
     if isinstance(retriever, VectorRetriever) and retriever.item_neighbours == 0:
-        problems["item_similarity"] = "the item_neighbours of data.retriever is 0: expected for example 30"
+        problems["item_similarity"] = (
+            "the item_neighbours of data.retriever is 0: expected for example 30"
+        )
     for column, problem in problems.items():
         if (field := field_showing(prompt, column)) is not None:
             raise ConfigError(
@@ -363,10 +432,14 @@ def reads_of(data: InteractionData) -> dict[str, Any]:
         "data.refits": data.refits,
         "data.mf": None if data.mf is None else asdict(data.mf),
     }
-    return dict(json.loads(json.dumps(found, default=str)))  # what JSON knows: a checkpoint holds no objects
+    return dict(
+        json.loads(json.dumps(found, default=str))
+    )  # what JSON knows: a checkpoint holds no objects
 
 
-def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, measured: bool = True) -> None:
+def check_reads(
+    kept: Mapping[str, Any] | None, data: InteractionData, measured: bool = True
+) -> None:
     """Refuse to score with a checkpoint that was trained to read something else than `data`.
 
     Args:
@@ -396,6 +469,8 @@ def check_reads(kept: Mapping[str, Any] | None, data: InteractionData, measured:
 def _difference(key: str, trained: Any, given: Any) -> tuple[str, Any, Any] | None:
     """The first entry that differs, with both values; what only one of them knows came with another version."""
     if isinstance(trained, dict) and isinstance(given, dict):
-        found = (_difference(f"{key}.{k}", trained[k], given[k]) for k in trained if k in given)
+        found = (
+            _difference(f"{key}.{k}", trained[k], given[k]) for k in trained if k in given
+        )
         return next(filter(None, found), None)
     return (key, trained, given) if trained != given else None

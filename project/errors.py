@@ -19,7 +19,9 @@ class ProjectError(Exception):
 
     def __str__(self) -> str:
         """The message; control characters out of the input are escaped, so that they do not reach a terminal."""
-        return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in super().__str__())
+        return "".join(
+            c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in super().__str__()
+        )
 
 
 class DataError(ProjectError):

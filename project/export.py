@@ -93,7 +93,9 @@ WITH_NUMBERS = (
     " Retrieved features in prompts, and items where their text is one token, are learned tokens with ids below zero. "
     "`load_exported` knows them, items as far as the log has them; the model alone does not."
 )
-NOT_TESTED = "\n\nTest was not read; the numbers are of the rows that calibration was fitted on."
+NOT_TESTED = (
+    "\n\nTest was not read; the numbers are of the rows that calibration was fitted on."
+)
 
 
 def render_card(run: Run, bundle: Mapping[str, Any], family: str, criterion: str) -> str:
@@ -101,10 +103,15 @@ def render_card(run: Run, bundle: Mapping[str, Any], family: str, criterion: str
     base_model = bundle["base_model"]
     path = Path(base_model).expanduser()
     on_hub = base_model not in SOURCES and base_model.count("/") == 1 and not path.exists()
-    base = path.name if path.is_absolute() or path.is_dir() else base_model  # no path of this machine
+    base = (
+        path.name if path.is_absolute() or path.is_dir() else base_model
+    )  # no path of this machine
     no, yes = (repr(answer.strip()) for answer in bundle["answers"])
     certificate = run.reported.get("certificate") or run.calibrate.get("certificate")
-    files = (f"* `{Path(name).name}`, SHA-256 {digest}" for name, digest in bundle["interactions"].items())
+    files = (
+        f"* `{Path(name).name}`, SHA-256 {digest}"
+        for name, digest in bundle["interactions"].items()
+    )
     return CARD.format(
         hub=f"base_model: {base_model}\n" if on_hub else "",
         family=family,
@@ -121,15 +128,21 @@ def render_card(run: Run, bundle: Mapping[str, Any], family: str, criterion: str
         + (NOT_TESTED if run.split != "test" else ""),
         retriever=bundle["retriever"]["class_path"],
         files="\n".join(files),
-        licence=SOURCES[base_model].licence if base_model in SOURCES else f"See the licence of {base}.",
+        licence=SOURCES[base_model].licence
+        if base_model in SOURCES
+        else f"See the licence of {base}.",
     )
 
 
 def run_export(arguments: Sequence[str]) -> Path:
     """The command: export a run folder into a folder that does not exist yet or is empty; print its path."""
-    parser = argparse.ArgumentParser("python -m project export", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "python -m project export", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("run", type=Path, help="folder of a calibrated run")
-    parser.add_argument("folder", type=Path, help="folder that does not exist yet or is empty")
+    parser.add_argument(
+        "folder", type=Path, help="folder that does not exist yet or is empty"
+    )
     given = parser.parse_args(arguments)
     folder = export(given.run, given.folder)
     print(f"written: {folder}")
@@ -169,20 +182,29 @@ def export(run: Path, folder: Path) -> Path:
     }
     # 3. all files under a temporary name, then one renaming
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}-", dir=folder.parent
+    ) as scratch:
         part = Path(scratch) / folder.name
         shutil.copytree(run / "bundle" / "tokenizer", part)
         _save_backbone(backbone, part)
-        save_file({k: v.contiguous() for k, v in module.heads.state_dict().items()}, part / HEADS)
+        save_file(
+            {k: v.contiguous() for k, v in module.heads.state_dict().items()}, part / HEADS
+        )
         if module.numbers or module.items:
-            learned = {name: backbone.state_dict()[f"embed_tokens.{name}"] for name in _learned(module.items)}
+            learned = {
+                name: backbone.state_dict()[f"embed_tokens.{name}"]
+                for name in _learned(module.items)
+            }
             items = load_file(run / "bundle" / ITEM_VECTORS) if module.items else {}
             save_file(learned | items, part / NUMBERS)
         write_json(part / POLICY, policy)
         (part / "config.yaml").write_text(_served(run, bundle), encoding="utf-8")
         if (run / EVENTS).exists():
             shutil.copy(run / EVENTS, part)
-        card = render_card(results, bundle, backbone.config.model_type, plans.plan.criterion)
+        card = render_card(
+            results, bundle, backbone.config.model_type, plans.plan.criterion
+        )
         (part / "README.md").write_text(card, encoding="utf-8")
         os.replace(part, folder)
     return folder
@@ -194,13 +216,21 @@ def _served(run: Path, bundle: Mapping[str, Any]) -> str:
     def named(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: named(part) for key, part in value.items()}
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        return (
+            Path(value).name
+            if isinstance(value, str) and Path(value).is_absolute()
+            else value
+        )
 
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     data = config["data"] | {"requests": None, "bundle": None}
     data |= {key: named(data[key]) for key in ("logs", "retriever") if key in data}
     model = {"backbone": named(bundle["base_model"]), "exit_layers": bundle["exit_layers"]}
-    kept = {"seed_everything": config.get("seed_everything", 0), "model": model, "data": data}
+    kept = {
+        "seed_everything": config.get("seed_everything", 0),
+        "model": model,
+        "data": data,
+    }
     if "exits" in config:  # names the criterion's class
         kept["exits"] = config["exits"]
     return str(yaml.safe_dump(kept, sort_keys=False))
@@ -285,9 +315,13 @@ def load_exported(folder: str | Path) -> Exported:
         backbone.load_state_dict(state, strict=False)
     # 3. the heads
     direction = torch.zeros(model.config.hidden_size)
-    heads = nn.ModuleDict({str(k): ExitHead(backbone.final_norm, direction) for k in policy["exit_layers"]})
+    heads = nn.ModuleDict(
+        {str(k): ExitHead(backbone.final_norm, direction) for k in policy["exit_layers"]}
+    )
     heads.load_state_dict(load_file(folder / HEADS))
-    return Exported(backbone.eval(), heads.eval(), ExitPlan.from_state(from_json(policy["plan"])))
+    return Exported(
+        backbone.eval(), heads.eval(), ExitPlan.from_state(from_json(policy["plan"]))
+    )
 
 
 def give_exported(module: ExitRecommender, folder: Path) -> tuple[ExitPlan, Any]:
@@ -305,7 +339,9 @@ def exported_baseline(folder: str | Path) -> FeatureBaseline:
             f"{Path(folder) / POLICY}: exit 0 weighs the features {list(known['weights'])}; this version counts "
             f"{list(FEATURES)}. Use the version that wrote it, or export the run again."
         )
-    return FeatureBaseline(known["base"], known["offset"], np.array(list(known["weights"].values())))
+    return FeatureBaseline(
+        known["base"], known["offset"], np.array(list(known["weights"].values()))
+    )
 
 
 def _read_policy(folder: Path) -> dict[str, Any]:
@@ -325,7 +361,11 @@ def to_json(value: Any) -> Any:
     """A plan's state (tensors, numbers, text, lists, dictionaries) as plain JSON; floats come back bit by bit."""
     if isinstance(value, Tensor):
         kind = str(value.dtype).removeprefix("torch.")
-        return {"tensor": kind, "shape": list(value.shape), "values": to_json(value.flatten().tolist())}
+        return {
+            "tensor": kind,
+            "shape": list(value.shape),
+            "values": to_json(value.flatten().tolist()),
+        }
     if isinstance(value, Mapping):
         return {key: to_json(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -34,10 +34,20 @@ text similarity (the slope of log-odds at 1/2), and log(1 + its weight)."""
 
 TEXT_FEATURES = FEATURES[-2:]
 COLUMNS = (
-    *("item_rate", "item_count", "user_rate", "user_count", "vote", "neighbour_count", "likes"),
+    *(
+        "item_rate",
+        "item_count",
+        "user_rate",
+        "user_count",
+        "vote",
+        "neighbour_count",
+        "likes",
+    ),
     *("mf", "item_similarity", "item_similarity_weight", "text", "text_weight"),
 )  # of a retrieved features table, those that are numbers and read here or by prompts
-BLOCK = 2**17  # rows whose neighbours are looked at together, which bounds the memory that they take
+BLOCK = (
+    2**17
+)  # rows whose neighbours are looked at together, which bounds the memory that they take
 SUREST = 1e-4  # chances by factorisation are clipped to this distance from 0 and 1
 
 
@@ -55,7 +65,9 @@ class Retrieved:
         """Of a table's rows, in their order."""
         if isinstance(table, Retrieved):
             return table
-        columns = {c: table[c].cast(pl.Float64).to_numpy() for c in COLUMNS if c in table.columns}
+        columns = {
+            c: table[c].cast(pl.Float64).to_numpy() for c in COLUMNS if c in table.columns
+        }
         if "answers" not in table.columns:
             return cls(columns, np.empty(0, np.intp), np.empty(0), np.empty(0))
         count = table["answers"].list.len().fill_null(0).to_numpy()
@@ -72,7 +84,9 @@ class Retrieved:
         """A table that `of` reads as this."""
         ends = np.cumsum(np.bincount(self.of_row, minlength=len(self)))[:-1]
         lists = [
-            pl.Series(name, [part.tolist() for part in np.split(of, ends)], pl.List(pl.Float64))
+            pl.Series(
+                name, [part.tolist() for part in np.split(of, ends)], pl.List(pl.Float64)
+            )
             for name, of in (("similarities", self.similarity), ("answers", self.answer))
         ]
         return pl.DataFrame(self.columns, nan_to_null=True).with_columns(lists)
@@ -85,7 +99,9 @@ class Retrieved:
         start, stop, _ = part.indices(len(self))
         pairs = slice(*np.searchsorted(self.of_row, [start, stop]))
         columns = {name: values[part] for name, values in self.columns.items()}
-        return Retrieved(columns, self.of_row[pairs] - start, self.similarity[pairs], self.answer[pairs])
+        return Retrieved(
+            columns, self.of_row[pairs] - start, self.similarity[pairs], self.answer[pairs]
+        )
 
     def sums(self, of_pair: F64) -> F64:
         """(n,) of a number of each neighbour, (pairs,)."""
@@ -100,7 +116,9 @@ def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> F64:
     factorisation, its feature is the sum of both rates' log-odds; where it has no item similarity, the train mean.
     """
     if isinstance(retrieved, pl.DataFrame) and len(retrieved) > BLOCK:
-        return np.concatenate([feature_matrix(part, base) for part in retrieved.iter_slices(BLOCK)])
+        return np.concatenate(
+            [feature_matrix(part, base) for part in retrieved.iter_slices(BLOCK)]
+        )
     found = Retrieved.of(retrieved)
 
     def numbers(name: str) -> F64:
@@ -112,11 +130,16 @@ def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> F64:
         return _log_odds(numbers(rate) * rows, rows, base), np.log1p(rows)
 
     # 1. rates of the item and the user, and the neighbours' vote
-    item, user = rate_and_rows("item_rate", "item_count"), rate_and_rows("user_rate", "user_count")
+    item, user = (
+        rate_and_rows("item_rate", "item_count"),
+        rate_and_rows("user_rate", "user_count"),
+    )
     vote = rate_and_rows("vote", "neighbour_count")
     # 2. the vote weighted by similarity; a similarity below 0 counts as 0
     similarity = np.maximum(found.similarity, 0.0)
-    weighted_vote = _log_odds(found.sums(similarity * found.answer), found.sums(similarity), base)
+    weighted_vote = _log_odds(
+        found.sums(similarity * found.answer), found.sums(similarity), base
+    )
     # 3. matrix factorisation, and the user's own answers on similar items
     chance = found.columns.get("mf", np.full(len(found), np.nan))
     rates_summed = item[0] + user[0] - np.log(base / (1.0 - base))
@@ -138,7 +161,9 @@ def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> F64:
 
 def _log_odds(likes: F64, rows: F64, base: float) -> F64:
     """Log-odds of (likes + k base) / (rows + k): finite, and the train mean where there are no rows."""
-    odds: F64 = np.log(likes + PRIOR_ROWS * base) - np.log(rows - likes + PRIOR_ROWS * (1.0 - base))
+    odds: F64 = np.log(likes + PRIOR_ROWS * base) - np.log(
+        rows - likes + PRIOR_ROWS * (1.0 - base)
+    )
     return odds
 
 
@@ -158,7 +183,9 @@ class FeatureBaseline:
         return cls.fit_features(feature_matrix(retrieved, base), answers, base)
 
     @classmethod
-    def fit_features(cls, features: F64, labels: NDArray[Any], base: float) -> FeatureBaseline:
+    def fit_features(
+        cls, features: F64, labels: NDArray[Any], base: float
+    ) -> FeatureBaseline:
         """`fit` for features (n, len(FEATURES)) that were made with this `base`."""
         scaler, regression = logistic_regression().fit(features, labels)
         weights = regression.coef_[0] / scaler.scale_

@@ -55,7 +55,9 @@ class Block:
 
     row: int
     queries: tuple[int, int]  # half-open range of token indices in the row
-    keys: list[tuple[int, int]]  # half-open ranges of token indices in the row, ascending, disjoint
+    keys: list[
+        tuple[int, int]
+    ]  # half-open ranges of token indices in the row, ascending, disjoint
     mask: Tensor  # bool (queries, keys), True where the query sees the key; keys in the order of the ranges
 
 
@@ -66,9 +68,13 @@ class Layout:
     sequence: Tensor  # id of the token's sequence inside its row; -1 is padding, which sees only itself
     segment: Tensor  # id of the token's segment, unique inside its row
     group: Tensor  # time group inside the sequence; the instruction is group 0
-    context: Tensor  # bool, True where tokens of later groups of the sequence may see this token
+    context: (
+        Tensor  # bool, True where tokens of later groups of the sequence may see this token
+    )
     position: Tensor  # position for rotary embeddings
-    blocks: list[Block] = field(default_factory=list)  # plan of attention; padding belongs to no block
+    blocks: list[Block] = field(
+        default_factory=list
+    )  # plan of attention; padding belongs to no block
 
     @classmethod
     def build(
@@ -92,7 +98,9 @@ class Layout:
 
     def tokens(self) -> Tokens:
         """All tokens as the rule reads them, torch, (B, T): each padding token is a segment of its own."""
-        index = torch.arange(self.sequence.shape[1], device=self.sequence.device).expand_as(self.sequence)
+        index = torch.arange(self.sequence.shape[1], device=self.sequence.device).expand_as(
+            self.sequence
+        )
         padding = self.sequence < 0
         segment = torch.where(padding, -1 - index, self.segment)
         return Tokens(index, self.sequence, segment, self.group, self.context & ~padding)
@@ -100,13 +108,20 @@ class Layout:
     def dense_mask(self) -> Tensor:
         """The rule written out: bool (B, queries T, keys T). Costs B * T * T; the blocks do not."""
         tokens = self.tokens()
-        mask: Tensor = visible(tokens.at(slice(None), slice(None), None), tokens.at(slice(None), None))
+        mask: Tensor = visible(
+            tokens.at(slice(None), slice(None), None), tokens.at(slice(None), None)
+        )
         return mask
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout with every tensor, masks included, on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if name != "blocks"}
-        return Layout(**moved, blocks=[replace(block, mask=block.mask.to(device)) for block in self.blocks])
+        moved = {
+            name: value.to(device) for name, value in vars(self).items() if name != "blocks"
+        }
+        return Layout(
+            **moved,
+            blocks=[replace(block, mask=block.mask.to(device)) for block in self.blocks],
+        )
 
 
 def plan_blocks(layout: Layout, block_tokens: int = BLOCK_TOKENS) -> list[Block]:
@@ -116,7 +131,12 @@ def plan_blocks(layout: Layout, block_tokens: int = BLOCK_TOKENS) -> list[Block]
     history reads from the start of its sequence to its own end, a run of candidates reads the history and itself.
     """
     # int32 halves the time of the comparisons that make up the masks
-    batch = Tokens(*((x if x.dtype == torch.bool else x.to(torch.int32)).numpy() for x in layout.tokens()))
+    batch = Tokens(
+        *(
+            (x if x.dtype == torch.bool else x.to(torch.int32)).numpy()
+            for x in layout.tokens()
+        )
+    )
     blocks = []
     for row in range(batch.sequence.shape[0]):
         tokens = batch.at(row)
@@ -142,7 +162,9 @@ def _runs(sequence: NDArray[Any], block_tokens: int) -> Iterator[tuple[int, int]
 
 def _key_ranges(tokens: Tokens, start: int, stop: int) -> list[tuple[int, int]]:
     """Ranges holding every key that some query of [start, stop) sees: earlier context and own segments."""
-    own = np.isin(tokens.segment, np.unique(tokens.segment[start:stop])) & (tokens.index < stop)
+    own = np.isin(tokens.segment, np.unique(tokens.segment[start:stop])) & (
+        tokens.index < stop
+    )
     earlier = tokens.context & (tokens.group < tokens.group[start:stop].max())
     seen = np.flatnonzero((tokens.sequence == tokens.sequence[start]) & (own | earlier))
     cuts = np.flatnonzero(np.diff(seen) > MERGED_GAP + 1)

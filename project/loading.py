@@ -20,7 +20,13 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
             data.tokenizer_name = str(folder)
         plan, certificate = give_exported(model, folder)
     else:
-        plans = load_run(model, data.tokenizer, folder / "checkpoints" / "last.ckpt", data, compared=False)
+        plans = load_run(
+            model,
+            data.tokenizer,
+            folder / "checkpoints" / "last.ckpt",
+            data,
+            compared=False,
+        )
         plan = plans.plan
         certificate = plans.document.get("certificate")
     data.prepare_data()

@@ -14,7 +14,9 @@ from scipy.stats import rankdata
 
 from project.arrays import F64, I64
 
-OwnMetric = Callable[[Any, Any, Any], float | None]  # of labels, probabilities and users, (n,) each
+OwnMetric = Callable[
+    [Any, Any, Any], float | None
+]  # of labels, probabilities and users, (n,) each
 
 # emitted probabilities stay this far from 0 and 1: a row's log loss is at most 6.91
 SMALLEST_PROBABILITY = 1e-3
@@ -63,7 +65,9 @@ def ece(probability: ArrayLike, labels: ArrayLike, bins: int = 15) -> float | No
     return float(sum(abs(gap.sum()) for gap in gaps) / values.size)
 
 
-def user_aucs(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> dict[str, dict[str, Any]]:
+def user_aucs(
+    scores: ArrayLike, labels: ArrayLike, users: ArrayLike
+) -> dict[str, dict[str, Any]]:
     """Means of per-user AUCs over the users with both classes, each {`value`, `users`, `rows`}.
 
     `uauc` counts each user once (CoLLM), `gauc_impressions` by rows (FuxiCTR; Zhu et al. 2017), `gauc_positives` by
@@ -124,7 +128,9 @@ class Pairs:
         own = weights[:, self._positives].astype(np.float64)
         won = np.einsum("dp,dp->d", own, below[:, self._first] + below[:, self._last]) / 2
         all_pairs = own.sum(axis=1) * below[:, -1]
-        share: F64 = np.divide(won, all_pairs, out=np.full(won.shape, np.nan), where=all_pairs > 0)
+        share: F64 = np.divide(
+            won, all_pairs, out=np.full(won.shape, np.nan), where=all_pairs > 0
+        )
         return share
 
 
@@ -141,11 +147,15 @@ def _scores(scores: ArrayLike) -> F64:
         raise ValueError(f"expected scores of shape (n,), found {values.shape}")
     missing = int(np.isnan(values).sum())
     if missing:
-        raise ValueError(f"{missing} of {values.size} scores are NaN: a model that diverged has no metrics")
+        raise ValueError(
+            f"{missing} of {values.size} scores are NaN: a model that diverged has no metrics"
+        )
     return values
 
 
-def checked(scores: ArrayLike, labels: ArrayLike, probability: bool = False) -> tuple[F64, F64]:
+def checked(
+    scores: ArrayLike, labels: ArrayLike, probability: bool = False
+) -> tuple[F64, F64]:
     """Scores and labels as float64, or a ValueError that says what is wrong with them."""
     values, positive = _scores(scores), np.asarray(labels, dtype=np.float64)
     if positive.shape != values.shape:

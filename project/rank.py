@@ -10,7 +10,12 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from project.data.requests import Workload, catalogue_requests, concatenate, labelled_requests
+from project.data.requests import (
+    Workload,
+    catalogue_requests,
+    concatenate,
+    labelled_requests,
+)
 from project.engine.engine import score_every_head
 from project.engine.predict import load_weights
 from project.engine.requests import prepare_requests
@@ -19,7 +24,14 @@ from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.result import labelled_scores
 from project.exits.certificate import CertificateSettings, certify_losses, user_means
 from project.exits.plan import admit, plans_of
-from project.exits.ranking import LISTS, RankPolicy, ScoredRequests, costs, overlaps, policies
+from project.exits.ranking import (
+    LISTS,
+    RankPolicy,
+    ScoredRequests,
+    costs,
+    overlaps,
+    policies,
+)
 from project.exits.top_k import precision_at_k
 from project.metrics import user_aucs
 from project.model.heads import heads_digest
@@ -35,7 +47,9 @@ if TYPE_CHECKING:
 
 REPORTED = ("tune", "test")  # parts that policies are chosen and reported on
 DRAWS = 1000  # resamples of users behind an interval
-LEAST_LABELLED = 2 * max(LISTS)  # rated items of a labelled request; of fewer any order lists most
+LEAST_LABELLED = 2 * max(
+    LISTS
+)  # rated items of a labelled request; of fewer any order lists most
 
 
 @dataclass
@@ -73,11 +87,17 @@ class RankSettings:
         ):
             share = getattr(self, key)
             if not (share > 0 and within):
-                raise ConfigError(f"ranking.{key} is {share}; expected a number above 0 and {most}.")
+                raise ConfigError(
+                    f"ranking.{key} is {share}; expected a number above 0 and {most}."
+                )
 
 
 def policy_row(
-    policy: RankPolicy, full: RankPolicy, catalogue: ScoredRequests, labelled: ScoredRequests | None, k: int
+    policy: RankPolicy,
+    full: RankPolicy,
+    catalogue: ScoredRequests,
+    labelled: ScoredRequests | None,
+    k: int,
 ) -> dict[str, Any]:
     """One policy's row of `requests` in results/rank.json, for lists of k.
 
@@ -90,11 +110,15 @@ def policy_row(
     whole = full.decide(catalogue)
     counts = torch.bincount(catalogue.request)  # (r,) candidates
     overlap = overlaps(catalogue, ranking, whole, k)
-    interval = UserBootstrap(catalogue.user, DRAWS).ratio_interval(overlap, np.ones_like(overlap))["interval"]
+    interval = UserBootstrap(catalogue.user, DRAWS).ratio_interval(
+        overlap, np.ones_like(overlap)
+    )["interval"]
     depth = float(torch.tensor(catalogue.outputs.layers)[ranking.exits].double().mean())
     cost = {}
     for cached in (False, True):
-        spent = costs(catalogue, ranking, cached).sum() / costs(catalogue, whole, cached).sum()
+        spent = (
+            costs(catalogue, ranking, cached).sum() / costs(catalogue, whole, cached).sum()
+        )
         cost[cached] = float(spent)
     # 2. labelled requests: precision and GAUC
     precision = None
@@ -103,7 +127,9 @@ def policy_row(
         keys = policy.decide(labelled).keys
         shares = precision_at_k(labelled.request, keys, torch.from_numpy(labelled.label), k)
         precision = float(shares.double().mean())
-        gauc = user_aucs(keys.numpy(), labelled.label, labelled.request.numpy())["gauc_impressions"]["value"]
+        gauc = user_aucs(keys.numpy(), labelled.label, labelled.request.numpy())[
+            "gauc_impressions"
+        ]["value"]
     return {
         "policy": policy.name,
         "parameter": policy.parameter,
@@ -129,19 +155,31 @@ def rank_rows(parts: dict[str, ScoredRequests], settings: RankSettings) -> dict[
     """
     rows = []
     certificates = []
-    promise = CertificateSettings("overlap_loss", settings.epsilon, settings.delta / len(LISTS))
+    promise = CertificateSettings(
+        "overlap_loss", settings.epsilon, settings.delta / len(LISTS)
+    )
     for k in LISTS:
         full, top_k, *others = policies(parts["catalogue/tune"], k, settings.overlap)
         for part in REPORTED:
-            about = {"split": "test"} if part == "test" else {"split": "valid", "fold": part}
+            about = (
+                {"split": "test"} if part == "test" else {"split": "valid", "fold": part}
+            )
             for policy in (full, top_k, *others):
-                row = policy_row(policy, full, parts[f"catalogue/{part}"], parts.get(f"labelled/{part}"), k)
+                row = policy_row(
+                    policy,
+                    full,
+                    parts[f"catalogue/{part}"],
+                    parts.get(f"labelled/{part}"),
+                    k,
+                )
                 rows.append(about | row)
         if settings.certify:
             fold = parts["catalogue/certify"]
             kept = overlaps(fold, top_k.decide(fold), full.decide(fold), k)
             losses = user_means(np.stack([np.zeros_like(kept), 1.0 - kept]), fold.user)
-            certificates.append({"k": k, "policy": "top_k"} | certify_losses(losses, promise).to_dict())
+            certificates.append(
+                {"k": k, "policy": "top_k"} | certify_losses(losses, promise).to_dict()
+            )
     return {"requests": rows, "certificate": certificates}
 
 
@@ -165,23 +203,33 @@ def run_rank(
     seed = data.seed
     workloads = dict[str, Workload]()
     for part in REPORTED:
-        drawn = catalogue_requests(split, part, settings.requests, settings.candidates, seed)
+        drawn = catalogue_requests(
+            split, part, settings.requests, settings.candidates, seed
+        )
         workloads[f"catalogue/{part}"] = drawn
         if rated := labelled_requests(split, part, settings.candidates, LEAST_LABELLED):
             workloads[f"labelled/{part}"] = rated
     if settings.certify:
-        drawn = catalogue_requests(split, "certify", settings.certify, settings.candidates, seed)
+        drawn = catalogue_requests(
+            split, "certify", settings.certify, settings.candidates, seed
+        )
         workloads["catalogue/certify"] = drawn
     # 2. the ledger, before anything is scored: other requests, candidates or another seed are a second try, too
     files = sorted((folder / "results").glob("rank*.json"))
     ledger = [entry for file in files for entry in read_result(file).get("ledger", [])]
     if settings.certify:
         heads = heads_digest(read_checkpoint(checkpoint)["state_dict"])
-        tested = {f"ranking.{k}": v for k, v in asdict(settings).items()} | {"ranking.lists": list(LISTS)}
+        tested = {f"ranking.{k}": v for k, v in asdict(settings).items()} | {
+            "ranking.lists": list(LISTS)
+        }
         try:
-            ledger = admit(ledger, tested | {"seed_everything": seed, "checkpoint": heads}, split.hash)
+            ledger = admit(
+                ledger, tested | {"seed_everything": seed, "checkpoint": heads}, split.hash
+            )
         except ConfigError as error:
-            raise ConfigError(f"{error}; or set ranking.certify to 0, which makes no certificate.") from error
+            raise ConfigError(
+                f"{error}; or set ranking.certify to 0, which makes no certificate."
+            ) from error
     # 3. scores of all heads
     data.prepare_data()
     plans = plans_of(load_weights(model, data.tokenizer, checkpoint, data))
@@ -207,7 +255,9 @@ def run_rank(
         "calibrated": calibration is not None,
         **rank_rows(parts, settings),
         "ledger": ledger,
-        "stage_seconds": {stage: round(spent, 1) for stage, spent in data.clock.seconds.items()},
+        "stage_seconds": {
+            stage: round(spent, 1) for stage, spent in data.clock.seconds.items()
+        },
     }
     tag = tag_of(trainer)
     table = write_table(folder / "scores" / f"rank{tag}.parquet", scores)

@@ -22,7 +22,9 @@ class Item(NamedTuple):
 
     item_id: str = ""  # empty: the item of this title, or a new one whose id is its title
     title: str = ""
-    columns: tuple[tuple[str, str], ...] = ()  # name and text: further columns of the items table
+    columns: tuple[
+        tuple[str, str], ...
+    ] = ()  # name and text: further columns of the items table
 
 
 class HistoryRow(NamedTuple):
@@ -30,7 +32,9 @@ class HistoryRow(NamedTuple):
 
     item: str | Item  # text is an id
     label: int  # 0 or 1
-    time: float | None = None  # seconds since 1970; None in all rows: the order of the list counts
+    time: float | None = (
+        None  # seconds since 1970; None in all rows: the order of the list counts
+    )
 
 
 def id_of(item: str | Item) -> str:
@@ -42,13 +46,21 @@ def id_of(item: str | Item) -> str:
 class RankRequest:
     """Candidates of a user, or of somebody with a history of their own; `DataError` where it cannot be one."""
 
-    user_id: str | None  # whose history is read: the log's rows, and events where a server has them
-    history: Sequence[HistoryRow] | None  # of somebody unknown; beside a user_id: if nobody has that name
+    user_id: (
+        str | None
+    )  # whose history is read: the log's rows, and events where a server has them
+    history: (
+        Sequence[HistoryRow] | None
+    )  # of somebody unknown; beside a user_id: if nobody has that name
     candidates: Sequence[str | Item]  # n items to score; text is an id
-    deadline: float | None = None  # time.monotonic() seconds: the deepest exit reached by then answers
+    deadline: float | None = (
+        None  # time.monotonic() seconds: the deepest exit reached by then answers
+    )
     top_n: int | None = None  # the best so many are listed; all are scored
     context: Mapping[str, Any] | None = None  # an error until something reads it
-    time: float | None = None  # seconds: strictly earlier rows are read; None: all of log and history
+    time: float | None = (
+        None  # seconds: strictly earlier rows are read; None: all of log and history
+    )
     request_id: str = ""  # its name in results and errors
 
     def __post_init__(self) -> None:
@@ -65,7 +77,9 @@ class RankRequest:
                 raise DataError(f"history: label is {label!r}; expected label 0 or 1.")
         for time in times:
             if time is not None and not abs(time) < LATEST:
-                raise DataError(f"time is {str(time)[:40]}; expected seconds since 1970, no milliseconds.")
+                raise DataError(
+                    f"time is {str(time)[:40]}; expected seconds since 1970, no milliseconds."
+                )
         if len({row.time is None for row in rows}) > 1:
             raise DataError(
                 "history: some rows have a time, others have none; give every row its time, or none."
@@ -77,7 +91,10 @@ class RankRequest:
         """Seconds at which the candidates are asked: `time`, else after `end` and after the history."""
         if self.time is not None:
             return self.time
-        return max([end, *(row.time for row in self.history or () if row.time is not None)]) + 1
+        return (
+            max([end, *(row.time for row in self.history or () if row.time is not None)])
+            + 1
+        )
 
     def past(self, now: float) -> list[tuple[str, int, float]]:
         """Item id, label and seconds of the history's rows before `now`.
@@ -85,9 +102,14 @@ class RankRequest:
         Rows without a time stand just before `now`, in the order of the list.
         """
         rows = self.history or ()
-        seconds = [now - (len(rows) - k) * STEP if r.time is None else r.time for k, r in enumerate(rows)]
+        seconds = [
+            now - (len(rows) - k) * STEP if r.time is None else r.time
+            for k, r in enumerate(rows)
+        ]
         dated = zip(rows, seconds, strict=True)
-        return [(id_of(row.item), row.label, second) for row, second in dated if second < now]
+        return [
+            (id_of(row.item), row.label, second) for row, second in dated if second < now
+        ]
 
     def texts(self) -> Iterator[str]:
         """Every text that it brings: ids, titles, names and values of columns."""
@@ -113,17 +135,23 @@ class Scored:
     # a ranker adds
     item_ids: Sequence[str] = ()  # n
     titles: Sequence[str] = ()  # n
-    features: Mapping[str, F64] = field(default_factory=dict)  # (n,) retrieved features by name; NaN: unknown
+    features: Mapping[str, F64] = field(
+        default_factory=dict
+    )  # (n,) retrieved features by name; NaN: unknown
     full_depth_token_layers: int = 0  # what the same would have cost without early exit
     audit: F64 | None = None  # (n,) probabilities at full depth, if it was audited
-    cached: bool | None = None  # some of the user's history was in memory; None: there is none to keep
+    cached: bool | None = (
+        None  # some of the user's history was in memory; None: there is none to keep
+    )
     # the inference process adds
     run: str = ""
     full_depth: bool = False  # the drift alarm is on
     batch: int = 1  # requests that were scored together
 
     @classmethod
-    def failed(cls, request_id: str, n: int, error: str | None, token_layers: int = 0) -> Scored:
+    def failed(
+        cls, request_id: str, n: int, error: str | None, token_layers: int = 0
+    ) -> Scored:
         """Of a request of n candidates that could not be scored."""
         return cls(request_id, np.full(n, np.nan), np.full(n, -1), token_layers, error)
 
@@ -155,7 +183,9 @@ def text_of(name: str, value: Any) -> str:
         return str(value)
     if isinstance(value, list) and not any(isinstance(part, list) for part in value):
         return ", ".join(text_of(name, part) for part in value)
-    raise DataError(f"{name} is {shown(value)}; expected text, a number, or a list of these.")
+    raise DataError(
+        f"{name} is {shown(value)}; expected text, a number, or a list of these."
+    )
 
 
 def shown(value: Any) -> str:

@@ -22,7 +22,15 @@ from project.errors import CheckpointError, DataError
 
 PolarsType = pl.DataType | type[pl.DataType]
 SCHEMA_VERSION = 1
-LIBRARIES = ("torch", "lightning", "transformers", "torch-geometric", "peft", "polars", "scikit-learn")
+LIBRARIES = (
+    "torch",
+    "lightning",
+    "transformers",
+    "torch-geometric",
+    "peft",
+    "polars",
+    "scikit-learn",
+)
 
 SCORE_COLUMNS: dict[str, PolarsType] = {
     "row_id": pl.Int64,
@@ -52,14 +60,19 @@ def score_table(
         else pl.Series(name, [None] * n, dtype=kind)
         for name, kind in SCORE_COLUMNS.items()
     ]
-    heads = [pl.Series(f"logit_{k}", logits[:, j]).cast(pl.Float32) for j, k in enumerate(exit_layers)]
+    heads = [
+        pl.Series(f"logit_{k}", logits[:, j]).cast(pl.Float32)
+        for j, k in enumerate(exit_layers)
+    ]
     return pl.DataFrame([*head, *heads])
 
 
 def exit_layers_of(scores: pl.DataFrame) -> list[int]:
     """Layers that a score table holds logits of, exit 0 left out."""
     return [
-        int(c.removeprefix("logit_")) for c in scores.columns if c.startswith("logit_") and c != "logit_0"
+        int(c.removeprefix("logit_"))
+        for c in scores.columns
+        if c.startswith("logit_") and c != "logit_0"
     ]
 
 
@@ -81,7 +94,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     return replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def write_table(path: Path, table: pl.DataFrame, about: dict[str, str] | None = None) -> Path:
+def write_table(
+    path: Path, table: pl.DataFrame, about: dict[str, str] | None = None
+) -> Path:
     """Write Parquet; `about` is kept in the file's metadata, see `table_about`."""
     return replace_file(path, lambda part: table.write_parquet(part, metadata=about))
 
@@ -95,7 +110,9 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read a result file of this schema version; DataError where it is missing or something else."""
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{path} {found}; expected a result file, such as results/test.json of a run.")
+        raise DataError(
+            f"{path} {found}; expected a result file, such as results/test.json of a run."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version_found = content.get("schema_version")
@@ -113,11 +130,15 @@ def read_result(path: Path) -> dict[str, Any]:
             "Run the command that wrote it again."
         )
     if lacking := [key for key, value in known.items() if not value]:
-        raise DataError(f"{path} has no {' and no '.join(lacking)}. Run the command that wrote it again.")
+        raise DataError(
+            f"{path} has no {' and no '.join(lacking)}. Run the command that wrote it again."
+        )
     return dict(content)
 
 
-def result_head(command: str, manifest: Mapping[str, Any], config: str | None, seed: int) -> dict[str, Any]:
+def result_head(
+    command: str, manifest: Mapping[str, Any], config: str | None, seed: int
+) -> dict[str, Any]:
     """What every result file starts with: command, versions, seed, configuration, machine, the protocol's manifest."""
     return {
         "schema_version": SCHEMA_VERSION,
@@ -125,7 +146,8 @@ def result_head(command: str, manifest: Mapping[str, Any], config: str | None, s
         "version": own_version(),
         "seed": seed,
         # as seen from here, if it lies below: result files travel, home folders do not
-        "config": config and (config if (near := os.path.relpath(config)).startswith("..") else near),
+        "config": config
+        and (config if (near := os.path.relpath(config)).startswith("..") else near),
         "machine": machine(),
         "protocol": dict(manifest),
     }
@@ -161,7 +183,9 @@ def sha256_of(path: Path) -> str:
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Tensors and plain values of a checkpoint, on the CPU; never objects that run code when they are read."""
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        content: dict[str, Any] = torch.load(
+            path, map_location="cpu", mmap=mmap, weights_only=True
+        )
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(

@@ -15,7 +15,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from project.run import read_checkpoint, replace_file, run_of_checkpoint
 
-BEFORE_RESULTS = {"config.yaml", "hparams.yaml"}  # what a run's folder holds before anything was computed
+BEFORE_RESULTS = {
+    "config.yaml",
+    "hparams.yaml",
+}  # what a run's folder holds before anything was computed
 
 
 class RunLogger(CSVLogger):
@@ -42,7 +45,10 @@ class RunLogger(CSVLogger):
         """Write what is left; remove the folder of a command that failed before it had computed anything."""
         super().finalize(status)
         made = self._made if status == "failed" else None
-        if made and {path.name for path in made.rglob("*") if path.is_file()} <= BEFORE_RESULTS:
+        if (
+            made
+            and {path.name for path in made.rglob("*") if path.is_file()} <= BEFORE_RESULTS
+        ):
             shutil.rmtree(made, ignore_errors=True)
 
 
@@ -50,7 +56,10 @@ class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints are written beside their target and renamed, and never unpickled."""
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+        self,
+        checkpoint: dict[str, Any],
+        path: str | Path,
+        storage_options: Any | None = None,
     ) -> None:
         """Write all of it, or leave what is there."""
         replace_file(Path(path), lambda part: torch.save(checkpoint, part))
@@ -66,7 +75,9 @@ def run_folder(trainer: L.Trainer, ckpt_path: str | Path | None = None) -> Path:
     """The run of a checkpoint, else the folder of the CSV logger."""
     if ckpt_path is not None:
         return run_of_checkpoint(ckpt_path)
-    found = (Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger))
+    found = (
+        Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger)
+    )
     return next(found, Path(trainer.default_root_dir))
 
 

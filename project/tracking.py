@@ -31,12 +31,18 @@ class Tracking(WandbLogger):
     """
 
     def __init__(
-        self, project: str, save_dir: str = "runs", offline: bool | None = None, **kwargs: Any
+        self,
+        project: str,
+        save_dir: str = "runs",
+        offline: bool | None = None,
+        **kwargs: Any,
     ) -> None:
         if offline is None:
             offline = "WANDB_MODE" not in os.environ and not key_is_known()
             if offline:
-                rank_zero_info("W&B: no key is known, so this run is offline; `wandb sync` uploads it later")
+                rank_zero_info(
+                    "W&B: no key is known, so this run is offline; `wandb sync` uploads it later"
+                )
         super().__init__(project=project, save_dir=save_dir, offline=offline, **kwargs)
 
 
@@ -72,7 +78,11 @@ def _plain(value: object) -> object:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+    return (
+        value
+        if value is None or isinstance(value, str | int | float | bool)
+        else str(value)
+    )
 
 
 def log_result(trainer: L.Trainer, result: Mapping[str, Any], name: str) -> None:
@@ -93,8 +103,12 @@ def log_result(trainer: L.Trainer, result: Mapping[str, Any], name: str) -> None
     rows += [[row["name"], *map(row.get, columns)] for row in result["baselines"]]
     folds = [row["fold"] for row in result["exits"] if "fold" in row]
     for logger in loggers:
-        logger.experiment.summary.update({key: value for key, value in summary.items() if value is not None})
-        logger.log_table("/".join([name, *folds[:1], "exits"]), columns=["scores", *columns], data=rows)
+        logger.experiment.summary.update(
+            {key: value for key, value in summary.items() if value is not None}
+        )
+        logger.log_table(
+            "/".join([name, *folds[:1], "exits"]), columns=["scores", *columns], data=rows
+        )
 
 
 def log_pictures(trainer: L.Trainer, folder: Path) -> None:
@@ -123,7 +137,13 @@ class WandbArtifacts(L.Callback):
         """Log checkpoints and report: all other callbacks are done with training."""
         for logger in wandb_loggers(trainer):
             for path, aliases in aliased(trainer) if self.checkpoints else []:
-                _log(logger, "model", {"model.ckpt": path}, aliases, {"global_step": _step(path)})
+                _log(
+                    logger,
+                    "model",
+                    {"model.ckpt": path},
+                    aliases,
+                    {"global_step": _step(path)},
+                )
             _log_report(logger, current_run(trainer), "fit")
 
     @rank_zero_only
@@ -158,7 +178,11 @@ def _log_report(logger: WandbLogger, run: Path, command: str) -> None:
 
 
 def _log(
-    logger: WandbLogger, kind: str, files: dict[str, Path], aliases: list[str], about: dict[str, Any]
+    logger: WandbLogger,
+    kind: str,
+    files: dict[str, Path],
+    aliases: list[str],
+    about: dict[str, Any],
 ) -> None:
     """One version of the artifact `<kind>-<W&B's id of the run>`; Lightning names its own so: `best` is of this run."""
     from wandb import Artifact

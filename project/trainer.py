@@ -13,13 +13,24 @@ from project.callbacks import exit_calibration_of
 from project.datamodule import InteractionData, check_reads
 from project.errors import ConfigError
 from project.evaluation.baselines import baseline_rows, best_baseline, fit_baselines
-from project.evaluation.networks import LEFT_OUT, kept_networks, networks_installed, trained_networks
+from project.evaluation.networks import (
+    LEFT_OUT,
+    kept_networks,
+    networks_installed,
+    trained_networks,
+)
 from project.evaluation.result import baseline_scores_of, slice_rows
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender, check_origin
 from project.rank import RankSettings
 from project.report.tables import render, shown
-from project.run import read_checkpoint, result_head, run_of_checkpoint, table_about, write_json
+from project.run import (
+    read_checkpoint,
+    result_head,
+    run_of_checkpoint,
+    table_about,
+    write_json,
+)
 from project.run_folder import point_latest, run_folder
 
 # of Lightning's Trainer and ModelCheckpoint, where nothing else is said
@@ -43,7 +54,9 @@ DEFAULT_RANKING = RankSettings()
 SIZES = (1, 8, 64, 256)  # candidates of the engine's requests
 
 
-def run_baselines(data: InteractionData, folder: Path, networks: bool = False) -> dict[str, Any]:
+def run_baselines(
+    data: InteractionData, folder: Path, networks: bool = False
+) -> dict[str, Any]:
     """Score all baselines on validation and test, and write results/baselines.json into a run's folder."""
     split, kept = data.split, kept_networks(data)
     if networks and networks_installed():
@@ -53,15 +66,23 @@ def run_baselines(data: InteractionData, folder: Path, networks: bool = False) -
         print(LEFT_OUT)
     with data.clock.stage("baselines"):
         baselines = [*fit_baselines(split.rows, data.retrieved), *kept]
-        rows, best = baseline_rows(baselines, split.rows), best_baseline(baselines, split.rows)
+        rows, best = (
+            baseline_rows(baselines, split.rows),
+            best_baseline(baselines, split.rows),
+        )
         slices = [
             row
             for part in (("valid", "tune"), ("test", None))
             for row in slice_rows(
-                split.rows, data.retrieved, baseline_scores_of(baselines, split.rows, *part), *part
+                split.rows,
+                data.retrieved,
+                baseline_scores_of(baselines, split.rows, *part),
+                *part,
             )
         ]
-    result = result_head("baselines", split.manifest, str(folder / "config.yaml"), data.seed) | {
+    result = result_head(
+        "baselines", split.manifest, str(folder / "config.yaml"), data.seed
+    ) | {
         "baselines": rows,
         "best_baseline": best.name if best else None,
         "slices": slices,
@@ -77,7 +98,10 @@ class ProjectTrainer(L.Trainer):
     """Lightning's Trainer with the commands that need no training loop."""
 
     def save_checkpoint(
-        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
+        self,
+        filepath: str | Path,
+        weights_only: bool | None = None,
+        storage_options: Any | None = None,
     ) -> None:
         """Save, and let `latest` name this run, which now has a checkpoint."""
         super().save_checkpoint(filepath, weights_only, storage_options)
@@ -99,13 +123,24 @@ class ProjectTrainer(L.Trainer):
             weights_only: Not used.
         """
         if ckpt_path is None:
-            raise ConfigError("calibrate needs --ckpt_path, a trained run's checkpoint; `fit` writes one.")
+            raise ConfigError(
+                "calibrate needs --ckpt_path, a trained run's checkpoint; `fit` writes one."
+            )
         folder, checkpoint = run_of_checkpoint(ckpt_path), read_checkpoint(ckpt_path)
         # 1. The score table of validation, where it is this checkpoint's under this protocol; else score anew.
         table = folder / "scores" / "valid.parquet"
-        wanted = {"heads": heads_digest(checkpoint["state_dict"]), "protocol": datamodule.split.hash}
+        wanted = {
+            "heads": heads_digest(checkpoint["state_dict"]),
+            "protocol": datamodule.split.hash,
+        }
         if not table.exists() or not wanted.items() <= table_about(table).items():
-            self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
+            self.validate(
+                model,
+                datamodule=datamodule,
+                ckpt_path=ckpt_path,
+                verbose=False,
+                weights_only=True,
+            )
             scores = model.scores
         else:
             check_origin(checkpoint, model.exit_layers, model.backbone_name)
@@ -115,7 +150,9 @@ class ProjectTrainer(L.Trainer):
         assert scores is not None
         # 2. The plan, into result file and checkpoint.
         callback = exit_calibration_of(self)
-        result = callback.calibrate(self, model, datamodule, scores, folder, wanted["heads"])
+        result = callback.calibrate(
+            self, model, datamodule, scores, folder, wanted["heads"]
+        )
         if self.is_global_zero:
             callback.write_into(Path(ckpt_path))
             certificates = [
@@ -123,7 +160,9 @@ class ProjectTrainer(L.Trainer):
                 result["certificate_words"],
                 (result["certified"] or {}).get("words"),
             ]
-            Console(width=120).print(*filter(None, certificates), f"written: {ckpt_path}", sep="\n")
+            Console(width=120).print(
+                *filter(None, certificates), f"written: {ckpt_path}", sep="\n"
+            )
 
     def baselines(
         self,
@@ -174,7 +213,15 @@ class ProjectTrainer(L.Trainer):
         else:
             from project.benchmark.engine import run_engine
 
-            run_engine(model, datamodule, ckpt_path, folder, self.strategy.root_device, seconds, SIZES)
+            run_engine(
+                model,
+                datamodule,
+                ckpt_path,
+                folder,
+                self.strategy.root_device,
+                seconds,
+                SIZES,
+            )
 
     def predict(  # type: ignore[override]  # Lightning's, with a choice of engine
         self,
@@ -202,7 +249,12 @@ class ProjectTrainer(L.Trainer):
         """
         if engine == "packed":
             return super().predict(
-                model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only=weights_only
+                model,
+                dataloaders,
+                datamodule,
+                return_predictions,
+                ckpt_path,
+                weights_only=weights_only,
             )
         assert model is not None
         assert datamodule is not None

@@ -33,7 +33,12 @@ from project.run import SCHEMA_VERSION, replace_file, score_table
 LAYERS = [4, 8, 12]
 ITEM_ROWS = FEATURES.index("item_rows")
 FRESH_USERS = 500
-WORLDS = {"mild": (0.0, 0.0), "badly served": (0.0, 0.06), "skewed sizes": (1.0, 0.0), "both": (1.0, 0.06)}
+WORLDS = {
+    "mild": (0.0, 0.0),
+    "badly served": (0.0, 0.06),
+    "skewed sizes": (1.0, 0.0),
+    "both": (1.0, 0.06),
+}
 """Standard deviation of the log of users' numbers of rows, and the share of users whom early exits serve badly."""
 STUDY = {
     "schema_version": SCHEMA_VERSION,
@@ -56,15 +61,25 @@ class World:
     truth: F64
 
 
-def make_world(users: int, world: str, rng: np.random.Generator, exact: bool = False) -> World:
+def make_world(
+    users: int, world: str, rng: np.random.Generator, exact: bool = False
+) -> World:
     """Users with all their rows; where `exact`, just the world's share of them is badly served."""
     spread, share = WORLDS[world]
-    size = np.maximum(1, np.round(rng.lognormal(np.log(20) - spread**2 / 2, spread, users))).astype(int)
+    size = np.maximum(
+        1, np.round(rng.lognormal(np.log(20) - spread**2 / 2, spread, users))
+    ).astype(int)
     user = np.repeat(np.arange(users), size)
     n = len(user)
     # 1. what the last head sees, and what earlier ones see of badly served users
-    latent, other = 0.25 + 0.5 * rng.normal(size=(2, users))[:, user] + 1.1 * rng.normal(size=(2, n))
-    badly = rng.permutation(users) < round(share * users) if exact else rng.random(users) < share
+    latent, other = (
+        0.25 + 0.5 * rng.normal(size=(2, users))[:, user] + 1.1 * rng.normal(size=(2, n))
+    )
+    badly = (
+        rng.permutation(users) < round(share * users)
+        if exact
+        else rng.random(users) < share
+    )
     early = np.where(badly[user], other, latent)
     # 2. noise of the heads, which fades with depth, at a speed of the row's own
     rows_of_item = rng.exponential(3.0, n)  # log(1 + rows): a known item is easy
@@ -73,7 +88,9 @@ def make_world(users: int, world: str, rng: np.random.Generator, exact: bool = F
     left = np.exp(-np.array([0, *LAYERS[:-1]]) / fade[:, None]) + 0.03
     noise = rng.normal(size=left.shape) * left * (0.33 * np.exp(0.6 * difficulty))[:, None]
     noise = noise[:, ::-1].cumsum(axis=1)[:, ::-1]
-    heads = np.column_stack([early[:, None] + noise, latent]) + 0.05 * rng.normal(size=(n, 4))
+    heads = np.column_stack([early[:, None] + noise, latent]) + 0.05 * rng.normal(
+        size=(n, 4)
+    )
     # 3. labels, of which a part nobody sees
     truth = 1 / (1 + np.exp(-latent - 0.45 * rng.normal(size=n)))
     columns = {
@@ -107,8 +124,12 @@ def choices(tune: TuneFold) -> dict[str, TuneFold]:
         for curve in tune.curves:
             step = int(other._steps(curve, curve.drops[None])[0])
             if name == "estimate":
-                expected = curve.path[0].expected_auc - np.array([s.expected_auc for s in curve.path])
-                kept = np.maximum(curve.drops, expected) <= (tune.settings.max_auc_drop or 0.0)
+                expected = curve.path[0].expected_auc - np.array(
+                    [s.expected_auc for s in curve.path]
+                )
+                kept = np.maximum(curve.drops, expected) <= (
+                    tune.settings.max_auc_drop or 0.0
+                )
                 step = int(np.flatnonzero(kept | (np.arange(len(kept)) == 0))[-1])
             other.curves.append(replace(curve, step=step))
         other.best = max(other.curves, key=other._preference)
@@ -118,12 +139,21 @@ def choices(tune: TuneFold) -> dict[str, TuneFold]:
 
 def pipeline(users: int, world: str, seed: int, fresh: World) -> list[dict[str, Any]]:
     """One tune fold: what each choice is estimated to lose, loses on fresh users, and costs."""
-    drawn = make_world(users, world, np.random.default_rng([seed, users, list(WORLDS).index(world)]))
+    drawn = make_world(
+        users, world, np.random.default_rng([seed, users, list(WORLDS).index(world)])
+    )
     tune, rows = TuneFold(drawn.scores, drawn.features, ExitSettings(), exit_0=True), []
     for name, made in choices(tune).items():
         drop = true_drop(made.plan(made.best.step), fresh)
         chosen = made.best.chosen
-        rows.append({"choice": name, "drop": drop, "estimated": chosen.auc_drop, "cost": chosen.cost})
+        rows.append(
+            {
+                "choice": name,
+                "drop": drop,
+                "estimated": chosen.auc_drop,
+                "cost": chosen.cost,
+            }
+        )
     # the static exit of equal accuracy, which is chosen without a bound
     outputs = tune.plan(0).outputs(fresh.scores, fresh.features)
     head = tune.outputs.layers.index(tune.static_exit["layer"])
@@ -159,14 +189,23 @@ def main() -> None:
     parser.add_argument("--pipelines", nargs="+", default=["30=60", "80=40", "300=30"])
     torch.set_num_threads(1)
     found = []
-    for users, pipelines in (map(int, part.split("=")) for part in parser.parse_args().pipelines):
+    for users, pipelines in (
+        map(int, part.split("=")) for part in parser.parse_args().pipelines
+    ):
         for world in WORLDS:
             fresh = make_world(FRESH_USERS, world, np.random.default_rng(10**6), exact=True)
-            rows = [row for seed in range(pipelines) for row in pipeline(users, world, seed, fresh)]
+            rows = [
+                row
+                for seed in range(pipelines)
+                for row in pipeline(users, world, seed, fresh)
+            ]
             found += summary(world, users, rows)
             print(*found[-4:], f"{time.process_time():.0f} s", sep="\n", flush=True)
             text = json.dumps(STUDY | {"rows": found}, indent=1)
-            replace_file(RESULT, lambda part, text=text: part.write_text(text + "\n", encoding="utf-8"))
+            replace_file(
+                RESULT,
+                lambda part, text=text: part.write_text(text + "\n", encoding="utf-8"),
+            )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from project.arrays import F64, I64
-from project.exits.certificate import ROWS_OF_A_USER, CertificateSettings, UserPairs, certify, p_value
+from project.exits.certificate import (
+    ROWS_OF_A_USER,
+    CertificateSettings,
+    UserPairs,
+    certify,
+    p_value,
+)
 from project.run import SCHEMA_VERSION
 
 Users = tuple[F64, F64, I64, I64]
@@ -26,7 +32,9 @@ WIDTH = ROWS_OF_A_USER  # rows of a user that are drawn: a certificate reads no 
 
 def _lognormal(rng: np.random.Generator, users: int) -> I64:
     """Mean 20 rows, standard deviation of the log 1."""
-    return np.maximum(1, np.exp(rng.normal(np.log(20) - 0.5, 1, users)).round()).astype(np.int64)
+    return np.maximum(1, np.exp(rng.normal(np.log(20) - 0.5, 1, users)).round()).astype(
+        np.int64
+    )
 
 
 def _giant(rng: np.random.Generator, users: int) -> I64:
@@ -61,7 +69,9 @@ def draw(world: str, users: int, strength: float, rng: np.random.Generator) -> U
     noise[1] = 0.8 * noise[0] + 0.6 * noise[1]
     bad = rng.random((users, 1)) < bad_share
     shift = (
-        -truth if world == "rare bad users" else rng.normal(size=(users, 1)) + rng.normal(size=truth.shape)
+        -truth
+        if world == "rare bad users"
+        else rng.normal(size=(users, 1)) + rng.normal(size=truth.shape)
     )
     full, adaptive = truth + noise[0], truth + noise[1] + bad * strength * shift
     return full[real], adaptive[real], labels[real], np.nonzero(real)[0]
@@ -81,7 +91,9 @@ def strength_of(world: str, drop: float, users: int = 15_000) -> tuple[float, fl
     return middle, gap
 
 
-def rates(world: str, users: int, strength: float, most: int, seed: int = 0) -> dict[str, float]:
+def rates(
+    world: str, users: int, strength: float, most: int, seed: int = 0
+) -> dict[str, float]:
     """Shares of draws that pass, whose answer is "not enough users", and that bets alone would let pass.
 
     Where users are too few the answer is known before a draw, so bets alone are tried on a quarter of the draws: the
@@ -93,14 +105,17 @@ def rates(world: str, users: int, strength: float, most: int, seed: int = 0) -> 
     for _ in range(draws):
         full, adaptive, labels, user = draw(world, users, strength, rng)
         if enough:
-            answers.append(certify(np.stack([full, adaptive]), full, labels, user, SETTINGS).passed)
+            answers.append(
+                certify(np.stack([full, adaptive]), full, labels, user, SETTINGS).passed
+            )
             bets.append(bool(answers[-1]))
         else:  # whether bets alone keep delta here, too
             pairs = UserPairs(labels, user)
             losses = SETTINGS.rescale(pairs.auc(full) - pairs.auc(adaptive))
             answers.append(None)
             bets.append(
-                p_value(losses, float(SETTINGS.rescale(SETTINGS.epsilon)), SETTINGS.delta) <= SETTINGS.delta
+                p_value(losses, float(SETTINGS.rescale(SETTINGS.epsilon)), SETTINGS.delta)
+                <= SETTINGS.delta
             )
     return {
         "draws": draws,
@@ -119,16 +134,26 @@ def main(draws: int = 1000) -> None:
         "estimand": SETTINGS.estimand, "users_needed": SETTINGS.users_needed(),
     }  # fmt: skip
     target = Path(__file__).parents[1] / "results" / "certificates.json"
-    strengths = {world: {name: strength_of(world, drop) for name, drop in DROPS.items()} for world in WORLDS}
+    strengths = {
+        world: {name: strength_of(world, drop) for name, drop in DROPS.items()}
+        for world in WORLDS
+    }
     rows: list[dict[str, Any]] = []
     for users, times in ((300, draws), (80, draws), (30, draws), (600, draws // 4)):
         for world, drops in strengths.items():
             for name, (strength, gap) in drops.items():
-                about = {"world": world, "users": users, "drop": name, "true_gap": round(gap, 5)}
+                about = {
+                    "world": world,
+                    "users": users,
+                    "drop": name,
+                    "true_gap": round(gap, 5),
+                }
                 rows.append(about | rates(world, users, strength, times))
                 print(rows[-1], flush=True)
                 part = target.with_suffix(".part")
-                part.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+                part.write_text(
+                    json.dumps(head | {"rows": rows}, indent=1) + "\n", encoding="utf-8"
+                )
                 part.replace(target)
 
 

@@ -27,7 +27,15 @@ def fit(configs: list[str], extra: list[str]) -> Path:
         "init_args": {"save_dir": str(RUNS), "name": name},
     }
     given = [word for config in configs for word in ("--config", config)]
-    command = [sys.executable, "-m", "project", "fit", *given, "--trainer.logger", json.dumps([logger])]
+    command = [
+        sys.executable,
+        "-m",
+        "project",
+        "fit",
+        *given,
+        "--trainer.logger",
+        json.dumps([logger]),
+    ]
     subprocess.run([*command, *extra], check=True)
     return (RUNS / name / "latest").resolve()
 
@@ -40,7 +48,9 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("base", help="configuration")
     parser.add_argument(
-        "overlays", nargs="+", help="YAML on top of it; several files of one variant joined by +"
+        "overlays",
+        nargs="+",
+        help="YAML on top of it; several files of one variant joined by +",
     )
     given, extra = parser.parse_args(arguments[:end]), arguments[end + 1 :]
     base = fit([given.base], extra)

@@ -27,7 +27,10 @@ from project.engine.predict import load_weights
 from project.engine.requests import prepare_requests
 from project.run import result_head, write_json
 
-CANDIDATES, LEAST = 64, 6  # of a user: at most so many test rows, the earliest, and at least
+CANDIDATES, LEAST = (
+    64,
+    6,
+)  # of a user: at most so many test rows, the earliest, and at least
 APART = {
     "same second": 0,
     "a minute": 60,
@@ -48,14 +51,20 @@ def wins(rows: pl.DataFrame, column: str) -> tuple[F64, F64]:
     liked, not_liked = rows.filter(pl.col("label") == 1), rows.filter(pl.col("label") == 0)
 
     def gaps(name: str) -> F64:
-        found: F64 = np.subtract.outer(*(t[name].to_numpy().astype(np.float64) for t in (liked, not_liked)))
+        found: F64 = np.subtract.outer(
+            *(t[name].to_numpy().astype(np.float64) for t in (liked, not_liked))
+        )
         return found
 
     return np.heaviside(gaps(column), 0.5), abs(gaps("timestamp"))
 
 
 def inside_users(
-    users: list[pl.DataFrame], column: str, exit_0: str, longest: float, shortest: float = -1
+    users: list[pl.DataFrame],
+    column: str,
+    exit_0: str,
+    longest: float,
+    shortest: float = -1,
 ) -> dict[str, Any]:
     """AUC over pairs more than `shortest` and at most `longest` seconds apart, and minus that of exit 0.
 
@@ -90,7 +99,9 @@ def main(run: Path, out: Path, count: int = 800) -> None:
     model, data = open_run(run)
     data.prepare_data()
     data.setup("test")
-    load_weights(model, data.tokenizer, run / "checkpoints" / "last.ckpt", data, compared=False)
+    load_weights(
+        model, data.tokenizer, run / "checkpoints" / "last.ckpt", data, compared=False
+    )
     # 1. one request a user, at the time of their first test row
     workload = labelled_requests(data.split, "test", CANDIDATES, LEAST)
     if workload is None:
@@ -112,16 +123,30 @@ def main(run: Path, out: Path, count: int = 800) -> None:
     rows = frozen.join(tested, on="row_id", maintain_order="left").join(
         times, on="row_id", maintain_order="left"
     )
-    users = [own for own in rows.partition_by("user", maintain_order=True) if own["label"].n_unique() == 2]
+    users = [
+        own
+        for own in rows.partition_by("user", maintain_order=True)
+        if own["label"].n_unique() == 2
+    ]
     # 3. rows of the result
     found, shortest = list[dict[str, Any]](), -1.0
     for name in exits:
         for history, prefix in (("as tested", ""), ("frozen", "frozen_")):
             row = inside_users(users, prefix + name, prefix + exits[0], np.inf)
-            found.append({"exit": name.removeprefix("logit_"), "history": history, "pairs": "all"} | row)
+            found.append(
+                {"exit": name.removeprefix("logit_"), "history": history, "pairs": "all"}
+                | row
+            )
     for pairs, longest in APART.items():
         row = inside_users(users, exits[-1], exits[0], longest, shortest)
-        found.append({"exit": exits[-1].removeprefix("logit_"), "history": "as tested", "pairs": pairs} | row)
+        found.append(
+            {
+                "exit": exits[-1].removeprefix("logit_"),
+                "history": "as tested",
+                "pairs": pairs,
+            }
+            | row
+        )
         shortest = longest
     result = result_head("study", data.split.manifest, str(run / "config.yaml"), data.seed)
     write_json(out, result | {"rows": found, "about": ABOUT})

@@ -48,20 +48,37 @@ def generate(rows: int, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
     # 1. who rates what: activity ~ rank^-1/2, popularity ~ rank^-4/5, ranks in no order of codes
     def drawn(count: int, exponent: float, size: int) -> I32:
         weight = (rng.permutation(count) + 10.0) ** -exponent
-        return np.searchsorted(np.cumsum(weight / weight.sum())[:-1], rng.random(size)).astype(np.int32)
+        return np.searchsorted(
+            np.cumsum(weight / weight.sum())[:-1], rng.random(size)
+        ).astype(np.int32)
 
-    pairs = pl.DataFrame({"user_id": drawn(users, 0.5, 2 * rows), "item_id": drawn(items, 0.8, 2 * rows)})
+    pairs = pl.DataFrame(
+        {"user_id": drawn(users, 0.5, 2 * rows), "item_id": drawn(items, 0.8, 2 * rows)}
+    )
     # 2. when: a user comes at any time and stays for a while; half of the items are there from the start
-    came, stays = rng.random(users, np.float32), rng.exponential(0.2, users).astype(np.float32)
+    came, stays = (
+        rng.random(users, np.float32),
+        rng.exponential(0.2, users).astype(np.float32),
+    )
     released = np.maximum(0, 2 * rng.random(items, np.float32) - 1)
     user = pairs["user_id"].to_numpy()
-    time = came[user] + np.minimum(stays, 1 - came)[user] * rng.random(user.size, np.float32)
-    pairs = pairs.with_columns(time=time).filter(time >= released[pairs["item_id"].to_numpy()])
-    pairs = pairs.unique(["user_id", "item_id"], keep="first", maintain_order=True).head(rows).sort("time")
+    time = came[user] + np.minimum(stays, 1 - came)[user] * rng.random(
+        user.size, np.float32
+    )
+    pairs = pairs.with_columns(time=time).filter(
+        time >= released[pairs["item_id"].to_numpy()]
+    )
+    pairs = (
+        pairs.unique(["user_id", "item_id"], keep="first", maintain_order=True)
+        .head(rows)
+        .sort("time")
+    )
     user, item, time = (column.to_numpy() for column in pairs)
     # 3. tastes: users' are (cos, sin) mixtures of two directions, items' are their topic's and their own
     topic = rng.integers(TOPICS, size=items)
-    tastes = np.sqrt(TOPIC) * normal(TOPICS, DIM)[topic] + np.sqrt(1 - TOPIC) * normal(items, DIM)
+    tastes = np.sqrt(TOPIC) * normal(TOPICS, DIM)[topic] + np.sqrt(1 - TOPIC) * normal(
+        items, DIM
+    )
     first, second = normal(users, DIM), normal(users, DIM)
     user_bias, item_bias = BIAS * normal(users), BIAS * normal(items)
     chance = np.empty(user.size, np.float32)
@@ -75,7 +92,12 @@ def generate(rows: int, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
         [*rng.integers(WORDS, size=(2, items)), rng.integers(WORDS * TOPICS, size=items)]
     )
     names = np.array(
-        [a + b + c for a in "bdfklmst" for b in "aeiou" for c in ("ra", "ne", "lo", "ti", "ku", "sh")]
+        [
+            a + b + c
+            for a in "bdfklmst"
+            for b in "aeiou"
+            for c in ("ra", "ne", "lo", "ti", "ku", "sh")
+        ]
     )
     titles = [" ".join(names[w]) + f" {k}" for k, w in enumerate(word.T)]
     log = pairs.select("user_id", "item_id").with_columns(
@@ -104,7 +126,11 @@ def run_generate(arguments: Sequence[str]) -> None:
     if not given.rows >= 1000:
         raise ConfigError(f"--rows is {given.rows:g}; expected 1000 or more.")
     log, items = generate(int(given.rows), given.seed)
-    tables = {"interactions": log.drop("chance"), "truth": log.select("chance"), "items": items}
+    tables = {
+        "interactions": log.drop("chance"),
+        "truth": log.select("chance"),
+        "items": items,
+    }
     for name, table in tables.items():
         replace_file(given.out / f"{name}.parquet", table.write_parquet)
     (given.out / "config.yaml").write_text(CONFIG.format(given.out))

@@ -25,7 +25,12 @@ from project.exits.search import auc_components
 from project.run import SCHEMA_VERSION, replace_file
 
 DRAWS = 400  # resamples of users behind an interval
-WORLDS = {"mild": (0.0, 0.0), "badly served": (0.0, 0.04), "skewed sizes": (1.0, 0.0), "both": (1.0, 0.04)}
+WORLDS = {
+    "mild": (0.0, 0.0),
+    "badly served": (0.0, 0.04),
+    "skewed sizes": (1.0, 0.0),
+    "both": (1.0, 0.04),
+}
 """Standard deviation of the log of users' numbers of rows, and the share of badly served users."""
 STUDY = {
     "schema_version": SCHEMA_VERSION,
@@ -46,15 +51,23 @@ class Sample(NamedTuple):
     user: I64
 
 
-def make_sample(users: int, world: str, rng: np.random.Generator, exact: bool = False) -> Sample:
+def make_sample(
+    users: int, world: str, rng: np.random.Generator, exact: bool = False
+) -> Sample:
     """Users with all their rows; where `exact`, just the world's share of them is badly served."""
     spread, share = WORLDS[world]
-    size = np.maximum(1, np.round(rng.lognormal(np.log(20) - spread**2 / 2, spread, users))).astype(int)
+    size = np.maximum(
+        1, np.round(rng.lognormal(np.log(20) - spread**2 / 2, spread, users))
+    ).astype(int)
     user = np.repeat(np.arange(users), size)
     n = len(user)
     latent = 0.25 + 0.5 * rng.normal(size=users)[user] + 1.1 * rng.normal(size=n)
     other = 0.25 + 0.5 * rng.normal(size=users)[user] + 1.1 * rng.normal(size=n)
-    badly = rng.permutation(users) < round(share * users) if exact else rng.random(users) < share
+    badly = (
+        rng.permutation(users) < round(share * users)
+        if exact
+        else rng.random(users) < share
+    )
     full = latent + 0.05 * rng.normal(size=n)
     early = np.where(badly[user], other, latent) + 0.3 * rng.normal(size=n)
     label = rng.random(n) < 1 / (1 + np.exp(-latent - 0.45 * rng.normal(size=n)))
@@ -79,13 +92,17 @@ def intervals(sample: Sample, seed: int) -> dict[str, tuple[float, float]]:
     found = bootstrap.difference_interval(sample.full, sample.early, sample.label)
     made = {"percentile": tuple(found["interval"])}
     # 2. BCa (Efron 1987) of the same draws: corrected for bias and for skewness
-    drawn = bootstrap._auc_draws(sample.full, sample.label) - bootstrap._auc_draws(sample.early, sample.label)
+    drawn = bootstrap._auc_draws(sample.full, sample.label) - bootstrap._auc_draws(
+        sample.early, sample.label
+    )
     bias = norm.ppf(np.clip((drawn < value).mean(), 0.5 / DRAWS, 1 - 0.5 / DRAWS))
     skew = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
     shifted = bias + norm.ppf([0.025, 0.975])
     made["bca"] = tuple(np.quantile(drawn, norm.cdf(bias + shifted / (1 - skew * shifted))))
     # 3. bootstrap-t of the influences: each draw's error over the draw's own standard error
-    times = np.random.default_rng(seed).multinomial(users, np.full(users, 1 / users), size=1000)
+    times = np.random.default_rng(seed).multinomial(
+        users, np.full(users, 1 / users), size=1000
+    )
     error = times @ influence
     spread = np.sqrt(np.maximum(times @ influence**2 - error**2 / users, 1e-30))
     high, low = np.quantile(error / spread, [0.025, 0.975]) * np.sqrt((influence**2).sum())
@@ -93,7 +110,9 @@ def intervals(sample: Sample, seed: int) -> dict[str, tuple[float, float]]:
     return made
 
 
-def coverage(users: int, world: str, samples: int, truth: float) -> dict[str, int | float | str]:
+def coverage(
+    users: int, world: str, samples: int, truth: float
+) -> dict[str, int | float | str]:
     """A row of the table: how often each method's interval holds the truth, and how wide it is on average."""
     found = [
         intervals(make_sample(users, world, np.random.default_rng([seed, users])), seed)
@@ -101,9 +120,13 @@ def coverage(users: int, world: str, samples: int, truth: float) -> dict[str, in
     ]
     row: dict[str, int | float | str] = {"users": users, "world": world, "samples": samples}
     for method in found[0]:
-        row[method] = float(np.mean([made[method][0] <= truth <= made[method][1] for made in found]))
+        row[method] = float(
+            np.mean([made[method][0] <= truth <= made[method][1] for made in found])
+        )
     for method in found[0]:
-        row[f"{method}_width"] = float(np.mean([made[method][1] - made[method][0] for made in found]))
+        row[f"{method}_width"] = float(
+            np.mean([made[method][1] - made[method][0] for made in found])
+        )
     return row
 
 
@@ -115,7 +138,10 @@ def main() -> None:
     asked = parser.parse_args()
     truth = {}
     for world in WORLDS:
-        large = [make_sample(20_000, world, np.random.default_rng(10**6 + k), exact=True) for k in range(3)]
+        large = [
+            make_sample(20_000, world, np.random.default_rng(10**6 + k), exact=True)
+            for k in range(3)
+        ]
         truth[world] = float(np.mean([difference(sample)[0] for sample in large]))
     rows = []
     for users in asked.users:
@@ -123,7 +149,9 @@ def main() -> None:
             rows.append(coverage(users, world, asked.samples, truth[world]))
             print(rows[-1], f"{time.process_time():.0f} s", flush=True)
             text = json.dumps(STUDY | {"rows": rows}, indent=1) + "\n"
-            replace_file(RESULT, lambda part, text=text: part.write_text(text, encoding="utf-8"))
+            replace_file(
+                RESULT, lambda part, text=text: part.write_text(text, encoding="utf-8")
+            )
 
 
 if __name__ == "__main__":

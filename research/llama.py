@@ -57,7 +57,10 @@ def write_gguf(module: ExitRecommender, path: Path) -> None:
     assert backbone is not None
     # 1. The shape.
     config = backbone.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = (
+        getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads
+    )
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -73,19 +76,28 @@ def write_gguf(module: ExitRecommender, path: Path) -> None:
     writer.add_vocab_size(1)
     writer.add_tokenizer_model("no_vocab")
     # 2. The weights, those of no layer and norms as float32.
-    weights = {f"model.layers.{name}": weight for name, weight in backbone.layers.state_dict().items()}
+    weights = {
+        f"model.layers.{name}": weight
+        for name, weight in backbone.layers.state_dict().items()
+    }
     weights |= {"model.norm.weight": head.norm.weight, "lm_head.weight": head.linear.weight}
     weights["model.embed_tokens.weight"] = torch.zeros_like(head.linear.weight)
     names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, module.depth)
     for name, weight in weights.items():
-        if "q_proj" in name or "k_proj" in name:  # it turns neighbours, transformers turns halves of a head
+        if (
+            "q_proj" in name or "k_proj" in name
+        ):  # it turns neighbours, transformers turns halves of a head
             halves = weight.view(-1, 2, width // 2, *weight.shape[1:])
             weight = halves.transpose(1, 2).reshape(weight.shape)
         if "layers" not in name or weight.ndim == 1:
             weight = weight.float()
         bits = weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight
         kind = KINDS[weight.dtype]
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), bits.numpy(force=True), raw_dtype=kind)
+        writer.add_tensor(
+            names.get_name(name, (".weight", ".bias")),
+            bits.numpy(force=True),
+            raw_dtype=kind,
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -109,7 +121,9 @@ def load(module: ExitRecommender) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_gguf(module, path)
-        model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+        model = lib.llama_model_load_from_file(
+            str(path).encode(), lib.llama_model_default_params()
+        )
     assert model != ffi.NULL
     return ffi.gc(model, lib.llama_model_free)
 
@@ -128,19 +142,32 @@ class LlamaCpp(Library):
         self._embed, self._bias = module.backbone.embed_tokens, head.linear.bias
 
     def _request(self, request: PreparedRequest) -> tuple[list[Tensor], int]:
-        (ffi, lib, _), own, n, s = _library(), request.candidates, len(request), len(request.stream)
+        (ffi, lib, _), own, n, s = (
+            _library(),
+            request.candidates,
+            len(request),
+            len(request.stream),
+        )
         spent, key = len(own.values), (request.user, n) if self._cached else None
         context = self._kept.get(key)
         if context is None or not self._cached:
             # 1. The history, which becomes the start of every candidate's sequence.
             context = self._kept[key] = self._emptied(context, s + spent, n)
-            self._decode(context, request.stream.tokens, np.arange(s), np.zeros(s), np.zeros(0, dtype=int))
+            self._decode(
+                context,
+                request.stream.tokens,
+                np.arange(s),
+                np.zeros(s),
+                np.zeros(0, dtype=int),
+            )
             for k in range(1, n):
                 lib.llama_memory_seq_cp(lib.llama_get_memory(context), 0, k, -1, -1)
             spent += s
         # 2. All candidates in one batch, logits at their answer slots.
         sequence = np.repeat(np.arange(n), own.lengths)
-        self._decode(context, own.values, s + within(own.lengths), sequence, own.offsets[1:] - 1)
+        self._decode(
+            context, own.values, s + within(own.lengths), sequence, own.offsets[1:] - 1
+        )
         found = np.frombuffer(ffi.buffer(lib.llama_get_logits(context), 4 * n), np.float32)
         logits = torch.from_numpy(found.copy()) + self._bias
         # 3. They leave the history.
@@ -150,7 +177,11 @@ class LlamaCpp(Library):
     def _emptied(self, context: Any, tokens: int, sequences: int) -> Any:
         """This context, or a new one where it has too little room or is None."""
         ffi, lib, _ = _library()
-        if context and lib.llama_n_batch(context) >= tokens and lib.llama_n_seq_max(context) >= sequences:
+        if (
+            context
+            and lib.llama_n_batch(context) >= tokens
+            and lib.llama_n_seq_max(context) >= sequences
+        ):
             lib.llama_memory_clear(lib.llama_get_memory(context), False)
             return context
         given = lib.llama_context_default_params()
@@ -162,18 +193,28 @@ class LlamaCpp(Library):
         return ffi.gc(context, lib.llama_free)
 
     def _decode(
-        self, context: Any, tokens: NDArray[Any], position: NDArray[Any], sequence: NDArray[Any], slots: Any
+        self,
+        context: Any,
+        tokens: NDArray[Any],
+        position: NDArray[Any],
+        sequence: NDArray[Any],
+        slots: Any,
     ) -> None:
         """Run tokens (T,) at positions (T,) of sequences (T,), with an output at some of the T places."""
         ffi, lib, _ = _library()
         embedded = self._embed(torch.from_numpy(tokens)).float().numpy(force=True)
-        places, ids, counts = (x.astype(np.int32) for x in (position, sequence, np.ones(len(tokens))))
+        places, ids, counts = (
+            x.astype(np.int32) for x in (position, sequence, np.ones(len(tokens)))
+        )
         pointers = ids.ctypes.data + ids.itemsize * np.arange(len(tokens))
         output = np.zeros(len(tokens), dtype=np.int8)
         output[slots] = 1
         batch = ffi.new("struct llama_batch *", {"n_tokens": len(tokens)})
         batch.embd = ffi.from_buffer("float[]", embedded)
-        batch.pos, batch.n_seq_id = ffi.from_buffer("int32_t[]", places), ffi.from_buffer("int32_t[]", counts)
+        batch.pos, batch.n_seq_id = (
+            ffi.from_buffer("int32_t[]", places),
+            ffi.from_buffer("int32_t[]", counts),
+        )
         batch.seq_id = ffi.cast("int32_t **", pointers.ctypes.data)
         batch.logits = ffi.from_buffer("int8_t[]", output)
         code = lib.llama_decode(context, batch[0])
@@ -202,7 +243,9 @@ def measure(run: Path, candidates: int) -> dict[str, Any]:
                 seconds[name][number] += time.perf_counter() - start
     speed = float(np.median(seconds["engine"] / seconds["llama.cpp"]))
     row = {"candidates": candidates, "requests": len(requests), "speed": speed}
-    return result_head("study", data.split.manifest, str(run / "config.yaml"), data.seed) | {
+    return result_head(
+        "study", data.split.manifest, str(run / "config.yaml"), data.seed
+    ) | {
         "rows": [row],
         "about": ABOUT,
     }

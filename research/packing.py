@@ -49,7 +49,9 @@ def prompts_of(streams: Streams, stream: int, window: Window) -> list[I64]:
     return prompts
 
 
-def _pointwise_batches(streams: Streams, sampler: TrainSampler, batch_tokens: int) -> Iterator[list[Any]]:
+def _pointwise_batches(
+    streams: Streams, sampler: TrainSampler, batch_tokens: int
+) -> Iterator[list[Any]]:
     """Prompts of random targets, as many as fit into `batch_tokens` when padded to the longest."""
     rng = np.random.default_rng(0)
     batch: list[Any] = []  # goes on over windows: those of a small log do not fill one
@@ -57,7 +59,11 @@ def _pointwise_batches(streams: Streams, sampler: TrainSampler, batch_tokens: in
         prompts = [p for s, w in windows for p in prompts_of(streams, s, w)]
         rng.shuffle(prompts)
         for prompt in prompts:
-            if batch and max(len(prompt), *(len(p) for p in batch)) * (len(batch) + 1) > batch_tokens:
+            if (
+                batch
+                and max(len(prompt), *(len(p) for p in batch)) * (len(batch) + 1)
+                > batch_tokens
+            ):
                 yield batch
                 batch = []
             batch.append(prompt)
@@ -81,7 +87,9 @@ def measure(run: Path, seconds: float) -> dict[str, Any]:
     for step in steps.values():
         step()  # warm up
     # 2. steps in turns
-    rates: dict[str, list[float]] = {name: [] for name in steps}  # targets a second, one a round
+    rates: dict[str, list[float]] = {
+        name: [] for name in steps
+    }  # targets a second, one a round
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(rates["packed"]) < ROUNDS:
         for name, step in steps.items():
@@ -106,12 +114,16 @@ def measure(run: Path, seconds: float) -> dict[str, Any]:
     return head | {"rows": [row], "about": about}
 
 
-def _both(model: ExitRecommender, data: InteractionData, device: torch.device) -> tuple[Backbone, Any]:
+def _both(
+    model: ExitRecommender, data: InteractionData, device: torch.device
+) -> tuple[Backbone, Any]:
     """The backbone, and transformers' own model with the same weights, numbers and frozen parts."""
     name = resolve_model(model.backbone_name)
     backbone = Backbone.from_pretrained(name, num_layers=model.depth)
     backbone.embed_tokens.requires_grad_(not model.freeze_embeddings)
-    base = AutoModel.from_pretrained(name, num_hidden_layers=model.depth, dtype=torch.float32)
+    base = AutoModel.from_pretrained(
+        name, num_hidden_layers=model.depth, dtype=torch.float32
+    )
     base.embed_tokens.requires_grad_(not model.freeze_embeddings)
     if model.items:
         backbone.learn_items()
@@ -124,7 +136,9 @@ def _both(model: ExitRecommender, data: InteractionData, device: torch.device) -
 
 
 def _packed_step(backbone: Backbone, batch: Batch) -> int:
-    state = backbone.run(backbone.embed(batch.tokens, batch.layout), 0, len(backbone.layers))
+    state = backbone.run(
+        backbone.embed(batch.tokens, batch.layout), 0, len(backbone.layers)
+    )
     state.hidden.flatten(0, 1)[batch.slots].square().mean().backward()  # type: ignore[no-untyped-call]
     backbone.zero_grad()
     return len(batch.label)

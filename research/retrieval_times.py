@@ -20,7 +20,12 @@ from project.arrays import F32, F64, I64
 from project.config import open_run
 from project.datamodule import InteractionData
 from project.errors import DataError
-from project.evaluation.baselines import SINGLE_FEATURE, retrieved_features, targets_of, train_labels
+from project.evaluation.baselines import (
+    SINGLE_FEATURE,
+    retrieved_features,
+    targets_of,
+    train_labels,
+)
 from project.features import FEATURES
 from project.metrics import auc
 from project.report.tables import render
@@ -54,17 +59,23 @@ class Query:
     name: str  # of the retriever
     retriever: VectorRetriever
     cached: bool  # the query sums item vectors that are kept; else it encodes the history as text
-    vector_of: Callable[[I64, I64], F32]  # items and labels, oldest first, to the vector (d,)
+    vector_of: Callable[
+        [I64, I64], F32
+    ]  # items and labels, oldest first, to the vector (d,)
     rounds: list[list[float]] = field(default_factory=lambda: [[] for _ in range(ROUNDS)])
 
-    def measure(self, number: int, item: I64, label: I64, raters: Raters, labels: I64) -> None:
+    def measure(
+        self, number: int, item: I64, label: I64, raters: Raters, labels: I64
+    ) -> None:
         """One request in round `number`: vector, nearest raters, and the mean of their labels."""
         start = time.perf_counter()
         vector = self.vector_of(item, label)
         norm = inverse_norms(vector[None])[0]
         users = self.retriever._vectors
         count = self.retriever.neighbours
-        places, _ = nearest(users, self.retriever._inverse, vector, norm, raters.user, count)
+        places, _ = nearest(
+            users, self.retriever._inverse, vector, norm, raters.user, count
+        )
         if places.size:
             labels[raters.row[places]].mean()
         self.rounds[number].append(time.perf_counter() - start)
@@ -89,7 +100,10 @@ def queries_of(retrievers: Mapping[str, VectorRetriever]) -> list[Query]:
 def summed(retriever: VectorRetriever, item: I64, label: I64) -> F32:
     """The vector (d,) of a user with these items and labels (rows,), as the retriever sums it."""
     assert retriever._weighted is not None
-    vector: F32 = np.where(label == 1, np.float32(1), np.float32(DISLIKE_WEIGHT)) @ retriever._weighted[item]
+    vector: F32 = (
+        np.where(label == 1, np.float32(1), np.float32(DISLIKE_WEIGHT))
+        @ retriever._weighted[item]
+    )
     return vector
 
 
@@ -115,7 +129,9 @@ class InTurns(Retriever):
     share neighbours and max_raters; `labels` are labels by position in the log, shape (rows,).
     """
 
-    def __init__(self, retrievers: Mapping[str, VectorRetriever], queries: list[Query], labels: I64) -> None:
+    def __init__(
+        self, retrievers: Mapping[str, VectorRetriever], queries: list[Query], labels: I64
+    ) -> None:
         first = next(iter(retrievers.values()))
         super().__init__(first.neighbours, first.max_raters)
         self._retrievers, self._queries, self._labels = retrievers, queries, labels
@@ -126,7 +142,9 @@ class InTurns(Retriever):
         self._requests = 0
         for retriever in self._retrievers.values():
             retriever.begin(num_users, items)
-        self.encoding_seconds(rows=1)  # models and item vectors are read now: no request should wait for them
+        self.encoding_seconds(
+            rows=1
+        )  # models and item vectors are read now: no request should wait for them
 
     def encoding_seconds(self, rows: int) -> float:
         """Time that all encodings together need for one query whose history has so many rows."""
@@ -185,7 +203,10 @@ def measure(run: Path, seconds: float) -> dict[str, Any]:
     cost = turns.encoding_seconds(int(sample["hist"].median()))  # type: ignore[arg-type]
     sample = sample.head(max(FEWEST, int(seconds / max(cost * ROUNDS, 1e-9))))
     # 4. one walk through the log, which times every query at every request
-    log = replace(WalkRows.from_log(rows), query=rows["row_id"].is_in(sample["row_id"].implode()).to_numpy())
+    log = replace(
+        WalkRows.from_log(rows),
+        query=rows["row_id"].is_in(sample["row_id"].implode()).to_numpy(),
+    )
     walk(log, turns, data.split.interactions.items, cuts, snapshots, "requests")
     about = (
         f"Timed on {sample.height} requests of test for one candidate, {float(sample['hist'].mean()):.0f} earlier rows "
@@ -219,9 +240,13 @@ def vote_accuracy(
     labels = targets_of(rows, "test")["label"].to_numpy()
     found = {}
     for name, retriever in retrievers.items():
-        tables = RetrievedFeatures(data.split, retriever, data.refits, data.cache_dir).tables()
+        tables = RetrievedFeatures(
+            data.split, retriever, data.refits, data.cache_dir
+        ).tables()
         features = retrieved_features(rows, tables, "test", base)
-        found[name] = auc(features[:, FEATURES.index(SINGLE_FEATURE["neighbour_vote"])], labels)
+        found[name] = auc(
+            features[:, FEATURES.index(SINGLE_FEATURE["neighbour_vote"])], labels
+        )
     return found
 
 

@@ -49,13 +49,19 @@ class Limits:
         assert model.backbone is not None
         layers: Any = model.backbone.layers
         own = [part for part in layers.modules() if isinstance(part, nn.Linear)]
-        widest: Any = next(part for name, part in layers.named_modules() if name.endswith("up_proj"))
+        widest: Any = next(
+            part for name, part in layers.named_modules() if name.endswith("up_proj")
+        )
         widest = getattr(widest, "base_layer", widest)  # without adapters
         like = model.backbone.embed_tokens.weight
         size = sum(w.nbytes for part in own for w in part.parameters(recurse=False))
         flops = 2 * tokens * widest.in_features * widest.out_features
         reading = _seconds(own, 1, like)
-        return cls(flops / _seconds([widest], tokens, like) / 1e9, size / reading / 1e9, size / len(layers))
+        return cls(
+            flops / _seconds([widest], tokens, like) / 1e9,
+            size / reading / 1e9,
+            size / len(layers),
+        )
 
     @classmethod
     def median(cls, measured: Sequence[Limits]) -> Limits:
@@ -70,7 +76,10 @@ class Limits:
         every = np.zeros(max((len(own) for own in flops), default=0))
         for own in flops:
             every[: len(own)] += own
-        return float(np.maximum(every / self.gflops, self.layer_bytes / self.gbytes).sum()) / 1e9
+        return (
+            float(np.maximum(every / self.gflops, self.layer_bytes / self.gbytes).sum())
+            / 1e9
+        )
 
 
 @torch.inference_mode()
@@ -95,7 +104,10 @@ def useful_flops(scored: Scored, request: PreparedRequest, model: ExitRecommende
     sizes = {name: p.numel() for name, p in layer.named_parameters() if p.ndim == 2}
     whole = sum(sizes.values())
     owed = sum(n for name, n in sizes.items() if "k_proj" in name or "v_proj" in name)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = (
+        getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads
+    )
     s, own, depth = len(request.stream), request.candidates.lengths, scored.exit_layers
     deepest = max(int(depth.max(initial=0)), 0)
     at = np.arange(1, deepest + 1)[:, None]
@@ -119,7 +131,10 @@ def measure(run: Path, candidates: int) -> dict[str, Any]:
     plans = load_run(model, data.tokenizer, run / "checkpoints" / "last.ckpt", data)
     drawn = catalogue_requests(data.split, "test", REQUESTS, candidates, data.seed)
     requests = prepare_requests(model, data, drawn.requests)
-    decisions = {"full depth": static_exits(plans.plan, model.depth), "plan": RowExits(plans.plan)}
+    decisions = {
+        "full depth": static_exits(plans.plan, model.depth),
+        "plan": RowExits(plans.plan),
+    }
     # 2. seconds and useful FLOPs of each, and the ceilings beside every request
     rows = []
     for name, decision in decisions.items():

@@ -70,9 +70,14 @@ def measured(logs: Logs, label: str | None) -> dict[str, Any]:
         interactions = build_interactions(logs.read(), protocol)
     with stage("protocol"):
         split = apply_protocol(interactions, protocol)
-    cuts, rows = block_cuts(split.rows["timestamp"].to_numpy(), REFITS), WalkRows.from_log(split.rows)
+    cuts, rows = (
+        block_cuts(split.rows["timestamp"].to_numpy(), REFITS),
+        WalkRows.from_log(split.rows),
+    )
     with stage("LightGCN"):
-        snapshots = fit_snapshots(split.rows, retriever, interactions.users.height, interactions.items, cuts)
+        snapshots = fit_snapshots(
+            split.rows, retriever, interactions.users.height, interactions.items, cuts
+        )
     with stage("walk"):
         table = walk(rows, retriever, interactions.items, cuts, snapshots.fitted)
     with stage("factorisation"):
@@ -83,16 +88,21 @@ def measured(logs: Logs, label: str | None) -> dict[str, Any]:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m-instruct"))
-        encoder = PromptEncoder(tokenizer, Prompt(instruction="I\n", segment=SEGMENT), interactions.items)
+        encoder = PromptEncoder(
+            tokenizer, Prompt(instruction="I\n", segment=SEGMENT), interactions.items
+        )
         table = table.hstack([mf_column(chances), texts["text"], texts["text_weight"]])
         streams = build_streams(split.rows, table, "train", encoder)
     with stage("packing"):  # one epoch
         targets = sum(
-            len(pack(streams, windows).label) for windows in TrainSampler(streams, 1024, 4096, 0, 0, 1)
+            len(pack(streams, windows).label)
+            for windows in TrainSampler(streams, 1024, 4096, 0, 0, 1)
         )
     assert (
         targets
-        == split.rows.filter((split.rows["role"] == "target") & (split.rows["split"] == "train")).height
+        == split.rows.filter(
+            (split.rows["role"] == "target") & (split.rows["split"] == "train")
+        ).height
     )
     return {"rows": split.rows.height, "peak_mib": stages[-1]["peak_mib"], "stages": stages}
 
@@ -104,7 +114,9 @@ def with_exponents(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for before, run in pairwise(generated):
         for stage, less in zip(run["stages"], before["stages"], strict=True):
             times = stage["seconds"] / max(less["seconds"], 0.01)
-            stage["exponent"] = round(math.log(times) / math.log(run["rows"] / before["rows"]), 2)
+            stage["exponent"] = round(
+                math.log(times) / math.log(run["rows"] / before["rows"]), 2
+            )
     return runs
 
 
@@ -117,7 +129,9 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, str | int]]:
             stage = run["stages"][k]
             row[f"{run['log']}, s"] = f"{stage['seconds']:,.1f}"
             if "exponent" in stage:
-                row[f"exponent to {run['log'].removeprefix('generated ')}"] = f"{stage['exponent']:.2f}"
+                row[f"exponent to {run['log'].removeprefix('generated ')}"] = (
+                    f"{stage['exponent']:.2f}"
+                )
         rows.append(row)
     peaks = {f"{run['log']}, s": f"{run['peak_mib']:,} MiB" for run in runs}
     return [*rows, {key: peaks.get(key, "") for key in rows[0]} | {"stage": "peak memory"}]
@@ -126,13 +140,20 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, str | int]]:
 def main(out: Path, logs: list[str]) -> None:
     """Measure each log in a process of its own; `out` is written after each and keeps those it has of other logs."""
     for name in logs:
-        called = subprocess.run([sys.executable, __file__, "one", name], stdout=subprocess.PIPE, check=True)
+        called = subprocess.run(
+            [sys.executable, __file__, "one", name], stdout=subprocess.PIPE, check=True
+        )
         run = {"log": name if name == "ml1m" else f"generated {name}"} | json.loads(
             called.stdout.splitlines()[-1]
         )
         known = json.loads(out.read_text())["runs"] if out.exists() else []
         runs = with_exponents([*(r for r in known if r["log"] != run["log"]), run])
-        head = {"schema_version": SCHEMA_VERSION, "command": "study", "machine": machine(), "refits": REFITS}
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "command": "study",
+            "machine": machine(),
+            "refits": REFITS,
+        }
         head |= {"protocol": {"name": "of each log", "hash": "several"}, "about": ABOUT}
         write_json(out, head | {"rows": table(runs), "runs": runs})
     print(render(read_result(out)))

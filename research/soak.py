@@ -31,15 +31,22 @@ def main(run: Path, minutes: float) -> None:
     """Measure the full load for a while, then 70 % of it."""
     # 1. requests and the probabilities that responses must have
     _, requests = drawn_requests(run)
-    sent = with_expected(requests, Ranker.load(run, audit_share=0.0).rank_after_log(requests))
-    with tempfile.TemporaryDirectory() as folder, serving(run, False, Path(folder)) as (process, address):
+    sent = with_expected(
+        requests, Ranker.load(run, audit_share=0.0).rank_after_log(requests)
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(run, False, Path(folder)) as (process, address),
+    ):
         # 2. the full load, once its prefixes are cached
         warm = min(30.0, 15 * minutes)
         drive(address, sent, users=1, seconds=warm)
         most = len(drive(address, sent, users=USERS, seconds=warm)["ms"]) / warm
         # 3. the soak
         memory, stop = list[float](), threading.Event()
-        watcher = threading.Thread(target=watch, args=(psutil.Process(process.pid), stop, memory))
+        watcher = threading.Thread(
+            target=watch, args=(psutil.Process(process.pid), stop, memory)
+        )
         watcher.start()
         seconds = 60 * minutes
         found = drive(address, sent, users=USERS, seconds=seconds, rate=LOAD * most)
@@ -52,14 +59,32 @@ def main(run: Path, minutes: float) -> None:
         mine = ms[(at >= k * seconds / 4) & (at < (k + 1) * seconds / 4)]
         held = memory[k * len(memory) // 4 : (k + 1) * len(memory) // 4]
         quarters.append(
-            {"requests": len(mine), "memory_mib": float(np.median(held)), "most_mib": max(held)}
+            {
+                "requests": len(mine),
+                "memory_mib": float(np.median(held)),
+                "most_mib": max(held),
+            }
             | {f"p{p}_ms": float(np.percentile(mine, p)) for p in (50, 95, 99)}
         )
     second, last = (quarters[k]["memory_mib"] for k in (1, 3))
-    result = {"minutes": minutes, "full_load_requests_per_s": most, "load": LOAD, "quarters": quarters}
-    result |= {"growth": last / second - 1, "errors": found["errors"], "wrong_orders": found["wrong"]}
+    result = {
+        "minutes": minutes,
+        "full_load_requests_per_s": most,
+        "load": LOAD,
+        "quarters": quarters,
+    }
+    result |= {
+        "growth": last / second - 1,
+        "errors": found["errors"],
+        "wrong_orders": found["wrong"],
+    }
     path = write_json(run / "results" / "soak.json", result)
-    print(*quarters, f"memory of the last quarter over the second: {last / second - 1:+.2%}", path, sep="\n")
+    print(
+        *quarters,
+        f"memory of the last quarter over the second: {last / second - 1:+.2%}",
+        path,
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,12 @@ from sklearn.preprocessing import StandardScaler
 from project.arrays import F32, F64
 from project.cache import default_cache
 from project.datamodule import InteractionData
-from project.evaluation.baselines import boosting, retrieved_features, targets_of, train_labels
+from project.evaluation.baselines import (
+    boosting,
+    retrieved_features,
+    targets_of,
+    train_labels,
+)
 from project.evaluation.bootstrap import UserBootstrap
 from project.features import logistic_regression
 from project.retrieval.own_text import SHRINK, item_vectors
@@ -26,7 +31,10 @@ from project.run import SCHEMA_VERSION
 
 SPLITS = ("train", "valid", "test")
 DIMENSIONS = 48
-ENCODER, POWER = "all-minilm-l6-v2", 8  # of 4, 8 and 16 the best on tune; TF-IDF similarities are squared
+ENCODER, POWER = (
+    "all-minilm-l6-v2",
+    8,
+)  # of 4, 8 and 16 the best on tune; TF-IDF similarities are squared
 TOGETHER = 2000
 ABOUT = (
     f"Beside gbdt_text (boosting on all retrieved features, TF-IDF similarity among them): {DIMENSIONS} dimensions of "
@@ -46,9 +54,15 @@ def answers_by_similarity(rows: WalkRows, vectors: F32) -> F64:
         answers = rows.label[own].astype(np.float64)
         sums = np.cumsum(np.append(0.0, answers))
         for start in range(0, every.size, TOGETHER):
-            queries, earlier = every[start : start + TOGETHER], all_earlier[start : start + TOGETHER]
+            queries, earlier = (
+                every[start : start + TOGETHER],
+                all_earlier[start : start + TOGETHER],
+            )
             past = own[: int(earlier.max())]
-            similarity = np.clip(vectors[rows.item[queries]] @ vectors[rows.item[past]].T, 0, 1) ** POWER
+            similarity = (
+                np.clip(vectors[rows.item[queries]] @ vectors[rows.item[past]].T, 0, 1)
+                ** POWER
+            )
             similarity[np.arange(past.size) >= earlier[:, None]] = 0
             weight, mean = similarity.sum(axis=1), sums[earlier] / np.maximum(earlier, 1)
             shift = (similarity @ answers[: past.size] - mean * weight) / (weight + SHRINK)
@@ -61,43 +75,69 @@ def study(config: Path) -> list[dict[str, Any]]:
     # 1. retrieved features of the configuration's log
     parser = ArgumentParser()
     parser.add_class_arguments(InteractionData, "data")
-    settings = parser.parse_object({"data": yaml.safe_load(config.read_text(encoding="utf-8"))["data"]})
+    settings = parser.parse_object(
+        {"data": yaml.safe_load(config.read_text(encoding="utf-8"))["data"]}
+    )
     data: InteractionData = parser.instantiate(settings).data
     rows, items = data.split.rows, data.split.interactions.items
     labels = train_labels(rows)
     targets = {split: targets_of(rows, split) for split in SPLITS}
     base = float(labels.mean())
-    known = {split: retrieved_features(rows, data.retrieved, split, base) for split in SPLITS}
+    known = {
+        split: retrieved_features(rows, data.retrieved, split, base) for split in SPLITS
+    }
     # 2. more text: of the item itself, and of the user's own answers
     terms = item_vectors(items, items)[:-1]
-    svd = StandardScaler().fit_transform(TruncatedSVD(DIMENSIONS, random_state=0).fit_transform(terms))
+    svd = StandardScaler().fit_transform(
+        TruncatedSVD(DIMENSIONS, random_state=0).fit_transform(terms)
+    )
     encoded = encode_once(MeanPooling(ENCODER, 64), item_texts(items), default_cache())
     by_encoder = answers_by_similarity(WalkRows.from_log(rows), encoded)
     more = {
-        split: {"svd": svd[part["item"].to_numpy()], "encoder": by_encoder[part["row_id"].to_numpy()]}
+        split: {
+            "svd": svd[part["item"].to_numpy()],
+            "encoder": by_encoder[part["row_id"].to_numpy()],
+        }
         for split, part in targets.items()
     }
     # 3. the same models on every set of features
     scores: dict[str, dict[str, F64]] = {}
     for name, kinds in {"": [], " + svd": ["svd"], " + encoder": ["encoder"]}.items():
-        features = {s: np.hstack([known[s], *(more[s][kind] for kind in kinds)]) for s in SPLITS}
+        features = {
+            s: np.hstack([known[s], *(more[s][kind] for kind in kinds)]) for s in SPLITS
+        }
         for model, made in (("gbdt_text", boosting()), ("lr_text", logistic_regression())):
             made.fit(features["train"], labels)
-            scores[model + name] = {s: made.decision_function(features[s]) for s in ("valid", "test")}
+            scores[model + name] = {
+                s: made.decision_function(features[s]) for s in ("valid", "test")
+            }
     # 4. paired with gbdt_text, on tune and on test
     found = []
     for name, logits in scores.items():
-        row: dict[str, Any] = {"log": config.stem, "protocol": data.split.hash, "baseline": name}
+        row: dict[str, Any] = {
+            "log": config.stem,
+            "protocol": data.split.hash,
+            "baseline": name,
+        }
         for part, split in (("tune", "valid"), ("test", "test")):
-            chosen = (targets[split]["fold"] == "tune").to_numpy() if part == "tune" else np.s_[:]
+            chosen = (
+                (targets[split]["fold"] == "tune").to_numpy()
+                if part == "tune"
+                else np.s_[:]
+            )
             of, truth, user = (
                 logits[split][chosen],
                 *(targets[split][c].to_numpy()[chosen] for c in ("label", "user")),
             )
             bootstrap = UserBootstrap(user)
-            gap = bootstrap.difference_interval(of, scores["gbdt_text"][split][chosen], truth)
+            gap = bootstrap.difference_interval(
+                of, scores["gbdt_text"][split][chosen], truth
+            )
             shown = None if name == "gbdt_text" else gap
-            row |= {part: bootstrap.metrics(of, truth)["auc"], f"{part}_minus_gbdt_text": shown}
+            row |= {
+                part: bootstrap.metrics(of, truth)["auc"],
+                f"{part}_minus_gbdt_text": shown,
+            }
         found.append(row)
         print(row, flush=True)
     return found

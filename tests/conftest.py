@@ -27,7 +27,9 @@ settings.load_profile("untimed")
 WORDS = "movie about the sea a mountain two friends and one dog in winter night city river"
 
 
-def write_logs(folder: Path, users: int = 30, items: int = 20, rows: int = 500, seed: int = 0) -> Path:
+def write_logs(
+    folder: Path, users: int = 30, items: int = 20, rows: int = 500, seed: int = 0
+) -> Path:
     """interactions.csv and items.csv: users like items whose hidden factor has the sign of their own."""
     rng = np.random.default_rng(seed)
     mf_user, mf_item = rng.normal(size=users), rng.normal(size=items)
@@ -37,16 +39,24 @@ def write_logs(folder: Path, users: int = 30, items: int = 20, rows: int = 500, 
         {
             "user_id": [f"u{u}" for u in user],
             "item_id": [f"i{i}" for i in item],
-            "timestamp": np.sort(rng.integers(0, rows // 2, rows)),  # many rows share a timestamp
+            "timestamp": np.sort(
+                rng.integers(0, rows // 2, rows)
+            ),  # many rows share a timestamp
             "rating": np.clip(np.round(3.5 + 1.5 * score), 1, 5),
         }
     )
-    frame = frame.unique(["user_id", "item_id", "timestamp"], keep="first", maintain_order=True)
+    frame = frame.unique(
+        ["user_id", "item_id", "timestamp"], keep="first", maintain_order=True
+    )
     frame.write_csv(folder / "interactions.csv")
     words = WORDS.split()
     titles = [" ".join(rng.choice(words, size=3)) + f" {i}" for i in range(items)]
     pl.DataFrame(
-        {"item_id": [f"i{i}" for i in range(items)], "title": titles, "year": ["1999"] * items}
+        {
+            "item_id": [f"i{i}" for i in range(items)],
+            "title": titles,
+            "year": ["1999"] * items,
+        }
     ).write_csv(folder / "items.csv")
     return folder
 
@@ -60,9 +70,13 @@ def write_model(folder: Path, layers: int = 3) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(["all 7 near 3: yes", "all 2 near 9: no", WORDS] * 20, trainer)
+    tokenizer.train_from_iterator(
+        ["all 7 near 3: yes", "all 2 near 9: no", WORDS] * 20, trainer
+    )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -125,14 +139,18 @@ def run(monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> Callable[..., N
 
 
 @pytest.fixture
-def fitted(run: Callable[..., None], tiny_config: Callable[..., Path], tmp_path: Path) -> Path:
+def fitted(
+    run: Callable[..., None], tiny_config: Callable[..., Path], tmp_path: Path
+) -> Path:
     """Folder of a tiny trained run."""
     run("fit", "--config", tiny_config())
     return (tmp_path / "runs" / "tiny" / "latest").resolve()
 
 
 @pytest.fixture
-def fails(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def fails(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     """Runs a command that must end with exit code 2; returns what it said."""
 
     def call(*arguments: object) -> str:

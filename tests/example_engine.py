@@ -29,7 +29,11 @@ class _Answers:
     name_or_path, unk_token_id = "two words", None
 
     def encode(
-        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        split_special_tokens: bool = False,
     ) -> list[int]:
         return [{"no": 1, "yes": 2}.get(text.strip().lower(), 3)]
 
@@ -60,20 +64,26 @@ class World:
             torch.cat([o.retrieved for o in self.outputs]),
         )
         # on other logits than the rows': a quantile of the rows' own confidence would lie on one of them
-        noise = torch.randn(together.logits.shape, generator=torch.Generator().manual_seed(0)).double()
+        noise = torch.randn(
+            together.logits.shape, generator=torch.Generator().manual_seed(0)
+        ).double()
         criterion.fit(replace(together, logits=together.logits + 0.1 * noise))
         thresholds = []
         for head in range(len(layers) - 1):
             confidence = criterion.confidence(together.until(head))
             finite = confidence[confidence.isfinite()]
             thresholds.append(_between(finite, quantile) if len(finite) else torch.inf)
-        policy = Policy(criterion, torch.tensor([*thresholds, -torch.inf], dtype=torch.float64), layers)
+        policy = Policy(
+            criterion, torch.tensor([*thresholds, -torch.inf], dtype=torch.float64), layers
+        )
         return ExitPlan(calibration, policy, exit_0)
 
     def calibrated(self, plan: ExitPlan, request: int) -> HeadOutputs:
         """Calibrated outputs of one request's candidates."""
         raw, first = self.outputs[request], 0 if plan.exit_0 else 1
-        return plan.calibrated(HeadOutputs(raw.layers[first:], raw.logits[:, first:], raw.retrieved))
+        return plan.calibrated(
+            HeadOutputs(raw.layers[first:], raw.logits[:, first:], raw.retrieved)
+        )
 
 
 def _between(confidence: torch.Tensor, share: float) -> float:
@@ -85,7 +95,9 @@ def _between(confidence: torch.Tensor, share: float) -> float:
     return float((ordered[best] + ordered[best + 1]) / 2)
 
 
-def random_request(rng: np.random.Generator, name: str, segments: int, candidates: int) -> PreparedRequest:
+def random_request(
+    rng: np.random.Generator, name: str, segments: int, candidates: int
+) -> PreparedRequest:
     """A stream of tied and untied segments after an instruction, candidates of 1 to 6 tokens, numbers among them."""
     lengths = rng.integers(1, 7, 1 + segments)
     group = np.concatenate([[0], 1 + np.cumsum(rng.random(segments) < 0.6)])[: 1 + segments]
@@ -119,7 +131,9 @@ def subset(request: PreparedRequest, index: np.ndarray) -> PreparedRequest:
     )
 
 
-def alone(module: ExitRecommender, request: PreparedRequest, candidate: int) -> torch.Tensor:
+def alone(
+    module: ExitRecommender, request: PreparedRequest, candidate: int
+) -> torch.Tensor:
     """Logits of one candidate at every exit by the backbone's own layout and attention: no engine code."""
     stream, own = request.stream, request.candidates[candidate]
     s, n = len(stream), len(own)
@@ -149,14 +163,23 @@ def raw_outputs(module: ExitRecommender, request: PreparedRequest) -> HeadOutput
     logits = torch.stack(found) if found else torch.zeros(0, len(exits))
     exit_0 = torch.from_numpy(request.exit_0)[:, None]
     return HeadOutputs(
-        (0, *exits), torch.cat([exit_0, logits.double()], dim=1), torch.from_numpy(request.retrieved)
+        (0, *exits),
+        torch.cat([exit_0, logits.double()], dim=1),
+        torch.from_numpy(request.retrieved),
     )
 
 
-FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
+FAMILIES = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mistral": MistralConfig,
+}
 
 
-def make_module(seed: int = 0, family: str = "llama", exits: Sequence[int] = EXITS) -> ExitRecommender:
+def make_module(
+    seed: int = 0, family: str = "llama", exits: Sequence[int] = EXITS
+) -> ExitRecommender:
     """Five layers whose attention is far from uniform, heads that differ."""
     torch.manual_seed(seed)
     config = FAMILIES[family](

@@ -8,7 +8,14 @@ import numpy as np
 import polars as pl
 
 from project.arrays import F32
-from project.data.protocol import FOLDS, ROLES, SPLITS, Interactions, Protocol, SplitInteractions
+from project.data.protocol import (
+    FOLDS,
+    ROLES,
+    SPLITS,
+    Interactions,
+    Protocol,
+    SplitInteractions,
+)
 from project.retrieval import VectorRetriever
 from project.retrieval.base import Edges, Retriever
 from project.retrieval.past import WalkRows
@@ -29,7 +36,9 @@ class CoLikes(VectorRetriever):
         return table
 
 
-def make_log(seed: int, rows: int = 150, users: int = NUM_USERS, items: int = NUM_ITEMS) -> pl.DataFrame:
+def make_log(
+    seed: int, rows: int = 150, users: int = NUM_USERS, items: int = NUM_ITEMS
+) -> pl.DataFrame:
     """Few users, items and seconds, so that ties and repeated ratings are common."""
     random = np.random.default_rng(seed)
     table = pl.DataFrame(
@@ -40,7 +49,9 @@ def make_log(seed: int, rows: int = 150, users: int = NUM_USERS, items: int = NU
             "label": random.integers(0, 2, rows).astype(np.int8),
         }
     )
-    distinct = table.unique(["user", "item", "timestamp"], keep="first", maintain_order=True)
+    distinct = table.unique(
+        ["user", "item", "timestamp"], keep="first", maintain_order=True
+    )
     return numbered(distinct.sort("timestamp", "user", "item"))
 
 
@@ -52,14 +63,20 @@ def numbered(rows: pl.DataFrame) -> pl.DataFrame:
 def flip(rows: pl.DataFrame, where: pl.Expr) -> pl.DataFrame:
     """The opposite answer in these rows."""
     return rows.with_columns(
-        label=pl.when(where).then(1 - pl.col("label")).otherwise("label").cast(rows["label"].dtype)
+        label=pl.when(where)
+        .then(1 - pl.col("label"))
+        .otherwise("label")
+        .cast(rows["label"].dtype)
     )
 
 
 def items_table(items: int = NUM_ITEMS) -> pl.DataFrame:
     """Codes and titles."""
     return pl.DataFrame(
-        {"item": np.arange(items, dtype=np.int32), "title": [f"title {i}" for i in range(items)]}
+        {
+            "item": np.arange(items, dtype=np.int32),
+            "title": [f"title {i}" for i in range(items)],
+        }
     )
 
 
@@ -78,7 +95,10 @@ def make_split(rows: pl.DataFrame, codes: Array) -> SplitInteractions:
     """A split log from rows and split codes, without the protocol's work."""
     split = pl.Series([SPLITS[code] for code in codes], dtype=pl.Enum(SPLITS))
     table = rows.with_columns(
-        split=split, fold=pl.lit(None, pl.Enum(FOLDS)), role=pl.lit("target", pl.Enum(ROLES)), hist=pl.lit(0)
+        split=split,
+        fold=pl.lit(None, pl.Enum(FOLDS)),
+        role=pl.lit("target", pl.Enum(ROLES)),
+        hist=pl.lit(0),
     )
     users = pl.DataFrame({"user": np.arange(NUM_USERS, dtype=np.int32)})
     log = Interactions(rows, users, items_table(), {"log.csv": "0" * 64})
@@ -87,11 +107,16 @@ def make_split(rows: pl.DataFrame, codes: Array) -> SplitInteractions:
 
 
 def retrieved(
-    rows: pl.DataFrame, retriever: Retriever, cuts: Array = CUTS, silent: tuple[int, ...] = ()
+    rows: pl.DataFrame,
+    retriever: Retriever,
+    cuts: Array = CUTS,
+    silent: tuple[int, ...] = (),
 ) -> pl.DataFrame:
     """Retrieved features of all rows; rows with a `silent` row_id are answered but otherwise absent."""
     absent = rows["row_id"].is_in(silent)
-    snapshots = fit_snapshots(rows.filter(~absent), retriever, NUM_USERS, items_table(), cuts)
+    snapshots = fit_snapshots(
+        rows.filter(~absent), retriever, NUM_USERS, items_table(), cuts
+    )
     log = WalkRows.from_log(rows)
     present = ~absent.to_numpy()
     flagged = WalkRows(**{**vars(log), "rater": present, "own": present})
@@ -100,8 +125,16 @@ def retrieved(
 
 def request(rows: pl.DataFrame, own: bool = True) -> tuple[Array, ...]:
     """Log rows as a request's: user, item, timestamp, label, own; candidates where `own` is false."""
-    user, item, time, label = (rows[name].to_numpy() for name in ("user", "item", "timestamp", "label"))
-    return user, item, time, label if own else np.full(rows.height, -1), np.full(rows.height, own)
+    user, item, time, label = (
+        rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")
+    )
+    return (
+        user,
+        item,
+        time,
+        label if own else np.full(rows.height, -1),
+        np.full(rows.height, own),
+    )
 
 
 def likes_before(rows: pl.DataFrame, time: float) -> Array | None:

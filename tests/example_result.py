@@ -18,7 +18,13 @@ def result(
     """A test result; defaults: better than the best baseline, cheaper than the static exit and as accurate."""
     middle = (gain[0] + gain[1]) / 2
     difference = {"baseline": "gbdt", "value": middle, "interval": gain}
-    head = {"split": "test", "n": 900, "auc": 0.75, "auc_interval": [0.73, 0.77], "log_loss": 0.58}
+    head = {
+        "split": "test",
+        "n": 900,
+        "auc": 0.75,
+        "auc_interval": [0.73, 0.77],
+        "log_loss": 0.58,
+    }
     plan = head | {
         "criterion": "learned", "mean_depth": depth, "auc_drop": drop, "auc_drop_interval": drop_interval,
         "token_layer_speedup": 6 / depth if depth else None, "baseline_difference": difference,

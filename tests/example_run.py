@@ -49,17 +49,22 @@ def simulated(n: int) -> tuple[pl.DataFrame, pl.DataFrame, list[Baseline]]:
         "user": user,
         "split": split,
         "fold": np.where(
-            split == "test", None, np.array(["select", "tune", "tune", "tune", "certify"])[user % 5]
+            split == "test",
+            None,
+            np.array(["select", "tune", "tune", "tune", "certify"])[user % 5],
         ),
         "label": (rng.random(2 * n) < probabilities(truth)).astype(int),
     }
     hard = rng.random(2 * n) < 0.5
-    noise = np.cumsum((0.1 + 3 * hard) * rng.normal(size=(4, 2 * n)) * [[0.01], [0.2], [0.3], [0.5]], axis=0)[
-        ::-1
-    ]
+    noise = np.cumsum(
+        (0.1 + 3 * hard) * rng.normal(size=(4, 2 * n)) * [[0.01], [0.2], [0.3], [0.5]],
+        axis=0,
+    )[::-1]
     tokens = {"target_tokens": np.full(2 * n, 25), "stream_tokens": np.full(2 * n, 700)}
     scores = score_table(
-        {**about, **tokens, "logit_0": truth + noise[0]}, (truth + noise[1:]).T, list(LAYERS[1:])
+        {**about, **tokens, "logit_0": truth + noise[0]},
+        (truth + noise[1:]).T,
+        list(LAYERS[1:]),
     )
     kinds = {"split": pl.Enum(SPLITS), "fold": pl.Enum(FOLDS), "role": pl.Enum(ROLES)}
     rows = pl.DataFrame({**about, "role": ["target"] * 2 * n}, schema_overrides=kinds)
@@ -67,7 +72,11 @@ def simulated(n: int) -> tuple[pl.DataFrame, pl.DataFrame, list[Baseline]]:
         Baseline(
             name,
             pl.DataFrame(
-                {"row_id": about["row_id"], "split": split, "logit": 0.3 * truth + rng.normal(size=2 * n)}
+                {
+                    "row_id": about["row_id"],
+                    "split": split,
+                    "logit": 0.3 * truth + rng.normal(size=2 * n),
+                }
             ),
         )
         for name in ("item_rate", "lr_rates", "gbdt_features")
@@ -84,7 +93,9 @@ def results(rows: int = 400) -> tuple[dict[str, dict[str, Any]], dict[str, pl.Da
     targets, scores, baselines = simulated(rows)
     split: Any = SimpleNamespace(rows=targets)
     features = np.random.default_rng(1).normal(size=(2 * rows, 3))
-    settings = ExitSettings(criterion=Consistency(), compare=[Ratio()], max_auc_drop=0.01, alpha=0.5)
+    settings = ExitSettings(
+        criterion=Consistency(), compare=[Ratio()], max_auc_drop=0.01, alpha=0.5
+    )
     valid = scores.filter(pl.col("split") == "valid")
     plans = calibrate(valid, features[:rows], settings, MANIFEST["hash"])
     files: dict[str, dict[str, Any]] = {
@@ -97,7 +108,9 @@ def results(rows: int = 400) -> tuple[dict[str, dict[str, Any]], dict[str, pl.Da
         found = comparison(scores, split, baselines, name, LAYERS[-1])
         for row in found["exits"] if command == "test" else []:  # as before calibration
             row |= planned.exits()[row["layer"]]
-        best = next(baseline for baseline in baselines if baseline.name == found["best_baseline"])
+        best = next(
+            baseline for baseline in baselines if baseline.name == found["best_baseline"]
+        )
         against = AgainstBaseline(best, part["row_id"].to_numpy(), targets)
         about = {"split": name} | ({"fold": fold} if fold else {})
         adaptive = (
@@ -107,7 +120,10 @@ def results(rows: int = 400) -> tuple[dict[str, dict[str, Any]], dict[str, pl.Da
         )
         files[command] = found | {"stage_seconds": {"retrieved": 25.0, command: 75.1}}
         files["calibrate" if command == "fit" else command]["adaptive"] = adaptive
-        layer, logit = pl.Series("exit_layer", planned.layer), pl.Series("adaptive_logit", planned.logit)
+        layer, logit = (
+            pl.Series("exit_layer", planned.layer),
+            pl.Series("adaptive_logit", planned.logit),
+        )
     head = {
         command: result_head(command, MANIFEST, "runs/quickstart/version_0/config.yaml", 0)
         for command in files
@@ -140,7 +156,9 @@ def benchmark_rows(depth: int) -> list[dict[str, Any]]:
     return [common | full, common | early]
 
 
-def write_run(folder: Path, files: dict[str, dict[str, Any]], scores: dict[str, pl.DataFrame]) -> Path:
+def write_run(
+    folder: Path, files: dict[str, dict[str, Any]], scores: dict[str, pl.DataFrame]
+) -> Path:
     """Write results and score tables into a run folder."""
     for name, content in files.items():
         write_json(folder / "results" / f"{name}.json", content)

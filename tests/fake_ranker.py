@@ -58,7 +58,13 @@ class FakeRanker:
     def history_of(self, user_id: str) -> list[dict[str, Any]]:
         own = [e for e in self.events if e.user_id == user_id]
         return [
-            {"item_id": e.item_id, "title": e.item_id, "label": e.label, "time": e.timestamp} for e in own
+            {
+                "item_id": e.item_id,
+                "title": e.item_id,
+                "label": e.label,
+                "time": e.timestamp,
+            }
+            for e in own
         ]
 
     def rank_after_log(self, requests: Sequence[RankRequest]) -> list[Scored]:
@@ -106,14 +112,29 @@ def serving(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = ["--run", run, "--port", port, "--db", f"sqlite:///{folder}/events.db", *options]
+    given = [
+        "--run",
+        run,
+        "--port",
+        port,
+        "--db",
+        f"sqlite:///{folder}/events.db",
+        *options,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, *command, *map(str, given)], env=environment, start_new_session=True
+        [sys.executable, *command, *map(str, given)],
+        env=environment,
+        start_new_session=True,
     )
     address = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: process.poll() is not None or httpx.get(f"{address}/readyz").status_code == 200)
+        until(
+            lambda: (
+                process.poll() is not None
+                or httpx.get(f"{address}/readyz").status_code == 200
+            )
+        )
         yield process, address
     finally:
         process.terminate()
@@ -132,7 +153,9 @@ def until(true: Callable[[], bool], seconds: float = 120) -> None:
 
 
 if __name__ == "__main__":
-    from fake_ranker import FakeRanker as Importable  # the inference process cannot import __main__
+    from fake_ranker import (
+        FakeRanker as Importable,
+    )  # the inference process cannot import __main__
 
     from project.serve.server import run_serve
 

@@ -48,8 +48,17 @@ def test_the_main_job(run: Run, fitted: Path, tmp_path: Path) -> None:
     fit = result(fitted, "fit")
     shown = [(row["layer"], row["split"], row["fold"]) for row in fit["exits"]]
     assert shown == [(layer, "valid", "tune") for layer in (0, 1, 3)]
-    names = {"item_rate", "user_rate", "neighbour_vote", "lr_rates", "lr_features", "gbdt_features"}
-    assert names <= {row["name"] for row in fit["baselines"]}  # and those that another test kept
+    names = {
+        "item_rate",
+        "user_rate",
+        "neighbour_vote",
+        "lr_rates",
+        "lr_features",
+        "gbdt_features",
+    }
+    assert names <= {
+        row["name"] for row in fit["baselines"]
+    }  # and those that another test kept
     assert {"read logs", "retrieve", "train", "validate"} <= set(fit["stage_seconds"])
 
     run("test", *given(fitted))
@@ -57,19 +66,34 @@ def test_the_main_job(run: Run, fitted: Path, tmp_path: Path) -> None:
     assert test["chosen_exit"] == fit["chosen_exit"] in (1, 3)
     assert test["protocol"]["hash"] == fit["protocol"]["hash"]
     count = test["protocol"]["counts"]["test"]
-    assert {(row["n"], row["split"]) for row in test["exits"] + test["baselines"]} == {(count, "test")}
-    assert {d["baseline"] for d in test["baseline_differences"]} == {test["best_baseline"], "lr_rates"}
+    assert {(row["n"], row["split"]) for row in test["exits"] + test["baselines"]} == {
+        (count, "test")
+    }
+    assert {d["baseline"] for d in test["baseline_differences"]} == {
+        test["best_baseline"],
+        "lr_rates",
+    }
     sizes = {part["name"]: part["n"] for part in test["slices"]}
     assert sum(n for name, n in sizes.items() if name.startswith("item_")) == count
     scores = pl.read_parquet(fitted / "scores" / "test.parquet")
-    assert scores.columns == [*SCORE_COLUMNS, "logit_1", "logit_3", "exit_layer", "adaptive_logit"]
+    assert scores.columns == [
+        *SCORE_COLUMNS,
+        "logit_1",
+        "logit_3",
+        "exit_layer",
+        "adaptive_logit",
+    ]
     assert len(scores) == count == scores["row_id"].n_unique()
 
     run("validate", *given(fitted))
     assert result(fitted, "validate")["exits"] == fit["exits"]
     run("baselines", *given(fitted))
-    baselines = [f for f in result(fitted, "baselines")["baselines"] if f["split"] == "test"]
-    assert baselines[: len(test["baselines"])] == test["baselines"]  # the command appends slower ones
+    baselines = [
+        f for f in result(fitted, "baselines")["baselines"] if f["split"] == "test"
+    ]
+    assert (
+        baselines[: len(test["baselines"])] == test["baselines"]
+    )  # the command appends slower ones
     page = fitted / "report" / "report.html"
     page.unlink()
     run("report", fitted)
@@ -82,7 +106,9 @@ def test_the_main_job(run: Run, fitted: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:exits are not calibrated")  # rightly: these few rows cannot
+@pytest.mark.filterwarnings(
+    "ignore:exits are not calibrated"
+)  # rightly: these few rows cannot
 def test_limited_batches(run: Run, tiny_config: Config, tmp_path: Path) -> None:
     """A trial with a few batches runs to its end, results included, although not every row was scored."""
     run("fit", "--config", tiny_config(**{"trainer.limit_val_batches": 2}))
@@ -123,7 +149,10 @@ def test_predict_equals_test(run: Run, fitted: Path, tmp_path: Path) -> None:
     split = apply_protocol(build_interactions(logs, protocol), protocol)
     users, items = (
         dict(table.select(c, f"{c}_id").iter_rows())
-        for table, c in ((split.interactions.users, "user"), (split.interactions.items, "item"))
+        for table, c in (
+            (split.interactions.users, "user"),
+            (split.interactions.items, "item"),
+        )
     )
     requests = [
         {"request_id": f"r{row['row_id']}", "user_id": users[row["user"]], "time": row["timestamp"],
@@ -141,7 +170,10 @@ def test_predict_equals_test(run: Run, fitted: Path, tmp_path: Path) -> None:
 
 
 def test_ckpt_path_is_a_checkpoint(
-    fails: Callable[..., str], tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: Callable[..., str],
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = tiny_config()
     monkeypatch.chdir(tmp_path)
@@ -154,14 +186,25 @@ def test_ckpt_path_is_a_checkpoint(
         "absent.ckpt, which does not",
     ):
         name = wrong.split(",")[0]
-        assert f"ckpt_path is {wrong}" in fails("test", "--config", config, "--ckpt_path", name)
+        assert f"ckpt_path is {wrong}" in fails(
+            "test", "--config", config, "--ckpt_path", name
+        )
 
 
 @pytest.mark.parametrize(("save_top_k", "expected"), [(0, True), (1, False), (-1, False)])
-def test_what_is_saved_without_a_best(tmp_path: Path, save_top_k: int, expected: bool) -> None:
+def test_what_is_saved_without_a_best(
+    tmp_path: Path, save_top_k: int, expected: bool
+) -> None:
     """With save_top_k 0 no checkpoint is chosen by its metric: the latest weights are what results are about."""
-    saver = ModelCheckpoint(tmp_path, monitor="select/auc/deepest", mode="max", save_top_k=save_top_k)
-    trainer = Trainer(logger=False, callbacks=[saver], enable_progress_bar=False, enable_model_summary=False)
+    saver = ModelCheckpoint(
+        tmp_path, monitor="select/auc/deepest", mode="max", save_top_k=save_top_k
+    )
+    trainer = Trainer(
+        logger=False,
+        callbacks=[saver],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     assert will_be_saved(trainer) is expected  # the metric is not there yet
     trainer.callback_metrics["select/auc/deepest"] = torch.tensor(0.6)
     assert will_be_saved(trainer)
@@ -175,7 +218,9 @@ def test_calibrate_again_is_the_same(run: Run, fitted: Path) -> None:
     before, policies = state_of(fitted), result(fitted, "calibrate")["policies"]
     run("calibrate", *given(fitted))
     assert result(fitted, "calibrate")["policies"] == policies
-    torch.testing.assert_close(state_of(fitted)["plan"]["thresholds"], before["plan"]["thresholds"])
+    torch.testing.assert_close(
+        state_of(fitted)["plan"]["thresholds"], before["plan"]["thresholds"]
+    )
     (fitted / "scores" / "valid.parquet").unlink()  # score anew
     run("calibrate", *given(fitted))
     assert result(fitted, "calibrate")["policies"] == policies
@@ -185,23 +230,36 @@ def test_calibrate_again_is_the_same(run: Run, fitted: Path) -> None:
 def test_simulated_equals_heads(run: Run, fitted: Path) -> None:
     """On test, every row's reported exit is what its heads say one by one, and the result file adds them up right."""
     run("test", *given(fitted))
-    scores, adaptive = pl.read_parquet(fitted / "scores" / "test.parquet"), result(fitted, "test")["adaptive"]
+    scores, adaptive = (
+        pl.read_parquet(fitted / "scores" / "test.parquet"),
+        result(fitted, "test")["adaptive"],
+    )
     plan = ExitPlan.from_state(state_of(fitted)["plan"])
-    exit_0 = torch.load(fitted / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["exit_0"]
+    exit_0 = torch.load(fitted / "checkpoints" / "last.ckpt", weights_only=True)[
+        "state_dict"
+    ]["exit_0"]
     base = FeatureBaseline.from_array(exit_0.numpy()).base
     (file,) = (fitted / "bundle" / "retrieved").glob("*/test.parquet")
     retrieved = pl.read_parquet(file)
-    rows = scores.select("row_id").join(retrieved, on="row_id", how="left", maintain_order="left")
+    rows = scores.select("row_id").join(
+        retrieved, on="row_id", how="left", maintain_order="left"
+    )
     outputs = plan.outputs(scores, feature_matrix(rows, base))
     for row in range(len(scores)):
         alone = outputs.rows(torch.tensor([row]))
-        head = next(k for k in range(len(plan.layers)) if plan.policy.leaves(alone.until(k)))
+        head = next(
+            k for k in range(len(plan.layers)) if plan.policy.leaves(alone.until(k))
+        )
         assert scores["exit_layer"][row] == plan.layers[head]
-        assert scores["adaptive_logit"][row] == pytest.approx(float(alone.logits[0, head]), abs=1e-5)
+        assert scores["adaptive_logit"][row] == pytest.approx(
+            float(alone.logits[0, head]), abs=1e-5
+        )
     assert adaptive["mean_depth"] == pytest.approx(scores["exit_layer"].mean())
     tokens = (scores["target_tokens"] + scores["stream_tokens"]).to_numpy()
     spent = float((scores["exit_layer"].to_numpy() * tokens).sum())
-    expected = pytest.approx(3 * tokens.sum() / spent) if spent else None  # None: no layer runs
+    expected = (
+        pytest.approx(3 * tokens.sum() / spent) if spent else None
+    )  # None: no layer runs
     assert adaptive["token_layer_speedup"] == expected
     shares = {row["layer"]: row["exit_share"] for row in result(fitted, "test")["exits"]}
     assert sum(shares.values()) == pytest.approx(1.0)
@@ -213,7 +271,15 @@ def test_second_certificate_is_refused(
     run: Run, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another epsilon on a fold that was tested: the plan is made, without a certificate, and the ledger stays."""
-    run("fit", "--config", tiny_config(), "--exits.alpha", "0.5", "--exits.certificate.epsilon", "0.9")
+    run(
+        "fit",
+        "--config",
+        tiny_config(),
+        "--exits.alpha",
+        "0.5",
+        "--exits.certificate.epsilon",
+        "0.9",
+    )
     folder = latest(tmp_path)
     issued = result(folder, "calibrate")
     assert issued["certificate"]["passed"] is not None
@@ -227,7 +293,9 @@ def test_second_certificate_is_refused(
 
 
 @pytest.mark.slow
-def test_failed_calibration_leaves_no_stale_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_calibration_leaves_no_stale_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where a later validation cannot be calibrated, the plan of an earlier one does not go into its checkpoint."""
     module = ExitRecommender("unused", [1, 3])
     module.scores = pl.DataFrame()

@@ -47,7 +47,10 @@ def no_features(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FILES = {
-    "typo": ("exits:\n  max_auc_dropp: 0.1\n", "exits.max_auc_dropp is no key*max_auc_drop?"),
+    "typo": (
+        "exits:\n  max_auc_dropp: 0.1\n",
+        "exits.max_auc_dropp is no key*max_auc_drop?",
+    ),
     "value": ("model:\n  lora:\n    rank: x\n", "model.lora.rank: *'int'*x"),
     "inside a class": (
         "data:\n  retriever:\n    class_path: project.retrieval.ItemKNN\n    init_args: {neighbours: few}\n",
@@ -57,13 +60,34 @@ FILES = {
         "exits:\n  criterion: project.exits.Criterio\n",
         "exits.criterion: *'Criterio' (did you mean Criterion?)",
     ),
-    "no module": ("data:\n  logs: project.data.log.TableLogs\n", "data.logs: *'log' (did you mean logs?)"),
-    "no path": ("data:\n  retriever: LightGNC\n", "data.retriever: *LightGNC (did you mean LightGCN?)"),
-    "no head": ("model:\n  head: project.model.heads.Exithead\n", "'Exithead' (did you mean ExitHead?)"),
-    "syntax": ("exits:\n  criterion: broken.Mine\n", "exits.criterion: invalid syntax (broken.py, line 1)"),
-    "dependency": ("exits:\n  criterion: needy.Mine\n", "exits.criterion: No module named 'nosuchlib'"),
-    "other class": ("exits:\n  criterion: pathlib.Path\n", "exits.criterion: *not*a subclass of Criterion"),
-    "abstract": ("data:\n  retriever: half.Mine\n", "data.retriever: half.Mine has no method select"),
+    "no module": (
+        "data:\n  logs: project.data.log.TableLogs\n",
+        "data.logs: *'log' (did you mean logs?)",
+    ),
+    "no path": (
+        "data:\n  retriever: LightGNC\n",
+        "data.retriever: *LightGNC (did you mean LightGCN?)",
+    ),
+    "no head": (
+        "model:\n  head: project.model.heads.Exithead\n",
+        "'Exithead' (did you mean ExitHead?)",
+    ),
+    "syntax": (
+        "exits:\n  criterion: broken.Mine\n",
+        "exits.criterion: invalid syntax (broken.py, line 1)",
+    ),
+    "dependency": (
+        "exits:\n  criterion: needy.Mine\n",
+        "exits.criterion: No module named 'nosuchlib'",
+    ),
+    "other class": (
+        "exits:\n  criterion: pathlib.Path\n",
+        "exits.criterion: *not*a subclass of Criterion",
+    ),
+    "abstract": (
+        "data:\n  retriever: half.Mine\n",
+        "data.retriever: half.Mine has no method select",
+    ),
     "abstract or null": (
         "exits:\n  criterion: half.Rule\n",
         "exits.criterion: half.Rule has no method confidence",
@@ -73,7 +97,10 @@ FILES = {
         "data.protocol.split: *globaltime*mean global_time?",
     ),
     "seed": ("seed_everything: -1\n", "seed_everything is -1"),
-    "rate": ("model:\n  optim: {learning_rate: 1.0e+10}\n", "model.optim.learning_rate is 10000000000.0"),
+    "rate": (
+        "model:\n  optim: {learning_rate: 1.0e+10}\n",
+        "model.optim.learning_rate is 10000000000.0",
+    ),
     # unions of types bury this; it is this package's own
     "mf": ("data:\n  mf:\n    dim: 0\n", "ConfigError: data.mf.dim is 0"),
 }
@@ -81,7 +108,12 @@ FILES = {
 
 @pytest.mark.parametrize(("text", "words"), FILES.values(), ids=FILES)
 def test_a_file(
-    line_of: Line, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+    line_of: Line,
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    words: str,
 ) -> None:
     """A mistake in a file names the key and the reason; no usage and no traceback stand around it."""
     base = tiny_config()
@@ -90,7 +122,9 @@ def test_a_file(
     Path("broken.py").write_text("class Mine(:\n")
     Path("needy.py").write_text("import nosuchlib\n")
     half = "class Mine(Retriever):\n    def begin(self, *a): pass\nclass Rule(Criterion): pass\n"
-    imports = "from project.exits import Criterion\nfrom project.retrieval import Retriever\n"
+    imports = (
+        "from project.exits import Criterion\nfrom project.retrieval import Retriever\n"
+    )
     Path("half.py").write_text(imports + half)
     monkeypatch.syspath_prepend(tmp_path)
     said = line_of("fit", "--config", base, "--config", "over.yaml")
@@ -101,15 +135,23 @@ def test_a_file(
     ("text", "words"),
     [
         ("exits:\n\tmax_cost: 1\n", "line 2, column 1"),
-        ("model:\n  a: 1\ndata: {}\nmodel:\n  a: 2\n", "line 4, column 1: the key model stands twice"),
+        (
+            "model:\n  a: 1\ndata: {}\nmodel:\n  a: 2\n",
+            "line 4, column 1: the key model stands twice",
+        ),
         ("model: {a: {b: 1, c: 2, b: 3}}\n", "line 1, column 25: the key b stands twice"),
         ("- a\n", "holds list"),
         ("", "holds NoneType"),
         ("a: " + "[" * 5000 + "]" * 5000 + "\n", "cannot be read as YAML"),
-        ("a: &base {x: 1}\nb: {<<: *base, x: 2}\nc: {x: 1}\n", None),  # a merged key may be said again
+        (
+            "a: &base {x: 1}\nb: {<<: *base, x: 2}\nc: {x: 1}\n",
+            None,
+        ),  # a merged key may be said again
     ],
 )
-def test_yaml_that_is_no_configuration(tmp_path: Path, text: str, words: str | None) -> None:
+def test_yaml_that_is_no_configuration(
+    tmp_path: Path, text: str, words: str | None
+) -> None:
     file = tmp_path / "over.yaml"
     file.write_text(text)
     if words is None:
@@ -133,23 +175,40 @@ def at_row(row: int, **values: str) -> Change:
     """Other values in one row, counted from 1."""
     here = pl.int_range(pl.len()) == row - 1
     return lambda t: t.with_columns(
-        **{name: pl.when(here).then(pl.lit(value)).otherwise(name) for name, value in values.items()}
+        **{
+            name: pl.when(here).then(pl.lit(value)).otherwise(name)
+            for name, value in values.items()
+        }
     )
 
 
 CASES: dict[str, tuple[Change, list[str]]] = {
     "empty": (lambda t: t.clear(), ["changed.csv", "no data rows"]),
-    "missing column": (lambda t: t.rename({"user_id": "who"}), ["changed.csv", "user_id", "who", "columns"]),
+    "missing column": (
+        lambda t: t.rename({"user_id": "who"}),
+        ["changed.csv", "user_id", "who", "columns"],
+    ),
     "not a number": (at_row(7, rating="good"), ["changed.csv", "row 7", "rating", "good"]),
-    "duplicates": (lambda t: pl.concat([t, t.head(1)]), ["duplicate", "data.protocol.duplicates"]),
+    "duplicates": (
+        lambda t: pl.concat([t, t.head(1)]),
+        ["duplicate", "data.protocol.duplicates"],
+    ),
     "unknown item": (at_row(3, item_id="i99"), ["i99", "row 3", "items"]),
-    "one class": (lambda t: t.with_columns(rating=pl.lit(5)), ["have label 1", "data.protocol.label"]),
+    "one class": (
+        lambda t: t.with_columns(rating=pl.lit(5)),
+        ["have label 1", "data.protocol.label"],
+    ),
 }
 
 
 @pytest.mark.parametrize(("change", "words"), CASES.values(), ids=CASES)
 def test_logs(
-    change: Change, words: list[str], fails: Line, tiny_config: Config, tiny_logs: Path, tmp_path: Path
+    change: Change,
+    words: list[str],
+    fails: Line,
+    tiny_config: Config,
+    tiny_logs: Path,
+    tmp_path: Path,
 ) -> None:
     """Each defect of a log names the file, the place and the YAML key or action that mends it."""
     path = tmp_path / "changed.csv"
@@ -159,7 +218,9 @@ def test_logs(
 
 
 def test_missing_file(fails: Line, tiny_config: Config, tmp_path: Path) -> None:
-    assert "absent.csv" in fails("baselines", "--config", tiny_config(**{LOGS: "absent.csv"}))
+    assert "absent.csv" in fails(
+        "baselines", "--config", tiny_config(**{LOGS: "absent.csv"})
+    )
     assert not list(tmp_path.glob("runs/tiny/*"))
 
 
@@ -174,8 +235,14 @@ def test_an_option_is_not_abbreviated(fails: Line, tiny_config: Config) -> None:
         ({"model.exit_layers": [1, 9]}, ["model.exit_layers ends at 9", "3 layers"]),
         ({"model.exit_layers": [3, 1]}, ["model.exit_layers", "ascending"]),
         ({"data.context_tokens": 4096}, ["data.context_tokens", "data.batch_tokens"]),
-        ({"data.prompt": {"answers": [" no", " indubitably"]}}, ["data.prompt.answers", "indubitably"]),
-        ({"data.prompt": {"segment": "{title} by {director}:"}}, ["data.prompt.segment", "director"]),
+        (
+            {"data.prompt": {"answers": [" no", " indubitably"]}},
+            ["data.prompt.answers", "indubitably"],
+        ),
+        (
+            {"data.prompt": {"segment": "{title} by {director}:"}},
+            ["data.prompt.segment", "director"],
+        ),
         ({"data.prompt": {"segment": "{title!r}:"}}, ["data.prompt.segment", "{title!r}"]),
         ({"data.prompt": {"segment": "{title} {mf_percent}:"}}, ["data.mf is null"]),
         ({"data.context_tokens": 10}, ["data.context_tokens is 10", "20 of 20 items"]),
@@ -201,18 +268,30 @@ def test_a_folder_that_is_no_usable_model(
     """Another family; no tokenizer: one line of each."""
     folder = tmp_path / "gpt2"
     shutil.copytree(tiny_model, folder)
-    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
-    assert "gpt2" in fails("fit", "--config", tiny_config(**{"model.backbone": str(folder)}))
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2)
+    ).save_pretrained(folder)
+    assert "gpt2" in fails(
+        "fit", "--config", tiny_config(**{"model.backbone": str(folder)})
+    )
     folder = tmp_path / "bare"
     shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("tokenizer*"))
-    said = fails("fit", "--config", tiny_config(**{"model.backbone": str(folder)})).splitlines()
-    assert said[-1].startswith(f"ConfigError: model.backbone is {str(folder)!r}, which has no tokenizer")
+    said = fails(
+        "fit", "--config", tiny_config(**{"model.backbone": str(folder)})
+    ).splitlines()
+    assert said[-1].startswith(
+        f"ConfigError: model.backbone is {str(folder)!r}, which has no tokenizer"
+    )
     assert len([line for line in said if "rror" in line]) == 1
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_run(
-    run: Run, fails: Line, tiny_config: Config, tmp_path: Path, request: pytest.FixtureRequest
+    run: Run,
+    fails: Line,
+    tiny_config: Config,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Other exits, and another protocol's, whose train could hold this test's rows."""
     run("fit", "--config", tiny_config(**{"trainer.limit_train_batches": 1}))

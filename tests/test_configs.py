@@ -31,7 +31,11 @@ RECIPES = sorted(CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 RETRIEVERS = sorted((CONFIGS / "retrievers").glob("*.yaml"))
-KINDS: dict[str, type[Retriever]] = {"text": TextEncoder, "item_knn": ItemKNN, "none": NoRetriever}
+KINDS: dict[str, type[Retriever]] = {
+    "text": TextEncoder,
+    "item_knn": ItemKNN,
+    "none": NoRetriever,
+}
 Run = Callable[..., None]
 Config = Callable[..., Path]
 
@@ -45,7 +49,9 @@ def given(*paths: Path | None) -> list[object]:
 
 
 @pytest.fixture
-def made(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Trainer, Any, Any]]:
+def made(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Trainer, Any, Any]]:
     """Makes the objects of a configuration as `fit` would, and returns trainer, model and data instead of training."""
 
     def make(*arguments: object) -> tuple[Trainer, Any, Any]:
@@ -62,7 +68,9 @@ def made(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Train
     return make
 
 
-def printed(run: Run, capsys: pytest.CaptureFixture[str], command: str, *arguments: object) -> dict[str, Any]:
+def printed(
+    run: Run, capsys: pytest.CaptureFixture[str], command: str, *arguments: object
+) -> dict[str, Any]:
     """What --print_config says."""
     with pytest.raises(SystemExit) as stopped:
         run(command, *arguments, "--print_config")
@@ -75,7 +83,11 @@ def leaves(config: Any, at: str = "") -> dict[str, Any]:
     """Dotted key -> value of everything a YAML file says."""
     if not isinstance(config, dict):
         return {at: config}
-    return {k: v for key, value in config.items() for k, v in leaves(value, f"{at}.{key}").items()}
+    return {
+        k: v
+        for key, value in config.items()
+        for k, v in leaves(value, f"{at}.{key}").items()
+    }
 
 
 SHARED = {
@@ -93,7 +105,10 @@ SHARED = {
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=by_name)
 def test_shipped_recipes(
-    recipe: Path, made: Callable[..., tuple[Any, ...]], run: Run, capsys: pytest.CaptureFixture[str]
+    recipe: Path,
+    made: Callable[..., tuple[Any, ...]],
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A preset says what is its own, and has the defaults; only the paper's prompts compare no items."""
     config = leaves(printed(run, capsys, "fit", *given(recipe)))
@@ -134,9 +149,14 @@ def test_overlays_change_what_they_say(
                 assert logger["init_args"].items() <= entry["init_args"].items()
         else:
             assert both[key] == value
-    filled = [".trainer.strategy", ".model.lora"]  # null before, classes with defaults after
+    filled = [
+        ".trainer.strategy",
+        ".model.lora",
+    ]  # null before, classes with defaults after
     touched = tuple(key.removesuffix("+") for key in [*said, *filled])
-    rest, expected = ({k: v for k, v in x.items() if not k.startswith(touched)} for x in (both, base))
+    rest, expected = (
+        {k: v for k, v in x.items() if not k.startswith(touched)} for x in (both, base)
+    )
     assert rest == expected
 
 
@@ -148,7 +168,9 @@ def test_overlays_make_what_they_promise(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
 
     def over(name: str) -> tuple[Any, Any, Any]:
-        found: tuple[Any, Any, Any] = made(*given(tiny_config(), CONFIGS / "overlays" / f"{name}.yaml"))
+        found: tuple[Any, Any, Any] = made(
+            *given(tiny_config(), CONFIGS / "overlays" / f"{name}.yaml")
+        )
         return found
 
     assert over("lora")[1].lora.rank == 16
@@ -163,7 +185,9 @@ def test_overlays_make_what_they_promise(
         assert type(trainer.strategy) is strategy
 
 
-def test_values_are_said_once(made: Callable[..., Any], tiny_config: Config, tiny_model: Path) -> None:
+def test_values_are_said_once(
+    made: Callable[..., Any], tiny_config: Config, tiny_model: Path
+) -> None:
     """The backbone is also the tokenizer, the prompt's answers are also the heads', the seed is also the data's."""
     changes = {"data.prompt": {"answers": [" sea", " dog"]}, "seed_everything": 7}
     _, model, data = made(*given(tiny_config(**changes)))
@@ -173,21 +197,31 @@ def test_values_are_said_once(made: Callable[..., Any], tiny_config: Config, tin
 
 
 @pytest.mark.slow
-def test_saved_config_can_be_given_back(run: Run, tiny_config: Config, tmp_path: Path) -> None:
+def test_saved_config_can_be_given_back(
+    run: Run, tiny_config: Config, tmp_path: Path
+) -> None:
     """Saved config.yaml keeps nulls and all that overlays and the command line said.
 
     It alone gives fit, validate and test the same protocol hash, and saves as itself again.
     """
     overlay = tmp_path / "lora.yaml"
     overlay.write_text((CONFIGS / "overlays" / "lora.yaml").read_text())
-    said = {"data.prompt": {"instruction": 'One: "two"\n', "segment": "{title} all {item_percent}:"}}
+    said = {
+        "data.prompt": {
+            "instruction": 'One: "two"\n',
+            "segment": "{title} all {item_percent}:",
+        }
+    }
     run("fit", *given(tiny_config(**said), overlay), "--trainer.limit_train_batches", 2)
     overlay.unlink()
     first, second = (tmp_path / "runs" / "tiny" / f"version_{k}" for k in (0, 1))
     saved = yaml.safe_load((first / "config.yaml").read_text())
     assert saved["data"]["mf"] is None
     assert saved["data"]["prompt"]["instruction"] == 'One: "two"\n'
-    assert (saved["model"]["lora"]["rank"], saved["trainer"]["limit_train_batches"]) == (16, 2)
+    assert (saved["model"]["lora"]["rank"], saved["trainer"]["limit_train_batches"]) == (
+        16,
+        2,
+    )
 
     expected = result(first, "fit")
     for command in ("validate", "test"):
@@ -204,7 +238,9 @@ def test_saved_config_can_be_given_back(run: Run, tiny_config: Config, tmp_path:
 
 @pytest.mark.parametrize("overlay", RETRIEVERS, ids=by_name)
 @pytest.mark.parametrize("preset", ["quickstart", "paper"])
-def test_a_preset_gets_the_retriever(preset: str, overlay: Path, made: Callable[..., Any]) -> None:
+def test_a_preset_gets_the_retriever(
+    preset: str, overlay: Path, made: Callable[..., Any]
+) -> None:
     recipe = CONFIGS / f"{preset}.yaml"
     data = made(*given(recipe, overlay))[2]
     assert type(data.retriever) is KINDS[overlay.stem]
@@ -219,7 +255,10 @@ def test_a_preset_gets_the_retriever(preset: str, overlay: Path, made: Callable[
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=by_name)
 def test_sweep_values_arrive(
-    path: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    path: Path,
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(CONFIGS.parent)
     sweep = yaml.safe_load(path.read_text())
@@ -227,7 +266,11 @@ def test_sweep_values_arrive(
     for i in range(max(map(len, axes.values()))):
         point = {key: values[i % len(values)] for key, values in axes.items()}
         args = [f"--{key}={value}" for key, value in point.items()]
-        words = [word for part in sweep["command"] for word in (args if part == "${args}" else [part])]
+        words = [
+            word
+            for part in sweep["command"]
+            for word in (args if part == "${args}" else [part])
+        ]
         assert words[:4] == ["${env}", "${interpreter}", "-m", "project"]
         config = printed(run, capsys, *words[4:])
         for key, value in point.items():
@@ -237,12 +280,21 @@ def test_sweep_values_arrive(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=by_name)
-def test_metric_is_logged(path: Path, run: Run, tiny_config: Config, tmp_path: Path) -> None:
+def test_metric_is_logged(
+    path: Path, run: Run, tiny_config: Config, tmp_path: Path
+) -> None:
     sweep = yaml.safe_load(path.read_text())
     point = {key: axis["values"][-1] for key, axis in sweep["parameters"].items()}
     del point["model.exit_layers"]
-    run("fit", "--config", tiny_config(), *(f"--{key}={value}" for key, value in point.items()))
-    header = (tmp_path / "runs" / "tiny" / "latest" / "metrics.csv").read_text().splitlines()[0]
+    run(
+        "fit",
+        "--config",
+        tiny_config(),
+        *(f"--{key}={value}" for key, value in point.items()),
+    )
+    header = (
+        (tmp_path / "runs" / "tiny" / "latest" / "metrics.csv").read_text().splitlines()[0]
+    )
     assert sweep["metric"]["name"] in header.split(",")
 
 
@@ -262,14 +314,24 @@ def test_accumulation_steps_less(run: Run, tiny_config: Config, tmp_path: Path) 
     assert steps[1] == -(-steps[0] // 4)
 
 
-def test_job_script(run: Run, capsys: pytest.CaptureFixture[str], tiny_config: Config) -> None:
+def test_job_script(
+    run: Run, capsys: pytest.CaptureFixture[str], tiny_config: Config
+) -> None:
     script = CONFIGS / "slurm" / "fit.sbatch"
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
     text = script.read_text()
     sbatch = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
-    line = text[text.index("srun") :].replace("\\\n", " ").replace("$config", str(tiny_config()))
+    line = (
+        text[text.index("srun") :]
+        .replace("\\\n", " ")
+        .replace("$config", str(tiny_config()))
+    )
     words = shlex.split(line)
     assert words[:4] == ["srun", ".venv/bin/python", "-m", "project"]
     trainer = printed(run, capsys, *words[4:])["trainer"]
-    assert int(sbatch["ntasks-per-node"]) == int(sbatch["gpus-per-node"]) == int(trainer["devices"])
+    assert (
+        int(sbatch["ntasks-per-node"])
+        == int(sbatch["gpus-per-node"])
+        == int(trainer["devices"])
+    )
     assert int(sbatch["nodes"]) == trainer["num_nodes"]

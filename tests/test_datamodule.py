@@ -45,8 +45,14 @@ def test_what_is_kept() -> None:
     ("other", "words"),
     [
         (data(prompt=Prompt(segment="{title}:")), r"data\.prompt\.segment is '\{title\}:'"),
-        (data(prompt=Prompt(answers=[" yes", " no"])), r"data\.prompt\.answers is \[' yes', ' no'\]"),
-        (data(retriever=ItemKNN(neighbours=8)), r"data\.retriever\.init_args\.neighbours is 8, .* with 7"),
+        (
+            data(prompt=Prompt(answers=[" yes", " no"])),
+            r"data\.prompt\.answers is \[' yes', ' no'\]",
+        ),
+        (
+            data(retriever=ItemKNN(neighbours=8)),
+            r"data\.retriever\.init_args\.neighbours is 8, .* with 7",
+        ),
         (data(refits=5), r"data\.refits is 5, but the checkpoint was trained with 10"),
         (data(mf=None), r"data\.mf is None, but .* trained with \{'dim': 4"),
     ],
@@ -62,7 +68,9 @@ def test_what_the_model_reads(other: Any, words: str, measured: bool) -> None:
 def test_rows() -> None:
     """Another protocol may score rows that were trained on; requests may come from a log that has grown."""
     kept, grown = reads_of(data()), data(protocol="bbbb")
-    with pytest.raises(CheckpointError, match=r"hash aaaa, this configuration gives bbbb: data\.protocol"):
+    with pytest.raises(
+        CheckpointError, match=r"hash aaaa, this configuration gives bbbb: data\.protocol"
+    ):
         check_reads(kept, grown)
     check_reads(kept, grown, measured=False)
 
@@ -73,12 +81,23 @@ def test_commands(
 ) -> None:
     """test, calibrate, rank and both kinds of predict refuse, and leave the run's files as they were."""
     run("fit", "--config", tiny_config())
-    folder = (tmp_path / "runs" / "tiny" / "latest").resolve()  # a fit that is refused takes the name
-    given = ("--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
+    folder = (
+        tmp_path / "runs" / "tiny" / "latest"
+    ).resolve()  # a fit that is refused takes the name
+    given = (
+        "--config",
+        folder / "config.yaml",
+        "--ckpt_path",
+        folder / "checkpoints" / "last.ckpt",
+    )
     run("test", *given)
 
     def files() -> dict[Path, bytes]:
-        return {p: p.read_bytes() for p in folder.rglob("*") if p.suffix in (".json", ".ckpt", ".parquet")}
+        return {
+            p: p.read_bytes()
+            for p in folder.rglob("*")
+            if p.suffix in (".json", ".ckpt", ".parquet")
+        }
 
     before = files()
     shares = ("--data.protocol.shares", "[0.2,0.2,0.6]")
@@ -94,5 +113,7 @@ def test_commands(
         (("predict", "--data.requests", asked), answers),
         (("predict", "--engine", "early_exit", "--data.requests", asked), answers),
     ):
-        assert "the checkpoint was trained" in fails(command[0], *given, *command[1:], *change), command
+        assert "the checkpoint was trained" in fails(
+            command[0], *given, *command[1:], *change
+        ), command
         assert files() == before, command

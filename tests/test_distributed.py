@@ -45,7 +45,11 @@ def project(environment: dict[str, str]) -> Callable[..., str]:
 
     def call(*arguments: object) -> str:
         done = subprocess.run(
-            command(*arguments), env=environment, capture_output=True, text=True, timeout=300
+            command(*arguments),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -68,7 +72,9 @@ def plan(folder: Path) -> list[float]:
     return found
 
 
-def test_two_processes(project: Callable[..., str], tiny_config: Config, tmp_path: Path) -> None:
+def test_two_processes(
+    project: Callable[..., str], tiny_config: Config, tmp_path: Path
+) -> None:
     """Two processes train; validate, calibrate and predict of their checkpoint give the same with two as with one."""
     ddp = ("--config", OVERLAYS / "ddp.yaml")
     project("fit", "--config", tiny_config(), *ddp)
@@ -81,7 +87,11 @@ def test_two_processes(project: Callable[..., str], tiny_config: Config, tmp_pat
     project("validate", "--config", tiny_config(), *ddp, *given)
     together = exits(folder, "validate")
     together_scores = pl.read_parquet(folder / "scores" / "valid.parquet")
-    assert [r["auc"] for r in together] == [r["auc"] for r in alone] == [r["auc"] for r in trained]
+    assert (
+        [r["auc"] for r in together]
+        == [r["auc"] for r in alone]
+        == [r["auc"] for r in trained]
+    )
     assert [r["n"] for r in together] == [r["n"] for r in alone]
     assert together_scores["row_id"].to_list() == alone_scores["row_id"].to_list()
     assert (together_scores["logit_3"] - alone_scores["logit_3"]).abs().max() < 1e-5
@@ -92,10 +102,21 @@ def test_two_processes(project: Callable[..., str], tiny_config: Config, tmp_pat
         project("calibrate", "--config", tiny_config(), *processes, *given)
         assert plan(folder) == pytest.approx(fitted, abs=1e-4)
     asked, scored = tmp_path / "requests.jsonl", list[pl.DataFrame]()
-    users = [{"request_id": f"r{k}", "user_id": f"u{k}", "candidates": ["i1", "i2", "i3"]} for k in range(9)]
+    users = [
+        {"request_id": f"r{k}", "user_id": f"u{k}", "candidates": ["i1", "i2", "i3"]}
+        for k in range(9)
+    ]
     asked.write_text("\n".join(map(json.dumps, users)))
     for processes in ((), ddp):
-        project("predict", "--config", tiny_config(), *processes, *given, "--data.requests", asked)
+        project(
+            "predict",
+            "--config",
+            tiny_config(),
+            *processes,
+            *given,
+            "--data.requests",
+            asked,
+        )
         scored.append(pl.read_parquet(folder / "scores" / "predict.parquet"))
     logits = ["logit_0", "logit_1", "logit_3", "adaptive_logit"]
     assert scored[0].drop(logits).equals(scored[1].drop(logits))
@@ -103,7 +124,9 @@ def test_two_processes(project: Callable[..., str], tiny_config: Config, tmp_pat
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    content: dict[str, Any] = torch.load(
+        folder / "checkpoints" / "last.ckpt", weights_only=True
+    )
     return content
 
 
@@ -112,24 +135,35 @@ def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one["global_step"] == other["global_step"]
     assert one["state_dict"].keys() == other["state_dict"].keys()
     for name, weights in one["state_dict"].items():
-        torch.testing.assert_close(other["state_dict"][name], weights, atol=1e-5, rtol=0, equal_nan=True)
+        torch.testing.assert_close(
+            other["state_dict"][name], weights, atol=1e-5, rtol=0, equal_nan=True
+        )
     ((mine, yours),) = zip(one["optimizer_states"], other["optimizer_states"], strict=True)
     assert yours["param_groups"] == mine["param_groups"]
     assert yours["state"].keys() == mine["state"].keys()
     for number, state in mine["state"].items():
         for key, value in state.items():
-            torch.testing.assert_close(yours["state"][number][key], value, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                yours["state"][number][key], value, atol=1e-5, rtol=1e-4
+            )
 
 
 two_gpus = pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason="two GPUs are not here: sharded training is untested on them"
+    torch.cuda.device_count() < 2,
+    reason="two GPUs are not here: sharded training is untested on them",
 )
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=two_gpus)])
-@pytest.mark.parametrize("model", [{"freeze_embeddings": True}, {"lora": {"rank": 2}}], ids=" ".join)
+@pytest.mark.parametrize(
+    "model", [{"freeze_embeddings": True}, {"lora": {"rank": 2}}], ids=" ".join
+)
 def test_sharded_training(
-    project: Callable[..., str], tiny_config: Config, tmp_path: Path, model: dict[str, Any], accelerator: str
+    project: Callable[..., str],
+    tiny_config: Config,
+    tmp_path: Path,
+    model: dict[str, Any],
+    accelerator: str,
 ) -> None:
     """A model cut over two processes ends as two whole copies do; one process scores it as the two did.
 
@@ -140,27 +174,44 @@ def test_sharded_training(
     config = tiny_config(**changes, **{"trainer.gradient_clip_val": 0.5})
     runs = tmp_path / "runs" / "tiny"
     device = ("--trainer.accelerator", accelerator)
-    backend = () if accelerator == "cpu" else ("--trainer.strategy.init_args.process_group_backend", "nccl")
+    backend = (
+        ()
+        if accelerator == "cpu"
+        else ("--trainer.strategy.init_args.process_group_backend", "nccl")
+    )
     project("fit", "--config", config, "--config", OVERLAYS / "ddp.yaml", *device, *backend)
     project("fit", "--config", config, "--config", OVERLAYS / "fsdp.yaml", *device)
     copies, sharded = (checkpoint(runs / f"version_{k}") for k in (0, 1))
     assert_same_training(copies, sharded)
-    project("validate", "--config", config, "--ckpt_path", runs / "version_1" / "checkpoints" / "last.ckpt")
+    project(
+        "validate",
+        "--config",
+        config,
+        "--ckpt_path",
+        runs / "version_1" / "checkpoints" / "last.ckpt",
+    )
     assert exits(runs / "version_1", "validate") == exits(runs / "version_1", "fit")
 
 
-def test_sharded_training_goes_on(project: Callable[..., str], tiny_config: Config, tmp_path: Path) -> None:
+def test_sharded_training_goes_on(
+    project: Callable[..., str], tiny_config: Config, tmp_path: Path
+) -> None:
     """The second of two epochs, cut over two processes, from a checkpoint of two whole copies, ends as theirs does."""
     config = tiny_config(**{"trainer.max_epochs": 2, "checkpoint": {"save_top_k": -1}})
     runs = tmp_path / "runs" / "tiny"
     project("fit", "--config", config, "--config", OVERLAYS / "ddp.yaml")
     (first,) = (runs / "version_0" / "checkpoints").glob("epoch_0-*.ckpt")
-    project("fit", "--config", config, "--config", OVERLAYS / "fsdp.yaml", "--ckpt_path", first)
+    project(
+        "fit", "--config", config, "--config", OVERLAYS / "fsdp.yaml", "--ckpt_path", first
+    )
     assert_same_training(*(checkpoint(runs / f"version_{k}") for k in (0, 1)))
 
 
 def test_goes_on_after_sigterm(
-    project: Callable[..., str], environment: dict[str, str], tiny_config: Config, tmp_path: Path
+    project: Callable[..., str],
+    environment: dict[str, str],
+    tiny_config: Config,
+    tmp_path: Path,
 ) -> None:
     """A fit stopped by SIGTERM in the middle of an epoch goes on with the next batch and ends at the same weights."""
     small = {"data.batch_tokens": 160, "data.context_tokens": 100, "trainer.max_epochs": 2}
@@ -181,11 +232,15 @@ def test_goes_on_after_sigterm(
     assert checkpoints, said
     state = torch.load(checkpoints[0], weights_only=True)
     assert 5 <= state["global_step"] < expected["global_step"]
-    assert state["global_step"] == state["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["batches"]
+    assert (
+        state["global_step"]
+        == state["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["batches"]
+    )
 
     project("fit", "--config", config, "--ckpt_path", checkpoints[0])
     resumed = torch.load(
-        tmp_path / "runs" / "tiny" / "version_2" / "checkpoints" / "last.ckpt", weights_only=True
+        tmp_path / "runs" / "tiny" / "version_2" / "checkpoints" / "last.ckpt",
+        weights_only=True,
     )
     assert resumed["global_step"] == expected["global_step"]
     for name, weights in expected["state_dict"].items():
@@ -244,28 +299,52 @@ def records(file: Path) -> Iterator[Any]:
             yield record
 
 
-def test_wandb_offline(project: Callable[..., str], tiny_config: Config, tmp_path: Path) -> None:
+def test_wandb_offline(
+    project: Callable[..., str], tiny_config: Config, tmp_path: Path
+) -> None:
     overlay = yaml.safe_load((OVERLAYS / "wandb.yaml").read_text())
-    overlay["trainer"]["logger+"][0]["init_args"] |= {"save_dir": str(tmp_path), "offline": True}
+    overlay["trainer"]["logger+"][0]["init_args"] |= {
+        "save_dir": str(tmp_path),
+        "offline": True,
+    }
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     project("fit", "--config", tiny_config(), "--config", tmp_path / "overlay.yaml")
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     settings, keys, artifacts = dict[str, Any](), set(), dict[str, Any]()
     for record in records(next(folder.glob("*.wandb"))):
         settings |= {u.key: json.loads(u.value_json) for u in record.config.update}
-        keys |= {i.key or "/".join(i.nested_key) for i in [*record.history.item, *record.summary.update]}
+        keys |= {
+            i.key or "/".join(i.nested_key)
+            for i in [*record.history.item, *record.summary.update]
+        }
         if record.WhichOneof("record_type") == "artifact":
             artifacts[record.artifact.type] = record.artifact
     assert {"model", "data", "trainer", "checkpoint"} <= settings.keys()
     assert settings["data"]["context_tokens"] == 128
-    logged = {"train/loss", "select/auc/exit_1", "select/auc/exit_3", "select/exit/mean_depth"}
-    assert logged | {"fit/minus_best_baseline", "fit/chosen_exit", "certificate/passed"} <= keys
+    logged = {
+        "train/loss",
+        "select/auc/exit_1",
+        "select/auc/exit_3",
+        "select/exit/mean_depth",
+    }
+    assert (
+        logged | {"fit/minus_best_baseline", "fit/chosen_exit", "certificate/passed"}
+        <= keys
+    )
     (table,) = folder.glob("files/media/table/fit/tune/*.table.json")
     rows = {row[0] for row in json.loads(table.read_text())["data"]}
     assert {"exit 1", "exit 3", "lr_rates", "gbdt_features"} <= rows
     assert list(folder.glob("files/media/images/report/pareto_*.png"))
     assert set(artifacts["model"].aliases) == {"best", "latest"}
-    held = {kind: {e.path: Path(e.local_path) for e in a.manifest.contents} for kind, a in artifacts.items()}
+    held = {
+        kind: {e.path: Path(e.local_path) for e in a.manifest.contents}
+        for kind, a in artifacts.items()
+    }
     state = torch.load(held["model"]["model.ckpt"], weights_only=True)
-    assert state["global_step"] == checkpoint(tmp_path / "runs" / "tiny" / "latest")["global_step"]
-    assert {"report/report.html", "report/report.md", "results/fit.json"} <= held["report"].keys()
+    assert (
+        state["global_step"]
+        == checkpoint(tmp_path / "runs" / "tiny" / "latest")["global_step"]
+    )
+    assert {"report/report.html", "report/report.md", "results/fit.json"} <= held[
+        "report"
+    ].keys()

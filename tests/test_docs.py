@@ -39,17 +39,23 @@ def test_site_builds_strictly(tmp_path: Path) -> None:
     for module in sorted((ROOT / "project").rglob("*.py")):
         if re.search(r"^class [A-Z]", module.read_text(), re.M):
             parts = module.relative_to(ROOT).with_suffix("").parts
-            folder = tmp_path.joinpath("reference", *(part for part in parts if part != "__init__"))
+            folder = tmp_path.joinpath(
+                "reference", *(part for part in parts if part != "__init__")
+            )
             assert "doc-heading" in (folder / "index.html").read_text(), module
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in PAGES if "```yaml" in p.read_text()], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in PAGES if "```yaml" in p.read_text()], ids=lambda p: p.stem
+)
 def test_examples_are_settings(
     path: Path, run: Callable[..., None], tmp_path: Path, tiny_config: Callable[..., Path]
 ) -> None:
     """Every block of YAML is accepted as a second --config."""
-    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", path.read_text(), re.DOTALL)):
+    for number, block in enumerate(
+        re.findall(r"```yaml\n(.*?)```", path.read_text(), re.DOTALL)
+    ):
         overlay = tmp_path / f"{number}.yaml"
         overlay.write_text(block)
         with pytest.raises(SystemExit) as stopped:
@@ -63,10 +69,19 @@ def test_commands_are_commands() -> None:
         *PAGES,
         *(
             ROOT / name
-            for name in ("README.md", "CONTRIBUTING.md", "results/README.md", "results/archive.md")
+            for name in (
+                "README.md",
+                "CONTRIBUTING.md",
+                "results/README.md",
+                "results/archive.md",
+            )
         ),
     ]
-    used = {command for p in documents for command in re.findall(r"python -m project (\w+)", p.read_text())}
+    used = {
+        command
+        for p in documents
+        for command in re.findall(r"python -m project (\w+)", p.read_text())
+    }
     assert used - {*ProjectCLI.subcommands(), *OTHER_COMMANDS} == set()
 
 
@@ -79,7 +94,11 @@ def test_commands_of_workflows_exist(path: Path) -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"\bmake (\w+)", text)) <= set(targets)
     assert all((ROOT / name).exists() for name in re.findall(r"\btests/[\w/.]+", text))
-    extras = {name for found in re.findall(r"-e '\.\[([\w,]+)\]'", text) for name in found.split(",")}
+    extras = {
+        name
+        for found in re.findall(r"-e '\.\[([\w,]+)\]'", text)
+        for name in found.split(",")
+    }
     assert extras <= set(PROJECT["optional-dependencies"])
     assert content["permissions"] == {"contents": "read"}
     assert "secrets." not in path.read_text()
@@ -87,7 +106,10 @@ def test_commands_of_workflows_exist(path: Path) -> None:
 
 def test_every_dependency_has_a_lowest_version() -> None:
     """Without a lower bound the job of lowest versions would test whatever is oldest on the index."""
-    wanted = [*PROJECT["dependencies"], *(d for e in PROJECT["optional-dependencies"].values() for d in e)]
+    wanted = [
+        *PROJECT["dependencies"],
+        *(d for e in PROJECT["optional-dependencies"].values() for d in e),
+    ]
     assert [d for d in wanted if ">=" not in d] == []
 
 
@@ -95,6 +117,8 @@ def test_every_command_stands_in_a_document() -> None:
     """And an extra is installed from a checkout: no index has this package."""
     text = "".join(path.read_text() for path in [*PAGES, ROOT / "README.md"])
     commands = [*ProjectCLI.subcommands(), *OTHER_COMMANDS]
-    assert [name for name in commands if not re.search(rf"(project |`){name}\b", text)] == []
+    assert [
+        name for name in commands if not re.search(rf"(project |`){name}\b", text)
+    ] == []
     sources = "".join(path.read_text() for path in (ROOT / "project").rglob("*.py"))
     assert not re.search(r"pip install ['\"]*exitrec", text + sources)

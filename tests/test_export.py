@@ -62,18 +62,26 @@ def states(backbone: Backbone, tokens: Tensor, layers: list[int]) -> list[Tensor
     return found
 
 
-def original(folder: Path, model: Path, changes: dict[str, Any]) -> tuple[ExitRecommender, ExitPlan]:
+def original(
+    folder: Path, model: Path, changes: dict[str, Any]
+) -> tuple[ExitRecommender, ExitPlan]:
     """Module and plan of a run as the engine loads them, adapters beside the weights."""
     lora = LoraSettings(**LORA) if "model.lora" in changes else None
     frozen = changes.get("model.freeze_embeddings", True)
-    module = ExitRecommender(str(model), [1, 2], lora=lora, freeze_embeddings=frozen, numbers=True)
-    plans = load_run(module, AutoTokenizer.from_pretrained(model), folder / "checkpoints" / "last.ckpt")
+    module = ExitRecommender(
+        str(model), [1, 2], lora=lora, freeze_embeddings=frozen, numbers=True
+    )
+    plans = load_run(
+        module, AutoTokenizer.from_pretrained(model), folder / "checkpoints" / "last.ckpt"
+    )
     return module.eval(), plans.plan
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_round_trip(kind: str, run: Run, tiny_config: Config, tiny_model: Path, tmp_path: Path) -> None:
+def test_round_trip(
+    kind: str, run: Run, tiny_config: Config, tiny_model: Path, tmp_path: Path
+) -> None:
     """Two of three layers, trained and exported: hidden states, heads, exits, exit 0 and tokens are the run's.
 
     To 1e-6. Where adapters were added to the weights, to 3e-6 of the largest state: W x + B A x and (W + B A) x are
@@ -86,25 +94,41 @@ def test_round_trip(kind: str, run: Run, tiny_config: Config, tiny_model: Path, 
     backbone, heads, loaded_plan = load_exported(target)
     tokens = torch.randint(0, 400, (2, 30), generator=torch.Generator().manual_seed(0))
     assert module.backbone is not None
-    numbers = torch.arange(LOWEST_ID, LOWEST_ID + 30)[None]  # ids that transformers' own model does not know
-    assert torch.equal(backbone.embed_tokens(numbers), module.backbone.embed_tokens(numbers))
+    numbers = torch.arange(LOWEST_ID, LOWEST_ID + 30)[
+        None
+    ]  # ids that transformers' own model does not know
+    assert torch.equal(
+        backbone.embed_tokens(numbers), module.backbone.embed_tokens(numbers)
+    )
     expected, found = (states(t, tokens, [1, 2]) for t in (module.backbone, backbone))
-    exact = {"atol": 3e-6 * float(expected[-1].abs().max()) if kind == "lora" else 1e-6, "rtol": 0}
+    exact = {
+        "atol": 3e-6 * float(expected[-1].abs().max()) if kind == "lora" else 1e-6,
+        "rtol": 0,
+    }
     for layer, before, after in zip("12", expected, found, strict=True):
         torch.testing.assert_close(after, before, **exact)
-        logits, exported = (h[layer](s[:, -1]) for h, s in ((module.heads, before), (heads, after)))
+        logits, exported = (
+            h[layer](s[:, -1]) for h, s in ((module.heads, before), (heads, after))
+        )
         torch.testing.assert_close(exported, logits, **exact)
 
     plain = AutoModel.from_pretrained(target)(tokens, output_hidden_states=True)
     assert len(plain.hidden_states) == 1 + 2
     torch.testing.assert_close(plain.hidden_states[1], expected[0], **exact)
-    torch.testing.assert_close(plain.last_hidden_state, module.backbone.final_norm(expected[1]), **exact)
+    torch.testing.assert_close(
+        plain.last_hidden_state, module.backbone.final_norm(expected[1]), **exact
+    )
     base = states(Backbone.from_pretrained(tiny_model, num_layers=2), tokens, [2])[0]
     assert (base - expected[1]).abs().max() > 1e-3  # trained, and that is what was exported
 
     assert json.dumps(to_json(loaded_plan.state())) == json.dumps(to_json(plan.state()))
-    assert exported_baseline(target).to_array() == pytest.approx(module.exit_0.numpy(), abs=0)
-    one, other = (AutoTokenizer.from_pretrained(f).encode("all 7 near 3: yes") for f in (target, tiny_model))
+    assert exported_baseline(target).to_array() == pytest.approx(
+        module.exit_0.numpy(), abs=0
+    )
+    one, other = (
+        AutoTokenizer.from_pretrained(f).encode("all 7 near 3: yes")
+        for f in (target, tiny_model)
+    )
     assert one == other
     for path in target.iterdir():
         assert str(tmp_path.parent).encode() not in path.read_bytes(), path
@@ -119,7 +143,9 @@ def test_refusals_of_a_run(fitted: Path, tmp_path: Path) -> None:
         export(fitted, fitted)
     saved = config.read_text()
     settings = yaml.safe_load(saved)
-    config.write_text(yaml.safe_dump(settings | {"model": settings["model"] | {"lora": LORA}}))
+    config.write_text(
+        yaml.safe_dump(settings | {"model": settings["model"] | {"lora": LORA}})
+    )
     with pytest.raises(CheckpointError, match=r"model\.lora"):
         export(fitted, target)
     config.write_text(saved)
@@ -147,17 +173,25 @@ def test_a_plan_survives_json(criterion: Criterion, exit_0: bool) -> None:
     criterion.fit(outputs)
     inner = [criterion.confidence(outputs.until(k)) for k in range(1, len(layers) - 1)]
     limits = [torch.inf, *(float(s.nanquantile(0.6)) for s in inner), -torch.inf]
-    plan = ExitPlan(calibration, Policy(criterion, torch.tensor(limits, dtype=torch.float64), layers), exit_0)
+    plan = ExitPlan(
+        calibration,
+        Policy(criterion, torch.tensor(limits, dtype=torch.float64), layers),
+        exit_0,
+    )
 
     text = json.dumps(to_json(plan.state()), allow_nan=False)
     back = ExitPlan.from_state(from_json(json.loads(text)))
-    for before, after in zip(plan.emitted(outputs), back.emitted(back.calibrated(raw)), strict=True):
+    for before, after in zip(
+        plan.emitted(outputs), back.emitted(back.calibrated(raw)), strict=True
+    ):
         assert torch.equal(before, after)
     assert json.dumps(to_json(back.state())) == text
 
 
 def test_not_a_run_and_not_exported(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"lacks config\.yaml, bundle/bundle\.json, .*last\.ckpt"):
+    with pytest.raises(
+        DataError, match=r"lacks config\.yaml, bundle/bundle\.json, .*last\.ckpt"
+    ):
         export(tmp_path, tmp_path / "new")
     with pytest.raises(DataError, match=r"exit_policy\.json does not exist"):
         load_exported(tmp_path)
@@ -181,7 +215,9 @@ BUNDLE = {
 }
 
 
-@pytest.mark.parametrize("base", ["smollm2-135m-instruct", "org/model", "/home/somebody/model"])
+@pytest.mark.parametrize(
+    "base", ["smollm2-135m-instruct", "org/model", "/home/somebody/model"]
+)
 def test_card(base: str, tmp_path: Path) -> None:
     """Its numbers are the test result's, front matter parses, licence and certificate are there, no path is."""
     files, scores = results()
@@ -192,6 +228,9 @@ def test_card(base: str, tmp_path: Path) -> None:
     assert f"{files['test']['exits'][-1]['auc']:.4f}".removeprefix("0") in card
     assert files["test"]["protocol"]["hash"] in card
     certificate = files["calibrate"]["certificate"]
-    assert f"it takes about {certificate['users_needed']} users, not {certificate['n']}" in card
+    assert (
+        f"it takes about {certificate['users_needed']} users, not {certificate['n']}"
+        in card
+    )
     assert ("Apache-2.0" in card) == (base == "smollm2-135m-instruct")
     assert not any(place in card for place in ("somebody", str(tmp_path)))

@@ -39,15 +39,21 @@ def split(tiny_logs: Path) -> SplitInteractions:
 
 
 @pytest.fixture(scope="module")
-def retrieved(split: SplitInteractions, tmp_path_factory: pytest.TempPathFactory) -> dict[str, pl.DataFrame]:
+def retrieved(
+    split: SplitInteractions, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, pl.DataFrame]:
     """Item kNN's: counts and cosines, no training."""
-    return RetrievedFeatures(split, ItemKNN(), REFITS, tmp_path_factory.mktemp("retrieved")).tables()
+    return RetrievedFeatures(
+        split, ItemKNN(), REFITS, tmp_path_factory.mktemp("retrieved")
+    ).tables()
 
 
 @pytest.fixture(scope="module")
 def batch(split: SplitInteractions, retrieved: dict[str, pl.DataFrame]) -> Batch:
     """The first six test windows; a token is a letter, and a number."""
-    encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment=SEGMENT), split.interactions.items)
+    encoder = PromptEncoder(
+        Letters(), Prompt(instruction="I\n", segment=SEGMENT), split.interactions.items
+    )
     streams = build_streams(split.rows, retrieved["test"], "test", encoder)
     return pack(streams, streams.evaluation(300)[:6])
 
@@ -92,7 +98,11 @@ def test_retrieved(retrieved: dict[str, pl.DataFrame]) -> None:
 def test_retrieved_of_learned_retrievers(split: SplitInteractions, tmp_path: Path) -> None:
     """LightGCN and the factorisation, by means: their last bits are the processor's."""
     found = RetrievedFeatures(
-        split, LightGCN(dim=8, item_neighbours=5), REFITS, tmp_path, MatrixFactorisation(dim=4)
+        split,
+        LightGCN(dim=8, item_neighbours=5),
+        REFITS,
+        tmp_path,
+        MatrixFactorisation(dim=4),
     ).tables()["test"]
     assert means(
         found, ["neighbour_count", "similarities", "vote", "mf", "item_similarity"]
@@ -101,8 +111,21 @@ def test_retrieved_of_learned_retrievers(split: SplitInteractions, tmp_path: Pat
 
 def test_packed_batch(batch: Batch) -> None:
     layout = batch.layout
-    arrays = [batch.tokens, layout.sequence, layout.segment, layout.group, layout.context, layout.position]
-    arrays += [batch.slots, batch.row_id, batch.label, batch.target_tokens, batch.stream_tokens]
+    arrays = [
+        batch.tokens,
+        layout.sequence,
+        layout.segment,
+        layout.group,
+        layout.context,
+        layout.position,
+    ]
+    arrays += [
+        batch.slots,
+        batch.row_id,
+        batch.label,
+        batch.target_tokens,
+        batch.stream_tokens,
+    ]
     assert batch.tokens.shape == (1, 1634)
     assert [digest(a.numpy()) for a in arrays] == [
         "d4cccf477e7ee034",
@@ -146,9 +169,13 @@ def test_engine() -> None:
     """Seven candidates behind twelve segments leave at four depths: before the LLM, at 2, 3 and 5."""
     request = random_request(np.random.default_rng(5), "golden", 12, 7)
     layers = (0, *EXITS)
-    values = torch.tensor([[1.0, 0.0, 0.0]] + [[1.0, 0.3, -0.1]] * len(EXITS), dtype=torch.float64)
+    values = torch.tensor(
+        [[1.0, 0.0, 0.0]] + [[1.0, 0.3, -0.1]] * len(EXITS), dtype=torch.float64
+    )
     thresholds = torch.tensor([0.8, 0.8, 0.8, 0.8, -torch.inf], dtype=torch.float64)
-    plan = ExitPlan(Calibration(layers, values), Policy(Ratio(), thresholds, layers), exit_0=True)
+    plan = ExitPlan(
+        Calibration(layers, values), Policy(Ratio(), thresholds, layers), exit_0=True
+    )
     (scored,) = Engine(seeded(make_module()), RowExits(plan)).score([request]).requests
     assert scored.exit_layers.tolist() == [2, 0, 0, 3, 0, 5, 0]
     assert scored.logits.tolist() == pytest.approx(
@@ -157,7 +184,9 @@ def test_engine() -> None:
 
 
 @pytest.mark.slow
-def test_fit_and_test(run: Callable[..., None], tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_fit_and_test(
+    run: Callable[..., None], tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
     """AUC of every head and of the baselines that stay, from logs to test.json."""
     run("fit", "--config", tiny_config(**{"data.refits": REFITS}))
     folder = tmp_path / "runs" / "tiny" / "latest"
@@ -166,6 +195,13 @@ def test_fit_and_test(run: Callable[..., None], tiny_config: Callable[..., Path]
     assert {row["layer"]: row["auc"] for row in found["exits"]} == pytest.approx(
         {0: 0.78000, 1: 0.44818, 3: 0.47455}, abs=1e-4
     )
-    baselines = {row["name"]: row["auc"] for row in found["baselines"] if row["split"] == "test"}
-    expected = {"item_rate": 0.5648, "neighbour_vote": 0.6868, "lr_features": 0.7791, "gbdt_features": 0.6027}
+    baselines = {
+        row["name"]: row["auc"] for row in found["baselines"] if row["split"] == "test"
+    }
+    expected = {
+        "item_rate": 0.5648,
+        "neighbour_vote": 0.6868,
+        "lr_features": 0.7791,
+        "gbdt_features": 0.6027,
+    }
     assert {name: baselines[name] for name in expected} == pytest.approx(expected, abs=1e-4)

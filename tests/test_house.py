@@ -15,7 +15,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = 102  # the aim is 100
-TOKENS, TOKENS_A_LINE, TEST_TOKENS = 141_000, 10.6, 173_000  # the aim: 125_000, 9.0, 150_000
+# The aims of the house: 125,000 tokens in the package and 150,000 in the tests.
+TOKENS = 141_000
+TOKENS_A_LINE = 9.0
+TEST_TOKENS = 173_000
 FLOORS = (  # from the ground up
     "project errors arrays layout cache metrics features request",
     "data run run_folder",
@@ -41,7 +44,11 @@ def imports() -> dict[str, set[str]]:
     for module, path in MODULES.items():
         found[module] = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "project":
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.module
+                and node.module.split(".")[0] == "project"
+            ):
                 full = {f"{node.module}.{name.name}" for name in node.names}
                 found[module] |= {name if name in MODULES else node.module for name in full}
     return found
@@ -86,29 +93,76 @@ def settings() -> set[str]:
     from project.trainer import ProjectTrainer
 
     linked = {"tokenizer", "answers", "numbers", "items", "seed", "bundle"}
-    sections = {"logs", "retriever", "protocol", "prompt", "mf", "optim", "lora", "certificate", "ranking"}
+    sections = {
+        "logs",
+        "retriever",
+        "protocol",
+        "prompt",
+        "mf",
+        "optim",
+        "lora",
+        "certificate",
+        "ranking",
+    }
     sections |= {"negatives"}
-    plain = {"self", "model", "datamodule", "ckpt_path", "weights_only", "dataloaders", "return_predictions"}
+    plain = {
+        "self",
+        "model",
+        "datamodule",
+        "ckpt_path",
+        "weights_only",
+        "dataloaders",
+        "return_predictions",
+    }
     classes = [
         *(InteractionData, protocol.Protocol, prompt.Prompt, retrieval.MatrixFactorisation),
         *(module.ExitRecommender, optim.OptimSettings, module.LoraSettings),
         *(plan.ExitSettings, callbacks.ResultFiles, tracking.WandbArtifacts),
-        *(certificate.CertificateSettings, rank.RankSettings, logs.TableLogs, logs.RecBoleLogs),
+        *(
+            certificate.CertificateSettings,
+            rank.RankSettings,
+            logs.TableLogs,
+            logs.RecBoleLogs,
+        ),
         *(readers.BookCrossing, readers.AmazonReviews, negatives.Negatives),
-        *(retrieval.VectorRetriever, retrieval.LightGCN, retrieval.TextEncoder, retrieval.ItemKNN),
+        *(
+            retrieval.VectorRetriever,
+            retrieval.LightGCN,
+            retrieval.TextEncoder,
+            retrieval.ItemKNN,
+        ),
         *(criteria.Consistency, criteria.RatioConsistency, criteria.Learned),
     ]
     shared = set(inspect.signature(Retriever).parameters)
     found = {f"Retriever.{name}" for name in shared}
     for kind in classes:
         names = set(inspect.signature(kind).parameters) - ({"args", "kwargs"})
-        names -= shared if issubclass(kind, Retriever) else linked if kind is not prompt.Prompt else set()
+        names -= (
+            shared
+            if issubclass(kind, Retriever)
+            else linked
+            if kind is not prompt.Prompt
+            else set()
+        )
         found |= {f"{kind.__name__}.{name}" for name in names - sections}
     found |= {f"serve --{name}" for name in inspect.signature(ServeSettings).parameters}
-    for place, path in MODULES.items():  # arguments of the commands that read no configuration
-        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-        names = [n.args[0] for n in calls if getattr(n.func, "attr", "") == "add_argument" and n.args]
-        found |= {f"{place} {name.value}" for name in names if isinstance(name, ast.Constant)}
+    for (
+        place,
+        path,
+    ) in MODULES.items():  # arguments of the commands that read no configuration
+        calls = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+        ]
+        names = [
+            n.args[0]
+            for n in calls
+            if getattr(n.func, "attr", "") == "add_argument" and n.args
+        ]
+        found |= {
+            f"{place} {name.value}" for name in names if isinstance(name, ast.Constant)
+        }
     for command in ("calibrate", "baselines", "benchmark", "predict", "rank"):
         names = set(inspect.signature(getattr(ProjectTrainer, command)).parameters) - plain
         found |= {f"{command} --{name}" for name in names - sections}
@@ -136,7 +190,13 @@ def test_no_import_upward() -> None:
 
 def size(folder: Path) -> tuple[int, int]:
     """Tokens and code lines of a folder's files; docstrings, comments, line ends and indents are no tokens."""
-    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    skipped = {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+    }
     skipped |= {tokenize.ENDMARKER}
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     tokens = lines = 0
@@ -174,7 +234,9 @@ def test_size_counts_tokens(tmp_path: Path) -> None:
 def test_the_server_draws_nothing() -> None:
     """Its HTTP process imports neither matplotlib nor the report (jinja2 comes along with transformers)."""
     code = "import sys, project.serve.server; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert "fastapi" in done.stdout.split()
     unwanted = ("matplotlib", "project.report", "project.evaluation")
     assert [name for name in done.stdout.split() if name.startswith(unwanted)] == []

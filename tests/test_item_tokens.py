@@ -15,7 +15,14 @@ from jsonargparse import ArgumentParser
 from torch import nn
 from world import Letters, given
 
-from project.data.prompt import FIRST_ITEM_ID, LOWEST_ID, Prompt, PromptEncoder, read_number_ids, readable
+from project.data.prompt import (
+    FIRST_ITEM_ID,
+    LOWEST_ID,
+    Prompt,
+    PromptEncoder,
+    read_number_ids,
+    readable,
+)
 from project.datamodule import InteractionData
 from project.engine.engine import score_every_head
 from project.engine.predict import load_weights
@@ -35,7 +42,11 @@ def test_ids() -> None:
     found = encoder.encode(
         np.array([1, 0]), pl.DataFrame({"likes": [0, 0]}), np.array([1, -1], dtype=np.int8)
     )
-    assert found.tokens[0].tolist() == [*map(ord, "Brazil"), FIRST_ITEM_ID - 1, *map(ord, ": yes")]
+    assert found.tokens[0].tolist() == [
+        *map(ord, "Brazil"),
+        FIRST_ITEM_ID - 1,
+        *map(ord, ": yes"),
+    ]
     assert found.tokens[1].tolist() == [*map(ord, "Alien"), FIRST_ITEM_ID, ord(":")]
     assert found.slots.tolist() == [7, 6]
     assert not read_number_ids(torch.tensor([FIRST_ITEM_ID, FIRST_ITEM_ID - 255]))[0].any()
@@ -44,13 +55,17 @@ def test_ids() -> None:
         def decode(self, ids: list[int]) -> str:
             return "".join(map(chr, ids))
 
-    assert readable(torch.from_numpy(found.tokens[0]), Decoder()) == "Brazil[item_text 1]: yes"  # type: ignore[arg-type]
+    assert (
+        readable(torch.from_numpy(found.tokens[0]), Decoder()) == "Brazil[item_text 1]: yes"
+    )  # type: ignore[arg-type]
 
 
 def test_a_column_of_that_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="also a column"):
         PromptEncoder(
-            Letters(), Prompt(segment="{item_text}:"), ITEMS.with_columns(item_text=pl.lit("an attribute"))
+            Letters(),
+            Prompt(segment="{item_text}:"),
+            ITEMS.with_columns(item_text=pl.lit("an attribute")),
         )
 
 
@@ -100,7 +115,12 @@ def test_from_fit_to_requests(
     twin = NEW | {"item_id": "twin"}
     other = NEW | {"item_id": "other", "title": "two friends in winter city"}
     records: list[dict[str, Any]] = [
-        {"request_id": "known", "user_id": "u1", "time": 200.0, "candidates": ["i3", NEW, twin, other]},
+        {
+            "request_id": "known",
+            "user_id": "u1",
+            "time": 200.0,
+            "candidates": ["i3", NEW, twin, other],
+        },
         {"request_id": "own", "history": past, "candidates": ["i3", NEW, twin, other]},
     ]
     (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -116,7 +136,9 @@ def test_from_fit_to_requests(
     import yaml
 
     own = {"requests": str(tmp_path / "requests.jsonl"), "tokenizer": str(tiny_model)}
-    settings = parser.parse_object({"data": yaml.safe_load(config.read_text())["data"] | own})
+    settings = parser.parse_object(
+        {"data": yaml.safe_load(config.read_text())["data"] | own}
+    )
     data: InteractionData = parser.instantiate(settings).data
     model = ExitRecommender(str(tiny_model), [1, 3], numbers=True, items=True)
     load_weights(model, data.tokenizer, folder / "checkpoints" / "last.ckpt", data)

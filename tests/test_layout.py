@@ -28,7 +28,9 @@ def random_layout(seed: int, length: int = 90) -> Layout:
             group, start, size = 0, 0, 0
             stream, candidates = int(rng.integers(0, 9)), int(rng.integers(0, 5))
             for kind in ["instruction", *["stream"] * stream, *["candidate"] * candidates]:
-                if kind != "instruction" and (group == 0 or (kind == "stream" and rng.random() < 0.6)):
+                if kind != "instruction" and (
+                    group == 0 or (kind == "stream" and rng.random() < 0.6)
+                ):
                     group, start, size = group + 1, start + size, 0
                 n = int(rng.integers(1, 8))
                 context = kind == "instruction" or (kind == "stream" and rng.random() < 0.8)
@@ -74,7 +76,9 @@ def test_rule_by_hand() -> None:
         "000000010",  # padding: itself
         "000000001",
     ]
-    assert layout.dense_mask()[0].int().tolist() == [[int(c) for c in row] for row in expected]
+    assert layout.dense_mask()[0].int().tolist() == [
+        [int(c) for c in row] for row in expected
+    ]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -94,11 +98,16 @@ def test_blocks_amount_to_the_rule(seed: int, block_tokens: int) -> None:
 
 def test_keys_of_a_usual_sequence() -> None:
     """Stream blocks read from the sequence's start to their own end, candidate blocks stream and themselves."""
-    segments, size = 40, 10  # the first 20 are the stream, the others candidates of one group
+    segments, size = (
+        40,
+        10,
+    )  # the first 20 are the stream, the others candidates of one group
     segment = torch.arange(segments).repeat_interleave(size)[None]
     context = segment < 20
     group = torch.where(context, segment, 20)
-    layout = Layout.build(torch.zeros_like(segment), segment, group, context, segment, block_tokens=100)
+    layout = Layout.build(
+        torch.zeros_like(segment), segment, group, context, segment, block_tokens=100
+    )
     assert [(b.queries, b.keys) for b in layout.blocks] == [
         ((0, 100), [(0, 100)]),
         ((100, 200), [(0, 200)]),
@@ -110,9 +119,13 @@ def test_keys_of_a_usual_sequence() -> None:
 @pytest.mark.parametrize(("hole", "ranges"), [(MERGED_GAP, 1), (MERGED_GAP + 1, 2)])
 def test_short_holes_are_merged(hole: int, ranges: int) -> None:
     """A run of invisible keys splits the range only where it is longer than MERGED_GAP."""
-    lengths = torch.tensor([5, hole, 5])  # context, a target that nobody sees, a later target
+    lengths = torch.tensor(
+        [5, hole, 5]
+    )  # context, a target that nobody sees, a later target
     segment = torch.arange(3).repeat_interleave(lengths)[None]
-    layout = Layout.build(torch.zeros_like(segment), segment, segment, segment == 0, segment, block_tokens=5)
+    layout = Layout.build(
+        torch.zeros_like(segment), segment, segment, segment == 0, segment, block_tokens=5
+    )
     last = layout.blocks[-1]
     assert last.queries == (5 + hole, 10 + hole)
     assert len(last.keys) == ranges
@@ -147,10 +160,17 @@ def test_a_plan_grows_with_its_parts(n: int) -> None:
     the stream and itself, 768 keys.
     """
     index = torch.arange(1024 * n)[None]
-    sequences = Layout.build(index // 1024, index // 32, index // 32, index >= 0, index, block_tokens=256)
+    sequences = Layout.build(
+        index // 1024, index // 32, index // 32, index >= 0, index, block_tokens=256
+    )
     assert len(sequences.blocks) == 4 * n
     index = torch.arange(512 + 256 * n)[None]
     group = torch.where(index < 512, index // 32, 512)
-    candidates = Layout.build(index * 0, index // 32, group, index < 512, index, block_tokens=256)
-    pairs = [sum(block.mask.numel() for block in layout.blocks) for layout in (sequences, candidates)]
+    candidates = Layout.build(
+        index * 0, index // 32, group, index < 512, index, block_tokens=256
+    )
+    pairs = [
+        sum(block.mask.numel() for block in layout.blocks)
+        for layout in (sequences, candidates)
+    ]
     assert pairs == [256 * 2560 * n, 256 * (256 + 512) + n * 256 * 768]

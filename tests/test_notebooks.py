@@ -32,7 +32,10 @@ Outputs = list[dict[str, Any]]
 
 def execute(name: str, folder: Path, **environment: object) -> Outputs:
     """Outputs of all cells of a notebook that ran in a folder; fails with the cell's traceback where one raises."""
-    places = {key: str(folder / key) for key in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    places = {
+        key: str(folder / key)
+        for key in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    }
     given = {key: str(value) for key, value in environment.items()}
     done = folder / name
     result = subprocess.run(
@@ -42,18 +45,27 @@ def execute(name: str, folder: Path, **environment: object) -> Outputs:
         text=True,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    cells = [cell for cell in json.loads(done.read_text())["cells"] if cell["cell_type"] == "code"]
+    cells = [
+        cell
+        for cell in json.loads(done.read_text())["cells"]
+        if cell["cell_type"] == "code"
+    ]
     assert all(cell["execution_count"] for cell in cells)
     outputs = [output for cell in cells for output in cell["outputs"]]
     said = "".join(text for o in outputs if o.get("name") == "stderr" for text in o["text"])
-    assert not [line for line in said.splitlines() if not line.startswith("Prompts show of each item:")]
+    assert not [
+        line
+        for line in said.splitlines()
+        if not line.startswith("Prompts show of each item:")
+    ]
     return outputs
 
 
 def printed(outputs: Outputs) -> str:
     """All that was printed or shown as Markdown."""
     return "\n".join(
-        "".join(o.get("text", [])) + "".join(o.get("data", {}).get("text/markdown", [])) for o in outputs
+        "".join(o.get("text", [])) + "".join(o.get("data", {}).get("text/markdown", []))
+        for o in outputs
     )
 
 
@@ -88,7 +100,9 @@ def test_logs_to_prompt(tmp_path: Path, tiny_model: Path) -> None:
 @pytest.mark.slow
 def test_exits_of_a_run(tmp_path: Path, session_cache: Path, fitted: Path) -> None:
     """Given a calibrated run with exits 1 and 3 it trains nothing, and both pictures are drawn."""
-    outputs = execute("02_exits.ipynb", tmp_path, PROJECT_CACHE=session_cache, EXITREC_RUN=fitted)
+    outputs = execute(
+        "02_exits.ipynb", tmp_path, PROJECT_CACHE=session_cache, EXITREC_RUN=fitted
+    )
     assert "training" not in printed(outputs)
     assert "exit  3: leave where confidence >= -inf" in printed(outputs)
     assert pictures(outputs) == 2
@@ -98,7 +112,9 @@ def test_exits_of_a_run(tmp_path: Path, session_cache: Path, fitted: Path) -> No
 @pytest.mark.real
 def test_exits_without_a_run(tmp_path: Path, tiny_model: Path) -> None:
     """It says that it trains a small run and shows that one, with exits 1 and 2."""
-    outputs = execute("02_exits.ipynb", tmp_path, EXITREC_RUN=tmp_path / "none", EXITREC_MODEL=tiny_model)
+    outputs = execute(
+        "02_exits.ipynb", tmp_path, EXITREC_RUN=tmp_path / "none", EXITREC_MODEL=tiny_model
+    )
     text = printed(outputs)
     assert "training a small one" in text
     assert "exit  2: leave where confidence >= -inf" in text
@@ -109,7 +125,10 @@ def test_exits_without_a_run(tmp_path: Path, tiny_model: Path) -> None:
 def test_your_own_csv(tmp_path: Path, tiny_model: Path, session_cache: Path) -> None:
     """140 of the 600 rows are test and scored; the mistake is explained by its column; no terminal codes."""
     outputs = execute(
-        "03_your_own_csv.ipynb", tmp_path, PROJECT_CACHE=session_cache, EXITREC_MODEL=tiny_model
+        "03_your_own_csv.ipynb",
+        tmp_path,
+        PROJECT_CACHE=session_cache,
+        EXITREC_MODEL=tiny_model,
     )
     text = printed(outputs)
     assert "no column customer (our user_id)" in text
@@ -121,7 +140,9 @@ def test_your_own_csv(tmp_path: Path, tiny_model: Path, session_cache: Path) -> 
 @pytest.mark.slow
 def test_serve(tmp_path: Path, session_cache: Path, fitted: Path) -> None:
     """It starts a server, which ends as asked, and an event changes scores."""
-    outputs = execute("04_serve.ipynb", tmp_path, PROJECT_CACHE=session_cache, EXITREC_RUN=fitted)
+    outputs = execute(
+        "04_serve.ipynb", tmp_path, PROJECT_CACHE=session_cache, EXITREC_RUN=fitted
+    )
     text = printed(outputs)
     assert "{'new': 1, 'conflict': []}" in text
     assert re.search(r"^[1-9]\d* of 12 scores changed$", text, re.M)

@@ -32,7 +32,12 @@ from project.serve.ranker import Ranker
 Run = Callable[..., None]
 ROWS, USERS, ITEMS = 400, 25, 15
 START = datetime(2024, 5, 17, 9, 30, tzinfo=UTC)
-COLUMNS = {"user_id": "customer", "item_id": "song", "timestamp": "heard_at", "label": "liked"}
+COLUMNS = {
+    "user_id": "customer",
+    "item_id": "song",
+    "timestamp": "heard_at",
+    "label": "liked",
+}
 ITEM_COLUMNS = {"item_id": "song", "title": "name"}
 FORMS = ("csv", "files", "parquet")
 PROMPT: dict[str, Any] = {
@@ -47,7 +52,11 @@ def listened() -> pl.DataFrame:
     """
     rng = np.random.default_rng(0)
     user, item = rng.integers(0, USERS, ROWS), rng.integers(0, ITEMS, ROWS)
-    liked = rng.normal(size=USERS)[user] * rng.normal(size=ITEMS)[item] + 0.5 * rng.normal(size=ROWS) > 0
+    liked = (
+        rng.normal(size=USERS)[user] * rng.normal(size=ITEMS)[item]
+        + 0.5 * rng.normal(size=ROWS)
+        > 0
+    )
     minutes = np.sort(rng.integers(0, ROWS // 2, ROWS))  # ties
     part = np.searchsorted([100, 280, 340], np.arange(ROWS), side="right")
     split = np.array(GIVEN_SPLITS)[part]
@@ -85,7 +94,10 @@ def write_logs(folder: Path, form: str) -> dict[str, Any]:
     """The shop's files; returns data.logs.init_args."""
     table, columns = listened(), dict(COLUMNS)
     songs().write_csv(folder / "songs.csv")
-    arguments: dict[str, Any] = {"items": str(folder / "songs.csv"), "item_columns": ITEM_COLUMNS}
+    arguments: dict[str, Any] = {
+        "items": str(folder / "songs.csv"),
+        "item_columns": ITEM_COLUMNS,
+    }
     if form == "files":
         names = {split: str(folder / f"{split}.csv") for split in GIVEN_SPLITS}
         for split, name in names.items():
@@ -106,7 +118,10 @@ def write_config(folder: Path, form: str, model: Path) -> Path:
     """All that a user writes."""
     config = tiny_settings(folder, model, folder, name="runs")
     config["data"] |= {
-        "logs": {"class_path": "project.data.logs.TableLogs", "init_args": write_logs(folder, form)},
+        "logs": {
+            "class_path": "project.data.logs.TableLogs",
+            "init_args": write_logs(folder, form),
+        },
         "protocol": {"split": "given", "label": None},
         "prompt": PROMPT,
         "context_tokens": 160,
@@ -153,8 +168,14 @@ def test_fit_and_test(runs: Callable[[str], Path]) -> None:
     for command, split in (("fit", "valid"), ("test", "test")):
         found = result(run, command)
         assert found["protocol"]["name"] == "given"
-        assert found["protocol"]["counts"] == {s: parts[s] for s in ("train", "valid", "test")}
-        assert found["protocol"]["context"] == {"train": parts["history"], "valid": 0, "test": 0}
+        assert found["protocol"]["counts"] == {
+            s: parts[s] for s in ("train", "valid", "test")
+        }
+        assert found["protocol"]["context"] == {
+            "train": parts["history"],
+            "valid": 0,
+            "test": 0,
+        }
         scores = pl.read_parquet(run / "scores" / f"{split}.parquet")
         assert len(scores) == parts[split]
         assert scores["label"].sum() == table.filter(pl.col("part") == split)["liked"].sum()
@@ -165,7 +186,10 @@ def test_fit_and_test(runs: Callable[[str], Path]) -> None:
 def test_ten_lines_are_enough(run: Run, tmp_path: Path, tiny_model: Path) -> None:
     """Files and columns: labels are the log's own, the segment shows short item columns and numbers."""
     config = tiny_settings(tmp_path, tiny_model, tmp_path, name="runs")
-    logs = {"class_path": "project.data.logs.TableLogs", "init_args": write_logs(tmp_path, "csv")}
+    logs = {
+        "class_path": "project.data.logs.TableLogs",
+        "init_args": write_logs(tmp_path, "csv"),
+    }
     config["data"] = {"logs": logs, "retriever": "project.retrieval.ItemKNN"}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
     run("fit", "--config", tmp_path / "own.yaml")
@@ -178,20 +202,33 @@ def test_ten_lines_are_enough(run: Run, tmp_path: Path, tiny_model: Path) -> Non
 
 
 @pytest.mark.slow
-def test_clicks_without_dates_or_answers(run: Run, tmp_path: Path, tiny_model: Path) -> None:
+def test_clicks_without_dates_or_answers(
+    run: Run, tmp_path: Path, tiny_model: Path
+) -> None:
     """Who and what alone is a log: rows are shuffled, negatives sampled, and both are said in the table."""
     config = write_config(tmp_path, "csv", tiny_model)
-    listened().select("customer", "song").unique(maintain_order=True).write_csv(tmp_path / "log.csv")
+    listened().select("customer", "song").unique(maintain_order=True).write_csv(
+        tmp_path / "log.csv"
+    )
     settings = yaml.safe_load(config.read_text())
-    settings["data"]["logs"]["init_args"]["columns"] = {"user_id": "customer", "item_id": "song"}
-    settings["data"]["protocol"] = {"split": "random", "label": "clicked", "negatives": {"per_positive": 1}}
+    settings["data"]["logs"]["init_args"]["columns"] = {
+        "user_id": "customer",
+        "item_id": "song",
+    }
+    settings["data"]["protocol"] = {
+        "split": "random",
+        "label": "clicked",
+        "negatives": {"per_positive": 1},
+    }
     config.write_text(yaml.safe_dump(settings))
     run("fit", "--config", config)
     folder = tmp_path / "runs" / "version_0"
     run("test", *given(folder))
     found = result(folder, "test")["protocol"]
     assert (found["order"], found["fields"]["negatives"]["by"]) == ("shuffled", "uniform")
-    assert found["counts"] == {split: 2 * count for split, count in found["positives"].items()}
+    assert found["counts"] == {
+        split: 2 * count for split, count in found["positives"].items()
+    }
     assert found["negatives"] == found["rows"] == sum(found["positives"].values())
     scores = pl.read_parquet(folder / "scores" / "test.parquet")
     assert scores["label"].mean() == 0.5
@@ -211,7 +248,11 @@ def test_every_form_trains_the_same(form: str, runs: Callable[[str], Path]) -> N
 
 @pytest.mark.parametrize("form", FORMS)
 def test_history_is_context_and_never_a_target(
-    form: str, tmp_path: Path, tiny_model: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
+    form: str,
+    tmp_path: Path,
+    tiny_model: Path,
+    session_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No history row is scored in any split; later rows of its user read it, its answer included, and count it."""
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
@@ -226,7 +267,9 @@ def test_history_is_context_and_never_a_target(
         assert inside.sum() == len(history)
         assert not streams.target[inside].any()
         assert streams.context[inside].all()
-        assert (streams.tokens.lengths[:-1][inside] == streams.slots[inside] + 2).all()  # the answer is there
+        assert (
+            streams.tokens.lengths[:-1][inside] == streams.slots[inside] + 2
+        ).all()  # the answer is there
     own = rows.filter(pl.col("user") == 0, kinds.is_in(["history", "train"]).to_list())
     last = own.filter(pl.col("role") == "target").tail(1)
     earlier = own.filter(pl.col("timestamp") < last["timestamp"].item())
@@ -240,7 +283,9 @@ def readme_yaml() -> str:
     """The YAML of README's own logs, as it stands there."""
     parts = (Path(__file__).parents[1] / "README.md").read_text().split("```")[1::2]
     return next(
-        part.removeprefix("yaml\n") for part in parts if "class_path: project.data.logs.TableLogs" in part
+        part.removeprefix("yaml\n")
+        for part in parts
+        if "class_path: project.data.logs.TableLogs" in part
     )
 
 
@@ -255,7 +300,14 @@ def test_readme_yaml_makes_a_run_that_every_command_reads(
     log.drop("liked", "device").write_csv("logs.csv")
     songs().rename({"song": "product"}).write_csv("products.csv")
     Path("own.yaml").write_text(readme_yaml())
-    small = ("--model.backbone", tiny_model, "--model.exit_layers", "[1,3]", "--trainer.accelerator", "cpu")
+    small = (
+        "--model.backbone",
+        tiny_model,
+        "--model.exit_layers",
+        "[1,3]",
+        "--trainer.accelerator",
+        "cpu",
+    )
     run("fit", "--config", "own.yaml", *small, "--trainer.limit_train_batches", 2)
     folder = (tmp_path / "runs" / "own" / "latest").resolve()
     saved = (folder / "config.yaml").read_text()
@@ -280,20 +332,28 @@ def test_dates_are_seconds(tmp_path: Path) -> None:
     for form in FORMS:
         (folder := tmp_path / form).mkdir()
         times = TableLogs(**write_logs(folder, form)).read().interactions["timestamp"]
-        expected = START.timestamp() + 60 * (listened()["heard_at"] - START).dt.total_minutes()
+        expected = (
+            START.timestamp() + 60 * (listened()["heard_at"] - START).dt.total_minutes()
+        )
         assert sorted(times) == sorted(expected.to_list())
     assert START.timestamp() == 1_715_938_200
 
 
-def test_bad_split_column(fails: Callable[..., str], tmp_path: Path, tiny_model: Path) -> None:
+def test_bad_split_column(
+    fails: Callable[..., str], tmp_path: Path, tiny_model: Path
+) -> None:
     """A value that is no split names row, the user's own column and what is allowed."""
     config = write_config(tmp_path, "csv", tiny_model)
     as_text(listened().with_columns(part=pl.lit("holdout"))).write_csv(tmp_path / "log.csv")
     said = fails("baselines", "--config", config)
-    assert all(w in said for w in ("row 1", "part", "holdout", "history, train, valid, test")), said
+    assert all(
+        w in said for w in ("row 1", "part", "holdout", "history, train, valid, test")
+    ), said
 
 
-def test_retriever_and_factorisation_may_be_left_out(tiny_config: Callable[..., Path]) -> None:
+def test_retriever_and_factorisation_may_be_left_out(
+    tiny_config: Callable[..., Path],
+) -> None:
     """Own YAML without them has LightGCN and the factorisation as they are; null leaves that out."""
     parser = ArgumentParser()
     parser.add_class_arguments(InteractionData, "data")
@@ -301,9 +361,15 @@ def test_retriever_and_factorisation_may_be_left_out(tiny_config: Callable[..., 
     del settings["retriever"], settings["mf"]
     for change, retriever, mf in (
         ({}, LightGCN(item_neighbours=30), MatrixFactorisation()),
-        ({"retriever": {"class_path": "project.retrieval.NoRetriever"}, "mf": None}, NoRetriever(), None),
+        (
+            {"retriever": {"class_path": "project.retrieval.NoRetriever"}, "mf": None},
+            NoRetriever(),
+            None,
+        ),
     ):
-        data = parser.instantiate_classes(parser.parse_object({"data": settings | change})).data
+        data = parser.instantiate_classes(
+            parser.parse_object({"data": settings | change})
+        ).data
         assert (data.retriever.settings(), data.mf) == (retriever.settings(), mf)
 
 
@@ -316,7 +382,9 @@ def test_a_dead_graph_is_a_warning_in_the_data(
     data = InteractionData(
         TableLogs(**files), protocol=Protocol(split="given", label=None), refits=1, mf=None
     )
-    with pytest.warns(UserWarning, match="LightGCN was never fitted before the .* Raise data.refits") as said:
+    with pytest.warns(
+        UserWarning, match="LightGCN was never fitted before the .* Raise data.refits"
+    ) as said:
         assert set(data.retrieved) == {"train", "valid", "test"}
     not_read, *dead = data.warnings
     assert not_read == "of the interactions not read: device."

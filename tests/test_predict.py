@@ -36,7 +36,10 @@ def sharp_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def fitted(
-    sharp_model: Path, tiny_logs: Path, session_cache: Path, tmp_path_factory: pytest.TempPathFactory
+    sharp_model: Path,
+    tiny_logs: Path,
+    session_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Run folder of one tiny fit."""
     folder = tmp_path_factory.mktemp("fitted")
@@ -74,7 +77,10 @@ def log(tiny_logs: Path) -> pl.DataFrame:
 def history_of(log: pl.DataFrame, user: str, before: float) -> list[Record]:
     past = log.filter((pl.col("user_id") == user) & (pl.col("timestamp") < before))
     rows = past.select("item_id", "rating", "timestamp").iter_rows()
-    return [{"item_id": item, "label": int(rating > 3), "time": float(time)} for item, rating, time in rows]
+    return [
+        {"item_id": item, "label": int(rating > 3), "time": float(time)}
+        for item, rating, time in rows
+    ]
 
 
 def request(name: str, candidates: list[Any], **about: Any) -> Record:
@@ -105,9 +111,19 @@ def test_everybody_is_scored(predict: Predict, log: pl.DataFrame) -> None:
     assert scores.select("request_id", "candidate_index", "item_id").rows() == expected
     assert np.isfinite(scores.select(LOGITS).to_numpy()).all()
     assert scores["label"].null_count() == scores["row_id"].null_count() == len(scores)
-    read = dict(scores.group_by("request_id").agg(pl.col("stream_tokens").first()).iter_rows())
-    assert read["unseen"] == read["newcomer"] < read["new past"] < read["known"] == read["anonymous"]
-    np.testing.assert_allclose(logits(scores, "unseen"), logits(scores, "newcomer"), atol=1e-5)
+    read = dict(
+        scores.group_by("request_id").agg(pl.col("stream_tokens").first()).iter_rows()
+    )
+    assert (
+        read["unseen"]
+        == read["newcomer"]
+        < read["new past"]
+        < read["known"]
+        == read["anonymous"]
+    )
+    np.testing.assert_allclose(
+        logits(scores, "unseen"), logits(scores, "newcomer"), atol=1e-5
+    )
 
 
 def test_a_history_scores_as_the_log_does(predict: Predict, log: pl.DataFrame) -> None:
@@ -124,16 +140,22 @@ def test_a_history_scores_as_the_log_does(predict: Predict, log: pl.DataFrame) -
         ]
     scores = predict(records)
     named, given_rows, other = (
-        np.stack([logits(scores, f"{user} {how}") for user in users]) for how in ("named", "given", "other")
+        np.stack([logits(scores, f"{user} {how}") for user in users])
+        for how in ("named", "given", "other")
     )
     np.testing.assert_allclose(given_rows, named, atol=1e-4)
     assert np.abs(other - named).max(axis=(0, 1)).min() > 0.05  # at both exits
 
 
-def test_rows_at_and_after_the_time_are_not_read(predict: Predict, log: pl.DataFrame) -> None:
+def test_rows_at_and_after_the_time_are_not_read(
+    predict: Predict, log: pl.DataFrame
+) -> None:
     """Rows at and after the request's time are not read, of the log or of a history."""
     past = history_of(log, "u1", 150.0)
-    later = [{"item_id": "i2", "label": 1, "time": 150.0}, {"item_id": "i4", "label": 0, "time": 180.0}]
+    later = [
+        {"item_id": "i2", "label": 1, "time": 150.0},
+        {"item_id": "i4", "label": 0, "time": 180.0},
+    ]
     scores = predict(
         [
             request("plain", ["i1"], history=past, time=150.0),
@@ -143,7 +165,9 @@ def test_rows_at_and_after_the_time_are_not_read(predict: Predict, log: pl.DataF
         ]
     )
     # what is read moves a score by .05; places in one batch differ by a rounding
-    np.testing.assert_allclose(logits(scores, "plain"), logits(scores, "with the future"), atol=1e-5)
+    np.testing.assert_allclose(
+        logits(scores, "plain"), logits(scores, "with the future"), atol=1e-5
+    )
     read = dict(scores.select("request_id", "stream_tokens").iter_rows())
     assert read["named"] == read["plain"] < read["named, later"]
 
@@ -182,7 +206,9 @@ def test_without_a_time_the_whole_log_and_the_whole_history_are_read(
 ) -> None:
     """Requests of now are answered by the index where they are alone, by the walk where others bring histories."""
     end = float(log["timestamp"].max())  # type: ignore[arg-type]
-    today = [{"item_id": f"i{k}", "label": k % 2, "time": end + 1000.0 + k} for k in range(5)]
+    today = [
+        {"item_id": f"i{k}", "label": k % 2, "time": end + 1000.0 + k} for k in range(5)
+    ]
     of_now = [
         request("now", ["i1"], user_id="u1"),
         request("later", ["i1"], user_id="u1", time=end + 1e6),
@@ -193,22 +219,38 @@ def test_without_a_time_the_whole_log_and_the_whole_history_are_read(
         request("today, with a time", ["i1"], history=today, time=end + 2000.0),
     ]
     scores = predict([*of_now, *histories])
-    np.testing.assert_allclose(predict(of_now).select(LOGITS), scores.head(4).select(LOGITS), atol=1e-5)
+    np.testing.assert_allclose(
+        predict(of_now).select(LOGITS), scores.head(4).select(LOGITS), atol=1e-5
+    )
     np.testing.assert_allclose(logits(scores, "now"), logits(scores, "later"), atol=1e-5)
     assert scores["stream_tokens"][4] == scores["stream_tokens"][5]
-    np.testing.assert_allclose(logits(scores, "today"), logits(scores, "today, with a time"), atol=1e-5)
+    np.testing.assert_allclose(
+        logits(scores, "today"), logits(scores, "today, with a time"), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_an_untrained_model_is_refused_before_the_first_batch(
-    command: str, fitted: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: str,
+    fitted: Path,
+    fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     path = tmp_path / "requests.jsonl"
     path.write_text(json.dumps(request("a", ["i1"], user_id="u1")))
     batches = list[Batch]()
-    monkeypatch.setattr(ExitRecommender, "forward", lambda self, batch: batches.append(batch))
+    monkeypatch.setattr(
+        ExitRecommender, "forward", lambda self, batch: batches.append(batch)
+    )
     message = fails(
-        command, "--config", fitted / "config.yaml", "--data.requests", path, "--trainer.logger", "false"
+        command,
+        "--config",
+        fitted / "config.yaml",
+        "--data.requests",
+        path,
+        "--trainer.logger",
+        "false",
     )
     assert "NotFittedError" in message
     assert "--ckpt_path" in message

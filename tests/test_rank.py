@@ -33,7 +33,9 @@ from project.run import score_table
 
 
 def table(
-    requests: list[str], logits: dict[int, list[float]], labels: list[int | None] | None = None
+    requests: list[str],
+    logits: dict[int, list[float]],
+    labels: list[int | None] | None = None,
 ) -> pl.DataFrame:
     """Score table of candidates; two tokens each after a stream of ten; user u<number of the request>."""
     n = len(requests)
@@ -69,7 +71,10 @@ def test_golden_static_models() -> None:
     scored = ScoredRequests.of(GOLDEN)
     assert scored.outputs.layers == (0, 2, 6)
     full = fixed_depth(scored.outputs.layers, 2)
-    at = [policy_row(fixed_depth(scored.outputs.layers, j), full, scored, scored, 2) for j in range(3)]
+    at = [
+        policy_row(fixed_depth(scored.outputs.layers, j), full, scored, scored, 2)
+        for j in range(3)
+    ]
     assert [row["policy"] for row in at] == ["fixed_depth_0", "fixed_depth_2", "full_depth"]
     assert [row["overlap"] for row in at] == [0.25, 0.5, 1.0]
     assert [row["precision"] for row in at] == [0.5, 0.0, 0.5]
@@ -101,15 +106,25 @@ def test_golden_row_policy() -> None:
 
 def test_calibration_enters() -> None:
     """Slopes leave a head's list alone; exit 0's logit does not: -logit + 2 logit_0 reverses layer 6's list of a."""
-    values = torch.tensor([[1.0, 0, 0], [2.0, 0, 5.0], [0.001, 2.0, 0]], dtype=torch.float64)
-    plain, made = (ScoredRequests.of(GOLDEN, c) for c in (None, Calibration((0, 2, 6), values)))
+    values = torch.tensor(
+        [[1.0, 0, 0], [2.0, 0, 5.0], [0.001, 2.0, 0]], dtype=torch.float64
+    )
+    plain, made = (
+        ScoredRequests.of(GOLDEN, c) for c in (None, Calibration((0, 2, 6), values))
+    )
     whole = fixed_depth((0, 2, 6), 2)
     shallow = fixed_depth((0, 2, 6), 1)
-    assert made.outputs.logits[:, 1].tolist() == (2 * plain.outputs.logits[:, 1] + 5).tolist()
+    assert (
+        made.outputs.logits[:, 1].tolist() == (2 * plain.outputs.logits[:, 1] + 5).tolist()
+    )
     # both read exit 0's order now, so layer 6's list is layer 0's
-    assert overlaps(made, whole.decide(made), fixed_depth((0, 2, 6), 0).decide(made), 2).tolist() == [1, 1]
+    assert overlaps(
+        made, whole.decide(made), fixed_depth((0, 2, 6), 0).decide(made), 2
+    ).tolist() == [1, 1]
     assert overlaps(made, shallow.decide(made), shallow.decide(plain), 2).tolist() == [1, 1]
-    without = ScoredRequests.of(GOLDEN, Calibration((2, 6), values[1:] * torch.tensor([1.0, 0, 1])))
+    without = ScoredRequests.of(
+        GOLDEN, Calibration((2, 6), values[1:] * torch.tensor([1.0, 0, 1]))
+    )
     assert without.outputs.layers == (2, 6)
 
 
@@ -118,9 +133,9 @@ def drifting(requests: int, candidates: int, seed: int, noise: float = 0.3) -> p
     rng = np.random.default_rng(seed)
     n = requests * candidates
     last = rng.normal(size=n)
-    logits = {k: (last + noise * (6 - k) * rng.normal(size=n)).tolist() for k in (0, 2, 4)} | {
-        6: last.tolist()
-    }
+    logits = {
+        k: (last + noise * (6 - k) * rng.normal(size=n)).tolist() for k in (0, 2, 4)
+    } | {6: last.tolist()}
     labels = (rng.random(n) < 1 / (1 + np.exp(-2 * last))).astype(int).tolist()
     return table([f"r{i // candidates}" for i in range(n)], logits, labels)
 
@@ -131,7 +146,12 @@ def test_top_k_keeps_its_overlap() -> None:
     for k in (3, 8):
         full, top_k, *others = policies(tune, k, 0.97)
         assert (full.name, top_k.name) == ("full_depth", "top_k")
-        assert {p.name for p in others} >= {"consistency", "ratio", "fixed_depth_0", "fixed_depth_4"}
+        assert {p.name for p in others} >= {
+            "consistency",
+            "ratio",
+            "fixed_depth_0",
+            "fixed_depth_4",
+        }
         kept = overlaps(tune, top_k.decide(tune), full.decide(tune), k).mean()
         assert 0.97 <= kept < 1
         row = policy_row(top_k, full, test, test, k)
@@ -152,13 +172,19 @@ def test_the_fastest_that_is_enough() -> None:
     path = [fixed_depth((0, 2, 6), index) for index in (1, 0)]
     full = fixed_depth((0, 2, 6), 2)
     found = [fastest(path, full, scored, 2, overlap) for overlap in (0.1, 0.3, 0.6)]
-    assert [costs(scored, p.decide(scored), True).sum().item() for p in found] == [0, 28, 84]
+    assert [costs(scored, p.decide(scored), True).sum().item() for p in found] == [
+        0,
+        28,
+        84,
+    ]
 
 
 def parts_of(**others: ScoredRequests) -> dict[str, ScoredRequests]:
     """Requests of every kind and part, with some replaced."""
     names = ("catalogue/tune", "labelled/tune", "catalogue/test", "labelled/test")
-    return {name: ScoredRequests.of(drifting(50, 30, seed)) for seed, name in enumerate(names)} | others
+    return {
+        name: ScoredRequests.of(drifting(50, 30, seed)) for seed, name in enumerate(names)
+    } | others
 
 
 def test_rows_and_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,18 +281,30 @@ def test_the_command(
     assert {(r["n_requests"], *r["candidates"]) for r in result["requests"]} == {(12, 7, 7)}
     for row in result["requests"]:
         if row["policy"] == "full_depth":
-            assert row["overlap"] == row["depth_share"] == row["cost"] == row["cost_cached"] == 1
+            assert (
+                row["overlap"]
+                == row["depth_share"]
+                == row["cost"]
+                == row["cost_cached"]
+                == 1
+            )
         assert 0 <= row["precision"] <= 1
     assert [c["k"] for c in result["certificate"]] == [2, 4]
     assert render(result).count("| top_k |") == 2
 
-    scores, test = (pl.read_parquet(fitted / "scores" / f"{name}.parquet") for name in ("rank", "test"))
-    scored = scores.filter(pl.col("request_id").str.starts_with("catalogue/test/")).drop_nulls("row_id")
+    scores, test = (
+        pl.read_parquet(fitted / "scores" / f"{name}.parquet") for name in ("rank", "test")
+    )
+    scored = scores.filter(
+        pl.col("request_id").str.starts_with("catalogue/test/")
+    ).drop_nulls("row_id")
     assert len(scored) == 12
     both = scored.join(test, on="row_id", suffix="_test", validate="1:1")
     assert both["label"].to_list() == both["label_test"].to_list()
     for column in ("logit_0", "logit_1", "logit_3"):
-        assert np.abs(both[column].to_numpy() - both[f"{column}_test"].to_numpy()).max() < 1e-4
+        assert (
+            np.abs(both[column].to_numpy() - both[f"{column}_test"].to_numpy()).max() < 1e-4
+        )
     certified = scores.filter(pl.col("request_id").str.starts_with("catalogue/certify/"))
     assert certified["request_id"].n_unique() == 8
     assert {c["n"] for c in result["certificate"]} == {certified["user"].n_unique()}

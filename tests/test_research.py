@@ -38,9 +38,13 @@ def test_prompts_are_what_packed_targets_see(
     )
     streams = data.streams("train")
     targets = left_out = 0
-    for windows in TrainSampler(streams, data.context_tokens, data.batch_tokens, data.seed, 0, 1):
+    for windows in TrainSampler(
+        streams, data.context_tokens, data.batch_tokens, data.seed, 0, 1
+    ):
         batch = pack(streams, windows)
-        prompts = [p.tolist() for s, w in windows for p in packing.prompts_of(streams, s, w)]
+        prompts = [
+            p.tolist() for s, w in windows for p in packing.prompts_of(streams, s, w)
+        ]
         mask = batch.layout.dense_mask()[0]  # the written-out rule
         assert prompts == [batch.tokens[0, mask[slot]].tolist() for slot in batch.slots]
         targets += len(prompts)
@@ -78,11 +82,17 @@ def test_no_score_beats_the_truth() -> None:
     label = rows["label"].to_numpy()
     assert auc(rows["chance"].to_numpy(), label) == pytest.approx(reachable, abs=0.012)
     # rates of the whole log, the future included, know items and users, but not who likes what
-    rates = rows.select(pl.col("label").mean().over("user_id") + pl.col("label").mean().over("item_id"))
+    rates = rows.select(
+        pl.col("label").mean().over("user_id") + pl.col("label").mean().over("item_id")
+    )
     assert 0.6 < (auc(rates.to_series().to_numpy(), label) or 0) < reachable
 
 
 def test_generated_log_can_be_read(tmp_path: Path) -> None:
     run_generate(["--rows", "2e3", str(tmp_path)])
-    raw = TableLogs(str(tmp_path / "interactions.parquet"), str(tmp_path / "items.parquet")).read()
-    assert raw.interactions.height == pl.read_parquet(tmp_path / "truth.parquet").height > 1000
+    raw = TableLogs(
+        str(tmp_path / "interactions.parquet"), str(tmp_path / "items.parquet")
+    ).read()
+    assert (
+        raw.interactions.height == pl.read_parquet(tmp_path / "truth.parquet").height > 1000
+    )

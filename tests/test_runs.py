@@ -61,12 +61,18 @@ def made(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
     return make
 
 
-def test_two_fits_at_once_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_fits_at_once_have_a_folder_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both find number 0 free; the second to make it takes the next."""
     monkeypatch.setattr(CSVLogger, "_get_next_version", lambda self: 0)
     found = [RunLogger(tmp_path, "a").version for _ in range(3)]
     assert found == [0, 1, 2]
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["version_0", "version_1", "version_2"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "version_0",
+        "version_1",
+        "version_2",
+    ]
 
 
 def test_a_failed_command_leaves_no_empty_folder(tmp_path: Path) -> None:
@@ -82,7 +88,9 @@ def test_a_failed_command_leaves_no_empty_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["old", "version_1"]
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, saver = tmp_path / "last.ckpt", WholeCheckpoints()
     saver.save_checkpoint({"step": 1}, file)
 
@@ -111,8 +119,13 @@ def test_a_checkpoint_is_never_unpickled(tmp_path: Path) -> None:
     """More than weights is refused and does not run, also where weights_only is false; so is half a file."""
     file, trace = tmp_path / "a.ckpt", tmp_path / "trace"
     torch.save({"callbacks": Mischief(trace)}, file)
-    for read in (read_checkpoint, functools.partial(WholeCheckpoints().load_checkpoint, weights_only=False)):
-        with pytest.raises(CheckpointError, match=r"a\.ckpt holds a Python object \(\S*open\)"):
+    for read in (
+        read_checkpoint,
+        functools.partial(WholeCheckpoints().load_checkpoint, weights_only=False),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"a\.ckpt holds a Python object \(\S*open\)"
+        ):
             read(file)
     assert not trace.exists()
     torch.save({"weights": torch.zeros(1000)}, file)
@@ -123,7 +136,9 @@ def test_a_checkpoint_is_never_unpickled(tmp_path: Path) -> None:
 
 def test_early_exit_is_one_process_or_ray() -> None:
     trainer, none = cast(Any, SimpleNamespace(world_size=2)), cast(Any, None)
-    with pytest.raises(ConfigError, match=r"one process, found 2; expected trainer\.devices 1"):
+    with pytest.raises(
+        ConfigError, match=r"one process, found 2; expected trainer\.devices 1"
+    ):
         run_early_exit(trainer, none, none, "last.ckpt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("project.engine.actors.find_spec", lambda name: None)
@@ -138,12 +153,24 @@ def test_own_yaml_needs_no_trainer(
     """Runs go to runs/NAME of the first file, also beside W&B alone; one epoch, clipped, logged every five steps."""
     tracking = {"class_path": "project.tracking.Tracking", "init_args": {"project": "p"}}
     said = {"W&B": {"logger": tracking}, "no logger": {"logger": False}}.get(extra, {})
-    config = tiny_config(trainer={"accelerator": "cpu"} | said).rename(tmp_path / "own.yaml")
-    trainer = made("fit", "--config", config, *(("--config", WANDB) if extra == "overlay" else ()))
-    kinds = {"nothing": ["RunLogger"], "no logger": []}.get(extra, ["RunLogger", "Tracking"])
+    config = tiny_config(trainer={"accelerator": "cpu"} | said).rename(
+        tmp_path / "own.yaml"
+    )
+    trainer = made(
+        "fit", "--config", config, *(("--config", WANDB) if extra == "overlay" else ())
+    )
+    kinds = {"nothing": ["RunLogger"], "no logger": []}.get(
+        extra, ["RunLogger", "Tracking"]
+    )
     assert [type(x).__name__ for x in trainer.loggers] == kinds
-    assert all(cast(RunLogger, logger).root_dir == "runs/own" for logger in trainer.loggers[:1])
-    assert (trainer.max_epochs, trainer.gradient_clip_val, trainer.num_sanity_val_steps) == (1, 1.0, 0)
+    assert all(
+        cast(RunLogger, logger).root_dir == "runs/own" for logger in trainer.loggers[:1]
+    )
+    assert (
+        trainer.max_epochs,
+        trainer.gradient_clip_val,
+        trainer.num_sanity_val_steps,
+    ) == (1, 1.0, 0)
     assert trainer.log_every_n_steps == 5  # type: ignore[attr-defined]
     assert isinstance(trainer.strategy.checkpoint_io, WholeCheckpoints)
 
@@ -158,8 +185,17 @@ def test_a_command_that_reads_a_checkpoint_makes_no_run(
     }
     checkpoint = tmp_path / "version_3" / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir(parents=True)
-    torch.save({"hyper_parameters": {"exit_layers": [1, 3], "backbone": str(tiny_model)}}, checkpoint)
-    trainer = made("test", "--config", tiny_config(**{"trainer.logger": csv}), "--ckpt_path", checkpoint)
+    torch.save(
+        {"hyper_parameters": {"exit_layers": [1, 3], "backbone": str(tiny_model)}},
+        checkpoint,
+    )
+    trainer = made(
+        "test",
+        "--config",
+        tiny_config(**{"trainer.logger": csv}),
+        "--ckpt_path",
+        checkpoint,
+    )
     assert trainer.loggers == []
     assert not (tmp_path / "own").exists()
 
@@ -175,16 +211,30 @@ def test_latest_is_a_run_with_something(
     few = {"trainer.limit_train_batches": 2}
     run("fit", "--config", tiny_config(**few))
     assert (runs / "latest").resolve().name == "version_0"
-    run("fit", "--config", tiny_config(**few, **{"trainer.max_epochs": 2}), "--ckpt_path", last)
+    run(
+        "fit",
+        "--config",
+        tiny_config(**few, **{"trainer.max_epochs": 2}),
+        "--ckpt_path",
+        last,
+    )
     assert (runs / "latest").resolve().name == "version_1"
     assert read_checkpoint(last)["global_step"] == 4
-    beyond = {"data.context_tokens": 8192, "data.batch_tokens": 8192}  # the backbone knows 4096 positions
+    beyond = {
+        "data.context_tokens": 8192,
+        "data.batch_tokens": 8192,
+    }  # the backbone knows 4096 positions
     assert "at most 4096" in fails("fit", "--config", tiny_config(**beyond))
     assert (runs / "latest").resolve().name == "version_1"
-    assert sorted(path.name for path in runs.iterdir()) == ["latest", "version_0", "version_1"]
+    assert sorted(path.name for path in runs.iterdir()) == [
+        "latest",
+        "version_0",
+        "version_1",
+    ]
 
     requests = [
-        {"request_id": f"r{k}", "user_id": f"u{k}", "candidates": ["i1", "i2", "i3"]} for k in range(5)
+        {"request_id": f"r{k}", "user_id": f"u{k}", "candidates": ["i1", "i2", "i3"]}
+        for k in range(5)
     ]
     requests.insert(2, {"request_id": "none", "user_id": "u1", "candidates": []})
     (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, requests)))
@@ -214,13 +264,23 @@ def test_latest_is_a_run_with_something(
 
 def test_score_table_schema(tmp_path: Path) -> None:
     """The contract's columns in order and type, through Parquet; a logit an exit; the rest is null."""
-    columns = {"row_id": [3, 8], "split": ["valid", "test"], "fold": ["tune", None], "label": [1, 0]}
+    columns = {
+        "row_id": [3, 8],
+        "split": ["valid", "test"],
+        "fold": ["tune", None],
+        "label": [1, 0],
+    }
     made = score_table(columns, np.array([[0.5, 1.0], [-0.25, 2.0]]), [2, 12])
     scores = pl.read_parquet(write_table(tmp_path / "scores" / "valid.parquet", made))
     heads = dict.fromkeys(("logit_2", "logit_12"), pl.Float32)
     assert list(scores.schema.items()) == list({**SCORE_COLUMNS, **heads}.items())
-    assert (scores["logit_12"].to_list(), scores["fold"].to_list()) == ([1.0, 2.0], ["tune", None])
-    assert all(scores[name].is_null().all() for name in ("request_id", "logit_0", "target_tokens"))
+    assert (scores["logit_12"].to_list(), scores["fold"].to_list()) == (
+        [1.0, 2.0],
+        ["tune", None],
+    )
+    assert all(
+        scores[name].is_null().all() for name in ("request_id", "logit_0", "target_tokens")
+    )
     assert exit_layers_of(scores) == [2, 12]  # exit 0 is not a layer's
     with pytest.raises(pl.exceptions.InvalidOperationError):
         score_table({"split": ["validation"]}, np.zeros((1, 1)), [1])
@@ -264,7 +324,10 @@ def test_json_without_nan(tmp_path: Path, number: float) -> None:
         ("[1]", "is not a result file"),
         ("{", "is not a result file"),
         ("{}", f"None.*reads {SCHEMA_VERSION}"),
-        (f'{{"schema_version": {SCHEMA_VERSION + 1}}}', f"{SCHEMA_VERSION + 1}.*reads {SCHEMA_VERSION}"),
+        (
+            f'{{"schema_version": {SCHEMA_VERSION + 1}}}',
+            f"{SCHEMA_VERSION + 1}.*reads {SCHEMA_VERSION}",
+        ),
         (f'{{"schema_version": "{SCHEMA_VERSION}"}}', f"reads {SCHEMA_VERSION}"),
     ],
 )
@@ -284,7 +347,9 @@ def test_run_of_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (run / "checkpoints").mkdir(parents=True)
     (tmp_path / "runs" / "latest").symlink_to("version_3", target_is_directory=True)
     assert run_of_checkpoint(str(run / "checkpoints" / "last.ckpt")) == run
-    assert run_of_checkpoint(tmp_path / "runs" / "latest" / "checkpoints" / "last.ckpt") == run
+    assert (
+        run_of_checkpoint(tmp_path / "runs" / "latest" / "checkpoints" / "last.ckpt") == run
+    )
     assert run_of_checkpoint(tmp_path / "elsewhere" / "a.ckpt") == tmp_path / "elsewhere"
     monkeypatch.chdir(run)
     assert run_of_checkpoint("checkpoints/last.ckpt") == run
@@ -312,7 +377,12 @@ def test_offline_by_default_without_a_key(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_MODE"):
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_BASE_URL",
+        "WANDB_MODE",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     if key == "environment":

@@ -15,7 +15,12 @@ import torch
 
 from project.data.logs import TableLogs
 from project.data.prompt import Prompt, PromptEncoder
-from project.data.protocol import Protocol, SplitInteractions, apply_protocol, build_interactions
+from project.data.protocol import (
+    Protocol,
+    SplitInteractions,
+    apply_protocol,
+    build_interactions,
+)
 from project.data.stream import Streams, build_streams
 
 SEGMENT = "{title} all{item_percent} near{vote_number+item_count_number}:"  # text, and numbers in a token of their own
@@ -30,7 +35,11 @@ class Letters:
     """A tokenizer whose tokens are characters, so that tests can read token ids as text."""
 
     def encode(
-        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        split_special_tokens: bool = False,
     ) -> list[int]:
         """Code points."""
         assert not add_special_tokens
@@ -52,23 +61,36 @@ def read_split(folder: Path, protocol: Protocol) -> SplitInteractions:
 def no_retrieved(rows: pl.DataFrame) -> pl.DataFrame:
     """A retrieved features table without any earlier row."""
     n = len(rows)
-    lists = {name: pl.Series(name, [[]] * n, dtype=kind) for name, kind in EMPTY_RETRIEVED.items()}
-    counts = {
-        c: pl.Series(c, [0] * n, dtype=pl.Int32) for c in ("neighbour_count", "item_count", "user_count")
+    lists = {
+        name: pl.Series(name, [[]] * n, dtype=kind)
+        for name, kind in EMPTY_RETRIEVED.items()
     }
-    rates = {c: pl.Series(c, [None] * n, dtype=pl.Float32) for c in ("vote", "item_rate", "user_rate")}
+    counts = {
+        c: pl.Series(c, [0] * n, dtype=pl.Int32)
+        for c in ("neighbour_count", "item_count", "user_count")
+    }
+    rates = {
+        c: pl.Series(c, [None] * n, dtype=pl.Float32)
+        for c in ("vote", "item_rate", "user_rate")
+    }
     return pl.DataFrame({"row_id": rows["row_id"], **lists, **counts, **rates})
 
 
-def streams_without_retrieved(split: SplitInteractions, name: str, segment: str = "{title}:") -> Streams:
+def streams_without_retrieved(
+    split: SplitInteractions, name: str, segment: str = "{title}:"
+) -> Streams:
     """Streams of one split whose prompts are titles and answers."""
-    encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment=segment), split.interactions.items)
+    encoder = PromptEncoder(
+        Letters(), Prompt(instruction="I\n", segment=segment), split.interactions.items
+    )
     order = ("train", "valid", "test").index(name)
     rows = split.rows.filter(pl.col("split").to_physical() <= order)
     return build_streams(rows, no_retrieved(rows), name, encoder)
 
 
-def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> dict[str, Any]:
+def tiny_settings(
+    logs: Path, model: Path, runs: Path, name: str = "tiny"
+) -> dict[str, Any]:
     """A configuration of the tiny world, as YAML would give it; tests change it.
 
     Args:
@@ -87,7 +109,11 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
         "data": {
             "logs": {"class_path": "project.data.logs.TableLogs", "init_args": files},
             "retriever": "project.retrieval.ItemKNN",
-            "protocol": {"minimum_history": 1, "shares": [0.6, 0.2, 0.2], "label": "rating > 3"},
+            "protocol": {
+                "minimum_history": 1,
+                "shares": [0.6, 0.2, 0.2],
+                "label": "rating > 3",
+            },
             "prompt": {"segment": SEGMENT},
             "context_tokens": 128,
             "batch_tokens": 512,
@@ -95,7 +121,11 @@ def tiny_settings(logs: Path, model: Path, runs: Path, name: str = "tiny") -> di
             "mf": None,
         },
         # the rate is said, so that numbers of this world do not depend on a default
-        "model": {"backbone": str(model), "exit_layers": [1, 3], "optim": {"learning_rate": 2e-4}},
+        "model": {
+            "backbone": str(model),
+            "exit_layers": [1, 3],
+            "optim": {"learning_rate": 2e-4},
+        },
         "trainer": {
             "max_epochs": 1,
             "accelerator": "cpu",
@@ -131,7 +161,11 @@ def spread_exits(run: Path) -> None:
     scores = pl.read_parquet(run / "scores" / "test.parquet")
     for head, layer in enumerate(plan["layers"][:-1]):
         slope, exit_0, offset = plan["calibration"][head].tolist()
-        logit = scores[f"logit_{layer}"].to_numpy() * slope + scores["logit_0"].to_numpy() * exit_0 + offset
+        logit = (
+            scores[f"logit_{layer}"].to_numpy() * slope
+            + scores["logit_0"].to_numpy() * exit_0
+            + offset
+        )
         plan["thresholds"][head] = float(np.quantile(np.abs(logit), 0.7 - 0.3 * head))
     torch.save(content, path)
 
@@ -148,7 +182,12 @@ def call(cache: Path, *arguments: object) -> None:
 
 def given(run: Path) -> tuple[object, ...]:
     """Options that a command after `fit` needs: the run's own configuration and checkpoint."""
-    return ("--config", run / "config.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    return (
+        "--config",
+        run / "config.yaml",
+        "--ckpt_path",
+        run / "checkpoints" / "last.ckpt",
+    )
 
 
 def result(run: Path, command: str) -> dict[str, Any]:

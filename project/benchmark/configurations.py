@@ -38,7 +38,12 @@ if TYPE_CHECKING:
     from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
-REQUESTS = {1: 48, 8: 24, 64: 16, 256: 4}  # candidates of a request -> most requests in the timed sample
+REQUESTS = {
+    1: 48,
+    8: 24,
+    64: 16,
+    256: 4,
+}  # candidates of a request -> most requests in the timed sample
 TUNED = 60  # requests of tune that margins are fitted on, and of test that show the overlap
 FIXED_HISTORY = 50  # rows
 OVERLAP = 0.97  # least overlap@k on tune of the margins that are taken
@@ -79,10 +84,16 @@ class Configuration:
     engine: str  # name in result files: packed, fixed_depth_<k>, early_exit, top_k, pointwise, shared_prefix
     policy: str  # who leaves where, in words
     runner: Engine | Library
-    accuracy: dict[str, float | None] = field(default_factory=dict)  # of rows auc, of lists overlap
+    accuracy: dict[str, float | None] = field(
+        default_factory=dict
+    )  # of rows auc, of lists overlap
     most: int | None = None  # requests it is timed on, the first ones; None: all
-    wall: list[list[float]] = field(default_factory=list)  # seconds, a list a round, an entry a request
-    backbone: list[list[float]] = field(default_factory=list)  # the backbone's share of them
+    wall: list[list[float]] = field(
+        default_factory=list
+    )  # seconds, a list a round, an entry a request
+    backbone: list[list[float]] = field(
+        default_factory=list
+    )  # the backbone's share of them
     scored: list[Scored] = field(default_factory=list)  # what the last round scored
 
     def score(self, request: PreparedRequest) -> None:
@@ -100,7 +111,9 @@ class Configuration:
 
 
 def run_rounds(
-    configurations: Sequence[Configuration], requests: Sequence[PreparedRequest], number: int
+    configurations: Sequence[Configuration],
+    requests: Sequence[PreparedRequest],
+    number: int,
 ) -> None:
     """Round `number`, from 0: every request is scored by all in turn before the next one; who is first rotates."""
     for configuration in configurations:
@@ -120,7 +133,9 @@ class Bench:
     `folder` holds the run's score table of test; without one of this checkpoint AUCs are unknown.
     """
 
-    def __init__(self, model: ExitRecommender, data: InteractionData, folder: Path, plans: Plans) -> None:
+    def __init__(
+        self, model: ExitRecommender, data: InteractionData, folder: Path, plans: Plans
+    ) -> None:
         self.model = model
         self.plans = plans
         self._data = data
@@ -134,7 +149,9 @@ class Bench:
         # 2. the scores of test and features of the same rows; a table of another checkpoint does not count
         self._table: tuple[pl.DataFrame, F64] | None = None
         path = folder / "scores" / "test.parquet"
-        if path.is_file() and table_about(path).get("heads") == heads_digest(model.state_dict()):
+        if path.is_file() and table_about(path).get("heads") == heads_digest(
+            model.state_dict()
+        ):
             scores = pl.read_parquet(path, glob=False)
             self._table = scores, data.features_of(scores, model.feature_baseline().base)
         # 3. requests scored at every head, by fold and number of candidates
@@ -155,18 +172,27 @@ class Bench:
             if not case.short or layer == self.plans.static_exit:
                 found.append(self._static(layer, cache))
         # 3. the run's plan, and the one its certificate allows
-        plans = {"budget": self.plans.plan, "certified": None if case.short else self.plans.certified}
+        plans = {
+            "budget": self.plans.plan,
+            "certified": None if case.short else self.plans.certified,
+        }
         for name, plan in plans.items():
             if plan is not None:
                 decision = RowExits(plan, self._device)
-                found.append(self._by_row("early_exit", f"{name}: {plan.criterion}", plan, decision, cache))
+                found.append(
+                    self._by_row(
+                        "early_exit", f"{name}: {plan.criterion}", plan, decision, cache
+                    )
+                )
         # 4. lists of the best k
         for k in LISTS:
             if not (case.short or self.no_lists) and case.candidates > 4 * k:
                 found += self._best_list(k, case.candidates, cache)
         # 5. transformers' own class, which has no adapters
         if self.model.lora is None and case.pointwise:
-            found.append(Configuration("pointwise", "full depth", Pointwise(self.model), most=2))
+            found.append(
+                Configuration("pointwise", "full depth", Pointwise(self.model), most=2)
+            )
         if self.model.lora is None and case.candidates <= 64:
             shared = SharedPrefix(self.model, cached=case.prefix_cached)
             found.append(Configuration("shared_prefix", "full depth", shared, most=4))
@@ -178,7 +204,9 @@ class Bench:
         full = layer == self.model.depth
         name = "packed" if full else f"fixed_depth_{layer}"
         decision = static_exits(plan, layer, self._device)
-        return self._by_row(name, "full depth" if full else "static", plan, decision, cache, layer)
+        return self._by_row(
+            name, "full depth" if full else "static", plan, decision, cache, layer
+        )
 
     def _by_row(
         self,
@@ -197,9 +225,13 @@ class Bench:
             if layer is not None:
                 logits = outputs.logits[:, plan.layers.index(layer)]
             found = auc(logits.double().numpy(), self._table[0]["label"])
-        return Configuration(name, policy, Engine(self.module, decision, cache), {"auc": found})
+        return Configuration(
+            name, policy, Engine(self.module, decision, cache), {"auc": found}
+        )
 
-    def _best_list(self, k: int, candidates: int, cache: StreamCache | None) -> list[Configuration]:
+    def _best_list(
+        self, k: int, candidates: int, cache: StreamCache | None
+    ) -> list[Configuration]:
         """The list policy that is fastest on tune at OVERLAP or more, with its overlap on test, if there is one."""
         tune = self._scored("tune", candidates)
         test = self._scored("test", candidates)
@@ -209,14 +241,20 @@ class Bench:
         if chosen.top_k is None:
             return []
         kept = overlaps(test, chosen.decide(test), full.decide(test), k)
-        engine = Engine(self.module, ListExits(chosen.top_k, self.plans.plan.calibration), cache)
-        return [Configuration("top_k", f"best {k}", engine, {"overlap": float(kept.mean())})]
+        engine = Engine(
+            self.module, ListExits(chosen.top_k, self.plans.plan.calibration), cache
+        )
+        return [
+            Configuration("top_k", f"best {k}", engine, {"overlap": float(kept.mean())})
+        ]
 
     def _scored(self, part: str, candidates: int) -> ScoredRequests:
         """Catalogue requests of a part, scored at every head."""
         key = part, candidates
         if key not in self._requests:
-            drawn = catalogue_requests(self._data.split, part, TUNED, candidates, self._data.seed)
+            drawn = catalogue_requests(
+                self._data.split, part, TUNED, candidates, self._data.seed
+            )
             prepared = prepare_requests(self.model, self._data, drawn.requests)
             scores = labelled_scores(score_every_head(self.model, prepared), drawn.table)
             self._requests[key] = ScoredRequests.of(scores, self.plans.plan.calibration)

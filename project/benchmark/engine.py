@@ -13,7 +13,14 @@ import polars as pl
 import torch
 from rich.console import Console
 
-from project.benchmark.configurations import REQUESTS, Bench, Case, Configuration, cases, run_rounds
+from project.benchmark.configurations import (
+    REQUESTS,
+    Bench,
+    Case,
+    Configuration,
+    cases,
+    run_rounds,
+)
 from project.data.requests import catalogue_requests
 from project.engine.cache import StreamCache
 from project.engine.predict import load_run
@@ -36,7 +43,10 @@ FEWEST = 4  # requests: fewer are not a sample
 
 
 def configuration_row(
-    own: Configuration, full: Configuration, static_exit: Configuration | None, prepare_ms: float | None
+    own: Configuration,
+    full: Configuration,
+    static_exit: Configuration | None,
+    prepare_ms: float | None,
 ) -> dict[str, Any]:
     """One row of a result file.
 
@@ -51,7 +61,9 @@ def configuration_row(
     measured = bootstrap.ratio_interval(full_wall, wall)
     over_static = UNDEFINED
     if static_exit is not None:
-        over_static = bootstrap.ratio_interval(static_exit.typical(static_exit.wall)[:count], wall)
+        over_static = bootstrap.ratio_interval(
+            static_exit.typical(static_exit.wall)[:count], wall
+        )
     # 2. token-layers; efficiency is backbone time saved over token-layers saved
     depths = np.concatenate([s.exit_layers for s in own.scored])
     spent = sum(s.token_layers for s in own.scored)
@@ -134,14 +146,23 @@ def run_engine(
         Console().print(f"no lists: {bench.no_lists}")
     ranker = ranker_of(data, folder)
     # 3. rows, workload by workload
-    result = result_head("benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed)
+    result = result_head(
+        "benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed
+    )
     result["rows"] = []
     for case in wanted:
         most = REQUESTS.get(case.candidates, 8)
-        drawn = catalogue_requests(data.split, "test", most, case.candidates, data.seed, case.history)
-        prepare_ms = None if ranker is None else preparation(ranker, drawn.requests.requests)
+        drawn = catalogue_requests(
+            data.split, "test", most, case.candidates, data.seed, case.history
+        )
+        prepare_ms = (
+            None if ranker is None else preparation(ranker, drawn.requests.requests)
+        )
         # every request has a cached history of its own, whoever it is of
-        requests = [replace(r, user=r.request_id) for r in prepare_requests(model, data, drawn.requests)]
+        requests = [
+            replace(r, user=r.request_id)
+            for r in prepare_requests(model, data, drawn.requests)
+        ]
         about = {
             "candidates": case.candidates,
             "prefix_cached": case.prefix_cached,
@@ -167,14 +188,20 @@ def possible_cases(sizes: Sequence[int], split: SplitInteractions) -> list[Case]
         )
     if len(kept) < len(sizes):
         left_out = ", ".join(str(size) for size in sizes if size not in kept)
-        Console().print(f"no requests of {left_out} candidates: the catalogue has {items} items.")
+        Console().print(
+            f"no requests of {left_out} candidates: the catalogue has {items} items."
+        )
     tested = split.rows.filter((pl.col("split") == "test") & (pl.col("role") == "target"))
     longest = max(tested["hist"].to_list(), default=0)
     return [case for case in cases(kept) if (case.history or 0) <= longest]
 
 
 def measured_rows(
-    bench: Bench, case: Case, requests: list[PreparedRequest], prepare_ms: float | None, seconds: float
+    bench: Bench,
+    case: Case,
+    requests: list[PreparedRequest],
+    prepare_ms: float | None,
+    seconds: float,
 ) -> list[dict[str, Any]]:
     """A row a configuration of one workload, measured for about so many seconds."""
     cache = StreamCache(mib=np.inf) if case.prefix_cached else None

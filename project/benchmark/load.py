@@ -16,7 +16,9 @@ from itertools import count, pairwise
 from typing import Any
 
 PATIENCE = 120.0  # seconds that the last responses may take
-NEAR = 2e-4  # probabilities this near may stand in either order: batches move each by rounding
+NEAR = (
+    2e-4  # probabilities this near may stand in either order: batches move each by rounding
+)
 
 
 def wrong_order(items: Sequence[dict[str, Any]], expected: Sequence[float]) -> bool:
@@ -28,7 +30,11 @@ def wrong_order(items: Sequence[dict[str, Any]], expected: Sequence[float]) -> b
 
 
 def drive(
-    address: str, requests: Sequence[dict[str, Any]], users: int, seconds: float, rate: float | None = None
+    address: str,
+    requests: Sequence[dict[str, Any]],
+    users: int,
+    seconds: float,
+    rate: float | None = None,
 ) -> dict[str, Any]:
     """Have so many users ask for so long; see the file's first lines."""
     import gevent  # type: ignore[import-untyped]
@@ -36,7 +42,14 @@ def drive(
     from locust.env import Environment
 
     bodies = [json.dumps(request["body"]) for request in requests]
-    found: dict[str, Any] = {"at": [], "ms": [], "errors": 0, "wrong": 0, "distance": 0.0, "error": None}
+    found: dict[str, Any] = {
+        "at": [],
+        "ms": [],
+        "errors": 0,
+        "wrong": 0,
+        "distance": 0.0,
+        "error": None,
+    }
     responses = list[tuple[int, bytes]]()  # number of the request, content
     turn = count()
     start = time.perf_counter()
@@ -50,12 +63,17 @@ def drive(
             k = next(turn) % len(bodies)
             began = time.perf_counter()
             with self.client.post(
-                "/v1/rank", data=bodies[k], headers={"Content-Type": "application/json"}, catch_response=True
+                "/v1/rank",
+                data=bodies[k],
+                headers={"Content-Type": "application/json"},
+                catch_response=True,
             ) as response:
                 ended = time.perf_counter()
                 if response.status_code != 200:
                     found["errors"] += 1
-                    found["error"] = f"{response.status_code} {str(response.error or response.text)[:200]}"
+                    found["error"] = (
+                        f"{response.status_code} {str(response.error or response.text)[:200]}"
+                    )
                     return
                 responses.append((k, response.content))
                 found["at"].append(ended - start)

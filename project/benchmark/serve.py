@@ -33,22 +33,37 @@ CANDIDATES = 64  # of a request
 ROUNDS = 3  # fewer do not show the spread
 LOADING = 1800.0  # seconds that a server may take until it is ready
 CACHE_MIB = 1024  # all histories of the requests have room
-AUDIT_SHARE = ServeSettings.audit_share  # the ranker alone audits as many: it differs by HTTP and batching
+AUDIT_SHARE = (
+    ServeSettings.audit_share
+)  # the ranker alone audits as many: it differs by HTTP and batching
 
 
 @contextmanager
-def serving(run: Path, full_depth: bool, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def serving(
+    run: Path, full_depth: bool, folder: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server on a free port in processes of its own, ready; the process and its address."""
     name = "full" if full_depth else "plan"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["project.benchmark.full_depth"] if full_depth else ["project", "serve"]
-    given = ["--run", run, "--port", port, "--db", f"sqlite:///{folder / name}.db", "--cache_mib", CACHE_MIB]
+    given = [
+        "--run",
+        run,
+        "--port",
+        port,
+        "--db",
+        f"sqlite:///{folder / name}.db",
+        "--cache_mib",
+        CACHE_MIB,
+    ]
     given += ["--audit_share", AUDIT_SHARE]
     log = folder / f"{name}.log"
     with log.open("wb") as out:
-        process = subprocess.Popen([sys.executable, "-m", *command, *map(str, given)], stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command, *map(str, given)], stdout=out, stderr=out
+        )
     address = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + LOADING
@@ -89,23 +104,34 @@ def drawn_requests(run: Path) -> tuple[dict[str, Any], list[RankRequest]]:
     """The head of a result file of a run, and requests of its test users for catalogue items."""
     _, data = open_run(run)
     candidates = min(CANDIDATES, data.split.interactions.items.height)
-    drawn = catalogue_requests(data.split, "test", REQUESTS, candidates, data.seed).requests.requests
-    head = result_head("benchmark", data.split.manifest, str(run / "config.yaml"), data.seed)
+    drawn = catalogue_requests(
+        data.split, "test", REQUESTS, candidates, data.seed
+    ).requests.requests
+    head = result_head(
+        "benchmark", data.split.manifest, str(run / "config.yaml"), data.seed
+    )
     return head, [RankRequest(r.user_id, None, r.candidates) for r in drawn]
 
 
-def with_expected(requests: Sequence[RankRequest], ranked: Sequence[Scored]) -> list[dict[str, Any]]:
+def with_expected(
+    requests: Sequence[RankRequest], ranked: Sequence[Scored]
+) -> list[dict[str, Any]]:
     """What `drive` sends: bodies of /v1/rank, and the probabilities that responses must have."""
     return [
         {
-            "body": {"user_id": request.user_id, "candidates": list(map(id_of, request.candidates))},
+            "body": {
+                "user_id": request.user_id,
+                "candidates": list(map(id_of, request.candidates)),
+            },
             "expected": one.probabilities.tolist(),
         }
         for request, one in zip(requests, ranked, strict=True)
     ]
 
 
-def ranker_rate(ranker: Ranker, requests: Iterator[RankRequest], at_once: int, seconds: float) -> float:
+def ranker_rate(
+    ranker: Ranker, requests: Iterator[RankRequest], at_once: int, seconds: float
+) -> float:
     """Requests a second of the ranker in this process, called with so many requests at once."""
     start = time.perf_counter()
     done = 0
@@ -123,9 +149,16 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
     # 1. requests, and their probabilities by depth
     result, requests = drawn_requests(run)
     ranker = Ranker.load(run, CACHE_MIB, audit_share=0.0)
-    sent = dict[bool, list[dict[str, Any]]]()  # full depth -> requests with what is expected
+    sent = dict[
+        bool, list[dict[str, Any]]
+    ]()  # full depth -> requests with what is expected
     spent = dict[bool, int]()  # full depth -> token-layers of all requests
-    for full in (False, True, True, False):  # first until all prefixes are cached in all layers
+    for full in (
+        False,
+        True,
+        True,
+        False,
+    ):  # first until all prefixes are cached in all layers
         ranker.full_depth = full
         ranked = ranker.rank_after_log(requests)
         spent[full] = sum(one.token_layers for one in ranked)
@@ -135,13 +168,18 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
     # 2. rounds
     found = dict[tuple[int, bool], list[dict[str, Any]]]()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        servers = {full: stack.enter_context(serving(run, full, Path(folder)))[1] for full in (False, True)}
+        servers = {
+            full: stack.enter_context(serving(run, full, Path(folder)))[1]
+            for full in (False, True)
+        }
         part = seconds / (ROUNDS * len(USERS) * 2 * 2)
         # prefixes are cached before the clock starts
         for full, address in servers.items():
             for one in sent[full]:
                 headers = {"Content-Type": "application/json"}
-                asked = Request(f"{address}/v1/rank", json.dumps(one["body"]).encode(), headers)
+                asked = Request(
+                    f"{address}/v1/rank", json.dumps(one["body"]).encode(), headers
+                )
                 urlopen(asked, timeout=LOADING).close()
         for _ in range(ROUNDS):
             for users in USERS:
@@ -151,8 +189,14 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
                     one["ranker"] = ranker_rate(ranker, endless, users, part)
                     found.setdefault((users, full), []).append(one)
     # 3. rows, beside full depth with as many users
-    result["serve"] = [load_row(users, full, rounds) for (users, full), rounds in found.items()]
-    full_depth = {row["users"]: row["requests_per_s"] for row in result["serve"] if row["depth"] == "full"}
+    result["serve"] = [
+        load_row(users, full, rounds) for (users, full), rounds in found.items()
+    ]
+    full_depth = {
+        row["users"]: row["requests_per_s"]
+        for row in result["serve"]
+        if row["depth"] == "full"
+    }
     for row in result["serve"]:
         whole = full_depth[row["users"]]
         planned = row["depth"] == "plan"
@@ -160,7 +204,9 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
             "candidates": len(requests[0].candidates),
             "audit_share": AUDIT_SHARE if planned else 0.0,
             "token_layer_speedup": spent[True] / spent[False] if planned else 1.0,
-            "speedup": row["requests_per_s"] / whole if whole else None,  # None where nothing was answered
+            "speedup": row["requests_per_s"] / whole
+            if whole
+            else None,  # None where nothing was answered
         }
     path = write_json(run / "results" / "benchmark-serve.json", result)
     Console(width=150).print(shown(render(result)), f"written: {path}")
@@ -170,7 +216,9 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
 def load_row(users: int, full: bool, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row of a result file; a round lasts until its last response."""
     each = np.concatenate([one["ms"] for one in rounds])  # (responses,) milliseconds
-    rates = np.array([len(one["ms"]) / max(one["at"], default=1.0) for one in rounds])  # (rounds,) a second
+    rates = np.array(
+        [len(one["ms"]) / max(one["at"], default=1.0) for one in rounds]
+    )  # (rounds,) a second
     times = np.percentile(each, [50, 95, 99]).tolist() if each.size else [None] * 3
     ranker = float(np.median([one["ranker"] for one in rounds]))
     return {

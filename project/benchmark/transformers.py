@@ -23,7 +23,9 @@ from project.engine.requests import PreparedRequest, Scored, Scores
 if TYPE_CHECKING:
     from project.model.module import ExitRecommender
 
-BATCH_TOKENS = 16_384  # most tokens of a batch of prompts, padding included; one prompt may have more
+BATCH_TOKENS = (
+    16_384  # most tokens of a batch of prompts, padding included; one prompt may have more
+)
 
 
 def library_model(module: ExitRecommender) -> Any:
@@ -60,7 +62,9 @@ class Library:
             logits, tokens = self._request(request)
             layers = np.full(len(request), self._depth, dtype=np.int64)
             found = torch.cat(logits).double().cpu().numpy()
-            scores.requests.append(Scored(request.request_id, found, layers, tokens * self._depth))
+            scores.requests.append(
+                Scored(request.request_id, found, layers, tokens * self._depth)
+            )
         scores.seconds["backbone"] = time.perf_counter() - start
         return scores
 
@@ -68,7 +72,9 @@ class Library:
         """Logits in batches, and the tokens that ran."""
         raise NotImplementedError
 
-    def _logits(self, rows: list[Tensor], prefix: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
+    def _logits(
+        self, rows: list[Tensor], prefix: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> Tensor:
         """Logits (n,) at the last position of each row, behind a prefix's keys and values by layer."""
         tokens, mask, last = padded(rows, self._model.device)
         given: dict[str, Any] = {"use_cache": bool(prefix)}
@@ -76,11 +82,17 @@ class Library:
             cache = DynamicCache(config=self._model.config)
             n = len(rows)
             for index, (keys, values) in enumerate(prefix):
-                cache.update(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), index)
+                cache.update(
+                    keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), index
+                )
             given[self._model.cache_argument] = cache
             mask = torch.cat([mask.new_ones(n, prefix[0][0].shape[2]), mask], dim=1)
-        hidden = self._model(input_ids=tokens, attention_mask=mask, **given).last_hidden_state
-        logits: Tensor = self._head(hidden[torch.arange(len(last), device=hidden.device), last])
+        hidden = self._model(
+            input_ids=tokens, attention_mask=mask, **given
+        ).last_hidden_state
+        logits: Tensor = self._head(
+            hidden[torch.arange(len(last), device=hidden.device), last]
+        )
         return logits
 
 
@@ -89,7 +101,9 @@ class Pointwise(Library):
 
     def _request(self, request: PreparedRequest) -> tuple[list[Tensor], int]:
         history = request.stream.tokens
-        prompts = [np.concatenate([history, request.candidates[k]]) for k in range(len(request))]
+        prompts = [
+            np.concatenate([history, request.candidates[k]]) for k in range(len(request))
+        ]
         at_once = max(1, BATCH_TOKENS // max(map(len, prompts)))
         rows = [torch.from_numpy(prompt) for prompt in prompts]
         logits = [self._logits(rows[k : k + at_once]) for k in range(0, len(rows), at_once)]
@@ -113,7 +127,9 @@ class SharedPrefix(Library):
         if prefix is None:
             cache = DynamicCache(config=self._model.config)
             tokens = torch.from_numpy(request.stream.tokens)[None].to(self._model.device)
-            self._model(input_ids=tokens, use_cache=True, **{self._model.cache_argument: cache})
+            self._model(
+                input_ids=tokens, use_cache=True, **{self._model.cache_argument: cache}
+            )
             layers: Any = cache.layers
             prefix = [(layer.keys, layer.values) for layer in layers]
             spent += len(request.stream)

@@ -48,7 +48,9 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     positions = [w.positions + streams.offsets[s] for s, w in windows]
     counts = np.array([len(p) + 1 for p in positions])
     starts = offsets_of(counts)[:-1]
-    index = np.concatenate([part for p in positions for part in ([streams.instruction], p)]).astype(np.int64)
+    index = np.concatenate(
+        [part for p in positions for part in ([streams.instruction], p)]
+    ).astype(np.int64)
     sequence = np.repeat(np.arange(len(windows)), counts)
     real = np.ones(len(index), dtype=bool)
     real[starts] = False  # the instructions
@@ -70,7 +72,9 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     # lengths of those that later groups may see
     lists = streams.tokens.take(index)
     lengths = lists.lengths
-    run_start = offsets_of(np.bincount(run, weights=lengths * context).astype(np.int64))[:-1]
+    run_start = offsets_of(np.bincount(run, weights=lengths * context).astype(np.int64))[
+        :-1
+    ]
     group_start = run_start[run] - run_start[run[starts]][sequence]
 
     # 5. from segments to tokens
@@ -102,7 +106,10 @@ def window_tokens(streams: Streams, windows: Windows) -> I64:
     """(w,) tokens of each window, its instruction included."""
     stream = np.array([s for s, _ in windows], dtype=np.int64)
     within_stream = [(w.start, w.stop, w.first, w.last) for _, w in windows]
-    places = np.array(within_stream, dtype=np.int64).reshape(-1, 4) + streams.offsets[stream, None]
+    places = (
+        np.array(within_stream, dtype=np.int64).reshape(-1, 4)
+        + streams.offsets[stream, None]
+    )
     at = streams.tokens.offsets
     start, stop, first, last = at[places].T
     tokens: I64 = at[-1] - at[-2] + stop - start + last - first
@@ -113,7 +120,9 @@ def fill(streams: Streams, windows: Windows, batch_tokens: int) -> list[Windows]
     """Windows in their order, as many in a batch as `batch_tokens` hold (at least one)."""
     batches: list[Windows] = []
     spent = 0
-    for window, tokens in zip(windows, window_tokens(streams, windows).tolist(), strict=True):
+    for window, tokens in zip(
+        windows, window_tokens(streams, windows).tolist(), strict=True
+    ):
         if not batches or spent + tokens > batch_tokens:
             batches.append([])
             spent = 0
@@ -124,7 +133,9 @@ def fill(streams: Streams, windows: Windows, batch_tokens: int) -> list[Windows]
 
 def share_out(streams: Streams, windows: Windows, count: int) -> list[Windows]:
     """Windows in their order as exactly `count` batches of nearly equal tokens, none empty."""
-    if len(windows) < count:  # tiny logs: rather repeat a window than leave a rank without a step
+    if (
+        len(windows) < count
+    ):  # tiny logs: rather repeat a window than leave a rank without a step
         windows = [windows[i % len(windows)] for i in range(count)]
     ends = np.cumsum(window_tokens(streams, windows))
     cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count, side="left") + 1
@@ -141,7 +152,13 @@ class TrainSampler(Sampler[Windows]):
     """
 
     def __init__(
-        self, streams: Streams, context_tokens: int, batch_tokens: int, seed: int, rank: int, world_size: int
+        self,
+        streams: Streams,
+        context_tokens: int,
+        batch_tokens: int,
+        seed: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         self._streams = streams
         self._context_tokens = context_tokens
@@ -150,11 +167,17 @@ class TrainSampler(Sampler[Windows]):
         self._world_size = world_size
         # streams without a target are not read
         targets = (
-            np.add.reduceat(streams.target, streams.offsets[:-1]) if len(streams) else np.zeros(0)
+            np.add.reduceat(streams.target, streams.offsets[:-1])
+            if len(streams)
+            else np.zeros(0)
         )  # (s,)
-        read = np.repeat(targets > 0, np.diff(streams.offsets))  # (n,) segments of the others
+        read = np.repeat(
+            targets > 0, np.diff(streams.offsets)
+        )  # (n,) segments of the others
         tokens = int(np.minimum(streams.tokens.lengths[:-1], context_tokens)[read].sum())
-        self._steps = max(1, round(tokens / batch_tokens / world_size))  # of an epoch, on each rank
+        self._steps = max(
+            1, round(tokens / batch_tokens / world_size)
+        )  # of an epoch, on each rank
         self.epoch = 0
         self.start = 0  # batches of the epoch that were handed out before a run was stopped
 
@@ -179,7 +202,12 @@ class EvaluationSampler(Sampler[Windows]):
     """All windows with targets, dealt out to ranks in batches of at most `batch_tokens` (one window may be more)."""
 
     def __init__(
-        self, streams: Streams, context_tokens: int, batch_tokens: int, rank: int, world_size: int
+        self,
+        streams: Streams,
+        context_tokens: int,
+        batch_tokens: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         batches = fill(streams, streams.evaluation(context_tokens), batch_tokens)
         steps = -(-len(batches) // world_size)
@@ -211,10 +239,15 @@ class PackedLoader:
     """
 
     def __init__(
-        self, streams: Streams, sampler: TrainSampler | EvaluationSampler, num_workers: int = 0
+        self,
+        streams: Streams,
+        sampler: TrainSampler | EvaluationSampler,
+        num_workers: int = 0,
     ) -> None:
         self.batch_sampler = sampler  # Lightning looks here to set its epoch
-        self._loader = DataLoader(_Packed(streams), batch_size=None, sampler=sampler, num_workers=num_workers)
+        self._loader = DataLoader(
+            _Packed(streams), batch_size=None, sampler=sampler, num_workers=num_workers
+        )
         self._done = 0
 
     def __len__(self) -> int:
@@ -233,7 +266,9 @@ class PackedLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch that the state was saved at."""
         if isinstance(self.batch_sampler, TrainSampler):
-            whole = state["batches"] >= len(self)  # saved at the end of an epoch: go on with the next one
+            whole = state["batches"] >= len(
+                self
+            )  # saved at the end of an epoch: go on with the next one
             self.batch_sampler.set_epoch(state["epoch"] + whole)
             self.batch_sampler.start = 0 if whole else state["batches"]
 

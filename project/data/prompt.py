@@ -43,7 +43,9 @@ class Prompt:
             similar_users, similar_items.
     """
 
-    instruction: str = "Will this user like each? Liked in percent: by all, by similar users.\n"
+    instruction: str = (
+        "Will this user like each? Liked in percent: by all, by similar users.\n"
+    )
     segment: str | None = None
     answers: list[str] = field(default_factory=lambda: [" no", " yes"])
     similar: str | None = None
@@ -76,7 +78,11 @@ ITEM_TEXT = "item_text"
 def fields_together(name: str) -> list[str] | None:
     """The numbers that a field such as item_number+mf_number shows in one token; None where it is another field."""
     fields = name.split("+")
-    return fields if NUMBERS.keys() >= set(fields) and len(set(fields)) == len(fields) else None
+    return (
+        fields
+        if NUMBERS.keys() >= set(fields) and len(set(fields)) == len(fields)
+        else None
+    )
 
 
 def number_features(retrieved: pl.DataFrame | Retrieved) -> F64:
@@ -101,7 +107,9 @@ def read_number_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
     Ids of words and items show no number; values are float32, arbitrary where there is none.
     """
     shifts = 8 * torch.arange(len(NUMBERS), device=ids.device)
-    digits = (torch.where(ids < LOWEST_ID, 0, -ids).clamp(min=0)[..., None] >> shifts) & (BYTE - 1)
+    digits = (torch.where(ids < LOWEST_ID, 0, -ids).clamp(min=0)[..., None] >> shifts) & (
+        BYTE - 1
+    )
     return digits > 0, (digits - 1).float() / STEPS_A_UNIT - SPAN
 
 
@@ -114,8 +122,14 @@ def readable(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
             words.append(int(token))
             continue
         shown, values = (found.tolist() for found in read_number_ids(token))
-        numbers = [f"{n} {value:+.2f}" for n, value, there in zip(names, values, shown, strict=True) if there]
-        numbers += [f"{ITEM_TEXT} {FIRST_ITEM_ID - int(token)}"] if token < LOWEST_ID else []
+        numbers = [
+            f"{n} {value:+.2f}"
+            for n, value, there in zip(names, values, shown, strict=True)
+            if there
+        ]
+        numbers += (
+            [f"{ITEM_TEXT} {FIRST_ITEM_ID - int(token)}"] if token < LOWEST_ID else []
+        )
         pieces += [str(tokenizer.decode(words)), f"[{' '.join(numbers)}]"]
         words = []
     return "".join([*pieces, str(tokenizer.decode(words))])
@@ -128,7 +142,9 @@ UNKNOWN = "?"  # what the prompt says where nothing has been counted yet
 
 def _percent(values: F64) -> list[str]:
     """Always two digits, 00 to 99: whatever is known is equally long."""
-    return [UNKNOWN if v != v else f"{min(int(100 * v + 0.5), 99):02d}" for v in values.tolist()]
+    return [
+        UNKNOWN if v != v else f"{min(int(100 * v + 0.5), 99):02d}" for v in values.tolist()
+    ]
 
 
 def _round_down(values: F64) -> list[str]:
@@ -181,7 +197,9 @@ def shows_items(segment: str | None) -> bool:
 
 def field_showing(prompt: Prompt, column: str) -> str | None:
     """A field of the segment, in braces, that shows this column of the retrieved features; None where none does."""
-    fields = {name for name, (shown, _) in RETRIEVED_FIELDS.items() if shown == column} | {f"{column}_number"}
+    fields = {name for name, (shown, _) in RETRIEVED_FIELDS.items() if shown == column} | {
+        f"{column}_number"
+    }
     named = field_names(prompt.segment or "")
     return next(("{" + name + "}" for name in named if fields & set(name.split("+"))), None)
 
@@ -191,7 +209,9 @@ def item_columns(prompt: Prompt, items: pl.DataFrame) -> tuple[list[str], list[s
     fields = field_names(prompt.segment or "")
     columns = [name for name in items.columns if name not in ("item", "item_id")]
     fields += columns if ITEM_TEXT in fields else []
-    return [name for name in columns if name in fields], [name for name in columns if name not in fields]
+    return [name for name in columns if name in fields], [
+        name for name in columns if name not in fields
+    ]
 
 
 def split_template(
@@ -207,9 +227,13 @@ def split_template(
     try:
         parsed = list(Formatter().parse(template))
     except ValueError as error:
-        raise ConfigError(f"data.prompt.segment {template!r} is not a template: {error}.") from error
+        raise ConfigError(
+            f"data.prompt.segment {template!r} is not a template: {error}."
+        ) from error
     if not parsed:
-        raise ConfigError("data.prompt.segment is empty: a segment needs a token before its answer.")
+        raise ConfigError(
+            "data.prompt.segment is empty: a segment needs a token before its answer."
+        )
     parts: list[tuple[str, str]] = []
     for text, name, spec, conversion in parsed:
         static = text.replace("{", "{{").replace("}", "}}")
@@ -222,7 +246,9 @@ def split_template(
         elif static:
             parts.append(("static", static))
         if name is not None and name not in own:
-            kind = "item" if name == ITEM_TEXT else "retrieved" if name in worded else "number"
+            kind = (
+                "item" if name == ITEM_TEXT else "retrieved" if name in worded else "number"
+            )
             parts.append((kind, name))
     return parts
 
@@ -244,15 +270,24 @@ def _check_field(name: str, written: str, own: list[str], worded: list[str]) -> 
         )
     spec = written.removeprefix("{" + name).removesuffix("}")
     if spec and not (name in own and _AT_MOST.fullmatch(spec.removeprefix(":"))):
-        cut = f", or {{{name}:.40}} for at most 40 characters of it" if name in own else " alone"
-        raise ConfigError(f"data.prompt.segment has the field {written}; expected {{{name}}}{cut}.")
+        cut = (
+            f", or {{{name}:.40}} for at most 40 characters of it"
+            if name in own
+            else " alone"
+        )
+        raise ConfigError(
+            f"data.prompt.segment has the field {written}; expected {{{name}}}{cut}."
+        )
 
 
 SHORT = 12  # median tokens of a column that the default segment shows
 
 
 def with_segment(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, items: pl.DataFrame, numbers: Sequence[str] = ()
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    items: pl.DataFrame,
+    numbers: Sequence[str] = (),
 ) -> Prompt:
     """The prompt with a segment: its own, or where it has none the title, short item columns, and in one token numbers.
 
@@ -267,9 +302,15 @@ def with_segment(
         return bool(tokens) and float(np.median(tokens)) <= SHORT
 
     taken = ("item", "item_id", *RETRIEVED_FIELDS, *NUMBERS, ITEM_TEXT)
-    named = [name for name in items.columns if name not in taken and not _NO_NAME.fullmatch(name)]
-    columns = ", ".join(f"{{{name}}}" for name in named if name == "title" or is_short(name))
-    counted = "+".join(["item_number", "user_number", "vote_number", "text_number", *numbers])
+    named = [
+        name for name in items.columns if name not in taken and not _NO_NAME.fullmatch(name)
+    ]
+    columns = ", ".join(
+        f"{{{name}}}" for name in named if name == "title" or is_short(name)
+    )
+    counted = "+".join(
+        ["item_number", "user_number", "vote_number", "text_number", *numbers]
+    )
     return replace(prompt, segment=f"{columns}{{{counted}}}")
 
 
@@ -287,7 +328,9 @@ class Segments:
 class PromptEncoder:
     """Turns items (codes of `Interactions.items`), retrieved features and answers into segments."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, items: pl.DataFrame) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, items: pl.DataFrame
+    ) -> None:
         self._tokenizer = tokenizer
         item_fields = [c for c in items.columns if c not in ("item", "item_id")]
         segment = with_segment(prompt, tokenizer, items).segment
@@ -340,14 +383,22 @@ class PromptEncoder:
 
     def _encode_values(self, texts: list[str]) -> Ragged:
         """Token ids of texts, each distinct one tokenised once."""
-        distinct, codes = np.unique(np.array(texts, dtype=object).astype(str), return_inverse=True)
-        return Ragged.of([self._ids(t) for t in distinct.tolist()]).take(codes.astype(np.int64))
+        distinct, codes = np.unique(
+            np.array(texts, dtype=object).astype(str), return_inverse=True
+        )
+        return Ragged.of([self._ids(t) for t in distinct.tolist()]).take(
+            codes.astype(np.int64)
+        )
 
     def encode(self, item: I64, retrieved: pl.DataFrame | Retrieved, label: I8) -> Segments:
         """Segments of items (n,), their n rows of the retrieved features, and answers (n,): 0, 1, or -1 for none."""
         found = Retrieved.of(retrieved)
         columns = {"likes": found.sums(found.answer)} | found.columns
-        features = number_features(found) if any(kind == "number" for kind, _ in self._parts) else None
+        features = (
+            number_features(found)
+            if any(kind == "number" for kind, _ in self._parts)
+            else None
+        )
         parts = []
         for i, (kind, name) in enumerate(self._parts):
             if kind == "static":
@@ -355,11 +406,15 @@ class PromptEncoder:
             elif kind == "item":
                 parts.append(Ragged(FIRST_ITEM_ID - item, np.arange(len(item) + 1)))
             elif features is not None and kind == "number":
-                parts.append(Ragged(number_ids(features, name.split("+")), np.arange(len(item) + 1)))
+                parts.append(
+                    Ragged(number_ids(features, name.split("+")), np.arange(len(item) + 1))
+                )
             else:
                 # a column may be absent: item_similarity is there with retrievers that compare items
                 column, render = RETRIEVED_FIELDS[name]
-                texts = render(columns[column]) if column in columns else [UNKNOWN] * len(item)
+                texts = (
+                    render(columns[column]) if column in columns else [UNKNOWN] * len(item)
+                )
                 parts.append(self._encode_values(texts))
         answers = self._answers.take(np.where(label < 0, 2, label).astype(np.int64))
         segments = join([*parts, answers])

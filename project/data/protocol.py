@@ -56,7 +56,9 @@ class Protocol:
             history, graph or count has them.
     """
 
-    split: Literal["global_time", "user_time", "random", "leave_last", "given"] = "global_time"
+    split: Literal["global_time", "user_time", "random", "leave_last", "given"] = (
+        "global_time"
+    )
     shares: list[float] = field(default_factory=lambda: [0.8, 0.1, 0.1])
     minimum_history: int = 0
     label: str | None = None
@@ -92,7 +94,10 @@ class Protocol:
         """Raise `ConfigError` for a value that cannot work; needs no data, so it can run before logs."""
         three = "3 shares ({}), none {}, that sum to 1"
         possible = {  # by key: whether its value can work, what was expected
-            "shares": (_sum_to_one(self.shares), three.format(", ".join(SPLITS), "negative")),
+            "shares": (
+                _sum_to_one(self.shares),
+                three.format(", ".join(SPLITS), "negative"),
+            ),
             # a fold without users would be found out late
             "fold_shares": (
                 _sum_to_one(self.fold_shares, 1e-9),
@@ -100,8 +105,14 @@ class Protocol:
             ),
             "minimum_history": (self.minimum_history >= 0, "0 or more"),
             "seed": (self.seed >= 0, "0 or more"),
-            "hide_items": (0 <= self.hide_items < 1, "a share of the items, at least 0 and below 1"),
-            "train_users": (0 < self.train_users <= 1, "a share of the users, above 0 and at most 1"),
+            "hide_items": (
+                0 <= self.hide_items < 1,
+                "a share of the items, at least 0 and below 1",
+            ),
+            "train_users": (
+                0 < self.train_users <= 1,
+                "a share of the users, above 0 and at most 1",
+            ),
             "negatives": (
                 (self.label == CLICKED) == (self.negatives is not None),
                 "negatives such as {per_positive: 1} where data.protocol.label is clicked, null elsewhere",
@@ -120,7 +131,11 @@ class Protocol:
 
 
 def _sum_to_one(shares: list[float], least: float = 0) -> bool:
-    return len(shares) == 3 and min(shares) >= least and math.isclose(sum(shares), 1, abs_tol=1e-6)
+    return (
+        len(shares) == 3
+        and min(shares) >= least
+        and math.isclose(sum(shares), 1, abs_tol=1e-6)
+    )
 
 
 def label_expression(rule: str | None) -> pl.Expr:
@@ -151,9 +166,13 @@ class Interactions:
 
     rows: pl.DataFrame
     users: pl.DataFrame  # user Int32 (0..), user_id: those with at least one row
-    items: pl.DataFrame  # item Int32 (0..), item_id, title, then attributes: the whole catalogue
+    items: (
+        pl.DataFrame
+    )  # item Int32 (0..), item_id, title, then attributes: the whole catalogue
     files: dict[str, str]  # file name -> SHA-256 of what was read
-    duplicates: int = 0  # rows removed because they repeat the (user, item, timestamp) of another row
+    duplicates: int = (
+        0  # rows removed because they repeat the (user, item, timestamp) of another row
+    )
     dropped: int = 0  # rows removed by the protocol's drop_ratings
     hidden_rows: int = 0  # rows removed by its hide_items; `apply_protocol` does it, since only train rows go
     left_out: tuple[str, ...] = ()  # lines about rows that the reader left out
@@ -167,7 +186,10 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     raw = checked(raw)
     log = raw.interactions
     columns = f"; there are {', '.join(raw.columns)}" if raw.columns else ""  # of the file
-    if log["timestamp"].null_count() == log.height > 0 and protocol.split not in UNDATED_SPLITS:
+    if (
+        log["timestamp"].null_count() == log.height > 0
+        and protocol.split not in UNDATED_SPLITS
+    ):
         raise ConfigError(
             f"The log has no column timestamp, but data.protocol.split {protocol.split} cuts by time{columns}. Map the "
             "column under data.logs.init_args.columns.timestamp, or set data.protocol.split: random."
@@ -178,7 +200,9 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
             f"data.protocol.drop_ratings is {protocol.drop_ratings}, but the log has no ratings. Set it to [], or map "
             "the column under data.logs.init_args.columns.rating."
         )
-    rated = log.filter(~pl.col("rating").is_in(list(map(float, protocol.drop_ratings))).fill_null(False))
+    rated = log.filter(
+        ~pl.col("rating").is_in(list(map(float, protocol.drop_ratings))).fill_null(False)
+    )
     # 3. label
     shown = rated.filter(pl.col("label") == 0)
     if protocol.label == CLICKED and not shown.is_empty():
@@ -202,13 +226,23 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     distinct = _without_duplicates(labelled, protocol.duplicates)
     # 5. code ids
     users = _coded(distinct["user_id"].unique(), "user")
-    items = _coded(raw.items["item_id"], "item").join(raw.items, on="item_id", maintain_order="left")
+    items = _coded(raw.items["item_id"], "item").join(
+        raw.items, on="item_id", maintain_order="left"
+    )
     untitled = items["title"].str.strip_chars() == ""
     # 6. sort
-    rows = distinct.join(users, on="user_id").join(items.select("item_id", "item"), on="item_id")
-    rows = rows.sort("timestamp", "user", "item").with_row_index("row_id").cast({"row_id": pl.Int64})
+    rows = distinct.join(users, on="user_id").join(
+        items.select("item_id", "item"), on="item_id"
+    )
+    rows = (
+        rows.sort("timestamp", "user", "item")
+        .with_row_index("row_id")
+        .cast({"row_id": pl.Int64})
+    )
     return Interactions(
-        rows.select("row_id", "user", "item", "timestamp", "label", "rating", given_split="split"),
+        rows.select(
+            "row_id", "user", "item", "timestamp", "label", "rating", given_split="split"
+        ),
         users,
         items.with_columns(title=pl.when(untitled).then("item_id").otherwise("title")),
         dict(raw.files),
@@ -220,16 +254,22 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     )
 
 
-def _without_duplicates(rows: pl.DataFrame, policy: Literal["error", "first", "last"]) -> pl.DataFrame:
+def _without_duplicates(
+    rows: pl.DataFrame, policy: Literal["error", "first", "last"]
+) -> pl.DataFrame:
     key = ["user_id", "item_id", "timestamp"]
-    distinct = rows.unique(key, keep="last" if policy == "last" else "first", maintain_order=True)
+    distinct = rows.unique(
+        key, keep="last" if policy == "last" else "first", maintain_order=True
+    )
     if policy != "error" or distinct.height == rows.height:
         return distinct
     places = pl.format("{} row {}", "source_file", "source_row")
     groups = rows.group_by(key, maintain_order=True).agg(places.alias("places"))
     shown = "; ".join(
         f"user {user!r}, item {item!r}{'' if time is None else f', timestamp {time:.15g}'}: {', '.join(places)}"
-        for user, item, time, places in groups.filter(pl.col("places").list.len() > 1).head(3).iter_rows()
+        for user, item, time, places in groups.filter(pl.col("places").list.len() > 1)
+        .head(3)
+        .iter_rows()
     )
     raise DataError(
         f"{rows.height - distinct.height:,} duplicate rows (same user, item and any timestamp), for example {shown}. "
@@ -241,7 +281,9 @@ def _coded(ids: pl.Series, code: str) -> pl.DataFrame:
     """Column `code` (Int32, 0..) and the ids: in numeric order if all are integers, else as strings."""
     number = ids.cast(pl.Int64, strict=False)
     order = ["number", ids.name] if number.null_count() == 0 else [ids.name]
-    ordered = pl.DataFrame({ids.name: ids, "number": number}).sort(order).with_row_index(code)
+    ordered = (
+        pl.DataFrame({ids.name: ids, "number": number}).sort(order).with_row_index(code)
+    )
     return ordered.select(pl.col(code).cast(pl.Int32), ids.name)
 
 
@@ -266,7 +308,9 @@ class SplitInteractions:
         """What a reader of results has to know of the log, a line each."""
         found = []
         if self.interactions.not_read:
-            found.append(f"of the interactions not read: {', '.join(self.interactions.not_read)}.")
+            found.append(
+                f"of the interactions not read: {', '.join(self.interactions.not_read)}."
+            )
         if negatives := self.protocol.negatives:
             had = (
                 ", and so does having had it before (repeats: target)"
@@ -291,7 +335,9 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     Rows of hidden items in valid and test stay, so a test row may read earlier ones of valid and test.
     """
     protocol.check()
-    items_hidden = _share_of(interactions.items["item_id"], HIDE_SALT, protocol.seed, protocol.hide_items)
+    items_hidden = _share_of(
+        interactions.items["item_id"], HIDE_SALT, protocol.seed, protocol.hide_items
+    )
     # 1. split; rows of a log without times get an order first
     dated = interactions.rows["timestamp"].null_count() == 0
     if not dated:
@@ -306,12 +352,16 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     rows = _with_roles(interactions.rows, protocol)
     rows = rows.with_columns(split=split, hidden=items_hidden.gather(rows["item"]))
     # 3. train rows of users who are not taken are context
-    taken = _share_of(interactions.users["user_id"], TRAIN_SALT, protocol.seed, protocol.train_users)
+    taken = _share_of(
+        interactions.users["user_id"], TRAIN_SALT, protocol.seed, protocol.train_users
+    )
     rows = _as_context(rows, (pl.col("split") == "train") & ~taken.gather(rows["user"]))
     # 4. folds of validation
     folds = _folds(interactions.users["user_id"], protocol).gather(rows["user"])
     rows = rows.with_columns(fold=pl.when(pl.col("split") == "valid").then(folds))
-    rows = rows.select(*interactions.rows.columns, "hist", "split", "fold", "role", "hidden")
+    rows = rows.select(
+        *interactions.rows.columns, "hist", "split", "fold", "role", "hidden"
+    )
     # 5. negatives beside the targets
     if protocol.negatives is not None:
         if protocol.negatives.repeats == "context":
@@ -331,15 +381,23 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
 
 def _as_context(rows: pl.DataFrame, where: pl.Expr | pl.Series) -> pl.DataFrame:
     """The rows, of which some are no targets."""
-    return rows.with_columns(role=pl.when(where).then(pl.lit("context", pl.Enum(ROLES))).otherwise("role"))
+    return rows.with_columns(
+        role=pl.when(where).then(pl.lit("context", pl.Enum(ROLES))).otherwise("role")
+    )
 
 
 def answered(rows: pl.DataFrame) -> pl.Series:
     """Whether each row is an answer of its user (Boolean): sampled negatives are not, so nothing may read them."""
-    return ~rows["sampled"] if "sampled" in rows.columns else pl.repeat(True, rows.height, eager=True)
+    return (
+        ~rows["sampled"]
+        if "sampled" in rows.columns
+        else pl.repeat(True, rows.height, eager=True)
+    )
 
 
-def _ordered(interactions: Interactions, protocol: Protocol) -> tuple[Interactions, pl.Series]:
+def _ordered(
+    interactions: Interactions, protocol: Protocol
+) -> tuple[Interactions, pl.Series]:
     """A log without timestamps in an order of its own, and the split of each row.
 
     History, train, valid, test, and inside each by a seeded permutation of the rows sorted by user and item; of the
@@ -358,14 +416,23 @@ def _ordered(interactions: Interactions, protocol: Protocol) -> tuple[Interactio
 
 def _with_roles(rows: pl.DataFrame, protocol: Protocol) -> pl.DataFrame:
     hist = pl.col("timestamp").rank("min").over("user").cast(pl.Int32) - 1
-    is_target = (hist >= protocol.minimum_history) & (pl.col("given_split").fill_null("") != "history")
-    role = pl.when(is_target).then(pl.lit("target")).otherwise(pl.lit("context")).cast(pl.Enum(ROLES))
+    is_target = (hist >= protocol.minimum_history) & (
+        pl.col("given_split").fill_null("") != "history"
+    )
+    role = (
+        pl.when(is_target)
+        .then(pl.lit("target"))
+        .otherwise(pl.lit("context"))
+        .cast(pl.Enum(ROLES))
+    )
     return rows.with_columns(hist=hist, role=role)
 
 
 def _share_of(ids: pl.Series, salt: str, seed: int, share: float) -> pl.Series:
     """Whether each id is in a share of them, by a salted hash: the same on every machine, and in another log."""
-    return pl.Series([_uniform(f"{salt}:{seed}", name) < share for name in ids], dtype=pl.Boolean)
+    return pl.Series(
+        [_uniform(f"{salt}:{seed}", name) < share for name in ids], dtype=pl.Boolean
+    )
 
 
 def _with_only(interactions: Interactions, kept: pl.Series) -> Interactions:
@@ -399,20 +466,34 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
             return rows["given_split"].replace("history", "train").cast(pl.Enum(SPLITS))
         case "global_time":
             # a cut is a time; a share of 0 cuts after the last target
-            times = rows.filter(pl.col("role") == "target")["timestamp"].append(pl.Series([np.inf]))
-            behind = [pl.col("timestamp") >= times[cut] for cut in _cuts(len(times) - 1, protocol.shares)]
+            times = rows.filter(pl.col("role") == "target")["timestamp"].append(
+                pl.Series([np.inf])
+            )
+            behind = [
+                pl.col("timestamp") >= times[cut]
+                for cut in _cuts(len(times) - 1, protocol.shares)
+            ]
         case "user_time":
             # the time of a user's row at the cut; a user without one has all rows before it
-            cuts = [(share * number).round(6).floor() for share in np.cumsum(protocol.shares)[:2]]
-            at = [pl.when(place >= cut).then("timestamp").min().over("user") for cut in cuts]
+            cuts = [
+                (share * number).round(6).floor()
+                for share in np.cumsum(protocol.shares)[:2]
+            ]
+            at = [
+                pl.when(place >= cut).then("timestamp").min().over("user") for cut in cuts
+            ]
             behind = [(pl.col("timestamp") >= time).fill_null(False) for time in at]
         case "random":
             shuffled = np.argsort(
                 np.random.default_rng(protocol.seed).permutation(rows.height)
             )  # place of each row
-            behind = [pl.Series(shuffled >= cut) for cut in _cuts(rows.height, protocol.shares)]
+            behind = [
+                pl.Series(shuffled >= cut) for cut in _cuts(rows.height, protocol.shares)
+            ]
         case "leave_last":
-            later = place.reverse().over("user")  # the user's later rows in the sorted order
+            later = place.reverse().over(
+                "user"
+            )  # the user's later rows in the sorted order
             behind = [later < 2, later < 1]
     passed = rows.select(
         pl.sum_horizontal(behind)
@@ -466,8 +547,12 @@ def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) 
     for name, default in (("hide_items", 0.0), ("train_users", 1.0), ("negatives", None)):
         if fields[name] == default:
             del fields[name]
-    digest = hashlib.sha256(json.dumps([fields, list(interactions.files.values())], sort_keys=True).encode())
-    codes = rows.with_columns(pl.col("split", "fold", "role").to_physical().cast(pl.Int8).fill_null(-1))
+    digest = hashlib.sha256(
+        json.dumps([fields, list(interactions.files.values())], sort_keys=True).encode()
+    )
+    codes = rows.with_columns(
+        pl.col("split", "fold", "role").to_physical().cast(pl.Int8).fill_null(-1)
+    )
     for column in ("row_id", "split", "fold", "role", "label"):
         kind = "<i8" if column == "row_id" else "i1"
         digest.update(codes[column].to_numpy().astype(kind).tobytes())
@@ -475,7 +560,11 @@ def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) 
 
 
 def _manifest(
-    rows: pl.DataFrame, interactions: Interactions, protocol: Protocol, digest: str, dated: bool
+    rows: pl.DataFrame,
+    interactions: Interactions,
+    protocol: Protocol,
+    digest: str,
+    dated: bool,
 ) -> dict[str, Any]:
     """What results and reports show of a log, ready for JSON.
 
@@ -495,7 +584,9 @@ def _manifest(
     def cold(column: str) -> dict[str, float]:
         train = by_split["train"].filter(answered(by_split["train"]))
         seen = pl.col(column).is_in(train[column].unique().implode())
-        return {split: by_split[split].select((~seen).mean()).item() for split in SPLITS[1:]}
+        return {
+            split: by_split[split].select((~seen).mean()).item() for split in SPLITS[1:]
+        }
 
     return {
         "name": protocol.name,
@@ -505,10 +596,14 @@ def _manifest(
         "rows": log.height,
         "negatives": rows.height - log.height,
         "order": "by time" if dated else "shuffled",
-        "times": [str(np.datetime64(int(rows["timestamp"][k]), "s")) for k in (0, -1) if dated],
+        "times": [
+            str(np.datetime64(int(rows["timestamp"][k]), "s")) for k in (0, -1) if dated
+        ],
         "counts": {split: part.height for split, part in by_split.items()},
         "positives": {split: int(part["label"].sum()) for split, part in by_split.items()},
-        "context": {split: context.filter(pl.col("split") == split).height for split in SPLITS},
+        "context": {
+            split: context.filter(pl.col("split") == split).height for split in SPLITS
+        },
         "folds": {
             fold: {
                 "targets": part.height,
@@ -519,7 +614,9 @@ def _manifest(
         },
         "cold_user_share": cold("user"),
         "cold_item_share": cold("item"),
-        "tie_share": float(log.select(pl.struct("user", "timestamp").is_duplicated().mean()).item()),
+        "tie_share": float(
+            log.select(pl.struct("user", "timestamp").is_duplicated().mean()).item()
+        ),
         "duplicates": interactions.duplicates,
         "dropped": interactions.dropped,
         "hidden_rows": interactions.hidden_rows,

@@ -21,7 +21,9 @@ class Ragged:
     def of(cls, lists: Sequence[Sequence[int]]) -> Ragged:
         """Build from Python lists."""
         lengths = np.fromiter((len(x) for x in lists), dtype=np.int64, count=len(lists))
-        flat = np.fromiter((v for x in lists for v in x), dtype=np.int64, count=int(lengths.sum()))
+        flat = np.fromiter(
+            (v for x in lists for v in x), dtype=np.int64, count=int(lengths.sum())
+        )
         return cls(flat, offsets_of(lengths))
 
     def __len__(self) -> int:
@@ -38,8 +40,12 @@ class Ragged:
     def take(self, index: I64) -> Ragged:
         """Lists `index[0], index[1], ...`, repeats allowed."""
         starts = self.offsets[index]
-        lengths = self.offsets[index + 1] - starts  # not of all lists, since a batch takes few
-        return Ragged(self.values[np.repeat(starts, lengths) + within(lengths)], offsets_of(lengths))
+        lengths = (
+            self.offsets[index + 1] - starts
+        )  # not of all lists, since a batch takes few
+        return Ragged(
+            self.values[np.repeat(starts, lengths) + within(lengths)], offsets_of(lengths)
+        )
 
 
 def offsets_of(lengths: I64) -> I64:

@@ -45,7 +45,9 @@ class Dump:
     def __init__(self) -> None:
         self.files: dict[str, str] = {}  # name -> SHA-256
         self.counts: dict[tuple[str, str], int] = {}  # file, reason -> rows left out
-        self.first: dict[tuple[str, str], int] = {}  # file, reason -> the first of them, from 1
+        self.first: dict[
+            tuple[str, str], int
+        ] = {}  # file, reason -> the first of them, from 1
         self.not_read: list[str] = []  # fields of the log's first row
 
     def leave_out(self, path: Path, reason: str, row: int, count: int = 1) -> None:
@@ -53,7 +55,9 @@ class Dump:
         self.first.setdefault((path.name, reason), row)
         self.counts[path.name, reason] = self.counts.get((path.name, reason), 0) + count
 
-    def kept(self, table: pl.DataFrame, keep: pl.Expr, path: Path, reason: str) -> pl.DataFrame:
+    def kept(
+        self, table: pl.DataFrame, keep: pl.Expr, path: Path, reason: str
+    ) -> pl.DataFrame:
         """The rows to keep; the others are counted."""
         gone = table.filter(~keep)
         if not gone.is_empty():
@@ -72,25 +76,39 @@ class Dump:
                 continue
             fields = fields or list(record)
             values = [
-                _text(next((record[n] for n in theirs if n in record), "")) for theirs in names.values()
+                _text(next((record[n] for n in theirs if n in record), ""))
+                for theirs in names.values()
             ]
-            absent = [ours for ours, value in zip(names, values, strict=True) if ours in needed and not value]
+            absent = [
+                ours
+                for ours, value in zip(names, values, strict=True)
+                if ours in needed and not value
+            ]
             if absent:
                 self.leave_out(path, f"it has no {' or '.join(names[absent[0]])}", row)
             else:
                 found.append([row, *values])
         if not found:
             expected = ", ".join(" or ".join(names[name]) for name in needed)
-            raise DataError(f"{path}: no row has {expected}; the first has {', '.join(fields) or 'nothing'}.")
+            raise DataError(
+                f"{path}: no row has {expected}; the first has {', '.join(fields) or 'nothing'}."
+            )
         if "user_id" in names:
             read = {name for theirs in names.values() for name in theirs}
             self.not_read = [name for name in fields if name not in read]
         schema = {"source_row": pl.Int64, **dict.fromkeys(names, pl.String)}
         return pl.DataFrame(found, schema=schema, orient="row")
 
-    def log(self, rows: pl.DataFrame, log: Path, items: pl.DataFrame, catalogue: Path) -> RawLogs:
+    def log(
+        self, rows: pl.DataFrame, log: Path, items: pl.DataFrame, catalogue: Path
+    ) -> RawLogs:
         """The log of rows whose items are listed; of an item that is listed again the first row counts."""
-        items = self.kept(items, pl.col("item_id").is_first_distinct(), catalogue, "it lists an item again")
+        items = self.kept(
+            items,
+            pl.col("item_id").is_first_distinct(),
+            catalogue,
+            "it lists an item again",
+        )
         listed = pl.col("item_id").is_in(items["item_id"].implode())
         rows = self.kept(rows, listed, log, f"its item is not in {catalogue.name}")
         left_out = tuple(
@@ -128,7 +146,9 @@ class BookCrossing(Logs):
         # 1. ratings that are numbers
         rows = dump.table(self.ratings, RATED, tuple(RATED))
         rows = rows.with_columns(pl.col("rating").cast(pl.Float64, strict=False))
-        rows = dump.kept(rows, pl.col("rating").is_not_null(), self.ratings, "its rating is no number")
+        rows = dump.kept(
+            rows, pl.col("rating").is_not_null(), self.ratings, "its rating is no number"
+        )
         # 2. books; the year 0 is unknown
         books = dump.table(self.books, BOOK, ("item_id",))
         books = books.with_columns(pl.col("year").replace("0", ""))
@@ -157,13 +177,17 @@ class AmazonReviews(Logs):
         dump = Dump()
         # 1. reviews with a time and a rating
         rows = dump.table(self.reviews, REVIEW, tuple(REVIEW))
-        rows = rows.with_columns(pl.col("timestamp", "rating").cast(pl.Float64, strict=False))
+        rows = rows.with_columns(
+            pl.col("timestamp", "rating").cast(pl.Float64, strict=False)
+        )
         present = pl.all_horizontal(pl.col("timestamp", "rating").is_not_null())
         rows = dump.kept(rows, present, self.reviews, "its time or rating is no number")
         # 2. the earliest of a user and an item
         rows = rows.sort("timestamp", maintain_order=True)
         first = pl.struct("user_id", "item_id").is_first_distinct()
-        rows = dump.kept(rows, first, self.reviews, "a later review of the same item by the same user")
+        rows = dump.kept(
+            rows, first, self.reviews, "a later review of the same item by the same user"
+        )
         # 3. items; of 2018 some have a page's script in place of a title
         items = dump.table(self.metadata, PRODUCT, ("item_id",))
         scripts = pl.col("title").str.contains("getTime", literal=True)
@@ -176,7 +200,9 @@ def _semicolons(path: Path) -> Iterator[dict[str, str] | str]:
     header = list[str]()
     with path.open(encoding="latin-1") as lines:
         for line in lines:
-            fields = next(csv.reader([line], delimiter=";", escapechar="\\", doublequote=False), [])
+            fields = next(
+                csv.reader([line], delimiter=";", escapechar="\\", doublequote=False), []
+            )
             if not header:
                 header = fields
             elif len(fields) == len(header):
@@ -203,6 +229,10 @@ def _objects(path: Path) -> Iterator[dict[str, Any] | str]:
 def _text(value: Any) -> str:
     """One line of text; of a list (of lists) each value once."""
     if isinstance(value, list):
-        parts = [part for entry in value for part in (entry if isinstance(entry, list) else [entry])]
+        parts = [
+            part
+            for entry in value
+            for part in (entry if isinstance(entry, list) else [entry])
+        ]
         return ", ".join(dict.fromkeys(text for text in map(_text, parts) if text))
     return "" if value is None else " ".join(html.unescape(str(value)).split())

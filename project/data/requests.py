@@ -18,7 +18,15 @@ from project.data.prompt import PromptEncoder
 from project.data.protocol import FOLDS, Interactions, SplitInteractions, answered
 from project.data.stream import Streams, streams_of
 from project.errors import ConfigError, DataError
-from project.request import HistoryRow, Item, RankRequest, check_names, id_of, shown, text_of
+from project.request import (
+    HistoryRow,
+    Item,
+    RankRequest,
+    check_names,
+    id_of,
+    shown,
+    text_of,
+)
 
 KEYS = ("request_id", "user_id", "history", "time", "candidates")
 EXAMPLE_HISTORY = '[{"item_id": "242", "label": 1, "time": 880000000}]'
@@ -48,8 +56,16 @@ class Requests:
 
     def table(self) -> pl.DataFrame:
         """One row a candidate: request_id, candidate_index, item_id; its position is the candidate's row id."""
-        rows = [(r.request_id, k, id_of(c)) for r in self.requests for k, c in enumerate(r.candidates)]
-        schema = {"request_id": pl.String, "candidate_index": pl.Int64, "item_id": pl.String}
+        rows = [
+            (r.request_id, k, id_of(c))
+            for r in self.requests
+            for k, c in enumerate(r.candidates)
+        ]
+        schema = {
+            "request_id": pl.String,
+            "candidate_index": pl.Int64,
+            "item_id": pl.String,
+        }
         return pl.DataFrame(rows, schema=schema, orient="row")
 
 
@@ -67,7 +83,9 @@ class Catalogue:
     ) -> None:
         self.known = known
         self.added = list[dict[str, Any]]()  # rows that follow those of `known`
-        codes = dict(known.select("item_id", "item").iter_rows()) if codes is None else codes
+        codes = (
+            dict(known.select("item_id", "item").iter_rows()) if codes is None else codes
+        )
         self.codes = ChainMap[str, int]({}, codes)
         self._titles = titles_of(known) if titles is None else titles
         self.columns = [name for name in known.columns if name not in ("item", "item_id")]
@@ -98,8 +116,14 @@ class Catalogue:
     def resolve(self, request: RankRequest) -> RankRequest:
         """The request with an id for each item; items that it brings are added."""
         rows = request.history
-        history = None if rows is None else tuple(row._replace(item=self.add(row.item)) for row in rows)
-        return replace(request, history=history, candidates=tuple(map(self.add, request.candidates)))
+        history = (
+            None
+            if rows is None
+            else tuple(row._replace(item=self.add(row.item)) for row in rows)
+        )
+        return replace(
+            request, history=history, candidates=tuple(map(self.add, request.candidates))
+        )
 
     def table(self) -> pl.DataFrame:
         """The items table, followed by what requests brought."""
@@ -127,7 +151,9 @@ def requests_path(file: str | None) -> Path:
             f"predict needs data.requests, a JSONL or Parquet file with lines such as {EXAMPLE}; none was given."
         )
     if not Path(file).is_file():
-        raise DataError(f"{file} (data.requests) does not exist; expected a JSONL or Parquet file.")
+        raise DataError(
+            f"{file} (data.requests) does not exist; expected a JSONL or Parquet file."
+        )
     return Path(file)
 
 
@@ -141,7 +167,9 @@ def some_usable(requests: Requests) -> Requests:
 
 
 def parse_requests(
-    lines: Iterable[tuple[str, bytes | dict[str, Any]]], file: Path, interactions: Interactions
+    lines: Iterable[tuple[str, bytes | dict[str, Any]]],
+    file: Path,
+    interactions: Interactions,
 ) -> Requests:
     """Requests of lines of a file, each with the place where it stands.
 
@@ -170,13 +198,19 @@ def parse_requests(
                 )
             listed = record.get("candidates")
             if isinstance(listed, list):
-                candidates = tuple(str(c.get("item_id") if isinstance(c, dict) else c) for c in listed)
+                candidates = tuple(
+                    str(c.get("item_id") if isinstance(c, dict) else c) for c in listed
+                )
             # 2. what it asks
             requests.append(catalogue.resolve(request_of(record)))
         except (DataError, RecursionError) as error:
-            invalid.append(InvalidRequest(place, name, candidates, f"{file}, {at}: {error}"))
+            invalid.append(
+                InvalidRequest(place, name, candidates, f"{file}, {at}: {error}")
+            )
     if not requests and not invalid:
-        raise DataError(f"{file} (data.requests) holds no request; expected lines such as {EXAMPLE}.")
+        raise DataError(
+            f"{file} (data.requests) holds no request; expected lines such as {EXAMPLE}."
+        )
     return Requests(requests, catalogue.table(), catalogue.codes, tuple(invalid))
 
 
@@ -186,10 +220,17 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
         try:
             table = pl.read_parquet(file, glob=False)
         except pl.exceptions.PolarsError as error:
-            raise DataError(f"{file} (data.requests) cannot be read as Parquet: {error}") from error
-        yield from ((f"row {number}", record) for number, record in enumerate(table.to_dicts(), start=1))
+            raise DataError(
+                f"{file} (data.requests) cannot be read as Parquet: {error}"
+            ) from error
+        yield from (
+            (f"row {number}", record)
+            for number, record in enumerate(table.to_dicts(), start=1)
+        )
         return
-    for number, line in enumerate(file.read_bytes().removeprefix(BOM_UTF8).split(b"\n"), start=1):
+    for number, line in enumerate(
+        file.read_bytes().removeprefix(BOM_UTF8).split(b"\n"), start=1
+    ):
         if line.strip():
             yield f"line {number}", line
 
@@ -203,10 +244,15 @@ def _record(line: bytes | dict[str, Any]) -> dict[str, Any]:
         json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except UnicodeError as error:
         raise DataError(f"not UTF-8 text ({error}). Save the file as UTF-8.") from error
-    except (ValueError, RecursionError) as error:  # also numbers and lists of thousands of digits and levels
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also numbers and lists of thousands of digits and levels
         raise DataError(f"not a JSON object ({error}); expected {EXAMPLE}.") from error
     if not isinstance(record, dict):
-        raise DataError(f"found {type(record).__name__}; expected an object such as {EXAMPLE}.")
+        raise DataError(
+            f"found {type(record).__name__}; expected an object such as {EXAMPLE}."
+        )
     return record
 
 
@@ -220,9 +266,15 @@ def request_of(record: Mapping[str, Any]) -> RankRequest:
     if (user is None) == (rows is None):
         raise DataError(f"expected either user_id or a history, found {shown(record)}.")
     if not isinstance(candidates, list):
-        raise DataError(f"candidates is {shown(candidates)}; expected a list of items, as in {EXAMPLE}.")
-    if rows is not None and not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
-        raise DataError(f"history is {shown(rows)}; expected a list such as {EXAMPLE_HISTORY}.")
+        raise DataError(
+            f"candidates is {shown(candidates)}; expected a list of items, as in {EXAMPLE}."
+        )
+    if rows is not None and not (
+        isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    ):
+        raise DataError(
+            f"history is {shown(rows)}; expected a list such as {EXAMPLE_HISTORY}."
+        )
     return RankRequest(
         user_id=None if user is None else str(user).strip(),
         history=None if rows is None else tuple(map(_history_row, rows)),
@@ -235,7 +287,9 @@ def request_of(record: Mapping[str, Any]) -> RankRequest:
 def _history_row(row: dict[str, Any]) -> HistoryRow:
     columns = {name: value for name, value in row.items() if name not in ("label", "time")}
     if row.get("label") not in (0, 1):
-        raise DataError(f"history: found {shown(row)}; expected {EXAMPLE_HISTORY} with label 0 or 1.")
+        raise DataError(
+            f"history: found {shown(row)}; expected {EXAMPLE_HISTORY} with label 0 or 1."
+        )
     return HistoryRow(item_of(columns), int(row["label"]), _seconds(row.get("time")))
 
 
@@ -250,8 +304,12 @@ def item_of(value: Any) -> str | Item:
     if not isinstance(value, dict):
         return text_of("item_id", value).strip()
     # Parquet has null in columns that only other rows fill
-    texts = {name: text_of(name, given) for name, given in value.items() if given is not None}
-    item = Item(texts.pop("item_id", "").strip(), texts.pop("title", ""), tuple(texts.items()))
+    texts = {
+        name: text_of(name, given) for name, given in value.items() if given is not None
+    }
+    item = Item(
+        texts.pop("item_id", "").strip(), texts.pop("title", ""), tuple(texts.items())
+    )
     if not (item.item_id or item.title.strip()):
         raise DataError(f"found the item {shown(value)}; expected an item_id or a title.")
     return item
@@ -278,8 +336,12 @@ def check_items(encoder: PromptEncoder, items: pl.DataFrame, context_tokens: int
     lengths = len(encoder.instruction) + encoder.least_lengths()
     long = int((lengths > context_tokens).sum())
     if long:
-        problem = _too_long(items["item_id"][int(lengths.argmax())], int(lengths.max()), context_tokens)
-        raise ConfigError(f"{problem} ({long:,} of {len(items):,} items are too long). {_SHORTEN}")
+        problem = _too_long(
+            items["item_id"][int(lengths.argmax())], int(lengths.max()), context_tokens
+        )
+        raise ConfigError(
+            f"{problem} ({long:,} of {len(items):,} items are too long). {_SHORTEN}"
+        )
 
 
 def check_streams(streams: Streams, split: SplitInteractions, context_tokens: int) -> None:
@@ -300,7 +362,9 @@ def check_streams(streams: Streams, split: SplitInteractions, context_tokens: in
     raise ConfigError(f"{_too_long(item_id, tokens, context_tokens)}. {_SHORTEN}")
 
 
-def without_long(requests: Requests, encoder: PromptEncoder, context_tokens: int) -> Requests:
+def without_long(
+    requests: Requests, encoder: PromptEncoder, context_tokens: int
+) -> Requests:
     """Requests whose items all have room in a window; the others are invalid, each alone."""
     lengths = len(encoder.instruction) + encoder.least_lengths()  # (items,)
     if lengths.max(initial=0) <= context_tokens:
@@ -322,7 +386,9 @@ def without_long(requests: Requests, encoder: PromptEncoder, context_tokens: int
         problem = _too_long(longest, tokens, context_tokens)
         error = f"request {request.request_id!r}: {problem}. Give it a shorter title."
         invalid[place] = InvalidRequest(place, request.request_id, candidates, error)
-    return replace(requests, requests=kept, invalid=tuple(invalid[place] for place in sorted(invalid)))
+    return replace(
+        requests, requests=kept, invalid=tuple(invalid[place] for place in sorted(invalid))
+    )
 
 
 # Requests as streams
@@ -344,7 +410,9 @@ def request_streams(
     users = dict(split.interactions.users.select("user_id", "user").iter_rows())
     asked = {users[r.user_id] for r in requests.requests if r.user_id in users}
     log = split.rows.filter(answered(split.rows), pl.col("user").is_in(sorted(asked)))
-    log = log.select("user", "item", "row_id", "timestamp", "label").join(retrieved, on="row_id")
+    log = log.select("user", "item", "row_id", "timestamp", "label").join(
+        retrieved, on="row_id"
+    )
     log = log.sort("user", "row_id")
     of_user = log["user"].to_numpy()  # (rows,) ascending
     times = log["timestamp"].to_numpy()  # (rows,) ascending inside a user
@@ -360,19 +428,27 @@ def request_streams(
         if request.user_id is not None:
             first, last = np.searchsorted(of_user, [user, user + 1]).tolist()
             rows = log[first : first + int(np.searchsorted(times[first:last], time))]
-            known.append(rows.with_columns(stream=pl.lit(stream, pl.Int64), candidate=pl.lit(False)))
+            known.append(
+                rows.with_columns(stream=pl.lit(stream, pl.Int64), candidate=pl.lit(False))
+            )
         if request.user_id not in users:
             for item, answer, at in request.past(time):
                 fresh.append((stream, user, requests.codes[item], -1, at, answer, False))
         for asked_item in request.candidates:
-            fresh.append((stream, user, requests.codes[id_of(asked_item)], row_id, time, -1, True))
+            fresh.append(
+                (stream, user, requests.codes[id_of(asked_item)], row_id, time, -1, True)
+            )
             row_id += 1
     # 2. retrieved features of the rows outside the log
     columns = ["stream", "user", "item", "row_id", "timestamp", "label", "candidate"]
-    new = pl.DataFrame(fresh, schema=columns, orient="row").with_columns(pl.col("timestamp").cast(pl.Float64))
+    new = pl.DataFrame(fresh, schema=columns, orient="row").with_columns(
+        pl.col("timestamp").cast(pl.Float64)
+    )
     new = pl.concat([new, retrieve(new).drop("row_id", strict=False)], how="horizontal")
     # 3. a stream each, candidates last: nobody sees them
-    table = pl.concat([*(k.select(new.columns) for k in known), new], how="vertical_relaxed")
+    table = pl.concat(
+        [*(k.select(new.columns) for k in known), new], how="vertical_relaxed"
+    )
     table = table.with_columns(user=pl.col("stream"))
     table = table.sort("stream", "candidate", "timestamp", maintain_order=True)
     candidate = table["candidate"].to_numpy()
@@ -402,14 +478,23 @@ class Workload:
     table: pl.DataFrame
 
 
-def _workload(split: SplitInteractions, requests: list[RankRequest], rows: list[tuple[Any, ...]]) -> Workload:
+def _workload(
+    split: SplitInteractions, requests: list[RankRequest], rows: list[tuple[Any, ...]]
+) -> Workload:
     items = split.interactions.items
     codes = dict(items.select("item_id", "item").iter_rows())
-    return Workload(Requests(requests, items, codes), pl.DataFrame(rows, schema=SCHEMA, orient="row"))
+    return Workload(
+        Requests(requests, items, codes), pl.DataFrame(rows, schema=SCHEMA, orient="row")
+    )
 
 
 def catalogue_requests(
-    split: SplitInteractions, part: str, count: int, candidates: int, seed: int, history: int | None = None
+    split: SplitInteractions,
+    part: str,
+    count: int,
+    candidates: int,
+    seed: int,
+    history: int | None = None,
 ) -> Workload:
     """Requests of sampled targets, each at its own time, filled up with items from the catalogue.
 
@@ -420,14 +505,20 @@ def catalogue_requests(
     it is.
     """
     if count < 1 or candidates < 1:
-        raise ConfigError(f"found {count} requests of {candidates} candidates; expected 1 or more of both")
+        raise ConfigError(
+            f"found {count} requests of {candidates} candidates; expected 1 or more of both"
+        )
     targets = _targets(split, part)
     if history is not None:
         targets = targets.filter(pl.col("hist") >= history)
         if targets.is_empty():
-            raise DataError(f"no target of {part} has {history} strictly earlier rows; request fewer.")
+            raise DataError(
+                f"no target of {part} has {history} strictly earlier rows; request fewer."
+            )
     drawn = np.sort(np.random.default_rng(seed).permutation(targets.height)[:count])
-    past = split.rows.filter(answered(split.rows), pl.col("user").is_in(targets["user"].unique().implode()))
+    past = split.rows.filter(
+        answered(split.rows), pl.col("user").is_in(targets["user"].unique().implode())
+    )
     rated = {user: rows for (user,), rows in past.group_by("user", maintain_order=True)}
     ids = split.interactions.items["item_id"].to_list()
     user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())
@@ -447,7 +538,9 @@ def catalogue_requests(
         listed = tuple(ids[item] for item in np.insert(others, place, row["item"]))
         # 2. answers: that of the target alone is known
         known = {place: (row["label"], row["row_id"])}
-        rows += [(request_id, k, user, *known.get(k, (None, None))) for k in range(len(listed))]
+        rows += [
+            (request_id, k, user, *known.get(k, (None, None))) for k in range(len(listed))
+        ]
         # 3. history: the user's in the log, or the latest rows of it that the request brings
         brought: tuple[HistoryRow, ...] | None = None
         if history is not None:
@@ -458,13 +551,17 @@ def catalogue_requests(
     return _workload(split, requests, rows)
 
 
-def labelled_requests(split: SplitInteractions, part: str, candidates: int, minimum: int) -> Workload | None:
+def labelled_requests(
+    split: SplitInteractions, part: str, candidates: int, minimum: int
+) -> Workload | None:
     """One request a user over the user's own targets of the part, at the time of the first of them.
 
     Candidates are the user's earliest targets, each item once; users with fewer than `minimum` are left out; None
     where nobody is left. All labels are known and the history is frozen at that time: labels measure rankings.
     """
-    targets = _targets(split, part).unique(["user", "item"], keep="first", maintain_order=True)
+    targets = _targets(split, part).unique(
+        ["user", "item"], keep="first", maintain_order=True
+    )
     ids = split.interactions.items["item_id"].to_list()
     user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())
     requests = list[RankRequest]()
@@ -476,7 +573,9 @@ def labelled_requests(split: SplitInteractions, part: str, candidates: int, mini
             first = own.head(candidates)
             request_id = f"labelled/{part}/{user}"
             listed = tuple(ids[item] for item in first["item"])
-            asked = RankRequest(user_ids[user], None, listed, time=time, request_id=request_id)
+            asked = RankRequest(
+                user_ids[user], None, listed, time=time, request_id=request_id
+            )
             requests.append(asked)
             answers = enumerate(first.select("label", "row_id").iter_rows())
             rows += [(request_id, k, user, label, row_id) for k, (label, row_id) in answers]
@@ -487,7 +586,10 @@ def concatenate(workloads: Sequence[Workload]) -> Workload:
     """Several workloads of one log as one, to be scored together; their request ids must differ."""
     first = workloads[0].requests
     requests = [request for workload in workloads for request in workload.requests.requests]
-    return Workload(replace(first, requests=requests), pl.concat([workload.table for workload in workloads]))
+    return Workload(
+        replace(first, requests=requests),
+        pl.concat([workload.table for workload in workloads]),
+    )
 
 
 def _targets(split: SplitInteractions, part: str) -> pl.DataFrame:
@@ -500,8 +602,12 @@ def _targets(split: SplitInteractions, part: str) -> pl.DataFrame:
         pl.col("role") == "target", is_test if part == "test" else pl.col("fold") == part
     )
     if targets.is_empty():
-        raise DataError(f"{part} has no targets to make requests of: give more data or change the shares")
-    early = split.rows.filter(is_test, pl.col("timestamp") < targets["timestamp"].max()).height
+        raise DataError(
+            f"{part} has no targets to make requests of: give more data or change the shares"
+        )
+    early = split.rows.filter(
+        is_test, pl.col("timestamp") < targets["timestamp"].max()
+    ).height
     if part != "test" and early:
         raise ConfigError(
             f"data.protocol.split is {split.protocol.split}: {early:,} test rows lie before the last request of the "

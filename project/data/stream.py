@@ -33,7 +33,9 @@ class Window:
     @property
     def positions(self) -> I64:
         """Stream positions of all segments, in order."""
-        return np.concatenate([np.arange(self.start, self.stop), np.arange(self.first, self.last)])
+        return np.concatenate(
+            [np.arange(self.start, self.stop), np.arange(self.first, self.last)]
+        )
 
 
 def time_groups(timestamps: F64) -> I64:
@@ -55,7 +57,9 @@ def context_starts(lengths: I64, groups: I64, context_tokens: int) -> I64:
     for j, stop in enumerate(groups[1:]):
         starts[j] = start
         if offsets[stop] - offsets[start] > context_tokens:
-            start = int(np.searchsorted(offsets[: stop + 1], offsets[stop] - context_tokens // 2))
+            start = int(
+                np.searchsorted(offsets[: stop + 1], offsets[stop] - context_tokens // 2)
+            )
     starts[-1] = start
     return starts
 
@@ -84,7 +88,10 @@ def evaluation_windows(
         stop = first
         while first < end:
             spent = seen_offsets[stop] - seen_offsets[start]
-            last = int(np.searchsorted(offsets, offsets[first] + room - spent, side="right")) - 1
+            last = (
+                int(np.searchsorted(offsets, offsets[first] + room - spent, side="right"))
+                - 1
+            )
             last = min(end, max(last, first + 1))
             if target[first:last].any():
                 yield Window(start, stop, first, last)
@@ -92,7 +99,9 @@ def evaluation_windows(
             first = last
 
 
-def training_windows(lengths: I64, context_tokens: int, first_cut: int) -> list[tuple[int, int]]:
+def training_windows(
+    lengths: I64, context_tokens: int, first_cut: int
+) -> list[tuple[int, int]]:
     """(start, stop) positions that cut a stream back to back into windows of at most `context_tokens`.
 
     The first window has `first_cut` tokens, drawn anew each epoch so that cuts fall elsewhere. A longer single segment
@@ -142,11 +151,15 @@ class Streams:
             target = self.target[rows]
             if target.any():
                 groups = time_groups(self.timestamp[rows])
-                cut = evaluation_windows(lengths[rows], groups, target, context_tokens, self.context[rows])
+                cut = evaluation_windows(
+                    lengths[rows], groups, target, context_tokens, self.context[rows]
+                )
                 windows.extend((stream, window) for window in cut)
         return windows
 
-    def training(self, context_tokens: int, rng: np.random.Generator) -> list[tuple[int, Window]]:
+    def training(
+        self, context_tokens: int, rng: np.random.Generator
+    ) -> list[tuple[int, Window]]:
         """(stream, window) pairs of one epoch: cut back to back, the first cut at random; those with a target."""
         lengths = self.tokens.lengths
         windows = list[tuple[int, Window]]()
@@ -154,17 +167,23 @@ class Streams:
         for stream in range(len(self)):
             rows = slice(self.offsets[stream], self.offsets[stream + 1])
             target = self.target[rows]
-            for start, stop in training_windows(lengths[rows], context_tokens, int(first_cuts[stream])):
+            for start, stop in training_windows(
+                lengths[rows], context_tokens, int(first_cuts[stream])
+            ):
                 if target[start:stop].any():
                     windows.append((stream, Window(start, start, start, stop)))
         return windows
 
 
-def build_streams(rows: pl.DataFrame, retrieved: pl.DataFrame, split: str, encoder: PromptEncoder) -> Streams:
+def build_streams(
+    rows: pl.DataFrame, retrieved: pl.DataFrame, split: str, encoder: PromptEncoder
+) -> Streams:
     """Streams that hold the rows of all splits up to `split`, with the targets of `split` (its retrieved features)."""
     # `place` is a row's place in the table of its features
     place_of = retrieved.select("row_id").with_row_index("place")
-    joined = rows.join(place_of, on="row_id", how="inner", maintain_order="left", validate="1:1")
+    joined = rows.join(
+        place_of, on="row_id", how="inner", maintain_order="left", validate="1:1"
+    )
     joined = joined.sort("user", "row_id")
     target = ((joined["split"] == split) & (joined["role"] == "target")).to_numpy()
     features = retrieved.drop("neighbours", strict=False)  # long lists that no prompt shows
@@ -194,7 +213,9 @@ def streams_of(
         segments.append(encoder.encode(item, features, label[start : start + TOGETHER]))
         if encoder.similar is not None:
             similar.append(features["similar_after"])
-    instruction = Ragged(encoder.instruction, offsets_of(np.array([len(encoder.instruction)])))
+    instruction = Ragged(
+        encoder.instruction, offsets_of(np.array([len(encoder.instruction)]))
+    )
     # 2. a stream each user
     starts = np.flatnonzero(np.diff(joined["user"].to_numpy())) + 1
     streams = Streams(
@@ -223,12 +244,16 @@ def _with_similar(streams: Streams, lists: pl.Series, encoder: PromptEncoder) ->
     at = ends[np.searchsorted(ends, rows, side="right")]  # (m,) the segment after each list
     # 2. insert
     tokens = encoder.encode_similar(lists.gather(rows).to_list())
-    order = np.insert(np.arange(len(new_group)), at, streams.instruction + 1 + np.arange(len(at)))
+    order = np.insert(
+        np.arange(len(new_group)), at, streams.instruction + 1 + np.arange(len(at))
+    )
     return Streams(
         offsets=streams.offsets + np.searchsorted(at, streams.offsets, side="right"),
         row_id=np.insert(streams.row_id, at, -1),
         # the next double. A row of just that time would not see the list, of whichever code path: no leak, no skew
-        timestamp=np.insert(streams.timestamp, at, np.nextafter(streams.timestamp[rows], np.inf)),
+        timestamp=np.insert(
+            streams.timestamp, at, np.nextafter(streams.timestamp[rows], np.inf)
+        ),
         label=np.insert(streams.label, at, -1),
         target=np.insert(streams.target, at, False),
         context=np.insert(streams.context, at, True),

@@ -31,15 +31,22 @@ def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
     kind = path.suffix.lower()
     note_file(path, sums)
     if kind not in (".csv", ".tsv", ".parquet", ".inter", ".item"):
-        raise DataError(f"File {path} has the suffix {kind!r}; expected .csv, .tsv or .parquet.")
-    atomic = kind in (".inter", ".item")  # quotes are plain characters, and headers have types: user_id:token
+        raise DataError(
+            f"File {path} has the suffix {kind!r}; expected .csv, .tsv or .parquet."
+        )
+    atomic = kind in (
+        ".inter",
+        ".item",
+    )  # quotes are plain characters, and headers have types: user_id:token
     try:
         if kind == ".parquet":
             table = pl.read_parquet(path, glob=False)
         else:
             separator = "," if kind == ".csv" else "\t"
             quote = None if atomic else '"'
-            table = pl.read_csv(path, separator=separator, quote_char=quote, infer_schema=False, glob=False)
+            table = pl.read_csv(
+                path, separator=separator, quote_char=quote, infer_schema=False, glob=False
+            )
     except pl.exceptions.NoDataError:
         raise DataError(f"File {path} is empty; expected a header row and data.") from None
     except pl.exceptions.PolarsError as error:
@@ -47,20 +54,26 @@ def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
         if "utf-8" in problem:
             problem = "it is not UTF-8 text. Save it as UTF-8."
         elif "more fields" in problem:
-            problem = (
-                "a row has more fields than the header. Put texts that hold the separator into double quotes."
-            )
+            problem = "a row has more fields than the header. Put texts that hold the separator into double quotes."
         raise DataError(f"File {path} cannot be read as a table: {problem}") from error
-    twice = [name for name in table.columns if name.endswith("_duplicated_0")]  # so polars renames them
+    twice = [
+        name for name in table.columns if name.endswith("_duplicated_0")
+    ]  # so polars renames them
     if twice:
         name = twice[0].removesuffix("_duplicated_0")
-        raise DataError(f"File {path} has the column {name!r} more than once. Rename or remove all but one.")
+        raise DataError(
+            f"File {path} has the column {name!r} more than once. Rename or remove all but one."
+        )
     if table.is_empty():
-        raise DataError(f"File {path} has no data rows (columns: {', '.join(table.columns)}).")
+        raise DataError(
+            f"File {path} has no data rows (columns: {', '.join(table.columns)})."
+        )
     return table.rename(lambda column: column.split(":")[0]) if atomic else table
 
 
-def require(right: pl.Series, values: pl.Series, expected: str, file: str, column: str) -> None:
+def require(
+    right: pl.Series, values: pl.Series, expected: str, file: str, column: str
+) -> None:
     """Raise `DataError` at the first value that is not right; a null among `right` counts as false."""
     wrong = (~right.fill_null(False)).arg_true()
     if len(wrong):
@@ -107,7 +120,9 @@ def ids(values: pl.Series, file: str, column: str) -> pl.Series:
 def numbers(values: pl.Series, file: str, column: str) -> pl.Series:
     """A column as Float64, null where it is no finite number; a column named label may say true and false."""
     if values.dtype.is_temporal() or values.dtype.is_nested() or values.dtype == pl.Binary:
-        raise DataError(f"{file}: column {column} has the type {values.dtype}; expected numbers.")
+        raise DataError(
+            f"{file}: column {column} has the type {values.dtype}; expected numbers."
+        )
     if values.dtype in (pl.Categorical, pl.Enum):
         values = values.cast(pl.String)
     if values.dtype == pl.String:
@@ -118,11 +133,15 @@ def numbers(values: pl.Series, file: str, column: str) -> pl.Series:
     return found.set(~found.is_finite(), None)
 
 
-def finite_numbers(values: pl.Series, file: str, column: str, optional: bool = False) -> pl.Series:
+def finite_numbers(
+    values: pl.Series, file: str, column: str, optional: bool = False
+) -> pl.Series:
     """`numbers` without nulls (optional: null where `values` are); any other value is a `DataError`."""
     found = numbers(values, file, column)
     expected = "0 or 1, or true or false" if values.name == "label" else "a finite number"
-    require(found.is_not_null() | (values.is_null() & optional), values, expected, file, column)
+    require(
+        found.is_not_null() | (values.is_null() & optional), values, expected, file, column
+    )
     return found
 
 
@@ -143,7 +162,9 @@ def times(values: pl.Series, file: str, column: str) -> pl.Series:
         moments = text.replace_strict(seconds_of, default=None, return_dtype=pl.Float64)
     # 2. the unit of each number: an even place among the edges is that of a unit, an odd one lies between two
     place = pl.Series(np.digitize(size.abs().fill_null(0).to_numpy(), EDGES))
-    right = ((place % 2 == 0) & (place < 2 * len(UNITS)) & size.is_not_null()) | (moments.abs() < LATEST)
+    right = ((place % 2 == 0) & (place < 2 * len(UNITS)) & size.is_not_null()) | (
+        moments.abs() < LATEST
+    )
     right = right.fill_null(False) | values.is_null()
     expected = f"a time up to the year 2286: {', '.join(UNITS)} since 1970, or an ISO date such as 2024-05-17T09:30:00"
     require(right, values, expected, file, column)

@@ -27,11 +27,17 @@ from project.errors import ConfigError
 from project.model.module import ExitRecommender
 from project.run import sha256_of, table_about
 
-PART_BYTES, LEAST_PARTS = 2**24, 16  # of requests; a part is what a stop costs an actor at most
+PART_BYTES, LEAST_PARTS = (
+    2**24,
+    16,
+)  # of requests; a part is what a stop costs an actor at most
 
 
 def run_actors(
-    trainer: L.Trainer, model: ExitRecommender, data: InteractionData, checkpoint: str | Path | None
+    trainer: L.Trainer,
+    model: ExitRecommender,
+    data: InteractionData,
+    checkpoint: str | Path | None,
 ) -> Path:
     """Score data.requests, a file or a folder of Parquet files; write scores/predict-ray/part-*.parquet.
 
@@ -69,7 +75,9 @@ def run_actors(
     for left in folder.glob(".*"):  # by a call that was stopped
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     cut_by_part: Any = by_part  # Ray's types know functions of one argument
-    lines = rows.map_batches(cut_by_part, batch_format="pyarrow", fn_kwargs={"parts": parts, "done": done})
+    lines = rows.map_batches(
+        cut_by_part, batch_format="pyarrow", fn_kwargs={"parts": parts, "done": done}
+    )
     lines.write_parquet(str(cut), partition_cols=["part"])
     todo = sorted(int(path.name.removeprefix("part=")) for path in cut.glob("part=*"))
     # 3. Actors, each with a copy of model and data; a block of the dataset is one part.
@@ -95,7 +103,9 @@ def run_actors(
 class Scorer:
     """Holds an open run; scores the parts that lie in the folder `cut`, and writes their files beside it."""
 
-    def __init__(self, held: Any, device: str, source: Path, cut: Path, about: dict[str, str]) -> None:
+    def __init__(
+        self, held: Any, device: str, source: Path, cut: Path, about: dict[str, str]
+    ) -> None:
         import ray
 
         model, data, plan = ray.get(held)
@@ -108,9 +118,14 @@ class Scorer:
         files = [*(self.cut / f"part={part}").glob("*.parquet")]
         table = pl.read_parquet(files, glob=False).sort("user", "line")
         lines = (line.encode("latin-1") for line in table["line"])
-        placed = ((f"part {part}, request {number}", line) for number, line in enumerate(lines, start=1))
+        placed = (
+            (f"part {part}, request {number}", line)
+            for number, line in enumerate(lines, start=1)
+        )
         data = self.run.data
-        requests = with_room(parse_requests(placed, self.source, data.split.interactions), data)
+        requests = with_room(
+            parse_requests(placed, self.source, data.split.interactions), data
+        )
         path = self.cut.parent / f"part-{part:05}.parquet"
         counts = self.run.write(requests, path, self.about)
         return {name: np.array([count]) for name, count in counts.items()}

@@ -77,7 +77,9 @@ class Row:
     @property
     def own_tokens(self) -> I64:
         """(r,) tokens of each request's candidates."""
-        return np.bincount(self.owner, weights=self.own, minlength=len(self.requests)).astype(np.int64)
+        return np.bincount(
+            self.owner, weights=self.own, minlength=len(self.requests)
+        ).astype(np.int64)
 
     def stream_tokens(self) -> list[tuple[int, int]]:
         """Per request, which it is and how many of its stream tokens run here."""
@@ -85,7 +87,11 @@ class Row:
 
     def members(self) -> list[Span]:
         """Per request, the range of its candidates among the m."""
-        return list(pairwise(offsets_of(np.bincount(self.owner, minlength=len(self.requests))).tolist()))
+        return list(
+            pairwise(
+                offsets_of(np.bincount(self.owner, minlength=len(self.requests))).tolist()
+            )
+        )
 
 
 class StreamBlock(NamedTuple):
@@ -104,12 +110,21 @@ def stream_blocks(
     if first == stop:
         return []
     index = np.arange(stop)
-    tokens = Tokens(index, np.zeros_like(index), stream.segment, stream.group, np.ones(stop, dtype=bool))
-    edges = np.linspace(first, stop, -(-(stop - first) // BLOCK) + 1).round().astype(int).tolist()
+    tokens = Tokens(
+        index, np.zeros_like(index), stream.segment, stream.group, np.ones(stop, dtype=bool)
+    )
+    edges = (
+        np.linspace(first, stop, -(-(stop - first) // BLOCK) + 1)
+        .round()
+        .astype(int)
+        .tolist()
+    )
     blocks = []
     for a, b in pairwise(edges):
         seen = visible(tokens.at(slice(a, b), None), tokens.at(None, slice(0, b)))
-        mask = torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf))).to(device, dtype)
+        mask = torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf))).to(
+            device, dtype
+        )
         blocks.append(StreamBlock((a - first, b - first), b, mask))
     return blocks
 
@@ -133,7 +148,9 @@ class Structure:
         # 1. By request: blocks of stream queries, cached streams, and ranges among tokens and candidates.
         self._blocks = blocks
         self._cached = cached
-        self._streams: list[Span] = list(pairwise(row.streams.tolist()))  # its stream tokens
+        self._streams: list[Span] = list(
+            pairwise(row.streams.tolist())
+        )  # its stream tokens
         self._members = row.members()  # its candidates among the m
         self._candidates: list[Span] = [
             (int(starts[c]), int(starts[d])) for c, d in self._members
@@ -146,13 +163,23 @@ class Structure:
         # 3. Candidates of other lengths are padded to the longest; a padded place repeats some token.
         if not self._even:
             column = np.arange(self._longest)
-            padded = np.minimum(starts[:-1, None] - self._first + column, starts[-1] - self._first - 1)
+            padded = np.minimum(
+                starts[:-1, None] - self._first + column, starts[-1] - self._first - 1
+            )
             places = np.repeat(np.arange(len(own)) * self._longest, own) + within(own)
-            self._padded = upload(padded.ravel(), device)  # (m * longest,) the token at each padded place
-            self._places = upload(places, device)  # (tokens,) the padded place of each token
-            self._beyond = upload(column >= own[:, None], device)[:, None, None]  # (m, 1, 1, longest) padding
+            self._padded = upload(
+                padded.ravel(), device
+            )  # (m * longest,) the token at each padded place
+            self._places = upload(
+                places, device
+            )  # (tokens,) the padded place of each token
+            self._beyond = upload(column >= own[:, None], device)[
+                :, None, None
+            ]  # (m, 1, 1, longest) padding
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         """Attention of all tokens, (1, T, heads, dim).
 
         `query` is (1, heads, T, dim), `key` and `value` (1, key-value heads, T, dim), rotary embedding applied.
@@ -181,7 +208,10 @@ class Structure:
         q = self._apart(query).transpose(1, 2)
         k = self._apart(key).transpose(1, 2)
         v = self._apart(value).transpose(1, 2)
-        own, lse = (x.transpose(1, 2).flatten(0, 1) for x in attend_with_lse(q, k, v, scale, causal=True))
+        own, lse = (
+            x.transpose(1, 2).flatten(0, 1)
+            for x in attend_with_lse(q, k, v, scale, causal=True)
+        )
         if not self._even:
             own = own.index_select(0, self._places)
             lse = lse.index_select(0, self._places)
@@ -190,7 +220,9 @@ class Structure:
         torch.lerp(own, shared, share, out=out[self._first :])
         return out[None]
 
-    def attend_answers(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend_answers(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         """Attention of the answer slots alone, (m, heads, dim): each sees its whole candidate and stream.
 
         `query` is (m, heads, dim); `key` and `value` are of all tokens, as in `attend`.
@@ -202,7 +234,9 @@ class Structure:
         k = self._apart(key)  # (m, longest, key heads, dim)
         v = self._apart(value)
         grouped = query.reshape(len(query), k.shape[2], -1, query.shape[-1])
-        scores = (grouped @ k.permute(0, 2, 3, 1)).float() * scale  # (m, key heads, queries, longest)
+        scores = (
+            grouped @ k.permute(0, 2, 3, 1)
+        ).float() * scale  # (m, key heads, queries, longest)
         if not self._even:
             scores = scores.masked_fill(self._beyond, -torch.inf)
         lse = scores.logsumexp(dim=-1, keepdim=True)
@@ -211,7 +245,9 @@ class Structure:
         share = torch.sigmoid(weight - lse.flatten(1)).to(own.dtype)[..., None]
         return torch.lerp(own, shared, share)
 
-    def _stream_keys(self, layer: int, key: Tensor, value: Tensor, runs: bool) -> list[tuple[Tensor, Tensor]]:
+    def _stream_keys(
+        self, layer: int, key: Tensor, value: Tensor, runs: bool
+    ) -> list[tuple[Tensor, Tensor]]:
         """Per request, keys and values of its whole stream."""
         pairs = []
         for (a, b), cached in zip(self._streams, self._cached, strict=True):
@@ -228,7 +264,10 @@ class Structure:
 
 
 def _shared(
-    query: Tensor, spans: Sequence[Span], pairs: Sequence[tuple[Tensor, Tensor]], scale: float
+    query: Tensor,
+    spans: Sequence[Span],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """What the queries of each span see of their request's stream, (queries, heads, dim), and its log-sum-exp.
 
@@ -256,7 +295,9 @@ def attend_with_lse(
     infinity. These are the kernels of scaled_dot_product_attention, which itself drops the log-sum-exp.
     """
     if key.shape[2] == 0:
-        return torch.zeros_like(query), torch.full_like(query[..., 0], -torch.inf, dtype=torch.float32)
+        return torch.zeros_like(query), torch.full_like(
+            query[..., 0], -torch.inf, dtype=torch.float32
+        )
     if query.device.type == "cpu":
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, scale=scale
@@ -270,7 +311,9 @@ def attend_with_lse(
         return found[0], found[1][..., : query.shape[2]]
     scores = (query @ key.transpose(-1, -2)).float() * scale
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(
+            1
+        )
         scores = scores.masked_fill(hidden, -torch.inf)
     lse = scores.logsumexp(dim=-1)
     return (scores - lse[..., None]).exp().to(value.dtype) @ value, lse

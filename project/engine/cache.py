@@ -28,9 +28,15 @@ class CachedStream:
         self.stream = StreamTokens(empty, empty, empty, empty)
         # by layer, keys and values (1, heads, room, dim), of which the first S are filled; None: none yet
         self._pairs: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        self._keyed = [0] * layers  # by layer, how many leading tokens' keys and values it has
-        self._reached = [0] * (layers + 1)  # by depth, how many leading tokens have come to it
-        self.waiting: dict[int, Tensor] = {}  # by depth, hidden states (f, H) of tokens that stopped there
+        self._keyed = [
+            0
+        ] * layers  # by layer, how many leading tokens' keys and values it has
+        self._reached = [0] * (
+            layers + 1
+        )  # by depth, how many leading tokens have come to it
+        self.waiting: dict[
+            int, Tensor
+        ] = {}  # by depth, hidden states (f, H) of tokens that stopped there
 
     @property
     def bytes(self) -> int:
@@ -82,7 +88,9 @@ class CachedStream:
         waiting = self.waiting.pop(depth, None)
         return hidden if waiting is None else torch.cat([waiting.to(hidden), hidden])
 
-    def keep(self, layer: int, key: Tensor, value: Tensor, runs: bool) -> tuple[Tensor, Tensor]:
+    def keep(
+        self, layer: int, key: Tensor, value: Tensor, runs: bool
+    ) -> tuple[Tensor, Tensor]:
         """Keep keys and values (1, heads, f, dim) of the last f tokens; returns those of all tokens of the stream.
 
         `runs`: the tokens run the layer. If not, an exit has read them in front of it, and they may run it later.

@@ -42,7 +42,9 @@ class RowExits:
     """Every candidate for itself, by a calibrated plan whose tensors are moved to `device`."""
 
     def __init__(self, plan: ExitPlan, device: torch.device | str = "cpu") -> None:
-        self._plan = ExitPlan.from_state(move_data_to_device(plan.state(), torch.device(device)))
+        self._plan = ExitPlan.from_state(
+            move_data_to_device(plan.state(), torch.device(device))
+        )
         self._thresholds: list[float] = plan.policy.thresholds.tolist()  # (K,)
         self.layers = self._plan.layers
         self.calibration = self._plan.calibration
@@ -94,13 +96,17 @@ class EveryHead:
         return torch.ones_like(request, dtype=torch.bool)
 
 
-def static_exits(plan: ExitPlan, layer: int, device: torch.device | str = "cpu") -> RowExits:
+def static_exits(
+    plan: ExitPlan, layer: int, device: torch.device | str = "cpu"
+) -> RowExits:
     """Everyone leaves at one layer of a plan with that head's calibrated logit: a static exit.
 
     Only that head runs, so the engine meets no sync and no gather on the way.
     """
     if layer not in plan.layers:
-        raise ConfigError(f"a static exit of layer {layer} was requested; the exits are {plan.layers}")
+        raise ConfigError(
+            f"a static exit of layer {layer} was requested; the exits are {plan.layers}"
+        )
     heads = [plan.layers.index(layer)]
     if plan.exit_0 and layer > 0:
         heads = [0, *heads]  # its logit is a term of the calibration
@@ -108,4 +114,6 @@ def static_exits(plan: ExitPlan, layer: int, device: torch.device | str = "cpu")
     thresholds = torch.full((len(heads),), torch.inf, dtype=torch.float64)
     thresholds[-1] = -torch.inf
     calibration = Calibration(layers, plan.calibration.values[heads])
-    return RowExits(ExitPlan(calibration, Policy(Ratio(), thresholds, layers), plan.exit_0), device)
+    return RowExits(
+        ExitPlan(calibration, Policy(Ratio(), thresholds, layers), plan.exit_0), device
+    )

@@ -69,7 +69,9 @@ class Engine:
         self.device = weight.device
         self.dtype = weight.dtype
         if read_tokens is None:
-            read_tokens = READ_TOKENS if self.device.type == "cpu" else READ_TOKENS_ELSEWHERE
+            read_tokens = (
+                READ_TOKENS if self.device.type == "cpu" else READ_TOKENS_ELSEWHERE
+            )
         self.read_tokens = read_tokens
         self._rotary: tuple[Tensor, Tensor] | None = (
             None  # cosines and sines by position, (positions, head dim)
@@ -93,7 +95,9 @@ class Engine:
         scores.requests = [scored[i] for i in range(len(requests))]
         return scores
 
-    def _batches(self, requests: Sequence[PreparedRequest], usable: list[int]) -> Iterator[list[int]]:
+    def _batches(
+        self, requests: Sequence[PreparedRequest], usable: list[int]
+    ) -> Iterator[list[int]]:
         """In their order; with a cache, requests of one user go one after the other: the later reads the earlier."""
         members = list[int]()
         users = set[object]()
@@ -101,7 +105,11 @@ class Engine:
         for i in usable:
             request = requests[i]
             size = len(request.stream) + len(request.candidates.values)
-            again = self.cache is not None and request.user is not None and request.user in users
+            again = (
+                self.cache is not None
+                and request.user is not None
+                and request.user in users
+            )
             if members and (again or tokens + size > self.batch_tokens):
                 yield members
                 members = []
@@ -118,7 +126,9 @@ class Engine:
         farthest = int(position.max())
         if self._rotary is None or self._rotary[0].shape[0] <= farthest:
             every = torch.arange(2 * (farthest + 1), device=self.device)
-            cos, sin = self.backbone.rotary_emb(self.backbone.embed_tokens.weight, position_ids=every[None])
+            cos, sin = self.backbone.rotary_emb(
+                self.backbone.embed_tokens.weight, position_ids=every[None]
+            )
             self._rotary = cos[0], sin[0]
         at = upload(position, self.device)
         cos, sin = self._rotary
@@ -128,22 +138,34 @@ class Engine:
 class EngineBatch:
     """N candidates of R requests on their way through the exits; m of them are alive: they still run."""
 
-    def __init__(self, engine: Engine, requests: list[PreparedRequest], scores: Scores) -> None:
+    def __init__(
+        self, engine: Engine, requests: list[PreparedRequest], scores: Scores
+    ) -> None:
         self.engine = engine
         self.requests = requests
         self.scores = scores  # whose clock this batch adds to
         # 1. Of requests.
         counts = np.array([len(r) for r in requests])  # (R,) candidates
-        self.offsets = offsets_of(counts)  # (R + 1,) where each request's candidates start among the N
-        self.token_layers = np.zeros(len(requests), dtype=np.int64)  # (R,) layers run, summed over tokens
-        self.deadline = np.array([r.deadline for r in requests])  # (R,) seconds of time.monotonic()
-        self.late = np.zeros(len(requests), dtype=bool)  # (R,) whether its deadline made a candidate leave
+        self.offsets = offsets_of(
+            counts
+        )  # (R + 1,) where each request's candidates start among the N
+        self.token_layers = np.zeros(
+            len(requests), dtype=np.int64
+        )  # (R,) layers run, summed over tokens
+        self.deadline = np.array(
+            [r.deadline for r in requests]
+        )  # (R,) seconds of time.monotonic()
+        self.late = np.zeros(
+            len(requests), dtype=bool
+        )  # (R,) whether its deadline made a candidate leave
         self.streams: list[CachedStream | None] = [None] * len(requests)  # None: not cached
         # 2. Of all candidates.
         self.request_of = np.repeat(
             np.arange(len(requests)), counts
         )  # (N,) which of the R requests it belongs to
-        self.exit_layer = np.full(len(self.request_of), -1, dtype=np.int64)  # (N,) -1 while it runs
+        self.exit_layer = np.full(
+            len(self.request_of), -1, dtype=np.int64
+        )  # (N,) -1 while it runs
         exit_0 = upload(np.concatenate([r.exit_0 for r in requests]), engine.device)
         self.final_logit = torch.full_like(
             exit_0, torch.nan
@@ -151,7 +173,9 @@ class EngineBatch:
         # 3. Of the candidates that are alive; these shrink at every exit, those on the device by one gather.
         self.alive = np.arange(len(self.request_of))  # (m,) their positions among the N
         self.alive_at = upload(self.alive, engine.device)  # (m,) the same on the device
-        self.owner = upload(self.request_of, engine.device)  # (m,) their requests, on the device
+        self.owner = upload(
+            self.request_of, engine.device
+        )  # (m,) their requests, on the device
         self.features = upload(
             np.concatenate([r.retrieved for r in requests]), engine.device
         )  # (m, F) for criteria
@@ -160,8 +184,12 @@ class EngineBatch:
         # 4. Of the row in which they run.
         self.row: Row
         self.structure: Structure
-        self.read = -1  # the layer, from 0, that the last exit read at answer slots before it ran whole
-        self.blocks: dict[tuple[int, int], list[StreamBlock]] = {}  # by request and first token that runs
+        self.read = (
+            -1
+        )  # the layer, from 0, that the last exit read at answer slots before it ran whole
+        self.blocks: dict[
+            tuple[int, int], list[StreamBlock]
+        ] = {}  # by request and first token that runs
 
     def run(self) -> list[Scored]:
         """From exit to exit, until nobody is left."""
@@ -187,12 +215,16 @@ class EngineBatch:
             #    leaves needs no more of it. It runs whole where nobody can leave, or where tokens are few.
             known = decision.known(head)
             is_last = head == len(decision.layers) - 1
-            if known or (known is None and (is_last or self.row.tokens >= engine.read_tokens)):
+            if known or (
+                known is None and (is_last or self.row.tokens >= engine.read_tokens)
+            ):
                 if any(stream.waits_unread(depth) for stream in self._row_streams()):
                     state = self._compact(state, depth)
                 self._count(depth, layer)
                 self.read = depth
-                answers = answers_of_layer(engine.backbone.layers[depth], state, self.structure)
+                answers = answers_of_layer(
+                    engine.backbone.layers[depth], state, self.structure
+                )
             else:
                 state = self._run_layers(state, depth, layer)
                 depth = layer
@@ -221,9 +253,15 @@ class EngineBatch:
         if missing:
             error = f"the model's scores of {missing} of {len(logits)} candidates are NaN"
             return Scored.failed(request.request_id, len(logits), error, spent)
-        if self.engine.cache is not None and stream is not None and request.user is not None:
+        if (
+            self.engine.cache is not None
+            and stream is not None
+            and request.user is not None
+        ):
             self.engine.cache.give(request.user, stream)
-        return Scored(request.request_id, logits, exit_layer, spent, late=bool(self.late[i]))
+        return Scored(
+            request.request_id, logits, exit_layer, spent, late=bool(self.late[i])
+        )
 
     def _embed(self) -> State:
         """The row at depth 0."""
@@ -240,10 +278,16 @@ class EngineBatch:
         # 2. Token ids in the order of the row.
         lengths = np.concatenate([r.candidates.lengths for r in self.requests])  # (N,)
         self.row = Row.of(self.request_of[self.alive], ran, lengths[self.alive])
-        tokens = [self.requests[i].stream.tokens[-n:] for i, n in self.row.stream_tokens() if n]
+        tokens = [
+            self.requests[i].stream.tokens[-n:] for i, n in self.row.stream_tokens() if n
+        ]
         for i, (a, b) in zip(self.row.requests, self.row.members(), strict=True):
-            tokens.append(self.requests[i].candidates.take(self.alive[a:b] - self.offsets[i]).values)
-        return self._state(engine.backbone.embed_tokens(upload(np.concatenate(tokens), engine.device)))
+            tokens.append(
+                self.requests[i].candidates.take(self.alive[a:b] - self.offsets[i]).values
+            )
+        return self._state(
+            engine.backbone.embed_tokens(upload(np.concatenate(tokens), engine.device))
+        )
 
     def _state(self, hidden: Tensor) -> State:
         """Hidden states of the row's tokens (T, H) with their positions and attention."""
@@ -256,23 +300,32 @@ class EngineBatch:
             first = len(stream) - ran
             positions.append(stream.position[first:])
             if (i, first) not in self.blocks:
-                self.blocks[i, first] = stream_blocks(stream, first, engine.device, engine.dtype)
+                self.blocks[i, first] = stream_blocks(
+                    stream, first, engine.device, engine.dtype
+                )
             blocks.append(self.blocks[i, first])
         # candidates start where their request's stream ends
         shared = np.array([len(self.requests[i].stream) for i in row.requests])
         positions.append(within(row.own) + np.repeat(shared[row.owner], row.own))
-        self.structure = Structure(row, engine.device, blocks, [self.streams[i] for i in row.requests])
+        self.structure = Structure(
+            row, engine.device, blocks, [self.streams[i] for i in row.requests]
+        )
         rotary = engine.rotary(np.concatenate(positions))
         return State(hidden[None], self.structure, rotary)  # type: ignore[arg-type]
 
     def _row_streams(self) -> list[CachedStream]:
         """Cached streams of the row's requests."""
-        return [stream for i in self.row.requests if (stream := self.streams[i]) is not None]
+        return [
+            stream for i in self.row.requests if (stream := self.streams[i]) is not None
+        ]
 
     def _run_layers(self, state: State, start: int, stop: int) -> State:
         """Whole layers start, ..., stop - 1; stream tokens that wait on the way join the row where they wait."""
         waiting = {
-            depth for stream in self._row_streams() for depth in stream.waiting if start <= depth < stop
+            depth
+            for stream in self._row_streams()
+            for depth in stream.waiting
+            if start <= depth < stop
         }
         for first, last in pairwise(sorted({start, stop} | waiting)):
             if first in waiting:
@@ -302,12 +355,16 @@ class EngineBatch:
         leaves = np.full(len(self.alive), known is True)
         if known is None:
             outputs = HeadOutputs(decision.layers[: head + 1], logits, self.features)
-            leaves = decision.leaves(self.owner, outputs).cpu().numpy()  # the one wait for the device
+            leaves = (
+                decision.leaves(self.owner, outputs).cpu().numpy()
+            )  # the one wait for the device
         self.late[self.request_of[self.alive[late & ~leaves]]] = True
         stays = ~(leaves | late)
         # 2. What they leave with.
         gone = upload(~stays, self.engine.device)
-        self.final_logit[self.alive_at] = torch.where(gone, logits[:, -1], self.final_logit[self.alive_at])
+        self.final_logit[self.alive_at] = torch.where(
+            gone, logits[:, -1], self.final_logit[self.alive_at]
+        )
         self.exit_layer[self.alive[~stays]] = decision.layers[head]
         # 3. The state of those that stay.
         self.alive = self.alive[stays]
@@ -340,23 +397,33 @@ class EngineBatch:
         if stays.all() and not any(depth in stream.waiting for stream in cached):
             return state
         hidden = state.hidden[0]
-        live = set(row.owner[stays].tolist())  # of the row's requests, those with a candidate
+        live = set(
+            row.owner[stays].tolist()
+        )  # of the row's requests, those with a candidate
         # 1. Streams: tokens that waited join those that came; those of requests that are done wait.
         pieces = list[Tensor]()
         if cached:
-            for place, (i, (a, b)) in enumerate(zip(row.requests, pairwise(row.streams), strict=True)):
+            for place, (i, (a, b)) in enumerate(
+                zip(row.requests, pairwise(row.streams), strict=True)
+            ):
                 stream = self.streams[i]
                 if place in live:
-                    pieces.append(hidden[a:b] if stream is None else stream.resume(depth, hidden[a:b]))
+                    pieces.append(
+                        hidden[a:b] if stream is None else stream.resume(depth, hidden[a:b])
+                    )
                 elif stream is not None:
                     stream.stop(depth, hidden[a:b])
         if not live:
             return state
         # 2. Candidates, and streams where none is cached, by one gather.
         self.row = row.keep(stays)
-        hidden = hidden.index_select(0, upload(row.index(stays, streams=not cached), self.engine.device))
+        hidden = hidden.index_select(
+            0, upload(row.index(stays, streams=not cached), self.engine.device)
+        )
         if cached:
-            self.row = replace(self.row, stream=np.array([len(piece) for piece in pieces], dtype=np.int64))
+            self.row = replace(
+                self.row, stream=np.array([len(piece) for piece in pieces], dtype=np.int64)
+            )
             hidden = torch.cat([*pieces, hidden])
         return self._state(hidden)
 
@@ -388,7 +455,9 @@ def answers_of_layer(layer: nn.Module, state: State, structure: Structure) -> Te
     key = _rotated(key, cos, sin).transpose(0, 1)[None]
     value = value.transpose(0, 1)[None]
     # 2. The rest of the layer at the slots.
-    read = structure.attend_answers(attention.layer_idx, query, key, value, attention.scaling)
+    read = structure.attend_answers(
+        attention.layer_idx, query, key, value, attention.scaling
+    )
     answers = hidden.index_select(0, slots) + attention.o_proj(read.flatten(1))
     out: Tensor = answers + block.mlp(block.post_attention_layernorm(answers))
     return out
@@ -411,17 +480,34 @@ def score_every_head(
     `candidates` is `Requests.table()` of the same requests, for the column item_id; None leaves it empty. A request
     that cannot be scored is a DataError.
     """
-    raw = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).repeat(len(model.exit_layers), 1)
+    raw = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).repeat(
+        len(model.exit_layers), 1
+    )
     decision = EveryHead(Calibration(tuple(model.exit_layers), raw))
-    for scored in Engine(model, decision, batch_tokens=batch_tokens).score(requests).requests:
+    for scored in (
+        Engine(model, decision, batch_tokens=batch_tokens).score(requests).requests
+    ):
         if scored.error is not None:
-            raise DataError(f"request {scored.request_id!r} cannot be scored: {scored.error}.")
+            raise DataError(
+                f"request {scored.request_id!r} cannot be scored: {scored.error}."
+            )
     if candidates is None:
         rows = [(r.request_id, k, None) for r in requests for k in range(len(r))]
-        schema = {"request_id": pl.String, "candidate_index": pl.Int64, "item_id": pl.String}
+        schema = {
+            "request_id": pl.String,
+            "candidate_index": pl.Int64,
+            "item_id": pl.String,
+        }
         candidates = pl.DataFrame(rows, schema=schema, orient="row")
     tokens = [(int(own), len(r.stream)) for r in requests for own in r.candidates.lengths]
-    ids = torch.tensor([(row, *pair) for row, pair in enumerate(tokens)], dtype=torch.int64).reshape(-1, 3)
+    ids = torch.tensor(
+        [(row, *pair) for row, pair in enumerate(tokens)], dtype=torch.int64
+    ).reshape(-1, 3)
     exit_0 = np.array([logit for r in requests for logit in r.exit_0])
-    logits = [torch.zeros(0, len(model.exit_layers)), *(outputs.logits.cpu() for outputs in decision.outputs)]
-    return scores_of_candidates(ids, torch.cat(logits), candidates, exit_0, model.exit_layers)
+    logits = [
+        torch.zeros(0, len(model.exit_layers)),
+        *(outputs.logits.cpu() for outputs in decision.outputs),
+    ]
+    return scores_of_candidates(
+        ids, torch.cat(logits), candidates, exit_0, model.exit_layers
+    )

@@ -70,10 +70,14 @@ def load_weights(
         check_reads(content.get("reads"), data, compared)
     # 2. a backbone, then the weights that training has changed
     if model.backbone is None:
-        backbone = Backbone.from_pretrained(resolve_model(model.backbone_name), num_layers=model.depth)
+        backbone = Backbone.from_pretrained(
+            resolve_model(model.backbone_name), num_layers=model.depth
+        )
         model.set_backbone(backbone, tokenizer)
     model.on_load_checkpoint(content)
-    model.load_state_dict(content["state_dict"], strict=False)  # on_load_checkpoint was stricter
+    model.load_state_dict(
+        content["state_dict"], strict=False
+    )  # on_load_checkpoint was stricter
     return content
 
 
@@ -107,7 +111,11 @@ class Run:
     # `score` and `score_after_log` are the Python API; `write` is the command `predict --engine early_exit`
 
     def __init__(
-        self, model: ExitRecommender, data: InteractionData, plan: ExitPlan, certificate: Any = None
+        self,
+        model: ExitRecommender,
+        data: InteractionData,
+        plan: ExitPlan,
+        certificate: Any = None,
     ) -> None:
         self.model = model
         self.data = data
@@ -119,7 +127,9 @@ class Run:
         """Runs layers, and keeps users' histories between calls."""
         return Engine(self.model, RowExits(self.plan, self.model.device), StreamCache())
 
-    def score(self, requests: pl.DataFrame | RankRequest | Sequence[RankRequest]) -> pl.DataFrame:
+    def score(
+        self, requests: pl.DataFrame | RankRequest | Sequence[RankRequest]
+    ) -> pl.DataFrame:
         """Scores of requests at a time of their own: strictly earlier rows of the log are read, no others.
 
         Args:
@@ -137,12 +147,16 @@ class Run:
             )
         return self._table(asked)
 
-    def score_after_log(self, requests: pl.DataFrame | RankRequest | Sequence[RankRequest]) -> pl.DataFrame:
+    def score_after_log(
+        self, requests: pl.DataFrame | RankRequest | Sequence[RankRequest]
+    ) -> pl.DataFrame:
         """Scores of requests that read the whole log, as those of today do; never of rows that the log has.
 
         Otherwise as `score`; the requests have no time.
         """
-        return self._table([replace(request, time=None) for request in as_requests(requests)])
+        return self._table(
+            [replace(request, time=None) for request in as_requests(requests)]
+        )
 
     def _table(self, asked: list[RankRequest]) -> pl.DataFrame:
         """Of the best `top_n` candidates of each request."""
@@ -154,13 +168,19 @@ class Run:
                 resolved.append(catalogue.resolve(request))
             except DataError as error:
                 raise DataError(f"request {request.request_id!r}: {error}") from None
-        requests = with_room(Requests(resolved, catalogue.table(), catalogue.codes), self.data)
+        requests = with_room(
+            Requests(resolved, catalogue.table(), catalogue.codes), self.data
+        )
         # 2. scores of all candidates
-        table = pl.concat(self.score_part(requests, part)[0] for part in parts_of(requests, PART))
+        table = pl.concat(
+            self.score_part(requests, part)[0] for part in parts_of(requests, PART)
+        )
         # 3. lists are cut
         most = {r.request_id: r.top_n for r in asked if r.top_n is not None}
         rank = pl.col("probability").rank("ordinal", descending=True).over("request_id")
-        most_of = pl.col("request_id").replace_strict(most, default=None, return_dtype=pl.Int64)
+        most_of = pl.col("request_id").replace_strict(
+            most, default=None, return_dtype=pl.Int64
+        )
         return table.filter((rank <= most_of).fill_null(True)) if most else table
 
     def score_part(
@@ -197,7 +217,9 @@ class Run:
         files = list[Path]()  # a part each, in a folder that is removed whatever happens
         counts = Counter[str]()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{path.stem}-", dir=path.parent
+        ) as folder:
             for part in parts_of(requests, PART):
                 table, counted = self.score_part(requests, part)
                 counts.update(counted)
@@ -208,14 +230,21 @@ class Run:
         return counts
 
 
-def as_requests(given: pl.DataFrame | RankRequest | Sequence[RankRequest]) -> list[RankRequest]:
+def as_requests(
+    given: pl.DataFrame | RankRequest | Sequence[RankRequest],
+) -> list[RankRequest]:
     """Requests of a table with a row each, as a file has them, or as they are; unnamed ones get their place as name."""
     if isinstance(given, pl.DataFrame):
         rows = given.to_dicts()
-        found = [request_of({"request_id": str(place)} | row) for place, row in enumerate(rows)]
+        found = [
+            request_of({"request_id": str(place)} | row) for place, row in enumerate(rows)
+        ]
     else:
         listed = [given] if isinstance(given, RankRequest) else given
-        found = [replace(r, request_id=r.request_id or str(place)) for place, r in enumerate(listed)]
+        found = [
+            replace(r, request_id=r.request_id or str(place))
+            for place, r in enumerate(listed)
+        ]
     if len({request.request_id for request in found}) < max(len(found), 1):
         raise DataError(
             "found no request, or two of one request_id; expected one at least, each with its own."
@@ -251,14 +280,19 @@ def open_calibrated(
 
 
 def run_early_exit(
-    trainer: L.Trainer, model: ExitRecommender, data: InteractionData, checkpoint: str | Path | None
+    trainer: L.Trainer,
+    model: ExitRecommender,
+    data: InteractionData,
+    checkpoint: str | Path | None,
 ) -> Path:
     """Score data.requests with the engine and the run's exit plan; write scores/predict-early_exit.parquet.
 
     The trainer says where to run, and the tag of result files.
     """
     run, place, about = open_calibrated(trainer, model, data, checkpoint)
-    requests = some_usable(with_room(read_requests(data.requests_file, data.split.interactions), data))
+    requests = some_usable(
+        with_room(read_requests(data.requests_file, data.split.interactions), data)
+    )
     model.to(trainer.strategy.root_device)
     path = place.with_name(f"{place.name}.parquet")
     counts = run.write(requests, path, about)
@@ -274,14 +308,20 @@ def with_room(requests: Requests, data: InteractionData) -> Requests:
 
 def print_counts(counts: Mapping[str, int], plan: ExitPlan, path: Path) -> None:
     """Say what was scored, and where it is."""
-    note = f" ({counts['invalid']} more invalid, see the column error)" if counts["invalid"] else ""
+    note = (
+        f" ({counts['invalid']} more invalid, see the column error)"
+        if counts["invalid"]
+        else ""
+    )
     Console().print(
         f"{counts['candidates']} candidates of {counts['scored']} requests scored{note} with "
         f"{counts['token_layers']:,} token-layers of {plan.layers[-1] * counts['tokens']:,}: {path}"
     )
 
 
-def parts_of(requests: Requests, candidates: int) -> Iterator[list[RankRequest | InvalidRequest]]:
+def parts_of(
+    requests: Requests, candidates: int
+) -> Iterator[list[RankRequest | InvalidRequest]]:
     """All requests in their order, cut behind the one that reaches so many candidates."""
     invalid = {r.place: r for r in requests.invalid}
     usable = iter(requests.requests)
@@ -298,7 +338,9 @@ def parts_of(requests: Requests, candidates: int) -> Iterator[list[RankRequest |
         yield part
 
 
-def early_exit_table(asked: Sequence[RankRequest | InvalidRequest], scored: Sequence[Scored]) -> pl.DataFrame:
+def early_exit_table(
+    asked: Sequence[RankRequest | InvalidRequest], scored: Sequence[Scored]
+) -> pl.DataFrame:
     """One row a candidate, in the order of the requests; one row for an invalid request that has no candidate.
 
     What could not be scored has NaN, exit layer -1 and an error.
@@ -307,7 +349,9 @@ def early_exit_table(asked: Sequence[RankRequest | InvalidRequest], scored: Sequ
     for request, one in zip(asked, scored, strict=True):
         items = map(id_of, request.candidates)
         values = zip(
-            items, *(x.tolist() for x in (one.exit_layers, one.logits, one.probabilities)), strict=True
+            items,
+            *(x.tolist() for x in (one.exit_layers, one.logits, one.probabilities)),
+            strict=True,
         )
         rows += [(one.request_id, k, *row, one.error) for k, row in enumerate(values)]
         if not request.candidates:

@@ -21,11 +21,15 @@ class PrepackedLinear(nn.Linear):
         self.out_features = linear.out_features
         self.weight = linear.weight
         self.bias = linear.bias
-        self._prepacked = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self._prepacked = torch.ops.mkldnn._reorder_linear_weight(
+            linear.weight.detach(), None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), without a gradient."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._prepacked, self.bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._prepacked, self.bias, "none", [], ""
+        )
         return out
 
 
@@ -56,4 +60,6 @@ def _can_be_prepacked(part: nn.Module) -> bool:
     if type(part) is not nn.Linear or isinstance(part.weight, DTensor):
         return False
     onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return onednn and part.weight.device.type == "cpu" and part.weight.dtype == torch.float32
+    return (
+        onednn and part.weight.device.type == "cpu" and part.weight.dtype == torch.float32
+    )

@@ -74,7 +74,9 @@ class PreparedRequest:
     exit_0: F64  # (n,) logits of exit 0, rounded to float32 as score tables have them
     retrieved: F64  # (n, F) features that criteria read
     user: Hashable | None = None  # key of the stream in a cache; None: never cached
-    deadline: float = np.inf  # time.monotonic() seconds; past it, everyone leaves at the next exit
+    deadline: float = (
+        np.inf
+    )  # time.monotonic() seconds; past it, everyone leaves at the next exit
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -83,14 +85,23 @@ class PreparedRequest:
         """Why this request cannot be scored by a backbone that knows these token ids; None where it can."""
         n = len(self)
         tokens = np.concatenate([self.stream.tokens, self.candidates.values])
-        if self.exit_0.shape != (n,) or self.retrieved.ndim != 2 or len(self.retrieved) != n:
+        if (
+            self.exit_0.shape != (n,)
+            or self.retrieved.ndim != 2
+            or len(self.retrieved) != n
+        ):
             shapes = f"exit 0 of shape {self.exit_0.shape} and retrieved features {self.retrieved.shape}"
             return f"{n} candidates, but {shapes}"
         if not (np.isfinite(self.exit_0).all() and np.isfinite(self.retrieved).all()):
-            return "exit 0 or a retrieved feature is NaN or infinite; expected finite numbers"
+            return (
+                "exit 0 or a retrieved feature is NaN or infinite; expected finite numbers"
+            )
         if n and not self.candidates.lengths.all():
             return f"candidate {int(self.candidates.lengths.argmin())} has no token; expected at least one"
-        if len(tokens) and not vocabulary.start <= tokens.min() <= tokens.max() < vocabulary.stop:
+        if (
+            len(tokens)
+            and not vocabulary.start <= tokens.min() <= tokens.max() < vocabulary.stop
+        ):
             known = f"{vocabulary.start} to {vocabulary.stop - 1}"
             return f"token ids from {tokens.min()} to {tokens.max()}; the backbone knows {known}"
         return None
@@ -117,7 +128,9 @@ def prepare_requests(
     exit_0 = exit_0_of(baseline, features)
     # 3. a request each; it has at least one candidate, so it has exactly one stream
     prepared = list[PreparedRequest]()
-    for request, (start, stop) in zip(data.requests.requests, pairwise(streams.offsets), strict=True):
+    for request, (start, stop) in zip(
+        data.requests.requests, pairwise(streams.offsets), strict=True
+    ):
         rows = np.arange(start, stop)
         scored = rows[streams.target[rows]]
         context = rows[streams.context[rows]]
@@ -126,7 +139,9 @@ def prepare_requests(
         history = streams.tokens.take(context)
         made = PreparedRequest(
             request.request_id,
-            shared_prefix(instruction, history, streams.timestamp[context], data.context_tokens),
+            shared_prefix(
+                instruction, history, streams.timestamp[context], data.context_tokens
+            ),
             until_slots(streams.tokens.take(scored), streams.slots[scored]),
             exit_0[candidates],
             features[candidates],
@@ -142,17 +157,23 @@ def exit_0_of(baseline: FeatureBaseline, features: F64) -> F64:
     return baseline.of_features(features).astype(np.float32).astype(np.float64)
 
 
-def shared_prefix(instruction: I64, history: Ragged, timestamp: F64, context_tokens: int) -> StreamTokens:
+def shared_prefix(
+    instruction: I64, history: Ragged, timestamp: F64, context_tokens: int
+) -> StreamTokens:
     """What candidates later than all of a history see: the instruction, and as many of the latest segments as fit.
 
     `history` are m segments in order of time, `timestamp` (m,) their seconds. As `evaluation_windows` has it.
     """
     start = context_starts(history.lengths, time_groups(timestamp), context_tokens)[-1]
     time = timestamp[start:]
-    group = np.concatenate([[0], 1 + np.cumsum(np.diff(time, prepend=time[:1]) != 0)]).astype(np.int64)
+    group = np.concatenate(
+        [[0], 1 + np.cumsum(np.diff(time, prepend=time[:1]) != 0)]
+    ).astype(np.int64)
     first = history.offsets[start]
     offsets = np.concatenate([[0], history.offsets[start:] - first + len(instruction)])
-    return StreamTokens.of(Ragged(np.concatenate([instruction, history.values[first:]]), offsets), group)
+    return StreamTokens.of(
+        Ragged(np.concatenate([instruction, history.values[first:]]), offsets), group
+    )
 
 
 def until_slots(lists: Ragged, slots: I64) -> Ragged:

@@ -15,7 +15,13 @@ from project.arrays import F64
 from project.errors import DataError
 from project.evaluation.bootstrap import UserBootstrap
 from project.exits.calibration import fit_calibration
-from project.features import FEATURES, TEXT_FEATURES, FeatureBaseline, feature_matrix, logistic_regression
+from project.features import (
+    FEATURES,
+    TEXT_FEATURES,
+    FeatureBaseline,
+    feature_matrix,
+    logistic_regression,
+)
 from project.metrics import auc, brier, ece, log_loss, probabilities
 
 Part = tuple[str, str | None]  # a split, and one of valid's folds or None for the whole
@@ -42,7 +48,9 @@ class BaselineCalibration:
             return None
         if np.ptp(logits) == 0:  # equal logits determine an offset, not a slope
             return cls(1.0, float(np.log(share) - np.log(1 - share) - logits[0]))
-        found = fit_calibration(torch.from_numpy(logits)[:, None], labels, (0,), exit_0=False)
+        found = fit_calibration(
+            torch.from_numpy(logits)[:, None], labels, (0,), exit_0=False
+        )
         slope, _, offset = found.values[0].tolist()
         return cls(slope, offset)
 
@@ -68,7 +76,9 @@ class Baseline:
     def logits(self, row_ids: ArrayLike) -> F64:
         """Logits (n,) of these rows in this order; DataError where a row was not scored."""
         wanted = pl.DataFrame({"row_id": np.asarray(row_ids, dtype=np.int64)})
-        found = wanted.join(self.scores, on="row_id", how="left", maintain_order="left")["logit"]
+        found = wanted.join(self.scores, on="row_id", how="left", maintain_order="left")[
+            "logit"
+        ]
         if found.null_count():
             raise DataError(
                 f"baseline {self.name} has no score for {found.null_count()} of {found.len()} rows: "
@@ -79,11 +89,15 @@ class Baseline:
     def calibration(self, rows: pl.DataFrame) -> BaselineCalibration | None:
         """Fitted on the targets of valid's fold `select`; None where a class is missing there."""
         select = targets_of(rows, "valid", "select")
-        return BaselineCalibration.fit(self.logits(select["row_id"]), select["label"].to_numpy())
+        return BaselineCalibration.fit(
+            self.logits(select["row_id"]), select["label"].to_numpy()
+        )
 
 
 def fit_baselines(
-    rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], splits: Sequence[str] = ("valid", "test")
+    rows: pl.DataFrame,
+    retrieved: Mapping[str, pl.DataFrame],
+    splits: Sequence[str] = ("valid", "test"),
 ) -> list[Baseline]:
     """Fit every baseline on train targets and score the targets of `splits`, each from its own retrieved features."""
     from threadpoolctl import threadpool_limits  # no type information published
@@ -96,16 +110,26 @@ def fit_baselines(
     def learned(model: Any, columns: slice) -> dict[str, F64]:
         model.fit(train[:, columns], labels)
         return {
-            split: np.asarray(model.decision_function(x[:, columns]), np.float64) if len(x) else np.zeros(0)
+            split: np.asarray(model.decision_function(x[:, columns]), np.float64)
+            if len(x)
+            else np.zeros(0)
             for split, x in features.items()
         }
 
     # 1. single features
-    singles = SINGLE_FEATURE | ({"mf_fold_in": "mf_log_odds"} if "mf" in retrieved["train"].columns else {})
-    logits = {name: {s: x[:, FEATURES.index(f)] for s, x in features.items()} for name, f in singles.items()}
+    singles = SINGLE_FEATURE | (
+        {"mf_fold_in": "mf_log_odds"} if "mf" in retrieved["train"].columns else {}
+    )
+    logits = {
+        name: {s: x[:, FEATURES.index(f)] for s, x in features.items()}
+        for name, f in singles.items()
+    }
     # 2. models of several features; of two that are equally accurate `best_baseline` takes the first, so the simpler
     # model stands first. One thread: thousands of short parallel loops cost 30 s instead of 1 s on busy cores.
-    rates, no_text = slice(FEATURES.index("vote_log_odds")), slice(len(FEATURES) - len(TEXT_FEATURES))
+    rates, no_text = (
+        slice(FEATURES.index("vote_log_odds")),
+        slice(len(FEATURES) - len(TEXT_FEATURES)),
+    )
     with threadpool_limits(1):
         logits["lr_rates"] = learned(logistic_regression(), rates)
         logits["lr_features"] = learned(logistic_regression(), no_text)
@@ -113,7 +137,9 @@ def fit_baselines(
         exit_0 = FeatureBaseline.fit_features(train, labels, base)
         logits["lr_text"] = {split: exit_0.of_features(x) for split, x in features.items()}
         logits["gbdt_text"] = learned(boosting(), slice(None))
-    return [Baseline(name, baseline_scores(rows, by_split)) for name, by_split in logits.items()]
+    return [
+        Baseline(name, baseline_scores(rows, by_split)) for name, by_split in logits.items()
+    ]
 
 
 def boosting() -> Any:
@@ -134,7 +160,10 @@ def boosting() -> Any:
 
 
 def baseline_rows(
-    baselines: Sequence[Baseline], rows: pl.DataFrame, draws: int = 1000, parts: Sequence[Part] | None = None
+    baselines: Sequence[Baseline],
+    rows: pl.DataFrame,
+    draws: int = 1000,
+    parts: Sequence[Part] | None = None,
 ) -> list[dict[str, Any]]:
     """The `baselines` list of a result file: one entry per baseline and part, `draws` resamples behind each interval.
 
@@ -149,14 +178,21 @@ def baseline_rows(
     found = []
     for split, fold in parts:
         part = targets_of(rows, split, fold)
-        labels, bootstrap = part["label"].to_numpy(), UserBootstrap(part["user"].to_numpy(), draws)
+        labels, bootstrap = (
+            part["label"].to_numpy(),
+            UserBootstrap(part["user"].to_numpy(), draws),
+        )
         for baseline, calibration in zip(baselines, calibrations, strict=True):
             logits = baseline.logits(part["row_id"])
-            row: dict[str, Any] = {"name": baseline.name, "split": split} | ({"fold": fold} if fold else {})
+            row: dict[str, Any] = {"name": baseline.name, "split": split} | (
+                {"fold": fold} if fold else {}
+            )
             row |= bootstrap.metrics(logits, labels)
             if calibration is not None and fold != "select":
                 row["calibrated"] = calibration.summary(logits, labels)
-            found.append(row | ({"chosen": dict(baseline.chosen)} if baseline.chosen else {}))
+            found.append(
+                row | ({"chosen": dict(baseline.chosen)} if baseline.chosen else {})
+            )
     return found
 
 
@@ -164,7 +200,9 @@ def best_baseline(baselines: Sequence[Baseline], rows: pl.DataFrame) -> Baseline
     """The baseline of highest AUC on valid's tune fold (the first of equals), None where that is undefined."""
     tune = targets_of(rows, "valid", "tune")
     labels = tune["label"].to_numpy()
-    scored = [(auc(baseline.logits(tune["row_id"]), labels), baseline) for baseline in baselines]
+    scored = [
+        (auc(baseline.logits(tune["row_id"]), labels), baseline) for baseline in baselines
+    ]
     defined = [(value, baseline) for value, baseline in scored if value is not None]
     return max(defined, key=lambda pair: pair[0])[1] if defined else None
 
@@ -192,7 +230,9 @@ def retrieved_features(
     """Features (n, len(FEATURES)) of a split's targets, from that split's own table; `base`: train's share of likes."""
     targets = targets_of(rows, split).select("row_id")
     if split not in retrieved:
-        raise DataError(f"baselines need the retrieved features table of {split}, found {sorted(retrieved)}")
+        raise DataError(
+            f"baselines need the retrieved features table of {split}, found {sorted(retrieved)}"
+        )
     table = targets.join(retrieved[split], on="row_id", how="inner", maintain_order="left")
     if table.height != targets.height:
         raise DataError(
@@ -205,7 +245,9 @@ def retrieved_features(
 def baseline_scores(rows: pl.DataFrame, logits: Mapping[str, F64]) -> pl.DataFrame:
     """The `scores` of a Baseline, from logits (n,) of each split's targets in the order of `rows`."""
     return pl.concat(
-        targets_of(rows, split).select("row_id", pl.lit(split).alias("split"), pl.Series("logit", values))
+        targets_of(rows, split).select(
+            "row_id", pl.lit(split).alias("split"), pl.Series("logit", values)
+        )
         for split, values in logits.items()
     )
 
@@ -219,7 +261,10 @@ class AgainstBaseline:
         part = wanted.join(known, on="row_id", how="left", maintain_order="left")
         self.name, self.labels = baseline.name, part["label"].to_numpy()
         self.bootstrap = UserBootstrap(part["user"].to_numpy())
-        self._logits, self._calibration = baseline.logits(row_ids), baseline.calibration(rows)
+        self._logits, self._calibration = (
+            baseline.logits(row_ids),
+            baseline.calibration(rows),
+        )
 
     def difference(self, logits: ArrayLike) -> dict[str, Any]:
         """A head's logits (n,) minus the baseline: {`baseline`, `value`, `interval`, `log_loss` {`value`, `interval`}}.
@@ -229,6 +274,8 @@ class AgainstBaseline:
         gap: dict[str, Any] = {"value": None, "interval": None}
         if self._calibration is not None:
             calibrated = self._calibration.apply(self._logits)
-            gap = self.bootstrap.log_loss_difference_interval(logits, calibrated, self.labels)
+            gap = self.bootstrap.log_loss_difference_interval(
+                logits, calibrated, self.labels
+            )
         auc_gap = self.bootstrap.difference_interval(logits, self._logits, self.labels)
         return {"baseline": self.name} | auc_gap | {"log_loss": gap}

@@ -27,19 +27,29 @@ class UserBootstrap:
         found, code = np.unique(np.asarray(users), return_inverse=True)
         self._user: I64 = code.reshape(-1)
         count = max(found.size, 1)
-        drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=draws)
+        drawn = np.random.default_rng(seed).multinomial(
+            count, np.full(count, 1.0 / count), size=draws
+        )
         # (draws, users): how often each user was drawn
         self._times = drawn[:, : found.size].astype(np.float32)
-        self._known: dict[bytes, F64] = {}  # digest of scores and labels -> their AUC in every draw
+        self._known: dict[
+            bytes, F64
+        ] = {}  # digest of scores and labels -> their AUC in every draw
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """`head_metrics` of logits (n,), and `auc_interval` where there are draws."""
         found = head_metrics(logits, labels, self._user)
-        return found | ({"auc_interval": self.auc_interval(logits, labels)} if len(self._times) else {})
+        return found | (
+            {"auc_interval": self.auc_interval(logits, labels)} if len(self._times) else {}
+        )
 
     def auc_interval(self, scores: ArrayLike, labels: ArrayLike) -> list[float] | None:
         """[low, high] of the AUC, None where it is undefined; draws with one class are left out."""
-        return None if auc(scores, labels) is None else _percentiles(self._auc_draws(scores, labels))
+        return (
+            None
+            if auc(scores, labels) is None
+            else _percentiles(self._auc_draws(scores, labels))
+        )
 
     def difference_interval(
         self, scores_a: ArrayLike, scores_b: ArrayLike, labels: ArrayLike
@@ -65,7 +75,9 @@ class UserBootstrap:
         drawn = (self._times @ sums) / (self._times @ rows)
         return {"value": float(gap.mean()), "interval": _percentiles(drawn)}
 
-    def ratio_interval(self, numerator: ArrayLike, denominator: ArrayLike) -> dict[str, Any]:
+    def ratio_interval(
+        self, numerator: ArrayLike, denominator: ArrayLike
+    ) -> dict[str, Any]:
         """Sum of one cost (n,) over the sum of another, as a speed-up is; None where the denominator is 0."""
         above, below = (np.asarray(x, dtype=np.float64) for x in (numerator, denominator))
         self._same_rows(above)
@@ -73,7 +85,9 @@ class UserBootstrap:
             return dict(UNDEFINED)
         up, down = (np.bincount(self._user, weights=x) for x in (above, below))
         spent = self._times @ down
-        drawn = np.divide(self._times @ up, spent, out=np.full(spent.shape, np.nan), where=spent > 0)
+        drawn = np.divide(
+            self._times @ up, spent, out=np.full(spent.shape, np.nan), where=spent > 0
+        )
         return {"value": float(above.sum() / below.sum()), "interval": _percentiles(drawn)}
 
     def _auc_draws(self, scores: ArrayLike, labels: ArrayLike) -> F64:
@@ -82,14 +96,24 @@ class UserBootstrap:
         self._same_rows(values)
         digest = hashlib.sha256(values.tobytes() + positive.tobytes()).digest()
         if digest not in self._known:
-            pairs, step = Pairs(values, positive), max(1, CHUNK_ELEMENTS // max(values.size, 1))
-            chunks = (self._times[i : i + step][:, self._user] for i in range(0, len(self._times), step))
-            self._known[digest] = np.concatenate([pairs.weighted_auc(chunk) for chunk in chunks])
+            pairs, step = (
+                Pairs(values, positive),
+                max(1, CHUNK_ELEMENTS // max(values.size, 1)),
+            )
+            chunks = (
+                self._times[i : i + step][:, self._user]
+                for i in range(0, len(self._times), step)
+            )
+            self._known[digest] = np.concatenate(
+                [pairs.weighted_auc(chunk) for chunk in chunks]
+            )
         return self._known[digest]
 
     def _same_rows(self, values: F64) -> None:
         if values.size != self._user.size:
-            raise ValueError(f"the bootstrap was made for {self._user.size} rows, found {values.size} scores")
+            raise ValueError(
+                f"the bootstrap was made for {self._user.size} rows, found {values.size} scores"
+            )
 
 
 def _percentiles(drawn: F64) -> list[float] | None:

@@ -85,7 +85,9 @@ class NetworkFeatures:
     """What makes a log's rows the networks' features, fitted on train targets."""
 
     base: float  # share of likes among train targets, to which rates of few rows shrink
-    known: dict[str, I64]  # field -> the ids that have a code, ascending; FIRST is the code of the first
+    known: dict[
+        str, I64
+    ]  # field -> the ids that have a code, ascending; FIRST is the code of the first
     # attribute field -> codes (items, ATTRIBUTE_WORDS) by item code, PADDING at the end
     words: dict[str, I64]
     edges: list[F64]  # one array a feature: inner edges of its bins
@@ -112,14 +114,18 @@ class NetworkFeatures:
     def sizes(self) -> dict[str, int]:
         """Number of codes of each field that has one vector a row: ids and bins."""
         ids = {name: FIRST + len(known) for name, known in self.known.items()}
-        return ids | {name: len(edges) + 1 for name, edges in zip(FEATURES, self.edges, strict=True)}
+        return ids | {
+            name: len(edges) + 1 for name, edges in zip(FEATURES, self.edges, strict=True)
+        }
 
     @property
     def word_sizes(self) -> dict[str, int]:
         """Number of codes of each attribute."""
         return {name: int(codes.max()) + 1 for name, codes in self.words.items()}
 
-    def table(self, rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], split: str) -> Table:
+    def table(
+        self, rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], split: str
+    ) -> Table:
         """Features of a split's n targets, in the order of `rows`.
 
         Field -> (n,) codes of ids and bins, (n, ATTRIBUTE_WORDS) of attributes, (n, HISTORY_ROWS) item codes of
@@ -128,7 +134,10 @@ class NetworkFeatures:
         targets = targets_of(rows, split)
         numbers = retrieved_features(rows, retrieved, split, self.base)
         item = targets["item"].to_numpy().astype(np.int64)
-        codes = {name: self._codes(name, targets[name].to_numpy().astype(np.int64)) for name in IDS}
+        codes = {
+            name: self._codes(name, targets[name].to_numpy().astype(np.int64))
+            for name in IDS
+        }
         codes |= {name: table[item] for name, table in self.words.items()}
         for name, edges, column in zip(FEATURES, self.edges, numbers.T, strict=True):
             codes[name] = np.searchsorted(edges, column, side="right")
@@ -136,7 +145,9 @@ class NetworkFeatures:
         for name, answer in zip(HISTORY, (1, 0), strict=True):
             codes[name] = np.where(answers == answer, self._codes("item", items), PADDING)
         scaled = torch.from_numpy((numbers - self.mean) / self.scale).float()
-        return {name: torch.from_numpy(values) for name, values in codes.items()} | {SCALED: scaled}
+        return {name: torch.from_numpy(values) for name, values in codes.items()} | {
+            SCALED: scaled
+        }
 
     def _codes(self, name: str, ids: I64) -> I64:
         known = self.known[name]
@@ -147,9 +158,13 @@ class NetworkFeatures:
 def _attribute_words(items: pl.DataFrame, known: I64) -> dict[str, I64]:
     """Codes of each attribute's words; words of no known item, and attributes without others, are left out."""
     found = {}
-    attributes = [name for name in items.columns if name not in ("item", "item_id", "title")]
+    attributes = [
+        name for name in items.columns if name not in ("item", "item_id", "title")
+    ]
     for number, attribute in enumerate(attributes):
-        lists = [text.replace("|", " ").split()[:ATTRIBUTE_WORDS] for text in items[attribute]]
+        lists = [
+            text.replace("|", " ").split()[:ATTRIBUTE_WORDS] for text in items[attribute]
+        ]
         vocabulary = sorted({word for item in known.tolist() for word in lists[item]})
         code = {word: FIRST + k for k, word in enumerate(vocabulary)}
         table = np.full((len(lists), ATTRIBUTE_WORDS), PADDING)
@@ -171,7 +186,9 @@ def earlier_rows(rows: pl.DataFrame, split: str, last: int) -> tuple[I64, I64]:
     readable = rows.filter(~pl.col("split").cast(pl.String).is_in(later))
     is_target = (readable["role"] == "target") & (readable["split"] == split)
     log = replace(WalkRows.from_log(readable), query=is_target.to_numpy())
-    place = np.full((readable.height, last), NO_ROW)  # positions in `log`; the last is not read
+    place = np.full(
+        (readable.height, last), NO_ROW
+    )  # positions in `log`; the last is not read
     for queries, own, earlier in queries_by_user(log, "histories"):
         padded = np.append(np.full(last, NO_ROW), own)
         place[queries] = padded[earlier[:, None] + np.arange(last)]
@@ -212,9 +229,15 @@ def build_network(name: str, features: NetworkFeatures, embedding: int) -> nn.Mo
             network = DCNv2([*fields, scaled], CROSSES, LAYERS, use_low_rank_mixture=False)
         case _:
             size = sizes["item"]
-            history = [sequence(n, size, pooling="concat", shared_with="item") for n in HISTORY]
-            again = SparseFeature("item", size, embedding, padding_idx=PADDING)  # one target a history
-            network = DIN(fields[1:], history, [fields[0], again], LAYERS, {"dims": ATTENTION_LAYERS})
+            history = [
+                sequence(n, size, pooling="concat", shared_with="item") for n in HISTORY
+            ]
+            again = SparseFeature(
+                "item", size, embedding, padding_idx=PADDING
+            )  # one target a history
+            network = DIN(
+                fields[1:], history, [fields[0], again], LAYERS, {"dims": ATTENTION_LAYERS}
+            )
     assert isinstance(network, nn.Module)
     return network
 
@@ -226,10 +249,14 @@ class Labelled(NamedTuple):
     labels: Tensor
 
 
-def train(network: nn.Module, rows: Labelled, select: Labelled, weight_decay: float, seed: int) -> int:
+def train(
+    network: nn.Module, rows: Labelled, select: Labelled, weight_decay: float, seed: int
+) -> int:
     """Train in place until the AUC on `select` stops rising; returns the epoch (from 1) whose weights were kept."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, weight_decay=weight_decay)
+    optimizer = torch.optim.Adam(
+        network.parameters(), LEARNING_RATE, weight_decay=weight_decay
+    )
     best, best_epoch, kept = -1.0, 0, network.state_dict()
     with one_thread():
         for epoch in range(1, EPOCHS + 1):
@@ -242,7 +269,9 @@ def train(network: nn.Module, rows: Labelled, select: Labelled, weight_decay: fl
                     hidden = torch.rand(len(batch), generator=generator) < HIDDEN_SHARE
                     table[name] = table[name].masked_fill(hidden, UNKNOWN)
                 optimizer.zero_grad()
-                loss = nn.functional.binary_cross_entropy(network(table), rows.labels[batch])
+                loss = nn.functional.binary_cross_entropy(
+                    network(table), rows.labels[batch]
+                )
                 torch.autograd.backward(loss)
                 optimizer.step()
             value = auc(score(network, select.table), select.labels.numpy()) or 0.0
@@ -259,7 +288,9 @@ def score(network: nn.Module, table: Table) -> F64:
     network.eval()
     firsts = range(0, len(table[SCALED]), SCORED_ROWS)
     with torch.no_grad():
-        parts = [network({n: v[k : k + SCORED_ROWS] for n, v in table.items()}) for k in firsts]
+        parts = [
+            network({n: v[k : k + SCORED_ROWS] for n, v in table.items()}) for k in firsts
+        ]
     probability = torch.cat([torch.zeros(0), *parts]).double()
     logits: F64 = torch.logit(probability, eps=1e-7).numpy()
     return logits
@@ -285,7 +316,10 @@ def network_baselines(
     # 1. features of all splits
     rows = split.rows
     features = NetworkFeatures.fit(rows, split.interactions.items, retrieved)
-    tables = {s: features.table(rows, retrieved, s) for s in dict.fromkeys(("train", "valid", *splits))}
+    tables = {
+        s: features.table(rows, retrieved, s)
+        for s in dict.fromkeys(("train", "valid", *splits))
+    }
     fitted = Labelled(tables["train"], _labels(targets_of(rows, "train")))
     select, tune = (_fold(rows, tables["valid"], fold) for fold in ("select", "tune"))
     # 2. of each network every grid point is trained, and the best on tune is kept
@@ -333,11 +367,15 @@ def trained_networks(data: InteractionData) -> list[Baseline]:
 
     def write(folder: Path) -> None:
         baselines = network_baselines(data.split, data.retrieved, seed=data.seed)
-        tables = [b.scores.select(pl.lit(b.name).alias("baseline"), pl.all()) for b in baselines]
+        tables = [
+            b.scores.select(pl.lit(b.name).alias("baseline"), pl.all()) for b in baselines
+        ]
         chosen = {b.name: b.chosen for b in baselines}
         write_table(folder / FILE, pl.concat(tables), {"chosen": json.dumps(chosen)})
 
-    return _read(cached_folder(data.cache_dir / "baseline_scores", _content(data), write), SPLITS)
+    return _read(
+        cached_folder(data.cache_dir / "baseline_scores", _content(data), write), SPLITS
+    )
 
 
 def kept_networks(data: InteractionData, splits: Sequence[str] = SPLITS) -> list[Baseline]:
@@ -371,8 +409,12 @@ def _content(data: InteractionData) -> dict[str, Any]:
 
 def _read(folder: Path, splits: Sequence[str]) -> list[Baseline]:
     chosen = json.loads(table_about(folder / FILE)["chosen"])
-    scores = pl.read_parquet(folder / FILE, glob=False).filter(pl.col("split").is_in(list(splits)))
+    scores = pl.read_parquet(folder / FILE, glob=False).filter(
+        pl.col("split").is_in(list(splits))
+    )
     return [
-        Baseline(name, scores.filter(pl.col("baseline") == name).drop("baseline"), chosen[name])
+        Baseline(
+            name, scores.filter(pl.col("baseline") == name).drop("baseline"), chosen[name]
+        )
         for name in chosen
     ]

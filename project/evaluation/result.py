@@ -16,7 +16,13 @@ from torchmetrics.utilities import dim_zero_cat
 from project.arrays import F64, I64
 from project.data.protocol import SplitInteractions
 from project.errors import ConfigError
-from project.evaluation.baselines import AgainstBaseline, Baseline, baseline_rows, best_baseline, targets_of
+from project.evaluation.baselines import (
+    AgainstBaseline,
+    Baseline,
+    baseline_rows,
+    best_baseline,
+    targets_of,
+)
 from project.evaluation.bootstrap import UserBootstrap
 from project.exits.certificate import row_losses
 from project.exits.cost import row_cost
@@ -41,7 +47,9 @@ class ScoreCollector(Metric):
         self.add_state("ids", default=[], dist_reduce_fx="cat")
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
-    def update(self, row_id: Tensor, target_tokens: Tensor, stream_tokens: Tensor, values: Tensor) -> None:
+    def update(
+        self, row_id: Tensor, target_tokens: Tensor, stream_tokens: Tensor, values: Tensor
+    ) -> None:
         """Add n rows: ids and token counts (n,), values (n, m)."""
         self.ids.append(torch.stack([row_id, target_tokens, stream_tokens], dim=1))
         self.values.append(values.float())
@@ -63,7 +71,11 @@ def scores_of_rows(
 
 
 def scores_of_candidates(
-    ids: Tensor, values: Tensor, candidates: pl.DataFrame, exit_0: F64, exit_layers: list[int]
+    ids: Tensor,
+    values: Tensor,
+    candidates: pl.DataFrame,
+    exit_0: F64,
+    exit_layers: list[int],
 ) -> pl.DataFrame:
     """Score table of candidates with their item ids; a row's id is its position in `Requests.table()`."""
     about = candidates[ids[:, 0].cpu().numpy()]
@@ -73,7 +85,11 @@ def scores_of_candidates(
 
 
 def _table(
-    columns: dict[str, pl.Series], ids: Tensor, values: Tensor, exit_0: F64, exit_layers: list[int]
+    columns: dict[str, pl.Series],
+    ids: Tensor,
+    values: Tensor,
+    exit_0: F64,
+    exit_layers: list[int],
 ) -> pl.DataFrame:
     tokens = ids.cpu().numpy()
     columns |= {
@@ -87,7 +103,9 @@ def _table(
 def labelled_scores(scores: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
     """The score table of candidates with user, label and row_id of `Workload.table`, in that table's order."""
     known, keys = ["user", "label", "row_id"], ["request_id", "candidate_index"]
-    joined = table.join(scores.drop(known), on=keys, how="left", maintain_order="left", validate="1:1")
+    joined = table.join(
+        scores.drop(known), on=keys, how="left", maintain_order="left", validate="1:1"
+    )
     return joined.select(scores.columns)
 
 
@@ -106,7 +124,10 @@ def exit_rows(
 ) -> list[dict[str, Any]]:
     """The `exits` list of a result file for one split, or one fold of validation; no intervals where draws is 0."""
     part = part_of(scores, split, fold)
-    labels, bootstrap = part["label"].to_numpy(), UserBootstrap(part["user"].to_numpy(), draws)
+    labels, bootstrap = (
+        part["label"].to_numpy(),
+        UserBootstrap(part["user"].to_numpy(), draws),
+    )
     exit_0 = [0] if len(part) and not part["logit_0"].null_count() else []
     about = {"split": split} | ({"fold": fold} if fold else {})
     return [
@@ -150,16 +171,26 @@ def comparison(
         return result
     part = part_of(scores, reported, fold)
     others = [b for b in baselines if b.name == "lr_rates" and b is not best]
-    against = [AgainstBaseline(b, part["row_id"].to_numpy(), split.rows) for b in (best, *others)]
+    against = [
+        AgainstBaseline(b, part["row_id"].to_numpy(), split.rows) for b in (best, *others)
+    ]
     for row in exits:
         row["baseline_difference"] = against[0].difference(_logits(part, row["layer"]))
     if chosen_exit is not None:
-        differences = [{"layer": chosen_exit} | a.difference(_logits(part, chosen_exit)) for a in against]
-        result |= {"baseline_difference": differences[0], "baseline_differences": differences}
+        differences = [
+            {"layer": chosen_exit} | a.difference(_logits(part, chosen_exit))
+            for a in against
+        ]
+        result |= {
+            "baseline_difference": differences[0],
+            "baseline_differences": differences,
+        }
     return result
 
 
-def with_and_without_exit_0(heads: Mapping[str, F64], against: AgainstBaseline) -> dict[str, Any]:
+def with_and_without_exit_0(
+    heads: Mapping[str, F64], against: AgainstBaseline
+) -> dict[str, Any]:
     """One exit calibrated with exit 0 and without, and the difference.
 
     `heads`: with_exit_0, without_exit_0 -> calibrated logits (n,) of the exit on the rows of `against`, the best
@@ -167,7 +198,8 @@ def with_and_without_exit_0(heads: Mapping[str, F64], against: AgainstBaseline) 
     """
     draws, labels = against.bootstrap, against.labels
     found: dict[str, Any] = {
-        name: draws.metrics(logits, labels) | {"baseline_difference": against.difference(logits)}
+        name: draws.metrics(logits, labels)
+        | {"baseline_difference": against.difference(logits)}
         for name, logits in heads.items()
     }
     if {"with_exit_0", "without_exit_0"} <= heads.keys():
@@ -178,7 +210,10 @@ def with_and_without_exit_0(heads: Mapping[str, F64], against: AgainstBaseline) 
 
 
 def slice_masks(
-    rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], split: str, fold: str | None = None
+    rows: pl.DataFrame,
+    retrieved: Mapping[str, pl.DataFrame],
+    split: str,
+    fold: str | None = None,
 ) -> dict[str, pl.Series]:
     """Slice name (warm_users, cold_users, history_0_4, ..., item_21_plus) -> Boolean (n,) of the targets it holds.
 
@@ -222,7 +257,10 @@ def slice_rows(
     found = []
     for name, mask in slice_masks(rows, retrieved, split, fold).items():
         inside, chosen = part.filter(mask), mask.to_numpy()
-        labels, bootstrap = inside["label"].to_numpy(), UserBootstrap(inside["user"].to_numpy(), draws)
+        labels, bootstrap = (
+            inside["label"].to_numpy(),
+            UserBootstrap(inside["user"].to_numpy(), draws),
+        )
         scored = []
         for who, logits in scores:
             row = dict(who) | bootstrap.metrics(logits[chosen], labels)
@@ -244,16 +282,28 @@ def slice_rows(
 
 
 def own_metric(
-    metric: OwnMetric, scores: Sequence[tuple[Mapping[str, Any], F64]], labels: F64, users: F64
+    metric: OwnMetric,
+    scores: Sequence[tuple[Mapping[str, Any], F64]],
+    labels: F64,
+    users: F64,
 ) -> dict[str, Any]:
     """The `own_metric` of a result file: `name` and `rows`, each of `scores` (see `slice_rows`) with its `value`."""
     name, rows = getattr(metric, "__name__", type(metric).__name__), []
     for who, logits in scores:
         try:
             value = metric(labels, probabilities(logits), users)
-            rows.append({**who, "value": float(value) if value is not None and np.isfinite(value) else None})
+            rows.append(
+                {
+                    **who,
+                    "value": float(value)
+                    if value is not None and np.isfinite(value)
+                    else None,
+                }
+            )
         except Exception as error:
-            raise ConfigError(f"results.metric: {name} failed: {type(error).__name__}: {error}") from error
+            raise ConfigError(
+                f"results.metric: {name} failed: {type(error).__name__}: {error}"
+            ) from error
     return {"name": name, "rows": rows}
 
 
@@ -266,12 +316,18 @@ def baseline_scores_of(
 
 
 def exit_scores_of(
-    scores: pl.DataFrame, rows: pl.DataFrame, layers: Sequence[int], split: str, fold: str | None = None
+    scores: pl.DataFrame,
+    rows: pl.DataFrame,
+    layers: Sequence[int],
+    split: str,
+    fold: str | None = None,
 ) -> list[tuple[dict[str, Any], F64]]:
     """Layers and logits of the exits of a score table, for `slice_rows`."""
     ids = targets_of(rows, split, fold).select("row_id")
     ordered = ids.join(scores, on="row_id", how="left", maintain_order="left")
-    return [({"layer": k}, ordered[f"logit_{k}"].cast(pl.Float64).to_numpy()) for k in layers]
+    return [
+        ({"layer": k}, ordered[f"logit_{k}"].cast(pl.Float64).to_numpy()) for k in layers
+    ]
 
 
 def plan_scores_of(
@@ -284,7 +340,9 @@ def plan_scores_of(
 ) -> tuple[F64, F64]:
     """A plan's logits and layers run, both (n,), from the order of `scores` into the order of `slice_rows`."""
     run = np.asarray(layer, np.float64)
-    decided = scores.select("row_id").with_columns(logit=pl.Series(logits), layer=pl.Series(run))
+    decided = scores.select("row_id").with_columns(
+        logit=pl.Series(logits), layer=pl.Series(run)
+    )
     ids = targets_of(rows, split, fold).select("row_id")
     ordered = ids.join(decided, on="row_id", how="left", maintain_order="left")
     return ordered["logit"].to_numpy(), ordered["layer"].to_numpy()
@@ -298,18 +356,26 @@ class PlannedRows:
     """
 
     def __init__(
-        self, plan: ExitPlan, scores: pl.DataFrame, features: F64, prefix_cached: bool, draws: int = 1000
+        self,
+        plan: ExitPlan,
+        scores: pl.DataFrame,
+        features: F64,
+        prefix_cached: bool,
+        draws: int = 1000,
     ) -> None:
         self._arguments = scores, features, prefix_cached, draws
         outputs = plan.outputs(scores, features)
         layer, logit = plan.emitted(outputs)
         self.plan = plan
-        self.row_id, self.labels, self.users = (scores[x].to_numpy() for x in ("row_id", "label", "user"))
+        self.row_id, self.labels, self.users = (
+            scores[x].to_numpy() for x in ("row_id", "label", "user")
+        )
         self.calibrated: F64 = outputs.logits.double().numpy()
         self.layer: I64 = layer.numpy()
         self.logit: F64 = logit.double().numpy()
         self._target, self._shared = (
-            torch.from_numpy(scores[f"{x}_tokens"].to_numpy().copy()) for x in ("target", "stream")
+            torch.from_numpy(scores[f"{x}_tokens"].to_numpy().copy())
+            for x in ("target", "stream")
         )
         self._prefix_cached = prefix_cached
         self._bootstrap = UserBootstrap(self.users, draws)
@@ -325,7 +391,9 @@ class PlannedRows:
             gone = self.layer == layer
             metrics = head_metrics(self.calibrated[:, column], self.labels, self.users)
             found[layer] = {
-                "calibrated": {name: metrics[name] for name in ("auc", "log_loss", "brier", "ece")},
+                "calibrated": {
+                    name: metrics[name] for name in ("auc", "log_loss", "brier", "ece")
+                },
                 "exit_share": float(gone.mean()),
                 "auc_leaving": auc(self.logit[gone], self.labels[gone]),
             }
@@ -334,21 +402,29 @@ class PlannedRows:
     def summary(self, static_exit: int) -> dict[str, Any]:
         """Accuracy and cost of the plan, beside the static exit of equal accuracy and that of equal cost."""
         full, spent = self.plan.layers[-1], self._cost(self.layer)
-        drop = self._bootstrap.difference_interval(self._head(full), self.logit, self.labels)
+        drop = self._bootstrap.difference_interval(
+            self._head(full), self.logit, self.labels
+        )
         saved = self._bootstrap.ratio_interval(self._static_cost(full), spent)
         # of equal cost: the deepest exit that costs no more; the shallowest where all cost more
-        affordable = [k for k in self.plan.layers if self._static_cost(k).sum() <= float(spent.sum())]
+        affordable = [
+            k for k in self.plan.layers if self._static_cost(k).sum() <= float(spent.sum())
+        ]
         equal_cost = affordable[-1] if affordable else self.plan.layers[0]
         return {
             "criterion": self.plan.criterion,
             **self._bootstrap.metrics(self.logit, self.labels),
             "mean_depth": float(self.layer.mean()),
-            "exit_shares": {str(k): float((self.layer == k).mean()) for k in self.plan.layers},
+            "exit_shares": {
+                str(k): float((self.layer == k).mean()) for k in self.plan.layers
+            },
             "auc_drop": drop["value"],
             "auc_drop_interval": drop["interval"],
             "token_layer_speedup": saved["value"],
             "token_layer_speedup_interval": saved["interval"],
-            "speedup_over_static": self._bootstrap.ratio_interval(self._static_cost(static_exit), spent),
+            "speedup_over_static": self._bootstrap.ratio_interval(
+                self._static_cost(static_exit), spent
+            ),
             "static_exit": self._against(static_exit),
             "equal_cost": self._against(equal_cost),
         }
@@ -360,7 +436,10 @@ class PlannedRows:
         """
         full = self._head(self.plan.layers[-1])
         if name == "auc_gap":
-            return {"risk": name, **self._bootstrap.difference_interval(full, self.logit, self.labels)}
+            return {
+                "risk": name,
+                **self._bootstrap.difference_interval(full, self.logit, self.labels),
+            }
         losses = row_losses(name, probabilities(self.logit), probabilities(full))
         _, user, rows = np.unique(self.users, return_inverse=True, return_counts=True)
         weights = 1 / rows[user]
@@ -368,7 +447,9 @@ class PlannedRows:
 
     def _cost(self, layer: I64) -> F64:
         """Token-layers (n,) where each row leaves at `layer` (n,)."""
-        spent = row_cost(torch.from_numpy(layer), self._target, self._shared, self._prefix_cached)
+        spent = row_cost(
+            torch.from_numpy(layer), self._target, self._shared, self._prefix_cached
+        )
         return spent.double().numpy()
 
     def _static_cost(self, layer: int) -> F64:
@@ -379,7 +460,9 @@ class PlannedRows:
 
     def _against(self, layer: int) -> dict[str, Any]:
         """The plan minus a static exit, in AUC, paired."""
-        gain = self._bootstrap.difference_interval(self.logit, self._head(layer), self.labels)
+        gain = self._bootstrap.difference_interval(
+            self.logit, self._head(layer), self.labels
+        )
         return {
             "layer": layer,
             "auc": auc(self._head(layer), self.labels),
@@ -388,11 +471,15 @@ class PlannedRows:
         }
 
 
-def adaptive_summary(plans: Plans, rows: PlannedRows, risk: str | None = None) -> dict[str, Any]:
+def adaptive_summary(
+    plans: Plans, rows: PlannedRows, risk: str | None = None
+) -> dict[str, Any]:
     """The `adaptive` part of a result file, from rows under `plans.plan`; `risk` is the certificate's."""
 
     def measured(rows: PlannedRows) -> dict[str, Any]:
-        return rows.summary(plans.static_exit) | ({} if risk is None else {"risk": rows.risk(risk)})
+        return rows.summary(plans.static_exit) | (
+            {} if risk is None else {"risk": rows.risk(risk)}
+        )
 
     without = rows.under(plans.without).summary(plans.static_without)
     certified = None if plans.certified is None else measured(rows.under(plans.certified))

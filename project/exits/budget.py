@@ -17,7 +17,13 @@ from project.errors import ConfigError, DataError
 from project.exits.calibration import fit_calibration
 from project.exits.certificate import Certificate, CertificateSettings, certify
 from project.exits.cost import row_tokens
-from project.exits.criteria import Criterion, HeadOutputs, confidence_table, name, out_of_fold_confidence
+from project.exits.criteria import (
+    Criterion,
+    HeadOutputs,
+    confidence_table,
+    name,
+    out_of_fold_confidence,
+)
 from project.exits.plan import (
     ExitPlan,
     ExitSettings,
@@ -93,8 +99,12 @@ class TuneFold:
         # 1. calibrate every head
         raw = raw_outputs(scores, features, exit_layers_of(scores), exit_0)
         self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, exit_0)
-        self.outputs = HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.retrieved)
-        self.static_exit = equal_accuracy_exit(static_curve(self.outputs, self.labels, self.tokens))
+        self.outputs = HeadOutputs(
+            raw.layers, self.calibration.apply(raw.logits), raw.retrieved
+        )
+        self.static_exit = equal_accuracy_exit(
+            static_curve(self.outputs, self.labels, self.tokens)
+        )
         # 2. every criterion's path
         curves, unfit = [], None
         for unfitted in settings.criteria():
@@ -136,14 +146,18 @@ class TuneFold:
 
     def plan(self, step: int) -> ExitPlan:
         """The best criterion at one step of its path."""
-        policy = Policy(self.best.criterion, self.best.path[step].thresholds, self.outputs.layers)
+        policy = Policy(
+            self.best.criterion, self.best.path[step].thresholds, self.outputs.layers
+        )
         return ExitPlan(self.calibration, policy, self.exit_0)
 
     @property
     def too_few(self) -> bool:
         """Whether the users allow no early exit within a bounded AUC drop; at alpha .5 no bound is asked for."""
         return (
-            self.users < FEWEST_USERS and self.settings.alpha < 0.5 and self.settings.max_auc_drop is not None
+            self.users < FEWEST_USERS
+            and self.settings.alpha < 0.5
+            and self.settings.max_auc_drop is not None
         )
 
     def in_words(self) -> str | None:
@@ -161,12 +175,18 @@ class TuneFold:
         margins = bound_margins(curve.influences, self.settings.alpha / self._competing)
         if self.too_few:
             margins[1:] = np.inf
-        return budget_steps(curve.path, drops + margins, self.settings.max_auc_drop, self.settings.max_cost)
+        return budget_steps(
+            curve.path, drops + margins, self.settings.max_auc_drop, self.settings.max_cost
+        )
 
     def _preference(self, curve: Curve) -> tuple[float, float]:
         """Cheaper is better where an AUC drop is the budget, a higher AUC where the cost is."""
         step = curve.chosen
-        return (step.auc, -step.cost) if self.settings.max_auc_drop is None else (-step.cost, step.auc)
+        return (
+            (step.auc, -step.cost)
+            if self.settings.max_auc_drop is None
+            else (-step.cost, step.auc)
+        )
 
 
 def budget_plan(
@@ -204,7 +224,11 @@ def calibrate(
     """
     # 1. whether the certify fold may be read: it is for one certificate
     issued = (previous or {}).get("ledger", [])
-    promise, ledger, words = settings.certificate, issued, "No certificate: exits.certificate is null."
+    promise, ledger, words = (
+        settings.certificate,
+        issued,
+        "No certificate: exits.certificate is null.",
+    )
     if promise is not None:
         try:
             tried = certified_settings(settings) | {"checkpoint": checkpoint}
@@ -215,7 +239,10 @@ def calibrate(
     tuned, certified = ((scores["fold"] == fold).to_numpy() for fold in ("tune", "certify"))
     # 2. on tune, with exit 0 and without: calibration, every criterion's path, the budget's step
     on_tune = scores.filter(tuned), features[tuned], settings
-    folds = {x: TuneFold(*on_tune, x, comparison_only=x != settings.exit_0) for x in (True, False)}
+    folds = {
+        x: TuneFold(*on_tune, x, comparison_only=x != settings.exit_0)
+        for x in (True, False)
+    }
     tune, without = folds[settings.exit_0], folds[False]
     best, layers = tune.best, tune.outputs.layers
     # 3. on certify, once: the budget's policy, then faster steps until one fails; full depth, step 0, takes no test
@@ -246,7 +273,11 @@ def calibrate(
         "controls": control_curves(tune.outputs, tune.labels, tune.tokens),
         "chosen": name(best.criterion),
         "prefix_cached": settings.prefix_cached,
-        "budget": {"max_auc_drop": settings.max_auc_drop, "max_cost": settings.max_cost, "users": tune.users},
+        "budget": {
+            "max_auc_drop": settings.max_auc_drop,
+            "max_cost": settings.max_cost,
+            "users": tune.users,
+        },
         "budget_words": tune.in_words(),
         "static_exit": {key: tune.static_exit[key] for key in ("layer", "auc", "cost")},
         "certificate": None if certificate is None else certificate.to_dict(),
@@ -276,7 +307,11 @@ def calibrate(
 
 
 def _certificates(
-    tune: TuneFold, sequence: list[int], rows: pl.DataFrame, features: F64, promise: CertificateSettings
+    tune: TuneFold,
+    sequence: list[int],
+    rows: pl.DataFrame,
+    features: F64,
+    promise: CertificateSettings,
 ) -> tuple[Certificate, Certificate]:
     """Of the budget's step alone and of the sequence that begins with it.
 
@@ -291,9 +326,15 @@ def _certificates(
         if no_layer:
             break
         emitted.append(outputs.logits.gather(1, exits[:, None]).squeeze(1).double().numpy())
-    path, labels, users = np.stack(emitted), rows["label"].to_numpy(), rows["user"].to_numpy()
+    path, labels, users = (
+        np.stack(emitted),
+        rows["label"].to_numpy(),
+        rows["user"].to_numpy(),
+    )
     first = 1 + (tune.best.step > 0)
-    own, further = (certify(part, path[0], labels, users, promise) for part in (path[:first], path))
+    own, further = (
+        certify(part, path[0], labels, users, promise) for part in (path[:first], path)
+    )
     if no_layer and len(path) == 1:
         own = replace(own, reason="every row leaves at exit 0, so no layer runs")
     return own, further
@@ -319,4 +360,6 @@ def _check_folds(scores: pl.DataFrame) -> None:
 def _by_layer(layers: tuple[int, ...], thresholds: Tensor) -> dict[str, float | str]:
     """Thresholds by layer. JSON has no infinity: "never" where nobody leaves, "everyone" where nobody goes on."""
     words = {np.inf: "never", -np.inf: "everyone"}
-    return {str(k): words.get(v, v) for k, v in zip(layers, thresholds.tolist(), strict=True)}
+    return {
+        str(k): words.get(v, v) for k, v in zip(layers, thresholds.tolist(), strict=True)
+    }

@@ -42,7 +42,9 @@ class Calibration:
         }
 
 
-def fit_calibration(logits: Tensor, labels: ArrayLike, layers: Sequence[int], exit_0: bool) -> Calibration:
+def fit_calibration(
+    logits: Tensor, labels: ArrayLike, layers: Sequence[int], exit_0: bool
+) -> Calibration:
     """Maximum likelihood per head on raw logits (n, K) and labels (n,), with slopes a_k >= .001.
 
     Where `exit_0`, column 0 is exit 0 and enters every deeper head, which improves shallow heads. Without it,
@@ -86,7 +88,9 @@ def fit_calibration(logits: Tensor, labels: ArrayLike, layers: Sequence[int], ex
         if found[0] < bound:
             found = np.r_[bound, _newton(design[:, 1:], positive, bound * design[:, 0])]
         slopes = found[:-1] / scale
-        rows.append([slopes[0], slopes[1] if with_exit_0 else 0.0, found[-1] - slopes @ mean])
+        rows.append(
+            [slopes[0], slopes[1] if with_exit_0 else 0.0, found[-1] - slopes @ mean]
+        )
     return Calibration(tuple(layers), torch.tensor(rows, dtype=torch.float64))
 
 
@@ -96,13 +100,17 @@ def _newton(design: F64, positive: F64, offset: F64) -> F64:
 
     def loss(weights: F64) -> float:
         score = design @ weights + offset
-        return float((np.logaddexp(0, score) - positive * score).mean() + ridge @ weights**2 / 2)
+        return float(
+            (np.logaddexp(0, score) - positive * score).mean() + ridge @ weights**2 / 2
+        )
 
     weights: F64 = np.zeros(design.shape[1])
     for _ in range(ITERATIONS):
         chance = 1 / (1 + np.exp(-np.clip(design @ weights + offset, -500, 500)))
         gradient = design.T @ (chance - positive) / positive.size + ridge * weights
-        curvature = (design.T * (chance * (1 - chance))) @ design / positive.size + np.diag(ridge + 1e-12)
+        curvature = (design.T * (chance * (1 - chance))) @ design / positive.size + np.diag(
+            ridge + 1e-12
+        )
         step = np.linalg.solve(curvature, gradient)
         size, before = 1.0, loss(weights)
         while loss(weights - size * step) > before and size > 1e-6:

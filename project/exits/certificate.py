@@ -88,7 +88,9 @@ class CertificateSettings:
     def rescale(self, values: ArrayLike) -> F64:
         """The risk's range -> [0, 1]."""
         low, high = self.range
-        return np.clip((np.asarray(values, dtype=np.float64) - low) / (high - low), 0.0, 1.0)
+        return np.clip(
+            (np.asarray(values, dtype=np.float64) - low) / (high - low), 0.0, 1.0
+        )
 
     def users_needed(self, losses: ArrayLike = 0.0) -> int | None:
         """About how many users with such losses pass: log(1 / delta) over the growth rate of the best constant bet.
@@ -138,9 +140,7 @@ class Certificate:
 
     def in_words(self) -> str:
         """One sentence for a report."""
-        promise = (
-            f"the {self.estimand} is at most {self.epsilon:g} with {100 - 100 * self.delta:.0f} % confidence"
-        )
+        promise = f"the {self.estimand} is at most {self.epsilon:g} with {100 - 100 * self.delta:.0f} % confidence"
         if self.passed is None:
             if self.users_needed is None:
                 return f"There is no certificate: {self.reason}."
@@ -175,7 +175,9 @@ def certify(
     owners = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
     if np.isnan(scores).any() or not np.array_equal(scores[0], last):
         raise DataError("certify: logits are NaN, or step 0 of the path is not full depth")
-    if (n := np.unique(owners).size) < (settings.users_needed() or 0):  # the fold is not read
+    if (n := np.unique(owners).size) < (
+        settings.users_needed() or 0
+    ):  # the fold is not read
         return _walk(lambda _: np.zeros((1, 0)), len(scores), n, settings)
     if settings.risk != "auc_gap":
         adaptive = probabilities(scores.ravel()).reshape(scores.shape)
@@ -183,7 +185,9 @@ def certify(
         return certify_losses(user_means(losses, owners), settings)
     truth = np.asarray([] if labels is None else labels)
     if np.unique(truth).size < 2:
-        raise DataError("exits.certificate.risk: auc_gap needs both classes in the certify fold")
+        raise DataError(
+            "exits.certificate.risk: auc_gap needs both classes in the certify fold"
+        )
     pairs = UserPairs(truth, owners)
     best = pairs.auc(last)
     return _walk(lambda step: best - pairs.auc(scores[step]), len(scores), n, settings)
@@ -197,12 +201,18 @@ def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> Certific
         raise DataError(
             f"{settings.risk}: {outside.sum()} losses outside [{low:.4g}, {high:.4g}], first {values[outside][0]}"
         )
-    order = np.random.default_rng(0).permutation(values.shape[1])[None]  # bets must not follow time or label
+    order = np.random.default_rng(0).permutation(values.shape[1])[
+        None
+    ]  # bets must not follow time or label
     return _walk(lambda step: values[step][order], len(values), values.shape[1], settings)
 
 
-def _walk(losses_of: Callable[[int], F64], steps: int, n: int, settings: CertificateSettings) -> Certificate:
-    found = Certificate(settings.risk, settings.epsilon, settings.delta, n, settings.estimand)
+def _walk(
+    losses_of: Callable[[int], F64], steps: int, n: int, settings: CertificateSettings
+) -> Certificate:
+    found = Certificate(
+        settings.risk, settings.epsilon, settings.delta, n, settings.estimand
+    )
     # 1. is there anything to test, and are there enough users for any plan to pass?
     if steps == 1:
         return replace(found, reason="the plan is full depth")
@@ -221,7 +231,8 @@ def _walk(losses_of: Callable[[int], F64], steps: int, n: int, settings: Certifi
     low, high = settings.range
     return replace(
         found,
-        bound=low + upper_bound(settings.rescale(shown), epsilon, settings.delta) * (high - low),
+        bound=low
+        + upper_bound(settings.rescale(shown), epsilon, settings.delta) * (high - low),
         estimate=float(np.nanmean(shown)),
         path_step=last,
         passed=last is not None,
@@ -244,7 +255,9 @@ def upper_bound(losses: F64, epsilon: float, delta: float) -> float:
     low, high = max(0.0, 1.0 - 1.0 / largest), 1.0  # bets could lose everything below `low`
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (low, middle) if _p_of(losses, bets, middle) <= delta else (middle, high)
+        low, high = (
+            (low, middle) if _p_of(losses, bets, middle) <= delta else (middle, high)
+        )
     return high
 
 
@@ -281,7 +294,9 @@ class UserPairs:
     def __init__(self, labels: ArrayLike, users: I64) -> None:
         rng, count = np.random.default_rng(0), int(users.max()) + 1
         mixed = rng.permutation(users.size)
-        mixed = mixed[np.argsort(users[mixed], kind="stable")]  # by user, each user's rows in random order
+        mixed = mixed[
+            np.argsort(users[mixed], kind="stable")
+        ]  # by user, each user's rows in random order
         sizes = np.bincount(users, minlength=count)
         place = np.arange(users.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         kept = place < ROWS_OF_A_USER
@@ -289,8 +304,12 @@ class UserPairs:
         self._rows = np.full(shape, -1)  # of each user, -1 as padding
         self._rows[users[mixed[kept]], place[kept]] = mixed[kept]
         self._positive = np.append(np.asarray(labels).astype(np.int64), 0)[self._rows]
-        self._sizes = np.stack([self._positive.sum(1), (self._rows >= 0).sum(1) - self._positive.sum(1)])
-        orders = np.stack([rng.permutation(count)[: count // 2 * 2] for _ in range(PAIRINGS)])
+        self._sizes = np.stack(
+            [self._positive.sum(1), (self._rows >= 0).sum(1) - self._positive.sum(1)]
+        )
+        orders = np.stack(
+            [rng.permutation(count)[: count // 2 * 2] for _ in range(PAIRINGS)]
+        )
         self._pairs = orders.reshape(-1, 2)
         self._block = max(1, 2**20 // shape[1] ** 2)  # pairs at once: a few megabytes
 
@@ -299,25 +318,38 @@ class UserPairs:
 
         Ties count half. Shape (pairings, users // 2); NaN where two users have no such rows.
         """
-        ranks = np.append(rankdata(scores, method="dense"), np.nan).astype(np.float32)[self._rows]
+        ranks = np.append(rankdata(scores, method="dense"), np.nan).astype(np.float32)[
+            self._rows
+        ]
         found = [np.zeros(0)]
         for at in range(0, len(self._pairs), self._block):
             one, other = self._pairs[at : at + self._block].T
-            above = ranks[one][:, :, None] > ranks[other][:, None, :]  # padding is neither above nor below
+            above = (
+                ranks[one][:, :, None] > ranks[other][:, None, :]
+            )  # padding is neither above nor below
             below = ranks[one][:, :, None] < ranks[other][:, None, :]
             sign = above.view(np.int8) - below.view(np.int8)
             right = (self._positive[one] * sign.sum(2, dtype=np.int16)).sum(1)
-            right -= (self._positive[other] * sign.sum(1, dtype=np.int16)).sum(1)  # two positives cancel
-            (ups, downs), (other_ups, other_downs) = self._sizes[:, one], self._sizes[:, other]
+            right -= (self._positive[other] * sign.sum(1, dtype=np.int16)).sum(
+                1
+            )  # two positives cancel
+            (ups, downs), (other_ups, other_downs) = (
+                self._sizes[:, one],
+                self._sizes[:, other],
+            )
             pairs = ups * other_downs + downs * other_ups
-            found.append(0.5 + np.where(pairs > 0, right, np.nan) / (2 * np.maximum(pairs, 1)))
+            found.append(
+                0.5 + np.where(pairs > 0, right, np.nan) / (2 * np.maximum(pairs, 1))
+            )
         return np.concatenate(found).reshape(PAIRINGS, -1)
 
 
 def row_losses(risk: str, adaptive: F64, full: F64) -> F64:
     """Loss of each row beside full depth, (..., n): 0 where the emitted probabilities (..., n) and (n,) are equal."""
     if risk != "score_drift":
-        raise ConfigError(f"exits.certificate.risk: {risk} is not a risk of the rows of score requests")
+        raise ConfigError(
+            f"exits.certificate.risk: {risk} is not a risk of the rows of score requests"
+        )
     losses: F64 = np.abs(adaptive - full)
     return losses
 
@@ -328,5 +360,7 @@ def user_means(losses: ArrayLike, users: ArrayLike) -> F64:
     code = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
     sizes = np.bincount(code)
     order = np.argsort(code, kind="stable")
-    means: F64 = np.add.reduceat(values[..., order], np.cumsum(sizes) - sizes, axis=-1) / sizes
+    means: F64 = (
+        np.add.reduceat(values[..., order], np.cumsum(sizes) - sizes, axis=-1) / sizes
+    )
     return means

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 
-def row_tokens(target_tokens: Tensor, stream_tokens: Tensor, prefix_cached: bool = False) -> Tensor:
+def row_tokens(
+    target_tokens: Tensor, stream_tokens: Tensor, prefix_cached: bool = False
+) -> Tensor:
     """Tokens that run per layer in requests of one candidate each, (n,): the history's count unless cached."""
     return target_tokens if prefix_cached else target_tokens + stream_tokens
 
@@ -23,7 +25,11 @@ def row_cost(
 
 
 def request_cost(
-    request: Tensor, layer: Tensor, target_tokens: Tensor, stream_tokens: Tensor, prefix_cached: bool = False
+    request: Tensor,
+    layer: Tensor,
+    target_tokens: Tensor,
+    stream_tokens: Tensor,
+    prefix_cached: bool = False,
 ) -> Tensor:
     """Token-layers of requests of several candidates, (r,), in ascending order of request id.
 

@@ -37,9 +37,15 @@ class HeadOutputs:
     retrieved: Tensor
 
     @classmethod
-    def of(cls, layers: Sequence[int], logits: Tensor, retrieved: Tensor | None = None) -> HeadOutputs:
+    def of(
+        cls, layers: Sequence[int], logits: Tensor, retrieved: Tensor | None = None
+    ) -> HeadOutputs:
         """The retrieved features in the type of the logits; None is F = 0."""
-        known = logits.new_zeros(logits.shape[0], 0) if retrieved is None else retrieved.to(logits)
+        known = (
+            logits.new_zeros(logits.shape[0], 0)
+            if retrieved is None
+            else retrieved.to(logits)
+        )
         return cls(tuple(layers), logits, known)
 
     @property
@@ -50,7 +56,9 @@ class HeadOutputs:
     @property
     def probabilities(self) -> Tensor:
         """(n, K) probabilities as emitted: sigmoid, clipped to [.001, .999]."""
-        return torch.sigmoid(self.logits).clamp(SMALLEST_PROBABILITY, 1.0 - SMALLEST_PROBABILITY)
+        return torch.sigmoid(self.logits).clamp(
+            SMALLEST_PROBABILITY, 1.0 - SMALLEST_PROBABILITY
+        )
 
     def until(self, k: int) -> HeadOutputs:
         """Heads 0..k only: what is known when the rows stand at head k."""
@@ -125,8 +133,12 @@ class RatioConsistency(Consistency):
         parts = [outputs.until(k) for k in range(outputs.heads)]
         consistency = super().confidence
         self.tensors = {
-            "ratio_quantiles": torch.stack([_quantiles(Ratio().confidence(part)) for part in parts]),
-            "consistency_quantiles": torch.stack([_quantiles(consistency(part)) for part in parts]),
+            "ratio_quantiles": torch.stack(
+                [_quantiles(Ratio().confidence(part)) for part in parts]
+            ),
+            "consistency_quantiles": torch.stack(
+                [_quantiles(consistency(part)) for part in parts]
+            ),
         }
 
     def confidence(self, outputs: HeadOutputs) -> Tensor:
@@ -134,9 +146,14 @@ class RatioConsistency(Consistency):
         consistency = super().confidence(outputs)
         if outputs.heads <= self.first:
             return consistency
-        grids = (self.tensors[f"{of}_quantiles"][outputs.heads - 1] for of in ("ratio", "consistency"))
+        grids = (
+            self.tensors[f"{of}_quantiles"][outputs.heads - 1]
+            for of in ("ratio", "consistency")
+        )
         both = (Ratio().confidence(outputs), consistency)
-        return torch.minimum(*(_quantile_of(x, grid) for x, grid in zip(both, grids, strict=True)))
+        return torch.minimum(
+            *(_quantile_of(x, grid) for x, grid in zip(both, grids, strict=True))
+        )
 
 
 def name(criterion: Criterion) -> str:
@@ -168,7 +185,12 @@ def confidence_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
 
 def try_out(criterion: Criterion, exit_0: bool) -> None:
     """Refuse, on made-up rows and so before training, a criterion that returns something other than confidence."""
-    made = torch.randn(64, 3 + len(FEATURES), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    made = torch.randn(
+        64,
+        3 + len(FEATURES),
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float64,
+    )
     outputs = HeadOutputs.of((0, 1, 2) if exit_0 else (1, 2, 3), made[:, :3], made[:, 3:])
     with torch.random.fork_rng(devices=[]):
         try:
@@ -184,7 +206,9 @@ def try_out(criterion: Criterion, exit_0: bool) -> None:
             ) from error
 
 
-def out_of_fold_confidence(make: Callable[[], Criterion], outputs: HeadOutputs, users: ArrayLike) -> Tensor:
+def out_of_fold_confidence(
+    make: Callable[[], Criterion], outputs: HeadOutputs, users: ArrayLike
+) -> Tensor:
     """Confidence of tune rows by criteria that saw no row of the same user, (n, K): what thresholds are fitted on.
 
     `make` makes an unfitted criterion; `users` (n,) are cut into USER_PARTS in the order of a salted hash.
@@ -198,7 +222,9 @@ def out_of_fold_confidence(make: Callable[[], Criterion], outputs: HeadOutputs, 
     digests = [hashlib.sha256(f"0:{user}".encode()).digest() for user in found.tolist()]
     place = np.empty(found.size, dtype=np.int64)
     place[sorted(range(found.size), key=digests.__getitem__)] = np.arange(found.size)
-    part = torch.from_numpy((place * USER_PARTS // found.size)[code.reshape(-1)]).to(outputs.logits.device)
+    part = torch.from_numpy((place * USER_PARTS // found.size)[code.reshape(-1)]).to(
+        outputs.logits.device
+    )
     table = torch.empty_like(outputs.logits)
     for own in range(USER_PARTS):
         criterion = make()
@@ -209,7 +235,9 @@ def out_of_fold_confidence(make: Callable[[], Criterion], outputs: HeadOutputs, 
 
 def _quantiles(values: Tensor) -> Tensor:
     ordered = values.sort().values
-    place = torch.linspace(0, values.numel() - 1, QUANTILES, dtype=torch.float64).round().long()
+    place = (
+        torch.linspace(0, values.numel() - 1, QUANTILES, dtype=torch.float64).round().long()
+    )
     return ordered[place.to(values.device)]
 
 
@@ -218,7 +246,9 @@ def _quantile_of(values: Tensor, grid: Tensor) -> Tensor:
     grid = grid.to(values)
     above = torch.searchsorted(grid, values.contiguous()).clamp(1, QUANTILES - 1)
     low, high = grid[above - 1], grid[above]
-    part = ((values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)).clamp(0, 1)
+    part = ((values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)).clamp(
+        0, 1
+    )
     return (above - 1 + part) / (QUANTILES - 1)
 
 
@@ -255,12 +285,16 @@ class Learned(Criterion):
             basis = _basis(features, center, scale)
             mean, basis_scale = basis.mean(dim=0), inverse_spread(basis)
             design = (basis - mean) * basis_scale
-            penalty = RIDGE_ROWS * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
+            penalty = RIDGE_ROWS * torch.eye(
+                design.shape[1], dtype=design.dtype, device=design.device
+            )
             moment = design.T @ (drift - drift.mean())
             weight = torch.linalg.solve(design.T @ design + penalty, moment) * basis_scale
             fitted.append((center, scale, weight, drift.mean() - mean @ weight))
         names = ("center", "scale", "weight", "intercept")
-        self.tensors = dict(zip(names, map(torch.stack, zip(*fitted, strict=True)), strict=True))
+        self.tensors = dict(
+            zip(names, map(torch.stack, zip(*fitted, strict=True)), strict=True)
+        )
 
     def confidence(self, outputs: HeadOutputs) -> Tensor:
         """(n,), about in [-1, 0]: a predicted drift may be below 0. Every head but the last has one."""
@@ -268,20 +302,28 @@ class Learned(Criterion):
             self.tensors[key][outputs.heads - 1].to(outputs.logits)
             for key in ("center", "scale", "weight", "intercept")
         )
-        return -(_basis(_features(outputs, center.numel()), center, scale) @ weight + intercept)
+        return -(
+            _basis(_features(outputs, center.numel()), center, scale) @ weight + intercept
+        )
 
 
 def _features(outputs: HeadOutputs, width: int) -> Tensor:
     """(n, width): retrieved features, derived numbers, logits so far, then zeros, so that heads stack."""
     now = outputs.probabilities[:, -1]
-    changes = outputs.probabilities.diff(dim=1).abs() if outputs.heads > 1 else torch.zeros_like(now)[:, None]
+    changes = (
+        outputs.probabilities.diff(dim=1).abs()
+        if outputs.heads > 1
+        else torch.zeros_like(now)[:, None]
+    )
     derived = [
         outputs.logits[:, -1].abs(),
         now * (1 - now),
         (changes[:, -1] + SMALLEST_DRIFT).log(),
         (changes.amax(dim=1) + SMALLEST_DRIFT).log(),
     ]
-    known = torch.cat([outputs.retrieved, torch.stack(derived, dim=1), outputs.logits], dim=1)
+    known = torch.cat(
+        [outputs.retrieved, torch.stack(derived, dim=1), outputs.logits], dim=1
+    )
     return torch.nn.functional.pad(known, (0, width - known.shape[1]))
 
 

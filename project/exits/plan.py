@@ -68,15 +68,25 @@ class ExitSettings:
                 "policy is no model at all. Set exits.max_auc_drop, for example to 0.002."
             )
         if self.certificate is not None and self.certificate.risk == "overlap_loss":
-            raise ConfigError("exits.certificate.risk: overlap_loss is a risk of `rank`, expected another")
+            raise ConfigError(
+                "exits.certificate.risk: overlap_loss is a risk of `rank`, expected another"
+            )
         if self.max_auc_drop is not None and not 0 <= self.max_auc_drop < math.inf:
-            raise ConfigError(f"exits.max_auc_drop is {self.max_auc_drop}; expected null, 0 or more.")
+            raise ConfigError(
+                f"exits.max_auc_drop is {self.max_auc_drop}; expected null, 0 or more."
+            )
         if not 0 < self.alpha <= 0.5:
-            raise ConfigError(f"exits.alpha is {self.alpha}; expected a chance above 0 and at most 0.5.")
+            raise ConfigError(
+                f"exits.alpha is {self.alpha}; expected a chance above 0 and at most 0.5."
+            )
         if self.max_cost is not None and not 0 < self.max_cost <= 1:
-            raise ConfigError(f"exits.max_cost is {self.max_cost}; expected a share above 0 and at most 1.")
+            raise ConfigError(
+                f"exits.max_cost is {self.max_cost}; expected a share above 0 and at most 1."
+            )
         if self.criterion is None and self.compare == []:
-            raise ConfigError("exits.compare is empty and exits.criterion null; expected a criterion.")
+            raise ConfigError(
+                "exits.compare is empty and exits.criterion null; expected a criterion."
+            )
         for criterion in filter(None, [self.criterion, *(self.compare or [])]):
             try_out(criterion, self.exit_0)
 
@@ -85,16 +95,23 @@ class ExitSettings:
         compared = all_criteria() if self.compare is None else self.compare
         if self.criterion is None:
             return list(compared)
-        return [self.criterion, *(c for c in compared if type(c) is not type(self.criterion))]
+        return [
+            self.criterion,
+            *(c for c in compared if type(c) is not type(self.criterion)),
+        ]
 
 
-def raw_outputs(scores: pl.DataFrame, features: F64, exit_layers: list[int], exit_0: bool) -> HeadOutputs:
+def raw_outputs(
+    scores: pl.DataFrame, features: F64, exit_layers: list[int], exit_0: bool
+) -> HeadOutputs:
     """Uncalibrated outputs of a score table's n rows at exit 0, where it is a head, and at these ascending layers.
 
     `features` (n, F) are of the same rows.
     """
     layers = [0, *exit_layers] if exit_0 else exit_layers
-    logits = torch.from_numpy(scores.select(f"logit_{k}" for k in layers).cast(pl.Float64).to_numpy().copy())
+    logits = torch.from_numpy(
+        scores.select(f"logit_{k}" for k in layers).cast(pl.Float64).to_numpy().copy()
+    )
     return HeadOutputs.of(layers, logits, torch.from_numpy(features))
 
 
@@ -118,7 +135,9 @@ class ExitPlan:
 
     def outputs(self, scores: pl.DataFrame, features: F64) -> HeadOutputs:
         """Calibrated outputs of a score table's n rows with these features (n, F)."""
-        return self.calibrated(raw_outputs(scores, features, [k for k in self.layers if k > 0], self.exit_0))
+        return self.calibrated(
+            raw_outputs(scores, features, [k for k in self.layers if k > 0], self.exit_0)
+        )
 
     def calibrated(self, raw: HeadOutputs) -> HeadOutputs:
         """The same rows with calibrated logits."""
@@ -127,7 +146,9 @@ class ExitPlan:
     def emitted(self, outputs: HeadOutputs) -> tuple[Tensor, Tensor]:
         """Per row of calibrated outputs: the layer it leaves at, (n,) int64, and the logit it leaves with, (n,)."""
         index = self.policy.exits(outputs)
-        return torch.tensor(self.layers)[index], outputs.logits.gather(1, index[:, None]).squeeze(1)
+        return torch.tensor(self.layers)[index], outputs.logits.gather(
+            1, index[:, None]
+        ).squeeze(1)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: tensors, numbers and text only."""
@@ -198,12 +219,21 @@ class Plans:
     def from_state(cls, state: Mapping[str, Any]) -> Plans:
         """From what `state` gave."""
         plan, without = (ExitPlan.from_state(state[key]) for key in ("plan", "without"))
-        certified = None if state["certified"] is None else ExitPlan.from_state(state["certified"])
+        certified = (
+            None if state["certified"] is None else ExitPlan.from_state(state["certified"])
+        )
         document = {
             "certificate": json.loads(state["certificate"]),
             "budget_words": state.get("budget_words"),
         }
-        return cls(plan, state["static_exit"], without, state["static_without"], certified, document)
+        return cls(
+            plan,
+            state["static_exit"],
+            without,
+            state["static_without"],
+            certified,
+            document,
+        )
 
 
 def plans_of(checkpoint: Mapping[str, Any]) -> Plans | None:
@@ -217,7 +247,9 @@ def specification(criterion: Criterion) -> dict[str, Any]:
     kind = type(criterion)
     return {
         "class_path": f"{kind.__module__}.{kind.__qualname__}",
-        "init_args": {key: getattr(criterion, key) for key in inspect.signature(kind).parameters},
+        "init_args": {
+            key: getattr(criterion, key) for key in inspect.signature(kind).parameters
+        },
     }
 
 
@@ -232,7 +264,9 @@ def certified_settings(settings: ExitSettings) -> dict[str, Any]:
     in_short = []  # such as consistency(heads=2)
     for criterion in compared:
         arguments = specification(criterion)["init_args"]
-        in_short.append(f"{name(criterion)}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})")
+        in_short.append(
+            f"{name(criterion)}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
+        )
     promise = {} if settings.certificate is None else asdict(settings.certificate)
     return (
         {"exits.criterion": in_short}
@@ -257,7 +291,9 @@ def admit(
     ledger: list[dict[str, Any]] = []
     for record in issued:
         was = record["settings"]
-        changed = [key for key, value in settings.items() if key in was and was[key] != value]
+        changed = [
+            key for key, value in settings.items() if key in was and was[key] != value
+        ]
         if record["protocol_hash"] != protocol_hash and dict(record) not in ledger:
             ledger.append(dict(record))
         if (
@@ -265,7 +301,9 @@ def admit(
             and changed
             and not (fitting and changed == ["checkpoint"])
         ):
-            differences = ", ".join(f"{key} {was[key]!r} -> {settings[key]!r}" for key in changed)
+            differences = ", ".join(
+                f"{key} {was[key]!r} -> {settings[key]!r}" for key in changed
+            )
             raise ConfigError(
                 f"a certificate was already issued on this certify fold with other settings ({differences}): asking "
                 "twice voids delta. Keep the settings, or train a new run and fix them before the fold is read"

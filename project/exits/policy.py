@@ -24,8 +24,14 @@ def leave(confidence: Tensor, thresholds: Tensor) -> Tensor:
 class Policy:
     """A fitted criterion and a threshold per head: +inf where nobody leaves, -inf, as at the last, where all do."""
 
-    def __init__(self, criterion: Criterion, thresholds: Tensor, layers: Sequence[int]) -> None:
-        if thresholds.shape != (len(layers),) or thresholds.isnan().any() or thresholds[-1] != -torch.inf:
+    def __init__(
+        self, criterion: Criterion, thresholds: Tensor, layers: Sequence[int]
+    ) -> None:
+        if (
+            thresholds.shape != (len(layers),)
+            or thresholds.isnan().any()
+            or thresholds[-1] != -torch.inf
+        ):
             raise ConfigError(
                 f"a policy for exits at layers {tuple(layers)} needs one threshold each, the last -inf, found "
                 f"{thresholds.tolist()}; run the command calibrate"
@@ -41,7 +47,9 @@ class Policy:
         if outputs.heads == len(self.layers):
             return torch.ones_like(outputs.logits[:, -1], dtype=torch.bool)
         confidence = self.criterion.confidence(outputs)
-        here_or_later = torch.stack([confidence, torch.full_like(confidence, torch.inf)], dim=1)
+        here_or_later = torch.stack(
+            [confidence, torch.full_like(confidence, torch.inf)], dim=1
+        )
         # stacked, not indexed by a list: an engine's thresholds are on the device, and this needs no host sync
         limits = torch.stack([self.thresholds[outputs.heads - 1], self.thresholds[-1]])
         return leave(here_or_later, limits) == 0
@@ -59,8 +67,14 @@ class Policy:
 
 def random_exits(outputs: HeadOutputs, share: float) -> Tensor:
     """Control: at each head this share of the rows that reach it leave by lot, (n,) int64."""
-    lots = torch.rand(outputs.logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return leave((lots < share).double(), lots.new_ones(outputs.heads)).to(outputs.logits.device)
+    lots = torch.rand(
+        outputs.logits.shape,
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float64,
+    )
+    return leave((lots < share).double(), lots.new_ones(outputs.heads)).to(
+        outputs.logits.device
+    )
 
 
 def oracle_exits(outputs: HeadOutputs, tolerance: float) -> Tensor:

@@ -52,7 +52,9 @@ class ScoredRequests:
     label: I8  # (n,) -1 where unknown
 
     @classmethod
-    def of(cls, scores: pl.DataFrame, calibration: Calibration | None = None) -> ScoredRequests:
+    def of(
+        cls, scores: pl.DataFrame, calibration: Calibration | None = None
+    ) -> ScoredRequests:
         """From a score table of candidates, those of a request in order; without a calibration by raw logits."""
         exit_0 = calibration is None or 0 in calibration.layers
         no_features = np.zeros((len(scores), 0))
@@ -150,13 +152,24 @@ def policies(tune: ScoredRequests, k: int, overlap: float) -> list[RankPolicy]:
         confidence = confidence_table(criterion, tune.outputs)[:, :-1]
         spread = confidence[confidence.isfinite()].double()
         if spread.numel():
-            thresholds = torch.quantile(spread, torch.tensor(LEVELS, dtype=torch.float64)).tolist()
-            found.append(fastest([by_row(criterion, t) for t in thresholds], full, tune, k, overlap))
-    return [*found, *(fixed_depth(layers, index) for index in reversed(range(len(layers) - 1)))]
+            thresholds = torch.quantile(
+                spread, torch.tensor(LEVELS, dtype=torch.float64)
+            ).tolist()
+            found.append(
+                fastest([by_row(criterion, t) for t in thresholds], full, tune, k, overlap)
+            )
+    return [
+        *found,
+        *(fixed_depth(layers, index) for index in reversed(range(len(layers) - 1))),
+    ]
 
 
 def fastest(
-    path: Sequence[RankPolicy], full: RankPolicy, tune: ScoredRequests, k: int, overlap: float
+    path: Sequence[RankPolicy],
+    full: RankPolicy,
+    tune: ScoredRequests,
+    k: int,
+    overlap: float,
 ) -> RankPolicy:
     """The cheapest policy, prefix cached, with enough mean overlap@k; full depth under its name where none is."""
     whole = full.decide(tune)
@@ -180,4 +193,6 @@ def overlaps(scored: ScoredRequests, ranking: Ranking, full: Ranking, k: int) ->
 def costs(scored: ScoredRequests, ranking: Ranking, prefix_cached: bool) -> Tensor:
     """Token-layers of each request, (r,)."""
     layer = torch.tensor(scored.outputs.layers)[ranking.exits]
-    return request_cost(scored.request, layer, scored.target_tokens, scored.stream_tokens, prefix_cached)
+    return request_cost(
+        scored.request, layer, scored.target_tokens, scored.stream_tokens, prefix_cached
+    )

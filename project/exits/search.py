@@ -19,11 +19,29 @@ from project.exits.policy import leave, oracle_exits, random_exits
 from project.metrics import auc, probabilities
 
 SHARES = 20  # thresholds of a head's grid; they are denser where few rows leave
-STEPS = (1, 2, 4)  # how many thresholds a head may move at once; greedy by single ones gets stuck
+STEPS = (
+    1,
+    2,
+    4,
+)  # how many thresholds a head may move at once; greedy by single ones gets stuck
 TEACHER_DEVIATION = 0.2
 """Prior deviation of the weight of an earlier head in the teacher: 0 is the last head alone."""
 FREE = 1e-7  # AUC losses below this are no loss, and the larger saving wins
-ORACLE_TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 1.0)
+ORACLE_TOLERANCES = (
+    0.0,
+    0.002,
+    0.005,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.04,
+    0.06,
+    0.08,
+    0.12,
+    0.2,
+    1.0,
+)
 RANDOM_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 STATIC_TOLERANCE = 0.002
 
@@ -46,7 +64,12 @@ class Step:
 
     def point(self) -> dict[str, float]:
         """The step as a point of a Pareto curve in a result file."""
-        return {"cost": self.cost, "mean_depth": self.mean_depth, "auc": self.auc, "auc_drop": self.auc_drop}
+        return {
+            "cost": self.cost,
+            "mean_depth": self.mean_depth,
+            "auc": self.auc,
+            "auc_drop": self.auc_drop,
+        }
 
 
 Path = tuple[Step, ...]
@@ -60,7 +83,11 @@ class _Tried(NamedTuple):
 
 
 def threshold_path(
-    confidence: Tensor, scores: Tensor, labels: ArrayLike, layers: Sequence[int], tokens: Tensor
+    confidence: Tensor,
+    scores: Tensor,
+    labels: ArrayLike,
+    layers: Sequence[int],
+    tokens: Tensor,
 ) -> Path:
     """Greedy by cost saved per expected AUC lost, then pruned to what nothing cheaper and better dominates.
 
@@ -68,11 +95,16 @@ def threshold_path(
     criterion learns; `tokens` (n,) run in every layer, see `row_tokens`.
     """
     known, logits = confidence.detach().double().cpu(), _numbers(scores)
-    truth, depths = np.asarray(labels, dtype=np.float64), np.asarray(layers, dtype=np.float64)
+    truth, depths = (
+        np.asarray(labels, dtype=np.float64),
+        np.asarray(layers, dtype=np.float64),
+    )
     rows, likes, weights = np.arange(len(logits)), _teacher(logits, truth), _numbers(tokens)
     cost = weights[:, None] * depths / (float(weights.sum() * depths[-1]) or 1.0)
 
-    def tried(thresholds: Tensor, head: int | None = None, threshold: float = 0.0) -> _Tried:
+    def tried(
+        thresholds: Tensor, head: int | None = None, threshold: float = 0.0
+    ) -> _Tried:
         """These thresholds, one of them replaced."""
         if head is not None:
             thresholds = thresholds.clone()
@@ -83,7 +115,9 @@ def threshold_path(
         disliked = 1.0 - liked
         below = disliked.cumsum() - disliked  # a row makes no pair with itself
         pairs = liked.sum() * disliked.sum() - liked @ disliked
-        return _Tried(float(cost[rows, exits].sum()), float(liked @ below / pairs), thresholds)
+        return _Tried(
+            float(cost[rows, exits].sum()), float(liked @ below / pairs), thresholds
+        )
 
     # 1. nobody leaves early
     grids = [threshold_grid(known[:, head].numpy()) for head in range(len(layers) - 1)]
@@ -99,7 +133,10 @@ def threshold_path(
     ]:
         options = [tried(here.thresholds, head, grids[head][to]) for head, to in moves]
         # 3. take the one that saves most for the expected AUC it loses
-        rates = [(here.cost - o.cost) / max(here.expected_auc - o.expected_auc, FREE) for o in options]
+        rates = [
+            (here.cost - o.cost) / max(here.expected_auc - o.expected_auc, FREE)
+            for o in options
+        ]
         best = int(np.argmax(rates))
         if rates[best] <= 0:  # a head that no row reaches saves nothing
             break
@@ -121,7 +158,9 @@ def threshold_path(
         value, depth = auc(logits[rows, exits], truth), float(depths[exits].mean())
         assert value is not None  # calibration has refused rows of one class
         drop = path[0].auc - value if path else 0.0
-        path.append(Step(option.thresholds, option.cost, depth, value, drop, option.expected_auc))
+        path.append(
+            Step(option.thresholds, option.cost, depth, value, drop, option.expected_auc)
+        )
     return tuple(path)
 
 
@@ -131,7 +170,9 @@ def threshold_grid(confidence: F64) -> list[float]:
     ordered = ordered[ordered > -np.inf]
     if not ordered.size:
         return [np.inf]  # the criterion cannot decide here
-    last = np.round(confidence.size * (np.arange(1, SHARES) / SHARES) ** 1.5).astype(np.int64)
+    last = np.round(confidence.size * (np.arange(1, SHARES) / SHARES) ** 1.5).astype(
+        np.int64
+    )
     last = last[(last > 0) & (last < ordered.size)]
     middle = (ordered[last - 1] + ordered[last]) / 2
     return [np.inf, *np.unique(middle)[::-1].tolist(), -np.inf]
@@ -149,11 +190,15 @@ def _teacher(scores: F64, labels: F64) -> F64:
     for _ in range(8):
         chance = probabilities(scores[:, -1] + design @ weights)
         gradient = design.T @ (chance - labels) + ridge @ weights
-        weights -= np.linalg.solve((design.T * (chance * (1 - chance))) @ design + ridge, gradient)
+        weights -= np.linalg.solve(
+            (design.T * (chance * (1 - chance))) @ design + ridge, gradient
+        )
     return probabilities(scores[:, -1] + design @ weights)
 
 
-def budget_steps(path: Path, drops: F64, max_auc_drop: float | None, max_cost: float | None) -> I64:
+def budget_steps(
+    path: Path, drops: F64, max_auc_drop: float | None, max_cost: float | None
+) -> I64:
     """The step that a budget chooses by each row of AUC drops, or upper bounds of them, (D, S) -> (D,); -1: none.
 
     With `max_auc_drop` the path is walked from full depth on, and the first step whose drop or expected drop is larger
@@ -180,7 +225,10 @@ def user_influences(
     times, the AUC drops are about auc_drop + influence @ m. `confidence` and `scores` are (n, K), as the path was made
     with.
     """
-    positive, (_, user) = np.asarray(labels) == 1, np.unique(np.asarray(users), return_inverse=True)
+    positive, (_, user) = (
+        np.asarray(labels) == 1,
+        np.unique(np.asarray(users), return_inverse=True),
+    )
     pairs = np.where(positive, positive.sum(), (~positive).sum())
     full, found = auc_components(_numbers(scores[:, -1]), positive), list[F64]()
     for step in path:
@@ -204,7 +252,9 @@ def bound_margins(influences: F64, alpha: float) -> F64:
     skewness = np.divide(third, variance**1.5, out=np.zeros_like(third), where=variance > 0)
     quantile = float(student.ppf(1.0 - alpha, users - 1))
     errors = np.sqrt(variance * users * users / (users - 1))
-    margins: F64 = errors * (quantile + skewness * (1 + 2 * quantile**2) / (6 * np.sqrt(users)))
+    margins: F64 = errors * (
+        quantile + skewness * (1 + 2 * quantile**2) / (6 * np.sqrt(users))
+    )
     return margins
 
 
@@ -222,12 +272,16 @@ def _numbers(values: Tensor) -> F64:
     return found
 
 
-def point(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor, exits: Tensor) -> dict[str, Any]:
+def point(
+    outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor, exits: Tensor
+) -> dict[str, Any]:
     """Point of a Pareto curve for n rows that leave at these heads (n,): `cost`, `mean_depth`, `auc`, `auc_drop`."""
     layers = torch.tensor(outputs.layers)
     whole = float((layers[-1] * tokens).sum())
     adaptive = outputs.logits.gather(1, exits[:, None]).squeeze(1)
-    best, value = (auc(x.cpu().numpy(), np.asarray(labels)) for x in (outputs.logits[:, -1], adaptive))
+    best, value = (
+        auc(x.cpu().numpy(), np.asarray(labels)) for x in (outputs.logits[:, -1], adaptive)
+    )
     return {
         "cost": float((layers[exits] * tokens).sum()) / whole if whole else 1.0,
         "mean_depth": float(layers[exits].double().mean()),
@@ -236,7 +290,9 @@ def point(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor, exits: Tensor
     }
 
 
-def static_curve(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor) -> list[dict[str, Any]]:
+def static_curve(
+    outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor
+) -> list[dict[str, Any]]:
     """Points of the static exits, where everyone leaves at one head, shallow first, each with its `layer`."""
     return [
         point(outputs, labels, tokens, torch.full((len(tokens),), head)) | {"layer": layer}
@@ -251,12 +307,24 @@ def equal_accuracy_exit(static: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return next(p for p in static if p["auc"] >= best - STATIC_TOLERANCE - 1e-12)
 
 
-def control_curves(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor) -> list[dict[str, Any]]:
+def control_curves(
+    outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor
+) -> list[dict[str, Any]]:
     """Curves {`name`, `pareto`} of the controls that every policy is compared with, on n labelled rows.
 
     `fixed_depth` are the static exits, `random` goes from nobody to everybody by lot, `oracle` from strict to lax.
     """
-    lots = [point(outputs, labels, tokens, random_exits(outputs, share)) for share in RANDOM_SHARES]
-    oracle = [point(outputs, labels, tokens, oracle_exits(outputs, limit)) for limit in ORACLE_TOLERANCES]
-    curves = {"fixed_depth": static_curve(outputs, labels, tokens), "random": lots, "oracle": oracle}
+    lots = [
+        point(outputs, labels, tokens, random_exits(outputs, share))
+        for share in RANDOM_SHARES
+    ]
+    oracle = [
+        point(outputs, labels, tokens, oracle_exits(outputs, limit))
+        for limit in ORACLE_TOLERANCES
+    ]
+    curves = {
+        "fixed_depth": static_curve(outputs, labels, tokens),
+        "random": lots,
+        "oracle": oracle,
+    }
     return [{"name": name, "pareto": points} for name, points in curves.items()]

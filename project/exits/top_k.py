@@ -81,10 +81,15 @@ def _padded(request: Tensor, scores: Tensor) -> tuple[Tensor, tuple[Tensor, Tens
     """Scores as (requests, most candidates), -inf where there is none, and each candidate's (row, column)."""
     _, row, counts = torch.unique(request, return_inverse=True, return_counts=True)
     order = row.argsort(stable=True)
-    within = torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row[order]]
+    within = (
+        torch.arange(row.numel(), device=row.device)
+        - (counts.cumsum(0) - counts)[row[order]]
+    )
     column = torch.empty_like(row)
     column[order] = within
-    table = scores.new_full((counts.numel(), int(counts.max()) if counts.numel() else 0), -torch.inf)
+    table = scores.new_full(
+        (counts.numel(), int(counts.max()) if counts.numel() else 0), -torch.inf
+    )
     table[row, column] = scores
     return table, (row, column)
 

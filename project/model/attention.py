@@ -37,7 +37,9 @@ def segments_attention(
     (B, T, heads, dim), zero at padding, and no attention weights.
     """
     attend = getattr(layout, "attend", None)
-    if attend is not None:  # the engine's structure of a batch, which may hold cached keys and values
+    if (
+        attend is not None
+    ):  # the engine's structure of a batch, which may hold cached keys and values
         return attend(module.layer_idx, query, key, value, scaling), None
     heads, length, dim = query.shape[1:]
     # With a mask, CUDA has no fused kernel for grouped queries; the CPU's takes them as they are.
@@ -67,7 +69,9 @@ def segments_attention(
                 scale=scaling,
                 enable_gqa=grouped,
             )[0].transpose(0, 1)
-            parts += [query.new_zeros(start - end, heads, dim), out] if start > end else [out]
+            parts += (
+                [query.new_zeros(start - end, heads, dim), out] if start > end else [out]
+            )
             end = stop
         if end < length:
             parts.append(query.new_zeros(length - end, heads, dim))
@@ -80,7 +84,9 @@ def one_per_query_head(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _joined(pieces: tuple[Tensor, ...], at: dict[int, int], ranges: list[tuple[int, int]]) -> Tensor:
+def _joined(
+    pieces: tuple[Tensor, ...], at: dict[int, int], ranges: list[tuple[int, int]]
+) -> Tensor:
     """The tokens of the ranges, (1, heads, tokens, dim); every range ends on edges, `at` says which."""
     found = [piece for start, stop in ranges for piece in pieces[at[start] : at[stop]]]
     return (found[0] if len(found) == 1 else torch.cat(found, dim=1))[None]

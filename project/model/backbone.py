@@ -64,17 +64,29 @@ class NumberEmbedding(nn.Embedding):
         weight = words.weight.detach()
         # at first a random point and a random direction a kind, as large as words'
         point, direction = (
-            torch.randn(len(NUMBERS), 1, words.embedding_dim, dtype=weight.dtype, device=weight.device)
+            torch.randn(
+                len(NUMBERS),
+                1,
+                words.embedding_dim,
+                dtype=weight.dtype,
+                device=weight.device,
+            )
             * weight.std()
             for _ in range(2)
         )
-        at = torch.linspace(FIRST_KNOT, LAST_KNOT, KNOTS, dtype=weight.dtype, device=weight.device)
-        self.numbers = nn.Parameter(point + direction * at[:, None] / 2)  # (kinds, KNOTS, H)
+        at = torch.linspace(
+            FIRST_KNOT, LAST_KNOT, KNOTS, dtype=weight.dtype, device=weight.device
+        )
+        self.numbers = nn.Parameter(
+            point + direction * at[:, None] / 2
+        )  # (kinds, KNOTS, H)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors (..., H) of token ids (...)."""
         shown, values = read_number_ids(ids)
-        place = (values.clamp(FIRST_KNOT, LAST_KNOT) - FIRST_KNOT) * ((KNOTS - 1) / (LAST_KNOT - FIRST_KNOT))
+        place = (values.clamp(FIRST_KNOT, LAST_KNOT) - FIRST_KNOT) * (
+            (KNOTS - 1) / (LAST_KNOT - FIRST_KNOT)
+        )
         knots = torch.arange(KNOTS, device=ids.device)
         shares = (1 - (place[..., None] - knots).abs()).clamp(min=0) * shown[..., None]
         numbers = shares.flatten(-2).to(self.numbers.dtype) @ self.numbers.flatten(0, 1)
@@ -96,7 +108,9 @@ class ItemEmbedding(NumberEmbedding):
         super().__init__(words)
         weight, width = words.weight.detach(), words.embedding_dim
         self.register_buffer("items", weight.new_zeros(0, width), persistent=False)
-        self.register_buffer("moments", torch.tensor([[0.0], [1.0]]).to(weight).repeat(1, width))
+        self.register_buffer(
+            "moments", torch.tensor([[0.0], [1.0]]).to(weight).repeat(1, width)
+        )
         # at first the standardised vector as large as a word's, and a random point for all; the first H rows multiply
         # a vector of length about 1, so that a step of AdamW moves items not much farther than it moves words
         start = torch.eye(width, dtype=weight.dtype, device=weight.device) * width**0.5
@@ -114,14 +128,20 @@ class ItemEmbedding(NumberEmbedding):
 
     def standardise(self) -> None:
         """From now on by the mean and deviation of the items that are known."""
-        self.moments.copy_(torch.stack([self.items.mean(0), self.items.std(0, correction=0)]))
+        self.moments.copy_(
+            torch.stack([self.items.mean(0), self.items.std(0, correction=0)])
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors (..., H) of token ids (...)."""
         vectors, is_item = super().forward(ids), ids < LOWEST_ID
         mean, deviation = self.moments
-        frozen = (self.items[FIRST_ITEM_ID - ids[is_item]] - mean) / deviation.clamp(min=1e-6)
-        found = frozen / self.embedding_dim**0.5 @ self.projection[:-1] + self.projection[-1]
+        frozen = (self.items[FIRST_ITEM_ID - ids[is_item]] - mean) / deviation.clamp(
+            min=1e-6
+        )
+        found = (
+            frozen / self.embedding_dim**0.5 @ self.projection[:-1] + self.projection[-1]
+        )
         return vectors.index_put((is_item,), found.to(vectors.dtype))
 
 
@@ -142,9 +162,13 @@ class Backbone(nn.Module):
         self.train()  # from_pretrained leaves its modules in eval mode, and Lightning keeps the mode it finds
 
     @classmethod
-    def from_config(cls, config: PretrainedConfig, num_layers: int | None = None) -> Backbone:
+    def from_config(
+        cls, config: PretrainedConfig, num_layers: int | None = None
+    ) -> Backbone:
         """Backbone with random weights; None keeps all layers of the configuration."""
-        return cls(_AUTO.from_config(_cut(config, num_layers), attn_implementation=SEGMENTS))
+        return cls(
+            _AUTO.from_config(_cut(config, num_layers), attn_implementation=SEGMENTS)
+        )
 
     @classmethod
     def from_pretrained(cls, name: str | Path, num_layers: int | None = None) -> Backbone:
@@ -152,7 +176,11 @@ class Backbone(nn.Module):
         cut = usable_config(name, num_layers)
         with quiet_loading():
             model, info = _AUTO.from_pretrained(
-                name, config=cut, dtype=torch.float32, attn_implementation=SEGMENTS, output_loading_info=True
+                name,
+                config=cut,
+                dtype=torch.float32,
+                attn_implementation=SEGMENTS,
+                output_loading_info=True,
             )
         missing = sorted(info["missing_keys"])
         if missing:
@@ -165,7 +193,9 @@ class Backbone(nn.Module):
     @property
     def vocabulary(self) -> range:
         """Token ids that it knows."""
-        return range(getattr(self.embed_tokens, "lowest_id", 0), self.embed_tokens.weight.shape[0])
+        return range(
+            getattr(self.embed_tokens, "lowest_id", 0), self.embed_tokens.weight.shape[0]
+        )
 
     def answer_direction(self, yes_ids: Sequence[int], no_ids: Sequence[int]) -> Tensor:
         """Mean of the LM head's rows for yes minus their mean for no, (H,) float32, detached.
@@ -197,8 +227,12 @@ class Backbone(nn.Module):
         hidden = state.hidden
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers[start:stop]:
-            step = partial(layer, position_embeddings=state.position_embeddings, layout=state.layout)
-            hidden = checkpoint(step, hidden, use_reentrant=False) if recompute else step(hidden)
+            step = partial(
+                layer, position_embeddings=state.position_embeddings, layout=state.layout
+            )
+            hidden = (
+                checkpoint(step, hidden, use_reentrant=False) if recompute else step(hidden)
+            )
         return replace(state, hidden=hidden)
 
 
@@ -221,7 +255,11 @@ def _cut(config: PretrainedConfig, num_layers: int | None) -> PretrainedConfig:
     window = getattr(config, "sliding_window", None)
     types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     rope = getattr(config, "rope_parameters", None) or {}
-    capping = [k for k in ("attn_logit_softcapping", "final_logit_softcapping") if getattr(config, k, None)]
+    capping = [
+        k
+        for k in ("attn_logit_softcapping", "final_logit_softcapping")
+        if getattr(config, k, None)
+    ]
     kind = rope.get("rope_type")
     problems = {
         f"its model_type is {config.model_type!r}": config.model_type not in FAMILIES,

@@ -59,7 +59,9 @@ def heads_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> tuple[list[int], list[int]]:
+def answer_tokens(
+    tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]
+) -> tuple[list[int], list[int]]:
     """Token ids of the answers no and yes: every spelling that is a single token, the text as it stands first.
 
     Spellings are the text as it stands, then as given, lower case, capitalised and upper case, with and without a
@@ -70,7 +72,9 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) ->
         word = answer.strip()
         cases = [word, word.lower(), word.capitalize(), word.upper()]
         spellings = [answer, *(" " + case for case in cases), *cases]
-        ids = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in spellings]
+        ids = [
+            tokenizer.encode(spelling, add_special_tokens=False) for spelling in spellings
+        ]
         single = [i[0] for i in ids if len(i) == 1 and i[0] != tokenizer.unk_token_id]
         if not single:
             raise ConfigError(

@@ -32,7 +32,12 @@ from project.evaluation.result import (
 from project.features import FEATURES, FeatureBaseline
 from project.model.backbone import Backbone, usable_config
 from project.model.heads import ExitHead, answer_tokens
-from project.model.optim import OptimSettings, cosine_with_warmup, parameter_groups, planned_steps
+from project.model.optim import (
+    OptimSettings,
+    cosine_with_warmup,
+    parameter_groups,
+    planned_steps,
+)
 from project.model.sharding import WHOLE, shared_mesh
 from project.run import read_checkpoint
 
@@ -57,18 +62,26 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = (name for name, part in backbone.layers.named_modules() if isinstance(part, nn.Linear))
+    linear = (
+        name
+        for name, part in backbone.layers.named_modules()
+        if isinstance(part, nn.Linear)
+    )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=LORA_SCALE * settings.rank,  # peft divides it by r
-        target_modules=[f"layers.{name}" for name in linear],  # such as layers.0.self_attn.q_proj
+        target_modules=[
+            f"layers.{name}" for name in linear
+        ],  # such as layers.0.self_attn.q_proj
     )
     inject_adapter_in_model(config, backbone)  # freezes all that is no adapter
 
 
 def frozen_names(module: nn.Module) -> set[str]:
     """Names of the parameters that are not trained: what a checkpoint leaves to the base model."""
-    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {
+        name for name, parameter in module.named_parameters() if not parameter.requires_grad
+    }
 
 
 DEFAULT_OPTIM = OptimSettings()
@@ -112,7 +125,11 @@ class ExitRecommender(L.LightningModule):
                 f"model.exit_layers is {exit_layers}; expected at least one layer, ascending, each once, from 1 on."
             )
         self.save_hyperparameters({"backbone": backbone, "exit_layers": exit_layers})
-        self.backbone_name, self.exit_layers, self.depth = backbone, exit_layers, exit_layers[-1]
+        self.backbone_name, self.exit_layers, self.depth = (
+            backbone,
+            exit_layers,
+            exit_layers[-1],
+        )
         self.optim, self.lora, self.freeze_embeddings = optim, lora, freeze_embeddings
         self.gradient_checkpointing, self.head = gradient_checkpointing, head
         self.answers, self.numbers, self.items = answers or [" no", " yes"], numbers, items
@@ -147,7 +164,9 @@ class ExitRecommender(L.LightningModule):
             else:
                 set_sharded_backbone(self, folder, self.data.tokenizer, mesh)
 
-    def check(self, data: InteractionData, checkpoint: str | None = None, measured: bool = True) -> None:
+    def check(
+        self, data: InteractionData, checkpoint: str | None = None, measured: bool = True
+    ) -> None:
         """Raise what is wrong with backbone, tokenizer and checkpoint; reads no weights and makes no features.
 
         `measured` as of `check_reads`.
@@ -192,7 +211,9 @@ class ExitRecommender(L.LightningModule):
     def on_fit_start(self) -> None:
         """Fit exit 0 on train targets; its weights are buffers, so they travel with the checkpoint."""
         targets = self.data.targets("train")
-        exit_0 = FeatureBaseline.fit(self.data.retrieved_of(targets), targets["label"].to_numpy())
+        exit_0 = FeatureBaseline.fit(
+            self.data.retrieved_of(targets), targets["label"].to_numpy()
+        )
         self.exit_0.copy_(torch.from_numpy(exit_0.to_array()))
         self.know_items(self.data)
         if self.items:
@@ -244,7 +265,9 @@ class ExitRecommender(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Collect scores; they become a table when all batches are done."""
         logits: Tensor = self(batch)
-        self.collector.update(batch.row_id, batch.target_tokens, batch.stream_tokens, logits)
+        self.collector.update(
+            batch.row_id, batch.target_tokens, batch.stream_tokens, logits
+        )
         return logits
 
     test_step = predict_step = validation_step
@@ -271,7 +294,9 @@ class ExitRecommender(L.LightningModule):
         ids, values = self.collector.compute()
         self.collector.reset()
         exit_0 = self.feature_baseline().logits(self.data.candidate_retrieved)
-        self.scores = scores_of_candidates(ids, values, self.data.requests.table(), exit_0, self.exit_layers)
+        self.scores = scores_of_candidates(
+            ids, values, self.data.requests.table(), exit_0, self.exit_layers
+        )
 
     def _finish(self) -> polars.DataFrame:
         ids, values = self.collector.compute()
@@ -285,9 +310,17 @@ class ExitRecommender(L.LightningModule):
             for name in ("auc", "log_loss", "brier", "ece"):
                 if row[name] is not None:
                     # every process computed the same numbers from the gathered scores: nothing to reduce
-                    self.log(f"{prefix}/{name}/exit_{row['layer']}", row[name], rank_zero_only=False)
+                    self.log(
+                        f"{prefix}/{name}/exit_{row['layer']}",
+                        row[name],
+                        rank_zero_only=False,
+                    )
         deepest = rows[-1]["auc"]
-        self.log(f"{prefix}/auc/deepest", float("nan") if deepest is None else deepest, prog_bar=True)
+        self.log(
+            f"{prefix}/auc/deepest",
+            float("nan") if deepest is None else deepest,
+            prog_bar=True,
+        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with learning rates by depth, warm-up and cosine decay."""
@@ -299,12 +332,17 @@ class ExitRecommender(L.LightningModule):
         # not trainer.estimated_stepping_batches: it starts the loader before its checkpointed position is restored
         factor = cosine_with_warmup(planned_steps(self.trainer, self.data.train_batches()))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen, name the base model that it comes back from, and say what the run reads."""
         frozen = frozen_names(self)
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint["state_dict"] = {
+            k: v for k, v in checkpoint["state_dict"].items() if k not in frozen
+        }
         checkpoint["base_model"] = self.backbone_name
         if self._trainer is not None:
             checkpoint["reads"] = reads_of(self.data)
@@ -326,10 +364,14 @@ class ExitRecommender(L.LightningModule):
                 "data.prompt.segment differ from the run that made it. Use its config.yaml."
             )
         if self._trainer is not None:
-            check_reads(checkpoint.get("reads"), self.data, self.trainer.state.fn != "predict")
+            check_reads(
+                checkpoint.get("reads"), self.data, self.trainer.state.fn != "predict"
+            )
 
 
-def set_sharded_backbone(module: ExitRecommender, folder: str, tokenizer: Any, mesh: DeviceMesh) -> None:
+def set_sharded_backbone(
+    module: ExitRecommender, folder: str, tokenizer: Any, mesh: DeviceMesh
+) -> None:
     """What `set_backbone` does, on all processes of a mesh; each keeps its part of every parameter.
 
     Only rank 0 reads the weights and holds the whole model, once; the others start without memory ("meta") and are sent
@@ -338,12 +380,16 @@ def set_sharded_backbone(module: ExitRecommender, folder: str, tokenizer: Any, m
     # 1. the whole model on rank 0, its shapes on the others
     reads = mesh.get_rank() == 0
     if reads:
-        module.set_backbone(Backbone.from_pretrained(folder, num_layers=module.depth), tokenizer)
+        module.set_backbone(
+            Backbone.from_pretrained(folder, num_layers=module.depth), tokenizer
+        )
     else:
         config = AutoConfig.from_pretrained(folder)
         config.dtype = torch.float32  # as from_pretrained
         with torch.device("meta"):
-            module.set_backbone(Backbone.from_config(config, num_layers=module.depth), tokenizer)
+            module.set_backbone(
+                Backbone.from_config(config, num_layers=module.depth), tokenizer
+            )
     assert module.backbone is not None
     # 2. a part of every parameter on every process
     whole = module.state_dict() if reads else {}
@@ -356,21 +402,30 @@ def set_sharded_backbone(module: ExitRecommender, folder: str, tokenizer: Any, m
         module.backbone.to_empty(device=device)
         module.heads.to_empty(device=device)
         # its tables are computed, not stored
-        module.backbone.rotary_emb = type(module.backbone.rotary_emb)(module.backbone.config).to(device)
+        module.backbone.rotary_emb = type(module.backbone.rotary_emb)(
+            module.backbone.config
+        ).to(device)
     set_model_state_dict(module, whole, options=WHOLE)
 
 
-def exit_loss(logits: Tensor, labels: Tensor, global_targets: Tensor | float) -> tuple[Tensor, Tensor]:
+def exit_loss(
+    logits: Tensor, labels: Tensor, global_targets: Tensor | float
+) -> tuple[Tensor, Tensor]:
     """Binary cross-entropy of logits (n, K), its sums over targets divided by `global_targets`.
 
     Returns the mean of all heads, with gradient, and the loss of each head, (K,), detached.
     """
     expected = labels[:, None].expand_as(logits).to(logits.dtype)
-    per_head = F.binary_cross_entropy_with_logits(logits, expected, reduction="none").sum(0) / global_targets
+    per_head = (
+        F.binary_cross_entropy_with_logits(logits, expected, reduction="none").sum(0)
+        / global_targets
+    )
     return per_head.mean(), per_head.detach()
 
 
-def check_origin(checkpoint: Mapping[str, Any], exit_layers: Sequence[int], backbone: str) -> None:
+def check_origin(
+    checkpoint: Mapping[str, Any], exit_layers: Sequence[int], backbone: str
+) -> None:
     """Refuse a checkpoint whose exit layers or base model are not these, the configuration's."""
     saved = checkpoint.get("hyper_parameters", {})
     for key, mine in (("exit_layers", exit_layers), ("backbone", backbone)):

@@ -16,7 +16,9 @@ from project.model.backbone import Backbone, ItemEmbedding, NumberEmbedding
 HEAD_FACTOR = 5.0  # how much faster a head learns than the layer below it
 MINIMUM_SHARE = 0.1  # of the peak rate, at the last step
 WARMUP_SHARE = 0.05  # of all steps, tens of an epoch's hundreds: Adam's first variances are of few batches
-WEIGHT_DECAY = 0.01  # PyTorch's default; at a rate of 3e-4 a thousand steps take .3 % off a matrix
+WEIGHT_DECAY = (
+    0.01  # PyTorch's default; at a rate of 3e-4 a thousand steps take .3 % off a matrix
+)
 
 
 @dataclass
@@ -43,8 +45,12 @@ class OptimSettings:
         for name, (least, most) in limits.items():
             value = getattr(self, name)
             if not least <= value <= most or value == math.inf:
-                wanted = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
-                raise ConfigError(f"model.optim.{name} is {value}; expected a number {wanted}.")
+                wanted = (
+                    f"of {least} or more" if most == math.inf else f"from {least} to {most}"
+                )
+                raise ConfigError(
+                    f"model.optim.{name} is {value}; expected a number {wanted}."
+                )
 
 
 def depth_rate(settings: OptimSettings, layer: int, layers: int) -> float:
@@ -60,27 +66,52 @@ def parameter_groups(
     parts: list[tuple[str, Iterable[nn.Parameter], float]]
     parts = [("embeddings", [words.weight], depth_rate(settings, 0, layers))]
     if isinstance(words, NumberEmbedding):
-        parts.append(("numbers", [words.numbers], HEAD_FACTOR * depth_rate(settings, 0, layers)))
+        parts.append(
+            ("numbers", [words.numbers], HEAD_FACTOR * depth_rate(settings, 0, layers))
+        )
     if isinstance(words, ItemEmbedding):
         parts.append(("items", [words.projection], depth_rate(settings, 0, layers)))
     for k, layer in enumerate(backbone.layers, start=1):
         parts.append((f"layer_{k}", layer.parameters(), depth_rate(settings, k, layers)))
     for key, head in heads.items():
-        parts.append((f"head_{key}", head.parameters(), HEAD_FACTOR * depth_rate(settings, int(key), layers)))
+        parts.append(
+            (
+                f"head_{key}",
+                head.parameters(),
+                HEAD_FACTOR * depth_rate(settings, int(key), layers),
+            )
+        )
     groups = []
     for name, parameters, rate in parts:
         trainable = [p for p in parameters if p.requires_grad]
-        matrices, others = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
-        for kind, decay, params in (("decay", WEIGHT_DECAY, matrices), ("plain", 0.0, others)):
+        matrices, others = (
+            [p for p in trainable if p.ndim > 1],
+            [p for p in trainable if p.ndim <= 1],
+        )
+        for kind, decay, params in (
+            ("decay", WEIGHT_DECAY, matrices),
+            ("plain", 0.0, others),
+        ):
             if params:
-                groups.append({"name": f"{name}/{kind}", "params": params, "lr": rate, "weight_decay": decay})
+                groups.append(
+                    {
+                        "name": f"{name}/{kind}",
+                        "params": params,
+                        "lr": rate,
+                        "weight_decay": decay,
+                    }
+                )
     return groups
 
 
 def planned_steps(trainer: L.Trainer, train_batches: int) -> int:
     """Optimiser steps of a fit by the trainer's limits; `train_batches` are those of an epoch on one process."""
     limit = trainer.limit_train_batches
-    batches = int(train_batches * limit) if isinstance(limit, float) else min(train_batches, limit or 0)
+    batches = (
+        int(train_batches * limit)
+        if isinstance(limit, float)
+        else min(train_batches, limit or 0)
+    )
     epochs, steps = trainer.max_epochs, trainer.max_steps
     if epochs in (None, -1):
         if steps == -1:

@@ -37,7 +37,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
     """
 
     def __init__(self, process_group_backend: str | None = None) -> None:
-        super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+        super().__init__(
+            save_distributed_checkpoint=False, process_group_backend=process_group_backend
+        )
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -46,7 +48,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """All processes share the data; none shares a layer's computation."""
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        self._data_parallel_size, self._tensor_parallel_size = (
+            self.num_nodes * self.num_processes,
+            1,
+        )
         super().setup_environment()
 
     def load_checkpoint(
@@ -55,7 +60,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """The file as it is, read where it is needed; nothing is loaded before the module has accepted it."""
         return read_checkpoint(self.broadcast(str(checkpoint_path)), mmap=True)
 
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+    def load_model_state_dict(
+        self, checkpoint: Mapping[str, Any], strict: bool = True
+    ) -> None:
         """Every process gets its part; what the checkpoint lacks stays, the module has accepted that."""
         assert self.model is not None
         set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=WHOLE)
@@ -63,12 +70,18 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Every process gets its part."""
         assert self.model is not None
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, state in zip(
+            self.optimizers, checkpoint["optimizer_states"], strict=True
+        ):
             named = _relabelled(state, dict(enumerate(self._names(optimizer))))
             set_optimizer_state_dict(self.model, optimizer, named, options=WHOLE)
-            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            for group, saved in zip(
+                optimizer.param_groups, state["param_groups"], strict=True
+            ):
                 # as they were: on its way to the other processes a tuple became a list
-                group.update({key: value for key, value in saved.items() if key != "params"})
+                group.update(
+                    {key: value for key, value in saved.items() if key != "params"}
+                )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Whole, on rank 0, as `optimizer.state_dict()` of one process; empty on the others."""
@@ -89,8 +102,14 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 def _relabelled(state: Mapping[str, Any], labels: Mapping[Any, Any]) -> dict[str, Any]:
     """An optimizer's state with other keys for its parameters: torch.optim numbers them, FSDP names them."""
-    groups = [group | {"params": [labels[p] for p in group["params"]]} for group in state["param_groups"]]
-    return {"state": {labels[p]: dict(v) for p, v in state["state"].items()}, "param_groups": groups}
+    groups = [
+        group | {"params": [labels[p] for p in group["params"]]}
+        for group in state["param_groups"]
+    ]
+    return {
+        "state": {labels[p]: dict(v) for p, v in state["state"].items()},
+        "param_groups": groups,
+    }
 
 
 def shared_mesh(strategy: Strategy) -> DeviceMesh | None:

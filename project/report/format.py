@@ -34,7 +34,19 @@ def environment() -> Environment:
             ABSENT if isinstance(value, Undefined) else made(value, *more, **named)
         )
 
-    formats = (bullet, code, count, difference, few_users, interval, number, paragraph, percent, ratio, times)
+    formats = (
+        bullet,
+        code,
+        count,
+        difference,
+        few_users,
+        interval,
+        number,
+        paragraph,
+        percent,
+        ratio,
+        times,
+    )
     found.filters |= {made.__name__: present(made) for made in formats}
     return found
 
@@ -61,7 +73,9 @@ def number(value: float | None, digits: int = 4, signed: bool = False) -> Markup
     return Markup(re.sub(r"^([+-]?)0\.", r"\1.", text))
 
 
-def interval(bounds: Sequence[float] | None, digits: int = 4, signed: bool = False) -> Markup:
+def interval(
+    bounds: Sequence[float] | None, digits: int = 4, signed: bool = False
+) -> Markup:
     """[.7156, .7627], or "undefined"."""
     if bounds is None:
         return UNDEFINED
@@ -83,15 +97,24 @@ def times(found: float | Mapping[str, Any] | None) -> Markup:
     if not isinstance(found, Mapping):
         return UNDEFINED if found is None else Markup(f"x{found:.2f}")
     bounds = found.get("interval")
-    return Markup(times(found["value"]) + (f" [{', '.join(map(times, bounds))}]" if bounds else ""))
+    return Markup(
+        times(found["value"]) + (f" [{', '.join(map(times, bounds))}]" if bounds else "")
+    )
 
 
 def ratio(found: float | Mapping[str, Any], above: str, below: str) -> Markup:
     """`times` with a word: x1.34 fewer; what is below 1 is turned over: x1.23 more."""
-    value, bounds = (found["value"], found.get("interval")) if isinstance(found, Mapping) else (found, None)
+    value, bounds = (
+        (found["value"], found.get("interval"))
+        if isinstance(found, Mapping)
+        else (found, None)
+    )
     if not value or value >= 1:
         return Markup(f"{times(found)} {above}")
-    turned = {"value": 1 / value, "interval": bounds and [1 / bound for bound in reversed(bounds)]}
+    turned = {
+        "value": 1 / value,
+        "interval": bounds and [1 / bound for bound in reversed(bounds)],
+    }
     return Markup(f"{times(turned)} {below}")
 
 

@@ -66,10 +66,16 @@ def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None) -> Figure:
             if step["auc"] is not None:  # its depth, in the square
                 axes.text(step["cost"], step["auc"], str(step.get("layer", "")), color="white", fontsize=7, ha="center",
                           va="center_baseline", zorder=5)  # fmt: skip
-        levels += [] if name == "random" else path[:, 1].tolist()  # random may lie outside the picture
+        levels += (
+            [] if name == "random" else path[:, 1].tolist()
+        )  # random may lie outside the picture
     # 2. a ring at the plan
     for policy in policies:
-        step = policy["pareto"][policy["chosen_step"]] if policy.get("chosen_step") is not None else {}
+        step = (
+            policy["pareto"][policy["chosen_step"]]
+            if policy.get("chosen_step") is not None
+            else {}
+        )
         if policy["criterion"] == calibrate.get("chosen") and step.get("auc") is not None:
             label = f"plan: {policy['criterion']}, AUC {number(step['auc'])} at {number(step['cost'], 3)}"
             axes.plot(step["cost"], step["auc"], "o", ms=13, mfc="none", mec=COLOURS["plan"], mew=2.6,
@@ -77,7 +83,9 @@ def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None) -> Figure:
     # 3. the best baseline; where it is far below the curves only the legend has it, so that it does not squeeze them
     span = max(levels) - min(levels) if levels else 0.0
     if levels and baseline and baseline[1] < min(levels) - span:
-        axes.plot([], [], " ", label=f"best baseline {baseline[0]} ({number(baseline[1])}): below")
+        axes.plot(
+            [], [], " ", label=f"best baseline {baseline[0]} ({number(baseline[1])}): below"
+        )
     elif baseline:
         _baseline_line(axes, baseline)
         levels.append(baseline[1])
@@ -88,7 +96,10 @@ def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None) -> Figure:
 
 
 def depth_figure(
-    exits: Sequence[Row], baseline: NamedAUC | None = None, plan: Row | None = None, rows: str = "test"
+    exits: Sequence[Row],
+    baseline: NamedAUC | None = None,
+    plan: Row | None = None,
+    rows: str = "test",
 ) -> Figure:
     """AUC of `rows` minus the best baseline's by depth, with paired intervals; the plan stands at its mean depth.
 
@@ -98,16 +109,32 @@ def depth_figure(
     # 1. static exits
     paired = {row["layer"]: row["baseline_difference"] for row in exits if _defined(row)}
     if paired:
-        _bars(axes, list(paired), list(paired.values()), "o-", COLOURS["fixed_depth"], "static exit")
+        _bars(
+            axes,
+            list(paired),
+            list(paired.values()),
+            "o-",
+            COLOURS["fixed_depth"],
+            "static exit",
+        )
     # 2. the plan
     if plan and _defined(plan):
         place = [plan["mean_depth"]]
-        _bars(axes, place, [plan["baseline_difference"]], "D", COLOURS["plan"], "plan, at its mean depth")
+        _bars(
+            axes,
+            place,
+            [plan["baseline_difference"]],
+            "D",
+            COLOURS["plan"],
+            "plan, at its mean depth",
+        )
     axes.set_xticks(list(paired))
     # 3. the baseline is 0
     if baseline:
         label = f"best baseline {baseline[0]} ({number(baseline[1])})"
-        axes.axhline(0.0, color=COLOURS["baseline"], lw=1.2, linestyle=(0, (6, 3)), label=label)
+        axes.axhline(
+            0.0, color=COLOURS["baseline"], lw=1.2, linestyle=(0, (6, 3)), label=label
+        )
     return _finished(axes)
 
 
@@ -121,14 +148,22 @@ def exit_share_figure(exits: Sequence[Row], mean_depth: float | None = None) -> 
     axes = _axes("exit", "", 2.8)
     rows = [row for row in exits if row.get("exit_share") is not None]
     shares = [row["exit_share"] for row in rows]
-    bars = axes.bar([str(row["layer"]) for row in rows], shares, width=0.7, color=COLOURS["consistency"])
+    bars = axes.bar(
+        [str(row["layer"]) for row in rows], shares, width=0.7, color=COLOURS["consistency"]
+    )
     labels = ["< 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %" for share in shares]
     axes.bar_label(bars, labels, fontsize=9)
     axes.set_ylim(0, 1.12 * max([*shares, 0.01]))
     axes.grid(visible=False)
     axes.yaxis.set_visible(False)  # the bars have their numbers
-    depth = f", mean depth {mean_depth:.2f} of {rows[-1]['layer']} layers" if mean_depth and rows else ""
-    axes.set_title("share of rows that leave at each exit" + depth, loc="left", fontsize=9.5)
+    depth = (
+        f", mean depth {mean_depth:.2f} of {rows[-1]['layer']} layers"
+        if mean_depth and rows
+        else ""
+    )
+    axes.set_title(
+        "share of rows that leave at each exit" + depth, loc="left", fontsize=9.5
+    )
     return _finished(axes)
 
 
@@ -139,9 +174,15 @@ def reliability_bins(probability: ArrayLike, labels: ArrayLike, bins: int = BINS
     """
     values, positive = np.asarray(probability, np.float64), np.asarray(labels, np.float64)
     level, code, size = np.unique(values, return_inverse=True, return_counts=True)
-    shared = np.repeat(np.bincount(code, weights=positive, minlength=size.size) / size, size)
+    shared = np.repeat(
+        np.bincount(code, weights=positive, minlength=size.size) / size, size
+    )
     count = max(1, min(bins, values.size))
-    cut = zip(np.array_split(np.repeat(level, size), count), np.array_split(shared, count), strict=True)
+    cut = zip(
+        np.array_split(np.repeat(level, size), count),
+        np.array_split(shared, count),
+        strict=True,
+    )
     return np.array([(p.mean(), y.mean(), p.size) for p, y in cut if p.size]).reshape(-1, 3)
 
 
@@ -150,14 +191,22 @@ def reliability_figure(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Fig
     columns = min(4, max(1, len(scores)))
     lines = -(-max(1, len(scores)) // columns)
     figure = _figure(2.15 * columns + 0.5, 2.35 * lines + 0.4)
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    panels = figure.subplots(
+        lines, columns, sharex=True, sharey=True, squeeze=False
+    ).ravel()
     for axes, (name, (probability, labels)) in zip(panels, scores.items(), strict=False):
         points = reliability_bins(probability, labels)
         _dress(axes).plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
         colour = COLOURS["plan" if name == "plan" else "consistency"]
         axes.plot(points[:, 0], points[:, 1], "o-", color=colour, ms=3.5)
-        axes.set_title(f"{name}   ECE {number(ece(probability, labels, BINS))}", loc="left", fontsize=9.5)
-        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+        axes.set_title(
+            f"{name}   ECE {number(ece(probability, labels, BINS))}",
+            loc="left",
+            fontsize=9.5,
+        )
+        axes.set(
+            xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1]
+        )
     for axes in panels[len(scores) :]:
         axes.set_visible(False)
     figure.supxlabel("emitted probability", fontsize=10)
@@ -166,7 +215,10 @@ def reliability_figure(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Fig
 
 
 def reliability_scores(
-    rows: pl.DataFrame, layers: Sequence[int], calibration: Mapping[str, Mapping[str, float]], name: str
+    rows: pl.DataFrame,
+    layers: Sequence[int],
+    calibration: Mapping[str, Mapping[str, float]],
+    name: str,
 ) -> dict[str, tuple[F64, F64]]:
     """Panels of `reliability_figure` from rows of the score table `name`: "exit k", and "plan" once a plan ran.
 
@@ -196,7 +248,9 @@ def reliability_scores(
     return found
 
 
-def _bars(axes: Axes, x: Sequence[float], rows: Sequence[Row], style: str, colour: str, label: str) -> None:
+def _bars(
+    axes: Axes, x: Sequence[float], rows: Sequence[Row], style: str, colour: str, label: str
+) -> None:
     """Points at `value` with their `interval` where there is one."""
     values = np.array([row["value"] for row in rows])
     bounds = np.array([row["interval"] or (row["value"], row["value"]) for row in rows])
@@ -206,7 +260,9 @@ def _bars(axes: Axes, x: Sequence[float], rows: Sequence[Row], style: str, colou
 
 def _baseline_line(axes: Axes, baseline: NamedAUC) -> None:
     label = f"best baseline {baseline[0]} ({number(baseline[1])})"
-    axes.axhline(baseline[1], color=COLOURS["baseline"], lw=1.2, linestyle=(0, (6, 3)), label=label)
+    axes.axhline(
+        baseline[1], color=COLOURS["baseline"], lw=1.2, linestyle=(0, (6, 3)), label=label
+    )
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -224,7 +280,11 @@ def _axes(xlabel: str, ylabel: str, height: float) -> Axes:
     def tick(value: float, _: int) -> str:
         ticks = axes.get_yticks()
         return number(
-            value, next((d for d in (3, 4, 5) if len({number(t, d) for t in ticks}) == len(ticks)), 6)
+            value,
+            next(
+                (d for d in (3, 4, 5) if len({number(t, d) for t in ticks}) == len(ticks)),
+                6,
+            ),
         )
 
     axes.yaxis.set_major_formatter(FuncFormatter(tick))
@@ -246,7 +306,14 @@ def _finished(axes: Axes) -> Figure:
     if handles:
         # outside: a legend inside covers lines. Names are data: no mathematics between two dollars.
         texts = [label.replace("$", r"\$") for label in labels]
-        axes.legend(handles, texts, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8.5, frameon=False)
+        axes.legend(
+            handles,
+            texts,
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1.0),
+            fontsize=8.5,
+            frameon=False,
+        )
     if not axes.has_data():
         axes.text(0.5, 0.5, "undefined here", transform=axes.transAxes, ha="center")
     figure = axes.get_figure()

@@ -48,10 +48,14 @@ class Run:
     """What a run folder holds."""
 
     folder: Path  # as given
-    results: dict[str, dict[str, Any]]  # by command: fit, validate, calibrate, test, baselines
+    results: dict[
+        str, dict[str, Any]
+    ]  # by command: fit, validate, calibrate, test, baselines
     benchmarks: list[dict[str, Any]]
     notes: list[str]  # what was left out, a sentence each
-    reported: dict[str, Any]  # result with the reported rows: `exits`, `baselines`, `adaptive`, ...
+    reported: dict[
+        str, Any
+    ]  # result with the reported rows: `exits`, `baselines`, `adaptive`, ...
     split: str  # of the reported rows
     fold: str | None
 
@@ -79,7 +83,9 @@ class Run:
     def policy(self) -> Row:
         """The plan's criterion among the calibrated ones; empty where there is none."""
         policies = self.calibrate.get("policies", [])
-        return next((p for p in policies if p["criterion"] == self.calibrate.get("chosen")), {})
+        return next(
+            (p for p in policies if p["criterion"] == self.calibrate.get("chosen")), {}
+        )
 
     @property
     def benchmark_rows(self) -> list[dict[str, Any]]:
@@ -92,7 +98,11 @@ class Run:
         if command == "report":
             return f"{base} {self.folder}"
         config = f"{base} --config {self.folder}/config.yaml"
-        return config if command == "fit" else f"{config} --ckpt_path {self.folder}/checkpoints/last.ckpt"
+        return (
+            config
+            if command == "fit"
+            else f"{config} --ckpt_path {self.folder}/checkpoints/last.ckpt"
+        )
 
     def missing(self, what: str, command: str) -> Markup:
         """A line of Markdown that says what is missing and the command that makes it."""
@@ -102,7 +112,10 @@ class Run:
         """Name and AUC of the best baseline on some rows, from whichever result has it."""
         for result in (self.reported, *self.results.values()):
             for row in rows_of(result.get("baselines", []), split, fold):
-                if row["name"] == result.get("best_baseline") and row.get("auc") is not None:
+                if (
+                    row["name"] == result.get("best_baseline")
+                    and row.get("auc") is not None
+                ):
                     return row["name"], row["auc"]
         return None
 
@@ -130,7 +143,11 @@ def read_run(folder: Path) -> Run:
         for path, result in found.items()
         if result["protocol"]["hash"] != protocol
     ]
-    same = {path: result for path, result in found.items() if result["protocol"]["hash"] == protocol}
+    same = {
+        path: result
+        for path, result in found.items()
+        if result["protocol"]["hash"] == protocol
+    }
     notes += [
         f"Not shown: results/{path.name} (a second result of `{result['command']}`)."
         for path, result in same.items()
@@ -151,8 +168,16 @@ def _reported(
     if calibrate := results.get("calibrate"):
         newer = {key: calibrate[key] for key in ("exits", "adaptive") if key in calibrate}
         old, new = base.get("adaptive"), newer.get("adaptive")
-        if old and new and all(old.get(key) == new.get(key) for key in ("criterion", "auc", "mean_depth")):
-            newer["adaptive"] = old  # the same plan, which is compared with the best baseline, too
+        if (
+            old
+            and new
+            and all(
+                old.get(key) == new.get(key) for key in ("criterion", "auc", "mean_depth")
+            )
+        ):
+            newer["adaptive"] = (
+                old  # the same plan, which is compared with the best baseline, too
+            )
         result = calibrate | base | newer
         # rows of the tune fold get the share that leaves there, where only `adaptive` has it
         shares = (result.get("adaptive") or {}).get("exit_shares") or {}
@@ -170,7 +195,9 @@ def _reported(
 def run_report(arguments: Sequence[str]) -> Path:
     """The command `report RUN_FOLDER`: write the report and print where it is."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise DataError(f"report takes one run folder, found {list(arguments)}. Usage: {USAGE}")
+        raise DataError(
+            f"report takes one run folder, found {list(arguments)}. Usage: {USAGE}"
+        )
     path = write_report(Path(arguments[0]))
     print(f"written: {path}\nwritten: {path.with_suffix('.md')}")
     return path
@@ -203,7 +230,9 @@ def render_report(run: Run, drawn: Mapping[str, Figure | str]) -> str:
     """The report's Markdown, with pictures by file name, or why there is none."""
     certificate = run.reported.get("certificate") or run.calibrate.get("certificate")
     result = run.reported | {"certificate": certificate}
-    result["warnings"] = list(dict.fromkeys(w for r in run.results.values() for w in r.get("warnings", [])))
+    result["warnings"] = list(
+        dict.fromkeys(w for r in run.results.values() for w in r.get("warnings", []))
+    )
     exits = rows_of(result.get("exits", []), run.split, run.fold)
     without = (result.get("adaptive") or {}).get("without_exit_0")
     rows = score_rows(result, run.split, run.fold, run.benchmark_rows)
@@ -234,14 +263,24 @@ def render_html(text: str, title: str, images: Mapping[str, bytes]) -> str:
     for token in tokens:
         children = token.children or []
         for child in children:
-            if child.type == "image" and (content := images.get(str(child.attrs["src"]))) is not None:
-                child.attrSet("src", f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}")
+            if (
+                child.type == "image"
+                and (content := images.get(str(child.attrs["src"]))) is not None
+            ):
+                child.attrSet(
+                    "src",
+                    f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}",
+                )
         if token.type == "inline":
             token.children = [
-                c for c in children if c.type != "image" or str(c.attrs["src"]).startswith("data:")
+                c
+                for c in children
+                if c.type != "image" or str(c.attrs["src"]).startswith("data:")
             ]
     body = str(markdown.renderer.render(tokens, markdown.options, {}))
-    body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
+    body = body.replace("<table>", '<div class="wide"><table>').replace(
+        "</table>", "</table></div>"
+    )
     page = environment().get_template("page.html.j2")
     return page.render(title=Markup(html.escape(title)), body=Markup(body)) + "\n"
 
@@ -250,9 +289,16 @@ def pictures(run: Run) -> dict[str, Figure | str]:
     """The four pictures by name; where one cannot be drawn, why not ("" where another line says so)."""
     exits = rows_of(run.reported.get("exits", []), run.split, run.fold)
     plan = run.reported.get("adaptive")
-    found: dict[str, Figure | str] = {"depth": "", "exit_share": "", "pareto": "", "reliability": ""}
+    found: dict[str, Figure | str] = {
+        "depth": "",
+        "exit_share": "",
+        "pareto": "",
+        "reliability": "",
+    }
     if exits:
-        found["depth"] = depth_figure(exits, run.baseline(run.split, run.fold), plan, run.rows)
+        found["depth"] = depth_figure(
+            exits, run.baseline(run.split, run.fold), plan, run.rows
+        )
     if any(row.get("exit_share") is not None for row in exits):
         found["exit_share"] = exit_share_figure(exits, (plan or {}).get("mean_depth"))
     if run.calibrate.get("policies"):
@@ -265,13 +311,19 @@ def _reliability(run: Run, exits: Sequence[Row]) -> Figure | str:
     path = run.folder / "scores" / f"{run.split}.parquet"
     command = "test" if run.split == "test" else "validate"
     if not path.is_file():
-        return run.missing(f"No reliability diagrams: scores/{path.name} is missing.", command)
+        return run.missing(
+            f"No reliability diagrams: scores/{path.name} is missing.", command
+        )
     table = pl.read_parquet(path, glob=False)
     part = table.filter(pl.col("split") == run.split)
     part = part if run.fold is None else part.filter(pl.col("fold") == run.fold)
     if not len(part) or any(row["n"] != len(part) for row in exits):
         counts = f"{len(part):,} rows of {run.rows}, the result {max((r['n'] for r in exits), default=0):,}"
-        return run.missing(f"No reliability diagrams: scores/{path.name} holds {counts}.", command)
+        return run.missing(
+            f"No reliability diagrams: scores/{path.name} holds {counts}.", command
+        )
     layers = [row["layer"] for row in exits] or exit_layers_of(table)
     calibration = run.policy.get("calibration") or {}
-    return reliability_figure(reliability_scores(part, layers, calibration, f"scores/{path.name}"))
+    return reliability_figure(
+        reliability_scores(part, layers, calibration, f"scores/{path.name}")
+    )

@@ -19,7 +19,10 @@ Row = Mapping[str, Any]
 Result = Mapping[str, Any]
 
 TOLERANCE = 0.002  # of AUC: as near as the static exit of equal accuracy is to the best one
-REPORTED = {"test": ("test", None), "baselines": ("test", None)}  # other commands show validation's tune fold
+REPORTED = {
+    "test": ("test", None),
+    "baselines": ("test", None),
+}  # other commands show validation's tune fold
 TABLE = re.compile(
     r"(?P<start><!-- table (?P<short>short )?(?P<files>\S+(?: \S+)*?) -->)\n.*?(?P<end><!-- end of table -->)",
     re.DOTALL,
@@ -31,14 +34,20 @@ BESIDE = 64  # candidates of the timed requests that stand beside AUCs
 class Answer:
     """The decision: "plan" and "exit" deploy the LLM, "no_llm" does not, "undecided" where a number is missing."""
 
-    kind: Literal["plan", "exit", "no_llm", "undecided", "baselines"]  # baselines: no exit was scored
+    kind: Literal[
+        "plan", "exit", "no_llm", "undecided", "baselines"
+    ]  # baselines: no exit was scored
     instead: str = ""  # no_llm: what to deploy, "exit 0" or the best baseline's name
     # no_llm: `instead` is as good, better or within the budget; "not better": the LLM's lead is above TOLERANCE, but
     # its interval holds 0
     how: Literal["", "as good", "better", "not better", "budget"] = ""
     layer: int | None = None  # exit: the one to deploy
-    gain: Row | None = None  # what would be deployed (no_llm: the LLM's best) minus the best baseline
-    calibrated: bool = False  # exit: whether `gain` is of the exit calibrated with exit 0, else as trained
+    gain: Row | None = (
+        None  # what would be deployed (no_llm: the LLM's best) minus the best baseline
+    )
+    calibrated: bool = (
+        False  # exit: whether `gain` is of the exit calibrated with exit 0, else as trained
+    )
 
 
 def decide(result: Result, rows: Sequence[Row] = ()) -> Answer:
@@ -52,18 +61,29 @@ def decide(result: Result, rows: Sequence[Row] = ()) -> Answer:
     static: Row = plan.get("static_exit") or {}
     # 1. the plan runs no layer
     if plan and plan["mean_depth"] == 0:
-        loses = (plan.get("auc_drop") or 0) > TOLERANCE and _above(plan.get("auc_drop_interval"))
+        loses = (plan.get("auc_drop") or 0) > TOLERANCE and _above(
+            plan.get("auc_drop_interval")
+        )
         return Answer("no_llm", "exit 0", "budget" if loses else "as good", gain=gain)
     # 2. the plan is not shown better than the best baseline: maybe the best static exit is
     if not _above(gain["interval"]):
-        with_exit_0: Row = (result.get("chosen_exit_by_exit_0") or {}).get("with_exit_0") or {}
+        with_exit_0: Row = (result.get("chosen_exit_by_exit_0") or {}).get(
+            "with_exit_0"
+        ) or {}
         for of, calibrated in ((with_exit_0, True), (result, False)):
             if _above((better := of.get("baseline_difference") or {}).get("interval")):
-                return Answer("exit", layer=result["chosen_exit"], gain=better, calibrated=calibrated)
+                return Answer(
+                    "exit", layer=result["chosen_exit"], gain=better, calibrated=calibrated
+                )
         if gain["interval"][1] < 0:
             return Answer("no_llm", gain["baseline"], "better", gain=gain)
         instead = "exit 0" if static.get("layer") == 0 else gain["baseline"]
-        return Answer("no_llm", instead, "as good" if gain["value"] <= TOLERANCE else "not better", gain=gain)
+        return Answer(
+            "no_llm",
+            instead,
+            "as good" if gain["value"] <= TOLERANCE else "not better",
+            gain=gain,
+        )
     if not plan:
         return Answer("exit", layer=result["chosen_exit"], gain=gain)
     # 3. the plan is better than the best baseline: it must beat the static exit of equal accuracy, too
@@ -71,10 +91,16 @@ def decide(result: Result, rows: Sequence[Row] = ()) -> Answer:
     if bounds is None:
         return Answer("undecided", gain=gain)
     clocks = {
-        row["depth"] if row["name"] != "plan" else "plan": row["clock"] for row in rows if row.get("clock")
+        row["depth"] if row["name"] != "plan" else "plan": row["clock"]
+        for row in rows
+        if row.get("clock")
     }
     timed = clocks.keys() >= {"plan", static["layer"]}
-    faster = clocks["plan"] > clocks[static["layer"]] if timed else plan["speedup_over_static"]["value"] > 1
+    faster = (
+        clocks["plan"] > clocks[static["layer"]]
+        if timed
+        else plan["speedup_over_static"]["value"] > 1
+    )
     cheaper = faster and not bounds[1] < 0
     if _above(bounds) or (cheaper and static["layer"] > 0):
         return Answer("plan", gain=gain)
@@ -104,7 +130,11 @@ def render(result: Result, folder: Path | None = None, short: bool = False) -> s
             timed = benchmark.get("rows", [])
     parts: dict[str, Any] = {
         "rows": score_rows(result, split, fold, timed),
-        "slices": [s for s in slice_rows(result, split, fold) if s["name"].startswith(("item_", "hidden_"))],
+        "slices": [
+            s
+            for s in slice_rows(result, split, fold)
+            if s["name"].startswith(("item_", "hidden_"))
+        ],
         "rows_are": rows_in_words(split),
     }
     form = made.short if short else made.scores
@@ -119,10 +149,19 @@ def render_beside(results: Mapping[str, Result]) -> str:
             raise ConfigError(
                 f"{name} is a result of {result['command']}: expected results/test.json of runs."
             )
-        groups.setdefault((name.rpartition("/")[0], result["protocol"]["hash"]), []).append(result)
-    several = {folder: rs for (folder, _), rs in groups.items() if len({r["seed"] for r in rs}) > 1}
+        groups.setdefault((name.rpartition("/")[0], result["protocol"]["hash"]), []).append(
+            result
+        )
+    several = {
+        folder: rs for (folder, _), rs in groups.items() if len({r["seed"] for r in rs}) > 1
+    }
     spreads = [
-        {"folder": folder, "seeds": [r["seed"] for r in rs], "mean": mean(values), "sd": stdev(values)}
+        {
+            "folder": folder,
+            "seeds": [r["seed"] for r in rs],
+            "mean": mean(values),
+            "sd": stdev(values),
+        }
         | {"range": [min(values), max(values)]}
         for folder, rs in several.items()
         for values in [[r["baseline_difference"]["value"] for r in rs]]
@@ -154,7 +193,9 @@ def print_tables(arguments: list[str]) -> None:
         return
     names = [a for a in arguments if not a.startswith("--")]
     if unknown := set(arguments) - {*names, "--stages", "--beside"}:
-        raise ConfigError(f"table knows --stages, --beside and --into; found {' '.join(sorted(unknown))}.")
+        raise ConfigError(
+            f"table knows --stages, --beside and --into; found {' '.join(sorted(unknown))}."
+        )
     if not names:
         raise ConfigError(
             "table needs result files, such as runs/quickstart/latest/results/test.json, or --into and a document; "
@@ -179,7 +220,11 @@ def fill_tables(text: str, folder: Path) -> str:
     def block(found: re.Match[str]) -> str:
         results = {name: read_result(folder / name) for name in found["files"].split()}
         (name, first), *more = results.items()
-        text = render_beside(results) if more else render(first, (folder / name).parent, bool(found["short"]))
+        text = (
+            render_beside(results)
+            if more
+            else render(first, (folder / name).parent, bool(found["short"]))
+        )
         return f"{found['start']}\n{text}{found['end']}"
 
     return TABLE.sub(block, text)
@@ -200,7 +245,9 @@ def rows_of(rows: Sequence[Row], split: str, fold: str | None) -> list[Row]:
     return [row for row in rows if row["split"] == split and row.get("fold") == fold]
 
 
-def score_rows(result: Result, split: str, fold: str | None, timed: Sequence[Row] = ()) -> list[Row]:
+def score_rows(
+    result: Result, split: str, fold: str | None, timed: Sequence[Row] = ()
+) -> list[Row]:
     """The main table: best baseline, exits, plan, and the static exits that the plan must beat.
 
     Rows of `name`, `auc`, `interval`, `log_loss`, `gain` ({`value`, `interval`} over the best baseline), `depth`,
@@ -211,8 +258,13 @@ def score_rows(result: Result, split: str, fold: str | None, timed: Sequence[Row
     baselines = rows_of(result.get("baselines", []), split, fold)
     kind, best = "baseline", baselines
     if exits:
-        kind, best = "best baseline", [r for r in baselines if r["name"] == result.get("best_baseline")]
-    found: list[Row] = [{"name": f"{kind} {row['name']}", **_scores_of(row)} for row in best]
+        kind, best = (
+            "best baseline",
+            [r for r in baselines if r["name"] == result.get("best_baseline")],
+        )
+    found: list[Row] = [
+        {"name": f"{kind} {row['name']}", **_scores_of(row)} for row in best
+    ]
     deepest = max((row["layer"] for row in exits), default=0)
     for row in exits:
         k = row["layer"]
@@ -225,11 +277,17 @@ def score_rows(result: Result, split: str, fold: str | None, timed: Sequence[Row
     return found
 
 
-def plan_rows(plan: Row, exits: Sequence[Row], timed: Sequence[Row] = (), name: str = "plan") -> list[Row]:
+def plan_rows(
+    plan: Row, exits: Sequence[Row], timed: Sequence[Row] = (), name: str = "plan"
+) -> list[Row]:
     """A plan (`adaptive`, or its `without_exit_0`), then the static exits of equal accuracy and of equal cost."""
     deepest = max(row["layer"] for row in exits)
     clock = _clock(timed, "early_exit", plan["criterion"])
-    cost = {"depth": plan["mean_depth"], "saved": plan["token_layer_speedup"], "clock": clock}
+    cost = {
+        "depth": plan["mean_depth"],
+        "saved": plan["token_layer_speedup"],
+        "clock": clock,
+    }
     found: list[Row] = [{"name": name, **_scores_of(plan), **cost}]
     if plan["mean_depth"] == 0:  # the plan is exit 0
         return found
@@ -238,7 +296,9 @@ def plan_rows(plan: Row, exits: Sequence[Row], timed: Sequence[Row] = (), name: 
         if plan.get(key):
             static.setdefault(plan[key]["layer"], {})[of] = plan[key]["auc"]
     for k, aucs in static.items():
-        calibrated = next((row.get("calibrated") or {} for row in exits if row["layer"] == k), {})
+        calibrated = next(
+            (row.get("calibrated") or {} for row in exits if row["layer"] == k), {}
+        )
         scores = {"auc": next(iter(aucs.values())), "log_loss": calibrated.get("log_loss")}
         made = {"name": f"exit {k}, of equal {' and '.join(aucs)}", **_scores_of(scores)}
         found.append({**made, **_static_cost(k, deepest, timed)})
@@ -274,20 +334,31 @@ def criteria_rows(calibrate: Result) -> list[Row]:
     Random and oracle stand at the step whose cost is nearest to the plan's. Rows of `name`, `step` ({`cost`,
     `mean_depth`, `auc`, `auc_drop`}) and `static`, such a step of a static exit.
     """
-    controls = {control["name"]: control["pareto"] for control in calibrate.get("controls", [])}
+    controls = {
+        control["name"]: control["pareto"] for control in calibrate.get("controls", [])
+    }
     static = controls.pop("fixed_depth", [])
     found, cost = [], 1.0
     for policy in calibrate.get("policies", []):
         step, used = step_of(policy), policy["criterion"] == calibrate.get("chosen")
         cost = step.get("cost", 1.0) if used else cost
-        found.append({"name": policy["criterion"] + (" (the plan's)" if used else ""), "step": step})
+        found.append(
+            {"name": policy["criterion"] + (" (the plan's)" if used else ""), "step": step}
+        )
     for name, steps in controls.items():
         if steps:
             nearest = min(steps, key=lambda s: abs(s["cost"] - cost))
             found.append({"name": f"{name} (control)", "step": nearest})
 
     def as_accurate(auc: float | None) -> Row | None:
-        return next((s for s in static if auc is not None and s["auc"] is not None and s["auc"] >= auc), None)
+        return next(
+            (
+                s
+                for s in static
+                if auc is not None and s["auc"] is not None and s["auc"] >= auc
+            ),
+            None,
+        )
 
     return [{**row, "static": as_accurate(row["step"].get("auc"))} for row in found]
 
@@ -314,13 +385,21 @@ def _scores_of(row: Row) -> dict[str, Any]:
 
 def _static_cost(layer: int, deepest: int, timed: Sequence[Row]) -> dict[str, Any]:
     engine = "packed" if layer == deepest else f"fixed_depth_{layer}"
-    return {"depth": layer, "saved": deepest / layer if layer else None, "clock": _clock(timed, engine)}
+    return {
+        "depth": layer,
+        "saved": deepest / layer if layer else None,
+        "clock": _clock(timed, engine),
+    }
 
 
 def _clock(timed: Sequence[Row], engine: str, criterion: str | None = None) -> float | None:
     """Seconds of full depth over this contender's: one request of 64 candidates (else the most), not cached."""
     keys = ("at_once", "history", "dtype", "prefix_cached")
-    plain = [row for row in timed if tuple(row[key] for key in keys) == (1, None, "float32", False)]
+    plain = [
+        row
+        for row in timed
+        if tuple(row[key] for key in keys) == (1, None, "float32", False)
+    ]
     sizes = {row["candidates"] for row in plain}
     size = BESIDE if BESIDE in sizes else max(sizes, default=0)
     found = (

@@ -98,7 +98,9 @@ class Retriever(ABC):
         for name in names:
             if not getattr(self, name) >= least:
                 key = f"data.retriever.init_args.{name}"
-                raise ConfigError(f"{key} is {getattr(self, name)}; expected {least} or more.")
+                raise ConfigError(
+                    f"{key} is {getattr(self, name)}; expected {least} or more."
+                )
 
     @abstractmethod
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
@@ -155,7 +157,9 @@ class Retriever(ABC):
         for name in ("neighbours", "max_raters", *names):
             if not hasattr(self, name):
                 line = (
-                    f"self.{name} = {name}" if name in names else "super().__init__(neighbours, max_raters)"
+                    f"self.{name} = {name}"
+                    if name in names
+                    else "super().__init__(neighbours, max_raters)"
                 )
                 raise ConfigError(
                     f"data.retriever is {kind.__name__}, which has no attribute {name}: arguments are part of the "
@@ -189,7 +193,9 @@ def failures_named(retriever: Retriever) -> Iterator[None]:
         raise
     except Exception as error:
         frames = (frame for frame, _ in walk_tb(error.__traceback__))
-        method = next((f.f_code.co_name for f in frames if f.f_locals.get("self") is retriever), None)
+        method = next(
+            (f.f_code.co_name for f in frames if f.f_locals.get("self") is retriever), None
+        )
         if method is None or not own_source(type(retriever)):
             raise
         raise ConfigError(
@@ -203,7 +209,11 @@ def argument_names(kind: type) -> list[str]:
     for base in kind.__mro__:
         if "__init__" in vars(base):
             parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-            names += [p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD]
+            names += [
+                p.name
+                for p in parameters
+                if p.name != "self" and p.kind is not p.VAR_KEYWORD
+            ]
             if all(p.kind is not p.VAR_KEYWORD for p in parameters):
                 break
     return names

@@ -49,7 +49,9 @@ def nearest(
     best = np.empty(count, np.int64)  # positions, of which the first `size` are filled
     cosines = np.empty(count, np.float32)
     size = 0
-    least = np.float32(-np.inf)  # of the best; read from them for every row, it costs half as much again
+    least = np.float32(
+        -np.inf
+    )  # of the best; read from them for every row, it costs half as much again
     for place in range(among.size - 1, -1, -1):
         row = among[place]
         if inverse[row] == 0 or norm == 0:
@@ -95,7 +97,9 @@ def own_votes(vectors: F32, inverse: F32, candidates: I64, past: I64, count: int
     found = np.zeros((candidates.size, 2))
     for k in range(candidates.size):
         item = candidates[k]
-        places, cosines = nearest(vectors, inverse, vectors[item], inverse[item], items, count)
+        places, cosines = nearest(
+            vectors, inverse, vectors[item], inverse[item], items, count
+        )
         for j in range(places.size):
             weight = max(cosines[j], np.float32(0))
             found[k, 0] += weight * (past[places[j]] & 1)

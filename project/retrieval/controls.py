@@ -7,7 +7,16 @@ import polars as pl
 from scipy.sparse import csr_array
 
 from project.arrays import F32
-from project.retrieval.base import NO_NEIGHBOURS, Edges, Growing, Neighbours, Raters, Retriever, Snapshot, top
+from project.retrieval.base import (
+    NO_NEIGHBOURS,
+    Edges,
+    Growing,
+    Neighbours,
+    Raters,
+    Retriever,
+    Snapshot,
+    top,
+)
 
 
 class NoRetriever(Retriever):
@@ -39,11 +48,14 @@ class ItemKNN(Retriever):
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts."""
-        self._shape = (num_users, items.height + 1)  # one more item, which stands for any other
-        self._own: dict[int, tuple[Growing, Growing]] = {}  # by user: rows, oldest first, and their items
-        self._likes: Any = (
-            None  # sparse matrix (users, items) of likes before the block; None before the first
-        )
+        self._shape = (
+            num_users,
+            items.height + 1,
+        )  # one more item, which stands for any other
+        self._own: dict[
+            int, tuple[Growing, Growing]
+        ] = {}  # by user: rows, oldest first, and their items
+        self._likes: Any = None  # sparse matrix (users, items) of likes before the block; None before the first
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
         """Keep the liked (user, item) pairs before the block, each once, shape (pairs,) each."""
@@ -66,7 +78,9 @@ class ItemKNN(Retriever):
             return NO_NEIGHBOURS
         if item not in self._cosines:
             together = (self._liked_by[[item]] @ self._likes).toarray()[0]
-            self._cosines[item] = (together / (self._norms * self._norms[item])).astype(np.float32)
+            self._cosines[item] = (together / (self._norms * self._norms[item])).astype(
+                np.float32
+            )
         rows, items = self._own[user]
         similarity = self._cosines[item][items.values]
         best = top(similarity, self.neighbours)

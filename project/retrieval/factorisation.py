@@ -24,7 +24,9 @@ BIAS_PENALTY = 1.0  # of biases, of users and items
 VECTOR_PENALTY = 5.0
 ITERATIONS = 60  # most steps of a block's fit
 NEWTON_STEPS = 3  # from zero, under a penalty: a fourth moves no logit by 1e-3
-TOGETHER = 256  # user vectors solved at once, which bounds the memory that long histories take
+TOGETHER = (
+    256  # user vectors solved at once, which bounds the memory that long histories take
+)
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,14 @@ class Factorisation:
             dot = np.einsum("nd,nd->n", user_vectors[row_user], item_vectors[row_item])
             logit = offset + user_bias[row_user] + item_bias[row_item] + dot
             residual = 0.5 * (1.0 + np.tanh(0.5 * logit)) - answer
-            total = np.logaddexp(0.0, logit).sum() - logit @ answer + 0.5 * (penalty * values) @ values
-            pairs = csr_array((residual, (row_user, row_item)), shape=(users.size, items.size))
+            total = (
+                np.logaddexp(0.0, logit).sum()
+                - logit @ answer
+                + 0.5 * (penalty * values) @ values
+            )
+            pairs = csr_array(
+                (residual, (row_user, row_item)), shape=(users.size, items.size)
+            )
             gradient = [
                 np.bincount(row_user, residual),
                 np.bincount(row_item, residual),
@@ -92,7 +100,9 @@ class Factorisation:
             return float(total), np.concatenate(gradient) + penalty * values
 
         # 4. its minimum
-        found = minimize(loss, first, jac=True, method="L-BFGS-B", options={"maxiter": iterations})
+        found = minimize(
+            loss, first, jac=True, method="L-BFGS-B", options={"maxiter": iterations}
+        )
         return cls(users, items, offset, *parts(np.asarray(found.x, dtype=np.float64)))
 
 
@@ -109,14 +119,18 @@ class MatrixFactorisation:
     def __post_init__(self) -> None:
         """Refuse what cannot be fitted."""
         if self.dim < 1:
-            raise ConfigError(f"data.mf.dim is {self.dim}; expected 1 or more, or data.mf null for none.")
+            raise ConfigError(
+                f"data.mf.dim is {self.dim}; expected 1 or more, or data.mf null for none."
+            )
 
     def fit(self, rows: pl.DataFrame, num_items: int, cuts: F64) -> Snapshots:
         """Factorise block after block, each time all rows strictly before it.
 
         Rows are in time order, with columns user, item, timestamp and label; cuts begin blocks 1, 2, ...
         """
-        return fit_blocks(rows, cuts, lambda edges, _: self._fit(edges, num_items), "factorisation")
+        return fit_blocks(
+            rows, cuts, lambda edges, _: self._fit(edges, num_items), "factorisation"
+        )
 
     def _fit(self, edges: Edges, num_items: int) -> Snapshot:
         """`known` (items + 1,): logit without the user; `vectors` (items + 1, 1 + dim): each with a 1 before it."""
@@ -124,11 +138,22 @@ class MatrixFactorisation:
         vectors = np.zeros((num_items + 1, 1 + self.dim))
         vectors[:, 0] = 1.0
         label = edges.label
-        if np.unique(label).size < 2:  # one class only: the log-odds of (likes + 1/2) / (rows + 1)
+        if (
+            np.unique(label).size < 2
+        ):  # one class only: the log-odds of (likes + 1/2) / (rows + 1)
             likes = label.sum()
-            return {"known": known + np.log((likes + 0.5) / (label.size - likes + 0.5)), "vectors": vectors}
+            return {
+                "known": known + np.log((likes + 0.5) / (label.size - likes + 0.5)),
+                "vectors": vectors,
+            }
         found = Factorisation.fit(
-            edges.user, edges.item, label, self.dim, BIAS_PENALTY, VECTOR_PENALTY, ITERATIONS
+            edges.user,
+            edges.item,
+            label,
+            self.dim,
+            BIAS_PENALTY,
+            VECTOR_PENALTY,
+            ITERATIONS,
         )
         known += found.offset
         known[found.items] += found.item_bias
@@ -173,6 +198,10 @@ class MatrixFactorisation:
             for _ in range(NEWTON_STEPS):
                 chance = 1.0 / (1.0 + np.exp(-(known[:n] + found @ x.T)))
                 gradient = (read * (label[:n] - chance)) @ x - penalty * found
-                curvature = ((read * chance * (1.0 - chance)) @ squares).reshape(-1, *2 * penalty.shape)
-                found += np.linalg.solve(curvature + np.diag(penalty), gradient[:, :, None])[:, :, 0]
+                curvature = ((read * chance * (1.0 - chance)) @ squares).reshape(
+                    -1, *2 * penalty.shape
+                )
+                found += np.linalg.solve(
+                    curvature + np.diag(penalty), gradient[:, :, None]
+                )[:, :, 0]
         return users

@@ -35,7 +35,9 @@ from project.retrieval.own_text import SHRINK, item_vectors, text_similarity
 from project.retrieval.past import WalkRows
 from project.retrieval.walk import Snapshots, block_cuts, fit_snapshots, walk
 
-SNAPSHOTS = "snapshots.npz"  # in a folder of tables: what was fitted for test, which requests read
+SNAPSHOTS = (
+    "snapshots.npz"  # in a folder of tables: what was fitted for test, which requests read
+)
 Make = Callable[
     [pl.DataFrame, str, Path], pl.DataFrame
 ]  # readable rows, split and folder -> table with row_id
@@ -58,7 +60,9 @@ class RetrievedFeatures:
         mf: MatrixFactorisation | None = None,
     ) -> None:
         if refits < 1:
-            raise ConfigError(f"data.refits is {refits}, expected 1 or more: 10 is the default")
+            raise ConfigError(
+                f"data.refits is {refits}, expected 1 or more: 10 is the default"
+            )
         self.split = split
         self.retriever = retriever
         self.refits = refits
@@ -92,11 +96,17 @@ class RetrievedFeatures:
 
     def mf_snapshots(self) -> Snapshots | None:
         """What the factorisation fitted for test; None without one."""
-        return None if self.mf is None else Snapshots.load(self._mf_folder(self.mf) / SNAPSHOTS)
+        return (
+            None
+            if self.mf is None
+            else Snapshots.load(self._mf_folder(self.mf) / SNAPSHOTS)
+        )
 
     def index(self) -> FeatureIndex:
         """An index, which answers requests after the log without another walk."""
-        return FeatureIndex(self.split, self.retriever, self.snapshots(), self.mf, self.mf_snapshots())
+        return FeatureIndex(
+            self.split, self.retriever, self.snapshots(), self.mf, self.mf_snapshots()
+        )
 
     def of_requests(
         self,
@@ -145,15 +155,26 @@ class RetrievedFeatures:
         rows = _merged(past, requests)
         # 3. the walk, then factorisation and text similarity, as the log's tables have them
         fitted = self.snapshots()
-        table = walk(rows, self.retriever, items, fitted.cuts, fitted.fitted, "retrieved features (requests)")
+        table = walk(
+            rows,
+            self.retriever,
+            items,
+            fitted.cuts,
+            fitted.fitted,
+            "retrieved features (requests)",
+        )
         factors = self.mf_snapshots()
         if self.mf is not None and factors is not None:
             table = table.with_columns(_mf_column(self.mf.chances(rows, factors)))
         if catalogue is not None:  # an item that the log does not have still has a text
             known = np.minimum(item, catalogue.height).astype(np.int64)
             rows = _merged(past, replace(requests, item=known))
-        texts = text_similarity(rows, item_vectors(items if catalogue is None else catalogue, items))
-        table = table.join(texts, on="row_id", how="left", maintain_order="left", validate="1:1")
+        texts = text_similarity(
+            rows, item_vectors(items if catalogue is None else catalogue, items)
+        )
+        table = table.join(
+            texts, on="row_id", how="left", maintain_order="left", validate="1:1"
+        )
         return table.sort("row_id", descending=True)
 
     def warnings(self, tables: Mapping[str, pl.DataFrame]) -> list[str]:
@@ -166,7 +187,9 @@ class RetrievedFeatures:
         if self.split.protocol.negatives:  # of clicks alone all rates are 1
             columns = []
         for name, table in tables.items():
-            targets = self.split.rows.filter((pl.col("role") == "target") & (pl.col("split") == name))
+            targets = self.split.rows.filter(
+                (pl.col("role") == "target") & (pl.col("split") == name)
+            )
             if targets.height < 2:
                 continue
             if fits and not (targets["timestamp"] >= self.cuts.min(initial=np.inf)).any():
@@ -176,7 +199,11 @@ class RetrievedFeatures:
                 )
                 continue
             read = table.filter(pl.col("row_id").is_in(targets["row_id"].implode()))
-            constant = [c for c in columns if c in read.columns and read[c].drop_nulls().n_unique() < 2]
+            constant = [
+                c
+                for c in columns
+                if c in read.columns and read[c].drop_nulls().n_unique() < 2
+            ]
             if constant:
                 lines.append(
                     f"retrieved features do not differ between the {targets.height} targets of {name}: "
@@ -198,20 +225,36 @@ class RetrievedFeatures:
 
         def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
             def fit(made: Path) -> None:
-                snapshots = fit_snapshots(readable, self.retriever, log.users.height, log.items, self.cuts)
+                snapshots = fit_snapshots(
+                    readable, self.retriever, log.users.height, log.items, self.cuts
+                )
                 snapshots.save(made / SNAPSHOTS)
 
-            depends = {"files": log.files, "protocol": self.split.hash, "split": name, **content}
+            depends = {
+                "files": log.files,
+                "protocol": self.split.hash,
+                "split": name,
+                **content,
+            }
             fitted.append(cached_folder(self.cache_dir / "fitted", depends, fit))
             file = fitted[-1] / SNAPSHOTS
             if name == SPLITS[-1]:
                 shutil.copy(file, folder)
             snapshots = Snapshots.load(file).fitted
             about = f"retrieved features ({name})"
-            return walk(WalkRows.from_log(readable), self.retriever, log.items, self.cuts, snapshots, about)
+            return walk(
+                WalkRows.from_log(readable),
+                self.retriever,
+                log.items,
+                self.cuts,
+                snapshots,
+                about,
+            )
 
         # lists of what similar users liked read what happened in their row's own second
-        whole = self._split_folder("retrieved", content, make, self.retriever.similar_every > 0)
+        whole = self._split_folder(
+            "retrieved", content, make, self.retriever.similar_every > 0
+        )
         for made in fitted:
             shutil.rmtree(made, ignore_errors=True)
         return whole
@@ -219,7 +262,9 @@ class RetrievedFeatures:
     def _text_folder(self) -> Path:
         """Folder with row_id, text and text_weight."""
         items = self.split.interactions.items
-        vectors = cache(lambda: item_vectors(items, items))  # made only where the cache lacks the tables
+        vectors = cache(
+            lambda: item_vectors(items, items)
+        )  # made only where the cache lacks the tables
 
         def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
             return text_similarity(WalkRows.from_log(readable), vectors())
@@ -238,7 +283,9 @@ class RetrievedFeatures:
 
         return self._split_folder("mf", {"mf": asdict(mf), "refits": self.refits}, make)
 
-    def _split_folder(self, kind: str, content: dict[str, Any], make: Make, own_second: bool = False) -> Path:
+    def _split_folder(
+        self, kind: str, content: dict[str, Any], make: Make, own_second: bool = False
+    ) -> Path:
         """Folder of a kind with train, valid and test.parquet, named by a hash of log, protocol and `content`.
 
         Where the cache lacks it, `make` makes a split's table: first for test, then for valid and train where their
@@ -247,21 +294,35 @@ class RetrievedFeatures:
 
         def write(folder: Path) -> None:
             rows = self.split.rows
-            code = rows["split"].cast(pl.String).replace_strict({name: k for k, name in enumerate(SPLITS)})
-            once = reads_all_earlier(rows["timestamp"].to_numpy(), code.to_numpy(), own_second)
+            code = (
+                rows["split"]
+                .cast(pl.String)
+                .replace_strict({name: k for k, name in enumerate(SPLITS)})
+            )
+            once = reads_all_earlier(
+                rows["timestamp"].to_numpy(), code.to_numpy(), own_second
+            )
             table: pl.DataFrame | None = None
             for k, name in reversed(list(enumerate(SPLITS))):
                 readable = rows.filter(code <= k)
                 if table is None or not once:
                     written = table = make(readable, name, folder)
-                elif table["row_id"].head(readable.height).equals(readable["row_id"]):  # of a log cut by time
+                elif (
+                    table["row_id"].head(readable.height).equals(readable["row_id"])
+                ):  # of a log cut by time
                     table = table.head(readable.height)  # no copy
                     written = table.select("row_id")
                 else:
-                    written = table = table.filter(pl.col("row_id").is_in(readable["row_id"].implode()))
+                    written = table = table.filter(
+                        pl.col("row_id").is_in(readable["row_id"].implode())
+                    )
                 written.write_parquet(folder / f"{name}.parquet")
 
-        depends = {"files": self.split.interactions.files, "protocol": self.split.hash, **content}
+        depends = {
+            "files": self.split.interactions.files,
+            "protocol": self.split.hash,
+            **content,
+        }
         return cached_folder(self.cache_dir / kind, depends, write)
 
 
@@ -283,7 +344,9 @@ def reads_all_earlier(timestamp: F64, split: I64, own_second: bool = False) -> b
     """
     latest_before = np.concatenate([[0], np.maximum.accumulate(split)])
     side: Literal["left", "right"] = "right" if own_second else "left"
-    return bool(np.all(latest_before[np.searchsorted(timestamp, timestamp, side=side)] <= split))
+    return bool(
+        np.all(latest_before[np.searchsorted(timestamp, timestamp, side=side)] <= split)
+    )
 
 
 def _mf_column(chances: F64) -> pl.Series:
@@ -292,5 +355,7 @@ def _mf_column(chances: F64) -> pl.Series:
 
 def _merged(log: WalkRows, extra: WalkRows) -> WalkRows:
     """Both in the order of a log: time, then person, then item."""
-    rows = WalkRows(**{name: np.concatenate([of, vars(extra)[name]]) for name, of in vars(log).items()})
+    rows = WalkRows(
+        **{name: np.concatenate([of, vars(extra)[name]]) for name, of in vars(log).items()}
+    )
     return rows.at(np.lexsort((rows.item, rows.person, rows.timestamp)))

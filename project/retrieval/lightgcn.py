@@ -34,9 +34,7 @@ with warnings.catch_warnings():
 
 
 NOTHING: I64 = np.empty(0, np.int64)
-DISLIKE_WEIGHT = (
-    -0.5
-)  # a like's is 1. A dislike counts half, since a user who dislikes an item had chosen it, too
+DISLIKE_WEIGHT = -0.5  # a like's is 1. A dislike counts half, since a user who dislikes an item had chosen it, too
 
 
 class VectorRetriever(Retriever):
@@ -91,7 +89,9 @@ class VectorRetriever(Retriever):
         """Fit this block's item table; stored as `weighted`, e_j / sqrt(degree_j), shape (items, d)."""
         degree = np.bincount(edges.item[edges.label == 1], minlength=self._items.height)
         table = self.item_table(edges, block)
-        return {"weighted": (table / np.sqrt(np.maximum(degree, 1))[:, None]).astype(np.float32)}
+        return {
+            "weighted": (table / np.sqrt(np.maximum(degree, 1))[:, None]).astype(np.float32)
+        }
 
     def start_block(self, snapshot: Snapshot, block: int) -> None:
         """Recompute every user's vector from this block's item table."""
@@ -101,18 +101,25 @@ class VectorRetriever(Retriever):
         self._item_inverse = inverse_norms(self._weighted)  # (items + 1,)
         # 2. users, whose pasts are rows of a sparse matrix (users, items + 1); each past is in order of time, as
         #    `observe` adds, so that a vector does not depend on where a block starts
-        own = [self._past[user].values if user in self._past else NOTHING for user in range(self._num_users)]
+        own = [
+            self._past[user].values if user in self._past else NOTHING
+            for user in range(self._num_users)
+        ]
         ends = np.cumsum([0, *map(len, own)])
         past = np.concatenate([NOTHING, *own])
         weights = np.where(past & 1, np.float32(1), np.float32(DISLIKE_WEIGHT))
-        pasts = csr_array((weights, past >> 1, ends), shape=(self._num_users, self._weighted.shape[0]))
+        pasts = csr_array(
+            (weights, past >> 1, ends), shape=(self._num_users, self._weighted.shape[0])
+        )
         self._vectors: F32 = pasts @ self._weighted  # (users, d)
         self._inverse = inverse_norms(self._vectors)  # (users,)
         # 3. what `nearest` knows: cosines with the user who was asked for last, until a vector changes
         self._asked = -1  # that user; -1 is none
         self._requests = 0  # how often another user was asked for
         self._cosines = np.empty_like(self._inverse)  # (users,)
-        self._cosines_of = np.zeros(self._num_users, np.int64)  # (users,) the request that each cosine is of
+        self._cosines_of = np.zeros(
+            self._num_users, np.int64
+        )  # (users,) the request that each cosine is of
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
         """The raters whose vectors have the largest cosine with the user's; zero vectors never match."""
@@ -126,7 +133,13 @@ class VectorRetriever(Retriever):
             self._requests += 1
         vector = self._vectors[user]
         places, cosines = nearest(
-            self._vectors, self._inverse, vector, self._inverse[user], raters.user, self.neighbours, known
+            self._vectors,
+            self._inverse,
+            vector,
+            self._inverse[user],
+            raters.user,
+            self.neighbours,
+            known,
         )
         return Neighbours(raters.row[places], cosines)
 
@@ -135,7 +148,9 @@ class VectorRetriever(Retriever):
         if self._weighted is None or others.size == 0 or self._inverse[user] == 0:
             return NO_SIMILAR_USERS
         # not a matrix product: its last bits may change with the number of rows, and with them the order of ties
-        products = np.asarray((self._vectors.take(others, axis=0) * self._vectors[user]).sum(-1))
+        products = np.asarray(
+            (self._vectors.take(others, axis=0) * self._vectors[user]).sum(-1)
+        )
         cosine = products * (self._inverse[others] * self._inverse[user])
         nearest = top(cosine, self.similar_users)
         nearest = nearest[cosine[nearest] > 0]
@@ -146,7 +161,9 @@ class VectorRetriever(Retriever):
         if self._weighted is None or user not in self._past:
             return np.zeros((items.size, 2))
         past = self._past[user].values
-        return own_votes(self._weighted, self._item_inverse, items, past, self.item_neighbours)
+        return own_votes(
+            self._weighted, self._item_inverse, items, past, self.item_neighbours
+        )
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:
         """Add one rated item to its user's vector."""
@@ -195,7 +212,9 @@ class GraphModel(LightGCNModel):  # type: ignore[misc]
     def get_embedding(self, adjacency: csr_array) -> Tensor:
         """The layers' average, shape (nodes, d)."""
         vectors: Tensor = self.embedding.weight
-        total = vectors.view_as(vectors)  # a node of its own: gradients are added in the order of the library
+        total = vectors.view_as(
+            vectors
+        )  # a node of its own: gradients are added in the order of the library
         for _ in range(self.num_layers):
             vectors = Propagation.apply(adjacency, vectors)  # type: ignore[no-untyped-call]
             total = total + vectors
@@ -217,7 +236,9 @@ def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
     """The graph of liked rows (He et al. 2020, equation 3: symmetric normalisation) among all users and items."""
     nodes = num_users + num_items
     liked = edges.label == 1
-    distinct = np.unique(edges.item[liked] * nodes + edges.user[liked] + num_items)  # by item, then user
+    distinct = np.unique(
+        edges.item[liked] * nodes + edges.user[liked] + num_items
+    )  # by item, then user
     item, user = torch.from_numpy(np.stack(np.divmod(distinct, nodes)))
     degree = torch.bincount(torch.cat([item, user]), minlength=nodes).float()
     weights = (degree[item] * degree[user]).rsqrt()
@@ -227,8 +248,12 @@ def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
 
 
 BATCH_LIKES = 4096  # likes in one BPR step, and more where an epoch would have more than MOST_STEPS of them:
-MOST_STEPS = 16  # each propagates over the whole graph, so a fit costs its likes, not their square
-LEARNING_RATE = 0.01  # Adam's: ten times the paper's, whose fit has 1,000 epochs, not ten a block
+MOST_STEPS = (
+    16  # each propagates over the whole graph, so a fit costs its likes, not their square
+)
+LEARNING_RATE = (
+    0.01  # Adam's: ten times the paper's, whose fit has 1,000 epochs, not ten a block
+)
 REGULARISATION = 0.01  # weight of the squared norm of the embeddings in a step
 
 
@@ -271,11 +296,15 @@ class LightGCN(VectorRetriever):
         table = torch.zeros(num_items, self.dim)
         graph = like_graph(edges, self._num_users, num_items)
         if graph.item.numel():
-            model = self._model = self._model or self._first_model(self._num_users + num_items)
+            model = self._model = self._model or self._first_model(
+                self._num_users + num_items
+            )
             with one_thread():
                 self._train(model, graph, block)
             with torch.no_grad():
-                table[graph.seen_items] = model.get_embedding(graph.adjacency)[graph.seen_items]
+                table[graph.seen_items] = model.get_embedding(graph.adjacency)[
+                    graph.seen_items
+                ]
         return table.numpy()
 
     def _first_model(self, nodes: int) -> GraphModel:
@@ -297,11 +326,15 @@ class LightGCN(VectorRetriever):
             for start in range(0, likes, together):
                 batch = slice(start, start + together)
                 optimizer.zero_grad()
-                loss = self._loss(model, graph, order[batch], graph.seen_items[drawn[batch]])
+                loss = self._loss(
+                    model, graph, order[batch], graph.seen_items[drawn[batch]]
+                )
                 torch.autograd.backward(loss)
                 optimizer.step()
 
-    def _loss(self, model: GraphModel, graph: LikeGraph, batch: Tensor, negative: Tensor) -> Tensor:
+    def _loss(
+        self, model: GraphModel, graph: LikeGraph, batch: Tensor, negative: Tensor
+    ) -> Tensor:
         """BPR loss of the likes in a batch (n,), each against an item that was drawn as its negative (n,)."""
         user = graph.user[batch]
         item = graph.item[batch]
@@ -309,7 +342,9 @@ class LightGCN(VectorRetriever):
         liked = (vectors.index_select(0, user) * vectors.index_select(0, item)).sum(-1)
         drawn = (vectors.index_select(0, user) * vectors.index_select(0, negative)).sum(-1)
         nodes = torch.bincount(torch.cat([user, item, negative])).nonzero()[:, 0]
-        loss: Tensor = model.recommendation_loss(liked, drawn, node_id=nodes, lambda_reg=REGULARISATION)
+        loss: Tensor = model.recommendation_loss(
+            liked, drawn, node_id=nodes, lambda_reg=REGULARISATION
+        )
         return loss
 
 

@@ -23,7 +23,12 @@ from project.errors import ConfigError, DataError
 from project.features import Retrieved
 from project.retrieval.base import Growing, Retriever
 from project.retrieval.factorisation import MatrixFactorisation
-from project.retrieval.own_text import term_texts, text_and_weight, text_encoder, with_any_other
+from project.retrieval.own_text import (
+    term_texts,
+    text_and_weight,
+    text_encoder,
+    with_any_other,
+)
 from project.retrieval.past import Past, WalkRows
 from project.retrieval.walk import Answers, Snapshots, as_stored
 
@@ -65,30 +70,45 @@ class FeatureIndex:
             )
         self._retriever = copy(retriever)
         self._mf = mf
-        self._items = split.interactions.items  # what the retriever knows; a code beyond it is any other item
+        self._items = (
+            split.interactions.items
+        )  # what the retriever knows; a code beyond it is any other item
         self.guest = split.interactions.users.height  # stands for whoever has no past here
         # 1. what was fitted
         self._snapshots = snapshots
         self._mf_snapshots = mf_snapshots
         self._encode = text_encoder(self._items)
         self._texts = with_any_other(self._encode(term_texts(self._items)))
-        self._recent = Recent[Any](TEXTS_MIB)  # by text, vectors (1, terms) of items that requests brought
+        self._recent = Recent[Any](
+            TEXTS_MIB
+        )  # by text, vectors (1, terms) of items that requests brought
         self._new_texts = self._texts[:0]  # of items that events brought
         self._catalogue = self._items  # of the latest request
-        self._further_texts = self._new_texts  # of the items in it that the log does not have
+        self._further_texts = (
+            self._new_texts
+        )  # of the items in it that the log does not have
         # 2. the log
         self._rows = WalkRows.from_log(split.rows, query=False)
         self._size = self._rows.row_id.size
-        self._codes: dict[int, int] = {}  # the retriever's codes of users that the log does not have
+        self._codes: dict[
+            int, int
+        ] = {}  # the retriever's codes of users that the log does not have
         self._own: dict[int, Growing] = {}  # by code of the user: positions of their rows
         self._past = Past(retriever.max_raters)
         for row in range(self._size):
             self._keep(row)
-        self.latest = float(self._rows.timestamp.max(initial=-np.inf))  # seconds, of what was observed
+        self.latest = float(
+            self._rows.timestamp.max(initial=-np.inf)
+        )  # seconds, of what was observed
         self._begin(self.guest + 1 + ROOM)
 
     def observe(
-        self, user: int, item: int, label: int, timestamp: float, catalogue: pl.DataFrame | None = None
+        self,
+        user: int,
+        item: int,
+        label: int,
+        timestamp: float,
+        catalogue: pl.DataFrame | None = None,
     ) -> None:
         """Take in an event, which requests at a later time read.
 
@@ -144,9 +164,14 @@ class FeatureIndex:
             self._move_to(now)
             distinct, rank = np.unique([at for *_, at in brought], return_inverse=True)
             seconds = self.latest + (now - self.latest) * (rank + 1) / (distinct.size + 1)
-            past = [(item, label, at) for (item, label, _), at in zip(brought, seconds.tolist(), strict=True)]
+            past = [
+                (item, label, at)
+                for (item, label, _), at in zip(brought, seconds.tolist(), strict=True)
+            ]
             rows = self._append(code, person, past, query=True, own=True)
-            queries = self._append(code, person, [(item, -1, now) for item in items], query=True)
+            queries = self._append(
+                code, person, [(item, -1, now) for item in items], query=True
+            )
             # 2. neighbours and rates: the rows of each second, which enter the user's past then, and candidates
             answers = Answers(self._rows, self._retriever, self._items.height)
             for _, second in groupby(rows.tolist(), lambda row: self._rows.timestamp[row]):
@@ -199,7 +224,9 @@ class FeatureIndex:
         start = self._size
         stop = start + len(events)
         if stop > self._rows.row_id.size:
-            self._rows = WalkRows(**{name: np.resize(of, 2 * stop) for name, of in vars(self._rows).items()})
+            self._rows = WalkRows(
+                **{name: np.resize(of, 2 * stop) for name, of in vars(self._rows).items()}
+            )
         item, label, timestamp = zip(*events, strict=True) if events else ((), (), ())
         values = (-1, code, person, item, timestamp, label, query, rater, own)
         for of, new in zip(vars(self._rows).values(), values, strict=True):
@@ -227,7 +254,9 @@ class FeatureIndex:
             known = replace(rows, item=np.minimum(rows.item, self._items.height))
             found["mf"] = as_stored(self._mf.chances(known, self._mf_snapshots))
         texts = self._texts
-        place = np.minimum(rows.item, self._items.height)  # (rows,) the row of `texts` of each
+        place = np.minimum(
+            rows.item, self._items.height
+        )  # (rows,) the row of `texts` of each
         # items that the log does not have: their vectors follow those of the rows
         new = self._texts_after(catalogue)
         added = rows.item - self._items.height

@@ -19,7 +19,9 @@ from project.retrieval.compiled import squared_products
 from project.retrieval.past import WalkRows, queries_by_user
 
 SHRINK = 0.5  # added to the sum of squared similarities, so that few similar items give a small feature
-TOGETHER = 2**22  # entries of a block of similarities, which bounds the memory that long histories take
+TOGETHER = (
+    2**22
+)  # entries of a block of similarities, which bounds the memory that long histories take
 
 
 def item_vectors(items: pl.DataFrame, known: pl.DataFrame) -> Any:
@@ -39,7 +41,11 @@ def term_texts(items: pl.DataFrame) -> list[str]:
     Each starts with a word, so that a text without any letter has a term, too.
     """
     columns = items.select(pl.exclude("item", "item_id")).fill_null("")
-    return columns.select(pl.concat_str(pl.lit("item"), pl.all(), separator=" ")).to_series().to_list()
+    return (
+        columns.select(pl.concat_str(pl.lit("item"), pl.all(), separator=" "))
+        .to_series()
+        .to_list()
+    )
 
 
 def text_encoder(known: pl.DataFrame) -> Callable[[list[str]], Any]:
@@ -89,10 +95,14 @@ def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[F64, F64]:
             earlier = all_earlier[start : start + step]
             past = own[: int(earlier.max())]
             # 1. w_j, (queries, past): 0 where the past is not earlier
-            w = squared_products(matrix, vectors.shape[1], rows.item[queries], rows.item[past], earlier)
+            w = squared_products(
+                matrix, vectors.shape[1], rows.item[queries], rows.item[past], earlier
+            )
             weight[queries] = w.sum(axis=1)
             # 2. the formula on top of this file
             mean = sums[earlier] / np.maximum(earlier, 1)
-            shrunk = (w @ answers[: past.size] - mean * weight[queries]) / (weight[queries] + SHRINK)
+            shrunk = (w @ answers[: past.size] - mean * weight[queries]) / (
+                weight[queries] + SHRINK
+            )
             text[queries[earlier > 0]] = shrunk[earlier > 0]
     return text[rows.query], weight[rows.query]

@@ -19,7 +19,9 @@ from project.data.protocol import answered
 from project.retrieval.base import Raters, Retriever
 from project.retrieval.compiled import put_last
 
-LONG = 2**16  # rows from which on a progress bar is shown: making one takes as long as answering a request
+LONG = (
+    2**16
+)  # rows from which on a progress bar is shown: making one takes as long as answering a request
 NO_ROOM = np.empty((2, 0), np.int64)
 NO_RATERS = Raters(*NO_ROOM)
 
@@ -72,11 +74,17 @@ def queries_by_user(rows: WalkRows, description: str) -> Iterator[tuple[I64, I64
     """
     order = np.argsort(rows.user, kind="stable")
     of_user = np.split(order, np.flatnonzero(np.diff(rows.user[order])) + 1)
-    for index in track(of_user, description, transient=True) if order.size >= LONG else of_user:
+    for index in (
+        track(of_user, description, transient=True) if order.size >= LONG else of_user
+    ):
         own = index[rows.own[index]]
         queries = index[rows.query[index]]
         if queries.size:
-            yield queries, own, np.searchsorted(rows.timestamp[own], rows.timestamp[queries], side="left")
+            yield (
+                queries,
+                own,
+                np.searchsorted(rows.timestamp[own], rows.timestamp[queries], side="left"),
+            )
 
 
 class Past:
@@ -84,7 +92,9 @@ class Past:
 
     def __init__(self, max_raters: int) -> None:
         self._max_raters = max_raters
-        self._raters: dict[int, I64] = {}  # by item, rows and persons of its raters, (2, room), oldest first
+        self._raters: dict[
+            int, I64
+        ] = {}  # by item, rows and persons of its raters, (2, room), oldest first
         self._size: dict[int, int] = {}  # by item, how many columns of these are filled
         self._items: dict[int, list[int]] = {}  # by item, likes and rows
         self._users: dict[int, list[int]] = {}  # by user, likes and rows
@@ -112,7 +122,9 @@ class Past:
             raters = self._raters.get(item, NO_ROOM)
             # one more than max_raters, since a person's own row is not shown to them
             if size == raters.shape[1] <= self._max_raters:
-                more = np.empty((2, min(max(size, 4), self._max_raters + 1 - size)), np.int64)
+                more = np.empty(
+                    (2, min(max(size, 4), self._max_raters + 1 - size)), np.int64
+                )
                 raters = self._raters[item] = np.concatenate([raters, more], axis=1)
             self._size[item] = put_last(raters, size, row, int(rows.person[row]))
             _count(self._items, item, label)
@@ -140,13 +152,17 @@ class SimilarLikes:
     def __init__(self, retriever: Retriever) -> None:
         self._retriever = retriever
         self._lists: dict[int, list[int]] = {}  # by position of the row
-        self._likes: dict[int, dict[int, None]] = {}  # by person, liked items; who has the latest row is last
+        self._likes: dict[
+            int, dict[int, None]
+        ] = {}  # by person, liked items; who has the latest row is last
         self._rated: dict[int, list[int]] = {}  # by user, an item as often as it was rated
 
     def observe(self, rows: WalkRows, group: range) -> None:
         """Take in the rows of a second (or of several without a query) and make the lists that are due after it."""
         # 1. likes and ratings
-        before: dict[int, int] = {}  # by user who was answered: how many rows they had until then
+        before: dict[
+            int, int
+        ] = {}  # by user who was answered: how many rows they had until then
         latest: dict[int, int] = {}  # by user who was answered: their latest row
         for row in group:
             user = int(rows.user[row])
@@ -174,19 +190,29 @@ class SimilarLikes:
 
     def column(self, rows: I64) -> pl.Series:
         """Lists of the rows at these positions, List(Int32); null where there is none."""
-        return pl.Series([self._lists.get(row) for row in rows.tolist()], dtype=pl.List(pl.Int32))
+        return pl.Series(
+            [self._lists.get(row) for row in rows.tolist()], dtype=pl.List(pl.Int32)
+        )
 
     def _list(self, user: int, person: int) -> list[int]:
         # 1. similar users among the latest who like something
-        latest_first = (other for other, liked in reversed(self._likes.items()) if liked and other != person)
+        latest_first = (
+            other
+            for other, liked in reversed(self._likes.items())
+            if liked and other != person
+        )
         others = list(islice(latest_first, self._retriever.max_raters))[::-1]
         similar = self._retriever.most_similar(user, np.array(others, np.int64))
-        liked = [np.fromiter(self._likes[other], np.int64) for other in similar.user.tolist()]
+        liked = [
+            np.fromiter(self._likes[other], np.int64) for other in similar.user.tolist()
+        ]
         if not liked:
             return []
         # 2. what they like, by the sum of their similarities
         items, place = np.unique(np.concatenate(liked), return_inverse=True)
-        weight = np.repeat(similar.similarity.astype(np.float64), [part.size for part in liked])
+        weight = np.repeat(
+            similar.similarity.astype(np.float64), [part.size for part in liked]
+        )
         score = np.bincount(place, weight)  # (items,)
         score[np.isin(items, self._rated[user])] = 0
         best = np.argsort(-score, kind="stable")[: self._retriever.similar_items]

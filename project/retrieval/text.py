@@ -27,7 +27,9 @@ from project.retrieval.lightgcn import VectorRetriever
 from project.run import sha256_of
 
 BATCH_TEXTS = 64
-MAX_TOKENS = 256  # as all-MiniLM-L6-v2's own configuration cuts; titles and attributes are shorter
+MAX_TOKENS = (
+    256  # as all-MiniLM-L6-v2's own configuration cuts; titles and attributes are shorter
+)
 _AUTO: Any = AutoModel  # its constructors are not typed
 _TOKENIZER: Any = AutoTokenizer
 
@@ -64,7 +66,9 @@ class MeanPooling:
         longest = min(self.max_tokens, config.max_position_embeddings)
         if not texts:
             return []
-        ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
+        ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=longest)[
+            "input_ids"
+        ]
         return ids
 
     def encode(self, texts: Sequence[str]) -> F32:
@@ -73,15 +77,29 @@ class MeanPooling:
         model = self._loaded
         vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
         # texts of similar length are run together
-        order = sorted((k for k, tokens in enumerate(ids) if tokens), key=lambda k: len(ids[k]))
-        batches = [order[start : start + BATCH_TEXTS] for start in range(0, len(order), BATCH_TEXTS)]
-        with Progress(transient=True, disable=len(batches) < 2) as progress, torch.inference_mode():
+        order = sorted(
+            (k for k, tokens in enumerate(ids) if tokens), key=lambda k: len(ids[k])
+        )
+        batches = [
+            order[start : start + BATCH_TEXTS]
+            for start in range(0, len(order), BATCH_TEXTS)
+        ]
+        with (
+            Progress(transient=True, disable=len(batches) < 2) as progress,
+            torch.inference_mode(),
+        ):
             for rows in progress.track(batches, description=f"{self.model} reads texts"):
                 tokens = [torch.tensor(ids[k]) for k in rows]
                 lengths = torch.tensor([len(part) for part in tokens])
-                padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device)
-                mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(model.device)  # (texts, tokens)
-                hidden = model(input_ids=padded, attention_mask=mask.long()).last_hidden_state
+                padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(
+                    model.device
+                )
+                mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(
+                    model.device
+                )  # (texts, tokens)
+                hidden = model(
+                    input_ids=padded, attention_mask=mask.long()
+                ).last_hidden_state
                 # padding counts neither in the sum nor in the number of tokens
                 mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
                 vectors[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
@@ -114,9 +132,14 @@ class MeanPooling:
         config.use_cache = False
         with quiet_loading():
             model, info = _AUTO.from_pretrained(
-                resolve_model(self.model), config=config, dtype=torch.float32, output_loading_info=True
+                resolve_model(self.model),
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
-        missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler."))  # not read here
+        missing = sorted(
+            k for k in info["missing_keys"] if not k.startswith("pooler.")
+        )  # not read here
         if missing:
             raise ConfigError(
                 f"data.retriever.init_args.encoder is {self.model!r}, whose files lack {len(missing)} weights, among "
@@ -133,7 +156,9 @@ class TextVectors:
 
     def __init__(self, reader: MeanPooling, mib: float = 64) -> None:
         self._reader = reader
-        self._recent = Recent[F32](mib)  # by text, vectors (d,); one of 576 numbers takes 2.4 KB
+        self._recent = Recent[F32](
+            mib
+        )  # by text, vectors (d,); one of 576 numbers takes 2.4 KB
 
     def tokens_of(self, texts: Sequence[str]) -> I64:
         """(texts,) tokens that `of` would embed: 0 for a kept text, and for one that stood before; embeds nothing."""
@@ -147,7 +172,9 @@ class TextVectors:
             return self._reader.encode(texts)
         # copies, because a view would hold the vectors of all texts that were embedded with it
         rows = self._recent.of_texts(
-            texts, lambda new: [vector.copy() for vector in self._reader.encode(new)], lambda row: row.nbytes
+            texts,
+            lambda new: [vector.copy() for vector in self._reader.encode(new)],
+            lambda row: row.nbytes,
         )
         return np.stack(rows)
 
@@ -185,7 +212,9 @@ class TextEncoder(VectorRetriever):
     def item_table(self, edges: Edges, block: int) -> F32:
         """Vectors of the items rated before the block, shape (items, d), zero for the others."""
         if self._encoded is None:
-            self._encoded = encode_once(self.reader, item_texts(self._items), default_cache())
+            self._encoded = encode_once(
+                self.reader, item_texts(self._items), default_cache()
+            )
         seen = np.unique(edges.item)
         table = np.zeros_like(self._encoded)
         table[seen] = self._encoded[seen]
@@ -194,7 +223,9 @@ class TextEncoder(VectorRetriever):
     def settings(self) -> dict[str, Any]:
         """As for every retriever, and the checksum of a model that is a folder: its path does not identify it."""
         model = self.reader.model
-        return super().settings() | ({} if model in SOURCES else {"weights": self.reader.weights})
+        return super().settings() | (
+            {} if model in SOURCES else {"weights": self.reader.weights}
+        )
 
 
 def item_texts(items: pl.DataFrame) -> list[str]:
@@ -216,5 +247,7 @@ def encode_once(encoder: MeanPooling, texts: list[str], cache_dir: Path) -> F32:
     def write(folder: Path) -> None:
         np.save(folder / "vectors.npy", encoder.encode(texts))
 
-    vectors: F32 = np.load(cached_folder(cache_dir / "embeddings", content, write) / "vectors.npy")
+    vectors: F32 = np.load(
+        cached_folder(cache_dir / "embeddings", content, write) / "vectors.npy"
+    )
     return vectors

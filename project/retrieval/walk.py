@@ -21,7 +21,9 @@ from project.features import Retrieved
 from project.retrieval.base import Edges, Neighbours, Retriever, Snapshot
 from project.retrieval.past import Past, SimilarLikes, WalkRows
 
-CHECKED_TOGETHER = 4096  # answers; fewer at first, so that a slow and wrong retriever fails early
+CHECKED_TOGETHER = (
+    4096  # answers; fewer at first, so that a slow and wrong retriever fails early
+)
 BLOCK = 2**16  # answers that become a table together, which bounds the memory
 NOTHING = np.empty(0, np.int64)
 
@@ -78,7 +80,9 @@ def fit_blocks(
     fitted = list[Snapshot]()
     with Progress(transient=True) as progress:
         for end in progress.track(ends, description=description):
-            fitted.append(fit(Edges(*(values[:end] for values in columns)), len(fitted) + 1))
+            fitted.append(
+                fit(Edges(*(values[:end] for values in columns)), len(fitted) + 1)
+            )
     return Snapshots(cuts, fitted)
 
 
@@ -113,7 +117,9 @@ def walk(
     starts = _span_starts(rows, block_of)
     spans = zip(starts, np.append(starts, rows.timestamp.size)[1:], strict=True)
     with Progress(transient=True) as progress:
-        for start, stop in progress.track(spans, total=starts.size, description=description):
+        for start, stop in progress.track(
+            spans, total=starts.size, description=description
+        ):
             second = range(start, stop)
             # 1. a new block: answer from what was fitted before it
             if block_of[start] != block:
@@ -130,7 +136,9 @@ def walk(
             for row in second:
                 past.observe(rows, row)
                 if rows.own[row]:
-                    retriever.observe(row, int(rows.user[row]), int(rows.item[row]), int(rows.label[row]))
+                    retriever.observe(
+                        row, int(rows.user[row]), int(rows.item[row]), int(rows.label[row])
+                    )
             # 4. lists that are due, dated just after the second: they may hold its answers
             if similar is not None:
                 similar.observe(rows, second)
@@ -171,8 +179,12 @@ class Answers:
         self._query = list[int]()  # position of the row that is answered
         self._row = list[I64]()  # (neighbours,) positions of their rows, most similar first
         self._similarity = list[F32]()  # (neighbours,)
-        self._rates = list[tuple[int, ...]]()  # likes and rows of the item, likes and rows of the user
-        self._own_items = [np.empty((0, 2))]  # (answers of a call, 2), see Retriever.item_similarities
+        self._rates = list[
+            tuple[int, ...]
+        ]()  # likes and rows of the item, likes and rows of the user
+        self._own_items = [
+            np.empty((0, 2))
+        ]  # (answers of a call, 2), see Retriever.item_similarities
         self._checked = 0  # leading answers that were checked
 
     def answer(self, past: Past, queries: I64) -> None:
@@ -245,7 +257,9 @@ class Answers:
         self.check()
 
         def share(part: F64, total: F64) -> F64:
-            return as_stored(np.divide(part, total, out=np.full_like(total, np.nan), where=total > 0))
+            return as_stored(
+                np.divide(part, total, out=np.full_like(total, np.nan), where=total > 0)
+            )
 
         count: F64 = np.array([row.size for row in self._row], np.float64)  # (n,)
         of_row = np.repeat(np.arange(count.size), count.astype(np.int64))  # (pairs,)
@@ -253,7 +267,9 @@ class Answers:
         similarity = np.concatenate([NOTHING, *self._similarity]).astype(np.float64)
         rates = np.array(self._rates, np.float64).reshape(-1, 4)
         columns = {
-            "vote": share(np.bincount(of_row, answer, count.size).astype(np.float64), count),
+            "vote": share(
+                np.bincount(of_row, answer, count.size).astype(np.float64), count
+            ),
             "neighbour_count": count,
             "item_rate": share(rates[:, 0], rates[:, 1]),
             "item_count": rates[:, 1],
@@ -262,7 +278,10 @@ class Answers:
         }
         if self._retriever.item_neighbours:
             likes, weight = as_stored(np.concatenate(self._own_items)).T
-            columns |= {"item_similarity": share(likes, weight), "item_similarity_weight": weight}
+            columns |= {
+                "item_similarity": share(likes, weight),
+                "item_similarity_weight": weight,
+            }
         return Retrieved(columns, of_row, similarity, answer)
 
     def table(self) -> pl.DataFrame:
@@ -275,7 +294,9 @@ class Answers:
         found = self.retrieved()
         row_id = self._rows.row_id
         count = np.bincount(found.of_row, minlength=len(found))
-        table = pl.DataFrame({"row_id": row_id[np.array(self._query, np.int64)], "count": count})
+        table = pl.DataFrame(
+            {"row_id": row_id[np.array(self._query, np.int64)], "count": count}
+        )
         # 1. lists of neighbours: padded to a matrix, then cut
         kind: Any
         used = np.arange(self._retriever.neighbours) < count[:, None]  # (n, neighbours)

@@ -47,14 +47,21 @@ FRACTIONS = np.array([0.0, 0.9, *2.0 ** -np.arange(1, 9)])
 SHARES = np.array(
     [0.5, *[0.5 / 9] * 9]
 )  # of the capital that a fraction stakes, at first and when shared anew
-EVENTS, MOST = 10, 0.25  # of a user, for a bet; a user's loss is cut to +-MOST, the Brier score of a coin
+EVENTS, MOST = (
+    10,
+    0.25,
+)  # of a user, for a bet; a user's loss is cut to +-MOST, the Brier score of a coin
 
 
 class Capital:
     """Capital staked against each of n nulls, 1 at first."""
 
     def __init__(self, nulls: F64) -> None:
-        self._nulls, self._shares, self._bets = nulls[:, None], np.tile(SHARES, (len(nulls), 1)), 0
+        self._nulls, self._shares, self._bets = (
+            nulls[:, None],
+            np.tile(SHARES, (len(nulls), 1)),
+            0,
+        )
         self._log = np.zeros(len(nulls))
         self.highest = np.zeros(len(nulls))  # (n,) logarithm of the highest it ever was
 
@@ -98,7 +105,12 @@ class Monitor:
     ) -> None:
         self._plan, self._heads = plan, EveryHead(plan.calibration)
         self._engine = Engine(model, self._heads, cache)
-        self.null, self.share, self._delta, self._seed = reference + tolerance, share, delta, seed
+        self.null, self.share, self._delta, self._seed = (
+            reference + tolerance,
+            share,
+            delta,
+            seed,
+        )
         self._grid = np.union1d(np.linspace(0, 1, 201)[1:], self.null)
         self._capital = Capital(self._grid)
         self._requests, self._sum = 0, 0.0
@@ -157,7 +169,11 @@ class AnswerMonitor:
     """
 
     def __init__(
-        self, base_rate: float, reference: float, tolerance: float = 0.01, delta: float = 0.01
+        self,
+        base_rate: float,
+        reference: float,
+        tolerance: float = 0.01,
+        delta: float = 0.01,
     ) -> None:
         self._base_rate, self._delta = base_rate, delta
         self.null = max(reference / 2, reference + tolerance)
@@ -211,7 +227,9 @@ def references(
     The second is None where no user has EVENTS rows there, all is where the table is not of this checkpoint.
     """
     path = run / "scores" / "valid.parquet"
-    if not path.is_file() or table_about(path).get("heads") != heads_digest(model.state_dict()):
+    if not path.is_file() or table_about(path).get("heads") != heads_digest(
+        model.state_dict()
+    ):
         return None
     tune = pl.read_parquet(path, glob=False).filter(pl.col("fold") == "tune")
     baseline = model.feature_baseline()
@@ -220,6 +238,10 @@ def references(
     losses = excess(chances, tune["label"].to_numpy(), baseline.base)
     rows = tune.select("user", "row_id", excess=pl.Series(losses)).sort("row_id")
     users = rows.group_by("user", maintain_order=True).agg(pl.col("excess").head(EVENTS))
-    means = users.filter(pl.col("excess").list.len() == EVENTS)["excess"].list.mean().clip(-MOST, MOST)
+    means = (
+        users.filter(pl.col("excess").list.len() == EVENTS)["excess"]
+        .list.mean()
+        .clip(-MOST, MOST)
+    )
     skill = float(means.to_numpy().mean()) if len(means) else None
     return float(answered(plan, plan.outputs(tune, features))[2].mean()), skill

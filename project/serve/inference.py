@@ -36,7 +36,9 @@ REST = 1.0  # seconds without a payload, after which events are taken in
 FAILED = HTTPException(503, "The inference process failed; try again.")
 
 
-def run_inference(pipe: Connection, settings: ServeSettings, load: Callable[..., Any] | None) -> None:
+def run_inference(
+    pipe: Connection, settings: ServeSettings, load: Callable[..., Any] | None
+) -> None:
     """The process: load the run, send None when it is ready, then answer numbered payloads until the pipe ends."""
     # 1. signals to the process group are the HTTP process's affair: it finishes what is in flight
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -63,7 +65,12 @@ def run_inference(pipe: Connection, settings: ServeSettings, load: Callable[...,
             except Exception:
                 logger.exception("a batch failed")
                 answers = [FAILED] * len(batch)
-            pipe.send([(number, answer) for (number, _), answer in zip(batch, answers, strict=True)])
+            pipe.send(
+                [
+                    (number, answer)
+                    for (number, _), answer in zip(batch, answers, strict=True)
+                ]
+            )
 
 
 def receive(pipe: Connection, inbox: queue.SimpleQueue[tuple[int, Any]]) -> None:
@@ -92,7 +99,9 @@ class Served:
         load: Makes the ranker of a folder; None is `Ranker.load`.
     """
 
-    def __init__(self, settings: ServeSettings, load: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self, settings: ServeSettings, load: Callable[..., Any] | None = None
+    ) -> None:
         if load is None:
             from project.serve.ranker import Ranker  # the HTTP process imports no torch
 
@@ -100,13 +109,17 @@ class Served:
         self.settings = settings
         self.store = EventStore(settings.db)
         self._load = load
-        self._loading = threading.Lock()  # held while a run is loaded beside the one that answers
+        self._loading = (
+            threading.Lock()
+        )  # held while a run is loaded beside the one that answers
         self._loaded: Any = None  # a ranker that is ready; the next batch begins with it
         self._ranker = self._warm(settings.run.resolve())
 
     def _warm(self, run: Path) -> Any:
         """A ranker that has read the store's events and scored once."""
-        ranker = self._load(run, cache_mib=self.settings.cache_mib, audit_share=self.settings.audit_share)
+        ranker = self._load(
+            run, cache_mib=self.settings.cache_mib, audit_share=self.settings.audit_share
+        )
         ranker.max_new_characters = self.settings.max_new_characters
         ranker.follow(self.store)
         (answer,) = ranker.rank_after_log([RankRequest(None, [], [Item("warm", "warm")])])
@@ -145,16 +158,27 @@ class Served:
         for payload in batch:
             match payload:
                 case RankRequest():
-                    about = {"run": run, "full_depth": ranker.full_depth, "batch": len(requests)}
+                    about = {
+                        "run": run,
+                        "full_depth": ranker.full_depth,
+                        "batch": len(requests),
+                    }
                     answers.append(replace(next(ranked), **about))
                 case ("user", name):
-                    answers.append({"known": ranker.knows_user(name), "history": ranker.history_of(name)})
+                    answers.append(
+                        {
+                            "known": ranker.knows_user(name),
+                            "history": ranker.history_of(name),
+                        }
+                    )
                 case ("about",):
                     answers.append(ranker.about | {"full_depth": ranker.full_depth})
                 case ("reload", folder):
                     free = self._loading.acquire(blocking=False)
                     if free:
-                        threading.Thread(target=self._reload, args=(folder,), daemon=True).start()
+                        threading.Thread(
+                            target=self._reload, args=(folder,), daemon=True
+                        ).start()
                     answers.append(free)
         return answers
 
@@ -167,7 +191,11 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Time, level, logger, message, further fields, traceback."""
-        line = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
+        line = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "logger": record.name,
+        }
         line |= {"message": record.getMessage()} | getattr(record, "fields", {})
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)

@@ -27,7 +27,13 @@ from project.engine.decisions import RowExits
 from project.engine.engine import Engine
 from project.engine.predict import Run
 from project.engine.prepacked import prepacked
-from project.engine.requests import PreparedRequest, StreamTokens, exit_0_of, shared_prefix, until_slots
+from project.engine.requests import (
+    PreparedRequest,
+    StreamTokens,
+    exit_0_of,
+    shared_prefix,
+    until_slots,
+)
 from project.errors import DataError, ProjectError
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
@@ -49,7 +55,9 @@ class Ranker:
     """A run, ready to rank. One thread at a time."""
 
     full_depth = False  # set by the drift alarm: nobody leaves early
-    max_new_characters: float = float("inf")  # of the new items of a request, whose texts are embedded
+    max_new_characters: float = float(
+        "inf"
+    )  # of the new items of a request, whose texts are embedded
 
     def __init__(self, folder: Path, run: Run, cache_mib: int, audit_share: float) -> None:
         model = run.model
@@ -63,17 +71,29 @@ class Ranker:
         log = split.interactions
         self._items = log.items
         self._encoder = data.encoder
-        self._codes: dict[str, int] = dict(log.items.select("item_id", "item").iter_rows())  # by item id
+        self._codes: dict[str, int] = dict(
+            log.items.select("item_id", "item").iter_rows()
+        )  # by item id
         self._titles = titles_of(log.items)  # item id by title
-        self._users: dict[str, int] = dict(log.users.select("user_id", "user").iter_rows())  # by user id
+        self._users: dict[str, int] = dict(
+            log.users.select("user_id", "user").iter_rows()
+        )  # by user id
         self._index = data.features.index()
-        rows = split.rows.filter(answered(split.rows)).select("user", "item", "row_id", "timestamp", "label")
+        rows = split.rows.filter(answered(split.rows)).select(
+            "user", "item", "row_id", "timestamp", "label"
+        )
         rows = rows.join(data.retrieved["test"], on="row_id", maintain_order="left")
         self._log = rows.sort("user", "row_id")
         # (users + 1,) where each user's rows start
-        self._of_user = np.searchsorted(self._log["user"].to_numpy(), np.arange(log.users.height + 1))
-        self._histories: dict[int, History] = {}  # of users that were asked for, or have events
-        self.seq = seen(folder)  # of the store, up to which events were observed, or are in the log
+        self._of_user = np.searchsorted(
+            self._log["user"].to_numpy(), np.arange(log.users.height + 1)
+        )
+        self._histories: dict[
+            int, History
+        ] = {}  # of users that were asked for, or have events
+        self.seq = seen(
+            folder
+        )  # of the store, up to which events were observed, or are in the log
         # 2. the model
         self._baseline = model.feature_baseline()
         model.know_items(data)
@@ -98,14 +118,20 @@ class Ranker:
             "exit_layers": list(plan.layers),
             "criterion": plan.criterion,
             "certificate": run.certificate,
-            "audits": {"share": share, "reference": reference, "alarm_above": self.monitor.null},
+            "audits": {
+                "share": share,
+                "reference": reference,
+                "alarm_above": self.monitor.null,
+            },
             "examples": {  # for the page
                 "users": log.users["user_id"].tail(EXAMPLES).reverse().to_list(),
                 "items": log.items["title"].head(EXAMPLES).to_list(),
             },
             "item_columns": self._catalogue().columns,
             "model": base,
-            "licence": SOURCES[base].licence if base in SOURCES else f"See the licence of {Path(base).name}.",
+            "licence": SOURCES[base].licence
+            if base in SOURCES
+            else f"See the licence of {Path(base).name}.",
         }
 
     @classmethod
@@ -122,7 +148,9 @@ class Ranker:
         """Observe what came to a store since the last call."""
         last, arrived = store.arrivals(self.seq)
         for what in arrived:
-            self.observe([what], []) if isinstance(what, Event) else self.observe([], [what])
+            self.observe([what], []) if isinstance(what, Event) else self.observe(
+                [], [what]
+            )
         self.seq = last
 
     def observe(self, events: Sequence[Event], items: Sequence[Mapping[str, Any]]) -> None:
@@ -136,12 +164,16 @@ class Ranker:
             # 2. the features it has now, for its prompt and for the drift alarm
             features = self._index.retrieved(user, [item], None, self._items)
             time = max(event.timestamp, self._index.latest)
-            segments = self._encoder.encode(np.array([item]), features, np.array([event.label], np.int8))
+            segments = self._encoder.encode(
+                np.array([item]), features, np.array([event.label], np.int8)
+            )
             if self.answers is not None and self.answers.awaits(user):
                 (chance,) = probabilities(self._baseline.logits(features)).tolist()
                 self.answers.observe(user, chance, event.label)
             # 3. what later requests read
-            self._history(user).add(segments.tokens.values, item, event.label, time, event.timestamp)
+            self._history(user).add(
+                segments.tokens.values, item, event.label, time, event.timestamp
+            )
             self._index.observe(user, item, event.label, time, self._items)
 
     def _learn(self, items: Sequence[Mapping[str, Any]]) -> None:
@@ -149,7 +181,9 @@ class Ranker:
         catalogue = self._catalogue()
         known = self._items.height
         for item in items:
-            columns = tuple((name, item[name]) for name in catalogue.columns if item.get(name))
+            columns = tuple(
+                (name, item[name]) for name in catalogue.columns if item.get(name)
+            )
             catalogue.add(Item(item["item_id"], item["title"], columns))
         self._items, self._encoder = self._with(catalogue)
         self._codes |= catalogue.codes.maps[0]
@@ -179,7 +213,9 @@ class Ranker:
         if stop > len(embed.items):
             more = embed.items.new_zeros(max(ROOM, stop), embed.items.shape[1])
             embed.know(torch.cat([embed.items, more]))
-        embed.items[start:stop] = torch.from_numpy(self._text_vectors.of(item_texts(new))).to(embed.items)
+        embed.items[start:stop] = torch.from_numpy(
+            self._text_vectors.of(item_texts(new))
+        ).to(embed.items)
 
     # Who and what is known
 
@@ -194,7 +230,10 @@ class Ranker:
         ids = self._items["item_id"]
         titles = self._items["title"]
         rows = self._history(self._users[user_id]).rows
-        return [{"item_id": ids[i], "title": titles[i], "label": y, "time": t} for i, y, t in rows]
+        return [
+            {"item_id": ids[i], "title": titles[i], "label": y, "time": t}
+            for i, y, t in rows
+        ]
 
     def _history(self, user: int) -> History:
         if user not in self._histories:
@@ -218,7 +257,9 @@ class Ranker:
         A user of the log is scored with all of their rows, also on items among them: this measures nothing on the log.
         An error of one request does not touch the others.
         """
-        self.full_depth |= self.monitor.alarm or (self.answers is not None and self.answers.alarm)
+        self.full_depth |= self.monitor.alarm or (
+            self.answers is not None and self.answers.alarm
+        )
         found = dict[int, Scored]()  # by place among the requests
         # 1. Items that requests bring have codes behind the known ones until the batch is done.
         catalogue = self._catalogue()
@@ -231,7 +272,9 @@ class Ranker:
                 self._check_new(catalogue.added[before:])
             except ProjectError as error:
                 resolved.pop(place, None)
-                del catalogue.added[before:]  # or they would be embedded with the others' items
+                del catalogue.added[
+                    before:
+                ]  # or they would be embedded with the others' items
                 found[place] = failed(request, error)
         items, encoder = self._with(catalogue)
         # 2. Histories, features and prompts.
@@ -239,16 +282,26 @@ class Ranker:
         features = dict[int, Retrieved]()  # of the candidates
         for place, (request, own) in resolved.items():
             try:
-                prepared[place], features[place] = self._prepare(request, own.codes, items, encoder)
+                prepared[place], features[place] = self._prepare(
+                    request, own.codes, items, encoder
+                )
             except ProjectError as error:
                 found[place] = failed(request, error)
         # 3. What full depth would cost, and which requests are audited: before the engine changes its cache.
-        kept = {p: self._cache.common(r.user, r.stream) for p, r in prepared.items() if r.user is not None}
-        audited = [p for p in prepared if not self.full_depth and self.monitor.draws(requests[p])]
+        kept = {
+            p: self._cache.common(r.user, r.stream)
+            for p, r in prepared.items()
+            if r.user is not None
+        }
+        audited = [
+            p for p in prepared if not self.full_depth and self.monitor.draws(requests[p])
+        ]
         # 4. Scores; an audit's come from a run to full depth.
         engine = self._whole if self.full_depth else self._engine
         others = [p for p in prepared if p not in audited]
-        scored = dict(zip(others, engine.score([prepared[p] for p in others]).requests, strict=True))
+        scored = dict(
+            zip(others, engine.score([prepared[p] for p in others]).requests, strict=True)
+        )
         audits = {p: self.monitor.audit(prepared[p]) for p in audited}
         # 5. Responses.
         titles = items["title"]
@@ -261,7 +314,9 @@ class Ranker:
             found[place] = replace(
                 score,
                 item_ids=item_ids,
-                titles=titles.gather([own.codes[item_id] for item_id in item_ids]).to_list(),
+                titles=titles.gather(
+                    [own.codes[item_id] for item_id in item_ids]
+                ).to_list(),
                 features={name: columns[name] for name in COLUMNS if name in columns},
                 full_depth_token_layers=self._model.depth * tokens,
                 audit=full,
@@ -271,7 +326,12 @@ class Ranker:
 
     def _check_new(self, items: Sequence[Mapping[str, Any]]) -> None:
         """Raise `DataError` where a request's new items have more text than may be embedded for it."""
-        texts = [value for item in items for name, value in item.items() if name not in ("item", "item_id")]
+        texts = [
+            value
+            for item in items
+            for name, value in item.items()
+            if name not in ("item", "item_id")
+        ]
         characters = sum(map(len, texts))
         if characters > self.max_new_characters:
             raise DataError(
@@ -281,10 +341,16 @@ class Ranker:
 
     def prepare(self, request: RankRequest) -> PreparedRequest:
         """A request for items of the log as the engine gets it: prefix, features and exit 0, after the log."""
-        return self._prepare(replace(request, time=None), self._codes, self._items, self._encoder)[0]
+        return self._prepare(
+            replace(request, time=None), self._codes, self._items, self._encoder
+        )[0]
 
     def _prepare(
-        self, request: RankRequest, codes: Mapping[str, int], items: pl.DataFrame, encoder: PromptEncoder
+        self,
+        request: RankRequest,
+        codes: Mapping[str, int],
+        items: pl.DataFrame,
+        encoder: PromptEncoder,
     ) -> tuple[PreparedRequest, Retrieved]:
         """The request, whose items are ids, for the engine; and retrieved features of its candidates."""
         limit = self._data.context_tokens
@@ -301,10 +367,14 @@ class Ranker:
             # 2. a history of its own, whose rows are answered with the candidates
             user = self._index.guest
             history = History()
-            past = in_time([(codes[item], label, at) for item, label, at in request.past(now)])
+            past = in_time(
+                [(codes[item], label, at) for item, label, at in request.past(now)]
+            )
             found = self._index.retrieved(user, candidates, past, items, now)
             item, label = np.array([row[:2] for row in past], np.int64).reshape(-1, 2).T
-            tokens = encoder.encode(item, found.rows(slice(0, len(past))), label.astype(np.int8)).tokens
+            tokens = encoder.encode(
+                item, found.rows(slice(0, len(past))), label.astype(np.int8)
+            ).tokens
             for k, row in enumerate(past):
                 history.add(tokens[k], *row, row[2])
             found = found.rows(slice(len(past), None))
@@ -324,7 +394,9 @@ class Ranker:
             until_slots(segments.tokens, segments.slots),
             exit_0_of(self._baseline, numbers),
             numbers,
-            request.user_id if known else None,  # a history that a request brings is not kept
+            request.user_id
+            if known
+            else None,  # a history that a request brings is not kept
             np.inf if request.deadline is None else request.deadline,
         )
         return prepared, found
@@ -336,7 +408,9 @@ class History:
     def __init__(self) -> None:
         self.tokens = list[I64]()  # of each segment
         self.times = list[float]()  # seconds as which segments read
-        self.rows = list[tuple[int, int, float]]()  # item, label, seconds by which the row is dated
+        self.rows = list[
+            tuple[int, int, float]
+        ]()  # item, label, seconds by which the row is dated
         self._prefix: StreamTokens | None = None
 
     def add(self, tokens: I64, item: int, label: int, time: float, dated: float) -> None:
@@ -350,7 +424,9 @@ class History:
         """The tokens that all candidates see."""
         if self._prefix is None:
             lists = Ragged.of([part.tolist() for part in self.tokens])
-            self._prefix = shared_prefix(instruction, lists, np.array(self.times), context_tokens)
+            self._prefix = shared_prefix(
+                instruction, lists, np.array(self.times), context_tokens
+            )
         return self._prefix
 
 

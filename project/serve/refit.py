@@ -21,11 +21,17 @@ from project.serve.store import SEEN, Event, EventStore, label_rule, seen
 def run_refit(arguments: Sequence[str]) -> Path:
     """The command: `fit` in a process of its own; prints the new run's folder."""
     parser = argparse.ArgumentParser("python -m project refit", description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run that is served")
-    parser.add_argument("--db", required=True, help="address of the store, such as sqlite:///events.db")
+    parser.add_argument(
+        "--run", type=Path, required=True, help="folder of the run that is served"
+    )
+    parser.add_argument(
+        "--db", required=True, help="address of the store, such as sqlite:///events.db"
+    )
     given = parser.parse_args(arguments)
     config, last = grown_log(given.run.resolve(), EventStore(given.db))
-    subprocess.run([sys.executable, "-m", "project", "fit", "--config", str(config)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "project", "fit", "--config", str(config)], check=True
+    )
     folder = (config.parent.parent / "latest").resolve()
     write_json(folder / SEEN, {"seq": last, "label": label_rule(given.run)})
     print(f"written: {folder}")
@@ -36,11 +42,15 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     """Write the log with its events as tables beside the run, and the configuration that reads them; and the `seq`."""
     _, data = open_run(run)
     if data.protocol.split == "given":
-        raise ConfigError("data.protocol.split is given, which knows no events; expected a split by time.")
+        raise ConfigError(
+            "data.protocol.split is given, which knows no events; expected a split by time."
+        )
     # 1. the log and the events, by ids; of a row that stands twice the later
     last, arrived = store.arrivals(seen(run))
     log, rows = data.split.interactions, data.split.rows.filter(answered(data.split.rows))
-    old = rows.join(log.users, on="user").join(log.items.select("item", "item_id"), on="item")
+    old = rows.join(log.users, on="user").join(
+        log.items.select("item", "item_id"), on="item"
+    )
     events = pl.DataFrame(
         [e for e in arrived if isinstance(e, Event)],
         {name: old.schema.get(name, pl.String) for name in Event._fields},
@@ -54,14 +64,19 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     # 2. items: of several versions the last; those of events that nobody described have their id as title
     known = log.items.drop("item")
     named = interactions.select("item_id", title="item_id").unique(maintain_order=True)
-    brought = pl.DataFrame([what for what in arrived if not isinstance(what, Event)], known.schema)
+    brought = pl.DataFrame(
+        [what for what in arrived if not isinstance(what, Event)], known.schema
+    )
     tables = [named.join(known, on="item_id", how="anti"), known, brought]
     items = pl.concat(tables, how="diagonal").fill_null("")
     items = items.unique("item_id", keep="last", maintain_order=True)
     # 3. files, and the run's configuration with these logs
     folder = run.parent / f"log_{last}"
     folder.mkdir(exist_ok=True)
-    files = {"interactions": folder / "interactions.parquet", "items": folder / "items.parquet"}
+    files = {
+        "interactions": folder / "interactions.parquet",
+        "items": folder / "items.parquet",
+    }
     replace_file(files["interactions"], interactions.write_parquet)
     replace_file(files["items"], items.write_parquet)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -70,7 +85,10 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
             f"--run {run} was exported and cannot be fitted; expected the run that it came from."
         )
     init_args = {name: str(file) for name, file in files.items()}
-    config["data"]["logs"] = {"class_path": "project.data.logs.TableLogs", "init_args": init_args}
+    config["data"]["logs"] = {
+        "class_path": "project.data.logs.TableLogs",
+        "init_args": init_args,
+    }
     label = CLICKED if data.protocol.label == CLICKED else None
     config["data"]["protocol"] |= {"label": label, "drop_ratings": []}
     place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": None}
@@ -78,4 +96,6 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
         if logger["class_path"].rpartition(".")[2] in ("CSVLogger", "RunLogger"):
             logger["init_args"] |= place
     text = yaml.safe_dump(config, sort_keys=False)
-    return replace_file(folder / "config.yaml", lambda part: part.write_text(text, encoding="utf-8")), last
+    return replace_file(
+        folder / "config.yaml", lambda part: part.write_text(text, encoding="utf-8")
+    ), last

@@ -39,7 +39,14 @@ from project.serve.store import Added, EventStore
 
 logger = logging.getLogger("project.serve")
 PROBES = ("/healthz", "/readyz", "/metrics")
-PUBLIC = (*PROBES, "/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")  # need no token
+PUBLIC = (
+    *PROBES,
+    "/",
+    "/docs",
+    "/docs/oauth2-redirect",
+    "/redoc",
+    "/openapi.json",
+)  # need no token
 MIB = 2**20
 
 
@@ -56,12 +63,18 @@ class Metrics:
         gauge = partial(Gauge, registry=self.registry)
         self.requests = counter("exitrec_requests", "Requests", ["route", "status"])
         self.seconds = histogram("exitrec_request_seconds", "Latency", ["route"])
-        self.exits = counter("exitrec_candidates", "Candidates by the exit they left at", ["exit"])
+        self.exits = counter(
+            "exitrec_candidates", "Candidates by the exit they left at", ["exit"]
+        )
         sizes = (1, 2, 4, 8, 16, 32, 64, 128)
-        self.batch = histogram("exitrec_batch_requests", "Requests scored together", buckets=sizes)
+        self.batch = histogram(
+            "exitrec_batch_requests", "Requests scored together", buckets=sizes
+        )
         self.layers = counter("exitrec_token_layers", "Token-layers that ran")
         self.full = counter("exitrec_full_depth_token_layers", "Token-layers of full depth")
-        self.histories = counter("exitrec_histories", "Users' histories, by whether in memory", ["cached"])
+        self.histories = counter(
+            "exitrec_histories", "Users' histories, by whether in memory", ["cached"]
+        )
         self.late = counter("exitrec_late", "Requests that their deadline cut")
         self.audits = counter("exitrec_audits", "Requests that also ran to full depth")
         self.events = counter("exitrec_events", "Events that were new")
@@ -113,9 +126,16 @@ class Observed:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, status).inc()
             self.metrics.seconds.labels(route).observe(seconds)
-            about = {"id": name, "method": scope["method"], "path": scope["path"], "status": status}
+            about = {
+                "id": name,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+            }
             level = logging.DEBUG if route in PROBES else logging.INFO
-            logger.log(level, "request", extra={"fields": about | {"ms": round(1000 * seconds, 2)}})
+            logger.log(
+                level, "request", extra={"fields": about | {"ms": round(1000 * seconds, 2)}}
+            )
 
 
 # What comes before a body is read, and errors
@@ -135,7 +155,9 @@ class Guard:
             return
         headers = Headers(scope=scope)
         most = int(self.settings.max_body_mib * MIB)
-        too_long = HTTPException(413, f"The body has more than {most:,} bytes (--max_body_mib).")
+        too_long = HTTPException(
+            413, f"The body has more than {most:,} bytes (--max_body_mib)."
+        )
         read = 0  # bytes
 
         async def counted() -> Message:
@@ -182,7 +204,11 @@ def error_response(found: Exception) -> JSONResponse:
     status, text, headers = 422, str(found), None
     match found:
         case AnyHTTPException():
-            status, text, headers = found.status_code, str(found.detail), dict(found.headers or {})
+            status, text, headers = (
+                found.status_code,
+                str(found.detail),
+                dict(found.headers or {}),
+            )
             if status == 400 and "parsing the body" in text:
                 text = "The body cannot be read as JSON: too deep, a number too long, or no UTF-8."
         case RequestValidationError():
@@ -195,10 +221,15 @@ def error_response(found: Exception) -> JSONResponse:
                 text = "; ".join(f"{where}: {what}" for where, what in problems[:3]) + more
         case SQLAlchemyError():
             logger.error("database", extra={"fields": {"error": text}})
-            status, text = 503, "The database of events does not answer; nothing was kept. Try again."
+            status, text = (
+                503,
+                "The database of events does not answer; nothing was kept. Try again.",
+            )
     kinds = {429: "overloaded", 424: "backend", 500: "backend", 503: "unhealthy"}
     clean = text.encode(errors="replace").decode()
-    return JSONResponse({"error": clean, "error_type": kinds.get(status, "validation")}, status, headers)
+    return JSONResponse(
+        {"error": clean, "error_type": kinds.get(status, "validation")}, status, headers
+    )
 
 
 async def answer_error(request: Request, found: Exception) -> JSONResponse:
@@ -232,7 +263,9 @@ class Desk:
         """Raise `DataError` about a column that the run's items table has not."""
         names = [name for item in items for name in item.model_extra or ()]
         if names:
-            check_names(names, (await self.ask(("about",)))["item_columns"], "unknown column")
+            check_names(
+                names, (await self.ask(("about",)))["item_columns"], "unknown column"
+            )
 
     def keep(self, events: Sequence[shapes.EventBody]) -> Added:
         """Store events and the items that they bring."""
@@ -255,7 +288,9 @@ BEARER = HTTPBearer(auto_error=False, description="Where the server has a token.
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Error} for status in (400, 401, 409, 413, 422, 429, 503)
 }
-router = APIRouter(dependencies=[Depends(BEARER)], responses=ERRORS)  # for /docs: `Guard` checks the token
+router = APIRouter(
+    dependencies=[Depends(BEARER)], responses=ERRORS
+)  # for /docs: `Guard` checks the token
 public = APIRouter()
 
 
@@ -281,9 +316,13 @@ async def rank(body: shapes.RankBody, request: Request, desk: Here) -> shapes.Ra
 
 @router.post("/v1/rerank", response_model_exclude_none=True)
 @router.post("/v2/rerank", response_model_exclude_none=True)
-async def cohere(body: shapes.CohereBody, request: Request, desk: Here) -> shapes.CohereResponse:
+async def cohere(
+    body: shapes.CohereBody, request: Request, desk: Here
+) -> shapes.CohereResponse:
     """Cohere's rerank."""
-    return shapes.cohere_response(body, await desk.rank(body.request(body.documents, request.state.id)))
+    return shapes.cohere_response(
+        body, await desk.rank(body.request(body.documents, request.state.id))
+    )
 
 
 @router.post("/rerank", response_model_exclude_none=True)
@@ -293,7 +332,9 @@ async def rerank(
     """Cohere's rerank, or TEI's, which has `texts`."""
     if isinstance(body, shapes.CohereBody):
         return await cohere(body, request, desk)
-    return shapes.tei_response(body, await desk.rank(body.request(body.texts, request.state.id)))
+    return shapes.tei_response(
+        body, await desk.rank(body.request(body.texts, request.state.id))
+    )
 
 
 # 2. Events
@@ -323,7 +364,9 @@ async def items(
 ) -> dict[str, int]:
     """Make items known: item_id, title and other columns of the items table."""
     await desk.check_columns(body)
-    await run_in_threadpool(desk.store.put_items, [item.model_dump(exclude_none=True) for item in body])
+    await run_in_threadpool(
+        desk.store.put_items, [item.model_dump(exclude_none=True) for item in body]
+    )
     return {"items": len(body)}
 
 
@@ -347,7 +390,9 @@ async def reload(desk: Here) -> dict[str, str]:
     """Load the newest run beside the one that answers, and switch to it; /info tells when."""
     run = str(desk.settings.newest())
     if not await desk.ask(("reload", run)):
-        raise HTTPException(409, "A run is being loaded already; ask again when /info names it.")
+        raise HTTPException(
+            409, "A run is being loaded already; ask again when /info names it."
+        )
     return {"loading": run}
 
 

@@ -41,13 +41,18 @@ class Inference:
     """
 
     def __init__(
-        self, settings: ServeSettings, load: Callable[..., Any] | None, stop: Callable[[], None]
+        self,
+        settings: ServeSettings,
+        load: Callable[..., Any] | None,
+        stop: Callable[[], None],
     ) -> None:
         self._arguments = settings, load
         self._most = settings.max_waiting_requests
         self._stop = stop
         self._numbers = count()
-        self.waiting: dict[int, tuple[object, asyncio.Future[Any]]] = {}  # by number, in the order they came
+        self.waiting: dict[
+            int, tuple[object, asyncio.Future[Any]]
+        ] = {}  # by number, in the order they came
         self.ready = False  # the model is warm; until then payloads wait here
         self.failed = False  # the run cannot be loaded
         self._process: BaseProcess | None = None  # until the event loop runs
@@ -135,7 +140,9 @@ def make_app(inference: Inference, settings: ServeSettings, rule: str | None) ->
     """The routes around an inference process that starts and ends with them; `rule` makes ratings labels."""
 
     def reload() -> None:
-        app.state.reloading = asyncio.ensure_future(inference.ask(("reload", str(settings.newest()))))
+        app.state.reloading = asyncio.ensure_future(
+            inference.ask(("reload", str(settings.newest())))
+        )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -146,7 +153,9 @@ def make_app(inference: Inference, settings: ServeSettings, rule: str | None) ->
     app = FastAPI(title="exitrec", lifespan=lifespan)
     metrics = Metrics(lambda: len(inference.waiting))
     ready = lambda: inference.ready  # noqa: E731
-    add_routes(app, Desk(inference.ask, ready, settings, EventStore(settings.db), rule, metrics))
+    add_routes(
+        app, Desk(inference.ask, ready, settings, EventStore(settings.db), rule, metrics)
+    )
     return app
 
 
@@ -154,7 +163,9 @@ def run_serve(arguments: Sequence[str], load: Callable[..., Any] | None = None) 
     """The command `serve`: answers until it is told to stop, then finishes what is in flight."""
     # 1. settings
     about: dict[str, Any] = {"prog": "python -m project serve", "description": __doc__}
-    parser = ArgumentParser(exit_on_error=False, default_env=True, env_prefix="EXITREC", **about)
+    parser = ArgumentParser(
+        exit_on_error=False, default_env=True, env_prefix="EXITREC", **about
+    )
     parser.add_class_arguments(ServeSettings)
     try:
         settings = ServeSettings(**parser.parse_args(list(arguments)).as_dict())
@@ -165,7 +176,11 @@ def run_serve(arguments: Sequence[str], load: Callable[..., Any] | None = None) 
     rule = label_rule(settings.run)
     inference = Inference(settings, load, stop=lambda: setattr(http, "should_exit", True))
     app = make_app(inference, settings, rule)
-    options: dict[str, Any] = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": LEAVING}
+    options: dict[str, Any] = {
+        "log_config": None,
+        "access_log": False,
+        "timeout_graceful_shutdown": LEAVING,
+    }
     http = uvicorn.Server(uvicorn.Config(app, settings.host, settings.port, **options))
     # 3. until a signal: uvicorn finishes what is in flight, then raises the signal again
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -178,4 +193,6 @@ def run_serve(arguments: Sequence[str], load: Callable[..., Any] | None = None) 
         inference.close()
         sys.stderr = sys.__stderr__
     if inference.failed:
-        raise ConfigError(f"--run {settings.run} could not be loaded; the log above says why.")
+        raise ConfigError(
+            f"--run {settings.run} could not be loaded; the log above says why."
+        )

@@ -38,7 +38,13 @@ from project.serve.settings import ServeSettings
 from project.serve.store import Event
 
 AHEAD = 60.0  # seconds that the clock of a client may be fast
-CONDITIONS = {">": gt, ">=": ge, "=": eq, "<": lt, "<=": le}  # on the value of Gorse's feedback
+CONDITIONS = {
+    ">": gt,
+    ">=": ge,
+    "=": eq,
+    "<": lt,
+    "<=": le,
+}  # on the value of Gorse's feedback
 
 
 LIMITS: ContextVar[ServeSettings] = ContextVar("LIMITS")  # of the server that parses a body
@@ -54,7 +60,9 @@ def _limit(name: str, count: int, sentence: str) -> None:
 
 def _storable(text: str) -> str:
     _limit("max_title_characters", len(text), "a text has {} characters")
-    if "\0" in text or (not text.isascii() and text != text.encode(errors="ignore").decode()):
+    if "\0" in text or (
+        not text.isascii() and text != text.encode(errors="ignore").decode()
+    ):
         raise ValueError("it holds a NUL or half a surrogate pair, which databases refuse")
     return text
 
@@ -121,7 +129,9 @@ class Document(BaseModel):
 
     def item(self) -> Item:
         """An empty id is that of the title."""
-        return Item(self.item_id or "", self.title or "", tuple((self.model_extra or {}).items()))
+        return Item(
+            self.item_id or "", self.title or "", tuple((self.model_extra or {}).items())
+        )
 
 
 class ItemBody(Document, extra="allow"):
@@ -138,18 +148,24 @@ class HistoryRowBody(ItemBody):
     time: Finite | None = Field(None, ge=0, description="Seconds since 1970.")
 
 
-Candidate = Annotated[Annotated[Id, Tag("<id>")] | Annotated[ItemBody, Tag("<item>")], Discriminator(_kind)]
+Candidate = Annotated[
+    Annotated[Id, Tag("<id>")] | Annotated[ItemBody, Tag("<item>")], Discriminator(_kind)
+]
 
 
 class Options(BaseModel):
     """Keys that every scoring request may have; Cohere's client sends them as `additional_body_parameters`."""
 
-    deadline_ms: Finite | None = Field(None, gt=0, le=3_600_000, description="Then the deepest exit answers.")
+    deadline_ms: Finite | None = Field(
+        None, gt=0, le=3_600_000, description="Then the deepest exit answers."
+    )
 
     @property
     def deadline(self) -> float | None:
         """time.monotonic() seconds, counted from now."""
-        return None if self.deadline_ms is None else time.monotonic() + self.deadline_ms / 1000
+        return (
+            None if self.deadline_ms is None else time.monotonic() + self.deadline_ms / 1000
+        )
 
 
 class RankBody(Options):
@@ -164,7 +180,9 @@ class RankBody(Options):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, body: Any) -> Any:
-        check_names(body if isinstance(body, dict) else (), list(cls.model_fields), "unknown key")
+        check_names(
+            body if isinstance(body, dict) else (), list(cls.model_fields), "unknown key"
+        )
         return body
 
     @model_validator(mode="after")
@@ -178,7 +196,9 @@ class RankBody(Options):
         rows = self.history
         return RankRequest(
             self.user_id,
-            None if rows is None else [HistoryRow(row.item(), row.label, row.time) for row in rows],
+            None
+            if rows is None
+            else [HistoryRow(row.item(), row.label, row.time) for row in rows],
             [c if isinstance(c, str) else c.item() for c in self.candidates],
             self.deadline,
             self.top_n,
@@ -197,13 +217,18 @@ class Queried(Options):
     def request(self, texts: Sequence[str | Document], name: str) -> RankRequest:
         """A text is an item id, a known title, or the title of a new item; a query nobody's id is a liked item."""
         # 1. candidates: by their texts, and by ids where the client knows them
-        items = [Item(title=text) if isinstance(text, str) else text.item() for text in texts]
+        items = [
+            Item(title=text) if isinstance(text, str) else text.item() for text in texts
+        ]
         if self.item_ids is not None:
             if len(self.item_ids) != len(items):
                 raise DataError(
                     f"item_ids has {len(self.item_ids)} ids for {len(items)} texts; give one each."
                 )
-            items = [item._replace(item_id=one) for item, one in zip(items, self.item_ids, strict=True)]
+            items = [
+                item._replace(item_id=one)
+                for item, one in zip(items, self.item_ids, strict=True)
+            ]
         # 2. who asks: a user that the client names, else the query, a user or a text that somebody liked
         if self.user_id:
             return RankRequest(self.user_id, None, items, self.deadline, request_id=name)
@@ -229,7 +254,11 @@ class TeiBody(Queried):
 
 RerankBody = Annotated[
     Annotated[CohereBody, Tag("<documents>")] | Annotated[TeiBody, Tag("<texts>")],
-    Discriminator(lambda body: "<texts>" if isinstance(body, dict) and "texts" in body else "<documents>"),
+    Discriminator(
+        lambda body: (
+            "<texts>" if isinstance(body, dict) and "texts" in body else "<documents>"
+        )
+    ),
 ]
 """`/rerank` is Cohere's and TEI's; they differ in a key."""
 
@@ -262,7 +291,9 @@ class RankResponse(BaseModel):
     model: str
     items: list[RankedItem]
     usage: Usage
-    depth_saved: float = Field(description="Share of full depth's token-layers that was not run.")
+    depth_saved: float = Field(
+        description="Share of full depth's token-layers that was not run."
+    )
     late: bool
     full_depth: bool
 
@@ -311,7 +342,11 @@ def rank_response(found: Scored, top_n: int | None) -> RankResponse:
             title=found.titles[k],
             probability=chance[k],
             exit_layer=layer[k],
-            why={name: values[k] for name, values in columns.items() if values[k] == values[k]},
+            why={
+                name: values[k]
+                for name, values in columns.items()
+                if values[k] == values[k]
+            },
         )
         for k in best_first(found, top_n)
     ]
@@ -333,11 +368,15 @@ def cohere_response(body: CohereBody, found: Scored) -> CohereResponse:
     chance = found.probabilities.tolist()
     layer = found.exit_layers.tolist()
     results = [
-        CohereResult(index=k, relevance_score=chance[k], exit_layer=layer[k], document=shown[k])
+        CohereResult(
+            index=k, relevance_score=chance[k], exit_layer=layer[k], document=shown[k]
+        )
         for k in best_first(found, body.top_n)
     ]
     usage = Usage.model_validate(found)
-    return CohereResponse(id=found.request_id, model=found.run, results=results, usage=usage)
+    return CohereResponse(
+        id=found.request_id, model=found.run, results=results, usage=usage
+    )
 
 
 def tei_response(body: TeiBody, found: Scored) -> list[TeiResult]:
@@ -354,7 +393,11 @@ class NewItem(ItemBody):
     """An item that becomes known."""
 
     item_id: Id
-    title: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(_storable)]
+    title: Annotated[
+        str,
+        StringConstraints(strip_whitespace=True, min_length=1),
+        AfterValidator(_storable),
+    ]
 
 
 class EventBody(ItemBody):
@@ -405,7 +448,9 @@ class GorseFeedback(BaseModel):
 
     def _is_one_of(self, types: str) -> bool:
         """Whether it is of one of these types, whose condition holds for its value (0 where it has none)."""
-        for name, sign, value in re.findall(r"([^\s,<>=]+)\s*(?:([<>=]+)\s*([\d.+-]+))?", types):
+        for name, sign, value in re.findall(
+            r"([^\s,<>=]+)\s*(?:([<>=]+)\s*([\d.+-]+))?", types
+        ):
             if name == self.FeedbackType:
                 return not sign or bool(CONDITIONS[sign](self.Value or 0.0, float(value)))
         return False
@@ -418,11 +463,15 @@ def labelled(events: Sequence[EventBody], rule: str | None) -> list[Event]:
     for k, event in enumerate(events):
         where = f"event {k} ({event.event_id!r})"
         if event.timestamp > latest:
-            raise DataError(f"{where} is dated {event.timestamp:.0f}, after now; give seconds since 1970.")
+            raise DataError(
+                f"{where} is dated {event.timestamp:.0f}, after now; give seconds since 1970."
+            )
         if event.label is None and event.rating is None and rule != CLICKED:
             raise DataError(f"{where} has neither rating nor label; give one.")
         if event.label is None and rule is None:
-            raise DataError(f"{where} has a rating, but this run's log has labels 0 and 1; give a label.")
+            raise DataError(
+                f"{where} has a rating, but this run's log has labels 0 and 1; give a label."
+            )
     # 2. the rule, for events without a label of their own
     ratings = pl.DataFrame(
         {"rating": [e.rating for e in events], "label": [e.label for e in events]},

@@ -19,7 +19,9 @@ import yaml  # type: ignore[import-untyped]  # as in project.export
 from project.errors import ConfigError
 
 TOGETHER = 500  # ids in one look-up; databases limit the parameters of a statement
-SEEN = "events.json"  # in a run's folder: up to which `seq` of a store its log has the events
+SEEN = (
+    "events.json"  # in a run's folder: up to which `seq` of a store its log has the events
+)
 
 
 def seen(run: Path) -> int:
@@ -52,12 +54,17 @@ class Added(NamedTuple):
     """What became of events."""
 
     new: int  # were not known
-    conflict: list[str]  # event_ids that are known with another user, item, label or time: the first stays
+    conflict: list[
+        str
+    ]  # event_ids that are known with another user, item, label or time: the first stays
 
 
 TABLES = sa.MetaData()
 CLOCK = sa.Table(
-    "clock", TABLES, sa.Column("id", sa.Integer, primary_key=True), sa.Column("seq", sa.BigInteger)
+    "clock",
+    TABLES,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("seq", sa.BigInteger),
 )
 EVENTS = sa.Table(
     "events",
@@ -90,7 +97,9 @@ class EventStore:
             address = sa.make_url(url)
             if address.drivername == "postgresql":
                 address = address.set(drivername="postgresql+psycopg")
-            self._engine = sa.create_engine(address, pool_pre_ping=True, hide_parameters=True)
+            self._engine = sa.create_engine(
+                address, pool_pre_ping=True, hide_parameters=True
+            )
         except (sa.exc.ArgumentError, ImportError, ValueError) as error:
             text = f"--db is no address of a database that can be used ({error}); expected an address such as"
             raise ConfigError(
@@ -111,12 +120,19 @@ class EventStore:
             pass
         except sa.exc.DBAPIError as error:
             reason = " ".join(str(error.orig).split())
-            raise ConfigError(f"--db is {shown}, which cannot be opened: {reason}.") from None
+            raise ConfigError(
+                f"--db is {shown}, which cannot be opened: {reason}."
+            ) from None
         for table in TABLES.sorted_tables:
-            found = {column["name"] for column in sa.inspect(self._engine).get_columns(table.name)}
+            found = {
+                column["name"]
+                for column in sa.inspect(self._engine).get_columns(table.name)
+            }
             if found != set(table.c.keys()):
                 text = f"which has a table {table.name} of another kind (columns {', '.join(sorted(found))})"
-                raise ConfigError(f"--db is {shown}, {text}; expected a database of its own.")
+                raise ConfigError(
+                    f"--db is {shown}, {text}; expected a database of its own."
+                )
 
     def add(self, events: Sequence[Event]) -> Added:
         """Keep events. One whose event_id is known changes nothing."""
@@ -126,22 +142,30 @@ class EventStore:
             if rows.setdefault(event.event_id, event) != event:
                 conflict.append(event.event_id)
         # 2. and among all
-        new, known = self._write(EVENTS.c.event_id, {name: event._asdict() for name, event in rows.items()})
+        new, known = self._write(
+            EVENTS.c.event_id, {name: event._asdict() for name, event in rows.items()}
+        )
         conflict += [name for _, name, *rest in known if rows[name] != Event(name, *rest)]
         return Added(new, sorted(set(conflict)))
 
     def put_items(self, items: Sequence[dict[str, str]]) -> None:
         """Keep items: item_id, title and other columns of the items table. The same once more changes nothing."""
         texts = [json.dumps(item, sort_keys=True) for item in items]
-        rows = [{"digest": hashlib.sha256(t.encode()).hexdigest(), "columns": t} for t in texts]
+        rows = [
+            {"digest": hashlib.sha256(t.encode()).hexdigest(), "columns": t} for t in texts
+        ]
         self._write(ITEMS.c.digest, {row["digest"]: row for row in rows})
 
-    def _write(self, key: sa.Column[str], rows: dict[str, dict[str, Any]]) -> tuple[int, list[Any]]:
+    def _write(
+        self, key: sa.Column[str], rows: dict[str, dict[str, Any]]
+    ) -> tuple[int, list[Any]]:
         """Insert the rows whose key is new: how many they are, and the rows of the table that had the others' keys."""
         known = list[Any]()
         with self._writing, self._engine.begin() as connection:
             # 1. room in the order of commits: waits for other writers
-            tick = sa.update(CLOCK).values(seq=CLOCK.c.seq + len(rows)).returning(CLOCK.c.seq)
+            tick = (
+                sa.update(CLOCK).values(seq=CLOCK.c.seq + len(rows)).returning(CLOCK.c.seq)
+            )
             last = connection.execute(tick).scalar_one()
             # 2. known keys
             names = list(rows)
@@ -151,7 +175,10 @@ class EventStore:
             for row in known:
                 del rows[row._mapping[key]]
             # 3. the others
-            new = [{"seq": last - len(rows) + 1 + k, **row} for k, row in enumerate(rows.values())]
+            new = [
+                {"seq": last - len(rows) + 1 + k, **row}
+                for k, row in enumerate(rows.values())
+            ]
             if new:
                 connection.execute(sa.insert(key.table), new)
         return len(new), known
@@ -165,9 +192,13 @@ class EventStore:
             last = int(connection.execute(sa.select(CLOCK.c.seq)).scalar_one())
             rows = list[Any]()
             for table in (EVENTS, ITEMS) if last > seq else ():
-                rows += connection.execute(sa.select(table).where(table.c.seq.between(seq + 1, last)))
+                rows += connection.execute(
+                    sa.select(table).where(table.c.seq.between(seq + 1, last))
+                )
         rows.sort(key=lambda row: row[0])
-        return last, [Event(*rest) if len(rest) > 2 else json.loads(rest[1]) for _, *rest in rows]
+        return last, [
+            Event(*rest) if len(rest) > 2 else json.loads(rest[1]) for _, *rest in rows
+        ]
 
     def close(self) -> None:
         """Close all connections."""

@@ -18,7 +18,14 @@ from jsonargparse import ArgumentParser
 from world import given, result
 
 from project import trainer as commands
-from project.data.protocol import FOLDS, ROLES, SPLITS, Interactions, Protocol, SplitInteractions
+from project.data.protocol import (
+    FOLDS,
+    ROLES,
+    SPLITS,
+    Interactions,
+    Protocol,
+    SplitInteractions,
+)
 from project.datamodule import InteractionData
 from project.errors import DataError
 from project.evaluation import networks
@@ -63,7 +70,11 @@ def make_split(rows: pl.DataFrame) -> SplitInteractions:
 
     Valid's folds go by user: select, tune, certify, and so on.
     """
-    fold = pl.col("user").mod(3).replace_strict(dict(enumerate(FOLDS)), return_dtype=pl.Enum(FOLDS))
+    fold = (
+        pl.col("user")
+        .mod(3)
+        .replace_strict(dict(enumerate(FOLDS)), return_dtype=pl.Enum(FOLDS))
+    )
     rows = numbered(rows).with_columns(
         pl.col("user", "item").cast(pl.Int32),
         pl.col("timestamp").cast(pl.Float64),
@@ -79,11 +90,15 @@ def make_split(rows: pl.DataFrame) -> SplitInteractions:
             "item_id": [f"i{i}" for i in range(ITEMS)],
             "title": ["the same title"] * ITEMS,
             "year": [str(1990 + i % 4) for i in range(ITEMS)],
-            "genres": [["Drama", "Drama|War", "Comedy  War", ""][i % 4] for i in range(ITEMS)],
+            "genres": [
+                ["Drama", "Drama|War", "Comedy  War", ""][i % 4] for i in range(ITEMS)
+            ],
         }
     )
     digest = hashlib.sha256(rows.write_csv().encode()).hexdigest()[:16]
-    return SplitInteractions(Interactions(rows, users, items, {}), rows, Protocol(), {}, digest)
+    return SplitInteractions(
+        Interactions(rows, users, items, {}), rows, Protocol(), {}, digest
+    )
 
 
 def draw(kind: str, size: int = 300) -> pl.DataFrame:
@@ -92,11 +107,18 @@ def draw(kind: str, size: int = 300) -> pl.DataFrame:
     user, item = rng.integers(0, USERS, size), rng.integers(0, ITEMS, size)
     kindness, quality = rng.normal(size=USERS), rng.normal(size=ITEMS)
     chance = 1 / (1 + np.exp(-2.5 * (kindness[user] + quality[item])))
-    seconds, label = rng.integers(0, size // 3, size), (rng.random(size) < chance).astype(int)
+    seconds, label = (
+        rng.integers(0, size // 3, size),
+        (rng.random(size) < chance).astype(int),
+    )
     table = pl.DataFrame({"user": user, "item": item, "timestamp": seconds, "label": label})
     table = table.sort("timestamp", "user", "item")
     late = table["timestamp"].to_numpy() / (size // 3)
-    code = (late > 0.6).astype(int) + (late > 0.8) if kind == "by_time" else rng.integers(0, 3, size)
+    code = (
+        (late > 0.6).astype(int) + (late > 0.8)
+        if kind == "by_time"
+        else rng.integers(0, 3, size)
+    )
     return table.with_columns(split=pl.Series([SPLITS[c] for c in code]))
 
 
@@ -104,12 +126,18 @@ def features_of(rows: pl.DataFrame, folder: Path) -> Fitted:
     """The split log, its retrieved features and the features fitted on them."""
     split = make_split(rows)
     retrieved = RetrievedFeatures(split, ItemKNN(), 5, folder).tables()
-    return split, retrieved, NetworkFeatures.fit(split.rows, split.interactions.items, retrieved)
+    return (
+        split,
+        retrieved,
+        NetworkFeatures.fit(split.rows, split.interactions.items, retrieved),
+    )
 
 
 @pytest.mark.parametrize("kind", ["by_time", "random"])
 @pytest.mark.parametrize("at", [40, 150, 270])
-def test_own_second_and_later_labels_are_not_read(tmp_path: Path, kind: str, at: int) -> None:
+def test_own_second_and_later_labels_are_not_read(
+    tmp_path: Path, kind: str, at: int
+) -> None:
     """Flip a row's label, those of its second and all later: up to that second all features stay, bit by bit.
 
     In every split. Later rows' features do change, so the features read answers.
@@ -123,24 +151,35 @@ def test_own_second_and_later_labels_are_not_read(tmp_path: Path, kind: str, at:
             features.table(first.rows, retrieved, split),
             features.table(second.rows, others, split),
         )
-        early = torch.from_numpy(rows.filter(pl.col("split") == split)["timestamp"].to_numpy() <= now)
+        early = torch.from_numpy(
+            rows.filter(pl.col("split") == split)["timestamp"].to_numpy() <= now
+        )
         for name, values in before.items():
-            assert values[early].numpy().tobytes() == after[name][early].numpy().tobytes(), (split, name)
+            assert (
+                values[early].numpy().tobytes() == after[name][early].numpy().tobytes()
+            ), (split, name)
             changed += not torch.equal(values, after[name])
     assert changed >= 3
 
 
-def test_fitted_on_train_alone_and_each_split_reads_its_own_features(tmp_path: Path) -> None:
+def test_fitted_on_train_alone_and_each_split_reads_its_own_features(
+    tmp_path: Path,
+) -> None:
     """Flipping every label of valid and test changes no vocabulary, bin, scale or base.
 
     Valid's features stay as they are when test's retrieved features and test's rows are spoilt.
     """
     rows = draw("by_time")
-    first, second = (features_of(log, tmp_path)[2] for log in (rows, flip(rows, pl.col("split") != "train")))
+    first, second = (
+        features_of(log, tmp_path)[2]
+        for log in (rows, flip(rows, pl.col("split") != "train"))
+    )
     for field in fields(NetworkFeatures):
         np.testing.assert_equal(getattr(first, field.name), getattr(second, field.name))
     split, retrieved, features = features_of(draw("random"), tmp_path)
-    spoilt = retrieved | {"test": retrieved["test"].with_columns(item_rate=1 - pl.col("item_rate"))}
+    spoilt = retrieved | {
+        "test": retrieved["test"].with_columns(item_rate=1 - pl.col("item_rate"))
+    }
     before = features.table(split.rows, retrieved, "valid")
     after = features.table(flip(split.rows, pl.col("split") == "test"), spoilt, "valid")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -150,7 +189,9 @@ def test_fitted_on_train_alone_and_each_split_reads_its_own_features(tmp_path: P
 def fitted(tmp_path: Path) -> Fitted:
     """User 3 has no train row."""
     rows = draw("by_time")
-    return features_of(rows.filter((pl.col("user") != 3) | (pl.col("split") != "train")), tmp_path)
+    return features_of(
+        rows.filter((pl.col("user") != 3) | (pl.col("split") != "train")), tmp_path
+    )
 
 
 def test_ids(fitted: Fitted) -> None:
@@ -197,7 +238,9 @@ def test_numbers(fitted: Fitted) -> None:
     table = features.table(split.rows, retrieved, "train")
     scaled = table[SCALED].double().numpy()
     np.testing.assert_allclose(scaled.mean(axis=0), 0, atol=1e-6)
-    np.testing.assert_allclose(scaled.std(axis=0), np.where(np.ptp(scaled, axis=0) > 0, 1, 0), atol=1e-5)
+    np.testing.assert_allclose(
+        scaled.std(axis=0), np.where(np.ptp(scaled, axis=0) > 0, 1, 0), atol=1e-5
+    )
     for name, column in zip(FEATURES, scaled.T, strict=True):
         codes = table[name].numpy()
         assert codes.max() < features.sizes[name] <= BINS
@@ -208,15 +251,23 @@ def test_numbers(fitted: Fitted) -> None:
 @pytest.mark.parametrize("kind", ["by_time", "random"])
 def test_earlier_rows_equal_the_slow_way(kind: str) -> None:
     """The user's last five rows of smaller time in splits up to the target's, context too, in the log's order."""
-    role = pl.when(pl.col("row_id") % 5 == 0).then(pl.lit("context")).otherwise(pl.lit("target"))
+    role = (
+        pl.when(pl.col("row_id") % 5 == 0)
+        .then(pl.lit("context"))
+        .otherwise(pl.lit("target"))
+    )
     log = make_split(draw(kind)).rows.with_columns(role=role.cast(pl.Enum(ROLES)))
     for k, split in enumerate(SPLITS):
         items, answers = earlier_rows(log, split, 5)
         targets = log.filter(pl.col("split") == split, pl.col("role") == "target")
         assert len(items) == targets.height
         readable = log.filter(pl.col("split").cast(pl.String).is_in(SPLITS[: k + 1]))
-        user, time, item, label = (readable[c].to_numpy() for c in ("user", "timestamp", "item", "label"))
-        for row, found, said in zip(targets.iter_rows(named=True), items, answers, strict=True):
+        user, time, item, label = (
+            readable[c].to_numpy() for c in ("user", "timestamp", "item", "label")
+        )
+        for row, found, said in zip(
+            targets.iter_rows(named=True), items, answers, strict=True
+        ):
             past = np.flatnonzero((user == row["user"]) & (time < row["timestamp"]))[-5:]
             padding = [NO_ROW] * (5 - past.size)
             assert found.tolist() == padding + item[past].tolist()
@@ -228,7 +279,9 @@ def test_one_class_in_a_fold(tmp_path: Path, fold: str) -> None:
     """A fold that decides something needs both classes: said before any network is trained."""
     split, retrieved, _ = features_of(draw("by_time"), tmp_path)
     one = (pl.col("split") == "valid") & (pl.col("fold") == fold)
-    rows = split.rows.with_columns(label=pl.when(one).then(1).otherwise(pl.col("label")).cast(pl.Int8))
+    rows = split.rows.with_columns(
+        label=pl.when(one).then(1).otherwise(pl.col("label")).cast(pl.Int8)
+    )
     with pytest.raises(DataError, match=f"{fold} has .* expected both"):
         network_baselines(replace(split, rows=rows), retrieved)
 
@@ -237,7 +290,9 @@ NAMES = ["oracle", "liar"]
 
 
 @pytest.fixture
-def make_data(tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+def make_data(
+    tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Make:
     """The tiny world's data with changed settings, and a cache of the test's own."""
     monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "cache"))
     parser = ArgumentParser()
@@ -245,7 +300,9 @@ def make_data(tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pyt
 
     def make(**changes: object) -> InteractionData:
         settings = {"data": yaml.safe_load(tiny_config(**changes).read_text())["data"]}
-        found: InteractionData = parser.instantiate_classes(parser.parse_object(settings)).data
+        found: InteractionData = parser.instantiate_classes(
+            parser.parse_object(settings)
+        ).data
         return found
 
     return make
@@ -257,10 +314,15 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
 
     def plant(
-        split: SplitInteractions, retrieved: Retrieved, splits: tuple[str, ...] = SPLITS[1:], seed: int = 0
+        split: SplitInteractions,
+        retrieved: Retrieved,
+        splits: tuple[str, ...] = SPLITS[1:],
+        seed: int = 0,
     ) -> list[Baseline]:
         made.append(seed)
-        answers = {name: targets_of(split.rows, name)["label"].to_numpy() - 0.5 for name in splits}
+        answers = {
+            name: targets_of(split.rows, name)["label"].to_numpy() - 0.5 for name in splits
+        }
         opposite = {name: -values for name, values in answers.items()}
         oracle = Baseline("oracle", baseline_scores(split.rows, answers), {"epochs": 3})
         return [oracle, Baseline("liar", baseline_scores(split.rows, opposite))]
@@ -278,7 +340,11 @@ def test_trained_once_and_found_as_made(make_data: Make, planted: list[int]) -> 
     """Nothing is there before; then all scores come back bit for bit, without training, and of one split alone."""
     data = make_data()
     assert kept_networks(data) == []
-    made, again, found = trained_networks(data), trained_networks(make_data()), kept_networks(make_data())
+    made, again, found = (
+        trained_networks(data),
+        trained_networks(make_data()),
+        kept_networks(make_data()),
+    )
     assert planted == [0]
     assert names(made) == names(again) == names(found) == NAMES
     for one, other in zip(made, found, strict=True):
@@ -300,8 +366,15 @@ def test_others_are_not_found(make_data: Make, monkeypatch: pytest.MonkeyPatch) 
     ):
         assert kept_networks(make_data(**change)) == []
     other, target = make_data(), data.targets("test")["row_id"][-1]
-    rate = pl.when(pl.col("row_id") == target).then(0.123).otherwise("item_rate").alias("item_rate")
-    other.retrieved["test"] = other.retrieved["test"].with_columns(rate, pl.col("item_count").clip(1))
+    rate = (
+        pl.when(pl.col("row_id") == target)
+        .then(0.123)
+        .otherwise("item_rate")
+        .alias("item_rate")
+    )
+    other.retrieved["test"] = other.retrieved["test"].with_columns(
+        rate, pl.col("item_count").clip(1)
+    )
     assert kept_networks(other) == []
     assert names(kept_networks(make_data())) == NAMES
     monkeypatch.setattr(networks, "EPOCHS", networks.EPOCHS + 1)
@@ -313,9 +386,14 @@ def test_kept_networks_are_shown_unasked_and_may_be_the_best(
 ) -> None:
     """What `baselines --networks true` has trained stands in the next `baselines` too; AUC 1 is best."""
     data = make_data()
-    assert not set(NAMES) & {row["name"] for row in run_baselines(data, tmp_path)["baselines"]}
+    assert not set(NAMES) & {
+        row["name"] for row in run_baselines(data, tmp_path)["baselines"]
+    }
     assert planted == []
-    trained, kept = run_baselines(data, tmp_path, networks=True), run_baselines(data, tmp_path)
+    trained, kept = (
+        run_baselines(data, tmp_path, networks=True),
+        run_baselines(data, tmp_path),
+    )
     assert len(planted) == 1
     assert trained["baselines"] == kept["baselines"]
     assert trained["best_baseline"] == "oracle"
@@ -323,11 +401,17 @@ def test_kept_networks_are_shown_unasked_and_may_be_the_best(
 
 
 def test_without_the_extra(
-    make_data: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_data: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Requested but not installed: one line with the command, and the other baselines."""
     monkeypatch.setattr(networks, "find_spec", lambda name: None)
-    found = {row["name"] for row in run_baselines(make_data(), tmp_path, networks=True)["baselines"]}
+    found = {
+        row["name"]
+        for row in run_baselines(make_data(), tmp_path, networks=True)["baselines"]
+    }
     assert ".[networks]" in capsys.readouterr().out
     assert "lr_features" in found
     assert not found & set(networks.NETWORKS)
@@ -358,7 +442,9 @@ def test_commands_know_what_baselines_has_trained(
     assert (found["baseline"], found["value"]) == ("oracle", pytest.approx(row["auc"] - 1))
     assert [row["name"] for row in test["baselines"] if row["name"] not in quick] == NAMES
     alone = {
-        row["name"]: row["auc"] for row in result(folder, "baselines")["baselines"] if row["split"] == "test"
+        row["name"]: row["auc"]
+        for row in result(folder, "baselines")["baselines"]
+        if row["split"] == "test"
     }
     assert {row["name"]: row["auc"] for row in test["baselines"]} == alone
     run("validate", *given(folder), "--seed_everything", 1)
@@ -386,7 +472,10 @@ class TestWithTheExtra:
         baselines = network_baselines(split, retrieved, grid=[POINT])
         assert names(baselines) == ["deepfm", "dcn_v2", "din"]
         test = split.rows.filter(pl.col("split") == "test")
-        values = [auc(baseline.logits(test["row_id"]), test["label"].to_numpy()) for baseline in baselines]
+        values = [
+            auc(baseline.logits(test["row_id"]), test["label"].to_numpy())
+            for baseline in baselines
+        ]
         assert min(value or 0 for value in values) > 0.8
         rows = baseline_rows(baselines, split.rows, draws=5)
         assert {row["chosen"]["embedding"] for row in rows} == {4}
@@ -416,8 +505,14 @@ class TestWithTheExtra:
         monkeypatch.setattr(networks, "EPOCHS", 1)
         points = [POINT, replace(POINT, embedding=2), replace(POINT, embedding=6)]
         tune = split.rows.filter((pl.col("split") == "valid") & (pl.col("fold") == "tune"))
-        alone = [network_baselines(split, retrieved, ("valid",), grid=[point])[0] for point in points]
-        values = [auc(baseline.logits(tune["row_id"]), tune["label"].to_numpy()) or 0 for baseline in alone]
+        alone = [
+            network_baselines(split, retrieved, ("valid",), grid=[point])[0]
+            for point in points
+        ]
+        values = [
+            auc(baseline.logits(tune["row_id"]), tune["label"].to_numpy()) or 0
+            for baseline in alone
+        ]
         best = int(np.argmax(values))
         (found,) = network_baselines(split, retrieved, ("valid",), grid=points)
         assert len(set(values)) == 3
@@ -428,7 +523,9 @@ class TestWithTheExtra:
         """Swapping likes and dislikes moves DIN alone; places without a row weigh 0, wherever they stand."""
         split, retrieved = world
         features = NetworkFeatures.fit(split.rows, split.interactions.items, retrieved)
-        table = {k: v[:64] for k, v in features.table(split.rows, retrieved, "test").items()}
+        table = {
+            k: v[:64] for k, v in features.table(split.rows, retrieved, "test").items()
+        }
         swapped = table | {"liked": table["disliked"], "disliked": table["liked"]}
         turned = table | {name: table[name].flip(1) for name in ("liked", "disliked")}
         assert (table["liked"] == PADDING).any()
@@ -439,7 +536,10 @@ class TestWithTheExtra:
                 torch.nn.init.normal_(parameter, std=0.3)
             with torch.no_grad():
                 for module in network.modules():
-                    if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                    if (
+                        isinstance(module, torch.nn.Embedding)
+                        and module.padding_idx is not None
+                    ):
                         module.weight[module.padding_idx] = 0
             first = score(network, table)
             assert np.array_equal(first, score(network, swapped)) == (name != "din")

@@ -35,12 +35,18 @@ def world(neighbours: bool = True) -> World:
     rng = np.random.default_rng(0)
     n = sum(SIZES.values())
     rates, counts = rng.random((2, n)), rng.integers(0, 30, (2, n))
-    answers = [rng.integers(0, 2, rng.integers(0, 6)) if neighbours else [] for _ in range(n)]
+    answers = [
+        rng.integers(0, 2, rng.integers(0, 6)) if neighbours else [] for _ in range(n)
+    ]
     vote = np.array([np.mean(a) if len(a) else np.nan for a in answers])
     logit = 4 * (rates - 0.5) * (counts > 0)
-    labels = rng.random(n) < 1 / (1 + np.exp(-logit.sum(axis=0) - 4 * np.nan_to_num(vote - 0.5)))
+    labels = rng.random(n) < 1 / (
+        1 + np.exp(-logit.sum(axis=0) - 4 * np.nan_to_num(vote - 0.5))
+    )
     split = np.repeat(list(SIZES), list(SIZES.values()))
-    fold = np.where(split == "valid", np.array(["select", "tune", "certify"])[np.arange(n) % 40 % 3], "")
+    fold = np.where(
+        split == "valid", np.array(["select", "tune", "certify"])[np.arange(n) % 40 % 3], ""
+    )
     rows = pl.DataFrame(
         {
             "row_id": np.arange(n),
@@ -78,7 +84,10 @@ def fitted() -> tuple[pl.DataFrame, dict[str, pl.DataFrame], list[Baseline]]:
 
 
 def targets(rows: pl.DataFrame, **values: str) -> pl.DataFrame:
-    return rows.filter(pl.col("role") == "target", *(pl.col(name) == value for name, value in values.items()))
+    return rows.filter(
+        pl.col("role") == "target",
+        *(pl.col(name) == value for name, value in values.items()),
+    )
 
 
 def by_name(baselines: list[Baseline]) -> dict[str, Baseline]:
@@ -93,7 +102,9 @@ def test_every_target_is_scored_once(fitted: Any) -> None:
     for baseline in baselines:
         assert baseline.scores.select("row_id", "split").equals(wanted)
         assert baseline.scores["logit"].is_finite().all()
-    exploring = fit_baselines(rows, {key: retrieved[key] for key in ("train", "valid")}, splits=("valid",))
+    exploring = fit_baselines(
+        rows, {key: retrieved[key] for key in ("train", "valid")}, splits=("valid",)
+    )
     assert set(exploring[0].scores["split"]) == {"valid"}
 
 
@@ -101,11 +112,17 @@ def test_rate_baselines_golden(fitted: Any) -> None:
     """Logit of (rate * count + 5 base) / (count + 5), base = train mean; logit of base without rows."""
     rows, retrieved, baselines = fitted
     base = targets(rows, split="train")["label"].mean()
-    columns = [("item_rate", "item_count"), ("user_rate", "user_count"), ("vote", "neighbour_count")]
+    columns = [
+        ("item_rate", "item_count"),
+        ("user_rate", "user_count"),
+        ("vote", "neighbour_count"),
+    ]
     for name, (rate, count) in zip(RATES, columns, strict=True):
         table = by_name(baselines)[name].scores.join(retrieved["test"], on="row_id")
         assert table[count].min() == 0
-        p = (table[rate].fill_null(0) * table[count] + PRIOR_ROWS * base) / (table[count] + PRIOR_ROWS)
+        p = (table[rate].fill_null(0) * table[count] + PRIOR_ROWS * base) / (
+            table[count] + PRIOR_ROWS
+        )
         np.testing.assert_allclose(table["logit"], np.log(p / (1 - p)), atol=1e-6)
 
 
@@ -120,13 +137,18 @@ def test_logistic_equals_scikit_learn_by_hand(fitted: Any) -> None:
         for kind in ("item", "user"):
             n = table[f"{kind}_count"].to_numpy().astype(float)
             likes = table[f"{kind}_rate"].fill_null(0).to_numpy() * n
-            found += [np.log((likes + 5 * base) / (n - likes + 5 * (1 - base))), np.log1p(n)]
+            found += [
+                np.log((likes + 5 * base) / (n - likes + 5 * (1 - base))),
+                np.log1p(n),
+            ]
         return np.stack(found, axis=1)
 
     x = features(train, retrieved["train"])
     baseline = by_name(baselines)["lr_rates"].scores.filter(pl.col("split") == "test")
     model = LogisticRegression().fit((x - x.mean(0)) / x.std(0), train["label"])
-    expected = model.decision_function((features(baseline, retrieved["test"]) - x.mean(0)) / x.std(0))
+    expected = model.decision_function(
+        (features(baseline, retrieved["test"]) - x.mean(0)) / x.std(0)
+    )
     np.testing.assert_allclose(baseline["logit"], expected, atol=1e-3)
 
 
@@ -138,7 +160,10 @@ def test_auc(fitted: Any) -> None:
     """
     rows, _, baselines = fitted
     test = targets(rows, split="test")
-    found = {baseline.name: auc(baseline.logits(test["row_id"]), test["label"]) for baseline in baselines}
+    found = {
+        baseline.name: auc(baseline.logits(test["row_id"]), test["label"])
+        for baseline in baselines
+    }
     assert found["lr_rates"] > max(found["item_rate"], found["user_rate"]) + 0.02
     assert found["lr_features"] > max(found["lr_rates"], found["neighbour_vote"]) + 0.02
     assert found["gbdt_features"] > found["lr_rates"]
@@ -153,7 +178,9 @@ def test_reads_no_later_label(fitted: Any) -> None:
     """Flipping every label of valid and test changes no baseline."""
     rows, retrieved, baselines = fitted
     later = pl.col("split") != "train"
-    flipped = rows.with_columns(label=pl.when(later).then(1 - pl.col("label")).otherwise(pl.col("label")))
+    flipped = rows.with_columns(
+        label=pl.when(later).then(1 - pl.col("label")).otherwise(pl.col("label"))
+    )
     for baseline, other in zip(baselines, fit_baselines(flipped, retrieved), strict=True):
         assert baseline.scores.equals(other.scores)
 
@@ -165,7 +192,9 @@ def test_each_split_reads_its_own_features(fitted: Any) -> None:
     train_only = pl.col("row_id") < SIZES["train"]
     item_rate = pl.when(train_only).then(0.0).otherwise(pl.col("item_rate"))
     mixed = retrieved["valid"].with_columns(item_rate=item_rate)
-    after = fit_baselines(rows, {"train": retrieved["train"], "valid": mixed, "test": spoilt})
+    after = fit_baselines(
+        rows, {"train": retrieved["train"], "valid": mixed, "test": spoilt}
+    )
     valid = pl.col("split") == "valid"
     for old, new in zip(before, after, strict=True):
         assert old.scores.filter(valid).equals(new.scores.filter(valid))
@@ -176,7 +205,12 @@ def test_each_split_reads_its_own_features(fitted: Any) -> None:
 def test_similarity_weighs_votes() -> None:
     """A liker of similarity 1 against a disliker of 0 beats the reverse; below 0 counts as 0."""
     pairs = {"similarities": [[1.0, 0.0], [0.0, 1.0], [1.0, -0.5]], "answers": [[1, 0]] * 3}
-    table = world()[1]["train"].head(3).drop(*pairs).hstack(pl.DataFrame(pairs, schema=NO_LISTS))
+    table = (
+        world()[1]["train"]
+        .head(3)
+        .drop(*pairs)
+        .hstack(pl.DataFrame(pairs, schema=NO_LISTS))
+    )
     found = feature_matrix(table, 0.5)[:, FEATURES.index("weighted_vote_log_odds")]
     high = np.log(3.5 / 2.5)  # (1 + 5 * .5) / (0 + 5 * .5)
     np.testing.assert_allclose(found, [high, -high, high])
@@ -184,10 +218,17 @@ def test_similarity_weighs_votes() -> None:
 
 def test_what_cannot_be_fitted_is_refused(fitted: Any) -> None:
     rows, retrieved, baselines = fitted
-    one_class, hole = rows.with_columns(label=pl.lit(0)), retrieved["valid"].filter(pl.col("row_id") != 600)
+    one_class, hole = (
+        rows.with_columns(label=pl.lit(0)),
+        retrieved["valid"].filter(pl.col("row_id") != 600),
+    )
     for given, tables, words in (
         (one_class, retrieved, "both classes, found 540 targets, 0 positive"),
-        (rows, {key: retrieved[key] for key in ("train", "valid")}, "retrieved features table of test"),
+        (
+            rows,
+            {key: retrieved[key] for key in ("train", "valid")},
+            "retrieved features table of test",
+        ),
         (rows, retrieved | {"valid": hole}, "valid has 179 rows for its 180 targets"),
     ):
         with pytest.raises(DataError, match=words):
@@ -215,7 +256,10 @@ def test_result_rows(fitted: Any) -> None:
     assert row | metrics == row
     assert row["auc_interval"][0] < row["auc"] < row["auc_interval"][1]
     assert baseline_rows(baselines, rows, draws=20, parts=[("valid", "tune")]) == found[-8:]
-    loud = [Baseline(f.name, f.scores.with_columns(logit=10 * pl.col("logit") + 1)) for f in baselines]
+    loud = [
+        Baseline(f.name, f.scores.with_columns(logit=10 * pl.col("logit") + 1))
+        for f in baselines
+    ]
     assert all(("calibrated" in row) == (row.get("fold") != "select") for row in found)
     for row, again in zip(found, baseline_rows(loud, rows, draws=2), strict=True):
         if "calibrated" in row:
@@ -229,7 +273,10 @@ def test_only_tune_decides_which_baseline_is_best() -> None:
     """The one that is best on tune wins although it is wrong on every other row of valid; one class: none."""
     rows, _ = world()
     valid = targets(rows, split="valid")
-    label, tune = valid["label"].cast(pl.Float64), (valid["fold"] == "tune").cast(pl.Float64)
+    label, tune = (
+        valid["label"].cast(pl.Float64),
+        (valid["fold"] == "tune").cast(pl.Float64),
+    )
     baselines = [
         Baseline(name, valid.select("row_id", "split").with_columns(logit=label * right))
         for name, right in (("elsewhere", 1 - 2 * tune), ("on_tune", 2 * tune - 1))
@@ -268,7 +315,9 @@ def test_calibration_at_its_borders() -> None:
     assert found.slope == pytest.approx(1e-3)
     assert auc(found.apply(logits), labels) == 0.0
     constant = calibrated(np.full(4, 2.0), np.array([1, 0, 0, 0]))
-    assert constant.apply(np.array([2.0, 3.0])) == pytest.approx([np.log(1 / 3), np.log(1 / 3) + 1])
+    assert constant.apply(np.array([2.0, 3.0])) == pytest.approx(
+        [np.log(1 / 3), np.log(1 / 3) + 1]
+    )
     for one in ([], [1, 1], [0, 0]):
         assert BaselineCalibration.fit(np.arange(float(len(one))), np.array(one)) is None
 
@@ -299,11 +348,17 @@ def test_movielens_anchors() -> None:
     protocol = Protocol(minimum_history=5, label="rating > 3")
     split = apply_protocol(build_interactions(MovieLens100K().read(), protocol), protocol)
     rows = split.rows
-    log = walk(WalkRows.from_log(rows), NoRetriever(), split.interactions.items, np.empty(0), [])
+    log = walk(
+        WalkRows.from_log(rows), NoRetriever(), split.interactions.items, np.empty(0), []
+    )
     table = log.join(rows.select("row_id", "split"), on="row_id")
     retrieved = {s: table.filter(pl.col("split") <= s) for s in SIZES}
     baselines = fit_baselines(rows, retrieved)
-    found = {(r["name"], r["split"]): r for r in baseline_rows(baselines, rows, draws=10) if "fold" not in r}
+    found = {
+        (r["name"], r["split"]): r
+        for r in baseline_rows(baselines, rows, draws=10)
+        if "fold" not in r
+    }
     anchors = {
         ("item_rate", "test"): 0.7098,
         ("user_rate", "test"): 0.6413,

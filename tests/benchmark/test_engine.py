@@ -35,14 +35,18 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     now = 0.0
     monkeypatch.setattr(timed, "time", SimpleNamespace(perf_counter=lambda: now))
 
-    def make(name: str, seconds: list[float], layer: int, token_layers: int, **most: Any) -> Configuration:
+    def make(
+        name: str, seconds: list[float], layer: int, token_layers: int, **most: Any
+    ) -> Configuration:
         def score(requests: Sequence[PreparedRequest]) -> Scores:
             nonlocal now
             took = seconds.pop(0)
             now += took
             (request,) = requests
             n = len(request)
-            scored = Scored(request.request_id, np.zeros(n), np.full(n, layer), token_layers)
+            scored = Scored(
+                request.request_id, np.zeros(n), np.full(n, layer), token_layers
+            )
             return Scores([scored], {"backbone": 0.9 * took})
 
         runner: Any = SimpleNamespace(score=score)
@@ -56,7 +60,9 @@ def requests_of(count: int) -> list[PreparedRequest]:
     return [random_request(rng, f"{i}", 2, 3) for i in range(count)]
 
 
-def test_rounds_take_turns(made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_take_turns(
+    made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Request by request, all configurations; who is first rotates; a slow one is timed on its requests alone."""
     log: list[str] = []
     both = [made("a", [1.0] * 9, 1, 1), made("b", [1.0] * 9, 2, 1, most=1)]
@@ -88,17 +94,39 @@ def test_row(made: Callable[..., Any]) -> None:
         run_rounds([full, static_exit, early, slow, exit_0], requests_of(2), number)
     row = configuration_row(early, full, static_exit, prepare_ms=500.0)
     assert row["requests_per_s"] == pytest.approx(2 / 3)
-    assert (row["measured_speedup"], row["speedup_over_static"]["value"]) == pytest.approx((2, 1.5))
+    assert (row["measured_speedup"], row["speedup_over_static"]["value"]) == pytest.approx(
+        (2, 1.5)
+    )
     assert (row["token_layer_speedup"], row["efficiency"]) == pytest.approx((4, 0.5))
     assert (row["mean_depth"], row["auc"], row["requests"]) == (1, 0.749, 2)
-    assert (row["p50_ms"], row["whole_ms"], row["whole_speedup"]) == pytest.approx((2000, 2000, 7 / 4))
-    assert configuration_row(slow, full, static_exit, None)["measured_speedup"] == pytest.approx(2 / 8)
+    assert (row["p50_ms"], row["whole_ms"], row["whole_speedup"]) == pytest.approx(
+        (2000, 2000, 7 / 4)
+    )
+    assert configuration_row(slow, full, static_exit, None)[
+        "measured_speedup"
+    ] == pytest.approx(2 / 8)
     row = configuration_row(exit_0, full, None, None)
     assert row["speedup_over_static"] == {"value": None, "interval": None}
-    assert (row["token_layer_speedup"], row["efficiency"], row["whole_ms"]) == (None, None, None)
-    workload = {"candidates": 64, "prefix_cached": False, "history": None, "at_once": 1, "dtype": "float32"}
-    result = {"command": "benchmark", "protocol": {"name": "p", "hash": "h"}, "rows": [workload | row]}
-    assert "x30.00 [x20.00, x40.00]" in render(result)  # 6 s over .2; a request alone is x20 or x40
+    assert (row["token_layer_speedup"], row["efficiency"], row["whole_ms"]) == (
+        None,
+        None,
+        None,
+    )
+    workload = {
+        "candidates": 64,
+        "prefix_cached": False,
+        "history": None,
+        "at_once": 1,
+        "dtype": "float32",
+    }
+    result = {
+        "command": "benchmark",
+        "protocol": {"name": "p", "hash": "h"},
+        "rows": [workload | row],
+    }
+    assert "x30.00 [x20.00, x40.00]" in render(
+        result
+    )  # 6 s over .2; a request alone is x20 or x40
 
 
 def test_cases() -> None:
@@ -107,7 +135,11 @@ def test_cases() -> None:
     sizes = {(n, cached) for n in (1, 8, 64, 256) for cached in (False, True)}
     assert {(c.candidates, c.prefix_cached) for c in found} == sizes
     assert [c for c in found if c.history] == [Case(64, False, 50)]
-    assert [c for c in found if c.pointwise] == [Case(1, False), Case(8, False), Case(64, False, 50)]
+    assert [c for c in found if c.pointwise] == [
+        Case(1, False),
+        Case(8, False),
+        Case(64, False, 50),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +151,10 @@ def module() -> ExitRecommender:
 def untied(seed: int, name: str, segments: int, candidates: int) -> PreparedRequest:
     """A request whose history has one segment a second: there our visibility rule is plain causality."""
     request = random_request(np.random.default_rng(seed), name, segments, candidates)
-    lists = Ragged(request.stream.tokens, np.searchsorted(request.stream.segment, np.arange(segments + 2)))
+    lists = Ragged(
+        request.stream.tokens,
+        np.searchsorted(request.stream.segment, np.arange(segments + 2)),
+    )
     return replace(request, stream=StreamTokens.of(lists, np.arange(segments + 1)))
 
 
@@ -132,22 +167,32 @@ def test_the_library_has_the_engines_logits(
     S prefix and O own tokens of n candidates run n S + O tokens alone, S + O shared, then O. Batches do not matter:
     padding is neither read nor scored.
     """
-    requests = [untied(n, f"r{n}", segments, n) for n, segments in ((1, 5), (70, 4), (7, 3))]
-    calibration = Calibration((LAYERS,), torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64))
+    requests = [
+        untied(n, f"r{n}", segments, n) for n, segments in ((1, 5), (70, 4), (7, 3))
+    ]
+    calibration = Calibration(
+        (LAYERS,), torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    )
     policy = Policy(Ratio(), torch.tensor([-torch.inf], dtype=torch.float64), (LAYERS,))
-    ours = Engine(module, RowExits(ExitPlan(calibration, policy, exit_0=False))).score(requests)
+    ours = Engine(module, RowExits(ExitPlan(calibration, policy, exit_0=False))).score(
+        requests
+    )
     theirs = Pointwise(module) if cached is None else SharedPrefix(module, cached)
     for again in (False, True):
         monkeypatch.setattr(transformers, "BATCH_TOKENS", 1 if again else 16_384)
         scores = theirs.score(requests)
-        for own, found, request in zip(ours.requests, scores.requests, requests, strict=True):
+        for own, found, request in zip(
+            ours.requests, scores.requests, requests, strict=True
+        ):
             np.testing.assert_allclose(found.logits, own.logits, atol=1e-4)
             prefixes = len(request) if cached is None else int(not (cached and again))
             tokens = prefixes * len(request.stream) + len(request.candidates.values)
             assert found.token_layers == tokens * LAYERS
 
 
-def test_the_library_computes_with_the_backbones_own_weights(module: ExitRecommender) -> None:
+def test_the_library_computes_with_the_backbones_own_weights(
+    module: ExitRecommender,
+) -> None:
     """No weight is copied, and the backbone keeps its attention."""
     model = library_model(module)
     backbone = module.backbone
@@ -155,7 +200,10 @@ def test_the_library_computes_with_the_backbones_own_weights(module: ExitRecomme
     mine = dict(backbone.layers.named_parameters())
     for name, weight in model.layers.named_parameters():
         assert weight.data_ptr() == mine[name].data_ptr()
-    assert (model.config._attn_implementation, backbone.config._attn_implementation) == ("sdpa", "segments")
+    assert (model.config._attn_implementation, backbone.config._attn_implementation) == (
+        "sdpa",
+        "segments",
+    )
 
 
 def test_sizes_that_the_catalogue_can_fill() -> None:

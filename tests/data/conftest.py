@@ -32,7 +32,9 @@ def write(tmp_path: Path) -> Callable[[str, str], str]:
 def make_logs() -> MakeLogs:
     """RawLogs from (user_id, item_id, timestamp, rating) rows; labels and splits may be given as columns."""
 
-    def make(rows: list[Row], labels: list[int] | None = None, splits: list[str] | None = None) -> RawLogs:
+    def make(
+        rows: list[Row], labels: list[int] | None = None, splits: list[str] | None = None
+    ) -> RawLogs:
         users, items, times, ratings = (list(column) for column in zip(*rows, strict=True))
         number = len(rows)
         interactions = pl.DataFrame(
@@ -49,7 +51,9 @@ def make_logs() -> MakeLogs:
             schema=RAW_SCHEMA,
         )
         catalogue = sorted(set(items))
-        table = pl.DataFrame({"item_id": catalogue, "title": [f"Title {item}" for item in catalogue]})
+        table = pl.DataFrame(
+            {"item_id": catalogue, "title": [f"Title {item}" for item in catalogue]}
+        )
         return RawLogs(interactions, table, {"log.csv": "aa", "items.csv": "bb"})
 
     return make
@@ -67,7 +71,9 @@ def hidden() -> Callable[[Batch], dict[int, torch.Tensor]]:
 
     def states(batch: Batch) -> dict[int, torch.Tensor]:
         with torch.no_grad():
-            state = backbone.run(backbone.embed(batch.tokens, batch.layout), 0, 2).hidden[0, batch.slots]
+            state = backbone.run(backbone.embed(batch.tokens, batch.layout), 0, 2).hidden[
+                0, batch.slots
+            ]
         return dict(zip(batch.row_id.tolist(), state, strict=True))
 
     return states

@@ -15,7 +15,14 @@ import pytest
 import torch
 from world import read_split, streams_without_retrieved, text_of
 
-from project.data.batch import EvaluationSampler, PackedLoader, TrainSampler, pack, share_out, window_tokens
+from project.data.batch import (
+    EvaluationSampler,
+    PackedLoader,
+    TrainSampler,
+    pack,
+    share_out,
+    window_tokens,
+)
 from project.data.protocol import Protocol
 from project.data.stream import Streams, Window
 from research.packing import prompts_of
@@ -38,9 +45,13 @@ def test_each_target_sees_its_prompt(any_split: Streams) -> None:
         batch = pack(any_split, some)
         mask = batch.layout.dense_mask()[0]
         expected = [text_of(p) for s, w in some for p in prompts_of(any_split, s, w)]
-        assert [text_of(batch.tokens[0, mask[slot]].numpy()) for slot in batch.slots.tolist()] == expected
+        assert [
+            text_of(batch.tokens[0, mask[slot]].numpy()) for slot in batch.slots.tolist()
+        ] == expected
         own = batch.target_tokens.tolist()
-        assert batch.stream_tokens.tolist() == [len(e) - t for e, t in zip(expected, own, strict=True)]
+        assert batch.stream_tokens.tolist() == [
+            len(e) - t for e, t in zip(expected, own, strict=True)
+        ]
         checked += len(expected)
     assert checked == any_split.target.sum()
 
@@ -50,10 +61,14 @@ def test_groups_start_together(any_split: Streams) -> None:
     layout = pack(any_split, any_split.evaluation(200)[:5]).layout
     for s in layout.sequence.unique():
         inside = layout.sequence[0] == s
-        group, segment, position = (x[0][inside] for x in (layout.group, layout.segment, layout.position))
+        group, segment, position = (
+            x[0][inside] for x in (layout.group, layout.segment, layout.position)
+        )
         expected = 0
         for g in range(int(group.max()) + 1):
-            starts = [int(position[segment == x].min()) for x in segment[group == g].unique()]
+            starts = [
+                int(position[segment == x].min()) for x in segment[group == g].unique()
+            ]
             assert set(starts) == {expected}
             expected += int((group == g).sum())
 
@@ -78,7 +93,9 @@ def test_packed_equals_alone(any_split: Streams, hidden: Callable[..., Any]) -> 
 def test_batches_hold_numbers_of_their_rows(any_split: Streams) -> None:
     batch = pack(any_split, any_split.evaluation(150))
     found = sorted(zip(batch.row_id.tolist(), batch.label.tolist(), strict=True))
-    rows, labels = (values[any_split.target].tolist() for values in (any_split.row_id, any_split.label))
+    rows, labels = (
+        values[any_split.target].tolist() for values in (any_split.row_id, any_split.label)
+    )
     assert found == sorted(zip(rows, labels, strict=True))
 
 
@@ -95,7 +112,9 @@ def flat(lists: Iterable[list[Any]]) -> list[Any]:
     return list(chain.from_iterable(lists))
 
 
-def train_loader(streams: Streams, rank: int = 0, world: int = 1, workers: int = 0) -> PackedLoader:
+def train_loader(
+    streams: Streams, rank: int = 0, world: int = 1, workers: int = 0
+) -> PackedLoader:
     return PackedLoader(streams, TrainSampler(streams, 200, 600, 0, rank, world), workers)
 
 
@@ -159,7 +178,10 @@ def test_goes_on_where_it_stopped(streams: Streams, workers: int) -> None:
 
 def test_evaluation_deals_out_all_windows(streams: Streams) -> None:
     """Three ranks have equal step counts and together score every target; only whole batches are repeated."""
-    loaders = [PackedLoader(streams, EvaluationSampler(streams, 200, 600, rank, 3)) for rank in range(3)]
+    loaders = [
+        PackedLoader(streams, EvaluationSampler(streams, 200, 600, rank, 3))
+        for rank in range(3)
+    ]
     scored = [rows(loader) for loader in loaders]
     assert len({len(r) for r in scored}) == 1
     assert set(flat(flat(r) for r in scored)) == set(streams.row_id[streams.target])

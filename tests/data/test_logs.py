@@ -35,7 +35,9 @@ HEADER = "user_id,item_id,timestamp,rating\n"
 LOG = HEADER + "u1,1,10,5\nu1,2,20,2\n"
 
 
-def read(write: Write, log: str = LOG, items: str = ITEMS, **keywords: dict[str, str]) -> RawLogs:
+def read(
+    write: Write, log: str = LOG, items: str = ITEMS, **keywords: dict[str, str]
+) -> RawLogs:
     return TableLogs(write("log.csv", log), write("items.csv", items), **keywords).read()
 
 
@@ -49,7 +51,9 @@ def test_csv_gives_the_canonical_columns(write: Write) -> None:
     ]
     assert raw.items.rows() == [("1", "Alien", "1979"), ("2", "Brazil", "1985")]
     texts = {"log.csv": LOG, "items.csv": ITEMS}
-    sums = [(name, hashlib.sha256(text.encode()).hexdigest()) for name, text in texts.items()]
+    sums = [
+        (name, hashlib.sha256(text.encode()).hexdigest()) for name, text in texts.items()
+    ]
     assert list(raw.files.items()) == sums
 
 
@@ -57,12 +61,17 @@ def test_a_mapping_is_part_of_the_log(write: Write) -> None:
     """The same bytes read by other columns have other `files`, so another hash and other caches."""
     log = "user_id,item_id,shelf,timestamp,rating\nu1,1,2,10,5\nu1,2,1,20,2\n"
     plain, shelf, same = (
-        read(write, log, columns=columns) for columns in ({}, {"item_id": "shelf"}, {"item_id": "shelf"})
+        read(write, log, columns=columns)
+        for columns in ({}, {"item_id": "shelf"}, {"item_id": "shelf"})
     )
-    assert plain.interactions["item_id"].to_list() != shelf.interactions["item_id"].to_list()
+    assert (
+        plain.interactions["item_id"].to_list() != shelf.interactions["item_id"].to_list()
+    )
     assert shelf.files == same.files
     assert set(shelf.files.items()) > set(plain.files.items())
-    titled = read(write, log, "item_id,title,name\n1,A,B\n2,C,D\n", item_columns={"title": "name"})
+    titled = read(
+        write, log, "item_id,title,name\n1,A,B\n2,C,D\n", item_columns={"title": "name"}
+    )
     assert titled.files["names of columns"] != shelf.files["names of columns"]
 
 
@@ -71,18 +80,39 @@ def test_columns_are_mapped_from_the_users_names(write: Write) -> None:
         write,
         "who,what,item_id,when,liked\nu1,1,ignored,10,True\nu1,2,ignored,20,False\n",
         "id,name,released,studio\n1,Alien,1979,Fox\n2,Brazil,1985,\n",
-        columns={"user_id": "who", "item_id": "what", "timestamp": "when", "label": "liked"},
-        item_columns={"item_id": "id", "title": "name", "year": "released", "heading": "name"},
+        columns={
+            "user_id": "who",
+            "item_id": "what",
+            "timestamp": "when",
+            "label": "liked",
+        },
+        item_columns={
+            "item_id": "id",
+            "title": "name",
+            "year": "released",
+            "heading": "name",
+        },
     )
-    assert raw.interactions.select("item_id", "label", "rating").rows() == [("1", 1, None), ("2", 0, None)]
-    expected = {"item_id": "2", "title": "Brazil", "heading": "Brazil", "year": "1985", "studio": ""}
+    assert raw.interactions.select("item_id", "label", "rating").rows() == [
+        ("1", 1, None),
+        ("2", 0, None),
+    ]
+    expected = {
+        "item_id": "2",
+        "title": "Brazil",
+        "heading": "Brazil",
+        "year": "1985",
+        "studio": "",
+    }
     assert raw.items.rows(named=True)[1] == expected
 
 
 def test_one_file_per_split_names_the_split(write: Write) -> None:
     """Rows of each file carry its split, in the order history, train, valid, test, not the YAML's."""
     parts = {
-        "test": write("c.csv", "user_id,item_id,timestamp,rating,split\nu1,2,30,1,anything\n"),
+        "test": write(
+            "c.csv", "user_id,item_id,timestamp,rating,split\nu1,2,30,1,anything\n"
+        ),
         "history": write("a.csv", LOG),
         "train": write("b.csv", HEADER + "u2,1,5,4\n"),
     }
@@ -91,7 +121,9 @@ def test_one_file_per_split_names_the_split(write: Write) -> None:
     assert list(raw.files) == ["a.csv", "b.csv", "c.csv", "items.csv"]
 
 
-def test_recbole_files_lose_their_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recbole_files_lose_their_types(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Atomic files: tab-separated, typed headers, quotes are plain characters, lines may end in CR LF.
 
     MovieLens 100K and 1M are such files, fetched when they are read; films of one title are two items.
@@ -115,12 +147,18 @@ def test_recbole_files_lose_their_types(tmp_path: Path, monkeypatch: pytest.Monk
         ("Sabrina (1995)", "Sabrina", "1995", "Comedy Romance"),
     ]
     for logs, row, items in (
-        (RecBoleLogs(str(tmp_path), "ml-100k", item_columns=names), ("7", "1", 9, 4), alien),
+        (
+            RecBoleLogs(str(tmp_path), "ml-100k", item_columns=names),
+            ("7", "1", 9, 4),
+            alien,
+        ),
         (MovieLens100K(), ("7", "1", 9, 4), alien),
         (MovieLens1M(), ("1m_1", "Sabrina (1995)", 978_300_760, 5), sabrinas),
     ):
         raw = checked(logs.read())
-        assert raw.interactions.select("user_id", "item_id", "timestamp", "rating").rows() == [row]
+        assert raw.interactions.select(
+            "user_id", "item_id", "timestamp", "rating"
+        ).rows() == [row]
         assert raw.items.columns == ["item_id", "title", "year", "genres"]
         assert raw.items.rows() == items
 
@@ -136,7 +174,11 @@ class OwnLogs(Logs):
     items: pl.DataFrame
 
     def read(self) -> RawLogs:
-        absent = [pl.lit(None, kind).alias(name) for name, kind in RAW_SCHEMA.items() if name not in self.log]
+        absent = [
+            pl.lit(None, kind).alias(name)
+            for name, kind in RAW_SCHEMA.items()
+            if name not in self.log
+        ]
         return RawLogs(self.log.with_columns(absent), self.items, {})
 
 
@@ -148,39 +190,62 @@ def logs_of(form: str, folder: Path, **columns: list[Any]) -> Logs:
     items = pl.DataFrame({"item_id": names, "title": names})
     if form == "reader":
         return OwnLogs(log, items)
-    paths = [folder / f"log.{form}", folder / ("log.item" if form == "inter" else f"items.{form}")]
+    paths = [
+        folder / f"log.{form}",
+        folder / ("log.item" if form == "inter" else f"items.{form}"),
+    ]
     for table, path in zip((log, items), paths, strict=True):
         if form == "parquet":
             table.write_parquet(path)
         else:
-            typed = table.rename({name: f"{name}:token" for name in table.columns if form == "inter"})
+            typed = table.rename(
+                {name: f"{name}:token" for name in table.columns if form == "inter"}
+            )
             typed.write_csv(path, separator="," if form == "csv" else "\t")
-    return RecBoleLogs(str(folder), "log") if form == "inter" else TableLogs(*map(str, paths))
+    return (
+        RecBoleLogs(str(folder), "log") if form == "inter" else TableLogs(*map(str, paths))
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("a_second", [1, 10**3, 10**6, 10**9])
 def test_a_time_may_be_in_any_unit(a_second: int, form: str, tmp_path: Path) -> None:
     """Seconds, milliseconds, microseconds and nanoseconds since 1970 are told apart by their size."""
-    logs = logs_of(form, tmp_path, timestamp=[1_715_938_200 * a_second, 1_715_938_260 * a_second])
-    assert checked(logs.read()).interactions["timestamp"].to_list() == [1_715_938_200, 1_715_938_260]
+    logs = logs_of(
+        form, tmp_path, timestamp=[1_715_938_200 * a_second, 1_715_938_260 * a_second]
+    )
+    assert checked(logs.read()).interactions["timestamp"].to_list() == [
+        1_715_938_200,
+        1_715_938_260,
+    ]
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("times", "words"),
     [
-        ([datetime(2024, 5, 17), datetime(9999, 12, 31)], "row 2: .*timestamp is .*9999-12-31"),
+        (
+            [datetime(2024, 5, 17), datetime(9999, 12, 31)],
+            "row 2: .*timestamp is .*9999-12-31",
+        ),
         ([date(2024, 5, 17), date(9999, 12, 31)], "row 2: .*timestamp is .*9999-12-31"),
-        ([1_715_938_200, 32_503_680_000], "row 2: .*timestamp is .*32503680000"),  # the year 3000
-        ([20_240_517_093_000, 20_240_517_093_000], "row 1: .*timestamp is .*20240517093000"),
+        (
+            [1_715_938_200, 32_503_680_000],
+            "row 2: .*timestamp is .*32503680000",
+        ),  # the year 3000
+        (
+            [20_240_517_093_000, 20_240_517_093_000],
+            "row 1: .*timestamp is .*20240517093000",
+        ),
         (
             [1_715_938_200, 1_715_938_200 * 10**9],
             "mixes seconds and nanoseconds: row 1 is 1715938200, row 2 is",
         ),
     ],
 )
-def test_a_time_in_no_unit_is_an_error(times: list[Any], words: str, form: str, tmp_path: Path) -> None:
+def test_a_time_in_no_unit_is_an_error(
+    times: list[Any], words: str, form: str, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=words):
         checked(logs_of(form, tmp_path, timestamp=times).read())
 
@@ -188,8 +253,15 @@ def test_a_time_in_no_unit_is_an_error(times: list[Any], words: str, form: str, 
 @pytest.mark.parametrize("form", FORMS)
 def test_columns_that_nothing_reads_are_named(form: str, tmp_path: Path) -> None:
     """Once, in the file's order, in the manifest too; what is mapped or has one of our names is read."""
-    columns = {"timestamp": range(8), "dwell_time": range(8), "rating": [5, 1] * 4, "order_id": range(8)}
-    logs = logs_of(form, tmp_path, **{name: list(values) for name, values in columns.items()})
+    columns = {
+        "timestamp": range(8),
+        "dwell_time": range(8),
+        "rating": [5, 1] * 4,
+        "order_id": range(8),
+    }
+    logs = logs_of(
+        form, tmp_path, **{name: list(values) for name, values in columns.items()}
+    )
     protocol = Protocol(shares=[0.5, 0.25, 0.25], label="rating > 3")
     split = apply_protocol(build_interactions(logs.read(), protocol), protocol)
     assert split.manifest["not_read"] == ["dwell_time", "order_id"]
@@ -212,21 +284,50 @@ BAD_LOGS = [
     ("", "is empty"),
     (HEADER, "no data rows"),
     (LOG + "u1,1,30,5,6,7\n", "a row has more fields than the header.*double quotes"),
-    (HEADER + '"u1,1,10,5\nu2",2,20,2\n', "row 1: column user_id is .*without a line break"),
-    *((LOG.replace(c, "other"), f"no column {c}.*other.*columns") for c in ("user_id", "item_id")),
-    *((HEADER + f"u1,1,10,5\nu1,2,{v},2\n", "row 2: .* timestamp") for v in ("soon", "nan", "inf", "")),
-    *((HEADER + f"u1,1,10,5\nu1,2,20,{v}\n", "row 2: column rating") for v in ("soon", "nan", "inf", "")),
+    (
+        HEADER + '"u1,1,10,5\nu2",2,20,2\n',
+        "row 1: column user_id is .*without a line break",
+    ),
+    *(
+        (LOG.replace(c, "other"), f"no column {c}.*other.*columns")
+        for c in ("user_id", "item_id")
+    ),
+    *(
+        (HEADER + f"u1,1,10,5\nu1,2,{v},2\n", "row 2: .* timestamp")
+        for v in ("soon", "nan", "inf", "")
+    ),
+    *(
+        (HEADER + f"u1,1,10,5\nu1,2,20,{v}\n", "row 2: column rating")
+        for v in ("soon", "nan", "inf", "")
+    ),
     (LOG.replace("rating", "label").replace("5", "1"), r"row 2: column label is 2\.0"),
-    (LOG.replace("rating", "rating,split").replace("5\n", "5,train\n").replace(",2\n", ",2,dev\n"), "'dev'"),
-    (LOG + "u2,9,30,5\nu2,9,31,5\nu2,8,32,5\n", r"row 3: item '9' .* items \(3 rows, 2 items"),
+    (
+        LOG.replace("rating", "rating,split")
+        .replace("5\n", "5,train\n")
+        .replace(",2\n", ",2,dev\n"),
+        "'dev'",
+    ),
+    (
+        LOG + "u2,9,30,5\nu2,9,31,5\nu2,8,32,5\n",
+        r"row 3: item '9' .* items \(3 rows, 2 items",
+    ),
     (LOG.replace("rating", "rating,rating"), "'rating' more than once"),
     (LOG.replace("rating", "rating,user_id"), "'user_id' more than once"),
-    (LOG + "u2,\x1b[31m9,30,5\n", r"item '\\x1b\[31m9'"),  # no colour code reaches the terminal
+    (
+        LOG + "u2,\x1b[31m9,30,5\n",
+        r"item '\\x1b\[31m9'",
+    ),  # no colour code reaches the terminal
 ]
 BAD_ITEMS = [
     ("item_id,name\n1,Alien\n", "no column title.*item_columns.*title: <your column>"),
-    ('item_id,title,year\n1,Alien,1979\n2,"Brazil,1985\n3,Casablanca",1942\n', "row 2: column title"),
-    ('item_id,title,year\n1,Alien,1979\n2,Brazil,"1985\n3,Casablanca,1942"\n', "row 2: column year"),
+    (
+        'item_id,title,year\n1,Alien,1979\n2,"Brazil,1985\n3,Casablanca",1942\n',
+        "row 2: column title",
+    ),
+    (
+        'item_id,title,year\n1,Alien,1979\n2,Brazil,"1985\n3,Casablanca,1942"\n',
+        "row 2: column year",
+    ),
     (ITEMS + "2,Brasil,1985\n", "item '2' .*'Brazil' and 'Brasil'"),
     ("item_id,title,item\n1,A,x\n2,B,y\n", "attribute name item"),
 ]
@@ -250,7 +351,8 @@ def test_a_log_without_timestamps_has_null(write: Write) -> None:
         assert raw.interactions["timestamp"].to_list() == [None, None]
         assert dict(raw.interactions.schema) == RAW_SCHEMA
     with pytest.raises(
-        DataError, match=r"no column when \(our timestamp\); there are user_id, item_id, rating"
+        DataError,
+        match=r"no column when \(our timestamp\); there are user_id, item_id, rating",
     ):
         read(write, bare, columns={"timestamp": "when"})
     parts = {"train": write("a.csv", LOG), "test": write("b.csv", bare)}
@@ -271,22 +373,33 @@ def test_a_log_without_timestamps_has_null(write: Write) -> None:
         ),
     ],
 )
-def test_bad_names_of_files_and_columns(make: Callable[[str], TableLogs], words: str, write: Write) -> None:
+def test_bad_names_of_files_and_columns(
+    make: Callable[[str], TableLogs], words: str, write: Write
+) -> None:
     with pytest.raises(DataError, match=words):
         make(write("items.csv", ITEMS)).read()
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_bytes_that_are_no_text(encoding: str, write: Write, tmp_path: Path) -> None:
-    (tmp_path / "items.csv").write_bytes("item_id,title\n1,Misérables\n2,B\n".encode(encoding))
+    (tmp_path / "items.csv").write_bytes(
+        "item_id,title\n1,Misérables\n2,B\n".encode(encoding)
+    )
     with pytest.raises(DataError, match=r"items\.csv .*not UTF-8"):
         TableLogs(write("log.csv", LOG), str(tmp_path / "items.csv")).read()
 
 
 def test_of_rating_and_label_one_may_be_unreadable(write: Write) -> None:
     """It is null, since a label may be a record's; a protocol that needs it says so."""
-    log = LOG.replace("rating", "rating,label").replace("5\n", "5,Sony\n").replace("2\n", "2,1\n")
-    assert read(write, log).interactions.select("rating", "label").rows() == [(5, None), (2, 1)]
+    log = (
+        LOG.replace("rating", "rating,label")
+        .replace("5\n", "5,Sony\n")
+        .replace("2\n", "2,1\n")
+    )
+    assert read(write, log).interactions.select("rating", "label").rows() == [
+        (5, None),
+        (2, 1),
+    ]
 
 
 def test_tables_as_people_write_them(write: Write) -> None:
@@ -309,8 +422,13 @@ def test_a_file_name_is_no_pattern(kind: str, tmp_path: Path) -> None:
     """log[1] is not log1, which is what a shell would make of it; a folder may have such a name too."""
     folder = tmp_path / "run[2]"
     folder.mkdir()
-    for path, user in ((folder / f"log[1].{kind}", "right"), (folder / f"log1.{kind}", "wrong")):
-        table = pl.DataFrame({"user_id": [user], "item_id": ["1"], "timestamp": [10], "rating": [5]})
+    for path, user in (
+        (folder / f"log[1].{kind}", "right"),
+        (folder / f"log1.{kind}", "wrong"),
+    ):
+        table = pl.DataFrame(
+            {"user_id": [user], "item_id": ["1"], "timestamp": [10], "rating": [5]}
+        )
         table.write_csv(path) if kind == "csv" else table.write_parquet(path)
     (folder / "items.csv").write_text(ITEMS)
     raw = TableLogs(str(folder / f"log[1].{kind}"), str(folder / "items.csv")).read()
@@ -326,7 +444,9 @@ def test_a_file_name_is_no_pattern(kind: str, tmp_path: Path) -> None:
         (MovieLensLatestSmall(), 100_004, 671, 9066, [k / 2 for k in range(1, 11)]),
     ],
 )
-def test_real_movielens(logs: Logs, rows: int, users: int, items: int, ratings: list[float]) -> None:
+def test_real_movielens(
+    logs: Logs, rows: int, users: int, items: int, ratings: list[float]
+) -> None:
     raw = logs.read()
     assert raw.interactions.height == rows
     assert raw.interactions["user_id"].n_unique() == users
@@ -351,6 +471,9 @@ def test_real_movielens_1m() -> None:
     rows = MovieLens1M().read().interactions
     counts = dict(rows["rating"].value_counts().rows())
     assert counts == {1: 56_174, 2: 107_557, 3: 261_197, 4: 348_971, 5: 226_310}
-    assert (rows["timestamp"].min(), rows["timestamp"].max()) == (956_703_932, 1_046_454_590)
+    assert (rows["timestamp"].min(), rows["timestamp"].max()) == (
+        956_703_932,
+        1_046_454_590,
+    )
     assert not rows.select("user_id", "item_id").is_duplicated().any()
     assert rows["item_id"].n_unique() == 3706

@@ -16,7 +16,13 @@ from project.data.batch import Batch, pack
 from project.data.logs import RAW_SCHEMA, RawLogs
 from project.data.negatives import Negatives
 from project.data.prompt import Prompt, PromptEncoder
-from project.data.protocol import Protocol, SplitInteractions, answered, apply_protocol, build_interactions
+from project.data.protocol import (
+    Protocol,
+    SplitInteractions,
+    answered,
+    apply_protocol,
+    build_interactions,
+)
 from project.data.stream import build_streams
 from project.evaluation.networks import earlier_rows
 from project.metrics import auc
@@ -38,15 +44,26 @@ def clicks(seed: int = 0, **changes: Any) -> SplitInteractions:
             "timestamp": np.sort(rng.integers(0, ROWS // 2, ROWS)).astype(float),
         }
     )
-    fields = {"negatives": Negatives(2), "minimum_history": 2, "duplicates": "first"} | changes
+    fields = {
+        "negatives": Negatives(2),
+        "minimum_history": 2,
+        "duplicates": "first",
+    } | changes
     return split_of(log, ITEMS, Protocol(label="clicked", seed=seed, **fields))
 
 
 def split_of(log: pl.DataFrame, items: int, protocol: Protocol) -> SplitInteractions:
     """A log of user_id, item_id (i0, i1, ...) and timestamp under a protocol."""
-    absent = [pl.lit(None, kind).alias(name) for name, kind in RAW_SCHEMA.items() if name not in log.columns]
+    absent = [
+        pl.lit(None, kind).alias(name)
+        for name, kind in RAW_SCHEMA.items()
+        if name not in log.columns
+    ]
     names = pl.DataFrame(
-        {"item_id": [f"i{i}" for i in range(items)], "title": [f"t{i}" for i in range(items)]}
+        {
+            "item_id": [f"i{i}" for i in range(items)],
+            "title": [f"t{i}" for i in range(items)],
+        }
     )
     raw = RawLogs(log.with_columns(absent), names, {})
     return apply_protocol(build_interactions(raw, protocol), protocol)
@@ -71,7 +88,9 @@ def test_each_target_has_unseen_items_beside_it(kind: Any, by: Any) -> None:
     log, drawn = parts(split)
     at = ["user", "timestamp", "split", "fold", "hist", "role"]
     clicked = log.filter(pl.col("role") == "target")
-    assert drawn.select(at).sort(at).equals(pl.concat([clicked, clicked]).select(at).sort(at))
+    assert (
+        drawn.select(at).sort(at).equals(pl.concat([clicked, clicked]).select(at).sort(at))
+    )
     assert set(log["label"]) == {1}
     assert set(drawn["label"]) == {0}
     user, time, part, item = arrays(log)
@@ -131,10 +150,14 @@ def test_a_click_does_not_tell_itself_by_having_been_there(
     tables = RetrievedFeatures(split, retriever, 4, tmp_path, None).tables()
     log, _ = parts(split)
     first = log.group_by("user", "item").agg(first=pl.col("timestamp").min())
-    targets = split.rows.filter(pl.col("role") == "target").join(first, on=["user", "item"], how="left")
+    targets = split.rows.filter(pl.col("role") == "target").join(
+        first, on=["user", "item"], how="left"
+    )
     features = pl.concat(
         [
-            targets.filter(pl.col("split") == name).join(tables[name], on="row_id", maintain_order="left")
+            targets.filter(pl.col("split") == name).join(
+                tables[name], on="row_id", maintain_order="left"
+            )
             for name in SPLITS[1:]
         ]
     )
@@ -156,10 +179,16 @@ def test_hidden_items_are_not_drawn_for_train() -> None:
 
 def test_the_hash_sees_negatives() -> None:
     made = [Negatives(), Negatives(2), Negatives(1, "popularity")]
-    hashes = {clicks(seed, negatives=negatives).hash for negatives in made for seed in (0, 1)}
+    hashes = {
+        clicks(seed, negatives=negatives).hash for negatives in made for seed in (0, 1)
+    }
     assert len(hashes) == 6
     assert clicks().manifest["name"] == "global_time-80-10-10-h2-uniform2"
-    line = environment().get_template("tables.md.j2").module.protocol({"protocol": clicks().manifest})
+    line = (
+        environment()
+        .get_template("tables.md.j2")
+        .module.protocol({"protocol": clicks().manifest})
+    )
     assert "negatives are sampled: 2 per positive, uniform" in line
 
 
@@ -168,19 +197,28 @@ def test_another_draw_changes_nothing_that_is_read(
     tmp_path: Path, hidden: Callable[[Batch], dict[int, torch.Tensor]]
 ) -> None:
     """Rows, features and hidden states of clicks stay; a negative counts and shows the clicks before it."""
-    retriever, mf = LightGCN(neighbours=3, dim=4, epochs=1, item_neighbours=3), MatrixFactorisation(dim=2)
+    retriever, mf = (
+        LightGCN(neighbours=3, dim=4, epochs=1, item_neighbours=3),
+        MatrixFactorisation(dim=2),
+    )
     draws = [clicks(seed) for seed in (0, 1)]
     logs, drawn = zip(*map(parts, draws), strict=True)
     assert logs[0].equals(logs[1])
     assert not drawn[0]["item"].equals(drawn[1]["item"])
-    tables = [RetrievedFeatures(split, retriever, 4, tmp_path, mf).tables() for split in draws]
+    tables = [
+        RetrievedFeatures(split, retriever, 4, tmp_path, mf).tables() for split in draws
+    ]
     clicked = logs[0]["row_id"].implode()
     for name in SPLITS:
-        one, other = (table[name].filter(pl.col("row_id").is_in(clicked)) for table in tables)
+        one, other = (
+            table[name].filter(pl.col("row_id").is_in(clicked)) for table in tables
+        )
         assert one.equals(other)
         states = []
         for split, table in zip(draws, tables, strict=True):
-            encoder = PromptEncoder(Letters(), Prompt("I\n", SEGMENT), split.interactions.items)
+            encoder = PromptEncoder(
+                Letters(), Prompt("I\n", SEGMENT), split.interactions.items
+            )
             streams = build_streams(split.rows, table[name], name, encoder)
             states.append(hidden(pack(streams, streams.evaluation(150))))
         assert set(states[0]) == set(states[1]) > set(clicked.explode()) & set(states[0])
@@ -203,5 +241,7 @@ def test_the_networks_histories_are_of_clicks() -> None:
     targets = split.rows.filter(pl.col("split") == "test", pl.col("role") == "target")
     assert set(answers.ravel()) == {1}
     user, time, _, item = arrays(log)
-    for u, t, found in zip(targets["user"], targets["timestamp"], items.tolist(), strict=True):
+    for u, t, found in zip(
+        targets["user"], targets["timestamp"], items.tolist(), strict=True
+    ):
         assert found == item[(user == u) & (time < t)][-3:].tolist()

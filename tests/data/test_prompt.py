@@ -46,7 +46,12 @@ from project.retrieval import NoRetriever
 
 WORDED = ["item_rate", "vote"]
 ITEMS = pl.DataFrame(
-    {"item": [0, 1], "item_id": ["a", "b"], "title": ["Alien", "Brazil {1}"], "year": ["1979", ""]}
+    {
+        "item": [0, 1],
+        "item_id": ["a", "b"],
+        "title": ["Alien", "Brazil {1}"],
+        "year": ["1979", ""],
+    }
 )
 RETRIEVED = pl.DataFrame(
     {
@@ -101,11 +106,17 @@ def test_fields() -> None:
     ("template", "words"),
     [
         ("{title!r}", r"{title!r}.*{title:\.40}"),
-        *((f"{{title:{spec}}}", r"{title:\.40}") for spec in (".0", ">9", "9", "9.9", ".3s", "." + 20 * "9")),
+        *(
+            (f"{{title:{spec}}}", r"{title:\.40}")
+            for spec in (".0", ">9", "9", "9.9", ".3s", "." + 20 * "9")
+        ),
         ("{vote:.1}", "{vote} alone"),
         ("{item_number:.1}", "{item_number} alone"),
         *((name, "which is unknown") for name in ("{a.b}", "{x[1]}", "{7}", "{director}")),
-        *((f"{{item_number+{name}}}", "which is unknown.*each once") for name in ("year", "item_number", "")),
+        *(
+            (f"{{item_number+{name}}}", "which is unknown.*each once")
+            for name in ("year", "item_number", "")
+        ),
         ("{mf}", "a retrieved feature and also a column.*my_mf: mf"),
         ("{vote_number}", "a retrieved feature and also a column"),
     ],
@@ -125,7 +136,13 @@ def test_fields_that_cannot_be_filled(template: str, words: str) -> None:
         (Prompt(answers=[" no", " "]), "answers"),
         *(
             (Prompt(segment="{title}:", similar=similar), "similar")
-            for similar in ("Similar users liked", "{titles} {titles}", "{title}", "{titles", "{}")
+            for similar in (
+                "Similar users liked",
+                "{titles} {titles}",
+                "{title}",
+                "{titles",
+                "{}",
+            )
         ),
     ],
 )
@@ -134,7 +151,9 @@ def test_bad_wording(prompt: Prompt, key: str) -> None:
         PromptEncoder(Letters(), prompt, ITEMS)
 
 
-def texts(segment: str, label: list[int], retrieved: pl.DataFrame = RETRIEVED) -> list[tuple[str, str]]:
+def texts(
+    segment: str, label: list[int], retrieved: pl.DataFrame = RETRIEVED
+) -> list[tuple[str, str]]:
     """(whole segment, its part up to the answer slot)."""
     encoder = PromptEncoder(Letters(), Prompt(segment=segment), ITEMS)
     segments = encoder.encode(np.array([0, 1]), retrieved, np.array(label, dtype=np.int8))
@@ -169,16 +188,25 @@ def test_golden(segment: str, labels: list[int], expected: list[tuple[str, str]]
 
 
 @pytest.mark.parametrize(
-    ("share", "text"), [(0.0, "00"), (0.045, "05"), (0.74, "74"), (0.999, "99"), (1.0, "99")]
+    ("share", "text"),
+    [(0.0, "00"), (0.045, "05"), (0.74, "74"), (0.999, "99"), (1.0, "99")],
 )
 def test_percent_is_two_digits(share: float, text: str) -> None:
     retrieved = RETRIEVED.with_columns(item_rate=pl.Series([share, None]))
-    assert [whole for whole, _ in texts("{item_percent}", [-1, -1], retrieved)] == [text, "?"]
+    assert [whole for whole, _ in texts("{item_percent}", [-1, -1], retrieved)] == [
+        text,
+        "?",
+    ]
 
 
 def test_least_lengths() -> None:
-    encoder = PromptEncoder(Letters(), Prompt(segment="{title} {item_percent}{vote_number}:"), ITEMS)
-    assert encoder.least_lengths().tolist() == [len("Alien ??: yes"), len("Brazil {1} ??: yes")]
+    encoder = PromptEncoder(
+        Letters(), Prompt(segment="{title} {item_percent}{vote_number}:"), ITEMS
+    )
+    assert encoder.least_lengths().tolist() == [
+        len("Alien ??: yes"),
+        len("Brazil {1} ??: yes"),
+    ]
 
 
 def test_a_control_token_in_a_title_is_text(tiny_model: Path) -> None:
@@ -189,20 +217,34 @@ def test_a_control_token_in_a_title_is_text(tiny_model: Path) -> None:
     items = ITEMS.with_columns(title=pl.Series(["The <|im_end|>", "the sea"]))
     prompt = Prompt("<|im_end|>", "{title} {year}:", similar="S {titles}")
     encoder = PromptEncoder(tokenizer, prompt, items)
-    segments = encoder.encode(np.array([0, 1]), RETRIEVED, np.array([-1, -1], dtype=np.int8))
+    segments = encoder.encode(
+        np.array([0, 1]), RETRIEVED, np.array([-1, -1], dtype=np.int8)
+    )
     assert special not in segments.tokens.values
     assert special not in encoder.encode_similar([[0]]).values
     assert tokenizer.decode(segments.tokens[0]).startswith("The <|im_end|>")
-    assert segments.tokens[1].tolist() == tokenizer.encode("the sea :", add_special_tokens=False)
+    assert segments.tokens[1].tolist() == tokenizer.encode(
+        "the sea :", add_special_tokens=False
+    )
     assert encoder.instruction.tolist() == [special]  # who writes the wording may mean one
 
 
 def test_the_default_segment_shows_short_columns_and_numbers() -> None:
     """Title always, other columns up to a median of 12 tokens, no name of retrieved features, and numbers."""
-    columns = {"plot": ["x" * 13, ""], "year": ["1" * 12, "2" * 12], "likes": ["1", "2"], "a.b": ["1", "2"]}
-    items = pl.DataFrame({"item": [0, 1], "item_id": ["a", "b"], "title": ["t" * 50, "u" * 50], **columns})
+    columns = {
+        "plot": ["x" * 13, ""],
+        "year": ["1" * 12, "2" * 12],
+        "likes": ["1", "2"],
+        "a.b": ["1", "2"],
+    }
+    items = pl.DataFrame(
+        {"item": [0, 1], "item_id": ["a", "b"], "title": ["t" * 50, "u" * 50], **columns}
+    )
     found = with_segment(Prompt(), Letters(), items, ["mf_number"])
-    assert found.segment == "{title}, {year}{item_number+user_number+vote_number+text_number+mf_number}"
+    assert (
+        found.segment
+        == "{title}, {year}{item_number+user_number+vote_number+text_number+mf_number}"
+    )
     assert item_columns(found, items) == (["title", "year"], ["plot", "likes", "a.b"])
     assert with_segment(found, Letters(), items) is found
     assert shows_numbers(None)
@@ -220,14 +262,18 @@ def test_prompts_fit_or_are_named(split: SplitInteractions) -> None:
     The same of tokenised rows, retrieved features included; a list of what similar users liked has a fix of its own.
     """
     items = split.interactions.items
-    item_id, title = max(items.select("item_id", "title").iter_rows(), key=lambda row: len(row[1]))
+    item_id, title = max(
+        items.select("item_id", "title").iter_rows(), key=lambda row: len(row[1])
+    )
     tokens = len(f"I\n{title}: yes")
     encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment="{title}:"), items)
     check_items(encoder, items, tokens)
     words = rf"item '{item_id}' alone has {tokens} tokens .* data\.context_tokens is {tokens - 1} .*{{title:\.40}}"
     with pytest.raises(ConfigError, match=words):
         check_items(encoder, items, tokens - 1)
-    streams = streams_without_retrieved(split, "test", "{title} {vote_percent}{vote_percent}:")
+    streams = streams_without_retrieved(
+        split, "test", "{title} {vote_percent}{vote_percent}:"
+    )
     tokens = int(streams.tokens.lengths[:-1].max()) + len("I\n")
     check_streams(streams, split, tokens)
     with pytest.raises(ConfigError, match=rf"item '{item_id}' alone has {tokens} tokens"):
@@ -251,7 +297,12 @@ def test_the_datamodule_asks_before_it_retrieves(
         prompt, protocol = Prompt(segment=segment), Protocol(label="rating > 3")
         tokenizer = str(tiny_model)
         return InteractionData(
-            logs, NoRetriever(), protocol, prompt=prompt, tokenizer=tokenizer, requests=requests
+            logs,
+            NoRetriever(),
+            protocol,
+            prompt=prompt,
+            tokenizer=tokenizer,
+            requests=requests,
         )
 
     stopped = data("{title}:")
@@ -274,19 +325,30 @@ def test_the_datamodule_asks_before_it_retrieves(
 def retrieved(n: int = 2) -> pl.DataFrame:
     """Random rows; the first has item_rate .75 of 20 rows, the last has no retrieved features at all."""
     rng = np.random.default_rng(0)
-    answers = [rng.integers(0, 2, k).tolist() for k in [*rng.integers(0, 6, n - 1).tolist(), 0]]
-    rates = {name: rng.random(n) for name in ("item_rate", "user_rate", "mf", "item_similarity")}
-    counts = {name: rng.integers(1, 60, n) for name in ("item_count", "user_count", "item_similarity_weight")}
+    answers = [
+        rng.integers(0, 2, k).tolist() for k in [*rng.integers(0, 6, n - 1).tolist(), 0]
+    ]
+    rates = {
+        name: rng.random(n) for name in ("item_rate", "user_rate", "mf", "item_similarity")
+    }
+    counts = {
+        name: rng.integers(1, 60, n)
+        for name in ("item_count", "user_count", "item_similarity_weight")
+    }
     rates["item_rate"][0], counts["item_count"][0] = 0.75, 20
     lists = {
         "neighbour_count": list(map(len, answers)),
         "vote": [sum(a) / len(a) if a else None for a in answers],
         "answers": pl.Series(answers, dtype=pl.List(pl.Int8)),
-        "similarities": pl.Series([rng.random(len(a)).tolist() for a in answers], dtype=pl.List(pl.Float32)),
+        "similarities": pl.Series(
+            [rng.random(len(a)).tolist() for a in answers], dtype=pl.List(pl.Float32)
+        ),
     }
     known = pl.when(pl.col("row_id") < n - 1)
     table = pl.DataFrame({"row_id": np.arange(n), **rates, **counts, **lists})
-    return table.with_columns(known.then(pl.col(*rates)), known.then(pl.col(*counts)).otherwise(0))
+    return table.with_columns(
+        known.then(pl.col(*rates)), known.then(pl.col(*counts)).otherwise(0)
+    )
 
 
 def ids_of(table: pl.DataFrame, fields: list[str]) -> np.ndarray:
@@ -302,7 +364,9 @@ def test_numbers_golden() -> None:
     assert math.isclose(math.log(21) - 3, 0.0445, abs_tol=1e-4)
     assert ids_of(retrieved(), ["item_number"])[0] == -138
     assert ids_of(retrieved(), ["item_count_number"])[0] == -122 * 256**5
-    assert ids_of(retrieved(), ["item_count_number", "item_number"])[0] == -138 - 122 * 256**5
+    assert (
+        ids_of(retrieved(), ["item_count_number", "item_number"])[0] == -138 - 122 * 256**5
+    )
 
 
 def test_nothing_known_is_even_odds() -> None:
@@ -312,7 +376,9 @@ def test_nothing_known_is_even_odds() -> None:
     assert values[0].tolist() == [-3.0 if "count" in field else 0.0 for field in NUMBERS]
 
 
-@pytest.mark.parametrize("fields", [*([field] for field in NUMBERS), [*NUMBERS], [*NUMBERS][::-2]])
+@pytest.mark.parametrize(
+    "fields", [*([field] for field in NUMBERS), [*NUMBERS], [*NUMBERS][::-2]]
+)
 def test_ids_say_fields_and_values(fields: list[str]) -> None:
     """Read back, an id is its fields and their counting features, to half a step, within the span; nothing else."""
     table = retrieved(300)
@@ -323,7 +389,9 @@ def test_ids_say_fields_and_values(fields: list[str]) -> None:
         assert told[:, kind].all() if field in fields else not told[:, kind].any()
         if field in fields:
             expected = (features[:, FEATURES.index(feature)] - zero).clip(-SPAN, SPAN)
-            np.testing.assert_allclose(values[:, kind].numpy(), expected, atol=0.5 / STEPS_A_UNIT + 1e-5)
+            np.testing.assert_allclose(
+                values[:, kind].numpy(), expected, atol=0.5 / STEPS_A_UNIT + 1e-5
+            )
 
 
 def test_words_tell_no_number() -> None:
@@ -336,7 +404,9 @@ def test_segments_hold_one_token_a_field() -> None:
     prompt = Prompt(segment="{title} {mf_number}{item_number+user_number}:")
     encoder = PromptEncoder(Letters(), prompt, ITEMS)
     table = retrieved()
-    mf, rates = (ids_of(table, fields) for fields in (["mf_number"], ["item_number", "user_number"]))
+    mf, rates = (
+        ids_of(table, fields) for fields in (["mf_number"], ["item_number", "user_number"])
+    )
     found = encoder.encode(np.array([0, 1]), table, np.array([1, -1], dtype=np.int8)).tokens
     assert found[0].tolist() == [*map(ord, "Alien "), mf[0], rates[0], *map(ord, ": yes")]
     assert found[1].tolist() == [*map(ord, "Brazil {1} "), mf[1], rates[1], ord(":")]
@@ -346,7 +416,10 @@ def test_segments_hold_one_token_a_field() -> None:
 def test_which_field_tells_a_column(column: str) -> None:
     fields = [name for name, (told, _) in RETRIEVED_FIELDS.items() if told == column]
     for field in [*fields, f"{column}_number"]:
-        assert field_showing(Prompt(segment="{title}{" + field + "}:"), column) == "{" + field + "}"
+        assert (
+            field_showing(Prompt(segment="{title}{" + field + "}:"), column)
+            == "{" + field + "}"
+        )
     both = "{item_number+" + column + "_number}"
     assert field_showing(Prompt(segment="{title}" + both + ":"), column) == both
     assert field_showing(Prompt(segment="{title}{item_number}:"), column) is None

@@ -35,7 +35,12 @@ MakeLogs = Callable[..., RawLogs]
 RULE = Protocol(label="rating > 3")
 TWO = [("1", "a", 1.0, 5.0), ("1", "b", 2.0, 1.0)]
 CLICKS = [("1", "a", float(time), 5.0) for time in range(10)]
-DUPLICATED = [("1", "a", 1.0, 5.0), ("1", "b", 1.0, 1.0), ("1", "a", 1.0, 2.0), ("1", "a", 2.0, 5.0)]
+DUPLICATED = [
+    ("1", "a", 1.0, 5.0),
+    ("1", "b", 1.0, 1.0),
+    ("1", "a", 1.0, 2.0),
+    ("1", "a", 2.0, 5.0),
+]
 UNDATED = [(user, item, None, rating) for user, item, _, rating in DUPLICATED]
 
 
@@ -51,7 +56,15 @@ def test_label_rules() -> None:
         assert ratings.select(label_expression(rule)).to_series().to_list() == labels
 
 
-RULES = ("", "rating", "stars > 3", "rating => 3", "rating > three", "rating > 3 or 4", "rating > nan")
+RULES = (
+    "",
+    "rating",
+    "stars > 3",
+    "rating => 3",
+    "rating > three",
+    "rating > 3 or 4",
+    "rating > nan",
+)
 SHARES = ([0.8, 0.1], [0.8, 0.1, 0.2], [1.2, -0.1, -0.1], [])
 FOLD_SHARES = ([0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0])
 
@@ -93,7 +106,12 @@ def test_shares_and_names() -> None:
 def test_golden_table(make_logs: MakeLogs) -> None:
     """Codes in numeric order (9 before 10), rows by (timestamp, user, item), labels by the rule."""
     raw = make_logs(
-        [("10", "b", 2.0, 5.0), ("9", "b", 1.0, 3.0), ("9", "a", 2.0, 4.0), ("10", "a", 2.0, 1.0)]
+        [
+            ("10", "b", 2.0, 5.0),
+            ("9", "b", 1.0, 3.0),
+            ("9", "a", 2.0, 4.0),
+            ("10", "a", 2.0, 1.0),
+        ]
     )
     built = build_interactions(raw, RULE)
     assert built.users.rows() == [(0, "9"), (1, "10")]
@@ -105,15 +123,24 @@ def test_golden_table(make_logs: MakeLogs) -> None:
         (3, 1, 1, 2.0, 1, 5.0, None),
     ]
     integers = {"row_id": pl.Int64, "user": pl.Int32, "item": pl.Int32}
-    others = {"timestamp": pl.Float64, "label": pl.Int8, "rating": pl.Float64, "given_split": pl.String}
+    others = {
+        "timestamp": pl.Float64,
+        "label": pl.Int8,
+        "rating": pl.Float64,
+        "given_split": pl.String,
+    }
     assert dict(built.rows.schema) == integers | others
     assert built.files == raw.files
 
 
 @pytest.mark.parametrize(("ids", "order"), [("10 9 x", "10 9 x"), ("7 07", "07 7")])
-def test_ids_that_are_not_all_integers_are_ordered_as_text(ids: str, order: str, make_logs: MakeLogs) -> None:
+def test_ids_that_are_not_all_integers_are_ordered_as_text(
+    ids: str, order: str, make_logs: MakeLogs
+) -> None:
     """One id with a letter, and "10" comes before "9"; "7" and "07" are two users."""
-    raw = make_logs([(name, "i", float(k), 5.0 - 2 * (k > 0)) for k, name in enumerate(ids.split())])
+    raw = make_logs(
+        [(name, "i", float(k), 5.0 - 2 * (k > 0)) for k, name in enumerate(ids.split())]
+    )
     assert build_interactions(raw, RULE).users["user_id"].to_list() == order.split()
 
 
@@ -127,10 +154,15 @@ def test_order_of_the_file_does_not_matter(order: list[int], dated: bool) -> Non
         "timestamp": [float(i // 5) if dated else None for i in range(12)],
         "rating": [i % 5 + 1 for i in range(12)],
     }
-    log, items = pl.DataFrame(columns), pl.DataFrame({"item_id": list("0123"), "title": list("abcd")})
+    log, items = (
+        pl.DataFrame(columns),
+        pl.DataFrame({"item_id": list("0123"), "title": list("abcd")}),
+    )
     protocol = replace(RULE, split="random", shares=[0.4, 0.4, 0.2])
     one, other = (
-        apply_protocol(build_interactions(RawLogs(rows, items, {}), protocol), protocol).rows
+        apply_protocol(
+            build_interactions(RawLogs(rows, items, {}), protocol), protocol
+        ).rows
         for rows in (log, log[order])
     )
     assert one.equals(other)
@@ -140,13 +172,20 @@ def test_dropped_ratings_and_their_users_are_gone(make_logs: MakeLogs) -> None:
     """drop_ratings removes rows before anything else; the catalogue keeps every item."""
     raw = make_logs([("1", "a", 1.0, 5.0), ("2", "b", 2.0, 3.0), ("1", "c", 3.0, 1.0)])
     built = build_interactions(raw, Protocol(drop_ratings=[3], label="rating > 3"))
-    assert (built.rows.height, built.users.height, built.items.height, built.dropped) == (2, 1, 3, 1)
+    assert (built.rows.height, built.users.height, built.items.height, built.dropped) == (
+        2,
+        1,
+        3,
+        1,
+    )
 
 
 @pytest.mark.parametrize(("policy", "rating"), [("first", 5.0), ("last", 2.0)])
 def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -> None:
     """Rows 1 and 3 repeat (user, item, timestamp): one stays; the same item at another time is no repetition."""
-    built = build_interactions(make_logs(DUPLICATED), Protocol(duplicates=policy, label="rating > 3"))
+    built = build_interactions(
+        make_logs(DUPLICATED), Protocol(duplicates=policy, label="rating > 3")
+    )
     kept = built.rows.filter((pl.col("item") == 0) & (pl.col("timestamp") == 1))
     assert kept["rating"].to_list() == [rating]
     assert (built.rows.height, built.duplicates) == (3, 1)
@@ -155,24 +194,58 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -
 @pytest.mark.parametrize(
     ("rows", "labels", "protocol", "words"),
     [
-        (DUPLICATED, None, RULE, "1 duplicate rows.*item 'a', timestamp 1: log.csv row 1, log.csv row 3"),
+        (
+            DUPLICATED,
+            None,
+            RULE,
+            "1 duplicate rows.*item 'a', timestamp 1: log.csv row 1, log.csv row 3",
+        ),
         (
             UNDATED,
             None,
             replace(RULE, split="random"),
             "2 duplicate rows.*item 'a': log.csv row 1, .* row 3, .* row 4",
         ),
-        (UNDATED, None, RULE, "no column timestamp, but .*split global_time cuts by time.*split: random"),
-        (CLICKS, None, Protocol(label="clicked", negatives=Negatives()), "were not found: .* of 1 items"),
+        (
+            UNDATED,
+            None,
+            RULE,
+            "no column timestamp, but .*split global_time cuts by time.*split: random",
+        ),
+        (
+            CLICKS,
+            None,
+            Protocol(label="clicked", negatives=Negatives()),
+            "were not found: .* of 1 items",
+        ),
         (TWO, [0, 1], Protocol(drop_ratings=[3]), r"drop_ratings is \[3\]"),
-        (TWO, [1, 0], RULE, r"log\.csv, row 1: no rating .*there are who, what.*label: null"),
-        (TWO, None, Protocol(label=None), r'log\.csv, row 1: no label .*label: "rating > 3"'),
+        (
+            TWO,
+            [1, 0],
+            RULE,
+            r"log\.csv, row 1: no rating .*there are who, what.*label: null",
+        ),
+        (
+            TWO,
+            None,
+            Protocol(label=None),
+            r'log\.csv, row 1: no label .*label: "rating > 3"',
+        ),
         (CLICKS, None, RULE, "train have label 1 .*Clicks alone need rows with label 0"),
-        (TWO, None, replace(RULE, drop_ratings=[1, 5]), "train and valid and test has no targets"),
+        (
+            TWO,
+            None,
+            replace(RULE, drop_ratings=[1, 5]),
+            "train and valid and test has no targets",
+        ),
     ],
 )
 def test_logs_that_a_protocol_cannot_use(
-    rows: list[Any], labels: list[int] | None, protocol: Protocol, words: str, make_logs: MakeLogs
+    rows: list[Any],
+    labels: list[int] | None,
+    protocol: Protocol,
+    words: str,
+    make_logs: MakeLogs,
 ) -> None:
     raw = replace(make_logs(rows, labels), columns=("who", "what"))
     with pytest.raises((ConfigError, DataError), match=words):
@@ -210,8 +283,12 @@ def coded(
     }
     rows = pl.DataFrame(columns, schema_overrides=TYPES)
     codes = range(max(user) + 1)
-    users = pl.DataFrame({"user": codes, "user_id": [f"u{i}" for i in codes]}).cast({"user": pl.Int32})
-    items = rows.select("item", item_id=pl.col("item").cast(pl.String), title=pl.col("item").cast(pl.String))
+    users = pl.DataFrame({"user": codes, "user_id": [f"u{i}" for i in codes]}).cast(
+        {"user": pl.Int32}
+    )
+    items = rows.select(
+        "item", item_id=pl.col("item").cast(pl.String), title=pl.col("item").cast(pl.String)
+    )
     return Interactions(rows, users, items, {"log.csv": "aa"})
 
 
@@ -241,7 +318,11 @@ ALTERNATING = [i // 4 % 2 for i in range(40)]
     ("log", "protocol", "expected"),
     [
         # 20 targets: cuts are the times at index 16 and 18. Index 16 is 20, so the tie at index 15 is valid too
-        (coded([0] * 20, [*range(15), 20, 20, 21, 22, 22]), Protocol(), "T" * 15 + "VVV" + "EE"),
+        (
+            coded([0] * 20, [*range(15), 20, 20, 21, 22, 22]),
+            Protocol(),
+            "T" * 15 + "VVV" + "EE",
+        ),
         # 10 users' first rows at the end are context: cuts come from the 20 rows that are targets
         (
             coded([0] * 21 + list(range(1, 11)), list(range(31))),
@@ -261,22 +342,39 @@ ALTERNATING = [i // 4 % 2 for i in range(40)]
             "TTTTTTEEEE" + "TTTTTTTTVE" * 2,
         ),
         # users whose rows alternate in time are cut as if each were alone
-        (coded([0, 1] * 20, list(range(40)), labels=HALVES), USER_TIME, "T" * 32 + "V" * 4 + "E" * 4),
+        (
+            coded([0, 1] * 20, list(range(40)), labels=HALVES),
+            USER_TIME,
+            "T" * 32 + "V" * 4 + "E" * 4,
+        ),
         # ties count in sorted order; a user with one row has it in test, one with two has no train row
         (
-            coded([0, 0, 0, 1, 2, 2, 0, 0], [1, 2, 3, 3, 4, 4, 5, 5], labels=[1, 0, 1, 0, 1, 0, 0, 1]),
+            coded(
+                [0, 0, 0, 1, 2, 2, 0, 0],
+                [1, 2, 3, 3, 4, 4, 5, 5],
+                labels=[1, 0, 1, 0, 1, 0, 0, 1],
+            ),
             Protocol(split="leave_last"),
             "TTT" + "E" + "VE" + "VE",
         ),
         # history is context
         (
-            coded([0] * 7, list(range(7)), ["history"] * 2 + ["train"] * 2 + ["valid"] * 2 + ["test"]),
+            coded(
+                [0] * 7,
+                list(range(7)),
+                ["history"] * 2 + ["train"] * 2 + ["valid"] * 2 + ["test"],
+            ),
             GIVEN,
             "tt" + "TT" + "VV" + "E",
         ),
         # without times history comes first, then train, valid and test, whatever the file's order
         (
-            coded([0] * 40, [None] * 40, ["test", "valid", "train", "history"] * 10, ALTERNATING),
+            coded(
+                [0] * 40,
+                [None] * 40,
+                ["test", "valid", "train", "history"] * 10,
+                ALTERNATING,
+            ),
             GIVEN,
             "t" * 10 + "T" * 10 + "V" * 10 + "E" * 10,
         ),
@@ -288,10 +386,14 @@ def test_splits_by_hand(log: Interactions, protocol: Protocol, expected: str) ->
 
 def test_random_is_the_documented_permutation() -> None:
     """The first 80 % of default_rng(seed).permutation(n) are train, the next 10 % valid, the rest test."""
-    split = apply_protocol(coded([0] * 40, list(range(40))), Protocol(split="random", seed=7))
+    split = apply_protocol(
+        coded([0] * 40, list(range(40))), Protocol(split="random", seed=7)
+    )
     permutation = np.random.default_rng(7).permutation(40)
     for name, part in zip(SPLITS, np.split(permutation, [32, 36]), strict=True):
-        assert set(split.rows.filter(pl.col("split") == name)["row_id"]) == set(part.tolist())
+        assert set(split.rows.filter(pl.col("split") == name)["row_id"]) == set(
+            part.tolist()
+        )
 
 
 def test_folds_are_a_salted_hash_of_the_user() -> None:
@@ -302,10 +404,20 @@ def test_folds_are_a_salted_hash_of_the_user() -> None:
         digest = hashlib.sha256(f"folds:u{user}".encode()).hexdigest()
         at = int(digest[:16], 16) / 16**16
         assert fold == (
-            None if part != "valid" else "select" if at < 0.2 else "tune" if at < 0.6 else "certify"
+            None
+            if part != "valid"
+            else "select"
+            if at < 0.2
+            else "tune"
+            if at < 0.6
+            else "certify"
         )
     folds = split.manifest["folds"]
-    assert sum(folds[fold]["targets"] for fold in FOLDS) == split.manifest["counts"]["valid"] == 30
+    assert (
+        sum(folds[fold]["targets"] for fold in FOLDS)
+        == split.manifest["counts"]["valid"]
+        == 30
+    )
     assert sum(folds[fold]["users"] for fold in FOLDS) == 30
 
 
@@ -314,15 +426,26 @@ def test_rows_without_timestamps_are_shuffled_inside_their_splits() -> None:
     log = coded(sorted(i % 4 for i in range(40)), [None] * 40)
     split = apply_protocol(log, Protocol(split="random", seed=7, minimum_history=2))
     assert split.rows["item"].to_list() == np.random.default_rng(7).permutation(40).tolist()
-    assert split.rows["timestamp"].to_list() == split.rows["row_id"].to_list() == list(range(40))
+    assert (
+        split.rows["timestamp"].to_list()
+        == split.rows["row_id"].to_list()
+        == list(range(40))
+    )
     assert splits_of(split).lower() == "t" * 32 + "v" * 4 + "e" * 4
     for _, own in split.rows.group_by("user"):
         assert own["hist"].to_list() == list(range(10))
         assert own["role"].to_list() == ["context"] * 2 + ["target"] * 8
     assert split.interactions.rows.equals(split.rows.select(log.rows.columns))
     manifest = split.manifest
-    assert (manifest["order"], manifest["times"], manifest["tie_share"]) == ("shuffled", [], 0)
-    assert apply_protocol(coded([0] * 40, list(range(40))), Protocol()).manifest["order"] == "by time"
+    assert (manifest["order"], manifest["times"], manifest["tie_share"]) == (
+        "shuffled",
+        [],
+        0,
+    )
+    assert (
+        apply_protocol(coded([0] * 40, list(range(40))), Protocol()).manifest["order"]
+        == "by time"
+    )
 
 
 STREAM = coded([0] * 20, list(range(20)))
@@ -331,10 +454,22 @@ STREAM = coded([0] * 20, list(range(20)))
 @pytest.mark.parametrize(
     ("log", "protocol", "words"),
     [
-        (coded(list(range(9)), [1.0] * 9), {}, "train and valid has no targets.*train 0, valid 0, test 9"),
+        (
+            coded(list(range(9)), [1.0] * 9),
+            {},
+            "train and valid has no targets.*train 0, valid 0, test 9",
+        ),
         (STREAM, {"shares": [0.8, 0.2, 0.0]}, "Split test has no targets"),
-        (STREAM, {"minimum_history": 50}, "train and valid and test has no targets.*minimum_history"),
-        (STREAM, {"minimum_history": 50, "split": "random"}, "train and valid and test has no targets"),
+        (
+            STREAM,
+            {"minimum_history": 50},
+            "train and valid and test has no targets.*minimum_history",
+        ),
+        (
+            STREAM,
+            {"minimum_history": 50, "split": "random"},
+            "train and valid and test has no targets",
+        ),
         (STREAM, {"shares": [0.5, 0.1, 0.1]}, r"data\.protocol\.shares"),
         (
             coded([0] * 4, list(range(4)), ["train", "train", None, "test"]),
@@ -346,10 +481,16 @@ STREAM = coded([0] * 20, list(range(20)))
             {},
             "of train have label 1.*Clicks alone need rows with label 0",
         ),
-        (coded([0] * 20, list(range(20)), labels=[0, 1] * 8 + [1, 1, 0, 1]), {}, "of valid have label 1"),
+        (
+            coded([0] * 20, list(range(20)), labels=[0, 1] * 8 + [1, 1, 0, 1]),
+            {},
+            "of valid have label 1",
+        ),
     ],
 )
-def test_logs_that_cannot_be_split(log: Interactions, protocol: dict[str, Any], words: str) -> None:
+def test_logs_that_cannot_be_split(
+    log: Interactions, protocol: dict[str, Any], words: str
+) -> None:
     with pytest.raises((ConfigError, DataError), match=words):
         apply_protocol(log, Protocol(**protocol))
 
@@ -382,10 +523,14 @@ def test_hash_is_stable_and_sees_every_change() -> None:
     def hash_of(log: Interactions = log, **changes: Any) -> str:
         return apply_protocol(log, Protocol(**{"label": "rating > 3"} | changes)).hash
 
-    same = hash_of(replace(log, files={"elsewhere.csv": "aa"}), hide_items=0.0, train_users=1.0)
+    same = hash_of(
+        replace(log, files={"elsewhere.csv": "aa"}), hide_items=0.0, train_users=1.0
+    )
     assert hash_of() == same == "c167403b4ad01fea"
     third = pl.when(pl.col("row_id") == 3)
-    flipped = log.rows.with_columns(label=third.then(1 - pl.col("label")).otherwise("label").cast(pl.Int8))
+    flipped = log.rows.with_columns(
+        label=third.then(1 - pl.col("label")).otherwise("label").cast(pl.Int8)
+    )
     others = [
         hash_of(replace(log, files={"log.csv": "ab"})),
         hash_of(replace(log, rows=flipped)),
@@ -404,13 +549,20 @@ def test_hidden_items_golden() -> None:
     Items are hidden whose sha256("hidden items:seed:id") as a number in [0, 1) is below the share.
     """
     log = coded([0] * 20 + [1] * 20, list(range(40)))
-    numbers = [int(hashlib.sha256(f"hidden items:0:{i}".encode()).hexdigest()[:16], 16) for i in range(40)]
+    numbers = [
+        int(hashlib.sha256(f"hidden items:0:{i}".encode()).hexdigest()[:16], 16)
+        for i in range(40)
+    ]
     hidden = [i for i, number in enumerate(numbers) if number / 16**16 < 0.2]
     assert hidden == [5, 6, 19, 21, 22, 28, 30, 34]
     split = apply_protocol(log, Protocol(hide_items=0.2))
     assert splits_of(split) == "T" * 25 + "VVVV" + "EEEE"
     rows, manifest = split.rows, split.manifest
-    assert (manifest["rows"], manifest["hidden_items"], manifest["hidden_rows"]) == (33, 8, 7)
+    assert (manifest["rows"], manifest["hidden_items"], manifest["hidden_rows"]) == (
+        33,
+        8,
+        7,
+    )
     assert manifest["counts"] == {"train": 25, "valid": 4, "test": 4}
     assert rows["item"].to_list() == [i for i in range(40) if i >= 32 or i not in hidden]
     assert rows.filter("hidden")["item"].to_list() == [i for i in hidden if i >= 32]
@@ -446,11 +598,16 @@ def test_train_users_takes_targets_of_train_alone() -> None:
 
 
 @settings(derandomize=True)
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), min_size=1, max_size=60), st.integers(0, 3))
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), min_size=1, max_size=60),
+    st.integers(0, 3),
+)
 def test_global_time_is_monotone_in_time(log: list[tuple[int, int]], minimum: int) -> None:
     """Every row of a split is strictly earlier than every row of the next one; roles follow history."""
     ordered = sorted(log, key=lambda row: (row[1], row[0]))
-    interactions = coded([user for user, _ in ordered], [float(time) for _, time in ordered])
+    interactions = coded(
+        [user for user, _ in ordered], [float(time) for _, time in ordered]
+    )
     try:
         rows = apply_protocol(interactions, Protocol(minimum_history=minimum)).rows
     except DataError:
@@ -469,10 +626,30 @@ FIVE = Protocol(minimum_history=5, label="rating > 3")
     ("logs", "protocol", "counts", "context"),
     [
         (MovieLens100K(), FIVE, (75_599, 9_447, 9_453), None),
-        (MovieLens100K(), replace(USER_TIME, label="rating > 3"), (78_595, 9_906, 11_499), None),
-        (MovieLens100K(), Protocol(split="random", label="rating > 3"), (80_000, 10_000, 10_000), None),
-        (MovieLens100K(), Protocol(split="leave_last", label="rating > 3"), (98_114, 943, 943), None),
-        (MovieLensLatestSmall(), replace(FIVE, label="rating > 3.5"), (77_036, 9_629, 9_630), None),
+        (
+            MovieLens100K(),
+            replace(USER_TIME, label="rating > 3"),
+            (78_595, 9_906, 11_499),
+            None,
+        ),
+        (
+            MovieLens100K(),
+            Protocol(split="random", label="rating > 3"),
+            (80_000, 10_000, 10_000),
+            None,
+        ),
+        (
+            MovieLens100K(),
+            Protocol(split="leave_last", label="rating > 3"),
+            (98_114, 943, 943),
+            None,
+        ),
+        (
+            MovieLensLatestSmall(),
+            replace(FIVE, label="rating > 3.5"),
+            (77_036, 9_629, 9_630),
+            None,
+        ),
         # with context 803,654 of train, 100,012 of valid, 96,543 of test, together 1,000,209
         (MovieLens1M(), FIVE, (771_790, 96_474, 96_474), (31_864, 3_538, 69)),
     ],

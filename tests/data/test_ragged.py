@@ -17,6 +17,11 @@ def test_ragged_golden() -> None:
 
 def test_join_equals_python() -> None:
     rng = np.random.default_rng(0)
-    parts = [[rng.integers(0, 9, rng.integers(0, 4)).tolist() for _ in range(50)] for _ in range(3)]
+    parts = [
+        [rng.integers(0, 9, rng.integers(0, 4)).tolist() for _ in range(50)]
+        for _ in range(3)
+    ]
     joined = join([Ragged.of(p) for p in parts])
-    assert [joined[i].tolist() for i in range(50)] == [[v for p in parts for v in p[i]] for i in range(50)]
+    assert [joined[i].tolist() for i in range(50)] == [
+        [v for p in parts for v in p[i]] for i in range(50)
+    ]

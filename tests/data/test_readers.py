@@ -38,7 +38,9 @@ RATINGS = '''"User-ID";"ISBN";"Book-Rating"
 @pytest.fixture
 def book_crossing(tmp_path: Path) -> Path:
     (tmp_path / "BX-Books.csv").write_bytes(BOOKS.encode("latin-1"))
-    (tmp_path / "BX-Book-Ratings.csv").write_bytes(RATINGS.replace("\n", "\r\n").encode("latin-1"))
+    (tmp_path / "BX-Book-Ratings.csv").write_bytes(
+        RATINGS.replace("\n", "\r\n").encode("latin-1")
+    )
     return tmp_path
 
 
@@ -73,10 +75,14 @@ def test_book_crossing(book_crossing: Path) -> None:
 def test_what_a_reader_leaves_out_is_in_the_manifest(tmp_path: Path) -> None:
     """Rating 0 is the protocol's to drop: of 60 rows, a sixth."""
     lines = [f'"{i % 7}";"{i}";"{2 * (i % 6)}"' for i in range(60)]
-    (tmp_path / "BX-Book-Ratings.csv").write_text("\n".join([RATINGS.splitlines()[0], *lines, "broken"]))
+    (tmp_path / "BX-Book-Ratings.csv").write_text(
+        "\n".join([RATINGS.splitlines()[0], *lines, "broken"])
+    )
     books = [f'"{i}";"Title {i}";"";"0";"";{IMAGES}' for i in range(60)]
     (tmp_path / "BX-Books.csv").write_text("\n".join([COLUMNS, *books]))
-    protocol = Protocol(split="random", label="rating > 5", drop_ratings=[0], shares=[0.5, 0.3, 0.2])
+    protocol = Protocol(
+        split="random", label="rating > 5", drop_ratings=[0], shares=[0.5, 0.3, 0.2]
+    )
     manifest = apply_protocol(
         build_interactions(BookCrossing(str(tmp_path)).read(), protocol), protocol
     ).manifest
@@ -125,17 +131,51 @@ def amazon(
     paths = [folder / f"{name}{suffix}" for name in ("reviews", "meta")]
     for path, records in zip(paths, (reviews, metadata), strict=True):
         text = "".join((r if isinstance(r, str) else write(r)) + "\n" for r in records)
-        path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
+        path.write_bytes(
+            gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode()
+        )
     return checked(AmazonReviews(*map(str, paths)).read())
 
 
 @pytest.mark.parametrize(
     ("review", "metadata", "write", "suffix", "time", "rating", "category"),
     [
-        (REVIEW_2014, META_2014, repr, ".json.gz", 1252800000, 5, "Beauty, Skin Care, Gifts"),
-        (REVIEW_2014, META_2014, json.dumps, ".json", 1252800000, 5, "Beauty, Skin Care, Gifts"),
-        (REVIEW_2018, META_2018, json.dumps, ".json.gz", 1514764800, 4, "Beauty, Skin Care"),
-        (REVIEW_2023, META_2023, json.dumps, ".jsonl", 1588687728.923, 3, "Beauty, Skin Care"),
+        (
+            REVIEW_2014,
+            META_2014,
+            repr,
+            ".json.gz",
+            1252800000,
+            5,
+            "Beauty, Skin Care, Gifts",
+        ),
+        (
+            REVIEW_2014,
+            META_2014,
+            json.dumps,
+            ".json",
+            1252800000,
+            5,
+            "Beauty, Skin Care, Gifts",
+        ),
+        (
+            REVIEW_2018,
+            META_2018,
+            json.dumps,
+            ".json.gz",
+            1514764800,
+            4,
+            "Beauty, Skin Care",
+        ),
+        (
+            REVIEW_2023,
+            META_2023,
+            json.dumps,
+            ".jsonl",
+            1588687728.923,
+            3,
+            "Beauty, Skin Care",
+        ),
     ],
     ids=["2014 literals", "2014", "2018", "2023"],
 )
@@ -160,7 +200,9 @@ def test_every_edition_of_amazon_reviews(
     }
     assert raw.items.rows(named=True) == [expected]
     assert raw.left_out == ()
-    assert set(raw.not_read) == set(review) - {name for names in REVIEW.values() for name in names}
+    assert set(raw.not_read) == set(review) - {
+        name for names in REVIEW.values() for name in names
+    }
 
 
 def test_lines_of_amazon_that_are_left_out(tmp_path: Path) -> None:
@@ -186,7 +228,9 @@ def test_lines_of_amazon_that_are_left_out(tmp_path: Path) -> None:
     assert raw.interactions.select(IDS).rows() == [("A1", "0000031852", 10, 1, 2)]
     assert raw.items.height == 1
     assert not (tmp_path / "made").exists()
-    assert [line.replace(" rows left out, the first is row", "") for line in raw.left_out] == [
+    assert [
+        line.replace(" rows left out, the first is row", "") for line in raw.left_out
+    ] == [
         "reviews.json.gz: 3 4: it is no object",
         "reviews.json.gz: 1 7: it has no overall or rating",
         "reviews.json.gz: 1 8: its time or rating is no number",
@@ -203,9 +247,14 @@ def test_files_that_are_no_dump(tmp_path: Path, book_crossing: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.json does not exist"):
         AmazonReviews(str(tmp_path / "nothing.json"), "meta.json").read()
     with pytest.raises(
-        DataError, match=r"reviews\.json\.gz: no row has reviewerID or user_id, .*first has stars"
+        DataError,
+        match=r"reviews\.json\.gz: no row has reviewerID or user_id, .*first has stars",
     ):
         amazon(tmp_path, [{"stars": 5}], [META_2014])
-    (book_crossing / "BX-Books.csv").write_text(BOOKS.replace("ISBN", "Number"), encoding="latin-1")
-    with pytest.raises(DataError, match=r"BX-Books\.csv: no row has ISBN; the first has Number, Book-Title"):
+    (book_crossing / "BX-Books.csv").write_text(
+        BOOKS.replace("ISBN", "Number"), encoding="latin-1"
+    )
+    with pytest.raises(
+        DataError, match=r"BX-Books\.csv: no row has ISBN; the first has Number, Book-Title"
+    ):
         BookCrossing(str(book_crossing)).read()

@@ -55,7 +55,10 @@ NOT_THERE = [B | {"candidates": []}, B | {"candidates": ["i1", "zzz"]}, past(ite
         ("{", ["JSON"]),
         ('{"request_id": ' + 5000 * "1", ["JSON"]),
         (99_999 * "[", ["JSON"]),
-        (json.dumps(B | {"time": "@"}).replace('"@"', "1" + 400 * "0"), ["time is 1000", "seconds"]),
+        (
+            json.dumps(B | {"time": "@"}).replace('"@"', "1" + 400 * "0"),
+            ["time is 1000", "seconds"],
+        ),
         (B | {"time": 1.7e12}, ["milliseconds"]),
         (B | {"time": float("nan")}, ["time", "nan"]),
         (B | {"time": "now"}, ["time", "now"]),
@@ -65,7 +68,10 @@ NOT_THERE = [B | {"candidates": []}, B | {"candidates": ["i1", "zzz"]}, past(ite
         (B | {"candidates": [None]}, ["item_id"]),
         (B | {"history": []}, ["either user_id or a history"]),
         (B | {"history": 0, "user_id": None}, ["history is 0", "list"]),
-        (past() | {"history": [{"item_id": "i1", "answer": 1, "time": 1}]}, ["'answer'", "label 0 or 1"]),
+        (
+            past() | {"history": [{"item_id": "i1", "answer": 1, "time": 1}]},
+            ["'answer'", "label 0 or 1"],
+        ),
         (past(label=5), ["history", "0 or 1"]),
         ([1], ["list"]),
         ({"request_id": "b", "candidates": ["i1"]}, ["either user_id or a history"]),
@@ -73,14 +79,25 @@ NOT_THERE = [B | {"candidates": []}, B | {"candidates": ["i1", "zzz"]}, past(ite
         (B | {"request_id": "a"}, ["request_id 'a' is also that of line 1"]),
         (B | {"request_id": "a", "candidates": []}, ["request_id 'a'"]),
         (B | {"candidate": ["i1"]}, ["'candidate'", "did you mean candidates?"]),
-        (B | {"candidates": [NEW | {"yaer": "1999"}]}, ["'yaer'", "did you mean year?", "title, year"]),
-        (B | {"candidates": [{"item_id": "i1", "yaer": "1999"}]}, ["'yaer'", "did you mean year?"]),
+        (
+            B | {"candidates": [NEW | {"yaer": "1999"}]},
+            ["'yaer'", "did you mean year?", "title, year"],
+        ),
+        (
+            B | {"candidates": [{"item_id": "i1", "yaer": "1999"}]},
+            ["'yaer'", "did you mean year?"],
+        ),
         (past(yaer="1999"), ["'yaer'", "did you mean year?"]),
         (B | {"candidates": [NEW | {"year": {"a": 1}}]}, ["year is {'a': 1}"]),
-        (past() | {"history": [ROW, {"item_id": "i1", "label": 1}]}, ["every row its time, or none"]),
+        (
+            past() | {"history": [ROW, {"item_id": "i1", "label": 1}]},
+            ["every row its time, or none"],
+        ),
     ],
 )
-def test_bad_requests(record: Any, words: list[str], logs: Interactions, tmp_path: Path) -> None:
+def test_bad_requests(
+    record: Any, words: list[str], logs: Interactions, tmp_path: Path
+) -> None:
     """A line that is no request is invalid alone, with its file and line; others are read as without it."""
     c = A | {"request_id": "c"}
     found, plain = read(logs, tmp_path, A, record, c), read(logs, tmp_path, A, c)
@@ -88,9 +105,14 @@ def test_bad_requests(record: Any, words: list[str], logs: Interactions, tmp_pat
     assert found.items.equals(plain.items)
     (invalid,) = found.invalid
     assert invalid.place == 1
-    assert all(word in invalid.error for word in ["requests.jsonl", "line 2", *words]), invalid.error
+    assert all(word in invalid.error for word in ["requests.jsonl", "line 2", *words]), (
+        invalid.error
+    )
     if record in NOT_THERE:
-        assert (invalid.request_id, invalid.candidates) == ("b", tuple(record["candidates"]))
+        assert (invalid.request_id, invalid.candidates) == (
+            "b",
+            tuple(record["candidates"]),
+        )
     else:
         assert invalid.request_id not in ("a", "c")
 
@@ -107,9 +129,12 @@ def test_files_without_a_request(logs: Interactions, tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=words):
             read_requests(file, logs)
-    records = [record | {"request_id": str(number)} for number, record in enumerate(NOT_THERE)]
+    records = [
+        record | {"request_id": str(number)} for number, record in enumerate(NOT_THERE)
+    ]
     with pytest.raises(
-        DataError, match=r"line 1: candidates is empty.*at least one candidate.*None of the 3 requests"
+        DataError,
+        match=r"line 1: candidates is empty.*at least one candidate.*None of the 3 requests",
     ):
         read(logs, tmp_path, *records)
 
@@ -136,7 +161,9 @@ def test_parquet_equals_jsonl(logs: Interactions, tmp_path: Path) -> None:
     pl.DataFrame(records).write_parquet(tmp_path / "requests.parquet")
     parquet = read_requests(str(tmp_path / "requests.parquet"), logs)
     assert parquet.requests == read(logs, tmp_path, *records).requests
-    more = read(logs, tmp_path, B | {"candidates": [{"item_id": "fresh", "title": "a dog"}, "i1"]})
+    more = read(
+        logs, tmp_path, B | {"candidates": [{"item_id": "fresh", "title": "a dog"}, "i1"]}
+    )
     assert more.codes["fresh"] == len(logs.items)
     assert more.items["title"][-1] == "a dog"
     assert more.table()["item_id"].to_list() == ["fresh", "i1"]
@@ -145,7 +172,10 @@ def test_parquet_equals_jsonl(logs: Interactions, tmp_path: Path) -> None:
 def test_values_of_the_items_table(logs: Interactions, tmp_path: Path) -> None:
     """Numbers and lists are what the items file has of them: text, lists joined."""
     values = {"99": 99, "4.5": 4.5, "true": True, "a, 1": ["a", 1], "": None}
-    items = [{"item_id": f"n{k}", "title": "New", "year": value} for k, value in enumerate(values.values())]
+    items = [
+        {"item_id": f"n{k}", "title": "New", "year": value}
+        for k, value in enumerate(values.values())
+    ]
     found = read(logs, tmp_path, B | {"candidates": items}).items
     assert found["year"].tail(len(values)).to_list() == list(values)
 
@@ -156,21 +186,33 @@ def test_a_mutated_line_never_ends_the_file(
     data: st.DataObject, logs: Interactions, tmp_path_factory: Any
 ) -> None:
     """Some bytes of a line are others: it is read or invalid, and the next line is read."""
-    history = [ROW | {"time": 5}, {"item_id": "n", "title": "a dog", "label": 0, "time": 6.5}]
-    asked = {"request_id": "a", "history": history, "time": 9, "candidates": ["i2", {"item_id": "n"}]}
+    history = [
+        ROW | {"time": 5},
+        {"item_id": "n", "title": "a dog", "label": 0, "time": 6.5},
+    ]
+    asked = {
+        "request_id": "a",
+        "history": history,
+        "time": 9,
+        "candidates": ["i2", {"item_id": "n"}],
+    }
     mutated = bytearray(json.dumps(asked).encode())
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(mutated) - 1))
         put = data.draw(st.binary(max_size=3)).replace(b"\n", b" ")
         mutated[place : place + data.draw(st.integers(0, 3))] = put
     file = tmp_path_factory.mktemp("mutated") / "requests.jsonl"
-    file.write_bytes(bytes(mutated) + b'\n{"request_id": "z", "user_id": "u1", "candidates": ["i1"]}')
+    file.write_bytes(
+        bytes(mutated) + b'\n{"request_id": "z", "user_id": "u1", "candidates": ["i1"]}'
+    )
     found = read_requests(str(file), logs)
     assert names(found)[-1] == "z"
     assert len(found.requests) + len(found.invalid) <= 2
 
 
-def test_a_request_with_a_long_title_is_invalid_alone(logs: Interactions, tmp_path: Path) -> None:
+def test_a_request_with_a_long_title_is_invalid_alone(
+    logs: Interactions, tmp_path: Path
+) -> None:
     """As candidate or in the history; who asks for items that fit is served. Nobody left is an error."""
     new = {"item_id": "new", "title": "x" * 200}
     records = [
@@ -180,11 +222,20 @@ def test_a_request_with_a_long_title_is_invalid_alone(logs: Interactions, tmp_pa
         past(**new) | {"request_id": "past"},
     ]
     requests = read(logs, tmp_path, *records)
-    encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment="{title}:"), requests.items)
+    encoder = PromptEncoder(
+        Letters(), Prompt(instruction="I\n", segment="{title}:"), requests.items
+    )
     found, tokens = without_long(requests, encoder, 100), 200 + len("I\n: yes")
     assert names(found) == ["fits"]
-    assert [(r.place, r.request_id) for r in found.invalid] == [(0, "unknown"), (1, "long"), (3, "past")]
-    assert f"request 'long': The prompt of item 'new' alone has {tokens} tokens" in found.invalid[1].error
+    assert [(r.place, r.request_id) for r in found.invalid] == [
+        (0, "unknown"),
+        (1, "long"),
+        (3, "past"),
+    ]
+    assert (
+        f"request 'long': The prompt of item 'new' alone has {tokens} tokens"
+        in found.invalid[1].error
+    )
     assert without_long(requests, encoder, tokens) is requests
     with pytest.raises(DataError, match="None of the 1 requests"):
         some_usable(without_long(read(logs, tmp_path, records[1]), encoder, 100))

@@ -64,7 +64,9 @@ def test_context_depends_on_earlier_rows_only() -> None:
         whole = context_starts(lengths, groups, capacity)
         for j in range(len(groups)):
             n = groups[j]
-            part = context_starts(lengths[:n], time_groups(time[:n]) if n else np.array([0]), capacity)
+            part = context_starts(
+                lengths[:n], time_groups(time[:n]) if n else np.array([0]), capacity
+            )
             assert part[-1] == whole[j]
 
 
@@ -76,8 +78,12 @@ def test_every_target_is_scored_once_with_its_context() -> None:
         starts = context_starts(lengths, groups, capacity)
         group_of = np.searchsorted(groups, np.arange(len(time)), side="right") - 1
         scored = np.zeros(len(time), dtype=int)
-        for w in evaluation_windows(lengths, groups, target, capacity, np.ones_like(target)):
-            assert lengths[w.positions].sum() <= max(1.25 * capacity, capacity + lengths.max())
+        for w in evaluation_windows(
+            lengths, groups, target, capacity, np.ones_like(target)
+        ):
+            assert lengths[w.positions].sum() <= max(
+                1.25 * capacity, capacity + lengths.max()
+            )
             for p in range(w.first, w.last):
                 scored[p] += 1
                 if target[p]:
@@ -101,8 +107,13 @@ def test_later_rows_have_half_a_window() -> None:
 def test_many_rows_of_one_second() -> None:
     """Capacity 100, ten rows of 20 with one timestamp and no past: 125 has room for 6, so two windows score 6 and 4."""
     lengths, groups = np.full(10, 20), np.array([0, 10])
-    windows = list(evaluation_windows(lengths, groups, np.ones(10, bool), 100, np.ones(10, bool)))
-    assert [(w.start, w.stop, w.first, w.last) for w in windows] == [(0, 0, 0, 6), (0, 0, 6, 10)]
+    windows = list(
+        evaluation_windows(lengths, groups, np.ones(10, bool), 100, np.ones(10, bool))
+    )
+    assert [(w.start, w.stop, w.first, w.last) for w in windows] == [
+        (0, 0, 0, 6),
+        (0, 0, 6, 10),
+    ]
 
 
 @pytest.mark.parametrize("first_cut", [1, 17, 60])
@@ -136,20 +147,30 @@ class World:
         requests = Requests(asked, items, dict(items.select("item_id", "item").iter_rows()))
 
         def ask(rows: pl.DataFrame) -> pl.DataFrame:
-            columns = {name: rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")}
+            columns = {
+                name: rows[name].to_numpy()
+                for name in ("user", "item", "timestamp", "label")
+            }
             own = ~rows["candidate"].to_numpy()
             return RetrievedFeatures(self.split, RETRIEVER, REFITS, self.cache).of_requests(
                 own=own, **columns
             )
 
-        return request_streams(requests, self.split, self.retrieved["test"], self.encoder, ask)
+        return request_streams(
+            requests, self.split, self.retrieved["test"], self.encoder, ask
+        )
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def world(request: pytest.FixtureRequest, tiny_logs: Path, session_cache: Path) -> World:
     split = read_split(tiny_logs, Protocol(split=request.param, minimum_history=1))
     retrieved = RetrievedFeatures(split, RETRIEVER, REFITS, session_cache).tables()
-    return World(split, retrieved, PromptEncoder(Letters(), PROMPT, split.interactions.items), session_cache)
+    return World(
+        split,
+        retrieved,
+        PromptEncoder(Letters(), PROMPT, split.interactions.items),
+        session_cache,
+    )
 
 
 def test_rows_that_become_tokens_in_parts_are_one_stream(
@@ -177,10 +198,14 @@ def seen(batch: Batch) -> dict[int, str]:
     return {row: text_of(tokens[mask[slot]].numpy()) for row, slot in pairs}
 
 
-def expected_texts(split: SplitInteractions, table: pl.DataFrame, name: str) -> dict[int, str]:
+def expected_texts(
+    split: SplitInteractions, table: pl.DataFrame, name: str
+) -> dict[int, str]:
     """Instruction, earlier rows with answers, after each second its list, and the row without its answer."""
     titles = split.interactions.items["title"].to_list()
-    rows = split.rows.filter(pl.col("split").to_physical() <= SPLITS.index(name)).join(table, on="row_id")
+    rows = split.rows.filter(pl.col("split").to_physical() <= SPLITS.index(name)).join(
+        table, on="row_id"
+    )
     found = {}
     for user in rows.sort("row_id").partition_by("user", maintain_order=True):
         text = "I\n"
@@ -225,8 +250,12 @@ def test_lists_are_context_of_their_own(world: World) -> None:
     """Without its lists a stream is what it is without the template; a list has its own time group, and no row."""
     streams = world.streams()
     retrieved = world.retrieved["test"]
-    bare = PromptEncoder(Letters(), replace(PROMPT, similar=None), world.split.interactions.items)
-    without = replace(world, retrieved={"test": retrieved.drop("similar_after")}, encoder=bare).streams()
+    bare = PromptEncoder(
+        Letters(), replace(PROMPT, similar=None), world.split.interactions.items
+    )
+    without = replace(
+        world, retrieved={"test": retrieved.drop("similar_after")}, encoder=bare
+    ).streams()
     lists = streams.row_id < 0
     assert lists.sum() == retrieved["similar_after"].drop_nulls().len() > 20
     for name in ("row_id", "timestamp", "label", "target", "context", "slots"):
@@ -256,12 +285,17 @@ def test_training_windows_score_rows_alone(world: World) -> None:
     assert -1 in first
 
 
-def test_a_request_reads_what_the_log_row_read(world: World, hidden: Callable[..., Any]) -> None:
+def test_a_request_reads_what_the_log_row_read(
+    world: World, hidden: Callable[..., Any]
+) -> None:
     """At a test row's own time its item has the row's prompt, numbers and hidden state, whatever else is asked."""
     streams = world.streams()
     logged = all_texts(streams, 250)
     rows = world.split.rows.filter(pl.col("row_id").is_in(list(logged))).sort("row_id")
-    users, items = (t.to_series(1) for t in (world.split.interactions.users, world.split.interactions.items))
+    users, items = (
+        t.to_series(1)
+        for t in (world.split.interactions.users, world.split.interactions.items)
+    )
 
     def served(others: int) -> Streams:
         """One request a row, of its user, at its own time: for other items, and the row's."""
@@ -284,9 +318,15 @@ def test_a_request_reads_what_the_log_row_read(world: World, hidden: Callable[..
     assert [texts[3 * k + 2] for k in range(len(ids))] == [logged[row] for row in ids]
     assert all_texts(served(0), 250) == {k: logged[row] for k, row in enumerate(ids)}
     assert sum("[" in text for text in texts.values()) > len(ids)
-    from_log, batch = pack(streams, streams.evaluation(250)), pack(both, both.evaluation(250))
+    from_log, batch = (
+        pack(streams, streams.evaluation(250)),
+        pack(both, both.evaluation(250)),
+    )
     expected, found = hidden(from_log), hidden(batch)
-    read = [dict(zip(b.row_id.tolist(), b.stream_tokens.tolist(), strict=True)) for b in (from_log, batch)]
+    read = [
+        dict(zip(b.row_id.tolist(), b.stream_tokens.tolist(), strict=True))
+        for b in (from_log, batch)
+    ]
     for k, row in enumerate(ids):
         torch.testing.assert_close(found[3 * k + 2], expected[row], atol=1e-4, rtol=0)
         assert read[1][3 * k] == read[1][3 * k + 2] == read[0][row]
@@ -297,8 +337,12 @@ def test_a_history_is_served_with_its_lists(world: World) -> None:
     items = world.split.interactions.items["item_id"].to_list()
     end = float(world.split.rows["timestamp"].max())  # type: ignore[arg-type]
     history = tuple(HistoryRow(items[k], 1, end + k // 2) for k in range(6))
-    streams = world.serve([RankRequest(None, rows, (items[9],)) for rows in (history, history[::-1])])
-    first, second = (text.replace("]", "[").split("[") for text in all_texts(streams, 10**6).values())
+    streams = world.serve(
+        [RankRequest(None, rows, (items[9],)) for rows in (history, history[::-1])]
+    )
+    first, second = (
+        text.replace("]", "[").split("[") for text in all_texts(streams, 10**6).values()
+    )
     # rows 3 (the second of end + 1) and 6 (of end + 2) complete three rows, so lists follow four rows and six
     assert [part.count(":") for part in first] == [4, 0, 2, 0, 1]
     assert first[1::2] == second[1::2]
@@ -338,14 +382,24 @@ def test_golden() -> None:
     }  # fmt: skip
     # I is 1, rows 0 and 1 start at 1, the list after both (6 + 7), row 2 after its 8 characters
     layout = pack(streams, [(0, Window(0, 0, 0, 4))]).layout
-    assert [int(layout.position[layout.segment == k].min()) for k in range(5)] == [0, 1, 1, 14, 22]
+    assert [int(layout.position[layout.segment == k].min()) for k in range(5)] == [
+        0,
+        1,
+        1,
+        14,
+        22,
+    ]
 
 
 @pytest.mark.parametrize(
     ("retriever", "similar"),
     [(LightGCN(), "{titles}"), (ItemKNN(), "{titles}"), (LightGCN(similar_every=5), None)],
 )
-def test_wording_and_retriever_must_agree(retriever: Retriever, similar: str | None, tiny_logs: Path) -> None:
+def test_wording_and_retriever_must_agree(
+    retriever: Retriever, similar: str | None, tiny_logs: Path
+) -> None:
     logs = TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv"))
-    with pytest.raises(ConfigError, match=r"data\.prompt\.similar .* similar_every of data\.retriever"):
+    with pytest.raises(
+        ConfigError, match=r"data\.prompt\.similar .* similar_every of data\.retriever"
+    ):
         InteractionData(logs, retriever, prompt=Prompt(similar=similar))

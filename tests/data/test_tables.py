@@ -24,7 +24,12 @@ Change = Callable[[pl.DataFrame], pl.DataFrame]
 
 def read(name: str, values: list[Any], kind: Any = None) -> list[Any]:
     """A column as it is read: times, numbers or text, by its name."""
-    of = {"timestamp": times, "rating": finite_numbers, "label": finite_numbers, "user_id": ids}
+    of = {
+        "timestamp": times,
+        "rating": finite_numbers,
+        "label": finite_numbers,
+        "user_id": ids,
+    }
     return of.get(name, plain_text)(pl.Series(name, values, kind), "f", "c").to_list()
 
 
@@ -53,7 +58,10 @@ def read(name: str, values: list[Any], kind: Any = None) -> list[Any]:
             None,
             [20_240_517.0, 20_249_999.0],
         ),  # among others no date
-        *(("timestamp", ["4", "1971-05-02"], kind, [4, MAY_2]) for kind in (pl.Categorical, CATEGORIES)),
+        *(
+            ("timestamp", ["4", "1971-05-02"], kind, [4, MAY_2])
+            for kind in (pl.Categorical, CATEGORIES)
+        ),
         *(("rating", ["4"], kind, [4]) for kind in (pl.Categorical, CATEGORIES)),
         ("label", ["True", " false", "1"], None, [1, 0, 1]),
         ("label", [True, False], None, [1, 0]),
@@ -68,23 +76,36 @@ def test_what_is_read(name: str, values: list[Any], kind: Any, expected: list[An
 @pytest.mark.parametrize(
     ("name", "values", "words"),
     [
-        *(("rating", ["1", v, v], f"f, row 2: .* is '{v}'.* 2 of 3 rows") for v in ("four", "NaN")),
+        *(
+            ("rating", ["1", v, v], f"f, row 2: .* is '{v}'.* 2 of 3 rows")
+            for v in ("four", "NaN")
+        ),
         *(("timestamp", ["1", v], f"f, row 2: .* is '{v}'") for v in ("inf", "-inf")),
         (
             "timestamp",
             [NOW, NOW + 1, NOW * 1000],
             r"mixes .* row 1 is 1715938200, row 3 is 1715938200000 \(1 of 3",
         ),
-        ("timestamp", [20_240_517.0, 20_231_231.0], "dates .* 20240517 in row 1.*2024-05-17"),
+        (
+            "timestamp",
+            [20_240_517.0, 20_231_231.0],
+            "dates .* 20240517 in row 1.*2024-05-17",
+        ),
         ("rating", ["2024-01-01"], "'2024-01-01'"),
         ("rating", [date(2024, 1, 1)], "the type Date"),
         ("rating", ["true"], "a finite number"),
         ("rating", [None, 4], "f, row 1: column c is empty"),
         ("label", ["1", "yes"], "'yes'.*true or false"),
-        *((name, [{"a": 1}], "the type Struct") for name in ("rating", "user_id", "genres")),
+        *(
+            (name, [{"a": 1}], "the type Struct")
+            for name in ("rating", "user_id", "genres")
+        ),
         *((name, [b"\xff"], "the type Binary") for name in ("rating", "user_id")),
         *((name, [[["a"]]], "the type List") for name in ("rating", "genres")),
-        *(("user_id", ["a", value], "f, row 2: column c is empty") for value in ("", "  ", None)),
+        *(
+            ("user_id", ["a", value], "f, row 2: column c is empty")
+            for value in ("", "  ", None)
+        ),
     ],
 )
 def test_what_is_an_error(name: str, values: list[Any], words: str) -> None:
@@ -114,7 +135,9 @@ def test_tables_of_other_types_are_converted(make_logs: Callable[..., RawLogs]) 
 def second(column: str, value: Any) -> Change:
     """Another value in the second row."""
     return lambda table: table.with_columns(
-        pl.Series(column, [v if k != 1 else value for k, v in enumerate(table[column].to_list())])
+        pl.Series(
+            column, [v if k != 1 else value for k, v in enumerate(table[column].to_list())]
+        )
     )
 
 
@@ -126,7 +149,11 @@ def second(column: str, value: Any) -> Change:
             lambda t: t.drop("user_id"),
             r"no column user_id.*Name it user_id in what read\(\) returns",
         ),
-        ("interactions", second("timestamp", None), r"log\.csv, row 2: no timestamp \(1 of 3 rows"),
+        (
+            "interactions",
+            second("timestamp", None),
+            r"log\.csv, row 2: no timestamp \(1 of 3 rows",
+        ),
         ("interactions", second("user_id", None), "row 2: column user_id is empty"),
         ("interactions", second("item_id", "c"), r"log\.csv, row 2: item 'c' is not in"),
         ("interactions", second("rating", float("inf")), "row 2: column rating is inf"),

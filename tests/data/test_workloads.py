@@ -31,22 +31,32 @@ def split(tiny_logs: Path) -> SplitInteractions:
 
 def log_of(split: SplitInteractions) -> pl.DataFrame:
     items = split.interactions.items.select("item", "item_id")
-    return split.rows.join(split.interactions.users, on="user").join(items, on="item").sort("row_id")
+    return (
+        split.rows.join(split.interactions.users, on="user")
+        .join(items, on="item")
+        .sort("row_id")
+    )
 
 
 def rated_before(log: pl.DataFrame, user_id: str | None, time: float | None) -> set[str]:
-    return set(log.filter(pl.col("user_id") == user_id, pl.col("timestamp") < time)["item_id"])
+    return set(
+        log.filter(pl.col("user_id") == user_id, pl.col("timestamp") < time)["item_id"]
+    )
 
 
 def as_asked(workload: Workload) -> pl.DataFrame:
     """The label table with item ids, joined by position as the scores will be."""
     assert dict(workload.table.schema) == SCHEMA
-    joined = workload.requests.table().join(workload.table, on=["request_id", "candidate_index"], how="left")
+    joined = workload.requests.table().join(
+        workload.table, on=["request_id", "candidate_index"], how="left"
+    )
     assert len(joined) == len(workload.table)
     return joined
 
 
-def pairs(workload: Workload, log: pl.DataFrame) -> list[tuple[RankRequest, dict[str, Any]]]:
+def pairs(
+    workload: Workload, log: pl.DataFrame
+) -> list[tuple[RankRequest, dict[str, Any]]]:
     """Each request with the row of the log that it is about."""
     known = as_asked(workload).drop_nulls("row_id").join(log, on="row_id")
     rows = {row["request_id"]: row for row in known.iter_rows(named=True)}
@@ -73,11 +83,21 @@ def test_catalogue_requests(split: SplitInteractions, part: str) -> None:
 
 def test_a_history_of_fixed_length(split: SplitInteractions) -> None:
     """Requests bring the user's latest 11 strictly earlier rows, as anybody's; shorter ones are not asked."""
-    workload, log = catalogue_requests(split, "test", 1000, 4, seed=3, history=11), log_of(split)
+    workload, log = (
+        catalogue_requests(split, "test", 1000, 4, seed=3, history=11),
+        log_of(split),
+    )
     targets = log.filter((pl.col("split") == "test") & (pl.col("role") == "target"))
-    assert len(workload.requests.requests) == len(targets.filter(pl.col("hist") >= 11)) < len(targets)
+    assert (
+        len(workload.requests.requests)
+        == len(targets.filter(pl.col("hist") >= 11))
+        < len(targets)
+    )
     for request, target in pairs(workload, log):
-        mine = log.filter(pl.col("user_id") == target["user_id"], pl.col("timestamp") < target["timestamp"])
+        mine = log.filter(
+            pl.col("user_id") == target["user_id"],
+            pl.col("timestamp") < target["timestamp"],
+        )
         latest = mine.tail(11).select("item_id", "label", "timestamp")
         assert request.user_id is None
         assert list(request.history) == list(latest.iter_rows())
@@ -98,7 +118,9 @@ def test_a_full_request_is_everything_unrated(split: SplitInteractions) -> None:
 
 def test_the_sample_is_seeded_and_nested(split: SplitInteractions) -> None:
     """The same seed gives the same requests, another seed others; 10 requests are among 30, candidates and all."""
-    ten, thirty = (catalogue_requests(split, "test", n, 6, seed=1).requests.requests for n in (10, 30))
+    ten, thirty = (
+        catalogue_requests(split, "test", n, 6, seed=1).requests.requests for n in (10, 30)
+    )
     assert ten == catalogue_requests(split, "test", 10, 6, seed=1).requests.requests
     assert set(ten) < set(thirty)
     other = catalogue_requests(split, "test", 30, 6, seed=2).requests.requests
@@ -125,9 +147,13 @@ def test_labelled_requests(split: SplitInteractions) -> None:
     workload = labelled_requests(split, "test", candidates=4, minimum=3)
     assert workload
     assert labelled_requests(split, "test", 5, 999) is None
-    targets = log.filter((pl.col("split") == "test") & (pl.col("role") == "target")).sort("row_id")
+    targets = log.filter((pl.col("split") == "test") & (pl.col("role") == "target")).sort(
+        "row_id"
+    )
     targets = targets.unique(["user", "item"], keep="first", maintain_order=True)
-    by_user = {user: rows for (user,), rows in targets.group_by("user_id") if len(rows) >= 3}
+    by_user = {
+        user: rows for (user,), rows in targets.group_by("user_id") if len(rows) >= 3
+    }
     assert 1 < len(by_user) < targets["user"].n_unique()
     assert max(map(len, by_user.values())) > 4
     assert {r.user_id for r in workload.requests.requests} == set(by_user)
@@ -141,10 +167,15 @@ def test_labelled_requests(split: SplitInteractions) -> None:
 
 
 def test_concatenation_keeps_order(split: SplitInteractions) -> None:
-    one, two = labelled_requests(split, "tune", 5, 2), catalogue_requests(split, "test", 5, 5, seed=0)
+    one, two = (
+        labelled_requests(split, "tune", 5, 2),
+        catalogue_requests(split, "test", 5, 5, seed=0),
+    )
     both = concatenate([one, two])
     assert both.requests.requests == one.requests.requests + two.requests.requests
-    assert both.table["request_id"].to_list() == both.requests.table()["request_id"].to_list()
+    assert (
+        both.table["request_id"].to_list() == both.requests.table()["request_id"].to_list()
+    )
     assert both.requests.codes == one.requests.codes
 
 
@@ -155,7 +186,9 @@ def test_folds_may_not_read_test(kind: Any, tiny_logs: Path) -> None:
         lambda part: catalogue_requests(split, part, 5, 5, 0),
         lambda part: labelled_requests(split, part, 5, 1),
     ):
-        with pytest.raises(ConfigError, match=f"data.protocol.split is {kind}.*global_time"):
+        with pytest.raises(
+            ConfigError, match=f"data.protocol.split is {kind}.*global_time"
+        ):
             make("tune")
         assert make("test").requests.requests
 
@@ -165,9 +198,15 @@ def test_folds_may_not_read_test(kind: Any, tiny_logs: Path) -> None:
     [
         (catalogue_requests, ("train", 5, 5, 0), r"tune, certify, test, found 'train'"),
         (catalogue_requests, ("test", 0, 5, 0), "0 requests of 5"),
-        (catalogue_requests, ("test", 1, 4, 3, 10_000), "no target of test has 10000 strictly earlier rows"),
+        (
+            catalogue_requests,
+            ("test", 1, 4, 3, 10_000),
+            "no target of test has 10000 strictly earlier rows",
+        ),
     ],
 )
-def test_bad_arguments(make: Any, arguments: Any, words: str, split: SplitInteractions) -> None:
+def test_bad_arguments(
+    make: Any, arguments: Any, words: str, split: SplitInteractions
+) -> None:
     with pytest.raises((ConfigError, DataError), match=words):
         make(split, *arguments)

@@ -14,7 +14,18 @@ def make_world(exits: Sequence[int]) -> World:
     """Ten requests of 0 to 9 stream segments and 1 to 12 candidates."""
     rng = np.random.default_rng(0)
     module = make_module(exits=exits)
-    sizes = [(0, 3), (1, 1), (9, 12), (5, 1), (3, 8), (7, 6), (2, 2), (6, 9), (4, 4), (8, 5)]
+    sizes = [
+        (0, 3),
+        (1, 1),
+        (9, 12),
+        (5, 1),
+        (3, 8),
+        (7, 6),
+        (2, 2),
+        (6, 9),
+        (4, 4),
+        (8, 5),
+    ]
     requests = [random_request(rng, f"r{i}", *size) for i, size in enumerate(sizes)]
     with torch.no_grad():
         return World(module, requests, [raw_outputs(module, r) for r in requests])

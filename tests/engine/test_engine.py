@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from example_engine import EXITS, FAMILIES, World, make_module, random_request, raw_outputs, subset
+from example_engine import (
+    EXITS,
+    FAMILIES,
+    World,
+    make_module,
+    random_request,
+    raw_outputs,
+    subset,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +47,10 @@ def near_threshold(plan: ExitPlan, world: World, request: int) -> np.ndarray[Any
     outputs = world.calibrated(plan, request)
     near = torch.zeros(outputs.logits.shape[0], dtype=torch.bool)
     for head in range(outputs.heads - 1):
-        gap = plan.policy.criterion.confidence(outputs.until(head)) - plan.policy.thresholds[head]
+        gap = (
+            plan.policy.criterion.confidence(outputs.until(head))
+            - plan.policy.thresholds[head]
+        )
         near |= gap.abs() < NEAR
     return near.numpy()
 
@@ -63,10 +74,14 @@ def everyone(world: World) -> Members:
 @pytest.mark.parametrize("cached", [False, True], ids=["not_cached", "cached"])
 @pytest.mark.parametrize("exit_0", [True, False], ids=["exit_0", "no_exit_0"])
 @pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: type(c).__name__)
-def test_engine_equals_the_simulation(world: World, criterion: Criterion, exit_0: bool, cached: bool) -> None:
+def test_engine_equals_the_simulation(
+    world: World, criterion: Criterion, exit_0: bool, cached: bool
+) -> None:
     """Same exits and, to 1e-5, same logits as candidate by candidate; candidates leave at several depths."""
     plan = world.plan(criterion, 0.4, exit_0)
-    scores = Engine(world.module, RowExits(plan), StreamCache() if cached else None).score(world.requests)
+    scores = Engine(world.module, RowExits(plan), StreamCache() if cached else None).score(
+        world.requests
+    )
     assert check(plan, world, everyone(world), scores) <= 1
     assert len(np.unique(np.concatenate([r.exit_layers for r in scores.requests]))) >= 3
 
@@ -76,15 +91,23 @@ def test_engine_equals_the_simulation(world: World, criterion: Criterion, exit_0
 def test_other_candidates_change_nothing(world: World, data: Any) -> None:
     """Any requests, in any order, with any of their candidates in any order, in batches of any size, cached or not."""
     members: Members = []
-    for i in data.draw(st.lists(st.integers(0, len(world.requests) - 1), min_size=1, max_size=8)):
+    for i in data.draw(
+        st.lists(st.integers(0, len(world.requests) - 1), min_size=1, max_size=8)
+    ):
         n = len(world.requests[i])
-        index = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n + 2), label=f"of {i}")
+        index = data.draw(
+            st.lists(st.integers(0, n - 1), min_size=1, max_size=n + 2), label=f"of {i}"
+        )
         members.append((i, np.array(index)))
-    plan = world.plan(data.draw(st.sampled_from(CRITERIA)), data.draw(st.sampled_from([0.2, 0.5, 0.8])))
+    plan = world.plan(
+        data.draw(st.sampled_from(CRITERIA)), data.draw(st.sampled_from([0.2, 0.5, 0.8]))
+    )
     cache = data.draw(st.sampled_from([None, StreamCache()]))
     size = data.draw(st.sampled_from([1, 60, 200, 10_000]))
     read = data.draw(st.sampled_from([0, 50, 10_000]))
-    engine = Engine(world.module, RowExits(plan), cache, batch_tokens=size, read_tokens=read)
+    engine = Engine(
+        world.module, RowExits(plan), cache, batch_tokens=size, read_tokens=read
+    )
     scores = engine.score([subset(world.requests[i], index) for i, index in members])
     assert check(plan, world, members, scores) <= 2
 
@@ -101,7 +124,10 @@ def test_a_layer_read_at_answer_positions_is_the_whole_layer(family: str) -> Non
         if weight.ndim == 1:
             torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
     rng = np.random.default_rng(5)
-    requests = [random_request(rng, f"r{i}", *size) for i, size in enumerate([(0, 3), (5, 1), (4, 6)])]
+    requests = [
+        random_request(rng, f"r{i}", *size)
+        for i, size in enumerate([(0, 3), (5, 1), (4, 6)])
+    ]
     with torch.no_grad():
         world = World(module, requests, [raw_outputs(module, r) for r in requests])
     plan = world.plan(Ratio(), 0.4)
@@ -115,7 +141,9 @@ def test_a_layer_read_at_answer_positions_is_the_whole_layer(family: str) -> Non
         assert check(plan, world, everyone(world), early) == 0
 
 
-def test_who_leaves_never_runs_the_layer_that_was_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_leaves_never_runs_the_layer_that_was_read(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At static depth 3 layers 0 and 1 run whole, layer 2 is read; its MLP sees one token a candidate."""
     backbone = world.module.backbone
     assert backbone is not None
@@ -160,8 +188,12 @@ def test_without_exits_it_is_the_plain_forward_bit_for_bit(
         hidden = answers_of_layer(backbone.layers[EXITS[-1] - 1], state, batch.structure)
         logits = world.module.heads[str(EXITS[-1])](hidden).double()
         exit_0 = torch.from_numpy(np.concatenate([r.exit_0 for r in world.requests]))
-        plain = plan.calibration.apply(torch.stack([exit_0, exit_0, exit_0, exit_0, logits], dim=1))[:, -1]
-    np.testing.assert_array_equal(np.concatenate([r.logits for r in scores.requests]), plain.numpy())
+        plain = plan.calibration.apply(
+            torch.stack([exit_0, exit_0, exit_0, exit_0, logits], dim=1)
+        )[:, -1]
+    np.testing.assert_array_equal(
+        np.concatenate([r.logits for r in scores.requests]), plain.numpy()
+    )
     assert all((r.exit_layers == EXITS[-1]).all() for r in scores.requests)
 
 
@@ -171,11 +203,15 @@ def test_static_depth_is_that_head_for_everyone(world: World, layer: int) -> Non
     plan = world.plan(Ratio(), 0.4)
     scores = Engine(world.module, static_exits(plan, layer)).score(world.requests)
     column = plan.layers.index(layer)
-    for i, (request, scored) in enumerate(zip(world.requests, scores.requests, strict=True)):
+    for i, (request, scored) in enumerate(
+        zip(world.requests, scores.requests, strict=True)
+    ):
         expected = world.calibrated(plan, i).logits[:, column].numpy()
         np.testing.assert_allclose(scored.logits, expected, atol=1e-5)
         assert (scored.exit_layers == layer).all()
-        assert scored.token_layers == layer * (len(request.stream) + len(request.candidates.values))
+        assert scored.token_layers == layer * (
+            len(request.stream) + len(request.candidates.values)
+        )
 
 
 @pytest.mark.parametrize("read", [0, 10_000], ids=["read", "whole"])
@@ -183,9 +219,13 @@ def test_static_depth_is_that_head_for_everyone(world: World, layer: int) -> Non
 def test_counter_is_the_reported_cost(world: World, exit_0: bool, read: int) -> None:
     """Token-layers that ran = `exits.cost.request_cost` of the exit layers, with no stream cached and with all."""
     plan, cache = world.plan(Ratio(), 0.4, exit_0), StreamCache()
-    not_cached = Engine(world.module, RowExits(plan), read_tokens=read).score(world.requests)
+    not_cached = Engine(world.module, RowExits(plan), read_tokens=read).score(
+        world.requests
+    )
     Engine(world.module, static_exits(plan, EXITS[-1]), cache).score(world.requests)
-    cached = Engine(world.module, RowExits(plan), cache, read_tokens=read).score(world.requests)
+    cached = Engine(world.module, RowExits(plan), cache, read_tokens=read).score(
+        world.requests
+    )
     request = torch.cat([torch.full((len(r),), i) for i, r in enumerate(world.requests)])
     own = torch.from_numpy(np.concatenate([r.candidates.lengths for r in world.requests]))
     shared = torch.tensor([len(world.requests[i].stream) for i in request.tolist()])
@@ -203,8 +243,12 @@ def test_best_k_leave_as_simulated(world: World) -> None:
     scores = Engine(world.module, ListExits(top_k, plan.calibration)).score(world.requests)
     left = 0
     for i, scored in enumerate(scores.requests):
-        exits = top_k.exits(torch.zeros(len(scored.logits), dtype=torch.int64), world.calibrated(plan, i))
-        np.testing.assert_array_equal(scored.exit_layers, np.array(plan.layers)[exits.numpy()])
+        exits = top_k.exits(
+            torch.zeros(len(scored.logits), dtype=torch.int64), world.calibrated(plan, i)
+        )
+        np.testing.assert_array_equal(
+            scored.exit_layers, np.array(plan.layers)[exits.numpy()]
+        )
         left += int((exits < 4).sum())
     assert left > 5
 
@@ -222,11 +266,20 @@ def test_past_its_deadline_a_request_leaves_at_the_next_exit(
     """
     plan = world.plan(Ratio(), 0.4, exit_0)
     if policy == "never":
-        thresholds = torch.tensor([torch.inf] * (len(plan.layers) - 1) + [-torch.inf], dtype=torch.float64)
+        thresholds = torch.tensor(
+            [torch.inf] * (len(plan.layers) - 1) + [-torch.inf], dtype=torch.float64
+        )
         plan = replace(plan, policy=Policy(Ratio(), thresholds, plan.layers))
-    engine, cut, ticks = Engine(world.module, RowExits(plan)), min(head, len(plan.layers) - 1), count()
+    engine, cut, ticks = (
+        Engine(world.module, RowExits(plan)),
+        min(head, len(plan.layers) - 1),
+        count(),
+    )
     monkeypatch.setattr(engine_module.time, "monotonic", lambda: float(next(ticks)))
-    hurried = [replace(r, deadline=cut - 0.5 if i % 2 else np.inf) for i, r in enumerate(world.requests)]
+    hurried = [
+        replace(r, deadline=cut - 0.5 if i % 2 else np.inf)
+        for i, r in enumerate(world.requests)
+    ]
     scores, plain = engine.score(hurried), engine.score(world.requests)
     assert next(ticks) == cut + 1
     for i, (scored, free) in enumerate(zip(scores.requests, plain.requests, strict=True)):
@@ -235,7 +288,9 @@ def test_past_its_deadline_a_request_leaves_at_the_next_exit(
         layers = np.minimum(free.exit_layers, deepest)
         np.testing.assert_array_equal(scored.exit_layers, layers)
         heads = [plan.layers.index(layer) for layer in layers]
-        np.testing.assert_allclose(scored.logits, expected[np.arange(len(heads)), heads], atol=1e-5)
+        np.testing.assert_allclose(
+            scored.logits, expected[np.arange(len(heads)), heads], atol=1e-5
+        )
         assert scored.late == bool((free.exit_layers > deepest).any())
         assert scored.token_layers == free.token_layers or scored.late
 
@@ -244,18 +299,24 @@ def test_unusable_requests_do_not_affect_the_others(world: World) -> None:
     """No candidate, no history at all, a candidate twice, unknown tokens, NaN features, an empty candidate."""
     plan, few = world.plan(Ratio(), 0.4), world.requests[6]
     bare = replace(random_request(np.random.default_rng(1), "bare", 0, 3), user=None)
-    bare = replace(bare, stream=type(bare.stream).of(Ragged.of([]), np.zeros(0, dtype=np.int64)))
+    bare = replace(
+        bare, stream=type(bare.stream).of(Ragged.of([]), np.zeros(0, dtype=np.int64))
+    )
     broken = {
         "token ids from": replace(few, candidates=Ragged.of([[3], [64]])),
         "NaN": replace(few, retrieved=np.full((2, 3), np.nan)),
         "no token": replace(few, candidates=Ragged.of([[3], []])),
         "exit 0 of shape (1,)": replace(few, exit_0=few.exit_0[:1]),
     }
-    nothing, twice = (subset(few, np.array(index, dtype=np.int64)) for index in ([], [1, 1, 0]))
+    nothing, twice = (
+        subset(few, np.array(index, dtype=np.int64)) for index in ([], [1, 1, 0])
+    )
     requests = [world.requests[2], twice, *broken.values(), nothing, bare]
     scores = Engine(world.module, RowExits(plan), StreamCache()).score(requests)
     first, second, *failed, empty, alone = scores.requests
-    check(plan, world, [(2, np.arange(12)), (6, np.array([1, 1, 0]))], Scores([first, second]))
+    check(
+        plan, world, [(2, np.arange(12)), (6, np.array([1, 1, 0]))], Scores([first, second])
+    )
     assert second.logits[0] == pytest.approx(second.logits[1], abs=1e-6)
     assert (len(empty.logits), empty.error, empty.token_layers) == (0, None, 0)
     for words, scored in zip(broken, failed, strict=True):
@@ -271,7 +332,9 @@ def test_unusable_requests_do_not_affect_the_others(world: World) -> None:
 def test_a_plan_of_other_exits_is_refused(world: World) -> None:
     plan, layers = world.plan(Ratio(), 0.4), (0, 1, 2, 4, 5)
     policy = Policy(Ratio(), plan.policy.thresholds, layers)
-    other = replace(plan, policy=policy, calibration=replace(plan.calibration, layers=layers))
+    other = replace(
+        plan, policy=policy, calibration=replace(plan.calibration, layers=layers)
+    )
     with pytest.raises(ConfigError, match=r"\(0, 1, 2, 4, 5\).*\[1, 2, 3, 5\]"):
         Engine(world.module, RowExits(other))
     with pytest.raises(ConfigError, match="exit of layer 4"):

@@ -40,12 +40,18 @@ def test_every_linear_layer_of_the_backbone_is_packed(family: str) -> None:
     assert backbone is not None
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     found = prepacked(backbone)
-    assert [type(part) for part in linears(found)] == [PrepackedLinear] * 7 * len(backbone.layers)
+    assert [type(part) for part in linears(found)] == [PrepackedLinear] * 7 * len(
+        backbone.layers
+    )
     assert {type(part) for part in linears(backbone)} == {nn.Linear}
-    assert all(a is b for a, b in zip(found.parameters(), backbone.parameters(), strict=True))
+    assert all(
+        a is b for a, b in zip(found.parameters(), backbone.parameters(), strict=True)
+    )
     assert prepacked(found) is found
     assert found.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in backbone.state_dict().items()
+    )
 
 
 def test_an_engine_does_not_change_its_module(world: World) -> None:
@@ -73,7 +79,9 @@ def test_adapters_are_packed_too() -> None:
     found = prepacked(backbone)
     assert {type(part) for part in linears(found)} == {PrepackedLinear}
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(found.layers[0].mlp(x), backbone.layers[0].mlp(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        found.layers[0].mlp(x), backbone.layers[0].mlp(x), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_what_cannot_be_packed_stays(monkeypatch: pytest.MonkeyPatch) -> None:

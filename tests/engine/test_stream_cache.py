@@ -13,7 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from project.data.ragged import Ragged
-from project.engine import Engine, PreparedRequest, RowExits, Scored, StreamCache, StreamTokens
+from project.engine import (
+    Engine,
+    PreparedRequest,
+    RowExits,
+    Scored,
+    StreamCache,
+    StreamTokens,
+)
 from project.engine.decisions import static_exits
 from project.engine.prepacked import copied, prepacked
 from project.exits.criteria import Ratio
@@ -34,7 +41,9 @@ def world(world_of_every_layer: World) -> World:
 def no_memory_is_read_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers of streams are NaN where nothing was written."""
     empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan)
+    )
 
 
 def history(first: int, stop: int, tied: int = 0) -> StreamTokens:
@@ -44,23 +53,34 @@ def history(first: int, stop: int, tied: int = 0) -> StreamTokens:
     group = 1 + np.arange(stop - first)
     if tied:
         group[-tied:] = group[-tied]
-    return StreamTokens.of(Ragged.of([[5, 6, 7], *segments[first:stop]]), np.concatenate([[0], group]))
+    return StreamTokens.of(
+        Ragged.of([[5, 6, 7], *segments[first:stop]]), np.concatenate([[0], group])
+    )
 
 
 def request_of(stream: StreamTokens, seed: int = 3, candidates: int = 6) -> PreparedRequest:
     """Random candidates behind a stream, of one and the same user."""
-    return replace(random_request(np.random.default_rng(seed), "x", 0, candidates), stream=stream, user="u")
+    return replace(
+        random_request(np.random.default_rng(seed), "x", 0, candidates),
+        stream=stream,
+        user="u",
+    )
 
 
 def never(world: World) -> ExitPlan:
     """Heads at every exit, and nobody leaves before the last."""
     plan = world.plan(Ratio(), 0.4)
-    thresholds = torch.tensor([torch.inf] * (len(plan.layers) - 1) + [-torch.inf], dtype=torch.float64)
+    thresholds = torch.tensor(
+        [torch.inf] * (len(plan.layers) - 1) + [-torch.inf], dtype=torch.float64
+    )
     return replace(plan, policy=Policy(Ratio(), thresholds, plan.layers))
 
 
 def at_depth(
-    world: World, cache: StreamCache | None, request: PreparedRequest, layer: int = EXITS[-1]
+    world: World,
+    cache: StreamCache | None,
+    request: PreparedRequest,
+    layer: int = EXITS[-1],
 ) -> Scored:
     """The request at a static depth."""
     decision = static_exits(world.plan(Ratio(), 0.4), layer)
@@ -69,23 +89,36 @@ def at_depth(
 
 # first and last segment, tied segments, and up to which segment the stream is known: 0 is the instruction alone
 CHANGES: dict[str, list[tuple[int, int, int, int | None]]] = {
-    "it grows, or ends earlier": [(0, 4, 0, None), (0, 9, 0, 4), (0, 9, 0, 9), (0, 6, 0, 6), (0, 12, 0, 6)],
+    "it grows, or ends earlier": [
+        (0, 4, 0, None),
+        (0, 9, 0, 4),
+        (0, 9, 0, 9),
+        (0, 6, 0, 6),
+        (0, 12, 0, 6),
+    ],
     "the oldest half is dropped, so everything behind the instruction moves": [
         (0, 12, 0, None),
         (6, 13, 0, 0),
     ],
-    "a row joins the last second, which moves nothing before it": [(0, 8, 0, None), (0, 9, 2, 8)],
+    "a row joins the last second, which moves nothing before it": [
+        (0, 8, 0, None),
+        (0, 9, 2, 8),
+    ],
 }
 
 
 @pytest.mark.parametrize("steps", CHANGES.values(), ids=CHANGES)
-def test_a_history_changes(world: World, steps: list[tuple[int, int, int, int | None]]) -> None:
+def test_a_history_changes(
+    world: World, steps: list[tuple[int, int, int, int | None]]
+) -> None:
     """Only new tokens and candidates run, and scores are those without a cache."""
     cache = StreamCache()
     for first, stop, tied, known in steps:
         request = request_of(history(first, stop, tied))
         scored = at_depth(world, cache, request)
-        np.testing.assert_allclose(scored.logits, at_depth(world, None, request).logits, atol=1e-5)
+        np.testing.assert_allclose(
+            scored.logits, at_depth(world, None, request).logits, atol=1e-5
+        )
         new = len(request.stream) - (0 if known is None else len(history(0, known)))
         assert scored.token_layers == EXITS[-1] * (new + len(request.candidates.values))
 
@@ -99,7 +132,9 @@ def test_a_stream_is_deepened_only_when_needed(world: World) -> None:
     own, shared = len(request.candidates.values), len(request.stream)
     for layer, stream_layers in ((1, 1), (1, 0), (2, 1), (2, 0), (5, 3), (5, 0), (3, 0)):
         scored = at_depth(world, cache, request, layer)
-        np.testing.assert_allclose(scored.logits, at_depth(world, None, request, layer).logits, atol=1e-5)
+        np.testing.assert_allclose(
+            scored.logits, at_depth(world, None, request, layer).logits, atol=1e-5
+        )
         assert scored.token_layers == layer * own + stream_layers * shared
 
 
@@ -108,7 +143,11 @@ def test_a_stream_waits_in_front_of_the_last_layer(world: World) -> None:
 
     A history that has grown since adds its new tokens alone.
     """
-    cache, request, grown = StreamCache(), request_of(history(0, 9)), request_of(history(0, 11))
+    cache, request, grown = (
+        StreamCache(),
+        request_of(history(0, 9)),
+        request_of(history(0, 11)),
+    )
     plan, own = never(world), len(request.candidates.values)
     thresholds = torch.tensor([torch.inf] * 4 + [-torch.inf] * 2, dtype=torch.float64)
     at_4 = RowExits(replace(plan, policy=Policy(Ratio(), thresholds, plan.layers)))
@@ -121,7 +160,11 @@ def test_a_stream_waits_in_front_of_the_last_layer(world: World) -> None:
         (grown, RowExits(plan), 5 * own),
     ]
     for asked, decision, token_layers in steps:
-        scored = Engine(world.module, decision, cache, read_tokens=10_000).score([asked]).requests[0]
+        scored = (
+            Engine(world.module, decision, cache, read_tokens=10_000)
+            .score([asked])
+            .requests[0]
+        )
         plain = Engine(world.module, decision).score([asked]).requests[0]
         np.testing.assert_allclose(scored.logits, plain.logits, atol=1e-5)
         assert scored.token_layers == token_layers
@@ -130,7 +173,9 @@ def test_a_stream_waits_in_front_of_the_last_layer(world: World) -> None:
 def test_nan_scores_refuse_one_request(world: World) -> None:
     """A token whose embedding is NaN: who shows it gets an error and is not cached, company is as alone."""
     decision, cache = RowExits(never(world)), StreamCache()
-    good = replace(request_of(history(0, 5)), candidates=Ragged.of([[3, 4], [5]]), user="good")
+    good = replace(
+        request_of(history(0, 5)), candidates=Ragged.of([[3, 4], [5]]), user="good"
+    )
     good = replace(good, exit_0=good.exit_0[:2], retrieved=good.retrieved[:2])
     rare = int(np.setdiff1d(np.arange(6, 64), good.stream.tokens)[0])
     bad = replace(good, candidates=Ragged.of([[3, 4], [rare]]), user="bad")
@@ -150,11 +195,16 @@ def test_nan_scores_refuse_one_request(world: World) -> None:
 
 def test_requests_of_one_call_share_their_users_stream(world: World) -> None:
     """Two requests of one user in one call: the second finds the stream that the first has just run."""
-    engine = Engine(world.module, static_exits(world.plan(Ratio(), 0.4), EXITS[-1]), StreamCache())
+    engine = Engine(
+        world.module, static_exits(world.plan(Ratio(), 0.4), EXITS[-1]), StreamCache()
+    )
     request = request_of(history(0, 9))
     first, second = engine.score([request, request]).requests
     own = EXITS[-1] * len(request.candidates.values)
-    assert (first.token_layers, second.token_layers) == (own + EXITS[-1] * len(request.stream), own)
+    assert (first.token_layers, second.token_layers) == (
+        own + EXITS[-1] * len(request.stream),
+        own,
+    )
     np.testing.assert_allclose(first.logits, second.logits, atol=1e-5)
 
 
@@ -179,12 +229,22 @@ def test_any_sequence_of_requests_scores_as_without_a_cache(
     cache, requests, policies = StreamCache(), [], []
     for k, (first, length, tied, share, _) in enumerate(steps):
         stop = min(first + length, 40)
-        requests.append(request_of(history(first, stop, min(tied, stop - first)), seed=k, candidates=1 + k))
-        policies.append(RowExits(never(world) if share is None else world.plan(Ratio(), share)))
+        requests.append(
+            request_of(
+                history(first, stop, min(tied, stop - first)), seed=k, candidates=1 + k
+            )
+        )
+        policies.append(
+            RowExits(never(world) if share is None else world.plan(Ratio(), share))
+        )
     reads = [step[-1] for step in steps]
     if together:
         policies = policies[:1] * len(policies)
-        cached = Engine(world.module, policies[0], cache, read_tokens=reads[0]).score(requests).requests
+        cached = (
+            Engine(world.module, policies[0], cache, read_tokens=reads[0])
+            .score(requests)
+            .requests
+        )
     else:
         cached = [
             Engine(world.module, p, cache, read_tokens=read).score([r]).requests[0]
@@ -227,23 +287,33 @@ def test_bytes_of_a_stream(world: World) -> None:
     mib=st.floats(0, 0.1),
 )
 def test_a_cache_never_keeps_more_than_it_may(
-    world: World, steps: list[tuple[str, tuple[int, int, int, float | None, int]]], mib: float
+    world: World,
+    steps: list[tuple[str, tuple[int, int, int, float | None, int]]],
+    mib: float,
 ) -> None:
     """Any requests of four users: the count is the sum over all tensors that are kept, and within the bound."""
     cache = StreamCache(mib)
     for user, (first, length, tied, share, read) in steps:
         stop = min(first + length, 40)
-        request = replace(request_of(history(first, stop, min(tied, stop - first))), user=user)
+        request = replace(
+            request_of(history(first, stop, min(tied, stop - first))), user=user
+        )
         policy = RowExits(never(world) if share is None else world.plan(Ratio(), share))
         Engine(world.module, policy, cache, read_tokens=read).score([request])
         streams = [stream for stream, _ in cache._recent._kept.values()]
-        tensors = [x for s in streams for pair in s._pairs if pair is not None for x in pair]
+        tensors = [
+            x for s in streams for pair in s._pairs if pair is not None for x in pair
+        ]
         tensors += [x for s in streams for x in s.waiting.values()]
-        kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        kept = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors
+        }
         assert cache.bytes == sum(kept.values()) <= mib * 2**20
 
 
-def test_a_failed_batch_forgets_its_streams(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_batch_forgets_its_streams(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A device error in the middle of the backbone: the stream is forgotten, the next request is right."""
     cache, request = StreamCache(), request_of(history(0, 9))
     engine = Engine(world.module, static_exits(world.plan(Ratio(), 0.4), 5), cache)
@@ -257,7 +327,9 @@ def test_a_failed_batch_forgets_its_streams(world: World, monkeypatch: pytest.Mo
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.score([replace(request, stream=history(0, 12))])
     assert len(cache) == 0
-    np.testing.assert_allclose(engine.score([request]).requests[0].logits, expected, atol=1e-5)
+    np.testing.assert_allclose(
+        engine.score([request]).requests[0].logits, expected, atol=1e-5
+    )
 
 
 def test_users_without_a_name_are_not_cached(world: World) -> None:

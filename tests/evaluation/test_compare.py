@@ -47,11 +47,16 @@ def write_variant(
     logits = np.stack([2 * truth + size * rng.normal(size=n) for size in sizes], axis=1)
     folds = np.repeat(["select", "tune", "certify"], n // 3)
     for split, fold in (("valid", folds), ("test", [None] * n)):
-        scores = score_table({**columns, "split": [split] * n, "fold": fold}, logits, list(layers))
+        scores = score_table(
+            {**columns, "split": [split] * n, "fold": fold}, logits, list(layers)
+        )
         write_table(run / "scores" / f"{split}.parquet", scores)
     counts = {"train": n, "valid": n, "test": n}
     manifest = {"name": "global_time", "hash": protocol, "counts": counts}
-    write_json(run / "results" / "fit.json", result_head("fit", manifest, str(run / "config.yaml"), 0))
+    write_json(
+        run / "results" / "fit.json",
+        result_head("fit", manifest, str(run / "config.yaml"), 0),
+    )
     return run
 
 
@@ -70,10 +75,16 @@ def test_differences_are_of_the_score_tables(base: Path, better: Path) -> None:
     tables = [pl.read_parquet(run / "scores" / "valid.parquet") for run in (better, base)]
     tune = [table.filter(pl.col("fold") == "tune") for table in tables]
     for row in compare(better, base, "tune")["exits"]:
-        own, other = (auc(t[f"logit_{row['layer']}"].to_numpy(), t["label"].to_numpy()) for t in tune)
+        own, other = (
+            auc(t[f"logit_{row['layer']}"].to_numpy(), t["label"].to_numpy()) for t in tune
+        )
         assert own is not None
         assert other is not None
-        assert (row["n"], row["auc"], row["base"]["auc"]) == (30, pytest.approx(own), pytest.approx(other))
+        assert (row["n"], row["auc"], row["base"]["auc"]) == (
+            30,
+            pytest.approx(own),
+            pytest.approx(other),
+        )
         assert row["difference"]["auc"]["value"] == pytest.approx(own - other)
 
 
@@ -84,19 +95,29 @@ def test_test_rows_are_calibrated_on_tune(base: Path, better: Path) -> None:
     for split, changes in (("test", False), ("valid", True)):
         path = better / "scores" / f"{split}.parquet"
         kept = pl.read_parquet(path)
-        kept.with_columns(label=(1 - pl.col("label")).cast(kept["label"].dtype)).write_parquet(path)
+        kept.with_columns(
+            label=(1 - pl.col("label")).cast(kept["label"].dtype)
+        ).write_parquet(path)
         after = read_heads(better, "test")
         assert (after.calibrated[4] != before.calibrated[4]).any() == changes
         kept.write_parquet(path)
 
 
-@pytest.mark.parametrize(("key", "words"), [("heads", "checkpoints"), ("protocol", "protocols")])
+@pytest.mark.parametrize(
+    ("key", "words"), [("heads", "checkpoints"), ("protocol", "protocols")]
+)
 def test_test_and_validation_are_of_one_run(base: Path, key: str, words: str) -> None:
     """Tables that name different heads or protocols are refused for test; tune needs validation's alone."""
     for split in ("valid", "test"):
         path = base / "scores" / f"{split}.parquet"
-        write_table(path, pl.read_parquet(path), {"heads": "same", "protocol": "same"} | {key: split})
-    with pytest.raises(DataError, match=rf"are of different {words}.*same --config and --ckpt_path"):
+        write_table(
+            path,
+            pl.read_parquet(path),
+            {"heads": "same", "protocol": "same"} | {key: split},
+        )
+    with pytest.raises(
+        DataError, match=rf"are of different {words}.*same --config and --ckpt_path"
+    ):
         read_heads(base, "test")
     assert len(read_heads(base, "tune").labels) == 30
 
@@ -105,7 +126,11 @@ def test_labels_are_the_same(base: Path, better: Path) -> None:
     """A run whose rows were labelled by another rule is not compared, whatever hash its fit had."""
     for split in ("valid", "test"):
         path = better / "scores" / f"{split}.parquet"
-        flipped = pl.when(pl.col("row_id") == 40).then(1 - pl.col("label")).otherwise(pl.col("label"))
+        flipped = (
+            pl.when(pl.col("row_id") == 40)
+            .then(1 - pl.col("label"))
+            .otherwise(pl.col("label"))
+        )
         pl.read_parquet(path).with_columns(label=flipped.cast(pl.Int8)).write_parquet(path)
     with pytest.raises(DataError, match=r"under other labels.*data\.protocol\.label"):
         compare(better, base, "test")
@@ -114,7 +139,9 @@ def test_labels_are_the_same(base: Path, better: Path) -> None:
 def test_what_does_not_compare(base: Path, tmp_path: Path) -> None:
     """Another protocol, a run that was never tested, and other rows."""
     other = write_variant(tmp_path / "other", protocol="0000000000000000")
-    with pytest.raises(DataError, match=r"hash 0000000000000000.*expected two runs of one protocol"):
+    with pytest.raises(
+        DataError, match=r"hash 0000000000000000.*expected two runs of one protocol"
+    ):
         compare(other, base, "tune")
     less = write_variant(tmp_path / "less")
     path = less / "scores" / "test.parquet"
@@ -127,7 +154,9 @@ def test_what_does_not_compare(base: Path, tmp_path: Path) -> None:
         compare(less, base, "test")
 
 
-def test_deepest_against_deepest(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deepest_against_deepest(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Exits 2, 3, 6 against 2, 4: 6 stands against 4, 3 against nothing; a run against itself differs by nothing."""
     rows = compare(write_variant(tmp_path / "deep", layers=(2, 3, 6)), base, "tune")
     assert [row.get("against") for row in rows["exits"]] == [2, None, 4]
@@ -144,13 +173,25 @@ ROOT = Path(__file__).parents[2]
 def test_overlays_beside_a_base(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     """An overlay without effect differs by 0 from the base, and one with another seed does not."""
     config = tiny_config()
-    for name, text in (("same", "data: {num_workers: 0}"), ("seed", "seed_everything: 1"), ("none", "{}")):
+    for name, text in (
+        ("same", "data: {num_workers: 0}"),
+        ("seed", "seed_everything: 1"),
+        ("none", "{}"),
+    ):
         (tmp_path / f"{name}.yaml").write_text(text)
-    variants = [config, "same.yaml+none.yaml", "seed.yaml", "--", "--trainer.limit_train_batches", "2"]
+    variants = [
+        config,
+        "same.yaml+none.yaml",
+        "seed.yaml",
+        "--",
+        "--trainer.limit_train_batches",
+        "2",
+    ]
     subprocess.run(
         [sys.executable, ROOT / "research" / "compare_overlays.py", *variants],
         cwd=tmp_path,
-        env=os.environ | {"PROJECT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
+        env=os.environ
+        | {"PROJECT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
         check=True,
         capture_output=True,
     )
@@ -159,7 +200,13 @@ def test_overlays_beside_a_base(tiny_config: Callable[..., Path], tmp_path: Path
         read_result(folder / name / "latest" / "results" / "compare-tune.json")
         for name in ("config-same-none", "config-seed")
     )
-    differences = [[row["log_loss"] - row["base"]["log_loss"] for row in r["exits"]] for r in (same, seed)]
+    differences = [
+        [row["log_loss"] - row["base"]["log_loss"] for row in r["exits"]]
+        for r in (same, seed)
+    ]
     assert differences[0] == [0, 0]
     assert differences[1] != [0, 0]
-    assert "limit_train_batches: 2" in (folder / "config-seed" / "latest" / "config.yaml").read_text()
+    assert (
+        "limit_train_batches: 2"
+        in (folder / "config-seed" / "latest" / "config.yaml").read_text()
+    )

@@ -15,7 +15,12 @@ import pytest
 
 from project.data.protocol import FOLDS, ROLES, SPLITS
 from project.evaluation.baselines import AgainstBaseline, Baseline
-from project.evaluation.result import choose_exit, comparison, exit_rows, with_and_without_exit_0
+from project.evaluation.result import (
+    choose_exit,
+    comparison,
+    exit_rows,
+    with_and_without_exit_0,
+)
 from project.run import score_table
 
 PARTS = [("valid", "select"), ("valid", "tune"), ("valid", "certify"), ("test", None)]
@@ -27,7 +32,9 @@ GOOD = [4.0, 2.0, 3.0, 1.0]  # 3/4
 FAIR = [2.0, 2.0, 2.0, 1.0]  # 1 + 1 + 1/2 + 1/2 = 3/4, by ties
 COIN = [1.0, 1.0, 1.0, 1.0]  # 1/2
 BAD = [1.0, 3.0, 2.0, 4.0]  # 1/4
-Scores = dict[str, list[float]]  # part (select, tune, certify or test) -> scores of a user's four rows
+Scores = dict[
+    str, list[float]
+]  # part (select, tune, certify or test) -> scores of a user's four rows
 
 
 def everywhere(scores: list[float], **but: list[float]) -> Scores:
@@ -37,12 +44,24 @@ def everywhere(scores: list[float], **but: list[float]) -> Scores:
 def split_rows() -> pl.DataFrame:
     """Targets of all parts, and one context row first, so that a row id is not a position among the targets."""
     rows: list[dict[str, Any]] = [
-        {"row_id": 0, "user": 0, "label": 1, "split": "train", "fold": None, "role": "context"}
+        {
+            "row_id": 0,
+            "user": 0,
+            "label": 1,
+            "split": "train",
+            "fold": None,
+            "role": "context",
+        }
     ]
     for k, (split, fold) in enumerate(PARTS):
         for user in range(USERS):
             for label in LABELS:
-                about = {"user": k * USERS + user, "label": label, "split": split, "fold": fold}
+                about = {
+                    "user": k * USERS + user,
+                    "label": label,
+                    "split": split,
+                    "fold": fold,
+                }
                 rows.append({"row_id": len(rows)} | about | {"role": "target"})
     kinds = {"split": pl.Enum(SPLITS), "fold": pl.Enum(FOLDS), "role": pl.Enum(ROLES)}
     return pl.DataFrame(rows, schema_overrides=kinds)
@@ -59,7 +78,9 @@ def spread(scores: Scores) -> np.ndarray:
 
 def table(exits: dict[int, Scores], rows: pl.DataFrame = TARGETS) -> pl.DataFrame:
     columns = {c: rows[c] for c in ("row_id", "user", "split", "fold", "label")}
-    return score_table(columns, np.stack([spread(s) for s in exits.values()], axis=1), list(exits))
+    return score_table(
+        columns, np.stack([spread(s) for s in exits.values()], axis=1), list(exits)
+    )
 
 
 def baseline(name: str, scores: Scores) -> Baseline:
@@ -81,8 +102,15 @@ def compared(
 
 def flipped(rows: pl.DataFrame, *parts: str) -> pl.DataFrame:
     """The rows with the answers of some parts turned round."""
-    inside = pl.col("fold").cast(pl.String).fill_null(pl.col("split").cast(pl.String)).is_in(parts)
-    return rows.with_columns(label=pl.when(inside).then(1 - pl.col("label")).otherwise("label").cast(pl.Int8))
+    inside = (
+        pl.col("fold")
+        .cast(pl.String)
+        .fill_null(pl.col("split").cast(pl.String))
+        .is_in(parts)
+    )
+    return rows.with_columns(
+        label=pl.when(inside).then(1 - pl.col("label")).otherwise("label").cast(pl.Int8)
+    )
 
 
 def without_log_loss(found: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +128,10 @@ def test_exit_is_chosen_on_tune() -> None:
     assert choose_exit(table(exits)) == 2
     assert choose_exit(table(exits, flipped(TARGETS, "select", "certify", "test"))) == 2
     assert choose_exit(table(exits, flipped(TARGETS, "tune"))) == 1
-    assert choose_exit(table({2: everywhere(GOOD), 9: everywhere(FAIR), 12: everywhere(COIN)})) == 2
+    assert (
+        choose_exit(table({2: everywhere(GOOD), 9: everywhere(FAIR), 12: everywhere(COIN)}))
+        == 2
+    )
     elsewhere = (pl.col("fold") != "tune").fill_null(True)
     for keep in (elsewhere, elsewhere | (pl.col("label") == 1)):
         assert choose_exit(table(exits).filter(keep)) is None
@@ -121,7 +152,9 @@ def test_exit_rows() -> None:
 
 
 BASELINES = [
-    baseline("item_rate", everywhere(COIN, test=PERFECT)),  # best on test, which must not matter
+    baseline(
+        "item_rate", everywhere(COIN, test=PERFECT)
+    ),  # best on test, which must not matter
     baseline("lr_rates", everywhere(COIN, test=BAD)),
     baseline("gbdt_features", everywhere(FAIR, test=COIN)),  # best on tune
 ]
@@ -131,16 +164,27 @@ def test_differences() -> None:
     """Test: exits of AUC 1/4, 3/4 and 1 minus the 1/2 of the baseline that is best by tune; lr_rates has 1/4; no
     width.
     """
-    result = compared({1: everywhere(BAD), 4: everywhere(GOOD), 9: everywhere(PERFECT)}, BASELINES, "test", 4)
+    result = compared(
+        {1: everywhere(BAD), 4: everywhere(GOOD), 9: everywhere(PERFECT)},
+        BASELINES,
+        "test",
+        4,
+    )
     assert (result["best_baseline"], result["chosen_exit"]) == ("gbdt_features", 4)
     assert list(map(without_log_loss, result["baseline_differences"])) == [
         {"layer": 4, "baseline": "gbdt_features", "value": 0.25, "interval": [0.25, 0.25]},
         {"layer": 4, "baseline": "lr_rates", "value": 0.5, "interval": [0.5, 0.5]},
     ]
     assert result["baseline_difference"] == result["baseline_differences"][0]
-    assert [(r["layer"], r["auc"]) for r in result["exits"]] == [(1, 0.25), (4, 0.75), (9, 1.0)]
+    assert [(r["layer"], r["auc"]) for r in result["exits"]] == [
+        (1, 0.25),
+        (4, 0.75),
+        (9, 1.0),
+    ]
     found = [row["baseline_difference"] for row in result["exits"]]
-    assert [(d["baseline"], d["value"]) for d in found] == [("gbdt_features", v) for v in (-0.25, 0.25, 0.5)]
+    assert [(d["baseline"], d["value"]) for d in found] == [
+        ("gbdt_features", v) for v in (-0.25, 0.25, 0.5)
+    ]
     shown = [(f["name"], f["split"], f["n"], f["auc"]) for f in result["baselines"]]
     expected = {"item_rate": 1.0, "lr_rates": 0.25, "gbdt_features": 0.5}
     assert shown == [(name, "test", 12, value) for name, value in expected.items()]
@@ -160,7 +204,9 @@ def test_log_loss_difference() -> None:
     expected = (np.log1p(np.exp(-4.0)) - np.log(2.0)) / 4
     assert found["value"] == pytest.approx(expected)
     assert found["interval"] == pytest.approx([expected, expected])
-    calibrated = next(row for row in result["baselines"] if row["name"] == "lr_rates")["calibrated"]
+    calibrated = next(row for row in result["baselines"] if row["name"] == "lr_rates")[
+        "calibrated"
+    ]
     assert (calibrated["slope"], calibrated["offset"]) == (1.0, pytest.approx(-1.0))
     costs = np.log1p(np.exp([0.0, -2.0, 1.0, 3.0]))
     assert calibrated["log_loss"] == pytest.approx(costs.mean())
@@ -170,14 +216,25 @@ def test_with_and_without_exit_0() -> None:
     """With exit 0 the exit ranks 1, without 3/4: a difference of 1/4; the baseline has 1/2, so 1/2 and 1/4 over it."""
     test = TARGETS.filter(pl.col("split") == "test")
     against = AgainstBaseline(BASELINES[2], test["row_id"].to_numpy(), ROWS)
-    heads = {"with_exit_0": np.array(PERFECT * USERS), "without_exit_0": np.array(GOOD * USERS)}
+    heads = {
+        "with_exit_0": np.array(PERFECT * USERS),
+        "without_exit_0": np.array(GOOD * USERS),
+    }
     found = with_and_without_exit_0(heads, against)
     assert [found[exit_0]["auc"] for exit_0 in heads] == [1.0, 0.75]
-    assert [found[exit_0]["baseline_difference"]["value"] for exit_0 in heads] == [0.5, 0.25]
-    assert without_log_loss(found["difference"]) == {"value": 0.25, "interval": [0.25, 0.25]}
+    assert [found[exit_0]["baseline_difference"]["value"] for exit_0 in heads] == [
+        0.5,
+        0.25,
+    ]
+    assert without_log_loss(found["difference"]) == {
+        "value": 0.25,
+        "interval": [0.25, 0.25],
+    }
     swapped = np.log1p(np.exp([-3.0, 2.0])).sum() - np.log1p(np.exp([-2.0, 3.0])).sum()
     assert found["difference"]["log_loss"]["value"] == pytest.approx(swapped / 4)
-    assert "difference" not in with_and_without_exit_0({"without_exit_0": heads["without_exit_0"]}, against)
+    assert "difference" not in with_and_without_exit_0(
+        {"without_exit_0": heads["without_exit_0"]}, against
+    )
 
 
 def test_differences_of_validation_are_of_tune() -> None:
@@ -195,7 +252,9 @@ def test_certify_and_select_are_not_read() -> None:
     """
     exits = {1: everywhere(PERFECT, tune=FAIR), 4: everywhere(BAD, tune=GOOD)}
     expected = compared(exits, BASELINES, "valid", 4)
-    assert compared(exits, BASELINES, "valid", 4, flipped(ROWS, "certify", "test")) == expected
+    assert (
+        compared(exits, BASELINES, "valid", 4, flipped(ROWS, "certify", "test")) == expected
+    )
     assert compared(exits, BASELINES, "valid", 4, flipped(ROWS, "tune")) != expected
     select = compared(exits, BASELINES, "valid", 4, flipped(ROWS, "select"))
     assert select != expected
@@ -212,7 +271,13 @@ def test_certify_and_select_are_not_read() -> None:
 
 def test_best_baseline_is_chosen_on_tune() -> None:
     """What is best by tune stays best when the answers of test are turned round; its difference changes sign."""
-    result = compared({4: everywhere(GOOD)}, BASELINES, "test", 4, flipped(ROWS, "test", "certify", "select"))
+    result = compared(
+        {4: everywhere(GOOD)},
+        BASELINES,
+        "test",
+        4,
+        flipped(ROWS, "test", "certify", "select"),
+    )
     assert result["best_baseline"] == "gbdt_features"
     assert result["baseline_difference"]["value"] == -0.25
 
@@ -221,28 +286,44 @@ def test_undefined_differences() -> None:
     """One class on select: no calibration, so no comparison of log losses; one class on test: no AUC."""
     part = pl.col("fold").cast(pl.String).fill_null(pl.col("split").cast(pl.String))
     select, test = (
-        compared({4: everywhere(GOOD)}, BASELINES, "test", 4, ROWS.with_columns(liked))["baseline_difference"]
+        compared({4: everywhere(GOOD)}, BASELINES, "test", 4, ROWS.with_columns(liked))[
+            "baseline_difference"
+        ]
         for liked in (
-            pl.when(part == name).then(1).otherwise("label").alias("label") for name in ("select", "test")
+            pl.when(part == name).then(1).otherwise("label").alias("label")
+            for name in ("select", "test")
         )
     )
-    assert (select["value"], select["log_loss"]) == (0.25, {"value": None, "interval": None})
+    assert (select["value"], select["log_loss"]) == (
+        0.25,
+        {"value": None, "interval": None},
+    )
     assert (test["value"], test["interval"]) == (None, None)
     assert test["log_loss"]["value"] is not None
 
 
 def test_rows_are_matched_by_row_id() -> None:
     exits = {4: everywhere(GOOD)}
-    scores, split = table(exits).sample(fraction=1.0, shuffle=True, seed=0), SimpleNamespace(rows=ROWS)
+    scores, split = (
+        table(exits).sample(fraction=1.0, shuffle=True, seed=0),
+        SimpleNamespace(rows=ROWS),
+    )
     shuffled: dict[str, Any] = comparison(scores, split, BASELINES, "test", 4)  # type: ignore[arg-type]
     ordered = compared(exits, BASELINES, "test", 4)
-    pairs = zip(shuffled["baseline_differences"], ordered["baseline_differences"], strict=True)
+    pairs = zip(
+        shuffled["baseline_differences"], ordered["baseline_differences"], strict=True
+    )
     for found, other in pairs:
         assert without_log_loss(found) == without_log_loss(other)
         assert found["log_loss"]["value"] == pytest.approx(other["log_loss"]["value"])
 
 
 def test_lr_rates_is_compared_once() -> None:
-    baselines = [baseline("item_rate", everywhere(COIN)), baseline("lr_rates", everywhere(GOOD))]
+    baselines = [
+        baseline("item_rate", everywhere(COIN)),
+        baseline("lr_rates", everywhere(GOOD)),
+    ]
     result = compared({4: everywhere(PERFECT)}, baselines, "test", 4)
-    assert [(d["baseline"], d["value"]) for d in result["baseline_differences"]] == [("lr_rates", 0.25)]
+    assert [(d["baseline"], d["value"]) for d in result["baseline_differences"]] == [
+        ("lr_rates", 0.25)
+    ]

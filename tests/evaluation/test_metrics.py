@@ -27,7 +27,11 @@ def uauc(*args):
 def sample(n=500, users=20, seed=0, tie=1):
     rng = np.random.default_rng(seed)
     labels = (rng.random(n) < 0.4).astype(int)
-    return np.round(labels + 1.5 * rng.normal(size=n), tie), labels, rng.integers(0, users, n)
+    return (
+        np.round(labels + 1.5 * rng.normal(size=n), tie),
+        labels,
+        rng.integers(0, users, n),
+    )
 
 
 class TestAUC:
@@ -42,13 +46,23 @@ class TestAUC:
             assert found == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
             assert auc(-scores, labels) == pytest.approx(1 - found, abs=1e-9)
 
-    @given(st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 3)), min_size=1, max_size=30))
+    @given(
+        st.lists(
+            st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 3)),
+            min_size=1,
+            max_size=30,
+        )
+    )
     def test_weights_are_repetitions(self, rows):
         """Integer weights give the AUC of the rows physically repeated so often; weight 0 removes a row."""
         scores, labels, times = (np.array(column) for column in zip(*rows, strict=True))
         repeated = auc(np.repeat(scores, times), np.repeat(labels, times))
-        (found,) = Pairs(scores.astype(float), labels.astype(float)).weighted_auc(times[None].astype(float))
-        assert found == pytest.approx(np.nan if repeated is None else repeated, abs=1e-12, nan_ok=True)
+        (found,) = Pairs(scores.astype(float), labels.astype(float)).weighted_auc(
+            times[None].astype(float)
+        )
+        assert found == pytest.approx(
+            np.nan if repeated is None else repeated, abs=1e-12, nan_ok=True
+        )
 
     def test_refuses_what_is_no_score(self):
         """NaN scores, labels that are not 0/1 and wrong shapes are errors, not numbers."""
@@ -63,7 +77,13 @@ class TestAUC:
 class TestProbabilities:
     def test_sigmoid_is_stable_and_clipped(self):
         """Huge logits neither overflow nor leave [.001, .999]; inside, the plain sigmoid: log 3 -> .75."""
-        assert probabilities([-1e6, -np.inf, 0, np.log(3), 1e6]).tolist() == [0.001, 0.001, 0.5, 0.75, 0.999]
+        assert probabilities([-1e6, -np.inf, 0, np.log(3), 1e6]).tolist() == [
+            0.001,
+            0.001,
+            0.5,
+            0.75,
+            0.999,
+        ]
 
     def test_equal_sklearn(self):
         """Log loss and Brier equal scikit-learn's to 1e-9 on the same probabilities."""
@@ -109,8 +129,16 @@ class TestUserAUC:
         """
         scores = [0.9, 0.1, 0.8, 0.7, 0.6, 0.5, 0.9, 0.1, 0.2, 0.3]
         args = (scores, [1, 0, 1, 0, 1, 1, 0, 1, 1, 1], list("aabbbbcccd"))
-        for name, value in (("uauc", 4 / 9), ("gauc_impressions", 10 / 27), ("gauc_positives", 1 / 3)):
-            assert user_aucs(*args)[name] == {"value": pytest.approx(value), "users": 3, "rows": 9}
+        for name, value in (
+            ("uauc", 4 / 9),
+            ("gauc_impressions", 10 / 27),
+            ("gauc_positives", 1 / 3),
+        ):
+            assert user_aucs(*args)[name] == {
+                "value": pytest.approx(value),
+                "users": 3,
+                "rows": 9,
+            }
 
     def test_equals_a_loop_over_users(self):
         """The one-pass ranks equal scikit-learn's AUC user by user, ties included."""
@@ -120,7 +148,9 @@ class TestUserAUC:
             for u in np.unique(users)
             if 0 < labels[users == u].mean() < 1
         ]
-        assert uauc(scores, labels, users)["value"] == pytest.approx(np.mean(by_user), abs=1e-9)
+        assert uauc(scores, labels, users)["value"] == pytest.approx(
+            np.mean(by_user), abs=1e-9
+        )
         assert uauc(scores, labels, users)["users"] == len(by_user)
 
     def test_user_constant_moves_pooled_auc_only(self):
@@ -128,7 +158,9 @@ class TestUserAUC:
         scores, labels, users = sample()
         shifted = scores + 3.0 * users
         assert auc(shifted, labels) < auc(scores, labels) - 0.05
-        assert uauc(shifted, labels, users)["value"] == pytest.approx(uauc(scores, labels, users)["value"])
+        assert uauc(shifted, labels, users)["value"] == pytest.approx(
+            uauc(scores, labels, users)["value"]
+        )
 
     def test_the_best_forecaster_of_an_unknown_level_has_none(self):
         """Rows in time, a level drawn once a user, uniformly: Laplace's (likes + 1) / (rows + 2) beats 1/2 in log loss.
@@ -149,12 +181,23 @@ class TestHeadMetrics:
         scores, labels, users = sample()
         found = head_metrics(scores, labels, users)
         assert list(found) == [
-            *("n", "auc", "log_loss", "brier", "ece", "uauc", "gauc_impressions", "gauc_positives")
+            *(
+                "n",
+                "auc",
+                "log_loss",
+                "brier",
+                "ece",
+                "uauc",
+                "gauc_impressions",
+                "gauc_positives",
+            )
         ]
         assert found["n"] == 500
         assert found["auc"] == auc(scores, labels)
         assert found["log_loss"] == log_loss(probabilities(scores), labels)
-        assert {name: found[name] for name in list(found)[-3:]} == user_aucs(scores, labels, users)
+        assert {name: found[name] for name in list(found)[-3:]} == user_aucs(
+            scores, labels, users
+        )
 
     def test_one_class_stays_none_and_does_not_spread(self):
         """One class: AUCs None, the rest a number. No rows: all None."""
@@ -163,7 +206,12 @@ class TestHeadMetrics:
         assert found["uauc"] == {"value": None, "users": 0, "rows": 0}
         assert found["log_loss"] > 0
         empty = head_metrics([], [], [])
-        assert (empty["n"], empty["auc"], empty["log_loss"], empty["ece"]) == (0, None, None, None)
+        assert (empty["n"], empty["auc"], empty["log_loss"], empty["ece"]) == (
+            0,
+            None,
+            None,
+            None,
+        )
 
 
 class TestUserBootstrap:
@@ -171,10 +219,14 @@ class TestUserBootstrap:
         """Every draw equals the AUC of the drawn users' rows physically repeated."""
         scores, labels, users = sample(n=60, users=6)
         bootstrap = UserBootstrap(users, draws=20, seed=3)
-        for times, drawn in zip(bootstrap._times, bootstrap._auc_draws(scores, labels), strict=True):
+        for times, drawn in zip(
+            bootstrap._times, bootstrap._auc_draws(scores, labels), strict=True
+        ):
             assert times.sum() == 6
             rows = np.repeat(np.arange(60), times[users].astype(int))
-            assert drawn == pytest.approx(roc_auc_score(labels[rows], scores[rows]), abs=1e-9)
+            assert drawn == pytest.approx(
+                roc_auc_score(labels[rows], scores[rows]), abs=1e-9
+            )
 
     def test_chunks_do_not_matter(self, monkeypatch):
         """The interval is the same when draws are worked off one by one."""
@@ -197,8 +249,12 @@ class TestUserBootstrap:
     def test_log_loss_difference(self):
         """Equals the difference of clipped log losses; the interval's ends lie around it."""
         scores, labels, users = sample()
-        found = UserBootstrap(users).log_loss_difference_interval(scores, np.zeros(500), labels)
-        assert found["value"] == pytest.approx(log_loss(probabilities(scores), labels) - np.log(2))
+        found = UserBootstrap(users).log_loss_difference_interval(
+            scores, np.zeros(500), labels
+        )
+        assert found["value"] == pytest.approx(
+            log_loss(probabilities(scores), labels) - np.log(2)
+        )
         assert found["interval"][0] < found["value"] < found["interval"][1]
 
     def test_undefined(self):
@@ -218,7 +274,9 @@ class TestUserBootstrap:
         """Copying every user's rows ten times adds no information: the interval keeps its width."""
         scores, labels, users = sample()
         once = UserBootstrap(users).auc_interval(scores, labels)
-        tenfold = UserBootstrap(np.tile(users, 10)).auc_interval(np.tile(scores, 10), np.tile(labels, 10))
+        tenfold = UserBootstrap(np.tile(users, 10)).auc_interval(
+            np.tile(scores, 10), np.tile(labels, 10)
+        )
         assert tenfold == pytest.approx(once, abs=1e-9)
 
     def test_rows_must_match(self):
@@ -237,7 +295,9 @@ class TestUserBootstrap:
             person = np.repeat(np.arange(users), rows)
             generosity = 2 * rng.normal(size=users)[person]
             score = generosity + rng.normal(size=users * rows)
-            label = rng.random(score.size) < probabilities(2 * rng.normal(size=users)[person] + 0.5 * score)
+            label = rng.random(score.size) < probabilities(
+                2 * rng.normal(size=users)[person] + 0.5 * score
+            )
             return score, label, person
 
         truth = auc(*draw(40_000, 10)[:2])
@@ -245,7 +305,9 @@ class TestUserBootstrap:
         for seed in range(100):
             scores, labels, person = draw(40, 10)
             for unit, ids in (("users", person), ("rows", np.arange(person.size))):
-                low, high = UserBootstrap(ids, draws=200, seed=seed).auc_interval(scores, labels)
+                low, high = UserBootstrap(ids, draws=200, seed=seed).auc_interval(
+                    scores, labels
+                )
                 hits[unit] += low <= truth <= high
         assert hits["users"] >= 88 > hits["rows"]
 

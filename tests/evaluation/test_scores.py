@@ -29,7 +29,9 @@ from project.run import SCORE_COLUMNS, score_table
 def add(collector: ScoreCollector, ids: list[int]) -> None:
     """Rows whose numbers differ: row r has r + 100 target tokens, r + 200 stream tokens, values r, -r, 2 r."""
     row = torch.tensor(ids)
-    collector.update(row, row + 100, row + 200, torch.stack([row, -row, 2 * row], dim=1).float())
+    collector.update(
+        row, row + 100, row + 200, torch.stack([row, -row, 2 * row], dim=1).float()
+    )
 
 
 def content(collector: ScoreCollector) -> tuple[list[list[int]], list[list[float]]]:
@@ -43,13 +45,18 @@ def test_golden() -> None:
     add(collector, [5, 2])
     add(collector, [2, 9])
     expected = [[2, 102, 202], [5, 105, 205], [9, 109, 209]]
-    assert content(collector) == (expected, [[2.0, -2.0, 4.0], [5.0, -5.0, 10.0], [9.0, -9.0, 18.0]])
+    assert content(collector) == (
+        expected,
+        [[2.0, -2.0, 4.0], [5.0, -5.0, 10.0], [9.0, -9.0, 18.0]],
+    )
     collector.reset()  # nothing of the evaluation before is left
     one = torch.ones(1, dtype=torch.int64)
     collector.update(one, one, one, torch.ones(1, 1, dtype=torch.bfloat16))
     ids, values = collector.compute()
     assert ids.tolist() == [[1, 1, 1]]
-    assert values.dtype == torch.float32  # half-precision values meet those of another process as one type
+    assert (
+        values.dtype == torch.float32
+    )  # half-precision values meet those of another process as one type
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -63,7 +70,9 @@ def test_however_rows_are_dealt_out(processes: int) -> None:
         mine = batches[rank::processes]
         for batch in mine + [batches[-1]] * (-(-len(batches) // processes) - len(mine)):
             add(part, batch)
-    gathered = ScoreCollector()  # what torchmetrics' "cat" reduction does with the states of all processes
+    gathered = (
+        ScoreCollector()
+    )  # what torchmetrics' "cat" reduction does with the states of all processes
     gathered.ids = [x for part in reversed(parts) for x in part.ids]
     gathered.values = [x for part in reversed(parts) for x in part.values]
     gathered._update_count = 1
@@ -84,13 +93,19 @@ def test_scores_of_rows(tiny_logs: Path) -> None:
         assert scores[column].to_list() == chosen[column].to_list()
     expected = {"target_tokens": row_id + 100, "stream_tokens": row_id + 200}
     expected |= {"logit_0": row_id / 2, "logit_4": row_id, "logit_9": -row_id}
-    assert {c: scores[c].to_list() for c in expected} == {c: v.to_list() for c, v in expected.items()}
+    assert {c: scores[c].to_list() for c in expected} == {
+        c: v.to_list() for c, v in expected.items()
+    }
     assert scores["request_id"].null_count() == scores["candidate_index"].null_count() == 50
 
 
 def test_scores_of_candidates() -> None:
     """Candidates keep the order of the requests; the item stands beside its place in the request."""
-    named = {"request_id": ["b", "b", "a"], "candidate_index": [0, 1, 0], "item_id": ["x", "y", "x"]}
+    named = {
+        "request_id": ["b", "b", "a"],
+        "candidate_index": [0, 1, 0],
+        "item_id": ["x", "y", "x"],
+    }
     collector = ScoreCollector()
     add(collector, [2, 0, 1])
     scores = scores_of_candidates(
@@ -109,7 +124,18 @@ LABEL = [1, 0, 1, 0, 1, 0, 1, 0]
 ROWS = pl.DataFrame(
     {
         "row_id": range(10),
-        "user": [1, 2, 1, 1, 1, 1, 1, 2, 2, 2],  # user 1 has a target in train, user 2 only a context row
+        "user": [
+            1,
+            2,
+            1,
+            1,
+            1,
+            1,
+            1,
+            2,
+            2,
+            2,
+        ],  # user 1 has a target in train, user 2 only a context row
         "label": [1, 0, *LABEL],
         "split": ["train", "train"] + ["test"] * 8,
         "fold": pl.Series([None] * 10, dtype=pl.String),
@@ -151,32 +177,51 @@ def test_hidden_items_are_a_slice_where_there_are_any() -> None:
 
 def test_plan_has_its_depth_in_each_slice():
     """item_1_5 are rows 3 and 4, which leave at layers 2 and 6: mean depth 4; without rows it is None."""
-    part = pl.DataFrame({"row_id": range(9, 1, -1)})  # the plan's rows come in an order of their own
+    part = pl.DataFrame(
+        {"row_id": range(9, 1, -1)}
+    )  # the plan's rows come in an order of their own
     layers = np.array([0, 2, 6, 6, 6, 0, 0, 0])
     logits, depth = plan_scores_of(part, LOGITS[::-1], layers[::-1], ROWS, "test")
     assert logits.tolist() == LOGITS.tolist()
     found = slice_rows(
-        ROWS, RETRIEVED, [({"layer": 4}, LOGITS), ({"plan": True}, logits)], "test", draws=5, depth=depth
+        ROWS,
+        RETRIEVED,
+        [({"layer": 4}, LOGITS), ({"plan": True}, logits)],
+        "test",
+        draws=5,
+        depth=depth,
     )
     by_name = {entry["name"]: entry["rows"] for entry in found}
     assert by_name["item_1_5"][1]["mean_depth"] == 4.0
     assert by_name["item_1_5"][1]["auc"] == by_name["item_1_5"][0]["auc"]
     assert "mean_depth" not in by_name["item_1_5"][0]
     few = {"test": RETRIEVED["test"].with_columns(item_count=pl.lit(3))}
-    nobody = slice_rows(ROWS, few, [({"plan": True}, logits)], "test", draws=5, depth=depth)[5]
+    nobody = slice_rows(
+        ROWS, few, [({"plan": True}, logits)], "test", draws=5, depth=depth
+    )[5]
     assert (nobody["name"], nobody["n"]) == ("item_0", 0)
-    assert {nobody["rows"][0][key] for key in ("mean_depth", "auc", "auc_interval")} == {None}
+    assert {nobody["rows"][0][key] for key in ("mean_depth", "auc", "auc_interval")} == {
+        None
+    }
 
 
 def test_metrics_are_those_of_the_rows():
     """history_5_20 scores 1, 0, .5 on labels 1, 0, 1: AUC 1. One list has baselines and exits; an empty one says so."""
     baseline = Baseline(
-        "lr_rates", pl.DataFrame({"row_id": range(2, 10), "split": ["test"] * 8, "logit": LOGITS})
+        "lr_rates",
+        pl.DataFrame({"row_id": range(2, 10), "split": ["test"] * 8, "logit": LOGITS}),
     )
-    columns = {"row_id": list(range(9, 1, -1)), "split": ["test"] * 8}  # another order than the rows
+    columns = {
+        "row_id": list(range(9, 1, -1)),
+        "split": ["test"] * 8,
+    }  # another order than the rows
     exits = exit_scores_of(score_table(columns, LOGITS[::-1, None], [4]), ROWS, [4], "test")
     found = slice_rows(
-        ROWS, RETRIEVED, exits + baseline_scores_of([baseline], ROWS, "test"), "test", draws=20
+        ROWS,
+        RETRIEVED,
+        exits + baseline_scores_of([baseline], ROWS, "test"),
+        "test",
+        draws=20,
     )
     bucket = next(entry for entry in found if entry["name"] == "history_5_20")
     assert [bucket[k] for k in ("split", "n", "users", "positives")] == ["test", 3, 2, 2]

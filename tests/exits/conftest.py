@@ -53,18 +53,24 @@ class World:
 
     def calibrated(self) -> HeadOutputs:
         """Outputs under the calibration of the rows themselves, with exit 0."""
-        return self.outputs(fit_calibration(self.raw, self.labels, self.layers, exit_0=True))
+        return self.outputs(
+            fit_calibration(self.raw, self.labels, self.layers, exit_0=True)
+        )
 
     def true_auc(self, scores: Tensor) -> float:
         """AUC of scores (n,) with every row counted as positive by its true probability: no label noise."""
         weights = torch.cat([self.truth, 1 - self.truth]).double().numpy()
         positive = (np.arange(len(weights)) < len(self.truth)).astype(np.float64)
         return float(
-            Pairs(torch.cat([scores, scores]).double().numpy(), positive).weighted_auc(weights[None])[0]
+            Pairs(torch.cat([scores, scores]).double().numpy(), positive).weighted_auc(
+                weights[None]
+            )[0]
         )
 
 
-def make_world(n: int = 2000, seed: int = 0, users: int = 80, own_noise: float = 0.05) -> World:
+def make_world(
+    n: int = 2000, seed: int = 0, users: int = 80, own_noise: float = 0.05
+) -> World:
     """Head k's logit = latent logit + noise that shrinks with depth, at a speed of the row's own.
 
     The noise of a head is the sum of the surprises of all later layers, so neighbouring heads have similar errors, plus
@@ -84,14 +90,24 @@ def make_world(n: int = 2000, seed: int = 0, users: int = 80, own_noise: float =
     size = 0.4 * np.exp(0.7 * difficulty) * np.sqrt(2 / fade.clip(2))
     share = np.exp(-np.array(LAYERS[:-1]) / fade[:, None]) + 0.05
     surprise = rng.normal(size=(n, heads - 1)) * size[:, None] * share
-    noise = np.concatenate([surprise[:, ::-1].cumsum(axis=1)[:, ::-1], np.zeros((n, 1))], axis=1)
+    noise = np.concatenate(
+        [surprise[:, ::-1].cumsum(axis=1)[:, ::-1], np.zeros((n, 1))], axis=1
+    )
     noise += own_noise * rng.normal(size=(n, heads))
     seen = latent[:, None] + noise
-    rng.normal(size=(n, heads))  # not used: the draws below stay what numbers in tests were taken on
-    hints = [-difficulty + 0.8 * rng.normal(size=n), -slowness + rng.normal(size=n), np.ones(n)]
+    rng.normal(
+        size=(n, heads)
+    )  # not used: the draws below stay what numbers in tests were taken on
+    hints = [
+        -difficulty + 0.8 * rng.normal(size=n),
+        -slowness + rng.normal(size=n),
+        np.ones(n),
+    ]
     truth = 1 / (1 + np.exp(-latent - unseen))
     return World(
-        raw=torch.from_numpy(seen * np.linspace(0.6, 1.3, heads) + np.linspace(0.3, -0.4, heads)),
+        raw=torch.from_numpy(
+            seen * np.linspace(0.6, 1.3, heads) + np.linspace(0.3, -0.4, heads)
+        ),
         retrieved=torch.from_numpy(np.stack(hints, axis=1)),
         truth=torch.from_numpy(truth),
         labels=torch.from_numpy((rng.random(n) < truth).astype(np.int64)),

@@ -64,7 +64,9 @@ def settings(**changes: Any) -> ExitSettings:
 
 
 def budget(**changes: Any) -> ExitSettings:
-    return ExitSettings(**{"compare": [Ratio(), Consistency()], "max_auc_drop": 0.004, **changes})
+    return ExitSettings(
+        **{"compare": [Ratio(), Consistency()], "max_auc_drop": 0.004, **changes}
+    )
 
 
 def thresholds(plan: ExitPlan) -> list[float]:
@@ -75,7 +77,10 @@ def with_fold(scores: pl.DataFrame, where: str, /, **changes: pl.Expr) -> pl.Dat
     """Columns changed on one fold only."""
     here = pl.col("fold") == where
     return scores.with_columns(
-        **{name: pl.when(here).then(value).otherwise(pl.col(name)) for name, value in changes.items()}
+        **{
+            name: pl.when(here).then(value).otherwise(pl.col(name))
+            for name, value in changes.items()
+        }
     )
 
 
@@ -86,7 +91,9 @@ def test_only_tune_decides(scores: pl.DataFrame) -> None:
     for fold in ("select", "certify"):
         after = calibrate(with_fold(scores, fold, **turned), FEATURES, settings(), "hash")
         assert thresholds(after.plan) == thresholds(before.plan)
-        torch.testing.assert_close(after.plan.calibration.values, before.plan.calibration.values)
+        torch.testing.assert_close(
+            after.plan.calibration.values, before.plan.calibration.values
+        )
         assert after.static_exit == before.static_exit
     after = calibrate(with_fold(scores, "tune", **turned), FEATURES, settings(), "hash")
     assert not torch.allclose(after.plan.calibration.values, before.plan.calibration.values)
@@ -95,7 +102,9 @@ def test_only_tune_decides(scores: pl.DataFrame) -> None:
 def test_budget_and_priors(scores: pl.DataFrame) -> None:
     """The chosen step keeps the budget on tune; without exit 0 the plan does not read it; both are reported."""
     found = calibrate(scores, FEATURES, settings(max_auc_drop=0.003), "hash")
-    policy = next(p for p in found.document["policies"] if p["criterion"] == found.document["chosen"])
+    policy = next(
+        p for p in found.document["policies"] if p["criterion"] == found.document["chosen"]
+    )
     point = policy["pareto"][policy["chosen_step"]]
     assert point["auc_drop"] <= 0.003
     assert policy["pareto"][0]["cost"] == pytest.approx(1.0)  # step 0: nobody leaves early
@@ -112,7 +121,9 @@ def test_named_criterion_decides(scores: pl.DataFrame, valid: Any) -> None:
     assert found["chosen"] == "consistency"
     assert sorted(p["criterion"] for p in found["policies"]) == ["consistency", "ratio"]
     assert found["policies"][0]["settings"]["init_args"] == {"heads": 2}
-    plan = budget_plan(*valid, budget(criterion=Ratio(), exit_0=False), criterion=Consistency(2))
+    plan = budget_plan(
+        *valid, budget(criterion=Ratio(), exit_0=False), criterion=Consistency(2)
+    )
     assert (plan.criterion, plan.layers) == ("consistency", (2, 4, 6, 8, 10, 12))
 
 
@@ -120,23 +131,37 @@ def test_not_enough_users_is_said_with_their_number(scores: pl.DataFrame) -> Non
     """30 users of about ln 10 / ln(1 + .99e-4) = 23,000: nothing is tested, and the plan is the budget's."""
     found = calibrate(scores, FEATURES, settings(certificate=STRICT), "hash")
     certificate = found.document["certificate"]
-    assert (certificate["passed"], certificate["path_step"], found.certified) == (None, None, None)
+    assert (certificate["passed"], certificate["path_step"], found.certified) == (
+        None,
+        None,
+        None,
+    )
     assert thresholds(found.plan) == thresholds(budget_plan(scores, FEATURES, settings()))
     assert "it takes about 2" in certificate["words"]
     assert found.document["ledger"] == []  # the fold, unread, may be used again
 
 
-@pytest.mark.parametrize("promise", [replace(LOOSE, epsilon=0.1), LOOSE], ids=["to a failure", "to the end"])
-def test_certified_goes_on_from_the_budget(scores: pl.DataFrame, promise: CertificateSettings) -> None:
+@pytest.mark.parametrize(
+    "promise", [replace(LOOSE, epsilon=0.1), LOOSE], ids=["to a failure", "to the end"]
+)
+def test_certified_goes_on_from_the_budget(
+    scores: pl.DataFrame, promise: CertificateSettings
+) -> None:
     """Every step from the budget's to the certified one passes, the next fails, each tested alone."""
-    found = calibrate(scores, FEATURES, settings(criterion=Ratio(), certificate=promise), "hash")
+    found = calibrate(
+        scores, FEATURES, settings(criterion=Ratio(), certificate=promise), "hash"
+    )
     policy, certified = found.document["policies"][0], found.document["certified"]
     budget = policy["chosen_step"]
     fold = (scores["fold"] == "certify").to_numpy()
     rows = scores.filter(fold)
     outputs = found.plan.outputs(rows, FEATURES[fold])
     tune = (scores["fold"] == "tune").to_numpy()
-    path = TuneFold(scores.filter(tune), FEATURES[tune], settings(criterion=Ratio()), True).curves[0].path
+    path = (
+        TuneFold(scores.filter(tune), FEATURES[tune], settings(criterion=Ratio()), True)
+        .curves[0]
+        .path
+    )
 
     def exits_of(step: int) -> torch.Tensor:
         return Policy(Ratio(), path[step].thresholds, found.plan.layers).exits(outputs)
@@ -145,13 +170,17 @@ def test_certified_goes_on_from_the_budget(scores: pl.DataFrame, promise: Certif
         exits = exits_of(step)
         emitted = outputs.logits.gather(1, exits[:, None])[:, 0]
         full = outputs.logits[:, -1]
-        return certify(torch.stack([full, emitted]), full, rows["label"], rows["user"], promise)
+        return certify(
+            torch.stack([full, emitted]), full, rows["label"], rows["user"], promise
+        )
 
     assert found.document["certificate"] == alone(budget).to_dict()
     last = certified["path_step"]
     assert last > budget > 0
     assert all(alone(step).passed for step in range(budget, last + 1))
-    end = max(step for step in range(len(path)) if exits_of(step).any())  # behind it no layer runs
+    end = max(
+        step for step in range(len(path)) if exits_of(step).any()
+    )  # behind it no layer runs
     assert (last == end) is (promise.epsilon == 0.4)
     assert last == end or not alone(last + 1).passed
     assert found.certified is not None
@@ -213,7 +242,9 @@ def test_second_certificate(scores: pl.DataFrame) -> None:
         assert second.document["ledger"] == first["ledger"]
         alone = calibrate(rescored, FEATURES, changed, "another protocol")
         assert thresholds(second.plan) == thresholds(alone.plan)
-    other = calibrate(scores, FEATURES, settings(certificate=LOOSE), "another protocol", first).document
+    other = calibrate(
+        scores, FEATURES, settings(certificate=LOOSE), "another protocol", first
+    ).document
     assert len(other["ledger"]) == 2
 
 
@@ -240,9 +271,15 @@ def test_another_checkpoint_is_another_try(scores: pl.DataFrame) -> None:
 def test_no_layer_is_no_early_exit(scores: pl.DataFrame) -> None:
     """A plan whose every row leaves at exit 0 is neither passed nor failed, and no such step is certified."""
     loose = {"certificate": replace(LOOSE, epsilon=0.9), "criterion": Ratio()}
-    found = calibrate(scores, FEATURES, settings(**loose, max_auc_drop=None, max_cost=1e-9), "hash")
+    found = calibrate(
+        scores, FEATURES, settings(**loose, max_auc_drop=None, max_cost=1e-9), "hash"
+    )
     assert thresholds(found.plan)[0] == -np.inf
-    assert (found.document["certificate"]["passed"], found.certified, found.document["ledger"]) == (
+    assert (
+        found.document["certificate"]["passed"],
+        found.certified,
+        found.document["ledger"],
+    ) == (
         None,
         None,
         [],
@@ -253,20 +290,30 @@ UNUSABLE: dict[str, tuple[dict[str, pl.Expr], str]] = {
     "shared user": ({"user": pl.lit(20, pl.Int32)}, "more than one fold"),
     "one class": ({"label": pl.lit(1, pl.Int8)}, "both classes"),
     "NaN": ({"logit_4": pl.lit(float("nan"), pl.Float32)}, "layer 4"),
-    "constant": ({f"logit_{k}": pl.lit(0.5, pl.Float32) for k in range(0, 14, 2)}, "same logit"),
-    "equal heads": ({f"logit_{k}": pl.col("logit_2") for k in range(0, 14, 2)}, "all equal"),
+    "constant": (
+        {f"logit_{k}": pl.lit(0.5, pl.Float32) for k in range(0, 14, 2)},
+        "same logit",
+    ),
+    "equal heads": (
+        {f"logit_{k}": pl.col("logit_2") for k in range(0, 14, 2)},
+        "all equal",
+    ),
     "no rows": ({"fold": pl.lit("select")}, "fold tune"),
 }
 
 
 @pytest.mark.parametrize(("change", "words"), UNUSABLE.values(), ids=UNUSABLE)
-def test_unusable_scores(scores: pl.DataFrame, change: dict[str, pl.Expr], words: str) -> None:
+def test_unusable_scores(
+    scores: pl.DataFrame, change: dict[str, pl.Expr], words: str
+) -> None:
     fold = "certify" if "user" in change else "tune"
     with pytest.raises(DataError, match=words):
         calibrate(with_fold(scores, fold, **change), FEATURES, settings(), "hash")
 
 
-@pytest.mark.parametrize("change", [{"fold": pl.lit("select")}, {"label": pl.lit(1, pl.Int8)}])
+@pytest.mark.parametrize(
+    "change", [{"fold": pl.lit("select")}, {"label": pl.lit(1, pl.Int8)}]
+)
 def test_too_few_to_certify_is_a_plan_without_certificate(
     scores: pl.DataFrame, change: dict[str, pl.Expr]
 ) -> None:
@@ -275,7 +322,9 @@ def test_too_few_to_certify_is_a_plan_without_certificate(
     found = calibrate(with_fold(scores, "certify", **change), FEATURES, few, "hash")
     assert thresholds(found.plan) == thresholds(budget_plan(scores, FEATURES, settings()))
     users = 0 if "fold" in change else scores.filter(fold="certify")["user"].n_unique()
-    assert f"it takes about 232 users, not {users}, to" in found.document["certificate_words"]
+    assert (
+        f"it takes about 232 users, not {users}, to" in found.document["certificate_words"]
+    )
     assert found.document["ledger"] == []
 
 
@@ -286,7 +335,9 @@ def test_it_is_what_calibrate_chooses(valid: Any) -> None:
     assert thresholds(plan) == thresholds(found.plan)
     assert plan.criterion == found.plan.criterion
     turned = valid[0].with_columns(
-        label=pl.when(pl.col("fold") == "certify").then(1 - pl.col("label")).otherwise(pl.col("label"))
+        label=pl.when(pl.col("fold") == "certify")
+        .then(1 - pl.col("label"))
+        .otherwise(pl.col("label"))
     )
     assert thresholds(budget_plan(turned, valid[1], budget())) == thresholds(plan)
 
@@ -299,7 +350,9 @@ def test_who_cannot_keep_the_budget_is_left_out(valid: Any) -> None:
     """
     tight = {"max_cost": 0.1, "max_auc_drop": 0.5, "alpha": 0.5}
     found = calibrate(*valid, budget(**tight), "hash")
-    assert thresholds(found.plan) == thresholds(budget_plan(*valid, budget(compare=[Ratio()], **tight)))
+    assert thresholds(found.plan) == thresholds(
+        budget_plan(*valid, budget(compare=[Ratio()], **tight))
+    )
     (policy,) = found.document["policies"]
     assert policy["criterion"] == "ratio"
     assert policy["pareto"][policy["chosen_step"]]["cost"] <= 0.1
@@ -314,15 +367,25 @@ def test_a_known_item_leaves_at_0_and_a_new_one_goes_on() -> None:
     truth, count = 1.5 * rng.normal(size=n), rng.integers(0, 4, n)
     exit_0 = np.where(count > 0, truth, 0.1 * rng.normal(size=n))
     heads = np.stack([exit_0, truth + rng.normal(size=n), truth], axis=1)
-    about = {"user": user, "fold": ["tune"] * n, "label": rng.random(n) < 1 / (1 + np.exp(-truth))}
-    about |= {"target_tokens": np.full(n, 20), "stream_tokens": np.full(n, 100), "logit_0": heads[:, 0]}
+    about = {
+        "user": user,
+        "fold": ["tune"] * n,
+        "label": rng.random(n) < 1 / (1 + np.exp(-truth)),
+    }
+    about |= {
+        "target_tokens": np.full(n, 20),
+        "stream_tokens": np.full(n, 100),
+        "logit_0": heads[:, 0],
+    }
     scores, features = score_table(about, heads[:, 1:], [2, 4]), np.zeros((n, 3))
     features[:, 0] = np.log1p(count)
     plan = budget_plan(scores, features, ExitSettings(criterion=Learned(), alpha=0.5))
     layer, _ = plan.emitted(plan.outputs(scores, features))
     assert (layer[count > 0] == 0).all()
     assert (layer[count == 0] == 4).all()
-    best = TuneFold(scores, features, ExitSettings(alpha=0.5), exit_0=True).best  # among all
+    best = TuneFold(
+        scores, features, ExitSettings(alpha=0.5), exit_0=True
+    ).best  # among all
     assert best.chosen.cost <= (count == 0).mean() + 0.03
 
 
@@ -336,7 +399,10 @@ def test_the_budget_is_kept_at_the_demos_size() -> None:
 
     fresh = make_world(FRESH_USERS, "both", np.random.default_rng(10**6), exact=True)
     rows = [row for seed in range(16) for row in pipeline(30, "both", seed, fresh)]
-    above = {c: sum(r["drop"] > 0.002 for r in rows if r["choice"] == c) for c in ("bound alone", "plan")}
+    above = {
+        c: sum(r["drop"] > 0.002 for r in rows if r["choice"] == c)
+        for c in ("bound alone", "plan")
+    }
     assert above["plan"] <= 1 < 4 <= above["bound alone"]
 
 

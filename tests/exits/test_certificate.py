@@ -37,7 +37,9 @@ def limit(draws):
 
 def heavy(rng, shape, mean):
     """Rare losses of 1 (chance mean / 2) over many small ones that supply the other half of the mean."""
-    return np.where(rng.random(shape) < mean / 2, 1.0, rng.random(shape) * mean / (1 - mean / 2))
+    return np.where(
+        rng.random(shape) < mean / 2, 1.0, rng.random(shape) * mean / (1 - mean / 2)
+    )
 
 
 def signed(rng, shape, mean):
@@ -56,7 +58,10 @@ class TestLosses:
 
     def test_user_means(self):
         """Users b, a, b with losses 1, 2, 3: a 2, b 2; a second step 0, 0, 4: a 0, b 2."""
-        assert user_means([[1, 2, 3], [0, 0, 4]], ["b", "a", "b"]).tolist() == [[2, 2], [0, 2]]
+        assert user_means([[1, 2, 3], [0, 0, 4]], ["b", "a", "b"]).tolist() == [
+            [2, 2],
+            [0, 2],
+        ]
 
     def test_auc_of_two_users_is_brute_force(self):
         """Users of 3 and 13 rows with ties: every pairing's share is that of all pairs of rows across the two."""
@@ -114,7 +119,9 @@ class TestBets:
         """Changing losses from t on leaves bets up to t as they were; the p-value is in (0, 1] for any losses."""
         t = data.draw(st.integers(0, len(losses) - 1))
         changed = [*losses[:t], *(1 - x for x in losses[t:])]
-        before, after = (plug_in_bets(np.array([x]), 0.05, DELTA)[0] for x in (losses, changed))
+        before, after = (
+            plug_in_bets(np.array([x]), 0.05, DELTA)[0] for x in (losses, changed)
+        )
         assert np.array_equal(before[: t + 1], after[: t + 1])
         assert 0 < p_value(np.array([losses]), 0.05, DELTA) <= 1
 
@@ -151,7 +158,10 @@ class TestWalk:
         """800 losses of 0 before 200 of 1, mean .2: read in this order capital would grow first; shuffled it fails."""
         losses = np.zeros((2, 1000))
         losses[1, 800:] = 1
-        assert certify_losses(losses, CertificateSettings("overlap_loss", 0.05)).passed is False
+        assert (
+            certify_losses(losses, CertificateSettings("overlap_loss", 0.05)).passed
+            is False
+        )
 
     def test_not_enough_users(self):
         """Capital grows by 1 + .99 * .05 / (.998 - .05) at most: ln 10 / ln 1.0522 = 45.2, so of 45 nothing is tested.
@@ -160,14 +170,21 @@ class TestWalk:
         whose scores the plan does not change, has no spread; a path of step 0 alone is full depth and takes no test.
         """
         few = certify_losses(np.zeros((2, 45)), DRIFT)
-        assert (few.passed, few.path_step, few.bound, few.users_needed) == (None, None, None, 46)
+        assert (few.passed, few.path_step, few.bound, few.users_needed) == (
+            None,
+            None,
+            None,
+            46,
+        )
         assert "it takes about 46 users, not 45, to" in few.in_words()
         assert certify_losses(np.zeros((2, 46)), DRIFT).passed is True
         hopeless = certify_losses(np.repeat([[0.0], [0.06]], 100, axis=1), DRIFT)
         assert (hopeless.passed, hopeless.users_needed) == (False, None)
         json.dumps([few.to_dict(), hopeless.to_dict()], allow_nan=False)
         full, labels = np.arange(40.0), np.tile([0, 1], 20)
-        one = certify(np.stack([full, full]), full, labels, np.zeros(40), CertificateSettings())
+        one = certify(
+            np.stack([full, full]), full, labels, np.zeros(40), CertificateSettings()
+        )
         assert (one.n, one.passed, one.users_needed) == (1, None, 232)
         alone = certify_losses(np.zeros((1, 300)), DRIFT)
         assert (alone.passed, alone.path_step) == (None, None)
@@ -190,7 +207,9 @@ class TestWalk:
         assert needed > 100
         sample = DRIFT.users_needed(heavy(rng, 100_000, 0.03) * 0.99)
         for _ in range(60):
-            passed.append(certify_losses(heavy(rng, (2, sample), 0.03) * [[0], [0.99]], DRIFT).passed)
+            passed.append(
+                certify_losses(heavy(rng, (2, sample), 0.03) * [[0], [0.99]], DRIFT).passed
+            )
         assert 0.25 < np.mean(passed) < 0.85
 
     def test_users_count_once(self):
@@ -201,8 +220,12 @@ class TestWalk:
         drift = np.abs(1 / (1 + np.exp(-path)) - 1 / (1 + np.exp(-full)))
         found = certify(path, full, None, users, DRIFT)
         assert found.n == 100
-        assert found.bound == pytest.approx(certify_losses(user_means(drift, users), DRIFT).bound, abs=1e-9)
-        assert found.estimate == pytest.approx(np.mean([drift[1][users == u].mean() for u in range(100)]))
+        assert found.bound == pytest.approx(
+            certify_losses(user_means(drift, users), DRIFT).bound, abs=1e-9
+        )
+        assert found.estimate == pytest.approx(
+            np.mean([drift[1][users == u].mean() for u in range(100)])
+        )
 
     @pytest.mark.parametrize(("risk", "epsilon"), [("auc_gap", 0.05), ("score_drift", 0.1)])
     def test_a_path_of_noise(self, risk, epsilon):
@@ -242,12 +265,20 @@ class TestBadInput:
             ([[0.0] * 4, [0, np.nan, 0, 0]], None, 4, "score_drift", "NaN"),
             ([[1.0] * 4], None, 4, "score_drift", "not full depth"),
             ([[0.0] * 300], [1] * 300, 300, "auc_gap", "both classes"),
-            ([[0.0] * 300], None, 300, "overlap_loss", "overlap_loss is not a risk of the rows"),
+            (
+                [[0.0] * 300],
+                None,
+                300,
+                "overlap_loss",
+                "overlap_loss is not a risk of the rows",
+            ),
         ],
     )
     def test_paths(self, path, labels, users, risk, message):
         with pytest.raises((ConfigError, DataError), match=message):
-            certify(path, np.zeros(users), labels, np.arange(users), CertificateSettings(risk))
+            certify(
+                path, np.zeros(users), labels, np.arange(users), CertificateSettings(risk)
+            )
 
     def test_losses(self):
         with pytest.raises(DataError, match="1 losses outside"):
@@ -255,25 +286,33 @@ class TestBadInput:
 
 
 class TestValidity:
-    @pytest.mark.parametrize(("draw", "mean"), [(heavy, 0.05), (signed, 0.525), (heavy, 0.01)])
+    @pytest.mark.parametrize(
+        ("draw", "mean"), [(heavy, 0.05), (signed, 0.525), (heavy, 0.01)]
+    )
     def test_mean_at_the_border(self, draw, mean):
         """True mean exactly epsilon, 1,000 draws of 300 losses: passes at most delta + 3 s.e.; at half of it often."""
         rng = np.random.default_rng(1)
         rates = [
-            np.mean([p_value(draw(rng, (1, 300), m), mean, DELTA) <= DELTA for _ in range(1000)])
+            np.mean(
+                [p_value(draw(rng, (1, 300), m), mean, DELTA) <= DELTA for _ in range(1000)]
+            )
             for m in (mean, mean / 2 if draw is heavy else 0.5)
         ]
         assert rates[0] <= limit(1000)
         assert rates[1] > rates[0]
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("world", ["log-normal sizes", "equal sizes", "one giant user", "rare bad users"])
+    @pytest.mark.parametrize(
+        "world", ["log-normal sizes", "equal sizes", "one giant user", "rare bad users"]
+    )
     def test_auc_gap_at_the_border(self, world):
         """Risk at epsilon, 300 draws: bets pass at most delta + 3 standard errors at 30, 80 and 300 users.
 
         Without a drop 300 users pass in most draws; with fewer than 232 nothing is tested.
         """
-        study = runpy.run_path(str(Path(__file__).parents[2] / "research" / "certificates.py"))
+        study = runpy.run_path(
+            str(Path(__file__).parents[2] / "research" / "certificates.py")
+        )
         strength, gap = study["strength_of"](world, 0.02, users=6000)
         assert gap == pytest.approx(0.02, abs=0.001)
         for users, draws in ((30, 1200), (80, 1200), (300, 300)):
@@ -321,4 +360,6 @@ class TestLedger:
     def test_what_has_no_part_does_not_count(self):
         """Criteria that are drawn beside the one that decides."""
         same = ExitSettings(criterion=Ratio(), compare=[Consistency()])
-        assert certified_settings(ExitSettings(criterion=Ratio())) == certified_settings(same)
+        assert certified_settings(ExitSettings(criterion=Ratio())) == certified_settings(
+            same
+        )

@@ -64,7 +64,9 @@ class TestEveryCriterion:
 
     def test_float32_and_double_agree(self, fitted, outputs):
         """A policy fitted in double decides on float32 logits, as an engine has them, by the same confidence."""
-        single = HeadOutputs(outputs.layers, outputs.logits.float(), outputs.retrieved.float())
+        single = HeadOutputs(
+            outputs.layers, outputs.logits.float(), outputs.retrieved.float()
+        )
         found = confidence_table(fitted, single)
         assert found.dtype == torch.float32
         difference = (found - confidence_table(fitted, outputs))[:, fitted.first : -1].abs()
@@ -89,7 +91,8 @@ class TestSimple:
             Consistency().confidence(heads), torch.tensor([-0.3, -0.1], dtype=torch.float64)
         )
         torch.testing.assert_close(
-            Consistency(2).confidence(heads), torch.tensor([-0.3, -0.3], dtype=torch.float64)
+            Consistency(2).confidence(heads),
+            torch.tensor([-0.3, -0.3], dtype=torch.float64),
         )
         torch.testing.assert_close(Ratio().confidence(heads), logit([0.9, 0.8]))
 
@@ -99,8 +102,12 @@ class TestSimple:
         criterion.fit(outputs)
         part = outputs.until(3)
         ratio, consistency = Ratio().confidence(part), Consistency().confidence(part)
-        ranks = [x.argsort().argsort().double() / (len(x) - 1) for x in (ratio, consistency)]
-        torch.testing.assert_close(criterion.confidence(part), torch.minimum(*ranks), atol=2e-3, rtol=0)
+        ranks = [
+            x.argsort().argsort().double() / (len(x) - 1) for x in (ratio, consistency)
+        ]
+        torch.testing.assert_close(
+            criterion.confidence(part), torch.minimum(*ranks), atol=2e-3, rtol=0
+        )
 
 
 class TestLearning:
@@ -123,7 +130,9 @@ class TestLearning:
             inside.fit(outputs)
         outside = Learned()
         outside.fit(outputs)
-        assert torch.equal(inside.confidence(outputs.until(2)), outside.confidence(outputs.until(2)))
+        assert torch.equal(
+            inside.confidence(outputs.until(2)), outside.confidence(outputs.until(2))
+        )
 
     def test_out_of_fold_sees_no_row_of_the_user(self, world, outputs):
         """Changing how one user's rows end changes no out-of-fold confidence of any user in its own half."""
@@ -184,12 +193,17 @@ WRONG: dict[str, tuple[Callable[[HeadOutputs], Any], str]] = {
         r"returned a tensor \(\d+, 1\)",
     ),
     "one number": (lambda o: o.logits.mean(), r"returned a tensor \(\)"),
-    "NaN": (lambda o: o.logits[:, -1] * torch.nan, "returned NaN where the logits are numbers"),
+    "NaN": (
+        lambda o: o.logits[:, -1] * torch.nan,
+        "returned NaN where the logits are numbers",
+    ),
 }
 
 
 @pytest.mark.parametrize(("made", "words"), WRONG.values(), ids=WRONG)
-def test_a_wrong_confidence_names_class_and_shape(outputs: HeadOutputs, made: Any, words: str) -> None:
+def test_a_wrong_confidence_names_class_and_shape(
+    outputs: HeadOutputs, made: Any, words: str
+) -> None:
     """After training, on real outputs, and before it: the class, what it returned and what was expected."""
     expected = rf"test_criteria\.Mine.*{words}.*torch tensor of shape \(rows,\)"
     with pytest.raises(ConfigError, match=expected):
@@ -214,8 +228,13 @@ def test_trying_out_leaves_no_trace() -> None:
     torch.manual_seed(0)
     criterion = Mine(noisy)
     try_out(criterion, exit_0=True)
-    with pytest.raises(ConfigError, match=r"Mine failed on made-up rows.*ZeroDivisionError"):
+    with pytest.raises(
+        ConfigError, match=r"Mine failed on made-up rows.*ZeroDivisionError"
+    ):
         try_out(Mine(fussy), exit_0=True)
     assert torch.equal(torch.rand(3), expected)
     assert not criterion.fitted
-    assert confidence_table(criterion, HeadOutputs.of((1, 2), torch.zeros(4, 2))).shape == (4, 2)
+    assert confidence_table(criterion, HeadOutputs.of((1, 2), torch.zeros(4, 2))).shape == (
+        4,
+        2,
+    )

@@ -9,7 +9,13 @@ import torch
 
 from project.exits import search as search_module
 from project.exits.calibration import fit_calibration
-from project.exits.criteria import Consistency, Learned, Ratio, confidence_table, out_of_fold_confidence
+from project.exits.criteria import (
+    Consistency,
+    Learned,
+    Ratio,
+    confidence_table,
+    out_of_fold_confidence,
+)
 from project.exits.policy import Policy, leave
 from project.exits.search import (
     Step,
@@ -35,7 +41,9 @@ def fit(criterion, world):
     return (
         outputs,
         confidence,
-        threshold_path(confidence, outputs.logits, world.labels, world.layers, world.tokens),
+        threshold_path(
+            confidence, outputs.logits, world.labels, world.layers, world.tokens
+        ),
     )
 
 
@@ -54,7 +62,9 @@ def true_aucs(path, criterion, world, outputs, costs=COSTS):
     for step in path:
         exits = leave(confidence, step.thresholds)
         cost = float((layers[exits] * tokens).sum() / (12 * tokens.sum()))
-        points.append((cost, world.true_auc(outputs.logits.gather(1, exits[:, None])[:, 0])))
+        points.append(
+            (cost, world.true_auc(outputs.logits.gather(1, exits[:, None])[:, 0]))
+        )
     x, y = zip(*sorted(points), strict=True)
     return np.interp(costs, x, y)
 
@@ -65,7 +75,11 @@ class TestPath:
         """Step 0 is full depth at cost 1; cost falls strictly, and expected AUC strictly after step 0."""
         _, _, path = fit(criterion, tune)
         assert path[0].thresholds.tolist() == [torch.inf] * 6 + [-torch.inf]
-        assert (path[0].cost, path[0].mean_depth, path[0].auc_drop) == (pytest.approx(1), 12, 0)
+        assert (path[0].cost, path[0].mean_depth, path[0].auc_drop) == (
+            pytest.approx(1),
+            12,
+            0,
+        )
         assert len(path) > 20
         assert all(a.cost > b.cost for a, b in itertools.pairwise(path))
         assert all(a.expected_auc > b.expected_auc for a, b in itertools.pairwise(path))
@@ -76,7 +90,9 @@ class TestPath:
         outputs, _, path = fit(CONSISTENCY, tune)
         for step in path[::4]:
             exits = Policy(CONSISTENCY, step.thresholds, outputs.layers).exits(outputs)
-            assert step.point() == pytest.approx(point(outputs, tune.labels, tune.tokens, exits), abs=1e-9)
+            assert step.point() == pytest.approx(
+                point(outputs, tune.labels, tune.tokens, exits), abs=1e-9
+            )
 
     @pytest.mark.parametrize("criterion", [CONSISTENCY, RATIO])
     def test_no_static_model_dominates_it(self, tune, criterion):
@@ -88,7 +104,9 @@ class TestPath:
             static = tune.layers[k] / 12
             expected = _expected_auc(outputs.logits[:, k], outputs, tune)
             assert torch.equal(leave(confidence, limits), torch.full((1500,), k))
-            assert any(s.cost <= static + 1e-9 and s.expected_auc >= expected - 1e-9 for s in path)
+            assert any(
+                s.cost <= static + 1e-9 and s.expected_auc >= expected - 1e-9 for s in path
+            )
 
     def test_ends_where_everyone_leaves_first(self, tune):
         """The fastest step costs what the first head that can decide costs: layer 2 of 12, or nothing at exit 0."""
@@ -102,22 +120,35 @@ class TestPath:
         confidence = torch.stack([torch.arange(300) % 3, torch.zeros(300)], dim=1)
         tokens = torch.ones(300)
         path = threshold_path(confidence, scores, scores[:, 1] > 0, (0, 4), tokens)
-        assert {round(step.cost, 6) for step in path} <= {0.0, round(1 / 3, 6), round(2 / 3, 6), 1.0}
+        assert {round(step.cost, 6) for step in path} <= {
+            0.0,
+            round(1 / 3, 6),
+            round(2 / 3, 6),
+            1.0,
+        }
         assert len(path) >= 2
 
 
 def steps(*about):
     """A path of (cost, expected AUC)."""
-    return tuple(Step(torch.zeros(2), cost, 0.0, 0.7, 0.0, expected) for cost, expected in about)
+    return tuple(
+        Step(torch.zeros(2), cost, 0.0, 0.7, 0.0, expected) for cost, expected in about
+    )
 
 
 class TestBudget:
     def test_the_walk_ends_at_the_first_step_that_breaks_it(self):
         """Of .002, drops 0, .001, .003, .0015 choose step 1; 0, .001, .002, .0015 the last; expected AUC counts too."""
         path = steps((1.0, 0.76), (0.8, 0.76), (0.6, 0.76), (0.4, 0.76))
-        drops = np.array([[0.0, 0.001, 0.003, 0.0015], [0.0, 0.001, 0.002, 0.0015], [9.0, 9.0, 0.0, 0.0]])
+        drops = np.array(
+            [[0.0, 0.001, 0.003, 0.0015], [0.0, 0.001, 0.002, 0.0015], [9.0, 9.0, 0.0, 0.0]]
+        )
         assert budget_steps(path, drops, 0.002, None).tolist() == [1, 3, 0]
-        assert budget_steps(path, drops, 0.002, 0.7).tolist() == [-1, 3, -1]  # with what else it may cost
+        assert budget_steps(path, drops, 0.002, 0.7).tolist() == [
+            -1,
+            3,
+            -1,
+        ]  # with what else it may cost
         assert budget_steps(path, drops, None, 0.7).tolist() == [2, 2, 2]
         assert budget_steps(path, drops, None, 0.3).tolist() == [-1, -1, -1]
         worse = steps((1.0, 0.76), (0.8, 0.759), (0.6, 0.757), (0.4, 0.756))
@@ -126,18 +157,26 @@ class TestBudget:
     def test_influence_is_what_more_of_a_user_does(self, tune):
         """A user's influence is the slope of the drop in the weight of the user's rows."""
         outputs, confidence, path = fit(LEARNED, tune)
-        influences = user_influences(path, confidence, outputs.logits, tune.labels, tune.users)
+        influences = user_influences(
+            path, confidence, outputs.logits, tune.labels, tune.users
+        )
         assert influences.shape == (len(path), 80)
         assert influences.sum(axis=1) == pytest.approx(0, abs=1e-12)
         assert (influences[0] == 0).all()
-        adaptive = outputs.logits.gather(1, leave(confidence, path[-1].thresholds)[:, None])[:, 0]
+        adaptive = outputs.logits.gather(
+            1, leave(confidence, path[-1].thresholds)[:, None]
+        )[:, 0]
         for user in (3, 40):
             weights = 1 + 1e-5 * (tune.users == user).double()
             rows = np.asarray(weights, dtype=float)[None]
             positive = np.asarray(tune.labels, dtype=float)
             pair = (outputs.logits[:, -1], adaptive)
-            full, less = (Pairs(x.double().numpy(), positive).weighted_auc(rows)[0] for x in pair)
-            assert influences[-1, user] == pytest.approx((full - less - path[-1].auc_drop) / 1e-5, abs=1e-6)
+            full, less = (
+                Pairs(x.double().numpy(), positive).weighted_auc(rows)[0] for x in pair
+            )
+            assert influences[-1, user] == pytest.approx(
+                (full - less - path[-1].auc_drop) / 1e-5, abs=1e-6
+            )
 
     def test_margins_golden(self):
         """Four users, t(3) at .9 is 1.63774. Influences +-.001: error sqrt(1e-6 16 / 3), no skewness, .003782.
@@ -145,8 +184,13 @@ class TestBudget:
         Thrice -.001, and .003: error .004, skewness 6 / 3^1.5 = 1.1547: .004 (1.63774 + 1.1547 (1 + 2 1.63774^2) / 12).
         """
         influences = 0.001 * np.array([[-1, -1, 1, 1], [-1, -1, -1, 3], [0, 0, 0, 0]])
-        assert bound_margins(influences, 0.1) == pytest.approx([0.0037821, 0.0090005, 0.0], abs=2e-7)
-        assert bound_margins(np.array([[0.0], [0.1]]), 0.1).tolist() == [0.0, np.inf]  # one user says nothing
+        assert bound_margins(influences, 0.1) == pytest.approx(
+            [0.0037821, 0.0090005, 0.0], abs=2e-7
+        )
+        assert bound_margins(np.array([[0.0], [0.1]]), 0.1).tolist() == [
+            0.0,
+            np.inf,
+        ]  # one user says nothing
 
 
 class TestOnFreshRows:
@@ -159,7 +203,9 @@ class TestOnFreshRows:
         criterion = Learned()
         criterion.fit(outputs)
         confidence = out_of_fold_confidence(Learned, outputs, tune.users)
-        path = threshold_path(confidence, outputs.logits, tune.labels, tune.layers, tune.tokens)
+        path = threshold_path(
+            confidence, outputs.logits, tune.labels, tune.layers, tune.tokens
+        )
         full = fresh.true_auc(other.logits[:, -1])
         static = [fresh.true_auc(other.logits[:, k]) for k in range(7)]
         loss = full - true_aucs(path, criterion, fresh, other)
@@ -170,7 +216,8 @@ class TestOnFreshRows:
     def test_oracle_dominates_on_labels_too(self, fresh):
         """At every oracle point its AUC is above static and random exits of that cost, until all curves meet."""
         controls = {
-            c["name"]: c["pareto"] for c in control_curves(fresh.calibrated(), fresh.labels, fresh.tokens)
+            c["name"]: c["pareto"]
+            for c in control_curves(fresh.calibrated(), fresh.labels, fresh.tokens)
         }
         inner = [p for p in controls["oracle"] if 0.02 < p["cost"] < 0.7]
         assert len(inner) >= 5
@@ -179,7 +226,9 @@ class TestOnFreshRows:
             assert p["auc"] > cost_matched_auc(controls["random"], p["cost"])
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("own_noise", "reference"), [(0.05, "labels"), (0.35, "last head")])
+    @pytest.mark.parametrize(
+        ("own_noise", "reference"), [(0.05, "labels"), (0.35, "last head")]
+    )
     def test_teacher(self, new_world, monkeypatch, own_noise, reference):
         """Mean true AUC over 4 draws and 4 costs: the teacher beats raw labels, and the last head where it is noisy."""
         teachers = {
@@ -190,19 +239,26 @@ class TestOnFreshRows:
         found = {"teacher": [], reference: []}
         for seed in range(4):
             world, other = (
-                new_world(n, s, own_noise=own_noise) for n, s in ((2000, 10 + seed), (8000, 50 + seed))
+                new_world(n, s, own_noise=own_noise)
+                for n, s in ((2000, 10 + seed), (8000, 50 + seed))
             )
-            calibration = fit_calibration(world.raw, world.labels, world.layers, exit_0=True)
+            calibration = fit_calibration(
+                world.raw, world.labels, world.layers, exit_0=True
+            )
             for name, values in found.items():
                 monkeypatch.setattr(search_module, "_teacher", teachers[name])
                 _, _, path = fit.__wrapped__(LEARNED, world)
-                values.append(true_aucs(path, LEARNED, other, other.outputs(calibration)).mean())
+                values.append(
+                    true_aucs(path, LEARNED, other, other.outputs(calibration)).mean()
+                )
         assert np.mean(found["teacher"]) > np.mean(found[reference]) + 1e-4
 
 
 def _expected_auc(scores, outputs, world):
     """Expected AUC of scores under the path's teacher, pair by pair, without a row's pair with itself."""
-    positive = torch.from_numpy(search_module._teacher(outputs.logits.numpy(), world.labels.double().numpy()))
+    positive = torch.from_numpy(
+        search_module._teacher(outputs.logits.numpy(), world.labels.double().numpy())
+    )
     pairs = positive[:, None] * (1 - positive)
     pairs.fill_diagonal_(0)
     return float((pairs * (scores[:, None] > scores)).sum() / pairs.sum())

@@ -36,7 +36,10 @@ class TestLeave:
     @pytest.mark.parametrize("seed", range(5))
     def test_lower_thresholds_never_delay(self, seed):
         generator = torch.Generator().manual_seed(seed)
-        confidence, high = torch.rand(500, 5, generator=generator), torch.rand(5, generator=generator)
+        confidence, high = (
+            torch.rand(500, 5, generator=generator),
+            torch.rand(5, generator=generator),
+        )
         low = high - torch.rand(5, generator=generator) * 0.3
         assert (leave(confidence, low) <= leave(confidence, high)).all()
 
@@ -50,15 +53,24 @@ class TestPolicy:
         table = confidence_table(criterion, outputs)
         generator = torch.Generator().manual_seed(seed)
         share = torch.rand(6, generator=generator, dtype=torch.float64) * 0.6
-        limits = [table[:, k].quantile(1 - share[k]) if k >= criterion.first else NEVER for k in range(6)]
+        limits = [
+            table[:, k].quantile(1 - share[k]) if k >= criterion.first else NEVER
+            for k in range(6)
+        ]
         limits = limits_of(*limits)
         expected = leave(table, limits)
         assert expected.unique().numel() >= 5
-        assert torch.equal(Policy(criterion, limits, outputs.layers).exits(outputs), expected)
+        assert torch.equal(
+            Policy(criterion, limits, outputs.layers).exits(outputs), expected
+        )
 
     @pytest.mark.parametrize(
         "limits",
-        [torch.tensor([0.5, ALWAYS]), torch.tensor([0.1, torch.nan, ALWAYS]), torch.tensor([0.1, 0.2, 0.3])],
+        [
+            torch.tensor([0.5, ALWAYS]),
+            torch.tensor([0.1, torch.nan, ALWAYS]),
+            torch.tensor([0.1, 0.2, 0.3]),
+        ],
     )
     def test_refuses_bad_thresholds(self, limits):
         with pytest.raises(ConfigError, match=r"layers \(2, 4, 6\).*calibrate"):
@@ -99,20 +111,29 @@ def test_plan_in_a_checkpoint(new_world: Callable[..., Any]) -> None:
         limits = torch.from_numpy(-rng.exponential(0.03, len(world.layers)))
         limits[-1] = -torch.inf
         file = io.BytesIO()
-        torch.save(ExitPlan(calibration, Policy(criterion, limits, world.layers), exit_0=True).state(), file)
+        torch.save(
+            ExitPlan(
+                calibration, Policy(criterion, limits, world.layers), exit_0=True
+            ).state(),
+            file,
+        )
         file.seek(0)
         plan = ExitPlan.from_state(torch.load(file, weights_only=True))
         assert specification(plan.policy.criterion) == specification(criterion)
         layer, logit = plan.emitted(outputs)
         for row in range(0, 200, 17):
             alone = outputs.rows(torch.tensor([row]))
-            head = next(k for k in range(len(world.layers)) if plan.policy.leaves(alone.until(k)))
+            head = next(
+                k for k in range(len(world.layers)) if plan.policy.leaves(alone.until(k))
+            )
             assert layer[row] == world.layers[head]
             assert logit[row] == outputs.logits[row, head]
     assert len(layer.unique()) > 1
 
 
-@pytest.mark.parametrize("path", ["pathlib.Path", "below_here.Mine", "project.exits.criteria.Nothing"])
+@pytest.mark.parametrize(
+    "path", ["pathlib.Path", "below_here.Mine", "project.exits.criteria.Nothing"]
+)
 def test_foreign_criterion_is_an_error(
     world: Any, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,16 +145,24 @@ def test_foreign_criterion_is_an_error(
         "pathlib.Path('trace').touch()\nclass Mine(Criterion):\n    confidence = None\n"
     )
     calibration = fit_calibration(world.raw, world.labels, world.layers, exit_0=True)
-    state = ExitPlan(calibration, Policy(Ratio(), limits_of(*[NEVER] * 6), world.layers), exit_0=True).state()
+    state = ExitPlan(
+        calibration, Policy(Ratio(), limits_of(*[NEVER] * 6), world.layers), exit_0=True
+    ).state()
     with pytest.raises(ConfigError, match=path):
         ExitPlan.from_state(state | {"criterion": {"class_path": path, "init_args": {}}})
     assert not Path("trace").exists()
 
 
-@pytest.mark.parametrize(("cached", "costs"), [(False, [440, 840, 0]), (True, [40, 240, 0])])
+@pytest.mark.parametrize(
+    ("cached", "costs"), [(False, [440, 840, 0]), (True, [40, 240, 0])]
+)
 def test_row_golden(cached, costs):
     """4 (10 + 100), 12 (20 + 50), 0 at exit 0; cached: 4 * 10, 12 * 20, 0. A request of one candidate is a row."""
-    about = torch.tensor([4, 12, 0]), torch.tensor([10, 20, 30]), torch.tensor([100, 50, 70])
+    about = (
+        torch.tensor([4, 12, 0]),
+        torch.tensor([10, 20, 30]),
+        torch.tensor([100, 50, 70]),
+    )
     assert row_cost(*about, cached).tolist() == costs
     assert request_cost(torch.arange(3), *about, cached).tolist() == costs
 
@@ -144,7 +173,11 @@ def test_request_golden():
     Request 3: one candidate at layer 4, 5 tokens, stream 50: 200 + 20. Warm, the streams' 600 and 200 are gone.
     """
     request = torch.tensor([7, 3, 7])
-    layer, target, stream = torch.tensor([2, 4, 6]), torch.tensor([10, 5, 20]), torch.tensor([100, 50, 100])
+    layer, target, stream = (
+        torch.tensor([2, 4, 6]),
+        torch.tensor([10, 5, 20]),
+        torch.tensor([100, 50, 100]),
+    )
     assert request_cost(request, layer, target, stream).tolist() == [220, 740]
     assert request_cost(request, layer, target, stream, True).tolist() == [20, 140]
 
@@ -154,9 +187,13 @@ def test_curve_golden():
 
     Scores 0, .4, 2, .5 against labels 0, 0, 1, 1: all four pairs in order, AUC 1, as at full depth; mean depth 3.
     """
-    outputs = HeadOutputs.of((2, 4), torch.tensor([[0.1, 0.0], [0.4, 1.0], [0.2, 2.0], [0.5, 3.0]]))
+    outputs = HeadOutputs.of(
+        (2, 4), torch.tensor([[0.1, 0.0], [0.4, 1.0], [0.2, 2.0], [0.5, 3.0]])
+    )
     rows = outputs, [0, 0, 1, 1], torch.tensor([2, 4, 2, 4])
-    assert [point(*rows, torch.tensor(exits)) for exits in ([1, 0, 1, 0], [0, 0, 0, 0])] == [
+    assert [
+        point(*rows, torch.tensor(exits)) for exits in ([1, 0, 1, 0], [0, 0, 0, 0])
+    ] == [
         {"cost": pytest.approx(2 / 3), "mean_depth": 3.0, "auc": 1.0, "auc_drop": 0.0},
         {"cost": 0.5, "mean_depth": 2.0, "auc": 0.75, "auc_drop": 0.25},
     ]
@@ -164,7 +201,9 @@ def test_curve_golden():
 
 def test_controls(world, outputs):
     """Static depths are the heads' own AUCs at cost layer / 12; all controls start or end at full depth."""
-    controls = {c["name"]: c["pareto"] for c in control_curves(outputs, world.labels, world.tokens)}
+    controls = {
+        c["name"]: c["pareto"] for c in control_curves(outputs, world.labels, world.tokens)
+    }
     assert list(controls) == ["fixed_depth", "random", "oracle"]
     for k, p in enumerate(controls["fixed_depth"]):
         assert p["layer"] == p["mean_depth"] == world.layers[k]
@@ -182,7 +221,12 @@ def test_one_class_is_undefined(outputs, world):
 
 def test_equal_accuracy_golden():
     """Static AUCs .75, 1, 1 at layers 2, 4, 6: layer 4; exactly .002 below the best is near enough."""
-    logits = torch.tensor([[0.1, 0.0, 0.0], [0.4, 1.0, 1.0], [0.2, 2.0, 2.0], [0.5, 3.0, 3.0]])
+    logits = torch.tensor(
+        [[0.1, 0.0, 0.0], [0.4, 1.0, 1.0], [0.2, 2.0, 2.0], [0.5, 3.0, 3.0]]
+    )
     static = static_curve(HeadOutputs.of((2, 4, 6), logits), [0, 0, 1, 1], torch.ones(4))
     assert equal_accuracy_exit(static)["layer"] == 4
-    assert equal_accuracy_exit([{"layer": 2, "auc": 0.998}, {"layer": 4, "auc": 1.0}])["layer"] == 2
+    assert (
+        equal_accuracy_exit([{"layer": 2, "auc": 0.998}, {"layer": 4, "auc": 1.0}])["layer"]
+        == 2
+    )

@@ -13,9 +13,13 @@ def ragged(requests=60, seed=0, most=64):
     sizes = torch.randint(1, most + 1, (requests,), generator=generator)
     request = torch.arange(requests).repeat_interleave(sizes)
     request = request[torch.randperm(request.numel(), generator=generator)]
-    noise = torch.randn(request.numel(), 4, generator=generator) * torch.tensor([1.0, 0.5, 0.2, 0.0])
+    noise = torch.randn(request.numel(), 4, generator=generator) * torch.tensor(
+        [1.0, 0.5, 0.2, 0.0]
+    )
     shift = 5 * torch.randn(requests, 4, generator=generator)
-    logits = torch.randn(request.numel(), 1, generator=generator) * 1.5 + noise + shift[request]
+    logits = (
+        torch.randn(request.numel(), 1, generator=generator) * 1.5 + noise + shift[request]
+    )
     return request, HeadOutputs.of((0, 2, 4, 6), logits)
 
 
@@ -34,9 +38,18 @@ class TestPolicy:
         scores change nothing, and its two candidates both stay to the end.
         """
         request = torch.tensor([0, 0, 9, 0, 0, 9])
-        logits = torch.tensor([[3.0, 2, 0], [2, 3, 0], [50, 9, 9], [1.6, 2.6, 0], [1, 9, 9], [60, 9, 9]])
+        logits = torch.tensor(
+            [[3.0, 2, 0], [2, 3, 0], [50, 9, 9], [1.6, 2.6, 0], [1, 9, 9], [60, 9, 9]]
+        )
         policy = TopK(2, torch.tensor([0.5, 0.2, 0.0]))
-        assert policy.exits(request, HeadOutputs.of((2, 4, 6), logits)).tolist() == [1, 2, 2, 2, 0, 2]
+        assert policy.exits(request, HeadOutputs.of((2, 4, 6), logits)).tolist() == [
+            1,
+            2,
+            2,
+            2,
+            0,
+            2,
+        ]
 
     @pytest.mark.parametrize("k", [1, 5, 10])
     def test_infinite_margins_are_the_full_list(self, k):
@@ -78,16 +91,21 @@ class TestMargins:
         request = torch.tensor([0, 1, 0, 1])
         logits = torch.tensor([[1.0, 0.0], [4.0, 5.0], [3.0, 0.0], [6.0, 5.0]])
         for quantile in (0.0, 0.5, 1.0):
-            assert fit_margins(request, HeadOutputs.of((2, 4), logits), quantile).tolist() == [1.0, 0.0]
+            assert fit_margins(
+                request, HeadOutputs.of((2, 4), logits), quantile
+            ).tolist() == [1.0, 0.0]
 
     def test_share(self):
         """Nine of ten candidates move less than the margins of quantile .9; a shift of a request changes nothing."""
         request, outputs = ragged(200, seed=7)
         margins = fit_margins(request, outputs, 0.9)
         shifted = HeadOutputs.of(
-            outputs.layers, outputs.logits + request[:, None] * torch.tensor([1.0, -1, 2, 0])
+            outputs.layers,
+            outputs.logits + request[:, None] * torch.tensor([1.0, -1, 2, 0]),
         )
-        torch.testing.assert_close(fit_margins(request, shifted, 0.9), margins, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            fit_margins(request, shifted, 0.9), margins, atol=1e-4, rtol=1e-4
+        )
         assert margins.tolist() == sorted(margins.tolist(), reverse=True)
         assert 1.3 < margins[0] < 1.9  # |N(0, 1)| is below 1.645 in nine of ten cases
 
@@ -96,7 +114,9 @@ class TestLists:
     def test_precision_golden(self):
         """Best two of request 3 have labels 1 and unknown: .5; the one candidate of request 8 was disliked: 0."""
         request, labels = torch.tensor([8, 3, 3, 3]), torch.tensor([0, 1, -1, 1])
-        assert precision_at_k(request, torch.tensor([0.0, 1, 2, 3]), labels, 2).tolist() == [0.5, 0.0]
+        assert precision_at_k(
+            request, torch.tensor([0.0, 1, 2, 3]), labels, 2
+        ).tolist() == [0.5, 0.0]
 
     def test_ties_and_infinity(self):
         """Ties go to the first; a score of minus infinity is no member, even of a list that is not full."""

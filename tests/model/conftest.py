@@ -54,17 +54,28 @@ def random_layout() -> Callable[..., Layout]:
             for sequence in range(2):
                 group, start, size = 0, 0, 0
                 for kind in ["instruction", *["stream"] * 5, *["candidate"] * 2]:
-                    if kind != "instruction" and (group == 0 or (kind == "stream" and rng.random() < 0.6)):
+                    if kind != "instruction" and (
+                        group == 0 or (kind == "stream" and rng.random() < 0.6)
+                    ):
                         group, start, size = group + 1, start + size, 0
                     n = int(rng.integers(2, 6))
-                    context = kind == "instruction" or (kind == "stream" and rng.random() < 0.8)
-                    tokens += [(sequence, segment, group, context, start + i) for i in range(n)]
+                    context = kind == "instruction" or (
+                        kind == "stream" and rng.random() < 0.8
+                    )
+                    tokens += [
+                        (sequence, segment, group, context, start + i) for i in range(n)
+                    ]
                     size, segment = size + n, segment + 1
             tokens = tokens[: length - 5 * row]
             rows.append(tokens + [(-1, 0, 0, False, 0)] * (length - len(tokens)))
         columns = torch.tensor(rows).permute(2, 0, 1)
         return Layout.build(
-            columns[0], columns[1], columns[2], columns[3].bool(), columns[4], block_tokens=block_tokens
+            columns[0],
+            columns[1],
+            columns[2],
+            columns[3].bool(),
+            columns[4],
+            block_tokens=block_tokens,
         )
 
     return make
@@ -77,6 +88,8 @@ def causal_layout() -> Callable[[int, int], Layout]:
     def make(rows: int, length: int) -> Layout:
         index = torch.arange(length).expand(rows, length)
         segment = index // 5
-        return Layout.build(torch.zeros_like(index), segment, segment, index >= 0, index, block_tokens=16)
+        return Layout.build(
+            torch.zeros_like(index), segment, segment, index >= 0, index, block_tokens=16
+        )
 
     return make

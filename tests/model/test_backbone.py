@@ -23,26 +23,35 @@ Make = Callable[..., Any]
 def inputs(layout: Layout, seed: int, kv_heads: int = KV_HEADS) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = [(*layout.shape, heads, DIM) for heads in (HEADS, kv_heads, kv_heads)]
-    return [torch.randn(shape, generator=generator).transpose(1, 2).requires_grad_() for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator).transpose(1, 2).requires_grad_()
+        for shape in shapes
+    ]
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     """The same attention with the rule written out; padding gives zero."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out = F.scaled_dot_product_attention(query, key, value, layout.dense_mask()[:, None], scale=0.3)
+    out = F.scaled_dot_product_attention(
+        query, key, value, layout.dense_mask()[:, None], scale=0.3
+    )
     return out.transpose(1, 2) * (layout.sequence >= 0)[:, :, None, None]
 
 
 def blocked(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
-    out, weights = segments_attention(nn.Identity(), query, key, value, None, layout=layout, scaling=0.3)
+    out, weights = segments_attention(
+        nn.Identity(), query, key, value, None, layout=layout, scaling=0.3
+    )
     assert weights is None
     return out
 
 
 @pytest.mark.parametrize("block_tokens", [5, 16, 256])
 @pytest.mark.parametrize("seed", range(6))
-def test_attention_equals_dense_mask(random_layout: Make, seed: int, block_tokens: int) -> None:
+def test_attention_equals_dense_mask(
+    random_layout: Make, seed: int, block_tokens: int
+) -> None:
     """Output and gradients, with ties, packed sequences, candidates, padding, grouped queries and without."""
     layout = random_layout(seed, block_tokens=block_tokens)
     tensors = inputs(layout, seed, HEADS if seed == 3 else KV_HEADS)
@@ -50,7 +59,9 @@ def test_attention_equals_dense_mask(random_layout: Make, seed: int, block_token
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     assert (found[layout.sequence < 0] == 0).all()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    gradients = [torch.autograd.grad((out * weight).sum(), tensors) for out in (found, expected)]
+    gradients = [
+        torch.autograd.grad((out * weight).sum(), tensors) for out in (found, expected)
+    ]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
@@ -94,8 +105,12 @@ def saved(tiny_config: Make, tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
     def save(family: str = "llama", **changes: Any) -> tuple[Any, Path]:
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM
-        model = model.from_config(tiny_config(family, **changes), attn_implementation="eager").eval()
-        with torch.no_grad():  # a fresh norm is all ones and would hide a norm that is left out
+        model = model.from_config(
+            tiny_config(family, **changes), attn_implementation="eager"
+        ).eval()
+        with (
+            torch.no_grad()
+        ):  # a fresh norm is all ones and would hide a norm that is left out
             model.model.norm.weight.uniform_(0.5, 1.5)
         model.save_pretrained(tmp_path / "model")
         return model, tmp_path / "model"
@@ -119,12 +134,16 @@ def test_equals_transformers(saved: Make, causal_layout: Make, family: str) -> N
             torch.testing.assert_close(state.hidden, expected[layer], atol=1e-5, rtol=1e-5)
         # the library's last hidden state is after the final norm, the backbone's is before
         staged = backbone.run(state, 2, 3).hidden
-        torch.testing.assert_close(backbone.final_norm(staged), expected[3], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            backbone.final_norm(staged), expected[3], atol=1e-5, rtol=1e-5
+        )
         assert torch.equal(hidden_of(backbone, layout), staged)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cut_short(saved: Make, causal_layout: Make, family: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_cut_short(
+    saved: Make, causal_layout: Make, family: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """`num_layers` keeps the first layers and the final norm with their weights, silently."""
     model, folder = saved(family)
     backbone = Backbone.from_pretrained(folder, num_layers=2).eval()
@@ -133,12 +152,18 @@ def test_cut_short(saved: Make, causal_layout: Make, family: str, capfd: pytest.
     assert torch.equal(backbone.final_norm.weight, model.model.norm.weight)
     layout = causal_layout(1, 12)
     with torch.no_grad():
-        expected = model.model(tokens_of(layout), output_hidden_states=True).hidden_states[2]
-        torch.testing.assert_close(hidden_of(backbone, layout), expected, atol=1e-5, rtol=1e-5)
+        expected = model.model(tokens_of(layout), output_hidden_states=True).hidden_states[
+            2
+        ]
+        torch.testing.assert_close(
+            hidden_of(backbone, layout), expected, atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_stand_alone(tiny_config: Make, random_layout: Make, family: str) -> None:
+def test_packed_equals_stand_alone(
+    tiny_config: Make, random_layout: Make, family: str
+) -> None:
     """Each segment alone with the context that it sees, at the same positions, has the same hidden state."""
     torch.manual_seed(0)
     backbone = Backbone.from_config(tiny_config(family)).eval()
@@ -155,7 +180,9 @@ def test_packed_equals_stand_alone(tiny_config: Make, random_layout: Make, famil
                 part = (row, mask[row, end].nonzero()[:, 0])
                 alone = Layout.build(*(getattr(layout, name)[part][None] for name in names))
                 hidden = hidden_of(backbone, alone, tokens[part][None])
-                torch.testing.assert_close(hidden[0, -1], packed[row, end], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(
+                    hidden[0, -1], packed[row, end], atol=1e-4, rtol=1e-4
+                )
                 checked += 1
     assert checked > 20
 
@@ -165,7 +192,9 @@ def test_ties_see_no_answers(tiny_config: Make) -> None:
     backbone = Backbone.from_config(tiny_config()).eval()
     segment = torch.arange(4).repeat_interleave(5)[None]
     group = torch.tensor([0, 1, 1, 2]).repeat_interleave(5)[None]
-    layout = Layout.build(torch.zeros_like(segment), segment, group, segment >= 0, torch.arange(20)[None])
+    layout = Layout.build(
+        torch.zeros_like(segment), segment, group, segment >= 0, torch.arange(20)[None]
+    )
     tokens = tokens_of(layout)
     changed = tokens.clone()
     changed[0, 5:10] = (changed[0, 5:10] + 1) % 64
@@ -176,7 +205,9 @@ def test_ties_see_no_answers(tiny_config: Make) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_gradient_checkpointing_changes_nothing(tiny_config: Make, random_layout: Make, frozen: bool) -> None:
+def test_gradient_checkpointing_changes_nothing(
+    tiny_config: Make, random_layout: Make, frozen: bool
+) -> None:
     backbone = Backbone.from_config(tiny_config())
     if frozen:
         backbone.requires_grad_(False).layers[2].requires_grad_(True)
@@ -185,7 +216,12 @@ def test_gradient_checkpointing_changes_nothing(tiny_config: Make, random_layout
         backbone.zero_grad()
         hidden = hidden_of(backbone, random_layout(0))
         hidden.square().sum().backward()
-        results.append([hidden.detach(), *(p.grad for p in backbone.parameters() if p.grad is not None)])
+        results.append(
+            [
+                hidden.detach(),
+                *(p.grad for p in backbone.parameters() if p.grad is not None),
+            ]
+        )
     assert len(results[0]) == 1 + sum(p.requires_grad for p in backbone.parameters())
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(plain, recomputed)
@@ -216,8 +252,14 @@ def test_from_config(tiny_config: Make) -> None:
     backbone = Backbone.from_config(config, num_layers=1)
     assert len(backbone.layers) == 1
     assert config.num_hidden_layers == len(config.layer_types) == 3
-    assert {name.split(".")[0] for name in backbone.state_dict()} == {"embed_tokens", "layers", "final_norm"}
-    assert {n for n, p in backbone.named_parameters() if not p.requires_grad} == {"final_norm.weight"}
+    assert {name.split(".")[0] for name in backbone.state_dict()} == {
+        "embed_tokens",
+        "layers",
+        "final_norm",
+    }
+    assert {n for n, p in backbone.named_parameters() if not p.requires_grad} == {
+        "final_norm.weight"
+    }
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -227,7 +269,9 @@ def test_answer_direction(saved: Make, tied: bool) -> None:
     rows = model.lm_head.weight.detach()
     assert torch.equal(rows, model.model.embed_tokens.weight) == tied
     backbone = Backbone.from_pretrained(folder)
-    torch.testing.assert_close(backbone.answer_direction([3, 9], [5]), (rows[3] + rows[9]) / 2 - rows[5])
+    torch.testing.assert_close(
+        backbone.answer_direction([3, 9], [5]), (rows[3] + rows[9]) / 2 - rows[5]
+    )
     backbone.release_lm_head()
     with pytest.raises(IndexError):
         backbone.answer_direction([3], [5])
@@ -258,7 +302,9 @@ def test_refuses_other_backbones(tiny_config: Make, tmp_path: Path) -> None:
     from transformers import GPT2Config
 
     by_layer = tiny_config("qwen3")
-    by_layer.rope_parameters = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    by_layer.rope_parameters = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e4}
+    }
     for config, layers, words in (
         (by_layer, None, "differ by layer"),
         (GPT2Config(), None, "'gpt2'"),

@@ -47,7 +47,9 @@ class Answers(Letters):
 @pytest.fixture(scope="module")
 def streams(tiny_logs: Path) -> Streams:
     """Test targets with all readable rows; every 25 instants are made one, so that many rows tie."""
-    found = streams_without_retrieved(read_split(tiny_logs, Protocol(minimum_history=1)), "test")
+    found = streams_without_retrieved(
+        read_split(tiny_logs, Protocol(minimum_history=1)), "test"
+    )
     return replace(found, timestamp=found.timestamp // 25)
 
 
@@ -55,11 +57,15 @@ def streams(tiny_logs: Path) -> Streams:
 def make(tiny_config: Callable[..., Any]) -> Make:
     """Makes a module over a three-layer random backbone, the same weights every time; without dropout."""
 
-    def module(exit_layers: list[int] = EXITS, backbone: str = "letters", **settings: Any) -> ExitRecommender:
+    def module(
+        exit_layers: list[int] = EXITS, backbone: str = "letters", **settings: Any
+    ) -> ExitRecommender:
         torch.manual_seed(0)
         settings = {"freeze_embeddings": False} | settings
         made = ExitRecommender(backbone, exit_layers, answers=["n", "y"], **settings)
-        backbone = Backbone.from_config(tiny_config(vocab_size=256), num_layers=exit_layers[-1])
+        backbone = Backbone.from_config(
+            tiny_config(vocab_size=256), num_layers=exit_layers[-1]
+        )
         made.set_backbone(backbone, Answers())
         made.train(False)
         return made
@@ -81,7 +87,11 @@ def alone(streams: Streams, stream: int, window: Window) -> list[Batch]:
         if streams.target[first + position]:
             earlier = [p for p in window.positions.tolist() if time[p] < time[position]]
             stop = earlier[-1] + 1 if earlier else window.start
-            batches.append(pack(streams, [(stream, Window(window.start, stop, position, position + 1))]))
+            batches.append(
+                pack(
+                    streams, [(stream, Window(window.start, stop, position, position + 1))]
+                )
+            )
     return batches
 
 
@@ -108,7 +118,9 @@ def test_the_unseen_changes_nothing(make: Make, streams: Streams) -> None:
         changed = torch.where(visible[slot], batch.tokens, (batch.tokens + 1) % 256)
         after = scored(module, replace(batch, tokens=changed))
         torch.testing.assert_close(after[i], before[i], atol=1e-5, rtol=0)
-        group = (layout.sequence == layout.sequence[0, slot]) & (layout.group == layout.group[0, slot])
+        group = (layout.sequence == layout.sequence[0, slot]) & (
+            layout.group == layout.group[0, slot]
+        )
         tied_targets += int(group.sum() > (layout.segment == layout.segment[0, slot]).sum())
     assert tied_targets > 10
 
@@ -124,7 +136,9 @@ def test_untrained_module_is_the_language_model(
 
     torch.manual_seed(1)
     model = LlamaForCausalLM(tiny_config(vocab_size=256))
-    torch.nn.init.uniform_(model.model.norm.weight, 0.5, 1.5)  # ones would hide a norm that is left out
+    torch.nn.init.uniform_(
+        model.model.norm.weight, 0.5, 1.5
+    )  # ones would hide a norm that is left out
     model.save_pretrained(tmp_path)
     module = ExitRecommender("letters", EXITS, answers=["n", "y"])
     module.set_backbone(Backbone.from_pretrained(tmp_path), Answers())
@@ -137,11 +151,15 @@ def test_untrained_module_is_the_language_model(
             for s, w in windows
             for prompt in prompts_of(untied, s, w)
         ]
-    expected = [x[[ord("y"), ord("Y")]].mean() - x[[ord("n"), ord("N")]].mean() for x in last]
+    expected = [
+        x[[ord("y"), ord("Y")]].mean() - x[[ord("n"), ord("N")]].mean() for x in last
+    ]
     torch.testing.assert_close(found, START * torch.stack(expected), atol=1e-4, rtol=0)
 
 
-def trained_by(module: ExitRecommender, batches: list[Batch], targets: int) -> dict[str, Tensor]:
+def trained_by(
+    module: ExitRecommender, batches: list[Batch], targets: int
+) -> dict[str, Tensor]:
     """Gradients after one step of len(batches) processes, averaged over them as DDP does."""
     world = len(batches)
     strategy = SimpleNamespace(reduce=lambda value, reduce_op: torch.tensor(float(targets)))
@@ -169,12 +187,17 @@ def test_two_processes_train_as_one(make: Make, streams: Streams) -> None:
     # normalised by each process's own targets instead, the gradient would be another
     naive = [trained_by(module, [p], len(p.label)) for p in parts]
     head = "heads.3.linear.weight"
-    assert not torch.allclose((naive[0][head] + naive[1][head]) / 2, expected[head], rtol=1e-3)
+    assert not torch.allclose(
+        (naive[0][head] + naive[1][head]) / 2, expected[head], rtol=1e-3
+    )
 
 
 def saved(module: ExitRecommender, folder: Path) -> dict[str, Any]:
     """The parts of a Lightning checkpoint that are the module's, through a file and back."""
-    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    checkpoint = {
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+    }
     module.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, folder / "a.ckpt")
     loaded: dict[str, Any] = torch.load(folder / "a.ckpt", weights_only=True)
@@ -185,13 +208,20 @@ def saved(module: ExitRecommender, folder: Path) -> dict[str, Any]:
     ("settings", "left_out"),
     [
         ({"freeze_embeddings": False}, {"backbone.final_norm.weight"}),
-        ({"freeze_embeddings": True}, {"backbone.final_norm.weight", "backbone.embed_tokens.weight"}),
+        (
+            {"freeze_embeddings": True},
+            {"backbone.final_norm.weight", "backbone.embed_tokens.weight"},
+        ),
         ({"lora": LoraSettings(rank=2)}, None),
     ],
     ids=["full", "frozen embeddings", "lora"],
 )
 def test_checkpoint_comes_back(
-    make: Make, streams: Streams, tmp_path: Path, settings: dict[str, Any], left_out: set[str] | None
+    make: Make,
+    streams: Streams,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    left_out: set[str] | None,
 ) -> None:
     """Trained weights, the chosen exit and exit 0 come back from a checkpoint that holds nothing frozen."""
     module, batch = make(**settings), pack(streams, streams.evaluation(300)[:3])
@@ -206,7 +236,11 @@ def test_checkpoint_comes_back(
     checkpoint = saved(module, tmp_path)
     frozen = set(module.state_dict()) - set(checkpoint["state_dict"])
     if left_out is None:  # LoRA: adapters and heads alone
-        kept = {n for n in checkpoint["state_dict"] if "lora" not in n and not n.startswith("heads.")}
+        kept = {
+            n
+            for n in checkpoint["state_dict"]
+            if "lora" not in n and not n.startswith("heads.")
+        }
         assert {"chosen_exit", "exit_0"} <= kept <= {n for n, _ in module.named_buffers()}
     else:
         assert frozen == left_out
@@ -233,7 +267,11 @@ def test_a_weight_that_the_model_has_not_is_an_error(make: Make, tmp_path: Path)
         ({}, {"exit_layers": [1, 2, 3]}, r"model\.exit_layers.*\[1, 3\].*\[1, 2, 3\]"),
         ({}, {"lora": LoraSettings(rank=2)}, r"model\.lora"),
         # frozen then and trained now: missing, not filled with the base model's in silence
-        ({"freeze_embeddings": True}, {}, r"backbone\.embed_tokens\.weight.*model\.freeze_embeddings"),
+        (
+            {"freeze_embeddings": True},
+            {},
+            r"backbone\.embed_tokens\.weight.*model\.freeze_embeddings",
+        ),
         # all shapes fit
         ({}, {"backbone": "numbers"}, r"model\.backbone = letters, .* numbers"),
     ],
@@ -263,7 +301,9 @@ def test_processes_that_share_a_model() -> None:
     for copies in (SingleDeviceStrategy(torch.device("cpu")), DDPStrategy()):
         assert shared_mesh(copies) is None
     for cut in (FSDPStrategy(), ModelParallelStrategy()):
-        with pytest.raises(ConfigError, match=rf"is {type(cut).__name__}, .*FullyShardedStrategy"):
+        with pytest.raises(
+            ConfigError, match=rf"is {type(cut).__name__}, .*FullyShardedStrategy"
+        ):
             shared_mesh(cut)
 
 

@@ -38,7 +38,9 @@ def test_a_head_owns_its_norm(tiny_config: Make) -> None:
     backbone = Backbone.from_config(tiny_config())
     heads = [ExitHead(backbone.final_norm, torch.ones(32)) for _ in range(2)]
     pointers = [p.data_ptr() for m in (*heads, backbone.final_norm) for p in m.parameters()]
-    assert len(pointers) == len(set(pointers)) == 2 * (1 + 2) + 1  # norm, logit; the backbone's norm
+    assert (
+        len(pointers) == len(set(pointers)) == 2 * (1 + 2) + 1
+    )  # norm, logit; the backbone's norm
     assert all(p.requires_grad for head in heads for p in head.parameters())
     assert not backbone.final_norm.weight.requires_grad
 
@@ -64,7 +66,11 @@ class Vocabulary:
         self.ids = {word: i for i, word in enumerate(words, start=1)}
 
     def encode(
-        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        split_special_tokens: bool = False,
     ) -> list[int]:
         return [self.ids[text]] if text in self.ids else [0] * len(text)
 
@@ -86,7 +92,9 @@ def test_answers_that_no_head_can_read(answers: list[str], words: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-def test_adapters_add_nothing_at_first(tiny_config: Make, random_layout: Make, family: str) -> None:
+def test_adapters_add_nothing_at_first(
+    tiny_config: Make, random_layout: Make, family: str
+) -> None:
     backbone = Backbone.from_config(tiny_config(family)).eval()
     before = hidden_of(backbone, random_layout(0))
     add_lora(backbone, LoraSettings(rank=2))
@@ -94,16 +102,25 @@ def test_adapters_add_nothing_at_first(tiny_config: Make, random_layout: Make, f
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_only_adapters_and_heads_train(tiny_config: Make, random_layout: Make, checkpointing: bool) -> None:
+def test_only_adapters_and_heads_train(
+    tiny_config: Make, random_layout: Make, checkpointing: bool
+) -> None:
     """One step moves every adapter's second factor and the head, and nothing else."""
     torch.manual_seed(0)
     backbone = Backbone.from_config(tiny_config())
-    model = nn.ModuleDict({"backbone": backbone, "head": ExitHead(backbone.final_norm, torch.ones(32))})
+    model = nn.ModuleDict(
+        {"backbone": backbone, "head": ExitHead(backbone.final_norm, torch.ones(32))}
+    )
     add_lora(backbone, LoraSettings(rank=2))
     backbone.gradient_checkpointing = checkpointing
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n.split(".")[-3] for n in trainable if n.startswith("backbone")} == {"lora_A", "lora_B"}
-    assert len(trainable) == 3 * 7 * 2 + 3  # layers, linear layers of each, factors; norm, logit
+    assert {n.split(".")[-3] for n in trainable if n.startswith("backbone")} == {
+        "lora_A",
+        "lora_B",
+    }
+    assert (
+        len(trainable) == 3 * 7 * 2 + 3
+    )  # layers, linear layers of each, factors; norm, logit
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model["head"](hidden_of(backbone, random_layout(0))).sum().backward()
@@ -131,7 +148,9 @@ def test_scale_of_an_adapter(tiny_config: Make) -> None:
     layer: Any = backbone.layers[0].self_attn.q_proj
     nn.init.normal_(layer.lora_B["default"].weight)
     x = torch.randn(3, 32)
-    expected = layer.base_layer(x) + 2.0 * layer.lora_B["default"](layer.lora_A["default"](x))
+    expected = layer.base_layer(x) + 2.0 * layer.lora_B["default"](
+        layer.lora_A["default"](x)
+    )
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -163,21 +182,33 @@ def test_knots_and_lines(kind: int, embedding: NumberEmbedding) -> None:
     knots = embedding.numbers[kind]
     for place in range(KNOTS):
         value = FIRST_KNOT + place
-        assert torch.allclose(embedding(torch.tensor(an_id(kind, value))), knots[place], atol=1e-6)
+        assert torch.allclose(
+            embedding(torch.tensor(an_id(kind, value))), knots[place], atol=1e-6
+        )
         if place + 1 < KNOTS:
             line = torch.lerp(knots[place], knots[place + 1], 0.25)
-            assert torch.allclose(embedding(torch.tensor(an_id(kind, value + 0.25))), line, atol=1e-5)
+            assert torch.allclose(
+                embedding(torch.tensor(an_id(kind, value + 0.25))), line, atol=1e-5
+            )
     assert max(-FIRST_KNOT, LAST_KNOT) < SPAN
     for value, knot in ((-SPAN, 0), (SPAN, -1)):
-        assert torch.allclose(embedding(torch.tensor(an_id(kind, value))), knots[knot], atol=1e-6)
+        assert torch.allclose(
+            embedding(torch.tensor(an_id(kind, value))), knots[knot], atol=1e-6
+        )
 
 
 def test_several_numbers_are_summed(embedding: NumberEmbedding) -> None:
     """The id of all numbers is the sum of theirs, its vector the sum of theirs; every step has a vector."""
     ids = [an_id(0, -1.3), an_id(2, 0.0), an_id(len(NUMBERS) - 1, 5.0)]
-    torch.testing.assert_close(embedding(torch.tensor(sum(ids))), embedding(torch.tensor(ids)).sum(0))
-    torch.testing.assert_close(embedding(torch.tensor(LOWEST_ID)), embedding.numbers[:, -1].sum(0))
-    assert embedding(-torch.arange(1, STEPS + 1) * BYTE ** (len(NUMBERS) - 1)).isfinite().all()
+    torch.testing.assert_close(
+        embedding(torch.tensor(sum(ids))), embedding(torch.tensor(ids)).sum(0)
+    )
+    torch.testing.assert_close(
+        embedding(torch.tensor(LOWEST_ID)), embedding.numbers[:, -1].sum(0)
+    )
+    assert (
+        embedding(-torch.arange(1, STEPS + 1) * BYTE ** (len(NUMBERS) - 1)).isfinite().all()
+    )
 
 
 def test_gradients_reach_what_was_read(embedding: NumberEmbedding) -> None:
@@ -198,7 +229,9 @@ def test_gradients_reach_what_was_read(embedding: NumberEmbedding) -> None:
 def model(tiny_config: Make) -> tuple[Backbone, nn.ModuleDict]:
     """Three layers with heads at 1 and 3; Qwen2, whose layers have biases."""
     backbone = Backbone.from_config(tiny_config("qwen2"))
-    return backbone, nn.ModuleDict({str(k): ExitHead(backbone.final_norm, torch.ones(32)) for k in (1, 3)})
+    return backbone, nn.ModuleDict(
+        {str(k): ExitHead(backbone.final_norm, torch.ones(32)) for k in (1, 3)}
+    )
 
 
 def test_rates_by_depth(model: tuple[Backbone, nn.ModuleDict]) -> None:
@@ -207,7 +240,12 @@ def test_rates_by_depth(model: tuple[Backbone, nn.ModuleDict]) -> None:
     Layer 1: 1 + .6 * 2/3 = 1.4. At slope -1 the embeddings learn nothing: 1 + -1 * (1 - 0 / 3) = 0.
     """
     rates = {g["name"].split("/")[0]: g["lr"] for g in parameter_groups(*model, SETTINGS)}
-    expected = {"embeddings": 1.6e-3, "layer_1": 1.4e-3, "layer_2": 1.2e-3, "layer_3": 1.0e-3}
+    expected = {
+        "embeddings": 1.6e-3,
+        "layer_1": 1.4e-3,
+        "layer_2": 1.2e-3,
+        "layer_3": 1.0e-3,
+    }
     assert rates == pytest.approx(expected | {"head_1": 7.0e-3, "head_3": 5.0e-3})
     assert depth_rate(OptimSettings(depth_slope=-1.0), 0, 3) == 0
 
@@ -219,7 +257,9 @@ def test_each_parameter_once(model: tuple[Backbone, nn.ModuleDict]) -> None:
     backbone.learn_numbers()
     groups = parameter_groups(backbone, heads, SETTINGS)
     found = [p.data_ptr() for g in groups for p in g["params"]]
-    expected = [p.data_ptr() for m in (backbone, heads) for p in m.parameters() if p.requires_grad]
+    expected = [
+        p.data_ptr() for m in (backbone, heads) for p in m.parameters() if p.requires_grad
+    ]
     assert sorted(found) == sorted(expected)
     assert not any(g["name"].startswith("embeddings") for g in groups)
     rates = {g["name"].split("/")[0]: g["lr"] for g in groups}
@@ -240,7 +280,8 @@ def test_schedule_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("learning_rate", -0.01), ("learning_rate", float("nan")), ("depth_slope", -1.5)]
+    ("name", "value"),
+    [("learning_rate", -0.01), ("learning_rate", float("nan")), ("depth_slope", -1.5)],
 )
 def test_refuses_settings(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"model\.optim\.{name} is"):

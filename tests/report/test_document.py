@@ -14,7 +14,13 @@ from matplotlib.figure import Figure
 from project.errors import DataError
 from project.metrics import ece, probabilities
 from project.report.format import number
-from project.report.plots import COLOURS, depth_figure, pareto_figure, reliability_bins, reliability_scores
+from project.report.plots import (
+    COLOURS,
+    depth_figure,
+    pareto_figure,
+    reliability_bins,
+    reliability_scores,
+)
 from project.report.report import pictures, read_run, write_report
 
 
@@ -27,7 +33,9 @@ def example():
 def blank_pictures(monkeypatch):
     """Figures are made in no time, for tests of the text."""
     for name in ("pareto", "exit_share", "reliability", "depth"):
-        monkeypatch.setattr(f"project.report.report.{name}_figure", lambda *_, **__: Figure((1, 1)))
+        monkeypatch.setattr(
+            f"project.report.report.{name}_figure", lambda *_, **__: Figure((1, 1))
+        )
 
 
 @pytest.fixture
@@ -38,8 +46,14 @@ def run(example, tmp_path):
         files, scores = copy.deepcopy(example[0]), dict(example[1])
         if edit:
             edit(files)
-        files = {k: v for k, v in files.items() if k not in drop and (keep is None or k in keep)}
-        write_run(tmp_path / "run", files, {k: v for k, v in scores.items() if f"scores/{k}" not in drop})
+        files = {
+            k: v for k, v in files.items() if k not in drop and (keep is None or k in keep)
+        }
+        write_run(
+            tmp_path / "run",
+            files,
+            {k: v for k, v in scores.items() if f"scores/{k}" not in drop},
+        )
         return write_report(tmp_path / "run").with_suffix(".md").read_text()
 
     return make
@@ -51,9 +65,18 @@ class TestWhole:
 
         def edit(files):
             for name, fold, value in (("test", None, 0.7123), ("fit", "tune", 0.1111)):
-                split = {"split": "test"} if name == "test" else {"split": "valid", "fold": fold}
-                rows = [{"layer": 6, "auc": value}, {"plan": True, "auc": value, "mean_depth": 2.5}]
-                files[name]["slices"] = [split | {"name": "item_0", "n": 90, "users": 4, "rows": rows}]
+                split = (
+                    {"split": "test"}
+                    if name == "test"
+                    else {"split": "valid", "fold": fold}
+                )
+                rows = [
+                    {"layer": 6, "auc": value},
+                    {"plan": True, "auc": value, "mean_depth": 2.5},
+                ]
+                files[name]["slices"] = [
+                    split | {"name": "item_0", "n": 90, "users": 4, "rows": rows}
+                ]
             files["test"]["warnings"] = ["no neighbours"]
 
         text = run(edit=edit)
@@ -64,7 +87,9 @@ class TestWhole:
         assert lines[2].startswith("- On test the AUC of ")
         assert f"runs {number(adaptive['mean_depth'], 2)} of 6 layers" in lines[3]
         assert "* Warning: no neighbours" in lines
-        assert f"| {100 * last['exit_share']:.1f} % | {number(last['auc_leaving'])} |" in text
+        assert (
+            f"| {100 * last['exit_share']:.1f} % | {number(last['auc_leaving'])} |" in text
+        )
         assert f"| exit 6 | {number(last['auc'])} | {number(last['log_loss'])} |" in text
         assert "| .7123 | .7123 |" in text
         assert ".1111" not in text
@@ -80,7 +105,9 @@ class TestWhole:
         assert f"exit 4   ECE {number(row['calibrated']['ece'])}" in titles
         text = (tmp_path / "run" / "report" / "report.md").read_text()
         raw = " | ".join(number(row[key]) for key in ("auc", "log_loss", "brier", "ece"))
-        (line,) = (line for line in text.splitlines() if line.startswith(f"| exit 4 | {raw}"))
+        (line,) = (
+            line for line in text.splitlines() if line.startswith(f"| exit 4 | {raw}")
+        )
         assert line.split(" | ")[7] == number(row["calibrated"]["ece"])
 
     @pytest.mark.usefixtures("blank_pictures")
@@ -110,7 +137,9 @@ class TestWhole:
         folder = tmp_path / "run" / "report"
         page = (folder / "report.html").read_text()
         sources = re.findall('src="data:image/png;base64,([^"]*)"', page)
-        assert {base64.b64decode(s) for s in sources} == {path.read_bytes() for path in folder.glob("*.png")}
+        assert {base64.b64decode(s) for s in sources} == {
+            path.read_bytes() for path in folder.glob("*.png")
+        }
         assert len(sources) == page.count("src=") == 4
         assert not re.search(r"https?://|href=|<script|@import|url\(", page)
         first = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -125,12 +154,23 @@ class TestWhole:
             for row in files["test"]["exits"] + files["test"]["baselines"]:
                 row.update(undefined)
                 row.get("calibrated", {}).update({"auc": None})
-            for adaptive in (files["test"]["adaptive"], files["test"]["adaptive"]["without_exit_0"]):
+            for adaptive in (
+                files["test"]["adaptive"],
+                files["test"]["adaptive"]["without_exit_0"],
+            ):
                 adaptive |= undefined | {"auc_drop": None, "auc_drop_interval": None}
                 for static in ("static_exit", "equal_cost"):
-                    adaptive[static] = {"layer": 4, "auc": None, "auc_gain": None, "auc_gain_interval": None}
+                    adaptive[static] = {
+                        "layer": 4,
+                        "auc": None,
+                        "auc_gain": None,
+                        "auc_gain_interval": None,
+                    }
             files["test"]["baseline_difference"] |= {"value": None, "interval": None}
-            files["test"]["adaptive"]["baseline_difference"] |= {"value": None, "interval": None}
+            files["test"]["adaptive"]["baseline_difference"] |= {
+                "value": None,
+                "interval": None,
+            }
 
         text = run(edit=edit)
         assert "**Nothing is decided:**" in text
@@ -147,7 +187,8 @@ class TestMissing:
 
     def test_what_cannot_be_calibrated_is_proposed_no_command_that_fails(self, run):
         text = run(
-            ["calibrate", "benchmark"], edit=lambda files: files["fit"].update(not_calibrated="no users")
+            ["calibrate", "benchmark"],
+            edit=lambda files: files["fit"].update(not_calibrated="no users"),
         )
         assert "* Not calibrated, so no row leaves early: no users" in text
         assert not re.findall(r"project (calibrate|benchmark)", text)
@@ -181,14 +222,18 @@ class TestInput:
 
     def test_tagged_results(self, run):
         """The result without a tag is the run's; a second one is named, not mixed in."""
-        text = run(edit=lambda files: files.update({"test-a": files["test"] | {"chosen_exit": 2}}))
+        text = run(
+            edit=lambda files: files.update({"test-a": files["test"] | {"chosen_exit": 2}})
+        )
         assert "exit 6 (best static exit" in text
         assert "Not shown: results/test-a.json" in text
 
     def test_scores_of_another_run(self, run, example, tmp_path):
         """A score table with another number of rows than the result has makes no diagram."""
         run()
-        example[1]["test"].head(50).write_parquet(tmp_path / "run" / "scores" / "test.parquet")
+        example[1]["test"].head(50).write_parquet(
+            tmp_path / "run" / "scores" / "test.parquet"
+        )
         text = write_report(tmp_path / "run").with_suffix(".md").read_text()
         assert "scores/test.parquet holds 50 rows of test, the result 400" in text
         assert "reliability.png" not in text
@@ -207,7 +252,9 @@ def test_best_baseline_of_the_same_rows(run, tmp_path, example):
     run()
     best = {
         command: next(
-            row["auc"] for row in example[0][command]["baselines"] if row["name"] == "gbdt_features"
+            row["auc"]
+            for row in example[0][command]["baselines"]
+            if row["name"] == "gbdt_features"
         )
         for command in ("fit", "test")
     }
@@ -233,7 +280,9 @@ def axes_of(figure):
 
 
 def lines_by_colour(figure, colour):
-    return [line for line in axes_of(figure).lines if to_hex(line.get_color()) == colour.lower()]
+    return [
+        line for line in axes_of(figure).lines if to_hex(line.get_color()) == colour.lower()
+    ]
 
 
 class TestReliabilityBins:
@@ -253,7 +302,11 @@ class TestPareto:
         found = example[0]["calibrate"]
         figure = pareto_figure(found)
         for policy in found["policies"]:
-            (line,) = (line for line in axes_of(figure).lines if line.get_label() == policy["criterion"])
+            (line,) = (
+                line
+                for line in axes_of(figure).lines
+                if line.get_label() == policy["criterion"]
+            )
             steps = sorted((step["cost"], step["auc"]) for step in policy["pareto"])
             np.testing.assert_allclose(line.get_xydata(), steps)
         assert lines_by_colour(figure, COLOURS["oracle"])[0].get_linestyle() == "--"
@@ -264,18 +317,29 @@ class TestOthers:
         """Bars reach from low to high of the paired difference to the baseline, the plan stands at its mean depth."""
 
         def above(value, low, high):
-            return {"auc": 0.7, "baseline_difference": {"value": value, "interval": [low, high]}}
+            return {
+                "auc": 0.7,
+                "baseline_difference": {"value": value, "interval": [low, high]},
+            }
 
         exits = [
             {"layer": 0} | above(0.002, -0.001, 0.004),
-            {"layer": 2, "auc": None, "baseline_difference": {"value": None, "interval": None}},
+            {
+                "layer": 2,
+                "auc": None,
+                "baseline_difference": {"value": None, "interval": None},
+            },
             {"layer": 4} | above(0.013, 0.005, 0.025),
         ]
         axes = axes_of(
-            depth_figure(exits, ("item_rate", 0.69), {"mean_depth": 1.5} | above(0.012, 0.003, 0.024))
+            depth_figure(
+                exits, ("item_rate", 0.69), {"mean_depth": 1.5} | above(0.012, 0.003, 0.024)
+            )
         )
         bars = [path for c in axes.containers[0].lines[2] for path in c.get_segments()]
-        np.testing.assert_allclose(bars, [[(0, -0.001), (0, 0.004)], [(4, 0.005), (4, 0.025)]])
+        np.testing.assert_allclose(
+            bars, [[(0, -0.001), (0, 0.004)], [(4, 0.005), (4, 0.025)]]
+        )
         np.testing.assert_allclose(axes.containers[1].lines[0].get_xydata(), [(1.5, 0.012)])
         assert next(x.get_ydata()[0] for x in axes.lines if x.get_linestyle() == "--") == 0
         assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "4"]

@@ -78,7 +78,9 @@ def test_best_static_exit_where_only_that_is_better():
     """The plan is not shown better, exit 6 with exit 0 in its calibration is: that is deployed."""
     made = result(gain=AROUND)
     made["chosen_exit_by_exit_0"] = {
-        "with_exit_0": {"baseline_difference": {"baseline": "gbdt", "value": 0.01, "interval": ABOVE}}
+        "with_exit_0": {
+            "baseline_difference": {"baseline": "gbdt", "value": 0.01, "interval": ABOVE}
+        }
     }
     answer = decide(made)
     assert (answer.kind, answer.layer, answer.calibrated) == ("exit", 6, True)
@@ -112,12 +114,21 @@ def test_what_a_certificate_says_stands_there_once_where_layers_run(depth):
         (number(1.03124), "1.0312"),
         (number(10.0, 2), "10.00"),
         (number(None), "undefined"),
-        (difference({"value": 0.011, "interval": [-0.002, 0.02]}), "+.0110 [-.0020, +.0200]"),
+        (
+            difference({"value": 0.011, "interval": [-0.002, 0.02]}),
+            "+.0110 [-.0020, +.0200]",
+        ),
         (difference(None), "–"),
         (times({"value": 2.314, "interval": [2.2, 2.41]}), "x2.31 [x2.20, x2.41]"),
         (percent(0.8538), "85.4 %"),
-        (ratio({"value": 1.34, "interval": [1.2, 1.5]}, "fewer", "more"), "x1.34 [x1.20, x1.50] fewer"),
-        (ratio({"value": 0.8, "interval": [0.5, 1.25]}, "fewer", "more"), "x1.25 [x0.80, x2.00] more"),
+        (
+            ratio({"value": 1.34, "interval": [1.2, 1.5]}, "fewer", "more"),
+            "x1.34 [x1.20, x1.50] fewer",
+        ),
+        (
+            ratio({"value": 0.8, "interval": [0.5, 1.25]}, "fewer", "more"),
+            "x1.25 [x0.80, x2.00] more",
+        ),
     ],
 )
 def test_numbers(made, said):
@@ -129,7 +140,9 @@ def test_numbers(made, said):
 def test_characters_and_templates():
     assert escape("a\n# b\x1b[31m") == "a # b \\[31m"
     assert code("a`b\n|c") == "`a b \\|c`"
-    template = environment().from_string("{{ name }} {{ value | number }} {{ nothing.auc | number }}")
+    template = environment().from_string(
+        "{{ name }} {{ value | number }} {{ nothing.auc | number }}"
+    )
     assert template.render(name="*a*", value=0.5, nothing={}) == "\\*a\\* .5000 –"
 
 
@@ -143,9 +156,17 @@ def tables(text):
     found, lines = [], text.splitlines()
     for k, line in enumerate(lines):
         if line.startswith("| ---"):
-            end = next((n for n in range(k, len(lines)) if not lines[n].startswith("|")), len(lines))
+            end = next(
+                (n for n in range(k, len(lines)) if not lines[n].startswith("|")),
+                len(lines),
+            )
             rows = [lines[k - 1], *lines[k + 1 : end]]
-            found.append([[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows])
+            found.append(
+                [
+                    [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+                    for row in rows
+                ]
+            )
             assert len({len(row) for row in found[-1]}) == 1
     return found
 
@@ -165,7 +186,9 @@ def test_main_table_is_the_file():
     assert not any("lr_rates" in name for name in by_name)
     for row in file["exits"]:
         shown = next(
-            cells for name, cells in by_name.items() if name.split(" (")[0] == f"exit {row['layer']}"
+            cells
+            for name, cells in by_name.items()
+            if name.split(" (")[0] == f"exit {row['layer']}"
         )
         assert shown[1:7] == [number(row["auc"]), interval(row["auc_interval"]), user_aucs(row),
                               number(row["log_loss"]), difference(row["baseline_difference"]),
@@ -204,8 +227,18 @@ def test_slices_by_item():
     """n, AUC of baseline, exit 0, deepest exit and plan, and its depth; a slice without rows is left out."""
 
     def part(name, n, auc, depth):
-        who = [{"layer": 0}, {"layer": 6}, {"name": "gbdt"}, {"plan": True, "mean_depth": depth}]
-        return {"name": name, "split": "test", "n": n, "rows": [w | {"auc": auc} for w in who]}
+        who = [
+            {"layer": 0},
+            {"layer": 6},
+            {"name": "gbdt"},
+            {"plan": True, "mean_depth": depth},
+        ]
+        return {
+            "name": name,
+            "split": "test",
+            "n": n,
+            "rows": [w | {"auc": auc} for w in who],
+        }
 
     made = result() | {"slices": [part("warm_users", 9, 0.1, 1), part("item_1_5", 1200, 0.71, 2.5),
                                   part("item_21_plus", 0, None, None)]}  # fmt: skip
@@ -216,13 +249,27 @@ def test_slices_by_item():
 def test_criteria_beside_static_exits():
     """At AUC .745 the shallowest static exit of no lower AUC is 4; none reaches .76; the oracle at .4, not .9."""
     step = {"mean_depth": 3.0, "auc_drop": 0.0}
-    static = [step | {"layer": k, "cost": k / 6, "auc": a} for k, a in ((0, 0.7), (4, 0.75), (6, 0.75))]
+    static = [
+        step | {"layer": k, "cost": k / 6, "auc": a}
+        for k, a in ((0, 0.7), (4, 0.75), (6, 0.75))
+    ]
     oracle = [step | {"cost": c, "auc": 0.76} for c in (0.9, 0.4)]
-    used = {"criterion": "ratio", "chosen_step": 1, "pareto": [{}, step | {"cost": 0.45, "auc": 0.745}]}
+    used = {
+        "criterion": "ratio",
+        "chosen_step": 1,
+        "pareto": [{}, step | {"cost": 0.45, "auc": 0.745}],
+    }
     policies = [used, {"criterion": "learned", "pareto": []}]
-    controls = [{"name": "fixed_depth", "pareto": static}, {"name": "oracle", "pareto": oracle}]
+    controls = [
+        {"name": "fixed_depth", "pareto": static},
+        {"name": "oracle", "pareto": oracle},
+    ]
     rows = criteria_rows({"policies": policies, "chosen": "ratio", "controls": controls})
-    assert [row["name"] for row in rows] == ["ratio (the plan's)", "learned", "oracle (control)"]
+    assert [row["name"] for row in rows] == [
+        "ratio (the plan's)",
+        "learned",
+        "oracle (control)",
+    ]
     assert [row["static"] and row["static"]["layer"] for row in rows] == [4, None, None]
     assert rows[2]["step"]["cost"] == 0.4
 
@@ -241,14 +288,23 @@ def seeded(gain, seed=0, digest="h"):
 
 def test_seeds_beside_each_other():
     """A row a run; the spread over seeds of one folder and hash: .010, .012, .017 have mean .013 and sd sqrt(13e-6)."""
-    runs = {f"a/test-{k}.json": seeded(gain, k) for k, gain in enumerate((0.010, 0.012, 0.017))}
-    text = render_beside(runs | {"b/test.json": seeded(0.5), "a/user.json": seeded(0.1, digest="bbbb")})
+    runs = {
+        f"a/test-{k}.json": seeded(gain, k) for k, gain in enumerate((0.010, 0.012, 0.017))
+    }
+    text = render_beside(
+        runs | {"b/test.json": seeded(0.5), "a/user.json": seeded(0.1, digest="bbbb")}
+    )
     _, *rows = tables(text)[0]
-    assert [row[3] for row in rows][:2] == ["+.0100 [+.0080, +.0120]", "+.0120 [+.0100, +.0140]"]
+    assert [row[3] for row in rows][:2] == [
+        "+.0100 [+.0080, +.0120]",
+        "+.0120 [+.0100, +.0140]",
+    ]
     (line,) = (line for line in text.splitlines() if "on average" in line)
     assert "+.0130 on average, +.0100 to +.0170, standard deviation .0036" in line
     with pytest.raises(ConfigError, match=r"a/baselines\.json is a result of baselines"):
-        render_beside({"a/baselines.json": {"command": "baselines", "protocol": {"hash": "h"}}})
+        render_beside(
+            {"a/baselines.json": {"command": "baselines", "protocol": {"hash": "h"}}}
+        )
 
 
 KINDS = [
@@ -272,7 +328,10 @@ def test_few_users_are_said_to_cover_what_was_measured():
     """The worst of four worlds by number of users; 300 users need no sentence."""
     rows = read_result(RESULTS / "intervals.json")["rows"]
     for users, share in COVERED.items():
-        assert round(min(row["percentile"] for row in rows if row["users"] == users), 2) == share
+        assert (
+            round(min(row["percentile"] for row in rows if row["users"] == users), 2)
+            == share
+        )
     assert few_users(300) == ""
     assert "intervals of 79 users cover less" in few_users(79)
     assert "of fewer than 300 users" in few_users(None)
@@ -291,9 +350,17 @@ def test_benchmark_cells():
     file = read_result(RESULTS / "whole_backbone_alone" / "benchmark.json")
     _, *rows = tables(render(file))[0]
     row = next(r for r in file["rows"] if r["policy"] == "budget: drift_head")
-    measured = {"value": row["measured_speedup"], "interval": row["measured_speedup_interval"]}
+    measured = {
+        "value": row["measured_speedup"],
+        "interval": row["measured_speedup_interval"],
+    }
     over_static = times(row["speedup_over_static"]["value"])
-    cells = [number(row["auc"]), times(row["token_layer_speedup"]), times(measured), over_static]
+    cells = [
+        number(row["auc"]),
+        times(row["token_layer_speedup"]),
+        times(measured),
+        over_static,
+    ]
     (shown,) = (
         r
         for r in rows
@@ -304,7 +371,9 @@ def test_benchmark_cells():
         ]
     )
     assert shown[2:] == cells
-    assert {row[1] for row in rows if row[1].startswith("static")} == {"static exit 24 (of equal accuracy)"}
+    assert {row[1] for row in rows if row[1].startswith("static")} == {
+        "static exit 24 (of equal accuracy)"
+    }
     assert not any("leave at each exit" in row[1] for row in rows)
 
 

@@ -41,9 +41,12 @@ def inside_a_second(rows: pl.DataFrame) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("assign", "every"), [(by_time, 0), (at_random, 0), (by_time, 3), (inside_a_second, 3), (at_random, 3)]
+    ("assign", "every"),
+    [(by_time, 0), (at_random, 0), (by_time, 3), (inside_a_second, 3), (at_random, 3)],
 )
-def test_each_table_is_a_walk_over_the_readable_rows(assign: Callable, every: int, tmp_path: Path) -> None:
+def test_each_table_is_a_walk_over_the_readable_rows(
+    assign: Callable, every: int, tmp_path: Path
+) -> None:
     """The table of S is what a walk over rows of splits <= S alone gives, whether computed once or three times."""
     rows, retriever = make_log(0), CoLikes(neighbours=4, similar_every=every)
     codes = assign(rows)
@@ -86,7 +89,9 @@ def test_a_split_by_time_is_fitted_once(tmp_path: Path) -> None:
     first = RetrievedFeatures(split, retriever, REFITS, tmp_path).tables()
     assert len(retriever.fits) == len(block_cuts(rows["timestamp"].to_numpy(), REFITS))
     second = RetrievedFeatures(split, retriever, REFITS, tmp_path).tables()
-    RetrievedFeatures(split, retriever, REFITS, tmp_path).of_requests(*request(rows.head(1)))
+    RetrievedFeatures(split, retriever, REFITS, tmp_path).of_requests(
+        *request(rows.head(1))
+    )
     assert len(retriever.fits) == len(block_cuts(rows["timestamp"].to_numpy(), REFITS))
     assert all(first[name].equals(second[name]) for name in SPLITS)
 
@@ -134,7 +139,9 @@ def test_all_splits_have_the_whole_logs_cuts(tmp_path: Path) -> None:
 def test_the_cache_key_covers_what_retrieved_features_depend_on(tmp_path: Path) -> None:
     """Other settings, number of refits or log make another folder; the same make none."""
     rows = make_log(0)
-    split, other = (make_split(table, by_time(rows)) for table in (rows, flip(rows, pl.lit(True))))
+    split, other = (
+        make_split(table, by_time(rows)) for table in (rows, flip(rows, pl.lit(True)))
+    )
     for _ in range(2):
         for log, retriever, refits in (
             (split, ItemKNN(), 4),
@@ -167,8 +174,12 @@ def test_a_users_own_history_as_a_request_is_answered_like_the_log(
     rows = make_log(2)
     split = make_split(rows, assign(rows))
     log = RetrievedFeatures(split, retriever, REFITS, tmp_path).tables()["test"]
-    chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
-    found = RetrievedFeatures(split, retriever, REFITS, tmp_path).of_requests(*request(chosen))
+    chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(
+        fraction=1, shuffle=True, seed=0
+    )
+    found = RetrievedFeatures(split, retriever, REFITS, tmp_path).of_requests(
+        *request(chosen)
+    )
     expected = chosen.select("row_id").join(log, on="row_id", maintain_order="left")
     assert found["row_id"].to_list() == [-1 - position for position in range(chosen.height)]
     assert found.select(COMPARED).equals(expected.select(COMPARED))
@@ -176,17 +187,25 @@ def test_a_users_own_history_as_a_request_is_answered_like_the_log(
         assert expected["item_similarity"].drop_nulls().len() > 5
 
 
-def test_candidates_without_history_use_the_logs_past_alone_or_together(tmp_path: Path) -> None:
+def test_candidates_without_history_use_the_logs_past_alone_or_together(
+    tmp_path: Path,
+) -> None:
     """A known user's candidate is answered from that user's log rows; other users' requests change nothing."""
     rows, co_likes = make_log(2), CoLikes(neighbours=4)
     split = make_split(rows, by_time(rows))
     log = RetrievedFeatures(split, co_likes, REFITS, tmp_path).tables()["test"]
-    found = RetrievedFeatures(split, co_likes, REFITS, tmp_path).of_requests(*request(rows, own=False))
+    found = RetrievedFeatures(split, co_likes, REFITS, tmp_path).of_requests(
+        *request(rows, own=False)
+    )
     assert found.select(COMPARED).equals(log.select(COMPARED))
-    together = RetrievedFeatures(split, co_likes, REFITS, tmp_path).of_requests(*request(rows))
+    together = RetrievedFeatures(split, co_likes, REFITS, tmp_path).of_requests(
+        *request(rows)
+    )
     for user in (1, 4):
         mine = rows["user"] == user
-        alone = RetrievedFeatures(split, co_likes, REFITS, tmp_path).of_requests(*request(rows.filter(mine)))
+        alone = RetrievedFeatures(split, co_likes, REFITS, tmp_path).of_requests(
+            *request(rows.filter(mine))
+        )
         assert alone.select(COMPARED).equals(together.filter(mine).select(COMPARED))
 
 
@@ -198,12 +217,20 @@ def test_unseen_users_and_items(tmp_path: Path) -> None:
     user, item = np.array([90, 90, 90, 91]), np.array([0, 77, 1, 1])
     time, label = np.array([late, late, late + 1, late + 1]), np.array([1, 0, -1, -1])
     chosen = (user, item, time, label, label >= 0)
-    found = RetrievedFeatures(split, CoLikes(neighbours=4), REFITS, tmp_path).of_requests(*chosen).to_dicts()
+    found = (
+        RetrievedFeatures(split, CoLikes(neighbours=4), REFITS, tmp_path)
+        .of_requests(*chosen)
+        .to_dicts()
+    )
     assert found[1]["item_count"] == 0
     assert found[2]["neighbour_count"] == 4
     assert (found[2]["user_rate"], found[2]["user_count"]) == (0.5, 2)
     assert (found[3]["neighbour_count"], found[3]["user_count"]) == (0, 0)
-    assert found[3]["item_count"] == found[2]["item_count"] == rows.filter(pl.col("item") == 1).height
+    assert (
+        found[3]["item_count"]
+        == found[2]["item_count"]
+        == rows.filter(pl.col("item") == 1).height
+    )
 
 
 def test_what_cannot_be_answered_is_refused(tmp_path: Path) -> None:
@@ -213,7 +240,9 @@ def test_what_cannot_be_answered_is_refused(tmp_path: Path) -> None:
     user, item, time, label, own = request(rows.head(3))
     label = np.where(np.arange(3) == 1, -1, label)
     with pytest.raises(DataError, match="request row 1 is history"):
-        RetrievedFeatures(split, NoRetriever(), REFITS, tmp_path).of_requests(user, item, time, label, own)
+        RetrievedFeatures(split, NoRetriever(), REFITS, tmp_path).of_requests(
+            user, item, time, label, own
+        )
     with pytest.raises(ConfigError, match=r"data\.refits is 0"):
         RetrievedFeatures(split, NoRetriever(), 0, tmp_path).tables()
 
@@ -238,10 +267,14 @@ def test_a_split_without_early_rows(tmp_path: Path) -> None:
         (NoRetriever(), 4, False, ": item_rate, user_rate has one value or none"),
     ],
 )
-def test_warnings(retriever: Retriever, refits: int, liked: bool, words: str | None, tmp_path: Path) -> None:
+def test_warnings(
+    retriever: Retriever, refits: int, liked: bool, words: str | None, tmp_path: Path
+) -> None:
     """A retriever that one block never fitted, and features of one value where nobody likes anything."""
     rows = make_log(0, 300)
-    split = make_split(rows if liked else rows.with_columns(label=pl.lit(0, pl.Int8)), by_time(rows))
+    split = make_split(
+        rows if liked else rows.with_columns(label=pl.lit(0, pl.Int8)), by_time(rows)
+    )
     features = RetrievedFeatures(split, retriever, refits, tmp_path)
     found = features.warnings(features.tables())
     assert len(found) == (3 if words else 0)
@@ -264,12 +297,20 @@ def test_mf_is_the_penalised_optimum_over_the_users_earlier_rows() -> None:
     snapshots = MF.fit(rows, 9, block_cuts(time, REFITS))
     found, penalty, checked = chances_of(rows), np.array([1.0, 3.0, 3.0]), 0
     for row in np.flatnonzero(~np.isnan(found))[::7]:
-        fitted = snapshots.fitted[int(np.searchsorted(snapshots.cuts, time[row], side="right")) - 1]
+        fitted = snapshots.fitted[
+            int(np.searchsorted(snapshots.cuts, time[row], side="right")) - 1
+        ]
         past = (user == user[row]) & (time < time[row])
-        x, known, sign = fitted["vectors"][item[past]], fitted["known"][item[past]], 2.0 * label[past] - 1
+        x, known, sign = (
+            fitted["vectors"][item[past]],
+            fitted["known"][item[past]],
+            2.0 * label[past] - 1,
+        )
 
         def loss(v: np.ndarray, x=x, known=known, sign=sign) -> float:
-            return float(np.logaddexp(0, -sign * (known + x @ v)).sum() + 0.5 * penalty @ v**2)
+            return float(
+                np.logaddexp(0, -sign * (known + x @ v)).sum() + 0.5 * penalty @ v**2
+            )
 
         best = minimize(loss, np.zeros(3), tol=1e-10).x
         logit = fitted["known"][item[row]] + fitted["vectors"][item[row]] @ best
@@ -305,13 +346,21 @@ def test_mf_of_a_request_is_that_of_the_log_and_each_split_has_its_own(
     rows = make_log(2)
     split = make_split(rows, assign(rows))
     tables = RetrievedFeatures(split, NoRetriever(), REFITS, tmp_path, MF).tables()
-    chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(fraction=1, shuffle=True, seed=0)
-    found = RetrievedFeatures(split, NoRetriever(), REFITS, tmp_path, MF).of_requests(*request(chosen))["mf"]
-    expected = chosen.select("row_id").join(tables["test"], on="row_id", maintain_order="left")["mf"]
+    chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(
+        fraction=1, shuffle=True, seed=0
+    )
+    found = RetrievedFeatures(split, NoRetriever(), REFITS, tmp_path, MF).of_requests(
+        *request(chosen)
+    )["mf"]
+    expected = chosen.select("row_id").join(
+        tables["test"], on="row_id", maintain_order="left"
+    )["mf"]
     assert expected.null_count() < len(expected)
     np.testing.assert_allclose(found.to_numpy(), expected.to_numpy(), atol=1e-6)
     alone = chances_of(rows.filter(pl.Series(assign(rows) == 0)), log=rows)
-    np.testing.assert_allclose(tables["train"]["mf"].to_numpy(), alone.astype(np.float32), atol=1e-7)
+    np.testing.assert_allclose(
+        tables["train"]["mf"].to_numpy(), alone.astype(np.float32), atol=1e-7
+    )
 
 
 def test_log_odds_of_mf_and_of_item_similarity() -> None:
@@ -321,7 +370,12 @@ def test_log_odds_of_mf_and_of_item_similarity() -> None:
     weight 4 is log((3 + 2.5) / (1 + 2.5)); without similar items, or without the column, 0.
     """
     table = pl.DataFrame(
-        {"row_id": [0, 1], "item_rate": [0.75] * 2, "item_count": [4] * 2, "user_rate": [0.5] * 2}
+        {
+            "row_id": [0, 1],
+            "item_rate": [0.75] * 2,
+            "item_count": [4] * 2,
+            "user_rate": [0.5] * 2,
+        }
         | {"user_count": [2] * 2, "vote": [None] * 2, "neighbour_count": [0] * 2}
         | {"similarities": [[], []], "answers": [[], []], "mf": [0.8, None]}
         | {"item_similarity": [0.75, None], "item_similarity_weight": [4.0, 0.0]},
@@ -335,7 +389,9 @@ def test_log_odds_of_mf_and_of_item_similarity() -> None:
     rates = np.log(5.5 / 3.5)
     found = feature_matrix(table, 0.5)[:, at]
     np.testing.assert_allclose(found, [[np.log(4), rates], [rates, 0]], atol=1e-6)
-    without = feature_matrix(table.drop("mf", "item_similarity", "item_similarity_weight"), 0.5)[:, at]
+    without = feature_matrix(
+        table.drop("mf", "item_similarity", "item_similarity_weight"), 0.5
+    )[:, at]
     np.testing.assert_allclose(without, [[rates, 0]] * 2, atol=1e-6)
 
 
@@ -344,10 +400,14 @@ def factorised(vector_penalty: float = 1.0, iterations: int = 500, stretch: int 
     rng = np.random.default_rng(0)
     user, item = rng.integers(0, 30, 2000), rng.integers(0, 20, 2000)
     user_sign, item_sign = rng.choice([-1, 1], 30), rng.choice([-1, 1], 20)
-    label = (rng.random(2000) < 1 / (1 + np.exp(-2 * user_sign[user] * item_sign[item]))).astype(int)
+    label = (
+        rng.random(2000) < 1 / (1 + np.exp(-2 * user_sign[user] * item_sign[item]))
+    ).astype(int)
     train = np.arange(2000) < 1500
     codes = stretch * user + stretch - 1
-    model = Factorisation.fit(codes[train], item[train], label[train], 4, 2.0, vector_penalty, iterations)
+    model = Factorisation.fit(
+        codes[train], item[train], label[train], 4, 2.0, vector_penalty, iterations
+    )
     dot = (model.user_vectors[user] * model.item_vectors[item]).sum(1)
     logits = model.offset + model.user_bias[user] + model.item_bias[item] + dot
     return model, logits, (user, item, label, train)

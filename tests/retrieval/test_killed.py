@@ -56,7 +56,11 @@ def prepare(logs: Path, cache: Path) -> None:
 
 def files(cache: Path) -> dict[str, bytes]:
     """Of the folders that are whole."""
-    paths = [p for p in cache.rglob("*") if p.is_file() and ".tmp" not in str(p) and p.suffix != ".lock"]
+    paths = [
+        p
+        for p in cache.rglob("*")
+        if p.is_file() and ".tmp" not in str(p) and p.suffix != ".lock"
+    ]
     return {str(path.relative_to(cache)): path.read_bytes() for path in paths}
 
 

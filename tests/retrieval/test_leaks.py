@@ -22,10 +22,14 @@ def splits_of(rows: pl.DataFrame, kind: str, seed: int) -> np.ndarray:
     """Split codes as each kind of protocol would assign them."""
     time = rows["timestamp"].to_numpy()
     if kind == "global_time":
-        return (time >= np.quantile(time, 0.6)).astype(int) + (time >= np.quantile(time, 0.8))
+        return (time >= np.quantile(time, 0.6)).astype(int) + (
+            time >= np.quantile(time, 0.8)
+        )
     if kind == "random":
         return np.random.default_rng(seed).integers(0, 3, rows.height)
-    rank = rows.select(pl.col("timestamp").rank("ordinal", descending=kind == "leave_last").over("user"))
+    rank = rows.select(
+        pl.col("timestamp").rank("ordinal", descending=kind == "leave_last").over("user")
+    )
     place = rank.to_series().to_numpy()
     if kind == "leave_last":
         return (place <= 2).astype(int) + (place <= 1)
@@ -33,7 +37,9 @@ def splits_of(rows: pl.DataFrame, kind: str, seed: int) -> np.ndarray:
     return (share > 0.6).astype(int) + (share > 0.8)
 
 
-@pytest.fixture(params=["co_likes", "item_similarity", "lightgcn", "item_knn", "text", "llm"])
+@pytest.fixture(
+    params=["co_likes", "item_similarity", "lightgcn", "item_knn", "text", "llm"]
+)
 def retriever(
     request: pytest.FixtureRequest,
     tiny_encoder: Path,
@@ -74,13 +80,19 @@ def test_a_row_cannot_change_its_own_features(retriever: Retriever, kind: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_neighbours_are_earlier_readable_rows_of_others_with_the_candidate(kind: str) -> None:
+def test_neighbours_are_earlier_readable_rows_of_others_with_the_candidate(
+    kind: str,
+) -> None:
     rows = make_log(3)
     codes = splits_of(rows, kind, 3)
     for last in range(3):
         readable = rows.filter(pl.Series(codes) <= last)
         found = retrieved(readable, CoLikes(neighbours=4))
-        pairs = found.select("row_id", "neighbours", "answers").explode("neighbours", "answers").drop_nulls()
+        pairs = (
+            found.select("row_id", "neighbours", "answers")
+            .explode("neighbours", "answers")
+            .drop_nulls()
+        )
         joined = pairs.join(rows, on="row_id").join(
             readable, left_on="neighbours", right_on="row_id", suffix="_n"
         )
@@ -107,7 +119,13 @@ def leaky_retrieved(
     then = {**vars(log), **late, "person": log.person * 0 - 1}
     both = WalkRows(**{name: np.concatenate([first[name], then[name]]) for name in first})
     cuts = np.array([shift])
-    return walk(both, retriever, items, cuts, fit_snapshots(rows, retriever, users, items, cuts).fitted)
+    return walk(
+        both,
+        retriever,
+        items,
+        cuts,
+        fit_snapshots(rows, retriever, users, items, cuts).fitted,
+    )
 
 
 def strict_retrieved(
@@ -121,7 +139,10 @@ def strict_retrieved(
 def test_a_leaky_graph_is_noticed_on_noise() -> None:
     """Labels are random: strict votes cannot predict them (AUC .5), leaky votes are better by more than .1."""
     users, items = 40, 30
-    rows, retriever = make_log(0, 1500, users, items), LightGCN(neighbours=5, dim=16, epochs=2)
+    rows, retriever = (
+        make_log(0, 1500, users, items),
+        LightGCN(neighbours=5, dim=16, epochs=2),
+    )
     strict, leaky = (
         vote_auc(rows, found(rows, retriever, users, items_table(items)))
         for found in (strict_retrieved, leaky_retrieved)
@@ -135,7 +156,9 @@ def test_strict_votes_find_structure() -> None:
     users, items = 40, 30
     like = ((pl.col("user") + pl.col("item")) % 2 == 0).cast(pl.Int8)
     rows = make_log(0, 3000, users, items).with_columns(label=like)
-    found = strict_retrieved(rows, LightGCN(neighbours=5, dim=16, epochs=5), users, items_table(items))
+    found = strict_retrieved(
+        rows, LightGCN(neighbours=5, dim=16, epochs=5), users, items_table(items)
+    )
     late = rows["timestamp"].to_numpy() > 500
     assert vote_auc(rows.filter(late), found.filter(late)) > 0.95
     assert roc_auc_score(rows["label"], found["item_rate"].fill_null(0.5)) < 0.6
@@ -153,8 +176,13 @@ def test_a_leaky_graph_is_noticed_on_movielens() -> None:
 
     protocol = Protocol(minimum_history=5, label="rating > 3")
     split = apply_protocol(build_interactions(MovieLens100K().read(), protocol), protocol)
-    log, rows = split.interactions, split.rows.filter(pl.col("split").cast(pl.String) != "test")
-    targets = (rows["split"].cast(pl.String) == "valid") & (rows["role"].cast(pl.String) == "target")
+    log, rows = (
+        split.interactions,
+        split.rows.filter(pl.col("split").cast(pl.String) != "test"),
+    )
+    targets = (rows["split"].cast(pl.String) == "valid") & (
+        rows["role"].cast(pl.String) == "target"
+    )
     auc = {}
     for name, made in (("strict", strict_retrieved), ("leaky", leaky_retrieved)):
         found = made(rows, LightGCN(neighbours=10, epochs=2), log.users.height, log.items)

@@ -27,14 +27,22 @@ from project.retrieval.past import WalkRows
 from project.retrieval.walk import walk
 
 REFITS, MF, END = 4, MatrixFactorisation(dim=2), 1000.0
-SUMMED = ("mf", "text", "text_weight", "item_similarity", "item_similarity_weight")  # sums in another order
+SUMMED = (
+    "mf",
+    "text",
+    "text_weight",
+    "item_similarity",
+    "item_similarity_weight",
+)  # sums in another order
 RETRIEVERS: dict[str, Retriever] = {
     "co_likes": CoLikes(neighbours=4, item_neighbours=3, similar_every=3, max_raters=5),
     "lightgcn": LightGCN(dim=4, epochs=1),
     "item_knn": ItemKNN(neighbours=4),
     "none": NoRetriever(),
 }
-each_retriever = pytest.mark.parametrize("retriever", RETRIEVERS.values(), ids=RETRIEVERS.keys())
+each_retriever = pytest.mark.parametrize(
+    "retriever", RETRIEVERS.values(), ids=RETRIEVERS.keys()
+)
 
 
 def same(found: Retrieved, expected: pl.DataFrame) -> None:
@@ -67,11 +75,15 @@ def indexed(
     """An index of the rows before a second, with what was fitted on the whole log."""
     RetrievedFeatures(split, retriever, REFITS, folder, MF).tables()
     rows = split.rows.filter(pl.col("timestamp") < before)
-    return RetrievedFeatures(replace(split, rows=rows), retriever, REFITS, folder, MF).index()
+    return RetrievedFeatures(
+        replace(split, rows=rows), retriever, REFITS, folder, MF
+    ).index()
 
 
 @each_retriever
-def test_a_replay_gives_the_table_of_the_split(retriever: Retriever, tmp_path: Path) -> None:
+def test_a_replay_gives_the_table_of_the_split(
+    retriever: Retriever, tmp_path: Path
+) -> None:
     """Rows of a second do not see each other; blocks start on the way."""
     rows = make_log(2)
     split = make_split(rows, by_time(rows))
@@ -88,11 +100,15 @@ def test_a_replay_gives_the_table_of_the_demo(tmp_path: Path) -> None:
     from project.data.protocol import Protocol, apply_protocol, build_interactions
 
     protocol = Protocol(minimum_history=5, label="rating > 3.5")
-    split = apply_protocol(build_interactions(MovieLensLatestSmall().read(), protocol), protocol)
+    split = apply_protocol(
+        build_interactions(MovieLensLatestSmall().read(), protocol), protocol
+    )
     parts = LightGCN(item_neighbours=30), 10, tmp_path, MatrixFactorisation()
     table = RetrievedFeatures(split, *parts).tables()["test"]
     is_test = pl.col("split") == "test"
-    made = RetrievedFeatures(replace(split, rows=split.rows.filter(~is_test)), *parts).index()
+    made = RetrievedFeatures(
+        replace(split, rows=split.rows.filter(~is_test)), *parts
+    ).index()
     rows = split.rows.filter(is_test)
     found = table.filter(pl.col("row_id").is_in(rows["row_id"].implode()))
     assert replay(made, rows, found) == rows.height > 9_000
@@ -108,14 +124,25 @@ def test_a_request_is_answered_as_by_the_walk(
     rows = make_log(2)
     split = make_split(rows, by_time(rows))
     new = pl.DataFrame(
-        {"item": [NUM_ITEMS], "title": ["title 3 again"]}, {"item": pl.Int32, "title": pl.String}
+        {"item": [NUM_ITEMS], "title": ["title 3 again"]},
+        {"item": pl.Int32, "title": pl.String},
     )
     catalogue = pl.concat([split.interactions.items, new])
-    history = [(1, 1, 70.5), (NUM_ITEMS, 0, 9.0), (1, 0, 70.5), (4, 1, 71.0)] if brings else []
+    history = (
+        [(1, 1, 70.5), (NUM_ITEMS, 0, 9.0), (1, 0, 70.5), (4, 1, 71.0)] if brings else []
+    )
     candidates = [*range(NUM_ITEMS + 1), 1]
     end = max([float(rows["timestamp"].max()), *(at for *_, at in history)]) + 1  # type: ignore[arg-type]
-    item, label, time = zip(*history, *((item, -1, end) for item in candidates), strict=True)
-    arrays = (np.full(len(item), user), np.array(item), np.array(time), np.array(label), np.array(label) >= 0)
+    item, label, time = zip(
+        *history, *((item, -1, end) for item in candidates), strict=True
+    )
+    arrays = (
+        np.full(len(item), user),
+        np.array(item),
+        np.array(time),
+        np.array(label),
+        np.array(label) >= 0,
+    )
     expected = RetrievedFeatures(split, retriever, REFITS, tmp_path, MF).of_requests(
         *arrays, catalogue=catalogue
     )
@@ -127,17 +154,25 @@ def test_a_request_is_answered_as_by_the_walk(
         made.retrieved(5, [2], [(2, 0, 3.0)])
 
 
-def test_new_users_are_answered_as_by_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_users_are_answered_as_by_the_walk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where they are more than there is room for."""
     monkeypatch.setattr(online, "ROOM", 2)
     retriever, rows = CoLikes(neighbours=4, item_neighbours=3), make_log(2)
     split = make_split(rows, by_time(rows))
     made = indexed(split, retriever, tmp_path)
     snapshots = RetrievedFeatures(split, retriever, REFITS, tmp_path).snapshots()
-    new = make_log(3, 60, users=8).with_columns(pl.col("user") + NUM_USERS, pl.col("timestamp") + 100)
+    new = make_log(3, 60, users=8).with_columns(
+        pl.col("user") + NUM_USERS, pl.col("timestamp") + 100
+    )
     every = pl.concat([rows, new.with_columns(pl.col("row_id") + rows.height)])
     walked = walk(
-        WalkRows.from_log(every), retriever, split.interactions.items, snapshots.cuts, snapshots.fitted
+        WalkRows.from_log(every),
+        retriever,
+        split.interactions.items,
+        snapshots.cuts,
+        snapshots.fitted,
     )
     made._mf = None
     for (second,), group in every.filter(pl.col("timestamp") >= 100).group_by(
@@ -156,27 +191,40 @@ def test_a_new_item_has_a_text_and_raters_at_once(tmp_path: Path) -> None:
     rows = make_log(2)
     split, item = make_split(rows, by_time(rows)), NUM_ITEMS
     made = indexed(split, NoRetriever(), tmp_path)
-    new = pl.DataFrame({"item": [item], "title": ["something else"]}, {"item": pl.Int32, "title": pl.String})
+    new = pl.DataFrame(
+        {"item": [item], "title": ["something else"]},
+        {"item": pl.Int32, "title": pl.String},
+    )
     catalogue = pl.concat([split.interactions.items, new])
     for _ in range(2):
         made.observe(99, item, 1, END, catalogue)
     (row,) = made.retrieved(99, [item]).table().to_dicts()
-    assert (row["item_count"], row["item_rate"], row["user_count"], row["user_rate"]) == (2, 1.0, 2, 1.0)
+    assert (row["item_count"], row["item_rate"], row["user_count"], row["user_rate"]) == (
+        2,
+        1.0,
+        2,
+        1.0,
+    )
     assert (row["text"], row["text_weight"]) == pytest.approx((0, 2))
     (other,) = made.retrieved(98, [item]).table().to_dicts()
     assert (other["item_count"], other["user_count"], other["text"]) == (2, 0, None)
 
 
-def test_a_text_of_requests_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_of_requests_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two requests bring the same new item in catalogues of their own."""
     rows, read = make_log(2), list[str]()
     split = make_split(rows, by_time(rows))
     made = indexed(split, NoRetriever(), tmp_path)
     encode = made._encode
     monkeypatch.setattr(made, "_encode", lambda texts: read.extend(texts) or encode(texts))
-    new = pl.DataFrame({"item": [NUM_ITEMS], "title": ["new"]}, {"item": pl.Int32, "title": pl.String})
+    new = pl.DataFrame(
+        {"item": [NUM_ITEMS], "title": ["new"]}, {"item": pl.Int32, "title": pl.String}
+    )
     found = [
-        made.retrieved(1, [NUM_ITEMS], None, pl.concat([split.interactions.items, new])) for _ in range(2)
+        made.retrieved(1, [NUM_ITEMS], None, pl.concat([split.interactions.items, new]))
+        for _ in range(2)
     ]
     assert read == ["item new"]
     same(found[0], found[1].table())

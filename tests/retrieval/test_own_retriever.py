@@ -49,7 +49,9 @@ LEAKS: dict[str, Callable[..., Any]] = {
     "the answered row itself": lambda self, _, __: ones([len(self.observed)]),
     "the next row": lambda self, _, __: ones([len(self.observed) + 1]),
     "positions in raters": lambda _, __, raters: ones(np.arange(raters.row.size)[:3]),
-    "a stranger's row": lambda self, user, _: ones([row for row, who in self.observed if who != user][:1]),
+    "a stranger's row": lambda self, user, _: ones(
+        [row for row, who in self.observed if who != user][:1]
+    ),
     "no row of the log": lambda _, __, ___: ones([10**6]),
     "a negative row": lambda _, __, ___: ones([-1]),
 }
@@ -57,14 +59,22 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "None": (lambda rows: None, "returned None"),
     "a pair": (lambda rows: (rows, np.ones(3)), r"returned \(array"),
     "too many": (lambda rows: ones([*rows, *rows]), "6 rows"),
-    "unequal": (lambda rows: Neighbours(rows, np.ones(2, np.float32)), r"returned Neighbours\("),
-    "NaN": (lambda rows: Neighbours(rows, np.array([1, np.nan, 1], np.float32)), "NaN or infinite"),
+    "unequal": (
+        lambda rows: Neighbours(rows, np.ones(2, np.float32)),
+        r"returned Neighbours\(",
+    ),
+    "NaN": (
+        lambda rows: Neighbours(rows, np.array([1, np.nan, 1], np.float32)),
+        "NaN or infinite",
+    ),
 }
 
 
 @pytest.mark.parametrize("leak", LEAKS.values(), ids=LEAKS)
 def test_a_row_that_was_not_given_is_refused(leak: Any) -> None:
-    with pytest.raises(ConfigError, match=r"test_own_retriever\.Answers.*may leak the future"):
+    with pytest.raises(
+        ConfigError, match=r"test_own_retriever\.Answers.*may leak the future"
+    ):
         retrieved(make_log(0), Answers(leak), NO_CUTS)
 
 
@@ -73,7 +83,9 @@ def test_a_malformed_answer_is_refused(made: Any, words: str) -> None:
     def answer(_: Answers, __: int, raters: Raters) -> Any:
         return made(raters.row[-3:]) if raters.row.size >= 3 else NO_NEIGHBOURS
 
-    with pytest.raises(ConfigError, match=rf"test_own_retriever\.Answers.*{words}.*expected Neighbours"):
+    with pytest.raises(
+        ConfigError, match=rf"test_own_retriever\.Answers.*{words}.*expected Neighbours"
+    ):
         retrieved(make_log(0), Answers(answer), NO_CUTS)
 
 
@@ -81,7 +93,9 @@ def test_raters_and_own_rows_may_be_named_together() -> None:
     """The latest rater of the candidate and the user's own latest row of an earlier second."""
 
     def mixed(self: Answers, user: int, raters: Raters) -> Neighbours:
-        return ones([*raters.row[-1:], *[row for row, other in self.observed if other == user][-1:]])
+        return ones(
+            [*raters.row[-1:], *[row for row, other in self.observed if other == user][-1:]]
+        )
 
     rows = make_log(0)
     found = retrieved(rows, Answers(mixed), NO_CUTS)
@@ -165,7 +179,10 @@ def test_a_base_in_another_file_and_a_class_without_a_file_count(written: Write)
 
 
 WRONG = {
-    "no super": ({"init": "self.k = k"}, r"Mine, which has no attribute neighbours.*Write super\(\)"),
+    "no super": (
+        {"init": "self.k = k"},
+        r"Mine, which has no attribute neighbours.*Write super\(\)",
+    ),
     "not kept": (
         {"init": "super().__init__(); self._k = k"},
         r"Mine, which has no attribute k.*Write self\.k = k",
@@ -188,7 +205,9 @@ def test_a_class_that_does_not_fit_is_refused_before_a_log_is_read(
 
 def test_what_it_raises_names_class_and_method(written: Write) -> None:
     with (
-        pytest.raises(ConfigError, match=r"data\.retriever: Mine\.fit failed: ZeroDivisionError"),
+        pytest.raises(
+            ConfigError, match=r"data\.retriever: Mine\.fit failed: ZeroDivisionError"
+        ),
         failures_named(mine := written(more="def fit(self, edges, block): 1 / 0")()),
     ):
         retrieved(make_log(0), mine, np.array([3.0]))

@@ -31,7 +31,11 @@ from project.retrieval.compiled import inverse_norms, nearest
 from project.retrieval.lightgcn import LightGCNModel, like_graph
 from project.retrieval.walk import fit_snapshots
 
-EDGES = Edges(user=np.array([0, 0, 1, 2, 0]), item=np.array([0, 1, 1, 2, 0]), label=np.array([1, 1, 1, 0, 1]))
+EDGES = Edges(
+    user=np.array([0, 0, 1, 2, 0]),
+    item=np.array([0, 1, 1, 2, 0]),
+    label=np.array([1, 1, 1, 0, 1]),
+)
 
 
 def test_adjacency_golden() -> None:
@@ -95,7 +99,11 @@ def test_items_without_likes_are_zero_rows() -> None:
     """Items 2 (only disliked) and 3 (never rated); where nobody likes anything, all."""
     table = begun().item_table(EDGES, 1)
     assert (np.abs(table).sum(1) > 0).tolist() == [True, True, False, False]
-    assert not begun().item_table(Edges(EDGES.user, EDGES.item, np.zeros(5, np.int64)), 1).any()
+    assert (
+        not begun()
+        .item_table(Edges(EDGES.user, EDGES.item, np.zeros(5, np.int64)), 1)
+        .any()
+    )
 
 
 def test_training_goes_on_from_the_block_before() -> None:
@@ -110,7 +118,9 @@ def test_candidates_of_one_request_share_cosines_until_a_vector_changes() -> Non
     retriever.begin(30, items_table())
     items = items_table().height
     for row in range(300):
-        retriever.observe(row, int(rng.integers(30)), int(rng.integers(items)), int(rng.integers(2)))
+        retriever.observe(
+            row, int(rng.integers(30)), int(rng.integers(items)), int(rng.integers(2))
+        )
     retriever.start_block({"weighted": rng.normal(size=(items, 4)).astype(np.float32)}, 1)
     before = list[Any]()
     for turn in range(3):
@@ -147,9 +157,16 @@ def test_item_knn_equals_scikit_learn() -> None:
     for row, got in zip(rows.to_dicts(), found.to_dicts(), strict=True):
         likes, best = likes_before(rows, row["timestamp"]), []
         if likes is not None:
-            cosine = cosine_similarity((likes.T > 0).astype(float))[row["item"]].astype(np.float32)
-            own = rows.filter(pl.col("timestamp") < row["timestamp"], pl.col("user") == row["user"])
-            triples = [(r, cosine[i], a) for r, i, a in own.select("row_id", "item", "label").rows()]
+            cosine = cosine_similarity((likes.T > 0).astype(float))[row["item"]].astype(
+                np.float32
+            )
+            own = rows.filter(
+                pl.col("timestamp") < row["timestamp"], pl.col("user") == row["user"]
+            )
+            triples = [
+                (r, cosine[i], a)
+                for r, i, a in own.select("row_id", "item", "label").rows()
+            ]
             ranked = sorted(triples, key=lambda t: (-round(float(t[1]), 6), -t[0]))
             best = [t for t in ranked if t[1] > 0][:3]
         assert got["neighbours"] == [r for r, _, _ in best]
@@ -182,7 +199,10 @@ def test_keys_of_our_own_retrievers_stay() -> None:
     ("kind", "name", "value"),
     [
         *((LightGCN, name, 0) for name in ("neighbours", "max_raters", "dim")),
-        *((LightGCN, name, -1) for name in ("layers", "epochs", "similar_every", "item_neighbours")),
+        *(
+            (LightGCN, name, -1)
+            for name in ("layers", "epochs", "similar_every", "item_neighbours")
+        ),
         *((LightGCN, name, 0) for name in ("similar_users", "similar_items")),
         (MatrixFactorisation, "dim", 0),
     ],
@@ -199,7 +219,10 @@ def test_a_prompt_needs_the_features_it_shows(tmp_path: Path) -> None:
     mf = Prompt(segment="{title}{mf_number}:")
     with pytest.raises(ConfigError, match="item_neighbours"):
         InteractionData(logs, retriever=LightGCN(), prompt=item_similarity)
-    for retriever in (LightGCN(item_neighbours=30), ItemKNN()):  # the latter compares no items, and shows "?"
+    for retriever in (
+        LightGCN(item_neighbours=30),
+        ItemKNN(),
+    ):  # the latter compares no items, and shows "?"
         InteractionData(logs, retriever=retriever, prompt=item_similarity)
     with pytest.raises(ConfigError, match=r"data\.mf is null"):
         InteractionData(logs, retriever=ItemKNN(), prompt=mf, mf=None)

@@ -26,7 +26,12 @@ from project.retrieval.text import (
     item_texts,
 )
 
-TEXTS = ["sea", "a movie about the sea", "dog", "two friends and one dog in a winter night by the river"]
+TEXTS = [
+    "sea",
+    "a movie about the sea",
+    "dog",
+    "two friends and one dog in a winter night by the river",
+]
 
 
 def by_hand(folder: Path, text: str, layer: int | None = None) -> np.ndarray:
@@ -35,7 +40,9 @@ def by_hand(folder: Path, text: str, layer: int | None = None) -> np.ndarray:
     model = AutoModel.from_pretrained(folder)
     with torch.no_grad():
         out = model(tokens, output_hidden_states=True)
-        hidden = out.last_hidden_state if layer is None else model.norm(out.hidden_states[layer])
+        hidden = (
+            out.last_hidden_state if layer is None else model.norm(out.hidden_states[layer])
+        )
     mean = hidden[0].mean(0).numpy()
     found: np.ndarray = mean / np.linalg.norm(mean)
     return found
@@ -186,7 +193,9 @@ def test_kept_vectors_are_those_of_the_model(tiny_model: Path) -> None:
     """Bit for bit those of one call; a text of more than 3 tokens counts 3."""
     reader = MeanPooling(str(tiny_model), 3)
     vectors = TextVectors(reader)
-    assert vectors.tokens_of(["", *TEXTS]).tolist() == [len(ids) for ids in reader.token_ids(["", *TEXTS])]
+    assert vectors.tokens_of(["", *TEXTS]).tolist() == [
+        len(ids) for ids in reader.token_ids(["", *TEXTS])
+    ]
     assert vectors.tokens_of(TEXTS).max() == 3
     for _ in range(2):
         np.testing.assert_array_equal(vectors.of(TEXTS), reader.encode(TEXTS))
@@ -199,7 +208,9 @@ def test_unrated_items_have_no_vector() -> None:
     reader = retriever.reader = Lengths()
     retriever.begin(2, ITEMS)
     one, two = (
-        retriever.item_table(Edges(np.zeros(len(items), np.int64), np.array(items), np.zeros(len(items))), 1)
+        retriever.item_table(
+            Edges(np.zeros(len(items), np.int64), np.array(items), np.zeros(len(items))), 1
+        )
         for items in ([1], [1, 2])
     )
     assert one.tolist() == [[0, 0], [12, 1], [0, 0]]
@@ -233,9 +244,14 @@ CATALOGUE = pl.DataFrame(
 )
 
 
-def test_text_similarity_equals_its_formula_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_similarity_equals_its_formula_row_by_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Sum w (a - m) / (sum w + 1/2), w = cosine^2 over strictly earlier rows of the user, in blocks of any size."""
-    rows, vectors = make_log(0, rows=60, users=4, items=6), item_vectors(CATALOGUE, CATALOGUE)
+    rows, vectors = (
+        make_log(0, rows=60, users=4, items=6),
+        item_vectors(CATALOGUE, CATALOGUE),
+    )
     cosine = (vectors @ vectors.T).toarray()
     assert np.allclose(np.diag(cosine), [1.0] * 6 + [0.0])
     for together in (2**22, 1):  # all at once, and one row at a time
@@ -243,19 +259,27 @@ def test_text_similarity_equals_its_formula_row_by_row(monkeypatch: pytest.Monke
         table = text_similarity(WalkRows.from_log(rows), vectors)
         assert table["row_id"].to_list() == rows["row_id"].to_list()
         for row, found in zip(rows.to_dicts(), table.to_dicts(), strict=True):
-            past = rows.filter((pl.col("user") == row["user"]) & (pl.col("timestamp") < row["timestamp"]))
+            past = rows.filter(
+                (pl.col("user") == row["user"]) & (pl.col("timestamp") < row["timestamp"])
+            )
             w = cosine[row["item"], past["item"].to_numpy()] ** 2
             a = past["label"].to_numpy().astype(float)
             expected = (w @ (a - a.mean())) / (w.sum() + SHRINK) if len(past) else None
             assert found["text_weight"] == pytest.approx(w.sum(), abs=1e-6)
-            assert found["text"] == (None if expected is None else pytest.approx(expected, abs=1e-6))
+            assert found["text"] == (
+                None if expected is None else pytest.approx(expected, abs=1e-6)
+            )
 
 
 def test_flipping_a_row_changes_text_similarity_of_later_rows_of_its_user_alone() -> None:
-    rows, vectors = make_log(0, rows=60, users=4, items=6), item_vectors(CATALOGUE, CATALOGUE)
+    rows, vectors = (
+        make_log(0, rows=60, users=4, items=6),
+        item_vectors(CATALOGUE, CATALOGUE),
+    )
     at = 10
     before, after = (
-        text_similarity(WalkRows.from_log(r), vectors) for r in (rows, flip(rows, pl.col("row_id") == at))
+        text_similarity(WalkRows.from_log(r), vectors)
+        for r in (rows, flip(rows, pl.col("row_id") == at))
     )
     moved = (before["text"] - after["text"]).fill_null(0.0).to_numpy() != 0
     later = (rows["user"] == rows["user"][at]) & (rows["timestamp"] > rows["timestamp"][at])
@@ -265,7 +289,9 @@ def test_flipping_a_row_changes_text_similarity_of_later_rows_of_its_user_alone(
 
 def test_a_new_item_is_similar_by_its_text() -> None:
     """A new item's text counts though the terms are the log's: "Alien Horror" is nearer to Alien than to Casablanca."""
-    new = pl.DataFrame({"item": [6], "item_id": ["new"], "title": ["Alien Horror"], "genres": [""]})
+    new = pl.DataFrame(
+        {"item": [6], "item_id": ["new"], "title": ["Alien Horror"], "genres": [""]}
+    )
     vectors = item_vectors(pl.concat([CATALOGUE, new]), CATALOGUE)
     near = (vectors[6] @ vectors.T).toarray()[0]
     assert near[0] > 0.3 > near[2]

@@ -48,7 +48,13 @@ def table(rows: list[tuple[float, int, int, int]]) -> pl.DataFrame:
 
 def answer(rows: pl.DataFrame, retriever: Retriever) -> pl.DataFrame:
     """Retrieved features without a cut."""
-    return walk(WalkRows.from_log(rows), retriever, pl.DataFrame({"item": range(20)}), np.empty(0), [])
+    return walk(
+        WalkRows.from_log(rows),
+        retriever,
+        pl.DataFrame({"item": range(20)}),
+        np.empty(0),
+        [],
+    )
 
 
 GOLDEN = [
@@ -69,7 +75,12 @@ def test_golden() -> None:
     fitted = fit_snapshots(rows, retriever, 4, items, cuts).fitted
     found = walk(WalkRows.from_log(rows), retriever, items, cuts, fitted).to_dicts()
     # block 0 has no snapshot: item 0 was liked by 1 of 2, user 0 is new
-    neighbours: dict[str, Any] = {"neighbours": [], "similarities": [], "answers": [], "vote": None}
+    neighbours: dict[str, Any] = {
+        "neighbours": [],
+        "similarities": [],
+        "answers": [],
+        "vote": None,
+    }
     rates = {"item_rate": 0.5, "item_count": 2, "user_rate": None, "user_count": 0}
     assert found[4] == {"row_id": 4, "neighbour_count": 0} | neighbours | rates
     # Before the cut item 0 has 2 likes, item 1 has 1: w0 = (1/sqrt 2, 0), w1 = (0, 1). v0 = w0, v1 = w0 + w1,
@@ -78,15 +89,28 @@ def test_golden() -> None:
     assert (row["neighbours"], row["answers"]) == ([2, 3], [1, 0])
     assert row["similarities"] == pytest.approx([third, -third], abs=1e-6)
     assert (row["vote"], row["neighbour_count"]) == (0.5, 2)
-    assert (row["item_rate"], row["item_count"], row["user_rate"], row["user_count"]) == (0.5, 2, 1.0, 1)
+    assert (row["item_rate"], row["item_count"], row["user_rate"], row["user_count"]) == (
+        0.5,
+        2,
+        1.0,
+        1,
+    )
     # a tie is invisible: row 6 does not count row 5, and its user has no earlier row, so no neighbours
-    assert (found[6]["item_count"], found[6]["user_count"], found[6]["neighbours"]) == (2, 0, [])
+    assert (found[6]["item_count"], found[6]["user_count"], found[6]["neighbours"]) == (
+        2,
+        0,
+        [],
+    )
     # vectors move inside a block: v3 = -.5 w1 from row 6, v0 = w0 + w1 = v1 from row 5, so
     # cos(v3, v1) = -sqrt(2/3) = -cos(v3, v2); of equal similarities the later row comes first
     row = found[7]
     assert (row["neighbours"], row["answers"]) == ([1, 4, 0], [0, 1, 1])
-    assert row["similarities"] == pytest.approx([two_thirds, -two_thirds, -two_thirds], abs=1e-6)
-    assert (row["vote"], row["item_rate"], row["user_rate"]) == pytest.approx((2 / 3, 2 / 3, 0))
+    assert row["similarities"] == pytest.approx(
+        [two_thirds, -two_thirds, -two_thirds], abs=1e-6
+    )
+    assert (row["vote"], row["item_rate"], row["user_rate"]) == pytest.approx(
+        (2 / 3, 2 / 3, 0)
+    )
 
 
 def test_types_are_the_schema_also_without_rows() -> None:
@@ -116,7 +140,10 @@ def test_only_the_latest_rating_of_each_other_user_and_never_ones_own() -> None:
 def test_max_raters_keeps_the_latest() -> None:
     """Of 5 raters the latest 2 are considered, also when the user's own rating is among the latest."""
     rows = table([(t, t, 0, 1) for t in range(5)] + [(9, 4, 0, 1), (10, 7, 0, 1)])
-    assert answer(rows, AllRaters(max_raters=2))["neighbours"].to_list()[5:] == [[3, 2], [5, 3]]
+    assert answer(rows, AllRaters(max_raters=2))["neighbours"].to_list()[5:] == [
+        [3, 2],
+        [5, 3],
+    ]
 
 
 @pytest.mark.parametrize("max_raters", [1, 3, 2000])
@@ -125,15 +152,21 @@ def test_raters_equal_a_filter_over_the_log(max_raters: int) -> None:
     rows, shown = make_log(4), []
 
     class Kept(AllRaters):
-        def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
+        def select(
+            self, user: int, item: int, timestamp: float, raters: Raters
+        ) -> Neighbours:
             shown.append((raters.row.tolist(), raters.user.tolist()))
             return super().select(user, item, timestamp, raters)
 
     answer(rows, Kept(max_raters=max_raters))
     for row, (found, users) in zip(rows.to_dicts(), shown, strict=True):
-        past = rows.filter(pl.col("timestamp") < row["timestamp"], pl.col("item") == row["item"])
+        past = rows.filter(
+            pl.col("timestamp") < row["timestamp"], pl.col("item") == row["item"]
+        )
         latest = dict(past.select("user", "row_id").iter_rows())
-        others = sorted((r, user) for user, r in latest.items() if user != row["user"])[-max_raters:]
+        others = sorted((r, user) for user, r in latest.items() if user != row["user"])[
+            -max_raters:
+        ]
         assert list(zip(found, users, strict=True)) == others
 
 
@@ -141,7 +174,9 @@ def test_raters_equal_a_filter_over_the_log(max_raters: int) -> None:
 def test_rates_and_own_rows_equal_a_filter_over_the_log(seed: int) -> None:
     rows = make_log(seed)
     found = answer(rows, NoRetriever())
-    columns = {name: rows[name].to_numpy() for name in ("item", "user", "timestamp", "label")}
+    columns = {
+        name: rows[name].to_numpy() for name in ("item", "user", "timestamp", "label")
+    }
     own = {  # by row, its user's earlier ones
         int(query): past[:count].tolist()
         for queries, past, earlier in queries_by_user(WalkRows.from_log(rows), "")
@@ -152,22 +187,33 @@ def test_rates_and_own_rows_equal_a_filter_over_the_log(seed: int) -> None:
         for key in ("item", "user"):
             labels = columns["label"][past & (columns[key] == columns[key][k])]
             assert got[f"{key}_count"] == len(labels)
-            assert got[f"{key}_rate"] == (pytest.approx(labels.mean()) if len(labels) else None)
-        assert own[k] == np.flatnonzero(past & (columns["user"] == columns["user"][k])).tolist()
+            assert got[f"{key}_rate"] == (
+                pytest.approx(labels.mean()) if len(labels) else None
+            )
+        assert (
+            own[k]
+            == np.flatnonzero(past & (columns["user"] == columns["user"][k])).tolist()
+        )
 
 
 def test_rows_that_are_no_query_are_not_answered_but_count() -> None:
     rows = make_log(0)
     log = WalkRows.from_log(rows)
     query = np.random.default_rng(0).random(rows.height) < 0.1
-    some = walk(WalkRows(**{**vars(log), "query": query}), AllRaters(), rows, np.empty(0), [])
+    some = walk(
+        WalkRows(**{**vars(log), "query": query}), AllRaters(), rows, np.empty(0), []
+    )
     assert some.equals(answer(rows, AllRaters()).filter(pl.Series(query)))
 
 
 def test_blocks_of_answers_are_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = make_log(0)
     whole = answer(rows, AllRaters())
-    for size in (1, 7, rows.height):  # a last block of one row, of some, and none after the first
+    for size in (
+        1,
+        7,
+        rows.height,
+    ):  # a last block of one row, of some, and none after the first
         monkeypatch.setattr("project.retrieval.walk.BLOCK", size)
         assert answer(rows, AllRaters()).equals(whole)
 
@@ -183,13 +229,19 @@ def test_top_is_largest_first_later_first() -> None:
         # positions 8 / 3 and 16 / 3, rounded down 2 and 5, hold 1 and 2
         ([0, 0, 1, 1, 1, 2, 5, 6], 3, [1, 2]),
         (range(100_000), 10, list(range(10_000, 100_000, 10_000))),
-        ([0, 0, 0, 1, 1, 1, 1, 2], 4, [1]),  # two cuts in one second are one, and the first second is none
+        (
+            [0, 0, 0, 1, 1, 1, 1, 2],
+            4,
+            [1],
+        ),  # two cuts in one second are one, and the first second is none
         ([4], 2, []),
         ([], 2, []),
         ([0, 1, 2], 10, [1, 2]),
     ],
 )
-def test_a_cut_is_the_timestamp_at_its_share(seconds: Any, blocks: int, cuts: list[int]) -> None:
+def test_a_cut_is_the_timestamp_at_its_share(
+    seconds: Any, blocks: int, cuts: list[int]
+) -> None:
     assert block_cuts(np.array(seconds, np.float64), blocks).tolist() == cuts
 
 
@@ -244,7 +296,10 @@ def test_who_comes_second_waits(tmp_path: Path) -> None:
         go_on.wait()
         write(folder)
 
-    first, second = (Thread(target=cached_folder, args=(tmp_path, {"a": 1}, f)) for f in (slow, pytest.fail))
+    first, second = (
+        Thread(target=cached_folder, args=(tmp_path, {"a": 1}, f))
+        for f in (slow, pytest.fail)
+    )
     first.start()
     begun.wait()
     second.start()
@@ -256,7 +311,9 @@ def test_who_comes_second_waits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["polars", "numpy"])
-def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(tmp_path: Path, kind: str) -> None:
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(
+    tmp_path: Path, kind: str
+) -> None:
     """Files of more than 4,096 bytes cannot be written."""
     old = cached_folder(tmp_path, {"a": 1}, write)
     numbers = np.random.default_rng(0).random(10_000)
@@ -271,7 +328,8 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(tmp_path: Path, kin
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(
-            DataError, match=f"{tmp_path} cannot be written to: File too large.*PROJECT_CACHE"
+            DataError,
+            match=f"{tmp_path} cannot be written to: File too large.*PROJECT_CACHE",
         ):
             cached_folder(tmp_path, {"a": 2}, large)
     finally:
@@ -297,4 +355,6 @@ def test_orphans_of_killed_runs_are_removed_after_a_day(tmp_path: Path) -> None:
     for folder in (old, made):
         os.utime(folder, (time.time() - 25 * 3600,) * 2)
     assert cached_folder(tmp_path, {"a": 1}, pytest.fail) == made
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([made.name, young.name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [made.name, young.name]
+    )

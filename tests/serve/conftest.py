@@ -24,17 +24,29 @@ Make = Callable[..., TestClient]
 
 @pytest.fixture(scope="session")
 def served_run(
-    tiny_model: Path, tiny_logs: Path, session_cache: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Path,
+    tiny_logs: Path,
+    session_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Run folder of a tiny fit; candidates leave at every exit."""
     folder = tmp_path_factory.mktemp("served")
-    config = tiny_settings(tiny_logs, sharpened(tiny_model, folder / "model"), folder, name="")
+    config = tiny_settings(
+        tiny_logs, sharpened(tiny_model, folder / "model"), folder, name=""
+    )
     retriever = {
         "class_path": "project.retrieval.LightGCN",
         "init_args": {"dim": 4, "epochs": 1, "item_neighbours": 3},
     }
-    segment = "{item_text}{title} {item_percent}{item_number+vote_number+mf_number+text_number}:"
-    config["data"] |= {"context_tokens": 256, "batch_tokens": 1024, "mf": {"dim": 2}, "retriever": retriever}
+    segment = (
+        "{item_text}{title} {item_percent}{item_number+vote_number+mf_number+text_number}:"
+    )
+    config["data"] |= {
+        "context_tokens": 256,
+        "batch_tokens": 1024,
+        "mf": {"dim": 2},
+        "retriever": retriever,
+    }
     config["data"]["prompt"] = {"segment": segment}
     config["model"]["exit_layers"] = [1, 2, 3]
     config["exits"] = {"criterion": "project.exits.criteria.Ratio"}
@@ -47,7 +59,9 @@ def served_run(
 
 
 @pytest.fixture
-def ranker(served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Ranker:
+def ranker(
+    served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Ranker:
     """The run, loaded anew."""
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     return Ranker.load(served_run, audit_share=0.0)
@@ -58,7 +72,9 @@ def client(tmp_path: Path) -> Make:
     """Makes a client of all routes with the fake ranker in this process, where no queue and no batches are needed."""
 
     def make(rule: str | None = "rating > 3", **settings: Any) -> TestClient:
-        given = ServeSettings(tmp_path / "run", f"sqlite:///{tmp_path}/events.db", **settings)
+        given = ServeSettings(
+            tmp_path / "run", f"sqlite:///{tmp_path}/events.db", **settings
+        )
         served = Served(given, FakeRanker.load)
 
         async def ask(payload: Any) -> Any:

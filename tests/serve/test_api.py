@@ -14,7 +14,15 @@ from project.errors import DataError
 from project.request import Item, RankRequest
 
 ROOT = Path(__file__).parents[2]
-COLUMNS = ["request_id", "candidate_index", "item_id", "exit_layer", "adaptive_logit", "probability", "error"]
+COLUMNS = [
+    "request_id",
+    "candidate_index",
+    "item_id",
+    "exit_layer",
+    "adaptive_logit",
+    "probability",
+    "error",
+]
 pytestmark = pytest.mark.slow
 
 
@@ -57,7 +65,11 @@ def test_the_document(
         exec(block, found)
     for scores in (found["scores"], found["run"].score(found["requests"])):
         assert scores.columns == COLUMNS
-        assert scores.select("request_id", "item_id").rows() == [("0", "i1"), ("0", "i3"), ("1", "i1")]
+        assert scores.select("request_id", "item_id").rows() == [
+            ("0", "i1"),
+            ("0", "i3"),
+            ("1", "i1"),
+        ]
         assert scores["probability"].is_between(0, 1).all()
     whole = found["run"].score_after_log(
         RankRequest(None, found["request"].history, found["request"].candidates)
@@ -73,9 +85,13 @@ def test_a_backtest_reads_strictly_earlier_rows(opened: Run, tiny_logs: Path) ->
     log = pl.read_csv(tiny_logs / "interactions.csv").filter(user_id="u1").sort("timestamp")
     last = float(log["timestamp"][-1])
     before, after = (
-        opened.score(RankRequest("u1", None, [log["item_id"][-1]], time=time))["adaptive_logit"][0]
+        opened.score(RankRequest("u1", None, [log["item_id"][-1]], time=time))[
+            "adaptive_logit"
+        ][0]
         for time in (last, last + 1)
     )
     assert before != after
     with pytest.raises(DataError, match=r"request 'r': .*'yaer'"):
-        opened.score_after_log(RankRequest("u1", None, [Item("n", "x", (("yaer", "1"),))], request_id="r"))
+        opened.score_after_log(
+            RankRequest("u1", None, [Item("n", "x", (("yaer", "1"),))], request_id="r")
+        )

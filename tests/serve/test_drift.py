@@ -30,10 +30,15 @@ Losses = F64
 
 def alarms(null: float, losses: Losses, delta: float = DELTA) -> I64:
     """The audit at which each stream (audits, streams) raises the alarm; one more than there are where none does."""
-    capital, first = Capital(np.full(losses.shape[1], null)), np.full(losses.shape[1], len(losses) + 1)
+    capital, first = (
+        Capital(np.full(losses.shape[1], null)),
+        np.full(losses.shape[1], len(losses) + 1),
+    )
     for audit, loss in enumerate(losses, start=1):
         capital.stake(loss)
-        first[capital.highest >= -np.log(delta)] = np.minimum(first, audit)[capital.highest >= -np.log(delta)]
+        first[capital.highest >= -np.log(delta)] = np.minimum(first, audit)[
+            capital.highest >= -np.log(delta)
+        ]
     return first
 
 
@@ -46,7 +51,9 @@ CLEAN: dict[str, Callable[[np.random.Generator, float], Losses]] = {
 
 @pytest.mark.parametrize("draw", CLEAN.values(), ids=CLEAN)
 @pytest.mark.parametrize("null", [0.017, 0.1])
-def test_clean_streams_raise_few_false_alarms(null: float, draw: Callable[..., Losses]) -> None:
+def test_clean_streams_raise_few_false_alarms(
+    null: float, draw: Callable[..., Losses]
+) -> None:
     """200 streams of 2,000 audits whose expected loss is the null itself, the worst there is: at most delta of them.
 
     Slack: more than the 99.9 % point of 200 draws at chance delta would be needed to fail.
@@ -74,7 +81,9 @@ def first_alarms(shuffled: bool, streams: int, users: int) -> I64:
     """
     rng, found = np.random.default_rng(4), []
     for _ in range(streams):
-        chance = np.clip(rng.beta(2, 2, (users, EVENTS)) + rng.normal(0, 0.1, (users, 1)), 0, 1)
+        chance = np.clip(
+            rng.beta(2, 2, (users, EVENTS)) + rng.normal(0, 0.1, (users, 1)), 0, 1
+        )
         label = rng.random((users, EVENTS)) < chance
         told = rng.permuted(chance.ravel()).reshape(chance.shape) if shuffled else chance
         monitor = AnswerMonitor(base_rate=0.5, reference=-0.05)
@@ -86,7 +95,9 @@ def first_alarms(shuffled: bool, streams: int, users: int) -> I64:
     return np.array(found)
 
 
-def test_answers_raise_no_alarm_while_features_tell_them_and_one_when_they_are_shuffled() -> None:
+def test_answers_raise_no_alarm_while_features_tell_them_and_one_when_they_are_shuffled() -> (
+    None
+):
     """None of 200 streams of 80 users; each of 30 within 60 users, of ten events each."""
     assert first_alarms(False, 200, 80).min() == 81
     assert first_alarms(True, 30, 80).max() <= 60
@@ -100,14 +111,18 @@ def test_a_user_bets_once_with_the_first_events() -> None:
         assert monitor.users == (k >= EVENTS - 1)
     assert not monitor.alarm
     assert monitor.null == pytest.approx(-0.025)
-    assert AnswerMonitor(0.5, reference=0.004).null == pytest.approx(0.014)  # a hundredth at least
+    assert AnswerMonitor(0.5, reference=0.004).null == pytest.approx(
+        0.014
+    )  # a hundredth at least
 
 
 @pytest.fixture(scope="module")
 def world() -> World:
     """Requests of 3 to 12 candidates."""
     rng, module = np.random.default_rng(0), make_module()
-    requests = [random_request(rng, f"r{i}", i, n) for i, n in enumerate([3, 12, 8, 6, 9, 5])]
+    requests = [
+        random_request(rng, f"r{i}", i, n) for i, n in enumerate([3, 12, 8, 6, 9, 5])
+    ]
     with torch.no_grad():
         return World(module, requests, [raw_outputs(module, r) for r in requests])
 
@@ -122,11 +137,15 @@ def agreeing(world: World) -> tuple[ExitPlan, list[PreparedRequest]]:
     for request, outputs in zip(world.requests, world.outputs, strict=True):
         same = (0.8 * outputs.logits[:, -1].numpy() - 0.4) / 0.96
         requests.append(replace(request, exit_0=same + 0.1 * rng.normal(size=len(same))))
-    thresholds = torch.tensor([0.3, *[torch.inf] * (len(EXITS) - 1), -torch.inf], dtype=torch.float64)
+    thresholds = torch.tensor(
+        [0.3, *[torch.inf] * (len(EXITS) - 1), -torch.inf], dtype=torch.float64
+    )
     return replace(plan, policy=Policy(Ratio(), thresholds, plan.layers)), requests
 
 
-def test_shuffled_features_raise_the_alarm(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_shuffled_features_raise_the_alarm(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     """60 clean audits raise none; then candidates get the features of each other, and 30 audits are enough.
 
     The alarm is one line in the log, and the answers stay the plan's.
@@ -135,7 +154,10 @@ def test_shuffled_features_raise_the_alarm(world: World, caplog: pytest.LogCaptu
     clean = Monitor(world.module, plan, reference=0.5)
     for request in requests:
         clean.audit(request)
-    monitor, rng = Monitor(world.module, plan, reference=clean.mean), np.random.default_rng(3)
+    monitor, rng = (
+        Monitor(world.module, plan, reference=clean.mean),
+        np.random.default_rng(3),
+    )
     assert 0 < clean.mean < 0.03
     for k in range(60):
         monitor.audit(requests[k % len(requests)])
@@ -145,7 +167,9 @@ def test_shuffled_features_raise_the_alarm(world: World, caplog: pytest.LogCaptu
         for k in range(30):
             request = requests[k % len(requests)]
             mixed = rng.permutation(len(request))
-            shuffled = replace(request, exit_0=request.exit_0[mixed], retrieved=request.retrieved[mixed])
+            shuffled = replace(
+                request, exit_0=request.exit_0[mixed], retrieved=request.retrieved[mixed]
+            )
             found, _ = monitor.audit(shuffled)
             assert set(found.exit_layers) <= {0, EXITS[-1]}
     assert monitor.alarm
@@ -156,16 +180,26 @@ def test_shuffled_features_raise_the_alarm(world: World, caplog: pytest.LogCaptu
 def test_an_audit_answers_what_the_plan_answers(world: World) -> None:
     """Exits and, to 1e-5, logits are those of the engine with the plan; the loss is the mean distance to full depth."""
     plan = world.plan(Ratio(), 0.4)
-    monitor, engine = Monitor(world.module, plan, reference=0.1), Engine(world.module, RowExits(plan))
+    monitor, engine = (
+        Monitor(world.module, plan, reference=0.1),
+        Engine(world.module, RowExits(plan)),
+    )
     losses = []
     for i, request in enumerate(world.requests):
-        (found, full), expected = monitor.audit(request), engine.score([request]).requests[0]
+        (found, full), expected = (
+            monitor.audit(request),
+            engine.score([request]).requests[0],
+        )
         np.testing.assert_array_equal(found.exit_layers, expected.exit_layers)
         np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
-        assert found.token_layers == EXITS[-1] * (len(request.stream) + len(request.candidates.values))
+        assert found.token_layers == EXITS[-1] * (
+            len(request.stream) + len(request.candidates.values)
+        )
         assert full is not None
         losses.append(np.abs(found.probabilities - full).mean())
-        assert losses[-1] == pytest.approx(answered(plan, world.calibrated(plan, i))[2].mean(), abs=1e-5)
+        assert losses[-1] == pytest.approx(
+            answered(plan, world.calibrated(plan, i))[2].mean(), abs=1e-5
+        )
     assert monitor.audits == len(losses)
     assert monitor.mean == pytest.approx(np.mean(losses), abs=1e-5)
 
@@ -183,7 +217,9 @@ def test_the_lot(world: World) -> None:
     """One in a hundred of 20,000 (within 4 standard deviations); the same again with the same seed and requests."""
     drawn = [
         [monitor.draws(user, None, ["a", "b"]) for user in range(20_000)]
-        for monitor in (Monitor(world.module, world.plan(Ratio(), 0.4), 0.1, seed=s) for s in (0, 0, 1))
+        for monitor in (
+            Monitor(world.module, world.plan(Ratio(), 0.4), 0.1, seed=s) for s in (0, 0, 1)
+        )
     ]
     assert abs(sum(drawn[0]) - 200) < 4 * np.sqrt(198)
     assert drawn[0] == drawn[1] != drawn[2]
@@ -191,7 +227,10 @@ def test_the_lot(world: World) -> None:
 
 @pytest.mark.slow
 def test_a_ranker_falls_back_to_full_depth(
-    served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    served_run: Path,
+    session_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Audits answer as the plan does, and know full depth; after the alarm it answers, once and for all."""
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
@@ -226,7 +265,13 @@ def test_a_ranker_learns_from_events_that_features_are_wrong(
     answers = ranker.answers = AnswerMonitor(base_rate=0.5, reference=-0.24)
     ranker.rank_after_log([request])
     for k in range(40 * EVENTS):
-        event = Event(str(k), f"new {k % 40}", f"i{rng.integers(20)}", int(rng.integers(2)), 5000.0 + k)
+        event = Event(
+            str(k),
+            f"new {k % 40}",
+            f"i{rng.integers(20)}",
+            int(rng.integers(2)),
+            5000.0 + k,
+        )
         ranker.observe([event], [])
     assert answers.alarm
     (found,) = ranker.rank_after_log([request])
@@ -240,7 +285,9 @@ def test_without_a_score_table_nothing_is_audited(
 ) -> None:
     """Nobody knows which loss is no drift."""
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
-    run = shutil.copytree(served_run, tmp_path / "run", ignore=shutil.ignore_patterns("valid.parquet"))
+    run = shutil.copytree(
+        served_run, tmp_path / "run", ignore=shutil.ignore_patterns("valid.parquet")
+    )
     ranker = Ranker.load(run, audit_share=1.0)
     assert ranker.rank_after_log([RankRequest("u1", None, ["i1"])])[0].audit is None
     assert ranker.about["audits"]["reference"] is None

@@ -38,13 +38,18 @@ def test_a_row() -> None:
     assert (row["requests_per_s"], row["ranker_requests_per_s"]) == (1.5, 2.5)
     assert (row["p50_ms"], row["wrong_orders"]) == (10, 1)
     assert row["overhead"] == pytest.approx(0.4)
-    nothing = load_row(8, True, [clean | {"ms": [], "at": [], "ranker": 2.0, "errors": 3, "error": "503"}])
+    nothing = load_row(
+        8, True, [clean | {"ms": [], "at": [], "ranker": 2.0, "errors": 3, "error": "503"}]
+    )
     assert (nothing["p50_ms"], nothing["errors"], nothing["error"]) == (None, 3, "503")
 
 
 @pytest.mark.slow
 def test_a_tiny_run_under_load(
-    served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    served_run: Path,
+    session_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two servers, one and four users: no error, no wrong order, probabilities to 1e-4."""
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))

@@ -17,7 +17,10 @@ from fake_ranker import serving, until
 from websockets.sync.client import connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
+]
 Browse = Callable[..., Any]
 
 
@@ -35,12 +38,18 @@ def browser(url: str, folder: Path) -> Iterator[Browse]:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr
-            found = next(m for line in process.stderr if (m := re.search(r"ws://([^/]+)/", line)))
+            found = next(
+                m for line in process.stderr if (m := re.search(r"ws://([^/]+)/", line))
+            )
             pages = httpx.get(f"http://{found[1]}/json").json()
-            with connect(next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page")) as socket:
+            with connect(
+                next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page")
+            ) as socket:
 
                 def call(method: str, **parameters: Any) -> Any:
-                    socket.send(json.dumps({"id": 1, "method": method, "params": parameters}))
+                    socket.send(
+                        json.dumps({"id": 1, "method": method, "params": parameters})
+                    )
                     while "id" not in (answer := json.loads(socket.recv(timeout=30))):
                         pass
                     return answer["result"]
@@ -69,17 +78,30 @@ def test_keyboard_and_a_narrow_window(tmp_path: Path) -> None:
                 )
 
         KEYS = {"Tab": 9, "Enter": 13}
-        call("Emulation.setDeviceMetricsOverride", width=400, height=900, deviceScaleFactor=1, mobile=True)
-        until(lambda: "Run run" in (value("about.textContent") or ""))  # none while the page loads
+        call(
+            "Emulation.setDeviceMetricsOverride",
+            width=400,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=True,
+        )
+        until(
+            lambda: "Run run" in (value("about.textContent") or "")
+        )  # none while the page loads
         focused = []
         for _ in range(3):
             press("Tab")
-            focused.append(value("document.activeElement.id || document.activeElement.tagName"))
+            focused.append(
+                value("document.activeElement.id || document.activeElement.tagName")
+            )
         assert focused == ["user", "candidates", "BUTTON"]
         press("Enter", "\r")
         until(lambda: value("!answer.hidden"))
         # Alien is i1 and leaves at 4, Brazil i2 at 2
-        assert value("cost.textContent") == "6 token-layers; full depth would have cost 8 (25 % saved)"
+        assert (
+            value("cost.textContent")
+            == "6 token-layers; full depth would have cost 8 (25 % saved)"
+        )
         assert (
             value("[...items.rows].map(row => row.innerText).join()")
             == "Brazil (i2)\t0.200\t2,Alien (i1)\t0.100\t4"
@@ -95,13 +117,25 @@ def test_titles_and_whole_words(tmp_path: Path) -> None:
     """
     query = "?user=u2&candidate=i1&candidate=" + "x" * 300
     with serving(tmp_path) as (_, address), browser(address, tmp_path / "profile") as call:
-        sent = {"event_id": "e", "user_id": "u2", "item_id": "y" * 250, "label": 1, "timestamp": 1.7e9}
+        sent = {
+            "event_id": "e",
+            "user_id": "u2",
+            "item_id": "y" * 250,
+            "label": 1,
+            "timestamp": 1.7e9,
+        }
         assert httpx.post(f"{address}/v1/events", json=[sent]).status_code == 200
 
         def value(script: str) -> Any:
             return call("Runtime.evaluate", expression=script)["result"].get("value")
 
-        call("Emulation.setDeviceMetricsOverride", width=900, height=900, deviceScaleFactor=1, mobile=False)
+        call(
+            "Emulation.setDeviceMetricsOverride",
+            width=900,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         call("Page.navigate", url=address + query)
         until(lambda: value("typeof answer === 'object' && !answer.hidden"), seconds=20)
         assert "Alien (i1)" in value("items.innerText")
@@ -113,5 +147,7 @@ def test_titles_and_whole_words(tmp_path: Path) -> None:
         assert value(f"{short}.filter(cell => cell.getClientRects().length).length") == 9
         # the text of a cell takes one line
         lines = "(r => (r.selectNodeContents(cell), new Set([...r.getClientRects()].map(b => b.top)).size))"
-        assert value(f"Math.max(...{short}.map(cell => {lines}(document.createRange())))") == 1
+        assert (
+            value(f"Math.max(...{short}.map(cell => {lines}(document.createRange())))") == 1
+        )
         assert value("document.documentElement.scrollWidth") <= 900

@@ -24,14 +24,19 @@ from project.serve.store import Event, EventStore
 
 FRESH = {"item_id": "new", "title": "a dog at sea", "year": "2020"}
 ITEMS = [f"i{k}" for k in range(20)]
-PAST = [{"item_id": f"i{k % 20}", "label": k % 2, "time": 1000.0 + k // 2} for k in range(60)]
+PAST = [
+    {"item_id": f"i{k % 20}", "label": k % 2, "time": 1000.0 + k // 2} for k in range(60)
+]
 REQUESTS = [
     {"user_id": "u1", "candidates": ["i3", FRESH, "i0", "i3"]},
     {"user_id": "u2", "candidates": [*ITEMS, FRESH | {"item_id": "newer"}]},
     {"user_id": "nobody", "candidates": ["i1"]},
     {"history": [], "candidates": ["i1", "i2"]},
     {"history": PAST, "candidates": ITEMS[:7]},
-    {"history": [FRESH | {"label": 1, "time": 1000.0}, *PAST[:3]], "candidates": ["new", "i7"]},
+    {
+        "history": [FRESH | {"label": 1, "time": 1000.0}, *PAST[:3]],
+        "candidates": ["new", "i7"],
+    },
     {
         "history": [{"item_id": f"i{k}", "label": k % 2} for k in (7, 1, 4)],
         "candidates": [{"title": "x y"}, "i9"],
@@ -47,7 +52,9 @@ def asked(record: dict[str, Any], **about: Any) -> RankRequest:
 def close(found: Scored, expected: Scored) -> None:
     assert found.error is None
     np.testing.assert_array_equal(found.exit_layers, expected.exit_layers)
-    np.testing.assert_allclose(found.probabilities, expected.probabilities, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        found.probabilities, expected.probabilities, rtol=0, atol=1e-4
+    )
 
 
 def test_scores_are_those_of_predict(
@@ -58,7 +65,9 @@ def test_scores_are_those_of_predict(
     From Python and by the ranker, alone and together, cold, cached and evicted: to 1e-6.
     """
     path = tmp_path / "requests.jsonl"
-    path.write_text("\n".join(json.dumps(r | {"request_id": str(k)}) for k, r in enumerate(REQUESTS)))
+    path.write_text(
+        "\n".join(json.dumps(r | {"request_id": str(k)}) for k, r in enumerate(REQUESTS))
+    )
     run("predict", *given(served_run), "--data.requests", path, "--engine", "early_exit")
     scores = pl.read_parquet(served_run / "scores" / "predict-early_exit.parquet")
     assert scores["error"].null_count() == len(scores)
@@ -118,7 +127,9 @@ def test_a_restart_is_as_if_it_had_gone_on(
     restarted.follow(store)
     for request, expected in zip(AFTER, went_on, strict=True):
         close(restarted.rank_after_log([request])[0], expected)
-        np.testing.assert_equal(restarted.rank_after_log([request])[0].features, expected.features)
+        np.testing.assert_equal(
+            restarted.rank_after_log([request])[0].features, expected.features
+        )
     assert restarted.history_of("u1") == ranker.history_of("u1")
     assert [(row["item_id"], row["time"]) for row in ranker.history_of("u1")][-3:] == [
         *(("i7", 2000.0), ("fresh", 2002.0), ("i4", 1500.0)),
@@ -139,12 +150,26 @@ def test_events_stand_in_prompts_as_the_walk_sees_them(ranker: Ranker) -> None:
     rows = [HistoryRow(*row) for row in past]
     (brought,) = ranker.rank_after_log([RankRequest(None, rows, ["i9"])])
     ranker.observe(
-        [Event(str(k), "new", item, label, time) for k, (item, label, time) in enumerate(past)], []
+        [
+            Event(str(k), "new", item, label, time)
+            for k, (item, label, time) in enumerate(past)
+        ],
+        [],
     )
     (kept,) = ranker.rank_after_log([RankRequest("new", None, ["i9"])])
-    own = ("user_rate", "user_count", "mf", "text", "text_weight", "item_similarity", "item_count")
+    own = (
+        "user_rate",
+        "user_count",
+        "mf",
+        "text",
+        "text_weight",
+        "item_similarity",
+        "item_count",
+    )
     for name in own:
-        assert kept.features[name] == pytest.approx(brought.features[name], abs=1e-6, nan_ok=True)
+        assert kept.features[name] == pytest.approx(
+            brought.features[name], abs=1e-6, nan_ok=True
+        )
     np.testing.assert_allclose(kept.probabilities, brought.probabilities, atol=1e-4)
 
 
@@ -159,8 +184,13 @@ def test_company_and_errors(ranker: Ranker) -> None:
         RankRequest("u1", None, [Item("new", "long " * 400)]),
         RankRequest(None, [HistoryRow(Item("new", "long " * 400), 1)], ["i1"]),
     ]
-    found = ranker.rank_after_log([*wrong, *(RankRequest("u1", None, [item]) for item in same)])
-    assert all(answer.error and np.isnan(answer.probabilities).all() for answer in found[: len(wrong)])
+    found = ranker.rank_after_log(
+        [*wrong, *(RankRequest("u1", None, [item]) for item in same)]
+    )
+    assert all(
+        answer.error and np.isnan(answer.probabilities).all()
+        for answer in found[: len(wrong)]
+    )
     for answer, expected in zip(found[len(wrong) :], alone, strict=True):
         close(answer, expected)
     assert abs(alone[0].probabilities[0] - alone[1].probabilities[0]) > 1e-4
@@ -185,20 +215,30 @@ def test_full_depth_audits_and_deadlines(ranker: Ranker, served_run: Path) -> No
         close(other, (full if ranker.full_depth else planned)[1])
 
 
-def test_an_exported_folder_scores_as_its_run(ranker: Ranker, served_run: Path, tmp_path: Path) -> None:
+def test_an_exported_folder_scores_as_its_run(
+    ranker: Ranker, served_run: Path, tmp_path: Path
+) -> None:
     """Its config.yaml has names for the places of logs and model; without a score table nothing is audited."""
     folder = export(served_run, tmp_path / "exported")
     ServeSettings(folder).check()
-    there, own = (yaml.safe_load((of / "config.yaml").read_text()) for of in (served_run, folder))
+    there, own = (
+        yaml.safe_load((of / "config.yaml").read_text()) for of in (served_run, folder)
+    )
     assert own["data"]["logs"]["init_args"]["items"] == "items.csv"
-    own["data"]["logs"], own["model"]["backbone"] = there["data"]["logs"], there["model"]["backbone"]
+    own["data"]["logs"], own["model"]["backbone"] = (
+        there["data"]["logs"],
+        there["model"]["backbone"],
+    )
     (folder / "config.yaml").write_text(yaml.safe_dump(own))
     exported, requests = Ranker.load(folder), [asked(record) for record in REQUESTS]
     for found, expected in zip(
         exported.rank_after_log(requests), ranker.rank_after_log(requests), strict=True
     ):
         close(found, expected)
-    assert exported.about | {"run": "", "audits": {}} == ranker.about | {"run": "", "audits": {}}
+    assert exported.about | {"run": "", "audits": {}} == ranker.about | {
+        "run": "",
+        "audits": {},
+    }
     assert exported.about["audits"]["share"] == 0
 
 
@@ -219,7 +259,9 @@ def test_a_history_without_times_counts_in_its_order(ranker: Ranker) -> None:
         return float(found.probabilities[0])
 
     plain = score([HistoryRow(item, label) for item, label in order])
-    timed = score([HistoryRow(item, label, 1000.0 + k) for k, (item, label) in enumerate(order)])
+    timed = score(
+        [HistoryRow(item, label, 1000.0 + k) for k, (item, label) in enumerate(order)]
+    )
     other = score([HistoryRow(item, label) for item, label in order[::-1]])
     assert plain == pytest.approx(timed, abs=1e-6)
     text = RankRequest("nobody", [HistoryRow(item, label) for item, label in order], ["i9"])

@@ -29,7 +29,12 @@ def test_a_refit_has_the_events(
     """Log and events are the new log; what came later is observed by a server of the new run."""
     address = f"sqlite:///{tmp_path}/events.db"
     store = EventStore(address)
-    store.put_items([{"item_id": "new", "title": "a city"}, {"item_id": "new", "title": "a city at night"}])
+    store.put_items(
+        [
+            {"item_id": "new", "title": "a city"},
+            {"item_id": "new", "title": "a city at night"},
+        ]
+    )
     store.add(EVENTS)
     run("refit", "--run", served_run, "--db", address)
     folder = (served_run.parent / "latest").resolve()
@@ -53,8 +58,16 @@ def test_a_refit_has_the_events(
     store.add([Event("e", "u1", "new", 1, 2003.0)])
     ranker.follow(store)
     assert [row["item_id"] for row in ranker.history_of("u1")[-2:]] == ["i7", "new"]
-    assert ranker.rank_after_log([RankRequest("u1", None, ["new"])])[0].features["item_count"][0] == 2
+    assert (
+        ranker.rank_after_log([RankRequest("u1", None, ["new"])])[0].features["item_count"][
+            0
+        ]
+        == 2
+    )
     # again from the new run: only what its log has not
     config, last = grown_log(folder, store)
     assert last == ranker.seq
-    assert pl.read_parquet(config.parent / "interactions.parquet").height == new.rows.height + 1
+    assert (
+        pl.read_parquet(config.parent / "interactions.parquet").height
+        == new.rows.height + 1
+    )

@@ -16,7 +16,12 @@ JSON = {"content-type": "application/json"}
 LONG = "x" * 2001
 EVENT = {"event_id": "e", "user_id": "u", "item_id": "i9", "label": 1, "timestamp": 1.0}
 ITEM = {"item_id": "i9", "title": "Nine"}
-GORSE = {"FeedbackType": "star", "UserId": "u", "ItemId": "i9", "Timestamp": "2020-01-01T00:00:00Z"}
+GORSE = {
+    "FeedbackType": "star",
+    "UserId": "u",
+    "ItemId": "i9",
+    "Timestamp": "2020-01-01T00:00:00Z",
+}
 
 
 def test_the_token_comes_before_the_body(client: Make) -> None:
@@ -31,7 +36,13 @@ def test_the_token_comes_before_the_body(client: Make) -> None:
     async def send(message: dict[str, Any]) -> None:
         answers.append(message)
 
-    scope = {"type": "http", "method": "PUT", "path": "/v1/items", "query_string": b"", "headers": []}
+    scope = {
+        "type": "http",
+        "method": "PUT",
+        "path": "/v1/items",
+        "query_string": b"",
+        "headers": [],
+    }
     asyncio.run(make.app(scope, receive, send))  # type: ignore[arg-type]
     assert answers[0]["status"] == 401
     assert (b"www-authenticate", b"Bearer") in answers[0]["headers"]
@@ -47,12 +58,27 @@ def test_the_token_comes_before_the_body(client: Make) -> None:
         ("PUT", "/v1/items", [ITEM | {f"c{k}": "x" for k in range(5000)}], "5,002 columns"),
         ("PUT", "/v1/items", [ITEM] * 1001, "1,001"),
         ("POST", "/v1/events", [EVENT | {"title": LONG}], "2,001 characters"),
-        ("POST", "/v1/events", [EVENT | {"title": "x"} | {f"c{k}": "x" for k in range(5000)}], "columns"),
+        (
+            "POST",
+            "/v1/events",
+            [EVENT | {"title": "x"} | {f"c{k}": "x" for k in range(5000)}],
+            "columns",
+        ),
         ("POST", "/v1/events", [EVENT] * 1001, "1,001"),
         ("POST", "/api/feedback", [GORSE] * 1001, "1,001"),
         ("POST", "/v1/rerank", {"query": LONG, "documents": ["x"]}, "2,001 characters"),
-        ("POST", "/v1/rerank", {"query": "u", "documents": [{"text": LONG}]}, "2,001 characters"),
-        ("POST", "/v1/rank", {"user_id": "u", "candidates": [ITEM | {LONG: "x"}]}, "2,001 characters"),
+        (
+            "POST",
+            "/v1/rerank",
+            {"query": "u", "documents": [{"text": LONG}]},
+            "2,001 characters",
+        ),
+        (
+            "POST",
+            "/v1/rank",
+            {"user_id": "u", "candidates": [ITEM | {LONG: "x"}]},
+            "2,001 characters",
+        ),
         ("POST", "/rerank", {"query": "u", "texts": ["x"] * 1001}, "1,001"),
     ],
 )
@@ -62,7 +88,9 @@ def test_what_comes_to_stay_is_bounded(
     """413 with the number, and nothing was kept."""
     make = client()
     answer = make.request(method, path, content=json.dumps(body), headers=JSON)
-    assert (answer.status_code, found in answer.json()["error"]) == (413, True), answer.text[:500]
+    assert (answer.status_code, found in answer.json()["error"]) == (413, True), (
+        answer.text[:500]
+    )
     assert make.get("/v1/users/u").json() == {"known": False, "history": []}
 
 
@@ -79,4 +107,7 @@ def test_an_event_id_with_other_content_is_a_conflict(client: Make) -> None:
     make, event = client(), EVENT | {"timestamp": time.time()}
     assert make.post("/v1/events", json=[event]).json() == {"new": 1, "conflict": []}
     assert make.post("/v1/events", json=[event]).json() == {"new": 0, "conflict": []}
-    assert make.post("/v1/events", json=[event | {"label": 0}]).json() == {"new": 0, "conflict": ["e"]}
+    assert make.post("/v1/events", json=[event | {"label": 0}]).json() == {
+        "new": 0,
+        "conflict": ["e"],
+    }

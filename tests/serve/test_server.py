@@ -25,16 +25,28 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
 
 
-def test_overload_batches_and_a_request_that_ends_the_inference_process(tmp_path: Path) -> None:
+def test_overload_batches_and_a_request_that_ends_the_inference_process(
+    tmp_path: Path,
+) -> None:
     """Four may wait or run: of sixteen at once some are told to come again, and the others are answered together.
 
     One whose request ends the inference process gets 503, and the next process answers.
     """
-    with serving(tmp_path, "--max_waiting_requests", 4) as (_, address), ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: httpx.post(f"{address}/v1/rank", json=SLOW, timeout=30), range(16)))
+    with (
+        serving(tmp_path, "--max_waiting_requests", 4) as (_, address),
+        ThreadPoolExecutor(16) as pool,
+    ):
+        answers = list(
+            pool.map(
+                lambda _: httpx.post(f"{address}/v1/rank", json=SLOW, timeout=30), range(16)
+            )
+        )
         assert set(Counter(a.status_code for a in answers)) == {200, 429}
         refused = next(a for a in answers if a.status_code == 429)
-        assert (refused.headers["retry-after"], refused.json()["error_type"]) == ("1", "overloaded")
+        assert (refused.headers["retry-after"], refused.json()["error_type"]) == (
+            "1",
+            "overloaded",
+        )
         together = httpx.get(f"{address}/metrics").text
         assert 'exitrec_batch_requests_bucket{le="+Inf"} 4.0' in together
         assert 'exitrec_batch_requests_bucket{le="1.0"} 4.0' not in together
@@ -86,7 +98,10 @@ def test_reload_drops_nothing(tmp_path: Path) -> None:
 def test_sigterm_finishes_what_is_in_flight(tmp_path: Path) -> None:
     with serving(tmp_path) as (process, address), ThreadPoolExecutor(3) as pool:
         children = psutil.Process(process.pid).children(recursive=True)
-        asking = [pool.submit(httpx.post, f"{address}/v1/rank", json=SLOW, timeout=30) for _ in range(3)]
+        asking = [
+            pool.submit(httpx.post, f"{address}/v1/rank", json=SLOW, timeout=30)
+            for _ in range(3)
+        ]
         until(lambda: "exitrec_queue 3.0" in httpx.get(f"{address}/metrics").text)
         process.terminate()
         assert [a.result().status_code for a in asking] == [200] * 3
@@ -94,10 +109,15 @@ def test_sigterm_finishes_what_is_in_flight(tmp_path: Path) -> None:
         until(lambda: gone(children))
 
 
-def test_sigterm_to_all_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_sigterm_to_all_processes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """As from a terminal or a container's runtime: what is in flight is answered, and nothing but JSON is logged."""
     with serving(tmp_path) as (process, address), ThreadPoolExecutor(3) as pool:
-        asking = [pool.submit(httpx.post, f"{address}/v1/rank", json=SLOW, timeout=30) for _ in range(3)]
+        asking = [
+            pool.submit(httpx.post, f"{address}/v1/rank", json=SLOW, timeout=30)
+            for _ in range(3)
+        ]
         until(lambda: "exitrec_queue 3.0" in httpx.get(f"{address}/metrics").text)
         os.killpg(process.pid, signal.SIGTERM)
         assert [a.result().status_code for a in asking] == [200] * 3

@@ -16,7 +16,10 @@ from project.serve.settings import ServeSettings
 from project.serve.shapes import AHEAD
 
 Make = Callable[..., TestClient]
-USAGE = {"token_layers": 6, "full_depth_token_layers": 8}  # i2 leaves at 2, i3 at 4; nobody would run 4 + 4
+USAGE = {
+    "token_layers": 6,
+    "full_depth_token_layers": 8,
+}  # i2 leaves at 2, i3 at 4; nobody would run 4 + 4
 
 
 def test_own(client: Make) -> None:
@@ -52,27 +55,47 @@ def test_own(client: Make) -> None:
 
 def test_own_with_a_history(client: Make) -> None:
     """A title names a known item, i1, or a new one; the deadline is over before anything ran."""
-    body = {"history": [{"title": "Alien", "label": 1}], "candidates": [{"title": "Alien"}, {"title": "New"}]}
+    body = {
+        "history": [{"title": "Alien", "label": 1}],
+        "candidates": [{"title": "Alien"}, {"title": "New"}],
+    }
     answer = client().post("/v1/rank", json=body | {"deadline_ms": 1e-6, "top_n": 1}).json()
-    assert [(i["item_id"], i["probability"]) for i in answer["items"]] == [("i1", pytest.approx(0.1))]
+    assert [(i["item_id"], i["probability"]) for i in answer["items"]] == [
+        ("i1", pytest.approx(0.1))
+    ]
     assert answer["late"]
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
 def test_cohere(client: Make, path: str) -> None:
     """A document is a title that is known, an id, or a new text; the client's other keys are no error."""
-    body = {"model": "m", "query": "u1", "documents": ["Brazil", "i3", "a new film"], "top_n": 2}
+    body = {
+        "model": "m",
+        "query": "u1",
+        "documents": ["Brazil", "i3", "a new film"],
+        "top_n": 2,
+    }
     body |= {"return_documents": True, "max_tokens_per_doc": 4096, "priority": 0}
     answer = client().post(path, json=body).json()
     assert answer["results"] == [
         {"index": 1, "relevance_score": 0.3, "exit_layer": 4, "document": {"text": "i3"}},
-        {"index": 0, "relevance_score": 0.2, "exit_layer": 2, "document": {"text": "Brazil"}},
+        {
+            "index": 0,
+            "relevance_score": 0.2,
+            "exit_layer": 2,
+            "document": {"text": "Brazil"},
+        },
     ]
 
 
 def test_cohere_with_ids(client: Make) -> None:
     """Version 1 sends documents as objects too."""
-    body = {"query": "", "user_id": "u1", "item_ids": [3, "i2"], "documents": [{"text": "x"}, "y"]}
+    body = {
+        "query": "",
+        "user_id": "u1",
+        "item_ids": [3, "i2"],
+        "documents": [{"text": "x"}, "y"],
+    }
     results = client().post("/v1/rerank", json=body).json()["results"]
     assert [r["index"] for r in results] == [1, 0]
 
@@ -83,18 +106,29 @@ def test_gorse(client: Make) -> None:
     headers = {"content-type": "application/json", "authorization": "Bearer secret"}
     answer = client(token="secret").post("/v1/rerank", content=body, headers=headers)
     assert answer.status_code == 200
-    assert [(r["index"], r["relevance_score"]) for r in answer.json()["results"]] == [(1, 0.3), (0, 0.2)]
+    assert [(r["index"], r["relevance_score"]) for r in answer.json()["results"]] == [
+        (1, 0.3),
+        (0, 0.2),
+    ]
 
 
 def test_tei(client: Make) -> None:
     """Raw scores are logits: of .3 log(3/7)."""
-    body = {"query": "u1", "texts": ["i2", "i3"], "raw_scores": False, "return_text": True, "truncate": False}
+    body = {
+        "query": "u1",
+        "texts": ["i2", "i3"],
+        "raw_scores": False,
+        "return_text": True,
+        "truncate": False,
+    }
     make = client()
     assert make.post("/rerank", json=body).json() == [
         {"index": 1, "score": 0.3, "text": "i3"},
         {"index": 0, "score": 0.2, "text": "i2"},
     ]
-    raw = make.post("/rerank", json=body | {"raw_scores": True, "return_text": False}).json()
+    raw = make.post(
+        "/rerank", json=body | {"raw_scores": True, "return_text": False}
+    ).json()
     assert raw == [
         {"index": 1, "score": pytest.approx(log(3 / 7))},
         {"index": 0, "score": pytest.approx(-log(4))},
@@ -114,21 +148,40 @@ def test_events(client: Make) -> None:
     }
     assert make.post("/v1/events", json=[event, event]).json() == {"new": 1, "conflict": []}
     assert make.post("/v1/events", json=[event | {"rating": 1}]).json()["new"] == 0
-    gorse = {"FeedbackType": "star", "UserId": "new", "ItemId": "8", "Timestamp": "2020-01-01T00:00:00Z"}
+    gorse = {
+        "FeedbackType": "star",
+        "UserId": "new",
+        "ItemId": "8",
+        "Timestamp": "2020-01-01T00:00:00Z",
+    }
     for _ in range(2):
-        make.put("/api/feedback", json=[gorse, gorse | {"ItemId": "9", "FeedbackType": "read"}])
+        make.put(
+            "/api/feedback", json=[gorse, gorse | {"ItemId": "9", "FeedbackType": "read"}]
+        )
     history = make.get("/v1/users/new").json()["history"]
-    assert [(row["item_id"], row["label"]) for row in history] == [("7", 1), ("8", 1), ("9", 0)]
+    assert [(row["item_id"], row["label"]) for row in history] == [
+        ("7", 1),
+        ("8", 1),
+        ("9", 0),
+    ]
     assert history[1]["time"] == 1577836800
 
 
 def test_gorses_feedback_means_what_its_type_means(client: Make) -> None:
     """A value of 0 is what Gorse's clients send where there is none; conditions are those of Gorse's configuration."""
     make = client(gorse_positive="star, like, read>=3", gorse_read="read")
-    for k, (kind, value) in enumerate([("star", 0), ("read", 0), ("read", 3), ("read", None), ("like", 2)]):
+    for k, (kind, value) in enumerate(
+        [("star", 0), ("read", 0), ("read", 3), ("read", None), ("like", 2)]
+    ):
         sent = GORSE | {"FeedbackType": kind, "ItemId": f"i{k}", "Value": value}
         assert make.post("/api/feedback", json=[sent]).status_code == 200
-    assert [row["label"] for row in make.get("/v1/users/new").json()["history"]] == [1, 0, 1, 0, 1]
+    assert [row["label"] for row in make.get("/v1/users/new").json()["history"]] == [
+        1,
+        0,
+        1,
+        0,
+        1,
+    ]
 
 
 def test_values_of_items(client: Make) -> None:
@@ -140,20 +193,40 @@ def test_values_of_items(client: Make) -> None:
 
 def test_items(client: Make) -> None:
     make = client()
-    assert make.put("/v1/items", json=[{"item_id": "i99", "title": "New", "year": "2026"}]).json() == {
-        "items": 1
-    }
+    assert make.put(
+        "/v1/items", json=[{"item_id": "i99", "title": "New", "year": "2026"}]
+    ).json() == {"items": 1}
 
 
 JSON = {"content-type": "application/json"}
 EVENT = {"event_id": "e", "user_id": "u", "item_id": "i", "timestamp": 1}
-GORSE = {"FeedbackType": "star", "UserId": "new", "ItemId": "8", "Timestamp": "2020-01-01T00:00:00Z"}
+GORSE = {
+    "FeedbackType": "star",
+    "UserId": "new",
+    "ItemId": "8",
+    "Timestamp": "2020-01-01T00:00:00Z",
+}
 WRONG = [
     ("/v1/rank", {"candidates": ["i1"]}, 422, "either user_id or history"),
     ("/v1/rank", {"user_id": "u1", "candidates": []}, 422, "at least 1 item"),
-    ("/v1/rank", {"user_id": "u1", "candidates": ["i1"], "topn": 1}, 422, "'topn' (did you mean top_n?)"),
-    ("/v1/rank", {"user_id": "u1", "candidates": ["i1"], "device": "cpu"}, 422, "unknown key 'device'"),
-    ("/v1/rank", {"user_id": "u1", "candidates": ["i1"], "context": {}}, 422, "nothing reads it"),
+    (
+        "/v1/rank",
+        {"user_id": "u1", "candidates": ["i1"], "topn": 1},
+        422,
+        "'topn' (did you mean top_n?)",
+    ),
+    (
+        "/v1/rank",
+        {"user_id": "u1", "candidates": ["i1"], "device": "cpu"},
+        422,
+        "unknown key 'device'",
+    ),
+    (
+        "/v1/rank",
+        {"user_id": "u1", "candidates": ["i1"], "context": {}},
+        422,
+        "nothing reads it",
+    ),
     (
         "/v1/rank",
         {"user_id": "u1", "candidates": [{"title": "New", "list_price": {}}]},
@@ -167,21 +240,51 @@ WRONG = [
     ("/v1/rank", {"user_id": " ", "candidates": ["i1"]}, 422, "at least 1 character"),
     ("/v1/rank", {"user_id": "\0", "candidates": ["i1"]}, 422, "NUL"),
     ("/v1/rank", {"user_id": "u1", "candidates": ["i1"] * 6}, 413, "takes 5"),
-    ("/v1/rank", {"history": [{"item_id": "i1", "label": 1}] * 4, "candidates": ["i1"]}, 413, "takes 3"),
-    ("/v1/rank", {"history": [{"item_id": "i1", "label": 1, "time": -1}], "candidates": ["i1"]}, 422, "time"),
-    ("/v1/rank", {"user_id": "u1", "candidates": ["i1"], "deadline_ms": float("nan")}, 422, "deadline_ms"),
+    (
+        "/v1/rank",
+        {"history": [{"item_id": "i1", "label": 1}] * 4, "candidates": ["i1"]},
+        413,
+        "takes 3",
+    ),
+    (
+        "/v1/rank",
+        {"history": [{"item_id": "i1", "label": 1, "time": -1}], "candidates": ["i1"]},
+        422,
+        "time",
+    ),
+    (
+        "/v1/rank",
+        {"user_id": "u1", "candidates": ["i1"], "deadline_ms": float("nan")},
+        422,
+        "deadline_ms",
+    ),
     ("/rerank", {"query": "u1", "texts": ["x" * 2001]}, 413, "2,001 characters"),
-    ("/rerank", {"query": "u1", "documents": ["a"], "item_ids": ["1", "2"]}, 422, "2 ids for 1"),
+    (
+        "/rerank",
+        {"query": "u1", "documents": ["a"], "item_ids": ["1", "2"]},
+        422,
+        "2 ids for 1",
+    ),
     ("/rerank", {"query": "u1"}, 422, "documents"),
     ("/rerank", {"query": "\ud800", "documents": ["a"]}, 422, "surrogate"),
     ("/rerank", {"query": "u1", "documents": [{"year": 1999}]}, 422, "item_id or a title"),
     ("/v1/events", [EVENT], 422, "neither rating nor label"),
     ("/v1/events", [EVENT | {"rating": float("inf")}], 422, "finite"),
     ("/v1/events", [EVENT | {"label": 1, "timestamp": -5}], 422, "timestamp"),
-    ("/v1/events", [EVENT | {"label": 1, "timestamp": time.time() + AHEAD + 3600}], 422, "after now"),
+    (
+        "/v1/events",
+        [EVENT | {"label": 1, "timestamp": time.time() + AHEAD + 3600}],
+        422,
+        "after now",
+    ),
     ("/v1/events", [EVENT | {"label": 2}], 422, "label"),
     ("/v1/events", [EVENT | {"label": 1, "lable": 1}], 422, "'lable'"),
-    ("/v1/items", [{"item_id": "i99", "title": "x", "yaer": "1999"}], 422, "did you mean year?"),
+    (
+        "/v1/items",
+        [{"item_id": "i99", "title": "x", "yaer": "1999"}],
+        422,
+        "did you mean year?",
+    ),
     ("/api/feedback", [GORSE | {"FeedbackType": "share"}], 422, "'share'"),
     ("/v1/items", [{"item_id": "i99"}], 422, "0.title: Field required"),
 ]
@@ -192,10 +295,14 @@ def test_refused(client: Make, path: str, body: object, status: int, text: str) 
     method = "PUT" if path == "/v1/items" else "POST"
     made = client(max_candidates=5, max_history_rows=3)
     answer = made.request(method, path, content=json.dumps(body), headers=JSON)
-    assert (answer.status_code, text in answer.json()["error"]) == (status, True), answer.text
+    assert (answer.status_code, text in answer.json()["error"]) == (status, True), (
+        answer.text
+    )
 
 
-@pytest.mark.parametrize("body", ["[" * 100_000, '{"query":' * 5000, "9" * 5000, "{", "\xff", ""])
+@pytest.mark.parametrize(
+    "body", ["[" * 100_000, '{"query":' * 5000, "9" * 5000, "{", "\xff", ""]
+)
 def test_no_json(client: Make, body: str) -> None:
     answer = client().post("/rerank", content=body.encode("latin-1"), headers=JSON)
     assert answer.status_code in (400, 422)
@@ -207,12 +314,18 @@ def test_token(client: Make) -> None:
     bodies = {"/v1/rank": {"user_id": "u1", "candidates": ["i1"]}, "/v1/reload": None}
     for path, body in bodies.items():
         assert make.post(path, json=body).status_code == 401
-        assert make.post(path, json=body, headers={"authorization": "Bearer secret"}).status_code == 401
+        assert (
+            make.post(
+                path, json=body, headers={"authorization": "Bearer secret"}
+            ).status_code
+            == 401
+        )
     right = {"authorization": "Bearer sécret".encode()}
     assert make.post("/v1/rank", json=bodies["/v1/rank"], headers=right).status_code == 200
-    assert [make.get(path).status_code for path in ("/healthz", "/metrics", "/", "/docs", "/info")] == [
-        200
-    ] * 4 + [401]
+    assert [
+        make.get(path).status_code
+        for path in ("/healthz", "/metrics", "/", "/docs", "/info")
+    ] == [200] * 4 + [401]
 
 
 def test_not_open_by_mistake(tmp_path: Path) -> None:
@@ -221,7 +334,11 @@ def test_not_open_by_mistake(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="lacks"):
             ServeSettings(tmp_path).check()
         (tmp_path / name).touch()
-    for settings in ({"host": "::1"}, {"host": "0.0.0.0", "token": "t"}, {"host": "h", "unprotected": True}):
+    for settings in (
+        {"host": "::1"},
+        {"host": "0.0.0.0", "token": "t"},
+        {"host": "h", "unprotected": True},
+    ):
         ServeSettings(tmp_path, **settings).check()
     with pytest.raises(ConfigError, match="EXITREC_TOKEN"):
         ServeSettings(tmp_path, host="0.0.0.0").check()
@@ -231,7 +348,9 @@ def test_metrics_and_ids(client: Make) -> None:
     make = client()
     for name in ("mine", "no\tgood"):
         found = make.post(
-            "/rerank", json={"query": "u1", "texts": ["i2", "i3"]}, headers={"x-request-id": name}
+            "/rerank",
+            json={"query": "u1", "texts": ["i2", "i3"]},
+            headers={"x-request-id": name},
         )
         assert (found.headers["x-request-id"] == name) == (name == "mine")
     lines = make.get("/metrics").text.splitlines()

@@ -61,7 +61,9 @@ def event(name: str, label: int = 1) -> Event:
 
 
 @settings(max_examples=15)
-@given(st.lists(st.tuples(st.booleans(), st.lists(st.sampled_from("abcdefgh"), max_size=4))))
+@given(
+    st.lists(st.tuples(st.booleans(), st.lists(st.sampled_from("abcdefgh"), max_size=4)))
+)
 def test_one_order_for_all(posts: list[tuple[bool, list[str]]]) -> None:
     """Two stores of one file: new events are counted, the first of an id stays, both read them in order of arrival."""
     with tempfile.TemporaryDirectory() as folder:
@@ -69,15 +71,20 @@ def test_one_order_for_all(posts: list[tuple[bool, list[str]]]) -> None:
         with closing(EventStore(address)) as one, closing(EventStore(address)) as other:
             expected, marks = dict[str, Event](), [(0, 0)]
             for number, (first, names) in enumerate(posts):
-                new = {name: event(name, number % 2) for name in names if name not in expected}
-                assert (one if first else other).add([event(name, number % 2) for name in names]).new == len(
-                    new
-                )
+                new = {
+                    name: event(name, number % 2) for name in names if name not in expected
+                }
+                assert (one if first else other).add(
+                    [event(name, number % 2) for name in names]
+                ).new == len(new)
                 expected |= new
                 marks.append((one.arrivals(0)[0], len(expected)))
             for store in (one, other):
                 for seq, before in marks:
-                    assert store.arrivals(seq) == (marks[-1][0], list(expected.values())[before:])
+                    assert store.arrivals(seq) == (
+                        marks[-1][0],
+                        list(expected.values())[before:],
+                    )
 
 
 def test_two_servers(url: str) -> None:
@@ -102,10 +109,15 @@ def test_two_servers(url: str) -> None:
 def killed(url: str, folder: Path, number: int) -> tuple[list[Event], list[str]]:
     """A server whose processes all get kill -9 amid the posts of 16 threads: all events, and ids acknowledged."""
     rng, acknowledged = random.Random(number), list[str]()
-    events = [Event(f"{number}/{k}", f"u{k % 7}", "i1", k % 2, float(k)) for k in range(EVENTS)]
+    events = [
+        Event(f"{number}/{k}", f"u{k % 7}", "i1", k % 2, float(k)) for k in range(EVENTS)
+    ]
     starts = [0, *sorted(rng.sample(range(1, EVENTS), 400))]  # of posts: one event or a few
     enough = rng.randrange(EVENTS // 20, EVENTS * 9 // 10)
-    with serving(folder, "--db", url) as (process, address), httpx.Client(timeout=60) as http:
+    with (
+        serving(folder, "--db", url) as (process, address),
+        httpx.Client(timeout=60) as http,
+    ):
 
         def post(part: slice) -> None:
             with suppress(httpx.TransportError):
@@ -123,12 +135,16 @@ def killed(url: str, folder: Path, number: int) -> tuple[list[Event], list[str]]
 
 
 @pytest.mark.slow
-def test_a_killed_server_loses_nothing_that_was_acknowledged(url: str, tmp_path: Path) -> None:
+def test_a_killed_server_loses_nothing_that_was_acknowledged(
+    url: str, tmp_path: Path
+) -> None:
     """Server after server on one database: what was acknowledged is there once; posting all again adds the rest."""
     for number in range(ROUNDS):
         events, acknowledged = killed(url, tmp_path, number)
         with closing(EventStore(url)) as store:
-            found = [e for e in store.arrivals(0)[1] if isinstance(e, Event)][number * EVENTS :]
+            found = [e for e in store.arrivals(0)[1] if isinstance(e, Event)][
+                number * EVENTS :
+            ]
             assert len(found) == len(set(found)) < EVENTS
             assert set(acknowledged) <= {e.event_id for e in found}
             assert set(found) <= set(events)
@@ -141,7 +157,9 @@ def test_an_event_id_with_other_content(url: str) -> None:
         first, other = event("e1"), event("e1", 0)
         assert store.add([first, first, event("e2")]) == Added(2, [])
         assert store.add([first, event("e3"), other]) == Added(1, ["e1"])
-        assert store.add([event("e4"), event("e4", 0)]) == Added(1, ["e4"])  # the two came together
+        assert store.add([event("e4"), event("e4", 0)]) == Added(
+            1, ["e4"]
+        )  # the two came together
         assert [e.label for e in store.arrivals(0)[1] if isinstance(e, Event)] == [1] * 4
 
 
