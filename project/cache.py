@@ -24,12 +24,10 @@ from project.errors import DataError
 
 Value = TypeVar("Value")
 
-FORMAT = (
-    1  # raise it when the same settings would give other retrieved features or other files
-)
-FULL = [
-    os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-]  # of a full disk
+# raise it when the same settings would give other retrieved features or other files
+FORMAT = 1
+# of a full disk
+FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
 
 def default_cache() -> Path:
@@ -132,9 +130,8 @@ class Recent(Generic[Value]):
     def __init__(self, mib: float) -> None:
         self.capacity = mib * 2**20  # bytes
         self.bytes = 0  # of all kept values
-        self._kept: OrderedDict[Hashable, tuple[Value, int]] = (
-            OrderedDict()
-        )  # values and their bytes
+        # values and their bytes
+        self._kept: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -229,15 +229,13 @@ class ResultFiles(L.Callback):
 
     def __init__(self, tag: str | None = None, metric: OwnMetric | None = None) -> None:
         self.tag, self.metric = tag, metric
-        if (
-            metric is not None
-        ):  # on made-up rows, so that a mistake is found before training
+        # on made-up rows, so that a mistake is found before training
+        if metric is not None:
             own_metric(
                 metric, [({}, np.zeros(4))], np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])
             )
-        self._scores: pl.DataFrame | None = (
-            None  # of the validation that the saved checkpoint comes from
-        )
+        # of the validation that the saved checkpoint comes from
+        self._scores: pl.DataFrame | None = None
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

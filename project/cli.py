@@ -44,15 +44,13 @@ RUN_LOGGER = f"{RunLogger.__module__}.{RunLogger.__name__}"
 class SectionHelp(LightningArgumentParser):
     """`fit --help` names the sections of the configuration, `fit --help data` shows one, `fit --help all` shows all."""
 
-    topic: ClassVar[str] = (
-        ""  # the word behind --help; the parser of a command is not handed it
-    )
+    # the word behind --help; the parser of a command is not handed it
+    topic: ClassVar[str] = ""
 
     def format_help(self, formatter: Any = None) -> str:
         """Lightning's, cut to the section that --help names."""
-        if (
-            not self.callback_keys or self.topic == "all"
-        ):  # the parser of all commands has no sections
+        # the parser of all commands has no sections
+        if not self.callback_keys or self.topic == "all":
             return str(super().format_help(formatter))
         # 1. a section is what stands before the first dot; its title is that of its group
         sections: dict[str, str] = {}
@@ -168,10 +166,8 @@ class ProjectCLI(LightningCLI):
             )
             keys = self._subcommand_parsers[command].get_defaults().keys()
             raise project_error_in(error) or one_line(str(error), keys) from None
-        except (
-            AttributeError,
-            ImportError,
-        ) as error:  # of model.head, which is a class itself
+        # of model.head, which is a class itself
+        except (AttributeError, ImportError) as error:
             if not MISSING.search(str(error)):
                 raise
             raise one_line(str(error), []) from None
@@ -225,9 +221,8 @@ class ProjectCLI(LightningCLI):
         config = self.config[self.subcommand]
         if "verbose" in config:
             config.verbose = False  # the result table has these numbers
-        if (
-            config.trainer.fast_dev_run
-        ):  # without a logger its files would lie where it is started
+        # without a logger its files would lie where it is started
+        if config.trainer.fast_dev_run:
             config.trainer.default_root_dir = tempfile.mkdtemp(prefix="exitrec-")
         # 1. a CSV logger comes first, in runs/NAME where none is configured
         given = config.trainer.logger
@@ -257,9 +252,8 @@ class ProjectCLI(LightningCLI):
         if not config.get("ckpt_path"):
             return
         _check_file(Path(config.ckpt_path))
-        config.ckpt_path = str(
-            Path(config.ckpt_path).resolve()
-        )  # `latest` may name another run by then
+        # `latest` may name another run by then
+        config.ckpt_path = str(Path(config.ckpt_path).resolve())
         if self.subcommand == "fit":
             return
         if given is not False:

@@ -37,7 +37,8 @@ NO_REASON = re.compile(
 
 def link_model_and_data(parser: LightningArgumentParser) -> None:
     """Keys of the model and the data whose value another key sets, and the default retriever."""
-    # by its class path: config.yaml of a run cannot hold the object that is the Python default
+    # by its class path: config.yaml of a run cannot hold the object that is the Python
+    # default
     retriever = {
         "class_path": "project.retrieval.LightGCN",
         "init_args": {"item_neighbours": 30},

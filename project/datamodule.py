@@ -135,13 +135,11 @@ class InteractionData(L.LightningDataModule):
         self.num_workers, self.requests_file, self.seed = num_workers, requests, seed
         self.cache_dir, self.bundle = default_cache(), bundle
         self.clock = StageClock()
-        self.warnings: list[
-            str
-        ] = []  # for the log and for results; known with the retrieved features
+        # for the log and for results; known with the retrieved features
+        self.warnings: list[str] = []
         self.requests: Requests | None = None  # of stage predict
-        self.candidate_retrieved: pl.DataFrame | None = (
-            None  # a row each candidate, in their order
-        )
+        # a row each candidate, in their order
+        self.candidate_retrieved: pl.DataFrame | None = None
         self._given: Requests | None = None
         self._streams: dict[str, Streams] = {}
 
@@ -223,11 +221,8 @@ class InteractionData(L.LightningDataModule):
             folder = resolve_model(self.tokenizer_name)
         try:
             return AutoTokenizer.from_pretrained(folder)
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-        ):  # of transformers, many lines about other causes
+        # of transformers, many lines about other causes
+        except (OSError, ValueError, TypeError):
             raise ConfigError(
                 f"model.backbone is {self.tokenizer_name!r}, which has no tokenizer that can be read; expected a "
                 "model's folder with tokenizer.json. Save the tokenizer there, too."
@@ -293,9 +288,8 @@ class InteractionData(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download, read, split, retrieve: once on a machine; the results are cached."""
-        _ = (
-            self.encoder
-        )  # a wrong wording is an error before somebody waits for retrieved features
+        # a wrong wording is an error before somebody waits for retrieved features
+        _ = self.encoder
         _ = self.retrieved
 
     def setup(self, stage: str) -> None:
@@ -311,9 +305,8 @@ class InteractionData(L.LightningDataModule):
                 self.requests_file, self.split.interactions
             )
             encoder = self.encoder
-            if (
-                requests.items.height > self.split.interactions.items.height
-            ):  # some bring items
+            # some bring items
+            if requests.items.height > self.split.interactions.items.height:
                 encoder = PromptEncoder(self.tokenizer, self.prompt, requests.items)
             self.requests = some_usable(
                 without_long(requests, encoder, self.context_tokens)
@@ -408,7 +401,8 @@ def _check_shown(
         problems["mf"] = (
             "data.mf is null: expected a factorisation behind it, for example data.mf: {dim: 8}"
         )
-    # a retriever that cannot compare items shows "not known" instead, as NoRetriever does of votes
+    # a retriever that cannot compare items shows "not known" instead, as NoRetriever does
+    # of votes
     if isinstance(retriever, VectorRetriever) and retriever.item_neighbours == 0:
         problems["item_similarity"] = (
             "the item_neighbours of data.retriever is 0: expected for example 30"
@@ -432,9 +426,8 @@ def reads_of(data: InteractionData) -> dict[str, Any]:
         "data.refits": data.refits,
         "data.mf": None if data.mf is None else asdict(data.mf),
     }
-    return dict(
-        json.loads(json.dumps(found, default=str))
-    )  # what JSON knows: a checkpoint holds no objects
+    # what JSON knows: a checkpoint holds no objects
+    return dict(json.loads(json.dumps(found, default=str)))
 
 
 def check_reads(

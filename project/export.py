@@ -103,9 +103,8 @@ def render_card(run: Run, bundle: Mapping[str, Any], family: str, criterion: str
     base_model = bundle["base_model"]
     path = Path(base_model).expanduser()
     on_hub = base_model not in SOURCES and base_model.count("/") == 1 and not path.exists()
-    base = (
-        path.name if path.is_absolute() or path.is_dir() else base_model
-    )  # no path of this machine
+    # no path of this machine
+    base = path.name if path.is_absolute() or path.is_dir() else base_model
     no, yes = (repr(answer.strip()) for answer in bundle["answers"])
     certificate = run.reported.get("certificate") or run.calibrate.get("certificate")
     files = (
@@ -299,7 +298,8 @@ def load_exported(folder: str | Path) -> Exported:
             f"{folder} lacks {len(missing)} weights of the backbone, among them {missing[:3]}; the copy is not "
             "complete. Copy or export it again."
         )
-    # 2. the backbone; its LM head is empty, because the exit heads are loaded and not made from it
+    # 2. the backbone; its LM head is empty, because the exit heads are loaded and not made
+    # from it
     headless = SimpleNamespace(weight=torch.empty(0))
     backbone = Backbone(SimpleNamespace(config=model.config, model=model, lm_head=headless))
     backbone.release_lm_head()

@@ -45,9 +45,8 @@ COLUMNS = (
     ),
     *("mf", "item_similarity", "item_similarity_weight", "text", "text_weight"),
 )  # of a retrieved features table, those that are numbers and read here or by prompts
-BLOCK = (
-    2**17
-)  # rows whose neighbours are looked at together, which bounds the memory that they take
+# rows whose neighbours are looked at together, which bounds the memory that they take
+BLOCK = 2**17
 SUREST = 1e-4  # chances by factorisation are clipped to this distance from 0 and 1
 
 

@@ -21,10 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Measured with heads of SmolLM2-135M's shape on one CPU core, forward and backward: 64 to 256 take equally long, 512
+# Measured with heads of SmolLM2-135M's shape on one CPU core, forward and backward: 64 to
+# 256 take equally long, 512
 # takes 20 % longer. The largest of equals, because every block costs a kernel call.
 BLOCK_TOKENS = 256
-# Invisible keys up to this many are masked, not cut out: a single range is a view, several ranges are copied.
+# Invisible keys up to this many are masked, not cut out: a single range is a view, several
+# ranges are copied.
 MERGED_GAP = 32
 
 
@@ -55,26 +57,26 @@ class Block:
 
     row: int
     queries: tuple[int, int]  # half-open range of token indices in the row
-    keys: list[
-        tuple[int, int]
-    ]  # half-open ranges of token indices in the row, ascending, disjoint
-    mask: Tensor  # bool (queries, keys), True where the query sees the key; keys in the order of the ranges
+    # half-open ranges of token indices in the row, ascending, disjoint
+    keys: list[tuple[int, int]]
+    # bool (queries, keys), True where the query sees the key; keys in the order of the
+    # ranges
+    mask: Tensor
 
 
 @dataclass(frozen=True)
 class Layout:
     """Structure of a packed batch; every tensor is (B, T), integer but for `context`."""
 
-    sequence: Tensor  # id of the token's sequence inside its row; -1 is padding, which sees only itself
+    # id of the token's sequence inside its row; -1 is padding, which sees only itself
+    sequence: Tensor
     segment: Tensor  # id of the token's segment, unique inside its row
     group: Tensor  # time group inside the sequence; the instruction is group 0
-    context: (
-        Tensor  # bool, True where tokens of later groups of the sequence may see this token
-    )
+    # bool, True where tokens of later groups of the sequence may see this token
+    context: Tensor
     position: Tensor  # position for rotary embeddings
-    blocks: list[Block] = field(
-        default_factory=list
-    )  # plan of attention; padding belongs to no block
+    # plan of attention; padding belongs to no block
+    blocks: list[Block] = field(default_factory=list)
 
     @classmethod
     def build(

@@ -14,9 +14,8 @@ from scipy.stats import rankdata
 
 from project.arrays import F64, I64
 
-OwnMetric = Callable[
-    [Any, Any, Any], float | None
-]  # of labels, probabilities and users, (n,) each
+# of labels, probabilities and users, (n,) each
+OwnMetric = Callable[[Any, Any, Any], float | None]
 
 # emitted probabilities stay this far from 0 and 1: a row's log loss is at most 6.91
 SMALLEST_PROBABILITY = 1e-3
@@ -78,7 +77,8 @@ def user_aucs(
     if code.size != values.size:
         raise ValueError(f"{values.size} scores but {code.size} users")
     rows = np.bincount(code).astype(np.float64)
-    # ranks inside each user, by the rank sum (Mann and Whitney 1947): users apart, then levels of the score
+    # ranks inside each user, by the rank sum (Mann and Whitney 1947): users apart, then
+    # levels of the score
     level = np.unique(values, return_inverse=True)[1].reshape(-1)
     rank = rankdata(code * values.size + level) - (np.cumsum(rows) - rows)[code]
     positives = np.bincount(code, weights=positive).astype(np.float64)

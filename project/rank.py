@@ -47,9 +47,8 @@ if TYPE_CHECKING:
 
 REPORTED = ("tune", "test")  # parts that policies are chosen and reported on
 DRAWS = 1000  # resamples of users behind an interval
-LEAST_LABELLED = 2 * max(
-    LISTS
-)  # rated items of a labelled request; of fewer any order lists most
+# rated items of a labelled request; of fewer any order lists most
+LEAST_LABELLED = 2 * max(LISTS)
 
 
 @dataclass
@@ -214,7 +213,8 @@ def run_rank(
             split, "certify", settings.certify, settings.candidates, seed
         )
         workloads["catalogue/certify"] = drawn
-    # 2. the ledger, before anything is scored: other requests, candidates or another seed are a second try, too
+    # 2. the ledger, before anything is scored: other requests, candidates or another seed
+    # are a second try, too
     files = sorted((folder / "results").glob("rank*.json"))
     ledger = [entry for file in files for entry in read_result(file).get("ledger", [])]
     if settings.certify:

@@ -22,9 +22,8 @@ class Item(NamedTuple):
 
     item_id: str = ""  # empty: the item of this title, or a new one whose id is its title
     title: str = ""
-    columns: tuple[
-        tuple[str, str], ...
-    ] = ()  # name and text: further columns of the items table
+    # name and text: further columns of the items table
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 class HistoryRow(NamedTuple):
@@ -32,9 +31,8 @@ class HistoryRow(NamedTuple):
 
     item: str | Item  # text is an id
     label: int  # 0 or 1
-    time: float | None = (
-        None  # seconds since 1970; None in all rows: the order of the list counts
-    )
+    # seconds since 1970; None in all rows: the order of the list counts
+    time: float | None = None
 
 
 def id_of(item: str | Item) -> str:
@@ -46,21 +44,17 @@ def id_of(item: str | Item) -> str:
 class RankRequest:
     """Candidates of a user, or of somebody with a history of their own; `DataError` where it cannot be one."""
 
-    user_id: (
-        str | None
-    )  # whose history is read: the log's rows, and events where a server has them
-    history: (
-        Sequence[HistoryRow] | None
-    )  # of somebody unknown; beside a user_id: if nobody has that name
+    # whose history is read: the log's rows, and events where a server has them
+    user_id: str | None
+    # of somebody unknown; beside a user_id: if nobody has that name
+    history: Sequence[HistoryRow] | None
     candidates: Sequence[str | Item]  # n items to score; text is an id
-    deadline: float | None = (
-        None  # time.monotonic() seconds: the deepest exit reached by then answers
-    )
+    # time.monotonic() seconds: the deepest exit reached by then answers
+    deadline: float | None = None
     top_n: int | None = None  # the best so many are listed; all are scored
     context: Mapping[str, Any] | None = None  # an error until something reads it
-    time: float | None = (
-        None  # seconds: strictly earlier rows are read; None: all of log and history
-    )
+    # seconds: strictly earlier rows are read; None: all of log and history
+    time: float | None = None
     request_id: str = ""  # its name in results and errors
 
     def __post_init__(self) -> None:
@@ -135,14 +129,12 @@ class Scored:
     # a ranker adds
     item_ids: Sequence[str] = ()  # n
     titles: Sequence[str] = ()  # n
-    features: Mapping[str, F64] = field(
-        default_factory=dict
-    )  # (n,) retrieved features by name; NaN: unknown
+    # (n,) retrieved features by name; NaN: unknown
+    features: Mapping[str, F64] = field(default_factory=dict)
     full_depth_token_layers: int = 0  # what the same would have cost without early exit
     audit: F64 | None = None  # (n,) probabilities at full depth, if it was audited
-    cached: bool | None = (
-        None  # some of the user's history was in memory; None: there is none to keep
-    )
+    # some of the user's history was in memory; None: there is none to keep
+    cached: bool | None = None
     # the inference process adds
     run: str = ""
     full_depth: bool = False  # the drift alarm is on

@@ -15,10 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from project.run import read_checkpoint, replace_file, run_of_checkpoint
 
-BEFORE_RESULTS = {
-    "config.yaml",
-    "hparams.yaml",
-}  # what a run's folder holds before anything was computed
+# what a run's folder holds before anything was computed
+BEFORE_RESULTS = {"config.yaml", "hparams.yaml"}
 
 
 class RunLogger(CSVLogger):

@@ -127,7 +127,8 @@ class ProjectTrainer(L.Trainer):
                 "calibrate needs --ckpt_path, a trained run's checkpoint; `fit` writes one."
             )
         folder, checkpoint = run_of_checkpoint(ckpt_path), read_checkpoint(ckpt_path)
-        # 1. The score table of validation, where it is this checkpoint's under this protocol; else score anew.
+        # 1. The score table of validation, where it is this checkpoint's under this
+        # protocol; else score anew.
         table = folder / "scores" / "valid.parquet"
         wanted = {
             "heads": heads_digest(checkpoint["state_dict"]),

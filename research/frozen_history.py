@@ -27,10 +27,8 @@ from project.engine.predict import load_weights
 from project.engine.requests import prepare_requests
 from project.run import result_head, write_json
 
-CANDIDATES, LEAST = (
-    64,
-    6,
-)  # of a user: at most so many test rows, the earliest, and at least
+# of a user: at most so many test rows, the earliest, and at least
+CANDIDATES, LEAST = 64, 6
 APART = {
     "same second": 0,
     "a minute": 60,

@@ -45,7 +45,8 @@ def generate(rows: int, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
     def normal(*shape: int) -> F32:
         return rng.standard_normal(shape, dtype=np.float32)
 
-    # 1. who rates what: activity ~ rank^-1/2, popularity ~ rank^-4/5, ranks in no order of codes
+    # 1. who rates what: activity ~ rank^-1/2, popularity ~ rank^-4/5, ranks in no order of
+    # codes
     def drawn(count: int, exponent: float, size: int) -> I32:
         weight = (rng.permutation(count) + 10.0) ** -exponent
         return np.searchsorted(
@@ -55,7 +56,8 @@ def generate(rows: int, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
     pairs = pl.DataFrame(
         {"user_id": drawn(users, 0.5, 2 * rows), "item_id": drawn(items, 0.8, 2 * rows)}
     )
-    # 2. when: a user comes at any time and stays for a while; half of the items are there from the start
+    # 2. when: a user comes at any time and stays for a while; half of the items are there
+    # from the start
     came, stays = (
         rng.random(users, np.float32),
         rng.exponential(0.2, users).astype(np.float32),
@@ -74,7 +76,8 @@ def generate(rows: int, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
         .sort("time")
     )
     user, item, time = (column.to_numpy() for column in pairs)
-    # 3. tastes: users' are (cos, sin) mixtures of two directions, items' are their topic's and their own
+    # 3. tastes: users' are (cos, sin) mixtures of two directions, items' are their topic's
+    # and their own
     topic = rng.integers(TOPICS, size=items)
     tastes = np.sqrt(TOPIC) * normal(TOPICS, DIM)[topic] + np.sqrt(1 - TOPIC) * normal(
         items, DIM

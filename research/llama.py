@@ -84,9 +84,8 @@ def write_gguf(module: ExitRecommender, path: Path) -> None:
     weights["model.embed_tokens.weight"] = torch.zeros_like(head.linear.weight)
     names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, module.depth)
     for name, weight in weights.items():
-        if (
-            "q_proj" in name or "k_proj" in name
-        ):  # it turns neighbours, transformers turns halves of a head
+        # it turns neighbours, transformers turns halves of a head
+        if "q_proj" in name or "k_proj" in name:
             halves = weight.view(-1, 2, width // 2, *weight.shape[1:])
             weight = halves.transpose(1, 2).reshape(weight.shape)
         if "layers" not in name or weight.ndim == 1:

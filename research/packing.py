@@ -87,9 +87,8 @@ def measure(run: Path, seconds: float) -> dict[str, Any]:
     for step in steps.values():
         step()  # warm up
     # 2. steps in turns
-    rates: dict[str, list[float]] = {
-        name: [] for name in steps
-    }  # targets a second, one a round
+    # targets a second, one a round
+    rates: dict[str, list[float]] = {name: [] for name in steps}
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(rates["packed"]) < ROUNDS:
         for name, step in steps.items():

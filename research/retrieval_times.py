@@ -58,10 +58,10 @@ class Query:
 
     name: str  # of the retriever
     retriever: VectorRetriever
-    cached: bool  # the query sums item vectors that are kept; else it encodes the history as text
-    vector_of: Callable[
-        [I64, I64], F32
-    ]  # items and labels, oldest first, to the vector (d,)
+    # the query sums item vectors that are kept; else it encodes the history as text
+    cached: bool
+    # items and labels, oldest first, to the vector (d,)
+    vector_of: Callable[[I64, I64], F32]
     rounds: list[list[float]] = field(default_factory=lambda: [[] for _ in range(ROUNDS)])
 
     def measure(
@@ -142,9 +142,8 @@ class InTurns(Retriever):
         self._requests = 0
         for retriever in self._retrievers.values():
             retriever.begin(num_users, items)
-        self.encoding_seconds(
-            rows=1
-        )  # models and item vectors are read now: no request should wait for them
+        # models and item vectors are read now: no request should wait for them
+        self.encoding_seconds(rows=1)
 
     def encoding_seconds(self, rows: int) -> float:
         """Time that all encodings together need for one query whose history has so many rows."""
@@ -195,7 +194,8 @@ def measure(run: Path, seconds: float) -> dict[str, Any]:
         {name: found.fitted[block]["weighted"] for name, found in fitted.items()}
         for block in range(cuts.size)
     ]
-    # 3. as many test targets as there is time for, by the cost of one with a history of median length
+    # 3. as many test targets as there is time for, by the cost of one with a history of
+    # median length
     rows, queries = data.split.rows, queries_of(retrievers)
     turns = InTurns(retrievers, queries, rows["label"].to_numpy().astype(np.int64))
     sample = _sample(data, cuts)

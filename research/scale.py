@@ -38,7 +38,10 @@ from project.retrieval.past import WalkRows
 from project.retrieval.walk import block_cuts, fit_snapshots, walk
 from project.run import SCHEMA_VERSION, machine, read_result, write_json
 
-SEGMENT = "{item_text}{item_number+vote_number+item_similarity_number+mf_number+text_number}"  # the demo's
+# the demo's
+SEGMENT = (
+    "{item_text}{item_number+vote_number+item_similarity_number+mf_number+text_number}"
+)
 REFITS = 10
 ABOUT = (
     "Seconds of the processor, one thread, of each stage from files to the packed batches of an epoch; exponent: "

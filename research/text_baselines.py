@@ -31,10 +31,8 @@ from project.run import SCHEMA_VERSION
 
 SPLITS = ("train", "valid", "test")
 DIMENSIONS = 48
-ENCODER, POWER = (
-    "all-minilm-l6-v2",
-    8,
-)  # of 4, 8 and 16 the best on tune; TF-IDF similarities are squared
+# of 4, 8 and 16 the best on tune; TF-IDF similarities are squared
+ENCODER, POWER = "all-minilm-l6-v2", 8
 TOGETHER = 2000
 ABOUT = (
     f"Beside gbdt_text (boosting on all retrieved features, TF-IDF similarity among them): {DIMENSIONS} dimensions of "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 
-# before torch starts: tiny matrices on many threads cost more than they give, most of all beside other processes
+# before torch starts: tiny matrices on many threads cost more than they give, most of all
+# beside other processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
@@ -39,9 +40,8 @@ def write_logs(
         {
             "user_id": [f"u{u}" for u in user],
             "item_id": [f"i{i}" for i in item],
-            "timestamp": np.sort(
-                rng.integers(0, rows // 2, rows)
-            ),  # many rows share a timestamp
+            # many rows share a timestamp
+            "timestamp": np.sort(rng.integers(0, rows // 2, rows)),
             "rating": np.clip(np.round(3.5 + 1.5 * score), 1, 5),
         }
     )
@@ -88,7 +88,8 @@ def write_model(folder: Path, layers: int = 3) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
-        initializer_range=0.2,  # the default's 0.02 makes a model that hardly reads its context
+        # the default's 0.02 makes a model that hardly reads its context
+        initializer_range=0.2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -63,7 +63,8 @@ class World:
             calibration.apply(torch.cat([o.logits for o in self.outputs])[:, first:]),
             torch.cat([o.retrieved for o in self.outputs]),
         )
-        # on other logits than the rows': a quantile of the rows' own confidence would lie on one of them
+        # on other logits than the rows': a quantile of the rows' own confidence would lie
+        # on one of them
         noise = torch.randn(
             together.logits.shape, generator=torch.Generator().manual_seed(0)
         ).double()

@@ -153,9 +153,8 @@ def until(true: Callable[[], bool], seconds: float = 120) -> None:
 
 
 if __name__ == "__main__":
-    from fake_ranker import (
-        FakeRanker as Importable,
-    )  # the inference process cannot import __main__
+    # the inference process cannot import __main__
+    from fake_ranker import FakeRanker as Importable
 
     from project.serve.server import run_serve
 

@@ -56,9 +56,8 @@ def test_the_main_job(run: Run, fitted: Path, tmp_path: Path) -> None:
         "lr_features",
         "gbdt_features",
     }
-    assert names <= {
-        row["name"] for row in fit["baselines"]
-    }  # and those that another test kept
+    # and those that another test kept
+    assert names <= {row["name"] for row in fit["baselines"]}
     assert {"read logs", "retrieve", "train", "validate"} <= set(fit["stage_seconds"])
 
     run("test", *given(fitted))
@@ -91,9 +90,8 @@ def test_the_main_job(run: Run, fitted: Path, tmp_path: Path) -> None:
     baselines = [
         f for f in result(fitted, "baselines")["baselines"] if f["split"] == "test"
     ]
-    assert (
-        baselines[: len(test["baselines"])] == test["baselines"]
-    )  # the command appends slower ones
+    # the command appends slower ones
+    assert baselines[: len(test["baselines"])] == test["baselines"]
     page = fitted / "report" / "report.html"
     page.unlink()
     run("report", fitted)
@@ -106,9 +104,8 @@ def test_the_main_job(run: Run, fitted: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore:exits are not calibrated"
-)  # rightly: these few rows cannot
+# rightly: these few rows cannot
+@pytest.mark.filterwarnings("ignore:exits are not calibrated")
 def test_limited_batches(run: Run, tiny_config: Config, tmp_path: Path) -> None:
     """A trial with a few batches runs to its end, results included, although not every row was scored."""
     run("fit", "--config", tiny_config(**{"trainer.limit_val_batches": 2}))
@@ -257,9 +254,8 @@ def test_simulated_equals_heads(run: Run, fitted: Path) -> None:
     assert adaptive["mean_depth"] == pytest.approx(scores["exit_layer"].mean())
     tokens = (scores["target_tokens"] + scores["stream_tokens"]).to_numpy()
     spent = float((scores["exit_layer"].to_numpy() * tokens).sum())
-    expected = (
-        pytest.approx(3 * tokens.sum() / spent) if spent else None
-    )  # None: no layer runs
+    # None: no layer runs
+    expected = pytest.approx(3 * tokens.sum() / spent) if spent else None
     assert adaptive["token_layer_speedup"] == expected
     shares = {row["layer"]: row["exit_share"] for row in result(fitted, "test")["exits"]}
     assert sum(shares.values()) == pytest.approx(1.0)

@@ -143,10 +143,8 @@ def test_a_file(
         ("- a\n", "holds list"),
         ("", "holds NoneType"),
         ("a: " + "[" * 5000 + "]" * 5000 + "\n", "cannot be read as YAML"),
-        (
-            "a: &base {x: 1}\nb: {<<: *base, x: 2}\nc: {x: 1}\n",
-            None,
-        ),  # a merged key may be said again
+        # a merged key may be said again
+        ("a: &base {x: 1}\nb: {<<: *base, x: 2}\nc: {x: 1}\n", None),
     ],
 )
 def test_yaml_that_is_no_configuration(

@@ -149,10 +149,8 @@ def test_overlays_change_what_they_say(
                 assert logger["init_args"].items() <= entry["init_args"].items()
         else:
             assert both[key] == value
-    filled = [
-        ".trainer.strategy",
-        ".model.lora",
-    ]  # null before, classes with defaults after
+    # null before, classes with defaults after
+    filled = [".trainer.strategy", ".model.lora"]
     touched = tuple(key.removesuffix("+") for key in [*said, *filled])
     rest, expected = (
         {k: v for k, v in x.items() if not k.startswith(touched)} for x in (both, base)

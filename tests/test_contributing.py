@@ -190,9 +190,8 @@ def test_fit_with_all_five(
     """The document's YAML trains: Margin decides and comes back from the checkpoint, the bundle names the retriever."""
     logs = settings("JsonLogs")
     logs["data"]["logs"]["init_args"] = json_logs
-    wording = {
-        "segment": "{title} all {item_percent} near {vote_percent}:"
-    }  # this log knows no year
+    # this log knows no year
+    wording = {"segment": "{title} all {item_percent} near {vote_percent}:"}
     words = {
         "criterion": settings("Margin"),
         "retriever": settings("LatestRaters"),
@@ -218,9 +217,8 @@ def test_fit_with_all_five(
     assert any(name.endswith("mix.weight") for name in checkpoint["state_dict"])
     plan = ExitPlan.from_state(checkpoint["exit_plans"]["plan"])
     assert isinstance(plan.policy.criterion, package.Margin)
-    monkeypatch.delitem(
-        sys.modules, "my_package"
-    )  # as in a new process: the run's own config.yaml brings it
+    # as in a new process: the run's own config.yaml brings it
+    monkeypatch.delitem(sys.modules, "my_package")
     with pytest.raises(ConfigError, match=r"my_package\.Margin"):
         ExitPlan.from_state(checkpoint["exit_plans"]["plan"])
     open_run(folder)

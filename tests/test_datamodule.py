@@ -81,9 +81,8 @@ def test_commands(
 ) -> None:
     """test, calibrate, rank and both kinds of predict refuse, and leave the run's files as they were."""
     run("fit", "--config", tiny_config())
-    folder = (
-        tmp_path / "runs" / "tiny" / "latest"
-    ).resolve()  # a fit that is refused takes the name
+    # a fit that is refused takes the name
+    folder = (tmp_path / "runs" / "tiny" / "latest").resolve()
     given = (
         "--config",
         folder / "config.yaml",

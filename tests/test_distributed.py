@@ -247,7 +247,8 @@ def test_goes_on_after_sigterm(
         torch.testing.assert_close(resumed["state_dict"][name], weights, atol=1e-6, rtol=0)
 
 
-# a fit that leaves a mark at its fifth step and is slow enough to be met in the middle of its first epoch
+# a fit that leaves a mark at its fifth step and is slow enough to be met in the middle of
+# its first epoch
 SLOW_FIT = """
 import sys, time
 from pathlib import Path

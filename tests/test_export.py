@@ -94,9 +94,8 @@ def test_round_trip(
     backbone, heads, loaded_plan = load_exported(target)
     tokens = torch.randint(0, 400, (2, 30), generator=torch.Generator().manual_seed(0))
     assert module.backbone is not None
-    numbers = torch.arange(LOWEST_ID, LOWEST_ID + 30)[
-        None
-    ]  # ids that transformers' own model does not know
+    # ids that transformers' own model does not know
+    numbers = torch.arange(LOWEST_ID, LOWEST_ID + 30)[None]
     assert torch.equal(
         backbone.embed_tokens(numbers), module.backbone.embed_tokens(numbers)
     )

@@ -59,7 +59,8 @@ def from_blocks(layout: Layout) -> Tensor:
 def test_rule_by_hand() -> None:
     """Strictly earlier context and own past are visible; ties, targets, other sequences, the future not."""
     layout = bare(
-        # instruction, a (two tokens), b (ties with a, a mere target), t | another sequence | padding
+        # instruction, a (two tokens), b (ties with a, a mere target), t | another sequence
+        # | padding
         sequence=[[0, 0, 0, 0, 0, 1, 1, -1, -1]],
         segment=[[0, 1, 1, 2, 3, 4, 5, 0, 0]],
         group=[[0, 1, 1, 1, 2, 0, 1, 0, 0]],
@@ -98,10 +99,8 @@ def test_blocks_amount_to_the_rule(seed: int, block_tokens: int) -> None:
 
 def test_keys_of_a_usual_sequence() -> None:
     """Stream blocks read from the sequence's start to their own end, candidate blocks stream and themselves."""
-    segments, size = (
-        40,
-        10,
-    )  # the first 20 are the stream, the others candidates of one group
+    # the first 20 are the stream, the others candidates of one group
+    segments, size = 40, 10
     segment = torch.arange(segments).repeat_interleave(size)[None]
     context = segment < 20
     group = torch.where(context, segment, 20)
@@ -119,9 +118,8 @@ def test_keys_of_a_usual_sequence() -> None:
 @pytest.mark.parametrize(("hole", "ranges"), [(MERGED_GAP, 1), (MERGED_GAP + 1, 2)])
 def test_short_holes_are_merged(hole: int, ranges: int) -> None:
     """A run of invisible keys splits the range only where it is longer than MERGED_GAP."""
-    lengths = torch.tensor(
-        [5, hole, 5]
-    )  # context, a target that nobody sees, a later target
+    # context, a target that nobody sees, a later target
+    lengths = torch.tensor([5, hole, 5])
     segment = torch.arange(3).repeat_interleave(lengths)[None]
     layout = Layout.build(
         torch.zeros_like(segment), segment, segment, segment == 0, segment, block_tokens=5

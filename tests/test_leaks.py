@@ -151,9 +151,8 @@ def test_a_row_cannot_change_its_own_prompt(
             assert deleted[row] == original[row]
             changed_elsewhere += sum(flipped[r] != original[r] for r in original)
             lists_changed += sum(lists(flipped[r]) != lists(original[r]) for r in original)
-        assert (
-            changed_elsewhere > 0
-        )  # the test can fail: other prompts do read the flipped answer
+        # the test can fail: other prompts do read the flipped answer
+        assert changed_elsewhere > 0
     assert (lists_changed > 0) == (retriever.similar_every > 0)
 
 

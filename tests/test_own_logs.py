@@ -267,9 +267,8 @@ def test_history_is_context_and_never_a_target(
         assert inside.sum() == len(history)
         assert not streams.target[inside].any()
         assert streams.context[inside].all()
-        assert (
-            streams.tokens.lengths[:-1][inside] == streams.slots[inside] + 2
-        ).all()  # the answer is there
+        # the answer is there
+        assert (streams.tokens.lengths[:-1][inside] == streams.slots[inside] + 2).all()
     own = rows.filter(pl.col("user") == 0, kinds.is_in(["history", "train"]).to_list())
     last = own.filter(pl.col("role") == "target").tail(1)
     earlier = own.filter(pl.col("timestamp") < last["timestamp"].item())

@@ -81,7 +81,8 @@ def test_no_score_beats_the_truth() -> None:
     reachable = reachable_auc(rows["chance"].to_numpy())
     label = rows["label"].to_numpy()
     assert auc(rows["chance"].to_numpy(), label) == pytest.approx(reachable, abs=0.012)
-    # rates of the whole log, the future included, know items and users, but not who likes what
+    # rates of the whole log, the future included, know items and users, but not who likes
+    # what
     rates = rows.select(
         pl.col("label").mean().over("user_id") + pl.col("label").mean().over("item_id")
     )

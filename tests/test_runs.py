@@ -220,10 +220,8 @@ def test_latest_is_a_run_with_something(
     )
     assert (runs / "latest").resolve().name == "version_1"
     assert read_checkpoint(last)["global_step"] == 4
-    beyond = {
-        "data.context_tokens": 8192,
-        "data.batch_tokens": 8192,
-    }  # the backbone knows 4096 positions
+    # the backbone knows 4096 positions
+    beyond = {"data.context_tokens": 8192, "data.batch_tokens": 8192}
     assert "at most 4096" in fails("fit", "--config", tiny_config(**beyond))
     assert (runs / "latest").resolve().name == "version_1"
     assert sorted(path.name for path in runs.iterdir()) == [

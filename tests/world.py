@@ -23,7 +23,8 @@ from project.data.protocol import (
 )
 from project.data.stream import Streams, build_streams
 
-SEGMENT = "{title} all{item_percent} near{vote_number+item_count_number}:"  # text, and numbers in a token of their own
+# text, and numbers in a token of their own
+SEGMENT = "{title} all{item_percent} near{vote_number+item_count_number}:"
 EMPTY_RETRIEVED = {
     "neighbours": pl.List(pl.Int64),
     "similarities": pl.List(pl.Float32),

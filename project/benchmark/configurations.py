@@ -38,12 +38,8 @@ if TYPE_CHECKING:
     from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
-REQUESTS = {
-    1: 48,
-    8: 24,
-    64: 16,
-    256: 4,
-}  # candidates of a request -> most requests in the timed sample
+# candidates of a request -> most requests in the timed sample
+REQUESTS = {1: 48, 8: 24, 64: 16, 256: 4}
 TUNED = 60  # requests of tune that margins are fitted on, and of test that show the overlap
 FIXED_HISTORY = 50  # rows
 OVERLAP = 0.97  # least overlap@k on tune of the margins that are taken
@@ -54,7 +50,8 @@ class Case:
     """One workload."""
 
     candidates: int  # of a request
-    prefix_cached: bool  # all histories' keys and values are cached at full depth before the clock starts
+    # all histories' keys and values are cached at full depth before the clock starts
+    prefix_cached: bool
     history: int | None = None  # latest rows that make the history; None: as logged
 
     @property
@@ -81,19 +78,18 @@ def cases(sizes: Sequence[int]) -> list[Case]:
 class Configuration:
     """One runner, the accuracy of its scores, and its times."""
 
-    engine: str  # name in result files: packed, fixed_depth_<k>, early_exit, top_k, pointwise, shared_prefix
+    # name in result files: packed, fixed_depth_<k>, early_exit, top_k, pointwise,
+    # shared_prefix
+    engine: str
     policy: str  # who leaves where, in words
     runner: Engine | Library
-    accuracy: dict[str, float | None] = field(
-        default_factory=dict
-    )  # of rows auc, of lists overlap
+    # of rows auc, of lists overlap
+    accuracy: dict[str, float | None] = field(default_factory=dict)
     most: int | None = None  # requests it is timed on, the first ones; None: all
-    wall: list[list[float]] = field(
-        default_factory=list
-    )  # seconds, a list a round, an entry a request
-    backbone: list[list[float]] = field(
-        default_factory=list
-    )  # the backbone's share of them
+    # seconds, a list a round, an entry a request
+    wall: list[list[float]] = field(default_factory=list)
+    # the backbone's share of them
+    backbone: list[list[float]] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)  # what the last round scored
 
     def score(self, request: PreparedRequest) -> None:
@@ -146,7 +142,8 @@ class Bench:
         weight = self.module.backbone.embed_tokens.weight
         self._device = weight.device
         self.dtype = str(weight.dtype).removeprefix("torch.")
-        # 2. the scores of test and features of the same rows; a table of another checkpoint does not count
+        # 2. the scores of test and features of the same rows; a table of another checkpoint
+        # does not count
         self._table: tuple[pl.DataFrame, F64] | None = None
         path = folder / "scores" / "test.parquet"
         if path.is_file() and table_about(path).get("heads") == heads_digest(

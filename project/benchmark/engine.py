@@ -53,7 +53,8 @@ def configuration_row(
     Speed is over `full`, full depth with prepacked weights, and over the `static_exit` of equal accuracy, None where it
     is exit 0, which runs no layer. Preparing a request (history, features, exit 0, token ids) took `prepare_ms`.
     """
-    # 1. seconds of each request, the median of the rounds, beside full depth's on the same requests
+    # 1. seconds of each request, the median of the rounds, beside full depth's on the same
+    # requests
     wall = own.typical(own.wall)
     count = len(wall)
     full_wall = full.typical(full.wall)[:count]

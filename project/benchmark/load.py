@@ -16,9 +16,8 @@ from itertools import count, pairwise
 from typing import Any
 
 PATIENCE = 120.0  # seconds that the last responses may take
-NEAR = (
-    2e-4  # probabilities this near may stand in either order: batches move each by rounding
-)
+# probabilities this near may stand in either order: batches move each by rounding
+NEAR = 2e-4
 
 
 def wrong_order(items: Sequence[dict[str, Any]], expected: Sequence[float]) -> bool:

@@ -33,9 +33,8 @@ CANDIDATES = 64  # of a request
 ROUNDS = 3  # fewer do not show the spread
 LOADING = 1800.0  # seconds that a server may take until it is ready
 CACHE_MIB = 1024  # all histories of the requests have room
-AUDIT_SHARE = (
-    ServeSettings.audit_share
-)  # the ranker alone audits as many: it differs by HTTP and batching
+# the ranker alone audits as many: it differs by HTTP and batching
+AUDIT_SHARE = ServeSettings.audit_share
 
 
 @contextmanager
@@ -149,16 +148,11 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
     # 1. requests, and their probabilities by depth
     result, requests = drawn_requests(run)
     ranker = Ranker.load(run, CACHE_MIB, audit_share=0.0)
-    sent = dict[
-        bool, list[dict[str, Any]]
-    ]()  # full depth -> requests with what is expected
+    # full depth -> requests with what is expected
+    sent = dict[bool, list[dict[str, Any]]]()
     spent = dict[bool, int]()  # full depth -> token-layers of all requests
-    for full in (
-        False,
-        True,
-        True,
-        False,
-    ):  # first until all prefixes are cached in all layers
+    # first until all prefixes are cached in all layers
+    for full in (False, True, True, False):
         ranker.full_depth = full
         ranked = ranker.rank_after_log(requests)
         spent[full] = sum(one.token_layers for one in ranked)
@@ -204,9 +198,8 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
             "candidates": len(requests[0].candidates),
             "audit_share": AUDIT_SHARE if planned else 0.0,
             "token_layer_speedup": spent[True] / spent[False] if planned else 1.0,
-            "speedup": row["requests_per_s"] / whole
-            if whole
-            else None,  # None where nothing was answered
+            # None where nothing was answered
+            "speedup": row["requests_per_s"] / whole if whole else None,
         }
     path = write_json(run / "results" / "benchmark-serve.json", result)
     Console(width=150).print(shown(render(result)), f"written: {path}")
@@ -216,9 +209,8 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
 def load_row(users: int, full: bool, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row of a result file; a round lasts until its last response."""
     each = np.concatenate([one["ms"] for one in rounds])  # (responses,) milliseconds
-    rates = np.array(
-        [len(one["ms"]) / max(one["at"], default=1.0) for one in rounds]
-    )  # (rounds,) a second
+    # (rounds,) a second
+    rates = np.array([len(one["ms"]) / max(one["at"], default=1.0) for one in rounds])
     times = np.percentile(each, [50, 95, 99]).tolist() if each.size else [None] * 3
     ranker = float(np.median([one["ranker"] for one in rounds]))
     return {
@@ -232,6 +224,7 @@ def load_row(users: int, full: bool, rounds: Sequence[dict[str, Any]]) -> dict[s
         "error": next((one["error"] for one in rounds if one["error"]), None),
         "wrong_orders": sum(one["wrong"] for one in rounds),
         "probability_distance": max(one["distance"] for one in rounds),
-        "ranker_requests_per_s": ranker,  # in one process, called with as many requests as there are users
+        # in one process, called with as many requests as there are users
+        "ranker_requests_per_s": ranker,
         "overhead": 1 - float(np.median(rates)) / ranker,  # of HTTP and batching
     }

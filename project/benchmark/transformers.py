@@ -23,9 +23,8 @@ from project.engine.requests import PreparedRequest, Scored, Scores
 if TYPE_CHECKING:
     from project.model.module import ExitRecommender
 
-BATCH_TOKENS = (
-    16_384  # most tokens of a batch of prompts, padding included; one prompt may have more
-)
+# most tokens of a batch of prompts, padding included; one prompt may have more
+BATCH_TOKENS = 16_384
 
 
 def library_model(module: ExitRecommender) -> Any:

@@ -68,7 +68,8 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     run = np.cumsum(new_group) - 1
     group = run - run[starts][sequence]
 
-    # 4. token positions: all segments of a time group start at the same one; the next group starts after the sum of the
+    # 4. token positions: all segments of a time group start at the same one; the next group
+    # starts after the sum of the
     # lengths of those that later groups may see
     lists = streams.tokens.take(index)
     lengths = lists.lengths
@@ -133,9 +134,8 @@ def fill(streams: Streams, windows: Windows, batch_tokens: int) -> list[Windows]
 
 def share_out(streams: Streams, windows: Windows, count: int) -> list[Windows]:
     """Windows in their order as exactly `count` batches of nearly equal tokens, none empty."""
-    if (
-        len(windows) < count
-    ):  # tiny logs: rather repeat a window than leave a rank without a step
+    # tiny logs: rather repeat a window than leave a rank without a step
+    if len(windows) < count:
         windows = [windows[i % len(windows)] for i in range(count)]
     ends = np.cumsum(window_tokens(streams, windows))
     cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count, side="left") + 1
@@ -171,13 +171,11 @@ class TrainSampler(Sampler[Windows]):
             if len(streams)
             else np.zeros(0)
         )  # (s,)
-        read = np.repeat(
-            targets > 0, np.diff(streams.offsets)
-        )  # (n,) segments of the others
+        # (n,) segments of the others
+        read = np.repeat(targets > 0, np.diff(streams.offsets))
         tokens = int(np.minimum(streams.tokens.lengths[:-1], context_tokens)[read].sum())
-        self._steps = max(
-            1, round(tokens / batch_tokens / world_size)
-        )  # of an epoch, on each rank
+        # of an epoch, on each rank
+        self._steps = max(1, round(tokens / batch_tokens / world_size))
         self.epoch = 0
         self.start = 0  # batches of the epoch that were handed out before a run was stopped
 
@@ -266,9 +264,8 @@ class PackedLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch that the state was saved at."""
         if isinstance(self.batch_sampler, TrainSampler):
-            whole = state["batches"] >= len(
-                self
-            )  # saved at the end of an epoch: go on with the next one
+            # saved at the end of an epoch: go on with the next one
+            whole = state["batches"] >= len(self)
             self.batch_sampler.set_epoch(state["epoch"] + whole)
             self.batch_sampler.start = 0 if whole else state["batches"]
 

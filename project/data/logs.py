@@ -33,14 +33,8 @@ RAW_SCHEMA = {
     "source_file": pl.String,
     "source_row": pl.Int64,
 }
-OURS = (
-    "user_id",
-    "item_id",
-    "timestamp",
-    "rating",
-    "label",
-    "split",
-)  # what a file's columns are mapped to
+# what a file's columns are mapped to
+OURS = ("user_id", "item_id", "timestamp", "rating", "label", "split")
 READER = "the reader's"  # tables of a reader, in messages
 
 
@@ -56,14 +50,12 @@ class RawLogs:
     """
 
     interactions: pl.DataFrame
-    items: (
-        pl.DataFrame
-    )  # item_id (unique), title, then attributes; all String, "" = unknown
+    # item_id (unique), title, then attributes; all String, "" = unknown
+    items: pl.DataFrame
     files: dict[str, str]
     columns: tuple[str, ...] = ()  # of the interactions' file, for messages
-    left_out: tuple[
-        str, ...
-    ] = ()  # lines about rows that the reader left out: file, how many, why
+    # lines about rows that the reader left out: file, how many, why
+    left_out: tuple[str, ...] = ()
     not_read: tuple[str, ...] = ()  # columns of interactions that nothing reads
 
 
@@ -122,9 +114,8 @@ class TableLogs(Logs):
             _interactions(table, name, self.columns, split) for split, name, table in read
         ]
         items = _items(read_table(Path(self.items), sums), self.items, self.item_columns)
-        if (
-            self.columns or self.item_columns
-        ):  # the same file read by other columns is another log
+        # the same file read by other columns is another log
+        if self.columns or self.item_columns:
             text = json.dumps([self.columns, self.item_columns], sort_keys=True)
             sums[MAPPING] = hashlib.sha256(text.encode()).hexdigest()
         wanted = {self.columns.get(name, name) for name in OURS}
@@ -228,10 +219,8 @@ def _renamed(
             f"{file}: no column {missing}; there are {', '.join(table.columns)}. "
             f"{_rename(file, key, absent[0], '<your column>')}"
         )
-    used = {
-        *wanted,
-        *wanted.values(),
-    }  # their column is not read where another one is mapped to its name
+    # their column is not read where another one is mapped to its name
+    used = {*wanted, *wanted.values()}
     mapped = [pl.col(theirs).alias(ours) for ours, theirs in wanted.items()]
     return table.select(
         *mapped, *(column for column in table.columns if column not in used)
@@ -257,7 +246,8 @@ def _interactions(
         )
     table = _renamed(table, file, columns, OURS[:2], "columns")
     table = table.select(name for name in OURS if name in table.columns)
-    # 2. answers: of two columns the protocol needs one, and a label may be a record's, so that what cannot be read is
+    # 2. answers: of two columns the protocol needs one, and a label may be a record's, so
+    # that what cannot be read is
     # null; of one column every value must be readable
     answers = [name for name in ("rating", "label") if name in table.columns]
     for name in answers:

@@ -54,9 +54,8 @@ def draw_negatives(
     for k in range(3):
         targets = rows.filter((split == k) & (rows["role"] == "target"))
         negative = targets[np.repeat(np.arange(targets.height), negatives.per_positive)]
-        allowed = (
-            ~hidden.to_numpy() if k == 0 else np.ones(len(hidden), np.bool_)
-        )  # (items,)
+        # (items,)
+        allowed = ~hidden.to_numpy() if k == 0 else np.ones(len(hidden), np.bool_)
         item = _unseen(
             rows.filter(split <= k), negative, allowed, negatives.by == "popularity", rng
         )
@@ -86,25 +85,25 @@ def _unseen(
     clicked = readable["item"].to_numpy().astype(np.int64)  # (n,) in time order
     clicked_at = readable["timestamp"].to_numpy()  # (n,) seconds
     key_of_click = readable["user"].to_numpy() * np.int64(items) + clicked
-    keys, first = np.unique(
-        key_of_click, return_index=True
-    )  # (k,) ascending, and the first click of each
-    # 2. draw: place j below `earlier` is the item of the j-th earlier click, the places behind it are the catalogue
+    # (k,) ascending, and the first click of each
+    keys, first = np.unique(key_of_click, return_index=True)
+    # 2. draw: place j below `earlier` is the item of the j-th earlier click, the places
+    # behind it are the catalogue
     user = drawn["user"].to_numpy().astype(np.int64)  # (m,)
     time = drawn["timestamp"].to_numpy()  # (m,) seconds
     earlier = (
         np.searchsorted(clicked_at, time) if popular else np.zeros(drawn.height, np.int64)
     )  # (m,) clicks
     item = np.zeros(drawn.height, np.int64)  # (m,) what was drawn last
-    waiting = np.arange(
-        drawn.height
-    )  # rows whose item may not stay; shrinks at every round
+    # rows whose item may not stay; shrinks at every round
+    waiting = np.arange(drawn.height)
     for _ in range(ROUNDS):
         before = earlier[waiting]
         drawn_place = (rng.random(waiting.size) * (before + items)).astype(np.int64)
         of_click = clicked[np.minimum(drawn_place, before - 1)]
         item[waiting] = np.where(drawn_place < before, of_click, drawn_place - before)
-        # 3. draw anew what the user had clicked by then, what is not allowed, or stands there twice
+        # 3. draw anew what the user had clicked by then, what is not allowed, or stands
+        # there twice
         key = user * items + item
         at = np.minimum(np.searchsorted(keys, key), keys.size - 1)
         seen = (keys[at] == key) & (clicked_at[first[at]] <= time)

@@ -348,7 +348,8 @@ class PromptEncoder:
                 'example "Similar users liked: {titles}\\n", or null for prompts without such lists.'
             )
         self._titles: list[str] = items["title"].to_list()
-        # of a tokenizer's control tokens, the author of the wording may mean one here; a title never does
+        # of a tokenizer's control tokens, the author of the wording may mean one here; a
+        # title never does
         instruction, *answers = (
             tokenizer.encode(text, add_special_tokens=False) if text else []
             for text in (prompt.instruction, *prompt.answers)
@@ -410,7 +411,8 @@ class PromptEncoder:
                     Ragged(number_ids(features, name.split("+")), np.arange(len(item) + 1))
                 )
             else:
-                # a column may be absent: item_similarity is there with retrievers that compare items
+                # a column may be absent: item_similarity is there with retrievers that
+                # compare items
                 column, render = RETRIEVED_FIELDS[name]
                 texts = (
                     render(columns[column]) if column in columns else [UNKNOWN] * len(item)

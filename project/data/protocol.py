@@ -166,15 +166,14 @@ class Interactions:
 
     rows: pl.DataFrame
     users: pl.DataFrame  # user Int32 (0..), user_id: those with at least one row
-    items: (
-        pl.DataFrame
-    )  # item Int32 (0..), item_id, title, then attributes: the whole catalogue
+    # item Int32 (0..), item_id, title, then attributes: the whole catalogue
+    items: pl.DataFrame
     files: dict[str, str]  # file name -> SHA-256 of what was read
-    duplicates: int = (
-        0  # rows removed because they repeat the (user, item, timestamp) of another row
-    )
+    # rows removed because they repeat the (user, item, timestamp) of another row
+    duplicates: int = 0
     dropped: int = 0  # rows removed by the protocol's drop_ratings
-    hidden_rows: int = 0  # rows removed by its hide_items; `apply_protocol` does it, since only train rows go
+    # rows removed by its hide_items; `apply_protocol` does it, since only train rows go
+    hidden_rows: int = 0
     left_out: tuple[str, ...] = ()  # lines about rows that the reader left out
     not_read: tuple[str, ...] = ()  # columns that nothing reads
     items_without_title: int = 0  # these have their id as title
@@ -301,7 +300,9 @@ class SplitInteractions:
     rows: pl.DataFrame
     protocol: Protocol
     manifest: dict[str, Any]  # what results and reports show of the log, ready for JSON
-    hash: str  # 16 hex digits of the SHA-256 over protocol, file checksums and (row id, split, fold, role, label)
+    # 16 hex digits of the SHA-256 over protocol, file checksums and (row id, split, fold,
+    # role, label)
+    hash: str
 
     @property
     def warnings(self) -> list[str]:
@@ -491,9 +492,8 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
                 pl.Series(shuffled >= cut) for cut in _cuts(rows.height, protocol.shares)
             ]
         case "leave_last":
-            later = place.reverse().over(
-                "user"
-            )  # the user's later rows in the sorted order
+            # the user's later rows in the sorted order
+            later = place.reverse().over("user")
             behind = [later < 2, later < 1]
     passed = rows.select(
         pl.sum_horizontal(behind)

@@ -40,9 +40,8 @@ class Ragged:
     def take(self, index: I64) -> Ragged:
         """Lists `index[0], index[1], ...`, repeats allowed."""
         starts = self.offsets[index]
-        lengths = (
-            self.offsets[index + 1] - starts
-        )  # not of all lists, since a batch takes few
+        # not of all lists, since a batch takes few
+        lengths = self.offsets[index + 1] - starts
         return Ragged(
             self.values[np.repeat(starts, lengths) + within(lengths)], offsets_of(lengths)
         )

@@ -25,7 +25,8 @@ BOOK = {
     "year": ("Year-Of-Publication",),
     "publisher": ("Publisher",),
 }
-REVIEW = {  # names of 2014 and 2018, and of 2023 (which has asin too: a variant of parent_asin)
+# names of 2014 and 2018, and of 2023 (which has asin too: a variant of parent_asin)
+REVIEW = {
     "user_id": ("reviewerID", "user_id"),
     "item_id": ("parent_asin", "asin"),
     "timestamp": ("unixReviewTime", "timestamp"),
@@ -45,9 +46,8 @@ class Dump:
     def __init__(self) -> None:
         self.files: dict[str, str] = {}  # name -> SHA-256
         self.counts: dict[tuple[str, str], int] = {}  # file, reason -> rows left out
-        self.first: dict[
-            tuple[str, str], int
-        ] = {}  # file, reason -> the first of them, from 1
+        # file, reason -> the first of them, from 1
+        self.first: dict[tuple[str, str], int] = {}
         self.not_read: list[str] = []  # fields of the log's first row
 
     def leave_out(self, path: Path, reason: str, row: int, count: int = 1) -> None:

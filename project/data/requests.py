@@ -244,10 +244,8 @@ def _record(line: bytes | dict[str, Any]) -> dict[str, Any]:
         json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except UnicodeError as error:
         raise DataError(f"not UTF-8 text ({error}). Save the file as UTF-8.") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also numbers and lists of thousands of digits and levels
+    # also numbers and lists of thousands of digits and levels
+    except (ValueError, RecursionError) as error:
         raise DataError(f"not a JSON object ({error}); expected {EXAMPLE}.") from error
     if not isinstance(record, dict):
         raise DataError(
@@ -406,7 +404,8 @@ def request_streams(
     `retrieved` are features of all rows of the log, which requests read as test does; `retrieve` gives them, in order,
     for rows outside the log (stream, user, item, timestamp, label, candidate).
     """
-    # 1. rows of the users' log, in time order, and rows outside it: histories of requests, and candidates
+    # 1. rows of the users' log, in time order, and rows outside it: histories of requests,
+    # and candidates
     users = dict(split.interactions.users.select("user_id", "user").iter_rows())
     asked = {users[r.user_id] for r in requests.requests if r.user_id in users}
     log = split.rows.filter(answered(split.rows), pl.col("user").is_in(sorted(asked)))
@@ -541,7 +540,8 @@ def catalogue_requests(
         rows += [
             (request_id, k, user, *known.get(k, (None, None))) for k in range(len(listed))
         ]
-        # 3. history: the user's in the log, or the latest rows of it that the request brings
+        # 3. history: the user's in the log, or the latest rows of it that the request
+        # brings
         brought: tuple[HistoryRow, ...] | None = None
         if history is not None:
             latest = earlier.tail(history).select("item", "label", "timestamp").iter_rows()

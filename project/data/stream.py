@@ -13,7 +13,9 @@ from project.data.prompt import PromptEncoder
 from project.data.protocol import answered
 from project.data.ragged import Ragged, append, offsets_of
 
-ROOM = 0.25  # a window may pass `context_tokens` by this share for the rows that share its last timestamp
+# a window may pass `context_tokens` by this share for the rows that share its last
+# timestamp
+ROOM = 0.25
 TOGETHER = 2**17  # rows that become tokens at once
 
 
@@ -83,7 +85,8 @@ def evaluation_windows(
         first = int(groups[group])  # of what is scored
         wanted = np.flatnonzero(target[first : groups[after]])
         end = first + int(wanted[-1]) + 1 if len(wanted) else first
-        # 2. the last group may be too large for it (many rows with one timestamp): its rows do not see each other, so
+        # 2. the last group may be too large for it (many rows with one timestamp): its rows
+        # do not see each other, so
         # what has no room goes to further windows with the same context
         stop = first
         while first < end:
@@ -126,7 +129,9 @@ class Streams:
     """Streams of s users (or requests) over n segments, one after the other."""
 
     offsets: I64  # (s + 1,) where each stream starts
-    row_id: I64  # (n,) row of the log, or index of the candidate; -1 for a list of what similar users liked
+    # (n,) row of the log, or index of the candidate; -1 for a list of what similar users
+    # liked
+    row_id: I64
     timestamp: F64  # (n,) seconds, not decreasing inside a stream
     label: I8  # (n,) 0, 1, or -1 where unknown
     target: Bool  # (n,) whether a head is to score the segment
@@ -250,7 +255,8 @@ def _with_similar(streams: Streams, lists: pl.Series, encoder: PromptEncoder) ->
     return Streams(
         offsets=streams.offsets + np.searchsorted(at, streams.offsets, side="right"),
         row_id=np.insert(streams.row_id, at, -1),
-        # the next double. A row of just that time would not see the list, of whichever code path: no leak, no skew
+        # the next double. A row of just that time would not see the list, of whichever code
+        # path: no leak, no skew
         timestamp=np.insert(
             streams.timestamp, at, np.nextafter(streams.timestamp[rows], np.inf)
         ),

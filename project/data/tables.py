@@ -11,7 +11,8 @@ from project.errors import DataError
 
 LATEST = 1e10  # seconds: the year 2286
 UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
-# Sizes of numbers that are times, by unit: below 1e10, 1e11 to 1e13, 1e14 to 1e16, 1e17 to 1e19. So from milliseconds
+# Sizes of numbers that are times, by unit: below 1e10, 1e11 to 1e13, 1e14 to 1e16, 1e17 to
+# 1e19. So from milliseconds
 # on a column begins in 1973, and between two units is a gap.
 EDGES = (LATEST, 1e11, 1e13, 1e14, 1e16, 1e17, 1e19)
 DATES = (19_000_101, 21_001_231)  # as digits; as seconds August and September 1970
@@ -34,10 +35,8 @@ def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
         raise DataError(
             f"File {path} has the suffix {kind!r}; expected .csv, .tsv or .parquet."
         )
-    atomic = kind in (
-        ".inter",
-        ".item",
-    )  # quotes are plain characters, and headers have types: user_id:token
+    # quotes are plain characters, and headers have types: user_id:token
+    atomic = kind in (".inter", ".item")
     try:
         if kind == ".parquet":
             table = pl.read_parquet(path, glob=False)
@@ -56,9 +55,8 @@ def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
         elif "more fields" in problem:
             problem = "a row has more fields than the header. Put texts that hold the separator into double quotes."
         raise DataError(f"File {path} cannot be read as a table: {problem}") from error
-    twice = [
-        name for name in table.columns if name.endswith("_duplicated_0")
-    ]  # so polars renames them
+    # so polars renames them
+    twice = [name for name in table.columns if name.endswith("_duplicated_0")]
     if twice:
         name = twice[0].removesuffix("_duplicated_0")
         raise DataError(
@@ -160,7 +158,8 @@ def times(values: pl.Series, file: str, column: str) -> pl.Series:
         text = values.cast(pl.String)
         seconds_of = _moments(text.filter(size.is_null()))
         moments = text.replace_strict(seconds_of, default=None, return_dtype=pl.Float64)
-    # 2. the unit of each number: an even place among the edges is that of a unit, an odd one lies between two
+    # 2. the unit of each number: an even place among the edges is that of a unit, an odd
+    # one lies between two
     place = pl.Series(np.digitize(size.abs().fill_null(0).to_numpy(), EDGES))
     right = ((place % 2 == 0) & (place < 2 * len(UNITS)) & size.is_not_null()) | (
         moments.abs() < LATEST

@@ -27,10 +27,8 @@ from project.errors import ConfigError
 from project.model.module import ExitRecommender
 from project.run import sha256_of, table_about
 
-PART_BYTES, LEAST_PARTS = (
-    2**24,
-    16,
-)  # of requests; a part is what a stop costs an actor at most
+# of requests; a part is what a stop costs an actor at most
+PART_BYTES, LEAST_PARTS = 2**24, 16
 
 
 def run_actors(
@@ -70,7 +68,8 @@ def run_actors(
     names, cut = [str(file) for file in files], folder / ".requests"
     if files[0].suffix == ".parquet":
         rows = ray.data.read_parquet(names)
-    else:  # latin-1 keeps bytes as they are, so that a line that is no UTF-8 is invalid alone
+    # latin-1 keeps bytes as they are, so that a line that is no UTF-8 is invalid alone
+    else:
         rows = ray.data.read_text(names, encoding="latin-1")
     for left in folder.glob(".*"):  # by a call that was stopped
         shutil.rmtree(left) if left.is_dir() else left.unlink()

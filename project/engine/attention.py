@@ -21,7 +21,8 @@ from project.layout import Tokens, visible
 from project.model.attention import one_per_query_head
 
 Span = tuple[int, int]
-BLOCK = 256  # stream queries in one call: masks stay small, and keys behind the block are not read
+# stream queries in one call: masks stay small, and keys behind the block are not read
+BLOCK = 256
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -145,12 +146,12 @@ class Structure:
     ) -> None:
         starts = row.starts
         own = row.own
-        # 1. By request: blocks of stream queries, cached streams, and ranges among tokens and candidates.
+        # 1. By request: blocks of stream queries, cached streams, and ranges among tokens
+        # and candidates.
         self._blocks = blocks
         self._cached = cached
-        self._streams: list[Span] = list(
-            pairwise(row.streams.tolist())
-        )  # its stream tokens
+        # its stream tokens
+        self._streams: list[Span] = list(pairwise(row.streams.tolist()))
         self._members = row.members()  # its candidates among the m
         self._candidates: list[Span] = [
             (int(starts[c]), int(starts[d])) for c, d in self._members
@@ -160,22 +161,20 @@ class Structure:
         self.slots = upload(starts[1:] - 1, device)  # (m,)
         self._longest = int(own.max())
         self._even = bool((own == self._longest).all())
-        # 3. Candidates of other lengths are padded to the longest; a padded place repeats some token.
+        # 3. Candidates of other lengths are padded to the longest; a padded place repeats
+        # some token.
         if not self._even:
             column = np.arange(self._longest)
             padded = np.minimum(
                 starts[:-1, None] - self._first + column, starts[-1] - self._first - 1
             )
             places = np.repeat(np.arange(len(own)) * self._longest, own) + within(own)
-            self._padded = upload(
-                padded.ravel(), device
-            )  # (m * longest,) the token at each padded place
-            self._places = upload(
-                places, device
-            )  # (tokens,) the padded place of each token
-            self._beyond = upload(column >= own[:, None], device)[
-                :, None, None
-            ]  # (m, 1, 1, longest) padding
+            # (m * longest,) the token at each padded place
+            self._padded = upload(padded.ravel(), device)
+            # (tokens,) the padded place of each token
+            self._places = upload(places, device)
+            # (m, 1, 1, longest) padding
+            self._beyond = upload(column >= own[:, None], device)[:, None, None]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -202,9 +201,11 @@ class Structure:
                     enable_gqa=k.shape[1] != heads,
                 )
                 out[a + first : a + stop] = found[0].transpose(0, 1)
-        # 2. Candidates read their request's stream, all of it, in one product for all of them.
+        # 2. Candidates read their request's stream, all of it, in one product for all of
+        # them.
         shared, weight = _shared(query, self._candidates, pairs, scale)
-        # 3. Each reads itself. Padding stands behind a candidate's tokens, so causality hides it.
+        # 3. Each reads itself. Padding stands behind a candidate's tokens, so causality
+        # hides it.
         q = self._apart(query).transpose(1, 2)
         k = self._apart(key).transpose(1, 2)
         v = self._apart(value).transpose(1, 2)
@@ -234,9 +235,8 @@ class Structure:
         k = self._apart(key)  # (m, longest, key heads, dim)
         v = self._apart(value)
         grouped = query.reshape(len(query), k.shape[2], -1, query.shape[-1])
-        scores = (
-            grouped @ k.permute(0, 2, 3, 1)
-        ).float() * scale  # (m, key heads, queries, longest)
+        # (m, key heads, queries, longest)
+        scores = (grouped @ k.permute(0, 2, 3, 1)).float() * scale
         if not self._even:
             scores = scores.masked_fill(self._beyond, -torch.inf)
         lse = scores.logsumexp(dim=-1, keepdim=True)

@@ -24,19 +24,18 @@ class CachedStream:
 
     def __init__(self, layers: int) -> None:
         empty = np.zeros(0, dtype=np.int64)
-        # its tokens with their positions and time groups, which say what a next stream has in common with it
+        # its tokens with their positions and time groups, which say what a next stream has
+        # in common with it
         self.stream = StreamTokens(empty, empty, empty, empty)
-        # by layer, keys and values (1, heads, room, dim), of which the first S are filled; None: none yet
+        # by layer, keys and values (1, heads, room, dim), of which the first S are filled;
+        # None: none yet
         self._pairs: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        self._keyed = [
-            0
-        ] * layers  # by layer, how many leading tokens' keys and values it has
-        self._reached = [0] * (
-            layers + 1
-        )  # by depth, how many leading tokens have come to it
-        self.waiting: dict[
-            int, Tensor
-        ] = {}  # by depth, hidden states (f, H) of tokens that stopped there
+        # by layer, how many leading tokens' keys and values it has
+        self._keyed = [0] * layers
+        # by depth, how many leading tokens have come to it
+        self._reached = [0] * (layers + 1)
+        # by depth, hidden states (f, H) of tokens that stopped there
+        self.waiting: dict[int, Tensor] = {}
 
     @property
     def bytes(self) -> int:
@@ -111,7 +110,8 @@ class CachedStream:
         if stop > start:
             keys[:, :, start:stop] = key
             values[:, :, start:stop] = value
-        # 3. How far the stream has come. Behind the last layer nothing reads a token: its keys are enough.
+        # 3. How far the stream has come. Behind the last layer nothing reads a token: its
+        # keys are enough.
         self._keyed[layer] = stop
         if runs or layer == len(self._keyed) - 1:
             self._reached[layer + 1] = stop

@@ -28,10 +28,14 @@ from project.exits.criteria import HeadOutputs
 from project.model.backbone import State
 from project.model.module import ExitRecommender
 
-# From so many tokens on, an exit's layer runs at answer positions first: candidates that leave save the rest of the
-# layer, for those that stay its fixed part runs twice. If half leave, break-even is that part, in tokens, over .39.
-# On a CPU, packed float32 layers of SmolLM2-135M: their weights take as long to read as 24 tokens to multiply (218
-# GFLOP/s, 18 GB/s in results/whole_backbone_alone/benchmark.json), so 62. On other devices kernel
+# From so many tokens on, an exit's layer runs at answer positions first: candidates that
+# leave save the rest of the
+# layer, for those that stay its fixed part runs twice. If half leave, break-even is that
+# part, in tokens, over .39.
+# On a CPU, packed float32 layers of SmolLM2-135M: their weights take as long to read as 24
+# tokens to multiply (218
+# GFLOP/s, 18 GB/s in results/whole_backbone_alone/benchmark.json), so 62. On other devices
+# kernel
 # launches take most of the time; not measured.
 READ_TOKENS, READ_TOKENS_ELSEWHERE = 64, 4096
 
@@ -146,36 +150,31 @@ class EngineBatch:
         self.scores = scores  # whose clock this batch adds to
         # 1. Of requests.
         counts = np.array([len(r) for r in requests])  # (R,) candidates
-        self.offsets = offsets_of(
-            counts
-        )  # (R + 1,) where each request's candidates start among the N
-        self.token_layers = np.zeros(
-            len(requests), dtype=np.int64
-        )  # (R,) layers run, summed over tokens
-        self.deadline = np.array(
-            [r.deadline for r in requests]
-        )  # (R,) seconds of time.monotonic()
-        self.late = np.zeros(
-            len(requests), dtype=bool
-        )  # (R,) whether its deadline made a candidate leave
+        # (R + 1,) where each request's candidates start among the N
+        self.offsets = offsets_of(counts)
+        # (R,) layers run, summed over tokens
+        self.token_layers = np.zeros(len(requests), dtype=np.int64)
+        # (R,) seconds of time.monotonic()
+        self.deadline = np.array([r.deadline for r in requests])
+        # (R,) whether its deadline made a candidate leave
+        self.late = np.zeros(len(requests), dtype=bool)
         self.streams: list[CachedStream | None] = [None] * len(requests)  # None: not cached
         # 2. Of all candidates.
         self.request_of = np.repeat(
             np.arange(len(requests)), counts
         )  # (N,) which of the R requests it belongs to
-        self.exit_layer = np.full(
-            len(self.request_of), -1, dtype=np.int64
-        )  # (N,) -1 while it runs
+        # (N,) -1 while it runs
+        self.exit_layer = np.full(len(self.request_of), -1, dtype=np.int64)
         exit_0 = upload(np.concatenate([r.exit_0 for r in requests]), engine.device)
         self.final_logit = torch.full_like(
             exit_0, torch.nan
         )  # (N,) calibrated logit it left with; NaN while it runs
-        # 3. Of the candidates that are alive; these shrink at every exit, those on the device by one gather.
+        # 3. Of the candidates that are alive; these shrink at every exit, those on the
+        # device by one gather.
         self.alive = np.arange(len(self.request_of))  # (m,) their positions among the N
         self.alive_at = upload(self.alive, engine.device)  # (m,) the same on the device
-        self.owner = upload(
-            self.request_of, engine.device
-        )  # (m,) their requests, on the device
+        # (m,) their requests, on the device
+        self.owner = upload(self.request_of, engine.device)
         self.features = upload(
             np.concatenate([r.retrieved for r in requests]), engine.device
         )  # (m, F) for criteria
@@ -184,12 +183,10 @@ class EngineBatch:
         # 4. Of the row in which they run.
         self.row: Row
         self.structure: Structure
-        self.read = (
-            -1
-        )  # the layer, from 0, that the last exit read at answer slots before it ran whole
-        self.blocks: dict[
-            tuple[int, int], list[StreamBlock]
-        ] = {}  # by request and first token that runs
+        # the layer, from 0, that the last exit read at answer slots before it ran whole
+        self.read = -1
+        # by request and first token that runs
+        self.blocks: dict[tuple[int, int], list[StreamBlock]] = {}
 
     def run(self) -> list[Scored]:
         """From exit to exit, until nobody is left."""
@@ -211,8 +208,10 @@ class EngineBatch:
             # 3. Whole layers up to the one in front of the exit.
             state = self._run_layers(state, depth, layer - 1)
             depth = layer - 1
-            # 4. The exit's own layer. Where candidates may leave it runs at the answer slots alone: a candidate that
-            #    leaves needs no more of it. It runs whole where nobody can leave, or where tokens are few.
+            # 4. The exit's own layer. Where candidates may leave it runs at the answer
+            # slots alone: a candidate that
+            # leaves needs no more of it. It runs whole where nobody can leave, or where
+            # tokens are few.
             known = decision.known(head)
             is_last = head == len(decision.layers) - 1
             if known or (
@@ -232,7 +231,8 @@ class EngineBatch:
             # 5. The head: one more column of logits.
             column: Tensor = engine.heads[str(layer)](answers).double()[:, None]
             self.logits = torch.cat([self.logits, column], dim=1)
-            # 6. Candidates leave by the decision, or since their request's deadline has passed.
+            # 6. Candidates leave by the decision, or since their request's deadline has
+            # passed.
             stays = self._decide(head)
             # 7. The row of the survivors goes on from this depth, by one gather.
             state = self._compact(state, depth, stays)
@@ -355,9 +355,8 @@ class EngineBatch:
         leaves = np.full(len(self.alive), known is True)
         if known is None:
             outputs = HeadOutputs(decision.layers[: head + 1], logits, self.features)
-            leaves = (
-                decision.leaves(self.owner, outputs).cpu().numpy()
-            )  # the one wait for the device
+            # the one wait for the device
+            leaves = decision.leaves(self.owner, outputs).cpu().numpy()
         self.late[self.request_of[self.alive[late & ~leaves]]] = True
         stays = ~(leaves | late)
         # 2. What they leave with.
@@ -397,10 +396,10 @@ class EngineBatch:
         if stays.all() and not any(depth in stream.waiting for stream in cached):
             return state
         hidden = state.hidden[0]
-        live = set(
-            row.owner[stays].tolist()
-        )  # of the row's requests, those with a candidate
-        # 1. Streams: tokens that waited join those that came; those of requests that are done wait.
+        # of the row's requests, those with a candidate
+        live = set(row.owner[stays].tolist())
+        # 1. Streams: tokens that waited join those that came; those of requests that are
+        # done wait.
         pieces = list[Tensor]()
         if cached:
             for place, (i, (a, b)) in enumerate(

@@ -75,9 +75,8 @@ def load_weights(
         )
         model.set_backbone(backbone, tokenizer)
     model.on_load_checkpoint(content)
-    model.load_state_dict(
-        content["state_dict"], strict=False
-    )  # on_load_checkpoint was stricter
+    # on_load_checkpoint was stricter
+    model.load_state_dict(content["state_dict"], strict=False)
     return content
 
 
@@ -108,7 +107,8 @@ class Run:
         certificate: What a result file says of the plan's promise; None where there is none.
     """
 
-    # `score` and `score_after_log` are the Python API; `write` is the command `predict --engine early_exit`
+    # `score` and `score_after_log` are the Python API; `write` is the command `predict
+    # --engine early_exit`
 
     def __init__(
         self,
@@ -187,7 +187,8 @@ class Run:
         self, requests: Requests, part: Sequence[RankRequest | InvalidRequest]
     ) -> tuple[pl.DataFrame, Counter[str]]:
         """`early_exit_table` of some of the requests, which fit into memory together, and what was counted."""
-        # 1. valid requests go through the engine, invalid ones get NaN and their error; the order stays
+        # 1. valid requests go through the engine, invalid ones get NaN and their error; the
+        # order stays
         usable = [request for request in part if isinstance(request, RankRequest)]
         some = replace(requests, requests=usable, invalid=())
         prepared = prepare_requests(self.model, self.data, some) if usable else []

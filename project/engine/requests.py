@@ -23,7 +23,8 @@ class Scores:
     """Scored requests in the order they were given, and what the engine needed for them."""
 
     requests: list[Scored]
-    # backbone: layers, heads, decisions, gathers; not the packing of token ids, masks and cached streams
+    # backbone: layers, heads, decisions, gathers; not the packing of token ids, masks and
+    # cached streams
     seconds: dict[str, float] = field(default_factory=lambda: {"backbone": 0.0})
 
     @property
@@ -74,9 +75,8 @@ class PreparedRequest:
     exit_0: F64  # (n,) logits of exit 0, rounded to float32 as score tables have them
     retrieved: F64  # (n, F) features that criteria read
     user: Hashable | None = None  # key of the stream in a cache; None: never cached
-    deadline: float = (
-        np.inf
-    )  # time.monotonic() seconds; past it, everyone leaves at the next exit
+    # time.monotonic() seconds; past it, everyone leaves at the next exit
+    deadline: float = np.inf
 
     def __len__(self) -> int:
         return len(self.candidates)

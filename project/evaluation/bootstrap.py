@@ -32,9 +32,8 @@ class UserBootstrap:
         )
         # (draws, users): how often each user was drawn
         self._times = drawn[:, : found.size].astype(np.float32)
-        self._known: dict[
-            bytes, F64
-        ] = {}  # digest of scores and labels -> their AUC in every draw
+        # digest of scores and labels -> their AUC in every draw
+        self._known: dict[bytes, F64] = {}
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """`head_metrics` of logits (n,), and `auc_interval` where there are draws."""

@@ -51,7 +51,8 @@ FIRST = 2  # code of the first known id
 
 BINS = 32
 HISTORY_ROWS = 20  # the user's latest strictly earlier rows, which DIN sees
-ATTRIBUTE_WORDS = 8  # an attribute is its first so many words: three genres are three words, a year is one
+# an attribute is its first so many words: three genres are three words, a year is one
+ATTRIBUTE_WORDS = 8
 LAYERS: dict[str, Any] = {"dims": [64, 32], "dropout": 0.2}
 CROSSES = 2
 ATTENTION_LAYERS = [16]
@@ -59,7 +60,8 @@ BATCH_ROWS = 1024
 SCORED_ROWS = 4096  # in one call; the scores do not depend on it
 LEARNING_RATE = 1e-3
 EPOCHS = 10
-# epochs without a better AUC on `select` before training ends; the best epoch's weights are kept
+# epochs without a better AUC on `select` before training ends; the best epoch's weights are
+# kept
 PATIENCE = 2
 HIDDEN_SHARE = 0.2  # of rows whose user, and of rows whose item, is hidden in a step
 
@@ -85,9 +87,8 @@ class NetworkFeatures:
     """What makes a log's rows the networks' features, fitted on train targets."""
 
     base: float  # share of likes among train targets, to which rates of few rows shrink
-    known: dict[
-        str, I64
-    ]  # field -> the ids that have a code, ascending; FIRST is the code of the first
+    # field -> the ids that have a code, ascending; FIRST is the code of the first
+    known: dict[str, I64]
     # attribute field -> codes (items, ATTRIBUTE_WORDS) by item code, PADDING at the end
     words: dict[str, I64]
     edges: list[F64]  # one array a feature: inner edges of its bins
@@ -186,9 +187,8 @@ def earlier_rows(rows: pl.DataFrame, split: str, last: int) -> tuple[I64, I64]:
     readable = rows.filter(~pl.col("split").cast(pl.String).is_in(later))
     is_target = (readable["role"] == "target") & (readable["split"] == split)
     log = replace(WalkRows.from_log(readable), query=is_target.to_numpy())
-    place = np.full(
-        (readable.height, last), NO_ROW
-    )  # positions in `log`; the last is not read
+    # positions in `log`; the last is not read
+    place = np.full((readable.height, last), NO_ROW)
     for queries, own, earlier in queries_by_user(log, "histories"):
         padded = np.append(np.full(last, NO_ROW), own)
         place[queries] = padded[earlier[:, None] + np.arange(last)]
@@ -232,9 +232,8 @@ def build_network(name: str, features: NetworkFeatures, embedding: int) -> nn.Mo
             history = [
                 sequence(n, size, pooling="concat", shared_with="item") for n in HISTORY
             ]
-            again = SparseFeature(
-                "item", size, embedding, padding_idx=PADDING
-            )  # one target a history
+            # one target a history
+            again = SparseFeature("item", size, embedding, padding_idx=PADDING)
             network = DIN(
                 fields[1:], history, [fields[0], again], LAYERS, {"dims": ATTENTION_LAYERS}
             )

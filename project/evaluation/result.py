@@ -30,9 +30,11 @@ from project.exits.plan import ExitPlan, Plans
 from project.metrics import OwnMetric, auc, head_metrics, probabilities
 from project.run import exit_layers_of, score_table
 
-# first value of each bucket: strictly earlier rows of the user (0 to 4, 5 to 20, more) and of the item
+# first value of each bucket: strictly earlier rows of the user (0 to 4, 5 to 20, more) and
+# of the item
 EDGES = {"history": (0, 5, 21), "item": (0, 1, 6, 21)}
-SLICE_DRAWS = 200  # resamples behind a slice's interval: fewer than for a whole split, there are many slices
+# resamples behind a slice's interval: fewer than for a whole split, there are many slices
+SLICE_DRAWS = 200
 
 
 class ScoreCollector(Metric):
@@ -406,7 +408,8 @@ class PlannedRows:
             self._head(full), self.logit, self.labels
         )
         saved = self._bootstrap.ratio_interval(self._static_cost(full), spent)
-        # of equal cost: the deepest exit that costs no more; the shallowest where all cost more
+        # of equal cost: the deepest exit that costs no more; the shallowest where all cost
+        # more
         affordable = [
             k for k in self.plan.layers if self._static_cost(k).sum() <= float(spent.sum())
         ]

@@ -47,7 +47,8 @@ from project.exits.search import (
 )
 from project.run import exit_layers_of
 
-# With fewer users on tune no bound on the AUC drop holds on fresh users where a few in a hundred are served badly by
+# With fewer users on tune no bound on the AUC drop holds on fresh users where a few in a
+# hundred are served badly by
 # early exits: such users are not among them, or too few to tell (results/budget.json).
 FEWEST_USERS = 250
 
@@ -111,7 +112,8 @@ class TuneFold:
             criterion = deepcopy(unfitted)
             try:
                 criterion.fit(self.outputs)
-                # a criterion that learns is more confident on the rows of its fit than on others
+                # a criterion that learns is more confident on the rows of its fit than on
+                # others
                 confidence = (
                     out_of_fold_confidence(partial(deepcopy, unfitted), self.outputs, users)
                     if criterion.learns
@@ -237,7 +239,8 @@ def calibrate(
             promise, words = None, f"No certificate: {error}."
     _check_folds(scores)
     tuned, certified = ((scores["fold"] == fold).to_numpy() for fold in ("tune", "certify"))
-    # 2. on tune, with exit 0 and without: calibration, every criterion's path, the budget's step
+    # 2. on tune, with exit 0 and without: calibration, every criterion's path, the budget's
+    # step
     on_tune = scores.filter(tuned), features[tuned], settings
     folds = {
         x: TuneFold(*on_tune, x, comparison_only=x != settings.exit_0)
@@ -245,7 +248,8 @@ def calibrate(
     }
     tune, without = folds[settings.exit_0], folds[False]
     best, layers = tune.best, tune.outputs.layers
-    # 3. on certify, once: the budget's policy, then faster steps until one fails; full depth, step 0, takes no test
+    # 3. on certify, once: the budget's policy, then faster steps until one fails; full
+    # depth, step 0, takes no test
     sequence = [0, *range(max(best.step, 1), len(best.path))]
     certificate = further = last = None
     if promise is not None:

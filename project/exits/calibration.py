@@ -14,7 +14,8 @@ from project.arrays import F64
 from project.errors import DataError
 
 MINIMUM_SLOPE = 1e-3
-RIDGE = 1e-9  # per row, on slopes of standardised logits: bounds them where a head separates the classes
+# per row, on slopes of standardised logits: bounds them where a head separates the classes
+RIDGE = 1e-9
 ITERATIONS = 100
 
 
@@ -83,7 +84,8 @@ def fit_calibration(
         mean, scale = features.mean(axis=0), features.std(axis=0)
         design = np.column_stack([(features - mean) / scale, np.ones(positive.size)])
         found = _newton(design, positive, np.zeros(positive.size))
-        # the likelihood is concave: where the free optimum breaks the bound on the slope, the bounded one lies on it
+        # the likelihood is concave: where the free optimum breaks the bound on the slope,
+        # the bounded one lies on it
         bound = MINIMUM_SLOPE * scale[0]
         if found[0] < bound:
             found = np.r_[bound, _newton(design[:, 1:], positive, bound * design[:, 0])]

@@ -35,11 +35,14 @@ RISKS = {
 
 ROWS_OF_A_USER = 16  # of each user so many random rows are paired, which bounds the work
 PAIRINGS = 20  # random pairings of all users that capital is averaged over
-# Largest share of the capital that one loss may take (WSR's c, there 1/2 or 3/4). At few users only bets near the limit
+# Largest share of the capital that one loss may take (WSR's c, there 1/2 or 3/4). At few
+# users only bets near the limit
 # reach 1 / delta: of plans without a drop .9 passes 65 %, .99 72 % at 300 users.
 BET_SHARE = 0.99
-# Variance of the losses in [0, 1] before any was seen, counted as so many losses (WSR: one of 1/4, their maximum).
-# Losses of early exits vary little, and small bets earn little. Validity does not depend on either constant.
+# Variance of the losses in [0, 1] before any was seen, counted as so many losses (WSR: one
+# of 1/4, their maximum).
+# Losses of early exits vary little, and small bets earn little. Validity does not depend on
+# either constant.
 PRIOR_WEIGHT, PRIOR_VARIANCE = 5, 0.0025
 BISECTIONS = 40  # a bound is exact to 2 ** -40 of the range
 
@@ -175,9 +178,8 @@ def certify(
     owners = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
     if np.isnan(scores).any() or not np.array_equal(scores[0], last):
         raise DataError("certify: logits are NaN, or step 0 of the path is not full depth")
-    if (n := np.unique(owners).size) < (
-        settings.users_needed() or 0
-    ):  # the fold is not read
+    # the fold is not read
+    if (n := np.unique(owners).size) < (settings.users_needed() or 0):
         return _walk(lambda _: np.zeros((1, 0)), len(scores), n, settings)
     if settings.risk != "auc_gap":
         adaptive = probabilities(scores.ravel()).reshape(scores.shape)
@@ -201,9 +203,8 @@ def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> Certific
         raise DataError(
             f"{settings.risk}: {outside.sum()} losses outside [{low:.4g}, {high:.4g}], first {values[outside][0]}"
         )
-    order = np.random.default_rng(0).permutation(values.shape[1])[
-        None
-    ]  # bets must not follow time or label
+    # bets must not follow time or label
+    order = np.random.default_rng(0).permutation(values.shape[1])[None]
     return _walk(lambda step: values[step][order], len(values), values.shape[1], settings)
 
 
@@ -294,9 +295,8 @@ class UserPairs:
     def __init__(self, labels: ArrayLike, users: I64) -> None:
         rng, count = np.random.default_rng(0), int(users.max()) + 1
         mixed = rng.permutation(users.size)
-        mixed = mixed[
-            np.argsort(users[mixed], kind="stable")
-        ]  # by user, each user's rows in random order
+        # by user, each user's rows in random order
+        mixed = mixed[np.argsort(users[mixed], kind="stable")]
         sizes = np.bincount(users, minlength=count)
         place = np.arange(users.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         kept = place < ROWS_OF_A_USER
@@ -324,15 +324,13 @@ class UserPairs:
         found = [np.zeros(0)]
         for at in range(0, len(self._pairs), self._block):
             one, other = self._pairs[at : at + self._block].T
-            above = (
-                ranks[one][:, :, None] > ranks[other][:, None, :]
-            )  # padding is neither above nor below
+            # padding is neither above nor below
+            above = ranks[one][:, :, None] > ranks[other][:, None, :]
             below = ranks[one][:, :, None] < ranks[other][:, None, :]
             sign = above.view(np.int8) - below.view(np.int8)
             right = (self._positive[one] * sign.sum(2, dtype=np.int16)).sum(1)
-            right -= (self._positive[other] * sign.sum(1, dtype=np.int16)).sum(
-                1
-            )  # two positives cancel
+            # two positives cancel
+            right -= (self._positive[other] * sign.sum(1, dtype=np.int16)).sum(1)
             (ups, downs), (other_ups, other_downs) = (
                 self._sizes[:, one],
                 self._sizes[:, other],

@@ -20,7 +20,8 @@ from project.errors import ConfigError, DataError
 from project.features import FEATURES
 from project.metrics import SMALLEST_PROBABILITY
 
-USER_PARTS = 2  # a criterion that learns is fitted on the users of one part and scores those of the other
+# a criterion that learns is fitted on the users of one part and scores those of the other
+USER_PARTS = 2
 QUANTILES = 1001  # points of a frozen distribution: its error is below .001 in quantile
 
 
@@ -166,7 +167,8 @@ def confidence_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
     columns, rows = list[Tensor](), len(outputs.logits)
     for head, layer in enumerate(outputs.layers[:-1]):
         confidence: object = criterion.confidence(outputs.until(head))
-        # a class of the user's own may return anything, and a row whose confidence is NaN would never leave
+        # a class of the user's own may return anything, and a row whose confidence is NaN
+        # would never leave
         if not isinstance(confidence, Tensor):
             found = f"a {type(confidence).__name__}"
         elif confidence.shape != (rows,):

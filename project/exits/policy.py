@@ -50,7 +50,8 @@ class Policy:
         here_or_later = torch.stack(
             [confidence, torch.full_like(confidence, torch.inf)], dim=1
         )
-        # stacked, not indexed by a list: an engine's thresholds are on the device, and this needs no host sync
+        # stacked, not indexed by a list: an engine's thresholds are on the device, and this
+        # needs no host sync
         limits = torch.stack([self.thresholds[outputs.heads - 1], self.thresholds[-1]])
         return leave(here_or_later, limits) == 0
 

@@ -19,11 +19,8 @@ from project.exits.policy import leave, oracle_exits, random_exits
 from project.metrics import auc, probabilities
 
 SHARES = 20  # thresholds of a head's grid; they are denser where few rows leave
-STEPS = (
-    1,
-    2,
-    4,
-)  # how many thresholds a head may move at once; greedy by single ones gets stuck
+# how many thresholds a head may move at once; greedy by single ones gets stuck
+STEPS = (1, 2, 4)
 TEACHER_DEVIATION = 0.2
 """Prior deviation of the weight of an earlier head in the teacher: 0 is the last head alone."""
 FREE = 1e-7  # AUC losses below this are no loss, and the larger saving wins
@@ -110,7 +107,8 @@ def threshold_path(
             thresholds = thresholds.clone()
             thresholds[head] = threshold
         exits = leave(known, thresholds).numpy()
-        # expected AUC: share of pairs in order where row i is liked with probability q_i, ties in order of rows
+        # expected AUC: share of pairs in order where row i is liked with probability q_i,
+        # ties in order of rows
         liked = likes[logits[rows, exits].argsort(kind="stable")]
         disliked = 1.0 - liked
         below = disliked.cumsum() - disliked  # a row makes no pair with itself
@@ -124,7 +122,8 @@ def threshold_path(
     nobody = torch.tensor([torch.inf] * len(grids) + [-torch.inf], dtype=torch.float64)
     full = here = tried(nobody)
     found, place = list[_Tried](), [0] * len(grids)
-    # 2. every move from here: one head, a few thresholds further or to its last; rows only ever leave earlier
+    # 2. every move from here: one head, a few thresholds further or to its last; rows only
+    # ever leave earlier
     while moves := [
         (head, to)
         for head, grid in enumerate(grids)

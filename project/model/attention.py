@@ -37,19 +37,20 @@ def segments_attention(
     (B, T, heads, dim), zero at padding, and no attention weights.
     """
     attend = getattr(layout, "attend", None)
-    if (
-        attend is not None
-    ):  # the engine's structure of a batch, which may hold cached keys and values
+    # the engine's structure of a batch, which may hold cached keys and values
+    if attend is not None:
         return attend(module.layer_idx, query, key, value, scaling), None
     heads, length, dim = query.shape[1:]
-    # With a mask, CUDA has no fused kernel for grouped queries; the CPU's takes them as they are.
+    # With a mask, CUDA has no fused kernel for grouped queries; the CPU's takes them as
+    # they are.
     if query.device.type != "cpu":
         key, value = (one_per_query_head(x, heads) for x in (key, value))
     grouped = key.shape[1] != heads
     rows = []
     for row in range(query.shape[0]):
         blocks = [block for block in layout.blocks if block.row == row]
-        # 1. Cut the row once, at all edges of its blocks: the backward pass of a cut is one concatenation, whereas
+        # 1. Cut the row once, at all edges of its blocks: the backward pass of a cut is one
+        # concatenation, whereas
         #    every slice of a tensor costs a zero tensor of the full length.
         spans = [span for block in blocks for span in (block.queries, *block.keys)]
         edges = sorted({0, length}.union(*spans))

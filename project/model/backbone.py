@@ -25,7 +25,8 @@ from project.layout import Layout
 from project.model.attention import SEGMENTS
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-# "dynamic" and "longrope" turn by the longest position of the batch: logits would depend on what is packed
+# "dynamic" and "longrope" turn by the longest position of the batch: logits would depend on
+# what is packed
 ROTARY = ("default", "linear", "llama3", "yarn")
 SUPPORTED = "Llama/SmolLM2, Qwen2, Qwen3 and Mistral, every layer with full attention"
 _AUTO: Any = AutoModelForCausalLM  # its constructors are not typed
@@ -77,9 +78,8 @@ class NumberEmbedding(nn.Embedding):
         at = torch.linspace(
             FIRST_KNOT, LAST_KNOT, KNOTS, dtype=weight.dtype, device=weight.device
         )
-        self.numbers = nn.Parameter(
-            point + direction * at[:, None] / 2
-        )  # (kinds, KNOTS, H)
+        # (kinds, KNOTS, H)
+        self.numbers = nn.Parameter(point + direction * at[:, None] / 2)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors (..., H) of token ids (...)."""
@@ -111,8 +111,10 @@ class ItemEmbedding(NumberEmbedding):
         self.register_buffer(
             "moments", torch.tensor([[0.0], [1.0]]).to(weight).repeat(1, width)
         )
-        # at first the standardised vector as large as a word's, and a random point for all; the first H rows multiply
-        # a vector of length about 1, so that a step of AdamW moves items not much farther than it moves words
+        # at first the standardised vector as large as a word's, and a random point for all;
+        # the first H rows multiply
+        # a vector of length about 1, so that a step of AdamW moves items not much farther
+        # than it moves words
         start = torch.eye(width, dtype=weight.dtype, device=weight.device) * width**0.5
         point = torch.randn(1, width, dtype=weight.dtype, device=weight.device)
         self.projection = nn.Parameter(torch.cat([start, point]) * weight.std())
@@ -154,12 +156,16 @@ class Backbone(nn.Module):
         self.embed_tokens = model.model.embed_tokens
         self.layers = model.model.layers
         self.rotary_emb = model.model.rotary_emb
-        # for heads to copy; frozen: nothing reads it in the forward pass, and DDP waits for every trainable parameter
+        # for heads to copy; frozen: nothing reads it in the forward pass, and DDP waits for
+        # every trainable parameter
         self.final_norm = model.model.norm.requires_grad_(False)
-        # in a list, so that it is neither trained nor saved nor moved: it has a row for every token of the vocabulary
+        # in a list, so that it is neither trained nor saved nor moved: it has a row for
+        # every token of the vocabulary
         self._lm_head: list[Tensor] = [model.lm_head.weight]
         self.gradient_checkpointing = False
-        self.train()  # from_pretrained leaves its modules in eval mode, and Lightning keeps the mode it finds
+        # from_pretrained leaves its modules in eval mode, and Lightning keeps the mode it
+        # finds
+        self.train()
 
     @classmethod
     def from_config(

@@ -70,9 +70,8 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=LORA_SCALE * settings.rank,  # peft divides it by r
-        target_modules=[
-            f"layers.{name}" for name in linear
-        ],  # such as layers.0.self_attn.q_proj
+        # such as layers.0.self_attn.q_proj
+        target_modules=[f"layers.{name}" for name in linear],
     )
     inject_adapter_in_model(config, backbone)  # freezes all that is no adapter
 
@@ -139,7 +138,8 @@ class ExitRecommender(L.LightningModule):
         self.scores: polars.DataFrame | None = None
         # frozen weights are not in the checkpoint; on_load_checkpoint is stricter
         self.strict_loading = False
-        # buffers travel with every checkpoint: the headline's exit layer, by validation's tune fold (-1: not validated
+        # buffers travel with every checkpoint: the headline's exit layer, by validation's
+        # tune fold (-1: not validated
         # yet), and the feature baseline, fitted when training starts (NaN: not fitted yet)
         self.chosen_exit: Tensor
         self.exit_0: Tensor
@@ -255,7 +255,8 @@ class ExitRecommender(L.LightningModule):
         world = self.trainer.world_size
         if world > 1:
             targets = self.trainer.strategy.reduce(targets, reduce_op="sum")
-        # gradients are averaged over processes, the loss is a sum over their targets: hence the factor
+        # gradients are averaged over processes, the loss is a sum over their targets: hence
+        # the factor
         loss, per_head = exit_loss(logits, batch.label, targets / world)
         self.log("train/loss", loss.detach(), prog_bar=True)
         for layer, value in zip(self.exit_layers, per_head, strict=True):
@@ -309,7 +310,8 @@ class ExitRecommender(L.LightningModule):
         for row in rows:
             for name in ("auc", "log_loss", "brier", "ece"):
                 if row[name] is not None:
-                    # every process computed the same numbers from the gathered scores: nothing to reduce
+                    # every process computed the same numbers from the gathered scores:
+                    # nothing to reduce
                     self.log(
                         f"{prefix}/{name}/exit_{row['layer']}",
                         row[name],
@@ -326,10 +328,12 @@ class ExitRecommender(L.LightningModule):
         """AdamW with learning rates by depth, warm-up and cosine decay."""
         assert self.backbone is not None
         groups = parameter_groups(self.backbone, self.heads, self.optim)
-        # Lightning clips no gradients of a fused optimizer under mixed precision, also where nothing is scaled
+        # Lightning clips no gradients of a fused optimizer under mixed precision, also
+        # where nothing is scaled
         fused = "mixed" not in str(self.trainer.precision)
         optimizer = torch.optim.AdamW(groups, fused=fused)
-        # not trainer.estimated_stepping_batches: it starts the loader before its checkpointed position is restored
+        # not trainer.estimated_stepping_batches: it starts the loader before its
+        # checkpointed position is restored
         factor = cosine_with_warmup(planned_steps(self.trainer, self.data.train_batches()))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {

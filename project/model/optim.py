@@ -15,10 +15,10 @@ from project.model.backbone import Backbone, ItemEmbedding, NumberEmbedding
 
 HEAD_FACTOR = 5.0  # how much faster a head learns than the layer below it
 MINIMUM_SHARE = 0.1  # of the peak rate, at the last step
-WARMUP_SHARE = 0.05  # of all steps, tens of an epoch's hundreds: Adam's first variances are of few batches
-WEIGHT_DECAY = (
-    0.01  # PyTorch's default; at a rate of 3e-4 a thousand steps take .3 % off a matrix
-)
+# of all steps, tens of an epoch's hundreds: Adam's first variances are of few batches
+WARMUP_SHARE = 0.05
+# PyTorch's default; at a rate of 3e-4 a thousand steps take .3 % off a matrix
+WEIGHT_DECAY = 0.01
 
 
 @dataclass

@@ -12,7 +12,8 @@ from markupsafe import Markup
 UNDEFINED = Markup("undefined")
 ABSENT = Markup("–")
 FEW_USERS = 300
-# Users -> how often their 95 % intervals hold the truth in the worst of four worlds (results/intervals.json).
+# Users -> how often their 95 % intervals hold the truth in the worst of four worlds
+# (results/intervals.json).
 COVERED = {30: 0.80, 80: 0.83}
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 

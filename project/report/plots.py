@@ -66,9 +66,8 @@ def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None) -> Figure:
             if step["auc"] is not None:  # its depth, in the square
                 axes.text(step["cost"], step["auc"], str(step.get("layer", "")), color="white", fontsize=7, ha="center",
                           va="center_baseline", zorder=5)  # fmt: skip
-        levels += (
-            [] if name == "random" else path[:, 1].tolist()
-        )  # random may lie outside the picture
+        # random may lie outside the picture
+        levels += [] if name == "random" else path[:, 1].tolist()
     # 2. a ring at the plan
     for policy in policies:
         step = (
@@ -80,7 +79,8 @@ def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None) -> Figure:
             label = f"plan: {policy['criterion']}, AUC {number(step['auc'])} at {number(step['cost'], 3)}"
             axes.plot(step["cost"], step["auc"], "o", ms=13, mfc="none", mec=COLOURS["plan"], mew=2.6,
                       label=label)  # fmt: skip
-    # 3. the best baseline; where it is far below the curves only the legend has it, so that it does not squeeze them
+    # 3. the best baseline; where it is far below the curves only the legend has it, so that
+    # it does not squeeze them
     span = max(levels) - min(levels) if levels else 0.0
     if levels and baseline and baseline[1] < min(levels) - span:
         axes.plot(
@@ -304,7 +304,8 @@ def _finished(axes: Axes) -> Figure:
     """The figure with its legend beside the axes; one without data says so."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        # outside: a legend inside covers lines. Names are data: no mathematics between two dollars.
+        # outside: a legend inside covers lines. Names are data: no mathematics between two
+        # dollars.
         texts = [label.replace("$", r"\$") for label in labels]
         axes.legend(
             handles,

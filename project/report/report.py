@@ -48,14 +48,12 @@ class Run:
     """What a run folder holds."""
 
     folder: Path  # as given
-    results: dict[
-        str, dict[str, Any]
-    ]  # by command: fit, validate, calibrate, test, baselines
+    # by command: fit, validate, calibrate, test, baselines
+    results: dict[str, dict[str, Any]]
     benchmarks: list[dict[str, Any]]
     notes: list[str]  # what was left out, a sentence each
-    reported: dict[
-        str, Any
-    ]  # result with the reported rows: `exits`, `baselines`, `adaptive`, ...
+    # result with the reported rows: `exits`, `baselines`, `adaptive`, ...
+    reported: dict[str, Any]
     split: str  # of the reported rows
     fold: str | None
 
@@ -175,11 +173,11 @@ def _reported(
                 old.get(key) == new.get(key) for key in ("criterion", "auc", "mean_depth")
             )
         ):
-            newer["adaptive"] = (
-                old  # the same plan, which is compared with the best baseline, too
-            )
+            # the same plan, which is compared with the best baseline, too
+            newer["adaptive"] = old
         result = calibrate | base | newer
-        # rows of the tune fold get the share that leaves there, where only `adaptive` has it
+        # rows of the tune fold get the share that leaves there, where only `adaptive` has
+        # it
         shares = (result.get("adaptive") or {}).get("exit_shares") or {}
         exits = [
             {"exit_share": shares[str(row["layer"])], **row}

@@ -19,10 +19,8 @@ Row = Mapping[str, Any]
 Result = Mapping[str, Any]
 
 TOLERANCE = 0.002  # of AUC: as near as the static exit of equal accuracy is to the best one
-REPORTED = {
-    "test": ("test", None),
-    "baselines": ("test", None),
-}  # other commands show validation's tune fold
+# other commands show validation's tune fold
+REPORTED = {"test": ("test", None), "baselines": ("test", None)}
 TABLE = re.compile(
     r"(?P<start><!-- table (?P<short>short )?(?P<files>\S+(?: \S+)*?) -->)\n.*?(?P<end><!-- end of table -->)",
     re.DOTALL,
@@ -34,20 +32,18 @@ BESIDE = 64  # candidates of the timed requests that stand beside AUCs
 class Answer:
     """The decision: "plan" and "exit" deploy the LLM, "no_llm" does not, "undecided" where a number is missing."""
 
-    kind: Literal[
-        "plan", "exit", "no_llm", "undecided", "baselines"
-    ]  # baselines: no exit was scored
+    # baselines: no exit was scored
+    kind: Literal["plan", "exit", "no_llm", "undecided", "baselines"]
     instead: str = ""  # no_llm: what to deploy, "exit 0" or the best baseline's name
-    # no_llm: `instead` is as good, better or within the budget; "not better": the LLM's lead is above TOLERANCE, but
+    # no_llm: `instead` is as good, better or within the budget; "not better": the LLM's
+    # lead is above TOLERANCE, but
     # its interval holds 0
     how: Literal["", "as good", "better", "not better", "budget"] = ""
     layer: int | None = None  # exit: the one to deploy
-    gain: Row | None = (
-        None  # what would be deployed (no_llm: the LLM's best) minus the best baseline
-    )
-    calibrated: bool = (
-        False  # exit: whether `gain` is of the exit calibrated with exit 0, else as trained
-    )
+    # what would be deployed (no_llm: the LLM's best) minus the best baseline
+    gain: Row | None = None
+    # exit: whether `gain` is of the exit calibrated with exit 0, else as trained
+    calibrated: bool = False
 
 
 def decide(result: Result, rows: Sequence[Row] = ()) -> Answer:
@@ -86,7 +82,8 @@ def decide(result: Result, rows: Sequence[Row] = ()) -> Answer:
         )
     if not plan:
         return Answer("exit", layer=result["chosen_exit"], gain=gain)
-    # 3. the plan is better than the best baseline: it must beat the static exit of equal accuracy, too
+    # 3. the plan is better than the best baseline: it must beat the static exit of equal
+    # accuracy, too
     bounds = static.get("auc_gain_interval")
     if bounds is None:
         return Answer("undecided", gain=gain)

@@ -49,9 +49,8 @@ def nearest(
     best = np.empty(count, np.int64)  # positions, of which the first `size` are filled
     cosines = np.empty(count, np.float32)
     size = 0
-    least = np.float32(
-        -np.inf
-    )  # of the best; read from them for every row, it costs half as much again
+    # of the best; read from them for every row, it costs half as much again
+    least = np.float32(-np.inf)
     for place in range(among.size - 1, -1, -1):
         row = among[place]
         if inverse[row] == 0 or norm == 0:

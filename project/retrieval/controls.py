@@ -48,14 +48,14 @@ class ItemKNN(Retriever):
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts."""
-        self._shape = (
-            num_users,
-            items.height + 1,
-        )  # one more item, which stands for any other
-        self._own: dict[
-            int, tuple[Growing, Growing]
-        ] = {}  # by user: rows, oldest first, and their items
-        self._likes: Any = None  # sparse matrix (users, items) of likes before the block; None before the first
+        # one more item, which stands for any other
+        self._shape = (num_users, items.height + 1)
+        # by user: rows, oldest first, and their items
+        self._own: dict[int, tuple[Growing, Growing]] = {}
+        self._likes: Any = (
+            # sparse matrix (users, items) of likes before the block; None before the first
+            None
+        )
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
         """Keep the liked (user, item) pairs before the block, each once, shape (pairs,) each."""

@@ -24,9 +24,8 @@ BIAS_PENALTY = 1.0  # of biases, of users and items
 VECTOR_PENALTY = 5.0
 ITERATIONS = 60  # most steps of a block's fit
 NEWTON_STEPS = 3  # from zero, under a penalty: a fourth moves no logit by 1e-3
-TOGETHER = (
-    256  # user vectors solved at once, which bounds the memory that long histories take
-)
+# user vectors solved at once, which bounds the memory that long histories take
+TOGETHER = 256
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,8 @@ class Factorisation:
         items, row_item = np.unique(np.asarray(item, dtype=np.int64), return_inverse=True)
         answer = np.asarray(label, dtype=np.float64)
         offset = float(np.log(answer.mean()) - np.log(1.0 - answer.mean()))
-        # 2. one flat array of parameters: biases of users and items, vectors of users and items
+        # 2. one flat array of parameters: biases of users and items, vectors of users and
+        # items
         shapes = (users.size,), (items.size,), (users.size, dim), (items.size, dim)
         ends = np.cumsum([math.prod(shape) for shape in shapes])
         biases = int(ends[1])
@@ -138,9 +138,8 @@ class MatrixFactorisation:
         vectors = np.zeros((num_items + 1, 1 + self.dim))
         vectors[:, 0] = 1.0
         label = edges.label
-        if (
-            np.unique(label).size < 2
-        ):  # one class only: the log-odds of (likes + 1/2) / (rows + 1)
+        # one class only: the log-odds of (likes + 1/2) / (rows + 1)
+        if np.unique(label).size < 2:
             likes = label.sum()
             return {
                 "known": known + np.log((likes + 0.5) / (label.size - likes + 0.5)),
@@ -168,7 +167,8 @@ class MatrixFactorisation:
             for k in np.unique(block[queries][block[queries] > 0]).tolist():
                 known = snapshots.fitted[k - 1]["known"]
                 vectors = snapshots.fitted[k - 1]["vectors"]
-                # 1. the user's vector after each number of rows that a query of this block reads
+                # 1. the user's vector after each number of rows that a query of this block
+                # reads
                 inside = block[queries] == k
                 counts, place = np.unique(earlier[inside], return_inverse=True)
                 past = rows.item[own]

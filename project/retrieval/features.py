@@ -35,9 +35,8 @@ from project.retrieval.own_text import SHRINK, item_vectors, text_similarity
 from project.retrieval.past import WalkRows
 from project.retrieval.walk import Snapshots, block_cuts, fit_snapshots, walk
 
-SNAPSHOTS = (
-    "snapshots.npz"  # in a folder of tables: what was fitted for test, which requests read
-)
+# in a folder of tables: what was fitted for test, which requests read
+SNAPSHOTS = "snapshots.npz"
 Make = Callable[
     [pl.DataFrame, str, Path], pl.DataFrame
 ]  # readable rows, split and folder -> table with row_id
@@ -68,7 +67,8 @@ class RetrievedFeatures:
         self.refits = refits
         self.cache_dir = cache_dir
         self.mf = mf
-        # (blocks - 1,) seconds at which blocks 1, 2, ... begin: of the whole log, for every split
+        # (blocks - 1,) seconds at which blocks 1, 2, ... begin: of the whole log, for every
+        # split
         self.cuts = block_cuts(split.rows["timestamp"].to_numpy(), refits)
 
     def tables(self) -> dict[str, pl.DataFrame]:
@@ -262,9 +262,8 @@ class RetrievedFeatures:
     def _text_folder(self) -> Path:
         """Folder with row_id, text and text_weight."""
         items = self.split.interactions.items
-        vectors = cache(
-            lambda: item_vectors(items, items)
-        )  # made only where the cache lacks the tables
+        # made only where the cache lacks the tables
+        vectors = cache(lambda: item_vectors(items, items))
 
         def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
             return text_similarity(WalkRows.from_log(readable), vectors())
@@ -307,9 +306,8 @@ class RetrievedFeatures:
                 readable = rows.filter(code <= k)
                 if table is None or not once:
                     written = table = make(readable, name, folder)
-                elif (
-                    table["row_id"].head(readable.height).equals(readable["row_id"])
-                ):  # of a log cut by time
+                # of a log cut by time
+                elif table["row_id"].head(readable.height).equals(readable["row_id"]):
                     table = table.head(readable.height)  # no copy
                     written = table.select("row_id")
                 else:

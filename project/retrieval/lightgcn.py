@@ -34,7 +34,11 @@ with warnings.catch_warnings():
 
 
 NOTHING: I64 = np.empty(0, np.int64)
-DISLIKE_WEIGHT = -0.5  # a like's is 1. A dislike counts half, since a user who dislikes an item had chosen it, too
+DISLIKE_WEIGHT = (
+    -0.5
+    # a like's is 1. A dislike counts half, since a user who dislikes an item had chosen it,
+    # too
+)
 
 
 class VectorRetriever(Retriever):
@@ -82,7 +86,8 @@ class VectorRetriever(Retriever):
         self._items = items
         self._past: dict[int, Growing] = {}  # by user: twice the item, and one for a like
         self._weighted: F32 | None = (
-            None  # (items + 1, d) see `fit`; the last row is any other item; None in block 0
+            # (items + 1, d) see `fit`; the last row is any other item; None in block 0
+            None
         )
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
@@ -99,7 +104,8 @@ class VectorRetriever(Retriever):
         unknown_item = np.zeros((1, snapshot["weighted"].shape[1]), np.float32)
         self._weighted = np.concatenate([snapshot["weighted"], unknown_item])
         self._item_inverse = inverse_norms(self._weighted)  # (items + 1,)
-        # 2. users, whose pasts are rows of a sparse matrix (users, items + 1); each past is in order of time, as
+        # 2. users, whose pasts are rows of a sparse matrix (users, items + 1); each past is
+        # in order of time, as
         #    `observe` adds, so that a vector does not depend on where a block starts
         own = [
             self._past[user].values if user in self._past else NOTHING
@@ -113,13 +119,13 @@ class VectorRetriever(Retriever):
         )
         self._vectors: F32 = pasts @ self._weighted  # (users, d)
         self._inverse = inverse_norms(self._vectors)  # (users,)
-        # 3. what `nearest` knows: cosines with the user who was asked for last, until a vector changes
+        # 3. what `nearest` knows: cosines with the user who was asked for last, until a
+        # vector changes
         self._asked = -1  # that user; -1 is none
         self._requests = 0  # how often another user was asked for
         self._cosines = np.empty_like(self._inverse)  # (users,)
-        self._cosines_of = np.zeros(
-            self._num_users, np.int64
-        )  # (users,) the request that each cosine is of
+        # (users,) the request that each cosine is of
+        self._cosines_of = np.zeros(self._num_users, np.int64)
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
         """The raters whose vectors have the largest cosine with the user's; zero vectors never match."""
@@ -147,7 +153,8 @@ class VectorRetriever(Retriever):
         """Those with the largest positive cosine with the user's vector; equal cosines: the later rating first."""
         if self._weighted is None or others.size == 0 or self._inverse[user] == 0:
             return NO_SIMILAR_USERS
-        # not a matrix product: its last bits may change with the number of rows, and with them the order of ties
+        # not a matrix product: its last bits may change with the number of rows, and with
+        # them the order of ties
         products = np.asarray(
             (self._vectors.take(others, axis=0) * self._vectors[user]).sum(-1)
         )
@@ -212,13 +219,13 @@ class GraphModel(LightGCNModel):  # type: ignore[misc]
     def get_embedding(self, adjacency: csr_array) -> Tensor:
         """The layers' average, shape (nodes, d)."""
         vectors: Tensor = self.embedding.weight
-        total = vectors.view_as(
-            vectors
-        )  # a node of its own: gradients are added in the order of the library
+        # a node of its own: gradients are added in the order of the library
+        total = vectors.view_as(vectors)
         for _ in range(self.num_layers):
             vectors = Propagation.apply(adjacency, vectors)  # type: ignore[no-untyped-call]
             total = total + vectors
-        # once, not for each layer: of a large graph the memory of every product costs more than the product
+        # once, not for each layer: of a large graph the memory of every product costs more
+        # than the product
         average: Tensor = total / (self.num_layers + 1)
         return average
 
@@ -236,9 +243,8 @@ def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
     """The graph of liked rows (He et al. 2020, equation 3: symmetric normalisation) among all users and items."""
     nodes = num_users + num_items
     liked = edges.label == 1
-    distinct = np.unique(
-        edges.item[liked] * nodes + edges.user[liked] + num_items
-    )  # by item, then user
+    # by item, then user
+    distinct = np.unique(edges.item[liked] * nodes + edges.user[liked] + num_items)
     item, user = torch.from_numpy(np.stack(np.divmod(distinct, nodes)))
     degree = torch.bincount(torch.cat([item, user]), minlength=nodes).float()
     weights = (degree[item] * degree[user]).rsqrt()
@@ -247,13 +253,12 @@ def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
     return LikeGraph(item, user, torch.unique(item), adjacency)
 
 
-BATCH_LIKES = 4096  # likes in one BPR step, and more where an epoch would have more than MOST_STEPS of them:
-MOST_STEPS = (
-    16  # each propagates over the whole graph, so a fit costs its likes, not their square
-)
-LEARNING_RATE = (
-    0.01  # Adam's: ten times the paper's, whose fit has 1,000 epochs, not ten a block
-)
+# likes in one BPR step, and more where an epoch would have more than MOST_STEPS of them:
+BATCH_LIKES = 4096
+# each propagates over the whole graph, so a fit costs its likes, not their square
+MOST_STEPS = 16
+# Adam's: ten times the paper's, whose fit has 1,000 epochs, not ten a block
+LEARNING_RATE = 0.01
 REGULARISATION = 0.01  # weight of the squared norm of the embeddings in a step
 
 
@@ -308,7 +313,8 @@ class LightGCN(VectorRetriever):
         return table.numpy()
 
     def _first_model(self, nodes: int) -> GraphModel:
-        # the paper's normal start: the scale of PyG's Xavier depends on how many users the log will have
+        # the paper's normal start: the scale of PyG's Xavier depends on how many users the
+        # log will have
         with torch.random.fork_rng(devices=[]):
             model = GraphModel(nodes, self.dim, self.layers, normalize=False)
             torch.manual_seed(0)

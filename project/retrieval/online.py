@@ -70,36 +70,31 @@ class FeatureIndex:
             )
         self._retriever = copy(retriever)
         self._mf = mf
-        self._items = (
-            split.interactions.items
-        )  # what the retriever knows; a code beyond it is any other item
+        # what the retriever knows; a code beyond it is any other item
+        self._items = split.interactions.items
         self.guest = split.interactions.users.height  # stands for whoever has no past here
         # 1. what was fitted
         self._snapshots = snapshots
         self._mf_snapshots = mf_snapshots
         self._encode = text_encoder(self._items)
         self._texts = with_any_other(self._encode(term_texts(self._items)))
-        self._recent = Recent[Any](
-            TEXTS_MIB
-        )  # by text, vectors (1, terms) of items that requests brought
+        # by text, vectors (1, terms) of items that requests brought
+        self._recent = Recent[Any](TEXTS_MIB)
         self._new_texts = self._texts[:0]  # of items that events brought
         self._catalogue = self._items  # of the latest request
-        self._further_texts = (
-            self._new_texts
-        )  # of the items in it that the log does not have
+        # of the items in it that the log does not have
+        self._further_texts = self._new_texts
         # 2. the log
         self._rows = WalkRows.from_log(split.rows, query=False)
         self._size = self._rows.row_id.size
-        self._codes: dict[
-            int, int
-        ] = {}  # the retriever's codes of users that the log does not have
+        # the retriever's codes of users that the log does not have
+        self._codes: dict[int, int] = {}
         self._own: dict[int, Growing] = {}  # by code of the user: positions of their rows
         self._past = Past(retriever.max_raters)
         for row in range(self._size):
             self._keep(row)
-        self.latest = float(
-            self._rows.timestamp.max(initial=-np.inf)
-        )  # seconds, of what was observed
+        # seconds, of what was observed
+        self.latest = float(self._rows.timestamp.max(initial=-np.inf))
         self._begin(self.guest + 1 + ROOM)
 
     def observe(
@@ -172,7 +167,8 @@ class FeatureIndex:
             queries = self._append(
                 code, person, [(item, -1, now) for item in items], query=True
             )
-            # 2. neighbours and rates: the rows of each second, which enter the user's past then, and candidates
+            # 2. neighbours and rates: the rows of each second, which enter the user's past
+            # then, and candidates
             answers = Answers(self._rows, self._retriever, self._items.height)
             for _, second in groupby(rows.tolist(), lambda row: self._rows.timestamp[row]):
                 together = list(second)
@@ -254,9 +250,8 @@ class FeatureIndex:
             known = replace(rows, item=np.minimum(rows.item, self._items.height))
             found["mf"] = as_stored(self._mf.chances(known, self._mf_snapshots))
         texts = self._texts
-        place = np.minimum(
-            rows.item, self._items.height
-        )  # (rows,) the row of `texts` of each
+        # (rows,) the row of `texts` of each
+        place = np.minimum(rows.item, self._items.height)
         # items that the log does not have: their vectors follow those of the rows
         new = self._texts_after(catalogue)
         added = rows.item - self._items.height

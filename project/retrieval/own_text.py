@@ -18,10 +18,10 @@ from project.arrays import F64
 from project.retrieval.compiled import squared_products
 from project.retrieval.past import WalkRows, queries_by_user
 
-SHRINK = 0.5  # added to the sum of squared similarities, so that few similar items give a small feature
-TOGETHER = (
-    2**22
-)  # entries of a block of similarities, which bounds the memory that long histories take
+# added to the sum of squared similarities, so that few similar items give a small feature
+SHRINK = 0.5
+# entries of a block of similarities, which bounds the memory that long histories take
+TOGETHER = 2**22
 
 
 def item_vectors(items: pl.DataFrame, known: pl.DataFrame) -> Any:

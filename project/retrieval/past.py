@@ -19,9 +19,9 @@ from project.data.protocol import answered
 from project.retrieval.base import Raters, Retriever
 from project.retrieval.compiled import put_last
 
-LONG = (
-    2**16
-)  # rows from which on a progress bar is shown: making one takes as long as answering a request
+# rows from which on a progress bar is shown: making one takes as long as answering a
+# request
+LONG = 2**16
 NO_ROOM = np.empty((2, 0), np.int64)
 NO_RATERS = Raters(*NO_ROOM)
 
@@ -92,9 +92,8 @@ class Past:
 
     def __init__(self, max_raters: int) -> None:
         self._max_raters = max_raters
-        self._raters: dict[
-            int, I64
-        ] = {}  # by item, rows and persons of its raters, (2, room), oldest first
+        # by item, rows and persons of its raters, (2, room), oldest first
+        self._raters: dict[int, I64] = {}
         self._size: dict[int, int] = {}  # by item, how many columns of these are filled
         self._items: dict[int, list[int]] = {}  # by item, likes and rows
         self._users: dict[int, list[int]] = {}  # by user, likes and rows
@@ -152,17 +151,15 @@ class SimilarLikes:
     def __init__(self, retriever: Retriever) -> None:
         self._retriever = retriever
         self._lists: dict[int, list[int]] = {}  # by position of the row
-        self._likes: dict[
-            int, dict[int, None]
-        ] = {}  # by person, liked items; who has the latest row is last
+        # by person, liked items; who has the latest row is last
+        self._likes: dict[int, dict[int, None]] = {}
         self._rated: dict[int, list[int]] = {}  # by user, an item as often as it was rated
 
     def observe(self, rows: WalkRows, group: range) -> None:
         """Take in the rows of a second (or of several without a query) and make the lists that are due after it."""
         # 1. likes and ratings
-        before: dict[
-            int, int
-        ] = {}  # by user who was answered: how many rows they had until then
+        # by user who was answered: how many rows they had until then
+        before: dict[int, int] = {}
         latest: dict[int, int] = {}  # by user who was answered: their latest row
         for row in group:
             user = int(rows.user[row])
@@ -180,7 +177,8 @@ class SimilarLikes:
                     before.setdefault(user, len(rated))
                     latest[user] = row
                 rated.append(item)
-        # 2. a list after the last row of a user whose count has passed a multiple of similar_every
+        # 2. a list after the last row of a user whose count has passed a multiple of
+        # similar_every
         every = self._retriever.similar_every
         for user, row in latest.items():
             if len(self._rated[user]) // every > before[user] // every:

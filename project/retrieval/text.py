@@ -27,9 +27,8 @@ from project.retrieval.lightgcn import VectorRetriever
 from project.run import sha256_of
 
 BATCH_TEXTS = 64
-MAX_TOKENS = (
-    256  # as all-MiniLM-L6-v2's own configuration cuts; titles and attributes are shorter
-)
+# as all-MiniLM-L6-v2's own configuration cuts; titles and attributes are shorter
+MAX_TOKENS = 256
 _AUTO: Any = AutoModel  # its constructors are not typed
 _TOKENIZER: Any = AutoTokenizer
 
@@ -94,9 +93,8 @@ class MeanPooling:
                 padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(
                     model.device
                 )
-                mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(
-                    model.device
-                )  # (texts, tokens)
+                # (texts, tokens)
+                mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(model.device)
                 hidden = model(
                     input_ids=padded, attention_mask=mask.long()
                 ).last_hidden_state
@@ -137,9 +135,8 @@ class MeanPooling:
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-        missing = sorted(
-            k for k in info["missing_keys"] if not k.startswith("pooler.")
-        )  # not read here
+        # not read here
+        missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler."))
         if missing:
             raise ConfigError(
                 f"data.retriever.init_args.encoder is {self.model!r}, whose files lack {len(missing)} weights, among "
@@ -156,9 +153,8 @@ class TextVectors:
 
     def __init__(self, reader: MeanPooling, mib: float = 64) -> None:
         self._reader = reader
-        self._recent = Recent[F32](
-            mib
-        )  # by text, vectors (d,); one of 576 numbers takes 2.4 KB
+        # by text, vectors (d,); one of 576 numbers takes 2.4 KB
+        self._recent = Recent[F32](mib)
 
     def tokens_of(self, texts: Sequence[str]) -> I64:
         """(texts,) tokens that `of` would embed: 0 for a kept text, and for one that stood before; embeds nothing."""
@@ -170,7 +166,8 @@ class TextVectors:
         """Vectors (texts, d) of texts, in their order, as `MeanPooling.encode` makes them."""
         if not texts:
             return self._reader.encode(texts)
-        # copies, because a view would hold the vectors of all texts that were embedded with it
+        # copies, because a view would hold the vectors of all texts that were embedded with
+        # it
         rows = self._recent.of_texts(
             texts,
             lambda new: [vector.copy() for vector in self._reader.encode(new)],

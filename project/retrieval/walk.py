@@ -21,9 +21,8 @@ from project.features import Retrieved
 from project.retrieval.base import Edges, Neighbours, Retriever, Snapshot
 from project.retrieval.past import Past, SimilarLikes, WalkRows
 
-CHECKED_TOGETHER = (
-    4096  # answers; fewer at first, so that a slow and wrong retriever fails early
-)
+# answers; fewer at first, so that a slow and wrong retriever fails early
+CHECKED_TOGETHER = 4096
 BLOCK = 2**16  # answers that become a table together, which bounds the memory
 NOTHING = np.empty(0, np.int64)
 
@@ -179,12 +178,10 @@ class Answers:
         self._query = list[int]()  # position of the row that is answered
         self._row = list[I64]()  # (neighbours,) positions of their rows, most similar first
         self._similarity = list[F32]()  # (neighbours,)
-        self._rates = list[
-            tuple[int, ...]
-        ]()  # likes and rows of the item, likes and rows of the user
-        self._own_items = [
-            np.empty((0, 2))
-        ]  # (answers of a call, 2), see Retriever.item_similarities
+        # likes and rows of the item, likes and rows of the user
+        self._rates = list[tuple[int, ...]]()
+        # (answers of a call, 2), see Retriever.item_similarities
+        self._own_items = [np.empty((0, 2))]
         self._checked = 0  # leading answers that were checked
 
     def answer(self, past: Past, queries: I64) -> None:

@@ -47,10 +47,8 @@ FRACTIONS = np.array([0.0, 0.9, *2.0 ** -np.arange(1, 9)])
 SHARES = np.array(
     [0.5, *[0.5 / 9] * 9]
 )  # of the capital that a fraction stakes, at first and when shared anew
-EVENTS, MOST = (
-    10,
-    0.25,
-)  # of a user, for a bet; a user's loss is cut to +-MOST, the Brier score of a coin
+# of a user, for a bet; a user's loss is cut to +-MOST, the Brier score of a coin
+EVENTS, MOST = 10, 0.25
 
 
 class Capital:

@@ -40,7 +40,8 @@ def run_inference(
     pipe: Connection, settings: ServeSettings, load: Callable[..., Any] | None
 ) -> None:
     """The process: load the run, send None when it is ready, then answer numbered payloads until the pipe ends."""
-    # 1. signals to the process group are the HTTP process's affair: it finishes what is in flight
+    # 1. signals to the process group are the HTTP process's affair: it finishes what is in
+    # flight
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     log_json()
@@ -109,9 +110,8 @@ class Served:
         self.settings = settings
         self.store = EventStore(settings.db)
         self._load = load
-        self._loading = (
-            threading.Lock()
-        )  # held while a run is loaded beside the one that answers
+        # held while a run is loaded beside the one that answers
+        self._loading = threading.Lock()
         self._loaded: Any = None  # a ranker that is ready; the next batch begins with it
         self._ranker = self._warm(settings.run.resolve())
 

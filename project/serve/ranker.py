@@ -55,9 +55,8 @@ class Ranker:
     """A run, ready to rank. One thread at a time."""
 
     full_depth = False  # set by the drift alarm: nobody leaves early
-    max_new_characters: float = float(
-        "inf"
-    )  # of the new items of a request, whose texts are embedded
+    # of the new items of a request, whose texts are embedded
+    max_new_characters: float = float("inf")
 
     def __init__(self, folder: Path, run: Run, cache_mib: int, audit_share: float) -> None:
         model = run.model
@@ -71,13 +70,11 @@ class Ranker:
         log = split.interactions
         self._items = log.items
         self._encoder = data.encoder
-        self._codes: dict[str, int] = dict(
-            log.items.select("item_id", "item").iter_rows()
-        )  # by item id
+        # by item id
+        self._codes: dict[str, int] = dict(log.items.select("item_id", "item").iter_rows())
         self._titles = titles_of(log.items)  # item id by title
-        self._users: dict[str, int] = dict(
-            log.users.select("user_id", "user").iter_rows()
-        )  # by user id
+        # by user id
+        self._users: dict[str, int] = dict(log.users.select("user_id", "user").iter_rows())
         self._index = data.features.index()
         rows = split.rows.filter(answered(split.rows)).select(
             "user", "item", "row_id", "timestamp", "label"
@@ -88,12 +85,10 @@ class Ranker:
         self._of_user = np.searchsorted(
             self._log["user"].to_numpy(), np.arange(log.users.height + 1)
         )
-        self._histories: dict[
-            int, History
-        ] = {}  # of users that were asked for, or have events
-        self.seq = seen(
-            folder
-        )  # of the store, up to which events were observed, or are in the log
+        # of users that were asked for, or have events
+        self._histories: dict[int, History] = {}
+        # of the store, up to which events were observed, or are in the log
+        self.seq = seen(folder)
         # 2. the model
         self._baseline = model.feature_baseline()
         model.know_items(data)
@@ -261,7 +256,8 @@ class Ranker:
             self.answers is not None and self.answers.alarm
         )
         found = dict[int, Scored]()  # by place among the requests
-        # 1. Items that requests bring have codes behind the known ones until the batch is done.
+        # 1. Items that requests bring have codes behind the known ones until the batch is
+        # done.
         catalogue = self._catalogue()
         resolved = dict[int, tuple[RankRequest, Catalogue]]()  # by place
         for place, request in enumerate(requests):
@@ -272,9 +268,8 @@ class Ranker:
                 self._check_new(catalogue.added[before:])
             except ProjectError as error:
                 resolved.pop(place, None)
-                del catalogue.added[
-                    before:
-                ]  # or they would be embedded with the others' items
+                # or they would be embedded with the others' items
+                del catalogue.added[before:]
                 found[place] = failed(request, error)
         items, encoder = self._with(catalogue)
         # 2. Histories, features and prompts.
@@ -287,7 +282,8 @@ class Ranker:
                 )
             except ProjectError as error:
                 found[place] = failed(request, error)
-        # 3. What full depth would cost, and which requests are audited: before the engine changes its cache.
+        # 3. What full depth would cost, and which requests are audited: before the engine
+        # changes its cache.
         kept = {
             p: self._cache.common(r.user, r.stream)
             for p, r in prepared.items()
@@ -394,9 +390,8 @@ class Ranker:
             until_slots(segments.tokens, segments.slots),
             exit_0_of(self._baseline, numbers),
             numbers,
-            request.user_id
-            if known
-            else None,  # a history that a request brings is not kept
+            # a history that a request brings is not kept
+            request.user_id if known else None,
             np.inf if request.deadline is None else request.deadline,
         )
         return prepared, found
@@ -408,9 +403,8 @@ class History:
     def __init__(self) -> None:
         self.tokens = list[I64]()  # of each segment
         self.times = list[float]()  # seconds as which segments read
-        self.rows = list[
-            tuple[int, int, float]
-        ]()  # item, label, seconds by which the row is dated
+        # item, label, seconds by which the row is dated
+        self.rows = list[tuple[int, int, float]]()
         self._prefix: StreamTokens | None = None
 
     def add(self, tokens: I64, item: int, label: int, time: float, dated: float) -> None:

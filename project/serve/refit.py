@@ -61,7 +61,8 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     interactions = interactions.unique(columns[:3], keep="last", maintain_order=True)
     if data.protocol.label == CLICKED:
         interactions = interactions.filter(label=1).drop("label")
-    # 2. items: of several versions the last; those of events that nobody described have their id as title
+    # 2. items: of several versions the last; those of events that nobody described have
+    # their id as title
     known = log.items.drop("item")
     named = interactions.select("item_id", title="item_id").unique(maintain_order=True)
     brought = pl.DataFrame(

@@ -39,14 +39,8 @@ from project.serve.store import Added, EventStore
 
 logger = logging.getLogger("project.serve")
 PROBES = ("/healthz", "/readyz", "/metrics")
-PUBLIC = (
-    *PROBES,
-    "/",
-    "/docs",
-    "/docs/oauth2-redirect",
-    "/redoc",
-    "/openapi.json",
-)  # need no token
+# need no token
+PUBLIC = (*PROBES, "/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 MIB = 2**20
 
 
@@ -288,9 +282,8 @@ BEARER = HTTPBearer(auto_error=False, description="Where the server has a token.
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Error} for status in (400, 401, 409, 413, 422, 429, 503)
 }
-router = APIRouter(
-    dependencies=[Depends(BEARER)], responses=ERRORS
-)  # for /docs: `Guard` checks the token
+# for /docs: `Guard` checks the token
+router = APIRouter(dependencies=[Depends(BEARER)], responses=ERRORS)
 public = APIRouter()
 
 

@@ -50,9 +50,8 @@ class Inference:
         self._most = settings.max_waiting_requests
         self._stop = stop
         self._numbers = count()
-        self.waiting: dict[
-            int, tuple[object, asyncio.Future[Any]]
-        ] = {}  # by number, in the order they came
+        # by number, in the order they came
+        self.waiting: dict[int, tuple[object, asyncio.Future[Any]]] = {}
         self.ready = False  # the model is warm; until then payloads wait here
         self.failed = False  # the run cannot be loaded
         self._process: BaseProcess | None = None  # until the event loop runs
@@ -62,7 +61,8 @@ class Inference:
         self._pipe, theirs = multiprocessing.Pipe()
         spawn = multiprocessing.get_context("spawn")
         self._process = spawn.Process(target=run_inference, args=(theirs, *self._arguments))
-        # Ctrl+C reaches all processes of a terminal: the new one ignores it from its first moment
+        # Ctrl+C reaches all processes of a terminal: the new one ignores it from its first
+        # moment
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._process.start()
         signal.signal(signal.SIGINT, handler)

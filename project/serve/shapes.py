@@ -38,13 +38,8 @@ from project.serve.settings import ServeSettings
 from project.serve.store import Event
 
 AHEAD = 60.0  # seconds that the clock of a client may be fast
-CONDITIONS = {
-    ">": gt,
-    ">=": ge,
-    "=": eq,
-    "<": lt,
-    "<=": le,
-}  # on the value of Gorse's feedback
+# on the value of Gorse's feedback
+CONDITIONS = {">": gt, ">=": ge, "=": eq, "<": lt, "<=": le}
 
 
 LIMITS: ContextVar[ServeSettings] = ContextVar("LIMITS")  # of the server that parses a body
@@ -229,7 +224,8 @@ class Queried(Options):
                 item._replace(item_id=one)
                 for item, one in zip(items, self.item_ids, strict=True)
             ]
-        # 2. who asks: a user that the client names, else the query, a user or a text that somebody liked
+        # 2. who asks: a user that the client names, else the query, a user or a text that
+        # somebody liked
         if self.user_id:
             return RankRequest(self.user_id, None, items, self.deadline, request_id=name)
         liked = [HistoryRow(Item(title=self.query), 1)] if self.query.strip() else []

@@ -19,9 +19,8 @@ import yaml  # type: ignore[import-untyped]  # as in project.export
 from project.errors import ConfigError
 
 TOGETHER = 500  # ids in one look-up; databases limit the parameters of a statement
-SEEN = (
-    "events.json"  # in a run's folder: up to which `seq` of a store its log has the events
-)
+# in a run's folder: up to which `seq` of a store its log has the events
+SEEN = "events.json"
 
 
 def seen(run: Path) -> int:
@@ -54,9 +53,8 @@ class Added(NamedTuple):
     """What became of events."""
 
     new: int  # were not known
-    conflict: list[
-        str
-    ]  # event_ids that are known with another user, item, label or time: the first stays
+    # event_ids that are known with another user, item, label or time: the first stays
+    conflict: list[str]
 
 
 TABLES = sa.MetaData()

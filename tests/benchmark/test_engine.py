@@ -124,9 +124,8 @@ def test_row(made: Callable[..., Any]) -> None:
         "protocol": {"name": "p", "hash": "h"},
         "rows": [workload | row],
     }
-    assert "x30.00 [x20.00, x40.00]" in render(
-        result
-    )  # 6 s over .2; a request alone is x20 or x40
+    # 6 s over .2; a request alone is x20 or x40
+    assert "x30.00 [x20.00, x40.00]" in render(result)
 
 
 def test_cases() -> None:

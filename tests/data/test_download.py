@@ -30,9 +30,8 @@ def pack(folder: Path, members: dict[str, str]) -> Path:
     wheel = folder / "toy_set-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, text in members.items():
-            archive.writestr(
-                zipfile.ZipInfo(f"toy/data/{name}"), text
-            )  # a fixed date: the same bytes again
+            # a fixed date: the same bytes again
+            archive.writestr(zipfile.ZipInfo(f"toy/data/{name}"), text)
     return wheel
 
 

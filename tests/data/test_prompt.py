@@ -164,7 +164,8 @@ def texts(
 @pytest.mark.parametrize(
     ("segment", "labels", "expected"),
     [
-        # .74 is 74 percent, nothing counted is "?"; the slot is the last token before the answer
+        # .74 is 74 percent, nothing counted is "?"; the slot is the last token before the
+        # answer
         (
             "{title} ({year}) all {item_percent} near {vote_percent}:",
             [1, 0],
@@ -173,7 +174,8 @@ def texts(
                 ("Brazil {1} () all ? near ?: no", "Brazil {1} () all ? near ?:"),
             ],
         ),
-        # 37 rounds down to 20; likes and neighbours are plain counts; without an answer the slot is the end
+        # 37 rounds down to 20; likes and neighbours are plain counts; without an answer the
+        # slot is the end
         (
             "{likes}/{neighbours} {item_count} {user_count} {user_percent} {title}?",
             [-1, -1],

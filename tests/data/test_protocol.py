@@ -317,19 +317,22 @@ ALTERNATING = [i // 4 % 2 for i in range(40)]
 @pytest.mark.parametrize(
     ("log", "protocol", "expected"),
     [
-        # 20 targets: cuts are the times at index 16 and 18. Index 16 is 20, so the tie at index 15 is valid too
+        # 20 targets: cuts are the times at index 16 and 18. Index 16 is 20, so the tie at
+        # index 15 is valid too
         (
             coded([0] * 20, [*range(15), 20, 20, 21, 22, 22]),
             Protocol(),
             "T" * 15 + "VVV" + "EE",
         ),
-        # 10 users' first rows at the end are context: cuts come from the 20 rows that are targets
+        # 10 users' first rows at the end are context: cuts come from the 20 rows that are
+        # targets
         (
             coded([0] * 21 + list(range(1, 11)), list(range(31))),
             Protocol(minimum_history=1),
             "t" + "T" * 16 + "VV" + "EE" + "e" * 10,
         ),
-        # cuts at index 8, 9 of 10 rows and at 4, 4 (of 4.5) of 5: that user has no valid row
+        # cuts at index 8, 9 of 10 rows and at 4, 4 (of 4.5) of 5: that user has no valid
+        # row
         (
             coded([0] * 10 + [1] * 5 + [2] * 10, list(range(25))),
             USER_TIME,
@@ -347,7 +350,8 @@ ALTERNATING = [i // 4 % 2 for i in range(40)]
             USER_TIME,
             "T" * 32 + "V" * 4 + "E" * 4,
         ),
-        # ties count in sorted order; a user with one row has it in test, one with two has no train row
+        # ties count in sorted order; a user with one row has it in test, one with two has
+        # no train row
         (
             coded(
                 [0, 0, 0, 1, 2, 2, 0, 0],
@@ -367,7 +371,8 @@ ALTERNATING = [i // 4 % 2 for i in range(40)]
             GIVEN,
             "tt" + "TT" + "VV" + "E",
         ),
-        # without times history comes first, then train, valid and test, whatever the file's order
+        # without times history comes first, then train, valid and test, whatever the file's
+        # order
         (
             coded(
                 [0] * 40,
@@ -650,7 +655,8 @@ FIVE = Protocol(minimum_history=5, label="rating > 3")
             (77_036, 9_629, 9_630),
             None,
         ),
-        # with context 803,654 of train, 100,012 of valid, 96,543 of test, together 1,000,209
+        # with context 803,654 of train, 100,012 of valid, 96,543 of test, together
+        # 1,000,209
         (MovieLens1M(), FIVE, (771_790, 96_474, 96_474), (31_864, 3_538, 69)),
     ],
 )

@@ -343,7 +343,8 @@ def test_a_history_is_served_with_its_lists(world: World) -> None:
     first, second = (
         text.replace("]", "[").split("[") for text in all_texts(streams, 10**6).values()
     )
-    # rows 3 (the second of end + 1) and 6 (of end + 2) complete three rows, so lists follow four rows and six
+    # rows 3 (the second of end + 1) and 6 (of end + 2) complete three rows, so lists follow
+    # four rows and six
     assert [part.count(":") for part in first] == [4, 0, 2, 0, 1]
     assert first[1::2] == second[1::2]
     titles = world.split.interactions.items["title"].to_list()[:6]
@@ -380,7 +381,8 @@ def test_golden() -> None:
     assert seen(pack(streams, [(0, Window(0, 0, 0, 4)), (1, Window(0, 0, 0, 2))])) == {
         0: "IA:", 1: "I{B}:", 2: "IA: yes{B}: no<{B}; A>A:", 3: "I{B}:",
     }  # fmt: skip
-    # I is 1, rows 0 and 1 start at 1, the list after both (6 + 7), row 2 after its 8 characters
+    # I is 1, rows 0 and 1 start at 1, the list after both (6 + 7), row 2 after its 8
+    # characters
     layout = pack(streams, [(0, Window(0, 0, 0, 4))]).layout
     assert [int(layout.position[layout.segment == k].min()) for k in range(5)] == [
         0,

@@ -87,7 +87,8 @@ def at_depth(
     return Engine(world.module, decision, cache).score([request]).requests[0]
 
 
-# first and last segment, tied segments, and up to which segment the stream is known: 0 is the instruction alone
+# first and last segment, tied segments, and up to which segment the stream is known: 0 is
+# the instruction alone
 CHANGES: dict[str, list[tuple[int, int, int, int | None]]] = {
     "it grows, or ends earlier": [
         (0, 4, 0, None),

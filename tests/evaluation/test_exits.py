@@ -32,9 +32,8 @@ GOOD = [4.0, 2.0, 3.0, 1.0]  # 3/4
 FAIR = [2.0, 2.0, 2.0, 1.0]  # 1 + 1 + 1/2 + 1/2 = 3/4, by ties
 COIN = [1.0, 1.0, 1.0, 1.0]  # 1/2
 BAD = [1.0, 3.0, 2.0, 4.0]  # 1/4
-Scores = dict[
-    str, list[float]
-]  # part (select, tune, certify or test) -> scores of a user's four rows
+# part (select, tune, certify or test) -> scores of a user's four rows
+Scores = dict[str, list[float]]
 
 
 def everywhere(scores: list[float], **but: list[float]) -> Scores:
@@ -152,9 +151,8 @@ def test_exit_rows() -> None:
 
 
 BASELINES = [
-    baseline(
-        "item_rate", everywhere(COIN, test=PERFECT)
-    ),  # best on test, which must not matter
+    # best on test, which must not matter
+    baseline("item_rate", everywhere(COIN, test=PERFECT)),
     baseline("lr_rates", everywhere(COIN, test=BAD)),
     baseline("gbdt_features", everywhere(FAIR, test=COIN)),  # best on tune
 ]

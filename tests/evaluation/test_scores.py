@@ -54,9 +54,8 @@ def test_golden() -> None:
     collector.update(one, one, one, torch.ones(1, 1, dtype=torch.bfloat16))
     ids, values = collector.compute()
     assert ids.tolist() == [[1, 1, 1]]
-    assert (
-        values.dtype == torch.float32
-    )  # half-precision values meet those of another process as one type
+    # half-precision values meet those of another process as one type
+    assert values.dtype == torch.float32
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -70,9 +69,8 @@ def test_however_rows_are_dealt_out(processes: int) -> None:
         mine = batches[rank::processes]
         for batch in mine + [batches[-1]] * (-(-len(batches) // processes) - len(mine)):
             add(part, batch)
-    gathered = (
-        ScoreCollector()
-    )  # what torchmetrics' "cat" reduction does with the states of all processes
+    # what torchmetrics' "cat" reduction does with the states of all processes
+    gathered = ScoreCollector()
     gathered.ids = [x for part in reversed(parts) for x in part.ids]
     gathered.values = [x for part in reversed(parts) for x in part.values]
     gathered._update_count = 1
@@ -124,18 +122,8 @@ LABEL = [1, 0, 1, 0, 1, 0, 1, 0]
 ROWS = pl.DataFrame(
     {
         "row_id": range(10),
-        "user": [
-            1,
-            2,
-            1,
-            1,
-            1,
-            1,
-            1,
-            2,
-            2,
-            2,
-        ],  # user 1 has a target in train, user 2 only a context row
+        # user 1 has a target in train, user 2 only a context row
+        "user": [1, 2, 1, 1, 1, 1, 1, 2, 2, 2],
         "label": [1, 0, *LABEL],
         "split": ["train", "train"] + ["test"] * 8,
         "fold": pl.Series([None] * 10, dtype=pl.String),
@@ -177,9 +165,8 @@ def test_hidden_items_are_a_slice_where_there_are_any() -> None:
 
 def test_plan_has_its_depth_in_each_slice():
     """item_1_5 are rows 3 and 4, which leave at layers 2 and 6: mean depth 4; without rows it is None."""
-    part = pl.DataFrame(
-        {"row_id": range(9, 1, -1)}
-    )  # the plan's rows come in an order of their own
+    # the plan's rows come in an order of their own
+    part = pl.DataFrame({"row_id": range(9, 1, -1)})
     layers = np.array([0, 2, 6, 6, 6, 0, 0, 0])
     logits, depth = plan_scores_of(part, LOGITS[::-1], layers[::-1], ROWS, "test")
     assert logits.tolist() == LOGITS.tolist()
@@ -211,10 +198,8 @@ def test_metrics_are_those_of_the_rows():
         "lr_rates",
         pl.DataFrame({"row_id": range(2, 10), "split": ["test"] * 8, "logit": LOGITS}),
     )
-    columns = {
-        "row_id": list(range(9, 1, -1)),
-        "split": ["test"] * 8,
-    }  # another order than the rows
+    # another order than the rows
+    columns = {"row_id": list(range(9, 1, -1)), "split": ["test"] * 8}
     exits = exit_scores_of(score_table(columns, LOGITS[::-1, None], [4]), ROWS, [4], "test")
     found = slice_rows(
         ROWS,

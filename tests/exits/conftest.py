@@ -95,9 +95,8 @@ def make_world(
     )
     noise += own_noise * rng.normal(size=(n, heads))
     seen = latent[:, None] + noise
-    rng.normal(
-        size=(n, heads)
-    )  # not used: the draws below stay what numbers in tests were taken on
+    # not used: the draws below stay what numbers in tests were taken on
+    rng.normal(size=(n, heads))
     hints = [
         -difficulty + 0.8 * rng.normal(size=n),
         -slowness + rng.normal(size=n),

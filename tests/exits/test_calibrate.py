@@ -178,9 +178,8 @@ def test_certified_goes_on_from_the_budget(
     last = certified["path_step"]
     assert last > budget > 0
     assert all(alone(step).passed for step in range(budget, last + 1))
-    end = max(
-        step for step in range(len(path)) if exits_of(step).any()
-    )  # behind it no layer runs
+    # behind it no layer runs
+    end = max(step for step in range(len(path)) if exits_of(step).any())
     assert (last == end) is (promise.epsilon == 0.4)
     assert last == end or not alone(last + 1).passed
     assert found.certified is not None
@@ -383,9 +382,8 @@ def test_a_known_item_leaves_at_0_and_a_new_one_goes_on() -> None:
     layer, _ = plan.emitted(plan.outputs(scores, features))
     assert (layer[count > 0] == 0).all()
     assert (layer[count == 0] == 4).all()
-    best = TuneFold(
-        scores, features, ExitSettings(alpha=0.5), exit_0=True
-    ).best  # among all
+    # among all
+    best = TuneFold(scores, features, ExitSettings(alpha=0.5), exit_0=True).best
     assert best.chosen.cost <= (count == 0).mean() + 0.03
 
 

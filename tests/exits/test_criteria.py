@@ -70,7 +70,8 @@ class TestEveryCriterion:
         found = confidence_table(fitted, single)
         assert found.dtype == torch.float32
         difference = (found - confidence_table(fitted, outputs))[:, fitted.first : -1].abs()
-        # a quantile moves by one of 1,000 steps, and a neighbour at equal distance may change places
+        # a quantile moves by one of 1,000 steps, and a neighbour at equal distance may
+        # change places
         assert difference.quantile(0.99) < 2e-3
 
     def test_safer_rows_drift_less(self, make_criterion, outputs, tune):

@@ -144,11 +144,8 @@ class TestBudget:
             [[0.0, 0.001, 0.003, 0.0015], [0.0, 0.001, 0.002, 0.0015], [9.0, 9.0, 0.0, 0.0]]
         )
         assert budget_steps(path, drops, 0.002, None).tolist() == [1, 3, 0]
-        assert budget_steps(path, drops, 0.002, 0.7).tolist() == [
-            -1,
-            3,
-            -1,
-        ]  # with what else it may cost
+        # with what else it may cost
+        assert budget_steps(path, drops, 0.002, 0.7).tolist() == [-1, 3, -1]
         assert budget_steps(path, drops, None, 0.7).tolist() == [2, 2, 2]
         assert budget_steps(path, drops, None, 0.3).tolist() == [-1, -1, -1]
         worse = steps((1.0, 0.76), (0.8, 0.759), (0.6, 0.757), (0.4, 0.756))
@@ -187,10 +184,8 @@ class TestBudget:
         assert bound_margins(influences, 0.1) == pytest.approx(
             [0.0037821, 0.0090005, 0.0], abs=2e-7
         )
-        assert bound_margins(np.array([[0.0], [0.1]]), 0.1).tolist() == [
-            0.0,
-            np.inf,
-        ]  # one user says nothing
+        # one user says nothing
+        assert bound_margins(np.array([[0.0], [0.1]]), 0.1).tolist() == [0.0, np.inf]
 
 
 class TestOnFreshRows:

@@ -108,9 +108,8 @@ def saved(tiny_config: Make, tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
         model = model.from_config(
             tiny_config(family, **changes), attn_implementation="eager"
         ).eval()
-        with (
-            torch.no_grad()
-        ):  # a fresh norm is all ones and would hide a norm that is left out
+        # a fresh norm is all ones and would hide a norm that is left out
+        with torch.no_grad():
             model.model.norm.weight.uniform_(0.5, 1.5)
         model.save_pretrained(tmp_path / "model")
         return model, tmp_path / "model"

@@ -136,9 +136,8 @@ def test_untrained_module_is_the_language_model(
 
     torch.manual_seed(1)
     model = LlamaForCausalLM(tiny_config(vocab_size=256))
-    torch.nn.init.uniform_(
-        model.model.norm.weight, 0.5, 1.5
-    )  # ones would hide a norm that is left out
+    # ones would hide a norm that is left out
+    torch.nn.init.uniform_(model.model.norm.weight, 0.5, 1.5)
     model.save_pretrained(tmp_path)
     module = ExitRecommender("letters", EXITS, answers=["n", "y"])
     module.set_backbone(Backbone.from_pretrained(tmp_path), Answers())

@@ -38,9 +38,8 @@ def test_a_head_owns_its_norm(tiny_config: Make) -> None:
     backbone = Backbone.from_config(tiny_config())
     heads = [ExitHead(backbone.final_norm, torch.ones(32)) for _ in range(2)]
     pointers = [p.data_ptr() for m in (*heads, backbone.final_norm) for p in m.parameters()]
-    assert (
-        len(pointers) == len(set(pointers)) == 2 * (1 + 2) + 1
-    )  # norm, logit; the backbone's norm
+    # norm, logit; the backbone's norm
+    assert len(pointers) == len(set(pointers)) == 2 * (1 + 2) + 1
     assert all(p.requires_grad for head in heads for p in head.parameters())
     assert not backbone.final_norm.weight.requires_grad
 
@@ -118,9 +117,8 @@ def test_only_adapters_and_heads_train(
         "lora_A",
         "lora_B",
     }
-    assert (
-        len(trainable) == 3 * 7 * 2 + 3
-    )  # layers, linear layers of each, factors; norm, logit
+    # layers, linear layers of each, factors; norm, logit
+    assert len(trainable) == 3 * 7 * 2 + 3
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model["head"](hidden_of(backbone, random_layout(0))).sum().backward()

@@ -15,7 +15,8 @@ from project.retrieval import LightGCN, MatrixFactorisation, RetrievedFeatures
 
 pytestmark = pytest.mark.slow
 
-# imports once, then forks before any library starts a thread: a process costs milliseconds, not seconds
+# imports once, then forks before any library starts a thread: a process costs milliseconds,
+# not seconds
 DRIVER = """
 import os, random, signal, sys, time
 from pathlib import Path

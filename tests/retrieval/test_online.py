@@ -27,13 +27,8 @@ from project.retrieval.past import WalkRows
 from project.retrieval.walk import walk
 
 REFITS, MF, END = 4, MatrixFactorisation(dim=2), 1000.0
-SUMMED = (
-    "mf",
-    "text",
-    "text_weight",
-    "item_similarity",
-    "item_similarity_weight",
-)  # sums in another order
+# sums in another order
+SUMMED = ("mf", "text", "text_weight", "item_similarity", "item_similarity_weight")
 RETRIEVERS: dict[str, Retriever] = {
     "co_likes": CoLikes(neighbours=4, item_neighbours=3, similar_every=3, max_raters=5),
     "lightgcn": LightGCN(dim=4, epochs=1),

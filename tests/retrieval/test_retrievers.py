@@ -219,10 +219,8 @@ def test_a_prompt_needs_the_features_it_shows(tmp_path: Path) -> None:
     mf = Prompt(segment="{title}{mf_number}:")
     with pytest.raises(ConfigError, match="item_neighbours"):
         InteractionData(logs, retriever=LightGCN(), prompt=item_similarity)
-    for retriever in (
-        LightGCN(item_neighbours=30),
-        ItemKNN(),
-    ):  # the latter compares no items, and shows "?"
+    # the latter compares no items, and shows "?"
+    for retriever in (LightGCN(item_neighbours=30), ItemKNN()):
         InteractionData(logs, retriever=retriever, prompt=item_similarity)
     with pytest.raises(ConfigError, match=r"data\.mf is null"):
         InteractionData(logs, retriever=ItemKNN(), prompt=mf, mf=None)

@@ -98,7 +98,9 @@ class UnitItems(VectorRetriever):
         return np.eye(2, dtype=np.float32)[[0, 1, 0, 0]]
 
 
-GOLDEN = [  # timestamp, user, item, label; block 1 begins at 10 and no item has more than one like before
+# timestamp, user, item, label; block 1 begins at 10 and no item has more than one like
+# before
+GOLDEN = [
     (1, 1, 0, 1),  # v1 = (1, 0)
     (2, 2, 1, 1),
     (3, 2, 2, 1),  # v2 = (1, 1)
@@ -110,10 +112,14 @@ GOLDEN = [  # timestamp, user, item, label; block 1 begins at 10 and no item has
     (14, 0, 1, 0),
     (14, 0, 1, 1),  # row 9: rows 3 and 4 in one second, a list is due after both
 ]
-# Row 5: cosines 1 (users 1, 3), sqrt(1/2) (user 2); item 2 has 1 + .71 by row 6, item 1 has .71; 0, 3 are rated.
-# Row 6: v1 = (2, 0), so users 0 and 3 with item 3 have 1, user 2 .71 for items 1 and 2; 0, 2 are rated.
-# Row 2 is in block 0 and has none. Row 9: v0 = (.5, .5); 0, 1 and 3 are rated, only user 1 likes item 2.
-# Of equal cosines the later rating counts: user 1 before 3 in row 5; user 0 before 3 in row 6, no news.
+# Row 5: cosines 1 (users 1, 3), sqrt(1/2) (user 2); item 2 has 1 + .71 by row 6, item 1 has
+# .71; 0, 3 are rated.
+# Row 6: v1 = (2, 0), so users 0 and 3 with item 3 have 1, user 2 .71 for items 1 and 2; 0,
+# 2 are rated.
+# Row 2 is in block 0 and has none. Row 9: v0 = (.5, .5); 0, 1 and 3 are rated, only user 1
+# likes item 2.
+# Of equal cosines the later rating counts: user 1 before 3 in row 5; user 0 before 3 in row
+# 6, no news.
 LISTED: list[tuple[dict[str, int], list[list[int] | None]]] = [
     ({}, [None] * 5 + [[2, 1], [3, 1], None, None, [2]]),
     ({"similar_users": 1}, [None] * 5 + [[2], None]),
@@ -246,10 +252,8 @@ def test_a_history_has_the_lists_of_the_log(
     expected = chosen.join(
         log.select("row_id", "similar_after"), on="row_id", maintain_order="left"
     )
-    groups = [
-        "user",
-        "timestamp",
-    ]  # the order inside a second is free: a list belongs to its end
+    # the order inside a second is free: a list belongs to its end
+    groups = ["user", "timestamp"]
     first, again = (
         table.drop_nulls("similar_after").sort(groups).select(*groups, "similar_after")
         for table in (expected, chosen.with_columns(similar_after=found.head(n)))

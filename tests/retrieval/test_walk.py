@@ -83,7 +83,8 @@ def test_golden() -> None:
     }
     rates = {"item_rate": 0.5, "item_count": 2, "user_rate": None, "user_count": 0}
     assert found[4] == {"row_id": 4, "neighbour_count": 0} | neighbours | rates
-    # Before the cut item 0 has 2 likes, item 1 has 1: w0 = (1/sqrt 2, 0), w1 = (0, 1). v0 = w0, v1 = w0 + w1,
+    # Before the cut item 0 has 2 likes, item 1 has 1: w0 = (1/sqrt 2, 0), w1 = (0, 1). v0 =
+    # w0, v1 = w0 + w1,
     # v2 = -.5 v1; cos(v0, v1) = (1/2) / (sqrt(1/2) sqrt(3/2)) = sqrt(1/3), v2 the negative.
     row, third, two_thirds = found[5], (1 / 3) ** 0.5, (2 / 3) ** 0.5
     assert (row["neighbours"], row["answers"]) == ([2, 3], [1, 0])
@@ -95,14 +96,16 @@ def test_golden() -> None:
         1.0,
         1,
     )
-    # a tie is invisible: row 6 does not count row 5, and its user has no earlier row, so no neighbours
+    # a tie is invisible: row 6 does not count row 5, and its user has no earlier row, so no
+    # neighbours
     assert (found[6]["item_count"], found[6]["user_count"], found[6]["neighbours"]) == (
         2,
         0,
         [],
     )
     # vectors move inside a block: v3 = -.5 w1 from row 6, v0 = w0 + w1 = v1 from row 5, so
-    # cos(v3, v1) = -sqrt(2/3) = -cos(v3, v2); of equal similarities the later row comes first
+    # cos(v3, v1) = -sqrt(2/3) = -cos(v3, v2); of equal similarities the later row comes
+    # first
     row = found[7]
     assert (row["neighbours"], row["answers"]) == ([1, 4, 0], [0, 1, 1])
     assert row["similarities"] == pytest.approx(
@@ -209,11 +212,8 @@ def test_rows_that_are_no_query_are_not_answered_but_count() -> None:
 def test_blocks_of_answers_are_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = make_log(0)
     whole = answer(rows, AllRaters())
-    for size in (
-        1,
-        7,
-        rows.height,
-    ):  # a last block of one row, of some, and none after the first
+    # a last block of one row, of some, and none after the first
+    for size in (1, 7, rows.height):
         monkeypatch.setattr("project.retrieval.walk.BLOCK", size)
         assert answer(rows, AllRaters()).equals(whole)
 
@@ -229,11 +229,8 @@ def test_top_is_largest_first_later_first() -> None:
         # positions 8 / 3 and 16 / 3, rounded down 2 and 5, hold 1 and 2
         ([0, 0, 1, 1, 1, 2, 5, 6], 3, [1, 2]),
         (range(100_000), 10, list(range(10_000, 100_000, 10_000))),
-        (
-            [0, 0, 0, 1, 1, 1, 1, 2],
-            4,
-            [1],
-        ),  # two cuts in one second are one, and the first second is none
+        # two cuts in one second are one, and the first second is none
+        ([0, 0, 0, 1, 1, 1, 1, 2], 4, [1]),
         ([4], 2, []),
         ([], 2, []),
         ([0, 1, 2], 10, [1, 2]),

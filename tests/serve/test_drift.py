@@ -111,9 +111,8 @@ def test_a_user_bets_once_with_the_first_events() -> None:
         assert monitor.users == (k >= EVENTS - 1)
     assert not monitor.alarm
     assert monitor.null == pytest.approx(-0.025)
-    assert AnswerMonitor(0.5, reference=0.004).null == pytest.approx(
-        0.014
-    )  # a hundredth at least
+    # a hundredth at least
+    assert AnswerMonitor(0.5, reference=0.004).null == pytest.approx(0.014)
 
 
 @pytest.fixture(scope="module")

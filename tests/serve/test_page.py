@@ -85,9 +85,8 @@ def test_keyboard_and_a_narrow_window(tmp_path: Path) -> None:
             deviceScaleFactor=1,
             mobile=True,
         )
-        until(
-            lambda: "Run run" in (value("about.textContent") or "")
-        )  # none while the page loads
+        # none while the page loads
+        until(lambda: "Run run" in (value("about.textContent") or ""))
         focused = []
         for _ in range(3):
             press("Tab")

@@ -16,10 +16,8 @@ from project.serve.settings import ServeSettings
 from project.serve.shapes import AHEAD
 
 Make = Callable[..., TestClient]
-USAGE = {
-    "token_layers": 6,
-    "full_depth_token_layers": 8,
-}  # i2 leaves at 2, i3 at 4; nobody would run 4 + 4
+# i2 leaves at 2, i3 at 4; nobody would run 4 + 4
+USAGE = {"token_layers": 6, "full_depth_token_layers": 8}
 
 
 def test_own(client: Make) -> None:

@@ -157,9 +157,8 @@ def test_an_event_id_with_other_content(url: str) -> None:
         first, other = event("e1"), event("e1", 0)
         assert store.add([first, first, event("e2")]) == Added(2, [])
         assert store.add([first, event("e3"), other]) == Added(1, ["e1"])
-        assert store.add([event("e4"), event("e4", 0)]) == Added(
-            1, ["e4"]
-        )  # the two came together
+        # the two came together
+        assert store.add([event("e4"), event("e4", 0)]) == Added(1, ["e4"])
         assert [e.label for e in store.arrivals(0)[1] if isinstance(e, Event)] == [1] * 4
 
 
