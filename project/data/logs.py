@@ -3,12 +3,13 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import polars as pl
 
+from project.data.context import check_kinds, texts_of
 from project.data.download import fetch
 from project.data.tables import (
     finite_numbers,
@@ -19,7 +20,7 @@ from project.data.tables import (
     require,
     times,
 )
-from project.errors import DataError
+from project.errors import ConfigError, DataError
 
 MAPPING = "names of columns"  # among RawLogs.files
 GIVEN_SPLITS = ("history", "train", "valid", "test")
@@ -57,6 +58,11 @@ class RawLogs:
     # lines about rows that the reader left out: file, how many, why
     left_out: tuple[str, ...] = ()
     not_read: tuple[str, ...] = ()  # columns of interactions that nothing reads
+    # further columns of interactions, known before the answer
+    context: tuple[str, ...] = ()
+    users: pl.DataFrame | None = None  # user_id (unique), then attributes
+    # number or category, by name of a column of context or users; others: as values say
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
 
 class Logs(ABC):
@@ -79,6 +85,10 @@ class TableLogs(Logs):
         columns: Our column name -> the name in your interactions, for user_id, item_id, timestamp, rating, label,
             split.
         item_columns: Our name -> the name in your items, for item_id, title and any attribute.
+        context: Further columns of the interactions that exit 0, baselines and requests read: what is known before the
+            answer, such as device, placement or price. Empty values are unknown.
+        users: Table of users with user_id; every other column is an attribute, read as it stands. Null: none.
+        kinds: Column of context or users -> number or category. Others are numbers if all their values are.
     """
 
     def __init__(
@@ -87,6 +97,9 @@ class TableLogs(Logs):
         items: str,
         columns: dict[str, str] | None = None,
         item_columns: dict[str, str] | None = None,
+        context: list[str] | None = None,
+        users: str | None = None,
+        kinds: dict[str, str] | None = None,
     ) -> None:
         if isinstance(interactions, str):
             self.parts: list[tuple[str | None, str]] = [(None, interactions)]
@@ -105,20 +118,37 @@ class TableLogs(Logs):
         self.items = items
         self.columns = columns or {}
         self.item_columns = item_columns or {}
+        self.context = tuple(context or ())
+        self.users = users
+        self.kinds = kinds or {}
+        answers = {*OURS, *self.columns.values()} & {*self.context}
+        if answers:
+            raise ConfigError(
+                f"data.logs.init_args.context lists {', '.join(sorted(answers))}, which is read as another column "
+                "already. List what is known before the answer, and nothing else."
+            )
 
     def read(self) -> RawLogs:
         """Read all files; see `Logs.read`."""
         sums: dict[str, str] = {}
         read = [(split, name, read_table(Path(name), sums)) for split, name in self.parts]
         tables = [
-            _interactions(table, name, self.columns, split) for split, name, table in read
+            _interactions(table, name, self.columns, split, self.context)
+            for split, name, table in read
         ]
         items = _items(read_table(Path(self.items), sums), self.items, self.item_columns)
+        users = None
+        if self.users is not None:
+            table = read_table(Path(self.users), sums)
+            users = _users(table, self.users, self.columns.get("user_id", "user_id"))
         # the same file read by other columns is another log
-        if self.columns or self.item_columns:
-            text = json.dumps([self.columns, self.item_columns], sort_keys=True)
+        names: list[object] = [self.columns, self.item_columns]
+        if self.context or self.kinds:
+            names += [self.context, self.kinds]
+        if any(names):
+            text = json.dumps(names, sort_keys=True)
             sums[MAPPING] = hashlib.sha256(text.encode()).hexdigest()
-        wanted = {self.columns.get(name, name) for name in OURS}
+        wanted = {self.columns.get(name, name) for name in OURS} | {*self.context}
         not_read = dict.fromkeys(
             name for *_, table in read for name in table.columns if name not in wanted
         )
@@ -128,6 +158,9 @@ class TableLogs(Logs):
             sums,
             tuple(read[0][2].columns),
             not_read=tuple(not_read),
+            context=self.context,
+            users=users,
+            kinds=self.kinds,
         )
 
 
@@ -140,6 +173,9 @@ class RecBoleLogs(TableLogs):
         columns: Our column name -> the name in the .inter file (without its type), for user_id, item_id, timestamp,
             rating, label, split.
         item_columns: Our name -> the name in the .item file, for item_id, title and any attribute.
+        context: Further columns of the .inter file, as of TableLogs.
+        users: Read attributes of <name>.user, too.
+        kinds: As of TableLogs.
     """
 
     def __init__(
@@ -148,14 +184,25 @@ class RecBoleLogs(TableLogs):
         name: str | None = None,
         columns: dict[str, str] | None = None,
         item_columns: dict[str, str] | None = None,
+        context: list[str] | None = None,
+        users: bool = False,
+        kinds: dict[str, str] | None = None,
     ) -> None:
         path = Path(folder) / (name or Path(folder).resolve().name)
-        super().__init__(f"{path}.inter", f"{path}.item", columns, item_columns)
+        super().__init__(
+            f"{path}.inter",
+            f"{path}.item",
+            columns,
+            item_columns,
+            context,
+            f"{path}.user" if users else None,
+            kinds,
+        )
 
 
-def _movielens(key: str, genres: str) -> RawLogs:
+def _movielens(key: str, genres: str, users: bool = False) -> RawLogs:
     names = {"title": "movie_title", "year": "release_year", "genres": genres}
-    raw = RecBoleLogs(str(fetch(key)), key, item_columns=names).read()
+    raw = RecBoleLogs(str(fetch(key)), key, item_columns=names, users=users).read()
     del raw.files[MAPPING]  # it is always the same: the hash is that of the files alone
     return raw
 
@@ -176,11 +223,21 @@ class MovieLens1M(Logs):
 
     A film's id is its title with its year, such as "Toy Story (1995)", a user's is 1m_1 to 1m_6040. Items have title,
     year and genres. It has its own licence: research use, no redistribution.
+
+    Args:
+        users: Read the users' age, gender, occupation and zip code, too.
     """
+
+    def __init__(self, users: bool = False) -> None:
+        self.users = users
 
     def read(self) -> RawLogs:
         """Fetch the files where they are not yet here, and read them; see `Logs.read`."""
-        return _movielens("ml-1m", genres="genre")
+        raw = _movielens("ml-1m", "genre", self.users)
+        return replace(
+            raw,
+            kinds={"occupation": "category", "zip_code": "category"} if self.users else {},
+        )
 
 
 class MovieLensLatestSmall(Logs):
@@ -235,9 +292,13 @@ def _rename(file: str, key: str, ours: str, theirs: str) -> str:
 
 
 def _interactions(
-    table: pl.DataFrame, file: str, columns: Mapping[str, str], split: str | None
+    table: pl.DataFrame,
+    file: str,
+    columns: Mapping[str, str],
+    split: str | None,
+    context: Sequence[str],
 ) -> pl.DataFrame:
-    """Columns of `RAW_SCHEMA` of a file; `columns`: our name -> the file's, `split`: that of the whole file or None."""
+    """Columns of `RAW_SCHEMA` and context of a file; `columns`: our name -> the file's, `split`: of the whole file."""
     # 1. our names
     unknown = [name for name in columns if name not in OURS]
     if unknown:
@@ -245,6 +306,13 @@ def _interactions(
             f"data.logs.init_args.columns maps {', '.join(unknown)}; our names are {', '.join(OURS)}."
         )
     table = _renamed(table, file, columns, OURS[:2], "columns")
+    absent = [name for name in context if name not in table.columns]
+    if absent:
+        raise DataError(
+            f"{file}: no column {', '.join(absent)} (data.logs.init_args.context); there are "
+            f"{', '.join(table.columns)}."
+        )
+    further = [texts_of(table[name], file, name) for name in context]
     table = table.select(name for name in OURS if name in table.columns)
     # 2. answers: of two columns the protocol needs one, and a label may be a record's, so
     # that what cannot be read is
@@ -262,7 +330,17 @@ def _interactions(
     # 3. the split of a file
     if split is not None:
         table = table.with_columns(split=pl.lit(split))
-    return _typed(table, file, columns)
+    return _typed(table, file, columns).hstack(further)
+
+
+def _users(table: pl.DataFrame, file: str, theirs: str) -> pl.DataFrame:
+    """user_id, each once, and attributes as text; null where there is none."""
+    mapped = {} if theirs not in table.columns else {"user_id": theirs}
+    table = _renamed(table, file, mapped, ("user_id",), "columns")
+    user_id = ids(table["user_id"], file, theirs)
+    require(user_id.is_first_distinct(), user_id, "each user once", file, theirs)
+    texts = [texts_of(table[c], file, c) for c in table.columns if c != "user_id"]
+    return pl.DataFrame([user_id, *texts])
 
 
 def _typed(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.DataFrame:
@@ -339,7 +417,16 @@ def checked(raw: RawLogs) -> RawLogs:
             f"{absent['source_file'][0]}, row {absent['source_row'][0]}: item {absent['item_id'][0]!r} is not in "
             f"{READER} items ({absent.height:,} rows, {absent['item_id'].n_unique():,} items). Add or remove them."
         )
-    unread = [name for name in raw.interactions.columns if name not in RAW_SCHEMA]
+    further = [texts_of(raw.interactions[name], file, name) for name in raw.context]
+    users = None if raw.users is None else _users(raw.users, f"{READER} users", "user_id")
+    attributes = [] if users is None else users.columns[1:]
+    check_kinds(raw.kinds, [*raw.context, *attributes])
+    read = (*RAW_SCHEMA, *raw.context)
+    unread = [name for name in raw.interactions.columns if name not in read]
     return replace(
-        raw, interactions=interactions, items=items, not_read=(*raw.not_read, *unread)
+        raw,
+        interactions=interactions.hstack(further),
+        items=items,
+        not_read=(*raw.not_read, *unread),
+        users=users,
     )

@@ -4,12 +4,20 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
+from project.data.context import (
+    CONTEXT,
+    USER,
+    coded_table,
+    describe,
+    telling_alone,
+)
 from project.data.logs import RawLogs, checked
 from project.data.negatives import Negatives, draw_negatives, repeated
 from project.errors import ConfigError, DataError
@@ -161,11 +169,12 @@ class Interactions:
     `rows` has one row an interaction, sorted by (timestamp, user, item): `row_id` Int64 (the position, 0..n-1), `user`
     and `item` Int32, `timestamp` Float64 (seconds; null where the log has none, until `apply_protocol` gives each row
     its position), `label` Int8 (0 or 1), `rating` Float64 (null where the log has only labels), `given_split` String
-    (null unless the log names it).
+    (null unless the log names it), and of each context column `context.NAME` Float64, as `project.data.context` has it.
     """
 
     rows: pl.DataFrame
-    users: pl.DataFrame  # user Int32 (0..), user_id: those with at least one row
+    # user Int32 (0..), user_id, then `user.NAME` Float64: those with at least one row
+    users: pl.DataFrame
     # item Int32 (0..), item_id, title, then attributes: the whole catalogue
     items: pl.DataFrame
     files: dict[str, str]  # file name -> SHA-256 of what was read
@@ -177,6 +186,8 @@ class Interactions:
     left_out: tuple[str, ...] = ()  # lines about rows that the reader left out
     not_read: tuple[str, ...] = ()  # columns that nothing reads
     items_without_title: int = 0  # these have their id as title
+    # number or category, by `context.NAME` of rows and `user.NAME` of users
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
@@ -221,10 +232,21 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
             '0/1 labels, data.protocol.label: "rating > 3" for one of ratings, clicked for one of clicks alone, or '
             f"map the column under data.logs.init_args.columns.{column}."
         )
-    # 4. remove duplicates
+    # 4. remove duplicates, then context as numbers
     distinct = _without_duplicates(labelled, protocol.duplicates)
+    context, columns_of = coded_table(
+        distinct.select(raw.context), CONTEXT, raw.kinds, "interactions"
+    )
+    distinct = distinct.drop(raw.context).hstack(context)
     # 5. code ids
     users = _coded(distinct["user_id"].unique(), "user")
+    if raw.users is not None:
+        known = users.join(raw.users, on="user_id", how="left", maintain_order="left")
+        attributes, kinds = coded_table(
+            known.drop("user", "user_id"), USER, raw.kinds, "users"
+        )
+        users = users.hstack(attributes)
+        columns_of |= kinds
     items = _coded(raw.items["item_id"], "item").join(
         raw.items, on="item_id", maintain_order="left"
     )
@@ -240,7 +262,9 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     )
     return Interactions(
         rows.select(
-            "row_id", "user", "item", "timestamp", "label", "rating", given_split="split"
+            *("row_id", "user", "item", "timestamp", "label", "rating"),
+            *context.columns,
+            given_split="split",
         ),
         users,
         items.with_columns(title=pl.when(untitled).then("item_id").otherwise("title")),
@@ -250,6 +274,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         items_without_title=int(untitled.sum()),
         left_out=raw.left_out,
         not_read=raw.not_read,
+        columns=columns_of,
     )
 
 
@@ -310,8 +335,16 @@ class SplitInteractions:
         found = []
         if self.interactions.not_read:
             found.append(
-                f"of the interactions not read: {', '.join(self.interactions.not_read)}."
+                f"of the interactions not read: {', '.join(self.interactions.not_read)}; list under "
+                "data.logs.init_args.context what is known before the answer."
             )
+        targets = self.rows.filter(pl.col("role") == "target", pl.col("split") == "train")
+        log = self.interactions
+        found += [
+            f"{name} alone tells train's labels (AUC {value:.3f}): it is probably known only after the answer. "
+            "Leave it out."
+            for name, value in telling_alone(targets, log.users, log.columns).items()
+        ]
         if negatives := self.protocol.negatives:
             had = (
                 ", and so does having had it before (repeats: target)"
@@ -547,9 +580,10 @@ def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) 
     for name, default in (("hide_items", 0.0), ("train_users", 1.0), ("negatives", None)):
         if fields[name] == default:
             del fields[name]
-    digest = hashlib.sha256(
-        json.dumps([fields, list(interactions.files.values())], sort_keys=True).encode()
-    )
+    content: list[object] = [fields, list(interactions.files.values())]
+    if interactions.columns:
+        content.append(interactions.columns)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     codes = rows.with_columns(
         pl.col("split", "fold", "role").to_physical().cast(pl.Int8).fill_null(-1)
     )
@@ -573,7 +607,7 @@ def _manifest(
     log; `order` is "shuffled" where the log has no timestamps, and `times` (first and last) is empty then; `tie_share`
     is that of rows that share user and timestamp with another; `hidden_items` are of the catalogue, `hidden_rows` are
     their train rows, which are removed; `left_out` has lines about rows that the reader left out, `not_read`
-    the columns of interactions that nothing reads.
+    the columns of interactions that nothing reads, `columns` what `describe` says of context and users' attributes.
     """
     log = rows.filter(answered(rows))
     targets = rows.filter(pl.col("role") == "target")
@@ -623,4 +657,8 @@ def _manifest(
         "items_without_title": interactions.items_without_title,
         "left_out": list(interactions.left_out),
         "not_read": list(interactions.not_read),
-    }
+    } | (
+        {"columns": describe(targets, interactions.users, interactions.columns)}
+        if interactions.columns
+        else {}
+    )

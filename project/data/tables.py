@@ -15,6 +15,7 @@ UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
 # 1e19. So from milliseconds
 # on a column begins in 1973, and between two units is a gap.
 EDGES = (LATEST, 1e11, 1e13, 1e14, 1e16, 1e17, 1e19)
+ATOMIC = (".inter", ".item", ".user")  # RecBole's files
 DATES = (19_000_101, 21_001_231)  # as digits; as seconds August and September 1970
 
 
@@ -28,15 +29,15 @@ def note_file(path: Path, sums: dict[str, str]) -> None:
 
 
 def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
-    """A .csv, .tsv, .parquet or RecBole (.inter, .item) file; adds its SHA-256 to `sums` under its name."""
+    """A .csv, .tsv, .parquet or RecBole (.inter, .item, .user) file; adds its SHA-256 to `sums` under its name."""
     kind = path.suffix.lower()
     note_file(path, sums)
-    if kind not in (".csv", ".tsv", ".parquet", ".inter", ".item"):
+    if kind not in (".csv", ".tsv", ".parquet", *ATOMIC):
         raise DataError(
             f"File {path} has the suffix {kind!r}; expected .csv, .tsv or .parquet."
         )
     # quotes are plain characters, and headers have types: user_id:token
-    atomic = kind in (".inter", ".item")
+    atomic = kind in ATOMIC
     try:
         if kind == ".parquet":
             table = pl.read_parquet(path, glob=False)

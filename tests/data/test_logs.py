@@ -263,7 +263,10 @@ def test_columns_that_nothing_reads_are_named(form: str, tmp_path: Path) -> None
     protocol = Protocol(shares=[0.5, 0.25, 0.25], label="rating > 3")
     split = apply_protocol(build_interactions(logs.read(), protocol), protocol)
     assert split.manifest["not_read"] == ["dwell_time", "order_id"]
-    assert split.warnings == ["of the interactions not read: dwell_time, order_id."]
+    assert split.warnings == [
+        "of the interactions not read: dwell_time, order_id; list under data.logs.init_args.context what is known "
+        "before the answer."
+    ]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,184 @@
+"""Context of a row and attributes of its user: columns of a log as numbers, described, and as a request brings them.
+
+A column is known by its name with a prefix, `context.device` or `user.age`, and has a kind: number or category. A
+category's value is the code of its text, a number that depends on nothing else, so every log and request has the same.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from project.arrays import F64, I64
+from project.data.tables import finite_numbers, numbers, plain_text
+from project.errors import ConfigError, DataError
+from project.metrics import auc
+from project.request import check_names, text_of
+
+CONTEXT = "context."
+USER = "user."
+KINDS = ("number", "category")
+MAX_CHARACTERS = 1000  # of a value
+BINS = 16  # of a number, where it is counted by value
+TELLS_ALONE = 0.95  # AUC above which a column is probably known only afterwards
+
+
+def code_of(text: str) -> float:
+    """52 bits of the text's SHA-256, which a double holds exactly."""
+    return float(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 12)
+
+
+def texts_of(values: pl.Series, file: str, column: str) -> pl.Series:
+    """A column as text without blanks around it; null where it is empty or NaN."""
+    text = plain_text(values, file, column).str.strip_chars()
+    return text.set(text.str.to_lowercase().is_in(["", "nan"]).fill_null(True), None)
+
+
+def coded(texts: pl.Series, kind: str | None, file: str) -> tuple[pl.Series, str]:
+    """Float64 of a column of texts, null where it has none, and its kind: number if all values are, else category."""
+    name = texts.name.split(".", 1)[-1]
+    found = numbers(texts, file, name)
+    if kind is None:
+        kind = KINDS[found.null_count() > texts.null_count()]
+    if kind == "number":
+        return finite_numbers(texts, file, name, optional=True).rename(texts.name), kind
+    codes = {text: code_of(text) for text in texts.drop_nulls().unique()}
+    return texts.replace_strict(codes, return_dtype=pl.Float64), kind
+
+
+def coded_table(
+    table: pl.DataFrame, prefix: str, kinds: Mapping[str, str], file: str
+) -> tuple[pl.DataFrame, dict[str, str]]:
+    """Columns of texts under their names with a prefix, as Float64, and the kind of each."""
+    found = {}
+    columns = []
+    for name in table.columns:
+        values, kind = coded(table[name].alias(prefix + name), kinds.get(name), file)
+        columns.append(values)
+        found[prefix + name] = kind
+    return pl.DataFrame(columns), found
+
+
+def check_kinds(kinds: Mapping[str, str], names: list[str]) -> None:
+    """Raise `ConfigError` where a kind is none, or is that of no column."""
+    for name, kind in kinds.items():
+        if name not in names or kind not in KINDS:
+            raise ConfigError(
+                f"data.logs.init_args.kinds has {name}: {kind}; expected number or category for one of "
+                f"{', '.join(names) or '(no column: list some under context)'}."
+            )
+
+
+# What a manifest and a warning say of columns
+
+
+def groups_of(values: F64, kind: str, edges: F64 | None = None) -> I64:
+    """(n,) from 0: rows of one value are one group, numbers by bins between `edges`; -1 where it is missing."""
+    known = ~np.isnan(values)
+    if kind == "number":
+        inner = bin_edges(values) if edges is None else edges
+        group = np.searchsorted(inner, values, side="right")
+    else:
+        group = np.unique(values, return_inverse=True)[1]
+    return np.where(known, group, -1)
+
+
+def bin_edges(values: F64) -> F64:
+    """Inner edges of bins that hold about as many of these values each; few distinct values have a bin each."""
+    known = values[~np.isnan(values)]
+    distinct = np.unique(known)
+    if distinct.size <= 2 * BINS:
+        return distinct[1:]
+    return np.unique(np.quantile(known, np.linspace(0, 1, BINS + 1)[1:-1]))
+
+
+def with_users(
+    rows: pl.DataFrame, users: pl.DataFrame, columns: Mapping[str, str]
+) -> pl.DataFrame:
+    """Of each row the columns' values, the user's included, in the order of `rows`."""
+    return pl.DataFrame(
+        [
+            users[name].gather(rows["user"]) if name.startswith(USER) else rows[name]
+            for name in columns
+        ]
+    )
+
+
+def describe(
+    rows: pl.DataFrame, users: pl.DataFrame, columns: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """By column: kind, distinct values, share of rows without one, share of later targets' values new to train's."""
+    values = with_users(rows, users, columns)
+    found = {}
+    for name, kind in columns.items():
+        of = {
+            split: values[name].filter(rows["split"].cast(pl.String) == split).drop_nulls()
+            for split in ("train", "valid", "test")
+        }
+        seen = of["train"].unique().implode()
+        found[name] = {
+            "kind": kind,
+            "distinct": values[name].drop_nulls().n_unique(),
+            "missing": values[name].null_count() / max(1, rows.height),
+            "unseen": {
+                split: int((~of[split].is_in(seen)).sum()) / max(1, of[split].len())
+                for split in ("valid", "test")
+            },
+        }
+    return found
+
+
+def telling_alone(
+    targets: pl.DataFrame, users: pl.DataFrame, columns: Mapping[str, str]
+) -> dict[str, float]:
+    """Columns whose value alone tells train's labels, with the AUC: shares of likes on even rows score odd ones."""
+    label = targets["label"].to_numpy().astype(np.float64)
+    values = with_users(targets, users, columns)
+    even = np.arange(len(label)) % 2 == 0
+    base = label[even].mean()
+    found = {}
+    for name, kind in columns.items():
+        group = 1 + groups_of(values[name].to_numpy(), kind)
+        likes = np.bincount(group[even], label[even], group.max() + 1) + base
+        share = likes / (np.bincount(group[even], minlength=likes.size) + 1)
+        value = auc(share[group[~even]], label[~even])
+        if value is not None and value > TELLS_ALONE:
+            found[name] = value
+    return found
+
+
+# What a request brings
+
+
+def brought(
+    given: Mapping[str, Any], prefix: str, columns: Mapping[str, str]
+) -> dict[str, float]:
+    """Values of a request by column; `DataError` about an unknown name, a wrong type or a long text."""
+    names = [name.removeprefix(prefix) for name in columns if name.startswith(prefix)]
+    what = prefix.removesuffix(".")
+    if not names and given:
+        raise DataError(
+            f"{what} is given, but the log of this run has no such columns; leave it out."
+        )
+    check_names(given, names, f"{what} has the unknown name")
+    found = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        text = text_of(f"{what}.{name}", value).strip()
+        if len(text) > MAX_CHARACTERS:
+            raise DataError(
+                f"{what}.{name} has {len(text):,} characters; expected at most {MAX_CHARACTERS:,}."
+            )
+        if not text:
+            continue
+        if columns[prefix + name] == "category":
+            found[prefix + name] = code_of(text)
+            continue
+        number = numbers(pl.Series([text]), what, name)[0]
+        if number is None:
+            raise DataError(f"{what}.{name} is {text[:40]!r}; expected a number.")
+        found[prefix + name] = number
+    return found
