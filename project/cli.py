@@ -22,7 +22,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from project.callbacks import ExitCalibration, ResultFiles, SaveConfig
 from project.config import (
     MISSING,
-    check_yaml,
     did_you_mean,
     link_model_and_data,
     one_line,
@@ -32,7 +31,7 @@ from project.datamodule import InteractionData
 from project.errors import CheckpointError, ConfigError
 from project.exits.plan import ExitSettings
 from project.model.module import ExitRecommender
-from project.run import run_of_checkpoint
+from project.run import read_yaml, run_of_checkpoint
 from project.run_folder import RunLogger, WholeCheckpoints
 from project.tracking import WandbArtifacts
 from project.trainer import CHECKPOINTS, DEFAULTS, ProjectTrainer
@@ -151,7 +150,7 @@ class ProjectCLI(LightningCLI):
         check_command(given, [*self.subcommands(), *self._others])
         for name, value in zip(given, following, strict=True):
             if name in ("--config", "-c") or name.startswith("--config="):
-                check_yaml(Path(name.partition("=")[2] or value))
+                read_yaml(Path(name.partition("=")[2] or value))
         asked = (
             value
             for name, value in zip(given, following, strict=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # as in project.export
 from lightning.pytorch.cli import LightningArgumentParser
 
 from project import retrieval
@@ -22,6 +21,7 @@ from project.errors import ConfigError, ProjectError
 from project.errors import did_you_mean as did_you_mean
 from project.exits.plan import ExitSettings
 from project.model.module import ExitRecommender
+from project.run import read_config
 
 UNKNOWN = re.compile(
     r"(?:[oO]ption|[kK]ey) '([^']+)' is not|accept (?:option|nested key) '([^']+)'|: --([^\s=]+)"
@@ -53,9 +53,7 @@ def link_model_and_data(parser: LightningArgumentParser) -> None:
 
 def open_run(run: Path) -> tuple[ExitRecommender, InteractionData]:
     """Model, without weights, and data as config.yaml of a run's folder has them; features come from its bundle."""
-    file = run / "config.yaml"
-    check_yaml(file)
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config = read_config(run)
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_argument("--seed_everything", default=0)
     parser.add_lightning_class_args(ExitRecommender, "model")
@@ -73,42 +71,6 @@ def open_run(run: Path) -> tuple[ExitRecommender, InteractionData]:
     found.data.bundle = str(run / "bundle")
     made = parser.instantiate_classes(found)
     return made.model, made.data
-
-
-class _EachKeyOnce(yaml.SafeLoader):  # type: ignore[misc]
-    """Refuses a key that stands twice in a mapping, as YAML does; PyYAML takes the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set[str]()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
-        return super().construct_mapping(node, deep)
-
-
-def check_yaml(file: Path) -> None:
-    """Refuse a configuration that is no YAML, holds no keys and values, or has a key twice: file, line, column."""
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"--config {file} does not exist; expected a YAML file."
-        ) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{file}{where}: {error.problem}; expected YAML.") from None
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise ConfigError(
-            f"{file} cannot be read as YAML: {' '.join(str(error).split())}"
-        ) from None
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{file} holds {type(content).__name__}; expected keys and values."
-        )
 
 
 def project_error_in(error: BaseException) -> ProjectError | None:

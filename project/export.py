@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml  # type: ignore[import-untyped]  # the package types-PyYAML would bring them
+import yaml  # type: ignore[import-untyped]  # as in project.run
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
@@ -33,7 +33,7 @@ from project.model.heads import ExitHead
 from project.model.module import ExitRecommender, LoraSettings
 from project.report.report import Run, read_run
 from project.report.tables import render
-from project.run import SCHEMA_VERSION, own_version, write_json
+from project.run import SCHEMA_VERSION, own_version, read_config, write_json
 
 USAGE = "python -m project export RUN_FOLDER NEW_FOLDER"
 NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/last.ckpt")
@@ -221,7 +221,7 @@ def _served(run: Path, bundle: Mapping[str, Any]) -> str:
             else value
         )
 
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config = read_config(run)
     data = config["data"] | {"requests": None, "bundle": None}
     data |= {key: named(data[key]) for key in ("logs", "retriever") if key in data}
     model = {"backbone": named(bundle["base_model"]), "exit_layers": bundle["exit_layers"]}
@@ -237,7 +237,7 @@ def _served(run: Path, bundle: Mapping[str, Any]) -> str:
 
 def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, Plans]:
     """The run's module with the weights of its last checkpoint, and its plans."""
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
+    settings = read_config(run)["model"]
     lora = settings.get("lora")
     module = ExitRecommender(
         bundle["base_model"],

@@ -6,7 +6,7 @@ A row holds sequences (users), a sequence holds segments in time order. Shapes: 
         (context[k] and group[k] < group[q]) or (segment[k] == segment[q] and index[k] <= index[q]))
 
 Attention builds no T x T mask. `plan_blocks` cuts each row into short runs of queries and lists, for each run, the key
-ranges that its queries see, with the rule's mask of them. `Layout.dense_mask` is the whole rule, for tests.
+ranges that its queries see, with the rule's mask of them.
 """
 
 from __future__ import annotations
@@ -106,14 +106,6 @@ class Layout:
         padding = self.sequence < 0
         segment = torch.where(padding, -1 - index, self.segment)
         return Tokens(index, self.sequence, segment, self.group, self.context & ~padding)
-
-    def dense_mask(self) -> Tensor:
-        """The rule written out: bool (B, queries T, keys T). Costs B * T * T; the blocks do not."""
-        tokens = self.tokens()
-        mask: Tensor = visible(
-            tokens.at(slice(None), slice(None), None), tokens.at(slice(None), None)
-        )
-        return mask
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout with every tensor, masks included, on `device`."""

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+import yaml  # type: ignore[import-untyped]  # the package types-PyYAML would bring them
 
 from project.data.protocol import FOLDS, SPLITS
-from project.errors import CheckpointError, DataError
+from project.errors import CheckpointError, ConfigError, DataError
 
 PolarsType = pl.DataType | type[pl.DataType]
 SCHEMA_VERSION = 1
@@ -134,6 +135,48 @@ def read_result(path: Path) -> dict[str, Any]:
             f"{path} has no {' and no '.join(lacking)}. Run the command that wrote it again."
         )
     return dict(content)
+
+
+class _EachKeyOnce(yaml.SafeLoader):  # type: ignore[misc]
+    """A key that stands twice in a mapping is an error, as in YAML; PyYAML takes the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A configuration; ConfigError with file, line and column where it is no YAML, no mapping, or has a key twice."""
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--config {file} does not exist; expected a YAML file."
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{file}{where}: {error.problem}; expected YAML.") from None
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise ConfigError(
+            f"{file} cannot be read as YAML: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{file} holds {type(content).__name__}; expected keys and values."
+        )
+    return content
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """config.yaml of a run's folder."""
+    return read_yaml(run / "config.yaml")
 
 
 def result_head(

@@ -1,6 +1,6 @@
 """Is the budget kept on fresh users? Pipelines on simulated users, chosen on a tune fold, measured by the truth.
 
-    python research/budget.py [--pipelines 30=60 80=40 300=30]
+    python -m research.budget [--pipelines 30=60 80=40 300=30]
 
 writes `results/budget.json`, one row per world, number of users and choice. A pipeline is `TuneFold` with its defaults:
 calibration, every criterion's path, the choice. Heads below the last err the less the deeper they are. In two of the
@@ -29,6 +29,7 @@ from project.exits.plan import ExitPlan, ExitSettings
 from project.exits.policy import leave
 from project.features import FEATURES
 from project.run import SCHEMA_VERSION, replace_file, score_table
+from research.intervals import badly_served, users_of_rows
 
 LAYERS = [4, 8, 12]
 ITEM_ROWS = FEATURES.index("item_rows")
@@ -66,20 +67,13 @@ def make_world(
 ) -> World:
     """Users with all their rows; where `exact`, just the world's share of them is badly served."""
     spread, share = WORLDS[world]
-    size = np.maximum(
-        1, np.round(rng.lognormal(np.log(20) - spread**2 / 2, spread, users))
-    ).astype(int)
-    user = np.repeat(np.arange(users), size)
+    user = users_of_rows(users, spread, rng)
     n = len(user)
     # 1. what the last head sees, and what earlier ones see of badly served users
     latent, other = (
         0.25 + 0.5 * rng.normal(size=(2, users))[:, user] + 1.1 * rng.normal(size=(2, n))
     )
-    badly = (
-        rng.permutation(users) < round(share * users)
-        if exact
-        else rng.random(users) < share
-    )
+    badly = badly_served(users, share, rng, exact)
     early = np.where(badly[user], other, latent)
     # 2. noise of the heads, which fades with depth, at a speed of the row's own
     rows_of_item = rng.exponential(3.0, n)  # log(1 + rows): a known item is easy

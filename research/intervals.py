@@ -1,6 +1,6 @@
 """How often does a 95 % interval of a difference of two AUCs hold the truth? Samples of simulated users.
 
-    python research/intervals.py [--users 30 80 300] [--samples 400]
+    python -m research.intervals [--users 30 80 300] [--samples 400]
 
 writes `results/intervals.json`, one row per number of users and world. A sample is rows of users with two scores,
 as full depth and an early exit are, compared on the same rows. The truth: mean of three samples of 20,000 users.
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import norm
 
-from project.arrays import F64, I64
+from project.arrays import F64, I64, Bool
 from project.evaluation.bootstrap import UserBootstrap
 from project.exits.search import auc_components
 from project.run import SCHEMA_VERSION, replace_file
@@ -51,23 +51,29 @@ class Sample(NamedTuple):
     user: I64
 
 
+def users_of_rows(users: int, spread: float, rng: np.random.Generator) -> I64:
+    """(n,) the user of each row: numbers of rows are log-normal of mean 20, `spread` their log's deviation."""
+    drawn = rng.lognormal(np.log(20) - spread**2 / 2, spread, users)
+    return np.repeat(np.arange(users), np.maximum(1, np.round(drawn)).astype(int))
+
+
+def badly_served(users: int, share: float, rng: np.random.Generator, exact: bool) -> Bool:
+    """(users,) whether early exits serve a user badly; where `exact`, just this share of them."""
+    if exact:
+        return rng.permutation(users) < round(share * users)
+    return rng.random(users) < share
+
+
 def make_sample(
     users: int, world: str, rng: np.random.Generator, exact: bool = False
 ) -> Sample:
     """Users with all their rows; where `exact`, just the world's share of them is badly served."""
     spread, share = WORLDS[world]
-    size = np.maximum(
-        1, np.round(rng.lognormal(np.log(20) - spread**2 / 2, spread, users))
-    ).astype(int)
-    user = np.repeat(np.arange(users), size)
+    user = users_of_rows(users, spread, rng)
     n = len(user)
     latent = 0.25 + 0.5 * rng.normal(size=users)[user] + 1.1 * rng.normal(size=n)
     other = 0.25 + 0.5 * rng.normal(size=users)[user] + 1.1 * rng.normal(size=n)
-    badly = (
-        rng.permutation(users) < round(share * users)
-        if exact
-        else rng.random(users) < share
-    )
+    badly = badly_served(users, share, rng, exact)
     full = latent + 0.05 * rng.normal(size=n)
     early = np.where(badly[user], other, latent) + 0.3 * rng.normal(size=n)
     label = rng.random(n) < 1 / (1 + np.exp(-latent - 0.45 * rng.normal(size=n)))

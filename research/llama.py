@@ -26,13 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from project.benchmark.transformers import Library
-from project.config import open_run
 from project.data.ragged import within
 from project.data.requests import catalogue_requests
 from project.engine.decisions import static_exits
 from project.engine.engine import Engine
-from project.engine.predict import load_run
 from project.engine.requests import PreparedRequest, prepare_requests
+from project.loading import open_run
 from project.model.module import ExitRecommender
 from project.report.tables import render
 from project.run import result_head, write_json
@@ -223,13 +222,13 @@ class LlamaCpp(Library):
 def measure(run: Path, candidates: int) -> dict[str, Any]:
     """The result of a calibrated run without adapters, on a CPU: llama, mistral or their like."""
     # 1. both on the same requests
-    model, data = open_run(run)
-    data.prepare_data()
-    plans = load_run(model, data.tokenizer, run / "checkpoints" / "last.ckpt", data)
+    opened = open_run(run, "cpu")
+    model = opened.model
+    data = opened.data
     drawn = catalogue_requests(data.split, "test", REQUESTS, candidates, data.seed)
     requests = prepare_requests(model, data, drawn.requests)
     runners = {
-        "engine": Engine(model, static_exits(plans.plan, model.depth)),
+        "engine": Engine(model, static_exits(opened.plan, model.depth)),
         "llama.cpp": LlamaCpp(model, load(model)),
     }
     # 2. rounds, one request at a time

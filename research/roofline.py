@@ -18,12 +18,11 @@ import torch
 from torch import nn
 
 from project.arrays import F64
-from project.config import open_run
 from project.data.requests import catalogue_requests
 from project.engine.decisions import RowExits, static_exits
 from project.engine.engine import Engine
-from project.engine.predict import load_run
 from project.engine.requests import PreparedRequest, Scored, prepare_requests
+from project.loading import open_run
 from project.model.module import ExitRecommender
 from project.report.tables import render
 from project.run import result_head, write_json
@@ -126,14 +125,14 @@ def useful_flops(scored: Scored, request: PreparedRequest, model: ExitRecommende
 def measure(run: Path, candidates: int) -> dict[str, Any]:
     """The result of a calibrated run: full depth, and its plan."""
     # 1. requests, which both score
-    model, data = open_run(run)
-    data.prepare_data()
-    plans = load_run(model, data.tokenizer, run / "checkpoints" / "last.ckpt", data)
+    opened = open_run(run, "cpu")
+    model = opened.model
+    data = opened.data
     drawn = catalogue_requests(data.split, "test", REQUESTS, candidates, data.seed)
     requests = prepare_requests(model, data, drawn.requests)
     decisions = {
-        "full depth": static_exits(plans.plan, model.depth),
-        "plan": RowExits(plans.plan),
+        "full depth": static_exits(opened.plan, model.depth),
+        "plan": RowExits(opened.plan),
     }
     # 2. seconds and useful FLOPs of each, and the ceilings beside every request
     rows = []

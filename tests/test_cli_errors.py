@@ -12,9 +12,9 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from project.cli import check_command
-from project.config import check_yaml
 from project.datamodule import InteractionData
 from project.errors import ConfigError
+from project.run import read_yaml
 
 Run = Callable[..., None]
 Config = Callable[..., Path]
@@ -153,10 +153,10 @@ def test_yaml_that_is_no_configuration(
     file = tmp_path / "over.yaml"
     file.write_text(text)
     if words is None:
-        check_yaml(file)
+        read_yaml(file)
         return
     with pytest.raises(ConfigError, match=re.escape(str(file))) as error:
-        check_yaml(file)
+        read_yaml(file)
     assert words in str(error.value)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from world import dense_mask
 
 from project.layout import MERGED_GAP, Layout, plan_blocks
 
@@ -77,7 +78,7 @@ def test_rule_by_hand() -> None:
         "000000010",  # padding: itself
         "000000001",
     ]
-    assert layout.dense_mask()[0].int().tolist() == [
+    assert dense_mask(layout)[0].int().tolist() == [
         [int(c) for c in row] for row in expected
     ]
 
@@ -91,7 +92,7 @@ def test_blocks_amount_to_the_rule(seed: int, block_tokens: int) -> None:
     names = ("sequence", "segment", "group", "context", "position")
     for layout in (ordered, Layout(*(getattr(ordered, name)[:, order] for name in names))):
         layout = replace(layout, blocks=plan_blocks(layout, block_tokens))
-        assert torch.equal(from_blocks(layout), layout.dense_mask())
+        assert torch.equal(from_blocks(layout), dense_mask(layout))
         queries = [(b.row, q) for b in layout.blocks for q in range(*b.queries)]
         assert queries == [(int(r), int(t)) for r, t in (layout.sequence >= 0).nonzero()]
         assert all(b.queries[1] - b.queries[0] <= block_tokens for b in layout.blocks)
@@ -134,7 +135,7 @@ def test_a_row_of_padding_has_no_block_and_sees_itself_alone() -> None:
     padding = torch.full((1, 4), -1)
     layout = Layout.build(padding, padding, padding, padding > 0, padding)
     assert layout.blocks == []
-    assert torch.equal(layout.dense_mask()[0], torch.eye(4, dtype=torch.bool))
+    assert torch.equal(dense_mask(layout)[0], torch.eye(4, dtype=torch.bool))
 
 
 def test_masks_move_with_the_layout() -> None:
@@ -146,7 +147,7 @@ def test_masks_move_with_the_layout() -> None:
     plans = [[(b.row, b.queries, b.keys) for b in each.blocks] for each in (moved, layout)]
     assert plans[0] == plans[1]
     copy = pickle.loads(pickle.dumps(layout))
-    assert torch.equal(from_blocks(copy), layout.dense_mask())
+    assert torch.equal(from_blocks(copy), dense_mask(layout))
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])

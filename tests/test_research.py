@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from world import dense_mask
 
 from project.data.batch import TrainSampler, pack
 from project.data.logs import TableLogs
@@ -45,7 +46,7 @@ def test_prompts_are_what_packed_targets_see(
         prompts = [
             p.tolist() for s, w in windows for p in packing.prompts_of(streams, s, w)
         ]
-        mask = batch.layout.dense_mask()[0]  # the written-out rule
+        mask = dense_mask(batch.layout)[0]  # the written-out rule
         assert prompts == [batch.tokens[0, mask[slot]].tolist() for slot in batch.slots]
         targets += len(prompts)
         times = [streams.timestamp[streams.offsets[s] + w.positions] for s, w in windows]

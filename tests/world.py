@@ -22,6 +22,7 @@ from project.data.protocol import (
     build_interactions,
 )
 from project.data.stream import Streams, build_streams
+from project.layout import Layout, visible
 
 # text, and numbers in a token of their own
 SEGMENT = "{title} all{item_percent} near{vote_number+item_count_number}:"
@@ -50,6 +51,12 @@ class Letters:
 def text_of(tokens: np.ndarray) -> str:
     """What `Letters` encoded."""
     return "".join(map(chr, tokens.tolist()))
+
+
+def dense_mask(layout: Layout) -> torch.Tensor:
+    """The rule of attention written out: bool (B, queries T, keys T)."""
+    tokens = layout.tokens()
+    return visible(tokens.at(slice(None), slice(None), None), tokens.at(slice(None), None))
 
 
 def read_split(folder: Path, protocol: Protocol) -> SplitInteractions:

@@ -25,7 +25,7 @@ from project.data.requests import catalogue_requests
 from project.engine.cache import StreamCache
 from project.engine.predict import load_run
 from project.engine.requests import PreparedRequest, prepare_requests
-from project.errors import ConfigError, NotFittedError
+from project.errors import NotFittedError
 from project.evaluation.bootstrap import UNDEFINED, UserBootstrap
 from project.report.tables import render, shown
 from project.retrieval.online import can_be_indexed
@@ -183,10 +183,6 @@ def possible_cases(sizes: Sequence[int], split: SplitInteractions) -> list[Case]
     """The workloads that catalogue and histories of test can fill; prints which sizes they cannot."""
     items = split.interactions.items.height
     kept = [size for size in sizes if 1 <= size <= items]
-    if not kept:
-        raise ConfigError(
-            f"--sizes is {list(sizes)}: expected candidates of a request, from 1 to {items} (all items)."
-        )
     if len(kept) < len(sizes):
         left_out = ", ".join(str(size) for size in sizes if size not in kept)
         Console().print(

@@ -191,24 +191,6 @@ class TuneFold:
         )
 
 
-def budget_plan(
-    scores: pl.DataFrame,
-    features: F64,
-    settings: ExitSettings,
-    criterion: Criterion | None = None,
-) -> ExitPlan:
-    """The plan that a budget chooses on validation's tune fold; nothing is certified, and no other fold is read.
-
-    `criterion`, where it is given, replaces the settings'.
-    """
-    _check_folds(scores)
-    chosen = (scores["fold"] == "tune").fill_null(False).to_numpy()
-    if criterion is not None:
-        settings = replace(settings, criterion=criterion, compare=[])
-    tune = TuneFold(scores.filter(chosen), features[chosen], settings, settings.exit_0)
-    return tune.plan(tune.best.step)
-
-
 def calibrate(
     scores: pl.DataFrame,
     features: F64,

@@ -11,10 +11,10 @@ from markupsafe import Markup
 
 UNDEFINED = Markup("undefined")
 ABSENT = Markup("–")
-FEW_USERS = 300
 # Users -> how often their 95 % intervals hold the truth in the worst of four worlds
-# (results/intervals.json).
-COVERED = {30: 0.80, 80: 0.83}
+# (results/intervals.json). More users than these were not measured.
+COVERED = {30: 0.80, 80: 0.83, 300: 0.89}
+FEW_USERS = max(COVERED)
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
@@ -130,10 +130,10 @@ def count(value: float) -> Markup:
 
 
 def few_users(users: int | None) -> Markup:
-    """The sentence under intervals of fewer users than FEW_USERS, else nothing; None: a number that no file has."""
-    if users is not None and users >= FEW_USERS:
+    """The sentence under intervals of at most FEW_USERS, else nothing; None: a number that no file has."""
+    if users is not None and users > FEW_USERS:
         return Markup("")
-    found = f"fewer than {FEW_USERS}" if users is None else f"{users:,}"
+    found = f"at most {FEW_USERS}" if users is None else f"{users:,}"
     covered = ", ".join(f"{number(share, 2)} at {n}" for n, share in COVERED.items())
     where = f"where a few users differ much: {covered} (results/intervals.json)"
     return Markup(f" 95 % intervals of {found} users cover less {where}.")

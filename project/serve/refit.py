@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
-import yaml  # type: ignore[import-untyped]  # as in project.export
+import yaml  # type: ignore[import-untyped]  # as in project.run
 
 from project.config import open_run
 from project.data.protocol import CLICKED, answered
 from project.errors import ConfigError
-from project.run import replace_file, write_json
+from project.run import read_config, replace_file, write_json
 from project.serve.store import SEEN, Event, EventStore, label_rule, seen
 
 
@@ -80,7 +80,7 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     }
     replace_file(files["interactions"], interactions.write_parquet)
     replace_file(files["items"], items.write_parquet)
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config = read_config(run)
     if "trainer" not in config:
         raise ConfigError(
             f"--run {run} was exported and cannot be fitted; expected the run that it came from."

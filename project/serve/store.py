@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-import yaml  # type: ignore[import-untyped]  # as in project.export
 
 from project.errors import ConfigError
+from project.run import read_config
 
 TOGETHER = 500  # ids in one look-up; databases limit the parameters of a statement
 # in a run's folder: up to which `seq` of a store its log has the events
@@ -34,8 +34,7 @@ def label_rule(run: Path) -> str | None:
     if (run / SEEN).exists():
         rule: str | None = json.loads((run / SEEN).read_text(encoding="utf-8"))["label"]
     else:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        rule = config["data"]["protocol"].get("label")
+        rule = read_config(run)["data"]["protocol"].get("label")
     return rule
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from world import read_split, streams_without_retrieved, text_of
+from world import dense_mask, read_split, streams_without_retrieved, text_of
 
 from project.data.batch import (
     EvaluationSampler,
@@ -43,7 +43,7 @@ def test_each_target_sees_its_prompt(any_split: Streams) -> None:
     for start in range(0, len(windows), 7):
         some = windows[start : start + 7]
         batch = pack(any_split, some)
-        mask = batch.layout.dense_mask()[0]
+        mask = dense_mask(batch.layout)[0]
         expected = [text_of(p) for s, w in some for p in prompts_of(any_split, s, w)]
         assert [
             text_of(batch.tokens[0, mask[slot]].numpy()) for slot in batch.slots.tolist()

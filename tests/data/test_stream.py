@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from world import Letters, no_retrieved, read_split, text_of
+from world import Letters, dense_mask, no_retrieved, read_split, text_of
 
 from project.data.batch import Batch, pack
 from project.data.logs import TableLogs
@@ -193,7 +193,7 @@ def all_texts(streams: Streams, context_tokens: int) -> dict[int, str]:
 
 def seen(batch: Batch) -> dict[int, str]:
     """What each answer slot of a batch can read, by the written-out rule."""
-    mask, tokens = batch.layout.dense_mask()[0], batch.tokens[0]
+    mask, tokens = dense_mask(batch.layout)[0], batch.tokens[0]
     pairs = zip(batch.row_id.tolist(), batch.slots.tolist(), strict=True)
     return {row: text_of(tokens[mask[slot]].numpy()) for row, slot in pairs}
 

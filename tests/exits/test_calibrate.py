@@ -13,7 +13,7 @@ import torch
 
 from project.errors import ConfigError, DataError
 from project.evaluation.result import PlannedRows, adaptive_summary
-from project.exits.budget import TuneFold, budget_plan, calibrate
+from project.exits.budget import TuneFold, calibrate
 from project.exits.certificate import Certificate, CertificateSettings, certify
 from project.exits.criteria import Consistency, Learned, Ratio
 from project.exits.plan import ExitPlan, ExitSettings, Plans
@@ -115,16 +115,12 @@ def test_budget_and_priors(scores: pl.DataFrame) -> None:
     assert thresholds(none.plan) == thresholds(found.without)
 
 
-def test_named_criterion_decides(scores: pl.DataFrame, valid: Any) -> None:
-    """Whatever the others reach; its class is compared once; one that is given decides over the settings."""
+def test_named_criterion_decides(scores: pl.DataFrame) -> None:
+    """Whatever the others reach; its class is compared once."""
     found = calibrate(scores, FEATURES, settings(criterion=Consistency(2)), "hash").document
     assert found["chosen"] == "consistency"
     assert sorted(p["criterion"] for p in found["policies"]) == ["consistency", "ratio"]
     assert found["policies"][0]["settings"]["init_args"] == {"heads": 2}
-    plan = budget_plan(
-        *valid, budget(criterion=Ratio(), exit_0=False), criterion=Consistency(2)
-    )
-    assert (plan.criterion, plan.layers) == ("consistency", (2, 4, 6, 8, 10, 12))
 
 
 def test_not_enough_users_is_said_with_their_number(scores: pl.DataFrame) -> None:
@@ -136,7 +132,8 @@ def test_not_enough_users_is_said_with_their_number(scores: pl.DataFrame) -> Non
         None,
         None,
     )
-    assert thresholds(found.plan) == thresholds(budget_plan(scores, FEATURES, settings()))
+    bare = calibrate(scores, FEATURES, settings(certificate=None), "hash")
+    assert thresholds(found.plan) == thresholds(bare.plan)
     assert "it takes about 2" in certificate["words"]
     assert found.document["ledger"] == []  # the fold, unread, may be used again
 
@@ -319,26 +316,13 @@ def test_too_few_to_certify_is_a_plan_without_certificate(
     """No user to certify, or one class: the plan is the budget's, and it is said how many users are needed."""
     few = settings(certificate=CertificateSettings())
     found = calibrate(with_fold(scores, "certify", **change), FEATURES, few, "hash")
-    assert thresholds(found.plan) == thresholds(budget_plan(scores, FEATURES, settings()))
+    bare = calibrate(scores, FEATURES, settings(certificate=None), "hash")
+    assert thresholds(found.plan) == thresholds(bare.plan)
     users = 0 if "fold" in change else scores.filter(fold="certify")["user"].n_unique()
     assert (
         f"it takes about 232 users, not {users}, to" in found.document["certificate_words"]
     )
     assert found.document["ledger"] == []
-
-
-def test_it_is_what_calibrate_chooses(valid: Any) -> None:
-    """The same thresholds and criterion as `calibrate`; no label of another fold has a part in it."""
-    plan = budget_plan(*valid, budget())
-    found = calibrate(*valid, budget(), "hash")
-    assert thresholds(plan) == thresholds(found.plan)
-    assert plan.criterion == found.plan.criterion
-    turned = valid[0].with_columns(
-        label=pl.when(pl.col("fold") == "certify")
-        .then(1 - pl.col("label"))
-        .otherwise(pl.col("label"))
-    )
-    assert thresholds(budget_plan(turned, valid[1], budget())) == thresholds(plan)
 
 
 def test_who_cannot_keep_the_budget_is_left_out(valid: Any) -> None:
@@ -349,9 +333,8 @@ def test_who_cannot_keep_the_budget_is_left_out(valid: Any) -> None:
     """
     tight = {"max_cost": 0.1, "max_auc_drop": 0.5, "alpha": 0.5}
     found = calibrate(*valid, budget(**tight), "hash")
-    assert thresholds(found.plan) == thresholds(
-        budget_plan(*valid, budget(compare=[Ratio()], **tight))
-    )
+    alone = calibrate(*valid, budget(compare=[Ratio()], **tight), "hash")
+    assert thresholds(found.plan) == thresholds(alone.plan)
     (policy,) = found.document["policies"]
     assert policy["criterion"] == "ratio"
     assert policy["pareto"][policy["chosen_step"]]["cost"] <= 0.1
@@ -378,7 +361,10 @@ def test_a_known_item_leaves_at_0_and_a_new_one_goes_on() -> None:
     }
     scores, features = score_table(about, heads[:, 1:], [2, 4]), np.zeros((n, 3))
     features[:, 0] = np.log1p(count)
-    plan = budget_plan(scores, features, ExitSettings(criterion=Learned(), alpha=0.5))
+    tuned = TuneFold(
+        scores, features, ExitSettings(criterion=Learned(), alpha=0.5), exit_0=True
+    )
+    plan = tuned.plan(tuned.best.step)
     layer, _ = plan.emitted(plan.outputs(scores, features))
     assert (layer[count > 0] == 0).all()
     assert (layer[count == 0] == 4).all()

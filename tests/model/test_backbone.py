@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from world import dense_mask
 
 from project.errors import ConfigError
 from project.layout import Layout
@@ -34,7 +35,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out = F.scaled_dot_product_attention(
-        query, key, value, layout.dense_mask()[:, None], scale=0.3
+        query, key, value, dense_mask(layout)[:, None], scale=0.3
     )
     return out.transpose(1, 2) * (layout.sequence >= 0)[:, :, None, None]
 
@@ -80,7 +81,7 @@ def test_invisible_keys_do_not_matter(random_layout: Make) -> None:
     layout = random_layout(4)
     query, key, value = (t.detach() for t in inputs(layout, 0))
     at = int((layout.sequence[0] >= 0).nonzero().max())
-    hidden = ~layout.dense_mask()[0, at]
+    hidden = ~dense_mask(layout)[0, at]
     assert hidden.any()
     before = blocked(query, key, value, layout)[0, at]
     key[0, :, hidden] = 100.0
@@ -167,7 +168,7 @@ def test_packed_equals_stand_alone(
     torch.manual_seed(0)
     backbone = Backbone.from_config(tiny_config(family)).eval()
     layout = random_layout(2)
-    tokens, mask = tokens_of(layout), layout.dense_mask()
+    tokens, mask = tokens_of(layout), dense_mask(layout)
     names = ("sequence", "segment", "group", "context", "position")
     checked = 0
     with torch.no_grad():

@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from torch import Tensor
-from world import Letters, read_split, streams_without_retrieved
+from world import Letters, dense_mask, read_split, streams_without_retrieved
 
 from project.data.batch import Batch, pack
 from project.data.protocol import Protocol
@@ -112,7 +112,7 @@ def test_the_unseen_changes_nothing(make: Make, streams: Streams) -> None:
     module = make()
     batch = pack(streams, streams.evaluation(300)[:12])
     layout, tied_targets = batch.layout, 0
-    visible = layout.dense_mask()[0]
+    visible = dense_mask(layout)[0]
     before = scored(module, batch)
     for i, slot in enumerate(batch.slots.tolist()):
         changed = torch.where(visible[slot], batch.tokens, (batch.tokens + 1) % 256)
