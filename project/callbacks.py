@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +20,9 @@ from rich.console import Console
 
 from project.arrays import F64
 from project.bundle import write_bundle
+from project.data.requests import Workload, catalogue_requests
+from project.engine.engine import score_workload
+from project.engine.requests import PreparedRequest, prepare_requests
 from project.errors import ProjectError
 from project.evaluation.baselines import (
     AgainstBaseline,
@@ -40,7 +44,15 @@ from project.evaluation.result import (
     with_and_without_exit_0,
 )
 from project.exits.budget import calibrate
-from project.exits.plan import CHECKPOINT_KEY, ExitSettings, Plans, plans_of
+from project.exits.plan import (
+    CHECKPOINT_KEY,
+    ExitSettings,
+    Plans,
+    admit,
+    certified_settings,
+    plans_of,
+)
+from project.exits.ranking import CANDIDATES, Lists, fit_lists
 from project.metrics import OwnMetric
 from project.model.heads import heads_digest
 from project.report.report import write_report
@@ -106,6 +118,8 @@ class ExitCalibration(L.Callback):
         self.settings = settings
         self.plans: Plans | None = None
         self.refused: str | None = None  # why there is no plan
+        # requests that lists are fitted and certified on; they are the same for every checkpoint
+        self._requests: list[tuple[Workload, list[PreparedRequest]]] = []
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Calibrate while training, where a checkpoint is going to be saved; validate only reports."""
@@ -148,7 +162,17 @@ class ExitCalibration(L.Callback):
             plans = calibrate(
                 scores, features, self.settings, data.split.hash, previous, heads, fitting
             )
-        self.plans = plans
+        with data.clock.stage("lists"):
+            lists = self._lists(trainer, module, data, plans)
+        plans.document["lists"] = lists.document
+        promises = [row["certificate"] for row in lists.document.get("lengths", [])]
+        if any(promise and promise["passed"] is not None for promise in promises):
+            # the fold was read, whether or not the plan's own certificate did
+            tried = certified_settings(self.settings) | {"checkpoint": heads}
+            plans.document["ledger"] = admit(
+                plans.document["ledger"], tried, data.split.hash, fitting
+            )
+        self.plans = plans = replace(plans, lists=lists)
         tune = (scores["fold"] == "tune").to_numpy()
         rows = PlannedRows(
             plans.plan, scores.filter(tune), features[tune], self.settings.prefix_cached
@@ -164,6 +188,38 @@ class ExitCalibration(L.Callback):
             write_json(path, result)
         self._log(trainer, scores, features)
         return result
+
+    def _lists(
+        self,
+        trainer: L.Trainer,
+        module: ExitRecommender,
+        data: InteractionData,
+        plans: Plans,
+    ) -> Lists:
+        """Margins of lists of the best k by the plan's heads; none where the split allows no requests of its folds."""
+        settings = self.settings
+        if not settings.lists or trainer.world_size > 1:
+            return Lists()
+        # 1. requests, always the same: another draw would be another try of the certificate
+        if not self._requests:
+            for fold in ("tune", "certify"):
+                try:
+                    drawn = catalogue_requests(
+                        data.split, fold, settings.lists, CANDIDATES, seed=0
+                    )
+                except ProjectError as error:
+                    return Lists(document={"error": f"no lists: {error}"})
+                prepared = prepare_requests(module, data, drawn.requests)
+                self._requests.append((drawn, prepared))
+        # 2. scores of this checkpoint; the certify fold is read where the plan's certificate may be
+        tune, certify = self._requests
+        scored = score_workload(module, *tune, plans.plan)
+        promise = settings.certificate
+        if promise is None or plans.document["certificate"] is None:
+            return fit_lists(scored)
+        return fit_lists(
+            scored, score_workload(module, *certify, plans.plan), promise.delta
+        )
 
     @property
     def issued(self) -> dict[str, Any]:

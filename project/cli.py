@@ -127,7 +127,7 @@ class ProjectCLI(LightningCLI):
         """Lightning's commands, and ours."""
         ours = {"model", "datamodule"}
         return LightningCLI.subcommands() | dict.fromkeys(
-            ("calibrate", "baselines", "benchmark", "rank"), ours
+            ("calibrate", "baselines", "benchmark"), ours
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

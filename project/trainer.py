@@ -1,4 +1,4 @@
-"""The trainer with this project's own commands: predict, calibrate, benchmark, rank, baselines."""
+"""The trainer with this project's own commands: predict, calibrate, benchmark, baselines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import polars as pl
 from rich.console import Console
 
 from project.callbacks import exit_calibration_of
-from project.datamodule import InteractionData, check_reads
+from project.datamodule import InteractionData
+from project.engine.predict import load_weights
 from project.errors import ConfigError
 from project.evaluation.baselines import baseline_rows, best_baseline, fit_baselines
 from project.evaluation.networks import (
@@ -21,8 +22,7 @@ from project.evaluation.networks import (
 )
 from project.evaluation.result import baseline_scores_of, slice_rows
 from project.model.heads import heads_digest
-from project.model.module import ExitRecommender, check_origin
-from project.rank import RankSettings
+from project.model.module import ExitRecommender
 from project.report.tables import render, shown
 from project.run import (
     read_checkpoint,
@@ -50,7 +50,6 @@ CHECKPOINTS: dict[str, Any] = {
     "save_on_exception": True,
     "enable_version_counter": False,
 }
-DEFAULT_RANKING = RankSettings()
 SIZES = (1, 8, 64, 256)  # candidates of the engine's requests
 
 
@@ -144,9 +143,8 @@ class ProjectTrainer(L.Trainer):
             )
             scores = model.scores
         else:
-            check_origin(checkpoint, model.exit_layers, model.backbone_name)
-            check_reads(checkpoint.get("reads"), datamodule)
-            model.exit_0.copy_(checkpoint["state_dict"]["exit_0"])
+            load_weights(model, datamodule.tokenizer, ckpt_path, datamodule)
+            model.to(self.strategy.root_device)
             scores = pl.read_parquet(table, glob=False)
         assert scores is not None
         # 2. The plan, into result file and checkpoint.
@@ -268,24 +266,3 @@ class ProjectTrainer(L.Trainer):
 
             run_early_exit(self, model, datamodule, ckpt_path)
         return None
-
-    def rank(
-        self,
-        model: ExitRecommender,
-        datamodule: InteractionData,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
-        ranking: RankSettings = DEFAULT_RANKING,
-    ) -> None:
-        """Compare policies for the best k of N candidates: overlap with full depth, depth, cost, precision.
-
-        Args:
-            model: The run's model.
-            datamodule: Logs, protocol and retrieved features that requests are made of.
-            ckpt_path: The run's checkpoint.
-            weights_only: Not used.
-            ranking: Requests and promise.
-        """
-        from project.rank import run_rank
-
-        run_rank(self, model, datamodule, ckpt_path, run_folder(self, ckpt_path), ranking)

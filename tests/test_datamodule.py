@@ -79,7 +79,7 @@ def test_rows() -> None:
 def test_commands(
     run: Callable[..., None], fails: Callable[..., str], tiny_config: Any, tmp_path: Path
 ) -> None:
-    """test, calibrate, rank and both kinds of predict refuse, and leave the run's files as they were."""
+    """test, calibrate and both kinds of predict refuse, and leave the run's files as they were."""
     run("fit", "--config", tiny_config())
     # a fit that is refused takes the name
     folder = (tmp_path / "runs" / "tiny" / "latest").resolve()
@@ -101,14 +101,12 @@ def test_commands(
     before = files()
     shares = ("--data.protocol.shares", "[0.2,0.2,0.6]")
     answers = ("--data.prompt.answers", '[" yes"," no"]')
-    small = ("--ranking.requests", "5", "--ranking.certify", "0")
     asked = tmp_path / "requests.jsonl"
     asked.write_text('{"request_id": "a", "user_id": "u1", "candidates": ["i1"]}\n')
     for command, change in (
         (("fit",), shares),
         (("test",), answers),
         (("calibrate",), shares),
-        (("rank", *small), answers),
         (("predict", "--data.requests", asked), answers),
         (("predict", "--engine", "early_exit", "--data.requests", asked), answers),
     ):

@@ -26,7 +26,7 @@ FLOORS = (  # from the ground up
     "datamodule evaluation compare",
     "model config bundle",
     "engine callbacks",
-    "export rank loading",
+    "export loading",
     "serve benchmark",
     "trainer",
     "cli api",
@@ -83,7 +83,7 @@ def settings() -> set[str]:
 
     A key that only holds others (`data.protocol`) is none.
     """
-    from project import callbacks, rank, retrieval, tracking
+    from project import callbacks, retrieval, tracking
     from project.data import logs, negatives, prompt, protocol, readers
     from project.datamodule import InteractionData
     from project.exits import certificate, criteria, plan
@@ -102,7 +102,6 @@ def settings() -> set[str]:
         "optim",
         "lora",
         "certificate",
-        "ranking",
     }
     sections |= {"negatives"}
     plain = {
@@ -120,7 +119,6 @@ def settings() -> set[str]:
         *(plan.ExitSettings, callbacks.ResultFiles, tracking.WandbArtifacts),
         *(
             certificate.CertificateSettings,
-            rank.RankSettings,
             logs.TableLogs,
             logs.RecBoleLogs,
         ),
@@ -163,7 +161,7 @@ def settings() -> set[str]:
         found |= {
             f"{place} {name.value}" for name in names if isinstance(name, ast.Constant)
         }
-    for command in ("calibrate", "baselines", "benchmark", "predict", "rank"):
+    for command in ("calibrate", "baselines", "benchmark", "predict"):
         names = set(inspect.signature(getattr(ProjectTrainer, command)).parameters) - plain
         found |= {f"{command} --{name}" for name in names - sections}
     found |= {"table FILE", "report RUN", "TableLogs.items"}

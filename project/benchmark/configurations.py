@@ -16,20 +16,11 @@ from project.benchmark.transformers import Library, Pointwise, SharedPrefix
 from project.data.requests import catalogue_requests
 from project.engine.cache import StreamCache
 from project.engine.decisions import ListExits, RowExits, static_exits
-from project.engine.engine import Engine, score_every_head
+from project.engine.engine import Engine, score_workload
 from project.engine.prepacked import copied, prepacked
 from project.engine.requests import PreparedRequest, Scored, prepare_requests
-from project.errors import ConfigError
-from project.evaluation.result import labelled_scores
 from project.exits.plan import ExitPlan, Plans
-from project.exits.ranking import (
-    LISTS,
-    ScoredRequests,
-    fastest,
-    fixed_depth,
-    margin_policies,
-    overlaps,
-)
+from project.exits.ranking import ScoredRequests
 from project.metrics import auc
 from project.model.heads import heads_digest
 from project.run import table_about
@@ -40,9 +31,9 @@ if TYPE_CHECKING:
 
 # candidates of a request -> most requests in the timed sample
 REQUESTS = {1: 48, 8: 24, 64: 16, 256: 4}
-TUNED = 60  # requests of tune that margins are fitted on, and of test that show the overlap
+SHOWN = 60  # requests of test that show the overlap
+LISTED = 10  # length of the lists that are timed
 FIXED_HISTORY = 50  # rows
-OVERLAP = 0.97  # least overlap@k on tune of the margins that are taken
 
 
 @dataclass(frozen=True)
@@ -151,14 +142,8 @@ class Bench:
         ):
             scores = pl.read_parquet(path, glob=False)
             self._table = scores, data.features_of(scores, model.feature_baseline().base)
-        # 3. requests scored at every head, by fold and number of candidates
-        self._requests: dict[tuple[str, int], ScoredRequests] = {}
-        # 4. why the fold tune has no requests to fit lists on; None where it has
-        self.no_lists: str | None = None
-        try:
-            catalogue_requests(data.split, "tune", 1, 2, data.seed)
-        except ConfigError as error:
-            self.no_lists = str(error)
+        # 3. requests of test scored at every head, by number of candidates
+        self._requests: dict[int, ScoredRequests] = {}
 
     def configurations(self, case: Case, cache: StreamCache | None) -> list[Configuration]:
         """All configurations of a workload; `cache` holds its histories, None: they are not cached."""
@@ -182,9 +167,8 @@ class Bench:
                     )
                 )
         # 4. lists of the best k
-        for k in LISTS:
-            if not (case.short or self.no_lists) and case.candidates > 4 * k:
-                found += self._best_list(k, case.candidates, cache)
+        if case.candidates > LISTED and self.plans.lists.longest >= LISTED:
+            found.append(self._best_list(case.candidates, cache))
         # 5. transformers' own class, which has no adapters
         if self.model.lora is None and case.pointwise:
             found.append(
@@ -226,33 +210,24 @@ class Bench:
             name, policy, Engine(self.module, decision, cache), {"auc": found}
         )
 
-    def _best_list(
-        self, k: int, candidates: int, cache: StreamCache | None
-    ) -> list[Configuration]:
-        """The list policy that is fastest on tune at OVERLAP or more, with its overlap on test, if there is one."""
-        tune = self._scored("tune", candidates)
-        test = self._scored("test", candidates)
-        layers = tune.outputs.layers
-        full = fixed_depth(layers, len(layers) - 1)
-        chosen = fastest(margin_policies(tune, k), full, tune, k, OVERLAP)
-        if chosen.top_k is None:
-            return []
-        kept = overlaps(test, chosen.decide(test), full.decide(test), k)
-        engine = Engine(
-            self.module, ListExits(chosen.top_k, self.plans.plan.calibration), cache
-        )
-        return [
-            Configuration("top_k", f"best {k}", engine, {"overlap": float(kept.mean())})
-        ]
+    def _best_list(self, candidates: int, cache: StreamCache | None) -> Configuration:
+        """Lists by the run's margins, with their overlap on test."""
+        top_k = self.plans.lists.top_k(LISTED)
+        scored = self._scored(candidates)
+        exits = top_k.exits(scored.request, scored.outputs)
+        overlap = float(scored.overlaps(exits, LISTED).mean())
+        decision = ListExits(top_k, self.plans.plan.calibration)
+        engine = Engine(self.module, decision, cache)
+        return Configuration("top_k", f"best {LISTED}", engine, {"overlap": overlap})
 
-    def _scored(self, part: str, candidates: int) -> ScoredRequests:
-        """Catalogue requests of a part, scored at every head."""
-        key = part, candidates
-        if key not in self._requests:
+    def _scored(self, candidates: int) -> ScoredRequests:
+        """Catalogue requests of test, scored at every head."""
+        if candidates not in self._requests:
             drawn = catalogue_requests(
-                self._data.split, part, TUNED, candidates, self._data.seed
+                self._data.split, "test", SHOWN, candidates, self._data.seed
             )
             prepared = prepare_requests(self.model, self._data, drawn.requests)
-            scores = labelled_scores(score_every_head(self.model, prepared), drawn.table)
-            self._requests[key] = ScoredRequests.of(scores, self.plans.plan.calibration)
-        return self._requests[key]
+            self._requests[candidates] = score_workload(
+                self.model, drawn, prepared, self.plans.plan
+            )
+        return self._requests[candidates]

@@ -143,8 +143,6 @@ def run_engine(
     plans = load_run(model, data.tokenizer, checkpoint, data)
     model.to(device)  # not before: the backbone was just made
     bench = Bench(model, data, folder, plans)
-    if bench.no_lists:
-        Console().print(f"no lists: {bench.no_lists}")
     ranker = ranker_of(data, folder)
     # 3. rows, workload by workload
     result = result_head(

@@ -16,15 +16,18 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from project.arrays import F64, I64, Bool
 from project.data.ragged import offsets_of, within
+from project.data.requests import Workload
 from project.engine.attention import Row, StreamBlock, Structure, stream_blocks, upload
 from project.engine.cache import CachedStream, StreamCache
 from project.engine.decisions import Decision, EveryHead
 from project.engine.prepacked import prepacked
 from project.engine.requests import PreparedRequest, Scored, Scores
 from project.errors import ConfigError, DataError
-from project.evaluation.result import scores_of_candidates
+from project.evaluation.result import labelled_scores, scores_of_candidates
 from project.exits.calibration import Calibration
 from project.exits.criteria import HeadOutputs
+from project.exits.plan import ExitPlan
+from project.exits.ranking import ScoredRequests
 from project.model.backbone import State
 from project.model.module import ExitRecommender
 
@@ -509,4 +512,23 @@ def score_every_head(
     ]
     return scores_of_candidates(
         ids, torch.cat(logits), candidates, exit_0, model.exit_layers
+    )
+
+
+def score_workload(
+    model: ExitRecommender,
+    workload: Workload,
+    prepared: Sequence[PreparedRequest],
+    plan: ExitPlan,
+) -> ScoredRequests:
+    """Calibrated scores of every head for the prepared requests of a workload."""
+    scores = labelled_scores(score_every_head(model, prepared), workload.table)
+    request = np.repeat(np.arange(len(prepared)), [len(one) for one in prepared])
+    return ScoredRequests(
+        torch.from_numpy(request),
+        scores["user"].to_numpy()[np.unique(request, return_index=True)[1]],
+        plan.outputs(scores, np.concatenate([one.retrieved for one in prepared])),
+        scores["target_tokens"].to_torch(),
+        scores["stream_tokens"].to_torch(),
+        scores["label"].fill_null(-1).to_numpy().astype(np.int8),
     )

@@ -29,6 +29,7 @@ from project.exits.criteria import (
     try_out,
 )
 from project.exits.policy import Policy
+from project.exits.ranking import Lists
 
 
 def all_criteria() -> list[Criterion]:
@@ -50,6 +51,8 @@ class ExitSettings:
         max_cost: Budget: share of full depth's token-layers that may be spent; None sets no limit.
         prefix_cached: The keys and values of a request's history are cached, so that its tokens cost nothing.
         certificate: What is promised, and tested on the `certify` fold; None makes no certificate.
+        lists: Requests of the folds tune and certify, as many of each, that lists of the best k are fitted and
+            certified on; 0 fits none.
     """
 
     criterion: Criterion | None = None
@@ -60,6 +63,7 @@ class ExitSettings:
     max_cost: float | None = None
     prefix_cached: bool = False
     certificate: CertificateSettings | None = field(default_factory=CertificateSettings)
+    lists: int = 100
 
     def __post_init__(self) -> None:
         if self.max_auc_drop is None and self.max_cost is None:
@@ -69,8 +73,10 @@ class ExitSettings:
             )
         if self.certificate is not None and self.certificate.risk == "overlap_loss":
             raise ConfigError(
-                "exits.certificate.risk: overlap_loss is a risk of `rank`, expected another"
+                "exits.certificate.risk: overlap_loss is a risk of lists, expected another"
             )
+        if self.lists < 0:
+            raise ConfigError(f"exits.lists is {self.lists}; expected 0 or more requests.")
         if self.max_auc_drop is not None and not 0 <= self.max_auc_drop < math.inf:
             raise ConfigError(
                 f"exits.max_auc_drop is {self.max_auc_drop}; expected null, 0 or more."
@@ -192,8 +198,8 @@ class Plans:
 
     `plan` is in use, `without` is the same run's without exit 0 at the budget's step, for comparison, `certified` the
     fastest that the certificate reached, None where its first test failed. `static_exit` and `static_without` are the
-    layers of the static exits of equal accuracy. `document` is the body of results/calibrate.json; from a checkpoint,
-    its `certificate` alone.
+    layers of the static exits of equal accuracy. `lists` lets candidates leave by `plan`'s heads where the best k are
+    asked for. `document` is the body of results/calibrate.json; from a checkpoint, its `certificate` alone.
     """
 
     plan: ExitPlan
@@ -201,6 +207,7 @@ class Plans:
     without: ExitPlan
     static_without: int
     certified: ExitPlan | None = None
+    lists: Lists = field(default_factory=Lists)
     document: dict[str, Any] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
@@ -211,6 +218,7 @@ class Plans:
             "without": self.without.state(),
             "static_without": self.static_without,
             "certified": None if self.certified is None else self.certified.state(),
+            "lists": self.lists.state(),
             "certificate": json.dumps(self.document.get("certificate", {})),
             "budget_words": self.document.get("budget_words"),
         }
@@ -232,6 +240,7 @@ class Plans:
             without,
             state["static_without"],
             certified,
+            Lists.from_state(state["lists"]),
             document,
         )
 
@@ -260,7 +269,7 @@ def certified_settings(settings: ExitSettings) -> dict[str, Any]:
     no part in the choice is left out.
     """
     compared = settings.criteria() if settings.criterion is None else [settings.criterion]
-    keys = ("exit_0", "prefix_cached", "max_auc_drop", "alpha", "max_cost")
+    keys = ("exit_0", "prefix_cached", "max_auc_drop", "alpha", "max_cost", "lists")
     in_short = []  # such as consistency(heads=2)
     for criterion in compared:
         arguments = specification(criterion)["init_args"]

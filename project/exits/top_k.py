@@ -44,15 +44,18 @@ class TopK:
         return exits
 
 
-def fit_margins(request: Tensor, outputs: HeadOutputs, quantile: float) -> Tensor:
-    """Margins (K,) such that this share of the n candidates of tune moves less until the last head."""
+def fit_margins(request: Tensor, outputs: HeadOutputs, level: float) -> Tensor:
+    """Margins (K,) such that this share of the n candidates of tune moves less until the last head.
+
+    A level above 1 is so many times the largest move.
+    """
     deviation = outputs.logits - outputs.logits[:, -1:]
     _, code = torch.unique(request, return_inverse=True)
     counts = torch.bincount(code).to(deviation)
     sums = deviation.new_zeros(counts.numel(), outputs.heads).index_add_(0, code, deviation)
     moves = (deviation - (sums / counts[:, None])[code]).abs().sort(dim=0).values
     # torch.quantile refuses more than 2^24 elements
-    return moves[round(quantile * (moves.shape[0] - 1))]
+    return moves[round(min(level, 1.0) * (moves.shape[0] - 1))] * max(level, 1.0)
 
 
 def overlap_at_k(request: Tensor, scores: Tensor, full: Tensor, k: int) -> Tensor:

@@ -117,7 +117,7 @@ def render(result: Result, folder: Path | None = None, short: bool = False) -> s
     `short`, of a run's scores: four rows, four columns and one sentence.
     """
     made: Any = environment().get_template("tables.md.j2").module
-    if result["command"] in ("benchmark", "rank", "compare", "study"):
+    if result["command"] in ("benchmark", "compare", "study"):
         return tidy(getattr(made, result["command"])(result))
     split, fold = REPORTED.get(result["command"], ("valid", "tune"))
     timed: Sequence[Row] = ()

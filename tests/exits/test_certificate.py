@@ -256,7 +256,7 @@ class TestBadInput:
             CertificateSettings(**values)
 
     def test_the_risk_of_another_command(self):
-        with pytest.raises(ConfigError, match="overlap_loss is a risk of `rank`"):
+        with pytest.raises(ConfigError, match="overlap_loss is a risk of lists"):
             ExitSettings(certificate=CertificateSettings("overlap_loss"))
 
     @pytest.mark.parametrize(
