@@ -6,7 +6,7 @@ read only where they are absent. Every block has the same table, without the ite
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from rich.progress import Progress
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from project.arrays import F32, I64
+from project.arrays import F32
 from project.cache import Recent, cached_folder, default_cache
 from project.data.download import SOURCES, quiet_loading, resolve_model
 from project.errors import ConfigError
@@ -59,20 +59,14 @@ class MeanPooling:
             digest.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
         return digest.hexdigest()
 
-    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, cut; the model's weights are not read for it."""
-        config, tokenizer = self._tokenizer
-        longest = min(self.max_tokens, config.max_position_embeddings)
-        if not texts:
-            return []
-        ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=longest)[
-            "input_ids"
-        ]
-        return ids
-
     def encode(self, texts: Sequence[str]) -> F32:
         """Vectors of length 1, shape (texts, hidden size), in the order given; zero for a text without a token."""
-        ids = self.token_ids(texts)
+        config, tokenizer = self._tokenizer
+        longest = min(self.max_tokens, config.max_position_embeddings)
+        ids = list[list[int]]()
+        if texts:
+            cut = tokenizer(list(texts), truncation=True, max_length=longest)
+            ids = cut["input_ids"]
         model = self._loaded
         vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
         # texts of similar length are run together
@@ -148,7 +142,7 @@ class MeanPooling:
 class TextVectors:
     """Vectors of texts, embedded once: those used last are kept in memory, at most `mib` MiB of them.
 
-    A server asks `tokens_of` what a request's new texts cost before it embeds them with `of`. One thread at a time.
+    A server asks which are `absent`, and embeds these a few at a time with `of`. One thread at a time.
     """
 
     def __init__(self, reader: MeanPooling, mib: float = 64) -> None:
@@ -156,11 +150,9 @@ class TextVectors:
         # by text, vectors (d,); one of 576 numbers takes 2.4 KB
         self._recent = Recent[F32](mib)
 
-    def tokens_of(self, texts: Sequence[str]) -> I64:
-        """(texts,) tokens that `of` would embed: 0 for a kept text, and for one that stood before; embeds nothing."""
-        new = [text for text in dict.fromkeys(texts) if self._recent.look(text) is None]
-        tokens = dict(zip(new, map(len, self._reader.token_ids(new)), strict=True))
-        return np.array([tokens.pop(text, 0) for text in texts], np.int64)
+    def absent(self, texts: Iterable[str]) -> list[str]:
+        """The texts, each once, that `of` would embed."""
+        return [text for text in dict.fromkeys(texts) if self._recent.look(text) is None]
 
     def of(self, texts: Sequence[str]) -> F32:
         """Vectors (texts, d) of texts, in their order, as `MeanPooling.encode` makes them."""

@@ -134,9 +134,6 @@ class Lengths(MeanPooling):
     def __init__(self) -> None:
         super().__init__("unused", 64)
 
-    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[0] * len(text) for text in texts]
-
     def encode(self, texts: Sequence[str]) -> F32:
         self.calls += 1
         return np.array([[len(text), 1] for text in texts], np.float32)
@@ -168,13 +165,13 @@ def test_texts_are_read_once(cache: Path) -> None:
         assert other.calls == 1
 
 
-def test_a_texts_tokens_are_known_before_it_is_embedded_once() -> None:
+def test_a_text_is_embedded_once() -> None:
     reader = Lengths()
     vectors = TextVectors(reader)
-    assert vectors.tokens_of(["a", "bcd", "a"]).tolist() == [1, 3, 0]
+    assert vectors.absent(["a", "bcd", "a"]) == ["a", "bcd"]
     assert reader.calls == 0
     assert vectors.of(["bcd", "a", "bcd"]).tolist() == [[3, 1], [1, 1], [3, 1]]
-    assert vectors.tokens_of(["a", "ef"]).tolist() == [0, 2]
+    assert vectors.absent(["a", "ef"]) == ["ef"]
     assert vectors.of(["a", "bcd"]).tolist() == [[1, 1], [3, 1]]
     assert reader.calls == 1
 
@@ -184,19 +181,15 @@ def test_texts_that_were_not_asked_for_lately_are_forgotten() -> None:
     vectors = TextVectors(Lengths(), mib=2 * (8 + sys.getsizeof("a")) / 2**20)
     for text in "abac":
         vectors.of([text])
-    assert vectors.tokens_of("abc").tolist() == [0, 1, 0]
+    assert vectors.absent("abc") == ["b"]
     assert vectors.of(list("cde")).tolist() == [[1, 1]] * 3
-    assert vectors.tokens_of("cde").tolist() == [1, 0, 0]
+    assert vectors.absent("cde") == ["c"]
 
 
 def test_kept_vectors_are_those_of_the_model(tiny_model: Path) -> None:
-    """Bit for bit those of one call; a text of more than 3 tokens counts 3."""
+    """Bit for bit those of one call."""
     reader = MeanPooling(str(tiny_model), 3)
     vectors = TextVectors(reader)
-    assert vectors.tokens_of(["", *TEXTS]).tolist() == [
-        len(ids) for ids in reader.token_ids(["", *TEXTS])
-    ]
-    assert vectors.tokens_of(TEXTS).max() == 3
     for _ in range(2):
         np.testing.assert_array_equal(vectors.of(TEXTS), reader.encode(TEXTS))
 

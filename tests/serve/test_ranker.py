@@ -281,3 +281,53 @@ def test_new_texts_of_a_request_are_bounded(ranker: Ranker) -> None:
     error, beside = ranker.rank_after_log([long, short])
     assert "128 characters of new items" in str(error.error)
     assert beside.logits.tolist() == pytest.approx(alone.logits.tolist(), abs=1e-5)
+
+
+def test_known_items_never_wait_for_new_ones(ranker: Ranker, tmp_path: Path) -> None:
+    """New items of the store, and a user's events from the first about one on, wait until texts are embedded.
+
+    Events of other users are in histories at once; each user's keep their order, and nothing is embedded unasked.
+    """
+    store = EventStore(f"sqlite:///{tmp_path}/events.db")
+    store.put_items([{"item_id": "n1", "title": "a dog at night", "year": "2001"}])
+    about = [("u1", "i7"), ("u1", "n1"), ("u1", "i4"), ("u2", "i4"), ("u3", "n2")]
+    store.add([Event(str(k), *names, 1, 5000.0 + k) for k, names in enumerate(about)])
+
+    def latest(user: str, count: int) -> list[str]:
+        return [row["item_id"] for row in ranker.history_of(user)[-count:]]
+
+    # 1. at once
+    ranker.follow(store, embed=False)
+    assert ranker.waiting() == ["a dog at night, 2001", "n2"]
+    assert (latest("u1", 1), latest("u2", 1)) == (["i7"], ["i4"])
+    (unknown,) = ranker.rank_after_log([RankRequest("u2", None, ["n1"])])
+    assert "no title" in str(unknown.error)
+    # 2. texts in their order
+    ranker.embed(ranker.waiting()[:1])
+    ranker.follow(store, embed=False)
+    assert ranker.waiting() == ["n2"]
+    assert latest("u1", 3) == ["i7", "n1", "i4"]
+    ranker.embed(["n2"])
+    ranker.follow(store, embed=False)
+    assert (ranker.waiting(), latest("u3", 1)) == ([], ["n2"])
+    # 3. vectors are those of a ranker that took all in at once
+    (found,) = ranker.rank_after_log([RankRequest("nobody", None, ["n1", "n2"])])
+    embed: Any = ranker._model.backbone.embed_tokens  # type: ignore[union-attr]
+    start = ranker._codes["n1"]
+    expected = ranker._text_vectors._reader.encode(["a dog at night, 2001", "n2"])  # type: ignore[union-attr]
+    np.testing.assert_allclose(embed.items[start : start + 2], expected, atol=1e-5)
+    assert found.error is None
+
+
+def test_a_deadline_covers_new_texts(ranker: Ranker) -> None:
+    """Behind its deadline nothing of a request is embedded: exit 0 answers, as it does for embedded texts."""
+    request = RankRequest("u1", None, [Item(title="a dog in winter"), "i3"])
+    assert ranker.unread(request) == ["a dog in winter"]
+    assert ranker.unread(replace(request, candidates=["i3", "no such item"])) == []
+    late, beside = ranker.rank_after_log([replace(request, deadline=0.0), asked(REQUESTS[3])])
+    assert ranker.unread(request) == ["a dog in winter"]
+    assert (late.late, set(late.exit_layers), beside.error) == (True, {0}, None)
+    ranker.embed(["a dog in winter"])
+    assert ranker.unread(request) == []
+    (read,) = ranker.rank_after_log([replace(request, deadline=0.0)])
+    np.testing.assert_array_equal(late.logits, read.logits)
