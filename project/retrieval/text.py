@@ -6,7 +6,7 @@ read only where they are absent. Every block has the same table, without the ite
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from project.run import sha256_of
 BATCH_TEXTS = 64
 # as all-MiniLM-L6-v2's own configuration cuts; titles and attributes are shorter
 MAX_TOKENS = 256
+IDS = ("item", "item_id")  # columns of the items table that are no text
 _AUTO: Any = AutoModel  # its constructors are not typed
 _TOKENIZER: Any = AutoTokenizer
 
@@ -155,9 +156,7 @@ class TextVectors:
         return [text for text in dict.fromkeys(texts) if self._recent.look(text) is None]
 
     def of(self, texts: Sequence[str]) -> F32:
-        """Vectors (texts, d) of texts, in their order, as `MeanPooling.encode` makes them."""
-        if not texts:
-            return self._reader.encode(texts)
+        """Vectors (texts, d) of one text or more, in their order, as `MeanPooling.encode` makes them."""
         # copies, because a view would hold the vectors of all texts that were embedded with
         # it
         rows = self._recent.of_texts(
@@ -217,10 +216,14 @@ class TextEncoder(VectorRetriever):
         )
 
 
+def item_text(row: Mapping[str, Any]) -> str:
+    """The text of a row of the items table: title and everything else that is known of it, separated by commas."""
+    return ", ".join(row[name] for name in row if row[name] and name not in IDS)
+
+
 def item_texts(items: pl.DataFrame) -> list[str]:
-    """One text an item of the items table: the title and everything else that is known of it, separated by commas."""
-    rows = items.drop("item", "item_id", strict=False).to_dicts()
-    return [", ".join(value for value in row.values() if value) for row in rows]
+    """One text an item of the items table."""
+    return [item_text(row) for row in items.to_dicts()]
 
 
 def encode_once(encoder: MeanPooling, texts: list[str], cache_dir: Path) -> F32:

@@ -6,7 +6,9 @@ history that a request brings is read as if it came just now, in its own order o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ from project.loading import open_run
 from project.metrics import probabilities
 from project.request import Item, RankRequest, Scored, id_of
 from project.retrieval.online import in_time
-from project.retrieval.text import TextVectors, item_texts
+from project.retrieval.text import TextVectors, item_text
 from project.run import own_version
 from project.serve.drift import AnswerMonitor, Monitor, references
 from project.serve.store import Event, EventStore, seen
@@ -87,8 +89,12 @@ class Ranker:
         )
         # of users that were asked for, or have events
         self._histories: dict[int, History] = {}
-        # of the store, up to which events were observed, or are in the log
+        # of the store, up to which it was read, or is in the log
         self.seq = seen(folder)
+        # read from the store, and waiting for the embedding of a new item's text
+        self._arrived = list[Event | dict[str, str]]()
+        # texts of these new items by item id, in the order in which they came
+        self._new_texts = dict[str, str]()
         # 2. the model
         self._baseline = model.feature_baseline()
         model.know_items(data)
@@ -139,21 +145,71 @@ class Ranker:
 
     # Events
 
-    def follow(self, store: EventStore) -> None:
-        """Observe what came to a store since the last call."""
-        last, arrived = store.arrivals(self.seq)
+    def follow(self, store: EventStore, embed: bool = True) -> None:
+        """Observe what came to a store since the last call.
+
+        Without `embed` a new item waits until its text is embedded, and a user's events from the first about it on.
+        Other events overtake these, which then read as events that came late.
+        """
+        self.seq, arrived = store.arrivals(self.seq)
+        arrived = self._arrived + arrived
+        self._arrived = []
+        users = set[str]()  # whose events wait
+        items = list[
+            Mapping[str, str]
+        ]()  # not observed yet: those in a row are embedded together
         for what in arrived:
-            self.observe([what], []) if isinstance(what, Event) else self.observe(
-                [], [what]
-            )
-        self.seq = last
+            # 1. the item; the first that names a new one says its text
+            item = named_by(what) if isinstance(what, Event) else what
+            item_id = item["item_id"]
+            waits = False
+            if not embed and item_id not in self._codes:
+                if item_id not in self._new_texts:
+                    (row,) = self._catalogue_with([item]).added
+                    self._new_texts[item_id] = item_text(row)
+                waits = bool(self._absent([self._new_texts[item_id]]))
+            # 2. what waits, and what is observed
+            if waits or (isinstance(what, Event) and what.user_id in users):
+                self._arrived.append(what)
+                if isinstance(what, Event):
+                    users.add(what.user_id)
+            elif isinstance(what, Event):
+                self.observe([what], items)
+                items = []
+            else:
+                items.append(what)
+        self.observe([], items)
+        for item_id in self._codes.keys() & self._new_texts.keys():
+            del self._new_texts[item_id]
+
+    def waiting(self) -> list[str]:
+        """Texts of the store's new items that are not embedded yet, in the order in which they came."""
+        return self._absent(self._new_texts.values())
+
+    def unread(self, request: RankRequest) -> list[str]:
+        """Texts of a request's new items that are not embedded yet; none of an invalid request."""
+        catalogue = self._catalogue()
+        try:
+            catalogue.resolve(request)
+            self._check_new(catalogue.added)
+        except ProjectError:
+            return []
+        return self._absent(map(item_text, catalogue.added))
+
+    def embed(self, texts: Sequence[str]) -> None:
+        """Embed texts; what waits for them is taken in by the next `follow`."""
+        if self._text_vectors is not None:
+            self._text_vectors.of(texts)
+
+    def _absent(self, texts: Iterable[str]) -> list[str]:
+        return [] if self._text_vectors is None else self._text_vectors.absent(texts)
 
     def observe(self, events: Sequence[Event], items: Sequence[Mapping[str, Any]]) -> None:
         """Take in items, then events, in the order in which they came. An item that is known stays as it is."""
         self._learn(items)
         for event in events:
             # 1. who and what it is about; either may be new
-            self._learn([{"item_id": event.item_id, "title": event.item_id}])
+            self._learn([named_by(event)])
             user = self._users.setdefault(event.user_id, len(self._users))
             item = self._codes[event.item_id]
             # 2. the features it has now, for its prompt and for the drift alarm
@@ -172,14 +228,9 @@ class Ranker:
             self._index.observe(user, item, event.label, time, self._items)
 
     def _learn(self, items: Sequence[Mapping[str, Any]]) -> None:
-        """Give items that are new codes, texts and vectors. Columns that this run's items have not are not read."""
-        catalogue = self._catalogue()
+        """Give items that are new codes, texts and vectors."""
+        catalogue = self._catalogue_with(items)
         known = self._items.height
-        for item in items:
-            columns = tuple(
-                (name, item[name]) for name in catalogue.columns if item.get(name)
-            )
-            catalogue.add(Item(item["item_id"], item["title"], columns))
         self._items, self._encoder = self._with(catalogue)
         self._codes |= catalogue.codes.maps[0]
         for item_id, title in self._items[known:].select("item_id", "title").iter_rows():
@@ -188,29 +239,46 @@ class Ranker:
     def _catalogue(self) -> Catalogue:
         return Catalogue(self._items, self._codes, self._titles)
 
-    def _with(self, catalogue: Catalogue) -> tuple[pl.DataFrame, PromptEncoder]:
-        """The items table and the encoder of prompts, with the items that a catalogue adds."""
+    def _catalogue_with(self, items: Sequence[Mapping[str, Any]]) -> Catalogue:
+        """The catalogue and items. Columns that this run's items have not are not read."""
+        catalogue = self._catalogue()
+        for item in items:
+            columns = tuple(
+                (name, item[name]) for name in catalogue.columns if item.get(name)
+            )
+            catalogue.add(Item(item["item_id"], item["title"], columns))
+        return catalogue
+
+    def _with(
+        self, catalogue: Catalogue, unread: AbstractSet[int] = frozenset()
+    ) -> tuple[pl.DataFrame, PromptEncoder]:
+        """The items table and the encoder of prompts, with the items that a catalogue adds.
+
+        Those at places `unread` get no vector.
+        """
         if not catalogue.added:
             return self._items, self._encoder
         items = catalogue.table()
-        new = items[self._items.height :]
-        self._know_vectors(new)
-        return items, self._encoder.with_items(new)
+        if self._text_vectors is not None:
+            self._know_vectors(catalogue.added, unread)
+        return items, self._encoder.with_items(items[self._items.height :])
 
     @torch.inference_mode()
-    def _know_vectors(self, new: pl.DataFrame) -> None:
-        """Give the backbone vectors of new items, whose codes follow the known ones, where prompts show their texts."""
-        if self._text_vectors is None:
-            return
+    def _know_vectors(
+        self, new: Sequence[Mapping[str, Any]], unread: AbstractSet[int]
+    ) -> None:
+        """Give the backbone vectors of new items, whose codes follow the known ones, but for places `unread`."""
         embed: Any = self._model.backbone.embed_tokens  # type: ignore[union-attr]
-        start = int(new["item"][0])
-        stop = int(new["item"][-1]) + 1
+        stop = self._items.height + len(new)
         if stop > len(embed.items):
             more = embed.items.new_zeros(max(ROOM, stop), embed.items.shape[1])
             embed.know(torch.cat([embed.items, more]))
-        embed.items[start:stop] = torch.from_numpy(
-            self._text_vectors.of(item_texts(new))
-        ).to(embed.items)
+        read = [row for k, row in enumerate(new) if k not in unread]
+        if read:
+            vectors = self._text_vectors.of([item_text(row) for row in read])  # type: ignore[union-attr]
+            embed.items[[row["item"] for row in read]] = torch.from_numpy(vectors).to(
+                embed.items
+            )
 
     # Who and what is known
 
@@ -260,18 +328,23 @@ class Ranker:
         # done.
         catalogue = self._catalogue()
         resolved = dict[int, tuple[RankRequest, Catalogue]]()  # by place
+        # new items of requests whose deadline has passed: exit 0 answers and reads no vector
+        unread = set[int]()
+        by_exit_0 = time.monotonic() if self._engine.decision.layers[0] == 0 else -np.inf
         for place, request in enumerate(requests):
             own = catalogue.alone()
             before = len(catalogue.added)
             try:
                 resolved[place] = own.resolve(request), own
                 self._check_new(catalogue.added[before:])
+                if request.deadline is not None and request.deadline < by_exit_0:
+                    unread.update(range(before, len(catalogue.added)))
             except ProjectError as error:
                 resolved.pop(place, None)
                 # or they would be embedded with the others' items
                 del catalogue.added[before:]
                 found[place] = failed(request, error)
-        items, encoder = self._with(catalogue)
+        items, encoder = self._with(catalogue, unread)
         # 2. Histories, features and prompts.
         prepared = dict[int, PreparedRequest]()
         features = dict[int, Retrieved]()  # of the candidates
@@ -322,13 +395,7 @@ class Ranker:
 
     def _check_new(self, items: Sequence[Mapping[str, Any]]) -> None:
         """Raise `DataError` where a request's new items have more text than may be embedded for it."""
-        texts = [
-            value
-            for item in items
-            for name, value in item.items()
-            if name not in ("item", "item_id")
-        ]
-        characters = sum(map(len, texts))
+        characters = sum(len(item_text(item)) for item in items)
         if characters > self.max_new_characters:
             raise DataError(
                 f"the request brings {characters:,} characters of new items; this server takes "
@@ -422,6 +489,11 @@ class History:
                 instruction, lists, np.array(self.times), context_tokens
             )
         return self._prefix
+
+
+def named_by(event: Event) -> dict[str, str]:
+    """The item of an event; where it is new, all that is known of it."""
+    return {"item_id": event.item_id, "title": event.item_id}
 
 
 def failed(request: RankRequest, error: ProjectError) -> Scored:

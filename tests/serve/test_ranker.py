@@ -324,7 +324,9 @@ def test_a_deadline_covers_new_texts(ranker: Ranker) -> None:
     request = RankRequest("u1", None, [Item(title="a dog in winter"), "i3"])
     assert ranker.unread(request) == ["a dog in winter"]
     assert ranker.unread(replace(request, candidates=["i3", "no such item"])) == []
-    late, beside = ranker.rank_after_log([replace(request, deadline=0.0), asked(REQUESTS[3])])
+    late, beside = ranker.rank_after_log(
+        [replace(request, deadline=0.0), asked(REQUESTS[3])]
+    )
     assert ranker.unread(request) == ["a dog in winter"]
     assert (late.late, set(late.exit_layers), beside.error) == (True, {0}, None)
     ranker.embed(["a dog in winter"])
