@@ -26,7 +26,7 @@ class FakeRanker:
     """Knows u1, two titles and what the store brings.
 
     A candidate iK has probability K / 10, any other .05; it leaves at layer 2 if K is even, else at 4. An item of the
-    title "slow" takes a second.
+    title "slow" takes a second. Titles that begin with "new" are texts to embed, as are `stored`.
     """
 
     full_depth = False
@@ -40,6 +40,7 @@ class FakeRanker:
             "examples": {"users": ["u1"], "items": [*TITLES]},
         }
         self.seq, self.events = 0, list[Event]()
+        self.stored, self.read = list[str](), list[str]()
         self._diverged = (run / "diverged").exists()
 
     @classmethod
@@ -48,7 +49,17 @@ class FakeRanker:
             raise ValueError("this run is broken")
         return cls(run)
 
-    def follow(self, store: EventStore) -> None:
+    def waiting(self) -> list[str]:
+        return [text for text in self.stored if text not in self.read]
+
+    def unread(self, request: RankRequest) -> list[str]:
+        titles = [item.title for item in request.candidates if isinstance(item, Item)]
+        return [t for t in titles if t.startswith("new") and t not in self.read]
+
+    def embed(self, texts: Sequence[str]) -> None:
+        self.read += texts
+
+    def follow(self, store: EventStore, embed: bool = True) -> None:
         self.seq, arrived = store.arrivals(self.seq)
         self.events += [what for what in arrived if isinstance(what, Event)]
 

@@ -15,7 +15,7 @@ from world import call, given, sharpened, spread_exits, tiny_settings
 
 from project.serve.inference import Served
 from project.serve.ranker import Ranker
-from project.serve.routes import Desk, Metrics, add_routes
+from project.serve.routes import Backlog, Desk, Metrics, add_routes
 from project.serve.settings import ServeSettings
 from project.serve.store import EventStore
 
@@ -81,7 +81,9 @@ def client(tmp_path: Path) -> Make:
             return served.answer([payload])[0]
 
         app, store = FastAPI(), EventStore(given.db)
-        add_routes(app, Desk(ask, lambda: True, given, store, rule, Metrics(lambda: 0)))
+        backlog = Backlog(given.max_waiting_characters)
+        metrics = Metrics(lambda: 0, backlog.characters)
+        add_routes(app, Desk(ask, lambda: True, given, store, rule, backlog, metrics))
         return TestClient(app)
 
     return make

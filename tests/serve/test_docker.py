@@ -43,7 +43,9 @@ def test_compose_names_files_and_settings() -> None:
 
 def test_dashboard_names_metrics() -> None:
     names = re.findall(
-        r"^# TYPE (\w+)", generate_latest(Metrics(lambda: 0).registry).decode(), re.M
+        r"^# TYPE (\w+)",
+        generate_latest(Metrics(lambda: 0, lambda: 0).registry).decode(),
+        re.M,
     )
     panels = json.loads((DOCKER / "grafana/exitrec.json").read_text())["panels"]
     asked = {

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from project.serve.routes import Backlog
+
 Make = Callable[..., TestClient]
 JSON = {"content-type": "application/json"}
 LONG = "x" * 2001
@@ -111,3 +113,33 @@ def test_an_event_id_with_other_content_is_a_conflict(client: Make) -> None:
         "new": 0,
         "conflict": ["e"],
     }
+
+
+def test_writes_of_new_texts_are_bounded(client: Make) -> None:
+    """While 16 characters wait no item is taken, while 32 do no event either; the report of the embedding ends it."""
+    make = client(max_new_characters=1)
+    backlog: Backlog = make.app.state.desk.backlog  # type: ignore[attr-defined]
+
+    def statuses() -> list[int]:
+        item = {"item_id": "n", "title": "sixteen letters"}
+        plain = EVENT | {"item_id": "n", "event_id": "plain"}
+        found = [
+            make.put("/v1/items", json=[item]),
+            make.post("/v1/events", json=[EVENT | item]),
+            make.post("/v1/events", json=[plain]),
+        ]
+        assert all("retry-after" in f.headers for f in found if f.status_code == 429)
+        return [f.status_code for f in found]
+
+    # 1. n and sixteen letters are 16 characters
+    assert statuses() == [200, 429, 200]
+    assert "exitrec_new_characters 17.0" in make.get("/metrics").text
+    backlog.report(time.monotonic(), 32)
+    assert statuses() == [429, 429, 429]
+    # 2. what was written after the store was read is not in a report
+    backlog.report(0.0, 0)
+    assert statuses() == [200, 429, 200]
+    backlog.report(0.0, 0)
+    assert statuses() == [429, 429, 200]
+    backlog.report(time.monotonic(), 0)
+    assert backlog.characters() == 0
