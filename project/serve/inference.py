@@ -2,7 +2,9 @@
 
 1. A thread moves payloads from the pipe to an inbox, so that the HTTP process never waits until it may send.
 2. The main thread sleeps until a payload is there and takes along what else is there. A batch never waits for company.
-3. The pipe ends where either process ends. The HTTP process then starts a new inference process; the inference process
+3. Between batches it embeds texts of new items, which requests and the store bring. While others ask this takes a
+   fifth of the time, a piece at a time; a request with such texts waits aside until they are embedded.
+4. The pipe ends where either process ends. The HTTP process then starts a new inference process; the inference process
    ends too. So neither needs to be told to stop: SIGTERM to both leaves this one running until nobody waits any more.
 """
 
@@ -15,9 +17,10 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import TextIOBase
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,7 +36,12 @@ from project.serve.store import EventStore
 
 logger = logging.getLogger("project.serve")
 REST = 1.0  # seconds without a payload, after which events are taken in
+PIECE = 512  # characters that are embedded at once, or one text that is longer
+SHARE = 0.25  # seconds of embedding for a second of answering
 FAILED = HTTPException(503, "The inference process failed; try again.")
+FULL = HTTPException(
+    429, "Too much text of new items waits; try again in a second.", {"Retry-After": "1"}
+)
 
 
 def run_inference(
@@ -57,21 +65,12 @@ def run_inference(
     with suppress(BrokenPipeError):
         pipe.send(None)
         while True:
-            batch = take(inbox, settings.max_batch_requests)
-            if not batch:
-                served.rest()
-                continue
-            try:
-                answers = served.answer([payload for _, payload in batch])
-            except Exception:
-                logger.exception("a batch failed")
-                answers = [FAILED] * len(batch)
-            pipe.send(
-                [
-                    (number, answer)
-                    for (number, _), answer in zip(batch, answers, strict=True)
-                ]
-            )
+            wait = 0.0 if served.busy() else REST
+            came = take(inbox, settings.max_batch_requests, wait)
+            began = time.monotonic()
+            answers = served.turn(came)
+            pipe.send((answers, began, served.characters()))
+            served.embed(SHARE * (time.monotonic() - began))
 
 
 def receive(pipe: Connection, inbox: queue.SimpleQueue[tuple[int, Any]]) -> None:
@@ -82,14 +81,35 @@ def receive(pipe: Connection, inbox: queue.SimpleQueue[tuple[int, Any]]) -> None
     os._exit(0)
 
 
-def take(inbox: queue.SimpleQueue[tuple[int, Any]], most: int) -> list[tuple[int, Any]]:
-    """One payload at least and what waits behind it; nothing where none came for a while."""
+def take(
+    inbox: queue.SimpleQueue[tuple[int, Any]], most: int, wait: float
+) -> list[tuple[int, Any]]:
+    """One payload at least and what waits behind it; nothing where none came for `wait` seconds."""
     batch = list[tuple[int, Any]]()
     with suppress(queue.Empty):
-        batch.append(inbox.get(timeout=REST))
+        batch.append(inbox.get(timeout=wait))
         while len(batch) < most:
             batch.append(inbox.get_nowait())
     return batch
+
+
+@dataclass
+class Aside:
+    """A request that waits for the embedding of its new texts."""
+
+    number: int
+    request: RankRequest
+    texts: list[str]  # those that are not embedded yet
+
+    @property
+    def characters(self) -> int:
+        """What is left to embed."""
+        return sum(map(len, self.texts))
+
+    def ready(self, now: float) -> bool:
+        """Whether it can be answered: its texts are embedded, or exit 0 answers since its deadline has passed."""
+        deadline = self.request.deadline
+        return not self.texts or (deadline is not None and deadline < now)
 
 
 class Served:
@@ -114,6 +134,8 @@ class Served:
         self._loading = threading.Lock()
         self._loaded: Any = None  # a ranker that is ready; the next batch begins with it
         self._ranker = self._warm(settings.run.resolve())
+        self._aside = list[Aside]()
+        self._store_is_next = True  # to have texts embedded
 
     def _warm(self, run: Path) -> Any:
         """A ranker that has read the store's events and scored once."""
@@ -139,16 +161,84 @@ class Served:
     def rest(self) -> None:
         """Take in the store's events while nobody asks, so that the next request need not wait for that."""
         try:
-            self._ranker.follow(self.store)
+            self._ranker.follow(self.store, embed=False)
         except SQLAlchemyError as error:
             logger.warning("database", extra={"fields": {"error": str(error)}})
+
+    def turn(self, came: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
+        """Numbered answers to numbered payloads, those of earlier turns included."""
+        answers = list[tuple[int, Any]]()
+        batch = list[tuple[int, Any]]()
+        # 1. requests whose texts are not embedded wait aside
+        for number, payload in came:
+            texts = self._ranker.unread(payload) if isinstance(payload, RankRequest) else []
+            if not texts:
+                batch.append((number, payload))
+            elif self.characters() >= self.settings.max_waiting_characters:
+                answers.append((number, FULL))
+            else:
+                self._aside.append(Aside(number, payload, texts))
+        # 2. those that have waited long enough come along
+        now = time.monotonic()
+        batch += [(one.number, one.request) for one in self._aside if one.ready(now)]
+        self._aside = [one for one in self._aside if not one.ready(now)]
+        # 3. the batch
+        if not batch:
+            self.rest()
+            return answers
+        try:
+            found = self.answer([payload for _, payload in batch])
+        except Exception:
+            logger.exception("a batch failed")
+            found = [FAILED] * len(batch)
+        return answers + [(n, answer) for (n, _), answer in zip(batch, found, strict=True)]
+
+    def busy(self) -> bool:
+        """Whether texts wait to be embedded, or requests for them."""
+        return bool(self._aside or self._ranker.waiting())
+
+    def characters(self) -> int:
+        """Of all texts that wait to be embedded."""
+        stored = sum(map(len, self._ranker.waiting()))
+        return stored + sum(one.characters for one in self._aside)
+
+    def embed(self, seconds: float) -> None:
+        """Embed texts for so many seconds, one piece at least: the store's and requests' in turns.
+
+        Among requests the one with the least text is the first.
+        """
+        end = time.monotonic() + seconds
+        while piece := self._next_piece():
+            self._ranker.embed(piece)
+            done = set(piece)
+            for one in self._aside:
+                one.texts = [text for text in one.texts if text not in done]
+            if time.monotonic() >= end:
+                return
+
+    def _next_piece(self) -> list[str]:
+        """Texts to embed next."""
+        # 1. whose turn it is
+        stored: list[str] = self._ranker.waiting()
+        asked = [one for one in self._aside if one.texts]
+        texts = stored
+        if asked and not (stored and self._store_is_next):
+            texts = min(asked, key=lambda one: one.characters).texts
+        self._store_is_next = not self._store_is_next
+        # 2. the first of them
+        piece = texts[:1]
+        for text in texts[1:]:
+            if sum(map(len, piece)) + len(text) > PIECE:
+                break
+            piece.append(text)
+        return piece
 
     def answer(self, batch: Sequence[RankRequest | tuple[str, ...]]) -> list[Any]:
         """Answers to payloads in their order: requests, or a kind (user, about, reload) and what it needs."""
         if self._loaded is not None:
             self._ranker, self._loaded = self._loaded, None
         ranker = self._ranker
-        ranker.follow(self.store)
+        ranker.follow(self.store, embed=False)
         # 1. requests are scored together
         requests = [payload for payload in batch if isinstance(payload, RankRequest)]
         ranked: Iterator[Scored] = iter(ranker.rank_after_log(requests) if requests else [])

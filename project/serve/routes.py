@@ -6,9 +6,11 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +52,9 @@ MIB = 2**20
 class Metrics:
     """What Prometheus reads. Counted in the HTTP process: answers tell what the inference process did."""
 
-    def __init__(self, waiting: Callable[[], float]) -> None:
+    def __init__(
+        self, waiting: Callable[[], float], new_characters: Callable[[], float]
+    ) -> None:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry)
@@ -74,6 +78,8 @@ class Metrics:
         self.events = counter("exitrec_events", "Events that were new")
         self.alarm = gauge("exitrec_drift_alarm", "1: everything runs to full depth")
         gauge("exitrec_queue", "Requests that wait or run").set_function(waiting)
+        text = "Characters of new items that wait to be embedded"
+        gauge("exitrec_new_characters", text).set_function(new_characters)
 
     def count(self, found: Scored) -> None:
         """A response."""
@@ -234,6 +240,42 @@ async def answer_error(request: Request, found: Exception) -> JSONResponse:
 # What routes share
 
 
+class Backlog:
+    """Characters of new items that wait to be embedded: as last reported, and what was written since."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._reported = 0
+        # of writes: time.monotonic() seconds when it was on disk, characters
+        self._written = list[tuple[float, int]]()
+
+    def report(self, began: float, characters: int) -> None:
+        """Take what waited in the inference process, which read the store after `began`."""
+        self._reported = characters
+        self._written = [write for write in self._written if write[0] >= began]
+
+    def characters(self) -> int:
+        """All that wait."""
+        return self._reported + sum(characters for _, characters in self._written)
+
+    @contextmanager
+    def writing(self, characters: int, titles: bool) -> Iterator[None]:
+        """Count a write; 429 where `most` wait already, or twice as many and it brings ids without titles."""
+        if self.characters() >= self.most * (1 if titles else 2):
+            raise HTTPException(
+                429,
+                "Too much text of new items waits to be embedded; try again in a second.",
+                {"Retry-After": "1"},
+            )
+        unfinished = (inf, characters)
+        self._written.append(unfinished)
+        try:
+            yield
+        finally:
+            self._written.remove(unfinished)
+            self._written.append((time.monotonic(), characters))
+
+
 @dataclass(frozen=True)
 class Desk:
     """What routes need."""
@@ -243,6 +285,7 @@ class Desk:
     settings: ServeSettings
     store: EventStore
     rule: str | None  # of the protocol: makes ratings labels
+    backlog: Backlog
     metrics: Metrics
 
     async def rank(self, request: RankRequest) -> Scored:
@@ -261,12 +304,15 @@ class Desk:
                 names, (await self.ask(("about",)))["item_columns"], "unknown column"
             )
 
-    def keep(self, events: Sequence[shapes.EventBody]) -> Added:
-        """Store events and the items that they bring."""
+    async def keep(
+        self, events: Sequence[shapes.EventBody], items: Sequence[dict[str, str]]
+    ) -> Added:
+        """Store items, then events."""
         kept = shapes.labelled(events, self.rule)
-        if items := shapes.new_items(events):
-            self.store.put_items(items)
-        added = self.store.add(kept)
+        texts = [text for item in items for text in item.values()]
+        texts += [event.item_id for event in kept]
+        with self.backlog.writing(sum(map(len, texts)), titles=bool(items)):
+            added = await run_in_threadpool(self.store.add, kept, items)
         self.metrics.events.inc(added.new)
         return added
 
@@ -340,15 +386,15 @@ async def events(body: shapes.Listed[shapes.EventBody], desk: Here) -> dict[str,
     An event_id known before changes nothing; `conflict` has those that came with another user, item, label or time.
     """
     await desk.check_columns(body)
-    return (await run_in_threadpool(desk.keep, body))._asdict()
+    return (await desk.keep(body, shapes.new_items(body)))._asdict()
 
 
 @router.post("/api/feedback")
 @router.put("/api/feedback")
-def feedback(body: shapes.Listed[shapes.GorseFeedback], desk: Here) -> dict[str, int]:
+async def feedback(body: shapes.Listed[shapes.GorseFeedback], desk: Here) -> dict[str, int]:
     """Gorse's feedback."""
     given = desk.settings.gorse_positive, desk.settings.gorse_read
-    return {"RowAffected": desk.keep([row.event(*given) for row in body]).new}
+    return {"RowAffected": (await desk.keep([row.event(*given) for row in body], [])).new}
 
 
 @router.put("/v1/items")
@@ -357,9 +403,7 @@ async def items(
 ) -> dict[str, int]:
     """Make items known: item_id, title and other columns of the items table."""
     await desk.check_columns(body)
-    await run_in_threadpool(
-        desk.store.put_items, [item.model_dump(exclude_none=True) for item in body]
-    )
+    await desk.keep([], [item.model_dump(exclude_none=True) for item in body])
     return {"items": len(body)}
 
 

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 
 from project.errors import ConfigError
 from project.serve.inference import FAILED, log_json, run_inference
-from project.serve.routes import Desk, Metrics, add_routes
+from project.serve.routes import Backlog, Desk, Metrics, add_routes
 from project.serve.settings import ServeSettings
 from project.serve.store import EventStore, label_rule
 
@@ -49,6 +49,7 @@ class Inference:
         self._arguments = settings, load
         self._most = settings.max_waiting_requests
         self._stop = stop
+        self.backlog = Backlog(settings.max_waiting_characters)
         self._numbers = count()
         # by number, in the order they came
         self.waiting: dict[int, tuple[object, asyncio.Future[Any]]] = {}
@@ -88,17 +89,19 @@ class Inference:
             self._pipe.send((number, payload))
 
     def _receive(self) -> None:
-        """Hand on what the process says: None when it is ready, then answers. The pipe's end is the process's."""
+        """Hand on what the process says: None when it is ready, then its turns. The pipe's end is the process's."""
         try:
-            answers = self._pipe.recv()
+            message = self._pipe.recv()
         except (EOFError, OSError):
             self._restart()
             return
-        if answers is None:
+        if message is None:
             self.ready = True
             for number, (payload, _) in self.waiting.items():
                 self._send(number, payload)
             return
+        answers, *report = message
+        self.backlog.report(*report)
         for number, answer in answers:
             if number in self.waiting:  # the client may be gone
                 settle(self.waiting[number][1], answer)
@@ -151,11 +154,11 @@ def make_app(inference: Inference, settings: ServeSettings, rule: str | None) ->
         yield
 
     app = FastAPI(title="exitrec", lifespan=lifespan)
-    metrics = Metrics(lambda: len(inference.waiting))
+    backlog = inference.backlog
+    metrics = Metrics(lambda: len(inference.waiting), backlog.characters)
     ready = lambda: inference.ready  # noqa: E731
-    add_routes(
-        app, Desk(inference.ask, ready, settings, EventStore(settings.db), rule, metrics)
-    )
+    store = EventStore(settings.db)
+    add_routes(app, Desk(inference.ask, ready, settings, store, rule, backlog, metrics))
     return app
 
 

@@ -28,7 +28,8 @@ class ServeSettings:
         max_history_rows: Most rows of a history that a request brings.
         max_title_characters: Longest title, other text of an item, or query.
         max_item_columns: Most columns of an item, and keys of an event.
-        max_new_characters: Most text of the new items of a request, all together: embedding it makes others wait.
+        max_new_characters: Most text of the new items of a request, all together. 16 times as much may wait to be
+            embedded; further new items are answered 429.
         cache_mib: Memory for users' histories.
         gorse_positive: Gorse's positive_feedback_types, such as "star, like, read>=3": its feedback that means yes.
         gorse_read: Gorse's read_feedback_types: its feedback that means no where it does not mean yes.
@@ -53,6 +54,11 @@ class ServeSettings:
     gorse_positive: str = "star, like"
     gorse_read: str = "read"
     audit_share: float = 0.01
+
+    @property
+    def max_waiting_characters(self) -> int:
+        """Text of new items, of requests and of the store, that may wait to be embedded."""
+        return 16 * self.max_new_characters
 
     def check(self) -> None:
         """Raise `ConfigError` where `run` is no run, or the server would be open to everybody by mistake."""

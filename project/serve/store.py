@@ -131,8 +131,9 @@ class EventStore:
                     f"--db is {shown}, {text}; expected a database of its own."
                 )
 
-    def add(self, events: Sequence[Event]) -> Added:
-        """Keep events. One whose event_id is known changes nothing."""
+    def add(self, events: Sequence[Event], items: Sequence[dict[str, str]] = ()) -> Added:
+        """Keep items, then events. An event whose event_id is known changes nothing."""
+        self.put_items(items)
         rows, conflict = dict[str, Event](), list[str]()
         # 1. the first of an event_id among these
         for event in events:
@@ -158,6 +159,8 @@ class EventStore:
     ) -> tuple[int, list[Any]]:
         """Insert the rows whose key is new: how many they are, and the rows of the table that had the others' keys."""
         known = list[Any]()
+        if not rows:
+            return 0, known
         with self._writing, self._engine.begin() as connection:
             # 1. room in the order of commits: waits for other writers
             tick = (

@@ -40,7 +40,7 @@ def test_a_request_waits_aside_until_its_texts_are_embedded(served: Served) -> N
     for left in (5, 0):
         served.embed(0.0)
         assert served.characters() == left
-        assert numbers(served.turn([])) == [] if left else [0]
+        assert numbers(served.turn([])) == ([] if left else [0])
     assert not served.busy()
 
 
@@ -56,10 +56,9 @@ def test_a_deadline_ends_the_waiting(served: Served) -> None:
 def test_the_shortest_first_and_the_store_in_turns(served: Served) -> None:
     """A request with little text does not wait for one with much, nor the store's items for requests."""
     ranker = served._ranker
-    ranker.stored = ["stored 1", "stored 2"]
     small = RankRequest("u1", None, [Item(title="new 3")])
-    served.turn([(0, NEW)])
-    served.turn([(1, small)])
+    served.turn([(0, NEW), (1, small)])
+    ranker.stored = ["stored 1", "stored 2"]
     served.embed(60.0)
     assert ranker.read == ["stored 1", "new 3", "stored 2", "new 1", "new 2"]
     assert sorted(numbers(served.turn([]))) == [0, 1]
