@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 
 # before torch starts: tiny matrices on many threads cost more than they give, most of all
 # beside other processes
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -139,13 +141,25 @@ def run(monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> Callable[..., N
     return functools.partial(call, session_cache)
 
 
-@pytest.fixture
-def fitted(
-    run: Callable[..., None], tiny_config: Callable[..., Path], tmp_path: Path
+@pytest.fixture(scope="session")
+def fitted_once(
+    tiny_model: Path, tiny_logs: Path, session_cache: Path, tmp_path_factory: Any
 ) -> Path:
-    """Folder of a tiny trained run."""
-    run("fit", "--config", tiny_config())
-    return (tmp_path / "runs" / "tiny" / "latest").resolve()
+    """Folder of one tiny trained run, which tests copy."""
+    folder: Path = tmp_path_factory.mktemp("fitted")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(tiny_settings(tiny_logs, tiny_model, folder)))
+    call(session_cache, "fit", "--config", config)
+    return (folder / "tiny" / "latest").resolve()
+
+
+@pytest.fixture
+def fitted(fitted_once: Path, tmp_path: Path) -> Path:
+    """Folder of a tiny trained run of the test's own."""
+    run = tmp_path / "runs" / "tiny" / fitted_once.name
+    shutil.copytree(fitted_once, run)
+    (run.parent / "latest").symlink_to(run.name)
+    return run
 
 
 @pytest.fixture
