@@ -229,7 +229,7 @@ def test_without_a_time_the_whole_log_and_the_whole_history_are_read(
     )
 
 
-@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+@pytest.mark.parametrize("command", ["test", "predict"])
 def test_an_untrained_model_is_refused_before_the_first_batch(
     command: str,
     fitted: Path,

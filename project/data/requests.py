@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from codecs import BOM_UTF8
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -477,16 +477,6 @@ class Workload:
     table: pl.DataFrame
 
 
-def _workload(
-    split: SplitInteractions, requests: list[RankRequest], rows: list[tuple[Any, ...]]
-) -> Workload:
-    items = split.interactions.items
-    codes = dict(items.select("item_id", "item").iter_rows())
-    return Workload(
-        Requests(requests, items, codes), pl.DataFrame(rows, schema=SCHEMA, orient="row")
-    )
-
-
 def catalogue_requests(
     split: SplitInteractions,
     part: str,
@@ -519,7 +509,9 @@ def catalogue_requests(
         answered(split.rows), pl.col("user").is_in(targets["user"].unique().implode())
     )
     rated = {user: rows for (user,), rows in past.group_by("user", maintain_order=True)}
-    ids = split.interactions.items["item_id"].to_list()
+    items = split.interactions.items
+    ids = items["item_id"].to_list()
+    codes = dict(items.select("item_id", "item").iter_rows())
     user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())
     requests = list[RankRequest]()
     rows = list[tuple[Any, ...]]()  # as `SCHEMA`
@@ -548,48 +540,8 @@ def catalogue_requests(
             brought = tuple(HistoryRow(ids[item], label, at) for item, label, at in latest)
         who = user_ids[user] if brought is None else None
         requests.append(RankRequest(who, brought, listed, time=time, request_id=request_id))
-    return _workload(split, requests, rows)
-
-
-def labelled_requests(
-    split: SplitInteractions, part: str, candidates: int, minimum: int
-) -> Workload | None:
-    """One request a user over the user's own targets of the part, at the time of the first of them.
-
-    Candidates are the user's earliest targets, each item once; users with fewer than `minimum` are left out; None
-    where nobody is left. All labels are known and the history is frozen at that time: labels measure rankings.
-    """
-    targets = _targets(split, part).unique(
-        ["user", "item"], keep="first", maintain_order=True
-    )
-    ids = split.interactions.items["item_id"].to_list()
-    user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())
-    requests = list[RankRequest]()
-    rows = list[tuple[Any, ...]]()  # as `SCHEMA`
-    for own in targets.partition_by("user", maintain_order=True):
-        if own.height >= minimum:
-            user = int(own["user"][0])
-            time = own["timestamp"][0]
-            first = own.head(candidates)
-            request_id = f"labelled/{part}/{user}"
-            listed = tuple(ids[item] for item in first["item"])
-            asked = RankRequest(
-                user_ids[user], None, listed, time=time, request_id=request_id
-            )
-            requests.append(asked)
-            answers = enumerate(first.select("label", "row_id").iter_rows())
-            rows += [(request_id, k, user, label, row_id) for k, (label, row_id) in answers]
-    return _workload(split, requests, rows) if requests else None
-
-
-def concatenate(workloads: Sequence[Workload]) -> Workload:
-    """Several workloads of one log as one, to be scored together; their request ids must differ."""
-    first = workloads[0].requests
-    requests = [request for workload in workloads for request in workload.requests.requests]
-    return Workload(
-        replace(first, requests=requests),
-        pl.concat([workload.table for workload in workloads]),
-    )
+    table = pl.DataFrame(rows, schema=SCHEMA, orient="row")
+    return Workload(Requests(requests, items, codes), table)
 
 
 def _targets(split: SplitInteractions, part: str) -> pl.DataFrame:

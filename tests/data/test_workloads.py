@@ -15,8 +15,6 @@ from project.data.requests import (
     SCHEMA,
     Workload,
     catalogue_requests,
-    concatenate,
-    labelled_requests,
 )
 from project.errors import ConfigError, DataError
 from project.request import RankRequest
@@ -141,72 +139,25 @@ def test_the_target_stands_anywhere(split: SplitInteractions) -> None:
     assert shares["proportion"].is_between(0.15, 0.35).all()
 
 
-def test_labelled_requests(split: SplitInteractions) -> None:
-    """One a user with enough targets, at the time of the first, over the first of them; every label is the log's."""
-    log = log_of(split)
-    workload = labelled_requests(split, "test", candidates=4, minimum=3)
-    assert workload
-    assert labelled_requests(split, "test", 5, 999) is None
-    targets = log.filter((pl.col("split") == "test") & (pl.col("role") == "target")).sort(
-        "row_id"
-    )
-    targets = targets.unique(["user", "item"], keep="first", maintain_order=True)
-    by_user = {
-        user: rows for (user,), rows in targets.group_by("user_id") if len(rows) >= 3
-    }
-    assert 1 < len(by_user) < targets["user"].n_unique()
-    assert max(map(len, by_user.values())) > 4
-    assert {r.user_id for r in workload.requests.requests} == set(by_user)
-    asked = as_asked(workload)
-    for request in workload.requests.requests:
-        rows = by_user[str(request.user_id)].head(4)
-        mine = asked.filter(pl.col("request_id") == request.request_id)
-        assert request.time == rows["timestamp"].min()
-        for column in ("item_id", "label", "row_id", "user"):
-            assert mine[column].to_list() == rows[column].to_list()
-
-
-def test_concatenation_keeps_order(split: SplitInteractions) -> None:
-    one, two = (
-        labelled_requests(split, "tune", 5, 2),
-        catalogue_requests(split, "test", 5, 5, seed=0),
-    )
-    both = concatenate([one, two])
-    assert both.requests.requests == one.requests.requests + two.requests.requests
-    assert (
-        both.table["request_id"].to_list() == both.requests.table()["request_id"].to_list()
-    )
-    assert both.requests.codes == one.requests.codes
-
-
 @pytest.mark.parametrize("kind", ["user_time", "random", "leave_last"])
 def test_folds_may_not_read_test(kind: Any, tiny_logs: Path) -> None:
     split = read_split(tiny_logs, replace(PROTOCOL, split=kind))
-    for make in (
-        lambda part: catalogue_requests(split, part, 5, 5, 0),
-        lambda part: labelled_requests(split, part, 5, 1),
-    ):
-        with pytest.raises(
-            ConfigError, match=f"data.protocol.split is {kind}.*global_time"
-        ):
-            make("tune")
-        assert make("test").requests.requests
+    with pytest.raises(ConfigError, match=f"data.protocol.split is {kind}.*global_time"):
+        catalogue_requests(split, "tune", 5, 5, 0)
+    assert catalogue_requests(split, "test", 5, 5, 0).requests.requests
 
 
 @pytest.mark.parametrize(
-    ("make", "arguments", "words"),
+    ("arguments", "words"),
     [
-        (catalogue_requests, ("train", 5, 5, 0), r"tune, certify, test, found 'train'"),
-        (catalogue_requests, ("test", 0, 5, 0), "0 requests of 5"),
+        (("train", 5, 5, 0), r"tune, certify, test, found 'train'"),
+        (("test", 0, 5, 0), "0 requests of 5"),
         (
-            catalogue_requests,
             ("test", 1, 4, 3, 10_000),
             "no target of test has 10000 strictly earlier rows",
         ),
     ],
 )
-def test_bad_arguments(
-    make: Any, arguments: Any, words: str, split: SplitInteractions
-) -> None:
+def test_bad_arguments(arguments: Any, words: str, split: SplitInteractions) -> None:
     with pytest.raises((ConfigError, DataError), match=words):
-        make(split, *arguments)
+        catalogue_requests(split, *arguments)

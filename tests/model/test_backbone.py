@@ -67,15 +67,6 @@ def test_attention_equals_dense_mask(
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_attention_in_bfloat16(random_layout: Make) -> None:
-    layout = random_layout(1)
-    tensors = [t.to(torch.bfloat16) for t in inputs(layout, 0)]
-    found = blocked(*tensors, layout)
-    assert found.dtype == torch.bfloat16
-    expected = dense(*(t.float() for t in tensors), layout)
-    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
-
-
 def test_invisible_keys_do_not_matter(random_layout: Make) -> None:
     """Changing everything a query does not see leaves its output bit for bit the same."""
     layout = random_layout(4)

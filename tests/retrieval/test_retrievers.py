@@ -10,7 +10,6 @@ import polars as pl
 import pytest
 import torch
 from example_logs import CoLikes, flip, items_table, likes_before, make_log, retrieved
-from jsonargparse import ArgumentParser
 from sklearn.metrics.pairwise import cosine_similarity
 
 from project.cache import content_key
@@ -23,8 +22,6 @@ from project.retrieval import (
     LightGCN,
     MatrixFactorisation,
     NoRetriever,
-    Retriever,
-    TextEncoder,
 )
 from project.retrieval.base import Edges, Raters
 from project.retrieval.compiled import inverse_norms, nearest
@@ -172,20 +169,6 @@ def test_item_knn_equals_scikit_learn() -> None:
         assert got["neighbours"] == [r for r, _, _ in best]
         assert got["similarities"] == pytest.approx([c for _, c, _ in best], abs=1e-6)
         assert got["answers"] == [a for _, _, a in best]
-
-
-@pytest.mark.parametrize("kind", [LightGCN, TextEncoder, ItemKNN, NoRetriever])
-def test_yaml_chooses_a_retriever_by_class_path(kind: type[Retriever]) -> None:
-    """Its settings give the constructor's arguments back."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--retriever", type=Retriever)
-    given = {} if kind is NoRetriever else {"neighbours": 7}
-    chosen = {"class_path": f"project.retrieval.{kind.__name__}", "init_args": given}
-    retriever = parser.instantiate(parser.parse_object({"retriever": chosen})).retriever
-    settings = retriever.settings()
-    assert type(retriever) is kind
-    assert settings["class_path"] == f"{kind.__module__}.{kind.__name__}"
-    assert settings["init_args"] == {**kind().settings()["init_args"], **given}
 
 
 def test_keys_of_our_own_retrievers_stay() -> None:
