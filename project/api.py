@@ -50,6 +50,4 @@ def fit(
     made.fit(model, datamodule=data)
     if calibration.plans is None:
         raise NotCalibratedError(f"the exits are not calibrated: {calibration.refused}")
-    return Run(
-        model, data, calibration.plans.plan, calibration.plans.document.get("certificate")
-    )
+    return Run(model, data, calibration.plans.plan, calibration.plans.certificate)

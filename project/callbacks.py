@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,24 +23,12 @@ from project.data.requests import Workload, catalogue_requests
 from project.engine.engine import score_workload
 from project.engine.requests import PreparedRequest, prepare_requests
 from project.errors import ProjectError
-from project.evaluation.baselines import (
-    AgainstBaseline,
-    Baseline,
-    fit_baselines,
-    targets_of,
-)
-from project.evaluation.networks import kept_networks
 from project.evaluation.result import (
     PlannedRows,
     adaptive_summary,
-    baseline_scores_of,
-    comparison,
-    exit_scores_of,
     own_metric,
-    part_of,
-    plan_scores_of,
-    slice_rows,
-    with_and_without_exit_0,
+    scored_result,
+    scored_rows,
 )
 from project.exits.budget import calibrate
 from project.exits.plan import (
@@ -52,12 +39,20 @@ from project.exits.plan import (
     certified_settings,
     plans_of,
 )
-from project.exits.ranking import CANDIDATES, Lists, fit_lists
+from project.exits.ranking import CANDIDATES, Lists, fit_lists, no_lists
 from project.metrics import OwnMetric
 from project.model.heads import heads_digest
 from project.report.report import write_report
 from project.report.tables import render, render_seconds, shown
-from project.run import read_checkpoint, replace_file, result_head, write_json, write_table
+from project.results import CalibrateResult
+from project.run import (
+    read_checkpoint,
+    read_result,
+    replace_file,
+    result_head,
+    write_json,
+    write_table,
+)
 from project.run_folder import current_run, point_latest, run_folder
 from project.tracking import log_config, log_pictures, log_result
 
@@ -148,42 +143,43 @@ class ExitCalibration(L.Callback):
         scores: pl.DataFrame,
         folder: Path,
         checkpoint: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> CalibrateResult:
         """Make the plan of validation's score table, keep it, log it and write results/calibrate.json.
 
         `checkpoint` is the digest of the heads that made the scores; None: the module's, while it is fitted.
         """
         path = folder / "results" / "calibrate.json"
-        previous = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        issued = read_result(path)["ledger"] if path.exists() else ()
+        # 1. the plan, and what is certified of it
         with data.clock.stage("calibrate"):
             features = data.features_of(scores, module.feature_baseline().base)
             heads = checkpoint or heads_digest(module.state_dict())
             fitting = checkpoint is None
-            plans = calibrate(
-                scores, features, self.settings, data.split.hash, previous, heads, fitting
+            plans, document = calibrate(
+                scores, features, self.settings, data.split.hash, issued, heads, fitting
             )
+        # 2. lists of the best k by the plan's heads
         with data.clock.stage("lists"):
             lists = self._lists(trainer, module, data, plans)
-        plans.document["lists"] = lists.document
-        promises = [row["certificate"] for row in lists.document.get("lengths", [])]
+        document["lists"] = lists.document
+        promises = [row["certificate"] for row in lists.document["lengths"]]
         if any(promise and promise["passed"] is not None for promise in promises):
             # the fold was read, whether or not the plan's own certificate did
             tried = certified_settings(self.settings) | {"checkpoint": heads}
-            plans.document["ledger"] = admit(
-                plans.document["ledger"], tried, data.split.hash, fitting
-            )
+            ledger = admit(document["ledger"], tried, data.split.hash, fitting)
+            document["ledger"] = ledger
         self.plans = plans = replace(plans, lists=lists)
+        # 3. what the plan does on tune
         tune = (scores["fold"] == "tune").to_numpy()
-        rows = PlannedRows(
-            plans.plan, scores.filter(tune), features[tune], self.settings.prefix_cached
-        )
-        result = result_head(
-            "calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed
-        )
-        result |= plans.document
-        result["adaptive"] = {"split": "valid", "fold": "tune"} | adaptive_summary(
-            plans, rows
-        )
+        cached = self.settings.prefix_cached
+        rows = PlannedRows(plans.plan, scores.filter(tune), features[tune], cached)
+        result: CalibrateResult = {
+            **result_head(
+                "calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed
+            ),
+            **document,
+            "adaptive": adaptive_summary(plans, rows, "valid"),
+        }
         if trainer.is_global_zero:
             write_json(path, result)
         self._log(trainer, scores, features)
@@ -208,23 +204,18 @@ class ExitCalibration(L.Callback):
                         data.split, fold, settings.lists, CANDIDATES, seed=0
                     )
                 except ProjectError as error:
-                    return Lists(document={"error": f"no lists: {error}"})
+                    return Lists(document=no_lists(f"no lists: {error}"))
                 prepared = prepare_requests(module, data, drawn.requests)
                 self._requests.append((drawn, prepared))
         # 2. scores of this checkpoint; the certify fold is read where the plan's certificate may be
         tune, certify = self._requests
         scored = score_workload(module, *tune, plans.plan)
         promise = settings.certificate
-        if promise is None or plans.document["certificate"] is None:
+        if promise is None or plans.certificate is None:
             return fit_lists(scored)
         return fit_lists(
             scored, score_workload(module, *certify, plans.plan), promise.delta
         )
-
-    @property
-    def issued(self) -> dict[str, Any]:
-        """The certificate as results/calibrate.json has it; empty without a plan."""
-        return {} if self.plans is None else self.plans.document["certificate"] or {}
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -259,10 +250,14 @@ class ExitCalibration(L.Callback):
             draws=2,
         )
         summary = rows.summary(self.plans.static_exit)
+        certificate = self.plans.certificate
         values = {
-            k: summary[k] for k in ("mean_depth", "token_layer_speedup", "auc", "auc_drop")
+            "mean_depth": summary["mean_depth"],
+            "token_layer_speedup": summary["token_layer_speedup"],
+            "auc": summary["auc"],
+            "auc_drop": summary["auc_drop"],
+            "certificate_bound": None if certificate is None else certificate["bound"],
         }
-        values["certificate_bound"] = self.issued.get("bound")
         known = {f"select/exit/{k}": v for k, v in values.items() if v is not None}
         for logger in trainer.loggers:
             logger.log_metrics(known, trainer.global_step)
@@ -287,9 +282,7 @@ class ResultFiles(L.Callback):
         self.tag, self.metric = tag, metric
         # on made-up rows, so that a mistake is found before training
         if metric is not None:
-            own_metric(
-                metric, [({}, np.zeros(4))], np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])
-            )
+            own_metric(metric, {"": np.zeros(4)}, [0, 1, 0, 1], [0, 0, 1, 1])
         # of the validation that the saved checkpoint comes from
         self._scores: pl.DataFrame | None = None
 
@@ -402,42 +395,27 @@ class ResultFiles(L.Callback):
         command: str,
         split: str,
     ) -> None:
-        data, module, folder = (
-            data_of(trainer),
-            cast("ExitRecommender", pl_module),
-            current_run(trainer),
+        data = data_of(trainer)
+        module = cast("ExitRecommender", pl_module)
+        folder = current_run(trainer)
+        calibration = exit_calibration_of(trainer)
+        chosen = int(module.chosen_exit)
+        # 1. exits, baselines, plan and slices
+        content = scored_rows(
+            data,
+            scores,
+            split,
+            chosen if chosen > 0 else None,
+            calibration.plans,
+            module.feature_baseline().base,
+            calibration.settings.prefix_cached,
+            self.metric,
         )
-        # 1. Exits beside the baselines.
-        with data.clock.stage("baselines"):
-            read = ("valid", split) if split != "valid" else ("valid",)
-            kept = kept_networks(data, read)
-            baselines = [*fit_baselines(data.split.rows, data.retrieved, read), *kept]
-            chosen = int(module.chosen_exit)
-            content = comparison(
-                scores, data.split, baselines, split, chosen if chosen > 0 else None
-            )
-            content["kept_baselines"] = [baseline.name for baseline in kept]
-        # 2. The plan on the same rows.
-        planned = _planned(trainer, module, scores, content)
-        if planned is not None:
-            content |= _adaptive(trainer, planned, content, baselines)
-        # 3. Slices by how much was known of item and user, and a metric of one's own.
-        with data.clock.stage("slices"):
-            content |= _slices(
-                scores, data, baselines, content["exits"], planned, self.metric
-            )
-        # 4. The result file, W&B, the terminal, the report.
-        result = (
-            result_head(
-                command, data.split.manifest, str(folder / "config.yaml"), data.seed
-            )
-            | content
+        head = result_head(
+            command, data.split.manifest, str(folder / "config.yaml"), data.seed
         )
-        result |= {
-            "warnings": data.warnings,
-            "not_calibrated": exit_calibration_of(trainer).refused,
-        }
-        result["stage_seconds"] = {k: round(v, 1) for k, v in data.clock.seconds.items()}
+        result = scored_result(head, content, data, calibration.refused)
+        # 2. the result file, W&B, the terminal, the report
         name = f"{command}-{self.tag}" if self.tag else command
         path = write_json(folder / "results" / f"{name}.json", result)
         log_result(trainer, result, name)
@@ -463,117 +441,12 @@ def _with_exits(
     trainer: L.Trainer, module: ExitRecommender, scores: pl.DataFrame
 ) -> pl.DataFrame:
     """The score table with where each row leaves and the logit it leaves with, where there is a plan."""
-    calibration = exit_calibration_of(trainer)
-    if calibration.plans is None:
+    plans = exit_calibration_of(trainer).plans
+    if plans is None:
         return scores
-    plan = calibration.plans.plan
-    layer, logit = plan.emitted(
-        plan.outputs(
-            scores, data_of(trainer).features_of(scores, module.feature_baseline().base)
-        )
-    )
+    features = data_of(trainer).features_of(scores, module.feature_baseline().base)
+    layer, logit = plans.plan.emitted(plans.plan.outputs(scores, features))
     return scores.with_columns(
         exit_layer=pl.Series(layer.numpy()).cast(pl.Int64),
         adaptive_logit=pl.Series(logit.numpy()).cast(pl.Float32),
     )
-
-
-def _planned(
-    trainer: L.Trainer,
-    module: ExitRecommender,
-    scores: pl.DataFrame,
-    content: dict[str, Any],
-) -> PlannedRows | None:
-    """The reported rows under the exit plan, where there is one."""
-    calibration, exits = exit_calibration_of(trainer), content["exits"]
-    if calibration.plans is None or not exits:
-        return None
-    part = part_of(scores, exits[0]["split"], exits[0].get("fold"))
-    features = data_of(trainer).features_of(part, module.feature_baseline().base)
-    return PlannedRows(
-        calibration.plans.plan, part, features, calibration.settings.prefix_cached
-    )
-
-
-def _adaptive(
-    trainer: L.Trainer,
-    planned: PlannedRows,
-    content: dict[str, Any],
-    baselines: list[Baseline],
-) -> dict[str, Any]:
-    """What the exit plan does to the reported rows; completes the rows of `exits`."""
-    calibration, data, exits = (
-        exit_calibration_of(trainer),
-        data_of(trainer),
-        content["exits"],
-    )
-    assert calibration.plans is not None
-    shares = planned.exits()
-    for row in exits:
-        row |= shares.get(row["layer"], {})
-    summary = adaptive_summary(calibration.plans, planned, calibration.issued.get("risk"))
-    found: dict[str, Any] = {}
-    best = next((f for f in baselines if f.name == content["best_baseline"]), None)
-    if best is not None:
-        against = AgainstBaseline(best, planned.row_id, data.split.rows)
-        summary["baseline_difference"] = against.difference(planned.logit)
-        if content["chosen_exit"] is not None:
-            plans = [planned, planned.under(calibration.plans.without)]
-            found["chosen_exit_by_exit_0"] = _by_exit_0(
-                content["chosen_exit"], plans, against
-            )
-    where = {key: exits[0][key] for key in ("split", "fold") if key in exits[0]}
-    return {
-        "adaptive": where | summary,
-        "certificate": calibration.issued,
-        **found,
-    }
-
-
-def _by_exit_0(
-    layer: int, plans: list[PlannedRows], against: AgainstBaseline
-) -> dict[str, Any]:
-    """The chosen exit under the plans with exit 0 and without; a run without exit 0 has the second alone."""
-    heads = {
-        "with_exit_0" if rows.plan.exit_0 else "without_exit_0": rows.calibrated[
-            :, rows.plan.layers.index(layer)
-        ]
-        for rows in plans
-    }
-    return {"layer": layer, **with_and_without_exit_0(heads, against)}
-
-
-def _slices(
-    scores: pl.DataFrame,
-    data: InteractionData,
-    baselines: list[Baseline],
-    exits: list[dict[str, Any]],
-    planned: PlannedRows | None,
-    metric: OwnMetric | None,
-) -> dict[str, Any]:
-    """`slices` and `own_metric` of the reported rows, for exits, baselines and the plan.
-
-    With limited batches they are of what was scored.
-    """
-    if not exits:
-        return {"slices": []}
-    part = exits[0]["split"], exits[0].get("fold")
-    scored = pl.col("row_id").is_in(scores["row_id"].implode())
-    rows = data.split.rows.filter((pl.col("split") != part[0]) | scored)
-    scored_by = exit_scores_of(scores, rows, [e["layer"] for e in exits], *part)
-    scored_by += baseline_scores_of(baselines, rows, *part)
-    depth = None
-    if planned is not None:
-        logits, depth = plan_scores_of(
-            part_of(scores, *part), planned.logit, planned.layer, rows, *part
-        )
-        scored_by.append(({"plan": True}, logits))
-    found: dict[str, Any] = {
-        "slices": slice_rows(rows, data.retrieved, scored_by, *part, depth=depth)
-    }
-    if metric is not None:
-        targets = targets_of(rows, *part)
-        found["own_metric"] = own_metric(
-            metric, scored_by, *(targets[x].to_numpy() for x in ("label", "user"))
-        )
-    return found

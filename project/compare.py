@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -19,6 +19,7 @@ from project.evaluation.result import part_of
 from project.exits.calibration import fit_calibration
 from project.metrics import head_metrics
 from project.report.tables import render
+from project.results import Compared, CompareResult, Estimate, HeadScores
 from project.run import exit_layers_of, read_result, result_head, table_about, write_json
 
 Part = Literal["tune", "test"]
@@ -38,13 +39,18 @@ class Heads:
     raw: dict[int, F64]
     calibrated: dict[int, F64]
 
-    def metrics(self, layer: int) -> dict[str, Any]:
+    def metrics(self, layer: int) -> HeadScores:
         """AUC and log loss of a head as it is, and under `calibrated` where that is possible."""
-        found: list[dict[str, Any]] = []
-        for logits in (of[layer] for of in (self.raw, self.calibrated) if layer in of):
-            metrics = head_metrics(logits, self.labels, self.users)
-            found.append({key: metrics[key] for key in ("auc", "log_loss")})
-        return found[0] | ({"calibrated": found[1]} if len(found) > 1 else {})
+        raw = head_metrics(self.raw[layer], self.labels, self.users)
+        found: HeadScores = {
+            "auc": raw["auc"],
+            "log_loss": raw["log_loss"],
+            "calibrated": None,
+        }
+        if layer in self.calibrated:
+            own = head_metrics(self.calibrated[layer], self.labels, self.users)
+            found["calibrated"] = {**found, "auc": own["auc"], "log_loss": own["log_loss"]}
+        return found
 
 
 def read_heads(run: Path, part: Part = "tune") -> Heads:
@@ -97,13 +103,8 @@ def _logits(scores: pl.DataFrame, layers: list[int]) -> torch.Tensor:
     return torch.from_numpy(values.copy())
 
 
-def compare(run: Path, base: Path, part: Part) -> dict[str, Any]:
-    """Every head of a run beside the base's of the same layer, the deepest beside the deepest.
-
-    A result: `base` (its configuration), `part`, `users` (their number), and `exits` [{`layer`, `n`, `auc`,
-    `log_loss`, `calibrated`}], each, where the base has such a head, with `against` (its layer), `base` (its metrics)
-    and `difference` {`auc`, `log_loss`, `calibrated_auc`, `calibrated_log_loss`: {`value`, `interval`}}.
-    """
+def compare(run: Path, base: Path, part: Part) -> CompareResult:
+    """Every head of a run beside the base's of the same layer, the deepest beside the deepest."""
     # 1. what is compared: one protocol, the same rows, the same labels
     mine, theirs = (read_result(folder / "results" / "fit.json") for folder in (run, base))
     hashes = [result["protocol"]["hash"] for result in (mine, theirs)]
@@ -124,32 +125,40 @@ def compare(run: Path, base: Path, part: Part) -> dict[str, Any]:
         )
     # 2. head by head, paired differences over resampled users
     labels, bootstrap = heads.labels, UserBootstrap(heads.users, DRAWS)
-    exits = []
+    exits = list[Compared]()
+    pairs = {
+        "": (heads.raw, other.raw),
+        "calibrated_": (heads.calibrated, other.calibrated),
+    }
     for layer in sorted(heads.raw):
-        row = {"layer": layer, "n": len(labels)} | heads.metrics(layer)
         against = max(other.raw) if layer == max(heads.raw) else layer
-        if against in other.raw:
-            difference = {}
-            pairs = {
-                "": (heads.raw, other.raw),
-                "calibrated_": (heads.calibrated, other.calibrated),
-            }
-            for prefix, (own, base_logits) in pairs.items():
-                if layer in own and against in base_logits:
-                    both = own[layer], base_logits[against], labels
-                    difference[f"{prefix}auc"] = bootstrap.difference_interval(*both)
-                    difference[f"{prefix}log_loss"] = (
-                        bootstrap.log_loss_difference_interval(*both)
-                    )
-            row |= {
-                "against": against,
+        difference = dict[str, Estimate]()
+        for prefix, (own, base_logits) in pairs.items():
+            if layer in own and against in base_logits:
+                both = own[layer], base_logits[against], labels
+                difference[f"{prefix}auc"] = bootstrap.difference_interval(*both)
+                losses = bootstrap.log_loss_difference_interval(*both)
+                difference[f"{prefix}log_loss"] = losses
+        beside = against in other.raw
+        exits.append(
+            {
+                "layer": layer,
+                "n": len(labels),
+                **heads.metrics(layer),
+                "against": against if beside else None,
+                "base": other.metrics(against) if beside else None,
                 "difference": difference,
-                "base": other.metrics(against),
             }
-        exits.append(row)
+        )
     head = result_head("compare", mine["protocol"], mine["config"], mine["seed"])
     users = int(np.unique(heads.users).size)
-    return head | {"base": theirs["config"], "part": part, "users": users, "exits": exits}
+    return {
+        **head,
+        "base": theirs["config"],
+        "part": part,
+        "users": users,
+        "exits": exits,
+    }
 
 
 def run_compare(arguments: Sequence[str]) -> None:

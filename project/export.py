@@ -106,7 +106,6 @@ def render_card(run: Run, bundle: Mapping[str, Any], family: str, criterion: str
     # no path of this machine
     base = path.name if path.is_absolute() or path.is_dir() else base_model
     no, yes = (repr(answer.strip()) for answer in bundle["answers"])
-    certificate = run.reported.get("certificate") or run.calibrate.get("certificate")
     files = (
         f"* `{Path(name).name}`, SHA-256 {digest}"
         for name, digest in bundle["interactions"].items()
@@ -123,8 +122,7 @@ def render_card(run: Run, bundle: Mapping[str, Any], family: str, criterion: str
         criterion=criterion,
         version=own_version(),
         numbers=WITH_NUMBERS if shows_numbers(bundle["prompt"]["segment"]) else "",
-        measured=render(run.reported | {"certificate": certificate})
-        + (NOT_TESTED if run.split != "test" else ""),
+        measured=render(run.reported) + (NOT_TESTED if run.split != "test" else ""),
         retriever=bundle["retriever"]["class_path"],
         files="\n".join(files),
         licence=SOURCES[base_model].licence
@@ -177,7 +175,7 @@ def export(run: Path, folder: Path) -> Path:
             "weights": dict(zip(FEATURES, baseline.weights.tolist(), strict=True)),
         },
         "plan": to_json(plans.plan.state()),
-        "certificate": plans.document.get("certificate"),
+        "certificate": plans.certificate,
     }
     # 3. all files under a temporary name, then one renaming
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
             compared=False,
         )
         plan = plans.plan
-        certificate = plans.document.get("certificate")
+        certificate = plans.certificate
     data.prepare_data()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Run(model, data, plan, certificate)

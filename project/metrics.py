@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from project.arrays import F64, I64
+from project.results import HeadMetrics, UserAucs, UserMean
 
 # of labels, probabilities and users, (n,) each
 OwnMetric = Callable[[Any, Any, Any], float | None]
@@ -64,9 +65,7 @@ def ece(probability: ArrayLike, labels: ArrayLike, bins: int = 15) -> float | No
     return float(sum(abs(gap.sum()) for gap in gaps) / values.size)
 
 
-def user_aucs(
-    scores: ArrayLike, labels: ArrayLike, users: ArrayLike
-) -> dict[str, dict[str, Any]]:
+def user_aucs(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> UserAucs:
     """Means of per-user AUCs over the users with both classes, each {`value`, `users`, `rows`}.
 
     `uauc` counts each user once (CoLLM), `gauc_impressions` by rows (FuxiCTR; Zhu et al. 2017), `gauc_positives` by
@@ -86,7 +85,7 @@ def user_aucs(
     both = (positives > 0) & (positives < rows)
     found = won[both] / (positives * (rows - positives))[both]
 
-    def mean(weights: F64) -> dict[str, Any]:
+    def mean(weights: F64) -> UserMean:
         value = float(np.average(found, weights=weights[both])) if found.size else None
         return {"value": value, "users": int(found.size), "rows": int(rows[both].sum())}
 
@@ -97,7 +96,7 @@ def user_aucs(
     }
 
 
-def head_metrics(logits: ArrayLike, labels: ArrayLike, users: ArrayLike) -> dict[str, Any]:
+def head_metrics(logits: ArrayLike, labels: ArrayLike, users: ArrayLike) -> HeadMetrics:
     """All metrics of one head's or baseline's logits in a result file (JSON values; None = undefined)."""
     probability = probabilities(logits)
     return {

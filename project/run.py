@@ -20,9 +20,10 @@ import yaml  # type: ignore[import-untyped]  # the package types-PyYAML would br
 
 from project.data.protocol import FOLDS, SPLITS
 from project.errors import CheckpointError, ConfigError, DataError
+from project.results import Head
 
 PolarsType = pl.DataType | type[pl.DataType]
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LIBRARIES = (
     "torch",
     "lightning",
@@ -90,7 +91,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Write JSON; NaN and infinity are refused, they are not JSON."""
+    """Write JSON; NaN and infinity are errors, they are not JSON."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     return replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
@@ -107,8 +108,8 @@ def table_about(path: Path) -> dict[str, str]:
     return pl.read_parquet_metadata(path)
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """Read a result file of this schema version; DataError where it is missing or something else."""
+def read_result(path: Path) -> Any:
+    """A result file, of the type in project.results that its command writes; DataError where it is something else."""
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(
@@ -127,14 +128,14 @@ def read_result(path: Path) -> dict[str, Any]:
         ) from error
     if version_found != SCHEMA_VERSION:
         raise DataError(
-            f"{path} has schema_version {version_found}; this version reads {SCHEMA_VERSION}. "
-            "Run the command that wrote it again."
+            f"{path} has schema_version {version_found}, this version reads {SCHEMA_VERSION}: run the command that "
+            "wrote it again, or read it with the version of this package that its `version` names."
         )
     if lacking := [key for key, value in known.items() if not value]:
         raise DataError(
             f"{path} has no {' and no '.join(lacking)}. Run the command that wrote it again."
         )
-    return dict(content)
+    return content
 
 
 class _EachKeyOnce(yaml.SafeLoader):  # type: ignore[misc]
@@ -181,7 +182,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def result_head(
     command: str, manifest: Mapping[str, Any], config: str | None, seed: int
-) -> dict[str, Any]:
+) -> Head:
     """What every result file starts with: command, versions, seed, configuration, machine, the protocol's manifest."""
     return {
         "schema_version": SCHEMA_VERSION,

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from project.results import ScoredResult
 from project.run import read_checkpoint
 from project.run_folder import current_run, run_folder
 
@@ -85,30 +86,36 @@ def _plain(value: object) -> object:
     )
 
 
-def log_result(trainer: L.Trainer, result: Mapping[str, Any], name: str) -> None:
+def log_result(trainer: L.Trainer, result: ScoredResult, name: str) -> None:
     """Send the table of a result, and the few numbers that runs are compared by."""
     loggers = wandb_loggers(trainer)
     if not loggers:
         return
-    passed = (result.get("certificate") or {}).get("passed")
-    difference = result.get("baseline_difference")
+    certificate = result["certificate"]
+    passed = None if certificate is None else certificate["passed"]
+    difference = result["baseline_difference"]
+    plan = result["adaptive"]
+    shares = {} if plan is None else plan["exit_shares"]
     summary = {
         f"{name}/minus_best_baseline": difference and difference["value"],
         f"{name}/chosen_exit": result["chosen_exit"],
         "certificate/passed": "not tested" if passed is None else passed,
     }
-    # the last two are there under an exit plan
-    columns = ["auc", "log_loss", "brier", "ece", "exit_share", "auc_leaving"]
-    rows = [[f"exit {row['layer']}", *map(row.get, columns)] for row in result["exits"]]
-    rows += [[row["name"], *map(row.get, columns)] for row in result["baselines"]]
-    folds = [row["fold"] for row in result["exits"] if "fold" in row]
+    columns = ["scores", "auc", "log_loss", "brier", "ece", "exit_share", "auc_leaving"]
+    names = [f"exit {row['layer']}" for row in result["exits"]]
+    names += [row["name"] for row in result["baselines"]]
+    rows = []
+    for name_of, row in zip(names, [*result["exits"], *result["baselines"]], strict=True):
+        metrics = [row["auc"], row["log_loss"], row["brier"], row["ece"]]
+        share = shares.get(name_of.removeprefix("exit "))
+        rows.append([name_of, *metrics, share, row.get("auc_leaving")])
+    folds = [row["fold"] for row in result["exits"] if row["fold"]]
     for logger in loggers:
         logger.experiment.summary.update(
             {key: value for key, value in summary.items() if value is not None}
         )
-        logger.log_table(
-            "/".join([name, *folds[:1], "exits"]), columns=["scores", *columns], data=rows
-        )
+        place = "/".join([name, *folds[:1], "exits"])
+        logger.log_table(place, columns=columns, data=rows)
 
 
 def log_pictures(trainer: L.Trainer, folder: Path) -> None:

@@ -13,17 +13,23 @@ from project.callbacks import exit_calibration_of
 from project.datamodule import InteractionData
 from project.engine.predict import load_weights
 from project.errors import ConfigError
-from project.evaluation.baselines import baseline_rows, best_baseline, fit_baselines
+from project.evaluation.baselines import (
+    baseline_rows,
+    best_baseline,
+    fit_baselines,
+    targets_of,
+)
 from project.evaluation.networks import (
     LEFT_OUT,
     kept_networks,
     networks_installed,
     trained_networks,
 )
-from project.evaluation.result import baseline_scores_of, slice_rows
+from project.evaluation.result import fold_of, scored_result, slice_rows
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
 from project.report.tables import render, shown
+from project.results import Scored, ScoredResult, Slice
 from project.run import (
     read_checkpoint,
     result_head,
@@ -55,9 +61,10 @@ SIZES = (1, 8, 64, 256)  # candidates of the engine's requests
 
 def run_baselines(
     data: InteractionData, folder: Path, networks: bool = False
-) -> dict[str, Any]:
+) -> ScoredResult:
     """Score all baselines on validation and test, and write results/baselines.json into a run's folder."""
-    split, kept = data.split, kept_networks(data)
+    split = data.split
+    kept = kept_networks(data)
     if networks and networks_installed():
         with data.clock.stage("networks"):
             kept = trained_networks(data)
@@ -65,29 +72,26 @@ def run_baselines(
         print(LEFT_OUT)
     with data.clock.stage("baselines"):
         baselines = [*fit_baselines(split.rows, data.retrieved), *kept]
-        rows, best = (
-            baseline_rows(baselines, split.rows),
-            best_baseline(baselines, split.rows),
-        )
-        slices = [
-            row
-            for part in (("valid", "tune"), ("test", None))
-            for row in slice_rows(
-                split.rows,
-                data.retrieved,
-                baseline_scores_of(baselines, split.rows, *part),
-                *part,
-            )
-        ]
-    result = result_head(
-        "baselines", split.manifest, str(folder / "config.yaml"), data.seed
-    ) | {
-        "baselines": rows,
+        best = best_baseline(baselines, split.rows)
+        slices = list[Slice]()
+        for part in ("valid", "test"):
+            targets = targets_of(split.rows, part, fold_of(part))
+            scores = {f"baseline {b.name}": b.logits(targets["row_id"]) for b in baselines}
+            slices += slice_rows(targets, split.rows, data.retrieved[part], scores, part)
+    head = result_head("baselines", split.manifest, str(folder / "config.yaml"), data.seed)
+    found: Scored = {
+        "exits": [],
+        "chosen_exit": None,
+        "baselines": baseline_rows(baselines, split.rows),
         "best_baseline": best.name if best else None,
+        "baseline_difference": None,
+        "adaptive": None,
+        "certificate": None,
+        "with_exit_0": None,
         "slices": slices,
-        "warnings": data.warnings,
-        "stage_seconds": {k: round(v, 1) for k, v in data.clock.seconds.items()},
+        "own_metric": None,
     }
+    result = scored_result(head, found, data, None)
     path = write_json(folder / "results" / "baselines.json", result)
     Console(width=120).print(shown(render(result)), f"written: {path}")
     return result
@@ -154,14 +158,10 @@ class ProjectTrainer(L.Trainer):
         )
         if self.is_global_zero:
             callback.write_into(Path(ckpt_path))
-            certificates = [
-                result["budget_words"],
-                result["certificate_words"],
-                (result["certified"] or {}).get("words"),
-            ]
-            Console(width=120).print(
-                *filter(None, certificates), f"written: {ckpt_path}", sep="\n"
-            )
+            said = [result["budget_words"], result["certificate_words"]]
+            if result["certified"] is not None:
+                said.append(result["certified"]["words"])
+            Console(width=120).print(*filter(None, said), f"written: {ckpt_path}", sep="\n")
 
     def baselines(
         self,

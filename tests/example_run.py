@@ -6,7 +6,6 @@ Every number of the result files is computed from the scores as the commands com
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -91,34 +90,38 @@ def results(rows: int = 400) -> tuple[dict[str, dict[str, Any]], dict[str, pl.Da
         rows: Rows of test; validation has as many in its three folds.
     """
     targets, scores, baselines = simulated(rows)
-    split: Any = SimpleNamespace(rows=targets)
     features = np.random.default_rng(1).normal(size=(2 * rows, 3))
     settings = ExitSettings(
         criterion=Consistency(), compare=[Ratio()], max_auc_drop=0.01, alpha=0.5
     )
     valid = scores.filter(pl.col("split") == "valid")
-    plans = calibrate(valid, features[:rows], settings, MANIFEST["hash"])
+    plans, document = calibrate(valid, features[:rows], settings, MANIFEST["hash"])
     files: dict[str, dict[str, Any]] = {
-        "calibrate": dict(plans.document),
+        "calibrate": dict(document),
         "benchmark": {"rows": benchmark_rows(6)},
     }
     for command, name, fold in (("fit", "valid", "tune"), ("test", "test", None)):
         part = part_of(scores, name, fold)
         planned = PlannedRows(plans.plan, part, features[part["row_id"]], False, draws=100)
-        found = comparison(scores, split, baselines, name, LAYERS[-1])
+        found = comparison(scores, targets, baselines, name, LAYERS[-1])
         for row in found["exits"] if command == "test" else []:  # as before calibration
-            row |= planned.exits()[row["layer"]]
+            row["calibrated"] = planned.calibrated_metrics(row["layer"])
+            row["auc_leaving"] = planned.auc_leaving(row["layer"])
         best = next(
             baseline for baseline in baselines if baseline.name == found["best_baseline"]
         )
         against = AgainstBaseline(best, part["row_id"].to_numpy(), targets)
-        about = {"split": name} | ({"fold": fold} if fold else {})
-        adaptive = (
-            about
-            | adaptive_summary(plans, planned)
-            | {"baseline_difference": against.difference(planned.logit)}
-        )
-        files[command] = found | {"stage_seconds": {"retrieved": 25.0, command: 75.1}}
+        adaptive = adaptive_summary(plans, planned, name, against)
+        files[command] = found | {
+            "adaptive": None,
+            "certificate": None,
+            "with_exit_0": None,
+            "slices": [],
+            "own_metric": None,
+            "warnings": [],
+            "not_calibrated": None,
+            "stage_seconds": {"retrieved": 25.0, command: 75.1},
+        }
         files["calibrate" if command == "fit" else command]["adaptive"] = adaptive
         layer, logit = (
             pl.Series("exit_layer", planned.layer),
@@ -138,20 +141,18 @@ def results(rows: int = 400) -> tuple[dict[str, dict[str, Any]], dict[str, pl.Da
 def benchmark_rows(depth: int) -> list[dict[str, Any]]:
     """The `rows` of a benchmark result."""
     common = {
-        "candidates": 64, "prefix_cached": False, "history": None, "workload": "logged", "dtype": "float32",
-        "requests": 8,
-        "at_once": 1, "auc": 0.77, "gflops": 150.0, "gflops_ceiling": 200.0, "static_exit": False,
+        "candidates": 64, "prefix_cached": False, "history": None, "dtype": "float32", "requests": 8, "auc": 0.77,
+        "overlap": None, "static_exit": False, "prepare_ms": None, "whole_ms": None, "whole_speedup": None,
     }  # fmt: skip
     full = {
-        "engine": "packed", "policy": "full", "requests_per_s": 2.1, "p50_ms": 470.0, "p95_ms": 610.0, "p99_ms": 622.0,
-        "mean_depth": float(depth), "measured_speedup": 1.0, "measured_speedup_interval": [1.0, 1.0],
-        "token_layer_speedup": 1.0, "speedup_over_static": {"value": 0.66}, "efficiency": 1.0,
+        "engine": "packed", "policy": "full", "p50_ms": 470.0, "p95_ms": 610.0, "mean_depth": float(depth),
+        "measured_speedup": 1.0, "measured_speedup_interval": [1.0, 1.0], "token_layer_speedup": 1.0,
+        "speedup_over_static": {"value": 0.66, "interval": None},
     }  # fmt: skip
     early = {
-        "engine": "early_exit", "policy": "budget: consistency", "requests_per_s": 3.9, "p50_ms": 251.0,
-        "p95_ms": 402.0, "p99_ms": 410.0, "mean_depth": 3.1, "measured_speedup": 1.86,
-        "measured_speedup_interval": [1.71, 2.02], "token_layer_speedup": 1.92, "speedup_over_static": {"value": 1.23},
-        "efficiency": 0.97,
+        "engine": "early_exit", "policy": "budget: consistency", "p50_ms": 251.0, "p95_ms": 402.0, "mean_depth": 3.1,
+        "measured_speedup": 1.86, "measured_speedup_interval": [1.71, 2.02], "token_layer_speedup": 1.92,
+        "speedup_over_static": {"value": 1.23, "interval": None},
     }  # fmt: skip
     return [common | full, common | early]
 

@@ -68,10 +68,7 @@ def test_the_main_job(run: Run, fitted: Path, tmp_path: Path) -> None:
     assert {(row["n"], row["split"]) for row in test["exits"] + test["baselines"]} == {
         (count, "test")
     }
-    assert {d["baseline"] for d in test["baseline_differences"]} == {
-        test["best_baseline"],
-        "lr_rates",
-    }
+    assert test["baseline_difference"]["baseline"] == test["best_baseline"]
     sizes = {part["name"]: part["n"] for part in test["slices"]}
     assert sum(n for name, n in sizes.items() if name.startswith("item_")) == count
     scores = pl.read_parquet(fitted / "scores" / "test.parquet")
@@ -257,9 +254,9 @@ def test_simulated_equals_heads(run: Run, fitted: Path) -> None:
     # None: no layer runs
     expected = pytest.approx(3 * tokens.sum() / spent) if spent else None
     assert adaptive["token_layer_speedup"] == expected
-    shares = {row["layer"]: row["exit_share"] for row in result(fitted, "test")["exits"]}
+    shares = adaptive["exit_shares"]
     assert sum(shares.values()) == pytest.approx(1.0)
-    assert np.isclose(shares[3], (scores["exit_layer"] == 3).mean())
+    assert np.isclose(shares["3"], (scores["exit_layer"] == 3).mean())
 
 
 @pytest.mark.slow

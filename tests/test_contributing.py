@@ -128,10 +128,9 @@ def test_retriever(package: ModuleType) -> None:
 def test_metric(package: ModuleType) -> None:
     """User 0's most probable row is a like, user 1's is not: 1 of 2; a failure names the function."""
     about = np.array([1, 0, 0, 1]), np.array([0, 0, 1, 1])
-    found = own_metric(
-        package.first_hit, [({"layer": 2}, np.array([2.0, 1, 3, -1]))], *about
-    )
-    assert found == {"name": "first_hit", "rows": [{"layer": 2, "value": 0.5}]}
+    scores = {"exit 2": np.array([2.0, 1, 3, -1])}
+    found = own_metric(package.first_hit, scores, *about)
+    assert found == {"name": "first_hit", "scores": {"exit 2": 0.5}}
     with pytest.raises(
         ConfigError, match=r"results\.metric: fails failed: ZeroDivisionError"
     ):
@@ -210,8 +209,8 @@ def test_fit_with_all_five(
         json.loads((folder / "results" / "calibrate.json").read_text())["chosen"]
         == "margin"
     )
-    own = json.loads((folder / "results" / "fit.json").read_text())["own_metric"]["rows"]
-    assert {row.get("layer") for row in own} >= {0, 1, 3}
+    own = json.loads((folder / "results" / "fit.json").read_text())["own_metric"]
+    assert own["scores"].keys() >= {"exit 0", "exit 1", "exit 3"}
     assert "| first_hit |" in (folder / "report" / "report.md").read_text()
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert any(name.endswith("mix.weight") for name in checkpoint["state_dict"])

@@ -20,7 +20,7 @@ TOKENS = 142_500
 TOKENS_A_LINE = 9.0
 TEST_TOKENS = 173_000
 FLOORS = (  # from the ground up
-    "project errors arrays layout cache metrics features request",
+    "project errors arrays layout cache results metrics features request",
     "data run run_folder",
     "retrieval exits report tracking",
     "datamodule evaluation compare",

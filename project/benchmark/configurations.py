@@ -74,13 +74,11 @@ class Configuration:
     engine: str
     policy: str  # who leaves where, in words
     runner: Engine | Library
-    # of rows auc, of lists overlap
-    accuracy: dict[str, float | None] = field(default_factory=dict)
+    auc: float | None = None  # of the rows of test
+    overlap: float | None = None  # with full depth's best k, of lists
     most: int | None = None  # requests it is timed on, the first ones; None: all
     # seconds, a list a round, an entry a request
     wall: list[list[float]] = field(default_factory=list)
-    # the backbone's share of them
-    backbone: list[list[float]] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)  # what the last round scored
 
     def score(self, request: PreparedRequest) -> None:
@@ -88,12 +86,11 @@ class Configuration:
         start = time.perf_counter()
         scores = self.runner.score([request])
         self.wall[-1].append(time.perf_counter() - start)
-        self.backbone[-1].append(scores.seconds["backbone"])
         self.scored += scores.requests
 
-    def typical(self, seconds: list[list[float]]) -> F64:
-        """(requests,) seconds (`wall` or `backbone`) of each request: the median of rounds."""
-        found: F64 = np.median(np.array(seconds), axis=0)
+    def typical(self) -> F64:
+        """(requests,) seconds of each request: the median of rounds."""
+        found: F64 = np.median(np.array(self.wall), axis=0)
         return found
 
 
@@ -105,7 +102,6 @@ def run_rounds(
     """Round `number`, from 0: every request is scored by all in turn before the next one; who is first rotates."""
     for configuration in configurations:
         configuration.wall.append([])
-        configuration.backbone.append([])
         configuration.scored = []
     for k, request in enumerate(requests):
         turn = (number + k) % len(configurations)
@@ -206,9 +202,7 @@ class Bench:
             if layer is not None:
                 logits = outputs.logits[:, plan.layers.index(layer)]
             found = auc(logits.double().numpy(), self._table[0]["label"])
-        return Configuration(
-            name, policy, Engine(self.module, decision, cache), {"auc": found}
-        )
+        return Configuration(name, policy, Engine(self.module, decision, cache), found)
 
     def _best_list(self, candidates: int, cache: StreamCache | None) -> Configuration:
         """Lists by the run's margins, with their overlap on test."""
@@ -218,7 +212,7 @@ class Bench:
         overlap = float(scored.overlaps(exits, LISTED).mean())
         decision = ListExits(top_k, self.plans.plan.calibration)
         engine = Engine(self.module, decision, cache)
-        return Configuration("top_k", f"best {LISTED}", engine, {"overlap": overlap})
+        return Configuration("top_k", f"best {LISTED}", engine, overlap=overlap)
 
     def _scored(self, candidates: int) -> ScoredRequests:
         """Catalogue requests of test, scored at every head."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -28,6 +28,7 @@ from project.engine.requests import PreparedRequest, prepare_requests
 from project.errors import NotFittedError
 from project.evaluation.bootstrap import UNDEFINED, UserBootstrap
 from project.report.tables import render, shown
+from project.results import EngineResult, Timed, Workload
 from project.retrieval.online import can_be_indexed
 from project.run import result_head, write_json
 
@@ -47,53 +48,49 @@ def configuration_row(
     full: Configuration,
     static_exit: Configuration | None,
     prepare_ms: float | None,
-) -> dict[str, Any]:
+) -> Timed:
     """One row of a result file.
 
     Speed is over `full`, full depth with prepacked weights, and over the `static_exit` of equal accuracy, None where it
     is exit 0, which runs no layer. Preparing a request (history, features, exit 0, token ids) took `prepare_ms`.
     """
     # 1. seconds of each request, the median of the rounds, beside full depth's on the same
-    # requests
-    wall = own.typical(own.wall)
+    wall = own.typical()
     count = len(wall)
-    full_wall = full.typical(full.wall)[:count]
+    full_wall = full.typical()[:count]
     bootstrap = UserBootstrap(np.arange(count))  # requests are resampled
     measured = bootstrap.ratio_interval(full_wall, wall)
     over_static = UNDEFINED
     if static_exit is not None:
-        over_static = bootstrap.ratio_interval(
-            static_exit.typical(static_exit.wall)[:count], wall
-        )
-    # 2. token-layers; efficiency is backbone time saved over token-layers saved
+        over_static = bootstrap.ratio_interval(static_exit.typical()[:count], wall)
+    # 2. token-layers
     depths = np.concatenate([s.exit_layers for s in own.scored])
     spent = sum(s.token_layers for s in own.scored)
     saved = sum(s.token_layers for s in full.scored[:count]) / spent if spent else None
-    faster = full.typical(full.backbone)[:count].sum() / own.typical(own.backbone).sum()
     # 3. the whole request, what comes before the engine included
-    request_ms = None
-    request_speedup = None
+    whole_ms = None
+    whole_speedup = None
     if prepare_ms is not None:
-        request_ms = prepare_ms + 1e3 * float(wall.mean())
-        request_speedup = (prepare_ms + 1e3 * float(full_wall.mean())) / request_ms
+        whole_ms = prepare_ms + 1e3 * float(wall.mean())
+        whole_speedup = (prepare_ms + 1e3 * float(full_wall.mean())) / whole_ms
+    p50, p95 = np.percentile(own.wall, [50, 95])
     return {
         "engine": own.engine,
         "policy": own.policy,
         "requests": count,
-        "requests_per_s": count / float(wall.sum()),
-        **{f"p{p}_ms": 1e3 * float(np.percentile(own.wall, p)) for p in (50, 95, 99)},
-        "auc": None,
-        **own.accuracy,
+        "p50_ms": 1e3 * float(p50),
+        "p95_ms": 1e3 * float(p95),
+        "auc": own.auc,
+        "overlap": own.overlap,
         "mean_depth": float(depths.mean()),
         "token_layer_speedup": saved,
         "measured_speedup": measured["value"],
         "measured_speedup_interval": measured["interval"],
         "speedup_over_static": over_static,
         "static_exit": own is static_exit,
-        "efficiency": float(faster) / saved if saved else None,
         "prepare_ms": prepare_ms,
-        "whole_ms": request_ms,
-        "whole_speedup": request_speedup,
+        "whole_ms": whole_ms,
+        "whole_speedup": whole_speedup,
     }
 
 
@@ -126,7 +123,7 @@ def run_engine(
     device: torch.device,
     seconds: float,
     sizes: Sequence[int],
-) -> dict[str, Any]:
+) -> EngineResult:
     """Measure requests of these numbers of candidates for about so many seconds; write results/benchmark.json.
 
     The checkpoint is a calibrated run's, `folder` its folder. What is not timed comes on top of `seconds`: the index of
@@ -145,10 +142,10 @@ def run_engine(
     bench = Bench(model, data, folder, plans)
     ranker = ranker_of(data, folder)
     # 3. rows, workload by workload
-    result = result_head(
+    head = result_head(
         "benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed
     )
-    result["rows"] = []
+    result: EngineResult = {**head, "rows": []}
     for case in wanted:
         most = REQUESTS.get(case.candidates, 8)
         drawn = catalogue_requests(
@@ -162,15 +159,14 @@ def run_engine(
             replace(r, user=r.request_id)
             for r in prepare_requests(model, data, drawn.requests)
         ]
-        about = {
+        workload: Workload = {
             "candidates": case.candidates,
             "prefix_cached": case.prefix_cached,
             "history": case.history,
-            "at_once": 1,
             "dtype": bench.dtype,
         }
         rows = measured_rows(bench, case, requests, prepare_ms, seconds / len(wanted))
-        result["rows"] += [about | row for row in rows]
+        result["rows"] += [{**workload, **row} for row in rows]
         # what is measured stays measured, whatever happens to the next workload
         path = write_json(folder / "results" / "benchmark.json", result)
     Console(width=190).print(shown(render(result)), f"written: {path}")
@@ -197,7 +193,7 @@ def measured_rows(
     requests: list[PreparedRequest],
     prepare_ms: float | None,
     seconds: float,
-) -> list[dict[str, Any]]:
+) -> list[Timed]:
     """A row a configuration of one workload, measured for about so many seconds."""
     cache = StreamCache(mib=np.inf) if case.prefix_cached else None
     configurations = bench.configurations(case, cache)

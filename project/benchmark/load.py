@@ -11,16 +11,34 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count, pairwise
-from typing import Any
+from typing import Any, TypedDict
 
 PATIENCE = 120.0  # seconds that the last responses may take
 # probabilities this near may stand in either order: batches move each by rounding
 NEAR = 2e-4
 
 
-def wrong_order(items: Sequence[dict[str, Any]], expected: Sequence[float]) -> bool:
+class Sent(TypedDict):
+    """A request, and the probabilities that its response must have."""
+
+    body: dict[str, Any]
+    expected: list[float]
+
+
+class Driven(TypedDict):
+    """What a server did: of each response its second and its milliseconds, and what was wrong."""
+
+    at: list[float]
+    ms: list[float]
+    errors: int
+    error: str | None  # the last
+    wrong: int
+    distance: float
+
+
+def wrong_order(items: Sequence[Mapping[str, Any]], expected: Sequence[float]) -> bool:
     """Whether a response lacks a candidate, has one twice, or has a worse one before a better one."""
     order = [item["index"] for item in items]
     if sorted(order) != list(range(len(expected))):
@@ -30,18 +48,18 @@ def wrong_order(items: Sequence[dict[str, Any]], expected: Sequence[float]) -> b
 
 def drive(
     address: str,
-    requests: Sequence[dict[str, Any]],
+    requests: Sequence[Sent],
     users: int,
     seconds: float,
     rate: float | None = None,
-) -> dict[str, Any]:
+) -> Driven:
     """Have so many users ask for so long; see the file's first lines."""
     import gevent  # type: ignore[import-untyped]
     from locust import FastHttpUser, constant, constant_throughput, task
     from locust.env import Environment
 
     bodies = [json.dumps(request["body"]) for request in requests]
-    found: dict[str, Any] = {
+    found: Driven = {
         "at": [],
         "ms": [],
         "errors": 0,

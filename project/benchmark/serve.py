@@ -18,11 +18,13 @@ from urllib.request import Request, urlopen
 import numpy as np
 from rich.console import Console
 
+from project.benchmark.load import Driven, Sent
 from project.config import open_run
 from project.data.requests import catalogue_requests
 from project.errors import ConfigError
 from project.report.tables import render, shown
 from project.request import RankRequest, Scored, id_of
+from project.results import Head, Load, ServeResult, ServeRow
 from project.run import result_head, write_json
 from project.serve.ranker import Ranker
 from project.serve.settings import ServeSettings
@@ -88,18 +90,18 @@ def _ready(address: str) -> bool:
     return True
 
 
-def drive(address: str, requests: Sequence[dict[str, Any]], **how: Any) -> dict[str, Any]:
+def drive(address: str, requests: Sequence[Sent], **how: Any) -> Driven:
     """`load.drive` in a process of its own."""
     given = json.dumps({"address": address, "requests": requests, **how})
     command = [sys.executable, "-m", "project.benchmark.load"]
     ran = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise ConfigError(f"locust failed: {ran.stderr[-500:]}")
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    found: Driven = json.loads(ran.stdout.splitlines()[-1])
     return found
 
 
-def drawn_requests(run: Path) -> tuple[dict[str, Any], list[RankRequest]]:
+def drawn_requests(run: Path) -> tuple[Head, list[RankRequest]]:
     """The head of a result file of a run, and requests of its test users for catalogue items."""
     _, data = open_run(run)
     candidates = min(CANDIDATES, data.split.interactions.items.height)
@@ -112,9 +114,7 @@ def drawn_requests(run: Path) -> tuple[dict[str, Any], list[RankRequest]]:
     return head, [RankRequest(r.user_id, None, r.candidates) for r in drawn]
 
 
-def with_expected(
-    requests: Sequence[RankRequest], ranked: Sequence[Scored]
-) -> list[dict[str, Any]]:
+def with_expected(requests: Sequence[RankRequest], ranked: Sequence[Scored]) -> list[Sent]:
     """What `drive` sends: bodies of /v1/rank, and the probabilities that responses must have."""
     return [
         {
@@ -140,16 +140,16 @@ def ranker_rate(
     return done / (time.perf_counter() - start)
 
 
-def run_load(run: Path, seconds: float) -> dict[str, Any]:
+def run_load(run: Path, seconds: float) -> ServeResult:
     """Measure a calibrated run for about so many seconds; write results/benchmark-serve.json into its folder.
 
     Loading it three times (two servers, and this process) comes on top. Rounds go through users and depths in turns.
     """
     # 1. requests, and their probabilities by depth
-    result, requests = drawn_requests(run)
+    head, requests = drawn_requests(run)
     ranker = Ranker.load(run, CACHE_MIB, audit_share=0.0)
     # full depth -> requests with what is expected
-    sent = dict[bool, list[dict[str, Any]]]()
+    sent = dict[bool, list[Sent]]()
     spent = dict[bool, int]()  # full depth -> token-layers of all requests
     # first until all prefixes are cached in all layers
     for full in (False, True, True, False):
@@ -160,7 +160,7 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
     ranker.monitor.share = AUDIT_SHARE
     endless = cycle(requests)
     # 2. rounds
-    found = dict[tuple[int, bool], list[dict[str, Any]]]()
+    found = dict[tuple[int, bool], list[tuple[Driven, float]]]()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         servers = {
             full: stack.enter_context(serving(run, full, Path(folder)))[1]
@@ -178,53 +178,49 @@ def run_load(run: Path, seconds: float) -> dict[str, Any]:
         for _ in range(ROUNDS):
             for users in USERS:
                 for full, address in servers.items():
-                    one = drive(address, sent[full], users=users, seconds=part)
+                    driven = drive(address, sent[full], users=users, seconds=part)
                     ranker.full_depth = full
-                    one["ranker"] = ranker_rate(ranker, endless, users, part)
-                    found.setdefault((users, full), []).append(one)
+                    alone = ranker_rate(ranker, endless, users, part)
+                    found.setdefault((users, full), []).append((driven, alone))
     # 3. rows, beside full depth with as many users
-    result["serve"] = [
-        load_row(users, full, rounds) for (users, full), rounds in found.items()
-    ]
-    full_depth = {
-        row["users"]: row["requests_per_s"]
-        for row in result["serve"]
-        if row["depth"] == "full"
-    }
-    for row in result["serve"]:
-        whole = full_depth[row["users"]]
-        planned = row["depth"] == "plan"
-        row |= {
-            "candidates": len(requests[0].candidates),
-            "audit_share": AUDIT_SHARE if planned else 0.0,
-            "token_layer_speedup": spent[True] / spent[False] if planned else 1.0,
-            # None where nothing was answered
-            "speedup": row["requests_per_s"] / whole if whole else None,
-        }
+    loads = {key: load_row(*key, rounds) for key, rounds in found.items()}
+    rows = list[ServeRow]()
+    for (users, full), load in loads.items():
+        whole = loads[users, True]["requests_per_s"]
+        rows.append(
+            {
+                **load,
+                "candidates": len(requests[0].candidates),
+                "audit_share": 0.0 if full else AUDIT_SHARE,
+                "token_layer_speedup": spent[True] / spent[full],
+                # None where nothing was answered
+                "speedup": load["requests_per_s"] / whole if whole else None,
+            }
+        )
+    result: ServeResult = {**head, "serve": rows}
     path = write_json(run / "results" / "benchmark-serve.json", result)
     Console(width=150).print(shown(render(result)), f"written: {path}")
     return result
 
 
-def load_row(users: int, full: bool, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row of a result file; a round lasts until its last response."""
-    each = np.concatenate([one["ms"] for one in rounds])  # (responses,) milliseconds
+def load_row(users: int, full: bool, rounds: Sequence[tuple[Driven, float]]) -> Load:
+    """One row of a result file, of rounds and the ranker's requests a second; a round lasts until its last response."""
+    driven = [one for one, _ in rounds]
+    each = np.concatenate([one["ms"] for one in driven])  # (responses,) milliseconds
     # (rounds,) a second
-    rates = np.array([len(one["ms"]) / max(one["at"], default=1.0) for one in rounds])
-    times = np.percentile(each, [50, 95, 99]).tolist() if each.size else [None] * 3
-    ranker = float(np.median([one["ranker"] for one in rounds]))
+    rates = [len(one["ms"]) / max(one["at"], default=1.0) for one in driven]
+    rate = float(np.median(rates))
+    ranker = float(np.median([alone for _, alone in rounds]))
     return {
         "depth": "full" if full else "plan",
         "users": users,
-        "rounds": len(rounds),
         "requests": int(each.size),
-        "requests_per_s": float(np.median(rates)),
-        **{f"p{p}_ms": ms for p, ms in zip((50, 95, 99), times, strict=True)},
-        "errors": sum(one["errors"] for one in rounds),
-        "error": next((one["error"] for one in rounds if one["error"]), None),
-        "wrong_orders": sum(one["wrong"] for one in rounds),
-        "probability_distance": max(one["distance"] for one in rounds),
-        # in one process, called with as many requests as there are users
+        "requests_per_s": rate,
+        "p95_ms": float(np.percentile(each, 95)) if each.size else None,
+        "errors": sum(one["errors"] for one in driven),
+        "error": next((one["error"] for one in driven if one["error"]), None),
+        "wrong_orders": sum(one["wrong"] for one in driven),
+        "probability_distance": max(one["distance"] for one in driven),
         "ranker_requests_per_s": ranker,
-        "overhead": 1 - float(np.median(rates)) / ranker,  # of HTTP and batching
+        "overhead": 1 - rate / ranker,
     }

@@ -284,3 +284,7 @@ class StageClock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def rounded(self) -> dict[str, float]:
+        """For result files."""
+        return {name: round(spent, 1) for name, spent in self.seconds.items()}

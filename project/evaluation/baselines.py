@@ -23,6 +23,7 @@ from project.features import (
     logistic_regression,
 )
 from project.metrics import auc, brier, ece, log_loss, probabilities
+from project.results import BaselineRow, Difference, Losses
 
 Part = tuple[str, str | None]  # a split, and one of valid's folds or None for the whole
 
@@ -58,11 +59,14 @@ class BaselineCalibration:
         """Calibrated logits (n,)."""
         return self.slope * logits + self.offset
 
-    def summary(self, logits: F64, labels: ArrayLike) -> dict[str, Any]:
-        """The `calibrated` part of a baseline's row: metrics of logits (n,) after calibration, slope and offset."""
+    def summary(self, logits: F64, labels: ArrayLike) -> Losses:
+        """The `calibrated` part of a baseline's row: losses of logits (n,) after calibration."""
         chance = probabilities(self.apply(logits))
-        metrics = {kind.__name__: kind(chance, labels) for kind in (log_loss, brier, ece)}
-        return metrics | {"slope": self.slope, "offset": self.offset}
+        return {
+            "log_loss": log_loss(chance, labels),
+            "brier": brier(chance, labels),
+            "ece": ece(chance, labels),
+        }
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ def baseline_rows(
     rows: pl.DataFrame,
     draws: int = 1000,
     parts: Sequence[Part] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[BaselineRow]:
     """The `baselines` list of a result file: one entry per baseline and part, `draws` resamples behind each interval.
 
     Without `parts` these are all scored splits and valid's folds select and tune; the certify fold is for certificates
@@ -178,24 +182,24 @@ def baseline_rows(
         folds = ("select", "tune") if "valid" in splits else ()
         parts = [*((split, None) for split in splits), *(("valid", fold) for fold in folds)]
     calibrations = [baseline.calibration(rows) for baseline in baselines]
-    found = []
+    found = list[BaselineRow]()
     for split, fold in parts:
         part = targets_of(rows, split, fold)
-        labels, bootstrap = (
-            part["label"].to_numpy(),
-            UserBootstrap(part["user"].to_numpy(), draws),
-        )
+        labels = part["label"].to_numpy()
+        bootstrap = UserBootstrap(part["user"].to_numpy(), draws)
         for baseline, calibration in zip(baselines, calibrations, strict=True):
             logits = baseline.logits(part["row_id"])
-            row: dict[str, Any] = {"name": baseline.name, "split": split} | (
-                {"fold": fold} if fold else {}
-            )
-            row |= bootstrap.metrics(logits, labels)
+            row: BaselineRow = {
+                "name": baseline.name,
+                "split": split,
+                "fold": fold,
+                **bootstrap.metrics(logits, labels),
+                "calibrated": None,
+                "chosen": baseline.chosen,
+            }
             if calibration is not None and fold != "select":
                 row["calibrated"] = calibration.summary(logits, labels)
-            found.append(
-                row | ({"chosen": dict(baseline.chosen)} if baseline.chosen else {})
-            )
+            found.append(row)
     return found
 
 
@@ -262,23 +266,12 @@ class AgainstBaseline:
         wanted = pl.DataFrame({"row_id": np.asarray(row_ids, dtype=np.int64)})
         known = rows.select("row_id", "user", "label")
         part = wanted.join(known, on="row_id", how="left", maintain_order="left")
-        self.name, self.labels = baseline.name, part["label"].to_numpy()
-        self.bootstrap = UserBootstrap(part["user"].to_numpy())
-        self._logits, self._calibration = (
-            baseline.logits(row_ids),
-            baseline.calibration(rows),
-        )
+        self.name = baseline.name
+        self._labels = part["label"].to_numpy()
+        self._bootstrap = UserBootstrap(part["user"].to_numpy())
+        self._logits = baseline.logits(row_ids)
 
-    def difference(self, logits: ArrayLike) -> dict[str, Any]:
-        """A head's logits (n,) minus the baseline: {`baseline`, `value`, `interval`, `log_loss` {`value`, `interval`}}.
-
-        `value` is the difference in AUC. Undefined is None: a class is missing here, or in `select` for the log loss.
-        """
-        gap: dict[str, Any] = {"value": None, "interval": None}
-        if self._calibration is not None:
-            calibrated = self._calibration.apply(self._logits)
-            gap = self.bootstrap.log_loss_difference_interval(
-                logits, calibrated, self.labels
-            )
-        auc_gap = self.bootstrap.difference_interval(logits, self._logits, self.labels)
-        return {"baseline": self.name} | auc_gap | {"log_loss": gap}
+    def difference(self, logits: ArrayLike) -> Difference:
+        """A head's logits (n,) minus the baseline, in AUC; None where a class is missing."""
+        gap = self._bootstrap.difference_interval(logits, self._logits, self._labels)
+        return {"baseline": self.name, **gap}

@@ -1,17 +1,17 @@
 """Intervals by resampling users: rows of one user are correlated, so resampled rows give too narrow intervals."""
 
 import hashlib
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from project.arrays import F64, I64
 from project.metrics import Pairs, auc, checked, head_metrics, probabilities, row_log_loss
+from project.results import Estimate, Metrics
 
 CHUNK_ELEMENTS = 2_000_000  # rows times draws held at once: 16 MB an array
 LEVEL = 0.95  # coverage of every interval
-UNDEFINED = {"value": None, "interval": None}
+UNDEFINED: Estimate = {"value": None, "interval": None}
 
 
 class UserBootstrap:
@@ -35,12 +35,11 @@ class UserBootstrap:
         # digest of scores and labels -> their AUC in every draw
         self._known: dict[bytes, F64] = {}
 
-    def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-        """`head_metrics` of logits (n,), and `auc_interval` where there are draws."""
+    def metrics(self, logits: ArrayLike, labels: ArrayLike) -> Metrics:
+        """`head_metrics` of logits (n,), and the interval of the AUC."""
         found = head_metrics(logits, labels, self._user)
-        return found | (
-            {"auc_interval": self.auc_interval(logits, labels)} if len(self._times) else {}
-        )
+        drawn = self.auc_interval(logits, labels) if len(self._times) else None
+        return {**found, "auc_interval": drawn}
 
     def auc_interval(self, scores: ArrayLike, labels: ArrayLike) -> list[float] | None:
         """[low, high] of the AUC, None where it is undefined; draws with one class are left out."""
@@ -52,36 +51,34 @@ class UserBootstrap:
 
     def difference_interval(
         self, scores_a: ArrayLike, scores_b: ArrayLike, labels: ArrayLike
-    ) -> dict[str, Any]:
+    ) -> Estimate:
         """AUC of a minus AUC of b: {`value`, `interval` [low, high]}, both None where undefined."""
         value_a, value_b = auc(scores_a, labels), auc(scores_b, labels)
         if value_a is None or value_b is None:
-            return dict(UNDEFINED)
+            return UNDEFINED
         drawn = self._auc_draws(scores_a, labels) - self._auc_draws(scores_b, labels)
         return {"value": value_a - value_b, "interval": _percentiles(drawn)}
 
     def log_loss_difference_interval(
         self, logits_a: ArrayLike, logits_b: ArrayLike, labels: ArrayLike
-    ) -> dict[str, Any]:
+    ) -> Estimate:
         """Log loss of a minus log loss of b, of clipped `probabilities`: {`value`, `interval`}."""
         probability_a, positive = checked(probabilities(logits_a), labels)
         probability_b, _ = checked(probabilities(logits_b), labels)
         self._same_rows(probability_a)
         if not probability_a.size:
-            return dict(UNDEFINED)
+            return UNDEFINED
         gap = row_log_loss(probability_a, positive) - row_log_loss(probability_b, positive)
         sums, rows = np.bincount(self._user, weights=gap), np.bincount(self._user)
         drawn = (self._times @ sums) / (self._times @ rows)
         return {"value": float(gap.mean()), "interval": _percentiles(drawn)}
 
-    def ratio_interval(
-        self, numerator: ArrayLike, denominator: ArrayLike
-    ) -> dict[str, Any]:
+    def ratio_interval(self, numerator: ArrayLike, denominator: ArrayLike) -> Estimate:
         """Sum of one cost (n,) over the sum of another, as a speed-up is; None where the denominator is 0."""
         above, below = (np.asarray(x, dtype=np.float64) for x in (numerator, denominator))
         self._same_rows(above)
         if not below.sum() > 0:
-            return dict(UNDEFINED)
+            return UNDEFINED
         up, down = (np.bincount(self._user, weights=x) for x in (above, below))
         spent = self._times @ down
         drawn = np.divide(

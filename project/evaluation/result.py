@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -14,27 +14,43 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from project.arrays import F64, I64
-from project.data.protocol import SplitInteractions
 from project.errors import ConfigError
 from project.evaluation.baselines import (
     AgainstBaseline,
     Baseline,
     baseline_rows,
     best_baseline,
+    fit_baselines,
     targets_of,
 )
 from project.evaluation.bootstrap import UserBootstrap
+from project.evaluation.networks import kept_networks
 from project.exits.certificate import row_losses
 from project.exits.cost import row_cost
 from project.exits.plan import ExitPlan, Plans
 from project.metrics import OwnMetric, auc, head_metrics, probabilities
+from project.results import (
+    Adaptive,
+    AgainstStatic,
+    Calibrated,
+    Comparison,
+    ExitRow,
+    Head,
+    OwnMetricRows,
+    PlanRow,
+    Risk,
+    Scored,
+    ScoredResult,
+    Slice,
+)
 from project.run import exit_layers_of, score_table
+
+if TYPE_CHECKING:
+    from project.datamodule import InteractionData
 
 # first value of each bucket: strictly earlier rows of the user (0 to 4, 5 to 20, more) and
 # of the item
 EDGES = {"history": (0, 5, 21), "item": (0, 1, 6, 21)}
-# resamples behind a slice's interval: fewer than for a whole split, there are many slices
-SLICE_DRAWS = 200
 
 
 class ScoreCollector(Metric):
@@ -123,18 +139,25 @@ def _logits(part: pl.DataFrame, layer: int) -> F64:
 
 def exit_rows(
     scores: pl.DataFrame, split: str, fold: str | None = None, draws: int = 1000
-) -> list[dict[str, Any]]:
-    """The `exits` list of a result file for one split, or one fold of validation; no intervals where draws is 0."""
+) -> list[ExitRow]:
+    """The `exits` of a result file for one split, or one fold of validation; no intervals where draws is 0."""
     part = part_of(scores, split, fold)
-    labels, bootstrap = (
-        part["label"].to_numpy(),
-        UserBootstrap(part["user"].to_numpy(), draws),
-    )
-    exit_0 = [0] if len(part) and not part["logit_0"].null_count() else []
-    about = {"split": split} | ({"fold": fold} if fold else {})
+    labels = part["label"].to_numpy()
+    bootstrap = UserBootstrap(part["user"].to_numpy(), draws)
+    layers = exit_layers_of(scores)
+    if len(part) and not part["logit_0"].null_count():
+        layers = [0, *layers]
     return [
-        {"layer": layer} | about | bootstrap.metrics(_logits(part, layer), labels)
-        for layer in [*exit_0, *exit_layers_of(scores)]
+        {
+            "layer": layer,
+            "split": split,
+            "fold": fold,
+            **bootstrap.metrics(_logits(part, layer), labels),
+            "baseline_difference": None,
+            "calibrated": None,
+            "auc_leaving": None,
+        }
+        for layer in layers
     ]
 
 
@@ -149,86 +172,124 @@ def choose_exit(scores: pl.DataFrame) -> int | None:
 
 def comparison(
     scores: pl.DataFrame,
-    split: SplitInteractions,
+    rows: pl.DataFrame,
     baselines: list[Baseline],
     reported: str,
     chosen_exit: int | None,
-) -> dict[str, Any]:
-    """Exits and baselines on the reported split; of validation on the tune fold, since certify is for certificates.
+) -> Comparison:
+    """Exits and baselines on the reported split of the log's `rows`, differences to the best baseline.
 
-    `exits`, each minus the best baseline under `baseline_difference` (see `AgainstBaseline.difference`),
-    `chosen_exit`, `baselines`, `best_baseline`, and `baseline_difference`, that of the chosen exit;
-    `baseline_differences` has it and the one to `lr_rates`. All paired, users resampled.
+    Of validation it is the tune fold, since certify is for certificates.
     """
-    fold = "tune" if reported == "valid" else None
-    best = best_baseline(baselines, split.rows)
+    fold = fold_of(reported)
+    best = best_baseline(baselines, rows)
     exits = exit_rows(scores, reported, fold)
-    result: dict[str, Any] = {
+    if best is not None:
+        part = part_of(scores, reported, fold)
+        against = AgainstBaseline(best, part["row_id"].to_numpy(), rows)
+        for row in exits:
+            row["baseline_difference"] = against.difference(_logits(part, row["layer"]))
+    chosen = (row["baseline_difference"] for row in exits if row["layer"] == chosen_exit)
+    return {
         "exits": exits,
         "chosen_exit": chosen_exit,
-        "baselines": baseline_rows(baselines, split.rows, parts=[(reported, fold)]),
+        "baselines": baseline_rows(baselines, rows, parts=[(reported, fold)]),
         "best_baseline": best.name if best else None,
+        "baseline_difference": next(chosen, None),
     }
-    if best is None:
-        return result
-    part = part_of(scores, reported, fold)
-    others = [b for b in baselines if b.name == "lr_rates" and b is not best]
-    against = [
-        AgainstBaseline(b, part["row_id"].to_numpy(), split.rows) for b in (best, *others)
-    ]
-    for row in exits:
-        row["baseline_difference"] = against[0].difference(_logits(part, row["layer"]))
-    if chosen_exit is not None:
-        differences = [
-            {"layer": chosen_exit} | a.difference(_logits(part, chosen_exit))
-            for a in against
+
+
+def fold_of(split: str) -> str | None:
+    """The fold that is reported of a split: tune of validation, all of test."""
+    return "tune" if split == "valid" else None
+
+
+def scored_rows(
+    data: InteractionData,
+    scores: pl.DataFrame,
+    split: str,
+    chosen_exit: int | None,
+    plans: Plans | None,
+    base: float,
+    prefix_cached: bool,
+    metric: OwnMetric | None,
+) -> Scored:
+    """What a score table says of a split: exits, baselines, the plan, slices; `base` is train's share of likes."""
+    rows = data.split.rows
+    # 1. exits beside the baselines
+    with data.clock.stage("baselines"):
+        read = list(dict.fromkeys(("valid", split)))
+        baselines = [
+            *fit_baselines(rows, data.retrieved, read),
+            *kept_networks(data, read),
         ]
-        result |= {
-            "baseline_difference": differences[0],
-            "baseline_differences": differences,
-        }
-    return result
-
-
-def with_and_without_exit_0(
-    heads: Mapping[str, F64], against: AgainstBaseline
-) -> dict[str, Any]:
-    """One exit calibrated with exit 0 and without, and the difference.
-
-    `heads`: with_exit_0, without_exit_0 -> calibrated logits (n,) of the exit on the rows of `against`, the best
-    baseline. Under each key stand metrics and `baseline_difference`; `difference` is with exit 0 minus without.
-    """
-    draws, labels = against.bootstrap, against.labels
-    found: dict[str, Any] = {
-        name: draws.metrics(logits, labels)
-        | {"baseline_difference": against.difference(logits)}
-        for name, logits in heads.items()
+        found = comparison(scores, rows, baselines, split, chosen_exit)
+    fold = fold_of(split)
+    part = part_of(scores, split, fold)
+    by_name = {f"exit {e['layer']}": _logits(part, e["layer"]) for e in found["exits"]}
+    by_name |= {f"baseline {b.name}": b.logits(part["row_id"]) for b in baselines}
+    # 2. the plan on the same rows, and what it makes of every exit
+    adaptive = None
+    with_exit_0 = None
+    if plans is not None:
+        features = data.features_of(part, base)
+        planned = PlannedRows(plans.plan, part, features, prefix_cached)
+        by_name["plan"] = planned.logit
+        for row in found["exits"]:
+            if row["layer"] in plans.plan.layers:
+                row["calibrated"] = planned.calibrated_metrics(row["layer"])
+                row["auc_leaving"] = planned.auc_leaving(row["layer"])
+        best = next((b for b in baselines if b.name == found["best_baseline"]), None)
+        against = None if best is None else AgainstBaseline(best, part["row_id"], rows)
+        adaptive = adaptive_summary(plans, planned, split, against)
+        if against is not None and chosen_exit is not None and plans.plan.exit_0:
+            with_exit_0 = against.difference(planned.head(chosen_exit))
+    # 3. slices by how much was known of item and user, and a metric of one's own
+    with data.clock.stage("slices"):
+        targets = part.select("row_id").join(
+            rows, on="row_id", how="left", maintain_order="left"
+        )
+        slices = slice_rows(targets, rows, data.retrieved[split], by_name, split)
+        own = None
+        if metric is not None:
+            own = own_metric(metric, by_name, part["label"].to_numpy(), part["user"])
+    return {
+        **found,
+        "adaptive": adaptive,
+        "certificate": None if plans is None else plans.certificate,
+        "with_exit_0": with_exit_0,
+        "slices": slices,
+        "own_metric": own,
     }
-    if {"with_exit_0", "without_exit_0"} <= heads.keys():
-        pair = heads["with_exit_0"], heads["without_exit_0"]
-        found["difference"] = draws.difference_interval(*pair, labels)
-        found["difference"]["log_loss"] = draws.log_loss_difference_interval(*pair, labels)
-    return found
+
+
+def scored_result(
+    head: Head, scored: Scored, data: InteractionData, not_calibrated: str | None
+) -> ScoredResult:
+    """A whole result file of rows that were scored."""
+    return {
+        **head,
+        **scored,
+        "warnings": data.warnings,
+        "not_calibrated": not_calibrated,
+        "stage_seconds": data.clock.rounded(),
+    }
 
 
 def slice_masks(
-    rows: pl.DataFrame,
-    retrieved: Mapping[str, pl.DataFrame],
-    split: str,
-    fold: str | None = None,
+    targets: pl.DataFrame, rows: pl.DataFrame, retrieved: pl.DataFrame
 ) -> dict[str, pl.Series]:
     """Slice name (warm_users, cold_users, history_0_4, ..., item_21_plus) -> Boolean (n,) of the targets it holds.
 
     A user is warm who has a target in train, as in the manifest's cold_user_share; history is the protocol's `hist`,
-    and an item's count is `item_count` of the retrieved features. `hidden_items`, targets of items that
+    and an item's count is `item_count` of the retrieved features of the split. `hidden_items`, targets of items that
     the protocol hides, is there where it has any.
     """
-    part = targets_of(rows, split, fold)
-    warm = part["user"].is_in(targets_of(rows, "train")["user"].unique().implode())
+    warm = targets["user"].is_in(targets_of(rows, "train")["user"].unique().implode())
     masks = {"warm_users": warm, "cold_users": ~warm}
-    counts = retrieved[split].select("row_id", "item_count")
-    with_counts = part.join(counts, on="row_id", how="left", maintain_order="left")
-    known = {"history": part["hist"], "item": with_counts["item_count"]}
+    counts = retrieved.select("row_id", "item_count")
+    with_counts = targets.join(counts, on="row_id", how="left", maintain_order="left")
+    known = {"history": targets["hist"], "item": with_counts["item_count"]}
     for kind, edges in EDGES.items():
         for low, above in zip(edges, [*edges[1:], None], strict=True):
             if above is None:
@@ -236,118 +297,52 @@ def slice_masks(
             else:
                 name = f"{kind}_{low}" if above == low + 1 else f"{kind}_{low}_{above - 1}"
                 masks[name] = known[kind].is_between(low, above - 1)
-    if part["hidden"].any():
-        masks["hidden_items"] = part["hidden"]
+    if targets["hidden"].any():
+        masks["hidden_items"] = targets["hidden"]
     return masks
 
 
 def slice_rows(
+    targets: pl.DataFrame,
     rows: pl.DataFrame,
-    retrieved: Mapping[str, pl.DataFrame],
-    scores: Sequence[tuple[Mapping[str, Any], F64]],
+    retrieved: pl.DataFrame,
+    scores: Mapping[str, F64],
     split: str,
-    fold: str | None = None,
-    draws: int = SLICE_DRAWS,
-    depth: F64 | None = None,
-) -> list[dict[str, Any]]:
-    """The `slices` list of a result file for one split, or one fold of validation: an entry a slice.
-
-    `scores`: for each baseline, exit or plan what names it ({"name": ...}, {"layer": ...} or {"plan": True}) and its
-    logits (n,) of the targets, in the order of `rows`. `depth`: layers (n,) that the plan runs, for its `mean_depth`.
-    """
-    part = targets_of(rows, split, fold)
-    found = []
-    for name, mask in slice_masks(rows, retrieved, split, fold).items():
-        inside, chosen = part.filter(mask), mask.to_numpy()
-        labels, bootstrap = (
-            inside["label"].to_numpy(),
-            UserBootstrap(inside["user"].to_numpy(), draws),
-        )
-        scored = []
-        for who, logits in scores:
-            row = dict(who) | bootstrap.metrics(logits[chosen], labels)
-            if depth is not None and "plan" in who:
-                row["mean_depth"] = float(np.mean(depth[chosen])) if chosen.any() else None
-            scored.append(row)
+) -> list[Slice]:
+    """The `slices` of a result file: AUCs of named `scores` (n,) on parts of n targets; see `slice_masks`."""
+    labels = targets["label"].to_numpy()
+    found = list[Slice]()
+    for name, mask in slice_masks(targets, rows, retrieved).items():
+        inside = mask.to_numpy()
         found.append(
             {
                 "name": name,
                 "split": split,
-                **({"fold": fold} if fold else {}),
-                "n": inside.height,
-                "users": inside["user"].n_unique(),
-                "positives": int(labels.sum()),
-                "rows": scored,
+                "fold": fold_of(split),
+                "n": int(inside.sum()),
+                "auc": {
+                    of: auc(logits[inside], labels[inside]) for of, logits in scores.items()
+                },
             }
         )
     return found
 
 
 def own_metric(
-    metric: OwnMetric,
-    scores: Sequence[tuple[Mapping[str, Any], F64]],
-    labels: F64,
-    users: F64,
-) -> dict[str, Any]:
-    """The `own_metric` of a result file: `name` and `rows`, each of `scores` (see `slice_rows`) with its `value`."""
-    name, rows = getattr(metric, "__name__", type(metric).__name__), []
-    for who, logits in scores:
-        try:
-            value = metric(labels, probabilities(logits), users)
-            rows.append(
-                {
-                    **who,
-                    "value": float(value)
-                    if value is not None and np.isfinite(value)
-                    else None,
-                }
-            )
-        except Exception as error:
-            raise ConfigError(
-                f"results.metric: {name} failed: {type(error).__name__}: {error}"
-            ) from error
-    return {"name": name, "rows": rows}
-
-
-def baseline_scores_of(
-    baselines: Sequence[Baseline], rows: pl.DataFrame, split: str, fold: str | None = None
-) -> list[tuple[dict[str, Any], F64]]:
-    """Names and logits of baselines, for `slice_rows`."""
-    ids = targets_of(rows, split, fold)["row_id"]
-    return [({"name": baseline.name}, baseline.logits(ids)) for baseline in baselines]
-
-
-def exit_scores_of(
-    scores: pl.DataFrame,
-    rows: pl.DataFrame,
-    layers: Sequence[int],
-    split: str,
-    fold: str | None = None,
-) -> list[tuple[dict[str, Any], F64]]:
-    """Layers and logits of the exits of a score table, for `slice_rows`."""
-    ids = targets_of(rows, split, fold).select("row_id")
-    ordered = ids.join(scores, on="row_id", how="left", maintain_order="left")
-    return [
-        ({"layer": k}, ordered[f"logit_{k}"].cast(pl.Float64).to_numpy()) for k in layers
-    ]
-
-
-def plan_scores_of(
-    scores: pl.DataFrame,
-    logits: F64,
-    layer: ArrayLike,
-    rows: pl.DataFrame,
-    split: str,
-    fold: str | None = None,
-) -> tuple[F64, F64]:
-    """A plan's logits and layers run, both (n,), from the order of `scores` into the order of `slice_rows`."""
-    run = np.asarray(layer, np.float64)
-    decided = scores.select("row_id").with_columns(
-        logit=pl.Series(logits), layer=pl.Series(run)
-    )
-    ids = targets_of(rows, split, fold).select("row_id")
-    ordered = ids.join(decided, on="row_id", how="left", maintain_order="left")
-    return ordered["logit"].to_numpy(), ordered["layer"].to_numpy()
+    metric: OwnMetric, scores: Mapping[str, F64], labels: ArrayLike, users: ArrayLike
+) -> OwnMetricRows:
+    """The `own_metric` of a result file, of each of the named `scores` (n,)."""
+    name = getattr(metric, "__name__", type(metric).__name__)
+    found = dict[str, float | None]()
+    try:
+        for of, logits in scores.items():
+            value = metric(np.asarray(labels), probabilities(logits), np.asarray(users))
+            found[of] = None if value is None or not np.isfinite(value) else float(value)
+    except Exception as error:
+        raise ConfigError(
+            f"results.metric: {name} failed: {type(error).__name__}: {error}"
+        ) from error
+    return {"name": name, "scores": found}
 
 
 class PlannedRows:
@@ -386,33 +381,31 @@ class PlannedRows:
         """The same rows under another plan."""
         return PlannedRows(plan, *self._arguments)
 
-    def exits(self) -> dict[int, dict[str, Any]]:
-        """By layer: the calibrated head on all rows, the share that leaves there, and the AUC of those that do."""
-        found = {}
-        for column, layer in enumerate(self.plan.layers):
-            gone = self.layer == layer
-            metrics = head_metrics(self.calibrated[:, column], self.labels, self.users)
-            found[layer] = {
-                "calibrated": {
-                    name: metrics[name] for name in ("auc", "log_loss", "brier", "ece")
-                },
-                "exit_share": float(gone.mean()),
-                "auc_leaving": auc(self.logit[gone], self.labels[gone]),
-            }
-        return found
+    def calibrated_metrics(self, layer: int) -> Calibrated:
+        """Of one head on all rows."""
+        found = head_metrics(self.head(layer), self.labels, self.users)
+        return {
+            "auc": found["auc"],
+            "log_loss": found["log_loss"],
+            "brier": found["brier"],
+            "ece": found["ece"],
+        }
 
-    def summary(self, static_exit: int) -> dict[str, Any]:
+    def auc_leaving(self, layer: int) -> float | None:
+        """AUC of the rows that leave at this layer."""
+        gone = self.layer == layer
+        return auc(self.logit[gone], self.labels[gone])
+
+    def summary(self, static_exit: int) -> PlanRow:
         """Accuracy and cost of the plan, beside the static exit of equal accuracy and that of equal cost."""
-        full, spent = self.plan.layers[-1], self._cost(self.layer)
-        drop = self._bootstrap.difference_interval(
-            self._head(full), self.logit, self.labels
-        )
-        saved = self._bootstrap.ratio_interval(self._static_cost(full), spent)
+        full = self.plan.layers[-1]
+        spent = self._cost(self.layer)
+        total = spent.sum()
+        whole = self._static_cost(full).sum()
+        drop = self._bootstrap.difference_interval(self.head(full), self.logit, self.labels)
         # of equal cost: the deepest exit that costs no more; the shallowest where all cost
         # more
-        affordable = [
-            k for k in self.plan.layers if self._static_cost(k).sum() <= float(spent.sum())
-        ]
+        affordable = [k for k in self.plan.layers if self._static_cost(k).sum() <= total]
         equal_cost = affordable[-1] if affordable else self.plan.layers[0]
         return {
             "criterion": self.plan.criterion,
@@ -423,8 +416,7 @@ class PlannedRows:
             },
             "auc_drop": drop["value"],
             "auc_drop_interval": drop["interval"],
-            "token_layer_speedup": saved["value"],
-            "token_layer_speedup_interval": saved["interval"],
+            "token_layer_speedup": float(whole / total) if total else None,
             "speedup_over_static": self._bootstrap.ratio_interval(
                 self._static_cost(static_exit), spent
             ),
@@ -432,17 +424,15 @@ class PlannedRows:
             "equal_cost": self._against(equal_cost),
         }
 
-    def risk(self, name: str) -> dict[str, Any]:
-        """The certified risk on these rows, {`risk`, `value`, `interval`}; a report, not a guarantee.
+    def risk(self, name: str) -> Risk:
+        """The certified risk on these rows; a report, not a guarantee.
 
         auc_gap is of the pooled rows, score_drift a mean over users, each counting once.
         """
-        full = self._head(self.plan.layers[-1])
+        full = self.head(self.plan.layers[-1])
         if name == "auc_gap":
-            return {
-                "risk": name,
-                **self._bootstrap.difference_interval(full, self.logit, self.labels),
-            }
+            gap = self._bootstrap.difference_interval(full, self.logit, self.labels)
+            return {"risk": name, **gap}
         losses = row_losses(name, probabilities(self.logit), probabilities(full))
         _, user, rows = np.unique(self.users, return_inverse=True, return_counts=True)
         weights = 1 / rows[user]
@@ -458,33 +448,34 @@ class PlannedRows:
     def _static_cost(self, layer: int) -> F64:
         return self._cost(np.full(self.layer.shape, layer, dtype=np.int64))
 
-    def _head(self, layer: int) -> F64:
+    def head(self, layer: int) -> F64:
+        """(n,) calibrated logits of one head."""
         return self.calibrated[:, self.plan.layers.index(layer)]
 
-    def _against(self, layer: int) -> dict[str, Any]:
+    def _against(self, layer: int) -> AgainstStatic:
         """The plan minus a static exit, in AUC, paired."""
         gain = self._bootstrap.difference_interval(
-            self.logit, self._head(layer), self.labels
+            self.logit, self.head(layer), self.labels
         )
         return {
             "layer": layer,
-            "auc": auc(self._head(layer), self.labels),
+            "auc": auc(self.head(layer), self.labels),
             "auc_gain": gain["value"],
             "auc_gain_interval": gain["interval"],
         }
 
 
 def adaptive_summary(
-    plans: Plans, rows: PlannedRows, risk: str | None = None
-) -> dict[str, Any]:
-    """The `adaptive` part of a result file, from rows under `plans.plan`; `risk` is the certificate's."""
-
-    def measured(rows: PlannedRows) -> dict[str, Any]:
-        return rows.summary(plans.static_exit) | (
-            {} if risk is None else {"risk": rows.risk(risk)}
-        )
-
-    without = rows.under(plans.without).summary(plans.static_without)
-    certified = None if plans.certified is None else measured(rows.under(plans.certified))
-    words = {"budget_words": plans.document.get("budget_words")}
-    return measured(rows) | {"without_exit_0": without, "certified": certified} | words
+    plans: Plans, rows: PlannedRows, split: str, against: AgainstBaseline | None = None
+) -> Adaptive:
+    """The `adaptive` part of a result file, from rows under `plans.plan`."""
+    certificate = plans.certificate
+    return {
+        "split": split,
+        "fold": fold_of(split),
+        **rows.summary(plans.static_exit),
+        "without_exit_0": rows.under(plans.without).summary(plans.static_without),
+        "risk": None if certificate is None else rows.risk(certificate["risk"]),
+        "baseline_difference": None if against is None else against.difference(rows.logit),
+        "budget_words": plans.budget_words,
+    }

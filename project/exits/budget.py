@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -34,6 +33,7 @@ from project.exits.plan import (
     specification,
 )
 from project.exits.policy import Policy, leave
+from project.exits.ranking import no_lists
 from project.exits.search import (
     Path,
     Step,
@@ -45,6 +45,8 @@ from project.exits.search import (
     threshold_path,
     user_influences,
 )
+from project.results import Calibration as CalibrationDocument
+from project.results import Issued
 from project.run import exit_layers_of
 
 # With fewer users on tune no bound on the AUC drop holds on fresh users where a few in a
@@ -196,23 +198,20 @@ def calibrate(
     features: F64,
     settings: ExitSettings,
     protocol_hash: str,
-    previous: Mapping[str, Any] | None = None,
+    issued: Sequence[Issued] = (),
     checkpoint: str = "",
     fitting: bool = False,
-) -> Plans:
-    """The exit plans of a run, with the body of results/calibrate.json.
+) -> tuple[Plans, CalibrationDocument]:
+    """The exit plans of a run, and the body of results/calibrate.json.
 
-    `scores` is the score table of validation with its folds, `features` (n, F) are of the same rows, `previous` is the
-    run's results/calibrate.json, whose certificates must not be tried again. `checkpoint` names the weights that made
+    `scores` is the score table of validation with its folds, `features` (n, F) are of the same rows, `issued` is the
+    ledger of the run's results/calibrate.json, which must not be tried again. `checkpoint` names the weights that made
     the scores. Where `fitting`, they are the next ones of a fit, which chooses among checkpoints on `select` alone.
     """
     # 1. whether the certify fold may be read: it is for one certificate
-    issued = (previous or {}).get("ledger", [])
-    promise, ledger, words = (
-        settings.certificate,
-        issued,
-        "No certificate: exits.certificate is null.",
-    )
+    promise = settings.certificate
+    ledger = list(issued)
+    words = "No certificate: exits.certificate is null."
     if promise is not None:
         try:
             tried = certified_settings(settings) | {"checkpoint": checkpoint}
@@ -240,11 +239,9 @@ def calibrate(
         words = certificate.in_words()
         last = None if further.path_step is None else sequence[further.path_step]
         if further.passed is None:  # nothing was tested, so the fold may be read once more
-            ledger = issued
+            ledger = list(issued)
     # 4. what is kept, and what is reported
-    document = {
-        "layers": list(layers),
-        "exit_0": settings.exit_0,
+    document: CalibrationDocument = {
         "policies": [
             {
                 "criterion": name(curve.criterion),
@@ -258,17 +255,15 @@ def calibrate(
         ],
         "controls": control_curves(tune.outputs, tune.labels, tune.tokens),
         "chosen": name(best.criterion),
-        "prefix_cached": settings.prefix_cached,
         "budget": {
             "max_auc_drop": settings.max_auc_drop,
             "max_cost": settings.max_cost,
-            "users": tune.users,
         },
         "budget_words": tune.in_words(),
-        "static_exit": {key: tune.static_exit[key] for key in ("layer", "auc", "cost")},
         "certificate": None if certificate is None else certificate.to_dict(),
         "certificate_words": words,
         "certified": None,
+        "lists": no_lists(),
         "ledger": ledger,
     }
     if last is not None and further is not None:
@@ -279,17 +274,17 @@ def calibrate(
                 f"Tested after the budget policy, in the order of the path and at the same delta: the certified policy "
                 f"is step {last}, {last - best.step} faster than the budget's. {further.in_words()}"
             )
-        found = best.path[last]
-        about = {"thresholds": _by_layer(layers, found.thresholds), "words": relation}
-        document["certified"] = {"path_step": last, **found.point(), **about}
-    return Plans(
+        document["certified"] = {"path_step": last, "words": relation}
+    plans = Plans(
         plan=tune.plan(best.step),
         static_exit=tune.static_exit["layer"],
         without=without.plan(without.best.step),
         static_without=without.static_exit["layer"],
         certified=None if last is None else tune.plan(last),
-        document=document,
+        certificate=document["certificate"],
+        budget_words=document["budget_words"],
     )
+    return plans, document
 
 
 def _certificates(

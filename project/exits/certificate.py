@@ -14,7 +14,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,6 +24,7 @@ from scipy.stats import rankdata
 from project.arrays import F64, I64
 from project.errors import ConfigError, DataError
 from project.metrics import SMALLEST_PROBABILITY, probabilities
+from project.results import CertificateRow
 
 WIDEST = 1.0 - 2 * SMALLEST_PROBABILITY  # largest distance of two emitted probabilities
 RISKS = {
@@ -137,9 +138,9 @@ class Certificate:
     users_needed: int | None = None
     reason: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> CertificateRow:
         """JSON values under the names above, and `words`."""
-        return asdict(self) | {"words": self.in_words()}
+        return cast("CertificateRow", asdict(self) | {"words": self.in_words()})
 
     def in_words(self) -> str:
         """One sentence for a report."""

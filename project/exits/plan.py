@@ -30,6 +30,7 @@ from project.exits.criteria import (
 )
 from project.exits.policy import Policy
 from project.exits.ranking import Lists
+from project.results import CertificateRow, Issued
 
 
 def all_criteria() -> list[Criterion]:
@@ -199,7 +200,7 @@ class Plans:
     `plan` is in use, `without` is the same run's without exit 0 at the budget's step, for comparison, `certified` the
     fastest that the certificate reached, None where its first test failed. `static_exit` and `static_without` are the
     layers of the static exits of equal accuracy. `lists` lets candidates leave by `plan`'s heads where the best k are
-    asked for. `document` is the body of results/calibrate.json; from a checkpoint, its `certificate` alone.
+    asked for.
     """
 
     plan: ExitPlan
@@ -208,7 +209,8 @@ class Plans:
     static_without: int
     certified: ExitPlan | None = None
     lists: Lists = field(default_factory=Lists)
-    document: dict[str, Any] = field(default_factory=dict)
+    certificate: CertificateRow | None = None
+    budget_words: str | None = None  # why the plan is full depth, where users are too few
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -219,8 +221,8 @@ class Plans:
             "static_without": self.static_without,
             "certified": None if self.certified is None else self.certified.state(),
             "lists": self.lists.state(),
-            "certificate": json.dumps(self.document.get("certificate", {})),
-            "budget_words": self.document.get("budget_words"),
+            "certificate": json.dumps(self.certificate),
+            "budget_words": self.budget_words,
         }
 
     @classmethod
@@ -230,10 +232,6 @@ class Plans:
         certified = (
             None if state["certified"] is None else ExitPlan.from_state(state["certified"])
         )
-        document = {
-            "certificate": json.loads(state["certificate"]),
-            "budget_words": state.get("budget_words"),
-        }
         return cls(
             plan,
             state["static_exit"],
@@ -241,7 +239,8 @@ class Plans:
             state["static_without"],
             certified,
             Lists.from_state(state["lists"]),
-            document,
+            json.loads(state["certificate"]) or None,
+            state.get("budget_words"),
         )
 
 
@@ -285,26 +284,26 @@ def certified_settings(settings: ExitSettings) -> dict[str, Any]:
 
 
 def admit(
-    issued: Sequence[Mapping[str, Any]],
+    issued: Sequence[Issued],
     settings: Mapping[str, Any],
     protocol_hash: str,
     fitting: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[Issued]:
     """The ledger `issued` with one more certificate on the protocol's fold; the identical one is recorded once.
 
     `settings` is all that decides what is tested, by YAML key, and the `checkpoint`; a key that an issued certificate
     lacks is not held against it. Anything else on the same fold is another try, which is an error. While `fitting` it
     is the same try with the next checkpoint, as the certificate has no part in which checkpoint is kept.
     """
-    new = {"protocol_hash": protocol_hash, "settings": dict(settings)}
-    ledger: list[dict[str, Any]] = []
+    new: Issued = {"protocol_hash": protocol_hash, "settings": dict(settings)}
+    ledger = list[Issued]()
     for record in issued:
         was = record["settings"]
         changed = [
             key for key, value in settings.items() if key in was and was[key] != value
         ]
-        if record["protocol_hash"] != protocol_hash and dict(record) not in ledger:
-            ledger.append(dict(record))
+        if record["protocol_hash"] != protocol_hash and record not in ledger:
+            ledger.append(record)
         if (
             record["protocol_hash"] == protocol_hash
             and changed

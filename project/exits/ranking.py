@@ -21,6 +21,7 @@ from project.exits.certificate import CertificateSettings, certify_losses, user_
 from project.exits.cost import request_cost
 from project.exits.criteria import HeadOutputs
 from project.exits.top_k import TopK, fit_margins, overlap_at_k
+from project.results import ListRow, ListRows
 
 LENGTHS = (1, 5, 10, 20, 50)  # lists that margins are fitted for
 CANDIDATES = 64  # of a request that they are fitted on
@@ -67,6 +68,11 @@ def list_keys(outputs: HeadOutputs, exits: Tensor) -> Tensor:
     return left_with + reach * exits
 
 
+def no_lists(error: str | None = None) -> ListRows:
+    """The document of no lists, and why there are none."""
+    return {"requests": 0, "lengths": [], "error": error}
+
+
 @dataclass(frozen=True, eq=False)
 class Lists:
     """Who leaves where the best k are asked for. A length that was not fitted takes the margins of the next longer.
@@ -76,7 +82,7 @@ class Lists:
     """
 
     margins: dict[int, Tensor] = field(default_factory=dict)
-    document: dict[str, Any] = field(default_factory=dict)
+    document: ListRows = field(default_factory=no_lists)
 
     @property
     def longest(self) -> int:
@@ -112,20 +118,25 @@ def fit_lists(
     shortest = float(torch.bincount(tune.request).double().median())
     lengths = [k for k in LENGTHS if k < shortest]
     margins = dict[int, Tensor]()
-    rows = list[dict[str, Any]]()
+    rows = list[ListRow]()
     for k in lengths:
         # 1. the cheapest margins of enough overlap; without any, nobody leaves
         margins[k] = torch.full_like(fitted[0], torch.inf)
-        row: dict[str, Any] = {"k": k, "level": None, "overlap": 1.0, "cost": 1.0}
+        row: ListRow = {
+            "k": k,
+            "level": None,
+            "overlap": 1.0,
+            "cost": 1.0,
+            "certificate": None,
+        }
         for level, candidate in zip(LEVELS, fitted, strict=True):
             exits = TopK(k, candidate).exits(tune.request, tune.outputs)
             cost = float(tune.costs(exits, True).sum()) / whole
             overlap = float(tune.overlaps(exits, k).mean())
             if cost < row["cost"] and overlap >= OVERLAP:
-                row |= {"level": level, "overlap": overlap, "cost": cost}
+                row.update({"level": level, "overlap": overlap, "cost": cost})
                 margins[k] = candidate
         # 2. its promise
-        row["certificate"] = None
         if certify is not None:
             exits = TopK(k, margins[k]).exits(certify.request, certify.outputs)
             lost = 1.0 - certify.overlaps(exits, k)
@@ -133,4 +144,4 @@ def fit_lists(
             promise = CertificateSettings("overlap_loss", EPSILON, delta / len(lengths))
             row["certificate"] = certify_losses(losses, promise).to_dict()
         rows.append(row)
-    return Lists(margins, {"requests": len(tune.user), "lengths": rows})
+    return Lists(margins, no_lists() | {"requests": len(tune.user), "lengths": rows})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from project.arrays import F64, I64, Bool
 from project.exits.criteria import HeadOutputs
 from project.exits.policy import leave, oracle_exits, random_exits
 from project.metrics import auc, probabilities
+from project.results import Point
 
 SHARES = 20  # thresholds of a head's grid; they are denser where few rows leave
 # how many thresholds a head may move at once; greedy by single ones gets stuck
@@ -59,7 +60,7 @@ class Step:
     auc_drop: float
     expected_auc: float
 
-    def point(self) -> dict[str, float]:
+    def point(self) -> Point:
         """The step as a point of a Pareto curve in a result file."""
         return {
             "cost": self.cost,
@@ -271,9 +272,7 @@ def _numbers(values: Tensor) -> F64:
     return found
 
 
-def point(
-    outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor, exits: Tensor
-) -> dict[str, Any]:
+def point(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor, exits: Tensor) -> Point:
     """Point of a Pareto curve for n rows that leave at these heads (n,): `cost`, `mean_depth`, `auc`, `auc_drop`."""
     layers = torch.tensor(outputs.layers)
     whole = float((layers[-1] * tokens).sum())
@@ -289,27 +288,25 @@ def point(
     }
 
 
-def static_curve(
-    outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor
-) -> list[dict[str, Any]]:
+def static_curve(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor) -> list[Point]:
     """Points of the static exits, where everyone leaves at one head, shallow first, each with its `layer`."""
     return [
-        point(outputs, labels, tokens, torch.full((len(tokens),), head)) | {"layer": layer}
+        {**point(outputs, labels, tokens, torch.full((len(tokens),), head)), "layer": layer}
         for head, layer in enumerate(outputs.layers)
     ]
 
 
-def equal_accuracy_exit(static: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def equal_accuracy_exit(static: Sequence[Point]) -> Point:
     """The static exit of equal accuracy: the shallowest point whose AUC is near the best one's."""
-    best = max(p["auc"] for p in static)
+    best = max(p["auc"] or 0.0 for p in static)
     # 1e-12: a head that is exactly the tolerance below counts, whatever the rounding
-    return next(p for p in static if p["auc"] >= best - STATIC_TOLERANCE - 1e-12)
+    return next(p for p in static if (p["auc"] or 0.0) >= best - STATIC_TOLERANCE - 1e-12)
 
 
 def control_curves(
     outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor
-) -> list[dict[str, Any]]:
-    """Curves {`name`, `pareto`} of the controls that every policy is compared with, on n labelled rows.
+) -> dict[str, list[Point]]:
+    """Curves of the controls that every policy is compared with, by name, on n labelled rows.
 
     `fixed_depth` are the static exits, `random` goes from nobody to everybody by lot, `oracle` from strict to lax.
     """
@@ -321,9 +318,5 @@ def control_curves(
         point(outputs, labels, tokens, oracle_exits(outputs, limit))
         for limit in ORACLE_TOLERANCES
     ]
-    curves = {
-        "fixed_depth": static_curve(outputs, labels, tokens),
-        "random": lots,
-        "oracle": oracle,
-    }
-    return [{"name": name, "pareto": points} for name, points in curves.items()]
+    static = static_curve(outputs, labels, tokens)
+    return {"fixed_depth": static, "random": lots, "oracle": oracle}

@@ -306,7 +306,7 @@ class ExitRecommender(L.LightningModule):
         exit_0 = self.feature_baseline().logits(self.data.retrieved_of(rows))
         return scores_of_rows(ids, values, rows, exit_0, self.exit_layers)
 
-    def _log_heads(self, rows: list[dict[str, Any]], prefix: str) -> None:
+    def _log_heads(self, rows: Sequence[Mapping[str, Any]], prefix: str) -> None:
         for row in rows:
             for name in ("auc", "log_loss", "brier", "ece"):
                 if row[name] is not None:

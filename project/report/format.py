@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from jinja2 import Environment, PackageLoader, Undefined
 from markupsafe import Markup
+
+from project.results import Estimate
 
 UNDEFINED = Markup("undefined")
 ABSENT = Markup("–")
@@ -83,40 +84,31 @@ def interval(
     return Markup(f"[{', '.join(number(bound, digits, signed) for bound in bounds)}]")
 
 
-def difference(found: Mapping[str, Any] | None) -> Markup:
-    """A difference {`value`, `interval`}: +.0110 [-.0020, +.0200]; a dash where there is none."""
+def difference(found: Estimate | None) -> Markup:
+    """+.0110 [-.0020, +.0200]; a dash where there is none."""
     if found is None:
         return ABSENT
-    value, bounds = found["value"], found.get("interval")
-    if value is None or bounds is None:
-        return number(value, signed=True)
-    return Markup(f"{number(value, signed=True)} {interval(bounds, signed=True)}")
+    made = number(found["value"], signed=True)
+    bounds = found["interval"]
+    return made if bounds is None else Markup(f"{made} {interval(bounds, signed=True)}")
 
 
-def times(found: float | Mapping[str, Any] | None) -> Markup:
-    """x2.31, with [x2.20, x2.41] where {`value`, `interval`} has one; "undefined" where nothing was spent."""
-    if not isinstance(found, Mapping):
-        return UNDEFINED if found is None else Markup(f"x{found:.2f}")
-    bounds = found.get("interval")
-    return Markup(
-        times(found["value"]) + (f" [{', '.join(map(times, bounds))}]" if bounds else "")
-    )
+def times(value: float | None, bounds: Sequence[float] | None = None) -> Markup:
+    """x2.31, with [x2.20, x2.41] where there are bounds; "undefined" where nothing was spent."""
+    if value is None:
+        return UNDEFINED
+    shown = f" [{', '.join(map(times, bounds))}]" if bounds else ""
+    return Markup(f"x{value:.2f}{shown}")
 
 
-def ratio(found: float | Mapping[str, Any], above: str, below: str) -> Markup:
+def ratio(
+    value: float | None, above: str, below: str, bounds: Sequence[float] | None = None
+) -> Markup:
     """`times` with a word: x1.34 fewer; what is below 1 is turned over: x1.23 more."""
-    value, bounds = (
-        (found["value"], found.get("interval"))
-        if isinstance(found, Mapping)
-        else (found, None)
-    )
     if not value or value >= 1:
-        return Markup(f"{times(found)} {above}")
-    turned = {
-        "value": 1 / value,
-        "interval": bounds and [1 / bound for bound in reversed(bounds)],
-    }
-    return Markup(f"{times(turned)} {below}")
+        return Markup(f"{times(value, bounds)} {above}")
+    turned = bounds and [1 / bound for bound in reversed(bounds)]
+    return Markup(f"{times(1 / value, turned)} {below}")
 
 
 def percent(value: float | None) -> Markup:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -18,8 +17,8 @@ from project.arrays import F64
 from project.errors import DataError
 from project.metrics import ece, probabilities
 from project.report.format import number
+from project.results import Adaptive, CalibrateResult, Difference, ExitRow
 
-Row = Mapping[str, Any]
 NamedAUC = tuple[str, float]
 
 BINS = 15  # of equal mass, as in metrics.ece: tables and pictures show one number
@@ -41,21 +40,19 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None) -> Figure:
+def pareto_figure(calibrate: CalibrateResult, baseline: NamedAUC | None = None) -> Figure:
     """AUC on tune by share of full depth's token-layers: criteria, static exits, random, oracle, plan, best baseline.
 
-    `calibrate` is a result with `policies`, `controls` and `chosen`, each `pareto` a list of steps with `cost` (0 where
-    everyone leaves at exit 0, 1 at full depth) and `auc`.
+    Costs are 0 where everyone leaves at exit 0, 1 at full depth.
     """
     axes = _axes("token-layers / full depth  (left is cheaper)", "AUC, tune fold", 4.6)
-    policies = calibrate.get("policies", [])
-    curves = {p["criterion"]: p["pareto"] for p in policies}
-    curves |= {c["name"]: c["pareto"] for c in calibrate.get("controls", [])}
+    curves = {p["criterion"]: p["pareto"] for p in calibrate["policies"]}
+    curves |= calibrate["controls"]
     levels: list[float] = []
     others = iter(OTHER_COLOURS * len(curves))
     # 1. a line a criterion and control
     for name, steps in curves.items():
-        known = sorted((s["cost"], s["auc"]) for s in steps if s.get("auc") is not None)
+        known = sorted((s["cost"], s["auc"]) for s in steps if s["auc"] is not None)
         if not known:
             continue
         path, colour = np.array(known), COLOURS.get(name) or next(others)
@@ -64,18 +61,16 @@ def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None) -> Figure:
                   label=CONTROLS.get(name, name))  # fmt: skip
         for step in steps if name == "fixed_depth" else []:
             if step["auc"] is not None:  # its depth, in the square
-                axes.text(step["cost"], step["auc"], str(step.get("layer", "")), color="white", fontsize=7, ha="center",
+                axes.text(step["cost"], step["auc"], str(step["layer"]), color="white", fontsize=7, ha="center",
                           va="center_baseline", zorder=5)  # fmt: skip
         # random may lie outside the picture
         levels += [] if name == "random" else path[:, 1].tolist()
     # 2. a ring at the plan
-    for policy in policies:
-        step = (
-            policy["pareto"][policy["chosen_step"]]
-            if policy.get("chosen_step") is not None
-            else {}
-        )
-        if policy["criterion"] == calibrate.get("chosen") and step.get("auc") is not None:
+    for policy in calibrate["policies"]:
+        if policy["criterion"] != calibrate["chosen"]:
+            continue
+        step = policy["pareto"][policy["chosen_step"]]
+        if step["auc"] is not None:
             label = f"plan: {policy['criterion']}, AUC {number(step['auc'])} at {number(step['cost'], 3)}"
             axes.plot(step["cost"], step["auc"], "o", ms=13, mfc="none", mec=COLOURS["plan"], mew=2.6,
                       label=label)  # fmt: skip
@@ -96,9 +91,9 @@ def pareto_figure(calibrate: Row, baseline: NamedAUC | None = None) -> Figure:
 
 
 def depth_figure(
-    exits: Sequence[Row],
+    exits: Sequence[ExitRow],
     baseline: NamedAUC | None = None,
-    plan: Row | None = None,
+    plan: Adaptive | None = None,
     rows: str = "test",
 ) -> Figure:
     """AUC of `rows` minus the best baseline's by depth, with paired intervals; the plan stands at its mean depth.
@@ -107,28 +102,13 @@ def depth_figure(
     """
     axes = _axes("layers run", f"AUC minus best baseline's, {rows}", 3.9)
     # 1. static exits
-    paired = {row["layer"]: row["baseline_difference"] for row in exits if _defined(row)}
-    if paired:
-        _bars(
-            axes,
-            list(paired),
-            list(paired.values()),
-            "o-",
-            COLOURS["fixed_depth"],
-            "static exit",
-        )
+    paired = {row["layer"]: row["baseline_difference"] for row in exits}
+    layers = _bars(axes, paired, "o-", COLOURS["fixed_depth"], "static exit")
     # 2. the plan
-    if plan and _defined(plan):
-        place = [plan["mean_depth"]]
-        _bars(
-            axes,
-            place,
-            [plan["baseline_difference"]],
-            "D",
-            COLOURS["plan"],
-            "plan, at its mean depth",
-        )
-    axes.set_xticks(list(paired))
+    if plan is not None:
+        own = {plan["mean_depth"]: plan["baseline_difference"]}
+        _bars(axes, own, "D", COLOURS["plan"], "plan, at its mean depth")
+    axes.set_xticks(layers)
     # 3. the baseline is 0
     if baseline:
         label = f"best baseline {baseline[0]} ({number(baseline[1])})"
@@ -138,32 +118,20 @@ def depth_figure(
     return _finished(axes)
 
 
-def _defined(row: Row) -> bool:
-    """Whether the row was compared with a baseline."""
-    return (row.get("baseline_difference") or {}).get("value") is not None
-
-
-def exit_share_figure(exits: Sequence[Row], mean_depth: float | None = None) -> Figure:
-    """Share of rows that leave at each exit; rows without `exit_share` are left out."""
+def exit_share_figure(exit_shares: Mapping[str, float], mean_depth: float) -> Figure:
+    """Share of rows that leave at each exit, by layer."""
     axes = _axes("exit", "", 2.8)
-    rows = [row for row in exits if row.get("exit_share") is not None]
-    shares = [row["exit_share"] for row in rows]
-    bars = axes.bar(
-        [str(row["layer"]) for row in rows], shares, width=0.7, color=COLOURS["consistency"]
-    )
+    layers = list(exit_shares)
+    shares = list(exit_shares.values())
+    bars = axes.bar(layers, shares, width=0.7, color=COLOURS["consistency"])
     labels = ["< 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %" for share in shares]
     axes.bar_label(bars, labels, fontsize=9)
     axes.set_ylim(0, 1.12 * max([*shares, 0.01]))
     axes.grid(visible=False)
     axes.yaxis.set_visible(False)  # the bars have their numbers
-    depth = (
-        f", mean depth {mean_depth:.2f} of {rows[-1]['layer']} layers"
-        if mean_depth and rows
-        else ""
-    )
-    axes.set_title(
-        "share of rows that leave at each exit" + depth, loc="left", fontsize=9.5
-    )
+    depth = f"mean depth {mean_depth:.2f} of {layers[-1]} layers"
+    title = f"share of rows that leave at each exit, {depth}"
+    axes.set_title(title, loc="left", fontsize=9.5)
     return _finished(axes)
 
 
@@ -249,13 +217,25 @@ def reliability_scores(
 
 
 def _bars(
-    axes: Axes, x: Sequence[float], rows: Sequence[Row], style: str, colour: str, label: str
-) -> None:
-    """Points at `value` with their `interval` where there is one."""
-    values = np.array([row["value"] for row in rows])
-    bounds = np.array([row["interval"] or (row["value"], row["value"]) for row in rows])
-    axes.errorbar(x, values, np.abs(bounds.T - values), fmt=style, color=colour, ms=5.5, lw=1.5, elinewidth=1.2,
-                  capsize=3, label=label)  # fmt: skip
+    axes: Axes,
+    rows: Mapping[int, Difference | None] | Mapping[float, Difference | None],
+    style: str,
+    colour: str,
+    label: str,
+) -> list[float]:
+    """By place a point with its interval where there is one; returns the places of those that are defined."""
+    defined = [
+        (x, d["value"], d["interval"])
+        for x, d in rows.items()
+        if d and d["value"] is not None
+    ]
+    if defined:
+        values = np.array([value for _, value, _ in defined])
+        bounds = np.array([bounds or (value, value) for _, value, bounds in defined])
+        places = [x for x, _, _ in defined]
+        axes.errorbar(places, values, np.abs(bounds.T - values), fmt=style, color=colour, ms=5.5, lw=1.5,
+                      elinewidth=1.2, capsize=3, label=label)  # fmt: skip
+    return [x for x, _, _ in defined]
 
 
 def _baseline_line(axes: Axes, baseline: NamedAUC) -> None:

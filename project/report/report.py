@@ -7,7 +7,7 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 from markdown_it import MarkdownIt
@@ -31,14 +31,19 @@ from project.report.tables import (
     rows_in_words,
     rows_of,
     score_rows,
-    slice_rows,
+)
+from project.results import (
+    CalibrateResult,
+    EngineResult,
+    EngineRow,
+    ExitRow,
+    PolicyRow,
+    ScoredResult,
 )
 from project.run import exit_layers_of, read_result, replace_file
 
-Row = Mapping[str, Any]
-
-COMMANDS = ("fit", "validate", "calibrate", "test", "baselines")
-"""In the order in which the run's protocol is taken from them."""
+SCORED = ("fit", "validate", "test", "baselines")
+"""Commands with scores, in the order in which the run's protocol is taken from them."""
 
 USAGE = "python -m project report RUN_FOLDER"
 
@@ -48,12 +53,11 @@ class Run:
     """What a run folder holds."""
 
     folder: Path  # as given
-    # by command: fit, validate, calibrate, test, baselines
-    results: dict[str, dict[str, Any]]
-    benchmarks: list[dict[str, Any]]
+    scored: dict[str, ScoredResult]  # by command: fit, validate, test, baselines
+    calibrate: CalibrateResult | None
+    benchmarks: list[EngineResult]
     notes: list[str]  # what was left out, a sentence each
-    # result with the reported rows: `exits`, `baselines`, `adaptive`, ...
-    reported: dict[str, Any]
+    reported: ScoredResult  # the reported rows, with the plan and certificate in use
     split: str  # of the reported rows
     fold: str | None
 
@@ -73,22 +77,17 @@ class Run:
         return "test" if self.split == "test" else "calibrate"
 
     @property
-    def calibrate(self) -> dict[str, Any]:
-        """The calibrate result; empty where there is none."""
-        return self.results.get("calibrate", {})
+    def policy(self) -> PolicyRow | None:
+        """The plan's criterion among the calibrated ones."""
+        if self.calibrate is None:
+            return None
+        chosen = self.calibrate["chosen"]
+        return next(p for p in self.calibrate["policies"] if p["criterion"] == chosen)
 
     @property
-    def policy(self) -> Row:
-        """The plan's criterion among the calibrated ones; empty where there is none."""
-        policies = self.calibrate.get("policies", [])
-        return next(
-            (p for p in policies if p["criterion"] == self.calibrate.get("chosen")), {}
-        )
-
-    @property
-    def benchmark_rows(self) -> list[dict[str, Any]]:
+    def benchmark_rows(self) -> list[EngineRow]:
         """Rows of every benchmark result."""
-        return [row for result in self.benchmarks for row in result.get("rows", [])]
+        return [row for result in self.benchmarks for row in result["rows"]]
 
     def command_line(self, command: str) -> str:
         """The command line of a command for this run."""
@@ -108,86 +107,84 @@ class Run:
 
     def baseline(self, split: str, fold: str | None) -> tuple[str, float] | None:
         """Name and AUC of the best baseline on some rows, from whichever result has it."""
-        for result in (self.reported, *self.results.values()):
-            for row in rows_of(result.get("baselines", []), split, fold):
-                if (
-                    row["name"] == result.get("best_baseline")
-                    and row.get("auc") is not None
-                ):
+        for result in (self.reported, *self.scored.values()):
+            for row in rows_of(result["baselines"], split, fold):
+                if row["name"] == result["best_baseline"] and row["auc"] is not None:
                     return row["name"], row["auc"]
         return None
 
 
 def read_run(folder: Path) -> Run:
     """Read results/*.json of a run folder; results of another protocol, and second ones of a command, are left out."""
-    files = sorted((folder / "results").glob("*.json"))
-    if not files:
-        raise DataError(
-            f"{folder} holds no result files (results/*.json); expected the folder of a run, such as "
-            "runs/quickstart/latest. `python -m project fit --config FILE` makes one."
-        )
-    found = {path: read_result(path) for path in files}
+    found = {path: read_result(path) for path in (folder / "results").glob("*.json")}
     # 1. results/test.json before results/test-a.json: a tag is for keeping several apart
     first: dict[str, Path] = {}
-    for command in COMMANDS:
-        paths = [path for path, result in found.items() if result["command"] == command]
-        if paths:
-            first[command] = min(paths, key=lambda path: len(path.stem))
+    for path in sorted(found, key=lambda path: (len(path.stem), path)):
+        first.setdefault(found[path]["command"], path)
+    scored = [command for command in SCORED if command in first]
+    if not scored:
+        raise DataError(
+            f"{folder} holds no result files (results/*.json) of {', '.join(SCORED)}; expected the folder of a run, "
+            "such as runs/quickstart/latest. `python -m project fit --config FILE` makes one."
+        )
     # 2. one protocol, the first command's
-    other = found[next(iter(first.values()), files[0])]
-    protocol = other["protocol"]["hash"]
-    notes = [
-        f"Left out: results/{path.name} is of protocol hash {result['protocol']['hash']}, this run of {protocol}."
-        for path, result in found.items()
-        if result["protocol"]["hash"] != protocol
-    ]
-    same = {
-        path: result
-        for path, result in found.items()
-        if result["protocol"]["hash"] == protocol
-    }
-    notes += [
-        f"Not shown: results/{path.name} (a second result of `{result['command']}`)."
-        for path, result in same.items()
-        if first.get(result["command"], path) != path
-    ]
-    results = {command: same[path] for command, path in first.items() if path in same}
-    benchmarks = [result for result in same.values() if result["command"] == "benchmark"]
-    return Run(folder, results, benchmarks, notes, *_reported(results, other))
+    protocol = found[first[scored[0]]]["protocol"]["hash"]
+    same = dict[str, Any]()  # by command
+    benchmarks = []
+    notes = []
+    for path, result in sorted(found.items()):
+        command = result["command"]
+        other = result["protocol"]["hash"]
+        if other != protocol:
+            notes.append(
+                f"Left out: results/{path.name} is of protocol hash {other}, this run of {protocol}."
+            )
+        elif command == "benchmark" and "rows" in result:
+            benchmarks.append(result)
+        elif first[command] == path:
+            same[command] = result
+        elif command != "benchmark":
+            notes.append(
+                f"Not shown: results/{path.name} (a second result of `{command}`)."
+            )
+    results = {command: same[command] for command in SCORED if command in same}
+    calibrate = same.get("calibrate")
+    split, reported = _reported(results, calibrate)
+    return Run(
+        folder,
+        results,
+        calibrate,
+        benchmarks,
+        notes,
+        reported,
+        split,
+        "tune" if split == "valid" else None,
+    )
 
 
 def _reported(
-    results: dict[str, dict[str, Any]], other: dict[str, Any]
-) -> tuple[dict[str, Any], str, str | None]:
-    """The result with the rows to report, their split and fold."""
-    if "test" in results:
-        return results["test"], "test", None
-    base = results.get("validate") or results.get("fit") or {}
-    if calibrate := results.get("calibrate"):
-        newer = {key: calibrate[key] for key in ("exits", "adaptive") if key in calibrate}
-        old, new = base.get("adaptive"), newer.get("adaptive")
-        if (
-            old
-            and new
-            and all(
-                old.get(key) == new.get(key) for key in ("criterion", "auc", "mean_depth")
-            )
-        ):
-            # the same plan, which is compared with the best baseline, too
-            newer["adaptive"] = old
-        result = calibrate | base | newer
-        # rows of the tune fold get the share that leaves there, where only `adaptive` has
-        # it
-        shares = (result.get("adaptive") or {}).get("exit_shares") or {}
-        exits = [
-            {"exit_share": shares[str(row["layer"])], **row}
-            if row.get("fold") == "tune" and str(row["layer"]) in shares
-            else row
-            for row in result.get("exits", [])
-        ]
-        return result | {"exits": exits}, "valid", "tune"
-    # a run of baselines alone shows validation
-    return base or results.get("baselines", other), "valid", "tune"
+    results: Mapping[str, ScoredResult], calibrate: CalibrateResult | None
+) -> tuple[str, ScoredResult]:
+    """The split and the result with the rows to report, with the latest plan and certificate."""
+    for command in ("test", "validate", "fit", "baselines"):
+        if command in results:
+            break
+    found = results[command]
+    if calibrate is None:
+        return "test" if command == "test" else "valid", found
+    certificate = found["certificate"] or calibrate["certificate"]
+    if command == "test":
+        return "test", {**found, "certificate": certificate}
+    old, new = found["adaptive"], calibrate["adaptive"]
+    keys: tuple[Literal["criterion", "auc", "mean_depth"], ...]
+    keys = ("criterion", "auc", "mean_depth")
+    # the same plan was compared with the best baseline, too
+    same = old is not None and all(old[key] == new[key] for key in keys)
+    return "valid", {
+        **found,
+        "certificate": certificate,
+        "adaptive": old if same else new,
+    }
 
 
 def run_report(arguments: Sequence[str]) -> Path:
@@ -226,26 +223,28 @@ def _write(path: Path, content: bytes) -> Path:
 
 def render_report(run: Run, drawn: Mapping[str, Figure | str]) -> str:
     """The report's Markdown, with pictures by file name, or why there is none."""
-    certificate = run.reported.get("certificate") or run.calibrate.get("certificate")
-    result = run.reported | {"certificate": certificate}
-    result["warnings"] = list(
-        dict.fromkeys(w for r in run.results.values() for w in r.get("warnings", []))
-    )
-    exits = rows_of(result.get("exits", []), run.split, run.fold)
-    without = (result.get("adaptive") or {}).get("without_exit_0")
+    result = run.reported
+    exits = rows_of(result["exits"], run.split, run.fold)
+    plan = result["adaptive"]
     rows = score_rows(result, run.split, run.fold, run.benchmark_rows)
+    without = []
+    if plan is not None and exits:
+        own = plan["without_exit_0"]
+        if (own["auc"], own["mean_depth"]) != (plan["auc"], plan["mean_depth"]):
+            without = plan_rows(own, exits, name="plan without exit 0")
+    said = (warning for scored in run.scored.values() for warning in scored["warnings"])
     text = environment().get_template("report.md.j2").render(
         run=run,
-        result=result,
+        result={**result, "warnings": list(dict.fromkeys(said))},
         exits=exits,
-        baselines=rows_of(result.get("baselines", []), run.split, run.fold),
+        baselines=rows_of(result["baselines"], run.split, run.fold),
         answer=decide(result, rows),
         rows=rows,
-        slices=slice_rows(result, run.split, run.fold),
-        without=plan_rows(without, exits, name="plan without exit 0") if without and exits else [],
-        criteria=criteria_rows(run.calibrate),
+        slices=[s for s in rows_of(result["slices"], run.split, run.fold) if s["n"]],
+        without=without,
+        criteria=[] if run.calibrate is None else criteria_rows(run.calibrate),
         policy=run.policy,
-        refused=next((r["not_calibrated"] for r in run.results.values() if r.get("not_calibrated")), None),
+        refused=next(filter(None, (r["not_calibrated"] for r in run.scored.values())), None),
         missing={name: made for name, made in drawn.items() if not isinstance(made, Figure)},
     )  # fmt: skip
     return tidy(text)
@@ -285,27 +284,22 @@ def render_html(text: str, title: str, images: Mapping[str, bytes]) -> str:
 
 def pictures(run: Run) -> dict[str, Figure | str]:
     """The four pictures by name; where one cannot be drawn, why not ("" where another line says so)."""
-    exits = rows_of(run.reported.get("exits", []), run.split, run.fold)
-    plan = run.reported.get("adaptive")
-    found: dict[str, Figure | str] = {
-        "depth": "",
-        "exit_share": "",
-        "pareto": "",
-        "reliability": "",
-    }
+    exits = rows_of(run.reported["exits"], run.split, run.fold)
+    plan = run.reported["adaptive"]
+    found: dict[str, Figure | str] = {"depth": "", "exit_share": "", "pareto": ""}
     if exits:
-        found["depth"] = depth_figure(
-            exits, run.baseline(run.split, run.fold), plan, run.rows
-        )
-    if any(row.get("exit_share") is not None for row in exits):
-        found["exit_share"] = exit_share_figure(exits, (plan or {}).get("mean_depth"))
-    if run.calibrate.get("policies"):
+        best = run.baseline(run.split, run.fold)
+        found["depth"] = depth_figure(exits, best, plan, run.rows)
+        if plan is not None:
+            shares = plan["exit_shares"]
+            found["exit_share"] = exit_share_figure(shares, plan["mean_depth"])
+    if run.calibrate is not None:
         found["pareto"] = pareto_figure(run.calibrate, run.baseline("valid", "tune"))
     found["reliability"] = _reliability(run, exits)
     return found
 
 
-def _reliability(run: Run, exits: Sequence[Row]) -> Figure | str:
+def _reliability(run: Run, exits: Sequence[ExitRow]) -> Figure | str:
     path = run.folder / "scores" / f"{run.split}.parquet"
     command = "test" if run.split == "test" else "validate"
     if not path.is_file():
@@ -321,7 +315,7 @@ def _reliability(run: Run, exits: Sequence[Row]) -> Figure | str:
             f"No reliability diagrams: scores/{path.name} holds {counts}.", command
         )
     layers = [row["layer"] for row in exits] or exit_layers_of(table)
-    calibration = run.policy.get("calibration") or {}
+    calibration = {} if run.policy is None else run.policy["calibration"]
     return reliability_figure(
         reliability_scores(part, layers, calibration, f"scores/{path.name}")
     )

@@ -7,20 +7,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from rich.markdown import Markdown
 
 from project.errors import ConfigError
 from project.report.format import environment, tidy
+from project.results import (
+    BaselineRow,
+    CalibrateResult,
+    Difference,
+    EngineRow,
+    ExitRow,
+    PlanRow,
+    Point,
+    Result,
+    ScoredResult,
+    Where,
+)
 from project.run import read_result, replace_file
 
-Row = Mapping[str, Any]
-Result = Mapping[str, Any]
-
 TOLERANCE = 0.002  # of AUC: as near as the static exit of equal accuracy is to the best one
-# other commands show validation's tune fold
-REPORTED = {"test": ("test", None), "baselines": ("test", None)}
 TABLE = re.compile(
     r"(?P<start><!-- table (?P<short>short )?(?P<files>\S+(?: \S+)*?) -->)\n.*?(?P<end><!-- end of table -->)",
     re.DOTALL,
@@ -41,70 +48,74 @@ class Answer:
     how: Literal["", "as good", "better", "not better", "budget"] = ""
     layer: int | None = None  # exit: the one to deploy
     # what would be deployed (no_llm: the LLM's best) minus the best baseline
-    gain: Row | None = None
+    gain: Difference | None = None
     # exit: whether `gain` is of the exit calibrated with exit 0, else as trained
     calibrated: bool = False
 
 
-def decide(result: Result, rows: Sequence[Row] = ()) -> Answer:
-    """The decision on a result of `fit`, `validate`, `test` or `calibrate`; a clock in `rows` says what is faster."""
-    if not result.get("exits"):
+class Line(NamedTuple):
+    """A row of the main table; None: no such number."""
+
+    name: str
+    auc: float | None
+    interval: Sequence[float] | None = None
+    user_aucs: tuple[float | None, float | None] | None = None  # by rows, by users
+    log_loss: float | None = None
+    gain: Difference | None = None  # over the best baseline
+    depth: float | None = None
+    saved: float | None = None  # token-layers of full depth over its own
+    clock: float | None = None  # the same in seconds, from a benchmark result
+
+
+def decide(result: ScoredResult, rows: Sequence[Line] = ()) -> Answer:
+    """The decision on a result of `fit`, `validate` or `test`; a clock in `rows` says what is faster."""
+    if not result["exits"]:
         return Answer("baselines")
-    plan: Row = result.get("adaptive") or {}
-    gain = (plan or result).get("baseline_difference")
-    if not gain or not gain["interval"]:
+    plan = result["adaptive"]
+    chosen = result["chosen_exit"]
+    gain = result["baseline_difference"] if plan is None else plan["baseline_difference"]
+    if gain is None or gain["interval"] is None or gain["value"] is None:
         return Answer("undecided", gain=gain)
-    static: Row = plan.get("static_exit") or {}
     # 1. the plan runs no layer
-    if plan and plan["mean_depth"] == 0:
-        loses = (plan.get("auc_drop") or 0) > TOLERANCE and _above(
-            plan.get("auc_drop_interval")
-        )
+    if plan is not None and plan["mean_depth"] == 0:
+        loses = (plan["auc_drop"] or 0) > TOLERANCE and _above(plan["auc_drop_interval"])
         return Answer("no_llm", "exit 0", "budget" if loses else "as good", gain=gain)
     # 2. the plan is not shown better than the best baseline: maybe the best static exit is
     if not _above(gain["interval"]):
-        with_exit_0: Row = (result.get("chosen_exit_by_exit_0") or {}).get(
-            "with_exit_0"
-        ) or {}
-        for of, calibrated in ((with_exit_0, True), (result, False)):
-            if _above((better := of.get("baseline_difference") or {}).get("interval")):
-                return Answer(
-                    "exit", layer=result["chosen_exit"], gain=better, calibrated=calibrated
-                )
+        for better in (result["with_exit_0"], result["baseline_difference"]):
+            if better is not None and _above(better["interval"]):
+                calibrated = better is result["with_exit_0"]
+                return Answer("exit", layer=chosen, gain=better, calibrated=calibrated)
         if gain["interval"][1] < 0:
             return Answer("no_llm", gain["baseline"], "better", gain=gain)
-        instead = "exit 0" if static.get("layer") == 0 else gain["baseline"]
-        return Answer(
-            "no_llm",
-            instead,
-            "as good" if gain["value"] <= TOLERANCE else "not better",
-            gain=gain,
-        )
-    if not plan:
-        return Answer("exit", layer=result["chosen_exit"], gain=gain)
+        near = plan is not None and plan["static_exit"]["layer"] == 0
+        how: Literal["as good", "not better"] = "not better"
+        if gain["value"] <= TOLERANCE:
+            how = "as good"
+        return Answer("no_llm", "exit 0" if near else gain["baseline"], how, gain=gain)
+    if plan is None:
+        return Answer("exit", layer=chosen, gain=gain)
     # 3. the plan is better than the best baseline: it must beat the static exit of equal
     # accuracy, too
-    bounds = static.get("auc_gain_interval")
+    bounds = plan["static_exit"]["auc_gain_interval"]
     if bounds is None:
         return Answer("undecided", gain=gain)
+    static = plan["static_exit"]["layer"]
     clocks = {
-        row["depth"] if row["name"] != "plan" else "plan": row["clock"]
+        "plan" if row.name == "plan" else row.depth: row.clock
         for row in rows
-        if row.get("clock")
+        if row.clock is not None
     }
-    timed = clocks.keys() >= {"plan", static["layer"]}
-    faster = (
-        clocks["plan"] > clocks[static["layer"]]
-        if timed
-        else plan["speedup_over_static"]["value"] > 1
-    )
+    faster = (plan["speedup_over_static"]["value"] or 0) > 1
+    if clocks.keys() >= {"plan", static}:
+        faster = clocks["plan"] > clocks[static]
     cheaper = faster and not bounds[1] < 0
-    if _above(bounds) or (cheaper and static["layer"] > 0):
+    if _above(bounds) or (cheaper and static > 0):
         return Answer("plan", gain=gain)
-    if static["layer"] == 0:
+    if static == 0:
         return Answer("no_llm", "exit 0", "as good", gain=gain)
-    own: Row = next((row for row in result["exits"] if row["layer"] == static["layer"]), {})
-    return Answer("exit", layer=static["layer"], gain=own.get("baseline_difference"))
+    own = (r["baseline_difference"] for r in result["exits"] if r["layer"] == static)
+    return Answer("exit", layer=static, gain=next(own, None))
 
 
 def _above(bounds: Sequence[float] | None) -> bool:
@@ -117,57 +128,54 @@ def render(result: Result, folder: Path | None = None, short: bool = False) -> s
     `short`, of a run's scores: four rows, four columns and one sentence.
     """
     made: Any = environment().get_template("tables.md.j2").module
-    if result["command"] in ("benchmark", "compare", "study"):
-        return tidy(getattr(made, result["command"])(result))
-    split, fold = REPORTED.get(result["command"], ("valid", "tune"))
-    timed: Sequence[Row] = ()
+    match result["command"]:
+        case "calibrate":
+            calibrated = cast("CalibrateResult", result)
+            return tidy(made.calibrate(calibrated, criteria_rows(calibrated)))
+        case "benchmark" | "compare" | "study" as command:
+            return tidy(getattr(made, command)(result))
+    scored = cast("ScoredResult", result)
+    tested = any(row["split"] == "test" for row in scored["baselines"])
+    where: tuple[str, str | None] = ("test", None) if tested else ("valid", "tune")
+    timed = list[EngineRow]()
     if folder is not None and (path := folder / "benchmark.json").is_file():
         benchmark = read_result(path)
         if benchmark["protocol"]["hash"] == result["protocol"]["hash"]:
-            timed = benchmark.get("rows", [])
-    parts: dict[str, Any] = {
-        "rows": score_rows(result, split, fold, timed),
-        "slices": [
-            s
-            for s in slice_rows(result, split, fold)
-            if s["name"].startswith(("item_", "hidden_"))
-        ],
-        "rows_are": rows_in_words(split),
-    }
+            timed = benchmark["rows"]
+    lines = score_rows(scored, *where, timed)
+    slices = [
+        part
+        for part in rows_of(scored["slices"], *where)
+        if part["n"] and part["name"].startswith(("item_", "hidden_"))
+    ]
     form = made.short if short else made.scores
-    return tidy(form(result, decide(result, parts["rows"]), parts))
+    return tidy(form(scored, decide(scored, lines), lines, slices, rows_in_words(where[0])))
 
 
-def render_beside(results: Mapping[str, Result]) -> str:
+def render_beside(results: Mapping[str, ScoredResult]) -> str:
     """Markdown of `test` results by name: a row a run, and a line for runs of one folder and protocol by seed."""
-    groups: dict[tuple[str, str], list[Result]] = {}
+    groups: dict[tuple[str, str], list[ScoredResult]] = {}
     for name, result in results.items():
-        if result["command"] != "test" or not result.get("exits"):
+        if result["command"] != "test" or not result["exits"]:
             raise ConfigError(
                 f"{name} is a result of {result['command']}: expected results/test.json of runs."
             )
-        groups.setdefault((name.rpartition("/")[0], result["protocol"]["hash"]), []).append(
-            result
-        )
-    several = {
-        folder: rs for (folder, _), rs in groups.items() if len({r["seed"] for r in rs}) > 1
-    }
-    spreads = [
-        {
-            "folder": folder,
-            "seeds": [r["seed"] for r in rs],
-            "mean": mean(values),
-            "sd": stdev(values),
-        }
-        | {"range": [min(values), max(values)]}
-        for folder, rs in several.items()
-        for values in [[r["baseline_difference"]["value"] for r in rs]]
-    ]
+        key = name.rpartition("/")[0], result["protocol"]["hash"]
+        groups.setdefault(key, []).append(result)
+    spreads = list[dict[str, Any]]()
+    for (folder, _), group in groups.items():
+        seeds = [result["seed"] for result in group]
+        if len(set(seeds)) > 1:
+            gains = (result["baseline_difference"] for result in group)
+            values = [gain["value"] for gain in gains if gain and gain["value"] is not None]
+            spread = {"mean": mean(values), "sd": stdev(values)}
+            about = {"folder": folder, "seeds": seeds}
+            spreads.append(about | spread | {"range": [min(values), max(values)]})
     made: Any = environment().get_template("tables.md.j2").module
     return tidy(made.beside(results, spreads))
 
 
-def render_seconds(result: Result) -> str:
+def render_seconds(result: ScoredResult) -> str:
     """Markdown: where the seconds of a run went, longest first, with their sum."""
     made: Any = environment().get_template("tables.md.j2").module
     return tidy(made.seconds(result))
@@ -237,165 +245,130 @@ def rows_in_words(split: str) -> str:
     return "test" if split == "test" else "the tune fold of validation"
 
 
-def rows_of(rows: Sequence[Row], split: str, fold: str | None) -> list[Row]:
+Placed = TypeVar("Placed", bound=Where)
+
+
+def rows_of(rows: Sequence[Placed], split: str, fold: str | None) -> list[Placed]:
     """Rows of a result file's list that are about one split, or one fold of validation."""
-    return [row for row in rows if row["split"] == split and row.get("fold") == fold]
+    return [row for row in rows if row["split"] == split and row["fold"] == fold]
 
 
 def score_rows(
-    result: Result, split: str, fold: str | None, timed: Sequence[Row] = ()
-) -> list[Row]:
-    """The main table: best baseline, exits, plan, and the static exits that the plan must beat.
-
-    Rows of `name`, `auc`, `interval`, `log_loss`, `gain` ({`value`, `interval`} over the best baseline), `depth`,
-    `saved` (token-layers of full depth over its own), `clock` (the same in seconds, from the rows of a benchmark
-    result); None: no such number.
-    """
-    exits = rows_of(result.get("exits", []), split, fold)
-    baselines = rows_of(result.get("baselines", []), split, fold)
-    kind, best = "baseline", baselines
+    result: ScoredResult, split: str, fold: str | None, timed: Sequence[EngineRow] = ()
+) -> list[Line]:
+    """The main table: best baseline, exits, plan, and the static exits that the plan must beat."""
+    exits = rows_of(result["exits"], split, fold)
+    baselines = rows_of(result["baselines"], split, fold)
+    kind = "baseline"
     if exits:
-        kind, best = (
-            "best baseline",
-            [r for r in baselines if r["name"] == result.get("best_baseline")],
-        )
-    found: list[Row] = [
-        {"name": f"{kind} {row['name']}", **_scores_of(row)} for row in best
-    ]
-    deepest = max((row["layer"] for row in exits), default=0)
+        kind = "best baseline"
+        baselines = [b for b in baselines if b["name"] == result["best_baseline"]]
+    found = [scores_of(f"{kind} {row['name']}", row) for row in baselines]
     for row in exits:
         k = row["layer"]
-        notes = ["best static exit"] if k == result.get("chosen_exit") else []
-        notes += ["full depth"] if k == deepest else []
+        notes = ["best static exit"] if k == result["chosen_exit"] else []
+        notes += ["full depth"] if row is exits[-1] else []
         name = f"exit {k}" + (f" ({', '.join(notes)})" if notes else "")
-        found.append({"name": name, **_scores_of(row), **_static_cost(k, deepest, timed)})
-    if exits and (plan := result.get("adaptive")):
-        found += plan_rows(plan, exits, timed)
+        line = scores_of(name, row)._replace(gain=row["baseline_difference"])
+        found.append(static_cost(line, k, exits, timed))
+    plan = result["adaptive"]
+    if exits and plan is not None:
+        found += plan_rows(plan, exits, timed, gain=plan["baseline_difference"])
     return found
 
 
 def plan_rows(
-    plan: Row, exits: Sequence[Row], timed: Sequence[Row] = (), name: str = "plan"
-) -> list[Row]:
+    plan: PlanRow,
+    exits: Sequence[ExitRow],
+    timed: Sequence[EngineRow] = (),
+    name: str = "plan",
+    gain: Difference | None = None,
+) -> list[Line]:
     """A plan (`adaptive`, or its `without_exit_0`), then the static exits of equal accuracy and of equal cost."""
-    deepest = max(row["layer"] for row in exits)
-    clock = _clock(timed, "early_exit", plan["criterion"])
-    cost = {
-        "depth": plan["mean_depth"],
-        "saved": plan["token_layer_speedup"],
-        "clock": clock,
-    }
-    found: list[Row] = [{"name": name, **_scores_of(plan), **cost}]
+    found = [
+        scores_of(name, plan)._replace(
+            gain=gain,
+            depth=plan["mean_depth"],
+            saved=plan["token_layer_speedup"],
+            clock=_clock(timed, "early_exit", f"budget: {plan['criterion']}"),
+        )
+    ]
     if plan["mean_depth"] == 0:  # the plan is exit 0
         return found
-    static: dict[int, dict[str, float | None]] = {}  # layer -> what is equal: its AUC
-    for key, of in (("static_exit", "accuracy"), ("equal_cost", "cost")):
-        if plan.get(key):
-            static.setdefault(plan[key]["layer"], {})[of] = plan[key]["auc"]
-    for k, aucs in static.items():
-        calibrated = next(
-            (row.get("calibrated") or {} for row in exits if row["layer"] == k), {}
-        )
-        scores = {"auc": next(iter(aucs.values())), "log_loss": calibrated.get("log_loss")}
-        made = {"name": f"exit {k}, of equal {' and '.join(aucs)}", **_scores_of(scores)}
-        found.append({**made, **_static_cost(k, deepest, timed)})
+    static, equal = plan["static_exit"], plan["equal_cost"]
+    pairs = [(static, "accuracy"), (equal, "cost")]
+    if static["layer"] == equal["layer"]:
+        pairs = [(static, "accuracy and cost")]
+    calibrated = {row["layer"]: row["calibrated"] for row in exits}
+    for own, of in pairs:
+        k = own["layer"]
+        line = Line(f"exit {k}, of equal {of}", own["auc"])
+        if losses := calibrated.get(k):
+            line = line._replace(log_loss=losses["log_loss"])
+        found.append(static_cost(line, k, exits, timed))
     return found
 
 
-def slice_rows(result: Result, split: str, fold: str | None) -> list[Row]:
-    """AUC by slice: `name`, `n`, `baseline`, `exit_0`, `deepest`, `plan`, and `depth`, the plan's mean depth there."""
-    found: list[Row] = []
-    for part in rows_of(result.get("slices", []), split, fold):
-        if part["n"] == 0:  # nothing is defined there
-            continue
-        layers = {row["layer"]: row for row in part["rows"] if "layer" in row}
-        named = {row["name"]: row for row in part["rows"] if "name" in row}
-        plan: Row = next((row for row in part["rows"] if row.get("plan")), {})
-        found.append(
-            {
-                "name": part["name"],
-                "n": part["n"],
-                "baseline": named.get(result.get("best_baseline")),
-                "exit_0": layers.get(0),
-                "deepest": layers[max(layers)] if max(layers, default=0) else None,
-                "plan": plan,
-                "depth": plan.get("mean_depth"),
-            }
-        )
-    return found
+class Criterion(NamedTuple):
+    """A criterion or control on tune."""
+
+    name: str
+    step: Point
+    static: Point | None  # the shallowest static exit of no lower AUC
 
 
-def criteria_rows(calibrate: Result) -> list[Row]:
-    """Every criterion at its chosen step on tune, beside the shallowest static exit of no lower AUC (`static`).
+def criteria_rows(calibrate: CalibrateResult) -> list[Criterion]:
+    """Every criterion at its chosen step on tune, beside the shallowest static exit of no lower AUC.
 
-    Random and oracle stand at the step whose cost is nearest to the plan's. Rows of `name`, `step` ({`cost`,
-    `mean_depth`, `auc`, `auc_drop`}) and `static`, such a step of a static exit.
+    Random and oracle stand at the step whose cost is nearest to the plan's.
     """
-    controls = {
-        control["name"]: control["pareto"] for control in calibrate.get("controls", [])
-    }
-    static = controls.pop("fixed_depth", [])
-    found, cost = [], 1.0
-    for policy in calibrate.get("policies", []):
-        step, used = step_of(policy), policy["criterion"] == calibrate.get("chosen")
-        cost = step.get("cost", 1.0) if used else cost
-        found.append(
-            {"name": policy["criterion"] + (" (the plan's)" if used else ""), "step": step}
-        )
-    for name, steps in controls.items():
-        if steps:
-            nearest = min(steps, key=lambda s: abs(s["cost"] - cost))
-            found.append({"name": f"{name} (control)", "step": nearest})
+    steps = dict[str, Point]()
+    cost = 1.0
+    for policy in calibrate["policies"]:
+        step = policy["pareto"][policy["chosen_step"]]
+        used = policy["criterion"] == calibrate["chosen"]
+        steps[policy["criterion"] + (" (the plan's)" if used else "")] = step
+        cost = step["cost"] if used else cost
+    for name, points in calibrate["controls"].items():
+        if name != "fixed_depth":
+            nearest = min(points, key=lambda point: abs(point["cost"] - cost))
+            steps[f"{name} (control)"] = nearest
 
-    def as_accurate(auc: float | None) -> Row | None:
-        return next(
-            (
-                s
-                for s in static
-                if auc is not None and s["auc"] is not None and s["auc"] >= auc
-            ),
-            None,
-        )
+    def as_accurate(auc: float | None) -> Point | None:
+        static = calibrate["controls"]["fixed_depth"]
+        if auc is None:
+            return None
+        return next((s for s in static if s["auc"] is not None and s["auc"] >= auc), None)
 
-    return [{**row, "static": as_accurate(row["step"].get("auc"))} for row in found]
+    return [Criterion(name, s, as_accurate(s["auc"])) for name, s in steps.items()]
 
 
-def step_of(policy: Row) -> Row:
-    """The step that a criterion was set to; empty where none was."""
-    index = policy.get("chosen_step")
-    return policy["pareto"][index] if index is not None else {}
+def scores_of(name: str, row: BaselineRow | ExitRow | PlanRow) -> Line:
+    """A line of the main table without cost."""
+    users = row["gauc_impressions"]["value"], row["uauc"]["value"]
+    return Line(name, row["auc"], row["auc_interval"], users, row["log_loss"])
 
 
-def _scores_of(row: Row) -> dict[str, Any]:
-    by_rows, by_users = (row.get(name) or {} for name in ("gauc_impressions", "uauc"))
-    return {
-        "auc": row.get("auc"),
-        "interval": row.get("auc_interval"),
-        "user_aucs": (by_rows.get("value"), by_users.get("value")) if by_rows else None,
-        "log_loss": row.get("log_loss"),
-        "gain": row.get("baseline_difference"),
-        "depth": None,
-        "saved": None,
-        "clock": None,
-    }
+def static_cost(
+    line: Line, layer: int, exits: Sequence[ExitRow], timed: Sequence[EngineRow]
+) -> Line:
+    """The line of an exit with its cost; the last of `exits` is full depth."""
+    deepest = exits[-1]["layer"]
+    return line._replace(
+        depth=layer,
+        saved=deepest / layer if layer else None,
+        clock=_clock(timed, "packed" if layer == deepest else f"fixed_depth_{layer}"),
+    )
 
 
-def _static_cost(layer: int, deepest: int, timed: Sequence[Row]) -> dict[str, Any]:
-    engine = "packed" if layer == deepest else f"fixed_depth_{layer}"
-    return {
-        "depth": layer,
-        "saved": deepest / layer if layer else None,
-        "clock": _clock(timed, engine),
-    }
-
-
-def _clock(timed: Sequence[Row], engine: str, criterion: str | None = None) -> float | None:
-    """Seconds of full depth over this contender's: one request of 64 candidates (else the most), not cached."""
-    keys = ("at_once", "history", "dtype", "prefix_cached")
+def _clock(
+    timed: Sequence[EngineRow], engine: str, policy: str | None = None
+) -> float | None:
+    """Seconds of full depth over this configuration's: a request of 64 candidates (else the most), not cached."""
     plain = [
         row
         for row in timed
-        if tuple(row[key] for key in keys) == (1, None, "float32", False)
+        if row["history"] is None and row["dtype"] == "float32" and not row["prefix_cached"]
     ]
     sizes = {row["candidates"] for row in plain}
     size = BESIDE if BESIDE in sizes else max(sizes, default=0)
@@ -403,6 +376,6 @@ def _clock(timed: Sequence[Row], engine: str, criterion: str | None = None) -> f
         row["measured_speedup"]
         for row in plain
         if (row["candidates"], row["engine"]) == (size, engine)
-        and (criterion is None or row["policy"] == f"budget: {criterion}")
+        and policy in (None, row["policy"])
     )
     return next(found, None)

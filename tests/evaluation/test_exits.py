@@ -6,7 +6,6 @@ same scores. So an AUC counts 4 pairs, and resampling users cannot move it: ever
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,11 @@ import polars as pl
 import pytest
 
 from project.data.protocol import FOLDS, ROLES, SPLITS
-from project.evaluation.baselines import AgainstBaseline, Baseline
+from project.evaluation.baselines import Baseline
 from project.evaluation.result import (
     choose_exit,
     comparison,
     exit_rows,
-    with_and_without_exit_0,
 )
 from project.run import score_table
 
@@ -94,9 +92,8 @@ def compared(
     chosen: int | None,
     rows: pl.DataFrame = ROWS,
 ) -> dict[str, Any]:
-    split: Any = SimpleNamespace(rows=rows)
     scores = table(exits, rows.filter(pl.col("role") == "target"))
-    return comparison(scores, split, baselines, reported, chosen)
+    return dict(comparison(scores, rows, baselines, reported, chosen))
 
 
 def flipped(rows: pl.DataFrame, *parts: str) -> pl.DataFrame:
@@ -110,11 +107,6 @@ def flipped(rows: pl.DataFrame, *parts: str) -> pl.DataFrame:
     return rows.with_columns(
         label=pl.when(inside).then(1 - pl.col("label")).otherwise("label").cast(pl.Int8)
     )
-
-
-def without_log_loss(found: dict[str, Any]) -> dict[str, Any]:
-    """A difference in AUC alone."""
-    return {key: value for key, value in found.items() if key != "log_loss"}
 
 
 def test_exit_is_chosen_on_tune() -> None:
@@ -147,7 +139,7 @@ def test_exit_rows() -> None:
     assert rows[0]["auc_interval"] == [0.75, 0.75]
     assert rows[0]["uauc"] == {"value": 0.75, "users": 3, "rows": 12}
     (whole, _) = exit_rows(scores, "valid", draws=0)
-    assert (whole["n"], "fold" in whole, "auc_interval" in whole) == (36, False, False)
+    assert (whole["n"], whole["fold"], whole["auc_interval"]) == (36, None, None)
 
 
 BASELINES = [
@@ -159,9 +151,7 @@ BASELINES = [
 
 
 def test_differences() -> None:
-    """Test: exits of AUC 1/4, 3/4 and 1 minus the 1/2 of the baseline that is best by tune; lr_rates has 1/4; no
-    width.
-    """
+    """Test: exits of AUC 1/4, 3/4 and 1 minus the 1/2 of the baseline that is best by tune; no width."""
     result = compared(
         {1: everywhere(BAD), 4: everywhere(GOOD), 9: everywhere(PERFECT)},
         BASELINES,
@@ -169,11 +159,11 @@ def test_differences() -> None:
         4,
     )
     assert (result["best_baseline"], result["chosen_exit"]) == ("gbdt_features", 4)
-    assert list(map(without_log_loss, result["baseline_differences"])) == [
-        {"layer": 4, "baseline": "gbdt_features", "value": 0.25, "interval": [0.25, 0.25]},
-        {"layer": 4, "baseline": "lr_rates", "value": 0.5, "interval": [0.5, 0.5]},
-    ]
-    assert result["baseline_difference"] == result["baseline_differences"][0]
+    assert result["baseline_difference"] == {
+        "baseline": "gbdt_features",
+        "value": 0.25,
+        "interval": [0.25, 0.25],
+    }
     assert [(r["layer"], r["auc"]) for r in result["exits"]] == [
         (1, 0.25),
         (4, 0.75),
@@ -186,59 +176,25 @@ def test_differences() -> None:
     shown = [(f["name"], f["split"], f["n"], f["auc"]) for f in result["baselines"]]
     expected = {"item_rate": 1.0, "lr_rates": 0.25, "gbdt_features": 0.5}
     assert shown == [(name, "test", 12, value) for name, value in expected.items()]
-    assert "baseline_difference" not in compared(
-        {4: everywhere(GOOD)}, BASELINES, "test", None
-    )  # nothing chosen
+    nothing = compared({4: everywhere(GOOD)}, BASELINES, "test", None)
+    assert nothing["baseline_difference"] is None
 
 
-def test_log_loss_difference() -> None:
+def test_calibrated_baseline() -> None:
     """The baseline takes its offset from select: constant 1 there, half of them liked, so 1 is taken off.
 
-    On test its logits 1, 3, 2, 4 become 0, 2, 1, 3 and cost log 2, log(1 + e^-2), log(1 + e), log(1 + e^3); the exit's
-    4, 2, 3, 1 cost log(1 + e^-4), log(1 + e^-2), log(1 + e^3), log(1 + e): only the first differs, by its log 2.
+    On test its logits 1, 3, 2, 4 become 0, 2, 1, 3 and cost log 2, log(1 + e^-2), log(1 + e), log(1 + e^3).
     """
     result = compared({4: everywhere(GOOD)}, BASELINES, "test", 4)
-    found = result["baseline_differences"][1]["log_loss"]
-    expected = (np.log1p(np.exp(-4.0)) - np.log(2.0)) / 4
-    assert found["value"] == pytest.approx(expected)
-    assert found["interval"] == pytest.approx([expected, expected])
-    calibrated = next(row for row in result["baselines"] if row["name"] == "lr_rates")[
-        "calibrated"
-    ]
-    assert (calibrated["slope"], calibrated["offset"]) == (1.0, pytest.approx(-1.0))
+    (row,) = (row for row in result["baselines"] if row["name"] == "lr_rates")
     costs = np.log1p(np.exp([0.0, -2.0, 1.0, 3.0]))
-    assert calibrated["log_loss"] == pytest.approx(costs.mean())
-
-
-def test_with_and_without_exit_0() -> None:
-    """With exit 0 the exit ranks 1, without 3/4: a difference of 1/4; the baseline has 1/2, so 1/2 and 1/4 over it."""
-    test = TARGETS.filter(pl.col("split") == "test")
-    against = AgainstBaseline(BASELINES[2], test["row_id"].to_numpy(), ROWS)
-    heads = {
-        "with_exit_0": np.array(PERFECT * USERS),
-        "without_exit_0": np.array(GOOD * USERS),
-    }
-    found = with_and_without_exit_0(heads, against)
-    assert [found[exit_0]["auc"] for exit_0 in heads] == [1.0, 0.75]
-    assert [found[exit_0]["baseline_difference"]["value"] for exit_0 in heads] == [
-        0.5,
-        0.25,
-    ]
-    assert without_log_loss(found["difference"]) == {
-        "value": 0.25,
-        "interval": [0.25, 0.25],
-    }
-    swapped = np.log1p(np.exp([-3.0, 2.0])).sum() - np.log1p(np.exp([-2.0, 3.0])).sum()
-    assert found["difference"]["log_loss"]["value"] == pytest.approx(swapped / 4)
-    assert "difference" not in with_and_without_exit_0(
-        {"without_exit_0": heads["without_exit_0"]}, against
-    )
+    assert row["calibrated"]["log_loss"] == pytest.approx(costs.mean())
 
 
 def test_differences_of_validation_are_of_tune() -> None:
-    """Of validation the tune fold alone is compared and shown: 3/4 - 3/4 = 0 and 3/4 - 1/2 = 1/4."""
+    """Of validation the tune fold alone is compared and shown: 3/4 - 3/4 = 0."""
     result = compared({4: everywhere(PERFECT, tune=GOOD)}, BASELINES, "valid", 4)
-    assert [d["value"] for d in result["baseline_differences"]] == [0.0, 0.25]
+    assert result["baseline_difference"]["value"] == 0.0
     parts = [(r["split"], r["fold"], r["n"]) for r in result["exits"] + result["baselines"]]
     assert parts == [("valid", "tune", 12)] * 4
 
@@ -259,11 +215,6 @@ def test_certify_and_select_are_not_read() -> None:
     for found in (select, expected):
         for row in found["baselines"]:
             del row["calibrated"]
-        for difference in [
-            *(row["baseline_difference"] for row in found["exits"]),
-            *found["baseline_differences"],
-        ]:
-            difference.pop("log_loss", None)
     assert select == expected
 
 
@@ -281,47 +232,17 @@ def test_best_baseline_is_chosen_on_tune() -> None:
 
 
 def test_undefined_differences() -> None:
-    """One class on select: no calibration, so no comparison of log losses; one class on test: no AUC."""
-    part = pl.col("fold").cast(pl.String).fill_null(pl.col("split").cast(pl.String))
-    select, test = (
-        compared({4: everywhere(GOOD)}, BASELINES, "test", 4, ROWS.with_columns(liked))[
-            "baseline_difference"
-        ]
-        for liked in (
-            pl.when(part == name).then(1).otherwise("label").alias("label")
-            for name in ("select", "test")
-        )
-    )
-    assert (select["value"], select["log_loss"]) == (
-        0.25,
-        {"value": None, "interval": None},
-    )
-    assert (test["value"], test["interval"]) == (None, None)
-    assert test["log_loss"]["value"] is not None
+    """One class on test: no AUC."""
+    liked = pl.when(pl.col("split") == "test").then(1).otherwise("label").alias("label")
+    rows = ROWS.with_columns(liked)
+    found = compared({4: everywhere(GOOD)}, BASELINES, "test", 4, rows)
+    difference = found["baseline_difference"]
+    assert (difference["value"], difference["interval"]) == (None, None)
 
 
 def test_rows_are_matched_by_row_id() -> None:
     exits = {4: everywhere(GOOD)}
-    scores, split = (
-        table(exits).sample(fraction=1.0, shuffle=True, seed=0),
-        SimpleNamespace(rows=ROWS),
-    )
-    shuffled: dict[str, Any] = comparison(scores, split, BASELINES, "test", 4)  # type: ignore[arg-type]
+    scores = table(exits).sample(fraction=1.0, shuffle=True, seed=0)
+    shuffled = comparison(scores, ROWS, BASELINES, "test", 4)
     ordered = compared(exits, BASELINES, "test", 4)
-    pairs = zip(
-        shuffled["baseline_differences"], ordered["baseline_differences"], strict=True
-    )
-    for found, other in pairs:
-        assert without_log_loss(found) == without_log_loss(other)
-        assert found["log_loss"]["value"] == pytest.approx(other["log_loss"]["value"])
-
-
-def test_lr_rates_is_compared_once() -> None:
-    baselines = [
-        baseline("item_rate", everywhere(COIN)),
-        baseline("lr_rates", everywhere(GOOD)),
-    ]
-    result = compared({4: everywhere(PERFECT)}, baselines, "test", 4)
-    assert [(d["baseline"], d["value"]) for d in result["baseline_differences"]] == [
-        ("lr_rates", 0.25)
-    ]
+    assert shuffled["baseline_difference"] == ordered["baseline_difference"]

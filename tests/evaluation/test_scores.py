@@ -11,19 +11,14 @@ import torch
 from world import read_split
 
 from project.data.protocol import Protocol
-from project.evaluation.baselines import Baseline
 from project.evaluation.result import (
     ScoreCollector,
-    baseline_scores_of,
-    exit_scores_of,
-    plan_scores_of,
     scores_of_candidates,
     scores_of_rows,
     slice_masks,
     slice_rows,
 )
-from project.metrics import head_metrics
-from project.run import SCORE_COLUMNS, score_table
+from project.run import SCORE_COLUMNS
 
 
 def add(collector: ScoreCollector, ids: list[int]) -> None:
@@ -133,14 +128,14 @@ ROWS = pl.DataFrame(
     }
 )
 # another order than the rows
-RETRIEVED = {"test": pl.DataFrame({"row_id": range(9, 1, -1), "item_count": ITEM[::-1]})}
+RETRIEVED = pl.DataFrame({"row_id": range(9, 1, -1), "item_count": ITEM[::-1]})
 LOGITS = np.array([3.0, 2.0, 1.0, 0.0, -1.0, 1.5, 0.5, -2.0])
 
 
 def test_masks_golden():
     """Edges belong to the upper bucket; who has only context in train is cold; each family covers every row once."""
     held = {}
-    for name, mask in slice_masks(ROWS, RETRIEVED, "test").items():
+    for name, mask in slice_masks(ROWS[2:], ROWS, RETRIEVED).items():
         shown = ITEM if name.startswith("item") else HIST
         held[name] = [n for n, inside in zip(shown, mask.to_list(), strict=True) if inside]
     assert held == {
@@ -158,62 +153,25 @@ def test_masks_golden():
 
 def test_hidden_items_are_a_slice_where_there_are_any() -> None:
     rows = ROWS.with_columns(hidden=pl.col("row_id").is_in([3, 5]))
-    masks = slice_masks(rows, RETRIEVED, "test")
+    masks = slice_masks(rows[2:], rows, RETRIEVED)
     assert list(masks)[-1] == "hidden_items"
     assert masks["hidden_items"].arg_true().to_list() == [1, 3]  # test starts with row 2
 
 
-def test_plan_has_its_depth_in_each_slice():
-    """item_1_5 are rows 3 and 4, which leave at layers 2 and 6: mean depth 4; without rows it is None."""
-    # the plan's rows come in an order of their own
-    part = pl.DataFrame({"row_id": range(9, 1, -1)})
-    layers = np.array([0, 2, 6, 6, 6, 0, 0, 0])
-    logits, depth = plan_scores_of(part, LOGITS[::-1], layers[::-1], ROWS, "test")
-    assert logits.tolist() == LOGITS.tolist()
-    found = slice_rows(
-        ROWS,
-        RETRIEVED,
-        [({"layer": 4}, LOGITS), ({"plan": True}, logits)],
-        "test",
-        draws=5,
-        depth=depth,
-    )
-    by_name = {entry["name"]: entry["rows"] for entry in found}
-    assert by_name["item_1_5"][1]["mean_depth"] == 4.0
-    assert by_name["item_1_5"][1]["auc"] == by_name["item_1_5"][0]["auc"]
-    assert "mean_depth" not in by_name["item_1_5"][0]
-    few = {"test": RETRIEVED["test"].with_columns(item_count=pl.lit(3))}
-    nobody = slice_rows(
-        ROWS, few, [({"plan": True}, logits)], "test", draws=5, depth=depth
-    )[5]
-    assert (nobody["name"], nobody["n"]) == ("item_0", 0)
-    assert {nobody["rows"][0][key] for key in ("mean_depth", "auc", "auc_interval")} == {
-        None
+def test_aucs_are_those_of_the_rows():
+    """history_5_20 scores 1, 0, .5 on labels 1, 0, 1: AUC 1; of an empty slice it is undefined."""
+    few = RETRIEVED.with_columns(item_count=pl.lit(3))
+    found = slice_rows(ROWS[2:], ROWS, few, {"exit 4": LOGITS, "plan": -LOGITS}, "test")
+    by_name = {entry["name"]: entry for entry in found}
+    assert by_name["history_5_20"] == {
+        "name": "history_5_20",
+        "split": "test",
+        "fold": None,
+        "n": 3,
+        "auc": {"exit 4": 1.0, "plan": 0.0},
     }
-
-
-def test_metrics_are_those_of_the_rows():
-    """history_5_20 scores 1, 0, .5 on labels 1, 0, 1: AUC 1. One list has baselines and exits; an empty one says so."""
-    baseline = Baseline(
-        "lr_rates",
-        pl.DataFrame({"row_id": range(2, 10), "split": ["test"] * 8, "logit": LOGITS}),
-    )
-    # another order than the rows
-    columns = {"row_id": list(range(9, 1, -1)), "split": ["test"] * 8}
-    exits = exit_scores_of(score_table(columns, LOGITS[::-1, None], [4]), ROWS, [4], "test")
-    found = slice_rows(
-        ROWS,
-        RETRIEVED,
-        exits + baseline_scores_of([baseline], ROWS, "test"),
-        "test",
-        draws=20,
-    )
-    bucket = next(entry for entry in found if entry["name"] == "history_5_20")
-    assert [bucket[k] for k in ("split", "n", "users", "positives")] == ["test", 3, 2, 2]
-    assert [row.get("layer", row.get("name")) for row in bucket["rows"]] == [4, "lr_rates"]
-    for row in bucket["rows"]:
-        assert row["auc"] == 1.0
-        assert row | head_metrics(LOGITS[[2, 3, 6]], [1, 0, 1], [1, 1, 2]) == row
-    assert found[4]["rows"][0]["auc"] == 1.0  # history_21_plus: -1 liked, -2 not
-    # warm_users: likes 3, 1, -1 above dislikes 2, 0: (2 + 1 + 0) / 6
-    assert found[0]["rows"][0]["auc"] == 0.5
+    # -1 liked, -2 not
+    assert by_name["history_21_plus"]["auc"]["exit 4"] == 1.0
+    # likes 3, 1, -1 above dislikes 2, 0: (2 + 1 + 0) / 6
+    assert by_name["warm_users"]["auc"]["exit 4"] == 0.5
+    assert (by_name["item_0"]["n"], by_name["item_0"]["auc"]["plan"]) == (0, None)

@@ -201,9 +201,7 @@ def test_curve_golden():
 
 def test_controls(world, outputs):
     """Static depths are the heads' own AUCs at cost layer / 12; all controls start or end at full depth."""
-    controls = {
-        c["name"]: c["pareto"] for c in control_curves(outputs, world.labels, world.tokens)
-    }
+    controls = control_curves(outputs, world.labels, world.tokens)
     assert list(controls) == ["fixed_depth", "random", "oracle"]
     for k, p in enumerate(controls["fixed_depth"]):
         assert p["layer"] == p["mean_depth"] == world.layers[k]

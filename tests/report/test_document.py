@@ -65,18 +65,13 @@ class TestWhole:
 
         def edit(files):
             for name, fold, value in (("test", None, 0.7123), ("fit", "tune", 0.1111)):
-                split = (
-                    {"split": "test"}
-                    if name == "test"
-                    else {"split": "valid", "fold": fold}
-                )
-                rows = [
-                    {"layer": 6, "auc": value},
-                    {"plan": True, "auc": value, "mean_depth": 2.5},
-                ]
-                files[name]["slices"] = [
-                    split | {"name": "item_0", "n": 90, "users": 4, "rows": rows}
-                ]
+                where = {"split": "test" if name == "test" else "valid", "fold": fold}
+                slices = {
+                    "name": "item_0",
+                    "n": 90,
+                    "auc": {"exit 6": value, "plan": value},
+                }
+                files[name]["slices"] = [where | slices]
             files["test"]["warnings"] = ["no neighbours"]
 
         text = run(edit=edit)
@@ -88,7 +83,8 @@ class TestWhole:
         assert f"runs {number(adaptive['mean_depth'], 2)} of 6 layers" in lines[3]
         assert "* Warning: no neighbours" in lines
         assert (
-            f"| {100 * last['exit_share']:.1f} % | {number(last['auc_leaving'])} |" in text
+            f"| {100 * adaptive['exit_shares']['6']:.1f} % | {number(last['auc_leaving'])} |"
+            in text
         )
         assert f"| exit 6 | {number(last['auc'])} | {number(last['log_loss'])} |" in text
         assert "| .7123 | .7123 |" in text
@@ -153,7 +149,7 @@ class TestWhole:
             undefined = {"auc": None, "auc_interval": None, "auc_leaving": None}
             for row in files["test"]["exits"] + files["test"]["baselines"]:
                 row.update(undefined)
-                row.get("calibrated", {}).update({"auc": None})
+                (row["calibrated"] or {}).update({"auc": None})
             for adaptive in (
                 files["test"]["adaptive"],
                 files["test"]["adaptive"]["without_exit_0"],

@@ -25,6 +25,7 @@ from project.report.format import (
 )
 from project.report.tables import (
     TABLE,
+    Line,
     criteria_rows,
     decide,
     fill_tables,
@@ -68,8 +69,8 @@ def test_the_clock_decides_what_is_faster():
     assert decide(made).kind == "plan"
     for clock, kind in ((1.4, "plan"), (1.6, "exit")):
         rows = [
-            {"name": "plan", "depth": 3.0, "clock": 1.5},
-            {"name": "static", "depth": layer, "clock": clock},
+            Line("plan", 0.7, depth=3.0, clock=1.5),
+            Line("static", 0.7, depth=layer, clock=clock),
         ]
         assert decide(made, rows).kind == kind
 
@@ -77,11 +78,7 @@ def test_the_clock_decides_what_is_faster():
 def test_best_static_exit_where_only_that_is_better():
     """The plan is not shown better, exit 6 with exit 0 in its calibration is: that is deployed."""
     made = result(gain=AROUND)
-    made["chosen_exit_by_exit_0"] = {
-        "with_exit_0": {
-            "baseline_difference": {"baseline": "gbdt", "value": 0.01, "interval": ABOVE}
-        }
-    }
+    made["with_exit_0"] = {"baseline": "gbdt", "value": 0.01, "interval": ABOVE}
     answer = decide(made)
     assert (answer.kind, answer.layer, answer.calibrated) == ("exit", 6, True)
     assert answer.gain["value"] == 0.01
@@ -89,14 +86,14 @@ def test_best_static_exit_where_only_that_is_better():
 
 def test_before_calibration_and_without_exits():
     made = result()
-    del made["adaptive"]
+    made["adaptive"] = None
     assert decide(made).kind == "no_llm"
     made["baseline_difference"]["interval"] = ABOVE
     assert (decide(made).kind, decide(made).layer) == ("exit", 6)
     undefined = copy.deepcopy(made)
     undefined["baseline_difference"] |= {"value": None, "interval": None}
     assert decide(undefined).kind == "undecided"
-    assert decide({"baselines": []}).kind == "baselines"
+    assert decide(made | {"exits": []}).kind == "baselines"
 
 
 @pytest.mark.parametrize("depth", [3.0, 0.0])
@@ -119,14 +116,14 @@ def test_what_a_certificate_says_stands_there_once_where_layers_run(depth):
             "+.0110 [-.0020, +.0200]",
         ),
         (difference(None), "–"),
-        (times({"value": 2.314, "interval": [2.2, 2.41]}), "x2.31 [x2.20, x2.41]"),
+        (times(2.314, [2.2, 2.41]), "x2.31 [x2.20, x2.41]"),
         (percent(0.8538), "85.4 %"),
         (
-            ratio({"value": 1.34, "interval": [1.2, 1.5]}, "fewer", "more"),
+            ratio(1.34, "fewer", "more", [1.2, 1.5]),
             "x1.34 [x1.20, x1.50] fewer",
         ),
         (
-            ratio({"value": 0.8, "interval": [0.5, 1.25]}, "fewer", "more"),
+            ratio(0.8, "fewer", "more", [0.5, 1.25]),
             "x1.25 [x0.80, x2.00] more",
         ),
     ],
@@ -224,24 +221,19 @@ def test_clock_of_another_protocol_is_not_shown(tmp_path):
 
 
 def test_slices_by_item():
-    """n, AUC of baseline, exit 0, deepest exit and plan, and its depth; a slice without rows is left out."""
+    """n, AUC of baseline, exit 0, deepest exit and plan; a slice without rows is left out."""
 
-    def part(name, n, auc, depth):
-        who = [
-            {"layer": 0},
-            {"layer": 6},
-            {"name": "gbdt"},
-            {"plan": True, "mean_depth": depth},
+    def part(name, n, auc):
+        scores = dict.fromkeys(("exit 0", "exit 6", "baseline gbdt", "plan"), auc)
+        return {"name": name, "split": "test", "fold": None, "n": n, "auc": scores}
+
+    made = result() | {
+        "slices": [
+            part("warm_users", 9, 0.1),
+            part("item_1_5", 1200, 0.71),
+            part("item_21_plus", 0, None),
         ]
-        return {
-            "name": name,
-            "split": "test",
-            "n": n,
-            "rows": [w | {"auc": auc} for w in who],
-        }
-
-    made = result() | {"slices": [part("warm_users", 9, 0.1, 1), part("item_1_5", 1200, 0.71, 2.5),
-                                  part("item_21_plus", 0, None, None)]}  # fmt: skip
+    }
     _, *rows = tables(render(made))[1]
     assert [row[1:] for row in rows] == [["1,200", *[".7100"] * 4]]
 
@@ -259,19 +251,11 @@ def test_criteria_beside_static_exits():
         "chosen_step": 1,
         "pareto": [{}, step | {"cost": 0.45, "auc": 0.745}],
     }
-    policies = [used, {"criterion": "learned", "pareto": []}]
-    controls = [
-        {"name": "fixed_depth", "pareto": static},
-        {"name": "oracle", "pareto": oracle},
-    ]
-    rows = criteria_rows({"policies": policies, "chosen": "ratio", "controls": controls})
-    assert [row["name"] for row in rows] == [
-        "ratio (the plan's)",
-        "learned",
-        "oracle (control)",
-    ]
-    assert [row["static"] and row["static"]["layer"] for row in rows] == [4, None, None]
-    assert rows[2]["step"]["cost"] == 0.4
+    controls = {"fixed_depth": static, "oracle": oracle}
+    rows = criteria_rows({"policies": [used], "chosen": "ratio", "controls": controls})
+    assert [row.name for row in rows] == ["ratio (the plan's)", "oracle (control)"]
+    assert [row.static and row.static["layer"] for row in rows] == [4, None]
+    assert rows[1].step["cost"] == 0.4
 
 
 def seeded(gain, seed=0, digest="h"):
@@ -281,7 +265,6 @@ def seeded(gain, seed=0, digest="h"):
         "value": gain,
         "interval": [gain - 0.002, gain + 0.002],
         "baseline": "gbdt",
-        "layer": 6,
     }
     return made
 
@@ -351,15 +334,12 @@ def test_benchmark_cells():
     file = read_result(RESULTS / "whole_backbone_alone" / "benchmark.json")
     _, *rows = tables(render(file))[0]
     row = next(r for r in file["rows"] if r["policy"] == "budget: drift_head")
-    measured = {
-        "value": row["measured_speedup"],
-        "interval": row["measured_speedup_interval"],
-    }
+    measured = row["measured_speedup"], row["measured_speedup_interval"]
     over_static = times(row["speedup_over_static"]["value"])
     cells = [
         number(row["auc"]),
         times(row["token_layer_speedup"]),
-        times(measured),
+        times(*measured),
         over_static,
     ]
     (shown,) = (
@@ -405,6 +385,6 @@ def test_markers_and_command_line(tmp_path, capsys):
 )
 def test_bad_arguments(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("bare.json").write_text('{"schema_version": 1}')
+    Path("bare.json").write_text('{"schema_version": 2}')
     with pytest.raises((ConfigError, DataError), match=words):
         print_tables(arguments)

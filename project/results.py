@@ -1,0 +1,391 @@
+"""Types of what stands in result files: writers build them, tables and reports read them.
+
+JSON is written and read as it is, so these are dictionaries with names. None: a number is undefined (one class, no
+rows), or a run has no such part (no plan, no baseline). Files of another schema version are an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NotRequired, TypedDict
+
+Bounds = list[float]  # [low, high], 95 % of resampled users
+
+
+class Estimate(TypedDict):
+    """A number with its interval."""
+
+    value: float | None
+    interval: Bounds | None
+
+
+class Difference(Estimate):
+    """Scores minus a baseline's, in AUC, paired."""
+
+    baseline: str
+
+
+class UserMean(TypedDict):
+    """A mean of AUCs inside users, over so many users with both classes and their rows."""
+
+    value: float | None
+    users: int
+    rows: int
+
+
+class UserAucs(TypedDict):
+    """Three means that differ by how users weigh."""
+
+    uauc: UserMean
+    gauc_impressions: UserMean
+    gauc_positives: UserMean
+
+
+class Losses(TypedDict):
+    """Of probabilities."""
+
+    log_loss: float | None
+    brier: float | None
+    ece: float | None
+
+
+class HeadMetrics(UserAucs, Losses):
+    """All metrics of one head's or baseline's scores of n rows."""
+
+    n: int
+    auc: float | None
+
+
+class Metrics(HeadMetrics):
+    """The same with an interval."""
+
+    auc_interval: Bounds | None
+
+
+class Where(TypedDict):
+    """The rows that numbers are of: a split, or one fold of validation."""
+
+    split: str
+    fold: str | None
+
+
+class Calibrated(Losses):
+    """An exit as the plan calibrates it."""
+
+    auc: float | None
+
+
+class ExitRow(Where, Metrics):
+    """One exit for all rows; the last two under a plan alone."""
+
+    layer: int
+    baseline_difference: Difference | None
+    calibrated: Calibrated | None
+    auc_leaving: float | None  # of the rows that leave there
+
+
+class BaselineRow(Where, Metrics):
+    """One baseline; `calibrated` on the fold select, `chosen` what was chosen for it on tune."""
+
+    name: str
+    calibrated: Losses | None
+    chosen: Mapping[str, float] | None
+
+
+class AgainstStatic(TypedDict):
+    """A static exit, and the plan's AUC minus its AUC, paired."""
+
+    layer: int
+    auc: float | None
+    auc_gain: float | None
+    auc_gain_interval: Bounds | None
+
+
+class Risk(Estimate):
+    """The certified risk as measured on these rows."""
+
+    risk: str
+
+
+class PlanRow(Metrics):
+    """Accuracy and cost of a plan, beside the static exits of equal accuracy and of equal cost."""
+
+    criterion: str
+    mean_depth: float
+    exit_shares: dict[str, float]  # by layer
+    auc_drop: float | None  # full depth minus the plan
+    auc_drop_interval: Bounds | None
+    token_layer_speedup: float | None
+    speedup_over_static: Estimate
+    static_exit: AgainstStatic
+    equal_cost: AgainstStatic
+
+
+class Adaptive(Where, PlanRow):
+    """The plan in use on reported rows, beside the same run's plan without exit 0."""
+
+    without_exit_0: PlanRow
+    risk: Risk | None
+    baseline_difference: Difference | None
+    budget_words: str | None
+
+
+class Slice(Where):
+    """A part of the reported rows, such as item_0: items that nobody had rated before."""
+
+    name: str
+    n: int
+    auc: dict[str, float | None]  # by "exit 4", "baseline lr_text", "plan"
+
+
+class OwnMetricRows(TypedDict):
+    """A metric of one's own by the names of `Slice.auc`."""
+
+    name: str
+    scores: dict[str, float | None]
+
+
+class CertificateRow(TypedDict):
+    """A certificate (project.exits.certificate.Certificate) and what it says."""
+
+    risk: str
+    epsilon: float
+    delta: float
+    n: int
+    estimand: str
+    bound: float | None
+    estimate: float | None
+    path_step: int | None
+    passed: bool | None
+    users_needed: int | None
+    reason: str | None
+    words: str
+
+
+class Point(TypedDict):
+    """A point of a curve of AUC by cost, which is a share of full depth's token-layers."""
+
+    cost: float
+    mean_depth: float
+    auc: float | None
+    auc_drop: float | None
+    layer: NotRequired[int]  # of a static exit
+
+
+class PolicyRow(TypedDict):
+    """A criterion with its curve on tune; `chosen_step` of it is the budget's."""
+
+    criterion: str
+    settings: Mapping[str, Any]  # class path and arguments
+    thresholds: dict[str, float | str]  # by layer; "never" and "everyone" are infinite
+    calibration: dict[str, dict[str, float]]  # by layer: logit, exit_0 and offset
+    pareto: list[Point]
+    chosen_step: int
+
+
+class Certified(TypedDict):
+    """The fastest step that the certificate reached."""
+
+    path_step: int
+    words: str
+
+
+class ListRow(TypedDict):
+    """Lists of the best k by margins, on tune; the certificate is one of their overlap with full depth's."""
+
+    k: int
+    level: float | None  # of the margins; None: nobody leaves
+    overlap: float
+    cost: float
+    certificate: CertificateRow | None
+
+
+class ListRows(TypedDict):
+    """Lists of all lengths, or why there are none."""
+
+    requests: int
+    lengths: list[ListRow]
+    error: str | None
+
+
+class Issued(TypedDict):
+    """A certificate in the ledger of a fold: what decided which policies were tested, by YAML key."""
+
+    protocol_hash: str
+    settings: Mapping[str, Any]
+
+
+class Calibration(TypedDict):
+    """What `calibrate` finds, apart from the plan's own numbers."""
+
+    policies: list[PolicyRow]
+    controls: dict[str, list[Point]]  # fixed_depth, random, oracle
+    chosen: str
+    budget: dict[str, float | None]
+    budget_words: str | None
+    certificate: CertificateRow | None
+    certificate_words: str
+    certified: Certified | None
+    lists: ListRows
+    ledger: list[Issued]
+
+
+class Head(TypedDict):
+    """What every result file begins with. `protocol` is the manifest of the split."""
+
+    schema_version: int
+    command: str
+    version: str
+    seed: int
+    config: str | None
+    machine: Mapping[str, Any]
+    protocol: Mapping[str, Any]
+
+
+class Comparison(TypedDict):
+    """Exits and baselines on the reported rows; the difference is that of the chosen exit."""
+
+    exits: list[ExitRow]
+    chosen_exit: int | None
+    baselines: list[BaselineRow]
+    best_baseline: str | None
+    baseline_difference: Difference | None
+
+
+class Scored(Comparison):
+    """Also the plan where there is one, and slices."""
+
+    adaptive: Adaptive | None
+    certificate: CertificateRow | None
+    with_exit_0: Difference | None  # of the chosen exit, calibrated with exit 0
+    slices: list[Slice]
+    own_metric: OwnMetricRows | None
+
+
+class ScoredResult(Head, Scored):
+    """Of fit, validate, test, and of baselines, which has no exits."""
+
+    warnings: list[str]
+    not_calibrated: str | None  # why there is no plan
+    stage_seconds: dict[str, float]
+
+
+class CalibrateResult(Head, Calibration):
+    """Of calibrate."""
+
+    adaptive: Adaptive
+
+
+class HeadScores(TypedDict):
+    """AUC and log loss of one head."""
+
+    auc: float | None
+    log_loss: float | None
+    calibrated: HeadScores | None
+
+
+class Compared(HeadScores):
+    """One head beside the base's of the same layer; the deepest stands against the deepest."""
+
+    layer: int
+    n: int
+    against: int | None
+    base: HeadScores | None
+    difference: dict[str, Estimate]  # of auc, log_loss, calibrated_auc, calibrated_log_loss
+
+
+class CompareResult(Head):
+    """Of compare."""
+
+    base: str | None
+    part: Literal["tune", "test"]
+    users: int | None  # None: a file of before they were counted
+    exits: list[Compared]
+
+
+class Workload(TypedDict):
+    """What requests of the engine benchmark are."""
+
+    candidates: int
+    prefix_cached: bool
+    history: int | None  # rows; None: as logged
+    dtype: str
+
+
+class Timed(TypedDict):
+    """An engine configuration; speed-ups are over full depth."""
+
+    engine: str
+    policy: str
+    requests: int
+    p50_ms: float
+    p95_ms: float
+    auc: float | None
+    overlap: float | None
+    mean_depth: float
+    token_layer_speedup: float | None
+    measured_speedup: float | None
+    measured_speedup_interval: Bounds | None
+    speedup_over_static: Estimate
+    static_exit: bool  # whether it is that of equal accuracy
+    prepare_ms: float | None
+    whole_ms: float | None
+    whole_speedup: float | None
+
+
+class EngineRow(Workload, Timed):
+    """A configuration on one workload."""
+
+
+class EngineResult(Head):
+    """Of benchmark --only engine."""
+
+    rows: list[EngineRow]
+
+
+class Load(TypedDict):
+    """A server under so many users."""
+
+    depth: str
+    users: int
+    requests: int
+    requests_per_s: float
+    p95_ms: float | None
+    errors: int
+    error: str | None
+    wrong_orders: int
+    probability_distance: float
+    ranker_requests_per_s: float
+    overhead: float  # of HTTP and batching
+
+
+class ServeRow(Load):
+    """Beside full depth."""
+
+    candidates: int
+    audit_share: float
+    token_layer_speedup: float
+    speedup: float | None
+
+
+class ServeResult(Head):
+    """Of benchmark --only serve."""
+
+    serve: list[ServeRow]
+
+
+class StudyResult(Head):
+    """Of a script of research/: a table, and a sentence about it."""
+
+    rows: list[dict[str, Any]]
+    about: str
+
+
+Result = (
+    ScoredResult
+    | CalibrateResult
+    | CompareResult
+    | EngineResult
+    | ServeResult
+    | StudyResult
+)
