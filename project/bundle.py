@@ -22,17 +22,20 @@ ITEM_VECTORS = "item_vectors.safetensors"  # frozen vectors of {item_text}
 
 def write_bundle(module: ExitRecommender, data: InteractionData, folder: Path) -> None:
     """Write tokenizer, items, protocol and retrieved features of a run, and bundle.json, which describes them."""
+    # 1. what requests are read with: tokenizer, items, protocol
     split = data.split
     folder.mkdir(parents=True, exist_ok=True)
     data.tokenizer.save_pretrained(folder / "tokenizer")
     write_table(folder / "items.parquet", split.interactions.items)
     write_json(folder / "protocol.json", split.manifest)
+    # 2. features and what was fitted for them, under their names in the cache
     made = data.features.folders()
     for name, source in made.items():
         shutil.copytree(source, folder / name / source.name, dirs_exist_ok=True)
     if module.items:
         vectors = {"items": torch.from_numpy(data.item_vectors())}
         replace_file(folder / ITEM_VECTORS, lambda part: save_file(vectors, part))
+    # 3. what describes the run without its config.yaml
     columns = item_columns(data.prompt, split.interactions.items)
     write_json(
         folder / "bundle.json",

@@ -37,6 +37,7 @@ def default_cache() -> Path:
 
 def content_key(content: dict[str, Any]) -> str:
     """Hex digest of what the stored files depend on, and of their format."""
+    # sorted keys: equal content is equal text
     text = json.dumps({"format": FORMAT, **content}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -67,16 +68,19 @@ def restore(source: Path, target: Path) -> None:
 def whole_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a folder, if it is absent; an error leaves it absent."""
     remove_orphans(folder.parent)
+    # found: the usual case takes no lock
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         if folder.exists():  # another process made it while this one waited
             return
+        # a temporary name beside the folder's own: renaming works inside one file system only
         made = Path(
             tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent)
         )
         try:
+            # fill it, then rename, which is all or nothing
             write(made)
             try:
                 os.replace(made, folder)
@@ -144,6 +148,7 @@ class Recent(Generic[Value]):
         """The value of a key, taken out."""
         if key not in self._kept:
             return None
+        # values and bytes stay in step
         value, size = self._kept.pop(key)
         self.bytes -= size
         return value
@@ -164,6 +169,7 @@ class Recent(Generic[Value]):
         size: Callable[[Value], int],
     ) -> list[Value]:
         """Values of texts, in their order; `make` makes those that are absent, all at once."""
+        # each text once, in the order of first use
         distinct = list(dict.fromkeys(texts))
         known: dict[str, Value] = {}
         for text in distinct:
@@ -173,6 +179,7 @@ class Recent(Generic[Value]):
         absent = [text for text in distinct if text not in known]
         if absent:
             known |= zip(absent, make(absent), strict=True)
+        # put back at the end: texts of this call were used last
         for text, value in known.items():
             self.put(text, value, size(value) + sys.getsizeof(text))
         return [known[text] for text in texts]

@@ -125,6 +125,7 @@ class ProjectCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's commands, and ours."""
+        # arguments that Lightning gives, so that they are no options
         ours = {"model", "datamodule"}
         return LightningCLI.subcommands() | dict.fromkeys(
             ("calibrate", "baselines", "benchmark"), ours
@@ -145,12 +146,14 @@ class ProjectCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; what is wrong is raised as one ConfigError."""
+        # 1. the command and its files, before Lightning's parser takes them
         given = self._arguments
         following = [*given[1:], ""]
         check_command(given, [*self.subcommands(), *self._others])
         for name, value in zip(given, following, strict=True):
             if name in ("--config", "-c") or name.startswith("--config="):
                 read_yaml(Path(name.partition("=")[2] or value))
+        # 2. the word behind --help
         asked = (
             value
             for name, value in zip(given, following, strict=True)
@@ -158,6 +161,7 @@ class ProjectCLI(LightningCLI):
         )
         SectionHelp.topic = next((word for word in asked if not word.startswith("-")), "")
         try:
+            # 3. parse; jsonargparse's errors become one line of ours
             self.config = parser.parse_args(given)
         except ArgumentError as error:
             command = next(
@@ -170,6 +174,7 @@ class ProjectCLI(LightningCLI):
             if not MISSING.search(str(error)):
                 raise
             raise one_line(str(error), []) from None
+        # 4. numpy takes no other seeds, and would only say so in training
         seed = self.config[self.config.subcommand].seed_everything
         if not 0 <= seed <= LARGEST_SEED:
             raise ConfigError(f"seed_everything is {seed}; expected 0 to {LARGEST_SEED}.")
@@ -233,6 +238,7 @@ class ProjectCLI(LightningCLI):
                 if given in (None, True)
                 else [given]
             )
+            # the user's own CSV logger decides where the run's files go
             csv = [
                 x
                 for x in loggers
@@ -240,6 +246,7 @@ class ProjectCLI(LightningCLI):
             ]
             for logger in csv:
                 logger.class_path = RUN_LOGGER
+            # the first file names the runs: runs/quickstart
             name = Path(str(config.config[0])).stem if config.config else "run"
             where = {"save_dir": "runs", "name": name}
             default = dict_to_namespace({"class_path": RUN_LOGGER, "init_args": where})
@@ -259,6 +266,7 @@ class ProjectCLI(LightningCLI):
             config.trainer.logger = [
                 x for x in config.trainer.logger if x.class_path != RUN_LOGGER
             ]
+        # checkpoints and bundle are read from the run, and new ones would lie beside the old
         run = run_of_checkpoint(config.ckpt_path)
         config.checkpoint.dirpath = str(run / "checkpoints")
         config.data.bundle = str(run / "bundle")
@@ -268,6 +276,7 @@ def _check_file(checkpoint: Path) -> None:
     """Refuse a path that is no checkpoint file."""
     if checkpoint.is_file() and zipfile.is_zipfile(checkpoint):
         return
+    # a run's folder is often given instead: name the file in it
     last = checkpoint / "checkpoints" / "last.ckpt"
     example = last if last.exists() else "runs/quickstart/latest/checkpoints/last.ckpt"
     if checkpoint.is_dir():

@@ -46,7 +46,9 @@ class Tokens(NamedTuple):
 
 def visible(q: Tokens, k: Tokens) -> Any:
     """Whether query token `q` may read key token `k`: booleans of the shape to which both broadcast."""
+    # strictly earlier groups: rows of one second never see each other
     earlier = k.context & (k.group < q.group)
+    # the token's own segment up to itself, as in any causal model
     own = (k.segment == q.segment) & (k.index <= q.index)
     return (k.sequence == q.sequence) & (earlier | own)
 
@@ -103,12 +105,14 @@ class Layout:
         index = torch.arange(self.sequence.shape[1], device=self.sequence.device).expand_as(
             self.sequence
         )
+        # (B, T)
         padding = self.sequence < 0
         segment = torch.where(padding, -1 - index, self.segment)
         return Tokens(index, self.sequence, segment, self.group, self.context & ~padding)
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout with every tensor, masks included, on `device`."""
+        # tensors of tokens, then the blocks' masks
         moved = {
             name: value.to(device) for name, value in vars(self).items() if name != "blocks"
         }
@@ -136,6 +140,7 @@ def plan_blocks(layout: Layout, block_tokens: int = BLOCK_TOKENS) -> list[Block]
         tokens = batch.at(row)
         for start, stop in _runs(tokens.sequence, block_tokens):
             keys = _key_ranges(tokens, start, stop)
+            # (queries, 1) against (1, keys): the rule broadcasts to (queries, keys)
             queries = tokens.at(slice(start, stop), None)
             parts = [visible(queries, tokens.at(None, slice(*span))) for span in keys]
             mask = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
@@ -145,10 +150,12 @@ def plan_blocks(layout: Layout, block_tokens: int = BLOCK_TOKENS) -> list[Block]
 
 def _runs(sequence: NDArray[Any], block_tokens: int) -> Iterator[tuple[int, int]]:
     """Runs of one sequence, cut evenly so that no short rest is left; padding is skipped."""
+    # where another sequence begins
     cuts = np.flatnonzero(np.diff(sequence)) + 1
     for first, last in pairwise([0, *cuts.tolist(), len(sequence)]):
         if first == last or sequence[first] < 0:
             continue
+        # rounded up
         count = -(-(last - first) // block_tokens)
         edges = np.linspace(first, last, count + 1).round().astype(int).tolist()
         yield from pairwise(edges)
@@ -156,11 +163,15 @@ def _runs(sequence: NDArray[Any], block_tokens: int) -> Iterator[tuple[int, int]
 
 def _key_ranges(tokens: Tokens, start: int, stop: int) -> list[tuple[int, int]]:
     """Ranges holding every key that some query of [start, stop) sees: earlier context and own segments."""
+    # (T,) tokens of the queries' segments up to the last query
     own = np.isin(tokens.segment, np.unique(tokens.segment[start:stop])) & (
         tokens.index < stop
     )
+    # (T,) what the query of the latest group sees
     earlier = tokens.context & (tokens.group < tokens.group[start:stop].max())
+    # indices of the keys, ascending
     seen = np.flatnonzero((tokens.sequence == tokens.sequence[start]) & (own | earlier))
+    # a new range where the gap is too long to be masked
     cuts = np.flatnonzero(np.diff(seen) > MERGED_GAP + 1)
     firsts = seen[np.concatenate(([0], cuts + 1))].tolist()
     lasts = seen[np.concatenate((cuts, [len(seen) - 1]))].tolist()

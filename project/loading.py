@@ -15,6 +15,7 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
     """Open a calibrated run's folder, or one that `export` wrote; `device` None: a GPU where there is one."""
     folder = Path(folder)
     model, data = config.open_run(folder)
+    # an exported folder holds its weights; a run's checkpoint lies on top of the base model
     if (folder / POLICY).exists():
         if not model.items:  # the base model is not needed
             data.tokenizer_name = str(folder)
@@ -29,6 +30,7 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
         )
         plan = plans.plan
         certificate = plans.certificate
+    # features: from the run's bundle, where the cache lacks them
     data.prepare_data()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Run(model, data, plan, certificate)

@@ -25,6 +25,7 @@ SMALLEST_PROBABILITY = 1e-3
 def probabilities(logits: ArrayLike) -> F64:
     """Sigmoid of logits without overflow, clipped to [.001, .999]: what is emitted and measured."""
     values = _scores(logits)
+    # the exponent is never positive, so nothing overflows
     small = np.exp(-np.abs(values))
     sigmoid = np.where(values >= 0, 1.0, small) / (1.0 + small)
     return np.clip(sigmoid, SMALLEST_PROBABILITY, 1.0 - SMALLEST_PROBABILITY)
@@ -59,8 +60,11 @@ def ece(probability: ArrayLike, labels: ArrayLike, bins: int = 15) -> float | No
     values, positive = checked(probability, labels, probability=True)
     if not values.size:
         return None
+    # levels of probability, each row's level, and rows of each level
     level, code, size = np.unique(values, return_inverse=True, return_counts=True)
+    # (n,) each row's level's mean label, in the order of probabilities
     shared = np.repeat(np.bincount(code, weights=positive) / size, size)
+    # sizes that differ by at most one
     gaps = np.array_split(np.repeat(level, size) - shared, min(bins, values.size))
     return float(sum(abs(gap.sum()) for gap in gaps) / values.size)
 
@@ -81,7 +85,9 @@ def user_aucs(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> UserAuc
     level = np.unique(values, return_inverse=True)[1].reshape(-1)
     rank = rankdata(code * values.size + level) - (np.cumsum(rows) - rows)[code]
     positives = np.bincount(code, weights=positive).astype(np.float64)
+    # by user, pairs in the right order, ties half
     won = np.bincount(code, weights=rank * positive) - positives * (positives + 1) / 2
+    # users with both classes; the others have no AUC
     both = (positives > 0) & (positives < rows)
     found = won[both] / (positives * (rows - positives))[both]
 
@@ -114,6 +120,7 @@ class Pairs:
 
     def __init__(self, scores: F64, positive: F64) -> None:
         self._positives: I64 = np.flatnonzero(positive)
+        # sorted once; draws of a bootstrap only reweigh them
         negatives = np.flatnonzero(positive == 0)
         self._negatives: I64 = negatives[np.argsort(scores[negatives], kind="stable")]
         ordered = scores[self._negatives]
@@ -122,9 +129,12 @@ class Pairs:
 
     def weighted_auc(self, weights: NDArray[np.floating[Any]]) -> F64:
         """Row weights (draws, n) -> AUC (draws,), NaN where a class weighs nothing; a pair weighs the product."""
+        # (draws, negatives + 1) weight of the first k negatives
         below = np.zeros((weights.shape[0], self._negatives.size + 1))
         np.cumsum(weights[:, self._negatives], axis=1, dtype=np.float64, out=below[:, 1:])
+        # (draws, positives)
         own = weights[:, self._positives].astype(np.float64)
+        # mean of the weight strictly below and of that up to the ties: a tie counts half
         won = np.einsum("dp,dp->d", own, below[:, self._first] + below[:, self._last]) / 2
         all_pairs = own.sum(axis=1) * below[:, -1]
         share: F64 = np.divide(

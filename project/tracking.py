@@ -51,6 +51,7 @@ def key_is_known() -> bool:
     """Whether W&B would find a key: in WANDB_API_KEY, in WANDB_IDENTITY_TOKEN_FILE, or in the netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
+    # the netrc file has keys by host
     host = urlparse(os.environ.get("WANDB_BASE_URL", CLOUD)).hostname or ""
     file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     try:
@@ -165,9 +166,12 @@ def aliased(trainer: L.Trainer) -> list[tuple[Path, list[str]]]:
     saver = trainer.checkpoint_callback
     if not isinstance(saver, ModelCheckpoint):
         return []
-    best, last = saver.best_model_path, saver.last_model_path or saver.best_model_path
+    # without `save_last` the best is all there is
+    best = saver.best_model_path
+    last = saver.last_model_path or best
     if not last:  # nothing was ever saved
         return []
+    # one file under both names
     if not best or _step(best) == _step(last):
         return [(Path(last), ["best", "latest"])]
     return [(Path(best), ["best"]), (Path(last), ["latest"])]

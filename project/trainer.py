@@ -129,7 +129,9 @@ class ProjectTrainer(L.Trainer):
             raise ConfigError(
                 "calibrate needs --ckpt_path, a trained run's checkpoint; `fit` writes one."
             )
-        folder, checkpoint = run_of_checkpoint(ckpt_path), read_checkpoint(ckpt_path)
+        # the run's folder, and the weights that made its scores
+        folder = run_of_checkpoint(ckpt_path)
+        checkpoint = read_checkpoint(ckpt_path)
         # 1. The score table of validation, where it is this checkpoint's under this
         # protocol; else score anew.
         table = folder / "scores" / "valid.parquet"
@@ -205,6 +207,7 @@ class ProjectTrainer(L.Trainer):
             seconds: About how long to measure.
         """
         folder = run_folder(self, ckpt_path)
+        # imported where they are called: both need extras
         if only == "serve":
             from project.benchmark.serve import run_load  # the core has no extra
 

@@ -94,12 +94,16 @@ class TuneFold:
         exit_0: bool,
         comparison_only: bool = False,
     ) -> None:
-        self.settings, self.exit_0 = settings, exit_0
-        self.labels, users = scores["label"].to_numpy(), scores["user"].to_numpy()
-        own, shared = scores["target_tokens"].to_torch(), scores["stream_tokens"].to_torch()
+        self.settings = settings
+        self.exit_0 = exit_0
+        self.labels = scores["label"].to_numpy()  # (n,)
+        users = scores["user"].to_numpy()  # (n,)
+        own = scores["target_tokens"].to_torch()  # (n,) tokens of the row itself
+        shared = scores["stream_tokens"].to_torch()  # (n,) tokens of its history
         self.tokens = row_tokens(own, shared, settings.prefix_cached)
         self.users = int(np.unique(users).size)
         # 1. calibrate every head
+        # logits (n, K) as the heads gave them
         raw = raw_outputs(scores, features, exit_layers_of(scores), exit_0)
         self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, exit_0)
         self.outputs = HeadOutputs(
@@ -109,8 +113,10 @@ class TuneFold:
             static_curve(self.outputs, self.labels, self.tokens)
         )
         # 2. every criterion's path
-        curves, unfit = [], None
+        curves = list[Curve]()
+        unfit: DataError | None = None  # of the last criterion that could not be fitted
         for unfitted in settings.criteria():
+            # the settings' own stays unfitted: both folds, with exit 0 and without, begin with it
             criterion = deepcopy(unfitted)
             try:
                 criterion.fit(self.outputs)
@@ -132,6 +138,7 @@ class TuneFold:
         if unfit is not None and not curves:
             raise unfit
         # 3. the step of each that keeps the budget
+        # a criterion that is given decides alone, the others are only drawn
         self._competing = len(curves) if settings.criterion is None else 1
         curves = [replace(c, step=int(self._steps(c, c.drops[None])[0])) for c in curves]
         self.curves = [curve for curve in curves if curve.step >= 0]
@@ -178,6 +185,7 @@ class TuneFold:
         # alpha is shared out among the paths that compete for the choice (Bonferroni)
         margins = bound_margins(curve.influences, self.settings.alpha / self._competing)
         if self.too_few:
+            # step 0, full depth, is left
             margins[1:] = np.inf
         return budget_steps(
             curve.path, drops + margins, self.settings.max_auc_drop, self.settings.max_cost
@@ -217,7 +225,8 @@ def calibrate(
             tried = certified_settings(settings) | {"checkpoint": checkpoint}
             ledger = admit(issued, tried, protocol_hash, fitting)
         except ConfigError as error:
-            promise, words = None, f"No certificate: {error}."
+            promise = None
+            words = f"No certificate: {error}."
     _check_folds(scores)
     tuned, certified = ((scores["fold"] == fold).to_numpy() for fold in ("tune", "certify"))
     # 2. on tune, with exit 0 and without: calibration, every criterion's path, the budget's
@@ -227,10 +236,13 @@ def calibrate(
         x: TuneFold(*on_tune, x, comparison_only=x != settings.exit_0)
         for x in (True, False)
     }
-    tune, without = folds[settings.exit_0], folds[False]
-    best, layers = tune.best, tune.outputs.layers
+    tune = folds[settings.exit_0]
+    without = folds[False]
+    best = tune.best  # the criterion that decides
+    layers = tune.outputs.layers
     # 3. on certify, once: the budget's policy, then faster steps until one fails; full
     # depth, step 0, takes no test
+    # indices of the path's steps that are tested, in this order
     sequence = [0, *range(max(best.step, 1), len(best.path))]
     certificate = further = last = None
     if promise is not None:
@@ -300,18 +312,19 @@ def _certificates(
     """
     outputs = tune.plan(0).outputs(rows, features)
     confidence = confidence_table(tune.best.criterion, outputs)
-    emitted, no_layer = list[F64](), False
+    emitted = list[F64]()
+    no_layer = False  # whether every row leaves at exit 0
+    # 1. what every step emits, (n,) logits
     for step in sequence:
         exits = leave(confidence, tune.best.path[step].thresholds)
         no_layer = outputs.layers[0] == 0 and len(rows) > 0 and not exits.any().item()
         if no_layer:
             break
         emitted.append(outputs.logits.gather(1, exits[:, None]).squeeze(1).double().numpy())
-    path, labels, users = (
-        np.stack(emitted),
-        rows["label"].to_numpy(),
-        rows["user"].to_numpy(),
-    )
+    # 2. two certificates of one sequence: of its first step alone, and as far as it goes
+    path = np.stack(emitted)  # (steps, n)
+    labels = rows["label"].to_numpy()
+    users = rows["user"].to_numpy()
     first = 1 + (tune.best.step > 0)
     own, further = (
         certify(part, path[0], labels, users, promise) for part in (path[:first], path)

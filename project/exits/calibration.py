@@ -54,7 +54,8 @@ def fit_calibration(
     values = logits.detach().double().cpu().numpy()
     positive = np.asarray(labels, dtype=np.float64)
     # 1. refuse what has no calibration
-    bad, constant = ~np.isfinite(values), np.ptp(values, axis=0) == 0
+    bad = ~np.isfinite(values)  # (n, K)
+    constant = np.ptp(values, axis=0) == 0  # (K,)
     if bad.any():
         head = int(bad.any(axis=0).argmax())
         raise DataError(
@@ -80,8 +81,11 @@ def fit_calibration(
     rows = []
     for head in range(values.shape[1]):
         with_exit_0 = exit_0 and head > 0
+        # (n, 2) or (n, 1): the head's own logit first
         features = values[:, [head, 0]] if with_exit_0 else values[:, [head]]
-        mean, scale = features.mean(axis=0), features.std(axis=0)
+        mean = features.mean(axis=0)
+        scale = features.std(axis=0)
+        # the offset's column is last, and bears no penalty
         design = np.column_stack([(features - mean) / scale, np.ones(positive.size)])
         found = _newton(design, positive, np.zeros(positive.size))
         # the likelihood is concave: where the free optimum breaks the bound on the slope,
@@ -89,6 +93,7 @@ def fit_calibration(
         bound = MINIMUM_SLOPE * scale[0]
         if found[0] < bound:
             found = np.r_[bound, _newton(design[:, 1:], positive, bound * design[:, 0])]
+        # back from standardised logits to logits as they are
         slopes = found[:-1] / scale
         rows.append(
             [slopes[0], slopes[1] if with_exit_0 else 0.0, found[-1] - slopes @ mean]
@@ -108,13 +113,16 @@ def _newton(design: F64, positive: F64, offset: F64) -> F64:
 
     weights: F64 = np.zeros(design.shape[1])
     for _ in range(ITERATIONS):
+        # (n,) at the weights so far
         chance = 1 / (1 + np.exp(-np.clip(design @ weights + offset, -500, 500)))
         gradient = design.T @ (chance - positive) / positive.size + ridge * weights
         curvature = (design.T * (chance * (1 - chance))) @ design / positive.size + np.diag(
             ridge + 1e-12
         )
         step = np.linalg.solve(curvature, gradient)
-        size, before = 1.0, loss(weights)
+        # a full Newton step may overshoot: it is halved until the loss is smaller
+        size = 1.0
+        before = loss(weights)
         while loss(weights - size * step) > before and size > 1e-6:
             size /= 2
         weights = weights - size * step

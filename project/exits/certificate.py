@@ -105,11 +105,15 @@ class CertificateSettings:
         users would not cure.
         """
         x = self.rescale(np.ravel(losses))
-        x, epsilon = x[~np.isnan(x)], float(self.rescale(self.epsilon))
+        x = x[~np.isnan(x)]
+        epsilon = float(self.rescale(self.epsilon))
+        # constant bets up to the largest allowed
         bets = BET_SHARE / (1.0 - epsilon) * np.linspace(0.01, 1, 100)
+        # log of the capital's growth by one loss; capital 1 / delta is enough
         rate = max(float(np.log1p(bet * (epsilon - x)).mean()) for bet in bets)
         if rate <= 1e-12:
             return None
+        # a loss of the AUC gap takes a pair
         users_of_a_loss = 2 if self.risk == "auc_gap" else 1
         return users_of_a_loss * math.ceil(math.log(1 / self.delta) / rate)
 
@@ -175,7 +179,9 @@ def certify(
     `path` (steps, n) holds the calibrated logits that each step emits, `full` (n,) those of the last head, which step 0
     equals; `labels` (n,) may be None for a risk that reads none.
     """
-    scores, last = np.asarray(path, dtype=np.float64), np.asarray(full, dtype=np.float64)
+    scores = np.asarray(path, dtype=np.float64)  # (steps, n)
+    last = np.asarray(full, dtype=np.float64)  # (n,)
+    # (n,) users as numbers from 0
     owners = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
     if np.isnan(scores).any() or not np.array_equal(scores[0], last):
         raise DataError("certify: logits are NaN, or step 0 of the path is not full depth")
@@ -183,6 +189,7 @@ def certify(
     if (n := np.unique(owners).size) < (settings.users_needed() or 0):
         return _walk(lambda _: np.zeros((1, 0)), len(scores), n, settings)
     if settings.risk != "auc_gap":
+        # (steps, n) emitted probabilities
         adaptive = probabilities(scores.ravel()).reshape(scores.shape)
         losses = row_losses(settings.risk, adaptive, probabilities(last))
         return certify_losses(user_means(losses, owners), settings)
@@ -191,6 +198,7 @@ def certify(
         raise DataError(
             "exits.certificate.risk: auc_gap needs both classes in the certify fold"
         )
+    # made once: every step is measured on the same pairs
     pairs = UserPairs(truth, owners)
     best = pairs.auc(last)
     return _walk(lambda step: best - pairs.auc(scores[step]), len(scores), n, settings)
@@ -198,7 +206,9 @@ def certify(
 
 def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> Certificate:
     """Certify a path from losses (steps, users) in the risk's range; those of step 0, where nobody leaves, are 0."""
-    values, (low, high) = np.asarray(losses, dtype=np.float64), settings.range
+    values = np.asarray(losses, dtype=np.float64)
+    low, high = settings.range
+    # the bets are valid for losses in the range alone
     outside = ~((values >= low - 1e-9) & (values <= high + 1e-9))
     if outside.any():
         raise DataError(
@@ -223,12 +233,15 @@ def _walk(
         return replace(found, users_needed=least)
     # 2. from safe to fast, until the first step that fails
     epsilon = float(settings.rescale(settings.epsilon))
-    last, shown = None, losses_of(1)
+    # `shown` are the losses that estimate and bound are about
+    last: int | None = None  # the last step that passed
+    shown = losses_of(1)
     for step in range(1, steps):
         losses = shown if step == 1 else losses_of(step)
         if not p_value(settings.rescale(losses), epsilon, settings.delta) <= settings.delta:
             break
-        last, shown = step, losses
+        last = step
+        shown = losses
     # 3. the last that passed, or step 1
     low, high = settings.range
     return replace(
@@ -253,8 +266,11 @@ def p_value(losses: F64, epsilon: float, delta: float) -> float:
 
 def upper_bound(losses: F64, epsilon: float, delta: float) -> float:
     """The least mean that the same bets reject at level delta; at most epsilon where `p_value` is at most delta."""
-    bets, largest = plug_in_bets(losses, epsilon, delta), BET_SHARE / (1.0 - epsilon)
-    low, high = max(0.0, 1.0 - 1.0 / largest), 1.0  # bets could lose everything below `low`
+    bets = plug_in_bets(losses, epsilon, delta)
+    largest = BET_SHARE / (1.0 - epsilon)
+    low = max(0.0, 1.0 - 1.0 / largest)  # below, bets could lose everything
+    high = 1.0
+    # bisection: `high` is rejected, or 1; `low` is not
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (
@@ -268,19 +284,26 @@ def plug_in_bets(losses: F64, epsilon: float, delta: float) -> F64:
 
     bet_t = min(sqrt(2 log(1 / delta) / (m * variance_(t-1))), c / (1 - epsilon)), 0 where there is no loss.
     """
+    # 1. losses so far, (lines, m); a missing one counts nowhere
     real = ~np.isnan(losses)
-    x, t = np.where(real, losses, 0.0), np.cumsum(real, axis=-1)
+    x = np.where(real, losses, 0.0)
+    t = np.cumsum(real, axis=-1)  # how many losses there are up to each
+    # 2. running mean and variance, each shrunk to a prior
     mean = (PRIOR_WEIGHT * epsilon + np.cumsum(x, axis=-1)) / (PRIOR_WEIGHT + t)
     spread = np.where(real, (x - mean) ** 2, 0.0)
+    # without the loss itself: a bet may only know what came before it
     before = np.cumsum(spread, axis=-1) - spread
     variance = (PRIOR_WEIGHT * PRIOR_VARIANCE + before) / (PRIOR_WEIGHT + t - real)
+    # 3. the bet that would be best were the variance known
     bets = np.sqrt(2 * math.log(1 / delta) / (np.maximum(t[..., -1:], 1) * variance))
     return np.where(real, np.minimum(bets, BET_SHARE / (1.0 - epsilon)), 0.0)
 
 
 def _p_of(losses: F64, bets: F64, mean: float) -> float:
     """1 / maximum of the capital prod_t (1 + bet_t * (mean - loss_t)), or 1 / average of several final ones; <= 1."""
+    # a missing loss gains log 1 = 0
     gains = np.log1p(bets * (mean - np.where(np.isnan(losses), mean, losses)))
+    # of users: any moment may stop the game, so its largest capital counts
     if len(gains) == 1:
         return math.exp(-float(np.cumsum(gains).max(initial=0.0)))
     return math.exp(-max(0.0, float(logsumexp(gains.sum(axis=-1))) - math.log(len(gains))))
@@ -294,20 +317,25 @@ class UserPairs:
     """
 
     def __init__(self, labels: ArrayLike, users: I64) -> None:
-        rng, count = np.random.default_rng(0), int(users.max()) + 1
+        rng = np.random.default_rng(0)
+        count = int(users.max()) + 1  # users
+        # 1. at most ROWS_OF_A_USER random rows of each user, as a table (users, rows)
         mixed = rng.permutation(users.size)
         # by user, each user's rows in random order
         mixed = mixed[np.argsort(users[mixed], kind="stable")]
         sizes = np.bincount(users, minlength=count)
+        # (n,) which of the user's rows this is
         place = np.arange(users.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         kept = place < ROWS_OF_A_USER
         shape = count, int(min(ROWS_OF_A_USER, sizes.max()))
         self._rows = np.full(shape, -1)  # of each user, -1 as padding
         self._rows[users[mixed[kept]], place[kept]] = mixed[kept]
+        # (users, rows) 1 where liked; padding reads the 0 at the end
         self._positive = np.append(np.asarray(labels).astype(np.int64), 0)[self._rows]
         self._sizes = np.stack(
             [self._positive.sum(1), (self._rows >= 0).sum(1) - self._positive.sum(1)]
         )
+        # 2. users in random order, PAIRINGS times: neighbours are a pair; an odd one is left out
         orders = np.stack(
             [rng.permutation(count)[: count // 2 * 2] for _ in range(PAIRINGS)]
         )
@@ -319,15 +347,18 @@ class UserPairs:
 
         Ties count half. Shape (pairings, users // 2); NaN where two users have no such rows.
         """
+        # (users, rows) dense ranks compare as scores do; NaN is padding
         ranks = np.append(rankdata(scores, method="dense"), np.nan).astype(np.float32)[
             self._rows
         ]
         found = [np.zeros(0)]
         for at in range(0, len(self._pairs), self._block):
+            # (block,) the users of each pair
             one, other = self._pairs[at : at + self._block].T
             # padding is neither above nor below
             above = ranks[one][:, :, None] > ranks[other][:, None, :]
             below = ranks[one][:, :, None] < ranks[other][:, None, :]
+            # (block, rows, rows) 1 where the first user's row is above, -1 where below
             sign = above.view(np.int8) - below.view(np.int8)
             right = (self._positive[one] * sign.sum(2, dtype=np.int16)).sum(1)
             # two positives cancel
@@ -336,6 +367,7 @@ class UserPairs:
                 self._sizes[:, one],
                 self._sizes[:, other],
             )
+            # (block,) pairs of a like of one user and a dislike of the other
             pairs = ups * other_downs + downs * other_ups
             found.append(
                 0.5 + np.where(pairs > 0, right, np.nan) / (2 * np.maximum(pairs, 1))
@@ -358,6 +390,7 @@ def user_means(losses: ArrayLike, users: ArrayLike) -> F64:
     values = np.asarray(losses, dtype=np.float64)
     code = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
     sizes = np.bincount(code)
+    # rows of a user side by side, so that one `reduceat` sums them
     order = np.argsort(code, kind="stable")
     means: F64 = (
         np.add.reduceat(values[..., order], np.cumsum(sizes) - sizes, axis=-1) / sizes

@@ -37,10 +37,12 @@ def request_cost(
     costs the sum of layer * target tokens, plus its deepest layer * stream tokens unless the prefix is cached.
     """
     ids, code = torch.unique(request, return_inverse=True)
+    # 1. candidates' own tokens, each as deep as the candidate runs
     own = torch.zeros(ids.numel(), dtype=target_tokens.dtype, device=layer.device)
     own = own.scatter_add(0, code, (layer * target_tokens).to(own))
     if prefix_cached:
         return own
+    # 2. the history's, as deep as the deepest candidate; `amax` of equal counts is the count
     deepest, shared = (
         torch.zeros_like(own).scatter_reduce(0, code, values.to(own), "amax")
         for values in (layer, stream_tokens)

@@ -131,6 +131,7 @@ class RatioConsistency(Consistency):
 
     def fit(self, outputs: HeadOutputs) -> None:
         """Freeze both distributions at every head."""
+        # what is known at each head
         parts = [outputs.until(k) for k in range(outputs.heads)]
         consistency = super().confidence
         self.tensors = {
@@ -151,6 +152,7 @@ class RatioConsistency(Consistency):
             self.tensors[f"{of}_quantiles"][outputs.heads - 1]
             for of in ("ratio", "consistency")
         )
+        # (n,) each, on one scale once they are quantiles
         both = (Ratio().confidence(outputs), consistency)
         return torch.minimum(
             *(_quantile_of(x, grid) for x, grid in zip(both, grids, strict=True))
@@ -164,7 +166,9 @@ def name(criterion: Criterion) -> str:
 
 def confidence_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
     """Confidence at every head, (n, K); +inf at the last head, where everyone leaves."""
-    columns, rows = list[Tensor](), len(outputs.logits)
+    # (n,) of each head but the last
+    columns = list[Tensor]()
+    rows = len(outputs.logits)
     for head, layer in enumerate(outputs.layers[:-1]):
         confidence: object = criterion.confidence(outputs.until(head))
         # a class of the user's own may return anything, and a row whose confidence is NaN
@@ -196,6 +200,7 @@ def try_out(criterion: Criterion, exit_0: bool) -> None:
     outputs = HeadOutputs.of((0, 1, 2) if exit_0 else (1, 2, 3), made[:, :3], made[:, 3:])
     with torch.random.fork_rng(devices=[]):
         try:
+            # the criterion itself stays unfitted
             copy = deepcopy(criterion)
             copy.fit(outputs)
             confidence_table(copy, outputs)
@@ -215,27 +220,33 @@ def out_of_fold_confidence(
 
     `make` makes an unfitted criterion; `users` (n,) are cut into USER_PARTS in the order of a salted hash.
     """
+    # users, and the user of each row as a number
     found, code = np.unique(np.asarray(users), return_inverse=True)
     if found.size < USER_PARTS:
         raise DataError(
             f"a criterion that learns is scored on other users than it is fitted on: {found.size} users of the fold "
             f"tune cannot make {USER_PARTS} parts; use more data, or a criterion that does not learn"
         )
+    # in the order of a hash, which has nothing to do with the order of rows or names
     digests = [hashlib.sha256(f"0:{user}".encode()).digest() for user in found.tolist()]
     place = np.empty(found.size, dtype=np.int64)
+    # (users,) each user's rank in that order
     place[sorted(range(found.size), key=digests.__getitem__)] = np.arange(found.size)
+    # (n,) the part of each row's user
     part = torch.from_numpy((place * USER_PARTS // found.size)[code.reshape(-1)]).to(
         outputs.logits.device
     )
     table = torch.empty_like(outputs.logits)
     for own in range(USER_PARTS):
         criterion = make()
+        # fitted on the other users, read on these
         criterion.fit(outputs.rows(part != own))
         table[part == own] = confidence_table(criterion, outputs.rows(part == own))
     return table
 
 
 def _quantiles(values: Tensor) -> Tensor:
+    # evenly spaced ranks of the sorted values are its quantiles
     ordered = values.sort().values
     place = (
         torch.linspace(0, values.numel() - 1, QUANTILES, dtype=torch.float64).round().long()
@@ -246,8 +257,10 @@ def _quantiles(values: Tensor) -> Tensor:
 def _quantile_of(values: Tensor, grid: Tensor) -> Tensor:
     """Where values (n,) stand in a frozen distribution, in [0, 1], linear between its points."""
     grid = grid.to(values)
+    # (n,) the grid's first point that is not below
     above = torch.searchsorted(grid, values.contiguous()).clamp(1, QUANTILES - 1)
     low, high = grid[above - 1], grid[above]
+    # how far between the two points, 0 where they coincide
     part = ((values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)).clamp(
         0, 1
     )
@@ -277,21 +290,28 @@ class Learned(Criterion):
                 f"learned needs rows and heads of the fold tune to learn from, found {n} rows and {heads} heads; "
                 "use more validation data or a criterion that does not learn"
             )
+        # features of the last head, so that heads stack; earlier heads have zeros there
         width = outputs.retrieved.shape[1] + DERIVED + heads
+        # (n, K)
         probabilities = outputs.probabilities.double()
         drifts = (probabilities[:, :-1] - probabilities[:, -1:]).abs()
         fitted = []
         for head, drift in enumerate(drifts.unbind(dim=1)):
             features = _features(outputs.until(head), width).double()
-            center, scale = features.mean(dim=0), inverse_spread(features)
+            # 1. standardise features, then their products, by rows of tune
+            center = features.mean(dim=0)
+            scale = inverse_spread(features)
             basis = _basis(features, center, scale)
-            mean, basis_scale = basis.mean(dim=0), inverse_spread(basis)
+            mean = basis.mean(dim=0)
+            basis_scale = inverse_spread(basis)
             design = (basis - mean) * basis_scale
+            # 2. ridge regression in closed form: (X'X + penalty)^-1 X'y
             penalty = RIDGE_ROWS * torch.eye(
                 design.shape[1], dtype=design.dtype, device=design.device
             )
             moment = design.T @ (drift - drift.mean())
             weight = torch.linalg.solve(design.T @ design + penalty, moment) * basis_scale
+            # 3. the mean goes into the intercept: at prediction nothing is centred again
             fitted.append((center, scale, weight, drift.mean() - mean @ weight))
         names = ("center", "scale", "weight", "intercept")
         self.tensors = dict(
@@ -311,6 +331,7 @@ class Learned(Criterion):
 
 def _features(outputs: HeadOutputs, width: int) -> Tensor:
     """(n, width): retrieved features, derived numbers, logits so far, then zeros, so that heads stack."""
+    # (n,)
     now = outputs.probabilities[:, -1]
     changes = (
         outputs.probabilities.diff(dim=1).abs()
@@ -331,7 +352,9 @@ def _features(outputs: HeadOutputs, width: int) -> Tensor:
 
 def _basis(features: Tensor, center: Tensor, scale: Tensor) -> Tensor:
     """Standardised features and all their products of two, (n, width (width + 3) / 2)."""
+    # (n, width)
     x = ((features - center) * scale).clamp(-LARGEST, LARGEST)
+    # every pair of features once, squares included
     first, second = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
     return torch.cat([x, x[:, first] * x[:, second]], dim=1)
 

@@ -17,6 +17,7 @@ from project.exits.criteria import Criterion, HeadOutputs
 def leave(confidence: Tensor, thresholds: Tensor) -> Tensor:
     """Index (n,) of the first head whose confidence (n, K) reaches its threshold (K,); the last head takes everyone."""
     leaves = confidence >= thresholds.to(confidence)
+    # the last head is never asked
     leaves[:, -1] = True
     return leaves.to(torch.int8).argmax(dim=1)  # argmax returns the first of equals
 
@@ -47,6 +48,7 @@ class Policy:
         if outputs.heads == len(self.layers):
             return torch.ones_like(outputs.logits[:, -1], dtype=torch.bool)
         confidence = self.criterion.confidence(outputs)
+        # as a table of two heads, this one and one that takes everyone, so that `leave` decides
         here_or_later = torch.stack(
             [confidence, torch.full_like(confidence, torch.inf)], dim=1
         )
@@ -57,9 +59,12 @@ class Policy:
 
     def exits(self, outputs: HeadOutputs) -> Tensor:
         """Index of the head at which each of n rows leaves, (n,) int64; `outputs` has all K heads."""
+        # (m,) positions of the rows that still run; shrinks at every head
         running = torch.arange(outputs.logits.shape[0], device=outputs.logits.device)
+        # (n,)
         exits = torch.full_like(running, len(self.layers) - 1)
         for head in range(len(self.layers)):
+            # (m,) only what an engine knows here: running rows, heads so far
             gone = self.leaves(outputs.rows(running).until(head))
             exits[running[gone]] = head
             running = running[~gone]
@@ -68,6 +73,7 @@ class Policy:
 
 def random_exits(outputs: HeadOutputs, share: float) -> Tensor:
     """Control: at each head this share of the rows that reach it leave by lot, (n,) int64."""
+    # a lot for every row and head, also where the row has left before
     lots = torch.rand(
         outputs.logits.shape,
         generator=torch.Generator().manual_seed(0),
@@ -83,5 +89,6 @@ def oracle_exits(outputs: HeadOutputs, tolerance: float) -> Tensor:
 
     It reads no labels: an upper bound for criteria that predict drift, not for accuracy.
     """
+    # (n, K) 0 at the last head
     drift = (outputs.probabilities - outputs.probabilities[:, -1:]).abs()
     return leave(-drift, drift.new_full((outputs.heads,), -tolerance))

@@ -92,12 +92,14 @@ def threshold_path(
     `confidence` and the calibrated logits `scores` are (n, K) of the rows of tune, confidence out-of-fold where the
     criterion learns; `tokens` (n,) run in every layer, see `row_tokens`.
     """
-    known, logits = confidence.detach().double().cpu(), _numbers(scores)
-    truth, depths = (
-        np.asarray(labels, dtype=np.float64),
-        np.asarray(layers, dtype=np.float64),
-    )
-    rows, likes, weights = np.arange(len(logits)), _teacher(logits, truth), _numbers(tokens)
+    known = confidence.detach().double().cpu()  # (n, K)
+    logits = _numbers(scores)  # (n, K)
+    truth = np.asarray(labels, dtype=np.float64)  # (n,)
+    depths = np.asarray(layers, dtype=np.float64)  # (K,)
+    rows = np.arange(len(logits))
+    likes = _teacher(logits, truth)  # (n,) chances that a row is liked
+    weights = _numbers(tokens)  # (n,)
+    # (n, K) what a row costs at each head, as a share of all rows at full depth
     cost = weights[:, None] * depths / (float(weights.sum() * depths[-1]) or 1.0)
 
     def tried(
@@ -107,10 +109,12 @@ def threshold_path(
         if head is not None:
             thresholds = thresholds.clone()
             thresholds[head] = threshold
+        # (n,) the head at which each row leaves
         exits = leave(known, thresholds).numpy()
         # expected AUC: share of pairs in order where row i is liked with probability q_i,
         # ties in order of rows
         liked = likes[logits[rows, exits].argsort(kind="stable")]
+        # (n,) in ascending order of the emitted score, as `liked`
         disliked = 1.0 - liked
         below = disliked.cumsum() - disliked  # a row makes no pair with itself
         pairs = liked.sum() * disliked.sum() - liked @ disliked
@@ -119,10 +123,13 @@ def threshold_path(
         )
 
     # 1. nobody leaves early
+    # a list of falling thresholds for every head but the last
     grids = [threshold_grid(known[:, head].numpy()) for head in range(len(layers) - 1)]
+    # (K,)
     nobody = torch.tensor([torch.inf] * len(grids) + [-torch.inf], dtype=torch.float64)
     full = here = tried(nobody)
-    found, place = list[_Tried](), [0] * len(grids)
+    found = list[_Tried]()
+    place = [0] * len(grids)  # where every head stands on its grid
     # 2. every move from here: one head, a few thresholds further or to its last; rows only
     # ever leave earlier
     while moves := [
@@ -137,16 +144,19 @@ def threshold_path(
             (here.cost - o.cost) / max(here.expected_auc - o.expected_auc, FREE)
             for o in options
         ]
+        # the first of equals
         best = int(np.argmax(rates))
         if rates[best] <= 0:  # a head that no row reaches saves nothing
             break
         head, to = moves[best]
-        place[head], here = to, options[best]
+        place[head] = to
+        here = options[best]
         found.append(here)
     # 4. everyone leaves at k, for every k at which the criterion can decide
     found += [tried(nobody, k, -torch.inf) for k, grid in enumerate(grids) if len(grid) > 1]
     # 5. by falling cost, keep what has more expected AUC than all that is cheaper
-    kept, most = list[_Tried](), -np.inf
+    kept = list[_Tried]()
+    most = -np.inf  # expected AUC of the best that is cheaper
     for option in sorted(found, key=lambda o: (o.cost, -o.expected_auc)):
         if option.cost < full.cost and option.expected_auc > most:
             kept.append(option)
@@ -155,7 +165,8 @@ def threshold_path(
     path = list[Step]()
     for option in (full, *reversed(kept)):
         exits = leave(known, option.thresholds).numpy()
-        value, depth = auc(logits[rows, exits], truth), float(depths[exits].mean())
+        value = auc(logits[rows, exits], truth)
+        depth = float(depths[exits].mean())
         assert value is not None  # calibration has refused rows of one class
         drop = path[0].auc - value if path else 0.0
         path.append(
@@ -166,14 +177,17 @@ def threshold_path(
 
 def threshold_grid(confidence: F64) -> list[float]:
     """Thresholds of a head by its confidence (n,): +inf, then ever more rows leave, at last -inf."""
+    # (n,) most confident first
     ordered = np.sort(confidence)[::-1]
     ordered = ordered[ordered > -np.inf]
     if not ordered.size:
         return [np.inf]  # the criterion cannot decide here
+    # how many rows leave at each threshold: few at first, then ever larger steps
     last = np.round(confidence.size * (np.arange(1, SHARES) / SHARES) ** 1.5).astype(
         np.int64
     )
     last = last[(last > 0) & (last < ordered.size)]
+    # between two values, so that rounding moves no row across
     middle = (ordered[last - 1] + ordered[last]) / 2
     return [np.inf, *np.unique(middle)[::-1].tolist(), -np.inf]
 
@@ -184,7 +198,9 @@ def _teacher(scores: F64, labels: F64) -> F64:
     Where earlier heads add nothing to the last one, w stays near 0. Where the heads' errors are independent, their mean
     is better than the last head alone.
     """
+    # (n, K - 1)
     design = scores[:, :-1] - scores[:, -1:]
+    # the prior's precision
     ridge = np.eye(design.shape[1]) / TEACHER_DEVIATION**2
     weights = np.zeros(design.shape[1])
     for _ in range(8):
@@ -205,13 +221,16 @@ def budget_steps(
     ends the walk, whatever the steps behind it lose. The last step before must keep `max_cost`, if there is one.
     With `max_cost` alone it is the first step that costs no more, as AUC falls along the path.
     """
+    # (S,)
     cost = np.array([step.cost for step in path])
     if max_auc_drop is None:
         affordable = np.flatnonzero(cost <= max_cost)
         return np.full(len(drops), affordable[0] if affordable.size else -1)
+    # (S,) drops if labels were drawn from the teacher's probabilities
     expected = path[0].expected_auc - np.array([step.expected_auc for step in path])
     broken = np.maximum(drops, expected) > max_auc_drop
     broken[:, 0] = False  # full depth loses nothing
+    # where every step keeps the budget, the last one is taken
     last: I64 = np.where(broken.any(axis=1), broken.argmax(axis=1), len(path)) - 1
     return last if max_cost is None else np.where(cost[last] <= max_cost, last, -1)
 
@@ -225,14 +244,15 @@ def user_influences(
     times, the AUC drops are about auc_drop + influence @ m. `confidence` and `scores` are (n, K), as the path was made
     with.
     """
-    positive, (_, user) = (
-        np.asarray(labels) == 1,
-        np.unique(np.asarray(users), return_inverse=True),
-    )
+    positive = np.asarray(labels) == 1  # (n,)
+    user = np.unique(np.asarray(users), return_inverse=True)[1]  # (n,) 0 to U - 1
+    # the AUC is the mean of a class's components, so a row weighs 1 / rows of its class
     pairs = np.where(positive, positive.sum(), (~positive).sum())
-    full, found = auc_components(_numbers(scores[:, -1]), positive), list[F64]()
+    full = auc_components(_numbers(scores[:, -1]), positive)  # (n,)
+    found = list[F64]()  # (U,) of each step
     for step in path:
         adaptive = scores.gather(1, leave(confidence, step.thresholds)[:, None]).squeeze(1)
+        # (n,) how far a row's component lies from the step's mean drop
         away = full - auc_components(_numbers(adaptive), positive) - step.auc_drop
         found.append(np.bincount(user, weights=away / pairs).astype(np.float64))
     return np.stack(found)
@@ -247,10 +267,12 @@ def bound_margins(influences: F64, alpha: float) -> F64:
     users = influences.shape[1]
     if users < 2:
         return np.where((influences**2).sum(axis=1) > 0, np.inf, 0.0)
+    # (S,) influences of a step sum to 0, so this is their variance
     variance = (influences**2).mean(axis=1)
     third = (influences**3).mean(axis=1)
     skewness = np.divide(third, variance**1.5, out=np.zeros_like(third), where=variance > 0)
     quantile = float(student.ppf(1.0 - alpha, users - 1))
+    # standard errors of the drops: U users, divided by U - 1
     errors = np.sqrt(variance * users * users / (users - 1))
     margins: F64 = errors * (
         quantile + skewness * (1 + 2 * quantile**2) / (6 * np.sqrt(users))
@@ -261,6 +283,7 @@ def bound_margins(influences: F64, alpha: float) -> F64:
 def auc_components(scores: F64, positive: Bool) -> F64:
     """(n,) of a positive the share of negatives below it, of a negative the share of positives above it, ties half."""
     below = rankdata(scores)  # of either class, less those of the own class
+    # ranks among all minus ranks inside the class: how many of the other class lie below
     below[positive] -= rankdata(scores[positive])
     below[~positive] -= rankdata(scores[~positive])
     found: F64 = np.where(positive, below / (~positive).sum(), 1.0 - below / positive.sum())
@@ -275,6 +298,7 @@ def _numbers(values: Tensor) -> F64:
 def point(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor, exits: Tensor) -> Point:
     """Point of a Pareto curve for n rows that leave at these heads (n,): `cost`, `mean_depth`, `auc`, `auc_drop`."""
     layers = torch.tensor(outputs.layers)
+    # token-layers of full depth
     whole = float((layers[-1] * tokens).sum())
     adaptive = outputs.logits.gather(1, exits[:, None]).squeeze(1)
     best, value = (

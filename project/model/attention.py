@@ -54,13 +54,17 @@ def segments_attention(
         #    every slice of a tensor costs a zero tensor of the full length.
         spans = [span for block in blocks for span in (block.queries, *block.keys)]
         edges = sorted({0, length}.union(*spans))
+        # the piece that begins at an edge
         at = {edge: i for i, edge in enumerate(edges)}
         sizes = [stop - start for start, stop in pairwise(edges)]
+        # pieces (heads, tokens, dim) of the row
         q, k, v = (torch.split(x[row], sizes, dim=1) for x in (query, key, value))
         # 2. One call a block; zeros where there is none.
-        parts, end = list[Tensor](), 0
+        parts = list[Tensor]()  # (tokens, heads, dim), in the order of the row
+        end = 0  # tokens of the row that have a part
         for block in blocks:
             start, stop = block.queries
+            # (tokens of the block, heads, dim)
             out = F.scaled_dot_product_attention(
                 _joined(q, at, [block.queries]),
                 _joined(k, at, block.keys),
@@ -70,10 +74,12 @@ def segments_attention(
                 scale=scaling,
                 enable_gqa=grouped,
             )[0].transpose(0, 1)
+            # what lies between two blocks is padding
             parts += (
                 [query.new_zeros(start - end, heads, dim), out] if start > end else [out]
             )
             end = stop
+        # and so is what is left of the row
         if end < length:
             parts.append(query.new_zeros(length - end, heads, dim))
         rows.append(torch.cat(parts))
@@ -90,6 +96,7 @@ def _joined(
 ) -> Tensor:
     """The tokens of the ranges, (1, heads, tokens, dim); every range ends on edges, `at` says which."""
     found = [piece for start, stop in ranges for piece in pieces[at[start] : at[stop]]]
+    # a single piece is a view; several are copied together
     return (found[0] if len(found) == 1 else torch.cat(found, dim=1))[None]
 
 

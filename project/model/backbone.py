@@ -59,11 +59,13 @@ class NumberEmbedding(nn.Embedding):
             words.num_embeddings,
             words.embedding_dim,
             padding_idx=words.padding_idx,
+            # the model's own table: fine-tuning and freezing go on as without numbers
             _weight=words.weight,  # shared
             _freeze=not words.weight.requires_grad,
         )
         weight = words.weight.detach()
         # at first a random point and a random direction a kind, as large as words'
+        # (kinds, 1, H) each
         point, direction = (
             torch.randn(
                 len(NUMBERS),
@@ -83,13 +85,18 @@ class NumberEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors (..., H) of token ids (...)."""
+        # (..., kinds) whether a number of the kind is there, and its value
         shown, values = read_number_ids(ids)
+        # where the value lies between the knots, 0 to KNOTS - 1
         place = (values.clamp(FIRST_KNOT, LAST_KNOT) - FIRST_KNOT) * (
             (KNOTS - 1) / (LAST_KNOT - FIRST_KNOT)
         )
         knots = torch.arange(KNOTS, device=ids.device)
+        # (..., kinds, KNOTS): 1 at the value's own knot, linear to 0 at the next
         shares = (1 - (place[..., None] - knots).abs()).clamp(min=0) * shown[..., None]
+        # (..., H) one product for all kinds and knots
         numbers = shares.flatten(-2).to(self.numbers.dtype) @ self.numbers.flatten(0, 1)
+        # ids of numbers read row 0 here, which the last line leaves out
         words = super().forward(ids.clamp(min=0))
         return torch.where((ids < 0)[..., None], numbers.to(words.dtype), words)
 
@@ -138,12 +145,14 @@ class ItemEmbedding(NumberEmbedding):
         """Vectors (..., H) of token ids (...)."""
         vectors, is_item = super().forward(ids), ids < LOWEST_ID
         mean, deviation = self.moments
+        # (m, H) standardised vectors of the m tokens that show an item
         frozen = (self.items[FIRST_ITEM_ID - ids[is_item]] - mean) / deviation.clamp(
             min=1e-6
         )
         found = (
             frozen / self.embedding_dim**0.5 @ self.projection[:-1] + self.projection[-1]
         )
+        # not in place: vectors have a gradient
         return vectors.index_put((is_item,), found.to(vectors.dtype))
 
 
@@ -188,6 +197,7 @@ class Backbone(nn.Module):
                 attn_implementation=SEGMENTS,
                 output_loading_info=True,
             )
+        # transformers would fill them with random numbers and a warning
         missing = sorted(info["missing_keys"])
         if missing:
             raise ConfigError(
@@ -208,6 +218,7 @@ class Backbone(nn.Module):
 
         Its product with a normed hidden state is the mean LM logit of yes minus that of no.
         """
+        # (vocabulary, H)
         rows = self._lm_head[0].detach()
         return rows[list(yes_ids)].float().mean(0) - rows[list(no_ids)].float().mean(0)
 
@@ -233,6 +244,7 @@ class Backbone(nn.Module):
         hidden = state.hidden
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers[start:stop]:
+            # position and layout are the same for all layers
             step = partial(
                 layer, position_embeddings=state.position_embeddings, layout=state.layout
             )
@@ -287,9 +299,11 @@ def _cut(config: PretrainedConfig, num_layers: int | None) -> PretrainedConfig:
             f"model.exit_layers ends at {num_layers}, but the backbone has {available} layers; expected at most "
             f"{available}."
         )
+    # the caller's configuration stays whole
     config = deepcopy(config)
     if num_layers is not None:
         config.num_hidden_layers = num_layers
         if getattr(config, "layer_types", None) is not None:
+            # some configurations name a type for every layer
             config.layer_types = config.layer_types[:num_layers]
     return config

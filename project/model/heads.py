@@ -33,14 +33,17 @@ class ExitHead(nn.Module):
 
     def __init__(self, norm: nn.Module, direction: Tensor) -> None:
         super().__init__()
+        # the backbone's is frozen
         self.norm = deepcopy(norm).float().requires_grad_(True)
         self.linear = nn.Linear(direction.numel(), 1)
         with torch.no_grad():
+            # so an untrained head says START times what the language model says
             self.linear.weight.copy_(START * direction[None])
             self.linear.bias.zero_()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(n,) float32 logits of hidden states (n, H) at answer slots."""
+        # see the header: float32 whatever the backbone computes in
         with torch.autocast(hidden.device.type, enabled=False):
             logits: Tensor = self.linear(self.norm(hidden.to(self.linear.weight.dtype)))
             return logits.squeeze(-1).float()
@@ -54,6 +57,7 @@ def heads_digest(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(n for n in state if n.startswith("heads.")):
         weights = state[name].detach()
+        # a shard on this process says nothing about the others'
         whole = weights.full_tensor() if isinstance(weights, DTensor) else weights
         digest.update(name.encode() + whole.cpu().contiguous().float().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -75,6 +79,7 @@ def answer_tokens(
         ids = [
             tokenizer.encode(spelling, add_special_tokens=False) for spelling in spellings
         ]
+        # a spelling of several tokens has no row of its own in the LM head
         single = [i[0] for i in ids if len(i) == 1 and i[0] != tokenizer.unk_token_id]
         if not single:
             raise ConfigError(
@@ -84,6 +89,7 @@ def answer_tokens(
             )
         found.append(list(dict.fromkeys(single)))
     no, yes = found
+    # a token on both sides would cancel out in the direction
     shared = sorted(set(no) & set(yes))
     if shared:
         raise ConfigError(

@@ -119,21 +119,27 @@ class ExitRecommender(L.LightningModule):
         items: bool = False,
     ) -> None:
         super().__init__()
+        # 1. settings
         if not exit_layers or sorted(set(exit_layers)) != exit_layers or exit_layers[0] < 1:
             raise ConfigError(
                 f"model.exit_layers is {exit_layers}; expected at least one layer, ascending, each once, from 1 on."
             )
         self.save_hyperparameters({"backbone": backbone, "exit_layers": exit_layers})
-        self.backbone_name, self.exit_layers, self.depth = (
-            backbone,
-            exit_layers,
-            exit_layers[-1],
-        )
-        self.optim, self.lora, self.freeze_embeddings = optim, lora, freeze_embeddings
-        self.gradient_checkpointing, self.head = gradient_checkpointing, head
-        self.answers, self.numbers, self.items = answers or [" no", " yes"], numbers, items
+        self.backbone_name = backbone
+        self.exit_layers = exit_layers
+        self.depth = exit_layers[-1]  # layers that are run at most
+        self.optim = optim
+        self.lora = lora
+        self.freeze_embeddings = freeze_embeddings
+        self.gradient_checkpointing = gradient_checkpointing
+        self.head = head
+        self.answers = answers or [" no", " yes"]  # dislike, like
+        self.numbers = numbers
+        self.items = items
+        # 2. parts that are made once the folder of the weights is known: `configure_model`
         self.backbone: Backbone | None = None
         self.heads = nn.ModuleDict()
+        # 3. scores: gathered batch by batch, then a table, which callbacks read
         self.collector = ScoreCollector()
         self.scores: polars.DataFrame | None = None
         # frozen weights are not in the checkpoint; on_load_checkpoint is stricter
@@ -172,6 +178,7 @@ class ExitRecommender(L.LightningModule):
         `measured` as of `check_reads`.
         """
         answer_tokens(data.tokenizer, self.answers)
+        # its configuration alone: no weights are read
         config = usable_config(resolve_model(self.backbone_name), self.depth)
         positions = config.max_position_embeddings
         if data.context_tokens > positions:
@@ -187,15 +194,19 @@ class ExitRecommender(L.LightningModule):
     def set_backbone(self, backbone: Backbone, tokenizer: Any) -> None:
         """Use this backbone, with heads made from its language model head and the answers' tokens."""
         no, yes = answer_tokens(tokenizer, self.answers)
+        # 1. heads start as the language model's own answer, so they need its LM head
         direction = backbone.answer_direction(yes, no)
         for layer in self.exit_layers:
             self.heads[str(layer)] = self.head(backbone.final_norm, direction)
         backbone.gradient_checkpointing = self.gradient_checkpointing
+        # 2. what is trained of the backbone
         if self.lora is not None:
             add_lora(backbone, self.lora)
+        # the LM head has served: it is as large as the embeddings
         backbone.release_lm_head()
         if self.freeze_embeddings:
             backbone.embed_tokens.requires_grad_(False)
+        # 3. what the embeddings learn beside words
         if self.items:  # last: they are trained whatever is frozen
             backbone.learn_items()
         elif self.numbers:
@@ -240,10 +251,13 @@ class ExitRecommender(L.LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Logits of a batch of n targets at every exit, (n, exits)."""
         assert self.backbone is not None
+        # hidden states (B, T, H), carried from exit to exit
         state = self.backbone.embed(batch.tokens, batch.layout)
-        outputs, start = list[Tensor](), 0
+        outputs = list[Tensor]()  # (n,) logits of each exit
+        start = 0  # layers that have run
         for layer in self.exit_layers:
             state = self.backbone.run(state, start, layer)
+            # the n answer slots, numbered through all rows
             outputs.append(self.heads[str(layer)](state.hidden.flatten(0, 1)[batch.slots]))
             start = layer
         return torch.stack(outputs, dim=1)
@@ -251,6 +265,7 @@ class ExitRecommender(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean log loss of all heads, normalised by the targets of all processes."""
         logits: Tensor = self(batch)
+        # targets of this process, then of all
         targets = torch.tensor(float(len(batch.label)), device=self.device)
         world = self.trainer.world_size
         if world > 1:
@@ -292,6 +307,7 @@ class ExitRecommender(L.LightningModule):
         """Keep the scores of all candidates."""
         assert self.data.requests is not None
         assert self.data.candidate_retrieved is not None
+        # gathered from all processes; rows that a sampler repeated stand once
         ids, values = self.collector.compute()
         self.collector.reset()
         exit_0 = self.feature_baseline().logits(self.data.candidate_retrieved)
@@ -357,6 +373,7 @@ class ExitRecommender(L.LightningModule):
         Training that goes on is no exception: rows of the old train could be the new test's.
         """
         check_origin(checkpoint, self.exit_layers, self.backbone_name)
+        # frozen weights are the base model's, everything else must be there
         found = set(checkpoint["state_dict"])
         mine = set(self.state_dict())
         missing = mine - found - frozen_names(self)
@@ -420,6 +437,7 @@ def exit_loss(
     Returns the mean of all heads, with gradient, and the loss of each head, (K,), detached.
     """
     expected = labels[:, None].expand_as(logits).to(logits.dtype)
+    # (K,)
     per_head = (
         F.binary_cross_entropy_with_logits(logits, expected, reduction="none").sum(0)
         / global_targets

@@ -62,7 +62,9 @@ def parameter_groups(
     backbone: Backbone, heads: nn.ModuleDict, settings: OptimSettings
 ) -> list[dict[str, Any]]:
     """Groups for AdamW, named such as "layer_3/decay": every trainable parameter is in exactly one."""
-    layers, words = len(backbone.layers), backbone.embed_tokens
+    # 1. parts of the model, each with its rate, from the input to the heads
+    layers = len(backbone.layers)
+    words = backbone.embed_tokens
     parts: list[tuple[str, Iterable[nn.Parameter], float]]
     parts = [("embeddings", [words.weight], depth_rate(settings, 0, layers))]
     if isinstance(words, NumberEmbedding):
@@ -81,13 +83,12 @@ def parameter_groups(
                 HEAD_FACTOR * depth_rate(settings, int(key), layers),
             )
         )
+    # 2. of each part the matrices decay; norms and biases, which scale or shift, do not
     groups = []
     for name, parameters, rate in parts:
         trainable = [p for p in parameters if p.requires_grad]
-        matrices, others = (
-            [p for p in trainable if p.ndim > 1],
-            [p for p in trainable if p.ndim <= 1],
-        )
+        matrices = [p for p in trainable if p.ndim > 1]
+        others = [p for p in trainable if p.ndim <= 1]
         for kind, decay, params in (
             ("decay", WEIGHT_DECAY, matrices),
             ("plain", 0.0, others),
@@ -107,12 +108,14 @@ def parameter_groups(
 def planned_steps(trainer: L.Trainer, train_batches: int) -> int:
     """Optimiser steps of a fit by the trainer's limits; `train_batches` are those of an epoch on one process."""
     limit = trainer.limit_train_batches
+    # a share or a number, as in Lightning
     batches = (
         int(train_batches * limit)
         if isinstance(limit, float)
         else min(train_batches, limit or 0)
     )
     epochs, steps = trainer.max_epochs, trainer.max_steps
+    # no end by epochs: then by steps
     if epochs in (None, -1):
         if steps == -1:
             raise ConfigError(
@@ -134,6 +137,7 @@ def cosine_with_warmup(total_steps: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
+        # 0 after the warm-up, 1 at the last step
         done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         return MINIMUM_SHARE + (1 - MINIMUM_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
 

@@ -48,10 +48,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """All processes share the data; none shares a layer's computation."""
-        self._data_parallel_size, self._tensor_parallel_size = (
-            self.num_nodes * self.num_processes,
-            1,
-        )
+        # Lightning's defaults would share the layers' computation between processes
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
         super().setup_environment()
 
     def load_checkpoint(
@@ -73,6 +72,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         for optimizer, state in zip(
             self.optimizers, checkpoint["optimizer_states"], strict=True
         ):
+            # torch.optim's numbers become FSDP's names
             named = _relabelled(state, dict(enumerate(self._names(optimizer))))
             set_optimizer_state_dict(self.model, optimizer, named, options=WHOLE)
             for group, saved in zip(
@@ -88,8 +88,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
         assert self.model is not None
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
+        # whole, on the CPU: a GPU may lack the room for all of it
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         named = get_optimizer_state_dict(self.model, optimizer, options=options)
+        # and back: names become the numbers that one process would have written
         numbers = {name: k for k, name in enumerate(self._names(optimizer))}
         return _relabelled(named, numbers) if named else {}
 

@@ -144,6 +144,7 @@ class Retriever(ABC):
         for name, method in vars(Retriever).items():
             if name.startswith("_") or not inspect.isfunction(method):
                 continue
+            # 1. every method of the interface can be called with its arguments
             expected = list(inspect.signature(method).parameters)[1:]
             given = inspect.signature(getattr(self, name))
             try:
@@ -153,6 +154,7 @@ class Retriever(ABC):
                     f"data.retriever is {kind.__name__}, whose {name} takes ({', '.join(given.parameters)}); expected "
                     f"{name}({', '.join(expected)})."
                 ) from None
+        # 2. every argument is kept under its own name, as `settings` reads it
         names = argument_names(kind)
         for name in ("neighbours", "max_raters", *names):
             if not hasattr(self, name):
@@ -192,6 +194,7 @@ def failures_named(retriever: Retriever) -> Iterator[None]:
     except ProjectError:
         raise
     except Exception as error:
+        # the outermost frame that belongs to the retriever is the method that was called
         frames = (frame for frame, _ in walk_tb(error.__traceback__))
         method = next(
             (f.f_code.co_name for f in frames if f.f_locals.get("self") is retriever), None
@@ -206,6 +209,7 @@ def failures_named(retriever: Retriever) -> Iterator[None]:
 def argument_names(kind: type) -> list[str]:
     """Names of the constructor's arguments; where it passes **kwargs on, those of the base class too."""
     names: list[str] = []
+    # from the class up to the base whose constructor takes no **kwargs
     for base in kind.__mro__:
         if "__init__" in vars(base):
             parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
@@ -224,8 +228,10 @@ def own_source(kind: type) -> dict[str, str]:
 
     Classes of this package have none: `cache.FORMAT` stands for them, so a release finds the caches of the one before.
     """
+    # the standard library belongs to Python's version, not to the retriever
     here = {__name__.split(".")[0], *sys.stdlib_module_names}
     foreign = [base for base in kind.__mro__ if base.__module__.split(".")[0] not in here]
+    # two classes of one file count once
     parts = dict.fromkeys(_source(base) for base in foreign)
     return {"source": hashlib.sha256(b"".join(parts)).hexdigest()[:16]} if parts else {}
 
@@ -258,6 +264,7 @@ class Growing:
     def append(self, value: int) -> None:
         """Add one at the end."""
         if self.size == self._room.size:
+            # doubled, so that n appends copy at most 2 n values
             self._room = np.concatenate([self._room, np.empty_like(self._room)])
         self._room[self.size] = value
         self.size += 1
@@ -266,8 +273,10 @@ class Growing:
 def top(values: NDArray[np.floating[Any]], count: int) -> I64:
     """Positions of the `count` largest of values (n,), largest first; equal values: the later position first."""
     if values.size > count:
+        # only values that reach the count-th largest are sorted; ties stay in
         kept = (values >= np.partition(values, -count)[-count]).nonzero()[0][::-1]
     else:
         kept = np.arange(values.size - 1, -1, -1)
+    # a stable sort leaves the later position first among equals
     best: I64 = kept[(-values[kept]).argsort(kind="stable")[:count]]
     return best

@@ -92,6 +92,7 @@ def own_votes(vectors: F32, inverse: F32, candidates: I64, past: I64, count: int
     Candidates (n,) are rows of `vectors`, `past` (m,) is twice an item and one for a like, oldest first. A cosine below
     0 counts as 0.
     """
+    # the lowest bit says like
     items = past >> 1
     found = np.zeros((candidates.size, 2))
     for k in range(candidates.size):
@@ -113,15 +114,18 @@ def put_last(raters: I64, size: int, row: int, person: int) -> int:
     The person's row before leaves, or else, where there is no room, the oldest.
     """
     place = 0
+    # 1. the column that leaves: the person's own, else a free one, else the oldest
     while place < size and raters[1, place] != person:
         place += 1
     if place == size < raters.shape[1]:
         size += 1
     elif place == size:
         place = 0
+    # 2. all behind it move one to the left
     for k in range(place, size - 1):
         raters[0, k] = raters[0, k + 1]
         raters[1, k] = raters[1, k + 1]
+    # 3. the new row is the latest
     raters[0, size - 1] = row
     raters[1, size - 1] = person
     return size
@@ -174,7 +178,9 @@ def propagated(starts: I64, columns: I64, weights: F32, vectors: F32) -> F32:
     The edges are a matrix (users, items) in CSR with sorted columns. Users pass in order, so that only the items'
     vectors, which are fewer, are read out of order; each sum is added in the order of a CSR product's.
     """
+    # items first, then users, as in `vectors`
     found = np.zeros(vectors.shape, np.float32)
+    # how many items there are
     items = len(vectors) - (starts.size - 1)
     for user in range(starts.size - 1):
         node = items + user

@@ -60,16 +60,20 @@ class ItemKNN(Retriever):
     def fit(self, edges: Edges, block: int) -> Snapshot:
         """Keep the liked (user, item) pairs before the block, each once, shape (pairs,) each."""
         liked = edges.label == 1
+        # a user who liked an item twice liked it once
         pairs = np.unique(np.stack([edges.user[liked], edges.item[liked]]), axis=1)
         return {"user": pairs[0], "item": pairs[1]}
 
     def start_block(self, snapshot: Snapshot, block: int) -> None:
         """Compare items by this block's likes from now on."""
         pairs = snapshot["user"], snapshot["item"]
+        # (items + 1,) how many users liked each item
         likes = np.bincount(snapshot["item"], minlength=self._shape[1])
         self._likes = csr_array((np.ones(pairs[0].size), pairs), shape=self._shape)
+        # the transpose, whose rows are cheap to read: users who liked an item
         self._liked_by = self._likes.T.tocsr()  # (items, users)
         self._norms = np.sqrt(np.maximum(likes, 1))  # (items,)
+        # filled when an item is asked for, since most items never are
         self._cosines: dict[int, F32] = {}  # by item that was asked for, with all items
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
@@ -77,11 +81,13 @@ class ItemKNN(Retriever):
         if self._likes is None or user not in self._own:
             return NO_NEIGHBOURS
         if item not in self._cosines:
+            # (items + 1,) how many users liked both the candidate and each item
             together = (self._liked_by[[item]] @ self._likes).toarray()[0]
             self._cosines[item] = (together / (self._norms * self._norms[item])).astype(
                 np.float32
             )
         rows, items = self._own[user]
+        # (rows of the user,) cosines of the candidate with their items
         similarity = self._cosines[item][items.values]
         best = top(similarity, self.neighbours)
         best = best[similarity[best] > 0]

@@ -73,6 +73,7 @@ class Factorisation:
         penalty = np.full(ends[-1], float(vector_penalty))  # of each parameter
         penalty[:biases] = bias_penalty
 
+        # the flat array's four parts, as views of their shapes
         def parts(values: F64) -> list[F64]:
             split = np.split(values, ends[:-1])
             return [part.reshape(shape) for part, shape in zip(split, shapes, strict=True)]
@@ -80,17 +81,21 @@ class Factorisation:
         # 3. the loss and its gradient
         def loss(values: F64) -> tuple[float, F64]:
             user_bias, item_bias, user_vectors, item_vectors = parts(values)
+            # (n,) p_u . q_i of each row
             dot = np.einsum("nd,nd->n", user_vectors[row_user], item_vectors[row_item])
             logit = offset + user_bias[row_user] + item_bias[row_item] + dot
+            # (n,) chance minus answer: the loss's slope in the logit; tanh does not overflow
             residual = 0.5 * (1.0 + np.tanh(0.5 * logit)) - answer
             total = (
                 np.logaddexp(0.0, logit).sum()
                 - logit @ answer
                 + 0.5 * (penalty * values) @ values
             )
+            # sums over a user's or an item's rows are products with this matrix (users, items)
             pairs = csr_array(
                 (residual, (row_user, row_item)), shape=(users.size, items.size)
             )
+            # in the order of the parameters
             gradient = [
                 np.bincount(row_user, residual),
                 np.bincount(row_item, residual),
@@ -155,6 +160,7 @@ class MatrixFactorisation:
             ITERATIONS,
         )
         known += found.offset
+        # items without a row keep bias 0 and vector 0
         known[found.items] += found.item_bias
         vectors[found.items, 1:] = found.item_vectors
         return {"known": known, "vectors": vectors}
@@ -162,9 +168,11 @@ class MatrixFactorisation:
     def chances(self, rows: WalkRows, snapshots: Snapshots) -> F64:
         """P(like) of every `query` row, in the order of `rows`; NaN before the first cut."""
         logits = np.full(rows.row_id.size, np.nan)  # (rows,)
+        # which block's factors a row is answered with; 0 has none
         block = np.searchsorted(snapshots.cuts, rows.timestamp, side="right")  # (rows,)
         for queries, own, earlier in queries_by_user(rows, "fold-in"):
             for k in np.unique(block[queries][block[queries] > 0]).tolist():
+                # (items + 1,) and (items + 1, 1 + dim), see `_fit`
                 known = snapshots.fitted[k - 1]["known"]
                 vectors = snapshots.fitted[k - 1]["vectors"]
                 # 1. the user's vector after each number of rows that a query of this block
@@ -187,16 +195,21 @@ class MatrixFactorisation:
         Vector j of the result (k, 1 + dim), the bias first, reads the first counts[j] rows; counts ascend.
         """
         penalty = np.array([BIAS_PENALTY] + [VECTOR_PENALTY] * self.dim)
+        # Newton starts at 0, where a user without a row stays
         users = np.zeros((counts.size, penalty.size))
         for start in range(0, counts.size, TOGETHER):
             part = slice(start, start + TOGETHER)
             found = users[part]  # a view: the result changes
             n = int(counts[part][-1])  # rows that the last of them reads
             x = vectors[:n]
+            # every vector reads a prefix of the same rows, so all are solved together
             read = np.arange(n) < counts[part, None]  # (part, n)
+            # (n, (1 + dim)^2) outer products, weighted into every vector's curvature
             squares = (x[:, :, None] * x[:, None, :]).reshape(n, penalty.size**2)
             for _ in range(NEWTON_STEPS):
+                # (part, n)
                 chance = 1.0 / (1.0 + np.exp(-(known[:n] + found @ x.T)))
+                # (part, 1 + dim)
                 gradient = (read * (label[:n] - chance)) @ x - penalty * found
                 curvature = ((read * chance * (1.0 - chance)) @ squares).reshape(
                     -1, *2 * penalty.shape

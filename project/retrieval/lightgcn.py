@@ -92,6 +92,7 @@ class VectorRetriever(Retriever):
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
         """Fit this block's item table; stored as `weighted`, e_j / sqrt(degree_j), shape (items, d)."""
+        # (items,) likes of each item
         degree = np.bincount(edges.item[edges.label == 1], minlength=self._items.height)
         table = self.item_table(edges, block)
         return {
@@ -111,8 +112,10 @@ class VectorRetriever(Retriever):
             self._past[user].values if user in self._past else NOTHING
             for user in range(self._num_users)
         ]
+        # (users + 1,) where each user's entries begin: CSR's row pointers
         ends = np.cumsum([0, *map(len, own)])
         past = np.concatenate([NOTHING, *own])
+        # the lowest bit of an entry says like, the rest is the item
         weights = np.where(past & 1, np.float32(1), np.float32(DISLIKE_WEIGHT))
         pasts = csr_array(
             (weights, past >> 1, ends), shape=(self._num_users, self._weighted.shape[0])
@@ -138,6 +141,7 @@ class VectorRetriever(Retriever):
             self._asked = user
             self._requests += 1
         vector = self._vectors[user]
+        # zero vectors have inverse norm 0 and are left out by `nearest`
         places, cosines = nearest(
             self._vectors,
             self._inverse,
@@ -203,6 +207,7 @@ class Propagation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, adjacency: csr_array, vectors: Tensor) -> Tensor:
         """Vectors of the neighbours, weighted."""
+        # kept for the backward step
         ctx.adjacency = adjacency
         matrix = adjacency.indptr, adjacency.indices, adjacency.data
         return torch.from_numpy(propagated(*matrix, vectors.detach().contiguous().numpy()))
@@ -244,8 +249,10 @@ def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
     nodes = num_users + num_items
     liked = edges.label == 1
     # by item, then user
+    # one number a pair, so that `unique` finds repeats in one array
     distinct = np.unique(edges.item[liked] * nodes + edges.user[liked] + num_items)
     item, user = torch.from_numpy(np.stack(np.divmod(distinct, nodes)))
+    # (nodes,) likes of items and of users
     degree = torch.bincount(torch.cat([item, user]), minlength=nodes).float()
     weights = (degree[item] * degree[user]).rsqrt()
     ends = (user - num_items).numpy(), item.numpy()
@@ -327,7 +334,9 @@ class LightGCN(VectorRetriever):
         likes = graph.item.numel()
         together = max(BATCH_LIKES, -(-likes // MOST_STEPS))
         for _ in range(self.epochs):
+            # every like once an epoch, in another order
             order = torch.randperm(likes, generator=generator)
+            # a negative is any item that somebody likes, drawn evenly
             drawn = torch.randint(graph.seen_items.numel(), (likes,), generator=generator)
             for start in range(0, likes, together):
                 batch = slice(start, start + together)
@@ -344,9 +353,11 @@ class LightGCN(VectorRetriever):
         """BPR loss of the likes in a batch (n,), each against an item that was drawn as its negative (n,)."""
         user = graph.user[batch]
         item = graph.item[batch]
+        # the whole graph is propagated at every step, then read at the batch's nodes
         vectors = model.get_embedding(graph.adjacency)
         liked = (vectors.index_select(0, user) * vectors.index_select(0, item)).sum(-1)
         drawn = (vectors.index_select(0, user) * vectors.index_select(0, negative)).sum(-1)
+        # only embeddings that the batch reads are regularised
         nodes = torch.bincount(torch.cat([user, item, negative])).nonzero()[:, 0]
         loss: Tensor = model.recommendation_loss(
             liked, drawn, node_id=nodes, lambda_reg=REGULARISATION

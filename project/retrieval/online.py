@@ -115,10 +115,12 @@ class FeatureIndex:
                 f"latest event, {self.latest}"
             )
         self._new_texts = self._texts_after(catalogue)
+        # 1. a new user gets a code; the retriever room for twice as many when there is none left
         if user >= self.guest and user not in self._codes:
             self._codes[user] = self.guest + 1 + len(self._codes)
             if self._codes[user] >= self._room:
                 self._begin(2 * self._room)
+        # 2. the row is appended and enters the past at once: requests at a later time read it
         code = self._code(user)
         self._move_to(timestamp)
         self._append(code, code, [(item, label, timestamp)], rater=True, own=True)
@@ -144,6 +146,7 @@ class FeatureIndex:
             catalogue: Items table of `items` and `history` where the request brings items.
             time: Seconds, later than all events, where there is no history; None is just after them.
         """
+        # 0. who asks, and when
         brought = in_time([] if history is None else history)
         now = max([self.latest, *(at for *_, at in brought)]) + 1 if time is None else time
         if not now > self.latest:
@@ -151,12 +154,14 @@ class FeatureIndex:
                 f"a request has time {now}; expected one after the latest event, {self.latest}. Requests of the past "
                 "are answered by a walk, `RetrievedFeatures.of_requests`."
             )
+        # with a history of its own a request is answered from that, as a guest's, but still as this person
         person = self._code(user)
         code = person if history is None else self.guest
         first = self._size
         try:
             # 1. rows of the request: the history in time order, then candidates
             self._move_to(now)
+            # seconds of the history, squeezed between the latest event and now, in their order
             distinct, rank = np.unique([at for *_, at in brought], return_inverse=True)
             seconds = self.latest + (now - self.latest) * (rank + 1) / (distinct.size + 1)
             past = [
@@ -183,6 +188,7 @@ class FeatureIndex:
             found = answers.retrieved()
             return replace(found, columns=found.columns | own_columns)
         finally:
+            # nothing of the request stays: rows are cut off, the guest is forgotten
             self._size = first
             self._own.pop(self.guest, None)
             self._past.forget(self.guest)
@@ -196,6 +202,7 @@ class FeatureIndex:
         self._room = room  # users that the retriever has room for
         self._block = 0  # it answers from
         self._retriever.begin(room, self._items)
+        # in block 0: users' pasts alone; vectors come with the block below
         for row in np.flatnonzero(self._rows.own[: self._size]).tolist():
             self._tell(row)
         self._move_to(self.latest)
@@ -219,10 +226,12 @@ class FeatureIndex:
         """Positions of new rows at the end, of items, labels and seconds; nobody reads their ids."""
         start = self._size
         stop = start + len(events)
+        # room for twice as many rows; what `resize` repeats is overwritten before it is read
         if stop > self._rows.row_id.size:
             self._rows = WalkRows(
                 **{name: np.resize(of, 2 * stop) for name, of in vars(self._rows).items()}
             )
+        # columns of the events
         item, label, timestamp = zip(*events, strict=True) if events else ((), (), ())
         values = (-1, code, person, item, timestamp, label, query, rater, own)
         for of, new in zip(vars(self._rows).values(), values, strict=True):
@@ -244,6 +253,7 @@ class FeatureIndex:
 
     def _own_columns(self, at: I64, catalogue: pl.DataFrame | None) -> dict[str, F64]:
         """mf, text and text_weight of the queries among a user's rows at these positions."""
+        # the user's past, then the queries: `chances` and `text_and_weight` walk them alone
         rows = self._rows.at(at)
         found = dict[str, F64]()
         if self._mf is not None and self._mf_snapshots is not None:

@@ -58,11 +58,13 @@ def text_encoder(known: pl.DataFrame) -> Callable[[list[str]], Any]:
     from sklearn.pipeline import make_union
     from sklearn.preprocessing import normalize
 
+    # words say what a text is about, n-grams find forms and spellings of a word
     terms = make_union(
         TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+"),
         TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(3, 5)),
     )
     terms.fit(term_texts(known))
+    # each of the two parts has length 1; the union is brought to length 1 again
     return lambda texts: normalize(terms.transform(texts))
 
 
@@ -85,6 +87,7 @@ def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[F64, F64]:
     """What `text_similarity` tabulates, (queries,) each; NaN where it has null."""
     text = np.full(rows.row_id.size, np.nan)  # (rows,)
     weight = np.zeros(rows.row_id.size)
+    # CSR, as compiled code reads it
     matrix = vectors.indptr, vectors.indices, vectors.data
     for every, own, all_earlier in queries_by_user(rows, "text similarity"):
         answers = rows.label[own].astype(np.float64)  # (own,)
@@ -93,6 +96,7 @@ def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[F64, F64]:
         for start in range(0, every.size, step):
             queries = every[start : start + step]
             earlier = all_earlier[start : start + step]
+            # no query of the block reads more
             past = own[: int(earlier.max())]
             # 1. w_j, (queries, past): 0 where the past is not earlier
             w = squared_products(
@@ -100,9 +104,11 @@ def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[F64, F64]:
             )
             weight[queries] = w.sum(axis=1)
             # 2. the formula on top of this file
+            # (queries,) the mean answer of each query's past
             mean = sums[earlier] / np.maximum(earlier, 1)
             shrunk = (w @ answers[: past.size] - mean * weight[queries]) / (
                 weight[queries] + SHRINK
             )
+            # without a past the feature is undefined, not 0
             text[queries[earlier > 0]] = shrunk[earlier > 0]
     return text[rows.query], weight[rows.query]

@@ -72,7 +72,9 @@ def queries_by_user(rows: WalkRows, description: str) -> Iterator[tuple[I64, I64
     Row queries[j] may read own[: earlier[j]], the user's strictly earlier rows, oldest first. `description` labels the
     progress bar, which requests do not have.
     """
+    # stable: each user's rows stay in order of time
     order = np.argsort(rows.user, kind="stable")
+    # positions of each user's rows, oldest first
     of_user = np.split(order, np.flatnonzero(np.diff(rows.user[order])) + 1)
     for index in (
         track(of_user, description, transient=True) if order.size >= LONG else of_user
@@ -102,7 +104,9 @@ class Past:
         """Raters of an item without `person`, oldest first, the latest row of each, at most max_raters."""
         if item not in self._raters:
             return NO_RATERS
+        # views: no copy where the person has not rated the item
         rows, persons = self._raters[item][:, : self._size[item]]
+        # at most one position, since a person's latest row replaces the one before
         own = np.flatnonzero(persons == person)
         if own.size:
             return Raters(np.delete(rows, own), np.delete(persons, own))
@@ -118,6 +122,7 @@ class Past:
         if rows.rater[row]:
             item = int(rows.item[row])
             size = self._size.get(item, 0)
+            # room grows by doubling, up to one more than max_raters
             raters = self._raters.get(item, NO_ROOM)
             # one more than max_raters, since a person's own row is not shown to them
             if size == raters.shape[1] <= self._max_raters:
@@ -166,7 +171,9 @@ class SimilarLikes:
             item = int(rows.item[row])
             if rows.rater[row]:
                 person = int(rows.person[row])
+                # taken out and put back: the person with the latest row is last
                 liked = self._likes.pop(person, {})
+                # the latest rating of an item decides
                 liked.pop(item, None)
                 if rows.label[row] == 1:
                     liked[item] = None
@@ -181,6 +188,7 @@ class SimilarLikes:
         # similar_every
         every = self._retriever.similar_every
         for user, row in latest.items():
+            # also true where one second passes several multiples
             if len(self._rated[user]) // every > before[user] // every:
                 items = self._list(user, int(rows.person[row]))
                 if items:
@@ -194,11 +202,13 @@ class SimilarLikes:
 
     def _list(self, user: int, person: int) -> list[int]:
         # 1. similar users among the latest who like something
+        # dictionaries keep the order in which persons were put back
         latest_first = (
             other
             for other, liked in reversed(self._likes.items())
             if liked and other != person
         )
+        # the latest rating last, as `most_similar` expects
         others = list(islice(latest_first, self._retriever.max_raters))[::-1]
         similar = self._retriever.most_similar(user, np.array(others, np.int64))
         liked = [
@@ -211,8 +221,11 @@ class SimilarLikes:
         weight = np.repeat(
             similar.similarity.astype(np.float64), [part.size for part in liked]
         )
+        # a sum over the similar users who like the item
         score = np.bincount(place, weight)  # (items,)
+        # what the user has rated is no news
         score[np.isin(items, self._rated[user])] = 0
+        # stable: of equal sums the lower item code comes first
         best = np.argsort(-score, kind="stable")[: self._retriever.similar_items]
         found: list[int] = items[best[score[best] > 0]].tolist()
         return found

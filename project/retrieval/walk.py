@@ -34,7 +34,9 @@ def block_cuts(timestamp: F64, refits: int) -> F64:
     """
     if not timestamp.size:
         return np.empty(0)
+    # two cuts in one second are one
     cuts = np.unique(timestamp[np.arange(1, refits) * timestamp.size // refits])
+    # before the first second there is nothing to fit on
     later: F64 = cuts[cuts > timestamp[0]]
     return later
 
@@ -50,6 +52,7 @@ class Snapshots:
         """Write to one npz file."""
         arrays: dict[str, Any] = {"cuts": self.cuts}
         for block, snapshot in enumerate(self.fitted, 1):
+            # an npz file has no folders, so names carry the block
             arrays |= {f"{block}/{name}": array for name, array in snapshot.items()}
         np.savez(path, **arrays)
 
@@ -58,6 +61,7 @@ class Snapshots:
         """Read what `save` wrote."""
         with np.load(path) as stored:
             cuts = stored["cuts"]
+            # a retriever without arrays has blocks, too
             fitted: list[dict[str, NDArray[Any]]] = [{} for _ in cuts]
             for key in stored.files:
                 block, _, name = key.partition("/")
@@ -75,6 +79,7 @@ def fit_blocks(
     """
     rows = rows.filter(answered(rows))
     columns = [rows[name].to_numpy().astype(np.int64) for name in ("user", "item", "label")]
+    # (blocks - 1,) how many rows lie strictly before each block
     ends = np.searchsorted(rows["timestamp"].to_numpy(), cuts, side="left")
     fitted = list[Snapshot]()
     with Progress(transient=True) as progress:
@@ -149,11 +154,15 @@ def walk(
 
 def _span_starts(rows: WalkRows, block_of: I64) -> I64:
     """Where time groups start; neighbouring groups without a query are one span, for speed."""
+    # (groups,) where another second begins
     new_group = np.flatnonzero(np.diff(rows.timestamp, prepend=-np.inf))
     if not new_group.size:
         return new_group
+    # (groups,) whether any row of the second is answered
     query = np.logical_or.reduceat(rows.query, new_group)
+    # what follows a query starts anew: the query's rows must not be observed with it
     after_query = np.concatenate([[True], query[:-1]])
+    # a block begins with its own span, since the retriever changes there
     new_block = np.diff(block_of, prepend=-1)[new_group] != 0
     starts: I64 = new_group[query | after_query | new_block]
     return starts
@@ -195,6 +204,7 @@ class Answers:
         person = int(self._rows.person[queries[0]])
         time = float(self._rows.timestamp[queries[0]])
         items = self._rows.item[queries]
+        # items that the retriever has not: one code stands for all of them
         known = np.minimum(items, self._num_items)
         for item, code in zip(items.tolist(), known.tolist(), strict=True):
             found = retriever.select(user, code, time, past.raters(item, person))
@@ -206,6 +216,7 @@ class Answers:
             self._row.append(np.array(found.row, np.int64))
             self._similarity.append(np.array(found.similarity, np.float32))
             self._rates.append(past.rates(item, user))
+        # only after all were answered: the lists of a block have one length
         self._query += queries.tolist()
         if retriever.item_neighbours:
             self._own_items.append(retriever.item_similarities(user, known))
@@ -221,18 +232,23 @@ class Answers:
         A row must be an earlier rating of the item by somebody else, or an earlier row of the user's own past.
         """
         rows = self._rows
+        # NOTHING: concatenation needs one array at least
         found = np.concatenate([NOTHING, *self._row[self._checked :]])  # (pairs,)
         similarity = np.concatenate([NOTHING, *self._similarity[self._checked :]])
         count = [len(row) for row in self._row[self._checked :]]
+        # (pairs,) the row that each pair answers
         query = np.repeat(np.array(self._query[self._checked :], np.int64), count)
         self._checked = len(self._query)
         if not np.isfinite(similarity).all():
             raise self._error("returned a similarity that is NaN or infinite")
         exists = (found >= 0) & (found < rows.row_id.size)
+        # any row in place of one that does not exist; `exists` excludes the pair below
         row = np.where(exists, found, 0)
+        # the user's own past, or the item's ratings by other persons
         own = rows.own[row] & (rows.user[row] == rows.user[query])
         others = rows.rater[row] & (rows.item[row] == rows.item[query])
         others &= rows.person[row] != rows.person[query]
+        # either way strictly earlier
         given = exists & (rows.timestamp[row] < rows.timestamp[query]) & (own | others)
         if not given.all():
             first = int((~given).argmax())
@@ -259,9 +275,11 @@ class Answers:
             )
 
         count: F64 = np.array([row.size for row in self._row], np.float64)  # (n,)
+        # the answer that each pair belongs to
         of_row = np.repeat(np.arange(count.size), count.astype(np.int64))  # (pairs,)
         answer = self._rows.label[np.concatenate([NOTHING, *self._row])].astype(np.float64)
         similarity = np.concatenate([NOTHING, *self._similarity]).astype(np.float64)
+        # (n, 4) likes and rows of the item, likes and rows of the user
         rates = np.array(self._rates, np.float64).reshape(-1, 4)
         columns = {
             "vote": share(
@@ -274,6 +292,7 @@ class Answers:
             "user_count": rates[:, 3],
         }
         if self._retriever.item_neighbours:
+            # summed similarities of liked own items, and of all own items
             likes, weight = as_stored(np.concatenate(self._own_items)).T
             columns |= {
                 "item_similarity": share(likes, weight),
