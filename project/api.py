@@ -50,4 +50,5 @@ def fit(
     made.fit(model, datamodule=data)
     if calibration.plans is None:
         raise NotCalibratedError(f"the exits are not calibrated: {calibration.refused}")
-    return Run(model, data, calibration.plans.plan, calibration.plans.certificate)
+    plans = calibration.plans
+    return Run(model, data, plans.plan, plans.lists, plans.certificate)

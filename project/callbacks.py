@@ -39,7 +39,14 @@ from project.exits.plan import (
     certified_settings,
     plans_of,
 )
-from project.exits.ranking import CANDIDATES, Lists, fit_lists, no_lists
+from project.exits.ranking import (
+    CANDIDATES,
+    Lists,
+    ScoredRequests,
+    certify_lists,
+    fit_lists,
+    no_lists,
+)
 from project.metrics import OwnMetric
 from project.model.heads import heads_digest
 from project.report.report import write_report
@@ -113,8 +120,8 @@ class ExitCalibration(L.Callback):
         self.settings = settings
         self.plans: Plans | None = None
         self.refused: str | None = None  # why there is no plan
-        # requests that lists are fitted and certified on; they are the same for every checkpoint
-        self._requests: list[tuple[Workload, list[PreparedRequest]]] = []
+        # by fold, requests that lists are fitted and certified on: the same for every checkpoint
+        self._prepared: dict[str, list[PreparedRequest]] = {}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Calibrate while training, where a checkpoint is going to be saved; validate only reports."""
@@ -196,26 +203,28 @@ class ExitCalibration(L.Callback):
         settings = self.settings
         if not settings.lists or trainer.world_size > 1:
             return Lists()
+
+        def scored(fold: str) -> ScoredRequests:
+            if fold not in self._prepared:
+                self._prepared[fold] = prepare_requests(module, data, drawn[fold].requests)
+            return score_workload(module, drawn[fold], self._prepared[fold], plans.plan)
+
         # 1. requests, always the same: another draw would be another try of the certificate
-        if not self._requests:
-            for fold in ("tune", "certify"):
-                try:
-                    drawn = catalogue_requests(
-                        data.split, fold, settings.lists, CANDIDATES, seed=0
-                    )
-                except ProjectError as error:
-                    return Lists(document=no_lists(f"no lists: {error}"))
-                prepared = prepare_requests(module, data, drawn.requests)
-                self._requests.append((drawn, prepared))
-        # 2. scores of this checkpoint; the certify fold is read where the plan's certificate may be
-        tune, certify = self._requests
-        scored = score_workload(module, *tune, plans.plan)
-        promise = settings.certificate
-        if promise is None or plans.certificate is None:
-            return fit_lists(scored)
-        return fit_lists(
-            scored, score_workload(module, *certify, plans.plan), promise.delta
-        )
+        drawn = dict[str, Workload]()
+        for fold in ("tune", "certify"):
+            try:
+                drawn[fold] = catalogue_requests(
+                    data.split, fold, settings.lists, CANDIDATES, seed=0
+                )
+            except ProjectError as error:
+                return Lists(document=no_lists(f"no lists: {error}"))
+        # 2. the fold certify is read where the plan's certificate may read it
+        lists = fit_lists(scored("tune"))
+        if settings.certificate is not None and plans.certificate is not None:
+            users = drawn["certify"].table["user"].n_unique()
+            delta = settings.certificate.delta
+            certify_lists(lists, users, delta, lambda: scored("certify"))
+        return lists
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

@@ -26,6 +26,7 @@ from project.data.prompt import shows_items, shows_numbers
 from project.engine.predict import load_run
 from project.errors import DataError
 from project.exits.plan import ExitPlan, Plans
+from project.exits.ranking import Lists
 from project.features import FEATURES, FeatureBaseline
 from project.model.attention import SEGMENTS
 from project.model.backbone import Backbone
@@ -175,6 +176,7 @@ def export(run: Path, folder: Path) -> Path:
             "weights": dict(zip(FEATURES, baseline.weights.tolist(), strict=True)),
         },
         "plan": to_json(plans.plan.state()),
+        "lists": to_json(plans.lists.state()),
         "certificate": plans.certificate,
     }
     # 3. all files under a temporary name, then one renaming
@@ -322,11 +324,13 @@ def load_exported(folder: str | Path) -> Exported:
     )
 
 
-def give_exported(module: ExitRecommender, folder: Path) -> tuple[ExitPlan, Any]:
-    """Give a module without weights those of a folder that `export` wrote; its plan, and its certificate or None."""
+def give_exported(module: ExitRecommender, folder: Path) -> tuple[ExitPlan, Lists, Any]:
+    """Give a module without weights those of a folder that `export` wrote; its plan, lists, and certificate or None."""
     module.backbone, module.heads, plan = load_exported(folder)
     module.exit_0.copy_(torch.from_numpy(exported_baseline(folder).to_array()))
-    return plan, _read_policy(folder).get("certificate")
+    policy = _read_policy(folder)
+    lists = Lists.from_state(from_json(policy["lists"]))
+    return plan, lists, policy.get("certificate")
 
 
 def exported_baseline(folder: str | Path) -> FeatureBaseline:

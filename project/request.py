@@ -51,7 +51,9 @@ class RankRequest:
     candidates: Sequence[str | Item]  # n items to score; text is an id
     # time.monotonic() seconds: the deepest exit reached by then answers
     deadline: float | None = None
-    top_n: int | None = None  # the best so many are listed; all are scored
+    # the best so many are listed; candidates that cannot be among them leave
+    top_n: int | None = None
+    exhaustive: bool = False  # every candidate is scored by the plan, whatever top_n is
     context: Mapping[str, Any] | None = None  # an error until something reads it
     # seconds: strictly earlier rows are read; None: all of log and history
     time: float | None = None
@@ -78,8 +80,21 @@ class RankRequest:
             raise DataError(
                 "history: some rows have a time, others have none; give every row its time, or none."
             )
+        if self.top_n is not None and not (type(self.top_n) is int and self.top_n >= 1):
+            raise DataError(
+                f"top_n is {shown(self.top_n)}; expected a number of 1 or more."
+            )
+        if type(self.exhaustive) is not bool:
+            raise DataError(
+                f"exhaustive is {shown(self.exhaustive)}; expected true or false."
+            )
         if self.context is not None:
             raise DataError("context is given, but nothing reads it yet; leave it out.")
+
+    @property
+    def list_of(self) -> int:
+        """Length of the list that is asked for; 0: every candidate's score."""
+        return 0 if self.exhaustive else self.top_n or 0
 
     def asked_at(self, end: float) -> float:
         """Seconds at which the candidates are asked: `time`, else after `end` and after the history."""
@@ -126,6 +141,9 @@ class Scored:
     token_layers: int = 0  # tokens times layers that ran, the history's included
     error: str | None = None  # why it could not be scored
     late: bool = False  # past the deadline, candidates left whom the plan would have kept
+    list_of: int = (
+        0  # candidates that could not be of the best so many have left; 0: none for that
+    )
     # a ranker adds
     item_ids: Sequence[str] = ()  # n
     titles: Sequence[str] = ()  # n
@@ -146,6 +164,21 @@ class Scored:
     ) -> Scored:
         """Of a request of n candidates that could not be scored."""
         return cls(request_id, np.full(n, np.nan), np.full(n, -1), token_layers, error)
+
+    @property
+    def left_at(self) -> dict[int, int]:
+        """How many candidates left at each layer, ascending."""
+        layers, counts = np.unique(self.exit_layers, return_counts=True)
+        return dict(zip(layers.tolist(), counts.tolist(), strict=True))
+
+    def best_first(self, top_n: int | None = None) -> list[int]:
+        """Places of the best candidates; ties in the order of the request.
+
+        In a list those that stayed longer come first: the others left since they could not reach it.
+        """
+        stayed = self.exit_layers if self.list_of else np.zeros(len(self.logits))
+        order: list[int] = np.lexsort((-self.logits, -stayed)).tolist()
+        return order[:top_n]
 
     @property
     def probabilities(self) -> F64:

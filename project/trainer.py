@@ -26,6 +26,7 @@ from project.evaluation.networks import (
     trained_networks,
 )
 from project.evaluation.result import fold_of, scored_result, slice_rows
+from project.exits.ranking import lists_in_words
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
 from project.report.tables import render, shown
@@ -163,6 +164,7 @@ class ProjectTrainer(L.Trainer):
             said = [result["budget_words"], result["certificate_words"]]
             if result["certified"] is not None:
                 said.append(result["certified"]["words"])
+            said += lists_in_words(result["lists"])
             Console(width=120).print(*filter(None, said), f"written: {ckpt_path}", sep="\n")
 
     def baselines(

@@ -134,6 +134,7 @@ def tiny_settings(
             "exit_layers": [1, 3],
             "optim": {"learning_rate": 2e-4},
         },
+        "exits": {"lists": 20},
         "trainer": {
             "max_epochs": 1,
             "accelerator": "cpu",
@@ -175,6 +176,11 @@ def spread_exits(run: Path) -> None:
             + offset
         )
         plan["thresholds"][head] = float(np.quantile(np.abs(logit), 0.7 - 0.3 * head))
+    # lists of up to 5, whose candidates leave at every exit
+    start = 0.5 * float(np.std(logit))
+    margins = [start / 2**head for head in range(len(plan["layers"]))]
+    lists = content["exit_plans"]["lists"]
+    lists["margins"] = {5: torch.tensor(margins, dtype=torch.float64)}
     torch.save(content, path)
 
 

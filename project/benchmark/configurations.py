@@ -210,7 +210,7 @@ class Bench:
         scored = self._scored(candidates)
         exits = top_k.exits(scored.request, scored.outputs)
         overlap = float(scored.overlaps(exits, LISTED).mean())
-        decision = ListExits(top_k, self.plans.plan.calibration)
+        decision = ListExits(self.plans.plan, self.plans.lists, self._device)
         engine = Engine(self.module, decision, cache)
         return Configuration("top_k", f"best {LISTED}", engine, overlap=overlap)
 

@@ -28,7 +28,7 @@ from project.request import (
     text_of,
 )
 
-KEYS = ("request_id", "user_id", "history", "time", "candidates")
+KEYS = ("request_id", "user_id", "history", "time", "candidates", "top_n", "exhaustive")
 EXAMPLE_HISTORY = '[{"item_id": "242", "label": 1, "time": 880000000}]'
 EXAMPLE = '{"request_id": "r1", "user_id": "196", "time": 880000000, "candidates": ["242", "302"]}'
 
@@ -278,6 +278,8 @@ def request_of(record: Mapping[str, Any]) -> RankRequest:
         history=None if rows is None else tuple(map(_history_row, rows)),
         candidates=tuple(map(item_of, candidates)),
         time=_seconds(record.get("time")),
+        top_n=record.get("top_n"),
+        exhaustive=record.get("exhaustive") or False,
         request_id=str(record["request_id"]),
     )
 

@@ -82,7 +82,10 @@ def run_actors(
     # 3. Actors, each with a copy of model and data; a block of the dataset is one part.
     counts = Counter[str]()
     if todo:
-        held, device = ray.put((model, data, run.plan)), trainer.strategy.root_device.type
+        held, device = (
+            ray.put((model, data, run.plan, run.lists)),
+            trainer.strategy.root_device.type,
+        )
         scored = ray.data.from_items(
             [{"part": part} for part in todo], override_num_blocks=len(todo)
         ).map_batches(
@@ -107,8 +110,8 @@ class Scorer:
     ) -> None:
         import ray
 
-        model, data, plan = ray.get(held)
-        self.run = Run(model.to(device), data, plan)
+        model, *held = ray.get(held)
+        self.run = Run(model.to(device), *held)
         self.source, self.cut, self.about = source, cut, about
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

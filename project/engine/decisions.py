@@ -1,4 +1,4 @@
-"""Decides who leaves at an exit: by a calibrated plan, candidate by candidate, or by the list of the best k.
+"""Decides who leaves at an exit: by a calibrated plan, candidate by candidate, or by the list that a request asks for.
 
 Both call the code that a simulation on cached scores calls (`Policy.leaves`, `TopK.stays`), on the device, with the
 fitted tensors moved there once.
@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from project.arrays import I64
+from project.engine.attention import upload
 from project.errors import ConfigError
 from project.exits.calibration import Calibration
 from project.exits.criteria import HeadOutputs, Ratio
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
-from project.exits.top_k import TopK
+from project.exits.ranking import Lists
 
 
 class Decision(Protocol):
@@ -25,12 +28,16 @@ class Decision(Protocol):
 
     layers: tuple[int, ...]  # (K,) of the heads, 0 first where exit 0 is one of them
     calibration: Calibration  # of the K heads
+    lists: Lists  # that it decides
 
-    def known(self, head: int) -> bool | None:
-        """True: everyone leaves at this head, False: nobody does, None: it depends on the rows, and costs a sync."""
+    def known(self, head: int, list_of: I64) -> bool | None:
+        """True: everyone leaves at this head, False: nobody does, None: it depends on the rows, and costs a sync.
+
+        `list_of` (m,) is the length of each running candidate's list; 0: its score is asked for.
+        """
         ...
 
-    def leaves(self, request: Tensor, outputs: HeadOutputs) -> Tensor:
+    def leaves(self, request: Tensor, list_of: I64, outputs: HeadOutputs) -> Tensor:
         """Which of m running candidates leave at the last head shown, (m,) bool.
 
         `request` (m,) is the request of each, not decreasing; outputs are calibrated, heads 0..k.
@@ -41,6 +48,8 @@ class Decision(Protocol):
 class RowExits:
     """Every candidate for itself, by a calibrated plan whose tensors are moved to `device`."""
 
+    lists = Lists()
+
     def __init__(self, plan: ExitPlan, device: torch.device | str = "cpu") -> None:
         self._plan = ExitPlan.from_state(
             move_data_to_device(plan.state(), torch.device(device))
@@ -49,48 +58,66 @@ class RowExits:
         self.layers = self._plan.layers
         self.calibration = self._plan.calibration
 
-    def known(self, head: int) -> bool | None:
+    def known(self, head: int, list_of: I64) -> bool | None:
         """From the threshold alone; the last one is -inf."""
         return {torch.inf: False, -torch.inf: True}.get(self._thresholds[head])
 
-    def leaves(self, request: Tensor, outputs: HeadOutputs) -> Tensor:
+    def leaves(self, request: Tensor, list_of: I64, outputs: HeadOutputs) -> Tensor:
         """(m,) bool by `Policy.leaves`."""
         return self._plan.policy.leaves(outputs)
 
 
-class ListExits:
-    """Candidates that can no longer reach the list of the best k leave; margins were fitted with `calibration`."""
+class ListExits(RowExits):
+    """By the request: candidates of a list that can no longer reach it leave, the others by the plan."""
 
-    def __init__(self, top_k: TopK, calibration: Calibration) -> None:
-        self.top_k = top_k
-        self.layers = calibration.layers
-        self.calibration = calibration
-        self._margins: list[float] = top_k.margins.tolist()  # (K,)
+    def __init__(
+        self, plan: ExitPlan, lists: Lists, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(plan, device)
+        self.lists = lists
+        self._moved = Lists(move_data_to_device(lists.margins, torch.device(device)))
 
-    def known(self, head: int) -> bool | None:
-        """Nobody leaves where the margin is infinite."""
-        if head == len(self._margins) - 1:
-            return True
-        return False if self._margins[head] == torch.inf else None
+    def known(self, head: int, list_of: I64) -> bool | None:
+        """The same for all: the plan's, and of lists that nobody leaves where the margin is infinite."""
+        found = set[bool | None]()
+        for k in np.unique(list_of).tolist():
+            if k == 0 or head == len(self.layers) - 1:
+                found.add(super().known(head, list_of))
+            else:
+                margin = float(self.lists.top_k(k).margins[head])
+                found.add(False if margin == torch.inf else None)
+        return found.pop() if len(found) == 1 else None
 
-    def leaves(self, request: Tensor, outputs: HeadOutputs) -> Tensor:
-        """(m,) bool by `TopK.stays`."""
-        return ~self.top_k.stays(request, outputs.logits[:, -1], outputs.heads - 1)
+    def leaves(self, request: Tensor, list_of: I64, outputs: HeadOutputs) -> Tensor:
+        """(m,) bool by `TopK.stays` for each length of list, by `Policy.leaves` for the others."""
+        head = outputs.heads - 1
+        leaves = torch.zeros_like(request, dtype=torch.bool)
+        for k in np.unique(list_of).tolist():
+            rows = upload(np.flatnonzero(list_of == k), request.device)
+            own = outputs.rows(rows)
+            if k == 0:
+                leaves[rows] = super().leaves(request[rows], list_of, own)
+            else:
+                stays = self._moved.top_k(k).stays(request[rows], own.logits[:, -1], head)
+                leaves[rows] = ~stays
+        return leaves
 
 
 class EveryHead:
     """A `Decision`: nobody leaves before the last head; calibrated outputs of all heads are kept, batch by batch."""
+
+    lists = Lists()
 
     def __init__(self, calibration: Calibration) -> None:
         self.layers = calibration.layers
         self.calibration = calibration
         self.outputs: list[HeadOutputs] = []  # of each batch
 
-    def known(self, head: int) -> bool | None:
+    def known(self, head: int, list_of: I64) -> bool | None:
         """Nobody leaves before the last head, where `leaves` must be called to keep the outputs."""
         return None if head == len(self.layers) - 1 else False
 
-    def leaves(self, request: Tensor, outputs: HeadOutputs) -> Tensor:
+    def leaves(self, request: Tensor, list_of: I64, outputs: HeadOutputs) -> Tensor:
         """(m,) all True, at the last head."""
         self.outputs.append(outputs)
         return torch.ones_like(request, dtype=torch.bool)

@@ -159,6 +159,10 @@ class EngineBatch:
         self.token_layers = np.zeros(len(requests), dtype=np.int64)
         # (R,) seconds of time.monotonic()
         self.deadline = np.array([r.deadline for r in requests])
+        # (R,) length of the list that the decision makes; 0: every candidate by the plan
+        self.list_of = np.array(
+            [engine.decision.lists.length(r.list_of, len(r)) for r in requests]
+        )
         # (R,) whether its deadline made a candidate leave
         self.late = np.zeros(len(requests), dtype=bool)
         self.streams: list[CachedStream | None] = [None] * len(requests)  # None: not cached
@@ -215,7 +219,7 @@ class EngineBatch:
             # slots alone: a candidate that
             # leaves needs no more of it. It runs whole where nobody can leave, or where
             # tokens are few.
-            known = decision.known(head)
+            known = decision.known(head, self._lists())
             is_last = head == len(decision.layers) - 1
             if known or (
                 known is None and (is_last or self.row.tokens >= engine.read_tokens)
@@ -263,7 +267,12 @@ class EngineBatch:
         ):
             self.engine.cache.give(request.user, stream)
         return Scored(
-            request.request_id, logits, exit_layer, spent, late=bool(self.late[i])
+            request.request_id,
+            logits,
+            exit_layer,
+            spent,
+            late=bool(self.late[i]),
+            list_of=int(self.list_of[i]),
         )
 
     def _embed(self) -> State:
@@ -350,7 +359,8 @@ class EngineBatch:
         """Note which of the alive leave at this exit, and with which logit; returns those that stay, (m,)."""
         decision = self.engine.decision
         late = self._late()
-        known = decision.known(head)
+        lists = self._lists()
+        known = decision.known(head, lists)
         if known is False and not late.any():
             return ~late
         # 1. Who leaves, by the decision and by deadlines.
@@ -359,7 +369,7 @@ class EngineBatch:
         if known is None:
             outputs = HeadOutputs(decision.layers[: head + 1], logits, self.features)
             # the one wait for the device
-            leaves = decision.leaves(self.owner, outputs).cpu().numpy()
+            leaves = decision.leaves(self.owner, lists, outputs).cpu().numpy()
         self.late[self.request_of[self.alive[late & ~leaves]]] = True
         stays = ~(leaves | late)
         # 2. What they leave with.
@@ -377,6 +387,10 @@ class EngineBatch:
             self.features = self.features.index_select(0, kept)
             self.logits = self.logits.index_select(0, kept)
         return stays
+
+    def _lists(self) -> I64:
+        """Length of the list of each of the alive, (m,)."""
+        return self.list_of[self.request_of[self.alive]]
 
     def _late(self) -> Bool:
         """Which of the alive are past their deadline, (m,); waits for the device where there is one."""

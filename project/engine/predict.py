@@ -28,11 +28,12 @@ from project.data.requests import (
 )
 from project.datamodule import InteractionData, check_reads
 from project.engine.cache import StreamCache
-from project.engine.decisions import RowExits
+from project.engine.decisions import ListExits
 from project.engine.engine import Engine
 from project.engine.requests import prepare_requests
 from project.errors import ConfigError, DataError, NotCalibratedError, NotFittedError
 from project.exits.plan import ExitPlan, Plans, plans_of
+from project.exits.ranking import Lists
 from project.model.backbone import Backbone
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
@@ -98,12 +99,13 @@ def load_run(
 
 
 class Run:
-    """A calibrated run, opened: scores requests by its exit plan. One thread at a time.
+    """A calibrated run, opened: scores requests by its exit plan, lists by its margins. One thread at a time.
 
     Args:
         model: With the run's weights.
         data: The run's log, protocol and prompt.
         plan: Who leaves where.
+        lists: Who leaves where the best `top_n` are asked for.
         certificate: What a result file says of the plan's promise; None where there is none.
     """
 
@@ -115,17 +117,20 @@ class Run:
         model: ExitRecommender,
         data: InteractionData,
         plan: ExitPlan,
+        lists: Lists,
         certificate: Any = None,
     ) -> None:
         self.model = model
         self.data = data
         self.plan = plan
+        self.lists = lists
         self.certificate = certificate
 
     @cached_property
     def engine(self) -> Engine:
         """Runs layers, and keeps users' histories between calls."""
-        return Engine(self.model, RowExits(self.plan, self.model.device), StreamCache())
+        decision = ListExits(self.plan, self.lists, self.model.device)
+        return Engine(self.model, decision, StreamCache())
 
     def score(
         self, requests: pl.DataFrame | RankRequest | Sequence[RankRequest]
@@ -134,10 +139,11 @@ class Run:
 
         Args:
             requests: A table with a row a request: user_id, candidates (a list of item ids) and time (seconds), and
-                request_id where it has one; or requests.
+                request_id and top_n where it has them; or requests.
 
         Returns:
-            One row a candidate: request_id, candidate_index, item_id, exit_layer, adaptive_logit, probability, error.
+            One row a candidate, of the best `top_n` where it is given: request_id, candidate_index, item_id,
+            exit_layer, adaptive_logit, probability, error.
         """
         asked = as_requests(requests)
         if timeless := [r.request_id for r in asked if r.time is None]:
@@ -159,7 +165,6 @@ class Run:
         )
 
     def _table(self, asked: list[RankRequest]) -> pl.DataFrame:
-        """Of the best `top_n` candidates of each request."""
         # 1. one catalogue of all items that requests bring
         catalogue = Catalogue(self.data.split.interactions.items)
         resolved = list[RankRequest]()
@@ -171,17 +176,10 @@ class Run:
         requests = with_room(
             Requests(resolved, catalogue.table(), catalogue.codes), self.data
         )
-        # 2. scores of all candidates
-        table = pl.concat(
+        # 2. their scores
+        return pl.concat(
             self.score_part(requests, part)[0] for part in parts_of(requests, PART)
         )
-        # 3. lists are cut
-        most = {r.request_id: r.top_n for r in asked if r.top_n is not None}
-        rank = pl.col("probability").rank("ordinal", descending=True).over("request_id")
-        most_of = pl.col("request_id").replace_strict(
-            most, default=None, return_dtype=pl.Int64
-        )
-        return table.filter((rank <= most_of).fill_null(True)) if most else table
 
     def score_part(
         self, requests: Requests, part: Sequence[RankRequest | InvalidRequest]
@@ -274,10 +272,10 @@ def open_calibrated(
             "Split data.requests into files, and run each with --results.tag of its own, or use --engine ray."
         )
     data.prepare_data()
-    plan = load_run(model, data.tokenizer, checkpoint, data, compared=False).plan
+    plans = load_run(model, data.tokenizer, checkpoint, data, compared=False)
     place = run_of_checkpoint(checkpoint) / "scores" / f"predict-{engine}{tag_of(trainer)}"
     about = {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}
-    return Run(model, data, plan), place, about
+    return Run(model, data, plans.plan, plans.lists), place, about
 
 
 def run_early_exit(
@@ -344,7 +342,8 @@ def early_exit_table(
 ) -> pl.DataFrame:
     """One row a candidate, in the order of the requests; one row for an invalid request that has no candidate.
 
-    What could not be scored has NaN, exit layer -1 and an error.
+    Of a request with `top_n` these are the best so many, in its order. What could not be scored has
+    NaN, exit layer -1 and an error.
     """
     rows = list[tuple[Any, ...]]()
     for request, one in zip(asked, scored, strict=True):
@@ -354,7 +353,10 @@ def early_exit_table(
             *(x.tolist() for x in (one.exit_layers, one.logits, one.probabilities)),
             strict=True,
         )
-        rows += [(one.request_id, k, *row, one.error) for k, row in enumerate(values)]
+        made = [(one.request_id, k, *row, one.error) for k, row in enumerate(values)]
+        if isinstance(request, RankRequest) and request.top_n is not None:
+            made = [made[k] for k in sorted(one.best_first(request.top_n))]
+        rows += made
         if not request.candidates:
             rows.append((one.request_id, None, None, -1, np.nan, np.nan, one.error))
     return pl.DataFrame(rows, TABLE, orient="row")

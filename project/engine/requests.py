@@ -77,6 +77,7 @@ class PreparedRequest:
     user: Hashable | None = None  # key of the stream in a cache; None: never cached
     # time.monotonic() seconds; past it, everyone leaves at the next exit
     deadline: float = np.inf
+    list_of: int = 0  # length of the list that is asked for; 0: every candidate's score
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -147,6 +148,7 @@ def prepare_requests(
             features[candidates],
             request.user_id,
             np.inf if request.deadline is None else request.deadline,
+            request.list_of,
         )
         prepared.append(made)
     return prepared

@@ -7,7 +7,7 @@ let candidates leave by it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +89,10 @@ class Lists:
         """A longer list takes every candidate's score; 0 where nothing was fitted."""
         return max(self.margins, default=0)
 
+    def length(self, asked: int, candidates: int) -> int:
+        """Length of the list that margins decide; 0: every candidate's score is asked for, or none can leave."""
+        return asked if asked <= self.longest and asked < candidates else 0
+
     def top_k(self, k: int) -> TopK:
         """Who leaves where the best k are asked for, at most the longest."""
         return TopK(k, next(m for length, m in self.margins.items() if length >= k))
@@ -100,27 +104,25 @@ class Lists:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Lists:
         """From what `state` gave."""
-        return cls(state["margins"], json.loads(state["document"]))
+        margins = {int(k): found for k, found in state["margins"].items()}
+        return cls(margins, json.loads(state["document"]))
 
 
-def fit_lists(
-    tune: ScoredRequests, certify: ScoredRequests | None = None, delta: float = 0.1
-) -> Lists:
+def fit_lists(tune: ScoredRequests) -> Lists:
     """Margins for lists shorter than most requests of tune: the cheapest whose mean overlap there is at least OVERLAP.
 
-    Where `certify` is given, the loss of overlap on it is certified; delta is shared out among the lengths, so that
-    all promises hold together. Histories count as cached.
+    Histories count as cached.
     """
-    last = tune.outputs.heads - 1
-    full = torch.full_like(tune.request, last)
+    full = torch.full_like(tune.request, tune.outputs.heads - 1)
     whole = float(tune.costs(full, True).sum())
     fitted = [fit_margins(tune.request, tune.outputs, level) for level in LEVELS]
     shortest = float(torch.bincount(tune.request).double().median())
-    lengths = [k for k in LENGTHS if k < shortest]
     margins = dict[int, Tensor]()
     rows = list[ListRow]()
-    for k in lengths:
-        # 1. the cheapest margins of enough overlap; without any, nobody leaves
+    for k in LENGTHS:
+        if k >= shortest:
+            break
+        # without margins of enough overlap nobody leaves
         margins[k] = torch.full_like(fitted[0], torch.inf)
         row: ListRow = {
             "k": k,
@@ -136,12 +138,38 @@ def fit_lists(
             if cost < row["cost"] and overlap >= OVERLAP:
                 row.update({"level": level, "overlap": overlap, "cost": cost})
                 margins[k] = candidate
-        # 2. its promise
-        if certify is not None:
-            exits = TopK(k, margins[k]).exits(certify.request, certify.outputs)
-            lost = 1.0 - certify.overlaps(exits, k)
-            losses = user_means(np.stack([np.zeros_like(lost), lost]), certify.user)
-            promise = CertificateSettings("overlap_loss", EPSILON, delta / len(lengths))
-            row["certificate"] = certify_losses(losses, promise).to_dict()
         rows.append(row)
     return Lists(margins, no_lists() | {"requests": len(tune.user), "lengths": rows})
+
+
+def certify_lists(
+    lists: Lists, users: int, delta: float, score: Callable[[], ScoredRequests]
+) -> None:
+    """Certify the loss of overlap on the fold certify, whose requests are of so many users, in the lists' document.
+
+    `score` is called where the users are enough for any lists to pass. Delta is shared out among the lengths, so that
+    all promises hold together.
+    """
+    promise = CertificateSettings(
+        "overlap_loss", EPSILON, delta / max(len(lists.margins), 1)
+    )
+    certify = score() if users >= (promise.users_needed() or 0) else None
+    for row in lists.document["lengths"]:
+        losses = np.zeros((2, users))
+        if certify is not None:
+            k = row["k"]
+            exits = lists.top_k(k).exits(certify.request, certify.outputs)
+            losses[1] = user_means(1.0 - certify.overlaps(exits, k), certify.user)
+        row["certificate"] = certify_losses(losses, promise).to_dict()
+
+
+def lists_in_words(document: ListRows) -> list[str | None]:
+    """Why there are none, or a sentence for each length of list, and what is promised of the first."""
+    rows = document["lengths"]
+    found = [document["error"]]
+    found += [
+        f"Best {row['k']} of {CANDIDATES}: {row['cost']:.3f} of full depth's token-layers at an overlap of "
+        f"{row['overlap']:.3f} on tune."
+        for row in rows
+    ]
+    return found + [row["certificate"]["words"] for row in rows[:1] if row["certificate"]]

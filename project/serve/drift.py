@@ -11,7 +11,9 @@
    1998, "Tracking the best expert"): what waited at 0 is there when drift begins late.
 4. Bound. Nulls of a grid whose capital has reached 1 / delta are rejected: with confidence 1 - delta, at all times, the
    expected loss of some audit so far was above the largest of them. The alarm: this is not below the null of 2.
-5. Answers. Plan and full depth read the same features, so audits do not see that these have become wrong. Events do: a
+5. Lists. An audited list of the best k loses the share of full depth's list that is not in it. The null is what its
+   certificate promises. This alarm stands alone: from then on lists are made of every candidate's score at full depth.
+6. Answers. Plan and full depth read the same features, so audits do not see that these have become wrong. Events do: a
    user's loss is the Brier score of exit 0 less that of the base rate, over their first events since the run was
    loaded. The null is half of what users of the tune fold have, bets are those of 3. A user bets once: events of one
    user are no independent evidence.
@@ -27,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 
 from project.arrays import F64, I64
 from project.datamodule import InteractionData
@@ -36,6 +39,8 @@ from project.engine.engine import Engine
 from project.engine.requests import PreparedRequest, Scored
 from project.exits.criteria import HeadOutputs
 from project.exits.plan import ExitPlan
+from project.exits.ranking import EPSILON, Lists, list_keys
+from project.exits.top_k import overlap_at_k
 from project.metrics import probabilities
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
@@ -75,43 +80,22 @@ class Capital:
         self.highest = np.maximum(self.highest, self._log)
 
 
-class Monitor:
-    """Draws audits, bets on their losses, and raises the alarm.
+class Watch:
+    """Bets on losses in [0, 1] as they come, and raises the alarm of 4.
 
     Args:
-        model: Of the run; packed already where other engines have it.
-        plan: The exit plan in use.
-        reference: Mean loss on the rows it was calibrated on, see `reference_loss`.
-        cache: Of users' streams.
-        share: Share of requests that are audited.
-        tolerance: How much larger than the reference the expected loss may be: a hundredth is several times what rows
-            of other folds and candidates from the catalogue differ by, and reorders few.
+        null: Largest expected loss that is no drift.
         delta: Chance of a false alarm, however long the server runs: the alarm is for good, so it is small.
-        seed: Of the lot.
+        words: What the log says in front of the numbers, and what follows of them.
     """
 
-    def __init__(
-        self,
-        model: ExitRecommender,
-        plan: ExitPlan,
-        reference: float,
-        cache: StreamCache | None = None,
-        share: float = 0.01,
-        tolerance: float = 0.01,
-        delta: float = 0.01,
-        seed: int = 0,
-    ) -> None:
-        self._plan, self._heads = plan, EveryHead(plan.calibration)
-        self._engine = Engine(model, self._heads, cache)
-        self.null, self.share, self._delta, self._seed = (
-            reference + tolerance,
-            share,
-            delta,
-            seed,
-        )
-        self._grid = np.union1d(np.linspace(0, 1, 201)[1:], self.null)
+    def __init__(self, null: float, delta: float, words: tuple[str, str]) -> None:
+        self.null = null
+        self._delta = delta
+        self._words = words
+        self._grid = np.union1d(np.linspace(0, 1, 201)[1:], null)
         self._capital = Capital(self._grid)
-        self._requests, self._sum = 0, 0.0
+        self._sum = 0.0
         self.audits = 0
         self.lower = 0.0  # bound of 4.
         self.alarm = False  # for good, whatever comes
@@ -121,6 +105,68 @@ class Monitor:
         """Mean loss of all audits; 0 before the first."""
         return self._sum / max(self.audits, 1)
 
+    def observe(self, loss: float) -> None:
+        """Bet on the loss of an audit."""
+        self.audits += 1
+        self._sum += loss
+        self._capital.stake(loss)
+        rejected = self._capital.highest >= -np.log(self._delta)
+        self.lower = float(self._grid[rejected].max(initial=0.0))
+        if self.lower >= self.null and not self.alarm:
+            self.alarm = True
+            LOG.warning(
+                "drift: %s by %.4f or more (confidence %g, %d audits), %.4f was expected at most; %s",
+                *(self._words[0], self.lower, 1 - self._delta, self.audits, self.null),
+                self._words[1],
+            )
+
+
+class Monitor(Watch):
+    """Draws audits, bets on the losses of plan and `lists`, and raises their alarms.
+
+    Args:
+        model: Of the run; packed already where other engines have it.
+        plan: The exit plan in use.
+        lists: Margins in use.
+        reference: Mean loss on the rows the plan was calibrated on, see `reference_loss`.
+        cache: Of users' streams.
+        share: Share of requests that are audited.
+        tolerance: How much larger than the reference the expected loss may be: a hundredth is several times what rows
+            of other folds and candidates from the catalogue differ by, and reorders few.
+        delta: Of both alarms, see `Watch`.
+        seed: Of the lot.
+    """
+
+    def __init__(
+        self,
+        model: ExitRecommender,
+        plan: ExitPlan,
+        lists: Lists,
+        reference: float,
+        cache: StreamCache | None = None,
+        share: float = 0.01,
+        tolerance: float = 0.01,
+        delta: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        words = (
+            "the probabilities of plan and full depth have come to differ",
+            "from now on every request runs to full depth",
+        )
+        super().__init__(reference + tolerance, delta, words)
+        of_lists = (
+            "lists have come to differ from those of full depth",
+            "from now on requests for a list run to full depth",
+        )
+        self.lists = Watch(EPSILON, delta, of_lists)
+        self._plan = plan
+        self._margins = lists
+        self._heads = EveryHead(plan.calibration)
+        self._engine = Engine(model, self._heads, cache)
+        self.share = share
+        self._seed = seed
+        self._requests = 0
+
     def draws(self, *request: object) -> bool:
         """Whether a request is audited: a hash of the seed, its contents, and how many came before it."""
         self._requests += 1
@@ -128,7 +174,7 @@ class Monitor:
         return int.from_bytes(blake2b(text, digest_size=8).digest()) < self.share * 2**64
 
     def audit(self, request: PreparedRequest) -> tuple[Scored, F64 | None]:
-        """The plan's answer to a request, from a run to full depth, and the probabilities of full depth.
+        """The plan's or the list's answer to a request, from a run to full depth, and the probabilities of full depth.
 
         Where the deadline cut it, what it answers then, and None.
         """
@@ -137,27 +183,20 @@ class Monitor:
         if scored.late or scored.error is not None or not len(request):
             return scored, None
         (outputs,) = self._heads.outputs
-        layers, logits, losses = answered(self._plan, outputs)
-        self.observe(float(losses.mean()))
-        return replace(scored, logits=logits, exit_layers=layers), scored.probabilities
-
-    def observe(self, loss: float) -> None:
-        """Bet on the loss of an audit."""
-        self.audits, self._sum = self.audits + 1, self._sum + loss
-        self._capital.stake(loss)
-        rejected = self._capital.highest >= -np.log(self._delta)
-        self.lower = float(self._grid[rejected].max(initial=0.0))
-        if self.lower >= self.null and not self.alarm:
-            self.alarm = True
-            LOG.warning(
-                "drift: the probabilities of plan and full depth have come to differ by %.4f or more (confidence %g, "
-                "%d audits), %.4f was expected at most; from now on every request runs to full depth",
-                *(self.lower, 1 - self._delta, self.audits, self.null),
-            )
+        full = scored.probabilities
+        k = self._margins.length(request.list_of, len(request))
+        if not k:
+            layers, logits, losses = answered(self._plan, outputs)
+            self.observe(float(losses.mean()))
+            return replace(scored, logits=logits, exit_layers=layers), full
+        exits, logits, loss = listed(self._margins, k, outputs)
+        self.lists.observe(loss)
+        layers = np.array(outputs.layers)[exits]
+        return replace(scored, logits=logits, exit_layers=layers, list_of=k), full
 
 
 class AnswerMonitor:
-    """Bets on the answers that users give, and raises the alarm of 5.
+    """Bets on the answers that users give, and raises the alarm of 6.
 
     Args:
         base_rate: Share of positive answers in training.
@@ -215,6 +254,16 @@ def answered(plan: ExitPlan, outputs: HeadOutputs) -> tuple[I64, F64, F64]:
     layers, logits = plan.emitted(here)
     answer, full = (x.double().numpy() for x in (logits, here.logits[:, -1]))
     return layers.numpy(), answer, np.abs(probabilities(answer) - probabilities(full))
+
+
+def listed(lists: Lists, k: int, outputs: HeadOutputs) -> tuple[I64, F64, float]:
+    """Of one request at all heads, calibrated: the heads candidates leave at, their logits, and its loss of overlap."""
+    here = HeadOutputs(outputs.layers, outputs.logits.cpu(), outputs.retrieved.cpu())
+    request = torch.zeros(len(here.logits), dtype=torch.int64)
+    exits = lists.top_k(k).exits(request, here)
+    overlap = overlap_at_k(request, list_keys(here, exits), here.logits[:, -1], k)
+    logits = here.logits.gather(1, exits[:, None]).squeeze(1)
+    return exits.numpy(), logits.double().numpy(), 1.0 - float(overlap)
 
 
 def references(

@@ -248,12 +248,7 @@ class Served:
         for payload in batch:
             match payload:
                 case RankRequest():
-                    about = {
-                        "run": run,
-                        "full_depth": ranker.full_depth,
-                        "batch": len(requests),
-                    }
-                    answers.append(replace(next(ranked), **about))
+                    answers.append(replace(next(ranked), run=run, batch=len(requests)))
                 case ("user", name):
                     answers.append(
                         {

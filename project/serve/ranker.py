@@ -25,7 +25,7 @@ from project.data.ragged import Ragged
 from project.data.requests import Catalogue, titles_of
 from project.data.stream import streams_of
 from project.engine.cache import StreamCache
-from project.engine.decisions import RowExits
+from project.engine.decisions import ListExits, RowExits
 from project.engine.engine import Engine
 from project.engine.predict import Run
 from project.engine.prepacked import prepacked
@@ -104,11 +104,11 @@ class Ranker:
         model.backbone = prepacked(model.backbone.eval())  # once for all engines
         # the plan, full depth and audits share users' cached histories
         self._cache = cache = StreamCache(cache_mib)
-        self._engine = Engine(model, RowExits(plan, device), cache)
+        self._engine = Engine(model, ListExits(plan, run.lists, device), cache)
         self._whole = Engine(model, RowExits(nobody_leaves(plan), device), cache)
         # without a score table of this checkpoint nobody knows which loss is no drift
         share = 0.0 if reference is None else audit_share
-        self.monitor = Monitor(model, plan, reference or 0.0, cache, share)
+        self.monitor = Monitor(model, plan, run.lists, reference or 0.0, cache, share)
         self.answers = None if skill is None else AnswerMonitor(self._baseline.base, skill)
         # 3. what it is
         base = model.backbone_name
@@ -365,12 +365,21 @@ class Ranker:
         audited = [
             p for p in prepared if not self.full_depth and self.monitor.draws(requests[p])
         ]
-        # 4. Scores; an audit's come from a run to full depth.
-        engine = self._whole if self.full_depth else self._engine
+        # 4. Scores; an audit's come from a run to full depth, those of lists, too, after their
+        # own alarm.
+        whole = {
+            p
+            for p, made in prepared.items()
+            if self.full_depth or (self.monitor.lists.alarm and made.list_of)
+        }
         others = [p for p in prepared if p not in audited]
-        scored = dict(
-            zip(others, engine.score([prepared[p] for p in others]).requests, strict=True)
-        )
+        scored = dict[int, Scored]()
+        for engine, places in (
+            (self._engine, [p for p in others if p not in whole]),
+            (self._whole, [p for p in others if p in whole]),
+        ):
+            found_here = engine.score([prepared[p] for p in places]).requests
+            scored.update(zip(places, found_here, strict=True))
         audits = {p: self.monitor.audit(prepared[p]) for p in audited}
         # 5. Responses.
         titles = items["title"]
@@ -389,6 +398,7 @@ class Ranker:
                 features={name: columns[name] for name in COLUMNS if name in columns},
                 full_depth_token_layers=self._model.depth * tokens,
                 audit=full,
+                full_depth=place in whole,
                 cached=kept[place] > 0 if place in kept else None,
             )
         return [found[place] for place in range(len(requests))]
@@ -460,6 +470,7 @@ class Ranker:
             # a history that a request brings is not kept
             request.user_id if known else None,
             np.inf if request.deadline is None else request.deadline,
+            request.list_of,
         )
         return prepared, found
 

@@ -15,7 +15,6 @@ from datetime import datetime
 from operator import eq, ge, gt, le, lt
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import numpy as np
 import polars as pl
 from pydantic import (
     AfterValidator,
@@ -155,6 +154,13 @@ class Options(BaseModel):
         None, gt=0, le=3_600_000, description="Then the deepest exit answers."
     )
 
+    top_n: int | None = Field(
+        None, ge=1, description="The best so many are listed; others may leave early."
+    )
+    exhaustive: bool = Field(
+        False, description="Score every candidate by the plan, then list the best top_n."
+    )
+
     @property
     def deadline(self) -> float | None:
         """time.monotonic() seconds, counted from now."""
@@ -169,7 +175,6 @@ class RankBody(Options):
     user_id: Id | None = None
     history: Annotated[list[HistoryRowBody], _at_most("max_history_rows")] | None = None
     candidates: Listed[Candidate] = Field(min_length=1)
-    top_n: int | None = Field(None, ge=1)
     context: dict[str, Any] | None = Field(None, description="Nothing reads it yet.")
 
     @model_validator(mode="before")
@@ -197,6 +202,7 @@ class RankBody(Options):
             [c if isinstance(c, str) else c.item() for c in self.candidates],
             self.deadline,
             self.top_n,
+            self.exhaustive,
             self.context,
             request_id=name,
         )
@@ -226,17 +232,18 @@ class Queried(Options):
             ]
         # 2. who asks: a user that the client names, else the query, a user or a text that
         # somebody liked
-        if self.user_id:
-            return RankRequest(self.user_id, None, items, self.deadline, request_id=name)
-        liked = [HistoryRow(Item(title=self.query), 1)] if self.query.strip() else []
-        return RankRequest(self.query, liked, items, self.deadline, request_id=name)
+        user = self.user_id or self.query
+        liked = None
+        if not self.user_id:
+            liked = [HistoryRow(Item(title=self.query), 1)] if self.query.strip() else []
+        how = self.deadline, self.top_n, self.exhaustive
+        return RankRequest(user, liked, items, *how, request_id=name)
 
 
 class CohereBody(Queried):
     """Cohere's rerank, both versions; Gorse's LLM ranker sends it too. Its other keys are not read."""
 
     documents: Listed[Text | Document] = Field(min_length=1)
-    top_n: int | None = Field(None, ge=1)
     return_documents: bool = False
 
 
@@ -263,10 +270,11 @@ RerankBody = Annotated[
 
 
 class Usage(BaseModel, from_attributes=True):
-    """What the request cost, and what it would have cost at full depth."""
+    """What the request cost, what it would have cost at full depth, and how many candidates left at each layer."""
 
     token_layers: int
     full_depth_token_layers: int
+    left_at: dict[int, int]
 
 
 class RankedItem(BaseModel):
@@ -320,12 +328,6 @@ class TeiResult(BaseModel):
     text: str | None = None
 
 
-def best_first(found: Scored, top_n: int | None = None) -> list[int]:
-    """Places of the candidates by probability; ties in the order of the request."""
-    order: list[int] = np.argsort(-found.probabilities, kind="stable").tolist()
-    return order[:top_n]
-
-
 def rank_response(found: Scored, top_n: int | None) -> RankResponse:
     """Our own."""
     chance = found.probabilities.tolist()
@@ -344,7 +346,7 @@ def rank_response(found: Scored, top_n: int | None) -> RankResponse:
                 if values[k] == values[k]
             },
         )
-        for k in best_first(found, top_n)
+        for k in found.best_first(top_n)
     ]
     return RankResponse(
         id=found.request_id,
@@ -367,7 +369,7 @@ def cohere_response(body: CohereBody, found: Scored) -> CohereResponse:
         CohereResult(
             index=k, relevance_score=chance[k], exit_layer=layer[k], document=shown[k]
         )
-        for k in best_first(found, body.top_n)
+        for k in found.best_first(body.top_n)
     ]
     usage = Usage.model_validate(found)
     return CohereResponse(
@@ -379,7 +381,10 @@ def tei_response(body: TeiBody, found: Scored) -> list[TeiResult]:
     """TEI's; raw scores are logits."""
     scores = (found.logits if body.raw_scores else found.probabilities).tolist()
     texts = body.texts if body.return_text else [None] * len(body.texts)
-    return [TeiResult(index=k, score=scores[k], text=texts[k]) for k in best_first(found)]
+    return [
+        TeiResult(index=k, score=scores[k], text=texts[k])
+        for k in found.best_first(body.top_n)
+    ]
 
 
 # Events

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from project.data.ragged import Ragged
-from project.engine import Engine, ListExits, RowExits, Scores, StreamCache
+from project.engine import Engine, RowExits, Scores, StreamCache
 from project.engine import engine as engine_module
 from project.engine.decisions import static_exits
 from project.engine.engine import EngineBatch, answers_of_layer
@@ -35,7 +35,6 @@ from project.exits.cost import request_cost
 from project.exits.criteria import Consistency, Criterion, Learned, Ratio, RatioConsistency
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
-from project.exits.top_k import TopK
 
 CRITERIA = [Ratio(), Consistency(), RatioConsistency(), Learned()]
 NEAR = 1e-4  # of a threshold: rounding may decide
@@ -234,23 +233,6 @@ def test_counter_is_the_reported_cost(world: World, exit_0: bool, read: int) -> 
         expected = request_cost(request, layers, own, shared, prefix_cached)
         assert [r.token_layers for r in scores.requests] == expected.tolist()
     assert 0 < cached.token_layers < not_cached.token_layers
-
-
-def test_best_k_leave_as_simulated(world: World) -> None:
-    """Ranking exits: same exits as `TopK.exits` on candidate-by-candidate outputs."""
-    plan = world.plan(Ratio(), 0.4)
-    top_k = TopK(2, torch.tensor([1.5, 0.6, 0.4, 0.2, 0.0], dtype=torch.float64))
-    scores = Engine(world.module, ListExits(top_k, plan.calibration)).score(world.requests)
-    left = 0
-    for i, scored in enumerate(scores.requests):
-        exits = top_k.exits(
-            torch.zeros(len(scored.logits), dtype=torch.int64), world.calibrated(plan, i)
-        )
-        np.testing.assert_array_equal(
-            scored.exit_layers, np.array(plan.layers)[exits.numpy()]
-        )
-        left += int((exits < 4).sum())
-    assert left > 5
 
 
 @pytest.mark.parametrize("exit_0", [True, False], ids=["exit_0", "no_exit_0"])

@@ -320,8 +320,7 @@ def test_benchmark_times_lists(
     fitted: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best one of eight, prefix cached and not: a list has an overlap, and costs no more than full depth."""
-    monkeypatch.setattr("project.benchmark.configurations.LISTS", (1,))
-    monkeypatch.setattr("project.benchmark.configurations.OVERLAP", 0.0)
+    monkeypatch.setattr("project.benchmark.configurations.LISTED", 1)
     monkeypatch.setattr("project.trainer.SIZES", (8,))
     run("benchmark", *given(fitted), "--only", "engine", "--seconds", "0.1")
     rows = read_result(fitted / "results" / "benchmark.json")["rows"]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from project.exits.ranking import (
     LEVELS,
     Lists,
     ScoredRequests,
+    certify_lists,
     fit_lists,
     list_keys,
 )
@@ -117,32 +119,36 @@ def test_where_no_margin_is_enough_nobody_leaves() -> None:
     assert (lists.margins[1] == torch.inf).all()
 
 
+def promises(lists: Lists, certify: ScoredRequests) -> list[dict[str, Any]]:
+    """Certificates by length at delta .1."""
+    certify_lists(lists, len(np.unique(certify.user)), 0.1, lambda: certify)
+    return [row["certificate"] for row in lists.document["lengths"]]
+
+
 def test_certificate() -> None:
-    """Delta is shared out among four lengths; a user counts once, and of 8 users there are too few.
+    """Delta is shared out among four lengths; a user counts once; of 8 users there are too few, and none is scored.
 
     ln 40 / ln(1 + .99 * .05 / .95) = 72.6 users are needed where nothing is lost.
     """
-    tune = drifting(60, 30, 0)
+    lists = fit_lists(drifting(60, 30, 0))
     certify = drifting(400, 30, 9)
-    lists = fit_lists(tune, certify)
-    for row in lists.document["lengths"]:
-        exits = lists.top_k(row["k"]).exits(certify.request, certify.outputs)
-        lost = 1 - certify.overlaps(exits, row["k"])
-        found = row["certificate"]
-        assert (found["n"], found["delta"]) == (400, 0.025)
-        assert found["estimate"] == pytest.approx(lost.mean())
-        assert found["passed"] == (found["bound"] <= 0.05)
     uneven = np.random.default_rng(0).integers(0, 80, 400)
-    for row in fit_lists(tune, replace(certify, user=uneven)).document["lengths"]:
-        exits = lists.top_k(row["k"]).exits(certify.request, certify.outputs)
-        lost = 1 - certify.overlaps(exits, row["k"])
-        means = [lost[uneven == user].mean() for user in np.unique(uneven)]
-        assert row["certificate"]["estimate"] == pytest.approx(np.mean(means))
-    for row in fit_lists(tune, replace(certify, user=uneven % 8)).document["lengths"]:
-        assert (row["certificate"]["passed"], row["certificate"]["users_needed"]) == (
-            None,
-            73,
-        )
+    for owners in (np.arange(400), uneven):
+        users = np.unique(owners)
+        found = promises(lists, replace(certify, user=owners))
+        for k, promise in zip(lists.margins, found, strict=True):
+            exits = lists.top_k(k).exits(certify.request, certify.outputs)
+            lost = 1 - certify.overlaps(exits, k)
+            means = [lost[owners == user].mean() for user in users]
+            assert promise["estimate"] == pytest.approx(np.mean(means))
+            assert (promise["n"], promise["delta"]) == (len(users), 0.025)
+            assert promise["passed"] == (promise["bound"] <= 0.05)
+    certify_lists(lists, 8, 0.1, lambda: pytest.fail("was scored"))
+    few = {
+        tuple(row["certificate"][key] for key in ("passed", "users_needed"))
+        for row in lists.document["lengths"]
+    }
+    assert few == {(None, 73)}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,10 @@ def test_the_document(
     whole = found["run"].score_after_log(
         RankRequest(None, found["request"].history, found["request"].candidates)
     )
-    assert found["best"]["probability"].to_list() == [whole["probability"].max()]
+    (best,) = found["best"].rows(named=True)
+    assert best["exit_layer"] == 3
+    plain = found["run"].score_after_log(replace(found["request"], exhaustive=True))
+    assert plain["probability"].to_list() == [whole["probability"].max()]
     assert (tmp_path / "runs/mine/version_0/results/fit.json").is_file()
 
 

@@ -15,10 +15,11 @@ from example_engine import EXITS, World, make_module, random_request, raw_output
 from scipy.stats import binom
 
 from project.arrays import F64, I64
-from project.engine import Engine, PreparedRequest, RowExits
+from project.engine import Engine, ListExits, PreparedRequest, RowExits
 from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
+from project.exits.ranking import Lists
 from project.request import RankRequest
 from project.serve.drift import EVENTS, AnswerMonitor, Capital, Monitor, answered
 from project.serve.ranker import Ranker
@@ -150,11 +151,11 @@ def test_shuffled_features_raise_the_alarm(
     The alarm is one line in the log, and the answers stay the plan's.
     """
     plan, requests = agreeing(world)
-    clean = Monitor(world.module, plan, reference=0.5)
+    clean = Monitor(world.module, plan, Lists(), reference=0.5)
     for request in requests:
         clean.audit(request)
     monitor, rng = (
-        Monitor(world.module, plan, reference=clean.mean),
+        Monitor(world.module, plan, Lists(), reference=clean.mean),
         np.random.default_rng(3),
     )
     assert 0 < clean.mean < 0.03
@@ -180,7 +181,7 @@ def test_an_audit_answers_what_the_plan_answers(world: World) -> None:
     """Exits and, to 1e-5, logits are those of the engine with the plan; the loss is the mean distance to full depth."""
     plan = world.plan(Ratio(), 0.4)
     monitor, engine = (
-        Monitor(world.module, plan, reference=0.1),
+        Monitor(world.module, plan, Lists(), reference=0.1),
         Engine(world.module, RowExits(plan)),
     )
     losses = []
@@ -205,7 +206,7 @@ def test_an_audit_answers_what_the_plan_answers(world: World) -> None:
 
 def test_a_late_audit_shows_nothing(world: World) -> None:
     """Its deadline has passed before it began: it leaves at exit 0, and is no audit."""
-    monitor = Monitor(world.module, world.plan(Ratio(), 0.4), reference=0.1)
+    monitor = Monitor(world.module, world.plan(Ratio(), 0.4), Lists(), reference=0.1)
     found, full = monitor.audit(replace(world.requests[1], deadline=0.0))
     assert (found.late, full) == (True, None)
     assert (found.exit_layers == 0).all()
@@ -217,7 +218,8 @@ def test_the_lot(world: World) -> None:
     drawn = [
         [monitor.draws(user, None, ["a", "b"]) for user in range(20_000)]
         for monitor in (
-            Monitor(world.module, world.plan(Ratio(), 0.4), 0.1, seed=s) for s in (0, 0, 1)
+            Monitor(world.module, world.plan(Ratio(), 0.4), Lists(), 0.1, seed=s)
+            for s in (0, 0, 1)
         )
     ]
     assert abs(sum(drawn[0]) - 200) < 4 * np.sqrt(198)
@@ -250,6 +252,51 @@ def test_a_ranker_falls_back_to_full_depth(
     assert audited.full_depth
     assert sum("drift" in r.message for r in caplog.records) == 1
     assert audited.about["audits"]["reference"] > 0
+
+
+def test_an_audited_list_is_what_the_engine_lists(world: World) -> None:
+    """Its exits, and its loss: the share of full depth's list that is not in it."""
+    plan = world.plan(Ratio(), 0.4)
+    lists = Lists({3: torch.tensor([0.5, 0.2, 0.1, 0.0, 0.0], dtype=torch.float64)})
+    monitor = Monitor(world.module, plan, lists, reference=0.1)
+    engine = Engine(world.module, ListExits(plan, lists))
+    losses = []
+    for i, request in enumerate(world.requests):
+        asked = replace(request, list_of=3)
+        (found, full), expected = monitor.audit(asked), engine.score([asked]).requests[0]
+        np.testing.assert_array_equal(found.exit_layers, expected.exit_layers)
+        assert full is not None
+        if found.list_of:
+            best = set(world.calibrated(plan, i).logits[:, -1].topk(3).indices.tolist())
+            losses.append(1 - len(best & set(found.best_first(3))) / 3)
+    assert monitor.lists.audits == len(losses) == 5  # the request of three is no list
+    assert monitor.audits == 1
+    assert 0 < monitor.lists.mean == pytest.approx(np.mean(losses))
+
+
+@pytest.mark.slow
+def test_lists_fall_back_alone(
+    served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After their alarm lists are full depth's best, whatever else is in the batch; other requests keep the plan."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    ranker = Ranker.load(served_run, audit_share=0.0)
+    plain = RankRequest("u1", None, [f"i{i}" for i in range(12)])
+    listed = replace(plain, top_n=3)
+    requests = [listed, plain, replace(listed, exhaustive=True)]
+    before = ranker.rank_after_log(requests)
+    assert [one.list_of for one in before] == [3, 0, 0]
+    assert len(before[0].left_at) > 1
+    for _ in range(30):
+        ranker.monitor.lists.observe(1.0)
+    after = ranker.rank_after_log(requests)
+    assert [one.full_depth for one in after] == [True, False, False]
+    assert after[0].left_at == {3: 12}
+    for found, expected in zip(after[1:], before[1:], strict=True):
+        np.testing.assert_array_equal(found.exit_layers, expected.exit_layers)
+    ranker.full_depth = True
+    (whole,) = ranker.rank_after_log([plain])
+    assert after[0].best_first(3) == whole.best_first(3)
 
 
 @pytest.mark.slow

@@ -84,6 +84,49 @@ def test_scores_are_those_of_predict(
     assert len(set(scores["exit_layer"])) >= 3
 
 
+def test_lists_are_those_of_predict(
+    ranker: Ranker, served_run: Path, run: Callable[..., None], tmp_path: Path
+) -> None:
+    """Lists, all scores and both exhaustively: items, exits and, to 1e-6, probabilities; from Python and by the ranker.
+
+    Alone and together, in any order, cold, cached and evicted.
+    """
+    records = [
+        record | more | {"request_id": f"{k}{more}"}
+        for k, record in enumerate(REQUESTS)
+        for more in ({}, {"top_n": 2}, {"top_n": 4, "exhaustive": True}, {"top_n": 9})
+    ]
+    path = tmp_path / "requests.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    run("predict", *given(served_run), "--data.requests", path, "--engine", "early_exit")
+    scores = pl.read_parquet(served_run / "scores" / "predict-early_exit.parquet")
+    assert scores["error"].null_count() == len(scores)
+    expected = scores.partition_by("request_id", maintain_order=True)
+    requests = [request_of(record) for record in records]
+    python = open_run(served_run).score_after_log(requests)
+    np.testing.assert_allclose(
+        python["probability"], scores["probability"], rtol=0, atol=1e-6
+    )
+    mixed = np.random.default_rng(0).permutation(len(requests))
+    left = set[int]()
+    for made in (ranker, ranker, Ranker.load(served_run, cache_mib=0, audit_share=0.0)):
+        alone = [made.rank_after_log([request])[0] for request in requests]
+        together = made.rank_after_log([requests[k] for k in mixed])
+        ordered = [together[k] for k in np.argsort(mixed)]
+        for found in (alone, ordered):
+            for request, one, table in zip(requests, found, expected, strict=True):
+                listed = sorted(one.best_first(request.top_n))
+                assert listed == table["candidate_index"].to_list()
+                assert one.exit_layers[listed].tolist() == table["exit_layer"].to_list()
+                np.testing.assert_allclose(
+                    one.probabilities[listed], table["probability"], rtol=0, atol=1e-6
+                )
+                if one.list_of:
+                    assert set(table["exit_layer"]) == {3}
+                    left |= set(one.left_at)
+    assert len(left) >= 3
+
+
 EVENTS = [
     Event("a", "u1", "i7", 1, 2000.0),
     Event("b", "somebody", "i7", 0, 2001.0),  # a new user

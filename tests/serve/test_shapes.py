@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import log
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_ranker import FakeRanker
 from fastapi.testclient import TestClient
 
 from project.errors import ConfigError
+from project.request import RankRequest, Scored
 from project.serve.settings import ServeSettings
 from project.serve.shapes import AHEAD
 
 Make = Callable[..., TestClient]
 # i2 leaves at 2, i3 at 4; nobody would run 4 + 4
-USAGE = {"token_layers": 6, "full_depth_token_layers": 8}
+USAGE = {"token_layers": 6, "full_depth_token_layers": 8, "left_at": {"2": 1, "4": 1}}
 
 
 def test_own(client: Make) -> None:
@@ -62,6 +65,35 @@ def test_own_with_a_history(client: Make) -> None:
         ("i1", pytest.approx(0.1))
     ]
     assert answer["late"]
+
+
+def test_every_dialect_asks_for_lists(
+    client: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`top_n` and `exhaustive` reach the ranker; without them every score is asked for."""
+    asked = list[tuple[int, bool]]()
+    rank = FakeRanker.rank_after_log
+
+    def noted(ranker: FakeRanker, requests: Sequence[RankRequest]) -> list[Scored]:
+        asked.extend((r.list_of, r.exhaustive) for r in requests)
+        return rank(ranker, requests)
+
+    monkeypatch.setattr(FakeRanker, "rank_after_log", noted)
+    server = client()
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/rank": {"user_id": "u1", "candidates": ["i1", "i2"]},
+        "/v1/rerank": {"query": "u1", "documents": ["i1", "i2"]},
+        "/rerank": {"query": "u1", "texts": ["i1", "i2"]},
+    }
+    for path, body in bodies.items():
+        asked.clear()
+        for more in ({}, {"top_n": 1}, {"top_n": 1, "exhaustive": True}):
+            found = server.post(path, json=body | more).json()
+            listed = (
+                found if isinstance(found, list) else found.get("items") or found["results"]
+            )
+            assert len(listed) == (1 if more else 2)
+        assert asked == [(0, False), (1, False), (0, True)]
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
