@@ -14,11 +14,11 @@ import sys
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from project.errors import DataError
 
@@ -35,7 +35,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("PROJECT_CACHE") or Path.home() / ".cache" / "exitrec")
 
 
-def content_key(content: dict[str, Any]) -> str:
+def content_key(content: Mapping[str, object]) -> str:
     """Hex digest of what the stored files depend on, and of their format."""
     # sorted keys: equal content is equal text
     text = json.dumps({"format": FORMAT, **content}, sort_keys=True)
@@ -43,7 +43,7 @@ def content_key(content: dict[str, Any]) -> str:
 
 
 def cached_folder(
-    parent: Path, content: dict[str, Any], write: Callable[[Path], None]
+    parent: Path, content: Mapping[str, object], write: Callable[[Path], None]
 ) -> Path:
     """The folder of this content in `parent`; where it is absent, `write` fills it, beside content.json."""
 

@@ -53,6 +53,7 @@ from project.report.report import write_report
 from project.report.tables import render, render_seconds, shown
 from project.results import CalibrateResult
 from project.run import (
+    Checkpoint,
     read_checkpoint,
     read_result,
     replace_file,
@@ -134,7 +135,13 @@ class ExitCalibration(L.Callback):
         module = cast("ExitRecommender", pl_module)
         try:
             self.calibrate(
-                trainer, module, data_of(trainer), _scores(module), current_run(trainer)
+                trainer,
+                module,
+                data_of(trainer),
+                _scores(module),
+                current_run(trainer),
+                heads_digest(module.state_dict()),
+                fitting=True,
             )
         except ProjectError as error:
             # the plan of an earlier validation does not belong to this checkpoint
@@ -149,19 +156,18 @@ class ExitCalibration(L.Callback):
         data: InteractionData,
         scores: pl.DataFrame,
         folder: Path,
-        checkpoint: str | None = None,
+        heads: str,
+        fitting: bool = False,
     ) -> CalibrateResult:
         """Make the plan of validation's score table, keep it, log it and write results/calibrate.json.
 
-        `checkpoint` is the digest of the heads that made the scores; None: the module's, while it is fitted.
+        `heads` is the digest of those that made the scores.
         """
         path = folder / "results" / "calibrate.json"
         issued = read_result(path)["ledger"] if path.exists() else ()
         # 1. the plan, and what is certified of it
         with data.clock.stage("calibrate"):
             features = data.features_of(scores, module.feature_baseline().base)
-            heads = checkpoint or heads_digest(module.state_dict())
-            fitting = checkpoint is None
             plans, document = calibrate(
                 scores, features, self.settings, data.split.hash, issued, heads, fitting
             )
@@ -227,14 +233,14 @@ class ExitCalibration(L.Callback):
         return lists
 
     def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Checkpoint
     ) -> None:
         """Keep the plans, if there are any."""
         if self.plans is not None:
             checkpoint[CHECKPOINT_KEY] = self.plans.state()
 
     def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Checkpoint
     ) -> None:
         """Take up the plans of a run."""
         self.plans = plans_of(checkpoint)

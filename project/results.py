@@ -172,11 +172,18 @@ class Point(TypedDict):
     layer: NotRequired[int]  # of a static exit
 
 
+class Specification(TypedDict):
+    """A class, and the arguments that it was made with."""
+
+    class_path: str
+    init_args: dict[str, object]
+
+
 class PolicyRow(TypedDict):
     """A criterion with its curve on tune; `chosen_step` of it is the budget's."""
 
     criterion: str
-    settings: Mapping[str, Any]  # class path and arguments
+    settings: Specification
     thresholds: dict[str, float | str]  # by layer; "never" and "everyone" are infinite
     calibration: dict[str, dict[str, float]]  # by layer: logit, exit_0 and offset
     pareto: list[Point]
@@ -377,7 +384,7 @@ class ServeResult(Head):
 class StudyResult(Head):
     """Of a script of research/: a table, and a sentence about it."""
 
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, object]]
     about: str
 
 

@@ -22,6 +22,7 @@ from project.data.protocol import FOLDS, SPLITS
 from project.errors import CheckpointError, ConfigError, DataError
 from project.results import Head
 
+Checkpoint = dict[str, Any]  # tensors and plain values by name
 PolarsType = pl.DataType | type[pl.DataType]
 SCHEMA_VERSION = 2
 LIBRARIES = (
@@ -205,7 +206,7 @@ def own_version() -> str:
         return "0+source"
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """Cores, device and library versions."""
     cuda = torch.cuda.is_available()
     return {
@@ -224,10 +225,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, mmap: bool = False) -> Checkpoint:
     """Tensors and plain values of a checkpoint, on the CPU; never objects that run code when they are read."""
     try:
-        content: dict[str, Any] = torch.load(
+        content: Checkpoint = torch.load(
             path, map_location="cpu", mmap=mmap, weights_only=True
         )
     except pickle.UnpicklingError as error:

@@ -13,7 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from project.run import read_checkpoint, replace_file, run_of_checkpoint
+from project.run import Checkpoint, read_checkpoint, replace_file, run_of_checkpoint
 
 # what a run's folder holds before anything was computed
 BEFORE_RESULTS = {"config.yaml", "hparams.yaml"}
@@ -55,7 +55,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(
         self,
-        checkpoint: dict[str, Any],
+        checkpoint: Checkpoint,
         path: str | Path,
         storage_options: Any | None = None,
     ) -> None:
@@ -64,7 +64,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    ) -> Checkpoint:
         """As `read_checkpoint`, whatever Lightning's callers set."""
         return read_checkpoint(path)
 

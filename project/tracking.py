@@ -193,7 +193,7 @@ def _log(
     kind: str,
     files: dict[str, Path],
     aliases: list[str],
-    about: dict[str, Any],
+    about: dict[str, object],
 ) -> None:
     """One version of the artifact `<kind>-<W&B's id of the run>`; Lightning names its own so: `best` is of this run."""
     from wandb import Artifact

@@ -23,7 +23,7 @@ NEAR = 2e-4
 class Sent(TypedDict):
     """A request, and the probabilities that its response must have."""
 
-    body: dict[str, Any]
+    body: dict[str, object]
     expected: list[float]
 
 

@@ -38,7 +38,7 @@ from project.model.backbone import Backbone
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
 from project.request import RankRequest, Scored, id_of
-from project.run import read_checkpoint, replace_file, run_of_checkpoint
+from project.run import Checkpoint, read_checkpoint, replace_file, run_of_checkpoint
 from project.run_folder import tag_of
 
 TABLE = {
@@ -59,7 +59,7 @@ def load_weights(
     checkpoint: str | Path,
     data: InteractionData | None = None,
     compared: bool = True,
-) -> dict[str, Any]:
+) -> Checkpoint:
     """Give a module the weights of a run, calibrated or not; returns the checkpoint.
 
     `data` is what will be scored: it must be what the run was trained to read, and if scores are `compared` with

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import polars as pl
@@ -13,15 +11,11 @@ from torch import Tensor
 
 from project.arrays import F64, I64
 from project.errors import ConfigError, DataError
-from project.exits.calibration import fit_calibration
 from project.exits.certificate import Certificate, CertificateSettings, certify
-from project.exits.cost import row_tokens
 from project.exits.criteria import (
     Criterion,
-    HeadOutputs,
-    confidence_table,
+    fit_criteria,
     name,
-    out_of_fold_confidence,
 )
 from project.exits.plan import (
     ExitPlan,
@@ -29,10 +23,10 @@ from project.exits.plan import (
     Plans,
     admit,
     certified_settings,
-    raw_outputs,
+    fit_heads,
     specification,
 )
-from project.exits.policy import Policy, leave
+from project.exits.policy import Policy
 from project.exits.ranking import no_lists
 from project.exits.search import (
     Path,
@@ -41,13 +35,11 @@ from project.exits.search import (
     budget_steps,
     control_curves,
     equal_accuracy_exit,
-    static_curve,
     threshold_path,
     user_influences,
 )
 from project.results import Calibration as CalibrationDocument
 from project.results import Issued
-from project.run import exit_layers_of
 
 # With fewer users on tune no bound on the AUC drop holds on fresh users where a few in a
 # hundred are served badly by
@@ -98,46 +90,22 @@ class TuneFold:
         self.exit_0 = exit_0
         self.labels = scores["label"].to_numpy()  # (n,)
         users = scores["user"].to_numpy()  # (n,)
-        own = scores["target_tokens"].to_torch()  # (n,) tokens of the row itself
-        shared = scores["stream_tokens"].to_torch()  # (n,) tokens of its history
-        self.tokens = row_tokens(own, shared, settings.prefix_cached)
         self.users = int(np.unique(users).size)
         # 1. calibrate every head
-        # logits (n, K) as the heads gave them
-        raw = raw_outputs(scores, features, exit_layers_of(scores), exit_0)
-        self.calibration = fit_calibration(raw.logits, self.labels, raw.layers, exit_0)
-        self.outputs = HeadOutputs(
-            raw.layers, self.calibration.apply(raw.logits), raw.retrieved
+        self.calibration, self.outputs, self.tokens = fit_heads(
+            scores, features, exit_0, settings.prefix_cached
         )
-        self.static_exit = equal_accuracy_exit(
-            static_curve(self.outputs, self.labels, self.tokens)
-        )
-        # 2. every criterion's path
+        # 2. how confident every criterion is
+        unfitted = settings.criteria()
+        fitted = fit_criteria(unfitted, self.outputs, users, settings.criterion)
+        # 3. controls, every criterion's path, and the step of it that keeps the budget
+        self.controls = control_curves(self.outputs, self.labels, self.tokens)
+        self.static_exit = equal_accuracy_exit(self.controls["fixed_depth"])
         curves = list[Curve]()
-        unfit: DataError | None = None  # of the last criterion that could not be fitted
-        for unfitted in settings.criteria():
-            # the settings' own stays unfitted: both folds, with exit 0 and without, begin with it
-            criterion = deepcopy(unfitted)
-            try:
-                criterion.fit(self.outputs)
-                # a criterion that learns is more confident on the rows of its fit than on
-                # others
-                confidence = (
-                    out_of_fold_confidence(partial(deepcopy, unfitted), self.outputs, users)
-                    if criterion.learns
-                    else confidence_table(criterion, self.outputs)
-                )
-            except DataError as error:  # too few rows to learn from; the others may do
-                if unfitted is settings.criterion:
-                    raise
-                unfit = error
-                continue
+        for criterion, confidence in fitted:
             about = confidence, self.outputs.logits, self.labels
             path = threshold_path(*about, self.outputs.layers, self.tokens)
             curves.append(Curve(criterion, path, user_influences(path, *about, users)))
-        if unfit is not None and not curves:
-            raise unfit
-        # 3. the step of each that keeps the budget
         # a criterion that is given decides alone, the others are only drawn
         self._competing = len(curves) if settings.criterion is None else 1
         curves = [replace(c, step=int(self._steps(c, c.drops[None])[0])) for c in curves]
@@ -265,7 +233,7 @@ def calibrate(
             }
             for curve in tune.curves
         ],
-        "controls": control_curves(tune.outputs, tune.labels, tune.tokens),
+        "controls": tune.controls,
         "chosen": name(best.criterion),
         "budget": {
             "max_auc_drop": settings.max_auc_drop,
@@ -310,32 +278,23 @@ def _certificates(
 
     The sequence ends before a step that runs no layer: leaving at exit 0 throughout is not early exit.
     """
-    outputs = tune.plan(0).outputs(rows, features)
-    confidence = confidence_table(tune.best.criterion, outputs)
-    emitted = list[F64]()
-    no_layer = False  # whether every row leaves at exit 0
-    # 1. what every step emits, (n,) logits
-    for step in sequence:
-        exits = leave(confidence, tune.best.path[step].thresholds)
-        no_layer = outputs.layers[0] == 0 and len(rows) > 0 and not exits.any().item()
-        if no_layer:
-            break
-        emitted.append(outputs.logits.gather(1, exits[:, None]).squeeze(1).double().numpy())
+    # 1. (steps, n) logits that every step emits; the path may end before the sequence does
+    thresholds = [tune.best.path[step].thresholds for step in sequence]
+    path = np.stack(tune.plan(0).emitted_along(thresholds, rows, features))
     # 2. two certificates of one sequence: of its first step alone, and as far as it goes
-    path = np.stack(emitted)  # (steps, n)
     labels = rows["label"].to_numpy()
     users = rows["user"].to_numpy()
     first = 1 + (tune.best.step > 0)
     own, further = (
         certify(part, path[0], labels, users, promise) for part in (path[:first], path)
     )
-    if no_layer and len(path) == 1:
+    if len(path) == 1 < len(sequence):
         own = replace(own, reason="every row leaves at exit 0, so no layer runs")
     return own, further
 
 
 def _check_folds(scores: pl.DataFrame) -> None:
-    """Refuse users in two folds of validation, and a fold tune without rows."""
+    """Users in two folds of validation are an error, and a fold tune without rows."""
     owners = scores.drop_nulls("fold").group_by("user").agg(pl.col("fold").n_unique())
     shared = owners.filter(pl.col("fold") > 1)
     if len(shared):

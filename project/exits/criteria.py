@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -243,6 +244,39 @@ def out_of_fold_confidence(
         criterion.fit(outputs.rows(part != own))
         table[part == own] = confidence_table(criterion, outputs.rows(part == own))
     return table
+
+
+def fit_criteria(
+    unfitted: Sequence[Criterion],
+    outputs: HeadOutputs,
+    users: ArrayLike,
+    needed: Criterion | None,
+) -> list[tuple[Criterion, Tensor]]:
+    """Criteria fitted on the rows of tune, each with its confidence there, (n, K), out-of-fold where it learns.
+
+    One that has too few rows to learn from is left out; where it is `needed`, or no other is left, that is an error.
+    """
+    found = list[tuple[Criterion, Tensor]]()
+    unfit: DataError | None = None  # of the last criterion that could not be fitted
+    for one in unfitted:
+        # the settings' own stays unfitted: both folds, with exit 0 and without, begin with it
+        criterion = deepcopy(one)
+        try:
+            criterion.fit(outputs)
+            # a criterion that learns is more confident on the rows of its fit than on others
+            if criterion.learns:
+                confidence = out_of_fold_confidence(partial(deepcopy, one), outputs, users)
+            else:
+                confidence = confidence_table(criterion, outputs)
+        except DataError as error:
+            if one is needed:
+                raise
+            unfit = error
+            continue
+        found.append((criterion, confidence))
+    if unfit is not None and not found:
+        raise unfit
+    return found
 
 
 def _quantiles(values: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from project.arrays import F64
 from project.errors import ConfigError
-from project.exits.calibration import Calibration
+from project.exits.calibration import Calibration, fit_calibration
 from project.exits.certificate import CertificateSettings
+from project.exits.cost import row_tokens
 from project.exits.criteria import (
     Consistency,
     Criterion,
@@ -25,12 +26,14 @@ from project.exits.criteria import (
     Learned,
     Ratio,
     RatioConsistency,
+    confidence_table,
     name,
     try_out,
 )
-from project.exits.policy import Policy
+from project.exits.policy import Policy, leave
 from project.exits.ranking import Lists
-from project.results import CertificateRow, Issued
+from project.results import CertificateRow, Issued, Specification
+from project.run import Checkpoint, exit_layers_of
 
 
 def all_criteria() -> list[Criterion]:
@@ -122,6 +125,19 @@ def raw_outputs(
     return HeadOutputs.of(layers, logits, torch.from_numpy(features))
 
 
+def fit_heads(
+    scores: pl.DataFrame, features: F64, exit_0: bool, prefix_cached: bool
+) -> tuple[Calibration, HeadOutputs, Tensor]:
+    """Every head's calibration on n rows, their calibrated outputs, and tokens (n,) that run in every layer."""
+    raw = raw_outputs(scores, features, exit_layers_of(scores), exit_0)
+    calibration = fit_calibration(
+        raw.logits, scores["label"].to_numpy(), raw.layers, exit_0
+    )
+    outputs = HeadOutputs(raw.layers, calibration.apply(raw.logits), raw.retrieved)
+    own, shared = scores["target_tokens"].to_torch(), scores["stream_tokens"].to_torch()
+    return calibration, outputs, row_tokens(own, shared, prefix_cached)
+
+
 @dataclass(frozen=True)
 class ExitPlan:
     """How candidates leave: a calibration per head, exit 0 first where `exit_0`, and a fitted policy."""
@@ -157,7 +173,22 @@ class ExitPlan:
             1, index[:, None]
         ).squeeze(1)
 
-    def state(self) -> dict[str, Any]:
+    def emitted_along(
+        self, thresholds: Sequence[Tensor], scores: pl.DataFrame, features: F64
+    ) -> list[F64]:
+        """(n,) logits that rows leave with by each of these thresholds, up to those by which no layer runs."""
+        outputs = self.outputs(scores, features)
+        confidence = confidence_table(self.policy.criterion, outputs)
+        found = list[F64]()
+        for limits in thresholds:
+            exits = leave(confidence, limits)
+            if outputs.layers[0] == 0 and len(scores) > 0 and not exits.any().item():
+                break
+            left_with = outputs.logits.gather(1, exits[:, None]).squeeze(1)
+            found.append(left_with.double().numpy())
+        return found
+
+    def state(self) -> Checkpoint:
         """For a checkpoint: tensors, numbers and text only."""
         return {
             "layers": list(self.layers),
@@ -212,7 +243,7 @@ class Plans:
     certificate: CertificateRow | None = None
     budget_words: str | None = None  # why the plan is full depth, where users are too few
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Checkpoint:
         """For a checkpoint."""
         return {
             "plan": self.plan.state(),
@@ -250,7 +281,7 @@ def plans_of(checkpoint: Mapping[str, Any]) -> Plans | None:
     return None if state is None else Plans.from_state(state)
 
 
-def specification(criterion: Criterion) -> dict[str, Any]:
+def specification(criterion: Criterion) -> Specification:
     """Class path and constructor arguments: what makes two criteria equal before they are fitted."""
     kind = type(criterion)
     return {
@@ -261,7 +292,7 @@ def specification(criterion: Criterion) -> dict[str, Any]:
     }
 
 
-def certified_settings(settings: ExitSettings) -> dict[str, Any]:
+def certified_settings(settings: ExitSettings) -> dict[str, object]:
     """By YAML key, what is promised and what decides which policies are tested for it, in which order.
 
     Budget and exit 0 choose these policies on `tune`: with others, another policy is tested on the same fold. What has

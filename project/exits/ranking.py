@@ -22,6 +22,7 @@ from project.exits.cost import request_cost
 from project.exits.criteria import HeadOutputs
 from project.exits.top_k import TopK, fit_margins, overlap_at_k
 from project.results import ListRow, ListRows
+from project.run import Checkpoint
 
 LENGTHS = (1, 5, 10, 20, 50)  # lists that margins are fitted for
 CANDIDATES = 64  # of a request that they are fitted on
@@ -97,7 +98,7 @@ class Lists:
         """Who leaves where the best k are asked for, at most the longest."""
         return TopK(k, next(m for length, m in self.margins.items() if length >= k))
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Checkpoint:
         """For a checkpoint."""
         return {"margins": self.margins, "document": json.dumps(self.document)}
 

@@ -39,7 +39,7 @@ from project.model.optim import (
     planned_steps,
 )
 from project.model.sharding import WHOLE, shared_mesh
-from project.run import read_checkpoint
+from project.run import Checkpoint, read_checkpoint
 
 LORA_SCALE = 2  # an adapter's output is multiplied by it
 
@@ -357,7 +357,7 @@ class ExitRecommender(L.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Leave out what is frozen, name the base model that it comes back from, and say what the run reads."""
         frozen = frozen_names(self)
         checkpoint["state_dict"] = {
@@ -367,7 +367,7 @@ class ExitRecommender(L.LightningModule):
         if self._trainer is not None:
             checkpoint["reads"] = reads_of(self.data)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint of another model, protocol, prompt or retrieved features.
 
         Training that goes on is no exception: rows of the old train could be the new test's.

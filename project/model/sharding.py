@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from project.errors import ConfigError
-from project.run import read_checkpoint
+from project.run import Checkpoint, read_checkpoint
 
 # rank 0 has everything, the others what they are sent
 WHOLE = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
@@ -55,7 +55,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    ) -> Checkpoint:
         """The file as it is, read where it is needed; nothing is loaded before the module has accepted it."""
         return read_checkpoint(self.broadcast(str(checkpoint_path)), mmap=True)
 
@@ -83,7 +83,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
                     {key: value for key, value in saved.items() if key != "params"}
                 )
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer) -> Checkpoint:
         """Whole, on rank 0, as `optimizer.state_dict()` of one process; empty on the others."""
         assert self.model is not None
         if isinstance(optimizer, LightningOptimizer):
@@ -102,7 +102,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return [names[p] for group in optimizer.param_groups for p in group["params"]]
 
 
-def _relabelled(state: Mapping[str, Any], labels: Mapping[Any, Any]) -> dict[str, Any]:
+def _relabelled(state: Mapping[str, Any], labels: Mapping[Any, Any]) -> Checkpoint:
     """An optimizer's state with other keys for its parameters: torch.optim numbers them, FSDP names them."""
     groups = [
         group | {"params": [labels[p] for p in group["params"]]}

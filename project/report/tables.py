@@ -152,6 +152,17 @@ def render(result: Result, folder: Path | None = None, short: bool = False) -> s
     return tidy(form(scored, decide(scored, lines), lines, slices, rows_in_words(where[0])))
 
 
+class Spread(NamedTuple):
+    """Gains of runs of one folder and protocol by seed."""
+
+    folder: str
+    seeds: list[int]
+    mean: float
+    sd: float
+    least: float
+    most: float
+
+
 def render_beside(results: Mapping[str, ScoredResult]) -> str:
     """Markdown of `test` results by name: a row a run, and a line for runs of one folder and protocol by seed."""
     groups: dict[tuple[str, str], list[ScoredResult]] = {}
@@ -162,15 +173,14 @@ def render_beside(results: Mapping[str, ScoredResult]) -> str:
             )
         key = name.rpartition("/")[0], result["protocol"]["hash"]
         groups.setdefault(key, []).append(result)
-    spreads = list[dict[str, Any]]()
+    spreads = list[Spread]()
     for (folder, _), group in groups.items():
         seeds = [result["seed"] for result in group]
         if len(set(seeds)) > 1:
             gains = (result["baseline_difference"] for result in group)
             values = [gain["value"] for gain in gains if gain and gain["value"] is not None]
-            spread = {"mean": mean(values), "sd": stdev(values)}
-            about = {"folder": folder, "seeds": seeds}
-            spreads.append(about | spread | {"range": [min(values), max(values)]})
+            ends = min(values), max(values)
+            spreads.append(Spread(folder, seeds, mean(values), stdev(values), *ends))
     made: Any = environment().get_template("tables.md.j2").module
     return tidy(made.beside(results, spreads))
 
