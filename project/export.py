@@ -27,7 +27,7 @@ from project.engine.predict import load_run
 from project.errors import DataError
 from project.exits.plan import ExitPlan, Plans
 from project.exits.ranking import Lists
-from project.features import FEATURES, FeatureBaseline
+from project.features import FEATURES, FeatureBaseline, Term
 from project.model.attention import SEGMENTS
 from project.model.backbone import Backbone
 from project.model.heads import ExitHead
@@ -173,7 +173,8 @@ def export(run: Path, folder: Path) -> Path:
         "feature_baseline": {
             "base": baseline.base,
             "offset": baseline.offset,
-            "weights": dict(zip(FEATURES, baseline.weights.tolist(), strict=True)),
+            "weights": dict(zip(baseline.names, baseline.weights.tolist(), strict=True)),
+            "terms": baseline.terms,
         },
         "plan": to_json(plans.plan.state()),
         "lists": to_json(plans.lists.state()),
@@ -327,7 +328,9 @@ def load_exported(folder: str | Path) -> Exported:
 def give_exported(module: ExitRecommender, folder: Path) -> tuple[ExitPlan, Lists, Any]:
     """Give a module without weights those of a folder that `export` wrote; its plan, lists, and certificate or None."""
     module.backbone, module.heads, plan = load_exported(folder)
-    module.exit_0.copy_(torch.from_numpy(exported_baseline(folder).to_array()))
+    baseline = exported_baseline(folder)
+    module.know_exit_0({"exit_0_terms": baseline.terms})
+    module.exit_0.copy_(torch.from_numpy(baseline.to_array()))
     policy = _read_policy(folder)
     lists = Lists.from_state(from_json(policy["lists"]))
     return plan, lists, policy.get("certificate")
@@ -336,13 +339,16 @@ def give_exported(module: ExitRecommender, folder: Path) -> tuple[ExitPlan, List
 def exported_baseline(folder: str | Path) -> FeatureBaseline:
     """Exit 0 of a folder that `export` wrote: logits from features, before the backbone runs."""
     known = _read_policy(Path(folder))["feature_baseline"]
-    if tuple(known["weights"]) != FEATURES:
+    if tuple(known["weights"])[: len(FEATURES)] != FEATURES:
         raise DataError(
             f"{Path(folder) / POLICY}: exit 0 weighs the features {list(known['weights'])}; this version counts "
             f"{list(FEATURES)}. Use the version that wrote it, or export the run again."
         )
     return FeatureBaseline(
-        known["base"], known["offset"], np.array(list(known["weights"].values()))
+        known["base"],
+        known["offset"],
+        np.array(list(known["weights"].values())),
+        tuple(Term(*term) for term in known.get("terms", ())),
     )
 
 

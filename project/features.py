@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -45,6 +46,13 @@ COLUMNS = (
     ),
     *("mf", "item_similarity", "item_similarity_weight", "text", "text_weight"),
 )  # of a retrieved features table, those that are numbers and read here or by prompts
+# prefixes of columns that a table of a log with context or users' attributes has beside
+RATE = "rate."
+PREFIXES = ("context.", "user.", RATE)
+FREQUENT = 20  # train targets of a category that gets a number of its own
+MOST_VALUES = 64  # of a category
+SKEWED = 2.0  # skewness from which on the logarithm of a number is read
+WIDE = 5.0  # deviations that a number is clipped to
 # rows whose neighbours are looked at together, which bounds the memory that they take
 BLOCK = 2**17
 SUREST = 1e-4  # chances by factorisation are clipped to this distance from 0 and 1
@@ -65,7 +73,9 @@ class Retrieved:
         if isinstance(table, Retrieved):
             return table
         columns = {
-            c: table[c].cast(pl.Float64).to_numpy() for c in COLUMNS if c in table.columns
+            c: table[c].cast(pl.Float64).to_numpy()
+            for c in table.columns
+            if c in COLUMNS or c.startswith(PREFIXES)
         }
         if "answers" not in table.columns:
             return cls(columns, np.empty(0, np.intp), np.empty(0), np.empty(0))
@@ -108,15 +118,17 @@ class Retrieved:
         return found
 
 
-def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> F64:
-    """Rows of a retrieved features table as numbers: (n, len(FEATURES)), finite.
+def feature_matrix(
+    retrieved: pl.DataFrame | Retrieved, base: float, terms: Sequence[Term] = ()
+) -> F64:
+    """Rows of a retrieved features table as numbers: (n, len(FEATURES) + len(terms)), finite.
 
     `base` is the share of likes among train targets, to which rates of few rows shrink. Where the table has no
     factorisation, its feature is the sum of both rates' log-odds; where it has no item similarity, the train mean.
     """
     if isinstance(retrieved, pl.DataFrame) and len(retrieved) > BLOCK:
         return np.concatenate(
-            [feature_matrix(part, base) for part in retrieved.iter_slices(BLOCK)]
+            [feature_matrix(part, base, terms) for part in retrieved.iter_slices(BLOCK)]
         )
     found = Retrieved.of(retrieved)
 
@@ -126,7 +138,7 @@ def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> F64:
 
     def rate_and_rows(rate: str, count: str) -> tuple[F64, F64]:
         rows = numbers(count)
-        return _log_odds(numbers(rate) * rows, rows, base), np.log1p(rows)
+        return log_odds(numbers(rate) * rows, rows, base), np.log1p(rows)
 
     # 1. rates of the item and the user, and the neighbours' vote
     item, user = (
@@ -136,7 +148,7 @@ def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> F64:
     vote = rate_and_rows("vote", "neighbour_count")
     # 2. the vote weighted by similarity; a similarity below 0 counts as 0
     similarity = np.maximum(found.similarity, 0.0)
-    weighted_vote = _log_odds(
+    weighted_vote = log_odds(
         found.sums(similarity * found.answer), found.sums(similarity), base
     )
     # 3. matrix factorisation, and the user's own answers on similar items
@@ -145,8 +157,8 @@ def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> F64:
     clipped = np.clip(chance, SUREST, 1.0 - SUREST)
     mf = np.where(np.isnan(chance), rates_summed, np.log(clipped / (1.0 - clipped)))
     weight = numbers("item_similarity_weight")
-    item_similarity = _log_odds(numbers("item_similarity") * weight, weight, base)
-    # 4. in the order of FEATURES
+    item_similarity = log_odds(numbers("item_similarity") * weight, weight, base)
+    # 4. in the order of FEATURES, then terms
     mean_similarity = found.sums(found.similarity) / np.maximum(
         np.bincount(found.of_row, minlength=len(found)), 1
     )
@@ -154,16 +166,69 @@ def feature_matrix(retrieved: pl.DataFrame | Retrieved, base: float) -> F64:
     columns = (
         *(*item, *user, *vote, mean_similarity, weighted_vote),
         *(mf, item_similarity, text, text_rows),
+        *(term.of(found) for term in terms),
     )
     return np.stack(columns, axis=1)
 
 
-def _log_odds(likes: F64, rows: F64, base: float) -> F64:
+def log_odds(likes: F64, rows: F64, base: float) -> F64:
     """Log-odds of (likes + k base) / (rows + k): finite, and the train mean where there are no rows."""
     odds: F64 = np.log(likes + PRIOR_ROWS * base) - np.log(
         rows - likes + PRIOR_ROWS * (1.0 - base)
     )
     return odds
+
+
+class Term(NamedTuple):
+    """One more feature of a log with context or users' attributes, made of a column of the table.
+
+    `kind` is "is", 1 for one value of a category; "missing", 1 where there is none; "number" or "log" (of 1 + it),
+    standardised; "rate", as it is.
+    """
+
+    column: str
+    kind: str
+    value: float = 0.0  # of a category; mean of a number; a rate of nothing
+    scale: float = 1.0
+
+    def of(self, retrieved: Retrieved) -> F64:
+        """(n,) of n rows; a column that is not there is missing."""
+        values = retrieved.columns.get(self.column)
+        if values is None:
+            values = np.full(len(retrieved), np.nan)
+        match self.kind:
+            case "is":
+                return (values == self.value).astype(np.float64)
+            case "missing":
+                return np.isnan(values).astype(np.float64)
+            case "rate":
+                return np.where(np.isnan(values), self.value, values)
+        number = np.log1p(np.maximum(values, 0.0)) if self.kind == "log" else values
+        scaled = (number - self.value) / self.scale
+        known: F64 = np.where(np.isnan(scaled), 0.0, scaled)
+        return np.minimum(np.maximum(known, -WIDE), WIDE)
+
+
+def fit_terms(
+    table: pl.DataFrame, kinds: Mapping[str, str], base: float
+) -> tuple[Term, ...]:
+    """Terms of train targets' rows of a table; `kinds` is number or category, by column of context and users."""
+    nothing = float(np.log(base) - np.log1p(-base))
+    terms = [Term(c, "rate", nothing) for c in table.columns if c.startswith(RATE)]
+    for column, kind in kinds.items():
+        values = table[column].drop_nulls()
+        if kind == "category":
+            counts = values.value_counts(sort=True).filter(pl.col("count") >= FREQUENT)
+            frequent = counts.head(MOST_VALUES)[column].to_list()
+            terms += [Term(column, "is", value) for value in frequent]
+        elif values.n_unique() > 1:
+            skewed = values.min() >= 0 and (values.skew() or 0.0) > SKEWED  # type: ignore[operator]
+            number = values.log1p() if skewed else values
+            mean, scale = number.mean(), number.std()
+            terms.append(Term(column, "log" if skewed else "number", mean, scale))  # type: ignore[arg-type]
+        if 0 < values.len() < table.height:
+            terms.append(Term(column, "missing"))
+    return tuple(terms)
 
 
 @dataclass(frozen=True)
@@ -172,42 +237,61 @@ class FeatureBaseline:
 
     base: float  # share of likes among train targets
     offset: float
-    weights: F64  # (len(FEATURES),) on features as they are, not standardised
+    # (len(FEATURES) + len(terms),) on features as they are, not standardised
+    weights: F64
+    terms: tuple[Term, ...] = ()  # features beside `FEATURES`
 
     @classmethod
-    def fit(cls, retrieved: pl.DataFrame, labels: ArrayLike) -> FeatureBaseline:
-        """Fit on train targets: their n rows of train's retrieved features table and labels (n,), both classes."""
+    def fit(
+        cls, retrieved: pl.DataFrame, labels: ArrayLike, kinds: Mapping[str, str]
+    ) -> FeatureBaseline:
+        """Fit on train targets: their n rows of train's retrieved features table and labels (n,), both classes.
+
+        `kinds` as of `fit_terms`.
+        """
         answers = np.asarray(labels)
         base = float(answers.mean())
-        return cls.fit_features(feature_matrix(retrieved, base), answers, base)
+        terms = fit_terms(retrieved, kinds, base)
+        features = feature_matrix(retrieved, base, terms)
+        return cls.fit_features(features, answers, base, terms)
 
     @classmethod
     def fit_features(
-        cls, features: F64, labels: NDArray[Any], base: float
+        cls,
+        features: F64,
+        labels: NDArray[Any],
+        base: float,
+        terms: tuple[Term, ...] = (),
     ) -> FeatureBaseline:
-        """`fit` for features (n, len(FEATURES)) that were made with this `base`."""
+        """`fit` for features (n, F) that were made with this `base` and these `terms`."""
         scaler, regression = logistic_regression().fit(features, labels)
         weights = regression.coef_[0] / scaler.scale_
-        return cls(base, float(regression.intercept_[0] - weights @ scaler.mean_), weights)
+        offset = float(regression.intercept_[0] - weights @ scaler.mean_)
+        return cls(base, offset, weights, terms)
+
+    @property
+    def names(self) -> list[str]:
+        """(F,) of the features."""
+        return [*FEATURES, *(":".join(map(str, term[:3])) for term in self.terms)]
 
     def logits(self, retrieved: pl.DataFrame | Retrieved) -> F64:
         """Logits (n,) of n rows of retrieved features."""
-        return self.of_features(feature_matrix(retrieved, self.base))
+        return self.of_features(feature_matrix(retrieved, self.base, self.terms))
 
     def of_features(self, features: F64) -> F64:
-        """Logits (n,) of features (n, len(FEATURES)) that were made with this `base`."""
+        """Logits (n,) of features (n, F) that were made with this `base` and these `terms`."""
         scores: F64 = features @ self.weights + self.offset
         return scores
 
     def to_array(self) -> F64:
-        """(2 + len(FEATURES),): base, offset, weights."""
+        """(2 + F,): base, offset, weights."""
         return np.concatenate([[self.base, self.offset], self.weights])
 
     @classmethod
-    def from_array(cls, values: ArrayLike) -> FeatureBaseline:
+    def from_array(cls, values: ArrayLike, terms: tuple[Term, ...] = ()) -> FeatureBaseline:
         """The baseline that `to_array` wrote."""
         array = np.asarray(values, dtype=np.float64)
-        return cls(float(array[0]), float(array[1]), array[2:])
+        return cls(float(array[0]), float(array[1]), array[2:], terms)
 
 
 def logistic_regression() -> Any:

@@ -72,7 +72,10 @@ def run_baselines(
     elif networks:
         print(LEFT_OUT)
     with data.clock.stage("baselines"):
-        baselines = [*fit_baselines(split.rows, data.retrieved), *kept]
+        baselines = [
+            *fit_baselines(split.rows, data.retrieved, kinds=split.interactions.columns),
+            *kept,
+        ]
         best = best_baseline(baselines, split.rows)
         slices = list[Slice]()
         for part in ("valid", "test"):

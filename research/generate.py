@@ -3,6 +3,9 @@
 Activity of users and popularity of items follow power laws, users and items arrive over time. A user's taste is a
 vector that turns slowly, an item's is that of its topic plus its own, and a title's words name the topic. So earlier
 labels, similar users and text each tell something, and what is new is told by text alone.
+
+With --context or --users the log is one of clicks that depend on where and on what device an item is shown, on the
+user's country and the item's category together, and weakly on popularity; hour, price and age tell nothing.
 """
 
 import argparse
@@ -31,6 +34,20 @@ CONFIG = """data:
     init_args: {{interactions: {0}/interactions.parquet, items: {0}/items.parquet}}
   protocol: {{minimum_history: 5}}
 """
+
+
+CLICKS = """data:
+  logs:
+    class_path: project.data.logs.TableLogs
+    init_args:
+      interactions: {0}/interactions.parquet
+      items: {0}/items.parquet
+{1}  protocol: {{minimum_history: 5}}
+"""
+CONTEXT = "      context: [device, placement, hour, price]\n"
+USERS, ITEMS, DAYS = 400, 1500, 60  # of a log of clicks
+DEVICES, PLACEMENTS = ("phone", "tablet", "pc"), ("home", "search", "mail", "sidebar")
+COUNTRIES, CATEGORIES = 6, 8
 
 
 def generate(rows: int, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -111,6 +128,68 @@ def generate(rows: int, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
     return log, pl.DataFrame({"item_id": np.arange(items), "title": titles})
 
 
+def generate_clicks(
+    rows: int, seed: int = 0
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """Clicks (user_id, item_id, timestamp, label, context, chance) by time; items with a category; users.
+
+    A price is unknown in every tenth row, a country that of every twentieth user.
+    """
+    rng = np.random.default_rng(seed)
+    # 1. users, and items whose popularity is ~ rank^-1/2
+    country = rng.integers(COUNTRIES, size=USERS)
+    category = rng.integers(CATEGORIES, size=ITEMS)
+    weight = (rng.permutation(ITEMS) + 10.0) ** -0.5
+    # 2. what is shown to whom, when and where
+    user = rng.integers(USERS, size=rows)
+    item = rng.choice(ITEMS, size=rows, p=weight / weight.sum())
+    time = np.sort(rng.random(rows)) * DAYS * 86_400
+    device = rng.integers(len(DEVICES), size=rows)
+    placement = rng.integers(len(PLACEMENTS), size=rows)
+    # 3. chances
+    taste = 1.7 * rng.normal(size=(COUNTRIES, CATEGORIES))
+    popular = np.log(weight)
+    odds = np.array([-0.8, 0.0, 0.8])[device] + np.array([0.2, 1.4, -0.2, -1.4])[placement]
+    odds += taste[country[user], category[item]]
+    odds += 0.3 * ((popular - popular.mean()) / popular.std())[item]
+    chance = 1 / (1 + np.exp(-(odds - 0.5)))
+    log = pl.DataFrame(
+        {
+            "user_id": user,
+            "item_id": item,
+            "timestamp": np.floor(1.7e9 + time),
+            "label": (rng.random(rows) < chance).astype(np.int8),
+            "device": np.array(DEVICES)[device],
+            "placement": np.array(PLACEMENTS)[placement],
+            "hour": (time // 3600 % 24).astype(int),
+            "price": np.where(
+                rng.random(rows) < 0.1, np.nan, np.exp(rng.normal(3, 1, rows)).round(2)
+            ),
+            "chance": chance,
+        }
+    )
+    items = pl.DataFrame(
+        {
+            "item_id": np.arange(ITEMS),
+            "title": [f"item {k}" for k in range(ITEMS)],
+            "category": [f"category {k}" for k in category],
+        }
+    )
+    known = rng.random(USERS) >= 0.05
+    users = pl.DataFrame(
+        {
+            "user_id": np.arange(USERS),
+            "country": np.where(
+                known, np.array([f"c{k}" for k in range(COUNTRIES)])[country], ""
+            ),
+            "age": rng.integers(18, 80, USERS),
+        }
+    )
+    # a user sees an item once a second
+    key = ["user_id", "item_id", "timestamp"]
+    return log.unique(key, keep="first", maintain_order=True), items, users
+
+
 def reachable_auc(chance: F32) -> float:
     """AUC of the true chances (n,), over all labels that they could have drawn: no score's is higher."""
     likes = np.sort(chance.astype(np.float64))
@@ -125,18 +204,33 @@ def run_generate(arguments: Sequence[str]) -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--rows", type=float, default=1e5, help="interactions, such as 1e6")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--context", action="store_true", help="clicks with context")
+    parser.add_argument(
+        "--users", action="store_true", help="clicks with users' attributes"
+    )
     given = parser.parse_args(arguments)
     if not given.rows >= 1000:
         raise ConfigError(f"--rows is {given.rows:g}; expected 1000 or more.")
-    log, items = generate(int(given.rows), given.seed)
+    config = CONFIG.format(given.out)
+    more = {}
+    if given.context or given.users:
+        log, items, users = generate_clicks(int(given.rows), given.seed)
+        lines = CONTEXT if given.context else ""
+        if given.users:
+            lines += f"      users: {given.out}/users.parquet\n"
+            more["users"] = users
+        config = CLICKS.format(given.out, lines)
+    else:
+        log, items = generate(int(given.rows), given.seed)
     tables = {
         "interactions": log.drop("chance"),
         "truth": log.select("chance"),
         "items": items,
+        **more,
     }
     for name, table in tables.items():
         replace_file(given.out / f"{name}.parquet", table.write_parquet)
-    (given.out / "config.yaml").write_text(CONFIG.format(given.out))
+    (given.out / "config.yaml").write_text(config)
     print(
         f"written: {given.out}, {log.height:,} interactions of {log['user_id'].n_unique():,} users; AUC reachable over "
         f"all rows {reachable_auc(log['chance'].to_numpy()):.4f}; try --config {given.out / 'config.yaml'}"

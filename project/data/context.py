@@ -74,12 +74,11 @@ def check_kinds(kinds: Mapping[str, str], names: list[str]) -> None:
 # What a manifest and a warning say of columns
 
 
-def groups_of(values: F64, kind: str, edges: F64 | None = None) -> I64:
-    """(n,) from 0: rows of one value are one group, numbers by bins between `edges`; -1 where it is missing."""
+def groups_of(values: F64, kind: str) -> I64:
+    """(n,) from 0: rows of one value are one group, numbers by bins; -1 where it is missing."""
     known = ~np.isnan(values)
     if kind == "number":
-        inner = bin_edges(values) if edges is None else edges
-        group = np.searchsorted(inner, values, side="right")
+        group = np.searchsorted(bin_edges(values), values, side="right")
     else:
         group = np.unique(values, return_inverse=True)[1]
     return np.where(known, group, -1)

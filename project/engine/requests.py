@@ -13,7 +13,7 @@ from project.data.ragged import Ragged, offsets_of, within
 from project.data.requests import Requests
 from project.data.stream import context_starts, time_groups
 from project.datamodule import InteractionData
-from project.features import FeatureBaseline, feature_matrix
+from project.features import FeatureBaseline, Retrieved, feature_matrix
 from project.model.module import ExitRecommender
 from project.request import Scored as Scored
 
@@ -126,7 +126,7 @@ def prepare_requests(
     # 2. exit 0 of all candidates of all requests
     baseline = model.feature_baseline()
     features = feature_matrix(data.candidate_retrieved, baseline.base)
-    exit_0 = exit_0_of(baseline, features)
+    exit_0 = exit_0_of(baseline, Retrieved.of(data.candidate_retrieved))
     # 3. a request each; it has at least one candidate, so it has exactly one stream
     prepared = list[PreparedRequest]()
     for request, (start, stop) in zip(
@@ -154,9 +154,9 @@ def prepare_requests(
     return prepared
 
 
-def exit_0_of(baseline: FeatureBaseline, features: F64) -> F64:
-    """(n,) logits of exit 0 from features (n, F), rounded to float32 as score tables have them."""
-    return baseline.of_features(features).astype(np.float32).astype(np.float64)
+def exit_0_of(baseline: FeatureBaseline, retrieved: Retrieved) -> F64:
+    """(n,) logits of exit 0, rounded to float32 as score tables have them."""
+    return baseline.logits(retrieved).astype(np.float32).astype(np.float64)
 
 
 def shared_prefix(

@@ -20,11 +20,13 @@ from project.features import (
     TEXT_FEATURES,
     FeatureBaseline,
     feature_matrix,
+    fit_terms,
     logistic_regression,
 )
 from project.metrics import auc, brier, ece, log_loss, probabilities
 from project.results import BaselineRow, Difference, Losses
 
+CATEGORIES = 250  # values of a column that boosting tells apart; it takes 255
 Part = tuple[str, str | None]  # a split, and one of valid's folds or None for the whole
 
 SINGLE_FEATURE = {
@@ -102,8 +104,13 @@ def fit_baselines(
     rows: pl.DataFrame,
     retrieved: Mapping[str, pl.DataFrame],
     splits: Sequence[str] = ("valid", "test"),
+    kinds: Mapping[str, str] | None = None,
 ) -> list[Baseline]:
-    """Fit every baseline on train targets and score the targets of `splits`, each from its own retrieved features."""
+    """Fit every baseline on train targets and score the targets of `splits`, each from its own retrieved features.
+
+    `kinds` is number or category, by column of context and users' attributes; where a log has any, two baselines more
+    read them: exit 0 (lr_context), and boosting, which gets categories as such.
+    """
     from threadpoolctl import threadpool_limits  # no type information published
 
     labels = train_labels(rows)
@@ -111,14 +118,19 @@ def fit_baselines(
     train = retrieved_features(rows, retrieved, "train", base)
     features = {split: retrieved_features(rows, retrieved, split, base) for split in splits}
 
-    def learned(model: Any, columns: slice) -> dict[str, F64]:
-        model.fit(train[:, columns], labels)
+    def fitted(model: Any, train: F64, features: Mapping[str, F64]) -> dict[str, F64]:
+        model.fit(train, labels)
         return {
-            split: np.asarray(model.decision_function(x[:, columns]), np.float64)
+            split: np.asarray(model.decision_function(x), np.float64)
             if len(x)
             else np.zeros(0)
             for split, x in features.items()
         }
+
+    def learned(model: Any, columns: slice) -> dict[str, F64]:
+        return fitted(
+            model, train[:, columns], {s: x[:, columns] for s, x in features.items()}
+        )
 
     # 1. single features
     singles = SINGLE_FEATURE | (
@@ -143,13 +155,54 @@ def fit_baselines(
         exit_0 = FeatureBaseline.fit_features(train, labels, base)
         logits["lr_text"] = {split: exit_0.of_features(x) for split, x in features.items()}
         logits["gbdt_text"] = learned(boosting(), slice(None))
+        # 3. the two of all features with context, too
+        if kinds:
+            tables = {s: targets_table(rows, retrieved, s) for s in {"train", *splits}}
+            terms = fit_terms(tables["train"], kinds, base)
+            wide = {s: feature_matrix(table, base, terms) for s, table in tables.items()}
+            scored = {split: wide[split] for split in splits}
+            logits["lr_context"] = fitted(logistic_regression(), wide["train"], scored)
+            numbers = [*range(len(FEATURES))]
+            numbers += [k for k, t in enumerate(terms, len(FEATURES)) if t.kind != "is"]
+            known = known_categories(tables["train"], kinds)
+            wide = {
+                s: np.concatenate([x[:, numbers], category_codes(tables[s], known)], axis=1)
+                for s, x in wide.items()
+            }
+            scored = {split: wide[split] for split in splits}
+            model = boosting([len(numbers) + k for k in range(len(known))])
+            logits["gbdt_context"] = fitted(model, wide["train"], scored)
     return [
         Baseline(name, baseline_scores(rows, by_split)) for name, by_split in logits.items()
     ]
 
 
-def boosting() -> Any:
-    """Scikit-learn's histogram gradient boosting, seeded."""
+def known_categories(table: pl.DataFrame, kinds: Mapping[str, str]) -> dict[str, F64]:
+    """By column of a category its most frequent values in a table of train, ascending, as many as boosting takes."""
+    return {
+        column: table[column]
+        .drop_nulls()
+        .value_counts(sort=True)[column][:CATEGORIES]
+        .sort()
+        .to_numpy()
+        for column, kind in kinds.items()
+        if kind == "category"
+    }
+
+
+def category_codes(table: pl.DataFrame, known: Mapping[str, F64]) -> F64:
+    """(n, columns) place of each value among the known ones; NaN where it is missing or none of them."""
+    codes = np.full((table.height, len(known)), np.nan)
+    for k, (column, values) in enumerate(known.items()):
+        of = table[column].to_numpy()
+        place = np.searchsorted(values, of)
+        found = np.append(values, np.nan)[place] == of
+        codes[found, k] = place[found]
+    return codes
+
+
+def boosting(categories: Sequence[int] = ()) -> Any:
+    """Scikit-learn's histogram gradient boosting, seeded; `categories` are columns of codes."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     # iterations, rate and leaf size were chosen on ML-100K's validation; no early stopping,
@@ -162,6 +215,7 @@ def boosting() -> Any:
         min_samples_leaf=100,
         l2_regularization=1.0,
         early_stopping=False,
+        categorical_features=[*categories] or None,
         random_state=0,
     )
 
@@ -235,6 +289,13 @@ def retrieved_features(
     rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], split: str, base: float
 ) -> F64:
     """Features (n, len(FEATURES)) of a split's targets, from that split's own table; `base`: train's share of likes."""
+    return feature_matrix(targets_table(rows, retrieved, split), base)
+
+
+def targets_table(
+    rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], split: str
+) -> pl.DataFrame:
+    """The rows of a split's targets in that split's own retrieved features table."""
     targets = targets_of(rows, split).select("row_id")
     if split not in retrieved:
         raise DataError(
@@ -246,7 +307,7 @@ def retrieved_features(
             f"the retrieved features table of {split} has {table.height} rows for its {targets.height} targets, "
             "expected one each: it was made under another protocol"
         )
-    return feature_matrix(table, base)
+    return table
 
 
 def baseline_scores(rows: pl.DataFrame, logits: Mapping[str, F64]) -> pl.DataFrame:

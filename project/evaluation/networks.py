@@ -25,11 +25,11 @@ from project.errors import DataError
 from project.evaluation.baselines import (
     Baseline,
     baseline_scores,
-    retrieved_features,
     targets_of,
+    targets_table,
     train_labels,
 )
-from project.features import FEATURES
+from project.features import FEATURES, Term, feature_matrix, fit_terms
 from project.metrics import auc
 from project.retrieval.lightgcn import one_thread
 from project.retrieval.past import WalkRows, queries_by_user
@@ -91,33 +91,52 @@ class NetworkFeatures:
     known: dict[str, I64]
     # attribute field -> codes (items, ATTRIBUTE_WORDS) by item code, PADDING at the end
     words: dict[str, I64]
+    terms: tuple[Term, ...]  # numbers and rates of context, features beside `FEATURES`
     edges: list[F64]  # one array a feature: inner edges of its bins
-    mean: F64  # (len(FEATURES),) of the train targets' features
+    mean: F64  # (F,) of the train targets' features
     scale: F64  # their standard deviation, 1 where that is 0
 
     @classmethod
     def fit(
-        cls, rows: pl.DataFrame, items: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame]
+        cls,
+        rows: pl.DataFrame,
+        items: pl.DataFrame,
+        retrieved: Mapping[str, pl.DataFrame],
+        kinds: Mapping[str, str],
     ) -> NetworkFeatures:
-        """From train's targets among `rows`, train's retrieved features and the catalogue with its attributes."""
+        """From train's targets among `rows`, train's retrieved features and the catalogue with its attributes.
+
+        `kinds` is number or category, by column of context and users' attributes.
+        """
         base = float(train_labels(rows).mean())
-        numbers = retrieved_features(rows, retrieved, "train", base)
+        table = targets_table(rows, retrieved, "train")
+        # categories have vectors
+        terms = tuple(t for t in fit_terms(table, kinds, base) if t.kind != "is")
+        numbers = feature_matrix(table, base, terms)
         train = targets_of(rows, "train")
         known = {name: np.unique(train[name].to_numpy().astype(np.int64)) for name in IDS}
+        for column, kind in kinds.items():
+            if kind == "category":
+                known[column] = np.unique(category_ids(table, column))
         # a constant's deviation may come out as a rounding error
         scale = np.where(np.ptp(numbers, axis=0) > 0, numbers.std(axis=0), 1.0)
         shares = np.linspace(0, 1, BINS + 1)[1:-1]
         edges = [np.unique(np.quantile(column, shares)) for column in numbers.T]
         words = _attribute_words(items, known["item"])
-        return cls(base, known, words, edges, numbers.mean(axis=0), scale)
+        return cls(base, known, words, terms, edges, numbers.mean(axis=0), scale)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Number of codes of each field that has one vector a row: ids and bins."""
-        ids = {name: FIRST + len(known) for name, known in self.known.items()}
+        ids = {field_of(name): FIRST + len(known) for name, known in self.known.items()}
         return ids | {
-            name: len(edges) + 1 for name, edges in zip(FEATURES, self.edges, strict=True)
+            name: len(edges) + 1 for name, edges in zip(self.names, self.edges, strict=True)
         }
+
+    @property
+    def names(self) -> list[str]:
+        """(F,) of the features: names of a network's parts, so without a point."""
+        return [*FEATURES, *(f"term_{k}" for k in range(len(self.terms)))]
 
     @property
     def word_sizes(self) -> dict[str, int]:
@@ -130,17 +149,23 @@ class NetworkFeatures:
         """Features of a split's n targets, in the order of `rows`.
 
         Field -> (n,) codes of ids and bins, (n, ATTRIBUTE_WORDS) of attributes, (n, HISTORY_ROWS) item codes of
-        `liked` and `disliked` (PADDING elsewhere), and `scaled` (n, len(FEATURES)) Float32.
+        `liked` and `disliked` (PADDING elsewhere), and `scaled` (n, F) Float32.
         """
         targets = targets_of(rows, split)
-        numbers = retrieved_features(rows, retrieved, split, self.base)
+        table = targets_table(rows, retrieved, split)
+        numbers = feature_matrix(table, self.base, self.terms)
         item = targets["item"].to_numpy().astype(np.int64)
         codes = {
-            name: self._codes(name, targets[name].to_numpy().astype(np.int64))
-            for name in IDS
+            field_of(name): self._codes(
+                name,
+                targets[name].to_numpy().astype(np.int64)
+                if name in IDS
+                else category_ids(table, name),
+            )
+            for name in self.known
         }
-        codes |= {name: table[item] for name, table in self.words.items()}
-        for name, edges, column in zip(FEATURES, self.edges, numbers.T, strict=True):
+        codes |= {name: words[item] for name, words in self.words.items()}
+        for name, edges, column in zip(self.names, self.edges, numbers.T, strict=True):
             codes[name] = np.searchsorted(edges, column, side="right")
         items, answers = earlier_rows(rows, split, HISTORY_ROWS)
         for name, answer in zip(HISTORY, (1, 0), strict=True):
@@ -154,6 +179,16 @@ class NetworkFeatures:
         known = self.known[name]
         found = np.minimum(np.searchsorted(known, ids), len(known) - 1)
         return np.where(known[found] == ids, FIRST + found, UNKNOWN)
+
+
+def field_of(column: str) -> str:
+    """The name of a column among a network's parts, which has no point."""
+    return column.replace(".", "_")
+
+
+def category_ids(table: pl.DataFrame, column: str) -> I64:
+    """(n,) codes of a category, -1 where it is missing."""
+    return table[column].fill_null(-1).to_numpy().astype(np.int64)
 
 
 def _attribute_words(items: pl.DataFrame, known: I64) -> dict[str, I64]:
@@ -215,12 +250,14 @@ def build_network(name: str, features: NetworkFeatures, embedding: int) -> nn.Mo
     sizes = dict(sorted(features.sizes.items(), key=lambda field: field[0] != first))
     fields = [
         *(
-            SparseFeature(n, k, embedding, padding_idx=None if n in FEATURES else PADDING)
+            SparseFeature(
+                n, k, embedding, padding_idx=None if n in features.names else PADDING
+            )
             for n, k in sizes.items()
         ),
         *(sequence(n, k, pooling="mean") for n, k in features.word_sizes.items()),
     ]
-    scaled = DenseFeature(SCALED, embed_dim=len(FEATURES))
+    scaled = DenseFeature(SCALED, embed_dim=len(features.names))
     network: Any
     match name:
         case "deepfm":
@@ -314,7 +351,8 @@ def network_baselines(
     """
     # 1. features of all splits
     rows = split.rows
-    features = NetworkFeatures.fit(rows, split.interactions.items, retrieved)
+    log = split.interactions
+    features = NetworkFeatures.fit(rows, log.items, retrieved, log.columns)
     tables = {
         s: features.table(rows, retrieved, s)
         for s in dict.fromkeys(("train", "valid", *splits))
@@ -388,8 +426,11 @@ def _content(data: InteractionData) -> dict[str, Any]:
     rows = data.split.rows
     base = float(train_labels(rows).mean())
     features = hashlib.sha256(json.dumps(FEATURES).encode())
+    kinds = data.split.interactions.columns
+    terms = fit_terms(targets_table(rows, data.retrieved, "train"), kinds, base)
     for name in SPLITS:
-        features.update(retrieved_features(rows, data.retrieved, name, base).tobytes())
+        table = targets_table(rows, data.retrieved, name)
+        features.update(feature_matrix(table, base, terms).tobytes())
     return {
         "made_by": FORMAT,
         "files": data.split.interactions.files,

@@ -220,7 +220,7 @@ def scored_rows(
     with data.clock.stage("baselines"):
         read = list(dict.fromkeys(("valid", split)))
         baselines = [
-            *fit_baselines(rows, data.retrieved, read),
+            *fit_baselines(rows, data.retrieved, read, data.split.interactions.columns),
             *kept_networks(data, read),
         ]
         found = comparison(scores, rows, baselines, split, chosen_exit)

@@ -29,7 +29,7 @@ from project.evaluation.result import (
     scores_of_candidates,
     scores_of_rows,
 )
-from project.features import FEATURES, FeatureBaseline
+from project.features import FEATURES, FeatureBaseline, Term
 from project.model.backbone import Backbone, usable_config
 from project.model.heads import ExitHead, answer_tokens
 from project.model.optim import (
@@ -150,7 +150,7 @@ class ExitRecommender(L.LightningModule):
         self.chosen_exit: Tensor
         self.exit_0: Tensor
         self.register_buffer("chosen_exit", torch.tensor(-1))
-        self.register_buffer("exit_0", torch.full((2 + len(FEATURES),), torch.nan))
+        self.know_exit_0({})
 
     @property
     def data(self) -> InteractionData:
@@ -223,8 +223,11 @@ class ExitRecommender(L.LightningModule):
         """Fit exit 0 on train targets; its weights are buffers, so they travel with the checkpoint."""
         targets = self.data.targets("train")
         exit_0 = FeatureBaseline.fit(
-            self.data.retrieved_of(targets), targets["label"].to_numpy()
+            self.data.retrieved_of(targets),
+            targets["label"].to_numpy(),
+            self.data.split.interactions.columns,
         )
+        self.know_exit_0({"exit_0_terms": exit_0.terms})
         self.exit_0.copy_(torch.from_numpy(exit_0.to_array()))
         self.know_items(self.data)
         if self.items:
@@ -246,7 +249,16 @@ class ExitRecommender(L.LightningModule):
                 "this model has never been trained: its exit 0 has no weights. Give `--ckpt_path` a checkpoint of "
                 "a run, or make one with `python -m project fit --config ...`."
             )
-        return FeatureBaseline.from_array(values)
+        return FeatureBaseline.from_array(values, self.exit_0_terms)
+
+    def know_exit_0(self, checkpoint: Mapping[str, Any]) -> None:
+        """Make room for the exit 0 of a checkpoint, whose length is that of its log's columns."""
+        terms = checkpoint.get("exit_0_terms", ())
+        self.exit_0_terms = tuple(Term(*term) for term in terms)
+        length = 2 + len(FEATURES) + len(terms)
+        if "exit_0" not in self._buffers or len(self.exit_0) != length:
+            room = torch.full((length,), torch.nan, device=self.device)
+            self.register_buffer("exit_0", room)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of a batch of n targets at every exit, (n, exits)."""
@@ -364,6 +376,7 @@ class ExitRecommender(L.LightningModule):
             k: v for k, v in checkpoint["state_dict"].items() if k not in frozen
         }
         checkpoint["base_model"] = self.backbone_name
+        checkpoint["exit_0_terms"] = [list(term) for term in self.exit_0_terms]
         if self._trainer is not None:
             checkpoint["reads"] = reads_of(self.data)
 
@@ -373,6 +386,7 @@ class ExitRecommender(L.LightningModule):
         Training that goes on is no exception: rows of the old train could be the new test's.
         """
         check_origin(checkpoint, self.exit_layers, self.backbone_name)
+        self.know_exit_0(checkpoint)
         # frozen weights are the base model's, everything else must be there
         found = set(checkpoint["state_dict"])
         mine = set(self.state_dict())

@@ -33,6 +33,7 @@ from project.retrieval.factorisation import MatrixFactorisation
 from project.retrieval.online import FeatureIndex
 from project.retrieval.own_text import SHRINK, item_vectors, text_similarity
 from project.retrieval.past import WalkRows
+from project.retrieval.rates import with_context
 from project.retrieval.walk import Snapshots, block_cuts, fit_snapshots, walk
 
 # in a folder of tables: what was fitted for test, which requests read
@@ -78,7 +79,10 @@ class RetrievedFeatures:
             for name, table in first.items():
                 assert table["row_id"].equals(more[name]["row_id"])
                 first[name] = table.hstack(more[name].drop("row_id"))
-        return first
+        rows = self.split.rows
+        code = rows["split"].to_physical().to_numpy()
+        once = reads_all_earlier(rows["timestamp"].to_numpy(), code)
+        return with_context(self.split, first, once)
 
     def folders(self) -> dict[str, Path]:
         """Folders of the cache with the tables: retrieved, text and, with a factorisation, mf.

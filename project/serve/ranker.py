@@ -465,7 +465,7 @@ class Ranker:
             request.request_id,
             history.prefix(encoder.instruction, limit),
             until_slots(segments.tokens, segments.slots),
-            exit_0_of(self._baseline, numbers),
+            exit_0_of(self._baseline, found),
             numbers,
             # a history that a request brings is not kept
             request.user_id if known else None,

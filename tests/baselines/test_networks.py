@@ -129,7 +129,7 @@ def features_of(rows: pl.DataFrame, folder: Path) -> Fitted:
     return (
         split,
         retrieved,
-        NetworkFeatures.fit(split.rows, split.interactions.items, retrieved),
+        NetworkFeatures.fit(split.rows, split.interactions.items, retrieved, {}),
     )
 
 
@@ -520,7 +520,7 @@ class TestWithTheExtra:
     def test_only_din_reads_the_history_and_padding_adds_nothing(self, world: Any) -> None:
         """Swapping likes and dislikes moves DIN alone; places without a row weigh 0, wherever they stand."""
         split, retrieved = world
-        features = NetworkFeatures.fit(split.rows, split.interactions.items, retrieved)
+        features = NetworkFeatures.fit(split.rows, split.interactions.items, retrieved, {})
         table = {
             k: v[:64] for k, v in features.table(split.rows, retrieved, "test").items()
         }

@@ -1,0 +1,215 @@
+"""As-of rates of context and users' attributes: how those answered that have a value, alone and with an item.
+
+A rate is of the rows of one value, of one value and one item, or of one value and one attribute of items (those of few
+distinct values). Rows are strictly earlier and of splits up to the row's own, as everywhere. A rate is kept as
+log-odds, shrunk to train's share of likes.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from project.arrays import F64, I64
+from project.data.context import bin_edges, code_of, with_users
+from project.data.protocol import SPLITS, SplitInteractions, answered
+from project.features import RATE, log_odds
+
+Key = NDArray[np.uint64]
+FEW = 200  # distinct values of an attribute of items that rates are made with
+ITEM = "item"
+NOW = -1.0  # the second of rows that are counted without their times
+
+
+class Tally:
+    """Likes and rows of keys over time: how many lie strictly before a second."""
+
+    def __init__(self, key: Key, time: F64, likes: F64, rows: F64) -> None:
+        self._keys = np.unique(key)
+        self._times = np.unique(time)
+        place = self._place(key, time)
+        order = np.argsort(place, kind="stable")
+        self._places = place[order]  # (n,) ascending by key, then time
+        # (n + 1,) sums of the first rows
+        self._likes = np.concatenate([[0.0], np.cumsum(likes[order])])
+        self._rows = np.concatenate([[0.0], np.cumsum(rows[order])])
+
+    def _place(self, key: Key, time: F64) -> I64:
+        seconds = self._times.size + 1
+        found: I64 = np.searchsorted(self._keys, key) * np.int64(seconds)
+        return found + np.searchsorted(self._times, time)
+
+    def before(self, key: Key, time: F64) -> tuple[F64, F64]:
+        """Likes and rows (n,) of the keys (n,) strictly before the seconds (n,)."""
+        at = np.minimum(np.searchsorted(self._keys, key), max(0, self._keys.size - 1))
+        known = self._keys[at] == key if self._keys.size else np.zeros(key.size, np.bool_)
+        stop = np.searchsorted(self._places, self._place(key, time))
+        start = np.searchsorted(self._places, self._place(key, np.full_like(time, -np.inf)))
+        likes = np.where(known, self._likes[stop] - self._likes[start], 0.0)
+        return likes, np.where(known, self._rows[stop] - self._rows[start], 0.0)
+
+
+class ContextRates:
+    """Context, users' attributes and their as-of rates, of a log's rows and of requests."""
+
+    def __init__(self, split: SplitInteractions) -> None:
+        log = split.interactions
+        self._rows = split.rows
+        self._users = log.users
+        self.columns = log.columns
+        is_target = (pl.col("role") == "target") & (pl.col("split") == "train")
+        train = split.rows.filter(is_target)
+        self.base = float(train["label"].mean() or 0.5)  # type: ignore[arg-type]
+        # 1. numbers are counted by bins of train's values
+        values = with_users(train, log.users, log.columns)
+        self._edges = {
+            name: bin_edges(values[name].to_numpy())
+            for name, kind in log.columns.items()
+            if kind == "number"
+        }
+        # 2. what rates are made with, by item code; NaN where an item has none
+        self._attributes = {ITEM: np.arange(log.items.height, dtype=np.float64)}
+        for name in log.items.columns:
+            texts = log.items[name]
+            if name not in ("item", "item_id", "title") and 1 < texts.n_unique() <= FEW:
+                self._attributes[name] = _codes(texts)
+        self._items = log.items
+
+    def of_log(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """Values and rates of readable rows of the log, in their order."""
+        table = with_users(rows, self._users, self.columns)
+        item = rows["item"].to_numpy()
+        time = rows["timestamp"].to_numpy()
+        likes, counted = _counts(rows)
+        rates = {}
+        for name, key in self._keys(table.to_dict(), item, self._items).items():
+            known = key != 0
+            tally = Tally(key[known], time[known], likes[known], counted[known])
+            rates[name] = self._rate(tally, key, time)
+        return table.hstack(pl.DataFrame(rates, schema=dict.fromkeys(rates, pl.Float32)))
+
+    def of_requests(
+        self,
+        values: Mapping[str, F64],
+        item: I64,
+        time: F64,
+        items: pl.DataFrame | None = None,
+    ) -> dict[str, F64]:
+        """Values and rates of n candidates: `values` (n,) by column, NaN where unknown.
+
+        `time` are the seconds at which they are asked; `items` is the items table where requests bring items.
+        """
+        given = {
+            name: values.get(name, np.full(item.size, np.nan)) for name in self.columns
+        }
+        keys = self._keys(given, item, self._items if items is None else items)
+        # 1. after the log: its sums
+        if time.min(initial=np.inf) > self._rows["timestamp"].to_numpy()[-1]:
+            now = np.full(item.size, np.inf)
+            return given | {
+                name: self._rate(self._sums[name], key, now) for name, key in keys.items()
+            }
+        # 2. before: sums up to each second
+        log = with_users(self._rows, self._users, self.columns)
+        of_log = self._keys(log.to_dict(), self._rows["item"].to_numpy(), self._items)
+        seconds = self._rows["timestamp"].to_numpy()
+        tallies = {
+            name: Tally(key, seconds, *_counts(self._rows)) for name, key in of_log.items()
+        }
+        return given | {
+            name: self._rate(tallies[name], key, time) for name, key in keys.items()
+        }
+
+    @cached_property
+    def _sums(self) -> dict[str, Tally]:
+        """Of every rate the whole log's counts, which requests after it read."""
+        log = with_users(self._rows, self._users, self.columns)
+        likes, counted = _counts(self._rows)
+        found = {}
+        keys = self._keys(log.to_dict(), self._rows["item"].to_numpy(), self._items)
+        for name, key in keys.items():
+            distinct, place = np.unique(key, return_inverse=True)
+            found[name] = Tally(
+                distinct,
+                np.full(distinct.size, NOW),
+                np.bincount(place, likes).astype(np.float64),
+                np.bincount(place, counted).astype(np.float64),
+            )
+        return found
+
+    def _keys(
+        self, values: Mapping[str, pl.Series | F64], item: I64, items: pl.DataFrame
+    ) -> dict[str, Key]:
+        """By rate the key (n,) of each row: 0 where a value is missing."""
+        parts = {"": np.zeros(item.size)}
+        new = items[self._items.height :]
+        for name, codes in self._attributes.items():
+            further = (
+                np.arange(len(codes), items.height, dtype=np.float64)
+                if name == ITEM
+                else _codes(new[name])
+            )
+            parts["*" + name] = np.concatenate([codes, further])[item]
+        found = {}
+        for name, kind in self.columns.items():
+            value = np.asarray(values[name], np.float64)
+            if kind == "number":
+                bins = np.searchsorted(self._edges[name], value, side="right")
+                value = np.where(np.isnan(value), np.nan, bins)
+            for with_part, part in parts.items():
+                mixed = _mixed(value) * np.uint64(0x9E3779B97F4A7C15) + _mixed(part)
+                missing = np.isnan(value) | np.isnan(part)
+                found[f"{RATE}{name}{with_part}"] = np.where(
+                    missing, np.uint64(0), mixed | np.uint64(1)
+                )
+        return found
+
+    def _rate(self, tally: Tally, key: Key, time: F64) -> F64:
+        likes, rows = tally.before(key, time)
+        known = key != 0
+        odds = log_odds(np.where(known, likes, 0.0), np.where(known, rows, 0.0), self.base)
+        return odds.astype(np.float32).astype(np.float64)  # as tables keep them
+
+
+def _counts(rows: pl.DataFrame) -> tuple[F64, F64]:
+    """(n,) likes and rows that each row adds: sampled negatives add none."""
+    counted = answered(rows).to_numpy().astype(np.float64)
+    return rows["label"].to_numpy() * counted, counted
+
+
+def _codes(texts: pl.Series) -> F64:
+    codes = {text: code_of(text) for text in texts.unique() if text}
+    found = texts.replace_strict(codes, default=None, return_dtype=pl.Float64)
+    return found.to_numpy().astype(np.float64)
+
+
+def _mixed(values: F64) -> Key:
+    """Bits of numbers, mixed as splitmix64 does, so that sums of two stay apart."""
+    bits = (values + 0.0).view(np.uint64)  # -0 is 0
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    found: Key = bits ^ (bits >> np.uint64(31))
+    return found
+
+
+def with_context(
+    split: SplitInteractions, tables: dict[str, pl.DataFrame], once: bool
+) -> dict[str, pl.DataFrame]:
+    """Retrieved features tables by split with the columns of `ContextRates`; `once`: no row reads a later split."""
+    if not split.interactions.columns:
+        return tables
+    rates = ContextRates(split)
+    order = split.rows["split"].to_physical()
+    whole = rates.of_log(split.rows) if once else None
+    found = {}
+    for k, name in enumerate(SPLITS):
+        readable = order <= k
+        columns = (
+            rates.of_log(split.rows.filter(readable))
+            if whole is None
+            else whole.filter(readable)
+        )
+        found[name] = tables[name].hstack(columns)
+    return found
