@@ -198,7 +198,8 @@ class Term(NamedTuple):
             values = np.full(len(retrieved), np.nan)
         match self.kind:
             case "is":
-                return (values == self.value).astype(np.float64)
+                is_value: F64 = (values == self.value).astype(np.float64)
+                return is_value
             case "missing":
                 return np.isnan(values).astype(np.float64)
             case "rate":
