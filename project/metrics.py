@@ -40,13 +40,13 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float | None:
 
 def log_loss(probability: ArrayLike, labels: ArrayLike) -> float | None:
     """Mean of -log(probability of what happened), natural logarithm; None without rows."""
-    values, positive = checked(probability, labels, probability=True)
+    values, positive = checked(probability, labels)
     return float(row_log_loss(values, positive).mean()) if values.size else None
 
 
 def brier(probability: ArrayLike, labels: ArrayLike) -> float | None:
     """Mean squared distance of probability and label (Brier 1950, one column); None without rows."""
-    values, positive = checked(probability, labels, probability=True)
+    values, positive = checked(probability, labels)
     return float(((values - positive) ** 2).mean()) if values.size else None
 
 
@@ -57,7 +57,7 @@ def ece(probability: ArrayLike, labels: ArrayLike, bins: int = 15) -> float | No
     cut into `bins` runs whose sizes differ by at most one. Rows of equal probability first share their mean label, so
     the order of the input does not matter even where a tie crosses a cut.
     """
-    values, positive = checked(probability, labels, probability=True)
+    values, positive = checked(probability, labels)
     if not values.size:
         return None
     # levels of probability, each row's level, and rows of each level
@@ -77,8 +77,6 @@ def user_aucs(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> UserAuc
     """
     values, positive = checked(scores, labels)
     code = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
-    if code.size != values.size:
-        raise ValueError(f"{values.size} scores but {code.size} users")
     rows = np.bincount(code).astype(np.float64)
     # ranks inside each user, by the rank sum (Mann and Whitney 1947): users apart, then
     # levels of the score
@@ -152,8 +150,6 @@ def row_log_loss(probability: F64, positive: F64) -> F64:
 
 def _scores(scores: ArrayLike) -> F64:
     values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1:
-        raise ValueError(f"expected scores of shape (n,), found {values.shape}")
     missing = int(np.isnan(values).sum())
     if missing:
         raise ValueError(
@@ -162,17 +158,11 @@ def _scores(scores: ArrayLike) -> F64:
     return values
 
 
-def checked(
-    scores: ArrayLike, labels: ArrayLike, probability: bool = False
-) -> tuple[F64, F64]:
+def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[F64, F64]:
     """Scores and labels as float64, or a ValueError that says what is wrong with them."""
     values, positive = _scores(scores), np.asarray(labels, dtype=np.float64)
     if positive.shape != values.shape:
         raise ValueError(f"{values.size} scores but labels of shape {positive.shape}")
     if not np.all((positive == 0) | (positive == 1)):
         raise ValueError(f"labels must be 0 or 1, found {np.unique(positive)[:5].tolist()}")
-    if probability and values.size and (values.min() < 0 or values.max() > 1):
-        raise ValueError(
-            f"expected probabilities, found {values.min():.4g} to {values.max():.4g}: are these logits?"
-        )
     return values, positive
