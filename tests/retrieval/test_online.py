@@ -98,7 +98,7 @@ def test_a_replay_gives_the_table_of_the_split(
 @pytest.mark.slow
 @pytest.mark.real
 def test_a_replay_gives_the_table_of_the_demo(tmp_path: Path) -> None:
-    """The first 2,000 test rows of MovieLens latest-small, with tables as of configs/quickstart.yaml, made by this code."""
+    """The first 2,000 test rows of MovieLens latest-small, with tables as of configs/quickstart.yaml."""
     from project.data.logs import MovieLensLatestSmall
     from project.data.protocol import Protocol, apply_protocol, build_interactions
 
