@@ -295,7 +295,7 @@ def test_failed_calibration_leaves_no_stale_plan(
     callback = ExitCalibration(ExitSettings())
     callback.plans = cast(Any, "the plan of epoch 0")
 
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise DataError("one class")
 
     monkeypatch.setattr(callback, "calibrate", fails)

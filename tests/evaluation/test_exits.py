@@ -191,14 +191,6 @@ def test_calibrated_baseline() -> None:
     assert row["calibrated"]["log_loss"] == pytest.approx(costs.mean())
 
 
-def test_differences_of_validation_are_of_tune() -> None:
-    """Of validation the tune fold alone is compared and shown: 3/4 - 3/4 = 0."""
-    result = compared({4: everywhere(PERFECT, tune=GOOD)}, BASELINES, "valid", 4)
-    assert result["baseline_difference"]["value"] == 0.0
-    parts = [(r["split"], r["fold"], r["n"]) for r in result["exits"] + result["baselines"]]
-    assert parts == [("valid", "tune", 12)] * 4
-
-
 def test_certify_and_select_are_not_read() -> None:
     """Answers of certify and test can be turned round: what is said of validation stays, word for word.
 
@@ -216,19 +208,6 @@ def test_certify_and_select_are_not_read() -> None:
         for row in found["baselines"]:
             del row["calibrated"]
     assert select == expected
-
-
-def test_best_baseline_is_chosen_on_tune() -> None:
-    """What is best by tune stays best when the answers of test are turned round; its difference changes sign."""
-    result = compared(
-        {4: everywhere(GOOD)},
-        BASELINES,
-        "test",
-        4,
-        flipped(ROWS, "test", "certify", "select"),
-    )
-    assert result["best_baseline"] == "gbdt_features"
-    assert result["baseline_difference"]["value"] == -0.25
 
 
 def test_undefined_differences() -> None:

@@ -12,14 +12,13 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from project.errors import DataError
-from project.metrics import ece, probabilities
+from project.metrics import ece
 from project.report.format import number
 from project.report.plots import (
     COLOURS,
     depth_figure,
     pareto_figure,
     reliability_bins,
-    reliability_scores,
 )
 from project.report.report import pictures, read_run, write_report
 
@@ -258,17 +257,6 @@ def test_best_baseline_of_the_same_rows(run, tmp_path, example):
     assert read.baseline("valid", "tune") == ("gbdt_features", best["fit"])
     assert read.baseline("test", None) == ("gbdt_features", best["test"])
     assert read.baseline("valid", "select") is None
-
-
-def test_calibrated_reliability(example):
-    """Panels show a * logit_k + b * logit_0 + c; a head without terms keeps its logit."""
-    table = example[1]["valid"]
-    terms = {"4": {"logit": 2.0, "exit_0": 0.5, "offset": 0.1}}
-    scores = reliability_scores(table, [0, 2, 4], terms, "scores")
-    zero, two, four = (table[f"logit_{k}"].to_numpy().astype(float) for k in (0, 2, 4))
-    assert list(scores) == ["exit 0", "exit 2", "exit 4"]
-    assert scores["exit 2"][0] == pytest.approx(probabilities(two))
-    assert scores["exit 4"][0] == pytest.approx(probabilities(2 * four + 0.5 * zero + 0.1))
 
 
 def axes_of(figure):

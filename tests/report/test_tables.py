@@ -329,35 +329,6 @@ def test_documents_show_what_result_files_hold(document):
     assert not re.search(r"^\|.*\.\d", TABLE.sub("", text), re.MULTILINE)
 
 
-def test_benchmark_cells():
-    """Measured and over the static exit of equal accuracy stand in one row; policies of earlier versions do not."""
-    file = read_result(RESULTS / "whole_backbone_alone" / "benchmark.json")
-    _, *rows = tables(render(file))[0]
-    row = next(r for r in file["rows"] if r["policy"] == "budget: drift_head")
-    measured = row["measured_speedup"], row["measured_speedup_interval"]
-    over_static = times(row["speedup_over_static"]["value"])
-    cells = [
-        number(row["auc"]),
-        times(row["token_layer_speedup"]),
-        times(*measured),
-        over_static,
-    ]
-    (shown,) = (
-        r
-        for r in rows
-        if r[:2]
-        == [
-            f"{row['candidates']}, {'cached' if row['prefix_cached'] else 'not cached'}",
-            "early_exit, budget: drift_head",
-        ]
-    )
-    assert shown[2:] == cells
-    assert {row[1] for row in rows if row[1].startswith("static")} == {
-        "static exit 24 (of equal accuracy)"
-    }
-    assert not any("leave at each exit" in row[1] for row in rows)
-
-
 def test_markers_and_command_line(tmp_path, capsys):
     for k in (0, 1):
         (tmp_path / f"test-{k}.json").write_text(json.dumps(seeded(0.01 + k / 100, k)))
