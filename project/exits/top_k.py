@@ -49,9 +49,12 @@ def fit_margins(request: Tensor, outputs: HeadOutputs, level: float) -> Tensor:
 
     A level above 1 is so many times the largest move.
     """
+    # (n, K) how far each head is from the last
     deviation = outputs.logits - outputs.logits[:, -1:]
     _, code = torch.unique(request, return_inverse=True)
+    # (requests,) candidates of each
     counts = torch.bincount(code).to(deviation)
+    # (requests, K); a shift of all candidates of a request changes no list, so it is taken out
     sums = deviation.new_zeros(counts.numel(), outputs.heads).index_add_(0, code, deviation)
     moves = (deviation - (sums / counts[:, None])[code]).abs().sort(dim=0).values
     # torch.quantile refuses more than 2^24 elements
@@ -63,17 +66,18 @@ def overlap_at_k(request: Tensor, scores: Tensor, full: Tensor, k: int) -> Tenso
 
     All are (n,). A score of -inf is out of the list; a request of fewer candidates is divided by their number.
     """
-    return _share(request, _listed(request, scores, k) & _listed(request, full, k), k)
-
-
-def precision_at_k(request: Tensor, scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Share of the best k by `scores` whose label is 1, per request, (r,); otherwise as `overlap_at_k`."""
-    return _share(request, _listed(request, scores, k) & (labels == 1), k)
+    both = _listed(request, scores, k) & _listed(request, full, k)  # (n,)
+    _, code, counts = torch.unique(request, return_inverse=True, return_counts=True)
+    hits = torch.zeros(counts.numel(), dtype=torch.float64, device=code.device)
+    share: Tensor = hits.index_add_(0, code, both.double()) / counts.clamp(max=k)
+    return share
 
 
 def _listed(request: Tensor, scores: Tensor, k: int) -> Tensor:
     """(n,) bool, the best k of each request; ties go to the candidate that comes first."""
+    # (requests, most candidates); -inf where a request has no more
     table, place = _padded(request, scores)
+    # stable: of equal scores the earlier candidate stays ahead
     ordered = table.sort(dim=1, descending=True, stable=True)
     listed = torch.zeros_like(table, dtype=torch.bool)
     listed.scatter_(1, ordered.indices[:, :k], ordered.values[:, :k] > -torch.inf)
@@ -83,7 +87,9 @@ def _listed(request: Tensor, scores: Tensor, k: int) -> Tensor:
 def _padded(request: Tensor, scores: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Scores as (requests, most candidates), -inf where there is none, and each candidate's (row, column)."""
     _, row, counts = torch.unique(request, return_inverse=True, return_counts=True)
+    # candidates by request, in the order in which they came
     order = row.argsort(stable=True)
+    # the place of each among those of its request
     within = (
         torch.arange(row.numel(), device=row.device)
         - (counts.cumsum(0) - counts)[row[order]]
@@ -95,10 +101,3 @@ def _padded(request: Tensor, scores: Tensor) -> tuple[Tensor, tuple[Tensor, Tens
     )
     table[row, column] = scores
     return table, (row, column)
-
-
-def _share(request: Tensor, chosen: Tensor, k: int) -> Tensor:
-    _, code, counts = torch.unique(request, return_inverse=True, return_counts=True)
-    hits = torch.zeros(counts.numel(), dtype=torch.float64, device=code.device)
-    share: Tensor = hits.index_add_(0, code, chosen.double()) / counts.clamp(max=k)
-    return share

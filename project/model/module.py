@@ -62,6 +62,7 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    # names below `layers`, of every linear layer of attention and MLP
     linear = (
         name
         for name, part in backbone.layers.named_modules()
@@ -243,6 +244,7 @@ class ExitRecommender(L.LightningModule):
 
     def feature_baseline(self) -> FeatureBaseline:
         """Exit 0 as it was fitted by `fit` or loaded from a checkpoint."""
+        # the buffer's numbers; NaN until `fit` has begun
         values = self.exit_0.cpu().numpy()
         if np.isnan(values).any():
             raise NotFittedError(
@@ -330,6 +332,7 @@ class ExitRecommender(L.LightningModule):
     def _finish(self) -> polars.DataFrame:
         ids, values = self.collector.compute()
         self.collector.reset()
+        # a row's id is its position in the split's table
         rows = self.data.split.rows[ids[:, 0].cpu().numpy()]
         exit_0 = self.feature_baseline().logits(self.data.retrieved_of(rows))
         return scores_of_rows(ids, values, rows, exit_0, self.exit_layers)
@@ -345,6 +348,7 @@ class ExitRecommender(L.LightningModule):
                         row[name],
                         rank_zero_only=False,
                     )
+        # the metric that chooses the checkpoint: NaN where a class is missing, never absent
         deepest = rows[-1]["auc"]
         self.log(
             f"{prefix}/auc/deepest",
@@ -355,6 +359,7 @@ class ExitRecommender(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with learning rates by depth, warm-up and cosine decay."""
         assert self.backbone is not None
+        # named groups, so that a checkpoint shows what learns how fast
         groups = parameter_groups(self.backbone, self.heads, self.optim)
         # Lightning clips no gradients of a fused optimizer under mixed precision, also
         # where nothing is scaled
@@ -371,6 +376,7 @@ class ExitRecommender(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Leave out what is frozen, name the base model that it comes back from, and say what the run reads."""
+        # what the base model has already: nearly all of it where adapters are trained
         frozen = frozen_names(self)
         checkpoint["state_dict"] = {
             k: v for k, v in checkpoint["state_dict"].items() if k not in frozen

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from project.exits.criteria import HeadOutputs
-from project.exits.top_k import TopK, fit_margins, overlap_at_k, precision_at_k
+from project.exits.top_k import TopK, fit_margins, overlap_at_k
 
 
 def ragged(requests=60, seed=0, most=64):
@@ -110,17 +110,13 @@ class TestMargins:
         assert 1.3 < margins[0] < 1.9  # |N(0, 1)| is below 1.645 in nine of ten cases
 
 
-class TestLists:
-    def test_precision_golden(self):
-        """Best two of request 3 have labels 1 and unknown: .5; the one candidate of request 8 was disliked: 0."""
-        request, labels = torch.tensor([8, 3, 3, 3]), torch.tensor([0, 1, -1, 1])
-        assert precision_at_k(
-            request, torch.tensor([0.0, 1, 2, 3]), labels, 2
-        ).tolist() == [0.5, 0.0]
+def test_lists_golden() -> None:
+    """Ties go to the first; a score of minus infinity is no member, even of a list that is not full.
 
-    def test_ties_and_infinity(self):
-        """Ties go to the first; a score of minus infinity is no member, even of a list that is not full."""
-        request, labels = torch.zeros(4, dtype=torch.long), torch.tensor([1, 1, 0, 0])
-        scores = torch.tensor([-torch.inf, 1.0, 1.0, 1.0])
-        assert precision_at_k(request, scores, labels, 1).tolist() == [1.0]
-        assert precision_at_k(request, scores, labels, 4).tolist() == [0.25]
+    The best of the first scores is candidate 1, that of the second candidate 1, too; of all four the first has three.
+    """
+    request = torch.zeros(4, dtype=torch.long)
+    scores = torch.tensor([-torch.inf, 1.0, 1.0, 1.0])
+    full = torch.tensor([0.0, 3.0, 2.0, 1.0])
+    assert overlap_at_k(request, scores, full, 1).tolist() == [1.0]
+    assert overlap_at_k(request, scores, full, 4).tolist() == [0.75]
