@@ -55,6 +55,17 @@ def test_overload_batches_and_a_request_that_ends_the_inference_process(
         assert httpx.post(f"{address}/v1/rank", json=BODY, timeout=60).status_code == 200
 
 
+def test_a_message_that_is_longer_than_the_pipes_buffer(tmp_path: Path) -> None:
+    """2 MB to the inference process and back: uvloop makes the pipe non-blocking, which ended the process."""
+    candidates = [{"title": f"{k} {'x' * 1990}"} for k in range(1000)]
+    with serving(tmp_path) as (_, address):
+        for _ in range(3):
+            body = {"user_id": "u1", "candidates": candidates}
+            assert (
+                httpx.post(f"{address}/v1/rank", json=body, timeout=60).status_code == 200
+            )
+
+
 def test_reload_drops_nothing(tmp_path: Path) -> None:
     """Under load it switches to the newest run, by HTTP and by SIGHUP; a broken one is not switched to."""
     with serving(tmp_path) as (process, address), ThreadPoolExecutor(4) as pool:
