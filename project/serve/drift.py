@@ -1,4 +1,4 @@
-"""Watches whether the plan still answers as full depth does, and features still tell who likes what: drift is an alarm.
+"""Watches whether the plan still scores as full depth does, and retrieved features still tell likes: drift is an alarm.
 
 1. Audits. A share of the requests, drawn by lot, runs to full depth; the same heads tell what the plan would have
    answered. An audit's loss is the mean over its candidates of |probability of the plan - probability of full depth|.
@@ -8,7 +8,7 @@
    capital's expectation never rises, so the chance that it ever reaches 1 / delta is at most delta (Ville 1939;
    Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting"). Several fractions hold
    shares of the capital, 0 among them, and after audit t a part 1 / (t + 1) of it is shared anew (Herbster and Warmuth
-   1998, "Tracking the best expert"): what waited at 0 is there when drift begins late.
+   1998, "Tracking the best expert"): the share at fraction 0 is still there when drift begins late.
 4. Bound. Nulls of a grid whose capital has reached 1 / delta are rejected: with confidence 1 - delta, at all times, the
    expected loss of some audit so far was above the largest of them. The alarm: this is not below the null of 2.
 5. Lists. An audited list of the best k loses the share of full depth's list that is not in it. The null is what its

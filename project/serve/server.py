@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import signal
 import sys
 from argparse import ArgumentError
@@ -69,6 +70,8 @@ class Inference:
         signal.signal(signal.SIGINT, handler)
         theirs.close()
         asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._receive)
+        # uvloop has just made it non-blocking: half a message would be an error
+        os.set_blocking(self._pipe.fileno(), True)
 
     async def ask(self, payload: object) -> Any:
         """The answer to a payload."""
