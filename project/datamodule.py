@@ -64,6 +64,7 @@ from project.retrieval import (
 from project.retrieval.base import failures_named
 from project.retrieval.lightgcn import VectorRetriever
 from project.retrieval.online import FeatureIndex, can_be_indexed
+from project.retrieval.rates import ContextRates
 from project.retrieval.text import MAX_TOKENS, MeanPooling, encode_once, item_texts
 
 DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
@@ -93,6 +94,8 @@ class InteractionData(L.LightningDataModule):
             "history": [{"item_id": "242", "label": 1, "time": 880000000}], "candidates": ["302"]}.
         bundle: Folder of a run's bundle, whose retrieved features save refitting the retriever; set by ckpt_path.
         seed: Order and cuts of training windows; set by seed_everything.
+        serving_values: Context column -> value that requests have which do not say it, such as {position: 1}: for
+            columns that are only known once the page is made.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class InteractionData(L.LightningDataModule):
         requests: str | None = None,
         bundle: str | None = None,
         seed: int = 0,
+        serving_values: dict[str, str | float] | None = None,
     ) -> None:
         super().__init__()
         if not 1 <= context_tokens <= batch_tokens:
@@ -132,6 +136,7 @@ class InteractionData(L.LightningDataModule):
             batch_tokens,
             refits,
         )
+        self.serving_values = serving_values
         self.num_workers, self.requests_file, self.seed = num_workers, requests, seed
         self.cache_dir, self.bundle = default_cache(), bundle
         self.clock = StageClock()
@@ -182,6 +187,13 @@ class InteractionData(L.LightningDataModule):
             rank_zero_warn(line, category=UserWarning)
         self.warnings = [*self.split.warnings, *dead]
         return tables
+
+    @cached_property
+    def rates(self) -> ContextRates | None:
+        """Context of requests and its as-of rates; None where the log has no such columns."""
+        if not self.split.interactions.columns and not self.serving_values:
+            return None
+        return ContextRates(self.split, self.serving_values)
 
     @cached_property
     def _index(self) -> FeatureIndex:
@@ -348,7 +360,21 @@ class InteractionData(L.LightningDataModule):
                 own=own,
                 catalogue=catalogue,
             )
-        self.candidate_retrieved = table.filter(~own)
+        candidates = table.filter(~own)
+        if self.rates is not None:
+            assert self.requests is not None
+            of_request = [self.rates.values(r) for r in self.requests.requests]
+            context = self.rates.of_requests(
+                {
+                    n: np.concatenate([of[n] for of in of_request])
+                    for n in self.rates.columns
+                },
+                rows["item"].to_numpy()[~own].astype(np.int64),
+                rows["timestamp"].to_numpy()[~own],
+                catalogue,
+            )
+            candidates = candidates.hstack(pl.DataFrame(context, nan_to_null=True))
+        self.candidate_retrieved = candidates
         return table
 
     def _training(self) -> TrainSampler:

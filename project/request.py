@@ -24,6 +24,8 @@ class Item(NamedTuple):
     title: str = ""
     # name and text: further columns of the items table
     columns: tuple[tuple[str, str], ...] = ()
+    # name and value: context of a candidate alone, such as its position and price
+    context: tuple[tuple[str, Any], ...] = ()
 
 
 class HistoryRow(NamedTuple):
@@ -54,7 +56,10 @@ class RankRequest:
     # the best so many are listed; candidates that cannot be among them leave
     top_n: int | None = None
     exhaustive: bool = False  # every candidate is scored by the plan, whatever top_n is
-    context: Mapping[str, Any] | None = None  # an error until something reads it
+    # context of all candidates: columns that the log lists under `context`
+    context: Mapping[str, Any] | None = None
+    # attributes of somebody unknown, or in place of the log's
+    user: Mapping[str, Any] | None = None
     # seconds: strictly earlier rows are read; None: all of log and history
     time: float | None = None
     request_id: str = ""  # its name in results and errors
@@ -88,8 +93,15 @@ class RankRequest:
             raise DataError(
                 f"exhaustive is {shown(self.exhaustive)}; expected true or false."
             )
-        if self.context is not None:
-            raise DataError("context is given, but nothing reads it yet; leave it out.")
+        for name in ("context", "user"):
+            if not isinstance(getattr(self, name), Mapping | None):
+                raise DataError(
+                    f"{name} is {shown(getattr(self, name))}; expected names and values."
+                )
+        if any(isinstance(row.item, Item) and row.item.context for row in rows):
+            raise DataError(
+                "history: a row has context, but nothing reads it; leave it out."
+            )
 
     @property
     def list_of(self) -> int:
@@ -123,12 +135,15 @@ class RankRequest:
     def texts(self) -> Iterator[str]:
         """Every text that it brings: ids, titles, names and values of columns."""
         yield self.user_id or ""
+        for given in (self.context or {}, self.user or {}):
+            for pair in given.items():
+                yield from map(str, pair)
         for item in (*self.candidates, *(row.item for row in self.history or ())):
             yield id_of(item)
             if isinstance(item, Item):
                 yield item.title
-                for column in item.columns:
-                    yield from column
+                for column in (*item.columns, *item.context):
+                    yield from map(str, column)
 
 
 @dataclass(frozen=True, eq=False)

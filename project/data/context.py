@@ -15,7 +15,7 @@ from project.arrays import F64, I64
 from project.data.tables import finite_numbers, numbers, plain_text
 from project.errors import ConfigError, DataError
 from project.metrics import auc
-from project.request import check_names, text_of
+from project.request import Item, RankRequest, check_names, text_of
 
 CONTEXT = "context."
 USER = "user."
@@ -181,3 +181,19 @@ def brought(
             raise DataError(f"{what}.{name} is {text[:40]!r}; expected a number.")
         found[prefix + name] = number
     return found
+
+
+def values_of(
+    request: RankRequest, columns: Mapping[str, str], known: Mapping[str, float]
+) -> dict[str, F64]:
+    """(n,) values of a request's candidates by column, NaN where unknown; `known` where it says nothing."""
+    given = dict(known)
+    given |= brought(request.context or {}, CONTEXT, columns)
+    given |= brought(request.user or {}, USER, columns)
+    n = len(request.candidates)
+    values = {name: np.full(n, given.get(name, np.nan)) for name in columns}
+    for k, item in enumerate(request.candidates):
+        own = dict(item.context) if isinstance(item, Item) else {}
+        for name, value in brought(own, CONTEXT, columns).items():
+            values[name][k] = value
+    return values

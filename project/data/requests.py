@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from project.data.context import values_of
 from project.data.prompt import PromptEncoder
 from project.data.protocol import FOLDS, Interactions, SplitInteractions, answered
 from project.data.stream import Streams, streams_of
@@ -28,7 +29,17 @@ from project.request import (
     text_of,
 )
 
-KEYS = ("request_id", "user_id", "history", "time", "candidates", "top_n", "exhaustive")
+KEYS = (
+    "request_id",
+    "user_id",
+    "history",
+    "time",
+    "candidates",
+    "top_n",
+    "exhaustive",
+    "context",
+    "user",
+)
 EXAMPLE_HISTORY = '[{"item_id": "242", "label": 1, "time": 880000000}]'
 EXAMPLE = '{"request_id": "r1", "user_id": "196", "time": 880000000, "candidates": ["242", "302"]}'
 
@@ -121,9 +132,13 @@ class Catalogue:
             if rows is None
             else tuple(row._replace(item=self.add(row.item)) for row in rows)
         )
-        return replace(
-            request, history=history, candidates=tuple(map(self.add, request.candidates))
+        candidates = tuple(
+            Item(self.add(item), context=item.context)
+            if isinstance(item, Item) and item.context
+            else self.add(item)
+            for item in request.candidates
         )
+        return replace(request, history=history, candidates=candidates)
 
     def table(self) -> pl.DataFrame:
         """The items table, followed by what requests brought."""
@@ -202,7 +217,9 @@ def parse_requests(
                     str(c.get("item_id") if isinstance(c, dict) else c) for c in listed
                 )
             # 2. what it asks
-            requests.append(catalogue.resolve(request_of(record)))
+            request = request_of(record)
+            values_of(request, interactions.columns, {})
+            requests.append(catalogue.resolve(request))
         except (DataError, RecursionError) as error:
             invalid.append(
                 InvalidRequest(place, name, candidates, f"{file}, {at}: {error}")
@@ -280,6 +297,8 @@ def request_of(record: Mapping[str, Any]) -> RankRequest:
         time=_seconds(record.get("time")),
         top_n=record.get("top_n"),
         exhaustive=record.get("exhaustive") or False,
+        context=record.get("context"),
+        user=record.get("user"),
         request_id=str(record["request_id"]),
     )
 
@@ -305,10 +324,18 @@ def item_of(value: Any) -> str | Item:
         return text_of("item_id", value).strip()
     # Parquet has null in columns that only other rows fill
     texts = {
-        name: text_of(name, given) for name, given in value.items() if given is not None
+        name: text_of(name, given)
+        for name, given in value.items()
+        if given is not None and name != "context"
     }
+    context = value.get("context") or {}
+    if not isinstance(context, dict):
+        raise DataError(f"context is {shown(context)}; expected names and values.")
     item = Item(
-        texts.pop("item_id", "").strip(), texts.pop("title", ""), tuple(texts.items())
+        texts.pop("item_id", "").strip(),
+        texts.pop("title", ""),
+        tuple(texts.items()),
+        tuple(context.items()),
     )
     if not (item.item_id or item.title.strip()):
         raise DataError(f"found the item {shown(value)}; expected an item_id or a title.")

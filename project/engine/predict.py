@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
+from project.data.context import values_of
 from project.data.download import resolve_model
 from project.data.prompt import PromptEncoder
 from project.data.requests import (
@@ -170,6 +171,7 @@ class Run:
         resolved = list[RankRequest]()
         for request in asked:
             try:
+                values_of(request, self.data.split.interactions.columns, {})
                 resolved.append(catalogue.resolve(request))
             except DataError as error:
                 raise DataError(f"request {request.request_id!r}: {error}") from None

@@ -7,15 +7,25 @@ log-odds, shrunk to train's share of likes.
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from project.arrays import F64, I64
-from project.data.context import bin_edges, code_of, with_users
+from project.data.context import (
+    CONTEXT,
+    USER,
+    bin_edges,
+    brought,
+    code_of,
+    values_of,
+    with_users,
+)
 from project.data.protocol import SPLITS, SplitInteractions, answered
 from project.features import RATE, log_odds
+from project.request import RankRequest
 
 Key = NDArray[np.uint64]
 FEW = 200  # distinct values of an attribute of items that rates are made with
@@ -54,11 +64,15 @@ class Tally:
 class ContextRates:
     """Context, users' attributes and their as-of rates, of a log's rows and of requests."""
 
-    def __init__(self, split: SplitInteractions) -> None:
+    def __init__(
+        self, split: SplitInteractions, serving_values: Mapping[str, Any] | None = None
+    ) -> None:
         log = split.interactions
         self._rows = split.rows
         self._users = log.users
         self.columns = log.columns
+        # of requests that do not say otherwise
+        self._defaults = brought(serving_values or {}, CONTEXT, log.columns)
         is_target = (pl.col("role") == "target") & (pl.col("split") == "train")
         train = split.rows.filter(is_target)
         self.base = float(train["label"].mean() or 0.5)  # type: ignore[arg-type]
@@ -89,6 +103,20 @@ class ContextRates:
             tally = Tally(key[known], time[known], likes[known], counted[known])
             rates[name] = self._rate(tally, key, time)
         return table.hstack(pl.DataFrame(rates, schema=dict.fromkeys(rates, pl.Float32)))
+
+    @cached_property
+    def _user_codes(self) -> dict[str, int]:
+        return dict(self._users.select("user_id", "user").iter_rows())
+
+    def values(self, request: RankRequest) -> dict[str, F64]:
+        """(n,) values of a request's candidates by column, attributes of a user of the log included."""
+        known = dict(self._defaults)
+        code = self._user_codes.get(request.user_id or "")
+        if code is not None:
+            names = [name for name in self.columns if name.startswith(USER)]
+            row = self._users.select(names).row(code, named=True)
+            known |= {name: value for name, value in row.items() if value is not None}
+        return values_of(request, self.columns, known)
 
     def of_requests(
         self,

@@ -78,6 +78,7 @@ class Ranker:
         # by user id
         self._users: dict[str, int] = dict(log.users.select("user_id", "user").iter_rows())
         self._index = data.features.index()
+        self._rates = data.rates
         rows = split.rows.filter(answered(split.rows)).select(
             "user", "item", "row_id", "timestamp", "label"
         )
@@ -219,6 +220,10 @@ class Ranker:
                 np.array([item]), features, np.array([event.label], np.int8)
             )
             if self.answers is not None and self.answers.awaits(user):
+                asked = RankRequest(event.user_id, None, [event.item_id])
+                features = self._with_context(
+                    features, asked, np.array([item]), self._items
+                )
                 (chance,) = probabilities(self._baseline.logits(features)).tolist()
                 self.answers.observe(user, chance, event.label)
             # 3. what later requests read
@@ -418,6 +423,17 @@ class Ranker:
             replace(request, time=None), self._codes, self._items, self._encoder
         )[0]
 
+    def _with_context(
+        self, found: Retrieved, request: RankRequest, items: I64, catalogue: pl.DataFrame
+    ) -> Retrieved:
+        """Features of a request's candidates (n,) with its context and rates, which count the log's rows, no events."""
+        if self._rates is None:
+            return found
+        at = np.full(len(items), np.inf)
+        values = self._rates.values(request)
+        context = self._rates.of_requests(values, items, at, catalogue)
+        return replace(found, columns=found.columns | context)
+
     def _prepare(
         self,
         request: RankRequest,
@@ -452,6 +468,7 @@ class Ranker:
                 history.add(tokens[k], *row, row[2])
             found = found.rows(slice(len(past), None))
             longest = int(tokens.lengths.max(initial=0))
+        found = self._with_context(found, request, candidates, items)
         # 3. candidates, which see the history and not each other
         segments = encoder.encode(candidates, found, np.full(len(candidates), -1, np.int8))
         long = len(encoder.instruction) + max(longest, int(segments.tokens.lengths.max()))

@@ -123,9 +123,9 @@ class Document(BaseModel):
 
     def item(self) -> Item:
         """An empty id is that of the title."""
-        return Item(
-            self.item_id or "", self.title or "", tuple((self.model_extra or {}).items())
-        )
+        context = getattr(self, "context", None) or {}
+        columns = tuple((self.model_extra or {}).items())
+        return Item(self.item_id or "", self.title or "", columns, tuple(context.items()))
 
 
 class ItemBody(Document, extra="allow"):
@@ -133,6 +133,7 @@ class ItemBody(Document, extra="allow"):
 
     __pydantic_extra__: dict[str, Column] = Field(init=False)
     title: Text | None = None
+    context: dict[str, Any] | None = None  # of a candidate alone, such as its position
 
 
 class HistoryRowBody(ItemBody):
@@ -175,7 +176,12 @@ class RankBody(Options):
     user_id: Id | None = None
     history: Annotated[list[HistoryRowBody], _at_most("max_history_rows")] | None = None
     candidates: Listed[Candidate] = Field(min_length=1)
-    context: dict[str, Any] | None = Field(None, description="Nothing reads it yet.")
+    context: dict[str, Any] | None = Field(
+        None, description="Context of all candidates: columns that the run's log has."
+    )
+    user: dict[str, Any] | None = Field(
+        None, description="Attributes of somebody unknown, or in place of the log's."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -204,6 +210,7 @@ class RankBody(Options):
             self.top_n,
             self.exhaustive,
             self.context,
+            self.user,
             request_id=name,
         )
 

@@ -253,9 +253,9 @@ WRONG = [
     ),
     (
         "/v1/rank",
-        {"user_id": "u1", "candidates": ["i1"], "context": {}},
+        {"user_id": "u1", "candidates": ["i1"], "context": "phone"},
         422,
-        "nothing reads it",
+        "context",
     ),
     (
         "/v1/rank",
