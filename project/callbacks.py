@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +56,6 @@ from project.results import CalibrateResult
 from project.run import (
     Checkpoint,
     read_checkpoint,
-    read_result,
     replace_file,
     result_head,
     write_json,
@@ -164,7 +164,10 @@ class ExitCalibration(L.Callback):
         `heads` is the digest of those that made the scores.
         """
         path = folder / "results" / "calibrate.json"
-        issued = read_result(path)["ledger"] if path.exists() else ()
+        # of a result of any version: what was certified stays certified
+        issued = (
+            json.loads(path.read_text(encoding="utf-8"))["ledger"] if path.exists() else ()
+        )
         # 1. the plan, and what is certified of it
         with data.clock.stage("calibrate"):
             features = data.features_of(scores, module.feature_baseline().base)
