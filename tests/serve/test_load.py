@@ -11,6 +11,8 @@ import pytest
 from project.benchmark import serve
 from project.benchmark.load import wrong_order
 from project.benchmark.serve import load_row
+from project.serve.settings import ServeSettings
+from research import hostile
 
 
 def test_wrong_orders() -> None:
@@ -68,3 +70,22 @@ def test_a_tiny_run_under_load(
         assert row["probability_distance"] < 1e-4
     assert json.loads((served_run / "results/benchmark-serve.json").read_text()) == result
     assert "wrong orders" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_hostile_texts_cost_others_no_answer(
+    served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users of known items get every answer, and right ones; each hostile body is an error, done, or told to wait."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    found = hostile.measure(served_run, seconds=4.0, rounds=1)
+    for phase in ("calm", "hostile"):
+        assert (found[phase]["errors"], found[phase]["wrong_orders"]) == (0, 0)
+    statuses = {kind: set(one["statuses"]) for kind, one in found["kinds"].items()}
+    assert [*statuses.values()][:2] == [{"413"}] * 2
+    assert statuses["1,000 long titles to rank"] == {"422"}
+    assert set.union(*statuses.values()) <= {"200", "413", "422", "429"}
+    # 16 times max_new_characters, and what one body may bring
+    most = 16 * ServeSettings.max_new_characters + 4 * 2**20
+    assert 0 < found["memory"][0]["waiting_characters"] <= most
