@@ -12,10 +12,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import polars as pl
 import pytest
 import yaml
+from fake_ranker import serving
 from jsonargparse import ArgumentParser
 from world import given, result, tiny_settings
 
@@ -280,7 +282,7 @@ def readme_yaml() -> str:
 def test_readme_yaml_makes_a_run_that_every_command_reads(
     run: Run, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fitted as it stands, with a tiny backbone: tested, and loaded as it is to be served."""
+    """Fitted as it stands, with a tiny backbone: tested, predicted, exported, loaded, served."""
     monkeypatch.chdir(tmp_path)
     shop = {"customer": "member", "song": "product", "heard_at": "when"}
     log = as_text(listened()).rename(shop).with_columns(stars=2 + 2 * pl.col("liked"))
@@ -300,10 +302,18 @@ def test_readme_yaml_makes_a_run_that_every_command_reads(
     saved = (folder / "config.yaml").read_text()
     assert "Unable to serialize" not in saved
     assert "class_path: project.retrieval" in saved
-    # the readers of config.yaml: the command line, and one for all else
+    # every command that reads config.yaml
     run("test", *given(folder))
     assert result(folder, "test")["exits"]
+    ids = {"user_id": "c-1", "candidates": ["s-1", "s-2"]}
+    Path("requests.jsonl").write_text(json.dumps({"request_id": "r", **ids}))
+    run("predict", *given(folder), "--data.requests", "requests.jsonl")
+    assert len(pl.read_parquet(folder / "scores" / "predict.parquet")) == 2
     assert Ranker.load(folder).knows_user("c-1")
+    run("export", folder, tmp_path / "exported")
+    with serving(tmp_path, run=folder) as (_, address):
+        response = httpx.post(f"{address}/v1/rank", json=ids, timeout=30)
+        assert (response.status_code, len(response.json()["items"])) == (200, 2)
 
 
 def test_dates_are_seconds(tmp_path: Path) -> None:
