@@ -316,10 +316,19 @@ class Workload(TypedDict):
     candidates: int
     prefix_cached: bool
     history: int | None  # rows; None: as logged
+    at_once: int  # requests that are scored together
     dtype: str
 
 
-class Timed(TypedDict):
+class ListQuality(TypedDict):
+    """Of the best k: overlap with full depth's list, and NDCG@k and the share of hits by the labelled candidate."""
+
+    overlap: float | None
+    ndcg: float | None
+    hits: float | None
+
+
+class Timed(ListQuality):
     """An engine configuration; speed-ups are over full depth."""
 
     engine: str
@@ -328,7 +337,6 @@ class Timed(TypedDict):
     p50_ms: float
     p95_ms: float
     auc: float | None
-    overlap: float | None
     mean_depth: float
     token_layer_speedup: float | None
     measured_speedup: float | None
@@ -357,7 +365,9 @@ class Load(TypedDict):
     users: int
     requests: int
     requests_per_s: float
+    p50_ms: float | None
     p95_ms: float | None
+    p99_ms: float | None
     errors: int
     error: str | None
     wrong_orders: int

@@ -57,7 +57,7 @@ CHECKPOINTS: dict[str, Any] = {
     "save_on_exception": True,
     "enable_version_counter": False,
 }
-SIZES = (1, 8, 64, 256)  # candidates of the engine's requests
+SIZES = (1, 8, 64, 100, 256)  # candidates of the engine's requests
 
 
 def run_baselines(

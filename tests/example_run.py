@@ -141,8 +141,9 @@ def results(rows: int = 400) -> tuple[dict[str, dict[str, Any]], dict[str, pl.Da
 def benchmark_rows(depth: int) -> list[dict[str, Any]]:
     """The `rows` of a benchmark result."""
     common = {
-        "candidates": 64, "prefix_cached": False, "history": None, "dtype": "float32", "requests": 8, "auc": 0.77,
-        "overlap": None, "static_exit": False, "prepare_ms": None, "whole_ms": None, "whole_speedup": None,
+        "candidates": 64, "prefix_cached": False, "history": None, "at_once": 1, "dtype": "float32", "requests": 8,
+        "auc": 0.77, "overlap": None, "ndcg": None, "hits": None, "static_exit": False, "prepare_ms": None,
+        "whole_ms": None, "whole_speedup": None,
     }  # fmt: skip
     full = {
         "engine": "packed", "policy": "full", "p50_ms": 470.0, "p95_ms": 610.0, "mean_depth": float(depth),

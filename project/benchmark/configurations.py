@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
+from torch import Tensor
 
 from project.arrays import F64
 from project.benchmark.transformers import Library, Pointwise, SharedPrefix
@@ -19,10 +20,12 @@ from project.engine.decisions import ListExits, RowExits, static_exits
 from project.engine.engine import Engine, score_workload
 from project.engine.prepacked import copied, prepacked
 from project.engine.requests import PreparedRequest, Scored, prepare_requests
+from project.exits.criteria import HeadOutputs
 from project.exits.plan import ExitPlan, Plans
-from project.exits.ranking import ScoredRequests
+from project.exits.ranking import ScoredRequests, list_keys
 from project.metrics import auc
 from project.model.heads import heads_digest
+from project.results import ListQuality
 from project.run import table_about
 
 if TYPE_CHECKING:
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
 
 # candidates of a request -> most requests in the timed sample
 REQUESTS = {1: 48, 8: 24, 64: 16, 256: 4}
-SHOWN = 60  # requests of test that show the overlap
+SHOWN = 100  # requests of test that show what lists hold
+TOGETHER = 8  # requests that are also scored at once, where lists are timed
 LISTED = 10  # length of the lists that are timed
 FIXED_HISTORY = 50  # rows
 
@@ -44,24 +48,33 @@ class Case:
     # all histories' keys and values are cached at full depth before the clock starts
     prefix_cached: bool
     history: int | None = None  # latest rows that make the history; None: as logged
+    at_once: int = 1  # requests that are scored together
 
     @property
     def short(self) -> bool:
-        """Whether only the main configurations are timed: the others take too long here, or add nothing."""
-        return self.history is not None or self.candidates > 64
+        """Whether the certified plan and transformers are left out: they take too long here, or add nothing."""
+        return self.candidates > 64 or self.at_once > 1
 
     @property
     def pointwise(self) -> bool:
         """Whether one prompt a candidate is timed: 64 of them over a long history take minutes a request."""
         long = self.candidates >= 64 and self.history is None
-        return not self.prefix_cached and not long
+        return not (self.prefix_cached or long or self.short)
 
 
 def cases(sizes: Sequence[int]) -> list[Case]:
-    """All workloads of these numbers of candidates; of 64 also behind a short history."""
+    """All workloads of these numbers of candidates; of 64 also behind a short history.
+
+    Several requests at once are of 64 candidates or more; of more than 64 with their histories cached, as others take
+    too long.
+    """
     found = [Case(size, cached) for size in sizes for cached in (False, True)]
+    for size in sizes:
+        if size >= 64:
+            found.append(Case(size, True, at_once=TOGETHER))
     if 64 in sizes:
-        found.append(Case(64, prefix_cached=False, history=FIXED_HISTORY))
+        found.append(Case(64, False, at_once=TOGETHER))
+        found.append(Case(64, False, history=FIXED_HISTORY))
     return found
 
 
@@ -75,39 +88,39 @@ class Configuration:
     policy: str  # who leaves where, in words
     runner: Engine | Library
     auc: float | None = None  # of the rows of test
-    overlap: float | None = None  # with full depth's best k, of lists
-    most: int | None = None  # requests it is timed on, the first ones; None: all
-    # seconds, a list a round, an entry a request
+    quality: ListQuality | None = None  # of its lists
+    most: int | None = None  # turns it is timed on, the first ones; None: all
+    # seconds, a list a round, an entry a turn: requests that are scored together
     wall: list[list[float]] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)  # what the last round scored
 
-    def score(self, request: PreparedRequest) -> None:
-        """Score one request and note the time."""
+    def score(self, requests: Sequence[PreparedRequest]) -> None:
+        """Score requests together and note the time."""
         start = time.perf_counter()
-        scores = self.runner.score([request])
+        scores = self.runner.score(requests)
         self.wall[-1].append(time.perf_counter() - start)
         self.scored += scores.requests
 
     def typical(self) -> F64:
-        """(requests,) seconds of each request: the median of rounds."""
+        """(turns,) seconds of each turn: the median of rounds."""
         found: F64 = np.median(np.array(self.wall), axis=0)
         return found
 
 
 def run_rounds(
     configurations: Sequence[Configuration],
-    requests: Sequence[PreparedRequest],
+    turns: Sequence[Sequence[PreparedRequest]],
     number: int,
 ) -> None:
-    """Round `number`, from 0: every request is scored by all in turn before the next one; who is first rotates."""
+    """Round `number`, from 0: a turn's requests are scored by all before the next turn; who is first rotates."""
     for configuration in configurations:
         configuration.wall.append([])
         configuration.scored = []
-    for k, request in enumerate(requests):
-        turn = (number + k) % len(configurations)
-        for configuration in (*configurations[turn:], *configurations[:turn]):
+    for k, requests in enumerate(turns):
+        first = (number + k) % len(configurations)
+        for configuration in (*configurations[first:], *configurations[:first]):
             if configuration.most is None or k < configuration.most:
-                configuration.score(request)
+                configuration.score(requests)
 
 
 class Bench:
@@ -144,11 +157,14 @@ class Bench:
     def configurations(self, case: Case, cache: StreamCache | None) -> list[Configuration]:
         """All configurations of a workload; `cache` holds its histories, None: they are not cached."""
         # 1. full depth with prepacked weights, which every speed-up is over
-        found = [self._static(self.model.depth, cache)]
+        scored = None
+        if case.candidates > LISTED and self.plans.lists.longest >= LISTED:
+            scored = self._scored(case.candidates)
+        found = [self._static(self.model.depth, scored, cache)]
         # 2. static exits
         for layer in self.model.exit_layers[:-1]:
-            if not case.short or layer == self.plans.static_exit:
-                found.append(self._static(layer, cache))
+            if case.history is None or layer == self.plans.static_exit:
+                found.append(self._static(layer, scored, cache))
         # 3. the run's plan, and the one its certificate allows
         plans = {
             "budget": self.plans.plan,
@@ -157,33 +173,33 @@ class Bench:
         for name, plan in plans.items():
             if plan is not None:
                 decision = RowExits(plan, self._device)
+                words = f"{name}: {plan.criterion}"
                 found.append(
-                    self._by_row(
-                        "early_exit", f"{name}: {plan.criterion}", plan, decision, cache
-                    )
+                    self._by_row("early_exit", words, plan, decision, scored, cache)
                 )
         # 4. lists of the best k
-        if case.candidates > LISTED and self.plans.lists.longest >= LISTED:
-            found.append(self._best_list(case.candidates, cache))
+        if scored is not None:
+            found.append(self._best_list(scored, cache))
         # 5. transformers' own class, which has no adapters
         if self.model.lora is None and case.pointwise:
             found.append(
                 Configuration("pointwise", "full depth", Pointwise(self.model), most=2)
             )
-        if self.model.lora is None and case.candidates <= 64:
+        if self.model.lora is None and not case.short:
             shared = SharedPrefix(self.model, cached=case.prefix_cached)
             found.append(Configuration("shared_prefix", "full depth", shared, most=4))
         return found
 
-    def _static(self, layer: int, cache: StreamCache | None) -> Configuration:
+    def _static(
+        self, layer: int, scored: ScoredRequests | None, cache: StreamCache | None
+    ) -> Configuration:
         """Every candidate leaves at one layer."""
         plan = self.plans.plan
         full = layer == self.model.depth
         name = "packed" if full else f"fixed_depth_{layer}"
         decision = static_exits(plan, layer, self._device)
-        return self._by_row(
-            name, "full depth" if full else "static", plan, decision, cache, layer
-        )
+        words = "full depth" if full else "static"
+        return self._by_row(name, words, plan, decision, scored, cache, layer)
 
     def _by_row(
         self,
@@ -191,28 +207,34 @@ class Bench:
         policy: str,
         plan: ExitPlan,
         decision: RowExits,
+        scored: ScoredRequests | None,
         cache: StreamCache | None,
         layer: int | None = None,
     ) -> Configuration:
-        """Candidates leave by a plan, or all of them at one layer of it; the AUC is of test."""
-        found = None
-        if self._table is not None:
-            outputs = plan.outputs(*self._table)
-            logits = plan.emitted(outputs)[1]
-            if layer is not None:
-                logits = outputs.logits[:, plan.layers.index(layer)]
-            found = auc(logits.double().numpy(), self._table[0]["label"])
-        return Configuration(name, policy, Engine(self.module, decision, cache), found)
+        """Candidates leave by a plan, or all of them at one layer of it; AUC and lists, of `scored`, are of test."""
 
-    def _best_list(self, candidates: int, cache: StreamCache | None) -> Configuration:
-        """Lists by the run's margins, with their overlap on test."""
-        top_k = self.plans.lists.top_k(LISTED)
-        scored = self._scored(candidates)
-        exits = top_k.exits(scored.request, scored.outputs)
-        overlap = float(scored.overlaps(exits, LISTED).mean())
+        def logits(outputs: HeadOutputs) -> Tensor:
+            if layer is not None:
+                return outputs.logits[:, plan.layers.index(layer)]
+            return plan.emitted(outputs)[1]
+
+        made = Configuration(name, policy, Engine(self.module, decision, cache))
+        if self._table is not None:
+            of_rows = logits(plan.outputs(*self._table)).double().numpy()
+            made.auc = auc(of_rows, self._table[0]["label"])
+        if scored is not None:
+            made.quality = scored.quality(logits(scored.outputs), LISTED)
+        return made
+
+    def _best_list(
+        self, scored: ScoredRequests, cache: StreamCache | None
+    ) -> Configuration:
+        """Lists by the run's margins."""
+        exits = self.plans.lists.top_k(LISTED).exits(scored.request, scored.outputs)
+        quality = scored.quality(list_keys(scored.outputs, exits), LISTED)
         decision = ListExits(self.plans.plan, self.plans.lists, self._device)
         engine = Engine(self.module, decision, cache)
-        return Configuration("top_k", f"best {LISTED}", engine, overlap=overlap)
+        return Configuration("top_k", f"best {LISTED}", engine, quality=quality)
 
     def _scored(self, candidates: int) -> ScoredRequests:
         """Catalogue requests of test, scored at every head."""

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from project.benchmark.configurations import (
+    LISTED,
     REQUESTS,
     Bench,
     Case,
@@ -54,11 +55,11 @@ def configuration_row(
     Speed is over `full`, full depth with prepacked weights, and over the `static_exit` of equal accuracy, None where it
     is exit 0, which runs no layer. Preparing a request (history, features, exit 0, token ids) took `prepare_ms`.
     """
-    # 1. seconds of each request, the median of the rounds, beside full depth's on the same
+    # 1. seconds of each turn, the median of the rounds, beside full depth's on the same
     wall = own.typical()
     count = len(wall)
     full_wall = full.typical()[:count]
-    bootstrap = UserBootstrap(np.arange(count))  # requests are resampled
+    bootstrap = UserBootstrap(np.arange(count))  # turns are resampled
     measured = bootstrap.ratio_interval(full_wall, wall)
     over_static = UNDEFINED
     if static_exit is not None:
@@ -66,7 +67,8 @@ def configuration_row(
     # 2. token-layers
     depths = np.concatenate([s.exit_layers for s in own.scored])
     spent = sum(s.token_layers for s in own.scored)
-    saved = sum(s.token_layers for s in full.scored[:count]) / spent if spent else None
+    whole = sum(s.token_layers for s in full.scored[: len(own.scored)])
+    saved = whole / spent if spent else None
     # 3. the whole request, what comes before the engine included
     whole_ms = None
     whole_speedup = None
@@ -77,11 +79,11 @@ def configuration_row(
     return {
         "engine": own.engine,
         "policy": own.policy,
-        "requests": count,
+        "requests": len(own.scored),
         "p50_ms": 1e3 * float(p50),
         "p95_ms": 1e3 * float(p95),
         "auc": own.auc,
-        "overlap": own.overlap,
+        **(own.quality or {"overlap": None, "ndcg": None, "hits": None}),
         "mean_depth": float(depths.mean()),
         "token_layer_speedup": saved,
         "measured_speedup": measured["value"],
@@ -147,22 +149,25 @@ def run_engine(
     )
     result: EngineResult = {**head, "rows": []}
     for case in wanted:
-        most = REQUESTS.get(case.candidates, 8)
+        most = max(REQUESTS.get(case.candidates, 8), 2 * case.at_once)
         drawn = catalogue_requests(
             data.split, "test", most, case.candidates, data.seed, case.history
         )
         prepare_ms = (
-            None if ranker is None else preparation(ranker, drawn.requests.requests)
+            None
+            if ranker is None or case.at_once > 1
+            else preparation(ranker, drawn.requests.requests)
         )
         # every request has a cached history of its own, whoever it is of
         requests = [
-            replace(r, user=r.request_id)
+            replace(r, user=r.request_id, list_of=LISTED)
             for r in prepare_requests(model, data, drawn.requests)
         ]
         workload: Workload = {
             "candidates": case.candidates,
             "prefix_cached": case.prefix_cached,
             "history": case.history,
+            "at_once": case.at_once,
             "dtype": bench.dtype,
         }
         rows = measured_rows(bench, case, requests, prepare_ms, seconds / len(wanted))
@@ -203,9 +208,12 @@ def measured_rows(
     start = time.perf_counter()
     for request in requests:
         full.runner.score([request])
-    once = (time.perf_counter() - start) / len(requests)
+    once = case.at_once * (time.perf_counter() - start) / len(requests)
     most = int(seconds / (once * len(configurations) * ROUNDS))
-    requests = requests[: max(FEWEST, most)]
+    turns = [
+        requests[at : at + case.at_once] for at in range(0, len(requests), case.at_once)
+    ]
+    turns = turns[: max(FEWEST // min(case.at_once, 2), most)]
     # 2. warm up the others; who has a cache of its own keeps all histories now
     for configuration in configurations[1:]:
         own_cache = case.prefix_cached and configuration.engine == "shared_prefix"
@@ -215,7 +223,7 @@ def measured_rows(
     start = time.perf_counter()
     number = 0
     while number < ROUNDS or time.perf_counter() - start < seconds:
-        run_rounds(configurations, requests, number)
+        run_rounds(configurations, turns, number)
         number += 1
     # 4. rows, beside full depth and the static exit of equal accuracy
     layer = bench.plans.static_exit

@@ -24,7 +24,7 @@ class Sent(TypedDict):
     """A request, and the probabilities that its response must have."""
 
     body: dict[str, object]
-    expected: list[float]
+    expected: list[float | None]  # None: is not listed
 
 
 class Driven(TypedDict):
@@ -38,12 +38,15 @@ class Driven(TypedDict):
     distance: float
 
 
-def wrong_order(items: Sequence[Mapping[str, Any]], expected: Sequence[float]) -> bool:
-    """Whether a response lacks a candidate, has one twice, or has a worse one before a better one."""
+def wrong_order(
+    items: Sequence[Mapping[str, Any]], expected: Sequence[float | None]
+) -> bool:
+    """Whether a response lacks an item, has one twice or another, or has a worse one before a better one."""
     order = [item["index"] for item in items]
-    if sorted(order) != list(range(len(expected))):
+    listed = {k: chance for k, chance in enumerate(expected) if chance is not None}
+    if sorted(order) != [*listed]:
         return True
-    return any(expected[after] > expected[k] + NEAR for k, after in pairwise(order))
+    return any(listed[after] > listed[k] + NEAR for k, after in pairwise(order))
 
 
 def drive(
@@ -104,8 +107,11 @@ def drive(
     for k, content in responses:  # when nobody waits for this process any more
         items, expected = json.loads(content)["items"], requests[k]["expected"]
         found["wrong"] += wrong_order(items, expected)
-        apart = (abs(item["probability"] - expected[item["index"]]) for item in items)
-        found["distance"] = max(found["distance"], *apart)
+        for item in items:
+            chance = expected[item["index"]]
+            if chance is not None:
+                apart = abs(item["probability"] - chance)
+                found["distance"] = max(found["distance"], apart)
     return found
 
 

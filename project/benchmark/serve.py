@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from project.serve.ranker import Ranker
 from project.serve.settings import ServeSettings
 
 USERS = (1, 8, 32)
+DEPTHS = ("full", "plan", "list")  # full depth, every candidate by the plan, lists
+LISTED = 10  # items of a response
 REQUESTS = 48  # in turns
 CANDIDATES = 64  # of a request
 ROUNDS = 3  # fewer do not show the spread
@@ -115,17 +118,20 @@ def drawn_requests(run: Path) -> tuple[Head, list[RankRequest]]:
 
 
 def with_expected(requests: Sequence[RankRequest], ranked: Sequence[Scored]) -> list[Sent]:
-    """What `drive` sends: bodies of /v1/rank, and the probabilities that responses must have."""
-    return [
-        {
-            "body": {
-                "user_id": request.user_id,
-                "candidates": list(map(id_of, request.candidates)),
-            },
-            "expected": one.probabilities.tolist(),
+    """What `drive` sends: bodies of /v1/rank, and the probabilities of the items that responses must list."""
+    sent = list[Sent]()
+    for request, one in zip(requests, ranked, strict=True):
+        listed = set(one.best_first(request.top_n))
+        body: dict[str, object] = {
+            "user_id": request.user_id,
+            "candidates": list(map(id_of, request.candidates)),
+            "top_n": request.top_n,
+            "exhaustive": request.exhaustive,
         }
-        for request, one in zip(requests, ranked, strict=True)
-    ]
+        chances = enumerate(one.probabilities.tolist())
+        expected = [chance if k in listed else None for k, chance in chances]
+        sent.append({"body": body, "expected": expected})
+    return sent
 
 
 def ranker_rate(
@@ -148,51 +154,54 @@ def run_load(run: Path, seconds: float) -> ServeResult:
     # 1. requests, and their probabilities by depth
     head, requests = drawn_requests(run)
     ranker = Ranker.load(run, CACHE_MIB, audit_share=0.0)
-    # full depth -> requests with what is expected
-    sent = dict[bool, list[Sent]]()
-    spent = dict[bool, int]()  # full depth -> token-layers of all requests
-    # first until all prefixes are cached in all layers
-    for full in (False, True, True, False):
-        ranker.full_depth = full
-        ranked = ranker.rank_after_log(requests)
-        spent[full] = sum(one.token_layers for one in ranked)
-        sent[full] = with_expected(requests, ranked)
+    asked = {
+        depth: [replace(r, top_n=LISTED, exhaustive=depth != "list") for r in requests]
+        for depth in DEPTHS
+    }
+    sent = dict[str, list[Sent]]()  # by depth
+    spent = dict[str, int]()  # by depth, token-layers of all requests
+    # full depth first, which caches all prefixes in all layers
+    for depth in ("full", *DEPTHS):
+        ranker.full_depth = depth == "full"
+        ranked = ranker.rank_after_log(asked[depth])
+        spent[depth] = sum(one.token_layers for one in ranked)
+        sent[depth] = with_expected(asked[depth], ranked)
     ranker.monitor.share = AUDIT_SHARE
-    endless = cycle(requests)
+    endless = {depth: cycle(asked[depth]) for depth in DEPTHS}
     # 2. rounds
-    found = dict[tuple[int, bool], list[tuple[Driven, float]]]()
+    found = dict[tuple[int, str], list[tuple[Driven, float]]]()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        servers = {
-            full: stack.enter_context(serving(run, full, Path(folder)))[1]
-            for full in (False, True)
-        }
-        part = seconds / (ROUNDS * len(USERS) * 2 * 2)
+        full, plan = (
+            stack.enter_context(serving(run, whole, Path(folder)))[1]
+            for whole in (True, False)
+        )
+        servers = {"full": full, "plan": plan, "list": plan}
+        part = seconds / (ROUNDS * len(USERS) * len(DEPTHS) * 2)
         # prefixes are cached before the clock starts
-        for full, address in servers.items():
-            for one in sent[full]:
+        for depth, address in servers.items():
+            for one in sent[depth]:
                 headers = {"Content-Type": "application/json"}
-                asked = Request(
-                    f"{address}/v1/rank", json.dumps(one["body"]).encode(), headers
-                )
-                urlopen(asked, timeout=LOADING).close()
+                body = json.dumps(one["body"]).encode()
+                once = Request(f"{address}/v1/rank", body, headers)
+                urlopen(once, timeout=LOADING).close()
         for _ in range(ROUNDS):
             for users in USERS:
-                for full, address in servers.items():
-                    driven = drive(address, sent[full], users=users, seconds=part)
-                    ranker.full_depth = full
-                    alone = ranker_rate(ranker, endless, users, part)
-                    found.setdefault((users, full), []).append((driven, alone))
+                for depth, address in servers.items():
+                    driven = drive(address, sent[depth], users=users, seconds=part)
+                    ranker.full_depth = depth == "full"
+                    alone = ranker_rate(ranker, endless[depth], users, part)
+                    found.setdefault((users, depth), []).append((driven, alone))
     # 3. rows, beside full depth with as many users
     loads = {key: load_row(*key, rounds) for key, rounds in found.items()}
     rows = list[ServeRow]()
-    for (users, full), load in loads.items():
-        whole = loads[users, True]["requests_per_s"]
+    for (users, depth), load in loads.items():
+        whole = loads[users, "full"]["requests_per_s"]
         rows.append(
             {
                 **load,
                 "candidates": len(requests[0].candidates),
-                "audit_share": 0.0 if full else AUDIT_SHARE,
-                "token_layer_speedup": spent[True] / spent[full],
+                "audit_share": 0.0 if depth == "full" else AUDIT_SHARE,
+                "token_layer_speedup": spent["full"] / spent[depth],
                 # None where nothing was answered
                 "speedup": load["requests_per_s"] / whole if whole else None,
             }
@@ -203,7 +212,7 @@ def run_load(run: Path, seconds: float) -> ServeResult:
     return result
 
 
-def load_row(users: int, full: bool, rounds: Sequence[tuple[Driven, float]]) -> Load:
+def load_row(users: int, depth: str, rounds: Sequence[tuple[Driven, float]]) -> Load:
     """One row of a result file, of rounds and the ranker's requests a second; a round lasts until its last response."""
     driven = [one for one, _ in rounds]
     each = np.concatenate([one["ms"] for one in driven])  # (responses,) milliseconds
@@ -212,11 +221,13 @@ def load_row(users: int, full: bool, rounds: Sequence[tuple[Driven, float]]) -> 
     rate = float(np.median(rates))
     ranker = float(np.median([alone for _, alone in rounds]))
     return {
-        "depth": "full" if full else "plan",
+        "depth": depth,
         "users": users,
         "requests": int(each.size),
         "requests_per_s": rate,
+        "p50_ms": float(np.percentile(each, 50)) if each.size else None,
         "p95_ms": float(np.percentile(each, 95)) if each.size else None,
+        "p99_ms": float(np.percentile(each, 99)) if each.size else None,
         "errors": sum(one["errors"] for one in driven),
         "error": next((one["error"] for one in driven if one["error"]), None),
         "wrong_orders": sum(one["wrong"] for one in driven),

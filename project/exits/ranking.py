@@ -21,7 +21,7 @@ from project.exits.certificate import CertificateSettings, certify_losses, user_
 from project.exits.cost import request_cost
 from project.exits.criteria import HeadOutputs
 from project.exits.top_k import TopK, fit_margins, overlap_at_k
-from project.results import ListRow, ListRows
+from project.results import ListQuality, ListRow, ListRows
 from project.run import Checkpoint
 
 LENGTHS = (1, 5, 10, 20, 50)  # lists that margins are fitted for
@@ -53,12 +53,30 @@ class ScoredRequests:
             self.request, layer, self.target_tokens, self.stream_tokens, prefix_cached
         )
 
-    def overlaps(self, exits: Tensor, k: int) -> F64:
-        """Share of full depth's best k that are in the lists of candidates that leave at these heads (n,): (r,)."""
-        keys = list_keys(self.outputs, exits)
+    def overlaps(self, keys: Tensor, k: int) -> F64:
+        """Share of full depth's best k that are among the best k by keys (n,), of each request: (r,)."""
         full = self.outputs.logits[:, -1]
         found: F64 = overlap_at_k(self.request, keys, full, k).numpy()
         return found
+
+    def quality(self, keys: Tensor, k: int) -> ListQuality:
+        """Of the best k by keys (n,): mean overlap with full depth's, and by labels NDCG@k and the share of hits.
+
+        A request with a liked candidate asks where that one stands among the others, whose labels are unknown.
+        Precision@k is the share of hits over k.
+        """
+        gains = list[float]()
+        for place in np.flatnonzero(self.label == 1).tolist():
+            same = self.request == self.request[place]
+            ahead = (same & (keys > keys[place])).sum() + (same & (keys == keys[place]))[
+                :place
+            ].sum()
+            gains.append(float(1 / torch.log2(2.0 + ahead)) if ahead < k else 0.0)
+        return {
+            "overlap": float(self.overlaps(keys, k).mean()),
+            "ndcg": float(np.mean(gains)) if gains else None,
+            "hits": float(np.mean(np.array(gains) > 0)) if gains else None,
+        }
 
 
 def list_keys(outputs: HeadOutputs, exits: Tensor) -> Tensor:
@@ -135,7 +153,8 @@ def fit_lists(tune: ScoredRequests) -> Lists:
         for level, candidate in zip(LEVELS, fitted, strict=True):
             exits = TopK(k, candidate).exits(tune.request, tune.outputs)
             cost = float(tune.costs(exits, True).sum()) / whole
-            overlap = float(tune.overlaps(exits, k).mean())
+            keys = list_keys(tune.outputs, exits)
+            overlap = float(tune.overlaps(keys, k).mean())
             if cost < row["cost"] and overlap >= OVERLAP:
                 row.update({"level": level, "overlap": overlap, "cost": cost})
                 margins[k] = candidate
@@ -160,7 +179,8 @@ def certify_lists(
         if certify is not None:
             k = row["k"]
             exits = lists.top_k(k).exits(certify.request, certify.outputs)
-            losses[1] = user_means(1.0 - certify.overlaps(exits, k), certify.user)
+            keys = list_keys(certify.outputs, exits)
+            losses[1] = user_means(1.0 - certify.overlaps(keys, k), certify.user)
         row["certificate"] = certify_losses(losses, promise).to_dict()
 
 

@@ -148,8 +148,8 @@ def render(result: Result, folder: Path | None = None, short: bool = False) -> s
         for part in rows_of(scored["slices"], *where)
         if part["n"] and part["name"].startswith(("item_", "hidden_"))
     ]
-    form = made.short if short else made.scores
-    return tidy(form(scored, decide(scored, lines), lines, slices, rows_in_words(where[0])))
+    about = scored, decide(scored, lines), lines, slices, rows_in_words(where[0])
+    return tidy(made.short(*about, list_rows(timed)) if short else made.scores(*about))
 
 
 class Spread(NamedTuple):
@@ -371,6 +371,27 @@ def static_cost(
     )
 
 
+def list_rows(timed: Sequence[EngineRow]) -> list[EngineRow]:
+    """Of one request of 64 candidates, history cached: full depth, the static exit of equal overlap, and lists.
+
+    That exit is the shallowest whose overlap is less by .005 at most, else full depth. Empty where no list was timed.
+    """
+    cached = [
+        row
+        for row in timed
+        if (row["candidates"], row["prefix_cached"], row["at_once"]) == (BESIDE, True, 1)
+        and row["overlap"] is not None
+    ]
+    by_name = {row["engine"]: row for row in cached}
+    if not by_name.keys() >= {"packed", "top_k"}:
+        return []
+    least = (by_name["top_k"]["overlap"] or 0.0) - 0.005
+    static = [row for row in cached if row["engine"].startswith("fixed_depth_")]
+    enough = [row for row in static if (row["overlap"] or 0.0) >= least]
+    shallowest = sorted(enough, key=lambda row: row["mean_depth"])[:1]
+    return [by_name["packed"], *shallowest, by_name["top_k"]]
+
+
 def _clock(
     timed: Sequence[EngineRow], engine: str, policy: str | None = None
 ) -> float | None:
@@ -378,7 +399,8 @@ def _clock(
     plain = [
         row
         for row in timed
-        if row["history"] is None and row["dtype"] == "float32" and not row["prefix_cached"]
+        if (row["history"], row["dtype"], row["prefix_cached"], row["at_once"])
+        == (None, "float32", False, 1)
     ]
     sizes = {row["candidates"] for row in plain}
     size = BESIDE if BESIDE in sizes else max(sizes, default=0)

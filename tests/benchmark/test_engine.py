@@ -55,9 +55,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return make
 
 
-def requests_of(count: int) -> list[PreparedRequest]:
+def requests_of(count: int) -> list[list[PreparedRequest]]:
+    """Turns of one request each."""
     rng = np.random.default_rng(0)
-    return [random_request(rng, f"{i}", 2, 3) for i in range(count)]
+    return [[random_request(rng, f"{i}", 2, 3)] for i in range(count)]
 
 
 def test_rounds_take_turns(
@@ -68,9 +69,9 @@ def test_rounds_take_turns(
     both = [made("a", [1.0] * 9, 1, 1), made("b", [1.0] * 9, 2, 1, most=1)]
     score = Configuration.score
 
-    def noted(own: Configuration, request: PreparedRequest) -> None:
-        log.append(f"{own.engine}{request.request_id}")
-        score(own, request)
+    def noted(own: Configuration, requests: Sequence[PreparedRequest]) -> None:
+        log.append(f"{own.engine}{requests[0].request_id}")
+        score(own, requests)
 
     monkeypatch.setattr(Configuration, "score", noted)
     for number in range(2):
@@ -111,6 +112,7 @@ def test_row(made: Callable[..., Any]) -> None:
         "candidates": 64,
         "prefix_cached": False,
         "history": None,
+        "at_once": 1,
         "dtype": "float32",
     }
     result = {
@@ -123,10 +125,13 @@ def test_row(made: Callable[..., Any]) -> None:
 
 
 def test_cases() -> None:
-    """Every size with prefix cached and not; of 64 also behind a short history, where a prompt a candidate is timed."""
+    """Every size cached and not, from 64 on also eight at once; a prompt a candidate behind a short history."""
     found = cases([1, 8, 64, 256])
+    alone = [c for c in found if c.at_once == 1 and not c.history]
     sizes = {(n, cached) for n in (1, 8, 64, 256) for cached in (False, True)}
-    assert {(c.candidates, c.prefix_cached) for c in found} == sizes
+    assert {(c.candidates, c.prefix_cached) for c in alone} == sizes
+    together = [(c.candidates, c.prefix_cached) for c in found if c.at_once == 8]
+    assert together == [(64, True), (256, True), (64, False)]
     assert [c for c in found if c.history] == [Case(64, False, 50)]
     assert [c for c in found if c.pointwise] == [
         Case(1, False),

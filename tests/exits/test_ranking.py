@@ -55,17 +55,29 @@ def test_golden() -> None:
     second's second best is 0, and all stay; so they do at layer 2. The first list is {2, 1}, not full depth's {2, 3}.
     """
     static = [torch.full((7,), head) for head in range(3)]
-    overlaps = [GOLDEN.overlaps(exits, 2).tolist() for exits in static]
+    overlaps = [
+        GOLDEN.overlaps(list_keys(GOLDEN.outputs, exits), 2).tolist() for exits in static
+    ]
     assert overlaps == [[0, 0.5], [0.5, 0.5], [1, 1]]
     costs = [GOLDEN.costs(exits, True).tolist() for exits in static]
     assert costs == [[0, 0], [16, 12], [48, 36]]
     exits = TopK(2, torch.tensor([1.0, 4.0, 0.0])).exits(GOLDEN.request, GOLDEN.outputs)
     assert exits.tolist() == [2, 2, 2, 0, 2, 2, 2]
-    assert GOLDEN.overlaps(exits, 2).tolist() == [0.5, 1]
+    assert GOLDEN.overlaps(list_keys(GOLDEN.outputs, exits), 2).tolist() == [0.5, 1]
     assert GOLDEN.costs(exits, True).tolist() == [36, 36]
     assert GOLDEN.costs(exits, False).tolist() == [96, 96]
     # further than 9 - 0, the largest distance of two logits
     assert list_keys(GOLDEN.outputs, exits).tolist() == [21, 22, 24, 1, 27, 26, 25]
+
+
+def test_quality_by_labels() -> None:
+    """A liked candidate stands third of its list of two: no hit; another second, behind its tie: 1 / log2(3)."""
+    label = np.array([-1, 1, -1, -1, -1, 1, 0], dtype=np.int8)
+    keys = torch.tensor([3.0, 1, 2, 0, 5, 5, 1], dtype=torch.float64)
+    found = replace(GOLDEN, label=label).quality(keys, 2)
+    # full depth's {2, 3} and {0, 1} against {0, 2} and {0, 1}
+    assert found == {"overlap": 0.75, "ndcg": pytest.approx(0.5 / np.log2(3)), "hits": 0.5}
+    assert GOLDEN.quality(keys, 2) == {"overlap": 0.75, "ndcg": None, "hits": None}
 
 
 def drifting(
@@ -94,7 +106,7 @@ def test_fitted_margins() -> None:
             margins = fit_margins(tune.request, tune.outputs, level)
             exits = TopK(row["k"], margins).exits(tune.request, tune.outputs)
             cost = tune.costs(exits, True).sum() / whole
-            enough = tune.overlaps(exits, row["k"]).mean() >= 0.97
+            enough = tune.overlaps(list_keys(tune.outputs, exits), row["k"]).mean() >= 0.97
             assert cost >= row["cost"] - 1e-9 or not enough
 
 
@@ -138,7 +150,7 @@ def test_certificate() -> None:
         found = promises(lists, replace(certify, user=owners))
         for k, promise in zip(lists.margins, found, strict=True):
             exits = lists.top_k(k).exits(certify.request, certify.outputs)
-            lost = 1 - certify.overlaps(exits, k)
+            lost = 1 - certify.overlaps(list_keys(certify.outputs, exits), k)
             means = [lost[owners == user].mean() for user in users]
             assert promise["estimate"] == pytest.approx(np.mean(means))
             assert (promise["n"], promise["delta"]) == (len(users), 0.025)

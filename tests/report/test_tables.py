@@ -29,6 +29,7 @@ from project.report.tables import (
     criteria_rows,
     decide,
     fill_tables,
+    list_rows,
     print_tables,
     render,
     render_beside,
@@ -327,6 +328,53 @@ def test_documents_show_what_result_files_hold(document):
     assert TABLE.search(text)
     assert fill_tables(text, document.parent) == text
     assert not re.search(r"^\|.*\.\d", TABLE.sub("", text), re.MULTILINE)
+
+
+def test_the_headline_is_the_best_ten_of_64(tmp_path):
+    """Beside full depth and the shallowest static exit whose overlap is at most .005 less; else none."""
+    about = {
+        "candidates": 64,
+        "prefix_cached": True,
+        "history": None,
+        "at_once": 1,
+        "dtype": "float32",
+    }
+    made = [
+        about
+        | {
+            "engine": name,
+            "overlap": overlap,
+            "ndcg": 0.3,
+            "mean_depth": depth,
+            "measured_speedup": 6 / depth,
+            "measured_speedup_interval": None,
+        }
+        for name, overlap, depth in (
+            ("packed", 1.0, 6),
+            ("fixed_depth_2", 0.9, 2),
+            ("fixed_depth_4", 0.976, 4),
+            ("fixed_depth_5", 0.99, 5),
+            ("early_exit", 1.0, 6),
+            ("top_k", 0.98, 1.5),
+        )
+    ]
+    names = [row["engine"] for row in list_rows(made)]
+    assert names == ["packed", "fixed_depth_4", "top_k"]
+    others = [
+        row | change for row in made for change in ({"at_once": 8}, {"candidates": 100})
+    ]
+    assert list_rows([*others, *made[:5]]) == []
+    own = result()
+    file = {
+        "schema_version": own["schema_version"],
+        "command": "benchmark",
+        "protocol": own["protocol"],
+        "rows": made,
+    }
+    (tmp_path / "benchmark.json").write_text(json.dumps(file))
+    found = render(own, tmp_path, short=True)
+    assert "| **lists: who cannot reach them leaves** | .980 | .300 | x4.00 |" in found
+    assert "| exit 4, the static exit of equal overlap | .976 | .300 | x1.50 |" in found
 
 
 def test_markers_and_command_line(tmp_path, capsys):

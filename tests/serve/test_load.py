@@ -17,7 +17,7 @@ from research import hostile
 
 def test_wrong_orders() -> None:
     """Best first; ties within rounding in any order; every candidate once."""
-    expected = [0.2, 0.9, 0.50001, 0.5]
+    expected: list[float | None] = [0.2, 0.9, 0.50001, 0.5]
 
     def wrong(*order: int) -> bool:
         return wrong_order([{"index": k} for k in order], expected)
@@ -27,6 +27,9 @@ def test_wrong_orders() -> None:
     assert wrong(2, 1, 3, 0)
     assert wrong(1, 2, 3)
     assert wrong(1, 2, 3, 3)
+    expected = [0.2, 0.9, None, 0.5]  # of a list of three
+    assert not wrong_order([{"index": k} for k in (1, 3, 0)], expected)
+    assert wrong_order([{"index": k} for k in (1, 2, 3)], expected)
 
 
 def test_a_row() -> None:
@@ -36,12 +39,12 @@ def test_a_row() -> None:
         (clean | {"ms": [10.0] * 4, "at": [0.5, 1.0, 1.5, 2.0]}, 2.0),
         (clean | {"ms": [20.0] * 2, "at": [1.0, 2.0], "wrong": 1}, 3.0),
     ]
-    row = load_row(8, True, rounds)
+    row = load_row(8, "full", rounds)
     assert (row["requests_per_s"], row["ranker_requests_per_s"]) == (1.5, 2.5)
     assert (row["p95_ms"], row["wrong_orders"]) == (20, 1)
     assert row["overhead"] == pytest.approx(0.4)
     nothing = load_row(
-        8, True, [(clean | {"ms": [], "at": [], "errors": 3, "error": "503"}, 2.0)]
+        8, "full", [(clean | {"ms": [], "at": [], "errors": 3, "error": "503"}, 2.0)]
     )
     assert (nothing["p95_ms"], nothing["errors"], nothing["error"]) == (None, 3, "503")
 
@@ -57,13 +60,10 @@ def test_a_tiny_run_under_load(
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     monkeypatch.setattr(serve, "USERS", (1, 4))
     monkeypatch.setattr(serve, "ROUNDS", 1)
+    monkeypatch.setattr(serve, "LISTED", 4)  # the tiny run's longest list is of five
     result = serve.run_load(served_run, seconds=8.0)
-    assert [(r["users"], r["depth"]) for r in result["serve"]] == [
-        (1, "plan"),
-        (1, "full"),
-        (4, "plan"),
-        (4, "full"),
-    ]
+    measured = [(row["users"], row["depth"]) for row in result["serve"]]
+    assert measured == [(k, d) for k in (1, 4) for d in ("full", "plan", "list")]
     for row in result["serve"]:
         assert row["requests"] > 0
         assert (row["errors"], row["error"], row["wrong_orders"]) == (0, None, 0)
