@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 # Measured with heads of SmolLM2-135M's shape on one CPU core, forward and backward: 64 to
-# 256 take equally long, 512
-# takes 20 % longer. The largest of equals, because every block costs a kernel call.
+# 256 take equally long, 512 takes 20 % longer. The largest of equals, because every block
+# costs a kernel call.
 BLOCK_TOKENS = 256
 # Invisible keys up to this many are masked, not cut out: a single range is a view, several
 # ranges are copied.

@@ -156,9 +156,8 @@ class Scored:
     token_layers: int = 0  # tokens times layers that ran, the history's included
     error: str | None = None  # why it could not be scored
     late: bool = False  # past the deadline, candidates left whom the plan would have kept
-    list_of: int = (
-        0  # candidates that could not be of the best so many have left; 0: none for that
-    )
+    # length k of the list whose margins decided; 0: the plan decided for every candidate
+    list_of: int = 0
     # a ranker adds
     item_ids: Sequence[str] = ()  # n
     titles: Sequence[str] = ()  # n

@@ -69,8 +69,7 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     group = run - run[starts][sequence]
 
     # 4. token positions: all segments of a time group start at the same one; the next group
-    # starts after the sum of the
-    # lengths of those that later groups may see
+    # starts after the sum of the lengths of those that later groups may see
     lists = streams.tokens.take(index)
     lengths = lists.lengths
     run_start = offsets_of(np.bincount(run, weights=lengths * context).astype(np.int64))[

@@ -315,8 +315,7 @@ def _interactions(
     further = [texts_of(table[name], file, name) for name in context]
     table = table.select(name for name in OURS if name in table.columns)
     # 2. answers: of two columns the protocol needs one, and a label may be a record's, so
-    # that what cannot be read is
-    # null; of one column every value must be readable
+    # that what cannot be read is null; of one column every value must be readable
     answers = [name for name in ("rating", "label") if name in table.columns]
     for name in answers:
         theirs = columns.get(name, name)

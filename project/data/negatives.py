@@ -91,9 +91,10 @@ def _unseen(
     # behind it are the catalogue
     user = drawn["user"].to_numpy().astype(np.int64)  # (m,)
     time = drawn["timestamp"].to_numpy()  # (m,) seconds
+    # (m,) clicks
     earlier = (
         np.searchsorted(clicked_at, time) if popular else np.zeros(drawn.height, np.int64)
-    )  # (m,) clicks
+    )
     item = np.zeros(drawn.height, np.int64)  # (m,) what was drawn last
     # rows whose item may not stay; shrinks at every round
     waiting = np.arange(drawn.height)

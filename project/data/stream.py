@@ -86,8 +86,8 @@ def evaluation_windows(
         wanted = np.flatnonzero(target[first : groups[after]])
         end = first + int(wanted[-1]) + 1 if len(wanted) else first
         # 2. the last group may be too large for it (many rows with one timestamp): its rows
-        # do not see each other, so
-        # what has no room goes to further windows with the same context
+        # do not see each other, so what has no room goes to further windows with the same
+        # context
         stop = first
         while first < end:
             spent = seen_offsets[stop] - seen_offsets[start]

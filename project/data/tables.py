@@ -12,8 +12,7 @@ from project.errors import DataError
 LATEST = 1e10  # seconds: the year 2286
 UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
 # Sizes of numbers that are times, by unit: below 1e10, 1e11 to 1e13, 1e14 to 1e16, 1e17 to
-# 1e19. So from milliseconds
-# on a column begins in 1973, and between two units is a gap.
+# 1e19. So from milliseconds on a column begins in 1973, and between two units is a gap.
 EDGES = (LATEST, 1e11, 1e13, 1e14, 1e16, 1e17, 1e19)
 ATOMIC = (".inter", ".item", ".user")  # RecBole's files
 DATES = (19_000_101, 21_001_231)  # as digits; as seconds August and September 1970

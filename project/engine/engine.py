@@ -32,13 +32,10 @@ from project.model.backbone import State
 from project.model.module import ExitRecommender
 
 # From so many tokens on, an exit's layer runs at answer positions first: candidates that
-# leave save the rest of the
-# layer, for those that stay its fixed part runs twice. If half leave, break-even is that
-# part, in tokens, over .39.
-# On a CPU, packed float32 layers of SmolLM2-135M: their weights take as long to read as 24
-# tokens to multiply (218
-# GFLOP/s, 18 GB/s in results/whole_backbone_alone/benchmark.json), so 62. On other devices
-# kernel
+# leave save the rest of the layer, for those that stay its fixed part runs twice. If half
+# leave, break-even is that part, in tokens, over .39. On a CPU, packed float32 layers of
+# SmolLM2-135M: their weights take as long to read as 24 tokens to multiply (218 GFLOP/s, 18
+# GB/s in results/whole_backbone_alone/benchmark.json), so 62. On other devices kernel
 # launches take most of the time; not measured.
 READ_TOKENS, READ_TOKENS_ELSEWHERE = 64, 4096
 
@@ -80,9 +77,8 @@ class Engine:
                 READ_TOKENS if self.device.type == "cpu" else READ_TOKENS_ELSEWHERE
             )
         self.read_tokens = read_tokens
-        self._rotary: tuple[Tensor, Tensor] | None = (
-            None  # cosines and sines by position, (positions, head dim)
-        )
+        # cosines and sines by position, (positions, head dim)
+        self._rotary: tuple[Tensor, Tensor] | None = None
 
     @torch.inference_mode()
     def score(self, requests: Sequence[PreparedRequest]) -> Scores:
@@ -216,9 +212,8 @@ class EngineBatch:
             state = self._run_layers(state, depth, layer - 1)
             depth = layer - 1
             # 4. The exit's own layer. Where candidates may leave it runs at the answer
-            # slots alone: a candidate that
-            # leaves needs no more of it. It runs whole where nobody can leave, or where
-            # tokens are few.
+            # slots alone: a candidate that leaves needs no more of it. It runs whole where
+            # nobody can leave, or where tokens are few.
             known = decision.known(head, self._lists())
             is_last = head == len(decision.layers) - 1
             if known or (

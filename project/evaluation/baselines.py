@@ -141,9 +141,8 @@ def fit_baselines(
         for name, f in singles.items()
     }
     # 2. models of several features; of two that are equally accurate `best_baseline` takes
-    # the first, so the simpler
-    # model stands first. One thread: thousands of short parallel loops cost 30 s instead of
-    # 1 s on busy cores.
+    # the first, so the simpler model stands first. One thread: thousands of short parallel
+    # loops cost 30 s instead of 1 s on busy cores.
     rates, no_text = (
         slice(FEATURES.index("vote_log_odds")),
         slice(len(FEATURES) - len(TEXT_FEATURES)),
@@ -206,8 +205,7 @@ def boosting(categories: Sequence[int] = ()) -> Any:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     # iterations, rate and leaf size were chosen on ML-100K's validation; no early stopping,
-    # which would hold
-    # out rows at random although the log is ordered by time
+    # which would hold out rows at random although the log is ordered by time
     return HistGradientBoostingClassifier(
         max_leaf_nodes=15,
         learning_rate=0.03,

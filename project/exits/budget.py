@@ -42,8 +42,8 @@ from project.results import Calibration as CalibrationDocument
 from project.results import Issued
 
 # With fewer users on tune no bound on the AUC drop holds on fresh users where a few in a
-# hundred are served badly by
-# early exits: such users are not among them, or too few to tell (results/budget.json).
+# hundred are served badly by early exits: such users are not among them, or too few to tell
+# (results/budget.json).
 FEWEST_USERS = 250
 
 

@@ -37,8 +37,8 @@ RISKS = {
 ROWS_OF_A_USER = 16  # of each user so many random rows are paired, which bounds the work
 PAIRINGS = 20  # random pairings of all users that capital is averaged over
 # Largest share of the capital that one loss may take (WSR's c, there 1/2 or 3/4). At few
-# users only bets near the limit
-# reach 1 / delta: of plans without a drop .9 passes 65 %, .99 72 % at 300 users.
+# users only bets near the limit reach 1 / delta: of plans without a drop .9 passes 65 %,
+# .99 72 % at 300 users.
 BET_SHARE = 0.99
 # Variance of the losses in [0, 1] before any was seen, counted as so many losses (WSR: one
 # of 1/4, their maximum).

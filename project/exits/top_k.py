@@ -45,7 +45,7 @@ class TopK:
 
 
 def fit_margins(request: Tensor, outputs: HeadOutputs, level: float) -> Tensor:
-    """Margins (K,) such that this share of the n candidates of tune moves less until the last head.
+    """Margins (K,): the quantile `level` of how far the n candidates of tune move until the last head.
 
     A level above 1 is so many times the largest move.
     """

@@ -119,9 +119,8 @@ class ItemEmbedding(NumberEmbedding):
             "moments", torch.tensor([[0.0], [1.0]]).to(weight).repeat(1, width)
         )
         # at first the standardised vector as large as a word's, and a random point for all;
-        # the first H rows multiply
-        # a vector of length about 1, so that a step of AdamW moves items not much farther
-        # than it moves words
+        # the first H rows multiply a vector of length about 1, so that a step of AdamW
+        # moves items not much farther than it moves words
         start = torch.eye(width, dtype=weight.dtype, device=weight.device) * width**0.5
         point = torch.randn(1, width, dtype=weight.dtype, device=weight.device)
         self.projection = nn.Parameter(torch.cat([start, point]) * weight.std())

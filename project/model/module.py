@@ -146,8 +146,8 @@ class ExitRecommender(L.LightningModule):
         # frozen weights are not in the checkpoint; on_load_checkpoint is stricter
         self.strict_loading = False
         # buffers travel with every checkpoint: the headline's exit layer, by validation's
-        # tune fold (-1: not validated
-        # yet), and the feature baseline, fitted when training starts (NaN: not fitted yet)
+        # tune fold (-1: not validated yet), and the feature baseline, fitted when training
+        # starts (NaN: not fitted yet)
         self.chosen_exit: Tensor
         self.exit_0: Tensor
         self.register_buffer("chosen_exit", torch.tensor(-1))

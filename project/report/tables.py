@@ -43,8 +43,7 @@ class Answer:
     kind: Literal["plan", "exit", "no_llm", "undecided", "baselines"]
     instead: str = ""  # no_llm: what to deploy, "exit 0" or the best baseline's name
     # no_llm: `instead` is as good, better or within the budget; "not better": the LLM's
-    # lead is above TOLERANCE, but
-    # its interval holds 0
+    # lead is above TOLERANCE, but its interval holds 0
     how: Literal["", "as good", "better", "not better", "budget"] = ""
     layer: int | None = None  # exit: the one to deploy
     # what would be deployed (no_llm: the LLM's best) minus the best baseline

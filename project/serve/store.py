@@ -103,9 +103,8 @@ class EventStore:
                 f"{text} sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME."
             ) from None
         shown = address.render_as_string(hide_password=True)
-        self._writing = (
-            threading.Lock()
-        )  # SQLite has one writer, and those that wait for it sleep in long steps
+        # SQLite has one writer, and those that wait for it sleep in long steps
+        self._writing = threading.Lock()
         if self._engine.dialect.name == "sqlite":
             sa.event.listen(self._engine, "connect", _durable)
         try:

@@ -164,9 +164,8 @@ def test_a_click_does_not_tell_itself_by_having_been_there(
     label = features["label"].to_numpy()
     assert label.sum() > 700
     before = (features["timestamp"] > features["first"]).fill_null(False)
-    weak = (
-        [] if fields else [features["item_similarity_weight"]]
-    )  # of random vectors, .53 where clicks repeat
+    # of random vectors, .53 where clicks repeat
+    weak = [] if fields else [features["item_similarity_weight"]]
     for scores in (before, features["text_weight"], *weak):
         assert least < auc(scores.cast(pl.Float64).fill_null(0).to_numpy(), label) < most
 

@@ -78,8 +78,8 @@ def test_golden() -> None:
     rates = {"item_rate": 0.5, "item_count": 2, "user_rate": None, "user_count": 0}
     assert found[4] == {"row_id": 4, "neighbour_count": 0} | neighbours | rates
     # Before the cut item 0 has 2 likes, item 1 has 1: w0 = (1/sqrt 2, 0), w1 = (0, 1). v0 =
-    # w0, v1 = w0 + w1,
-    # v2 = -.5 v1; cos(v0, v1) = (1/2) / (sqrt(1/2) sqrt(3/2)) = sqrt(1/3), v2 the negative.
+    # w0, v1 = w0 + w1, v2 = -.5 v1; cos(v0, v1) = (1/2) / (sqrt(1/2) sqrt(3/2)) =
+    # sqrt(1/3), v2 the negative.
     row, third, two_thirds = found[5], (1 / 3) ** 0.5, (2 / 3) ** 0.5
     assert (row["neighbours"], row["answers"]) == ([2, 3], [1, 0])
     assert row["similarities"] == pytest.approx([third, -third], abs=1e-6)
