@@ -86,7 +86,7 @@ def measure(run: Path, seconds: float) -> dict[str, Any]:
     }
     for step in steps.values():
         step()  # warm up
-    # 2. steps in turns targets a second, one a round
+    # 2. steps in turns: targets a second, one a round
     rates: dict[str, list[float]] = {name: [] for name in steps}
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(rates["packed"]) < ROUNDS:

@@ -248,7 +248,7 @@ def like_graph(edges: Edges, num_users: int, num_items: int) -> LikeGraph:
     """The graph of liked rows (He et al. 2020, equation 3: symmetric normalisation) among all users and items."""
     nodes = num_users + num_items
     liked = edges.label == 1
-    # by item, then user one number a pair, so that `unique` finds repeats in one array
+    # by item, then user: one number a pair, so that `unique` finds repeats in one array
     distinct = np.unique(edges.item[liked] * nodes + edges.user[liked] + num_items)
     item, user = torch.from_numpy(np.stack(np.divmod(distinct, nodes)))
     # (nodes,) likes of items and of users

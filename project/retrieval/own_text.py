@@ -103,7 +103,7 @@ def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[F64, F64]:
                 matrix, vectors.shape[1], rows.item[queries], rows.item[past], earlier
             )
             weight[queries] = w.sum(axis=1)
-            # 2. the formula on top of this file (queries,) the mean answer of each query's
+            # 2. the formula on top of this file: (queries,) the mean label of each query's
             # past
             mean = sums[earlier] / np.maximum(earlier, 1)
             shrunk = (w @ answers[: past.size] - mean * weight[queries]) / (

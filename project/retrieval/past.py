@@ -162,7 +162,8 @@ class SimilarLikes:
 
     def observe(self, rows: WalkRows, group: range) -> None:
         """Take in the rows of a second (or of several without a query) and make the lists that are due after it."""
-        # 1. likes and ratings by user who was answered: how many rows they had until then
+        # 1. likes and ratings
+        # by user whose rows were labelled: how many rows they had until then
         before: dict[int, int] = {}
         latest: dict[int, int] = {}  # by user who was answered: their latest row
         for row in group:
@@ -200,8 +201,8 @@ class SimilarLikes:
         )
 
     def _list(self, user: int, person: int) -> list[int]:
-        # 1. similar users among the latest who like something dictionaries keep the order
-        # in which persons were put back
+        # 1. similar users among the latest who like something
+        # dictionaries keep the order in which users were put back
         latest_first = (
             other
             for other, liked in reversed(self._likes.items())
