@@ -370,25 +370,20 @@ def static_cost(
     )
 
 
-def list_rows(timed: Sequence[EngineRow]) -> list[EngineRow]:
-    """Of one request of 64 candidates, history cached: full depth, the static exit of equal overlap, and lists.
+def list_rows(timed: Sequence[EngineRow]) -> list[tuple[EngineRow, EngineRow | None]]:
+    """Full depth, every static exit and lists on requests of 64 candidates, histories cached.
 
-    That exit is the shallowest whose overlap is less by .005 at most, else full depth. Empty where no list was timed.
+    Each is timed on one request, and on several at once (None: not timed). Empty where no list was timed.
     """
-    cached = [
-        row
-        for row in timed
-        if (row["candidates"], row["prefix_cached"], row["at_once"]) == (BESIDE, True, 1)
-        and row["overlap"] is not None
-    ]
-    by_name = {row["engine"]: row for row in cached}
-    if not by_name.keys() >= {"packed", "top_k"}:
+    one = dict[str, EngineRow]()  # by engine
+    more = dict[str, EngineRow]()
+    for row in timed:
+        if (row["candidates"], row["prefix_cached"]) == (BESIDE, True):
+            (one if row["at_once"] == 1 else more)[row["engine"]] = row
+    if not one.keys() >= {"packed", "top_k"}:
         return []
-    least = (by_name["top_k"]["overlap"] or 0.0) - 0.005
-    static = [row for row in cached if row["engine"].startswith("fixed_depth_")]
-    enough = [row for row in static if (row["overlap"] or 0.0) >= least]
-    shallowest = sorted(enough, key=lambda row: row["mean_depth"])[:1]
-    return [by_name["packed"], *shallowest, by_name["top_k"]]
+    static = sorted((name for name in one if name.startswith("fixed_depth_")), reverse=True)
+    return [(one[name], more.get(name)) for name in ("packed", *static, "top_k")]
 
 
 def _clock(
