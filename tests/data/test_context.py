@@ -222,6 +222,7 @@ def test_what_a_request_brings() -> None:
     [
         ({"devise": "tv"}, "unknown name 'devise'.*expected device, price, position"),
         ({"price": "cheap"}, r"context\.price is 'cheap'; expected a number"),
+        ({"price": 10**400}, r"context\.price is '1000.*'; expected a number"),
         ({"device": {"a": 1}}, r"context\.device is .* expected text"),
         (
             {"device": "x" * 10_000},

@@ -172,6 +172,7 @@ def test_parquet_equals_jsonl(logs: Interactions, tmp_path: Path) -> None:
 def test_values_of_the_items_table(logs: Interactions, tmp_path: Path) -> None:
     """Numbers and lists are what the items file has of them: text, lists joined."""
     values = {"99": 99, "4.5": 4.5, "true": True, "a, 1": ["a", 1], "": None}
+    values |= {str(10**400): 10**400}  # larger than any float
     items = [
         {"item_id": f"n{k}", "title": "New", "year": value}
         for k, value in enumerate(values.values())
