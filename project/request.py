@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -218,7 +218,7 @@ def text_of(name: str, value: Any) -> str:
         return value
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int | float) and isfinite(value):
+    if isinstance(value, int | float) and -inf < value < inf:
         return str(value)
     if isinstance(value, list) and not any(isinstance(part, list) for part in value):
         return ", ".join(text_of(name, part) for part in value)
