@@ -22,6 +22,7 @@ USER = "user."
 KINDS = ("number", "category")
 MAX_CHARACTERS = 1000  # of a value
 BINS = 16  # of a number, where it is counted by value
+EXACT = 2**53  # whole numbers up to it are doubles
 TELLS_ALONE = 0.95  # AUC above which a column is probably known only afterwards
 
 
@@ -176,7 +177,11 @@ def brought(
         if columns[prefix + name] == "category":
             found[prefix + name] = code_of(text)
             continue
-        number = numbers(pl.Series([text]), what, name)[0]
+        # a number is itself; text is read as in a column, which takes .4 ms
+        if type(value) in (int, float) and abs(value) <= EXACT:
+            number = float(value)
+        else:
+            number = numbers(pl.Series([text]), what, name)[0]
         if number is None:
             raise DataError(f"{what}.{name} is {text[:40]!r}; expected a number.")
         found[prefix + name] = number

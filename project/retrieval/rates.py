@@ -83,8 +83,8 @@ class ContextRates:
             for name, kind in log.columns.items()
             if kind == "number"
         }
-        # 2. what rates are made with, by item code; NaN where an item has none
-        self._attributes = {ITEM: np.arange(log.items.height, dtype=np.float64)}
+        # 2. attributes of items that rates are made with, by item code; NaN where an item has none
+        self._attributes = dict[str, F64]()
         for name in log.items.columns:
             texts = log.items[name]
             if name not in ("item", "item_id", "title") and 1 < texts.n_unique() <= FEW:
@@ -140,11 +140,10 @@ class ContextRates:
                 name: self._rate(self._sums[name], key, now) for name, key in keys.items()
             }
         # 2. before: sums up to each second
-        log = with_users(self._rows, self._users, self.columns)
-        of_log = self._keys(log.to_dict(), self._rows["item"].to_numpy(), self._items)
         seconds = self._rows["timestamp"].to_numpy()
+        counts = _counts(self._rows)
         tallies = {
-            name: Tally(key, seconds, *_counts(self._rows)) for name, key in of_log.items()
+            name: Tally(key, seconds, *counts) for name, key in self._keys_of_log().items()
         }
         return given | {
             name: self._rate(tallies[name], key, time) for name, key in keys.items()
@@ -153,11 +152,9 @@ class ContextRates:
     @cached_property
     def _sums(self) -> dict[str, Tally]:
         """Of every rate the whole log's counts, which requests after it read."""
-        log = with_users(self._rows, self._users, self.columns)
         likes, counted = _counts(self._rows)
         found = {}
-        keys = self._keys(log.to_dict(), self._rows["item"].to_numpy(), self._items)
-        for name, key in keys.items():
+        for name, key in self._keys_of_log().items():
             distinct, place = np.unique(key, return_inverse=True)
             found[name] = Tally(
                 distinct,
@@ -167,19 +164,24 @@ class ContextRates:
             )
         return found
 
+    def _keys_of_log(self) -> dict[str, Key]:
+        """By rate the key (n,) of each row of the log."""
+        log = with_users(self._rows, self._users, self.columns)
+        return self._keys(log.to_dict(), self._rows["item"].to_numpy(), self._items)
+
     def _keys(
         self, values: Mapping[str, pl.Series | F64], item: I64, items: pl.DataFrame
     ) -> dict[str, Key]:
         """By rate the key (n,) of each row: 0 where a value is missing."""
-        parts = {"": np.zeros(item.size)}
-        new = items[self._items.height :]
+        # 1. what a value is counted with: nothing, the item, an attribute of it
+        parts = {"": np.zeros(item.size), f"*{ITEM}": item.astype(np.float64)}
+        new = item - self._items.height  # place among the items that requests bring, from 0
         for name, codes in self._attributes.items():
-            further = (
-                np.arange(len(codes), items.height, dtype=np.float64)
-                if name == ITEM
-                else _codes(new[name])
-            )
-            parts["*" + name] = np.concatenate([codes, further])[item]
+            part = codes[np.minimum(item, len(codes) - 1)]
+            if (new >= 0).any():
+                part[new >= 0] = _codes(items[name][self._items.height :])[new[new >= 0]]
+            parts["*" + name] = part
+        # 2. the values, numbers by their bins
         found = {}
         for name, kind in self.columns.items():
             value = np.asarray(values[name], np.float64)
