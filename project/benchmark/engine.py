@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -148,21 +149,28 @@ def run_engine(
         "benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed
     )
     result: EngineResult = {**head, "rows": []}
+
+    @cache
+    def drawn(
+        most: int, candidates: int, history: int | None
+    ) -> tuple[list[RankRequest], list[PreparedRequest]]:
+        """Requests, and the same for the engine; some workloads differ by what is cached alone."""
+        found = catalogue_requests(
+            data.split, "test", most, candidates, data.seed, history
+        ).requests
+        # every request has a cached history of its own, whoever it is of
+        prepared = [
+            replace(r, user=r.request_id, list_of=LISTED)
+            for r in prepare_requests(model, data, found)
+        ]
+        return found.requests, prepared
+
     for case in wanted:
         most = max(REQUESTS.get(case.candidates, 8), 2 * case.at_once)
-        drawn = catalogue_requests(
-            data.split, "test", most, case.candidates, data.seed, case.history
-        )
+        asked, requests = drawn(most, case.candidates, case.history)
         prepare_ms = (
-            None
-            if ranker is None or case.at_once > 1
-            else preparation(ranker, drawn.requests.requests)
+            None if ranker is None or case.at_once > 1 else preparation(ranker, asked)
         )
-        # every request has a cached history of its own, whoever it is of
-        requests = [
-            replace(r, user=r.request_id, list_of=LISTED)
-            for r in prepare_requests(model, data, drawn.requests)
-        ]
         workload: Workload = {
             "candidates": case.candidates,
             "prefix_cached": case.prefix_cached,

@@ -115,8 +115,11 @@ def fit_baselines(
 
     labels = train_labels(rows)
     base = float(labels.mean())
-    train = retrieved_features(rows, retrieved, "train", base)
-    features = {split: retrieved_features(rows, retrieved, split, base) for split in splits}
+    tables = {
+        s: targets_table(rows, retrieved, s) for s in dict.fromkeys(["train", *splits])
+    }
+    train = feature_matrix(tables["train"], base)
+    features = {split: feature_matrix(tables[split], base) for split in splits}
 
     def fitted(model: Any, train: F64, features: Mapping[str, F64]) -> dict[str, F64]:
         model.fit(train, labels)
@@ -156,7 +159,6 @@ def fit_baselines(
         logits["gbdt_text"] = learned(boosting(), slice(None))
         # 3. the two of all features with context, too
         if kinds:
-            tables = {s: targets_table(rows, retrieved, s) for s in {"train", *splits}}
             terms = fit_terms(tables["train"], kinds, base)
             wide = {s: feature_matrix(table, base, terms) for s, table in tables.items()}
             scored = {split: wide[split] for split in splits}
