@@ -259,7 +259,7 @@ class Comparison(TypedDict):
     baseline_difference: Difference | None
 
 
-class Scored(Comparison):
+class ScoredRows(Comparison):
     """Also the plan where there is one, and slices."""
 
     adaptive: Adaptive | None
@@ -269,7 +269,7 @@ class Scored(Comparison):
     own_metric: OwnMetricRows | None
 
 
-class ScoredResult(Head, Scored):
+class ScoredResult(Head, ScoredRows):
     """Of fit, validate, test, and of baselines, which has no exits."""
 
     warnings: list[str]

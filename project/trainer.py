@@ -30,7 +30,7 @@ from project.exits.ranking import lists_in_words
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
 from project.report.tables import render, shown
-from project.results import Scored, ScoredResult, Slice
+from project.results import ScoredResult, ScoredRows, Slice
 from project.run import (
     read_checkpoint,
     result_head,
@@ -83,7 +83,7 @@ def run_baselines(
             scores = {f"baseline {b.name}": b.logits(targets["row_id"]) for b in baselines}
             slices += slice_rows(targets, split.rows, data.retrieved[part], scores, part)
     head = result_head("baselines", split.manifest, str(folder / "config.yaml"), data.seed)
-    found: Scored = {
+    found: ScoredRows = {
         "exits": [],
         "chosen_exit": None,
         "baselines": baseline_rows(baselines, split.rows),

@@ -39,8 +39,8 @@ from project.results import (
     OwnMetricRows,
     PlanRow,
     Risk,
-    Scored,
     ScoredResult,
+    ScoredRows,
     Slice,
 )
 from project.run import exit_layers_of, score_table
@@ -213,7 +213,7 @@ def scored_rows(
     base: float,
     prefix_cached: bool,
     metric: OwnMetric | None,
-) -> Scored:
+) -> ScoredRows:
     """What a score table says of a split: exits, baselines, the plan, slices; `base` is train's share of likes."""
     rows = data.split.rows
     # 1. exits beside the baselines
@@ -264,7 +264,7 @@ def scored_rows(
 
 
 def scored_result(
-    head: Head, scored: Scored, data: InteractionData, not_calibrated: str | None
+    head: Head, scored: ScoredRows, data: InteractionData, not_calibrated: str | None
 ) -> ScoredResult:
     """A whole result file of rows that were scored."""
     return {

@@ -49,9 +49,8 @@ from project.run import table_about
 LOG = logging.getLogger(__name__)
 
 FRACTIONS = np.array([0.0, 0.9, *2.0 ** -np.arange(1, 9)])
-SHARES = np.array(
-    [0.5, *[0.5 / 9] * 9]
-)  # of the capital that a fraction stakes, at first and when shared anew
+# of the capital that a fraction stakes, at first and when shared anew
+SHARES = np.array([0.5, *[0.5 / 9] * 9])
 # of a user, for a bet; a user's loss is cut to +-MOST, the Brier score of a coin
 EVENTS, MOST = 10, 0.25
 
@@ -182,7 +181,8 @@ class Monitor(Watch):
         scored = self._engine.score([request]).requests[0]
         if scored.late or scored.error is not None or not len(request):
             return scored, None
-        (outputs,) = self._heads.outputs
+        (found,) = self._heads.outputs
+        outputs = HeadOutputs(found.layers, found.logits.cpu(), found.retrieved.cpu())
         full = scored.probabilities
         k = self._margins.length(request.list_of, len(request))
         if not k:
@@ -250,19 +250,17 @@ def excess(probability: Any, label: Any, base_rate: float) -> Any:
 
 def answered(plan: ExitPlan, outputs: HeadOutputs) -> tuple[I64, F64, F64]:
     """Of n rows at all heads, calibrated: layers and logits that they leave with, and their losses, (n,) each."""
-    here = HeadOutputs(outputs.layers, outputs.logits.cpu(), outputs.retrieved.cpu())
-    layers, logits = plan.emitted(here)
-    answer, full = (x.double().numpy() for x in (logits, here.logits[:, -1]))
+    layers, logits = plan.emitted(outputs)
+    answer, full = (x.double().numpy() for x in (logits, outputs.logits[:, -1]))
     return layers.numpy(), answer, np.abs(probabilities(answer) - probabilities(full))
 
 
 def listed(lists: Lists, k: int, outputs: HeadOutputs) -> tuple[I64, F64, float]:
     """Of one request at all heads, calibrated: the heads candidates leave at, their logits, and its loss of overlap."""
-    here = HeadOutputs(outputs.layers, outputs.logits.cpu(), outputs.retrieved.cpu())
-    request = torch.zeros(len(here.logits), dtype=torch.int64)
-    exits = lists.top_k(k).exits(request, here)
-    overlap = overlap_at_k(request, list_keys(here, exits), here.logits[:, -1], k)
-    logits = here.logits.gather(1, exits[:, None]).squeeze(1)
+    request = torch.zeros(len(outputs.logits), dtype=torch.int64)
+    exits = lists.top_k(k).exits(request, outputs)
+    overlap = overlap_at_k(request, list_keys(outputs, exits), outputs.logits[:, -1], k)
+    logits = outputs.logits.gather(1, exits[:, None]).squeeze(1)
     return exits.numpy(), logits.double().numpy(), 1.0 - float(overlap)
 
 

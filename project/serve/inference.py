@@ -39,9 +39,12 @@ REST = 1.0  # seconds without a payload, after which events are taken in
 PIECE = 512  # characters that are embedded at once, or one text that is longer
 SHARE = 0.25  # seconds of embedding for a second of answering
 FAILED = HTTPException(503, "The inference process failed; try again.")
-FULL = HTTPException(
-    429, "Too much text of new items waits; try again in a second.", {"Retry-After": "1"}
-)
+
+
+def too_much_text() -> HTTPException:
+    """The response to what brings texts while too many wait."""
+    text = "Too much text of new items waits to be embedded; try again in a second."
+    return HTTPException(429, text, {"Retry-After": "1"})
 
 
 def run_inference(
@@ -175,7 +178,7 @@ class Served:
             if not texts:
                 batch.append((number, payload))
             elif self.characters() >= self.settings.max_waiting_characters:
-                answers.append((number, FULL))
+                answers.append((number, too_much_text()))
             else:
                 self._aside.append(Aside(number, payload, texts))
         # 2. those that have waited long enough come along

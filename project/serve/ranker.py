@@ -156,9 +156,8 @@ class Ranker:
         arrived = self._arrived + arrived
         self._arrived = []
         users = set[str]()  # whose events wait
-        items = list[
-            Mapping[str, str]
-        ]()  # not observed yet: those in a row are embedded together
+        # not observed yet: those in a row are embedded together
+        items = list[Mapping[str, str]]()
         for what in arrived:
             # 1. the item; the first that names a new one says its text
             item = named_by(what) if isinstance(what, Event) else what

@@ -36,6 +36,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from project.errors import ProjectError
 from project.request import RankRequest, Scored, check_names
 from project.serve import shapes
+from project.serve.inference import too_much_text
 from project.serve.settings import ServeSettings
 from project.serve.store import Added, EventStore
 
@@ -262,11 +263,7 @@ class Backlog:
     def writing(self, characters: int, titles: bool) -> Iterator[None]:
         """Count a write; 429 where `most` wait already, or twice as many and it brings ids without titles."""
         if self.characters() >= self.most * (1 if titles else 2):
-            raise HTTPException(
-                429,
-                "Too much text of new items waits to be embedded; try again in a second.",
-                {"Retry-After": "1"},
-            )
+            raise too_much_text()
         unfinished = (inf, characters)
         self._written.append(unfinished)
         try:
