@@ -34,6 +34,7 @@ factorisation and by the user's own answers on similar items, shrunk as if their
 text similarity (the slope of log-odds at 1/2), and log(1 + its weight)."""
 
 TEXT_FEATURES = FEATURES[-2:]
+# of a retrieved features table, those that are numbers and read here or by prompts
 COLUMNS = (
     *(
         "item_rate",
@@ -45,7 +46,7 @@ COLUMNS = (
         "likes",
     ),
     *("mf", "item_similarity", "item_similarity_weight", "text", "text_weight"),
-)  # of a retrieved features table, those that are numbers and read here or by prompts
+)
 # prefixes of columns that a table of a log with context or users' attributes has beside
 RATE = "rate."
 PREFIXES = ("context.", "user.", RATE)

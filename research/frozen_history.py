@@ -31,13 +31,14 @@ from project.run import result_head, write_json
 
 # of a user: at most so many test rows, the earliest, and at least
 CANDIDATES, LEAST = 64, 6
+# up to so many seconds
 APART = {
     "same second": 0,
     "a minute": 60,
     "an hour": 3600,
     "a day": 86400,
     "longer": np.inf,
-}  # up to so many seconds
+}
 DRAWS = 1000
 ABOUT = (
     "The same test rows as tested, and with the history frozen before the user's first test row. AUC inside users, "

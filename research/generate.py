@@ -23,11 +23,12 @@ from project.run import replace_file
 DIM, TOPICS, WORDS = 8, 40, 6  # of taste; of items; of a topic
 SPAN = 3 * 365 * 86_400  # seconds that the log takes
 TURN = np.pi / 3  # of a user's taste over this time
+# deviation of users' and items' log-odds, of taste's; the topic's share of it
 BIAS, TASTE, TOPIC = (
     0.5,
     2.2,
     0.7,
-)  # deviation of users' and items' log-odds, of taste's; the topic's share of it
+)
 CONFIG = """data:
   logs:
     class_path: project.data.logs.TableLogs

@@ -218,17 +218,25 @@ def test_clicks_without_dates_or_answers(
     assert scores["label"].mean() == 0.5
 
 
-@pytest.mark.parametrize("form", FORMS[1:])
-def test_every_form_trains_the_same(
-    form: str,
+@pytest.fixture
+def read_form(
     tmp_path: Path,
     tiny_model: Path,
     session_cache: Path,
     monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[str], InteractionData]:
+    """Reads the log in a form of it."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    return lambda form: read_data(tmp_path, form, tiny_model)
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_every_form_trains_the_same(
+    form: str, read_form: Callable[[str], InteractionData]
 ) -> None:
     """Rows, prompts and features are those of the CSV with a split column."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
-    expected, found = (read_data(tmp_path, kind, tiny_model) for kind in ("csv", form))
+    expected = read_form("csv")
+    found = read_form(form)
     assert found.split.rows.equals(expected.split.rows)
     for name in ("train", "valid", "test"):
         assert found.retrieved[name].equals(expected.retrieved[name])
@@ -238,15 +246,10 @@ def test_every_form_trains_the_same(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_history_is_context_and_never_a_target(
-    form: str,
-    tmp_path: Path,
-    tiny_model: Path,
-    session_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    form: str, read_form: Callable[[str], InteractionData]
 ) -> None:
     """No history row is scored in any split; later rows of its user read it, its answer included, and count it."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
-    data = read_data(tmp_path, form, tiny_model)
+    data = read_form(form)
     rows, kinds = data.split.rows, data.split.interactions.rows["given_split"]
     history = rows.filter(kinds == "history")["row_id"].to_numpy()
     assert len(history) > 100

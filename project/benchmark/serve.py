@@ -52,21 +52,19 @@ def serving(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["project.benchmark.full_depth"] if full_depth else ["project", "serve"]
-    given = [
-        "--run",
-        run,
-        "--port",
-        port,
-        "--db",
-        f"sqlite:///{folder / name}.db",
-        "--cache_mib",
-        CACHE_MIB,
-    ]
-    given += ["--audit_share", AUDIT_SHARE]
+    given = {
+        "run": run,
+        "port": port,
+        "db": f"sqlite:///{folder / name}.db",
+        "cache_mib": CACHE_MIB,
+        "audit_share": AUDIT_SHARE,
+    }
     log = folder / f"{name}.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", *command, *map(str, given)], stdout=out, stderr=out
+            [sys.executable, "-m", *command, *(f"--{k}={v}" for k, v in given.items())],
+            stdout=out,
+            stderr=out,
         )
     address = f"http://127.0.0.1:{port}"
     try:

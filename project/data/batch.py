@@ -165,11 +165,12 @@ class TrainSampler(Sampler[Windows]):
         self._rank = rank
         self._world_size = world_size
         # streams without a target are not read
+        # (s,)
         targets = (
             np.add.reduceat(streams.target, streams.offsets[:-1])
             if len(streams)
             else np.zeros(0)
-        )  # (s,)
+        )
         # (n,) segments of the others
         read = np.repeat(targets > 0, np.diff(streams.offsets))
         tokens = int(np.minimum(streams.tokens.lengths[:-1], context_tokens)[read].sum())

@@ -518,9 +518,10 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
             ]
             behind = [(pl.col("timestamp") >= time).fill_null(False) for time in at]
         case "random":
+            # place of each row
             shuffled = np.argsort(
                 np.random.default_rng(protocol.seed).permutation(rows.height)
-            )  # place of each row
+            )
             behind = [
                 pl.Series(shuffled >= cut) for cut in _cuts(rows.height, protocol.shares)
             ]
@@ -528,9 +529,8 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
             # the user's later rows in the sorted order
             later = place.reverse().over("user")
             behind = [later < 2, later < 1]
-    passed = rows.select(
-        pl.sum_horizontal(behind)
-    ).to_series()  # how many of the two cuts each row lies behind
+    # how many of the two cuts each row lies behind
+    passed = rows.select(pl.sum_horizontal(behind)).to_series()
     return passed.replace_strict(dict(enumerate(SPLITS)), return_dtype=pl.Enum(SPLITS))
 
 

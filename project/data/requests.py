@@ -61,9 +61,8 @@ class Requests:
     requests: list[RankRequest]  # in the order of the file
     items: pl.DataFrame  # the items table, followed by items that only the requests know
     codes: Mapping[str, int]  # item id -> row of `items`
-    invalid: tuple[
-        InvalidRequest, ...
-    ] = ()  # lines of the same file that are no request, or name unknown items
+    # lines of the same file that are no request, or name unknown items
+    invalid: tuple[InvalidRequest, ...] = ()
 
     def table(self) -> pl.DataFrame:
         """One row a candidate: request_id, candidate_index, item_id; its position is the candidate's row id."""
@@ -446,9 +445,8 @@ def request_streams(
     times = log["timestamp"].to_numpy()  # (rows,) ascending inside a user
     end = float(split.rows["timestamp"].max())  # type: ignore[arg-type]
     known = list[pl.DataFrame]()  # rows of the log, a table a request
-    fresh = list[
-        tuple[Any, ...]
-    ]()  # rows outside it: (stream, user, item, row_id, timestamp, label, candidate)
+    # rows outside it: (stream, user, item, row_id, timestamp, label, candidate)
+    fresh = list[tuple[Any, ...]]()
     row_id = 0  # of the next candidate
     for stream, request in enumerate(requests.requests):
         time = request.asked_at(end)

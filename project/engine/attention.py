@@ -153,9 +153,10 @@ class Structure:
         # its stream tokens
         self._streams: list[Span] = list(pairwise(row.streams.tolist()))
         self._members = row.members()  # its candidates among the m
+        # their tokens
         self._candidates: list[Span] = [
             (int(starts[c]), int(starts[d])) for c, d in self._members
-        ]  # their tokens
+        ]
         # 2. By candidate.
         self._first = int(starts[0])  # where candidates begin
         self.slots = upload(starts[1:] - 1, device)  # (m,)

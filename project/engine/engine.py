@@ -163,24 +163,23 @@ class EngineBatch:
         self.late = np.zeros(len(requests), dtype=bool)
         self.streams: list[CachedStream | None] = [None] * len(requests)  # None: not cached
         # 2. Of all candidates.
-        self.request_of = np.repeat(
-            np.arange(len(requests)), counts
-        )  # (N,) which of the R requests it belongs to
+        # (N,) which of the R requests it belongs to
+        self.request_of = np.repeat(np.arange(len(requests)), counts)
         # (N,) -1 while it runs
         self.exit_layer = np.full(len(self.request_of), -1, dtype=np.int64)
         exit_0 = upload(np.concatenate([r.exit_0 for r in requests]), engine.device)
-        self.final_logit = torch.full_like(
-            exit_0, torch.nan
-        )  # (N,) calibrated logit it left with; NaN while it runs
+        # (N,) calibrated logit it left with; NaN while it runs
+        self.final_logit = torch.full_like(exit_0, torch.nan)
         # 3. Of the candidates that are alive; these shrink at every exit, those on the
         # device by one gather.
         self.alive = np.arange(len(self.request_of))  # (m,) their positions among the N
         self.alive_at = upload(self.alive, engine.device)  # (m,) the same on the device
         # (m,) their requests, on the device
         self.owner = upload(self.request_of, engine.device)
+        # (m, F) for criteria
         self.features = upload(
             np.concatenate([r.retrieved for r in requests]), engine.device
-        )  # (m, F) for criteria
+        )
         first = int(engine.decision.layers[0] == 0)
         self.logits = exit_0[:, None][:, :first]  # (m, heads so far) raw logits
         # 4. Of the row in which they run.

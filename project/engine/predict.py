@@ -42,6 +42,7 @@ from project.request import RankRequest, Scored, id_of
 from project.run import Checkpoint, read_checkpoint, replace_file, run_of_checkpoint
 from project.run_folder import tag_of
 
+# a row a candidate
 TABLE = {
     "request_id": pl.String,
     "candidate_index": pl.Int64,
@@ -50,7 +51,7 @@ TABLE = {
     "adaptive_logit": pl.Float32,
     "probability": pl.Float32,
     "error": pl.String,
-}  # a row a candidate
+}
 PART = 50_000  # candidates that are in memory at a time, 4.6 KB each
 
 

@@ -210,6 +210,7 @@ def calibrate(
     layers = tune.outputs.layers
     # 3. on certify, once: the budget's policy, then faster steps until one fails; full
     # depth, step 0, takes no test
+
     # indices of the path's steps that are tested, in this order
     sequence = [0, *range(max(best.step, 1), len(best.path))]
     certificate = further = last = None

@@ -38,9 +38,8 @@ from project.retrieval.walk import Snapshots, block_cuts, fit_snapshots, walk
 
 # in a folder of tables: what was fitted for test, which requests read
 SNAPSHOTS = "snapshots.npz"
-Make = Callable[
-    [pl.DataFrame, str, Path], pl.DataFrame
-]  # readable rows, split and folder -> table with row_id
+# readable rows, split and folder -> table with row_id
+Make = Callable[[pl.DataFrame, str, Path], pl.DataFrame]
 
 
 class RetrievedFeatures:

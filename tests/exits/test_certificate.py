@@ -332,10 +332,11 @@ class TestLedger:
         assert admit(first, certified_settings(ExitSettings()), "p1") == first
         other = admit(first, certified_settings(ExitSettings(max_auc_drop=0.01)), "p2")
         assert [record["protocol_hash"] for record in other] == ["p1", "p2"]
+        # of a later version: it cannot have changed
         later = {
             **certified_settings(ExitSettings()),
             "exits.later": 1,
-        }  # of a later version: it cannot have changed
+        }
         assert [record["settings"] for record in admit(first, later, "p1")] == [later]
 
     @pytest.mark.parametrize(
