@@ -206,8 +206,8 @@ class ProjectTrainer(L.Trainer):
             datamodule: Logs that requests are made of.
             ckpt_path: A calibrated run's checkpoint.
             weights_only: Not used.
-            only: What to measure. engine: requests a second at full depth, at static exits, by the plan, by lists of
-                the best k, and by transformers; serve: requests a second and latency of a server on loopback, plan
+            only: What to measure. engine: requests a second at full depth, at static exits, by the plan and by lists of
+                the best k; serve: requests a second and latency of a server on loopback, plan
                 and full depth; needs the extra `serve` and locust.
             seconds: About how long to measure.
         """

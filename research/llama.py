@@ -1,10 +1,11 @@
-"""llama.cpp on the same weights beside our full depth: `llama.py RUN OUT [CANDIDATES]`; pip install llama-cpp-py-sync.
+"""llama.cpp on the same weights beside our full depth: `python -m research.llama RUN OUT [CANDIDATES]`.
 
-The history runs once, every candidate is a sequence of its own behind it, all in one batch.
+Needs `pip install llama-cpp-py-sync`. The history runs once, every candidate is a sequence of its own behind it, all
+in one batch.
 
 Its graph ends in a vocabulary. Here the deepest head's norm and weights stand there, a vocabulary of one row, so it
 computes what the head does and no more; like the engine it runs the last layer behind its attention at answer slots
-alone. It reads a history as one causal text, as `project.benchmark.transformers` does. The package is built for AVX2;
+alone. It reads a history as one causal text, as `research.library` does. The package is built for AVX2;
 LLAMA_CPP_LIB names a build of your own.
 """
 
@@ -25,7 +26,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from project.benchmark.transformers import Library
 from project.data.ragged import within
 from project.data.requests import catalogue_requests
 from project.engine.decisions import static_exits
@@ -35,6 +35,7 @@ from project.loading import open_run
 from project.model.module import ExitRecommender
 from project.report.tables import render
 from project.run import result_head, write_json
+from research.library import Library
 
 REQUESTS, ROUNDS = 16, 3
 ABOUT = (

@@ -1,7 +1,8 @@
-"""Training speed by packed windows over that by a padded prompt per candidate: `packing.py RUN OUT [SECONDS]`.
+"""Training speed by packed windows over that by a padded prompt per candidate.
 
-Both, in turns, run the backbone forward and backward, transformers' own model on prompts with the same visible history.
-Windows and prompts are made on the host inside the clock, as a loader would make them.
+`python -m research.packing RUN OUT [SECONDS]`. Both, in turns, run the backbone forward and backward,
+transformers' own model on prompts with the same visible history. Windows and prompts are made on the host inside
+the clock, as a loader would make them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import torch
 from transformers import AutoModel
 
 from project.arrays import I64
-from project.benchmark.transformers import padded
 from project.config import open_run
 from project.data.batch import Batch, TrainSampler, pack
 from project.data.download import resolve_model
@@ -29,6 +29,7 @@ from project.model.backbone import Backbone
 from project.model.module import ExitRecommender
 from project.report.tables import render
 from project.run import result_head, write_json
+from research.library import padded
 
 ROUNDS = 3  # fewer do not show the spread
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from example_engine import LAYERS, make_module, random_request
 from world import dense_mask
 
 from project.data.batch import TrainSampler, pack
 from project.data.logs import TableLogs
 from project.data.prompt import Prompt
 from project.data.protocol import Protocol
+from project.data.ragged import Ragged
 from project.datamodule import InteractionData
+from project.engine import Engine, PreparedRequest, RowExits, StreamTokens
+from project.exits.calibration import Calibration
+from project.exits.criteria import Ratio
+from project.exits.plan import ExitPlan
+from project.exits.policy import Policy
 from project.metrics import auc
 from project.report.tables import render
 from project.retrieval import LightGCN
-from research import llama, packing, retrieval_times, roofline
+from research import library, llama, packing, retrieval_times, roofline
 from research.generate import generate, reachable_auc, run_generate
 
 
@@ -65,8 +74,58 @@ def test_scripts_measure_a_run(fitted: Path, monkeypatch: pytest.MonkeyPatch) ->
     near = roofline.measure(fitted, candidates=4)
     assert "full depth" in render(near)
     assert 0 < near["rows"][0]["share_of_limit"] < 2
+    assert [row["speed"] > 0 for row in library.measure(fitted, candidates=4)["rows"]] == [
+        True
+    ] * 3
     pytest.importorskip("llama_cpp_py_sync")
     assert llama.measure(fitted, candidates=4)["rows"][0]["speed"] > 0
+
+
+def untied(seed: int, name: str, segments: int, candidates: int) -> PreparedRequest:
+    """A request whose history has one segment a second: there our visibility rule is plain causality."""
+    request = random_request(np.random.default_rng(seed), name, segments, candidates)
+    lists = Ragged(
+        request.stream.tokens,
+        np.searchsorted(request.stream.segment, np.arange(segments + 2)),
+    )
+    return replace(request, stream=StreamTokens.of(lists, np.arange(segments + 1)))
+
+
+@pytest.mark.parametrize("cached", [None, False, True])
+def test_the_library_has_the_engines_logits(
+    cached: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without ties its causal forward and full depth agree to 1e-4, for one and many candidates, twice.
+
+    S prefix and O own tokens of n candidates run n S + O tokens alone, S + O shared, then O. Batches do not matter:
+    padding is neither read nor scored.
+    """
+    module = make_module()
+    requests = [
+        untied(n, f"r{n}", segments, n) for n, segments in ((1, 5), (70, 4), (7, 3))
+    ]
+    calibration = Calibration(
+        (LAYERS,), torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    )
+    policy = Policy(Ratio(), torch.tensor([-torch.inf], dtype=torch.float64), (LAYERS,))
+    ours = Engine(module, RowExits(ExitPlan(calibration, policy, exit_0=False))).score(
+        requests
+    )
+    theirs = (
+        library.Pointwise(module)
+        if cached is None
+        else library.SharedPrefix(module, cached)
+    )
+    for again in (False, True):
+        monkeypatch.setattr(library, "BATCH_TOKENS", 1 if again else 16_384)
+        scores = theirs.score(requests)
+        for own, found, request in zip(
+            ours.requests, scores.requests, requests, strict=True
+        ):
+            np.testing.assert_allclose(found.logits, own.logits, atol=1e-4)
+            prefixes = len(request) if cached is None else int(not (cached and again))
+            tokens = prefixes * len(request.stream) + len(request.candidates.values)
+            assert found.token_layers == tokens * LAYERS
 
 
 def test_reachable_auc() -> None:

@@ -1,4 +1,4 @@
-"""What the engine benchmark times: full depth, static exits, plans, lists of the best k, transformers' own model."""
+"""What the engine benchmark times: full depth, static exits, plans, lists of the best k."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import polars as pl
 from torch import Tensor
 
 from project.arrays import F64
-from project.benchmark.transformers import Library, Pointwise, SharedPrefix
 from project.data.requests import catalogue_requests
 from project.engine.cache import StreamCache
 from project.engine.decisions import ListExits, RowExits, static_exits
@@ -50,17 +49,6 @@ class Case:
     history: int | None = None  # latest rows that make the history; None: as logged
     at_once: int = 1  # requests that are scored together
 
-    @property
-    def short(self) -> bool:
-        """Whether the certified plan and transformers are left out: they take too long here, or add nothing."""
-        return self.candidates > 64 or self.at_once > 1
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether one prompt a candidate is timed: 64 of them over a long history take minutes a request."""
-        long = self.candidates >= 64 and self.history is None
-        return not (self.prefix_cached or long or self.short)
-
 
 def cases(sizes: Sequence[int]) -> list[Case]:
     """All workloads of these numbers of candidates; of 64 also behind a short history.
@@ -82,14 +70,12 @@ def cases(sizes: Sequence[int]) -> list[Case]:
 class Configuration:
     """One runner, the accuracy of its scores, and its times."""
 
-    # name in result files: packed, fixed_depth_<k>, early_exit, top_k, pointwise,
-    # shared_prefix
+    # name in result files: packed, fixed_depth_<k>, early_exit, top_k
     engine: str
     policy: str  # who leaves where, in words
-    runner: Engine | Library
+    runner: Engine
     auc: float | None = None  # of the rows of test
     quality: ListQuality | None = None  # of its lists
-    most: int | None = None  # turns it is timed on, the first ones; None: all
     # seconds, a list a round, an entry a turn: requests that are scored together
     wall: list[list[float]] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)  # what the last round scored
@@ -119,8 +105,7 @@ def run_rounds(
     for k, requests in enumerate(turns):
         first = (number + k) % len(configurations)
         for configuration in (*configurations[first:], *configurations[:first]):
-            if configuration.most is None or k < configuration.most:
-                configuration.score(requests)
+            configuration.score(requests)
 
 
 class Bench:
@@ -165,10 +150,12 @@ class Bench:
         for layer in self.model.exit_layers[:-1]:
             if case.history is None or layer == self.plans.static_exit:
                 found.append(self._static(layer, scored, cache))
-        # 3. the run's plan, and the one its certificate allows
+        # 3. the run's plan, and the one its certificate allows, which takes too long with
+        # many candidates
+        short = case.candidates > 64 or case.at_once > 1
         plans = {
             "budget": self.plans.plan,
-            "certified": None if case.short else self.plans.certified,
+            "certified": None if short else self.plans.certified,
         }
         for name, plan in plans.items():
             if plan is not None:
@@ -180,14 +167,6 @@ class Bench:
         # 4. lists of the best k
         if scored is not None:
             found.append(self._best_list(scored, cache))
-        # 5. transformers' own class, which has no adapters
-        if self.model.lora is None and case.pointwise:
-            found.append(
-                Configuration("pointwise", "full depth", Pointwise(self.model), most=2)
-            )
-        if self.model.lora is None and not case.short:
-            shared = SharedPrefix(self.model, cached=case.prefix_cached)
-            found.append(Configuration("shared_prefix", "full depth", shared, most=4))
         return found
 
     def _static(

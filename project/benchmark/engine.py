@@ -58,17 +58,16 @@ def configuration_row(
     """
     # 1. seconds of each turn, the median of the rounds, beside full depth's on the same
     wall = own.typical()
-    count = len(wall)
-    full_wall = full.typical()[:count]
-    bootstrap = UserBootstrap(np.arange(count))  # turns are resampled
+    full_wall = full.typical()
+    bootstrap = UserBootstrap(np.arange(len(wall)))  # turns are resampled
     measured = bootstrap.ratio_interval(full_wall, wall)
     over_static = UNDEFINED
     if static_exit is not None:
-        over_static = bootstrap.ratio_interval(static_exit.typical()[:count], wall)
+        over_static = bootstrap.ratio_interval(static_exit.typical(), wall)
     # 2. token-layers
     depths = np.concatenate([s.exit_layers for s in own.scored])
     spent = sum(s.token_layers for s in own.scored)
-    whole = sum(s.token_layers for s in full.scored[: len(own.scored)])
+    whole = sum(s.token_layers for s in full.scored)
     saved = whole / spent if spent else None
     # 3. the whole request, what comes before the engine included
     whole_ms = None
@@ -222,11 +221,9 @@ def measured_rows(
         requests[at : at + case.at_once] for at in range(0, len(requests), case.at_once)
     ]
     turns = turns[: max(FEWEST // min(case.at_once, 2), most)]
-    # 2. warm up the others; who has a cache of its own keeps all histories now
+    # 2. warm up the others
     for configuration in configurations[1:]:
-        own_cache = case.prefix_cached and configuration.engine == "shared_prefix"
-        for request in requests[: configuration.most] if own_cache else requests[:1]:
-            configuration.runner.score([request])
+        configuration.runner.score(requests[:1])
     # 3. rounds
     start = time.perf_counter()
     number = 0

@@ -1,4 +1,6 @@
-"""transformers' own forward of the same weights, one row a candidate, padded: two common ways to serve.
+"""transformers' own forward beside our full depth: `python -m research.library RUN OUT [CANDIDATES]`.
+
+The weights are the same, one row a candidate, padded: two common ways to serve.
 
 `Pointwise` puts every candidate behind its own copy of the history; `SharedPrefix` computes the history's keys and
 values once and expands them over the candidates. Both read a history as one causal text. Our rule hides labels of one
@@ -8,21 +10,32 @@ second from each other, so there their logits differ a little from ours.
 from __future__ import annotations
 
 import inspect
+import sys
 import time
 from collections.abc import Hashable, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache
 
-from project.engine.requests import PreparedRequest, Scored, Scores
+from project.data.requests import catalogue_requests
+from project.engine.decisions import static_exits
+from project.engine.engine import Engine
+from project.engine.requests import PreparedRequest, Scored, Scores, prepare_requests
+from project.loading import open_run
+from project.model.module import ExitRecommender
+from project.report.tables import render
+from project.run import result_head, write_json
 
-if TYPE_CHECKING:
-    from project.model.module import ExitRecommender
-
+REQUESTS, ROUNDS = 4, 3
+ABOUT = (
+    "Seconds of our full depth over those of transformers' own forward on the same requests of test in turns, the "
+    "history not cached: median of the rounds."
+)
 # most tokens of a batch of prompts, padding included; one prompt may have more
 BATCH_TOKENS = 16_384
 
@@ -144,3 +157,42 @@ def padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Te
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = (torch.arange(tokens.shape[1])[None] < lengths[:, None]).long()
     return tokens.to(device), mask.to(device), (lengths - 1).to(device)
+
+
+def measure(run: Path, candidates: int) -> dict[str, Any]:
+    """The result of a calibrated run without adapters, which the library's class has not."""
+    # 1. all on the same requests
+    opened = open_run(run)
+    model = opened.model
+    data = opened.data
+    drawn = catalogue_requests(data.split, "test", REQUESTS, candidates, data.seed)
+    requests = prepare_requests(model, data, drawn.requests)
+    runners: dict[str, Engine | Library] = {
+        "engine": Engine(model, static_exits(opened.plan, model.depth)),
+        "prompt per candidate": Pointwise(model),
+        "history shared": SharedPrefix(model),
+    }
+    # 2. rounds, one request at a time
+    seconds = {name: np.zeros(ROUNDS) for name in runners}
+    for number in range(ROUNDS):
+        for request in requests:
+            for name, runner in runners.items():
+                start = time.perf_counter()
+                runner.score([request])
+                seconds[name][number] += time.perf_counter() - start
+    head = result_head("study", data.split.manifest, str(run / "config.yaml"), data.seed)
+    rows = [
+        {
+            "forward": name,
+            "candidates": candidates,
+            "requests": len(requests),
+            "speed": float(np.median(seconds["engine"] / seconds[name])),
+        }
+        for name in runners
+    ]
+    return {**head, "rows": rows, "about": ABOUT}
+
+
+if __name__ == "__main__":
+    found = measure(Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else 64)
+    print(render(found), write_json(Path(sys.argv[2]), found), sep="\n")
