@@ -257,6 +257,8 @@ class Comparison(TypedDict):
     baselines: list[BaselineRow]
     best_baseline: str | None
     baseline_difference: Difference | None
+    # by the names of `Slice.auc`, minus the ranker of the log's own_scores
+    own_differences: NotRequired[dict[str, Difference]]
 
 
 class ScoredRows(Comparison):

@@ -25,7 +25,7 @@ from project.evaluation.networks import (
     networks_installed,
     trained_networks,
 )
-from project.evaluation.result import fold_of, scored_result, slice_rows
+from project.evaluation.result import fold_of, own_differences, scored_result, slice_rows
 from project.exits.ranking import lists_in_words
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
@@ -65,6 +65,7 @@ def run_baselines(
 ) -> ScoredResult:
     """Score all baselines on validation and test, and write results/baselines.json into a run's folder."""
     split = data.split
+    log = split.interactions
     kept = kept_networks(data)
     if networks and networks_installed():
         with data.clock.stage("networks"):
@@ -73,7 +74,9 @@ def run_baselines(
         print(LEFT_OUT)
     with data.clock.stage("baselines"):
         baselines = [
-            *fit_baselines(split.rows, data.retrieved, kinds=split.interactions.columns),
+            *fit_baselines(
+                split.rows, data.retrieved, kinds=log.columns, own_scores=log.own_scores
+            ),
             *kept,
         ]
         best = best_baseline(baselines, split.rows)
@@ -95,6 +98,10 @@ def run_baselines(
         "slices": slices,
         "own_metric": None,
     }
+    if log.own_scores is not None:  # of test, the last part
+        found["own_differences"] = own_differences(
+            log.own_scores, baselines, targets["row_id"], split.rows, scores
+        )
     result = scored_result(head, found, data, None)
     path = write_json(folder / "results" / "baselines.json", result)
     Console(width=120).print(shown(render(result)), f"written: {path}")

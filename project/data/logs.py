@@ -37,6 +37,7 @@ RAW_SCHEMA = {
 # what a file's columns are mapped to
 OURS = ("user_id", "item_id", "timestamp", "rating", "label", "split")
 READER = "the reader's"  # tables of a reader, in messages
+OWN_SCORE = "own score"  # column of the scores of the ranker that runs today
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class RawLogs:
     users: pl.DataFrame | None = None  # user_id (unique), then attributes
     # number or category, by name of a column of context or users; others: as values say
     kinds: Mapping[str, str] = field(default_factory=dict)
+    # column of interactions with the scores of the ranker that runs today
+    own_scores: str | None = None
 
 
 class Logs(ABC):
@@ -89,6 +92,7 @@ class TableLogs(Logs):
             answer, such as device, placement or price. Empty values are unknown.
         users: Table of users with user_id; every other column is an attribute, read as it stands. Null: none.
         kinds: Column of context or users -> number or category. Others are numbers if all their values are.
+        own_scores: Column of the interactions with the scores of the ranker that runs today: a baseline of its own.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class TableLogs(Logs):
         context: list[str] | None = None,
         users: str | None = None,
         kinds: dict[str, str] | None = None,
+        own_scores: str | None = None,
     ) -> None:
         if isinstance(interactions, str):
             self.parts: list[tuple[str | None, str]] = [(None, interactions)]
@@ -121,11 +126,14 @@ class TableLogs(Logs):
         self.context = tuple(context or ())
         self.users = users
         self.kinds = kinds or {}
-        answers = {*OURS, *self.columns.values()} & {*self.context}
+        self.own_scores = own_scores
+        # the column of scores may be listed as context, too
+        self.further = dict.fromkeys([*self.context, *filter(None, [own_scores])])
+        answers = {*OURS, *self.columns.values()} & {*self.further}
         if answers:
             raise ConfigError(
-                f"data.logs.init_args.context lists {', '.join(sorted(answers))}, which is read as another column "
-                "already. List what is known before the answer, and nothing else."
+                f"data.logs.init_args.context or own_scores lists {', '.join(sorted(answers))}, which is read as "
+                "another column already. List what is known before the answer, and nothing else."
             )
 
     def read(self) -> RawLogs:
@@ -133,9 +141,13 @@ class TableLogs(Logs):
         sums: dict[str, str] = {}
         read = [(split, name, read_table(Path(name), sums)) for split, name in self.parts]
         tables = [
-            _interactions(table, name, self.columns, split, self.context)
+            _interactions(table, name, self.columns, split, [*self.further])
             for split, name, table in read
         ]
+        own = self.own_scores
+        if own is not None:  # an error names the file
+            for _, name, table in read:
+                finite_numbers(texts_of(table[own], name, own), name, own, optional=True)
         items = _items(read_table(Path(self.items), sums), self.items, self.item_columns)
         users = None
         if self.users is not None:
@@ -148,7 +160,7 @@ class TableLogs(Logs):
         if any(names):
             text = json.dumps(names, sort_keys=True)
             sums[MAPPING] = hashlib.sha256(text.encode()).hexdigest()
-        wanted = {self.columns.get(name, name) for name in OURS} | {*self.context}
+        wanted = {self.columns.get(name, name) for name in OURS} | {*self.further}
         not_read = dict.fromkeys(
             name for *_, table in read for name in table.columns if name not in wanted
         )
@@ -161,6 +173,7 @@ class TableLogs(Logs):
             context=self.context,
             users=users,
             kinds=self.kinds,
+            own_scores=self.own_scores,
         )
 
 
@@ -176,6 +189,7 @@ class RecBoleLogs(TableLogs):
         context: Further columns of the .inter file, as of TableLogs.
         users: Read attributes of <name>.user, too.
         kinds: As of TableLogs.
+        own_scores: As of TableLogs.
     """
 
     def __init__(
@@ -187,6 +201,7 @@ class RecBoleLogs(TableLogs):
         context: list[str] | None = None,
         users: bool = False,
         kinds: dict[str, str] | None = None,
+        own_scores: str | None = None,
     ) -> None:
         path = Path(folder) / (name or Path(folder).resolve().name)
         super().__init__(
@@ -197,6 +212,7 @@ class RecBoleLogs(TableLogs):
             context,
             f"{path}.user" if users else None,
             kinds,
+            own_scores,
         )
 
 
@@ -298,7 +314,7 @@ def _interactions(
     split: str | None,
     context: Sequence[str],
 ) -> pl.DataFrame:
-    """Columns of `RAW_SCHEMA` and context of a file; `columns`: our name -> the file's, `split`: of the whole file."""
+    """Columns of `RAW_SCHEMA` and `context`; `columns`: our name -> the file's, `split`: of the whole file."""
     # 1. our names
     unknown = [name for name in columns if name not in OURS]
     if unknown:
@@ -309,7 +325,7 @@ def _interactions(
     absent = [name for name in context if name not in table.columns]
     if absent:
         raise DataError(
-            f"{file}: no column {', '.join(absent)} (data.logs.init_args.context); there are "
+            f"{file}: no column {', '.join(absent)} (data.logs.init_args.context, own_scores); there are "
             f"{', '.join(table.columns)}."
         )
     further = [texts_of(table[name], file, name) for name in context]
@@ -417,10 +433,14 @@ def checked(raw: RawLogs) -> RawLogs:
             f"{READER} items ({absent.height:,} rows, {absent['item_id'].n_unique():,} items). Add or remove them."
         )
     further = [texts_of(raw.interactions[name], file, name) for name in raw.context]
+    own = raw.own_scores
+    if own is not None:
+        scores = texts_of(raw.interactions[own], file, own)
+        further.append(finite_numbers(scores, file, own, optional=True).alias(OWN_SCORE))
     users = None if raw.users is None else _users(raw.users, f"{READER} users", "user_id")
     attributes = [] if users is None else users.columns[1:]
     check_kinds(raw.kinds, [*raw.context, *attributes])
-    read = (*RAW_SCHEMA, *raw.context)
+    read = (*RAW_SCHEMA, *raw.context, own)
     unread = [name for name in raw.interactions.columns if name not in read]
     return replace(
         raw,

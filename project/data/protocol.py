@@ -18,7 +18,7 @@ from project.data.context import (
     describe,
     telling_alone,
 )
-from project.data.logs import RawLogs, checked
+from project.data.logs import OWN_SCORE, RawLogs, checked
 from project.data.negatives import Negatives, draw_negatives, repeated
 from project.errors import ConfigError, DataError
 
@@ -188,6 +188,8 @@ class Interactions:
     items_without_title: int = 0  # these have their id as title
     # number or category, by `context.NAME` of rows and `user.NAME` of users
     columns: Mapping[str, str] = field(default_factory=dict)
+    # the column whose scores, of the ranker that runs today, are `OWN_SCORE` of rows
+    own_scores: str | None = None
 
 
 def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
@@ -264,6 +266,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         rows.select(
             *("row_id", "user", "item", "timestamp", "label", "rating"),
             *context.columns,
+            *([] if raw.own_scores is None else [OWN_SCORE]),
             given_split="split",
         ),
         users,
@@ -275,6 +278,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         left_out=raw.left_out,
         not_read=raw.not_read,
         columns=columns_of,
+        own_scores=raw.own_scores,
     )
 
 
@@ -345,6 +349,11 @@ class SplitInteractions:
             "Leave it out."
             for name, value in telling_alone(targets, log.users, log.columns).items()
         ]
+        if log.own_scores is not None and (missing := log.rows[OWN_SCORE].null_count()):
+            found.append(
+                f"{missing:,} of {log.rows.height:,} rows have no {log.own_scores} (own_scores): they count as its "
+                "median on train."
+            )
         if negatives := self.protocol.negatives:
             had = (
                 ", and so does having had it before (repeats: target)"
@@ -396,6 +405,8 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     rows = rows.select(
         *interactions.rows.columns, "hist", "split", "fold", "role", "hidden"
     )
+    if interactions.own_scores is not None:
+        rows = _with_own_scores(rows, interactions.own_scores, protocol)
     # 5. negatives beside the targets
     if protocol.negatives is not None:
         if protocol.negatives.repeats == "context":
@@ -418,6 +429,18 @@ def _as_context(rows: pl.DataFrame, where: pl.Expr | pl.Series) -> pl.DataFrame:
     return rows.with_columns(
         role=pl.when(where).then(pl.lit("context", pl.Enum(ROLES))).otherwise("role")
     )
+
+
+def _with_own_scores(rows: pl.DataFrame, column: str, protocol: Protocol) -> pl.DataFrame:
+    """The rows with a score each: where the log has none it is the median of train's."""
+    median = rows.filter(pl.col("split") == "train")[OWN_SCORE].median()
+    if median is None or protocol.negatives is not None:
+        why = "no row of train has one" if median is None else "drawn negatives have none"
+        raise DataError(
+            f"data.logs.init_args.own_scores is {column}, but {why}. Give rows of all splits the score that your "
+            "ranker gave them, or leave own_scores out."
+        )
+    return rows.with_columns(pl.col(OWN_SCORE).fill_null(median))
 
 
 def answered(rows: pl.DataFrame) -> pl.Series:

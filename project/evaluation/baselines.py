@@ -12,6 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from project.arrays import F64
+from project.data.logs import OWN_SCORE
 from project.errors import DataError
 from project.evaluation.bootstrap import UserBootstrap
 from project.exits.calibration import fit_calibration
@@ -105,11 +106,13 @@ def fit_baselines(
     retrieved: Mapping[str, pl.DataFrame],
     splits: Sequence[str] = ("valid", "test"),
     kinds: Mapping[str, str] | None = None,
+    own_scores: str | None = None,
 ) -> list[Baseline]:
     """Fit every baseline on train targets and score the targets of `splits`, each from its own retrieved features.
 
     `kinds` is number or category, by column of context and users' attributes; where a log has any, two baselines more
-    read them: exit 0 (lr_context), and boosting, which gets categories as such.
+    read them: exit 0 (lr_context), and boosting, which gets categories as such. `own_scores` is the name of the
+    baseline whose scores the log has.
     """
     from threadpoolctl import threadpool_limits  # no type information published
 
@@ -135,11 +138,12 @@ def fit_baselines(
             model, train[:, columns], {s: x[:, columns] for s, x in features.items()}
         )
 
+    logits = {} if own_scores is None else {own_scores: _own_logits(rows, splits)}
     # 1. single features
     singles = SINGLE_FEATURE | (
         {"mf_fold_in": "mf_log_odds"} if "mf" in retrieved["train"].columns else {}
     )
-    logits = {
+    logits |= {
         name: {s: x[:, FEATURES.index(f)] for s, x in features.items()}
         for name, f in singles.items()
     }
@@ -176,6 +180,17 @@ def fit_baselines(
     return [
         Baseline(name, baseline_scores(rows, by_split)) for name, by_split in logits.items()
     ]
+
+
+def _own_logits(rows: pl.DataFrame, splits: Sequence[str]) -> dict[str, F64]:
+    """Scores of the ranker that runs today, of any scale, as logits that keep their order; fitted on train."""
+    scores = {s: targets_of(rows, s)[OWN_SCORE].to_numpy() for s in ("train", *splits)}
+    mean = scores["train"].mean()
+    spread = scores["train"].std() or 1.0
+    standard = {split: (values - mean) / spread for split, values in scores.items()}
+    calibration = BaselineCalibration.fit(standard["train"], train_labels(rows))
+    assert calibration is not None  # both labels are among train's
+    return {split: calibration.apply(standard[split]) for split in splits}
 
 
 def known_categories(table: pl.DataFrame, kinds: Mapping[str, str]) -> dict[str, F64]:

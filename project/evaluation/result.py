@@ -34,6 +34,7 @@ from project.results import (
     AgainstStatic,
     Calibrated,
     Comparison,
+    Difference,
     ExitRow,
     Head,
     OwnMetricRows,
@@ -216,11 +217,12 @@ def scored_rows(
 ) -> ScoredRows:
     """What a score table says of a split: exits, baselines, the plan, slices; `base` is train's share of likes."""
     rows = data.split.rows
+    log = data.split.interactions
     # 1. exits beside the baselines
     with data.clock.stage("baselines"):
         read = list(dict.fromkeys(("valid", split)))
         baselines = [
-            *fit_baselines(rows, data.retrieved, read, data.split.interactions.columns),
+            *fit_baselines(rows, data.retrieved, read, log.columns, log.own_scores),
             *kept_networks(data, read),
         ]
         found = comparison(scores, rows, baselines, split, chosen_exit)
@@ -253,13 +255,36 @@ def scored_rows(
         own = None
         if metric is not None:
             own = own_metric(metric, by_name, part["label"].to_numpy(), part["user"])
-    return {
+    scored: ScoredRows = {
         **found,
         "adaptive": adaptive,
         "certificate": None if plans is None else plans.certificate,
         "with_exit_0": with_exit_0,
         "slices": slices,
         "own_metric": own,
+    }
+    # 4. everything against the ranker that runs today
+    if log.own_scores is not None:
+        scored["own_differences"] = own_differences(
+            log.own_scores, baselines, part["row_id"], rows, by_name
+        )
+    return scored
+
+
+def own_differences(
+    name: str,
+    baselines: list[Baseline],
+    row_ids: ArrayLike,
+    rows: pl.DataFrame,
+    scores: Mapping[str, F64],
+) -> dict[str, Difference]:
+    """Named `scores` (n,) minus the baseline of this name, which is the ranker that runs today."""
+    own = next(baseline for baseline in baselines if baseline.name == name)
+    against = AgainstBaseline(own, row_ids, rows)
+    return {
+        of: against.difference(logits)
+        for of, logits in scores.items()
+        if of != f"baseline {name}"
     }
 
 

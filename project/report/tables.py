@@ -61,6 +61,7 @@ class Line(NamedTuple):
     user_aucs: tuple[float | None, float | None] | None = None  # by rows, by users
     log_loss: float | None = None
     gain: Difference | None = None  # over the best baseline
+    own_gain: Difference | None = None  # over the ranker of the log's own_scores
     depth: float | None = None
     saved: float | None = None  # token-layers of full depth over its own
     clock: float | None = None  # the same in seconds, from a benchmark result
@@ -268,21 +269,32 @@ def score_rows(
     """The main table: best baseline, exits, plan, and the static exits that the plan must beat."""
     exits = rows_of(result["exits"], split, fold)
     baselines = rows_of(result["baselines"], split, fold)
-    kind = "baseline"
-    if exits:
-        kind = "best baseline"
-        baselines = [b for b in baselines if b["name"] == result["best_baseline"]]
-    found = [scores_of(f"{kind} {row['name']}", row) for row in baselines]
+    best = result["best_baseline"]
+    own_gains = result.get("own_differences", {})
+    own = {gain["baseline"] for gain in own_gains.values()}
+    found = list[Line]()
+    for baseline in baselines:
+        name = baseline["name"]
+        if not exits or name in (best, *own):
+            kind = "best baseline" if exits and name == best else "baseline"
+            found.append(
+                scores_of(f"{kind} {name}", baseline)._replace(
+                    own_gain=own_gains.get(f"baseline {name}")
+                )
+            )
     for row in exits:
         k = row["layer"]
         notes = ["best static exit"] if k == result["chosen_exit"] else []
         notes += ["full depth"] if row is exits[-1] else []
         name = f"exit {k}" + (f" ({', '.join(notes)})" if notes else "")
-        line = scores_of(name, row)._replace(gain=row["baseline_difference"])
+        line = scores_of(name, row)._replace(
+            gain=row["baseline_difference"], own_gain=own_gains.get(f"exit {k}")
+        )
         found.append(static_cost(line, k, exits, timed))
     plan = result["adaptive"]
     if exits and plan is not None:
-        found += plan_rows(plan, exits, timed, gain=plan["baseline_difference"])
+        first, *static = plan_rows(plan, exits, timed, gain=plan["baseline_difference"])
+        found += [first._replace(own_gain=own_gains.get("plan")), *static]
     return found
 
 

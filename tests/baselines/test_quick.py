@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from project.data.logs import OWN_SCORE
 from project.data.protocol import Protocol, apply_protocol
 from project.errors import DataError
 from project.evaluation.baselines import (
@@ -18,8 +19,10 @@ from project.evaluation.baselines import (
     baseline_rows,
     best_baseline,
     fit_baselines,
+    targets_of,
 )
 from project.evaluation.bootstrap import UserBootstrap
+from project.evaluation.result import own_differences
 from project.features import PRIOR_ROWS, feature_matrix
 from project.metrics import auc, head_metrics
 
@@ -369,3 +372,30 @@ def test_movielens_anchors() -> None:
     }
     assert {key: found[key]["auc"] for key in anchors} == pytest.approx(anchors, abs=0.005)
     assert found["gbdt_features", "test"]["log_loss"] == pytest.approx(0.5901, abs=0.005)
+
+
+def test_the_ranker_that_runs_today_is_a_baseline() -> None:
+    """Its scores keep their order at any scale, stand first among the baselines, and the mean chance is train's."""
+    rows, retrieved = world()
+    rng = np.random.default_rng(1)
+    score = 1e6 * (rows["label"].to_numpy() + rng.normal(size=rows.height)) - 3e7
+    rows = rows.with_columns(pl.Series(OWN_SCORE, score))
+    own, *others = fit_baselines(rows, retrieved, ("train", "test"), own_scores="my_ranker")
+    assert [own.name, *(b.name for b in others)] == ["my_ranker", *NAMES]
+    for split in ("train", "test"):
+        part = targets_of(rows, split)
+        logits = own.logits(part["row_id"])
+        assert auc(logits, part["label"]) == auc(part[OWN_SCORE], part["label"])
+    train = targets_of(rows, "train")
+    chance = 1 / (1 + np.exp(-own.logits(train["row_id"])))
+    assert chance.mean() == pytest.approx(train["label"].mean(), abs=1e-3)
+    # everything else against it, paired
+    test = targets_of(rows, "test")
+    scores = {f"baseline {b.name}": b.logits(test["row_id"]) for b in (own, *others)}
+    found = own_differences("my_ranker", [own, *others], test["row_id"], rows, scores)
+    assert set(found) == {f"baseline {name}" for name in NAMES}
+    gap = auc(scores["baseline lr_text"], test["label"]) - auc(
+        own.logits(test["row_id"]), test["label"]
+    )  # type: ignore[operator]
+    assert found["baseline lr_text"]["value"] == pytest.approx(gap)
+    assert found["baseline lr_text"]["baseline"] == "my_ranker"

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from project.data.context import MAX_CHARACTERS, brought, code_of
-from project.data.logs import RawLogs, RecBoleLogs, TableLogs
+from project.data.logs import OWN_SCORE, RawLogs, RecBoleLogs, TableLogs
 from project.data.protocol import (
     Protocol,
     SplitInteractions,
@@ -144,7 +144,11 @@ def test_a_column_that_tells_the_answer_is_named(
             DataError,
             r"log\.csv: no column colour .*there are user_id",
         ),
-        ({"context": ["label"]}, ConfigError, "context lists label, which is read"),
+        (
+            {"context": ["label"]},
+            ConfigError,
+            "context or own_scores lists label, which is read",
+        ),
         ({"kinds": {"colour": "category"}}, ConfigError, "kinds has colour: category"),
         ({"kinds": {"device": "colour"}}, ConfigError, "expected number or category"),
         (
@@ -190,6 +194,58 @@ def test_recbole_users(tmp_path: Path) -> None:
         "user.age": "number",
     }
     assert RecBoleLogs(str(tmp_path), "log").read().not_read == ("device",)
+
+
+def scored(missing: int = 0) -> pl.DataFrame:
+    """The clicks with the score that a ranker gave each row, of which every `missing`th is unknown."""
+    rng = np.random.default_rng(1)
+    score = 1e6 * rng.random(200)
+    place = np.arange(200)
+    known = np.full(200, True) if not missing else place % missing > 0
+    return clicks().with_columns(my_ranker=pl.Series(np.where(known, score, np.nan)))
+
+
+def test_scores_of_the_ranker_that_runs_today(write_log: Callable[..., TableLogs]) -> None:
+    """They stand beside their rows, are read or not as context, and change no hash; train's median for none."""
+    log = scored()
+    without = split_of(write_log(log))
+    assert without.interactions.not_read == ("my_ranker",)
+    found = split_of(write_log(log, own_scores="my_ranker"))
+    assert found.rows[OWN_SCORE].to_list() == log["my_ranker"].to_list()
+    assert found.interactions.not_read == ()
+    assert found.hash == without.hash
+    both = split_of(write_log(log, context=["my_ranker"], kinds={}, own_scores="my_ranker"))
+    assert both.interactions.columns["context.my_ranker"] == "number"
+    assert both.rows["context.my_ranker"].equals(both.rows[OWN_SCORE], check_names=False)
+    # 20 of 200 rows have none; train is the first 160
+    log = scored(missing=10)
+    found = split_of(write_log(log, own_scores="my_ranker"))
+    median = log["my_ranker"][:160].fill_nan(None).median()
+    assert found.rows[OWN_SCORE].to_list() == log["my_ranker"].fill_nan(median).to_list()
+    assert [line for line in found.warnings if "my_ranker" in line] == [
+        "20 of 200 rows have no my_ranker (own_scores): they count as its median on train."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("no_such", 0.0, "no column no_such"),
+        ("label", 0.0, "own_scores lists label"),
+        (
+            "my_ranker",
+            "high",
+            "log.csv, row 1: column my_ranker is 'high'; expected a finite",
+        ),
+        ("my_ranker", None, "own_scores is my_ranker, but no row of train has one"),
+    ],
+)
+def test_errors_of_own_scores(
+    write_log: Callable[..., TableLogs], column: str, values: object, message: str
+) -> None:
+    log = clicks().with_columns(my_ranker=pl.lit(values))
+    with pytest.raises((DataError, ConfigError), match=message):
+        split_of(write_log(log, own_scores=column))
 
 
 def test_a_reader_of_ones_own(make_logs: Callable[..., RawLogs]) -> None:

@@ -211,6 +211,22 @@ def test_main_table_is_the_file():
     ]
 
 
+def test_the_ranker_that_runs_today_has_a_row_and_a_column():
+    """Where the log has its scores; the differences are the file's."""
+    made = result()
+    own = copy.deepcopy(made["baselines"][0]) | {"name": "my_ranker", "auc": 0.61}
+    made["baselines"].append(own)
+    gap = {"baseline": "my_ranker", "value": 0.0321, "interval": ABOVE}
+    made["own_differences"] = {"exit 6": gap, "plan": gap, "baseline gbdt": gap}
+    heading, *rows = tables(render(made))[0]
+    assert heading[-1] == "minus my_ranker"
+    shown = {row[0].split(" (")[0]: row[-1] for row in rows}
+    assert shown.pop("baseline my_ranker") == ""
+    beside = {name for name, cell in shown.items() if cell == difference(gap)}
+    assert beside == {"exit 6", "plan", "best baseline gbdt"}
+    assert "minus my_ranker" not in render(result())
+
+
 def test_clock_of_another_protocol_is_not_shown(tmp_path):
     path = RESULTS / "whole_backbone_alone" / "benchmark.json"
     timed = read_result(path)
