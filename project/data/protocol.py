@@ -20,6 +20,7 @@ from project.data.context import (
 )
 from project.data.logs import OWN_SCORE, RawLogs, checked
 from project.data.negatives import Negatives, draw_negatives, repeated
+from project.data.tables import moments_of
 from project.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
@@ -41,11 +42,12 @@ class Protocol:
     """How a log is turned into targets and splits; two results are comparable if its hash agrees.
 
     Args:
-        split: How rows are cut. global_time: two instants for all users; user_time: two instants for each user;
-            random: a seeded permutation; leave_last: each user's last row is test, the one before is valid; given: the
-            log says it (a `split` column, or one file per split). A log without timestamps needs random or given: its
-            rows are put in the order train, valid, test, at random inside each, and read those before them.
-        shares: Shares of train, valid and test (not used by leave_last and given).
+        split: How rows are cut. global_time: two instants for all users; date: at two `dates`; user_time: two instants
+            for each user; random: a seeded permutation; leave_last: each user's last row is test, the one before is
+            valid; given: the log says it (a `split` column, or one file per split). A log without timestamps needs
+            random or given: its rows are put in the order train, valid, test, at random inside each, and read those
+            before them.
+        shares: Shares of train, valid and test (not used by date, leave_last and given).
         minimum_history: A row is a target only if its user has at least this many strictly earlier rows; others are
             context.
         label: Rule for a positive answer, such as "rating > 3". Null: the log's own 0/1 column label. clicked: every
@@ -60,11 +62,13 @@ class Protocol:
             every larger one.
         train_users: Share of the users whose train rows are targets, for learning curves: the other users' train rows
             are context, which histories, counts and graph hold as before. A user of one share is in every larger one.
+        dates: Of split date: when validation begins and when test does, such as [2024-05-01, 2024-06-01]; without a
+            zone they are UTC.
         negatives: Items with the answer 0 beside the clicks, for label clicked. They are scored and nothing else: no
             history, graph or count has them.
     """
 
-    split: Literal["global_time", "user_time", "random", "leave_last", "given"] = (
+    split: Literal["global_time", "date", "user_time", "random", "leave_last", "given"] = (
         "global_time"
     )
     shares: list[float] = field(default_factory=lambda: [0.8, 0.1, 0.1])
@@ -77,11 +81,12 @@ class Protocol:
     hide_items: float = 0.0
     train_users: float = 1.0
     negatives: Negatives | None = None
+    dates: list[str] | None = None
 
     @property
     def name(self) -> str:
         """The name in tables, such as global_time-80-10-10-h5."""
-        parts: list[str] = [self.split]
+        parts: list[str] = [self.split, *(self.dates or ())]
         if self.split in ("global_time", "user_time", "random"):
             parts += [f"{100 * share:g}" for share in self.shares]
         if self.split == "random":
@@ -98,6 +103,18 @@ class Protocol:
                 parts.append("repeats")
         return "-".join(parts)
 
+    @property
+    def cuts(self) -> list[float] | None:
+        """Seconds of the two dates; None where they are none, or do not ascend."""
+        dates = self.dates or []
+        known = moments_of(pl.Series(dates, dtype=pl.String))
+        seconds = [known[date] for date in dates if date in known]
+        return (
+            seconds
+            if len(seconds) == len(dates) == 2 and seconds == sorted({*seconds})
+            else None
+        )
+
     def check(self) -> None:
         """Raise `ConfigError` for a value that cannot work; needs no data, so it can run before logs."""
         three = "3 shares ({}), none {}, that sum to 1"
@@ -113,6 +130,11 @@ class Protocol:
             ),
             "minimum_history": (self.minimum_history >= 0, "0 or more"),
             "seed": (self.seed >= 0, "0 or more"),
+            "dates": (
+                self.cuts is not None if self.split == "date" else self.dates is None,
+                "two ascending ISO dates such as [2024-05-01, 2024-06-01] where data.protocol.split is date, null "
+                "elsewhere",
+            ),
             "hide_items": (
                 0 <= self.hide_items < 1,
                 "a share of the items, at least 0 and below 1",
@@ -530,6 +552,15 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
                 pl.col("timestamp") >= times[cut]
                 for cut in _cuts(len(times) - 1, protocol.shares)
             ]
+        case "date":
+            first, last = rows["timestamp"][0], rows["timestamp"][-1]
+            seconds = protocol.cuts or []
+            if not first < seconds[0] < seconds[1] <= last:
+                raise DataError(
+                    f"data.protocol.dates are {' and '.join(protocol.dates or ())}, but the log's rows are from "
+                    f"{_moment(first)} to {_moment(last)} (UTC). Give two dates between, so that each split has rows."
+                )
+            behind = [pl.col("timestamp") >= second for second in seconds]
         case "user_time":
             # the time of a user's row at the cut; a user without one has all rows before it
             cuts = [
@@ -555,6 +586,10 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
     # how many of the two cuts each row lies behind
     passed = rows.select(pl.sum_horizontal(behind)).to_series()
     return passed.replace_strict(dict(enumerate(SPLITS)), return_dtype=pl.Enum(SPLITS))
+
+
+def _moment(seconds: float) -> str:
+    return str(np.datetime64(int(seconds), "s"))
 
 
 def _cuts(size: int, shares: list[float]) -> list[int]:
@@ -600,9 +635,10 @@ def _check_targets(rows: pl.DataFrame, protocol: Protocol) -> None:
 def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) -> str:
     fields = asdict(protocol) | {"name": protocol.name, "fold_salt": FOLD_SALT}
     # at their defaults the hash is that of versions which did not have them
-    for name, default in (("hide_items", 0.0), ("train_users", 1.0), ("negatives", None)):
-        if fields[name] == default:
-            del fields[name]
+    added = {"hide_items": 0.0, "train_users": 1.0, "negatives": None, "dates": None}
+    fields = {
+        name: value for name, value in fields.items() if value != added.get(name, ...)
+    }
     content: list[object] = [fields, list(interactions.files.values())]
     if interactions.columns:
         content.append(interactions.columns)
@@ -653,9 +689,7 @@ def _manifest(
         "rows": log.height,
         "negatives": rows.height - log.height,
         "order": "by time" if dated else "shuffled",
-        "times": [
-            str(np.datetime64(int(rows["timestamp"][k]), "s")) for k in (0, -1) if dated
-        ],
+        "times": [_moment(rows["timestamp"][k]) for k in (0, -1) if dated],
         "counts": {split: part.height for split, part in by_split.items()},
         "positives": {split: int(part["label"].sum()) for split, part in by_split.items()},
         "context": {

@@ -156,7 +156,7 @@ def times(values: pl.Series, file: str, column: str) -> pl.Series:
     else:
         size = numbers(values, file, column)
         text = values.cast(pl.String)
-        seconds_of = _moments(text.filter(size.is_null()))
+        seconds_of = moments_of(text.filter(size.is_null()))
         moments = text.replace_strict(seconds_of, default=None, return_dtype=pl.Float64)
     # 2. the unit of each number: an even place among the edges is that of a unit, an odd
     # one lies between two
@@ -187,7 +187,7 @@ def times(values: pl.Series, file: str, column: str) -> pl.Series:
     return (size / 1000.0 ** int(unit[row])).fill_null(moments).alias(values.name)
 
 
-def _moments(texts: pl.Series) -> dict[str, float]:
+def moments_of(texts: pl.Series) -> dict[str, float]:
     """Seconds since 1970 of each text that is an ISO date."""
     found = {}
     for text in texts.drop_nulls().unique():

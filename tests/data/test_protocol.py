@@ -81,11 +81,38 @@ FOLD_SHARES = ([0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0])
         ("seed", -1),
         *(("hide_items", share) for share in (-0.1, 1.0, 1.5, float("nan"))),
         *(("train_users", share) for share in (-0.1, 0.0, 1.5, float("nan"))),
+        ("dates", ["2024-05-01", "2024-06-01"]),
     ],
 )
 def test_what_cannot_work_names_its_key(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"data\.protocol\.{key}"):
         Protocol(**{key: value}).check()
+
+
+MAY = 1_714_521_600  # 2024-05-01 in seconds: 19,844 days
+DAYS = [MAY + 86_400 * day for day in range(-20, 20)]
+DATES = ["2024-05-01", "2024-05-11"]
+
+
+def test_split_at_dates() -> None:
+    """20 days before the first date, 10 until the second, 10 from then on; the dates make another hash and name."""
+    log = coded([0] * 40, DAYS)
+    split = apply_protocol(log, Protocol(split="date", dates=DATES))
+    assert splits_of(split) == "T" * 20 + "V" * 10 + "E" * 10
+    assert split.manifest["name"] == "date-2024-05-01-2024-05-11"
+    # a second later that day's row, which is of midnight, lies before the date
+    later = ["2024-05-01T00:00:01", "2024-05-11"]
+    other = apply_protocol(log, Protocol(split="date", dates=later))
+    assert splits_of(other) == "T" * 21 + "V" * 9 + "E" * 10
+    assert other.hash != split.hash
+
+
+@pytest.mark.parametrize(
+    "dates", [None, DATES[:1], DATES[::-1], [DATES[0]] * 2, ["2024-05-01", "June"]]
+)
+def test_dates_that_cannot_work(dates: list[str] | None) -> None:
+    with pytest.raises(ConfigError, match=r"data\.protocol\.dates is .* two ascending"):
+        Protocol(split="date", dates=dates).check()
 
 
 def test_shares_and_names() -> None:
@@ -465,6 +492,11 @@ STREAM = coded([0] * 20, list(range(20)))
             "train and valid has no targets.*train 0, valid 0, test 9",
         ),
         (STREAM, {"shares": [0.8, 0.2, 0.0]}, "Split test has no targets"),
+        (
+            coded([0] * 40, DAYS),
+            {"split": "date", "dates": ["2024-05-01", "2024-06-01"]},
+            "from 2024-04-11T00:00:00 to 2024-05-20T00:00:00",
+        ),
         (
             STREAM,
             {"minimum_history": 50},
