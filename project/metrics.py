@@ -57,16 +57,23 @@ def ece(probability: ArrayLike, labels: ArrayLike, bins: int = 15) -> float | No
     cut into `bins` runs whose sizes differ by at most one. Rows of equal probability first share their mean label, so
     the order of the input does not matter even where a tie crosses a cut.
     """
+    emitted, observed, rows = reliability_bins(probability, labels, bins).T
+    return float(rows @ np.abs(emitted - observed) / rows.sum()) if rows.size else None
+
+
+def reliability_bins(probability: ArrayLike, labels: ArrayLike, bins: int) -> F64:
+    """The bins of `ece`, at most one a row: (bins, 3) mean probability, share of positives, rows."""
     values, positive = checked(probability, labels)
-    if not values.size:
-        return None
     # levels of probability, each row's level, and rows of each level
     level, code, size = np.unique(values, return_inverse=True, return_counts=True)
     # (n,) each row's level's mean label, in the order of probabilities
-    shared = np.repeat(np.bincount(code, weights=positive) / size, size)
+    shared = np.repeat(
+        np.bincount(code, weights=positive, minlength=size.size) / size, size
+    )
     # sizes that differ by at most one
-    gaps = np.array_split(np.repeat(level, size) - shared, min(bins, values.size))
-    return float(sum(abs(gap.sum()) for gap in gaps) / values.size)
+    parts = np.array_split(np.stack([np.repeat(level, size), shared]), max(1, bins), axis=1)
+    found = [(*part.mean(axis=1), part.shape[1]) for part in parts if part.size]
+    return np.array(found).reshape(-1, 3)
 
 
 def user_aucs(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> UserAucs:

@@ -69,22 +69,9 @@ def log_config(trainer: L.Trainer, config: Mapping[str, object]) -> None:
     """Send the configuration, and name the run there as its folder is named."""
     run = run_folder(trainer)
     for logger in wandb_loggers(trainer):
-        logger.experiment.config.update(_plain(config), allow_val_change=True)
+        logger.log_hyperparams(dict(config))
         if logger._wandb_init.get("name") is None:
             logger.experiment.name = f"{run.parent.name}/{run.name}"
-
-
-def _plain(value: object) -> object:
-    """Containers as they are, everything else that is not a number, text or truth value as text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return (
-        value
-        if value is None or isinstance(value, str | int | float | bool)
-        else str(value)
-    )
 
 
 def log_result(trainer: L.Trainer, result: ScoredResult, name: str) -> None:

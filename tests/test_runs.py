@@ -360,8 +360,8 @@ def test_run_of_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("none", None, None, True),  # nobody said anything
         ("environment", None, None, False),
-        ("netrc", None, None, False),
         ("netrc of another host", None, None, True),
+        ("netrc", None, None, False),
         ("none", "online", None, False),  # WANDB_MODE was said: W&B itself asks for the key
         ("environment", None, True, True),  # what YAML says comes first
         ("none", None, False, False),

@@ -15,13 +15,13 @@ from numpy.typing import ArrayLike
 
 from project.arrays import F64
 from project.errors import DataError
-from project.metrics import ece, probabilities
+from project.metrics import ece, probabilities, reliability_bins
 from project.report.format import number
 from project.results import Adaptive, CalibrateResult, Difference, ExitRow
 
 NamedAUC = tuple[str, float]
 
-BINS = 15  # of equal mass, as in metrics.ece: tables and pictures show one number
+BINS = 15  # of equal mass, as metrics.ece has them: tables and pictures show one number
 COLOURS = {
     "consistency": "#0072B2", "learned": "#D55E00", "ratio": "#E69F00", "ratio_consistency": "#CC79A7",
     "fixed_depth": "#000000", "random": "#999999", "oracle": "#6A4C93", "plan": "#009E73", "baseline": "#555555",
@@ -82,7 +82,7 @@ def pareto_figure(calibrate: CalibrateResult, baseline: NamedAUC | None = None) 
             [], [], " ", label=f"best baseline {baseline[0]} ({number(baseline[1])}): below"
         )
     elif baseline:
-        _baseline_line(axes, baseline)
+        _baseline_line(axes, baseline, baseline[1])
         levels.append(baseline[1])
     if levels:
         margin = 0.07 * (max(levels) - min(levels)) or 0.01
@@ -111,10 +111,7 @@ def depth_figure(
     axes.set_xticks(layers)
     # 3. the baseline is 0
     if baseline:
-        label = f"best baseline {baseline[0]} ({number(baseline[1])})"
-        axes.axhline(
-            0.0, color=COLOURS["baseline"], lw=1.2, linestyle=(0, (6, 3)), label=label
-        )
+        _baseline_line(axes, baseline, 0.0)
     return _finished(axes)
 
 
@@ -135,25 +132,6 @@ def exit_share_figure(exit_shares: Mapping[str, float], mean_depth: float) -> Fi
     return _finished(axes)
 
 
-def reliability_bins(probability: ArrayLike, labels: ArrayLike, bins: int = BINS) -> F64:
-    """Equal-mass bins as in `metrics.ece`, at most one a row: (bins, 3) mean probability, share of positives, rows.
-
-    Rows of equal probability share their mean label, so sum_b n_b / n * |column 0 - column 1| is the ECE.
-    """
-    values, positive = np.asarray(probability, np.float64), np.asarray(labels, np.float64)
-    level, code, size = np.unique(values, return_inverse=True, return_counts=True)
-    shared = np.repeat(
-        np.bincount(code, weights=positive, minlength=size.size) / size, size
-    )
-    count = max(1, min(bins, values.size))
-    cut = zip(
-        np.array_split(np.repeat(level, size), count),
-        np.array_split(shared, count),
-        strict=True,
-    )
-    return np.array([(p.mean(), y.mean(), p.size) for p, y in cut if p.size]).reshape(-1, 3)
-
-
 def reliability_figure(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
     """Reliability diagrams, a panel for each title ("exit 4", "plan") with probabilities (n,) and labels (n,)."""
     columns = min(4, max(1, len(scores)))
@@ -163,7 +141,7 @@ def reliability_figure(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Fig
         lines, columns, sharex=True, sharey=True, squeeze=False
     ).ravel()
     for axes, (name, (probability, labels)) in zip(panels, scores.items(), strict=False):
-        points = reliability_bins(probability, labels)
+        points = reliability_bins(probability, labels, BINS)
         _dress(axes).plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
         colour = COLOURS["plan" if name == "plan" else "consistency"]
         axes.plot(points[:, 0], points[:, 1], "o-", color=colour, ms=3.5)
@@ -238,10 +216,10 @@ def _bars(
     return [x for x, _, _ in defined]
 
 
-def _baseline_line(axes: Axes, baseline: NamedAUC) -> None:
+def _baseline_line(axes: Axes, baseline: NamedAUC, height: float) -> None:
     label = f"best baseline {baseline[0]} ({number(baseline[1])})"
     axes.axhline(
-        baseline[1], color=COLOURS["baseline"], lw=1.2, linestyle=(0, (6, 3)), label=label
+        height, color=COLOURS["baseline"], lw=1.2, linestyle=(0, (6, 3)), label=label
     )
 
 

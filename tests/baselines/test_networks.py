@@ -381,25 +381,6 @@ def test_others_are_not_found(make_data: Make, monkeypatch: pytest.MonkeyPatch) 
     assert kept_networks(make_data()) == []
 
 
-def test_kept_networks_are_shown_unasked_and_may_be_the_best(
-    make_data: Make, planted: list[int], tmp_path: Path
-) -> None:
-    """What `baselines --networks true` has trained stands in the next `baselines` too; AUC 1 is best."""
-    data = make_data()
-    assert not set(NAMES) & {
-        row["name"] for row in run_baselines(data, tmp_path)["baselines"]
-    }
-    assert planted == []
-    trained, kept = (
-        run_baselines(data, tmp_path, networks=True),
-        run_baselines(data, tmp_path),
-    )
-    assert len(planted) == 1
-    assert trained["baselines"] == kept["baselines"]
-    assert trained["best_baseline"] == "oracle"
-    assert {row["auc"] for row in trained["baselines"] if row["name"] == "oracle"} == {1.0}
-
-
 def test_without_the_extra(
     make_data: Make,
     tmp_path: Path,

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from sklearn.linear_model import LogisticRegression
 
 from project.data.logs import OWN_SCORE
 from project.data.protocol import Protocol, apply_protocol
@@ -127,32 +126,6 @@ def test_rate_baselines_golden(fitted: Any) -> None:
             table[count] + PRIOR_ROWS
         )
         np.testing.assert_allclose(table["logit"], np.log(p / (1 - p)), atol=1e-6)
-
-
-def test_logistic_equals_scikit_learn_by_hand(fitted: Any) -> None:
-    """The weights of lr_rates come from train targets, shrunk to the same base as the scored rows."""
-    rows, retrieved, baselines = fitted
-    train = targets(rows, split="train")
-    base = train["label"].mean()
-
-    def features(ids: pl.DataFrame, table: pl.DataFrame) -> np.ndarray:
-        found, table = [], ids.select("row_id").join(table, on="row_id")
-        for kind in ("item", "user"):
-            n = table[f"{kind}_count"].to_numpy().astype(float)
-            likes = table[f"{kind}_rate"].fill_null(0).to_numpy() * n
-            found += [
-                np.log((likes + 5 * base) / (n - likes + 5 * (1 - base))),
-                np.log1p(n),
-            ]
-        return np.stack(found, axis=1)
-
-    x = features(train, retrieved["train"])
-    baseline = by_name(baselines)["lr_rates"].scores.filter(pl.col("split") == "test")
-    model = LogisticRegression().fit((x - x.mean(0)) / x.std(0), train["label"])
-    expected = model.decision_function(
-        (features(baseline, retrieved["test"]) - x.mean(0)) / x.std(0)
-    )
-    np.testing.assert_allclose(baseline["logit"], expected, atol=1e-3)
 
 
 def test_auc(fitted: Any) -> None:

@@ -229,14 +229,6 @@ def test_autocast_to_bfloat16(tiny_config: Make, random_layout: Make) -> None:
     torch.testing.assert_close(rough.float(), exact, atol=0.05, rtol=0.05)
 
 
-def test_from_pretrained(saved: Make, random_layout: Make) -> None:
-    """`dtype` sets the type of weights and states; modules start in training mode, for dropout of adapters."""
-    backbone = Backbone.from_pretrained(saved()[1]).to(torch.bfloat16)
-    assert all(module.training for module in backbone.modules())
-    hidden = hidden_of(backbone, random_layout(0))
-    assert {p.dtype for p in backbone.parameters()} == {hidden.dtype} == {torch.bfloat16}
-
-
 def test_from_config(tiny_config: Make) -> None:
     """The caller's configuration is copied, not cut; no LM head is saved or trained."""
     config = tiny_config("qwen2", tie_word_embeddings=False)

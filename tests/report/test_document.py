@@ -12,13 +12,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from project.errors import DataError
-from project.metrics import ece
 from project.report.format import number
 from project.report.plots import (
     COLOURS,
     depth_figure,
     pareto_figure,
-    reliability_bins,
 )
 from project.report.report import pictures, read_run, write_report
 
@@ -267,17 +265,6 @@ def lines_by_colour(figure, colour):
     return [
         line for line in axes_of(figure).lines if to_hex(line.get_color()) == colour.lower()
     ]
-
-
-class TestReliabilityBins:
-    @pytest.mark.parametrize("bins", [1, 3, 10])
-    def test_sum_is_the_ece(self, bins):
-        rng = np.random.default_rng(0)
-        p, y = rng.integers(1, 20, 333) / 20, rng.integers(0, 2, 333)
-        cut = reliability_bins(p, y, bins)
-        assert cut[:, 2].sum() == 333
-        gap = (cut[:, 2] * np.abs(cut[:, 0] - cut[:, 1])).sum() / 333
-        assert gap == pytest.approx(ece(p, y, bins), abs=1e-12)
 
 
 class TestPareto:
