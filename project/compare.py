@@ -15,7 +15,6 @@ import torch
 from project.arrays import F64, I64
 from project.errors import DataError
 from project.evaluation.bootstrap import UserBootstrap
-from project.evaluation.result import part_of
 from project.exits.calibration import fit_calibration
 from project.metrics import head_metrics
 from project.report.tables import render
@@ -41,16 +40,17 @@ class Heads:
 
     def metrics(self, layer: int) -> HeadScores:
         """AUC and log loss of a head as it is, and under `calibrated` where that is possible."""
-        raw = head_metrics(self.raw[layer], self.labels, self.users)
-        found: HeadScores = {
-            "auc": raw["auc"],
-            "log_loss": raw["log_loss"],
-            "calibrated": None,
-        }
-        if layer in self.calibrated:
-            own = head_metrics(self.calibrated[layer], self.labels, self.users)
-            found["calibrated"] = {**found, "auc": own["auc"], "log_loss": own["log_loss"]}
-        return found
+
+        def scores(logits: F64, calibrated: HeadScores | None) -> HeadScores:
+            found = head_metrics(logits, self.labels, self.users)
+            return {
+                "auc": found["auc"],
+                "log_loss": found["log_loss"],
+                "calibrated": calibrated,
+            }
+
+        own = self.calibrated.get(layer)
+        return scores(self.raw[layer], None if own is None else scores(own, None))
 
 
 def read_heads(run: Path, part: Part = "tune") -> Heads:
@@ -70,12 +70,8 @@ def read_heads(run: Path, part: Part = "tune") -> Heads:
                     "validation's. Run `validate` and `test` with the same --config and --ckpt_path."
                 )
     tune = pl.read_parquet(paths["valid"], glob=False).filter(pl.col("fold") == "tune")
-    test = (
-        None
-        if part == "tune"
-        else part_of(pl.read_parquet(paths["test"], glob=False), "test", None)
-    )
-    scores = (tune if test is None else test).sort("row_id")
+    scores = tune if part == "tune" else pl.read_parquet(paths["test"], glob=False)
+    scores = scores.sort("row_id")
     layers = exit_layers_of(scores)
     logits = _logits(scores, layers)
     calibrated: dict[int, F64] = {}

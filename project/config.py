@@ -28,7 +28,6 @@ UNKNOWN = re.compile(
 )
 NO_PATH = re.compile(r"dot import path string: (\w+)")
 MISSING = re.compile(r"No module named|module '([\w.]+)' has no attribute '(\w+)'")
-CHOICES = re.compile(r"Literal\[(.+)\]\. Got value: (\w+)$")
 NO_REASON = re.compile(
     r"Parser key|Problem with given class_path|Expected a path but|Does not validate|Subtypes:|Errors:|Given value|"
     r"Subclass types|a class path|a dict |Expected a <class 'NoneType'>$|$"
@@ -121,8 +120,6 @@ def one_line(message: str, keys: Iterable[str]) -> ConfigError:
     if found := NO_PATH.search(reason):
         homes = (retrieval, logs, readers)
         reason += did_you_mean(found[1], [name for home in homes for name in vars(home)])
-    if found := CHOICES.search(reason):
-        reason += did_you_mean(found[2], re.findall(r"'([^']+)'", found[1]))
     if reason.endswith("Got value: None") or "arguments are required" in reason:
         reason += ". Is --config FILE missing, such as configs/quickstart.yaml?"
     return ConfigError(f"{key}: {reason}" if key else reason)

@@ -154,7 +154,7 @@ def export(run: Path, folder: Path) -> Path:
     if missing:
         raise DataError(
             f"{run} lacks {', '.join(missing)}; expected the folder of a run that `fit` wrote, such as "
-            "runs/quickstart/latest, with its bundle (callback RunBundle)."
+            "runs/quickstart/latest."
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(
@@ -333,7 +333,7 @@ def give_exported(module: ExitRecommender, folder: Path) -> tuple[ExitPlan, List
     module.exit_0.copy_(torch.from_numpy(baseline.to_array()))
     policy = _read_policy(folder)
     lists = Lists.from_state(from_json(policy["lists"]))
-    return plan, lists, policy.get("certificate")
+    return plan, lists, policy["certificate"]
 
 
 def exported_baseline(folder: str | Path) -> FeatureBaseline:
@@ -348,7 +348,7 @@ def exported_baseline(folder: str | Path) -> FeatureBaseline:
         known["base"],
         known["offset"],
         np.array(list(known["weights"].values())),
-        tuple(Term(*term) for term in known.get("terms", ())),
+        tuple(Term(*term) for term in known["terms"]),
     )
 
 

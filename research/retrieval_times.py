@@ -22,11 +22,11 @@ from project.datamodule import InteractionData
 from project.errors import DataError
 from project.evaluation.baselines import (
     SINGLE_FEATURE,
-    retrieved_features,
     targets_of,
+    targets_table,
     train_labels,
 )
-from project.features import FEATURES
+from project.features import FEATURES, feature_matrix
 from project.metrics import auc
 from project.report.tables import render
 from project.retrieval import (
@@ -243,7 +243,7 @@ def vote_accuracy(
         tables = RetrievedFeatures(
             data.split, retriever, data.refits, data.cache_dir
         ).tables()
-        features = retrieved_features(rows, tables, "test", base)
+        features = feature_matrix(targets_table(rows, tables, "test"), base)
         found[name] = auc(
             features[:, FEATURES.index(SINGLE_FEATURE["neighbour_vote"])], labels
         )

@@ -18,12 +18,12 @@ from project.cache import default_cache
 from project.datamodule import InteractionData
 from project.evaluation.baselines import (
     boosting,
-    retrieved_features,
     targets_of,
+    targets_table,
     train_labels,
 )
 from project.evaluation.bootstrap import UserBootstrap
-from project.features import logistic_regression
+from project.features import feature_matrix, logistic_regression
 from project.retrieval.own_text import SHRINK, item_vectors
 from project.retrieval.past import WalkRows, queries_by_user
 from project.retrieval.text import MeanPooling, encode_once, item_texts
@@ -82,7 +82,8 @@ def study(config: Path) -> list[dict[str, Any]]:
     targets = {split: targets_of(rows, split) for split in SPLITS}
     base = float(labels.mean())
     known = {
-        split: retrieved_features(rows, data.retrieved, split, base) for split in SPLITS
+        split: feature_matrix(targets_table(rows, data.retrieved, split), base)
+        for split in SPLITS
     }
     # 2. more text: of the item itself, and of the user's own answers
     terms = item_vectors(items, items)[:-1]

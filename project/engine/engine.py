@@ -23,7 +23,7 @@ from project.engine.decisions import Decision, EveryHead
 from project.engine.prepacked import prepacked
 from project.engine.requests import PreparedRequest, Scored, Scores
 from project.errors import ConfigError, DataError
-from project.evaluation.result import labelled_scores, scores_of_candidates
+from project.evaluation.result import labelled_scores, scores_of
 from project.exits.calibration import Calibration
 from project.exits.criteria import HeadOutputs
 from project.exits.plan import ExitPlan
@@ -518,9 +518,7 @@ def score_every_head(
         torch.zeros(0, len(model.exit_layers)),
         *(outputs.logits.cpu() for outputs in decision.outputs),
     ]
-    return scores_of_candidates(
-        ids, torch.cat(logits), candidates, exit_0, model.exit_layers
-    )
+    return scores_of(ids, torch.cat(logits), candidates, exit_0, model.exit_layers)
 
 
 def score_workload(

@@ -300,13 +300,6 @@ def train_labels(rows: pl.DataFrame) -> NDArray[Any]:
     return labels
 
 
-def retrieved_features(
-    rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], split: str, base: float
-) -> F64:
-    """Features (n, len(FEATURES)) of a split's targets, from that split's own table; `base`: train's share of likes."""
-    return feature_matrix(targets_table(rows, retrieved, split), base)
-
-
 def targets_table(
     rows: pl.DataFrame, retrieved: Mapping[str, pl.DataFrame], split: str
 ) -> pl.DataFrame:

@@ -44,7 +44,7 @@ from project.results import (
     ScoredRows,
     Slice,
 )
-from project.run import exit_layers_of, score_table
+from project.run import SCORE_COLUMNS, exit_layers_of, score_table
 
 if TYPE_CHECKING:
     from project.datamodule import InteractionData
@@ -81,42 +81,25 @@ class ScoreCollector(Metric):
         return ids[index], values[index]
 
 
-def scores_of_rows(
-    ids: Tensor, values: Tensor, rows: pl.DataFrame, exit_0: F64, exit_layers: list[int]
+def scores_of(
+    ids: Tensor, values: Tensor, table: pl.DataFrame, exit_0: F64, exit_layers: list[int]
 ) -> pl.DataFrame:
-    """Score table of n rows of the log: ids (n, 3) and logits (n, k) as collected, logits (n,) of exit 0."""
-    columns = {name: rows[name] for name in ("row_id", "user", "split", "fold", "label")}
-    return _table(columns, ids, values, exit_0, exit_layers)
+    """Score table of n rows: ids (n, 3) and logits (n, k) as collected, logits (n,) of exit 0.
 
-
-def scores_of_candidates(
-    ids: Tensor,
-    values: Tensor,
-    candidates: pl.DataFrame,
-    exit_0: F64,
-    exit_layers: list[int],
-) -> pl.DataFrame:
-    """Score table of candidates with their item ids; a row's id is its position in `Requests.table()`."""
-    about = candidates[ids[:, 0].cpu().numpy()]
-    columns = {name: about[name] for name in ("request_id", "candidate_index")}
-    table = _table(columns, ids, values, exit_0, exit_layers)
-    return table.insert_column(3, about["item_id"])
-
-
-def _table(
-    columns: dict[str, pl.Series],
-    ids: Tensor,
-    values: Tensor,
-    exit_0: F64,
-    exit_layers: list[int],
-) -> pl.DataFrame:
+    `table` is the log's, or `Requests.table()`, whose item ids the score table has, too; ids are positions in it.
+    """
     tokens = ids.cpu().numpy()
+    about = table[tokens[:, 0]]
+    columns = {name: about[name] for name in SCORE_COLUMNS if name in table.columns}
     columns |= {
         "target_tokens": pl.Series(tokens[:, 1]),
         "stream_tokens": pl.Series(tokens[:, 2]),
         "logit_0": pl.Series(exit_0),
     }
-    return score_table(columns, values.cpu().numpy(), exit_layers)
+    made = score_table(columns, values.cpu().numpy(), exit_layers)
+    if "item_id" in table.columns:
+        made.insert_column(3, about["item_id"])
+    return made
 
 
 def labelled_scores(scores: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:

@@ -26,8 +26,7 @@ from project.evaluation.result import (
     ScoreCollector,
     choose_exit,
     exit_rows,
-    scores_of_candidates,
-    scores_of_rows,
+    scores_of,
 )
 from project.features import FEATURES, FeatureBaseline, Term
 from project.model.backbone import Backbone, usable_config
@@ -325,7 +324,7 @@ class ExitRecommender(L.LightningModule):
         ids, values = self.collector.compute()
         self.collector.reset()
         exit_0 = self.feature_baseline().logits(self.data.candidate_retrieved)
-        self.scores = scores_of_candidates(
+        self.scores = scores_of(
             ids, values, self.data.requests.table(), exit_0, self.exit_layers
         )
 
@@ -335,7 +334,7 @@ class ExitRecommender(L.LightningModule):
         # a row's id is its position in the split's table
         rows = self.data.split.rows[ids[:, 0].cpu().numpy()]
         exit_0 = self.feature_baseline().logits(self.data.retrieved_of(rows))
-        return scores_of_rows(ids, values, rows, exit_0, self.exit_layers)
+        return scores_of(ids, values, self.data.split.rows, exit_0, self.exit_layers)
 
     def _log_heads(self, rows: Sequence[Mapping[str, Any]], prefix: str) -> None:
         for row in rows:

@@ -185,8 +185,7 @@ def reliability_scores(
     for layer in layers:
         logits = logits_of(f"logit_{layer}")
         if terms := calibration.get(str(layer)):
-            exit_0 = terms.get("exit_0", 0.0) if layer else 0.0
-            zero = exit_0 * logits_of("logit_0") if exit_0 else 0.0
+            zero = terms["exit_0"] * logits_of("logit_0")
             logits = terms["logit"] * logits + zero + terms["offset"]
         found[f"exit {layer}"] = (probabilities(logits), labels)
     if "adaptive_logit" in rows.columns and rows["adaptive_logit"].null_count() == 0:

@@ -72,11 +72,6 @@ class Run:
         return rows_in_words(self.split)
 
     @property
-    def command(self) -> str:
-        """The command that writes the reported rows' adaptive score."""
-        return "test" if self.split == "test" else "calibrate"
-
-    @property
     def policy(self) -> PolicyRow | None:
         """The plan's criterion among the calibrated ones."""
         if self.calibrate is None:

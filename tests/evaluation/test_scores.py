@@ -13,8 +13,7 @@ from world import read_split
 from project.data.protocol import Protocol
 from project.evaluation.result import (
     ScoreCollector,
-    scores_of_candidates,
-    scores_of_rows,
+    scores_of,
     slice_masks,
     slice_rows,
 )
@@ -80,7 +79,7 @@ def test_scores_of_rows(tiny_logs: Path) -> None:
     chosen = rows.filter(pl.col("role") == "target").sample(50, seed=0).sort("row_id")
     row_id, collector = chosen["row_id"], ScoreCollector()
     add(collector, row_id.sample(50, seed=1, shuffle=True).to_list())
-    scores = scores_of_rows(*collector.compute(), chosen, row_id.to_numpy() / 2, [4, 9])
+    scores = scores_of(*collector.compute(), rows, row_id.to_numpy() / 2, [4, 9])
     assert scores.columns == [*SCORE_COLUMNS, "logit_4", "logit_9"]
     for column in ("row_id", "user", "split", "fold", "label"):
         assert scores[column].to_list() == chosen[column].to_list()
@@ -101,7 +100,7 @@ def test_scores_of_candidates() -> None:
     }
     collector = ScoreCollector()
     add(collector, [2, 0, 1])
-    scores = scores_of_candidates(
+    scores = scores_of(
         *collector.compute(), pl.DataFrame(named), np.array([0.5, 1.5, 2.5]), [1, 2]
     )
     assert scores.columns[:4] == ["row_id", "request_id", "candidate_index", "item_id"]
