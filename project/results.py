@@ -122,9 +122,8 @@ class PlanRow(Metrics):
 
 
 class Adaptive(Where, PlanRow):
-    """The plan in use on reported rows, beside the same run's plan without exit 0."""
+    """The plan in use on reported rows."""
 
-    without_exit_0: PlanRow
     risk: Risk | None
     baseline_difference: Difference | None
     budget_words: str | None
@@ -228,7 +227,7 @@ class Calibration(TypedDict):
     policies: list[PolicyRow]
     controls: dict[str, list[Point]]  # fixed_depth, random, oracle
     chosen: str
-    budget: dict[str, float | None]
+    budget: dict[str, float]
     budget_words: str | None
     certificate: CertificateRow | None
     certificate_words: str

@@ -23,7 +23,7 @@ import polars as pl
 import torch
 
 from project.arrays import F64
-from project.exits.budget import FEWEST_USERS, TuneFold
+from project.exits.budget import FEWEST_USERS, TuneFold, cheapest
 from project.exits.criteria import confidence_table
 from project.exits.plan import ExitPlan, ExitSettings
 from project.exits.policy import leave
@@ -121,12 +121,10 @@ def choices(tune: TuneFold) -> dict[str, TuneFold]:
                 expected = curve.path[0].expected_auc - np.array(
                     [s.expected_auc for s in curve.path]
                 )
-                kept = np.maximum(curve.drops, expected) <= (
-                    tune.settings.max_auc_drop or 0.0
-                )
+                kept = np.maximum(curve.drops, expected) <= tune.settings.max_auc_drop
                 step = int(np.flatnonzero(kept | (np.arange(len(kept)) == 0))[-1])
             other.curves.append(replace(curve, step=step))
-        other.best = max(other.curves, key=other._preference)
+        other.best = cheapest(other.curves)
         made[name] = other
     return made | {"plan": tune}
 

@@ -134,7 +134,7 @@ def test_a_file(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("exits:\n\tmax_cost: 1\n", "line 2, column 1"),
+        ("exits:\n\talpha: 1\n", "line 2, column 1"),
         (
             "model:\n  a: 1\ndata: {}\nmodel:\n  a: 2\n",
             "line 4, column 1: the key model stands twice",
@@ -235,7 +235,6 @@ def test_an_option_is_not_abbreviated(fails: Line, tiny_config: Config) -> None:
         ({"data.context_tokens": 10}, ["data.context_tokens is 10", "20 of 20 items"]),
         ({"model.backbone": "/nowhere/model"}, ["/nowhere/model"]),
         ({"exits.certificate": {"epsilon": 7}}, ["epsilon", "expected"]),
-        ({"exits.max_auc_drop": None}, ["max_auc_drop", "max_cost"]),
     ],
 )
 @pytest.mark.usefixtures("no_features")

@@ -368,7 +368,6 @@ class PlannedRows:
         prefix_cached: bool,
         draws: int = 1000,
     ) -> None:
-        self._arguments = scores, features, prefix_cached, draws
         outputs = plan.outputs(scores, features)
         layer, logit = plan.emitted(outputs)
         self.plan = plan
@@ -384,10 +383,6 @@ class PlannedRows:
         )
         self._prefix_cached = prefix_cached
         self._bootstrap = UserBootstrap(self.users, draws)
-
-    def under(self, plan: ExitPlan) -> PlannedRows:
-        """The same rows under another plan."""
-        return PlannedRows(plan, *self._arguments)
 
     def calibrated_metrics(self, layer: int) -> Calibrated:
         """Of one head on all rows."""
@@ -482,7 +477,6 @@ def adaptive_summary(
         "split": split,
         "fold": fold_of(split),
         **rows.summary(plans.static_exit),
-        "without_exit_0": rows.under(plans.without).summary(plans.static_without),
         "risk": None if certificate is None else rows.risk(certificate["risk"]),
         "baseline_difference": None if against is None else against.difference(rows.logit),
         "budget_words": plans.budget_words,

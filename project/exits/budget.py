@@ -52,13 +52,13 @@ class Curve:
     """One criterion, fitted on tune.
 
     `path` has S steps, `influences` (S, U) are the users', see `user_influences`. `step` is the one that the budget
-    chooses; -1 where none keeps it.
+    chooses.
     """
 
     criterion: Criterion
     path: Path
     influences: F64
-    step: int = -1
+    step: int = 0
 
     @property
     def drops(self) -> F64:
@@ -71,11 +71,15 @@ class Curve:
         return self.path[self.step]
 
 
+def cheapest(curves: Sequence[Curve]) -> Curve:
+    """The curve whose chosen step costs least; of equal cost the one of higher AUC."""
+    return max(curves, key=lambda curve: (-curve.chosen.cost, curve.chosen.auc))
+
+
 class TuneFold:
     """The tune fold with or without exit 0: calibrated outputs, every criterion's curve, and the best of them.
 
-    `scores` and `features` (n, F) are of its n rows. `curves` holds the criteria that keep the budget. Where none does,
-    that is an error, or with `comparison_only` every criterion takes its fastest step.
+    `scores` and `features` (n, F) are of its n rows. `curves` holds every criterion at the budget's step.
     """
 
     def __init__(
@@ -84,7 +88,6 @@ class TuneFold:
         features: F64,
         settings: ExitSettings,
         exit_0: bool,
-        comparison_only: bool = False,
     ) -> None:
         self.settings = settings
         self.exit_0 = exit_0
@@ -108,20 +111,11 @@ class TuneFold:
             curves.append(Curve(criterion, path, user_influences(path, *about, users)))
         # a criterion that is given decides alone, the others are only drawn
         self._competing = len(curves) if settings.criterion is None else 1
-        curves = [replace(c, step=int(self._steps(c, c.drops[None])[0])) for c in curves]
-        self.curves = [curve for curve in curves if curve.step >= 0]
-        if all(curve.step < 0 for curve in curves[: self._competing]):
-            if not comparison_only:
-                last = [curve.path[-1] for curve in curves[: self._competing]]
-                fastest = min(last, key=lambda step: step.cost)
-                raise ConfigError(
-                    f"no exit policy keeps exits.max_cost {settings.max_cost} and exits.max_auc_drop "
-                    f"{settings.max_auc_drop}: the fastest costs {fastest.cost:.3f} of full depth and drops "
-                    f"{fastest.auc_drop:.4f} of AUC; raise one of them"
-                )
-            self.curves = [replace(curve, step=len(curve.path) - 1) for curve in curves]
-        # 4. the best of them, or the one that is given
-        self.best = max(self.curves[: self._competing], key=self._preference)
+        self.curves = [
+            replace(c, step=int(self._steps(c, c.drops[None])[0])) for c in curves
+        ]
+        # 4. the cheapest of them, at equal cost that of higher AUC; or the one that is given
+        self.best = cheapest(self.curves[: self._competing])
 
     def plan(self, step: int) -> ExitPlan:
         """The best criterion at one step of its path."""
@@ -133,11 +127,7 @@ class TuneFold:
     @property
     def too_few(self) -> bool:
         """Whether the users allow no early exit within a bounded AUC drop; at alpha .5 no bound is asked for."""
-        return (
-            self.users < FEWEST_USERS
-            and self.settings.alpha < 0.5
-            and self.settings.max_auc_drop is not None
-        )
+        return self.users < FEWEST_USERS and self.settings.alpha < 0.5
 
     def in_words(self) -> str | None:
         """Why the plan is full depth, where users are too few."""
@@ -149,24 +139,13 @@ class TuneFold:
         )
 
     def _steps(self, curve: Curve, drops: F64) -> I64:
-        """(D,) the budget's step by each row of drops (D, S); -1 where none keeps it."""
+        """(D,) the budget's step by each row of drops (D, S)."""
         # alpha is shared out among the paths that compete for the choice (Bonferroni)
         margins = bound_margins(curve.influences, self.settings.alpha / self._competing)
         if self.too_few:
             # step 0, full depth, is left
             margins[1:] = np.inf
-        return budget_steps(
-            curve.path, drops + margins, self.settings.max_auc_drop, self.settings.max_cost
-        )
-
-    def _preference(self, curve: Curve) -> tuple[float, float]:
-        """Cheaper is better where an AUC drop is the budget, a higher AUC where the cost is."""
-        step = curve.chosen
-        return (
-            (step.auc, -step.cost)
-            if self.settings.max_auc_drop is None
-            else (-step.cost, step.auc)
-        )
+        return budget_steps(curve.path, drops + margins, self.settings.max_auc_drop)
 
 
 def calibrate(
@@ -197,15 +176,8 @@ def calibrate(
             words = f"No certificate: {error}."
     _check_folds(scores)
     tuned, certified = ((scores["fold"] == fold).to_numpy() for fold in ("tune", "certify"))
-    # 2. on tune, with exit 0 and without: calibration, every criterion's path, the budget's
-    # step
-    on_tune = scores.filter(tuned), features[tuned], settings
-    folds = {
-        x: TuneFold(*on_tune, x, comparison_only=x != settings.exit_0)
-        for x in (True, False)
-    }
-    tune = folds[settings.exit_0]
-    without = folds[False]
+    # 2. on tune: calibration, every criterion's path, the budget's step
+    tune = TuneFold(scores.filter(tuned), features[tuned], settings, settings.exit_0)
     best = tune.best  # the criterion that decides
     layers = tune.outputs.layers
     # 3. on certify, once: the budget's policy, then faster steps until one fails; full
@@ -236,10 +208,7 @@ def calibrate(
         ],
         "controls": tune.controls,
         "chosen": name(best.criterion),
-        "budget": {
-            "max_auc_drop": settings.max_auc_drop,
-            "max_cost": settings.max_cost,
-        },
+        "budget": {"max_auc_drop": settings.max_auc_drop},
         "budget_words": tune.in_words(),
         "certificate": None if certificate is None else certificate.to_dict(),
         "certificate_words": words,
@@ -259,8 +228,6 @@ def calibrate(
     plans = Plans(
         plan=tune.plan(best.step),
         static_exit=tune.static_exit["layer"],
-        without=without.plan(without.best.step),
-        static_without=without.static_exit["layer"],
         certified=None if last is None else tune.plan(last),
         certificate=document["certificate"],
         budget_words=document["budget_words"],

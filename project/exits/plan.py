@@ -52,7 +52,6 @@ class ExitSettings:
             not.
         max_auc_drop: Budget: AUC on `tune` that may be lost against full depth.
         alpha: Budget: chance that the AUC drop is above max_auc_drop after all, in (0, 0.5]; less is slower.
-        max_cost: Budget: share of full depth's token-layers that may be spent; None sets no limit.
         prefix_cached: The keys and values of a request's history are cached, so that its tokens cost nothing.
         certificate: What is promised, and tested on the `certify` fold; None makes no certificate.
         lists: Requests of the folds tune and certify, as many of each, that lists of the best k are fitted and
@@ -62,36 +61,26 @@ class ExitSettings:
     criterion: Criterion | None = None
     compare: list[Criterion] | None = None
     exit_0: bool = True
-    max_auc_drop: float | None = 0.002
+    max_auc_drop: float = 0.002
     alpha: float = 0.1
-    max_cost: float | None = None
     prefix_cached: bool = False
     certificate: CertificateSettings | None = field(default_factory=CertificateSettings)
     lists: int = 100
 
     def __post_init__(self) -> None:
-        if self.max_auc_drop is None and self.max_cost is None:
-            raise ConfigError(
-                "exits.max_auc_drop and exits.max_cost are both null; expected one: without a limit the fastest "
-                "policy is no model at all. Set exits.max_auc_drop, for example to 0.002."
-            )
         if self.certificate is not None and self.certificate.risk == "overlap_loss":
             raise ConfigError(
                 "exits.certificate.risk: overlap_loss is a risk of lists, expected another"
             )
         if self.lists < 0:
             raise ConfigError(f"exits.lists is {self.lists}; expected 0 or more requests.")
-        if self.max_auc_drop is not None and not 0 <= self.max_auc_drop < math.inf:
+        if not 0 <= self.max_auc_drop < math.inf:
             raise ConfigError(
-                f"exits.max_auc_drop is {self.max_auc_drop}; expected null, 0 or more."
+                f"exits.max_auc_drop is {self.max_auc_drop}; expected 0 or more."
             )
         if not 0 < self.alpha <= 0.5:
             raise ConfigError(
                 f"exits.alpha is {self.alpha}; expected a chance above 0 and at most 0.5."
-            )
-        if self.max_cost is not None and not 0 < self.max_cost <= 1:
-            raise ConfigError(
-                f"exits.max_cost is {self.max_cost}; expected a share above 0 and at most 1."
             )
         if self.criterion is None and self.compare == []:
             raise ConfigError(
@@ -228,16 +217,13 @@ CHECKPOINT_KEY = "exit_plans"  # of a run's checkpoint, under which its plans li
 class Plans:
     """The plans of a run, as its checkpoint keeps them.
 
-    `plan` is in use, `without` is the same run's without exit 0 at the budget's step, for comparison, `certified` the
-    fastest that the certificate reached, None where its first test failed. `static_exit` and `static_without` are the
-    layers of the static exits of equal accuracy. `lists` lets candidates leave by `plan`'s heads where the best k are
-    asked for.
+    `plan` is in use, `certified` the fastest that the certificate reached, None where its first test failed.
+    `static_exit` is the layer of the static exit of equal accuracy. `lists` lets candidates leave by `plan`'s heads
+    where the best k are asked for.
     """
 
     plan: ExitPlan
     static_exit: int
-    without: ExitPlan
-    static_without: int
     certified: ExitPlan | None = None
     lists: Lists = field(default_factory=Lists)
     certificate: CertificateRow | None = None
@@ -248,8 +234,6 @@ class Plans:
         return {
             "plan": self.plan.state(),
             "static_exit": self.static_exit,
-            "without": self.without.state(),
-            "static_without": self.static_without,
             "certified": None if self.certified is None else self.certified.state(),
             "lists": self.lists.state(),
             "certificate": json.dumps(self.certificate),
@@ -259,15 +243,12 @@ class Plans:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Plans:
         """From what `state` gave."""
-        plan, without = (ExitPlan.from_state(state[key]) for key in ("plan", "without"))
         certified = (
             None if state["certified"] is None else ExitPlan.from_state(state["certified"])
         )
         return cls(
-            plan,
+            ExitPlan.from_state(state["plan"]),
             state["static_exit"],
-            without,
-            state["static_without"],
             certified,
             Lists.from_state(state["lists"]),
             json.loads(state["certificate"]) or None,
@@ -299,7 +280,7 @@ def certified_settings(settings: ExitSettings) -> dict[str, object]:
     no part in the choice is left out.
     """
     compared = settings.criteria() if settings.criterion is None else [settings.criterion]
-    keys = ("exit_0", "prefix_cached", "max_auc_drop", "alpha", "max_cost", "lists")
+    keys = ("exit_0", "prefix_cached", "max_auc_drop", "alpha", "lists")
     in_short = []  # such as consistency(heads=2)
     for criterion in compared:
         arguments = specification(criterion)["init_args"]

@@ -212,27 +212,19 @@ def _teacher(scores: F64, labels: F64) -> F64:
     return probabilities(scores[:, -1] + design @ weights)
 
 
-def budget_steps(
-    path: Path, drops: F64, max_auc_drop: float | None, max_cost: float | None
-) -> I64:
-    """The step that a budget chooses by each row of AUC drops, or upper bounds of them, (D, S) -> (D,); -1: none.
+def budget_steps(path: Path, drops: F64, max_auc_drop: float) -> I64:
+    """The step that a budget chooses by each row of AUC drops, or upper bounds of them, (D, S) -> (D,).
 
-    With `max_auc_drop` the path is walked from full depth on, and the first step whose drop or expected drop is larger
-    ends the walk, whatever the steps behind it lose. The last step before must keep `max_cost`, if there is one.
-    With `max_cost` alone it is the first step that costs no more, as AUC falls along the path.
+    The path is walked from full depth on, and the first step whose drop or expected drop is larger ends the walk,
+    whatever the steps behind it lose.
     """
-    # (S,)
-    cost = np.array([step.cost for step in path])
-    if max_auc_drop is None:
-        affordable = np.flatnonzero(cost <= max_cost)
-        return np.full(len(drops), affordable[0] if affordable.size else -1)
     # (S,) drops if labels were drawn from the teacher's probabilities
     expected = path[0].expected_auc - np.array([step.expected_auc for step in path])
     broken = np.maximum(drops, expected) > max_auc_drop
     broken[:, 0] = False  # full depth loses nothing
     # where every step keeps the budget, the last one is taken
     last: I64 = np.where(broken.any(axis=1), broken.argmax(axis=1), len(path)) - 1
-    return last if max_cost is None else np.where(cost[last] <= max_cost, last, -1)
+    return last
 
 
 def user_influences(

@@ -27,7 +27,6 @@ from project.report.plots import (
 from project.report.tables import (
     criteria_rows,
     decide,
-    plan_rows,
     rows_in_words,
     rows_of,
     score_rows,
@@ -220,13 +219,7 @@ def render_report(run: Run, drawn: Mapping[str, Figure | str]) -> str:
     """The report's Markdown, with pictures by file name, or why there is none."""
     result = run.reported
     exits = rows_of(result["exits"], run.split, run.fold)
-    plan = result["adaptive"]
     rows = score_rows(result, run.split, run.fold, run.benchmark_rows)
-    without = []
-    if plan is not None and exits:
-        own = plan["without_exit_0"]
-        if (own["auc"], own["mean_depth"]) != (plan["auc"], plan["mean_depth"]):
-            without = plan_rows(own, exits, name="plan without exit 0")
     said = (warning for scored in run.scored.values() for warning in scored["warnings"])
     text = environment().get_template("report.md.j2").render(
         run=run,
@@ -236,7 +229,6 @@ def render_report(run: Run, drawn: Mapping[str, Figure | str]) -> str:
         answer=decide(result, rows),
         rows=rows,
         slices=[s for s in rows_of(result["slices"], run.split, run.fold) if s["n"]],
-        without=without,
         criteria=[] if run.calibrate is None else criteria_rows(run.calibrate),
         policy=run.policy,
         refused=next(filter(None, (r["not_calibrated"] for r in run.scored.values())), None),

@@ -302,12 +302,11 @@ def plan_rows(
     plan: PlanRow,
     exits: Sequence[ExitRow],
     timed: Sequence[EngineRow] = (),
-    name: str = "plan",
     gain: Difference | None = None,
 ) -> list[Line]:
-    """A plan (`adaptive`, or its `without_exit_0`), then the static exits of equal accuracy and of equal cost."""
+    """The plan, then the static exits of equal accuracy and of equal cost."""
     found = [
-        scores_of(name, plan)._replace(
+        scores_of("plan", plan)._replace(
             gain=gain,
             depth=plan["mean_depth"],
             saved=plan["token_layer_speedup"],

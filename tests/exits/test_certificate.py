@@ -347,7 +347,6 @@ class TestLedger:
             ("criterion", {"compare": [Ratio(), Consistency(2)]}),
             ("exit_0", {"exit_0": False}),
             ("max_auc_drop", {"max_auc_drop": 0.01}),
-            ("max_cost", {"max_cost": 0.5}),
             ("prefix_cached", {"prefix_cached": True}),
             ("certificate.epsilon", {"certificate": CertificateSettings(epsilon=0.1)}),
             ("certificate.delta", {"certificate": CertificateSettings(delta=0.2)}),

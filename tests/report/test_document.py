@@ -147,18 +147,15 @@ class TestWhole:
             for row in files["test"]["exits"] + files["test"]["baselines"]:
                 row.update(undefined)
                 (row["calibrated"] or {}).update({"auc": None})
-            for adaptive in (
-                files["test"]["adaptive"],
-                files["test"]["adaptive"]["without_exit_0"],
-            ):
-                adaptive |= undefined | {"auc_drop": None, "auc_drop_interval": None}
-                for static in ("static_exit", "equal_cost"):
-                    adaptive[static] = {
-                        "layer": 4,
-                        "auc": None,
-                        "auc_gain": None,
-                        "auc_gain_interval": None,
-                    }
+            adaptive = files["test"]["adaptive"]
+            adaptive |= undefined | {"auc_drop": None, "auc_drop_interval": None}
+            for static in ("static_exit", "equal_cost"):
+                adaptive[static] = {
+                    "layer": 4,
+                    "auc": None,
+                    "auc_gain": None,
+                    "auc_gain_interval": None,
+                }
             files["test"]["baseline_difference"] |= {"value": None, "interval": None}
             files["test"]["adaptive"]["baseline_difference"] |= {
                 "value": None,
