@@ -17,6 +17,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
+from rich.markdown import Markdown
 
 from project.arrays import F64
 from project.bundle import write_bundle
@@ -51,7 +52,7 @@ from project.exits.ranking import (
 from project.metrics import OwnMetric
 from project.model.heads import heads_digest
 from project.report.report import write_report
-from project.report.tables import render, render_seconds, shown
+from project.report.tables import render, render_seconds
 from project.results import CalibrateResult
 from project.run import (
     Checkpoint,
@@ -439,8 +440,8 @@ class ResultFiles(L.Callback):
         log_result(trainer, result, name)
         console = Console(width=120) if not Console().is_terminal else Console()
         console.print(
-            shown(render(result, path.parent)),
-            shown(render_seconds(result)),
+            Markdown(render(result, path.parent)),
+            Markdown(render_seconds(result)),
             f"written: {path}",
         )
         if command != "validate":

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import polars as pl
 from rich.console import Console
+from rich.markdown import Markdown
 
 from project.callbacks import exit_calibration_of
 from project.datamodule import InteractionData
@@ -29,7 +30,7 @@ from project.evaluation.result import fold_of, own_differences, scored_result, s
 from project.exits.ranking import lists_in_words
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
-from project.report.tables import render, shown
+from project.report.tables import render
 from project.results import ScoredResult, ScoredRows, Slice
 from project.run import (
     read_checkpoint,
@@ -104,7 +105,7 @@ def run_baselines(
         )
     result = scored_result(head, found, data, None)
     path = write_json(folder / "results" / "baselines.json", result)
-    Console(width=120).print(shown(render(result)), f"written: {path}")
+    Console(width=120).print(Markdown(render(result)), f"written: {path}")
     return result
 
 

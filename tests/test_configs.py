@@ -123,8 +123,6 @@ def test_shipped_recipes(
     }
     trainer, model, data = made(*given(recipe))
     assert isinstance(model, ExitRecommender)
-    assert model.backbone_name == data.tokenizer_name
-    assert model.answers == data.prompt.answers
     data.protocol.check()
     assert {ModelCheckpoint, ResultFiles} <= {type(c) for c in trainer.callbacks}
     assert trainer.checkpoint_callback.monitor == "select/auc/deepest"

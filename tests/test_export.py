@@ -27,7 +27,6 @@ from project.export import (
     from_json,
     load_exported,
     render_card,
-    run_export,
     to_json,
 )
 from project.features import FEATURES
@@ -197,10 +196,6 @@ def test_not_a_run_and_not_exported(tmp_path: Path) -> None:
     (tmp_path / "exit_policy.json").write_text('{"schema_version": 0}')
     with pytest.raises(DataError, match="schema_version 0"):
         load_exported(tmp_path)
-    for arguments, code in ((["run"], 2), (["--help"], 0)):
-        with pytest.raises(SystemExit) as stopped:
-            run_export(arguments)
-        assert stopped.value.code == code
 
 
 BUNDLE = {

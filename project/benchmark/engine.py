@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
 
 from project.benchmark.configurations import (
     LISTED,
@@ -29,7 +30,7 @@ from project.engine.predict import load_run
 from project.engine.requests import PreparedRequest, prepare_requests
 from project.errors import NotFittedError
 from project.evaluation.bootstrap import UNDEFINED, UserBootstrap
-from project.report.tables import render, shown
+from project.report.tables import render
 from project.results import EngineResult, Timed, Workload
 from project.retrieval.online import can_be_indexed
 from project.run import result_head, write_json
@@ -181,7 +182,7 @@ def run_engine(
         result["rows"] += [{**workload, **row} for row in rows]
         # what is measured stays measured, whatever happens to the next workload
         path = write_json(folder / "results" / "benchmark.json", result)
-    Console(width=190).print(shown(render(result)), f"written: {path}")
+    Console(width=190).print(Markdown(render(result)), f"written: {path}")
     return result
 
 

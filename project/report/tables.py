@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
-from rich.markdown import Markdown
-
 from project.errors import ConfigError
 from project.report.format import environment, tidy
 from project.results import (
@@ -243,11 +241,6 @@ def fill_tables(text: str, folder: Path) -> str:
         return f"{found['start']}\n{text}{found['end']}"
 
     return TABLE.sub(block, text)
-
-
-def shown(text: str) -> Markdown:
-    """Markdown for a terminal."""
-    return Markdown(text)
 
 
 def rows_in_words(split: str) -> str:

@@ -17,7 +17,6 @@ from project.report.format import (
     environment,
     escape,
     few_users,
-    interval,
     number,
     percent,
     ratio,
@@ -167,48 +166,6 @@ def tables(text):
             )
             assert len({len(row) for row in found[-1]}) == 1
     return found
-
-
-def user_aucs(row):
-    return f"{number(row['gauc_impressions']['value'])} / {number(row['uauc']['value'])}"
-
-
-def test_main_table_is_the_file():
-    path = RESULTS / "whole_backbone_alone" / "test.json"
-    file, timed = read_result(path), read_result(path.parent / "benchmark.json")
-    _, *rows = tables(render(file, path.parent))[0]
-    by_name = {row[0]: row for row in rows}
-    best = next(row for row in file["baselines"] if row["name"] == file["best_baseline"])
-    assert by_name[f"best baseline {best['name']}"][1:5] == [
-        number(best["auc"]), interval(best["auc_interval"]), user_aucs(best), number(best["log_loss"])]  # fmt: skip
-    assert not any("lr_rates" in name for name in by_name)
-    for row in file["exits"]:
-        shown = next(
-            cells
-            for name, cells in by_name.items()
-            if name.split(" (")[0] == f"exit {row['layer']}"
-        )
-        assert shown[1:7] == [number(row["auc"]), interval(row["auc_interval"]), user_aucs(row),
-                              number(row["log_loss"]), difference(row["baseline_difference"]),
-                              str(row["layer"])]  # fmt: skip
-        assert shown[7] == (times(30 / row["layer"]) if row["layer"] else "")
-    plan, static_exit = file["adaptive"], file["adaptive"]["static_exit"]
-    clock = {row["engine"]: times(row["measured_speedup"]) for row in reversed(timed["rows"])
-             if (row["prefix_cached"], row["history"]) == (False, None) and "learned" not in row["policy"]
-             and (row["engine"] != "early_exit" or row["policy"].startswith("budget: "))}  # fmt: skip
-    assert by_name["plan"][1] == number(plan["auc"])
-    assert by_name["plan"][6:] == [
-        number(plan["mean_depth"], 2),
-        times(plan["token_layer_speedup"]),
-        clock["early_exit"],
-    ]
-    after = rows[rows.index(by_name["plan"]) + 1]  # the row next to a speed-up
-    assert after[0] == f"exit {static_exit['layer']}, of equal accuracy"
-    assert after[6:] == [
-        str(static_exit["layer"]),
-        times(30 / static_exit["layer"]),
-        clock[f"fixed_depth_{static_exit['layer']}"],
-    ]
 
 
 def test_the_ranker_that_runs_today_has_a_row_and_a_column():
