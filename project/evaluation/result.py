@@ -25,7 +25,6 @@ from project.evaluation.baselines import (
 )
 from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.networks import kept_networks
-from project.exits.certificate import row_losses
 from project.exits.cost import row_cost
 from project.exits.plan import ExitPlan, Plans
 from project.metrics import OwnMetric, auc, head_metrics, probabilities
@@ -427,19 +426,11 @@ class PlannedRows:
             "equal_cost": self._against(equal_cost),
         }
 
-    def risk(self, name: str) -> Risk:
-        """The certified risk on these rows; a report, not a guarantee.
-
-        auc_gap is of the pooled rows, score_drift a mean over users, each counting once.
-        """
+    def risk(self) -> Risk:
+        """The certified risk, the AUC gap, on these rows, pooled; a report, not a guarantee."""
         full = self.head(self.plan.layers[-1])
-        if name == "auc_gap":
-            gap = self._bootstrap.difference_interval(full, self.logit, self.labels)
-            return {"risk": name, **gap}
-        losses = row_losses(name, probabilities(self.logit), probabilities(full))
-        _, user, rows = np.unique(self.users, return_inverse=True, return_counts=True)
-        weights = 1 / rows[user]
-        return {"risk": name, **self._bootstrap.ratio_interval(losses * weights, weights)}
+        gap = self._bootstrap.difference_interval(full, self.logit, self.labels)
+        return {"risk": "auc_gap", **gap}
 
     def _cost(self, layer: I64) -> F64:
         """Token-layers (n,) where each row leaves at `layer` (n,)."""
@@ -472,12 +463,11 @@ def adaptive_summary(
     plans: Plans, rows: PlannedRows, split: str, against: AgainstBaseline | None = None
 ) -> Adaptive:
     """The `adaptive` part of a result file, from rows under `plans.plan`."""
-    certificate = plans.certificate
     return {
         "split": split,
         "fold": fold_of(split),
         **rows.summary(plans.static_exit),
-        "risk": None if certificate is None else rows.risk(certificate["risk"]),
+        "risk": None if plans.certificate is None else rows.risk(),
         "baseline_difference": None if against is None else against.difference(rows.logit),
         "budget_words": plans.budget_words,
     }

@@ -23,13 +23,10 @@ from scipy.stats import rankdata
 
 from project.arrays import F64, I64
 from project.errors import ConfigError, DataError
-from project.metrics import SMALLEST_PROBABILITY, probabilities
 from project.results import CertificateRow
 
-WIDEST = 1.0 - 2 * SMALLEST_PROBABILITY  # largest distance of two emitted probabilities
 RISKS = {
     "auc_gap": (-1.0, 1.0),
-    "score_drift": (0.0, WIDEST),
     "overlap_loss": (0.0, 1.0),
 }
 """Risks and the ranges of their losses. `overlap_loss`, 1 - overlap@k, is of ranking requests (`certify_losses`)."""
@@ -53,7 +50,7 @@ class CertificateSettings:
     """What is promised, fixed before the `certify` fold is read.
 
     Args:
-        risk: auc_gap or score_drift.
+        risk: auc_gap; overlap_loss is that of lists, which they promise by themselves.
         epsilon: Largest risk allowed, above 0 and below the risk's highest value.
         delta: Chance that the promise may be broken, above 0 and at most 0.5.
     """
@@ -170,14 +167,14 @@ class Certificate:
 def certify(
     path: ArrayLike,
     full: ArrayLike,
-    labels: ArrayLike | None,
+    labels: ArrayLike,
     users: ArrayLike,
     settings: CertificateSettings,
 ) -> Certificate:
     """Certify a path of policies on the n rows of the `certify` fold; a single policy is the path [full depth, policy].
 
     `path` (steps, n) holds the calibrated logits that each step emits, `full` (n,) those of the last head, which step 0
-    equals; `labels` (n,) may be None for a risk that reads none.
+    equals. Their risk is the AUC gap.
     """
     scores = np.asarray(path, dtype=np.float64)  # (steps, n)
     last = np.asarray(full, dtype=np.float64)  # (n,)
@@ -188,12 +185,7 @@ def certify(
     # the fold is not read
     if (n := np.unique(owners).size) < (settings.users_needed() or 0):
         return _walk(lambda _: np.zeros((1, 0)), len(scores), n, settings)
-    if settings.risk != "auc_gap":
-        # (steps, n) emitted probabilities
-        adaptive = probabilities(scores.ravel()).reshape(scores.shape)
-        losses = row_losses(settings.risk, adaptive, probabilities(last))
-        return certify_losses(user_means(losses, owners), settings)
-    truth = np.asarray([] if labels is None else labels)
+    truth = np.asarray(labels)
     if np.unique(truth).size < 2:
         raise DataError(
             "exits.certificate.risk: auc_gap needs both classes in the certify fold"
@@ -373,16 +365,6 @@ class UserPairs:
                 0.5 + np.where(pairs > 0, right, np.nan) / (2 * np.maximum(pairs, 1))
             )
         return np.concatenate(found).reshape(PAIRINGS, -1)
-
-
-def row_losses(risk: str, adaptive: F64, full: F64) -> F64:
-    """Loss of each row beside full depth, (..., n): 0 where the emitted probabilities (..., n) and (n,) are equal."""
-    if risk != "score_drift":
-        raise ConfigError(
-            f"exits.certificate.risk: {risk} is not a risk of the rows of score requests"
-        )
-    losses: F64 = np.abs(adaptive - full)
-    return losses
 
 
 def user_means(losses: ArrayLike, users: ArrayLike) -> F64:

@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 
 from project.errors import ConfigError, DataError
 from project.exits.certificate import (
-    RISKS,
     CertificateSettings,
     UserPairs,
     certify,
     certify_losses,
     p_value,
     plug_in_bets,
-    row_losses,
     upper_bound,
     user_means,
 )
@@ -27,7 +25,7 @@ from project.exits.plan import ExitSettings, admit, certified_settings
 from project.metrics import auc
 
 DELTA = 0.1
-DRIFT = CertificateSettings("score_drift", 0.05)
+LISTS = CertificateSettings("overlap_loss", 0.05)
 
 
 def limit(draws):
@@ -49,13 +47,6 @@ def signed(rng, shape, mean):
 
 
 class TestLosses:
-    def test_golden(self):
-        """Full .8 -> adaptive .5 is a drift of .3; the ends of what is emitted are as far apart as its range says."""
-        full, adaptive = np.array([0.8, 0.001, 0.5]), np.array([0.5, 0.999, 0.5])
-        drift = row_losses("score_drift", adaptive, full)
-        assert drift == pytest.approx([0.3, 0.998, 0.0])
-        assert RISKS["score_drift"] == (drift.min(), pytest.approx(drift.max()))
-
     def test_user_means(self):
         """Users b, a, b with losses 1, 2, 3: a 2, b 2; a second step 0, 0, 4: a 0, b 2."""
         assert user_means([[1, 2, 3], [0, 0, 4]], ["b", "a", "b"]).tolist() == [
@@ -148,7 +139,7 @@ class TestWalk:
     def test_returns_the_last_that_passed(self):
         """Losses 0, .01, .02, .3, .01 of 500 users at epsilon .05: step 2, not the first that failed nor any behind."""
         losses = np.repeat([[0.0], [0.01], [0.02], [0.3], [0.01]], 500, axis=1)
-        found = certify_losses(losses, DRIFT)
+        found = certify_losses(losses, LISTS)
         assert (found.path_step, found.passed, found.n) == (2, True, 500)
         assert found.estimate == pytest.approx(0.02)
         assert 0.02 < found.bound <= 0.05
@@ -164,12 +155,12 @@ class TestWalk:
         )
 
     def test_not_enough_users(self):
-        """Capital grows by 1 + .99 * .05 / (.998 - .05) at most: ln 10 / ln 1.0522 = 45.2, so of 45 nothing is tested.
+        """Capital grows by 1 + .99 * .05 / (1 - .05) at most: ln 10 / ln 1.0521 = 45.3, so of 45 nothing is tested.
 
         With 46 losses of 0 it passes; losses whose mean is not below epsilon do not pass with any number. One user,
         whose scores the plan does not change, has no spread; a path of step 0 alone is full depth and takes no test.
         """
-        few = certify_losses(np.zeros((2, 45)), DRIFT)
+        few = certify_losses(np.zeros((2, 45)), LISTS)
         assert (few.passed, few.path_step, few.bound, few.users_needed) == (
             None,
             None,
@@ -177,8 +168,8 @@ class TestWalk:
             46,
         )
         assert "it takes about 46 users, not 45, to" in few.in_words()
-        assert certify_losses(np.zeros((2, 46)), DRIFT).passed is True
-        hopeless = certify_losses(np.repeat([[0.0], [0.06]], 100, axis=1), DRIFT)
+        assert certify_losses(np.zeros((2, 46)), LISTS).passed is True
+        hopeless = certify_losses(np.repeat([[0.0], [0.06]], 100, axis=1), LISTS)
         assert (hopeless.passed, hopeless.users_needed) == (False, None)
         json.dumps([few.to_dict(), hopeless.to_dict()], allow_nan=False)
         full, labels = np.arange(40.0), np.tile([0, 1], 20)
@@ -186,7 +177,7 @@ class TestWalk:
             np.stack([full, full]), full, labels, np.zeros(40), CertificateSettings()
         )
         assert (one.n, one.passed, one.users_needed) == (1, None, 232)
-        alone = certify_losses(np.zeros((1, 300)), DRIFT)
+        alone = certify_losses(np.zeros((1, 300)), LISTS)
         assert (alone.passed, alone.path_step) == (None, None)
 
     @pytest.mark.parametrize(("epsilon", "needed"), [(0.02, 232), (0.05, 92)])
@@ -203,40 +194,24 @@ class TestWalk:
         """Of plans that fail for want of users about half pass with as many users as the certificate names."""
         rng, passed = np.random.default_rng(0), []
         losses = heavy(rng, (2, 100), 0.03) * [[0], [0.99]]
-        needed = certify_losses(losses, DRIFT).users_needed
+        needed = certify_losses(losses, LISTS).users_needed
         assert needed > 100
-        sample = DRIFT.users_needed(heavy(rng, 100_000, 0.03) * 0.99)
+        sample = LISTS.users_needed(heavy(rng, 100_000, 0.03) * 0.99)
         for _ in range(60):
             passed.append(
-                certify_losses(heavy(rng, (2, sample), 0.03) * [[0], [0.99]], DRIFT).passed
+                certify_losses(heavy(rng, (2, sample), 0.03) * [[0], [0.99]], LISTS).passed
             )
         assert 0.25 < np.mean(passed) < 0.85
 
-    def test_users_count_once(self):
-        """The certificate of rows is that of the users' mean losses, whatever the number of rows."""
-        rng = np.random.default_rng(0)
-        users, full = rng.integers(0, 100, 3000), rng.normal(size=3000)
-        path = np.stack([full, full + 0.1 * rng.normal(size=3000)])
-        drift = np.abs(1 / (1 + np.exp(-path)) - 1 / (1 + np.exp(-full)))
-        found = certify(path, full, None, users, DRIFT)
-        assert found.n == 100
-        assert found.bound == pytest.approx(
-            certify_losses(user_means(drift, users), DRIFT).bound, abs=1e-9
-        )
-        assert found.estimate == pytest.approx(
-            np.mean([drift[1][users == u].mean() for u in range(100)])
-        )
-
-    @pytest.mark.parametrize(("risk", "epsilon"), [("auc_gap", 0.05), ("score_drift", 0.1)])
-    def test_a_path_of_noise(self, risk, epsilon):
+    def test_a_path_of_noise(self):
         """400 users of 10 rows, noise from 0 to more than the scores: a step between first and last passes."""
         rng = np.random.default_rng(0)
         users, labels = np.repeat(np.arange(400), 10), rng.integers(0, 2, 4000)
         full = labels + rng.normal(size=4000)
         path = full + np.arange(12)[:, None] / 6 * rng.normal(size=4000)
-        found = certify(path, full, labels, users, CertificateSettings(risk, epsilon))
+        found = certify(path, full, labels, users, CertificateSettings(epsilon=0.05))
         assert 0 < found.path_step < 11
-        assert found.estimate < found.bound <= epsilon
+        assert found.estimate < found.bound <= 0.05
 
 
 class TestBadInput:
@@ -244,7 +219,7 @@ class TestBadInput:
         ("values", "key"),
         [
             ({"epsilon": 0.0}, "epsilon"),
-            ({"epsilon": 0.998, "risk": "score_drift"}, "epsilon"),
+            ({"epsilon": 1.0}, "epsilon"),
             ({"epsilon": float("nan")}, "epsilon"),
             ({"delta": 0.0}, "delta"),
             ({"delta": 0.6}, "delta"),
@@ -260,29 +235,20 @@ class TestBadInput:
             ExitSettings(certificate=CertificateSettings("overlap_loss"))
 
     @pytest.mark.parametrize(
-        ("path", "labels", "users", "risk", "message"),
+        ("path", "labels", "users", "message"),
         [
-            ([[0.0] * 4, [0, np.nan, 0, 0]], None, 4, "score_drift", "NaN"),
-            ([[1.0] * 4], None, 4, "score_drift", "not full depth"),
-            ([[0.0] * 300], [1] * 300, 300, "auc_gap", "both classes"),
-            (
-                [[0.0] * 300],
-                None,
-                300,
-                "overlap_loss",
-                "overlap_loss is not a risk of the rows",
-            ),
+            ([[0.0] * 4, [0, np.nan, 0, 0]], [1] * 4, 4, "NaN"),
+            ([[1.0] * 4], [1] * 4, 4, "not full depth"),
+            ([[0.0] * 300], [1] * 300, 300, "both classes"),
         ],
     )
-    def test_paths(self, path, labels, users, risk, message):
-        with pytest.raises((ConfigError, DataError), match=message):
-            certify(
-                path, np.zeros(users), labels, np.arange(users), CertificateSettings(risk)
-            )
+    def test_paths(self, path, labels, users, message):
+        with pytest.raises(DataError, match=message):
+            certify(path, np.zeros(users), labels, np.arange(users), CertificateSettings())
 
     def test_losses(self):
         with pytest.raises(DataError, match="1 losses outside"):
-            certify_losses([[0, 0], [0.1, 1.2]], DRIFT)
+            certify_losses([[0, 0], [0.1, 1.2]], LISTS)
 
 
 class TestValidity:
@@ -350,7 +316,6 @@ class TestLedger:
             ("prefix_cached", {"prefix_cached": True}),
             ("certificate.epsilon", {"certificate": CertificateSettings(epsilon=0.1)}),
             ("certificate.delta", {"certificate": CertificateSettings(delta=0.2)}),
-            ("certificate.risk", {"certificate": CertificateSettings(risk="score_drift")}),
         ],
     )
     def test_whatever_chooses_the_tested_policy_or_the_promise_counts(self, key, change):
