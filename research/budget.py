@@ -116,7 +116,7 @@ def choices(tune: TuneFold) -> dict[str, TuneFold]:
         other.users = FEWEST_USERS
         other.curves = []
         for curve in tune.curves:
-            step = int(other._steps(curve, curve.drops[None])[0])
+            step = other.step_of(curve)
             if name == "estimate":
                 expected = curve.path[0].expected_auc - np.array(
                     [s.expected_auc for s in curve.path]
@@ -134,7 +134,7 @@ def pipeline(users: int, world: str, seed: int, fresh: World) -> list[dict[str, 
     drawn = make_world(
         users, world, np.random.default_rng([seed, users, list(WORLDS).index(world)])
     )
-    tune, rows = TuneFold(drawn.scores, drawn.features, ExitSettings(), exit_0=True), []
+    tune, rows = TuneFold(drawn.scores, drawn.features, ExitSettings()), []
     for name, made in choices(tune).items():
         drop = true_drop(made.plan(made.best.step), fresh)
         chosen = made.best.chosen

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from torch import Tensor
 
-from project.arrays import F64, I64
+from project.arrays import F64
 from project.errors import ConfigError, DataError
 from project.exits.certificate import Certificate, CertificateSettings, certify
 from project.exits.criteria import (
@@ -32,7 +32,7 @@ from project.exits.search import (
     Path,
     Step,
     bound_margins,
-    budget_steps,
+    budget_step,
     control_curves,
     equal_accuracy_exit,
     threshold_path,
@@ -77,7 +77,7 @@ def cheapest(curves: Sequence[Curve]) -> Curve:
 
 
 class TuneFold:
-    """The tune fold with or without exit 0: calibrated outputs, every criterion's curve, and the best of them.
+    """The tune fold: calibrated outputs, every criterion's curve, and the best of them.
 
     `scores` and `features` (n, F) are of its n rows. `curves` holds every criterion at the budget's step.
     """
@@ -87,16 +87,14 @@ class TuneFold:
         scores: pl.DataFrame,
         features: F64,
         settings: ExitSettings,
-        exit_0: bool,
     ) -> None:
         self.settings = settings
-        self.exit_0 = exit_0
         self.labels = scores["label"].to_numpy()  # (n,)
         users = scores["user"].to_numpy()  # (n,)
         self.users = int(np.unique(users).size)
         # 1. calibrate every head
         self.calibration, self.outputs, self.tokens = fit_heads(
-            scores, features, exit_0, settings.prefix_cached
+            scores, features, settings.exit_0, settings.prefix_cached
         )
         # 2. how confident every criterion is
         unfitted = settings.criteria()
@@ -111,9 +109,7 @@ class TuneFold:
             curves.append(Curve(criterion, path, user_influences(path, *about, users)))
         # a criterion that is given decides alone, the others are only drawn
         self._competing = len(curves) if settings.criterion is None else 1
-        self.curves = [
-            replace(c, step=int(self._steps(c, c.drops[None])[0])) for c in curves
-        ]
+        self.curves = [replace(curve, step=self.step_of(curve)) for curve in curves]
         # 4. the cheapest of them, at equal cost that of higher AUC; or the one that is given
         self.best = cheapest(self.curves[: self._competing])
 
@@ -122,7 +118,7 @@ class TuneFold:
         policy = Policy(
             self.best.criterion, self.best.path[step].thresholds, self.outputs.layers
         )
-        return ExitPlan(self.calibration, policy, self.exit_0)
+        return ExitPlan(self.calibration, policy, self.settings.exit_0)
 
     @property
     def too_few(self) -> bool:
@@ -138,14 +134,14 @@ class TuneFold:
             "are needed to bound the AUC that early exits lose on fresh users."
         )
 
-    def _steps(self, curve: Curve, drops: F64) -> I64:
-        """(D,) the budget's step by each row of drops (D, S)."""
+    def step_of(self, curve: Curve) -> int:
+        """The budget's step of a curve."""
         # alpha is shared out among the paths that compete for the choice (Bonferroni)
         margins = bound_margins(curve.influences, self.settings.alpha / self._competing)
         if self.too_few:
             # step 0, full depth, is left
             margins[1:] = np.inf
-        return budget_steps(curve.path, drops + margins, self.settings.max_auc_drop)
+        return budget_step(curve.path, curve.drops + margins, self.settings.max_auc_drop)
 
 
 def calibrate(
@@ -177,7 +173,7 @@ def calibrate(
     _check_folds(scores)
     tuned, certified = ((scores["fold"] == fold).to_numpy() for fold in ("tune", "certify"))
     # 2. on tune: calibration, every criterion's path, the budget's step
-    tune = TuneFold(scores.filter(tuned), features[tuned], settings, settings.exit_0)
+    tune = TuneFold(scores.filter(tuned), features[tuned], settings)
     best = tune.best  # the criterion that decides
     layers = tune.outputs.layers
     # 3. on certify, once: the budget's policy, then faster steps until one fails; full

@@ -259,7 +259,7 @@ def fit_criteria(
     found = list[tuple[Criterion, Tensor]]()
     unfit: DataError | None = None  # of the last criterion that could not be fitted
     for one in unfitted:
-        # the settings' own stays unfitted: both folds, with exit 0 and without, begin with it
+        # the settings' own stays unfitted: the next calibration begins with it
         criterion = deepcopy(one)
         try:
             criterion.fit(outputs)

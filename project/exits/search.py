@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 from scipy.stats import t as student
 from torch import Tensor
 
-from project.arrays import F64, I64, Bool
+from project.arrays import F64, Bool
 from project.exits.criteria import HeadOutputs
 from project.exits.policy import leave, oracle_exits, random_exits
 from project.metrics import auc, probabilities
@@ -212,8 +212,8 @@ def _teacher(scores: F64, labels: F64) -> F64:
     return probabilities(scores[:, -1] + design @ weights)
 
 
-def budget_steps(path: Path, drops: F64, max_auc_drop: float) -> I64:
-    """The step that a budget chooses by each row of AUC drops, or upper bounds of them, (D, S) -> (D,).
+def budget_step(path: Path, drops: F64, max_auc_drop: float) -> int:
+    """The step that a budget chooses by the AUC drops (S,) of a path, or upper bounds of them.
 
     The path is walked from full depth on, and the first step whose drop or expected drop is larger ends the walk,
     whatever the steps behind it lose.
@@ -221,10 +221,9 @@ def budget_steps(path: Path, drops: F64, max_auc_drop: float) -> I64:
     # (S,) drops if labels were drawn from the teacher's probabilities
     expected = path[0].expected_auc - np.array([step.expected_auc for step in path])
     broken = np.maximum(drops, expected) > max_auc_drop
-    broken[:, 0] = False  # full depth loses nothing
+    broken[0] = False  # full depth loses nothing
     # where every step keeps the budget, the last one is taken
-    last: I64 = np.where(broken.any(axis=1), broken.argmax(axis=1), len(path)) - 1
-    return last
+    return int(broken.argmax() if broken.any() else len(path)) - 1
 
 
 def user_influences(

@@ -171,7 +171,7 @@ def test_certified_goes_on_from_the_budget(
     outputs = found.plan.outputs(rows, FEATURES[fold])
     tune = (scores["fold"] == "tune").to_numpy()
     path = (
-        TuneFold(scores.filter(tune), FEATURES[tune], settings(criterion=Ratio()), True)
+        TuneFold(scores.filter(tune), FEATURES[tune], settings(criterion=Ratio()))
         .curves[0]
         .path
     )
@@ -339,15 +339,13 @@ def test_a_known_item_leaves_at_0_and_a_new_one_goes_on() -> None:
     }
     scores, features = score_table(about, heads[:, 1:], [2, 4]), np.zeros((n, 3))
     features[:, 0] = np.log1p(count)
-    tuned = TuneFold(
-        scores, features, ExitSettings(criterion=Learned(), alpha=0.5), exit_0=True
-    )
+    tuned = TuneFold(scores, features, ExitSettings(criterion=Learned(), alpha=0.5))
     plan = tuned.plan(tuned.best.step)
     layer, _ = plan.emitted(plan.outputs(scores, features))
     assert (layer[count > 0] == 0).all()
     assert (layer[count == 0] == 4).all()
     # among all
-    best = TuneFold(scores, features, ExitSettings(alpha=0.5), exit_0=True).best
+    best = TuneFold(scores, features, ExitSettings(alpha=0.5)).best
     assert best.chosen.cost <= (count == 0).mean() + 0.03
 
 

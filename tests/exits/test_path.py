@@ -20,7 +20,7 @@ from project.exits.policy import Policy, leave
 from project.exits.search import (
     Step,
     bound_margins,
-    budget_steps,
+    budget_step,
     control_curves,
     point,
     threshold_path,
@@ -143,9 +143,9 @@ class TestBudget:
         drops = np.array(
             [[0.0, 0.001, 0.003, 0.0015], [0.0, 0.001, 0.002, 0.0015], [9.0, 9.0, 0.0, 0.0]]
         )
-        assert budget_steps(path, drops, 0.002).tolist() == [1, 3, 0]
+        assert [budget_step(path, row, 0.002) for row in drops] == [1, 3, 0]
         worse = steps((1.0, 0.76), (0.8, 0.759), (0.6, 0.757), (0.4, 0.756))
-        assert budget_steps(worse, drops * 0, 0.002).tolist() == [1, 1, 1]
+        assert budget_step(worse, np.zeros(4), 0.002) == 1
 
     def test_influence_is_what_more_of_a_user_does(self, tune):
         """A user's influence is the slope of the drop in the weight of the user's rows."""
