@@ -42,6 +42,7 @@ from project.data.protocol import (
     SplitInteractions,
     apply_protocol,
     build_interactions,
+    known_at,
 )
 from project.data.requests import (
     Requests,
@@ -338,7 +339,7 @@ class InteractionData(L.LightningDataModule):
         """Retrieved features of rows that are not in the logs."""
         own = ~rows["candidate"].to_numpy()
         catalogue = None if self.requests is None else self.requests.items
-        now = not own.any() and rows["timestamp"].min() > self.split.rows["timestamp"].max()  # type: ignore[operator]
+        now = not own.any() and rows["timestamp"].min() > known_at(self.split.rows).max()
         if now and can_be_indexed(self.retriever):
             found = [
                 self._index.retrieved(

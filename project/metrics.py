@@ -13,13 +13,14 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from project.arrays import F64, I64
-from project.results import HeadMetrics, UserAucs, UserMean
+from project.results import HeadMetrics, SessionMetrics, UserAucs, UserMean
 
 # of labels, probabilities and users, (n,) each
 OwnMetric = Callable[[Any, Any, Any], float | None]
 
 # emitted probabilities stay this far from 0 and 1: a row's log loss is at most 6.91
 SMALLEST_PROBABILITY = 1e-3
+SESSION_ROWS = 10  # of a session, the first of which NDCG and hits look at
 
 
 def probabilities(logits: ArrayLike) -> F64:
@@ -104,6 +105,55 @@ def user_aucs(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> UserAuc
         "uauc": mean(np.ones_like(rows)),
         "gauc_impressions": mean(rows),
         "gauc_positives": mean(positives),
+    }
+
+
+def session_metrics(
+    scores: ArrayLike, labels: ArrayLike, sessions: ArrayLike
+) -> SessionMetrics:
+    """Means over the sessions with both labels; a tie counts half, as everywhere.
+
+    NDCG of the first `SESSION_ROWS` (rows of one score share their mean label, as scikit-learn has it), the reciprocal
+    rank of the first positive, the share of sessions with one among the first `SESSION_ROWS`, and the AUC inside
+    sessions, weighted by rows.
+    """
+    values, positive = checked(scores, labels)
+    code = np.unique(np.asarray(sessions), return_inverse=True)[1].reshape(-1)
+    # 1. rows of sessions with both labels, by session, then best first
+    rows = np.bincount(code)
+    likes = np.bincount(code, weights=positive)
+    both = (likes > 0) & (likes < rows)
+    order = np.lexsort((-values, code))
+    order = order[both[code[order]]]
+    code = np.unique(code[order], return_inverse=True)[1].reshape(-1)  # from 0 again
+    values, positive = values[order], positive[order]
+    count = int(both.sum())
+    gauc = user_aucs(values, positive, code)["gauc_impressions"]["value"]
+    if not count:
+        return {"sessions": 0, "ndcg": None, "mrr": None, "hits": None, "gauc": None}
+    first = np.flatnonzero(np.diff(code, prepend=-1))  # (sessions,) where each begins
+    place = np.arange(code.size) - first[code]  # (n,) from 0
+    # 2. ties: neighbours of one session and score share their mean label
+    new = (np.diff(code, prepend=-1) != 0) | (np.diff(values, prepend=np.nan) != 0)
+    tie = np.cumsum(new) - 1
+    size = np.bincount(tie)
+    tied_likes = np.bincount(tie, weights=positive)
+    gain = (tied_likes / size)[tie]
+    discount = np.where(place < SESSION_ROWS, 1 / np.log2(place + 2), 0)
+    ideal = np.cumsum(np.append(0, 1 / np.log2(np.arange(SESSION_ROWS) + 2)))
+    best = ideal[np.minimum(likes[both].astype(np.int64), SESSION_ROWS)]
+    ndcg = np.bincount(code, weights=gain * discount) / best
+    # 3. the first tie with a positive: half of its negatives stand before that
+    start = np.flatnonzero(new)  # (ties,)
+    found = np.flatnonzero(tied_likes > 0)
+    found = found[np.flatnonzero(np.diff(code[start[found]], prepend=-1))]  # (sessions,)
+    rank = 1 + place[start[found]] + (size[found] - tied_likes[found]) / 2
+    return {
+        "sessions": count,
+        "ndcg": float(ndcg.mean()),
+        "mrr": float((1 / rank).mean()),
+        "hits": float((rank <= SESSION_ROWS).mean()),
+        "gauc": gauc,
     }
 
 

@@ -62,6 +62,16 @@ class Metrics(HeadMetrics):
     auc_interval: Bounds | None
 
 
+class SessionMetrics(TypedDict):
+    """Means over so many sessions with both labels; NDCG and hits of the first 10 rows."""
+
+    sessions: int
+    ndcg: float | None
+    mrr: float | None
+    hits: float | None
+    gauc: float | None
+
+
 class Where(TypedDict):
     """The rows that numbers are of: a split, or one fold of validation."""
 
@@ -258,6 +268,8 @@ class Comparison(TypedDict):
     baseline_difference: Difference | None
     # by the names of `Slice.auc`, minus the ranker of the log's own_scores
     own_differences: NotRequired[dict[str, Difference]]
+    # by the same names, where the log has sessions
+    sessions: NotRequired[dict[str, SessionMetrics]]
 
 
 class ScoredRows(Comparison):

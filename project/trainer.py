@@ -26,7 +26,13 @@ from project.evaluation.networks import (
     networks_installed,
     trained_networks,
 )
-from project.evaluation.result import fold_of, own_differences, scored_result, slice_rows
+from project.evaluation.result import (
+    by_session,
+    fold_of,
+    own_differences,
+    scored_result,
+    slice_rows,
+)
 from project.exits.ranking import lists_in_words
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
@@ -99,6 +105,8 @@ def run_baselines(
         "slices": slices,
         "own_metric": None,
     }
+    if "session" in targets.columns:
+        found["sessions"] = by_session(scores, targets)
     if log.own_scores is not None:  # of test, the last part
         found["own_differences"] = own_differences(
             log.own_scores, baselines, targets["row_id"], split.rows, scores

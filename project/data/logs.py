@@ -34,8 +34,9 @@ RAW_SCHEMA = {
     "source_file": pl.String,
     "source_row": pl.Int64,
 }
+SESSION = "session_id"  # a further column, where a log has sessions
 # what a file's columns are mapped to
-OURS = ("user_id", "item_id", "timestamp", "rating", "label", "split")
+OURS = ("user_id", "item_id", "timestamp", "rating", "label", "split", SESSION)
 READER = "the reader's"  # tables of a reader, in messages
 OWN_SCORE = "own score"  # column of the scores of the ranker that runs today
 
@@ -45,10 +46,10 @@ class RawLogs:
     """A log as read, in file order.
 
     `interactions` has the columns of `RAW_SCHEMA`: ids, `timestamp` (seconds; of a log with dates every row has one),
-    `rating`, `label` (0 or 1) and `split` (one of `GIVEN_SPLITS`), null or absent where the log does not have them;
-    `source_file` and `source_row` (from 1) are for messages. `files` has the SHA-256 of each file, in reading order,
-    and under a name of its own a digest of whatever else decides what is made of them: the protocol's hash and all
-    caches rest on it.
+    `rating`, `label` (0 or 1) and `split` (one of `GIVEN_SPLITS`), null or absent where the log does not have them,
+    and `session_id` where there are sessions; `source_file` and `source_row` (from 1) are for messages. `files` has the
+    SHA-256 of each file, in reading order, and under a name of its own a digest of whatever else decides what is made
+    of them: the protocol's hash and all caches rest on it.
     """
 
     interactions: pl.DataFrame
@@ -86,7 +87,7 @@ class TableLogs(Logs):
             or dates in ISO format; without a zone they are UTC; none where data.protocol.split is random or given).
         items: Table of items with item_id and title; every other column is an attribute.
         columns: Our column name -> the name in your interactions, for user_id, item_id, timestamp, rating, label,
-            split.
+            split, session_id (rows of one user and session are one request: none reads another's answer).
         item_columns: Our name -> the name in your items, for item_id, title and any attribute.
         context: Further columns of the interactions that exit 0, baselines and requests read: what is known before the
             answer, such as device, placement or price. Empty values are unknown.
@@ -184,7 +185,7 @@ class RecBoleLogs(TableLogs):
         folder: Folder with <name>.inter and <name>.item.
         name: Common name of the files. Null: the name of the folder.
         columns: Our column name -> the name in the .inter file (without its type), for user_id, item_id, timestamp,
-            rating, label, split.
+            rating, label, split, session_id.
         item_columns: Our name -> the name in the .item file, for item_id, title and any attribute.
         context: Further columns of the .inter file, as of TableLogs.
         users: Read attributes of <name>.user, too.
@@ -379,6 +380,10 @@ def _typed(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
             table["source_row"].cast(pl.Int64),
         ]
     ).with_columns(pl.col("source_row").fill_null(pl.int_range(1, pl.len() + 1)))
+    if SESSION in table.columns:
+        typed = typed.with_columns(
+            texts_of(table[SESSION], file, columns.get(SESSION, SESSION))
+        )
     # 3. values
     for name, allowed in (("label", [0.0, 1.0]), ("split", GIVEN_SPLITS)):
         values = typed[name]
@@ -440,7 +445,7 @@ def checked(raw: RawLogs) -> RawLogs:
     users = None if raw.users is None else _users(raw.users, f"{READER} users", "user_id")
     attributes = [] if users is None else users.columns[1:]
     check_kinds(raw.kinds, [*raw.context, *attributes])
-    read = (*RAW_SCHEMA, *raw.context, own)
+    read = (*RAW_SCHEMA, SESSION, *raw.context, own)
     unread = [name for name in raw.interactions.columns if name not in read]
     return replace(
         raw,

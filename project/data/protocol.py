@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
+from project.arrays import F64
 from project.data.context import (
     CONTEXT,
     USER,
@@ -18,7 +19,7 @@ from project.data.context import (
     describe,
     telling_alone,
 )
-from project.data.logs import OWN_SCORE, RawLogs, checked
+from project.data.logs import OWN_SCORE, SESSION, RawLogs, checked
 from project.data.negatives import Negatives, draw_negatives, repeated
 from project.data.tables import moments_of
 from project.errors import ConfigError, DataError
@@ -192,6 +193,7 @@ class Interactions:
     and `item` Int32, `timestamp` Float64 (seconds; null where the log has none, until `apply_protocol` gives each row
     its position), `label` Int8 (0 or 1), `rating` Float64 (null where the log has only labels), `given_split` String
     (null unless the log names it), and of each context column `context.NAME` Float64, as `project.data.context` has it.
+    A log with sessions has `session` Int32 and `known_at` Float64, too: `timestamp` is when the session began.
     """
 
     rows: pl.DataFrame
@@ -262,6 +264,12 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         distinct.select(raw.context), CONTEXT, raw.kinds, "interactions"
     )
     distinct = distinct.drop(raw.context).hstack(context)
+    further = list(context.columns)
+    if raw.own_scores is not None:
+        further.append(OWN_SCORE)
+    if SESSION in log.columns:
+        distinct = _with_sessions(distinct)
+        further += ["session", "known_at"]
     # 5. code ids
     users = _coded(distinct["user_id"].unique(), "user")
     if raw.users is not None:
@@ -287,8 +295,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     return Interactions(
         rows.select(
             *("row_id", "user", "item", "timestamp", "label", "rating"),
-            *context.columns,
-            *([] if raw.own_scores is None else [OWN_SCORE]),
+            *further,
             given_split="split",
         ),
         users,
@@ -302,6 +309,37 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         columns=columns_of,
         own_scores=raw.own_scores,
     )
+
+
+def _with_sessions(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows, each asked when its session began; its answer is `known_at` its own time. `session` is a code.
+
+    Sessions of one user that overlap begin together, so that a history never holds an answer that came later. A row
+    without a session is one by itself.
+    """
+    if rows["timestamp"].null_count():
+        raise DataError(
+            "The log has a column session_id and no timestamp, so nothing says when a session began. Map the column "
+            "under data.logs.init_args.columns.timestamp, or give session_id another name."
+        )
+    alone = pl.format("row {}", pl.int_range(pl.len()))
+    named = rows.with_columns(of=pl.format("session {}", SESSION).fill_null(alone))
+    time = pl.col("timestamp")
+    sessions = named.group_by("user_id", "of").agg(start=time.min(), end=time.max())
+    sessions = sessions.sort("user_id", "start", "end", "of").with_row_index("session")
+    ended = pl.col("end").cum_max().shift(1).over("user_id")
+    begins = (pl.col("start") > ended).fill_null(True).cum_sum()
+    sessions = sessions.with_columns(asked_at=pl.col("start").min().over(begins))
+    found = named.join(sessions, on=["user_id", "of"], maintain_order="left")
+    return found.with_columns(
+        pl.col("session").cast(pl.Int32), known_at="timestamp", timestamp="asked_at"
+    )
+
+
+def known_at(rows: pl.DataFrame) -> F64:
+    """(n,) seconds at which each row's answer is known: its time, where the log has no sessions."""
+    column = "known_at" if "known_at" in rows.columns else "timestamp"
+    return rows[column].to_numpy().astype(np.float64)
 
 
 def _without_duplicates(
@@ -393,7 +431,8 @@ class SplitInteractions:
 def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInteractions:
     """Assign splits, folds and roles; take the train rows of hidden items out of the log.
 
-    A row of split S may later read rows of splits up to S (train < valid < test) with a strictly earlier timestamp.
+    A row of split S may later read rows of splits up to S (train < valid < test) that were known strictly before its
+    timestamp.
 
     Rows are cut as without `hide_items`. Then train rows of hidden items leave the log, before anything reads it, and
     what is counted is counted without them: `row_id`, codes of users (one without another row is gone), `hist`, roles.
@@ -642,6 +681,8 @@ def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) 
     content: list[object] = [fields, list(interactions.files.values())]
     if interactions.columns:
         content.append(interactions.columns)
+    if "session" in rows.columns:
+        content.append("session")
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     codes = rows.with_columns(
         pl.col("split", "fold", "role").to_physical().cast(pl.Int8).fill_null(-1)

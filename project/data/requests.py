@@ -16,7 +16,7 @@ import polars as pl
 
 from project.data.context import values_of
 from project.data.prompt import PromptEncoder
-from project.data.protocol import FOLDS, Interactions, SplitInteractions, answered
+from project.data.protocol import FOLDS, Interactions, SplitInteractions, answered, known_at
 from project.data.stream import Streams, streams_of
 from project.errors import ConfigError, DataError
 from project.request import (
@@ -437,13 +437,13 @@ def request_streams(
     users = dict(split.interactions.users.select("user_id", "user").iter_rows())
     asked = {users[r.user_id] for r in requests.requests if r.user_id in users}
     log = split.rows.filter(answered(split.rows), pl.col("user").is_in(sorted(asked)))
-    log = log.select("user", "item", "row_id", "timestamp", "label").join(
+    log = log.with_columns(known_at=known_at(log))
+    log = log.select("user", "item", "row_id", "timestamp", "known_at", "label").join(
         retrieved, on="row_id"
     )
     log = log.sort("user", "row_id")
     of_user = log["user"].to_numpy()  # (rows,) ascending
-    times = log["timestamp"].to_numpy()  # (rows,) ascending inside a user
-    end = float(split.rows["timestamp"].max())  # type: ignore[arg-type]
+    end = float(known_at(split.rows).max())
     known = list[pl.DataFrame]()  # rows of the log, a table a request
     # rows outside it: (stream, user, item, row_id, timestamp, label, candidate)
     fresh = list[tuple[Any, ...]]()
@@ -453,7 +453,7 @@ def request_streams(
         user = users.get(request.user_id or "", len(users) + stream)
         if request.user_id is not None:
             first, last = np.searchsorted(of_user, [user, user + 1]).tolist()
-            rows = log[first : first + int(np.searchsorted(times[first:last], time))]
+            rows = log[first:last].filter(pl.col("known_at") < time)
             known.append(
                 rows.with_columns(stream=pl.lit(stream, pl.Int64), candidate=pl.lit(False))
             )

@@ -27,7 +27,7 @@ from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.networks import kept_networks
 from project.exits.cost import row_cost
 from project.exits.plan import ExitPlan, Plans
-from project.metrics import OwnMetric, auc, head_metrics, probabilities
+from project.metrics import OwnMetric, auc, head_metrics, probabilities, session_metrics
 from project.results import (
     Adaptive,
     AgainstStatic,
@@ -41,6 +41,7 @@ from project.results import (
     Risk,
     ScoredResult,
     ScoredRows,
+    SessionMetrics,
     Slice,
 )
 from project.run import SCORE_COLUMNS, exit_layers_of, score_table
@@ -245,12 +246,25 @@ def scored_rows(
         "slices": slices,
         "own_metric": own,
     }
-    # 4. everything against the ranker that runs today
+    # 4. sessions, where there are any
+    if "session" in targets.columns:
+        scored["sessions"] = by_session(by_name, targets)
+    # 5. everything against the ranker that runs today
     if log.own_scores is not None:
         scored["own_differences"] = own_differences(
             log.own_scores, baselines, part["row_id"], rows, by_name
         )
     return scored
+
+
+def by_session(
+    scores: Mapping[str, F64], targets: pl.DataFrame
+) -> dict[str, SessionMetrics]:
+    """Metrics of named `scores` (n,) by session of n targets."""
+    return {
+        of: session_metrics(logits, targets["label"], targets["session"])
+        for of, logits in scores.items()
+    }
 
 
 def own_differences(

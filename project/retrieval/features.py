@@ -150,6 +150,7 @@ class RetrievedFeatures:
             person=user.astype(np.int64),
             item=np.minimum(item, items.height).astype(np.int64),
             timestamp=timestamp.astype(np.float64),
+            known=timestamp.astype(np.float64),
             label=label.astype(np.int8),
             query=np.ones(user.size, np.bool_),
             rater=np.zeros(user.size, np.bool_),

@@ -91,10 +91,10 @@ class FeatureIndex:
         self._codes: dict[int, int] = {}
         self._own: dict[int, Growing] = {}  # by code of the user: positions of their rows
         self._past = Past(retriever.max_raters)
-        for row in range(self._size):
+        for row in self._as_known():
             self._keep(row)
         # seconds, of what was observed
-        self.latest = float(self._rows.timestamp.max(initial=-np.inf))
+        self.latest = float(self._rows.known.max(initial=-np.inf))
         self._begin(self.guest + 1 + ROOM)
 
     def observe(
@@ -203,9 +203,17 @@ class FeatureIndex:
         self._block = 0  # it answers from
         self._retriever.begin(room, self._items)
         # in block 0: users' pasts alone; vectors come with the block below
-        for row in np.flatnonzero(self._rows.own[: self._size]).tolist():
-            self._tell(row)
+        for row in self._as_known():
+            if self._rows.own[row]:
+                self._tell(row)
         self._move_to(self.latest)
+
+    def _as_known(self) -> list[int]:
+        """Positions of all rows in the order in which their answers came to be known."""
+        order: list[int] = np.argsort(
+            self._rows.known[: self._size], kind="stable"
+        ).tolist()
+        return order
 
     def _move_to(self, time: float) -> None:
         """Answer from what was fitted before the block of a second; never from an earlier block than before."""
@@ -233,7 +241,7 @@ class FeatureIndex:
             )
         # columns of the events
         item, label, timestamp = zip(*events, strict=True) if events else ((), (), ())
-        values = (-1, code, person, item, timestamp, label, query, rater, own)
+        values = (-1, code, person, item, timestamp, timestamp, label, query, rater, own)
         for of, new in zip(vars(self._rows).values(), values, strict=True):
             of[start:stop] = new
         self._size = stop

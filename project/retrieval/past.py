@@ -15,7 +15,7 @@ import polars as pl
 from rich.progress import track
 
 from project.arrays import F64, I8, I64, Bool
-from project.data.protocol import answered
+from project.data.protocol import answered, known_at
 from project.retrieval.base import Raters, Retriever
 from project.retrieval.compiled import put_last
 
@@ -39,6 +39,7 @@ class WalkRows:
     person: I64  # whose rating it is
     item: I64  # item code; the number of items stands for any item the log does not have
     timestamp: F64  # seconds; rows of one timestamp never see each other
+    known: F64  # seconds, not before `timestamp`: later rows may read the label
     label: I8  # 0, 1, or -1 for unknown
     query: Bool  # retrieved features are requested
     rater: Bool  # becomes a rating that others may read
@@ -55,6 +56,7 @@ class WalkRows:
             person=user,
             item=rows["item"].to_numpy().astype(np.int64),
             timestamp=rows["timestamp"].to_numpy().astype(np.float64),
+            known=known_at(rows),
             label=rows["label"].to_numpy().astype(np.int8),
             query=np.full(rows.height, query),
             rater=read,
@@ -69,8 +71,8 @@ class WalkRows:
 def queries_by_user(rows: WalkRows, description: str) -> Iterator[tuple[I64, I64, I64]]:
     """For each user with rows to answer: their positions `queries` (n,), the past `own` (m,), and `earlier` (n,).
 
-    Row queries[j] may read own[: earlier[j]], the user's strictly earlier rows, oldest first. `description` labels the
-    progress bar, which requests do not have.
+    Row queries[j] may read own[: earlier[j]], the user's rows known strictly before it, oldest first. `description`
+    labels the progress bar, which requests do not have.
     """
     # stable: each user's rows stay in order of time
     order = np.argsort(rows.user, kind="stable")
@@ -80,12 +82,13 @@ def queries_by_user(rows: WalkRows, description: str) -> Iterator[tuple[I64, I64
         track(of_user, description, transient=True) if order.size >= LONG else of_user
     ):
         own = index[rows.own[index]]
+        own = own[np.argsort(rows.known[own], kind="stable")]
         queries = index[rows.query[index]]
         if queries.size:
             yield (
                 queries,
                 own,
-                np.searchsorted(rows.timestamp[own], rows.timestamp[queries], side="left"),
+                np.searchsorted(rows.known[own], rows.timestamp[queries], side="left"),
             )
 
 
@@ -160,8 +163,8 @@ class SimilarLikes:
         self._likes: dict[int, dict[int, None]] = {}
         self._rated: dict[int, list[int]] = {}  # by user, an item as often as it was rated
 
-    def observe(self, rows: WalkRows, group: range) -> None:
-        """Take in the rows of a second (or of several without a query) and make the lists that are due after it."""
+    def observe(self, rows: WalkRows, group: list[int]) -> None:
+        """Take in rows that came to be known since the last query, and make the lists that are due after them."""
         # 1. likes and ratings
         # by user whose rows were labelled: how many rows they had until then
         before: dict[int, int] = {}

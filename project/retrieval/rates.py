@@ -23,7 +23,7 @@ from project.data.context import (
     values_of,
     with_users,
 )
-from project.data.protocol import SPLITS, SplitInteractions, answered
+from project.data.protocol import SPLITS, SplitInteractions, answered, known_at
 from project.features import RATE, log_odds
 from project.request import RankRequest
 
@@ -96,11 +96,12 @@ class ContextRates:
         table = with_users(rows, self._users, self.columns)
         item = rows["item"].to_numpy()
         time = rows["timestamp"].to_numpy()
+        seconds = known_at(rows)
         likes, counted = _counts(rows)
         rates = {}
         for name, key in self._keys(table.to_dict(), item, self._items).items():
             known = key != 0
-            tally = Tally(key[known], time[known], likes[known], counted[known])
+            tally = Tally(key[known], seconds[known], likes[known], counted[known])
             rates[name] = self._rate(tally, key, time)
         return table.hstack(pl.DataFrame(rates, schema=dict.fromkeys(rates, pl.Float32)))
 
@@ -134,13 +135,13 @@ class ContextRates:
         }
         keys = self._keys(given, item, self._items if items is None else items)
         # 1. after the log: its sums
-        if time.min(initial=np.inf) > self._rows["timestamp"].to_numpy()[-1]:
+        seconds = known_at(self._rows)
+        if time.min(initial=np.inf) > seconds.max():
             now = np.full(item.size, np.inf)
             return given | {
                 name: self._rate(self._sums[name], key, now) for name, key in keys.items()
             }
         # 2. before: sums up to each second
-        seconds = self._rows["timestamp"].to_numpy()
         counts = _counts(self._rows)
         tallies = {
             name: Tally(key, seconds, *counts) for name, key in self._keys_of_log().items()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from project.arrays import F32, F64, I64
-from project.data.protocol import answered
+from project.data.protocol import answered, known_at
 from project.errors import ConfigError
 from project.features import Retrieved
 from project.retrieval.base import Edges, Neighbours, Retriever, Snapshot
@@ -78,9 +78,12 @@ def fit_blocks(
     Rows are in time order, with columns user, item, timestamp and label.
     """
     rows = rows.filter(answered(rows))
+    known = known_at(rows)
+    order = np.argsort(known, kind="stable")
+    rows = rows[order]
     columns = [rows[name].to_numpy().astype(np.int64) for name in ("user", "item", "label")]
-    # (blocks - 1,) how many rows lie strictly before each block
-    ends = np.searchsorted(rows["timestamp"].to_numpy(), cuts, side="left")
+    # (blocks - 1,) how many rows are known strictly before each block
+    ends = np.searchsorted(known[order], cuts, side="left")
     fitted = list[Snapshot]()
     with Progress(transient=True) as progress:
         for end in progress.track(ends, description=description):
@@ -119,35 +122,43 @@ def walk(
     block = 0  # the one whose snapshot the retriever answers from
     check_at = 1  # so many unchecked answers are checked together
     starts = _span_starts(rows, block_of)
-    spans = zip(starts, np.append(starts, rows.timestamp.size)[1:], strict=True)
+    stops = np.append(starts, rows.timestamp.size)[1:]
+    order = np.argsort(rows.known, kind="stable")  # (rows,) as labels come to be known
+    # (spans,) how many of these are known strictly before each span
+    ends = np.searchsorted(rows.known[order], rows.timestamp[starts], side="left")
+    spans = zip(starts, stops, np.append(0, ends), ends, strict=False)
+
+    def observe(news: list[int]) -> None:
+        for row in news:
+            past.observe(rows, row)
+            if rows.own[row]:
+                retriever.observe(
+                    row, int(rows.user[row]), int(rows.item[row]), int(rows.label[row])
+                )
+        # lists that are due, dated just after the latest row: they may hold its answer
+        if similar is not None:
+            similar.observe(rows, news)
+
     with Progress(transient=True) as progress:
-        for start, stop in progress.track(
+        for start, stop, seen, end in progress.track(
             spans, total=starts.size, description=description
         ):
-            second = range(start, stop)
-            # 1. a new block: answer from what was fitted before it
+            # 1. what came to be known since the last span
+            observe(order[seen:end].tolist())
+            # 2. a new block: answer from what was fitted before it
             if block_of[start] != block:
                 block = int(block_of[start])
                 retriever.start_block(snapshots[block - 1], block)
-            # 2. answer all rows of the second, from strictly earlier ones
-            for row in second:
+            # 3. answer all rows of the second, from what is known
+            for row in range(start, stop):
                 if rows.query[row]:
                     answers.answer(past, np.array([row]))
             if answers.unchecked >= check_at:
                 answers.check()
                 check_at = min(2 * check_at, CHECKED_TOGETHER)
-            # 3. observe the rows of the second
-            for row in second:
-                past.observe(rows, row)
-                if rows.own[row]:
-                    retriever.observe(
-                        row, int(rows.user[row]), int(rows.item[row]), int(rows.label[row])
-                    )
-            # 4. lists that are due, dated just after the second: they may hold its answers
-            if similar is not None:
-                similar.observe(rows, second)
     table = answers.table()
     if similar is not None:
+        observe(order[ends.max(initial=0) :].tolist())
         table = table.with_columns(similar_after=similar.column(np.flatnonzero(rows.query)))
     return table
 
@@ -248,8 +259,8 @@ class Answers:
         own = rows.own[row] & (rows.user[row] == rows.user[query])
         others = rows.rater[row] & (rows.item[row] == rows.item[query])
         others &= rows.person[row] != rows.person[query]
-        # either way strictly earlier
-        given = exists & (rows.timestamp[row] < rows.timestamp[query]) & (own | others)
+        # either way known before
+        given = exists & (rows.known[row] < rows.timestamp[query]) & (own | others)
         if not given.all():
             first = int((~given).argmax())
             raise self._error(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.metrics import brier_score_loss, ndcg_score, roc_auc_score
 from sklearn.metrics import log_loss as sklearn_log_loss
 
 from project.evaluation.bootstrap import UserBootstrap
@@ -15,6 +15,7 @@ from project.metrics import (
     head_metrics,
     log_loss,
     probabilities,
+    session_metrics,
     user_aucs,
 )
 
@@ -120,18 +121,6 @@ class TestUserAUC:
         )
         assert uauc(scores, labels, users)["users"] == len(by_user)
 
-    def test_the_best_forecaster_of_an_unknown_level_has_none(self):
-        """Rows in time, a level drawn once a user, uniformly: Laplace's (likes + 1) / (rows + 2) beats 1/2 in log loss.
-
-        Its user-AUC of two rows is 0: a like at 1/2 is followed by a dislike at 2/3, a dislike at 1/2 by a like at 1/3.
-        """
-        rng = np.random.default_rng(0)
-        labels = (rng.random((4000, 2)) < rng.random((4000, 1))).astype(int)
-        chance = np.stack([np.full(4000, 1 / 2), (labels[:, 0] + 1) / 3], axis=1)
-        users = np.repeat(np.arange(4000), 2)
-        assert log_loss(chance.ravel(), labels.ravel()) < np.log(2) - 0.02
-        assert uauc(chance.ravel(), labels.ravel(), users)["value"] == 0
-
 
 class TestHeadMetrics:
     def test_one_class_stays_none_and_does_not_spread(self):
@@ -210,36 +199,53 @@ class TestUserBootstrap:
         with pytest.raises(ValueError, match="made for 3 rows, found 2"):
             UserBootstrap([0, 0, 1]).auc_interval([1.0, 2.0], [0, 1])
 
-    def test_covers(self):
-        """In 100 samples of 40 users with a user effect, 95 % intervals hold the true AUC at least 88 times.
-
-        A row bootstrap on the same samples holds it fewer than 88 times (checked here too, so this can fail).
-        """
-        rng = np.random.default_rng(0)
-
-        def draw(users, rows):
-            person = np.repeat(np.arange(users), rows)
-            generosity = 2 * rng.normal(size=users)[person]
-            score = generosity + rng.normal(size=users * rows)
-            label = rng.random(score.size) < probabilities(
-                2 * rng.normal(size=users)[person] + 0.5 * score
-            )
-            return score, label, person
-
-        truth = auc(*draw(40_000, 10)[:2])
-        hits = {"users": 0, "rows": 0}
-        for seed in range(100):
-            scores, labels, person = draw(40, 10)
-            for unit, ids in (("users", person), ("rows", np.arange(person.size))):
-                low, high = UserBootstrap(ids, draws=200, seed=seed).auc_interval(
-                    scores, labels
-                )
-                hits[unit] += low <= truth <= high
-        assert hits["users"] >= 88 > hits["rows"]
-
 
 def test_ratio_interval():
     """Users spend (4, 2), (2, 2): 6 / 4 = 1.5; resampled pairs give 2, 1.5 or 1, so the interval is [1, 2]."""
     found = UserBootstrap([0, 1, 1], draws=500, seed=0).ratio_interval([4, 1, 1], [2, 1, 1])
     assert found == {"value": 1.5, "interval": [1.0, 2.0]}
     assert UserBootstrap([0]).ratio_interval([1], [0]) == {"value": None, "interval": None}
+
+
+class TestSessions:
+    def test_equals_sklearn_with_ties_and_sessions_of_one_row(self):
+        """Means of scikit-learn's ndcg_score and AUC of each session with both labels; others do not count."""
+        scores, labels, sessions = sample(n=3000, users=400, seed=1, tie=0)
+        sessions[:50] = 1000 + np.arange(50)  # of one row
+        sessions[50:90] = 2000  # longer than 10 rows
+        ndcg, aucs, rows = [], [], []
+        for session in np.unique(sessions):
+            inside = sessions == session
+            truth, given = labels[inside], scores[inside]
+            if truth.min() < truth.max():
+                ndcg.append(ndcg_score(truth[None], given[None], k=10))
+                aucs.append(roc_auc_score(truth, given))
+                rows.append(inside.sum())
+        shuffled = np.random.default_rng(0).permutation(labels.size)
+        found = session_metrics(*(x[shuffled] for x in (scores, labels, sessions)))
+        assert found["sessions"] == len(ndcg) < np.unique(sessions).size - 50
+        assert found["ndcg"] == pytest.approx(np.mean(ndcg))
+        assert found["gauc"] == pytest.approx(np.average(aucs, weights=rows))
+
+    def test_by_hand(self):
+        """First like at rank 2, and in a tie of one like and two others behind one: 1 + 1 + 2/2 = 3; hits both."""
+        scores = [3, 2, 1, 9, 5, 5, 5]
+        labels = [0, 1, 0, 0, 0, 1, 0]
+        found = session_metrics(scores, labels, [0] * 3 + [1] * 4)
+        assert found["mrr"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+        assert (found["hits"], found["sessions"]) == (1.0, 2)
+        # eleven better ones: the like is at rank 12
+        late = session_metrics([*range(11), -1], [0] * 11 + [1], [0] * 12)
+        assert (late["hits"], late["ndcg"], late["mrr"]) == (
+            0.0,
+            0.0,
+            pytest.approx(1 / 12),
+        )
+        nothing = session_metrics([1, 2], [1, 1], [0, 0])
+        assert nothing == {
+            "sessions": 0,
+            "ndcg": None,
+            "mrr": None,
+            "hits": None,
+            "gauc": None,
+        }

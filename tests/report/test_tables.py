@@ -181,7 +181,13 @@ def test_the_ranker_that_runs_today_has_a_row_and_a_column():
     assert shown.pop("baseline my_ranker") == ""
     beside = {name for name, cell in shown.items() if cell == difference(gap)}
     assert beside == {"exit 6", "plan", "best baseline gbdt"}
-    assert "minus my_ranker" not in render(result())
+
+
+def test_metrics_by_session():
+    row = {"sessions": 1234, "ndcg": 0.5, "mrr": 0.25, "hits": 0.75, "gauc": None}
+    text = render(result() | {"sessions": {"plan": row}})
+    assert "| plan | .5000 | .2500 | .7500 | undefined |" in text
+    assert "the 1,234 sessions" in text
 
 
 def test_clock_of_another_protocol_is_not_shown(tmp_path):

@@ -1,0 +1,212 @@
+"""Sessions: rows of one never read each other's answers, nor another user's answer before it is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import polars.selectors as cs
+import pytest
+from example_logs import CoLikes
+from world import Letters
+
+from project.data.logs import TableLogs
+from project.data.prompt import Prompt, PromptEncoder
+from project.data.protocol import (
+    SPLITS,
+    Interactions,
+    Protocol,
+    SplitInteractions,
+    apply_protocol,
+    build_interactions,
+    known_at,
+)
+from project.data.requests import Requests, request_streams
+from project.data.stream import build_streams
+from project.errors import DataError
+from project.features import RATE
+from project.metrics import auc
+from project.request import RankRequest
+from project.retrieval import MatrixFactorisation, RetrievedFeatures
+from project.retrieval.rates import ContextRates
+
+ITEMS = 12
+
+
+def session_log(seed: int = 0, users: int = 60, sessions: int = 4) -> pl.DataFrame:
+    """Sessions of five rows, some minutes apart, that overlap; one coin decides all labels of a session."""
+    rng = np.random.default_rng(seed)
+    number = users * sessions
+    session = np.repeat(np.arange(number), 5)
+    start = rng.integers(0, 20 * number, number)
+    return pl.DataFrame(
+        {
+            "user_id": session % users,
+            "item_id": rng.integers(0, ITEMS, session.size),
+            "timestamp": 1_700_000_000 + start[session] + rng.integers(0, 60, session.size),
+            "label": rng.integers(0, 2, number)[session],
+            "session_id": [f"s{k}" if k % 7 else None for k in session],
+            "device": np.array(["phone", "pc"])[rng.integers(0, 2, session.size)],
+        }
+    ).unique(["user_id", "item_id", "timestamp"], maintain_order=True)
+
+
+def read(log: pl.DataFrame, folder: Path, protocol: Protocol) -> Interactions:
+    log.write_csv(folder / "log.csv")
+    titles = [f"item {k}" for k in range(ITEMS)]
+    pl.DataFrame({"item_id": range(ITEMS), "title": titles}).write_csv(folder / "items.csv")
+    files = [str(folder / f"{name}.csv") for name in ("log", "items")]
+    return build_interactions(TableLogs(*files, context=["device"]).read(), protocol)
+
+
+def split_of(
+    log: pl.DataFrame, folder: Path, kind: str = "global_time"
+) -> SplitInteractions:
+    protocol = Protocol(split=kind, shares=[0.6, 0.2, 0.2])  # type: ignore[arg-type]
+    return apply_protocol(read(log, folder, protocol), protocol)
+
+
+def features_of(split: SplitInteractions, cache: Path) -> RetrievedFeatures:
+    retriever = CoLikes(neighbours=4, item_neighbours=3)
+    return RetrievedFeatures(split, retriever, 12, cache, MatrixFactorisation(dim=2))
+
+
+def encoder_of(split: SplitInteractions) -> PromptEncoder:
+    wording = Prompt(instruction="I", segment="{title} {user_percent} {item_percent}:")
+    return PromptEncoder(Letters(), wording, split.interactions.items)
+
+
+def flipped(split: SplitInteractions, where: pl.Expr) -> SplitInteractions:
+    """The log with other answers in these rows."""
+    label = pl.when(where).then(1 - pl.col("label")).otherwise("label").cast(pl.Int8)
+    rows = split.rows.with_columns(label=label)
+    return replace(split, rows=rows, hash=str(hash(tuple(rows["label"]))))
+
+
+def test_sessions_by_hand(tmp_path: Path) -> None:
+    """Sessions a and b of user 0 overlap, so both are asked at 10; user 1's a is another; others are rows alone."""
+    columns = {
+        "user_id": [0, 0, 0, 0, 0, 0, 1, 1],
+        "session_id": ["a", "b", "a", "b", "c", None, "a", None],
+        "timestamp": [10, 20, 30, 40, 50, 51, 35, 36],
+        "item_id": range(8),
+        "label": [0, 1] * 4,
+        "device": ["pc"] * 8,
+    }
+    rows = read(pl.DataFrame(columns), tmp_path, Protocol()).rows.sort("item")
+    assert rows["known_at"].to_list() == columns["timestamp"]
+    assert rows["timestamp"].to_list() == [10, 10, 10, 10, 50, 51, 35, 36]
+    session = rows["session"].to_list()
+    assert session[0] == session[2] != session[1] == session[3]
+    assert len(set(session)) == 6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_stands_earlier_in_a_history_was_known(seed: int, tmp_path: Path) -> None:
+    """Of one user a row that was asked earlier was known before: prompts go by the time of asking alone."""
+    rows = split_of(session_log(seed), tmp_path).rows
+    assert (rows["known_at"] > rows["timestamp"]).any()
+    for _, own in rows.group_by("user"):
+        asked, known = own["timestamp"].to_numpy(), own["known_at"].to_numpy()
+        earlier = asked[:, None] < asked
+        assert (known[:, None] < np.broadcast_to(asked, earlier.shape))[earlier].all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["global_time", "random", "leave_last"])
+def test_no_row_reads_what_was_not_known(kind: str, tmp_path: Path) -> None:
+    """Flipping an answer changes no feature and no prompt of rows asked until it was known, its session's included."""
+    split = split_of(session_log(users=20), tmp_path, kind)
+    encoder = encoder_of(split)
+
+    def everything(split: SplitInteractions) -> list[pl.DataFrame]:
+        tables = features_of(split, tmp_path / split.hash).tables()
+        rates = ContextRates(split)
+        rates.base = 0.5  # of all train rows, also of later ones
+        found = [rates.of_log(split.rows).hstack(split.rows.select("row_id"))]
+        for name in SPLITS:
+            streams = build_streams(split.rows, tables[name], name, encoder)
+            starts = streams.tokens.offsets[:-1][: streams.row_id.size]
+            text = [
+                streams.tokens.values[at : at + slot + 1].tolist()
+                for at, slot in zip(starts, streams.slots, strict=True)
+            ]
+            prompts = pl.DataFrame({"row_id": streams.row_id, "until_slot": text})
+            table = tables[name].select(~cs.starts_with(RATE))
+            found.append(table.join(prompts, on="row_id", maintain_order="left"))
+        return found
+
+    before = everything(split)
+    changed = 0
+    cuts = features_of(split, tmp_path).cuts
+    late = split.rows.filter(pl.col("known_at") > pl.col("timestamp"))
+    blocks = [np.searchsorted(cuts, late[c], "right") for c in ("timestamp", "known_at")]
+    between = np.flatnonzero(blocks[0] < blocks[1])  # a block begins before it is known
+    for row in late[[*between[:2], 5, 25]].iter_rows(named=True):
+        known = row["known_at"]
+        early = split.rows.filter(pl.col("timestamp") <= known)["row_id"].implode()
+        other = flipped(split, pl.col("row_id") == row["row_id"])
+        for old, new in zip(before, everything(other), strict=True):
+            until = pl.col("row_id").is_in(early)
+            assert new.filter(until).equals(old.filter(until))
+            changed += not new.equals(old)
+    assert changed
+
+
+@pytest.mark.slow
+def test_a_memoriser_learns_nothing_of_a_session(tmp_path: Path) -> None:
+    """The user's own share of likes tells the label where rows of a session read each other, and else nothing."""
+    log = session_log(users=600, sessions=2).drop_nulls("session_id")
+    for given, expected in ((log, 0.5), (log.drop("session_id"), 0.8)):
+        split = split_of(given, tmp_path)
+        rate = features_of(split, tmp_path / split.hash).tables()["test"]["user_rate"]
+        value = auc(rate.fill_null(0.5), split.rows["label"])
+        assert value == pytest.approx(expected, abs=0.05)
+
+
+def test_the_index_and_requests_read_what_is_known(tmp_path: Path) -> None:
+    """After the log the index is the walk; inside a session a request reads its rows until then, and no later one."""
+    split = split_of(session_log(users=20), tmp_path)
+    features = features_of(split, tmp_path / "cache")
+    index = features.index()
+    end = float(known_at(split.rows).max())
+    assert index.latest == end
+    item = np.arange(5)
+    asked = (np.full(5, 3), item, np.full(5, end + 1), np.full(5, -1), np.full(5, False))
+    walked = features.of_requests(*asked)
+    now = index.retrieved(3, item).table()
+    columns = [name for name in now.columns if name not in ("row_id", "neighbours")]
+    assert now.select(columns).equals(walked.select(columns))
+    # a request inside a session
+    own = split.rows.filter(pl.col("timestamp") < pl.col("known_at")).row(-1, named=True)
+    time = own["known_at"]
+    asked = (
+        np.full(5, own["user"]),
+        item,
+        np.full(5, time),
+        np.full(5, -1),
+        np.full(5, False),
+    )
+    later = flipped(split, pl.col("known_at") >= time)
+    other = features_of(later, tmp_path / "cache")
+    assert other.of_requests(*asked).equals(features.of_requests(*asked))
+    user = split.interactions.users["user_id"][own["user"]]
+    request = RankRequest(user, None, ("1",), time=time, request_id="r")
+    items = split.interactions.items
+    streams = request_streams(
+        Requests([request], items, dict(items.select("item_id", "item").iter_rows())),
+        split,
+        features.tables()["test"],
+        encoder_of(split),
+        lambda rows: features.tables()["test"].head(rows.height),
+    )
+    readable = pl.col("user") == own["user"], pl.col("known_at") < time
+    assert streams.row_id[:-1].tolist() == split.rows.filter(readable)["row_id"].to_list()
+
+
+def test_sessions_need_times(tmp_path: Path) -> None:
+    log = session_log().drop("timestamp").unique(["user_id", "item_id"])
+    with pytest.raises(DataError, match="session_id and no timestamp"):
+        split_of(log, tmp_path, "random")
