@@ -613,7 +613,6 @@ FIVE = Protocol(minimum_history=5, label="rating > 3")
 @pytest.mark.parametrize(
     ("logs", "protocol", "counts", "context"),
     [
-        (MovieLens100K(), FIVE, (75_599, 9_447, 9_453), None),
         (
             MovieLens100K(),
             replace(USER_TIME, label="rating > 3"),

@@ -149,11 +149,6 @@ def second(column: str, value: Any) -> Change:
             lambda t: t.drop("user_id"),
             r"no column user_id.*Name it user_id in what read\(\) returns",
         ),
-        (
-            "interactions",
-            second("timestamp", None),
-            r"log\.csv, row 2: no timestamp \(1 of 3 rows",
-        ),
         ("interactions", second("item_id", "c"), r"log\.csv, row 2: item 'c' is not in"),
         (
             "interactions",
