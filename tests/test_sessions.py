@@ -159,11 +159,12 @@ def test_no_row_reads_what_was_not_known(kind: str, tmp_path: Path) -> None:
 def test_a_memoriser_learns_nothing_of_a_session(tmp_path: Path) -> None:
     """The user's own share of likes tells the label where rows of a session read each other, and else nothing."""
     log = session_log(users=600, sessions=2).drop_nulls("session_id")
-    for given, expected in ((log, 0.5), (log.drop("session_id"), 0.8)):
+    for given, low, high in ((log, 0.45, 0.55), (log.drop("session_id"), 0.75, 1.0)):
         split = split_of(given, tmp_path)
         rate = features_of(split, tmp_path / split.hash).tables()["test"]["user_rate"]
         value = auc(rate.fill_null(0.5), split.rows["label"])
-        assert value == pytest.approx(expected, abs=0.05)
+        assert value is not None
+        assert low <= value <= high
 
 
 def test_the_index_and_requests_read_what_is_known(tmp_path: Path) -> None:
