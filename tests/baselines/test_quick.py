@@ -16,6 +16,7 @@ from project.evaluation.baselines import (
     Baseline,
     BaselineCalibration,
     baseline_rows,
+    best_baseline,
     fit_baselines,
     targets_of,
 )
@@ -244,6 +245,24 @@ def test_result_rows(fitted: Any) -> None:
             assert again["calibrated"]["log_loss"] == expected
 
 
+def test_only_tune_decides_which_baseline_is_best() -> None:
+    """The one that is best on tune wins although it is wrong on every other row of valid; one class: none."""
+    rows, _ = world()
+    valid = targets(rows, split="valid")
+    label, tune = (
+        valid["label"].cast(pl.Float64),
+        (valid["fold"] == "tune").cast(pl.Float64),
+    )
+    baselines = [
+        Baseline(name, valid.select("row_id", "split").with_columns(logit=label * right))
+        for name, right in (("elsewhere", 1 - 2 * tune), ("on_tune", 2 * tune - 1))
+    ]
+    best = best_baseline(baselines, rows)
+    assert best is not None
+    assert best.name == "on_tune"
+    assert best_baseline(baselines, rows.with_columns(label=pl.lit(1))) is None
+
+
 def calibrated(logits: np.ndarray, labels: np.ndarray) -> BaselineCalibration:
     found = BaselineCalibration.fit(logits, labels)
     assert found is not None
@@ -329,7 +348,7 @@ def test_movielens_anchors() -> None:
 
 
 def test_the_ranker_that_runs_today_is_a_baseline() -> None:
-    """Its scores keep their order at any scale and stand first among the baselines."""
+    """Its scores keep their order at any scale, stand first among the baselines, and the mean chance is train's."""
     rows, retrieved = world()
     rng = np.random.default_rng(1)
     score = 1e6 * (rows["label"].to_numpy() + rng.normal(size=rows.height)) - 3e7
@@ -340,12 +359,16 @@ def test_the_ranker_that_runs_today_is_a_baseline() -> None:
         part = targets_of(rows, split)
         logits = own.logits(part["row_id"])
         assert auc(logits, part["label"]) == auc(part[OWN_SCORE], part["label"])
+    train = targets_of(rows, "train")
+    chance = 1 / (1 + np.exp(-own.logits(train["row_id"])))
+    assert chance.mean() == pytest.approx(train["label"].mean(), abs=1e-3)
     # everything else against it, paired
     test = targets_of(rows, "test")
     scores = {f"baseline {b.name}": b.logits(test["row_id"]) for b in (own, *others)}
     found = own_differences("my_ranker", [own, *others], test["row_id"], rows, scores)
     assert set(found) == {f"baseline {name}" for name in NAMES}
-    values = [
-        auc(scores[f"baseline {name}"], test["label"]) for name in ("lr_text", "my_ranker")
-    ]
-    assert found["baseline lr_text"]["value"] == pytest.approx(values[0] - values[1])  # type: ignore[operator]
+    gap = auc(scores["baseline lr_text"], test["label"]) - auc(
+        own.logits(test["row_id"]), test["label"]
+    )  # type: ignore[operator]
+    assert found["baseline lr_text"]["value"] == pytest.approx(gap)
+    assert found["baseline lr_text"]["baseline"] == "my_ranker"

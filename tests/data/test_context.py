@@ -212,6 +212,7 @@ def test_scores_of_the_ranker_that_runs_today(write_log: Callable[..., TableLogs
     assert without.interactions.not_read == ("my_ranker",)
     found = split_of(write_log(log, own_scores="my_ranker"))
     assert found.rows[OWN_SCORE].to_list() == log["my_ranker"].to_list()
+    assert found.interactions.not_read == ()
     assert found.hash == without.hash
     both = split_of(write_log(log, context=["my_ranker"], kinds={}, own_scores="my_ranker"))
     assert both.interactions.columns["context.my_ranker"] == "number"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +228,17 @@ def test_a_time_may_be_in_any_unit(a_second: int, form: str, tmp_path: Path) -> 
             [datetime(2024, 5, 17), datetime(9999, 12, 31)],
             "row 2: .*timestamp is .*9999-12-31",
         ),
+        ([date(2024, 5, 17), date(9999, 12, 31)], "row 2: .*timestamp is .*9999-12-31"),
         # the year 3000
         ([1_715_938_200, 32_503_680_000], "row 2: .*timestamp is .*32503680000"),
+        (
+            [20_240_517_093_000, 20_240_517_093_000],
+            "row 1: .*timestamp is .*20240517093000",
+        ),
+        (
+            [1_715_938_200, 1_715_938_200 * 10**9],
+            "mixes seconds and nanoseconds: row 1 is 1715938200, row 2 is",
+        ),
     ],
 )
 def test_a_time_in_no_unit_is_an_error(
@@ -284,7 +293,21 @@ BAD_LOGS = [
         (LOG.replace(c, "other"), f"no column {c}.*other.*columns")
         for c in ("user_id", "item_id")
     ),
-    (HEADER + "u1,1,10,5\nu1,2,soon,2\n", "row 2: .* timestamp"),
+    *(
+        (HEADER + f"u1,1,10,5\nu1,2,{v},2\n", "row 2: .* timestamp")
+        for v in ("soon", "nan", "inf", "")
+    ),
+    *(
+        (HEADER + f"u1,1,10,5\nu1,2,20,{v}\n", "row 2: column rating")
+        for v in ("soon", "nan", "inf", "")
+    ),
+    (LOG.replace("rating", "label").replace("5", "1"), r"row 2: column label is 2\.0"),
+    (
+        LOG.replace("rating", "rating,split")
+        .replace("5\n", "5,train\n")
+        .replace(",2\n", ",2,dev\n"),
+        "'dev'",
+    ),
     (
         LOG + "u2,9,30,5\nu2,9,31,5\nu2,8,32,5\n",
         r"row 3: item '9' .* items \(3 rows, 2 items",
@@ -340,6 +363,7 @@ def test_a_log_without_timestamps_has_null(write: Write) -> None:
     ("make", "words"),
     [
         (lambda items: TableLogs({"train": "x.csv", "dev": "y.csv"}, items), "dev"),
+        (lambda items: TableLogs({}, items), r"\(none\)"),
         (lambda items: TableLogs("nowhere.csv", items), r"nowhere\.csv does not exist"),
         (lambda items: TableLogs("pyproject.toml", items), r"'\.toml'"),
         (
@@ -428,3 +452,27 @@ def test_real_movielens(
     assert raw.items.height == items
     assert raw.items.columns == ["item_id", "title", "year", "genres"]
     assert sorted(raw.interactions["rating"].unique()) == ratings
+
+
+@pytest.mark.real
+def test_real_latest_small() -> None:
+    """Five films have no title, 17 no genre."""
+    items = MovieLensLatestSmall().read().items
+    assert items.filter(title="").height == 5
+    assert items.filter(genres="").height == 17
+    genres = "Adventure Animation Children Comedy Fantasy"
+    assert items.filter(item_id="1").row(0) == ("1", "Toy Story", "1995", genres)
+
+
+@pytest.mark.real
+def test_real_movielens_1m() -> None:
+    """Counted in the file's lines without the reader: ratings by value, 3,706 films that somebody rated, dates."""
+    rows = MovieLens1M().read().interactions
+    counts = dict(rows["rating"].value_counts().rows())
+    assert counts == {1: 56_174, 2: 107_557, 3: 261_197, 4: 348_971, 5: 226_310}
+    assert (rows["timestamp"].min(), rows["timestamp"].max()) == (
+        956_703_932,
+        1_046_454_590,
+    )
+    assert not rows.select("user_id", "item_id").is_duplicated().any()
+    assert rows["item_id"].n_unique() == 3706

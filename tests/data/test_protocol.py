@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from project.data.logs import MovieLens1M, MovieLens100K, MovieLensLatestSmall, RawLogs
 from project.data.negatives import Negatives
 from project.data.protocol import (
+    FOLDS,
     SPLITS,
     Interactions,
     Protocol,
@@ -55,9 +56,6 @@ def test_label_rules() -> None:
         assert ratings.select(label_expression(rule)).to_series().to_list() == labels
 
 
-MAY = 1_714_521_600  # 2024-05-01 in seconds: 19,844 days
-DAYS = [MAY + 86_400 * day for day in range(-20, 20)]
-DATES = ["2024-05-01", "2024-05-11"]
 RULES = (
     "",
     "rating",
@@ -83,11 +81,17 @@ FOLD_SHARES = ([0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0])
         ("seed", -1),
         *(("hide_items", share) for share in (-0.1, 1.0, 1.5, float("nan"))),
         *(("train_users", share) for share in (-0.1, 0.0, 1.5, float("nan"))),
+        ("dates", ["2024-05-01", "2024-06-01"]),
     ],
 )
 def test_what_cannot_work_names_its_key(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"data\.protocol\.{key}"):
         Protocol(**{key: value}).check()
+
+
+MAY = 1_714_521_600  # 2024-05-01 in seconds: 19,844 days
+DAYS = [MAY + 86_400 * day for day in range(-20, 20)]
+DATES = ["2024-05-01", "2024-05-11"]
 
 
 def test_split_at_dates() -> None:
@@ -254,6 +258,13 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -
             Protocol(label=None),
             r'log\.csv, row 1: no label .*label: "rating > 3"',
         ),
+        (CLICKS, None, RULE, "train have label 1 .*Clicks alone need rows with label 0"),
+        (
+            TWO,
+            None,
+            replace(RULE, drop_ratings=[1, 5]),
+            "train and valid and test has no targets",
+        ),
     ],
 )
 def test_logs_that_a_protocol_cannot_use(
@@ -325,6 +336,7 @@ def test_history_counts_strictly_earlier_rows_of_the_user() -> None:
 
 USER_TIME = Protocol(split="user_time")
 GIVEN = Protocol(split="given")
+HALVES = [(t // 2 + t) % 2 for t in range(40)]  # labels of two users whose rows alternate
 TIED = [0, 1, 2, 3, 4, 5, 6, 6, 6, 6, *range(10, 30)]
 ALTERNATING = [i // 4 % 2 for i in range(40)]
 
@@ -358,6 +370,12 @@ ALTERNATING = [i // 4 % 2 for i in range(40)]
             coded([0] * 10 + [1] * 10 + [2] * 10, TIED, labels=[0, 1] * 10 + [1, 0] * 5),
             USER_TIME,
             "TTTTTTEEEE" + "TTTTTTTTVE" * 2,
+        ),
+        # users whose rows alternate in time are cut as if each were alone
+        (
+            coded([0, 1] * 20, list(range(40)), labels=HALVES),
+            USER_TIME,
+            "T" * 32 + "V" * 4 + "E" * 4,
         ),
         # ties count in sorted order; a user with one row has it in test, one with two has
         # no train row
@@ -398,6 +416,18 @@ def test_splits_by_hand(log: Interactions, protocol: Protocol, expected: str) ->
     assert splits_of(apply_protocol(log, protocol)) == expected
 
 
+def test_random_is_the_documented_permutation() -> None:
+    """The first 80 % of default_rng(seed).permutation(n) are train, the next 10 % valid, the rest test."""
+    split = apply_protocol(
+        coded([0] * 40, list(range(40))), Protocol(split="random", seed=7)
+    )
+    permutation = np.random.default_rng(7).permutation(40)
+    for name, part in zip(SPLITS, np.split(permutation, [32, 36]), strict=True):
+        assert set(split.rows.filter(pl.col("split") == name)["row_id"]) == set(
+            part.tolist()
+        )
+
+
 def test_folds_are_a_salted_hash_of_the_user() -> None:
     """sha256("salt:user_id") as a number in [0, 1), cut at .2 and .6; only rows of valid have one."""
     users = [i % 30 for i in range(300)]
@@ -414,8 +444,13 @@ def test_folds_are_a_salted_hash_of_the_user() -> None:
             if at < 0.6
             else "certify"
         )
-    folds = split.manifest["folds"].values()
-    assert sum(fold["targets"] for fold in folds) == 30
+    folds = split.manifest["folds"]
+    assert (
+        sum(folds[fold]["targets"] for fold in FOLDS)
+        == split.manifest["counts"]["valid"]
+        == 30
+    )
+    assert sum(folds[fold]["users"] for fold in FOLDS) == 30
 
 
 def test_rows_without_timestamps_are_shuffled_inside_their_splits() -> None:
@@ -433,7 +468,16 @@ def test_rows_without_timestamps_are_shuffled_inside_their_splits() -> None:
         assert own["hist"].to_list() == list(range(10))
         assert own["role"].to_list() == ["context"] * 2 + ["target"] * 8
     assert split.interactions.rows.equals(split.rows.select(log.rows.columns))
-    assert (split.manifest["order"], split.manifest["times"]) == ("shuffled", [])
+    manifest = split.manifest
+    assert (manifest["order"], manifest["times"], manifest["tie_share"]) == (
+        "shuffled",
+        [],
+        0,
+    )
+    assert (
+        apply_protocol(coded([0] * 40, list(range(40))), Protocol()).manifest["order"]
+        == "by time"
+    )
 
 
 STREAM = coded([0] * 20, list(range(20)))
@@ -457,6 +501,11 @@ STREAM = coded([0] * 20, list(range(20)))
             STREAM,
             {"minimum_history": 50},
             "train and valid and test has no targets.*minimum_history",
+        ),
+        (
+            STREAM,
+            {"minimum_history": 50, "split": "random"},
+            "train and valid and test has no targets",
         ),
         (STREAM, {"shares": [0.5, 0.1, 0.1]}, r"data\.protocol\.shares"),
         (
@@ -613,10 +662,23 @@ FIVE = Protocol(minimum_history=5, label="rating > 3")
 @pytest.mark.parametrize(
     ("logs", "protocol", "counts", "context"),
     [
+        (MovieLens100K(), FIVE, (75_599, 9_447, 9_453), None),
         (
             MovieLens100K(),
             replace(USER_TIME, label="rating > 3"),
             (78_595, 9_906, 11_499),
+            None,
+        ),
+        (
+            MovieLens100K(),
+            Protocol(split="random", label="rating > 3"),
+            (80_000, 10_000, 10_000),
+            None,
+        ),
+        (
+            MovieLens100K(),
+            Protocol(split="leave_last", label="rating > 3"),
+            (98_114, 943, 943),
             None,
         ),
         (
@@ -634,3 +696,13 @@ def test_real_counts(logs: Any, protocol: Protocol, counts: Any, context: Any) -
     manifest = apply_protocol(build_interactions(logs.read(), protocol), protocol).manifest
     assert tuple(manifest["counts"].values()) == counts
     assert context is None or tuple(manifest["context"].values()) == context
+
+
+@pytest.mark.real
+def test_real_shares() -> None:
+    """ML-100K by time: 85.4 % cold users in test, 197 validation users, 75.8 % ties, 55.4 % positive."""
+    split = apply_protocol(build_interactions(MovieLens100K().read(), FIVE), FIVE)
+    assert round(split.manifest["cold_user_share"]["test"], 3) == 0.854
+    assert sum(fold["users"] for fold in split.manifest["folds"].values()) == 197
+    assert round(split.manifest["tie_share"], 3) == 0.758
+    assert round(split.rows["label"].mean(), 3) == 0.554  # type: ignore[arg-type, call-overload]

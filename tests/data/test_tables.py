@@ -149,7 +149,14 @@ def second(column: str, value: Any) -> Change:
             lambda t: t.drop("user_id"),
             r"no column user_id.*Name it user_id in what read\(\) returns",
         ),
+        (
+            "interactions",
+            second("timestamp", None),
+            r"log\.csv, row 2: no timestamp \(1 of 3 rows",
+        ),
+        ("interactions", second("user_id", None), "row 2: column user_id is empty"),
         ("interactions", second("item_id", "c"), r"log\.csv, row 2: item 'c' is not in"),
+        ("interactions", second("rating", float("inf")), "row 2: column rating is inf"),
         (
             "interactions",
             lambda t: t.with_columns(label=2),
@@ -160,6 +167,7 @@ def second(column: str, value: Any) -> Change:
             second("split", "dev"),
             "row 2: column split is 'dev'; expected one of history, train",
         ),
+        ("items", second("item_id", "a"), "item 'a' .*'Title a' and 'Title b'"),
         (
             "items",
             lambda t: t.with_columns(item=0),
