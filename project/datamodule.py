@@ -42,7 +42,6 @@ from project.data.protocol import (
     SplitInteractions,
     apply_protocol,
     build_interactions,
-    known_at,
 )
 from project.data.requests import (
     Requests,
@@ -339,7 +338,7 @@ class InteractionData(L.LightningDataModule):
         """Retrieved features of rows that are not in the logs."""
         own = ~rows["candidate"].to_numpy()
         catalogue = None if self.requests is None else self.requests.items
-        now = not own.any() and rows["timestamp"].min() > known_at(self.split.rows).max()
+        now = not own.any() and rows["timestamp"].min() > self.split.latest  # type: ignore[operator]
         if now and can_be_indexed(self.retriever):
             found = [
                 self._index.retrieved(

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -392,6 +393,11 @@ class SplitInteractions:
     # 16 hex digits of the SHA-256 over protocol, file checksums and (row id, split, fold,
     # role, label)
     hash: str
+
+    @cached_property
+    def latest(self) -> float:
+        """Seconds at which the log's last answer is known."""
+        return float(known_at(self.rows).max())
 
     @property
     def warnings(self) -> list[str]:

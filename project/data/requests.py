@@ -443,7 +443,7 @@ def request_streams(
     )
     log = log.sort("user", "row_id")
     of_user = log["user"].to_numpy()  # (rows,) ascending
-    end = float(known_at(split.rows).max())
+    end = split.latest
     known = list[pl.DataFrame]()  # rows of the log, a table a request
     # rows outside it: (stream, user, item, row_id, timestamp, label, candidate)
     fresh = list[tuple[Any, ...]]()

@@ -69,6 +69,7 @@ class ContextRates:
     ) -> None:
         log = split.interactions
         self._rows = split.rows
+        self._latest = split.latest
         self._users = log.users
         self.columns = log.columns
         # of requests that do not say otherwise
@@ -135,13 +136,13 @@ class ContextRates:
         }
         keys = self._keys(given, item, self._items if items is None else items)
         # 1. after the log: its sums
-        seconds = known_at(self._rows)
-        if time.min(initial=np.inf) > seconds.max():
+        if time.min(initial=np.inf) > self._latest:
             now = np.full(item.size, np.inf)
             return given | {
                 name: self._rate(self._sums[name], key, now) for name, key in keys.items()
             }
         # 2. before: sums up to each second
+        seconds = known_at(self._rows)
         counts = _counts(self._rows)
         tallies = {
             name: Tally(key, seconds, *counts) for name, key in self._keys_of_log().items()
