@@ -27,9 +27,8 @@ from project.evaluation.networks import (
     trained_networks,
 )
 from project.evaluation.result import (
-    by_session,
+    add_comparisons,
     fold_of,
-    own_differences,
     scored_result,
     slice_rows,
 )
@@ -105,12 +104,8 @@ def run_baselines(
         "slices": slices,
         "own_metric": None,
     }
-    if "session" in targets.columns:
-        found["sessions"] = by_session(scores, targets)
-    if log.own_scores is not None:  # of test, the last part
-        found["own_differences"] = own_differences(
-            log.own_scores, baselines, targets["row_id"], split.rows, scores
-        )
+    # of test, the last part
+    add_comparisons(found, split, baselines, targets, scores)
     result = scored_result(head, found, data, None)
     path = write_json(folder / "results" / "baselines.json", result)
     Console(width=120).print(Markdown(render(result)), f"written: {path}")

@@ -41,12 +41,12 @@ from project.results import (
     Risk,
     ScoredResult,
     ScoredRows,
-    SessionMetrics,
     Slice,
 )
 from project.run import SCORE_COLUMNS, exit_layers_of, score_table
 
 if TYPE_CHECKING:
+    from project.data.protocol import SplitInteractions
     from project.datamodule import InteractionData
 
 # first value of each bucket: strictly earlier rows of the user (0 to 4, 5 to 20, more) and
@@ -246,25 +246,32 @@ def scored_rows(
         "slices": slices,
         "own_metric": own,
     }
-    # 4. sessions, where there are any
-    if "session" in targets.columns:
-        scored["sessions"] = by_session(by_name, targets)
-    # 5. everything against the ranker that runs today
-    if log.own_scores is not None:
-        scored["own_differences"] = own_differences(
-            log.own_scores, baselines, part["row_id"], rows, by_name
-        )
+    # 4. what only some logs have
+    add_comparisons(scored, data.split, baselines, targets, by_name)
     return scored
 
 
-def by_session(
-    scores: Mapping[str, F64], targets: pl.DataFrame
-) -> dict[str, SessionMetrics]:
-    """Metrics of named `scores` (n,) by session of n targets."""
-    return {
-        of: session_metrics(logits, targets["label"], targets["session"])
-        for of, logits in scores.items()
-    }
+def add_comparisons(
+    found: Comparison,
+    split: SplitInteractions,
+    baselines: list[Baseline],
+    targets: pl.DataFrame,
+    scores: Mapping[str, F64],
+) -> None:
+    """Add of named `scores` (n,) of n targets: metrics by session, and differences to the ranker that runs today.
+
+    Nothing is added for a log that has no sessions, or no scores of a ranker.
+    """
+    if "session" in targets.columns:
+        found["sessions"] = {
+            of: session_metrics(logits, targets["label"], targets["session"])
+            for of, logits in scores.items()
+        }
+    ranker = split.interactions.own_scores
+    if ranker is not None:
+        found["own_differences"] = own_differences(
+            ranker, baselines, targets["row_id"], split.rows, scores
+        )
 
 
 def own_differences(
