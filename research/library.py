@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import sys
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import AutoModel, DynamicCache
 from project.data.requests import catalogue_requests
 from project.engine.decisions import static_exits
 from project.engine.engine import Engine
+from project.engine.predict import Run
 from project.engine.requests import PreparedRequest, Scored, Scores, prepare_requests
 from project.loading import open_run
 from project.model.module import ExitRecommender
@@ -159,36 +160,48 @@ def padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Te
     return tokens.to(device), mask.to(device), (lengths - 1).to(device)
 
 
-def measure(run: Path, candidates: int) -> dict[str, Any]:
-    """The result of a calibrated run without adapters, which the library's class has not."""
+def speeds(
+    opened: Run, number: int, candidates: int, others: Mapping[str, Library]
+) -> tuple[dict[str, float], int]:
+    """Seconds of our full depth over each runner's, the median of rounds, "engine" included; and how many requests.
+
+    At most `number` requests of test with so many candidates, the same for all.
+    """
     # 1. all on the same requests
-    opened = open_run(run)
     model = opened.model
     data = opened.data
-    drawn = catalogue_requests(data.split, "test", REQUESTS, candidates, data.seed)
+    drawn = catalogue_requests(data.split, "test", number, candidates, data.seed)
     requests = prepare_requests(model, data, drawn.requests)
-    runners: dict[str, Engine | Library] = {
-        "engine": Engine(model, static_exits(opened.plan, model.depth)),
-        "prompt per candidate": Pointwise(model),
-        "history shared": SharedPrefix(model),
-    }
+    engine = Engine(model, static_exits(opened.plan, model.depth))
+    runners: dict[str, Engine | Library] = {"engine": engine, **others}
     # 2. rounds, one request at a time
     seconds = {name: np.zeros(ROUNDS) for name in runners}
-    for number in range(ROUNDS):
+    for k in range(ROUNDS):
         for request in requests:
             for name, runner in runners.items():
                 start = time.perf_counter()
                 runner.score([request])
-                seconds[name][number] += time.perf_counter() - start
+                seconds[name][k] += time.perf_counter() - start
+    found = {
+        name: float(np.median(seconds["engine"] / spent)) for name, spent in seconds.items()
+    }
+    return found, len(requests)
+
+
+def measure(run: Path, candidates: int) -> dict[str, Any]:
+    """The result of a calibrated run without adapters, which the library's class has not."""
+    opened = open_run(run)
+    model = opened.model
+    data = opened.data
+    others = {
+        "prompt per candidate": Pointwise(model),
+        "history shared": SharedPrefix(model),
+    }
+    found, count = speeds(opened, REQUESTS, candidates, others)
     head = result_head("study", data.split.manifest, str(run / "config.yaml"), data.seed)
     rows = [
-        {
-            "forward": name,
-            "candidates": candidates,
-            "requests": len(requests),
-            "speed": float(np.median(seconds["engine"] / seconds[name])),
-        }
-        for name in runners
+        {"forward": name, "candidates": candidates, "requests": count, "speed": speed}
+        for name, speed in found.items()
     ]
     return {**head, "rows": rows, "about": ABOUT}
 

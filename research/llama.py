@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from collections.abc import Hashable
 from functools import cache
 from importlib import import_module
@@ -27,17 +26,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from project.data.ragged import within
-from project.data.requests import catalogue_requests
-from project.engine.decisions import static_exits
-from project.engine.engine import Engine
-from project.engine.requests import PreparedRequest, prepare_requests
+from project.engine.requests import PreparedRequest
 from project.loading import open_run
 from project.model.module import ExitRecommender
 from project.report.tables import render
 from project.run import result_head, write_json
-from research.library import Library
+from research.library import Library, speeds
 
-REQUESTS, ROUNDS = 16, 3
+REQUESTS = 16
 ABOUT = (
     "Seconds of our full depth over llama.cpp's on the same requests of test in turns, the history not cached: median "
     "of the rounds."
@@ -222,26 +218,12 @@ class LlamaCpp(Library):
 
 def measure(run: Path, candidates: int) -> dict[str, Any]:
     """The result of a calibrated run without adapters, on a CPU: llama, mistral or their like."""
-    # 1. both on the same requests
     opened = open_run(run, "cpu")
     model = opened.model
     data = opened.data
-    drawn = catalogue_requests(data.split, "test", REQUESTS, candidates, data.seed)
-    requests = prepare_requests(model, data, drawn.requests)
-    runners = {
-        "engine": Engine(model, static_exits(opened.plan, model.depth)),
-        "llama.cpp": LlamaCpp(model, load(model)),
-    }
-    # 2. rounds, one request at a time
-    seconds = {name: np.zeros(ROUNDS) for name in runners}
-    for number in range(ROUNDS):
-        for request in requests:
-            for name, runner in runners.items():
-                start = time.perf_counter()
-                runner.score([request])
-                seconds[name][number] += time.perf_counter() - start
-    speed = float(np.median(seconds["engine"] / seconds["llama.cpp"]))
-    row = {"candidates": candidates, "requests": len(requests), "speed": speed}
+    other = LlamaCpp(model, load(model))
+    found, count = speeds(opened, REQUESTS, candidates, {"llama.cpp": other})
+    row = {"candidates": candidates, "requests": count, "speed": found["llama.cpp"]}
     return result_head(
         "study", data.split.manifest, str(run / "config.yaml"), data.seed
     ) | {
