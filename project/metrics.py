@@ -58,12 +58,6 @@ def ece(probability: ArrayLike, labels: ArrayLike, bins: int = 15) -> float | No
     cut into `bins` runs whose sizes differ by at most one. Rows of equal probability first share their mean label, so
     the order of the input does not matter even where a tie crosses a cut.
     """
-    emitted, observed, rows = reliability_bins(probability, labels, bins).T
-    return float(rows @ np.abs(emitted - observed) / rows.sum()) if rows.size else None
-
-
-def reliability_bins(probability: ArrayLike, labels: ArrayLike, bins: int) -> F64:
-    """The bins of `ece`, at most one a row: (bins, 3) mean probability, share of positives, rows."""
     values, positive = checked(probability, labels)
     # levels of probability, each row's level, and rows of each level
     level, code, size = np.unique(values, return_inverse=True, return_counts=True)
@@ -73,8 +67,9 @@ def reliability_bins(probability: ArrayLike, labels: ArrayLike, bins: int) -> F6
     )
     # sizes that differ by at most one
     parts = np.array_split(np.stack([np.repeat(level, size), shared]), max(1, bins), axis=1)
-    found = [(*part.mean(axis=1), part.shape[1]) for part in parts if part.size]
-    return np.array(found).reshape(-1, 3)
+    # of each bin, its rows times how far its two means are apart
+    apart = [abs(np.subtract(*part.sum(axis=1))) for part in parts]
+    return float(sum(apart) / values.size) if values.size else None
 
 
 def user_aucs(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> UserAucs:

@@ -18,7 +18,7 @@ from project.exits.budget import calibrate
 from project.exits.criteria import Consistency, Ratio
 from project.exits.plan import ExitSettings
 from project.metrics import probabilities
-from project.run import result_head, score_table, write_json, write_table
+from project.run import result_head, score_table, write_json
 
 LAYERS = (0, 2, 4, 6)
 MANIFEST = {
@@ -83,8 +83,8 @@ def simulated(n: int) -> tuple[pl.DataFrame, pl.DataFrame, list[Baseline]]:
     return rows, scores, baselines
 
 
-def results(rows: int = 400) -> tuple[dict[str, dict[str, Any]], dict[str, pl.DataFrame]]:
-    """Result files by name, and score tables by split, of one run.
+def results(rows: int = 400) -> dict[str, dict[str, Any]]:
+    """Result files by name, of one run.
 
     Args:
         rows: Rows of test; validation has as many in its three folds.
@@ -123,19 +123,11 @@ def results(rows: int = 400) -> tuple[dict[str, dict[str, Any]], dict[str, pl.Da
             "stage_seconds": {"retrieved": 25.0, command: 75.1},
         }
         files["calibrate" if command == "fit" else command]["adaptive"] = adaptive
-        layer, logit = (
-            pl.Series("exit_layer", planned.layer),
-            pl.Series("adaptive_logit", planned.logit),
-        )
     head = {
         command: result_head(command, MANIFEST, "runs/quickstart/version_0/config.yaml", 0)
         for command in files
     }
-    test = scores.filter(pl.col("split") == "test").with_columns(layer, logit)
-    return {command: head[command] | content for command, content in files.items()}, {
-        "valid": valid,
-        "test": test,
-    }
+    return {command: head[command] | content for command, content in files.items()}
 
 
 def benchmark_rows(depth: int) -> list[dict[str, Any]]:
@@ -158,12 +150,8 @@ def benchmark_rows(depth: int) -> list[dict[str, Any]]:
     return [common | full, common | early]
 
 
-def write_run(
-    folder: Path, files: dict[str, dict[str, Any]], scores: dict[str, pl.DataFrame]
-) -> Path:
-    """Write results and score tables into a run folder."""
+def write_run(folder: Path, files: dict[str, dict[str, Any]]) -> Path:
+    """Write results into a run folder."""
     for name, content in files.items():
         write_json(folder / "results" / f"{name}.json", content)
-    for name, table in scores.items():
-        write_table(folder / "scores" / f"{name}.parquet", table)
     return folder

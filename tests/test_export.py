@@ -214,8 +214,8 @@ BUNDLE = {
 )
 def test_card(base: str, tmp_path: Path) -> None:
     """Its numbers are the test result's, front matter parses, licence and certificate are there, no path is."""
-    files, scores = results()
-    run = read_run(write_run(tmp_path / "quickstart" / "version_0", files, scores))
+    files = results()
+    run = read_run(write_run(tmp_path / "quickstart" / "version_0", files))
     card = render_card(run, BUNDLE | {"base_model": base}, "llama", "consistency")
     about = yaml.safe_load(card.split("---\n")[1])
     assert about.get("base_model") == ("org/model" if base == "org/model" else None)

@@ -6,22 +6,16 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from numpy.typing import ArrayLike
 
-from project.arrays import F64
-from project.errors import DataError
-from project.metrics import ece, probabilities, reliability_bins
 from project.report.format import number
 from project.results import Adaptive, CalibrateResult, Difference, ExitRow
 
 NamedAUC = tuple[str, float]
 
-BINS = 15  # of equal mass, as metrics.ece has them: tables and pictures show one number
 COLOURS = {
     "consistency": "#0072B2", "learned": "#D55E00", "ratio": "#E69F00", "ratio_consistency": "#CC79A7",
     "fixed_depth": "#000000", "random": "#999999", "oracle": "#6A4C93", "plan": "#009E73", "baseline": "#555555",
@@ -115,84 +109,6 @@ def depth_figure(
     return _finished(axes)
 
 
-def exit_share_figure(exit_shares: Mapping[str, float], mean_depth: float) -> Figure:
-    """Share of rows that leave at each exit, by layer."""
-    axes = _axes("exit", "", 2.8)
-    layers = list(exit_shares)
-    shares = list(exit_shares.values())
-    bars = axes.bar(layers, shares, width=0.7, color=COLOURS["consistency"])
-    labels = ["< 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %" for share in shares]
-    axes.bar_label(bars, labels, fontsize=9)
-    axes.set_ylim(0, 1.12 * max([*shares, 0.01]))
-    axes.grid(visible=False)
-    axes.yaxis.set_visible(False)  # the bars have their numbers
-    depth = f"mean depth {mean_depth:.2f} of {layers[-1]} layers"
-    title = f"share of rows that leave at each exit, {depth}"
-    axes.set_title(title, loc="left", fontsize=9.5)
-    return _finished(axes)
-
-
-def reliability_figure(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
-    """Reliability diagrams, a panel for each title ("exit 4", "plan") with probabilities (n,) and labels (n,)."""
-    columns = min(4, max(1, len(scores)))
-    lines = -(-max(1, len(scores)) // columns)
-    figure = _figure(2.15 * columns + 0.5, 2.35 * lines + 0.4)
-    panels = figure.subplots(
-        lines, columns, sharex=True, sharey=True, squeeze=False
-    ).ravel()
-    for axes, (name, (probability, labels)) in zip(panels, scores.items(), strict=False):
-        points = reliability_bins(probability, labels, BINS)
-        _dress(axes).plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, zorder=1)
-        colour = COLOURS["plan" if name == "plan" else "consistency"]
-        axes.plot(points[:, 0], points[:, 1], "o-", color=colour, ms=3.5)
-        axes.set_title(
-            f"{name}   ECE {number(ece(probability, labels, BINS))}",
-            loc="left",
-            fontsize=9.5,
-        )
-        axes.set(
-            xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1]
-        )
-    for axes in panels[len(scores) :]:
-        axes.set_visible(False)
-    figure.supxlabel("emitted probability", fontsize=10)
-    figure.supylabel("observed share of positives", fontsize=10)
-    return figure
-
-
-def reliability_scores(
-    rows: pl.DataFrame,
-    layers: Sequence[int],
-    calibration: Mapping[str, Mapping[str, float]],
-    name: str,
-) -> dict[str, tuple[F64, F64]]:
-    """Panels of `reliability_figure` from rows of the score table `name`: "exit k", and "plan" once a plan ran.
-
-    `calibration`: by layer {`logit`, `exit_0`, `offset`}, score_k = logit * logit_k + exit_0 * logit_0 + offset; a
-    layer that is not in it keeps its own logit. DataError for NaN or infinite logits.
-    """
-
-    def logits_of(column: str) -> F64:
-        values = rows[column].to_numpy().astype(np.float64)
-        if not np.isfinite(values).all():
-            raise DataError(
-                f"{name}: {column} is empty, NaN or infinite in places: the model diverged or the file is broken."
-            )
-        return values
-
-    labels = rows["label"].to_numpy().astype(np.float64)
-    found = {}
-    for layer in layers:
-        logits = logits_of(f"logit_{layer}")
-        if terms := calibration.get(str(layer)):
-            zero = terms["exit_0"] * logits_of("logit_0")
-            logits = terms["logit"] * logits + zero + terms["offset"]
-        found[f"exit {layer}"] = (probabilities(logits), labels)
-    if "adaptive_logit" in rows.columns and rows["adaptive_logit"].null_count() == 0:
-        found["plan"] = (probabilities(logits_of("adaptive_logit")), labels)
-    return found
-
-
 def _bars(
     axes: Axes,
     rows: Mapping[int, Difference | None] | Mapping[float, Difference | None],
@@ -222,16 +138,17 @@ def _baseline_line(axes: Axes, baseline: NamedAUC, height: float) -> None:
     )
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _axes(xlabel: str, ylabel: str, height: float) -> Axes:
     """Axes of a new figure, 8 inches wide; tick labels have as many digits as make them differ."""
-    axes = _dress(_figure(8.0, height).add_subplot())
+    figure = Figure(figsize=(8.0, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    # no box, a pale grid behind the data
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9, length=3)
+    axes.grid(color="#EBEBEB", linewidth=0.8)
+    axes.set_axisbelow(True)
     axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
 
     def tick(value: float, _: int) -> str:
@@ -245,15 +162,6 @@ def _axes(xlabel: str, ylabel: str, height: float) -> Axes:
         )
 
     axes.yaxis.set_major_formatter(FuncFormatter(tick))
-    return axes
-
-
-def _dress(axes: Axes) -> Axes:
-    """No box, a pale grid behind the data."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=9, length=3)
-    axes.grid(color="#EBEBEB", linewidth=0.8)
-    axes.set_axisbelow(True)
     return axes
 
 

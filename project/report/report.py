@@ -9,21 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import polars as pl
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from project.errors import DataError
 from project.report.format import code, environment, escape, tidy
-from project.report.plots import (
-    depth_figure,
-    exit_share_figure,
-    pareto_figure,
-    png,
-    reliability_figure,
-    reliability_scores,
-)
+from project.report.plots import depth_figure, pareto_figure, png
 from project.report.tables import (
     criteria_rows,
     decide,
@@ -35,11 +27,10 @@ from project.results import (
     CalibrateResult,
     EngineResult,
     EngineRow,
-    ExitRow,
     PolicyRow,
     ScoredResult,
 )
-from project.run import exit_layers_of, read_result, replace_file
+from project.run import read_result, replace_file
 
 SCORED = ("fit", "validate", "test", "baselines")
 """Commands with scores, in the order in which the run's protocol is taken from them."""
@@ -195,17 +186,13 @@ def run_report(arguments: Sequence[str]) -> Path:
 def write_report(folder: Path) -> Path:
     """Write report/report.md, report/report.html and report/*.png of a run folder; returns the HTML's path."""
     run = read_run(folder)
-    drawn = pictures(run)
     target = folder / "report"
-    images: dict[str, bytes] = {}
-    for name, figure in drawn.items():
-        path = target / f"{name}.png"
-        if isinstance(figure, Figure):
-            images[path.name] = png(figure)
-            _write(path, images[path.name])
-        else:
-            path.unlink(missing_ok=True)  # from an earlier report
-    text = render_report(run, drawn)
+    images = {f"{name}.png": png(figure) for name, figure in pictures(run).items()}
+    for path in (target / "depth.png", target / "pareto.png"):
+        path.unlink(missing_ok=True)  # from an earlier report
+    for name, image in images.items():
+        _write(target / name, image)
+    text = render_report(run, images)
     _write(target / "report.md", text.encode())
     page = render_html(text, f"Report: {run.name}", images)
     return _write(target / "report.html", page.encode())
@@ -215,8 +202,8 @@ def _write(path: Path, content: bytes) -> Path:
     return replace_file(path, lambda part: part.write_bytes(content))
 
 
-def render_report(run: Run, drawn: Mapping[str, Figure | str]) -> str:
-    """The report's Markdown, with pictures by file name, or why there is none."""
+def render_report(run: Run, images: Mapping[str, bytes]) -> str:
+    """The report's Markdown, with these pictures by file name."""
     result = run.reported
     exits = rows_of(result["exits"], run.split, run.fold)
     rows = score_rows(result, run.split, run.fold, run.benchmark_rows)
@@ -232,7 +219,7 @@ def render_report(run: Run, drawn: Mapping[str, Figure | str]) -> str:
         criteria=[] if run.calibrate is None else criteria_rows(run.calibrate),
         policy=run.policy,
         refused=next(filter(None, (r["not_calibrated"] for r in run.scored.values())), None),
-        missing={name: made for name, made in drawn.items() if not isinstance(made, Figure)},
+        images=images,
     )  # fmt: skip
     return tidy(text)
 
@@ -269,40 +256,13 @@ def render_html(text: str, title: str, images: Mapping[str, bytes]) -> str:
     return page.render(title=Markup(html.escape(title)), body=Markup(body)) + "\n"
 
 
-def pictures(run: Run) -> dict[str, Figure | str]:
-    """The four pictures by name; where one cannot be drawn, why not ("" where another line says so)."""
+def pictures(run: Run) -> dict[str, Figure]:
+    """The pictures by name that can be drawn."""
     exits = rows_of(run.reported["exits"], run.split, run.fold)
-    plan = run.reported["adaptive"]
-    found: dict[str, Figure | str] = {"depth": "", "exit_share": "", "pareto": ""}
+    found = dict[str, Figure]()
     if exits:
         best = run.baseline(run.split, run.fold)
-        found["depth"] = depth_figure(exits, best, plan, run.rows)
-        if plan is not None:
-            shares = plan["exit_shares"]
-            found["exit_share"] = exit_share_figure(shares, plan["mean_depth"])
+        found["depth"] = depth_figure(exits, best, run.reported["adaptive"], run.rows)
     if run.calibrate is not None:
         found["pareto"] = pareto_figure(run.calibrate, run.baseline("valid", "tune"))
-    found["reliability"] = _reliability(run, exits)
     return found
-
-
-def _reliability(run: Run, exits: Sequence[ExitRow]) -> Figure | str:
-    path = run.folder / "scores" / f"{run.split}.parquet"
-    command = "test" if run.split == "test" else "validate"
-    if not path.is_file():
-        return run.missing(
-            f"No reliability diagrams: scores/{path.name} is missing.", command
-        )
-    table = pl.read_parquet(path, glob=False)
-    part = table.filter(pl.col("split") == run.split)
-    part = part if run.fold is None else part.filter(pl.col("fold") == run.fold)
-    if not len(part) or any(row["n"] != len(part) for row in exits):
-        counts = f"{len(part):,} rows of {run.rows}, the result {max((r['n'] for r in exits), default=0):,}"
-        return run.missing(
-            f"No reliability diagrams: scores/{path.name} holds {counts}.", command
-        )
-    layers = [row["layer"] for row in exits] or exit_layers_of(table)
-    calibration = {} if run.policy is None else run.policy["calibration"]
-    return reliability_figure(
-        reliability_scores(part, layers, calibration, f"scores/{path.name}")
-    )

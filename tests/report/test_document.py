@@ -5,20 +5,18 @@ import copy
 import re
 
 import numpy as np
-import polars as pl
 import pytest
 from example_run import results, write_run
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from project.errors import DataError
 from project.report.format import number
 from project.report.plots import (
     COLOURS,
     depth_figure,
     pareto_figure,
 )
-from project.report.report import pictures, read_run, write_report
+from project.report.report import read_run, write_report
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def example():
 @pytest.fixture
 def blank_pictures(monkeypatch):
     """Figures are made in no time, for tests of the text."""
-    for name in ("pareto", "exit_share", "reliability", "depth"):
+    for name in ("pareto", "depth"):
         monkeypatch.setattr(
             f"project.report.report.{name}_figure", lambda *_, **__: Figure((1, 1))
         )
@@ -40,17 +38,13 @@ def run(example, tmp_path):
     """Writes the example run without some parts, or with some changed, and gives back its report's text."""
 
     def make(drop=(), keep=None, edit=None):
-        files, scores = copy.deepcopy(example[0]), dict(example[1])
+        files = copy.deepcopy(example)
         if edit:
             edit(files)
         files = {
             k: v for k, v in files.items() if k not in drop and (keep is None or k in keep)
         }
-        write_run(
-            tmp_path / "run",
-            files,
-            {k: v for k, v in scores.items() if f"scores/{k}" not in drop},
-        )
+        write_run(tmp_path / "run", files)
         return write_report(tmp_path / "run").with_suffix(".md").read_text()
 
     return make
@@ -73,7 +67,7 @@ class TestWhole:
 
         text = run(edit=edit)
         lines = [line for line in text.splitlines() if line]
-        test = example[0]["test"]
+        test = example["test"]
         adaptive, last = test["adaptive"], test["exits"][-1]
         assert lines[1].startswith("**D")
         assert lines[2].startswith("- On test the AUC of ")
@@ -83,25 +77,12 @@ class TestWhole:
             f"| {100 * adaptive['exit_shares']['6']:.1f} % | {number(last['auc_leaving'])} |"
             in text
         )
-        assert f"| exit 6 | {number(last['auc'])} | {number(last['log_loss'])} |" in text
+        raw = [last[key] for key in ("auc", "log_loss", "brier", "ece")]
+        calibrated = [last["calibrated"][key] for key in ("auc", "log_loss", "ece")]
+        assert f"| exit 6 | {' | '.join(map(number, raw + calibrated))} |" in text
         assert "| .7123 | .7123 |" in text
         assert ".1111" not in text
         assert not re.search(r"\b(nan|None)\b", text)
-
-    def test_one_ece(self, run, tmp_path, example):
-        """The picture's ECE of exit 4 is the table's "calibrated ECE": one number, of 15 equal-mass bins."""
-        run()
-        read = read_run(tmp_path / "run")
-        (figure,) = (f for name, f in pictures(read).items() if name == "reliability")
-        titles = [axes.get_title(loc="left") for axes in figure.axes]
-        (row,) = (row for row in example[0]["test"]["exits"] if row["layer"] == 4)
-        assert f"exit 4   ECE {number(row['calibrated']['ece'])}" in titles
-        text = (tmp_path / "run" / "report" / "report.md").read_text()
-        raw = " | ".join(number(row[key]) for key in ("auc", "log_loss", "brier", "ece"))
-        (line,) = (
-            line for line in text.splitlines() if line.startswith(f"| exit 4 | {raw}")
-        )
-        assert line.split(" | ")[7] == number(row["calibrated"]["ece"])
 
     @pytest.mark.usefixtures("blank_pictures")
     def test_names_bring_nothing(self, run, tmp_path):
@@ -121,7 +102,7 @@ class TestWhole:
         assert "<script" not in text + page
         assert "![x]" not in text
         assert not re.search(r'(src|href)="(?!data:)', page)
-        assert page.count("<img ") == 4
+        assert page.count("<img ") == 2
         assert "alert(1)" in page
 
     def test_html_needs_nothing_else_and_is_the_same_twice(self, run, tmp_path):
@@ -133,7 +114,7 @@ class TestWhole:
         assert {base64.b64decode(s) for s in sources} == {
             path.read_bytes() for path in folder.glob("*.png")
         }
-        assert len(sources) == page.count("src=") == 4
+        assert len(sources) == page.count("src=") == 2
         assert not re.search(r"https?://|href=|<script|@import|url\(", page)
         first = {path.name: path.read_bytes() for path in folder.iterdir()}
         write_report(tmp_path / "run")
@@ -169,9 +150,9 @@ class TestWhole:
 
 @pytest.mark.usefixtures("blank_pictures")
 class TestMissing:
-    @pytest.mark.parametrize("drop", ["calibrate", "test", "benchmark", "scores/test"])
+    @pytest.mark.parametrize("drop", ["calibrate", "test", "benchmark"])
     def test_what_is_missing_is_said_and_the_rest_stands(self, run, drop):
-        text = run([drop, f"scores/{drop}"])
+        text = run([drop])
         assert "Make it: `python -m project" in text
         assert "## Reproduce" in text
 
@@ -194,7 +175,7 @@ class TestMissing:
         text = run(["test"], edit=edit)
         assert "On the tune fold of validation" in text
         assert ".1111" not in text
-        share = example[0]["calibrate"]["adaptive"]["exit_shares"]["2"]
+        share = example["calibrate"]["adaptive"]["exit_shares"]["2"]
         assert f"| {100 * share:.1f} % | – |" in text
 
 
@@ -218,23 +199,6 @@ class TestInput:
         assert "exit 6 (best static exit" in text
         assert "Not shown: results/test-a.json" in text
 
-    def test_scores_of_another_run(self, run, example, tmp_path):
-        """A score table with another number of rows than the result has makes no diagram."""
-        run()
-        example[1]["test"].head(50).write_parquet(
-            tmp_path / "run" / "scores" / "test.parquet"
-        )
-        text = write_report(tmp_path / "run").with_suffix(".md").read_text()
-        assert "scores/test.parquet holds 50 rows of test, the result 400" in text
-        assert "reliability.png" not in text
-
-    def test_nan_scores(self, run, example, tmp_path):
-        run()
-        table = example[1]["test"].with_columns(logit_4=pl.lit(float("nan"), pl.Float32))
-        table.write_parquet(tmp_path / "run" / "scores" / "test.parquet")
-        with pytest.raises(DataError, match=r"scores/test\.parquet: logit_4"):
-            write_report(tmp_path / "run")
-
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_best_baseline_of_the_same_rows(run, tmp_path, example):
@@ -243,7 +207,7 @@ def test_best_baseline_of_the_same_rows(run, tmp_path, example):
     best = {
         command: next(
             row["auc"]
-            for row in example[0][command]["baselines"]
+            for row in example[command]["baselines"]
             if row["name"] == "gbdt_features"
         )
         for command in ("fit", "test")
@@ -267,7 +231,7 @@ def lines_by_colour(figure, colour):
 class TestPareto:
     def test_curves_are_the_steps(self, example):
         """The line of a criterion holds exactly its steps, by cost, in its colour; the oracle's is dashed."""
-        found = example[0]["calibrate"]
+        found = example["calibrate"]
         figure = pareto_figure(found)
         for policy in found["policies"]:
             (line,) = (
