@@ -13,11 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import yaml  # type: ignore[import-untyped]  # as in project.run
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from project.bundle import ITEM_VECTORS
@@ -25,20 +24,21 @@ from project.data.download import SOURCES
 from project.data.prompt import shows_items, shows_numbers
 from project.engine.predict import load_run
 from project.errors import DataError
-from project.exits.plan import ExitPlan, Plans
-from project.exits.ranking import Lists
-from project.features import FEATURES, FeatureBaseline, Term
+from project.exits.plan import CHECKPOINT_KEY, Plans
+from project.features import FeatureBaseline, Term
 from project.model.attention import SEGMENTS
 from project.model.backbone import Backbone
 from project.model.heads import ExitHead
 from project.model.module import ExitRecommender, LoraSettings
 from project.report.report import Run, read_run
 from project.report.tables import render
-from project.run import SCHEMA_VERSION, own_version, read_config, write_json
+from project.run import SCHEMA_VERSION, own_version, read_checkpoint, read_config
 
 USAGE = "python -m project export RUN_FOLDER NEW_FOLDER"
 NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/last.ckpt")
-POLICY, HEADS, NUMBERS = "exit_policy.json", "heads.safetensors", "numbers.safetensors"
+POLICY = "exit_policy.ckpt"  # exit plans and exit 0: tensors and plain values
+HEADS = "heads.safetensors"
+NUMBERS = "numbers.safetensors"
 EVENTS = "events.json"  # of a refitted run: what its log has of a store's events
 _AUTO: Any = AutoModel  # its constructors are not typed
 
@@ -65,7 +65,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 from project.export import load_exported  # of exitrec, which must be installed
 
-backbone, heads, plan = load_exported(folder)
+backbone, heads, plans, exit_0 = load_exported(folder)
 ```
 
 `python -m project serve --run FOLDER` serves it where the log's files are, by the names in config.yaml.
@@ -168,17 +168,11 @@ def export(run: Path, folder: Path) -> Path:
     assert backbone is not None
     policy = {
         "schema_version": SCHEMA_VERSION,
-        "version": own_version(),
-        **{key: bundle[key] for key in ("exit_layers", "answers", "prompt", "protocol")},
-        "feature_baseline": {
-            "base": baseline.base,
-            "offset": baseline.offset,
-            "weights": dict(zip(baseline.names, baseline.weights.tolist(), strict=True)),
-            "terms": baseline.terms,
-        },
-        "plan": to_json(plans.plan.state()),
-        "lists": to_json(plans.lists.state()),
-        "certificate": plans.certificate,
+        "exit_layers": bundle["exit_layers"],
+        "segment": bundle["prompt"]["segment"],
+        "exit_0": torch.from_numpy(baseline.to_array()),
+        "exit_0_terms": [list(term) for term in baseline.terms],
+        CHECKPOINT_KEY: plans.state(),
     }
     # 3. all files under a temporary name, then one renaming
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +192,7 @@ def export(run: Path, folder: Path) -> Path:
             }
             items = load_file(run / "bundle" / ITEM_VECTORS) if module.items else {}
             save_file(learned | items, part / NUMBERS)
-        write_json(part / POLICY, policy)
+        torch.save(policy, part / POLICY)
         (part / "config.yaml").write_text(_served(run, bundle), encoding="utf-8")
         if (run / EVENTS).exists():
             shutil.copy(run / EVENTS, part)
@@ -275,21 +269,32 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
 
 
 class Exported(NamedTuple):
-    """Backbone, heads and exit plan of an exported folder, on the CPU, in eval mode.
+    """Backbone, heads and exit plans of an exported folder, on the CPU, in eval mode.
 
-    `heads` are `ExitHead` by layer, keys as text. Where `plan.exit_0`, head 0 is `exported_baseline(folder)`.
+    `heads` are `ExitHead` by layer, keys as text. Exit 0 gives logits of features, before the backbone runs.
     """
 
     backbone: Backbone
     heads: nn.ModuleDict
-    plan: ExitPlan
+    plans: Plans
+    exit_0: FeatureBaseline
 
 
 def load_exported(folder: str | Path) -> Exported:
-    """Backbone, heads and exit plan of a folder that `export` wrote."""
+    """Backbone, heads, exit plans and exit 0 of a folder that `export` wrote."""
     # 1. the backbone's layers
     folder = Path(folder)
-    policy = _read_policy(folder)
+    policy_file = folder / POLICY
+    if not policy_file.is_file():
+        raise DataError(
+            f"{policy_file} does not exist; expected a folder that `{USAGE}` wrote."
+        )
+    policy = read_checkpoint(policy_file)
+    if policy["schema_version"] != SCHEMA_VERSION:
+        raise DataError(
+            f"{policy_file} has schema_version {policy['schema_version']}; this version reads {SCHEMA_VERSION}. "
+            "Export the run again."
+        )
     model, info = _AUTO.from_pretrained(
         folder, attn_implementation=SEGMENTS, dtype=torch.float32, output_loading_info=True
     )
@@ -304,7 +309,7 @@ def load_exported(folder: str | Path) -> Exported:
     headless = SimpleNamespace(weight=torch.empty(0))
     backbone = Backbone(SimpleNamespace(config=model.config, model=model, lm_head=headless))
     backbone.release_lm_head()
-    segment = policy["prompt"]["segment"]
+    segment = policy["segment"]
     if shows_numbers(segment) or shows_items(segment):
         learned = load_file(folder / NUMBERS)
         if shows_items(segment):
@@ -320,78 +325,15 @@ def load_exported(folder: str | Path) -> Exported:
         {str(k): ExitHead(backbone.final_norm, direction) for k in policy["exit_layers"]}
     )
     heads.load_state_dict(load_file(folder / HEADS))
-    return Exported(
-        backbone.eval(), heads.eval(), ExitPlan.from_state(from_json(policy["plan"]))
-    )
+    terms = tuple(Term(*term) for term in policy["exit_0_terms"])
+    exit_0 = FeatureBaseline.from_array(policy["exit_0"], terms)
+    plans = Plans.from_state(policy[CHECKPOINT_KEY])
+    return Exported(backbone.eval(), heads.eval(), plans, exit_0)
 
 
-def give_exported(module: ExitRecommender, folder: Path) -> tuple[ExitPlan, Lists, Any]:
-    """Give a module without weights those of a folder that `export` wrote; its plan, lists, and certificate or None."""
-    module.backbone, module.heads, plan = load_exported(folder)
-    baseline = exported_baseline(folder)
-    module.know_exit_0({"exit_0_terms": baseline.terms})
-    module.exit_0.copy_(torch.from_numpy(baseline.to_array()))
-    policy = _read_policy(folder)
-    lists = Lists.from_state(from_json(policy["lists"]))
-    return plan, lists, policy["certificate"]
-
-
-def exported_baseline(folder: str | Path) -> FeatureBaseline:
-    """Exit 0 of a folder that `export` wrote: logits from features, before the backbone runs."""
-    known = _read_policy(Path(folder))["feature_baseline"]
-    if tuple(known["weights"])[: len(FEATURES)] != FEATURES:
-        raise DataError(
-            f"{Path(folder) / POLICY}: exit 0 weighs the features {list(known['weights'])}; this version counts "
-            f"{list(FEATURES)}. Use the version that wrote it, or export the run again."
-        )
-    return FeatureBaseline(
-        known["base"],
-        known["offset"],
-        np.array(list(known["weights"].values())),
-        tuple(Term(*term) for term in known["terms"]),
-    )
-
-
-def _read_policy(folder: Path) -> dict[str, Any]:
-    path = folder / POLICY
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; expected a folder that `{USAGE}` wrote.")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(
-            f"{path} has schema_version {content.get('schema_version')}; this version reads {SCHEMA_VERSION}. "
-            "Export the run again."
-        )
-    return content
-
-
-def to_json(value: Any) -> Any:
-    """A plan's state (tensors, numbers, text, lists, dictionaries) as plain JSON; floats come back bit by bit."""
-    if isinstance(value, Tensor):
-        kind = str(value.dtype).removeprefix("torch.")
-        return {
-            "tensor": kind,
-            "shape": list(value.shape),
-            "values": to_json(value.flatten().tolist()),
-        }
-    if isinstance(value, Mapping):
-        return {key: to_json(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(part) for part in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return {"number": str(value)}
-    return value
-
-
-def from_json(value: Any) -> Any:
-    """What `to_json` was given, tuples as lists."""
-    if isinstance(value, list):
-        return [from_json(part) for part in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {"number"}:
-        return float(value["number"])
-    if value.keys() == {"tensor", "shape", "values"}:
-        values, kind = from_json(value["values"]), getattr(torch, value["tensor"])
-        return torch.tensor(values, dtype=kind).reshape(value["shape"])
-    return {key: from_json(part) for key, part in value.items()}
+def give_exported(module: ExitRecommender, folder: Path) -> Plans:
+    """Give a module without weights those of a folder that `export` wrote; its plans."""
+    module.backbone, module.heads, plans, exit_0 = load_exported(folder)
+    module.know_exit_0({"exit_0_terms": exit_0.terms})
+    module.exit_0.copy_(torch.from_numpy(exit_0.to_array()))
+    return plans

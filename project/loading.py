@@ -19,7 +19,7 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
     if (folder / POLICY).exists():
         if not model.items:  # the base model is not needed
             data.tokenizer_name = str(folder)
-        made = give_exported(model, folder)
+        plans = give_exported(model, folder)
     else:
         plans = load_run(
             model,
@@ -28,8 +28,7 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
             data,
             compared=False,
         )
-        made = plans.plan, plans.lists, plans.certificate
     # features: from the run's bundle, where the cache lacks them
     data.prepare_data()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Run(model, data, *made)
+    return Run(model, data, plans.plan, plans.lists, plans.certificate)

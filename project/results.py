@@ -111,12 +111,6 @@ class AgainstStatic(TypedDict):
     auc_gain_interval: Bounds | None
 
 
-class Risk(Estimate):
-    """The certified risk as measured on these rows."""
-
-    risk: str
-
-
 class PlanRow(Metrics):
     """Accuracy and cost of a plan, beside the static exits of equal accuracy and of equal cost."""
 
@@ -134,7 +128,6 @@ class PlanRow(Metrics):
 class Adaptive(Where, PlanRow):
     """The plan in use on reported rows."""
 
-    risk: Risk | None
     baseline_difference: Difference | None
     budget_words: str | None
 
@@ -157,7 +150,6 @@ class OwnMetricRows(TypedDict):
 class CertificateRow(TypedDict):
     """A certificate (project.exits.certificate.Certificate) and what it says."""
 
-    risk: str
     epsilon: float
     delta: float
     n: int

@@ -25,7 +25,7 @@ ABOUT = (
     "Passed, not enough users: shares of the draws with that answer. Bets alone: share that passes without a least "
     "number of users. At epsilon: the true gap is epsilon, so whoever passes is wrong."
 )
-SETTINGS = CertificateSettings(risk="auc_gap", epsilon=0.02, delta=0.1)
+SETTINGS = CertificateSettings(epsilon=0.02, delta=0.1)
 DROPS = {"at_epsilon": SETTINGS.epsilon, "quarter": SETTINGS.epsilon / 4, "none": 0.0}
 WIDTH = ROWS_OF_A_USER  # rows of a user that are drawn: a certificate reads no more
 
@@ -130,7 +130,7 @@ def main(draws: int = 1000) -> None:
     head = {
         "schema_version": SCHEMA_VERSION, "command": "study",
         "protocol": {"name": "simulated users", "hash": "simulated"},
-        "about": ABOUT, "risk": SETTINGS.risk, "epsilon": SETTINGS.epsilon, "delta": SETTINGS.delta,
+        "about": ABOUT, "risk": "auc_gap", "epsilon": SETTINGS.epsilon, "delta": SETTINGS.delta,
         "estimand": SETTINGS.estimand, "users_needed": SETTINGS.users_needed(),
     }  # fmt: skip
     target = Path(__file__).parents[1] / "results" / "certificates.json"

@@ -38,7 +38,6 @@ from project.results import (
     Head,
     OwnMetricRows,
     PlanRow,
-    Risk,
     ScoredResult,
     ScoredRows,
     Slice,
@@ -447,12 +446,6 @@ class PlannedRows:
             "equal_cost": self._against(equal_cost),
         }
 
-    def risk(self) -> Risk:
-        """The certified risk, the AUC gap, on these rows, pooled; a report, not a guarantee."""
-        full = self.head(self.plan.layers[-1])
-        gap = self._bootstrap.difference_interval(full, self.logit, self.labels)
-        return {"risk": "auc_gap", **gap}
-
     def _cost(self, layer: I64) -> F64:
         """Token-layers (n,) where each row leaves at `layer` (n,)."""
         spent = row_cost(
@@ -488,7 +481,6 @@ def adaptive_summary(
         "split": split,
         "fold": fold_of(split),
         **rows.summary(plans.static_exit),
-        "risk": None if plans.certificate is None else rows.risk(),
         "baseline_difference": None if against is None else against.difference(rows.logit),
         "budget_words": plans.budget_words,
     }

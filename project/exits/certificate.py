@@ -14,7 +14,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,12 +24,6 @@ from scipy.stats import rankdata
 from project.arrays import F64, I64
 from project.errors import ConfigError, DataError
 from project.results import CertificateRow
-
-RISKS = {
-    "auc_gap": (-1.0, 1.0),
-    "overlap_loss": (0.0, 1.0),
-}
-"""Risks and the ranges of their losses. `overlap_loss`, 1 - overlap@k, is of ranking requests (`certify_losses`)."""
 
 ROWS_OF_A_USER = 16  # of each user so many random rows are paired, which bounds the work
 PAIRINGS = 20  # random pairings of all users that capital is averaged over
@@ -47,44 +41,34 @@ BISECTIONS = 40  # a bound is exact to 2 ** -40 of the range
 
 @dataclass(frozen=True)
 class CertificateSettings:
-    """What is promised, fixed before the `certify` fold is read.
+    """What is promised of a plan's AUC gap, fixed before the `certify` fold is read.
 
     Args:
-        risk: auc_gap; overlap_loss is that of lists, which they promise by themselves.
-        epsilon: Largest risk allowed, above 0 and below the risk's highest value.
+        epsilon: Largest AUC gap allowed, above 0 and below 1.
         delta: Chance that the promise may be broken, above 0 and at most 0.5.
     """
 
-    risk: str = "auc_gap"
     epsilon: float = 0.02
     delta: float = 0.1
 
+    range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    """Smallest and largest loss possible."""
+
+    users_of_a_loss: ClassVar[int] = 2
+
+    estimand: ClassVar[str] = (
+        f"AUC gap between the rows of two random users (of each at most {ROWS_OF_A_USER} random rows)"
+    )
+    """What exactly is promised to be at most epsilon."""
+
     def __post_init__(self) -> None:
-        if self.risk not in RISKS:
+        if not 0 < self.epsilon < 1:
             raise ConfigError(
-                f"exits.certificate.risk: found {self.risk!r}, expected one of {', '.join(RISKS)}"
-            )
-        if not 0 < self.epsilon < self.range[1]:
-            raise ConfigError(
-                f"exits.certificate.epsilon: found {self.epsilon}, expected a number above 0 and below "
-                f"{self.range[1]:.4g}, the largest {self.risk} there can be"
+                f"exits.certificate.epsilon: found {self.epsilon}, expected a number above 0 and below 1"
             )
         if not 0 < self.delta <= 0.5:
             found = f"exits.certificate.delta: found {self.delta}"
             raise ConfigError(f"{found}, expected a number above 0 and at most 0.5")
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """Smallest and largest loss possible."""
-        return RISKS[self.risk]
-
-    @property
-    def estimand(self) -> str:
-        """What exactly is promised to be at most epsilon."""
-        if self.risk == "auc_gap":
-            rows = f"of each at most {ROWS_OF_A_USER} random rows"
-            return f"AUC gap between the rows of two random users ({rows})"
-        return f"mean {self.risk} over users, each counting once,"
 
     def rescale(self, values: ArrayLike) -> F64:
         """The risk's range -> [0, 1]."""
@@ -110,9 +94,15 @@ class CertificateSettings:
         rate = max(float(np.log1p(bet * (epsilon - x)).mean()) for bet in bets)
         if rate <= 1e-12:
             return None
-        # a loss of the AUC gap takes a pair
-        users_of_a_loss = 2 if self.risk == "auc_gap" else 1
-        return users_of_a_loss * math.ceil(math.log(1 / self.delta) / rate)
+        return self.users_of_a_loss * math.ceil(math.log(1 / self.delta) / rate)
+
+
+class OverlapPromise(CertificateSettings):
+    """What lists of the best k promise: their loss is 1 - overlap@k with full depth's list."""
+
+    range = (0.0, 1.0)
+    users_of_a_loss = 1
+    estimand = "mean overlap_loss over users, each counting once,"
 
 
 @dataclass(frozen=True)
@@ -127,7 +117,6 @@ class Certificate:
     holds at this number of users, whatever the distribution of their losses (finite-sample).
     """
 
-    risk: str
     epsilon: float
     delta: float
     n: int
@@ -188,7 +177,7 @@ def certify(
     truth = np.asarray(labels)
     if np.unique(truth).size < 2:
         raise DataError(
-            "exits.certificate.risk: auc_gap needs both classes in the certify fold"
+            "exits.certificate: the AUC gap needs both classes in the certify fold"
         )
     # made once: every step is measured on the same pairs
     pairs = UserPairs(truth, owners)
@@ -204,7 +193,7 @@ def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> Certific
     outside = ~((values >= low - 1e-9) & (values <= high + 1e-9))
     if outside.any():
         raise DataError(
-            f"{settings.risk}: {outside.sum()} losses outside [{low:.4g}, {high:.4g}], first {values[outside][0]}"
+            f"{outside.sum()} losses outside [{low:.4g}, {high:.4g}], first {values[outside][0]}"
         )
     # bets must not follow time or label
     order = np.random.default_rng(0).permutation(values.shape[1])[None]
@@ -214,9 +203,7 @@ def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> Certific
 def _walk(
     losses_of: Callable[[int], F64], steps: int, n: int, settings: CertificateSettings
 ) -> Certificate:
-    found = Certificate(
-        settings.risk, settings.epsilon, settings.delta, n, settings.estimand
-    )
+    found = Certificate(settings.epsilon, settings.delta, n, settings.estimand)
     # 1. is there anything to test, and are there enough users for any plan to pass?
     if steps == 1:
         return replace(found, reason="the plan is full depth")

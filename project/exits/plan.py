@@ -36,11 +36,6 @@ from project.results import CertificateRow, Issued, Specification
 from project.run import Checkpoint, exit_layers_of
 
 
-def all_criteria() -> list[Criterion]:
-    """One of each criterion, unfitted."""
-    return [Ratio(), Consistency(), RatioConsistency(), Learned()]
-
-
 @dataclass
 class ExitSettings:
     """How exits are calibrated.
@@ -68,10 +63,6 @@ class ExitSettings:
     lists: int = 100
 
     def __post_init__(self) -> None:
-        if self.certificate is not None and self.certificate.risk == "overlap_loss":
-            raise ConfigError(
-                "exits.certificate.risk: overlap_loss is a risk of lists, expected another"
-            )
         if self.lists < 0:
             raise ConfigError(f"exits.lists is {self.lists}; expected 0 or more requests.")
         if not 0 <= self.max_auc_drop < math.inf:
@@ -91,7 +82,9 @@ class ExitSettings:
 
     def criteria(self) -> list[Criterion]:
         """The criteria to compare, the deciding one first if it is set."""
-        compared = all_criteria() if self.compare is None else self.compare
+        compared = self.compare
+        if compared is None:
+            compared = [Ratio(), Consistency(), RatioConsistency(), Learned()]
         if self.criterion is None:
             return list(compared)
         return [

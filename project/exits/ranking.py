@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from project.arrays import F64, I8
-from project.exits.certificate import CertificateSettings, certify_losses, user_means
+from project.exits.certificate import OverlapPromise, certify_losses, user_means
 from project.exits.cost import request_cost
 from project.exits.criteria import HeadOutputs
 from project.exits.top_k import TopK, fit_margins, overlap_at_k
@@ -170,9 +170,7 @@ def certify_lists(
     `score` is called where the users are enough for any lists to pass. Delta is shared out among the lengths, so that
     all promises hold together.
     """
-    promise = CertificateSettings(
-        "overlap_loss", EPSILON, delta / max(len(lists.margins), 1)
-    )
+    promise = OverlapPromise(EPSILON, delta / max(len(lists.margins), 1))
     certify = score() if users >= (promise.users_needed() or 0) else None
     for row in lists.document["lengths"]:
         losses = np.zeros((2, users))

@@ -62,10 +62,10 @@ class ServeSettings:
 
     def check(self) -> None:
         """Raise `ConfigError` where `run` is no run, or the server would be open to everybody by mistake."""
-        exported = (self.run / "exit_policy.json").exists()
+        exported = (self.run / "exit_policy.ckpt").exists()
         for name in (
             "config.yaml",
-            "exit_policy.json" if exported else "checkpoints/last.ckpt",
+            "exit_policy.ckpt" if exported else "checkpoints/last.ckpt",
         ):
             if not (self.run / name).exists():
                 expected = "expected the folder of a run, or one that `export` of this version wrote."

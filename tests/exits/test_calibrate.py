@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from project.errors import ConfigError, DataError
-from project.evaluation.result import PlannedRows, adaptive_summary
 from project.exits.budget import TuneFold
 from project.exits.budget import calibrate as budget_calibrate
 from project.exits.certificate import Certificate, CertificateSettings, certify
@@ -207,8 +206,6 @@ def test_plans_travel_with_a_checkpoint(scores: pl.DataFrame) -> None:
     assert plans.certified is not None
     assert thresholds(again.certified) == thresholds(plans.certified)
     assert again.certificate == plans.certificate
-    rows = PlannedRows(again.plan, scores, FEATURES, False, draws=2)
-    assert adaptive_summary(again, rows, "valid")["risk"] == rows.risk()
 
 
 def test_second_certificate(scores: pl.DataFrame) -> None:

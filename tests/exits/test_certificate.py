@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from project.errors import ConfigError, DataError
 from project.exits.certificate import (
     CertificateSettings,
+    OverlapPromise,
     UserPairs,
     certify,
     certify_losses,
@@ -25,7 +26,7 @@ from project.exits.plan import ExitSettings, admit, certified_settings
 from project.metrics import auc
 
 DELTA = 0.1
-LISTS = CertificateSettings("overlap_loss", 0.05)
+LISTS = OverlapPromise(0.05)
 
 
 def limit(draws):
@@ -149,10 +150,7 @@ class TestWalk:
         """800 losses of 0 before 200 of 1, mean .2: read in this order capital would grow first; shuffled it fails."""
         losses = np.zeros((2, 1000))
         losses[1, 800:] = 1
-        assert (
-            certify_losses(losses, CertificateSettings("overlap_loss", 0.05)).passed
-            is False
-        )
+        assert certify_losses(losses, LISTS).passed is False
 
     def test_not_enough_users(self):
         """Capital grows by 1 + .99 * .05 / (1 - .05) at most: ln 10 / ln 1.0521 = 45.3, so of 45 nothing is tested.
@@ -187,7 +185,7 @@ class TestWalk:
         Where .02 of pairs lose all, a sample of 115 pairs shows none with a chance of .98 ** 115 = .098, just below
         delta: no test that passes such samples does with fewer.
         """
-        assert CertificateSettings("auc_gap", epsilon).users_needed() == needed
+        assert CertificateSettings(epsilon).users_needed() == needed
         assert 0.98**114 < DELTA < 0.98**113
 
     def test_as_many_as_said(self):
@@ -223,16 +221,11 @@ class TestBadInput:
             ({"epsilon": float("nan")}, "epsilon"),
             ({"delta": 0.0}, "delta"),
             ({"delta": 0.6}, "delta"),
-            ({"risk": "auc"}, "risk"),
         ],
     )
     def test_settings_name_their_key(self, values, key):
         with pytest.raises(ConfigError, match=rf"exits\.certificate\.{key}: found"):
             CertificateSettings(**values)
-
-    def test_the_risk_of_another_command(self):
-        with pytest.raises(ConfigError, match="overlap_loss is a risk of lists"):
-            ExitSettings(certificate=CertificateSettings("overlap_loss"))
 
     @pytest.mark.parametrize(
         ("path", "labels", "users", "message"),
