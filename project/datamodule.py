@@ -189,10 +189,8 @@ class InteractionData(L.LightningDataModule):
         return tables
 
     @cached_property
-    def rates(self) -> ContextRates | None:
-        """Context of requests and its as-of rates; None where the log has no such columns."""
-        if not self.split.interactions.columns and not self.serving_values:
-            return None
+    def rates(self) -> ContextRates:
+        """Context of requests and its as-of rates; empty where the log has no such columns."""
         return ContextRates(self.split, self.serving_values)
 
     @cached_property
@@ -337,7 +335,8 @@ class InteractionData(L.LightningDataModule):
     def _retrieve(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Retrieved features of rows that are not in the logs."""
         own = ~rows["candidate"].to_numpy()
-        catalogue = None if self.requests is None else self.requests.items
+        assert self.requests is not None
+        catalogue = self.requests.items
         now = not own.any() and rows["timestamp"].min() > self.split.latest  # type: ignore[operator]
         if now and can_be_indexed(self.retriever):
             found = [
@@ -360,21 +359,16 @@ class InteractionData(L.LightningDataModule):
                 own=own,
                 catalogue=catalogue,
             )
-        candidates = table.filter(~own)
-        if self.rates is not None:
-            assert self.requests is not None
-            of_request = [self.rates.values(r) for r in self.requests.requests]
-            context = self.rates.of_requests(
-                {
-                    n: np.concatenate([of[n] for of in of_request])
-                    for n in self.rates.columns
-                },
-                rows["item"].to_numpy()[~own].astype(np.int64),
-                rows["timestamp"].to_numpy()[~own],
-                catalogue,
-            )
-            candidates = candidates.hstack(pl.DataFrame(context, nan_to_null=True))
-        self.candidate_retrieved = candidates
+        of_request = [self.rates.values(r) for r in self.requests.requests]
+        context = self.rates.of_requests(
+            {n: np.concatenate([of[n] for of in of_request]) for n in self.rates.columns},
+            rows["item"].to_numpy()[~own].astype(np.int64),
+            rows["timestamp"].to_numpy()[~own],
+            catalogue,
+        )
+        self.candidate_retrieved = table.filter(~own).hstack(
+            pl.DataFrame(context, nan_to_null=True)
+        )
         return table
 
     def _training(self) -> TrainSampler:

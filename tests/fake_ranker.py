@@ -37,6 +37,7 @@ class FakeRanker:
             "exit_layers": [0, 2, 4],
             "model": "tiny",
             "item_columns": ["title", "year", "list_price", "genres"],
+            "columns": {"context.device": "category", "user.age": "number"},
             "examples": {"users": ["u1"], "items": [*TITLES]},
         }
         self.seq, self.events = 0, list[Event]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from project.request import Item, RankRequest
 from project.serve.ranker import Ranker
 from project.serve.settings import ServeSettings
 from project.serve.shapes import LIMITS, RankBody
+from project.serve.store import Event
 
 pytestmark = pytest.mark.slow
 CONTEXT = ["device", "price"]
+LATER = 300  # second, after the log
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,8 @@ def fitted(
         "context": CONTEXT,
         "users": str(folder / "users.csv"),
     }
+    dates = ["1970-01-01T00:02:30", "1970-01-01T00:03:20"]
+    config["data"]["protocol"] |= {"split": "date", "dates": dates}
     config["data"] |= {"serving_values": {"device": "tv"}, "context_tokens": 512}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     call(session_cache, "fit", "--config", folder / "tiny.yaml")
@@ -74,65 +79,127 @@ def exit_0(run: Run, *requests: RankRequest) -> list[np.ndarray]:
 
 
 def rows_of(run: Run) -> pl.DataFrame:
-    """Rows of test with what the files say: ids, texts of context."""
+    """Rows of the log with what the files say: ids, texts of context."""
     log = run.data.split.interactions
     file = pl.read_csv(run.data.logs.parts[0][1], infer_schema=False)  # type: ignore[attr-defined]
     file = file.with_columns(pl.col("timestamp").cast(pl.Float64))
-    rows = run.data.split.rows.filter(pl.col("split") == "test")
-    rows = rows.select("row_id", "user", "item", "timestamp", "split", "label")
+    rows = run.data.split.rows.select("row_id", "user", "item", "timestamp")
     rows = rows.join(log.users, on="user").join(log.items, on="item")
     keys = ["user_id", "item_id", "timestamp"]
     return rows.join(file.select(*keys, *CONTEXT), on=keys, maintain_order="left")
 
 
-def request(row: dict[str, Any], place: int, time: float | None) -> RankRequest:
-    """A row as a request: context of the request or of its candidate, by turns."""
-    context = {name: row[name] for name in CONTEXT if row[name] is not None}
-    item = Item(row["item_id"], context=tuple(context.items()) if place % 2 else ())
-    whole = None if place % 2 else context
-    return RankRequest(
-        row["user_id"], None, [item], context=whole, time=time, request_id=str(place)
-    )
+def context_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row says; its device is never missing, since requests without one have serving_values."""
+    return {name: row[name] for name in CONTEXT if row[name] is not None}
+
+
+def with_rows(
+    fitted: Path, said: list[tuple[str, str, int, dict[str, Any]]], folder: Path
+) -> Path:
+    """The run on its log and further rows after it: user, item, label and context, a second each."""
+    config = yaml.safe_load((fitted / "config.yaml").read_text())
+    place = config["data"]["logs"]["init_args"]
+    rows = [
+        {"user_id": user, "item_id": item, "timestamp": LATER + k, "rating": 1 + 4 * label}
+        | context
+        for k, (user, item, label, context) in enumerate(said)
+    ]
+    log = pl.read_csv(place["interactions"])
+    more = pl.DataFrame(rows, schema_overrides={"rating": pl.Float64})
+    pl.concat([log, more], how="diagonal_relaxed").write_csv(folder / "log.csv")
+    run = folder / "run"
+    shutil.copytree(fitted, run)
+    place["interactions"] = str(folder / "log.csv")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
 
 
 def test_training_predict_and_server_agree(opened: Run, fitted: Path) -> None:
-    """Exit 0 of each row of test to 1e-6: from the training table, and as a request at its time; then after the log."""
+    """Exit 0 of 500 rows to 1e-6: from training's table, and as a request at its time; then after the log.
+
+    Context is that of the request or of its candidate, by turns.
+    """
     run = opened
     rows = rows_of(run)
-    assert rows.height > 20
+    assert rows.height >= 490
     baseline = run.model.feature_baseline()
     assert len(baseline.weights) > len(FEATURES)
-    # what the log says of a row: its device is never missing, since requests without one have serving_values
-    expected = baseline.logits(run.data.retrieved_of(rows))
-    requests = [
-        request(row, k, row["timestamp"])
-        for k, row in enumerate(rows.iter_rows(named=True))
-    ]
+    table = run.data.retrieved["test"]
+    expected = baseline.logits(rows.select("row_id").join(table, on="row_id"))
+    requests = []
+    for place, row in enumerate(rows.iter_rows(named=True)):
+        context = context_of(row)
+        own = Item(row["item_id"], context=tuple(context.items()) if place % 2 else ())
+        whole = None if place % 2 else context
+        asked = RankRequest(row["user_id"], None, [own], context=whole)
+        requests.append(replace(asked, time=row["timestamp"], request_id=str(place)))
     found = np.concatenate(exit_0(run, *requests))
     assert found == pytest.approx(expected, abs=1e-6)
-    # the server, after the log; by HTTP's body, too
-    ranker = Ranker.load(fitted, audit_share=0.0)
-    late = [replace(one, time=None) for one in requests[:20]]
-    for one, value in zip(late, exit_0(run, *late), strict=True):
-        item = one.candidates[0]
-        assert isinstance(item, Item)
-        body: dict[str, Any] = {"user_id": one.user_id, "candidates": [item.item_id]}
-        if item.context:
-            body["candidates"] = [{"item_id": item.item_id, "context": dict(item.context)}]
-        else:
-            body["context"] = one.context
-        LIMITS.set(ServeSettings(fitted))
-        sent = RankBody.model_validate(body).request("name")
-        resolved = ranker._catalogue().resolve(sent)
-        assert ranker.prepare(resolved).exit_0 == pytest.approx(value, abs=1e-6)
     # the test can fail: context moves exit 0
-    assert (
-        np.abs(
-            np.concatenate(exit_0(run, *(replace(r, context=None) for r in requests)))
-            - found
-        ).max()
-        > 1e-3
+    without = exit_0(run, *(replace(r, context=None) for r in requests))
+    assert np.abs(np.concatenate(without) - found).max() > 1e-3
+    # the server, after the log, by HTTP's body: a request a user, of all their rows
+    ranker = Ranker.load(fitted, audit_share=0.0)
+    LIMITS.set(ServeSettings(fitted))
+    late = []
+    for user, part in rows.group_by("user_id", maintain_order=True):
+        candidates = [
+            {"item_id": row["item_id"], "context": context_of(row)}
+            for row in part.iter_rows(named=True)
+        ]
+        body = {"user_id": user[0], "candidates": candidates, "context": {"price": 0.5}}
+        late.append(RankBody.model_validate(body).request(str(len(late))))
+    for one, value in zip(late, exit_0(run, *late), strict=True):
+        resolved = ranker._catalogue().resolve(one)
+        assert ranker.prepare(resolved).exit_0 == pytest.approx(value, abs=1e-6)
+
+
+def test_an_event_is_the_row_it_would_be_in_the_log(
+    fitted: Path, session_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 0 of the next requests to 1e-6, of a server that got events and of a log that has them as rows.
+
+    An event's own prompt does not hold its answer.
+    """
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    ranker = Ranker.load(fitted, audit_share=0.0)
+    other = Ranker.load(fitted, audit_share=0.0)
+    said = [
+        ("u1", "i7", 1, {"device": "pc", "price": 0.25}),
+        ("u3", "i7", 0, {"device": "pc"}),
+        ("u1", "i2", 0, {}),
+        ("u2", "i4", 1, {"device": "pc", "price": 0.75}),
+        ("u5", "i7", 1, {"device": "watch", "price": 0.25}),
+    ]
+    asked = [
+        RankRequest(user, None, ["i7", "i2", "i4"], context=context)
+        for user in ("u1", "u2", "u5")
+        for context in ({"device": "pc"}, {"device": "watch", "price": 0.25})
+    ]
+    before = [ranker.prepare(one).exit_0 for one in asked]
+    with monkeypatch.context() as changed:
+        # as if nothing was fitted anew
+        cuts = ranker._data.features.cuts
+        changed.setattr("project.retrieval.features.block_cuts", lambda *_: cuts)
+        run = open_run(with_rows(fitted, said, tmp_path))
+        expected = exit_0(
+            run, *(replace(a, request_id=str(k)) for k, a in enumerate(asked))
+        )
+    events = [
+        # a store may hold what this run's log has no column for
+        Event(str(k), user, item, label, LATER + k, json.dumps(context | {"gone": 1}))
+        for k, (user, item, label, context) in enumerate(said)
+    ]
+    ranker.observe(events, [])
+    other.observe([events[0]._replace(label=0)], [])
+    read, opposite = (
+        made._history(made._users["u1"]).tokens[-k] for made, k in ((ranker, 2), (other, 1))
     )
+    assert (read != opposite).sum() == 1  # the answer's token
+    found = [ranker.prepare(one).exit_0 for one in asked]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert (np.abs(np.array(found) - before).max(axis=1) > 1e-3).all()
 
 
 def test_what_is_absent(opened: Run) -> None:

@@ -6,6 +6,7 @@ category's value is the code of its text, a number that depends on nothing else,
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,17 @@ def brought(
         if number is None:
             raise DataError(f"{what}.{name} is {text[:40]!r}; expected a number.")
         found[prefix + name] = number
+    return found
+
+
+def fitting(
+    given: Mapping[str, Any], prefix: str, columns: Mapping[str, str]
+) -> dict[str, float]:
+    """`brought` without values that the log has no such column for: what a store keeps may be of another run's."""
+    found = dict[str, float]()
+    for name, value in given.items():
+        with suppress(DataError):
+            found |= brought({name: value}, prefix, columns)
     return found
 
 

@@ -20,6 +20,7 @@ from project.data.context import (
     bin_edges,
     brought,
     code_of,
+    fitting,
     values_of,
     with_users,
 )
@@ -31,6 +32,7 @@ Key = NDArray[np.uint64]
 FEW = 200  # distinct values of an attribute of items that rates are made with
 ITEM = "item"
 NOW = -1.0  # the second of rows that are counted without their times
+NOTHING = np.zeros(2)  # likes and rows of a key without events
 
 
 class Tally:
@@ -91,6 +93,8 @@ class ContextRates:
             if name not in ("item", "item_id", "title") and 1 < texts.n_unique() <= FEW:
                 self._attributes[name] = _codes(texts)
         self._items = log.items
+        # by rate and key, likes and rows of the events that came after the log
+        self._events = dict[tuple[str, int], F64]()
 
     def of_log(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Values and rates of readable rows of the log, in their order."""
@@ -103,22 +107,39 @@ class ContextRates:
         for name, key in self._keys(table.to_dict(), item, self._items).items():
             known = key != 0
             tally = Tally(key[known], seconds[known], likes[known], counted[known])
-            rates[name] = self._rate(tally, key, time)
+            rates[name] = self._rate(key, *tally.before(key, time))
         return table.hstack(pl.DataFrame(rates, schema=dict.fromkeys(rates, pl.Float32)))
 
     @cached_property
     def _user_codes(self) -> dict[str, int]:
         return dict(self._users.select("user_id", "user").iter_rows())
 
+    def attributes(self, user_id: str | None) -> dict[str, float]:
+        """What is known of a user, by column."""
+        code = self._user_codes.get(user_id or "")
+        if code is None:
+            return {}
+        names = [name for name in self.columns if name.startswith(USER)]
+        known = {name: self._users[name][code] for name in names}
+        return {name: value for name, value in known.items() if value is not None}
+
     def values(self, request: RankRequest) -> dict[str, F64]:
-        """(n,) values of a request's candidates by column, attributes of a user of the log included."""
-        known = dict(self._defaults)
-        code = self._user_codes.get(request.user_id or "")
-        if code is not None:
-            names = [name for name in self.columns if name.startswith(USER)]
-            row = self._users.select(names).row(code, named=True)
-            known |= {name: value for name, value in row.items() if value is not None}
+        """(n,) values of a request's candidates by column, what is known of the user included."""
+        known = self._defaults | self.attributes(request.user_id)
         return values_of(request, self.columns, known)
+
+    def of_event(self, user_id: str, context: Mapping[str, Any]) -> dict[str, F64]:
+        """(1,) values of an event by column. What it does not say is unknown, as in a row of the log."""
+        known = self.attributes(user_id) | fitting(context, CONTEXT, self.columns)
+        return {name: np.array([known.get(name, np.nan)]) for name in self.columns}
+
+    def observe(
+        self, values: Mapping[str, F64], item: I64, label: int, items: pl.DataFrame
+    ) -> None:
+        """Count an event of these values (1,) and item (1,): requests after the log read it from now on."""
+        for name, key in self._keys(values, item, items).items():
+            counts = self._events.setdefault((name, int(key[0])), np.zeros(2))
+            counts += (label, 1)
 
     def of_requests(
         self,
@@ -135,12 +156,19 @@ class ContextRates:
             name: values.get(name, np.full(item.size, np.nan)) for name in self.columns
         }
         keys = self._keys(given, item, self._items if items is None else items)
-        # 1. after the log: its sums
+        # 1. after the log: its sums, and events
         if time.min(initial=np.inf) > self._latest:
             now = np.full(item.size, np.inf)
-            return given | {
-                name: self._rate(self._sums[name], key, now) for name, key in keys.items()
-            }
+            rates = {}
+            for name, key in keys.items():
+                likes, rows = self._sums[name].before(key, now)
+                if self._events:
+                    came = [self._events.get((name, k), NOTHING) for k in key.tolist()]
+                    more = np.stack(came, axis=1)
+                    likes += more[0]
+                    rows += more[1]
+                rates[name] = self._rate(key, likes, rows)
+            return given | rates
         # 2. before: sums up to each second
         seconds = known_at(self._rows)
         counts = _counts(self._rows)
@@ -148,7 +176,8 @@ class ContextRates:
             name: Tally(key, seconds, *counts) for name, key in self._keys_of_log().items()
         }
         return given | {
-            name: self._rate(tallies[name], key, time) for name, key in keys.items()
+            name: self._rate(key, *tallies[name].before(key, time))
+            for name, key in keys.items()
         }
 
     @cached_property
@@ -198,8 +227,7 @@ class ContextRates:
                 )
         return found
 
-    def _rate(self, tally: Tally, key: Key, time: F64) -> F64:
-        likes, rows = tally.before(key, time)
+    def _rate(self, key: Key, likes: F64, rows: F64) -> F64:
         known = key != 0
         odds = log_odds(np.where(known, likes, 0.0), np.where(known, rows, 0.0), self.base)
         return odds.astype(np.float32).astype(np.float64)  # as tables keep them

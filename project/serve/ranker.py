@@ -6,6 +6,7 @@ history that a request brings is read as if it came just now, in its own order o
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -17,7 +18,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from project.arrays import I64
+from project.arrays import F64, I64
 from project.data.download import SOURCES
 from project.data.prompt import PromptEncoder
 from project.data.protocol import answered
@@ -130,6 +131,7 @@ class Ranker:
                 "items": log.items["title"].head(EXAMPLES).to_list(),
             },
             "item_columns": self._catalogue().columns,
+            "columns": dict(log.columns),  # context and users' attributes, with kinds
             "model": base,
             "licence": SOURCES[base].licence
             if base in SOURCES
@@ -212,17 +214,16 @@ class Ranker:
             self._learn([named_by(event)])
             user = self._users.setdefault(event.user_id, len(self._users))
             item = self._codes[event.item_id]
+            code = np.array([item])
             # 2. the features it has now, for its prompt and for the drift alarm
             features = self._index.retrieved(user, [item], None, self._items)
             time = max(event.timestamp, self._index.latest)
+            values = self._rates.of_event(event.user_id, json.loads(event.context or "{}"))
+            features = self._with_context(features, values, code, self._items)
             segments = self._encoder.encode(
-                np.array([item]), features, np.array([event.label], np.int8)
+                code, features, np.array([event.label], np.int8)
             )
             if self.answers is not None and self.answers.awaits(user):
-                asked = RankRequest(event.user_id, None, [event.item_id])
-                features = self._with_context(
-                    features, asked, np.array([item]), self._items
-                )
                 (chance,) = probabilities(self._baseline.logits(features)).tolist()
                 self.answers.observe(user, chance, event.label)
             # 3. what later requests read
@@ -230,6 +231,7 @@ class Ranker:
                 segments.tokens.values, item, event.label, time, event.timestamp
             )
             self._index.observe(user, item, event.label, time, self._items)
+            self._rates.observe(values, code, event.label, self._items)
 
     def _learn(self, items: Sequence[Mapping[str, Any]]) -> None:
         """Give items that are new codes, texts and vectors."""
@@ -423,13 +425,14 @@ class Ranker:
         )[0]
 
     def _with_context(
-        self, found: Retrieved, request: RankRequest, items: I64, catalogue: pl.DataFrame
+        self,
+        found: Retrieved,
+        values: Mapping[str, F64],
+        items: I64,
+        catalogue: pl.DataFrame,
     ) -> Retrieved:
-        """Features of a request's candidates (n,) with its context and rates, which count the log's rows, no events."""
-        if self._rates is None:
-            return found
+        """Features of candidates (n,) with their values of context, and rates of these."""
         at = np.full(len(items), np.inf)
-        values = self._rates.values(request)
         context = self._rates.of_requests(values, items, at, catalogue)
         return replace(found, columns=found.columns | context)
 
@@ -467,7 +470,7 @@ class Ranker:
                 history.add(tokens[k], *row, row[2])
             found = found.rows(slice(len(past), None))
             longest = int(tokens.lengths.max(initial=0))
-        found = self._with_context(found, request, candidates, items)
+        found = self._with_context(found, self._rates.values(request), candidates, items)
         # 3. candidates, which see the history and not each other
         segments = encoder.encode(candidates, found, np.full(len(candidates), -1, np.int8))
         long = len(encoder.instruction) + max(longest, int(segments.tokens.lengths.max()))

@@ -33,6 +33,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from project.data.context import CONTEXT, brought
 from project.errors import ProjectError
 from project.request import RankRequest, Scored, check_names
 from project.serve import shapes
@@ -294,12 +295,13 @@ class Desk:
         return found
 
     async def check_columns(self, items: Sequence[shapes.ItemBody]) -> None:
-        """Raise `DataError` about a column that the run's items table has not."""
-        names = [name for item in items for name in item.model_extra or ()]
-        if names:
-            check_names(
-                names, (await self.ask(("about",)))["item_columns"], "unknown column"
-            )
+        """Raise `DataError` about a column that the run's items table has not, or context that its log has not."""
+        if not any(item.model_extra or item.context for item in items):
+            return
+        about = await self.ask(("about",))
+        for item in items:
+            check_names(item.model_extra or (), about["item_columns"], "unknown column")
+            brought(item.context or {}, CONTEXT, about["columns"])
 
     async def keep(
         self, events: Sequence[shapes.EventBody], items: Sequence[dict[str, str]]
@@ -380,7 +382,8 @@ async def rerank(
 async def events(body: shapes.Listed[shapes.EventBody], desk: Here) -> dict[str, Any]:
     """Keep answers of users; they are on disk when this returns.
 
-    An event_id known before changes nothing; `conflict` has those that came with another user, item, label or time.
+    An event_id known before changes nothing; `conflict` has those that came with another user, item, label, time or
+    context.
     """
     await desk.check_columns(body)
     return (await desk.keep(body, shapes.new_items(body)))._asdict()
@@ -400,7 +403,8 @@ async def items(
 ) -> dict[str, int]:
     """Make items known: item_id, title and other columns of the items table."""
     await desk.check_columns(body)
-    await desk.keep([], [item.model_dump(exclude_none=True) for item in body])
+    columns = [item.model_dump(exclude={"context"}, exclude_none=True) for item in body]
+    await desk.keep([], columns)
     return {"items": len(body)}
 
 

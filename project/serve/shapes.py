@@ -7,6 +7,7 @@ users and titles the inference process knows. Our own bodies may have no key tha
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
 from collections.abc import Sequence
@@ -133,7 +134,8 @@ class ItemBody(Document, extra="allow"):
 
     __pydantic_extra__: dict[str, Column] = Field(init=False)
     title: Text | None = None
-    context: dict[str, Any] | None = None  # of a candidate alone, such as its position
+    # of a candidate alone, such as its position, or of an event
+    context: dict[str, Any] | None = None
 
 
 class HistoryRowBody(ItemBody):
@@ -487,12 +489,19 @@ def labelled(events: Sequence[EventBody], rule: str | None) -> list[Event]:
     )
     labels = ratings.select(pl.coalesce("label", label_expression(rule))).to_series()
     return [
-        Event(e.event_id, e.user_id, e.item_id, int(label), e.timestamp)
+        Event(
+            e.event_id,
+            e.user_id,
+            e.item_id,
+            int(label),
+            e.timestamp,
+            json.dumps(e.context, sort_keys=True) if e.context else "",
+        )
         for e, label in zip(events, labels, strict=True)
     ]
 
 
 def new_items(events: Sequence[EventBody]) -> list[dict[str, str]]:
     """Items that events bring a title of."""
-    own = {"event_id", "user_id", "rating", "label", "timestamp"}
+    own = {"event_id", "user_id", "rating", "label", "timestamp", "context"}
     return [e.model_dump(exclude=own, exclude_none=True) for e in events if e.title]

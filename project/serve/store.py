@@ -39,20 +39,24 @@ def label_rule(run: Path) -> str | None:
 
 
 class Event(NamedTuple):
-    """An answer of a user; `label` is 0 or 1 by the run's protocol, `timestamp` seconds since 1970."""
+    """An answer of a user; `label` is 0 or 1 by the run's protocol, `timestamp` seconds since 1970.
+
+    `context` is JSON of names and values, empty where it has none.
+    """
 
     event_id: str
     user_id: str
     item_id: str
     label: int
     timestamp: float
+    context: str = ""
 
 
 class Added(NamedTuple):
     """What became of events."""
 
     new: int  # were not known
-    # event_ids that are known with another user, item, label or time: the first stays
+    # event_ids that are known with another user, item, label, time or context: the first stays
     conflict: list[str]
 
 
@@ -72,6 +76,7 @@ EVENTS = sa.Table(
     sa.Column("item_id", sa.Text, nullable=False),
     sa.Column("label", sa.SmallInteger, nullable=False),
     sa.Column("timestamp", sa.Double, nullable=False),
+    sa.Column("context", sa.Text, nullable=False, server_default=""),
 )
 ITEMS = sa.Table(
     "items",
@@ -124,6 +129,14 @@ class EventStore:
                 column["name"]
                 for column in sa.inspect(self._engine).get_columns(table.name)
             }
+            lacks = set(table.c.keys()) - found
+            # a database that was made when events had no context
+            if lacks == {"context"}:
+                with self._engine.begin() as connection:
+                    connection.execute(
+                        sa.text("ALTER TABLE events ADD context TEXT DEFAULT '' NOT NULL")
+                    )
+                    found |= lacks
             if found != set(table.c.keys()):
                 text = f"which has a table {table.name} of another kind (columns {', '.join(sorted(found))})"
                 raise ConfigError(

@@ -59,12 +59,19 @@ def same(found: Retrieved, expected: pl.DataFrame) -> None:
         np.testing.assert_array_equal(getattr(found, name), getattr(table, name))
 
 
-def replay(made: FeatureIndex, rows: pl.DataFrame, table: pl.DataFrame) -> int:
+def replay(
+    made: FeatureIndex,
+    rows: pl.DataFrame,
+    table: pl.DataFrame,
+    without: tuple[str, ...] = (),
+) -> int:
     """Answer the rows of each second, compare them with the table, then observe them; returns their number."""
     answered = 0
     for (second,), group in rows.group_by("timestamp", maintain_order=True):
         for row in group.iter_rows(named=True):
             found = made.retrieved(row["user"], [row["item"]], time=second)  # type: ignore[arg-type]
+            for name in without:
+                del found.columns[name]
             same(found, table.filter(pl.col("row_id") == row["row_id"]))
             answered += 1
         for row in group.iter_rows(named=True):
@@ -174,15 +181,8 @@ def test_new_users_are_answered_as_by_the_walk(
         snapshots.fitted,
     )
     made._mf = None
-    for (second,), group in every.filter(pl.col("timestamp") >= 100).group_by(
-        "timestamp", maintain_order=True
-    ):
-        for row in group.iter_rows(named=True):
-            found = made.retrieved(row["user"], [row["item"]], time=second)  # type: ignore[arg-type]
-            del found.columns["text"], found.columns["text_weight"]
-            same(found, walked.filter(pl.col("row_id") == row["row_id"]))
-        for row in group.iter_rows(named=True):
-            made.observe(row["user"], row["item"], row["label"], row["timestamp"])
+    later = every.filter(pl.col("timestamp") >= 100)
+    replay(made, later, walked, without=("text", "text_weight"))
 
 
 def test_a_new_item_has_a_text_and_raters_at_once(tmp_path: Path) -> None:

@@ -105,16 +105,6 @@ def test_a_body_that_is_too_long(client: Make) -> None:
     assert make.put("/v1/items", json=[ITEM]).status_code == 200
 
 
-def test_an_event_id_with_other_content_is_a_conflict(client: Make) -> None:
-    make, event = client(), EVENT | {"timestamp": time.time()}
-    assert make.post("/v1/events", json=[event]).json() == {"new": 1, "conflict": []}
-    assert make.post("/v1/events", json=[event]).json() == {"new": 0, "conflict": []}
-    assert make.post("/v1/events", json=[event | {"label": 0}]).json() == {
-        "new": 0,
-        "conflict": ["e"],
-    }
-
-
 def test_writes_of_new_texts_are_bounded(client: Make) -> None:
     """While 16 characters wait no item is taken, while 32 do no event either; the report of the embedding ends it."""
     make = client(max_new_characters=1)

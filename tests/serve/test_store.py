@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from fake_ranker import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,7 +122,7 @@ def killed(url: str, folder: Path, number: int) -> tuple[list[Event], list[str]]
 
         def post(part: slice) -> None:
             with suppress(httpx.TransportError):
-                sent = [event._asdict() for event in events[part]]
+                sent = [event._asdict() | {"context": None} for event in events[part]]
                 assert http.post(f"{address}/v1/events", json=sent).status_code == 200
                 acknowledged.extend(event.event_id for event in events[part])
                 if len(acknowledged) >= enough:
@@ -160,6 +161,20 @@ def test_an_event_id_with_other_content(url: str) -> None:
         # the two came together
         assert store.add([event("e4"), event("e4", 0)]) == Added(1, ["e4"])
         assert [e.label for e in store.arrivals(0)[1] if isinstance(e, Event)] == [1] * 4
+
+
+def test_a_database_from_before_events_had_context(url: str) -> None:
+    """The column is added: its events have none, new ones keep theirs, and another context is a conflict."""
+    with closing(EventStore(url)) as store:
+        store.add([event("old")])
+        with store._engine.begin() as connection:
+            connection.execute(sa.text("ALTER TABLE events DROP COLUMN context"))
+    said = event("new")._replace(context='{"device": "pc"}')
+    with closing(EventStore(url)) as store:
+        assert store.add([event("old"), said]) == Added(1, [])
+        assert store.add([event("new")]) == Added(0, ["new"])
+    with closing(EventStore(url)) as store:
+        assert store.arrivals(0)[1] == [event("old"), said]
 
 
 def test_a_database_that_cannot_be_used(tmp_path: Path) -> None:
