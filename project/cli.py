@@ -33,7 +33,6 @@ from project.exits.plan import ExitSettings
 from project.model.module import ExitRecommender
 from project.run import read_yaml, run_of_checkpoint
 from project.run_folder import RunLogger, WholeCheckpoints
-from project.tracking import WandbArtifacts
 from project.trainer import CHECKPOINTS, DEFAULTS, ProjectTrainer
 
 LARGEST_SEED = 2**32 - 1  # numpy's
@@ -141,7 +140,6 @@ class ProjectCLI(LightningCLI):
             ExitSettings, "exits", fail_untyped=False, sub_configs=True
         )
         parser.add_lightning_class_args(ResultFiles, "results")
-        parser.add_lightning_class_args(WandbArtifacts, "artifacts")
         link_model_and_data(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

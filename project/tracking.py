@@ -12,11 +12,11 @@ from urllib.parse import urlparse
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 from project.results import ScoredResult
 from project.run import read_checkpoint
-from project.run_folder import current_run, run_folder
+from project.run_folder import run_folder
 
 CLOUD = "https://api.wandb.ai"
 
@@ -28,6 +28,7 @@ class Tracking(WandbLogger):
         project: Name of the project there.
         save_dir: Folder in which W&B makes its own folder `wandb`.
         offline: Whether to stay offline; default: where no key is known and WANDB_MODE does not say otherwise.
+        checkpoints: Whether to send the checkpoints of a fit.
         **kwargs: As for Lightning's WandbLogger.
     """
 
@@ -36,6 +37,7 @@ class Tracking(WandbLogger):
         project: str,
         save_dir: str = "runs",
         offline: bool | None = None,
+        checkpoints: bool = True,
         **kwargs: Any,
     ) -> None:
         if offline is None:
@@ -45,6 +47,7 @@ class Tracking(WandbLogger):
                     "W&B: no key is known, so this run is offline; `wandb sync` uploads it later"
                 )
         super().__init__(project=project, save_dir=save_dir, offline=offline, **kwargs)
+        self.checkpoints = checkpoints
 
 
 def key_is_known() -> bool:
@@ -106,86 +109,46 @@ def log_result(trainer: L.Trainer, result: ScoredResult, name: str) -> None:
         logger.log_table(place, columns=columns, data=rows)
 
 
-def log_pictures(trainer: L.Trainer, folder: Path) -> None:
-    """Send the pictures of a report."""
+def log_report(trainer: L.Trainer, run: Path, command: str) -> None:
+    """Send a run's pictures, and as an artifact its report and result files."""
+    patterns = ("report/*.md", "report/*.html", "report/*.png", "results/*.json")
+    found = [path for pattern in patterns for path in sorted(run.glob(pattern))]
+    files = {str(path.relative_to(run)): path for path in found}
     for logger in wandb_loggers(trainer):
-        for picture in sorted(folder.glob("*.png")):
-            logger.log_image(f"report/{picture.stem}", [str(picture)])
+        for picture in found:
+            if picture.suffix == ".png":
+                logger.log_image(f"report/{picture.stem}", [str(picture)])
+        _log_artifact(logger, "report", files, [command, "latest"])
 
 
-PATTERNS = ("report/*.md", "report/*.html", "report/*.png", "results/*.json")
-
-
-class WandbArtifacts(L.Callback):
-    """Logs checkpoints (aliases `best`, `latest`), report and result files of a run that Weights & Biases tracks.
-
-    Args:
-        checkpoints: Whether to log checkpoints after fit: their size is that of the trained weights and of the
-            optimizer's state.
-    """
-
-    def __init__(self, checkpoints: bool = True) -> None:
-        self.checkpoints = checkpoints
-
-    @rank_zero_only
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log checkpoints and report: all other callbacks are done with training."""
-        for logger in wandb_loggers(trainer):
-            for path, aliases in aliased(trainer) if self.checkpoints else []:
-                _log(
-                    logger,
-                    "model",
-                    {"model.ckpt": path},
-                    aliases,
-                    {"global_step": _step(path)},
-                )
-            _log_report(logger, current_run(trainer), "fit")
-
-    @rank_zero_only
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the report, which now has test's numbers."""
-        for logger in wandb_loggers(trainer):
-            _log_report(logger, current_run(trainer), "test")
-
-
-def aliased(trainer: L.Trainer) -> list[tuple[Path, list[str]]]:
-    """Checkpoints of a fit with their aliases; the latest comes last, and is also the best if no other is."""
+def log_checkpoints(trainer: L.Trainer) -> None:
+    """Send a fit's best and latest checkpoint as artifacts; one file under both names where they are of one step."""
+    loggers = [x for x in wandb_loggers(trainer) if getattr(x, "checkpoints", True)]
     saver = trainer.checkpoint_callback
-    if not isinstance(saver, ModelCheckpoint):
-        return []
+    if not loggers or not isinstance(saver, ModelCheckpoint):
+        return
     # without `save_last` the best is all there is
-    best = saver.best_model_path
+    best = saver.best_model_path or saver.last_model_path
     last = saver.last_model_path or best
-    if not last:  # nothing was ever saved
-        return []
-    # one file under both names
-    if not best or _step(best) == _step(last):
-        return [(Path(last), ["best", "latest"])]
-    return [(Path(best), ["best"]), (Path(last), ["latest"])]
+    for logger in loggers if last else ():
+        same = _step(best) == _step(last)
+        if not same:
+            _log_artifact(logger, "model", {"model.ckpt": Path(best)}, ["best"])
+        aliases = ["best", "latest"] if same else ["latest"]
+        _log_artifact(logger, "model", {"model.ckpt": Path(last)}, aliases)
 
 
-def _step(checkpoint: str | Path) -> int:
+def _step(checkpoint: str) -> int:
     return int(read_checkpoint(checkpoint, mmap=True)["global_step"])
 
 
-def _log_report(logger: WandbLogger, run: Path, command: str) -> None:
-    found = [path for pattern in PATTERNS for path in sorted(run.glob(pattern))]
-    if found:
-        files = {str(path.relative_to(run)): path for path in found}
-        _log(logger, "report", files, [command, "latest"], {"run": str(run)})
-
-
-def _log(
-    logger: WandbLogger,
-    kind: str,
-    files: dict[str, Path],
-    aliases: list[str],
-    about: dict[str, object],
+def _log_artifact(
+    logger: WandbLogger, kind: str, files: Mapping[str, Path], aliases: list[str]
 ) -> None:
     """One version of the artifact `<kind>-<W&B's id of the run>`; Lightning names its own so: `best` is of this run."""
     from wandb import Artifact
 
-    artifact = Artifact(f"{kind}-{logger.experiment.id}", type=kind, metadata=about)
+    artifact = Artifact(f"{kind}-{logger.experiment.id}", type=kind)
     for inside, path in files.items():
         artifact.add_file(str(path), name=inside)  # "mutable": W&B copies it
     logger.experiment.log_artifact(artifact, aliases=aliases)

@@ -83,7 +83,7 @@ def settings() -> set[str]:
 
     A key that only holds others (`data.protocol`) is none.
     """
-    from project import callbacks, retrieval, tracking
+    from project import callbacks, retrieval
     from project.data import logs, negatives, prompt, protocol, readers
     from project.datamodule import InteractionData
     from project.exits import certificate, criteria, plan
@@ -116,7 +116,7 @@ def settings() -> set[str]:
     classes = [
         *(InteractionData, protocol.Protocol, prompt.Prompt, retrieval.MatrixFactorisation),
         *(module.ExitRecommender, optim.OptimSettings, module.LoraSettings),
-        *(plan.ExitSettings, callbacks.ResultFiles, tracking.WandbArtifacts),
+        *(plan.ExitSettings, callbacks.ResultFiles),
         *(
             certificate.CertificateSettings,
             logs.TableLogs,
