@@ -340,7 +340,6 @@ class Timed(ListQuality):
     policy: str
     requests: int
     p50_ms: float
-    p95_ms: float
     auc: float | None
     mean_depth: float
     token_layer_speedup: float | None
@@ -348,9 +347,6 @@ class Timed(ListQuality):
     measured_speedup_interval: Bounds | None
     speedup_over_static: Estimate
     static_exit: bool  # whether it is that of equal accuracy
-    prepare_ms: float | None
-    whole_ms: float | None
-    whole_speedup: float | None
 
 
 class EngineRow(Workload, Timed):

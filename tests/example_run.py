@@ -134,16 +134,15 @@ def benchmark_rows(depth: int) -> list[dict[str, Any]]:
     """The `rows` of a benchmark result."""
     common = {
         "candidates": 64, "prefix_cached": False, "history": None, "at_once": 1, "dtype": "float32", "requests": 8,
-        "auc": 0.77, "overlap": None, "ndcg": None, "hits": None, "static_exit": False, "prepare_ms": None,
-        "whole_ms": None, "whole_speedup": None,
+        "auc": 0.77, "overlap": None, "ndcg": None, "hits": None, "static_exit": False,
     }  # fmt: skip
     full = {
-        "engine": "packed", "policy": "full", "p50_ms": 470.0, "p95_ms": 610.0, "mean_depth": float(depth),
+        "engine": "packed", "policy": "full", "p50_ms": 470.0, "mean_depth": float(depth),
         "measured_speedup": 1.0, "measured_speedup_interval": [1.0, 1.0], "token_layer_speedup": 1.0,
         "speedup_over_static": {"value": 0.66, "interval": None},
     }  # fmt: skip
     early = {
-        "engine": "early_exit", "policy": "budget: consistency", "p50_ms": 251.0, "p95_ms": 402.0, "mean_depth": 3.1,
+        "engine": "early_exit", "policy": "budget: consistency", "p50_ms": 251.0, "mean_depth": 3.1,
         "measured_speedup": 1.86, "measured_speedup_interval": [1.71, 2.02], "token_layer_speedup": 1.92,
         "speedup_over_static": {"value": 1.23, "interval": None},
     }  # fmt: skip

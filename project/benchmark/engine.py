@@ -32,15 +32,12 @@ from project.errors import NotFittedError
 from project.evaluation.bootstrap import UNDEFINED, UserBootstrap
 from project.report.tables import render
 from project.results import EngineResult, Timed, Workload
-from project.retrieval.online import can_be_indexed
 from project.run import result_head, write_json
 
 if TYPE_CHECKING:
     from project.data.protocol import SplitInteractions
     from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
-    from project.request import RankRequest
-    from project.serve.ranker import Ranker
 
 ROUNDS = 3  # fewer do not show the spread
 FEWEST = 4  # requests: fewer are not a sample
@@ -50,18 +47,16 @@ def configuration_row(
     own: Configuration,
     full: Configuration,
     static_exit: Configuration | None,
-    prepare_ms: float | None,
 ) -> Timed:
     """One row of a result file.
 
     Speed is over `full`, full depth with prepacked weights, and over the `static_exit` of equal accuracy, None where it
-    is exit 0, which runs no layer. Preparing a request (history, features, exit 0, token ids) took `prepare_ms`.
+    is exit 0, which runs no layer.
     """
     # 1. seconds of each turn, the median of the rounds, beside full depth's on the same
     wall = own.typical()
-    full_wall = full.typical()
     bootstrap = UserBootstrap(np.arange(len(wall)))  # turns are resampled
-    measured = bootstrap.ratio_interval(full_wall, wall)
+    measured = bootstrap.ratio_interval(full.typical(), wall)
     over_static = UNDEFINED
     if static_exit is not None:
         over_static = bootstrap.ratio_interval(static_exit.typical(), wall)
@@ -70,19 +65,11 @@ def configuration_row(
     spent = sum(s.token_layers for s in own.scored)
     whole = sum(s.token_layers for s in full.scored)
     saved = whole / spent if spent else None
-    # 3. the whole request, what comes before the engine included
-    whole_ms = None
-    whole_speedup = None
-    if prepare_ms is not None:
-        whole_ms = prepare_ms + 1e3 * float(wall.mean())
-        whole_speedup = (prepare_ms + 1e3 * float(full_wall.mean())) / whole_ms
-    p50, p95 = np.percentile(own.wall, [50, 95])
     return {
         "engine": own.engine,
         "policy": own.policy,
         "requests": len(own.scored),
-        "p50_ms": 1e3 * float(p50),
-        "p95_ms": 1e3 * float(p95),
+        "p50_ms": 1e3 * float(np.median(own.wall)),
         "auc": own.auc,
         **(own.quality or {"overlap": None, "ndcg": None, "hits": None}),
         "mean_depth": float(depths.mean()),
@@ -91,31 +78,7 @@ def configuration_row(
         "measured_speedup_interval": measured["interval"],
         "speedup_over_static": over_static,
         "static_exit": own is static_exit,
-        "prepare_ms": prepare_ms,
-        "whole_ms": whole_ms,
-        "whole_speedup": whole_speedup,
     }
-
-
-def ranker_of(data: InteractionData, run: Path) -> Ranker | None:
-    """The server's ranker; None where the retriever cannot be indexed, or the extra `serve` is not installed."""
-    if not can_be_indexed(data.retriever):
-        return None
-    try:
-        from project.serve.ranker import Ranker
-    except ImportError:
-        return None
-    return Ranker.load(run, cache_mib=0, audit_share=0.0)
-
-
-def preparation(ranker: Ranker, requests: Sequence[RankRequest]) -> float:
-    """Milliseconds that retrieved features and prompt of a request take: the median, after one round to warm up."""
-    spent = []
-    for request in (*requests, *requests):
-        start = time.perf_counter()
-        ranker.prepare(request)
-        spent.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(spent[len(requests) :]))
 
 
 def run_engine(
@@ -129,8 +92,8 @@ def run_engine(
 ) -> EngineResult:
     """Measure requests of these numbers of candidates for about so many seconds; write results/benchmark.json.
 
-    The checkpoint is a calibrated run's, `folder` its folder. What is not timed comes on top of `seconds`: the index of
-    retrieved features, and requests that lists are fitted on.
+    The checkpoint is a calibrated run's, `folder` its folder. What is not timed comes on top of `seconds`:
+    requests that lists are fitted on.
     """
     if checkpoint is None:
         raise NotFittedError(
@@ -143,7 +106,6 @@ def run_engine(
     plans = load_run(model, data.tokenizer, checkpoint, data)
     model.to(device)  # not before: the backbone was just made
     bench = Bench(model, data, folder, plans)
-    ranker = ranker_of(data, folder)
     # 3. rows, workload by workload
     head = result_head(
         "benchmark", data.split.manifest, str(folder / "config.yaml"), data.seed
@@ -151,26 +113,20 @@ def run_engine(
     result: EngineResult = {**head, "rows": []}
 
     @cache
-    def drawn(
-        most: int, candidates: int, history: int | None
-    ) -> tuple[list[RankRequest], list[PreparedRequest]]:
-        """Requests, and the same for the engine; some workloads differ by what is cached alone."""
+    def drawn(most: int, candidates: int, history: int | None) -> list[PreparedRequest]:
+        """Requests; some workloads differ by what is cached alone."""
         found = catalogue_requests(
             data.split, "test", most, candidates, data.seed, history
         ).requests
         # every request has a cached history of its own, whoever it is of
-        prepared = [
+        return [
             replace(r, user=r.request_id, list_of=LISTED)
             for r in prepare_requests(model, data, found)
         ]
-        return found.requests, prepared
 
     for case in wanted:
         most = max(REQUESTS.get(case.candidates, 8), 2 * case.at_once)
-        asked, requests = drawn(most, case.candidates, case.history)
-        prepare_ms = (
-            None if ranker is None or case.at_once > 1 else preparation(ranker, asked)
-        )
+        requests = drawn(most, case.candidates, case.history)
         workload: Workload = {
             "candidates": case.candidates,
             "prefix_cached": case.prefix_cached,
@@ -178,7 +134,7 @@ def run_engine(
             "at_once": case.at_once,
             "dtype": bench.dtype,
         }
-        rows = measured_rows(bench, case, requests, prepare_ms, seconds / len(wanted))
+        rows = measured_rows(bench, case, requests, seconds / len(wanted))
         result["rows"] += [{**workload, **row} for row in rows]
         # what is measured stays measured, whatever happens to the next workload
         path = write_json(folder / "results" / "benchmark.json", result)
@@ -204,7 +160,6 @@ def measured_rows(
     bench: Bench,
     case: Case,
     requests: list[PreparedRequest],
-    prepare_ms: float | None,
     seconds: float,
 ) -> list[Timed]:
     """A row a configuration of one workload, measured for about so many seconds."""
@@ -235,4 +190,4 @@ def measured_rows(
     layer = bench.plans.static_exit
     name = "packed" if layer == bench.model.depth else f"fixed_depth_{layer}"
     static_exit = next((c for c in configurations if c.engine == name), None)
-    return [configuration_row(c, full, static_exit, prepare_ms) for c in configurations]
+    return [configuration_row(c, full, static_exit) for c in configurations]

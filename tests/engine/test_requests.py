@@ -307,8 +307,6 @@ def test_benchmark_writes_rows_of_every_engine(
             assert (row["measured_speedup"], row["token_layer_speedup"]) == (1, 1)
         if row["engine"] == "fixed_depth_1":
             assert row["token_layer_speedup"] == pytest.approx(3)
-        # the whole request: features and prompt by the server's index, and the engine
-        assert 0 < row["prepare_ms"] < row["whole_ms"]
     early = {
         (r["candidates"], r["prefix_cached"]) for r in rows if r["engine"] == "early_exit"
     }
