@@ -271,6 +271,8 @@ def test_what_a_request_brings() -> None:
         "context.price": 2.5,
     }
     assert brought({"age": 31, "country": " "}, "user.", COLUMNS) == {"user.age": 31.0}
+    # half of a pair of surrogates, which JSON can hold, is a text that nobody has seen
+    assert brought({"device": "\ud800"}, "context.", COLUMNS).keys() == {"context.device"}
 
 
 @pytest.mark.parametrize(
@@ -279,6 +281,7 @@ def test_what_a_request_brings() -> None:
         ({"devise": "tv"}, "unknown name 'devise'.*expected device, price, position"),
         ({"price": "cheap"}, r"context\.price is 'cheap'; expected a number"),
         ({"price": 10**400}, r"context\.price is '1000.*'; expected a number"),
+        ({"price": "\ud800"}, r"context\.price is .*; expected a number"),
         ({"device": {"a": 1}}, r"context\.device is .* expected text"),
         (
             {"device": "x" * 10_000},
