@@ -169,6 +169,8 @@ def brought(
         if value is None:
             continue
         text = text_of(f"{what}.{name}", value).strip()
+        # JSON may hold half of a pair of surrogates, which no encoding takes
+        text = text.encode(errors="replace").decode()
         if len(text) > MAX_CHARACTERS:
             raise DataError(
                 f"{what}.{name} has {len(text):,} characters; expected at most {MAX_CHARACTERS:,}."
