@@ -23,7 +23,7 @@ from project.request import Item, RankRequest
 from project.serve.ranker import Ranker
 from project.serve.settings import ServeSettings
 from project.serve.shapes import LIMITS, RankBody
-from project.serve.store import Event
+from project.serve.store import Event, EventStore
 
 pytestmark = pytest.mark.slow
 CONTEXT = ["device", "price"]
@@ -200,6 +200,27 @@ def test_an_event_is_the_row_it_would_be_in_the_log(
     found = [ranker.prepare(one).exit_0 for one in asked]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     assert (np.abs(np.array(found) - before).max(axis=1) > 1e-3).all()
+
+
+def test_users_that_are_put(fitted: Path, opened: Run, tmp_path: Path) -> None:
+    """A user's attributes are those put last, also after a restart; a request's own `user` wins over them."""
+    store = EventStore(f"sqlite:///{tmp_path}/events.db")
+    went_on = Ranker.load(fitted, audit_share=0.0)
+    asked = RankRequest("u1", None, ["i1", "i2"], request_id="0")
+    for country in ("es", "de", "fr"):
+        users = [{"user_id": "u1", "country": country}, {"user_id": "new", "age": 3}]
+        store.put_users(users)
+        went_on.follow(store)
+    restarted = Ranker.load(fitted, audit_share=0.0)
+    restarted.follow(store)
+    countries = ("fr", "es", None)
+    given = [replace(asked, user={"country": c}, request_id=str(c)) for c in countries]
+    expected = exit_0(opened, *given)
+    for ranker in (went_on, restarted):
+        for request, value in ((asked, expected[0]), (given[1], expected[1])):
+            assert ranker.prepare(request).exit_0 == pytest.approx(value, abs=1e-6)
+    # the log has another country
+    assert np.abs(expected[0] - expected[2]).max() > 1e-3
 
 
 def test_what_is_absent(opened: Run) -> None:

@@ -95,6 +95,8 @@ class ContextRates:
         self._items = log.items
         # by rate and key, likes and rows of the events that came after the log
         self._events = dict[tuple[str, int], F64]()
+        # by user_id, attributes that came after the log
+        self._put = dict[str, dict[str, float]]()
 
     def of_log(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Values and rates of readable rows of the log, in their order."""
@@ -115,13 +117,18 @@ class ContextRates:
         return dict(self._users.select("user_id", "user").iter_rows())
 
     def attributes(self, user_id: str | None) -> dict[str, float]:
-        """What is known of a user, by column."""
+        """What is known of a user, by column: what was put, then what the log has."""
         code = self._user_codes.get(user_id or "")
-        if code is None:
-            return {}
-        names = [name for name in self.columns if name.startswith(USER)]
-        known = {name: self._users[name][code] for name in names}
+        known = dict[str, float]()
+        if code is not None:
+            names = [name for name in self.columns if name.startswith(USER)]
+            known = {name: self._users[name][code] for name in names}
+        known |= self._put.get(user_id or "", {})
         return {name: value for name, value in known.items() if value is not None}
+
+    def put_user(self, user_id: str, attributes: Mapping[str, Any]) -> None:
+        """Have requests and later events read these attributes of a user."""
+        self._put[user_id] = fitting(attributes, USER, self.columns)
 
     def values(self, request: RankRequest) -> dict[str, F64]:
         """(n,) values of a request's candidates by column, what is known of the user included."""

@@ -94,7 +94,7 @@ class Ranker:
         # of the store, up to which it was read, or is in the log
         self.seq = seen(folder)
         # read from the store, and waiting for the embedding of a new item's text
-        self._arrived = list[Event | dict[str, str]]()
+        self._arrived = list[Event | dict[str, Any]]()
         # texts of these new items by item id, in the order in which they came
         self._new_texts = dict[str, str]()
         # 2. the model
@@ -161,6 +161,10 @@ class Ranker:
         # not observed yet: those in a row are embedded together
         items = list[Mapping[str, str]]()
         for what in arrived:
+            # 0. a user, whose attributes later events read
+            if not isinstance(what, Event) and "user_id" in what:
+                self._rates.put_user(what["user_id"], what)
+                continue
             # 1. the item; the first that names a new one says its text
             item = named_by(what) if isinstance(what, Event) else what
             item_id = item["item_id"]

@@ -66,7 +66,8 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     known = log.items.drop("item")
     named = interactions.select("item_id", title="item_id").unique(maintain_order=True)
     brought = pl.DataFrame(
-        [what for what in arrived if not isinstance(what, Event)], known.schema
+        [what for what in arrived if not isinstance(what, Event) and "item_id" in what],
+        known.schema,
     )
     tables = [named.join(known, on="item_id", how="anti"), known, brought]
     items = pl.concat(tables, how="diagonal").fill_null("")

@@ -33,7 +33,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from project.data.context import CONTEXT, brought
+from project.data.context import CONTEXT, USER, brought
 from project.errors import ProjectError
 from project.request import RankRequest, Scored, check_names
 from project.serve import shapes
@@ -294,14 +294,20 @@ class Desk:
         self.metrics.count(found)
         return found
 
-    async def check_columns(self, items: Sequence[shapes.ItemBody]) -> None:
-        """Raise `DataError` about a column that the run's items table has not, or context that its log has not."""
-        if not any(item.model_extra or item.context for item in items):
+    async def check_columns(
+        self, bodies: Sequence[shapes.ItemBody | shapes.UserBody]
+    ) -> None:
+        """Raise `DataError` about an item's column, context or a user's attribute that the run's log has not."""
+        if not any(body.model_extra or getattr(body, "context", None) for body in bodies):
             return
         about = await self.ask(("about",))
-        for item in items:
-            check_names(item.model_extra or (), about["item_columns"], "unknown column")
-            brought(item.context or {}, CONTEXT, about["columns"])
+        for body in bodies:
+            further = body.model_extra or {}
+            if isinstance(body, shapes.UserBody):
+                brought(further, USER, about["columns"])
+            else:
+                check_names(further, about["item_columns"], "unknown column")
+                brought(body.context or {}, CONTEXT, about["columns"])
 
     async def keep(
         self, events: Sequence[shapes.EventBody], items: Sequence[dict[str, str]]
@@ -406,6 +412,17 @@ async def items(
     columns = [item.model_dump(exclude={"context"}, exclude_none=True) for item in body]
     await desk.keep([], columns)
     return {"items": len(body)}
+
+
+@router.put("/v1/users")
+async def users(
+    body: Annotated[shapes.Listed[shapes.UserBody], Body(min_length=1)], desk: Here
+) -> dict[str, int]:
+    """Make attributes of users known, in place of all that were put before, and of those that the log has."""
+    await desk.check_columns(body)
+    users = [user.model_dump() for user in body]
+    await run_in_threadpool(desk.store.put_users, users)
+    return {"users": len(body)}
 
 
 # 3. Operations

@@ -101,20 +101,24 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Label = Literal[0, 1]
 
 
-class Document(BaseModel):
-    """A text that may have an id; what else clients send with it is not read."""
-
-    item_id: Id | None = None
-    title: Text | None = Field(None, validation_alias=AliasChoices("title", "text"))
+class Bounded(BaseModel):
+    """An object whose keys are few and short."""
 
     @model_validator(mode="before")
     @classmethod
     def _bounded(cls, given: object) -> object:
         if isinstance(given, dict):
-            _limit("max_item_columns", len(given), "an item has {} columns")
+            _limit("max_item_columns", len(given), "an object has {} columns")
             for name in given:
                 _storable(name)
         return given
+
+
+class Document(Bounded):
+    """A text that may have an id; what else clients send with it is not read."""
+
+    item_id: Id | None = None
+    title: Text | None = Field(None, validation_alias=AliasChoices("title", "text"))
 
     @model_validator(mode="after")
     def _named(self) -> Self:
@@ -408,6 +412,12 @@ class NewItem(ItemBody):
         StringConstraints(strip_whitespace=True, min_length=1),
         AfterValidator(_storable),
     ]
+
+
+class UserBody(Bounded, extra="allow"):
+    """A user; further keys are attributes that the run's log has."""
+
+    user_id: Id
 
 
 class EventBody(ItemBody):

@@ -1,4 +1,4 @@
-"""Keeps events and items that came after the log: what was acknowledged is on disk, in one order for all readers.
+"""Keeps events, items and users that came after the log: acknowledged is on disk, in one order for all readers.
 
 A row's `seq` rises in the order of commits: whoever writes takes the one row of `clock` first and holds it until the
 commit. So `arrivals` never skips an event of a writer that was slower.
@@ -85,10 +85,17 @@ ITEMS = sa.Table(
     sa.Column("digest", sa.Text, unique=True, nullable=False),
     sa.Column("columns", sa.Text, nullable=False),
 )
+USERS = sa.Table(
+    "users",
+    TABLES,
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("user_id", sa.Text, index=True, nullable=False),
+    sa.Column("columns", sa.Text, nullable=False),
+)
 
 
 class EventStore:
-    """Events and items that came after the log: acknowledged is durable. Thread-safe.
+    """Events, items and users that came after the log: acknowledged is durable. Thread-safe.
 
     Args:
         url: SQLAlchemy's address of the database, such as sqlite:///events.db or postgresql+psycopg://user@host/name.
@@ -166,6 +173,17 @@ class EventStore:
         ]
         self._write(ITEMS.c.digest, {row["digest"]: row for row in rows})
 
+    def put_users(self, users: Sequence[dict[str, Any]]) -> None:
+        """Keep users: user_id and attributes, in place of those put before. The same once more changes nothing."""
+        rows = {
+            user["user_id"]: {
+                "user_id": user["user_id"],
+                "columns": json.dumps(user, sort_keys=True),
+            }
+            for user in users
+        }
+        self._write(USERS.c.user_id, rows)
+
     def _write(
         self, key: sa.Column[str], rows: dict[str, dict[str, Any]]
     ) -> tuple[int, list[Any]]:
@@ -179,13 +197,15 @@ class EventStore:
                 sa.update(CLOCK).values(seq=CLOCK.c.seq + len(rows)).returning(CLOCK.c.seq)
             )
             last = connection.execute(tick).scalar_one()
-            # 2. known keys
+            # 2. known keys; a user is known as the latest row has them
             names = list(rows)
             for start in range(0, len(names), TOGETHER):
                 asked = sa.select(key.table).where(key.in_(names[start : start + TOGETHER]))
-                known += connection.execute(asked)
-            for row in known:
-                del rows[row._mapping[key]]
+                known += connection.execute(asked.order_by("seq"))
+            latest = {row._mapping[key]: row for row in known}
+            for name, row in latest.items():
+                if key.table is not USERS or row.columns == rows[name]["columns"]:
+                    del rows[name]
             # 3. the others
             new = [
                 {"seq": last - len(rows) + 1 + k, **row}
@@ -195,15 +215,15 @@ class EventStore:
                 connection.execute(sa.insert(key.table), new)
         return len(new), known
 
-    def arrivals(self, seq: int) -> tuple[int, list[Event | dict[str, str]]]:
-        """The latest `seq`, and events and items behind the one given, in the order in which they came.
+    def arrivals(self, seq: int) -> tuple[int, list[Event | dict[str, Any]]]:
+        """The latest `seq`, and events, items and users behind the one given, in the order in which they came.
 
-        An item that was put again with other columns comes again.
+        An item or a user that was put again with other columns comes again.
         """
         with self._engine.connect() as connection:
             last = int(connection.execute(sa.select(CLOCK.c.seq)).scalar_one())
             rows = list[Any]()
-            for table in (EVENTS, ITEMS) if last > seq else ():
+            for table in (EVENTS, ITEMS, USERS) if last > seq else ():
                 rows += connection.execute(
                     sa.select(table).where(table.c.seq.between(seq + 1, last))
                 )

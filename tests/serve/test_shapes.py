@@ -225,11 +225,12 @@ def test_values_of_items(client: Make) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def test_items(client: Make) -> None:
+def test_items_and_users(client: Make) -> None:
     make = client()
     assert make.put(
         "/v1/items", json=[{"item_id": "i99", "title": "New", "year": "2026"}]
     ).json() == {"items": 1}
+    assert make.put("/v1/users", json=[{"user_id": "u", "age": 31}]).json() == {"users": 1}
 
 
 JSON = {"content-type": "application/json"}
@@ -335,6 +336,10 @@ WRONG = [
         422,
         "did you mean year?",
     ),
+    ("/v1/users", [{"user_id": "u", "aeg": 3}], 422, "did you mean age?"),
+    ("/v1/users", [{"user_id": "u", "age": "old"}], 422, "user.age is 'old'"),
+    ("/v1/users", [{"user_id": "u", "age": "9" * 10_000}], 422, "10,000 characters"),
+    ("/v1/users", [{"user_id": "u", "x" * 3000: 3}], 413, "3,000 characters"),
     ("/api/feedback", [GORSE | {"FeedbackType": "share"}], 422, "'share'"),
     ("/v1/items", [{"item_id": "i99"}], 422, "0.title: Field required"),
 ]
@@ -342,7 +347,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("path", "body", "status", "text"), WRONG)
 def test_refused(client: Make, path: str, body: object, status: int, text: str) -> None:
-    method = "PUT" if path == "/v1/items" else "POST"
+    method = "PUT" if path in ("/v1/items", "/v1/users") else "POST"
     made = client(max_history_rows=3)
     answer = made.request(method, path, content=json.dumps(body), headers=JSON)
     assert (answer.status_code, text in answer.json()["error"]) == (status, True), (

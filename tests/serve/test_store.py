@@ -163,6 +163,17 @@ def test_an_event_id_with_other_content(url: str) -> None:
         assert [e.label for e in store.arrivals(0)[1] if isinstance(e, Event)] == [1] * 4
 
 
+def test_users_are_as_they_were_put_last(url: str) -> None:
+    """Whoever reads all gets every change in order; the same once more is none."""
+    one, other = ({"user_id": "u", "country": c} for c in ("de", "fr"))
+    with closing(EventStore(url)) as store:
+        for user in (one, one, other, one):
+            store.put_users([user, {"user_id": "v", "age": 3}])
+        arrived = store.arrivals(0)[1]
+        assert [a for a in arrived if a != {"user_id": "v", "age": 3}] == [one, other, one]
+        assert len(arrived) == 4
+
+
 def test_a_database_from_before_events_had_context(url: str) -> None:
     """The column is added: its events have none, new ones keep theirs, and another context is a conflict."""
     with closing(EventStore(url)) as store:
