@@ -31,7 +31,6 @@ from project.request import RankRequest
 Key = NDArray[np.uint64]
 FEW = 200  # distinct values of an attribute of items that rates are made with
 ITEM = "item"
-NOW = -1.0  # the second of rows that are counted without their times
 NOTHING = np.zeros(2)  # likes and rows of a key without events
 
 
@@ -41,12 +40,11 @@ class Tally:
     def __init__(self, key: Key, time: F64, likes: F64, rows: F64) -> None:
         self._keys = np.unique(key)
         self._times = np.unique(time)
-        place = self._place(key, time)
-        order = np.argsort(place, kind="stable")
-        self._places = place[order]  # (n,) ascending by key, then time
-        # (n + 1,) sums of the first rows
-        self._likes = np.concatenate([[0.0], np.cumsum(likes[order])])
-        self._rows = np.concatenate([[0.0], np.cumsum(rows[order])])
+        # (m,) distinct, ascending by key, then time
+        self._places, of = np.unique(self._place(key, time), return_inverse=True)
+        # (m + 1,) sums of the first
+        self._likes = np.cumsum(np.append(0.0, np.bincount(of, likes)))
+        self._rows = np.cumsum(np.append(0.0, np.bincount(of, rows)))
 
     def _place(self, key: Key, time: F64) -> I64:
         seconds = self._times.size + 1
@@ -55,8 +53,8 @@ class Tally:
 
     def before(self, key: Key, time: F64) -> tuple[F64, F64]:
         """Likes and rows (n,) of the keys (n,) strictly before the seconds (n,)."""
-        at = np.minimum(np.searchsorted(self._keys, key), max(0, self._keys.size - 1))
-        known = self._keys[at] == key if self._keys.size else np.zeros(key.size, np.bool_)
+        at = np.minimum(np.searchsorted(self._keys, key), self._keys.size - 1)
+        known = self._keys[at] == key
         stop = np.searchsorted(self._places, self._place(key, time))
         start = np.searchsorted(self._places, self._place(key, np.full_like(time, -np.inf)))
         likes = np.where(known, self._likes[stop] - self._likes[start], 0.0)
@@ -107,8 +105,7 @@ class ContextRates:
         likes, counted = _counts(rows)
         rates = {}
         for name, key in self._keys(table.to_dict(), item, self._items).items():
-            known = key != 0
-            tally = Tally(key[known], seconds[known], likes[known], counted[known])
+            tally = Tally(key, seconds, likes, counted)
             rates[name] = self._rate(key, *tally.before(key, time))
         return table.hstack(pl.DataFrame(rates, schema=dict.fromkeys(rates, pl.Float32)))
 
@@ -162,50 +159,31 @@ class ContextRates:
         given = {
             name: values.get(name, np.full(item.size, np.nan)) for name in self.columns
         }
+        # after the log its sums are enough; events came then
+        late = time.min(initial=np.inf) > self._latest
+        tallies = self._sums if late else self._tallies(known_at(self._rows))
         keys = self._keys(given, item, self._items if items is None else items)
-        # 1. after the log: its sums, and events
-        if time.min(initial=np.inf) > self._latest:
-            now = np.full(item.size, np.inf)
-            rates = {}
-            for name, key in keys.items():
-                likes, rows = self._sums[name].before(key, now)
-                if self._events:
-                    came = [self._events.get((name, k), NOTHING) for k in key.tolist()]
-                    more = np.stack(came, axis=1)
-                    likes += more[0]
-                    rows += more[1]
-                rates[name] = self._rate(key, likes, rows)
-            return given | rates
-        # 2. before: sums up to each second
-        seconds = known_at(self._rows)
-        counts = _counts(self._rows)
-        tallies = {
-            name: Tally(key, seconds, *counts) for name, key in self._keys_of_log().items()
-        }
-        return given | {
-            name: self._rate(key, *tallies[name].before(key, time))
-            for name, key in keys.items()
-        }
+        rates = {}
+        for name, key in keys.items():
+            likes, rows = tallies[name].before(key, time)
+            if late and self._events:
+                came = [self._events.get((name, k), NOTHING) for k in key.tolist()]
+                more = np.stack(came, axis=1)
+                likes += more[0]
+                rows += more[1]
+            rates[name] = self._rate(key, likes, rows)
+        return given | rates
 
     @cached_property
     def _sums(self) -> dict[str, Tally]:
-        """Of every rate the whole log's counts, which requests after it read."""
-        likes, counted = _counts(self._rows)
-        found = {}
-        for name, key in self._keys_of_log().items():
-            distinct, place = np.unique(key, return_inverse=True)
-            found[name] = Tally(
-                distinct,
-                np.full(distinct.size, NOW),
-                np.bincount(place, likes).astype(np.float64),
-                np.bincount(place, counted).astype(np.float64),
-            )
-        return found
+        return self._tallies(np.full(self._rows.height, -np.inf))
 
-    def _keys_of_log(self) -> dict[str, Key]:
-        """By rate the key (n,) of each row of the log."""
+    def _tallies(self, seconds: F64) -> dict[str, Tally]:
+        """By rate the counts of the log, whose rows (n,) are known at these seconds."""
+        counts = _counts(self._rows)
         log = with_users(self._rows, self._users, self.columns)
-        return self._keys(log.to_dict(), self._rows["item"].to_numpy(), self._items)
+        keys = self._keys(log.to_dict(), self._rows["item"].to_numpy(), self._items)
+        return {name: Tally(key, seconds, *counts) for name, key in keys.items()}
 
     def _keys(
         self, values: Mapping[str, pl.Series | F64], item: I64, items: pl.DataFrame
