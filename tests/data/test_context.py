@@ -231,7 +231,6 @@ def test_scores_of_the_ranker_that_runs_today(write_log: Callable[..., TableLogs
     ("column", "values", "message"),
     [
         ("no_such", 0.0, "no column no_such"),
-        ("label", 0.0, "own_scores lists label"),
         (
             "my_ranker",
             "high",

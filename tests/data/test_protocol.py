@@ -258,13 +258,6 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -
             Protocol(label=None),
             r'log\.csv, row 1: no label .*label: "rating > 3"',
         ),
-        (CLICKS, None, RULE, "train have label 1 .*Clicks alone need rows with label 0"),
-        (
-            TWO,
-            None,
-            replace(RULE, drop_ratings=[1, 5]),
-            "train and valid and test has no targets",
-        ),
     ],
 )
 def test_logs_that_a_protocol_cannot_use(
@@ -502,12 +495,6 @@ STREAM = coded([0] * 20, list(range(20)))
             {"minimum_history": 50},
             "train and valid and test has no targets.*minimum_history",
         ),
-        (
-            STREAM,
-            {"minimum_history": 50, "split": "random"},
-            "train and valid and test has no targets",
-        ),
-        (STREAM, {"shares": [0.5, 0.1, 0.1]}, r"data\.protocol\.shares"),
         (
             coded([0] * 4, list(range(4)), ["train", "train", None, "test"]),
             {"split": "given"},
