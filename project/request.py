@@ -167,6 +167,8 @@ class Scored:
     audit: F64 | None = None  # (n,) probabilities at full depth, if it was audited
     # some of the user's history was in memory; None: there is none to keep
     cached: bool | None = None
+    # texts of new items that have to be embedded first: it was not scored yet
+    waits_for: Sequence[str] = ()
     # the inference process adds
     run: str = ""
     full_depth: bool = False  # the drift alarm is on

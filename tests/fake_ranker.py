@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from project.request import Item, RankRequest, Scored
 from project.serve.store import Event, EventStore
+from project.serve.waiting import Waiting
 
 ROOT = Path(__file__).parents[1]
 TITLES = {"Alien": "i1", "Brazil": "i2"}
@@ -26,7 +28,7 @@ class FakeRanker:
     """Knows u1, two titles and what the store brings.
 
     A candidate iK has probability K / 10, any other .05; it leaves at layer 2 if K is even, else at 4. An item of the
-    title "slow" takes a second. Titles that begin with "new" are texts to embed, as are `stored`.
+    title "slow" takes a second. Titles that begin with "new" are texts to embed.
     """
 
     full_depth = False
@@ -41,7 +43,7 @@ class FakeRanker:
             "examples": {"users": ["u1"], "items": [*TITLES]},
         }
         self.seq, self.events = 0, list[Event]()
-        self.stored, self.read = list[str](), list[str]()
+        self.waiting, self.read = Waiting(), list[str]()
         self._diverged = (run / "diverged").exists()
 
     @classmethod
@@ -50,15 +52,9 @@ class FakeRanker:
             raise ValueError("this run is broken")
         return cls(run)
 
-    def waiting(self) -> list[str]:
-        return [text for text in self.stored if text not in self.read]
-
-    def unread(self, request: RankRequest) -> list[str]:
-        titles = [item.title for item in request.candidates if isinstance(item, Item)]
-        return [t for t in titles if t.startswith("new") and t not in self.read]
-
     def embed(self, texts: Sequence[str]) -> None:
         self.read += texts
+        self.waiting.embedded(texts)
 
     def follow(self, store: EventStore, embed: bool = True) -> None:
         self.seq, arrived = store.arrivals(self.seq)
@@ -79,12 +75,18 @@ class FakeRanker:
             for e in own
         ]
 
-    def rank_after_log(self, requests: Sequence[RankRequest]) -> list[Scored]:
+    def rank_after_log(
+        self, requests: Sequence[RankRequest], embed: bool = True
+    ) -> list[Scored]:
         return [self._one(request) for request in requests]
 
     def _one(self, request: RankRequest) -> Scored:
         given = [Item(c) if isinstance(c, str) else c for c in request.candidates]
         names = [item.item_id or TITLES.get(item.title, item.title) for item in given]
+        late = request.deadline is not None and request.deadline < time.monotonic()
+        new = [n for n in names if n.startswith("new") and n not in self.read]
+        if new and not late:
+            return replace(Scored.failed("", len(names), None), waits_for=new)
         if self._diverged:
             return Scored.failed("", len(names), "the model's scores are NaN")
         if "unknown" in names:
@@ -96,7 +98,6 @@ class FakeRanker:
         number = [int(n[1:]) if n[:1] == "i" and n[1:].isdigit() else 0.5 for n in names]
         chance = np.clip(np.array(number) / 10, 0.001, 0.999)
         layer = np.array([4 if n % 2 else 2 for n in number])
-        late = request.deadline is not None and request.deadline < time.monotonic()
         return Scored(
             request.request_id,
             np.log(chance / (1 - chance)),

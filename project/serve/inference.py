@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import TextIOBase
@@ -102,9 +102,8 @@ class Aside:
 
     number: int
     request: RankRequest
-    texts: list[str]  # those that are not embedded yet
+    texts: dict[str, None]  # those that are not embedded yet, in their order
 
-    @property
     def characters(self) -> int:
         """What is left to embed."""
         return sum(map(len, self.texts))
@@ -170,71 +169,69 @@ class Served:
 
     def turn(self, came: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
         """Numbered answers to numbered payloads, those of earlier turns included."""
-        answers = list[tuple[int, Any]]()
-        batch = list[tuple[int, Any]]()
-        # 1. requests whose texts are not embedded wait aside
-        for number, payload in came:
-            texts = self._ranker.unread(payload) if isinstance(payload, RankRequest) else []
-            if not texts:
-                batch.append((number, payload))
-            elif self.characters() >= self.settings.max_waiting_characters:
-                answers.append((number, too_much_text()))
-            else:
-                self._aside.append(Aside(number, payload, texts))
-        # 2. those that have waited long enough come along
+        # 1. requests that have waited long enough come along
         now = time.monotonic()
-        batch += [(one.number, one.request) for one in self._aside if one.ready(now)]
+        batch = [
+            *came,
+            *((one.number, one.request) for one in self._aside if one.ready(now)),
+        ]
         self._aside = [one for one in self._aside if not one.ready(now)]
-        # 3. the batch
         if not batch:
             self.rest()
-            return answers
+            return []
         try:
             found = self.answer([payload for _, payload in batch])
         except Exception:
             logger.exception("a batch failed")
             found = [FAILED] * len(batch)
-        return answers + [(n, answer) for (n, _), answer in zip(batch, found, strict=True)]
+        # 2. those whose texts are not embedded wait aside
+        answers = list[tuple[int, Any]]()
+        for (number, payload), answer in zip(batch, found, strict=True):
+            texts = answer.waits_for if isinstance(answer, Scored) else ()
+            if not texts:
+                answers.append((number, answer))
+            elif self.characters() >= self.settings.max_waiting_characters:
+                answers.append((number, too_much_text()))
+            else:
+                self._aside.append(Aside(number, payload, dict.fromkeys(texts)))
+        return answers
 
     def busy(self) -> bool:
         """Whether texts wait to be embedded, or requests for them."""
-        return bool(self._aside or self._ranker.waiting())
+        return bool(self._aside or self._ranker.waiting.texts)
 
     def characters(self) -> int:
         """Of all texts that wait to be embedded."""
-        stored = sum(map(len, self._ranker.waiting()))
-        return stored + sum(one.characters for one in self._aside)
+        stored: int = self._ranker.waiting.characters
+        return stored + sum(one.characters() for one in self._aside)
 
     def embed(self, seconds: float) -> None:
-        """Embed texts for so many seconds, one piece at least: the store's and requests' in turns.
-
-        Among requests the one with the least text is the first.
-        """
+        """Embed texts for so many seconds, one piece at least: the store's and requests' in turns."""
         end = time.monotonic() + seconds
-        while piece := self._next_piece():
+        while True:
+            # 1. whose turn it is; among requests the one with the least text is the first
+            texts: Iterable[str] = self._ranker.waiting.texts.values()
+            asked = [one for one in self._aside if one.texts]
+            if asked and not (texts and self._store_is_next):
+                texts = min(asked, key=Aside.characters).texts
+            self._store_is_next = not self._store_is_next
+            # 2. a piece of them
+            piece = list[str]()
+            room = PIECE
+            for text in texts:
+                room -= len(text)
+                if piece and room < 0:
+                    break
+                piece.append(text)
+            if not piece:
+                return
+            # 3. who waits for it
             self._ranker.embed(piece)
-            done = set(piece)
-            for one in self._aside:
-                one.texts = [text for text in one.texts if text not in done]
+            for one in asked:
+                for text in piece:
+                    one.texts.pop(text, None)
             if time.monotonic() >= end:
                 return
-
-    def _next_piece(self) -> list[str]:
-        """Texts to embed next."""
-        # 1. whose turn it is
-        stored: list[str] = self._ranker.waiting()
-        asked = [one for one in self._aside if one.texts]
-        texts = stored
-        if asked and not (stored and self._store_is_next):
-            texts = min(asked, key=lambda one: one.characters).texts
-        self._store_is_next = not self._store_is_next
-        # 2. the first of them
-        piece = texts[:1]
-        for text in texts[1:]:
-            if sum(map(len, piece)) + len(text) > PIECE:
-                break
-            piece.append(text)
-        return piece
 
     def answer(self, batch: Sequence[RankRequest | tuple[str, ...]]) -> list[Any]:
         """Answers to payloads in their order: requests, or a kind (user, about, reload) and what it needs."""
@@ -244,14 +241,18 @@ class Served:
         ranker.follow(self.store, embed=False)
         # 1. requests are scored together
         requests = [payload for payload in batch if isinstance(payload, RankRequest)]
-        ranked: Iterator[Scored] = iter(ranker.rank_after_log(requests) if requests else [])
+        scored: list[Scored] = (
+            ranker.rank_after_log(requests, embed=False) if requests else []
+        )
+        together = sum(not one.waits_for for one in scored)
+        ranked = iter(scored)
         # 2. all answers, in order
         run = "/".join(Path(ranker.about["run"]).parts[-2:])
         answers = list[Any]()
         for payload in batch:
             match payload:
                 case RankRequest():
-                    answers.append(replace(next(ranked), run=run, batch=len(requests)))
+                    answers.append(replace(next(ranked), run=run, batch=together))
                 case ("user", name):
                     answers.append(
                         {

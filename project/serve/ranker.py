@@ -49,6 +49,7 @@ from project.retrieval.text import TextVectors, item_text
 from project.run import own_version
 from project.serve.drift import AnswerMonitor, Monitor, references
 from project.serve.store import Event, EventStore, seen
+from project.serve.waiting import Waiting
 
 EXAMPLES = 12
 ROOM = 256  # items more than are known, before room for vectors of twice as many is made
@@ -93,10 +94,7 @@ class Ranker:
         self._histories: dict[int, History] = {}
         # of the store, up to which it was read, or is in the log
         self.seq = seen(folder)
-        # read from the store, and waiting for the embedding of a new item's text
-        self._arrived = list[Event | dict[str, Any]]()
-        # texts of these new items by item id, in the order in which they came
-        self._new_texts = dict[str, str]()
+        self.waiting = Waiting()
         # 2. the model
         self._baseline = model.feature_baseline()
         model.know_items(data)
@@ -154,63 +152,44 @@ class Ranker:
         Without `embed` a new item waits until its text is embedded, and a user's events from the first about it on.
         Other events overtake these, which then read as events that came late.
         """
+        if embed:
+            self.embed(list(self.waiting.texts.values()))
         self.seq, arrived = store.arrivals(self.seq)
-        arrived = self._arrived + arrived
-        self._arrived = []
-        users = set[str]()  # whose events wait
-        # not observed yet: those in a row are embedded together
-        items = list[Mapping[str, str]]()
-        for what in arrived:
+        # by id, not observed yet: those in a row are embedded together
+        items = dict[str, Mapping[str, str]]()
+        for what in [*self.waiting.released(), *arrived]:
             # 0. a user, whose attributes later events read
             if not isinstance(what, Event) and "user_id" in what:
                 self._rates.put_user(what["user_id"], what)
                 continue
-            # 1. the item; the first that names a new one says its text
             item = named_by(what) if isinstance(what, Event) else what
             item_id = item["item_id"]
-            waits = False
-            if not embed and item_id not in self._codes:
-                if item_id not in self._new_texts:
-                    (row,) = self._catalogue_with([item]).added
-                    self._new_texts[item_id] = item_text(row)
-                waits = bool(self._absent([self._new_texts[item_id]]))
+            # 1. a new item, whose text the first that names it says
+            known = any(item_id in of for of in (self._codes, items, self.waiting.texts))
+            if not (embed or known):
+                (row,) = self._catalogue_with([item]).added
+                if self._absent([item_text(row)]):
+                    self.waiting.add(item_id, item_text(row))
             # 2. what waits, and what is observed
-            if waits or (isinstance(what, Event) and what.user_id in users):
-                self._arrived.append(what)
-                if isinstance(what, Event):
-                    users.add(what.user_id)
-            elif isinstance(what, Event):
-                self.observe([what], items)
-                items = []
+            if self.waiting.hold(what, item_id):
+                continue
+            if isinstance(what, Event):
+                self.observe([what], items.values())
+                items = {}
             else:
-                items.append(what)
-        self.observe([], items)
-        for item_id in self._codes.keys() & self._new_texts.keys():
-            del self._new_texts[item_id]
-
-    def waiting(self) -> list[str]:
-        """Texts of the store's new items that are not embedded yet, in the order in which they came."""
-        return self._absent(self._new_texts.values())
-
-    def unread(self, request: RankRequest) -> list[str]:
-        """Texts of a request's new items that are not embedded yet; none of an invalid request."""
-        catalogue = self._catalogue()
-        try:
-            catalogue.resolve(request)
-            self._check_new(catalogue.added)
-        except ProjectError:
-            return []
-        return self._absent(map(item_text, catalogue.added))
+                items.setdefault(item_id, what)
+        self.observe([], items.values())
 
     def embed(self, texts: Sequence[str]) -> None:
         """Embed texts; what waits for them is taken in by the next `follow`."""
-        if self._text_vectors is not None:
+        if self._text_vectors is not None and texts:
             self._text_vectors.of(texts)
+        self.waiting.embedded(texts)
 
     def _absent(self, texts: Iterable[str]) -> list[str]:
         return [] if self._text_vectors is None else self._text_vectors.absent(texts)
 
-    def observe(self, events: Sequence[Event], items: Sequence[Mapping[str, Any]]) -> None:
+    def observe(self, events: Iterable[Event], items: Iterable[Mapping[str, Any]]) -> None:
         """Take in items, then events, in the order in which they came. An item that is known stays as it is."""
         self._learn(items)
         for event in events:
@@ -237,7 +216,7 @@ class Ranker:
             self._index.observe(user, item, event.label, time, self._items)
             self._rates.observe(values, code, event.label, self._items)
 
-    def _learn(self, items: Sequence[Mapping[str, Any]]) -> None:
+    def _learn(self, items: Iterable[Mapping[str, Any]]) -> None:
         """Give items that are new codes, texts and vectors."""
         catalogue = self._catalogue_with(items)
         known = self._items.height
@@ -249,7 +228,7 @@ class Ranker:
     def _catalogue(self) -> Catalogue:
         return Catalogue(self._items, self._codes, self._titles)
 
-    def _catalogue_with(self, items: Sequence[Mapping[str, Any]]) -> Catalogue:
+    def _catalogue_with(self, items: Iterable[Mapping[str, Any]]) -> Catalogue:
         """The catalogue and items. Columns that this run's items have not are not read."""
         catalogue = self._catalogue()
         for item in items:
@@ -324,8 +303,12 @@ class Ranker:
     # Requests
 
     @torch.inference_mode()
-    def rank_after_log(self, requests: Sequence[RankRequest]) -> list[Scored]:
+    def rank_after_log(
+        self, requests: Sequence[RankRequest], embed: bool = True
+    ) -> list[Scored]:
         """Scores as of now, after all of the log and all events, in the order of the requests.
+
+        Without `embed` a request whose new items' texts are not embedded yet is not scored, but says which these are.
 
         A user of the log is scored with all of their rows, also on items among them: this measures nothing on the log.
         An error of one request does not touch the others.
@@ -340,20 +323,26 @@ class Ranker:
         resolved = dict[int, tuple[RankRequest, Catalogue]]()  # by place
         # new items of requests whose deadline has passed: exit 0 answers and reads no vector
         unread = set[int]()
-        by_exit_0 = time.monotonic() if self._engine.decision.layers[0] == 0 else -np.inf
+        has_exit_0 = self._engine.decision.layers[0] == 0
+        now = time.monotonic()
         for place, request in enumerate(requests):
             own = catalogue.alone()
             before = len(catalogue.added)
+            late = request.deadline is not None and request.deadline < now
             try:
-                resolved[place] = own.resolve(request), own
-                self._check_new(catalogue.added[before:])
-                if request.deadline is not None and request.deadline < by_exit_0:
-                    unread.update(range(before, len(catalogue.added)))
+                asked = own.resolve(request)
+                texts = self._new_texts(catalogue.added[before:])
+                missing = [] if embed or late else self._absent(texts)
+                if not missing:
+                    resolved[place] = asked, own
+                    if late and has_exit_0:
+                        unread.update(range(before, len(catalogue.added)))
+                    continue
+                found[place] = replace(failed(request, None), waits_for=missing)
             except ProjectError as error:
-                resolved.pop(place, None)
-                # or they would be embedded with the others' items
-                del catalogue.added[before:]
                 found[place] = failed(request, error)
+            # or they would be embedded with the others' items
+            del catalogue.added[before:]
         items, encoder = self._with(catalogue, unread)
         # 2. Histories, features and prompts.
         prepared = dict[int, PreparedRequest]()
@@ -413,14 +402,16 @@ class Ranker:
             )
         return [found[place] for place in range(len(requests))]
 
-    def _check_new(self, items: Sequence[Mapping[str, Any]]) -> None:
-        """Raise `DataError` where a request's new items have more text than may be embedded for it."""
-        characters = sum(len(item_text(item)) for item in items)
+    def _new_texts(self, items: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Texts of a request's new items; `DataError` where they are more than may be embedded for it."""
+        texts = [item_text(item) for item in items]
+        characters = sum(map(len, texts))
         if characters > self.max_new_characters:
             raise DataError(
                 f"the request brings {characters:,} characters of new items; this server takes "
                 f"{self.max_new_characters:,} (--max_new_characters). Send fewer new items, or make them known first."
             )
+        return texts
 
     def prepare(self, request: RankRequest) -> PreparedRequest:
         """A request for items of the log as the engine gets it: prefix, features and exit 0, after the log."""
@@ -530,9 +521,10 @@ def named_by(event: Event) -> dict[str, str]:
     return {"item_id": event.item_id, "title": event.item_id}
 
 
-def failed(request: RankRequest, error: ProjectError) -> Scored:
-    """The response to an invalid request."""
-    return Scored.failed(request.request_id, len(request.candidates), str(error))
+def failed(request: RankRequest, error: ProjectError | None) -> Scored:
+    """The response to a request that is not scored."""
+    reason = None if error is None else str(error)
+    return Scored.failed(request.request_id, len(request.candidates), reason)
 
 
 def nobody_leaves(plan: ExitPlan) -> ExitPlan:

@@ -58,7 +58,8 @@ def test_the_shortest_first_and_the_store_in_turns(served: Served) -> None:
     ranker = served._ranker
     small = RankRequest("u1", None, [Item(title="new 3")])
     served.turn([(0, NEW), (1, small)])
-    ranker.stored = ["stored 1", "stored 2"]
+    for k in (1, 2):
+        ranker.waiting.add(f"i{k}", f"stored {k}")
     served.embed(60.0)
     assert ranker.read == ["stored 1", "new 3", "stored 2", "new 1", "new 2"]
     assert sorted(numbers(served.turn([]))) == [0, 1]

@@ -341,18 +341,20 @@ def test_known_items_never_wait_for_new_ones(ranker: Ranker, tmp_path: Path) -> 
 
     # 1. at once
     ranker.follow(store, embed=False)
-    assert ranker.waiting() == ["a dog at night, 2001", "n2"]
+    texts = ranker.waiting.texts
+    assert list(texts.values()) == ["a dog at night, 2001", "n2"]
+    assert ranker.waiting.characters == 22
     assert (latest("u1", 1), latest("u2", 1)) == (["i7"], ["i4"])
     (unknown,) = ranker.rank_after_log([RankRequest("u2", None, ["n1"])])
     assert "no title" in str(unknown.error)
     # 2. texts in their order
-    ranker.embed(ranker.waiting()[:1])
+    ranker.embed(["a dog at night, 2001"])
     ranker.follow(store, embed=False)
-    assert ranker.waiting() == ["n2"]
+    assert list(texts.values()) == ["n2"]
     assert latest("u1", 3) == ["i7", "n1", "i4"]
     ranker.embed(["n2"])
     ranker.follow(store, embed=False)
-    assert (ranker.waiting(), latest("u3", 1)) == ([], ["n2"])
+    assert (ranker.waiting.characters, latest("u3", 1)) == (0, ["n2"])
     # 3. vectors are those of a ranker that took all in at once
     (found,) = ranker.rank_after_log([RankRequest("nobody", None, ["n1", "n2"])])
     embed: Any = ranker._model.backbone.embed_tokens  # type: ignore[union-attr]
@@ -365,14 +367,16 @@ def test_known_items_never_wait_for_new_ones(ranker: Ranker, tmp_path: Path) -> 
 def test_a_deadline_covers_new_texts(ranker: Ranker) -> None:
     """Behind its deadline nothing of a request is embedded: exit 0 answers, as it does for embedded texts."""
     request = RankRequest("u1", None, [Item(title="a dog in winter"), "i3"])
-    assert ranker.unread(request) == ["a dog in winter"]
-    assert ranker.unread(replace(request, candidates=["i3", "no such item"])) == []
-    late, beside = ranker.rank_after_log(
-        [replace(request, deadline=0.0), asked(REQUESTS[3])]
+    wrong = replace(request, candidates=[Item(title="a river"), "no such item"])
+    waits, error, late, beside = ranker.rank_after_log(
+        [request, wrong, replace(request, deadline=0.0), asked(REQUESTS[3])], embed=False
     )
-    assert ranker.unread(request) == ["a dog in winter"]
+    assert (waits.waits_for, waits.error) == (["a dog in winter"], None)
+    assert error.error is not None
     assert (late.late, set(late.exit_layers), beside.error) == (True, {0}, None)
     ranker.embed(["a dog in winter"])
-    assert ranker.unread(request) == []
-    (read,) = ranker.rank_after_log([replace(request, deadline=0.0)])
+    read, again = ranker.rank_after_log(
+        [replace(request, deadline=0.0), request], embed=False
+    )
+    assert (again.error, again.waits_for) == (None, ())
     np.testing.assert_array_equal(late.logits, read.logits)

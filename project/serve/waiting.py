@@ -1,0 +1,51 @@
+"""Holds what came to the store until the text of the new item that it names is embedded."""
+
+from collections.abc import Sequence
+
+from project.serve.store import Event
+
+
+class Waiting:
+    """New items whose texts are not embedded, and what waits for each: a user's events keep their order."""
+
+    def __init__(self) -> None:
+        # by item id, in the order in which they came
+        self.texts = dict[str, str]()
+        self.characters = 0  # of all texts
+        self._held = dict[str, list[Event | dict[str, str]]]()  # by item id
+        # by user id: the item that the user's events wait for
+        self._item_of = dict[str, str]()
+        # embedded, but not taken in yet
+        self._released = list[Event | dict[str, str]]()
+
+    def add(self, item_id: str, text: str) -> None:
+        """A new item; what names it is to be held."""
+        self.texts[item_id] = text
+        self.characters += len(text)
+        self._held[item_id] = []
+
+    def hold(self, what: Event | dict[str, str], item_id: str) -> bool:
+        """Hold an item, or an event about it, where it or an earlier event of the user waits."""
+        if isinstance(what, Event):
+            item_id = self._item_of.get(what.user_id, item_id)
+        if item_id not in self._held:
+            return False
+        self._held[item_id].append(what)
+        if isinstance(what, Event):
+            self._item_of[what.user_id] = item_id
+        return True
+
+    def embedded(self, texts: Sequence[str]) -> None:
+        """Release what waits for these texts."""
+        for item_id in [item_id for item_id, text in self.texts.items() if text in texts]:
+            self.characters -= len(self.texts.pop(item_id))
+            for what in self._held.pop(item_id):
+                self._released.append(what)
+                if isinstance(what, Event):
+                    self._item_of.pop(what.user_id, None)
+
+    def released(self) -> list[Event | dict[str, str]]:
+        """What was released since the last call."""
+        released = self._released
+        self._released = []
+        return released
