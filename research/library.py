@@ -26,7 +26,7 @@ from project.data.requests import catalogue_requests
 from project.engine.decisions import static_exits
 from project.engine.engine import Engine
 from project.engine.predict import Run
-from project.engine.requests import PreparedRequest, Scored, Scores, prepare_requests
+from project.engine.requests import PreparedRequest, Scored, prepare_requests
 from project.loading import open_run
 from project.model.module import ExitRecommender
 from project.report.tables import render
@@ -67,18 +67,14 @@ class Library:
         self._head = module.heads[str(module.depth)].eval()
 
     @torch.inference_mode()
-    def score(self, requests: Sequence[PreparedRequest]) -> Scores:
-        """Raw logits of the deepest head; seconds are all the backbone's."""
-        scores = Scores([])
-        start = time.perf_counter()
+    def score(self, requests: Sequence[PreparedRequest]) -> list[Scored]:
+        """Raw logits of the deepest head."""
+        scores = list[Scored]()
         for request in requests:
             logits, tokens = self._request(request)
             layers = np.full(len(request), self._depth, dtype=np.int64)
             found = torch.cat(logits).double().cpu().numpy()
-            scores.requests.append(
-                Scored(request.request_id, found, layers, tokens * self._depth)
-            )
-        scores.seconds["backbone"] = time.perf_counter() - start
+            scores.append(Scored(request.request_id, found, layers, tokens * self._depth))
         return scores
 
     def _request(self, request: PreparedRequest) -> tuple[list[Tensor], int]:

@@ -176,7 +176,7 @@ def test_engine() -> None:
     plan = ExitPlan(
         Calibration(layers, values), Policy(Ratio(), thresholds, layers), exit_0=True
     )
-    (scored,) = Engine(seeded(make_module()), RowExits(plan)).score([request]).requests
+    (scored,) = Engine(seeded(make_module()), RowExits(plan)).score([request])
     assert scored.exit_layers.tolist() == [2, 0, 0, 3, 0, 5, 0]
     assert scored.logits.tolist() == pytest.approx(
         [-2.754398, -0.840473, 1.448731, 1.050684, 2.431732, -0.949895, 0.844993], abs=1e-5

@@ -119,9 +119,7 @@ def test_the_library_has_the_engines_logits(
     for again in (False, True):
         monkeypatch.setattr(library, "BATCH_TOKENS", 1 if again else 16_384)
         scores = theirs.score(requests)
-        for own, found, request in zip(
-            ours.requests, scores.requests, requests, strict=True
-        ):
+        for own, found, request in zip(ours, scores, requests, strict=True):
             np.testing.assert_allclose(found.logits, own.logits, atol=1e-4)
             prefixes = len(request) if cached is None else int(not (cached and again))
             tokens = prefixes * len(request.stream) + len(request.candidates.values)

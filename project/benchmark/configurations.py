@@ -85,7 +85,7 @@ class Configuration:
         start = time.perf_counter()
         scores = self.runner.score(requests)
         self.wall[-1].append(time.perf_counter() - start)
-        self.scored += scores.requests
+        self.scored += scores
 
     def typical(self) -> F64:
         """(turns,) seconds of each turn: the median of rounds."""

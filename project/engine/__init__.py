@@ -6,5 +6,4 @@ from project.engine.decisions import RowExits as RowExits
 from project.engine.engine import Engine as Engine
 from project.engine.requests import PreparedRequest as PreparedRequest
 from project.engine.requests import Scored as Scored
-from project.engine.requests import Scores as Scores
 from project.engine.requests import StreamTokens as StreamTokens

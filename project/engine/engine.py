@@ -21,7 +21,7 @@ from project.engine.attention import Row, StreamBlock, Structure, stream_blocks,
 from project.engine.cache import CachedStream, StreamCache
 from project.engine.decisions import Decision, EveryHead
 from project.engine.prepacked import prepacked
-from project.engine.requests import PreparedRequest, Scored, Scores
+from project.engine.requests import PreparedRequest, Scored
 from project.errors import ConfigError, DataError
 from project.evaluation.result import labelled_scores, scores_of
 from project.exits.calibration import Calibration
@@ -81,9 +81,8 @@ class Engine:
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     @torch.inference_mode()
-    def score(self, requests: Sequence[PreparedRequest]) -> Scores:
+    def score(self, requests: Sequence[PreparedRequest]) -> list[Scored]:
         """Scores in the order of the requests; an unusable one gets an error and does not affect the others."""
-        scores = Scores([])
         scored = dict[int, Scored]()  # by place of the request
         usable = list[int]()  # places
         for i, request in enumerate(requests):
@@ -93,10 +92,9 @@ class Engine:
             else:  # unusable, or nobody to score, which is no error
                 scored[i] = Scored.failed(request.request_id, len(request), error)
         for members in self._batches(requests, usable):
-            batch = EngineBatch(self, [requests[i] for i in members], scores)
+            batch = EngineBatch(self, [requests[i] for i in members])
             scored.update(zip(members, batch.run(), strict=True))
-        scores.requests = [scored[i] for i in range(len(requests))]
-        return scores
+        return [scored[i] for i in range(len(requests))]
 
     def _batches(
         self, requests: Sequence[PreparedRequest], usable: list[int]
@@ -141,12 +139,9 @@ class Engine:
 class EngineBatch:
     """N candidates of R requests on their way through the exits; m of them are alive: they still run."""
 
-    def __init__(
-        self, engine: Engine, requests: list[PreparedRequest], scores: Scores
-    ) -> None:
+    def __init__(self, engine: Engine, requests: list[PreparedRequest]) -> None:
         self.engine = engine
         self.requests = requests
-        self.scores = scores  # whose clock this batch adds to
         # 1. Of requests.
         counts = np.array([len(r) for r in requests])  # (R,) candidates
         # (R + 1,) where each request's candidates start among the N
@@ -200,7 +195,6 @@ class EngineBatch:
         # 2. One row: stream tokens that are not cached, then the candidates that stayed.
         if len(self.alive):
             state = self._embed()
-        start = time.perf_counter()
         depth = 0  # layers that the row has run
         for head, layer in enumerate(decision.layers):
             if layer == 0:
@@ -239,7 +233,6 @@ class EngineBatch:
             state = self._compact(state, depth, stays)
         # 8. Responses.
         logits = self.final_logit.cpu().numpy()
-        self.scores.seconds["backbone"] += time.perf_counter() - start
         return [
             self._scored(i, logits[a:b], self.exit_layer[a:b])
             for i, (a, b) in enumerate(pairwise(self.offsets))
@@ -483,32 +476,23 @@ def score_every_head(
     model: ExitRecommender,
     requests: Sequence[PreparedRequest],
     batch_tokens: int = 16_384,
-    candidates: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
-    """Score table of all candidates of requests, as `predict` writes it (to rounding).
+    """Score table of all candidates of requests, as `predict` writes it (to rounding) but for item ids.
 
-    `candidates` is `Requests.table()` of the same requests, for the column item_id; None leaves it empty. A request
-    that cannot be scored is a DataError.
+    A request that cannot be scored is a DataError.
     """
     raw = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).repeat(
         len(model.exit_layers), 1
     )
     decision = EveryHead(Calibration(tuple(model.exit_layers), raw))
-    for scored in (
-        Engine(model, decision, batch_tokens=batch_tokens).score(requests).requests
-    ):
+    for scored in Engine(model, decision, batch_tokens=batch_tokens).score(requests):
         if scored.error is not None:
             raise DataError(
                 f"request {scored.request_id!r} cannot be scored: {scored.error}."
             )
-    if candidates is None:
-        rows = [(r.request_id, k, None) for r in requests for k in range(len(r))]
-        schema = {
-            "request_id": pl.String,
-            "candidate_index": pl.Int64,
-            "item_id": pl.String,
-        }
-        candidates = pl.DataFrame(rows, schema=schema, orient="row")
+    rows = [(r.request_id, k) for r in requests for k in range(len(r))]
+    schema = {"request_id": pl.String, "candidate_index": pl.Int64}
+    candidates = pl.DataFrame(rows, schema=schema, orient="row")
     tokens = [(int(own), len(r.stream)) for r in requests for own in r.candidates.lengths]
     ids = torch.tensor(
         [(row, *pair) for row, pair in enumerate(tokens)], dtype=torch.int64

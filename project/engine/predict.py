@@ -193,7 +193,7 @@ class Run:
         usable = [request for request in part if isinstance(request, RankRequest)]
         some = replace(requests, requests=usable, invalid=())
         prepared = prepare_requests(self.model, self.data, some) if usable else []
-        scores = iter(self.engine.score(prepared).requests)
+        scores = iter(self.engine.score(prepared))
         found = [
             Scored.failed(r.request_id, len(r.candidates), r.error)
             if isinstance(r, InvalidRequest)

@@ -1,9 +1,9 @@
-"""Turns requests into tokens for the engine, and holds the scores that come back."""
+"""Turns requests into tokens for the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import numpy as np
@@ -16,21 +16,6 @@ from project.datamodule import InteractionData
 from project.features import FeatureBaseline, Retrieved, feature_matrix
 from project.model.module import ExitRecommender
 from project.request import Scored as Scored
-
-
-@dataclass
-class Scores:
-    """Scored requests in the order they were given, and what the engine needed for them."""
-
-    requests: list[Scored]
-    # backbone: layers, heads, decisions, gathers; not the packing of token ids, masks and
-    # cached streams
-    seconds: dict[str, float] = field(default_factory=lambda: {"backbone": 0.0})
-
-    @property
-    def token_layers(self) -> int:
-        """Tokens times layers that ran, of all requests."""
-        return sum(r.token_layers for r in self.requests)
 
 
 @dataclass(frozen=True, eq=False)

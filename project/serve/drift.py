@@ -178,7 +178,7 @@ class Monitor(Watch):
         Where the deadline cut it, what it answers then, and None.
         """
         self._heads.outputs.clear()
-        scored = self._engine.score([request]).requests[0]
+        (scored,) = self._engine.score([request])
         if scored.late or scored.error is not None or not len(request):
             return scored, None
         (found,) = self._heads.outputs

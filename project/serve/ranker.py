@@ -377,7 +377,7 @@ class Ranker:
             (self._engine, [p for p in others if p not in whole]),
             (self._whole, [p for p in others if p in whole]),
         ):
-            found_here = engine.score([prepared[p] for p in places]).requests
+            found_here = engine.score([prepared[p] for p in places])
             scored.update(zip(places, found_here, strict=True))
         audits = {p: self.monitor.audit(prepared[p]) for p in audited}
         # 5. Responses.

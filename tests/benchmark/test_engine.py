@@ -14,7 +14,7 @@ from example_engine import random_request
 from project.benchmark import configurations as timed
 from project.benchmark.configurations import Case, Configuration, cases, run_rounds
 from project.benchmark.engine import configuration_row, possible_cases, run_engine
-from project.engine import PreparedRequest, Scored, Scores
+from project.engine import PreparedRequest, Scored
 from project.errors import NotFittedError
 from project.report.tables import render
 
@@ -28,7 +28,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def make(
         name: str, seconds: list[float], layer: int, token_layers: int, **known: float
     ) -> Configuration:
-        def score(requests: Sequence[PreparedRequest]) -> Scores:
+        def score(requests: Sequence[PreparedRequest]) -> list[Scored]:
             nonlocal now
             took = seconds.pop(0)
             now += took
@@ -37,7 +37,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             scored = Scored(
                 request.request_id, np.zeros(n), np.full(n, layer), token_layers
             )
-            return Scores([scored], {})
+            return [scored]
 
         runner: Any = SimpleNamespace(score=score)
         return Configuration(name, "", runner, **known)

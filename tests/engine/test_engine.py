@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from project.data.ragged import Ragged
-from project.engine import Engine, RowExits, Scores, StreamCache
+from project.engine import Engine, RowExits, Scored, StreamCache
 from project.engine import engine as engine_module
 from project.engine.decisions import static_exits
 from project.engine.engine import EngineBatch, answers_of_layer
@@ -54,10 +54,10 @@ def near_threshold(plan: ExitPlan, world: World, request: int) -> np.ndarray[Any
     return near.numpy()
 
 
-def check(plan: ExitPlan, world: World, members: Members, scores: Scores) -> int:
+def check(plan: ExitPlan, world: World, members: Members, scores: list[Scored]) -> int:
     """Compare scores of (request, its candidates) with the simulation; returns how many were near a threshold."""
     close = 0
-    for (i, index), scored in zip(members, scores.requests, strict=True):
+    for (i, index), scored in zip(members, scores, strict=True):
         layer, logit = (t.numpy()[index] for t in plan.emitted(world.calibrated(plan, i)))
         clear = ~near_threshold(plan, world, i)[index]
         np.testing.assert_array_equal(scored.exit_layers[clear], layer[clear])
@@ -82,7 +82,7 @@ def test_engine_equals_the_simulation(
         world.requests
     )
     assert check(plan, world, everyone(world), scores) <= 1
-    assert len(np.unique(np.concatenate([r.exit_layers for r in scores.requests]))) >= 3
+    assert len(np.unique(np.concatenate([r.exit_layers for r in scores]))) >= 3
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -133,7 +133,7 @@ def test_a_layer_read_at_answer_positions_is_the_whole_layer(family: str) -> Non
     for cache in (None, StreamCache()):
         for layer in (1, 3, 5):
             scores = Engine(module, static_exits(plan, layer), cache).score(requests)
-            for i, scored in enumerate(scores.requests):
+            for i, scored in enumerate(scores):
                 column = world.calibrated(plan, i).logits[:, plan.layers.index(layer)]
                 np.testing.assert_allclose(scored.logits, column.numpy(), atol=1e-5)
         early = Engine(module, RowExits(plan), cache, read_tokens=0).score(requests)
@@ -190,10 +190,8 @@ def test_without_exits_it_is_the_plain_forward_bit_for_bit(
         plain = plan.calibration.apply(
             torch.stack([exit_0, exit_0, exit_0, exit_0, logits], dim=1)
         )[:, -1]
-    np.testing.assert_array_equal(
-        np.concatenate([r.logits for r in scores.requests]), plain.numpy()
-    )
-    assert all((r.exit_layers == EXITS[-1]).all() for r in scores.requests)
+    np.testing.assert_array_equal(np.concatenate([r.logits for r in scores]), plain.numpy())
+    assert all((r.exit_layers == EXITS[-1]).all() for r in scores)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 3, 5])
@@ -202,9 +200,7 @@ def test_static_depth_is_that_head_for_everyone(world: World, layer: int) -> Non
     plan = world.plan(Ratio(), 0.4)
     scores = Engine(world.module, static_exits(plan, layer)).score(world.requests)
     column = plan.layers.index(layer)
-    for i, (request, scored) in enumerate(
-        zip(world.requests, scores.requests, strict=True)
-    ):
+    for i, (request, scored) in enumerate(zip(world.requests, scores, strict=True)):
         expected = world.calibrated(plan, i).logits[:, column].numpy()
         np.testing.assert_allclose(scored.logits, expected, atol=1e-5)
         assert (scored.exit_layers == layer).all()
@@ -229,9 +225,9 @@ def test_counter_is_the_reported_cost(world: World, exit_0: bool, read: int) -> 
     own = torch.from_numpy(np.concatenate([r.candidates.lengths for r in world.requests]))
     shared = torch.tensor([len(world.requests[i].stream) for i in request.tolist()])
     for scores, prefix_cached in ((not_cached, False), (cached, True)):
-        layers = torch.from_numpy(np.concatenate([r.exit_layers for r in scores.requests]))
+        layers = torch.from_numpy(np.concatenate([r.exit_layers for r in scores]))
         expected = request_cost(request, layers, own, shared, prefix_cached)
-        assert [r.token_layers for r in scores.requests] == expected.tolist()
+        assert [r.token_layers for r in scores] == expected.tolist()
     assert 0 < cached.token_layers < not_cached.token_layers
 
 
@@ -264,7 +260,7 @@ def test_past_its_deadline_a_request_leaves_at_the_next_exit(
     ]
     scores, plain = engine.score(hurried), engine.score(world.requests)
     assert next(ticks) == cut + 1
-    for i, (scored, free) in enumerate(zip(scores.requests, plain.requests, strict=True)):
+    for i, (scored, free) in enumerate(zip(scores, plain, strict=True)):
         deepest = plan.layers[cut] if i % 2 else EXITS[-1]
         expected = world.calibrated(plan, i).logits.numpy()
         layers = np.minimum(free.exit_layers, deepest)
@@ -295,10 +291,8 @@ def test_unusable_requests_do_not_affect_the_others(world: World) -> None:
     )
     requests = [world.requests[2], twice, *broken.values(), nothing, bare]
     scores = Engine(world.module, RowExits(plan), StreamCache()).score(requests)
-    first, second, *failed, empty, alone = scores.requests
-    check(
-        plan, world, [(2, np.arange(12)), (6, np.array([1, 1, 0]))], Scores([first, second])
-    )
+    first, second, *failed, empty, alone = scores
+    check(plan, world, [(2, np.arange(12)), (6, np.array([1, 1, 0]))], [first, second])
     assert second.logits[0] == pytest.approx(second.logits[1], abs=1e-6)
     assert (len(empty.logits), empty.error, empty.token_layers) == (0, None, 0)
     for words, scored in zip(broken, failed, strict=True):

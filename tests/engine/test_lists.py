@@ -85,7 +85,7 @@ def test_lists_and_scores_share_a_batch(world: World, data: Any) -> None:
     read = data.draw(st.sampled_from([0, 50, 10_000]))
     decision = ListExits(plan, LISTS)
     engine = Engine(world.module, decision, cache, batch_tokens=size, read_tokens=read)
-    scores = engine.score(requests).requests
+    scores = engine.score(requests)
     near = sum(
         check(plan, *own, scored) for own, scored in zip(expected, scores, strict=True)
     )
@@ -111,7 +111,7 @@ def test_ten_thousand_requests(world: World) -> None:
         torch.cat([batch.logits for batch in every.outputs]),
         torch.cat([batch.retrieved for batch in every.outputs]),
     )
-    scores = Engine(world.module, ListExits(plan, LISTS)).score(requests).requests
+    scores = Engine(world.module, ListExits(plan, LISTS)).score(requests)
     start = near = left = 0
     for request, scored in zip(requests, scores, strict=True):
         n = len(request)
@@ -131,7 +131,7 @@ def test_infinite_margins_are_full_depth(world: World) -> None:
     decision = ListExits(plan, never)
     scores = Engine(world.module, decision).score(asked)
     assert [decision.known(h, np.array([3, 7])) for h in range(5)] == [*[False] * 4, True]
-    for i, scored in enumerate(scores.requests):
+    for i, scored in enumerate(scores):
         if scored.list_of:
             full = world.calibrated(plan, i).logits[:, -1].numpy()
             assert set(scored.exit_layers) == {EXITS[-1]}
@@ -141,12 +141,12 @@ def test_infinite_margins_are_full_depth(world: World) -> None:
 def test_a_list_as_long_as_the_request_is_scored_by_the_plan(world: World) -> None:
     """As are longer ones, those beyond the longest margins, requests of one candidate; full depth decides no list."""
     plan = world.plan(Ratio(), 0.4)
-    plain = Engine(world.module, RowExits(plan)).score(world.requests).requests
+    plain = Engine(world.module, RowExits(plan)).score(world.requests)
     for asked in (12, 50):
         requests = [replace(r, list_of=asked) for r in world.requests]
         for decision in (ListExits(plan, LISTS), RowExits(plan)):
             for scored, expected in zip(
-                Engine(world.module, decision).score(requests).requests, plain, strict=True
+                Engine(world.module, decision).score(requests), plain, strict=True
             ):
                 assert scored.list_of == 0
                 np.testing.assert_array_equal(scored.exit_layers, expected.exit_layers)
@@ -195,10 +195,8 @@ def test_who_cannot_reach_the_list_runs_no_layer(world: World) -> None:
     thresholds = torch.full_like(plan.policy.thresholds, -torch.inf)
     leaves = replace(plan, policy=type(plan.policy)(Ratio(), thresholds, plan.layers))
     listed = replace(world.requests[2], list_of=2)
-    first, second = (
-        Engine(world.module, ListExits(leaves, at_once))
-        .score([listed, world.requests[7]])
-        .requests
+    first, second = Engine(world.module, ListExits(leaves, at_once)).score(
+        [listed, world.requests[7]]
     )
     assert first.left_at == {0: 10, EXITS[-1]: 2}
     stayed = np.flatnonzero(first.exit_layers)

@@ -66,7 +66,7 @@ def test_an_engine_does_not_change_its_module(world: World) -> None:
     packed_module.backbone = prepacked(backbone)
     other = Engine(packed_module, decision)
     assert other.backbone is packed_module.backbone
-    scores = [each.score(world.requests).requests for each in (engine, other)]
+    scores = [each.score(world.requests) for each in (engine, other)]
     for mine, theirs in zip(*scores, strict=True):
         np.testing.assert_array_equal(mine.logits, theirs.logits)
 

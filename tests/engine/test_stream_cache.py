@@ -84,7 +84,7 @@ def at_depth(
 ) -> Scored:
     """The request at a static depth."""
     decision = static_exits(world.plan(Ratio(), 0.4), layer)
-    return Engine(world.module, decision, cache).score([request]).requests[0]
+    return Engine(world.module, decision, cache).score([request])[0]
 
 
 # first and last segment, tied segments, and up to which segment the stream is known: 0 is
@@ -161,12 +161,8 @@ def test_a_stream_waits_in_front_of_the_last_layer(world: World) -> None:
         (grown, RowExits(plan), 5 * own),
     ]
     for asked, decision, token_layers in steps:
-        scored = (
-            Engine(world.module, decision, cache, read_tokens=10_000)
-            .score([asked])
-            .requests[0]
-        )
-        plain = Engine(world.module, decision).score([asked]).requests[0]
+        scored = Engine(world.module, decision, cache, read_tokens=10_000).score([asked])[0]
+        plain = Engine(world.module, decision).score([asked])[0]
         np.testing.assert_allclose(scored.logits, plain.logits, atol=1e-5)
         assert scored.token_layers == token_layers
 
@@ -186,10 +182,10 @@ def test_nan_scores_refuse_one_request(world: World) -> None:
     module.backbone._modules["embed_tokens"] = copy.deepcopy(module.backbone.embed_tokens)
     with torch.no_grad():
         module.backbone.embed_tokens.weight[rare] = torch.nan
-    first, second = Engine(module, decision, cache).score([bad, good]).requests
+    first, second = Engine(module, decision, cache).score([bad, good])
     assert first.error == "the model's scores of 1 of 2 candidates are NaN"
     assert np.isnan(first.logits).all()
-    alone = Engine(world.module, decision).score([good]).requests[0]
+    alone = Engine(world.module, decision).score([good])[0]
     np.testing.assert_allclose(second.logits, alone.logits, atol=1e-5)
     assert (len(cache), cache.common("good", good.stream)) == (1, len(good.stream))
 
@@ -200,7 +196,7 @@ def test_requests_of_one_call_share_their_users_stream(world: World) -> None:
         world.module, static_exits(world.plan(Ratio(), 0.4), EXITS[-1]), StreamCache()
     )
     request = request_of(history(0, 9))
-    first, second = engine.score([request, request]).requests
+    first, second = engine.score([request, request])
     own = EXITS[-1] * len(request.candidates.values)
     assert (first.token_layers, second.token_layers) == (
         own + EXITS[-1] * len(request.stream),
@@ -241,18 +237,16 @@ def test_any_sequence_of_requests_scores_as_without_a_cache(
     reads = [step[-1] for step in steps]
     if together:
         policies = policies[:1] * len(policies)
-        cached = (
-            Engine(world.module, policies[0], cache, read_tokens=reads[0])
-            .score(requests)
-            .requests
+        cached = Engine(world.module, policies[0], cache, read_tokens=reads[0]).score(
+            requests
         )
     else:
         cached = [
-            Engine(world.module, p, cache, read_tokens=read).score([r]).requests[0]
+            Engine(world.module, p, cache, read_tokens=read).score([r])[0]
             for p, r, read in zip(policies, requests, reads, strict=True)
         ]
     for policy, request, scored in zip(policies, requests, cached, strict=True):
-        not_cached = Engine(world.module, policy).score([request]).requests[0]
+        not_cached = Engine(world.module, policy).score([request])[0]
         same = scored.exit_layers == not_cached.exit_layers
         assert (~same).sum() <= 1  # a row near a threshold
         np.testing.assert_allclose(scored.logits[same], not_cached.logits[same], atol=1e-5)
@@ -318,7 +312,7 @@ def test_a_failed_batch_forgets_its_streams(
     """A device error in the middle of the backbone: the stream is forgotten, the next request is right."""
     cache, request = StreamCache(), request_of(history(0, 9))
     engine = Engine(world.module, static_exits(world.plan(Ratio(), 0.4), 5), cache)
-    expected = engine.score([request]).requests[0].logits
+    expected = engine.score([request])[0].logits
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
@@ -328,9 +322,7 @@ def test_a_failed_batch_forgets_its_streams(
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.score([replace(request, stream=history(0, 12))])
     assert len(cache) == 0
-    np.testing.assert_allclose(
-        engine.score([request]).requests[0].logits, expected, atol=1e-5
-    )
+    np.testing.assert_allclose(engine.score([request])[0].logits, expected, atol=1e-5)
 
 
 def test_users_without_a_name_are_not_cached(world: World) -> None:
@@ -338,8 +330,8 @@ def test_users_without_a_name_are_not_cached(world: World) -> None:
     cache, policy = StreamCache(), RowExits(world.plan(Ratio(), 0.4))
     requests = [request_of(history(0, 5)), replace(request_of(history(2, 9)), user=None)]
     engine = Engine(world.module, policy, cache)
-    first, again = (engine.score(requests).requests for _ in range(2))
-    plain = Engine(world.module, policy).score(requests).requests
+    first, again = (engine.score(requests) for _ in range(2))
+    plain = Engine(world.module, policy).score(requests)
     for found in (first, again):
         for mine, theirs in zip(found, plain, strict=True):
             np.testing.assert_allclose(mine.logits, theirs.logits, atol=1e-5)

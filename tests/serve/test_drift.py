@@ -188,7 +188,7 @@ def test_an_audit_answers_what_the_plan_answers(world: World) -> None:
     for i, request in enumerate(world.requests):
         (found, full), expected = (
             monitor.audit(request),
-            engine.score([request]).requests[0],
+            engine.score([request])[0],
         )
         np.testing.assert_array_equal(found.exit_layers, expected.exit_layers)
         np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
@@ -263,7 +263,7 @@ def test_an_audited_list_is_what_the_engine_lists(world: World) -> None:
     losses = []
     for i, request in enumerate(world.requests):
         asked = replace(request, list_of=3)
-        (found, full), expected = monitor.audit(asked), engine.score([asked]).requests[0]
+        (found, full), expected = monitor.audit(asked), engine.score([asked])[0]
         np.testing.assert_array_equal(found.exit_layers, expected.exit_layers)
         assert full is not None
         if found.list_of:
