@@ -334,8 +334,8 @@ class InteractionData(L.LightningDataModule):
 
     def _retrieve(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Retrieved features of rows that are not in the logs."""
-        own = ~rows["candidate"].to_numpy()
         assert self.requests is not None
+        own = ~rows["candidate"].to_numpy()
         catalogue = self.requests.items
         now = not own.any() and rows["timestamp"].min() > self.split.latest  # type: ignore[operator]
         if now and can_be_indexed(self.retriever):

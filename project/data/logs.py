@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -184,37 +185,16 @@ class RecBoleLogs(TableLogs):
     Args:
         folder: Folder with <name>.inter and <name>.item.
         name: Common name of the files. Null: the name of the folder.
-        columns: Our column name -> the name in the .inter file (without its type), for user_id, item_id, timestamp,
-            rating, label, split, session_id.
-        item_columns: Our name -> the name in the .item file, for item_id, title and any attribute.
-        context: Further columns of the .inter file, as of TableLogs.
         users: Read attributes of <name>.user, too.
-        kinds: As of TableLogs.
-        own_scores: As of TableLogs.
+        **kwargs: As of TableLogs: names are those of the .inter and .item files without their types.
     """
 
     def __init__(
-        self,
-        folder: str,
-        name: str | None = None,
-        columns: dict[str, str] | None = None,
-        item_columns: dict[str, str] | None = None,
-        context: list[str] | None = None,
-        users: bool = False,
-        kinds: dict[str, str] | None = None,
-        own_scores: str | None = None,
+        self, folder: str, name: str | None = None, users: bool = False, **kwargs: Any
     ) -> None:
         path = Path(folder) / (name or Path(folder).resolve().name)
-        super().__init__(
-            f"{path}.inter",
-            f"{path}.item",
-            columns,
-            item_columns,
-            context,
-            f"{path}.user" if users else None,
-            kinds,
-            own_scores,
-        )
+        attributes = f"{path}.user" if users else None
+        super().__init__(f"{path}.inter", f"{path}.item", users=attributes, **kwargs)
 
 
 def _movielens(key: str, genres: str, users: bool = False) -> RawLogs:

@@ -45,15 +45,13 @@ class Dump:
 
     def __init__(self) -> None:
         self.files: dict[str, str] = {}  # name -> SHA-256
-        self.counts: dict[tuple[str, str], int] = {}  # file, reason -> rows left out
-        # file, reason -> the first of them, from 1
-        self.first: dict[tuple[str, str], int] = {}
+        # file, reason -> the first row left out, from 1, and how many
+        self.left_out: dict[tuple[str, str], list[int]] = {}
         self.not_read: list[str] = []  # fields of the log's first row
 
     def leave_out(self, path: Path, reason: str, row: int, count: int = 1) -> None:
         """Count rows of a file; `row` (from 1) is the first."""
-        self.first.setdefault((path.name, reason), row)
-        self.counts[path.name, reason] = self.counts.get((path.name, reason), 0) + count
+        self.left_out.setdefault((path.name, reason), [row, 0])[1] += count
 
     def kept(
         self, table: pl.DataFrame, keep: pl.Expr, path: Path, reason: str
@@ -112,8 +110,8 @@ class Dump:
         listed = pl.col("item_id").is_in(items["item_id"].implode())
         rows = self.kept(rows, listed, log, f"its item is not in {catalogue.name}")
         left_out = tuple(
-            f"{file}: {count:,} rows left out, the first is row {self.first[file, reason]}: {reason}"
-            for (file, reason), count in self.counts.items()
+            f"{file}: {count:,} rows left out, the first is row {first}: {reason}"
+            for (file, reason), (first, count) in self.left_out.items()
         )
         return RawLogs(
             rows.with_columns(source_file=pl.lit(str(log))),

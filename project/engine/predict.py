@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ def load_run(
     return plans
 
 
+@dataclass(eq=False)
 class Run:
     """A calibrated run, opened: scores requests by its exit plan, lists by its margins. One thread at a time.
 
@@ -114,19 +115,11 @@ class Run:
     # `score` and `score_after_log` are the Python API; `write` is the command `predict
     # --engine early_exit`
 
-    def __init__(
-        self,
-        model: ExitRecommender,
-        data: InteractionData,
-        plan: ExitPlan,
-        lists: Lists,
-        certificate: Any = None,
-    ) -> None:
-        self.model = model
-        self.data = data
-        self.plan = plan
-        self.lists = lists
-        self.certificate = certificate
+    model: ExitRecommender
+    data: InteractionData
+    plan: ExitPlan
+    lists: Lists
+    certificate: Any = None
 
     @cached_property
     def engine(self) -> Engine:

@@ -26,7 +26,7 @@ import polars as pl
 from project.arrays import F64, I64, Bool
 from project.cache import cached_folder
 from project.data.protocol import SPLITS, SplitInteractions
-from project.errors import ConfigError, DataError
+from project.errors import ConfigError
 from project.retrieval.base import Retriever
 from project.retrieval.controls import NoRetriever
 from project.retrieval.factorisation import MatrixFactorisation
@@ -34,7 +34,7 @@ from project.retrieval.online import FeatureIndex
 from project.retrieval.own_text import SHRINK, item_vectors, text_similarity
 from project.retrieval.past import WalkRows
 from project.retrieval.rates import with_context
-from project.retrieval.walk import Snapshots, block_cuts, fit_snapshots, walk
+from project.retrieval.walk import Snapshots, block_cuts, fit_blocks, walk
 
 # in a folder of tables: what was fitted for test, which requests read
 SNAPSHOTS = "snapshots.npz"
@@ -130,14 +130,7 @@ class RetrievedFeatures:
 
         The table is in the order given; row_id is -1 - position, also among neighbours.
         """
-        # 1. a history without answers is an error
-        unlabelled = np.flatnonzero(own & (label < 0))
-        if unlabelled.size:
-            raise DataError(
-                f"request row {unlabelled[0]} is history (own) but its label is {label[unlabelled[0]]}: "
-                "expected 0 or 1; give every history row its answer, or make it a candidate"
-            )
-        # 2. rows of the log and of the requests, together in time order
+        # 1. rows of the log and of the requests, together in time order
         items = self.split.interactions.items
         num_users = self.split.interactions.users.height
         log = self.split.rows.filter(pl.col("timestamp") < timestamp.max(initial=-np.inf))
@@ -157,7 +150,7 @@ class RetrievedFeatures:
             own=own,
         )
         rows = _merged(past, requests)
-        # 3. the walk, then factorisation and text similarity, as the log's tables have them
+        # 2. the walk, then factorisation and text similarity, as the log's tables have them
         fitted = self.snapshots()
         table = walk(
             rows,
@@ -229,9 +222,9 @@ class RetrievedFeatures:
 
         def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
             def fit(made: Path) -> None:
-                snapshots = fit_snapshots(
-                    readable, self.retriever, log.users.height, log.items, self.cuts
-                )
+                self.retriever.begin(log.users.height, log.items)
+                about = f"{type(self.retriever).__name__} snapshots"
+                snapshots = fit_blocks(readable, self.cuts, self.retriever.fit, about)
                 snapshots.save(made / SNAPSHOTS)
 
             depends = {

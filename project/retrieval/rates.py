@@ -150,11 +150,11 @@ class ContextRates:
         values: Mapping[str, F64],
         item: I64,
         time: F64,
-        items: pl.DataFrame | None = None,
+        items: pl.DataFrame,
     ) -> dict[str, F64]:
         """Values and rates of n candidates: `values` (n,) by column, NaN where unknown.
 
-        `time` are the seconds at which they are asked; `items` is the items table where requests bring items.
+        `time` are the seconds at which they are asked; `items` is the items table, with what requests bring.
         """
         given = {
             name: values.get(name, np.full(item.size, np.nan)) for name in self.columns
@@ -162,7 +162,7 @@ class ContextRates:
         # after the log its sums are enough; events came then
         late = time.min(initial=np.inf) > self._latest
         tallies = self._sums if late else self._tallies(known_at(self._rows))
-        keys = self._keys(given, item, self._items if items is None else items)
+        keys = self._keys(given, item, items)
         rates = {}
         for name, key in keys.items():
             likes, rows = tallies[name].before(key, time)

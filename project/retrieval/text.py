@@ -8,6 +8,7 @@ read only where they are absent. Every block has the same table, without the ite
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ _AUTO: Any = AutoModel  # its constructors are not typed
 _TOKENIZER: Any = AutoTokenizer
 
 
+@dataclass(eq=False)
 class MeanPooling:
     """A transformer that gives a text the mean of its last hidden states, special tokens included, at length 1.
 
@@ -42,10 +44,9 @@ class MeanPooling:
     where there is one.
     """
 
-    def __init__(self, model: str, max_tokens: int, num_layers: int | None = None) -> None:
-        self.model = model
-        self.max_tokens = max_tokens
-        self.num_layers = num_layers
+    model: str
+    max_tokens: int
+    num_layers: int | None = None
 
     @cached_property
     def weights(self) -> str:

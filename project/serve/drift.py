@@ -51,6 +51,11 @@ LOG = logging.getLogger(__name__)
 FRACTIONS = np.array([0.0, 0.9, *2.0 ** -np.arange(1, 9)])
 # of the capital that a fraction stakes, at first and when shared anew
 SHARES = np.array([0.5, *[0.5 / 9] * 9])
+# How much larger than the reference the expected loss may be. A hundredth is several times what rows of other folds and
+# candidates from the catalogue differ by, and reorders few.
+TOLERANCE = 0.01
+# chance of a false alarm, however long the server runs: the alarm is for good, so it is small
+DELTA = 0.01
 # of a user, for a bet; a user's loss is cut to +-MOST, the Brier score of a coin
 EVENTS, MOST = 10, 0.25
 
@@ -59,11 +64,9 @@ class Capital:
     """Capital staked against each of n nulls, 1 at first."""
 
     def __init__(self, nulls: F64) -> None:
-        self._nulls, self._shares, self._bets = (
-            nulls[:, None],
-            np.tile(SHARES, (len(nulls), 1)),
-            0,
-        )
+        self._nulls = nulls[:, None]
+        self._shares = np.tile(SHARES, (len(nulls), 1))
+        self._bets = 0
         self._log = np.zeros(len(nulls))
         self.highest = np.zeros(len(nulls))  # (n,) logarithm of the highest it ever was
 
@@ -84,13 +87,11 @@ class Watch:
 
     Args:
         null: Largest expected loss that is no drift.
-        delta: Chance of a false alarm, however long the server runs: the alarm is for good, so it is small.
         words: What the log says in front of the numbers, and what follows of them.
     """
 
-    def __init__(self, null: float, delta: float, words: tuple[str, str]) -> None:
+    def __init__(self, null: float, words: tuple[str, str]) -> None:
         self.null = null
-        self._delta = delta
         self._words = words
         self._grid = np.union1d(np.linspace(0, 1, 201)[1:], null)
         self._capital = Capital(self._grid)
@@ -109,13 +110,13 @@ class Watch:
         self.audits += 1
         self._sum += loss
         self._capital.stake(loss)
-        rejected = self._capital.highest >= -np.log(self._delta)
+        rejected = self._capital.highest >= -np.log(DELTA)
         self.lower = float(self._grid[rejected].max(initial=0.0))
         if self.lower >= self.null and not self.alarm:
             self.alarm = True
             LOG.warning(
                 "drift: %s by %.4f or more (confidence %g, %d audits), %.4f was expected at most; %s",
-                *(self._words[0], self.lower, 1 - self._delta, self.audits, self.null),
+                *(self._words[0], self.lower, 1 - DELTA, self.audits, self.null),
                 self._words[1],
             )
 
@@ -130,9 +131,6 @@ class Monitor(Watch):
         reference: Mean loss on the rows the plan was calibrated on, see `reference_loss`.
         cache: Of users' streams.
         share: Share of requests that are audited.
-        tolerance: How much larger than the reference the expected loss may be: a hundredth is several times what rows
-            of other folds and candidates from the catalogue differ by, and reorders few.
-        delta: Of both alarms, see `Watch`.
         seed: Of the lot.
     """
 
@@ -144,20 +142,18 @@ class Monitor(Watch):
         reference: float,
         cache: StreamCache | None = None,
         share: float = 0.01,
-        tolerance: float = 0.01,
-        delta: float = 0.01,
         seed: int = 0,
     ) -> None:
         words = (
             "the probabilities of plan and full depth have come to differ",
             "from now on every request runs to full depth",
         )
-        super().__init__(reference + tolerance, delta, words)
+        super().__init__(reference + TOLERANCE, words)
         of_lists = (
             "lists have come to differ from those of full depth",
             "from now on requests for a list run to full depth",
         )
-        self.lists = Watch(EPSILON, delta, of_lists)
+        self.lists = Watch(EPSILON, of_lists)
         self._plan = plan
         self._margins = lists
         self._heads = EveryHead(plan.calibration)
@@ -172,15 +168,15 @@ class Monitor(Watch):
         text = repr((self._seed, self._requests, request)).encode()
         return int.from_bytes(blake2b(text, digest_size=8).digest()) < self.share * 2**64
 
-    def audit(self, request: PreparedRequest) -> tuple[Scored, F64 | None]:
-        """The plan's or the list's answer to a request, from a run to full depth, and the probabilities of full depth.
+    def audit(self, request: PreparedRequest) -> Scored:
+        """The plan's or the list's answer to a request, from a run to full depth, whose probabilities are `audit`.
 
-        Where the deadline cut it, what it answers then, and None.
+        Where the deadline cut it, what it answers then, without.
         """
         self._heads.outputs.clear()
         (scored,) = self._engine.score([request])
         if scored.late or scored.error is not None or not len(request):
-            return scored, None
+            return scored
         (found,) = self._heads.outputs
         outputs = HeadOutputs(found.layers, found.logits.cpu(), found.retrieved.cpu())
         full = scored.probabilities
@@ -188,11 +184,11 @@ class Monitor(Watch):
         if not k:
             layers, logits, losses = answered(self._plan, outputs)
             self.observe(float(losses.mean()))
-            return replace(scored, logits=logits, exit_layers=layers), full
+            return replace(scored, logits=logits, exit_layers=layers, audit=full)
         exits, logits, loss = listed(self._margins, k, outputs)
         self.lists.observe(loss)
         layers = np.array(outputs.layers)[exits]
-        return replace(scored, logits=logits, exit_layers=layers, list_of=k), full
+        return replace(scored, logits=logits, exit_layers=layers, list_of=k, audit=full)
 
 
 class AnswerMonitor:
@@ -201,19 +197,11 @@ class AnswerMonitor:
     Args:
         base_rate: Share of positive answers in training.
         reference: Mean loss of the tune fold's users, see `reference_answers`.
-        tolerance: Least distance of the null from it.
-        delta: Chance of a false alarm, however long the server runs.
     """
 
-    def __init__(
-        self,
-        base_rate: float,
-        reference: float,
-        tolerance: float = 0.01,
-        delta: float = 0.01,
-    ) -> None:
-        self._base_rate, self._delta = base_rate, delta
-        self.null = max(reference / 2, reference + tolerance)
+    def __init__(self, base_rate: float, reference: float) -> None:
+        self._base_rate = base_rate
+        self.null = max(reference / 2, reference + TOLERANCE)
         self._capital = Capital(np.array([0.5 + self.null / (2 * MOST)]))
         self._losses = dict[int, list[float]]()  # of users' first EVENTS
         self.users = 0
@@ -233,13 +221,13 @@ class AnswerMonitor:
             return
         self.users += 1
         self._capital.stake(0.5 + float(np.clip(np.mean(losses), -MOST, MOST)) / (2 * MOST))
-        if self._capital.highest[0] >= -np.log(self._delta) and not self.alarm:
+        if self._capital.highest[0] >= -np.log(DELTA) and not self.alarm:
             self.alarm = True
             LOG.warning(
                 "drift: the Brier score of exit 0 minus that of the base rate has come above %.4f (confidence %g, %d "
                 "users), so half of what the retrieved features knew is lost: see what feeds them, or refit; from now "
                 "on every request runs to full depth",
-                *(self.null, 1 - self._delta, self.users),
+                *(self.null, 1 - DELTA, self.users),
             )
 
 

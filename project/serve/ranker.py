@@ -361,9 +361,9 @@ class Ranker:
             for p, r in prepared.items()
             if r.user is not None
         }
-        audited = [
+        audited = {
             p for p in prepared if not self.full_depth and self.monitor.draws(requests[p])
-        ]
+        }
         # 4. Scores; an audit's come from a run to full depth, those of lists, too, after their
         # own alarm.
         whole = {
@@ -371,32 +371,29 @@ class Ranker:
             for p, made in prepared.items()
             if self.full_depth or (self.monitor.lists.alarm and made.list_of)
         }
-        others = [p for p in prepared if p not in audited]
         scored = dict[int, Scored]()
         for engine, places in (
-            (self._engine, [p for p in others if p not in whole]),
-            (self._whole, [p for p in others if p in whole]),
+            (self._engine, prepared.keys() - audited - whole),
+            (self._whole, whole - audited),
         ):
-            found_here = engine.score([prepared[p] for p in places])
-            scored.update(zip(places, found_here, strict=True))
-        audits = {p: self.monitor.audit(prepared[p]) for p in audited}
+            found_here = engine.score([prepared[p] for p in sorted(places)])
+            scored.update(zip(sorted(places), found_here, strict=True))
+        scored |= {p: self.monitor.audit(prepared[p]) for p in sorted(audited)}
         # 5. Responses.
         titles = items["title"]
         for place, made in prepared.items():
             request, own = resolved[place]
             item_ids = [id_of(item) for item in request.candidates]
-            score, full = audits[place] if place in audits else (scored[place], None)
             tokens = len(made.candidates.values) + len(made.stream) - kept.get(place, 0)
             columns = features[place].columns
             found[place] = replace(
-                score,
+                scored[place],
                 item_ids=item_ids,
                 titles=titles.gather(
                     [own.codes[item_id] for item_id in item_ids]
                 ).to_list(),
                 features={name: columns[name] for name in COLUMNS if name in columns},
                 full_depth_token_layers=self._model.depth * tokens,
-                audit=full,
                 full_depth=place in whole,
                 cached=kept[place] > 0 if place in kept else None,
             )

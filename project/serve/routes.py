@@ -98,11 +98,12 @@ class Metrics:
         self.alarm.set(found.full_depth)
 
 
+@dataclass
 class Observed:
     """ASGI middleware: every request has an id, a line in the log, and is counted."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    app: ASGIApp
+    metrics: Metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on and watch."""
@@ -143,12 +144,12 @@ class Observed:
 # What comes before a body is read, and errors
 
 
+@dataclass
 class Guard:
     """ASGI middleware: checks the token before the body is read, and reads no more of a body than is allowed."""
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
-        self.app = app
-        self.settings = settings
+    app: ASGIApp
+    settings: ServeSettings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, or answer 401 or 413."""
@@ -232,11 +233,6 @@ def error_response(found: Exception) -> JSONResponse:
     return JSONResponse(
         {"error": clean, "error_type": kinds.get(status, "validation")}, status, headers
     )
-
-
-async def answer_error(request: Request, found: Exception) -> JSONResponse:
-    """The response to a request that an exception ended."""
-    return error_response(found)
 
 
 # What routes share
@@ -344,7 +340,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     app.include_router(router)
     app.include_router(public)
     for kind in (AnyHTTPException, RequestValidationError, ProjectError, SQLAlchemyError):
-        app.add_exception_handler(kind, answer_error)
+        app.add_exception_handler(kind, lambda _, found: error_response(found))
     app.add_middleware(Guard, settings=desk.settings)
     app.add_middleware(Observed, metrics=desk.metrics)  # the outermost
 

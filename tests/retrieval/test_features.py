@@ -11,7 +11,7 @@ import pytest
 from example_logs import CoLikes, at_random, by_time, flip, make_log, make_split, request
 from scipy.optimize import minimize
 
-from project.errors import ConfigError, DataError
+from project.errors import ConfigError
 from project.features import FEATURES, feature_matrix
 from project.metrics import auc
 from project.retrieval import (
@@ -233,16 +233,9 @@ def test_unseen_users_and_items(tmp_path: Path) -> None:
     )
 
 
-def test_what_cannot_be_answered_is_refused(tmp_path: Path) -> None:
-    """History without an answer, and no block at all."""
+def test_no_block_is_an_error(tmp_path: Path) -> None:
     rows = make_log(0)
     split = make_split(rows, by_time(rows))
-    user, item, time, label, own = request(rows.head(3))
-    label = np.where(np.arange(3) == 1, -1, label)
-    with pytest.raises(DataError, match="request row 1 is history"):
-        RetrievedFeatures(split, NoRetriever(), REFITS, tmp_path).of_requests(
-            user, item, time, label, own
-        )
     with pytest.raises(ConfigError, match=r"data\.refits is 0"):
         RetrievedFeatures(split, NoRetriever(), 0, tmp_path).tables()
 

@@ -132,8 +132,9 @@ def test_requests_read_what_rows_read() -> None:
     values = {name: table[name].to_numpy().astype(np.float64) for name in COLUMNS}
     item = split.rows["item"].to_numpy().astype(np.int64)
     time = split.rows["timestamp"].to_numpy()
-    found = rates.of_requests(values, item, time)
-    late = rates.of_requests(values, item, np.full(item.size, time.max() + 1))
+    items = split.interactions.items
+    found = rates.of_requests(values, item, time, items)
+    late = rates.of_requests(values, item, np.full(item.size, time.max() + 1), items)
     with_later = pl.concat(
         [
             split.rows,
@@ -147,7 +148,7 @@ def test_requests_read_what_rows_read() -> None:
         assert found[name] == pytest.approx(table[name].to_numpy(), abs=1e-6)
         assert late[name] == pytest.approx(after[name].to_numpy(), abs=1e-6)
     # nothing known: every rate is that of nothing
-    none = rates.of_requests({}, item, time)
+    none = rates.of_requests({}, item, time, items)
     assert none["rate.user.age"] == pytest.approx(np.log(rates.base / (1 - rates.base)))
 
 

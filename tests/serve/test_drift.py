@@ -170,7 +170,7 @@ def test_shuffled_features_raise_the_alarm(
             shuffled = replace(
                 request, exit_0=request.exit_0[mixed], retrieved=request.retrieved[mixed]
             )
-            found, _ = monitor.audit(shuffled)
+            found = monitor.audit(shuffled)
             assert set(found.exit_layers) <= {0, EXITS[-1]}
     assert monitor.alarm
     assert monitor.lower >= monitor.null
@@ -186,17 +186,14 @@ def test_an_audit_answers_what_the_plan_answers(world: World) -> None:
     )
     losses = []
     for i, request in enumerate(world.requests):
-        (found, full), expected = (
-            monitor.audit(request),
-            engine.score([request])[0],
-        )
+        found, expected = monitor.audit(request), engine.score([request])[0]
         np.testing.assert_array_equal(found.exit_layers, expected.exit_layers)
         np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
         assert found.token_layers == EXITS[-1] * (
             len(request.stream) + len(request.candidates.values)
         )
-        assert full is not None
-        losses.append(np.abs(found.probabilities - full).mean())
+        assert found.audit is not None
+        losses.append(np.abs(found.probabilities - found.audit).mean())
         assert losses[-1] == pytest.approx(
             answered(plan, world.calibrated(plan, i))[2].mean(), abs=1e-5
         )
@@ -207,8 +204,8 @@ def test_an_audit_answers_what_the_plan_answers(world: World) -> None:
 def test_a_late_audit_shows_nothing(world: World) -> None:
     """Its deadline has passed before it began: it leaves at exit 0, and is no audit."""
     monitor = Monitor(world.module, world.plan(Ratio(), 0.4), Lists(), reference=0.1)
-    found, full = monitor.audit(replace(world.requests[1], deadline=0.0))
-    assert (found.late, full) == (True, None)
+    found = monitor.audit(replace(world.requests[1], deadline=0.0))
+    assert (found.late, found.audit) == (True, None)
     assert (found.exit_layers == 0).all()
     assert (monitor.audits, monitor.alarm) == (0, False)
 
@@ -263,9 +260,9 @@ def test_an_audited_list_is_what_the_engine_lists(world: World) -> None:
     losses = []
     for i, request in enumerate(world.requests):
         asked = replace(request, list_of=3)
-        (found, full), expected = monitor.audit(asked), engine.score([asked])[0]
+        found, expected = monitor.audit(asked), engine.score([asked])[0]
         np.testing.assert_array_equal(found.exit_layers, expected.exit_layers)
-        assert full is not None
+        assert found.audit is not None
         if found.list_of:
             best = set(world.calibrated(plan, i).logits[:, -1].topk(3).indices.tolist())
             losses.append(1 - len(best & set(found.best_first(3))) / 3)
