@@ -13,7 +13,7 @@ from project.data.ragged import Ragged, offsets_of, within
 from project.data.requests import Requests
 from project.data.stream import context_starts, time_groups
 from project.datamodule import InteractionData
-from project.features import FeatureBaseline, Retrieved, feature_matrix
+from project.features import FEATURES, FeatureBaseline, Retrieved, feature_matrix
 from project.model.module import ExitRecommender
 from project.request import Scored as Scored
 
@@ -109,9 +109,9 @@ def prepare_requests(
     model.know_items(data)
     streams = data.streams("predict")
     # 2. exit 0 of all candidates of all requests
-    baseline = model.feature_baseline()
-    features = feature_matrix(data.candidate_retrieved, baseline.base)
-    exit_0 = exit_0_of(baseline, Retrieved.of(data.candidate_retrieved))
+    features, exit_0 = criteria_and_exit_0(
+        model.feature_baseline(), Retrieved.of(data.candidate_retrieved)
+    )
     # 3. a request each; it has at least one candidate, so it has exactly one stream
     prepared = list[PreparedRequest]()
     for request, (start, stop) in zip(
@@ -139,9 +139,11 @@ def prepare_requests(
     return prepared
 
 
-def exit_0_of(baseline: FeatureBaseline, retrieved: Retrieved) -> F64:
-    """(n,) logits of exit 0, rounded to float32 as score tables have them."""
-    return baseline.logits(retrieved).astype(np.float32).astype(np.float64)
+def criteria_and_exit_0(baseline: FeatureBaseline, retrieved: Retrieved) -> tuple[F64, F64]:
+    """Features (n, F) that criteria read, and logits (n,) of exit 0, rounded to float32 as score tables have them."""
+    features = feature_matrix(retrieved, baseline.base, baseline.terms)
+    exit_0 = baseline.of_features(features).astype(np.float32).astype(np.float64)
+    return features[:, : len(FEATURES)], exit_0
 
 
 def shared_prefix(

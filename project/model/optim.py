@@ -38,18 +38,16 @@ class OptimSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot train."""
-        limits = {
-            "learning_rate": (0, 1),  # AdamW moves every weight by about this much a step
-            "depth_slope": (-1, math.inf),  # below, the embeddings' rate would be negative
+        possible = {
+            # AdamW moves every weight by about this much a step
+            "learning_rate": (0 <= self.learning_rate <= 1, "from 0 to 1"),
+            # below, the embeddings' rate would be negative
+            "depth_slope": (-1 <= self.depth_slope < math.inf, "of -1 or more"),
         }
-        for name, (least, most) in limits.items():
-            value = getattr(self, name)
-            if not least <= value <= most or value == math.inf:
-                wanted = (
-                    f"of {least} or more" if most == math.inf else f"from {least} to {most}"
-                )
+        for name, (works, wanted) in possible.items():
+            if not works:
                 raise ConfigError(
-                    f"model.optim.{name} is {value}; expected a number {wanted}."
+                    f"model.optim.{name} is {getattr(self, name)}; expected a number {wanted}."
                 )
 
 

@@ -254,16 +254,16 @@ def listed(lists: Lists, k: int, outputs: HeadOutputs) -> tuple[I64, F64, float]
 
 def references(
     run: Path, model: ExitRecommender, data: InteractionData, plan: ExitPlan
-) -> tuple[float, float | None] | None:
+) -> tuple[float | None, float | None]:
     """What is no drift: mean loss of the tune fold of a run's score table, and of its users' answers.
 
-    The second is None where no user has EVENTS rows there, all is where the table is not of this checkpoint.
+    The second is None where no user has EVENTS rows there, both are where the table is not of this checkpoint.
     """
     path = run / "scores" / "valid.parquet"
     if not path.is_file() or table_about(path).get("heads") != heads_digest(
         model.state_dict()
     ):
-        return None
+        return None, None
     tune = pl.read_parquet(path, glob=False).filter(pl.col("fold") == "tune")
     baseline = model.feature_baseline()
     features = data.features_of(tune, baseline.base)

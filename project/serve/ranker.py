@@ -33,14 +33,14 @@ from project.engine.prepacked import prepacked
 from project.engine.requests import (
     PreparedRequest,
     StreamTokens,
-    exit_0_of,
+    criteria_and_exit_0,
     shared_prefix,
     until_slots,
 )
 from project.errors import DataError, ProjectError
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
-from project.features import COLUMNS, Retrieved, feature_matrix
+from project.features import COLUMNS, Retrieved
 from project.loading import open_run
 from project.metrics import probabilities
 from project.request import Item, RankRequest, Scored, id_of
@@ -100,7 +100,7 @@ class Ranker:
         model.know_items(data)
         self._text_vectors = TextVectors(data.item_encoder()) if model.items else None
         device = model.backbone.embed_tokens.weight.device
-        reference, skill = references(folder, model, data, plan) or (None, None)
+        reference, skill = references(folder, model, data, plan)
         model.backbone = prepacked(model.backbone.eval())  # once for all engines
         # the plan, full depth and audits share users' cached histories
         self._cache = cache = StreamCache(cache_mib)
@@ -471,12 +471,12 @@ class Ranker:
                 f"the prompt of an item alone has {long:,} tokens, but data.context_tokens is {limit:,}. Give it a "
                 "shorter title."
             )
-        numbers = feature_matrix(found, self._baseline.base)
+        numbers, exit_0 = criteria_and_exit_0(self._baseline, found)
         prepared = PreparedRequest(
             request.request_id,
             history.prefix(encoder.instruction, limit),
             until_slots(segments.tokens, segments.slots),
-            exit_0_of(self._baseline, found),
+            exit_0,
             numbers,
             # a history that a request brings is not kept
             request.user_id if known else None,

@@ -37,7 +37,8 @@ class Waiting:
 
     def embedded(self, texts: Sequence[str]) -> None:
         """Release what waits for these texts."""
-        for item_id in [item_id for item_id, text in self.texts.items() if text in texts]:
+        done = set(texts)
+        for item_id in [item_id for item_id, text in self.texts.items() if text in done]:
             self.characters -= len(self.texts.pop(item_id))
             for what in self._held.pop(item_id):
                 self._released.append(what)

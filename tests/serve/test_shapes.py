@@ -74,9 +74,11 @@ def test_every_dialect_asks_for_lists(
     asked = list[tuple[int, bool]]()
     rank = FakeRanker.rank_after_log
 
-    def noted(ranker: FakeRanker, requests: Sequence[RankRequest]) -> list[Scored]:
+    def noted(
+        ranker: FakeRanker, requests: Sequence[RankRequest], embed: bool = True
+    ) -> list[Scored]:
         asked.extend((r.list_of, r.exhaustive) for r in requests)
-        return rank(ranker, requests)
+        return rank(ranker, requests, embed)
 
     monkeypatch.setattr(FakeRanker, "rank_after_log", noted)
     server = client()
@@ -166,7 +168,7 @@ def test_tei(client: Make) -> None:
 
 
 def test_events(client: Make) -> None:
-    """The rule is rating > 3; an event that is known changes nothing and is a conflict if it says something else.
+    """The rule is rating > 3; an event that is known changes nothing, with other content it is a conflict.
 
     A user of an event is known at once.
     """
@@ -180,18 +182,11 @@ def test_events(client: Make) -> None:
         "timestamp": now - 9,
     }
     assert make.post("/v1/events", json=[event, event]).json() == {"new": 1, "conflict": []}
-    other = make.post("/v1/events", json=[event | {"rating": 1}]).json()
-    assert other == {"new": 0, "conflict": ["e1"]}
-    gorse = {
-        "FeedbackType": "star",
-        "UserId": "new",
-        "ItemId": "8",
-        "Timestamp": "2020-01-01T00:00:00Z",
-    }
+    other = event | {"rating": 1}
+    assert make.post("/v1/events", json=[other]).json() == {"new": 0, "conflict": ["e1"]}
+    read = GORSE | {"ItemId": "9", "FeedbackType": "read"}
     for _ in range(2):
-        make.put(
-            "/api/feedback", json=[gorse, gorse | {"ItemId": "9", "FeedbackType": "read"}]
-        )
+        make.put("/api/feedback", json=[GORSE, read])
     history = make.get("/v1/users/new").json()["history"]
     assert [(row["item_id"], row["label"]) for row in history] == [
         ("7", 1),
