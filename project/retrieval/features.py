@@ -34,7 +34,7 @@ from project.retrieval.online import FeatureIndex
 from project.retrieval.own_text import SHRINK, item_vectors, text_similarity
 from project.retrieval.past import WalkRows
 from project.retrieval.rates import with_context
-from project.retrieval.walk import Snapshots, block_cuts, fit_blocks, walk
+from project.retrieval.walk import Snapshots, block_cuts, fit_snapshots, walk
 
 # in a folder of tables: what was fitted for test, which requests read
 SNAPSHOTS = "snapshots.npz"
@@ -222,9 +222,9 @@ class RetrievedFeatures:
 
         def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
             def fit(made: Path) -> None:
-                self.retriever.begin(log.users.height, log.items)
-                about = f"{type(self.retriever).__name__} snapshots"
-                snapshots = fit_blocks(readable, self.cuts, self.retriever.fit, about)
+                snapshots = fit_snapshots(
+                    readable, self.retriever, log.users.height, log.items, self.cuts
+                )
                 snapshots.save(made / SNAPSHOTS)
 
             depends = {

@@ -93,6 +93,14 @@ def fit_blocks(
     return Snapshots(cuts, fitted)
 
 
+def fit_snapshots(
+    rows: pl.DataFrame, retriever: Retriever, num_users: int, items: pl.DataFrame, cuts: F64
+) -> Snapshots:
+    """Fit a retriever block after block, each on all rows strictly before it; `items` is the log's item table."""
+    retriever.begin(num_users, items)
+    return fit_blocks(rows, cuts, retriever.fit, f"{type(retriever).__name__} snapshots")
+
+
 def walk(
     rows: WalkRows,
     retriever: Retriever,
