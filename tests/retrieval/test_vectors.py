@@ -12,21 +12,15 @@ from example_logs import (
     NUM_ITEMS,
     CoLikes,
     flip,
-    items_table,
     likes_before,
     make_log,
     make_split,
-    numbered,
     request,
     retrieved,
     user_vectors,
 )
 
-from project.arrays import F32
 from project.retrieval import LightGCN, RetrievedFeatures, VectorRetriever
-from project.retrieval.base import Edges
-from project.retrieval.past import WalkRows
-from project.retrieval.walk import fit_snapshots, walk
 
 LISTS = {"similar_every": 3, "similar_users": 3, "similar_items": 2}
 
@@ -89,56 +83,6 @@ def test_item_similarity_equals_brute_force(seed: int) -> None:
         )
         answered += mean is not None
     assert answered > 50
-
-
-class UnitItems(VectorRetriever):
-    """Items 0, 1, 2 and 3 are (1, 0), (0, 1), (1, 0) and (1, 0)."""
-
-    def item_table(self, edges: Edges, block: int) -> F32:
-        return np.eye(2, dtype=np.float32)[[0, 1, 0, 0]]
-
-
-# timestamp, user, item, label; block 1 begins at 10 and no item has more than one like
-# before
-GOLDEN = [
-    (1, 1, 0, 1),  # v1 = (1, 0)
-    (2, 2, 1, 1),
-    (3, 2, 2, 1),  # v2 = (1, 1)
-    (10, 0, 0, 1),  # row 3: user 0 has 1 row of 2
-    (11, 3, 3, 1),  # v3 = (1, 0)
-    (12, 0, 3, 0),  # row 5: 2 rows, a list is due; v0 = (1, 0) - .5 (1, 0)
-    (12, 1, 2, 1),  # row 6: the same second; 2 rows, a list is due
-    (13, 2, 2, 0),  # row 7: 3 rows, none is due; user 2 likes item 2 no more
-    (14, 0, 1, 0),
-    (14, 0, 1, 1),  # row 9: rows 3 and 4 in one second, a list is due after both
-]
-# Row 5: cosines 1 (users 1, 3), sqrt(1/2) (user 2); item 2 has 1 + .71 by row 6, item 1 has
-# .71; 0, 3 are rated.
-# Row 6: v1 = (2, 0), so users 0 and 3 with item 3 have 1, user 2 .71 for items 1 and 2; 0,
-# 2 are rated.
-# Row 2 is in block 0 and has none. Row 9: v0 = (.5, .5); 0, 1 and 3 are rated, only user 1
-# likes item 2.
-# Of equal cosines the later rating counts: user 1 before 3 in row 5; user 0 before 3 in row
-# 6, no news.
-LISTED: list[tuple[dict[str, int], list[list[int] | None]]] = [
-    ({}, [None] * 5 + [[2, 1], [3, 1], None, None, [2]]),
-    ({"similar_users": 1}, [None] * 5 + [[2], None]),
-    ({"similar_items": 1}, [None] * 5 + [[2], [3]]),
-]
-
-
-@pytest.mark.parametrize(("settings", "expected"), LISTED, ids=str)
-def test_golden_lists(settings: dict[str, int], expected: list[list[int] | None]) -> None:
-    rows = pl.DataFrame(GOLDEN, ["timestamp", "user", "item", "label"], orient="row")
-    rows = numbered(rows.with_columns(pl.col("timestamp").cast(pl.Float64)))
-    retriever, items, cuts = (
-        UnitItems(similar_every=2, **settings),
-        items_table(4),
-        np.array([10.0]),
-    )
-    fitted = fit_snapshots(rows, retriever, 4, items, cuts).fitted
-    found = walk(WalkRows.from_log(rows), retriever, items, cuts, fitted)
-    assert found["similar_after"].to_list()[: len(expected)] == expected
 
 
 def brute_force_list(

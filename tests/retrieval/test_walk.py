@@ -126,26 +126,9 @@ def test_types_are_the_schema_also_without_rows() -> None:
         }
 
 
-def test_only_the_latest_rating_of_each_other_user_and_never_ones_own() -> None:
-    """User 1 rated twice (rows 0, 2), user 0 once before (row 1): user 0 is shown row 2 alone, user 2 rows 2 and 1."""
-    rows = table([(1, 1, 0, 1), (2, 0, 0, 1), (3, 1, 0, 0), (4, 0, 0, 1), (4, 2, 0, 1)])
-    found = answer(rows, AllRaters())
-    assert found["neighbours"].to_list()[3:] == [[2], [2, 1]]
-    assert found["item_count"].to_list() == [0, 1, 2, 3, 3]
-
-
-def test_max_raters_keeps_the_latest() -> None:
-    """Of 5 raters the latest 2 are considered, also when the user's own rating is among the latest."""
-    rows = table([(t, t, 0, 1) for t in range(5)] + [(9, 4, 0, 1), (10, 7, 0, 1)])
-    assert answer(rows, AllRaters(max_raters=2))["neighbours"].to_list()[5:] == [
-        [3, 2],
-        [5, 3],
-    ]
-
-
 @pytest.mark.parametrize("max_raters", [1, 3, 2000])
 def test_raters_equal_a_filter_over_the_log(max_raters: int) -> None:
-    """The latest row of each other user, strictly earlier, oldest first, and of these the latest."""
+    """The latest row of each other user, strictly earlier, oldest first, and of these the latest `max_raters`."""
     rows, shown = make_log(4), []
 
     class Kept(AllRaters):

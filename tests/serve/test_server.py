@@ -106,7 +106,11 @@ def test_reload_drops_nothing(tmp_path: Path) -> None:
         assert httpx.get(f"{address}/info").json()["run"] == "fourth"
 
 
-def test_sigterm_finishes_what_is_in_flight(tmp_path: Path) -> None:
+@pytest.mark.parametrize("to_all", [False, True])
+def test_sigterm_finishes_what_is_in_flight(
+    to_all: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """To the first process, or to all, as from a terminal or a container's runtime: nothing but JSON is logged."""
     with serving(tmp_path) as (process, address), ThreadPoolExecutor(3) as pool:
         children = psutil.Process(process.pid).children(recursive=True)
         asking = [
@@ -114,25 +118,13 @@ def test_sigterm_finishes_what_is_in_flight(tmp_path: Path) -> None:
             for _ in range(3)
         ]
         until(lambda: "exitrec_queue 3.0" in httpx.get(f"{address}/metrics").text)
-        process.terminate()
+        if to_all:
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            process.terminate()
         assert [a.result().status_code for a in asking] == [200] * 3
         assert process.wait(30) == 0
         until(lambda: gone(children))
-
-
-def test_sigterm_to_all_processes(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """As from a terminal or a container's runtime: what is in flight is answered, and nothing but JSON is logged."""
-    with serving(tmp_path) as (process, address), ThreadPoolExecutor(3) as pool:
-        asking = [
-            pool.submit(httpx.post, f"{address}/v1/rank", json=SLOW, timeout=30)
-            for _ in range(3)
-        ]
-        until(lambda: "exitrec_queue 3.0" in httpx.get(f"{address}/metrics").text)
-        os.killpg(process.pid, signal.SIGTERM)
-        assert [a.result().status_code for a in asking] == [200] * 3
-        assert process.wait(30) == 0
     written = capfd.readouterr()
     assert written.err == ""
     assert [json.loads(line)["level"] for line in written.out.splitlines()]
