@@ -6,8 +6,6 @@ fitted tensors moved there once.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -23,32 +21,13 @@ from project.exits.policy import Policy
 from project.exits.ranking import Lists
 
 
-class Decision(Protocol):
-    """Exits of an engine."""
-
-    layers: tuple[int, ...]  # (K,) of the heads, 0 first where exit 0 is one of them
-    calibration: Calibration  # of the K heads
-    lists: Lists  # that it decides
-
-    def known(self, head: int, list_of: I64) -> bool | None:
-        """True: everyone leaves at this head, False: nobody does, None: it depends on the rows, and costs a sync.
-
-        `list_of` (m,) is the length of each running candidate's list; 0: its score is asked for.
-        """
-        ...
-
-    def leaves(self, request: Tensor, list_of: I64, outputs: HeadOutputs) -> Tensor:
-        """Which of m running candidates leave at the last head shown, (m,) bool.
-
-        `request` (m,) is the request of each, not decreasing; outputs are calibrated, heads 0..k.
-        """
-        ...
-
-
 class RowExits:
-    """Every candidate for itself, by a calibrated plan whose tensors are moved to `device`."""
+    """Every candidate for itself, by a calibrated plan whose tensors are moved to `device`.
 
-    lists = Lists()
+    `layers` (K,) are those of the heads, 0 first where exit 0 is one of them, `calibration` is of the K heads.
+    """
+
+    lists = Lists()  # that it decides
 
     def __init__(self, plan: ExitPlan, device: torch.device | str = "cpu") -> None:
         self._plan = ExitPlan.from_state(
@@ -59,11 +38,18 @@ class RowExits:
         self.calibration = self._plan.calibration
 
     def known(self, head: int, list_of: I64) -> bool | None:
-        """From the threshold alone; the last one is -inf."""
+        """True: everyone leaves at this head, False: nobody does, None: it depends on the rows, and costs a sync.
+
+        `list_of` (m,) is the length of each running candidate's list; 0: its score is asked for. Here the threshold
+        alone says it; the last one is -inf.
+        """
         return {torch.inf: False, -torch.inf: True}.get(self._thresholds[head])
 
     def leaves(self, request: Tensor, list_of: I64, outputs: HeadOutputs) -> Tensor:
-        """(m,) bool by `Policy.leaves`."""
+        """Which of m running candidates leave at the last head shown, (m,) bool, by `Policy.leaves`.
+
+        `request` (m,) is the request of each, not decreasing; outputs are calibrated, heads 0..k.
+        """
         return self._plan.policy.leaves(outputs)
 
 
@@ -104,7 +90,7 @@ class ListExits(RowExits):
 
 
 class EveryHead:
-    """A `Decision`: nobody leaves before the last head; calibrated outputs of all heads are kept, batch by batch."""
+    """Nobody leaves before the last head; calibrated outputs of all heads are kept, batch by batch."""
 
     lists = Lists()
 
@@ -121,6 +107,9 @@ class EveryHead:
         """(m,) all True, at the last head."""
         self.outputs.append(outputs)
         return torch.ones_like(request, dtype=torch.bool)
+
+
+Decision = RowExits | EveryHead  # who leaves at an engine's exits
 
 
 def static_exits(
