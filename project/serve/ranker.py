@@ -155,9 +155,19 @@ class Ranker:
         if embed:
             self.embed(list(self.waiting.texts.values()))
         self.seq, arrived = store.arrivals(self.seq)
+        self._take_in(arrived, embed)
+
+    def embed(self, texts: Sequence[str]) -> None:
+        """Embed texts, and observe what waited for them."""
+        if self._text_vectors is not None and texts:
+            self._text_vectors.of(texts)
+        self._take_in(self.waiting.release(texts), embed=False)
+
+    def _take_in(self, arrived: Sequence[Event | dict[str, str]], embed: bool) -> None:
+        """Observe what came to the store, or have it wait."""
         # by id, not observed yet: those in a row are embedded together
         items = dict[str, Mapping[str, str]]()
-        for what in [*self.waiting.released(), *arrived]:
+        for what in arrived:
             # 0. a user, whose attributes later events read
             if not isinstance(what, Event) and "user_id" in what:
                 self._rates.put_user(what["user_id"], what)
@@ -179,12 +189,6 @@ class Ranker:
             else:
                 items.setdefault(item_id, what)
         self.observe([], items.values())
-
-    def embed(self, texts: Sequence[str]) -> None:
-        """Embed texts; what waits for them is taken in by the next `follow`."""
-        if self._text_vectors is not None and texts:
-            self._text_vectors.of(texts)
-        self.waiting.embedded(texts)
 
     def _absent(self, texts: Iterable[str]) -> list[str]:
         return [] if self._text_vectors is None else self._text_vectors.absent(texts)

@@ -15,8 +15,6 @@ class Waiting:
         self._held = dict[str, list[Event | dict[str, str]]]()  # by item id
         # by user id: the item that the user's events wait for
         self._item_of = dict[str, str]()
-        # embedded, but not taken in yet
-        self._released = list[Event | dict[str, str]]()
 
     def add(self, item_id: str, text: str) -> None:
         """A new item; what names it is to be held."""
@@ -35,18 +33,14 @@ class Waiting:
             self._item_of[what.user_id] = item_id
         return True
 
-    def embedded(self, texts: Sequence[str]) -> None:
-        """Release what waits for these texts."""
+    def release(self, texts: Sequence[str]) -> list[Event | dict[str, str]]:
+        """What waited for these texts, which are embedded."""
+        released = list[Event | dict[str, str]]()
         done = set(texts)
         for item_id in [item_id for item_id, text in self.texts.items() if text in done]:
             self.characters -= len(self.texts.pop(item_id))
             for what in self._held.pop(item_id):
-                self._released.append(what)
+                released.append(what)
                 if isinstance(what, Event):
                     self._item_of.pop(what.user_id, None)
-
-    def released(self) -> list[Event | dict[str, str]]:
-        """What was released since the last call."""
-        released = self._released
-        self._released = []
         return released

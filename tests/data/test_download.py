@@ -50,12 +50,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "_pip_download",
         lambda requirement, folder: f"no network for {requirement}",
     )
+    monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 def test_members_are_unpacked_once(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Members and the licence note, no scratch folder; the second call neither looks for a wheel nor prints."""
-    folder = fetch("toy", cache)
+    folder = fetch("toy")
     assert "Toy licence." in capsys.readouterr().err
     assert folder == cache / "sources" / "toy-1.0"
     found = {
@@ -66,7 +67,7 @@ def test_members_are_unpacked_once(cache: Path, capsys: pytest.CaptureFixture[st
     assert found == {"a.txt": "A", "sub/b.txt": "B", "LICENCE-NOTE.txt": "Toy licence.\n"}
     assert list(folder.parent.iterdir()) == [folder]
     next((cache / "wheels").iterdir()).unlink()
-    assert fetch("toy", cache) == folder
+    assert fetch("toy") == folder
     assert capsys.readouterr().err == ""
 
 
@@ -75,7 +76,7 @@ def test_download_is_used_where_no_wheel_is_at_hand(
 ) -> None:
     next((cache / "wheels").iterdir()).unlink()
     with pytest.raises(SourceError, match="no network for toy-set"):
-        fetch("toy", cache)
+        fetch("toy")
 
     def download(requirement: str, folder: Path) -> str:
         assert requirement == "toy-set==1.0"
@@ -83,7 +84,7 @@ def test_download_is_used_where_no_wheel_is_at_hand(
         return ""
 
     monkeypatch.setattr(sources, "_pip_download", download)
-    assert (fetch("toy", cache) / "a.txt").read_text() == "A"
+    assert (fetch("toy") / "a.txt").read_text() == "A"
     assert not list(cache.rglob("*.whl"))
 
 
@@ -92,7 +93,7 @@ def test_build_step_makes_the_folder(cache: Path, monkeypatch: pytest.MonkeyPatc
         (out / "built.txt").write_text((members / "a.txt").read_text() * 3)
 
     monkeypatch.setitem(SOURCES, "toy", replace(SOURCES["toy"], build=build))
-    folder = fetch("toy", cache)
+    folder = fetch("toy")
     assert sorted(path.name for path in folder.iterdir()) == [
         "LICENCE-NOTE.txt",
         "built.txt",
@@ -107,7 +108,7 @@ def test_wrong_checksum_names_both_and_unpacks_nothing(cache: Path) -> None:
     with pytest.raises(
         SourceError, match=rf"(?s)(?=.*{found})(?=.*{SOURCES['toy'].sha256})"
     ):
-        fetch("toy", cache)
+        fetch("toy")
     assert list((cache / "sources").iterdir()) == []
 
 

@@ -178,23 +178,6 @@ def test_packed_equals_stand_alone(
     assert checked > 20
 
 
-def test_ties_see_no_answers(tiny_config: Make) -> None:
-    """Where rows share a timestamp, changing one of them leaves the others' states bit for bit the same."""
-    backbone = Backbone.from_config(tiny_config()).eval()
-    segment = torch.arange(4).repeat_interleave(5)[None]
-    group = torch.tensor([0, 1, 1, 2]).repeat_interleave(5)[None]
-    layout = Layout.build(
-        torch.zeros_like(segment), segment, group, segment >= 0, torch.arange(20)[None]
-    )
-    tokens = tokens_of(layout)
-    changed = tokens.clone()
-    changed[0, 5:10] = (changed[0, 5:10] + 1) % 64
-    with torch.no_grad():
-        before, after = (hidden_of(backbone, layout, t)[0] for t in (tokens, changed))
-    assert torch.equal(before[10:15], after[10:15])
-    assert not torch.allclose(before[15:], after[15:])
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradient_checkpointing_changes_nothing(
     tiny_config: Make, random_layout: Make, frozen: bool
