@@ -445,9 +445,8 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     Rows of hidden items in valid and test stay, so a test row may read earlier ones of valid and test.
     """
     protocol.check()
-    items_hidden = _share_of(
-        interactions.items["item_id"], HIDE_SALT, protocol.seed, protocol.hide_items
-    )
+    at = _uniform(f"{HIDE_SALT}:{protocol.seed}", interactions.items["item_id"])
+    items_hidden = pl.Series(at < protocol.hide_items)
     # 1. split; rows of a log without times get an order first
     dated = interactions.rows["timestamp"].null_count() == 0
     if not dated:
@@ -462,9 +461,8 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     rows = _with_roles(interactions.rows, protocol)
     rows = rows.with_columns(split=split, hidden=items_hidden.gather(rows["item"]))
     # 3. train rows of users who are not taken are context
-    taken = _share_of(
-        interactions.users["user_id"], TRAIN_SALT, protocol.seed, protocol.train_users
-    )
+    at = _uniform(f"{TRAIN_SALT}:{protocol.seed}", interactions.users["user_id"])
+    taken = pl.Series(at < protocol.train_users)
     rows = _as_context(rows, (pl.col("split") == "train") & ~taken.gather(rows["user"]))
     # 4. folds of validation
     folds = _folds(interactions.users["user_id"], protocol).gather(rows["user"])
@@ -540,23 +538,9 @@ def _ordered(
 
 def _with_roles(rows: pl.DataFrame, protocol: Protocol) -> pl.DataFrame:
     hist = pl.col("timestamp").rank("min").over("user").cast(pl.Int32) - 1
-    is_target = (hist >= protocol.minimum_history) & (
-        pl.col("given_split").fill_null("") != "history"
-    )
-    role = (
-        pl.when(is_target)
-        .then(pl.lit("target"))
-        .otherwise(pl.lit("context"))
-        .cast(pl.Enum(ROLES))
-    )
-    return rows.with_columns(hist=hist, role=role)
-
-
-def _share_of(ids: pl.Series, salt: str, seed: int, share: float) -> pl.Series:
-    """Whether each id is in a share of them, by a salted hash: the same on every machine, and in another log."""
-    return pl.Series(
-        [_uniform(f"{salt}:{seed}", name) < share for name in ids], dtype=pl.Boolean
-    )
+    rows = rows.with_columns(hist=hist, role=pl.lit("target", pl.Enum(ROLES)))
+    is_history = pl.col("given_split").fill_null("") == "history"
+    return _as_context(rows, (pl.col("hist") < protocol.minimum_history) | is_history)
 
 
 def _with_only(interactions: Interactions, kept: pl.Series) -> Interactions:
@@ -643,16 +627,16 @@ def _cuts(size: int, shares: list[float]) -> list[int]:
 
 
 def _folds(user_ids: pl.Series, protocol: Protocol) -> pl.Series:
-    """Fold of each user, by a salted hash: the same on every machine, and in another log."""
-    at = [_uniform(FOLD_SALT, user_id) for user_id in user_ids]
+    """Fold of each user."""
+    at = _uniform(FOLD_SALT, user_ids)
     folds = np.searchsorted(np.cumsum(protocol.fold_shares)[:-1], at, side="right")
     return pl.Series([FOLDS[fold] for fold in folds], dtype=pl.Enum(FOLDS))
 
 
-def _uniform(salt: str, name: str) -> float:
-    """A number in [0, 1) that looks random and is a salted hash of the name."""
-    digest = hashlib.sha256(f"{salt}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+def _uniform(salt: str, names: pl.Series) -> F64:
+    """(n,) numbers in [0, 1) that look random: salted hashes of names, the same on every machine and in any log."""
+    digests = (hashlib.sha256(f"{salt}:{name}".encode()).digest() for name in names)
+    return np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in digests])
 
 
 def _check_targets(rows: pl.DataFrame, protocol: Protocol) -> None:
