@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SETTINGS = 102
 # The aims of the house: 125,000 tokens in the package and 150,000 in the tests.
-TOKENS = 144_500
+TOKENS = 144_100
 TOKENS_A_LINE = 9.0
 TEST_TOKENS = 175_500
 FLOORS = (  # from the ground up
