@@ -78,11 +78,15 @@ class Retrieved:
             for c in table.columns
             if c in COLUMNS or c.startswith(PREFIXES)
         }
+        if "answers" not in table.columns:
+            return cls(columns, np.empty(0, np.intp), np.empty(0), np.empty(0))
         count = table["answers"].list.len().fill_null(0).to_numpy()
         known = table.filter(count > 0)
-        similarity, answer = (
+        answer, similarity = (
             known[c].explode().cast(pl.Float64).to_numpy()
-            for c in ("similarities", "answers")
+            if c in table.columns
+            else np.zeros(int(count.sum()))
+            for c in ("answers", "similarities")
         )
         return cls(columns, np.repeat(np.arange(len(count)), count), similarity, answer)
 
