@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
-from project.data.prompt import item_columns
 from project.run import SCHEMA_VERSION, own_version, replace_file, write_json, write_table
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ def write_bundle(module: ExitRecommender, data: InteractionData, folder: Path) -
         vectors = {"items": torch.from_numpy(data.item_vectors())}
         replace_file(folder / ITEM_VECTORS, lambda part: save_file(vectors, part))
     # 3. what describes the run without its config.yaml
-    columns = item_columns(data.prompt, split.interactions.items)
     write_json(
         folder / "bundle.json",
         {
@@ -52,6 +50,5 @@ def write_bundle(module: ExitRecommender, data: InteractionData, folder: Path) -
             "retrieved": f"retrieved/{made['retrieved'].name}",
             "mf": None if data.mf is None else asdict(data.mf),
             "prompt": vars(data.prompt),
-            "item_columns": dict(zip(("shown", "not_shown"), columns, strict=True)),
         },
     )

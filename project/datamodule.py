@@ -28,6 +28,7 @@ from project.data.batch import (
     StageClock,
     TrainSampler,
 )
+from project.data.context import with_users
 from project.data.download import resolve_model
 from project.data.logs import Logs
 from project.data.prompt import (
@@ -35,6 +36,7 @@ from project.data.prompt import (
     PromptEncoder,
     field_showing,
     item_columns,
+    shown_prefixes,
     with_segment,
 )
 from project.data.protocol import (
@@ -53,8 +55,9 @@ from project.data.requests import (
     without_long,
 )
 from project.data.stream import Streams, build_streams
+from project.data.vocabulary import Vocabulary
 from project.errors import CheckpointError, ConfigError, DataError, ProjectError
-from project.features import feature_matrix
+from project.features import feature_matrix, fit_terms
 from project.retrieval import (
     LightGCN,
     MatrixFactorisation,
@@ -243,17 +246,23 @@ class InteractionData(L.LightningDataModule):
         """The wording of prompts, with the default segment where data.prompt.segment is null."""
         numbers = ["mf_number"] if self.mf is not None else []
         numbers += ["item_similarity_number"] if self.retriever.item_neighbours else []
-        if self.wording.segment is not None:
-            return self.wording
-        return with_segment(
-            self.wording, self.tokenizer, self.split.interactions.items, numbers
-        )
+        log = self.split.interactions
+        return with_segment(self.wording, self.tokenizer, log.items, numbers, log.columns)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Of context and users' attributes that prompts show."""
+        log = self.split.interactions
+        prefixes = shown_prefixes(self.prompt)
+        kinds = {c: kind for c, kind in log.columns.items() if c.startswith(prefixes)}
+        table = with_users(self.targets("train"), log.users, kinds)
+        return Vocabulary(fit_terms(table, kinds, base=0.5))
 
     @cached_property
     def encoder(self) -> PromptEncoder:
         """Makes segments of rows."""
         items = self.split.interactions.items
-        encoder = PromptEncoder(self.tokenizer, self.prompt, items)
+        encoder = PromptEncoder(self.tokenizer, self.prompt, items, self.vocabulary)
         shown, hidden = item_columns(self.prompt, items)
         note = f"; not shown: {', '.join(hidden)} (data.prompt.segment)" if hidden else ""
         rank_zero_info(f"Prompts show of each item: {', '.join(shown) or 'nothing'}{note}")
@@ -262,6 +271,11 @@ class InteractionData(L.LightningDataModule):
         ):  # a request with a long item is invalid by itself
             check_items(encoder, items, self.context_tokens)
         return encoder
+
+    def encoder_of(self, requests: Requests) -> PromptEncoder:
+        """The same with the items that requests bring."""
+        known = self.split.interactions.items.height
+        return self.encoder.with_items(requests.items[known:])
 
     def item_encoder(self) -> MeanPooling:
         """The backbone's first layers, which embed items' texts; not kept, since it holds a model once it has read."""
@@ -314,10 +328,7 @@ class InteractionData(L.LightningDataModule):
             requests = self._given or read_requests(
                 self.requests_file, self.split.interactions
             )
-            encoder = self.encoder
-            # some bring items
-            if requests.items.height > self.split.interactions.items.height:
-                encoder = PromptEncoder(self.tokenizer, self.prompt, requests.items)
+            encoder = self.encoder_of(requests)
             self.requests = some_usable(
                 without_long(requests, encoder, self.context_tokens)
             )
@@ -360,15 +371,19 @@ class InteractionData(L.LightningDataModule):
                 catalogue=catalogue,
             )
         of_request = [self.rates.values(r) for r in self.requests.requests]
+        values = {}
+        for name in self.rates.columns:
+            # a history that a request brings has no context
+            values[name] = np.full(rows.height, np.nan)
+            values[name][~own] = np.concatenate([of[name] for of in of_request])
         context = self.rates.of_requests(
-            {n: np.concatenate([of[n] for of in of_request]) for n in self.rates.columns},
-            rows["item"].to_numpy()[~own].astype(np.int64),
-            rows["timestamp"].to_numpy()[~own],
+            values,
+            rows["item"].to_numpy().astype(np.int64),
+            np.where(own, np.inf, rows["timestamp"].to_numpy()),
             catalogue,
         )
-        self.candidate_retrieved = table.filter(~own).hstack(
-            pl.DataFrame(context, nan_to_null=True)
-        )
+        table = table.hstack(pl.DataFrame(context, nan_to_null=True))
+        self.candidate_retrieved = table.filter(~own)
         return table
 
     def _training(self) -> TrainSampler:

@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 from project.bundle import ITEM_VECTORS
 from project.data.download import SOURCES
 from project.data.prompt import shows_items, shows_numbers
+from project.data.vocabulary import Vocabulary
 from project.engine.predict import load_run
 from project.errors import DataError
 from project.exits.plan import CHECKPOINT_KEY, Plans
@@ -39,6 +40,8 @@ NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/
 POLICY = "exit_policy.ckpt"  # exit plans and exit 0: tensors and plain values
 HEADS = "heads.safetensors"
 NUMBERS = "numbers.safetensors"
+# what a backbone's embedding has beside the words, by its name in the state
+LEARNED = ("numbers", "context", "projection", "moments")
 EVENTS = "events.json"  # of a refitted run: what its log has of a store's events
 _AUTO: Any = AutoModel  # its constructors are not typed
 
@@ -169,7 +172,7 @@ def export(run: Path, folder: Path) -> Path:
     policy = {
         "schema_version": SCHEMA_VERSION,
         "exit_layers": bundle["exit_layers"],
-        "segment": bundle["prompt"]["segment"],
+        "vocabulary": [list(term) for term in module.vocabulary.terms],
         "exit_0": torch.from_numpy(baseline.to_array()),
         "exit_0_terms": [list(term) for term in baseline.terms],
         CHECKPOINT_KEY: plans.state(),
@@ -185,11 +188,12 @@ def export(run: Path, folder: Path) -> Path:
         save_file(
             {k: v.contiguous() for k, v in module.heads.state_dict().items()}, part / HEADS
         )
-        if module.numbers or module.items:
-            learned = {
-                name: backbone.state_dict()[f"embed_tokens.{name}"]
-                for name in _learned(module.items)
-            }
+        learned = {
+            name: values
+            for name in LEARNED
+            if (values := backbone.state_dict().get(f"embed_tokens.{name}")) is not None
+        }
+        if learned:
             items = load_file(run / "bundle" / ITEM_VECTORS) if module.items else {}
             save_file(learned | items, part / NUMBERS)
         torch.save(policy, part / POLICY)
@@ -247,11 +251,6 @@ def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, Plans]
     return module.eval(), load_run(module, tokenizer, run / "checkpoints" / "last.ckpt")
 
 
-def _learned(items: bool) -> tuple[str, ...]:
-    """What a backbone's embedding has beside the words, by its name in the state."""
-    return ("numbers", "projection", "moments") if items else ("numbers",)
-
-
 def _save_backbone(backbone: Backbone, folder: Path) -> None:
     """config.json and model.safetensors of a headless model, its adapters merged in place."""
     for layer in list(backbone.modules()):
@@ -260,7 +259,7 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
     state = {
         name.replace(".base_layer.", ".").replace("final_norm.", "norm."): weights
         for name, weights in backbone.state_dict().items()
-        if ".lora_" not in name and name.removeprefix("embed_tokens.") not in _learned(True)
+        if ".lora_" not in name and name.removeprefix("embed_tokens.") not in LEARNED
     }
     with torch.device("meta"):  # only its names: the weights are the backbone's
         model = _AUTO.from_config(deepcopy(backbone.config), attn_implementation="sdpa")
@@ -309,14 +308,16 @@ def load_exported(folder: str | Path) -> Exported:
     headless = SimpleNamespace(weight=torch.empty(0))
     backbone = Backbone(SimpleNamespace(config=model.config, model=model, lm_head=headless))
     backbone.release_lm_head()
-    segment = policy["segment"]
-    if shows_numbers(segment) or shows_items(segment):
+    vocabulary = Vocabulary(policy["vocabulary"])
+    if (folder / NUMBERS).exists():
         learned = load_file(folder / NUMBERS)
-        if shows_items(segment):
-            backbone.learn_items()
+        if "items" in learned:
+            backbone.learn_items(vocabulary.rows)
             backbone.embed_tokens.know(learned.pop("items"))
         else:
-            backbone.learn_numbers()
+            backbone.learn_numbers(vocabulary.rows)
+        if vocabulary.rows:
+            backbone.embed_tokens.know_context(vocabulary)
         state = {f"embed_tokens.{name}": values for name, values in learned.items()}
         backbone.load_state_dict(state, strict=False)
     # 3. the heads
@@ -334,6 +335,7 @@ def load_exported(folder: str | Path) -> Exported:
 def give_exported(module: ExitRecommender, folder: Path) -> Plans:
     """Give a module without weights those of a folder that `export` wrote; its plans."""
     module.backbone, module.heads, plans, exit_0 = load_exported(folder)
+    module.vocabulary = Vocabulary(read_checkpoint(folder / POLICY)["vocabulary"])
     module.know_exit_0({"exit_0_terms": exit_0.terms})
     module.exit_0.copy_(torch.from_numpy(exit_0.to_array()))
     return plans

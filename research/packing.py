@@ -46,7 +46,9 @@ def prompts_of(streams: Streams, stream: int, window: Window) -> list[I64]:
         earlier = positions[(time < streams.timestamp[row]) & streams.context[positions]]
         own = streams.tokens[row][: streams.slots[row] + 1]
         seen = streams.tokens.take(earlier).values
-        prompts.append(np.concatenate([streams.tokens[streams.instruction], seen, own]))
+        prompts.append(
+            np.concatenate([streams.tokens[streams.instructions[stream]], seen, own])
+        )
     return prompts
 
 

@@ -14,8 +14,8 @@ from example_run import results, write_run
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from project.api import open_run
 from project.data.prompt import LOWEST_ID
-from project.engine.predict import load_run
 from project.errors import CheckpointError, DataError, NotCalibratedError
 from project.exits.plan import ExitPlan
 from project.export import (
@@ -25,7 +25,6 @@ from project.export import (
 )
 from project.layout import Layout
 from project.model.backbone import Backbone
-from project.model.module import ExitRecommender, LoraSettings
 from project.report.report import read_run
 
 Run = Callable[..., None]
@@ -54,21 +53,6 @@ def states(backbone: Backbone, tokens: Tensor, layers: list[int]) -> list[Tensor
     return found
 
 
-def original(
-    folder: Path, model: Path, changes: dict[str, Any]
-) -> tuple[ExitRecommender, ExitPlan]:
-    """Module and plan of a run as the engine loads them, adapters beside the weights."""
-    lora = LoraSettings(**LORA) if "model.lora" in changes else None
-    frozen = changes.get("model.freeze_embeddings", True)
-    module = ExitRecommender(
-        str(model), [1, 2], lora=lora, freeze_embeddings=frozen, numbers=True
-    )
-    plans = load_run(
-        module, AutoTokenizer.from_pretrained(model), folder / "checkpoints" / "last.ckpt"
-    )
-    return module.eval(), plans.plan
-
-
 def saved(plan: ExitPlan) -> bytes:
     """Its state, bit by bit."""
     file = io.BytesIO()
@@ -89,7 +73,8 @@ def test_round_trip(
     run("fit", "--config", tiny_config(**{"model.exit_layers": [1, 2]}, **KINDS[kind]))
     folder, target = tmp_path / "runs" / "tiny" / "latest", tmp_path / "new" / "exported"
     run("export", folder, target)
-    module, plan = original(folder, tiny_model, KINDS[kind])
+    opened = open_run(folder, "cpu")  # adapters are beside the weights
+    module = opened.model.eval()
     backbone, heads, plans, exit_0 = load_exported(target)
     tokens = torch.randint(0, 400, (2, 30), generator=torch.Generator().manual_seed(0))
     assert module.backbone is not None
@@ -119,7 +104,7 @@ def test_round_trip(
     base = states(Backbone.from_pretrained(tiny_model, num_layers=2), tokens, [2])[0]
     assert (base - expected[1]).abs().max() > 1e-3  # trained, and that is what was exported
 
-    assert saved(plans.plan) == saved(plan)
+    assert saved(plans.plan) == saved(opened.plan)
     assert exit_0.to_array().tolist() == module.exit_0.tolist()
     one, other = (
         AutoTokenizer.from_pretrained(f).encode("all 7 near 3: yes")

@@ -11,26 +11,22 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from torch import nn
 from world import Letters, given
 
+from project.api import open_run
 from project.data.prompt import (
     FIRST_ITEM_ID,
     LOWEST_ID,
     Prompt,
     PromptEncoder,
     read_number_ids,
-    readable,
 )
-from project.datamodule import InteractionData
+from project.data.requests import read_requests
 from project.engine.engine import score_every_head
-from project.engine.predict import load_weights
 from project.engine.requests import prepare_requests
-from project.errors import ConfigError
 from project.export import export, load_exported
 from project.model.backbone import ItemEmbedding, NumberEmbedding
-from project.model.module import ExitRecommender
 
 ITEMS = pl.DataFrame({"item": [0, 1], "item_id": ["a", "b"], "title": ["Alien", "Brazil"]})
 NEW = {"item_id": "new", "title": "a dog at sea", "year": "2020"}
@@ -50,23 +46,6 @@ def test_ids() -> None:
     assert found.tokens[1].tolist() == [*map(ord, "Alien"), FIRST_ITEM_ID, ord(":")]
     assert found.slots.tolist() == [7, 6]
     assert not read_number_ids(torch.tensor([FIRST_ITEM_ID, FIRST_ITEM_ID - 255]))[0].any()
-
-    class Decoder:
-        def decode(self, ids: list[int]) -> str:
-            return "".join(map(chr, ids))
-
-    assert (
-        readable(torch.from_numpy(found.tokens[0]), Decoder()) == "Brazil[item_text 1]: yes"
-    )  # type: ignore[arg-type]
-
-
-def test_a_column_of_that_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match="also a column"):
-        PromptEncoder(
-            Letters(),
-            Prompt(segment="{item_text}:"),
-            ITEMS.with_columns(item_text=pl.lit("an attribute")),
-        )
 
 
 @pytest.fixture
@@ -104,7 +83,6 @@ def test_vectors(embedding: ItemEmbedding) -> None:
 def test_from_fit_to_requests(
     run: Callable[..., None],
     tiny_config: Callable[..., Path],
-    tiny_model: Path,
     tmp_path: Path,
 ) -> None:
     """The engine scores as `predict` does, new items included, whose text decides; an exported folder embeds alike."""
@@ -131,21 +109,14 @@ def test_from_fit_to_requests(
     np.testing.assert_allclose(scores[:, 1], scores[:, 2], atol=1e-5)
     assert np.abs(scores[:, 1] - scores[:, 3]).min() > 1e-3
 
-    parser = ArgumentParser()
-    parser.add_class_arguments(InteractionData, "data")
-    import yaml
-
-    own = {"requests": str(tmp_path / "requests.jsonl"), "tokenizer": str(tiny_model)}
-    settings = parser.parse_object(
-        {"data": yaml.safe_load(config.read_text())["data"] | own}
-    )
-    data: InteractionData = parser.instantiate(settings).data
-    model = ExitRecommender(str(tiny_model), [1, 3], numbers=True, items=True)
-    load_weights(model, data.tokenizer, folder / "checkpoints" / "last.ckpt", data)
-    every = score_every_head(model, prepare_requests(model, data))
+    opened = open_run(folder, "cpu")
+    model = opened.model
+    data = opened.data
+    asked = read_requests(str(tmp_path / "requests.jsonl"), data.split.interactions)
+    every = score_every_head(model, prepare_requests(model, data, asked))
     np.testing.assert_allclose(every.select(heads), packed.select(heads), atol=1e-4)
     exported = load_exported(export(folder, tmp_path / "exported")).backbone
     assert model.backbone is not None
-    model.know_items(data)
+    model.know(data)
     ids = torch.tensor([FIRST_ITEM_ID, FIRST_ITEM_ID - 19, -1, 7])
     torch.testing.assert_close(exported.embed_tokens(ids), model.backbone.embed_tokens(ids))

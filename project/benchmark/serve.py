@@ -113,7 +113,7 @@ def drawn_requests(run: Path) -> tuple[Head, list[RankRequest]]:
     head = result_head(
         "benchmark", data.split.manifest, str(run / "config.yaml"), data.seed
     )
-    return head, [RankRequest(r.user_id, None, r.candidates) for r in drawn]
+    return head, [replace(r, time=None) for r in drawn]
 
 
 def with_expected(requests: Sequence[RankRequest], ranked: Sequence[Scored]) -> list[Sent]:
@@ -124,6 +124,7 @@ def with_expected(requests: Sequence[RankRequest], ranked: Sequence[Scored]) -> 
         body: dict[str, object] = {
             "user_id": request.user_id,
             "candidates": list(map(id_of, request.candidates)),
+            "context": request.context,
             "top_n": request.top_n,
             "exhaustive": request.exhaustive,
         }

@@ -45,12 +45,13 @@ Windows = list[tuple[int, Window]]
 def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     """Put windows side by side in one row, each a sequence of its own with the instruction before it."""
     # 1. segments: the instruction of each window, then its own
-    positions = [w.positions + streams.offsets[s] for s, w in windows]
-    counts = np.array([len(p) + 1 for p in positions])
+    positions = [
+        np.append(streams.instructions[s], w.positions + streams.offsets[s])
+        for s, w in windows
+    ]
+    counts = np.array(list(map(len, positions)))
     starts = offsets_of(counts)[:-1]
-    index = np.concatenate(
-        [part for p in positions for part in ([streams.instruction], p)]
-    ).astype(np.int64)
+    index = np.concatenate(positions)
     sequence = np.repeat(np.arange(len(windows)), counts)
     real = np.ones(len(index), dtype=bool)
     real[starts] = False  # the instructions
@@ -112,7 +113,8 @@ def window_tokens(streams: Streams, windows: Windows) -> I64:
     )
     at = streams.tokens.offsets
     start, stop, first, last = at[places].T
-    tokens: I64 = at[-1] - at[-2] + stop - start + last - first
+    instruction = streams.tokens.lengths[streams.instructions[stream]]
+    tokens: I64 = instruction + stop - start + last - first
     return tokens
 
 
@@ -173,7 +175,8 @@ class TrainSampler(Sampler[Windows]):
         )
         # (n,) segments of the others
         read = np.repeat(targets > 0, np.diff(streams.offsets))
-        tokens = int(np.minimum(streams.tokens.lengths[:-1], context_tokens)[read].sum())
+        lengths = streams.tokens.lengths[: read.size]
+        tokens = int(np.minimum(lengths, context_tokens)[read].sum())
         # of an epoch, on each rank
         self._steps = max(1, round(tokens / batch_tokens / world_size))
         self.epoch = 0

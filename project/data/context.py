@@ -20,7 +20,6 @@ from project.request import Item, RankRequest, check_names, text_of
 
 CONTEXT = "context."
 USER = "user."
-KINDS = ("number", "category")
 MAX_CHARACTERS = 1000  # of a value
 BINS = 16  # of a number, where it is counted by value
 EXACT = 2**53  # whole numbers up to it are doubles
@@ -38,35 +37,35 @@ def texts_of(values: pl.Series, file: str, column: str) -> pl.Series:
     return text.set(text.str.to_lowercase().is_in(["", "nan"]).fill_null(True), None)
 
 
-def coded(texts: pl.Series, kind: str | None, file: str) -> tuple[pl.Series, str]:
-    """Float64 of a column of texts, null where it has none, and its kind: number if all values are, else category."""
-    name = texts.name.split(".", 1)[-1]
-    found = numbers(texts, file, name)
-    if kind is None:
-        kind = KINDS[found.null_count() > texts.null_count()]
-    if kind == "number":
-        return finite_numbers(texts, file, name, optional=True).rename(texts.name), kind
-    codes = {text: code_of(text) for text in texts.drop_nulls().unique()}
-    return texts.replace_strict(codes, return_dtype=pl.Float64), kind
-
-
 def coded_table(
     table: pl.DataFrame, prefix: str, kinds: Mapping[str, str], file: str
-) -> tuple[pl.DataFrame, dict[str, str]]:
-    """Columns of texts under their names with a prefix, as Float64, and the kind of each."""
+) -> tuple[pl.DataFrame, dict[str, str], dict[float, str]]:
+    """Columns of texts under their names with a prefix, as Float64, the kind of each, and the text of each code.
+
+    A column is a number if all its values are and `kinds` does not say otherwise, else a category.
+    """
     found = {}
     columns = []
+    texts = dict[float, str]()
     for name in table.columns:
-        values, kind = coded(table[name].alias(prefix + name), kinds.get(name), file)
-        columns.append(values)
-        found[prefix + name] = kind
-    return pl.DataFrame(columns), found
+        values = table[name]
+        column = prefix + name
+        is_number = numbers(values, file, name).null_count() == values.null_count()
+        found[column] = kinds.get(name, "number" if is_number else "category")
+        if found[column] == "number":
+            coded = finite_numbers(values, file, name, optional=True)
+        else:
+            codes = {text: code_of(text) for text in values.drop_nulls().unique()}
+            coded = values.replace_strict(codes, return_dtype=pl.Float64)
+            texts |= {code: text for text, code in codes.items()}
+        columns.append(coded.alias(column))
+    return pl.DataFrame(columns), found, texts
 
 
 def check_kinds(kinds: Mapping[str, str], names: list[str]) -> None:
     """Raise `ConfigError` where a kind is none, or is that of no column."""
     for name, kind in kinds.items():
-        if name not in names or kind not in KINDS:
+        if name not in names or kind not in ("number", "category"):
             raise ConfigError(
                 f"data.logs.init_args.kinds has {name}: {kind}; expected number or category for one of "
                 f"{', '.join(names) or '(no column: list some under context)'}."

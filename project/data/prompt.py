@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from project.arrays import F64, I8, I64
+from project.data.context import CONTEXT, USER
 from project.data.ragged import Ragged, append, join
+from project.data.vocabulary import Vocabulary
 from project.errors import ConfigError
 from project.features import FEATURES, Retrieved, feature_matrix
 
@@ -25,7 +27,8 @@ class Prompt:
     """The wording of prompts.
 
     Args:
-        instruction: Stands once before every history. Never evicted, the same for everybody.
+        instruction: Stands once before every history. Never evicted. {user} is one learned token of the user's
+            attributes, where the log has some.
         segment: Template of one interaction or candidate. Null: title, the columns of the items whose texts are short,
             and numbers of everything that is counted. Fields are columns of the items table (title and attributes) and
             retrieved features: item_percent, user_percent, vote_percent (shares of likes), mf_percent (chance of a
@@ -36,7 +39,8 @@ class Prompt:
             item_count_number; several of these in one token as {item_number+mf_number}; likes, neighbours (of the
             similar users), item_count, user_count (rounded down to 1, 2, 5, 10, 20, 50, ...). {title:.40} is at most
             40 characters of a title, or of an attribute. {item_text} is title and attributes in one token: a learned
-            projection of a frozen embedding of the text, by the backbone's first layers.
+            projection of a frozen embedding of the text, by the backbone's first layers. {context} is one learned token
+            of the row's context. Null shows {context}, and {user} after the instruction, of a log that has them.
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the tokenizer.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
             prompts have none. How often there is one, and how long, is set by data.retriever.init_args: similar_every,
@@ -73,6 +77,7 @@ BYTE = 256  # 0: not shown; 1 to STEPS: the step
 LOWEST_ID = -sum(STEPS * BYTE**kind for kind in range(len(NUMBERS)))
 FIRST_ITEM_ID = LOWEST_ID - 1  # of the item with code 0; that of code k is k lower
 ITEM_TEXT = "item_text"
+CONTEXT_FIELD, USER_FIELD = "context", "{user}"
 
 
 def fields_together(name: str) -> list[str] | None:
@@ -85,13 +90,8 @@ def fields_together(name: str) -> list[str] | None:
     )
 
 
-def number_features(retrieved: pl.DataFrame | Retrieved) -> F64:
-    """(n, len(FEATURES)) of n rows of retrieved features, at even odds."""
-    return feature_matrix(retrieved, 0.5)
-
-
 def number_ids(features: F64, fields: Sequence[str]) -> I64:
-    """(n,) ids, `LOWEST_ID` to -1, of tokens that show the fields of `NUMBERS`; features as of `number_features`."""
+    """(n,) ids, `LOWEST_ID` to -1, of tokens that show the fields of `NUMBERS`; features are at even odds."""
     ids = np.zeros(len(features), dtype=np.int64)
     for name in fields:
         feature, zero = NUMBERS[name]
@@ -111,28 +111,6 @@ def read_number_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
         BYTE - 1
     )
     return digits > 0, (digits - 1).float() / STEPS_A_UNIT - SPAN
-
-
-def readable(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Token ids (T,) as text, numbers as [item +0.85 mf -0.10], an item's text as [item_text 17], its code."""
-    names = [name.removesuffix("_number") for name in NUMBERS]
-    pieces, words = list[str](), list[int]()
-    for token in ids:
-        if token >= 0:
-            words.append(int(token))
-            continue
-        shown, values = (found.tolist() for found in read_number_ids(token))
-        numbers = [
-            f"{n} {value:+.2f}"
-            for n, value, there in zip(names, values, shown, strict=True)
-            if there
-        ]
-        numbers += (
-            [f"{ITEM_TEXT} {FIRST_ITEM_ID - int(token)}"] if token < LOWEST_ID else []
-        )
-        pieces += [str(tokenizer.decode(words)), f"[{' '.join(numbers)}]"]
-        words = []
-    return "".join([*pieces, str(tokenizer.decode(words))])
 
 
 # Retrieved features as text
@@ -214,15 +192,12 @@ def item_columns(prompt: Prompt, items: pl.DataFrame) -> tuple[list[str], list[s
     ]
 
 
-def split_template(
-    template: str, item_fields: Sequence[str], retrieved_fields: Iterable[str]
-) -> list[tuple[str, str]]:
+def split_template(template: str, item_fields: Sequence[str]) -> list[tuple[str, str]]:
     """The pieces of a template of segments; no two static ones follow each other.
 
-    A piece is ("static", template of item fields), ("retrieved", field as text), ("number", field of numbers) or
-    ("item", ITEM_TEXT).
+    A piece is ("static", template of item fields), ("retrieved", field as text), ("number", field of numbers),
+    ("item", ITEM_TEXT) or ("context", CONTEXT_FIELD).
     """
-    worded = list(retrieved_fields)
     own = [name for name in item_fields if not _NO_NAME.fullmatch(name)]
     try:
         parsed = list(Formatter().parse(template))
@@ -239,30 +214,30 @@ def split_template(
         static = text.replace("{", "{{").replace("}", "}}")
         if name is not None:
             written = f"{{{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}}}"
-            _check_field(name, written, own, worded)
+            _check_field(name, written, own)
             static += written if name in own else ""
         if static and parts and parts[-1][0] == "static":
             parts[-1] = ("static", parts[-1][1] + static)
         elif static:
             parts.append(("static", static))
         if name is not None and name not in own:
-            kind = (
-                "item" if name == ITEM_TEXT else "retrieved" if name in worded else "number"
-            )
-            parts.append((kind, name))
+            kinds = {ITEM_TEXT: "item", CONTEXT_FIELD: "context"}
+            kinds |= dict.fromkeys(RETRIEVED_FIELDS, "retrieved")
+            parts.append((kinds.get(name, "number"), name))
     return parts
 
 
-def _check_field(name: str, written: str, own: list[str], worded: list[str]) -> None:
+def _check_field(name: str, written: str, own: list[str]) -> None:
     """Refuse a field that is unknown, both an item column and a retrieved feature, or has a format it cannot have."""
-    if name not in [*own, *worded, ITEM_TEXT] and not fields_together(name):
+    ours = [*RETRIEVED_FIELDS, ITEM_TEXT, CONTEXT_FIELD]
+    if name not in [*own, *ours] and not fields_together(name):
         raise ConfigError(
             f"data.prompt.segment names the field {{{name}}}, which is unknown. Item fields here: "
             f"{', '.join(own)}, and {ITEM_TEXT} (all of them in one token); retrieved features: "
-            f"{', '.join([*worded, *NUMBERS])}; several numbers in one token, each once, as "
-            "{item_number+mf_number}."
+            f"{', '.join([*RETRIEVED_FIELDS, *NUMBERS])}; several numbers in one token, each once, as "
+            f"{{item_number+mf_number}}; a row's context: {{{CONTEXT_FIELD}}}."
         )
-    if name in own and name in [*worded, *NUMBERS, ITEM_TEXT]:
+    if name in own and name in [*ours, *NUMBERS]:
         raise ConfigError(
             f"data.prompt.segment names the field {{{name}}}, which is a retrieved feature and also a column "
             "of your items. Give the column another name (TableLogs: data.logs.init_args.item_columns: "
@@ -288,10 +263,12 @@ def with_segment(
     tokenizer: PreTrainedTokenizerBase,
     items: pl.DataFrame,
     numbers: Sequence[str] = (),
+    columns: Iterable[str] = (),
 ) -> Prompt:
     """The prompt with a segment: its own, or where it has none the title, short item columns, and in one token numbers.
 
-    `numbers` are those of `NUMBERS` that this run has beside the ones that are always counted.
+    `numbers` are those of `NUMBERS` that this run has beside the ones that are always counted, `columns` the log's of
+    context and users' attributes.
     """
     if prompt.segment is not None:
         return prompt
@@ -301,17 +278,28 @@ def with_segment(
         tokens = [len(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         return bool(tokens) and float(np.median(tokens)) <= SHORT
 
-    taken = ("item", "item_id", *RETRIEVED_FIELDS, *NUMBERS, ITEM_TEXT)
+    taken = ("item", "item_id", *RETRIEVED_FIELDS, *NUMBERS, ITEM_TEXT, CONTEXT_FIELD)
     named = [
         name for name in items.columns if name not in taken and not _NO_NAME.fullmatch(name)
     ]
-    columns = ", ".join(
-        f"{{{name}}}" for name in named if name == "title" or is_short(name)
-    )
+    texts = ", ".join(f"{{{name}}}" for name in named if name == "title" or is_short(name))
     counted = "+".join(
         ["item_number", "user_number", "vote_number", "text_number", *numbers]
     )
-    return replace(prompt, segment=f"{columns}{{{counted}}}")
+    prefixes = {name.partition(".")[0] + "." for name in columns}
+    context = f"{{{CONTEXT_FIELD}}}" if CONTEXT in prefixes else ""
+    instruction = prompt.instruction
+    if USER in prefixes and USER_FIELD not in instruction:
+        instruction += USER_FIELD
+    return replace(
+        prompt, instruction=instruction, segment=f"{texts}{context}{{{counted}}}"
+    )
+
+
+def shown_prefixes(prompt: Prompt) -> tuple[str, ...]:
+    """Prefixes of the columns that a prompt shows in learned tokens."""
+    context = CONTEXT_FIELD in field_names(prompt.segment or "")
+    return (CONTEXT,) * context + (USER,) * (USER_FIELD in prompt.instruction)
 
 
 # Segments
@@ -329,13 +317,18 @@ class PromptEncoder:
     """Turns items (codes of `Interactions.items`), retrieved features and answers into segments."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, items: pl.DataFrame
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Prompt,
+        items: pl.DataFrame,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary or Vocabulary()
         item_fields = [c for c in items.columns if c not in ("item", "item_id")]
         segment = with_segment(prompt, tokenizer, items).segment
         assert segment is not None
-        self._parts = split_template(segment, item_fields, RETRIEVED_FIELDS)
+        self._parts = split_template(segment, item_fields)
         if len(prompt.answers) != 2 or not all(a.strip() for a in prompt.answers):
             raise ConfigError(
                 f"data.prompt.answers is {prompt.answers!r}: expected two texts, for dislike and like, "
@@ -350,13 +343,14 @@ class PromptEncoder:
         self._titles: list[str] = items["title"].to_list()
         # of a tokenizer's control tokens, the author of the wording may mean one here; a
         # title never does
-        instruction, *answers = (
+        *pieces, no, yes = (
             tokenizer.encode(text, add_special_tokens=False) if text else []
-            for text in (prompt.instruction, *prompt.answers)
+            for text in (*prompt.instruction.split(USER_FIELD), *prompt.answers)
         )
-        self.instruction: I64 = np.array(instruction, dtype=np.int64)
+        # what stands before, between and behind tokens of the user
+        self._instruction = [Ragged.of([piece]) for piece in pieces]
         # index 0, 1: the answers; index 2 (label -1): unknown, no answer tokens
-        self._answers = Ragged.of([*answers, []])
+        self._answers = Ragged.of([no, yes, []])
         self._static = self._static_of(items)
 
     def _static_of(self, items: pl.DataFrame) -> dict[int, Ragged]:
@@ -396,7 +390,7 @@ class PromptEncoder:
         found = Retrieved.of(retrieved)
         columns = {"likes": found.sums(found.answer)} | found.columns
         features = (
-            number_features(found)
+            feature_matrix(found, 0.5)
             if any(kind == "number" for kind, _ in self._parts)
             else None
         )
@@ -404,6 +398,8 @@ class PromptEncoder:
         for i, (kind, name) in enumerate(self._parts):
             if kind == "static":
                 parts.append(self._static[i].take(item))
+            elif kind == "context":
+                parts += self._vocabulary.tokens(CONTEXT, columns, len(item))
             elif kind == "item":
                 parts.append(Ragged(FIRST_ITEM_ID - item, np.arange(len(item) + 1)))
             elif features is not None and kind == "number":
@@ -422,10 +418,21 @@ class PromptEncoder:
         segments = join([*parts, answers])
         return Segments(segments, segments.lengths - answers.lengths - 1)
 
+    def instructions(self, retrieved: pl.DataFrame | Retrieved, n: int) -> Ragged:
+        """Token ids of the instruction for the users of n rows of the retrieved features."""
+        columns = Retrieved.of(retrieved).columns
+        user = self._vocabulary.tokens(USER, columns, n)
+        constant = [piece.take(np.zeros(n, np.int64)) for piece in self._instruction]
+        parts = [constant[0]]
+        for piece in constant[1:]:
+            parts += [*user, piece]
+        return join(parts)
+
     def least_lengths(self) -> I64:
-        """(items,) fewest tokens of an item's segment and its answer: one for each retrieved feature."""
+        """(items,) fewest tokens of an item's prompt alone: instruction, segment (one a retrieved feature), answer."""
+        instruction = self.instructions(pl.DataFrame(), 1)  # as long for everybody
         fixed = len(self._parts) - len(self._static) + int(self._answers.lengths.max())
-        lengths: I64 = np.full(len(self._titles), fixed, dtype=np.int64)
+        lengths: I64 = np.full(len(self._titles), fixed + len(instruction.values))
         return sum((part.lengths for part in self._static.values()), start=lengths)
 
     def encode_similar(self, lists: Sequence[Sequence[int]]) -> Ragged:

@@ -213,6 +213,8 @@ class Interactions:
     items_without_title: int = 0  # these have their id as title
     # number or category, by `context.NAME` of rows and `user.NAME` of users
     columns: Mapping[str, str] = field(default_factory=dict)
+    # text of a category's value, by its code
+    texts: Mapping[float, str] = field(default_factory=dict)
     # the column whose scores, of the ranker that runs today, are `OWN_SCORE` of rows
     own_scores: str | None = None
 
@@ -261,7 +263,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         )
     # 4. remove duplicates, then context as numbers
     distinct = _without_duplicates(labelled, protocol.duplicates)
-    context, columns_of = coded_table(
+    context, columns_of, texts = coded_table(
         distinct.select(raw.context), CONTEXT, raw.kinds, "interactions"
     )
     distinct = distinct.drop(raw.context).hstack(context)
@@ -275,11 +277,12 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     users = _coded(distinct["user_id"].unique(), "user")
     if raw.users is not None:
         known = users.join(raw.users, on="user_id", how="left", maintain_order="left")
-        attributes, kinds = coded_table(
+        attributes, kinds, texts_of_users = coded_table(
             known.drop("user", "user_id"), USER, raw.kinds, "users"
         )
         users = users.hstack(attributes)
         columns_of |= kinds
+        texts |= texts_of_users
     items = _coded(raw.items["item_id"], "item").join(
         raw.items, on="item_id", maintain_order="left"
     )
@@ -308,6 +311,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         left_out=raw.left_out,
         not_read=raw.not_read,
         columns=columns_of,
+        texts=texts,
         own_scores=raw.own_scores,
     )
 

@@ -8,15 +8,16 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from project.data.context import values_of
+from project.data.context import CONTEXT, USER, values_of
 from project.data.prompt import PromptEncoder
-from project.data.protocol import FOLDS, Interactions, SplitInteractions, answered, known_at
+from project.data.protocol import Interactions, SplitInteractions, answered, known_at
 from project.data.stream import Streams, streams_of
 from project.errors import ConfigError, DataError
 from project.request import (
@@ -359,7 +360,7 @@ _SHORTEN = (
 
 def check_items(encoder: PromptEncoder, items: pl.DataFrame, context_tokens: int) -> None:
     """Raise `ConfigError` if the segment of an item has no room in a window."""
-    lengths = len(encoder.instruction) + encoder.least_lengths()
+    lengths = encoder.least_lengths()
     long = int((lengths > context_tokens).sum())
     if long:
         problem = _too_long(
@@ -372,7 +373,10 @@ def check_items(encoder: PromptEncoder, items: pl.DataFrame, context_tokens: int
 
 def check_streams(streams: Streams, split: SplitInteractions, context_tokens: int) -> None:
     """Raise `ConfigError` if a row's segment, or a list of what similar users liked, has no room in a window."""
-    lengths = streams.tokens.lengths[:-1] + streams.tokens.lengths[-1]
+    segments = len(streams.row_id)
+    instructions = streams.tokens.lengths[segments:]
+    lengths = streams.tokens.lengths[:segments]
+    lengths += np.repeat(instructions, np.diff(streams.offsets))
     longest = int(lengths.argmax())
     row_id = int(streams.row_id[longest])
     tokens = int(lengths[longest])
@@ -392,16 +396,13 @@ def without_long(
     requests: Requests, encoder: PromptEncoder, context_tokens: int
 ) -> Requests:
     """Requests whose items all have room in a window; the others are invalid, each alone."""
-    lengths = len(encoder.instruction) + encoder.least_lengths()  # (items,)
+    lengths = encoder.least_lengths()  # (items,)
     if lengths.max(initial=0) <= context_tokens:
         return requests
-    kept = list[RankRequest]()
     invalid = {one.place: one for one in requests.invalid}
-    usable = iter(requests.requests)
-    for place in range(len(requests.requests) + len(invalid)):
-        if place in invalid:
-            continue
-        request = next(usable)
+    places = (k for k in count() if k not in invalid)
+    kept = list[RankRequest]()
+    for place, request in zip(places, requests.requests, strict=False):
         candidates = tuple(map(id_of, request.candidates))
         named = (*candidates, *(id_of(row.item) for row in request.history or ()))
         longest = max(named, key=lambda item_id: lengths[requests.codes[item_id]])
@@ -412,9 +413,8 @@ def without_long(
         problem = _too_long(longest, tokens, context_tokens)
         error = f"request {request.request_id!r}: {problem}. Give it a shorter title."
         invalid[place] = InvalidRequest(place, request.request_id, candidates, error)
-    return replace(
-        requests, requests=kept, invalid=tuple(invalid[place] for place in sorted(invalid))
-    )
+    found = sorted(invalid.values(), key=lambda one: one.place)
+    return replace(requests, requests=kept, invalid=tuple(found))
 
 
 # Requests as streams
@@ -443,13 +443,12 @@ def request_streams(
     )
     log = log.sort("user", "row_id")
     of_user = log["user"].to_numpy()  # (rows,) ascending
-    end = split.latest
     known = list[pl.DataFrame]()  # rows of the log, a table a request
     # rows outside it: (stream, user, item, row_id, timestamp, label, candidate)
     fresh = list[tuple[Any, ...]]()
     row_id = 0  # of the next candidate
     for stream, request in enumerate(requests.requests):
-        time = request.asked_at(end)
+        time = request.asked_at(split.latest)
         user = users.get(request.user_id or "", len(users) + stream)
         if request.user_id is not None:
             first, last = np.searchsorted(of_user, [user, user + 1]).tolist()
@@ -516,9 +515,9 @@ def catalogue_requests(
 
     The target's item is the labelled candidate, at a random place. The others are distinct items that the user has not
     rated strictly earlier; a request is shorter where fewer are left. A target has the same candidates whatever
-    `count` is, and a larger sample contains the smaller one. With `history`, requests bring the user's latest so many
-    strictly earlier rows as a history of their own, and targets with fewer are left out; None: the log's, as long as
-    it is.
+    `count` is, and a larger sample contains the smaller one. All candidates have the context of the target's row. With
+    `history`, requests bring the user's latest so many strictly earlier rows as a history of their own, and the user's
+    attributes; targets with fewer are left out. None: the log's, as long as it is.
     """
     if count < 1 or candidates < 1:
         raise ConfigError(
@@ -536,10 +535,10 @@ def catalogue_requests(
         answered(split.rows), pl.col("user").is_in(targets["user"].unique().implode())
     )
     rated = {user: rows for (user,), rows in past.group_by("user", maintain_order=True)}
-    items = split.interactions.items
+    log = split.interactions
+    items = log.items
     ids = items["item_id"].to_list()
     codes = dict(items.select("item_id", "item").iter_rows())
-    user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())
     requests = list[RankRequest]()
     rows = list[tuple[Any, ...]]()  # as `SCHEMA`
     for row in targets[drawn].iter_rows(named=True):
@@ -565,17 +564,36 @@ def catalogue_requests(
         if history is not None:
             latest = earlier.tail(history).select("item", "label", "timestamp").iter_rows()
             brought = tuple(HistoryRow(ids[item], label, at) for item, label, at in latest)
-        who = user_ids[user] if brought is None else None
-        requests.append(RankRequest(who, brought, listed, time=time, request_id=request_id))
+        whose = log.users.row(user, named=True)
+        requests.append(
+            RankRequest(
+                whose["user_id"] if brought is None else None,
+                brought,
+                listed,
+                context=_as_given(row, CONTEXT, log),
+                user=None if brought is None else _as_given(whose, USER, log),
+                time=time,
+                request_id=request_id,
+            )
+        )
     table = pl.DataFrame(rows, schema=SCHEMA, orient="row")
     return Workload(Requests(requests, items, codes), table)
 
 
+def _as_given(
+    values: Mapping[str, Any], prefix: str, log: Interactions
+) -> dict[str, Any] | None:
+    """Values of a log's row or user as a request brings them: numbers and texts; None where there are none."""
+    found = {
+        column.removeprefix(prefix): log.texts.get(value, value)
+        for column in log.columns
+        if column.startswith(prefix) and (value := values[column]) is not None
+    }
+    return found or None
+
+
 def _targets(split: SplitInteractions, part: str) -> pl.DataFrame:
     """Targets of test or of a fold; `ConfigError` where a fold's requests would read rows of test."""
-    parts = (*FOLDS, "test")
-    if part not in parts:
-        raise ConfigError(f"expected requests of one of {', '.join(parts)}, found {part!r}")
     is_test = pl.col("split") == "test"
     targets = split.rows.filter(
         pl.col("role") == "target", is_test if part == "test" else pl.col("fold") == part

@@ -136,16 +136,16 @@ class Streams:
     label: I8  # (n,) 0, 1, or -1 where unknown
     target: Bool  # (n,) whether a head is to score the segment
     context: Bool  # (n,) whether later segments may see it
-    tokens: Ragged  # n + 1 token lists; the last one is the instruction
+    tokens: Ragged  # n + s token lists; the last ones are each stream's instruction
     slots: I64  # (n,) index of the answer slot inside each segment
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     @property
-    def instruction(self) -> int:
-        """Index of the instruction in `tokens`."""
-        return len(self.row_id)
+    def instructions(self) -> I64:
+        """(s,) indices of the instructions in `tokens`."""
+        return len(self.row_id) + np.arange(len(self))
 
     def evaluation(self, context_tokens: int) -> list[tuple[int, Window]]:
         """(stream, window) pairs in which every target is scored exactly once."""
@@ -218,19 +218,20 @@ def streams_of(
         segments.append(encoder.encode(item, features, label[start : start + TOGETHER]))
         if encoder.similar is not None:
             similar.append(features["similar_after"])
-    instruction = Ragged(
-        encoder.instruction, offsets_of(np.array([len(encoder.instruction)]))
-    )
-    # 2. a stream each user
+    # 2. a stream each user, whose attributes the instruction shows
     starts = np.flatnonzero(np.diff(joined["user"].to_numpy())) + 1
+    offsets = np.concatenate([[0], starts, [joined.height]]).astype(np.int64)
+    last = joined[offsets[1:] - 1] if joined.height else joined
+    of_user = last if retrieved is None else retrieved[last["place"]]
+    instructions = encoder.instructions(of_user, len(offsets) - 1)
     streams = Streams(
-        offsets=np.concatenate([[0], starts, [joined.height]]).astype(np.int64),
+        offsets=offsets,
         row_id=joined["row_id"].to_numpy().astype(np.int64),
         timestamp=joined["timestamp"].to_numpy().astype(np.float64),
         label=label,
         target=target,
         context=context,
-        tokens=append(*(some.tokens for some in segments), instruction),
+        tokens=append(*(some.tokens for some in segments), instructions),
         slots=np.concatenate([some.slots for some in segments]),
     )
     # 3. lists of what similar users liked
@@ -250,7 +251,7 @@ def _with_similar(streams: Streams, lists: pl.Series, encoder: PromptEncoder) ->
     # 2. insert
     tokens = encoder.encode_similar(lists.gather(rows).to_list())
     order = np.insert(
-        np.arange(len(new_group)), at, streams.instruction + 1 + np.arange(len(at))
+        np.arange(len(new_group)), at, len(streams.tokens) + np.arange(len(at))
     )
     return Streams(
         offsets=streams.offsets + np.searchsorted(at, streams.offsets, side="right"),
@@ -263,6 +264,6 @@ def _with_similar(streams: Streams, lists: pl.Series, encoder: PromptEncoder) ->
         label=np.insert(streams.label, at, -1),
         target=np.insert(streams.target, at, False),
         context=np.insert(streams.context, at, True),
-        tokens=append(streams.tokens, tokens).take(np.append(order, streams.instruction)),
+        tokens=append(streams.tokens, tokens).take(np.append(order, streams.instructions)),
         slots=np.insert(streams.slots, at, tokens.lengths - 1),
     )

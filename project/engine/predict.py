@@ -17,7 +17,6 @@ from rich.console import Console
 
 from project.data.context import values_of
 from project.data.download import resolve_model
-from project.data.prompt import PromptEncoder
 from project.data.requests import (
     Catalogue,
     InvalidRequest,
@@ -27,6 +26,7 @@ from project.data.requests import (
     some_usable,
     without_long,
 )
+from project.data.vocabulary import Vocabulary
 from project.datamodule import InteractionData, check_reads
 from project.engine.cache import StreamCache
 from project.engine.decisions import ListExits
@@ -73,6 +73,7 @@ def load_weights(
         check_reads(content.get("reads"), data, compared)
     # 2. a backbone, then the weights that training has changed
     if model.backbone is None:
+        model.vocabulary = Vocabulary(content.get("vocabulary", ()))
         backbone = Backbone.from_pretrained(
             resolve_model(model.backbone_name), num_layers=model.depth
         )
@@ -297,8 +298,7 @@ def run_early_exit(
 
 def with_room(requests: Requests, data: InteractionData) -> Requests:
     """The same requests; those whose prompts are too long are invalid."""
-    encoder = PromptEncoder(data.tokenizer, data.prompt, requests.items)
-    return without_long(requests, encoder, data.context_tokens)
+    return without_long(requests, data.encoder_of(requests), data.context_tokens)
 
 
 def print_counts(counts: Mapping[str, int], plan: ExitPlan, path: Path) -> None:

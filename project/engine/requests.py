@@ -106,7 +106,7 @@ def prepare_requests(
     data.setup("predict")
     assert data.requests is not None
     assert data.candidate_retrieved is not None
-    model.know_items(data)
+    model.know(data)
     streams = data.streams("predict")
     # 2. exit 0 of all candidates of all requests
     features, exit_0 = criteria_and_exit_0(
@@ -114,14 +114,17 @@ def prepare_requests(
     )
     # 3. a request each; it has at least one candidate, so it has exactly one stream
     prepared = list[PreparedRequest]()
-    for request, (start, stop) in zip(
-        data.requests.requests, pairwise(streams.offsets), strict=True
+    for request, own, (start, stop) in zip(
+        data.requests.requests,
+        streams.instructions.tolist(),
+        pairwise(streams.offsets),
+        strict=True,
     ):
         rows = np.arange(start, stop)
         scored = rows[streams.target[rows]]
         context = rows[streams.context[rows]]
         candidates = streams.row_id[scored]
-        instruction = streams.tokens[streams.instruction]
+        instruction = streams.tokens[own]
         history = streams.tokens.take(context)
         made = PreparedRequest(
             request.request_id,

@@ -14,12 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from project.data.download import quiet_loading
 from project.data.prompt import FIRST_ITEM_ID, LOWEST_ID, NUMBERS, read_number_ids
+from project.data.vocabulary import (
+    FIRST_CONTEXT_ID,
+    FIRST_KNOT,
+    KNOTS,
+    LAST_KNOT,
+    LOWEST_CONTEXT_ID,
+    TOKENS,
+    Vocabulary,
+)
 from project.errors import ConfigError
 from project.layout import Layout
 from project.model.attention import SEGMENTS
@@ -30,8 +40,6 @@ FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 ROTARY = ("default", "linear", "llama3", "yarn")
 SUPPORTED = "Llama/SmolLM2, Qwen2, Qwen3 and Mistral, every layer with full attention"
 _AUTO: Any = AutoModelForCausalLM  # its constructors are not typed
-FIRST_KNOT, LAST_KNOT = -4.0, 4.0  # numbers beyond are clamped to these
-KNOTS = 9  # one at every whole number
 
 
 @dataclass(frozen=True)
@@ -50,11 +58,14 @@ class NumberEmbedding(nn.Embedding):
     Every kind of number has KNOTS trained vectors, one at some values each; a number's vector lies on the line between
     the two nearest, and a token of several numbers is the sum of their vectors, a generalised additive model's input.
     CoLLM (arXiv 2310.19488) puts trained vectors of users and items into an LLM's input; these are of counted numbers.
+    A token of context, or of a user's attributes, is the sum of its values' vectors, `rows` in all (`Vocabulary`).
     """
 
-    lowest_id = LOWEST_ID
+    context: nn.Parameter | None  # (rows, H)
+    layout: Tensor  # (4, columns) of the ids of context
+    shares: Tensor  # (digits, rows)
 
-    def __init__(self, words: nn.Embedding) -> None:
+    def __init__(self, words: nn.Embedding, rows: int = 0) -> None:
         super().__init__(
             words.num_embeddings,
             words.embedding_dim,
@@ -82,6 +93,36 @@ class NumberEmbedding(nn.Embedding):
         )
         # (kinds, KNOTS, H)
         self.numbers = nn.Parameter(point + direction * at[:, None] / 2)
+        # at first random, as large as words'
+        start = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        vectors = nn.Parameter(start * weight.std()) if rows else None
+        self.register_parameter("context", vectors)
+
+    @property
+    def lowest_id(self) -> int:
+        """The lowest id of a token that it has a vector of."""
+        return LOWEST_ID if self.context is None else LOWEST_CONTEXT_ID
+
+    def know_context(self, vocabulary: Vocabulary) -> None:
+        """Read ids that the vocabulary makes."""
+        layout = torch.from_numpy(vocabulary.layout).to(self.weight.device)
+        shares = torch.from_numpy(vocabulary.shares).to(self.weight)
+        self.register_buffer("layout", layout, persistent=False)
+        self.register_buffer("shares", shares, persistent=False)
+
+    def _with_context(self, vectors: Tensor, ids: Tensor) -> Tensor:
+        if self.context is None:
+            return vectors
+        is_context = ids <= FIRST_CONTEXT_ID
+        rest = (FIRST_CONTEXT_ID - ids[is_context])[:, None]  # (m, 1)
+        token, unit, digits, first = self.layout
+        digit = rest // TOKENS // unit % digits  # (m, columns)
+        is_shown = (rest % TOKENS == token).to(self.shares.dtype)
+        shares = F.embedding_bag(
+            first + digit, self.shares, mode="sum", per_sample_weights=is_shown
+        )
+        found = shares.to(self.context.dtype) @ self.context  # (m, H)
+        return vectors.index_put((is_context,), found.to(vectors.dtype))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors (..., H) of token ids (...)."""
@@ -98,7 +139,8 @@ class NumberEmbedding(nn.Embedding):
         numbers = shares.flatten(-2).to(self.numbers.dtype) @ self.numbers.flatten(0, 1)
         # ids of numbers read row 0 here, which the last line leaves out
         words = super().forward(ids.clamp(min=0))
-        return torch.where((ids < 0)[..., None], numbers.to(words.dtype), words)
+        vectors = torch.where((ids < 0)[..., None], numbers.to(words.dtype), words)
+        return self._with_context(vectors, ids)
 
 
 class ItemEmbedding(NumberEmbedding):
@@ -111,8 +153,8 @@ class ItemEmbedding(NumberEmbedding):
     items: Tensor  # (n, H) frozen
     moments: Tensor  # (2, H) mean and deviation
 
-    def __init__(self, words: nn.Embedding) -> None:
-        super().__init__(words)
+    def __init__(self, words: nn.Embedding, rows: int = 0) -> None:
+        super().__init__(words, rows)
         weight, width = words.weight.detach(), words.embedding_dim
         self.register_buffer("items", weight.new_zeros(0, width), persistent=False)
         self.register_buffer(
@@ -127,8 +169,8 @@ class ItemEmbedding(NumberEmbedding):
 
     @property
     def lowest_id(self) -> int:
-        """That of the last item."""
-        return int(LOWEST_ID) - len(self.items)
+        """That of the last item, where there is no context."""
+        return super().lowest_id - len(self.items)
 
     def know(self, vectors: Tensor) -> None:
         """Take frozen vectors (n, H) of all items, in the order of their codes."""
@@ -142,7 +184,8 @@ class ItemEmbedding(NumberEmbedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors (..., H) of token ids (...)."""
-        vectors, is_item = super().forward(ids), ids < LOWEST_ID
+        vectors = super().forward(ids)
+        is_item = (ids < LOWEST_ID) & (ids > FIRST_CONTEXT_ID)
         mean, deviation = self.moments
         # (m, H) standardised vectors of the m tokens that show an item
         frozen = (self.items[FIRST_ITEM_ID - ids[is_item]] - mean) / deviation.clamp(
@@ -225,13 +268,13 @@ class Backbone(nn.Module):
         """Drop the LM head's weights; `answer_direction` cannot be called after this."""
         self._lm_head.clear()
 
-    def learn_numbers(self) -> None:
-        """Embed ids below zero, too: numbers in prompts, for which the LM has no vectors."""
-        self.embed_tokens = NumberEmbedding(self.embed_tokens)
+    def learn_numbers(self, rows: int = 0) -> None:
+        """Embed ids below zero, too: numbers in prompts, for which the LM has no vectors; `rows` of context."""
+        self.embed_tokens = NumberEmbedding(self.embed_tokens, rows)
 
-    def learn_items(self) -> None:
+    def learn_items(self, rows: int = 0) -> None:
         """Embed ids below those of numbers, too: items, as soon as `embed_tokens.know` has their vectors."""
-        self.embed_tokens = ItemEmbedding(self.embed_tokens)
+        self.embed_tokens = ItemEmbedding(self.embed_tokens, rows)
 
     def embed(self, tokens: Tensor, layout: Layout) -> State:
         """State of token ids (B, T) before the first layer; the layout is on their device, its blocks planned."""

@@ -20,6 +20,7 @@ from transformers import AutoConfig
 
 from project.data.batch import Batch
 from project.data.download import resolve_model
+from project.data.vocabulary import Vocabulary
 from project.datamodule import InteractionData, check_reads, reads_of
 from project.errors import CheckpointError, ConfigError, NotFittedError
 from project.evaluation.result import (
@@ -136,6 +137,7 @@ class ExitRecommender(L.LightningModule):
         self.answers = answers or [" no", " yes"]  # dislike, like
         self.numbers = numbers
         self.items = items
+        self.vocabulary = Vocabulary()  # of context and users' attributes in prompts
         # 2. parts that are made once the folder of the weights is known: `configure_model`
         self.backbone: Backbone | None = None
         self.heads = nn.ModuleDict()
@@ -161,6 +163,7 @@ class ExitRecommender(L.LightningModule):
         """Load the backbone and make the heads; called once, before the first batch."""
         if self.backbone is not None:
             return
+        self.vocabulary = self.data.vocabulary
         with self.data.clock.stage("load model"):
             folder = resolve_model(self.backbone_name)
             mesh = shared_mesh(self.trainer.strategy)
@@ -190,6 +193,8 @@ class ExitRecommender(L.LightningModule):
             content = read_checkpoint(checkpoint, mmap=True)
             check_origin(content, self.exit_layers, self.backbone_name)
             check_reads(content.get("reads"), data, measured)
+            # the log may have grown since
+            data.vocabulary = Vocabulary(content.get("vocabulary", ()))
 
     def set_backbone(self, backbone: Backbone, tokenizer: Any) -> None:
         """Use this backbone, with heads made from its language model head and the answers' tokens."""
@@ -208,16 +213,19 @@ class ExitRecommender(L.LightningModule):
             backbone.embed_tokens.requires_grad_(False)
         # 3. what the embeddings learn beside words
         if self.items:  # last: they are trained whatever is frozen
-            backbone.learn_items()
-        elif self.numbers:
-            backbone.learn_numbers()
+            backbone.learn_items(self.vocabulary.rows)
+        elif self.numbers or self.vocabulary.rows:
+            backbone.learn_numbers(self.vocabulary.rows)
         self.backbone = backbone
 
-    def know_items(self, data: InteractionData) -> None:
-        """Where prompts show items' texts in a token: read all of them, those of requests included."""
+    def know(self, data: InteractionData) -> None:
+        """What ids of prompts' tokens say: texts of all items, those of requests included, and context."""
+        assert self.backbone is not None
         if self.items:
-            assert self.backbone is not None
             self.backbone.embed_tokens.know(torch.from_numpy(data.item_vectors()))
+        if self.vocabulary.rows:
+            assert data.vocabulary.terms == self.vocabulary.terms
+            self.backbone.embed_tokens.know_context(self.vocabulary)
 
     def on_fit_start(self) -> None:
         """Fit exit 0 on train targets; its weights are buffers, so they travel with the checkpoint."""
@@ -229,7 +237,7 @@ class ExitRecommender(L.LightningModule):
         )
         self.know_exit_0({"exit_0_terms": exit_0.terms})
         self.exit_0.copy_(torch.from_numpy(exit_0.to_array()))
-        self.know_items(self.data)
+        self.know(self.data)
         if self.items:
             assert self.backbone is not None
             self.backbone.embed_tokens.standardise()
@@ -237,7 +245,7 @@ class ExitRecommender(L.LightningModule):
     def on_validation_start(self) -> None:
         """Refuse to score a model that was never trained, before the first batch."""
         self.feature_baseline()
-        self.know_items(self.data)
+        self.know(self.data)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -382,6 +390,7 @@ class ExitRecommender(L.LightningModule):
         }
         checkpoint["base_model"] = self.backbone_name
         checkpoint["exit_0_terms"] = [list(term) for term in self.exit_0_terms]
+        checkpoint["vocabulary"] = [list(term) for term in self.vocabulary.terms]
         if self._trainer is not None:
             checkpoint["reads"] = reads_of(self.data)
 
@@ -392,6 +401,7 @@ class ExitRecommender(L.LightningModule):
         """
         check_origin(checkpoint, self.exit_layers, self.backbone_name)
         self.know_exit_0(checkpoint)
+        self.vocabulary = Vocabulary(checkpoint.get("vocabulary", ()))
         # frozen weights are the base model's, everything else must be there
         found = set(checkpoint["state_dict"])
         mine = set(self.state_dict())

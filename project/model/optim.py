@@ -66,9 +66,10 @@ def parameter_groups(
     parts: list[tuple[str, Iterable[nn.Parameter], float]]
     parts = [("embeddings", [words.weight], depth_rate(settings, 0, layers))]
     if isinstance(words, NumberEmbedding):
-        parts.append(
-            ("numbers", [words.numbers], HEAD_FACTOR * depth_rate(settings, 0, layers))
+        learned = (
+            [words.numbers] if words.context is None else [words.numbers, words.context]
         )
+        parts.append(("numbers", learned, HEAD_FACTOR * depth_rate(settings, 0, layers)))
     if isinstance(words, ItemEmbedding):
         parts.append(("items", [words.projection], depth_rate(settings, 0, layers)))
     for k, layer in enumerate(backbone.layers, start=1):

@@ -97,7 +97,7 @@ class Ranker:
         self.waiting = Waiting()
         # 2. the model
         self._baseline = model.feature_baseline()
-        model.know_items(data)
+        model.know(data)
         self._text_vectors = TextVectors(data.item_encoder()) if model.items else None
         device = model.backbone.embed_tokens.weight.device
         reference, skill = references(folder, model, data, plan)
@@ -469,7 +469,8 @@ class Ranker:
         found = self._with_context(found, self._rates.values(request), candidates, items)
         # 3. candidates, which see the history and not each other
         segments = encoder.encode(candidates, found, np.full(len(candidates), -1, np.int8))
-        long = len(encoder.instruction) + max(longest, int(segments.tokens.lengths.max()))
+        instruction = encoder.instructions(found.rows(slice(0, 1)), 1).values
+        long = len(instruction) + max(longest, int(segments.tokens.lengths.max()))
         if long > limit:
             raise DataError(
                 f"the prompt of an item alone has {long:,} tokens, but data.context_tokens is {limit:,}. Give it a "
@@ -478,7 +479,7 @@ class Ranker:
         numbers, exit_0 = criteria_and_exit_0(self._baseline, found)
         prepared = PreparedRequest(
             request.request_id,
-            history.prefix(encoder.instruction, limit),
+            history.prefix(instruction, limit),
             until_slots(segments.tokens, segments.slots),
             exit_0,
             numbers,
@@ -509,12 +510,13 @@ class History:
 
     def prefix(self, instruction: I64, context_tokens: int) -> StreamTokens:
         """The tokens that all candidates see."""
-        if self._prefix is None:
+        made = self._prefix
+        if made is None or made.tokens[: len(instruction)].tolist() != instruction.tolist():
             lists = Ragged.of([part.tolist() for part in self.tokens])
-            self._prefix = shared_prefix(
+            made = self._prefix = shared_prefix(
                 instruction, lists, np.array(self.times), context_tokens
             )
-        return self._prefix
+        return made
 
 
 def named_by(event: Event) -> dict[str, str]:

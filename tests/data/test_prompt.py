@@ -5,16 +5,14 @@ Numbers are ids below zero that say what counting counted, to a step.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 from world import Letters, read_split, streams_without_retrieved, text_of
 
 from project.data.logs import TableLogs
@@ -29,10 +27,8 @@ from project.data.prompt import (
     field_names,
     field_showing,
     item_columns,
-    number_features,
     number_ids,
     read_number_ids,
-    readable,
     shows_numbers,
     split_template,
     with_segment,
@@ -44,7 +40,6 @@ from project.errors import ConfigError
 from project.features import FEATURES, feature_matrix
 from project.retrieval import NoRetriever
 
-WORDED = ["item_rate", "vote"]
 ITEMS = pl.DataFrame(
     {
         "item": [0, 1],
@@ -72,31 +67,31 @@ RETRIEVED = pl.DataFrame(
     [
         ("{title} ({year}):", [("static", "{title} ({year}):")]),
         (
-            "{title} all{item_rate}/10 near{vote}",
+            "{title} all{item_percent}/10 near{likes}",
             [
                 ("static", "{title} all"),
-                ("retrieved", "item_rate"),
+                ("retrieved", "item_percent"),
                 ("static", "/10 near"),
-                ("retrieved", "vote"),
+                ("retrieved", "likes"),
             ],
         ),
         (
             "{item_number+vote_number}{{{title}}}",
             [("number", "item_number+vote_number"), ("static", "{{{title}}}")],
         ),
-        ("{title:.40} {vote}", [("static", "{title:.40} "), ("retrieved", "vote")]),
+        ("{title:.40} {likes}", [("static", "{title:.40} "), ("retrieved", "likes")]),
     ],
 )
 def test_pieces(template: str, pieces: list[tuple[str, str]]) -> None:
     """Text and item fields between two places of retrieved features are one piece; braces that are text stay text."""
-    assert split_template(template, ["title", "year"], WORDED) == pieces
+    assert split_template(template, ["title", "year"]) == pieces
 
 
 def test_fields() -> None:
     """In order, as often as they stand there; a column may have the name of retrieved features that is not told."""
     assert field_names("{title:.40} {vote!r}{title}") == ["title", "vote", "title"]
     assert field_names("{title") == []
-    assert split_template("{title}", ["title", "vote"], WORDED) == [("static", "{title}")]
+    assert split_template("{title}", ["title", "likes"]) == [("static", "{title}")]
     assert shows_numbers("{title}{vote_number+item_number}:")
     assert shows_numbers("{title}{vote_number}:")
     assert not shows_numbers("{title} all{item_percent}:")
@@ -110,21 +105,22 @@ def test_fields() -> None:
             (f"{{title:{spec}}}", r"{title:\.40}")
             for spec in (".0", ">9", "9", "9.9", ".3s", "." + 20 * "9")
         ),
-        ("{vote:.1}", "{vote} alone"),
+        ("{neighbours:.1}", "{neighbours} alone"),
         ("{item_number:.1}", "{item_number} alone"),
         *((name, "which is unknown") for name in ("{a.b}", "{x[1]}", "{7}", "{director}")),
         *(
             (f"{{item_number+{name}}}", "which is unknown.*each once")
             for name in ("year", "item_number", "")
         ),
-        ("{mf}", "a retrieved feature and also a column.*my_mf: mf"),
+        ("{likes}", "a retrieved feature and also a column.*my_likes: likes"),
         ("{vote_number}", "a retrieved feature and also a column"),
+        ("{item_text}", "also a column"),
     ],
 )
 def test_fields_that_cannot_be_filled(template: str, words: str) -> None:
-    fields = ["title", "year", "mf", "vote_number", "a.b", "x[1]", "7"]
+    fields = ["title", "year", "likes", "vote_number", "item_text", "a.b", "x[1]", "7"]
     with pytest.raises(ConfigError, match=words):
-        split_template(template, fields, [*WORDED, "mf"])
+        split_template(template, fields)
 
 
 @pytest.mark.parametrize(
@@ -203,11 +199,11 @@ def test_percent_is_two_digits(share: float, text: str) -> None:
 
 def test_least_lengths() -> None:
     encoder = PromptEncoder(
-        Letters(), Prompt(segment="{title} {item_percent}{vote_number}:"), ITEMS
+        Letters(), Prompt("I\n", "{title} {item_percent}{vote_number}:"), ITEMS
     )
     assert encoder.least_lengths().tolist() == [
-        len("Alien ??: yes"),
-        len("Brazil {1} ??: yes"),
+        len("I\nAlien ??: yes"),
+        len("I\nBrazil {1} ??: yes"),
     ]
 
 
@@ -228,7 +224,8 @@ def test_a_control_token_in_a_title_is_text(tiny_model: Path) -> None:
     assert segments.tokens[1].tolist() == tokenizer.encode(
         "the sea :", add_special_tokens=False
     )
-    assert encoder.instruction.tolist() == [special]  # who writes the wording may mean one
+    # who writes the wording may mean one
+    assert encoder.instructions(RETRIEVED, 1).values.tolist() == [special]
 
 
 def test_the_default_segment_shows_short_columns_and_numbers() -> None:
@@ -276,7 +273,7 @@ def test_prompts_fit_or_are_named(split: SplitInteractions) -> None:
     streams = streams_without_retrieved(
         split, "test", "{title} {vote_percent}{vote_percent}:"
     )
-    tokens = int(streams.tokens.lengths[:-1].max()) + len("I\n")
+    tokens = int(streams.tokens.lengths[: len(streams.row_id)].max()) + len("I\n")
     check_streams(streams, split, tokens)
     with pytest.raises(ConfigError, match=rf"item '{item_id}' alone has {tokens} tokens"):
         check_streams(streams, split, tokens - 1)
@@ -354,7 +351,7 @@ def retrieved(n: int = 2) -> pl.DataFrame:
 
 
 def ids_of(table: pl.DataFrame, fields: list[str]) -> np.ndarray:
-    return number_ids(number_features(table), fields)
+    return number_ids(feature_matrix(table, 0.5), fields)
 
 
 def test_numbers_golden() -> None:
@@ -362,8 +359,6 @@ def test_numbers_golden() -> None:
 
     The count is three bytes further: log(1 + 20) - 3 = .045, rounded .05, the 121st.
     """
-    assert math.isclose(math.log(17.5 / 7.5), 0.8473, abs_tol=1e-4)
-    assert math.isclose(math.log(21) - 3, 0.0445, abs_tol=1e-4)
     assert ids_of(retrieved(), ["item_number"])[0] == -138
     assert ids_of(retrieved(), ["item_count_number"])[0] == -122 * 256**5
     assert (
@@ -425,17 +420,3 @@ def test_which_field_tells_a_column(column: str) -> None:
     both = "{item_number+" + column + "_number}"
     assert field_showing(Prompt(segment="{title}" + both + ":"), column) == both
     assert field_showing(Prompt(segment="{title}{item_number}:"), column) is None
-
-
-def test_back_to_text() -> None:
-    class Decoder(PreTrainedTokenizerBase):
-        def __init__(self) -> None:
-            pass
-
-        def decode(self, token_ids: Any, *_: Any, **__: Any) -> str:
-            return "".join(map(chr, token_ids))
-
-    fields = (["item_number"], ["item_count_number", "item_number"])
-    numbers = [ids_of(retrieved(), some)[0] for some in fields]
-    ids = torch.tensor([*map(ord, "Alien"), *numbers, *map(ord, ": yes")])
-    assert readable(ids, Decoder()) == "Alien[item +0.85][item +0.85 item_count +0.05]: yes"

@@ -260,7 +260,7 @@ def test_lists_are_context_of_their_own(world: World) -> None:
     assert lists.sum() == retrieved["similar_after"].drop_nulls().len() > 20
     for name in ("row_id", "timestamp", "label", "target", "context", "slots"):
         assert np.array_equal(getattr(streams, name)[~lists], getattr(without, name))
-    rows = np.append(np.flatnonzero(~lists), streams.instruction)
+    rows = np.append(np.flatnonzero(~lists), streams.instructions)
     assert np.array_equal(streams.tokens.take(rows).values, without.tokens.values)
     assert not streams.target[lists].any()
     assert streams.context[lists].all()

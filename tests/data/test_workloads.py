@@ -150,7 +150,6 @@ def test_folds_may_not_read_test(kind: Any, tiny_logs: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("train", 5, 5, 0), r"tune, certify, test, found 'train'"),
         (("test", 0, 5, 0), "0 requests of 5"),
         (
             ("test", 1, 4, 3, 10_000),

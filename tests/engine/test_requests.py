@@ -20,17 +20,15 @@ import pytest
 import torch
 import yaml
 from example_engine import EXITS, World, subset
-from jsonargparse import ArgumentParser
 from world import call, given, sharpened, spread_exits, tiny_settings
 
+from project.api import open_run
 from project.data.parts import by_part
-from project.datamodule import InteractionData
+from project.data.requests import read_requests
 from project.engine.engine import score_every_head
-from project.engine.predict import load_weights
 from project.engine.requests import prepare_requests
 from project.errors import DataError
 from project.exits.plan import raw_outputs
-from project.model.module import ExitRecommender
 from project.run import read_result
 
 
@@ -130,17 +128,10 @@ def test_early_exit_leaves_where_the_plan_leaves_packed_scores(
     assert packed["exit_layer"].n_unique() >= 3
     assert packed["logit_3"].std() > 0.05  # what is read moves the score  # type: ignore[operator]
 
-    config = yaml.safe_load((fitted.parent / "tiny.yaml").read_text())
-    parser = ArgumentParser()
-    parser.add_class_arguments(InteractionData, "data")
-    # the CLI links the tokenizer to the backbone
-    own = {"requests": str(requests_file), "tokenizer": config["model"]["backbone"]}
-    settings = parser.parse_object({"data": config["data"] | own})
-    data: InteractionData = parser.instantiate_classes(settings).data
-    model = ExitRecommender(config["model"]["backbone"], [1, 2, 3], numbers=True)
-    load_weights(model, data.tokenizer, fitted / "checkpoints" / "last.ckpt")
-    prepared = prepare_requests(model, data)
-    every = score_every_head(model, prepared, batch_tokens=300)
+    opened = open_run(fitted, "cpu")
+    asked = read_requests(str(requests_file), opened.data.split.interactions)
+    prepared = prepare_requests(opened.model, opened.data, asked)
+    every = score_every_head(opened.model, prepared, batch_tokens=300)
     expected, heads = (
         packed.drop("exit_layer", "adaptive_logit", "item_id"),
         [f"logit_{k}" for k in range(4)],
