@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
+from project.data.prompt import RATING_SCALE
 from project.run import SCHEMA_VERSION, own_version, replace_file, write_json, write_table
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def write_bundle(module: ExitRecommender, data: InteractionData, folder: Path) -
     if module.items:
         vectors = {"items": torch.from_numpy(data.item_vectors())}
         replace_file(folder / ITEM_VECTORS, lambda part: save_file(vectors, part))
+    if data.rating_scale is not None:
+        write_json(folder / RATING_SCALE, asdict(data.rating_scale))
     # 3. what describes the run without its config.yaml
     write_json(
         folder / "bundle.json",

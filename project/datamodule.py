@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,21 @@ from project.data.context import with_users
 from project.data.download import resolve_model
 from project.data.logs import Logs
 from project.data.prompt import (
+    RATING_SCALE,
     Prompt,
     PromptEncoder,
+    RatingScale,
     field_showing,
     item_columns,
     shown_prefixes,
+    shows_items,
+    shows_numbers,
     with_segment,
 )
 from project.data.protocol import (
     Protocol,
     SplitInteractions,
+    answered,
     apply_protocol,
     build_interactions,
 )
@@ -69,6 +74,7 @@ from project.retrieval.lightgcn import VectorRetriever
 from project.retrieval.online import FeatureIndex, can_be_indexed
 from project.retrieval.rates import ContextRates
 from project.retrieval.text import MAX_TOKENS, MeanPooling, encode_once, item_texts
+from project.run import label_rule
 
 DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
 DEFAULT_RETRIEVER = LightGCN(item_neighbours=30)
@@ -164,7 +170,10 @@ class InteractionData(L.LightningDataModule):
                 raise DataError(
                     f"data.logs: {reader}.read failed: {type(error).__name__}: {error}"
                 ) from error
-            split = apply_protocol(build_interactions(raw, self.protocol), self.protocol)
+            log = build_interactions(raw, self.protocol)
+            if self.bundle is not None:
+                log = replace(log, rule=label_rule(Path(self.bundle).parent))
+            split = apply_protocol(log, self.protocol)
             for line in (*raw.left_out, *split.warnings):
                 rank_zero_info(line)
             return split
@@ -259,10 +268,27 @@ class InteractionData(L.LightningDataModule):
         return Vocabulary(fit_terms(table, kinds, base=0.5))
 
     @cached_property
+    def rating_scale(self) -> RatingScale | None:
+        """Where histories show ratings, by train's: the log has more than two, and prompts have learned tokens."""
+        if self.bundle is not None:  # as in training, whatever the log is now
+            file = Path(self.bundle) / RATING_SCALE
+            if not file.is_file():
+                return None
+            return RatingScale(**json.loads(file.read_text(encoding="utf-8")))
+        segment = self.prompt.segment
+        rows = self.split.rows.filter(pl.col("split") == "train", answered(self.split.rows))
+        ratings = rows["rating"].filter(rows["rating"].is_finite())
+        if ratings.n_unique() <= 2 or not (shows_numbers(segment) or shows_items(segment)):
+            return None
+        return RatingScale(float(ratings.mean()), float(ratings.std(ddof=0)))  # type: ignore[arg-type]
+
+    @cached_property
     def encoder(self) -> PromptEncoder:
         """Makes segments of rows."""
         items = self.split.interactions.items
-        encoder = PromptEncoder(self.tokenizer, self.prompt, items, self.vocabulary)
+        encoder = PromptEncoder(
+            self.tokenizer, self.prompt, items, self.vocabulary, self.rating_scale
+        )
         shown, hidden = item_columns(self.prompt, items)
         note = f"; not shown: {', '.join(hidden)} (data.prompt.segment)" if hidden else ""
         rank_zero_info(f"Prompts show of each item: {', '.join(shown) or 'nothing'}{note}")

@@ -21,7 +21,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from project.bundle import ITEM_VECTORS
 from project.data.download import SOURCES
-from project.data.prompt import shows_items, shows_numbers
+from project.data.prompt import NUMBERS as KINDS
+from project.data.prompt import RATING_SCALE, shows_items, shows_numbers
 from project.data.vocabulary import Vocabulary
 from project.engine.predict import load_run
 from project.errors import DataError
@@ -33,7 +34,7 @@ from project.model.heads import ExitHead
 from project.model.module import ExitRecommender, LoraSettings
 from project.report.report import Run, read_run
 from project.report.tables import render
-from project.run import SCHEMA_VERSION, own_version, read_checkpoint, read_config
+from project.run import SCHEMA_VERSION, SEEN, own_version, read_checkpoint, read_config
 
 USAGE = "python -m project export RUN_FOLDER NEW_FOLDER"
 NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/last.ckpt")
@@ -42,7 +43,6 @@ HEADS = "heads.safetensors"
 NUMBERS = "numbers.safetensors"
 # what a backbone's embedding has beside the words, by its name in the state
 LEARNED = ("numbers", "context", "projection", "moments")
-EVENTS = "events.json"  # of a refitted run: what its log has of a store's events
 _AUTO: Any = AutoModel  # its constructors are not typed
 
 CARD = """\
@@ -198,8 +198,12 @@ def export(run: Path, folder: Path) -> Path:
             save_file(learned | items, part / NUMBERS)
         torch.save(policy, part / POLICY)
         (part / "config.yaml").write_text(_served(run, bundle), encoding="utf-8")
-        if (run / EVENTS).exists():
-            shutil.copy(run / EVENTS, part)
+        scale = run / "bundle" / RATING_SCALE
+        if scale.exists():
+            (part / "bundle").mkdir()
+            shutil.copy(scale, part / "bundle")
+        if (run / SEEN).exists():
+            shutil.copy(run / SEEN, part)
         card = render_card(
             results, bundle, backbone.config.model_type, plans.plan.criterion
         )
@@ -311,11 +315,12 @@ def load_exported(folder: str | Path) -> Exported:
     vocabulary = Vocabulary(policy["vocabulary"])
     if (folder / NUMBERS).exists():
         learned = load_file(folder / NUMBERS)
+        rated = (0, 0) if len(learned["numbers"]) > len(KINDS) else None
         if "items" in learned:
-            backbone.learn_items(vocabulary.rows)
+            backbone.learn_items(vocabulary.rows, rated)
             backbone.embed_tokens.know(learned.pop("items"))
         else:
-            backbone.learn_numbers(vocabulary.rows)
+            backbone.learn_numbers(vocabulary.rows, rated)
         if vocabulary.rows:
             backbone.embed_tokens.know_context(vocabulary)
         state = {f"embed_tokens.{name}": values for name, values in learned.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, nan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,9 +32,10 @@ class HistoryRow(NamedTuple):
     """An item that somebody answered."""
 
     item: str | Item  # text is an id
-    label: int  # 0 or 1
+    label: int | None = None  # 0 or 1; None: the protocol's rule makes it of the rating
     # seconds since 1970; None in all rows: the order of the list counts
     time: float | None = None
+    rating: float | None = None
 
 
 def id_of(item: str | Item) -> str:
@@ -68,14 +69,20 @@ class RankRequest:
         """Raise `DataError` that names the field."""
         rows = self.history or ()
         times = [self.time, *(row.time for row in rows)]
-        labels = [row.label for row in rows]
         if self.user_id is None and self.history is None:
             raise DataError("expected either user_id or history, found neither.")
         if not self.candidates:
             raise DataError("candidates is empty; expected at least one candidate.")
-        for label in labels:
-            if label not in (0, 1):
-                raise DataError(f"history: label is {label!r}; expected label 0 or 1.")
+        for row in rows:
+            if row.label not in ((0, 1) if row.rating is None else (0, 1, None)):
+                raise DataError(
+                    f"history: label is {row.label!r}; expected label 0 or 1, or a rating."
+                )
+            number = isinstance(row.rating, int | float) and -inf < row.rating < inf
+            if row.rating is not None and (type(row.rating) is bool or not number):
+                raise DataError(
+                    f"history: rating is {shown(row.rating)}; expected a number."
+                )
         for time in times:
             if time is not None and not abs(time) < LATEST:
                 raise DataError(
@@ -117,8 +124,8 @@ class RankRequest:
             + 1
         )
 
-    def past(self, now: float) -> list[tuple[str, int, float]]:
-        """Item id, label and seconds of the history's rows before `now`.
+    def past(self, now: float) -> list[tuple[str, int, float, float]]:
+        """Item id, label, seconds and rating (NaN: none) of the history's rows before `now`; labels are known.
 
         Rows without a time stand just before `now`, in the order of the list.
         """
@@ -128,9 +135,13 @@ class RankRequest:
             for k, r in enumerate(rows)
         ]
         dated = zip(rows, seconds, strict=True)
-        return [
-            (id_of(row.item), row.label, second) for row, second in dated if second < now
-        ]
+        found = list[tuple[str, int, float, float]]()
+        for row, second in dated:
+            assert row.label is not None
+            if second < now:
+                rating = nan if row.rating is None else float(row.rating)
+                found.append((id_of(row.item), row.label, second, rating))
+        return found
 
     def texts(self) -> Iterator[str]:
         """Every text that it brings: ids, titles, names and values of columns."""

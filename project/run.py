@@ -25,6 +25,8 @@ from project.results import Head
 Checkpoint = dict[str, Any]  # tensors and plain values by name
 PolarsType = pl.DataType | type[pl.DataType]
 SCHEMA_VERSION = 2
+# in a refitted run's folder: up to which `seq` of a store its log has the events
+SEEN = "events.json"
 LIBRARIES = (
     "torch",
     "lightning",
@@ -171,6 +173,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def read_config(run: Path) -> dict[str, Any]:
     """config.yaml of a run's folder."""
     return read_yaml(run / "config.yaml")
+
+
+def label_rule(run: Path) -> str | None:
+    """The rule that makes ratings labels; of a refitted run, whose log has labels, that of the run it came from."""
+    if (run / SEEN).exists():
+        rule: str | None = json.loads((run / SEEN).read_text(encoding="utf-8"))["label"]
+    else:
+        rule = read_config(run)["data"]["protocol"].get("label")
+    return rule
 
 
 def result_head(

@@ -127,10 +127,10 @@ def _both(
     )
     base.embed_tokens.requires_grad_(not model.freeze_embeddings)
     if model.items:
-        backbone.learn_items()
+        backbone.learn_items(answers=(0, 0) if data.rating_scale else None)
         backbone.embed_tokens.know(torch.from_numpy(data.item_vectors()))
     elif model.numbers:
-        backbone.learn_numbers()
+        backbone.learn_numbers(answers=(0, 0) if data.rating_scale else None)
     if model.items or model.numbers:
         base.embed_tokens = deepcopy(backbone.embed_tokens)
     return backbone.to(device), base.to(device)

@@ -111,7 +111,7 @@ def test_round_trip(
         for f in (target, tiny_model)
     )
     assert one == other
-    for path in target.iterdir():
+    for path in target.rglob("*.*"):
         assert str(tmp_path.parent).encode() not in path.read_bytes(), path
     assert {p.name for p in target.parent.iterdir()} == {"exported"}
 

@@ -17,7 +17,7 @@ import pytest
 from world import Letters, no_retrieved, read_split
 
 from project.data.logs import RawLogs, TableLogs
-from project.data.prompt import Prompt, PromptEncoder
+from project.data.prompt import LOWEST_ID, Prompt, PromptEncoder, RatingScale
 from project.data.protocol import (
     SPLITS,
     Protocol,
@@ -92,7 +92,10 @@ def prompts(
         )
     similar = "[{titles}]" if retriever.similar_every else None
     encoder = PromptEncoder(
-        Letters(), Prompt(instruction="I\n", segment=SEGMENT, similar=similar), items
+        Letters(),
+        Prompt(instruction="I\n", segment=SEGMENT, similar=similar),
+        items,
+        scale=RatingScale(3.0, 1.0),
     )
     streams = build_streams(rows, retrieved, name, encoder)
     found: dict[int, str] = {}
@@ -103,7 +106,11 @@ def prompts(
             for p in range(w.first, w.last)
             if streams.target[streams.offsets[s] + p]
         ]
-        found |= {i: "".join(map(chr, t)) for i, t in zip(ids, texts, strict=True)}
+        # a rating is a letter behind those of texts
+        found |= {
+            i: "".join(chr(c if c >= 0 else 0x10000 + LOWEST_ID - c) for c in t)
+            for i, t in zip(ids, texts, strict=True)
+        }
     return found
 
 
@@ -137,15 +144,11 @@ def test_a_row_cannot_change_its_own_prompt(
         )
         changed_elsewhere = 0
         for row in rng.choice(list(original), size=3, replace=False).tolist():
-            flip = (
-                pl.when(pl.col("row_id") == row)
-                .then(1 - pl.col("label"))
-                .otherwise("label")
-                .cast(pl.Int8)
-            )
-            flipped = prompts(
-                split, split.rows.with_columns(label=flip), name, retriever, cuts, absent=-1
-            )
+            here = pl.col("row_id") == row
+            flip = pl.when(here).then(1 - pl.col("label")).otherwise("label")
+            other = pl.when(here).then(7 - pl.col("rating")).otherwise("rating")
+            changed = split.rows.with_columns(label=flip.cast(pl.Int8), rating=other)
+            flipped = prompts(split, changed, name, retriever, cuts, absent=-1)
             deleted = prompts(split, split.rows, name, retriever, cuts, absent=row)
             assert flipped[row] == original[row]
             assert deleted[row] == original[row]

@@ -78,7 +78,7 @@ def history_of(log: pl.DataFrame, user: str, before: float) -> list[Record]:
     past = log.filter((pl.col("user_id") == user) & (pl.col("timestamp") < before))
     rows = past.select("item_id", "rating", "timestamp").iter_rows()
     return [
-        {"item_id": item, "label": int(rating > 3), "time": float(time)}
+        {"item_id": item, "rating": rating, "time": float(time)}
         for item, rating, time in rows
     ]
 
@@ -132,7 +132,7 @@ def test_a_history_scores_as_the_log_does(predict: Predict, log: pl.DataFrame) -
     records = []
     for user in users:
         past = history_of(log, user, 220.0)
-        turned = [row | {"label": 1 - row["label"]} for row in past]
+        turned = [row | {"rating": 6 - row["rating"]} for row in past]
         records += [
             request(f"{user} named", ["i1", "i2"], user_id=user, time=220.0),
             request(f"{user} given", ["i1", "i2"], history=past[::-1], time=220.0),

@@ -75,7 +75,8 @@ SPAN = 6  # and to values from -6 to 6
 STEPS = 2 * SPAN * STEPS_A_UNIT + 1
 BYTE = 256  # 0: not shown; 1 to STEPS: the step
 LOWEST_ID = -sum(STEPS * BYTE**kind for kind in range(len(NUMBERS)))
-FIRST_ITEM_ID = LOWEST_ID - 1  # of the item with code 0; that of code k is k lower
+# a rating in a history has ids from LOWEST_ID - STEPS to LOWEST_ID - 1
+FIRST_ITEM_ID = LOWEST_ID - STEPS - 1  # of the item with code 0; that of code k is k lower
 ITEM_TEXT = "item_text"
 CONTEXT_FIELD, USER_FIELD = "context", "{user}"
 
@@ -90,26 +91,51 @@ def fields_together(name: str) -> list[str] | None:
     )
 
 
+RATING_SCALE = "rating_scale.json"  # file in a bundle
+
+
+@dataclass(frozen=True)
+class RatingScale:
+    """Mean and deviation of train's ratings: a history shows standardised ratings."""
+
+    mean: float
+    deviation: float
+
+    def ids(self, ratings: F64) -> I64:
+        """(n,) ids of tokens that show ratings (n,)."""
+        ids: I64 = LOWEST_ID - 1 - _steps((ratings - self.mean) / self.deviation)
+        return ids
+
+
 def number_ids(features: F64, fields: Sequence[str]) -> I64:
     """(n,) ids, `LOWEST_ID` to -1, of tokens that show the fields of `NUMBERS`; features are at even odds."""
     ids = np.zeros(len(features), dtype=np.int64)
     for name in fields:
         feature, zero = NUMBERS[name]
-        value = (features[:, FEATURES.index(feature)] - zero).clip(-SPAN, SPAN)
-        step = np.rint((value + SPAN) * STEPS_A_UNIT).astype(np.int64)
+        step = _steps(features[:, FEATURES.index(feature)] - zero)
         ids -= (1 + step) * BYTE ** list(NUMBERS).index(name)
     return ids
 
 
-def read_number_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `number_ids` for ids (...): two (..., len(NUMBERS)), whether a number is shown, and its value.
+def _steps(values: F64) -> I64:
+    steps: I64 = np.rint((values.clip(-SPAN, SPAN) + SPAN) * STEPS_A_UNIT).astype(np.int64)
+    return steps
 
+
+def read_number_ids(ids: Tensor, kinds: int = len(NUMBERS)) -> tuple[Tensor, Tensor]:
+    """The inverse of `number_ids` for ids (...): two (..., kinds), whether a number is shown, and its value.
+
+    One kind more than `NUMBERS` is a rating of a history, which `RatingScale.ids` wrote.
     Ids of words and items show no number; values are float32, arbitrary where there is none.
     """
     shifts = 8 * torch.arange(len(NUMBERS), device=ids.device)
     digits = (torch.where(ids < LOWEST_ID, 0, -ids).clamp(min=0)[..., None] >> shifts) & (
         BYTE - 1
     )
+    if kinds > len(NUMBERS):
+        is_rating = (ids < LOWEST_ID) & (ids > FIRST_ITEM_ID)
+        rating = torch.where(is_rating, LOWEST_ID - ids, 0)  # 1 to STEPS
+        digits = torch.cat([digits, rating[..., None]], dim=-1)
     return digits > 0, (digits - 1).float() / STEPS_A_UNIT - SPAN
 
 
@@ -322,8 +348,11 @@ class PromptEncoder:
         prompt: Prompt,
         items: pl.DataFrame,
         vocabulary: Vocabulary | None = None,
+        scale: RatingScale | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        # None: histories show labels alone
+        self._scale = scale
         self._vocabulary = vocabulary or Vocabulary()
         item_fields = [c for c in items.columns if c not in ("item", "item_id")]
         segment = with_segment(prompt, tokenizer, items).segment
@@ -385,8 +414,17 @@ class PromptEncoder:
             codes.astype(np.int64)
         )
 
-    def encode(self, item: I64, retrieved: pl.DataFrame | Retrieved, label: I8) -> Segments:
-        """Segments of items (n,), their n rows of the retrieved features, and answers (n,): 0, 1, or -1 for none."""
+    def encode(
+        self,
+        item: I64,
+        retrieved: pl.DataFrame | Retrieved,
+        label: I8,
+        rating: F64 | None = None,
+    ) -> Segments:
+        """Segments of items (n,), their n rows of the retrieved features, and answers (n,): 0, 1, or -1 for none.
+
+        An answer with a rating, which is no NaN, is shown as that number.
+        """
         found = Retrieved.of(retrieved)
         columns = {"likes": found.sums(found.answer)} | found.columns
         features = (
@@ -414,7 +452,14 @@ class PromptEncoder:
                     render(columns[column]) if column in columns else [UNKNOWN] * len(item)
                 )
                 parts.append(self._encode_values(texts))
-        answers = self._answers.take(np.where(label < 0, 2, label).astype(np.int64))
+        answer = np.where(label < 0, 2, label).astype(np.int64)
+        answers = self._answers
+        if self._scale is not None and rating is not None:
+            rated = np.flatnonzero(np.isfinite(rating) & (label >= 0))
+            answer[rated] = len(answers) + np.arange(len(rated))
+            ids = self._scale.ids(rating[rated])
+            answers = append(answers, Ragged(ids, np.arange(len(rated) + 1)))
+        answers = answers.take(answer)
         segments = join([*parts, answers])
         return Segments(segments, segments.lengths - answers.lengths - 1)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -182,8 +183,31 @@ def label_expression(rule: str | None) -> pl.Expr:
             f'data.protocol.label: cannot read the rule {rule!r}. Write it as "rating > 3" (operators > >= < <= ==), '
             "or null for a log with a 0/1 label column, or clicked."
         )
-    compared: pl.Expr = getattr(pl.col("rating"), _OPERATORS[match[1]])(float(match[2]))
+    compared: pl.Expr = getattr(operator, _OPERATORS[match[1]])(
+        pl.col("rating"), float(match[2])
+    )
     return compared.cast(pl.Int8)
+
+
+def label_of(rating: float | None, label: int | None, rule: str | None, place: str) -> int:
+    """The 0/1 label of an answer that stands at `place`: its own, or by the rule; `DataError` if these differ."""
+    if label is not None and (rating is None or rule in (None, CLICKED)):
+        return int(label)
+    if rule == CLICKED:
+        return 1
+    if rating is None:
+        raise DataError(f"{place} has neither rating nor label; give one.")
+    match = _RULE.fullmatch(rule or "")
+    if match is None:
+        raise DataError(
+            f"{place} has a rating, but this run's log has labels 0 and 1; give a label."
+        )
+    by_rule = int(getattr(operator, _OPERATORS[match[1]])(rating, float(match[2])))
+    if label not in (None, by_rule):
+        raise DataError(
+            f"{place} has label {label}, but {rule} makes label {by_rule} of its rating {rating}; give one of them."
+        )
+    return by_rule
 
 
 @dataclass(frozen=True)
@@ -217,6 +241,7 @@ class Interactions:
     texts: Mapping[float, str] = field(default_factory=dict)
     # the column whose scores, of the ranker that runs today, are `OWN_SCORE` of rows
     own_scores: str | None = None
+    rule: str | None = None  # of the protocol: makes ratings labels
 
 
 def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
@@ -313,6 +338,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         columns=columns_of,
         texts=texts,
         own_scores=raw.own_scores,
+        rule=protocol.label,
     )
 
 

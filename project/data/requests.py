@@ -17,7 +17,13 @@ import polars as pl
 
 from project.data.context import CONTEXT, USER, values_of
 from project.data.prompt import PromptEncoder
-from project.data.protocol import Interactions, SplitInteractions, answered, known_at
+from project.data.protocol import (
+    Interactions,
+    SplitInteractions,
+    answered,
+    known_at,
+    label_of,
+)
 from project.data.stream import Streams, streams_of
 from project.errors import ConfigError, DataError
 from project.request import (
@@ -124,14 +130,17 @@ class Catalogue:
             self.added.append(dict.fromkeys(self.columns, "") | columns | named)
         return item_id
 
-    def resolve(self, request: RankRequest) -> RankRequest:
-        """The request with an id for each item; items that it brings are added."""
-        rows = request.history
-        history = (
-            None
-            if rows is None
-            else tuple(row._replace(item=self.add(row.item)) for row in rows)
-        )
+    def resolve(self, request: RankRequest, rule: str | None = None) -> RankRequest:
+        """The request with an id for each item; items that it brings are added. `rule` makes ratings labels."""
+        history = request.history
+        if history is not None:
+            history = tuple(
+                row._replace(
+                    item=self.add(row.item),
+                    label=label_of(row.rating, row.label, rule, "history: a row"),
+                )
+                for row in history
+            )
         candidates = tuple(
             Item(self.add(item), context=item.context)
             if isinstance(item, Item) and item.context
@@ -219,7 +228,7 @@ def parse_requests(
             # 2. what it asks
             request = request_of(record)
             values_of(request, interactions.columns, {})
-            requests.append(catalogue.resolve(request))
+            requests.append(catalogue.resolve(request, interactions.rule))
         except (DataError, RecursionError) as error:
             invalid.append(
                 InvalidRequest(place, name, candidates, f"{file}, {at}: {error}")
@@ -304,12 +313,15 @@ def request_of(record: Mapping[str, Any]) -> RankRequest:
 
 
 def _history_row(row: dict[str, Any]) -> HistoryRow:
-    columns = {name: value for name, value in row.items() if name not in ("label", "time")}
-    if row.get("label") not in (0, 1):
+    own = ("label", "time", "rating")
+    columns = {name: value for name, value in row.items() if name not in own}
+    label = row.get("label")
+    rating = row.get("rating")
+    if label is None and rating is None:
         raise DataError(
-            f"history: found {shown(row)}; expected {EXAMPLE_HISTORY} with label 0 or 1."
+            f"history: found {shown(row)}; expected {EXAMPLE_HISTORY} with label 0 or 1, or a rating."
         )
-    return HistoryRow(item_of(columns), int(row["label"]), _seconds(row.get("time")))
+    return HistoryRow(item_of(columns), label, _seconds(row.get("time")), rating)
 
 
 def _seconds(value: Any) -> float | None:
@@ -438,13 +450,13 @@ def request_streams(
     asked = {users[r.user_id] for r in requests.requests if r.user_id in users}
     log = split.rows.filter(answered(split.rows), pl.col("user").is_in(sorted(asked)))
     log = log.with_columns(known_at=known_at(log))
-    log = log.select("user", "item", "row_id", "timestamp", "known_at", "label").join(
-        retrieved, on="row_id"
-    )
+    log = log.select(
+        "user", "item", "row_id", "timestamp", "known_at", "label", "rating"
+    ).join(retrieved, on="row_id")
     log = log.sort("user", "row_id")
     of_user = log["user"].to_numpy()  # (rows,) ascending
     known = list[pl.DataFrame]()  # rows of the log, a table a request
-    # rows outside it: (stream, user, item, row_id, timestamp, label, candidate)
+    # rows outside it: (stream, user, item, row_id, timestamp, label, rating, candidate)
     fresh = list[tuple[Any, ...]]()
     row_id = 0  # of the next candidate
     for stream, request in enumerate(requests.requests):
@@ -457,17 +469,18 @@ def request_streams(
                 rows.with_columns(stream=pl.lit(stream, pl.Int64), candidate=pl.lit(False))
             )
         if request.user_id not in users:
-            for item, answer, at in request.past(time):
-                fresh.append((stream, user, requests.codes[item], -1, at, answer, False))
+            for name, answer, at, rating in request.past(time):
+                item = requests.codes[name]
+                fresh.append((stream, user, item, -1, at, answer, rating, False))
         for asked_item in request.candidates:
-            fresh.append(
-                (stream, user, requests.codes[id_of(asked_item)], row_id, time, -1, True)
-            )
+            item = requests.codes[id_of(asked_item)]
+            fresh.append((stream, user, item, row_id, time, -1, np.nan, True))
             row_id += 1
     # 2. retrieved features of the rows outside the log
-    columns = ["stream", "user", "item", "row_id", "timestamp", "label", "candidate"]
+    columns = ["stream", "user", "item", "row_id", "timestamp", "label", "rating"]
+    columns.append("candidate")
     new = pl.DataFrame(fresh, schema=columns, orient="row").with_columns(
-        pl.col("timestamp").cast(pl.Float64)
+        pl.col("timestamp", "rating").cast(pl.Float64)
     )
     new = pl.concat([new, retrieve(new).drop("row_id", strict=False)], how="horizontal")
     # 3. a stream each, candidates last: nobody sees them
@@ -562,8 +575,10 @@ def catalogue_requests(
         # brings
         brought: tuple[HistoryRow, ...] | None = None
         if history is not None:
-            latest = earlier.tail(history).select("item", "label", "timestamp").iter_rows()
-            brought = tuple(HistoryRow(ids[item], label, at) for item, label, at in latest)
+            latest = earlier.tail(history).select("item", "label", "timestamp", "rating")
+            brought = tuple(
+                HistoryRow(ids[item], *rest) for item, *rest in latest.iter_rows()
+            )
         whose = log.users.row(user, named=True)
         requests.append(
             RankRequest(

@@ -202,7 +202,7 @@ def streams_of(
     encoder: PromptEncoder,
     retrieved: pl.DataFrame | None = None,
 ) -> Streams:
-    """Streams of a table with user, item, row_id, timestamp, label and retrieved features, sorted by user, then time.
+    """Streams of a table with user, item, row_id, timestamp, label, rating and features, sorted by user, then time.
 
     Where there is a table `retrieved`, features are those of its row `place` instead. Where the wording has a template
     for what similar users liked, lists of it (`similar_after`, retrieved features too) become segments of their own.
@@ -215,7 +215,9 @@ def streams_of(
         rows = joined[start : start + TOGETHER]
         features = rows if retrieved is None else retrieved[rows["place"]]
         item = rows["item"].to_numpy().astype(np.int64)
-        segments.append(encoder.encode(item, features, label[start : start + TOGETHER]))
+        answer = label[start : start + TOGETHER]
+        rating = rows["rating"].to_numpy().astype(np.float64)
+        segments.append(encoder.encode(item, features, answer, rating))
         if encoder.similar is not None:
             similar.append(features["similar_after"])
     # 2. a stream each user, whose attributes the instruction shows

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from project.data.context import values_of
 from project.data.download import resolve_model
+from project.data.prompt import NUMBERS
 from project.data.requests import (
     Catalogue,
     InvalidRequest,
@@ -77,6 +78,8 @@ def load_weights(
         backbone = Backbone.from_pretrained(
             resolve_model(model.backbone_name), num_layers=model.depth
         )
+        numbers = content["state_dict"].get("backbone.embed_tokens.numbers", ())
+        model.ratings = len(numbers) > len(NUMBERS)
         model.set_backbone(backbone, tokenizer)
     model.on_load_checkpoint(content)
     # on_load_checkpoint was stricter
@@ -162,12 +165,13 @@ class Run:
 
     def _table(self, asked: list[RankRequest]) -> pl.DataFrame:
         # 1. one catalogue of all items that requests bring
-        catalogue = Catalogue(self.data.split.interactions.items)
+        log = self.data.split.interactions
+        catalogue = Catalogue(log.items)
         resolved = list[RankRequest]()
         for request in asked:
             try:
-                values_of(request, self.data.split.interactions.columns, {})
-                resolved.append(catalogue.resolve(request))
+                values_of(request, log.columns, {})
+                resolved.append(catalogue.resolve(request, log.rule))
             except DataError as error:
                 raise DataError(f"request {request.request_id!r}: {error}") from None
         requests = with_room(

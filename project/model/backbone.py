@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from project.data.download import quiet_loading
-from project.data.prompt import FIRST_ITEM_ID, LOWEST_ID, NUMBERS, read_number_ids
+from project.data.prompt import FIRST_ITEM_ID, NUMBERS, read_number_ids
 from project.data.vocabulary import (
     FIRST_CONTEXT_ID,
     FIRST_KNOT,
@@ -65,7 +65,10 @@ class NumberEmbedding(nn.Embedding):
     layout: Tensor  # (4, columns) of the ids of context
     shares: Tensor  # (digits, rows)
 
-    def __init__(self, words: nn.Embedding, rows: int = 0) -> None:
+    def __init__(
+        self, words: nn.Embedding, rows: int = 0, answers: tuple[int, int] | None = None
+    ) -> None:
+        """With ratings where `answers` are the words no and yes: they start on the line through these vectors."""
         super().__init__(
             words.num_embeddings,
             words.embedding_dim,
@@ -91,8 +94,14 @@ class NumberEmbedding(nn.Embedding):
         at = torch.linspace(
             FIRST_KNOT, LAST_KNOT, KNOTS, dtype=weight.dtype, device=weight.device
         )
+        knots = point + direction * at[:, None] / 2
+        if answers is not None:
+            # a rating one deviation below the mean starts as no, one above as yes
+            no, yes = weight[list(answers)]
+            rating = (yes + no + (yes - no) * at[:, None]) / 2
+            knots = torch.cat([knots, rating[None]])
         # (kinds, KNOTS, H)
-        self.numbers = nn.Parameter(point + direction * at[:, None] / 2)
+        self.numbers = nn.Parameter(knots)
         # at first random, as large as words'
         start = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
         vectors = nn.Parameter(start * weight.std()) if rows else None
@@ -101,7 +110,7 @@ class NumberEmbedding(nn.Embedding):
     @property
     def lowest_id(self) -> int:
         """The lowest id of a token that it has a vector of."""
-        return LOWEST_ID if self.context is None else LOWEST_CONTEXT_ID
+        return FIRST_ITEM_ID + 1 if self.context is None else LOWEST_CONTEXT_ID
 
     def know_context(self, vocabulary: Vocabulary) -> None:
         """Read ids that the vocabulary makes."""
@@ -127,7 +136,7 @@ class NumberEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors (..., H) of token ids (...)."""
         # (..., kinds) whether a number of the kind is there, and its value
-        shown, values = read_number_ids(ids)
+        shown, values = read_number_ids(ids, len(self.numbers))
         # where the value lies between the knots, 0 to KNOTS - 1
         place = (values.clamp(FIRST_KNOT, LAST_KNOT) - FIRST_KNOT) * (
             (KNOTS - 1) / (LAST_KNOT - FIRST_KNOT)
@@ -153,8 +162,10 @@ class ItemEmbedding(NumberEmbedding):
     items: Tensor  # (n, H) frozen
     moments: Tensor  # (2, H) mean and deviation
 
-    def __init__(self, words: nn.Embedding, rows: int = 0) -> None:
-        super().__init__(words, rows)
+    def __init__(
+        self, words: nn.Embedding, rows: int = 0, answers: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(words, rows, answers)
         weight, width = words.weight.detach(), words.embedding_dim
         self.register_buffer("items", weight.new_zeros(0, width), persistent=False)
         self.register_buffer(
@@ -185,7 +196,7 @@ class ItemEmbedding(NumberEmbedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors (..., H) of token ids (...)."""
         vectors = super().forward(ids)
-        is_item = (ids < LOWEST_ID) & (ids > FIRST_CONTEXT_ID)
+        is_item = (ids <= FIRST_ITEM_ID) & (ids > FIRST_CONTEXT_ID)
         mean, deviation = self.moments
         # (m, H) standardised vectors of the m tokens that show an item
         frozen = (self.items[FIRST_ITEM_ID - ids[is_item]] - mean) / deviation.clamp(
@@ -268,13 +279,13 @@ class Backbone(nn.Module):
         """Drop the LM head's weights; `answer_direction` cannot be called after this."""
         self._lm_head.clear()
 
-    def learn_numbers(self, rows: int = 0) -> None:
+    def learn_numbers(self, rows: int = 0, answers: tuple[int, int] | None = None) -> None:
         """Embed ids below zero, too: numbers in prompts, for which the LM has no vectors; `rows` of context."""
-        self.embed_tokens = NumberEmbedding(self.embed_tokens, rows)
+        self.embed_tokens = NumberEmbedding(self.embed_tokens, rows, answers)
 
-    def learn_items(self, rows: int = 0) -> None:
+    def learn_items(self, rows: int = 0, answers: tuple[int, int] | None = None) -> None:
         """Embed ids below those of numbers, too: items, as soon as `embed_tokens.know` has their vectors."""
-        self.embed_tokens = ItemEmbedding(self.embed_tokens, rows)
+        self.embed_tokens = ItemEmbedding(self.embed_tokens, rows, answers)
 
     def embed(self, tokens: Tensor, layout: Layout) -> State:
         """State of token ids (B, T) before the first layer; the layout is on their device, its blocks planned."""

@@ -138,6 +138,8 @@ class ExitRecommender(L.LightningModule):
         self.numbers = numbers
         self.items = items
         self.vocabulary = Vocabulary()  # of context and users' attributes in prompts
+        # learn a token for ratings of histories, too: known with the log, or a checkpoint
+        self.ratings = False
         # 2. parts that are made once the folder of the weights is known: `configure_model`
         self.backbone: Backbone | None = None
         self.heads = nn.ModuleDict()
@@ -164,6 +166,7 @@ class ExitRecommender(L.LightningModule):
         if self.backbone is not None:
             return
         self.vocabulary = self.data.vocabulary
+        self.ratings = self.data.rating_scale is not None
         with self.data.clock.stage("load model"):
             folder = resolve_model(self.backbone_name)
             mesh = shared_mesh(self.trainer.strategy)
@@ -212,10 +215,11 @@ class ExitRecommender(L.LightningModule):
         if self.freeze_embeddings:
             backbone.embed_tokens.requires_grad_(False)
         # 3. what the embeddings learn beside words
+        rated = (no[0], yes[0]) if self.ratings else None
         if self.items:  # last: they are trained whatever is frozen
-            backbone.learn_items(self.vocabulary.rows)
+            backbone.learn_items(self.vocabulary.rows, rated)
         elif self.numbers or self.vocabulary.rows:
-            backbone.learn_numbers(self.vocabulary.rows)
+            backbone.learn_numbers(self.vocabulary.rows, rated)
         self.backbone = backbone
 
     def know(self, data: InteractionData) -> None:

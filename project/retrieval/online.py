@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -42,8 +42,11 @@ def can_be_indexed(retriever: Retriever) -> bool:
     return kind.observe is Retriever.observe or kind.forget is not Retriever.forget
 
 
-def in_time(history: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
-    """Items, labels and seconds in order of time, then item."""
+Row = TypeVar("Row", bound=tuple[Any, ...])
+
+
+def in_time(history: Sequence[Row]) -> list[Row]:
+    """Rows of item, label, seconds and what else, in order of time, then item."""
     return sorted(history, key=lambda row: (row[2], row[0]))
 
 

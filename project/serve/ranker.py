@@ -82,7 +82,7 @@ class Ranker:
         self._index = data.features.index()
         self._rates = data.rates
         rows = split.rows.filter(answered(split.rows)).select(
-            "user", "item", "row_id", "timestamp", "label"
+            "user", "item", "row_id", "timestamp", "label", "rating"
         )
         rows = rows.join(data.retrieved["test"], on="row_id", maintain_order="left")
         self._log = rows.sort("user", "row_id")
@@ -94,6 +94,7 @@ class Ranker:
         self._histories: dict[int, History] = {}
         # of the store, up to which it was read, or is in the log
         self.seq = seen(folder)
+        self._rule = log.rule  # makes ratings labels
         self.waiting = Waiting()
         # 2. the model
         self._baseline = model.feature_baseline()
@@ -208,7 +209,10 @@ class Ranker:
             values = self._rates.of_event(event.user_id, json.loads(event.context or "{}"))
             features = self._with_context(features, values, code, self._items)
             segments = self._encoder.encode(
-                code, features, np.array([event.label], np.int8)
+                code,
+                features,
+                np.array([event.label], np.int8),
+                np.array([event.rating], np.float64),  # None is NaN
             )
             if self.answers is not None and self.answers.awaits(user):
                 (chance,) = probabilities(self._baseline.logits(features)).tolist()
@@ -334,7 +338,7 @@ class Ranker:
             before = len(catalogue.added)
             late = request.deadline is not None and request.deadline < now
             try:
-                asked = own.resolve(request)
+                asked = own.resolve(request, self._rule)
                 texts = self._new_texts(catalogue.added[before:])
                 missing = [] if embed or late else self._absent(texts)
                 if not missing:
@@ -455,15 +459,19 @@ class Ranker:
             user = self._index.guest
             history = History()
             past = in_time(
-                [(codes[item], label, at) for item, label, at in request.past(now)]
+                [(codes[item], y, at, rating) for item, y, at, rating in request.past(now)]
             )
-            found = self._index.retrieved(user, candidates, past, items, now)
+            dated = [(item, y, at) for item, y, at, _ in past]
+            found = self._index.retrieved(user, candidates, dated, items, now)
             item, label = np.array([row[:2] for row in past], np.int64).reshape(-1, 2).T
             tokens = encoder.encode(
-                item, found.rows(slice(0, len(past))), label.astype(np.int8)
+                item,
+                found.rows(slice(0, len(past))),
+                label.astype(np.int8),
+                np.array([row[3] for row in past], np.float64),
             ).tokens
-            for k, row in enumerate(past):
-                history.add(tokens[k], *row, row[2])
+            for k, (code, y, at) in enumerate(dated):
+                history.add(tokens[k], code, y, at, at)
             found = found.rows(slice(len(past), None))
             longest = int(tokens.lengths.max(initial=0))
         found = self._with_context(found, self._rates.values(request), candidates, items)

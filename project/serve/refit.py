@@ -14,8 +14,8 @@ import yaml  # type: ignore[import-untyped]  # as in project.run
 from project.config import open_run
 from project.data.protocol import CLICKED, answered
 from project.errors import ConfigError
-from project.run import read_config, replace_file, write_json
-from project.serve.store import SEEN, Event, EventStore, label_rule, seen
+from project.run import SEEN, label_rule, read_config, replace_file, write_json
+from project.serve.store import Event, EventStore, seen
 
 
 def run_refit(arguments: Sequence[str]) -> Path:
@@ -56,7 +56,7 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
         {name: old.schema.get(name, pl.String) for name in Event._fields},
         orient="row",
     )
-    columns = ["user_id", "item_id", "timestamp", "label"]
+    columns = ["user_id", "item_id", "timestamp", "label", "rating"]
     interactions = pl.concat([old.sort("row_id").select(columns), events.select(columns)])
     interactions = interactions.unique(columns[:3], keep="last", maintain_order=True)
     if data.protocol.label == CLICKED:

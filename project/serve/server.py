@@ -24,10 +24,11 @@ from jsonargparse import ArgumentParser
 from starlette.exceptions import HTTPException
 
 from project.errors import ConfigError
+from project.run import label_rule
 from project.serve.inference import FAILED, log_json, run_inference
 from project.serve.routes import Backlog, Desk, Metrics, add_routes
 from project.serve.settings import ServeSettings
-from project.serve.store import EventStore, label_rule
+from project.serve.store import EventStore
 
 LEAVING = 30  # seconds that requests in flight have to end
 

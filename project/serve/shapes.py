@@ -16,7 +16,6 @@ from datetime import datetime
 from operator import eq, ge, gt, le, lt
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import polars as pl
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -31,7 +30,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from project.data.protocol import CLICKED, label_expression
+from project.data.protocol import label_of
 from project.errors import DataError
 from project.request import HistoryRow, Item, RankRequest, Scored, check_names, text_of
 from project.serve.settings import ServeSettings
@@ -145,7 +144,8 @@ class ItemBody(Document, extra="allow"):
 class HistoryRowBody(ItemBody):
     """An item that the user answered; where no row has a time the order of the list counts."""
 
-    label: Label
+    label: Label | None = None
+    rating: Finite | None = Field(None, description="Makes the label, by the run's rule.")
     time: Finite | None = Field(None, ge=0, description="Seconds since 1970.")
 
 
@@ -210,7 +210,7 @@ class RankBody(Options):
             self.user_id,
             None
             if rows is None
-            else [HistoryRow(row.item(), row.label, row.time) for row in rows],
+            else [HistoryRow(r.item(), r.label, r.time, r.rating) for r in rows],
             [c if isinstance(c, str) else c.item() for c in self.candidates],
             self.deadline,
             self.top_n,
@@ -477,38 +477,28 @@ class GorseFeedback(BaseModel):
 
 
 def labelled(events: Sequence[EventBody], rule: str | None) -> list[Event]:
-    """Events with the label that the run's protocol gives them; a label of their own comes first."""
-    # 1. what cannot be labelled
+    """Events with the label that the run's protocol gives them; `DataError` where one of their own differs."""
     latest = time.time() + AHEAD
+    found = list[Event]()
     for k, event in enumerate(events):
-        where = f"event {k} ({event.event_id!r})"
+        place = f"event {k} ({event.event_id!r})"
         if event.timestamp > latest:
             raise DataError(
-                f"{where} is dated {event.timestamp:.0f}, after now; give seconds since 1970."
+                f"{place} is dated {event.timestamp:.0f}, after now; give seconds since 1970."
             )
-        if event.label is None and event.rating is None and rule != CLICKED:
-            raise DataError(f"{where} has neither rating nor label; give one.")
-        if event.label is None and rule is None:
-            raise DataError(
-                f"{where} has a rating, but this run's log has labels 0 and 1; give a label."
+        label = label_of(event.rating, event.label, rule, place)
+        found.append(
+            Event(
+                event.event_id,
+                event.user_id,
+                event.item_id,
+                label,
+                event.timestamp,
+                json.dumps(event.context, sort_keys=True) if event.context else "",
+                event.rating,
             )
-    # 2. the rule, for events without a label of their own
-    ratings = pl.DataFrame(
-        {"rating": [e.rating for e in events], "label": [e.label for e in events]},
-        schema={"rating": pl.Float64, "label": pl.Int8},
-    )
-    labels = ratings.select(pl.coalesce("label", label_expression(rule))).to_series()
-    return [
-        Event(
-            e.event_id,
-            e.user_id,
-            e.item_id,
-            int(label),
-            e.timestamp,
-            json.dumps(e.context, sort_keys=True) if e.context else "",
         )
-        for e, label in zip(events, labels, strict=True)
-    ]
+    return found
 
 
 def new_items(events: Sequence[EventBody]) -> list[dict[str, str]]:

@@ -16,26 +16,15 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from project.errors import ConfigError
-from project.run import read_config
+from project.run import SEEN
 
 TOGETHER = 500  # ids in one look-up; databases limit the parameters of a statement
-# in a run's folder: up to which `seq` of a store its log has the events
-SEEN = "events.json"
 
 
 def seen(run: Path) -> int:
     """The `seq` up to which a run's log has a store's events."""
     file = run / SEEN
     return int(json.loads(file.read_text(encoding="utf-8"))["seq"]) if file.exists() else 0
-
-
-def label_rule(run: Path) -> str | None:
-    """The rule that makes ratings labels; of a refitted run, whose log has labels, that of the run it came from."""
-    if (run / SEEN).exists():
-        rule: str | None = json.loads((run / SEEN).read_text(encoding="utf-8"))["label"]
-    else:
-        rule = read_config(run)["data"]["protocol"].get("label")
-    return rule
 
 
 class Event(NamedTuple):
@@ -50,6 +39,7 @@ class Event(NamedTuple):
     label: int
     timestamp: float
     context: str = ""
+    rating: float | None = None
 
 
 class Added(NamedTuple):
@@ -77,7 +67,12 @@ EVENTS = sa.Table(
     sa.Column("label", sa.SmallInteger, nullable=False),
     sa.Column("timestamp", sa.Double, nullable=False),
     sa.Column("context", sa.Text, nullable=False, server_default=""),
+    sa.Column("rating", sa.Double),
 )
+LATER = {
+    "context": "context TEXT DEFAULT '' NOT NULL",
+    "rating": "rating DOUBLE PRECISION",
+}
 ITEMS = sa.Table(
     "items",
     TABLES,
@@ -137,13 +132,12 @@ class EventStore:
                 for column in sa.inspect(self._engine).get_columns(table.name)
             }
             lacks = set(table.c.keys()) - found
-            # a database that was made when events had no context
-            if lacks == {"context"}:
+            # a database that was made when events had no context, or no rating
+            if table is EVENTS and lacks <= LATER.keys():
                 with self._engine.begin() as connection:
-                    connection.execute(
-                        sa.text("ALTER TABLE events ADD context TEXT DEFAULT '' NOT NULL")
-                    )
-                    found |= lacks
+                    for name in lacks:
+                        connection.execute(sa.text(f"ALTER TABLE events ADD {LATER[name]}"))
+                found |= lacks
             if found != set(table.c.keys()):
                 text = f"which has a table {table.name} of another kind (columns {', '.join(sorted(found))})"
                 raise ConfigError(

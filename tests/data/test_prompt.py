@@ -24,6 +24,7 @@ from project.data.prompt import (
     STEPS_A_UNIT,
     Prompt,
     PromptEncoder,
+    RatingScale,
     field_names,
     field_showing,
     item_columns,
@@ -389,6 +390,23 @@ def test_ids_say_fields_and_values(fields: list[str]) -> None:
             np.testing.assert_allclose(
                 values[:, kind].numpy(), expected, atol=0.5 / STEPS_A_UNIT + 1e-5
             )
+
+
+def test_a_rating_stands_in_place_of_the_answer() -> None:
+    """Standardised by train's: 5 of mean 3 and deviation 2 is 1; without one, or without an answer, as ever."""
+    encoder = PromptEncoder(
+        Letters(), Prompt(segment="{title}:"), ITEMS, scale=RatingScale(3.0, 2.0)
+    )
+    item = np.array([0, 0, 0])
+    label = np.array([1, 0, -1], dtype=np.int8)
+    found = encoder.encode(item, RETRIEVED[[0, 0, 0]], label, np.array([5.0, np.nan, 5.0]))
+    told, values = read_number_ids(torch.from_numpy(found.tokens[0][-1:]), len(NUMBERS) + 1)
+    assert told[0].tolist() == [False] * len(NUMBERS) + [True]
+    assert float(values[0, -1]) == pytest.approx(1.0)
+    assert text_of(found.tokens[1]).endswith(": no")
+    assert text_of(found.tokens[2]).endswith(":")
+    start = found.slots[0] + 1
+    assert found.tokens[2].tolist() == found.tokens[0][:start].tolist()
 
 
 def test_words_tell_no_number() -> None:

@@ -73,6 +73,8 @@ NOT_THERE = [B | {"candidates": []}, B | {"candidates": ["i1", "zzz"]}, past(ite
             ["'answer'", "label 0 or 1"],
         ),
         (past(label=5), ["history", "0 or 1"]),
+        (past(label=None, rating="5"), ["rating is '5'", "number"]),
+        (past(label=1, rating=2.0), ["label 1", "rating > 3 makes label 0", "2.0"]),
         ([1], ["list"]),
         ({"request_id": "b", "candidates": ["i1"]}, ["either user_id or a history"]),
         ({"request_id": "b", "user": "u1", "candidates": ["i1"]}, ["user"]),

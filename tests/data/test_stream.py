@@ -361,6 +361,7 @@ def golden() -> Streams:
             "item": [0, 1, 0, 1],
             "timestamp": [5.0, 5.0, 6.0, 7.0],
             "label": [1, 0, 1, 1],
+            "rating": [None] * 4,
             "split": ["train"] * 4,
             "role": ["target"] * 4,
         }

@@ -96,7 +96,7 @@ def test_a_history_of_fixed_length(split: SplitInteractions) -> None:
             pl.col("user_id") == target["user_id"],
             pl.col("timestamp") < target["timestamp"],
         )
-        latest = mine.tail(11).select("item_id", "label", "timestamp")
+        latest = mine.tail(11).select("item_id", "label", "timestamp", "rating")
         assert request.user_id is None
         assert list(request.history) == list(latest.iter_rows())
         assert not (set(request.candidates) - {target["item_id"]}) & set(mine["item_id"])

@@ -38,6 +38,10 @@ REQUESTS = [
         "candidates": ["new", "i7"],
     },
     {
+        "history": [{"item_id": f"i{k}", "rating": k / 2} for k in range(9)],
+        "candidates": ITEMS,
+    },
+    {
         "history": [{"item_id": f"i{k}", "label": k % 2} for k in (7, 1, 4)],
         "candidates": [{"title": "x y"}, "i9"],
     },
@@ -129,7 +133,7 @@ def test_lists_are_those_of_predict(
 
 EVENTS = [
     Event("a", "u1", "i7", 1, 2000.0),
-    Event("b", "somebody", "i7", 0, 2001.0),  # a new user
+    Event("b", "somebody", "i7", 0, 2001.0, rating=1.5),  # a new user
     Event("c", "u1", "fresh", 1, 2002.0),  # a new item
     Event("d", "u1", "i4", 0, 1500.0),  # late
     Event("e", "somebody", "no title", 1, 2002.0),  # a new item without a title
@@ -223,6 +227,7 @@ def test_company_and_errors(ranker: Ranker) -> None:
     wrong = [
         RankRequest("u1", None, ["no such item"]),
         RankRequest(None, [HistoryRow("no such item", 1)], ["i1"]),
+        RankRequest(None, [HistoryRow("i1", 1, rating=2.0)], ["i1"]),
         RankRequest("u1", None, [Item("new", "x", (("yaer", "1999"),))]),
         RankRequest("u1", None, [Item("new", "long " * 400)]),
         RankRequest(None, [HistoryRow(Item("new", "long " * 400), 1)], ["i1"]),

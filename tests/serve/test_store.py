@@ -174,13 +174,14 @@ def test_users_are_as_they_were_put_last(url: str) -> None:
         assert len(arrived) == 4
 
 
-def test_a_database_from_before_events_had_context(url: str) -> None:
-    """The column is added: its events have none, new ones keep theirs, and another context is a conflict."""
+def test_a_database_from_before_events_had_context_and_rating(url: str) -> None:
+    """The columns are added: its events have none, new ones keep theirs, and another context is a conflict."""
     with closing(EventStore(url)) as store:
         store.add([event("old")])
         with store._engine.begin() as connection:
-            connection.execute(sa.text("ALTER TABLE events DROP COLUMN context"))
-    said = event("new")._replace(context='{"device": "pc"}')
+            for name in ("context", "rating"):
+                connection.execute(sa.text(f"ALTER TABLE events DROP COLUMN {name}"))
+    said = event("new")._replace(context='{"device": "pc"}', rating=4.5)
     with closing(EventStore(url)) as store:
         assert store.add([event("old"), said]) == Added(1, [])
         assert store.add([event("new")]) == Added(0, ["new"])
