@@ -72,19 +72,18 @@ def run_baselines(
     """Score all baselines on validation and test, and write results/baselines.json into a run's folder."""
     split = data.split
     log = split.interactions
-    kept = kept_networks(data)
+    with data.clock.stage("baselines"):
+        baselines = fit_baselines(
+            split.rows, data.retrieved, kinds=log.columns, own_scores=log.own_scores
+        )
     if networks and networks_installed():
         with data.clock.stage("networks"):
-            kept = trained_networks(data)
-    elif networks:
-        print(LEFT_OUT)
-    with data.clock.stage("baselines"):
-        baselines = [
-            *fit_baselines(
-                split.rows, data.retrieved, kinds=log.columns, own_scores=log.own_scores
-            ),
-            *kept,
-        ]
+            baselines += trained_networks(data)
+    else:
+        if networks:
+            print(LEFT_OUT)
+        baselines += kept_networks(data)
+    with data.clock.stage("slices"):
         best = best_baseline(baselines, split.rows)
         slices = list[Slice]()
         for part in ("valid", "test"):

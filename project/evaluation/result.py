@@ -81,22 +81,21 @@ class ScoreCollector(Metric):
 
 
 def scores_of(
-    ids: Tensor, values: Tensor, table: pl.DataFrame, exit_0: F64, exit_layers: list[int]
+    ids: Tensor, values: Tensor, about: pl.DataFrame, exit_0: F64, exit_layers: list[int]
 ) -> pl.DataFrame:
     """Score table of n rows: ids (n, 3) and logits (n, k) as collected, logits (n,) of exit 0.
 
-    `table` is the log's, or `Requests.table()`, whose item ids the score table has, too; ids are positions in it.
+    `about` are the n rows of the log, or of `Requests.table()`, whose item ids the score table has, too.
     """
     tokens = ids.cpu().numpy()
-    about = table[tokens[:, 0]]
-    columns = {name: about[name] for name in SCORE_COLUMNS if name in table.columns}
+    columns = {name: about[name] for name in SCORE_COLUMNS if name in about.columns}
     columns |= {
         "target_tokens": pl.Series(tokens[:, 1]),
         "stream_tokens": pl.Series(tokens[:, 2]),
         "logit_0": pl.Series(exit_0),
     }
     made = score_table(columns, values.cpu().numpy(), exit_layers)
-    if "item_id" in table.columns:
+    if "item_id" in about.columns:
         made.insert_column(3, about["item_id"])
     return made
 
@@ -205,7 +204,7 @@ def scored_rows(
         read = list(dict.fromkeys(("valid", split)))
         baselines = [
             *fit_baselines(rows, data.retrieved, read, log.columns, log.own_scores),
-            *kept_networks(data, read),
+            *kept_networks(data),
         ]
         found = comparison(scores, rows, baselines, split, chosen_exit)
     fold = fold_of(split)

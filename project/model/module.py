@@ -336,9 +336,8 @@ class ExitRecommender(L.LightningModule):
         ids, values = self.collector.compute()
         self.collector.reset()
         exit_0 = self.feature_baseline().logits(self.data.candidate_retrieved)
-        self.scores = scores_of(
-            ids, values, self.data.requests.table(), exit_0, self.exit_layers
-        )
+        rows = self.data.requests.table()[ids[:, 0].cpu().numpy()]
+        self.scores = scores_of(ids, values, rows, exit_0, self.exit_layers)
 
     def _finish(self) -> polars.DataFrame:
         ids, values = self.collector.compute()
@@ -346,7 +345,7 @@ class ExitRecommender(L.LightningModule):
         # a row's id is its position in the split's table
         rows = self.data.split.rows[ids[:, 0].cpu().numpy()]
         exit_0 = self.feature_baseline().logits(self.data.retrieved_of(rows))
-        return scores_of(ids, values, self.data.split.rows, exit_0, self.exit_layers)
+        return scores_of(ids, values, rows, exit_0, self.exit_layers)
 
     def _log_heads(self, rows: Sequence[Mapping[str, Any]], prefix: str) -> None:
         for row in rows:

@@ -79,7 +79,9 @@ def test_scores_of_rows(tiny_logs: Path) -> None:
     chosen = rows.filter(pl.col("role") == "target").sample(50, seed=0).sort("row_id")
     row_id, collector = chosen["row_id"], ScoreCollector()
     add(collector, row_id.sample(50, seed=1, shuffle=True).to_list())
-    scores = scores_of(*collector.compute(), rows, row_id.to_numpy() / 2, [4, 9])
+    ids, values = collector.compute()
+    about = rows[ids[:, 0].numpy()]
+    scores = scores_of(ids, values, about, row_id.to_numpy() / 2, [4, 9])
     assert scores.columns == [*SCORE_COLUMNS, "logit_4", "logit_9"]
     for column in ("row_id", "user", "split", "fold", "label"):
         assert scores[column].to_list() == chosen[column].to_list()
